@@ -86,7 +86,7 @@ void bind_tiles(py::module_& m) {
         .def_property_readonly("address", [](const dc::Tiles& t) { return reinterpret_cast<uintptr_t>(t.memory); })
         .def("fill", [](const dc::Tiles& to, uintptr_t source, int source_type, int64_t row_stride, int64_t rows, int64_t first_tile,
                         int64_t tile_step) {
-            dc::fill_tiles(to, at<const uint8_t>(source), dc::Weight(source_type), row_stride, rows, first_tile, tile_step);
+            return dc::fill_tiles(to, at<const uint8_t>(source), dc::Weight(source_type), row_stride, rows, first_tile, tile_step);
         }, py::call_guard<Gil>())
         .def("embed", &embed, py::call_guard<Gil>())
         .def("multiply", &multiply, py::call_guard<Gil>());

@@ -11,7 +11,7 @@ from typing import Any
 from chatlm.common.unpack import UnfitCore, load_bundled_core
 
 
-SEAM = 12  # version of Backend and for_decode_core; a core with another version is not used
+SEAM = 13  # version of Backend and for_decode_core; a core with another version is not used
 
 
 @functools.cache

@@ -17,7 +17,8 @@ place.
     as_stored(shape, parts)       a matrix in its file's type, or one close to it, or a tuple of matrices below each
                                   other; None: always dequantized
     converted(sources, stored)    which matrices cannot stay in the file's type, in words
-    ops(max_tokens, max_rows, quantize)     {name: op} in the place of chat_server's references
+    ops(max_tokens, max_rows, quantize)     {name: op} in the place of chat_server's references; what `pack` returns may say in
+                                  `finite` whether neither the weights nor what they became has a NaN or an infinity
     join(path, rank, patience_s)  the ops all_reduce and all_gather of a rank whose model others of this host share, through
                                   the memory of a RankMemory; join is None: torch.distributed's are used
     record(transformer)           None, or a function that runs a batch in place of Transformer.compute; where
@@ -46,7 +47,7 @@ from typing import Any
 from . import _core, cuda
 from .program import MAX_CHOSEN, MAX_EXPERTS
 
-SEAM = 12       # one more whenever a name, an argument or a meaning above, or of `script`, changes
+SEAM = 13       # one more whenever a name, an argument or a meaning above, or of `script`, changes
 log = logging.getLogger("chat_server.decode_core")
 
 

@@ -72,6 +72,7 @@ class Matrix:
         else:
             self.tiles = arena._arena.allocate_mixed(codes, rows, columns)
         self.rows, self.columns, self.arena = rows, columns, arena
+        self.finite = True          # neither what was filled in nor what is held has a NaN or an infinity
         self.kind = " with ".join(sorted(set(self.kinds)))
 
     @property
@@ -99,7 +100,7 @@ class Matrix:
         into = set(self.kinds if len(self.kinds) == 1 else self.kinds[first_tile:first_tile + tiles * tile_step:tile_step])
         if source_kind not in SOURCES and into - {source_kind}:
             raise ValueError(f"source_kind: {source_kind} blocks fit {source_kind} tiles only, not {' and '.join(sorted(into))}")
-        self.tiles.fill(address, code, stride if kind == "uint8" else stride * raw // self.columns, rows, first_tile, tile_step)
+        self.finite &= self.tiles.fill(address, code, stride if kind == "uint8" else stride * raw // self.columns, rows, first_tile, tile_step)
 
     def dequantize(self):
         """A numpy array (rows, columns) float32 of exactly what the tiles hold."""

@@ -411,6 +411,54 @@ def test_parts_land_on_the_tiles_they_are_sent_to(settings, kind):
     assert (tiles[5, 4:] == 0).all()
 
 
+def infinite(source_kind, sign=0):
+    """(NaN, the smallest NaN, infinity, the largest number) as bits of a type."""
+    bits = {"f32": (0x7fc00000, 0x7f800001, 0x7f800000, 0x7f7fffff), "f16": (0x7e00, 0x7c01, 0x7c00, 0x7bff),
+            "bf16": (0x7fc0, 0x7f81, 0x7f80, 0x7f7f)}[source_kind]
+    unsigned = np.dtype("u4" if source_kind == "f32" else "u2")
+    return [unsigned.type(each | sign << 8 * unsigned.itemsize - 1) for each in bits]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source_kind", FLOATS)
+def test_filling_tells_of_floats_that_are_nan_or_infinite(kind, source_kind):
+    N, K = 33, fitting(kind, 72)
+    unsigned, generator = infinite(source_kind)[0].dtype, np.random.default_rng(0)
+    for row, column in [(0, 0), (15, K - 1), (16, 63), (N - 1, 64), (N - 1, K - 1)]:
+        for nan, quiet, infinity, largest in (infinite(source_kind), infinite(source_kind, sign=1)):
+            source = generator.integers(0, 1 << 13 if unsigned.itemsize == 2 else 1 << 29, (N, K)).astype(unsigned)     # small numbers
+            for value, expected in [(nan, False), (quiet, False), (infinity, False), (source[row, column], True)]:
+                matrix, spoilt = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 48, K), source.copy()
+                spoilt[row, column] = value
+                matrix.fill(source[:16].view(np.uint8), source_kind)
+                assert matrix.finite
+                matrix.fill(spoilt.view(np.uint8), source_kind)
+                assert matrix.finite is expected
+                matrix.fill(source[:16].view(np.uint8), source_kind)        # what was seen is kept in mind
+                assert matrix.finite is expected
+            spoilt[row, column] = largest
+            matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 48, K)
+            matrix.fill(spoilt.view(np.uint8), source_kind)
+            assert matrix.finite is bool(np.isfinite(matrix.dequantize()).all())
+            assert matrix.finite or kind not in (source_kind, "f32")
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_filling_tells_of_a_files_scales_that_are_nan_or_infinite(kind):
+    N, K = 20, fitting(kind, 160)
+    fields = {name: 3 for name in {"d", "m"} & set(np.dtype(LAYOUT[kind]).names)} | ({"s": 100} if kind == "mxfp4" else {})
+    raw = raw_blocks(kind, N, K, **fields)
+    for name in fields:
+        bad, good = ((253, 254, 255), (0, 252)) if name == "s" else ((np.inf, -np.inf, np.nan), (0, 65504, -65504))
+        for value in (*bad, *good):
+            for row, block in ((0, 0), (N - 1, -1), (7, -1)):
+                blocks = raw.view(np.dtype(LAYOUT[kind])).copy()
+                blocks[name][row, block] = value
+                matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, N, K)
+                matrix.fill(blocks.view(np.uint8), kind)
+                assert matrix.finite is (value in good), (name, value, row)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_embed_reads_rows_as_dequantize_does(kind):
     K = fitting(kind, 96)

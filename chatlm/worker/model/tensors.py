@@ -55,27 +55,34 @@ class Unread(NamedTuple):
     made: Callable[[Cut], Any]   # -> the tensor, or a tuple of the tensors that form it, in order
     nbytes: int                  # of what `read` returns
     mapped: tuple = ()           # the file's tensors that it may share memory with
+    check: Callable[[Cut, Any, bool], None] = lambda *_: None  # see `refuse_faults`
 
     def read(self):
-        return self.made(self.cut)
+        with numpy.errstate(all="ignore"):  # of what overflows `refuse_faults` tells
+            return self.made(self.cut)
+
+    def refuse_faults(self, found, packed: bool):
+        """A ConfigError if what was read has NaN or infinity, or will when it is `packed`."""
+        self.check(self.cut, found, packed)
 
     def less(self, cut: Cut) -> Unread:
         """As much of it as the cut says."""
         mapped = self.mapped
         if not cut.axis and all(each.shape[1:] == cut.of[1:] for each in mapped):
             mapped = tuple(each for _, each in cut.parts(mapped))
-        return Unread(cut, self.made, self.nbytes * math.prod(cut.shape) // math.prod(cut.of), mapped)
+        size = self.nbytes * math.prod(cut.shape) // math.prod(cut.of)
+        return self._replace(cut=cut, nbytes=size, mapped=mapped)
 
 
 READ_AHEAD = 1 << 28  # bytes that are read from the disk while others are packed
 
 
-def read_ahead(tensors: dict, names: Iterable[str]) -> Iterator[tuple[str, Any, tuple]]:
-    """Pop each tensor -> (name, what its `read` returns, the file's tensors that it may share memory with).
+def read_ahead(tensors: dict, names: Iterable[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Pop each tensor, or Unread one -> (name, it, what its `read` returns).
 
     A thread reads the next ones meanwhile, on one core: torch's own threads cost more than they gain here."""
-    def read(given, mapped: tuple):
-        advise(mapped, "MADV_WILLNEED")
+    def read(given):
+        advise(getattr(given, "mapped", ()), "MADV_WILLNEED")
         return given.read() if isinstance(given, Unread) else given
 
     threads, coming = torch.get_num_threads(), deque()
@@ -84,12 +91,12 @@ def read_ahead(tensors: dict, names: Iterable[str]) -> Iterator[tuple[str, Any, 
             for name in (*names, None):
                 if name:
                     given = tensors.pop(name)
-                    mapped = getattr(given, "mapped", ())
-                    coming.append((name, pool.submit(read, given, mapped), mapped, given.nbytes))
-                while len(coming) > bool(name) and (not name or sum(each[3] for each in coming) > READ_AHEAD):
-                    before, future, mapped, _ = coming.popleft()
-                    yield before, future.result(), mapped
-                    advise(mapped, "MADV_DONTNEED")
+                    coming.append((name, given, pool.submit(read, given)))
+                while len(coming) > bool(name) and (
+                        not name or sum(given.nbytes for _, given, _ in coming) > READ_AHEAD):
+                    before, given, future = coming.popleft()
+                    yield before, given, future.result()
+                    advise(getattr(given, "mapped", ()), "MADV_DONTNEED")
     finally:
         torch.set_num_threads(threads)
 

@@ -12,7 +12,7 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.model.spec import Inputs, expected_tensors, group_layers, token_places
-from chatlm.worker.model.tensors import read_ahead
+from chatlm.worker.model.tensors import Unread, read_ahead
 from chatlm.worker.ops.attention import rope_frequencies, rope_tables
 from chatlm.worker.ops.basic import Norm
 
@@ -56,17 +56,19 @@ class Transformer:
         if self.spec.tied_head:
             names.remove("head")
             tensors.pop("head", None)
-        for name, read, mapped in read_ahead(tensors, names):
+        for name, given, found in read_ahead(tensors, names):
             progress("loading weights", len(weights) / len(names))
-            read = read if isinstance(read, tuple) else (read,)
+            read = found if isinstance(found, tuple) else (found,)
             kind = self.dtype if len(read[0].shape) > 1 and name != "smear_gate" else torch.float32
             parts = [part.to(self.device, kind) if isinstance(part, torch.Tensor) else part for part in read]
             matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head",
                                                  "ve_gate", "gate_up_bias", "router", "expert_gate_up",
                                                  "expert_down", "expert_gate_up_bias")
             weights[name] = weight = self.kernels.pack(name, *parts) if matrix else parts[0]
+            if isinstance(given, Unread) and not getattr(weight, "finite", False):  # or nobody has looked
+                given.refuse_faults(found, packed=hasattr(weight, "finite"))
             if weight is read[0] and isinstance(weight, torch.Tensor) and any(
-                    part.data_ptr() == weight.data_ptr() for part in mapped):
+                    part.data_ptr() == weight.data_ptr() for part in getattr(given, "mapped", ())):
                 weights[name] = weight.clone()  # a file in use may change
         if self.spec.tied_head:
             weights["head"] = weights["embed"]

@@ -17,7 +17,7 @@ from chatlm.common.errors import ConfigError, cannot_read, named, require_librar
 from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.tensors import Cut, Unread
 from chatlm.worker.ops.basic import dequantized
-from chatlm.worker.weights.finite import only_finite
+from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.rules import Rule, checked, read_json
 
 if TYPE_CHECKING:
@@ -158,11 +158,13 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
     def unread(shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
         parts, kind = [state[name] for name in theirs], torch.float32 if len(shape) == 1 else dtype
         size, whole = math.prod(shape) * kind.itemsize, Cut.whole(shape)
-        if not isinstance(parts[0], Mxfp4):
-            return Unread(whole, only_finite(path, settings, theirs, partial(read, kind)), size, tuple(parts))
-        return Unread(whole, only_finite(path, settings, theirs, read_packed),
-                      math.prod(shape) * 17 // 32 if as_stored else size,
-                      tuple(each for part in parts for each in (part.blocks, part.scales)))
+        packed = isinstance(parts[0], Mxfp4)
+        make, mapped = read_packed if packed else partial(read, kind), tuple(parts)
+        if packed:
+            mapped = tuple(each for part in parts for each in (part.blocks, part.scales))
+            size = math.prod(shape) * 17 // 32 if as_stored else size
+        check = partial(refuse_faults, path, settings, theirs, make)
+        return Unread(whole, partial(make, theirs), size, mapped, check)
 
     return {ours: unread(*source) for ours, source in sources.items()}
 

@@ -51,7 +51,7 @@ def scales_are_finite(kind: str, rows) -> bool:
     return bool(scales.view(torch.int16).max() < 0x7C00)
 
 
-def fault_of(made, most: float) -> str:
+def fault_of(made, most: float = math.inf) -> str:
     """What is wrong with what an `Unread` made, in words, or "". Floats of matrices must be below `most`."""
     for kind, rows in getattr(made, "parts", ()):
         if not scales_are_finite(kind, rows):
@@ -59,35 +59,30 @@ def fault_of(made, most: float) -> str:
     if hasattr(made, "parts"):
         return ""
     for each in made if isinstance(made, tuple) else (made,):
-        if not all_below(each, most if each.ndim > 1 else math.inf):
-            return (f"a value of {most:,.0f} or more, which --quantize cannot pack" if all_below(each) else
-                    f"a value that is NaN or infinite in {str(each.dtype).removeprefix('torch.')}")
+        if not all_below(each):
+            return f"a value that is NaN or infinite in {str(each.dtype).removeprefix('torch.')}"
+        if each.ndim > 1 and not all_below(each, most):
+            return f"a value of {most:,.0f} or more, which --quantize cannot pack"
     return ""
 
 
-def only_finite(path: Path, settings: Settings, theirs: Mapping[str, tuple[int, ...]],
-                read: Callable[[Iterable[str], Cut], Any]) -> Callable[[Cut], Any]:
-    """What reads all of `theirs`, the file's tensors and their shapes: a ConfigError names the first that has
-    NaN or infinity, as it is packed.
+def refuse_faults(path: Path, settings: Settings, theirs: Mapping[str, tuple[int, ...]],
+                  read: Callable[[Iterable[str], Cut], Any], cut: Cut, found, packed: bool):
+    """A ConfigError if what was `found`, `read` of `theirs`, the file's tensors and their shapes, has NaN or
+    infinity, or will when it is `packed`. It names the first tensor that has.
 
     Only the rank's part is looked at; rows that fill up a file's vocabulary are not."""
-    most = MOST_QUANTIZED if settings.quantize else math.inf
-
-    def made(names: Iterable[str], cut: Cut) -> tuple[Any, str]:
-        with numpy.errstate(all="ignore"):  # of what overflows the error tells
-            found = read(names, cut)
-        return found, fault_of(found, most)
-
-    def all_made(cut: Cut):
-        found, fault = made(theirs, cut)
-        if fault:
-            name, axes = next(iter(theirs)), len(cut.shape)
-            for each, shape in theirs.items() if len(theirs) > 1 else ():
-                rows = math.prod(shape[:len(shape) - axes + 1])  # of all experts
-                if alone := made([each], Cut.whole((rows, *shape[len(shape) - axes + 1:])))[1]:
-                    name, fault = each, alone
-                    break
-            raise ConfigError(f"{path}: {name} has {fault}")
-        return found
-
-    return all_made
+    most = MOST_QUANTIZED if packed and settings.quantize else math.inf
+    fault, names = fault_of(found, most), list(theirs)
+    if not fault and packed:
+        fault = "a value that becomes infinite when it is packed"
+    for name in names if fault and len(names) > 1 else ():
+        shape, axes = theirs[name], len(cut.shape)
+        rows = math.prod(shape[:len(shape) - axes + 1])  # of all experts
+        with numpy.errstate(all="ignore"):
+            alone = fault_of(read([name], Cut.whole((rows, *shape[len(shape) - axes + 1:]))), most)
+        if alone:
+            names, fault = [name], alone
+            break
+    if fault:
+        raise ConfigError(f"{path}: {names[0]} has {fault}")

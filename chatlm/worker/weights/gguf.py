@@ -29,7 +29,7 @@ from chatlm.worker.weights.assemble import (
     below_each_other, check_names_and_shapes, cut_stored, file_shapes, packed_together, tensor_sources)
 from chatlm.worker.weights.families import (
     FAMILIES, HF_DEFAULTS, HF_TENSORS, LAYER_TYPES, complete_heads, family_spec, scaled_rope)
-from chatlm.worker.weights.finite import only_finite
+from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.gguf_file import (
     GGUF_FAMILIES, GGUF_INERT, GGUF_KEYS, GGUF_OWN, GGUF_SIZES, PRE_TOKENIZERS, ROPE_TENSORS,
     check_gguf_types, gguf_value, read_gguf)
@@ -215,7 +215,8 @@ def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sourc
         mapped = tuple(torch.from_numpy(stored[name].data) for name in theirs)
         size = (sum(part.nbytes for part in mapped) if dtype is None and len(shape) == 2 else
                 math.prod(shape) * (4 if len(shape) == 1 else dtype.itemsize))
-        return Unread(Cut.whole(shape), only_finite(path, settings, theirs, read), size, mapped)
+        check = partial(refuse_faults, path, settings, theirs, read)
+        return Unread(Cut.whole(shape), partial(read, theirs), size, mapped, check)
 
     return {ours: unread(*source) for ours, source in sources.items()}
 

@@ -4,6 +4,7 @@
 //     FILE_COLUMNS, FILE_BYTES a block as GGUF has it: `codes` reads its unsigned codes, one a column
 //     BITS                     of a code; `Quants<BITS>` says how the codes of 16 rows x 32 columns lie in a tile
 //     BLOCKS, SCALE_BYTES      so many blocks of 32 columns lie together in a tile, their scales first: `put_scales` writes a row's
+//     HALVES                   so many float16, scales and minimums, begin them; 0: they are exponents, a byte each
 //     PARTS                    1: a scale for 32 columns; 2: one for each 16
 //     OFFSET_SHIFT             weight = scale * (code - 2^OFFSET_SHIFT); NO_OFFSET: weight = scale * code + minimum
 //     TABLE                    of codes, in place of the nibbles in a tile, where there is one
@@ -137,7 +138,7 @@ inline constexpr int8_t MXFP4_VALUES[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, 
 // Codes without a table. Each Format has these three and adds its own.
 template <int BITS_, int OFFSET_SHIFT_, class Dot_>
 struct Plain : Quants<BITS_> {
-    static constexpr int BITS = BITS_, OFFSET_SHIFT = OFFSET_SHIFT_, PARTS = 1;
+    static constexpr int BITS = BITS_, OFFSET_SHIFT = OFFSET_SHIFT_, PARTS = 1, HALVES = 32;
     static constexpr bool HAS_MINIMUM = OFFSET_SHIFT_ == NO_OFFSET;
     using Dot = Dot_;
     DC_INLINE typename Dot::Weights weights(Words codes) { return Dot::weights(codes); }
@@ -208,6 +209,7 @@ template <>
 struct Format<Weight::q4_0> : Plain<4, 3, NibbleDot> {
     static constexpr const char* name = "q4_0";
     static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 18, BLOCKS = 1, SCALE_BYTES = 32;
+    static constexpr int HALVES = 16;
     static constexpr bool FINE_APART = false;
 
     static void codes(const uint8_t* block, uint8_t* codes) { nibble_codes(block + 2, codes); }
@@ -282,7 +284,7 @@ template <>
 struct Format<Weight::q6_k> : Plain<6, 5, UnsignedDot> {
     static constexpr const char* name = "q6_k";
     static constexpr int64_t FILE_COLUMNS = 256, FILE_BYTES = 210, BLOCKS = 8, SCALE_BYTES = 320;   // d f16 [16], 32 B, i8 [16][16]
-    static constexpr int PARTS = 2;
+    static constexpr int PARTS = 2, HALVES = 16;
     static constexpr bool FINE_APART = true;
 
     static void codes(const uint8_t* block, uint8_t* codes) {
@@ -317,6 +319,7 @@ template <>
 struct Format<Weight::iq4_xs> : Tabled<IQ4_VALUES, 7, SignedDot> {
     static constexpr const char* name = "iq4_xs";
     static constexpr int64_t FILE_COLUMNS = 256, FILE_BYTES = 136, BLOCKS = 8, SCALE_BYTES = 192;   // d f16 [16], 32 B, i8 [8][16]
+    static constexpr int HALVES = 16;
     static constexpr bool FINE_APART = true;
 
     static void codes(const uint8_t* block, uint8_t* codes) {
@@ -336,6 +339,7 @@ template <>
 struct Format<Weight::mxfp4> : Tabled<MXFP4_VALUES, 4, FiveBitDot> {
     static constexpr const char* name = "mxfp4";
     static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 17, BLOCKS = 4, SCALE_BYTES = 64;
+    static constexpr int HALVES = 0;
     static constexpr bool FINE_APART = true;
 
     static void codes(const uint8_t* block, uint8_t* codes) { nibble_codes(block + 1, codes); }

@@ -111,8 +111,9 @@ void multiply(const Product& product, int64_t tile_begin, int64_t tile_end, int6
 // ---- filling and reading tiles
 
 // `rows` rows of `source`, row_stride bytes apart, into tiles first_tile, first_tile + tile_step, ...: floats become any type,
-// q blocks (GGUF's) their own type only. Threads share the tiles.
-void fill_tiles(const Tiles& to, const uint8_t* source, Weight source_type, int64_t row_stride, int64_t rows, int64_t first_tile,
+// q blocks (GGUF's) their own type only. Threads share the tiles. Returns whether neither the floats nor what these tiles now hold
+// is NaN or infinite anywhere.
+bool fill_tiles(const Tiles& to, const uint8_t* source, Weight source_type, int64_t row_stride, int64_t rows, int64_t first_tile,
                 int64_t tile_step);
 
 void embed_row(const Tiles& tiles, int64_t row, float* out);    // row `row` of the matrix, as f32 [columns]

@@ -1,11 +1,13 @@
 // op       fill_tiles, embed_row: rows of floats or GGUF blocks -> tiles (cpu/tiles/tiles.h has the layouts), and back to f32
 // mapping  one item = a run of tiles; a tile is filled a GGUF block or a value (floats) of one row at a time
-// cost     source read and tiles written once; what quantizing adds says quantize.cpp
+// cost     source read and tiles written once; what quantizing adds says quantize.cpp. NaN and infinity are looked for while a
+//          tile is in the cache
 // numerics a GGUF block's scales and codes are kept as they are; floats are rounded to nearest, ties to even, or become GGUF blocks
 //          first (quantize.cpp)
 #include "cpu/tiles/tiles.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/pool/pool.h"
 #define DC_ISA portable
@@ -28,43 +30,89 @@ float value_at(const uint8_t* row, int64_t column) { return widen(read<S>(row + 
 
 // visit(S()) of a float type's element S.
 template <class Visit>
-void with_element(Weight type, Visit visit) {
+auto with_element(Weight type, Visit visit) {
     if (type == Weight::f32) return visit(float());
     return type == Weight::f16 ? visit(Half()) : visit(Bfloat());
 }
 
-// Block j of a row of floats as a GGUF block of F's type, into `made`.
+// ---- NaN and infinity: the values whose exponent has all bits set
+
+constexpr uint32_t F32_INFINITE = 0x7f800000;
+constexpr uint16_t F16_INFINITE = 0x7c00, BF16_INFINITE = 0x7f80;
+
+template <class Bits>
+constexpr Bits SIGN = Bits(1) << (8 * sizeof(Bits) - 1);
+
+// What, added to such a value's magnitude, sets the sign, and to no other's.
+template <class Bits>
+constexpr Bits carries_of(Bits infinite) { return Bits(SIGN<Bits> - infinite); }
+
+template <class Bits>
+bool all_finite(const uint8_t* values, int64_t count, Bits infinite) {
+    const Bits carries = carries_of(infinite);
+    Bits seen = 0;
+    for (int64_t i = 0; i < count; i++) {
+        Bits bits;
+        std::memcpy(&bits, values + i * int64_t(sizeof(Bits)), sizeof bits);
+        seen |= Bits(Bits(bits & Bits(~SIGN<Bits>)) + carries);
+    }
+    return !(seen & SIGN<Bits>);
+}
+
+bool all_finite(Weight float_type, const uint8_t* values, int64_t count) {
+    if (float_type == Weight::f32) return all_finite(values, count, F32_INFINITE);
+    return all_finite(values, count, float_type == Weight::f16 ? F16_INFINITE : BF16_INFINITE);
+}
+
 template <class F>
-void make_block(const uint8_t* row, Weight source_type, int64_t j, Weight type, uint8_t* made) {
+bool scales_are_finite(const uint8_t* group) {
+    if (F::HALVES) return all_finite(Weight::f16, group, F::HALVES);
+    uint8_t most = 0;                                   // 12 * 2^(253 - 128) is more than the largest float32
+    for (int64_t i = 0; i < F::SCALE_BYTES; i++) most = std::max(most, group[i]);
+    return most < 253;
+}
+
+// ---- filling. The functions that fill a tile return whether it holds neither.
+
+// Block j of a row of floats as a GGUF block of F's type, into `made`; returns whether these are all finite.
+template <class F>
+bool make_block(const uint8_t* row, Weight source_type, int64_t j, Weight type, uint8_t* made) {
     float x[F::FILE_COLUMNS];
     with_element(source_type, [&](auto element) {
         for (int64_t k = 0; k < F::FILE_COLUMNS; k++) x[k] = value_at<decltype(element)>(row, j * F::FILE_COLUMNS + k);
     });
     quantize_block(type, x, made);
+    return all_finite(Weight::f32, reinterpret_cast<const uint8_t*>(x), F::FILE_COLUMNS);
 }
 
 template <class F>
-void fill_q_tile(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
+bool fill_q_tile(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
     constexpr int64_t EACH = F::FILE_COLUMNS / BLOCK;           // blocks of 32 columns in one of the file's
     const int64_t blocks = columns / BLOCK, padded = (blocks + F::BLOCKS - 1) / F::BLOCKS * F::BLOCKS;
     uint8_t nothing[F::FILE_BYTES] = {}, made[F::FILE_BYTES], codes[F::FILE_COLUMNS];
+    bool finite = true;
     for (int64_t b = 0; b < padded; b += EACH)
         for (int r = 0; r < TILE_ROWS; r++) {
             const bool real = r < rows && b < blocks, floats = real && is_float(source_type);
             const uint8_t *row = source + r * row_stride, *block = floats ? made : real ? row + b / EACH * F::FILE_BYTES : nothing;
-            if (floats) make_block<F>(row, source_type, b / EACH, to.type, made);
+            if (floats) finite &= make_block<F>(row, source_type, b / EACH, to.type, made);
             uint8_t* group = to.memory + b / F::BLOCKS * group_of_blocks_bytes<F>();
             F::codes(block, codes);
             F::put_scales(block, group, int(b % F::BLOCKS), r);
             for (int64_t i = 0; i < EACH; i++) F::put(codes + i * BLOCK, group + F::SCALE_BYTES + (b % F::BLOCKS + i) * F::BYTES, r);
         }
+    for (int64_t b = 0; b < padded; b += F::BLOCKS) finite &= scales_are_finite<F>(to.memory + b / F::BLOCKS * group_of_blocks_bytes<F>());
+    return finite;
 }
 
 #if defined(__SSE2__)
-// 8 columns of 8 rows, 16 bits each -> 8 rows' side of 8 lines of TILE_ROWS.
-void turn_8_by_8(const uint8_t* source, int64_t row_stride, uint16_t* out) {
+// 8 columns of 8 rows, 16 bits each -> 8 rows' side of 8 lines of TILE_ROWS. `seen` gets the sign of what all_finite looks for.
+void turn_8_by_8(const uint8_t* source, int64_t row_stride, uint16_t* out, __m128i carries, __m128i& seen) {
     __m128i a[8], b[8];
-    for (int r = 0; r < 8; r++) a[r] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + r * row_stride));
+    for (int r = 0; r < 8; r++) {
+        a[r] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + r * row_stride));
+        seen = _mm_or_si128(seen, _mm_add_epi16(_mm_and_si128(a[r], _mm_set1_epi16(0x7fff)), carries));
+    }
     for (int i = 0; i < 4; i++) b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]), b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
     for (int i = 0; i < 4; i++) a[2 * i] = _mm_unpacklo_epi16(b[i], b[i + 4]), a[2 * i + 1] = _mm_unpackhi_epi16(b[i], b[i + 4]);
     for (int i = 0; i < 4; i++) b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]), b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
@@ -72,24 +120,33 @@ void turn_8_by_8(const uint8_t* source, int64_t row_stride, uint16_t* out) {
 }
 #endif
 
-// Columns that need no conversion, as far as vectors of 16 bits take them; returns how many.
-int64_t turn_columns(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
-    int64_t k = 0;
+struct Turned {
+    int64_t columns = 0;
+    bool finite = true;
+};
+
+// Columns that need no conversion, as far as vectors of 16 bits take them.
+Turned turn_columns(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
+    Turned done;
 #if defined(__SSE2__)
-    if (to.type == source_type && to.type != Weight::f32 && rows == TILE_ROWS)
-        for (; k + 8 <= columns; k += 8)
-            for (int r = 0; r < TILE_ROWS; r += 8)
-                turn_8_by_8(source + r * row_stride + 2 * k, row_stride, reinterpret_cast<uint16_t*>(to.memory) + k * TILE_ROWS + r);
+    if (to.type != source_type || to.type == Weight::f32 || rows != TILE_ROWS) return done;
+    const __m128i carries = _mm_set1_epi16(short(to.type == Weight::f16 ? carries_of<uint16_t>(F16_INFINITE) : carries_of<uint16_t>(BF16_INFINITE)));
+    __m128i seen = _mm_setzero_si128();
+    for (int64_t& k = done.columns; k + 8 <= columns; k += 8)
+        for (int r = 0; r < TILE_ROWS; r += 8)
+            turn_8_by_8(source + r * row_stride + 2 * k, row_stride, reinterpret_cast<uint16_t*>(to.memory) + k * TILE_ROWS + r, carries, seen);
+    done.finite = !(_mm_movemask_epi8(seen) & 0xaaaa);          // the signs of 16 bits
 #endif
-    return k;
+    return done;
 }
 
 template <class W>
-void fill_float_tile(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
+bool fill_float_tile(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
     constexpr int64_t AT_ONCE = 64;         // columns: what is written stays in the L1 cache until its lines are full
     W* out = reinterpret_cast<W*>(to.memory);
+    const Turned turned = turn_columns(to, columns, source, source_type, row_stride, rows);
     with_element(source_type, [&](auto element) {
-        for (int64_t begin = turn_columns(to, columns, source, source_type, row_stride, rows); begin < columns; begin += AT_ONCE)
+        for (int64_t begin = turned.columns; begin < columns; begin += AT_ONCE)
             for (int r = 0; r < TILE_ROWS; r++) {
                 const int64_t count = std::min(AT_ONCE, columns - begin);
                 W line[AT_ONCE] = {};
@@ -98,14 +155,15 @@ void fill_float_tile(TilePlace to, int64_t columns, const uint8_t* source, Weigh
                 for (int64_t k = 0; k < count; k++) out[(begin + k) * TILE_ROWS + r] = line[k];
             }
     });
+    return turned.finite && all_finite(to.type, reinterpret_cast<uint8_t*>(out + turned.columns * TILE_ROWS), (columns - turned.columns) * TILE_ROWS);
 }
 
-void fill_tile(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
+bool fill_tile(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
     if (is_float(to.type))
         return with_element(to.type, [&](auto element) {
-            fill_float_tile<decltype(element)>(to, columns, source, source_type, row_stride, rows);
+            return fill_float_tile<decltype(element)>(to, columns, source, source_type, row_stride, rows);
         });
-    with_format(to.type, [&](auto format) { fill_q_tile<decltype(format)>(to, columns, source, source_type, row_stride, rows); });
+    return with_format(to.type, [&](auto format) { return fill_q_tile<decltype(format)>(to, columns, source, source_type, row_stride, rows); });
 }
 
 template <class W>
@@ -130,15 +188,18 @@ void read_q_row(const uint8_t* tile, int64_t columns, int64_t r, float* out) {
 
 }  // namespace
 
-void fill_tiles(const Tiles& to, const uint8_t* source, Weight source_type, int64_t row_stride, int64_t rows, int64_t first_tile,
+bool fill_tiles(const Tiles& to, const uint8_t* source, Weight source_type, int64_t row_stride, int64_t rows, int64_t first_tile,
                 int64_t tile_step) {
     const int64_t bytes = tile_bytes(to.type, to.columns), tiles = tile_count(rows);
     const int64_t at_once = std::max<int64_t>(1, (256 << 10) / bytes);
+    std::atomic<bool> finite{true};
     parallel_for((tiles + at_once - 1) / at_once, [&](int64_t item) {
         for (int64_t i = item * at_once; i < std::min((item + 1) * at_once, tiles); i++)
-            fill_tile(tile_of(to, first_tile + i * tile_step, bytes), to.columns, source + i * TILE_ROWS * row_stride, source_type, row_stride,
-                      int(std::min<int64_t>(TILE_ROWS, rows - i * TILE_ROWS)));
+            if (!fill_tile(tile_of(to, first_tile + i * tile_step, bytes), to.columns, source + i * TILE_ROWS * row_stride, source_type,
+                           row_stride, int(std::min<int64_t>(TILE_ROWS, rows - i * TILE_ROWS))))
+                finite = false;
     });
+    return finite;
 }
 
 void embed_row(const Tiles& tiles, int64_t row, float* out) {
