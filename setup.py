@@ -111,7 +111,7 @@ class BuildCore(build_ext):
             import pybind11
             ending = next((ending for ending in ISA_FLAGS if source.stem.endswith(ending)), "")
             isa = ISA_FLAGS.get(ending, PORTABLE_FLAGS if source.stem.endswith("_portable") else [])
-            checked = SANITIZE and not source.stem.startswith("bindings") and runs_here(ending)
+            checked = SANITIZE and not source.stem.startswith("bindings") and ending in ("", *widest_here())
             isa = isa + (SANITIZE_FLAGS if checked else [])
             command = [part for part in self.compiler.compiler_so if not part.startswith(("-O", "-g", "-W", "-march", "-mtune"))]
             command = [*(self.compiler_cxx() or command), "-fPIC", *COMMON_FLAGS, *isa, f"-I{CSRC}", f"-isystem{pybind11.get_include()}"]
@@ -138,10 +138,12 @@ class BuildCore(build_ext):
             raise RuntimeError(f"{command[0]} failed on {command[-3]}: {(done.stderr or done.stdout).strip()[:2000]}")
 
 
-def runs_here(ending: str) -> bool:
-    """Whether this CPU has the instructions; what cannot run need not be checked by sanitizers, which takes minutes to compile."""
+def widest_here() -> list[str]:
+    """The endings of the sources with the widest instructions that this CPU has. Sanitizers check these and the plain ones: to
+    compile a narrower set as well takes a minute."""
     cpuinfo = Path("/proc/cpuinfo")
-    return not ending or not cpuinfo.exists() or CPU_NAMES[ending] in cpuinfo.read_text().split()
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else CPU_NAMES.values()
+    return [ending for ending, flag in CPU_NAMES.items() if flag in flags and (ending != "_avx2" or "avx512f" not in flags)]
 
 
 def sources() -> list[str]:

@@ -16,6 +16,7 @@ def run(*flags):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_many_streams_lose_nothing():
     assert "lost events: 0; streams without their end: 0" in run("--streams", 50, "--seconds", 1, "--workers", 2)
 

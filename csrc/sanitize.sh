@@ -16,4 +16,5 @@ export DECODE_CORE_TEST_SHARE=${DECODE_CORE_TEST_SHARE:-0.05}
 arguments=("$@")
 [ $# -gt 0 ] || arguments=(tests/core/test_core_{pool,sample,attention,tiles,program,ranks}.py)
 exec timeout --kill-after=10 "${DECODE_CORE_SANITIZE_SECONDS:-300}" \
-    "$python" -m pytest -q -c /dev/null --rootdir=. --noconftest -p no:cacheprovider -p xdist.plugin -n 2 "${arguments[@]}"
+    "$python" -m pytest -q -c /dev/null --rootdir=. --noconftest -p no:cacheprovider -p xdist.plugin -n 2 \
+    -o "markers=slow: for the night" -m "${DECODE_CORE_SANITIZE_MARKS-not slow}" "${arguments[@]}"

@@ -27,6 +27,7 @@ from chatlm.worker.engine.answer import Answer
 from chatlm.worker.engine.grammar import Grammar
 from engines import load, make_engine, pieces
 from fake_pool import FakePool, Letters, frames, serving
+from nightly import by_day
 from patching import patch
 from works import assignment
 
@@ -250,7 +251,7 @@ def told_with_types(ids, tokenizer, resumed=0, reason="stop"):
 
 
 @pytest.mark.parametrize("family", TAG_FAMILIES)
-@pytest.mark.parametrize("tokens", [True, False], ids=["markers are tokens", "markers are text"])
+@pytest.mark.parametrize("tokens", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["markers are tokens", "markers are text"])
 def test_calls_in_tags_are_told_as_json_of_the_types_that_the_tools_say(default_model_path, family, tokens):
     tokenizer = open_tokenizer(replace(load(default_model_path).text, chat_template=TAG_FAMILIES[family]))
     tool_format = tokenizer.tool_format
@@ -437,7 +438,7 @@ def engine(default_model_path):
 
 @pytest.mark.parametrize("tool_format", ["tagged", "json", "tagged by special tokens", "deepseek", "deepseek fenced", "kimi",
                                          *TAGGED_ARGUMENTS])
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+@pytest.mark.parametrize("choice", by_day(["required", {"type": "function", "function": {"name": "weather"}}], "required"))
 def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(engine, tool_format, choice, monkeypatch):
     if tool_format == "tagged by special tokens":
         tool_format = "tagged"

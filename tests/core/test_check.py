@@ -74,7 +74,7 @@ sys.exit(run_role("check"))
 @pytest.mark.parametrize("op, body, found", [
     pytest.param("rms_norm", "return original(self, x, None, rest[1], out)", {"rms_norm"}, marks=pytest.mark.slow),
     pytest.param("softcap", "return original(self, x, 14.0, out)", {"softcap"}, marks=pytest.mark.slow),
-    ("linear", "return original(self, x, rest[0], out, **more | {'norm': None})", None),
+    pytest.param("linear", "return original(self, x, rest[0], out, **more | {'norm': None})", None, marks=pytest.mark.slow),
     pytest.param("paged_attention", "return original(self, x, *rest[:2], 0, out, **more)", {"paged_attention"}, marks=pytest.mark.slow)])
 def test_an_op_that_is_wrong_is_named_and_the_status_is_1(op, body, found):
     run = subprocess.run([sys.executable, "-c", WRONG.format(folder=str(SCRIPT.parent), op=op, body=body)],

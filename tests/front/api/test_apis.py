@@ -38,6 +38,7 @@ from chatlm.front.api.readers import (CALL_READERS, REPEATED, TEXT_ROUTES, names
 from chatlm.front.server.describe import bare_id
 from chatlm.worker.engine.grammar import Grammar
 from fake_pool import FakePool, Letters, finished, serving
+from nightly import by_day
 from patching import patch
 from real_server import get, server
 
@@ -290,7 +291,7 @@ every_chat = pytest.mark.parametrize("path", [path for path in BODIES if path !=
 DRAWN = {"temperature": 1, "seed": 12, "max_tokens": 40, "max_output_tokens": 40}
 
 
-@every_chat
+@pytest.mark.parametrize("path", by_day([path for path in BODIES if path != "/v1/completions"], "/v1/chat/completions", "/v1/messages"))
 async def test_the_same_conversation_and_seed_give_the_same_text_whole_streamed_and_through_a_sandbox(client, url, exact, path):
     wanted = whole_text(json.loads((await ask(client, url, CHAT, **DRAWN))[2]))
     assert len(wanted) > 10

@@ -16,6 +16,7 @@ from chatlm.common.messages.wire import HEADER, unpacked
 from chatlm.front.pool.worker import Job
 from chatlm.worker.engine.scheduler import Sequence
 from chatlm.worker.process import Inbox
+from nightly import by_day
 from pools import PlayedWorker, played_pool, work_of
 
 
@@ -195,7 +196,7 @@ async def ended_as(pool, how):
                 pass
 
 
-@pytest.mark.parametrize("how", ["ends", "fails", "is cancelled", "is left"])
+@pytest.mark.parametrize("how", by_day(["ends", "fails", "is cancelled", "is left"], "fails", "is left"))
 async def test_whatever_becomes_of_an_answer_nothing_of_it_stays_in_memory(pool, how):
     await ended_as(pool, how)                   # caches that are filled once
     gc.collect()

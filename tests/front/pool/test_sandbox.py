@@ -241,9 +241,9 @@ def junk(**more):
 
 
 @pytest.mark.parametrize("route, inline", [
-    ("/v1/responses", 1 << 20), ("/v1/chat/completions", 0),
+    ("/v1/chat/completions", 0),
     *[pytest.param(route, inline, marks=pytest.mark.slow) for route, inline in (
-        ("/v1/responses", 0), ("/v1/chat/completions", 1 << 20), ("/v1/messages", 0), ("/api/chat", 1 << 20))]])
+        ("/v1/responses", 0), ("/v1/responses", 1 << 20), ("/v1/chat/completions", 1 << 20), ("/v1/messages", 0), ("/api/chat", 1 << 20))]])
 async def test_what_made_the_prompt_does_not_stay_until_the_answer_ends(open_pool, route, inline, monkeypatch):
     patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, inline_bytes=inline))
     pool = await open_pool()

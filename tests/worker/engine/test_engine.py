@@ -15,6 +15,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import Message, SamplingParams
 from engines import TracedSteps, chat_work, load, make_engine, run
 from near_tie import assert_same_tokens_or_near_tie
+from nightly import by_day
 from works import assignment, changed
 from integrity import check_sequences
 
@@ -188,7 +189,7 @@ def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtur
         assert len(got.tokens[work.id]) == 60
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("ahead", by_day([False, True], True))
 def test_drafts_change_nothing_but_the_number_of_steps(smollm, ahead):
     text = "Say it again, word for word: the quick brown fox jumps over the lazy dog and the cat sleeps by the fire."
     works = [chat_work(smollm, "greedy", text, 40), chat_work(smollm, "drawn", text, 40, temperature=0.3, seed=3),

@@ -18,6 +18,7 @@ from chatlm.worker.model.spec import group_layers
 from chatlm.worker.model.transformer import Transformer
 from engines import make_engine, pieces, run
 from families import clear_cases, load, make_model, save
+from nightly import by_day
 from works import assignment
 from integrity import check_sequences
 
@@ -63,7 +64,7 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", by_day(WINDOWED, "gemma3", "qwen2"))
 def test_pages_are_given_back_and_answers_stay_transformers(made, name, backend):
     folder, cases = made(name)
     engine = make_engine(folder, num_pages=400, prefill_chunk=32, max_batch=4, reference=backend == "reference", apart=True)

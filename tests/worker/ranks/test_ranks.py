@@ -30,6 +30,7 @@ from chatlm.worker.build import build_engine
 from chatlm.worker.ranks.ranks import RankZero
 from engines import make_batch
 from families import MODELS, make_model, save
+from nightly import by_day
 from patching import patch
 from real_server import ask, events, post, server
 from works import assignment
@@ -134,9 +135,9 @@ def kernels(monkeypatch):
     installed_core.cache_clear()
 
 
-CASES = [pytest.param(layout, names, id=f"{layout}-{kind}", marks=[] if (layout, kind) in (("tp2", "all"), ("tp2-pp2", "some")) else [pytest.mark.slow])
+CASES = [pytest.param(layout, names, id=f"{layout}-{kind}", marks=[] if (layout, kind) in (("tp2", "some"), ("tp2-pp2", "some")) else [pytest.mark.slow])
          for layout in LAYOUTS for kind, names in (("some", EACH_TIME), ("all", (*MODELS, *GENERATIONS)))
-         if (kind == "all" or layout not in ("tp2", "pp2", "pp3", "tp2-pp2-gloo"))]
+         if (kind == "all" or layout not in ("pp2", "pp3", "tp2-pp2-gloo"))]
 
 
 @pytest.mark.parametrize("layout, names", CASES)
@@ -160,7 +161,7 @@ needs_core = pytest.mark.skipif(decode_core() is None, reason="decode_core is no
 
 
 @needs_core
-@pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("tp, pp", by_day([(2, 1), (1, 2)], (2, 1)))
 def test_the_bits_of_a_text_alone_chunked_and_batched_are_the_same(tp, pp, default_model_path, monkeypatch):
     with group(monkeypatch, tp, pp) as ranks:
         engine, found = ranks.engine(default_model_path), {}
@@ -253,7 +254,8 @@ async def test_the_text_of_two_ranks_is_the_same_alone_batched_cached_and_after_
     assert psutil.wait_procs(last, 10)[1] == []
 
 
-@pytest.mark.parametrize("kernels_name", ["", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels_name", ["", "reference"])
 def test_no_rank_outlives_a_front_that_was_killed(kernels_name, nanochat_fixtures):
     with server(nanochat_fixtures / "gen5", "--tp", "2", "--pp", "2", "--kv-cache-memory", "8M",
                 env=os.environ | {"CHAT_SERVER_KERNELS": kernels_name}) as (front, url):
@@ -285,6 +287,7 @@ async def test_a_replica_ends_when_a_rank_draws_other_tokens(monkeypatch):
         ranks.note(0, 8)
 
 
+@pytest.mark.slow
 def test_more_ranks_than_the_model_has_heads_are_refused_in_one_line(default_model_path):
     run = subprocess.run([sys.executable, cs.__file__, "generate", str(default_model_path), "--tp", "10", "--prompt", "x"],
                          capture_output=True, text=True, timeout=60)

@@ -27,6 +27,7 @@ from engines import make_batch, tensors_of
 from families import (CHAT, LONG, MODELS, TOLERANCE, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, save_packed, transformer,
                       write_tokenizer)
 from hub_configs import HUB_CONFIGS
+from nightly import by_day
 from patching import patch
 from real_server import ask, events, get, post, server
 
@@ -76,8 +77,7 @@ def test_longrope_takes_its_short_factors_where_the_context_is_no_longer_than_th
         assert engine.context_length == pages * PAGE_SIZE and made.spec.rope_factors == spec.rope_factors
 
 
-@pytest.mark.parametrize("name", ["qwen3", "smollm3", "gemma2", "gemma3", "phi3-long",
-                                  *(pytest.param(each, marks=pytest.mark.slow) for each in ("gpt-oss", "qwen3moe-normed"))])
+@pytest.mark.parametrize("name", by_day(["qwen3", "smollm3", "gemma2", "gemma3", "phi3-long", "gpt-oss", "qwen3moe-normed"], "gemma3", "phi3-long"))
 def test_cuda_kernels_compute_what_transformers_computes(made, name, request):
     backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
     emulated = backends.Emulated(request.getfixturevalue("emulation_library"))
@@ -156,7 +156,7 @@ GGUF_MODELS = {             # what of MODELS a file of each architecture can say
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", GGUF_MODELS)
+@pytest.mark.parametrize("name", by_day(GGUF_MODELS, "llama3.1", "phi3-long", "gemma3", "qwen3moe", "gpt-oss"))
 def test_the_same_model_as_gguf_computes_the_same(made, name, backend, tmp_path):
     changes = GGUF_MODELS[name]
     model, (folder, cases) = make_model(name, **changes), made(name, **changes)

@@ -39,6 +39,7 @@ from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.load import open_model
 from engines import tensors_of
+from nightly import by_day
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
 
 GENERATIONS = [f"gen{number}" for number in range(1, 6)]
@@ -417,12 +418,12 @@ def one_line(outcome, *words):
     assert all(word in last for word in words), last
 
 
-@pytest.mark.parametrize("model, locked", [
+@pytest.mark.parametrize("model, locked", by_day([
     ("x.gguf", "x.gguf"), ("folder", "folder"), ("folder/x.gguf", "folder"), ("folder/below/more", "folder"),
     ("base", "base"), ("base", "base/chatsft_checkpoints"), ("base", "base/chatsft_checkpoints/d4"),
     ("base", "base/chatsft_checkpoints/d4/model_000650.pt"),
     ("base", "base/chatsft_checkpoints/d4/meta_000650.json"),
-    ("base", "base/tokenizer/tokenizer.pkl")])
+    ("base", "base/tokenizer/tokenizer.pkl")], ("x.gguf", "x.gguf"), ("folder/below/more", "folder"), ("base", "base/tokenizer/tokenizer.pkl")))
 def test_a_model_that_may_not_be_read_is_one_line(tmp_path, nanochat_fixtures, model, locked):
     shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "base")
     (tmp_path / "folder" / "below").mkdir(parents=True)

@@ -1,0 +1,11 @@
+"""Parameters of a test of which CI runs some, and the night all."""
+
+import pytest
+
+
+def by_day(values, *kept):
+    """`values` (tuples are a case's arguments); those that are not among `kept` are marked slow."""
+    values, kept = list(values), list(kept)
+    assert all(each in values for each in kept), [each for each in kept if each not in values]
+    return [each if each in kept else pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.slow)
+            for each in values]
