@@ -233,7 +233,7 @@ def opened(path, monkeypatch, backend=None, dtype=None):
 
 
 @pytest.mark.parametrize("name, kind", [
-    ("qwen3moe", "q8_0"), pytest.param("gpt-oss", "mxfp4", marks=pytest.mark.slow), pytest.param("folder", "mxfp4", marks=pytest.mark.slow)])
+    pytest.param("qwen3moe", "q8_0", marks=pytest.mark.slow), pytest.param("gpt-oss", "mxfp4", marks=pytest.mark.slow), ("folder", "mxfp4")])
 def test_a_files_experts_stay_packed_and_logits_are_those_of_its_weights(emulated, expert_files, monkeypatch, name, kind):
     """Chunks of 8 rows, of which all products are in float32, and two sequences' decode rows, beyond gpt-oss' window of 24."""
     # a folder's floats are bfloat16 for both

@@ -567,6 +567,7 @@ def test_a_page_from_a_file_talks_to_a_server_that_admits_it(page):
         expect(answers(page)).to_contain_text("Hello, world!")
 
 
+@pytest.mark.slow
 def test_the_default_model_is_called_what_it_is(page, server_url, stand_in):
     open_page(page, stand_in.url)
     expect(page.get_by_text("demonstration model")).to_have_count(0)

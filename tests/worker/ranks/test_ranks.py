@@ -135,9 +135,9 @@ def kernels(monkeypatch):
     installed_core.cache_clear()
 
 
-CASES = [pytest.param(layout, names, id=f"{layout}-{kind}", marks=[] if (layout, kind) in (("tp2", "some"), ("tp2-pp2", "some")) else [pytest.mark.slow])
-         for layout in LAYOUTS for kind, names in (("some", EACH_TIME), ("all", (*MODELS, *GENERATIONS)))
-         if (kind == "all" or layout not in ("pp2", "pp3", "tp2-pp2-gloo"))]
+CASES = [pytest.param(layout, names, id=f"{layout}-{kind}", marks=[] if (layout, kind) in (("tp2", "some"), ("tp2-pp2", "two")) else [pytest.mark.slow])
+         for layout in LAYOUTS for kind, names in (("two", ("gpt-oss", "gen5")), ("some", EACH_TIME), ("all", (*MODELS, *GENERATIONS)))
+         if kind == "all" or (layout, kind) in (("tp2", "some"), ("tp2-pp2", "two"))]
 
 
 @pytest.mark.parametrize("layout, names", CASES)
