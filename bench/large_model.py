@@ -102,7 +102,7 @@ def compare(folder, kinds, more):
 def quality(folder, kinds, chunks):
     import quality as measured
     import torch
-    text = "\n\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "bench/RESULTS.md"))
+    text = "\n\n".join(path.read_text(encoding="utf-8") for path in measured.DOCUMENTS)
     for kind in kinds:
         with torch.inference_mode():
             ours = measured.Ours(str(path_of(folder, "F16")), ["--quantize", kind], 32)

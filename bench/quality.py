@@ -4,7 +4,7 @@ weights.
     python bench/quality.py [MODEL] [--llama-perplexity PATH] [--text FILE ...] [--chunks 8] [--own-weights]
                             [--server-args "..."]
 
-Real text (by default README.md and bench/RESULTS.md) is cut into chunks of 512 tokens. At the positions of
+Real text (by default README.md and docs/*.md) is cut into chunks of 512 tokens. At the positions of
 each chunk's second half the next-token distributions are compared: top-1 agreement and mean KL(float32 ||
 measured) with their standard errors, largest KL, perplexity. For a GGUF file the judge is transformers in
 float32 on the dequantized weights; for a nanochat checkpoint it is our reference ops in float32.
@@ -34,6 +34,7 @@ import numpy
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 sys.path.insert(0, str(ROOT))
 from chatlm import cli    # noqa: E402
 from chatlm.common.config import PAGE_SIZE    # noqa: E402
@@ -222,7 +223,7 @@ def parse_command_line():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="a GGUF file or a nanochat folder (default: the server's default model)")
     parser.add_argument("--llama-perplexity", help="the binary to compare with (GGUF files only)")
-    parser.add_argument("--text", nargs="+", type=Path, default=[ROOT / "README.md", ROOT / "bench" / "RESULTS.md"])
+    parser.add_argument("--text", nargs="+", type=Path, default=DOCUMENTS)
     parser.add_argument("--chunks", type=int, default=8, help="of 512 tokens each")
     parser.add_argument("--rows", type=int, default=32, help="tokens in one step of ours; at most --max-batch")
     parser.add_argument("--ubatch", type=int, default=512, help="tokens in one step of llama.cpp")

@@ -81,10 +81,15 @@ def test_a_name_that_is_not_there_is_found():
         "`static/strings.js`: `ROUTES`") and wrong("`csrc/cpu/tiles/tiles.h`: `Nothing`") and wrong("`test_nothing.py`")
 
 
-@pytest.mark.parametrize("title", ["Houses and rooms", "Processes", "Exactness and failover"])
+@pytest.mark.parametrize("title", ["In short", "Houses and rooms", "Processes", "Exactness and failover"])
 def test_the_other_sections_name_what_is_there(title):
     text = re.sub("`(Settings|row_invariant|chat|generate)`", "", SECTIONS[title])      # words of users, a name said in passing
     assert named(text) and wrong(text) == []
+
+
+def test_the_steps_of_the_usual_changes_name_what_is_there():
+    steps = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n### Add a route")[1]
+    assert len(named(steps)) > 30 and wrong(steps) == []
 
 
 def test_the_life_of_a_request_can_be_read_in_an_evening():

@@ -27,7 +27,8 @@ from tiny_gguf import small_gguf_metadata, write_gguf
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-CORPUS = [*(REPOSITORY / "README.md").read_text().splitlines(), *Path(__file__).read_text().splitlines(),
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+CORPUS = [*(line for path in (*DOCUMENTS, Path(__file__)) for line in path.read_text(encoding="utf-8").splitlines()),
           *["日本語のテキスト 中文 한국어 텍스트 français, naïve Zürich don't WE'LL i'm 1234 567 ½ ² ٣٤٥", "  \t  \n\n", "HTTPServer iPhone"] * 9]
 DIFFICULT = [
     "", " ", "  ", "   x", "x   ", "a  b   c    d", "\t\tif x:\n\t\t\treturn 1\n", "\n\n\n a\r\n\r\n b", "a\u00a0b\u3000c\u2003",
@@ -144,6 +145,7 @@ def test_an_unknown_pre_tokenizer_is_named_with_those_that_are_known(pre):
 
 
 PREFIXED, PLAIN = {}, {"add_space_prefix": False}
+CONTROL = ["<unk>", "<s>", "</s>", "<|user|>", "<|end|>", "<|endoftext|>"]
 
 
 def sentencepiece_vocabulary():
@@ -151,14 +153,14 @@ def sentencepiece_vocabulary():
     family = tokenizers.Tokenizer(models.BPE())
     family.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     family.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=900, limit_alphabet=120, show_progress=False))
-    tokens = sorted(family.get_vocab(), key=family.token_to_id)
+    tokens = [token for token in sorted(family.get_vocab(), key=family.token_to_id) if token not in CONTROL]
     tokens = [token for token in tokens if len(token) > 1] + [token for token in tokens if len(token) == 1]
     return {token: -float(i) for i, token in enumerate(tokens)}
 
 
 def sentencepiece_gguf(tmp_path, users=(), architecture="llama", **more):
     pieces = sentencepiece_vocabulary()
-    tokens = ["<unk>", "<s>", "</s>", "<|user|>", "<|end|>", "<|endoftext|>", *users, *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens = [*CONTROL, *users, *(f"<0x{byte:02X}>" for byte in range(256))]
     scores = [-1000.0] * len(tokens) + list(pieces.values())
     types = [2, 3, 3, 3, 3, 3] + [4] * len(users) + [6] * 256 + [1] * len(pieces)
     metadata = {"general.architecture": architecture, "tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default",

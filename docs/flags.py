@@ -1,0 +1,69 @@
+"""Makes docs/flags.md from the table of flags.
+
+    python docs/flags.py
+"""
+
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent))
+
+from chatlm.common.config import FLAGS      # noqa: E402
+
+INTRODUCTION = """\
+# Flags
+
+`python docs/flags.py` makes this file from `FLAGS` in `chatlm/common/config.py`, and a test compares the two. `python chat_server.py
+--help` shows the same, and `chat --help` and `generate --help` show what these commands take. `check` has no flags, and
+`bundle` has `--without-core` alone.
+
+A value is taken from the first of these places that has one:
+
+1. the flag: `--max-tokens 512`
+2. the environment variable of the same name: `CHAT_SERVER_MAX_TOKENS=512`. For a flag that may repeat, values are separated by commas
+3. the file that `--config` or `CHAT_SERVER_CONFIG` names, in TOML: `max-tokens = 512`, `served-model-name = ["a", "b"]`
+4. the default
+
+MODEL is `CHAT_SERVER_MODEL` and `model = "model.gguf"`. A switch is turned off by `no` before its name, as in `--no-drafts`, or by `false`
+in the other two places. Sizes have the suffixes K, M, G and T. A flag belongs to `serve`, `chat` and `generate` unless its row names its commands.
+
+`-p` has two meanings, as in nanochat: the port for `serve`, the prompt for `chat` and `generate`.
+"""
+
+SAMPLING = """
+Without a sampling flag the model's makers decide, if they say something: in the `general.sampling` keys of a GGUF file, or in the
+`generation_config.json` of a folder (`do_sample: false` is temperature 0). For the default model they say temperature 0.2 and top-p 0.9.
+The log and `/stats` say which values hold and where each comes from.
+"""
+ALL_COMMANDS = "serve chat generate"
+
+
+def default(option) -> str:
+    if isinstance(option.default, bool):
+        return "on" if option.default else ""
+    value = f"{option.default:g}" if isinstance(option.default, float) else option.default
+    return "" if value in (None, (), "") else f"`{value}`"
+
+
+def row(option) -> str:
+    """A row of a table: names and commands, short form, default, meaning."""
+    names = " ".join(f"`--{name}`" for name in option.name.split())
+    commands = "" if option.commands == ALL_COMMANDS else f" ({', '.join(option.commands.split())})"
+    meaning = option.help + (f": {', '.join(option.choices)}" if option.choices else "")
+    return f"| {names}{commands} | {f'`-{option.short}`' if option.short else ''} | {default(option)} | {meaning} |"
+
+
+def page() -> str:
+    """docs/flags.md."""
+    parts = [INTRODUCTION]
+    for flag in FLAGS:
+        if isinstance(flag, str):
+            parts.append(f"\n## {flag}\n\n| flag | short | default | meaning |\n|---|---|---|---|\n")
+        else:
+            parts.append(row(flag) + "\n")
+    return "".join(parts).replace("\n\n## In the terminal", f"\n{SAMPLING}\n## In the terminal", 1)
+
+
+if __name__ == "__main__":
+    (DOCS / "flags.md").write_text(page(), encoding="utf-8")

@@ -1,0 +1,159 @@
+"""What the documents say is so: their links lead somewhere, their commands and flags exist, their tables are the program's."""
+
+import importlib.util
+import json
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import chat_server
+from chatlm.cli import parse_bundle_words, parse_command_line
+from chatlm.common.config import OPTIONS
+from chatlm.common.errors import ConfigError
+from chatlm.front.api.kinds import CONSTRAINT_FIELDS
+from chatlm.common.hub.huggingface import SHORT_NAMES
+from chatlm.worker.weights.families import FAMILIES
+from chatlm.worker.weights.gguf_file import GGUF_FAMILIES
+
+ROOT = Path(__file__).resolve().parent.parent
+HISTORY = sorted((ROOT / "bench" / "history").glob("*.md"))
+TODAY = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")),
+         ROOT / "bench" / "RESULTS.md", ROOT / "csrc" / "README.md"]
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+OTHERS_FLAGS = {           # of torchrun, Docker, apt, pip, Ray, pytest and vLLM, and of the program without a row in FLAGS
+    "nnodes", "node-rank", "master-addr", "nproc-per-node", "cache-dir", "install-recommends", "create-home", "max-num-seqs", "max-model-len",
+    "head", "address", "dist", "build-base", "build-lib", "benchmark-enable", "version", "help", "without-core"}
+
+
+@cache
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a document's headings, as the common hosts of repositories make them."""
+    found = set()
+    for title in re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.MULTILINE):
+        name = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        number = next(number for number in range(len(found) + 1) if f"{name}-{number}".removesuffix("-0") not in found)
+        found.add(f"{name}-{number}" if number else name)
+    return found
+
+
+def broken_links(path: Path, text: str) -> list[str]:
+    """Links, and pictures, to what is not there; those to other sites are not looked at."""
+    targets = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", FENCED.sub("", text))
+    broken = []
+    for target in map("".join, targets):
+        name, _, anchor = target.partition("#")
+        place = path.parent / name if name else path
+        if not (target.startswith("https://") or place.exists() and (
+                not anchor or anchor in anchors(text if place == path else text_of(place)))):
+            broken.append(target)
+    return broken
+
+
+def commands(text: str) -> list[str]:
+    """The lines of fenced blocks and the inline code that start a program of this repository."""
+    lines = [line for block in FENCED.findall(text) for line in block.split("\n")]
+    lines += re.findall(r"`([^`]+)`", FENCED.sub("", text))
+    return [part.strip() for line in lines for part in re.split(r"&&|\|", line.replace("\n", " "))]
+
+
+@pytest.mark.parametrize("path", [*TODAY, *HISTORY], ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_within_the_repository_leads_somewhere(path):
+    assert broken_links(path, text_of(path)) == []
+
+
+def test_a_link_that_leads_nowhere_is_found():
+    text = "# One\n## A b: `c`\n[a](#a-b-c) [b](#nothing) [c](SECURITY.md#limits) [d](SECURITY.md#x) [e](no.md) ![f](docs/light.png)\n" \
+           "<img src=\"docs/no.png\">\n```\n# no heading [x](y)\n```\n[g](#no-heading-xy)"
+    assert broken_links(ROOT / "README.md", text) == ["#nothing", "SECURITY.md#x", "no.md", "docs/no.png", "#no-heading-xy"]
+    assert anchors("# A\n# A\n# B_c (d.e)") == {"a", "a-1", "b_c-de"}
+
+
+@pytest.mark.parametrize("path", TODAY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_exist(path):
+    names = re.findall(r"(?<![\w/.-])((?:bench|chatlm|csrc|docs|static|tests|\.ci)/[\w./{},-]*[\w/])", text_of(path))
+    assert [name for name in names if "{" not in name and not (ROOT / name).exists()] == []
+
+
+def words_of_benches(*names: str) -> set[str]:
+    """What may be a flag of these benches, since they declare some in loops."""
+    return {word.replace("_", "-") for name in names for word in re.findall(r"[a-z][a-z_-]*", text_of(ROOT / name))}
+
+
+@pytest.mark.parametrize("path", TODAY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_flags_that_are_named_exist(path):
+    text, ours = text_of(path), {name for option in OPTIONS for name in option.name.split()} | OTHERS_FLAGS
+    if path.name == "RESULTS.md":       # where one program's flags are named apart from it
+        ours |= words_of_benches(*(f"bench/{bench.name}" for bench in (ROOT / "bench").glob("*.py")))
+    text = re.sub(r"^.*python bench/.*$|```", "", text, flags=re.MULTILINE) if "```" in text else text
+    text = re.sub(r"`[^`]*`", lambda code: "" if "bench/" in code[0] else code[0], text)
+    named = re.findall(r"(?<![\w-])--([a-z]+(?:-[a-z]+)*)", text)
+    assert [name for name in named if name.removeprefix("no-") not in ours] == []
+
+
+@pytest.mark.parametrize("path", TODAY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_that_are_shown_are_understood(path):
+    for command in commands(text_of(path)):
+        if match := re.search(r"(?:python3?|torchrun .*) chat_server\.pyz?\b(.*)", command):
+            words = shlex.split(match[1].replace("...", "x"), comments=True)
+            if words[:1] == ["bundle"]:
+                parse_bundle_words(words[1:])
+            elif not {"--help", "--version"} & set(words):
+                parse_command_line(words, {})       # a ConfigError names what is wrong
+        elif match := re.search(r"python (bench/\w+\.py)([^#\"]*)", command):
+            more = ["bench/compare.py"] if "large_model" in match[1] else []        # which gets the flags that are not its own
+            assert set(re.findall(r" --([a-z-]+)", match[2])) <= words_of_benches(match[1], *more), command
+
+
+def test_a_command_that_is_wrong_is_found(monkeypatch):
+    wrong = ["python chat_server.py serve --no-such-flag", "python chat_server.pyz --port x", "python bench/load.py URL --wrong 1",
+             "python bench/nothing.py"]
+    for command in wrong:
+        path = Path("wrong.md")
+        monkeypatch.setattr(f"{__name__}.text_of", lambda name: f"```\n{command}\n```" if name == path else name.read_text())
+        with pytest.raises((ConfigError, AssertionError, FileNotFoundError)):
+            test_commands_that_are_shown_are_understood(path)
+
+
+def test_the_page_of_flags_is_made_from_the_table():
+    made = importlib.util.spec_from_file_location("flags", ROOT / "docs" / "flags.py")
+    module = importlib.util.module_from_spec(made)
+    made.loader.exec_module(module)
+    assert text_of(ROOT / "docs/flags.md") == module.page()
+    assert all(f"| `--{option.name.split()[0]}`" in module.page() for option in OPTIONS)
+
+
+def test_every_route_is_in_the_page_of_apis_and_its_curls_send_fields_that_exist():
+    text = text_of(ROOT / "docs/api.md")
+    routes = {route.pattern: {field.name for field in route.fields} for route in chat_server.ROUTES}
+    assert [pattern for pattern in routes if f"{pattern}`" not in text] == []
+    examples = re.findall(r"^curl .*:8000(\S+) -d '(.*)'$", text, re.MULTILINE)
+    assert len(examples) > 5 and all(json.loads(body).keys() <= routes[path] for path, body in examples)
+    fields = text.split("## Fields")[1].split("## Reasoning")[0]
+    named = set(re.findall(r"\w+", fields))
+    assert {name for path, names in routes.items() if path.startswith(("/chat", "/v1")) for name in names} - named == {
+        # refused, or without an effect here
+        "best_of", "suffix", "modalities", "previous_response_id", "conversation", "background", "dimensions",
+        # in sections of their own
+        "encoding_format", "pooling", *(field.name for field in CONSTRAINT_FIELDS)}
+    constraints = re.findall(r"\w+", text.split("## Answers in a format")[1].split("## ")[0])
+    assert {field.name for field in CONSTRAINT_FIELDS} <= {*constraints}
+
+
+def test_the_families_are_those_of_the_program():
+    table = text_of(ROOT / "docs/models.md").split("## Families")[1].split("## ")[0]
+    rows = [line.split("|") for line in table.split("\n") if line.startswith("| ")][1:]
+    folders, files = (set(re.findall(r"`([a-z0-9_-]+)`", " ".join(row[column] for row in rows))) for column in (2, 3))
+    assert folders == {*FAMILIES, "gemma3"} and files == set(GGUF_FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/models.md"])
+def test_short_names_that_are_shown_are_known(name):
+    names = re.findall(r"`((?:llama|qwen|gemma|smollm|mistral|phi|gpt-oss)[\w.:-]*)`", text_of(ROOT / name).split("Families\n")[0])
+    assert len(names) > 5 and [name for name in names if name.replace(":", "-") not in SHORT_NAMES] == []
