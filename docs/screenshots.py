@@ -1,4 +1,4 @@
-"""Makes the README's pictures: the page in light and dark, on a phone, and the terminal, with the default model.
+"""Makes the pictures of the documents: the page in light and dark, on a phone, and the terminal, with the default model.
 
     python docs/screenshots.py          needs chromium, playwright (in the test extra) and tmux
 """
