@@ -51,7 +51,7 @@ The rooms, each above those that it may import
 
 Life of a request
 
-    Front.handle_answer > read_native_call > native_messages > LocalPool.answer > PromptMaker.admit
+    Front.handle_answer > read_native_body > native_messages > LocalPool.answer > PromptMaker.admit
         > Tokenizer.render > LocalPool.dispatch > Worker.start > Pipe.packed                    front process
         > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start
         > Transformer.forward > sample_reference > Scheduler.advance > Answer.push
@@ -119,11 +119,11 @@ from typing import Any, TYPE_CHECKING
 from chatlm import __version__
 from chatlm.cli import hide_api_keys, parse_bundle_words, parse_command_line
 from chatlm.common.bundle import write_bundle
-from chatlm.common.config import LIMITS, with_model
+from chatlm.common.config import LIMITS, with_own_sampling
 from chatlm.common.errors import (
     ChatServerError, ConfigError, Overloaded, RequestError, bad_value, lack_of_memory, require_library, shown)
 from chatlm.common.log import ProgressDisplay, log, start_logging
-from chatlm.common.memory import calm_collector
+from chatlm.common.memory import tune_gc
 from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.start import PROCESS_COMMAND
@@ -132,7 +132,7 @@ from chatlm.common.program import other_program, page_files, program_root
 from chatlm.front.aio import first_of, stop_signals
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.fields import json_object
-from chatlm.front.api.readers import CALL_READERS, TEXT_ROUTES, names_model
+from chatlm.front.api.readers import ANSWER_READERS, TEXT_READERS, names_model
 from chatlm.front.api.tables import (
     COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS,
     OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS,
@@ -151,7 +151,7 @@ from chatlm.front.server.streams import Budget, EventStream, Holding, read_bytes
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.messages.protocol import Call
+    from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event, Request
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.api.encode import Encoder
@@ -221,12 +221,12 @@ class Front:
         self.tokenizer()
         return await read_large(route, body, REQUEST_LOG.get().client)
 
-    async def read_call(self, http: web.Request, holding: Holding) -> Call:
-        """Read a request body with one of CALL_READERS. `holding` then holds what stays of a large one."""
+    async def read_call(self, http: web.Request, holding: Holding) -> ParsedBody:
+        """Read a request body with one of ANSWER_READERS. `holding` then holds what stays of a large one."""
         record, admission = REQUEST_LOG.get(), self.pool.admission
         with Holding(self.budget, record.client) as reading:
             call = await self.read_body(
-                http, reading, lambda route, body: CALL_READERS[route](body, self.known()),
+                http, reading, lambda route, body: ANSWER_READERS[route](body, self.known()),
                 partial(admission.read_large, owner=self.page_owner(record.client)))
         if call.request.prompt_ids is not None:
             holding.keep(call.size)
@@ -236,16 +236,16 @@ class Front:
         return replace(call, request=self.owned(call.request))
 
     async def read_text(self, http: web.Request, holding: Holding) -> bytes:
-        """What one of TEXT_ROUTES makes of the body."""
+        """What one of TEXT_READERS makes of the body."""
         self.tokenizer()
         client, admission = REQUEST_LOG.get().client, self.pool.admission
         text = await self.read_body(
-            http, holding, lambda route, body: TEXT_ROUTES[route](body, admission.prompts, client),
+            http, holding, lambda route, body: TEXT_READERS[route](body, admission.prompts, client),
             admission.answer_text)
         return text if isinstance(text, bytes) else await text
 
     def known(self) -> Known:
-        return Known(with_model(self.settings, self.pool), self.pool.model_name,
+        return Known(with_own_sampling(self.settings, self.pool), self.pool.model_name,
                      self.pool.tokenizer and self.pool.tokenizer.tool_format, self.pool.ready)
 
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
@@ -555,7 +555,7 @@ def main(argv: Seq[str] | None = None) -> int:
         if settings.command == "check":
             return subprocess.run([*PROCESS_COMMAND, "check"]).returncode  # the script needs no torch
         if settings.command == "serve":
-            calm_collector()
+            tune_gc()
         return run_command(settings)
     except BrokenPipeError:  # as in `generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -28,7 +28,7 @@ import psutil
 ROOT = Path(os.environ.setdefault("CHAT_SERVER_DIR", str(Path(__file__).resolve().parent.parent)))   # Ray runs a copy of this file
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 import chat_server      # noqa: E402
-from chatlm.common.memory import calm_collector    # noqa: E402
+from chatlm.common.memory import tune_gc    # noqa: E402
 from chatlm.common.config import Settings    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.messages.protocol import WORKER_PIPE, Cancel, ModelCard, NewAnswer, Ready, Stepped    # noqa: E402
@@ -80,7 +80,7 @@ def worker_role(arguments):
 def front(port, workers, parent):
     """The real server with fake workers behind it."""
     die_with_parent(parent)
-    calm_collector()
+    tune_gc()
     os.sched_setaffinity(0, FRONT_CORE)
     settings = Settings(model=str(ROOT / "tests/fixtures/nanochat/gen5"), host="127.0.0.1", port=port, num_workers=workers,
                         device_type="cpu", max_batch=1024, max_queue=1024, ray_address=os.environ.get("FAKE_RAY"))

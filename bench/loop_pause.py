@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(ROOT))
 import chat_server      # noqa: E402
-from chatlm.common.memory import calm_collector    # noqa: E402
+from chatlm.common.memory import tune_gc    # noqa: E402
 from chatlm.common.config import LIMITS, Settings    # noqa: E402
 
 NATIVE, CHAT, COMPLETIONS, TOKENIZE = "/chat/completions", "/v1/chat/completions", "/v1/completions", "/tokenize"
@@ -103,7 +103,7 @@ def watched_server():
         return await chat_server.serve_forever(settings)
 
     asyncio.events.Handle._run = timed
-    calm_collector()
+    tune_gc()
     asyncio.run(serve(Settings(host="127.0.0.1", port=0)))
 
 

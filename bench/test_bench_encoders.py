@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from chatlm.common.messages.protocol import Call    # noqa: E402
+from chatlm.common.messages.protocol import ParsedBody    # noqa: E402
 from chatlm.common.messages.requests import Accepted, Finished, Piece, Request    # noqa: E402
 from chatlm.front.api.encoders import ENCODERS, EmbeddingsEncoder    # noqa: E402
 
@@ -23,7 +23,7 @@ STREAMED = [api for api, kind in ENCODERS.items() if kind is not EmbeddingsEncod
 @pytest.mark.parametrize("api", STREAMED)
 def test_a_streamed_answer_is_encoded(benchmark, api):
     def encode():
-        encoder = ENCODERS[api](Call(Request("x", messages=()), api=api), "model")
+        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), api=api), "model")
         return [encoder.start(Accepted(7)), *map(encoder.encode, PIECES), encoder.encode(END)]
 
     assert b"".join(benchmark(encode)).count(b" word") >= len(PIECES)
@@ -36,7 +36,7 @@ def test_embeddings_are_encoded(benchmark, encoding):
     request = Request("x", prompts=("a",) * 100, pooling="mean")
 
     def encode():
-        encoder = EmbeddingsEncoder(Call(request, api="embeddings", details={"encoding": encoding}), "model")
+        encoder = EmbeddingsEncoder(ParsedBody(request, api="embeddings", details={"encoding": encoding}), "model")
         for choice in range(100):
             encoder.collect(Piece("x", (), "", "stop", embedding=vector, choice=choice))
             encoder.collect(replace(END, choice=choice))

@@ -275,7 +275,7 @@ def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
     return tuple(ApiKey.hashed(key, name) for name, key in given)
 
 
-def with_model(settings: Settings, pool) -> Settings:
+def with_own_sampling(settings: Settings, pool) -> Settings:
     own, origin = pool.own_sampling
     return replace(settings, own_sampling=own, own_origin=origin)
 

@@ -60,7 +60,7 @@ def trim_heap():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def calm_collector():
+def tune_gc():
     """Make full garbage collections rare: with 1,000 streams, each stops the event loop for 80 ms.
 
     bench/load_front.py, p99 of the added delay, alternating runs: 101-129 ms with Python's thresholds,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlm.common.config import DEFAULT_MAX_TOKENS, SAMPLING_DEFAULTS, with_model
+from chatlm.common.config import DEFAULT_MAX_TOKENS, SAMPLING_DEFAULTS, with_own_sampling
 from chatlm.common.core import decode_core, kernels_line
 from chatlm.common.errors import ChatServerError, ConfigError, RequestError, did_you_mean, shown
 from chatlm.common.jsontext import as_json, whole_unicode
@@ -170,7 +170,7 @@ class Chat:
         chat, reply, before = self.conversation, Reply(), self.conversation.leaf
         chat.leaf, cut = last["id"], last["role"] == "assistant"
         seed = {"seed": last["seed"]} if cut and type(last.get("seed")) is int else {}
-        request = new_request(with_model(self.settings, self.pool), seed | chat.parameters,
+        request = new_request(with_own_sampling(self.settings, self.pool), seed | chat.parameters,
                               messages=chat.messages(), template_options=CONTINUE if cut else {},
                               progress=self.terminal.interactive)
         chat.leaf, note = before, "interrupted"
@@ -368,7 +368,7 @@ async def generate(settings: Settings) -> int:
     text, reply, writer = prompt_text(settings), Reply(), PlainWriter(silent=settings.json)
     turns = [Message("system", settings.system)] if settings.system else []
     async with open_pool(settings) as pool:
-        settings = with_model(settings, pool)
+        settings = with_own_sampling(settings, pool)
         if not settings.url and decode_core() is None:
             print(kernels_line(), file=sys.stderr)
         request = new_request(settings, messages=(*turns, Message("user", text)))

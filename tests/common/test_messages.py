@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from chatlm.common.config import Settings
-from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, Begun, Body, Call, Cancel, EndOfRequest, Gone, Known, Loading,
-                                             ModelCard, NewAnswer, NewPrompt, NewRequest, Node, Nodes, Ping, Place, Placed, RayConfig, Ready,
+from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, Begun, Body, Cancel, EndOfRequest, Gone, Known, Loading,
+                                             ModelCard, NewAnswer, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, Place, Placed, RayConfig, Ready,
                                              Refused, Release, Result, SandboxConfig, Stepped, Task, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import AnswerParams, CallDelta, Message, ModelSource, Piece, Request, SamplingParams, TextSpec, TokenLogprob
 from chatlm.common.messages.wire import HEADER, BadMessage, restorer, unpacked
@@ -70,8 +70,8 @@ def test_every_message_comes_out_as_it_went_in(message):
 def test_a_request_comes_out_of_a_sandbox_as_it_went_in():
     request = Request("r", (Message("user", "hi", {"tool_calls": [{"a": 1}]}), Message("assistant", "")), ("text", (1, 2, 3)), ((4, 5), ()),
                       tools=({"function": {"name": "f"}},), stop=("x",), grammar="g")
-    for call in (Call(request, False, True, True), Call(Request("s", prompts=("a", "b")))):
-        assert restorer(Call)(through_the_pipe(Result(call)).value) == call
+    for parsed in (ParsedBody(request, False, True, True), ParsedBody(Request("s", prompts=("a", "b")))):
+        assert restorer(ParsedBody)(through_the_pipe(Result(parsed)).value) == parsed
 
 
 def test_there_is_an_example_of_every_message_and_each_has_a_limit():

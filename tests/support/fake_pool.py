@@ -14,7 +14,7 @@ from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
 from chatlm.front.api.fields import json_object
-from chatlm.front.api.readers import CALL_READERS, TEXT_ROUTES
+from chatlm.front.api.readers import ANSWER_READERS, TEXT_READERS
 from chatlm.front.server import access, connections
 
 
@@ -69,10 +69,10 @@ class FakePool:
 
     async def read_large(self, reader, body, client, owner):
         known = Known(Settings(), self.model_name, self.tokenizer.tool_format)
-        return await asyncio.to_thread(CALL_READERS[reader], json_object(body), known)
+        return await asyncio.to_thread(ANSWER_READERS[reader], json_object(body), known)
 
     async def answer_text(self, route, body, client):
-        return await TEXT_ROUTES[route](json_object(body), self.prompts)
+        return await TEXT_READERS[route](json_object(body), self.prompts)
 
     async def answer(self, request):
         for source in filter(None, (request.grammar, *request.call_grammars)):

@@ -257,7 +257,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Call:
+class ParsedBody:
     """The parsed body of a route that answers: what it asks, and how to write the answer."""
 
     request: Request
@@ -269,7 +269,7 @@ class Call:
     ignored_tools: tuple[str, ...] = ()  # types of tools that no model here can have
     repeated: bytes = b""                # what the answer repeats of the body: members of a JSON object
 
-    def lasting(self) -> Call:
+    def lasting(self) -> ParsedBody:
         """What the encoder of the answer needs; only an echo repeats prompts."""
         request = self.request.lasting()
         return replace(self, request=replace(request, prompts=self.request.prompts) if self.echo else request)

@@ -1,7 +1,7 @@
-"""How messages cross a pipe: as frames, each pipe with its own types of message.
+"""How messages cross a pipe: packed, each pipe with its own types of message.
 
-A frame is one byte for the type's place in its `Pipe`, four bytes for the length, then a JSON list of the
-fields: plain data alone, so reading one cannot run code."""
+A packed message is one byte for the type's place in its `Pipe`, four bytes for the length, then a JSON list
+of its fields: plain data alone, so reading one cannot run code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from typing import Any
 
 
 def wire_message(max_bytes: int) -> Callable[[type], type]:
-    """Makes a class a message: a frozen dataclass, whose frame has at most `max_bytes` bytes."""
+    """Makes a class a message: a frozen dataclass, which has at most `max_bytes` bytes when packed."""
     def register(kind: type) -> type:
         kind.MAX_BYTES = max_bytes
         return dataclass(frozen=True)(kind)
@@ -87,19 +87,19 @@ as_plain_json = json.JSONEncoder(default=plain, check_circular=False, separators
 class Pipe:
     """The types of message that one sort of pipe carries, in either direction; no other is read from it.
 
-    The first is what the parent of a child process sends first. A type's number in a frame is its place here,
-    so it is the same in every process, whichever modules the process has imported and in whichever order."""
+    The first is what the parent of a child process sends first. A type's number in a message is its place
+    here, so it is the same in every process, whichever modules the process has imported, in any order."""
 
     def __init__(self, *kinds: type):
         self.kinds, self.numbers = kinds, {kind: number for number, kind in enumerate(kinds)}
 
     def packed(self, message) -> bytes:
-        """A message as a frame. A RAW message has one field, whose bytes are the body."""
+        """A RAW message has one field, whose bytes are the body."""
         body = message.data if hasattr(message, "RAW") else as_plain_json(message).encode()
         return HEADER.pack(self.numbers[type(message)], len(body)) + body
 
     def kind_and_size(self, header: bytes) -> tuple[type, int]:
-        """Decode a frame's header. BadMessage for an unknown type, or a size above that type's limit."""
+        """Decode a message's header. BadMessage for an unknown type, or a size above that type's limit."""
         number, size = HEADER.unpack(header)
         if number >= len(self.kinds) or size > self.kinds[number].MAX_BYTES:
             raise BadMessage(f"unknown or too large: message type {number}, {size:,} bytes")

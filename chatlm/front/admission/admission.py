@@ -24,7 +24,7 @@ from chatlm.common.jsontext import is_text
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
-    SANDBOX_PIPE, Begun, Body, Call, Known, Refused, Result, SandboxConfig, Task)
+    SANDBOX_PIPE, Begun, Body, Known, ParsedBody, Refused, Result, SandboxConfig, Task)
 from chatlm.common.messages.requests import Message
 from chatlm.common.messages.wire import HEADER, BadMessage, restorer, unpacked
 from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words, start_child
@@ -100,7 +100,7 @@ class Sandbox:
         self.process: subprocess.Popen | None = None
         self.configured = self.closed = self.begun = False
 
-    async def call(self, client: str, task: str, *arguments, body: bytes | None = None):
+    async def perform(self, client: str, task: str, *arguments, body: bytes | None = None):
         """Run a task and return its value. RequestError if it refuses or exceeds a limit."""
         await self.turns.take(client)
         messages = [Task(task, list(arguments)), *([] if body is None else [Body(body)])]
@@ -156,9 +156,9 @@ class Sandbox:
         self.begun = False
         messages, self.configured = messages if self.configured else [self.config, *messages], True
         for message in messages:
-            frame = memoryview(SANDBOX_PIPE.packed(message))
-            for begin in range(0, len(frame), WRITE_BYTES):
-                self.writer.write(frame[begin:begin + WRITE_BYTES])
+            packed = memoryview(SANDBOX_PIPE.packed(message))
+            for begin in range(0, len(packed), WRITE_BYTES):
+                self.writer.write(packed[begin:begin + WRITE_BYTES])
                 await self.writer.drain()
         if not isinstance(message := await next_message(self.reader, SANDBOX_PIPE), Begun):
             raise BadMessage(f"a sandbox said {type(message).__name__} before it had begun a task")
@@ -211,7 +211,7 @@ class Admission:
         tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
         prompts = PromptMaker(
             tokenizer, card.context_length, run=run_in_thread_if_long, fill=lambda arguments, client:
-            self.sandboxes["templates"].call(client, "fill_template", arguments))
+            self.sandboxes["templates"].perform(client, "fill_template", arguments))
         if tokenizer.templated:
             try:
                 await prompts.render([Message("user", "hello")], (), "")  # compiles the template
@@ -243,48 +243,49 @@ class Admission:
         Results are remembered per owner, so that a check's duration does not reveal what others asked."""
         for source in filter(None, (request.grammar, *request.call_grammars)):
             if (owner, source) not in self.valid_grammars:
-                await self.sandboxes["schemas"].call(client, "check_grammar", source, request.grammar_param)
+                param = request.grammar_param
+                await self.sandboxes["schemas"].perform(client, "check_grammar", source, param)
                 self.valid_grammars[owner, source] = None
         while len(self.valid_grammars) > self.VALID_GRAMMARS:
             self.valid_grammars.popitem(last=False)
 
-    async def read_large(self, reader: str, body: bytes, client: str, owner: str) -> Call:
+    async def read_large(self, reader: str, body: bytes, client: str, owner: str) -> ParsedBody:
         """Read a large body of a route that answers, and check its grammar."""
         with self._prepare(client):
-            values = await self.sandboxes["bodies"].call(client, "read_call", reader, body=body)
-            call = await asyncio.to_thread(unpacked_call, values, self.prompts.tokenizer.vocab_size)
+            values = await self.sandboxes["bodies"].perform(client, "read_body", reader, body=body)
+            parsed = await asyncio.to_thread(unpacked_body, values, self.prompts.tokenizer.vocab_size)
             del values
-            await self._check_grammar(call.request, client, owner)
-            return call
+            await self._check_grammar(parsed.request, client, owner)
+            return parsed
 
     async def answer_text(self, route: str, body: bytes, client: str) -> bytes:
         with self._prepare(client):
-            return await self.sandboxes["bodies"].call(client, "answer_text", route, body=body)
+            return await self.sandboxes["bodies"].perform(client, "answer_text", route, body=body)
 
     async def close(self):
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
 
 
-def packed_call(call: Call, prompt_ids: Seq[Seq[int]]) -> list:
-    """A call for the front: millions of ids as JSON numbers would stop its event loop while they are read.
+def packed_body(parsed: ParsedBody, prompt_ids: Seq[Seq[int]]) -> list:
+    """For the front: millions of ids as JSON numbers would stop its event loop while they are read.
 
     Prompts that are ids are sent once."""
-    prompts = tuple(prompt if is_text(prompt) else () for prompt in call.request.prompts)
-    return [replace(call, request=replace(call.request, prompts=prompts, prompt_ids=None)),
+    prompts = tuple(prompt if is_text(prompt) else () for prompt in parsed.request.prompts)
+    return [replace(parsed, request=replace(parsed.request, prompts=prompts, prompt_ids=None)),
             [array("I", ids).tobytes() for ids in prompt_ids]]
 
 
-def unpacked_call(values: list, vocab_size: int) -> Call:
-    """What packed_call packed. Equal ids are one object, so that each takes 8 bytes. Made piece by piece:
-    other threads get no turn within one call."""
-    call, object_of, prompts = restorer(Call)(values[0]), integers(vocab_size).__getitem__, []
+def unpacked_body(values: list, vocab_size: int) -> ParsedBody:
+    """What packed_body packed. Equal ids are one object, so that each takes 8 bytes. Made piece by piece:
+    other threads get no turn within one call of C."""
+    parsed, object_of, prompts = restorer(ParsedBody)(values[0]), integers(vocab_size).__getitem__, []
     for data in map(base64.b64decode, values[1]):
         prompts.append(prompt := [])
         for begin in range(0, len(data), WRITE_BYTES):
             prompt.extend(map(object_of, array("I", data[begin:begin + WRITE_BYTES])))
     ids = tuple(map(tuple, prompts))
-    prompts = tuple(prompt if is_text(prompt) else own for prompt, own in zip(call.request.prompts, ids))
-    return replace(call, request=replace(call.request, prompts=prompts, prompt_ids=ids))
+    prompts = tuple(prompt if is_text(prompt) else own for prompt, own in zip(parsed.request.prompts, ids))
+    return replace(parsed, request=replace(parsed.request, prompts=prompts, prompt_ids=ids))
 
 
 @functools.cache

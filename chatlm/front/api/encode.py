@@ -17,7 +17,7 @@ from chatlm.common.messages.requests import Piece
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
-    from chatlm.common.messages.protocol import Call
+    from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event, Finished, PromptProgress, TokenLogprob
     from chatlm.common.text.tokenizer import Tokenizer
 
@@ -108,9 +108,9 @@ class Encoder:
     ping, content_type = b": ping\n\n", "text/event-stream; charset=utf-8"
     repeated_bytes = 0
 
-    def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
-        self.call, self.model, self.tokenizer, self.request = call, model, tokenizer, call.request
-        self.repeated_bytes = len(call.repeated)
+    def __init__(self, parsed: ParsedBody, model: str, tokenizer: Tokenizer | None = None):
+        self.parsed, self.model, self.tokenizer, self.request = parsed, model, tokenizer, parsed.request
+        self.repeated_bytes = len(parsed.repeated)
         self.choices = [Choice(index) for index in range((len(self.request.prompts) or 1) * self.request.n)]
 
     def start(self, accepted: Accepted) -> bytes:

@@ -81,7 +81,7 @@ class OpenAIEncoder(Encoder):
     def chunk(self, choice: Choice, body: dict, last: bool = False) -> bytes:
         ending = self.ending(choice) if last else {"finish_reason": None}
         return self.framed({"choices": [{"index": choice.index, **body, **ending}],
-                            **({"usage": None} if self.call.include_usage else {}),
+                            **({"usage": None} if self.parsed.include_usage else {}),
                             **({"timings": timings_body(choice.done)} if last else {})})
 
     def ending(self, choice: Choice) -> dict:
@@ -95,7 +95,7 @@ class OpenAIEncoder(Encoder):
         """What follows the last chunk of the last choice: usage if asked for, and [DONE]."""
         if not all(choice.done for choice in self.choices):
             return b""
-        usage = self.framed({"choices": [], "usage": self.usage()}) if self.call.include_usage else b""
+        usage = self.framed({"choices": [], "usage": self.usage()}) if self.parsed.include_usage else b""
         return usage + b"data: [DONE]\n\n"
 
     def usage(self) -> dict:
@@ -210,7 +210,7 @@ class CompletionEncoder(OpenAIEncoder):
         part = super().take(choice, event)
         if isinstance(event, Piece) and event.prompt_logprobs:  # such a piece carries nothing else
             part = part._replace(logprobs=event.prompt_logprobs)
-        if not self.call.echo or choice.echoed:
+        if not self.parsed.echo or choice.echoed:
             return part
         choice.echoed, prompt = True, self.prompt(choice)  # its first event is a Piece, maybe with no text
         return part._replace(text=(prompt if is_text(prompt) else self.tokenizer.decode(prompt)) + part.text)
@@ -222,7 +222,7 @@ class CompletionEncoder(OpenAIEncoder):
         """Four lists; text_offset is where each token begins in the choice's text, in characters."""
         prompt = self.prompt(choice)
         # Special tokens appear as text only in an echoed prompt.
-        written = prompt if self.call.echo and isinstance(prompt, str) else ""
+        written = prompt if self.parsed.echo and isinstance(prompt, str) else ""
         texts, offsets, tops = [], [], []
         for token, logprob, top in logprobs:
             texts.append(token_text(self.tokenizer, token)[0])

@@ -43,7 +43,7 @@ class ResponsesEncoder(BlockEncoder):
 
     def response(self, status: str, **fields) -> bytes:
         body = self.head | {"status": status, "output": [self.item(block) for block in self.blocks]} | fields
-        return b"%s, %s}" % (dump(body)[:-1], self.call.repeated)
+        return b"%s, %s}" % (dump(body)[:-1], self.parsed.repeated)
 
     def told_response(self, kind: str, response: bytes) -> bytes:
         event = dump({"type": f"response.{kind}", "sequence_number": next(self.numbers)})[:-1]
@@ -188,7 +188,7 @@ class OllamaEncoder(BlockEncoder):
 
     def members(self, text: str = "", reasoning: str = "", calls: Seq[dict] = ()) -> dict:
         more = {"thinking": reasoning} if reasoning else {}
-        if self.call.api != "ollama chat":
+        if self.parsed.api != "ollama chat":
             return {"response": text, **more}
         more |= {"tool_calls": calls} if calls else {}
         return {"message": {"role": "assistant", "content": text, **more}}
@@ -244,7 +244,7 @@ class EmbeddingsEncoder(Encoder):
             self.choices[event.choice].done = event
             return 0
         vector = dump(event.embedding)
-        if self.call.details["encoding"] == "float":  # nine digits tell all float32 numbers apart
+        if self.parsed.details["encoding"] == "float":  # nine digits tell all float32 numbers apart
             numbers = struct.iter_unpack("<f", base64.b64decode(event.embedding))
             vector = b"[%s]" % ",".join(["%.9g" % number for number, in numbers]).encode()
         self.vectors[event.choice] = vector
@@ -252,7 +252,7 @@ class EmbeddingsEncoder(Encoder):
 
     def completion(self) -> Iterator[bytes]:
         count = self.counts()["prompt_tokens"]
-        if self.call.api == "ollama embed":
+        if self.parsed.api == "ollama embed":
             seconds = max(choice.done.ttft_ms for choice in self.choices) / 1e3
             name, each = "embeddings", b"%(vector)s"
             more = {"model": self.model, "total_duration": int(seconds * 1e9), "load_duration": 0,

@@ -128,7 +128,7 @@ def named_tool(tool: dict) -> str | None:
 
 def read_choice(value: str | dict, inside: str = "") -> ToolChoice:
     """tool_choice of any API, in which allowed_tools are the object itself or its member `inside`. To choose
-    a tool that is left out (see Call.ignored_tools) is no choice."""
+    a tool that is left out (see ParsedBody.ignored_tools) is no choice."""
     if is_text(value):
         return ToolChoice(value)
     kind = value.get("type", "function")

@@ -1,4 +1,4 @@
-"""The body of each route becomes a `Call`."""
+"""The body of each route becomes a `ParsedBody`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import DEFAULT_MAX_TOKENS, LIMITS, sampling_defaults
 from chatlm.common.errors import RequestError, invalid, shown
 from chatlm.common.jsontext import dump, is_text
-from chatlm.common.messages.protocol import Call
+from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import Message, Request, SamplingParams
 from chatlm.common.messages.wire import as_plain_json
 from chatlm.common.text.formats import TAGGED_ARGUMENTS
@@ -131,22 +131,22 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
         call_grammars=strict)
 
 
-def read_native_call(body: dict, known: Known) -> Call:
+def read_native_body(body: dict, known: Known) -> ParsedBody:
     """nanochat's body; one that names a model comes from a client of OpenAI whose base URL lacks /v1."""
     if body.get("model") is not None:
-        return read_chat_call(body, known)
-    return Call(parse_chat_request(body, known.settings))
+        return read_chat_body(body, known)
+    return ParsedBody(parse_chat_request(body, known.settings))
 
 
-def read_chat_call(body: dict, known: Known) -> Call:
+def read_chat_body(body: dict, known: Known) -> ParsedBody:
     values = parse_fields(body, OPENAI_FIELDS)
     if body.get("functions") and known.tool_format is None:
         raise no_tools("functions")
     request = parse_openai_request(values, known.settings, known.tool_format)
-    return new_call("functions" if body.get("functions") else "chat", values, known, request)
+    return parsed_body("functions" if body.get("functions") else "chat", values, known, request)
 
 
-def read_completion_call(body: dict, known: Known) -> Call:
+def read_completion_body(body: dict, known: Known) -> ParsedBody:
     values = parse_fields(body, COMPLETION_FIELDS)
     prompts, n, logprobs = values["prompt"], values.get("n", 1), values.get("logprobs")
     if values.get("suffix"):
@@ -158,7 +158,7 @@ def read_completion_call(body: dict, known: Known) -> Call:
     grammar, param = one_constraint(values)
     request = openai_request(values, known.settings, prompts=prompts, logprobs=logprobs, grammar=grammar,
                              grammar_param=param, prompt_logprobs=logprobs if values.get("echo") else None)
-    return new_call("completion", values, known, request)
+    return parsed_body("completion", values, known, request)
 
 
 REPEATED = {  # fields of a request that come back in its response, and what stands for absent ones
@@ -182,16 +182,16 @@ def repeated_json(body: Mapping) -> bytes:
     return b", ".join(b'"%s": %s' % (name.encode(), text) for name, text in texts.items())
 
 
-def read_responses_call(body: dict, known: Known) -> Call:
+def read_responses_body(body: dict, known: Known) -> ParsedBody:
     values = parse_fields(body, RESPONSES_FIELDS)
     tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
     messages = joined_turns(chat_messages(response_messages(values), known.tool_format is not None))
     request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages)
-    return replace(new_call("responses", values, known, request, ignored_tools=ignored),
+    return replace(parsed_body("responses", values, known, request, ignored_tools=ignored),
                    repeated=repeated_json(body))
 
 
-def read_messages_call(body: dict, known: Known) -> Call:
+def read_messages_body(body: dict, known: Known) -> ParsedBody:
     """Anthropic's Messages API."""
     values = parse_fields(body, MESSAGES_FIELDS)
     messages, tools, ignored = anthropic_prompt(values, known.tool_format)
@@ -199,7 +199,7 @@ def read_messages_call(body: dict, known: Known) -> Call:
                | values.get("template_options", {}))
     request = parse_openai_request(values | {"tools": tools, "template_options": options}, known.settings,
                                    known.tool_format, messages)
-    return new_call("messages", values, known, request, ignored_tools=ignored)
+    return parsed_body("messages", values, known, request, ignored_tools=ignored)
 
 
 def anthropic_prompt(values: Mapping, tool_format: str | None) -> tuple[
@@ -216,19 +216,19 @@ def anthropic_options(messages: Seq[Message]) -> dict:
     return {"continue_final_message": True} if goes_on else {}
 
 
-def new_call(api: str, values: Mapping, known: Known, request: Request,
-             details: Mapping | None = None, ignored_tools: tuple[str, ...] = ()) -> Call:
+def parsed_body(api: str, values: Mapping, known: Known, request: Request,
+             details: Mapping | None = None, ignored_tools: tuple[str, ...] = ()) -> ParsedBody:
     known.check_model(values.get("model", ""))
     include_usage = values.get("stream_options", {}).get("include_usage") is True
-    return Call(request, values.get("stream", False), include_usage, values.get("echo", False), api,
+    return ParsedBody(request, values.get("stream", False), include_usage, values.get("echo", False), api,
                 details or {}, ignored_tools)
 
 
-def read_ollama_chat(body: dict, known: Known) -> Call:
+def read_ollama_chat(body: dict, known: Known) -> ParsedBody:
     values = parse_fields(body, OLLAMA_CHAT_FIELDS)
     named = named_messages(values["messages"], [*OPENAI_ROLES, "tool"]) if values.get("messages") else ()
     messages = chat_messages(map(ollama_message, named), known.tool_format is not None)
-    return ollama_call("ollama chat", values, known, messages=messages)
+    return ollama_body("ollama chat", values, known, messages=messages)
 
 
 def ollama_message(named: tuple[str, str, dict]) -> tuple[str, str, dict]:
@@ -240,17 +240,17 @@ def ollama_message(named: tuple[str, str, dict]) -> tuple[str, str, dict]:
                         "content": message.get("content"), "tool_calls": message.get("tool_calls")}
 
 
-def read_ollama_generate(body: dict, known: Known) -> Call:
+def read_ollama_generate(body: dict, known: Known) -> ParsedBody:
     values = parse_fields(body, OLLAMA_GENERATE_FIELDS)
     prompt = values.get("prompt", "")
     if values.get("raw", False) and prompt:
-        return ollama_call("ollama generate", values, known, prompts=(prompt,))
+        return ollama_body("ollama generate", values, known, prompts=(prompt,))
     system = (Message("system", values["system"]),) if "system" in values else ()
     messages = (*system, Message("user", prompt)) if prompt else ()
-    return ollama_call("ollama generate", values, known, messages=messages)
+    return ollama_body("ollama generate", values, known, messages=messages)
 
 
-def ollama_call(api: str, values: Mapping, known: Known, **source) -> Call:
+def ollama_body(api: str, values: Mapping, known: Known, **source) -> ParsedBody:
     values = {"stream": True} | values | parse_fields(values.get("options", {}), OLLAMA_OPTIONS)
     if "prompts" in source:
         grammar, param = values.get("response_format", ("", ""))
@@ -259,10 +259,10 @@ def ollama_call(api: str, values: Mapping, known: Known, **source) -> Call:
         messages = source["messages"] or (Message("user", ""),)
         request = parse_openai_request(values, known.settings, known.tool_format, messages)
     nothing = {"done_reason": "load"} if source.get("messages") == () else None
-    return new_call(api, values, known, request, nothing)
+    return parsed_body(api, values, known, request, nothing)
 
 
-def read_embedding_call(body: dict, known: Known, api: str = "embeddings") -> Call:
+def read_embedding_body(body: dict, known: Known, api: str = "embeddings") -> ParsedBody:
     """OpenAI's Embeddings API, or with the other `api` Ollama's."""
     values = parse_fields(body, OLLAMA_EMBED_FIELDS if api == "ollama embed" else EMBEDDING_FIELDS)
     if not all(values["input"]):
@@ -271,7 +271,7 @@ def read_embedding_call(body: dict, known: Known, api: str = "embeddings") -> Ca
                       f"input[{empty}] is empty")
     request = make_request({"truncate": api == "ollama embed"} | values, known.settings,
                            prompts=values["input"], pooling=values.get("pooling", "mean"))
-    return new_call(api, values, known, request, {"encoding": values.get("encoding_format", "float")})
+    return parsed_body(api, values, known, request, {"encoding": values.get("encoding_format", "float")})
 
 
 async def tokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
@@ -331,19 +331,19 @@ async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> by
     return dump({"input_tokens": len(ids)})
 
 
-# What reads the body of each route: for handle_answer it makes a Call, for others a text, mostly the answer.
-CALL_READERS: dict[str, Callable[..., Call]] = {
-    "/chat/completions": read_native_call,
-    "/v1/chat/completions": read_chat_call,
-    "/v1/completions": read_completion_call,
-    "/v1/embeddings": read_embedding_call,
-    "/v1/responses": read_responses_call,
-    "/v1/messages": read_messages_call,
+# What reads the body of each route: into a ParsedBody for handle_answer, into a text for the others.
+ANSWER_READERS: dict[str, Callable[..., ParsedBody]] = {
+    "/chat/completions": read_native_body,
+    "/v1/chat/completions": read_chat_body,
+    "/v1/completions": read_completion_body,
+    "/v1/embeddings": read_embedding_body,
+    "/v1/responses": read_responses_body,
+    "/v1/messages": read_messages_body,
     "/api/chat": read_ollama_chat,
     "/api/generate": read_ollama_generate,
-    "/api/embed": partial(read_embedding_call, api="ollama embed"),
+    "/api/embed": partial(read_embedding_body, api="ollama embed"),
 }
-TEXT_ROUTES: dict[str, Callable] = {
+TEXT_READERS: dict[str, Callable] = {
     "/v1/messages/count_tokens": count_tokens,
     "/tokenize": tokenize,
     "/detokenize": detokenize,

@@ -21,10 +21,10 @@ from chatlm.common.processes.start import join_parent
 from chatlm.common.text.grammar import check_grammar
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.tokenizer import compile_chat_template, fill_template
-from chatlm.front.admission.admission import Sandbox, packed_call
+from chatlm.front.admission.admission import Sandbox, packed_body
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.fields import json_object
-from chatlm.front.api.readers import CALL_READERS, TEXT_ROUTES
+from chatlm.front.api.readers import ANSWER_READERS, TEXT_READERS
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import SandboxConfig
@@ -65,17 +65,17 @@ class Tasks:
     def check_grammar(self, source: str, param: str) -> Result:
         return Result(check_grammar(source, param))
 
-    def read_call(self, reader: str, body: bytes) -> Result:
-        call = CALL_READERS[reader](json_object(body), self.config.server)
-        admitted, lasting = asyncio.run(self.prompts.admit(call.request)), call.lasting()
+    def read_body(self, reader: str, body: bytes) -> Result:
+        parsed = ANSWER_READERS[reader](json_object(body), self.config.server)
+        admitted, lasting = asyncio.run(self.prompts.admit(parsed.request)), parsed.lasting()
         request = replace(lasting.request, dropped_messages=admitted.dropped_messages)
         if self.config.server.settings.log_conversations and request.messages is not None:
-            texts = tuple(Message(message.role, message.content) for message in call.request.messages)
+            texts = tuple(Message(message.role, message.content) for message in parsed.request.messages)
             request = replace(request, messages=texts)
-        return Result(packed_call(replace(lasting, request=request), admitted.prompt_ids))
+        return Result(packed_body(replace(lasting, request=request), admitted.prompt_ids))
 
     def answer_text(self, route: str, body: bytes) -> Body:
-        return Body(asyncio.run(TEXT_ROUTES[route](json_object(body), self.prompts)))
+        return Body(asyncio.run(TEXT_READERS[route](json_object(body), self.prompts)))
 
 
 def sandbox_main(arguments: Seq[str]) -> int:
@@ -91,7 +91,7 @@ def sandbox_main(arguments: Seq[str]) -> int:
         while True:
             [task] = run_task(channel.receive, True, 1)
             bodies = ([message.data for message in run_task(channel.receive, True, 1)]
-                      if task.name in ("read_call", "answer_text") else [])
+                      if task.name in ("read_body", "answer_text") else [])
             channel.send(Begun())
             signal.setitimer(signal.ITIMER_PROF, PREPARE_S)
             run_task(tasks.prepare, task.name)  # an error shows when the task itself fails

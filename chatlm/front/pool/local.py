@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.config import LIMITS, sampling_defaults, with_model
+from chatlm.common.config import LIMITS, sampling_defaults, with_own_sampling
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.log import log
@@ -42,7 +42,7 @@ NO_CARD = ModelCard(TextSpec("", b""), "loading", 0, (), {}, False)
 
 
 def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
-    return sampling_defaults(with_model(settings, pool))
+    return sampling_defaults(with_own_sampling(settings, pool))
 
 
 class Pool(typing.Protocol):
@@ -280,7 +280,7 @@ class LocalPool:
 
     async def _open_tokenizer(self, card: ModelCard):
         try:
-            await self.admission.open(card, with_model(self.settings, self))
+            await self.admission.open(card, with_own_sampling(self.settings, self))
         except ConfigError as error:
             raise ConfigError(f"{self.source.path}: {error}") from None
         self._check_ready()

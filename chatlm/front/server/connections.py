@@ -28,7 +28,7 @@ KEEP_ALIVE_S = 75.0    # seconds an idle connection is kept between requests
 ACCEPTED_AT_ONCE = 32  # connections accepted before the event loop runs other work; each takes 0.1 ms
 
 
-async def at_the_door(application: Callable, http: web.Request) -> web.StreamResponse:
+async def refuse_early(application: Callable, http: web.Request) -> web.StreamResponse:
     """Runs before the application: refuses most requests on surplus connections, and unknown Expect headers.
 
     aiohttp fails on an Expect that is not ASCII."""
@@ -199,7 +199,7 @@ async def serving(app: web.Application, listener: socket.socket,
     runner, loop = (web.AppRunner(app, handler_cancellation=True, shutdown_timeout=2.0),
                     asyncio.get_running_loop())
     await runner.setup()
-    runner.server.request_handler = partial(at_the_door, runner.server.request_handler)
+    runner.server.request_handler = partial(refuse_early, runner.server.request_handler)
     how = {"access_log": None, "auto_decompress": False, "keepalive_timeout": KEEP_ALIVE_S, "logger": log}
     table = ConnectionTable(connections)
     connect = partial(connection_class(), table, runner.server, loop=loop, **how)

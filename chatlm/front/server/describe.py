@@ -64,7 +64,7 @@ class Route(NamedTuple):
     path: str
     handler: str | Callable[[Front], Any]  # a method, or what makes the JSON body (see Front.show)
     doc: str
-    fields: tuple[Field, ...] = ()         # of the body, which CALL_READERS or TEXT_ROUTES has a reader for
+    fields: tuple[Field, ...] = ()         # of the body, which ANSWER_READERS or TEXT_READERS has a reader for
 
     @property
     def pattern(self) -> str:

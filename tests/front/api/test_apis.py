@@ -23,7 +23,7 @@ from chatlm import __version__
 from chatlm.common import config
 from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import EngineFailure, RequestError
-from chatlm.common.messages.protocol import Call, Known
+from chatlm.common.messages.protocol import Known, ParsedBody
 from chatlm.common.messages.requests import CallDelta, Message, Piece, PromptProgress
 from chatlm.common.messages.wire import as_plain_json, restorer
 from chatlm.common.text.formats import MARKS, with_generic_tools, with_markers
@@ -33,8 +33,8 @@ from chatlm.common.text.reader import answer_reader
 from chatlm.front.api.conversation import openai_messages
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.fields import json_object
-from chatlm.front.api.readers import (CALL_READERS, REPEATED, TEXT_ROUTES, names_model, read_chat_call, read_messages_call, read_ollama_chat,
-                                      read_responses_call)
+from chatlm.front.api.readers import (ANSWER_READERS, REPEATED, TEXT_READERS, names_model, read_chat_body, read_messages_body, read_ollama_chat,
+                                      read_responses_body)
 from chatlm.front.server.describe import bare_id
 from chatlm.worker.engine.grammar import Grammar
 from fake_pool import FakePool, Letters, finished, serving
@@ -147,7 +147,7 @@ async def test_an_answer_is_cancelled_by_the_id_in_its_header(client, path):
                          ids=lambda route: f"{route.method} {route.path}")
 async def test_no_route_reads_a_large_body_on_the_event_loop(client, route, monkeypatch):
     """A route that reads JSON at all reads it with the one reader, which sends large bodies to a sandbox."""
-    pool, sent, read, reads = FakePool(), [], [], route.path in CALL_READERS | TEXT_ROUTES
+    pool, sent, read, reads = FakePool(), [], [], route.path in ANSWER_READERS | TEXT_READERS
 
     async def in_sandbox(path, body, *more, **named):
         sent.append((path, len(body)))
@@ -373,11 +373,11 @@ def test_a_conversation_with_calls_and_results_is_the_same_in_all_three():
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1", "content": [{"type": "text", "text": "2"}]}]},
         {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Sure?"}],
         "tools": [{"name": "add", "description": "adds", "input_schema": ADD["parameters"], "strict": True}, {"type": "web_search_20250305", "name": "web_search"}]}
-    calls = [reader(body | {"seed": 1}, KNOWN) for reader, body in (
-        (read_chat_call, chat), (read_responses_call, responses), (read_messages_call, messages))]
-    assert calls[0].request == calls[1].request == calls[2].request
-    assert len(calls[0].request.messages) == 6 and calls[0].request.tool_names == ("add",)
-    assert [call.ignored_tools for call in calls] == [(), ("web_search", "custom"), ("web_search_20250305",)]
+    bodies = [reader(body | {"seed": 1}, KNOWN) for reader, body in (
+        (read_chat_body, chat), (read_responses_body, responses), (read_messages_body, messages))]
+    assert bodies[0].request == bodies[1].request == bodies[2].request
+    assert len(bodies[0].request.messages) == 6 and bodies[0].request.tool_names == ("add",)
+    assert [parsed.ignored_tools for parsed in bodies] == [(), ("web_search", "custom"), ("web_search_20250305",)]
 
 
 async def test_tools_that_are_left_out_are_named_in_a_header(client, caplog):
@@ -401,16 +401,16 @@ async def test_tools_that_are_left_out_are_named_in_a_header(client, caplog):
 def test_a_choice_of_tools_is_the_same_in_all_three(chat, responses, messages):
     functions = [ADD | {"name": name} for name in "ab"]
     base = {"seed": 1}
-    first = read_chat_call(base | BODIES[CHAT] | {"tool_choice": chat, "tools": [
+    first = read_chat_body(base | BODIES[CHAT] | {"tool_choice": chat, "tools": [
         {"type": "function", "function": each} for each in functions]}, KNOWN).request
-    second = read_responses_call(base | BODIES[RESPONSES] | {"tool_choice": responses, "tools": [
+    second = read_responses_body(base | BODIES[RESPONSES] | {"tool_choice": responses, "tools": [
         {"type": "function", **each} for each in functions]}, KNOWN).request
     assert first == second
     named = not isinstance(chat, str)
     assert first.tool_names == (() if chat == "none" else ("b",) if named else ("a", "b"))
     assert bool(first.grammar) == ("required" in str(chat) or isinstance(chat, dict) and chat["type"] == "function")
     if messages:
-        third = read_messages_call(base | {"messages": BODIES[CHAT]["messages"], "tool_choice": messages, "tools": [
+        third = read_messages_body(base | {"messages": BODIES[CHAT]["messages"], "tool_choice": messages, "tools": [
             {"name": each["name"], "description": "adds", "input_schema": each["parameters"]} for each in functions]}, KNOWN).request
         assert third == first
 
@@ -419,21 +419,21 @@ def test_formats_and_parameters_are_the_same_in_all_three():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     common = {"seed": 1, "temperature": 0.5, "top_p": 0.5}
     question = BODIES[CHAT]["messages"]
-    first = read_chat_call(common | {"messages": question, "max_completion_tokens": 9, "stop": ["x"], "response_format": {
+    first = read_chat_body(common | {"messages": question, "max_completion_tokens": 9, "stop": ["x"], "response_format": {
         "type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}, KNOWN).request
-    second = read_responses_call(common | {"input": question, "max_output_tokens": 9, "stop": ["x"], "text": {
+    second = read_responses_body(common | {"input": question, "max_output_tokens": 9, "stop": ["x"], "text": {
         "format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}, "verbosity": "low"}}, KNOWN).request
-    third = read_messages_call(common | {"messages": question, "max_tokens": 9, "stop_sequences": ["x"], "output_config": {
+    third = read_messages_body(common | {"messages": question, "max_tokens": 9, "stop_sequences": ["x"], "output_config": {
         "format": {"type": "json_schema", "schema": schema}}}, KNOWN).request
     unlike = {"grammar_param": ""}
     assert replace(first, **unlike) == replace(second, **unlike) == replace(third, **unlike)
     assert [each.grammar_param for each in (first, second, third)] == ["response_format", "text", "output_config"]
-    assert read_responses_call({"input": "x", "truncation": "auto"}, KNOWN).request.truncate
+    assert read_responses_body({"input": "x", "truncation": "auto"}, KNOWN).request.truncate
 
 
 @pytest.mark.parametrize("given", [{}, {"input": ""}, {"input": []}, {"input": None, "instructions": "Be brief."}])
 def test_an_empty_input_is_answered(given):
-    messages = read_responses_call(given, KNOWN).request.messages
+    messages = read_responses_body(given, KNOWN).request.messages
     assert (messages[-1].role, messages[-1].content) == ("user", "")
 
 
@@ -501,15 +501,15 @@ items = st.recursive(json_values | st.sampled_from(KINDS), lambda inner: st.list
                             items, max_size=4), item=items)
 def test_nested_bodies_are_read_or_refused(body, item):
     """Neither reader fails on any item or block; what they read crosses the pipe to a sandbox unharmed."""
-    for reader in CALL_READERS.values():
+    for reader in ANSWER_READERS.values():
         for changed in (body, body | {"input": [item]}, body | {"messages": [item]},
                         body | {"messages": [{"role": "user", "content": [item]}]}, body | {"tools": [item]}):
             try:
-                call = reader(changed, KNOWN)
+                parsed = reader(changed, KNOWN)
             except RequestError as error:
                 assert error.status == 400 and str(error)
             else:
-                assert restorer(Call)(json.loads(as_plain_json(call))).request.sampling == call.request.sampling
+                assert restorer(ParsedBody)(json.loads(as_plain_json(parsed))).request.sampling == parsed.request.sampling
 
 
 class Marked(Letters):
@@ -544,9 +544,9 @@ def follow(grammar, tokenizer, drawn):
 
 def read_check_and_follow(path, body, tool_format, drawn):
     """What the front, a sandbox and a worker do with a body, up to its first tokens. RequestError if it is refused."""
-    call = CALL_READERS[path](json_object(json.dumps(body).encode()), Known(Settings(), "m", tool_format))
-    request = restorer(Call)(json.loads(as_plain_json(call))).request
-    encoder = ENCODERS[call.api](call, "m", tokenizers(tool_format)[0])
+    parsed = ANSWER_READERS[path](json_object(json.dumps(body).encode()), Known(Settings(), "m", tool_format))
+    request = restorer(ParsedBody)(json.loads(as_plain_json(parsed))).request
+    encoder = ENCODERS[parsed.api](parsed, "m", tokenizers(tool_format)[0])
     encoder.collect(finished(["a"]))
     assert json.loads(b"".join(encoder.completion()))
     with_generic_tools(request.messages or (Message("user", "x"),), request.tools)
@@ -889,14 +889,14 @@ async def test_what_ollama_tells_of_the_model(client):
 def test_thinking_is_asked_for_in_each_api_s_words():
     options = lambda reader, **body: reader(body, KNOWN).request.template_options      # noqa: E731
     question = BODIES[CHAT]["messages"]
-    assert options(read_responses_call, input="x", reasoning={"effort": "low", "summary": "auto"}) == {"reasoning_effort": "low"}
-    assert options(read_chat_call, messages=question, reasoning_effort="low") == {"reasoning_effort": "low"}
+    assert options(read_responses_body, input="x", reasoning={"effort": "low", "summary": "auto"}) == {"reasoning_effort": "low"}
+    assert options(read_chat_body, messages=question, reasoning_effort="low") == {"reasoning_effort": "low"}
     off = {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}}
-    assert options(read_messages_call, messages=question, thinking={"type": "disabled"}) == off
+    assert options(read_messages_body, messages=question, thinking={"type": "disabled"}) == off
     assert options(read_ollama_chat, messages=question, think=False) == off
     assert options(read_ollama_chat, messages=question, think="high") == {"reasoning_effort": "high"}
-    assert options(read_messages_call, messages=question, output_config={"effort": "high"}) == {"reasoning_effort": "high"}
-    assert options(read_messages_call, messages=question) == options(read_responses_call, input="x") == {}
+    assert options(read_messages_body, messages=question, output_config={"effort": "high"}) == {"reasoning_effort": "high"}
+    assert options(read_messages_body, messages=question) == options(read_responses_body, input="x") == {}
 
 
 async def test_a_last_message_of_the_assistant_is_continued(client, url, exact):

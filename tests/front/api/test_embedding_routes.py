@@ -14,7 +14,7 @@ from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import Finished, Piece, Request
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.api.readers import read_embedding_call
+from chatlm.front.api.readers import read_embedding_body
 from fake_pool import FakePool, serving
 from pools import played_pool
 from real_server import get, post, server
@@ -152,8 +152,8 @@ def test_a_whole_context_is_one_input(url):
 async def test_many_inputs_leave_room_in_the_queue_for_others():
     """At most LIMITS.choices of a request wait or run at a time."""
     pool = played_pool(max_batch=4)
-    call = read_embedding_call({"input": ["a"] * 1000}, Known(Settings(), "fake", None))
-    events = pool.answer(replace(call.request, id="many", client="a"))
+    parsed = read_embedding_body({"input": ["a"] * 1000}, Known(Settings(), "fake", None))
+    events = pool.answer(replace(parsed.request, id="many", client="a"))
     await anext(events)
     assert len(pool.jobs) == LIMITS.choices
     done = 0

@@ -20,14 +20,14 @@ from chatlm.common import config
 from chatlm.common.config import Settings
 from chatlm.common.errors import EngineFailure, Overloaded, RequestError
 from chatlm.common.messages import wire
-from chatlm.common.messages.protocol import SANDBOX_PIPE, Call, Known, ModelCard, NewAnswer, NewPrompt, Result, SandboxConfig
+from chatlm.common.messages.protocol import SANDBOX_PIPE, Known, ModelCard, NewAnswer, NewPrompt, ParsedBody, Result, SandboxConfig
 from chatlm.common.messages.requests import Message, Piece, Request
 from chatlm.common.messages.wire import HEADER
 from chatlm.common.processes import start as processes_start
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.tokenizer import compile_chat_template
-from chatlm.front.admission.admission import Sandbox, Turns, next_message, packed_call, unpacked_call
+from chatlm.front.admission.admission import Sandbox, Turns, next_message, packed_body, unpacked_body
 from chatlm.front.pool.local import LocalPool
 from chatlm.front.server import streams
 from chatlm.worker.weights.gguf import gguf_text
@@ -140,8 +140,8 @@ async def test_schemas_are_checked_after_the_limits_of_queue_and_key(open_pool):
 
 async def test_a_grammar_is_checked_once_for_each_owner(open_pool, monkeypatch):
     pool, checked = await open_pool(), []
-    call = pool.admission.sandboxes["schemas"].call
-    monkeypatch.setattr(pool.admission.sandboxes["schemas"], "call", lambda client, *task: checked.append(client) or call(client, *task))
+    perform = pool.admission.sandboxes["schemas"].perform
+    monkeypatch.setattr(pool.admission.sandboxes["schemas"], "perform", lambda client, *task: checked.append(client) or perform(client, *task))
     grammar = json_grammar({"type": "boolean"}, "")
     for number, owner in enumerate("aabba"):
         await said(pool, ask(str(number), client=owner, owner=owner, grammar=grammar))
@@ -309,15 +309,15 @@ async def test_what_stays_of_large_bodies_is_in_the_budget_until_their_answers_e
     assert not budget.of_client
 
 
-@pytest.mark.parametrize("call", [
-    Call(Request(prompts=("a", (1, 2), ()), prompt_ids=((3,), (1, 2), ())), echo=True),
-    Call(Request(messages=(), prompt_ids=(tuple(range(300)) * 300,)), repeated=b"\xff{}", ignored_tools=("x",)),
-    Call(Request(prompts=("",), prompt_ids=((2**16,) * 70_000,)), api="completion", details={"a": [1]})])
-async def test_a_call_comes_from_its_sandbox_as_it_was_and_ids_are_shared(call):
-    result = Result(packed_call(call, call.request.prompt_ids))
+@pytest.mark.parametrize("parsed", [
+    ParsedBody(Request(prompts=("a", (1, 2), ()), prompt_ids=((3,), (1, 2), ())), echo=True),
+    ParsedBody(Request(messages=(), prompt_ids=(tuple(range(300)) * 300,)), repeated=b"\xff{}", ignored_tools=("x",)),
+    ParsedBody(Request(prompts=("",), prompt_ids=((2**16,) * 70_000,)), api="completion", details={"a": [1]})])
+async def test_a_parsed_body_comes_from_its_sandbox_as_it_was_and_ids_are_shared(parsed):
+    result = Result(packed_body(parsed, parsed.request.prompt_ids))
     values = wire.unpacked(Result, SANDBOX_PIPE.packed(result)[HEADER.size:]).value
-    came = unpacked_call(values, 2**16 + 1)
-    assert came == call
+    came = unpacked_body(values, 2**16 + 1)
+    assert came == parsed
     ids = [each for prompt in came.request.prompt_ids for each in prompt]
     assert len(set(map(id, ids))) == len(set(ids))
     assert all(prompt is own for prompt, own in zip(came.request.prompts, came.request.prompt_ids) if not isinstance(prompt, str))
@@ -339,7 +339,7 @@ async def test_a_refused_body_is_freed_without_the_garbage_collector(open_pool):
     gc.disable()
     try:
         try:
-            await pool.admission.sandboxes["bodies"].call("a", "answer_text", "/detokenize", body=b"no JSON")
+            await pool.admission.sandboxes["bodies"].perform("a", "answer_text", "/detokenize", body=b"no JSON")
         except RequestError as error:
             refusal = weakref.ref(error)
         await asyncio.sleep(0)      # the loop lets go of the task that ended
@@ -368,13 +368,13 @@ async def test_a_client_that_leaves_costs_no_process_and_mixes_up_no_replies(ope
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["bodies"]
     large = json.dumps({"content": "x " * 100_000}).encode()
-    leaving = [asyncio.ensure_future(sandbox.call("a", "answer_text", "/tokenize", body=large)) for _ in range(4)]
+    leaving = [asyncio.ensure_future(sandbox.perform("a", "answer_text", "/tokenize", body=large)) for _ in range(4)]
     while not sandbox.process:
         await asyncio.sleep(0)
     for task in leaving:
         task.cancel()
     pid = sandbox.process.pid
-    assert b'"tokens"' in await sandbox.call("b", "answer_text", "/tokenize", body=b'{"content": "x"}')
+    assert b'"tokens"' in await sandbox.perform("b", "answer_text", "/tokenize", body=b'{"content": "x"}')
     assert sandbox.process.pid == pid
 
 
@@ -422,10 +422,10 @@ async def test_a_sandbox_that_dies_while_it_is_told_its_task_is_replaced_and_the
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["bodies"]
     small, large = (json.dumps({"tokens": [5] * count}).encode() for count in (1, 100_000))
-    expected = [answered(await sandbox.call("a", "answer_text", "/detokenize", body=body)) for body in (small, large)]
+    expected = [answered(await sandbox.perform("a", "answer_text", "/detokenize", body=body)) for body in (small, large)]
     for body, text in zip((small, large), expected):
         os.kill(sandbox.process.pid, signal.SIGSTOP)
-        task = asyncio.ensure_future(sandbox.call("a", "answer_text", "/detokenize", body=body))
+        task = asyncio.ensure_future(sandbox.perform("a", "answer_text", "/detokenize", body=body))
         for _ in range(20):     # until it has sent what the pipe holds; the rest waits
             await asyncio.sleep(0)
         assert sandbox.turns.held and (body is small or sandbox.writer.transport.get_write_buffer_size())
@@ -444,11 +444,11 @@ class Impatient(Sandbox):
 async def test_a_sandbox_that_hangs_before_it_has_read_its_task_is_replaced_and_the_task_done(chat_text, count):
     sandbox = Impatient(PROCESS_COMMAND, SandboxConfig(Known(Settings(), "m", None), chat_text, 64, 5.0, 1 << 30))
     sandbox.waits, body = iter(()), json.dumps({"tokens": [5] * count}).encode()
-    expected = await sandbox.call("a", "answer_text", "/detokenize", body=body)
+    expected = await sandbox.perform("a", "answer_text", "/detokenize", body=body)
     hangs = sandbox.process
     os.kill(hangs.pid, signal.SIGSTOP)
     sandbox.waits = iter([0.1])
-    assert await sandbox.call("a", "answer_text", "/detokenize", body=body) == expected and hangs.returncode == -signal.SIGKILL
+    assert await sandbox.perform("a", "answer_text", "/detokenize", body=body) == expected and hangs.returncode == -signal.SIGKILL
     await sandbox.close()
 
 
@@ -467,7 +467,7 @@ async def test_a_sandbox_that_is_killed_while_it_works_is_not_asked_again(open_p
     await pool.admission.close()
     sandbox = Sandbox(PROCESS_COMMAND, replace(
         pool.admission.sandboxes["templates"].config, cpu_s=60.0, text=replace(pool.card.text, payload=b"", chat_template=SLOW_TEMPLATE)))
-    before, task = len(started), asyncio.ensure_future(sandbox.call("a", "fill_template", {}))
+    before, task = len(started), asyncio.ensure_future(sandbox.perform("a", "fill_template", {}))
     while not sandbox.begun:
         await asyncio.sleep(0)
     sandbox.process.kill()
@@ -481,7 +481,7 @@ async def test_a_task_too_large_for_its_sandbox_to_read_is_refused_at_once(chat_
     sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(known, replace(chat_text, payload=b""), 64, 5.0, 32 << 20))
     for task in (["check_grammar", "x" * (40 << 20), "a"], ["check_grammar", "\ud800" * (6 << 20), "a"]):
         with pytest.raises(RequestError, match="too complex"):
-            await sandbox.call("a", *task)
+            await sandbox.perform("a", *task)
     assert len(started) == 2
     await sandbox.close()
 
@@ -490,7 +490,7 @@ async def test_a_sandbox_that_never_begins_is_given_up(chat_text, started):
     known = Known(Settings(), "m", None)
     sandbox = Sandbox((sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"), SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
     with pytest.raises(EngineFailure, match="before it began, as 2 before it .*-9"):
-        await sandbox.call("a", "check_grammar", "x", "a")
+        await sandbox.perform("a", "check_grammar", "x", "a")
     assert len(started) == 3 and not sandbox.turns.held
     await sandbox.close()
 
@@ -498,13 +498,13 @@ async def test_a_sandbox_that_never_begins_is_given_up(chat_text, started):
 async def test_a_task_that_is_broken_is_an_honest_500(open_pool):
     pool = await open_pool()
     with pytest.raises(EngineFailure, match="exit status 1"):
-        await pool.admission.sandboxes["bodies"].call("a", "no_such_task")
+        await pool.admission.sandboxes["bodies"].perform("a", "no_such_task")
 
 
 async def test_a_sandbox_ends_with_its_front(chat_text):
     known = Known(Settings(), "m", None)
     sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
-    assert json.loads(await sandbox.call("a", "answer_text", "/detokenize", body=b'{"tokens": [1]}'))
+    assert json.loads(await sandbox.perform("a", "answer_text", "/detokenize", body=b'{"tokens": [1]}'))
     process = psutil.Process(sandbox.process.pid)
     sandbox.writer.close()
     await asyncio.to_thread(process.wait, 20)
