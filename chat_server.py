@@ -32,7 +32,7 @@ The rooms, each above those that it may import
     chat_server.py            routes, the handlers of answers and streams, the commands
     chatlm/terminal/          chat and generate; a server at --url
     chatlm/cli.py             the command line becomes `Settings`
-    chatlm/front/server/      connections, access, streams, metrics, the page's files
+    chatlm/front/server/      routes, connections, access, bodies, streams, metrics, the page's files
           api/                bodies in: fields and readers; answers out: encoders; what a sandbox does
           pool/               workers, queue and failover, here and on Ray
           admission/          a request becomes prompts that fit; the sandboxes' front end
@@ -119,44 +119,41 @@ from typing import Any, TYPE_CHECKING
 from chatlm import __version__
 from chatlm.cli import hide_api_keys, parse_bundle_words, parse_command_line
 from chatlm.common.bundle import write_bundle
-from chatlm.common.config import LIMITS, with_own_sampling
 from chatlm.common.errors import (
-    ChatServerError, ConfigError, Overloaded, RequestError, bad_value, lack_of_memory, require_library, shown)
+    ChatServerError, ConfigError, RequestError, bad_value, lack_of_memory, require_library, shown)
 from chatlm.common.log import ProgressDisplay, log, start_logging
 from chatlm.common.memory import tune_gc
-from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
 from chatlm.front.aio import first_of, stop_signals
 from chatlm.front.api.encoders import ENCODERS
-from chatlm.front.api.fields import json_object
-from chatlm.front.api.readers import ANSWER_READERS, TEXT_READERS, names_model
 from chatlm.front.api.tables import (
     COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS,
     OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS,
     RESPONSES_FIELDS, TEMPLATE_FIELDS, TOKENIZE_FIELDS)
 from chatlm.front.lazy import web
 from chatlm.front.pool.ray import pool_of
-from chatlm.front.server.access import Access, AccessLog, is_loopback, listen_on, server_urls
+from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
+from chatlm.front.server.bodies import Bodies, tokenizer_of
 from chatlm.front.server.connections import room_for_connections, serving
-from chatlm.front.server.describe import Route, bare_id, model_body, ollama_model, openapi_document
+from chatlm.front.server.describe import ModelRoutes, bare_id, model_body, ollama_model, openapi_document
 from chatlm.front.server.metrics import Metrics
 from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, errors_to_responses, json_response, logged, public_error, send_whole)
-from chatlm.front.server.streams import Budget, EventStream, Holding, read_bytes
+from chatlm.front.server.routes import Api, Route, RouteTable
+from chatlm.front.server.streams import EventStream
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event, Request
-    from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.api.encode import Encoder
     from chatlm.front.pool.local import Pool
     from chatlm.front.server.recordings import Recording
+    from chatlm.front.server.streams import Holding
 
 
 class Front:
@@ -164,33 +161,24 @@ class Front:
 
     def __init__(self, pool: Pool, settings: Settings):
         self.pool, self.settings = pool, settings
+        self.access, self.owners = Access(settings), Owners(settings)
+        self.bodies = Bodies(pool, settings, self.owners)
+        self.models, self.page = ModelRoutes(pool, settings, self.bodies), Page(page_files())
         self.running: dict[str, str] = {}       # id of each running answer -> its owner
         self.recordings = Recordings()
-        self.budget = Budget(LIMITS.held_bytes)
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(pool)
-        self.page, self.access = Page(page_files()), Access(settings)
 
     def taken(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.recordings
 
-    def owner(self, request_id: str, client: str) -> str:
-        """Who owns an answer: the client's key. Without keys, whoever knows its id if that cannot be guessed.
-
-        Otherwise the client's address, which comes last because a phone's changes with the network."""
-        return "" if not self.settings.keys and re.fullmatch("[0-9a-f]{32}", request_id) else client
-
-    def owned(self, request: Request) -> Request:
-        """Add client and owner to the request, and a new id if its own was taken while the body arrived."""
+    def identified(self, request: Request) -> Request:
+        """The request with its client and owner, and a new id if its own was taken while the body arrived."""
         record = REQUEST_LOG.get()
         if self.taken(record.id):
             record.id = secrets.token_hex(16)
-        return replace(request, id=record.id, client=record.client, owner=self.page_owner(record.client))
-
-    def page_owner(self, client: str) -> str:
-        """Clients of one owner share KV pages and checked grammars; share_prefixes gives all keys one."""
-        return client if self.settings.keys and not self.settings.share_prefixes else ""
+        return replace(request, id=record.id, client=record.client, owner=self.owners.of_pages(record.client))
 
     @asynccontextmanager
     async def answering(self, request: Request) -> AsyncIterator[tuple[Accepted, AsyncIterator[Event]]]:
@@ -203,7 +191,7 @@ class Front:
             events = logged(request, events)
         request_id, client = request.id, request.client
         del request  # the pool drops most of it when it is admitted
-        self.running[request_id] = self.owner(request_id, client)
+        self.running[request_id] = self.owners.of_answer(request_id, client)
         try:
             # a refusal raises here: an ordinary error response
             yield await anext(events), events
@@ -211,54 +199,18 @@ class Front:
             self.running.pop(request_id, None)
             await events.aclose()
 
-    async def read_body(self, http: web.Request, holding: Holding, read: Callable, read_large: Callable):
-        """Every body of JSON is read by this: `read` gets a small one here, `read_large` has the bytes of a
-        large one read in a sandbox."""
-        body, route = await read_bytes(http, holding), self.access.route_of(http)
-        REQUEST_LOG.get().as_openai = names_model(body)
-        if len(body) <= LIMITS.inline_bytes:
-            return read(route, json_object(body))
-        self.tokenizer()
-        return await read_large(route, body, REQUEST_LOG.get().client)
-
-    async def read_call(self, http: web.Request, holding: Holding) -> ParsedBody:
-        """Read a request body with one of ANSWER_READERS. `holding` then holds what stays of a large one."""
-        record, admission = REQUEST_LOG.get(), self.pool.admission
-        with Holding(self.budget, record.client) as reading:
-            call = await self.read_body(
-                http, reading, lambda route, body: ANSWER_READERS[route](body, self.known()),
-                partial(admission.read_large, owner=self.page_owner(record.client)))
-        if call.request.prompt_ids is not None:
-            holding.keep(call.size)
-        if call.ignored_tools:
-            record.headers["X-Ignored-Tools"] = names = ", ".join(call.ignored_tools)[:1000]
-            log.info("%s: the model has no tools of type %s", record.id, names)
-        return replace(call, request=self.owned(call.request))
-
-    async def read_text(self, http: web.Request, holding: Holding) -> bytes:
-        """What one of TEXT_READERS makes of the body."""
-        self.tokenizer()
-        client, admission = REQUEST_LOG.get().client, self.pool.admission
-        text = await self.read_body(
-            http, holding, lambda route, body: TEXT_READERS[route](body, admission.prompts, client),
-            admission.answer_text)
-        return text if isinstance(text, bytes) else await text
-
-    def known(self) -> Known:
-        return Known(with_own_sampling(self.settings, self.pool), self.pool.model_name,
-                     self.pool.tokenizer and self.pool.tokenizer.tool_format, self.pool.ready)
-
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
-        with Holding(self.budget, REQUEST_LOG.get().client) as holding:
-            call = await self.read_call(http, holding)
+        with self.bodies.holding() as holding:
+            parsed = await self.bodies.parse(http, holding)
+            parsed = replace(parsed, request=self.identified(parsed.request))
             # the whole request, with its messages and tools, ends when it is admitted
-            answering, call = self.answering(call.request), call.lasting()
-            encoder = ENCODERS[call.api](call, self.pool.model_name,
-                                         None if call.api == "native" else self.tokenizer())
-            if "done_reason" in call.details:  # without a question, Ollama only loads the model
-                return web.Response(body=encoder.line(encoder.members(), done=True, **call.details),
+            answering, parsed = self.answering(parsed.request), parsed.lasting()
+            encoder = ENCODERS[parsed.api](parsed, self.pool.model_name,
+                                           None if parsed.api == "native" else tokenizer_of(self.pool))
+            if "done_reason" in parsed.details:  # without a question, Ollama only loads the model
+                return web.Response(body=encoder.line(encoder.members(), done=True, **parsed.details),
                                     content_type="application/json")
-            if call.stream:
+            if parsed.stream:
                 return await self.stream(http, answering, encoder, holding)
             async with answering as (_, events):
                 async for event in events:
@@ -268,13 +220,8 @@ class Front:
                 return await send_whole(http, b"".join(encoder.completion()))
 
     async def handle_text(self, http: web.Request) -> web.Response:
-        with Holding(self.budget, REQUEST_LOG.get().client) as holding:
-            return await send_whole(http, await self.read_text(http, holding))
-
-    def tokenizer(self) -> Tokenizer:
-        if (tokenizer := self.pool.tokenizer) is None:
-            raise Overloaded("the model is still loading", retry_after_s=2)
-        return tokenizer
+        with self.bodies.holding() as holding:
+            return await send_whole(http, await self.bodies.read_text(http, holding))
 
     async def stream(self, http: web.Request, answering: AbstractAsyncContextManager, encoder: Encoder,
                      holding: Holding) -> web.StreamResponse:
@@ -287,7 +234,7 @@ class Front:
             frames = self.frames(*await work.enter_async_context(answering), encoder)
             await work.enter_async_context(aclosing(frames))
             if request.resumable:
-                owner = self.owner(request.id, request.client)
+                owner = self.owners.of_answer(request.id, request.client)
                 recording = self.recordings.start(request.id, owner, request.client, frames, work.pop_all())
                 return await self.follow(http, request.id, recording, 0)
             async with EventStream(http, request.id, encoder) as stream:
@@ -329,7 +276,8 @@ class Front:
         last, wanted = http.headers.get("Last-Event-ID", ""), http.query.get("from", "0")
         if not re.fullmatch("[0-9]{1,15}", last or wanted):
             raise bad_value("Last-Event-ID" if last else "from", last or wanted, "the number of an event")
-        recording = self.recordings.find(request_id, self.owner(request_id, REQUEST_LOG.get().client))
+        owner = self.owners.of_answer(request_id, REQUEST_LOG.get().client)
+        recording = self.recordings.find(request_id, owner)
         start = int(last) + 1 if last else int(wanted)
         recording.check_kept(start)
         if recording.ended and start >= recording.length:
@@ -346,34 +294,18 @@ class Front:
 
     async def show(self, body: Callable[[Front], Any], http: web.Request) -> web.Response:
         """The routes that need nothing of their request: `body` makes the JSON, maybe after a status."""
-        told = body(self)
-        status, told = told if isinstance(told, tuple) else (200, told)
-        return json_response(told, status)
-
-    async def handle_model(self, http: web.Request) -> web.Response:
-        body = model_body(self.pool, self.settings)
-        self.known().check_model(http.match_info["name"])
-        return json_response(body)
+        value = body(self)
+        status, value = value if isinstance(value, tuple) else (200, value)
+        return json_response(value, status)
 
     async def handle_response(self, http: web.Request) -> web.Response:
         raise RequestError(f"there is no response {shown(http.match_info['id'])}: this server keeps none",
                            status=404, code="not_found", param="id")
 
-    async def handle_ollama_show(self, http: web.Request) -> web.Response:
-        with Holding(self.budget, REQUEST_LOG.get().client) as holding:
-            name = (await self.read_text(http, holding)).decode("utf-8")
-        model, tokenizer = ollama_model(self.pool, self.settings), self.tokenizer()
-        self.known().check_model(name)
-        able = ["completion", *["tools"] * (tokenizer.tool_format is not None)]
-        return json_response({name: model[name] for name in ("modified_at", "details")} | {
-            "template": tokenizer.spec.chat_template or "", "parameters": "", "modelfile": "", "license": "",
-            "model_info": {"general.architecture": "chat_server",
-                           "chat_server.context_length": self.pool.context_length}, "capabilities": able})
-
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks."""
         request_id = bare_id(http.match_info["id"])
-        owner = self.owner(request_id, REQUEST_LOG.get().client)
+        owner = self.owners.of_answer(request_id, REQUEST_LOG.get().client)
         if self.running.get(request_id) != owner or not self.pool.cancel(request_id):
             raise RequestError("no answer with this id is running", status=404, code="not_running",
                                param="id")
@@ -397,64 +329,68 @@ class Front:
 
 
 ROUTES = (
-    Route("GET", "/", "page.handle_index", "the page"),
-    Route("GET", "/static/{name:.+}", "page.handle_file", "its files"),
-    Route("POST", "/chat/completions", "handle_answer",
-          "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions",
-          NATIVE_FIELDS),
-    Route("POST", "/v1/chat/completions", "handle_answer",
+    Route("GET", "/", Api.NANOCHAT, "page.handle_index", "the page", open=True),
+    Route("GET", "/static/{name:.+}", Api.NANOCHAT, "page.handle_file", "its files", open=True),
+    Route("POST", "/chat/completions", Api.NANOCHAT, "handle_answer",
+          "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions", NATIVE_FIELDS),
+    Route("POST", "/v1/chat/completions", Api.OPENAI, "handle_answer",
           "an answer in OpenAI's format, streamed or whole", OPENAI_FIELDS),
-    Route("POST", "/v1/completions", "handle_answer",
+    Route("POST", "/v1/completions", Api.OPENAI, "handle_answer",
           "the continuation of a text, streamed or whole", COMPLETION_FIELDS),
-    Route("POST", "/v1/embeddings", "handle_answer",
-          "a vector for each input, from the model's final hidden states",
-          EMBEDDING_FIELDS),
-    Route("POST", "/v1/responses", "handle_answer",
-          "an answer in the format of OpenAI's Responses, streamed or whole",
-          RESPONSES_FIELDS),
-    *(Route(method, "/v1/responses/{id}", "handle_response", "404: responses are not kept")
+    Route("POST", "/v1/embeddings", Api.OPENAI, "handle_answer",
+          "a vector for each input, from the model's final hidden states", EMBEDDING_FIELDS),
+    Route("POST", "/v1/responses", Api.OPENAI, "handle_answer",
+          "an answer in the format of OpenAI's Responses, streamed or whole", RESPONSES_FIELDS),
+    *(Route(method, "/v1/responses/{id}", Api.OPENAI, "handle_response", "404: responses are not kept")
       for method in ("GET", "DELETE")),
-    Route("POST", "/v1/messages", "handle_answer",
-          "an answer in the format of Anthropic's Messages, streamed or whole",
-          MESSAGES_FIELDS),
-    Route("POST", "/v1/messages/count_tokens", "handle_text", "how many tokens such a request has",
-          COUNTED_FIELDS),
-    Route("POST", "/api/chat", "handle_answer", "an answer in Ollama's format",
+    Route("POST", "/v1/messages", Api.ANTHROPIC, "handle_answer",
+          "an answer in the format of Anthropic's Messages, streamed or whole", MESSAGES_FIELDS),
+    Route("POST", "/v1/messages/count_tokens", Api.ANTHROPIC, "handle_text",
+          "how many tokens such a request has", COUNTED_FIELDS),
+    Route("POST", "/api/chat", Api.OLLAMA, "handle_answer", "an answer in Ollama's format",
           OLLAMA_CHAT_FIELDS),
-    Route("POST", "/api/generate", "handle_answer", "an answer in Ollama's format",
+    Route("POST", "/api/generate", Api.OLLAMA, "handle_answer", "an answer in Ollama's format",
           OLLAMA_GENERATE_FIELDS),
-    Route("POST", "/api/embed", "handle_answer", "embeddings in Ollama's format",
+    Route("POST", "/api/embed", Api.OLLAMA, "handle_answer", "embeddings in Ollama's format",
           OLLAMA_EMBED_FIELDS),
-    Route("GET", "/api/tags", lambda front: {"models": [ollama_model(front.pool, front.settings)]},
+    Route("GET", "/api/tags", Api.OLLAMA,
+          lambda front: {"models": [ollama_model(front.pool, front.settings)]},
           "the served model in Ollama's format"),
-    Route("POST", "/api/show", "handle_ollama_show", "more of it", OLLAMA_SHOW_FIELDS),
-    Route("GET", "/api/version", lambda front: {"version": __version__},
+    Route("POST", "/api/show", Api.OLLAMA, "models.handle_ollama_show", "more of it", OLLAMA_SHOW_FIELDS),
+    Route("GET", "/api/version", Api.OLLAMA, lambda front: {"version": __version__},
           "this server's version in Ollama's format"),
-    Route("POST", "/tokenize", "handle_text", "text to token ids", TOKENIZE_FIELDS),
-    Route("POST", "/detokenize", "handle_text", "token ids to text", DETOKENIZE_FIELDS),
-    Route("POST", "/apply-template", "handle_text",
+    Route("POST", "/tokenize", Api.OPENAI, "handle_text", "text to token ids", TOKENIZE_FIELDS),
+    Route("POST", "/detokenize", Api.OPENAI, "handle_text", "token ids to text", DETOKENIZE_FIELDS),
+    Route("POST", "/apply-template", Api.OPENAI, "handle_text",
           "a conversation to the text of its prompt", TEMPLATE_FIELDS),
-    *(Route("GET", path, lambda front: {"object": "list", "data": [model_body(front.pool, front.settings)]},
+    *(Route("GET", path, Api.OPENAI,
+            lambda front: {"object": "list", "data": [model_body(front.pool, front.settings)]},
             "the served model") for path in ("/v1/models", "/models")),
-    Route("GET", "/v1/models/{name:.+}", "handle_model", "the served model, by one of its names"),
-    Route("POST", "/v1/cancel/{id}", "handle_cancel", "stop an answer by the X-Request-Id of its response"),
-    Route("GET", "/v1/streams/{id}", "handle_stream",
+    Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
+          "the served model, by one of its names"),
+    Route("POST", "/v1/cancel/{id}", Api.OPENAI, "handle_cancel",
+          "stop an answer by the X-Request-Id of its response"),
+    Route("GET", "/v1/streams/{id}", Api.OPENAI, "handle_stream",
           "a resumable stream, from event ?from=N or after Last-Event-ID"),
-    Route("GET", "/health", lambda front: front.pool.health(), "200 when ready, else 503 with the stage"),
-    Route("GET", "/livez", lambda front: {"alive": True}, "200 as long as the event loop runs"),
-    Route("GET", "/readyz", Front.readiness,
-          "200 when a request would be served now, else 503 with the reason"),
-    Route("GET", "/stats", lambda front: front.pool.stats(), "workers, KV pages, speed, kernels, queue"),
-    Route("GET", "/metrics", "handle_metrics", "Prometheus metrics"),
-    Route("GET", "/openapi.json", lambda front: openapi_document(ROUTES, front.settings), "this description"),
+    Route("GET", "/health", Api.NANOCHAT, lambda front: front.pool.health(),
+          "200 when ready, else 503 with the stage", open=True, polled=True),
+    Route("GET", "/livez", Api.NANOCHAT, lambda front: {"alive": True},
+          "200 as long as the event loop runs", open=True, polled=True),
+    Route("GET", "/readyz", Api.NANOCHAT, Front.readiness,
+          "200 when a request would be served now, else 503 with the reason", open=True, polled=True),
+    Route("GET", "/stats", Api.NANOCHAT, lambda front: front.pool.stats(),
+          "workers, KV pages, speed, kernels, queue", polled=True),
+    Route("GET", "/metrics", Api.NANOCHAT, "handle_metrics", "Prometheus metrics", polled=True),
+    Route("GET", "/openapi.json", Api.NANOCHAT, lambda front: openapi_document(ROUTES, front.settings),
+          "this description"),
 )
 
 
 def create_app(pool: Pool, settings: Settings) -> web.Application:
     front = Front(pool, settings)
-    access_log = AccessLog(front.access, front.taken, front.metrics)
+    access_log = AccessLog(RouteTable(ROUTES, settings.prefix), front.taken, front.metrics)
     middlewares = [partial(access_log.log), errors_to_responses, partial(front.access.guard)]
-    app = web.Application(middlewares=[web.middleware(each) for each in middlewares])
+    app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
     app.on_cleanup.append(lambda app: front.recordings.close())
     for route in ROUTES:
@@ -498,7 +434,8 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
         except Exception:
             await pool.close()
             raise
-        async with serving(create_app(pool, settings), listener, room_for_connections(settings)):
+        room, routes = room_for_connections(settings), RouteTable(ROUTES, settings.prefix)
+        async with serving(create_app(pool, settings), listener, room, routes.is_polled):
             try:
                 if await first_of(pool.wait_ready(), drain.wait()) == 0:
                     progress.close()

@@ -13,7 +13,6 @@ import pytest
 import chat_server
 import chatlm
 from chatlm.common.config import OPTIONS, Limits, Settings, option_field
-from chatlm.front.server.access import OPEN_ROUTES
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
@@ -52,6 +51,6 @@ def test_the_flags_routes_and_files_that_it_names_exist():
     assert set(re.findall(r"`(/[a-z-]+)`", TEXT)) <= {route.pattern for route in chat_server.ROUTES}
     for name in re.findall(r"`([a-z_/]+\.py)`", TEXT):
         assert (ROOT / name).exists(), name
-    open_ = {route for route in OPEN_ROUTES if route not in ("/", "/static/{name}")}
+    open_ = {route.pattern for route in chat_server.ROUTES if route.open} - {"/", "/static/{name}"}
     (row,) = re.findall(r"^\| anybody who reaches the port, keys set \| ([^|]+) \|", TEXT, re.MULTILINE)
     assert set(re.findall(r"`([^`]+)`", row)) == open_

@@ -16,6 +16,7 @@ from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.readers import ANSWER_READERS, TEXT_READERS
 from chatlm.front.server import access, connections
+from chatlm.front.server.routes import RouteTable
 
 
 def finished(pieces, reason="stop", stop_reason="eos", choice=0):
@@ -174,7 +175,9 @@ class FakePool:
 async def serving(pool, settings=None, **limits):
     """`pool` behind the real routes on a port of 127.0.0.1, run as `serve_forever` runs them; yields the base URL."""
     with access.listen_on("127.0.0.1", 0) as listener:
-        async with connections.serving(chat_server.create_app(pool, settings or Settings()), listener, **limits):
+        settings = settings or Settings()
+        is_polled = RouteTable(chat_server.ROUTES, settings.prefix).is_polled
+        async with connections.serving(chat_server.create_app(pool, settings), listener, is_polled=is_polled, **limits):
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import replace
@@ -36,17 +35,6 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.admission.prompts import PromptMaker
-
-
-def names_model(body: bytes | bytearray) -> bool:
-    """Does a body have a member `model`? Only the first texts "model" in it are looked at."""
-    at = -1
-    for _ in range(64):
-        if (at := body.find(b'"model"', at + 1)) < 0:
-            return False
-        if body[max(0, at - 1):at] != b"\\" and re.match(rb"\s{0,8}:", body[at + 7:at + 16]):
-            return True
-    return False
 
 
 def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:

@@ -23,12 +23,10 @@ from chatlm.front.server.responses import REQUEST_LOG, SECURITY_HEADERS, Request
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.front.server.metrics import Metrics
+    from chatlm.front.server.routes import RouteTable
 
 
 BACKLOG = 1024         # connections the system queues until they are accepted
-
-OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")   # need no API key
-POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")  # logged only at level debug
 
 
 class Access:
@@ -40,20 +38,15 @@ class Access:
     def client_of(self, http: web.Request) -> str:
         """The client's name: its key's name, else its address. RequestError 401 without a required key."""
         scheme, _, bearer = http.headers.get("Authorization", "").partition(" ")
-        given = (bearer.strip() if scheme.lower() == "bearer" else
-                 http.headers.get("X-Api-Key", http.headers.get("Api-Key", "")))
-        digest = ApiKey.hashed(given, "").digest
+        key = (bearer.strip() if scheme.lower() == "bearer" else
+               http.headers.get("X-Api-Key", http.headers.get("Api-Key", "")))
+        digest = ApiKey.hashed(key, "").digest
         # compare with every key, without stopping at a match
-        found = [key.name for key in self.settings.keys if hmac.compare_digest(key.digest, digest)]
-        if self.settings.keys and not found and self.route_of(http) not in OPEN_ROUTES:
-            raise RequestError("this server needs an API key: Authorization: Bearer KEY" if not given else
+        names = [known.name for known in self.settings.keys if hmac.compare_digest(known.digest, digest)]
+        if self.settings.keys and not names and not REQUEST_LOG.get().route.open:
+            raise RequestError("this server needs an API key: Authorization: Bearer KEY" if not key else
                                "this server does not know the API key", status=401, code="invalid_api_key")
-        return found[0] if found else client_at(http.remote)
-
-    def route_of(self, http: web.Request) -> str:
-        """The pattern of the route that will answer, or "" if none matches."""
-        resource = http.match_info.route.resource
-        return resource.canonical.removeprefix(self.settings.prefix).rstrip("/") or "/" if resource else ""
+        return names[0] if names else client_at(http.remote)
 
     def check_host(self, http: web.Request):
         """Check the Host header: a foreign page can make its own name resolve to this server's address.
@@ -68,10 +61,10 @@ class Access:
 
     def cors_headers(self, http: web.Request) -> dict[str, str]:
         """Headers that let a page of another origin read the response, if --cors-origin names that origin."""
-        allowed, given = self.settings.cors_origin, http.headers.get("Origin")
-        if given is None or not given.isascii() or not {given, "*"} & set(allowed):
+        allowed, origin = self.settings.cors_origin, http.headers.get("Origin")
+        if origin is None or not origin.isascii() or not {origin, "*"} & set(allowed):
             return {"Vary": "Origin"} if allowed else {}
-        return {"Access-Control-Allow-Origin": given, "Vary": "Origin",
+        return {"Access-Control-Allow-Origin": origin, "Vary": "Origin",
                 "Access-Control-Expose-Headers": "X-Request-Id, Retry-After, X-Ignored-Tools"}
 
     def is_own(self, http: web.Request, origin: str) -> bool:
@@ -79,16 +72,16 @@ class Access:
 
         The scheme is ignored, because a proxy may have terminated TLS."""
         scheme, _, address = origin.partition("://")
-        asked, own = split_address(address), split_address(http.headers.get("Host", ""))
-        named = asked[0] in self.settings.allowed_host and not asked[1]
-        return scheme in ("http", "https") and (asked == own or named)
+        (name, port), own = split_address(address), split_address(http.headers.get("Host", ""))
+        allowed = name in self.settings.allowed_host and not port
+        return scheme in ("http", "https") and ((name, port) == own or allowed)
 
     def check_origin(self, http: web.Request):
         """Refuse pages of other origins: a page can post even where it cannot read the response.
 
         Browsers send Origin with every post, but Sec-Fetch-Site only to addresses that they trust."""
-        given, site = http.headers.get("Origin"), http.headers.get("Sec-Fetch-Site", "none")
-        foreign = given is not None and not self.is_own(http, given)
+        origin, site = http.headers.get("Origin"), http.headers.get("Sec-Fetch-Site", "none")
+        foreign = origin is not None and not self.is_own(http, origin)
         if foreign or http.method not in ("GET", "HEAD") and site not in ("none", "same-origin"):
             self.check_admitted(http)
 
@@ -121,18 +114,35 @@ class Access:
             response.headers["Cache-Control"] = "no-cache" if http.method in ("GET", "HEAD") else "no-store"
 
 
+class Owners:
+    """Who owns what requests leave in the server: their answers, and the KV pages of their prompts."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def of_answer(self, request_id: str, client: str) -> str:
+        """The client's key. Without keys, whoever knows the answer's id if that cannot be guessed; otherwise
+        the client's address, which comes last because a phone's changes with the network."""
+        return "" if not self.settings.keys and re.fullmatch("[0-9a-f]{32}", request_id) else client
+
+    def of_pages(self, client: str) -> str:
+        """Clients of one owner share KV pages and checked grammars; share_prefixes gives all keys one."""
+        return client if self.settings.keys and not self.settings.share_prefixes else ""
+
+
 class AccessLog:
     """A middleware: one line in the log per request."""
 
-    def __init__(self, access: Access, taken: Callable[[str], bool], metrics: Metrics | None):
-        self.access, self.taken, self.metrics = access, taken, metrics
+    def __init__(self, routes: RouteTable, taken: Callable[[str], bool], metrics: Metrics | None):
+        self.routes, self.taken, self.metrics = routes, taken, metrics
 
     async def log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
         """Log one line per request, polls only at debug level. 499: the client left before the response."""
         began_s, status = time.monotonic(), 499
-        named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
-        unique = named if named and not self.taken(named) else secrets.token_hex(16)
-        REQUEST_LOG.set(record := RequestLog(unique, client_at(http.remote)))
+        wanted = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
+        request_id = wanted if wanted and not self.taken(wanted) else secrets.token_hex(16)
+        route = self.routes.row_of(http)
+        REQUEST_LOG.set(record := RequestLog(request_id, client_at(http.remote), route, route.api))
         try:
             response = await handler(http)
             status = response.status
@@ -140,16 +150,16 @@ class AccessLog:
                 response.headers["X-Request-Id"] = record.id
             return response
         finally:
-            route, ms = self.access.route_of(http), 1000 * (time.monotonic() - began_s)
+            ms = 1000 * (time.monotonic() - began_s)
             path = http.rel_url.raw_path[:200]  # without the query, which may hold secrets
-            poll = route in POLLED_ROUTES and status not in (401, 403)
+            poll = route.polled and status not in (401, 403)
             log.log(logging.DEBUG if poll else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
                     http.method, path, status, ms, record.note, record.client or "-", record.id,
                     extra={"fields": {"method": http.method, "path": path, "status": status,
                                       "ms": round(ms, 1), "client": record.client, "id": record.id,
                                       **record.counts}})
             if self.metrics:
-                self.metrics.responses.labels(route, status).inc()
+                self.metrics.responses.labels(route.pattern, status).inc()
 
 
 def network_of(address: str) -> str:

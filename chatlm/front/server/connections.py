@@ -14,7 +14,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.log import log
 from chatlm.front.lazy import web
-from chatlm.front.server.access import BACKLOG, POLLED_ROUTES, network_of
+from chatlm.front.server.access import BACKLOG, network_of
 from chatlm.front.server.responses import early_response, public_error
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ KEEP_ALIVE_S = 75.0    # seconds an idle connection is kept between requests
 ACCEPTED_AT_ONCE = 32  # connections accepted before the event loop runs other work; each takes 0.1 ms
 
 
-async def refuse_early(application: Callable, http: web.Request) -> web.StreamResponse:
-    """Runs before the application: refuses most requests on surplus connections, and unknown Expect headers.
-
-    aiohttp fails on an Expect that is not ASCII."""
-    if http.protocol.surplus and not http.path.endswith(POLLED_ROUTES):
+async def refuse_early(application: Callable, is_polled: Callable[[str], bool],
+                       http: web.Request) -> web.StreamResponse:
+    """Runs before the application: refuses unknown Expect headers, and on surplus connections requests for
+    paths that are not polled. aiohttp fails on an Expect that is not ASCII."""
+    if http.protocol.surplus and not is_polled(http.path):
         return early_response(Overloaded("the server has as many connections as it can serve"))
     if http.headers.get("Expect", "").lower() not in ("", "100-continue"):
         failure = RequestError("Expect must be 100-continue", status=417, code="expectation_failed")
@@ -63,7 +63,8 @@ class ConnectionTable:
         crowded = bool(connection.network) and len(mine) >= self.limit_of_network
         if not crowded and len(self.all) < self.limit:
             return self._append(connection)
-        if idle := next((each for each in (mine if crowded else self.all) if each.idle), None):
+        candidates = mine if crowded else self.all
+        if idle := next((candidate for candidate in candidates if candidate.idle), None):
             log.warning("too many connections: closing idle ones for new ones")
             self._close(idle)
             return self._append(connection)
@@ -148,12 +149,6 @@ def connection_class() -> type[web.RequestHandler]:
                 self.header_timer.cancel()
                 self.header_timer = None
 
-        async def finish_response(self, *arguments) -> tuple[web.StreamResponse, bool]:
-            try:
-                return await super().finish_response(*arguments)
-            except TimeoutError as error:  # from the system (limit_unread), while sending a file
-                raise ConnectionResetError("the client has stopped reading") from error
-
         def handle_error(self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None,
                          message: str | None = None) -> web.Response:
             """Answer what aiohttp could not parse; it is not logged, because it may contain a secret."""
@@ -179,30 +174,31 @@ def limit_unread(connection: socket.socket):
 def room_for_connections(settings: Settings) -> int:
     """Raise the process's descriptor limit as far as needed and allowed; return how many connections fit.
 
-    A connection may take two descriptors: its own, and a file being sent. Some are reserved for pipes,
-    surplus connections, connections being accepted or closed, and whatever else the process opens."""
+    Each takes one descriptor. Some are reserved for pipes, surplus connections, connections being accepted or
+    closed, and whatever else the process opens."""
     import resource
     kept = 128 + 2 * settings.num_workers + ConnectionTable.SURPLUS + 2 * ACCEPTED_AT_ONCE
-    wanted, limits = kept + 2 * LIMITS.connections, resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted, limits = kept + LIMITS.connections, resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (wanted if limit == resource.RLIM_INFINITY else min(limit, wanted) for limit in limits)
     with suppress(OSError, ValueError):
         if soft < hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, limits[1]))
             soft = hard
-    return max(16, (soft - kept) // 2)
+    return max(16, soft - kept)
 
 
 @asynccontextmanager
-async def serving(app: web.Application, listener: socket.socket,
-                  connections: int = LIMITS.connections) -> AsyncIterator[web.AppRunner]:
-    """Serve `app` on a socket. When a client leaves, its handler is cancelled at once, and so is its work."""
-    runner, loop = (web.AppRunner(app, handler_cancellation=True, shutdown_timeout=2.0),
-                    asyncio.get_running_loop())
+async def serving(app: web.Application, listener: socket.socket, connections: int = LIMITS.connections,
+                  is_polled: Callable[[str], bool] = lambda path: False) -> AsyncIterator[web.AppRunner]:
+    """Serve `app` on a socket. When a client leaves, its handler is cancelled at once, and so is its work.
+
+    Paths that `is_polled` are served on surplus connections too."""
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=2.0)
+    loop = asyncio.get_running_loop()
     await runner.setup()
-    runner.server.request_handler = partial(refuse_early, runner.server.request_handler)
-    how = {"access_log": None, "auto_decompress": False, "keepalive_timeout": KEEP_ALIVE_S, "logger": log}
-    table = ConnectionTable(connections)
-    connect = partial(connection_class(), table, runner.server, loop=loop, **how)
+    runner.server.request_handler = partial(refuse_early, runner.server.request_handler, is_polled)
+    connect = partial(connection_class(), ConnectionTable(connections), runner.server, loop=loop, logger=log,
+                      access_log=None, auto_decompress=False, keepalive_timeout=KEEP_ALIVE_S)
     server = await loop.create_server(connect, sock=listener, backlog=ACCEPTED_AT_ONCE)
     listener.listen(BACKLOG)  # asyncio uses one number for both
     try:

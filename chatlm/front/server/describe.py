@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from chatlm import __version__
 from chatlm.common.errors import Overloaded
@@ -14,13 +14,15 @@ from chatlm.common.log import utc
 from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.api.fields import A_TEXT
 from chatlm.front.pool.local import sampling_of
-from chatlm.front.server.access import OPEN_ROUTES
+from chatlm.front.server.bodies import known_of, tokenizer_of
+from chatlm.front.server.responses import json_response
 
 if TYPE_CHECKING:
-    from chat_server import Front
+    from aiohttp import web
     from chatlm.common.config import Settings
-    from chatlm.front.api.fields import Field
     from chatlm.front.pool.local import Pool
+    from chatlm.front.server.bodies import Bodies
+    from chatlm.front.server.routes import Route
 
 
 def bare_id(shown_id: str) -> str:
@@ -57,18 +59,28 @@ def ollama_model(pool: Pool, settings: Settings) -> dict:
                         "parameter_size": "", "quantization_level": ""}}
 
 
-class Route(NamedTuple):
-    """One route: the router and /openapi.json are built from this row."""
+class ModelRoutes:
+    """The handlers of routes about the model that depend on what is asked."""
 
-    method: str
-    path: str
-    handler: str | Callable[[Front], Any]  # a method, or what makes the JSON body (see Front.show)
-    doc: str
-    fields: tuple[Field, ...] = ()         # of the body, which ANSWER_READERS or TEXT_READERS has a reader for
+    def __init__(self, pool: Pool, settings: Settings, bodies: Bodies):
+        self.pool, self.settings, self.bodies = pool, settings, bodies
 
-    @property
-    def pattern(self) -> str:
-        return re.sub(r":[^}]*", "", self.path)
+    async def handle_model(self, http: web.Request) -> web.Response:
+        body = model_body(self.pool, self.settings)
+        known_of(self.pool, self.settings).check_model(http.match_info["name"])
+        return json_response(body)
+
+    async def handle_ollama_show(self, http: web.Request) -> web.Response:
+        with self.bodies.holding() as holding:
+            name = (await self.bodies.read_text(http, holding)).decode("utf-8")
+        model, tokenizer = ollama_model(self.pool, self.settings), tokenizer_of(self.pool)
+        known_of(self.pool, self.settings).check_model(name)
+        tools = ["tools"] if tokenizer.tool_format is not None else []
+        return json_response({name: model[name] for name in ("modified_at", "details")} | {
+            "template": tokenizer.spec.chat_template or "", "parameters": "", "modelfile": "", "license": "",
+            "model_info": {"general.architecture": "chat_server",
+                           "chat_server.context_length": self.pool.context_length},
+            "capabilities": ["completion", *tools]})
 
 
 def openapi_operation(route: Route) -> dict:
@@ -81,7 +93,7 @@ def openapi_operation(route: Route) -> dict:
         schema = {"type": "object", "required": required,
                   "properties": {field.name: field.described for field in route.fields}}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
+    return operation | ({"security": []} if route.open else {})
 
 
 def openapi_document(routes: Iterable[Route], settings: Settings) -> dict:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextvars
 import io
-import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,9 +17,11 @@ from chatlm.front.admission.admission import WRITE_BYTES
 from chatlm.front.api.encode import error_body
 from chatlm.front.api.encoders import anthropic_error
 from chatlm.front.lazy import web
+from chatlm.front.server.routes import Api
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event, Request
+    from chatlm.front.server.routes import Route
 
 
 def json_response(value, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -76,8 +77,9 @@ class RequestLog:
 
     id: str         # X-Request-Id of the response: the request's, unless another answer has it
     client: str     # its address (see client_at), or the name of its API key once it has shown one
+    route: Route    # its row of ROUTES
+    api: Api        # of that row, but OpenAI's for a body of OpenAI on nanochat's route
     note: str = ""  # goes into the access log line
-    as_openai: bool = False  # errors have OpenAI's shape on nanochat's route too
     headers: dict[str, str] = field(default_factory=dict)  # more headers of the response
     counts: dict = field(default_factory=dict)  # goes into its JSON form
 
@@ -103,28 +105,32 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
         texts = {404: f"there is no {http.path}", 405: f"{http.path} does not accept {http.method}"}
         text = texts.get(error.status, error.reason)
         failure = RequestError(text, status=error.status, code=error.reason.lower().replace(" ", "_"))
-        return error_response(http, failure,
-                              **{"Allow": error.headers["Allow"]} if "Allow" in error.headers else {})
+        return error_response(failure, {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {})
     except ConnectionError as error:  # the client has left: this response only sets the access log's status
-        return error_response(http, RequestError(str(error), status=499))
+        return error_response(RequestError(str(error), status=499))
     except Exception as error:        # keep it in no variable: its traceback holds this frame
-        return error_response(http, public_error(error))
+        return error_response(public_error(error))
 
 
-def error_response(http: web.Request, failure: ChatServerError, **headers: str) -> web.Response:
-    headers |= retry_header(failure)
-    if failure.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    body, record = error_body(failure), REQUEST_LOG.get()
-    if re.search(r"/api/\w+/?$", http.path):
-        body = {"error": str(failure)}
-    elif re.search(r"/v1/messages(/|$)", http.path):
-        body = anthropic_error(failure) | {"request_id": record.id}
-    elif not (record.as_openai or re.search(r"/v1/|/models/?$|tokenize/?$|/apply-template/?$", http.path)):
-        # `chat --url` needs the code context_length_exceeded
-        plain = failure.status == 400 and failure.code != "context_length_exceeded"
-        body = {"detail": str(failure), **({} if plain else body)}
-    return json_response(body, failure.status, headers)
+def error_response(failure: ChatServerError, headers: Mapping[str, str] | None = None) -> web.Response:
+    challenge = {"WWW-Authenticate": "Bearer"} if failure.status == 401 else {}
+    headers = {**(headers or {}), **challenge, **retry_header(failure)}
+    return json_response(error_shape(failure), failure.status, headers)
+
+
+def error_shape(failure: ChatServerError) -> dict:
+    """The body of an error, as clients of the API that was called read it."""
+    record = REQUEST_LOG.get()
+    match record.api:
+        case Api.OLLAMA:
+            return {"error": str(failure)}
+        case Api.ANTHROPIC:
+            return anthropic_error(failure) | {"request_id": record.id}
+        case Api.OPENAI:
+            return error_body(failure)
+    if failure.status == 400 and failure.code != "context_length_exceeded":  # which `chat --url` needs
+        return {"detail": str(failure)}
+    return {"detail": str(failure), **error_body(failure)}
 
 
 def retry_header(failure: ChatServerError) -> dict[str, str]:
@@ -132,7 +138,7 @@ def retry_header(failure: ChatServerError) -> dict[str, str]:
 
 
 def early_response(failure: ChatServerError) -> web.Response:
-    """Answer a request that never reaches the application, in both APIs' shapes, and close the connection."""
+    """Answer a request that never reaches the application, in two APIs' shapes, and close the connection."""
     headers = SECURITY_HEADERS | retry_header(failure)
     response = json_response({"detail": str(failure), **error_body(failure)}, failure.status, headers)
     response.force_close()

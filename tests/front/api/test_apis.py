@@ -33,7 +33,7 @@ from chatlm.common.text.reader import answer_reader
 from chatlm.front.api.conversation import openai_messages
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.fields import json_object
-from chatlm.front.api.readers import (ANSWER_READERS, REPEATED, TEXT_READERS, names_model, read_chat_body, read_messages_body, read_ollama_chat,
+from chatlm.front.api.readers import (ANSWER_READERS, REPEATED, TEXT_READERS, read_chat_body, read_messages_body, read_ollama_chat,
                                       read_responses_body)
 from chatlm.front.server.describe import bare_id
 from chatlm.worker.engine.grammar import Grammar
@@ -162,14 +162,6 @@ async def test_no_route_reads_a_large_body_on_the_event_loop(client, route, monk
                 assert response.status == (418 if reads else 404), await response.text()
     assert sent == [(route.path, len(payload))] * 2 * reads and max(read, default=0) < 1000
     assert bool(route.fields) == reads
-
-
-@pytest.mark.parametrize("body, names", [
-    (b'{"model": "a"}', True), (b'{"messages": [], "model"\n  : null}', True), (b'{"x": "\\"model\\": 1"}', False),
-    (b'{"x": "model"}', False), (b'{"x": ["model", "model"], "model": 1}', True), (b'{"x": [' + b'"model",' * 1000, False),
-    (b'"model":', True), (b"{}", False), (b'"model"', False)])
-def test_a_body_names_a_model_or_not(body, names):
-    assert names_model(body) is names_model(bytearray(body)) is names
 
 
 def test_every_route_that_answers_is_tested():

@@ -1,0 +1,83 @@
+"""The JSON bodies of requests: read here or, where large, in a sandbox."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from chatlm.common.config import LIMITS, with_own_sampling
+from chatlm.common.errors import Overloaded
+from chatlm.common.log import log
+from chatlm.common.messages.protocol import Known
+from chatlm.front.api.fields import json_object
+from chatlm.front.api.readers import ANSWER_READERS, TEXT_READERS
+from chatlm.front.server.responses import REQUEST_LOG
+from chatlm.front.server.routes import Api
+from chatlm.front.server.streams import Budget, Holding, read_bytes
+
+if TYPE_CHECKING:
+    from aiohttp import web
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.pool.local import Pool
+    from chatlm.front.server.access import Owners
+
+
+def known_of(pool: Pool, settings: Settings) -> Known:
+    return Known(with_own_sampling(settings, pool), pool.model_name,
+                 pool.tokenizer and pool.tokenizer.tool_format, pool.ready)
+
+
+def tokenizer_of(pool: Pool) -> Tokenizer:
+    if pool.tokenizer is None:
+        raise Overloaded("the model is still loading", retry_after_s=2)
+    return pool.tokenizer
+
+
+class Bodies:
+    """Reads the bodies of a pool's requests, within a budget of memory. Each has the reader of its route."""
+
+    def __init__(self, pool: Pool, settings: Settings, owners: Owners):
+        self.pool, self.settings, self.owners = pool, settings, owners
+        self.budget = Budget(LIMITS.held_bytes)
+
+    def holding(self) -> Holding:
+        """What the request of this task holds of the budget."""
+        return Holding(self.budget, REQUEST_LOG.get().client)
+
+    async def _receive(self, http: web.Request, holding: Holding) -> bytearray:
+        body, record = await read_bytes(http, holding), REQUEST_LOG.get()
+        # A client of OpenAI whose base URL lacks /v1, see read_native_body. In JSON, a quote within a text
+        # has a backslash before it.
+        if record.api is Api.NANOCHAT and b'"model"' in body:
+            record.api = Api.OPENAI
+        return body
+
+    async def parse(self, http: web.Request, holding: Holding) -> ParsedBody:
+        """Read a body with one of ANSWER_READERS. `holding` then holds what stays of a large one."""
+        record, admission = REQUEST_LOG.get(), self.pool.admission
+        with self.holding() as reading:
+            body = await self._receive(http, reading)
+            if len(body) <= LIMITS.inline_bytes:
+                known = known_of(self.pool, self.settings)
+                parsed = ANSWER_READERS[record.route.pattern](json_object(body), known)
+            else:
+                tokenizer_of(self.pool)
+                parsed = await admission.read_large(
+                    record.route.pattern, body, record.client, self.owners.of_pages(record.client))
+        if parsed.request.prompt_ids is not None:
+            holding.keep(parsed.size)
+        if parsed.ignored_tools:
+            record.headers["X-Ignored-Tools"] = names = ", ".join(parsed.ignored_tools)[:1000]
+            log.info("%s: the model has no tools of type %s", record.id, names)
+        return parsed
+
+    async def read_text(self, http: web.Request, holding: Holding) -> bytes:
+        """What one of TEXT_READERS makes of a body."""
+        record, admission = REQUEST_LOG.get(), self.pool.admission
+        tokenizer_of(self.pool)
+        body = await self._receive(http, holding)
+        if len(body) <= LIMITS.inline_bytes:
+            read = TEXT_READERS[record.route.pattern]
+            return await read(json_object(body), admission.prompts, record.client)
+        return await admission.answer_text(record.route.pattern, body, record.client)

@@ -1,0 +1,143 @@
+"""The parts of the front, each built without the others."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+
+import chat_server
+from chatlm.common.config import LIMITS, ApiKey, Settings
+from chatlm.common.errors import EngineFailure, Overloaded, RequestError
+from chatlm.front.server.access import Access, AccessLog, Owners
+from chatlm.front.server.bodies import Bodies
+from chatlm.front.server.describe import ModelRoutes
+from chatlm.front.server.responses import REQUEST_LOG, RequestLog, error_shape
+from chatlm.front.server.routes import Api, Route, RouteTable
+from chatlm.front.server.streams import Holding
+from fake_pool import FakePool, conversation
+
+KEYS = (ApiKey.hashed("key", "alice"),)
+TABLE = RouteTable(chat_server.ROUTES, "/chat")
+ROW = {route.path: route for route in chat_server.ROUTES}
+
+
+class Arriving:
+    """A request with a body that arrives in one piece, for the route whose pattern is `resource`."""
+
+    method, remote, content_length = "POST", "192.0.2.7", None
+
+    def __init__(self, path="/", resource=None, body=b"", **headers):
+        self.path, self.headers, self.parts = path, headers, [body, b""]
+        self.rel_url, self.content = SimpleNamespace(raw_path=path), self
+        self.match_info = SimpleNamespace(route=SimpleNamespace(resource=resource and SimpleNamespace(canonical=resource)))
+
+    async def readany(self):
+        return self.parts.pop(0)
+
+
+def logged(path, client="alice"):
+    """What is noted of a request for a route."""
+    REQUEST_LOG.set(record := RequestLog("id", client, ROW[path], ROW[path].api))
+    return record
+
+
+@pytest.mark.parametrize("path, resource, pattern, api", [
+    ("/chat/", "/chat/", "/", Api.NANOCHAT), ("/chat", "/chat", "/", Api.NANOCHAT),
+    ("/chat/v1/messages/", "/chat/v1/messages/", "/v1/messages", Api.ANTHROPIC),
+    ("/chat/v1/cancel/x", "/chat/v1/cancel/{id}", "/v1/cancel/{id}", Api.OPENAI),
+    ("/chat/nothing", None, "", Api.NANOCHAT), ("/v1/models", None, "", Api.OPENAI),         # without the prefix
+    ("/chat/v1/nothing", None, "", Api.OPENAI), ("/chat/v1/messages/x", None, "", Api.ANTHROPIC),
+    ("/chat/api/nothing", None, "", Api.OLLAMA), ("/chat/chat/completions", None, "", Api.NANOCHAT),
+    ("/chat/tokenize/x", None, "", Api.OPENAI), ("", None, "", Api.NANOCHAT)])
+def test_a_request_has_the_row_that_answers_it_else_the_api_of_the_path_most_like_its_own(path, resource, pattern, api):
+    row = TABLE.row_of(Arriving(path, resource))
+    assert (row.pattern, row.api) == (pattern, api) and (not row.open or row is ROW[pattern])
+
+
+def test_health_and_metrics_are_polled_and_nothing_else():
+    polled = {route.path for route in chat_server.ROUTES if TABLE.is_polled("/chat" + route.path)}
+    assert polled == {"/health", "/livez", "/readyz", "/stats", "/metrics"}
+    assert TABLE.is_polled("/chat/health/") and not TABLE.is_polled("/chat/nothing")
+
+
+@pytest.mark.parametrize("path, names", [
+    ("/stats", {"detail"}), ("/v1/completions", {"error"}), ("/v1/messages", {"type", "error", "request_id"}), ("/api/tags", {"error"})])
+def test_an_error_has_the_shape_of_its_api(path, names):
+    logged(path)
+    assert set(error_shape(RequestError("no"))) == names
+    assert set(error_shape(EngineFailure("no"))) == names | ({"error"} if path == "/stats" else set())
+    assert isinstance(error_shape(RequestError("no"))["error"], str) if path == "/api/tags" else True
+
+
+def test_an_answer_has_an_owner_and_so_have_its_pages():
+    number, alone, together = "0" * 32, Settings(keys=KEYS), Settings(keys=KEYS, share_prefixes=True)
+    assert [Owners(Settings()).of_answer(name, "192.0.2.7") for name in (number, "mine")] == ["", "192.0.2.7"]
+    assert [Owners(alone).of_answer(name, "alice") for name in (number, "mine")] == ["alice"] * 2
+    assert [Owners(settings).of_pages("alice") for settings in (Settings(), alone, together)] == ["", "alice", ""]
+
+
+def test_only_open_routes_need_no_key():
+    access = Access(Settings(keys=KEYS))
+    logged("/stats")
+    assert access.client_of(Arriving(Authorization="Bearer key")) == "alice"
+    with pytest.raises(RequestError, match="needs an API key"):
+        access.client_of(Arriving())
+    logged("/livez")
+    assert access.client_of(Arriving()) == "192.0.2.7"
+
+
+@pytest.mark.parametrize("taken", [(), ("mine",)])
+async def test_the_log_notes_row_and_id_of_a_request_and_an_id_of_another_is_not_used_again(caplog, taken):
+    async def handler(http):
+        assert (REQUEST_LOG.get().route, REQUEST_LOG.get().api) == (ROW["/api/tags"], Api.OLLAMA)
+        return response
+
+    caplog.set_level("INFO")
+    response = SimpleNamespace(status=200, prepared=False, headers={})
+    access_log = AccessLog(RouteTable(chat_server.ROUTES), taken.__contains__, None)
+    await access_log.log(Arriving("/api/tags", "/api/tags", **{"X-Request-Id": "mine"}), handler)
+    assert (response.headers["X-Request-Id"] == "mine") is (not taken) and "/api/tags 200" in caplog.text
+
+
+@pytest.mark.parametrize("body, api", [
+    (conversation() | {"model": "fake-model"}, Api.OPENAI), (conversation(), Api.NANOCHAT), (conversation('"model": 1'), Api.NANOCHAT)])
+async def test_a_body_is_read_by_the_reader_of_its_route_and_may_be_of_openai_on_nanochat_s(body, api):
+    bodies, record = Bodies(FakePool(), Settings(), Owners(Settings())), logged("/chat/completions")
+    with bodies.holding() as holding:
+        parsed = await bodies.parse(Arriving(body=json.dumps(body).encode()), holding)
+    assert record.api is api and parsed.api == {Api.OPENAI: "chat", Api.NANOCHAT: "native"}[api] and parsed.request.messages
+
+
+async def test_a_large_body_is_read_in_a_sandbox_for_its_owner():
+    pool, sent = FakePool(), []
+
+    async def read_large(*words):
+        sent.append((words[0], len(words[1]), *words[2:]))
+        raise RequestError("read elsewhere")
+
+    pool.read_large = read_large
+    settings = Settings(keys=KEYS)
+    bodies, _ = Bodies(pool, settings, Owners(settings)), logged("/v1/messages")
+    with Holding(bodies.budget, "alice") as holding:
+        with pytest.raises(RequestError, match="elsewhere"):
+            await bodies.parse(Arriving(body=b"x" * (LIMITS.inline_bytes + 1)), holding)
+    assert sent == [("/v1/messages", LIMITS.inline_bytes + 1, "alice", "alice")] and not bodies.budget.used
+
+
+async def test_the_model_is_described_to_who_asks_for_one_of_its_names():
+    pool = FakePool()
+    models = ModelRoutes(pool, Settings(), Bodies(pool, Settings(), Owners(Settings())))
+    logged("/api/show")
+    shown = json.loads((await models.handle_ollama_show(Arriving(body=b'{"model": "fake-model"}'))).body)
+    assert shown["capabilities"] == ["completion"] and shown["model_info"]["chat_server.context_length"] == 4096
+    with pytest.raises(RequestError, match="does not exist"):
+        await models.handle_ollama_show(Arriving(body=b'{"model": "another"}'))
+    pool.tokenizer = None
+    with pytest.raises(Overloaded, match="loading"):
+        await asyncio.wait_for(models.handle_ollama_show(Arriving(body=b"{}")), 9)
+
+
+def test_a_row_says_all_of_a_route():
+    row = Route("POST", "/v1/files/{name:.+}", Api.OPENAI, "handle", "keeps a file")
+    assert row.pattern == "/v1/files/{name}" and not (row.open or row.polled or row.fields)
