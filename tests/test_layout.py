@@ -54,7 +54,7 @@ def accidents(kind):
     """What a class replaces of a base class and probably does not mean to."""
     for name, own in vars(kind).items():
         base = next((vars(each)[name] for each in kind.__mro__[1:-1] if name in vars(each)), own)
-        if base is own or re.fullmatch("__.*__", name):
+        if base is own or re.fullmatch("_.*_", name):
             continue
         if inspect.isfunction(base) and not (inspect.isfunction(own) and shape(own) == shape(base)):
             yield kind.__name__, name

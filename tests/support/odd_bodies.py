@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from chatlm.common.jsontext import JSON_TYPES
 from chatlm.common.text.formats import TAGGED_ARGUMENTS
 from chatlm.front.api.call_grammars import CALL_GRAMMARS, STRING_FORMATS
-from chatlm.front.api.kinds import EFFORTS, OTHER_TOOLS
+from chatlm.front.api.field_types import EFFORTS, OTHER_TOOLS
 
 TOOL_FORMATS = [None, *CALL_GRAMMARS]
 MARKERS = ["<[</tool_call>]>", "<[<think>]>", "</tool_call>", "</parameter>\n", "</think>"]

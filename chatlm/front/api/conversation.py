@@ -13,8 +13,8 @@ from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import is_text, whole_unicode
 from chatlm.common.messages.requests import Message
 from chatlm.front.admission.prompts import turn_starts
-from chatlm.front.api.fields import A_FUNCTION, Field, fits, list_schema, no_tools, within_limit
-from chatlm.front.api.kinds import NATIVE_ROLES, OPENAI_ROLES, SWITCH, TEXT, TEXT_PARTS
+from chatlm.front.api.fields import A_FUNCTION, Field, list_schema, matches, no_tools, within_limit
+from chatlm.front.api.field_types import NATIVE_ROLES, OPENAI_ROLES, SWITCH, TEXT, TEXT_PARTS
 from chatlm.front.api.tables import TEMPLATE_OPTIONS
 
 
@@ -211,7 +211,7 @@ def anthropic_messages(values: Mapping) -> Iterator[tuple[str, str, dict]]:
 
 def called_before(calls, name: str) -> list[dict]:
     """The assistant's earlier calls as templates expect them: arguments as an object."""
-    if not fits(list_schema(A_FUNCTION), calls):
+    if not matches(list_schema(A_FUNCTION), calls):
         raise bad_value(name, calls, "a list of calls, each with a function")
     read = []
     for call in calls:

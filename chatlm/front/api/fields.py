@@ -12,38 +12,39 @@ from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import JSON_TYPES, is_number, is_text, whole_unicode
 
 
-def fits(schema: Mapping, value) -> bool:
+def matches(schema: Mapping, value) -> bool:
     """Does a JSON value match a schema? Covers the part of JSON Schema that the tables of fields use."""
     if not schema:  # allows anything, at any depth
         return True
     types = schema.get("type", list(JSON_TYPES))
     if not any(JSON_TYPES[name](value) for name in ([types] if is_text(types) else types)):
         return False
-    if "enum" in schema and not any(type(each) is type(value) and each == value for each in schema["enum"]):
+    if "enum" in schema and not any(type(option) is type(value) and option == value
+                                    for option in schema["enum"]):
         return False
-    if "anyOf" in schema and not any(fits(option, value) for option in schema["anyOf"]):
+    if "anyOf" in schema and not any(matches(option, value) for option in schema["anyOf"]):
         return False
     if is_text(value):
         return len(value) <= schema.get("maxLength", len(value))
     if isinstance(value, list):
         right_length = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
-        return right_length and all_fit(schema.get("items", {}), value)
+        return right_length and all_match(schema.get("items", {}), value)
     if isinstance(value, dict):
         known, names, others = (schema.get(key, {})
                                 for key in ("properties", "propertyNames", "additionalProperties"))
         known_size = (len(value) <= schema.get("maxProperties", len(value))
                       and set(schema.get("required", ())) <= value.keys())
         return known_size and all(
-            re.search(names.get("pattern", ""), name) and fits(known.get(name, others), each)
-            for name, each in value.items())
+            re.search(names.get("pattern", ""), name) and matches(known.get(name, others), member)
+            for name, member in value.items())
     return not is_number(value) or schema.get("minimum", value) <= value <= schema.get("maximum", value)
 
 
-def all_fit(schema: Mapping, values: list) -> bool:
+def all_match(schema: Mapping, values: list) -> bool:
     if schema is A_TOKEN or schema is TEXT_OR_TOKEN:  # fast path: such lists are long
         return all(type(value) is int and 0 <= value < 2**31
                    or type(value) is str and schema is TEXT_OR_TOKEN for value in values)
-    return all(fits(schema, value) for value in values)
+    return all(matches(schema, value) for value in values)
 
 
 class FieldType(NamedTuple):
@@ -51,7 +52,7 @@ class FieldType(NamedTuple):
 
     allowed: str                                      # for error texts
     schema: dict
-    made: Callable[[Any], Any] = lambda value: value  # converts a value that fits
+    convert: Callable[[Any], Any] = lambda value: value  # makes ours of a value that matches the schema
     details: dict = {}  # more schema, checked elsewhere with better errors
 
 
@@ -59,7 +60,7 @@ class Field(NamedTuple):
     """One field of a request body. null means absent."""
 
     name: str
-    kind: FieldType
+    type: FieldType
     doc: str
     low: float = -math.inf
     high: float = math.inf
@@ -70,13 +71,13 @@ class Field(NamedTuple):
     @property
     def schema(self) -> dict:
         bounds = {} if self.clamp or self.low == -math.inf else {"minimum": self.low, "maximum": self.high}
-        return self.kind.schema | {name: bound for name, bound in bounds.items() if bound < math.inf}
+        return self.type.schema | {name: bound for name, bound in bounds.items() if bound < math.inf}
 
     @property
     def described(self) -> dict:
         """For /openapi.json."""
         or_null = [] if self.required else [{"type": "null"}]
-        return {"description": self.doc, "anyOf": [self.schema | self.kind.details, *or_null]}
+        return {"description": self.doc, "anyOf": [self.schema | self.type.details, *or_null]}
 
     @property
     def bounds(self) -> str:
@@ -87,13 +88,13 @@ class Field(NamedTuple):
 
     def read(self, value):
         schema = self.schema
-        if not fits(schema, value):
+        if not matches(schema, value):
             bounds = self.bounds if "minimum" in schema else ""
-            raise bad_value(self.name, value, self.kind.allowed + bounds)
-        return self.kind.made(min(max(value, self.low), self.high) if self.clamp else value)
+            raise bad_value(self.name, value, self.type.allowed + bounds)
+        return self.type.convert(min(max(value, self.low), self.high) if self.clamp else value)
 
 
-def left_out(reason: str) -> FieldType:
+def refused(reason: str) -> FieldType:
     """A field that no request may have."""
     return FieldType(f"left out: {reason}", {"enum": [None]})
 
@@ -122,46 +123,46 @@ class ToolChoice(NamedTuple):
     parallel: bool = True
 
 
-def named_tool(tool: dict) -> str | None:
+def tool_name(tool: dict) -> str | None:
     return tool["name"] if "name" in tool else tool.get("function", {}).get("name")
 
 
 def read_choice(value: str | dict, inside: str = "") -> ToolChoice:
     """tool_choice of any API, in which allowed_tools are the object itself or its member `inside`. To choose
-    a tool that is left out (see ParsedBody.ignored_tools) is no choice."""
+    a tool that is ignored (see ParsedBody.ignored_tools) is no choice."""
     if is_text(value):
         return ToolChoice(value)
-    kind = value.get("type", "function")
-    if kind == "allowed_tools":
+    choice_type = value.get("type", "function")
+    if choice_type == "allowed_tools":
         allowed = value[inside] if inside else value
-        return ToolChoice(allowed["mode"], tuple(filter(None, map(named_tool, allowed["tools"]))))
-    if kind in ("function", "tool"):
-        return ToolChoice("required", (named_tool(value),), parallel=False)
-    mode = {"any": "required", "none": "none"}.get(kind, "auto")
+        return ToolChoice(allowed["mode"], tuple(filter(None, map(tool_name, allowed["tools"]))))
+    if choice_type in ("function", "tool"):
+        return ToolChoice("required", (tool_name(value),), parallel=False)
+    mode = {"any": "required", "none": "none"}.get(choice_type, "auto")
     return ToolChoice(mode, parallel=value.get("disable_parallel_tool_use") is not True)
 
 
-def known_tools(tools: Seq[dict], kinds: Seq[str | None],
+def known_tools(tools: Seq[dict], types: Seq[str | None],
                 schema: str) -> tuple[tuple[dict, ...], tuple[str, ...]]:
     """The functions among tools, as Chat Completions has them, and the types of the others.
 
-    Functions are of the types `kinds`, and their parameters are in the member `schema`."""
+    Functions are of these `types`, and their parameters are in the member `schema`."""
     functions, others = [], []
     for index, tool in enumerate(tools):
-        if tool.get("type") not in kinds:
+        if tool.get("type") not in types:
             others.append(re.sub(r"[^A-Za-z0-9_.-]", "", str(tool["type"]))[:60])
             continue
         function = {"name": tool.get("name"), "description": tool.get("description"),
                     "parameters": tool.get(schema), "strict": tool.get("strict") or None}
         functions.append({"type": "function", "function": {
             name: value for name, value in function.items() if value is not None}})
-        if not fits(A_FUNCTION, functions[-1]):
+        if not matches(A_FUNCTION, functions[-1]):
             raise bad_value(f"tools[{index}]", tool, f"an object with a name and {schema}, an object")
     return tuple(functions), tuple(dict.fromkeys(others))[:64]
 
 
-def list_schema(items: Mapping, **more: int) -> dict:
-    return {"type": "array", "items": items, **more}
+def list_schema(items: Mapping, **limits: int) -> dict:
+    return {"type": "array", "items": items, **limits}
 
 
 def object_schema(required: Seq[str], **properties: dict) -> dict:

@@ -23,8 +23,8 @@ from chatlm.front.api.conversation import (
     anthropic_messages, chat_messages, joined_turns, named_messages, native_messages, openai_messages,
     part_text, response_messages, template_options)
 from chatlm.front.api.fields import (
-    A_FUNCTION, ToolChoice, allowed_tools, fits, known_tools, no_tools, parse_fields, within_limit)
-from chatlm.front.api.kinds import OPENAI_ROLES, one_constraint, thinking
+    A_FUNCTION, ToolChoice, allowed_tools, known_tools, matches, no_tools, parse_fields, within_limit)
+from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking
 from chatlm.front.api.tables import (
     COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS,
     OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS,
@@ -73,7 +73,7 @@ def openai_request(values: Mapping, settings: Settings, **source) -> Request:
 def functions_among(values: Mapping) -> tuple[dict, ...]:
     """The tools of a body, all functions. The schema lets other types pass, so that they are named here."""
     tools = values.get("tools", ())
-    if strange := [tool["type"] for tool in tools if not fits(A_FUNCTION, tool)]:
+    if strange := [tool["type"] for tool in tools if not matches(A_FUNCTION, tool)]:
         raise RequestError(f"tools of type {shown(strange[0])} are not supported here, only functions",
                            code="unsupported_tool", param="tools")
     return tools
@@ -100,11 +100,11 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
         messages = openai_messages(values["messages"], tool_format is not None)
         options = template_options(values)
     functions = [tool["function"] for tool in tools]
-    names, types, strict = tuple(each["name"] for each in functions), (), ()
-    if not grammar and any(each.get("strict") is True for each in functions):
+    names, types, strict = tuple(function["name"] for function in functions), (), ()
+    if not grammar and any(function.get("strict") is True for function in functions):
         param = "tools"
-        strict = tuple(call_grammar(each, tool_format) if each.get("strict") is True else ""
-                       for each in functions)
+        strict = tuple(call_grammar(function, tool_format) if function.get("strict") is True else ""
+                       for function in functions)
         if sum(map(len, strict)) > 16 * LIMITS.grammar_characters:
             raise unusable_schema("the parameters of all strict functions are too long", param)
     if tool_format in TAGGED_ARGUMENTS:
@@ -192,7 +192,7 @@ def read_messages_body(body: dict, known: Known) -> ParsedBody:
 
 def anthropic_prompt(values: Mapping, tool_format: str | None) -> tuple[
         tuple[Message, ...], tuple[dict, ...], tuple[str, ...]]:
-    """The messages, the functions, and the types of the tools that are left out."""
+    """The messages, the functions, and the types of the tools that are ignored."""
     messages = chat_messages(anthropic_messages(values), tool_format is not None)
     return messages, *known_tools(values.get("tools", ()), [None, "custom"], "input_schema")
 

@@ -7,8 +7,8 @@ from functools import partial
 
 from chatlm.common.config import LIMITS
 from chatlm.front.api.fields import (
-    A_TEXT, TEXT_OR_NULL, Field, FieldType, left_out, list_schema, object_schema)
-from chatlm.front.api.kinds import (
+    A_TEXT, TEXT_OR_NULL, Field, FieldType, list_schema, object_schema, refused)
+from chatlm.front.api.field_types import (
     CAP, CONSTRAINT_FIELDS, EFFORT, EFFORTS, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INPUTS, INTEGER, LIST,
     LOGIT_BIAS, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT, OLLAMA_NAME,
     OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP, STOP_TOKENS, SWITCH, SYSTEM, TEXT, TOKENS, TOOL_CHOICE,
@@ -17,11 +17,11 @@ from chatlm.front.api.kinds import (
 
 SOME_TOOLS = Field(
     "tools", FieldType("a list of objects", list_schema(object_schema([], type=TEXT_OR_NULL)), tuple),
-    "functions the model may call; tools of other types are left out, and named in the header "
+    "functions the model may call; tools of other types are ignored, and named in the header "
     "X-Ignored-Tools")
 MODEL = Field("model", TEXT, "absent, empty or `default`: the loaded one")
 PARALLEL = Field("parallel_tool_calls", SWITCH, "false: at most one call when tool_choice requires calls")
-RESPONSE_FORMAT = Field("response_format", OBJECT._replace(made=response_grammar),
+RESPONSE_FORMAT = Field("response_format", OBJECT._replace(convert=response_grammar),
                         "format of the answer: text, json_object or json_schema")
 
 COMMON_FIELDS = (  # for every route that generates
@@ -121,14 +121,14 @@ RESPONSES_FIELDS = (
                                  lambda value: thinking(value.get("effort"))),
           "`effort`: how much the model thinks, if its template knows that", means="template_options"),
     PARALLEL,
-    Field("text", OBJECT._replace(made=partial(nested_grammar, param="text")),
+    Field("text", OBJECT._replace(convert=partial(nested_grammar, param="text")),
           "`format`: text, json_object or json_schema", means="response_format"),
     Field("truncation", FieldType('"auto" or "disabled"', {"enum": ["auto", "disabled"]}, "auto".__eq__),
           "`auto` means `truncate: oldest`", means="truncate"),
     Field("metadata", METADATA, "comes back in the answer"),
     Field("user", FieldType("a string of at most 512 characters", {"type": "string", "maxLength": 512}),
           "comes back in the answer"),
-    *(Field(name, left_out("the server keeps no answers, so send the whole conversation as input"), "refused")
+    *(Field(name, refused("the server keeps no answers, so send the whole conversation as input"), "refused")
       for name in ("previous_response_id", "conversation", "prompt")),
     Field("background", FieldType("false, because the server keeps no answers", {"enum": [False]}),
           "true is refused"),
@@ -151,7 +151,7 @@ MESSAGES_FIELDS = (
         object_schema(["type"], type={"enum": ["enabled", "adaptive", "disabled"]}),
         lambda value: thinking(value["type"] != "disabled")),
         "whether the model thinks, if its template knows that", means="template_options"),
-    Field("output_config", OBJECT._replace(made=partial(nested_grammar, param="output_config")),
+    Field("output_config", OBJECT._replace(convert=partial(nested_grammar, param="output_config")),
           "`format`: json_schema; `effort`: how much the model thinks", means="response_format"),
 )
 
@@ -159,7 +159,7 @@ OLLAMA_OPTIONS = (
     *(field for field in SAMPLING_FIELDS if field.name in (
         "temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")),
     Field("repeat_penalty", NUMBER, "1 = off", 0.01, 10, means="repetition_penalty"),
-    Field("num_predict", INTEGER._replace(made=lambda value: int(value) if value > 0 else -1),
+    Field("num_predict", INTEGER._replace(convert=lambda value: int(value) if value > 0 else -1),
           "most tokens of the answer; -1 and -2 = up to the context", -2, math.inf, means="max_tokens"),
 )
 OLLAMA_FIELDS = (  # for both of Ollama's routes
@@ -178,7 +178,7 @@ OLLAMA_CHAT_FIELDS = (
 OLLAMA_GENERATE_FIELDS = (
     Field("prompt", TEXT, "a question; without any, an empty answer"),
     Field("system", TEXT, "the system message"), Field("raw", SWITCH, "the prompt is a text to continue"),
-    Field("suffix", left_out("no model here can fill in the middle"), "refused"), *OLLAMA_FIELDS)
+    Field("suffix", refused("no model here can fill in the middle"), "refused"), *OLLAMA_FIELDS)
 EMBEDDING_FIELDS = (
     Field("input", INPUTS, "text, token ids, or a list of these", required=True),
     MODEL,
@@ -186,7 +186,7 @@ EMBEDDING_FIELDS = (
           "numbers (the default), or float32, little-endian, in base64"),
     Field("pooling", FieldType('"mean" or "last"', {"enum": ["mean", "last"]}),
           "the mean over the tokens of an input (the default), or its last token"),
-    Field("dimensions", left_out("a chat model's vectors have the width of its hidden states"), "refused"),
+    Field("dimensions", refused("a chat model's vectors have the width of its hidden states"), "refused"),
     Field("priority", PRIORITY, "`low`: wait until no other request does"),
 )
 OLLAMA_EMBED_FIELDS = (

@@ -17,8 +17,8 @@ from chatlm.common.errors import RequestError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import WORKER_PIPE, ModelCard, NewAnswer, NewPrompt
 from chatlm.common.messages.requests import Piece
-from chatlm.front.api.fields import A_TOKEN, fits, list_schema
-from chatlm.front.api.kinds import CONSTRAINT_FIELDS
+from chatlm.front.api.fields import A_TOKEN, list_schema, matches
+from chatlm.front.api.field_types import CONSTRAINT_FIELDS
 from chatlm.front.pool.local import LocalPool
 from chatlm.front.pool.worker import Worker
 from chatlm.front.server.describe import openapi_document
@@ -161,8 +161,8 @@ def bodies(path):
     ({"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": {"type": "number"}}, [{}, {"1": 0.5}],
      [{"x": 1}, {"1": "x"}, {"-1": 1}])])
 def test_what_fits_a_schema(schema, fit, unfit):
-    assert [value for value in fit if not fits(schema, value)] == []
-    assert [value for value in unfit if fits(schema, value)] == []
+    assert [value for value in fit if not matches(schema, value)] == []
+    assert [value for value in unfit if matches(schema, value)] == []
 
 
 FUNCTION = st.dictionaries(st.sampled_from(["name", "parameters"]), st.none() | st.just({}) | st.text(max_size=2))
@@ -186,7 +186,7 @@ def test_a_field_is_read_or_refused_by_its_name(value):
         except RequestError as error:
             assert error.status == 400 and error.param == field.name and field.name in str(error)
             makes_grammar = field.means == "response_format" or field.name in GRAMMARS
-            assert not fits(field.schema, value) or makes_grammar
+            assert not matches(field.schema, value) or makes_grammar
 
 
 requests = st.sampled_from(sorted(BODY_ROUTES)).flatmap(lambda path: st.tuples(st.just("POST"), st.just(path), bodies(path)))

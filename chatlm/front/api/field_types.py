@@ -12,21 +12,21 @@ from chatlm.common.errors import RequestError, bad_value, invalid, named, printa
 from chatlm.common.jsontext import is_text, whole_unicode
 from chatlm.common.text.grammar import in_slashes, json_grammar, lark_grammar
 from chatlm.front.api.fields import (
-    A_FUNCTION, A_TEXT, A_TOKEN, TEXT_OR_NULL, TEXT_OR_TOKEN, Field, FieldType, as_count, fits, left_out,
-    list_schema, listed, object_schema, prompt_list, read_choice)
+    A_FUNCTION, A_TEXT, A_TOKEN, TEXT_OR_NULL, TEXT_OR_TOKEN, Field, FieldType, as_count, list_schema,
+    listed, matches, object_schema, prompt_list, read_choice, refused)
 
 
 def response_grammar(value: dict, param: str = "response_format") -> tuple[str, str]:
     """The grammar for a format of answers ("" for plain text), and the field that asks for it."""
-    kind = value.get("type")
-    if kind == "text":
+    format_type = value.get("type")
+    if format_type == "text":
         return "", param
-    if kind not in ("json_object", "json_schema"):
-        raise bad_value(param, kind, "an object of type text, json_object or json_schema")
+    if format_type not in ("json_object", "json_schema"):
+        raise bad_value(param, format_type, "an object of type text, json_object or json_schema")
     # llama-server takes {"type", "schema"} for both types.
-    holder = value.get("json_schema") if kind == "json_schema" else value
+    holder = value.get("json_schema") if format_type == "json_schema" else value
     schema = holder.get("schema", value.get("schema")) if isinstance(holder, dict) else value.get("schema")
-    if schema is None and kind == "json_object":
+    if schema is None and format_type == "json_object":
         schema = {"type": "object"}
     if not isinstance(schema, dict):
         raise RequestError(f"{param} needs a schema that is an object",
@@ -45,15 +45,15 @@ def nested_grammar(value: dict, param: str) -> tuple[str, str]:
 GBNF_CHARACTERS = 16_384  # converted here, in 2 us a character
 
 
-def other_grammar(value, kind: str, param: str) -> tuple[str, str]:
+def other_grammar(value, language: str, param: str) -> tuple[str, str]:
     """The grammar for a constraint of vLLM's or llama-server's, and the field that asks for it."""
     grammar = ""
     try:
-        if kind == "json":
+        if language == "json":
             return json_grammar({**(json.loads(value) if is_text(value) else value)}, param), param
-        if kind == "choice":
-            grammar = "start: " + " | ".join(json.dumps(whole_unicode(each)) for each in value)
-        elif kind == "regex":
+        if language == "choice":
+            grammar = "start: " + " | ".join(json.dumps(whole_unicode(choice)) for choice in value)
+        elif language == "regex":
             grammar = f"start: /{in_slashes(whole_unicode(value))}/"
         elif len(value) <= GBNF_CHARACTERS:
             convert = importlib.import_module("llguidance.gbnf_to_lark").any_to_lark
@@ -70,24 +70,26 @@ def other_grammar(value, kind: str, param: str) -> tuple[str, str]:
 
 def structured_outputs(value: dict) -> tuple[str, str]:
     """vLLM's structured_outputs: an object with one constraint."""
-    given = {name: each for name, each in value.items() if each is not None and each is not False}
-    fields = {field.name.removeprefix("guided_"): field.kind for field in CONSTRAINT_FIELDS[:4]}
-    (kind, constraint), *more = given.items() or [("", None)]
-    if kind == "json_object" and constraint is True and not more:
-        kind, constraint = "json", {"type": "object"}
-    if more or kind not in fields or not fits(fields[kind].schema, constraint):
+    constraints = {name: constraint for name, constraint in value.items()
+                   if constraint is not None and constraint is not False}
+    types = {field.name.removeprefix("guided_"): field.type for field in CONSTRAINT_FIELDS[:4]}
+    (language, constraint), *others = constraints.items() or [("", None)]
+    if language == "json_object" and constraint is True and not others:
+        language, constraint = "json", {"type": "object"}
+    if others or language not in types or not matches(types[language].schema, constraint):
         raise bad_value("structured_outputs", value, "an object with one of json, regex, choice, grammar and "
                                                      "json_object: true")
-    return other_grammar(constraint, kind, "structured_outputs")
+    return other_grammar(constraint, language, "structured_outputs")
 
 
 def one_constraint(values: Mapping) -> tuple[str, str]:
     """The grammar that a request asks for, and the field that does; RequestError if several do."""
-    found = [values[name] for name in ("response_format", *(field.name for field in CONSTRAINT_FIELDS))
-             if name in values and values[name][0]]
-    if len(found) > 1:
-        raise invalid(found[1][1], f"{found[0][1]} and {found[1][1]} exclude each other")
-    return found[0] if found else ("", "")
+    grammars = [values[name] for name in ("response_format", *(field.name for field in CONSTRAINT_FIELDS))
+                if name in values and values[name][0]]
+    if len(grammars) > 1:
+        (_, first), (_, second), *_ = grammars
+        raise invalid(second, f"{first} and {second} exclude each other")
+    return grammars[0] if grammars else ("", "")
 
 
 TEXT_PARTS = ["text", "input_text", "output_text", "refusal", "reasoning_text", "summary_text"]
@@ -97,8 +99,8 @@ OPENAI_ROLES = ["system", "developer", "user", "assistant"]  # plus tool, if the
 
 NUMBER = FieldType("a finite number", {"type": "number"}, float)
 INTEGER = FieldType("an integer", {"type": "integer"}, as_count)
-SEED = INTEGER._replace(made=lambda value: int(value) % 2**64)  # OpenAI's seeds may be negative
-TOP_K = INTEGER._replace(made=lambda value: max(0, int(value)))
+SEED = INTEGER._replace(convert=lambda value: int(value) % 2**64)  # OpenAI's seeds may be negative
+TOP_K = INTEGER._replace(convert=lambda value: max(0, int(value)))
 CAP = FieldType("a positive integer, or -1 for no cap",
                 {"anyOf": [{"enum": [-1]}, {"type": "integer", "minimum": 1}]}, as_count)
 SWITCH = FieldType("true or false", {"enum": [True, False, "true", "false", "True", "False"]},
@@ -146,7 +148,7 @@ TOOLS = FieldType('a list of {"type": "function", "function": {"name", "descript
                   tuple)
 FUNCTIONS = FieldType('a list of {"name", "description", "parameters"}',
                       list_schema(A_FUNCTION["properties"]["function"]),
-                      lambda value: tuple({"type": "function", "function": each} for each in value))
+                      lambda value: tuple({"type": "function", "function": function} for function in value))
 FUNCTION_CALL = FieldType('"auto", "none" or {"name"}',
                           {"anyOf": [{"enum": ["auto", "none"]}, A_NAME]},
                           lambda value: read_choice(value if is_text(value) else {"name": value["name"]}))
@@ -184,9 +186,9 @@ OPENAI_MESSAGES = LIST._replace(details=list_schema(
     minItems=1))
 
 
-def constraint(name: str, kind: str, allowed: str, schema: dict) -> Field:
-    made = partial(other_grammar, kind=kind, param=name)
-    return Field(name, FieldType(allowed, schema, made), f"the answer matches {allowed}")
+def constraint(name: str, language: str, allowed: str, schema: dict) -> Field:
+    convert = partial(other_grammar, language=language, param=name)
+    return Field(name, FieldType(allowed, schema, convert), f"the answer matches {allowed}")
 
 
 CONSTRAINT_FIELDS = (  # as vLLM and llama-server have them; a request may have one
@@ -197,15 +199,15 @@ CONSTRAINT_FIELDS = (  # as vLLM and llama-server have them; a request may have 
     constraint("guided_grammar", "grammar", "a grammar in Lark or GBNF", A_TEXT),
     constraint("grammar", "grammar", "a grammar in GBNF or Lark", A_TEXT),
     constraint("json_schema", "json", "a JSON schema", {"type": "object"}),
-    Field("structured_outputs", OBJECT._replace(made=structured_outputs),
+    Field("structured_outputs", OBJECT._replace(convert=structured_outputs),
           "one of json, regex, choice, grammar and json_object"),
-    *(Field(name, left_out("answers cannot be held to it"), "refused") for name in (
+    *(Field(name, refused("answers cannot be held to it"), "refused") for name in (
         "guided_whitespace_pattern", "structural_tag", "regex", "ebnf")),
 )
 
 
-def thinking(wanted) -> dict:
+def thinking(effort) -> dict:
     """The template options for an effort, or for whether to think; None leaves it to the template."""
-    if wanted is None or is_text(wanted):
-        return {"reasoning_effort": wanted} if wanted in EFFORTS else {}
-    return {"chat_template_kwargs": {"enable_thinking": wanted, "thinking": wanted}}
+    if effort is None or is_text(effort):
+        return {"reasoning_effort": effort} if effort in EFFORTS else {}
+    return {"chat_template_kwargs": {"enable_thinking": effort, "thinking": effort}}
