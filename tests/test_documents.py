@@ -13,7 +13,7 @@ import chat_server
 from chatlm.cli import parse_bundle_words, parse_command_line
 from chatlm.common.config import OPTIONS
 from chatlm.common.errors import ConfigError
-from chatlm.front.api.kinds import CONSTRAINT_FIELDS
+from chatlm.front.api.field_types import CONSTRAINT_FIELDS
 from chatlm.common.hub.huggingface import SHORT_NAMES
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.gguf_file import GGUF_FAMILIES
