@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm import __version__
-from chatlm.common.config import FLAGS, OPTIONS, PROGRAM_COMMANDS, Settings, option_field, read_api_keys
+from chatlm.common.config import FLAGS, PROGRAM_COMMANDS, Settings, read_api_keys
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, did_you_mean, require_library
 from chatlm.common.hub.find import SUPPORTED_MODELS
 
 if TYPE_CHECKING:
-    from chatlm.common.config import Option
+    from chatlm.common.config import Flag
 
 
 USAGE = """python chat_server.py [serve|chat|generate|check] [MODEL] [flags]
@@ -40,8 +40,7 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message: str):
         if message.startswith("unrecognized arguments: -"):
             flag = message.split()[2].partition("=")[0]
-            commands = [option.commands.split() for option in OPTIONS
-                        if flag.removeprefix("--") in option.name.split()]
+            commands = [row.commands.split() for row in FLAGS if flag.removeprefix("--") in row.names]
             message += (f"; {flag} is a flag of {' and '.join(commands[0])}, and the command comes first"
                         if commands else did_you_mean(flag, self._option_string_actions))
         raise ConfigError(f"{self.place}{message} (--help lists the flags)")
@@ -56,54 +55,53 @@ def read_config(path: str | None) -> dict[str, list[str]]:
     if path is None:
         return {}
     tomllib = require_library("tomllib" if sys.version_info >= (3, 11) else "tomli", "--config")
-    fields = {name: option_field(option)
-              for option in OPTIONS for name in option.name.split()} | {"model": "model"}
+    fields = {name: flag.field for flag in FLAGS for name in flag.names} | {"model": "model"}
     words = {}
     try:
         for name, value in tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8")).items():
             if isinstance(value, dict):
                 raise ValueError(f"[{name}] is a table, but flags stand outside tables: `port = 8000`, "
                                  "or for one that may repeat `served-model-name = [\"a\", \"b\"]`")
-            if (flag := name.replace("_", "-")) not in fields:
-                raise ValueError(f"there is no flag --{name}{did_you_mean(flag, fields, '--')}")
-            words[fields[flag]] = [str(each) for each in (value if isinstance(value, list) else [value])]
+            if (spelled := name.replace("_", "-")) not in fields:
+                raise ValueError(f"there is no flag --{name}{did_you_mean(spelled, fields, '--')}")
+            words[fields[spelled]] = [str(each) for each in (value if isinstance(value, list) else [value])]
     except (OSError, RuntimeError, ValueError, RecursionError) as error:  # str() refuses 5,000-digit ints
         raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     return words
 
 
-def unflagged_value(parser: CommandLine, option: Option, environment: Mapping[str, str],
+def unflagged_value(parser: CommandLine, flag: Flag, environment: Mapping[str, str],
                     config: Mapping[str, list[str]]):
     """The value of a flag that was not given: from its environment variable, --config, or its default."""
-    name = option_field(option)
+    name = flag.field
     place, words = f"--config: {name}", config.get(name)
     if text := environment.get(f"CHAT_SERVER_{name.upper()}", "").strip():
-        place, words = f"CHAT_SERVER_{name.upper()}", re.split(r"\s*,\s*", text) if option.many else [text]
+        place, words = f"CHAT_SERVER_{name.upper()}", re.split(r"\s*,\s*", text) if flag.many else [text]
     if words is None:
-        return option.default
-    if len(words) != 1 and not option.many:
+        return flag.default
+    if len(words) != 1 and not flag.many:
         raise ConfigError(f"{place} must be one value")
-    if option.parse is None:
+    if flag.parse is None:
         if words[0].lower() not in SWITCH_WORDS:
             raise ConfigError(f"{place}={words[0]!r} must be one of {', '.join(SWITCH_WORDS)}")
         return SWITCH_WORDS[words[0].lower()]
-    if option.choices:
+    if flag.choices:
         words = [word.lower() for word in words]
     parser.place = f"{place}: "
-    return getattr(parser.parse_args([f"--{option.name.split()[0]}={word}" for word in words]), name)
+    return getattr(parser.parse_args([f"--{flag.names[0]}={word}" for word in words]), name)
 
 
-def add_option(group, option: Option):
-    flags = [f"-{option.short}"] if option.short else []
-    flags += [f"--{name}" for name in option.name.split()]
-    known = option.default in (None, (), False) or "default" in option.help
+def add_flag(group: argparse._ActionsContainer, flag: Flag):
+    spellings = [f"-{flag.short}"] if flag.short else []
+    spellings += [f"--{name}" for name in flag.names]
+    known = flag.default in (None, (), False) or "default" in flag.help
     how: dict = {"action": argparse.BooleanOptionalAction}
-    if option.parse:
-        how = {"action": "append" if option.many else "store", "type": option.parse,
-               "choices": option.choices or None,
-               "metavar": None if option.choices else option_field(option).upper()}
-    group.add_argument(*flags, dest=option_field(option), default=None, **how,
-                        help=option.help + ("" if known else f" (default: {option.default})"))
+    if flag.parse:
+        how = {"action": "append" if flag.many else "store", "type": flag.parse,
+               "choices": flag.choices or None,
+               "metavar": None if flag.choices else flag.field.upper()}
+    group.add_argument(*spellings, dest=flag.field, default=None, **how,
+                       help=flag.help + ("" if known else f" (default: {flag.default})"))
 
 
 def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settings:
@@ -117,12 +115,13 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     if command != "check":
         parser.add_argument("model", metavar="MODEL", nargs="?", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="store_true", help="print the version and which kernels run")
-    options = {option_field(option): option for option in OPTIONS if command in option.commands.split()}
+    flags = {flag.field: flag for flag in FLAGS if command in flag.commands.split()}
+    group: argparse._ActionsContainer = parser
     for flag in FLAGS:
-        if isinstance(flag, str):
-            group = parser.add_argument_group(flag)
-        elif flag in options.values():
-            add_option(group, flag)
+        if flag.heading:
+            group = parser.add_argument_group(flag.heading)
+        if flag.field in flags:
+            add_flag(group, flag)
     values = vars(parser.parse_args(words))
     if values.pop("version"):
         print(f"chat_server {__version__}; {kernels_line()}")
@@ -132,10 +131,10 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     config = read_config(values["config"] or environment.get("CHAT_SERVER_CONFIG") or None)
     values["model"] = (values["model"] or environment.get("CHAT_SERVER_MODEL")
                        or (config.get("model") or [None])[0])
-    for name, option in options.items():
+    for name, flag in flags.items():
         if values[name] is None:
-            values[name] = unflagged_value(parser, option, environment, config)
-    values |= {name: tuple(values[name] or ()) for name in options if options[name].many}
+            values[name] = unflagged_value(parser, flag, environment, config)
+    values |= {name: tuple(values[name] or ()) for name in flags if flags[name].many}
     if command == "serve":  # from here on we keep only the hashes
         values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
     return Settings(command=command, **values)

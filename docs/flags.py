@@ -14,7 +14,7 @@ from chatlm.common.config import FLAGS      # noqa: E402
 INTRODUCTION = """\
 # Flags
 
-`python docs/flags.py` makes this file from `FLAGS` in `chatlm/common/config.py`, and a test compares the two. `python chat_server.py
+`python docs/flags.py` makes this file from `Settings` in `chatlm/common/config.py`, and a test compares the two. `python chat_server.py
 --help` shows the same, and `chat --help` and `generate --help` show what these commands take. `check` has no flags, and
 `bundle` has `--without-core` alone.
 
@@ -39,29 +39,28 @@ The log and `/stats` say which values hold and where each comes from.
 ALL_COMMANDS = "serve chat generate"
 
 
-def default(option) -> str:
-    if isinstance(option.default, bool):
-        return "on" if option.default else ""
-    value = f"{option.default:g}" if isinstance(option.default, float) else option.default
+def default(flag) -> str:
+    if isinstance(flag.default, bool):
+        return "on" if flag.default else ""
+    value = f"{flag.default:g}" if isinstance(flag.default, float) else flag.default
     return "" if value in (None, (), "") else f"`{value}`"
 
 
-def row(option) -> str:
+def row(flag) -> str:
     """A row of a table: names and commands, short form, default, meaning."""
-    names = " ".join(f"`--{name}`" for name in option.name.split())
-    commands = "" if option.commands == ALL_COMMANDS else f" ({', '.join(option.commands.split())})"
-    meaning = option.help + (f": {', '.join(option.choices)}" if option.choices else "")
-    return f"| {names}{commands} | {f'`-{option.short}`' if option.short else ''} | {default(option)} | {meaning} |"
+    names = " ".join(f"`--{name}`" for name in flag.names)
+    commands = "" if flag.commands == ALL_COMMANDS else f" ({', '.join(flag.commands.split())})"
+    meaning = flag.help + (f": {', '.join(flag.choices)}" if flag.choices else "")
+    return f"| {names}{commands} | {f'`-{flag.short}`' if flag.short else ''} | {default(flag)} | {meaning} |"
 
 
 def page() -> str:
     """docs/flags.md."""
     parts = [INTRODUCTION]
     for flag in FLAGS:
-        if isinstance(flag, str):
-            parts.append(f"\n## {flag}\n\n| flag | short | default | meaning |\n|---|---|---|---|\n")
-        else:
-            parts.append(row(flag) + "\n")
+        if flag.heading:
+            parts.append(f"\n## {flag.heading}\n\n| flag | short | default | meaning |\n|---|---|---|---|\n")
+        parts.append(row(flag) + "\n")
     return "".join(parts).replace("\n\n## In the terminal", f"\n{SAMPLING}\n## In the terminal", 1)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import chat_server
 from chatlm.cli import parse_bundle_words, parse_command_line
-from chatlm.common.config import OPTIONS
+from chatlm.common.config import FLAGS
 from chatlm.common.errors import ConfigError
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
 from chatlm.common.hub.huggingface import SHORT_NAMES
@@ -88,7 +88,7 @@ def words_of_benches(*names: str) -> set[str]:
 
 @pytest.mark.parametrize("path", TODAY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_flags_that_are_named_exist(path):
-    text, ours = text_of(path), {name for option in OPTIONS for name in option.name.split()} | OTHERS_FLAGS
+    text, ours = text_of(path), {name for flag in FLAGS for name in flag.names} | OTHERS_FLAGS
     if path.name == "RESULTS.md":       # where one program's flags are named apart from it
         ours |= words_of_benches(*(f"bench/{bench.name}" for bench in (ROOT / "bench").glob("*.py")))
     text = re.sub(r"^.*python bench/.*$|```", "", text, flags=re.MULTILINE) if "```" in text else text
@@ -126,7 +126,7 @@ def test_the_page_of_flags_is_made_from_the_table():
     module = importlib.util.module_from_spec(made)
     made.loader.exec_module(module)
     assert text_of(ROOT / "docs/flags.md") == module.page()
-    assert all(f"| `--{option.name.split()[0]}`" in module.page() for option in OPTIONS)
+    assert all(f"| `--{flag.names[0]}`" in module.page() for flag in FLAGS)
 
 
 def test_every_route_is_in_the_page_of_apis_and_its_curls_send_fields_that_exist():

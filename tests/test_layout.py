@@ -10,7 +10,7 @@ from pathlib import Path
 
 import chat_server
 import chatlm
-from chatlm.common.config import OPTIONS, Settings, option_field
+from chatlm.common.config import FLAGS, Settings
 
 ROOT = Path(chat_server.__file__).parent
 SOURCES = {path: path.read_text(encoding="utf-8") for path in [ROOT / "chat_server.py", *sorted((ROOT / "chatlm").rglob("*.py"))]}
@@ -114,7 +114,7 @@ def test_every_background_task_is_supervised():
 
 
 def test_the_flags_names_are_unique_and_their_settings_cross_a_pipe():
-    names = [option_field(option) for option in OPTIONS]
+    names = [flag.field for flag in FLAGS]
     assert len(set(names) | {"command", "model", "keys"}) == len(names) + 3
     settings = Settings(model="m", port=1)
     assert pickle.loads(pickle.dumps(settings)) == settings != Settings()

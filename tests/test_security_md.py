@@ -12,7 +12,7 @@ import pytest
 
 import chat_server
 import chatlm
-from chatlm.common.config import OPTIONS, Limits, Settings, option_field
+from chatlm.common.config import FLAGS, Limits, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
@@ -44,9 +44,9 @@ def test_every_limit_of_the_program_is_in_it():
 
 
 def test_the_flags_routes_and_files_that_it_names_exist():
-    flags = {f"--{name}" for option in OPTIONS for name in option.name.split()} | {"--version"}
+    flags = {f"--{name}" for flag in FLAGS for name in flag.names} | {"--version"}
     assert set(re.findall(r"`(--[a-z-]+)", TEXT)) <= flags
-    variables = {f"CHAT_SERVER_{option_field(option).upper()}" for option in OPTIONS}
+    variables = {f"CHAT_SERVER_{flag.field.upper()}" for flag in FLAGS}
     assert set(re.findall(r"`(CHAT_SERVER_[A-Z_]+)`", TEXT)) <= variables
     assert set(re.findall(r"`(/[a-z-]+)`", TEXT)) <= {route.pattern for route in chat_server.ROUTES}
     for name in re.findall(r"`([a-z_/]+\.py)`", TEXT):

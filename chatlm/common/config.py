@@ -8,13 +8,16 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from chatlm.common.errors import ConfigError, shown
 
 
+N = TypeVar("N", int, float)
+V = TypeVar("V")
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_MAX_TOKENS = 512  # without -m; /v1 goes up to the context
 PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "check")
@@ -71,18 +74,17 @@ def size(text: str) -> int:
     return int(size)
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """An argparse type: a finite number of `kind` within [low, high]."""
+def number(type_: type[N], low: float, high: float = math.inf) -> Callable[[str], N]:
+    """An argparse type: a finite number of this type within [low, high]."""
+    noun = "whole number" if type_ is int else "number"
     allowed = f"from {low:g} to {high:.20g}" if high < math.inf else f"of at least {low:g}"
 
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {allowed}")
-        return value
+    def parse(text: str) -> N:
+        with suppress(ValueError, OverflowError):  # the latter: 400 digits are no float
+            value = type_(text)
+            if low <= value <= high and math.isfinite(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} {allowed}")
     return parse
 
 
@@ -107,127 +109,145 @@ def url_prefix(text: str) -> str:
     return path
 
 
-class Option(NamedTuple):
-    """One command-line flag. argparse, its environment variable, `Settings` and the README use this row."""
+class Flag(NamedTuple):
+    """A flag. argparse, its environment variable, `Settings` and the documents use this row."""
 
-    name: str                           # "max-tokens"; alternative spellings follow after spaces
-    short: str | None
+    field: str                          # of `Settings`: "max_tokens" is --max-tokens
     default: Any
     parse: Callable[[str], Any] | None  # None: a switch
     help: str
-    commands: str = "serve chat generate"
-    choices: tuple[str, ...] = ()
-    many: bool = False
+    commands: str
+    short: str | None
+    also: str                           # other spellings
+    choices: tuple[str, ...]
+    many: bool
+    heading: str                        # of the group that begins here, in --help and the documents
+
+    @property
+    def names(self) -> list[str]:
+        """Its spellings, the first of which is shown."""
+        return [self.field.replace("_", "-"), *self.also.split()]
 
 
-FLAGS = (  # each below its heading in --help and in the README
-    "Model and where it runs",
-    Option("source", "i", None, str, "nanochat checkpoint folder", choices=("sft", "rl", "mid", "base")),
-    Option("model-tag", "g", None, str, "nanochat model tag, such as d20 (default: the largest)"),
-    Option("step", "s", None, number(int, 0), "nanochat checkpoint step (default: the last)"),
-    Option("softcap", None, None, number(float, 0.1, 1000),
-           "override a nanochat model's logit softcap (15; 20 for one week of generation 3)"),
-    Option("lora", None, (), str,
-           "peft's folder of a LoRA adapter to merge into the weights at load, may repeat", many=True),
-    Option("served-model-name", None, (), str, "extra names for the model, may repeat", "serve", many=True),
-    Option("num-gpus", "n", None, str, "model replicas, one per GPU; `auto` = all (default: one)"),
-    Option("num-workers", None, 1, worker_count,
-           "model replicas on CPU, each its own process; `auto` = one per node of a Ray cluster"),
-    Option("ray-address", None, None, str,
-           "put the replicas on this Ray cluster, one per GPU (`auto` = the one that runs here)"),
-    Option("ray-tls", None, None, str,
-           "folder of ca.pem, cert.pem and key.pem on every node: TLS to the replicas on Ray"),
-    Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
-    Option("tensor-parallel-size tp", None, 1, number(int, 1, 64),
-           "ranks that compute each layer of a replica together, each with a shard of its weights"),
-    Option("pipeline-parallel-size pp", None, 1, number(int, 1, 64),
-           "stages of a replica, each with some of its layers and --tensor-parallel-size ranks"),
-    Option("distributed", None, False, None, "several ranks per replica; the sizes above imply it"),
-    Option("dtype", "d", None, str,
-           "type of weights and KV cache (default: the file's if the kernels support it, else bfloat16)",
-           choices=("bfloat16", "float32")),
-    Option("quantize", None, None, str,
-           "quantize float weight matrices while loading, to 8 to 4 bits (CPU, with decode_core)",
-           choices=("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0",
-                    "iq4_nl", "iq4_xs", "mxfp4")),
-    "Memory and speed",
-    Option("context-length", None, None, number(int, 16), "tokens per sequence (default: the model's)"),
-    Option("kv-cache-memory", None, None, size, "bytes for KV pages per replica (suffixes K, M, G)"),
-    Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0),
-           "share of device memory for weights and KV pages"),
-    Option("max-batch", None, 64, number(int, 1, 1024), "sequences decoded together per replica"),
-    Option("prefill-chunk", None, None, number(int, 16, 32768),
-           "prompt tokens computed in one step (default: 2048 on CUDA, else 256)"),
-    Option("drafts", None, True, None,
-           "check several tokens per step where text repeats itself; --no-drafts: one (same answers)"),
-    Option("idle-unload", None, 0.0, number(float, 0),
-           "seconds without a request before the model is unloaded until the next one, 0 = never",
-           "serve"),
-    "Answers, unless a request says otherwise",
-    Option("temperature", "t", None, number(float, 0, 2),
-           "temperature, 0 = greedy (default: the model's own, else 0.8; chat: 0.6)"),
-    Option("top-k", "k", None, number(int, 0),
-           "top-k, 0 = whole vocabulary (default: the model's own, else 50)"),
-    Option("top-p", None, None, number(float, 0, 1), "top-p, 1 = off (default: the model's own, else 1)"),
-    Option("min-p", None, None, number(float, 0, 1), "min-p, 0 = off (default: the model's own, else 0)"),
-    Option("max-tokens max-new-tokens", "m", None, number(int, 1),
-           "default answer length in tokens (512; chat, generate and /v1: up to the context)"),
-    Option("seed", None, None, number(int, 0, 2**64 - 1),
-           "fixed seed (default: random per answer)", "chat generate"),
-    Option("system", None, None, str, "system message", "chat generate"),
-    Option("prompt", "p", None, str, "one prompt, one answer; `-` reads stdin", "chat generate"),
-    "In the terminal",
-    Option("url", None, None, str, "talk to a running server instead of loading a model", "chat generate"),
-    Option("json", None, False, None,
-           "answers as JSON, one object per line with text, usage and timings", "chat generate"),
-    Option("history", None, True, None, "keep typed lines in ~/.local/state/chat_server/history", "chat"),
-    "Network and who may use it",
-    Option("host", None, "0.0.0.0", str, "address to listen on", "serve"),
-    Option("port", "p", 8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve"),
-    Option("prefix", None, "", url_prefix, "path to serve under, such as /chat", "serve"),
-    Option("api-key", None, (), str,
-           "key that requests must have, may repeat; chat and generate send it to --url; other "
-           "users can see it in `ps`, so prefer CHAT_SERVER_API_KEY or --api-key-file", many=True),
-    Option("api-key-file", None, None, str, "file of more keys, one per line: `name: key` or `key`", "serve"),
-    Option("allowed-host", None, (), str.lower,
-           "host name of this server, may repeat: its pages may use the server, and requests for other "
-           "names are refused (addresses and names without a dot only if --host is loopback)",
-           "serve", many=True),
-    Option("cors-origin", None, (), origin,
-           "web origin whose pages may use the server, may repeat; `null` = pages opened "
-           "from files, `*` = any", "serve", many=True),
-    Option("share-prefixes", None, False, None,
-           "API keys share the cached beginnings of prompts, so the holder of one may notice what another "
-           "asked (without keys, everybody shares)", "serve"),
-    "Operation",
-    Option("max-queue", None, 256, number(int, 0),
-           "requests that may wait, in the whole server; any more get 429", "serve"),
-    Option("max-concurrent-per-key", None, 0, number(int, 0),
-           "requests of one API key (without keys: of one address) at a time, 0 = any number; more get 429",
-           "serve"),
-    Option("drain-timeout", None, 30.0, number(float, 0),
-           "seconds that running answers get after SIGTERM", "serve"),
-    Option("config", None, None, str,
-           "TOML file of flags: `max-batch = 8`; flags and environment variables override it"),
-    Option("log-format", None, "text", str, "format of log lines", "serve",
-           choices=("text", "json")),
-    Option("log-conversations", None, False, None,
-           "log the texts of messages too, not only metadata", "serve"),
-)
-OPTIONS = tuple(flag for flag in FLAGS if isinstance(flag, Option))
+def flag(default: V, parse: Callable[[str], object] | None, help: str, commands: str = "serve chat generate",
+         short: str | None = None, also: str = "", choices: tuple[str, ...] = (), many: bool = False,
+         heading: str = "") -> V:
+    """A field of `Settings` that a flag sets: all about it in one row."""
+    row = Flag("", default, parse, help, commands, short, also, choices, many, heading)
+    return field(default=default, metadata={"flag": row})
 
 
-def option_field(option: Option) -> str:
-    return option.name.split()[0].replace("-", "_")
+@dataclass(frozen=True)
+class Settings:
+    """The value of every flag, the command, MODEL, the hashed API keys, and once a model is loaded its own
+    sampling parameters and where they come from."""
+
+    command: str = "serve"
+    model: str | None = None
+    keys: tuple[ApiKey, ...] = ()
+    own_sampling: dict[str, float] = field(default_factory=dict)
+    own_origin: str = ""
+
+    source: str | None = flag(None, str, "nanochat checkpoint folder", short="i",
+        choices=("sft", "rl", "mid", "base"), heading="Model and where it runs")
+    model_tag: str | None = flag(None, str,
+        "nanochat model tag, such as d20 (default: the largest)", short="g")
+    step: int | None = flag(None, number(int, 0), "nanochat checkpoint step (default: the last)", short="s")
+    softcap: float | None = flag(None, number(float, 0.1, 1000),
+        "override a nanochat model's logit softcap (15; 20 for one week of generation 3)")
+    lora: tuple[str, ...] = flag((), str,
+        "peft's folder of a LoRA adapter to merge into the weights at load, may repeat", many=True)
+    served_model_name: tuple[str, ...] = flag((), str, "extra names for the model, may repeat", "serve",
+        many=True)
+    num_gpus: str | None = flag(None, str,
+        "model replicas, one per GPU; `auto` = all (default: one)", short="n")
+    num_workers: int = flag(1, worker_count,
+        "model replicas on CPU, each its own process; `auto` = one per node of a Ray cluster")
+    ray_address: str | None = flag(None, str,
+        "put the replicas on this Ray cluster, one per GPU (`auto` = the one that runs here)")
+    ray_tls: str | None = flag(None, str,
+        "folder of ca.pem, cert.pem and key.pem on every node: TLS to the replicas on Ray")
+    device_type: str = flag("auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps"))
+    tensor_parallel_size: int = flag(1, number(int, 1, 64),
+        "ranks that compute each layer of a replica together, each with a shard of its weights", also="tp")
+    pipeline_parallel_size: int = flag(1, number(int, 1, 64),
+        "stages of a replica, each with some of its layers and --tensor-parallel-size ranks", also="pp")
+    distributed: bool = flag(False, None, "several ranks per replica; the sizes above imply it")
+    dtype: str | None = flag(None, str,
+        "type of weights and KV cache (default: the file's if the kernels support it, else bfloat16)",
+        short="d", choices=("bfloat16", "float32"))
+    quantize: str | None = flag(None, str,
+        "quantize float weight matrices while loading, to 8 to 4 bits (CPU, with decode_core)",
+        choices=("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "mxfp4"))
+
+    context_length: int | None = flag(None, number(int, 16),
+        "tokens per sequence (default: the model's)", heading="Memory and speed")
+    kv_cache_memory: int | None = flag(None, size, "bytes for KV pages per replica (suffixes K, M, G)")
+    gpu_memory_utilization: float = flag(0.90, number(float, 0.05, 1.0),
+        "share of device memory for weights and KV pages")
+    max_batch: int = flag(64, number(int, 1, 1024), "sequences decoded together per replica")
+    prefill_chunk: int | None = flag(None, number(int, 16, 32768),
+        "prompt tokens computed in one step (default: 2048 on CUDA, else 256)")
+    drafts: bool = flag(True, None,
+        "check several tokens per step where text repeats itself; --no-drafts: one (same answers)")
+    idle_unload: float = flag(0.0, number(float, 0),
+        "seconds without a request before the model is unloaded until the next one, 0 = never", "serve")
+
+    temperature: float | None = flag(None, number(float, 0, 2),
+        "temperature, 0 = greedy (default: the model's own, else 0.8; chat: 0.6)",
+        short="t", heading="Answers, unless a request says otherwise")
+    top_k: int | None = flag(None, number(int, 0),
+        "top-k, 0 = whole vocabulary (default: the model's own, else 50)", short="k")
+    top_p: float | None = flag(None, number(float, 0, 1), "top-p, 1 = off (default: the model's own, else 1)")
+    min_p: float | None = flag(None, number(float, 0, 1), "min-p, 0 = off (default: the model's own, else 0)")
+    max_tokens: int | None = flag(None, number(int, 1),
+        "default answer length in tokens (512; chat, generate and /v1: up to the context)",
+        short="m", also="max-new-tokens")
+    seed: int | None = flag(None, number(int, 0, 2**64 - 1), "fixed seed (default: random per answer)",
+        "chat generate")
+    system: str | None = flag(None, str, "system message", "chat generate")
+    prompt: str | None = flag(None, str, "one prompt, one answer; `-` reads stdin", "chat generate",
+        short="p")
+
+    url: str | None = flag(None, str,
+        "talk to a running server instead of loading a model", "chat generate", heading="In the terminal")
+    json: bool = flag(False, None,
+        "answers as JSON, one object per line with text, usage and timings", "chat generate")
+    history: bool = flag(True, None, "keep typed lines in ~/.local/state/chat_server/history", "chat")
+
+    host: str = flag("0.0.0.0", str, "address to listen on", "serve", heading="Network and who may use it")
+    port: int = flag(8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve", short="p")
+    prefix: str = flag("", url_prefix, "path to serve under, such as /chat", "serve")
+    api_key: tuple[str, ...] = flag((), str,
+        "key that requests must have, may repeat; chat and generate send it to --url; other users can see "
+        "it in `ps`, so prefer CHAT_SERVER_API_KEY or --api-key-file", many=True)
+    api_key_file: str | None = flag(None, str,
+        "file of more keys, one per line: `name: key` or `key`", "serve")
+    allowed_host: tuple[str, ...] = flag((), str.lower,
+        "host name of this server, may repeat: its pages may use the server, and requests for other names "
+        "are refused (addresses and names without a dot only if --host is loopback)", "serve", many=True)
+    cors_origin: tuple[str, ...] = flag((), origin,
+        "web origin whose pages may use the server, may repeat; `null` = pages opened from files, "
+        "`*` = any", "serve", many=True)
+    share_prefixes: bool = flag(False, None,
+        "API keys share the cached beginnings of prompts, so the holder of one may notice what another "
+        "asked (without keys, everybody shares)", "serve")
+
+    max_queue: int = flag(256, number(int, 0),
+        "requests that may wait, in the whole server; any more get 429", "serve", heading="Operation")
+    max_concurrent_per_key: int = flag(0, number(int, 0),
+        "requests of one API key (without keys: of one address) at a time, 0 = any number; more get 429",
+        "serve")
+    drain_timeout: float = flag(30.0, number(float, 0),
+        "seconds that running answers get after SIGTERM", "serve")
+    config: str | None = flag(None, str,
+        "TOML file of flags: `max-batch = 8`; flags and environment variables override it")
+    log_format: str = flag("text", str, "format of log lines", "serve", choices=("text", "json"))
+    log_conversations: bool = flag(False, None, "log the texts of messages too, not only metadata", "serve")
 
 
-# The value of every flag (`--max-tokens` is `max_tokens`), the command, MODEL, the hashed API keys, and once
-# a model is loaded its own sampling parameters and where they come from.
-Settings = dataclasses.make_dataclass(
-    "Settings", [("command", str, "serve"), ("model", "str | None", None), ("keys", "tuple[ApiKey, ...]", ()),
-                 ("own_sampling", "dict", field(default_factory=dict)), ("own_origin", str, ""),
-                 *((option_field(option), Any, option.default) for option in OPTIONS)], frozen=True)
-Settings.__module__ = __name__
+FLAGS: tuple[Flag, ...] = tuple(row.metadata["flag"]._replace(field=row.name)
+                                for row in dataclasses.fields(Settings) if row.metadata)
 
 
 def ranks_per_replica(settings: Settings) -> int:
@@ -237,10 +257,10 @@ def ranks_per_replica(settings: Settings) -> int:
 def sampling_defaults(settings: Settings) -> dict[str, tuple[float, str]]:
     """Each sampling parameter of a request that sets none, and where its value comes from."""
     usual = SAMPLING_DEFAULTS | ({"temperature": CHAT_TEMPERATURE} if settings.command == "chat" else {})
-    found = {name: (value, "usual") for name, value in usual.items()}
-    found |= {name: (value, settings.own_origin) for name, value in settings.own_sampling.items()}
-    return found | {name: (value, f"--{name.replace('_', '-')}") for name in usual
-                    if (value := getattr(settings, name, None)) is not None}
+    values = {name: (value, "usual") for name, value in usual.items()}
+    values |= {name: (value, settings.own_origin) for name, value in settings.own_sampling.items()}
+    return values | {name: (value, f"--{name.replace('_', '-')}") for name in usual
+                     if (value := getattr(settings, name, None)) is not None}
 
 
 class ApiKey(NamedTuple):
@@ -256,26 +276,27 @@ class ApiKey(NamedTuple):
 
 def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
     """The keys of --api-key and --api-key-file (lines `name: key` or `key`). No ConfigError shows a key."""
-    given = [(f"key-{number_}", key.strip()) for number_, key in enumerate(keys, 1) if key.strip()]
+    named_keys = [(f"key-{index}", key.strip()) for index, key in enumerate(keys, 1) if key.strip()]
     try:
         lines = Path(path).expanduser().read_text().splitlines() if path is not None else ()
     except (OSError, RuntimeError, ValueError) as error:  # unreadable; unknown ~user; not text
         no_text = isinstance(error, UnicodeDecodeError)
         reason = "not a text file" if no_text else getattr(error, "strerror", None) or error
         raise ConfigError(f"--api-key-file {path}: {reason}") from None
-    for number_, line in enumerate(map(str.strip, lines), 1):
+    for index, line in enumerate(map(str.strip, lines), 1):
         if line and not line.startswith("#"):
             name, colon, key = line.partition(":")
             name, key = (name.strip(), key.strip()) if colon else ("", line)
             if not key:  # an empty key would match every request without one
-                raise ConfigError(f"--api-key-file {path}: line {number_} has a name and no key")
-            given.append((name or f"line-{number_}", key))
-    if not given and (path is not None or list(keys)):
+                raise ConfigError(f"--api-key-file {path}: line {index} has a name and no key")
+            named_keys.append((name or f"line-{index}", key))
+    if not named_keys and (path is not None or list(keys)):
         raise ConfigError("no API key in --api-key or --api-key-file; without one the server would be open")
-    return tuple(ApiKey.hashed(key, name) for name, key in given)
+    return tuple(ApiKey.hashed(key, name) for name, key in named_keys)
 
 
 def with_own_sampling(settings: Settings, pool) -> Settings:
+    """Settings that know the loaded model's own sampling parameters, and where those come from."""
     own, origin = pool.own_sampling
     return replace(settings, own_sampling=own, own_origin=origin)
 

@@ -11,15 +11,15 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
-from chatlm.common.config import LIMITS, OPTIONS, option_field
+from chatlm.common.config import FLAGS, LIMITS
 from chatlm.common.jsontext import is_text
 from chatlm.common.log import utc
 from chatlm.common.messages.requests import Message
 
 
 CHAT_FORMAT = {"format": "chat_server chats", "version": 2}
-PARAMETERS = {option_field(option): option for option in OPTIONS
-              if option.name.split()[0] in ("temperature", "top-k", "top-p", "min-p", "max-tokens", "seed")}
+PARAMETERS = {flag.field: flag for flag in FLAGS
+              if flag.field in ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")}
 SETTABLE = (*PARAMETERS, "stop")
 
 
@@ -35,10 +35,10 @@ def title_of(text: str) -> str:
 def known_parameters(given) -> dict:
     """The parameters that exist and whose values are valid."""
     given, known = given if isinstance(given, dict) else {}, {}
-    for name, option in PARAMETERS.items():
+    for name, flag in PARAMETERS.items():
         with suppress(ValueError, TypeError, argparse.ArgumentTypeError):
             if not isinstance(value := given.get(name), (dict, list, bool)):
-                known[name] = option.parse(str(value))
+                known[name] = flag.parse(str(value))
     stop = given.get("stop")
     if isinstance(stop, list) and stop and all(map(is_text, stop)):
         known["stop"] = stop[:LIMITS.stop_strings]

@@ -19,7 +19,7 @@ import chat_server
 from chatlm import __version__
 from chatlm.cli import parse_command_line
 from chatlm.common import core
-from chatlm.common.config import FLAGS, OPTIONS, Settings
+from chatlm.common.config import FLAGS, Settings
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, require_library
 from chatlm.common.messages.requests import Finished, Message, Piece
@@ -76,6 +76,7 @@ def test_words_of_the_environment_may_be_of_any_case_and_have_spaces_between():
 @pytest.mark.parametrize("line, environment, words", [
     ("--port x", {}, "--port"), ("--port 70000", {}, "65535"), ("a b", {}, "b"), ("--nonsense", {}, "--nonsense"),
     ("--por 80", {}, "--por"), ("-t nan", {}, "'nan' is not a number from 0 to 2"), ("-k -1", {}, "'-1' is not a whole number of at least 0"),
+    ("-k 1" + "0" * 400, {}, "0' is not a whole number of at least 0"),
     ("-s 1.5", {}, "'1.5' is not a whole number"), ("--kv-cache-memory x", {}, "'x' is not a size such as 512M"),
     ("--idle-unload inf", {}, "not a number of at least 0"), ("--max-tokesn 3", {}, "did you mean --max-tokens?"),
     ("--prompt hi", {}, "--prompt is a flag of chat and generate"), ("--system hi chat", {}, "the command comes first"), ("-i moon", {}, "moon"), ("chat --port 80", {}, "--port"),
@@ -147,12 +148,12 @@ def test_the_help_has_every_flag_in_its_group(capsys):
     with pytest.raises(SystemExit):
         parsed("serve --help")
     text = capsys.readouterr().out
+    title = None
     parts = {part.partition(":\n")[0]: part for part in re.split(r"\n(?=\S[^\n]*:\n)", text)}
     for flag in FLAGS:
-        if isinstance(flag, str):
-            title = flag
-        elif "serve" in flag.commands:
-            assert f"--{flag.name.split()[0]}" in parts[title], flag.name
+        title = flag.heading or title
+        if "serve" in flag.commands:
+            assert f"--{flag.names[0]}" in parts[title], flag
     assert "usage: python chat_server.py [serve|chat|generate|check] [MODEL] [flags]\n" in text and text.count("MODEL may be") == 1
 
 
@@ -500,8 +501,8 @@ def test_drafts_can_be_switched_off(line, environment, drafts):
 
 
 def test_every_switch_does_what_its_name_says():
-    for option in OPTIONS:
-        if option.parse is None:
-            assert not option.name.startswith("no-"), "argparse makes --no-x of a switch called x, and False of one called no-x"
-            for flag, value in ((f"--{option.name}", True), (f"--no-{option.name}", False)):
-                assert getattr(parsed(f"{option.commands.split()[0]} {flag}"), option.name.replace("-", "_")) is value
+    for flag in FLAGS:
+        if flag.parse is None:
+            assert not flag.field.startswith("no_"), "argparse makes --no-x of a switch called x, and False of one called no-x"
+            for word, value in ((f"--{flag.names[0]}", True), (f"--no-{flag.names[0]}", False)):
+                assert getattr(parsed(f"{flag.commands.split()[0]} {word}"), flag.field) is value
