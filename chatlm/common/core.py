@@ -44,16 +44,16 @@ def decode_core():
 
 def kernels_line() -> str:
     """Which compiled core runs, or how to get one: for the start-up log, /stats and --version."""
-    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    compiler = "" if found else "install a C++ compiler (Debian: apt install g++), then "
-    build = f"so slower reference ops run; {compiler}`pip install .` in the checkout builds it"
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    first = "" if compiler else "install a C++ compiler (Debian: apt install g++), then "
+    build = f"so slower reference ops run; {first}`pip install .` in the checkout builds it"
     if os.environ.get("CHAT_SERVER_KERNELS") == "reference":
         return "CHAT_SERVER_KERNELS=reference, so slower reference ops run"
     problem = find_core()[1]
     if core := decode_core():
         info = core.info()
         return (f"decode_core runs with {info['isa']} instructions"
-                + ", compiled with CUDA too" * info["cuda_compiled"]
+                + (", compiled with CUDA too" if info["cuda_compiled"] else "")
                 + (f"; it is the installed one, because {problem}" if problem else ""))
     if problem:
         return f"{problem}, so slower reference ops run"

@@ -74,8 +74,8 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 def named(error: BaseException) -> str:
     """An exception in words, with its type where the text alone says too little, as for a KeyError."""
-    kind = "" if type(error) in (Exception, ValueError, RuntimeError) else f"{type(error).__name__}: "
-    return f"{kind}{error}".strip(": ")
+    says_enough = type(error) in (Exception, ValueError, RuntimeError)
+    return f"{'' if says_enough else type(error).__name__}: {error}".strip(": ")
 
 
 def shown(value) -> str:
@@ -96,10 +96,11 @@ def require_library(name: str, purpose: str):
     except ImportError as error:
         missing = [name.split(".")[0]]
         if missing[0] in (*PACKAGES, "tiktoken") and not purpose.startswith("--"):
-            missing += [each for each in PACKAGES
-                        if each not in missing and importlib.util.find_spec(each) is None]
+            missing += [package for package in PACKAGES
+                        if package not in missing and importlib.util.find_spec(package) is None]
+        noun = "package" if len(missing) == 1 else "packages"
         raise lack_of_memory(error) or ConfigError(
-            f"{purpose} needs the Python package{'s' * (len(missing) > 1)} {', '.join(missing)} ({error}); "
+            f"{purpose} needs the Python {noun} {', '.join(missing)} ({error}); "
             f"install with: {sys.executable} -m pip install {' '.join(missing)}") from None
 
 

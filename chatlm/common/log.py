@@ -47,11 +47,11 @@ class CalmLog(logging.StreamHandler):
             self.second = int(record.created)
         if record.levelno >= logging.WARNING:
             error = record.exc_info and record.exc_info[0]
-            kind = record.name, record.levelno, str(record.msg).partition("\n")[0], error
-            if kind in self.repeats:
-                self.repeats[kind][1] += 1
+            key = record.name, record.levelno, str(record.msg).partition("\n")[0], error
+            if key in self.repeats:
+                self.repeats[key][1] += 1
                 return
-            self.repeats[kind] = [record.getMessage().partition("\n")[0], 0]
+            self.repeats[key] = [record.getMessage().partition("\n")[0], 0]
         super().emit(record)
 
     def _tell_repeats(self):

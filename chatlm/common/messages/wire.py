@@ -20,14 +20,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform  # in typing from Python 3.11 on
+else:
+    dataclass_transform = lambda **_: lambda function: function
+
+T = TypeVar("T")
 
 
-def wire_message(max_bytes: int) -> Callable[[type], type]:
+@dataclass_transform(frozen_default=True)
+def wire_message(max_bytes: int) -> Callable[[type[T]], type[T]]:
     """Makes a class a message: a frozen dataclass, which has at most `max_bytes` bytes when packed."""
-    def register(kind: type) -> type:
-        kind.MAX_BYTES = max_bytes
-        return dataclass(frozen=True)(kind)
+    def register(message_type: type[T]) -> type[T]:
+        setattr(message_type, "MAX_BYTES", max_bytes)
+        return dataclass(frozen=True)(message_type)
     return register
 
 

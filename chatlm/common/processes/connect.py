@@ -43,7 +43,7 @@ def tls_context(folder: str | None, server: bool) -> ssl.SSLContext | None:
 TRANSIT_BYTES = 1 << 17  # of a worker's messages in each socket; by default megabytes would wait there
 
 
-def proof(secret: bytes, side: str, nonces: bytes) -> bytes:
+def proof(secret: bytes, side: str, nonces: bytes | bytearray) -> bytes:
     """Shows that a side of a connection knows the secret; good for these nonces (32 bytes of each side)."""
     return hmac.digest(secret, side.encode() + nonces, "sha256")
 
@@ -88,7 +88,8 @@ class Door:
 
     PROOF_S, MOST = 5.0, 256
 
-    def __init__(self, listener: socket.socket, secret: bytes, context=None, first: Pipe | None = None):
+    def __init__(self, listener: socket.socket, secret: bytes, context: ssl.SSLContext | None = None,
+                 first: Pipe | None = None):
         self.listener, self.secret, self.context = listener, secret, context
         self.first = first  # of this pipe a message has to follow the proof, within the same time
         self.newcomers: dict[socket.socket, Newcomer] = {}  # the oldest first
@@ -108,13 +109,13 @@ class Door:
         """The next who has proven it, with its first message, if somebody does so within `wait_s`."""
         end_s = time.monotonic() + wait_s
         while (now_s := time.monotonic()) < end_s:
-            until_s = min([end_s, *(each.deadline_s for each in self.newcomers.values())])
+            until_s = min([end_s, *(newcomer.deadline_s for newcomer in self.newcomers.values())])
             for key, _ in self.selector.select(max(until_s - now_s, 0)):
-                connection = self._welcome() if key.fileobj is self.listener else key.fileobj
+                connection = key.data or self._welcome()
                 if connection in self.newcomers and (came := self._hear(connection)):
                     return came
             now_s = time.monotonic()
-            for late in [each for each, who in self.newcomers.items() if who.deadline_s <= now_s]:
+            for late in [peer for peer, newcomer in self.newcomers.items() if newcomer.deadline_s <= now_s]:
                 self._refuse(late, f"no proof within {self.PROOF_S:g} s")
         return None
 
@@ -124,8 +125,9 @@ class Door:
         except OSError:  # it has left again
             return None
         if len(self.newcomers) >= self.MOST:
-            [(crowd, _)] = Counter(each.host for each in self.newcomers.values()).most_common(1)
-            self._refuse(next(each for each, who in self.newcomers.items() if who.host == crowd), "a crowd")
+            [(crowd, _)] = Counter(newcomer.host for newcomer in self.newcomers.values()).most_common(1)
+            oldest = next(peer for peer, newcomer in self.newcomers.items() if newcomer.host == crowd)
+            self._refuse(oldest, "a crowd")
         try:
             watch_peer(connection)
             connection.setblocking(False)
@@ -137,7 +139,7 @@ class Door:
             return None
         deadline_s = time.monotonic() + self.PROOF_S
         self.newcomers[connection] = Newcomer(self._proof(connection), host, deadline_s)
-        self.selector.register(connection, selectors.EVENT_READ)
+        self.selector.register(connection, selectors.EVENT_READ, connection)
         return connection
 
     def _hear(self, connection: socket.socket) -> tuple[socket.socket, Any] | None:
@@ -153,7 +155,7 @@ class Door:
         return None
 
     def _proof(self, connection: socket.socket) -> Generator[None, None, Any]:
-        if self.context:
+        if isinstance(connection, ssl.SSLSocket):
             yield from patiently(connection.do_handshake)
         nonce = secrets.token_bytes(32)
         connection.sendall(nonce)  # a new connection has room for it

@@ -106,8 +106,8 @@ def run_role(role: str, *arguments: str) -> int:
 
 def join_parent(descriptor: str, parent: str, pipe: Pipe) -> Channel:
     """The first thing a child process does: ignore signals, which are for the front, and die when it dies."""
-    for number_ in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd signals the whole group
-        signal.signal(number_, signal.SIG_IGN)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd signals the whole group
+        signal.signal(stop, signal.SIG_IGN)
     die_with_parent(int(parent))
     return Channel(socket.socket(fileno=int(descriptor)) if descriptor.isdigit() else admit_front(descriptor),
                    pipe)
@@ -117,11 +117,12 @@ def exit_in_words(status: int | None) -> str:
     """How a process ended: "exit status 1", "killed by SIGSEGV"."""
     if status is None or status >= 0:
         return f"exit status {status}"
-    name = next((each.name for each in signal.Signals if each == -status), f"signal {-status}")
+    name = next((known.name for known in signal.Signals if known == -status), f"signal {-status}")
     return f"killed by {name}{', as the system does when memory runs out' if name == 'SIGKILL' else ''}"
 
 
-def start_child(command: Seq[str], role: str, environment: Mapping[str, str]):
+def start_child(command: Seq[str], role: str,
+                environment: Mapping[str, str]) -> tuple[subprocess.Popen, socket.socket]:
     """Start one of our processes; returns it and our end of the pipe to it."""
     ours, theirs = socket.socketpair()
     with theirs:
