@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from chatlm.common.errors import require_library
 
 
@@ -17,5 +19,9 @@ class LazyModule:
         return value
 
 
-aiohttp = LazyModule("aiohttp", "chat_server")
-web = LazyModule("aiohttp.web", "chat_server")
+if TYPE_CHECKING:
+    import aiohttp
+    from aiohttp import web
+else:
+    aiohttp = LazyModule("aiohttp", "chat_server")
+    web = LazyModule("aiohttp.web", "chat_server")
