@@ -1,7 +1,6 @@
 """Messages between processes: plain data after a header; anything else is refused before it is read."""
 
 import asyncio
-import dataclasses
 import json
 import random
 import time
@@ -59,12 +58,7 @@ def through_the_pipe(message):
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 def test_every_message_comes_out_as_it_went_in(message):
     found = through_the_pipe(message)
-    if not isinstance(message, (WorkerConfig, SandboxConfig, RankConfig)):
-        assert found == message and repr(found) == repr(message)
-    elif not isinstance(message, SandboxConfig):        # flags have no declared types, so a tuple comes out as a list
-        assert found.source == message.source and found.settings.served_model_name == [*message.settings.served_model_name]
-        assert dataclasses.replace(found.settings, **{
-            name: tuple(value) for name, value in vars(found.settings).items() if isinstance(value, list)}) == message.settings
+    assert found == message and repr(found) == repr(message)
 
 
 def test_a_request_comes_out_of_a_sandbox_as_it_went_in():
