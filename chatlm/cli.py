@@ -35,7 +35,7 @@ ABOUT = (
 class CommandLine(argparse.ArgumentParser):
     """An argparse parser that raises ConfigError: one line, exit status 2."""
 
-    place = ""  # where the words come from, if not the command line
+    origin = ""  # of the words, if not the command line
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: -"):
@@ -43,7 +43,7 @@ class CommandLine(argparse.ArgumentParser):
             commands = [row.commands.split() for row in FLAGS if flag.removeprefix("--") in row.names]
             message += (f"; {flag} is a flag of {' and '.join(commands[0])}, and the command comes first"
                         if commands else did_you_mean(flag, self._option_string_actions))
-        raise ConfigError(f"{self.place}{message} (--help lists the flags)")
+        raise ConfigError(f"{self.origin}{message} (--help lists the flags)")
 
 
 SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True,
@@ -64,7 +64,7 @@ def read_config(path: str | None) -> dict[str, list[str]]:
                                  "or for one that may repeat `served-model-name = [\"a\", \"b\"]`")
             if (spelled := name.replace("_", "-")) not in fields:
                 raise ValueError(f"there is no flag --{name}{did_you_mean(spelled, fields, '--')}")
-            words[fields[spelled]] = [str(each) for each in (value if isinstance(value, list) else [value])]
+            words[fields[spelled]] = [str(item) for item in (value if isinstance(value, list) else [value])]
     except (OSError, RuntimeError, ValueError, RecursionError) as error:  # str() refuses 5,000-digit ints
         raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     return words
@@ -74,20 +74,20 @@ def unflagged_value(parser: CommandLine, flag: Flag, environment: Mapping[str, s
                     config: Mapping[str, list[str]]):
     """The value of a flag that was not given: from its environment variable, --config, or its default."""
     name = flag.field
-    place, words = f"--config: {name}", config.get(name)
+    origin, words = f"--config: {name}", config.get(name)
     if text := environment.get(f"CHAT_SERVER_{name.upper()}", "").strip():
-        place, words = f"CHAT_SERVER_{name.upper()}", re.split(r"\s*,\s*", text) if flag.many else [text]
+        origin, words = f"CHAT_SERVER_{name.upper()}", re.split(r"\s*,\s*", text) if flag.many else [text]
     if words is None:
         return flag.default
     if len(words) != 1 and not flag.many:
-        raise ConfigError(f"{place} must be one value")
+        raise ConfigError(f"{origin} must be one value")
     if flag.parse is None:
         if words[0].lower() not in SWITCH_WORDS:
-            raise ConfigError(f"{place}={words[0]!r} must be one of {', '.join(SWITCH_WORDS)}")
+            raise ConfigError(f"{origin}={words[0]!r} must be one of {', '.join(SWITCH_WORDS)}")
         return SWITCH_WORDS[words[0].lower()]
     if flag.choices:
         words = [word.lower() for word in words]
-    parser.place = f"{place}: "
+    parser.origin = f"{origin}: "
     return getattr(parser.parse_args([f"--{flag.names[0]}={word}" for word in words]), name)
 
 
@@ -95,12 +95,12 @@ def add_flag(group: argparse._ActionsContainer, flag: Flag):
     spellings = [f"-{flag.short}"] if flag.short else []
     spellings += [f"--{name}" for name in flag.names]
     known = flag.default in (None, (), False) or "default" in flag.help
-    how: dict = {"action": argparse.BooleanOptionalAction}
+    taking: dict = {"action": argparse.BooleanOptionalAction}
     if flag.parse:
-        how = {"action": "append" if flag.many else "store", "type": flag.parse,
-               "choices": flag.choices or None,
-               "metavar": None if flag.choices else flag.field.upper()}
-    group.add_argument(*spellings, dest=flag.field, default=None, **how,
+        taking = {"action": "append" if flag.many else "store", "type": flag.parse,
+                  "choices": flag.choices or None,
+                  "metavar": None if flag.choices else flag.field.upper()}
+    group.add_argument(*spellings, dest=flag.field, default=None, **taking,
                        help=flag.help + ("" if known else f" (default: {flag.default})"))
 
 

@@ -41,7 +41,7 @@ def duration(seconds: float) -> str:
 def summary(done: Finished, seconds: float) -> str:
     """For example: 156 tokens in 4.2 s, 37 tok/s, first token after 0.2 s."""
     count, speed = done.completion_tokens, done.tokens_per_second
-    parts = [f"{count} token{'s' * (count != 1)} in {duration(seconds)}"]
+    parts = [f"{count} {'token' if count == 1 else 'tokens'} in {duration(seconds)}"]
     if speed:
         parts.append(f"{speed:.{0 if speed >= 10 else 1}f} tok/s")
     parts.append(f"first token after {duration(done.ttft_ms / 1e3)}")
@@ -176,15 +176,15 @@ class Chat:
         chat.leaf, note = before, "interrupted"
         try:
             with self.terminal.unechoed():
-                writer = self.terminal.writer(last["content"] * cut)
+                writer = self.terminal.writer(last["content"] if cut else "")
                 await interruptible(receive(self.pool, request, reply, writer))
             note = "stopped"
         finally:
             if reply.text or reply.reasoning or reply.done:
                 self.keep(last, request, reply, note)
-        told = summary(reply.done, reply.seconds) if reply.done else "[stopped]"
-        go_on = "; /continue continues it" if reply.done and reply.done.reason == "length" else ""
-        self.note(told + go_on + "\n" * self.terminal.interactive)
+        line = summary(reply.done, reply.seconds) if reply.done else "[stopped]"
+        hint = "; /continue continues it" if reply.done and reply.done.reason == "length" else ""
+        self.note(line + hint + ("\n" if self.terminal.interactive else ""))
         if self.settings.json and reply.done:
             print(reply.as_json(request), flush=True)
 
@@ -267,18 +267,18 @@ class Chat:
 
     def slash_load(self, value: str):
         """/load FILE: continue a saved conversation, or one that the page exported; FILE N: its N-th chat"""
-        name, number_ = re.fullmatch(r"(.*?)(?:\s+(\d+))?", value).groups()
-        name, number_ = (value, None) if Path(value).expanduser().exists() else (name, number_)
+        name, number = re.fullmatch(r"(.*?)(?:\s+(\d+))?", value).groups()
+        name, number = (value, None) if Path(value).expanduser().exists() else (name, number)
         try:
             chats = read_chats(read_text(name))
         except ValueError as error:
             raise ValueError(f"{name} is not a conversation: {error}") from None
-        if len(chats) > 1 and number_ is None:
+        if len(chats) > 1 and number is None:
             rows = [f"{index}  {chat.title}" for index, chat in enumerate(chats, 1)]
             return self.note("\n".join([f"{name} has {len(chats)} chats: /load {name} N", *rows]))
-        if not 1 <= int(number_ or 1) <= len(chats):
+        if not 1 <= int(number or 1) <= len(chats):
             raise ValueError(f"{name} has {len(chats)} chats")
-        self.conversation = chats[int(number_ or 1) - 1]
+        self.conversation = chats[int(number or 1) - 1]
         self.files = {Path(name).expanduser().resolve()} if len(chats) == 1 else set()
         for node in self.conversation.path():
             self.note(f"> {node['content']}" if node["role"] == "user" else node["content"] + "\n")
@@ -321,8 +321,8 @@ class Chat:
         stats = await self.pool.get("stats") if remote else self.pool.stats()
         names = {"gpu_id": "worker", "state": "", "device": "on",
                  "running": "running", "kv_pages_used": "KV pages"}
-        rows = [" ".join(f"{name} {each[key]}".strip() for key, name in names.items() if key in each)
-                for each in stats.get("workers") or ()]
+        rows = [" ".join(f"{name} {worker[key]}".strip() for key, name in names.items() if key in worker)
+                for worker in stats.get("workers") or ()]
         self.note("\n".join([f"answers {self.answers}, tokens {self.tokens:,}", *rows]))
 
     def slash_quit(self, value: str):

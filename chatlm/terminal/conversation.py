@@ -32,14 +32,14 @@ def title_of(text: str) -> str:
     return line if len(line) <= 60 else re.sub(r"\s+\S*$", "", line[:60]) + "…"
 
 
-def known_parameters(given) -> dict:
-    """The parameters that exist and whose values are valid."""
-    given, known = given if isinstance(given, dict) else {}, {}
+def known_parameters(parameters) -> dict:
+    """Those of the parameters in a file that exist and whose values are valid."""
+    parameters, known = parameters if isinstance(parameters, dict) else {}, {}
     for name, flag in PARAMETERS.items():
         with suppress(ValueError, TypeError, argparse.ArgumentTypeError):
-            if not isinstance(value := given.get(name), (dict, list, bool)):
+            if not isinstance(value := parameters.get(name), (dict, list, bool)):
                 known[name] = flag.parse(str(value))
-    stop = given.get("stop")
+    stop = parameters.get("stop")
     if isinstance(stop, list) and stop and all(map(is_text, stop)):
         known["stop"] = stop[:LIMITS.stop_strings]
     return known
@@ -77,11 +77,11 @@ class Conversation:
 
     def messages(self) -> tuple[Message, ...]:
         """What is sent. Empty messages are dropped and neighbours of one role joined: templates alternate."""
-        found = [Message("system", self.system)] if self.system.strip() else []
+        messages = [Message("system", self.system)] if self.system.strip() else []
         texts = (node for node in self.path() if node["content"])
         for role, nodes in itertools.groupby(texts, key=lambda node: node["role"]):
-            found.append(Message(role, "\n\n".join(node["content"] for node in nodes)))
-        return tuple(found)
+            messages.append(Message(role, "\n\n".join(node["content"] for node in nodes)))
+        return tuple(messages)
 
     def exported(self) -> dict:
         chat = {**self.fields, "updated": now_ms(), "system": self.system, "parameters": self.parameters,
@@ -109,17 +109,18 @@ def read_chat(chat, index: int) -> Conversation:
     old = chat.pop("settings", None)  # format version 1
     system = chat.pop("system", old.get("system") if isinstance(old, dict) else None)
     parameters = known_parameters(chat.pop("parameters", old))
-    found = Conversation(system if is_text(system) else "", parameters, chat)
-    for number_, message in enumerate(listed, 1):
-        message = {"content": None, "parent": found.leaf, **message} if isinstance(message, dict) else {}
+    conversation = Conversation(system if is_text(system) else "", parameters, chat)
+    for number, message in enumerate(listed, 1):
+        message = {"parent": conversation.leaf, **message} if isinstance(message, dict) else {}
         message["content"] = text = message.get("content") or ""
         if message.get("role") not in ("user", "assistant", "system") or not is_text(text):
-            raise ValueError(f"message {number_} of chat {index} lacks a role or a text")
+            raise ValueError(f"message {number} of chat {index} lacks a role or a text")
         if message["role"] == "system":
-            found.system = text
-        elif is_text(message.get("id", "")) and message.get("id") not in found.nodes:
-            found.add(message if is_text(message["parent"]) else message | {"parent": None})
+            conversation.system = text
+        elif is_text(message.get("id", "")) and message.get("id") not in conversation.nodes:
+            conversation.add(message if is_text(message["parent"]) else message | {"parent": None})
         else:
-            raise ValueError(f"message {number_} of chat {index} has no id, or the id of another")
-    found.leaf = leaf if is_text(leaf) and leaf in found.nodes else found.leaf
-    return found
+            raise ValueError(f"message {number} of chat {index} has no id, or the id of another")
+    if is_text(leaf) and leaf in conversation.nodes:
+        conversation.leaf = leaf
+    return conversation

@@ -63,14 +63,15 @@ class RemotePool:
             raise ConfigError(f"{self.url} is not a chat server: "
                               "neither /health nor /v1/models answers like one")
         self.model = listed[0] if listed and isinstance(listed, list) and isinstance(listed[0], dict) else {}
-        told = self.model.get("defaults") if isinstance(self.model.get("defaults"), dict) else {}
-        told = {name: told[name] for name in SAMPLING_DEFAULTS if type(told.get(name)) in (int, float)}
-        self.own_sampling = told, "the server"
+        defaults = self.model.get("defaults") if isinstance(self.model.get("defaults"), dict) else {}
+        numbers = {name: defaults[name] for name in SAMPLING_DEFAULTS
+                   if type(defaults.get(name)) in (int, float)}
+        self.own_sampling = numbers, "the server"
 
-    async def _ask(self, method: str, path: str, **how):
+    async def _ask(self, method: str, path: str, **options):
         """A response. ConfigError if no server answers, EngineFailure if one that did breaks off."""
         try:
-            response = await self.client.request(method, f"{self.url}/{path}", **how)
+            response = await self.client.request(method, f"{self.url}/{path}", **options)
             self.reached = True
             return response
         except connection_errors() as error:
@@ -182,9 +183,9 @@ def connection_errors() -> tuple[type[Exception], ...]:
 def reason_of(error: Exception) -> str:
     """Why a connection failed, without aiohttp's internals."""
     cause = getattr(error, "os_error", error)
-    number_ = getattr(cause, "errno", None) or 0
-    if number_ > 0:
-        return os.strerror(number_)
+    code = getattr(cause, "errno", None) or 0
+    if code > 0:
+        return os.strerror(code)
     return getattr(cause, "strerror", None) or str(cause) or "timed out"
 
 
@@ -221,8 +222,8 @@ class RemoteStream:
             raise ValueError("an event is not a JSON object")
         if "error" in body:
             raise remote_error(body, 500)
-        if isinstance(told := body.get("progress"), dict):
-            return PromptProgress(*(told[name] if type(told.get(name)) is int else 0
+        if isinstance(progress := body.get("progress"), dict):
+            return PromptProgress(*(progress[name] if type(progress.get(name)) is int else 0
                                     for name in PROGRESS_FIELDS))
         choice = (body.get("choices") or [{}])[0]
         delta = choice.get("delta") or choice
@@ -255,16 +256,17 @@ class RemoteStream:
 def ending_of(body: dict) -> dict:
     """What an event of either API tells about the end of the answer."""
     choice = (body.get("choices") or [{}])[0]
-    told = {name: body[name] for name in ("usage", "timings", "gpu") if body.get(name) is not None}
-    if reason := body.get("finish_reason") or choice.get("finish_reason") or "stop" * bool(body.get("done")):
-        told |= {"finish_reason": reason, "stop_reason": body.get("stop_reason", choice.get("stop_reason"))}
-    return told
+    ending = {name: body[name] for name in ("usage", "timings", "gpu") if body.get(name) is not None}
+    reason = body.get("finish_reason") or choice.get("finish_reason") or ("stop" if body.get("done") else "")
+    if reason:
+        ending |= {"finish_reason": reason, "stop_reason": body.get("stop_reason", choice.get("stop_reason"))}
+    return ending
 
 
 def native_body(request: Request) -> dict:
     sampling = request.sampling
     messages = request.messages or (Message("user", str(request.prompts[0])),)
-    return {"messages": [{"role": m.role, "content": m.content} for m in messages],
+    return {"messages": [{"role": message.role, "content": message.content} for message in messages],
             "truncate": "oldest", "resumable": True, "stop": list(request.stop),
             "ignore_eos": request.ignore_eos, "progress": request.progress, **request.template_options,
             **({} if request.max_tokens is None else {"max_tokens": request.max_tokens}),

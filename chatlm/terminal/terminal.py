@@ -104,12 +104,14 @@ class MarkdownWriter:
 
     def _lines(self, blocks: list[tuple[int, Any]]) -> list[list[Any]]:
         """Lines of rich's segments, with one empty line between blocks."""
-        found: list[list[Any]] = []
+        separated: list[list[Any]] = []
         for _, drawn in blocks:
             lines = [[*line] for line in self.segment.Segment.split_lines(self.console.render(drawn))]
             full = [i for i, line in enumerate(lines) if any(part.text.strip() for part in line)] or [0]
-            found += [[]] * (self.begun or bool(found)) + lines[full[0]:full[-1] + 1]
-        return found
+            if self.begun or separated:
+                separated.append([])
+            separated += lines[full[0]:full[-1] + 1]
+        return separated
 
     def __rich_console__(self, console, options) -> Iterator[Any]:
         """The last lines, as many as fit on the screen: what has scrolled away is never drawn again."""

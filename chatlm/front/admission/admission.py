@@ -105,12 +105,16 @@ class Sandbox:
         await self.turns.take(client)
         messages = [Task(task, list(arguments)), *([] if body is None else [Body(body)])]
         exchange = asyncio.ensure_future(self._exchange(messages))  # continues if its client leaves
-        exchange.add_done_callback(
-            lambda done: (done.cancelled() or done.exception(), self.turns.give_back()))
+        exchange.add_done_callback(self._end_turn)
         try:
             return await asyncio.shield(exchange)
         finally:
             del exchange  # it holds its exception, whose traceback holds this frame, and so the body
+
+    def _end_turn(self, exchange: asyncio.Future):
+        if not exchange.cancelled():
+            exchange.exception()  # asyncio would log one that nobody has read
+        self.turns.give_back()
 
     async def start(self):
         """Start the process unless it is running. Its configuration follows with the first task."""
@@ -184,7 +188,7 @@ class Sandbox:
 class Admission:
     """What happens to requests before they are queued: large bodies are read, schemas checked, prompts made.
 
-    Meanwhile they count as waiting; `check_capacity` refuses those for which there is no place."""
+    Meanwhile they count as waiting; `check_capacity` refuses those for which there is no room."""
 
     TEMPLATE_S = 0.5      # processor seconds for filling in a chat template,
     SCHEMA_S = 1.0        # for checking a JSON schema,
@@ -203,9 +207,9 @@ class Admission:
         known = Known(replace(settings, keys=(), api_key=()), card.name, calls_of(card.text)[0])
         limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
                   "bodies": (self.BODY_S, 1 << 30, 5)}
-        for name, each in limits.items():
+        for name, (cpu_s, memory, nice) in limits.items():
             text = card.text if name == "bodies" else replace(card.text, payload=b"")
-            self.sandboxes[name].config = SandboxConfig(known, text, card.context_length, *each)
+            self.sandboxes[name].config = SandboxConfig(known, text, card.context_length, cpu_s, memory, nice)
         if not card.text.chat_template:
             await self.sandboxes["templates"].stop()
         tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
@@ -221,7 +225,7 @@ class Admission:
 
     @contextmanager
     def _prepare(self, client: str, request_id: str = "") -> Iterator[None]:
-        """Reserve a place for a request while it is read and rendered: it counts as waiting.
+        """Reserve room for a request while it is read and rendered: it counts as waiting.
 
         The id of one in a large body is not known yet, so another request may take it."""
         request_id = request_id or secrets.token_hex(16)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
+from typing import NamedTuple
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
@@ -18,8 +19,16 @@ from chatlm.front.api.field_types import NATIVE_ROLES, OPENAI_ROLES, SWITCH, TEX
 from chatlm.front.api.tables import TEMPLATE_OPTIONS
 
 
-def named_messages(messages: list, roles: Seq[str]) -> Iterator[tuple[str, str, dict]]:
-    """Yield (name for errors, role, message) for each message; `roles` are the allowed ones."""
+class SentMessage(NamedTuple):
+    """A message of a body, whose other fields are those of Chat Completions unless an API is named."""
+
+    name: str  # for errors
+    role: str
+    fields: dict
+
+
+def sent_messages(messages: list, roles: Seq[str]) -> Iterator[SentMessage]:
+    """The messages of any API; `roles` are the allowed ones."""
     if not messages:
         raise bad_value("messages", messages, "a list of at least one message")
     for index, message in enumerate(messages):
@@ -31,7 +40,7 @@ def named_messages(messages: list, roles: Seq[str]) -> Iterator[tuple[str, str, 
             raise no_tools(f"{name}.role")
         if role not in roles:
             raise bad_value(f"{name}.role", role, f"one of {', '.join(roles)}")
-        yield name, role, message
+        yield SentMessage(name, role, message)
 
 
 def template_options(values: Mapping) -> dict:
@@ -41,7 +50,7 @@ def template_options(values: Mapping) -> dict:
         if message.get("prefix"):
             param = f"messages[{index}].prefix"
             raise invalid(param, f"{param}: only the last message can be continued")
-    chosen = {each.name: values[each.name] for each in TEMPLATE_OPTIONS if each.name in values}
+    chosen = {option.name: values[option.name] for option in TEMPLATE_OPTIONS if option.name in values}
     param = "continue_final_message"
     if last.get("prefix") is not None:
         param = f"messages[{len(earlier)}].prefix"
@@ -62,96 +71,98 @@ def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Messa
     """Messages within the native API's limits, and how many of the oldest were dropped to fit."""
     within_limit("messages", len(messages), LIMITS.truncated_messages if truncate else LIMITS.messages,
                  "messages")
-    named = list(named_messages(messages, NATIVE_ROLES))
-    kept, parsed = newest_turns(named) if truncate else named, []
+    sent, parsed = list(sent_messages(messages, NATIVE_ROLES)), []
+    kept = newest_turns(sent) if truncate else sent
     within_limit("messages", len(kept), LIMITS.messages, "messages")
-    for name, role, message in kept:
-        content = Field(f"{name}.content", TEXT, "").read(message.get("content"))
+    for name, role, fields in kept:
+        content = Field(f"{name}.content", TEXT, "").read(fields.get("content"))
         if role != "assistant":
             within_limit(f"characters in {name}", len(content), LIMITS.message_characters, f"{name}.content")
-        parsed.append(Message(role, content, reasoning_before(message, name) or None))
-    size = sum(len(m.content) + sum(map(len, (m.more or {}).values())) for m in parsed)
+        parsed.append(Message(role, content, earlier_reasoning(role, fields, name) or None))
+    size = sum(len(message.content) + sum(map(len, (message.more or {}).values())) for message in parsed)
     within_limit("characters in all messages", size, LIMITS.total_characters, "messages")
-    return tuple(parsed), len(named) - len(kept)
+    return tuple(parsed), len(sent) - len(kept)
 
 
-def newest_turns(named: list[tuple[str, str, dict]]) -> list[tuple[str, str, dict]]:
+def newest_turns(sent: list[SentMessage]) -> list[SentMessage]:
     """The system messages, the last turn, and as many turns before it as native_messages allows."""
-    def size(role: str, message: dict) -> float:
-        length = len(content) if is_text(content := message.get("content")) else 0
-        return length if role in ("assistant", "system") or length <= LIMITS.message_characters else math.inf
+    def size(message: SentMessage) -> float:
+        length = len(content) if is_text(content := message.fields.get("content")) else 0
+        limited = message.role not in ("assistant", "system")
+        return math.inf if limited and length > LIMITS.message_characters else length
 
-    fixed = [size(role, message) for _, role, message in named if role == "system"]
-    count, characters, first = len(fixed), sum(fixed), len(named)
-    for start in reversed(turn_starts([role for _, role, _ in named])):
-        turn = [size(role, message) for _, role, message in named[start:first] if role != "system"]
+    fixed = [size(message) for message in sent if message.role == "system"]
+    count, characters, first = len(fixed), sum(fixed), len(sent)
+    for start in reversed(turn_starts([message.role for message in sent])):
+        turn = [size(message) for message in sent[start:first] if message.role != "system"]
         count, characters = count + len(turn), characters + sum(turn)
-        if first < len(named) and (count > LIMITS.messages or characters > LIMITS.total_characters):
+        if first < len(sent) and (count > LIMITS.messages or characters > LIMITS.total_characters):
             break
         first = start
-    return [each for index, each in enumerate(named) if index >= first or each[1] == "system"]
+    return [message for index, message in enumerate(sent) if index >= first or message.role == "system"]
 
 
 def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, ...]:
-    roles = OPENAI_ROLES + ["tool", "function"] * with_tools
-    return chat_messages(named_messages(messages, roles), with_tools)
+    roles = [*OPENAI_ROLES, "tool", "function"] if with_tools else OPENAI_ROLES
+    return chat_messages(sent_messages(messages, roles), with_tools)
 
 
-def chat_messages(named: Iterable[tuple[str, str, dict]], with_tools: bool) -> tuple[Message, ...]:
-    """Messages of Chat Completions, each with its name for errors and its role."""
+def chat_messages(sent: Iterable[SentMessage], with_tools: bool) -> tuple[Message, ...]:
     parsed = []
-    for name, role, message in named:
+    for name, role, fields in sent:
         if role == "tool" and not with_tools:
             raise no_tools(name)
-        calls, more = message.get("tool_calls"), {}
-        if not calls and role == "assistant" and message.get("function_call"):
-            calls = [{"function": message["function_call"]}]
+        calls, more = fields.get("tool_calls"), {}
+        if not calls and role == "assistant" and fields.get("function_call"):
+            calls = [{"function": fields["function_call"]}]
         if calls and not with_tools:
             raise no_tools(f"{name}.tool_calls")
         if with_tools:
-            more = {key: message[key] for key in ("name", "tool_call_id") if is_text(message.get(key))}
-        role = {"developer": "system", "function": "tool"}.get(role, role)
+            more = {key: fields[key] for key in ("name", "tool_call_id") if is_text(fields.get(key))}
         if calls:
-            more["tool_calls"] = called_before(calls, f"{name}.tool_calls")
-        more |= reasoning_before(message, name)
-        content = content_text(message.get("content"), f"{name}.content")
+            more["tool_calls"] = earlier_calls(calls, f"{name}.tool_calls")
+        more |= earlier_reasoning(role, fields, name)
+        content = content_text(fields.get("content"), f"{name}.content")
+        role = {"developer": "system", "function": "tool"}.get(role, role)
         parsed.append(Message(role, content, more or None))
     return tuple(parsed)
 
 
-def reasoning_before(message: dict, name: str) -> dict[str, str]:
+def earlier_reasoning(role: str, fields: Mapping, name: str) -> dict[str, str]:
     """What the assistant thought before this message, which clients send under either name."""
     for key in ("reasoning_content", "reasoning"):
-        if message.get("role") == "assistant" and message.get(key):
-            return {"reasoning_content": Field(f"{name}.{key}", TEXT, "").read(message[key])}
+        if role == "assistant" and fields.get(key):
+            return {"reasoning_content": Field(f"{name}.{key}", TEXT, "").read(fields[key])}
     return {}
 
 
-def response_messages(values: Mapping) -> Iterator[tuple[str, str, dict]]:
-    """`instructions` and `input` of a response as messages of Chat Completions (see chat_messages)."""
+def response_messages(values: Mapping) -> Iterator[SentMessage]:
+    """`instructions` and `input` of a response as messages of Chat Completions."""
     if "instructions" in values:
-        yield "instructions", "system", {"content": values["instructions"]}
+        yield SentMessage("instructions", "system", {"content": values["instructions"]})
     items = values.get("input", "")
     for index, item in enumerate([{"role": "user", "content": items}] if is_text(items) else items):
         name = f"input[{index}]" if items is not item else "input"
         if not isinstance(item, dict):
             raise bad_value(name, item, "an object with a type or a role")
-        kind = item.get("type") or ("message" if "role" in item or "id" not in item else "item_reference")
-        if kind == "message":
+        item_type = item.get("type") or (
+            "message" if "role" in item or "id" not in item else "item_reference")
+        if item_type == "message":
             if item.get("role") not in OPENAI_ROLES:
                 raise bad_value(f"{name}.role", item.get("role"), f"one of {', '.join(OPENAI_ROLES)}")
-            yield name, item["role"], {"content": item.get("content")}
-        elif kind == "function_call":
+            yield SentMessage(name, item["role"], {"content": item.get("content")})
+        elif item_type == "function_call":
             call = {"id": item.get("call_id"), "function": item}
-            yield name, "assistant", {"tool_calls": [call]}
-        elif kind == "function_call_output":
-            yield name, "tool", {"tool_call_id": item.get("call_id"), "content": item.get("output")}
-        elif kind == "reasoning":
-            thought = item.get("content") or item.get("summary")
-            yield name, "assistant", {"reasoning_content": content_text(thought, f"{name}.content")}
+            yield SentMessage(name, "assistant", {"tool_calls": [call]})
+        elif item_type == "function_call_output":
+            output = {"tool_call_id": item.get("call_id"), "content": item.get("output")}
+            yield SentMessage(name, "tool", output)
+        elif item_type == "reasoning":
+            thought = content_text(item.get("content") or item.get("summary"), f"{name}.content")
+            yield SentMessage(name, "assistant", {"reasoning_content": thought})
         else:
             raise RequestError(
-                f"{name} is of type {shown(kind)}; this server keeps no answers and reads items of type "
+                f"{name} is of type {shown(item_type)}; this server keeps no answers and reads items of type "
                 "message, function_call, function_call_output and reasoning",
                 code="unsupported_item", param=name)
 
@@ -179,37 +190,41 @@ def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
 BILLING = "x-anthropic-billing-header:"  # a block that changes each time: no prefix would be cached
 
 
-def anthropic_messages(values: Mapping) -> Iterator[tuple[str, str, dict]]:
-    """`system` and `messages` of Anthropic's API as messages of Chat Completions (see chat_messages)."""
+def anthropic_messages(values: Mapping) -> Iterator[SentMessage]:
+    """`system` and `messages` of Anthropic's API as messages of Chat Completions."""
     system = values.get("system", "")
     if not is_text(system):
         system = [block for block in system if not str(block.get("text")).startswith(BILLING)]
     if system:
-        yield "system", "system", {"content": system}
-    for name, role, message in named_messages(values["messages"], NATIVE_ROLES):
-        if not isinstance(message.get("content"), list):
-            yield name, role, {"content": message.get("content")}
+        yield SentMessage("system", "system", {"content": system})
+    for name, role, fields in sent_messages(values["messages"], NATIVE_ROLES):
+        if not isinstance(fields.get("content"), list):
+            yield SentMessage(name, role, {"content": fields.get("content")})
             continue
-        said: dict[str, list] = {"text": [], "thinking": [], "tool_use": [], "tool_result": []}
-        for index, block in enumerate(message["content"]):
-            kind = block.get("type") if isinstance(block, dict) else None
-            if kind == "redacted_thinking":
+        blocks: dict[str, list[tuple[str, dict]]] = {  # with their names for errors, by type
+            "text": [], "thinking": [], "tool_use": [], "tool_result": []}
+        for index, block in enumerate(fields["content"]):
+            block_type = block.get("type") if isinstance(block, dict) else None
+            if block_type == "redacted_thinking":
                 continue
             # anything else is refused as text parts are
-            kind = kind if is_text(kind) and kind in said else "text"
-            said[kind].append((f"{name}.content[{index}]", block))
-        for place, block in said["tool_result"]:
-            yield place, "tool", {"tool_call_id": block.get("tool_use_id"), "content": block.get("content")}
+            block_type = block_type if is_text(block_type) and block_type in blocks else "text"
+            blocks[block_type].append((f"{name}.content[{index}]", block))
+        for block_name, block in blocks["tool_result"]:
+            result = {"tool_call_id": block.get("tool_use_id"), "content": block.get("content")}
+            yield SentMessage(block_name, "tool", result)
         calls = [{"id": block.get("id"), "function": {**block, "arguments": block.get("input")}}
-                 for _, block in said["tool_use"]]
-        thoughts = "".join(content_text(block.get("thinking"), place) for place, block in said["thinking"])
-        texts = [{"type": "text", "text": part_text(block, place)} for place, block in said["text"]]
-        if texts or calls or thoughts or not said["tool_result"]:
-            yield name, role, {"content": texts, **({"tool_calls": calls} if calls else {}),
-                               **({"reasoning_content": thoughts} if thoughts else {})}
+                 for _, block in blocks["tool_use"]]
+        thoughts = "".join(content_text(block.get("thinking"), block_name)
+                           for block_name, block in blocks["thinking"])
+        texts = [{"type": "text", "text": part_text(block, block_name)}
+                 for block_name, block in blocks["text"]]
+        if texts or calls or thoughts or not blocks["tool_result"]:
+            yield SentMessage(name, role, {"content": texts, **({"tool_calls": calls} if calls else {}),
+                                           **({"reasoning_content": thoughts} if thoughts else {})})
 
 
-def called_before(calls, name: str) -> list[dict]:
+def earlier_calls(calls, name: str) -> list[dict]:
     """The assistant's earlier calls as templates expect them: arguments as an object."""
     if not matches(list_schema(A_FUNCTION), calls):
         raise bad_value(name, calls, "a list of calls, each with a function")
@@ -218,8 +233,8 @@ def called_before(calls, name: str) -> list[dict]:
         arguments = call["function"].get("arguments") or {}
         with suppress(ValueError, TypeError, RecursionError):
             arguments = json.loads(arguments)
-        named_call = {"id": str(call["id"])} if call.get("id") else {}
-        read.append({**named_call, "type": "function",
+        call_id = {"id": str(call["id"])} if call.get("id") else {}
+        read.append({**call_id, "type": "function",
                      "function": {"name": call["function"]["name"], "arguments": arguments}})
     return read
 
@@ -234,12 +249,12 @@ def content_text(content, name: str) -> str:
 
 
 def part_text(part, name: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in TEXT_PARTS:
-        raise RequestError(f"{name} must be a text part, not {shown(kind or part)}: "
+    part_type = part.get("type") if isinstance(part, dict) else None
+    if part_type not in TEXT_PARTS:
+        raise RequestError(f"{name} must be a text part, not {shown(part_type or part)}: "
                            "this model reads text only",
                            code="unsupported_content", param=name)
-    text = part.get("refusal" if kind == "refusal" else "text")
+    text = part.get("refusal" if part_type == "refusal" else "text")
     if text is not None and not is_text(text):
         raise bad_value(f"{name}.text", text, "a string")
     return whole_unicode(text or "")

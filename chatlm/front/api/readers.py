@@ -20,8 +20,8 @@ from chatlm.common.text.grammar import unusable_schema
 from chatlm.front.admission.prompts import checked_ids
 from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
 from chatlm.front.api.conversation import (
-    anthropic_messages, chat_messages, joined_turns, named_messages, native_messages, openai_messages,
-    part_text, response_messages, template_options)
+    SentMessage, anthropic_messages, chat_messages, joined_turns, native_messages, openai_messages, part_text,
+    response_messages, sent_messages, template_options)
 from chatlm.front.api.fields import (
     A_FUNCTION, ToolChoice, allowed_tools, known_tools, matches, no_tools, parse_fields, within_limit)
 from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking
@@ -200,8 +200,8 @@ def anthropic_prompt(values: Mapping, tool_format: str | None) -> tuple[
 def anthropic_options(messages: Seq[Message]) -> dict:
     """The template options: in this API, a last message of the assistant is one to continue."""
     last = messages[-1]
-    goes_on = last.role == "assistant" and last.content and "tool_calls" not in (last.more or {})
-    return {"continue_final_message": True} if goes_on else {}
+    is_open = last.role == "assistant" and last.content and "tool_calls" not in (last.more or {})
+    return {"continue_final_message": True} if is_open else {}
 
 
 def parsed_body(api: str, values: Mapping, known: Known, request: Request,
@@ -214,18 +214,19 @@ def parsed_body(api: str, values: Mapping, known: Known, request: Request,
 
 def read_ollama_chat(body: dict, known: Known) -> ParsedBody:
     values = parse_fields(body, OLLAMA_CHAT_FIELDS)
-    named = named_messages(values["messages"], [*OPENAI_ROLES, "tool"]) if values.get("messages") else ()
-    messages = chat_messages(map(ollama_message, named), known.tool_format is not None)
+    sent = sent_messages(values["messages"], [*OPENAI_ROLES, "tool"]) if values.get("messages") else ()
+    messages = chat_messages(map(ollama_message, sent), known.tool_format is not None)
     return ollama_body("ollama chat", values, known, messages=messages)
 
 
-def ollama_message(named: tuple[str, str, dict]) -> tuple[str, str, dict]:
-    """A message of Ollama's, with its name for errors and its role, as one of Chat Completions."""
-    name, role, message = named
-    if message.get("images"):
-        part_text({"type": "images"}, f"{name}.images")  # refuses it
-    return name, role, {"name": message.get("tool_name"), "reasoning_content": message.get("thinking"),
-                        "content": message.get("content"), "tool_calls": message.get("tool_calls")}
+def ollama_message(message: SentMessage) -> SentMessage:
+    """A message of Ollama's as one of Chat Completions."""
+    fields = message.fields
+    if fields.get("images"):
+        part_text({"type": "images"}, f"{message.name}.images")  # refuses it
+    return message._replace(fields={
+        "name": fields.get("tool_name"), "reasoning_content": fields.get("thinking"),
+        "content": fields.get("content"), "tool_calls": fields.get("tool_calls")})
 
 
 def read_ollama_generate(body: dict, known: Known) -> ParsedBody:

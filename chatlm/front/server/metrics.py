@@ -26,9 +26,9 @@ class Metrics:
         self.library.disable_created_metrics()  # else each counter also exports its start time
         self.registry = self.library.CollectorRegistry()
         self.registry.register(self)
-        how = {"namespace": "chat_server", "registry": self.registry}
-        seconds = partial(self.library.Histogram, **how, unit="seconds", buckets=self.SECONDS)
-        counter = partial(self.library.Counter, **how)
+        seconds = partial(self.library.Histogram, namespace="chat_server", registry=self.registry,
+                          unit="seconds", buckets=self.SECONDS)
+        counter = partial(self.library.Counter, namespace="chat_server", registry=self.registry)
         self.ttft = seconds("time_to_first_token", "time from a request to its first token")
         self.itl = seconds("inter_token_latency", "time between two tokens of an answer")
         self.queue = seconds("queue", "time a request waited before it ran")
@@ -43,21 +43,25 @@ class Metrics:
         """prometheus_client calls this on each scrape; it returns what the pool counts."""
         stats, families = self.pool.stats(), self.library.metrics_core
         workers = stats["workers"]
-        total = lambda name: sum(worker[name] for worker in workers)  # noqa: E731
+
+        def total(name: str) -> float:
+            return sum(worker[name] for worker in workers)
+
         for name, doc, value in (
                 ("running", "requests on workers", total("running")),
                 ("queued", "requests waiting for a worker", stats["queue_depth"]),
                 ("kv_pages_used", "KV pages in use", total("kv_pages_used")),
                 ("kv_pages", "KV pages", total("kv_pages_total")),
                 ("workers", "configured workers", stats["total_workers"]),
-                ("workers_up", "workers that are ready", sum(w["state"] == "ready" for w in workers)),
+                ("workers_up", "workers that are ready",
+                 sum(worker["state"] == "ready" for worker in workers)),
                 ("workers_in_crash_loop", "workers that keep dying",
-                 sum(w["crashes_in_row"] > 1 for w in workers))):
+                 sum(worker["crashes_in_row"] > 1 for worker in workers))):
             yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
         yield families.CounterMetricFamily("chat_server_worker_restarts", "restarts of workers",
                                            total("restarts"))
         gauge, counter = families.GaugeMetricFamily, families.CounterMetricFamily
-        for kind, name, doc in (
+        for family_type, name, doc in (
                 (gauge, "memory_used", "bytes of its GPU in use, else of its process"),
                 (gauge, "memory_total", "bytes of its GPU, else of the machine"),
                 (gauge, "utilization", "share of time in which its GPU computed (needs nvidia-ml-py)"),
@@ -65,7 +69,7 @@ class Metrics:
                 (counter, "preemptions", "answers whose KV pages were taken for others"),
                 (counter, "drafted_tokens", "tokens that drafts proposed"),
                 (counter, "accepted_tokens", "drafted tokens that were right")):
-            family = kind(f"chat_server_worker_{name}", doc, labels=["worker", "device"])
+            family = family_type(f"chat_server_worker_{name}", doc, labels=["worker", "device"])
             for worker in workers:
                 if worker[name] is not None:
                     family.add_metric([str(worker["gpu_id"]), worker["device"]], worker[name])

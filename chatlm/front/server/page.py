@@ -41,5 +41,5 @@ class Page:
         headers["ETag"] = f'"{tag}"'
         if headers["ETag"] in http.headers.get("If-None-Match", ""):
             return web.Response(status=304, headers=headers)
-        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        return web.Response(body=body, headers=headers, content_type=kind)
+        content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        return web.Response(body=body, headers=headers, content_type=content_type)

@@ -372,7 +372,22 @@ def test_a_conversation_with_calls_and_results_is_the_same_in_all_three():
     assert [parsed.ignored_tools for parsed in bodies] == [(), ("web_search", "custom"), ("web_search_20250305",)]
 
 
-async def test_tools_that_are_left_out_are_named_in_a_header(client, caplog):
+def test_earlier_reasoning_is_read_in_each_api_that_has_it():
+    """Clients send back what the assistant thought, under each API's own name."""
+    question, again = ({"role": "user", "content": text} for text in ("1?", "2?"))
+    spoken = {"role": "assistant", "content": "One."}
+    bodies = (
+        (read_chat_body, {"messages": [question, spoken | {"reasoning_content": "Hm."}, again]}),
+        (read_responses_body, {"input": [question, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]}, spoken, again]}),
+        (read_messages_body, {"messages": [question, {"role": "assistant", "content": [
+            {"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "One."}]}, again]}),
+        (read_ollama_chat, {"messages": [question, spoken | {"thinking": "Hm."}, again]}))
+    for reader, body in bodies:
+        assert [(message.content, message.more) for message in reader(body, KNOWN).request.messages] == [
+            ("1?", None), ("One.", {"reasoning_content": "Hm."}), ("2?", None)], reader.__name__
+
+
+async def test_tools_of_other_types_are_named_in_a_header(client, caplog):
     caplog.set_level("INFO")
     tools = [{"type": "namespace", "name": "x"}, {"type": "web_search"}, {"type": "odd\r\ntype", "name": "y"}]
     async with serving(FakePool()) as url:
