@@ -51,12 +51,12 @@ The rooms, each above those that it may import
 
 Life of a request
 
-    Front.handle_answer > read_native_body > native_messages > LocalPool.answer > PromptMaker.admit
-        > Tokenizer.render > LocalPool.dispatch > Worker.start > Pipe.packed                    front process
+    Front.handle_answer > read_native_body > native_messages > WorkerPool.answer > PromptMaker.admit
+        > Tokenizer.render > Dispatcher.dispatch > Worker.assign > Pipe.packed                  front process
         > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start
         > Transformer.forward > sample_reference > Scheduler.advance > Answer.push
         > StreamDecoder.push > AnswerReader.push > Piece > Stepped                             worker process
-        > LocalPool.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode | BlockEncoder.encode
+        > Dispatcher.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode | BlockEncoder.encode
         > EventStream.send                                                                      front process
 
 docs/architecture.md has it with modules and in reading order, and says where to change what.
@@ -134,7 +134,7 @@ from chatlm.front.api.tables import (
     OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS,
     RESPONSES_FIELDS, TEMPLATE_FIELDS, TOKENIZE_FIELDS)
 from chatlm.front.lazy import web
-from chatlm.front.pool.ray import pool_of
+from chatlm.front.pool.pool import pool_of
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.bodies import Bodies, tokenizer_of
 from chatlm.front.server.connections import room_for_connections, serving
@@ -151,7 +151,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import Accepted, Event, Request
     from chatlm.front.api.encode import Encoder
-    from chatlm.front.pool.local import Pool
+    from chatlm.front.pool.pool import Pool
     from chatlm.front.server.recordings import Recording
     from chatlm.front.server.streams import Holding
 

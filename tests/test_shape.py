@@ -11,7 +11,8 @@ SOURCES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for pat
 TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswith(".py")}
 
 # Statements of Python when the work on one word for one thing began: 12,873. A change that needs more says why where it raises this.
-MOST_STATEMENTS = 13_100
+# 13,150: the pool is four classes in modules of their own, of which some 60 statements are their imports.
+MOST_STATEMENTS = 13_150
 MOST_METHODS = 20
 LARGE_CLASSES = 7           # how many may have more methods
 MOST_IGNORES = 30

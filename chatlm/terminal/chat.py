@@ -24,14 +24,14 @@ from chatlm.common.messages.requests import Finished, Message, Piece, PromptProg
 from chatlm.front.aio import interruptible
 from chatlm.front.api.encode import timings_body
 from chatlm.front.api.readers import sampling_params
-from chatlm.front.pool.local import sampling_of
+from chatlm.front.pool.pool import sampling_of
 from chatlm.terminal.conversation import PARAMETERS, SETTABLE, Conversation, read_chats
 from chatlm.terminal.remote import RemotePool, open_pool
 from chatlm.terminal.terminal import PlainWriter, Terminal
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.front.pool.local import Pool
+    from chatlm.front.pool.pool import Pool
 
 
 def duration(seconds: float) -> str:

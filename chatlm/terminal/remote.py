@@ -17,16 +17,16 @@ from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import Accepted, Finished, Message, Piece, PromptProgress
 from chatlm.front.api.encode import PROGRESS_FIELDS
 from chatlm.front.lazy import aiohttp
-from chatlm.front.pool.ray import pool_of
+from chatlm.front.pool.pool import pool_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import Event, Request
-    from chatlm.front.pool.local import Pool
+    from chatlm.front.pool.pool import Pool
 
 
 class RemotePool:
-    """A running server (--url) behind the same `answer` as LocalPool.
+    """A running server (--url) behind the same `answer` as WorkerPool.
 
     Requests go to /v1, or to nanochat's /chat/completions if the server has only that. A broken stream is
     resumed if the server kept it; an answer that nobody reads any more is cancelled on the server."""
@@ -105,7 +105,7 @@ class RemotePool:
         return [f"Server: {self.url}", *([f"Model: {self.model_name}"] if self.model_name else [])]
 
     async def answer(self, request: Request) -> AsyncIterator[Event]:
-        """The server's stream as events. Raises what LocalPool would; ConfigError if no server answers."""
+        """The server's stream as events. Raises what WorkerPool would; ConfigError if no server answers."""
         response, reader = await self._post(request), RemoteStream()
         try:
             yield Accepted(0)

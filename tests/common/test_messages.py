@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from chatlm.common.config import Settings
-from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, Begun, Body, Cancel, EndOfRequest, Gone, Known, Loading,
-                                             ModelCard, NewAnswer, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, Place, Placed, RayConfig, Ready,
-                                             Refused, Release, Result, SandboxConfig, Stepped, Task, Unusable, WorkerConfig)
+from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, ActorAddress, ActorEnded, Begun, Body, Cancel, EndActor, EndOfRequest,
+                                             Known, Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, RayConfig, Ready,
+                                             Refused, Result, SandboxConfig, StartActor, Stepped, Task, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import AnswerParams, CallDelta, Message, ModelSource, Piece, Request, SamplingParams, TextSpec, TokenLogprob
 from chatlm.common.messages.wire import HEADER, BadMessage, restorer, unpacked
 from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankPlace
@@ -32,7 +32,8 @@ EXAMPLES = [
     ModelCard(TEXT, "a", 4096, ("one", "two"), {"sample": "numpy"}, True), Ready({"running": 0}), Unusable("no such file"),
     SandboxConfig(Known(Settings(), "m", None), TEXT, 4096, 1.5, 1 << 30), Task("fill", [{"a": [1, None]}, "x"]), Begun(),
     Body(bytes(range(256)) * 3), Body(b""), Result(None), Result([1, {"a": "\ud800"}]), Refused("no", 400, None, "tools"),
-    RayConfig("auto", ""), Nodes([Node("f0", "a", 2.0, 8)]), Place("x", "f0", 0.5, 1), Placed("x", "10.0.0.1", 4242, "00"), Release("x"), Gone("x", "died"),
+    RayConfig("auto", ""), Nodes([Node("f0", "a", 2.0, 8)]), StartActor("x", "f0", 0.5, 1), ActorAddress("x", "10.0.0.1", 4242, "00"), EndActor("x"),
+    ActorEnded("x", "died"),
     Stepped([], {}), Stepped([Piece("r", (1, 2), "a\U0001f600\x00", "stop", "eos", 3, 0.5, 4, 2, SCORES, SCORES[:1]), Piece("s", (), "", calls=(CallDelta("{", "f"),))],
             {"queued": 1}),
     RankConfig(Settings(model="a.gguf"), ModelSource("gguf", Path("/m/a.gguf"), "a", "GGUF"), "cpu", 1, 3, "/proc/1/fd/7", {"A": "b"}),

@@ -19,7 +19,7 @@ sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1], "tests/support"))]
 from ray.cluster_utils import Cluster   # noqa: E402
 
 from chatlm.common.config import Settings    # noqa: E402
-from chatlm.front.pool.ray import RayPool    # noqa: E402
+from chatlm.front.pool.pool import pool_of    # noqa: E402
 from pools import collect, greedy   # noqa: E402
 
 LIMIT_S = 90
@@ -41,9 +41,9 @@ def question(name, tokens=80):
 
 
 async def started(cluster, nodes, **changes):
-    pool = RayPool(Settings(**{"ray_address": cluster.address, "num_workers": 0, "device_type": "cpu", "kv_cache_memory": 128 << 20,
+    pool = pool_of(Settings(**{"ray_address": cluster.address, "num_workers": 0, "device_type": "cpu", "kv_cache_memory": 128 << 20,
                                "max_batch": 4, "command": "chat", "drafts": False} | changes))
-    pool.SILENT_S = 3.0
+    pool.placement.SILENT_S = 3.0
     await pool.start()
     await pool.wait_ready()
     await until(lambda: ready(pool) == nodes, f"{nodes} serve")
@@ -91,7 +91,7 @@ async def main():
     print("a node died and one came", pool.stats()["ray"], flush=True)
 
     long = asyncio.create_task(collect(pool, question("long", 200)))
-    await until(lambda: pool.jobs and pool.jobs["long"].output_ids, "an answer began")
+    await until(lambda: pool.dispatcher.jobs and pool.dispatcher.jobs["long"].output_ids, "an answer began")
     cluster.head_node.kill_gcs_server()
     _, tokens, _ = await long
     assert len(tokens) == 200 and ready(pool) == {other, "c"}

@@ -10,8 +10,8 @@ from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import ModelCard
 from chatlm.common.messages.requests import Finished, Message, Piece, Request, SamplingParams
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.pool.local import LocalPool
-from chatlm.front.pool.worker import Worker
+from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.worker import State, Worker
 from fake_pool import Letters
 from forked import DYING
 
@@ -23,11 +23,11 @@ def tiny_settings(nanochat_fixtures, generation="gen5", **changes):
 
 @pytest.fixture
 async def start_pool(nanochat_fixtures):
-    """A function that starts a LocalPool of tiny models; at the end every pool is closed, and its processes must be gone."""
+    """A function that starts a WorkerPool of tiny models; at the end every pool is closed, and its processes must be gone."""
     pools = []
 
     async def start(worker_command=DYING, wait=True, **changes):
-        pools.append(pool := LocalPool(tiny_settings(nanochat_fixtures, **changes), worker_command=worker_command))
+        pools.append(pool := pool_of(tiny_settings(nanochat_fixtures, **changes), worker_command=worker_command))
         await pool.start()
         if wait:
             await pool.wait_ready()
@@ -45,20 +45,22 @@ class PlayedWorker(Worker):
     """A worker without a process: the test sees what it is sent, and says what comes back."""
 
     def __init__(self, pool):
-        super().__init__(pool, 0)
-        self.state, self.sent = "ready", []
+        super().__init__(pool.settings, pool.placement, 0)
+        self.pool, self.sent = pool, []
+        self.become(State.READY)
 
     def send(self, message):
         self.sent.append(message)
 
 
 def played_pool(worker_class=PlayedWorker, **settings):
-    """A LocalPool with one played worker and a context of 64 letters."""
-    pool = LocalPool(Settings(**settings))
-    pool.workers = [worker_class(pool)]
-    pool.card = ModelCard(None, "fake", 64, (), {}, False)
+    """A WorkerPool with one played worker and a context of 64 letters."""
+    pool = pool_of(Settings(**settings))
+    pool.workers[:] = [worker_class(pool)]
+    pool.supervisor.card = ModelCard(None, "fake", 64, (), {}, False)
     pool.admission.prompts = PromptMaker(Letters(), 64)
-    pool.became_ready.set()
+    pool.supervisor.prepared = True
+    pool.supervisor.became_ready.set()
     return pool
 
 
@@ -96,7 +98,7 @@ async def collect(pool, request, on_piece=lambda piece, count: None):
 async def idle(pool):
     """Assert that nothing runs, and that after one more answer of each worker no page is in use."""
     await all_ready(pool)
-    assert not pool.jobs and not len(pool.pending)
+    assert not pool.dispatcher.jobs and not len(pool.dispatcher.pending)
     probes = [Request(f"probe {worker.gpu}", prompts=((1, 2, 3),), max_tokens=1, ignore_eos=True) for worker in pool.workers]
     ends = await asyncio.gather(*(collect(pool, probe) for probe in probes))
     assert {done.gpu for _, _, done in ends} == {worker.gpu for worker in pool.workers}

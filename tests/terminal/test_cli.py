@@ -24,7 +24,7 @@ from chatlm.common.core import kernels_line
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, require_library
 from chatlm.common.messages.requests import Finished, Message, Piece
 from chatlm.front.lazy import web
-from chatlm.front.pool import local as pool_local
+from chatlm.front.pool import pool as pool_module
 from chatlm.front.server import connections
 from chatlm.front.server.access import listen_on
 from chatlm.terminal.chat import chat, generate, new_request
@@ -188,7 +188,7 @@ def test_without_kernels_the_missing_compiler_is_named(monkeypatch, local_pool, 
 def local_pool(monkeypatch):
     """Every command starts this pool instead of one with a model."""
     pool = FakePool()
-    patch(monkeypatch, pool_local, "LocalPool", lambda settings: pool)
+    patch(monkeypatch, pool_module, "pool_of", lambda settings: pool)
     return pool
 
 

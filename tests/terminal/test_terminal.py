@@ -22,7 +22,7 @@ import chat_server
 from browsing import HeldFront, fake_front
 from chatlm.common.config import Settings
 from chatlm.common.messages.requests import Piece, PromptProgress
-from chatlm.front.pool import local
+from chatlm.front.pool import pool as pool_module
 from chatlm.terminal import chat as terminal_chat
 from chatlm.terminal.chat import generate, summary
 from chatlm.terminal.conversation import read_chats
@@ -130,7 +130,7 @@ def chat_with(pool, monkeypatch, lines, **settings):
     os.write(write, ("\n".join(lines) + "\n").encode())
     os.close(write)
     monkeypatch.setattr(sys, "stdin", os.fdopen(read))
-    patch(monkeypatch, local, "LocalPool", lambda settings: pool)
+    patch(monkeypatch, pool_module, "pool_of", lambda settings: pool)
     return asyncio.run(terminal_chat.chat(Settings(command="chat", **settings)))
 
 
@@ -277,7 +277,7 @@ def test_json_is_one_object_a_line_and_errors_are_too(monkeypatch, capsys):
 
 
 def test_generate_answers_as_json(monkeypatch, capsys):
-    patch(monkeypatch, local, "LocalPool", lambda settings: FakePool())
+    patch(monkeypatch, pool_module, "pool_of", lambda settings: FakePool())
     assert chat_server.main(["generate", "--prompt", "Hi", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == "Hello, world!"
 

@@ -144,37 +144,37 @@ class Nodes:
 
 
 @wire_message(1 << 12)
-class Place:
-    """Front to Ray process: start a worker on this node, which gets so much of it."""
+class StartActor:
+    """Front to Ray process: start a worker on this node, with so much of it."""
 
-    worker: str  # new for each life of a worker
+    actor: str  # its name, new for each process of a worker
     node: str
     cpus: float
     gpus: int
 
 
 @wire_message(1 << 12)
-class Placed:
+class ActorAddress:
     """Ray process to front: where the worker waits for the front, and what both then prove to know."""
 
-    worker: str
+    actor: str
     host: str
     port: int
     secret: str
 
 
 @wire_message(1 << 10)
-class Release:
+class EndActor:
     """Front to Ray process: end this worker, wherever it is."""
 
-    worker: str
+    actor: str
 
 
 @wire_message(1 << 20)
-class Gone:
-    """Ray process to front: this worker has ended, or could not be placed."""
+class ActorEnded:
+    """Ray process to front: this worker has ended, or could not be started."""
 
-    worker: str
+    actor: str
     reason: str
 
 
@@ -231,7 +231,7 @@ class Refused:
 WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndOfRequest, Ping,
                    Loading, ModelCard, Ready, Stepped, Unusable)
 SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)
-RAY_PIPE = Pipe(RayConfig, Place, Release, Nodes, Placed, Gone, Unusable)
+RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded, Unusable)
 
 
 NO_GAUGES = dict.fromkeys((  # of a worker that is not running

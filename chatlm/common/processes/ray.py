@@ -1,4 +1,4 @@
-"""The Ray process: places workers on a cluster and tells the front how they are."""
+"""The Ray process: starts workers on a cluster and tells the front how they are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from contextlib import suppress
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import named, require_library
-from chatlm.common.messages.protocol import RAY_PIPE, Gone, Node, Nodes, Place, Placed, Release, Unusable
+from chatlm.common.messages.protocol import (
+    RAY_PIPE, ActorAddress, ActorEnded, EndActor, Node, Nodes, StartActor, Unusable)
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import PROCESS_CODE, exit_in_words, join_parent
 from chatlm.common.program import program_bytes
@@ -52,7 +53,7 @@ def replica_actor() -> type:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, str(path), "worker", f"{self.host},{tls}", str(os.getpid())],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment, start_new_session=True)
-            self.told = json.loads(self.process.stdout.readline())
+            self.port, self.secret = json.loads(self.process.stdout.readline())
 
             def end():  # nobody else ends a detached actor
                 self.process.wait()
@@ -61,7 +62,7 @@ def replica_actor() -> type:
             threading.Thread(target=end, daemon=True).start()
 
         def address(self) -> list:
-            return [self.host, *self.told]
+            return [self.host, self.port, self.secret]
 
         def wait(self) -> int:
             return self.process.wait()
@@ -69,7 +70,7 @@ def replica_actor() -> type:
 
 
 def ray_main(arguments: Seq[str]) -> int:
-    """The role `ray FD PARENT`: place workers on a Ray cluster and tell the front how they are.
+    """The role `ray FD PARENT`: start workers on a Ray cluster and tell the front how they are.
 
     It is a process of its own because Ray ends processes that have lost the cluster's head; the front and its
     connections must outlive that. The actors are detached for the same reason, and end with their workers."""
@@ -90,53 +91,53 @@ class RayCluster:
     """In the Ray process: what the front wants of the cluster."""
 
     def __init__(self, ray, channel: Channel, tls: str):
-        self.ray, self.channel, self.tls, self.told_s = ray, channel, tls, 0.0
+        self.ray, self.channel, self.tls, self.listed_s = ray, channel, tls, 0.0
         self.strategies = importlib.import_module("ray.util.scheduling_strategies")
         self.actor, self.program = ray.remote(replica_actor()), ray.put(program_bytes())
-        self.awaited: dict[Any, tuple[str, Any]] = {}  # reference -> worker, its actor if it is the address
+        self.awaited: dict[Any, tuple[str, Any]] = {}  # reference -> name, the actor if it is the address
 
     def run(self):
         while True:
             for message in self.channel.receive(wait=False):
                 self.obey(message)
-            if time.monotonic() - self.told_s > 1:
-                self.tell_nodes()
+            if time.monotonic() - self.listed_s > 1:
+                self.list_nodes()
             if not self.awaited:
                 self.channel.poll.poll(500)
                 continue
             done, _ = self.ray.wait(list(self.awaited), timeout=0.2)
             for reference in done:
-                self.tell(reference, *self.awaited.pop(reference))
+                self.report(reference, *self.awaited.pop(reference))
 
     def obey(self, message):
         match message:
-            case Place(worker, node, cpus, gpus):
-                where = self.strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+            case StartActor(name, node, cpus, gpus):
+                strategy = self.strategies.NodeAffinitySchedulingStrategy(node, soft=False)
                 actor = self.actor.options(
-                    num_cpus=cpus, num_gpus=gpus, scheduling_strategy=where, lifetime="detached",
-                    name=worker).remote(self.program, PROCESS_CODE, self.tls)
-                self.awaited[actor.address.remote()] = worker, actor
-            case Release(worker):
-                self.awaited = {key: value for key, value in self.awaited.items() if value[0] != worker}
+                    num_cpus=cpus, num_gpus=gpus, scheduling_strategy=strategy, lifetime="detached",
+                    name=name).remote(self.program, PROCESS_CODE, self.tls)
+                self.awaited[actor.address.remote()] = name, actor
+            case EndActor(name):
+                self.awaited = {key: value for key, value in self.awaited.items() if value[0] != name}
                 with suppress(Exception):  # it may have ended by itself
-                    self.ray.kill(self.ray.get_actor(worker))
+                    self.ray.kill(self.ray.get_actor(name))
             case _:
                 raise BadMessage(f"unexpected message from the front: {type(message).__name__}")
 
-    def tell(self, reference, worker: str, actor):
+    def report(self, reference, name: str, actor):
         try:
             value = self.ray.get(reference)
         except Exception as error:  # the actor has ended, with its node or by itself
-            self.channel.send(Gone(worker, (str(error).strip() or named(error)).splitlines()[0]))
+            self.channel.send(ActorEnded(name, (str(error).strip() or named(error)).splitlines()[0]))
             return
         if actor:
-            self.channel.send(Placed(worker, *value))
-            self.awaited[actor.wait.remote()] = worker, None
+            self.channel.send(ActorAddress(name, *value))
+            self.awaited[actor.wait.remote()] = name, None
         else:
-            self.channel.send(Gone(worker, exit_in_words(value)))
+            self.channel.send(ActorEnded(name, exit_in_words(value)))
 
-    def tell_nodes(self):
-        self.told_s = time.monotonic()
+    def list_nodes(self):
+        self.listed_s = time.monotonic()
         self.channel.send(Nodes([
-            Node(each["NodeID"], each["NodeName"], each["Resources"].get("CPU", 0.0),
-                 int(each["Resources"].get("GPU", 0))) for each in self.ray.nodes() if each["Alive"]]))
+            Node(node["NodeID"], node["NodeName"], node["Resources"].get("CPU", 0.0),
+                 int(node["Resources"].get("GPU", 0))) for node in self.ray.nodes() if node["Alive"]]))

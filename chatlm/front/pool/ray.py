@@ -1,4 +1,4 @@
-"""The pool whose workers Ray places on a cluster."""
+"""Workers on a Ray cluster: they follow its nodes."""
 
 from __future__ import annotations
 
@@ -14,207 +14,216 @@ from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import ranks_per_replica
 from chatlm.common.errors import ConfigError, named
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
-    RAY_PIPE, Gone, Nodes, Place, Placed, RayConfig, Release, Unusable, WorkerConfig)
+    RAY_PIPE, ActorAddress, ActorEnded, EndActor, Node, Nodes, RayConfig, StartActor, Unusable, WorkerConfig)
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.connect import TRANSIT_BYTES, proof, tls_context
 from chatlm.common.processes.start import start_child
 from chatlm.front.admission.admission import next_message
-from chatlm.front.pool.local import LocalPool
-from chatlm.front.pool.worker import Worker
+from chatlm.front.pool.worker import State, Worker
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.messages.protocol import Node
+    from chatlm.common.messages.requests import ModelSource
+    from chatlm.front.pool.supervisor import Supervisor
 
 
-class RemoteProcess:
-    """What stands for a worker's process where that is on another machine."""
-
-    pid = returncode = None
-
-    def __init__(self, kill: Callable[[], None]):
-        self.kill = kill
-
-    def wait(self, timeout: float | None = None):
-        """There is nothing to reap."""
+MANY_THREADS = 1 << 10  # more than a node has: a worker takes as many as there are cores
 
 
-class RayWorker(Worker):
-    """A worker on a node of a Ray cluster: the same messages over TCP, once both sides have proven to know
-    the secret of this life of the worker."""
+class NodeShare(NamedTuple):
+    """What a worker gets of a node."""
 
-    CONNECT_S = 20.0
-    BROKEN = asyncio.IncompleteReadError, OSError  # a node may become unreachable in many ways
+    node: Node
+    cpus: float
+    gpus: int
+    threads: int  # at most
 
-    def __init__(self, pool: RayPool, gpu: int, node: Node, cpus: float, gpus: int, threads: int):
-        super().__init__(pool, gpu, "cuda:0" if gpus else "cpu")
-        self.place_wanted = Place("", node.id, cpus, gpus)
-        self.node, self.threads, self.reason = node.name, threads, ""
-        self.placed: asyncio.Future | None = None
-        self.process = RemoteProcess(self.release)
 
-    def release(self):
-        self.pool.tell_ray(Release(self.place_wanted.worker))
-        self.gone("its connection ended")
+def node_shares(settings: Settings, nodes: Seq[Node]) -> tuple[int, list[NodeShare]]:
+    """How many replicas are wanted, and the shares for replicas that the nodes have, spread over them."""
+    ranks = ranks_per_replica(settings)
+    if settings.device_type in ("auto", "cuda") and any(node.gpus for node in nodes):
+        wanted = 0 if settings.num_gpus in (None, "auto") else int(settings.num_gpus)
+        rows = [[NodeShare(node, 0.0, ranks, MANY_THREADS)] * (node.gpus // ranks) for node in nodes]
+    else:
+        nodes, wanted = [node for node in nodes if node.cpus >= ranks], settings.num_workers
+        count = max(-(-wanted // max(len(nodes), 1)), 1)  # of replicas per node
+        rows = [[NodeShare(node, node.cpus // count, 0, max(int(node.cpus) // (count * ranks), 1))] * count
+                for node in nodes]
+    shares = [share for round_ in itertools.zip_longest(*rows) for share in round_ if share]
+    return wanted or len(shares), shares
 
-    def gone(self, reason: str):
-        """Its actor has ended, or there will be none."""
-        self.reason = self.reason or reason
-        if self.placed and not self.placed.done():
-            self.placed.set_exception(ConnectionError(reason))
-        elif self.writer:
-            self.writer.transport.abort()
 
-    def end_in_words(self) -> str:
-        return self.reason
+class RayActor:
+    """One process of a worker on a node: a Ray actor. The front speaks with it over TCP, in the messages that
+    pass a pipe elsewhere, once both have proven to know the secret of this actor."""
 
-    async def open(self) -> tuple[asyncio.StreamReader, WorkerConfig]:
-        self.state, self.reason, self.writer = "waiting for Ray", "", None
-        self.place_wanted = replace(self.place_wanted, worker=secrets.token_hex(16))
-        self.placed = asyncio.get_running_loop().create_future()
-        self.pool.tell_ray(self.place_wanted)
-        placed = await self.placed
-        self.state, self.spawned_s = "loading", time.monotonic()
-        try:
-            reader = await asyncio.wait_for(self._connect(placed), self.CONNECT_S)
-        except (*self.BROKEN, asyncio.TimeoutError) as error:
-            self.reason = f"no connection to {placed.host}:{placed.port}: {named(error)}"
-            raise ConnectionError(self.reason) from None
-        settings = replace(self.pool.settings, keys=(), api_key=(), num_workers=1)
-        return reader, WorkerConfig(settings, None, self.device, self.threads)
+    pid = None
 
-    async def _connect(self, placed: Placed) -> asyncio.StreamReader:
-        context = tls_context(self.pool.settings.ray_tls, False)
-        reader, self.writer = await asyncio.open_connection(placed.host, placed.port, ssl=context)
+    def __init__(self, share: NodeShare, tell: Callable[[Any], None]):
+        """tell: sends a message to the Ray process."""
+        self.request = StartActor(secrets.token_hex(16), share.node.id, share.cpus, share.gpus)
+        self.tell, self.reason = tell, ""  # why it has ended
+        self.address: asyncio.Future[ActorAddress] = asyncio.get_running_loop().create_future()
+        self.writer: asyncio.StreamWriter | None = None
+
+    async def connect(self, address: ActorAddress, tls: str) -> asyncio.StreamReader:
+        context = tls_context(tls, False)
+        reader, self.writer = await asyncio.open_connection(address.host, address.port, ssl=context)
         self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, TRANSIT_BYTES)
-        secret, nonce = bytes.fromhex(placed.secret), secrets.token_bytes(32)
+        secret, nonce = bytes.fromhex(address.secret), secrets.token_bytes(32)
         nonces = await reader.readexactly(32) + nonce
         self.writer.write(nonce + proof(secret, "front", nonces))
         if not hmac.compare_digest(await reader.readexactly(32), proof(secret, "worker", nonces)):
             raise ConnectionError("it does not know the secret")
         return reader
 
+    def kill(self):
+        self.tell(EndActor(self.request.actor))
+        self.ended("its connection ended")
 
-class RayPool(LocalPool):
-    """The replicas on a Ray cluster. Its workers follow the cluster's nodes; all else is as on one machine.
+    def ended(self, reason: str):
+        """It has ended, or there will be none."""
+        self.reason = self.reason or reason
+        if not self.address.done():
+            self.address.set_exception(ConnectionError(reason))
+        elif self.writer:
+            self.writer.transport.abort()
 
-    Ray runs in a process of its own (`ray_main`). When that ends, what runs goes on, and what has no place
-    yet waits until it is back."""
+    def wait(self, timeout: float | None = None):
+        """There is nothing to reap here."""
 
+
+class RayNodes:
+    """The placement on a Ray cluster: a worker for each share of a node. They come and go with the nodes.
+
+    Ray runs in a process of its own (`ray_main`). When that ends, workers that run go on, and those that have
+    no actor yet wait until it is back."""
+
+    CONNECT_S = 20.0
     RETRY_S, SILENT_S = 5.0, 10.0
+    source: ModelSource | None = None  # the nodes find the model
 
-    def _workers(self) -> list[Worker]:
-        self.numbers, self.nodes, self.ray_writer = itertools.count(), (), None
-        self.ray_problem, self.heard_s = "", 0.0  # when its nodes were last told
-        return []
+    def __init__(self, settings: Settings, command: Seq[str]):
+        self.settings, self.command = settings, command
+        self.workers: list[Worker] = []
+        self.shares: dict[Worker, NodeShare] = {}
+        self.numbers, self.nodes = itertools.count(), []
+        self.writer: asyncio.StreamWriter | None = None  # to the Ray process
+        self.problem, self.heard_s = "", 0.0  # when it last listed the nodes
 
-    async def _start_workers(self):
-        self._run("speaking with Ray", self._follow_ray)
-        await self.admission.sandboxes["templates"].start()
+    async def start(self, supervisor: Supervisor):
+        supervisor.run("speaking with Ray", partial(self._follow, supervisor))
+
+    async def open(self, worker: Worker) -> tuple[asyncio.StreamReader, WorkerConfig]:
+        share = self.shares[worker]
+        worker.become(State.AWAITING_NODE)
+        worker.process = actor = RayActor(share, self.tell)
+        worker.writer = None  # the one of its former process
+        self.tell(actor.request)
+        address = await actor.address
+        worker.become(State.LOADING)
+        try:
+            reader = await asyncio.wait_for(actor.connect(address, self.settings.ray_tls), self.CONNECT_S)
+        except (asyncio.IncompleteReadError, OSError, asyncio.TimeoutError) as error:
+            actor.reason = f"no connection to {address.host}:{address.port}: {named(error)}"
+            raise ConnectionError(actor.reason) from None
+        worker.writer = actor.writer
+        settings = replace(self.settings, keys=(), api_key=(), num_workers=1)
+        return reader, WorkerConfig(settings, None, worker.device, share.threads)
+
+    def end_in_words(self, worker: Worker) -> str:
+        return worker.process.reason
+
+    def stats(self) -> dict:
+        return {"ray": {"state": self.state, "nodes": [node.name for node in self.nodes]}}
 
     @property
-    def ray_state(self) -> str:
-        if self.heard_s and time.monotonic() - self.heard_s < self.SILENT_S and not self.ray_problem:
+    def state(self) -> str:
+        if self.heard_s and time.monotonic() - self.heard_s < self.SILENT_S and not self.problem:
             return "connected"
-        return self.ray_problem or ("its head does not answer" if self.heard_s else "connecting")
+        return self.problem or ("its head does not answer" if self.heard_s else "connecting")
 
-    def tell_ray(self, message):
-        if self.ray_writer:
-            self.ray_writer.write(RAY_PIPE.packed(message))
+    def tell(self, message):
+        """Send a message to the Ray process, if there is one; the next one gets what still counts."""
+        if self.writer:
+            self.writer.write(RAY_PIPE.packed(message))
 
-    async def _follow_ray(self):
+    async def _follow(self, supervisor: Supervisor):
         """Speak with one Ray process after another, each until it ends."""
-        while not self.closing:
-            process, ours = start_child(self.worker_command, "ray", os.environ)
+        while not supervisor.closing:
+            process, ours = start_child(self.command, "ray", os.environ)
             try:
-                reader, self.ray_writer = await asyncio.open_connection(sock=ours)
-                self.tell_ray(RayConfig(self.settings.ray_address, self.settings.ray_tls or ""))
+                reader, self.writer = await asyncio.open_connection(sock=ours)
+                self.tell(RayConfig(self.settings.ray_address, self.settings.ray_tls or ""))
                 for worker in self.workers:
-                    if worker.state == "waiting for Ray":
-                        self.tell_ray(worker.place_wanted)
+                    if worker.state is State.AWAITING_NODE:
+                        self.tell(worker.process.request)
                 with suppress(asyncio.IncompleteReadError, ConnectionError):
                     while True:
-                        self._hear_ray(await next_message(reader, RAY_PIPE))
+                        self._handle(await next_message(reader, RAY_PIPE), supervisor)
             finally:
-                self.ray_problem = self.ray_problem or "its head does not answer"
-                if self.ray_writer:
-                    self.ray_writer.close()
-                self.ray_writer = None
+                self.problem = self.problem or "its head does not answer"
+                if self.writer:
+                    self.writer.close()
+                self.writer = None
                 process.kill()
                 await asyncio.to_thread(process.wait)
-            log.error("Ray: %s; what runs goes on, new replicas wait", self.ray_problem)
+            log.error("Ray: %s; what runs goes on, new replicas wait", self.problem)
             await asyncio.sleep(self.RETRY_S)
 
-    def _hear_ray(self, message):
-        of = {worker.place_wanted.worker: worker for worker in self.workers}
+    def _handle(self, message, supervisor: Supervisor):
+        """What the Ray process reports."""
+        actors = {worker.process.request.actor: worker.process for worker in self.workers if worker.process}
         match message:
             case Nodes(nodes):
-                self.ray_problem, self.heard_s = "", time.monotonic()
+                self.problem, self.heard_s = "", time.monotonic()
                 if nodes != self.nodes:
-                    self._follow_nodes(nodes)
-            case Placed(worker):
-                if worker in of and not of[worker].placed.done():
-                    of[worker].placed.set_result(message)
+                    self.nodes = nodes
+                    self._match_nodes(supervisor)
+            case ActorAddress(name):
+                if name in actors and not actors[name].address.done():
+                    actors[name].address.set_result(message)
                 else:
-                    self.tell_ray(Release(worker))
-            case Gone(worker, reason):
-                if worker in of:
-                    of[worker].gone(reason)
+                    self.tell(EndActor(name))
+            case ActorEnded(name, reason):
+                if name in actors:
+                    actors[name].ended(reason)
             case Unusable(text):
-                self.ray_problem = text
+                self.problem = text
                 if not self.heard_s:
-                    self._give_up(ConfigError(text))
+                    supervisor.give_up(ConfigError(text))
                 raise ConnectionError(text)
             case _:
                 raise BadMessage(f"unexpected message from Ray's process: {type(message).__name__}")
 
-    def _follow_nodes(self, nodes: Seq[Node]):
-        """Give each new place a worker, and forget the workers of nodes that are gone."""
-        self.nodes = nodes
-        alive = {node.id for node in nodes}
-        for worker in [each for each in self.workers if each.place_wanted.node not in alive]:
-            self.workers.remove(worker)
-            worker.gone("its node is gone")
-        taken = Counter(worker.place_wanted.node for worker in self.workers)
-        wanted, places = self._places_on(nodes)
-        for node, cpus, gpus, threads in places:
+    def _match_nodes(self, supervisor: Supervisor):
+        """Give each new share of a node a worker, and forget the workers of nodes that are gone."""
+        alive = {node.id for node in self.nodes}
+        for worker, share in list(self.shares.items()):
+            if share.node.id not in alive:
+                self.workers.remove(worker)
+                del self.shares[worker]
+                if worker.process:
+                    worker.process.ended("its node is gone")
+        taken = Counter(share.node.id for share in self.shares.values())
+        wanted, shares = node_shares(self.settings, self.nodes)
+        for share in shares:
             if len(self.workers) == wanted:
                 break
-            if taken[node.id]:
-                taken[node.id] -= 1
+            if taken[share.node.id]:
+                taken[share.node.id] -= 1
                 continue
-            worker = RayWorker(self, next(self.numbers), node, cpus, gpus, threads)
+            worker = Worker(self.settings, self, next(self.numbers), "cuda:0" if share.gpus else "cpu",
+                            share.node.name)
             self.workers.append(worker)
-            self._run(f"running {worker.where}", partial(self._keep_alive, worker))
+            self.shares[worker] = share
+            supervisor.run(f"running {worker.where}", partial(supervisor.keep_alive, worker))
         if not self.workers:
-            self.progress("waiting for a node of Ray's cluster", 0.0)
-
-    def _places_on(self, nodes: Seq[Node]) -> tuple[int, list[tuple[Node, float, int, int]]]:
-        """How many replicas are wanted, and the places there are, spread over the nodes: each a node, its
-        CPUs and GPUs for the replica, and threads."""
-        settings, ranks, rows = self.settings, ranks_per_replica(self.settings), []
-        if settings.device_type in ("auto", "cuda") and any(node.gpus for node in nodes):
-            wanted = 0 if settings.num_gpus in (None, "auto") else int(settings.num_gpus)
-            rows = [[(node, 0.0, ranks, 1 << 10)] * (node.gpus // ranks) for node in nodes]
-        else:
-            nodes = [node for node in nodes if node.cpus >= ranks]
-            wanted = settings.num_workers
-            each = max(-(-wanted // max(len(nodes), 1)), 1)
-            rows = [[(node, node.cpus // each, 0, max(int(node.cpus) // (each * ranks), 1))] * each
-                    for node in nodes]
-        places = [place for round_ in itertools.zip_longest(*rows) for place in round_ if place]
-        return wanted or len(places), places
-
-    def stats(self) -> dict:
-        cluster = {"state": self.ray_state, "nodes": [node.name for node in self.nodes]}
-        return super().stats() | {"ray": cluster}
-
-
-def pool_of(settings: Settings) -> LocalPool:
-    return RayPool(settings) if settings.ray_address else LocalPool(settings)
+            supervisor.progress("waiting for a node of Ray's cluster", 0.0)

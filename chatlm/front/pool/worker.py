@@ -1,36 +1,33 @@
-"""A worker as the front sees it, the jobs it computes, and the queue before it."""
+"""A worker as the front sees it, and the jobs it computes."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import itertools
-import operator
+import enum
 import subprocess
 import time
-import types
+import typing
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import EngineFailure, RequestError
-from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
     NO_GAUGES, WORKER_PIPE, Cancel, EndOfRequest, NewAnswer, NewPrompt, NewRequest, Ping, Stepped,
     WorkerConfig)
 from chatlm.common.messages.requests import AnswerParams, Finished, PromptProgress
-from chatlm.common.messages.wire import BadMessage
-from chatlm.common.processes.start import exit_in_words, process_environment, start_child, threads_per_worker
-from chatlm.common.processes.torchrun import ranks_here
 from chatlm.front.admission.admission import next_message
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Piece, Request
-    from chatlm.front.pool.local import LocalPool
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import ModelSource, Piece, Request
+    from chatlm.front.pool.ray import RayActor
+    from chatlm.front.pool.supervisor import Supervisor
 
 
 RECENT_S = 5        # seconds over which /stats averages the speed
@@ -132,20 +129,64 @@ class Job:
                         reasoning_tokens=piece.reasoning_tokens)
 
 
+class State(str, enum.Enum):
+    """What a worker's process does. /stats shows the words."""
+
+    AWAITING_NODE = "waiting for Ray"
+    LOADING = "loading"    # also before its first process
+    READY = "ready"
+    DEAD = "dead"          # its process ended by itself, or hung: the next one follows
+    UNLOADED = "unloaded"  # ended because nobody asked anything: the next one follows a request
+    LEFT_OUT = "left out"  # it cannot start on its device, and is not tried again
+
+
+NEXT_STATES = {
+    State.AWAITING_NODE: {State.LOADING, State.DEAD},
+    State.LOADING: {State.AWAITING_NODE, State.LOADING, State.READY, State.DEAD, State.LEFT_OUT},
+    State.READY: {State.DEAD, State.UNLOADED},
+    State.DEAD: {State.AWAITING_NODE, State.LOADING, State.LEFT_OUT},
+    State.UNLOADED: {State.AWAITING_NODE, State.LOADING},
+    State.LEFT_OUT: set()}
+
+
+class Placement(typing.Protocol):
+    """Where workers run: on this machine's devices (`LocalDevices`) or on the nodes of a Ray cluster
+    (`RayNodes`). It makes the workers and starts their processes."""
+
+    workers: list[Worker]       # only the placement adds and removes; the others hold the same list
+    source: ModelSource | None  # the model's files, if it has looked for them
+
+    async def start(self, supervisor: Supervisor):
+        """Have the supervisor keep the workers alive, as soon as each may start."""
+
+    async def open(self, worker: Worker) -> tuple[asyncio.StreamReader, WorkerConfig]:
+        """Start a process and connect; sets the worker's process and writer. Returns what the process says,
+        and what it must get first. Raises ConnectionError if it has ended meanwhile."""
+
+    def end_in_words(self, worker: Worker) -> str:
+        """Why its last process has ended."""
+
+    def stats(self) -> dict:
+        """What /stats shows of it."""
+
+
 class Worker:
     """The front's handle on one worker process: its pipe, its state, and the jobs it holds."""
 
+    HANG_S = 30.0           # a step or ping hangs if it takes longer than this and 20 x the slowest step;
+    LOAD_HANG_S = 300.0     # a load, if it reports no tensor for so long: GBs from a slow disk or network
+    STABLE_S = 60.0         # a worker that lives this long is not in a crash loop
     OUTBOX_BYTES = 4 << 20  # a worker with this many unread bytes gets no more answers for now
     EXIT_S = 2.0            # a process that has closed its pipe is killed if it has not exited by then
-    BROKEN = asyncio.IncompleteReadError, ConnectionError
-    node = ""               # the machine it is on, if it is on Ray
 
-    def __init__(self, pool: LocalPool, gpu: int, device: str = "cpu"):
-        self.pool, self.gpu, self.device = pool, gpu, device
-        self.state = "loading"  # loading, ready, dead, unloaded (killed on purpose) or left out
-        self.place = self.problem = ""       # in words: its device and what it holds; why it is left out
+    def __init__(self, settings: Settings, placement: Placement, gpu: int, device: str = "cpu",
+                 node: str = ""):
+        self.settings, self.placement = settings, placement
+        self.gpu, self.device, self.node = gpu, device, node  # node: the machine it is on, if it is on Ray
+        self.state, self.problem = State.LOADING, ""  # the problem: why it is left out
+        self.place = ""                      # in words: its device and what it holds there
         self.jobs: dict[str, Job] = {}
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen | RayActor | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.gauges = NO_GAUGES
         self.kernel_faults: dict[str, str] = {}
@@ -155,42 +196,50 @@ class Worker:
         self.awaited_s: float | None = None  # when the wait for its next message began; None: no wait
         self.recent: deque[tuple[float, int]] = deque()  # (time, tokens) of the last seconds
         self.prefixes: dict[int, int] = {}   # Job.prefixes of the jobs it was given
-        self.told: dict[str, set[int]] = {}  # the requests it knows, and which of their prompts
+        self.known: dict[str, set[int]] = {}  # the requests it knows, and which of their prompts
 
-    async def open(self) -> tuple[asyncio.StreamReader, WorkerConfig]:
-        """Start the process and connect; returns what it says, and what it must be told first."""
-        self.state = "loading"
-        threads = threads_per_worker(len(self.pool.workers) * ranks_here(self.pool.settings))
-        self.process, ours = start_child(self.pool.worker_command, "worker", process_environment(threads))
-        self.spawned_s = self.awaited_s = time.monotonic()
-        reader, self.writer = await asyncio.open_connection(sock=ours)
-        secretless = replace(self.pool.settings, keys=(), api_key=())
-        return reader, WorkerConfig(secretless, self.pool.source, self.device, threads)
+    def become(self, state: State, problem: str = ""):
+        """All changes of its state. A process that was ended on purpose leaves no dead worker behind."""
+        if state is State.DEAD and self.state in (State.UNLOADED, State.LEFT_OUT):
+            return
+        assert state in NEXT_STATES[self.state], f"{self.where}: {self.state.value} -> {state.value}"
+        self.state, self.problem, now = state, problem, time.monotonic()
+        if state is State.LOADING:
+            self.spawned_s = self.awaited_s = now
+        elif state is State.READY:
+            self.ready_s = now
 
-    async def live(self):
-        """One life of the process: start it, listen until it is gone, and make sure it has ended."""
-        try:
-            with suppress(*self.BROKEN):
-                reader, config = await self.open()
-                self.send(config)
+    async def listen(self, handle: Callable[[Worker, Any], None]):
+        """One life of its process: start it and pass on what it says, until its pipe breaks."""
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            reader, config = await self.placement.open(self)
+            self.send(config)
+            with suppress(OSError):  # a node may become unreachable in many ways
                 while True:
-                    self.hear(await next_message(reader, WORKER_PIPE))
-        except BadMessage as error:
-            log.error("%s: %s", self.where, error)
-        finally:
+                    self.hear(await next_message(reader, WORKER_PIPE), handle)
+
+    def hear(self, message, handle: Callable[[Worker, Any], None]):
+        """Pass a message on and restart the clock for the next one."""
+        now = time.monotonic()
+        if isinstance(message, Stepped) and self.jobs:
+            self.slowest_step_s = max(self.slowest_step_s, min(now - self.awaited_s, 30.0))
+        self.awaited_s = now
+        handle(self, message)
+        if self.state is State.READY and not self.jobs:
             self.awaited_s = None
-            if self.state not in ("unloaded", "left out"):
-                self.state = "dead"
-            try:
-                self.pool.orphan(self)  # first, because a process stuck in its driver takes long to end
-                with suppress(subprocess.TimeoutExpired, AttributeError):  # its own status tells more
-                    await asyncio.to_thread(self.process.wait, self.EXIT_S)
-            finally:
-                if self.process:
-                    self.process.kill()
-                    await asyncio.to_thread(self.process.wait)
-                if self.writer:
-                    self.writer.close()
+
+    async def end(self):
+        """Make sure that its process has ended."""
+        if self.process is None:
+            return
+        try:
+            with suppress(subprocess.TimeoutExpired):  # its own status tells more
+                await asyncio.to_thread(self.process.wait, self.EXIT_S)
+        finally:
+            self.process.kill()
+            await asyncio.to_thread(self.process.wait)
+            if self.writer:
+                self.writer.close()
 
     @property
     def where(self) -> str:
@@ -200,38 +249,18 @@ class Worker:
     def left_out(self) -> str:
         return f"{self.where} is left out: {self.problem}"
 
-    def end_in_words(self) -> str:
-        return exit_in_words(self.process.returncode)
-
     def send(self, message):
         """Queue a message, for which the worker owes at least one back; never blocks."""
         if self.awaited_s is None:
             self.awaited_s = time.monotonic()
         self.writer.write(WORKER_PIPE.packed(message))
 
-    def start(self, job: Job):
+    def assign(self, job: Job):
         """Have it compute an answer; send only what it does not know about the request yet."""
         self.jobs[job.worker_id] = job
-        for message in job.messages(self.told.get(job.request.id)):
+        for message in job.messages(self.known.get(job.request.id)):
             self.send(message)
-        self.told.setdefault(job.request.id, set()).add(job.prompt)
-
-    def end_request(self, request_id: str):
-        if self.told.pop(request_id, None):
-            self.send(EndOfRequest(request_id))
-
-    @property
-    def takes_jobs(self) -> bool:
-        """Is it ready, and has it read its messages? (If not, we ask again after its next step.)
-
-        A job with which two workers in a row died may be the cause: until it advances, none joins it."""
-        unread = self.writer.transport.get_write_buffer_size() if self.writer else 0
-        return (self.state == "ready" and unread < self.OUTBOX_BYTES
-                and not any(job.failovers > 1 for job in self.jobs.values()))
-
-    @property
-    def can_take(self) -> bool:
-        return len(self.jobs) < self.pool.settings.max_batch and self.takes_jobs
+        self.known.setdefault(job.request.id, set()).add(job.prompt)
 
     def set_aside(self, job: Job):
         """Stop computing a job; it continues later."""
@@ -239,39 +268,55 @@ class Worker:
         del self.jobs[job.worker_id]
         job.worker, job.set_aside = None, job.set_aside + 1
 
-    def hear(self, message):
-        """Pass a message on to the pool and restart the clock for the next one."""
-        now = time.monotonic()
-        if isinstance(message, Stepped) and self.jobs:
-            self.slowest_step_s = max(self.slowest_step_s, min(now - self.awaited_s, 30.0))
-        self.awaited_s = now
-        self.pool.hear(self, message)
-        if self.state == "ready" and not self.jobs:
-            self.awaited_s = None
+    def end_request(self, request_id: str):
+        if self.known.pop(request_id, None):
+            self.send(EndOfRequest(request_id))
+
+    def forget_process(self) -> list[Job]:
+        """Its process has ended, with all that it knew. Returns the jobs that it held."""
+        jobs, self.jobs = list(self.jobs.values()), {}
+        self.gauges, self.awaited_s = NO_GAUGES, None
+        self.prefixes.clear()
+        self.known.clear()
+        return jobs
+
+    @property
+    def takes_jobs(self) -> bool:
+        """Is it ready, and has it read its messages? (If not, we ask again after its next step.)
+
+        A job with which two workers in a row died may be the cause: until it advances, none joins it."""
+        unread = self.writer.transport.get_write_buffer_size() if self.writer else 0
+        return (self.state is State.READY and unread < self.OUTBOX_BYTES
+                and not any(job.failovers > 1 for job in self.jobs.values()))
+
+    @property
+    def can_take(self) -> bool:
+        return len(self.jobs) < self.settings.max_batch and self.takes_jobs
 
     def cost(self, job: Job) -> int:
         """Most tokens it still has to compute, minus those of the job's prompt that its cache may hold."""
         spared = max((length for key, length in job.prefixes.items() if key in self.prefixes), default=0)
-        return sum(each.max_tokens - len(each.output_ids) + (0 if each.output_ids else len(each.prompt_ids))
-                   for each in self.jobs.values()) - spared
+        return sum(other.max_tokens - len(other.output_ids)
+                   + (0 if other.output_ids else len(other.prompt_ids))
+                   for other in self.jobs.values()) - spared
 
     @property
     def hung(self) -> bool:
         """Is a message overdue: a step, the answer to a ping or, while it loads, a progress report?"""
-        patience_s = (self.pool.LOAD_HANG_S if self.state == "loading" else
-                      max(self.pool.HANG_S, 20 * self.slowest_step_s))
+        patience_s = (self.LOAD_HANG_S if self.state is State.LOADING else
+                      max(self.HANG_S, 20 * self.slowest_step_s))
         return self.awaited_s is not None and time.monotonic() - self.awaited_s > patience_s
 
     def check_health(self):
         """Once a second: kill it if it hangs, ping it if it is idle, forget crashes that are long past."""
         if self.hung:
             log.error("worker %d has made no progress while %s; killing it", self.gpu,
-                      "loading" if self.state == "loading" else "answering" if self.jobs else "idle")
+                      "loading" if self.state is State.LOADING else "answering" if self.jobs else "idle")
             self.process.kill()
-        elif self.state == "ready":
+        elif self.state is State.READY:
             if self.awaited_s is None:
                 self.send(Ping())
-            if time.monotonic() - self.ready_s > self.pool.STABLE_S:
+            if time.monotonic() - self.ready_s > self.STABLE_S:
                 self.crashes_in_row = 0
 
     def stats(self) -> dict:
@@ -279,45 +324,7 @@ class Worker:
         tokens_per_second = sum(tokens for at, tokens in self.recent if at > since) / RECENT_S
         return {"gpu_id": self.gpu, "device": self.device, "node": self.node,
                 "pid": self.process and self.process.pid,
-                "state": self.state, "place": self.place, "problem": self.problem, **self.gauges,
+                "state": self.state.value, "place": self.place, "problem": self.problem, **self.gauges,
                 "running": len(self.jobs), "restarts": self.restarts, "kernel_faults": self.kernel_faults,
                 "crashes_in_row": self.crashes_in_row, "tokens_per_second": round(tokens_per_second, 1),
-                "batch_fill": round(len(self.jobs) / self.pool.settings.max_batch, 3)}
-
-
-class WaitingQueue:
-    """Jobs that wait for a row. First come those whose worker died; then those of the client with the fewest
-    rows, where clients with equally many take turns; last, in the same order, those of low priority."""
-
-    def __init__(self):
-        self.lanes = Lanes()
-
-    def __len__(self) -> int:
-        return len(self.lanes)
-
-    def __iter__(self) -> Iterator[Job]:
-        ranked = sorted(self.lanes.by_client, key=operator.itemgetter(0))
-        return itertools.chain.from_iterable(map(self.lanes.by_client.get, ranked))
-
-    @staticmethod
-    def _lane_of(job: Job) -> tuple[int, str]:
-        """A job's rank and client; jobs whose worker died share one line."""
-        return (0, "") if job.failovers else (1 + job.request.low_priority, job.request.client)
-
-    def append(self, job: Job):
-        self.lanes.append(self._lane_of(job), job)
-
-    def append_first(self, job: Job):
-        self.lanes.append_first(self._lane_of(job), job)
-
-    def first(self, rows: Mapping[str, int] = types.MappingProxyType({})) -> Job | None:
-        lanes = self.lanes.by_client
-        lane = min(lanes, key=lambda lane: (lane[0], rows.get(lane[1], 0)), default=None)
-        return lanes[lane][0] if lane else None
-
-    def take(self, job: Job):
-        """Remove the job, which must be the first of its client."""
-        self.lanes.take(self._lane_of(job))
-
-    def remove(self, job: Job):
-        self.lanes.remove(self._lane_of(job), job)
+                "batch_fill": round(len(self.jobs) / self.settings.max_batch, 3)}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.front.pool.local import Pool
+    from chatlm.front.pool.pool import Pool
     from chatlm.front.server.access import Owners
 
 

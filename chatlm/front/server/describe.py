@@ -13,14 +13,14 @@ from chatlm.common.errors import Overloaded
 from chatlm.common.log import utc
 from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.api.fields import A_TEXT
-from chatlm.front.pool.local import sampling_of
+from chatlm.front.pool.pool import sampling_of
 from chatlm.front.server.bodies import known_of, tokenizer_of
 from chatlm.front.server.responses import json_response
 
 if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.config import Settings
-    from chatlm.front.pool.local import Pool
+    from chatlm.front.pool.pool import Pool
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.routes import Route
 

@@ -12,7 +12,7 @@ from chatlm.common.messages.requests import Finished, Piece
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event
-    from chatlm.front.pool.local import Pool
+    from chatlm.front.pool.pool import Pool
 
 
 class Metrics:

@@ -155,15 +155,15 @@ async def test_many_inputs_leave_room_in_the_queue_for_others():
     parsed = read_embedding_body({"input": ["a"] * 1000}, Known(Settings(), "fake", None))
     events = pool.answer(replace(parsed.request, id="many", client="a"))
     await anext(events)
-    assert len(pool.jobs) == LIMITS.choices
+    assert len(pool.dispatcher.jobs) == LIMITS.choices
     done = 0
     waiting = asyncio.create_task(anext(events))
     while done < 1000:
         for job in list(pool.workers[0].jobs.values()):
-            pool.deliver(pool.workers[0], [Piece(job.worker_id, (), "", "stop", embedding="AACAPw==")])
+            pool.dispatcher.deliver(pool.workers[0], [Piece(job.worker_id, (), "", "stop", embedding="AACAPw==")])
             for _ in range(2):
                 event = await waiting
                 waiting = asyncio.create_task(anext(events, None))
             done += isinstance(event, Finished)
-            assert len(pool.jobs) <= LIMITS.choices
-    assert await waiting is None and not pool.jobs and not len(pool.pending)
+            assert len(pool.dispatcher.jobs) <= LIMITS.choices
+    assert await waiting is None and not pool.dispatcher.jobs and not len(pool.dispatcher.pending)

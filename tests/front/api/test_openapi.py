@@ -19,11 +19,11 @@ from chatlm.common.messages.protocol import WORKER_PIPE, ModelCard, NewAnswer, N
 from chatlm.common.messages.requests import Piece
 from chatlm.front.api.fields import A_TOKEN, list_schema, matches
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
-from chatlm.front.pool.local import LocalPool
-from chatlm.front.pool.worker import Worker
+from chatlm.front.pool.pool import pool_of
 from chatlm.front.server.describe import openapi_document
 from chatlm.worker.weights.nanochat import read_nanochat_tokenizer
 from fake_pool import FakePool, serving
+from pools import PlayedWorker
 
 METHODS = ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", "BREW"]
 GRAMMARS = {"response_format", *(field.name for field in CONSTRAINT_FIELDS)}      # more is checked than a schema says
@@ -55,7 +55,7 @@ async def test_the_server_offers_it():
             assert await response.json() == openapi_document(chat_server.ROUTES, Settings())
 
 
-class EchoWorker(Worker):
+class EchoWorker(PlayedWorker):
     """Answers at once, in this process: whatever the front accepts becomes one token."""
 
     def send(self, message):
@@ -65,7 +65,7 @@ class EchoWorker(Worker):
         if isinstance(message, NewAnswer):
             assert message.max_tokens >= (0 if self.jobs[message.id].request.pooling else 1)
             piece = Piece(message.id, (5,), "x", "stop", "eos")
-            asyncio.get_running_loop().call_soon(self.pool.deliver, self, [piece])
+            asyncio.get_running_loop().call_soon(self.pool.dispatcher.deliver, self, [piece])
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +77,15 @@ def port(nanochat_fixtures):
     async def serve():
         source = resolve_model(Settings(model=str(nanochat_fixtures / "gen5")))
         text = read_nanochat_tokenizer(source.path, 284)
-        pool = LocalPool(Settings())
-        pool.workers = [EchoWorker(pool, 0)]
-        pool.workers[0].state = "ready"
-        pool.card = ModelCard(text, "fake", 64, (), {}, False)
-        await pool._open_tokenizer(pool.card)
-        pool.became_ready.set()
+        pool = pool_of(Settings())
+        pool.workers[:] = [EchoWorker(pool)]
+        pool.supervisor.card = ModelCard(text, "fake", 64, (), {}, False)
+        await pool.supervisor._prepare()
         async with serving(pool) as url:
             found.append(int(url.rsplit(":", 1)[1]))
             ready.set()
             await stop.wait()
-        assert not pool.jobs and not len(pool.pending) and not pool.admission.preparing
+        assert not pool.dispatcher.jobs and not len(pool.dispatcher.pending) and not pool.admission.preparing
         await pool.close()
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))

@@ -38,7 +38,7 @@ class KeepingWorker(PlayedWorker):
         self.inbox.obey(unpacked(kind, frame[HEADER.size:]))
 
     def says(self, name, token, reason=None):
-        self.pool.deliver(self, [Piece(name, (token,), chr(token), reason, reason and "eos")])
+        self.pool.dispatcher.deliver(self, [Piece(name, (token,), chr(token), reason, reason and "eos")])
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ async def test_the_others_start_when_the_first_has_computed_the_prompt_and_the_f
     assert (await anext(events)).choice == 0
     assert [work.sampling for work in worker.works.values()] == [SamplingParams(seed=5, choice=choice) for choice in range(3)]
     await events.aclose()
-    assert sorted(worker.cancelled) == ["a", "a#1", "a#2"] and not pool.jobs and not worker.jobs
+    assert sorted(worker.cancelled) == ["a", "a#1", "a#2"] and not pool.dispatcher.jobs and not worker.jobs
     alone = pool.answer(request())
     await anext(alone)
     assert worker.works["a"].sampling == SamplingParams(seed=5)
@@ -88,7 +88,7 @@ async def test_what_answers_share_crosses_the_pipe_once(pool):
     assert (kinds["NewRequest"], kinds["NewPrompt"], kinds["NewAnswer"], kinds["EndOfRequest"]) == (1, 2, 8, 1)
     assert all(work.sampling.logit_bias == bias for work in worker.works.values())
     assert {work.prompt_ids for work in worker.works.values()} == {(1,) * 30, (2,) * 30}
-    assert not worker.told and not worker.inbox.params and not worker.inbox.prompts
+    assert not worker.known and not worker.inbox.params and not worker.inbox.prompts
 
 
 async def test_events_say_whose_they_are_and_end_with_the_last(pool):
@@ -111,18 +111,18 @@ async def test_events_say_whose_they_are_and_end_with_the_last(pool):
 async def test_one_that_fails_ends_all(pool):
     (worker,) = pool.workers
     events = await with_its_first_token(pool, n=3)
-    pool.deliver(worker, [Piece("a#1", (), "", "error", "the model failed")])
+    pool.dispatcher.deliver(worker, [Piece("a#1", (), "", "error", "the model failed")])
     with pytest.raises(EngineFailure, match="the model failed"):
         async for _ in events:
             pass
-    assert not pool.jobs and not worker.jobs and not len(pool.pending)
+    assert not pool.dispatcher.jobs and not worker.jobs and not len(pool.dispatcher.pending)
 
 
 @pytest.mark.parametrize("changes", [dict(logprobs=1), dict(max_tokens=0, prompt_logprobs=1)])
 async def test_an_answer_that_fails_is_an_error_and_not_an_end(pool, changes):
     events = pool.answer(request(**changes))
     await anext(events)
-    pool.deliver(pool.workers[0], [Piece("a", (5,), "", "error", "the grammar became too large")])
+    pool.dispatcher.deliver(pool.workers[0], [Piece("a", (5,), "", "error", "the grammar became too large")])
     with pytest.raises(EngineFailure, match="too large"):
         await anext(events)
 
@@ -147,9 +147,9 @@ async def test_a_worker_that_dies_costs_no_answer_its_place(pool):
     events = await with_its_first_token(pool, n=2)
     worker.says("a#1", 66)
     worker.can_take = False
-    pool.orphan(worker)
+    pool.dispatcher.requeue(worker)
     worker.works, worker.can_take = {}, True
-    pool.dispatch()
+    pool.dispatcher.dispatch()
     assert {name: (work.sampling.choice, work.resumed_ids) for name, work in worker.works.items()} == {"a": (0, (65,)), "a#1": (1, (66,))}
     await events.aclose()
 
@@ -161,9 +161,9 @@ async def test_only_the_prompt_s_scores_are_wanted_with_max_tokens_0_and_a_resum
     assert (worker.works["a"].max_tokens, worker.works["a"].params.prompt_logprobs) == (1, 1)
     scores = (TokenLogprob(1, None), TokenLogprob(2, -1.0))
     for score in scores:            # as they are computed
-        pool.deliver(worker, [Piece("a", (), "", prompt_logprobs=(score,))])
-    assert [message.scored for message in pool.jobs["a"].messages(None) if isinstance(message, NewAnswer)] == [2]
-    pool.deliver(worker, [Piece("a", (65,), "A", "length", "max_tokens")])
+        pool.dispatcher.deliver(worker, [Piece("a", (), "", prompt_logprobs=(score,))])
+    assert [message.scored for message in pool.dispatcher.jobs["a"].messages(None) if isinstance(message, NewAnswer)] == [2]
+    pool.dispatcher.deliver(worker, [Piece("a", (65,), "A", "length", "max_tokens")])
     *pieces, last, done = [event async for event in events]
     assert [piece.prompt_logprobs for piece in pieces] == [scores[:1], scores[1:]]
     assert all((piece.text, piece.tokens) == ("", ()) for piece in (*pieces, last)) and last.prompt_logprobs == ()
@@ -179,7 +179,7 @@ async def test_an_answer_that_fills_the_context_says_so(pool):
     assert pool.workers[0].works["a"].max_tokens == 4
     for token in (65, 66, 67):
         pool.workers[0].says("a", token)
-    pool.deliver(pool.workers[0], [Piece("a", (68,), "D", "length", "max_tokens")])
+    pool.dispatcher.deliver(pool.workers[0], [Piece("a", (68,), "D", "length", "max_tokens")])
     assert [event async for event in events][-1].stop_reason == "context_length"
 
 

@@ -25,7 +25,7 @@ from chatlm.common.text.formats import HARMONY
 from chatlm.common.text.grammar import check_grammar, json_grammar
 from chatlm.front.admission import prompts
 from chatlm.front.api.call_grammars import tool_grammar
-from chatlm.front.pool.local import LocalPool
+from chatlm.front.pool.pool import pool_of
 from fake_pool import conversation, frames, serving
 import families
 import pools
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture
 async def start_pool(start_pool, tmp_path, monkeypatch):
-    """A function that starts a LocalPool whose workers die when a request says so (see dying_worker.py)."""
+    """A function that starts a WorkerPool whose workers die when a request says so (see dying_worker.py)."""
     monkeypatch.setenv("STRUCK", str(tmp_path))
     return functools.partial(start_pool, prefill_chunk=16)
 
@@ -260,7 +260,7 @@ async def test_a_worker_that_hangs_while_it_answers_is_replaced(start_pool, work
     disturbed = asyncio.ensure_future(answers(pool, Request("hang-decode", **LONG_PROMPT)))
     worker = await stopped_worker(pool)
     assert worker.jobs and not worker.hung
-    worker.awaited_s -= max(pool.HANG_S, 20 * worker.slowest_step_s)
+    worker.awaited_s -= max(worker.HANG_S, 20 * worker.slowest_step_s)
     assert await disturbed == await answers(pool, Request("undisturbed", **LONG_PROMPT))
     await idle(pool)
     assert [each.restarts for each in pool.workers] == [int(each is worker) for each in pool.workers]
@@ -273,7 +273,7 @@ async def test_an_idle_worker_that_hangs_is_replaced_before_anybody_asks(start_p
     assert await stopped_worker(pool) is worker
     while worker.awaited_s is None:                 # until the next ping
         await asyncio.sleep(0.02)
-    worker.awaited_s -= pool.HANG_S
+    worker.awaited_s -= worker.HANG_S
     while worker.restarts == 0 or worker.state != "ready":
         await asyncio.sleep(0.02)
     assert (await collect(pool, greedy("after")))[2].completion_tokens == 40
@@ -298,7 +298,7 @@ async def test_a_worker_that_hangs_in_its_first_load_is_replaced(start_pool, tmp
     worker = await stopped_worker(pool)
     worker.check_health()
     assert (pool.health()[0], worker.state) == (503, "loading") and not caplog.text        # it may take long
-    worker.awaited_s -= pool.LOAD_HANG_S
+    worker.awaited_s -= worker.LOAD_HANG_S
     await pool.wait_ready()
     assert pool.stats()["workers"][0]["restarts"] == 1 and "worker 0 has made no progress while loading" in caplog.text
     await idle(pool)
@@ -311,7 +311,7 @@ async def test_a_worker_that_hangs_while_it_loads_again_keeps_no_answer_from_goi
     (tmp_path / "hang-load").touch()
     disturbed = asyncio.ensure_future(answers(pool, Request("kill-decode", **LONG_PROMPT)))
     assert await stopped_worker(pool) is worker and worker.state == "loading"
-    worker.awaited_s -= pool.LOAD_HANG_S
+    worker.awaited_s -= worker.LOAD_HANG_S
     while worker.crashes_in_row < 2:
         await asyncio.sleep(0.02)
     assert pool.health() == (503, {"status": "unavailable", "ready": False, "num_gpus": 1, "available_workers": 0,
@@ -322,11 +322,11 @@ async def test_a_worker_that_hangs_while_it_loads_again_keeps_no_answer_from_goi
 
 
 def test_each_report_of_a_load_gives_it_the_whole_time_again():
-    pool = LocalPool(Settings())
+    pool = pool_of(Settings())
     (worker,) = pool.workers
-    worker.awaited_s = time.monotonic() - pool.LOAD_HANG_S - 1
+    worker.awaited_s = time.monotonic() - worker.LOAD_HANG_S - 1
     assert worker.state == "loading" and worker.hung
-    worker.hear(Loading("weights", 0.5))
+    worker.hear(Loading("weights", 0.5), pool.supervisor.handle)
     assert not worker.hung
 
 
@@ -343,7 +343,7 @@ async def test_the_request_that_kills_workers_is_given_up_and_those_beside_it_ar
 
 async def test_an_answer_survives_more_deaths_than_a_request_may_cause(start_pool):
     pool = await start_pool(num_workers=2)
-    pool.MAX_FAILOVERS, deaths = 2, []
+    pool.dispatcher.MAX_FAILOVERS, deaths = 2, []
     undisturbed = await collect(pool, greedy("undisturbed", max_tokens=200))
 
     def kill(piece, count):     # the worker that sent a piece, unless it is dead already
@@ -364,7 +364,7 @@ async def test_a_worker_s_death_says_when_the_program_has_changed_on_disk(start_
     changed = "the program has changed since this server started: restart the server"
     patch(monkeypatch, program, "program_stamp", lambda: (0, 0))
 
-    def hear(message):
+    def hear(message, handle):
         del worker.hear
         raise BadMessage("unknown message 99")
     worker.hear = hear
@@ -416,13 +416,13 @@ async def test_a_step_that_fails_fails_only_the_request_that_is_its_cause(start_
 
 async def test_requests_that_no_worker_comes_back_for_get_an_honest_error(start_pool):
     pool = await start_pool()
-    pool.CRASHING_S = pool.load_s = 0.0
+    pool.supervisor.CRASHING_S = pool.supervisor.load_s = 0.0
     stream = pool.answer(greedy("hang-decode", max_tokens=400))
     await anext(stream), await anext(stream)
     await stopped_worker(pool)                  # otherwise it could finish before a busy machine kills it
-    pool.worker_command = (sys.executable, "-c", "raise SystemExit(3)")
+    pool.placement.command = (sys.executable, "-c", "raise SystemExit(3)")
     pool.workers[0].process.kill()
     with pytest.raises(EngineFailure, match="no worker came back within"):
         async for event in stream:
             assert isinstance(event, Piece)
-    assert pool.workers[0].crashes_in_row > 1 and not pool.jobs and pool.health()[1]["status"] == "unavailable"
+    assert pool.workers[0].crashes_in_row > 1 and not pool.dispatcher.jobs and pool.health()[1]["status"] == "unavailable"

@@ -11,7 +11,8 @@ from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import Overloaded
 from chatlm.common.messages.protocol import Cancel, NewAnswer
 from chatlm.common.messages.requests import Piece, Request, SamplingParams
-from chatlm.front.pool.worker import Job, WaitingQueue
+from chatlm.front.pool.dispatcher import WaitingQueue
+from chatlm.front.pool.worker import Job, State
 from fake_pool import FakePool, conversation, serving
 from pools import played_pool
 
@@ -91,7 +92,7 @@ def test_leaving_jobs_leave_no_trace_whatever_the_order():
 
 @pytest.fixture
 async def pool():
-    """A LocalPool whose one worker has a single row and never answers."""
+    """A WorkerPool whose one worker has a single row and never answers."""
     return played_pool(max_batch=1, max_queue=3, max_concurrent_per_key=2)
 
 
@@ -116,7 +117,7 @@ async def test_the_pool_gives_rows_in_turn_and_refuses_above_the_limits(pool):
     for name in ("a1", "a2", "b1", "l1"):       # each one that leaves gives its row to the next
         await streams[name].aclose()
     assert [each.id for each in pool.workers[0].sent if isinstance(each, NewAnswer)] == ["a1", "a2", "b1", "l1"]
-    assert not pool.jobs and not len(pool.pending) and not pool.workers[0].jobs
+    assert not pool.dispatcher.jobs and not len(pool.dispatcher.pending) and not pool.workers[0].jobs
 
 
 def told(worker):
@@ -133,7 +134,7 @@ async def submitted(pool, *names, low=False):
 
 async def test_the_pile_of_one_client_does_not_use_up_the_queue_for_others():
     pool = played_pool(max_batch=1, max_queue=8)
-    pool.workers[0].state = "loading"           # so all of them wait
+    pool.workers[0].become(State.DEAD)          # so all of them wait
 
     async def asking(name, client, n=1):
         request = Request(name, prompts=((1,),), prompt_ids=((1,),), client=client, n=n, max_tokens=8)
@@ -142,7 +143,7 @@ async def test_the_pile_of_one_client_does_not_use_up_the_queue_for_others():
 
     tasks = [asyncio.ensure_future(asking(f"a{number}", "a")) for number in range(8)]
     await asyncio.sleep(0)
-    assert len(pool.pending) == 8
+    assert len(pool.dispatcher.pending) == 8
     with pytest.raises(Overloaded, match="already waiting"):
         await asking("a8", "a")
     for client in "bcde":
@@ -150,13 +151,13 @@ async def test_the_pile_of_one_client_does_not_use_up_the_queue_for_others():
         await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="already waiting"):
             await asking(f"{client}2", client)
-    assert len(pool.pending) == 16
+    assert len(pool.dispatcher.pending) == 16
     with pytest.raises(Overloaded, match="already waiting"):        # twice as many as --max-queue says
         await asking("f", "f")
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert not len(pool.pending)
+    assert not len(pool.dispatcher.pending)
 
 
 async def test_a_client_with_all_rows_gives_up_its_youngest_for_another_until_they_have_as_many():
@@ -165,16 +166,16 @@ async def test_a_client_with_all_rows_gives_up_its_youngest_for_another_until_th
     streams = await submitted(pool, "a1", "a2", "a3", "a4", "a5")
     streams |= await submitted(pool, "b1", "b2", "b3")
     assert told(worker) == ["a1", "a2", "a3", "a4", "stop a4", "b1", "stop a3", "b2"] and len(worker.jobs) == 4
-    pool.deliver(worker, [Piece("a3", (7,), "late"), Piece("a2", (7,), "x"), Piece("b1", (7,), "y", "stop", "eos")])
+    pool.dispatcher.deliver(worker, [Piece("a3", (7,), "late"), Piece("a2", (7,), "x"), Piece("b1", (7,), "y", "stop", "eos")])
     assert told(worker)[-1] == "b3"                 # as many rows as a: in turn
-    pool.deliver(worker, [Piece("b2", (7,), "", "stop", "eos"), Piece("b3", (7,), "", "stop", "eos")])
+    pool.dispatcher.deliver(worker, [Piece("b2", (7,), "", "stop", "eos"), Piece("b3", (7,), "", "stop", "eos")])
     assert told(worker)[-2:] == ["a3##1", "a4##1"]  # before a5, and not as if the late word had come
-    assert pool.jobs["a3"].output_ids == [] and pool.jobs["a2"].output_ids == [7]
-    pool.deliver(worker, [Piece("a3##1", (8,), "z", "stop", "eos")])
+    assert pool.dispatcher.jobs["a3"].output_ids == [] and pool.dispatcher.jobs["a2"].output_ids == [7]
+    pool.dispatcher.deliver(worker, [Piece("a3##1", (8,), "z", "stop", "eos")])
     assert [event.text async for event in streams["a3"] if isinstance(event, Piece)] == ["z"]
     for stream in streams.values():
         await stream.aclose()
-    assert not pool.jobs and not worker.jobs and not len(pool.pending)
+    assert not pool.dispatcher.jobs and not worker.jobs and not len(pool.dispatcher.pending)
 
 
 @pytest.mark.parametrize("holder, newcomer", [("a", "a"), ("ab", "c"), ("aab", "b")])
@@ -204,9 +205,9 @@ async def test_an_answer_that_was_set_aside_is_the_same_to_the_last_word(start_p
     alone = await said(pool, "alone", "a", 300)
     for attempt in range(50):           # until b comes while both are under way: a busy machine may let them end before
         tasks = [asyncio.ensure_future(said(pool, f"a{number} {attempt}", "a", 300)) for number in (1, 2)]
-        while not any(task.done() for task in tasks) and not (len(pool.jobs) == 2 and all(job.output_ids for job in pool.jobs.values())):
+        while not any(task.done() for task in tasks) and [bool(job.output_ids) for job in pool.dispatcher.jobs.values()] != [True, True]:
             await asyncio.sleep(0)
-        jobs = list(pool.jobs.values())
+        jobs = list(pool.dispatcher.jobs.values())
         assert len(await said(pool, f"b {attempt}", "b", 5)) > 0
         assert await asyncio.gather(*tasks) == [alone, alone]
         if any(job.set_aside and job.output_ids for job in jobs):

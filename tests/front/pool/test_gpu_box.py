@@ -19,7 +19,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import ModelCard, WorkerConfig
 from chatlm.common.messages.requests import ModelSource
 from chatlm.front.pool import local
-from chatlm.front.pool.local import LocalPool
+from chatlm.front.pool.pool import pool_of
 from chatlm.worker.build import check_gpu, kv_pages, lack_of_gpu_memory
 from chatlm.worker.model.spec import group_layers
 from chatlm.worker.model.transformer import Transformer
@@ -143,9 +143,9 @@ def test_too_little_for_a_kv_cache_names_what_is_enough(box, nanochat_fixtures, 
 def test_one_of_several_gpus_is_told_unless_the_number_was_given(box):
     box("fine", "fine", "fine")
     for changes, told in (({}, True), ({"num_gpus": "1"}, False), ({"num_gpus": "auto"}, False), ({"device_type": "cpu"}, False)):
-        pool = LocalPool(Settings(**changes))
-        pool.card = ModelCard(None, "m", 64, (), {}, False)
-        pool.source, pool.admission.prompts = config().source, SimpleNamespace(tokenizer=None)
+        pool = pool_of(Settings(**changes))
+        pool.supervisor.card = ModelCard(None, "m", 64, (), {}, False)
+        pool.placement.source, pool.admission.prompts = config().source, SimpleNamespace(tokenizer=None)
         pool.settings = replace(pool.settings, command="chat")
         assert any(line == "One of 3 GPUs is used; --num-gpus auto uses all" for line in pool.describe()) is told
 

@@ -22,7 +22,7 @@ import fake_ray
 from chatlm.common import errors
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
-from chatlm.common.messages.protocol import RAY_PIPE, WORKER_PIPE, Loading, NewPrompt, Node, Ping, Place, Placed, RayConfig
+from chatlm.common.messages.protocol import RAY_PIPE, WORKER_PIPE, ActorAddress, Loading, NewPrompt, Node, Ping, RayConfig, StartActor
 from chatlm.common.messages.requests import Finished
 from chatlm.common.messages.wire import HEADER, Channel
 from chatlm.common.processes import start as processes_start
@@ -31,7 +31,8 @@ from chatlm.common.processes.ray import ray_main
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.program import program_bytes
 from chatlm.front.admission.admission import next_message
-from chatlm.front.pool.ray import RayPool, RayWorker
+from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.ray import NodeShare, RayActor, node_shares
 from patching import patch
 from pools import collect, greedy, tiny_settings
 
@@ -57,11 +58,11 @@ async def cluster(nanochat_fixtures, tmp_path, monkeypatch):
         if nodes is not None:
             set_nodes(**nodes)
         settings = tiny_settings(nanochat_fixtures, **{"ray_address": "auto", "num_workers": 0, "device_type": "cpu"} | changes)
-        pools.append(pool := RayPool(settings, worker_command=FAKE_RAY))
-        pool.RETRY_S = 0.1
+        pools.append(pool := pool_of(settings, worker_command=FAKE_RAY))
+        pool.placement.RETRY_S = 0.1
         await pool.start()
         if wait:
-            await until(lambda: pool.failure or pool.ready and all(worker.state == "ready" for worker in pool.workers))
+            await until(lambda: pool.supervisor.failure or pool.ready and all(worker.state == "ready" for worker in pool.workers))
         return pool
 
     start.set_nodes, start.lose_head = set_nodes, lambda: file.unlink()
@@ -117,7 +118,7 @@ async def test_a_node_that_dies_in_mid_answer_changes_no_text_and_one_that_comes
     assert script.name == "chatlm.pyz" and script.read_bytes() == program_bytes()
 
 
-async def test_who_waits_for_a_row_is_told_the_place_as_on_one_machine(cluster):
+async def test_who_waits_for_a_row_is_told_the_position_as_on_one_machine(cluster):
     pool = await cluster({"a": 1}, max_batch=1)
     holding = pool.answer(greedy("first", 10_000, ignore_eos=True))
     assert await anext(holding) and await anext(holding)
@@ -171,7 +172,7 @@ async def test_a_node_without_the_model_is_named(cluster, tmp_path):
 @pytest.mark.slow
 async def test_no_node_yet_is_a_state_and_the_first_that_comes_serves(cluster):
     pool = await cluster({}, wait=False)
-    await until(lambda: "waiting for a node" in pool.loading[0])
+    await until(lambda: "waiting for a node" in pool.supervisor.loading[0])
     cluster.set_nodes(late=1)
     await pool.wait_ready()
     assert await answers(pool, greedy("one"))
@@ -187,9 +188,9 @@ async def test_no_node_yet_is_a_state_and_the_first_that_comes_serves(cluster):
     ({"device_type": "cpu", "num_workers": 0}, [("a", 4, 2)], (1, ["a4"])),
     ({"tensor_parallel_size": 2}, [("a", 4, 5), ("c", 8, 1)], (2, ["a0", "a0"])),
     ({"tensor_parallel_size": 2, "num_workers": 0}, [("a", 1, 0), ("c", 3, 0)], (1, ["c3"]))])
-def test_places_are_gpus_or_nodes_and_spread(changes, nodes, expected):
-    wanted, places = RayPool(Settings(ray_address="auto", **changes))._places_on([Node(name, name, cpus, gpus) for name, cpus, gpus in nodes])
-    assert (wanted, [f"{node.id}{cpus:g}" for node, cpus, _, _ in places]) == expected
+def test_shares_of_nodes_are_gpus_or_whole_nodes_and_spread(changes, nodes, expected):
+    wanted, shares = node_shares(Settings(ray_address="auto", **changes), [Node(name, name, cpus, gpus) for name, cpus, gpus in nodes])
+    assert (wanted, [f"{share.node.id}{share.cpus:g}" for share in shares]) == expected
 
 
 # who may speak with a worker
@@ -236,50 +237,48 @@ def waiting_worker():
         process.communicate()
 
 
-def front_worker(tls=""):
-    pool = RayPool(Settings(ray_address="auto", ray_tls=str(tls)))
-    return RayWorker(pool, 0, Node("a", "a", 1, 0), 1, 0, 1)
+def actor_of_front():
+    return RayActor(NodeShare(Node("a", "a", 1, 0), 1, 0, 1), lambda message: None)
 
 
-async def exchange(worker, port, secret):
-    reader = await worker._connect(Placed("x", "127.0.0.1", port, secret))
+async def exchange(actor, port, secret, tls=""):
+    reader = await actor.connect(ActorAddress("x", "127.0.0.1", port, secret), tls)
     sent = [Loading("a stage", 0.5), NewPrompt("r", 0, tuple(range(200_000)))]
     heard = []
     for message in sent:        # the second is larger than a TLS record and a socket's buffer
-        worker.writer.write(WORKER_PIPE.packed(message))
+        actor.writer.write(WORKER_PIPE.packed(message))
         if len(heard) == 0:
             heard.append(await next_message(reader, WORKER_PIPE))
     heard.append(await next_message(reader, WORKER_PIPE))
     return heard
 
 
-def test_places_that_are_asked_for_before_ray_runs_are_left_for_it(monkeypatch):
+def test_actors_that_are_asked_for_before_ray_runs_are_left_for_it(monkeypatch):
     ours, theirs = (Channel(end, RAY_PIPE) for end in socket.socketpair())
     patch(monkeypatch, processes_start, "join_parent", lambda *arguments: theirs)
     patch(monkeypatch, errors, "require_library", lambda name, purpose: (_ for _ in ()).throw(ConfigError("no ray")))
-    for message in (RayConfig("auto", ""), Place("w", "n", 1, 0)):
+    for message in (RayConfig("auto", ""), StartActor("w", "n", 1, 0)):
         ours.send(message)
     assert ray_main(("0", "0")) == 1
     [refusal] = ours.receive(wait=True)
-    assert refusal.message == "--ray-address auto: no ray" and isinstance(theirs.receive(wait=True)[0], Place)
+    assert refusal.message == "--ray-address auto: no ray" and isinstance(theirs.receive(wait=True)[0], StartActor)
     for channel in (ours, theirs):
         channel.connection.close()
 
 
 async def test_messages_pass_once_both_know_the_secret_after_others_were_refused(waiting_worker):
     process, port, secret = waiting_worker()
-    wrong = front_worker()
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-        await wrong._connect(Placed("x", "127.0.0.1", port, SECRET.hex()))
+        await actor_of_front().connect(ActorAddress("x", "127.0.0.1", port, SECRET.hex()), "")
     with socket.create_connection(("127.0.0.1", port)) as liar:     # sends a message instead of a proof
         liar.sendall(WORKER_PIPE.packed(NewPrompt("r", 0, tuple(range(100)))))
         assert liar.recv(32)
         with contextlib.suppress(ConnectionResetError):
             assert liar.recv(1) == b""
-    worker = front_worker()
-    assert await exchange(worker, port, secret) == [Loading("a stage", 0.5), Ping()]
+    actor = actor_of_front()
+    assert await exchange(actor, port, secret) == [Loading("a stage", 0.5), Ping()]
     assert "NewPrompt" in await asyncio.to_thread(process.stdout.readline)
-    worker.writer.close()
+    actor.writer.close()
 
 
 async def test_a_worker_that_does_not_know_the_secret_is_told_nothing():
@@ -292,10 +291,10 @@ async def test_a_worker_that_does_not_know_the_secret_is_told_nothing():
         told.append(await reader.read())
         writer.close()
     async with await asyncio.start_server(impostor, "127.0.0.1", 0) as server:
-        worker = front_worker()
+        actor = actor_of_front()
         with pytest.raises(ConnectionError, match="does not know the secret"):
-            await worker._connect(Placed("x", "127.0.0.1", server.sockets[0].getsockname()[1], SECRET.hex()))
-        worker.writer.close()
+            await actor.connect(ActorAddress("x", "127.0.0.1", server.sockets[0].getsockname()[1], SECRET.hex()), "")
+        actor.writer.close()
         await until(lambda: len(told) == 2)
     assert told[1] == b""
 
@@ -305,12 +304,12 @@ async def test_with_certificates_it_is_tls_and_another_authority_is_refused(wait
     process, port, secret = waiting_worker(ours)
     for tls in (others, ""):
         with pytest.raises((OSError, asyncio.IncompleteReadError)):
-            await asyncio.wait_for(front_worker(tls)._connect(Placed("x", "127.0.0.1", port, secret)), 20)
-    worker = front_worker(ours)
-    assert await exchange(worker, port, secret) == [Loading("a stage", 0.5), Ping()]
-    assert worker.writer.get_extra_info("ssl_object").version() == "TLSv1.3"
+            await asyncio.wait_for(actor_of_front().connect(ActorAddress("x", "127.0.0.1", port, secret), str(tls)), 20)
+    actor = actor_of_front()
+    assert await exchange(actor, port, secret, str(ours)) == [Loading("a stage", 0.5), Ping()]
+    assert actor.writer.get_extra_info("ssl_object").version() == "TLSv1.3"
     assert "NewPrompt" in await asyncio.to_thread(process.stdout.readline)
-    worker.writer.close()
+    actor.writer.close()
 
 
 @pytest.mark.parametrize("frame", [b"GET / HTTP/1.1\r\n\r\n", WORKER_PIPE.packed(Ping()), HEADER.pack(0, 3) + b"[5]"])

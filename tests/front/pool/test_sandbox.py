@@ -28,7 +28,7 @@ from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.front.admission.admission import Sandbox, Turns, next_message, packed_body, unpacked_body
-from chatlm.front.pool.local import LocalPool
+from chatlm.front.pool.pool import pool_of
 from chatlm.front.server import streams
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
@@ -63,7 +63,7 @@ class EchoWorker(PlayedWorker):
             self.prompts.append(message.ids)
         if isinstance(message, NewAnswer):
             piece = Piece(message.id, (5,), str(len(self.prompts[-1])), "stop", "eos")
-            asyncio.get_running_loop().call_soon(self.pool.deliver, self, [piece])
+            asyncio.get_running_loop().call_soon(self.pool.dispatcher.deliver, self, [piece])
 
 
 @pytest.fixture
@@ -72,14 +72,13 @@ async def open_pool(chat_text):
     pools = []
 
     async def start(settings=Settings(), context_length=4096, **changes):
-        pool = LocalPool(settings)
+        pool = pool_of(settings)
         limits = pool.admission
         limits.BODY_S = limits.TEMPLATE_S = limits.SCHEMA_S = 0.5
-        pool.workers = [EchoWorker(pool)]
-        pool.card = ModelCard(replace(chat_text, **changes), "fake", context_length, (), {}, False)
+        pool.workers[:] = [EchoWorker(pool)]
+        pool.supervisor.card = ModelCard(replace(chat_text, **changes), "fake", context_length, (), {}, False)
         pools.append(pool)
-        await pool._open_tokenizer(pool.card)
-        pool.became_ready.set()
+        await pool.supervisor._prepare()
         return pool
 
     yield start
@@ -118,7 +117,7 @@ async def test_a_schema_that_would_take_the_machine_is_a_400_and_others_go_on(op
         body["messages"], body["response_format"] = conversation()["messages"], {"type": "json_object"}
         body.pop("tools", None), body.pop("tool_choice", None)
         assert (await client.post(url + "/v1/chat/completions", json=body)).status == 200
-    assert not pool.admission.preparing and not pool.jobs
+    assert not pool.admission.preparing and not pool.dispatcher.jobs
 
 
 async def test_schemas_are_checked_after_the_limits_of_queue_and_key(open_pool):
@@ -129,7 +128,7 @@ async def test_schemas_are_checked_after_the_limits_of_queue_and_key(open_pool):
         await asyncio.sleep(0)
     with pytest.raises(Overloaded, match="already waiting"):
         await said(pool, replace(hostile, id="b"))
-    pool.settings = Settings(max_concurrent_per_key=1)
+    pool.dispatcher.settings = Settings(max_concurrent_per_key=1)
     with pytest.raises(Overloaded, match="at most 1 of your requests"):
         await said(pool, replace(hostile, id="b"))
     with pytest.raises(RequestError, match="409|running"):
@@ -466,7 +465,7 @@ async def test_a_sandbox_that_is_killed_while_it_works_is_not_asked_again(open_p
     pool = await open_pool()
     await pool.admission.close()
     sandbox = Sandbox(PROCESS_COMMAND, replace(
-        pool.admission.sandboxes["templates"].config, cpu_s=60.0, text=replace(pool.card.text, payload=b"", chat_template=SLOW_TEMPLATE)))
+        pool.admission.sandboxes["templates"].config, cpu_s=60.0, text=replace(pool.supervisor.card.text, payload=b"", chat_template=SLOW_TEMPLATE)))
     before, task = len(started), asyncio.ensure_future(sandbox.perform("a", "fill_template", {}))
     while not sandbox.begun:
         await asyncio.sleep(0)

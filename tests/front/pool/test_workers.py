@@ -20,7 +20,8 @@ from chatlm.common.processes.start import cpu_quota, physical_cores, threads_per
 from chatlm.common.text import load
 from chatlm.front.admission import prompts
 from chatlm.front.pool import local
-from chatlm.front.pool.local import LocalPool, choose_devices
+from chatlm.front.pool.local import choose_devices
+from chatlm.front.pool.pool import pool_of
 from chatlm.front.pool.worker import Worker
 from pools import collect, greedy, idle, tiny_settings
 from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
@@ -80,9 +81,9 @@ async def test_a_running_answer_keeps_the_model_loaded(start_pool):
     pool = await start_pool(idle_unload=0.01)
     stream = pool.answer(greedy("a", max_tokens=400, ignore_eos=True))
     await anext(stream)
-    pool.used_s = 0.0
-    pool._unload_when_idle()
-    assert pool.workers[0].state == "ready" and not pool.asleep
+    pool.dispatcher.used_s = 0.0
+    pool.supervisor.unload_when_idle()
+    assert pool.workers[0].state == "ready" and not pool.supervisor.asleep
     await stream.aclose()
 
 
@@ -169,7 +170,7 @@ async def test_replicas_share_the_load_and_conversations_stay_where_their_prefix
 
 
 async def test_a_worker_that_cannot_start_is_reported_and_not_retried_for_ever(nanochat_fixtures):
-    pool = LocalPool(tiny_settings(nanochat_fixtures), worker_command=(sys.executable, "-c", "raise SystemExit(3)"))
+    pool = pool_of(tiny_settings(nanochat_fixtures), worker_command=(sys.executable, "-c", "raise SystemExit(3)"))
     await pool.start()
     with pytest.raises(EngineFailure, match="exit status 3"):
         await pool.wait_ready()
@@ -181,7 +182,7 @@ async def test_a_broken_checkpoint_is_a_config_error_from_the_worker(nanochat_fi
     shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "base")
     model = next((tmp_path / "base").glob("*/d4/model_*.pt"))
     model.write_bytes(model.read_bytes()[:1000])
-    pool = LocalPool(Settings(model=str(tmp_path / "base")))
+    pool = pool_of(Settings(model=str(tmp_path / "base")))
     await pool.start()
     with pytest.raises(ConfigError, match=model.name):
         await pool.wait_ready()
@@ -207,7 +208,7 @@ async def test_a_template_that_refuses_the_trial_message_stops_nothing(tmp_path,
     template = "{% if " + what + " %}{{ raise_exception('not this') }}{% endif %}{{ messages[0].content }}"
     metadata = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2"), "tokenizer.chat_template": template}
     (tmp_path / "tiny.gguf").write_bytes(gguf_bytes(metadata, random_llama()))
-    pool = LocalPool(Settings(model=str(tmp_path / "tiny.gguf"), kv_cache_memory=8 << 20))
+    pool = pool_of(Settings(model=str(tmp_path / "tiny.gguf"), kv_cache_memory=8 << 20))
     await pool.start()
     try:
         await pool.wait_ready()
@@ -232,14 +233,14 @@ async def test_a_template_that_refuses_the_trial_message_stops_nothing(tmp_path,
 async def test_a_template_that_cannot_be_compiled_ends_start_up(tmp_path, template, words):
     metadata, path = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2")}, tmp_path / "tiny.gguf"
     path.write_bytes(gguf_bytes(metadata | {"tokenizer.chat_template": template}, random_llama()))
-    error = await outcome_of_start(LocalPool(Settings(model=str(path), kv_cache_memory=8 << 20)))
+    error = await outcome_of_start(pool_of(Settings(model=str(path), kv_cache_memory=8 << 20)))
     assert isinstance(error, ConfigError)
     assert str(error).startswith(f"{path}: the model's chat template {words}")
 
 
 async def test_a_tokenizer_that_fails_only_in_the_front_ends_start_up(nanochat_fixtures, monkeypatch, caplog):
     patching.patch(monkeypatch, load, "open_tokenizer", lambda text: {}["nothing"])
-    error = await outcome_of_start(LocalPool(tiny_settings(nanochat_fixtures)))
+    error = await outcome_of_start(pool_of(tiny_settings(nanochat_fixtures)))
     assert isinstance(error, EngineFailure) and str(error) == "opening the tokenizer failed: 'nothing'"
     (record,) = [record for record in caplog.records if "opening the tokenizer failed" in record.getMessage()]
     assert record.exc_info
@@ -250,7 +251,7 @@ async def test_a_tokenizer_that_fails_only_in_the_front_ends_start_up(nanochat_f
     ((sys.executable, "-c", "import os; os.abort()"), r"3 times while .*killed by SIGABRT; [\d,]+ MiB"),
     ((sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"), "killed by SIGKILL, as the system does")])
 async def test_a_worker_that_cannot_run_ends_start_up_and_says_why(nanochat_fixtures, command, words):
-    error = await outcome_of_start(LocalPool(tiny_settings(nanochat_fixtures), worker_command=command))
+    error = await outcome_of_start(pool_of(tiny_settings(nanochat_fixtures), worker_command=command))
     assert isinstance(error, EngineFailure) and re.search(words, str(error))
 
 
@@ -279,7 +280,7 @@ async def test_a_fault_of_the_front_ends_a_worker_and_the_next_one_serves(start_
     (worker,) = pool.workers
     pid = worker.process.pid
     with monkeypatch.context() as patch:
-        patch.setattr(pool, "hear", lambda worker, message: {}["nothing"])
+        patch.setattr(pool.dispatcher, "deliver", lambda worker, pieces: {}["nothing"])
         while "running worker 0 failed: 'nothing'" not in caplog.text:
             await asyncio.sleep(0.02)
     while worker.state != "ready":

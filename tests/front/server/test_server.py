@@ -22,7 +22,7 @@ import pytest
 import chat_server
 from chatlm.common.config import Settings
 from chatlm.common.core import decode_core
-from chatlm.front.pool.local import LocalPool
+from chatlm.front.pool.pool import pool_of
 from chatlm.front.server.access import listen_on
 from chatlm.front.server.connections import serving
 from pools import DYING, idle
@@ -138,8 +138,8 @@ def test_an_answer_whose_worker_is_killed_goes_on_where_it_was(nanochat_fixtures
 
 @asynccontextmanager
 async def served(settings):
-    """A LocalPool behind the real HTTP front in this process: (pool, url)."""
-    pool = LocalPool(settings, worker_command=DYING)
+    """A WorkerPool behind the real HTTP front in this process: (pool, url)."""
+    pool = pool_of(settings, worker_command=DYING)
     with listen_on("127.0.0.1", 0) as listener:
         async with serving(chat_server.create_app(pool, settings), listener):
             try:
@@ -182,7 +182,7 @@ async def test_200_clients_who_vanish_at_random_moments_leave_nothing_behind(nan
 
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             await asyncio.gather(*(one(session, number) for number in range(200)))
-            while pool.jobs:        # the server may notice the last ones later
+            while pool.dispatcher.jobs:        # the server may notice the last ones later
                 await asyncio.sleep(0.01)
             await idle(pool)
             async with session.get(url + "/stats") as response:

@@ -25,7 +25,7 @@ from chatlm.common.messages.protocol import WorkerConfig
 from chatlm.common.messages.requests import Message, Piece, Request, SamplingParams
 from chatlm.common.processes import start
 from chatlm.common.text.grammar import json_grammar
-from chatlm.front.pool.local import LocalPool
+from chatlm.front.pool.pool import pool_of
 from chatlm.worker.build import build_engine
 from chatlm.worker.ranks.ranks import RankZero
 from engines import make_batch
@@ -208,7 +208,7 @@ REQUESTS = {
 @contextlib.asynccontextmanager
 async def started_pool(model, tp, pp):
     """A pool with one replica of tp * pp ranks."""
-    pool = LocalPool(Settings(model=str(model), tensor_parallel_size=tp, pipeline_parallel_size=pp, kv_cache_memory=64 << 20))
+    pool = pool_of(Settings(model=str(model), tensor_parallel_size=tp, pipeline_parallel_size=pp, kv_cache_memory=64 << 20))
     try:
         await pool.start()
         await pool.wait_ready()

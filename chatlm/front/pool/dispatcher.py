@@ -1,0 +1,256 @@
+"""The queue before the workers: which answer runs where, and what its reader hears."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import operator
+import time
+import types
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence as Seq
+from typing import TYPE_CHECKING
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
+from chatlm.common.lanes import Lanes
+from chatlm.common.log import log
+from chatlm.common.messages.protocol import Cancel
+from chatlm.common.messages.requests import Accepted, Event, Finished, Piece, PromptProgress, Request
+from chatlm.front.pool.worker import RECENT_S, Job, Worker
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+
+
+class WaitingQueue:
+    """Jobs that wait for a row. First come those whose worker died; then those of the client with the fewest
+    rows, where clients with equally many take turns; last, in the same order, those of low priority."""
+
+    def __init__(self):
+        self.lanes = Lanes()
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    def __iter__(self) -> Iterator[Job]:
+        ranked = sorted(self.lanes.by_client, key=operator.itemgetter(0))
+        return itertools.chain.from_iterable(map(self.lanes.by_client.get, ranked))
+
+    @staticmethod
+    def _lane_of(job: Job) -> tuple[int, str]:
+        """A job's rank and client; jobs whose worker died share one line."""
+        return (0, "") if job.failovers else (1 + job.request.low_priority, job.request.client)
+
+    def append(self, job: Job):
+        self.lanes.append(self._lane_of(job), job)
+
+    def append_first(self, job: Job):
+        self.lanes.append_first(self._lane_of(job), job)
+
+    def first(self, rows: Mapping[str, int] = types.MappingProxyType({})) -> Job | None:
+        lanes = self.lanes.by_client
+        lane = min(lanes, key=lambda lane: (lane[0], rows.get(lane[1], 0)), default=None)
+        return lanes[lane][0] if lane else None
+
+    def take(self, job: Job):
+        """Remove the job, which must be the first of its client."""
+        self.lanes.take(self._lane_of(job))
+
+    def remove(self, job: Job):
+        self.lanes.remove(self._lane_of(job), job)
+
+
+class Dispatcher:
+    """Answers over a list of workers that others fill and keep alive.
+
+    A job waits in `pending` until a ready worker has a free row. It then goes to the worker with the fewest
+    outstanding tokens, unless another has more of the prompt cached than it has extra to compute. The jobs of
+    a worker that died go to the front of the queue."""
+
+    MAX_FAILOVERS = 3   # give up a request after this many worker deaths without a token in between
+    POSITION_S = 0.25   # seconds between updates of a waiting client's position in the queue
+    TURN_S = 0.005      # one request's events are handled for this long before others get their turn
+    PREFIXES = 10_000   # remembered per worker
+
+    def __init__(self, settings: Settings, workers: Seq[Worker]):
+        self.settings, self.workers = settings, workers
+        self.jobs: dict[str, Job] = {}  # those that wait and those that run
+        self.pending = WaitingQueue()
+        self.wanted = asyncio.Event()   # cleared: workers stay unloaded until the next request
+        self.wanted.set()
+        self.used_s = time.monotonic()  # when a request last came or was running
+
+    async def answer(self, request: Request, lengths: Seq[int], arrived_s: float) -> AsyncIterator[Event]:
+        """Accepted, then pieces, then Finished of each answer to an admitted request; closing the iterator at
+        any point cancels it. lengths: tokens at most for an answer to each of its prompts.
+
+        Raises EngineFailure (workers died too often, shutdown) and RequestError (cancelled)."""
+        events, prompts = asyncio.Queue(), request.prompt_ids
+        jobs = [Job(request, ids, length, events, arrived_s, choice) for choice, (ids, length) in
+                enumerate(pair for pair in zip(prompts, lengths) for _ in range(request.n))]
+        heads = deque(jobs[::request.n])  # no request has more prompts than this in the queue at a time
+        try:
+            self._submit([heads.popleft() for _ in range(min(len(heads), LIMITS.choices))])
+            yield Accepted(sum(map(len, prompts)))
+            others = {job.choice: jobs[job.choice + 1:job.choice + request.n] for job in jobs[::request.n]}
+            turn_s, left = time.monotonic(), len(jobs)
+            while left:
+                waited = events.empty()
+                if not waited and time.monotonic() - turn_s > self.TURN_S:
+                    waited = await asyncio.sleep(0, True)
+                if request.progress and jobs[0].worker is None:
+                    async for progress in self._positions(jobs[0], events):
+                        yield progress
+                event = await events.get()
+                turn_s = time.monotonic() if waited else turn_s
+                if isinstance(event, Exception):
+                    raise event
+                if event.choice in others and not (
+                        isinstance(event, PromptProgress)
+                        or isinstance(event, Piece) and event.prompt_logprobs):
+                    self._submit(others.pop(event.choice))  # they can share the prompt's pages now
+                yield event
+                left -= isinstance(event, Finished)
+                if heads and isinstance(event, Finished):
+                    self._submit([heads.popleft()])
+        finally:
+            event = None  # break the cycle: an exception refers to this frame and the frame to it
+            self._abandon(*jobs)
+            for worker in self.workers:
+                worker.end_request(request.id)
+
+    async def _positions(self, job: Job, events: asyncio.Queue) -> AsyncIterator[PromptProgress]:
+        """Yield a job's position in the queue whenever it changes, until the job starts or has an event."""
+        shown = 0
+        while events.empty() and job.worker is None:
+            position = next((place for place, waiting in enumerate(self.pending, 1) if waiting is job), 0)
+            if position not in (0, shown):
+                yield PromptProgress(shown := position, len(job.prompt_ids))
+            await asyncio.sleep(self.POSITION_S)
+
+    def _submit(self, jobs: Seq[Job]):
+        for job in jobs:
+            self.jobs[job.id] = job
+            self.pending.append(job)
+        self.used_s = time.monotonic()
+        if not self.wanted.is_set():
+            log.info("a request came: loading the model again")
+            self.wanted.set()
+        self.dispatch()
+
+    def check_capacity(self, request_id: str, client: str, preparing: Mapping[str, str]):
+        """Raise Overloaded if the queue is full or the client has its share, RequestError if the id is taken.
+        preparing: id -> client of the requests that are being read: they count as waiting."""
+        waiting = len(self.pending) + len(preparing)
+        free_rows = sum(self.settings.max_batch - len(worker.jobs) for worker in self._free_workers())
+        if waiting >= self.settings.max_queue + free_rows and not self._may_exceed_queue(client, preparing):
+            raise Overloaded(f"{waiting} requests are already waiting (--max-queue)",
+                             retry_after_s=5, status=429)
+        if (limit := self.settings.max_concurrent_per_key) and limit <= len(
+                {job.request.id for job in self.jobs.values() if job.request.client == client}
+                | {other for other, owner in preparing.items() if owner == client}):
+            raise Overloaded(f"at most {limit} of your requests may run at a time (--max-concurrent-per-key)",
+                             status=429)
+        if request_id in self.jobs or request_id in preparing:
+            raise RequestError(f"a request with the id {request_id!r} is already running",
+                               status=409, code="duplicate_id")
+
+    def _may_exceed_queue(self, client: str, preparing: Mapping[str, str]) -> bool:
+        """May a client's request wait in a full queue? Yes, while the client's own are under a quarter of its
+        limit, so that no other client's pile keeps it out. The queue never exceeds twice its limit."""
+        mine = (sum(job.request.client == client for job in self.pending)
+                + list(preparing.values()).count(client))
+        limit = self.settings.max_queue
+        return mine < limit // 4 and len(self.pending) + len(preparing) < 2 * limit
+
+    def dispatch(self):
+        """Hand waiting jobs to workers that have a free row, or a row that another client can spare."""
+        while self.pending:
+            rows = Counter(job.request.client for worker in self.workers for job in worker.jobs.values())
+            job = self.pending.first(rows)
+            if not (free := self._free_workers() or self._make_room(job, rows)):
+                return
+            worker = min(free, key=lambda worker: worker.cost(job))
+            self.pending.take(job)
+            job.worker = worker
+            if job.dispatched_s is None:
+                job.dispatched_s = time.monotonic()
+            worker.assign(job)
+            worker.prefixes |= job.prefixes
+            while len(worker.prefixes) > self.PREFIXES:  # drop the oldest
+                del worker.prefixes[next(iter(worker.prefixes))]
+
+    def _free_workers(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.can_take]
+
+    def _make_room(self, job: Job, rows: Counter[str]) -> list[Worker]:
+        """Set aside the youngest answer of the client with the most rows, if that leaves it at least as many
+        as the job's client gets; return the worker whose row is now free.
+
+        Otherwise one client's pile of long answers would keep all rows until they end."""
+        [(rich, most)] = rows.most_common(1) or [("", 0)]
+        if job.request.low_priority or most < rows[job.request.client] + 2:
+            return []
+        running = [other for worker in self.workers if worker.takes_jobs for other in worker.jobs.values()
+                   if other.request.client == rich and not other.failovers]
+        if not running:
+            return []
+        victim = max(running, key=lambda other: (other.request.low_priority, other.dispatched_s))
+        worker = victim.worker
+        worker.set_aside(victim)
+        self.pending.append_first(victim)
+        return [worker]
+
+    def deliver(self, worker: Worker, pieces: Seq[Piece]):
+        """Pass on what a step of a worker added to its answers."""
+        now = time.monotonic()
+        worker.recent.append((now, sum(len(piece.tokens) for piece in pieces)))
+        while worker.recent[0][0] < now - RECENT_S:
+            worker.recent.popleft()
+        for piece in pieces:
+            if job := worker.jobs.get(piece.id):
+                job.take(piece, worker.gpu)
+                if piece.reason is not None:
+                    self._forget(job)
+                if piece.reason not in (None, "error"):
+                    worker.crashes_in_row = 0
+        self.dispatch()
+
+    def requeue(self, worker: Worker):
+        """A worker's process has ended: its jobs go to the front of the queue and continue elsewhere."""
+        jobs = worker.forget_process()
+        for job in jobs:
+            job.worker, job.failovers = None, job.failovers + 1
+            self.pending.append(job)
+        for job in jobs:
+            if job.failovers >= self.MAX_FAILOVERS:
+                self.fail(EngineFailure(f"{job.failovers} workers died while computing this answer"), job)
+        self.dispatch()
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop a running request; its reader gets RequestError 'cancelled' instead of Finished."""
+        jobs = [job for job in self.jobs.values() if job.request.id == request_id]
+        self.fail(RequestError("the request was cancelled", status=499, code="cancelled"), *jobs)
+        return bool(jobs)
+
+    def fail(self, error: ChatServerError, *jobs: Job):
+        for job in jobs:
+            job.events.put_nowait(error)
+        self._abandon(*jobs)
+
+    def _abandon(self, *jobs: Job):
+        """The reader has gone or the jobs failed: free their rows and pages within one step."""
+        for job in jobs:
+            if self.jobs.get(job.id) is job:
+                if job.worker:
+                    job.worker.send(Cancel(job.worker_id))
+                self._forget(job)
+        self.dispatch()
+
+    def _forget(self, job: Job):
+        del self.jobs[job.id]
+        if job.worker:
+            del job.worker.jobs[job.worker_id]
+        else:
+            self.pending.remove(job)

@@ -1,0 +1,206 @@
+"""The pool: workers, wherever they run, behind one `answer`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import typing
+from collections.abc import AsyncIterator, Callable, Sequence as Seq
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from chatlm.common.config import sampling_defaults, with_own_sampling
+from chatlm.common.errors import ConfigError, EngineFailure, Overloaded
+from chatlm.common.processes.start import PROCESS_COMMAND
+from chatlm.common.text.tokenizer import tools_of
+from chatlm.front.admission.admission import Admission
+from chatlm.front.pool.dispatcher import Dispatcher
+from chatlm.front.pool.local import LocalDevices, cuda_device_count
+from chatlm.front.pool.ray import RayNodes
+from chatlm.front.pool.supervisor import NO_CARD, Supervisor
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.protocol import ModelCard
+    from chatlm.common.messages.requests import Event, ModelSource, Request
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.pool.worker import Placement
+
+
+def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
+    return sampling_defaults(with_own_sampling(settings, pool))
+
+
+class Pool(typing.Protocol):
+    """What answers requests: workers of this server (`WorkerPool`) or a server at --url (`RemotePool`)."""
+
+    ready: bool
+    model_name: str
+    context_length: int | None
+    on_progress: Callable[[str, float], None]
+
+    async def start(self):
+        """Begin to load the model, or connect."""
+
+    async def wait_ready(self):
+        """Wait until a request would be served. Raises ConfigError or EngineFailure if none ever will."""
+
+    def answer(self, request: Request) -> AsyncIterator[Event]:
+        """Accepted, then pieces, then Finished; closing the iterator at any point cancels the request."""
+
+    async def close(self):
+        """End all that runs."""
+
+
+class WorkerPool:
+    """The replicas of this server behind one `answer`. A placement decides where they run, the supervisor
+    keeps them alive, the dispatcher hands them requests. Here: admission, the order of start and end, and
+    what /health, /stats and the first lines on the terminal say."""
+
+    continues = True  # can it continue the last message of a conversation?
+
+    def __init__(self, settings: Settings, placement: Placement):
+        self.settings, self.placement, self.workers = settings, placement, placement.workers
+        self.admission = Admission(self._check_capacity)
+        self.dispatcher = Dispatcher(settings, self.workers)
+        self.supervisor = Supervisor(
+            settings, self.workers, self.dispatcher, prepare=self._open_tokenizer,
+            report=lambda stage, fraction: self.on_progress(stage, fraction))
+        self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
+        self.draining = False
+        self.started_s, self.created = time.monotonic(), int(time.time())
+
+    async def start(self):
+        self.supervisor.run("finding the model", self._start_workers)
+        self.supervisor.run("watching the workers", self.supervisor.watch)
+
+    async def _start_workers(self):
+        await self.placement.start(self.supervisor)
+        await self.admission.sandboxes["templates"].start()  # while the model loads
+
+    async def _open_tokenizer(self, card: ModelCard):
+        try:
+            await self.admission.open(card, with_own_sampling(self.settings, self))
+        except ConfigError as error:
+            raise ConfigError(f"{self.source.path}: {error}") from None
+
+    async def wait_ready(self):
+        """Wait until a request would be served. Raises ConfigError or EngineFailure if start-up failed."""
+        await self.supervisor.became_ready.wait()
+        if self.supervisor.failure:
+            raise self.supervisor.failure
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for the admitted ones; False if some still run after `timeout_s`."""
+        self.draining = True
+        deadline_s = time.monotonic() + timeout_s
+        while self.dispatcher.jobs and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+        return not self.dispatcher.jobs
+
+    async def close(self):
+        """End every request with an error, and make sure every worker has ended."""
+        self.draining = True
+        self.dispatcher.fail(EngineFailure("the server is shutting down"), *self.dispatcher.jobs.values())
+        await asyncio.gather(self.supervisor.close(), self.admission.close())
+
+    async def answer(self, request: Request) -> AsyncIterator[Event]:
+        """Accepted, then pieces, then Finished; closing the iterator at any point cancels the request.
+
+        Raises RequestError (the prompt does not fit, ...), Overloaded (not ready, draining, queue full) and
+        EngineFailure (workers died too often, shutdown)."""
+        arrived_s = time.monotonic()
+        if request.prompt_ids is None:
+            request = await self.admission.admit(request)
+        self._check_capacity(request.id, request.client)
+        lengths = [self.admission.prompts.answer_length(request, ids) for ids in request.prompt_ids]
+        async with aclosing(self.dispatcher.answer(request, lengths, arrived_s)) as events:
+            async for event in events:
+                yield event
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop a running request; its reader gets RequestError 'cancelled' instead of Finished."""
+        return self.dispatcher.cancel(request_id)
+
+    def _check_capacity(self, request_id: str, client: str):
+        if self.draining:
+            raise Overloaded("the server is shutting down", retry_after_s=10)
+        if self.tokenizer is None or not self.supervisor.became_ready.is_set():
+            raise Overloaded(f"the model is still loading ({self.supervisor.loading[0]})", retry_after_s=2)
+        self.dispatcher.check_capacity(request_id, client, self.admission.preparing)
+
+    # what the server shows
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.admission.prompts and self.admission.prompts.tokenizer
+
+    @property
+    def ready(self) -> bool:
+        """Would a request be served now?"""
+        return self.supervisor.ready and not self.draining
+
+    @property
+    def source(self) -> ModelSource | None:
+        return self.placement.source or self.supervisor.card.source
+
+    @property
+    def model_name(self) -> str:
+        card = self.supervisor.card
+        return self.source.name if self.source and card is NO_CARD else card.name
+
+    @property
+    def context_length(self) -> int:
+        return self.supervisor.card.context_length
+
+    @property
+    def own_sampling(self) -> tuple[dict, str]:
+        return self.supervisor.card.sampling, self.supervisor.card.sampling_origin
+
+    def describe(self) -> list[str]:
+        sampling = ", ".join(f"{name} {value:g} ({origin})"
+                             for name, (value, origin) in sampling_of(self, self.settings).items())
+        tools = {"native": "Tools: native, as its chat template tells them",
+                 "generic": "Tools: generic, told by a system prompt because its chat template knows none"}
+        here = any(worker.device == "cuda:0" and not worker.node for worker in self.workers)
+        gpus = cuda_device_count() if here else 1
+        return [line for line in (self.source.chosen, self.source.alternatives, *self.supervisor.card.lines,
+                                  gpus > 1 and self.settings.num_gpus is None and
+                                  f"One of {gpus} GPUs is used; --num-gpus auto uses all",
+                                  *(worker.left_out for worker in self.workers if worker.problem),
+                                  self.settings.command == "serve" and tools.get(tools_of(self.tokenizer)),
+                                  f"Sampling unless a request says otherwise: {sampling}") if line]
+
+    def health(self) -> tuple[int, dict]:
+        supervisor = self.supervisor
+        available = sum(not worker.jobs for worker in supervisor.ready_workers)
+        status = ("ok" if self.ready else "draining" if self.draining else
+                  "unavailable" if supervisor.became_ready.is_set() else "loading")
+        body = {"status": status, "ready": self.ready, "num_gpus": len(self.workers),
+                "available_workers": available}
+        if status == "loading":
+            stage, fraction = supervisor.loading
+            body["loading"] = {"stage": stage, "fraction": round(fraction, 3)}
+        if looping := [worker for worker in self.workers if worker.crashes_in_row > 1]:
+            body["crash_loops"] = [{"gpu_id": worker.gpu, "crashes_in_row": worker.crashes_in_row}
+                                   for worker in looping]
+            body["status"] = "degraded" if self.ready else status
+        return 200 if self.ready else 503, body
+
+    def stats(self) -> dict:
+        ready, card = self.supervisor.ready_workers, self.supervisor.card
+        busy = sum(bool(worker.jobs) for worker in ready)
+        return {"total_workers": len(self.workers), "available_workers": len(ready) - busy,
+                "busy_workers": busy, "tensor_parallel_size": self.settings.tensor_parallel_size,
+                "pipeline_parallel_size": self.settings.pipeline_parallel_size,
+                "workers": [worker.stats() for worker in self.workers], "model": self.model_name,
+                "kernels": card.kernels, "decode_core": card.core, "row_invariant": card.row_invariant,
+                "sampling": {name: {"value": value, "from": origin} for name, (value, origin)
+                             in sampling_of(self, self.settings).items()},
+                "context_length": card.context_length, "queue_depth": len(self.dispatcher.pending),
+                "uptime_s": round(time.monotonic() - self.started_s, 1), **self.placement.stats()}
+
+
+def pool_of(settings: Settings, worker_command: Seq[str] = PROCESS_COMMAND) -> WorkerPool:
+    placement = RayNodes if settings.ray_address else LocalDevices
+    return WorkerPool(settings, placement(settings, worker_command))

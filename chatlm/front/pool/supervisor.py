@@ -1,0 +1,209 @@
+"""Supervision: a process that ends is started again, one that hangs is killed, an idle one unloaded."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence as Seq
+from functools import partial
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
+from chatlm.common.log import log
+from chatlm.common.memory import available_memory
+from chatlm.common.messages.protocol import Loading, ModelCard, Ready, Stepped, Unusable
+from chatlm.common.messages.requests import TextSpec
+from chatlm.common.messages.wire import BadMessage
+from chatlm.common.program import program_stamp
+from chatlm.front.aio import supervised
+from chatlm.front.pool.worker import State, Worker
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.front.pool.dispatcher import Dispatcher
+
+
+# What is known before a worker has said what model it has.
+NO_CARD = ModelCard(TextSpec("", b""), "loading", 0, (), {}, False)
+
+
+class Supervisor:
+    """Keeps workers alive and hears what they report: progress and the model's card while they load, then the
+    steps, which are the dispatcher's. It knows whether a request would find a worker."""
+
+    ORPHAN_S = 300.0     # requests wait this long, plus twice the load time, when no worker is ready;
+    CRASHING_S = 60.0    # this long if a worker is in a crash loop
+
+    def __init__(self, settings: Settings, workers: Seq[Worker], dispatcher: Dispatcher, *,
+                 prepare: Callable[[ModelCard], Awaitable[None]], report: Callable[[str, float], None]):
+        """prepare: awaited once, with the card of the first worker that has read the model.
+        report: called with the stage and fraction of loading."""
+        self.settings, self.workers, self.dispatcher = settings, workers, dispatcher
+        self.prepare, self.report, self.stamp = prepare, report, program_stamp()
+        self.card, self.prepared, self.closing = NO_CARD, False, False
+        self.asleep = False                  # True from unloading until the model is back
+        self.loading = ("starting", 0.0)     # stage and fraction
+        self.became_ready = asyncio.Event()  # also set when start-up failed
+        self.failure: ChatServerError | None = None
+        self.served_s = time.monotonic()     # when a worker was last ready, or nothing waited for one
+        self.load_s = 0.0                    # how long the last worker took from start to ready
+        self.tasks: list[asyncio.Task] = []
+
+    def run(self, what: str, work: Callable[[], Any]):
+        """Run a part of the pool in the background. A failure before the pool is ready ends start-up; after
+        that, the part is run again."""
+        def failed(error: Exception) -> bool:
+            if not self.became_ready.is_set():
+                known = isinstance(error, ChatServerError)
+                self.give_up(error if known else EngineFailure(f"{what} failed: {error}"))
+            return not self.closing
+
+        self.tasks.append(asyncio.create_task(supervised(what, work, failed)))
+
+    def give_up(self, error: ChatServerError):
+        """Start-up has failed."""
+        self.failure, self.closing = self.failure or error, True
+        self.became_ready.set()
+
+    @property
+    def ready_workers(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.state is State.READY]
+
+    @property
+    def ready(self) -> bool:
+        """Would a request be served now? An unloaded model comes back for it."""
+        return self.prepared and bool(self.asleep or self.ready_workers)
+
+    async def keep_alive(self, worker: Worker):
+        """Restart the worker whenever it dies, after a longer wait for each crash in a row."""
+        while True:
+            await self.dispatcher.wanted.wait()
+            if self.closing or worker not in self.workers:  # its node is gone
+                return
+            await self._live(worker)
+            if worker.state is State.LEFT_OUT:
+                return
+            if self.closing or worker.state is State.UNLOADED or worker not in self.workers:
+                continue
+            self.asleep = False
+            worker.crashes_in_row += 1
+            how = worker.placement.end_in_words(worker)
+            if self.stamp != program_stamp():  # another version's messages may be others
+                how += "; the program has changed since this server started: restart the server"
+            if worker.crashes_in_row >= 3 and not worker.ready_s:
+                return self.leave_out(worker, EngineFailure(
+                    f"worker {worker.gpu} died {worker.crashes_in_row} times while starting, the last time "
+                    f"at {self.loading[0]!r} ({how}; {available_memory() >> 20:,} MiB of memory are free)"))
+            delay_s = min(30.0, 0.25 * 2 ** worker.crashes_in_row)
+            log.error("%s died (%s); restarting it in %.1f s", worker.where, how, delay_s)
+            await asyncio.sleep(delay_s)
+            worker.restarts += 1
+
+    async def _live(self, worker: Worker):
+        """One life of a worker's process; at the end its jobs are others', and it has ended."""
+        try:
+            await worker.listen(self.handle)
+        except BadMessage as error:
+            log.error("%s: %s", worker.where, error)
+        finally:
+            worker.become(State.DEAD)
+            try:
+                self.dispatcher.requeue(worker)  # first: a process stuck in its driver takes long to end
+            finally:
+                await worker.end()
+
+    def leave_out(self, worker: Worker, error: ChatServerError):
+        """A worker cannot start on its device. The others serve; without any, start-up has failed."""
+        worker.become(State.LEFT_OUT, str(error))
+        if all(other.state is State.LEFT_OUT for other in self.workers):
+            self.give_up(error)
+        elif self.became_ready.is_set():
+            log.error("%s", worker.left_out)
+
+    def handle(self, worker: Worker, message):
+        """What a worker reports."""
+        match message:
+            case Stepped(pieces, gauges):
+                worker.gauges = gauges
+                self.dispatcher.deliver(worker, pieces)
+            case Loading(stage, fraction):
+                self.progress(stage, fraction)
+                if stage.startswith("waiting"):  # for another machine
+                    worker.spawned_s = time.monotonic()
+            case ModelCard():
+                worker.place = message.place
+                if self.card is NO_CARD:  # build our tokenizer while the workers warm up
+                    self.card = message
+                    self.run("opening the tokenizer", self._prepare)
+            case Ready(gauges, faults):
+                worker.become(State.READY)
+                worker.gauges, worker.kernel_faults = gauges, faults
+                if len(self.workers) > 1:
+                    log.info("%s is ready: %s", worker.where, worker.place)
+                self.asleep, self.load_s = False, worker.ready_s - worker.spawned_s
+                self.dispatcher.used_s = worker.ready_s
+                self._check_ready()
+                self.dispatcher.dispatch()
+            case Unusable(text):
+                if worker.ready_s:
+                    log.error("worker %d: %s", worker.gpu, text)
+                else:
+                    self.leave_out(worker, ConfigError(text))
+                worker.process.kill()
+            case _:
+                raise BadMessage(f"unexpected message from a worker: {type(message).__name__}")
+
+    def progress(self, stage: str, fraction: float):
+        self.loading = (stage, fraction)
+        if not self.ready:
+            self.report(stage, fraction)
+
+    async def _prepare(self):
+        await self.prepare(self.card)
+        self.prepared = True
+        self._check_ready()
+
+    def _check_ready(self):
+        if self.ready:
+            self.became_ready.set()
+
+    async def watch(self):
+        """Once a second: kill hung workers, unload idle ones, and fail requests that waited too long."""
+        while True:
+            await asyncio.sleep(1)
+            for worker in self.workers:
+                worker.check_health()
+            self.unload_when_idle()
+            crashing = any(worker.crashes_in_row > 1 for worker in self.workers)
+            patience_s = 2 * self.load_s + (self.CRASHING_S if crashing else self.ORPHAN_S)
+            if self.asleep or self.ready_workers or not self.dispatcher.pending:
+                self.served_s = time.monotonic()
+            elif time.monotonic() - self.served_s > patience_s:
+                self.dispatcher.fail(EngineFailure(f"no worker came back within {patience_s:.0f} s"),
+                                     *self.dispatcher.pending)
+
+    def unload_when_idle(self):
+        """--idle-unload: end the workers when no request came for that long; /health polls do not count."""
+        now, idle_s = time.monotonic(), self.settings.idle_unload
+        if self.dispatcher.jobs:
+            self.dispatcher.used_s = now
+        usable = [worker for worker in self.workers if worker.state is not State.LEFT_OUT]
+        if idle_s and now - self.dispatcher.used_s > idle_s and usable and usable == self.ready_workers:
+            log.info("no request for %g s: the model is unloaded until the next one", idle_s)
+            self.asleep = True
+            self.dispatcher.wanted.clear()
+            for worker in usable:
+                worker.become(State.UNLOADED)
+                worker.process.kill()
+
+    async def close(self):
+        """Make sure that every worker has ended."""
+        self.closing = True
+        processes = [worker.process for worker in self.workers if worker.process]
+        for process in processes:
+            process.kill()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        for process in processes:
+            await asyncio.to_thread(process.wait)  # harmless if its task has waited for it already
