@@ -31,7 +31,7 @@ def most_held(windows, context, chunk=256):
     most = 0
     while len(sequence.tokens) < context:
         for planned in scheduler.schedule():
-            most = max(most, scheduler._held(sequence))
+            most = max(most, scheduler.tables.held(sequence))
             scheduler.advance(planned)
             sequence.tokens += [0] * planned.draws
     check_sequences(scheduler)

@@ -6,23 +6,20 @@ import base64
 import itertools
 import math
 import time
-from collections import deque, OrderedDict
+from collections import deque
 from collections.abc import Callable, Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
 import numpy
 import torch
 
 from chatlm.common.log import log
-from chatlm.common.memory import heap_bytes
 from chatlm.common.messages.requests import AnswerParams, Piece, TokenLogprob
-from chatlm.common.text.reader import answer_reader
-from chatlm.worker.engine.answer import Answer
-from chatlm.worker.engine.grammar import FairThread, Grammar
+from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS, Assignment, Chunk, Scheduler, Sequence
 from chatlm.worker.model.spec import Batch
@@ -66,9 +63,9 @@ class Drafter:
 
 
 class StepUnderWay(NamedTuple):
-    """A started step: its ticket, or its tokens if it is already done, and what it draws, in row order."""
+    """A started step and what it draws, in row order."""
 
-    ticket: Any
+    finish: Callable[[], list[int]]  # waits for its tokens
     drawing: list[tuple[Sequence | None, tuple[int, ...]]]  # (None if ended or given forced tokens, draft)
 
 
@@ -92,8 +89,7 @@ class Engine:
         self.ranks = ranks
         if ranks:
             self.steps = ranks.steps(self.steps, transformer)
-        self.compiling, self.masking = FairThread("grammars", nice=10), FairThread("masks")
-        self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # LRU, by owner and source
+        self.answers = AnswerMaker(tokenizer)
         self.under_way: deque[StepUnderWay] = deque()  # one, or as many as there are other stages
         self.pieces: list[Piece] = []  # `step` returns these, even if the step that made them failed
         exact = kernels.row_invariant or kernels.backend.few_rows_invariant and not ranks
@@ -108,79 +104,10 @@ class Engine:
         """Queue an answer; its prompt must fit the context (the front has checked this)."""
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, scored=work.scored)
-        # compiled in a thread (once with the vocabulary): no other answer waits
-        if work.params.grammar or work.resumed_ids and any(work.params.call_grammars):
-            sequence.preparing = self.compiling.submit(work.params.client, self._prepare, sequence)
-        else:
-            self._prepare(sequence)
+        self.answers.make(sequence)
         free = not work.needs_logits and not work.sampling.counts_tokens
         sequence.drafter = Drafter(sequence.tokens) if self.drafts and free else None
         self.scheduler.add(sequence)
-
-    KEPT_GRAMMARS, KEPT_GRAMMAR_BYTES = 16, 64 << 20
-    MASK_PATIENCE_S = 0.004  # how long a step waits for the masks of its rows
-
-    def _prepare(self, sequence: Sequence):
-        work, answer = sequence.work, sequence.text
-        try:
-            compiled = partial(self._grammar, work.params.owner)
-            if answer and answer.awaits_grammar:
-                answer.hold_call()
-            elif answer:
-                broken = answer.grammar
-                if compiled(broken.source).lexer is broken.lexer:
-                    del self.grammars[work.params.owner, broken.source]
-                answer.grammar = broken.renew(compiled(broken.source))
-            else:
-                grammar = compiled(self._source(work)) if work.params.grammar else None
-                answer = Answer(work, self.tokenizer, grammar, compiled)
-            if answer.grammar:
-                answer.grammar.mask.set_result(answer.grammar.matcher.compute_bitmask())
-            sequence.text = answer
-        except Exception:
-            sequence.text = None  # so the answer fails when its next token is drawn
-            log.exception("failed to prepare an answer")
-
-    def _source(self, work: Assignment) -> str:
-        """The grammar of a whole answer."""
-        reader = answer_reader(self.tokenizer, work.params, work.prompt_ids)
-        return reader.grammar(work.params) if reader else work.params.grammar
-
-    def _grammar(self, owner: str, source: str) -> Grammar:
-        """A grammar, compiled once; answers copy it. Runs only on the `compiling` thread."""
-        key = owner, source
-        if key in self.grammars:
-            self.grammars.move_to_end(key)
-            return self.grammars[key].copy()
-        self.tokenizer.grammar_vocabulary     # build it first: its memory belongs to no single grammar
-        before = heap_bytes()
-        self.grammars[key] = grammar = Grammar(self.tokenizer, source)
-        grammar.matcher.compute_bitmask()     # makes it allocate all its memory
-        grammar.size = heap_bytes() - before  # approximate: other threads allocate and free meanwhile
-        while (len(self.grammars) > self.KEPT_GRAMMARS
-               or sum(each.size for each in self.grammars.values()) > self.KEPT_GRAMMAR_BYTES):
-            self.grammars.popitem(last=False)
-        return grammar.copy()
-
-    def _think_ahead(self, sequence: Sequence):
-        """Start computing the next token's mask; if the queue is long, sit out steps until it is ready."""
-        grammar, behind_s = sequence.text.grammar, self.masking.behind_s
-        grammar.mask = self.masking.submit(sequence.work.params.client, grammar.matcher.compute_bitmask)
-        if behind_s > self.MASK_PATIENCE_S:
-            sequence.preparing = grammar.mask
-
-    def _masked(self, sequence: Sequence, deadline_s: float) -> bool:
-        """Is the next mask ready by the deadline, or not needed? If not, sit out steps until it is."""
-        grammar = sequence.text and sequence.text.grammar
-        if not grammar:
-            return True
-        if not wait([grammar.mask], max(0.0, deadline_s - time.monotonic())).done:
-            sequence.preparing = grammar.mask
-        elif grammar.renewed or not grammar.matcher.is_error():
-            return True
-        else:
-            sequence.preparing = self.compiling.submit(sequence.work.params.client, self._prepare, sequence)
-        return False
 
     def cancel(self, answer_id: str) -> bool:
         gone = self.scheduler.cancel(answer_id)
@@ -193,7 +120,7 @@ class Engine:
         """Start the next step, call `meanwhile`, finish the previous step; returns the pieces it made."""
         plan = self.scheduler.schedule()
         on_host = any(chunk.on_host for chunk in plan)
-        ticket = self._start(plan) if plan and not on_host else None
+        finish = self._start(plan) if plan and not on_host else None
         meanwhile()
         if not plan and not self.under_way:  # every sequence here is still being prepared
             wait([s.preparing for s in self.scheduler.unready], 0.02, FIRST_COMPLETED)
@@ -202,25 +129,26 @@ class Engine:
             self._finish()
         if on_host:
             plan = [chunk for chunk in plan if not chunk.sequence.finished]
-            plan, ticket = self._run_on_host(plan) if plan else ([], None)
+            plan, finish = self._run_on_host(plan) if plan else ([], None)
         if plan:
-            self._advance(plan, ticket)
+            self._advance(plan, finish)
         if on_host or not self.steps.ahead or self.scheduler.stages == 1 and any(
                 c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
             self._finish()
         pieces, self.pieces = self.pieces, []
         return pieces
 
-    def _start(self, plan: Seq[Chunk]):
-        return self.steps.start(make_batch(plan), self._sample_rows(plan))
+    def _start(self, plan: Seq[Chunk]) -> Callable[[], list[int]]:
+        """Start a step; returns what waits for its tokens."""
+        return partial(self.steps.finish, self.steps.start(make_batch(plan), self._sample_rows(plan)))
 
     def _sample_rows(self, plan: Seq[Chunk]) -> list[SampleRow]:
         return [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i)
                 for chunk in plan for i in range(chunk.draws)]
 
-    def _run_on_host(self, plan: Seq[Chunk]) -> tuple[list[Chunk], list[int]]:
-        """Run a step whose logits or hidden states are needed here: the chunks that advanced, the tokens
-        drawn. No other step may be under way."""
+    def _run_on_host(self, plan: Seq[Chunk]) -> tuple[list[Chunk], Callable[[], list[int]]]:
+        """Run a step whose logits or hidden states are needed here: the chunks that advanced, what returns
+        the tokens drawn. No other step may be under way."""
         batch = make_batch(plan)
         logits = self.steps.forward(batch)
         if logits.is_cuda:  # the next step may run on another stream
@@ -228,14 +156,15 @@ class Engine:
         for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
             if chunk.sequence.pooling:
                 self._pool(chunk, first, last)
-        late, deadline_s = [], time.monotonic() + self.MASK_PATIENCE_S
+        late, deadline_s = [], time.monotonic() + self.answers.MASK_PATIENCE_S
         for chunk in plan:
-            if chunk.draws and not self._masked(chunk.sequence, deadline_s):
+            if chunk.draws and not self.answers.masked(chunk.sequence, deadline_s):
                 late.append(chunk)  # computed again once its mask is ready
         rows = list(itertools.accumulate((chunk.rows for chunk in plan), initial=0))
         spans = [(chunk, range(first, last))
                  for chunk, (first, last) in zip(plan, itertools.pairwise(rows)) if chunk not in late]
-        return [chunk for chunk, _ in spans], self._draw_on_host(spans, logits)
+        tokens = self._draw_on_host(spans, logits)
+        return [chunk for chunk, _ in spans], lambda: tokens
 
     def _pool(self, chunk: Chunk, first: int, last: int):
         """Pool the hidden states of a chunk, the rows [first, last) of the step. They are added one by one:
@@ -282,7 +211,7 @@ class Engine:
             owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], params[i].logprobs)
         return tokens
 
-    def _advance(self, plan: Seq[Chunk], ticket):
+    def _advance(self, plan: Seq[Chunk], finish: Callable[[], list[int]]):
         """Update sequences for the started step: slots count as computed, the last token is being drawn."""
         drawing, row = [], 0
         for chunk in plan:
@@ -299,15 +228,15 @@ class Engine:
                 self._embed(sequence)
             elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
                 self.pieces.append(Piece(sequence.work.id, (), "", prompt_done=sequence.computed))
-        self.under_way.append(StepUnderWay(ticket, drawing))
+        self.under_way.append(StepUnderWay(finish, drawing))
 
     def _finish(self):
         """Wait for the step under way, replace the marks with its tokens, and turn them into text."""
         if not self.under_way:
             return
-        ticket, drawing = self.under_way.popleft()
-        tokens = iter(ticket if isinstance(ticket, list) else self.steps.finish(ticket))
-        for sequence, draft in drawing:
+        step = self.under_way.popleft()
+        tokens = iter(step.finish())
+        for sequence, draft in step.drawing:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
             if sequence and not sequence.finished:
                 try:
@@ -340,9 +269,9 @@ class Engine:
         if answer.reason is not None:
             self.scheduler.remove(sequence)
         elif answer.awaits_grammar:
-            sequence.preparing = self.compiling.submit(sequence.work.params.client, self._prepare, sequence)
+            self.answers.remake(sequence)
         elif answer.grammar:
-            self._think_ahead(sequence)
+            self.answers.start_mask(sequence)
         elif sequence.drafter:
             room = 2 * len(self.scheduler.running) <= FREE_ROWS  # else a draft only delays the next step
             sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
@@ -361,9 +290,9 @@ class Engine:
 
     def give_up(self) -> list[str]:
         """After a failed step: forget all it may have written; returns the ids of the dropped answers."""
-        if self.under_way and not isinstance(self.under_way[0].ticket, list):
+        if self.under_way:
             with suppress(Exception):  # the step before the failed one is repeated too
-                self.steps.finish(self.under_way[0].ticket)
+                self.under_way[0].finish()
         self.under_way.clear()
         blamed = self.scheduler.isolate()
         self.pool.forget_cached()

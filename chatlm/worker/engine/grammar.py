@@ -77,7 +77,7 @@ class Grammar:
         return self.matcher.is_stopped()
 
 
-def stand_back(nice: int):
+def lower_priority(nice: int):
     """Lower this thread's priority, on Linux: elsewhere threads have no niceness of their own."""
     if nice and sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + nice)
@@ -88,7 +88,7 @@ class FairThread:
 
     def __init__(self, name: str, nice: int = 0):
         self.thread, self.lock, self.lanes = (
-            ThreadPoolExecutor(1, name, stand_back, (nice,)), threading.Lock(), Lanes())
+            ThreadPoolExecutor(1, name, lower_priority, (nice,)), threading.Lock(), Lanes())
         self.mean_s = 0.0  # moving average of the time a task takes
 
     def submit(self, client: str, work: Callable, *arguments) -> Future:

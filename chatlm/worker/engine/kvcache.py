@@ -17,8 +17,12 @@ import bisect
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from chatlm.common.config import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from chatlm.worker.engine.scheduler import Sequence
 
 
 @dataclass(eq=False)
@@ -143,6 +147,57 @@ class PagePool:
         """Free all cached pages: remove them from the prefix index (after warm-up)."""
         while self.evictable:
             self._evict()
+
+
+class PageTables:
+    """The tables of the sequences that run: row r of a table has the pages of the tokens from 16 r on, one of
+    each group of layers."""
+
+    def __init__(self, pool: PagePool):
+        self.pool = pool
+        self.holes = any(pool.windows)  # may tables have holes?
+
+    def missing(self, sequence: Sequence, whole: int, near: int) -> list[int]:
+        """The entries of a sequence's table that lack a page, up to row `whole`; with a window, to `near`."""
+        groups, have = self.pool.groups, len(sequence.pages) // self.pool.groups
+        if have >= whole and (sequence.filled >= near or not self.holes):
+            return []
+        return [index * groups + group for group, window in enumerate(self.pool.windows)
+                for index in (range(sequence.filled, near) if window else range(have, whole))]
+
+    def fill(self, sequence: Sequence, entries: Seq[int], pages: Seq[int], near: int):
+        """Put pages into entries of a sequence's table, in layers with a window up to the row `near`."""
+        table, groups = sequence.pages, self.pool.groups
+        rows = max(entries, default=-1) // groups + 1
+        table += [self.pool.hole] * (rows * groups - len(table))
+        for entry, page in zip(entries, pages):
+            table[entry] = page
+        sequence.filled = max(sequence.filled, near)
+
+    def held(self, sequence: Sequence) -> int:
+        """How many pages it holds."""
+        return len(sequence.pages) - (sequence.pages.count(self.pool.hole) if self.holes else 0)
+
+    def advance(self, sequence: Sequence, count: int):
+        """Count its next `count` tokens as computed: add the pages that they fill to the prefix index, and
+        give back those that no later token sees."""
+        size, groups = self.pool.page_size, self.pool.groups
+        before, sequence.computed = sequence.computed, sequence.computed + count
+        for index in range(before // size, sequence.computed // size):
+            tokens = sequence.tokens[index * size:(index + 1) * size]
+            pages = sequence.pages[index * groups:(index + 1) * groups]
+            sequence.serial = self.pool.register(sequence.serial, tokens, pages)
+        for group, window in enumerate(self.pool.windows if self.holes else ()):
+            seen = (self.pool.first_seen(position, window) for position in (before, sequence.computed))
+            passed = slice(*(index * groups + group for index in seen), groups)
+            self.pool.release(sequence.pages[passed])
+            sequence.pages[passed] = [self.pool.hole] * len(sequence.pages[passed])
+
+    def release(self, sequence: Sequence):
+        """Take all its pages: it would have to be computed again."""
+        self.pool.release(sequence.pages)
+        sequence.pages, sequence.computed, sequence.filled = [], 0, 0
+        sequence.serial = sequence.work.params.owner
 
 
 def longest_context(pool: PagePool, most: int, chunk: int) -> int:

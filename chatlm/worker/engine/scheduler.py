@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.engine.kvcache import PagePool, PageTables
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import AnswerParams, SamplingParams, TokenLogprob
@@ -137,9 +136,9 @@ class Scheduler:
     def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None,
                  stages: int = 1, mixes_drafts: bool = True):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
+        self.tables = PageTables(pool)
         self.mixes_drafts = mixes_drafts       # may a step have drafts and prompts?
         self.stages = stages                   # of the model: as many batches are under way
-        self.holes = any(pool.windows)         # may tables have holes?
         self.max_rows = max_rows or max_batch  # rows of logits in a step
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []      # in order of admission
@@ -159,12 +158,7 @@ class Scheduler:
     def remove(self, sequence: Sequence):
         (self.running if sequence.pages else self.waiting).remove(sequence)
         sequence.finished = True
-        self._release(sequence)
-
-    def _release(self, sequence: Sequence):
-        self.pool.release(sequence.pages)
-        sequence.pages, sequence.computed, sequence.serial = [], 0, sequence.work.params.owner
-        sequence.filled = 0
+        self.tables.release(sequence)
 
     def schedule(self) -> list[Chunk]:
         """Plan the next step: a one-token chunk for each decoding sequence, then chunks of prompts.
@@ -194,39 +188,19 @@ class Scheduler:
         size = self.pool.page_size
         whole = -(-len(sequence.tokens) // size)
         near = whole if computed is None else min(whole, -(-computed // size))
-        while sequence.pages and (missing := self._missing(sequence, whole, near)):
+        while sequence.pages and (missing := self.tables.missing(sequence, whole, near)):
             if (pages := self.pool.allocate(len(missing))) is not None:
-                self._fill(sequence, missing, pages, near)
+                self.tables.fill(sequence, missing, pages, near)
             else:
                 holdings = self._holdings()
                 self._preempt(self._youngest(max(holdings, key=holdings.get)))
         return bool(sequence.pages)
 
-    def _missing(self, sequence: Sequence, whole: int, near: int) -> list[int]:
-        """The entries of a sequence's table that lack a page, up to row `whole`; with a window, to `near`."""
-        groups, have = self.pool.groups, len(sequence.pages) // self.pool.groups
-        if have >= whole and (sequence.filled >= near or not self.holes):
-            return []
-        return [index * groups + group for group, window in enumerate(self.pool.windows)
-                for index in (range(sequence.filled, near) if window else range(have, whole))]
-
-    def _fill(self, sequence: Sequence, entries: Seq[int], pages: Seq[int], near: int):
-        """Put pages into entries of a sequence's table, in layers with a window up to the row `near`."""
-        table, groups = sequence.pages, self.pool.groups
-        rows = max(entries, default=-1) // groups + 1
-        table += [self.pool.hole] * (rows * groups - len(table))
-        for entry, page in zip(entries, pages):
-            table[entry] = page
-        sequence.filled = max(sequence.filled, near)
-
-    def _held(self, sequence: Sequence) -> int:
-        return len(sequence.pages) - (sequence.pages.count(self.pool.hole) if self.holes else 0)
-
     def _holdings(self) -> Counter[str]:
         """How many pages each client's sequences hold; the youngest sequence's client comes first."""
         holdings = Counter()
         for sequence in reversed(self.running):
-            holdings[sequence.work.params.client] += self._held(sequence)
+            holdings[sequence.work.params.client] += self.tables.held(sequence)
         return holdings
 
     def _youngest(self, client: str) -> Sequence:
@@ -239,7 +213,7 @@ class Scheduler:
         """
         holdings = self._holdings()
         rich = max(holdings, key=holdings.get, default=client)
-        if (rich == client or holdings[rich] - self._held(victim := self._youngest(rich))
+        if (rich == client or holdings[rich] - self.tables.held(victim := self._youngest(rich))
                 < holdings[client] + needed):
             return False
         self._preempt(victim)
@@ -259,7 +233,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence):
         """Take a sequence's pages and put it at the head of the queue, to be recomputed from its tokens."""
         self.running.remove(sequence)
-        self._release(sequence)
+        self.tables.release(sequence)
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
@@ -296,20 +270,21 @@ class Scheduler:
             found, size, length = len(matched) // self.pool.groups, self.pool.page_size, len(sequence.tokens)
             whole, near = -(-length // size), -(-min(length, found * size + self.prefill_chunk) // size)
             sequence.pages, sequence.filled = matched, found
-            missing = self._missing(sequence, whole, near)
+            missing = self.tables.missing(sequence, whole, near)
             # a page of each group for each running one, so that a newcomer does not preempt at once; what the
             # newcomer will hold in the end may be more than what it takes now
             headroom = len(self.running) * self.pool.groups
-            needed = max(len(missing), self.pool.pages_for(length, self.prefill_chunk) - self._held(sequence))
+            needed = max(len(missing),
+                         self.pool.pages_for(length, self.prefill_chunk) - self.tables.held(sequence))
             while (needed + headroom > self.pool.available
-                   and self._give_up_pages(sequence.work.params.client, needed + self._held(sequence))):
+                   and self._give_up_pages(sequence.work.params.client, needed + self.tables.held(sequence))):
                 headroom -= self.pool.groups
             if needed + headroom > self.pool.available:
-                self._release(sequence)
+                self.tables.release(sequence)
                 return
             self.waiting.remove(sequence)
             self.running.append(sequence)
-            self._fill(sequence, missing, self.pool.allocate(len(missing)), near)
+            self.tables.fill(sequence, missing, self.pool.allocate(len(missing)), near)
             sequence.serial, sequence.computed = serial, found * size
             if sequence.queued_s is None:
                 sequence.queued_s = time.monotonic() - sequence.added_s
@@ -335,20 +310,10 @@ class Scheduler:
         return chunks
 
     def advance(self, chunk: Chunk):
-        """A chunk's step has started: add the pages that it fills to the prefix index.
+        """A chunk's step has started: its tokens count as computed.
 
-        Steps run in the order they start, so a later step that finds these pages reads them once written."""
-        sequence, size, groups = chunk.sequence, self.pool.page_size, self.pool.groups
-        before, sequence.computed = sequence.computed, sequence.computed + chunk.count
-        for index in range(before // size, sequence.computed // size):
-            tokens = sequence.tokens[index * size:(index + 1) * size]
-            pages = sequence.pages[index * groups:(index + 1) * groups]
-            sequence.serial = self.pool.register(sequence.serial, tokens, pages)
-        for group, window in enumerate(self.pool.windows if self.holes else ()):
-            seen = (self.pool.first_seen(position, window) for position in (before, sequence.computed))
-            passed = slice(*(index * groups + group for index in seen), groups)  # seen by no later token
-            self.pool.release(sequence.pages[passed])
-            sequence.pages[passed] = [self.pool.hole] * len(sequence.pages[passed])
+        Steps run in the order they start, so a later step that finds their pages reads them once written."""
+        self.tables.advance(chunk.sequence, chunk.count)
 
     @property
     def unready(self) -> list[Sequence]:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from chatlm.front.api.fields import parse_fields
 from chatlm.front.api.readers import parse_openai_request
 from chatlm.front.api.tables import OPENAI_FIELDS
 from chatlm.front.pool.worker import Job
-from chatlm.worker.engine.engine import Engine
+from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.grammar import FairThread, Grammar
+from chatlm.worker.engine.scheduler import Sequence
 from engines import make_engine, pieces
 from pools import work_of
 from works import assignment, changed
@@ -136,7 +138,7 @@ def gate(monkeypatch):
 
 @torch.inference_mode()
 def test_others_go_on_while_a_grammar_is_made_and_cancelling_does_not_wait_for_it(engine, gate):
-    engine.grammars.clear()
+    engine.answers.grammars.clear()
     free = assignment("f", (5, 6, 7), SamplingParams(0.0), 60, ignore_eos=True)
     for each in (free, work(engine, "a", PERSON, 3), work(engine, "b", PERSON, 4)):
         engine.add(each)
@@ -160,25 +162,25 @@ def test_a_grammar_is_compiled_once_for_all_answers_of_a_request_and_of_the_same
         original(*arguments)
 
     monkeypatch.setattr(Grammar, "__init__", counted)
-    engine.grammars.clear()
+    engine.answers.grammars.clear()
     alike = [work(engine, f"a#{choice}", PERSON, choice, client="alice", owner="alice") for choice in range(6)]
     found = pieces(engine, alike)
     assert made == [alike[0].params.grammar] and all(found[each.id][-1].reason in ("stop", "length") for each in alike)
     pieces(engine, [work(engine, "b", PERSON, client="bob", owner="bob")])
     # otherwise the delay would tell bob what alice asked
-    assert len(made) == 2 and len(engine.grammars) == 2
+    assert len(made) == 2 and len(engine.answers.grammars) == 2
 
 
 @torch.inference_mode()
 def test_grammars_of_clients_are_compiled_in_turn_and_those_of_who_left_not_at_all(engine, gate, monkeypatch):
-    order, original = [], Engine._prepare
+    order, original = [], AnswerMaker._prepare
 
     def noted(self, sequence):
         original(self, sequence)
         order.append(sequence.work.id)
 
-    monkeypatch.setattr(Engine, "_prepare", noted)
-    engine.grammars.clear()
+    monkeypatch.setattr(AnswerMaker, "_prepare", noted)
+    engine.answers.grammars.clear()
     for name in ("a1", "a2", "a3", "b1"):
         engine.add(work(engine, name, {"type": "string", "const": name}, client=name[0]))
     assert engine.cancel("a2")
@@ -186,6 +188,16 @@ def test_grammars_of_clients_are_compiled_in_turn_and_those_of_who_left_not_at_a
     while engine.busy:
         engine.step()
     assert order == ["a1", "b1", "a3"]
+
+
+def test_a_plain_answer_is_made_at_once_and_one_with_a_grammar_in_a_thread(engine):
+    maker, held, plain = AnswerMaker(engine.tokenizer), work(engine, "a", PERSON), assignment("b", (5, 6), SamplingParams(), 9)
+    held, plain = (Sequence(each, [*each.prompt_ids], 200) for each in (held, plain))
+    maker.make(plain)
+    assert plain.preparing is None and plain.text.grammar is None and maker.masked(plain, 0.0)
+    maker.make(held)
+    held.preparing.result(30)
+    assert [source for _, source in maker.grammars] == [held.work.params.grammar] and maker.masked(held, time.monotonic() + 30)
 
 
 @torch.inference_mode()
@@ -217,7 +229,7 @@ def test_an_answer_that_cannot_be_prepared_fails_alone(engine, monkeypatch, capl
     def broken(*arguments):
         raise MemoryError("no room for a grammar")
     monkeypatch.setattr(Grammar, "__init__", broken)
-    engine.grammars.clear()
+    engine.answers.grammars.clear()
     free = assignment("f", (5, 6, 7), SamplingParams(0.0), 20, ignore_eos=True)
     found = pieces(engine, [work(engine, "a", PERSON), free])
     assert found["a"][-1].reason == "error" and found["f"][-1].reason == "length" and "no room for a grammar" in caplog.text
@@ -291,16 +303,16 @@ def test_a_schema_that_takes_too_much_memory_to_follow_is_refused(schema):
 
 @pytest.mark.skipif(not heap_bytes(), reason="the heap of this system does not tell its size")
 def test_compiled_schemas_are_kept_only_as_far_as_memory_goes(engine):
-    engine.grammars.clear()
+    engine.answers.grammars.clear()
     compiled = []
     for number in range(10):
         one = work(engine, f"a{number}", numbers(30, f"{number}"))
-        compiled.append(engine._grammar("", one.params.grammar).size)
-        assert engine._grammar("", one.params.grammar).lexer is engine._grammar("", one.params.grammar).lexer  # the newest is kept
+        compiled.append(engine.answers.grammar("", one.params.grammar).size)
+        assert engine.answers.grammar("", one.params.grammar).lexer is engine.answers.grammar("", one.params.grammar).lexer  # the newest is kept
     assert all(8 << 20 < size < 16 << 20 for size in compiled)
-    kept = [size for size in (each.size for each in engine.grammars.values()) if size in compiled]      # another test's may have come late
+    kept = [size for size in (each.size for each in engine.answers.grammars.values()) if size in compiled]      # another test's may have come late
     assert 2 <= len(kept) <= (64 << 20) // min(compiled)
-    engine.grammars.clear()
+    engine.answers.grammars.clear()
 
 
 def test_what_earlier_answers_added_to_a_grammar_does_not_break_later_ones(default_model_path, monkeypatch):
@@ -309,7 +321,7 @@ def test_what_earlier_answers_added_to_a_grammar_does_not_break_later_ones(defau
     prompt = tuple(engine.tokenizer.render([Message("user", "Toss a coin.")]))
     works = [assignment("a", prompt, SamplingParams(2.0, seed=seed, top_k=0), 20, grammar="start: /[01]*1[01]{12}[01]*/") for seed in range(6)]
     roomy = [pieces(engine, [each])["a"] for each in works]
-    engine.grammars.clear()
+    engine.answers.grammars.clear()
     monkeypatch.setitem(GRAMMAR_LIMITS, "max_lexer_states", 150)        # one answer adds some 40
     made, original = [], Grammar.__init__
     monkeypatch.setattr(Grammar, "__init__", lambda self, *given: made.append(self) or original(self, *given))

@@ -10,7 +10,7 @@ import pytest
 import chat_server
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.engine.kvcache import PagePool, PageTables
 from chatlm.worker.engine.scheduler import Scheduler, Sequence
 from works import assignment
 from integrity import check_sequences
@@ -38,6 +38,19 @@ def step(s, next_token=1):
             chunk.sequence.tokens.append(next_token)
     check_sequences(s)
     return {chunk.sequence.work.id: chunk.count for chunk in plan}
+
+
+def test_a_table_gets_pages_as_far_as_its_groups_need_them_and_gives_back_those_that_a_window_has_passed():
+    pool, one = PagePool(20, (0, 16)), sequence("a", 64)
+    tables, hole = PageTables(pool), 20
+    entries = tables.missing(one, 4, 2)
+    assert entries == [0, 2, 4, 6, 1, 3]
+    tables.fill(one, entries, pool.allocate(6), 2)
+    assert tables.held(one) == 6 and one.pages[5] == one.pages[7] == hole and tables.missing(one, 4, 3) == [5]
+    tables.advance(one, 48)
+    assert one.computed == 48 and tables.held(one) == 4 and one.pages[1] == one.pages[3] == hole
+    tables.release(one)
+    assert one.pages == [] and one.computed == 0 and pool.available == 20
 
 
 def test_a_prompt_is_computed_in_chunks_and_then_decodes_one_token_a_step():

@@ -1,0 +1,110 @@
+"""The text side of sequences, made in threads where a grammar has to be compiled; masks of grammars."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from concurrent.futures import wait
+from functools import partial
+from typing import TYPE_CHECKING
+
+from chatlm.common.log import log
+from chatlm.common.memory import heap_bytes
+from chatlm.common.text.reader import answer_reader
+from chatlm.worker.engine.answer import Answer
+from chatlm.worker.engine.grammar import FairThread, Grammar
+
+if TYPE_CHECKING:
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.worker.engine.scheduler import Assignment, Sequence
+
+
+class AnswerMaker:
+    """Makes the Answer of each sequence, and computes the masks of its grammar.
+
+    What takes long happens in threads, in turn for all clients: `sequence.preparing` is then what it waits
+    for before it may run."""
+
+    KEPT_GRAMMARS, KEPT_GRAMMAR_BYTES = 16, 64 << 20
+    MASK_PATIENCE_S = 0.004  # how long a step waits for the masks of its rows
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.compiling, self.masking = FairThread("grammars", nice=10), FairThread("masks")
+        self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # LRU, by owner and source
+
+    def make(self, sequence: Sequence):
+        """Set `sequence.text`; in a thread, so that no other answer waits, if it needs a grammar (whose first
+        one takes the vocabulary's preparation too)."""
+        work = sequence.work
+        if work.params.grammar or work.resumed_ids and any(work.params.call_grammars):
+            self.remake(sequence)
+        else:
+            self._prepare(sequence)
+
+    def remake(self, sequence: Sequence):
+        """The same in the thread, also where a call's arguments are to be held to a grammar from here on."""
+        sequence.preparing = self.compiling.submit(sequence.work.params.client, self._prepare, sequence)
+
+    def start_mask(self, sequence: Sequence):
+        """Start computing the next token's mask; if the queue is long, sit out steps until it is ready."""
+        grammar, behind_s = sequence.text.grammar, self.masking.behind_s
+        grammar.mask = self.masking.submit(sequence.work.params.client, grammar.matcher.compute_bitmask)
+        if behind_s > self.MASK_PATIENCE_S:
+            sequence.preparing = grammar.mask
+
+    def masked(self, sequence: Sequence, deadline_s: float) -> bool:
+        """Is the next mask ready by the deadline, or not needed? If not, sit out steps until it is."""
+        grammar = sequence.text and sequence.text.grammar
+        if not grammar:
+            return True
+        if not wait([grammar.mask], max(0.0, deadline_s - time.monotonic())).done:
+            sequence.preparing = grammar.mask
+        elif grammar.renewed or not grammar.matcher.is_error():
+            return True
+        else:
+            self.remake(sequence)
+        return False
+
+    def grammar(self, owner: str, source: str) -> Grammar:
+        """A grammar, compiled once; answers copy it. Runs only on the `compiling` thread."""
+        key = owner, source
+        if key in self.grammars:
+            self.grammars.move_to_end(key)
+            return self.grammars[key].copy()
+        self.tokenizer.grammar_vocabulary     # build it first: its memory belongs to no single grammar
+        before = heap_bytes()
+        self.grammars[key] = grammar = Grammar(self.tokenizer, source)
+        grammar.matcher.compute_bitmask()     # makes it allocate all its memory
+        grammar.size = heap_bytes() - before  # approximate: other threads allocate and free meanwhile
+        while (len(self.grammars) > self.KEPT_GRAMMARS
+               or sum(kept.size for kept in self.grammars.values()) > self.KEPT_GRAMMAR_BYTES):
+            self.grammars.popitem(last=False)
+        return grammar.copy()
+
+    def _prepare(self, sequence: Sequence):
+        """Make the answer, or give the one there is the grammar that it needs now."""
+        work, answer = sequence.work, sequence.text
+        try:
+            compiled = partial(self.grammar, work.params.owner)
+            if answer and answer.awaits_grammar:
+                answer.hold_call()
+            elif answer:
+                broken = answer.grammar
+                if compiled(broken.source).lexer is broken.lexer:
+                    del self.grammars[work.params.owner, broken.source]
+                answer.grammar = broken.renew(compiled(broken.source))
+            else:
+                grammar = compiled(self._source(work)) if work.params.grammar else None
+                answer = Answer(work, self.tokenizer, grammar, compiled)
+            if answer.grammar:
+                answer.grammar.mask.set_result(answer.grammar.matcher.compute_bitmask())
+            sequence.text = answer
+        except Exception:
+            sequence.text = None  # so the answer fails when its next token is drawn
+            log.exception("failed to prepare an answer")
+
+    def _source(self, work: Assignment) -> str:
+        """The grammar of a whole answer."""
+        reader = answer_reader(self.tokenizer, work.params, work.prompt_ids)
+        return reader.grammar(work.params) if reader else work.params.grammar
