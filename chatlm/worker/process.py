@@ -27,14 +27,13 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.messages.requests import Piece
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import threads_per_worker
-from chatlm.common.processes.torchrun import ranks_here, torchrun
-from chatlm.worker.build import (
-    build_engine, build_transformer, chosen_dtype, lack_of_gpu_memory, prepare_device)
+from chatlm.common.processes.torchrun import ranks_here
+from chatlm.worker.build import build_engine, build_transformer, lack_of_gpu_memory, prepare_device
 from chatlm.worker.engine.engine import failure_text
 from chatlm.worker.engine.scheduler import Assignment
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ranks.messages import RankDrew
-from chatlm.worker.ranks.ranks import OtherRank, RankZero, RankZeroOfNodes
+from chatlm.worker.ranks.ranks import OtherRank, gather_ranks
 from chatlm.worker.ranks.steps import DrawnTokens, RankSteps, Stage, follow, follow_stage
 from chatlm.worker.weights.load import open_model
 
@@ -61,7 +60,7 @@ def run_rank(channel: Channel, config: RankConfig):
 
     settings = config.settings
     source = config.source or resolve_model(settings, progress)
-    model = open_model(source, settings, chosen_dtype(settings), device)
+    model = open_model(source, settings, device)
     if not config.source:
         channel.send(Ready({}))
         channel.receive(wait=True, most=1)  # all others have found theirs
@@ -97,7 +96,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
         channel.send(Loading(f"{stage} on {config.device}", fraction))
 
     if ranks_per_replica(settings) > 1:
-        ranks = (RankZeroOfNodes if torchrun(settings) else RankZero)(config, progress)
+        ranks = gather_ranks(config, progress)
     device = prepare_device(config)
     model, engine = build_engine(config.source, settings, device, progress, ranks)
     channel.send(describe_model(model, engine, config))
@@ -138,7 +137,7 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
 
 
 def gauges(engine: Engine) -> dict[str, float | None]:
-    pids = engine.ranks.pids if engine.ranks else ("self",)
+    pids = engine.ranks.links.pids if engine.ranks else ("self",)
     used, total, utilization = device_use(engine.transformer.device, int(time.monotonic()), pids)
     return {"running": len(engine.scheduler.running), "queued": len(engine.scheduler.waiting),
             "kv_pages_used": engine.pool.num_pages - engine.pool.available,

@@ -14,7 +14,7 @@ from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE
                                              Refused, Result, SandboxConfig, StartActor, Stepped, Task, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import AnswerParams, CallDelta, Message, ModelSource, Piece, Request, SamplingParams, TextSpec, TokenLogprob
 from chatlm.common.messages.wire import HEADER, BadMessage, restorer, unpacked
-from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankPlace
+from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankArrival
 from chatlm.front.api.encode import timings_body
 from chatlm.front.pool.worker import Job
 from chatlm.worker.model.spec import Batch
@@ -37,7 +37,7 @@ EXAMPLES = [
     Stepped([], {}), Stepped([Piece("r", (1, 2), "a\U0001f600\x00", "stop", "eos", 3, 0.5, 4, 2, SCORES, SCORES[:1]), Piece("s", (), "", calls=(CallDelta("{", "f"),))],
             {"queued": 1}),
     RankConfig(Settings(model="a.gguf"), ModelSource("gguf", Path("/m/a.gguf"), "a", "GGUF"), "cpu", 1, 3, "/proc/1/fd/7", {"A": "b"}),
-    RankPlace(3, "node", 1, 2, None, 7), RankTokens([1, 2**31]), RankLogits(bytes(range(256))), RankPages(77), RankDrew(2**32 - 1), RankStep(Batch([~0, 5], [-1, 4], [0, 1, 2], [1, 9], [[3], [1, 2]], [0, 1]), None),
+    RankArrival(3, "node", 1, 2, None, 7), RankTokens([1, 2**31]), RankLogits(bytes(range(256))), RankPages(77), RankDrew(2**32 - 1), RankStep(Batch([~0, 5], [-1, 4], [0, 1, 2], [1, 9], [[3], [1, 2]], [0, 1]), None),
     RankStep(Batch([7], [-1], [0, 1], [1], [[]], []), [SampleRow(SamplingParams(logit_bias=((3, -float("inf")),)), 9, [4, 5], 1)])]
 
 

@@ -67,7 +67,7 @@ def ranks_here(settings: Settings) -> int:
 
 
 @wire_message(1 << 10)
-class RankPlace:
+class RankArrival:
     """A rank that torchrun started to rank 0, first: where it is."""
 
     rank: int
@@ -82,7 +82,7 @@ class RankPlace:
             raise TypeError("not all of rank, local_rank and threads are integers")
 
 
-ARRIVAL_PIPE = Pipe(RankPlace)  # what comes before a RankConfig; afterwards it is a RANK_PIPE
+ARRIVAL_PIPE = Pipe(RankArrival)  # what comes before a RankConfig; afterwards it is a RANK_PIPE
 
 
 class RankStore:
@@ -108,14 +108,15 @@ class RankStore:
     def look(self, key: str):
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
-    def wait(self, life: int, find: Callable[[], Any], say: Callable[[], Any] = lambda: None):
-        """What `find` finds at last, for which it may wait a moment. EOFError if another life has begun."""
-        while (found := find()) is None:
+    def wait(self, life: int, look: Callable[[], Any], say: Callable[[], Any] = lambda: None):
+        """What `look`, which may wait a moment, returns once that is not None. EOFError if another life has
+        begun."""
+        while (result := look()) is None:
             if self.life != life:
                 raise EOFError("rank 0 has ended")
             say()
             time.sleep(0.05)  # a store cannot wait for one of two keys
-        return found
+        return result
 
 
 def same_on_all_nodes(settings: Settings) -> str:
@@ -129,8 +130,8 @@ def serve_rank(settings: Settings, start: Torchrun) -> int:
     process of its own, until the front ends. Returns its exit status."""
     life, problem = 0, None
     if os.environ.get("GROUP_RANK") == "0":  # torchrun also signals the front, which ends after its answers
-        for number_ in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_, signal.SIG_IGN)
+        for ending in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(ending, signal.SIG_IGN)
     try:
         store = RankStore()
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -165,16 +166,16 @@ def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: in
                 before, _ = store.wait(life, lambda: door.admit(0.2))
                 stack.enter_context(before)
         if next_rank < start.world_size:
-            at = store.wait(life, lambda: store.look(f"{life}/{next_rank}"))
-            after = stack.enter_context(dial(*at, secret))
+            address = store.wait(life, lambda: store.look(f"{life}/{next_rank}"))
+            after = stack.enter_context(dial(*address, secret))
         connection = stack.enter_context(dial(host, port, secret))
-        links = [None if each is None else each.fileno() for each in (before, after)]
+        stages = [link and link.fileno() for link in (before, after)]
         threads = threads_per_worker(start.local_world_size)
-        place = RankPlace(rank, socket.gethostname(), start.local_rank, threads, *links)
-        Channel(connection, ARRIVAL_PIPE).send(place)
+        arrival = RankArrival(rank, socket.gethostname(), start.local_rank, threads, *stages)
+        Channel(connection, ARRIVAL_PIPE).send(arrival)
         process = subprocess.Popen(
             [*PROCESS_COMMAND, "rank", str(connection.fileno()), str(os.getpid())], stdin=subprocess.DEVNULL,
-            pass_fds=[connection.fileno(), *(each for each in links if each is not None)],
+            pass_fds=[connection.fileno(), *(end for end in stages if end is not None)],
             env=process_environment(threads))
         watcher = select.poll()
         watcher.register(connection, getattr(select, "POLLRDHUP", 0))

@@ -89,23 +89,23 @@ def rank_step(batch: Batch, rows: Seq[SampleRow]) -> RankStep:
 
 
 class RankSteps:
-    """The steps of a rank. `tell` passes each on to the other ranks."""
+    """The steps of a rank. `broadcast` passes each on to the other ranks."""
 
-    def __init__(self, steps: Steps, transformer: Transformer, tell: Callable, note: Callable[[int], None]):
-        self.steps, self.transformer, self.tell, self.drawn = steps, transformer, tell, DrawnTokens(note)
-        self.ahead, self.prepare = steps.ahead, steps.prepare
+    def __init__(self, steps: Steps, transformer: Transformer, broadcast: Callable[[RankStep], None],
+                 note: Callable[[int], None]):
+        self.steps, self.transformer, self.broadcast = steps, transformer, broadcast
+        self.ahead, self.prepare, self.drawn = steps.ahead, steps.prepare, DrawnTokens(note)
 
     def start(self, batch: Batch, rows: Seq[SampleRow]):
-        self.tell(rank_step(batch, rows))
-        ticket = self.steps.start(batch, rows)
-        return self.drawn.add(ticket) if isinstance(ticket, list) else ticket
+        self.broadcast(rank_step(batch, rows))
+        return self.steps.start(batch, rows)
 
     def finish(self, ticket) -> list[int]:
         return self.drawn.add(self.steps.finish(ticket))
 
     def forward(self, batch: Batch):
         """Compute a batch whose logits rank 0 uses."""
-        self.tell(RankStep(batch, None))
+        self.broadcast(RankStep(batch, None))
         return self.steps.forward(batch)
 
 
@@ -138,8 +138,7 @@ class Stage:
             return None
         if rows is None:
             return self.steps.forward(batch)
-        ticket = self.steps.start(batch, rows)
-        return ticket if isinstance(ticket, list) else self.steps.finish(ticket)
+        return self.steps.finish(self.steps.start(batch, rows))
 
 
 def bytes_of(rows) -> bytes:
@@ -148,9 +147,9 @@ def bytes_of(rows) -> bytes:
 
 def receive_rows(link: socket.socket, rows):
     """Fill some rows of a buffer with what the stage before has sent. EOFError if that is gone."""
-    found = torch.empty(rows.shape)
-    receive_into(link, found.numpy())
-    rows.copy_(found)
+    received = torch.empty(rows.shape)
+    receive_into(link, received.numpy())
+    rows.copy_(received)
 
 
 class StagedSteps:
@@ -163,28 +162,28 @@ class StagedSteps:
         self.thread, self.prepare = ThreadPoolExecutor(1, "stage"), lambda progress: None
 
     def start(self, batch: Batch, rows: Seq[SampleRow]) -> Future:
-        self.ranks.tell(rank_step(batch, rows))
+        self.ranks.broadcast(rank_step(batch, rows))
         return self.thread.submit(self.stage.compute, batch, rows)
 
     def finish(self, ticket: Future) -> list[int]:
         ticket.result()
-        return self.drawn.add(self.ranks.found(RankTokens).tokens)
+        return self.drawn.add(self.ranks.from_last_stage(RankTokens).tokens)
 
     def forward(self, batch: Batch):
-        self.ranks.tell(RankStep(batch, None))
+        self.ranks.broadcast(RankStep(batch, None))
         self.thread.submit(self.stage.compute, batch, None).result()
-        buffers, found = self.stage.transformer.buffers, bytearray()
+        buffers, data = self.stage.transformer.buffers, bytearray()
         logits = buffers["logits"][:len(batch.logit_rows)]
-        states = buffers["x"][:len(batch.token_ids) * batch.states]
-        while len(found) < 4 * (logits.numel() + states.numel()):
-            found += self.ranks.found(RankLogits).data
-        found = torch.frombuffer(found, dtype=torch.float32)
-        states.copy_(found[logits.numel():].view(states.shape))
-        return logits.copy_(found[:logits.numel()].view(logits.shape))
+        states = buffers["x"][:len(batch.token_ids) if batch.states else 0]
+        while len(data) < 4 * (logits.numel() + states.numel()):
+            data += self.ranks.from_last_stage(RankLogits).data
+        values = torch.frombuffer(data, dtype=torch.float32)
+        states.copy_(values[logits.numel():].view(states.shape))
+        return logits.copy_(values[:logits.numel()].view(logits.shape))
 
 
-def told_steps(channel: Channel) -> Iterator[RankStep]:
-    """The steps that rank 0 tells, until it is gone."""
+def received_steps(channel: Channel) -> Iterator[RankStep]:
+    """The steps that rank 0 sends, until it is gone."""
     same = functools.lru_cache(1024)(lambda params: params)  # so that decode_core knows the rows again
     with suppress(EOFError, ConnectionError, TimeoutError):
         while True:
@@ -194,27 +193,29 @@ def told_steps(channel: Channel) -> Iterator[RankStep]:
 
 
 def follow(channel: Channel, steps: RankSteps):
-    """Compute what rank 0 tells, one step ahead as it does."""
-    ticket = None
-    for batch, rows in map(operator.attrgetter("batch", "rows"), told_steps(channel)):
-        started = None if rows is None else steps.start(batch, rows)
-        if ticket is not None and not isinstance(ticket, list):
-            steps.finish(ticket)
-        ticket = started
+    """Compute what rank 0 sends, one step ahead as it does."""
+    finish = None
+    for batch, rows in map(operator.attrgetter("batch", "rows"), received_steps(channel)):
+        following = None if rows is None else functools.partial(steps.finish, steps.start(batch, rows))
+        if finish:
+            finish()
+        finish = following
         if rows is None:
             steps.forward(batch)
 
 
 def follow_stage(channel: Channel, stage: Stage, drawn: DrawnTokens):
-    """Compute this stage of what rank 0 tells; one rank of the last stage tells what it found."""
+    """Compute this stage of what rank 0 sends; one rank of the last stage answers."""
     closes, speaks = stage.transformer.spec.closes, stage.ranks.rank % stage.ranks.tp == 0
-    for step in told_steps(channel):
-        found = stage.compute(step.batch, step.rows)
+    for step in received_steps(channel):
+        computed = stage.compute(step.batch, step.rows)
         if not closes:
             continue
         if step.rows is None and speaks:
-            states = stage.transformer.buffers["x"][:len(step.batch.token_ids) * step.batch.states]
-            for rows in filter(len, (*found.split(ROWS_SENT), *states.split(ROWS_SENT))):
+            states = stage.transformer.buffers["x"][:len(step.batch.token_ids) if step.batch.states else 0]
+            for rows in filter(len, (*computed.split(ROWS_SENT), *states.split(ROWS_SENT))):
                 channel.send(RankLogits(bytes_of(rows)))
+        elif step.rows is not None and speaks:
+            channel.send(RankTokens(computed))
         elif step.rows is not None:
-            channel.send(RankTokens(found)) if speaks else drawn.add(found)
+            drawn.add(computed)

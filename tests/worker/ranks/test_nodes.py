@@ -22,9 +22,9 @@ from chatlm.common.messages.protocol import Ready
 from chatlm.common.messages.wire import HEADER, Channel, receive_into
 from chatlm.common.processes import connect as connect_module, torchrun as processes_torchrun
 from chatlm.common.processes.connect import Door, dial, listen, proof
-from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankPlace, Torchrun, live_as_rank, ranks_here, serve_rank, torchrun
+from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankArrival, Torchrun, live_as_rank, ranks_here, serve_rank, torchrun
 from chatlm.worker.ranks.messages import RANK_PIPE, RankPages
-from chatlm.worker.ranks.ranks import RankZeroOfNodes
+from chatlm.worker.ranks.links import TcpLinks
 from patching import patch
 from real_server import SCRIPT, ask, events, free_port, get, post, wait_for
 
@@ -214,12 +214,10 @@ class StoreInMemory(processes_torchrun.RankStore):
         return self.keys.get(key)
 
 
-def rank_zero():
-    """Rank 0 of three before it has gathered them, and an event that is set when only rank 2 is missing."""
-    zero, one_is_there = object.__new__(RankZeroOfNodes), threading.Event()
-    zero.config, zero.tp, zero.stages, zero.here, zero.after = types.SimpleNamespace(settings=Settings(tensor_parallel_size=3), device="cuda"), 3, 1, 1, None
-    zero.progress = lambda stage, fraction: stage.startswith("waiting for rank 2 ") and one_is_there.set()
-    return zero, one_is_there
+def tcp_links():
+    """What makes the links to two ranks, and an event that is set when only rank 2 is missing."""
+    config, one_is_there = types.SimpleNamespace(settings=Settings(tensor_parallel_size=3), device="cuda"), threading.Event()
+    return lambda: TcpLinks(config, lambda stage, fraction: stage.startswith("waiting for rank 2 ") and one_is_there.set()), one_is_there
 
 
 def come(store, life, frame):
@@ -232,27 +230,28 @@ def come(store, life, frame):
 
 def test_a_rank_that_leaves_before_all_have_come_meets_them_in_a_new_life(started, monkeypatch):
     started(RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1")
-    store, (zero, one_is_there) = StoreInMemory(), rank_zero()
+    store, (gather, one_is_there) = StoreInMemory(), tcp_links()
     patch(monkeypatch, processes_torchrun, "RankStore", lambda: store)
 
     def rank(number, life):
-        return come(store, life, ARRIVAL_PIPE.packed(RankPlace(number, f"node {number}", 0, 1)))
+        return come(store, life, ARRIVAL_PIPE.packed(RankArrival(number, f"node {number}", 0, 1)))
 
     with ThreadPoolExecutor(1) as thread:
-        gathered = thread.submit(zero.gather, 3)
+        gathered = thread.submit(gather)
         lost = rank(1, 1)
         assert one_is_there.wait(30)
         lost.close()
         while store.life < 2:
             time.sleep(0.01)
         with rank(1, 2) as one, rank(2, 2) as two:
-            gathered.result(30)
-            assert zero.life == 2 and [place.host for place in zero.places] == ["node 1", "node 2"]
-            zero.tell(Ready({}))
+            links = gathered.result(30)
+            assert links.life == 2 and [arrival.host for arrival in links.arrivals] == ["node 1", "node 2"]
+            for channel in links.channels:
+                channel.send(Ready({}))
             assert [Channel(each, RANK_PIPE).receive(wait=True) for each in (one, two)] == [[Ready({})]] * 2
             one.close()
-            assert zero.has_ended(1) and not zero.has_ended(2)
-            for channel in zero.channels:
+            assert links.has_ended(1) and not links.has_ended(2) and str(links.failure(1)) == "rank 1 on node 1 has ended"
+            for channel in links.channels:
                 channel.connection.close()
 
 
@@ -348,7 +347,7 @@ def test_where_newcomers_crowd_the_address_with_the_most_makes_room(door, connec
     assert door.admit(10)[0].getpeername() == honest.getsockname()
 
 
-PLACE = ARRIVAL_PIPE.packed(RankPlace(1, "a", 0, 1))
+ARRIVAL = ARRIVAL_PIPE.packed(RankArrival(1, "a", 0, 1))
 GARBAGE = {name: HEADER.pack(0, len(body)) + body for name, body in {
     "no JSON": b"\xff\n[", "too few fields": b"[]", "a list as rank": b'[[1],"a",0,1,null,null]', "text as rank": b'["1","a",0,1,null,null]',
     "no number of threads": b'[1,"a",0,1e999,null,null]'}.items()} | {
@@ -363,10 +362,10 @@ def test_a_first_frame_of_garbage_is_refused_in_one_line(frame, door, connect, c
     assert door.admit(0.05) is None and not door.newcomers
     [line] = caplog.messages
     assert line.startswith("a connection was refused: ") and "\n" not in line and "Traceback" not in caplog.text
-    prove(connect_and_see(door, connect), first=PLACE)
-    connection, place = door.admit(10)
+    prove(connect_and_see(door, connect), first=ARRIVAL)
+    connection, arrival = door.admit(10)
     connection.close()
-    assert place == RankPlace(1, "a", 0, 1)
+    assert arrival == RankArrival(1, "a", 0, 1)
 
 
 def connect_and_see(door, connect):
@@ -389,17 +388,17 @@ def test_who_sends_no_proof_and_leaves_is_refused_in_one_line(data, door, connec
 def test_ranks_find_each_other_beside_some_who_know_the_secret_and_send_nonsense(started, monkeypatch, caplog):
     """torchrun's store gives the secret to whoever reaches it."""
     started(RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1")
-    store, (zero, seen) = StoreInMemory(), rank_zero()
+    store, (gather, _) = StoreInMemory(), tcp_links()
     patch(monkeypatch, processes_torchrun, "RankStore", lambda: store)
-    intruders = [PLACE[:-1], ARRIVAL_PIPE.packed(RankPlace(7, "a", 0, 1)), ARRIVAL_PIPE.packed(RankPlace(0, "a", 0, 1)), RANK_PIPE.packed(RankPages(5)), b"\xff" * 99]
+    intruders = [ARRIVAL[:-1], ARRIVAL_PIPE.packed(RankArrival(7, "a", 0, 1)), ARRIVAL_PIPE.packed(RankArrival(0, "a", 0, 1)), RANK_PIPE.packed(RankPages(5)), b"\xff" * 99]
     with ThreadPoolExecutor(1) as thread, contextlib.ExitStack() as stack:
-        gathered = thread.submit(zero.gather, 3)
+        gathered = thread.submit(gather)
         for frame in intruders:
             stack.enter_context(come(store, 1, frame))
-        ranks = [stack.enter_context(come(store, 1, ARRIVAL_PIPE.packed(RankPlace(rank, f"node {rank}", 0, 1)))) for rank in (1, 2)]
-        gathered.result(30)
-        assert zero.life == 1 and [place.host for place in zero.places] == ["node 1", "node 2"]
-        for rank, channel in zip(ranks, zero.channels):
+        ranks = [stack.enter_context(come(store, 1, ARRIVAL_PIPE.packed(RankArrival(rank, f"node {rank}", 0, 1)))) for rank in (1, 2)]
+        links = gathered.result(30)
+        assert links.life == 1 and [arrival.host for arrival in links.arrivals] == ["node 1", "node 2"]
+        for rank, channel in zip(ranks, links.channels):
             assert channel.connection.getpeername() == rank.getsockname()
             channel.connection.close()
     assert len([line for line in caplog.messages if "refused" in line]) >= 4 and "Traceback" not in caplog.text

@@ -8,7 +8,7 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections import deque
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -27,6 +27,7 @@ from chatlm.common.processes import start
 from chatlm.common.text.grammar import json_grammar
 from chatlm.front.pool.pool import pool_of
 from chatlm.worker.build import build_engine
+from chatlm.worker.ranks.links import ProcessLinks
 from chatlm.worker.ranks.ranks import RankZero
 from engines import make_batch
 from families import MODELS, make_model, save
@@ -65,7 +66,7 @@ class Group:
         source, ranks = resolve_model(settings), None
         if max(self.sizes.values()) > 1:
             config = WorkerConfig(settings, source, "cpu", 1)
-            self.ranks = self.ranks or RankZero(config)
+            self.ranks = self.ranks or RankZero(config, ProcessLinks(config))
             self.ranks.config, ranks = config, self.ranks
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
@@ -75,7 +76,7 @@ class Group:
         return engine
 
     def close(self):
-        for process in self.ranks.processes if self.ranks else ():
+        for process in self.ranks.links.processes if self.ranks else ():
             process.kill()
             process.wait()
         if torch.distributed.is_initialized():
@@ -277,10 +278,26 @@ async def test_a_rank_that_hangs_is_replaced_with_its_replica_and_the_text_is_th
         assert worker.restarts == 1 and not other.is_running()
 
 
+def test_processes_are_linked_from_stage_to_stage_and_how_one_ended_is_said(monkeypatch):
+    code = "import socket, sys; socket.socket(fileno=int(sys.argv[2])).recv(1); sys.exit(7)"
+    patch(monkeypatch, start, "PROCESS_COMMAND", (sys.executable, "-c", code))
+    links = ProcessLinks(SimpleNamespace(settings=Settings(pipeline_parallel_size=3), threads=1))
+    try:
+        assert [(at.rank, at.before is None, at.after is None) for at in links.arrivals] == [(1, False, False), (2, False, True)]
+        assert links.after and links.pids == ("self", *(process.pid for process in links.processes))
+        links.channels[1].connection.sendall(b"x")
+        assert links.processes[1].wait(30) == 7
+        assert links.has_ended(2) and not links.has_ended(1) and str(links.failure(2)) == "rank 2 has ended (exit status 7)"
+    finally:
+        for process in links.processes:
+            process.kill()
+            process.wait()
+
+
 @needs_core
 async def test_a_replica_ends_when_a_rank_draws_other_tokens(monkeypatch):
-    ranks = object.__new__(RankZero)
-    ranks.count, ranks.checksums = 3, [deque() for _ in range(3)]
+    settings = Settings(tensor_parallel_size=3)
+    ranks = RankZero(SimpleNamespace(settings=settings), SimpleNamespace(channels=[], after=None))
     for rank, checksum in ((1, 5), (0, 5), (1, 8), (2, 5), (2, 9)):
         ranks.note(rank, checksum)
     with pytest.raises(RanksFailed, match="the ranks drew different tokens"):

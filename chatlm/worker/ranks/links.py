@@ -1,0 +1,179 @@
+"""How rank 0 reaches the other ranks: processes that it starts here, or under torchrun those that come by
+TCP."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+import subprocess
+import tempfile
+import typing
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+from chatlm.common.config import ranks_per_replica
+from chatlm.common.core import installed_core
+from chatlm.common.errors import ConfigError, RanksFailed, shown
+from chatlm.common.log import log
+from chatlm.common.messages.wire import Channel
+from chatlm.common.processes.connect import Door, dial, has_hung_up, listen
+from chatlm.common.processes.start import PROCESS_COMMAND
+from chatlm.common.processes.torchrun import (
+    ARRIVAL_PIPE, RankArrival, RankStore, ranks_here, same_on_all_nodes, torchrun)
+from chatlm.worker.ranks.messages import RANK_PIPE
+
+if TYPE_CHECKING:
+    from chatlm.common.hub.local import Progress
+    from chatlm.common.messages.protocol import WorkerConfig
+
+
+class Links(typing.Protocol):
+    """What rank 0 has of the other ranks; rank n is number n - 1 in its lists."""
+
+    arrivals: list[RankArrival]   # where they are
+    channels: list[Channel]       # to each of them
+    after: socket.socket | None   # to the same rank of the next stage
+    pids: tuple[str | int, ...]   # of the ranks on this machine, as far as they belong to this worker
+    finds_models: bool            # does each rank find the model's files itself?
+
+    def open_meeting(self) -> str:
+        """Where the ranks meet that exchange by torch.distributed: a folder, or a prefix of keys."""
+
+    def end_meeting(self):
+        """All have met."""
+
+    def has_ended(self, rank: int) -> bool:
+        """Is this rank's process gone?"""
+
+    def failure(self, rank: int) -> RanksFailed:
+        """That this rank has ended, in words."""
+
+
+class ProcessLinks:
+    """Links to ranks on this machine: processes that this one starts, and that die with it."""
+
+    finds_models = False
+
+    def __init__(self, config: WorkerConfig):
+        count, tp = ranks_per_replica(config.settings), config.settings.tensor_parallel_size
+        between = [socket.socketpair() for _ in range(count - tp)]  # from rank n to rank n + tp
+        self.after = between[0][0] if between else None
+        self.processes: list[subprocess.Popen] = []
+        self.channels: list[Channel] = []
+        self.arrivals: list[RankArrival] = []
+        self.folder: tempfile.TemporaryDirectory | None = None
+        for rank in range(1, count):
+            ours, theirs = socket.socketpair()
+            before = between[rank - tp][1].fileno() if rank >= tp else None
+            after = between[rank][0].fileno() if rank < len(between) else None
+            self.arrivals.append(RankArrival(rank, "", rank, config.threads, before, after))
+            descriptors = [theirs.fileno(), *(end for end in (before, after) if end is not None)]
+            with theirs:
+                self.processes.append(subprocess.Popen(
+                    [*PROCESS_COMMAND, "rank", str(theirs.fileno()), str(os.getpid())],
+                    pass_fds=descriptors, stdin=subprocess.DEVNULL))
+            self.channels.append(Channel(ours, RANK_PIPE))
+        for end in [end for pair in between for end in pair if end is not self.after]:
+            end.close()
+
+    @property
+    def pids(self) -> tuple[str | int, ...]:
+        return "self", *(process.pid for process in self.processes)
+
+    def open_meeting(self) -> str:
+        self.folder = tempfile.TemporaryDirectory(prefix="chat_server-")
+        return self.folder.name
+
+    def end_meeting(self):
+        self.folder = None
+
+    def has_ended(self, rank: int) -> bool:
+        return self.processes[rank - 1].poll() is not None
+
+    def failure(self, rank: int) -> RanksFailed:
+        process = self.processes[rank - 1]
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(2)
+        return RanksFailed(f"rank {rank} has ended (exit status {process.returncode})")
+
+
+class TcpLinks:
+    """Links under torchrun: the other ranks come by TCP, from this machine or others."""
+
+    finds_models, pids = True, ("self",)
+
+    def __init__(self, config: WorkerConfig, progress: Progress):
+        self.settings, self.progress = config.settings, progress
+        self.count, self.tp = ranks_per_replica(self.settings), self.settings.tensor_parallel_size
+        self.store, self.secret = RankStore(), secrets.token_bytes(32)
+        self.arrived: dict[int, tuple[RankArrival, Channel]] = {}
+        self.after: socket.socket | None = None
+        if ranks_here(self.settings) < self.count and self.tp > 1 and config.device == "cpu":
+            log.warning("A replica on several nodes sums through Gloo, with slower reference ops, also among "
+                        "the ranks of one node: decode_core needs all ranks on one machine")
+            os.environ["CHAT_SERVER_KERNELS"] = "reference"
+            installed_core.cache_clear()
+        self._gather(torchrun(self.settings).master_addr)
+        self.arrivals, self.channels = map(list, zip(*(self.arrived[rank] for rank in range(1, self.count))))
+
+    def _gather(self, host: str):
+        """Wait until all are here. If one of them leaves, all come again and meet in a new life."""
+        with listen_as_master(host) as listener:
+            together = False
+            while not together:
+                for connection in self._connections():
+                    connection.close()
+                self.arrived, self.after, self.life = {}, None, self.store.begin_life()
+                self.store.put(f"{self.life}/0", [host, listener.getsockname()[1], self.secret.hex(),
+                                                  same_on_all_nodes(self.settings)])
+                with Door(listener, self.secret, first=ARRIVAL_PIPE) as door:
+                    together = self.store.wait(self.life, partial(self._admit, door), self._say_who_lacks)
+
+    def _connections(self) -> list[socket.socket]:
+        connections = [channel.connection for _, channel in self.arrived.values()]
+        return [*connections, self.after] if self.after else connections
+
+    def _admit(self, door: Door) -> bool | None:
+        """Let one more in. Whether all are here: None, not yet; False, one of them has left."""
+        in_stages = self.count > self.tp
+        with suppress(EOFError, OSError):  # it may come again
+            if in_stages and not self.after and (address := self.store.look(f"{self.life}/{self.tp}")):
+                self.after = dial(*address, self.secret)
+            if newcomer := door.admit(0.2):
+                connection, arrival = newcomer
+                if arrival.rank in range(1, self.count):
+                    self.arrived[arrival.rank] = arrival, Channel(connection, RANK_PIPE)
+                else:
+                    log.warning("a connection was refused: there is no rank %s", shown(arrival.rank))
+                    connection.close()
+        if any(map(has_hung_up, self._connections())):
+            return False
+        return len(self.arrived) == self.count - 1 and bool(self.after or not in_stages) or None
+
+    def _say_who_lacks(self):
+        missing = sorted({*range(1, self.count)} - {*self.arrived})
+        self.progress(f"waiting for rank {', '.join(map(str, missing))} of torchrun",
+                      len(self.arrived) / self.count)
+
+    def open_meeting(self) -> str:
+        return f"{self.life}/ranks"
+
+    def end_meeting(self):
+        pass  # the keys go with torchrun's store
+
+    def has_ended(self, rank: int) -> bool:
+        return has_hung_up(self.channels[rank - 1].connection)
+
+    def failure(self, rank: int) -> RanksFailed:
+        return RanksFailed(f"rank {rank} on {self.arrivals[rank - 1].host} has ended")
+
+
+def listen_as_master(host: str) -> socket.socket:
+    try:  # a name may mean another address to other machines
+        return listen(host if re.fullmatch(r"[0-9.]+|.*:.*", host) else "")
+    except OSError as error:
+        raise ConfigError(f"MASTER_ADDR {host} is no address of this machine, which has rank 0: "
+                          f"{error.strerror or error}") from None
