@@ -8,6 +8,7 @@ import ssl
 import sys
 from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from chatlm.common.errors import ConfigError, RanksFailed, lack_of_memory, require_library
@@ -15,26 +16,18 @@ from chatlm.common.log import log, start_logging
 from chatlm.common.messages.protocol import WORKER_PIPE, Loading, Unusable
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import join_parent
-from chatlm.worker.ranks.messages import RANK_PIPE
+from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig
 
 if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import WorkerConfig
     from chatlm.common.messages.wire import Channel, Pipe
 
 
-def worker_role(arguments: Seq[str]) -> int:
-    """The role `worker FD PARENT`: a replica, or rank 0 of one."""
-    def run(channel: Channel, config):
-        from chatlm.worker.process import run_worker
-        run_worker(channel, config)
-    return worker_main(run, WORKER_PIPE, arguments)
-
-
-def rank_role(arguments: Seq[str]) -> int:
-    """The role `rank FD PARENT`: another rank of a replica."""
-    def run(channel: Channel, config):
-        from chatlm.worker.process import run_rank
-        run_rank(channel, config)
-    return worker_main(run, RANK_PIPE, arguments)
+def run_configured(channel: Channel, config: WorkerConfig | RankConfig):
+    """Be a replica or rank 0 of one, or another rank, as the config says."""
+    from chatlm.worker.process import run_rank, run_worker  # torch is there by now
+    run = run_rank if isinstance(config, RankConfig) else run_worker
+    run(channel, config)
 
 
 def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
@@ -75,3 +68,7 @@ def gpu_memory_error(error: Exception, config) -> ConfigError | None:
         return None
     from chatlm.worker.build import lack_of_gpu_memory
     return lack_of_gpu_memory(error, config)
+
+
+worker_role = partial(worker_main, run_configured, WORKER_PIPE)  # the role `worker FD PARENT`
+rank_role = partial(worker_main, run_configured, RANK_PIPE)      # the role `rank FD PARENT`
