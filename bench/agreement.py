@@ -55,11 +55,9 @@ def write_tokenizer(model, folder):
     from chatlm.common.config import Settings
     from chatlm.common.hub.default_model import fetch_default_model
     from chatlm.common.hub.find import resolve_model
-    from chatlm.worker.build import chosen_dtype
     from chatlm.worker.weights.load import open_model
-    import torch
     settings = Settings(model=model or str(fetch_default_model()))
-    text = open_model(resolve_model(settings), settings, chosen_dtype(settings), torch.device("cpu")).text
+    text = open_model(resolve_model(settings), settings).text
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes(text.payload)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": text.chat_template}))

@@ -28,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -97,8 +98,8 @@ class ReferenceOps:
 
 def on_checkpoint(model, flags):
     """The judge of the nanochat checkpoint that these flags choose: its weights as they are in the file."""
-    settings = cli.parse_command_line(["serve", model, *flags], os.environ)
-    loaded = open_model(resolve_model(settings), settings, torch.float32)
+    settings = replace(cli.parse_command_line(["serve", model, *flags], os.environ), dtype="float32")
+    loaded = open_model(resolve_model(settings), settings)
     return ReferenceOps("float32", loaded.spec, loaded.tensors)
 
 

@@ -32,10 +32,10 @@ NUM_PAGES = 1100
 
 @pytest.fixture(scope="module")
 def model():
-    settings = Settings()
+    dtype = fastest_dtype("cpu")
+    settings = Settings(dtype=str(dtype).removeprefix("torch."))
     source = ModelSource("gguf", fetch_default_model(), "default", "")
-    kernels, dtype = load_kernels("cpu"), fastest_dtype("cpu")
-    loaded = open_model(source, settings, dtype)
+    kernels, loaded = load_kernels("cpu"), open_model(source, settings)
     return Transformer(loaded.spec, loaded.tensors, kernels, num_pages=NUM_PAGES, max_tokens=256, dtype=dtype)
 
 

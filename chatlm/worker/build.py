@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
 import torch
 
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
     from chatlm.common.messages.protocol import WorkerConfig
     from chatlm.common.messages.requests import ModelSource
-    from chatlm.worker.model.spec import LayerGroups
+    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.model.spec import LayerGroups, ModelSpec
     from chatlm.worker.ranks.messages import RankConfig
     from chatlm.worker.ranks.ranks import RankZero
     from chatlm.worker.weights.rules import LoadedModel
@@ -65,7 +66,7 @@ def check_gpu(device: torch.device):
         raise ConfigError(f"{device} is missing: the driver shows {count} GPU(s){among}")
     try:
         name, has = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-        built_for = [int(each) for each in re.findall("[0-9]+", " ".join(torch.cuda.get_arch_list()))]
+        built_for = [int(version) for version in re.findall("[0-9]+", " ".join(torch.cuda.get_arch_list()))]
         if built_for and has < (needs := divmod(min(built_for), 10)):
             raise ConfigError("{} ({}) is too old: its compute capability is {}.{}, this torch needs {}.{}"
                               .format(device, name, *has, *needs))
@@ -91,10 +92,6 @@ def lack_of_gpu_memory(error: Exception, config: WorkerConfig) -> ConfigError | 
                        f"its {total / 1e9:,.2f} GB {free / 1e9:,.2f} are free. {remedy}")
 
 
-def chosen_dtype(settings: Settings) -> torch.dtype | None:
-    return getattr(torch, settings.dtype) if settings.dtype else None
-
-
 def prefill_chunk(settings: Settings, device: torch.device) -> int:
     """A GPU needs more rows than a CPU to be busy."""
     return settings.prefill_chunk or (2048 if device.type == "cuda" else 256)
@@ -103,7 +100,7 @@ def prefill_chunk(settings: Settings, device: torch.device) -> int:
 def build_engine(source: ModelSource, settings: Settings, device: torch.device,
                  progress: Progress = no_progress,
                  ranks: RankZero | None = None) -> tuple[LoadedModel, Engine]:
-    model = open_model(source, settings, chosen_dtype(settings), device)
+    model = open_model(source, settings, device)
     try:
         tokenizer = open_tokenizer(model.text)
     except ConfigError as error:
@@ -122,9 +119,8 @@ def build_transformer(
         ranks: RankAlone | None) -> tuple[LoadedModel, Transformer, int, int]:
     """Load the weights, or a rank's shards of them, and allocate the KV pages. Returns also the number of
     pages and the longest context that they hold."""
-    rows = max(settings.max_batch, FREE_ROWS)
-    limits = {"max_tokens": prefill_chunk(settings, device) + rows, "max_rows": rows}
-    ranks, kv_heads = ranks or RankAlone(), max(model.spec.kv_heads, settings.tensor_parallel_size)
+    rows, chunk = max(settings.max_batch, FREE_ROWS), prefill_chunk(settings, device)
+    limits, ranks = {"max_tokens": chunk + rows, "max_rows": rows}, ranks or RankAlone()
 
     def shard(model: LoadedModel) -> LoadedModel:
         model = stage_model(model, ranks.rank // ranks.tp, ranks.stages)  # the same for all its ranks
@@ -134,84 +130,110 @@ def build_transformer(
     spec = model.spec
     kernels = load_kernels(device, spec, **limits, quantize=settings.quantize, join=ranks.join and partial(
         ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
-    needs = memory_needs(model, settings.quantize, *limits.values())
     groups = group_layers(spec.windows, spec.layers, model.context_length,  # all stages have the same tables
                           apart=kernels.backend.groups_layers and ranks.stages == 1)
-    page_bytes = Transformer.page_bytes(spec, model.dtype, groups)
-    if device.type != "cuda":  # the ranks of a replica share the machine's memory
-        depth = groups.depth if ranks.stages == 1 else whole.layers
-        page_bytes = Transformer.page_bytes(replace(whole, layers=depth, kv_heads=kv_heads), model.dtype)
-        page_bytes = -(-page_bytes * ranks.here // (ranks.tp * ranks.stages))
-        needs = {name: count * ranks.here for name, count in needs.items()}
-    num_pages = ranks.least(kv_pages(model, settings, device, groups, page_bytes, sum(needs.values())))
-    context = longest_context(PagePool(num_pages, groups.windows), model.context_length,
-                              prefill_chunk(settings, device))
+    plan = plan_memory(model, whole, kernels, groups, ranks, settings, device, limits)
+    num_pages = ranks.min_over_ranks(plan.pages())
+    context = longest_context(PagePool(num_pages, groups.windows), model.context_length, chunk)
     if context < model.context_length and spec.rope_factors:  # longrope's depend on the context
-        model = shard(open_model(source, replace(settings, context_length=context), chosen_dtype(settings),
-                                 device))
-    needs["KV cache"] = num_pages * page_bytes
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    log.info("%s", memory_line(needs, free, device, settings))
+        model = shard(open_model(source, replace(settings, context_length=context), device))
+    log.info("%s", plan.line(num_pages))
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
                               dtype=model.dtype, groups=groups, progress=progress, **limits)
     return model, transformer, num_pages, context
 
 
-def memory_needs(model: LoadedModel, quantize: str | None, max_tokens: int, max_rows: int) -> dict[str, int]:
-    """About how many bytes the model will take besides its KV cache; --quantize is for matrices of floats."""
+def weight_bytes(model: LoadedModel, quantize: str | None) -> int:
+    """About how many bytes a model's weights will take; --quantize is for matrices of floats."""
     shapes, total = expected_tensors(model.spec), 0
-    for name, given in model.tensors.items():
+    for name, tensor in model.tensors.items():
         count = math.prod(shapes[name])
-        if quantize and len(shapes[name]) > 1 and given.nbytes >= 2 * count:
+        if quantize and len(shapes[name]) > 1 and tensor.nbytes >= 2 * count:
             gguf = require_library("gguf", "--quantize")
             per_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[quantize.upper()]]
             total += count * block_bytes // per_block
         else:
-            total += given.nbytes
-    buffers = Transformer.buffer_sizes(model.spec, max_tokens, max_rows, torch.float32).values()
-    return {"weights": total, "activations": sum(math.prod(rows) * kind.itemsize for *rows, kind in buffers)}
+            total += tensor.nbytes
+    return total
 
 
-def memory_line(needs: Mapping[str, int], free: int, device: torch.device, settings: Settings) -> str:
-    """Whether the model fits, in words, with the flag that helps; ConfigError if its weights alone do not."""
-    total = sum(needs.values())
-    line = (" + ".join(f"{name} {count / 1e9:,.2f} GB" for name, count in needs.items())
-            + f" = {total / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free on {device}")
-    if device.type == "cuda":
-        line += f", of {torch.cuda.mem_get_info(device)[1] / 1e9:,.2f} GB; other programs hold the rest"
-    if total <= free:
-        return f"The model fits: {line}"
-    lighter = [flag for flag, helps in (
-        ("--dtype bfloat16", settings.dtype == "float32"), ("--num-workers 1", settings.num_workers > 1),
-        ("--quantize q4_0", device.type == "cpu" and not settings.quantize)) if helps]
-    if total - needs["KV cache"] > free:
-        raise ConfigError(f"the model does not fit: {line}. Try {' or '.join([*lighter, 'a smaller model'])}")
-    room = max(free - total + needs["KV cache"], 0) >> 20
-    return f"The model may not fit: {line}. --kv-cache-memory {room}M or a shorter --context-length helps"
+def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: LayerGroups, ranks: RankAlone,
+                settings: Settings, device: torch.device, limits: Mapping[str, int]) -> MemoryPlan:
+    """The plan for a rank's shard of a model, whose `whole` spec is given too.
+
+    Each rank has its own GPU, but the ranks of a replica share their machine's memory."""
+    dtype, shared = kernels.cache_dtype(model.dtype), device.type != "cuda"
+    page_bytes = Transformer.page_bytes(model.spec, dtype, groups)
+    if shared:
+        layers = groups.depth if ranks.stages == 1 else whole.layers
+        page_bytes = Transformer.page_bytes(
+            replace(whole, layers=layers, kv_heads=max(whole.kv_heads, ranks.tp)), dtype)
+        page_bytes = -(-page_bytes * ranks.here // (ranks.tp * ranks.stages))
+    buffers = Transformer.buffer_sizes(model.spec, *limits.values(), torch.float32).values()
+    activations = sum(rows * columns * type_.itemsize for rows, columns, type_ in buffers)
+    copies, pool = ranks.here if shared else 1, PagePool(0, groups.windows)
+    full, fewest = (pool.pages_for(length, prefill_chunk(settings, device))
+                    for length in (model.context_length, 4 * PAGE_SIZE))
+    return MemoryPlan(settings, device, copies * weight_bytes(model, settings.quantize), copies * activations,
+                      page_bytes, full, fewest)
 
 
-def kv_pages(model: LoadedModel, settings: Settings, device: torch.device, groups: LayerGroups,
-             page_bytes: int, taken: int) -> int:
-    """KV pages to allocate: --kv-cache-memory, or a share of free memory once `taken` bytes of it are the
-    weights'; ConfigError below 64 tokens."""
-    pages_for = PagePool(0, groups.windows).pages_for
-    full, least = (pages_for(length, prefill_chunk(settings, device))
-                   for length in (model.context_length, 4 * PAGE_SIZE))
-    if settings.kv_cache_memory is not None:
-        budget = settings.kv_cache_memory
-    elif device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        budget = int(free - taken - total * (1 - settings.gpu_memory_utilization))
-    else:  # other programs want memory too: one full context or 1 GiB, at most an eighth of what is free
-        free = max(available_memory() // max(settings.num_workers, 1) - taken, 0)
-        budget = min(max(1 << 30, full * page_bytes), free // 8)
-    pages = min(budget // page_bytes, settings.max_batch * full)  # more could not be used
-    if pages < least:
-        flag, value = "--kv-cache-memory", f"{(least * page_bytes >> 20) + 1}M"
-        if settings.kv_cache_memory is None and device.type == "cuda":
-            flag, share = "--gpu-memory-utilization", (total - free + taken + least * page_bytes) / total
-            value = f"{math.ceil(share * 100) / 100:.2f}" + " (more than there is)" * (share > 1)
-        raise ConfigError(f"{max(budget, 0):,} bytes for the KV cache hold {max(pages, 0)} pages "
-                          f"of {PAGE_SIZE} tokens; at least {least} ({least * page_bytes:,} bytes) are "
-                          f"needed: {flag} {value}")
-    return pages
+class MemoryPlan(NamedTuple):
+    """What a model takes of a device's memory, and how many KV pages there is room for."""
+
+    settings: Settings
+    device: torch.device
+    weights: int      # bytes
+    activations: int  # bytes
+    page_bytes: int   # of one KV page
+    full: int         # pages of a sequence that has the longest context
+    fewest: int       # pages of one of 64 tokens: fewer are of no use
+
+    def memory(self) -> tuple[int, int]:
+        """(free bytes, all bytes) of the device; a machine's memory is not counted as a whole: 0."""
+        return torch.cuda.mem_get_info(self.device) if self.device.type == "cuda" else (available_memory(), 0)
+
+    def pages(self) -> int:
+        """KV pages to allocate: --kv-cache-memory, or a share of free memory once the weights have theirs;
+        ConfigError below 64 tokens."""
+        settings, (free, total), taken = self.settings, self.memory(), self.weights + self.activations
+        if settings.kv_cache_memory is not None:
+            budget = settings.kv_cache_memory
+        elif self.device.type == "cuda":
+            budget = int(free - taken - total * (1 - settings.gpu_memory_utilization))
+        else:  # other programs want memory too: one full context or 1 GiB, at most an eighth of what is free
+            free = max(free // max(settings.num_workers, 1) - taken, 0)
+            budget = min(max(1 << 30, self.full * self.page_bytes), free // 8)
+        pages = min(budget // self.page_bytes, settings.max_batch * self.full)  # more could not be used
+        if pages >= self.fewest:
+            return pages
+        needed = self.fewest * self.page_bytes
+        remedy = f"--kv-cache-memory {(needed >> 20) + 1}M"
+        if settings.kv_cache_memory is None and self.device.type == "cuda":
+            share = (total - free + taken + needed) / total
+            remedy = f"--gpu-memory-utilization {math.ceil(share * 100) / 100:.2f}"
+            remedy += " (more than there is)" if share > 1 else ""
+        raise ConfigError(f"{max(budget, 0):,} bytes for the KV cache hold {max(pages, 0)} pages of "
+                          f"{PAGE_SIZE} tokens; at least {self.fewest} ({needed:,} bytes) are needed: "
+                          f"{remedy}")
+
+    def line(self, num_pages: int) -> str:
+        """Whether the model fits, in words, with the flag that helps; ConfigError if its weights alone do
+        not."""
+        settings, (free, total), cache = self.settings, self.memory(), num_pages * self.page_bytes
+        needed = self.weights + self.activations + cache
+        line = (f"weights {self.weights / 1e9:,.2f} GB + activations {self.activations / 1e9:,.2f} GB + "
+                f"KV cache {cache / 1e9:,.2f} GB = {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free "
+                f"on {self.device}")
+        if self.device.type == "cuda":
+            line += f", of {total / 1e9:,.2f} GB; other programs hold the rest"
+        if needed <= free:
+            return f"The model fits: {line}"
+        lighter = [flag for flag, helps in (
+            ("--dtype bfloat16", settings.dtype == "float32"), ("--num-workers 1", settings.num_workers > 1),
+            ("--quantize q4_0", self.device.type == "cpu" and not settings.quantize)) if helps]
+        if needed - cache > free:
+            raise ConfigError(f"the model does not fit: {line}. "
+                              f"Try {' or '.join([*lighter, 'a smaller model'])}")
+        return (f"The model may not fit: {line}. --kv-cache-memory {free - needed + cache >> 20}M or a "
+                "shorter --context-length helps")

@@ -226,10 +226,10 @@ def emulated(emulation_library, monkeypatch):
 
 def opened(path, monkeypatch, backend=None, dtype=None):
     """A file as a worker on a GPU loads it; without a backend in float32, for references."""
-    settings = Settings(model=str(path))
+    settings = Settings(model=str(path), dtype=dtype)
     with monkeypatch.context() as patch:
         patching.patch(patch, model_kernels, "choose_backend", lambda device, spec: backend(spec) if backend else Backend("cpu"))
-        return open_model(resolve_model(settings), settings, dtype, torch.device("cpu"))
+        return open_model(resolve_model(settings), settings)
 
 
 @pytest.mark.parametrize("name, kind", [
@@ -237,7 +237,7 @@ def opened(path, monkeypatch, backend=None, dtype=None):
 def test_a_files_experts_stay_packed_and_logits_are_those_of_its_weights(emulated, expert_files, monkeypatch, name, kind):
     """Chunks of 8 rows, of which all products are in float32, and two sequences' decode rows, beyond gpt-oss' window of 24."""
     # a folder's floats are bfloat16 for both
-    exact = opened(expert_files[name], monkeypatch, dtype=torch.bfloat16 if name == "folder" else torch.float32)
+    exact = opened(expert_files[name], monkeypatch, dtype="bfloat16" if name == "folder" else "float32")
     model = opened(expert_files[name], monkeypatch, emulated.backend)
     ids = np.random.default_rng(3).integers(0, 256, 80).tolist()
     steps = [[(first, 8, [3, 1, 4])] for first in range(0, 40, 8)] + [[(40, 1, [3, 1, 4]), (0, 7, [0])], [(41, 1, [3, 1, 4]), (7, 1, [0])]]
@@ -282,7 +282,7 @@ def test_where_experts_are_wrong_their_weights_become_bfloat16_and_the_reference
     ours = Transformer(model.spec, dict(model.tensors), kernels, num_pages=4, max_tokens=32, max_rows=4, dtype=torch.float32)
     assert kernels.experts is experts_reference and ours.weights["0.expert_down"].dtype == torch.bfloat16
     assert isinstance(ours.weights["0.qkv"], PackedMatrix) and "decode_core's experts on cpu: " in caplog.text
-    exact = opened(expert_files["gpt-oss"], monkeypatch, dtype=torch.float32)
+    exact = opened(expert_files["gpt-oss"], monkeypatch, dtype="float32")
     plain = Transformer(exact.spec, dict(exact.tensors), load_kernels("cpu"), num_pages=4, max_tokens=32, dtype=torch.float32)
     ids = list(range(5, 35))
     want, got = (each.forward(make_batch((ids, 0, 30, [2, 1]))) for each in (plain, ours))

@@ -263,10 +263,10 @@ def references(spec):
 
 def opened(path, monkeypatch, backend, dtype=None):
     """A GGUF file as a worker with this backend loads it."""
-    settings = Settings(model=str(path))
+    settings = Settings(model=str(path), dtype=dtype)
     with monkeypatch.context() as patch:
         patching.patch(patch, model_kernels, "choose_backend", lambda device, spec: backend(spec))
-        return open_model(resolve_model(settings), settings, dtype, torch.device("cpu"))
+        return open_model(resolve_model(settings), settings)
 
 
 def transformer_of(model, kernels, dtype):
@@ -291,7 +291,7 @@ def emulated(emulation_library, monkeypatch):
 
 def test_a_files_matrices_stay_packed_and_logits_are_those_of_its_weights(emulated, mixed_file, monkeypatch):
     path, packed_bytes = mixed_file
-    exact = opened(path, monkeypatch, references, torch.float32)
+    exact = opened(path, monkeypatch, references, "float32")
     expected = transformer_of(exact, load_kernels("cpu"), torch.float32)
     model = opened(path, monkeypatch, emulated.backend)
     assert "re-quantized" not in model.description and model.dtype is None
@@ -337,7 +337,7 @@ def test_where_the_product_is_wrong_weights_become_bfloat16(emulation_library, m
     kernels = emulated.kernels(model.spec)
     ours = transformer_of(model, kernels, None)
     assert kernels.linear is linear_reference and ours.weight_types.startswith("bfloat16 (")
-    exact = transformer_of(opened(path, monkeypatch, references, torch.float32), load_kernels("cpu"), torch.float32)
+    exact = transformer_of(opened(path, monkeypatch, references, "float32"), load_kernels("cpu"), torch.float32)
     for want, got in zip(logits_of(exact), logits_of(ours)):
         assert (got - want).norm() < 0.03 * want.norm()
 

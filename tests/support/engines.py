@@ -23,9 +23,8 @@ from integrity import check_sequences
 
 @functools.cache
 def load(path, as_stored=False):
-    settings = Settings(model=str(path))
-    source = resolve_model(settings)
-    return open_model(source, settings, None if as_stored else torch.float32, torch.device("cpu"))
+    settings = Settings(model=str(path), dtype=None if as_stored else "float32")
+    return open_model(resolve_model(settings), settings)
 
 
 def tensors_of(model):

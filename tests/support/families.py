@@ -95,9 +95,9 @@ def clear_cases(model, lengths=(9, 40, 300), count=64, tried=8, seed=1, margin=0
 TOLERANCE = 1e-4        # of logits
 
 
-def load(folder, dtype=torch.float32, **settings):
-    settings = Settings(model=str(folder), **settings)
-    return open_model(resolve_model(settings), settings, dtype)
+def load(folder, dtype="float32", **settings):
+    settings = Settings(model=str(folder), dtype=dtype, **settings)
+    return open_model(resolve_model(settings), settings)
 
 
 def transformer(model, kernels, max_tokens=128, device="cpu"):

@@ -93,7 +93,7 @@ class Backend:
     activations = None   # dtype of every activation buffer; None: _allocate chooses
     faults: Mapping[str, str] = {}  # compiled ops that their references replace -> why
     as_stored = None     # loads a GGUF matrix in the file's own type; None: everything is dequantized
-    stored_dtype = None  # of activations and pages beside such matrices; None: the backend decides
+    stored_dtype = None  # of activations and pages beside such matrices; None: float16
     join = None          # how ranks exchange through shared memory; None: through torch.distributed
 
     def __init__(self, device):
@@ -138,6 +138,11 @@ class Kernels:
     def row_invariant(self) -> bool:
         """Whether a row's bits are the same whatever else is in the batch."""
         return self.backend.row_invariant
+
+    def cache_dtype(self, weights: torch.dtype | None) -> torch.dtype:
+        """The type of cached keys and values, and of activations that may be short, beside matrices of this
+        type; None: as their file has them."""
+        return weights or self.backend.stored_dtype or torch.float16
 
 
 def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None, join=None) -> Kernels:

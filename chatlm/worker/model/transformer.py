@@ -27,6 +27,7 @@ class Transformer:
 
     `tensors` has the names and shapes of `expected_tensors`. It is emptied as weights are packed, so that
     each is held once, in the kernels' layout. A step has at most `max_tokens` tokens, `max_rows` logit rows.
+    Matrices become `dtype`; None: they stay as they are read, in their file's types or close ones.
     """
 
     def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
@@ -34,11 +35,11 @@ class Transformer:
                  progress=lambda stage, fraction: None):
         self.spec, self.kernels = spec, kernels
         self.groups = groups or group_layers((), spec.layers, 0)
-        self.device, self.dtype = torch.device(device), dtype or kernels.backend.stored_dtype
+        self.device, self.dtype = torch.device(device), kernels.cache_dtype(dtype)  # of cache and activations
         self.windows = spec.windows or (0,) * spec.layers
         self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype or torch.float32).item()
         with torch.inference_mode():
-            self.weights = self._pack(tensors, progress)
+            self.weights = self._pack(tensors, dtype, progress)
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
             kinds = [rope_frequencies(spec, layer) for layer in range(spec.layers)]
@@ -49,26 +50,27 @@ class Transformer:
             self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
             self.recorded = kernels.backend.record(self)
 
-    def _pack(self, tensors: dict, progress: Progress) -> dict:
+    def _pack(self, tensors: dict, dtype: torch.dtype | None, progress: Progress) -> dict:
         """Read each weight and move it to the device, matrices in the kernels' layout; a tied head is the
         embedding."""
         weights, names = {}, list(expected_tensors(self.spec))
         if self.spec.tied_head:
             names.remove("head")
             tensors.pop("head", None)
-        for name, given, found in read_ahead(tensors, names):
+        for name, tensor, read in read_ahead(tensors, names):
             progress("loading weights", len(weights) / len(names))
-            read = found if isinstance(found, tuple) else (found,)
-            kind = self.dtype if len(read[0].shape) > 1 and name != "smear_gate" else torch.float32
-            parts = [part.to(self.device, kind) if isinstance(part, torch.Tensor) else part for part in read]
+            parts = read if isinstance(read, tuple) else (read,)
+            type_ = dtype if len(parts[0].shape) > 1 and name != "smear_gate" else torch.float32
+            moved = [part.to(self.device, type_) if isinstance(part, torch.Tensor) else part
+                     for part in parts]
             matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head",
                                                  "ve_gate", "gate_up_bias", "router", "expert_gate_up",
                                                  "expert_down", "expert_gate_up_bias")
-            weights[name] = weight = self.kernels.pack(name, *parts) if matrix else parts[0]
-            if isinstance(given, Unread) and not getattr(weight, "finite", False):  # or nobody has looked
-                given.refuse_faults(found, packed=hasattr(weight, "finite"))
-            if weight is read[0] and isinstance(weight, torch.Tensor) and any(
-                    part.data_ptr() == weight.data_ptr() for part in getattr(given, "mapped", ())):
+            weights[name] = weight = self.kernels.pack(name, *moved) if matrix else moved[0]
+            if isinstance(tensor, Unread) and not getattr(weight, "finite", False):  # or nobody has looked
+                tensor.refuse_faults(read, packed=hasattr(weight, "finite"))
+            if weight is parts[0] and isinstance(weight, torch.Tensor) and any(
+                    part.data_ptr() == weight.data_ptr() for part in getattr(tensor, "mapped", ())):
                 weights[name] = weight.clone()  # a file in use may change
         if self.spec.tied_head:
             weights["head"] = weights["embed"]
@@ -99,11 +101,10 @@ class Transformer:
                                   for name, buffer in self.buffers.items()})
 
     @staticmethod
-    def page_bytes(spec: ModelSpec, dtype, groups: LayerGroups | None = None) -> int:
-        """Bytes of one KV page, over all layers or those of a group; dtype None (weights as in the file)
-        means float16 pages."""
+    def page_bytes(spec: ModelSpec, dtype: torch.dtype, groups: LayerGroups | None = None) -> int:
+        """Bytes of one KV page of this type, over all layers or those of a group."""
         depth = groups.depth if groups else spec.layers
-        return depth * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * (dtype or torch.float16).itemsize
+        return depth * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * dtype.itemsize
 
     @property
     def weight_types(self) -> str:

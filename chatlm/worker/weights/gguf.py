@@ -34,7 +34,8 @@ from chatlm.worker.weights.gguf_file import (
     GGUF_FAMILIES, GGUF_INERT, GGUF_KEYS, GGUF_OWN, GGUF_SIZES, PRE_TOKENIZERS, ROPE_TENSORS,
     check_gguf_types, gguf_value, read_gguf)
 from chatlm.worker.weights.lora import read_adapters
-from chatlm.worker.weights.rules import LoadedModel, Rule, check_divides, checked, own_sampling
+from chatlm.worker.weights.rules import (
+    LoadedModel, Rule, check_divides, checked, float_type, own_sampling)
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 PERMUTED = ("llama", "smollm3")  # architectures whose q and k have rotary pairs side by side
 
 
-def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, device) -> LoadedModel:
+def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     try:
         metadata, stored = read_gguf(source.path)
         kind, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
@@ -61,10 +62,10 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
                           if name not in ROPE_TENSORS},  # they became spec.rope_factors
             sources)
         backend = choose_backend(device, spec)
-        if not backend.as_stored:
-            dtype = dtype or backend.dtype
+        as_stored = None if settings.dtype else backend.as_stored
+        dtype = None if as_stored else float_type(settings, backend)
         added, adapted = gguf_adapters(settings, HF_TENSORS | FAMILIES[kind].tensors, names, sources)
-        tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend.as_stored,
+        tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, as_stored,
                                architecture in PERMUTED, added)
         text = gguf_text(source.path, metadata)
     except OSError as error:

@@ -19,7 +19,8 @@ from chatlm.worker.weights.assemble import (
 from chatlm.worker.weights.families import (
     FAMILIES, HF_KEYS, HF_TENSORS, LAYER_TYPES, complete_heads, family_config, family_spec, scaled_rope)
 from chatlm.worker.weights.lora import read_adapters
-from chatlm.worker.weights.rules import LoadedModel, Rule, check_divides, checked, own_sampling, read_json
+from chatlm.worker.weights.rules import (
+    LoadedModel, Rule, check_divides, checked, float_type, own_sampling, read_json)
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ def hf_rope(path: Path, kind: str, config: Mapping, context: int | None) -> dict
     return fields
 
 
-def open_hf(source: ModelSource, settings: Settings, dtype: torch.dtype, device) -> LoadedModel:
+def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     config = source.path / "config.json"
     kind, spec = hf_spec(config, settings.context_length)
     state, scales = read_safetensors(source.path)
@@ -70,7 +71,7 @@ def open_hf(source: ModelSource, settings: Settings, dtype: torch.dtype, device)
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
     backend = choose_backend(device, spec)
-    as_stored, dtype = None if dtype else backend.as_stored, dtype or backend.dtype
+    as_stored, dtype = None if settings.dtype else backend.as_stored, float_type(settings, backend)
     matrices = {name: shape for name, shape in file_shapes(sources).items() if len(shape) == 2}
     added, adapted = read_adapters(settings, matrices)
     scale_block = fp8_block(config, read_json(config)) if scales else []

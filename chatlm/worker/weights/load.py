@@ -11,15 +11,13 @@ from chatlm.worker.weights.nanochat import open_nanochat
 from chatlm.worker.weights.rules import check_rotary_memory
 
 if TYPE_CHECKING:
-    import torch
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
     from chatlm.worker.weights.rules import LoadedModel
 
 
-def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype | None,
-               device="cpu") -> LoadedModel:
-    """All of a model but its weights, which are yet to be read: as `dtype`; None: what runs fastest here.
+def open_model(source: ModelSource, settings: Settings, device="cpu") -> LoadedModel:
+    """All of a model but its weights, which are yet to be read: as --dtype, else as what runs fastest here.
 
     Norms and per-layer scalars stay float32. Raises ConfigError naming file, keys and shapes when the files
     are not a complete model of a known kind."""
@@ -28,7 +26,7 @@ def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype | Non
         from chatlm.worker.weights.gguf import open_gguf as opener
     else:
         opener = {"nanochat": open_nanochat, "hf": open_hf}[source.kind]
-    model = opener(source, settings, dtype, device)
+    model = opener(source, settings, device)
     length = settings.context_length or model.context_length
     if length > model.context_length:
         raise ConfigError(f"--context-length {length} is more than the model's {model.context_length}, its "

@@ -23,7 +23,7 @@ from chatlm.worker.weights.assemble import assembled, check_names_and_shapes, te
 from chatlm.worker.weights.lora import refuse_adapters
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_bytes,
-    check_divides, checked)
+    check_divides, checked, float_type)
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -54,7 +54,7 @@ GENERATIONS = {
 }
 
 
-def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, device) -> LoadedModel:
+def open_nanochat(source: ModelSource, settings: Settings, device) -> LoadedModel:
     config = read_nanochat_config(source.path)
     text = read_nanochat_tokenizer(source.path, config["vocab_size"])
     state = read_checkpoint(source.path)
@@ -64,7 +64,7 @@ def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, d
     sources = tensor_sources(spec, NANOCHAT_TENSORS, padded)
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
-    dtype = dtype or choose_backend(device, spec).dtype
+    dtype = float_type(settings, choose_backend(device, spec))
     refuse_adapters(settings, f"{source.path} is a nanochat checkpoint")
     tensors = assembled(source.path, settings, sources, state, dtype)
     since = GENERATIONS[number].since

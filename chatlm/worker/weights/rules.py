@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
+import torch
+
 from chatlm.common.errors import ConfigError, cannot_read, named, shown
 from chatlm.common.hub.default_model import DEFAULT_FILE
 from chatlm.common.memory import available_memory
@@ -17,7 +19,7 @@ from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.attention import rope_frequencies
 
 if TYPE_CHECKING:
-    import torch
+    from chatlm.common.config import Settings
     from chatlm.common.messages.requests import TextSpec
     from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.model.tensors import Unread
@@ -42,6 +44,11 @@ class LoadedModel:
     @property
     def context_length(self) -> int:
         return self.spec.max_positions
+
+
+def float_type(settings: Settings, backend) -> torch.dtype:
+    """What matrices become that do not stay as stored: the type the user names, else the fastest one here."""
+    return getattr(torch, settings.dtype) if settings.dtype else backend.dtype
 
 
 # Limits far above any real model; sizes beyond them would take long even to compare with the file.

@@ -30,7 +30,7 @@ def tiny(folder, **sampling):
 
 def opened(path):
     settings = Settings(model=str(path))
-    return open_model(resolve_model(settings), settings, None)
+    return open_model(resolve_model(settings), settings)
 
 
 def test_a_request_wins_over_a_flag_a_flag_over_the_model_and_the_model_over_what_is_usual():

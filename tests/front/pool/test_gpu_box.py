@@ -15,16 +15,12 @@ import torch
 import gpu_box_worker
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError, EngineFailure
-from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import ModelCard, WorkerConfig
 from chatlm.common.messages.requests import ModelSource
 from chatlm.front.pool import local
 from chatlm.front.pool.pool import pool_of
-from chatlm.worker.build import check_gpu, kv_pages, lack_of_gpu_memory
-from chatlm.worker.model.spec import group_layers
-from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.build import MemoryPlan, check_gpu, lack_of_gpu_memory
 from chatlm.worker.process import busy_share, device_use
-from chatlm.worker.weights.load import open_model
 from patching import patch
 from pools import collect, greedy, tiny_settings
 
@@ -133,11 +129,9 @@ def test_the_advice_names_the_flag_that_is_in_force_and_a_value_that_fits(box, c
 def test_too_little_for_a_kv_cache_names_what_is_enough(box, nanochat_fixtures, changes, needed):
     box("fine")
     settings = tiny_settings(nanochat_fixtures, **{"kv_cache_memory": None} | changes)
-    model = open_model(resolve_model(settings), settings, torch.float32, torch.device("cpu"))
-    groups = group_layers(model.spec.windows, model.spec.layers, model.context_length)
-    page_bytes = Transformer.page_bytes(model.spec, model.dtype, groups)
+    plan = MemoryPlan(settings, torch.device("cuda:0"), weights=0, activations=0, page_bytes=1 << 14, full=40, fewest=10)
     with pytest.raises(ConfigError, match=needed):
-        kv_pages(model, settings, torch.device("cuda:0"), groups, page_bytes, 0)
+        plan.pages()
 
 
 def test_one_of_several_gpus_is_told_unless_the_number_was_given(box):

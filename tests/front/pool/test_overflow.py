@@ -178,7 +178,7 @@ async def test_what_the_limits_drop_and_what_the_context_drops_is_said_together(
 async def test_with_hardly_any_kv_memory_every_answer_under_load_is_as_alone(start_pool, nanochat_fixtures):
     roomy = await start_pool()
     model = load(nanochat_fixtures / "gen5")
-    pool = await start_pool(kv_cache_memory=18 * Transformer.page_bytes(model.spec, model.dtype), max_batch=8)
+    pool = await start_pool(kv_cache_memory=18 * Transformer.page_bytes(model.spec, torch.float32), max_batch=8)
     assert pool.context_length == 18 * PAGE_SIZE
     requests = [Request(f"r{i}", prompts=(tuple(range(i, 120 + 10 * i)),), max_tokens=60 + 5 * i, ignore_eos=True,
                         sampling=SamplingParams(temperature=0.9, seed=i)) for i in range(8)]

@@ -30,8 +30,8 @@ def llama_like(seed=0, **changes):
 
 
 def nanochat_like(folder, name):
-    settings = Settings(model=str(folder / name))
-    model = open_model(resolve_model(settings), settings, torch.float32)
+    settings = Settings(model=str(folder / name), dtype="float32")
+    model = open_model(resolve_model(settings), settings)
     return model.spec, model.tensors
 
 

@@ -652,8 +652,8 @@ def test_each_rank_refuses_what_it_has_a_part_of(folders, tmp_path, tp):
         spoilt[index] = NAN
         rewrite(folder, tensors | {name: spoilt})
         for rank in range(tp):
-            settings = Settings(model=str(folder))
-            model = open_model(resolve_model(settings), settings, torch.float32)
+            settings = Settings(model=str(folder), dtype="float32")
+            model = open_model(resolve_model(settings), settings)
             model = shard_model(stage_model(model, 0 if tp == 1 else 1, tp), rank, tp)
             with pytest.raises(ConfigError, match=f": {name} has a value that is NaN or infinite in float32") if tp == 1 or rank == guilty else nullcontext():
                 for _, given, found in read_ahead(dict(model.tensors), list(model.tensors)):

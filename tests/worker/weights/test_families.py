@@ -13,12 +13,14 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.build import build_engine, memory_needs
+from chatlm.worker.build import build_engine, plan_memory, weight_bytes
 from chatlm.worker.model import tensors as model_tensors
 from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.spec import group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import rope_frequencies
 from chatlm.worker.ops.basic import Norm, experts_reference
+from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.gguf import gguf_spec, gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
@@ -137,7 +139,7 @@ def test_equal_router_logits_choose_the_experts_with_lower_ids(made):
 
 def test_bfloat16_follows_float32_and_rounds_the_scale_of_gemmas_embedding(made):
     folder, cases = made("gemma2")
-    model = load(folder, torch.bfloat16)
+    model = load(folder, "bfloat16")
     assert model.dtype == torch.bfloat16 and tensors_of(model)["0.qkv"].dtype == torch.bfloat16
     fast = Transformer(model.spec, dict(model.tensors), load_kernels("cpu"), num_pages=80, max_tokens=128, dtype=torch.bfloat16)
     assert fast.embedding_scale == 8.0          # sqrt(64)
@@ -184,7 +186,7 @@ def test_matrices_are_packed_from_the_mapped_file_without_a_copy_in_between(form
     else:
         as_gguf(path, make_model("gpt-oss"), quantized=True)
         matrices = {"0.qkv": 3, "0.expert_gate_up": 2, "0.expert_down": 1}
-    model = load(path, torch.bfloat16 if form == "folder" else None)
+    model = load(path, "bfloat16" if form == "folder" else None)
     for name, count in matrices.items():
         read = model.tensors[name].read()
         parts = read if form == "folder" else [rows for _, rows in read.parts]
@@ -248,12 +250,15 @@ def built(caplog, path, free, monkeypatch, **settings):
 
 def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(default_model_path, caplog, monkeypatch):
     settings = Settings(model=str(default_model_path))
-    needs = memory_needs(open_model(resolve_model(settings), settings, None, torch.device("cpu")), None, 256 + 64, 64)
+    model = open_model(resolve_model(settings), settings)
+    kernels = load_kernels("cpu", model.spec)
+    plan = plan_memory(model, model.spec, kernels, group_layers((), model.spec.layers, 0), RankAlone(), settings, torch.device("cpu"),
+                       {"max_tokens": 256 + 64, "max_rows": 64})
     _, engine, line = built(caplog, default_model_path, 4 << 30, monkeypatch)
     held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
     if decode_core():
-        assert 0.97 < needs["weights"] / held < 1.03
-    assert needs["activations"] == sum(buffer.nbytes for buffer in engine.transformer.buffers.values())
+        assert 0.97 < plan.weights / held < 1.03
+    assert plan.activations == sum(buffer.nbytes for buffer in engine.transformer.buffers.values())
     assert "The model fits: weights 0.1 GB" in line.replace("0.10", "0.1").replace("0.09", "0.1") and line.endswith("4.29 GB are free on cpu")
     reads = []
     patch(monkeypatch, model_tensors, "read_ahead", lambda *_: reads.append(1) or iter(()))
@@ -272,10 +277,10 @@ def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(
 def test_what_quantized_floats_will_take_is_known_before_they_are_read(kind, tmp_path):
     settings = Settings(model=str(save(make_model("llama2", hidden_size=256, intermediate_size=512), tmp_path)), quantize=kind)
     source = resolve_model(settings)
-    needs = memory_needs(open_model(source, settings, None, torch.device("cpu")), kind, 8, 8)
+    needed = weight_bytes(open_model(source, settings), kind)
     _, engine = build_engine(source, settings, torch.device("cpu"))
     held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
-    assert 0.9 < needs["weights"] / held < 1.1
+    assert 0.9 < needed / held < 1.1
 
 
 # --- config.json as published ------------------------------------------------------------------------------------

@@ -177,5 +177,5 @@ def test_the_ranks_of_every_family_together_are_the_model(name, tmp_path):
 
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_the_ranks_of_every_nanochat_generation_together_are_the_model(name, nanochat_fixtures):
-    settings = Settings(model=str(nanochat_fixtures / name))
-    check_model(open_model(resolve_model(settings), settings, torch.float32))
+    settings = Settings(model=str(nanochat_fixtures / name), dtype="float32")
+    check_model(open_model(resolve_model(settings), settings))

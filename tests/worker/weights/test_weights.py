@@ -45,9 +45,9 @@ from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gg
 GENERATIONS = [f"gen{number}" for number in range(1, 6)]
 
 
-def load(path, dtype=torch.float32, **settings):
-    settings = Settings(model=str(path), **settings)
-    return open_model(resolve_model(settings), settings, dtype, "cpu")
+def load(path, dtype="float32", **settings):
+    settings = Settings(model=str(path), dtype=dtype, **settings)
+    return open_model(resolve_model(settings), settings)
 
 
 class Reader:
@@ -721,7 +721,7 @@ def test_a_file_of_many_types_computes_what_its_dequantized_weights_say(tmp_path
     ids = list(range(3, 43))
     batch = Batch(token_ids=ids, previous_token_ids=[-1, *ids[:-1]], starts=[0, 40], lengths=[40], tables=[[0, 1, 2]],
                   logit_rows=list(range(40)))
-    exact = Reader(load(path, torch.float32)).feed(ids, all_logits=True)
+    exact = Reader(load(path)).feed(ids, all_logits=True)
     limits = {"max_tokens": 64, "max_rows": 64}
     kernels = load_kernels("cpu", model.spec, **limits)
     assert kernels.row_invariant
@@ -737,7 +737,7 @@ def test_every_quantization_loads_bit_equal_to_the_packages_dequantization(tmp_p
     path = write_gguf(tmp_path / "tiny.gguf", stored, LLAMA_NUMBERS)
     expected = {key: gguf.dequantize(value[0], kind) if isinstance(value, tuple) else value for key, value in stored.items()}
     for dtype in (torch.float32, torch.bfloat16):
-        tensors = tensors_of(load(path, dtype))
+        tensors = tensors_of(load(path, str(dtype).removeprefix("torch.")))
         wanted = {"embed": expected["token_embd.weight"], "0.output": expected["blk.0.attn_output.weight"],
                   "0.down": expected["blk.0.ffn_down.weight"],
                   "0.gate_up": numpy.concatenate([expected[f"blk.0.ffn_{part}.weight"] for part in ("gate", "up")]),
@@ -756,7 +756,7 @@ def mapped_bytes(path):
 
 def test_the_default_models_tensors_are_exactly_those_the_model_expects(default_model_path):
     before = mapped_bytes(default_model_path)
-    model = load(default_model_path, torch.bfloat16)
+    model = load(default_model_path, "bfloat16")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
     assert shapes | {"head": shapes["embed"]} == expected_tensors(model.spec)
     assert {name: given.read().nbytes for name, given in model.tensors.items()} == {
