@@ -162,15 +162,15 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
     """The plan for a rank's shard of a model, whose `whole` spec is given too.
 
     Each rank has its own GPU, but the ranks of a replica share their machine's memory."""
-    dtype, shared = kernels.cache_dtype(model.dtype), device.type != "cuda"
-    page_bytes = Transformer.page_bytes(model.spec, dtype, groups)
+    cache_dtype, shared = kernels.cache_dtype(model.dtype), device.type != "cuda"
+    page_bytes = Transformer.page_bytes(model.spec, cache_dtype, groups)
     if shared:
         layers = groups.depth if ranks.stages == 1 else whole.layers
         page_bytes = Transformer.page_bytes(
-            replace(whole, layers=layers, kv_heads=max(whole.kv_heads, ranks.tp)), dtype)
+            replace(whole, layers=layers, kv_heads=max(whole.kv_heads, ranks.tp)), cache_dtype)
         page_bytes = -(-page_bytes * ranks.here // (ranks.tp * ranks.stages))
     buffers = Transformer.buffer_sizes(model.spec, *limits.values(), torch.float32).values()
-    activations = sum(rows * columns * type_.itemsize for rows, columns, type_ in buffers)
+    activations = sum(rows * columns * dtype.itemsize for rows, columns, dtype in buffers)
     copies, pool = ranks.here if shared else 1, PagePool(0, groups.windows)
     full, fewest = (pool.pages_for(length, prefill_chunk(settings, device))
                     for length in (model.context_length, 4 * PAGE_SIZE))

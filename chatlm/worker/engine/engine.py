@@ -42,19 +42,19 @@ class Drafter:
     PATIENCE = 64           # tokens without a proposal after too many wrong proposals
 
     def __init__(self, tokens: Seq[int]):
-        self.tokens = tokens                          # the sequence's own list
-        self.places: dict[tuple[int, ...], int] = {}  # LENGTH tokens -> where they last ended
-        self.seen = self.LENGTH                       # tokens already in `places`
+        self.tokens = tokens                        # the sequence's own list
+        self.ends: dict[tuple[int, ...], int] = {}  # LENGTH tokens -> where they last ended
+        self.seen = self.LENGTH                     # tokens already in `ends`
         self.right, self.silent_until = 0.5, 0  # moving average: proposals whose first token was right
 
     def propose(self) -> list[int]:
         """Tokens that may come next; call it after every token."""
         tokens, n = self.tokens, self.LENGTH
         for end in range(self.seen, len(tokens)):
-            self.places[tuple(tokens[end - n:end])] = end
+            self.ends[tuple(tokens[end - n:end])] = end
         self.seen = max(self.seen, len(tokens))
-        place = self.places.get(tuple(tokens[-n:]))
-        return tokens[place:place + self.LONGEST] if place and len(tokens) >= self.silent_until else []
+        last = self.ends.get(tuple(tokens[-n:]))
+        return tokens[last:last + self.LONGEST] if last and len(tokens) >= self.silent_until else []
 
     def judge(self, accepted: int):
         self.right += 0.2 * ((accepted > 0) - self.right)
@@ -202,7 +202,7 @@ class Engine:
         logits = logits if len(drawn) == len(logits) else logits[drawn]  # (len(rows), V)
         owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
         params = [owner.work.params for owner in owners]
-        lines = {i: host_row(logits[i]) for i, each in enumerate(params) if each.logprobs is not None}
+        lines = {i: host_row(logits[i]) for i, own in enumerate(params) if own.logprobs is not None}
         for line, text in ((logits[i], owner.text) for i, owner in enumerate(owners)
                            if owner.text and owner.text.grammar):
             line.masked_fill_(~torch.from_numpy(text.grammar.allowed(len(line))).to(line.device), -math.inf)

@@ -262,14 +262,14 @@ class Scheduler:
         while (ready and len(self.running) < self.max_batch
                and not any(running.suspect for running in self.running)):
             holdings = self._holdings()
-            ready.remove(sequence := min(ready, key=lambda each: holdings[each.work.params.client]))
+            ready.remove(sequence := min(ready, key=lambda waiting: holdings[waiting.work.params.client]))
             # scores and means need every token computed here
             uncached = sequence.scoring or sequence.pooling == "mean"
             matched, serial = self.pool.match_prefix([] if uncached else sequence.tokens,
                                                      sequence.work.params.owner)
-            found, size, length = len(matched) // self.pool.groups, self.pool.page_size, len(sequence.tokens)
-            whole, near = -(-length // size), -(-min(length, found * size + self.prefill_chunk) // size)
-            sequence.pages, sequence.filled = matched, found
+            cached, size, length = len(matched) // self.pool.groups, self.pool.page_size, len(sequence.tokens)
+            whole, near = -(-length // size), -(-min(length, cached * size + self.prefill_chunk) // size)
+            sequence.pages, sequence.filled = matched, cached
             missing = self.tables.missing(sequence, whole, near)
             # a page of each group for each running one, so that a newcomer does not preempt at once; what the
             # newcomer will hold in the end may be more than what it takes now
@@ -285,7 +285,7 @@ class Scheduler:
             self.waiting.remove(sequence)
             self.running.append(sequence)
             self.tables.fill(sequence, missing, self.pool.allocate(len(missing)), near)
-            sequence.serial, sequence.computed = serial, found * size
+            sequence.serial, sequence.computed = serial, cached * size
             if sequence.queued_s is None:
                 sequence.queued_s = time.monotonic() - sequence.added_s
                 sequence.cached_tokens = min(sequence.computed, len(sequence.work.prompt_ids))

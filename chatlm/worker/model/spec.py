@@ -10,9 +10,9 @@ from chatlm.common.config import PAGE_SIZE
 
 
 class LayerGroups(NamedTuple):
-    """Which layers share pages: of each layer its group and its place there, of each group its window."""
+    """Which layers share pages: of each layer its group and its index there, of each group its window."""
 
-    places: tuple[tuple[int, int], ...]
+    of_layer: tuple[tuple[int, int], ...]
     windows: tuple[int, ...] = (0,)  # keys that a token sees, its own included; 0 = all
     depth: int = 0                   # layers of a page
 
@@ -28,14 +28,14 @@ MOST_GROUPS = 16  # more would make long tables
 def group_layers(windows: Seq[int], layers: int, context: int, apart: bool = True) -> LayerGroups:
     """The groups of a model for contexts of so many tokens; one group unless they may be `apart`."""
     windows = [window if window < context else 0 for window in windows or (0,) * layers]
-    full, local = ([l for l in range(layers) if bool(windows[l]) == kind] for kind in (False, True))
+    full, local = ([l for l in range(layers) if bool(windows[l]) == limited] for limited in (False, True))
     if not (apart and local):
         return LayerGroups(tuple((0, l) for l in range(layers)), (0,), layers)
     depth = max(min(len(full), len(local)), -(-layers // MOST_GROUPS)) if full else layers
-    groups = [kind[i:i + depth] for kind in (full, local) for i in range(0, len(kind), depth)]
-    places = {l: (group, place) for group, members in enumerate(groups) for place, l in enumerate(members)}
+    groups = [alike[i:i + depth] for alike in (full, local) for i in range(0, len(alike), depth)]
+    of_layer = {l: (group, index) for group, members in enumerate(groups) for index, l in enumerate(members)}
     reach = tuple(max(windows[l] for l in members) for members in groups)
-    return LayerGroups(tuple(places[l] for l in range(layers)), reach, depth)
+    return LayerGroups(tuple(of_layer[l] for l in range(layers)), reach, depth)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     for l in range(spec.layers):
         shapes |= {f"{l}.qkv": ((H + 2 * Hkv) * D, C), f"{l}.output": (C, H * D)}
         up, down, rows = ("up", "down", F) if spec.activation == "relu2" else ("gate_up", "down", 2 * F)
-        if E := spec.experts:  # below each other: the gates of all experts, then their ups
+        if E := spec.experts:  # one matrix: the rows of all experts' gates, then of their ups
             up, down = "expert_gate_up", "expert_down"
             shapes |= {f"{l}.router": (E, C), f"{l}.{up}": (E * rows, C), f"{l}.{down}": (E * C, F)}
         else:
@@ -164,7 +164,7 @@ class Inputs(NamedTuple):
 def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:
     """The absolute position of each new token, and the slot for its keys and values."""
     counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
-    places = [(position, table[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE)
-              for count, length, table in zip(counts, batch.lengths, batch.tables)
-              for position in range(length - count, length)]
-    return tuple(zip(*places))
+    pairs = [(position, table[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE)
+             for count, length, table in zip(counts, batch.lengths, batch.tables)
+             for position in range(length - count, length)]
+    return tuple(zip(*pairs))

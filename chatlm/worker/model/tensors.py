@@ -18,34 +18,37 @@ TILE_ROWS = 16  # of decode_core's matrices: a rank has whole tiles
 
 
 class Cut(NamedTuple):
-    """What a rank has of a tensor `of` a shape: ranges of one axis. Its `shape` may have more: zeros."""
+    """The part of a tensor that a rank has: ranges of its rows, or one range of its columns.
 
-    of: tuple[int, ...]
+    The part's `shape` may have more rows than the ranges: the rest are zeros."""
+
+    full: tuple[int, ...]  # shape of the whole tensor
     shape: tuple[int, ...]
-    axis: int
+    axis: int              # 0: rows, 1: columns
     ranges: Seq[range]
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Cut:
         return cls(shape, shape, 0, (range(shape[0]),))
 
-    def parts(self, parts: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """The index of each of the `parts` below each other, torch or numpy, and what is cut from it."""
+    def apply(self, stacked: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """Cut a tensor whose rows come as several, torch or numpy: (index of one, the part of it), .."""
         begin = rows = 0
-        for index, part in enumerate(parts):
+        for index, tensor in enumerate(stacked):
             if self.axis:  # packed columns take less than one byte each
-                first, last = (each * part.shape[1] // self.of[1] for each in (
-                    self.ranges[0].start, self.ranges[0].stop))
-                yield index, part[:, first:last]
-            for each in () if self.axis else self.ranges:
-                found = part[max(each.start - begin, 0):max(each.stop - begin, 0)]
-                if len(found):
-                    yield index, found
-                rows += len(found)
-            begin += len(part)
+                first, last = (edge * tensor.shape[1] // self.full[1]
+                               for edge in (self.ranges[0].start, self.ranges[0].stop))
+                yield index, tensor[:, first:last]
+                continue
+            for wanted in self.ranges:
+                part = tensor[max(wanted.start - begin, 0):max(wanted.stop - begin, 0)]
+                if len(part):
+                    yield index, part
+                rows += len(part)
+            begin += len(tensor)
         if not self.axis and rows < self.shape[0]:
-            zeros = torch.zeros if isinstance(part, torch.Tensor) else numpy.zeros
-            yield index, zeros((self.shape[0] - rows, *part.shape[1:]), dtype=part.dtype)
+            zeros = torch.zeros if isinstance(tensor, torch.Tensor) else numpy.zeros
+            yield index, zeros((self.shape[0] - rows, *tensor.shape[1:]), dtype=tensor.dtype)
 
 
 class Unread(NamedTuple):
@@ -61,16 +64,16 @@ class Unread(NamedTuple):
         with numpy.errstate(all="ignore"):  # of what overflows `refuse_faults` tells
             return self.made(self.cut)
 
-    def refuse_faults(self, found, packed: bool):
+    def refuse_faults(self, tensor, packed: bool):
         """A ConfigError if what was read has NaN or infinity, or will when it is `packed`."""
-        self.check(self.cut, found, packed)
+        self.check(self.cut, tensor, packed)
 
     def less(self, cut: Cut) -> Unread:
         """As much of it as the cut says."""
         mapped = self.mapped
-        if not cut.axis and all(each.shape[1:] == cut.of[1:] for each in mapped):
-            mapped = tuple(each for _, each in cut.parts(mapped))
-        size = self.nbytes * math.prod(cut.shape) // math.prod(cut.of)
+        if not cut.axis and all(tensor.shape[1:] == cut.full[1:] for tensor in mapped):
+            mapped = tuple(part for _, part in cut.apply(mapped))
+        size = self.nbytes * math.prod(cut.shape) // math.prod(cut.full)
         return self._replace(cut=cut, nbytes=size, mapped=mapped)
 
 
@@ -81,22 +84,22 @@ def read_ahead(tensors: dict, names: Iterable[str]) -> Iterator[tuple[str, Any, 
     """Pop each tensor, or Unread one -> (name, it, what its `read` returns).
 
     A thread reads the next ones meanwhile, on one core: torch's own threads cost more than they gain here."""
-    def read(given):
-        advise(getattr(given, "mapped", ()), "MADV_WILLNEED")
-        return given.read() if isinstance(given, Unread) else given
+    def read(tensor):
+        advise(getattr(tensor, "mapped", ()), "MADV_WILLNEED")
+        return tensor.read() if isinstance(tensor, Unread) else tensor
 
     threads, coming = torch.get_num_threads(), deque()
     try:
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for name in (*names, None):
                 if name:
-                    given = tensors.pop(name)
-                    coming.append((name, given, pool.submit(read, given)))
+                    tensor = tensors.pop(name)
+                    coming.append((name, tensor, pool.submit(read, tensor)))
                 while len(coming) > bool(name) and (
-                        not name or sum(given.nbytes for _, given, _ in coming) > READ_AHEAD):
-                    before, given, future = coming.popleft()
-                    yield before, given, future.result()
-                    advise(getattr(given, "mapped", ()), "MADV_DONTNEED")
+                        not name or sum(tensor.nbytes for _, tensor, _ in coming) > READ_AHEAD):
+                    first, tensor, future = coming.popleft()
+                    yield first, tensor, future.result()
+                    advise(getattr(tensor, "mapped", ()), "MADV_DONTNEED")
     finally:
         torch.set_num_threads(threads)
 

@@ -42,9 +42,9 @@ class Transformer:
             self.weights = self._pack(tensors, dtype, progress)
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
-            kinds = [rope_frequencies(spec, layer) for layer in range(spec.layers)]
-            tables = {kind: rope_tables(spec, self.device, kinds.index(kind)) for kind in {*kinds}}
-            self.rope_tables = [tables[kind] for kind in kinds]  # of each layer
+            turns = [rope_frequencies(spec, layer) for layer in range(spec.layers)]
+            tables = {turn: rope_tables(spec, self.device, turns.index(turn)) for turn in {*turns}}
+            self.rope_tables = [tables[turn] for turn in turns]  # of each layer
             self.cache = kernels.make_cache(replace(spec, layers=self.groups.depth),
                                             num_pages + self.groups.holes, self.dtype, self.device)
             self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
@@ -60,8 +60,8 @@ class Transformer:
         for name, tensor, read in read_ahead(tensors, names):
             progress("loading weights", len(weights) / len(names))
             parts = read if isinstance(read, tuple) else (read,)
-            type_ = dtype if len(parts[0].shape) > 1 and name != "smear_gate" else torch.float32
-            moved = [part.to(self.device, type_) if isinstance(part, torch.Tensor) else part
+            target = dtype if len(parts[0].shape) > 1 and name != "smear_gate" else torch.float32
+            moved = [part.to(self.device, target) if isinstance(part, torch.Tensor) else part
                      for part in parts]
             matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head",
                                                  "ve_gate", "gate_up_bias", "router", "expert_gate_up",
@@ -78,8 +78,8 @@ class Transformer:
 
     def _allocate(self, T: int, R: int) -> dict:
         sizes = self.buffer_sizes(self.spec, T, R, self.kernels.backend.activations or self.dtype)
-        return {name: torch.empty(rows, columns, dtype=kind, device=self.device)
-                for name, (rows, columns, kind) in sizes.items()}
+        return {name: torch.empty(rows, columns, dtype=dtype, device=self.device)
+                for name, (rows, columns, dtype) in sizes.items()}
 
     @staticmethod
     def buffer_sizes(spec: ModelSpec, T: int, R: int, dtype) -> dict:
@@ -87,7 +87,7 @@ class Transformer:
         C, D, F, H, Hkv, f32 = (
             spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads, torch.float32)
         return {
-            "x": (T, C, f32), "between": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
+            "x": (T, C, f32), "residual": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
             "previous": (T, C, f32), "added": (T, C, f32),
             "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
             "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
@@ -110,9 +110,9 @@ class Transformer:
     def weight_types(self) -> str:
         """The matrices' types, most common first, and the memory of all weights: "q4_1, q8_0 (93 MiB)"."""
         size = sum({id(weight): weight.nbytes for weight in self.weights.values()}.values())
-        kinds = Counter(getattr(w, "kind", None) or str(w.dtype).removeprefix("torch.")
+        types = Counter(getattr(w, "kind", None) or str(w.dtype).removeprefix("torch.")
                         for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1)
-        return f"{', '.join(kind for kind, _ in kinds.most_common())} ({size / 2**20:,.0f} MiB)"
+        return f"{', '.join(name for name, _ in types.most_common())} ({size / 2**20:,.0f} MiB)"
 
     def forward(self, batch: Batch):
         """Run a step's new tokens through the model -> logits (R, V) float32, valid until the next step."""
@@ -143,7 +143,7 @@ class Transformer:
             if count > 1:
                 mine = batch._replace(tables=[pages[group::count] for pages in batch.tables])
                 tensors[3] = torch.tensor(token_places(mine)[1], dtype=torch.int64, device=self.device)
-            windows = {self.windows[l] for l, (its, _) in enumerate(self.groups.places) if its == group}
+            windows = {self.windows[l] for l, (owner, _) in enumerate(self.groups.of_layer) if owner == group}
             parts.append(Inputs(*tensors, self.kernels.plan_attention(mine, tensors[2], windows, self.dtype)))
         return parts[0]._replace(parts=tuple(parts))
 
@@ -157,9 +157,9 @@ class Transformer:
         for l, layer in enumerate(self.layers):
             if spec.residual_lambdas:
                 k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
-            group, place = self.groups.places[l]
+            group, index = self.groups.of_layer[l]
             self._attention(inputs.parts[group] if group else inputs, b, layer, self.rope_tables[l],
-                            self.cache[place], self.windows[l])
+                            self.cache[index], self.windows[l])
             self._feed_forward(b, layer)
             if l == spec.backout_layer:
                 k.copy(b.x, out=b.middle)
@@ -201,11 +201,12 @@ class Transformer:
     def passed_on(self, layer: int) -> list[str]:
         """The buffers that the layers from `layer` need of those before them."""
         spec = self.spec
-        middle = spec.backout_layer is not None and spec.backout_layer < layer
-        return ["x", *["x0"] * spec.residual_lambdas, *["middle"] * middle]
+        needed = {"x": True, "x0": spec.residual_lambdas,
+                  "middle": spec.backout_layer is not None and spec.backout_layer < layer}
+        return [name for name, is_needed in needed.items() if is_needed]
 
     def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, tables, cache, window: int):
-        """between = x + output(attention(norm(x))), once the new keys and values are in the layer's pages."""
+        """residual = x + output(attention(norm(x))), once new keys and values are in the layer's pages."""
         spec, k, value, gate = self.spec, self.kernels, None, None
         norm = Norm(layer.get("attention_norm"), spec.norm_eps)
         k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=b.qkv)  # (T, (H + 2 Hkv) * D)
@@ -219,27 +220,27 @@ class Transformer:
                       value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale)   # (T, H * D)
         k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended,
                           softcap=spec.attention_softcap, sinks=layer.get("sinks"))  # (T, H * D)
-        self._add(b, b.attended, layer, "output", b.x, out=b.between)
+        self._add(b, b.attended, layer, "output", b.x, out=b.residual)
 
     def _feed_forward(self, b: SimpleNamespace, layer: dict):
-        """x = between + down(activation(up(norm(between))))."""
+        """x = residual + down(activation(up(norm(residual))))."""
         spec, k = self.spec, self.kernels
         norm = Norm(layer.get("ffn_norm"), spec.norm_eps)
         if spec.experts:
-            k.linear(b.between, layer["router"], norm=norm, bias=layer.get("router_bias"), out=b.routing)
+            k.linear(b.residual, layer["router"], norm=norm, bias=layer.get("router_bias"), out=b.routing)
             alone = k.all_reduce is None
             k.experts(
-                b.between, b.routing, layer["expert_gate_up"], layer["expert_down"], norm=norm,
+                b.residual, b.routing, layer["expert_gate_up"], layer["expert_down"], norm=norm,
                 biases=(layer.get("expert_gate_up_bias"), layer.get("expert_down_bias")),
                 out=b.x if alone else b.added, activation=spec.activation, chosen=spec.experts_per_token,
                 sum_to_one=spec.shares_sum_to_one, residual=alone)
             if not alone:
-                k.all_reduce(b.added, out=b.x, residual=b.between)
+                k.all_reduce(b.added, out=b.x, residual=b.residual)
             return
         up = "up" if spec.activation == "relu2" else "gate_up"
-        k.linear(b.between, layer[up], norm=norm, bias=layer.get(f"{up}_bias"), activation=spec.activation,
+        k.linear(b.residual, layer[up], norm=norm, bias=layer.get(f"{up}_bias"), activation=spec.activation,
                  out=b.hidden)  # (T, F)
-        self._add(b, b.hidden, layer, "down", b.between, out=b.x)
+        self._add(b, b.hidden, layer, "down", b.residual, out=b.x)
 
     def _add(self, b: SimpleNamespace, x, layer: dict, name: str, residual, out):
         """out = residual + x @ layer[name].T + bias (T, C), or a norm of what is added in some families.

@@ -111,7 +111,9 @@ def page_table(batch, dtype, device):
 def plan_attention_reference(batch, positions, windows, dtype) -> dict:
     """Work out once per step which pages and masks attention needs in all layers: {window: [Span, ...]}."""
     decode, table = decode_rows(batch), page_table(batch, torch.int64, positions.device)
-    groups = [range(decode)] * (decode > 0) + [range(i, i + 1) for i in range(decode, len(batch.lengths))]
+    groups = [range(i, i + 1) for i in range(decode, len(batch.lengths))]
+    if decode:
+        groups.insert(0, range(decode))
     return {window: [make_span(batch, positions, table, group, window, dtype) for group in groups]
             for window in set(windows)}
 

@@ -129,15 +129,15 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     up_bias, down_bias = (bias if bias is None else bias.to(y.dtype) for bias in biases)
     total = torch.zeros_like(out)
     for expert in ids.unique().tolist():
-        rows, places = (ids == expert).nonzero(as_tuple=True)
-        gate, up = (y[rows] @ each[expert].T for each in gate_up)  # (rows, F) each
+        rows, columns = (ids == expert).nonzero(as_tuple=True)
+        gate, up = (y[rows] @ matrices[expert].T for matrices in gate_up)  # (rows, F) each
         if up_bias is not None:
             own = up_bias.view(2, E, -1)[:, expert]
             gate, up = gate + own[0], up + own[1]
         added = GATES[activation](gate, up) @ down[expert].T       # (rows, C)
         if down_bias is not None:
             added = added + down_bias.view(E, -1)[expert]
-        total.index_add_(0, rows, shares[rows, places, None] * added)
+        total.index_add_(0, rows, shares[rows, columns, None] * added)
     torch.add(x if residual else torch.zeros_like(x), total, out=out)
 
 
@@ -214,25 +214,25 @@ BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 MXFP4_DOUBLED = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
 
 
-def dequantize(kind, data: torch.Tensor) -> torch.Tensor:
-    """The values of some rows of a gguf.ReaderTensor's data, of gguf type `kind`.
+def dequantize(gguf_type, data: torch.Tensor) -> torch.Tensor:
+    """The values of some rows of a gguf.ReaderTensor's data, which has this type.
 
     Float types stay as they are; all others become float32."""
-    if kind.name in ("F32", "F16", "BF16"):
-        return data.view(torch.bfloat16) if kind.name == "BF16" else data
-    if kind.name == "MXFP4":
+    if gguf_type.name in ("F32", "F16", "BF16"):
+        return data.view(torch.bfloat16) if gguf_type.name == "BF16" else data
+    if gguf_type.name == "MXFP4":
         blocks = data.view(-1, 17)
         codes, power = torch.cat((blocks[:, 1:] & 15, blocks[:, 1:] >> 4), -1), blocks[:, :1].int()
         bits = torch.where(power < 2, (1 << 21) << power, (power - 1) << 23)  # of 2^(power - 128)
         bits.masked_fill_(power == 255, 0x7FC00000)  # NaN; the gguf package makes 2^127 of it
         return torch.tensor(MXFP4_DOUBLED)[codes.int()] * bits.view(torch.float32)
-    if kind.name not in BLOCK_BYTES:
+    if gguf_type.name not in BLOCK_BYTES:
         gguf = require_library("gguf", "packed weights")
-        return torch.from_numpy(gguf.dequantize(data.numpy(), kind))
-    blocks = data.view(-1, BLOCK_BYTES[kind.name])
+        return torch.from_numpy(gguf.dequantize(data.numpy(), gguf_type))
+    blocks = data.view(-1, BLOCK_BYTES[gguf_type.name])
     scale, minimum = blocks[:, :4].contiguous().view(torch.float16).float().split(1, dim=1)  # (B, 1) each
-    if kind.name == "Q8_0":
+    if gguf_type.name == "Q8_0":
         return blocks[:, 2:].view(torch.int8).float().mul_(scale)
     packed = blocks[:, -16:]
     values = torch.cat((packed & 15, packed >> 4), dim=-1).float()                           # (B, 32)
-    return values.mul_(scale).add_(minimum) if kind.name == "Q4_1" else values.sub_(8).mul_(scale)
+    return values.mul_(scale).add_(minimum) if gguf_type.name == "Q4_1" else values.sub_(8).mul_(scale)

@@ -38,8 +38,8 @@ ROWS_SENT = 16          # rows of logits in a message: 16 MB where the vocabular
 
 def rank_device(device: str, rank: int) -> str:
     """The device of a rank, where rank 0 has `device`: the GPUs of a replica follow each other."""
-    kind, _, index = device.partition(":")
-    return f"{kind}:{int(index or 0) + rank}" if kind == "cuda" else device
+    device_type, _, index = device.partition(":")
+    return f"{device_type}:{int(index or 0) + rank}" if device_type == "cuda" else device
 
 
 def join_ranks(backend, address: str, rank: int, count: int, device: str) -> dict[str, Callable]:
@@ -60,7 +60,10 @@ def join_ranks(backend, address: str, rank: int, count: int, device: str) -> dic
 
     def all_reduce(x, out, residual=None):
         distributed.all_reduce(x)
-        out.copy_(x) if residual is None else torch.add(residual, x, out=out)
+        if residual is None:
+            out.copy_(x)
+        else:
+            torch.add(residual, x, out=out)
 
     def all_gather(x, out):
         parts = [torch.empty_like(x) for _ in range(count)]

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from chatlm.worker.model.spec import ModelSpec
 
 
-def check_names_and_shapes(path: Path, found: Mapping[str, tuple], sources: Sources):
+def check_names_and_shapes(path: Path, state: Mapping[str, tuple], sources: Sources):
     expected = file_shapes(sources)
-    problems = [f"missing {name} {expected[name]}" for name in expected if name not in found]
-    problems += [f"unknown {name} {found[name]}" for name in found if name not in expected]
-    problems += [f"{name} is {found[name]} instead of {expected[name]}"
-                 for name in expected if name in found and found[name] != expected[name]]
+    problems = [f"missing {name} {expected[name]}" for name in expected if name not in state]
+    problems += [f"unknown {name} {state[name]}" for name in state if name not in expected]
+    problems += [f"{name} is {state[name]} instead of {expected[name]}"
+                 for name in expected if name in state and state[name] != expected[name]]
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ConfigError(f"{path}: the tensors do not fit this model: {'; '.join(problems[:20])}{more}")
@@ -120,8 +120,8 @@ def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, t
         if scales and re.search(r"\.(input|output|[kqv])_scale(_inv)?$", name):
             del state[name]  # of activations and cached keys and values, which have other types here
         elif not (floats or mxfp4 or name in scales):
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise ConfigError(f"{folder}: {shown(name)} is of type {kind}; it must be float32, float16 or "
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(f"{folder}: {shown(name)} is of type {dtype}; it must be float32, float16 or "
                               "bfloat16, or FP8 with a tensor of scales")
     return state, scales
 
@@ -145,23 +145,23 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
     float32.
 
     `as_stored`, if given, makes those of packed weights."""
-    def read(kind: torch.dtype, theirs: Iterable[str], cut: Cut):
-        parts = (changed(name, state[name]) for name in theirs)
-        parts = (part.flatten(0, part.ndim - len(cut.shape)) for part in parts)
-        rows = tuple(part.to(kind) for _, part in cut.parts(parts))  # a vocabulary's padding is dropped
-        return rows if len(cut.shape) > 1 and cut == Cut.whole(cut.of) else torch.cat(rows)
+    def read(target: torch.dtype, theirs: Iterable[str], cut: Cut):
+        stacked = (changed(name, state[name]) for name in theirs)
+        stacked = (tensor.flatten(0, tensor.ndim - len(cut.shape)) for tensor in stacked)
+        rows = tuple(part.to(target) for _, part in cut.apply(stacked))  # a vocabulary's padding is dropped
+        return rows if len(cut.shape) > 1 and cut == Cut.whole(cut.full) else torch.cat(rows)
 
     def read_packed(theirs: Iterable[str], cut: Cut):
         make = as_stored or partial(dequantized, dtype=dtype)
         return make(cut.shape, cut_stored([(state[name], 0) for name in theirs], cut))
 
     def unread(shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
-        parts, kind = [state[name] for name in theirs], torch.float32 if len(shape) == 1 else dtype
-        size, whole = math.prod(shape) * kind.itemsize, Cut.whole(shape)
+        parts, target = [state[name] for name in theirs], torch.float32 if len(shape) == 1 else dtype
+        size, whole = math.prod(shape) * target.itemsize, Cut.whole(shape)
         packed = isinstance(parts[0], Mxfp4)
-        make, mapped = read_packed if packed else partial(read, kind), tuple(parts)
+        make, mapped = read_packed if packed else partial(read, target), tuple(parts)
         if packed:
-            mapped = tuple(each for part in parts for each in (part.blocks, part.scales))
+            mapped = tuple(tensor for part in parts for tensor in (part.blocks, part.scales))
             size = math.prod(shape) * 17 // 32 if as_stored else size
         check = partial(refuse_faults, path, settings, theirs, make)
         return Unread(whole, partial(make, theirs), size, mapped, check)
@@ -172,23 +172,22 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
 FP8 = ("torch.float8_e4m3fn", "torch.float8_e5m2")
 
 
-def fp8_block(path: Path, given: Mapping) -> list[int]:
+def fp8_block(path: Path, config: Mapping) -> list[int]:
     """Rows and columns that share a scale where FP8 weights have one for each block; ConfigError if the
     config.json tells of another quantization."""
-    found = given.get("quantization_config")
-    if found is None:
+    packing = config.get("quantization_config")
+    if packing is None:
         return [128, 128]
-    found = found if isinstance(found, dict) else {}
-    method, groups = found.get("quant_method"), found.get("config_groups")
+    packing = packing if isinstance(packing, dict) else {}
+    method, groups = packing.get("quant_method"), packing.get("config_groups")
     weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else [{}]
     if method not in ("fp8", "fbgemm_fp8", "compressed-tensors") or method == "compressed-tensors" and any(
-            (each.get("type"), each.get("num_bits")) != ("float", 8) for each in weights):
-        kind = found.get("format", "")
-        raise ConfigError(f"{path}: quantization_config.quant_method is {shown(method)}"
-                          f"{kind and f' of format {shown(kind)}'}; only FP8 is supported (fp8, fbgemm_fp8, "
-                          "and compressed-tensors with 8-bit floats): take the unquantized model, or a GGUF "
-                          "file of it")
-    block = found.get("weight_block_size") or weights[0].get("block_structure") or [128, 128]
+            (group.get("type"), group.get("num_bits")) != ("float", 8) for group in weights):
+        layout = f" of format {shown(packing['format'])}" if packing.get("format") else ""
+        raise ConfigError(f"{path}: quantization_config.quant_method is {shown(method)}{layout}; only FP8 is "
+                          "supported (fp8, fbgemm_fp8, and compressed-tensors with 8-bit floats): take the "
+                          "unquantized model, or a GGUF file of it")
+    block = packing.get("weight_block_size") or weights[0].get("block_structure") or [128, 128]
     return checked(path, "quantization_config.weight_block_size", block, Rule(int, 1, many=True), 2)
 
 
@@ -210,26 +209,27 @@ def unscaled(path: Path, scales: Mapping[str, torch.Tensor], block: Seq[int], na
     return values
 
 
-def below_each_other(tensor, shape: tuple[int, ...]):
-    """A gguf.ReaderTensor as part of a tensor of this shape: the experts' rows are rows of one matrix."""
+def as_rows(tensor, shape: tuple[int, ...]):
+    """A gguf.ReaderTensor as rows of a tensor of this shape: the matrices of experts become one."""
     data = tensor.data.reshape(-1, *tensor.data.shape[-1:] * (len(shape) - 1))
     return SimpleNamespace(tensor_type=tensor.tensor_type, data=data)
 
 
 def cut_stored(parts: Seq[tuple[Any, int]], cut: Cut) -> list[tuple[Any, int]]:
     """The cut of some (gguf.ReaderTensor, head size). Where it divides blocks they become Q8_0 or floats."""
-    if cut == Cut.whole(cut.of):
+    if cut == Cut.whole(cut.full):
         return list(parts)
     first, last = cut.ranges[0].start, cut.ranges[0].stop
     if cut.axis and any(edge % packed_together(tensor) for tensor, _ in parts for edge in (first, last)):
-        rows = [(len(tensor.data), cut.of[1]) for tensor, _ in parts]
+        shapes = [(len(tensor.data), cut.full[1]) for tensor, _ in parts]
         floats = [dequantized(shape, [part], torch.float32)[:, first:last].contiguous().numpy()
-                  for shape, part in zip(rows, parts)]
+                  for shape, part in zip(shapes, parts)]
         gguf = require_library("gguf", "packed weights")
-        kind = gguf.GGMLQuantizationType["F32" if (last - first) % 32 else "Q8_0"]
-        return [(SimpleNamespace(tensor_type=kind, data=gguf.quantize(each, kind)), 0) for each in floats]
+        gguf_type = gguf.GGMLQuantizationType["F32" if (last - first) % 32 else "Q8_0"]
+        return [(SimpleNamespace(tensor_type=gguf_type, data=gguf.quantize(rows, gguf_type)), 0)
+                for rows in floats]
     return [(SimpleNamespace(tensor_type=parts[i][0].tensor_type, data=numpy.ascontiguousarray(data)),
-             parts[i][1]) for i, data in cut.parts(tensor.data for tensor, _ in parts)]
+             parts[i][1]) for i, data in cut.apply(tensor.data for tensor, _ in parts)]
 
 
 def packed_together(tensor) -> int:

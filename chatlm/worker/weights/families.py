@@ -37,8 +37,8 @@ HF_TENSORS = {  # our tensor (of layer {}) -> the folder's tensors whose rows it
     "ffn_norm": ("model.layers.{}.post_attention_layernorm.weight",),
     **{name: (f"model.layers.{{}}.self_attn.{name}.weight",) for name in ("q_norm", "k_norm")},
     "sinks": ("model.layers.{}.self_attn.sinks",),
-    **{ours + ending: tuple(f"model.layers.{{}}.{each}_proj.{kind}" for each in theirs.split())
-       for ending, kind in (("", "weight"), ("_bias", "bias"))
+    **{ours + ending: tuple(f"model.layers.{{}}.{module}_proj.{part}" for module in theirs.split())
+       for ending, part in (("", "weight"), ("_bias", "bias"))
        for ours, theirs in (("qkv", "self_attn.q self_attn.k self_attn.v"), ("output", "self_attn.o"),
                             ("gate_up", "mlp.gate mlp.up"), ("down", "mlp.down"))}}
 HF_ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "relu2": "relu2"}
@@ -60,18 +60,18 @@ GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_sl
                 "original_max_position_embeddings": 4096}
 
 
-def expert_tensors(experts: str, router: str, kinds: Seq[str] = ("weight",)) -> dict[str, tuple[str, ...]]:
+def expert_tensors(experts: str, router: str, parts: Seq[str] = ("weight",)) -> dict[str, tuple[str, ...]]:
     """Rows of HF_TENSORS for a family's router and experts; `experts` has {} if each has its own tensors."""
     names = {"router": router, "expert_gate_up": f"{experts}.gate_proj {experts}.up_proj",
              "expert_down": f"{experts}.down_proj"}
-    return {ours + "_bias" * (kind == "bias"): tuple(
-        f"model.layers.{{}}.mlp.{each}.{kind}" for each in theirs.split())
-        for ours, theirs in names.items() for kind in kinds}
+    return {f"{ours}_bias" if part == "bias" else ours: tuple(
+        f"model.layers.{{}}.mlp.{module}.{part}" for module in theirs.split())
+        for ours, theirs in names.items() for part in parts}
 
 
 def repack_gpt_oss(state: Mapping) -> dict:
     """Its folders alternate the rows of gate and up, and have matrices as (experts, in, out) or in MXFP4."""
-    found = dict(state)
+    repacked = dict(state)
     for name, tensor in state.items():
         stem, _, ending = name.rpartition("_proj")
         scales = state.get(f"{stem}_proj_scales")
@@ -79,18 +79,18 @@ def repack_gpt_oss(state: Mapping) -> dict:
             continue
         if (ending == "_blocks" and scales is not None and tensor.shape == (*scales.shape, 16)
                 and tensor.dtype == scales.dtype == torch.uint8):
-            tensor = Mxfp4(tensor, found.pop(f"{stem}_proj_scales"))
+            tensor = Mxfp4(tensor, repacked.pop(f"{stem}_proj_scales"))
         elif tensor.ndim != {"": 3, "_bias": 2}.get(ending):
             continue  # check_names_and_shapes names it
         elif not ending:
             tensor = tensor.mT
-        del found[name]
-        kind = "bias" if ending == "_bias" else "weight"
+        del repacked[name]
+        part = "bias" if ending == "_bias" else "weight"
         halves = {"down": tensor}
         if stem.endswith("gate_up"):
             halves = {"gate": tensor[:, ::2], "up": tensor[:, 1::2]}
-        found |= {f"{stem.rpartition('.')[0]}.{which}_proj.{kind}": half for which, half in halves.items()}
-    return found
+        repacked |= {f"{stem.rpartition('.')[0]}.{which}_proj.{part}": half for which, half in halves.items()}
+    return repacked
 
 
 def qwen_window(config: Mapping, layer: int) -> bool:
@@ -164,22 +164,23 @@ HF_ONLY = {  # the only value these may have, unless the family has them
     "decoder_sparse_step": 1, "mlp_only_layers": [], "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
 
 
-def family_config(path: Path, given: Mapping) -> tuple[str, dict]:
+def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
     """The family of a config.json, and all that its row and HF_DEFAULTS list, checked."""
-    kind = checked(path, "model_type", given.get("model_type"), Rule(str, choices=(*FAMILIES, "gemma3")))
-    if "quantization_config" not in FAMILIES.get(kind, FAMILIES["llama"]).config:
-        fp8_block(path, given)
-    if kind == "gemma3":  # with an image encoder, which is not loaded
-        kind, given = "gemma3_text", given.get("text_config")
-        if not isinstance(given, dict):
-            raise ConfigError(f"{path}: text_config is {shown(given)}; it must be an object")
-    defaults = HF_DEFAULTS | FAMILIES[kind].config
-    for key, value in given.items():
+    family = checked(path, "model_type", raw.get("model_type"), Rule(str, choices=(*FAMILIES, "gemma3")))
+    if "quantization_config" not in FAMILIES.get(family, FAMILIES["llama"]).config:
+        fp8_block(path, raw)
+    if family == "gemma3":  # with an image encoder, which is not loaded
+        family, raw = "gemma3_text", raw.get("text_config")
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: text_config is {shown(raw)}; it must be an object")
+    defaults = HF_DEFAULTS | FAMILIES[family].config
+    for key, value in raw.items():
         if key not in defaults and key not in HF_INERT and value not in (None, HF_ONLY.get(key)):
             raise ConfigError(f"{path}: {key} is {shown(value)}; " + (
-                f"in a {kind} model it must be {json.dumps(HF_ONLY[key])}" if key in HF_ONLY else
-                f"this key is not supported in a {kind} model. Supported are {', '.join(sorted(defaults))}"))
-    config = {key: given.get(key, default) for key, default in defaults.items()}
+                f"in a {family} model it must be {json.dumps(HF_ONLY[key])}" if key in HF_ONLY else
+                f"this key is not supported in a {family} model. "
+                f"Supported are {', '.join(sorted(defaults))}"))
+    config = {key: raw.get(key, default) for key, default in defaults.items()}
     for key, default in defaults.items():
         rule = HF_KEYS.get(key, Rule(bool) if isinstance(default, bool) else None)
         if key.startswith("hidden_act"):
@@ -191,7 +192,7 @@ def family_config(path: Path, given: Mapping) -> tuple[str, dict]:
     if packed := config.get("quantization_config"):
         method = packed.get("quant_method") if isinstance(packed, dict) else None
         checked(path, "quantization_config.quant_method", method, Rule(str, choices=("mxfp4",)))
-    return kind, config
+    return family, config
 
 
 def complete_heads(path: Path, config: dict, names: Mapping[str, str] = {}):
@@ -208,12 +209,12 @@ def complete_heads(path: Path, config: dict, names: Mapping[str, str] = {}):
     check_divides(path, own["head_dim"], config["head_dim"], 2)
 
 
-def family_spec(path: Path, kind: str, config: dict, rope: Mapping) -> ModelSpec:
+def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSpec:
     """The spec of a checked config; `rope` has max_positions and the fields that begin with rope_."""
-    family, layers = FAMILIES[kind], config["num_hidden_layers"]
+    row, layers = FAMILIES[family], config["num_hidden_layers"]
     width, heads, head_size = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
     fields = {"ffn_bias": config.get("mlp_bias", False),
-              "activation": HF_ACTIVATIONS[config["hidden_act"]], **family.fields, **rope}
+              "activation": HF_ACTIVATIONS[config["hidden_act"]], **row.fields, **rope}
     if "no_rope_layers" in config:
         every = config["no_rope_layer_interval"]
         config["no_rope_layers"] = rotated = config["no_rope_layers"] or [
@@ -221,12 +222,12 @@ def family_spec(path: Path, kind: str, config: dict, rope: Mapping) -> ModelSpec
         checked(path, "no_rope_layers", rotated, HF_KEYS["no_rope_layers"], layers)
         fields["unrotated_layers"] = tuple(layer for layer in range(layers) if not rotated[layer])
     window = None if config.get("use_sliding_window") is False else config.get("sliding_window")
-    kinds = config.get("layer_types") or [
-        LAYER_TYPES[bool(family.has_window(config, layer))] for layer in range(layers)]
-    checked(path, "layer_types", kinds, HF_KEYS["layer_types"], layers)
-    if "sliding_attention" in kinds:
+    types = config.get("layer_types") or [
+        LAYER_TYPES[bool(row.has_window(config, layer))] for layer in range(layers)]
+    checked(path, "layer_types", types, HF_KEYS["layer_types"], layers)
+    if "sliding_attention" in types:
         checked(path, "sliding_window in use", window, HF_KEYS["sliding_window"]._replace(optional=False))
-        fields["windows"] = tuple(window * (each == "sliding_attention") for each in kinds)
+        fields["windows"] = tuple(window if type_ == "sliding_attention" else 0 for type_ in types)
     if config.get("attention_bias"):
         fields |= {"qkv_bias": True, "output_bias": True}
     if "query_pre_attn_scalar" in config:
@@ -264,32 +265,32 @@ def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, po
 
     `rope` is a rope_scaling or rope_parameters object. longrope takes its long factors for all positions if
     the server's `context` (None: the model's) is longer than the original one."""
-    kind = checked(path, f"{name}.rope_type", rope.get("rope_type", rope.get("type", "default")),
+    rope_type = checked(path, f"{name}.rope_type", rope.get("rope_type", rope.get("type", "default")),
                    Rule(str, choices=tuple(ROPE_TYPES)))
-    known = [*ROPE_TYPES[kind].split(), "rope_type", "type", "rope_theta", "partial_rotary_factor"]
+    known = [*ROPE_TYPES[rope_type].split(), "rope_type", "type", "rope_theta", "partial_rotary_factor"]
     if unknown := [key for key in rope if key not in known and rope[key] is not None]:
-        raise ConfigError(f"{path}: {name} has the key {shown(unknown[0])}; known for the type {kind} are "
-                          f"{', '.join(known)}")
+        raise ConfigError(f"{path}: {name} has the key {shown(unknown[0])}; known for the type {rope_type} "
+                          f"are {', '.join(known)}")
 
     def value(key: str, default=None, length: int | None = None):
-        given = default if rope.get(key) is None else rope[key]
-        return checked(path, f"{name}.{key}", given, ROPE_KEYS.get(key, Rule(float, 0.01, 10**6)), length)
+        setting = default if rope.get(key) is None else rope[key]
+        return checked(path, f"{name}.{key}", setting, ROPE_KEYS.get(key, Rule(float, 0.01, 10**6)), length)
 
     fields = {"max_positions": positions, "rope_base": base, "rope_size": size}
-    if kind == "default":
+    if rope_type == "default":
         return fields
     original, half = value("original_max_position_embeddings", positions), size // 2
-    factor = value("factor", positions / original if kind in ("yarn", "longrope") else None)
+    factor = value("factor", positions / original if rope_type in ("yarn", "longrope") else None)
     growth = math.log(max(factor, 1))
     frequencies = base ** -(numpy.arange(0, size, 2) / size)
-    if kind == "linear":
+    if rope_type == "linear":
         factors = numpy.full(half, factor)
-    elif kind == "longrope":
+    elif rope_type == "longrope":
         factors = [numpy.asarray(value(key, None, half)) for key in ("short_factor", "long_factor")][
             (context or positions) > original]
         fields["rope_scale"] = value("attention_factor") or math.sqrt(1 + growth / math.log(original))
     else:  # 1 keeps a frequency, 0 divides it by the factor
-        if kind == "llama3":
+        if rope_type == "llama3":
             low, high = value("low_freq_factor"), value("high_freq_factor")
             kept = (original * frequencies / (2 * math.pi) - low) / (high - low or 1e-3)
         else:

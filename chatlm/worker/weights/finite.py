@@ -41,11 +41,11 @@ def all_below(values: torch.Tensor, most: float = math.inf) -> bool:
     return all(bits.max() < limit and bits.view(unsigned).max() < sign + limit for bits in chunks)
 
 
-def scales_are_finite(kind: str, rows) -> bool:
+def scales_are_finite(packing: str, rows) -> bool:
     """Of packed rows (n, bytes of a row) uint8, torch or numpy."""
-    if kind == "mxfp4":  # exponents: 255 is NaN, and the largest code times 253 or 254 leaves float32
+    if packing == "mxfp4":  # exponents: 255 is NaN, and the largest code times 253 or 254 leaves float32
         return bool(torch.as_tensor(rows).reshape(-1, 17)[:, 0].max() < 253)
-    size, first, count = SCALES[kind]
+    size, first, count = SCALES[packing]
     whole, exponents = (torch.int16, 0x7C00) if count == 2 else (torch.int32, 0x7C007C00)
     scales = torch.as_tensor(rows).reshape(-1, size)[:, first:first + count].view(whole) & exponents
     return bool(scales.view(torch.int16).max() < 0x7C00)
@@ -53,27 +53,27 @@ def scales_are_finite(kind: str, rows) -> bool:
 
 def fault_of(made, most: float = math.inf) -> str:
     """What is wrong with what an `Unread` made, in words, or "". Floats of matrices must be below `most`."""
-    for kind, rows in getattr(made, "parts", ()):
-        if not scales_are_finite(kind, rows):
-            return f"a {kind.upper()} scale that is NaN or infinite"
+    for packing, rows in getattr(made, "parts", ()):
+        if not scales_are_finite(packing, rows):
+            return f"a {packing.upper()} scale that is NaN or infinite"
     if hasattr(made, "parts"):
         return ""
-    for each in made if isinstance(made, tuple) else (made,):
-        if not all_below(each):
-            return f"a value that is NaN or infinite in {str(each.dtype).removeprefix('torch.')}"
-        if each.ndim > 1 and not all_below(each, most):
+    for tensor in made if isinstance(made, tuple) else (made,):
+        if not all_below(tensor):
+            return f"a value that is NaN or infinite in {str(tensor.dtype).removeprefix('torch.')}"
+        if tensor.ndim > 1 and not all_below(tensor, most):
             return f"a value of {most:,.0f} or more, which --quantize cannot pack"
     return ""
 
 
 def refuse_faults(path: Path, settings: Settings, theirs: Mapping[str, tuple[int, ...]],
-                  read: Callable[[Iterable[str], Cut], Any], cut: Cut, found, packed: bool):
-    """A ConfigError if what was `found`, `read` of `theirs`, the file's tensors and their shapes, has NaN or
+                  read: Callable[[Iterable[str], Cut], Any], cut: Cut, made, packed: bool):
+    """A ConfigError if what `read` made of `theirs`, the file's tensors and their shapes, has NaN or
     infinity, or will when it is `packed`. It names the first tensor that has.
 
     Only the rank's part is looked at; rows that fill up a file's vocabulary are not."""
     most = MOST_QUANTIZED if packed and settings.quantize else math.inf
-    fault, names = fault_of(found, most), list(theirs)
+    fault, names = fault_of(made, most), list(theirs)
     if not fault and packed:
         fault = "a value that becomes infinite when it is packed"
     for name in names if fault and len(names) > 1 else ():

@@ -26,7 +26,7 @@ from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.tensors import TILE_ROWS, Cut, Unread
 from chatlm.worker.ops.basic import dequantized
 from chatlm.worker.weights.assemble import (
-    below_each_other, check_names_and_shapes, cut_stored, file_shapes, packed_together, tensor_sources)
+    as_rows, check_names_and_shapes, cut_stored, file_shapes, packed_together, tensor_sources)
 from chatlm.worker.weights.families import (
     FAMILIES, HF_DEFAULTS, HF_TENSORS, LAYER_TYPES, complete_heads, family_spec, scaled_rope)
 from chatlm.worker.weights.finite import refuse_faults
@@ -52,10 +52,10 @@ PERMUTED = ("llama", "smollm3")  # architectures whose q and k have rotary pairs
 def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     try:
         metadata, stored = read_gguf(source.path)
-        kind, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
+        family, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
         architecture = metadata["general.architecture"]
         check_gguf_types(source.path, stored)
-        names = gguf_names(architecture, HF_TENSORS | FAMILIES[kind].tensors)
+        names = gguf_names(architecture, HF_TENSORS | FAMILIES[family].tensors)
         sources = tensor_sources(spec, names, spec.vocab_size)
         check_names_and_shapes(
             source.path, {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()
@@ -64,7 +64,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         backend = choose_backend(device, spec)
         as_stored = None if settings.dtype else backend.as_stored
         dtype = None if as_stored else float_type(settings, backend)
-        added, adapted = gguf_adapters(settings, HF_TENSORS | FAMILIES[kind].tensors, names, sources)
+        added, adapted = gguf_adapters(settings, HF_TENSORS | FAMILIES[family].tensors, names, sources)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, as_stored,
                                architecture in PERMUTED, added)
         text = gguf_text(source.path, metadata)
@@ -92,26 +92,30 @@ END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|
 
 def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """A table like HF_TENSORS in the names of GGUF, as far as the architecture has them."""
-    found = {}
+    table = {}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper().replace("-", "_")], 1)
     for ours, theirs in tensors.items():
         mapped = [names.get_name(name.replace("experts.{}", "experts").format(0), (".weight", ".bias"))
                   for name in theirs]
         if all(mapped):
-            found[ours] = tuple(name.replace("blk.0.", "blk.{}.") + ".weight" * name.endswith("sinks")
-                                for name in mapped)
-    return found
+            names_of_layers = (name.replace("blk.0.", "blk.{}.") for name in mapped)
+            table[ours] = tuple(f"{name}.weight" if name.endswith("sinks") else name
+                                for name in names_of_layers)
+    return table
 
 
 def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
     """The row of FAMILIES and the spec, made as from a config.json that says what the metadata does."""
     value = partial(gguf_value, path, metadata)
     own = f"{value('general.architecture')}."
-    number = lambda key, *default, **bounds: value(own + key, *default, **bounds)
-    kind = GGUF_FAMILIES[own[:-1]]
-    if kind == "llama" and number("attention.sliding_window"):
-        kind = "mistral"
-    config = HF_DEFAULTS | FAMILIES[kind].config
+
+    def number(key: str, *default, **bounds):
+        return value(own + key, *default, **bounds)
+
+    family = GGUF_FAMILIES[own[:-1]]
+    if family == "llama" and number("attention.sliding_window"):
+        family = "mistral"
+    config = HF_DEFAULTS | FAMILIES[family].config
     unknown = {own + theirs for ours, theirs in GGUF_OWN.items() if ours not in config}
     unknown |= {key for key in metadata if key.startswith(own) and f"*.{key[len(own):]}" not in GGUF_KEYS}
     unknown -= {own + key for key in GGUF_INERT}
@@ -140,13 +144,13 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     elif "layer_types" in config and not config["sliding_window"]:
         config["layer_types"] = [LAYER_TYPES[0]] * layers
     if "query_pre_attn_scalar" in config:  # not in the metadata: what llama.cpp assumes, by size
-        largest = layers == {"gemma2": 46, "gemma3_text": 62}[kind]
+        largest = layers == {"gemma2": 46, "gemma3_text": 62}[family]
         config["query_pre_attn_scalar"] = (width // config["num_attention_heads"] if largest else head_size)
     if "norm_topk_prob" in config:         # nor this
         config["norm_topk_prob"] = True
     config |= {"vocab_size": vocab_size, "tie_word_embeddings": "output.weight" not in stored}
-    spec = family_spec(path, kind, config, gguf_rope(path, own, value, config, stored, context))
-    return kind, replace(spec, **{field: f"blk.0.{name}.bias" in stored for field, name in (
+    spec = family_spec(path, family, config, gguf_rope(path, own, value, config, stored, context))
+    return family, replace(spec, **{field: f"blk.0.{name}.bias" in stored for field, name in (
         ("qkv_bias", "attn_q"), ("output_bias", "attn_output"),
         ("ffn_bias", "ffn_down_exps" if spec.experts else "ffn_down"))})
 
@@ -156,20 +160,20 @@ def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Ma
     """As hf_rope: the scaling's keys, phi3's two lists of factors, and llama 3's baked into one."""
     head_size = config["head_dim"]
     lists = {name: value(name, stored[name].data.tolist()) for name in ROPE_TENSORS if name in stored}
-    kind = value(f"{own}rope.scaling.type", "none")
+    scaling = value(f"{own}rope.scaling.type", "none")
     rope = {"original_max_position_embeddings": value(f"{own}rope.scaling.original_context_length")}
-    least = 2 if own == "phi3." else head_size
-    size = value(f"{own}rope.dimension_count", head_size, low=least, high=head_size)
+    fewest = 2 if own == "phi3." else head_size
+    size = value(f"{own}rope.dimension_count", head_size, low=fewest, high=head_size)
     check_divides(path, f"{own}rope.dimension_count", size, 2)
     if "rope_factors_long.weight" in lists:
         rope |= {"rope_type": "longrope", "attention_factor": value(f"{own}rope.scaling.attn_factor", 1.0),
                  "short_factor": lists.get("rope_factors_short.weight"),
                  "long_factor": lists["rope_factors_long.weight"]}
-    elif kind in ("linear", "yarn"):
+    elif scaling in ("linear", "yarn"):
         value(f"{own}rope.scaling.attn_factor", 1.0, low=1.0, high=1.0)
-        rope = {"rope_type": kind, "factor": value(f"{own}rope.scaling.factor", 1.0)} | (rope | {
+        rope = {"rope_type": scaling, "factor": value(f"{own}rope.scaling.factor", 1.0)} | (rope | {
             beta: value(f"{own}rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow")
-            } if kind == "yarn" else {})
+            } if scaling == "yarn" else {})
         if own == "gpt-oss.":  # its makers do not round; the metadata cannot say so
             rope["truncate"] = False
     else:
@@ -206,7 +210,7 @@ def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sourc
     def read(theirs: Iterable[str], cut: Cut):
         sizes = [spec.head_size if permuted and re.search(r"attn_[qk]\.", name) else 0 for name in theirs]
         parts = [merged(stored[name], head_size, added[name], dtype is None) if name in added else
-                 (below_each_other(stored[name], cut.shape), head_size)
+                 (as_rows(stored[name], cut.shape), head_size)
                  for name, head_size in zip(theirs, sizes)]
         parts, matrix = cut_stored(parts, cut), len(cut.shape) == 2
         return (as_stored(cut.shape, parts) if dtype is None and matrix else
@@ -228,9 +232,10 @@ def merged(tensor, head_size: int, changes: Iterable[Change], packed: bool) -> t
     values = dequantized((rows, columns), [(tensor, head_size)], torch.float32)
     for change in changes:
         values += change.delta()
-    kind = gguf.GGMLQuantizationType[
+    gguf_type = gguf.GGMLQuantizationType[
         "Q8_0" if packed and tensor.tensor_type.name not in ("F32", "F16", "BF16") else "F32"]
-    return SimpleNamespace(tensor_type=kind, data=gguf.quantize(values.numpy(), kind), shape=tensor.shape), 0
+    data = gguf.quantize(values.numpy(), gguf_type)
+    return SimpleNamespace(tensor_type=gguf_type, data=data, shape=tensor.shape), 0
 
 
 def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
@@ -239,7 +244,7 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
         return gguf_value(path, metadata, f"tokenizer.{name}", *default, **bounds)
 
     model, tokens = value("ggml.model"), value("ggml.tokens")
-    types = value("ggml.token_type", [1] * len(tokens), len(tokens))
+    token_types = value("ggml.token_type", [1] * len(tokens), len(tokens))
     last = len(tokens) - 1
     bos, eos, *ends = (value(f"ggml.{name}_token_id", high=last) for name in ("bos", "eos", "eot", "eom"))
     pre = PRE_TOKENIZERS[value("ggml.pre", "default")] if model == "gpt2" else None
@@ -247,15 +252,16 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
         pipeline = byte_level_pipeline(tokens, value("ggml.merges"), pre)
     else:
         merges = value("ggml.merges", [])
-        merges = merges or merges_of_scores(tokens, value("ggml.scores", None, len(tokens)), types)
+        merges = merges or merges_of_scores(tokens, value("ggml.scores", None, len(tokens)), token_types)
         unknown = tokens[value("ggml.unknown_token_id", 0, high=last)]
         pipeline = sentencepiece_pipeline(tokens, merges, unknown, value("ggml.add_space_prefix", True))
     spaces = metadata.get("general.architecture") == "phi3" and not pre  # swallowed after these tokens
     pipeline["added_tokens"] = [
-        {"id": i, "content": token, "special": kind == CONTROL, "normalized": False,
+        {"id": i, "content": token, "special": token_type == CONTROL, "normalized": False,
          "single_word": False, "lstrip": False,
          "rstrip": spaces and token not in ("<unk>", "<s>", "<|endoftext|>")}
-        for i, (token, kind) in enumerate(zip(tokens, types)) if token and kind in (CONTROL, USER_DEFINED)]
+        for i, (token, token_type) in enumerate(zip(tokens, token_types))
+        if token and token_type in (CONTROL, USER_DEFINED)]
     ends = {eos, *ends} - {None}
     ends |= {entry["id"] for entry in pipeline["added_tokens"] if entry["content"] in END_TOKENS}
     add_bos = value("ggml.add_bos_token", pre is None or pre.add_bos)
@@ -300,8 +306,8 @@ def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> l
     """The merges that a sentencepiece vocabulary leaves out.
 
     Two pieces merge if together they are a piece; the best score comes first."""
-    usable = {token: score for token, score, kind in zip(tokens, scores, types)
-              if kind not in (UNKNOWN, CONTROL, BYTE)}
+    usable = {token: score for token, score, token_type in zip(tokens, scores, types)
+              if token_type not in (UNKNOWN, CONTROL, BYTE)}
     merges = [(score, len(token[:i]), token[:i], token[i:]) for token, score in usable.items()
               for i in range(1, len(token)) if token[:i] in usable and token[i:] in usable]
     merges.sort(key=lambda merge: merge[:2], reverse=True)

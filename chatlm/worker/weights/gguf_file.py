@@ -29,8 +29,8 @@ def read_gguf(path: Path) -> tuple[dict, dict]:
     """(metadata, name -> gguf.ReaderTensor mapped from the file), of all files if the model is split."""
     metadata, stored = read_gguf_file(path)
     count = checked(path, "split.count", metadata.get("split.count", 1), Rule(int, 0, 99_999))
-    for number_ in range(2, count + 1):
-        part = path.with_name(re.sub(SPLIT_GGUF, f"-{number_:05}-of-{count:05}", path.name))
+    for index in range(2, count + 1):
+        part = path.with_name(re.sub(SPLIT_GGUF, f"-{index:05}-of-{count:05}", path.name))
         if part == path:
             raise ConfigError(f"{path}: split.count is {count}, so its name must end with "
                               f"-00001-of-{count:05}.gguf")
@@ -56,17 +56,17 @@ def read_gguf_file(path: Path) -> tuple[dict, dict]:
                 raise ValueError("its byte order differs from this machine's")
             if raw_type != ARRAY:
                 return super()._get_field_parts(start, raw_type)
-            kind = gguf.GGUFValueType(int(self._get(start, numpy.uint32)[0]))
+            item_type = gguf.GGUFValueType(int(self._get(start, numpy.uint32)[0]))
             count, end = int(self._get(start + 4, numpy.uint64)[0]), start + 12
-            if count > MOST_TOKENS or kind == ARRAY:
-                raise ValueError(f"an array has {count:,} values of type {kind.name}; at most "
+            if count > MOST_TOKENS or item_type == ARRAY:
+                raise ValueError(f"an array has {count:,} values of type {item_type.name}; at most "
                                  f"{MOST_TOKENS:,} are allowed, and no nested arrays")
-            if kind == STRING:
+            if item_type == STRING:
                 values, end = gguf_strings(memoryview(self.data), end, count)
             else:
-                part = self._get(end, self.gguf_scalar_to_np[kind], count)
+                part = self._get(end, self.gguf_scalar_to_np[item_type], count)
                 values, end = part.tolist(), end + part.nbytes
-            return end - start, [values], [0], [ARRAY, kind]
+            return end - start, [values], [0], [ARRAY, item_type]
 
         def _build_tensor_info(self, start: int, count: int) -> tuple[int, list]:
             if count > MOST_TENSORS:
@@ -86,14 +86,14 @@ def read_gguf_file(path: Path) -> tuple[dict, dict]:
     return metadata, stored
 
 
-def check_gguf_tensor(room: int, name, _, sizes, kind, offset):
+def check_gguf_tensor(room: int, name, _, sizes, gguf_type, offset):
     """ValueError for an impossible tensor, or one not within the `room` bytes after the file's header.
 
     The other arguments are arrays from gguf's reader: name in bytes, sizes (columns first), type, offset."""
     name, sizes = shown(str(bytes(name), "utf-8", "replace")), sizes.tolist()
     if not 1 <= len(sizes) <= 4 or min(sizes) < 1:
         raise ValueError(f"the tensor {name} has the sizes {sizes[:8]}; it must have 1 to 4, none below 1")
-    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(int(kind[0]))]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(int(gguf_type[0]))]
     if sizes[0] % block:
         raise ValueError(f"the tensor {name} has rows of {sizes[0]:,}; its type needs a multiple of {block}")
     if (end := int(offset[0]) + math.prod(sizes) // block * block_bytes) > room:
@@ -103,11 +103,11 @@ def check_gguf_tensor(room: int, name, _, sizes, kind, offset):
 
 def check_gguf_types(path: Path, stored: Mapping):
     """ConfigError for a tensor whose type the gguf package knows but cannot dequantize."""
-    for kind, name in {tensor.tensor_type: name for name, tensor in stored.items()}.items():
+    for gguf_type, name in {tensor.tensor_type: name for name, tensor in stored.items()}.items():
         try:
-            gguf.dequantize(numpy.zeros(gguf.GGML_QUANT_SIZES[kind][1], numpy.uint8), kind)
+            gguf.dequantize(numpy.zeros(gguf.GGML_QUANT_SIZES[gguf_type][1], numpy.uint8), gguf_type)
         except NotImplementedError:
-            raise ConfigError(f"{path}: {name} is of type {kind.name}, which the gguf package cannot "
+            raise ConfigError(f"{path}: {name} is of type {gguf_type.name}, which the gguf package cannot "
                               "dequantize") from None
 
 
@@ -198,7 +198,7 @@ def gguf_value(path: Path, metadata: Mapping, key: str, default=None, length: in
     starred = "*." + key.partition(".")[2]
     rule, value = GGUF_KEYS.get(key) or GGUF_KEYS[starred], metadata.get(key, default)
     rule = rule._replace(**bounds)
-    if rule.kind is int and not rule.many and isinstance(value, list) and value:
+    if rule.value_type is int and not rule.many and isinstance(value, list) and value:
         if value.count(value[0]) == len(value) == metadata.get(f"{key.partition('.')[0]}.block_count"):
             value = value[0]
     return checked(path, key, value, rule, length)

@@ -29,29 +29,30 @@ if TYPE_CHECKING:
     from chatlm.worker.model.spec import ModelSpec
 
 
-def hf_rope(path: Path, kind: str, config: Mapping, context: int | None) -> dict:
+def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> dict:
     """`scaled_rope` of a config.json, which has rope_scaling, or rope_parameters by layer type or for all."""
     name = "rope_scaling" if config["rope_scaling"] else "rope_parameters"
     rope, local = config[name] or {}, {}
     if "rope_local_base_freq" in config and isinstance(rope, dict) and rope.keys() & set(LAYER_TYPES):
-        rope, local = (rope.get(each) or {} for each in LAYER_TYPES)
-    for each in (rope, local):
-        if not isinstance(each, dict) or each is local and local.get("rope_type", "default") != "default":
-            raise ConfigError(f"{path}: {name} is {shown(each)}; it must be an object, with the rope_type "
+        rope, local = (rope.get(layer_type) or {} for layer_type in LAYER_TYPES)
+    for scaling in (rope, local):
+        if not isinstance(scaling, dict) or scaling is local and local.get(
+                "rope_type", "default") != "default":
+            raise ConfigError(f"{path}: {name} is {shown(scaling)}; it must be an object, with the rope_type "
                               "default for sliding_attention")
-    kinds = [each for key in ("rope_type", "type") if (each := rope.get(key)) is not None]
-    if kind == "phi3" and kinds and kinds[0] != "default":  # older files call it su or yarn
+    rope_types = [rope[key] for key in ("rope_type", "type") if rope.get(key) is not None]
+    if family == "phi3" and rope_types and rope_types[0] != "default":  # older files call it su or yarn
         rope = rope | {"original_max_position_embeddings": config["original_max_position_embeddings"],
-                       "rope_type": "longrope" if kinds[0] in ("su", "yarn") else kinds[0]}
+                       "rope_type": "longrope" if rope_types[0] in ("su", "yarn") else rope_types[0]}
     part = checked(path, "partial_rotary_factor",  # other families' code does not look at it
                    rope.get("partial_rotary_factor", config["partial_rotary_factor"]),
-                   Rule(float, 0.01 if kind == "phi3" else 1, 1, optional=True))
+                   Rule(float, 0.01 if family == "phi3" else 1, 1, optional=True))
     size = int(config["head_dim"] * (part or 1))
     check_divides(path, "the number of rotated dimensions", size, 2)
 
     def base(rope: Mapping, key: str) -> float:
-        given = rope.get("rope_theta")
-        return float(checked(path, key, config[key] if given is None else given, HF_KEYS[key]))
+        theta = rope.get("rope_theta")
+        return float(checked(path, key, config[key] if theta is None else theta, HF_KEYS[key]))
 
     fields = scaled_rope(path, name, rope, base(rope, "rope_theta"), size, config["max_position_embeddings"],
                          context)
@@ -62,12 +63,12 @@ def hf_rope(path: Path, kind: str, config: Mapping, context: int | None) -> dict
 
 def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     config = source.path / "config.json"
-    kind, spec = hf_spec(config, settings.context_length)
+    family, spec = hf_spec(config, settings.context_length)
     state, scales = read_safetensors(source.path)
     if spec.tied_head:
         state.pop("lm_head.weight", None)  # some files have it twice
-    sources = tensor_sources(spec, HF_TENSORS | FAMILIES[kind].tensors, spec.vocab_size)
-    state = FAMILIES[kind].repack(state)
+    sources = tensor_sources(spec, HF_TENSORS | FAMILIES[family].tensors, spec.vocab_size)
+    state = FAMILIES[family].repack(state)
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
     backend = choose_backend(device, spec)
@@ -80,11 +81,12 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         tensor = unscaled(config, scales, scale_block, name, tensor) if name in scales else tensor
         for change in added.get(name, ()):
             tensor = tensor.float() + change.delta()
-        return tensor + 1 if FAMILIES[kind].one_more and name.endswith("norm.weight") else tensor
+        return tensor + 1 if FAMILIES[family].one_more and name.endswith("norm.weight") else tensor
 
     tensors = assembled(source.path, settings, sources, state, dtype, changed, as_stored)
     text = hf_text(source.path, spec.vocab_size)
-    description = f"{kind}, {spec.layers} layers, width {spec.width}{', from FP8' * bool(scales)}{adapted}"
+    origin = ", from FP8" if scales else ""
+    description = f"{family}, {spec.layers} layers, width {spec.width}{origin}{adapted}"
     path = source.path / "generation_config.json"
     block = 32 if any(isinstance(tensor, Mxfp4) for tensor in state.values()) else TILE_ROWS
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=block,
@@ -93,9 +95,9 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
 
 def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
     """The family and the spec of a config.json, for contexts of `context` tokens (None: the model's own)."""
-    kind, config = family_config(path, read_json(path))
+    family, config = family_config(path, read_json(path))
     complete_heads(path, config)
-    return kind, family_spec(path, kind, config, hf_rope(path, kind, config, context))
+    return family, family_spec(path, family, config, hf_rope(path, family, config, context))
 
 
 def hf_text(folder: Path, vocab_size: int) -> TextSpec:
@@ -122,17 +124,17 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
                           f"{vocab_size:,}")
     template = template or options.get("chat_template")
     if isinstance(template, list):  # of {name, template}
-        kinds = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
-        template = template_of(kinds.get("default"), kinds.get("tool_use"))
+        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = template_of(by_name.get("default"), by_name.get("tool_use"))
     checked(folder / "tokenizer_config.json", "chat_template", template, Rule(str, optional=True))
 
     def ids(name: str) -> list[int]:
-        said = options.get(f"{name}_token")
-        said = said.get("content") if isinstance(said, dict) else said
-        token = tokenizer.pipeline.token_to_id(said) if isinstance(said, str) else None
-        found = [token, *(each.get(f"{name}_token_id") for each in others)]
-        found = [each if isinstance(each, list) else [each] for each in found if each is not None]
-        return checked(folder, f"{name}_token_id", sum(found, []), Rule(int, 0, vocab_size - 1, many=True))
+        text = options.get(f"{name}_token")
+        text = text.get("content") if isinstance(text, dict) else text
+        token = tokenizer.pipeline.token_to_id(text) if isinstance(text, str) else None
+        values = [token, *(other.get(f"{name}_token_id") for other in others)]
+        lists = [value if isinstance(value, list) else [value] for value in values if value is not None]
+        return checked(folder, f"{name}_token_id", sum(lists, []), Rule(int, 0, vocab_size - 1, many=True))
 
     bos, eos, adds = ids("bos"), ids("eos"), options.get("add_bos_token")
     if not isinstance(adds, bool):

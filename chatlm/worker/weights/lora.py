@@ -55,7 +55,7 @@ def read_adapters(settings: Settings, targets: Mapping[str, tuple]) -> tuple[dic
         folder = folder.expanduser()
         config, tensors = lora_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
         require_library("safetensors", "a LoRA adapter")
-        found: dict[str, dict[str, torch.Tensor]] = {}
+        pairs: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in read_safetensors_file(tensors).items():
             match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
             if not match or tensor.ndim != 2:
@@ -63,14 +63,14 @@ def read_adapters(settings: Settings, targets: Mapping[str, tuple]) -> tuple[dic
             if tensor.numel() and not all_below(tensor):
                 raise ConfigError(f"{tensors}: {printable(name)} has a value that is NaN or infinite")
             module = match[1].replace("language_model.", "", 1)
-            found.setdefault(module, {})[match[3] + (match[2] or "")] = tensor
-        for module, pair in found.items():
+            pairs.setdefault(module, {})[match[3] + (match[2] or "")] = tensor
+        for module, pair in pairs.items():
             if f"{module}.weight" not in targets:
                 known = ", ".join(name.removesuffix(".weight") for name in list(targets)[:12])
                 raise ConfigError(f"{tensors}: {module} is no weight matrix of this model; it has {known} ..")
             change = lora_change(tensors, config, module, pair, targets[f"{module}.weight"])
             added.setdefault(f"{module}.weight", []).append(change)
-        if not found:
+        if not pairs:
             raise ConfigError(f"{tensors} has no tensors")
     names = ", ".join(printable(Path(folder).name) for folder in settings.lora)
     return added, f"; LoRA {names} merged into {len(added)} matrices" if added else ""
@@ -81,7 +81,7 @@ def lora_config(path: Path) -> dict:
     config = read_json(path)
     checked(path, "peft_type", config.get("peft_type"), Rule(str, choices=("LORA",)))
     for key, rule in LORA_KEYS.items():
-        checked(path, key, config.setdefault(key, False if rule.kind is bool else None), rule)
+        checked(path, key, config.setdefault(key, False if rule.value_type is bool else None), rule)
     for key, value in config.items():
         usual = value in (None, False, "none", {}, [])
         if key not in LORA_INERT and not usual and key not in LORA_KEYS:
@@ -94,8 +94,8 @@ def lora_config(path: Path) -> dict:
         config[key] = pattern = config.get(key) or {}
         if not isinstance(pattern, dict):
             raise ConfigError(f"{path}: {key} is {shown(pattern)}; it must be an object")
-        for each, value in pattern.items():
-            checked(path, f"{key}.{each}", value, LORA_KEYS["r" if key[0] == "r" else "lora_alpha"])
+        for module, value in pattern.items():
+            checked(path, f"{key}.{module}", value, LORA_KEYS["r" if key[0] == "r" else "lora_alpha"])
     return config
 
 
@@ -103,14 +103,15 @@ def lora_change(path: Path, config: Mapping, module: str, pair: Mapping[str, tor
                 shape: tuple[int, ...]) -> Change:
     """The change of one module, its rank and shapes checked against the config and the model."""
     def own(pattern: str, usual: float) -> float:  # peft's keys are regular expressions of a name's end
-        fits = [value for key, value in config[pattern].items() if re.match(rf"(.*\.)?({key})$", module)]
-        return fits[0] if fits else usual
+        matching = (value for key, value in config[pattern].items()
+                    if re.match(rf"(.*\.)?({key})$", module))
+        return next(matching, usual)
 
     embedding, targets = "Aembedding_" in pair, config.get("target_modules")
-    end = "embedding_" * embedding
-    named_ = (re.fullmatch(targets, module) or targets == "all-linear" if isinstance(targets, str) else
-              any(module == each or module.endswith(f".{each}") for each in targets or ()))
-    if not named_:
+    end = "embedding_" if embedding else ""
+    is_target = (re.fullmatch(targets, module) or targets == "all-linear" if isinstance(targets, str) else
+                 any(module == target or module.endswith(f".{target}") for target in targets or ()))
+    if not is_target:
         targets = targets if isinstance(targets, str) else ", ".join(map(str, targets or ()))
         raise ConfigError(f"{path}: {module} is not among the target_modules of adapter_config.json, which "
                           f"are {printable(targets)}")

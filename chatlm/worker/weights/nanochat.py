@@ -83,15 +83,15 @@ def read_nanochat_config(model_path: Path) -> dict:
     """`model_config` of meta_<step>.json beside the checkpoint."""
     path = model_path.with_name(model_path.name.replace("model_", "meta_").replace(".pt", ".json"))
     try:
-        found = dict(json.loads(path.read_text(encoding="utf-8"))["model_config"])
+        stated = dict(json.loads(path.read_text(encoding="utf-8"))["model_config"])
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; it must be beside {model_path.name}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is not a nanochat meta file: {named(error)}") from None
-    if unknown := [key for key in found if key not in NANOCHAT_KEYS]:
+    if unknown := [key for key in stated if key not in NANOCHAT_KEYS]:
         known = ", ".join(NANOCHAT_KEYS)
         raise ConfigError(f"{path}: model_config has the key {shown(unknown[0])}; known are {known}")
-    config = {key: checked(path, f"model_config.{key}", found.get(key), rule)
+    config = {key: checked(path, f"model_config.{key}", stated.get(key), rule)
               for key, rule in NANOCHAT_KEYS.items()}
     pattern = (config["window_pattern"] or "L").upper()
     if set(pattern) - set("SL"):
@@ -111,17 +111,17 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         raise cannot_read(path, error) from None
     except Exception as error:  # UnpicklingError, RuntimeError (zip), EOFError, ValueError: a bad file
         stranger = re.search(r"GLOBAL (\S+)", str(error))
-        told = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # torch puts bad advice before it
-        first = told[1] if told else named(error).split("\n")[0]
+        cause = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # torch puts bad advice before it
+        first = cause[1] if cause else named(error).split("\n")[0]
         reason = f"it would load {stranger[1]}" if stranger else first
         raise lack_of_memory(error) or ConfigError(
             f"{path} is not a readable checkpoint (truncated, or not only tensors): {reason}") from None
     if not isinstance(state, dict):
         raise ConfigError(f"{path} holds {type(state).__name__} instead of a state dict")
     for name, value in state.items():
-        if not (type(name) is str and tensor_kind(value) in PLAIN_TENSORS):
+        if not (type(name) is str and tensor_words(value) in PLAIN_TENSORS):
             key = name if type(name) is str else f"a key of type {type(name).__name__}, not str,"
-            raise ConfigError(f"{path}: {key} is {tensor_kind(value)}; it must be one of "
+            raise ConfigError(f"{path}: {key} is {tensor_words(value)}; it must be one of "
                               f"{', '.join(PLAIN_TENSORS)}")
     check_bytes(path, {name: value.nbytes for name, value in state.items()})
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
@@ -130,12 +130,12 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 PLAIN_TENSORS = tuple(f"cpu strided {name}" for name in ("float32", "bfloat16", "float16", "float64"))
 
 
-def tensor_kind(value) -> str:
+def tensor_words(value) -> str:
     """What a state dict's value is, in words: "cpu strided float32", "cpu sparse_coo int64", "list"."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
-        return f"{'nested ' * isinstance(value, torch.Tensor)}{type(value).__name__}"
-    kinds = (str(kind).removeprefix("torch.") for kind in (value.layout, value.dtype))
-    return " ".join((value.device.type, *kinds))
+        return f"{'nested ' if isinstance(value, torch.Tensor) else ''}{type(value).__name__}"
+    layout, dtype = (str(word).removeprefix("torch.") for word in (value.layout, value.dtype))
+    return f"{value.device.type} {layout} {dtype}"
 
 
 def nanochat_generation(state: Mapping[str, torch.Tensor]) -> int:
@@ -200,9 +200,10 @@ def read_encoding(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
     if set(state) != names or type(state["pat_str"]) is not str:
         raise ValueError(f"its state is {sorted(state)}, or the pattern is not text")
     pattern, ranks, specials = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
-    for table, kind in ((ranks, bytes), (specials, str)):
-        if type(table) is not dict or set(map(type, table)) != {kind} or not ids.fits(list(table.values())):
-            raise ValueError(f"a table is not a dict of {kind.__name__} to token ids, each {ids.allowed}")
+    for table, key_type in ((ranks, bytes), (specials, str)):
+        if (type(table) is not dict or set(map(type, table)) != {key_type}
+                or not ids.allows(list(table.values()))):
+            raise ValueError(f"a table is not a dict of {key_type.__name__} to token ids, each {ids.allowed}")
     [(token, count)] = Counter([*ranks.values(), *specials.values()]).most_common(1)
     if count > 1:
         raise ValueError(f"{count} tokens have the id {token}; each must have its own")
@@ -213,12 +214,12 @@ def read_encoding(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
 
 def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
     """The TextSpec from tokenizer.pkl, which is beside the checkpoint or in <base>/tokenizer."""
-    places = [model_path.parent / "tokenizer.pkl", model_path.parent / "tokenizer" / "tokenizer.pkl",
+    candidates = [model_path.parent / "tokenizer.pkl", model_path.parent / "tokenizer" / "tokenizer.pkl",
               model_path.parent.parent.parent / "tokenizer" / "tokenizer.pkl"]
-    path = next((place for place in places if place.is_file()), None)
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         raise ConfigError(f"the tokenizer of {model_path} is missing; "
-                          f"looked for {', '.join(map(str, places))}")
+                          f"looked for {', '.join(map(str, candidates))}")
     try:
         pattern, ranks, specials = read_encoding(path)
     except OSError as error:

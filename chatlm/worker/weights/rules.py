@@ -59,30 +59,31 @@ MOST_TOKENS, MOST_POSITIONS, MOST_EXPERTS = 1 << 24, 1 << 26, 1 << 12
 class Rule(NamedTuple):
     """What a model file may hold under one key; the check and its error text are made from this row."""
 
-    kind: type                     # int, float (accepts an int too), bool or str
+    value_type: type               # int, float (accepts an int too), bool or str
     low: float = -math.inf         # bounds of a number
     high: float = math.inf
     choices: tuple[str, ...] = ()  # allowed texts; () = any
     many: bool = False             # the value is a list of these
     optional: bool = False
 
-    def fits(self, values: list) -> bool:
+    def allows(self, values: list) -> bool:
         types = set(map(type, values))
-        if self.kind in (str, bool):
-            return types <= {self.kind} and (not self.choices or set(values) <= set(self.choices))
+        if self.value_type in (str, bool):
+            return types <= {self.value_type} and (not self.choices or set(values) <= set(self.choices))
         low, high = max(self.low, -sys.float_info.max), min(self.high, sys.float_info.max)
-        return types <= {int, self.kind} and all(low <= value <= high for value in values)  # NaN fails
+        return types <= {int, self.value_type} and all(low <= value <= high for value in values)  # NaN fails
 
     @property
     def allowed(self) -> str:
-        if self.kind is bool or self.choices:
-            each = f"one of {', '.join(self.choices)}" if self.choices else "true or false"
-            return f"a list of entries, each {each}" if self.many else each
+        if self.value_type is bool or self.choices:
+            one = f"one of {', '.join(self.choices)}" if self.choices else "true or false"
+            return f"a list of entries, each {one}" if self.many else one
         if self.low == self.high:
             return f"{self.low:,}"
-        noun = {str: "text", int: "integer", float: "finite number"}[self.kind]
+        noun = {str: "text", int: "integer", float: "finite number"}[self.value_type]
         bounds = f" from {self.low:,} to {self.high:,}" if self.low > -math.inf else ""
-        return (f"a list of {noun}s" if self.many else f"{'an' if self.kind is int else 'a'} {noun}") + bounds
+        article = "an" if self.value_type is int else "a"
+        return (f"a list of {noun}s" if self.many else f"{article} {noun}") + bounds
 
 
 def checked(path: Path, key: str, value, rule: Rule, length: int | None = None):
@@ -94,10 +95,10 @@ def checked(path: Path, key: str, value, rule: Rule, length: int | None = None):
     must, values = rule.allowed, value if rule.many else [value]
     if rule.many and (not isinstance(value, list) or len(value) != (length or len(value))):
         must = must.replace("list of", f"list of {length:,}") if length else must
-    elif rule.fits(values):
+    elif rule.allows(values):
         return value
     elif rule.many:
-        wrong = next(i for i, each in enumerate(values) if not rule.fits([each]))
+        wrong = next(i for i, entry in enumerate(values) if not rule.allows([entry]))
         key, value, must = f"{key}[{wrong}]", values[wrong], rule._replace(many=False).allowed
     raise ConfigError(f"{path}: {key} is {'missing' if value is None else shown(value)}; it must be {must}")
 
@@ -109,18 +110,19 @@ SAMPLING_KEYS = {  # ours -> in generation_config.json, in a GGUF's general.samp
     "repetition_penalty": ("repetition_penalty", "penalty_repeat", Rule(float, 0.01, 10))}
 
 
-def own_sampling(path: Path, found: Mapping, prefix: str = "") -> dict:
+def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
     """The fields `sampling`, `sampling_origin` and `notes` of a LoadedModel, from the values in its file: a
     generation_config.json, or with a `prefix` GGUF metadata. A bad value is left out, with a note."""
     sampling, notes = {}, []
     for ours, keys in SAMPLING_KEYS.items():
         key = prefix + keys[bool(prefix)]
         try:
-            if (value := checked(path, key, found.get(key), keys[2]._replace(optional=True))) is not None:
-                sampling[ours] = value if keys[2].kind is int else float(f"{value:.7g}")  # GGUF has float32
+            if (value := checked(path, key, stated.get(key), keys[2]._replace(optional=True))) is not None:
+                # GGUF has float32
+                sampling[ours] = value if keys[2].value_type is int else float(f"{value:.7g}")
         except ConfigError as error:
             notes.append(f"Ignored: {error}")
-    if not prefix and found.get("do_sample") is False:
+    if not prefix and stated.get("do_sample") is False:
         sampling = {"temperature": 0.0}
     origin = (prefix.rstrip(".") or path.name) if sampling else ""
     if not sampling and path.name == DEFAULT_FILE:
@@ -157,11 +159,11 @@ def read_json(path: Path, needed: bool = True) -> dict:
     if not needed and not path.exists():
         return {}
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except OSError as error:
         raise cannot_read(path, error) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {named(error)}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds {shown(found)}; it must hold an object")
-    return found
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds {shown(value)}; it must hold an object")
+    return value

@@ -45,18 +45,18 @@ def share_of(spec: ModelSpec, rank: int, tp: int, block: int = 1) -> RankShare:
     `block`: so many columns of `down` are packed together. Blocks that do not divide are given out so that
     the first ranks have one more. Of the vocabulary each rank has ceil(V / tp), the last ones what remains.
     """
-    group, firsts = spec.heads // spec.kv_heads, [each * spec.kv_heads // tp for each in range(tp)]
+    group, firsts = spec.heads // spec.kv_heads, [n * spec.kv_heads // tp for n in range(tp)]
     first, sharing = firsts[rank], firsts.count(firsts[rank])
     kv_heads = range(first, max(first + 1, (rank + 1) * spec.kv_heads // tp))
-    place = rank - firsts.index(first)
-    heads = range(first * group + group * place // sharing,
-                  kv_heads[-1] * group + group * (place + 1) // sharing)
+    turn = rank - firsts.index(first)  # among those with the same kv heads
+    heads = range(first * group + group * turn // sharing,
+                  kv_heads[-1] * group + group * (turn + 1) // sharing)
     blocks = -(-spec.ffn_size // block)
     if tp > min(spec.heads, blocks):
         raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {spec.heads} query heads, "
                           f"and its feed-forward part {blocks} blocks of {block} columns")
-    rows, (each, more) = -(-spec.vocab_size // tp), divmod(blocks, tp)
-    ffn = (n * each + min(n, more) for n in (rank, rank + 1))
+    rows, (all_have, more) = -(-spec.vocab_size // tp), divmod(blocks, tp)
+    ffn = (n * all_have + min(n, more) for n in (rank, rank + 1))
     return RankShare(rank, range(spec.vocab_size)[rank * rows:(rank + 1) * rows], heads, kv_heads,
                      range(spec.ffn_size)[slice(*(block * n for n in ffn))], rows)
 
@@ -108,11 +108,11 @@ def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = N
     share = divide(spec, rank, tp, max(model.block, packed_together))
     own, tensors = shard_spec(spec, share), dict(model.tensors)
     for name, shape in expected_tensors(own).items():
-        where = shard_of(name, spec, share)
-        if where is None:
+        part = shard_of(name, spec, share)
+        if part is None:
             tensors[name] = torch.zeros(shape)
-        elif where[1] and name in tensors:  # a tied head is not
-            tensors[name] = tensors[name].less(Cut(shapes[name], shape, *where))
+        elif part[1] and name in tensors:  # a tied head is not
+            tensors[name] = tensors[name].less(Cut(shapes[name], shape, *part))
     return replace(model, spec=own, tensors=tensors)
 
 
@@ -139,10 +139,10 @@ def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
         tied_head=False, backout_layer=None if spec.backout_layer is None else spec.backout_layer - first,
         **{name: tuple(layer - first for layer in getattr(spec, name) if layer in mine)
            for name in ("unrotated_layers", "value_embed_layers")})
-    given, tensors = {"head": model.tensors["embed"]} | model.tensors, {}
+    whole, tensors = {"head": model.tensors["embed"]} | model.tensors, {}
     for name, shape in expected_tensors(own).items():
         layer, dot, part = name.partition(".")
-        tensors[name] = given[f"{int(layer) + first}.{part}" if dot else name]
+        tensors[name] = whole[f"{int(layer) + first}.{part}" if dot else name]
         if name in ("resid_lambdas", "x0_lambdas"):
             tensors[name] = tensors[name].less(Cut((spec.layers,), shape, 0, (mine,)))
     return replace(model, spec=own, tensors=tensors)

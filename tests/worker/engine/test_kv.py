@@ -154,10 +154,10 @@ def test_those_who_share_no_pages_find_their_own_only():
 def test_layers_with_and_without_a_window_form_groups_of_equal_size(windows, context, groups, depth, reach):
     layers = len(windows) or 4
     made = group_layers(windows, layers, context)
-    members = [[l for l, (its, _) in enumerate(made.places) if its == group] for group in range(len(made.windows))]
+    members = [[l for l, (its, _) in enumerate(made.of_layer) if its == group] for group in range(len(made.windows))]
     assert [len(each) for each in members] == groups and (made.depth, made.windows) == (depth, reach)
     for each in members:
-        assert [made.places[l][1] for l in each] == list(range(len(each)))
+        assert [made.of_layer[l][1] for l in each] == list(range(len(each)))
     assert group_layers(windows, layers, context, apart=False).windows == (0,)
 
 
