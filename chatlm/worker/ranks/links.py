@@ -1,5 +1,9 @@
 """How rank 0 reaches the other ranks: processes that it starts here, or under torchrun those that come by
-TCP."""
+TCP.
+
+Both classes have, of the ranks 1, 2, ..: `arrivals`, where they are, and `channels` to them; `after`, a socket
+to the same rank of the next stage; `pids` of those processes on this machine that belong to this worker; and
+`finds_models`: does each rank find the model's files itself?"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ import secrets
 import socket
 import subprocess
 import tempfile
-import typing
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,28 +31,6 @@ from chatlm.worker.ranks.messages import RANK_PIPE
 if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
     from chatlm.common.messages.protocol import WorkerConfig
-
-
-class Links(typing.Protocol):
-    """What rank 0 has of the other ranks; rank n is number n - 1 in its lists."""
-
-    arrivals: list[RankArrival]   # where they are
-    channels: list[Channel]       # to each of them
-    after: socket.socket | None   # to the same rank of the next stage
-    pids: tuple[str | int, ...]   # of the ranks on this machine, as far as they belong to this worker
-    finds_models: bool            # does each rank find the model's files itself?
-
-    def open_meeting(self) -> str:
-        """Where the ranks meet that exchange by torch.distributed: a folder, or a prefix of keys."""
-
-    def end_meeting(self):
-        """All have met."""
-
-    def has_ended(self, rank: int) -> bool:
-        """Is this rank's process gone?"""
-
-    def failure(self, rank: int) -> RanksFailed:
-        """That this rank has ended, in words."""
 
 
 class ProcessLinks:
@@ -84,6 +65,7 @@ class ProcessLinks:
         return "self", *(process.pid for process in self.processes)
 
     def open_meeting(self) -> str:
+        """Where ranks meet that exchange by torch.distributed: a folder, or a prefix of keys."""
         self.folder = tempfile.TemporaryDirectory(prefix="chat_server-")
         return self.folder.name
 
@@ -94,6 +76,7 @@ class ProcessLinks:
         return self.processes[rank - 1].poll() is not None
 
     def failure(self, rank: int) -> RanksFailed:
+        """That this rank has ended, in words."""
         process = self.processes[rank - 1]
         with suppress(subprocess.TimeoutExpired):
             process.wait(2)
@@ -169,6 +152,9 @@ class TcpLinks:
 
     def failure(self, rank: int) -> RanksFailed:
         return RanksFailed(f"rank {rank} on {self.arrivals[rank - 1].host} has ended")
+
+
+Links = ProcessLinks | TcpLinks
 
 
 def listen_as_master(host: str) -> socket.socket:
