@@ -60,7 +60,7 @@ def answer_seconds(width: int, rows: int = 1024) -> tuple[float, float]:
     prompt, token = (
         [seconds(product, torch.randn(count, columns, dtype=dtype)) for product, dtype, columns in products]
         for count in (64, 1))
-    ours, *theirs = (first + 100 * each for first, each in zip(prompt, token))
+    ours, *theirs = (first + 100 * later for first, later in zip(prompt, token))
     return ours, min(theirs)
 
 
@@ -93,9 +93,9 @@ class CpuBackend:
             "sample": Sampler()}
 
     def make_cache(self, spec: Any, num_pages: int, dtype: torch.dtype | None, device: torch.device):
-        kind = torch.float32 if dtype == torch.float32 else torch.float16
+        dtype = torch.float32 if dtype == torch.float32 else torch.float16
         shape = (spec.layers, num_pages, spec.kv_heads, 2, self.script.PAGE_SIZE * spec.head_size)
-        return self.script.zeroed(shape, kind, device)
+        return self.script.zeroed(shape, dtype, device)
 
     def join(self, path: str, rank: int, patience_s: float) -> dict[str, Callable]:
         program, ranks = self.program, Ranks(path, rank, patience_s)

@@ -77,12 +77,12 @@ class Chain:
     def matrix(self, kind: str, name: str, rows: int, columns: int = 0) -> Matrix:
         """A matrix as a model has it; `floats` remembers what its reference multiplies with."""
         if kind in FLOATS:
-            given = weight = self.dice.normal(rows, columns or self.spec.width).to(FLOATS[kind])
+            source = weight = self.dice.normal(rows, columns or self.spec.width).to(FLOATS[kind])
         else:
             blocks = random_blocks(kind, rows, self.spec.width, seed=rows)
-            given = QuantizedMatrix(((kind, blocks),), self.spec.width)
+            source = QuantizedMatrix(((kind, blocks),), self.spec.width)
             weight = dequantized(kind, torch.from_numpy(blocks), self.script)
-        packed = pack(Arena(1 << 20), name, (given,), None, False)
+        packed = pack(Arena(1 << 20), name, (source,), None, False)
         self.floats[packed] = weight.float()
         return packed
 
@@ -153,9 +153,9 @@ class Chain:
         reference, want = self.script.references[call.name], torch.empty_like(out)
         scale = self.spec.head_size**0.5            # our queries are scaled by 1 / this already
         if call.name == "rope_append":
-            qkv, *places, cache = arguments
+            qkv, *tables, cache = arguments
             pages = self.slot_major(before[id(cache)].float())
-            reference(copied(qkv), *places, pages, want, **options)
+            reference(copied(qkv), *tables, pages, want, **options)
             fault = differs(self.slot_major(cache), pages, "the cache")
             return fault or differs(out * scale, want, "q")
         if call.name == "paged_attention":

@@ -102,15 +102,15 @@ class CudaOps:
     def pages(self, name: str, pages, like=None) -> SimpleNamespace:
         """One layer's K or V pages (P, Hkv, 16, D): any strides, but each slot's D values together and 16-byte aligned."""
         dtypes, shape = ((like.dtype,), like.shape) if like else (CACHES, (None, None, PAGE_SIZE, None))
-        found = self.tensor(name, pages, dtypes, *shape, loose=3)
-        per_load = 16 // SIZES[found.dtype]
-        if found.shape[3] % 16 or not 0 < found.shape[3] <= MAX_HEAD_SIZE:
-            raise ValueError(f"{name}: must be (P, Hkv, 16, D), D a multiple of 16 up to 256, not {found.shape}")
-        if found.address % 16 or any(step % per_load for step in found.strides[:3]):
+        cache = self.tensor(name, pages, dtypes, *shape, loose=3)
+        per_load = 16 // SIZES[cache.dtype]
+        if cache.shape[3] % 16 or not 0 < cache.shape[3] <= MAX_HEAD_SIZE:
+            raise ValueError(f"{name}: must be (P, Hkv, 16, D), D a multiple of 16 up to 256, not {cache.shape}")
+        if cache.address % 16 or any(step % per_load for step in cache.strides[:3]):
             raise ValueError(f"{name}: pages, heads and slots must start at multiples of 16 bytes")
-        if like and found.strides != like.strides:
-            raise ValueError(f"{name}: must have the strides of k_pages, {like.strides}, not {found.strides}")
-        return found
+        if like and cache.strides != like.strides:
+            raise ValueError(f"{name}: must have the strides of k_pages, {like.strides}, not {cache.strides}")
+        return cache
 
     def sample(self, logits, params, tokens, *, count_ids=None, counts=None, bias_ids=None, bias_values=None, stream: int):
         """One token for each row of logits (B, V) float32 or bfloat16 -> tokens (B,) int32.
@@ -177,8 +177,8 @@ class CudaOps:
             e = self.tensor("value_embed", value_embed, (x.dtype,), B, Hkv * D, loose=1)
             g = self.tensor("gate", gate, (x.dtype,), B, Hkv, loose=1)
             embeds = [e.address, e.strides[0], g.address, g.strides[0]]
-        at = [self.tensor(name, t, ("int64",), B).address for name, t in (("positions", positions), ("slots", slots))]
-        call(self.core.cuda_rope_append, x.address, CODES[x.dtype], x.strides[0], B, H, Hkv, D, *at, table.shape[0],
+        addresses = [self.tensor(name, t, ("int64",), B).address for name, t in (("positions", positions), ("slots", slots))]
+        call(self.core.cuda_rope_append, x.address, CODES[x.dtype], x.strides[0], B, H, Hkv, D, *addresses, table.shape[0],
              P * PAGE_SIZE, table.address, sines.address, table.shape[1], NORMS[norm],
              *weights, float(eps), float(post_scale), float(q_scale * D**-0.5), *embeds,
              float(gate_scale), q.address, k.address, v.address, CODES[k.dtype], *k.strides[:3], stream)
@@ -230,13 +230,13 @@ class CudaOps:
         all columns of x. bias: float32, of each row of W; residual (B, N) float32.
         """
         w, columns = self.packed(blocks, kind, BLOCKS | FLOATS)
-        given = self.tensor("x", x, LOGITS, None, None, loose=1)
-        (B, width), per_load = given.shape, 16 // SIZES[given.dtype]
+        x_at = self.tensor("x", x, LOGITS, None, None, loose=1)
+        (B, width), per_load = x_at.shape, 16 // SIZES[x_at.dtype]
         if width < columns:
             raise ValueError(f"x: must have at least {columns} columns, not {width}")
         if B > MAX_PRODUCT_ROWS:
             raise ValueError(f"x: must have at most {MAX_PRODUCT_ROWS} rows, not {B}")
-        if given.address % 16 or width % 8 or B > 1 and given.strides[0] % per_load:
+        if x_at.address % 16 or width % 8 or B > 1 and x_at.strides[0] % per_load:
             raise ValueError("x: rows must start at multiples of 16 bytes and have a multiple of 8 columns")
         if kind in FLOATS and w.address % 16:
             raise ValueError("blocks: floats must start at a multiple of 16 bytes")
@@ -250,7 +250,7 @@ class CudaOps:
         scale = 0 if weight is None else self.tensor("norm", weight, ("float32",), width).address
         added = 0 if bias is None else self.tensor("bias", bias, ("float32",), w.shape[0]).address
         before = self.tensor("residual", residual, ("float32",), *y.shape, loose=1) if residual is not None else None
-        call(self.core.cuda_multiply, given.address, CODES[given.dtype], given.strides[0], B, int(norm is not None), width, scale,
+        call(self.core.cuda_multiply, x_at.address, CODES[x_at.dtype], x_at.strides[0], B, int(norm is not None), width, scale,
              float(eps), w.address, BLOCK_CODES[kind], y.shape[1], columns, added, ACTIVATIONS[activation],
              before.address if before else 0, before.strides[0] if before else 0, y.address, CODES[y.dtype], y.strides[0], stream)
 
@@ -264,13 +264,13 @@ class CudaOps:
         """The experts with the largest of each row's logits (T, E) float32, lower ids first among equals -> ids (T, n) int32, and
         the softmax over them, or over all unless sum_to_one -> shares (T, n) float32. Rows whose slot (T,) int64 is < 0 are
         padding: their ids are -1, their shares are left alone."""
-        given = self.tensor("logits", logits, ("float32",), None, None)
-        (T, E), chosen = given.shape, self.tensor("ids", ids, ("int32",), given.shape[0], None)
+        logits_at = self.tensor("logits", logits, ("float32",), None, None)
+        (T, E), chosen = logits_at.shape, self.tensor("ids", ids, ("int32",), logits_at.shape[0], None)
         if not 0 < chosen.shape[1] <= E <= MAX_EXPERTS:
             raise ValueError(f"ids: must have 1 to {E} columns, of at most {MAX_EXPERTS} experts, not {chosen.shape[1]}")
         weights = self.tensor("shares", shares, ("float32",), *chosen.shape)
         padding = 0 if slots is None else self.tensor("slots", slots, ("int64",), T).address
-        call(self.core.cuda_route, given.address, padding, T, E, chosen.shape[1], int(bool(sum_to_one)), chosen.address, weights.address, stream)
+        call(self.core.cuda_route, logits_at.address, padding, T, E, chosen.shape[1], int(bool(sum_to_one)), chosen.address, weights.address, stream)
 
     def group(self, ids, order, items, *, experts: int, item_pairs: int, stream: int):
         """Pairs by their expert: ids (P,) int32 -> order (P,) and items (most_items(experts, P, item_pairs), 3) int32.
@@ -280,11 +280,11 @@ class CudaOps:
         if not 0 < experts <= MAX_EXPERTS or item_pairs not in (FEW_PAIRS, MANY_PAIRS):
             raise ValueError(f"experts: must be 1 to {MAX_EXPERTS} in items of {FEW_PAIRS} or {MANY_PAIRS} pairs, "
                              f"not {experts} of {item_pairs}")
-        given = self.tensor("ids", ids, ("int32",), None)
-        pairs = given.shape[0]
+        ids_at = self.tensor("ids", ids, ("int32",), None)
+        pairs = ids_at.shape[0]
         by_expert = self.tensor("order", order, ("int32",), pairs)
         made = self.tensor("items", items, ("int32",), most_items(experts, pairs, item_pairs), 3)
-        call(self.core.cuda_group, given.address, pairs, experts, item_pairs, by_expert.address, made.address, made.shape[0], stream)
+        call(self.core.cuda_group, ids_at.address, pairs, experts, item_pairs, by_expert.address, made.address, made.shape[0], stream)
 
     def multiply_experts(self, x, order, items, blocks, out, *, kind: str, gate=None, bias=None, shares=None, stream: int):
         """Each pair's x times its expert's weights -> out (P, N) float32 or bfloat16.
@@ -299,18 +299,18 @@ class CudaOps:
             raise ValueError(f"gate: must be one of {', '.join(map(str, GATES))}, not {gate!r}")
         pairs = self.tensor("order", order, ("int32",), None)
         made = self.tensor("items", items, ("int32",), None, 3)
-        given = self.tensor("x", x, LOGITS, None, columns)
+        x_at = self.tensor("x", x, LOGITS, None, columns)
         y = self.tensor("out", out, LOGITS, *pairs.shape, None, loose=1)
-        (P,), (rows, _), N = pairs.shape, given.shape, y.shape[1] * (2 if gate else 1)
+        (P,), (rows, _), N = pairs.shape, x_at.shape, y.shape[1] * (2 if gate else 1)
         if made.shape[0] > MAX_ROWS:
             raise ValueError(f"items: must be at most {MAX_ROWS}, not {made.shape[0]}")
-        if given.address % 16 or columns % 8 or not rows or P % rows:
-            raise ValueError(f"x: must have rows at multiples of 16 bytes, of which each has as many of the {P} pairs, not {given.shape}")
+        if x_at.address % 16 or columns % 8 or not rows or P % rows:
+            raise ValueError(f"x: must have rows at multiples of 16 bytes, of which each has as many of the {P} pairs, not {x_at.shape}")
         if not N or w.shape[0] % N or kind in FLOATS and w.address % 16:
             raise ValueError(f"blocks: must have a multiple of {N} rows at a multiple of 16 bytes, not {w.shape[0]}")
         added = 0 if bias is None else self.tensor("bias", bias, ("float32",), w.shape[0]).address
         weights = 0 if shares is None else self.tensor("shares", shares, ("float32",), P).address
-        call(self.core.cuda_multiply_experts, given.address, CODES[given.dtype], P // rows, pairs.address, made.address, made.shape[0],
+        call(self.core.cuda_multiply_experts, x_at.address, CODES[x_at.dtype], P // rows, pairs.address, made.address, made.shape[0],
              w.address, BLOCK_CODES[kind], w.shape[0] // N, y.shape[1], columns, GATES[gate], added, weights, y.address,
              CODES[y.dtype], y.strides[0], stream)
 
@@ -318,12 +318,12 @@ class CudaOps:
         """Rows of blocks of a type of `kinds`, and their columns."""
         if kind not in kinds:
             raise ValueError(f"kind: must be one of {', '.join(kinds)}, not {kind!r}")
-        found, (columns, size) = self.tensor("blocks", blocks, ("uint8",), None, None), kinds[kind]
-        if not found.shape[1] or found.shape[1] % size:
-            raise ValueError(f"blocks: must be rows of blocks of {size} bytes, not {found.shape}")
-        if found.address % 2 and size % 2 == 0:
+        rows, (columns, size) = self.tensor("blocks", blocks, ("uint8",), None, None), kinds[kind]
+        if not rows.shape[1] or rows.shape[1] % size:
+            raise ValueError(f"blocks: must be rows of blocks of {size} bytes, not {rows.shape}")
+        if rows.address % 2 and size % 2 == 0:
             raise ValueError("blocks: must begin at an even address")
-        return found, found.shape[1] // size * columns
+        return rows, rows.shape[1] // size * columns
 
 
 def call(function, *arguments) -> None:

@@ -53,7 +53,10 @@ class ExpertOps:
             self.script.finish_linear(both, hidden, activation, None)
         self.multiply(hidden, *routed, down_kind, down_blocks, added, bias=down_bias, shares=shares)
         total = added.view(T, chosen, C).sum(1)
-        torch.add(x, total, out=out) if residual else out.copy_(total)
+        if residual:
+            torch.add(x, total, out=out)
+        else:
+            out.copy_(total)
 
     def route(self, logits, chosen: int, sum_to_one: bool, item_pairs: int) -> tuple:
         """-> shares (T * chosen,), and (order, items) of the pairs by expert."""

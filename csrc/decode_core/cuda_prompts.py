@@ -34,13 +34,13 @@ class Prompt(NamedTuple):
 
 def prompts_of(batch: Any, first: int, table: torch.Tensor, window: int, page_size: int) -> list[Prompt]:
     """The sequences from number `first` on. With a window, the pages are those that it overlaps."""
-    found = []
+    prompts = []
     for i in range(first, len(batch.lengths)):
         rows, end = slice(batch.starts[i], batch.starts[i + 1]), batch.lengths[i]
         start = end - (rows.stop - rows.start)
         page = max(0, start + 1 - window) // page_size if window else 0
-        found.append(Prompt(rows, table[i, page:-(-end // page_size)], page * page_size, start, end))
-    return found
+        prompts.append(Prompt(rows, table[i, page:-(-end // page_size)], page * page_size, start, end))
+    return prompts
 
 
 def flash() -> Callable | None:
@@ -92,8 +92,8 @@ class PromptAttention:
     @staticmethod
     def mask(prompt: Prompt, some: slice, window: int, like):
         """Additive (1, 1, queries, S), for the new tokens of a slice."""
-        places = dict(dtype=torch.int32, device=like.device)
-        keys = torch.arange(prompt.first, prompt.end, **places)
-        age = torch.arange(prompt.start + some.start, prompt.start + some.stop, **places)[:, None] - keys
+        integers = dict(dtype=torch.int32, device=like.device)
+        keys = torch.arange(prompt.first, prompt.end, **integers)
+        age = torch.arange(prompt.start + some.start, prompt.start + some.stop, **integers)[:, None] - keys
         hidden = (age < 0) | (age >= window) if window else age < 0             # age < 0: future
         return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)[None, None]

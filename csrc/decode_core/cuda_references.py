@@ -28,10 +28,10 @@ class CudaReferences:
         # padding (slot -1) writes what some other row writes, or if all rows are padding, what is there
         source = torch.where(slots < 0, slots.argmax(), order)
         slots, rows = slots[source], rows[source]
-        pages, places = slots.clamp(min=0) // page_size, slots.clamp(min=0) % page_size
+        pages, offsets = slots.clamp(min=0) // page_size, slots.clamp(min=0) % page_size
         written = (slots >= 0)[:, None, None, None]
-        before = cache[:, pages, :, places]                                                 # (T, 2, Hkv, D)
-        cache[:, pages, :, places] = torch.where(written, rows, before)
+        before = cache[:, pages, :, offsets]                                                 # (T, 2, Hkv, D)
+        cache[:, pages, :, offsets] = torch.where(written, rows, before)
 
     def attend(self, q, cache, table, lengths, out, window: int, softcap=0.0, sinks=None) -> None:
         """Decode rows: q (N, H, D) float32, scaled -> out (N, H * D); rows of length 0 get any finite values.

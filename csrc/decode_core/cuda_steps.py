@@ -55,7 +55,7 @@ class StepShape(NamedTuple):
     B: int = 0                  # entries of the bias' lists
     G: int = 1                  # groups of layers, each with pages of its own
 
-    def places(self) -> Iterator[tuple[str, str, list[int], int, int]]:
+    def layout(self) -> Iterator[tuple[str, str, list[int], int, int]]:
         """Name, type, shape, first and last byte of each field."""
         sizes, end = self._asdict() | {"9": 9}, 0
         for name, kind, letters in STEP_FIELDS:
@@ -65,12 +65,12 @@ class StepShape(NamedTuple):
 
     def bytes(self, lists: bool = True) -> int:
         """Of all fields, or of those before the lists."""
-        return next(end for name, *_, end in self.places() if name == ("bias_values" if lists else "table"))
+        return next(end for name, *_, end in self.layout() if name == ("bias_values" if lists else "table"))
 
     def views(self, memory) -> SimpleNamespace:
         """The fields as tensors in `memory` (bytes), on the host or on the device."""
         return SimpleNamespace(**{name: memory[begin:end].view(getattr(torch, kind)).view(shape)
-                                  for name, kind, shape, begin, end in self.places()})
+                                  for name, kind, shape, begin, end in self.layout()})
 
 
 def of_groups(batch: Any, count: int) -> list[Any]:
@@ -80,7 +80,7 @@ def of_groups(batch: Any, count: int) -> list[Any]:
     return [batch._replace(tables=[pages[group::count] for pages in batch.tables]) for group in range(count)]
 
 
-def fill_step(fields: SimpleNamespace, batches: Sequence[Any], places: Sequence[Sequence[Sequence[int]]],
+def fill_step(fields: SimpleNamespace, batches: Sequence[Any], locations: Sequence[Sequence[Sequence[int]]],
               sampling: Any) -> None:
     """Write a batch (as `of_groups` has it), its tokens' positions and slots in each group, and the SampleBatch
     of its rows (or None) into numpy `fields`.
@@ -88,16 +88,16 @@ def fill_step(fields: SimpleNamespace, batches: Sequence[Any], places: Sequence[
     What is left over is padding: a row with slot -1, so that nothing is stored, length 0, so that it attends
     to nothing, and no position to draw at.
     """
-    batch, (positions, _) = batches[0], places[0]
+    batch, (positions, _) = batches[0], locations[0]
     for column, values, padding in (
             (fields.token_ids, batch.token_ids, 0), (fields.previous_token_ids, batch.previous_token_ids, -1),
             (fields.positions, positions, 0),
-            *((column, slots, -1) for column, (_, slots) in zip(fields.slots, places)),
+            *((column, slots, -1) for column, (_, slots) in zip(fields.slots, locations)),
             (fields.logit_rows, batch.logit_rows, 0), (fields.lengths, batch.lengths, 0)):
         column[:len(values)] = values
         column[len(values):] = padding
-    for table, its in zip(fields.table, batches):
-        for row, pages in zip(table, its.tables):
+    for table, own in zip(fields.table, batches):
+        for row, pages in zip(table, own.tables):
             row[:len(pages)] = pages
     fields.records[len(batch.logit_rows):, 1] = -1
     if sampling:
@@ -278,7 +278,7 @@ class GraphSteps:
                 inputs = inputs.new_empty(shape.bytes())
                 staging.fields.clear()
             host = self._host_fields(staging, shape, keep=graph is not None)
-            fill_step(host, batches, [self.script.token_places(each) for each in batches], sampling)
+            fill_step(host, batches, [self.script.token_places(own) for own in batches], sampling)
 
             def step() -> None:
                 staging.send(inputs, shape.bytes(lists=any(lists)))

@@ -15,7 +15,7 @@ PANEL = 1 << 24         # weights that are dequantized at once for more rows tha
 
 
 class PackedMatrix:
-    """Weights (N, K) on a device, in rows of blocks; parts below each other may differ in type."""
+    """Weights (N, K) on a device, in rows of blocks; its parts, one upon the other, may differ in type."""
 
     def __init__(self, parts: Sequence[tuple[str, torch.Tensor]], columns: int):
         self.parts = tuple(parts)               # (kind, blocks (n, bytes of a row) uint8)
@@ -60,7 +60,7 @@ def dequantized(kind: str, rows: torch.Tensor, script: SimpleNamespace) -> torch
 
 
 def parts_of(matrix: PackedMatrix | torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """(kind, rows of blocks) below each other in a matrix; those of floats are their bytes."""
+    """(kind, rows of blocks) of a matrix' parts in order; those of floats are their bytes."""
     if isinstance(matrix, PackedMatrix):
         return list(matrix.parts)
     return [(str(matrix.dtype).removeprefix("torch."), matrix.view(torch.uint8))]

@@ -28,6 +28,62 @@ TOKENS, LOGIT_ROWS = "max_tokens", "max_rows"
 MAX_EXPERTS, MAX_CHOSEN = _core.MAX_EXPERTS, _core.MAX_CHOSEN
 
 
+class Buffers:
+    """The arrays that recorded ops read and write: kept alive, and what their rows are, TOKENS or LOGIT_ROWS.
+
+    An op may read only what an earlier one has written."""
+
+    def __init__(self, max_tokens: int, max_rows: int):
+        self.limits = {TOKENS: max_tokens, LOGIT_ROWS: max_rows}
+        self.rows_of: dict[int, str] = {}       # address of a buffer that has been written -> its rows
+        self.lost: set[int] = set()             # buffers that the other ranks may have instead
+        self.kept: list = []
+
+    def keep(self, *arrays) -> None:
+        self.kept += [array for array in arrays if array is not None]
+
+    def look(self, name: str, array, rows_of: str, columns: int | None = None,
+             writable: bool = False) -> tuple[int, int]:
+        """(address, columns) of a buffer."""
+        address, _, (_, width), _ = look_at(name, array, FLOAT32, self.limits[rows_of], columns,
+                                            writable=writable)
+        if not width:
+            raise ValueError(f"{name}: must have columns")
+        return address, width
+
+    def written(self, name: str, array, rows_of: str, columns: int | None = None) -> tuple[int, int]:
+        """(address, columns) of a buffer that an op writes for every such row."""
+        buffer = self.look(name, array, rows_of, columns, writable=True)
+        if self.rows_of.setdefault(buffer[0], rows_of) != rows_of:
+            raise ValueError(f"{name}: holds rows of {self.rows_of[buffer[0]]} already")
+        self.lost.discard(buffer[0])
+        return buffer
+
+    def read(self, name: str, array, multiple: int = 1) -> tuple[tuple[int, int], str]:
+        """((address, columns), its rows) of a buffer that an earlier op wrote."""
+        address = look_at(name, array, FLOAT32, None, None)[0]
+        if (rows_of := self.rows_of.get(address)) is None:
+            raise ValueError(f"{name}: no op has written it yet")
+        if address in self.lost:
+            raise ValueError(f"{name}: the other ranks have it; no op has written it since")
+        buffer = self.look(name, array, rows_of)
+        if buffer[1] % multiple:
+            raise ValueError(f"{name}: must have a multiple of {multiple} columns, not {buffer[1]}")
+        return buffer, rows_of
+
+    def read_like(self, name: str, array, rows_of: str, columns: int) -> tuple[int, int]:
+        """(address, columns) of one that has the rows and columns of what it goes with."""
+        buffer, its = self.read(name, array)
+        if its != rows_of or buffer[1] != columns:
+            raise ValueError(f"{name}: must be ({rows_of} = {self.limits[rows_of]}, {columns}), as what it "
+                             "goes with")
+        return buffer
+
+    def lose(self, buffer: tuple[int, int]) -> None:
+        """The other ranks may have it from here on, until an op writes it again."""
+        self.lost.add(buffer[0])
+
+
 class Marker:
     """A step's own data, in the place of an array when recording; slots and attention are those of one group of layers."""
 
@@ -52,11 +108,8 @@ class Program:
 
     def __init__(self, max_tokens: int, max_rows: int):
         self._program = _core.Program(max_tokens, max_rows)
-        self._limits = {TOKENS: max_tokens, LOGIT_ROWS: max_rows}
-        self._rows_of: dict[int, str] = {}      # a buffer that has been written -> TOKENS or LOGIT_ROWS
-        self._lost: set[int] = set()            # buffers that the other ranks may have instead
-        self._kept: list = []
-        self._logits, self.logits = None, None
+        self._buffers = Buffers(max_tokens, max_rows)
+        self.logits = None
 
     # ---- recording
 
@@ -68,36 +121,36 @@ class Program:
         if ids not in (self.token_ids, self.previous_token_ids):
             raise ValueError(f"ids: must be program.token_ids or program.previous_token_ids, not {ids!r}")
         if isinstance(table, Matrix):
-            tiles, address, kind, shape = table.tiles, 0, 0, (table.rows, table.columns)
+            tiles, address, code, shape = table.tiles, 0, 0, (table.rows, table.columns)
         else:
-            address, kind, shape, _ = look_at("table", table, tuple(CODES), None, None)
-            tiles, kind = None, CODES[kind]
+            address, dtype, shape, _ = look_at("table", table, tuple(CODES), None, None)
+            tiles, code = None, CODES[dtype]
         first, vocabulary = part or (0, shape[0])
         if not 0 <= first < vocabulary:
             raise ValueError(f"part: must be a row and a larger number of rows, not {part!r}")
-        buffer = self._written("out", out, TOKENS, shape[1])
-        self._keep(table, out)
-        self._program.embed(tiles, address, kind, shape[0], first, vocabulary, ids is self.previous_token_ids, buffer)
+        buffer = self._buffers.written("out", out, TOKENS, shape[1])
+        self._buffers.keep(table, out)
+        self._program.embed(tiles, address, code, shape[0], first, vocabulary, ids is self.previous_token_ids, buffer)
 
     def given(self, x) -> None:
         """x (max_tokens, C): whoever starts a step has written its rows, and no earlier step is under way then."""
-        self._keep(x)
-        self._written("x", x, TOKENS)
+        self._buffers.keep(x)
+        self._buffers.written("x", x, TOKENS)
 
     def gather_rows(self, x, rows, out) -> None:
         """The rows of x that have logits -> out (max_rows, C)."""
         _is_marker("rows", rows, self.logit_rows)
-        x_at, kind = self._read("x", x)
-        if kind != TOKENS:
+        x_at, rows_of = self._buffers.read("x", x)
+        if rows_of != TOKENS:
             raise ValueError("x: was gathered already")
-        self._record(self._program.gather_rows, True, x_at, self._written("out", out, LOGIT_ROWS, x_at[1]), keep=(x, out))
+        self._record(self._program.gather_rows, True, x_at, self._buffers.written("out", out, LOGIT_ROWS, x_at[1]), keep=(x, out))
 
     def rms_norm(self, x, weight, eps: float, out) -> None:
         """x / its root mean square (* weight (C,) or None) -> out, which may be x."""
-        x_at, kind = self._read("x", x, 16)
+        x_at, rows_of = self._buffers.read("x", x, 16)
         weight_at = 0 if weight is None else vector("weight", weight, "float32", x_at[1])
-        out_at = self._written("out", out, kind, x_at[1])
-        self._record(self._program.rms_norm, kind == LOGIT_ROWS, x_at, weight_at, float(eps), out_at, keep=(x, weight, out))
+        out_at = self._buffers.written("out", out, rows_of, x_at[1])
+        self._record(self._program.rms_norm, rows_of == LOGIT_ROWS, x_at, weight_at, float(eps), out_at, keep=(x, weight, out))
 
     def linear(self, x, matrix, out, norm=None, bias=None, activation=None, residual=None) -> None:
         """out = residual + activation(norm(x) W^T + bias); residual may be out, x may not.
@@ -107,19 +160,19 @@ class Program:
         A matrix narrower than x takes the first columns of (the normalized) x.
         """
         check_matrix(matrix)
-        x_at, kind = self._read("x", x)
+        x_at, rows_of = self._buffers.read("x", x)
         if x_at[1] < matrix.columns:
             raise ValueError(f"x: must have at least the matrix' {matrix.columns} columns, not {x_at[1]}")
         before, code, most = check_linear(matrix, x_at[1], norm, bias, activation)
         if norm is not None and x_at[1] != matrix.columns and x_at[1] % 16:
             raise ValueError(f"x: must have a multiple of 16 columns, not {x_at[1]}")
-        out_at = self._written("out", out, kind)
+        out_at = self._buffers.written("out", out, rows_of)
         if not out_at[1] <= most:
             raise ValueError(f"out: must have 1 to {most} columns, not {out_at[1]}")
         if out_at[0] == x_at[0]:
             raise ValueError("out: may not be x")
-        residual_at = NONE if residual is None else self._read_like("residual", residual, kind, out_at[1])
-        self._record(self._program.linear, kind == LOGIT_ROWS, x_at, matrix.tiles, out_at, *before, code, residual_at,
+        residual_at = NONE if residual is None else self._buffers.read_like("residual", residual, rows_of, out_at[1])
+        self._record(self._program.linear, rows_of == LOGIT_ROWS, x_at, matrix.tiles, out_at, *before, code, residual_at,
                      keep=(x, matrix, out, norm and norm[0], bias, residual))
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen: int, sum_to_one: bool,
@@ -132,9 +185,9 @@ class Program:
         """
         for name, matrix in (("gate_up", gate_up), ("down", down)):
             check_matrix(matrix, name)
-        (x_at, kind), (logits_at, logits_kind) = self._read("x", x, 16), self._read("logits", logits)
+        (x_at, rows_of), (logits_at, logits_rows) = self._buffers.read("x", x, 16), self._buffers.read("logits", logits)
         (C, F), E = (x_at[1], down.columns), logits_at[1]
-        if kind != TOKENS or logits_kind != TOKENS or E > MAX_EXPERTS:
+        if rows_of != TOKENS or logits_rows != TOKENS or E > MAX_EXPERTS:
             raise ValueError(f"logits: must be of tokens, for at most {MAX_EXPERTS} experts")
         if not isinstance(chosen, int) or not 1 <= chosen <= min(E, MAX_CHOSEN):
             raise ValueError(f"chosen: must be 1 to {min(E, MAX_CHOSEN)} experts, not {chosen!r}")
@@ -146,22 +199,22 @@ class Program:
         norm_at = 0 if norm[0] is None else vector("norm", norm[0], "float32", C)
         biases_at = [0 if bias is None else vector("biases", bias, "float32", matrix.rows)
                      for bias, matrix in zip(biases, (gate_up, down))]
-        out_at = self._written("out", out, TOKENS, C)
-        self._keep(x, logits, gate_up, down, out, norm[0], *biases)
+        out_at = self._buffers.written("out", out, TOKENS, C)
+        self._buffers.keep(x, logits, gate_up, down, out, norm[0], *biases)
         self._program.experts(x_at, logits_at, gate_up.tiles, down.tiles, out_at, norm_at, float(norm[1]), *biases_at,
                               ACTIVATIONS[activation], chosen, bool(sum_to_one), bool(residual))
 
     def copy(self, x, out) -> None:
         """x -> out."""
-        x_at, kind = self._read("x", x)
-        self._record(self._program.copy, kind == LOGIT_ROWS, x_at, self._written("out", out, kind, x_at[1]), keep=(x, out))
+        x_at, rows_of = self._buffers.read("x", x)
+        self._record(self._program.copy, rows_of == LOGIT_ROWS, x_at, self._buffers.written("out", out, rows_of, x_at[1]), keep=(x, out))
 
     def mix(self, x, x0, resid_lambda, x0_lambda, out) -> None:
         """resid_lambda * x + x0_lambda * x0 -> out, which may be x; the lambdas are numbers or arrays of one."""
-        x_at, kind = self._read("x", x, 16)
-        x0_at = self._read_like("x0", x0, kind, x_at[1])
-        self._record(self._program.mix, kind == LOGIT_ROWS, x_at, float(resid_lambda), x0_at, float(x0_lambda),
-                     self._written("out", out, kind, x_at[1]), keep=(x, x0, out))
+        x_at, rows_of = self._buffers.read("x", x, 16)
+        x0_at = self._buffers.read_like("x0", x0, rows_of, x_at[1])
+        self._record(self._program.mix, rows_of == LOGIT_ROWS, x_at, float(resid_lambda), x0_at, float(x0_lambda),
+                     self._buffers.written("out", out, rows_of, x_at[1]), keep=(x, x0, out))
 
     def backout(self, x, middle, backout_lambda, out) -> None:
         """x - backout_lambda * middle -> out, which may be x."""
@@ -170,51 +223,51 @@ class Program:
     def smear(self, x, previous, previous_ids, gate, smear_lambda, out) -> None:
         """x + lambda * sigmoid(x[:, :channels] . gate) * previous -> out, which may be x; gate (1, channels) float32."""
         _is_marker("previous_ids", previous_ids, self.previous_token_ids)
-        x_at, kind = self._read("x", x, 16)
-        previous_at = self._read_like("previous", previous, kind, x_at[1])
+        x_at, rows_of = self._buffers.read("x", x, 16)
+        previous_at = self._buffers.read_like("previous", previous, rows_of, x_at[1])
         gate_at, _, (_, channels), _ = look_at("gate", gate, FLOAT32, 1, None)
-        if kind != TOKENS or not 0 < channels <= x_at[1]:
+        if rows_of != TOKENS or not 0 < channels <= x_at[1]:
             raise ValueError(f"gate: must be (1, channels) for rows of tokens, not {(1, channels)}")
-        out_at = self._written("out", out, kind, x_at[1])
-        self._keep(x, previous, gate, out)
+        out_at = self._buffers.written("out", out, rows_of, x_at[1])
+        self._buffers.keep(x, previous, gate, out)
         self._program.smear(x_at, previous_at, gate_at, channels, float(smear_lambda), out_at)
 
     def softcap(self, logits, cap: float, out) -> None:
         """cap * tanh(logits / cap) -> out, which may be logits."""
-        x_at, kind = self._read("logits", logits)
+        x_at, rows_of = self._buffers.read("logits", logits)
         if not float(cap) > 0:
             raise ValueError(f"cap: must be positive, not {cap}")
-        self._record(self._program.softcap, kind == LOGIT_ROWS, x_at, float(cap), self._written("out", out, kind, x_at[1]), keep=(logits, out))
+        self._record(self._program.softcap, rows_of == LOGIT_ROWS, x_at, float(cap), self._buffers.written("out", out, rows_of, x_at[1]), keep=(logits, out))
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, value_embed=None, gate=None, **options) -> None:
         """decode_core.rope_append with the step's positions and slots: qkv -> out (max_tokens, H * D) and one layer's cache."""
         _is_marker("positions", positions, self.positions)
         _is_marker("slots", slots, self.parts[getattr(slots, "group", 0)].slots)
-        qkv_at, kind = self._read("qkv", qkv)
+        qkv_at, rows_of = self._buffers.read("qkv", qkv)
         layer = _, _, pages, Hkv, D = check_cache(cache)
         H, rest = divmod(qkv_at[1] - 2 * Hkv * D, D)
-        if kind != TOKENS or rest or H <= 0:
+        if rows_of != TOKENS or rest or H <= 0:
             raise ValueError(f"qkv: must be (max_tokens, (H + 2 * {Hkv}) * {D}), not {qkv_at[1]} columns")
         check_together("value_embed", value_embed, "gate", gate)
-        value_at = NONE if value_embed is None else self._read_like("value_embed", value_embed, kind, Hkv * D)
-        gate_at = NONE if gate is None else self._read_like("gate", gate, kind, Hkv)
-        out_at = self._written("out", out, kind, H * D)
+        value_at = NONE if value_embed is None else self._buffers.read_like("value_embed", value_embed, rows_of, Hkv * D)
+        gate_at = NONE if gate is None else self._buffers.read_like("gate", gate, rows_of, Hkv)
+        out_at = self._buffers.written("out", out, rows_of, H * D)
         job, max_positions = rope_job(layer, qkv_at, (out_at[0], 0, H), cos, sin, (0, 0),
                                       value_at, gate_at, **options)
-        self._keep(qkv, cos, sin, cache, out, value_embed, gate, options.get("q_norm"), options.get("k_norm"))
+        self._buffers.keep(qkv, cos, sin, cache, out, value_embed, gate, options.get("q_norm"), options.get("k_norm"))
         self._program.rope_append(job, max_positions, pages, slots.group)
 
     def paged_attention(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None) -> None:
         """softmax(q k) v of each row over its own pages: q (max_tokens, H * D) as rope_append left it -> out, as wide."""
         _is_marker("attention", attention, self.parts[getattr(attention, "group", 0)].attention)
-        q_at, kind = self._read("q", q)
+        q_at, rows_of = self._buffers.read("q", q)
         cache_at, cache_kind, pages, Hkv, D = check_cache(cache)
         H, rest = divmod(q_at[1], D)
-        if kind != TOKENS or rest or H % Hkv or H // Hkv > 16:
+        if rows_of != TOKENS or rest or H % Hkv or H // Hkv > 16:
             raise ValueError(f"q: must have H * {D} columns, H a multiple of {Hkv} up to 16 times, not {q_at[1]}")
         if not isinstance(window, int) or not -1 <= window < 2**31:
             raise ValueError(f"window: must be a number of keys, 0 or -1, not {window!r}")
-        out_at = self._written("out", out, kind, q_at[1])
+        out_at = self._buffers.written("out", out, rows_of, q_at[1])
         self._record(self._program.paged_attention, q_at, cache_at, cache_kind, pages, H, Hkv, D, max(window, 0),
                      check_softcap(softcap), sinks_at(sinks, H), out_at, attention.group, keep=(q, cache, out, sinks))
 
@@ -222,26 +275,27 @@ class Program:
         """residual + the sum of all ranks' x -> out; both may be out. Every rank's program has it at the same place.
 
         After it, or an all_gather, x must be written again before it is read: a product writes where other ranks read it."""
-        x_at, kind = self._read("x", x, 16)
-        residual_at = NONE if residual is None else self._read_like("residual", residual, kind, x_at[1])
-        handle, out_at = self._handle(ranks), self._written("out", out, kind, x_at[1])
-        self._record(self._program.all_reduce, kind == LOGIT_ROWS, x_at, handle, out_at, residual_at, keep=(x, ranks, out, residual))
-        self._lost |= {x_at[0]} - {out_at[0]}
+        x_at, rows_of = self._buffers.read("x", x, 16)
+        residual_at = NONE if residual is None else self._buffers.read_like("residual", residual, rows_of, x_at[1])
+        handle, out_at = handle_of(ranks), self._buffers.written("out", out, rows_of, x_at[1])
+        self._record(self._program.all_reduce, rows_of == LOGIT_ROWS, x_at, handle, out_at, residual_at, keep=(x, ranks, out, residual))
+        if x_at[0] != out_at[0]:
+            self._buffers.lose(x_at)
 
     def all_gather(self, x, ranks, out) -> None:
         """All ranks' x side by side -> out, which may lack some at its end and is not x."""
-        x_at, kind = self._read("x", x)
-        handle, out_at = self._handle(ranks), self._written("out", out, kind)
+        x_at, rows_of = self._buffers.read("x", x)
+        handle, out_at = handle_of(ranks), self._buffers.written("out", out, rows_of)
         check_gathered(out_at[1], x_at[1], ranks.count)
         if out_at[0] == x_at[0]:
             raise ValueError("out: may not be x")
-        self._record(self._program.all_gather, kind == LOGIT_ROWS, x_at, handle, out_at, keep=(x, ranks, out))
-        self._lost.add(x_at[0])
+        self._record(self._program.all_gather, rows_of == LOGIT_ROWS, x_at, handle, out_at, keep=(x, ranks, out))
+        self._buffers.lose(x_at)
 
     def sample(self, logits) -> None:
         """The last op: a token for each logit row, in the steps that bring a SampleBatch."""
-        x_at, kind = self._read("logits", logits)
-        if kind != LOGIT_ROWS:
+        x_at, rows_of = self._buffers.read("logits", logits)
+        if rows_of != LOGIT_ROWS:
             raise ValueError("logits: must come from rows that were gathered")
         self._record(self._program.sample, True, x_at, NONE, keep=(logits,))
         self.logits = logits
@@ -260,7 +314,7 @@ class Program:
         all_rows    compute the last layer for every row, not only for those with logits: its output holds them until the next step
         """
         if sampling is not None:
-            sampling = self._sampling(sampling)
+            sampling = sample_arguments(sampling, self.logits)
         return self._program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling, all_rows)
 
     def finish(self, ticket: int) -> list[int]:
@@ -278,61 +332,9 @@ class Program:
         """The recorded ops, a line each."""
         return self._program.describe()
 
-    # ---- checks
-
-    def _keep(self, *arrays) -> None:
-        self._kept += [array for array in arrays if array is not None]
-
     def _record(self, method, *arguments, keep) -> None:
-        self._keep(*keep)
+        self._buffers.keep(*keep)
         method(*arguments)
-
-    def _buffer(self, name: str, array, kind: str, columns: int | None = None, writable: bool = False) -> tuple:
-        address, _, (_, width), _ = look_at(name, array, FLOAT32, self._limits[kind], columns, writable=writable)
-        if not width:
-            raise ValueError(f"{name}: must have columns")
-        return address, width
-
-    def _written(self, name: str, array, kind: str, columns: int | None = None) -> tuple:
-        """(address, columns) of a buffer that an op writes for every row of a kind."""
-        buffer = self._buffer(name, array, kind, columns, writable=True)
-        if self._rows_of.setdefault(buffer[0], kind) != kind:
-            raise ValueError(f"{name}: holds rows of {self._rows_of[buffer[0]]} already")
-        self._lost.discard(buffer[0])
-        return buffer
-
-    def _read(self, name: str, array, multiple: int = 1) -> tuple:
-        """((address, columns), kind) of a buffer that an earlier op wrote."""
-        address = look_at(name, array, FLOAT32, None, None)[0]
-        if (kind := self._rows_of.get(address)) is None:
-            raise ValueError(f"{name}: no op has written it yet")
-        if address in self._lost:
-            raise ValueError(f"{name}: the other ranks have it; no op has written it since")
-        buffer = self._buffer(name, array, kind)
-        if buffer[1] % multiple:
-            raise ValueError(f"{name}: must have a multiple of {multiple} columns, not {buffer[1]}")
-        return buffer, kind
-
-    def _read_like(self, name: str, array, kind: str, columns: int) -> tuple:
-        buffer, its = self._read(name, array)
-        if its != kind or buffer[1] != columns:
-            raise ValueError(f"{name}: must be ({kind} = {self._limits[kind]}, {columns}), as what it goes with")
-        return buffer
-
-    def _handle(self, ranks):
-        if not isinstance(ranks, Ranks):
-            raise ValueError(f"ranks: must be Ranks, not {type(ranks).__name__}")
-        return ranks.handle
-
-    def _sampling(self, batch) -> tuple:
-        if not isinstance(batch, SampleBatch):
-            raise ValueError(f"sampling: must be a SampleBatch, not {type(batch).__name__}")
-        if self.logits is None:
-            raise ValueError("sampling: no sample op was recorded")
-        if batch.vocab_size != self.logits.shape[1]:
-            raise ValueError(f"sampling: is for {batch.vocab_size} ids, and logits have {self.logits.shape[1]}")
-        records, count_ids, counts, bias_ids, bias_values, _ = batch._addresses
-        return (records, len(batch.params), count_ids, counts, len(batch.counts), bias_ids, bias_values, len(batch.bias_values))
 
 
 Program.parts = (Program, *(SimpleNamespace(token_ids=Program.token_ids, positions=Program.positions, slots=Marker("slots", group),
@@ -342,3 +344,22 @@ Program.parts = (Program, *(SimpleNamespace(token_ids=Program.token_ids, positio
 def _is_marker(name: str, value, wanted: Marker) -> None:
     if value is not wanted:
         raise ValueError(f"{name}: must be {wanted!r}, not {value!r}")
+
+
+def handle_of(ranks):
+    if not isinstance(ranks, Ranks):
+        raise ValueError(f"ranks: must be Ranks, not {type(ranks).__name__}")
+    return ranks.handle
+
+
+def sample_arguments(batch, logits) -> tuple:
+    """What a step takes of a SampleBatch whose tokens are drawn from these logits."""
+    if not isinstance(batch, SampleBatch):
+        raise ValueError(f"sampling: must be a SampleBatch, not {type(batch).__name__}")
+    if logits is None:
+        raise ValueError("sampling: no sample op was recorded")
+    if batch.vocab_size != logits.shape[1]:
+        raise ValueError(f"sampling: is for {batch.vocab_size} ids, and logits have {logits.shape[1]}")
+    records, count_ids, counts, bias_ids, bias_values, _ = batch._addresses
+    return (records, len(batch.params), count_ids, counts, len(batch.counts), bias_ids, bias_values,
+            len(batch.bias_values))

@@ -146,7 +146,7 @@ def prove_attention(backend: Any, device: torch.device) -> str:
         cache, q = cache_of(spec, dice, dtype, script), dice.normal(4, H, D) * D**-0.5
         table = torch.stack([dice.order(PAGES, torch.int32).repeat(2)[:70] for _ in range(4)])
         states, tickets = backend.workspace(*table.shape, device)
-        sinks = [None] + [dice.normal(H)] * spec.sinks
+        sinks = [None, dice.normal(H)] if spec.sinks else [None]
         for window, extra in itertools.product(windows_of(spec, 1000), sinks):
             options = window, spec.attention_softcap, extra
             out = torch.full((4, H * D), 7.0, dtype=dtype, device=device)
@@ -155,7 +155,7 @@ def prove_attention(backend: Any, device: torch.device) -> str:
             want[2] = 7.0           # padding is left alone
             backend.attend(q, cache, table, lengths, states, tickets, out, *options)
             if fault := differs(out, want, "the output"):
-                return f"{fault} ({str(dtype)[6:]}, window {window}{', sinks' * (extra is not None)})"
+                return f"{fault} ({str(dtype)[6:]}, window {window}{'' if extra is None else ', sinks'})"
             if int(tickets.abs().max()):
                 return "its tickets are not zero afterwards"
     return ""
@@ -166,22 +166,22 @@ def prove_prompts(backend: Any, device: torch.device) -> str:
     spec, script, dice = backend.spec, backend.script, Dice(device, 6)
     H, D, size = spec.heads, spec.head_size, script.PAGE_SIZE
     batch = SimpleNamespace(starts=[0, 70, 90], lengths=[70, 301])
-    places = [[0, 70], [281, 301]]                              # of the new tokens
+    spans = [[0, 70], [281, 301]]                              # of the new tokens
     for dtype in DTYPES:
         cache, q = cache_of(spec, dice, dtype, script), (dice.normal(90, H, D) * D**-0.5).to(dtype)
-        table = torch.stack([dice.order(PAGES, torch.int32)[:19] for _ in places])
-        sinks = [None] + [dice.normal(H)] * spec.sinks
+        table = torch.stack([dice.order(PAGES, torch.int32)[:19] for _ in spans])
+        sinks = [None, dice.normal(H)] if spec.sinks else [None]
         for window, extra in itertools.product(windows_of(spec, 100), sinks):
             grouped = None if extra is None else extra.view(spec.kv_heads, -1)
             for number, prompt in enumerate(prompts_of(batch, 0, table, window, size)):
-                rows, lengths = q[prompt.rows], torch.arange(*places[number], device=device) + 1
-                got, want = (torch.empty(len(rows), H * D, dtype=kind, device=device) for kind in (dtype, torch.float32))
+                rows, lengths = q[prompt.rows], torch.arange(*spans[number], device=device) + 1
+                got, want = (torch.empty(len(rows), H * D, dtype=out_dtype, device=device) for out_dtype in (dtype, torch.float32))
                 backend.references.attend(rows.float(), cache.float(), table[number].expand(len(rows), -1), lengths, want, window,
                                           spec.attention_softcap, extra)
                 kv = cache.transpose(1, 2)[:, :, prompt.pages.long()].flatten(2, 3)[:, :, :prompt.end - prompt.first]
                 backend.prompts.attend(rows, kv, prompt, got, window, spec.attention_softcap, grouped)
                 if fault := differs(got, want, "the output"):
-                    return f"{fault} ({str(dtype)[6:]}, window {window}{', sinks' * (extra is not None)})"
+                    return f"{fault} ({str(dtype)[6:]}, window {window}{'' if extra is None else ', sinks'})"
     return ""
 
 
@@ -190,11 +190,11 @@ def prove_sample(backend: Any, device: torch.device) -> str:
     script = backend.script
     columns = min(backend.spec.vocab_size, VOCABULARY)
     context = list(range(0, columns, 7))
-    given = (dict(temperature=0.0), dict(top_k=50), dict(top_k=0, top_p=0.9), dict(top_k=0),
+    cases = (dict(temperature=0.0), dict(top_k=50), dict(top_k=0, top_p=0.9), dict(top_k=0),
              dict(top_k=0, min_p=0.05),
              dict(repetition_penalty=1.3, frequency_penalty=0.2, logit_bias=((0, 3.0),)))
     rows = [script.SampleRow(script.SamplingParams(seed=i, **params), 10 + i, context, columns // 14)
-            for i, params in enumerate(given)]
+            for i, params in enumerate(cases)]
     logits = Dice(device, 3).normal(len(rows), columns) * 3
     got, want = backend.sample(logits, rows), script.references["sample"](logits, rows)
     return "" if got == want else f"draws the tokens {got}, not {want}"
@@ -235,7 +235,7 @@ def prove_linear(backend: Any, device: torch.device) -> str:
             outputs = N // 2 if cuda.GATES.get(activation) else N
             x, bias, residual = dice.normal(3, K + 64, dtype=dtype), dice.normal(N), dice.normal(3, outputs)
             norm = script.Norm(1 + dice.normal(K + 64) / 4 if kind == "float32" else None, 1e-5)
-            got, expected = (torch.empty(3, outputs, device=device, dtype=each) for each in (dtype, torch.float32))
+            got, expected = (torch.empty(3, outputs, device=device, dtype=made) for made in (dtype, torch.float32))
             backend.products.linear(x, matrix, got, norm, bias, activation, residual)
             linear(x.float(), want, expected, norm, bias, activation, residual)
             if fault := differs(got, expected, f"{kind}: {activation or 'no activation'}"):

@@ -45,7 +45,10 @@ class RankMemory:
         return self._ranks.why()
 
     def _close(self) -> None:
-        self._file.close() if self._file else os.close(self._fd)
+        if self._file:
+            self._file.close()
+        else:
+            os.close(self._fd)
 
     def __del__(self):
         if hasattr(self, "_ranks"):

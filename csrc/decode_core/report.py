@@ -48,28 +48,28 @@ class Report:
         from .cuda_backend import CudaBackend
         from .cuda_steps import CudaQueue
         device = torch.device("cuda", index)
-        place = f"{device}: {torch.cuda.get_device_name(index)}"
+        gpu = f"{device}: {torch.cuda.get_device_name(index)}"
         kernels = cuda.CudaOps(_core)
         if why := kernels.refusal(index) if _core.cuda_compiled else "decode_core was compiled without CUDA":
-            return self.say(f"\n{place}: references only, {why}")
+            return self.say(f"\n{gpu}: references only, {why}")
         with torch.cuda.device(index):
             backend = CudaBackend(self.script.ModelSpec(**LARGE | MIXTURE), self.script, kernels, device=device)
-            self.with_cuda(backend, lambda: CudaQueue(device), place)
+            self.with_cuda(backend, lambda: CudaQueue(device), gpu)
 
-    def with_cuda(self, backend: Any, make_queue: Callable[[], Any], place: str, **sizes: int) -> None:
+    def with_cuda(self, backend: Any, make_queue: Callable[[], Any], gpu: str, **sizes: int) -> None:
         """`sizes`: of time_cuda."""
         faults = dict.fromkeys(CUDA_OPS, "")
         try:
             queue = make_queue()
             limit = copy_bandwidth(queue, sizes.get("cold", 1 << 30))
-            self.say(f"\n{place} copies {limit / 1e9:.1f} GB/s, read and written")
+            self.say(f"\n{gpu} copies {limit / 1e9:.1f} GB/s, read and written")
             faults |= prove_cuda(backend, backend.device)
             right = [op for op, fault in faults.items() if not fault]
             with torch.inference_mode():
                 self.table(faults, time_cuda(backend, queue, right, **sizes), limit)
         except Exception as error:          # a graph that cannot be captured, or a device that is lost
             self.wrong += 1
-            self.say(f"{place}: WRONG: {type(error).__name__}: {error}")
+            self.say(f"{gpu}: WRONG: {type(error).__name__}: {error}")
 
     def table(self, faults: Mapping[str, str | None], times: Iterable[Timed], limit: float) -> None:
         """`faults`: of every op, "" where it is as its reference, None where that could not be proved."""

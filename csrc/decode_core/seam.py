@@ -14,8 +14,8 @@ place.
     groups_layers                 may pages hold some layers only, each group with a table of its own? (spec.layers of
                                   make_cache is then a page's, and a step's tables list a page of each group in turn)
     quantizes                     does `ops` take a type for `quantize`?
-    as_stored(shape, parts)       a matrix in its file's type, or one close to it, or a tuple of matrices below each
-                                  other; None: always dequantized
+    as_stored(shape, parts)       a matrix in its file's type, or one close to it, or a tuple of matrices whose rows
+                                  together are its rows; None: always dequantized
     converted(sources, stored)    which matrices cannot stay in the file's type, in words
     ops(max_tokens, max_rows, quantize)     {name: op} in the place of chat_server's references; what `pack` returns may say in
                                   `finite` whether neither the weights nor what they became has a NaN or an infinity
@@ -53,12 +53,12 @@ log = logging.getLogger("chat_server.decode_core")
 
 def backend_for(spec: Any, device: Any, script: SimpleNamespace) -> Any:
     """The backend for a model on a torch device; None where there are no kernels for its shape."""
-    kind, _, index = str(device).partition(":")
-    if kind == "cpu" and fits_cpu(spec):
+    device_type, _, index = str(device).partition(":")
+    if device_type == "cpu" and fits_cpu(spec):
         from . import cpu_backend
         slower = cpu_backend.slower_than_torch(spec.width)
         return say_once(slower) if slower else cpu_backend.CpuBackend(spec, script)
-    ops = cuda_ops(int(index or 0)) if kind == "cuda" and fits_cuda(spec) else None
+    ops = cuda_ops(int(index or 0)) if device_type == "cuda" and fits_cuda(spec) else None
     if ops is None:
         return None
     from .cuda_backend import CudaBackend

@@ -61,10 +61,10 @@ class Matrix:
         _integer("rows", rows, 1, LIMIT)
         _integer("columns", columns, 1, LIMIT)
         self.kinds = list(kind) if isinstance(kind, (list, tuple)) else [kind]
-        codes = [_kind("kind", each) for each in self.kinds]
-        for each in set(self.kinds):
-            if columns % COLUMNS[each]:
-                raise ValueError(f"columns: must be a multiple of {COLUMNS[each]} for {each}, not {columns}")
+        codes = [_kind("kind", name) for name in self.kinds]
+        for name in set(self.kinds):
+            if columns % COLUMNS[name]:
+                raise ValueError(f"columns: must be a multiple of {COLUMNS[name]} for {name}, not {columns}")
         if len(codes) == 1:
             self.tiles = arena._arena.allocate(codes[0], rows, columns)
         elif len(codes) != -(-rows // TILE_ROWS) or set(self.kinds) & set(SOURCES):

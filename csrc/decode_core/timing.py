@@ -251,11 +251,11 @@ def time_cuda_experts(backend: Any, device: torch.device, rows: int, calls: int)
     matrices = [PackedMatrix([("mxfp4", torch.from_numpy(random_blocks("mxfp4", few, columns)).to(device).repeat(outputs // few, 1))],
                              columns) for outputs, columns in ((2 * E * F, C), (E * C, F))]
     x, out, norm = dice.normal(rows, C), torch.empty(rows, C, device=device), backend.script.Norm(None, 1e-5)
-    places = torch.arange(rows * chosen, device=device).view(rows, chosen)
-    logits = [torch.zeros(rows, E, device=device).scatter_(1, (places + call * rows * chosen) % E, 1.0) for call in range(calls)]
+    experts = torch.arange(rows * chosen, device=device).view(rows, chosen)
+    logits = [torch.zeros(rows, E, device=device).scatter_(1, (experts + call * rows * chosen) % E, 1.0) for call in range(calls)]
     more = dict(norm=norm, biases=(None, None), activation="swiglu", chosen=chosen, sum_to_one=True)
     moved = min(E, rows * chosen) * sum(matrix.nbytes for matrix in matrices) // E
-    return (lambda: [backend.mixture.experts(x, each, *matrices, out, **more) for each in logits],
+    return (lambda: [backend.mixture.experts(x, one, *matrices, out, **more) for one in logits],
             f"mxfp4: {rows} x {chosen} of {E}, {C} x {F}", calls, moved)
 
 
@@ -264,8 +264,8 @@ def time_cuda_rope(backend: Any, device: torch.device, rows: int, cold: int, cal
     H, Hkv, D = spec.heads, spec.kv_heads, spec.head_size
     cos, sin = backend.script.rope_tables(spec, device)
     qkv = Dice(device, 9).normal(rows, (H + 2 * Hkv) * D, dtype=cache.dtype)
-    q, places = torch.empty(rows, H * D, device=device), torch.arange(rows, device=device)
-    return (lambda: [backend.rope_append(qkv, cos, sin, places, places, layer, q) for layer in cache],
+    q, positions = torch.empty(rows, H * D, device=device), torch.arange(rows, device=device)
+    return (lambda: [backend.rope_append(qkv, cos, sin, positions, positions, layer, q) for layer in cache],
             f"{rows} rows, {H}/{Hkv} heads of {D}", len(cache), qkv.nbytes + q.nbytes + 4 * rows * Hkv * D)
 
 

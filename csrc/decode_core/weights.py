@@ -23,7 +23,7 @@ NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """Weights (N, K) as GGUF files have them, in rows of blocks; parts below each other may differ in type."""
+    """Weights (N, K) as GGUF files have them, in rows of blocks; its parts, one upon the other, may differ in type."""
 
     parts: tuple[tuple[str, Any], ...]      # (kind, rows (n, bytes of a row) uint8, numpy)
     columns: int                            # K
@@ -54,12 +54,13 @@ def converted(sources: Mapping[str, tuple], stored: Mapping[str, Any]) -> str:
                 if (was := stored[name].tensor_type.name) != kind:
                     changed[was, kind].append(name)
     return "".join(f"; re-quantized from {was} to {kind}: {len(names)} tensors "
-                   f"({', '.join(names[:4])}{', ..' * (len(names) > 4)})" for (was, kind), names in changed.items())
+                   f"({', '.join(names[:4])}{', ..' if len(names) > 4 else ''})"
+                   for (was, kind), names in changed.items())
 
 
 def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]],
               script: SimpleNamespace) -> tuple[torch.Tensor, ...] | QuantizedMatrix:
-    """The (tensor, head size to turn or 0) below each other in a matrix, each in the file's type or one close to it.
+    """The (tensor, head size to turn or 0) that form a matrix, each in the file's type or one close to it.
 
     Rows that need no change lie in the file's mapped memory.
     """
@@ -84,17 +85,17 @@ def pack(arena: Arena, name: str, parts: Sequence[torch.Tensor | QuantizedMatrix
          tied_head: bool) -> Any:
     """The matrix `name` (N, K) in tiles, or gate_up's bias (N,) in their order; `quantize` names the type that large float matrices become.
 
-    parts: one QuantizedMatrix, or tensors of one type below each other.
+    parts: one QuantizedMatrix, or tensors of one type, whose rows together are its rows.
     """
     weight = parts[0]
     if name.endswith("_bias"):          # gates and ups alternate as their tiles do
         return weight.view(2, -1, TILE_ROWS).transpose(0, 1).reshape(-1)
-    given, (_, K), N = isinstance(weight, QuantizedMatrix), weight.shape, sum(part.shape[0] for part in parts)
-    if name == "embed" and not (given or tied_head):
+    quantized, (_, K), N = isinstance(weight, QuantizedMatrix), weight.shape, sum(part.shape[0] for part in parts)
+    if name == "embed" and not (quantized or tied_head):
         return weight           # rows are only looked up
-    pieces = weight.parts if given else [(KINDS[part.dtype], part) for part in parts]
+    pieces = weight.parts if quantized else [(KINDS[part.dtype], part) for part in parts]
     placed = place(pieces, N // 2 if name.endswith("gate_up") else N)
-    if given:
+    if quantized:
         kinds = [""] * -(-N // TILE_ROWS)
         for kind, rows, first, step in placed:
             tiles = -(-len(rows) // TILE_ROWS)
@@ -109,12 +110,12 @@ def pack(arena: Arena, name: str, parts: Sequence[torch.Tensor | QuantizedMatrix
 
 def quantized_kind(quantize: str | None, kind: str, columns: int) -> str:
     """What float weights of `kind` become: `quantize`, or a type near it whose blocks divide the columns, or nothing else."""
-    fitting = (each for each in (quantize, NARROW.get(quantize or "")) if each and columns % COLUMNS[each] == 0)
+    fitting = (name for name in (quantize, NARROW.get(quantize or "")) if name and columns % COLUMNS[name] == 0)
     return next(fitting, kind)
 
 
 def place(pieces: Sequence[tuple[str, Any]], rows_together: int) -> list[tuple[str, Any, int, int]]:
-    """(kind, rows, first tile, step) of pieces that lie below each other in a matrix of `rows_together` rows, or in one of
+    """(kind, rows, first tile, step) of pieces whose rows follow each other in a matrix of `rows_together` rows, or in one of
     twice as many: gates and then ups, whose tiles alternate."""
     placed, row = [], 0
     step = 1 + (sum(len(rows) for _, rows in pieces) > rows_together)

@@ -15,6 +15,7 @@ import pytest
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from decode_core import _core  # noqa: E402
+from decode_core.program import LOGIT_ROWS, TOKENS, Buffers  # noqa: E402
 from nightly import by_day  # noqa: E402
 from row_ops import fma, rms_norm, route, sigmoid, softcap  # noqa: E402
 
@@ -228,6 +229,21 @@ class Recorded:
 
     def run(self, step):
         return self.program.finish(self.start(step))
+
+
+def test_a_buffer_is_read_only_once_an_op_has_written_it_and_while_no_other_rank_may_have_it():
+    buffers, x = Buffers(max_tokens=8, max_rows=2), np.zeros((8, 16), np.float32)
+    with pytest.raises(ValueError, match="x: no op has written it yet"):
+        buffers.read("x", x)
+    at = buffers.written("x", x, TOKENS)
+    assert at == (x.ctypes.data, 16) and buffers.read("x", x) == (at, TOKENS)
+    with pytest.raises(ValueError, match="x: holds rows of max_tokens already"):
+        buffers.written("x", x[:2], LOGIT_ROWS)
+    buffers.lose(at)
+    with pytest.raises(ValueError, match="x: the other ranks have it"):
+        buffers.read("x", x)
+    buffers.written("x", x, TOKENS)
+    assert buffers.read_like("x", x, TOKENS, 16) == at
 
 
 def sampling(model, rows, position, seed=1):
