@@ -1,9 +1,9 @@
 """How rank 0 reaches the other ranks: processes that it starts here, or under torchrun those that come by
 TCP.
 
-Both classes have, of the ranks 1, 2, ..: `arrivals`, where they are, and `channels` to them; `after`, a socket
-to the same rank of the next stage; `pids` of those processes on this machine that belong to this worker; and
-`finds_models`: does each rank find the model's files itself?"""
+Both classes have, of the ranks 1, 2, ..: `arrivals`, where they are, and `channels` to them; `after`, a
+socket to the same rank of the next stage; `pids` of the processes on this machine that belong to this worker;
+and `finds_models`: does each rank find the model's files itself?"""
 
 from __future__ import annotations
 
