@@ -16,7 +16,7 @@ from chatlm.worker.engine.grammar import FairThread, Grammar
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.worker.engine.scheduler import Assignment, Sequence
+    from chatlm.worker.engine.scheduler import Sequence
 
 
 class AnswerMaker:
@@ -95,16 +95,13 @@ class AnswerMaker:
                     del self.grammars[work.params.owner, broken.source]
                 answer.grammar = broken.renew(compiled(broken.source))
             else:
-                grammar = compiled(self._source(work)) if work.params.grammar else None
-                answer = Answer(work, self.tokenizer, grammar, compiled)
+                source = work.params.grammar
+                if source and (reader := answer_reader(self.tokenizer, work.params, work.prompt_ids)):
+                    source = reader.grammar(work.params)  # of the whole answer
+                answer = Answer(work, self.tokenizer, compiled(source) if source else None, compiled)
             if answer.grammar:
                 answer.grammar.mask.set_result(answer.grammar.matcher.compute_bitmask())
             sequence.text = answer
         except Exception:
             sequence.text = None  # so the answer fails when its next token is drawn
             log.exception("failed to prepare an answer")
-
-    def _source(self, work: Assignment) -> str:
-        """The grammar of a whole answer."""
-        reader = answer_reader(self.tokenizer, work.params, work.prompt_ids)
-        return reader.grammar(work.params) if reader else work.params.grammar

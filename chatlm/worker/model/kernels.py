@@ -20,7 +20,7 @@ import torch
 from chatlm import __version__
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.core import SEAM, decode_core, installed_core, kernels_line
-from chatlm.common.errors import ConfigError, require_library
+from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.processes.start import threads_per_worker
 from chatlm.worker.model.spec import ModelSpec, token_places
@@ -197,17 +197,11 @@ def machine_report() -> str:
         f"{os.uname().sysname}, {cpu}, {isa}, {threads_per_worker(1)} threads"))
 
 
-def check_kernels() -> int:
-    """The `check` command: a report to paste into an issue. 0, or 1 if an op differs from its reference."""
+def check_main(arguments: Seq[str]) -> int:
+    """The role `check`: a report to paste into an issue. 0, or 1 if an op differs from its reference."""
     print(machine_report(), flush=True)
     if (core := decode_core()) is None:
         print("no compiled kernels here, so there is nothing to compare")
         return 0
     say = partial(print, flush=True)
     return 0 if core.check(for_decode_core(), threads_per_worker(1), say) else 1
-
-
-def check_main(arguments: Seq[str]) -> int:
-    """The role `check`: see `check_kernels`."""
-    require_library("torch", "check")
-    return check_kernels()

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from contextlib import suppress
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import ranks_per_replica
@@ -45,7 +46,6 @@ class ProcessLinks:
         self.processes: list[subprocess.Popen] = []
         self.channels: list[Channel] = []
         self.arrivals: list[RankArrival] = []
-        self.folder: tempfile.TemporaryDirectory | None = None
         for rank in range(1, count):
             ours, theirs = socket.socketpair()
             before = between[rank - tp][1].fileno() if rank >= tp else None
@@ -64,13 +64,9 @@ class ProcessLinks:
     def pids(self) -> tuple[str | int, ...]:
         return "self", *(process.pid for process in self.processes)
 
-    def open_meeting(self) -> str:
-        """Where ranks meet that exchange by torch.distributed: a folder, or a prefix of keys."""
-        self.folder = tempfile.TemporaryDirectory(prefix="chat_server-")
-        return self.folder.name
-
-    def end_meeting(self):
-        self.folder = None
+    def open_meeting(self) -> tempfile.TemporaryDirectory:
+        """Its name is where ranks meet that exchange by torch.distributed: a folder, or a prefix of keys."""
+        return tempfile.TemporaryDirectory(prefix="chat_server-")
 
     def has_ended(self, rank: int) -> bool:
         return self.processes[rank - 1].poll() is not None
@@ -141,11 +137,8 @@ class TcpLinks:
         self.progress(f"waiting for rank {', '.join(map(str, missing))} of torchrun",
                       len(self.arrived) / self.count)
 
-    def open_meeting(self) -> str:
-        return f"{self.life}/ranks"
-
-    def end_meeting(self):
-        pass  # the keys go with torchrun's store
+    def open_meeting(self) -> SimpleNamespace:
+        return SimpleNamespace(name=f"{self.life}/ranks")
 
     def has_ended(self, rank: int) -> bool:
         return has_hung_up(self.channels[rank - 1].connection)

@@ -53,12 +53,6 @@ class RankAlone:
     def min_over_ranks(self, pages: int) -> int:
         return pages
 
-    def wait_ready(self, progress: Progress):
-        """Wait until all ranks have loaded their shards."""
-
-    def check(self):
-        """RanksFailed if a rank has ended or draws other tokens."""
-
     def divide(self, settings: Settings):
         self.tp, self.stages = settings.tensor_parallel_size, settings.pipeline_parallel_size
         self.here = ranks_here(settings)
@@ -90,7 +84,7 @@ class RankZero(RankAlone):
         self.divide(config.settings)
         self.checksums: list[deque[int]] = [deque() for _ in range(self.tp)]  # of the ranks that draw
         self.channels, self.after = links.channels, links.after
-        self.memories: list[Any] = []  # through which the ranks of each stage exchange, with decode_core
+        self.meeting: Any = None  # where the ranks of each stage meet
 
     def join(self, backend, part_bytes: int) -> dict[str, Callable]:
         """Prepare where the ranks of each stage meet, and tell them what to load."""
@@ -100,11 +94,11 @@ class RankZero(RankAlone):
         if self.tp == 1:
             addresses = [""] * self.stages
         elif backend.join:
-            self.memories = [core.RankMemory(self.tp, part_bytes) for _ in range(self.stages)]
-            addresses = [memory.path for memory in self.memories]
+            self.meeting = [core.RankMemory(self.tp, part_bytes) for _ in range(self.stages)]
+            addresses = [memory.path for memory in self.meeting]
         else:
-            meeting = self.links.open_meeting()
-            addresses = [f"{meeting}/{stage}" for stage in range(self.stages)]
+            self.meeting = self.links.open_meeting()
+            addresses = [f"{self.meeting.name}/{stage}" for stage in range(self.stages)]
         source = None if self.links.finds_models else config.source
         for arrival, channel in zip(self.links.arrivals, self.channels):
             channel.send(RankConfig(
@@ -121,9 +115,9 @@ class RankZero(RankAlone):
         return fewest
 
     def wait_ready(self, progress: Progress):
+        """Wait until all ranks have loaded their shards."""
         self._receive_from_all(Ready, progress)
-        self.memories = []  # they stay while a rank has them
-        self.links.end_meeting()
+        self.meeting = None  # memory stays while a rank has it
 
     def broadcast(self, message):
         frame = RANK_PIPE.packed(message)
@@ -158,6 +152,7 @@ class RankZero(RankAlone):
             raise RanksFailed("the ranks drew different tokens from the same logits")
 
     def check(self):
+        """RanksFailed if a rank has ended or draws other tokens."""
         for rank in range(1, len(self.channels) + 1):
             if self.links.has_ended(rank):
                 raise self.links.failure(rank)
