@@ -1,0 +1,176 @@
+"""Each part of the pool without the others: worker, dispatcher, supervisor, and the two placements."""
+
+import asyncio
+import itertools
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from chatlm.common.config import Settings
+from chatlm.common.errors import ConfigError
+from chatlm.common.messages.protocol import (WORKER_PIPE, ActorAddress, EndActor, Loading, ModelCard, NewAnswer, Node, Nodes, Ready, StartActor,
+                                             Unusable, WorkerConfig)
+from chatlm.common.messages.requests import Accepted, Finished, Piece, Request, TextSpec
+from chatlm.front.pool.dispatcher import Dispatcher
+from chatlm.front.pool.local import LocalDevices
+from chatlm.front.pool.ray import RayNodes
+from chatlm.front.pool.supervisor import Supervisor
+from chatlm.front.pool.worker import NEXT_STATES, State, Worker
+
+PATHS = {       # how a worker gets into each state
+    State.LOADING: (), State.AWAITING_NODE: (State.AWAITING_NODE,), State.READY: (State.READY,), State.DEAD: (State.DEAD,),
+    State.UNLOADED: (State.READY, State.UNLOADED), State.LEFT_OUT: (State.LEFT_OUT,)}
+
+
+def worker_in(state, worker_class=Worker, placement=None):
+    worker = worker_class(Settings(max_batch=1), placement, 0)
+    for step in PATHS[state]:
+        worker.become(step)
+    return worker
+
+
+def test_a_worker_changes_only_to_what_may_follow_and_what_was_ended_on_purpose_does_not_die():
+    for state, successor in itertools.product(State, State):
+        worker = worker_in(state)
+        if successor is State.DEAD and state in (State.UNLOADED, State.LEFT_OUT):
+            worker.become(successor)
+            assert worker.state is state
+        elif successor in NEXT_STATES[state]:
+            worker.become(successor, "why")
+            assert (worker.state, worker.problem) == (successor, "why")
+        else:
+            with pytest.raises(AssertionError, match=f"{state.value} -> {successor.value}"):
+                worker.become(successor)
+
+
+class SilentWorker(Worker):
+    """A worker without a pipe: the test sees what it would be sent."""
+
+    sent = property(lambda self: self.__dict__.setdefault("messages", []))
+
+    def send(self, message):
+        self.sent.append(message)
+
+
+async def test_a_dispatcher_moves_an_answer_from_a_dead_worker_to_another():
+    workers = [worker_in(State.READY, SilentWorker), worker_in(State.LOADING, SilentWorker)]
+    dispatcher = Dispatcher(Settings(max_batch=1), workers)
+    events = dispatcher.answer(Request("a", prompt_ids=((1, 2),), max_tokens=5), [5], 0.0)
+    assert await anext(events) == Accepted(2)
+    dispatcher.deliver(workers[0], [Piece("a", (65,), "A")])
+    workers[1].become(State.READY)
+    workers[0].become(State.DEAD)
+    dispatcher.requeue(workers[0])
+    assert [(message.id, message.resumed_ids) for message in workers[1].sent if isinstance(message, NewAnswer)] == [("a", (65,))]
+    dispatcher.deliver(workers[1], [Piece("a", (66,), "B", "stop", "eos")])
+    pieces = [event async for event in events]
+    assert [piece.text for piece in pieces[:-1]] == ["A", "B"] and isinstance(pieces[-1], Finished)
+    assert not dispatcher.jobs and not workers[0].jobs and not workers[1].jobs
+
+
+class PlayedPlacement:
+    """A worker whose process is played: it says these messages, and ends when `reader` does."""
+
+    def __init__(self, *messages):
+        self.messages, self.workers, self.killed = messages, [Worker(Settings(), self, 0)], 0
+        self.process = SimpleNamespace(pid=7, kill=self.kill, wait=lambda timeout=None: None)
+
+    async def open(self, worker):
+        worker.become(State.LOADING)
+        worker.process, self.reader = self.process, asyncio.StreamReader()
+        worker.writer = SimpleNamespace(write=lambda data: None, close=lambda: None)
+        self.reader.feed_data(b"".join(map(WORKER_PIPE.packed, self.messages)))
+        return self.reader, WorkerConfig(Settings(), None, "cpu", 1)
+
+    def kill(self):
+        self.killed += 1
+        self.reader.feed_eof()
+
+    def end_in_words(self, worker):
+        return "played to its end"
+
+
+def supervisor_of(placement, **settings):
+    """A supervisor whose dispatcher only notes that jobs were taken from a worker, and the cards that it got ready for."""
+    dispatcher = SimpleNamespace(wanted=asyncio.Event(), used_s=0.0, jobs={}, pending=(), dispatch=lambda: None, requeued=asyncio.Event())
+    dispatcher.wanted.set()
+    dispatcher.requeue = lambda worker: dispatcher.requeued.set()
+    cards = []
+
+    async def prepare(card):
+        cards.append(card)
+
+    supervisor = Supervisor(Settings(**settings), placement.workers, dispatcher, prepare=prepare, report=lambda stage, fraction: None)
+    return supervisor, dispatcher, cards
+
+
+async def test_a_supervisor_hears_a_worker_get_ready_and_takes_its_jobs_away_when_it_ends():
+    card = ModelCard(TextSpec("letters", b""), "m", 64, (), {}, False, place="cpu with 1 thread")
+    placement = PlayedPlacement(Loading("weights", 0.5), card, Ready({}))
+    [worker] = placement.workers
+    supervisor, dispatcher, cards = supervisor_of(placement)
+    supervisor.run("running it", lambda: supervisor.keep_alive(worker))
+    await asyncio.wait_for(supervisor.became_ready.wait(), 20)
+    assert (supervisor.failure, supervisor.loading, cards, worker.place) == (None, ("weights", 0.5), [card], card.place)
+    assert worker.state is State.READY and supervisor.ready and not dispatcher.requeued.is_set()
+    placement.reader.feed_eof()
+    await asyncio.wait_for(dispatcher.requeued.wait(), 20)
+    assert worker.state is State.DEAD and not supervisor.ready
+    await supervisor.close()
+    assert placement.killed
+
+
+async def test_a_worker_that_cannot_be_used_is_left_out_and_without_another_start_up_has_failed():
+    placement = PlayedPlacement(Unusable("no such GPU"))
+    supervisor, dispatcher, _ = supervisor_of(placement)
+    await asyncio.wait_for(supervisor.keep_alive(placement.workers[0]), 20)     # it is not tried again
+    assert placement.workers[0].stats()["state"] == "left out" and placement.workers[0].left_out.endswith("left out: no such GPU")
+    assert isinstance(supervisor.failure, ConfigError) and supervisor.became_ready.is_set()
+
+
+async def test_idle_workers_are_unloaded_once_and_a_request_would_still_be_served():
+    placement = PlayedPlacement()
+    [worker] = placement.workers
+    supervisor, dispatcher, _ = supervisor_of(placement, idle_unload=1.0)
+    supervisor.prepared = True
+    supervisor.unload_when_idle()
+    assert worker.state is State.LOADING and not supervisor.asleep
+    await placement.open(worker)
+    worker.become(State.READY)
+    for _ in range(2):
+        supervisor.unload_when_idle()
+    assert worker.state is State.UNLOADED and placement.killed == 1 and not dispatcher.wanted.is_set() and supervisor.ready
+    placement.workers.clear()
+    supervisor.asleep = False
+    supervisor.unload_when_idle()
+    assert not supervisor.asleep                # there is nothing to unload
+
+
+async def test_a_local_worker_gets_a_process_and_its_end_is_told():
+    placement = LocalDevices(Settings(num_workers=2, device_type="cpu"), (sys.executable, "-c", "raise SystemExit(3)"))
+    worker, other = placement.workers
+    await worker.listen(lambda worker, message: None)
+    await worker.end()
+    assert (worker.state, other.state, other.process) == (State.LOADING, State.LOADING, None)
+    assert worker.process.returncode == 3 and placement.end_in_words(worker) == "exit status 3"
+
+
+async def test_workers_on_ray_follow_the_nodes_and_an_actor_that_nobody_awaits_is_ended():
+    placement, sent, tasks = RayNodes(Settings(ray_address="auto", num_workers=0, device_type="cpu"), ()), [], []
+    placement.tell = sent.append
+    supervisor = SimpleNamespace(run=lambda what, work: tasks.append(what), keep_alive=print, progress=lambda stage, fraction: tasks.append(stage))
+    placement._handle(Nodes([Node("a", "host of a", 4.0, 0), Node("b", "host of b", 2.0, 0)]), supervisor)
+    first, second = placement.workers
+    assert (first.node, second.node) == ("host of a", "host of b")
+    assert tasks == ["running worker 0 (cpu on host of a)", "running worker 1 (cpu on host of b)"]
+    opening = asyncio.ensure_future(placement.open(second))
+    await asyncio.sleep(0)
+    assert second.state == "waiting for Ray" and sent == [StartActor(second.process.request.actor, "b", 2.0, 0)]
+    placement._handle(ActorAddress("unknown", "127.0.0.1", 1, "00"), supervisor)
+    assert sent[1:] == [EndActor("unknown")]
+    placement._handle(Nodes([Node("a", "host of a", 4.0, 0)]), supervisor)
+    with pytest.raises(ConnectionError, match="its node is gone"):
+        await opening
+    assert placement.workers == [first] and placement.end_in_words(second) == "its node is gone"
+    assert placement.stats() == {"ray": {"state": "connected", "nodes": ["host of a"]}}
