@@ -102,7 +102,7 @@ class Dispatcher:
                 if request.progress and jobs[0].worker is None:
                     async for progress in self._positions(jobs[0], events):
                         yield progress
-                event = await events.get()
+                event = await events.get() if events.empty() else events.get_nowait()
                 turn_s = time.monotonic() if waited else turn_s
                 if isinstance(event, Exception):
                     raise event
@@ -111,9 +111,10 @@ class Dispatcher:
                         or isinstance(event, Piece) and event.prompt_logprobs):
                     self._submit(others.pop(event.choice))  # they can share the prompt's pages now
                 yield event
-                left -= isinstance(event, Finished)
-                if heads and isinstance(event, Finished):
-                    self._submit([heads.popleft()])
+                if isinstance(event, Finished):
+                    left -= 1
+                    if heads:
+                        self._submit([heads.popleft()])
         finally:
             event = None  # break the cycle: an exception refers to this frame and the frame to it
             self._abandon(*jobs)
