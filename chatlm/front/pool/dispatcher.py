@@ -125,7 +125,7 @@ class Dispatcher:
         """Yield a job's position in the queue whenever it changes, until the job starts or has an event."""
         shown = 0
         while events.empty() and job.worker is None:
-            position = next((place for place, waiting in enumerate(self.pending, 1) if waiting is job), 0)
+            position = next((number for number, waiting in enumerate(self.pending, 1) if waiting is job), 0)
             if position not in (0, shown):
                 yield PromptProgress(shown := position, len(job.prompt_ids))
             await asyncio.sleep(self.POSITION_S)

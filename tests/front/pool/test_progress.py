@@ -22,7 +22,7 @@ async def test_a_prompt_is_read_step_by_step_and_only_who_asks_is_told(start_poo
     assert [piece.text for piece in asked if isinstance(piece, Piece)]
 
 
-async def test_who_waits_is_told_the_place_in_the_queue(start_pool):
+async def test_who_waits_is_told_the_position_in_the_queue(start_pool):
     pool = await start_pool(max_batch=1, prefill_chunk=16)
     holding = pool.answer(Request(id="first", messages=(Message("user", "Hi"),), max_tokens=10_000, ignore_eos=True))
     await anext(holding)
