@@ -35,8 +35,9 @@ class RequestError(ChatServerError):
 
 
 def printable(text: str) -> str:
-    """Text from a file or a library, on one line that a terminal can show."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)[:4000]
+    """Text from a file or a library, on one line that a terminal can show; names without end are cut."""
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text[:1 << 16])
+    return re.sub(r"([^\s/]{200})[^\s/]+", r"\1...", line)[:4000]
 
 
 class ConfigError(ChatServerError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence as Seq
@@ -89,6 +90,26 @@ def byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+MOST_GROWTH = 64  # a normalizer may write so many characters for one; Unicode's own forms need 18
+
+
+def check_growth(part):
+    """ConfigError if a normalizer or decoder of `tokenizers` could make a text more than MOST_GROWTH times as
+    long: 40 replacements of a letter by two would fill any memory."""
+    def growth(step: dict) -> float:
+        steps = step.get("normalizers") or step.get("decoders") or ()
+        if step.get("type") != "Replace":
+            return math.prod(map(growth, steps))
+        (form, pattern), content = next(iter(step["pattern"].items())), step["content"]
+        shortest = len(pattern) if form == "String" else 1
+        return max(1, len(content) / shortest) if shortest else 1 + len(content)
+
+    times = growth(json.loads(part.__getstate__())) if part else 1
+    if times > MOST_GROWTH:
+        raise ConfigError(f"its replacements could make a text {times:,.0f} times as long; {MOST_GROWTH} are "
+                          "the most allowed")
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizers` pipeline and a jinja chat template.
 
@@ -101,6 +122,10 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(spec)
         tokenizers = require_library("tokenizers", "this model's tokenizer")
         self.pipeline = tokenizers.Tokenizer.from_buffer(spec.payload)
+        self.pipeline.no_padding()
+        self.pipeline.no_truncation()
+        for part in (self.pipeline.normalizer, self.pipeline.decoder):
+            check_growth(part)
         self.vocab_size = self.pipeline.get_vocab_size()
         added = self.pipeline.get_added_tokens_decoder()
         self.specials = {token.content: id for id, token in added.items() if token.special}

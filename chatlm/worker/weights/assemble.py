@@ -18,7 +18,7 @@ from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.tensors import Cut, Unread
 from chatlm.worker.ops.basic import dequantized
 from chatlm.worker.weights.finite import refuse_faults
-from chatlm.worker.weights.rules import Rule, checked, read_json
+from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked, read_json
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -113,7 +113,7 @@ def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, t
     state = {name.replace("language_model.", "", 1): tensor for name, tensor in state.items()
              if not re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.|.*\.rotary_emb\.", name)}
     scales = {name: state.pop(of) for name in list(state) for of in (f"{name}_scale_inv", f"{name}_scale")
-              if str(state[name].dtype) in FP8 and of in state}
+              if name in state and str(state[name].dtype) in FP8 and of in state}  # scales may be FP8 too
     for name, tensor in list(state.items()):
         floats = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
         mxfp4 = tensor.dtype == torch.uint8 and name.endswith(("_blocks", "_scales"))
@@ -179,8 +179,7 @@ def fp8_block(path: Path, config: Mapping) -> list[int]:
     if packing is None:
         return [128, 128]
     packing = packing if isinstance(packing, dict) else {}
-    method, groups = packing.get("quant_method"), packing.get("config_groups")
-    weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else [{}]
+    method, weights = packing.get("quant_method"), groups_of_weights(path, packing.get("config_groups"))
     if method not in ("fp8", "fbgemm_fp8", "compressed-tensors") or method == "compressed-tensors" and any(
             (group.get("type"), group.get("num_bits")) != ("float", 8) for group in weights):
         layout = f" of format {shown(packing['format'])}" if packing.get("format") else ""
@@ -188,16 +187,38 @@ def fp8_block(path: Path, config: Mapping) -> list[int]:
                           "supported (fp8, fbgemm_fp8, and compressed-tensors with 8-bit floats): take the "
                           "unquantized model, or a GGUF file of it")
     block = packing.get("weight_block_size") or weights[0].get("block_structure") or [128, 128]
-    return checked(path, "quantization_config.weight_block_size", block, Rule(int, 1, many=True), 2)
+    return checked(path, "quantization_config.weight_block_size", block,
+                   Rule(int, 1, MOST_CHANNELS, many=True), 2)
+
+
+def groups_of_weights(path: Path, groups) -> list[dict]:
+    """How each of compressed-tensors' groups has its weights; at least one, which may say nothing."""
+    name, groups = "quantization_config.config_groups", {} if groups is None else groups
+    if not isinstance(groups, dict):
+        raise ConfigError(f"{path}: {name} is {shown(groups)}; it must be an object")
+    layouts = []
+    for key, group in groups.items():
+        layout = group.get("weights") or {} if isinstance(group, dict) else group
+        if not isinstance(layout, dict):
+            raise ConfigError(f"{path}: {name}.{key} is {shown(group)}; it must be an object whose `weights` "
+                              "is one")
+        layouts.append(layout)
+    return layouts or [{}]
 
 
 def unscaled(path: Path, scales: Mapping[str, torch.Tensor], block: Seq[int], name: str,
              weight: torch.Tensor) -> torch.Tensor:
-    """FP8 weights (N, K) times their scales: one for all, one for each row, or one for each block."""
+    """FP8 weights (N, K) times their scales: one for all, one for each row, or one for each block. A vector
+    (N,) has one for all, or one for each value."""
     values, scale = weight.float(), scales[name].float()
-    N, K = weight.shape
     if scale.numel() == 1:
         return values * scale.reshape(())
+    if weight.ndim == 1 and scale.shape == weight.shape:
+        return values * scale
+    if weight.ndim != 2:
+        raise ConfigError(f"{path.parent}: the scales of {name} {tuple(weight.shape)} are {tuple(scale.shape)}; "
+                          "there must be 1")
+    N, K = weight.shape
     if scale.shape in ((N,), (N, 1)):
         return values * scale.view(N, 1)
     if scale.shape != (-(-N // block[0]), -(-K // block[1])):

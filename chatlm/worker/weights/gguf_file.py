@@ -173,7 +173,7 @@ GGUF_KEYS = {  # * stands for the architecture
     **{f"*.{theirs}": HF_KEYS[ours] for ours, theirs in (GGUF_SIZES | GGUF_OWN).items()},
     "*.attention.sliding_window": Rule(int, 0, MOST_POSITIONS, optional=True),
     "*.attention.value_length": Rule(int),
-    "*.rope.dimension_count": Rule(int), "*.rope.freq_base": Rule(float, 1, 10**15),
+    "*.rope.dimension_count": Rule(int), "*.rope.freq_base": Rule(float, 2, 10**15),
     **dict.fromkeys(("*.rope.scaling.yarn_beta_fast", "*.rope.scaling.yarn_beta_slow"),
                     Rule(float, 0.01, 10**6, optional=True)),
     "*.rope.scaling.type": Rule(str, choices=("none", "linear", "yarn", "longrope")),

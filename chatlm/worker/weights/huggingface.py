@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, cannot_read, shown
+from chatlm.common.errors import ConfigError, shown
+from chatlm.common.files import read_small, read_text
+from chatlm.common.jsontext import whole_unicode
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
@@ -102,12 +104,8 @@ def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
 
 def hf_text(folder: Path, vocab_size: int) -> TextSpec:
     """tokenizer.json, the chat template, and the tokens that other files there name as bos and eos."""
-    try:
-        payload = (folder / "tokenizer.json").read_bytes()
-        template = folder / "chat_template.jinja"
-        template = template.read_text("utf-8") if template.exists() else None
-    except (OSError, ValueError) as error:
-        raise cannot_read(getattr(error, "filename", None) or folder / "chat_template.jinja", error) from None
+    payload, template = read_small(folder / "tokenizer.json"), folder / "chat_template.jinja"
+    template = read_text(template) if template.exists() else None
     options, *others = (read_json(folder / f"{name}.json", needed=False)
                         for name in ("tokenizer_config", "generation_config", "config"))
     try:
@@ -124,14 +122,15 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
                           f"{vocab_size:,}")
     template = template or options.get("chat_template")
     if isinstance(template, list):  # of {name, template}
-        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        by_name = {str(entry.get("name")): entry.get("template")
+                   for entry in template if isinstance(entry, dict)}
         template = template_of(by_name.get("default"), by_name.get("tool_use"))
     checked(folder / "tokenizer_config.json", "chat_template", template, Rule(str, optional=True))
 
     def ids(name: str) -> list[int]:
         text = options.get(f"{name}_token")
         text = text.get("content") if isinstance(text, dict) else text
-        token = tokenizer.pipeline.token_to_id(text) if isinstance(text, str) else None
+        token = tokenizer.pipeline.token_to_id(whole_unicode(text)) if isinstance(text, str) else None
         values = [token, *(other.get(f"{name}_token_id") for other in others)]
         lists = [value if isinstance(value, list) else [value] for value in values if value is not None]
         return checked(folder, f"{name}_token_id", sum(lists, []), Rule(int, 0, vocab_size - 1, many=True))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, printable, require_library, shown
+from chatlm.common.errors import ConfigError, named, printable, require_library, shown
 from chatlm.worker.weights.assemble import read_safetensors_file
 from chatlm.worker.weights.finite import all_below
 from chatlm.worker.weights.rules import Rule, checked, read_json
@@ -45,35 +48,55 @@ def refuse_adapters(settings: Settings, base: str):
                           "GGUF files")
 
 
-def read_adapters(settings: Settings, targets: Mapping[str, tuple]) -> tuple[dict[str, list[Change]], str]:
+def read_adapters(settings: Settings, shapes: Mapping[str, tuple]) -> tuple[dict[str, list[Change]], str]:
     """What the folders of --lora add to each of the model's matrices, and a description of them.
 
-    `targets` has their shapes by Hugging Face's names. See peft's tuners/lora: scaling is alpha / rank, or
-    alpha / sqrt(rank) with rslora."""
+    `shapes` are the matrices', by Hugging Face's names."""
     added: dict[str, list[Change]] = {}
-    for folder in map(Path, settings.lora):
-        folder = folder.expanduser()
-        config, tensors = lora_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-        require_library("safetensors", "a LoRA adapter")
-        pairs: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in read_safetensors_file(tensors).items():
-            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
-            if not match or tensor.ndim != 2:
-                raise ConfigError(f"{tensors}: {shown(name)} is not a matrix lora_A or lora_B")
-            if tensor.numel() and not all_below(tensor):
-                raise ConfigError(f"{tensors}: {printable(name)} has a value that is NaN or infinite")
-            module = match[1].replace("language_model.", "", 1)
-            pairs.setdefault(module, {})[match[3] + (match[2] or "")] = tensor
-        for module, pair in pairs.items():
-            if f"{module}.weight" not in targets:
-                known = ", ".join(name.removesuffix(".weight") for name in list(targets)[:12])
-                raise ConfigError(f"{tensors}: {module} is no weight matrix of this model; it has {known} ..")
-            change = lora_change(tensors, config, module, pair, targets[f"{module}.weight"])
-            added.setdefault(f"{module}.weight", []).append(change)
-        if not pairs:
-            raise ConfigError(f"{tensors} has no tensors")
-    names = ", ".join(printable(Path(folder).name) for folder in settings.lora)
+    folders = [Path(folder).expanduser() for folder in settings.lora]
+    for folder in folders:
+        for name, change in read_adapter(folder, shapes).items():
+            added.setdefault(name, []).append(change)
+    names = ", ".join(printable(folder.name) for folder in folders)
     return added, f"; LoRA {names} merged into {len(added)} matrices" if added else ""
+
+
+def read_adapter(folder: Path, shapes: Mapping[str, tuple]) -> dict[str, Change]:
+    """What one adapter adds to each matrix. See peft's tuners/lora: scaling is alpha / rank, or alpha /
+    sqrt(rank) with rslora."""
+    path, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config, modules = lora_config(path), lora_pairs(tensors)
+    config |= {key: fitted_values(path, config[key], modules) for key in ("rank_pattern", "alpha_pattern")}
+    targets = config.get("target_modules")
+    targeted, changes = targeted_modules(path, targets, modules), {}
+    for module, pair in modules.items():
+        name = f"{module}.weight"
+        if name not in shapes:
+            known = ", ".join(name.removesuffix(".weight") for name in list(shapes)[:12])
+            raise ConfigError(f"{tensors}: {module} is no weight matrix of this model; it has {known} ..")
+        if module not in targeted:
+            words = targets if isinstance(targets, str) else ", ".join(targets or ())
+            raise ConfigError(f"{tensors}: {module} is not among the target_modules of {path.name}, which are "
+                              f"{printable(words)}")
+        changes[name] = lora_change(tensors, config, module, pair, shapes[name])
+    return changes
+
+
+def lora_pairs(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """module -> its matrices A and B, of an adapter's file."""
+    require_library("safetensors", "a LoRA adapter")
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in read_safetensors_file(path).items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
+        if not match or tensor.ndim != 2:
+            raise ConfigError(f"{path}: {shown(name)} is not a matrix lora_A or lora_B")
+        if tensor.numel() and not all_below(tensor):
+            raise ConfigError(f"{path}: {printable(name)} has a value that is NaN or infinite")
+        module = match[1].replace("language_model.", "", 1)
+        modules.setdefault(module, {})[match[3] + (match[2] or "")] = tensor
+    if not modules:
+        raise ConfigError(f"{path} has no tensors")
+    return modules
 
 
 def lora_config(path: Path) -> dict:
@@ -99,28 +122,58 @@ def lora_config(path: Path) -> dict:
     return config
 
 
+PATTERN_SECONDS = 5
+MATCH = """import json, re, sys
+pattern, texts = json.load(sys.stdin)
+json.dump([text for text in texts if re.fullmatch(pattern, text)], sys.stdout)"""
+
+
+def matching(path: Path, pattern: str, texts: Iterable[str], before: str = "") -> set[str]:
+    """Those of the texts that `before` and then a regular expression from a file match as a whole. Where it
+    repeats anything, another process looks, for some expressions would take years: then, and where it is
+    none, a ConfigError."""
+    texts, whole = list(texts), f"{before}(?:{pattern})"
+    try:
+        re.compile(pattern)
+        if not re.search(r"[*+?{]", pattern):
+            return {text for text in texts if re.fullmatch(whole, text)}
+        done = subprocess.run([sys.executable, "-I", "-c", MATCH], input=json.dumps([whole, texts]),
+                              capture_output=True, text=True, timeout=PATTERN_SECONDS, check=True)
+        return set(json.loads(done.stdout))
+    except (re.error, OverflowError, RecursionError) as error:
+        reason = f"is no regular expression: {named(error)}"
+    except (OSError, subprocess.SubprocessError):
+        reason = f"takes more than {PATTERN_SECONDS} s or too much memory to match the names of modules"
+    raise ConfigError(f"{path}: {shown(pattern)} {reason}")
+
+
+def fitted_values(path: Path, patterns: Mapping[str, float], modules: Iterable[str]) -> dict[str, float]:
+    """module -> the value of the first pattern that matches an end of its name, as in peft."""
+    values: dict[str, float] = {}
+    for pattern, value in patterns.items():
+        values = dict.fromkeys(matching(path, pattern, modules, r"(?:.*\.)?"), value) | values
+    return values
+
+
+def targeted_modules(path: Path, targets, modules: Iterable[str]) -> set[str]:
+    """The modules that target_modules names: by a regular expression, or by a list of names or their ends."""
+    if isinstance(targets, str):
+        return set(modules) if targets == "all-linear" else matching(path, targets, modules)
+    ends = checked(path, "target_modules", targets, Rule(str, many=True, optional=True)) or ()
+    return {module for module in modules if f".{module}".endswith(tuple(f".{end}" for end in ends))}
+
+
 def lora_change(path: Path, config: Mapping, module: str, pair: Mapping[str, torch.Tensor],
                 shape: tuple[int, ...]) -> Change:
     """The change of one module, its rank and shapes checked against the config and the model."""
-    def own(pattern: str, usual: float) -> float:  # peft's keys are regular expressions of a name's end
-        matching = (value for key, value in config[pattern].items()
-                    if re.match(rf"(.*\.)?({key})$", module))
-        return next(matching, usual)
-
-    embedding, targets = "Aembedding_" in pair, config.get("target_modules")
+    embedding = "Aembedding_" in pair
     end = "embedding_" if embedding else ""
-    is_target = (re.fullmatch(targets, module) or targets == "all-linear" if isinstance(targets, str) else
-                 any(module == target or module.endswith(f".{target}") for target in targets or ()))
-    if not is_target:
-        targets = targets if isinstance(targets, str) else ", ".join(map(str, targets or ()))
-        raise ConfigError(f"{path}: {module} is not among the target_modules of adapter_config.json, which "
-                          f"are {printable(targets)}")
-    rank = own("rank_pattern", config["r"])
+    rank = config["rank_pattern"].get(module, config["r"])
     (N, K) = reversed(shape) if embedding else shape
     expected = {f"A{end}": (rank, K), f"B{end}": (N, rank)}
     if (shapes := {key: tuple(tensor.shape) for key, tensor in pair.items()}) != expected:
         raise ConfigError(f"{path}: {module} has lora_A and lora_B of the shapes {[*shapes.values()]}; with "
                           f"rank {rank} they must be {[*expected.values()]}")
-    alpha = own("alpha_pattern", config["lora_alpha"])
+    alpha = config["alpha_pattern"].get(module, config["lora_alpha"])
     scaling = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
     return Change(pair[f"A{end}"], pair[f"B{end}"], scaling, embedding)

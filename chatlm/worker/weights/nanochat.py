@@ -15,6 +15,7 @@ from typing import NamedTuple, TYPE_CHECKING
 import torch
 
 from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named, shown
+from chatlm.common.files import read_small
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
 from chatlm.worker.model.kernels import choose_backend
@@ -83,9 +84,9 @@ def read_nanochat_config(model_path: Path) -> dict:
     """`model_config` of meta_<step>.json beside the checkpoint."""
     path = model_path.with_name(model_path.name.replace("model_", "meta_").replace(".pt", ".json"))
     try:
-        stated = dict(json.loads(path.read_text(encoding="utf-8"))["model_config"])
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; it must be beside {model_path.name}") from None
+        stated = dict(json.loads(read_small(path))["model_config"])
+    except ConfigError as error:
+        raise ConfigError(f"{error}; it must be beside {model_path.name}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is not a nanochat meta file: {named(error)}") from None
     if unknown := [key for key in stated if key not in NANOCHAT_KEYS]:
@@ -195,7 +196,7 @@ class TokenizerUnpickler(pickle._Unpickler):
 
 def read_encoding(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
     """(pattern, ranks, special tokens) of a pickled tiktoken Encoding; no two tokens share an id."""
-    state, ids = vars(TokenizerUnpickler(io.BytesIO(path.read_bytes())).load()), Rule(int, 0, MOST_TOKENS - 1)
+    state, ids = vars(TokenizerUnpickler(io.BytesIO(read_small(path))).load()), Rule(int, 0, MOST_TOKENS - 1)
     names = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
     if set(state) != names or type(state["pat_str"]) is not str:
         raise ValueError(f"its state is {sorted(state)}, or the pattern is not text")

@@ -12,7 +12,8 @@ from typing import NamedTuple, TYPE_CHECKING
 
 import torch
 
-from chatlm.common.errors import ConfigError, cannot_read, named, shown
+from chatlm.common.errors import ConfigError, named, shown
+from chatlm.common.files import read_small
 from chatlm.common.hub.default_model import DEFAULT_FILE
 from chatlm.common.memory import available_memory
 from chatlm.worker.model.tensors import TILE_ROWS
@@ -159,9 +160,7 @@ def read_json(path: Path, needed: bool = True) -> dict:
     if not needed and not path.exists():
         return {}
     try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise cannot_read(path, error) from None
+        value = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {named(error)}") from None
     if not isinstance(value, dict):
