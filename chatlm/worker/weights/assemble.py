@@ -216,8 +216,8 @@ def unscaled(path: Path, scales: Mapping[str, torch.Tensor], block: Seq[int], na
     if weight.ndim == 1 and scale.shape == weight.shape:
         return values * scale
     if weight.ndim != 2:
-        raise ConfigError(f"{path.parent}: the scales of {name} {tuple(weight.shape)} are {tuple(scale.shape)}; "
-                          "there must be 1")
+        raise ConfigError(f"{path.parent}: the scales of {name} {tuple(weight.shape)} are "
+                          f"{tuple(scale.shape)}; there must be 1")
     N, K = weight.shape
     if scale.shape in ((N,), (N, 1)):
         return values * scale.view(N, 1)

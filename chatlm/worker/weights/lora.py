@@ -76,8 +76,8 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple]) -> dict[str, Change]
             raise ConfigError(f"{tensors}: {module} is no weight matrix of this model; it has {known} ..")
         if module not in targeted:
             words = targets if isinstance(targets, str) else ", ".join(targets or ())
-            raise ConfigError(f"{tensors}: {module} is not among the target_modules of {path.name}, which are "
-                              f"{printable(words)}")
+            raise ConfigError(f"{tensors}: {module} is not among the target_modules of {path.name}, which "
+                              f"are {printable(words)}")
         changes[name] = lora_change(tensors, config, module, pair, shapes[name])
     return changes
 
