@@ -8,12 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError, printable
-from chatlm.common.hub.find import resolve_model
-from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.lora import matching
-from families import make_model, save
+from families import load, make_model, save
 from tiny_gguf import LLAMA_NUMBERS, random_llama, write_gguf
 
 LAYER = "model.layers.0."
@@ -31,8 +28,7 @@ def folder(good, tmp_path):
 
 def read(path, **changes):
     """The model's tensors, all read."""
-    settings = Settings(model=str(path), **changes)
-    model = open_model(resolve_model(settings), settings, torch.float32)
+    model = load(path, **changes)
     return {name: given.read() for name, given in model.tensors.items()}
 
 
