@@ -20,8 +20,8 @@ def read_small(path: Path) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError(f"{path} is {kind_of(status.st_mode)}; it must be a regular file")
             if status.st_size > MOST_BYTES:
-                raise ConfigError(f"{path} has {status.st_size:,} bytes; {MOST_BYTES:,} are the most that such "
-                                  "a file may have")
+                raise ConfigError(f"{path} has {status.st_size:,} bytes; such a file may have at most "
+                                  f"{MOST_BYTES:,}")
             return file.read(MOST_BYTES)
     except OSError as error:
         raise cannot_read(path, error) from error
