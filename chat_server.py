@@ -287,7 +287,7 @@ class Front:
     def note_end(self, encoder: Encoder):
         """Note for the access log how many tokens all choices had and why they ended."""
         counts = encoder.counts()
-        reasons = ",".join(sorted({choice.done.reason for choice in encoder.choices}))
+        reasons = ",".join(sorted({choice.done.reason for choice in encoder.choices if choice.done}))
         record = REQUEST_LOG.get()
         record.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
         record.counts = counts | {"reason": reasons}

@@ -75,18 +75,15 @@ class Reply:
     done: Finished | None = None
     seconds: float = 0.0
 
-    def usage(self) -> dict[str, int]:
-        return {name: getattr(self.done, name)
-                for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
-
-    def timings(self) -> dict:
-        return timings_body(self.done)
-
-    def as_json(self, request: Request) -> str:
+    def as_json(self, request: Request, done: Finished) -> str:
         """One line of --json output."""
         return as_json({"text": self.text, **({"reasoning": self.reasoning} if self.reasoning else {}),
-                        "finish_reason": self.done.reason, "seed": request.sampling.seed,
-                        "usage": self.usage(), "timings": self.timings()})
+                        "finish_reason": done.reason, "seed": request.sampling.seed,
+                        "usage": usage_of(done), "timings": timings_body(done)})
+
+
+def usage_of(done: Finished) -> dict[str, int]:
+    return {name: getattr(done, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
 
 
 async def receive(pool: Pool, request: Request, reply: Reply, writer):
@@ -186,7 +183,7 @@ class Chat:
         hint = "; /continue continues it" if reply.done and reply.done.reason == "length" else ""
         self.note(line + hint + ("\n" if self.terminal.interactive else ""))
         if self.settings.json and reply.done:
-            print(reply.as_json(request), flush=True)
+            print(reply.as_json(request, reply.done), flush=True)
 
     def keep(self, last: dict, request: Request, reply: Reply, note: str):
         """Store a reply as an answer to the question `last`, or as the rest of the answer `last`."""
@@ -196,7 +193,8 @@ class Chat:
         if reply.reasoning:
             node["reasoning"] = reply.reasoning
         if reply.done:
-            node["timings"] = reply.timings() | reply.usage() | {"finish_reason": reply.done.reason}
+            node["timings"] = timings_body(reply.done) | usage_of(reply.done) | {
+                "finish_reason": reply.done.reason}
             self.answers, self.tokens = self.answers + 1, self.tokens + reply.done.completion_tokens
         else:
             node["note"] = note
@@ -267,13 +265,13 @@ class Chat:
 
     def slash_load(self, value: str):
         """/load FILE: continue a saved conversation, or one that the page exported; FILE N: its N-th chat"""
-        name, number = re.fullmatch(r"(.*?)(?:\s+(\d+))?", value).groups()
-        name, number = (value, None) if Path(value).expanduser().exists() else (name, number)
+        [(name, number)] = re.findall(r"\A(.*?)(?:\s+(\d+))?\Z", value, re.DOTALL)
+        name, number = (value, "") if Path(value).expanduser().exists() else (name, number)
         try:
             chats = read_chats(read_text(name))
         except ValueError as error:
             raise ValueError(f"{name} is not a conversation: {error}") from None
-        if len(chats) > 1 and number is None:
+        if len(chats) > 1 and not number:
             rows = [f"{index}  {chat.title}" for index, chat in enumerate(chats, 1)]
             return self.note("\n".join([f"{name} has {len(chats)} chats: /load {name} N", *rows]))
         if not 1 <= int(number or 1) <= len(chats):
@@ -379,7 +377,8 @@ async def generate(settings: Settings) -> int:
                 raise
             request = new_request(settings, prompts=(text,))
             await receive(pool, request, reply, writer)
+    assert reply.done  # an answer that does not fail says how it ended
     if settings.json:
-        print(reply.as_json(request), flush=True)
+        print(reply.as_json(request, reply.done), flush=True)
     print(summary(reply.done, reply.seconds), file=sys.stderr)
     return 0

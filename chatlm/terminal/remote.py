@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TYPE_CHECKING
@@ -37,7 +37,7 @@ class RemotePool:
 
     def __init__(self, settings: Settings):
         self.own_sampling: tuple[dict, str] = {}, ""
-        url = settings.url.rstrip("/").removesuffix("/v1")
+        url = (settings.url or "").rstrip("/").removesuffix("/v1")
         self.url = url if "://" in url else f"http://{url}"
         self.headers = {"Authorization": f"Bearer {key}" for key in settings.api_key[:1]}
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
@@ -62,8 +62,9 @@ class RemotePool:
         if not listed and "ready" not in health:
             raise ConfigError(f"{self.url} is not a chat server: "
                               "neither /health nor /v1/models answers like one")
-        self.model = listed[0] if listed and isinstance(listed, list) and isinstance(listed[0], dict) else {}
-        defaults = self.model.get("defaults") if isinstance(self.model.get("defaults"), dict) else {}
+        first = listed[0] if listed and isinstance(listed, list) else None
+        self.model = first if isinstance(first, dict) else {}
+        defaults = object_in(self.model, "defaults")
         numbers = {name: defaults[name] for name in SAMPLING_DEFAULTS
                    if type(defaults.get(name)) in (int, float)}
         self.own_sampling = numbers, "the server"
@@ -97,14 +98,14 @@ class RemotePool:
 
     @property
     def continues(self) -> bool:
-        able = self.model.get("capabilities")
+        able = object_in(self.model, "capabilities")
         return not self.native and (self.model.get("owned_by") in self.CONTINUING or
-                                    isinstance(able, dict) and able.get("continue_final_message") is True)
+                                    able.get("continue_final_message") is True)
 
     def describe(self) -> list[str]:
         return [f"Server: {self.url}", *([f"Model: {self.model_name}"] if self.model_name else [])]
 
-    async def answer(self, request: Request) -> AsyncIterator[Event]:
+    async def answer(self, request: Request) -> AsyncGenerator[Event, None]:
         """The server's stream as events. Raises what WorkerPool would; ConfigError if no server answers."""
         response, reader = await self._post(request), RemoteStream()
         try:
@@ -176,6 +177,11 @@ class RemotePool:
             await self.client.close()
 
 
+def object_in(body: dict, name: str) -> dict:
+    """The JSON object in a member of `body`; {} if there is none."""
+    return member if isinstance(member := body.get(name), dict) else {}
+
+
 def connection_errors() -> tuple[type[Exception], ...]:
     return aiohttp.ClientError, asyncio.TimeoutError, OSError
 
@@ -222,7 +228,7 @@ class RemoteStream:
             raise ValueError("an event is not a JSON object")
         if "error" in body:
             raise remote_error(body, 500)
-        if isinstance(progress := body.get("progress"), dict):
+        if progress := object_in(body, "progress"):
             return PromptProgress(*(progress[name] if type(progress.get(name)) is int else 0
                                     for name in PROGRESS_FIELDS))
         choice = (body.get("choices") or [{}])[0]
@@ -237,17 +243,18 @@ class RemoteStream:
 
     def finished(self) -> Finished:
         """The server's final figures; those it left out are measured here, counting a piece as a token."""
-        usage, timings = self.done.get("usage") or {}, self.done.get("timings") or {}
+        done = self.done or {}
+        usage, timings = done.get("usage") or {}, done.get("timings") or {}
         prompt, completion = (usage.get(f"{name}_tokens_details") or {} for name in ("prompt", "completion"))
         since_first_s = time.monotonic() - self.first_s
         speed = (self.pieces - 1) / since_first_s if self.pieces > 1 and since_first_s > 0.1 else None
         ttft_ms = (self.first_s - self.begin_s) * 1e3 if self.first_s else 0.0
         return Finished(
-            self.done["finish_reason"], self.done.get("stop_reason"), usage.get("prompt_tokens", 0),
+            done["finish_reason"], done.get("stop_reason"), usage.get("prompt_tokens", 0),
             usage.get("completion_tokens", self.pieces),
             usage.get("cached_tokens") or prompt.get("cached_tokens") or 0, timings.get("queue_ms", 0.0),
             timings.get("ttft_ms", ttft_ms), timings.get("tokens_per_second", speed),
-            self.done.get("gpu", timings.get("gpu", 0)),
+            done.get("gpu", timings.get("gpu", 0)),
             **{name: timings.get(name, 0)
                for name in ("drafted_tokens", "accepted_tokens", "dropped_messages")},
             reasoning_tokens=usage.get("reasoning_tokens") or completion.get("reasoning_tokens") or 0)
@@ -286,7 +293,7 @@ async def refusal(response) -> ChatServerError:
 def remote_error(body, status: int, retry_after_s: int = 1) -> ChatServerError:
     """The server's error, from a body or a stream event, as the exception it was on the server."""
     body = body if isinstance(body, dict) else {}
-    error = body.get("error") if isinstance(body.get("error"), dict) else {}
+    error = object_in(body, "error")
     message = str(error.get("message") or body.get("detail") or body.get("error")
                   or f"the server answered with {status}")
     if status in (429, 503) or error.get("type") == Overloaded.type:

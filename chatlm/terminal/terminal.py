@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -182,7 +182,7 @@ class Terminal:
         commands = completion.WordCompleter(words, sentence=True)
 
         class Completer(completion.Completer):
-            def get_completions(self, typed, event) -> Iterator[Any]:
+            def get_completions(self, typed, event) -> Iterable[Any]:
                 name, _, path = typed.text_before_cursor.partition(" ")
                 if name in ("/load", "/save", "/read"):
                     return paths.get_completions(document.Document(path), event)

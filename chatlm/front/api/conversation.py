@@ -40,7 +40,7 @@ def sent_messages(messages: list, roles: Seq[str]) -> Iterator[SentMessage]:
             raise no_tools(f"{name}.role")
         if role not in roles:
             raise bad_value(f"{name}.role", role, f"one of {', '.join(roles)}")
-        yield SentMessage(name, role, message)
+        yield SentMessage(name, str(role), message)
 
 
 def template_options(values: Mapping) -> dict:
@@ -87,7 +87,7 @@ def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Messa
 def newest_turns(sent: list[SentMessage]) -> list[SentMessage]:
     """The system messages, the last turn, and as many turns before it as native_messages allows."""
     def size(message: SentMessage) -> float:
-        length = len(content) if is_text(content := message.fields.get("content")) else 0
+        length = len(content) if isinstance(content := message.fields.get("content"), str) else 0
         limited = message.role not in ("assistant", "system")
         return math.inf if limited and length > LIMITS.message_characters else length
 
@@ -231,8 +231,9 @@ def earlier_calls(calls, name: str) -> list[dict]:
     read = []
     for call in calls:
         arguments = call["function"].get("arguments") or {}
-        with suppress(ValueError, TypeError, RecursionError):
-            arguments = json.loads(arguments)
+        if isinstance(arguments, str):
+            with suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
         call_id = {"id": str(call["id"])} if call.get("id") else {}
         read.append({**call_id, "type": "function",
                      "function": {"name": call["function"]["name"], "arguments": arguments}})

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import DEFAULT_MAX_TOKENS, LIMITS, sampling_defaults
 from chatlm.common.errors import RequestError, invalid, shown
@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
     """The request's values, else those that hold without; the seed is random if nobody sets one."""
     seed = settings.seed if settings.seed is not None else secrets.randbits(53)  # exact in JavaScript
-    chosen = {name: value for name, (value, _) in sampling_defaults(settings).items()} | {"seed": seed}
-    names = {f.name for f in dataclasses.fields(SamplingParams)}
-    return SamplingParams(**chosen | {name: value for name, value in values.items() if name in names})
+    chosen: dict[str, Any] = {name: value for name, (value, _) in sampling_defaults(settings).items()}
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    return SamplingParams(**chosen | {"seed": seed} | {
+        name: value for name, value in values.items() if name in names})
 
 
 def make_request(values: Mapping, settings: Settings, **source) -> Request:
@@ -204,12 +205,12 @@ def anthropic_options(messages: Seq[Message]) -> dict:
     return {"continue_final_message": True} if is_open else {}
 
 
-def parsed_body(api: str, values: Mapping, known: Known, request: Request,
-             details: Mapping | None = None, ignored_tools: tuple[str, ...] = ()) -> ParsedBody:
+def parsed_body(api: str, values: Mapping, known: Known, request: Request, details: Mapping | None = None,
+                ignored_tools: tuple[str, ...] = ()) -> ParsedBody:
     known.check_model(values.get("model", ""))
     include_usage = values.get("stream_options", {}).get("include_usage") is True
     return ParsedBody(request, values.get("stream", False), include_usage, values.get("echo", False), api,
-                details or {}, ignored_tools)
+                      details or {}, ignored_tools)
 
 
 def read_ollama_chat(body: dict, known: Known) -> ParsedBody:
@@ -239,7 +240,7 @@ def read_ollama_generate(body: dict, known: Known) -> ParsedBody:
     return ollama_body("ollama generate", values, known, messages=messages)
 
 
-def ollama_body(api: str, values: Mapping, known: Known, **source) -> ParsedBody:
+def ollama_body(api: str, values: dict, known: Known, **source) -> ParsedBody:
     values = {"stream": True} | values | parse_fields(values.get("options", {}), OLLAMA_OPTIONS)
     if "prompts" in source:
         grammar, param = values.get("response_format", ("", ""))
@@ -273,12 +274,11 @@ async def tokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
 
 def tokenized(tokenizer: Tokenizer, values: Mapping, parts: Seq[str | int]) -> bytes:
     encode = tokenizer.encode_with_specials if values.get("parse_special", True) else tokenizer.encode
-    tokens = [token for part in parts for token in (encode(part) if is_text(part) else [part])]
-    tokens = checked_ids(tokenizer.with_bos(tokens) if values.get("add_special") else tokens,
-                         tokenizer, "content")
-    if values.get("with_pieces"):
-        tokens = [{"id": token, "piece": piece_body(tokenizer, token)} for token in tokens]
-    return dump({"tokens": tokens})
+    ids = [token for part in parts for token in (encode(part) if isinstance(part, str) else [part])]
+    ids = checked_ids(tokenizer.with_bos(ids) if values.get("add_special") else ids, tokenizer, "content")
+    if not values.get("with_pieces"):
+        return dump({"tokens": ids})
+    return dump({"tokens": [{"id": token, "piece": piece_body(tokenizer, token)} for token in ids]})
 
 
 async def detokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:

@@ -197,8 +197,8 @@ def split_address(address: str) -> tuple[str, str]:
     """(name, port) of a Host header, or of an Origin without its scheme, normalised for comparison.
 
     Lower case, no brackets, no trailing dot; the port is "" for 80 and 443."""
-    name, port = re.fullmatch(r"(.*?)(?::(\d*))?", address.lower(), re.DOTALL).groups()
-    return name.strip("[]").removesuffix("."), "" if port in (None, "80", "443") else port
+    [(name, port)] = re.findall(r"\A(.*?)(?::(\d*))?\Z", address.lower(), re.DOTALL)
+    return name.strip("[]").removesuffix("."), "" if port in ("80", "443") else port
 
 
 def is_loopback(host: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
@@ -75,7 +75,7 @@ class Metrics:
                     family.add_metric([str(worker["gpu_id"]), worker["device"]], worker[name])
             yield family
 
-    async def watch(self, events: AsyncIterator[Event], n: int) -> AsyncIterator[Event]:
+    async def watch(self, events: AsyncGenerator[Event, None], n: int) -> AsyncGenerator[Event, None]:
         """Pass the events on, count and time them; each prompt has `n` answers."""
         began_s, reason = time.monotonic(), "cancelled"
         last_s: dict[int, float] = {}  # by choice

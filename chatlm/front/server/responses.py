@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextvars
 import io
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ SECURITY_HEADERS = {
 }
 
 
-async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+async def logged(request: Request, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
     """--log-conversations: pass the events on, then log the texts of the conversation."""
     answers: dict[int, list[str]] = collections.defaultdict(list)
     request_id, turns = request.id, [[message.role, message.content] for message in request.messages or ()]
@@ -87,7 +87,7 @@ class RequestLog:
 REQUEST_LOG: contextvars.ContextVar[RequestLog] = contextvars.ContextVar("REQUEST_LOG")  # of this task
 
 
-def public_error(error: Exception) -> ChatServerError:
+def public_error(error: BaseException | None) -> ChatServerError:
     """What a client may see of an exception: our own errors as they are; others only go to the log."""
     if isinstance(error, ChatServerError):
         return error
