@@ -103,6 +103,7 @@ if importlib.util.find_spec("chatlm") is None:
 
 import asyncio
 import contextlib
+import io
 import logging
 import operator
 import os
@@ -110,7 +111,7 @@ import re
 import secrets
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Sequence as Seq
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence as Seq
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -134,7 +135,7 @@ from chatlm.front.api.tables import (
     OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS,
     RESPONSES_FIELDS, TEMPLATE_FIELDS, TOKENIZE_FIELDS)
 from chatlm.front.lazy import web
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import WorkerPool, pool_of
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.bodies import Bodies, tokenizer_of
 from chatlm.front.server.connections import room_for_connections, serving
@@ -151,7 +152,6 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import Accepted, Event, Request
     from chatlm.front.api.encode import Encoder
-    from chatlm.front.pool.pool import Pool
     from chatlm.front.server.recordings import Recording
     from chatlm.front.server.streams import Holding
 
@@ -159,7 +159,7 @@ if TYPE_CHECKING:
 class Front:
     """The HTTP side of a pool and its handlers of routes; `errors_to_responses` answers every error."""
 
-    def __init__(self, pool: Pool, settings: Settings):
+    def __init__(self, pool: WorkerPool, settings: Settings):
         self.pool, self.settings = pool, settings
         self.access, self.owners = Access(settings), Owners(settings)
         self.bodies = Bodies(pool, settings, self.owners)
@@ -243,7 +243,7 @@ class Front:
         return stream.response
 
     async def frames(self, accepted: Accepted, events: AsyncIterator[Event],
-                     encoder: Encoder) -> AsyncIterator[bytes]:
+                     encoder: Encoder) -> AsyncGenerator[bytes, None]:
         """Encode an answer as frames. A failure after the headers is one error frame, not a normal end."""
         try:
             yield encoder.start(accepted)
@@ -386,7 +386,7 @@ ROUTES = (
 )
 
 
-def create_app(pool: Pool, settings: Settings) -> web.Application:
+def create_app(pool: WorkerPool, settings: Settings) -> web.Application:
     front = Front(pool, settings)
     access_log = AccessLog(RouteTable(ROUTES, settings.prefix), front.taken, front.metrics)
     middlewares = [partial(access_log.log), errors_to_responses, partial(front.access.guard)]
@@ -406,7 +406,7 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
     return app
 
 
-def announce(pool: Pool, settings: Settings, port: int):
+def announce(pool: WorkerPool, settings: Settings, port: int):
     urls = [f"  {url}{settings.prefix and settings.prefix + '/'}" for url in server_urls(settings.host, port)]
     lines = [*pool.describe(), "Application startup complete", *urls]
     if not settings.keys and not is_loopback(settings.host):
@@ -422,7 +422,7 @@ def warn_of_another_program():
             log.warning("the chatlm in %s runs; the one in %s differs", program_root(), other)
 
 
-async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
+async def serve_forever(settings: Settings, pool: WorkerPool | None = None) -> int:
     """Listen, load, serve until a signal, drain, stop; return the exit status. ConfigError: cannot start."""
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()
@@ -477,7 +477,8 @@ def main(argv: Seq[str] | None = None) -> int:
     # torchrun, which started us, shows the key still
     hidden = keys_given and hide_api_keys() and "TORCHELASTIC_RUN_ID" not in os.environ
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         if argv[:1] == ["bundle"]:
             print(write_bundle(*parse_bundle_words(argv[1:])))

@@ -159,7 +159,7 @@ class Chat:
             await self.answer(question)
         finally:
             if chat.leaf == question["id"]:
-                del chat.nodes[chat.leaf]
+                del chat.nodes[question["id"]]
                 chat.leaf = before
 
     async def answer(self, last: dict):
@@ -230,7 +230,7 @@ class Chat:
         if (known := spelled.get(re.sub("[-_]", "", name.lower()))) is None:
             raise ValueError(f"/set takes one of {', '.join(SETTABLE)}{did_you_mean(name, SETTABLE)}")
         try:
-            chosen = {known: PARAMETERS[known].parse(text) if known in PARAMETERS else [text]} if text else {}
+            chosen = {known: PARAMETERS[known](text) if known in PARAMETERS else [text]} if text else {}
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"/set {name}: {error}") from None
         self.conversation.parameters.pop(known, None)

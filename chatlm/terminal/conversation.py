@@ -18,8 +18,8 @@ from chatlm.common.messages.requests import Message
 
 
 CHAT_FORMAT = {"format": "chat_server chats", "version": 2}
-PARAMETERS = {flag.field: flag for flag in FLAGS
-              if flag.field in ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")}
+PARAMETERS = {flag.field: flag.parse for flag in FLAGS
+              if flag.parse and flag.field in ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")}
 SETTABLE = (*PARAMETERS, "stop")
 
 
@@ -35,10 +35,10 @@ def title_of(text: str) -> str:
 def known_parameters(parameters) -> dict:
     """Those of the parameters in a file that exist and whose values are valid."""
     parameters, known = parameters if isinstance(parameters, dict) else {}, {}
-    for name, flag in PARAMETERS.items():
+    for name, parse in PARAMETERS.items():
         with suppress(ValueError, TypeError, argparse.ArgumentTypeError):
             if not isinstance(value := parameters.get(name), (dict, list, bool)):
-                known[name] = flag.parse(str(value))
+                known[name] = parse(str(value))
     stop = parameters.get("stop")
     if isinstance(stop, list) and stop and all(map(is_text, stop)):
         known["stop"] = stop[:LIMITS.stop_strings]
@@ -56,7 +56,7 @@ class Conversation:
 
     def path(self) -> list[dict]:
         """The nodes from the first message to the leaf; in a file, their parents may form a cycle."""
-        path, node = {}, self.nodes.get(self.leaf)
+        path, node = {}, self.nodes.get(self.leaf or "")
         while node and node["id"] not in path:
             path[node["id"]] = node
             node = self.nodes.get(node["parent"])

@@ -26,7 +26,7 @@ from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
     SANDBOX_PIPE, Begun, Body, Known, ParsedBody, Refused, Result, SandboxConfig, Task)
 from chatlm.common.messages.requests import Message
-from chatlm.common.messages.wire import HEADER, BadMessage, restorer, unpacked
+from chatlm.common.messages.wire import HEADER, BadMessage, object_restorer, unpacked
 from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words, start_child
 from chatlm.common.text.formats import calls_of
 from chatlm.common.text.load import open_tokenizer
@@ -95,12 +95,16 @@ class Sandbox:
     EXCESS = (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL)
     OUT_OF_MEMORY = 77
 
+    config: SandboxConfig  # set before the first task
+
     def __init__(self, command: Seq[str], config: SandboxConfig | None = None):
-        self.command, self.config, self.turns = command, config, Turns()
+        self.command, self.turns = command, Turns()
+        if config:
+            self.config = config
         self.process: subprocess.Popen | None = None
         self.configured = self.closed = self.begun = False
 
-    async def perform(self, client: str, task: str, *arguments, body: bytes | None = None):
+    async def perform(self, client: str, task: str, *arguments, body: bytes | bytearray | None = None):
         """Run a task and return its value. RequestError if it refuses or exceeds a limit."""
         await self.turns.take(client)
         messages = [Task(task, list(arguments)), *([] if body is None else [Body(body)])]
@@ -253,7 +257,7 @@ class Admission:
         while len(self.valid_grammars) > self.VALID_GRAMMARS:
             self.valid_grammars.popitem(last=False)
 
-    async def read_large(self, reader: str, body: bytes, client: str, owner: str) -> ParsedBody:
+    async def read_large(self, reader: str, body: bytes | bytearray, client: str, owner: str) -> ParsedBody:
         """Read a large body of a route that answers, and check its grammar."""
         with self._prepare(client):
             values = await self.sandboxes["bodies"].perform(client, "read_body", reader, body=body)
@@ -262,7 +266,7 @@ class Admission:
             await self._check_grammar(parsed.request, client, owner)
             return parsed
 
-    async def answer_text(self, route: str, body: bytes, client: str) -> bytes:
+    async def answer_text(self, route: str, body: bytes | bytearray, client: str) -> bytes:
         with self._prepare(client):
             return await self.sandboxes["bodies"].perform(client, "answer_text", route, body=body)
 
@@ -279,10 +283,10 @@ def packed_body(parsed: ParsedBody, prompt_ids: Seq[Seq[int]]) -> list:
             [array("I", ids).tobytes() for ids in prompt_ids]]
 
 
-def unpacked_body(values: list, vocab_size: int) -> ParsedBody:
+def unpacked_body(values: Seq, vocab_size: int) -> ParsedBody:
     """What packed_body packed. Equal ids are one object, so that each takes 8 bytes. Made piece by piece:
     other threads get no turn within one call of C."""
-    parsed, object_of, prompts = restorer(ParsedBody)(values[0]), integers(vocab_size).__getitem__, []
+    parsed, object_of, prompts = object_restorer(ParsedBody)(values[0]), integers(vocab_size).__getitem__, []
     for data in map(base64.b64decode, values[1]):
         prompts.append(prompt := [])
         for begin in range(0, len(data), WRITE_BYTES):

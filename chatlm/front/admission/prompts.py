@@ -45,7 +45,7 @@ class PromptMaker:
             encode = partial(self._encode_prompts, request)
             prompts, dropped = await self.run(encode, sum(map(len, request.prompts))), 0
         else:
-            prompts, dropped = await self._cut_to_fit(request)
+            prompts, dropped = await self._cut_to_fit(request, request.messages)
         for ids in prompts:
             checked_ids(ids, self.tokenizer, request.source)
             self.answer_length(request, ids)
@@ -58,7 +58,7 @@ class PromptMaker:
         """With `truncate`, which only embeddings have here, a prompt loses what is beyond the context."""
         most = self.context_length if request.truncate else None
         starts = [self._start_of(prompt, request.source, request.truncate) for prompt in request.prompts]
-        return tuple(tuple(self.tokenizer.encode_prompt(start) if is_text(start) else start)[:most]
+        return tuple(tuple(self.tokenizer.encode_prompt(start) if isinstance(start, str) else start)[:most]
                      for start in starts)
 
     async def render(self, messages: Seq[Message], tools: Seq[dict], client: str,
@@ -77,10 +77,10 @@ class PromptMaker:
 
         return tuple(await self.run(encode, len(text)))
 
-    async def _cut_to_fit(self, request: Request) -> tuple[tuple[tuple[int, ...], ...], int]:
+    async def _cut_to_fit(self, request: Request,
+                          messages: Seq[Message]) -> tuple[tuple[tuple[int, ...], ...], int]:
         """The prompt of a conversation, and how many messages `truncate` dropped to make it fit: as few of
         the oldest turns as possible, never a system message or the last turn."""
-        messages = request.messages
         if len(messages) > self.context_length:  # refused unrendered: each is at least one token
             raise RequestError(f"the conversation has {len(messages):,} messages, but the context holds "
                                f"{self.context_length:,} tokens",
@@ -117,7 +117,7 @@ class PromptMaker:
     def _start_of(self, text: str | Seq[int], param: str, cut: bool = False) -> str | Seq[int]:
         """The text; of one that has over twice the context's tokens its start, with `cut`, else RequestError
         400. Counts in slices: tokenizing the whole takes about 700 bytes a token, 2.5 GB for a 15 MB body."""
-        if not is_text(text) or len(text) <= self.SLICE_CHARACTERS:
+        if not isinstance(text, str) or len(text) <= self.SLICE_CHARACTERS:
             return text
         count = 0
         for start in range(0, len(text), self.SLICE_CHARACTERS):

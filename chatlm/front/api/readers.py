@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
     """The request's values, else those that hold without; the seed is random if nobody sets one."""
     seed = settings.seed if settings.seed is not None else secrets.randbits(53)  # exact in JavaScript
-    chosen: dict[str, Any] = {name: value for name, (value, _) in sampling_defaults(settings).items()}
+    chosen: dict[str, Any] = {"seed": seed} | {
+        name: value for name, (value, _) in sampling_defaults(settings).items()}
     names = {field.name for field in dataclasses.fields(SamplingParams)}
-    return SamplingParams(**chosen | {"seed": seed} | {
-        name: value for name, value in values.items() if name in names})
+    return SamplingParams(**chosen | {name: value for name, value in values.items() if name in names})
 
 
 def make_request(values: Mapping, settings: Settings, **source) -> Request:

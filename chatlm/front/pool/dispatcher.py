@@ -8,7 +8,7 @@ import operator
 import time
 import types
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence as Seq
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
@@ -81,7 +81,8 @@ class Dispatcher:
         self.wanted.set()
         self.used_s = time.monotonic()  # when a request last came or was running
 
-    async def answer(self, request: Request, lengths: Seq[int], arrived_s: float) -> AsyncIterator[Event]:
+    async def answer(self, request: Request, lengths: Seq[int],
+                     arrived_s: float) -> AsyncGenerator[Event, None]:
         """Accepted, then pieces, then Finished of each answer to an admitted request; closing the iterator at
         any point cancels it. lengths: tokens at most for an answer to each of its prompts.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import typing
-from collections.abc import AsyncIterator, Callable, Sequence as Seq
+from collections.abc import AsyncGenerator, Callable, Sequence as Seq
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -34,10 +34,24 @@ def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
 class Pool(typing.Protocol):
     """What answers requests: workers of this server (`WorkerPool`) or a server at --url (`RemotePool`)."""
 
-    ready: bool
-    model_name: str
-    context_length: int | None
     on_progress: Callable[[str, float], None]
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def context_length(self) -> int | None: ...
+
+    @property
+    def own_sampling(self) -> tuple[dict, str]:
+        """The model's own sampling parameters, and who says them."""
+
+    @property
+    def continues(self) -> bool:
+        """Can it continue the last message of a conversation?"""
+
+    def describe(self) -> list[str]:
+        """The first lines on the terminal."""
 
     async def start(self):
         """Begin to load the model, or connect."""
@@ -45,7 +59,7 @@ class Pool(typing.Protocol):
     async def wait_ready(self):
         """Wait until a request would be served. Raises ConfigError or EngineFailure if none ever will."""
 
-    def answer(self, request: Request) -> AsyncIterator[Event]:
+    def answer(self, request: Request) -> AsyncGenerator[Event, None]:
         """Accepted, then pieces, then Finished; closing the iterator at any point cancels the request."""
 
     async def close(self):
@@ -104,7 +118,7 @@ class WorkerPool:
         self.dispatcher.fail(EngineFailure("the server is shutting down"), *self.dispatcher.jobs.values())
         await asyncio.gather(self.supervisor.close(), self.admission.close())
 
-    async def answer(self, request: Request) -> AsyncIterator[Event]:
+    async def answer(self, request: Request) -> AsyncGenerator[Event, None]:
         """Accepted, then pieces, then Finished; closing the iterator at any point cancels the request.
 
         Raises RequestError (the prompt does not fit, ...), Overloaded (not ready, draining, queue full) and

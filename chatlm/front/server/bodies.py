@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.front.pool.pool import Pool
+    from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.access import Owners
 
 
-def known_of(pool: Pool, settings: Settings) -> Known:
+def known_of(pool: WorkerPool, settings: Settings) -> Known:
     return Known(with_own_sampling(settings, pool), pool.model_name,
                  pool.tokenizer and pool.tokenizer.tool_format, pool.ready)
 
 
-def tokenizer_of(pool: Pool) -> Tokenizer:
+def tokenizer_of(pool: WorkerPool) -> Tokenizer:
     if pool.tokenizer is None:
         raise Overloaded("the model is still loading", retry_after_s=2)
     return pool.tokenizer
@@ -37,7 +37,7 @@ def tokenizer_of(pool: Pool) -> Tokenizer:
 class Bodies:
     """Reads the bodies of a pool's requests, within a budget of memory. Each has the reader of its route."""
 
-    def __init__(self, pool: Pool, settings: Settings, owners: Owners):
+    def __init__(self, pool: WorkerPool, settings: Settings, owners: Owners):
         self.pool, self.settings, self.owners = pool, settings, owners
         self.budget = Budget(LIMITS.held_bytes)
 

@@ -28,21 +28,6 @@ KEEP_ALIVE_S = 75.0    # seconds an idle connection is kept between requests
 ACCEPTED_AT_ONCE = 32  # connections accepted before the event loop runs other work; each takes 0.1 ms
 
 
-async def refuse_early(application: Callable, is_polled: Callable[[str], bool],
-                       http: web.Request) -> web.StreamResponse:
-    """Runs before the application: refuses unknown Expect headers, and on surplus connections requests for
-    paths that are not polled. aiohttp fails on an Expect that is not ASCII."""
-    if http.protocol.surplus and not is_polled(http.path):
-        return early_response(Overloaded("the server has as many connections as it can serve"))
-    if http.headers.get("Expect", "").lower() not in ("", "100-continue"):
-        failure = RequestError("Expect must be 100-continue", status=417, code="expectation_failed")
-        return early_response(failure)
-    response = await application(http)
-    if http.protocol.surplus:
-        response.force_close()
-    return response
-
-
 class ConnectionTable:
     """Client connections, limited in total, and to a quarter of that per network (this machine excepted).
 
@@ -71,7 +56,7 @@ class ConnectionTable:
         log.warning("too many connections, none idle: answering new ones with 503")
         if len(self.surplus) >= self.SURPLUS:
             self._close(next(iter(self.surplus)))
-        self.surplus[connection], connection.surplus = None, True
+        self.surplus[connection] = None
 
     def _append(self, connection):
         self.all[connection] = self.networks.setdefault(connection.network, {})[connection] = None
@@ -96,8 +81,23 @@ class ConnectionTable:
                 del self.networks[connection.network]
 
 
+async def refuse_early(application: Callable, table: ConnectionTable, is_polled: Callable[[str], bool],
+                       http: web.Request) -> web.StreamResponse:
+    """Runs before the application: refuses unknown Expect headers, and on surplus connections requests for
+    paths that are not polled. aiohttp fails on an Expect that is not ASCII."""
+    if http.protocol in table.surplus and not is_polled(http.path):
+        return early_response(Overloaded("the server has as many connections as it can serve"))
+    if http.headers.get("Expect", "").lower() not in ("", "100-continue"):
+        failure = RequestError("Expect must be 100-continue", status=417, code="expectation_failed")
+        return early_response(failure)
+    response = await application(http)
+    if http.protocol in table.surplus:
+        response.force_close()
+    return response
+
+
 @functools.cache
-def connection_class() -> type[web.RequestHandler]:
+def connection_class() -> Callable[..., web.RequestHandler]:
     class Connection(web.RequestHandler):
         """A client's connection, closed if a request's header is not complete within HEADER_S.
 
@@ -105,7 +105,6 @@ def connection_class() -> type[web.RequestHandler]:
         only times out connections that are silent between requests."""
 
         header_timer: asyncio.TimerHandle | None = None
-        surplus = False  # see ConnectionTable
 
         def __init__(self, table: ConnectionTable, *more, **options):
             super().__init__(*more, **options)
@@ -196,13 +195,16 @@ async def serving(app: web.Application, listener: socket.socket, connections: in
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=2.0)
     loop = asyncio.get_running_loop()
     await runner.setup()
-    runner.server.request_handler = partial(refuse_early, runner.server.request_handler, is_polled)
-    connect = partial(connection_class(), ConnectionTable(connections), runner.server, loop=loop, logger=log,
-                      access_log=None, auto_decompress=False, keepalive_timeout=KEEP_ALIVE_S)
-    server = await loop.create_server(connect, sock=listener, backlog=ACCEPTED_AT_ONCE)
+    table, server = ConnectionTable(connections), runner.server
+    assert server
+    early = partial(refuse_early, server.request_handler, table, is_polled)
+    server.request_handler = early  # pyright: ignore[reportAttributeAccessIssue]  called with one argument
+    connect = partial(connection_class(), table, server, loop=loop, logger=log, access_log=None,
+                      auto_decompress=False, keepalive_timeout=KEEP_ALIVE_S)
+    listening = await loop.create_server(connect, sock=listener, backlog=ACCEPTED_AT_ONCE)
     listener.listen(BACKLOG)  # asyncio uses one number for both
     try:
         yield runner
     finally:
-        server.close()
+        listening.close()
         await runner.cleanup()

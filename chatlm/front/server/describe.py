@@ -20,7 +20,7 @@ from chatlm.front.server.responses import json_response
 if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.config import Settings
-    from chatlm.front.pool.pool import Pool
+    from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.routes import Route
 
@@ -30,7 +30,7 @@ def bare_id(shown_id: str) -> str:
     return re.sub("^((chat)?cmpl-|resp_|msg_)", "", shown_id)
 
 
-def model_body(pool: Pool, settings: Settings) -> dict:
+def model_body(pool: WorkerPool, settings: Settings) -> dict:
     """The served model as /v1/models describes it. Overloaded while it loads."""
     tokenizer = pool.tokenizer
     if not pool.ready or tokenizer is None:
@@ -50,7 +50,7 @@ def model_body(pool: Pool, settings: Settings) -> dict:
             "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": pool.context_length}}
 
 
-def ollama_model(pool: Pool, settings: Settings) -> dict:
+def ollama_model(pool: WorkerPool, settings: Settings) -> dict:
     """The model as Ollama's routes describe one."""
     card, name = model_body(pool, settings), pool.model_name
     return {"name": name, "model": name, "modified_at": utc(card["created"]), "size": 0,
@@ -62,7 +62,7 @@ def ollama_model(pool: Pool, settings: Settings) -> dict:
 class ModelRoutes:
     """The handlers of routes about the model that depend on what is asked."""
 
-    def __init__(self, pool: Pool, settings: Settings, bodies: Bodies):
+    def __init__(self, pool: WorkerPool, settings: Settings, bodies: Bodies):
         self.pool, self.settings, self.bodies = pool, settings, bodies
 
     async def handle_model(self, http: web.Request) -> web.Response:
