@@ -18,8 +18,8 @@ from chatlm.common.messages.requests import Message
 
 
 CHAT_FORMAT = {"format": "chat_server chats", "version": 2}
-PARAMETERS = {flag.field: flag.parse for flag in FLAGS
-              if flag.parse and flag.field in ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")}
+DRAWING = "temperature", "top_k", "top_p", "min_p", "max_tokens", "seed"
+PARAMETERS = {flag.field: flag.parse for flag in FLAGS if flag.parse and flag.field in DRAWING}
 SETTABLE = (*PARAMETERS, "stop")
 
 
