@@ -270,7 +270,7 @@ def engine(default_model_path):
 
 def with_template(engine, default_model_path, template, names=()):
     engine.answers.grammars.clear()
-    tokenizer = engine.tokenizer = templated(template, default_model_path)
+    tokenizer = engine.tokenizer = engine.answers.tokenizer = templated(template, default_model_path)
     tokenizer.specials = {name: token for name, token in tokenizer.specials.items() if token not in SPARE.values()} | {name: SPARE[name] for name in names}
     tokenizer.stop_tokens = load(default_model_path).text.stop_tokens
 

@@ -456,7 +456,7 @@ def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(engine
 
 def test_the_default_model_makes_several_calls_in_tags_and_so_does_a_worker_that_takes_over(default_model_path):
     engine = make_engine(default_model_path, num_pages=200, max_batch=8, as_stored=True)
-    engine.tokenizer = open_tokenizer(replace(load(default_model_path).text, chat_template=TAG_FAMILIES["qwen tags"]))
+    engine.tokenizer = engine.answers.tokenizer = open_tokenizer(replace(load(default_model_path).text, chat_template=TAG_FAMILIES["qwen tags"]))
     tool = {"type": "function", "function": {"name": "trip", "parameters": {
         "type": "object", "required": ["city", "days", "kind"], "properties": {
             "city": {"type": "string", "minLength": 3, "maxLength": 12, "pattern": "^[A-Z][a-z ]+$"}, "days": {"type": "integer", "minimum": 2, "maximum": 9},
