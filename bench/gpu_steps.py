@@ -1,0 +1,367 @@
+"""The steps of bench/gpu_day.py that are more than a command; each is a process of its own.
+
+    python bench/gpu_steps.py machine|models|server|ranks|memory|load|prefill|vllm --device cuda --out FOLDER
+
+It prints lines for the report: `FIGURE {json}`, `NOTE text` and `LEFT OUT reason`. A step that does not hold raises.
+--device cpu is for a dry run: the CPU's kernels and processes stand in for a GPU's.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "bench")]
+
+QUESTIONS = ("What is the capital of France?", "Write a short story about a boat.", "Count from one to twenty.")
+LONG = "Explain in detail how a ship crosses an ocean."
+
+
+def figure(name, value, unit="", goal="", met=None):
+    print("FIGURE " + json.dumps({"name": name, "value": value, "unit": unit, "goal": goal, "met": met}), flush=True)
+
+
+def note(text):
+    print(f"NOTE {text}", flush=True)
+
+
+def leave_out(reason):
+    print(f"LEFT OUT {reason}", flush=True)
+    sys.exit(0)
+
+
+def said_by(*command, seconds=60):
+    """What a command prints; "" if it is not here or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+# ---- what is there ------------------------------------------------------------------------------------------------
+
+
+def machine(arguments):
+    import torch
+    gpus = said_by("nvidia-smi", "--query-gpu=name,memory.total,driver_version,clocks.max.sm,power.limit", "--format=csv,noheader")
+    for line in gpus.splitlines():
+        note(f"GPU: {line.strip()}")
+    topology = said_by("nvidia-smi", "topo", "-m")
+    print(topology)
+    if gpus:
+        note("NVLink between GPUs" if " NV" in topology else "no NVLink")
+    compiler = said_by("nvcc", "--version").splitlines()
+    note(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, {compiler[-2].split(',')[1].strip() if compiler else 'no'} nvcc")
+    note(f"{os.cpu_count()} CPUs")
+    if arguments.device == "cuda":
+        from cuda_decode import copy_bandwidth
+        figure("copy bandwidth", copy_bandwidth(torch.device("cuda", 0)) / 1e12, "TB/s")
+
+
+# ---- correctness --------------------------------------------------------------------------------------------------
+
+
+def built(path, device, **more):
+    """The engine that a worker would build on a device, and what is wrong with its kernels."""
+    import torch
+    from chatlm.common.config import Settings
+    from chatlm.common.hub.find import resolve_model
+    from chatlm.worker.build import build_engine
+    settings = Settings(model=str(path), kv_cache_memory=256 << 20, **more)
+    _, engine = build_engine(resolve_model(settings), settings, torch.device(device, 0) if device == "cuda" else torch.device("cpu"))
+    return engine
+
+
+def greedy_works(engine, count):
+    from engines import chat_work
+    return [chat_work(engine, f"q{i}", question, count) for i, question in enumerate(QUESTIONS)]
+
+
+def compare(name, path, device, count):
+    """The GPU's greedy answers against the CPU's in float32; a first difference must be a near tie."""
+    import engines
+    from near_tie import Traced
+    exact = engines.make_engine(path)
+    works = greedy_works(exact, count)
+    expected = engines.run(exact, works)
+    engine = built(path, device)
+    tokens = engines.tokens_of(engine, works)
+    ties, worst = 0, 0.0
+    for work in works:
+        traced, got = expected.traced(work.id), tokens[work.id]
+        at = next((i for i, (a, b) in enumerate(zip(traced.tokens, got)) if a != b), None)
+        if at is not None:
+            ties, worst = ties + 1, max(worst, traced.gaps[at])
+    backend = engine.kernels.backend
+    faults = dict(getattr(backend, "faults", None) or {})
+    figure(f"{name}: answers of {len(works)} that leave the CPU's, by the gap of the draw there", f"{ties}, {worst:.3f}",
+           goal="a gap below 0.5 (bfloat16, packed)", met=worst < 0.5)
+    note(f"{name}: {getattr(backend, 'name', 'torch/reference')}, kernel_faults {faults or 'none'}")
+    assert isinstance(traced, Traced)
+    return [] if worst < 0.5 and not faults else [f"{name}: gap {worst:.3f}, faults {faults}"]
+
+
+def tiny_families(folder):
+    """Models of random weights in each family's structure, made here; {} without transformers."""
+    try:
+        import families
+        import transformers  # noqa: F401
+    except ImportError:
+        note("transformers is not installed: no tiny families")
+        return {}
+    return {name: families.save(families.make_model(name), folder / name) for name in families.MODELS}
+
+
+def models(arguments):
+    import torch
+    from chatlm.common.hub.default_model import fetch_default_model
+    dry, scratch = arguments.device == "cpu", arguments.out / "scratch" / "models"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    paths = {"default": fetch_default_model()} | {name: ROOT / "tests" / "fixtures" / "nanochat" / name for name in ("gen1", "gen2", "gen3", "gen4", "gen5")}
+    if dry:
+        paths = {name: paths[name] for name in ("default", "gen1")}
+    else:
+        paths |= tiny_families(scratch)
+    wrong = []
+    for name, path in paths.items():
+        with torch.inference_mode():
+            try:
+                wrong += compare(name, path, arguments.device, 8 if dry else 64)
+            except Exception as error:      # the next model is tried all the same
+                wrong.append(f"{name}: {type(error).__name__}: {error}")
+                print(wrong[-1])
+    shutil.rmtree(scratch, ignore_errors=True)
+    if wrong:
+        raise SystemExit("Error: " + "; ".join(wrong))
+
+
+# ---- the server ---------------------------------------------------------------------------------------------------
+
+
+def flags_of(arguments):
+    return ["--device-type", arguments.device] + (["--kv-cache-memory", "64M"] if arguments.device == "cpu" else [])
+
+
+def asked(url, text, count, **more):
+    from real_server import ask, post
+    return post(url + "/chat/completions", ask(text, max_tokens=count, ignore_eos=True, **more))
+
+
+def text_of(events):
+    return "".join(event.get("token") or "" for event in events)
+
+
+def read_events(response, when=lambda count: None):
+    events = []
+    for line in response:
+        if line.startswith(b"data: "):
+            events.append(json.loads(line[6:]))
+            when(len(events))
+    return events
+
+
+def server(arguments):
+    import psutil
+    import real_server
+    count = 60 if arguments.device == "cpu" else 400
+    replicas = ("--num-workers", "2") if arguments.device == "cpu" else ("--num-gpus", "auto")
+    with real_server.server(*replicas, *flags_of(arguments)) as (process, url):
+        workers = real_server.get(url + "/stats")["workers"]
+        note(f"{len(workers)} replicas")
+        expected = text_of(read_events(asked(url, LONG, count)))
+        children = psutil.Process(process.pid).children(recursive=True)
+        killed = []
+
+        def kill_the_busy_one(events):
+            if events == 10 and not killed:
+                busy = next(worker for worker in real_server.get(url + "/stats")["workers"] if worker["running"])
+                killed.append(busy["pid"])
+                os.kill(busy["pid"], signal.SIGKILL)
+
+        got = text_of(read_events(asked(url, LONG, count), kill_the_busy_one))
+        assert killed, "no worker was busy"
+        assert got == expected, f"after a killed worker the text differs:\n{expected[:200]!r}\n{got[:200]!r}"
+        note("a worker killed in mid-answer: the same text")
+        stream = asked(url, LONG, count)
+        stream.readline()
+        process.send_signal(signal.SIGTERM)
+        assert text_of(read_events(stream)), "nothing came after SIGTERM"
+        status = process.wait(60)
+        assert status == 0, f"the drained server ended with status {status}"
+        assert real_server.gone(children), "processes were left"
+        note("drained: the answer was finished, status 0, no process left")
+
+
+def ranks(arguments):
+    """Two ranks of one replica: on two GPUs, or both on one if NCCL allows it, which is told."""
+    import torch
+    import real_server
+    dry = arguments.device == "cpu"
+    count, layout = (40 if dry else 200), (["--tp", str(arguments.tp)] if arguments.tp > 1 else ["--pp", str(arguments.pp)])
+    if not dry and torch.cuda.device_count() < 2:
+        leave_out("one GPU: NCCL puts no two ranks on one GPU, and chat_server gives each rank its own")
+    with real_server.server(*flags_of(arguments)) as (_, url):
+        expected = text_of(read_events(asked(url, LONG, count)))
+    if arguments.torchrun:
+        port = real_server.free_port()
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "chat_server.py"), "--distributed", *layout,
+                   *flags_of(arguments), "--port", str(port), "--host", "127.0.0.1"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            url = real_server.wait_for(process, r"(http://127\.0\.0\.1:\d+)")
+            got = measured_answer(url, count)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+    else:
+        with real_server.server(*layout, *flags_of(arguments)) as (_, url):
+            got = measured_answer(url, count)
+    same = os.path.commonprefix([expected, got])
+    figure(f"{' '.join(layout)}: letters that are those of one rank", f"{len(same)} of {len(expected)}", goal="all, or up to a near tie")
+    assert len(got) > count and len(same) > 20, f"other text than one rank's:\n{expected[:200]!r}\n{got[:200]!r}"
+
+
+def measured_answer(url, count):
+    begin = time.perf_counter()
+    text = text_of(read_events(asked(url, LONG, count)))
+    figure("one stream", count / (time.perf_counter() - begin), "tok/s")
+    return text
+
+
+def memory(arguments):
+    import real_server
+    for share in ("0.85", "0.80"):
+        more = [] if arguments.device == "cpu" else ["--gpu-memory-utilization", share]
+        with real_server.server(*more, *flags_of(arguments)) as (_, url):
+            worker = real_server.get(url + "/stats")["workers"][0]
+            assert text_of(read_events(asked(url, QUESTIONS[0], 8)))
+            note(f"utilization {share}: {json.dumps({name: worker[name] for name in worker if 'memory' in name or 'page' in name})}")
+    done = subprocess.run([sys.executable, ROOT / "chat_server.py", "generate", "--prompt", "x", "--device-type", arguments.device, "--kv-cache-memory", "4000G"],
+                          capture_output=True, text=True, timeout=120)
+    said = done.stderr.strip().splitlines()
+    assert done.returncode and said and "Traceback" not in done.stderr, f"too large a cache: status {done.returncode}\n{done.stderr[-1500:]}"
+    note(f"too large a cache: {said[-1][:200]}")
+
+
+# ---- speed --------------------------------------------------------------------------------------------------------
+
+
+def model_for_speed(arguments):
+    """A folder of random bfloat16 weights in Llama 8B's shape (some of its layers), made here; on a CPU the default model."""
+    if arguments.device == "cpu":
+        return []
+    import load_time
+    folder = arguments.out / "scratch" / "llama-8b"
+    if not (folder / "config.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        load_time.make(folder, 16e9)
+    return ["serve", str(folder)]
+
+
+def load(arguments):
+    import real_server
+    sizes = ["--questions", "2", "--input-tokens", "32", "--output-tokens", "8"] if arguments.device == "cpu" else ["--output-tokens", "256"]
+    path = arguments.out / "load.json"
+    with real_server.server(*model_for_speed(arguments), *flags_of(arguments)) as (_, url):
+        subprocess.run([sys.executable, ROOT / "bench" / "load.py", f"ours={url}", "--only", "interactive,batch", "--json", path, *sizes], check=True)
+    for row in json.loads(path.read_text()):
+        guide = {"interactive": "37 in the guide's table (its machine)", "batch": "875 in the guide's table (its machine)"}[row["load"]]
+        figure(f"{row['load']}: tok/s", row["figures"]["tok/s total"], "tok/s", guide)
+        figure(f"{row['load']}: TTFT p50", row["figures"]["TTFT p50, ms"], "ms")
+
+
+def first_token_ms(url, tokens, seed):
+    import load as loads
+    begin = time.perf_counter()
+    response = asked(url, loads.prompt(tokens, seed), 2)
+    first = None
+    for line in response:
+        if first is None and line.startswith(b"data: ") and json.loads(line[6:]).get("token"):
+            first = time.perf_counter()
+    return (first - begin) * 1e3
+
+
+def prefill(arguments):
+    import real_server
+    long = 200 if arguments.device == "cpu" else 2000
+    with real_server.server(*model_for_speed(arguments), *flags_of(arguments)) as (_, url):
+        first_token_ms(url, 40, 0)
+        for tokens in (40, long):
+            taken = statistics.median(first_token_ms(url, tokens, seed) for seed in range(1, 6))
+            figure(f"first token of a prompt of {tokens} tokens", taken, "ms")
+            if tokens == long:
+                figure("prefill", tokens / taken * 1e3, "tok/s")
+
+
+def vllm(arguments):
+    """vLLM and this server on the same folder, in turns, by bench/load.py. It must be installed already: pip here would change torch."""
+    import real_server
+    if arguments.device == "cpu":
+        leave_out("needs a GPU")
+    if not shutil.which("vllm"):
+        leave_out("vllm is not on the PATH; `python -m venv v && v/bin/pip install vllm`, then run again with v/bin at the end of the PATH")
+    model, path = model_for_speed(arguments)[1], arguments.out / "vllm.json"
+    for turn in range(2):
+        for name in ("ours", "vllm"):
+            if name == "ours":
+                with real_server.server("serve", model, *flags_of(arguments)) as (_, url):
+                    ask_load(name, url, path)
+            else:
+                with vllm_server(model) as url:
+                    ask_load(name, url, path)
+            for row in json.loads(path.read_text()):
+                figure(f"{name}, turn {turn + 1}, {row['load']}", row["figures"]["tok/s total"], "tok/s")
+
+
+def ask_load(name, url, path):
+    subprocess.run([sys.executable, ROOT / "bench" / "load.py", f"{name}={url}", "--only", "interactive,batch", "--output-tokens", "128", "--json", path], check=True)
+
+
+class vllm_server:
+    def __init__(self, model):
+        import real_server
+        self.port = real_server.free_port()
+        self.process = subprocess.Popen(["vllm", "serve", model, "--port", str(self.port), "--host", "127.0.0.1", "--max-model-len", "4096"],
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def __enter__(self):
+        import real_server
+        real_server.wait_for(self.process, "startup complete")
+        threading.Thread(target=self.process.stdout.read, daemon=True).start()
+        return f"http://127.0.0.1:{self.port}"
+
+    def __exit__(self, *error):
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+STEPS = {step.__name__: step for step in (machine, models, server, ranks, memory, load, prefill, vllm)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    for name in ("tp", "pp"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--torchrun", action="store_true")
+    arguments = parser.parse_args()
+    STEPS[arguments.step](arguments)
+
+
+if __name__ == "__main__":
+    main()
