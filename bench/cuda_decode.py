@@ -2,10 +2,11 @@
 
     python bench/cuda_decode.py [--shapes d32 llama-8b] [--batches 1 8] [--context 1024] [--steps 200]
 
-For each shape and batch it prints four things. `step`: the median over blocks of 20 steps, each started
-before the previous one is finished, as the engine does. `graph`: the same graph replayed without Python in
+For each shape and batch it prints five things. `step`: the median over blocks of 20 steps, each started
+before the previous one is finished, as the engine does. `graph`: the same graphs replayed without Python in
 between. The floor: (weights + KV bytes) / copy bandwidth of the same device, measured first (bytes read and
-written by copying 1 GiB). And the ratios of the first two to the floor.
+written by copying 1 GiB). The ratios of the first two to the floor. And what the second graph of a step adds,
+which draws: both graphs less the first alone.
 """
 
 import argparse
@@ -91,15 +92,16 @@ def seconds_per_step(decoding, steps, block=20):
     return statistics.median(times[1:])
 
 
-def seconds_per_replay(steps, batch, replays=50):
-    """The graph of the last steps alone, without Python in between."""
+def seconds_per_replay(steps, batch, replays=50, draws=True):
+    """The graphs of the last steps, or the first alone, without Python in between."""
     graph = steps.graphs[next((rows, pages) for rows, pages in sorted(steps.graphs) if rows >= batch)]
     begin = time.perf_counter()
 
     def replay():
         for _ in range(replays):
             graph.compute()
-            graph.draw()
+            if draws:
+                graph.draw()
 
     steps.queue.wait(steps.queue.submit(replay))
     return (time.perf_counter() - begin) / replays
@@ -144,10 +146,11 @@ def main():
             length = arguments.context + arguments.steps + 20
             steps = make_steps(spec, kernels, device, torch.bfloat16, batch, length)
             step = seconds_per_step(Decoding(steps, batch, arguments.context, arguments.steps + 20), arguments.steps)
-            graph = seconds_per_replay(steps, batch)
+            graph, without_draw = seconds_per_replay(steps, batch), seconds_per_replay(steps, batch, draws=False)
             floor = bytes_of_a_step(steps.transformer, batch, arguments.context + arguments.steps // 2) / bandwidth
             print(f"{shape} batch {batch} context {arguments.context}: step {step * 1e3:.3f} ms, graph {graph * 1e3:.3f} ms, "
-                  f"floor {floor * 1e3:.3f} ms: {step / floor:.2f} and {graph / floor:.2f} times the floor")
+                  f"floor {floor * 1e3:.3f} ms: {step / floor:.2f} and {graph / floor:.2f} times the floor; "
+                  f"the draw's graph {(graph - without_draw) * 1e6:.1f} us")
             del steps
             torch.cuda.empty_cache()
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import gpu_day
+import psutil
 import pytest
 
 ROOT = Path(gpu_day.__file__).resolve().parent.parent
@@ -48,11 +49,10 @@ def test_a_step_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypat
                           gpu_day.Step("leaves", "Leaves a process", 60, python(child)))
     hangs, leaves = told["steps"]
     assert status == 1 and hangs["status"] == "ran out of time" and leaves["status"] == "failed"
-    assert "1 processes were left" in leaves["note"]
+    assert "had to be ended: 1" in leaves["note"]
     for name in ("hangs", "leaves"):
         pid = int((tmp_path / "out" / f"{name}.log").read_text().split()[0])
-        with pytest.raises(OSError):
-            os.kill(pid, 0)
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_steps_for_which_no_time_is_left_are_left_out_and_the_report_is_whole_after_each(tmp_path, monkeypatch):
@@ -77,10 +77,10 @@ def test_tests_that_all_skip_have_not_held(tmp_path, monkeypatch):
 
 
 def test_the_figures_of_the_decode_bench_stand_beside_their_goal():
-    log = "NVIDIA H200: copies 3.90 TB/s\nd32 batch 1 context 1024: step 1.100 ms, graph 0.990 ms, floor 0.900 ms: 1.22 and 1.10 times the floor\n" \
-          "llama-8b batch 8 context 1024: step 6.100 ms, graph 6.000 ms, floor 4.500 ms: 1.36 and 1.33 times the floor\n"
+    log = "NVIDIA H200: copies 3.90 TB/s\nd32 batch 1 context 1024: step 1.100 ms, graph 0.990 ms, floor 0.900 ms: 1.22 and 1.10 times the floor; the draw's graph 9.5 us\n" \
+          "llama-8b batch 8 context 1024: step 6.100 ms, graph 6.000 ms, floor 4.500 ms: 1.36 and 1.33 times the floor; the draw's graph 12.0 us\n"
     assert [(each["value"], each["met"]) for each in gpu_day.decode_figures(log)] == [
-        (1.1, None), (1.22, True), (1.1, True), (6.1, None), (1.36, False), (1.33, False)]
+        (9.5, None), (1.1, None), (1.22, True), (1.1, True), (12.0, None), (6.1, None), (1.36, False), (1.33, False)]
 
 
 @pytest.mark.parametrize("arguments, words", [
