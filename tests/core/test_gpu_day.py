@@ -7,11 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-import gpu_day
 import psutil
 import pytest
 
-ROOT = Path(gpu_day.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+import gpu_day  # noqa: E402
 
 
 def python(text):
