@@ -108,6 +108,7 @@ def tracked_and_not():
             and "__pycache__" not in path.parts}
 
 
+@pytest.mark.timeout(600)
 def test_a_dry_run_holds(tmp_path, emulation_library):
     done, steps = dry_run(tmp_path, emulation_library, "--only", "machine,graphs,server,decode")
     assert done.returncode == 0, done.stdout + (tmp_path / "day" / "report.md").read_text()
