@@ -18,7 +18,7 @@ The houses
     front house: one process, aiohttp, an event loop
           |   reads bodies, renders and tokenizes prompts, queues, routes, streams; never imports torch
           |   `-- sandboxes: processes with time and memory limits, for chat templates, schemas, large bodies
-          | one socket pair per worker: typed JSON messages, one per engine step with all answers' pieces
+          | one socket pair per worker: typed JSON messages, one per engine step with all answers' news
     worker house: one process per replica of the model (per GPU; one on a CPU; or on a Ray cluster)
               loads the weights, then schedules, computes and samples step by step, turns tokens into text;
               never opens a network socket, but for processes that prove to know its secret: a front where
@@ -55,7 +55,7 @@ Life of a request
         > Tokenizer.render > Dispatcher.dispatch > Worker.assign > Pipe.packed                  front process
         > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start
         > Transformer.forward > sample_reference > Scheduler.advance > Answer.push
-        > StreamDecoder.push > AnswerReader.push > Piece > Stepped                             worker process
+        > StreamDecoder.push > AnswerReader.push > Delta > Piece > Stepped                     worker process
         > Dispatcher.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode | BlockEncoder.encode
         > EventStream.send                                                                      front process
 
@@ -72,6 +72,7 @@ Glossary
     assignment  one answer of a request, in a worker: `Assignment`; with tokens and pages a `Sequence`,
                 with text an `Answer`
     event       what the reader of an answer gets: `Accepted`, a `Piece` per step of its worker, `Finished`
+    delta       what is new in an answer, in order: more of its reasoning, its text or a call: `Delta`
     chunk       the tokens of one sequence computed in one step; a step computes a batch of chunks
     draft       tokens that may come next, looked up in the text so far and checked in one step
     steps       how a backend runs a step: `EagerSteps` op by op, decode_core's recordings or CUDA graphs
@@ -129,6 +130,7 @@ from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
 from chatlm.front.aio import first_of, stop_signals
+from chatlm.front.api.encode import usage_body
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.tables import (
     COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS,
@@ -178,7 +180,8 @@ class Front:
         record = REQUEST_LOG.get()
         if self.taken(record.id):
             record.id = secrets.token_hex(16)
-        return replace(request, id=record.id, client=record.client, owner=self.owners.of_pages(record.client))
+        params = replace(request.params, client=record.client, owner=self.owners.of_pages(record.client))
+        return replace(request, id=record.id, params=params)
 
     @asynccontextmanager
     async def answering(self, request: Request) -> AsyncIterator[tuple[Accepted, AsyncIterator[Event]]]:
@@ -286,7 +289,7 @@ class Front:
 
     def note_end(self, encoder: Encoder):
         """Note for the access log how many tokens all choices had and why they ended."""
-        counts = encoder.counts()
+        counts = usage_body(encoder.usage())
         reasons = ",".join(sorted({choice.done.reason for choice in encoder.choices if choice.done}))
         record = REQUEST_LOG.get()
         record.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"

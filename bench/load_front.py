@@ -32,7 +32,7 @@ from chatlm.common.memory import tune_gc    # noqa: E402
 from chatlm.common.config import Settings    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.messages.protocol import WORKER_PIPE, Cancel, ModelCard, NewAnswer, Ready, Stepped    # noqa: E402
-from chatlm.common.messages.requests import Piece    # noqa: E402
+from chatlm.common.messages.requests import Delta, Ended, Piece, Usage    # noqa: E402
 from chatlm.common.processes.ray import ray_main    # noqa: E402
 from chatlm.common.processes.start import die_with_parent, join_parent    # noqa: E402
 from chatlm.front.pool.pool import pool_of    # noqa: E402
@@ -67,13 +67,14 @@ def worker_role(arguments):
                 left.pop(message.id, None)
         tick = max(tick + 1 / rate, time.monotonic() - 1 / rate)
         time.sleep(max(0.0, tick - time.monotonic()))
-        stamp, pieces = f"{time.monotonic():.6f} {filler}", []
+        stamp, events = f"{time.monotonic():.6f} {filler}", []
         for name in list(left):
             left[name] -= 1
-            pieces.append(Piece(id=name, tokens=(5,), text=stamp, reason=None if left[name] else "length"))
+            events.append((name, Piece((5,), (Delta("text", stamp),))))
             if not left[name]:
+                events.append((name, Ended("length", "max_tokens", Usage(), 0.0)))
                 del left[name]
-        channel.send(Stepped(pieces, gauges))       # a ping wants an answer too
+        channel.send(Stepped(events, gauges))       # a ping wants an answer too
 
 
 def front(port, workers, parent):

@@ -65,13 +65,13 @@ def run_rank(path: str, rank: int, sizes: list[int], blocks: int) -> None:
 
 async def streams_per_second(pool, count: int, tokens: int) -> float:
     """Tokens per second of so many answers, from the moment when each has its first token."""
-    from chatlm.common.messages.requests import Piece, Request, SamplingParams
+    from chatlm.common.messages.requests import AnswerParams, Piece, Request, SamplingParams
     firsts, ends = [], []
 
     async def one(index: int) -> None:
         ids, first = tuple((11 * index + 7 * i) % 1000 + 10 for i in range(16)), None
-        request = Request(prompts=(ids,), max_tokens=tokens, ignore_eos=True, id=f"{time.monotonic()}-{index}",
-                          sampling=SamplingParams(seed=index))
+        params = AnswerParams(sampling=SamplingParams(seed=index), ignore_eos=True)
+        request = Request(f"{time.monotonic()}-{index}", prompts=(ids,), max_tokens=tokens, params=params)
         async for event in pool.answer(request):
             if isinstance(event, Piece) and first is None:
                 firsts.append(first := time.monotonic())

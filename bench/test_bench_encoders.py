@@ -10,11 +10,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chatlm.common.messages.protocol import ParsedBody    # noqa: E402
-from chatlm.common.messages.requests import Accepted, Finished, Piece, Request    # noqa: E402
+from chatlm.common.messages.requests import Accepted, AnswerParams, Delta, Embedding, Finished, Piece, Request, Usage    # noqa: E402
 from chatlm.front.api.encoders import ENCODERS, EmbeddingsEncoder    # noqa: E402
 
-PIECES = [Piece("x", (5,), " word") for _ in range(500)]
-END = Finished("stop", "eos", 7, len(PIECES), 3, 0.25, 8.125, 212.34, 0)
+PIECES = [Piece((5,), (Delta("text", " word"),)) for _ in range(500)]
+END = Finished("stop", "eos", Usage(7, len(PIECES), 3), 0.25, 8.125, 212.34, 0)
 
 
 STREAMED = [api for api, kind in ENCODERS.items() if kind is not EmbeddingsEncoder]
@@ -33,12 +33,12 @@ def test_a_streamed_answer_is_encoded(benchmark, api):
 def test_embeddings_are_encoded(benchmark, encoding):
     """100 vectors of 576 numbers, the width of the default model."""
     vector = base64.b64encode(struct.pack("<576f", *(0.0123456789 * (i % 7 - 3) for i in range(576)))).decode()
-    request = Request("x", prompts=("a",) * 100, pooling="mean")
+    request = Request("x", prompts=("a",) * 100, params=AnswerParams(pooling="mean"))
 
     def encode():
         encoder = EmbeddingsEncoder(ParsedBody(request, api="embeddings", details={"encoding": encoding}), "model")
         for choice in range(100):
-            encoder.collect(Piece("x", (), "", "stop", embedding=vector, choice=choice))
+            encoder.collect(Embedding(vector, choice))
             encoder.collect(replace(END, choice=choice))
         return list(encoder.completion())
 

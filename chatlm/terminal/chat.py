@@ -20,7 +20,7 @@ from chatlm.common.config import DEFAULT_MAX_TOKENS, SAMPLING_DEFAULTS, with_own
 from chatlm.common.core import decode_core, kernels_line
 from chatlm.common.errors import ChatServerError, ConfigError, RequestError, did_you_mean, shown
 from chatlm.common.jsontext import as_json, whole_unicode
-from chatlm.common.messages.requests import Finished, Message, Piece, PromptProgress, Request
+from chatlm.common.messages.requests import AnswerParams, Finished, Message, Piece, PromptProgress, Request
 from chatlm.front.aio import interruptible
 from chatlm.front.api.encode import timings_body
 from chatlm.front.api.readers import sampling_params
@@ -40,7 +40,7 @@ def duration(seconds: float) -> str:
 
 def summary(done: Finished, seconds: float) -> str:
     """For example: 156 tokens in 4.2 s, 37 tok/s, first token after 0.2 s."""
-    count, speed = done.completion_tokens, done.tokens_per_second
+    count, speed = done.usage.completion_tokens, done.tokens_per_second
     parts = [f"{count} {'token' if count == 1 else 'tokens'} in {duration(seconds)}"]
     if speed:
         parts.append(f"{speed:.{0 if speed >= 10 else 1}f} tok/s")
@@ -55,15 +55,17 @@ def summary(done: Finished, seconds: float) -> str:
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 
 
-def new_request(settings: Settings, parameters: Mapping | None = None, **source) -> Request:
+def new_request(settings: Settings, parameters: Mapping | None = None, progress: bool = False,
+                **source) -> Request:
     """A Request. Its answer may fill the context; a raw prompt's may never end, so its length is capped."""
     parameters = parameters or {}
     unset = tuple(name for name in SAMPLING_DEFAULTS
                   if name not in parameters and getattr(settings, name, None) is None)
     length = settings.max_tokens or (DEFAULT_MAX_TOKENS if "prompts" in source else None)
-    return Request(id=secrets.token_hex(16), sampling=sampling_params(parameters, settings), unset=unset,
-                   max_tokens=parameters.get("max_tokens", length), stop=tuple(parameters.get("stop", ())),
-                   truncate="messages" in source, chat="messages" in source, **source)
+    params = AnswerParams(sampling=sampling_params(parameters, settings), progress=progress,
+                          stop=tuple(parameters.get("stop", ())), chat="messages" in source)
+    return Request(id=secrets.token_hex(16), params=params, unset=unset, truncate="messages" in source,
+                   max_tokens=parameters.get("max_tokens", length), **source)
 
 
 @dataclass
@@ -78,12 +80,13 @@ class Reply:
     def as_json(self, request: Request, done: Finished) -> str:
         """One line of --json output."""
         return as_json({"text": self.text, **({"reasoning": self.reasoning} if self.reasoning else {}),
-                        "finish_reason": done.reason, "seed": request.sampling.seed,
+                        "finish_reason": done.reason, "seed": request.params.sampling.seed,
                         "usage": usage_of(done), "timings": timings_body(done)})
 
 
 def usage_of(done: Finished) -> dict[str, int]:
-    return {name: getattr(done, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
+    return {name: getattr(done.usage, name)
+            for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
 
 
 async def receive(pool: Pool, request: Request, reply: Reply, writer):
@@ -93,7 +96,8 @@ async def receive(pool: Pool, request: Request, reply: Reply, writer):
         async with aclosing(pool.answer(request)) as events:
             async for event in events:
                 if isinstance(event, Piece):
-                    reply.text, reply.reasoning = reply.text + event.text, reply.reasoning + event.reasoning
+                    reply.text += event.text
+                    reply.reasoning += event.joined("reasoning")
                     writer.push(event)
                 elif isinstance(event, PromptProgress):
                     writer.progress(event)
@@ -188,14 +192,14 @@ class Chat:
     def keep(self, last: dict, request: Request, reply: Reply, note: str):
         """Store a reply as an answer to the question `last`, or as the rest of the answer `last`."""
         node = {"role": "assistant", "content": reply.text, "parent": last["id"],
-                "model": self.pool.model_name, "seed": request.sampling.seed,
+                "model": self.pool.model_name, "seed": request.params.sampling.seed,
                 "parameters": dict(self.conversation.parameters)}
         if reply.reasoning:
             node["reasoning"] = reply.reasoning
         if reply.done:
             node["timings"] = timings_body(reply.done) | usage_of(reply.done) | {
                 "finish_reason": reply.done.reason}
-            self.answers, self.tokens = self.answers + 1, self.tokens + reply.done.completion_tokens
+            self.answers, self.tokens = self.answers + 1, self.tokens + reply.done.usage.completion_tokens
         else:
             node["note"] = note
         if last["role"] == "user":

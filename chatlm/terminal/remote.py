@@ -14,7 +14,8 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.config import PING_S, SAMPLING_DEFAULTS
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError
 from chatlm.common.log import ProgressDisplay
-from chatlm.common.messages.requests import Accepted, Finished, Message, Piece, PromptProgress
+from chatlm.common.messages.requests import (
+    Accepted, Delta, Finished, Message, Piece, PromptProgress, Usage)
 from chatlm.front.api.encode import PROGRESS_FIELDS
 from chatlm.front.lazy import aiohttp
 from chatlm.front.pool.pool import pool_of
@@ -233,13 +234,14 @@ class RemoteStream:
                                     for name in PROGRESS_FIELDS))
         choice = (body.get("choices") or [{}])[0]
         delta = choice.get("delta") or choice
-        text = body.get("token") or delta.get("content") or delta.get("text") or ""
-        reasoning = body.get("reasoning") or delta.get("reasoning_content") or delta.get("reasoning") or ""
-        if not text and not reasoning:
+        reasoning = body.get("reasoning") or delta.get("reasoning_content") or delta.get("reasoning")
+        text = body.get("token") or delta.get("content") or delta.get("text")
+        deltas = tuple(Delta(*new) for new in (("reasoning", reasoning), ("text", text)) if new[1])
+        if not deltas:
             return None
         self.first_s = self.first_s or time.monotonic()
         self.pieces += 1
-        return Piece("", (), text, gpu=body.get("gpu", 0), reasoning=reasoning)
+        return Piece(deltas=deltas, gpu=body.get("gpu", 0))
 
     def finished(self) -> Finished:
         """The server's final figures; those it left out are measured here, counting a piece as a token."""
@@ -249,15 +251,15 @@ class RemoteStream:
         since_first_s = time.monotonic() - self.first_s
         speed = (self.pieces - 1) / since_first_s if self.pieces > 1 and since_first_s > 0.1 else None
         ttft_ms = (self.first_s - self.begin_s) * 1e3 if self.first_s else 0.0
+        count = Usage(
+            usage.get("prompt_tokens", 0), usage.get("completion_tokens", self.pieces),
+            usage.get("cached_tokens") or prompt.get("cached_tokens") or 0,
+            usage.get("reasoning_tokens") or completion.get("reasoning_tokens") or 0,
+            timings.get("drafted_tokens", 0), timings.get("accepted_tokens", 0))
         return Finished(
-            done["finish_reason"], done.get("stop_reason"), usage.get("prompt_tokens", 0),
-            usage.get("completion_tokens", self.pieces),
-            usage.get("cached_tokens") or prompt.get("cached_tokens") or 0, timings.get("queue_ms", 0.0),
+            done["finish_reason"], done.get("stop_reason"), count, timings.get("queue_ms", 0.0),
             timings.get("ttft_ms", ttft_ms), timings.get("tokens_per_second", speed),
-            done.get("gpu", timings.get("gpu", 0)),
-            **{name: timings.get(name, 0)
-               for name in ("drafted_tokens", "accepted_tokens", "dropped_messages")},
-            reasoning_tokens=usage.get("reasoning_tokens") or completion.get("reasoning_tokens") or 0)
+            done.get("gpu", timings.get("gpu", 0)), dropped_messages=timings.get("dropped_messages", 0))
 
 
 def ending_of(body: dict) -> dict:
@@ -271,11 +273,11 @@ def ending_of(body: dict) -> dict:
 
 
 def native_body(request: Request) -> dict:
-    sampling = request.sampling
+    params, sampling = request.params, request.params.sampling
     messages = request.messages or (Message("user", str(request.prompts[0])),)
     return {"messages": [{"role": message.role, "content": message.content} for message in messages],
-            "truncate": "oldest", "resumable": True, "stop": list(request.stop),
-            "ignore_eos": request.ignore_eos, "progress": request.progress, **request.template_options,
+            "truncate": "oldest", "resumable": True, "stop": list(params.stop),
+            "ignore_eos": params.ignore_eos, "progress": params.progress, **request.template_options,
             **({} if request.max_tokens is None else {"max_tokens": request.max_tokens}),
             **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")
                if name not in request.unset}}

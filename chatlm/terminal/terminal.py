@@ -86,8 +86,9 @@ class MarkdownWriter:
         self.live.refresh()
 
     def push(self, event: Piece):
-        for text, style in ((event.reasoning, "dim"), (event.text, "none")):
-            if text and style != self.style:
+        for kind, text, _ in event.deltas:
+            style = "dim" if kind == "reasoning" else "none"
+            if style != self.style:
                 self._write(markdown_blocks(self.text, self.style), "")
                 self.style = style
             self.text += text.translate(TERMINAL_CONTROLS)

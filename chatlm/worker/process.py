@@ -24,7 +24,7 @@ from chatlm.common.log import log
 from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import (
     Cancel, EndOfRequest, Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Ping, Ready, Stepped)
-from chatlm.common.messages.requests import Piece
+from chatlm.common.messages.requests import Failed
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import threads_per_worker
 from chatlm.common.processes.torchrun import ranks_here
@@ -207,12 +207,12 @@ class Inbox:
 
 def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
     """The worker's loop: handle messages, step, report, sleep when idle. EOFError when the front is gone."""
-    failures, pieces, inbox = 0, [], Inbox(engine)  # failed steps in a row; pieces not yet reported
+    failures, events, inbox = 0, [], Inbox(engine)  # failed steps in a row; events not yet reported
 
     def report():
-        nonlocal pieces
-        channel.send(Stepped(pieces, gauges(engine)))
-        pieces = []
+        nonlocal events
+        channel.send(Stepped(events, gauges(engine)))
+        events = []
 
     while True:
         for message in channel.receive(wait=not engine.busy):
@@ -220,7 +220,7 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
         try:
             if engine.ranks:
                 engine.ranks.check()
-            pieces, failures = engine.step(report), 0
+            events, failures = engine.step(report), 0
         except Exception as error:  # one bad step fails one request, not the server
             if engine.ranks:
                 raise RanksFailed(str(error)) from error
@@ -232,6 +232,6 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
                 torch.cuda.empty_cache()
             else:
                 log.error("a step failed", exc_info=error)
-            pieces += [Piece(id_, (), "", "error", failure_text(error)) for id_ in engine.give_up()]
+            events += [(answer_id, Failed(failure_text(error))) for answer_id in engine.give_up()]
         if not engine.busy:
             report()

@@ -12,7 +12,8 @@ from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, ActorAddress, ActorEnded, Begun, Body, Cancel, EndActor, EndOfRequest,
                                              Known, Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, RayConfig, Ready,
                                              Refused, Result, SandboxConfig, StartActor, Stepped, Task, Unusable, WorkerConfig)
-from chatlm.common.messages.requests import AnswerParams, CallDelta, Message, ModelSource, Piece, Request, SamplingParams, TextSpec, TokenLogprob
+from chatlm.common.messages.requests import (AnswerParams, Delta, Embedding, Ended, Failed, Message, ModelSource, Piece, PromptProgress, PromptScores,
+                                             Request, SamplingParams, TextSpec, TokenLogprob, Usage)
 from chatlm.common.messages.wire import HEADER, BadMessage, restorer, unpacked
 from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankArrival
 from chatlm.front.api.encode import timings_body
@@ -20,6 +21,7 @@ from chatlm.front.pool.worker import Job
 from chatlm.worker.model.spec import Batch
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig, RankDrew, RankLogits, RankPages, RankStep, RankTokens
+from answers import asked
 
 SCORES = (TokenLogprob(5, None), TokenLogprob(7, -1.5, ((7, -1.5), (2**31, -float("inf")))))
 TEXT = TextSpec("hf", bytes(range(256)), "{{ messages }}", frozenset({2, 1, 999}), 1, None, True)
@@ -34,8 +36,10 @@ EXAMPLES = [
     Body(bytes(range(256)) * 3), Body(b""), Result(None), Result([1, {"a": "\ud800"}]), Refused("no", 400, None, "tools"),
     RayConfig("auto", ""), Nodes([Node("f0", "a", 2.0, 8)]), StartActor("x", "f0", 0.5, 1), ActorAddress("x", "10.0.0.1", 4242, "00"), EndActor("x"),
     ActorEnded("x", "died"),
-    Stepped([], {}), Stepped([Piece("r", (1, 2), "a\U0001f600\x00", "stop", "eos", 3, 0.5, 4, 2, SCORES, SCORES[:1]), Piece("s", (), "", calls=(CallDelta("{", "f"),))],
-            {"queued": 1}),
+    Stepped([], {}), Stepped(
+        [("r", Piece((1, 2), (Delta("text", "a\U0001f600\x00"), Delta("call", "{", "f")), SCORES)), ("s", PromptScores(SCORES[:1])), ("r", Piece()),
+         ("t", PromptProgress(0, 7, 3)), ("u", Embedding("AACAPw==")), ("u", Ended("stop", None, Usage(cached_tokens=3), 0.5)),
+         ("v", Failed("no room")), ("w", Failed("no answer", refused=True))], {"queued": 1}),
     RankConfig(Settings(model="a.gguf"), ModelSource("gguf", Path("/m/a.gguf"), "a", "GGUF"), "cpu", 1, 3, "/proc/1/fd/7", {"A": "b"}),
     RankArrival(3, "node", 1, 2, None, 7), RankTokens([1, 2**31]), RankLogits(bytes(range(256))), RankPages(77), RankDrew(2**32 - 1), RankStep(Batch([~0, 5], [-1, 4], [0, 1, 2], [1, 9], [[3], [1, 2]], [0, 1]), None),
     RankStep(Batch([7], [-1], [0, 1], [1], [[]], []), [SampleRow(SamplingParams(logit_bias=((3, -float("inf")),)), 9, [4, 5], 1)])]
@@ -63,9 +67,9 @@ def test_every_message_comes_out_as_it_went_in(message):
 
 
 def test_a_request_comes_out_of_a_sandbox_as_it_went_in():
-    request = Request("r", (Message("user", "hi", {"tool_calls": [{"a": 1}]}), Message("assistant", "")), ("text", (1, 2, 3)), ((4, 5), ()),
+    request = asked("r", (Message("user", "hi", {"tool_calls": [{"a": 1}]}), Message("assistant", "")), ("text", (1, 2, 3)), ((4, 5), ()),
                       tools=({"function": {"name": "f"}},), stop=("x",), grammar="g")
-    for parsed in (ParsedBody(request, False, True, True), ParsedBody(Request("s", prompts=("a", "b")))):
+    for parsed in (ParsedBody(request, False, True, True), ParsedBody(asked("s", prompts=("a", "b")))):
         assert restorer(ParsedBody)(through_the_pipe(Result(parsed)).value) == parsed
 
 
@@ -94,7 +98,9 @@ def test_a_pipe_carries_its_own_messages_alone(pipe):
 
 @pytest.mark.parametrize("kind, body", [
     (Cancel, b""), (Cancel, b"{}"), (Cancel, b"[]"), (Cancel, b'["a", "b"]'), (Cancel, b"null"), (Cancel, b"[" * 100_000),
-    (Stepped, b'[[["r"]], {}]'), (Stepped, b'[[5], {}]'), (Stepped, b"[[], {}, 1]"), (NewPrompt, b'["r", 0, 5]'),
+    (Stepped, b'[[["r"]], {}]'), (Stepped, b'[[5], {}]'), (Stepped, b'[[["r", 5]], {}]'), (Stepped, b'[[["r", []]], {}]'),
+    (Stepped, b'[[["r", ["AA==", 0, "vector"]]], {}]'), (Stepped, b'[[["r", ["piece"]]], {}]'), (Stepped, b'[[["r", "piece"]], {}]'),
+    (Stepped, b"[[], {}, 1]"), (NewPrompt, b'["r", 0, 5]'),
     (ModelCard, b'[["hf", "%%%", null, [], 1, 2, true], "a", 1, [], {}, true]'), (NewRequest, b'["r", null]')])
 def test_a_body_that_is_not_of_its_kind_is_refused(kind, body):
     with pytest.raises(BadMessage):
@@ -116,11 +122,15 @@ def test_whatever_bytes_come_the_result_is_a_message_or_a_refusal():
     assert json.loads(WORKER_PIPE.packed(Ping())[HEADER.size:]) == []
 
 
+def test_usages_add_up():
+    assert sum([Usage(1, 2, 3, 4, 5, 6), Usage(cached_tokens=10), Usage(6, 5, 4, 3, 2, 1)], Usage()) == Usage(7, 7, 17, 7, 7, 7)
+
+
 def test_an_answer_that_came_at_once_has_no_speed(monkeypatch):
     for seconds, speed in ((0.0, None), (0.00004, None), (0.5, 6.0)):
-        job = Job(Request(id="r"), (1, 2), 9, asyncio.Queue(), 100.0, dispatched_s=100.0)
-        for at, piece in ((101.0, Piece("r", (5,), "a")), (101.0 + seconds, Piece("r", (6, 7, 8), "b", "stop", "eos"))):
+        job = Job(asked(id="r"), (1, 2), 9, asyncio.Queue(), 100.0, dispatched_s=100.0)
+        for at, event in ((101.0, Piece((5,))), (101.0 + seconds, Piece((6, 7, 8))), (200.0, Ended("stop", "eos", Usage(), 0.0))):
             monkeypatch.setattr(time, "monotonic", lambda: at)
-            job.take(piece, 0)
+            job.take(event, 0)
         done = [job.events.get_nowait() for _ in range(3)][-1]
         assert done.tokens_per_second == speed and timings_body(done)["tokens_per_second"] == speed

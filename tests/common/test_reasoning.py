@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 
 from chatlm.common.config import Settings
-from chatlm.common.messages.requests import Message, Piece, SamplingParams
+from chatlm.common.messages.requests import Delta, Message, SamplingParams
 from chatlm.common.text import formats
 from chatlm.common.text.formats import thoughts_of, tool_format_of
 from chatlm.common.text.grammar import check_grammar, json_grammar
@@ -18,6 +18,7 @@ from chatlm.front.api.readers import parse_openai_request
 from chatlm.front.api.tables import OPENAI_FIELDS
 from chatlm.worker.engine.answer import Answer
 from chatlm.worker.weights.gguf import gguf_text
+from answers import calls_of, said, thought, together
 from engines import load, make_engine, pieces
 from fake_pool import FakePool, Letters, frames, serving
 from tiny_gguf import small_gguf_metadata
@@ -70,18 +71,8 @@ def told_by(vocabulary, text, prompt="", resumed=0, reason="eos", **params):
 
 def joined(told):
     """[(kind, text)], with the calls as (name, arguments), of what an answer told."""
-    parts = []
-    for said in (each for saids, _ in told for each in saids):
-        for kind, what in (("reasoning", said.reasoning), ("text", said.text), *(("call", call) for call in said.calls)):
-            if kind == "call" and what.name:
-                parts.append((kind, (what.name, what.arguments)))
-            elif kind == "call":
-                parts[-1] = (kind, (parts[-1][1][0], parts[-1][1][1] + what.arguments))
-            elif what and parts and parts[-1][0] == kind:
-                parts[-1] = (kind, parts[-1][1] + what)
-            elif what:
-                parts.append((kind, what))
-    return parts
+    parts = together(delta for deltas, _ in told for delta in deltas)
+    return [(kind, (name, text) if kind == "call" else text) for kind, text, name in parts]
 
 
 HARMONY = dict(tool_format="harmony", thoughts=("<|message|>", "<|end|>"), tokens=formats.HARMONY)
@@ -144,12 +135,12 @@ def test_a_raw_completion_is_all_text():
     answer = Answer(work, vocabulary)
     for number, token in enumerate(vocabulary.tokens("|<think>|a|</think>|b")):
         answer.push(token, number, 50)
-    assert answer.take() == [("", "<think>a</think>b", ())] and answer.reasoning_tokens == 0
+    assert answer.take() == (Delta("text", "<think>a</think>b"),) and answer.reasoning_tokens == 0
 
 
 @pytest.fixture
 def thinking():
-    return FakePool([Piece("", (1,), "", reasoning="Hm, "), Piece("", (2,), "", reasoning="well."), Piece("", (3,), "Hello")])
+    return FakePool([said(thought("Hm, "), tokens=(1,)), said(thought("well."), tokens=(2,)), said("Hello", tokens=(3,))])
 
 
 async def post(url, path, body):
@@ -276,22 +267,23 @@ def with_template(engine, default_model_path, template, names=()):
 
 
 def run_all(engine, work):
-    return [piece for piece in pieces(engine, [work])[work.id]]
+    return pieces(engine, [work])[work.id]
 
 
 def test_the_default_model_thinks_and_answers_and_so_does_a_worker_that_takes_over(engine, default_model_path):
     with_template(engine, default_model_path, THINKING)
     prompt = tuple(engine.tokenizer.render([Message("user", "What is the capital of Japan?")]))
-    thought = tuple(engine.tokenizer.encode("The user wants a city.\n</think>\n\n"))
-    whole = run_all(engine, assignment("a", prompt, SamplingParams(0.0), len(thought) + 12, resumed_ids=thought, chat=True))
-    ids = (*thought, *(token for piece in whole for token in piece.tokens))
-    assert "".join(piece.text for piece in whole).strip() and not any(piece.reasoning for piece in whole)
-    assert whole[-1].reasoning_tokens >= len(thought) - 3
+    opening = tuple(engine.tokenizer.encode("The user wants a city.\n</think>\n\n"))
+    whole = run_all(engine, assignment("a", prompt, SamplingParams(0.0), len(opening) + 12, resumed_ids=opening, chat=True))
+    ids = (*opening, *(token for piece in whole for token in piece.tokens))
+    assert "".join(piece.text for piece in whole).strip() and not any(piece.joined("reasoning") for piece in whole)
+    assert whole.end.usage.reasoning_tokens >= len(opening) - 3
     answer = Answer(assignment("a", prompt, SamplingParams(0.0), 99, chat=True), engine.tokenizer)
     for number, token in enumerate(ids):
         answer.push(token, number, 50)
-    (said,) = answer.take()
-    assert said.reasoning == "The user wants a city." and said.text.startswith("".join(piece.text for piece in whole)[:5])
+    reasoning, text = answer.take()
+    assert reasoning == thought("The user wants a city.")
+    assert text.kind == "text" and text.text.startswith("".join(piece.text for piece in whole)[:5])
 
 
 @pytest.mark.parametrize("template, names, opened", [
@@ -306,11 +298,11 @@ def test_a_schema_holds_for_the_content_and_reasoning_before_it_is_free(engine, 
     source = json_grammar(PERSON, "response_format")
     found = run_all(engine, assignment("a", prompt, SamplingParams(1.0, seed=3, logit_bias=bias), 150, grammar=source, grammar_param="response_format",
                                        chat=True))
-    text, reasoning = ("".join(getattr(piece, kind) for piece in found) for kind in ("text", "reasoning"))
-    assert (found[-1].reason, found[-1].stop_reason) == ("stop", "grammar"), (text, reasoning)
+    text, reasoning = ("".join(piece.joined(kind) for piece in found) for kind in ("text", "reasoning"))
+    assert (found.end.reason, found.end.stop_reason) == ("stop", "grammar"), (text, reasoning)
     assert 0 <= json.loads(text)["age"] <= 130
     if opened:
-        assert found[-1].reasoning_tokens > 0
+        assert found.end.usage.reasoning_tokens > 0
     for cut in (1, len(found) - 2):         # the same answer continues elsewhere
         ids = tuple(token for piece in found[:cut] for token in piece.tokens)
         rest = run_all(engine, assignment("b", prompt, SamplingParams(1.0, seed=3, logit_bias=bias), 150, grammar=source,
@@ -331,15 +323,15 @@ def test_a_required_call_is_written_in_the_family_s_format(engine, default_model
     engine.tokenizer.tool_format = tool_format
     values = parse_fields({**HI, "tools": [WEATHER, TIME], "tool_choice": choice, "parallel_tool_calls": False}, OPENAI_FIELDS)
     request = parse_openai_request(values, Settings(), tool_format)
-    check_grammar(request.grammar, request.grammar_param)
+    check_grammar(request.params.grammar, request.params.grammar_param)
     prompt = tuple(engine.tokenizer.render([Message("user", "Weather in Rome?")]))
     bias = ((engine.tokenizer.specials["<|end|>"], 18.0),) if tool_format == "harmony" else ()
-    found = run_all(engine, assignment("a", prompt, SamplingParams(1.0, seed=1, logit_bias=bias), 150, grammar=request.grammar, grammar_param="tools",
-                                       tool_names=request.tool_names, chat=True))
-    calls = [(call.name, call.arguments) for piece in found for call in piece.calls]
-    names = [name for name, _ in calls if name]
-    assert found[-1].reason == "stop" and len(names) == 1 and "".join(piece.text for piece in found) == ""
-    arguments = json.loads("".join(arguments for _, arguments in calls))
+    found = run_all(engine, assignment("a", prompt, SamplingParams(1.0, seed=1, logit_bias=bias), 150, grammar=request.params.grammar, grammar_param="tools",
+                                       tool_names=request.params.tool_names, chat=True))
+    calls = calls_of(found)
+    names = [call.name for call in calls if call.name]
+    assert found.end.reason == "stop" and len(names) == 1 and "".join(piece.text for piece in found) == ""
+    arguments = json.loads("".join(call.text for call in calls))
     assert names == ["weather"] and len(arguments["city"]) <= 10 or names == ["time"] and arguments == {} and choice == "required"
 
 

@@ -386,4 +386,4 @@ def test_a_stop_string_ends_no_answer_before_its_min_tokens(chat):
                 answer.push(token, number, 99)
                 if answer.reason:
                     break
-            assert answer.stop_reason == "ab" and "".join(said.text for said in answer.take()) == text[cut:] and number > min_tokens
+            assert answer.stop_reason == "ab" and "".join(delta.text for delta in answer.take()) == text[cut:] and number > min_tokens

@@ -25,7 +25,8 @@ from chatlm.front.api.readers import parse_openai_request
 from chatlm.front.api.tables import OPENAI_FIELDS
 from chatlm.worker.engine.answer import Answer
 from chatlm.worker.engine.grammar import Grammar
-from engines import load, make_engine, pieces
+from answers import calls_of
+from engines import load, make_engine, pieces, step_pieces
 from fake_pool import FakePool, Letters, frames, serving
 from nightly import by_day
 from patching import patch
@@ -64,16 +65,20 @@ def read(tool_format, pieces, cut=False):
         told += reader.take()
     reader.finish(cut)
     told += reader.take()
-    return together([("".join(what for kind, what in told if kind == "text"), [what for kind, what in told if kind == "call"])])
+    return together(told)
 
 
-def together(told):
-    """The text and the calls of an answer whose pieces had these texts and deltas of calls."""
+def together(deltas):
+    """The text and the calls of an answer with these deltas."""
     calls = []
-    for delta in (delta for *_, deltas in told for delta in deltas):
+    for delta in (delta for delta in deltas if delta.kind == "call"):
         calls += [{"name": delta.name, "arguments": ""}] if delta.name else []
-        calls[-1]["arguments"] += delta.arguments
-    return "".join(text for *_, text, _ in told), calls
+        calls[-1]["arguments"] += delta.text
+    return "".join(delta.text for delta in deltas if delta.kind == "text"), calls
+
+
+def deltas_of(pieces):
+    return [delta for piece in pieces for delta in piece.deltas]
 
 
 def joined(deltas):
@@ -152,7 +157,7 @@ def told_by(ids, resumed=0, tokenizer=None, **params):
 def test_tags_that_are_special_tokens_are_seen_and_ordinary_text_like_them_is_text(parts, params, rest, calls):
     ids = [token for part in parts for token in (part if isinstance(part, list) else part.encode())]
     told = told_by(ids, **params)
-    assert together([said for each in told for said in each]) == (rest, calls)
+    assert together([delta for deltas in told for delta in deltas]) == (rest, calls)
     for cut in range(len(ids)):         # a worker that takes over knows from the ids alone what has been told
         assert told_by(ids, cut, **params) == told[cut:]
 
@@ -203,8 +208,8 @@ def test_calls_in_the_words_of_a_family_are_read_as_its_template_writes_them(def
     pieces = re.split("(" + "|".join(map(re.escape, words)) + ")", written)
     ids = [token for piece in pieces for token in ([words[piece]] if piece in words else piece.encode())]
     told = told_by(ids, tokenizer=Marked(tool_format, words))
-    assert together([said for each in told for said in each]) == ("", [ROME, NOW])
-    names = [number for number, each in enumerate(told) for *_, calls in each for call in calls if call.name]
+    assert together([delta for deltas in told for delta in deltas]) == ("", [ROME, NOW])
+    names = [number for number, deltas in enumerate(told) for delta in deltas if delta.name]
     assert ids[names[0]] == ord("{") and len(told[names[0] + 1:]) > len("city")      # the name came before the arguments
     for cut in range(len(ids)):
         assert told_by(ids, cut, tokenizer=Marked(tool_format, words)) == told[cut:]
@@ -268,7 +273,7 @@ def test_calls_in_tags_are_told_as_json_of_the_types_that_the_tools_say(default_
     assert (text.strip(), [(call["name"], json.loads(call["arguments"])) for call in calls]) == (
         "Well.", [(call["name"], json.loads(call["arguments"])) for call in TRIPS])
     # the name comes first, and each letter of a string as soon as it is read
-    deltas = [call for each in told for *_, calls in each for call in calls]
+    deltas = [delta for each in told for delta in each if delta.kind == "call"]
     assert deltas[0].name == "trip" and len(deltas) > len(GO["text"])
     for cut in range(1, len(ids), 5 if tokens else 17):      # a worker that takes over knows from the ids alone what has been told
         assert told_with_types(ids, reader, cut) == told[cut:]
@@ -448,9 +453,9 @@ def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(engine
                           OPENAI_FIELDS)
     request = parse_openai_request(values, Settings(), tool_format)
     prompt = tuple(engine.tokenizer.render([Message("user", "Weather in Rome?")]))
-    work = assignment("a", prompt, SamplingParams(0.0), 80, grammar=request.grammar, grammar_param="tools",
-                      tool_names=request.tool_names, chat=True)
-    text, calls = together([(piece.text, piece.calls) for piece in pieces(engine, [work])["a"]])
+    work = assignment("a", prompt, SamplingParams(0.0), 80, grammar=request.params.grammar, grammar_param="tools",
+                      tool_names=request.params.tool_names, chat=True)
+    text, calls = together(deltas_of(pieces(engine, [work])["a"]))
     assert text == "" and [call["name"] for call in calls] == ["weather"] and len(json.loads(calls[0]["arguments"])["city"]) <= 10
 
 
@@ -463,14 +468,14 @@ def test_the_default_model_makes_several_calls_in_tags_and_so_does_a_worker_that
             "kind": {"enum": ["beach", "5", 5]}, "with": {"type": ["array", "null"], "items": {"type": "string", "maxLength": 9}, "maxItems": 2}}}}}
     values = parse_fields(ASK | {"tools": [tool], "tool_choice": "required"}, OPENAI_FIELDS)
     request = parse_openai_request(values, Settings(), "qwen tags")
-    assert request.tool_types == ({"city": "string", "days": "integer", "kind": "integer number string", "with": "array null"},)
-    check_grammar(request.grammar, "tools")
+    assert request.params.tool_types == ({"city": "string", "days": "integer", "kind": "integer number string", "with": "array null"},)
+    check_grammar(request.params.grammar, "tools")
     prompt = tuple(engine.tokenizer.render([Message("user", "Two days in Rome, then three in Bonn.")], [tool]))
-    work = assignment("a", prompt, SamplingParams(0.7, seed=2), 400, grammar=request.grammar.replace('("\\n" call)*', '"\\n" call'), grammar_param="tools",
-                      tool_names=request.tool_names, tool_types=request.tool_types, chat=True)
+    work = assignment("a", prompt, SamplingParams(0.7, seed=2), 400, grammar=request.params.grammar.replace('("\\n" call)*', '"\\n" call'), grammar_param="tools",
+                      tool_names=request.params.tool_names, tool_types=request.params.tool_types, chat=True)
     found = pieces(engine, [work])["a"]
-    text, calls = together([(piece.text, piece.calls) for piece in found])
-    assert text == "" and [call["name"] for call in calls] == ["trip", "trip"] and found[-1].stop_reason == "grammar"
+    text, calls = together(deltas_of(found))
+    assert text == "" and [call["name"] for call in calls] == ["trip", "trip"] and found.end.stop_reason == "grammar"
     for call in calls:
         arguments = json.loads(call["arguments"])
         assert re.fullmatch("[A-Z][a-z ]{2,11}", arguments["city"]) and 2 <= arguments["days"] <= 9 and arguments["kind"] in ("beach", 5)
@@ -478,7 +483,7 @@ def test_the_default_model_makes_several_calls_in_tags_and_so_does_a_worker_that
     for cut in (3, len(found) // 2, len(found) - 9):
         ids = tuple(token for piece in found[:cut] for token in piece.tokens)
         rest = pieces(engine, [replace(work, id="b", resumed_ids=ids)])["b"]
-        assert [(piece.tokens, piece.calls) for piece in rest] == [(piece.tokens, piece.calls) for piece in found[cut:]]
+        assert rest == found[cut:]
 
 
 @pytest.mark.parametrize("parameters, reason", [
@@ -500,7 +505,7 @@ def pushed(tool_format, start, rest, types=()):
     for piece in rest:
         reader.push(piece)
     reader.finish()
-    return together([("".join(what for kind, what in reader.told if kind == "text"), [what for kind, what in reader.told if kind == "call"])])
+    return together(reader.told)
 
 
 def test_an_answer_costs_little_to_read_where_a_model_repeats_itself(monkeypatch):
@@ -593,7 +598,7 @@ def test_schemas_that_are_small_but_say_much_cost_little(monkeypatch):
                   "$defs": {"x": {"anyOf": [Counted(enum=[*range(64)])] * 62}}}
     tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in "fg"]
     values = parse_fields(ASK | {"tools": tools}, OPENAI_FIELDS)
-    types = parse_openai_request(values, Settings(), "qwen tags").tool_types
+    types = parse_openai_request(values, Settings(), "qwen tags").params.tool_types
     assert types[0]["p0"] == "integer number" and types[1].get("p599", "") == "" and 100 < Counted.reads < 100_000
     # each $ref in a required call's grammar repeats all parameters
     made, dumped = [], json.dumps
@@ -753,8 +758,8 @@ def strictly(tool_format, tools=(STRICT,), **more):
 def strict_work(engine, name, messages, tokens, **more):
     request = strictly(engine.tokenizer.tool_format)
     prompt = tuple(engine.tokenizer.render([Message(role, text) for role, text in messages]))
-    return assignment(name, prompt, SamplingParams(0.0), tokens, chat=True, tool_names=request.tool_names, tool_types=request.tool_types,
-                      call_grammars=request.call_grammars, grammar_param=request.grammar_param, **more)
+    return assignment(name, prompt, SamplingParams(0.0), tokens, chat=True, tool_names=request.params.tool_names, tool_types=request.params.tool_types,
+                      call_grammars=request.params.call_grammars, grammar_param=request.params.grammar_param, **more)
 
 
 def test_a_call_that_the_default_model_makes_on_its_own_of_a_strict_function_follows_its_schema(engine):
@@ -762,11 +767,11 @@ def test_a_call_that_the_default_model_makes_on_its_own_of_a_strict_function_fol
     say = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
     work = strict_work(engine, "a", [("user", "Repeat this:\n" + say), ("assistant", say), ("user", "Repeat this:\n" + say)], 100)
     free = pieces(engine, [replace(work, params=replace(work.params, call_grammars=()))])["a"]
-    assert together([(piece.text, piece.calls) for piece in free]) == ("", [ROME | {"arguments": '{"city": "Rome", "days": 3}'}])
+    assert together(deltas_of(free)) == ("", [ROME | {"arguments": '{"city": "Rome", "days": 3}'}])
     drafted = engine.drafted_tokens
     found = pieces(engine, [work])["a"]
-    text, calls = together([(piece.text, piece.calls) for piece in found])
-    assert text == "" and [call["name"] for call in calls] == ["weather"] and found[-1].stop_reason == "eos" and engine.drafted_tokens > drafted
+    text, calls = together(deltas_of(found))
+    assert text == "" and [call["name"] for call in calls] == ["weather"] and found.end.stop_reason == "eos" and engine.drafted_tokens > drafted
     said = json.loads(calls[0]["arguments"])
     assert said["city"] in ("Oslo", "Bonn") and 7 <= said["days"] <= 9
     ids = [token for piece in found for token in piece.tokens]
@@ -777,7 +782,7 @@ def test_a_call_that_the_default_model_makes_on_its_own_of_a_strict_function_fol
     again, preempted = [], engine.scheduler.preemptions
     with torch.inference_mode():
         while engine.busy:
-            again += [token for piece in engine.step() for token in piece.tokens]
+            again += [token for _, piece in step_pieces(engine) for token in piece.tokens]
             if engine.scheduler.running and len(again) >= 12 and engine.scheduler.preemptions < preempted + 9:
                 engine.scheduler._preempt(engine.scheduler.running[0])
     assert again == ids and engine.scheduler.preemptions == preempted + 9
@@ -793,7 +798,7 @@ def test_arguments_of_a_strict_function_follow_its_schema_in_the_words_of_every_
     begun = tuple(engine.tokenizer.encode(opening))
     work = strict_work(engine, "a", [("user", "Weather in Rome for 3 days?")], len(begun) + 60, resumed_ids=begun)
     found = pieces(engine, [work])["a"]
-    calls = "".join(call.arguments for piece in found for call in piece.calls)
+    calls = "".join(call.text for call in calls_of(found))
     assert re.match(r'{"city": "(Oslo|Bonn)", "days": [789]', calls)
 
 
@@ -801,7 +806,7 @@ def test_a_strict_function_of_harmony_s_is_held_from_the_marker_that_begins_its_
     tokenizer = Marked("harmony", {name: 300 + number for number, name in enumerate(HARMONY)})
     channel, constrain, message = (tokenizer.specials[f"<|{name}|>"] for name in ("channel", "constrain", "message"))
     request = strictly("harmony")
-    work = assignment("a", (1,), SamplingParams(), 999, chat=True, tool_names=request.tool_names, call_grammars=request.call_grammars)
+    work = assignment("a", (1,), SamplingParams(), 999, chat=True, tool_names=request.params.tool_names, call_grammars=request.params.call_grammars)
     answer = Answer(work, tokenizer, None, lambda source: Grammar(tokenizer, source))
     for number, token in enumerate([channel, *b"commentary to=functions.weather ", constrain, *b"json", message], 1):
         assert not answer.awaits_grammar
@@ -823,8 +828,8 @@ def test_what_begins_a_strict_call_and_breaks_its_schema_in_one_token_is_left_as
 async def test_only_calls_of_strict_functions_are_held_to_their_schemas_and_what_cannot_be_enforced_is_400(pool):
     loose = {"type": "function", "function": STRICT["function"] | {"name": "loose", "strict": False}}
     request = strictly("tagged", [loose, STRICT, TIME], stop=["x"])
-    assert [bool(source) for source in request.call_grammars] == [False, True, False] and request.stop == ("x",) and not request.grammar
-    assert strictly("tagged", [loose, TIME]).call_grammars == () == strictly("tagged", tool_choice="required").call_grammars
+    assert [bool(source) for source in request.params.call_grammars] == [False, True, False] and request.params.stop == ("x",) and not request.params.grammar
+    assert strictly("tagged", [loose, TIME]).params.call_grammars == () == strictly("tagged", tool_choice="required").params.call_grammars
     wrong = {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
     flat = {"name": "f", "strict": True}
     async with serving(pool) as url, aiohttp.ClientSession() as client:

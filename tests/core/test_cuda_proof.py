@@ -76,8 +76,8 @@ def assert_reference_answers(engine, fixture, monkeypatch):
         for work in some_works():
             engine.add(work)
         while engine.busy:
-            for piece in engine.step():
-                tokens[piece.id] += piece.tokens
+            for name, piece in engines.step_pieces(engine):
+                tokens[name] += piece.tokens
             check_sequences(engine.scheduler)
     for name, got in tokens.items():
         traced = expected.traced(name)

@@ -30,7 +30,7 @@ from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import attend_prompt
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_reference
-from engines import load, make_batch, pieces, run, tensors_of
+from engines import load, make_batch, pieces, run, step_pieces, tensors_of
 from near_tie import assert_same_tokens_or_near_tie
 from random_rows import random_logits, random_rows
 from works import assignment, changed
@@ -99,8 +99,8 @@ def answers(engine, works, arrivals=None, on_step=lambda: None):
     while engine.busy or step <= max(arrivals):
         for work in [work for work, at in zip(works, arrivals) if at == step]:
             engine.add(work)
-        for piece in engine.step():
-            tokens[piece.id] += piece.tokens
+        for name, piece in step_pieces(engine):
+            tokens[name] += piece.tokens
         check_sequences(engine.scheduler)
         on_step()
         step += 1
@@ -251,7 +251,7 @@ def test_embeddings_among_answers_are_the_reference_engines(backend, nanochat_fi
         expected, engine = engine_on(load_kernels("cpu"), model), cuda_engine(backend, model, monkeypatch)
         found = [pieces(each, works) for each in (expected, engine)]
         for pooling in ("mean", "last"):
-            ours, theirs = (np.frombuffer(base64.b64decode(each[pooling][0].embedding), "<f4") for each in found)
+            ours, theirs = (np.frombuffer(base64.b64decode(each[pooling].others[0].vector), "<f4") for each in found)
             assert np.abs(ours - theirs).max() < 1e-4 and np.linalg.norm(ours) == pytest.approx(1)
 
 

@@ -20,6 +20,7 @@ from chatlm.common.messages.requests import SamplingParams, TextSpec
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.api.conversation import openai_messages
 from chatlm.worker.engine.answer import Answer
+from answers import together
 from peer_packages import INSTALL_S, NPM, made, made_venv
 from works import assignment
 
@@ -151,17 +152,7 @@ def read(tokenizer, ids, prompt):
         said += answer.take()
     answer._end("length", "max_tokens")
     parts = []
-    for each in (*said, *answer.take()):
-        for kind, text in (("reasoning", each.reasoning), ("text", each.text)):
-            if text and parts and parts[-1][0] == kind:
-                parts[-1][1] += text
-            elif text:
-                parts.append([kind, text])
-        for delta in each.calls:
-            if delta.name:
-                parts.append([delta.name, ""])
-            parts[-1][1] += delta.arguments
-    return parts
+    return [[name or kind, text] for kind, text, name in together((*said, *answer.take()))]
 
 
 def expected(messages):

@@ -7,7 +7,7 @@ import torch
 from chatlm.common import core
 from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
-from chatlm.common.messages.requests import Message, SamplingParams
+from chatlm.common.messages.requests import Ended, Failed, Message, Piece, SamplingParams
 from chatlm.common.text import load as text_load
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.scheduler import FREE_ROWS
@@ -106,11 +106,12 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
     engine.scheduler.schedule = watched_schedule
     try:
         while engine.busy:
-            for piece in engine.step():
-                result.tokens[piece.id] += piece.tokens
-                result.text[piece.id] += piece.text
-                if piece.reason:
-                    result.end[piece.id] = piece
+            for name, event in engine.step():
+                if isinstance(event, Piece):
+                    result.tokens[name] += event.tokens
+                    result.text[name] += event.text
+                elif isinstance(event, (Ended, Failed)):
+                    result.end[name] = event
             if check:
                 check_sequences(engine.scheduler)
     finally:
@@ -136,17 +137,38 @@ def make_batch(*chunks):
     return Batch(ids, previous, starts, lengths, [chunk[3] for chunk in chunks], [start - 1 for start in starts[1:]])
 
 
+class Pieces(list):
+    """The pieces of an answer, its other events, and how it ended: Ended or Failed."""
+
+    def __init__(self):
+        super().__init__()
+        self.end, self.others = None, []
+
+    def add(self, event):
+        if isinstance(event, Piece):
+            self.append(event)
+        elif isinstance(event, (Ended, Failed)):
+            self.end = event
+        else:
+            self.others.append(event)
+
+
+def step_pieces(engine):
+    """Run a step -> [(id, Piece)]."""
+    return [(name, event) for name, event in engine.step() if isinstance(event, Piece)]
+
+
 @torch.inference_mode()
 def pieces(engine, works, ahead=False):
-    """Run `works` -> {id: [Piece]}."""
+    """Run `works` -> {id: Pieces}."""
     if ahead:
         engine.steps = TracedSteps(engine.transformer, ahead=True)
-    found = {work.id: [] for work in works}
+    found = {work.id: Pieces() for work in works}
     for work in works:
         engine.add(work)
     while engine.busy:
-        for piece in engine.step():
-            found[piece.id].append(piece)
+        for name, event in engine.step():
+            found[name].add(event)
         check_sequences(engine.scheduler)
     return found
 

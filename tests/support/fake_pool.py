@@ -8,7 +8,7 @@ import chat_server
 from chatlm.common.config import Settings
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.messages.protocol import Known
-from chatlm.common.messages.requests import Accepted, Finished, Piece, PromptProgress, TextSpec
+from chatlm.common.messages.requests import Accepted, Finished, Piece, PromptProgress, TextSpec, Usage
 from chatlm.common.text.grammar import check_grammar
 from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import Tokenizer
@@ -17,10 +17,11 @@ from chatlm.front.api.fields import json_object
 from chatlm.front.api.readers import ANSWER_READERS, TEXT_READERS
 from chatlm.front.server import access, connections
 from chatlm.front.server.routes import RouteTable
+from answers import said
 
 
 def finished(pieces, reason="stop", stop_reason="eos", choice=0):
-    return Finished(reason, stop_reason, prompt_tokens=7, completion_tokens=len(pieces), cached_tokens=3, queue_ms=0.25,
+    return Finished(reason, stop_reason, Usage(prompt_tokens=7, completion_tokens=len(pieces), cached_tokens=3), queue_ms=0.25,
                     ttft_ms=8.125, tokens_per_second=212.34, gpu=0, choice=choice)
 
 
@@ -47,7 +48,7 @@ class Letters(Tokenizer):
 
 class FakePool:
     """Answers every request with `pieces`, one choice after another. An exception among the pieces is raised;
-    one may be a Piece. With tools, the calls in them are read as a worker reads them.
+    one may be another event. With tools, the calls in them are read as a worker reads them.
 
     If `gate` is an asyncio.Event, every piece waits for it. `requests` are those that arrived, `open` is the
     number being answered, and `until_open(n)` waits for a number without polling.
@@ -76,8 +77,8 @@ class FakePool:
         return await TEXT_READERS[route](json_object(body), self.prompts)
 
     async def answer(self, request):
-        for source in filter(None, (request.grammar, *request.call_grammars)):
-            check_grammar(source, request.grammar_param)
+        for source in filter(None, (request.params.grammar, *request.params.call_grammars)):
+            check_grammar(source, request.params.grammar_param)
         if self.draining or not self.ready:
             raise Overloaded("the model is still loading", retry_after_s=2)
         if self.refuse:
@@ -88,24 +89,22 @@ class FakePool:
         try:
             yield Accepted(7)
             for choice in range((len(request.prompts) or 1) * request.n):
-                reader = answer_reader(self.tokenizer, request, ())
+                reader = answer_reader(self.tokenizer, request.params, ())
                 for number, piece in enumerate(self.pieces, 1):
                     if self.gate:
                         await self._gate_or_cancel(request)
                     if isinstance(piece, Exception):
                         raise piece
                     if isinstance(piece, PromptProgress):
-                        if request.progress:
+                        if request.params.progress:
                             yield piece
                         continue
-                    piece = piece if isinstance(piece, Piece) else Piece("", (1,), piece)
-                    if reader:
+                    piece = said(piece, tokens=(1,)) if isinstance(piece, str) else piece
+                    if reader and isinstance(piece, Piece):
                         reader.push(piece.text)
                         if number == len(self.pieces):
                             reader.finish(self.reason == "length")
-                        told = reader.take()
-                        piece = piece._replace(calls=tuple(what for kind, what in told if kind == "call"), **{
-                            each: "".join(what for kind, what in told if kind == each) for each in ("text", "reasoning")})
+                        piece = piece._replace(deltas=tuple(reader.take()))
                     yield piece._replace(choice=choice)
                 yield finished(self.pieces, self.reason, self.stop_reason, choice)
         finally:

@@ -8,10 +8,11 @@ import pytest
 
 from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import ModelCard
-from chatlm.common.messages.requests import Finished, Message, Piece, Request, SamplingParams
+from chatlm.common.messages.requests import Finished, Message, Piece, SamplingParams
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.pool.worker import State, Worker
+from answers import asked
 from fake_pool import Letters
 from forked import DYING
 
@@ -65,7 +66,7 @@ def played_pool(worker_class=PlayedWorker, **settings):
 
 
 def greedy(name, max_tokens=40, text="hello", **changes):
-    return Request(name, messages=(Message("user", text),), sampling=SamplingParams(temperature=0.0),
+    return asked(name, messages=(Message("user", text),), sampling=SamplingParams(temperature=0.0),
                    max_tokens=max_tokens, **changes)
 
 
@@ -91,7 +92,7 @@ async def collect(pool, request, on_piece=lambda piece, count: None):
         if isinstance(last, Piece):
             text, tokens = text + last.text, [*tokens, *last.tokens]
             on_piece(last, len(tokens))
-    assert isinstance(last, Finished) and last.completion_tokens == len(tokens)
+    assert isinstance(last, Finished) and last.usage.completion_tokens == len(tokens)
     return text, tokens, last
 
 
@@ -99,7 +100,7 @@ async def idle(pool):
     """Assert that nothing runs, and that after one more answer of each worker no page is in use."""
     await all_ready(pool)
     assert not pool.dispatcher.jobs and not len(pool.dispatcher.pending)
-    probes = [Request(f"probe {worker.gpu}", prompts=((1, 2, 3),), max_tokens=1, ignore_eos=True) for worker in pool.workers]
+    probes = [asked(f"probe {worker.gpu}", prompts=((1, 2, 3),), max_tokens=1, ignore_eos=True) for worker in pool.workers]
     ends = await asyncio.gather(*(collect(pool, probe) for probe in probes))
     assert {done.gpu for _, _, done in ends} == {worker.gpu for worker in pool.workers}
     for worker in pool.workers:

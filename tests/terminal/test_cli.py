@@ -22,7 +22,7 @@ from chatlm.common import core
 from chatlm.common.config import FLAGS, Settings
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, require_library
-from chatlm.common.messages.requests import Finished, Message, Piece
+from chatlm.common.messages.requests import Finished, Message
 from chatlm.front.lazy import web
 from chatlm.front.pool import pool as pool_module
 from chatlm.front.server import connections
@@ -30,6 +30,7 @@ from chatlm.front.server.access import listen_on
 from chatlm.terminal.chat import chat, generate, new_request
 from chatlm.terminal.remote import RemotePool
 from chatlm.terminal.terminal import PlainWriter
+from answers import said
 from fake_pool import FakePool, finished, serving
 from patching import patch
 
@@ -203,7 +204,7 @@ def test_generate_writes_the_answer_to_stdout_and_its_speed_to_stderr(local_pool
     assert out == "Hello, world!\n" and re.search(r"^3 tokens in \d+ ms, 212 tok/s, first token after 8 ms$", err, re.M)
     request = local_pool.requests[0]
     assert [(m.role, m.content) for m in request.messages] == [("system", "Be brief"), ("user", "Hi")]
-    assert (request.sampling.temperature, request.sampling.seed, request.max_tokens) == (0.0, 4, 9)
+    assert (request.params.sampling.temperature, request.params.sampling.seed, request.max_tokens) == (0.0, 4, 9)
     assert local_pool.closed
 
 
@@ -245,7 +246,7 @@ def test_failures_are_one_line_and_a_status(local_pool, capsys, error, status):
 def test_a_chat_with_a_prompt_answers_once(local_pool, capsys):
     assert run_main("chat", "-p", "Hi") == 0
     assert capsys.readouterr().out == "Hello, world!\n"
-    assert local_pool.requests[0].sampling.temperature == 0.6
+    assert local_pool.requests[0].params.sampling.temperature == 0.6
 
 
 # chat
@@ -380,7 +381,7 @@ async def test_a_pasted_text_is_one_message(local_pool, monkeypatch):
 
 def test_a_terminal_gets_no_control_characters_of_the_model(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    PlainWriter(silent=False).push(Piece("", (), "a\x1b[31mb\x07\n\tc\x9b"))
+    PlainWriter(silent=False).push(said("a\x1b[31mb\x07\n\tc\x9b"))
     assert capsys.readouterr().out == "a[31mb\n\tc"
 
 
@@ -400,12 +401,12 @@ async def test_a_remote_pool_yields_the_same_events():
         request = new_request(remote(url), messages=(Message("user", "Hi"),))
         events = [event async for event in pool.answer(request)]
         await pool.close()
-    assert request.sampling.seed == local.requests[0].sampling.seed
-    assert events[1:3] == [Piece("", (), "日本"), Piece("", (), "🎉")]
+    assert request.params.sampling.seed == local.requests[0].params.sampling.seed
+    assert events[1:3] == [said("日本"), said("🎉")]
     expected = finished(local.pieces, "length", "max_tokens")
     assert events[3] == dataclasses.replace(expected, queue_ms=0.2, ttft_ms=8.1, tokens_per_second=212.3)
     sent = local.requests[0]
-    assert (sent.sampling.seed, sent.max_tokens, sent.messages) == (request.sampling.seed, None, request.messages)
+    assert (sent.params.sampling.seed, sent.max_tokens, sent.messages) == (request.params.sampling.seed, None, request.messages)
     assert sent.truncate and sent.resumable
 
 

@@ -19,9 +19,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import chat_server
+from answers import said, thought
 from browsing import HeldFront, fake_front
 from chatlm.common.config import Settings
-from chatlm.common.messages.requests import Piece, PromptProgress
+from chatlm.common.messages.requests import PromptProgress
 from chatlm.front.pool import pool as pool_module
 from chatlm.terminal import chat as terminal_chat
 from chatlm.terminal.chat import generate, summary
@@ -40,7 +41,7 @@ def drawn(text, size, columns=60, rows=20, each=lambda writer: None, styles=Fals
     console = Console(file=io.StringIO(), width=columns, height=rows, highlight=False, record=True, color_system="standard", force_terminal=False)
     writer = MarkdownWriter(console)
     for start in range(0, len(text), size):
-        writer.push(Piece("", (), text[start:start + size]))
+        writer.push(said(text[start:start + size]))
         each(writer)
     writer.close()
     return re.sub(r" +$", "", console.export_text(styles=styles), flags=re.MULTILINE)
@@ -110,7 +111,7 @@ def test_what_is_drawn_again_fits_on_the_screen_and_ends_with_the_newest():
 def test_reasoning_is_drawn_dim_before_the_answer():
     console = Console(file=io.StringIO(), width=60, record=True, color_system="standard", force_terminal=False)
     writer = MarkdownWriter(console)
-    for piece in (Piece("", (), "", reasoning="Let me "), Piece("", (), "", reasoning="see.\n\nYes."), Piece("", (), "It is **42**.")):
+    for piece in (said(thought("Let me ")), said(thought("see.\n\nYes.")), said("It is **42**.")):
         writer.push(piece)
     writer.close()
     assert console.export_text(styles=True) == "\x1b[2mLet me see.\x1b[0m\n\n\x1b[2mYes.\x1b[0m\n\nIt is \x1b[1m42\x1b[0m.\n"
@@ -146,13 +147,13 @@ def test_a_chat_that_is_saved_can_be_gone_on_with(tmp_path, monkeypatch, capsys)
     assert chat_with(pool, monkeypatch, lines) == 0
     system, answer = ("system", "Be brief"), ("assistant", "Hello, world!")
     assert turns(pool) == [[system, ("user", "One")]] * 2 + [[system, ("user", "One"), answer, ("user", "Two")]]
-    assert [request.sampling.top_k for request in pool.requests] == [7, 7, 7]
+    assert [request.params.sampling.top_k for request in pool.requests] == [7, 7, 7]
     saved = json.loads((tmp_path / "kept.json").read_text())
     nodes = saved["conversations"][0]["nodes"]
     assert (saved["format"], saved["version"], saved["conversations"][0]["title"]) == ("chat_server chats", 2, "One")
     assert [node["role"] for node in nodes] == ["user", "assistant", "assistant", "user", "assistant"]
     assert nodes[1]["parent"] == nodes[2]["parent"] == nodes[0]["id"] and nodes[3]["parent"] == nodes[2]["id"]
-    assert nodes[1]["timings"]["completion_tokens"] == 3 and nodes[1]["seed"] == pool.requests[0].sampling.seed
+    assert nodes[1]["timings"]["completion_tokens"] == 3 and nodes[1]["seed"] == pool.requests[0].params.sampling.seed
 
 
 def test_save_replaces_no_file_but_the_chat_s_own(tmp_path, monkeypatch, capsys):
@@ -220,7 +221,7 @@ def test_each_command_does_what_help_says_and_an_unknown_one_is_an_error(tmp_pat
 def test_retry_answers_again_with_another_seed_and_sends_nothing_twice(monkeypatch):
     pool = FakePool()
     chat_with(pool, monkeypatch, ["/retry", "One", "/retry"])
-    assert turns(pool) == [[("user", "One")]] * 2 and len({request.sampling.seed for request in pool.requests}) == 2
+    assert turns(pool) == [[("user", "One")]] * 2 and len({request.params.sampling.seed for request in pool.requests}) == 2
 
 
 @pytest.mark.parametrize("able", [True, False])
@@ -234,7 +235,7 @@ def test_continue_goes_on_in_the_same_answer_where_the_server_can(tmp_path, monk
     nodes = json.loads((tmp_path / "kept.json").read_text())["conversations"][0]["nodes"]
     if able:
         assert dict(second.template_options) == {"continue_final_message": True, "add_generation_prompt": False}
-        assert (second.sampling, turns(pool)[1]) == (first.sampling, [("user", "One"), ("assistant", "Hello, wor")])
+        assert (second.params.sampling, turns(pool)[1]) == (first.params.sampling, [("user", "One"), ("assistant", "Hello, wor")])
         assert [node["content"] for node in nodes] == ["One", "Hello, worHello, wor"] and nodes[1]["timings"]["finish_reason"] == "length"
         assert nodes[1]["parent"] == nodes[0]["id"] and not pool.requests[2].template_options
     else:
@@ -255,7 +256,7 @@ def test_which_servers_can_continue_an_answer(model, able):
 def test_a_block_that_goes_on_is_drawn_from_its_beginning():
     console = Console(file=io.StringIO(), width=60, height=20, record=True, force_terminal=False)
     writer = MarkdownWriter(console, "First.\n\n```python\nx = 1\ny =")
-    writer.push(Piece("", (), " 2 * 3 * 4\n```\n*Done*"))
+    writer.push(said(" 2 * 3 * 4\n```\n*Done*"))
     writer.close()
     assert re.sub(r" +$", "", console.export_text(), flags=re.MULTILINE) == "x = 1\ny = 2 * 3 * 4\n\nDone\n"
 
@@ -272,7 +273,7 @@ def test_json_is_one_object_a_line_and_errors_are_too(monkeypatch, capsys):
     out, err = capsys.readouterr()
     first, second = map(json.loads, out.splitlines())
     assert (first["text"], first["finish_reason"], first["usage"]["completion_tokens"]) == ("Hello, world!", "length", 3)
-    assert first["timings"]["ttft_ms"] == 8.1 and first["seed"] == pool.requests[0].sampling.seed
+    assert first["timings"]["ttft_ms"] == 8.1 and first["seed"] == pool.requests[0].params.sampling.seed
     assert "/nothing" in second["error"]["message"] and "cut at the length limit" in err
 
 
@@ -283,7 +284,7 @@ def test_generate_answers_as_json(monkeypatch, capsys):
 
 
 def test_reasoning_is_told_apart_and_not_sent_back(monkeypatch, capsys):
-    pool = FakePool([Piece("", (1,), "", reasoning="Let me think. "), "It is 42."])
+    pool = FakePool([said(thought("Let me think. "), tokens=(1,)), "It is 42."])
     chat_with(pool, monkeypatch, ["One", "Two"], json=True)
     out = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (out[0]["reasoning"], out[0]["text"]) == ("Let me think. ", "It is 42.")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import RequestError, shown
-from chatlm.common.messages.requests import AnswerParams, ModelSource, Piece, Request, TextSpec
+from chatlm.common.messages.requests import AnswerParams, ModelSource, Request, TextSpec, WorkerEvent
 from chatlm.common.messages.wire import Pipe, wire_message
 
 
@@ -108,7 +108,7 @@ class Ready:
 class Stepped:
     """Worker to front: what a step added to each answer."""
 
-    pieces: list[Piece]
+    events: list[tuple[str, WorkerEvent]]  # with the id of each one's answer
     gauges: dict[str, float | None]
 
 
@@ -277,9 +277,9 @@ class ParsedBody:
     @property
     def size(self) -> int:
         """Roughly how many bytes it takes here until its answer ends, if it was read in a sandbox."""
-        request = self.request
-        texts = [*[prompt for prompt in request.prompts if isinstance(prompt, str)], request.grammar,
-                 *[message.content for message in request.messages or ()], *request.call_grammars]
-        names = sum(map(len, request.tool_types)) + len(request.tool_names) + len(request.tool_types)
+        request, params = self.request, self.request.params
+        texts = [*[prompt for prompt in request.prompts if isinstance(prompt, str)], params.grammar,
+                 *[message.content for message in request.messages or ()], *params.call_grammars]
+        names = sum(map(len, params.tool_types)) + len(params.tool_names) + len(params.tool_types)
         return (sum(map(len, texts)) + 8 * sum(map(len, request.prompt_ids or ())) + 150 * names
                 + 4 * len(self.repeated))  # itself, and three events that the client has not read

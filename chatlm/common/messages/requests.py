@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,13 +89,14 @@ class AnswerParams:
 
 
 @dataclass(frozen=True)
-class Request(AnswerParams):
+class Request:
     """What a client asked, parsed and checked: either `messages` or `prompts` is set."""
 
     id: str = ""
     messages: tuple[Message, ...] | None = None
     prompts: tuple[str | tuple[int, ...], ...] = ()  # raw completions: text or token ids
     prompt_ids: tuple[tuple[int, ...], ...] | None = None  # of each prompt; set at admission
+    params: AnswerParams = AnswerParams()
     max_tokens: int | None = None  # None: up to the context
     n: int = 1                     # answers to each prompt
     tools: tuple[dict, ...] = ()   # functions that the model may call
@@ -103,7 +105,7 @@ class Request(AnswerParams):
     truncate: bool = False         # drop the oldest turns if it does not fit
     dropped_messages: int = 0      # how many were dropped so far
     resumable: bool = False        # a reader may leave its stream and come back
-    unset: tuple[str, ...] = ()    # of `sampling`, what a server at --url decides
+    unset: tuple[str, ...] = ()    # of the sampling, what a server at --url decides
 
     def lasting(self) -> Request:
         """Without what nobody needs once the prompts are token ids: tools may take 25 times their JSON."""
@@ -111,9 +113,29 @@ class Request(AnswerParams):
                        template_options={})
 
     @property
+    def client(self) -> str:
+        return self.params.client
+
+    @property
     def source(self) -> str:
         """The field of the body that its prompts come from."""
-        return "input" if self.pooling else "prompt" if self.messages is None else "messages"
+        return "input" if self.params.pooling else "prompt" if self.messages is None else "messages"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How many tokens an answer took. A worker counts those of its own work; prompt and answer are counted by
+    the front, which knows them whole."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0     # of the prompt: found in the prefix cache
+    reasoning_tokens: int = 0  # of the completion
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0   # drafted tokens that were right: steps saved
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -131,47 +153,82 @@ class TokenLogprob(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class CallDelta(NamedTuple):
-    """More of a call of a function: its first one has the name, then the arguments follow as JSON text."""
+class Delta(NamedTuple):
+    """What is new in an answer. A call begins with a delta that names its function; its arguments follow as
+    JSON text."""
 
-    arguments: str
+    kind: str  # reasoning, text or call
+    text: str
     name: str = ""
 
 
-class Piece(NamedTuple):
-    """The part of an answer that one step added: whole characters, and the token ids behind them.
-
-    What it adds comes in the order `reasoning`, `text`, `calls`. A step that adds them in another order makes
-    several pieces; the first has the tokens and the last has the reason."""
-
-    id: str
-    tokens: tuple[int, ...]
-    text: str
-    reason: str | None = None       # on the last piece: OpenAI's finish_reason, or "error" or "refused"
-    stop_reason: str | None = None  # the cause, or what went wrong
-    cached_tokens: int = 0
-    queued_s: float = 0.0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    logprobs: tuple[TokenLogprob, ...] = ()         # of the drawn tokens, except one that ended the answer
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of prompt tokens; such a piece has nothing else
-    gpu: int = 0                       # the front sets these two: which worker made it,
-    choice: int = 0                    # and which answer it belongs to: prompt * n + index
-    reasoning: str = ""                # what the model thinks before it answers
-    prompt_done: int = 0               # prompt tokens computed so far; such a piece has nothing else
-    calls: tuple[CallDelta, ...] = ()  # what is new in the calls, which `text` leaves out
-    reasoning_tokens: int = 0          # of the whole answer so far
-    embedding: str = ""                # of the prompt: float32, little-endian, in base64
+# What is new in one answer, as its worker tells it and, with `choice` set by the front, as its reader gets
+# it. The choice is the answer's number in its request: prompt * n + index. A pipe tells them apart by `type`.
 
 
-@dataclass(frozen=True)
-class PromptProgress:
+class PromptProgress(NamedTuple):
     """Progress before the first token: place in the queue (0: on a worker), prompt tokens computed."""
 
     queue_position: int
     prompt_tokens: int
     prompt_tokens_done: int = 0
     choice: int = 0
+    type: str = "progress"
+
+
+class PromptScores(NamedTuple):
+    """Log-probabilities of the prompt's next tokens."""
+
+    logprobs: tuple[TokenLogprob, ...]
+    choice: int = 0
+    type: str = "scores"
+
+
+class Piece(NamedTuple):
+    """The part of an answer that one step added: whole characters in order, and the token ids behind them."""
+
+    tokens: tuple[int, ...] = ()
+    deltas: tuple[Delta, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the drawn tokens, except one that ended the answer
+    choice: int = 0
+    gpu: int = 0                             # the worker that made it; set by the front
+    type: str = "piece"
+
+    def joined(self, kind: str) -> str:
+        return "".join([delta.text for delta in self.deltas if delta.kind == kind])
+
+    @property
+    def text(self) -> str:
+        return self.joined("text")
+
+
+class Embedding(NamedTuple):
+    """The embedding of a prompt."""
+
+    vector: str  # float32, little-endian, in base64
+    choice: int = 0
+    type: str = "embedding"
+
+
+class Ended(NamedTuple):
+    """Worker to front: the answer is complete."""
+
+    reason: str              # OpenAI's finish_reason
+    stop_reason: str | None  # its cause
+    usage: Usage
+    queued_s: float          # seconds it waited in the worker
+    type: str = "ended"
+
+
+class Failed(NamedTuple):
+    """Worker to front: there is no answer, or no more of it."""
+
+    message: str
+    refused: bool = False  # nothing can match the client's grammar
+    type: str = "failed"
+
+
+WorkerEvent = PromptProgress | PromptScores | Piece | Embedding | Ended | Failed
 
 
 @dataclass(frozen=True)
@@ -180,18 +237,13 @@ class Finished:
 
     reason: str
     stop_reason: str | None
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
+    usage: Usage
     queue_ms: float
     ttft_ms: float
     tokens_per_second: float | None  # None: too short to measure
     gpu: int
     choice: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0         # drafted tokens that were right: steps saved
     dropped_messages: int = 0        # by `truncate`
-    reasoning_tokens: int = 0        # of the completion_tokens
 
 
-Event = Accepted | PromptProgress | Piece | Finished
+Event = Accepted | PromptProgress | PromptScores | Piece | Embedding | Finished

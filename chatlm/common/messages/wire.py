@@ -1,7 +1,8 @@
 """How messages cross a pipe: packed, each pipe with its own types of message.
 
 A packed message is one byte for the type's place in its `Pipe`, four bytes for the length, then a JSON list
-of its fields: plain data alone, so reading one cannot run code."""
+of its fields: plain data alone, so reading one cannot run code. The NamedTuples of a union end with a field
+`type` that tells them apart."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import struct
 import time
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,7 @@ class BadMessage(Exception):
 def plain(value):
     """Convert what JSON cannot encode into something it can; NamedTuples already encode as lists."""
     if dataclasses.is_dataclass(value):
-        return [getattr(value, each.name) for each in dataclasses.fields(value)]
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     return sorted(value) if isinstance(value, frozenset) else str(value)  # a Path
@@ -59,13 +60,15 @@ def plain(value):
 def restorer(annotation) -> Callable[[Any], Any] | None:
     """A function that undoes `plain` and JSON for a value of this type; None where nothing needs undoing."""
     kind, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind is types.UnionType and all(hasattr(member, "type") for member in inside):
+        by_type = {member._field_defaults["type"]: restorer(member) for member in inside}
+        return lambda values: by_type[values[-1]](values)
     if kind in (typing.Union, types.UnionType):  # at most one of its types needs restoring
         restore = next(filter(None, map(restorer, inside)), None)
-        as_it_is = tuple(each for each in inside if each in (type(None), str, int, float))
+        as_it_is = tuple(member for member in inside if member in (type(None), str, int, float))
         return restore and (lambda value: value if isinstance(value, as_it_is) else restore(value))
     if kind is tuple and inside[-1] is not ...:
-        restores = [restorer(each) or (lambda value: value) for each in inside]
-        return lambda values: tuple(restore(value) for restore, value in zip(restores, values, strict=True))
+        return fields_restorer(inside, tuple)
     if kind in (tuple, list, frozenset):
         restore = restorer(inside[0])
         if restore:
@@ -78,15 +81,24 @@ def restorer(annotation) -> Callable[[Any], Any] | None:
 
 def object_restorer(kind: type) -> Callable[[list], Any]:
     named_tuple, hints = hasattr(kind, "_fields"), typing.get_type_hints(kind)
-    names = kind._fields if named_tuple else [each.name for each in dataclasses.fields(kind)]
-    restores = [(index, restore) for index, name in enumerate(names) if (restore := restorer(hints[name]))]
+    names = kind._fields if named_tuple else [field.name for field in dataclasses.fields(kind)]
+    return fields_restorer([hints[name] for name in names], partial(tuple.__new__, kind) if named_tuple else
+                           lambda values: kind(**dict(zip(names, values))))
 
-    def restore_object(values: list):
-        for index, restore in restores:
+
+def fields_restorer(annotations: Seq, make: Callable[[list], Any]) -> Callable[[list], Any]:
+    """A function that restores the fields which need it, then makes an object of all."""
+    restorers = [(index, restore) for index, annotation in enumerate(annotations)
+                 if (restore := restorer(annotation))]
+
+    def restore_fields(values: list):
+        if len(values) != len(annotations):
+            raise ValueError(f"{len(annotations)} fields expected, not {len(values)}")
+        for index, restore in restorers:
             values[index] = restore(values[index])
-        return kind._make(values) if named_tuple else kind(**dict(zip(names, values, strict=True)))
+        return make(values)
 
-    return restore_object
+    return restore_fields
 
 
 as_plain_json = json.JSONEncoder(default=plain, check_circular=False, separators=(",", ":")).encode

@@ -8,11 +8,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence as Seq
 from contextlib import suppress
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.jsontext import JSON_TYPES, as_json, is_text
-from chatlm.common.messages.requests import CallDelta
+from chatlm.common.messages.requests import Delta
 from chatlm.common.text.formats import (
     A_MARK, A_MARKER, CALLS, HARMONY, IN_CALLS, MARKS, TAGGED_ARGUMENTS, with_markers)
 
@@ -117,9 +117,9 @@ def in_json_string(text: str) -> bool | None:
 class AnswerReader:
     """Splits an answer's text, as it arrives, into reasoning, content and calls of functions.
 
-    `told` lists (kind, what): ("reasoning", text), ("text", text) and ("call", CallDelta). A call that begins
-    with its name is told as soon as its arguments begin, and they follow as they arrive; any other call is
-    told once it is complete. What looks like a call but is none stays text."""
+    `told` lists what is new, in order. A call that begins with its name is told as soon as its arguments
+    begin, and they follow as they arrive; any other call is told once it is complete. What looks like a call
+    but is none stays text."""
 
     FIELD = r'"(?:type|id)"\s*:\s*"[^"\\]*"\s*,\s*'
     HEAD = re.compile(rf'[\s,;\[]*{{\s*(?:{FIELD})*"name"\s*:\s*"([^"\\]*)"\s*,\s*(?:{FIELD})*'
@@ -133,7 +133,7 @@ class AnswerReader:
         self.types = dict(zip(names, types))  # of the functions' parameters
         self.tool_format = tokenizer.tool_format if names else None
         self.harmony = tokenizer.tool_format == "harmony"
-        self.told: list[tuple[str, Any]] = []
+        self.told: list[Delta] = []
         self.held, self.kind = "", "text"  # text not read yet; what kind is being told
         self.space = ""                    # told before more reasoning, or between two parts
         self.begins = False                # is white space dropped until this part has text?
@@ -193,7 +193,7 @@ class AnswerReader:
             self.held *= not any(sign.startswith(self.held) for sign in signs)
         self._say(len(self.held))
 
-    def take(self) -> list[tuple[str, Any]]:
+    def take(self) -> list[Delta]:
         told, self.told = self.told, []
         return told
 
@@ -201,7 +201,7 @@ class AnswerReader:
         """Tell `length` characters of what is held."""
         text, self.held = A_MARK.sub(self._spelled, self.held[:length]), self.held[length:]
         if self.kind in ("call", "string") and text:
-            self._tell_call(CallDelta(text if self.kind == "call" else as_json(text)[1:-1]))
+            self._tell_call(text if self.kind == "call" else as_json(text)[1:-1])
         text = text.lstrip() if self.begins else text
         if not text or self.kind in ("call", "string", "skipped", "ended"):
             return
@@ -211,7 +211,7 @@ class AnswerReader:
             text = text.rstrip()
         if text:
             self._note(self.kind)
-            self.told.append((self.kind, text))
+            self.told.append(Delta(self.kind, text))
 
     def _spelled(self, mark: re.Match) -> str:
         """The text of a marker that turned out to mark nothing: special tokens have none."""
@@ -221,12 +221,12 @@ class AnswerReader:
     def _note(self, kind: str):
         self.seen = [each for each in self.seen if each != kind] + [kind]
 
-    def _tell_call(self, delta: CallDelta):
+    def _tell_call(self, arguments: str, name: str = ""):
         self._note("call")
-        if not delta.name and self.told and self.told[-1][0] == "call":
-            last = self.told.pop()[1]
-            delta = last._replace(arguments=last.arguments + delta.arguments)
-        self.told.append(("call", delta))
+        if not name and self.told and self.told[-1].kind == "call":
+            last = self.told.pop()
+            arguments, name = last.text + arguments, last.name
+        self.told.append(Delta("call", arguments, name))
 
     def _part(self, kind: str):
         """Another part begins; a blank line separates it from an earlier one, unless a call does."""
@@ -290,7 +290,7 @@ class AnswerReader:
                 return (yield from self._read_whole(begin, close))
             self.held, self.kind = self.held[head.end():], "call"
             self.called = head[1], self.held
-            self._tell_call(CallDelta("", head[1]))
+            self._tell_call("", head[1])
             yield from self._read_json(0, close)
             self.kind = "skipped"  # the end of the call
             if close:
@@ -318,7 +318,7 @@ class AnswerReader:
         while found and found[1] in self.names:
             self.held, self.kind = self.held[found.end():], "skipped"
             self.called = found[1], self.held
-            self._tell_call(CallDelta("", found[1]))
+            self._tell_call("", found[1])
             yield from self._read_parameters(self.types.get(found[1], {}), parameter, end, last, close)
             self.kind = "ended"
             if self.held.startswith(close):
@@ -354,11 +354,11 @@ class AnswerReader:
                 yield
             self.held = self.held[found.end():]
             if not found[1]:
-                return self._tell_call(CallDelta("{}" if lead == "{" else "}"))
+                return self._tell_call("{}" if lead == "{" else "}")
             name, before, lead = found[1].strip(), lead, ", "
             said = f"{before}{as_json(name)}: "
             if (wanted := types.get(name, types.get("", ""))) == "string":
-                self._tell_call(CallDelta(said + '"'))
+                self._tell_call(said + '"')
                 self.kind = "string"
                 sign = yield from self._until(*stops)
                 self.held = close * sign.endswith(close) + self.held
@@ -368,7 +368,7 @@ class AnswerReader:
                 value, self.held = A_MARK.sub(self._spelled, self.held[:last]), self.held[rest:]
                 said += typed_value(value, wanted)
             self.kind = "skipped"
-            self._tell_call(CallDelta(said))
+            self._tell_call(said)
 
     def _find_end(self, stop: re.Pattern, most: int) -> Iterator[None]:
         """Where a value ends, and where the sign that ends it does: the first that is not spelled out inside
@@ -418,9 +418,8 @@ class AnswerReader:
             return False
         for call in calls:
             arguments = call.get("arguments", call.get("parameters")) or {}
-            self._tell_call(CallDelta(
-                arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
-                call["name"]))
+            self._tell_call(arguments if isinstance(arguments, str) else
+                            json.dumps(arguments, ensure_ascii=False), call["name"])
         return True
 
     def _read_json(self, depth: int, close: str) -> Iterator[None]:
@@ -458,7 +457,7 @@ class AnswerReader:
             name = recipient[1].removeprefix("functions.") if recipient else ""
             if name in self.names:
                 self.kind, self.calling, self.called = "call", " ", (name, self.held)
-                self._tell_call(CallDelta("", name))
+                self._tell_call("", name)
             else:  # a call of an unknown function is not content
                 self._part("reasoning" if found and (recipient or kind.startswith("analysis")) else "text")
             yield from self._until(*ends, start)

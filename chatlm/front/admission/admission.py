@@ -35,7 +35,7 @@ from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ModelCard
-    from chatlm.common.messages.requests import Request
+    from chatlm.common.messages.requests import AnswerParams, Request
     from chatlm.common.messages.wire import Pipe
 
 
@@ -242,17 +242,16 @@ class Admission:
 
     async def admit(self, request: Request) -> Request:
         with self._prepare(request.client, request.id):
-            await self._check_grammar(request, request.client, request.owner)
+            await self._check_grammar(request.params, request.client, request.params.owner)
             return await self.prompts.admit(request)
 
-    async def _check_grammar(self, request: Request, client: str, owner: str):
+    async def _check_grammar(self, params: AnswerParams, client: str, owner: str):
         """Raise RequestError for a grammar that cannot be enforced or costs too much to check.
 
         Results are remembered per owner, so that a check's duration does not reveal what others asked."""
-        for source in filter(None, (request.grammar, *request.call_grammars)):
+        for source in filter(None, (params.grammar, *params.call_grammars)):
             if (owner, source) not in self.valid_grammars:
-                param = request.grammar_param
-                await self.sandboxes["schemas"].perform(client, "check_grammar", source, param)
+                await self.sandboxes["schemas"].perform(client, "check_grammar", source, params.grammar_param)
                 self.valid_grammars[owner, source] = None
         while len(self.valid_grammars) > self.VALID_GRAMMARS:
             self.valid_grammars.popitem(last=False)
@@ -263,7 +262,7 @@ class Admission:
             values = await self.sandboxes["bodies"].perform(client, "read_body", reader, body=body)
             parsed = await asyncio.to_thread(unpacked_body, values, self.prompts.tokenizer.vocab_size)
             del values
-            await self._check_grammar(parsed.request, client, owner)
+            await self._check_grammar(parsed.request.params, client, owner)
             return parsed
 
     async def answer_text(self, route: str, body: bytes | bytearray, client: str) -> bytes:

@@ -49,8 +49,8 @@ class PromptMaker:
         for ids in prompts:
             checked_ids(ids, self.tokenizer, request.source)
             self.answer_length(request, ids)
-        checked_ids(request.stop_token_ids, self.tokenizer, "stop_token_ids")
-        checked_ids([token for token, _ in request.sampling.logit_bias], self.tokenizer, "logit_bias")
+        checked_ids(request.params.stop_token_ids, self.tokenizer, "stop_token_ids")
+        checked_ids([token for token, _ in request.params.sampling.logit_bias], self.tokenizer, "logit_bias")
         return replace(request.lasting(), prompt_ids=prompts,
                        dropped_messages=request.dropped_messages + dropped)
 
@@ -135,7 +135,7 @@ class PromptMaker:
 
     def answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
         """Most tokens the answer may have. RequestError 400 if the prompt is empty or leaves no room."""
-        room, pooling = self.context_length - len(prompt_ids), bool(request.pooling)
+        room, pooling = self.context_length - len(prompt_ids), bool(request.params.pooling)
         if not prompt_ids:
             raise RequestError(f"the {request.source} is empty", param=request.source)
         if room < 1 - pooling:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import codecs
-import itertools
 import json
 import secrets
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from chatlm import __version__
 from chatlm.common.errors import EngineFailure
 from chatlm.common.jsontext import dump
-from chatlm.common.messages.requests import Piece
+from chatlm.common.messages.requests import Delta, Piece, Usage
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
@@ -36,7 +36,7 @@ def error_body(error: ChatServerError) -> dict:
 def timings_body(done: Finished) -> dict:
     return {"queue_ms": round(done.queue_ms, 1), "ttft_ms": round(done.ttft_ms, 1),
             "tokens_per_second": done.tokens_per_second and round(done.tokens_per_second, 1),
-            "drafted_tokens": done.drafted_tokens, "accepted_tokens": done.accepted_tokens,
+            "drafted_tokens": done.usage.drafted_tokens, "accepted_tokens": done.usage.accepted_tokens,
             **({"dropped_messages": done.dropped_messages} if done.dropped_messages else {})}
 
 
@@ -53,14 +53,10 @@ class Block:
         return "".join(self.texts)
 
 
-def deltas_of(piece: Piece) -> Iterator[tuple[str, str, str]]:
-    """(kind of block, what is new in it, the function's name where a call begins)."""
-    if piece.reasoning:
-        yield "reasoning", piece.reasoning, ""
-    if piece.text:
-        yield "text", piece.text, ""
-    for call in piece.calls:
-        yield "call", call.arguments, call.name
+def usage_body(usage: Usage) -> dict[str, int]:
+    """The counts that the native API and the access log show."""
+    return {name: getattr(usage, name)
+            for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens")}
 
 
 class Choice:
@@ -76,10 +72,10 @@ class Choice:
         self.echoed = False                         # whether the prompt has been put before its text
         self.utf8, self.offset = codecs.getincrementaldecoder("utf-8")("replace"), 0  # for text_offset
 
-    def block(self, kind: str, name: str = "") -> Block:
+    def block(self, delta: Delta) -> Block:
         """The block that grows: the last one or, for another kind or a call that begins, a new one."""
-        if name or not self.blocks or self.blocks[-1].kind != kind:
-            self.blocks.append(Block(kind, len(self.blocks), name))
+        if delta.name or not self.blocks or self.blocks[-1].kind != delta.kind:
+            self.blocks.append(Block(delta.kind, len(self.blocks), delta.name))
         return self.blocks[-1]
 
     def text(self, kind: str) -> str:
@@ -129,31 +125,31 @@ class Encoder:
     def framed(self, body: dict) -> bytes:
         return frame(body)
 
-    def counts(self) -> dict[str, int]:
+    def usage(self) -> Usage:
         """Tokens of all choices: each prompt counts once, each answer separately.
 
         Raises EngineFailure if a choice has not ended."""
         ends = [choice.done for choice in self.choices]
         if None in ends:
             raise EngineFailure("the answer ended early")
-        firsts = ends[::self.request.n]
-        return {"prompt_tokens": sum(done.prompt_tokens for done in firsts),
-                "completion_tokens": sum(done.completion_tokens for done in ends),
-                "cached_tokens": sum(done.cached_tokens for done in firsts),
-                "reasoning_tokens": sum(done.reasoning_tokens for done in ends)}
+        prompts = sum((done.usage for done in ends[::self.request.n]), Usage())
+        return replace(sum((done.usage for done in ends), Usage()),
+                       prompt_tokens=prompts.prompt_tokens, cached_tokens=prompts.cached_tokens)
 
 
 class NativeEncoder(Encoder):
     """Turns events into frames of the native API."""
 
+    MEMBERS = {"reasoning": "reasoning", "text": "token"}  # old clients skip reasoning
+
     def encode(self, event: Event) -> bytes:
         if isinstance(event, Piece):
-            told = {"reasoning": event.reasoning, "token": event.text}  # old clients skip reasoning
-            return b"".join(frame({name: text, "gpu": event.gpu}) for name, text in told.items() if text)
+            return b"".join([frame({self.MEMBERS[delta.kind]: delta.text, "gpu": event.gpu})
+                             for delta in event.deltas if delta.kind in self.MEMBERS])
         self.choices[0].done = event
         return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason,
-                      "gpu": event.gpu, "usage": self.counts(), "timings": timings_body(event),
-                      "seed": self.request.sampling.seed})
+                      "gpu": event.gpu, "usage": usage_body(self.usage()), "timings": timings_body(event),
+                      "seed": self.request.params.sampling.seed})
 
 
 class BlockEncoder(Encoder):
@@ -165,38 +161,38 @@ class BlockEncoder(Encoder):
 
     def encode(self, event: Event) -> bytes:
         if isinstance(event, Piece):
-            return b"".join(itertools.starmap(self._grow, deltas_of(event)))
+            return b"".join(map(self._grow, event.deltas))
         self.choices[0].done = event
-        last = b"" if self.blocks else self._grow("text", "", "")  # clients expect a part
+        last = b"" if self.blocks else self._grow(Delta("text", ""))  # clients expect a part
         return last + self.closed(self.blocks[-1]) + self.end()
 
-    def _grow(self, kind: str, text: str, name: str) -> bytes:
+    def _grow(self, delta: Delta) -> bytes:
         before = self.blocks[-1] if self.blocks else None
-        block, more = self.choices[0].block(kind, name), b""
+        block, more = self.choices[0].block(delta), b""
         if block is not before:
             more = (self.closed(before) if before else b"") + self.opened(block)
-        if not text:
+        if not delta.text:
             return more
-        block.texts.append(text)
-        return more + self.grown(block, text)
+        block.texts.append(delta.text)
+        return more + self.grown(block, delta.text)
 
     def collect(self, event: Event) -> int:
         self.encode(event)
-        return 100 + sum(len(text) for _, text, _ in deltas_of(event)) if isinstance(event, Piece) else 0
+        return 100 + sum(len(delta.text) for delta in event.deltas) if isinstance(event, Piece) else 0
 
     def completion(self) -> Iterator[bytes]:
         yield dump(self.body())
 
-    def told(self, kind: str, **fields) -> bytes:
-        return b"event: %s\n" % kind.encode() + frame({"type": kind} | fields)
+    def event(self, event_type: str, **fields) -> bytes:
+        return b"event: %s\n" % event_type.encode() + frame({"type": event_type} | fields)
 
     def framed(self, body: dict) -> bytes:
-        return self.told(*body, **body)
+        return self.event(*body, **body)
 
 
 def arguments_of(text: str) -> dict:
     """The arguments of a call; {} where its JSON was cut."""
     with suppress(ValueError):
-        if isinstance(found := json.loads(text), dict):
-            return found
+        if isinstance(arguments := json.loads(text), dict):
+            return arguments
     return {}

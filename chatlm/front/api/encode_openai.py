@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm.common.jsontext import dump, is_text
-from chatlm.common.messages.requests import Finished, Piece
-from chatlm.front.api.encode import SYSTEM_FINGERPRINT, Encoder, deltas_of, timings_body
+from chatlm.common.messages.requests import Delta, Finished, Piece, PromptScores
+from chatlm.front.api.encode import SYSTEM_FINGERPRINT, Encoder, timings_body
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Accepted, CallDelta, Event, TokenLogprob
+    from chatlm.common.messages.requests import Accepted, Event, TokenLogprob
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.api.encode import Block, Choice
 
@@ -34,7 +34,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled), list(spelled)
 
 
-NOTHING = Piece("", (), "")  # says nothing new
+NOTHING = Piece()
 
 
 class OpenAIEncoder(Encoder):
@@ -43,11 +43,11 @@ class OpenAIEncoder(Encoder):
     id_prefix = chunk_object = whole_object = ""
     logprobs_beside: Mapping = {}  # fields of `logprobs` besides those of logprobs_body
 
-    def __init__(self, *given):
-        super().__init__(*given)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.head = {"id": self.id_prefix + self.request.id, "object": self.chunk_object,
                      "created": int(time.time()), "model": self.model,
-                     "system_fingerprint": SYSTEM_FINGERPRINT, "seed": self.request.sampling.seed}
+                     "system_fingerprint": SYSTEM_FINGERPRINT, "seed": self.request.params.sampling.seed}
         self.begin = b"data: " + dump(self.head)[:-1] + b", "  # starts every frame
 
     def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
@@ -63,9 +63,12 @@ class OpenAIEncoder(Encoder):
         held, choice.held = choice.held, ()
         if isinstance(event, Finished):
             choice.done = event
-            return NOTHING if event.stop_reason in self.request.stop else NOTHING._replace(logprobs=held)
+            by_text = event.stop_reason in self.request.params.stop
+            return NOTHING if by_text else NOTHING._replace(logprobs=held)
+        if isinstance(event, PromptScores):  # before any piece, so none are held
+            return NOTHING._replace(logprobs=event.logprobs)
         held += event.logprobs
-        if event.text or event.calls or event.reasoning:
+        if event.deltas:
             return event._replace(logprobs=held) if held else event
         choice.held = held
         return NOTHING
@@ -95,27 +98,27 @@ class OpenAIEncoder(Encoder):
         """What follows the last chunk of the last choice: usage if asked for, and [DONE]."""
         if not all(choice.done for choice in self.choices):
             return b""
-        usage = self.framed({"choices": [], "usage": self.usage()}) if self.parsed.include_usage else b""
+        usage = self.framed({"choices": [], "usage": self.usage_body()}) if self.parsed.include_usage else b""
         return usage + b"data: [DONE]\n\n"
 
-    def usage(self) -> dict:
-        prompt, completion, cached, reasoning = self.counts().values()
-        drafted = sum(choice.done.drafted_tokens for choice in self.choices)
-        accepted = sum(choice.done.accepted_tokens for choice in self.choices)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
-                "prompt_tokens_details": {"cached_tokens": cached},
-                "completion_tokens_details": {"reasoning_tokens": reasoning,
-                                              "accepted_prediction_tokens": accepted,
-                                              "rejected_prediction_tokens": drafted - accepted}}
+    def usage_body(self) -> dict:
+        usage = self.usage()
+        return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
+                "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+                "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+                "completion_tokens_details": {
+                    "reasoning_tokens": usage.reasoning_tokens,
+                    "accepted_prediction_tokens": usage.accepted_tokens,
+                    "rejected_prediction_tokens": usage.drafted_tokens - usage.accepted_tokens}}
 
     def collect(self, event: Event) -> int:
         """Keep an event for `completion`; returns roughly how many bytes that takes."""
         choice = self.choices[event.choice]
         part, size = self.take(choice, event), 100
-        for kind, text, name in deltas_of(part):
-            choice.block(kind, name).texts.append(text)
-            size += len(text)
-        if self.request.logprobs is not None:  # kept as JSON: 2 KB per token instead of 14
+        for delta in part.deltas:
+            choice.block(delta).texts.append(delta.text)
+            size += len(delta.text)
+        if self.request.params.logprobs is not None:  # kept as JSON: 2 KB per token instead of 14
             for name, values in self.logprobs_body(choice, part.logprobs).items():
                 choice.logprobs.setdefault(name, []).append(encoded := dump(values)[1:-1])
                 size += len(encoded)
@@ -123,11 +126,11 @@ class OpenAIEncoder(Encoder):
 
     def completion(self) -> Iterator[bytes]:
         """Yield the pieces of the whole answer as one body, for a client that does not stream."""
-        body = {**self.head, "object": self.whole_object, "usage": self.usage(),
+        body = {**self.head, "object": self.whole_object, "usage": self.usage_body(),
                 "timings": timings_body(self.choices[0].done)}
         separator = dump(body)[:-1] + b', "choices": ['
         for choice in self.choices:
-            whole = NOTHING._replace(text=choice.text("text"), reasoning=choice.text("reasoning"))
+            whole = Piece(deltas=tuple(Delta(kind, choice.text(kind)) for kind in ("reasoning", "text")))
             body = {"index": choice.index, **self.body(choice, whole, whole=True), **self.ending(choice)}
             if choice.logprobs:
                 del body["logprobs"]
@@ -149,16 +152,16 @@ class ChatEncoder(OpenAIEncoder):
 
     def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
         message: dict = {}
+        text, reasoning = part.text, part.joined("reasoning")
         if whole:
             calls = [self.call_body(call, call.text) for call in choice.calls]
-            message = {"role": "assistant", "content": None if calls and not part.text else part.text,
-                       "refusal": None}
+            message = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
         else:
-            calls = [self.call_delta(choice, call) for call in part.calls]
-            if part.text or part.logprobs and not part.reasoning:
-                message = {"content": part.text}
-        if part.reasoning:  # clients read one or the other
-            message |= {"reasoning_content": part.reasoning, "reasoning": part.reasoning}
+            calls = [self.call_delta(choice, delta) for delta in part.deltas if delta.kind == "call"]
+            if text or part.logprobs and not reasoning:
+                message = {"content": text}
+        if reasoning:  # clients read one or the other
+            message |= {"reasoning_content": reasoning, "reasoning": reasoning}
         if calls:
             message["tool_calls"] = calls
         return {"message" if whole else "delta": message, "logprobs": self.logprobs(choice, part)}
@@ -168,18 +171,18 @@ class ChatEncoder(OpenAIEncoder):
         return {"id": "call_" + call.id, "type": "function",
                 "function": {"name": call.name, "arguments": arguments}}
 
-    def call_delta(self, choice: Choice, part: CallDelta) -> dict:
+    def call_delta(self, choice: Choice, delta: Delta) -> dict:
         """What a chunk says about a call: all of it when it begins, then only more arguments."""
-        call, more = choice.block("call", part.name), {"function": {"arguments": part.arguments}}
-        return {"index": call.index} | (self.call_body(call, part.arguments) if part.name else more)
+        call, more = choice.block(delta), {"function": {"arguments": delta.text}}
+        return {"index": call.index} | (self.call_body(call, delta.text) if delta.name else more)
 
     def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
         def entry(token: int, logprob: float | None) -> dict:
             text, spelled = token_text(self.tokenizer, token)
             return {"token": text, "logprob": logprob_number(logprob), "bytes": spelled}
         return {"content": [
-            {**entry(each.token, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
-            for each in logprobs]}
+            {**entry(token, logprob), "top_logprobs": [entry(*likely) for likely in top]}
+            for token, logprob, top in logprobs]}
 
 
 class FunctionEncoder(ChatEncoder):
@@ -208,12 +211,11 @@ class CompletionEncoder(OpenAIEncoder):
 
     def take(self, choice: Choice, event: Event) -> Piece:
         part = super().take(choice, event)
-        if isinstance(event, Piece) and event.prompt_logprobs:  # such a piece carries nothing else
-            part = part._replace(logprobs=event.prompt_logprobs)
         if not self.parsed.echo or choice.echoed:
             return part
-        choice.echoed, prompt = True, self.prompt(choice)  # its first event is a Piece, maybe with no text
-        return part._replace(text=(prompt if is_text(prompt) else self.tokenizer.decode(prompt)) + part.text)
+        choice.echoed, prompt = True, self.prompt(choice)
+        text = prompt if is_text(prompt) else self.tokenizer.decode(prompt)
+        return part._replace(deltas=(Delta("text", text), *part.deltas)) if text else part
 
     def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
         return {"text": part.text, "logprobs": self.logprobs(choice, part)}
@@ -231,7 +233,7 @@ class CompletionEncoder(OpenAIEncoder):
             choice.offset += len(name) if name and written.startswith(name, choice.offset) else \
                 len(choice.utf8.decode(self.tokenizer.token_bytes(token)))
             tops.append(None if logprob is None else {
-                token_text(self.tokenizer, each)[0]: logprob_number(number_)
-                for each, number_ in (*top, (token, logprob))})
-        return {"tokens": texts, "token_logprobs": [logprob_number(each.logprob) for each in logprobs],
+                token_text(self.tokenizer, likely)[0]: logprob_number(its_logprob)
+                for likely, its_logprob in (*top, (token, logprob))})
+        return {"tokens": texts, "token_logprobs": [logprob_number(logprob) for _, logprob, _ in logprobs],
                 "top_logprobs": tops, "text_offset": offsets}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.jsontext import dump
 from chatlm.common.log import utc
-from chatlm.common.messages.requests import Finished
+from chatlm.common.messages.requests import Embedding, Usage
 from chatlm.front.api.encode import BlockEncoder, Encoder, NativeEncoder, arguments_of, frame, timings_body
 from chatlm.front.api.encode_openai import ChatEncoder, CompletionEncoder, FunctionEncoder
 
@@ -29,29 +29,29 @@ class ResponsesEncoder(BlockEncoder):
              "reasoning": ("reasoning", "rs_", "reasoning_text", "response.reasoning_text"),
              "call": ("function_call", "fc_", "", "response.function_call_arguments")}
 
-    def __init__(self, *given):
-        super().__init__(*given)
-        sampling = self.request.sampling
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        sampling = self.request.params.sampling
         self.numbers = itertools.count()
         self.head = {"id": "resp_" + self.request.id, "object": "response", "created_at": int(time.time()),
                      "model": self.model, "error": None, "incomplete_details": None,
                      "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
                      "background": False, "previous_response_id": None, "store": False, "usage": None}
 
-    def told(self, kind: str, **fields) -> bytes:
-        return super().told(kind, sequence_number=next(self.numbers), **fields)
+    def event(self, event_type: str, **fields) -> bytes:
+        return super().event(event_type, sequence_number=next(self.numbers), **fields)
 
     def response(self, status: str, **fields) -> bytes:
         body = self.head | {"status": status, "output": [self.item(block) for block in self.blocks]} | fields
         return b"%s, %s}" % (dump(body)[:-1], self.parsed.repeated)
 
-    def told_response(self, kind: str, response: bytes) -> bytes:
-        event = dump({"type": f"response.{kind}", "sequence_number": next(self.numbers)})[:-1]
-        return b'event: response.%s\ndata: %s, "response": %s}\n\n' % (kind.encode(), event, response)
+    def response_event(self, moment: str, response: bytes) -> bytes:
+        event = dump({"type": f"response.{moment}", "sequence_number": next(self.numbers)})[:-1]
+        return b'event: response.%s\ndata: %s, "response": %s}\n\n' % (moment.encode(), event, response)
 
     def start(self, accepted: Accepted) -> bytes:
-        return b"".join(self.told_response(kind, self.response("in_progress"))
-                        for kind in ("created", "in_progress"))
+        return b"".join(self.response_event(moment, self.response("in_progress"))
+                        for moment in ("created", "in_progress"))
 
     def item(self, block: Block, begins: bool = False) -> dict:
         kind, prefix, _, _ = self.ITEMS[block.kind]
@@ -72,10 +72,11 @@ class ResponsesEncoder(BlockEncoder):
         return {"item_id": self.ITEMS[block.kind][1] + block.id, "output_index": block.index, **part}
 
     def opened(self, block: Block) -> bytes:
-        item = self.told("response.output_item.added", output_index=block.index, item=self.item(block, True))
+        item = self.event("response.output_item.added", output_index=block.index, item=self.item(block, True))
         if block.kind == "call":
             return item
-        return item + self.told("response.content_part.added", **self.place(block), part=self.part(block, ""))
+        part = self.part(block, "")
+        return item + self.event("response.content_part.added", **self.place(block), part=part)
 
     def grown(self, block: Block, text: str) -> bytes:
         if not block.frame:  # to dump each whole event takes 13 us, its text alone 3
@@ -88,34 +89,35 @@ class ResponsesEncoder(BlockEncoder):
     def closed(self, block: Block) -> bytes:
         event, place, text = self.ITEMS[block.kind][3] + ".done", self.place(block), block.text
         if block.kind == "call":
-            done = self.told(event, **place, name=block.name, arguments=text)
+            done = self.event(event, **place, name=block.name, arguments=text)
         else:
             logprobs = {"logprobs": []} if block.kind == "text" else {}
-            done = self.told(event, **place, text=text, **logprobs) + self.told(
+            done = self.event(event, **place, text=text, **logprobs) + self.event(
                 "response.content_part.done", **place, part=self.part(block, text))
-        return done + self.told("response.output_item.done", output_index=block.index, item=self.item(block))
+        return done + self.event("response.output_item.done", output_index=block.index, item=self.item(block))
 
     def whole(self) -> tuple[str, bytes]:
         """The response's status, and all of it."""
-        prompt, completion, cached, reasoning = self.counts().values()
-        usage = {"input_tokens": prompt,
-                 "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-                 "output_tokens": completion, "output_tokens_details": {"reasoning_tokens": reasoning},
-                 "total_tokens": prompt + completion}
+        count = self.usage()
+        usage = {"input_tokens": count.prompt_tokens,
+                 "input_tokens_details": {"cached_tokens": count.cached_tokens, "cache_write_tokens": 0},
+                 "output_tokens": count.completion_tokens,
+                 "output_tokens_details": {"reasoning_tokens": count.reasoning_tokens},
+                 "total_tokens": count.prompt_tokens + count.completion_tokens}
         done = self.choices[0].done
         cut = {"incomplete_details": {"reason": "max_output_tokens"}} if done.reason == "length" else {}
         status = "incomplete" if cut else "completed"
         return status, self.response(status, usage=usage, timings=timings_body(done), **cut)
 
     def end(self) -> bytes:
-        return self.told_response(*self.whole())
+        return self.response_event(*self.whole())
 
     def completion(self) -> Iterator[bytes]:
         yield self.whole()[1]
 
     def failed(self, error: ChatServerError) -> bytes:
         body = {"code": error.code or error.type, "message": str(error)}
-        return self.told_response("failed", self.response("failed", error=body))
+        return self.response_event("failed", self.response("failed", error=body))
 
 
 class MessagesEncoder(BlockEncoder):
@@ -131,16 +133,16 @@ class MessagesEncoder(BlockEncoder):
     def message(self, content: list[dict], usage: dict, stop: Mapping) -> dict:
         return {"id": "msg_" + self.request.id, "type": "message", "role": "assistant", "model": self.model,
                 "content": content, "stop_reason": None, "stop_sequence": None, **stop, "usage": usage,
-                "seed": self.request.sampling.seed}
+                "seed": self.request.params.sampling.seed}
 
     @staticmethod
-    def usage(prompt: int, completion: int, cached: int, reasoning: int = 0) -> dict:
-        return {"input_tokens": prompt - cached, "cache_creation_input_tokens": 0,
-                "cache_read_input_tokens": cached, "output_tokens": completion}
+    def usage_body(usage: Usage) -> dict:
+        return {"input_tokens": usage.prompt_tokens - usage.cached_tokens, "cache_creation_input_tokens": 0,
+                "cache_read_input_tokens": usage.cached_tokens, "output_tokens": usage.completion_tokens}
 
     def start(self, accepted: Accepted) -> bytes:
-        usage = self.usage(accepted.prompt_tokens, 0, 0)
-        return self.told("message_start", message=self.message([], usage, {}))
+        usage = self.usage_body(Usage(accepted.prompt_tokens))
+        return self.event("message_start", message=self.message([], usage, {}))
 
     def content(self, block: Block, grown) -> dict:
         kind, member, _, _ = self.BLOCKS[block.kind]
@@ -151,18 +153,18 @@ class MessagesEncoder(BlockEncoder):
 
     def opened(self, block: Block) -> bytes:
         empty = self.content(block, {} if block.kind == "call" else "")
-        return self.told("content_block_start", index=block.index, content_block=empty)
+        return self.event("content_block_start", index=block.index, content_block=empty)
 
     def grown(self, block: Block, text: str) -> bytes:
         _, _, kind, member = self.BLOCKS[block.kind]
-        return self.told("content_block_delta", index=block.index, delta={"type": kind, member: text})
+        return self.event("content_block_delta", index=block.index, delta={"type": kind, member: text})
 
     def closed(self, block: Block) -> bytes:
-        return self.told("content_block_stop", index=block.index)
+        return self.event("content_block_stop", index=block.index)
 
     def stop(self) -> dict:
         done = self.choices[0].done
-        by_text = done.stop_reason in self.request.stop
+        by_text = done.stop_reason in self.request.params.stop
         reason = ("stop_sequence" if by_text else self.REASONS.get(done.stop_reason, "max_tokens")
                   if done.reason == "length" else
                   "tool_use" if self.blocks[-1].kind == "call" else "end_turn")
@@ -171,11 +173,11 @@ class MessagesEncoder(BlockEncoder):
     def body(self) -> dict:
         blocks = [self.content(block, arguments_of(block.text) if block.kind == "call" else block.text)
                   for block in self.blocks]
-        return self.message(blocks, self.usage(*self.counts().values()), self.stop())
+        return self.message(blocks, self.usage_body(self.usage()), self.stop())
 
     def end(self) -> bytes:
-        return self.told("message_delta", delta=self.stop(), usage=self.usage(*self.counts().values())) + \
-            self.told("message_stop")
+        return self.event("message_delta", delta=self.stop(), usage=self.usage_body(self.usage())) + \
+            self.event("message_stop")
 
     def failed(self, error: ChatServerError) -> bytes:
         return b"event: error\n" + frame(anthropic_error(error))
@@ -197,7 +199,7 @@ class OllamaEncoder(BlockEncoder):
         return dump({"model": self.model, "created_at": utc(), **members, "done": False} | more) + b"\n"
 
     @staticmethod
-    def called(block: Block) -> dict:
+    def call_body(block: Block) -> dict:
         return {"function": {"name": block.name, "arguments": arguments_of(block.text)}}
 
     def opened(self, block: Block) -> bytes:
@@ -207,16 +209,16 @@ class OllamaEncoder(BlockEncoder):
         return b"" if block.kind == "call" else self.line(self.members(**{block.kind: text}))
 
     def closed(self, block: Block) -> bytes:
-        return self.line(self.members(calls=[self.called(block)])) if block.kind == "call" else b""
+        return self.line(self.members(calls=[self.call_body(block)])) if block.kind == "call" else b""
 
     def ended(self) -> dict:
-        done, counts = self.choices[0].done, self.counts()
-        decoding_s = (done.completion_tokens - 1) / done.tokens_per_second if done.tokens_per_second else 0.0
+        done, usage = self.choices[0].done, self.usage()
+        decoding_s = (usage.completion_tokens - 1) / done.tokens_per_second if done.tokens_per_second else 0.0
         return {"done": True, "done_reason": done.reason,
                 "total_duration": int(done.ttft_ms * 1e6 + decoding_s * 1e9),
-                "load_duration": 0, "prompt_eval_count": counts["prompt_tokens"],
+                "load_duration": 0, "prompt_eval_count": usage.prompt_tokens,
                 "prompt_eval_duration": int((done.ttft_ms - done.queue_ms) * 1e6),
-                "eval_count": counts["completion_tokens"], "eval_duration": int(decoding_s * 1e9)}
+                "eval_count": usage.completion_tokens, "eval_duration": int(decoding_s * 1e9)}
 
     def end(self) -> bytes:
         return self.line(self.members(), **self.ended())
@@ -224,7 +226,7 @@ class OllamaEncoder(BlockEncoder):
     def completion(self) -> Iterator[bytes]:
         choice = self.choices[0]
         members = self.members(choice.text("text"), choice.text("reasoning"),
-                               [self.called(block) for block in choice.calls])
+                               [self.call_body(block) for block in choice.calls])
         yield self.line(members, **self.ended())
 
     def failed(self, error: ChatServerError) -> bytes:
@@ -234,36 +236,36 @@ class OllamaEncoder(BlockEncoder):
 class EmbeddingsEncoder(Encoder):
     """`/v1/embeddings`, and Ollama's `/api/embed`: a vector for each input, whole."""
 
-    def __init__(self, *given):
-        super().__init__(*given)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.vectors = [b""] * len(self.choices)
 
     def collect(self, event: Event) -> int:
         """Keep a vector as it will be sent; returns its size in bytes."""
-        if isinstance(event, Finished):
+        if not isinstance(event, Embedding):
             self.choices[event.choice].done = event
             return 0
-        vector = dump(event.embedding)
+        vector = dump(event.vector)
         if self.parsed.details["encoding"] == "float":  # nine digits tell all float32 numbers apart
-            numbers = struct.iter_unpack("<f", base64.b64decode(event.embedding))
+            numbers = struct.iter_unpack("<f", base64.b64decode(event.vector))
             vector = b"[%s]" % ",".join(["%.9g" % number for number, in numbers]).encode()
         self.vectors[event.choice] = vector
         return len(vector)
 
     def completion(self) -> Iterator[bytes]:
-        count = self.counts()["prompt_tokens"]
+        count = self.usage().prompt_tokens
         if self.parsed.api == "ollama embed":
             seconds = max(choice.done.ttft_ms for choice in self.choices) / 1e3
-            name, each = "embeddings", b"%(vector)s"
+            name, form = "embeddings", b"%(vector)s"
             more = {"model": self.model, "total_duration": int(seconds * 1e9), "load_duration": 0,
                     "prompt_eval_count": count}
         else:
-            name, each = "data", b'{"object": "embedding", "index": %(index)d, "embedding": %(vector)s}'
+            name, form = "data", b'{"object": "embedding", "index": %(index)d, "embedding": %(vector)s}'
             more = {"object": "list", "model": self.model,
                     "usage": {"prompt_tokens": count, "total_tokens": count}}
         yield dump(more)[:-1] + b', "%s": [' % name.encode()
         for index, vector in enumerate(self.vectors):
-            yield b", " * bool(index) + each % {b"index": index, b"vector": vector}
+            yield b", " * bool(index) + form % {b"index": index, b"vector": vector}
         yield b"]}"
 
 

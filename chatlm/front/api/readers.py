@@ -13,7 +13,7 @@ from chatlm.common.config import DEFAULT_MAX_TOKENS, LIMITS, sampling_defaults
 from chatlm.common.errors import RequestError, invalid, shown
 from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.protocol import ParsedBody
-from chatlm.common.messages.requests import Message, Request, SamplingParams
+from chatlm.common.messages.requests import AnswerParams, Message, Request, SamplingParams
 from chatlm.common.messages.wire import as_plain_json
 from chatlm.common.text.formats import TAGGED_ARGUMENTS
 from chatlm.common.text.grammar import unusable_schema
@@ -46,12 +46,17 @@ def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
     return SamplingParams(**chosen | {name: value for name, value in values.items() if name in names})
 
 
-def make_request(values: Mapping, settings: Settings, **source) -> Request:
-    """A Request from the fields that every generating route shares, plus `source`."""
-    names = ("stop", "stop_token_ids", "ignore_eos", "min_tokens", "n", "truncate", "resumable", "progress")
-    return Request(sampling=sampling_params(values, settings), low_priority=values.get("priority", False),
-                   chat="messages" in source,
-                   **{name: values[name] for name in names if name in values}, **source)
+def make_request(values: Mapping, settings: Settings, params: AnswerParams = AnswerParams(),
+                 **source) -> Request:
+    """A Request from the fields that every generating route shares, plus `params` and `source`."""
+    params = replace(params, sampling=sampling_params(values, settings), chat="messages" in source,
+                     **among(values, "stop", "stop_token_ids", "ignore_eos", "min_tokens", "progress"))
+    return Request(params=params, low_priority=values.get("priority", False),
+                   **among(values, "n", "truncate", "resumable"), **source)
+
+
+def among(values: Mapping, *names: str) -> dict:
+    return {name: values[name] for name in names if name in values}
 
 
 def parse_chat_request(body: dict, settings: Settings) -> Request:
@@ -62,13 +67,13 @@ def parse_chat_request(body: dict, settings: Settings) -> Request:
                         max_tokens=values.get("max_tokens", settings.max_tokens or DEFAULT_MAX_TOKENS))
 
 
-def openai_request(values: Mapping, settings: Settings, **source) -> Request:
+def openai_request(values: Mapping, settings: Settings, params: AnswerParams, **source) -> Request:
     """A Request from what all routes but nanochat's share."""
     cap = values.get("max_tokens", settings.max_tokens)
-    if source.get("grammar"):  # the grammar alone decides where the answer ends
+    if params.grammar:  # the grammar alone decides where the answer ends
         ends = ("stop", "stop_token_ids", "ignore_eos", "min_tokens")
         values = {name: value for name, value in values.items() if name not in ends}
-    return make_request(values, settings, max_tokens=None if cap == -1 else cap, **source)
+    return make_request(values, settings, params, max_tokens=None if cap == -1 else cap, **source)
 
 
 def functions_among(values: Mapping) -> tuple[dict, ...]:
@@ -114,10 +119,9 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     if (size := len(as_plain_json((names, types)))) > LIMITS.tool_name_bytes:
         raise invalid("tools", f"the names of all functions and parameters in tools take {size:,} bytes, "
                                f"at most {LIMITS.tool_name_bytes:,} are allowed")
-    return openai_request(
-        values, settings, messages=messages, template_options=options, grammar=grammar, grammar_param=param,
-        logprobs=top if logprobs else None, tools=tools, tool_names=names, tool_types=types,
-        call_grammars=strict)
+    params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=top if logprobs else None,
+                          tool_names=names, tool_types=types, call_grammars=strict)
+    return openai_request(values, settings, params, messages=messages, template_options=options, tools=tools)
 
 
 def read_native_body(body: dict, known: Known) -> ParsedBody:
@@ -145,8 +149,9 @@ def read_completion_body(body: dict, known: Known) -> ParsedBody:
         raise RequestError("best_of must equal n", code="unsupported_best_of", param="best_of")
     within_limit("answers (prompts times n)", len(prompts) * n, LIMITS.choices, "prompt")
     grammar, param = one_constraint(values)
-    request = openai_request(values, known.settings, prompts=prompts, logprobs=logprobs, grammar=grammar,
-                             grammar_param=param, prompt_logprobs=logprobs if values.get("echo") else None)
+    params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=logprobs,
+                          prompt_logprobs=logprobs if values.get("echo") else None)
+    request = openai_request(values, known.settings, params, prompts=prompts)
     return parsed_body("completion", values, known, request)
 
 
@@ -244,7 +249,8 @@ def ollama_body(api: str, values: dict, known: Known, **source) -> ParsedBody:
     values = {"stream": True} | values | parse_fields(values.get("options", {}), OLLAMA_OPTIONS)
     if "prompts" in source:
         grammar, param = values.get("response_format", ("", ""))
-        request = openai_request(values, known.settings, grammar=grammar, grammar_param=param, **source)
+        params = AnswerParams(grammar=grammar, grammar_param=param)
+        request = openai_request(values, known.settings, params, **source)
     else:
         messages = source["messages"] or (Message("user", ""),)
         request = parse_openai_request(values, known.settings, known.tool_format, messages)
@@ -260,7 +266,7 @@ def read_embedding_body(body: dict, known: Known, api: str = "embeddings") -> Pa
         raise invalid("input", "the input is empty" if len(values["input"]) == 1 else
                       f"input[{empty}] is empty")
     request = make_request({"truncate": api == "ollama embed"} | values, known.settings,
-                           prompts=values["input"], pooling=values.get("pooling", "mean"))
+                           AnswerParams(pooling=values.get("pooling", "mean")), prompts=values["input"])
     return parsed_body(api, values, known, request, {"encoding": values.get("encoding_format", "float")})
 
 

@@ -16,11 +16,13 @@ from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, Req
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import Cancel
-from chatlm.common.messages.requests import Accepted, Event, Finished, Piece, PromptProgress, Request
+from chatlm.common.messages.requests import (
+    Accepted, Ended, Event, Failed, Finished, Piece, PromptProgress, PromptScores, Request)
 from chatlm.front.pool.worker import RECENT_S, Job, Worker
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import WorkerEvent
 
 
 class WaitingQueue:
@@ -100,16 +102,14 @@ class Dispatcher:
                 waited = events.empty()
                 if not waited and time.monotonic() - turn_s > self.TURN_S:
                     waited = await asyncio.sleep(0, True)
-                if request.progress and jobs[0].worker is None:
+                if request.params.progress and jobs[0].worker is None:
                     async for progress in self._positions(jobs[0], events):
                         yield progress
                 event = await events.get() if events.empty() else events.get_nowait()
                 turn_s = time.monotonic() if waited else turn_s
                 if isinstance(event, Exception):
                     raise event
-                if event.choice in others and not (
-                        isinstance(event, PromptProgress)
-                        or isinstance(event, Piece) and event.prompt_logprobs):
+                if event.choice in others and not isinstance(event, (PromptProgress, PromptScores)):
                     self._submit(others.pop(event.choice))  # they can share the prompt's pages now
                 yield event
                 if isinstance(event, Finished):
@@ -204,18 +204,18 @@ class Dispatcher:
         self.pending.append_first(victim)
         return [worker]
 
-    def deliver(self, worker: Worker, pieces: Seq[Piece]):
-        """Pass on what a step of a worker added to its answers."""
+    def deliver(self, worker: Worker, events: Seq[tuple[str, WorkerEvent]]):
+        """Pass on what a step of a worker added to its answers, each event with the id of its answer."""
         now = time.monotonic()
-        worker.recent.append((now, sum(len(piece.tokens) for piece in pieces)))
+        worker.recent.append((now, sum(len(event.tokens) for _, event in events if isinstance(event, Piece))))
         while worker.recent[0][0] < now - RECENT_S:
             worker.recent.popleft()
-        for piece in pieces:
-            if job := worker.jobs.get(piece.id):
-                job.take(piece, worker.gpu)
-                if piece.reason is not None:
+        for answer_id, event in events:
+            if job := worker.jobs.get(answer_id):
+                job.take(event, worker.gpu)
+                if isinstance(event, (Ended, Failed)):
                     self._forget(job)
-                if piece.reason not in (None, "error"):
+                if isinstance(event, Ended):
                     worker.crashes_in_row = 0
         self.dispatch()
 

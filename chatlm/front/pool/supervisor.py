@@ -123,9 +123,9 @@ class Supervisor:
     def handle(self, worker: Worker, message):
         """What a worker reports."""
         match message:
-            case Stepped(pieces, gauges):
+            case Stepped(events, gauges):
                 worker.gauges = gauges
-                self.dispatcher.deliver(worker, pieces)
+                self.dispatcher.deliver(worker, events)
             case Loading(stage, fraction):
                 self.progress(stage, fraction)
                 if stage.startswith("waiting"):  # for another machine

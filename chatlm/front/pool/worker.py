@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import enum
 import subprocess
 import time
@@ -11,7 +10,7 @@ import typing
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
@@ -20,12 +19,14 @@ from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
     NO_GAUGES, WORKER_PIPE, Cancel, EndOfRequest, NewAnswer, NewPrompt, NewRequest, Ping, Stepped,
     WorkerConfig)
-from chatlm.common.messages.requests import AnswerParams, Finished, PromptProgress
+from chatlm.common.messages.requests import (
+    Embedding, Ended, Failed, Finished, Piece, PromptProgress, PromptScores)
 from chatlm.front.admission.admission import next_message
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.messages.requests import ModelSource, Piece, Request
+    from chatlm.common.errors import ChatServerError
+    from chatlm.common.messages.requests import Event, ModelSource, Request, WorkerEvent
     from chatlm.front.pool.ray import RayActor
     from chatlm.front.pool.supervisor import Supervisor
 
@@ -67,7 +68,7 @@ class Job:
     @cached_property
     def prefixes(self) -> dict[int, int]:
         """hash -> length of the prompt's first 64, 128, 256 .. tokens, to find a worker that caches them."""
-        owner, ids = self.request.owner, self.prompt_ids
+        owner, ids = self.request.params.owner, self.prompt_ids
         return {hash((owner, ids[:64 << n])): 64 << n for n in range(16) if 64 << n <= len(ids)}
 
     @property
@@ -79,54 +80,58 @@ class Job:
         """The messages a worker still needs; `told`: the prompts it has, None if the request is new to it."""
         request = self.request
         if told is None:
-            params = AnswerParams(
-                **{each.name: getattr(request, each.name) for each in dataclasses.fields(AnswerParams)})
-            yield NewRequest(request.id, params)
+            yield NewRequest(request.id, request.params)
         if told is None or self.prompt not in told:
             yield NewPrompt(request.id, self.prompt, self.prompt_ids)
         yield NewAnswer(self.worker_id, request.id, self.prompt, self.choice % request.n, self.max_tokens,
                         tuple(self.output_ids), self.scored)
 
-    def take(self, piece: Piece, gpu: int):
-        if piece.reason in ("error", "refused"):
-            failure = EngineFailure(piece.stop_reason) if piece.reason == "error" else \
-                RequestError(piece.stop_reason, code="invalid_json_schema", param=self.request.grammar_param)
-            self.events.put_nowait(failure)
-            return
-        if piece.prompt_done:
-            self.events.put_nowait(PromptProgress(
-                0, len(self.prompt_ids), min(piece.prompt_done, len(self.prompt_ids)), self.choice))
-            return
-        piece = piece._replace(gpu=gpu, choice=self.choice)
-        if piece.prompt_logprobs:
-            self.failovers, self.scored = 0, self.scored + len(piece.prompt_logprobs)
-            self.events.put_nowait(piece)
-            return
-        if self.request.max_tokens == 0:  # only the prompt is wanted, but the worker draws a token
-            piece = piece._replace(tokens=(), text="", logprobs=(), calls=(), reasoning="",
-                                   reasoning_tokens=0, reason="length", stop_reason="max_tokens")
-        self.last_token_s = time.monotonic()
+    def take(self, event: WorkerEvent, gpu: int):
+        """Note what a worker tells of the answer, and queue it for the reader."""
+        self.events.put_nowait(self._noted(event, gpu))
+
+    def _noted(self, event: WorkerEvent, gpu: int) -> Event | ChatServerError:
+        match event:
+            case PromptProgress():
+                return event._replace(choice=self.choice)
+            case PromptScores(logprobs):
+                self.failovers, self.scored = 0, self.scored + len(logprobs)
+                return event._replace(choice=self.choice)
+            case Piece(tokens):
+                self._note_time()
+                if self.request.max_tokens == 0:  # only the prompt is wanted, but the worker draws a token
+                    event, tokens = Piece(), ()
+                self.output_ids += tokens
+                return event._replace(choice=self.choice, gpu=gpu)
+            case Embedding():
+                self._note_time()
+                return event._replace(choice=self.choice)
+            case Ended():
+                return self._finished(event, gpu)
+            case Failed(message, refused=True):
+                return RequestError(message, code="invalid_json_schema",
+                                    param=self.request.params.grammar_param)
+            case Failed(message):
+                return EngineFailure(message)
+
+    def _note_time(self):
+        self.failovers, self.last_token_s = 0, time.monotonic()
         if self.first_token_s is None:
             self.first_token_s = self.last_token_s
-        self.failovers = 0
-        self.output_ids += piece.tokens
-        self.events.put_nowait(piece)
-        if piece.reason is not None:
-            self.events.put_nowait(self._finished(piece))
 
-    def _finished(self, piece: Piece) -> Finished:
+    def _finished(self, end: Ended, gpu: int) -> Finished:
         count, seconds = len(self.output_ids), self.last_token_s - self.first_token_s
-        wanted, cause = self.request.max_tokens, piece.stop_reason
-        if piece.reason == "length" and (wanted is None or wanted > count):
+        most, reason, cause = self.request.max_tokens, end.reason, end.stop_reason
+        usage = replace(end.usage, prompt_tokens=len(self.prompt_ids), completion_tokens=count)
+        if most == 0:
+            reason, cause, usage = "length", "max_tokens", replace(usage, reasoning_tokens=0)
+        elif reason == "length" and (most is None or most > count):
             cause = "context_length"
-        return Finished(piece.reason, cause, len(self.prompt_ids), count, piece.cached_tokens,
-                        queue_ms=(self.dispatched_s - self.arrived_s + piece.queued_s) * 1e3,
+        return Finished(reason, cause, usage,
+                        queue_ms=(self.dispatched_s - self.arrived_s + end.queued_s) * 1e3,
                         ttft_ms=(self.first_token_s - self.arrived_s) * 1e3,
                         tokens_per_second=(count - 1) / seconds if seconds >= TIMEABLE_S else None,
-                        gpu=piece.gpu, choice=self.choice,
-                        drafted_tokens=piece.drafted_tokens, accepted_tokens=piece.accepted_tokens,
-                        dropped_messages=self.request.dropped_messages,
-                        reasoning_tokens=piece.reasoning_tokens)
+                        gpu=gpu, choice=self.choice, dropped_messages=self.request.dropped_messages)
 
 
 class State(str, enum.Enum):

@@ -92,10 +92,11 @@ class Metrics:
                 elif isinstance(event, Finished):
                     reason = event.reason
                     self.queue.observe(event.queue_ms / 1e3)
-                    self.tokens.labels("generated").inc(event.completion_tokens)
+                    self.tokens.labels("generated").inc(event.usage.completion_tokens)
                     if event.choice % n == 0:  # as in `usage`, a prompt counts once
-                        self.tokens.labels("prompt").inc(event.prompt_tokens - event.cached_tokens)
-                        self.tokens.labels("prompt_cached").inc(event.cached_tokens)
+                        self.tokens.labels("prompt").inc(
+                            event.usage.prompt_tokens - event.usage.cached_tokens)
+                        self.tokens.labels("prompt_cached").inc(event.usage.cached_tokens)
                 yield event
         except Exception as error:
             refused = isinstance(error, (Overloaded, RequestError))

@@ -151,16 +151,16 @@ class Recordings:
             pass
 
     def _make_room(self) -> bool:
-        able = [each for each in self.all.values()
-                if each.ended or each.parts or len(each.tail) >= each.PART]
+        able = [recording for recording in self.all.values()
+                if recording.ended or recording.parts or len(recording.tail) >= recording.PART]
         if not able:
             return False
-        client = max(able, key=lambda each: self.sizes[each.client]).client
-        mine = [each for each in able if each.client == client]
-        if ended := next((each for each in mine if each.ended), None):
+        client = max(able, key=lambda recording: self.sizes[recording.client]).client
+        mine = [recording for recording in able if recording.client == client]
+        if ended := next((recording for recording in mine if recording.ended), None):
             self._forget(ended.id)
         else:
-            largest = max(mine, key=lambda each: each.size)
+            largest = max(mine, key=lambda recording: recording.size)
             before = largest.size
             largest.forget_oldest()
             self._resize(client, largest.size - before)

@@ -62,7 +62,8 @@ async def logged(request: Request, events: AsyncGenerator[Event, None]) -> Async
     try:
         async for event in events:
             if isinstance(event, Piece):
-                answers[event.choice] += [event.text, *(call.name + call.arguments for call in event.calls)]
+                answers[event.choice] += [delta.name + delta.text for delta in event.deltas
+                                          if delta.kind != "reasoning"]
             yield event
     finally:
         await events.aclose()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable
-from typing import NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
+from chatlm.common.messages.requests import Delta
 from chatlm.common.text.formats import with_markers
 from chatlm.common.text.reader import StopFinder, StreamDecoder, answer_reader
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import CallDelta
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.engine.grammar import Grammar
     from chatlm.worker.engine.scheduler import Assignment
@@ -82,19 +82,8 @@ class CalculatorTool:
         return []
 
 
-class Said(NamedTuple):
-    """What is new in an answer, in this order."""
-
-    reasoning: str = ""
-    text: str = ""
-    calls: tuple[CallDelta, ...] = ()
-
-
-NOTHING_SAID = Said()
-
-
 class Answer:
-    """The text side of a sequence: token ids in, text pieces out, and the decision to stop.
+    """The text side of a sequence: token ids in, deltas out, and the decision to stop.
 
     Rebuilt from the ids alone when a sequence is resumed after a worker died. Stop strings are looked for in
     the content, not in reasoning or calls."""
@@ -108,7 +97,7 @@ class Answer:
         self.reader = answer_reader(tokenizer, params, work.prompt_ids)
         marks = tokenizer.marks(bool(self.reader.names)) if self.reader else {}
         self.decoder, self.stops = StreamDecoder(tokenizer, marks), StopFinder(params.stop)
-        self.unsent = [NOTHING_SAID]
+        self.unsent: list[Delta] = []
         self.reasoning_tokens = self.count = 0  # count: all tokens so far
         self.tool = CalculatorTool(tokenizer) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if params.ignore_eos else tokenizer.stop_tokens
@@ -130,15 +119,14 @@ class Answer:
         text, thinking = self.decoder.push(token), self.reader and self.reader.thinking
         self.count += 1
         if not self.reader:  # all is text
-            self.unsent[-1] = Said("", self.unsent[-1].text + self._search(text))
-            return None
+            return self._add_text(text)
         self.reader.push(text)
         self.reasoning_tokens += thinking or self.reader.thinking
         if self.grammar and self.call_grammars:
             self.reader.called = None  # its own call
             if self.grammar.complete:
                 self.grammar = None
-        return self._tell()
+        return self._add_read()
 
     @property
     def awaits_grammar(self) -> bool:
@@ -153,30 +141,33 @@ class Answer:
         if grammar.feed_text(read):
             self.grammar = grammar
 
-    def _tell(self):
-        for kind, what in self.reader.take():
-            if kind != "text":  # no stop string goes on across reasoning or a call
-                self._say("text", self.stops.finish())
+    def _add_read(self):
+        """Add what the reader has read, up to a stop string."""
+        for delta in self.reader.take():
+            if delta.kind == "text":
+                self._add_text(delta.text)
+                continue
+            self._add(Delta("text", self.stops.finish()))  # no stop string goes on across it
             if self.stops.stopped_by is None:
-                self._say(kind, self._search(what) if kind == "text" else what)
+                self._add(delta)
 
-    def _search(self, text: str) -> str:
-        """Text without a stop string and what follows it; the first `min_tokens` tokens may have them."""
-        return self.stops.push(text) if self.count > self.work.params.min_tokens else text
+    def _add_text(self, text: str):
+        """Add text up to a stop string; the first `min_tokens` tokens may have them."""
+        if self.count > self.work.params.min_tokens:
+            text = self.stops.push(text)
+        self._add(Delta("text", text))
 
-    def _say(self, kind: str, what: str | CallDelta):
-        """Add to what is unsent, in a new Said if this kind comes before what the last one has."""
-        last, name = self.unsent[-1], "calls" if kind == "call" else kind
-        if not what:
+    def _add(self, delta: Delta):
+        """Add to what is unsent, to the last delta if it is of the same kind; calls come as they are read."""
+        if not delta.text and not delta.name:
             return
-        if any(last[Said._fields.index(name) + 1:]):
-            self.unsent.append(last := Said())
-        added = getattr(last, name) + ((what,) if kind == "call" else what)
-        self.unsent[-1] = last._replace(**{name: added})
+        if self.unsent and self.unsent[-1].kind == delta.kind != "call":
+            delta = Delta(delta.kind, self.unsent.pop().text + delta.text)
+        self.unsent.append(delta)
 
-    def take(self) -> list[Said]:
-        """What is new since the last time, at least one."""
-        unsent, self.unsent = self.unsent, [NOTHING_SAID]
+    def take(self) -> tuple[Delta, ...]:
+        """What is new since the last time."""
+        unsent, self.unsent = tuple(self.unsent), []
         return unsent
 
     def push(self, token: int, generated: int, room: int) -> list[int]:
@@ -193,8 +184,8 @@ class Answer:
         if self.grammar and self.grammar.complete:
             return self._end("stop", "grammar")
         forced = self.tool.feed(token)[:room] if self.tool else []
-        for each in forced:
-            self._read(each)
+        for forced_token in forced:
+            self._read(forced_token)
         if len(forced) >= room:
             self._end("length",
                       "max_tokens" if generated + room >= self.work.max_tokens else "context_length")
@@ -204,8 +195,8 @@ class Answer:
         self.reason, self.stop_reason = reason, cause
         if self.reader:
             self.reader.finish(cut=reason == "length")
-            self._tell()
-        self._say("text", self.stops.finish())
+            self._add_read()
+        self._add(Delta("text", self.stops.finish()))
         if reason == "length" and self.stops.stopped_by is not None:
             self.reason, self.stop_reason = "stop", self.stops.stopped_by
         return []

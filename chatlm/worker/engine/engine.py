@@ -18,7 +18,8 @@ import numpy
 import torch
 
 from chatlm.common.log import log
-from chatlm.common.messages.requests import AnswerParams, Piece, TokenLogprob
+from chatlm.common.messages.requests import (
+    AnswerParams, Embedding, Ended, Failed, Piece, PromptProgress, PromptScores, TokenLogprob, Usage)
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS, Assignment, Chunk, Scheduler, Sequence
@@ -27,6 +28,7 @@ from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import clean_logits, penalize, top_ids
 
 if TYPE_CHECKING:
+    from chatlm.common.messages.requests import WorkerEvent
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.transformer import Transformer
@@ -70,7 +72,7 @@ class StepUnderWay(NamedTuple):
 
 
 class Engine:
-    """One model replica: sequences in, pieces out, one `step` at a time.
+    """One model replica: sequences in, events out, one `step` at a time.
 
     Where the device works beside Python (`steps.ahead`), the next step starts before the last one's tokens
     become text: it reads them where they were drawn. A sequence that has ended wastes one row. The exception:
@@ -91,7 +93,8 @@ class Engine:
             self.steps = ranks.steps(self.steps, transformer)
         self.answers = AnswerMaker(tokenizer)
         self.under_way: deque[StepUnderWay] = deque()  # one, or as many as there are other stages
-        self.pieces: list[Piece] = []  # `step` returns these, even if the step that made them failed
+        # `step` returns these, each with its answer's id, even if the step that made them failed
+        self.events: list[tuple[str, WorkerEvent]] = []
         exact = kernels.row_invariant or kernels.backend.few_rows_invariant and not ranks
         self.drafts = drafts and exact  # else a drafted row may differ from it alone
         self.drafted_tokens = self.accepted_tokens = 0
@@ -116,8 +119,9 @@ class Engine:
                 sequence.preparing.cancel()
         return bool(gone)
 
-    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Piece]:
-        """Start the next step, call `meanwhile`, finish the previous step; returns the pieces it made."""
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[tuple[str, WorkerEvent]]:
+        """Start the next step, call `meanwhile`, finish the previous step; returns what that added to
+        answers, each event with the id of its answer."""
         plan = self.scheduler.schedule()
         on_host = any(chunk.on_host for chunk in plan)
         finish = self._start(plan) if plan and not on_host else None
@@ -135,8 +139,11 @@ class Engine:
         if on_host or not self.steps.ahead or self.scheduler.stages == 1 and any(
                 c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
             self._finish()
-        pieces, self.pieces = self.pieces, []
-        return pieces
+        events, self.events = self.events, []
+        return events
+
+    def _emit(self, sequence: Sequence, *events: WorkerEvent):
+        self.events += [(sequence.work.id, event) for event in events]
 
     def _start(self, plan: Seq[Chunk]) -> Callable[[], list[int]]:
         """Start a step; returns what waits for its tokens."""
@@ -179,11 +186,11 @@ class Engine:
         """End a sequence with its embedding: what was pooled, scaled to the length 1."""
         self.scheduler.remove(sequence)
         vector = (sequence.pooled / numpy.linalg.norm(sequence.pooled)).astype("<f4")
-        finite = numpy.isfinite(vector).all()
-        ending = ("stop", None) if finite else ("error", "the model's hidden states are not finite")
-        self.pieces.append(Piece(
-            sequence.work.id, (), "", *ending, sequence.cached_tokens, sequence.queued_s,
-            embedding=base64.b64encode(vector.tobytes()).decode()))
+        if numpy.isfinite(vector).all():
+            self._emit(sequence, Embedding(base64.b64encode(vector.tobytes()).decode()),
+                       Ended("stop", None, sequence.usage, sequence.queued_s))
+        else:
+            self._emit(sequence, Failed("the model's hidden states are not finite"))
 
     def _draw_on_host(self, spans: Seq[tuple[Chunk, range]], logits) -> list[int]:
         """Score prompts, ban tokens the grammars reject, draw, and record logprobs.
@@ -194,7 +201,7 @@ class Engine:
             if chunk.sequence.scoring:
                 if scores := score_prompt(chunk, logits[mine.start:mine.stop]):
                     # Sent at once: the scores of a long prompt take 100 MB.
-                    self.pieces.append(Piece(chunk.sequence.work.id, (), "", prompt_logprobs=scores))
+                    self._emit(chunk.sequence, PromptScores(scores))
             drawn += mine[len(mine) - chunk.draws:]
         rows = self._sample_rows(plan)
         if not rows:
@@ -227,7 +234,8 @@ class Engine:
             elif sequence.pooling and not sequence.pending:
                 self._embed(sequence)
             elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
-                self.pieces.append(Piece(sequence.work.id, (), "", prompt_done=sequence.computed))
+                length = len(sequence.work.prompt_ids)
+                self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
         self.under_way.append(StepUnderWay(finish, drawing))
 
     def _finish(self):
@@ -240,13 +248,13 @@ class Engine:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
             if sequence and not sequence.finished:
                 try:
-                    self.pieces += self._accept(sequence, draft, drawn)
+                    self._emit(sequence, *self._accept(sequence, draft, drawn))
                 except Exception as error:  # in its text, tool or grammar: fails this answer alone
                     log.exception("failed to continue an answer")
-                    self.pieces.append(Piece(sequence.work.id, (), "", "error", failure_text(error)))
+                    self._emit(sequence, Failed(failure_text(error)))
                     self.scheduler.remove(sequence)
 
-    def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[Piece]:
+    def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[WorkerEvent]:
         """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
         draft (the rest are then void), and propose the next draft."""
         answer, tokens, right = sequence.text, sequence.tokens, 0
@@ -262,9 +270,9 @@ class Engine:
             self.scheduler.advance(Chunk(sequence, 1))  # the step has computed this token too
         if draft:
             sequence.drafter.judge(right)
-            for owner in (self, sequence):
-                owner.drafted_tokens += len(draft)
-                owner.accepted_tokens += right
+            sequence.usage += Usage(drafted_tokens=len(draft), accepted_tokens=right)
+            self.drafted_tokens += len(draft)
+            self.accepted_tokens += right
         sequence.draft = []
         if answer.reason is not None:
             self.scheduler.remove(sequence)
@@ -277,16 +285,13 @@ class Engine:
             sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
         ended_it = answer.reason == "stop" and token in answer.stop_tokens
         logprobs = () if sequence.logprob is None or ended_it else (sequence.logprob,)
-        *others, (reasoning, text, calls) = answer.take()
-        last = Piece(sequence.work.id, tuple(tokens[known:]), text, answer.reason, answer.stop_reason,
-                     sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens,
-                     sequence.accepted_tokens, logprobs, reasoning=reasoning, calls=calls,
-                     reasoning_tokens=answer.reasoning_tokens)
-        if not others:
-            return [last]
-        first, *rest = [last._replace(reasoning=reasoning, text=text, calls=calls, reason=None, tokens=(),
-                                      stop_reason=None, logprobs=()) for reasoning, text, calls in others]
-        return [first._replace(tokens=last.tokens), *rest, last._replace(tokens=())]
+        if answer.reason == "refused":
+            return [Failed(answer.stop_reason, refused=True)]
+        piece = Piece(tuple(tokens[known:]), answer.take(), logprobs)
+        if answer.reason is None:
+            return [piece]
+        usage = replace(sequence.usage, reasoning_tokens=answer.reasoning_tokens)
+        return [piece, Ended(answer.reason, answer.stop_reason, usage, sequence.queued_s)]
 
     def give_up(self) -> list[str]:
         """After a failed step: forget all it may have written; returns the ids of the dropped answers."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TYPE_CHECKING
 
+from chatlm.common.messages.requests import Usage
 from chatlm.worker.engine.kvcache import PagePool, PageTables
 
 if TYPE_CHECKING:
@@ -56,12 +57,10 @@ class Sequence:
     finished: bool = False               # it ended or was cancelled
     suspect: bool = False                # was in a failed step: runs alone until it produces a token
     draft: list[int] = field(default_factory=list)  # guessed next tokens, verified in the same step
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0             # how many of those were right
     pages: list[int] = field(default_factory=list)  # its table: a page of each group in turn
     filled: int = 0                      # table rows for which layers with a window have had pages
     serial: int | str = PagePool.ROOT    # content serial of its last full page, as in the prefix index
-    cached_tokens: int = 0               # prompt tokens found in the prefix cache at first admission
+    usage: Usage = Usage()               # its tokens here so far: cached at first admission, drafted ones
     added_s: float = 0.0
     queued_s: float | None = None        # seconds it waited here before it first ran
     logprob: TokenLogprob | None = None  # of the last token drawn, if requested
@@ -288,7 +287,8 @@ class Scheduler:
             sequence.serial, sequence.computed = serial, cached * size
             if sequence.queued_s is None:
                 sequence.queued_s = time.monotonic() - sequence.added_s
-                sequence.cached_tokens = min(sequence.computed, len(sequence.work.prompt_ids))
+                sequence.usage = Usage(
+                    cached_tokens=min(sequence.computed, len(sequence.work.prompt_ids)))
 
     def _share_prefill(self, prefilling: list[Sequence], rows: int) -> list[Chunk]:
         """Split the step's prefill budget: at least half to the oldest, the rest shortest first.

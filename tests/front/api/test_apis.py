@@ -24,7 +24,7 @@ from chatlm.common import config
 from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import EngineFailure, RequestError
 from chatlm.common.messages.protocol import Known, ParsedBody
-from chatlm.common.messages.requests import CallDelta, Message, Piece, PromptProgress
+from chatlm.common.messages.requests import Delta, Message, PromptProgress, Request
 from chatlm.common.messages.wire import as_plain_json, restorer
 from chatlm.common.text.formats import MARKS, with_generic_tools, with_markers
 from chatlm.common.text.grammar import check_grammar
@@ -37,6 +37,7 @@ from chatlm.front.api.readers import (ANSWER_READERS, REPEATED, TEXT_READERS, re
                                       read_responses_body)
 from chatlm.front.server.describe import bare_id
 from chatlm.worker.engine.grammar import Grammar
+from answers import said, thought
 from fake_pool import FakePool, Letters, finished, serving
 from nightly import by_day
 from patching import patch
@@ -210,7 +211,7 @@ async def test_keys_are_asked_for_and_name_who_takes_turns(client, path):
         assert (status, headers["WWW-Authenticate"]) == (401, "Bearer") and "API key" in message_of(text, path)
         for given in ({"Authorization": "Bearer secret"}, {"X-Api-Key": "secret"}, {"api-key": "secret"}):
             assert (await ask(client, url, path, given))[0] == 200
-    assert {(request.client, request.owner) for request in pool.requests} == {("alice", "alice")} and len(pool.requests) == 3
+    assert {(request.client, request.params.owner) for request in pool.requests} == {("alice", "alice")} and len(pool.requests) == 3
 
 
 @every_route
@@ -368,7 +369,7 @@ def test_a_conversation_with_calls_and_results_is_the_same_in_all_three():
     bodies = [reader(body | {"seed": 1}, KNOWN) for reader, body in (
         (read_chat_body, chat), (read_responses_body, responses), (read_messages_body, messages))]
     assert bodies[0].request == bodies[1].request == bodies[2].request
-    assert len(bodies[0].request.messages) == 6 and bodies[0].request.tool_names == ("add",)
+    assert len(bodies[0].request.messages) == 6 and bodies[0].request.params.tool_names == ("add",)
     assert [parsed.ignored_tools for parsed in bodies] == [(), ("web_search", "custom"), ("web_search_20250305",)]
 
 
@@ -415,7 +416,7 @@ def test_a_choice_of_tools_is_the_same_in_all_three(chat, responses, messages):
     assert first == second
     named = not isinstance(chat, str)
     assert first.tool_names == (() if chat == "none" else ("b",) if named else ("a", "b"))
-    assert bool(first.grammar) == ("required" in str(chat) or isinstance(chat, dict) and chat["type"] == "function")
+    assert bool(first.params.grammar) == ("required" in str(chat) or isinstance(chat, dict) and chat["type"] == "function")
     if messages:
         third = read_messages_body(base | {"messages": BODIES[CHAT]["messages"], "tool_choice": messages, "tools": [
             {"name": each["name"], "description": "adds", "input_schema": each["parameters"]} for each in functions]}, KNOWN).request
@@ -432,9 +433,9 @@ def test_formats_and_parameters_are_the_same_in_all_three():
         "format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}, "verbosity": "low"}}, KNOWN).request
     third = read_messages_body(common | {"messages": question, "max_tokens": 9, "stop_sequences": ["x"], "output_config": {
         "format": {"type": "json_schema", "schema": schema}}}, KNOWN).request
-    unlike = {"grammar_param": ""}
-    assert replace(first, **unlike) == replace(second, **unlike) == replace(third, **unlike)
-    assert [each.grammar_param for each in (first, second, third)] == ["response_format", "text", "output_config"]
+    alike = [replace(each, params=replace(each.params, grammar_param="")) for each in (first, second, third)]
+    assert alike[0] == alike[1] == alike[2]
+    assert [each.params.grammar_param for each in (first, second, third)] == ["response_format", "text", "output_config"]
     assert read_responses_body({"input": "x", "truncation": "auto"}, KNOWN).request.truncate
 
 
@@ -516,7 +517,7 @@ def test_nested_bodies_are_read_or_refused(body, item):
             except RequestError as error:
                 assert error.status == 400 and str(error)
             else:
-                assert restorer(ParsedBody)(json.loads(as_plain_json(parsed))).request.sampling == parsed.request.sampling
+                assert restorer(ParsedBody)(json.loads(as_plain_json(parsed))).request.params.sampling == parsed.request.params.sampling
 
 
 class Marked(Letters):
@@ -557,12 +558,12 @@ def read_check_and_follow(path, body, tool_format, drawn):
     encoder.collect(finished(["a"]))
     assert json.loads(b"".join(encoder.completion()))
     with_generic_tools(request.messages or (Message("user", "x"),), request.tools)
-    for source in filter(None, (request.grammar, *request.call_grammars)):
-        check_grammar(source, request.grammar_param)
+    for source in filter(None, (request.params.grammar, *request.params.call_grammars)):
+        check_grammar(source, request.params.grammar_param)
     for tokenizer in tokenizers(tool_format):
-        reader = answer_reader(tokenizer, request, ())
-        whole = [reader.grammar(request) if reader else request.grammar] * bool(request.grammar)
-        for source in (*whole, *(with_markers(each, tokenizer.markers) for each in request.call_grammars if each)):
+        reader = answer_reader(tokenizer, request.params, ())
+        whole = [reader.grammar(request.params) if reader else request.params.grammar] * bool(request.params.grammar)
+        for source in (*whole, *(with_markers(each, tokenizer.markers) for each in request.params.call_grammars if each)):
             follow(Grammar(tokenizer, source), tokenizer, drawn)
 
 
@@ -621,9 +622,22 @@ async def test_no_odd_tools_or_formats_are_answered_with_5xx(examples):
 # answers
 
 
-THOUGHT = [Piece("", (1,), "", reasoning="Hm"), Piece("", (2,), "", reasoning="m"), Piece("", (3,), "So"), Piece("", (4,), "!"),
-           Piece("", (5,), "", calls=(CallDelta("", "add"),)), Piece("", (6,), "", calls=(CallDelta('{"a": '), CallDelta("1}"))),
-           Piece("", (7,), "", calls=(CallDelta("{}", "add"),))]
+THOUGHT = [said(thought("Hm"), tokens=(1,)), said(thought("m"), tokens=(2,)), said("So", tokens=(3,)), said("!", tokens=(4,)),
+           said(Delta("call", "", "add"), tokens=(5,)), said(Delta("call", '{"a": '), Delta("call", "1}"), tokens=(6,)),
+           said(Delta("call", "{}", "add"), tokens=(7,))]
+
+
+def test_what_one_piece_adds_comes_in_its_order():
+    deltas = Delta("text", "a"), Delta("call", "{}", "add"), thought("b"), Delta("text", "c")
+    for api in ("responses", "messages", "ollama chat"):
+        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), api=api), "fake")
+        encoder.encode(said(*deltas))
+        assert [(block.kind, block.text, block.name) for block in encoder.blocks] == [*deltas]
+    native = ENCODERS["native"](ParsedBody(Request("x", messages=())), "fake").encode(said(*deltas)).decode()
+    assert re.findall('"(token|reasoning)": "(.)"', native) == [("token", "a"), ("reasoning", "b"), ("token", "c")]
+    chunk = ENCODERS["chat"](ParsedBody(Request("x", messages=()), api="chat"), "fake").encode(said(*deltas))
+    delta = json.loads(chunk.removeprefix(b"data: "))["choices"][0]["delta"]
+    assert (delta["content"], delta["reasoning"], delta["tool_calls"][0]["function"]["name"]) == ("ac", "b", "add")
 
 
 async def test_a_response_streams_the_documented_sequence(client):
@@ -876,9 +890,9 @@ async def test_ollama_s_bodies_are_requests(client):
             async with client.post(url + path, json=BODIES[path] | body | {"options": options}) as response:
                 assert response.status == 200, await response.text()
     for request in pool.requests[1:]:
-        assert (request.sampling.temperature, request.sampling.repetition_penalty, request.max_tokens) == (0.5, 1.5, None)
+        assert (request.params.sampling.temperature, request.params.sampling.repetition_penalty, request.max_tokens) == (0.5, 1.5, None)
     assert [m.role for m in pool.requests[2].messages] == ["system", "user"] and pool.requests[3].prompts == (HI,)
-    assert pool.requests[4].grammar and not pool.requests[1].grammar and pool.requests[1].stop == ("x",)
+    assert pool.requests[4].params.grammar and not pool.requests[1].params.grammar and pool.requests[1].params.stop == ("x",)
 
 
 async def test_what_ollama_tells_of_the_model(client):

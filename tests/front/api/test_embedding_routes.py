@@ -12,9 +12,10 @@ import pytest
 from chatlm.common.config import LIMITS, Settings
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Known
-from chatlm.common.messages.requests import Finished, Piece, Request
+from chatlm.common.messages.requests import Embedding, Finished
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.readers import read_embedding_body
+from answers import asked, ending
 from fake_pool import FakePool, serving
 from pools import played_pool
 from real_server import get, post, server
@@ -143,7 +144,7 @@ def test_the_default_model_embeds_the_start_of_a_long_input(default_model_path):
 def test_a_whole_context_is_one_input(url):
     length = get(url + "/stats")["context_length"]
     maker = PromptMaker(FakePool.tokenizer, length)
-    request = Request(pooling="mean")
+    request = asked(pooling="mean")
     assert maker.answer_length(request, (1,) * length) == 0
     with pytest.raises(RequestError, match=f"{length + 1:,} tokens"):
         maker.answer_length(request, (1,) * (length + 1))
@@ -153,14 +154,14 @@ async def test_many_inputs_leave_room_in_the_queue_for_others():
     """At most LIMITS.choices of a request wait or run at a time."""
     pool = played_pool(max_batch=4)
     parsed = read_embedding_body({"input": ["a"] * 1000}, Known(Settings(), "fake", None))
-    events = pool.answer(replace(parsed.request, id="many", client="a"))
+    events = pool.answer(replace(parsed.request, id="many", params=replace(parsed.request.params, client="a")))
     await anext(events)
     assert len(pool.dispatcher.jobs) == LIMITS.choices
     done = 0
     waiting = asyncio.create_task(anext(events))
     while done < 1000:
         for job in list(pool.workers[0].jobs.values()):
-            pool.dispatcher.deliver(pool.workers[0], [Piece(job.worker_id, (), "", "stop", embedding="AACAPw==")])
+            pool.dispatcher.deliver(pool.workers[0], ending(job.worker_id, Embedding("AACAPw==")))
             for _ in range(2):
                 event = await waiting
                 waiting = asyncio.create_task(anext(events, None))

@@ -8,7 +8,8 @@ import pytest
 import pytest_asyncio
 
 from chatlm.common.errors import EngineFailure, Overloaded, RequestError
-from chatlm.common.messages.requests import Piece, TokenLogprob
+from chatlm.common.messages.requests import PromptScores, TokenLogprob
+from answers import said
 from fake_pool import FakePool, Letters, serving
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -52,12 +53,12 @@ async def test_extra_parameters_pass(client, pool):
     await client.chat.completions.create(model="fake-model", messages=HI, max_completion_tokens=4, stop=["x"],
                                          extra_body={"ignore_eos": True, "top_k": 5})
     request = pool.requests[0]
-    assert (request.max_tokens, request.stop, request.ignore_eos, request.sampling.top_k) == (4, ("x",), True, 5)
+    assert (request.max_tokens, request.params.stop, request.params.ignore_eos, request.params.sampling.top_k) == (4, ("x",), True, 5)
 
 
 async def test_choices_and_logprobs_parse_whole_and_streamed(client, pool):
     entry = TokenLogprob(72, -0.5, ((72, -0.5), (105, -1.25)))
-    pool.pieces = [Piece("", (72,), "H", logprobs=(entry,)), Piece("", (105,), "i", logprobs=(TokenLogprob(105, -2.0),))]
+    pool.pieces = [said("H", tokens=(72,), logprobs=(entry,)), said("i", tokens=(105,), logprobs=(TokenLogprob(105, -2.0),))]
     wanted = dict(model="fake-model", messages=HI, n=2, logprobs=True, top_logprobs=2)
     answer = await client.chat.completions.create(**wanted)
     assert [(choice.index, choice.message.content) for choice in answer.choices] == [(0, "Hi"), (1, "Hi")]
@@ -72,8 +73,7 @@ async def test_choices_and_logprobs_parse_whole_and_streamed(client, pool):
 
 async def test_text_completions_parse_with_echo_and_logprobs(client, pool):
     scores = (TokenLogprob(79, None), TokenLogprob(240, -1.0, ((240, -1.0),)))
-    pool.pieces = [Piece("", (), "", prompt_logprobs=scores[:1]), Piece("", (), "", prompt_logprobs=scores[1:]),
-                   Piece("", (33,), "!", logprobs=(TokenLogprob(33, -0.25),))]
+    pool.pieces = [PromptScores(scores[:1]), PromptScores(scores[1:]), said("!", tokens=(33,), logprobs=(TokenLogprob(33, -0.25),))]
     answer = await client.completions.create(model="fake-model", prompt=["Oh", [79, 240]], echo=True, logprobs=1, max_tokens=1)
     assert [choice.text for choice in answer.choices] == ["Oh!", "O\ufffd!"]
     found = answer.choices[1].logprobs

@@ -16,12 +16,12 @@ from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import RequestError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import WORKER_PIPE, ModelCard, NewAnswer, NewPrompt
-from chatlm.common.messages.requests import Piece
 from chatlm.front.api.fields import A_TOKEN, list_schema, matches
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.server.describe import openapi_document
 from chatlm.worker.weights.nanochat import read_nanochat_tokenizer
+from answers import ending, said
 from fake_pool import FakePool, serving
 from pools import PlayedWorker
 
@@ -63,9 +63,8 @@ class EchoWorker(PlayedWorker):
         if isinstance(message, NewPrompt):
             assert all(0 <= token < 300 for token in message.ids)
         if isinstance(message, NewAnswer):
-            assert message.max_tokens >= (0 if self.jobs[message.id].request.pooling else 1)
-            piece = Piece(message.id, (5,), "x", "stop", "eos")
-            asyncio.get_running_loop().call_soon(self.pool.dispatcher.deliver, self, [piece])
+            assert message.max_tokens >= (0 if self.jobs[message.id].request.params.pooling else 1)
+            asyncio.get_running_loop().call_soon(self.pool.dispatcher.deliver, self, ending(message.id, said("x", tokens=(5,))))
 
 
 @pytest.fixture(scope="module")

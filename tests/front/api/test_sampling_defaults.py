@@ -115,7 +115,7 @@ async def sent_by_a_terminal(server, parameters=None, **flags):
         request = new_request(settings, parameters, messages=(Message("user", "Hi"),))
         _ = [event async for event in pool.answer(request)]
         await pool.close()
-    return server.requests[0].sampling
+    return server.requests[0].params.sampling
 
 
 async def test_a_terminal_leaves_to_the_server_what_its_user_does_not_set():

@@ -11,11 +11,12 @@ import pytest
 
 from chatlm.common.errors import EngineFailure, Overloaded, RequestError
 from chatlm.common.messages.protocol import WORKER_PIPE, NewAnswer
-from chatlm.common.messages.requests import Finished, Piece, Request, SamplingParams, TokenLogprob
+from chatlm.common.messages.requests import Failed, Finished, Piece, PromptScores, SamplingParams, TokenLogprob
 from chatlm.common.messages.wire import HEADER, unpacked
 from chatlm.front.pool.worker import Job
 from chatlm.worker.engine.scheduler import Sequence
 from chatlm.worker.process import Inbox
+from answers import asked, ending, said
 from nightly import by_day
 from pools import PlayedWorker, played_pool, work_of
 
@@ -38,7 +39,9 @@ class KeepingWorker(PlayedWorker):
         self.inbox.obey(unpacked(kind, frame[HEADER.size:]))
 
     def says(self, name, token, reason=None):
-        self.pool.dispatcher.deliver(self, [Piece(name, (token,), chr(token), reason, reason and "eos")])
+        piece = said(chr(token), tokens=(token,))
+        failure = [(name, Failed("the model failed"))]
+        self.pool.dispatcher.deliver(self, failure if reason == "error" else ending(name, piece, reason) if reason else [(name, piece)])
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ async def pool():
 
 
 def request(**more):
-    return Request("a", **{"prompts": ((1, 2),), "sampling": SamplingParams(seed=5), "client": "me"} | more)
+    return asked("a", **{"prompts": ((1, 2),), "sampling": SamplingParams(seed=5), "client": "me"} | more)
 
 
 async def with_its_first_token(pool, **more):
@@ -104,14 +107,14 @@ async def test_events_say_whose_they_are_and_end_with_the_last(pool):
         worker.says(name, token, "stop")
     rest = [event async for event in events]
     assert [(type(event), event.choice) for event in rest] == [(Piece, 3), (Finished, 3), (Piece, 1), (Finished, 1)]
-    assert rest[1].prompt_tokens == 2 and rest[3].prompt_tokens == 1
+    assert rest[1].usage.prompt_tokens == 2 and rest[3].usage.prompt_tokens == 1
     assert {work.sampling.choice for name, work in worker.works.items() if name in ("a#1", "a#3")} == {1}
 
 
 async def test_one_that_fails_ends_all(pool):
     (worker,) = pool.workers
     events = await with_its_first_token(pool, n=3)
-    pool.dispatcher.deliver(worker, [Piece("a#1", (), "", "error", "the model failed")])
+    pool.dispatcher.deliver(worker, [("a#1", Failed("the model failed"))])
     with pytest.raises(EngineFailure, match="the model failed"):
         async for _ in events:
             pass
@@ -122,7 +125,7 @@ async def test_one_that_fails_ends_all(pool):
 async def test_an_answer_that_fails_is_an_error_and_not_an_end(pool, changes):
     events = pool.answer(request(**changes))
     await anext(events)
-    pool.dispatcher.deliver(pool.workers[0], [Piece("a", (5,), "", "error", "the grammar became too large")])
+    pool.dispatcher.deliver(pool.workers[0], [("a", Failed("the grammar became too large"))])
     with pytest.raises(EngineFailure, match="too large"):
         await anext(events)
 
@@ -161,13 +164,12 @@ async def test_only_the_prompt_s_scores_are_wanted_with_max_tokens_0_and_a_resum
     assert (worker.works["a"].max_tokens, worker.works["a"].params.prompt_logprobs) == (1, 1)
     scores = (TokenLogprob(1, None), TokenLogprob(2, -1.0))
     for score in scores:            # as they are computed
-        pool.dispatcher.deliver(worker, [Piece("a", (), "", prompt_logprobs=(score,))])
+        pool.dispatcher.deliver(worker, [("a", PromptScores((score,)))])
     assert [message.scored for message in pool.dispatcher.jobs["a"].messages(None) if isinstance(message, NewAnswer)] == [2]
-    pool.dispatcher.deliver(worker, [Piece("a", (65,), "A", "length", "max_tokens")])
-    *pieces, last, done = [event async for event in events]
-    assert [piece.prompt_logprobs for piece in pieces] == [scores[:1], scores[1:]]
-    assert all((piece.text, piece.tokens) == ("", ()) for piece in (*pieces, last)) and last.prompt_logprobs == ()
-    assert (done.completion_tokens, done.reason, done.stop_reason) == (0, "length", "max_tokens")
+    pool.dispatcher.deliver(worker, ending("a", said("A", tokens=(65,)), "length", "max_tokens"))
+    *scored, last, done = [event async for event in events]
+    assert scored == [PromptScores(scores[:1]), PromptScores(scores[1:])] and last == Piece()
+    assert (done.usage.completion_tokens, done.reason, done.stop_reason) == (0, "length", "max_tokens")
     job = Job(request(prompt_logprobs=1), (1, 2), 5, None, 0.0, output_ids=[65])
     work = work_of(job)
     assert not Sequence(work, [*work.prompt_ids, *work.resumed_ids], 9).scoring
@@ -179,7 +181,7 @@ async def test_an_answer_that_fills_the_context_says_so(pool):
     assert pool.workers[0].works["a"].max_tokens == 4
     for token in (65, 66, 67):
         pool.workers[0].says("a", token)
-    pool.dispatcher.deliver(pool.workers[0], [Piece("a", (68,), "D", "length", "max_tokens")])
+    pool.dispatcher.deliver(pool.workers[0], ending("a", said("D", tokens=(68,)), "length", "max_tokens"))
     assert [event async for event in events][-1].stop_reason == "context_length"
 
 

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import aiohttp
 import psutil
@@ -18,7 +19,7 @@ from chatlm.common import program
 from chatlm.common.config import Settings
 from chatlm.common.errors import EngineFailure
 from chatlm.common.messages.protocol import Loading
-from chatlm.common.messages.requests import Finished, Message, Piece, Request, SamplingParams
+from chatlm.common.messages.requests import Embedding, Finished, Message, Piece, PromptScores, SamplingParams
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.formats import HARMONY
@@ -26,6 +27,7 @@ from chatlm.common.text.grammar import check_grammar, json_grammar
 from chatlm.front.admission import prompts
 from chatlm.front.api.call_grammars import tool_grammar
 from chatlm.front.pool.pool import pool_of
+from answers import asked, calls_of
 from fake_pool import conversation, frames, serving
 import families
 import pools
@@ -53,9 +55,10 @@ def drawn_from(tokens, **changes):
 
 
 async def told(pool, name, request):
-    """All that the pieces of an answer say."""
-    pieces = [event async for event in pool.answer(Request(name, **request)) if isinstance(event, Piece)]
-    return [(piece.tokens, piece.text, piece.calls, piece.reasoning, piece.reasoning_tokens) for piece in pieces]
+    """The pieces of an answer, and its Usage."""
+    events = [event async for event in pool.answer(asked(name, **request))]
+    pieces = [event._replace(gpu=0) for event in events if isinstance(event, Piece)]
+    return [*pieces, replace(events[-1].usage, cached_tokens=0, drafted_tokens=0, accepted_tokens=0)]
 
 
 PLAIN = dict(sampling=SamplingParams(temperature=1.0, seed=5), max_tokens=60)
@@ -88,15 +91,18 @@ FEW = ["queued for a grammar", "prefill of a scored prompt", "decode of the thir
 
 async def answers(pool, request):
     """{choice: (text, tokens, tokens with log-probabilities, reason, cause)} of all answers to a request."""
-    found = {}
+    found, ends = {}, {}
     async for event in pool.answer(request):
+        text, tokens, scored = found.get(getattr(event, "choice", 0), ("", (), ()))
+        if isinstance(event, (Piece, PromptScores)):
+            scored += tuple(entry.token for entry in event.logprobs)
         if isinstance(event, Piece):
-            text, tokens, scored = found.get(event.choice, ("", (), ()))
-            scores = tuple(entry.token for entry in event.prompt_logprobs + event.logprobs)
-            found[event.choice] = text + event.text + event.embedding, tokens + event.tokens, scored + scores
-        elif isinstance(event, Finished):
-            found[event.choice] += event.reason, event.stop_reason
-    return found
+            text, tokens = text + event.text, tokens + event.tokens
+        if isinstance(event, Finished):
+            ends[event.choice] = event.reason, event.stop_reason
+        elif isinstance(event, (Piece, PromptScores, Embedding)):
+            found[event.choice] = text + getattr(event, "vector", ""), tokens, scored
+    return {choice: (*said, *ends[choice]) for choice, said in found.items()}
 
 
 @pytest.mark.parametrize("cases", [FEW, pytest.param([*CASES], marks=pytest.mark.slow)], ids=["few", "all"])
@@ -106,8 +112,8 @@ async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_
         request = dict(messages=(Message("user", "hello"),), ignore_eos=True) | changes
         name = f"kill-{case.split()[0]}-{number}"
         # first, since the other request finds the prompt in the prefix cache
-        disturbed = await answers(pool, Request(name, **request))
-        undisturbed = await answers(pool, Request(f"undisturbed {number}", **request))
+        disturbed = await answers(pool, asked(name, **request))
+        undisturbed = await answers(pool, asked(f"undisturbed {number}", **request))
         assert disturbed == undisturbed, case
         assert [path for path in tmp_path.iterdir() if path.name.split("#")[0] == name], f"{case}: no worker was killed"
         text, tokens, _, reason, cause = undisturbed[0]
@@ -135,12 +141,13 @@ async def test_a_worker_killed_in_the_middle_of_a_function_call_or_of_reasoning_
 
     disturbed, undisturbed = [await told(pool, name, request) for name in (f"kill-{moment}", "undisturbed")]
     assert (tmp_path / f"kill-{moment}").exists() and disturbed == undisturbed
-    calls = [call for _, _, calls, *_ in disturbed for call in calls]
+    *pieces, done = disturbed
     if moment == "arguments":
+        calls = calls_of(pieces)
         assert any(call.name for call in calls) and sum(not call.name for call in calls) > 3
-        assert "<tool_call>" in "".join(text for _, text, *_ in disturbed)
+        assert "<tool_call>" in "".join(piece.text for piece in pieces)
     else:
-        assert sum(bool(reasoning) for *_, reasoning, _ in disturbed) > 3 and 0 < disturbed[-1][-1] <= 110
+        assert sum(bool(piece.joined("reasoning")) for piece in pieces) > 3 and 0 < done.reasoning_tokens <= 110
     await idle(pool)
 
 
@@ -167,10 +174,11 @@ async def test_a_worker_with_experts_killed_in_a_harmony_channel_costs_no_letter
 
     disturbed, undisturbed = [await told(pool, name, request) for name in (f"kill-{moment}", "undisturbed")]
     assert (tmp_path / f"kill-{moment}").exists() and disturbed == undisturbed
-    calls = [call for _, _, calls, *_ in disturbed for call in calls]
+    *pieces, _ = disturbed
+    calls = calls_of(pieces)
     assert [call.name for call in calls if call.name] == ["f"] and len(calls) > 10
-    assert 20 <= len(json.loads("".join(call.arguments for call in calls))["city"]) <= 30
-    assert sum(bool(reasoning) for *_, reasoning, _ in disturbed) > 3 and not any(text for _, text, *_ in disturbed)
+    assert 20 <= len(json.loads("".join(call.text for call in calls))["city"]) <= 30
+    assert sum(bool(piece.joined("reasoning")) for piece in pieces) > 3 and not any(piece.text for piece in pieces)
     await idle(pool)
 
 
@@ -189,18 +197,19 @@ async def test_a_worker_killed_in_one_of_several_calls_in_tags_costs_no_letter_o
 
     disturbed, undisturbed = [await told(pool, name, request) for name in ("kill-arguments", "undisturbed")]
     assert (tmp_path / "kill-arguments").exists() and disturbed == undisturbed
-    calls = [call for _, _, calls, *_ in disturbed for call in calls]
+    *pieces, _ = disturbed
+    calls = calls_of(pieces)
     assert [call.name for call in calls if call.name] == ["f"] * 3 and len(calls) > 40
-    arguments = [json.loads(text) for text in "".join(("|" * bool(call.name)) + call.arguments for call in calls)[1:].split("|")]
-    assert all(20 <= len(each["city"]) <= 30 and 100 <= each["days"] <= 999 for each in arguments) and not any(text for _, text, *_ in disturbed)
+    arguments = [json.loads(text) for text in "".join(("|" * bool(call.name)) + call.text for call in calls)[1:].split("|")]
+    assert all(20 <= len(each["city"]) <= 30 and 100 <= each["days"] <= 999 for each in arguments) and not any(piece.text for piece in pieces)
     await idle(pool)
 
 
 async def test_with_one_worker_streams_wait_for_its_restart_and_go_on(start_pool):
     pool = await start_pool(max_batch=2)
     names = ["kill-prefill", "kill-decode", "bystander 1", "bystander 2"]       # two in the batch, two in the queue
-    got = await asyncio.gather(*(answers(pool, Request(name, **LONG_PROMPT)) for name in names))
-    assert got == [await answers(pool, Request("undisturbed", **LONG_PROMPT))] * 4
+    got = await asyncio.gather(*(answers(pool, asked(name, **LONG_PROMPT)) for name in names))
+    assert got == [await answers(pool, asked("undisturbed", **LONG_PROMPT))] * 4
     assert pool.workers[0].restarts == 2
     await idle(pool)
 
@@ -211,13 +220,13 @@ async def test_a_worker_killed_when_an_answer_is_set_aside_for_its_pages_costs_n
     worker = pool.workers[0]
     # until it has all four; the last is then set aside after some 45 tokens
     os.kill(worker.process.pid, signal.SIGSTOP)
-    running = asyncio.gather(*(answers(pool, Request(name, **work)) for name, work in zip(("a", "b", "c", "kill-aside"), works)))
+    running = asyncio.gather(*(answers(pool, asked(name, **work)) for name, work in zip(("a", "b", "c", "kill-aside"), works)))
     while len(worker.jobs) < 4:
         await asyncio.sleep(0.01)
     os.kill(worker.process.pid, signal.SIGCONT)
     together = await running
     assert (tmp_path / "kill-aside").exists() and worker.restarts == 1        # it was set aside; the next worker may set none aside
-    assert together == [await answers(pool, Request("undisturbed", **work)) for work in works]
+    assert together == [await answers(pool, asked("undisturbed", **work)) for work in works]
     await idle(pool)
 
 
@@ -257,11 +266,11 @@ async def stopped_worker(pool):
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_a_worker_that_hangs_while_it_answers_is_replaced(start_pool, workers):
     pool = await start_pool(num_workers=workers)
-    disturbed = asyncio.ensure_future(answers(pool, Request("hang-decode", **LONG_PROMPT)))
+    disturbed = asyncio.ensure_future(answers(pool, asked("hang-decode", **LONG_PROMPT)))
     worker = await stopped_worker(pool)
     assert worker.jobs and not worker.hung
     worker.awaited_s -= max(worker.HANG_S, 20 * worker.slowest_step_s)
-    assert await disturbed == await answers(pool, Request("undisturbed", **LONG_PROMPT))
+    assert await disturbed == await answers(pool, asked("undisturbed", **LONG_PROMPT))
     await idle(pool)
     assert [each.restarts for each in pool.workers] == [int(each is worker) for each in pool.workers]
 
@@ -276,7 +285,7 @@ async def test_an_idle_worker_that_hangs_is_replaced_before_anybody_asks(start_p
     worker.awaited_s -= worker.HANG_S
     while worker.restarts == 0 or worker.state != "ready":
         await asyncio.sleep(0.02)
-    assert (await collect(pool, greedy("after")))[2].completion_tokens == 40
+    assert (await collect(pool, greedy("after")))[2].usage.completion_tokens == 40
 
 
 async def test_an_idle_worker_that_answers_pings_lives_on(start_pool):
@@ -307,9 +316,9 @@ async def test_a_worker_that_hangs_in_its_first_load_is_replaced(start_pool, tmp
 async def test_a_worker_that_hangs_while_it_loads_again_keeps_no_answer_from_going_on(start_pool, tmp_path):
     pool = await start_pool()
     (worker,) = pool.workers
-    undisturbed = await answers(pool, Request("undisturbed", **LONG_PROMPT))
+    undisturbed = await answers(pool, asked("undisturbed", **LONG_PROMPT))
     (tmp_path / "hang-load").touch()
-    disturbed = asyncio.ensure_future(answers(pool, Request("kill-decode", **LONG_PROMPT)))
+    disturbed = asyncio.ensure_future(answers(pool, asked("kill-decode", **LONG_PROMPT)))
     assert await stopped_worker(pool) is worker and worker.state == "loading"
     worker.awaited_s -= worker.LOAD_HANG_S
     while worker.crashes_in_row < 2:
@@ -405,7 +414,7 @@ async def test_a_step_that_fails_fails_only_the_request_that_is_its_cause(start_
     patch(monkeypatch, prompts, "checked_ids", lambda *request: None)
     undisturbed = await collect(pool, greedy("undisturbed", max_tokens=100))
     pid = pool.workers[0].process.pid
-    bad = Request("bad", prompts=((10**9,),), max_tokens=5)         # a token id that the model does not have
+    bad = asked("bad", prompts=((10**9,),), max_tokens=5)         # a token id that the model does not have
     running = [asyncio.ensure_future(collect(pool, greedy(name, max_tokens=100))) for name in "abc"]
     with pytest.raises(EngineFailure, match="failed while computing"):
         await collect(pool, bad)

@@ -10,15 +10,16 @@ import pytest
 from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import Overloaded
 from chatlm.common.messages.protocol import Cancel, NewAnswer
-from chatlm.common.messages.requests import Piece, Request, SamplingParams
+from chatlm.common.messages.requests import Piece, SamplingParams
 from chatlm.front.pool.dispatcher import WaitingQueue
 from chatlm.front.pool.worker import Job, State
+from answers import asked, ending, said
 from fake_pool import FakePool, conversation, serving
 from pools import played_pool
 
 
 def job(name, client="", low=False, deaths=0):
-    return Job(Request(name, prompts=((1,),), client=client, low_priority=low), (1,), 8, None, 0.0, failovers=deaths)
+    return Job(asked(name, prompts=((1,),), client=client, low_priority=low), (1,), 8, None, 0.0, failovers=deaths)
 
 
 def drained(queue):
@@ -97,7 +98,7 @@ async def pool():
 
 
 def request(name, client, low=False):
-    return Request(name, prompts=((1, 2),), client=client, low_priority=low)
+    return asked(name, prompts=((1, 2),), client=client, low_priority=low)
 
 
 async def test_the_pool_gives_rows_in_turn_and_refuses_above_the_limits(pool):
@@ -137,7 +138,7 @@ async def test_the_pile_of_one_client_does_not_use_up_the_queue_for_others():
     pool.workers[0].become(State.DEAD)          # so all of them wait
 
     async def asking(name, client, n=1):
-        request = Request(name, prompts=((1,),), prompt_ids=((1,),), client=client, n=n, max_tokens=8)
+        request = asked(name, prompts=((1,),), prompt_ids=((1,),), client=client, n=n, max_tokens=8)
         async for _ in pool.answer(request):
             pass
 
@@ -166,12 +167,12 @@ async def test_a_client_with_all_rows_gives_up_its_youngest_for_another_until_th
     streams = await submitted(pool, "a1", "a2", "a3", "a4", "a5")
     streams |= await submitted(pool, "b1", "b2", "b3")
     assert told(worker) == ["a1", "a2", "a3", "a4", "stop a4", "b1", "stop a3", "b2"] and len(worker.jobs) == 4
-    pool.dispatcher.deliver(worker, [Piece("a3", (7,), "late"), Piece("a2", (7,), "x"), Piece("b1", (7,), "y", "stop", "eos")])
+    pool.dispatcher.deliver(worker, [("a3", said("late", tokens=(7,))), ("a2", said("x", tokens=(7,))), *ending("b1", said("y", tokens=(7,)))])
     assert told(worker)[-1] == "b3"                 # as many rows as a: in turn
-    pool.dispatcher.deliver(worker, [Piece("b2", (7,), "", "stop", "eos"), Piece("b3", (7,), "", "stop", "eos")])
+    pool.dispatcher.deliver(worker, [*ending("b2", said(tokens=(7,))), *ending("b3", said(tokens=(7,)))])
     assert told(worker)[-2:] == ["a3##1", "a4##1"]  # before a5, and not as if the late word had come
     assert pool.dispatcher.jobs["a3"].output_ids == [] and pool.dispatcher.jobs["a2"].output_ids == [7]
-    pool.dispatcher.deliver(worker, [Piece("a3##1", (8,), "z", "stop", "eos")])
+    pool.dispatcher.deliver(worker, ending("a3##1", said("z", tokens=(8,))))
     assert [event.text async for event in streams["a3"] if isinstance(event, Piece)] == ["z"]
     for stream in streams.values():
         await stream.aclose()
@@ -197,7 +198,7 @@ async def test_low_priority_takes_nobodys_row_and_gives_up_its_own_first():
 
 async def test_an_answer_that_was_set_aside_is_the_same_to_the_last_word(start_pool):
     async def said(pool, name, client, tokens):
-        wanted = Request(name, prompts=("The sea is",), max_tokens=tokens, client=client, ignore_eos=True,
+        wanted = asked(name, prompts=("The sea is",), max_tokens=tokens, client=client, ignore_eos=True,
                          sampling=SamplingParams(seed=5, temperature=1.0))
         return "".join([event.text async for event in pool.answer(wanted) if isinstance(event, Piece)])
 

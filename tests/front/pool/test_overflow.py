@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import aiohttp
 import pytest
+import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import RequestError
-from chatlm.common.messages.requests import Finished, Message, Request, SamplingParams
+from chatlm.common.messages.requests import Finished, Message, SamplingParams
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.worker.model.transformer import Transformer
+from answers import asked
 from engines import load
 from fake_pool import FakePool, conversation, frames, serving
 from pools import collect, idle
@@ -35,12 +37,12 @@ async def test_a_conversation_that_is_too_long_is_refused_with_both_numbers_or_l
     messages = talk("q" * 40, "a" * 30, "r" * 40, "b" * 20, "last?", system="Rule!")
     greedy = SamplingParams(temperature=0.0)
     with pytest.raises(RequestError, match=f"has {tokens_of(pool, messages)} tokens, but the context holds 128") as refused:
-        await collect(pool, Request("a", messages, sampling=greedy))
+        await collect(pool, asked("a", messages, sampling=greedy))
     assert refused.value.code == "context_length_exceeded"
-    _, tokens, done = await collect(pool, Request("b", messages, sampling=greedy, max_tokens=8, truncate=True))
+    _, tokens, done = await collect(pool, asked("b", messages, sampling=greedy, max_tokens=8, truncate=True))
     kept = (messages[0], *messages[3:])
-    assert done.dropped_messages == 2 and done.prompt_tokens == tokens_of(pool, kept)
-    assert tokens == (await collect(pool, Request("c", kept, sampling=greedy, max_tokens=8)))[1]
+    assert done.dropped_messages == 2 and done.usage.prompt_tokens == tokens_of(pool, kept)
+    assert tokens == (await collect(pool, asked("c", kept, sampling=greedy, max_tokens=8)))[1]
 
 
 TRUNCATIONS = (         # turns, max_tokens, messages that must be dropped for a context of 128
@@ -59,17 +61,17 @@ TRUNCATIONS = (         # turns, max_tokens, messages that must be dropped for a
 async def test_whole_turns_go_and_no_more_than_needed(start_pool):
     pool = await start_pool(context_length=128)
     for number, (turns, max_tokens, dropped) in enumerate(TRUNCATIONS):
-        _, _, done = await collect(pool, Request(f"a{number}", talk(*turns), max_tokens=max_tokens, truncate=True))
-        assert (done.dropped_messages, done.prompt_tokens) == (dropped, tokens_of(pool, talk(*turns)[dropped:])), turns
+        _, _, done = await collect(pool, asked(f"a{number}", talk(*turns), max_tokens=max_tokens, truncate=True))
+        assert (done.dropped_messages, done.usage.prompt_tokens) == (dropped, tokens_of(pool, talk(*turns)[dropped:])), turns
 
 
 async def test_a_last_message_that_is_too_long_alone_is_refused_even_so(start_pool):
     pool = await start_pool(context_length=128)
     messages = talk("q" * 30, "a" * 30, "l" * 200)
     with pytest.raises(RequestError, match=f"has {tokens_of(pool, messages[2:])} tokens, but the context holds 128"):
-        await collect(pool, Request("a", messages, truncate=True))
+        await collect(pool, asked("a", messages, truncate=True))
     with pytest.raises(RequestError, match="context holds 128"):
-        await collect(pool, Request("b", prompts=("x" * 200,), truncate=True))       # there are no turns
+        await collect(pool, asked("b", prompts=("x" * 200,), truncate=True))       # there are no turns
 
 
 @pytest.mark.parametrize("truncate", [False, True])
@@ -77,7 +79,7 @@ async def test_more_messages_than_the_context_has_tokens_never_reach_the_templat
     pool = await start_pool(context_length=128)
     monkeypatch.setattr(pool.tokenizer, "render", None)
     with pytest.raises(RequestError, match="has 129 messages, but the context holds 128 tokens") as refused:
-        await collect(pool, Request("a", talk(*[""] * 129), truncate=truncate))
+        await collect(pool, asked("a", talk(*[""] * 129), truncate=truncate))
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
 
 
@@ -91,7 +93,7 @@ async def test_many_short_messages_are_rendered_off_the_event_loop(start_pool, m
 
     monkeypatch.setattr(pool.tokenizer, "render", watched)
     for number, turns in enumerate(([""], [""] * 101)):
-        await collect(pool, Request(f"a{number}", talk(*turns), max_tokens=1))
+        await collect(pool, asked(f"a{number}", talk(*turns), max_tokens=1))
     assert threads == [True, False]
 
 
@@ -180,7 +182,7 @@ async def test_with_hardly_any_kv_memory_every_answer_under_load_is_as_alone(sta
     model = load(nanochat_fixtures / "gen5")
     pool = await start_pool(kv_cache_memory=18 * Transformer.page_bytes(model.spec, torch.float32), max_batch=8)
     assert pool.context_length == 18 * PAGE_SIZE
-    requests = [Request(f"r{i}", prompts=(tuple(range(i, 120 + 10 * i)),), max_tokens=60 + 5 * i, ignore_eos=True,
+    requests = [asked(f"r{i}", prompts=(tuple(range(i, 120 + 10 * i)),), max_tokens=60 + 5 * i, ignore_eos=True,
                         sampling=SamplingParams(temperature=0.9, seed=i)) for i in range(8)]
     alone = [await collect(roomy, request) for request in requests]
     vanishing = [asyncio.ensure_future(leave_after(pool, replace(request, id=f"v{i}"), 3 * i))
@@ -189,7 +191,7 @@ async def test_with_hardly_any_kv_memory_every_answer_under_load_is_as_alone(sta
     await asyncio.gather(*vanishing)
     assert [each[:2] for each in together] == [each[:2] for each in alone]
     with pytest.raises(RequestError, match="has 288 tokens, but the context holds 288"):
-        await collect(pool, Request("too long", prompts=(tuple([5] * 288),)))
+        await collect(pool, asked("too long", prompts=(tuple([5] * 288),)))
     await idle(pool)
     assert pool.workers[0].gauges["preemptions"] > 0 and pool.workers[0].restarts == 0
 
@@ -203,7 +205,7 @@ async def leave_after(pool, request, pieces):
 
 async def test_memory_that_runs_out_in_a_step_costs_few_requests_and_no_worker(start_pool):
     pool = await start_pool()
-    requests = [Request(f"crowd-{i}", prompts=((5, 6, i),), max_tokens=30, ignore_eos=True) for i in range(5)]
+    requests = [asked(f"crowd-{i}", prompts=((5, 6, i),), max_tokens=30, ignore_eos=True) for i in range(5)]
     got = await asyncio.gather(*(collect(pool, request) for request in requests), return_exceptions=True)
     failed = [each for each in got if isinstance(each, Exception)]
     assert len(failed) <= 2 and all("MemoryError" in str(each) for each in failed)      # three fit at once
@@ -217,10 +219,10 @@ async def test_a_text_far_beyond_the_context_is_refused_before_all_of_it_is_toke
     taken, encode = [], pool.tokenizer.encode
     monkeypatch.setattr(pool.tokenizer, "encode", lambda text: taken.append(len(text)) or encode(text))
     long = "why? " * 1_000_000
-    for request in (Request("a", talk(long)), Request("b", talk("q", "a", long), truncate=True), Request("c", None, (long,))):
+    for request in (asked("a", talk(long)), asked("b", talk("q", "a", long), truncate=True), asked("c", None, (long,))):
         with pytest.raises(RequestError, match="more than .* tokens, but the context holds 128") as refused:
             await collect(pool, request)
         assert refused.value.code == "context_length_exceeded" and refused.value.param == ("prompt" if request.prompts else "messages")
-    _, _, done = await collect(pool, Request("d", talk(long, "a", "last?"), max_tokens=8, truncate=True))
+    _, _, done = await collect(pool, asked("d", talk(long, "a", "last?"), max_tokens=8, truncate=True))
     assert done.dropped_messages == 2
     assert max(taken) == PromptMaker.SLICE_CHARACTERS and sum(taken) < 10 * PromptMaker.SLICE_CHARACTERS

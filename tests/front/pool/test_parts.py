@@ -11,12 +11,13 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.protocol import (WORKER_PIPE, ActorAddress, EndActor, Loading, ModelCard, NewAnswer, Node, Nodes, Ready, StartActor,
                                              Unusable, WorkerConfig)
-from chatlm.common.messages.requests import Accepted, Finished, Piece, Request, TextSpec
+from chatlm.common.messages.requests import Accepted, Finished, Request, TextSpec
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local import LocalDevices
 from chatlm.front.pool.ray import RayNodes
 from chatlm.front.pool.supervisor import Supervisor
 from chatlm.front.pool.worker import NEXT_STATES, State, Worker
+from answers import ending, said
 
 PATHS = {       # how a worker gets into each state
     State.LOADING: (), State.AWAITING_NODE: (State.AWAITING_NODE,), State.READY: (State.READY,), State.DEAD: (State.DEAD,),
@@ -58,12 +59,12 @@ async def test_a_dispatcher_moves_an_answer_from_a_dead_worker_to_another():
     dispatcher = Dispatcher(Settings(max_batch=1), workers)
     events = dispatcher.answer(Request("a", prompt_ids=((1, 2),), max_tokens=5), [5], 0.0)
     assert await anext(events) == Accepted(2)
-    dispatcher.deliver(workers[0], [Piece("a", (65,), "A")])
+    dispatcher.deliver(workers[0], [("a", said("A", tokens=(65,)))])
     workers[1].become(State.READY)
     workers[0].become(State.DEAD)
     dispatcher.requeue(workers[0])
     assert [(message.id, message.resumed_ids) for message in workers[1].sent if isinstance(message, NewAnswer)] == [("a", (65,))]
-    dispatcher.deliver(workers[1], [Piece("a", (66,), "B", "stop", "eos")])
+    dispatcher.deliver(workers[1], ending("a", said("B", tokens=(66,))))
     pieces = [event async for event in events]
     assert [piece.text for piece in pieces[:-1]] == ["A", "B"] and isinstance(pieces[-1], Finished)
     assert not dispatcher.jobs and not workers[0].jobs and not workers[1].jobs

@@ -1,13 +1,14 @@
 """What a client is told before the first token: its place in the queue, and how much of its prompt was read."""
 
-from chatlm.common.messages.requests import Finished, Message, Piece, PromptProgress, Request
+from chatlm.common.messages.requests import Finished, Message, Piece, PromptProgress
+from answers import asked
 from fake_pool import frames, serving
 
 LONG = (Message("user", "word " * 60),)
 
 
 async def events_of(pool, **more):
-    return [event async for event in pool.answer(Request(messages=LONG, max_tokens=3, **more))]
+    return [event async for event in pool.answer(asked(messages=LONG, max_tokens=3, **more))]
 
 
 async def test_a_prompt_is_read_step_by_step_and_only_who_asks_is_told(start_pool):
@@ -24,10 +25,10 @@ async def test_a_prompt_is_read_step_by_step_and_only_who_asks_is_told(start_poo
 
 async def test_who_waits_is_told_the_position_in_the_queue(start_pool):
     pool = await start_pool(max_batch=1, prefill_chunk=16)
-    holding = pool.answer(Request(id="first", messages=(Message("user", "Hi"),), max_tokens=10_000, ignore_eos=True))
+    holding = pool.answer(asked(id="first", messages=(Message("user", "Hi"),), max_tokens=10_000, ignore_eos=True))
     await anext(holding)
     await anext(holding)
-    waiting = [pool.answer(Request(id=name, messages=LONG, max_tokens=3, client="c", progress=True)) for name in ("second", "third")]
+    waiting = [pool.answer(asked(id=name, messages=LONG, max_tokens=3, client="c", progress=True)) for name in ("second", "third")]
     for events in waiting:
         await anext(events)
     assert [(await anext(events)).queue_position for events in waiting] == [1, 2]

@@ -32,6 +32,8 @@ from chatlm.front.pool.pool import pool_of
 from chatlm.front.server import streams
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
+import answers
+from answers import asked, ending
 from fake_pool import conversation, serving
 from patching import patch
 from pools import PlayedWorker
@@ -62,8 +64,8 @@ class EchoWorker(PlayedWorker):
         if isinstance(message, NewPrompt):
             self.prompts.append(message.ids)
         if isinstance(message, NewAnswer):
-            piece = Piece(message.id, (5,), str(len(self.prompts[-1])), "stop", "eos")
-            asyncio.get_running_loop().call_soon(self.pool.dispatcher.deliver, self, [piece])
+            piece = answers.said(str(len(self.prompts[-1])), tokens=(5,))
+            asyncio.get_running_loop().call_soon(self.pool.dispatcher.deliver, self, ending(message.id, piece))
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ async def said(pool, request):
 
 
 def ask(name, text="hello", **more):
-    return Request(name, (Message("user", text),), max_tokens=5, **more)
+    return asked(name, (Message("user", text),), max_tokens=5, **more)
 
 
 @pytest.mark.parametrize("how", ["response_format", "tools", "large"])
@@ -132,7 +134,7 @@ async def test_schemas_are_checked_after_the_limits_of_queue_and_key(open_pool):
     with pytest.raises(Overloaded, match="at most 1 of your requests"):
         await said(pool, replace(hostile, id="b"))
     with pytest.raises(RequestError, match="409|running"):
-        await said(pool, replace(hostile, client="other"))
+        await said(pool, replace(hostile, params=replace(hostile.params, client="other")))
     with pytest.raises(RequestError, match="too complex"):
         await first
 
@@ -169,7 +171,7 @@ async def test_a_template_that_takes_too_much_is_refused_and_the_server_starts(o
     assert pool.ready and "chats may be refused" in caplog.text
     with pytest.raises(RequestError, match="too complex|template refused|too long|tokens and the context"):
         await said(pool, ask("a"))
-    assert await said(pool, Request("b", prompts=("x y z",), max_tokens=5)) == "3"
+    assert await said(pool, asked("b", prompts=("x y z",), max_tokens=5)) == "3"
 
 
 @pytest.mark.slow
@@ -309,9 +311,9 @@ async def test_what_stays_of_large_bodies_is_in_the_budget_until_their_answers_e
 
 
 @pytest.mark.parametrize("parsed", [
-    ParsedBody(Request(prompts=("a", (1, 2), ()), prompt_ids=((3,), (1, 2), ())), echo=True),
-    ParsedBody(Request(messages=(), prompt_ids=(tuple(range(300)) * 300,)), repeated=b"\xff{}", ignored_tools=("x",)),
-    ParsedBody(Request(prompts=("",), prompt_ids=((2**16,) * 70_000,)), api="completion", details={"a": [1]})])
+    ParsedBody(asked(prompts=("a", (1, 2), ()), prompt_ids=((3,), (1, 2), ())), echo=True),
+    ParsedBody(asked(messages=(), prompt_ids=(tuple(range(300)) * 300,)), repeated=b"\xff{}", ignored_tools=("x",)),
+    ParsedBody(asked(prompts=("",), prompt_ids=((2**16,) * 70_000,)), api="completion", details={"a": [1]})])
 async def test_a_parsed_body_comes_from_its_sandbox_as_it_was_and_ids_are_shared(parsed):
     result = Result(packed_body(parsed, parsed.request.prompt_ids))
     values = wire.unpacked(Result, SANDBOX_PIPE.packed(result)[HEADER.size:]).value

@@ -15,7 +15,7 @@ import patching
 from chatlm.common.config import Settings, size
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, lack_of_memory
 from chatlm.common.memory import cgroup_memory
-from chatlm.common.messages.requests import Accepted, Finished, Message, Piece, Request, SamplingParams
+from chatlm.common.messages.requests import Accepted, Finished, Message, Piece, SamplingParams
 from chatlm.common.processes.start import cpu_quota, physical_cores, threads_per_worker
 from chatlm.common.text import load
 from chatlm.front.admission import prompts
@@ -23,6 +23,7 @@ from chatlm.front.pool import local
 from chatlm.front.pool.local import choose_devices
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.pool.worker import Worker
+from answers import asked
 from pools import collect, greedy, idle, tiny_settings
 from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
 
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.timeout(120)
 async def test_an_answer_through_a_worker_equals_upstreams(start_pool, nanochat_fixtures):
     oracle = json.loads((nanochat_fixtures / "gen5/oracle.json").read_text())["cases"][0]
     pool = await start_pool()
-    request = Request("a", messages=tuple(Message(**m) for m in oracle["messages"]), ignore_eos=True,
+    request = asked("a", messages=tuple(Message(**m) for m in oracle["messages"]), ignore_eos=True,
                       sampling=SamplingParams(temperature=0.0), max_tokens=len(oracle["greedy"]))
     events = [event async for event in pool.answer(request)]
     assert isinstance(events[0], Accepted) and events[0].prompt_tokens == len(oracle["prompt_ids"])
@@ -61,7 +62,7 @@ async def test_a_reader_who_leaves_frees_everything(start_pool, pieces_before_le
     for stream in streams:          # two are in the batch, three are queued
         await stream.aclose()
     await idle(pool)
-    assert (await collect(pool, greedy("after")))[2].completion_tokens > 0
+    assert (await collect(pool, greedy("after")))[2].usage.completion_tokens > 0
 
 
 async def test_an_idle_model_leaves_memory_and_comes_back_for_the_next_request(start_pool):
@@ -128,9 +129,9 @@ async def test_closing_the_pool_ends_streams_with_an_error_and_not_a_fake_finish
 async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(start_pool):
     pool = await start_pool(context_length=64)
     with pytest.raises(RequestError, match=r"has [\d,]+ tokens, but the context holds 64") as refused:
-        await collect(pool, Request("a", prompts=(tuple([5] * 64),)))
+        await collect(pool, asked("a", prompts=(tuple([5] * 64),)))
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
-    _, tokens, last = await collect(pool, Request("b", prompts=(tuple([5] * 60),), ignore_eos=True))
+    _, tokens, last = await collect(pool, asked("b", prompts=(tuple([5] * 60),), ignore_eos=True))
     assert len(tokens) == 4 and last.reason == "length"
 
 
@@ -141,7 +142,7 @@ async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(sta
 async def test_token_ids_that_the_model_does_not_have_are_refused(start_pool, wrong, name):
     pool = await start_pool()
     with pytest.raises(RequestError, match="this model's ids are 0 to 283") as refused:
-        await collect(pool, Request("a", **wrong))
+        await collect(pool, asked("a", **wrong))
     assert refused.value.param == name
 
 
@@ -164,9 +165,9 @@ async def test_replicas_share_the_load_and_conversations_stay_where_their_prefix
     for stream in both:
         await stream.aclose()
     prompt = tuple(range(100, 240))
-    last = [(await collect(pool, Request(f"c{i}", prompts=(prompt,), max_tokens=2, ignore_eos=True)))[2] for i in range(4)]
+    last = [(await collect(pool, asked(f"c{i}", prompts=(prompt,), max_tokens=2, ignore_eos=True)))[2] for i in range(4)]
     assert len({finished.gpu for finished in last}) == 1
-    assert [finished.cached_tokens for finished in last] == [0, 128, 128, 128]
+    assert [finished.usage.cached_tokens for finished in last] == [0, 128, 128, 128]
 
 
 async def test_a_worker_that_cannot_start_is_reported_and_not_retried_for_ever(nanochat_fixtures):
@@ -215,10 +216,10 @@ async def test_a_template_that_refuses_the_trial_message_stops_nothing(tmp_path,
         assert pool.health()[0] == 200
         (line,) = [record.getMessage() for record in caplog.records if "not this" in record.getMessage()]
         assert line.startswith("chats may be refused, as the message \"hello\" was: the model's chat template")
-        raw = Request("a", prompts=("12",), max_tokens=2, ignore_eos=True)
-        assert (await collect(pool, raw))[2].completion_tokens == 2
+        raw = asked("a", prompts=("12",), max_tokens=2, ignore_eos=True)
+        assert (await collect(pool, raw))[2].usage.completion_tokens == 2
         if hi_is_taken:
-            assert (await collect(pool, greedy("b", 2, "hi", ignore_eos=True)))[2].completion_tokens == 2
+            assert (await collect(pool, greedy("b", 2, "hi", ignore_eos=True)))[2].usage.completion_tokens == 2
         else:
             with pytest.raises(RequestError, match="not this"):
                 await collect(pool, greedy("b", 2, "hi"))
@@ -325,9 +326,9 @@ async def test_a_step_that_fails_fails_its_requests_and_the_worker_goes_on(start
     pool = await start_pool()
     patching.patch(monkeypatch, prompts, "checked_ids", lambda *request: None)
     with pytest.raises(EngineFailure, match="failed while computing"):      # an id outside the vocabulary
-        await collect(pool, Request("bad", prompts=((10**9,),), max_tokens=5))
+        await collect(pool, asked("bad", prompts=((10**9,),), max_tokens=5))
     pid = pool.workers[0].process.pid
-    assert (await collect(pool, greedy("good")))[2].completion_tokens > 0
+    assert (await collect(pool, greedy("good")))[2].usage.completion_tokens > 0
     assert pool.workers[0].process.pid == pid
     await idle(pool)
 

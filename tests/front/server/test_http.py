@@ -20,7 +20,7 @@ import chat_server
 from chatlm.common import config, program
 from chatlm.common.config import LIMITS, Settings
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
-from chatlm.common.messages.requests import Accepted, Piece
+from chatlm.common.messages.requests import Accepted
 from chatlm.common.program import page_files
 from chatlm.front import lazy
 from chatlm.front.api.fields import parse_fields
@@ -29,6 +29,7 @@ from chatlm.front.api.tables import OPENAI_FIELDS
 from chatlm.front.lazy import web
 from chatlm.front.server import access
 from chatlm.front.server.access import server_urls
+from answers import said
 from fake_pool import FakePool, conversation, frames, serving
 from patching import patch
 
@@ -91,10 +92,10 @@ async def test_defaults_come_from_the_operator_and_the_request_wins(client):
         await ask(client, url + NATIVE, conversation() | {"temperature": 0, "top_k": 0, "max_tokens": 5, "seed": 11,
                                                           "stop": "\n", "top_p": 0.5, "min_p": 0.1, "ignore_eos": True})
     first, second = pool.requests
-    assert (first.sampling.temperature, first.sampling.top_k, first.max_tokens, first.stop) == (0.3, 7, 99, ())
-    assert (second.sampling.temperature, second.sampling.top_k, second.max_tokens) == (0.0, 0, 5)
-    assert (second.sampling.seed, second.stop, second.ignore_eos) == (11, ("\n",), True)
-    assert (second.sampling.top_p, second.sampling.min_p) == (0.5, 0.1)
+    assert (first.params.sampling.temperature, first.params.sampling.top_k, first.max_tokens, first.params.stop) == (0.3, 7, 99, ())
+    assert (second.params.sampling.temperature, second.params.sampling.top_k, second.max_tokens) == (0.0, 0, 5)
+    assert (second.params.sampling.seed, second.params.stop, second.params.ignore_eos) == (11, ("\n",), True)
+    assert (second.params.sampling.top_p, second.params.sampling.min_p) == (0.5, 0.1)
 
 
 async def test_null_is_unset_and_unknown_fields_are_ignored(client):
@@ -103,7 +104,7 @@ async def test_null_is_unset_and_unknown_fields_are_ignored(client):
         nulls = dict.fromkeys(["temperature", "max_tokens", "top_k", "top_p", "min_p", "seed", "stop", "ignore_eos"])
         status, _ = await ask(client, url + NATIVE, conversation() | nulls | {"nonsense": {"a": [1]}})
     assert status == 200
-    assert (pool.requests[0].sampling.temperature, pool.requests[0].max_tokens) == (0.8, 512)
+    assert (pool.requests[0].params.sampling.temperature, pool.requests[0].max_tokens) == (0.8, 512)
 
 
 async def test_requests_without_a_seed_get_different_ones(client):
@@ -111,7 +112,7 @@ async def test_requests_without_a_seed_get_different_ones(client):
     async with serving(pool) as url:
         for _ in range(2):
             await ask(client, url + NATIVE, conversation())
-    seeds = [request.sampling.seed for request in pool.requests]
+    seeds = [request.params.sampling.seed for request in pool.requests]
     assert seeds[0] != seeds[1] and max(seeds) < 2**53
 
 
@@ -122,7 +123,7 @@ async def test_finite_numbers_out_of_range_are_clamped(client, field, given, use
     pool = FakePool()
     async with serving(pool) as url:
         status, _ = await ask(client, url + NATIVE, conversation() | {field: given})
-    assert (status, getattr(pool.requests[0].sampling, field)) == (200, used)
+    assert (status, getattr(pool.requests[0].params.sampling, field)) == (200, used)
 
 
 @pytest.mark.parametrize("given, used", [(0, 1), (-3, 1), (10**30, 4096), (12.0, 12)])
@@ -344,9 +345,9 @@ async def test_openai_parameters_reach_the_sampler(client):
     async with serving(pool, Settings(top_k=9)) as url:
         assert (await ask(client, url + OPENAI, conversation() | body))[0] == 200
     request = pool.requests[0]
-    assert {name: getattr(request.sampling, name) for name in wanted} == wanted | {"top_k": 0}
-    assert request.sampling.logit_bias == ((7, -100.0), (8, 5.0))
-    assert (request.stop, request.stop_token_ids, request.min_tokens) == (("a", "b"), (4,), 2)
+    assert {name: getattr(request.params.sampling, name) for name in wanted} == wanted | {"top_k": 0}
+    assert request.params.sampling.logit_bias == ((7, -100.0), (8, 5.0))
+    assert (request.params.stop, request.params.stop_token_ids, request.params.min_tokens) == (("a", "b"), (4,), 2)
 
 
 async def test_the_openai_api_has_no_text_limits_of_its_own(client):
@@ -409,7 +410,7 @@ async def test_an_answer_without_an_end_is_an_error_not_an_end(client, path):
     class Forgetful(FakePool):
         async def answer(self, request):
             yield Accepted(7)
-            yield Piece("", (1,), "Hel")
+            yield said("Hel", tokens=(1,))
     async with serving(Forgetful()) as url:
         _, body = await ask(client, url + path, conversation() | {"stream": True})
         assert frames(body)[-1]["error"]["message"] == "the answer ended early"

@@ -11,9 +11,10 @@ import pytest
 from chatlm.common import config
 from chatlm.common.config import Settings
 from chatlm.common.errors import Overloaded
-from chatlm.common.messages.requests import Piece, TokenLogprob
+from chatlm.common.messages.requests import TokenLogprob
 from chatlm.front.server import streams
 from chatlm.front.server.streams import Budget, Holding
+from answers import said
 from fake_pool import FakePool, conversation, serving
 from patching import patch
 
@@ -116,7 +117,7 @@ async def test_bodies_that_wait_for_the_same_room_never_take_more_than_there_is(
 async def test_a_whole_answer_beyond_the_budget_is_an_error_and_a_streamed_one_goes_on(limits, route, more):
     limits(held_bytes=4 * 20 * KB, inline_bytes=KB)
     top = ((72, -0.5), (73, -1.25))
-    pool = FakePool([Piece("", (72,), "H", logprobs=(TokenLogprob(72, -0.5, top),))] * 200)
+    pool = FakePool([said("H", tokens=(72,), logprobs=(TokenLogprob(72, -0.5, top),))] * 200)
     async with serving(pool, Settings()) as url, aiohttp.ClientSession() as client:
         async with client.post(url + route, json=conversation() | more) as response:
             assert response.status == 503 and "stream" in (await response.json())["error"]["message"]

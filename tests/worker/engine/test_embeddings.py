@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from chatlm.common.messages.requests import SamplingParams
-from engines import load, make_engine, pieces, tensors_of
+from chatlm.common.messages.requests import Failed, SamplingParams
+from engines import Pieces, load, make_engine, pieces, tensors_of
 import families
 from integrity import check_sequences
 from works import assignment
@@ -21,9 +21,10 @@ def embedding(name, ids, pooling="mean", **more):
 
 
 def vector(found):
-    """The vector that the last piece of a sequence has; the sequence draws nothing."""
-    assert [piece.tokens for piece in found] == [()] and found[0].reason == "stop"
-    return np.frombuffer(base64.b64decode(found[0].embedding), "<f4")
+    """The vector of a sequence, which draws nothing."""
+    assert not found and found.end.reason == "stop"
+    [embedding] = found.others
+    return np.frombuffer(base64.b64decode(embedding.vector), "<f4")
 
 
 def vectors(engine, *works, ahead=False):
@@ -102,7 +103,7 @@ def test_alone_in_a_batch_in_other_chunks_and_from_the_cache_they_are_the_same(n
 def test_the_last_state_is_found_in_the_prefix_cache_and_the_mean_is_computed_whole(nanochat_fixtures):
     engine = make_engine(nanochat_fixtures / "gen5", num_pages=200, max_batch=8, prefill_chunk=64)
     for pooling, cached in (("mean", 0), ("last", 144), ("mean", 0)):
-        assert pieces(engine, [embedding("a", PROMPTS[2], pooling)])["a"][0].cached_tokens == cached
+        assert pieces(engine, [embedding("a", PROMPTS[2], pooling)])["a"].end.usage.cached_tokens == cached
 
 
 def test_it_starts_over_when_its_pages_are_taken_or_a_step_failed(nanochat_fixtures, monkeypatch):
@@ -124,9 +125,11 @@ def test_it_starts_over_when_its_pages_are_taken_or_a_step_failed(nanochat_fixtu
             engine.step()
         monkeypatch.undo()
         assert first.computed and engine.give_up() == []        # not known yet which of the two it was
-        found = []
+        found = Pieces()
         while engine.busy:
-            found += [piece for piece in engine.step() if piece.id == "a"]
+            for name, event in engine.step():
+                if name == "a":
+                    found.add(event)
             check_sequences(engine.scheduler)
     assert np.abs(vector(found) - wanted).max() <= (0 if engine.kernels.row_invariant else TOLERANCE)
 
@@ -147,7 +150,7 @@ def test_states_that_are_no_numbers_fail_it_alone(nanochat_fixtures, monkeypatch
     states = engine.transformer.hidden_states
     monkeypatch.setattr(engine.transformer, "hidden_states", lambda first, last: states(first, last) * (np.nan if last - first == 33 else 1))
     found = pieces(engine, [embedding("good", PROMPTS[0]), embedding("bad", PROMPTS[1])])
-    assert [piece.reason for piece in found["bad"]] == ["error"] and np.isfinite(vector(found["good"])).all()
+    assert found["bad"].end == Failed("the model's hidden states are not finite") and np.isfinite(vector(found["good"])).all()
 
 
 def test_low_precision_weights_give_nearly_the_same(nanochat_fixtures):

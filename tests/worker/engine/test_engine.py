@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from chatlm.common.config import PAGE_SIZE
-from chatlm.common.messages.requests import Message, SamplingParams
-from engines import TracedSteps, chat_work, load, make_engine, run
+from chatlm.common.messages.requests import Ended, Message, SamplingParams
+from engines import TracedSteps, chat_work, load, make_engine, run, step_pieces
 from near_tie import assert_same_tokens_or_near_tie
 from nightly import by_day
 from works import assignment, changed
@@ -54,8 +54,8 @@ def answers(engine, works):
     for work in works:
         engine.add(work)
     while engine.busy:
-        for piece in engine.step():
-            tokens[piece.id] += piece.tokens
+        for name, piece in step_pieces(engine):
+            tokens[name] += piece.tokens
         check_sequences(engine.scheduler)
     return tokens
 
@@ -95,7 +95,7 @@ def test_conversations_a_b_a_reuse_their_prefix_and_answer_as_if_alone(smollm):
              for i, name in enumerate(("Alice", "Bob"))}
     smollm.pool.forget_cached()
     cold = {name: run(smollm, [work]) for name, work in first.items() if not smollm.pool.forget_cached()}
-    assert cold["Alice"].end["Alice"].cached_tokens == 0
+    assert cold["Alice"].end["Alice"].usage.cached_tokens == 0
 
     def second_turn(name):
         turns = [Message("user", f"My name is {name}. " + QUESTIONS[("Alice", "Bob").index(name)] * 3),
@@ -111,7 +111,7 @@ def test_conversations_a_b_a_reuse_their_prefix_and_answer_as_if_alone(smollm):
         run(smollm, [first[name]])
     for name in ("Alice", "Bob", "Alice"):
         warm = run(smollm, [second_turn(name)])
-        assert warm.end[name].cached_tokens >= len(first[name].prompt_ids) // PAGE_SIZE * PAGE_SIZE
+        assert warm.end[name].usage.cached_tokens >= len(first[name].prompt_ids) // PAGE_SIZE * PAGE_SIZE
         same(smollm, warm, alone[name], name)
 
 
@@ -206,7 +206,7 @@ def test_drafts_change_nothing_but_the_number_of_steps(smollm, ahead):
             smollm.drafts = before
         if not drafts:
             plain = result
-    assert plain.end["greedy"].drafted_tokens == 0 < result.end["greedy"].accepted_tokens <= result.end["greedy"].drafted_tokens
+    assert plain.end["greedy"].usage.drafted_tokens == 0 < result.end["greedy"].usage.accepted_tokens <= result.end["greedy"].usage.drafted_tokens
     without, with_drafts = (sum(chunk.sequence.work.id == "greedy" for plan in plans for chunk in plan) for plans in steps)
     assert with_drafts < without
     for work in works:
@@ -280,7 +280,7 @@ def test_nanochats_calculator_is_forced_into_the_answer(gen5, expression, answer
     tokens, text = [], ""
     with torch.inference_mode():
         while gen5.busy:
-            for piece in gen5.step():
+            for _, piece in step_pieces(gen5):
                 tokens += piece.tokens
                 text += piece.text
     assert tokens == expected
@@ -300,9 +300,7 @@ def test_requests_that_come_and_go_at_random_moments_leave_nothing_behind(gen5, 
             gen5.add(assignment(name, prompt, SamplingParams(seed=number), generator.randrange(1, 40)))
             alive.add(name)
             for _ in range(generator.randrange(4)):
-                for piece in gen5.step():
-                    if piece.reason:
-                        alive.discard(piece.id)
+                alive -= {name for name, event in gen5.step() if isinstance(event, Ended)}
             if alive and generator.random() < 0.6:
                 gone = generator.choice(sorted(alive))
                 assert gen5.cancel(gone)

@@ -59,4 +59,4 @@ def test_drafts_change_no_answer(path):
     _, expected = answers(engine, works)
     engine.drafts = True
     result, drafted = answers(engine, works)
-    assert drafted == expected and sum(result.end[work.id].accepted_tokens for work in works) > 0
+    assert drafted == expected and sum(result.end[work.id].usage.accepted_tokens for work in works) > 0

@@ -12,7 +12,7 @@ import torch
 from chatlm.common.config import Settings
 from chatlm.common.errors import RequestError
 from chatlm.common.memory import heap_bytes
-from chatlm.common.messages.requests import Message, SamplingParams
+from chatlm.common.messages.requests import Failed, Message, SamplingParams
 from chatlm.common.text.grammar import GRAMMAR_LIMITS, check_grammar, json_grammar
 from chatlm.front.api.fields import parse_fields
 from chatlm.front.api.readers import parse_openai_request
@@ -21,7 +21,7 @@ from chatlm.front.pool.worker import Job
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.grammar import FairThread, Grammar
 from chatlm.worker.engine.scheduler import Sequence
-from engines import make_engine, pieces
+from engines import make_engine, pieces, step_pieces
 from pools import work_of
 from works import assignment, changed
 from integrity import check_sequences
@@ -57,7 +57,7 @@ def test_answers_are_of_the_schema_whatever_the_seed_and_beside_free_ones(engine
     free = [assignment(f"f{seed}", works[0].prompt_ids, SamplingParams(1.0, seed=seed), 15, ignore_eos=True) for seed in range(2)]
     found = pieces(engine, works + free)
     for each in works:
-        last, text = found[each.id][-1], text_of(found[each.id])
+        last, text = found[each.id].end, text_of(found[each.id])
         if last.reason == "length":
             continue
         person = json.loads(text)
@@ -65,7 +65,7 @@ def test_answers_are_of_the_schema_whatever_the_seed_and_beside_free_ones(engine
         assert list(person) == ["name", "age", "tags"] and 0 <= person["age"] <= 130 and set(person["tags"]) <= {"a", "b"}
         # a fixed style without free whitespace
         assert text == json.dumps(person, ensure_ascii=False) or "\\" in text
-    assert any(found[each.id][-1].reason == "stop" for each in works)
+    assert any(found[each.id].end.reason == "stop" for each in works)
     alone = pieces(engine, free[:1])
     assert alone["f0"][-1].tokens == found["f0"][-1].tokens
 
@@ -103,7 +103,7 @@ def test_what_a_client_would_stop_at_does_not_cut_json(engine, shape):
     for each in works:
         text = text_of(found[each.id])
         assert '"' in text or text == "{}"
-        assert found[each.id][-1].reason == "length" or isinstance(json.loads(text), dict)
+        assert found[each.id].end.reason == "length" or isinstance(json.loads(text), dict)
 
 
 def test_a_top_level_number_ends_where_the_model_ends_it(engine):
@@ -111,15 +111,15 @@ def test_a_top_level_number_ends_where_the_model_ends_it(engine):
     one = work(engine, "a", {"type": "integer"})
     one = changed(one, sampling=SamplingParams(1.0, seed=1, logit_bias=((end, 50.0),)))
     found = pieces(engine, [one])["a"]
-    assert found[-1].reason == "stop" and found[-1].stop_reason == "eos" and isinstance(json.loads(text_of(found)), int)
+    assert found.end.reason == "stop" and found.end.stop_reason == "eos" and isinstance(json.loads(text_of(found)), int)
 
 
 def test_a_grammar_that_cannot_be_followed_fails_its_request_only(engine, monkeypatch):
     monkeypatch.setattr(Grammar, "feed", lambda self, token: False)
     free = assignment("f", (5, 6, 7), SamplingParams(0.0), 5, ignore_eos=True)
     found = pieces(engine, [work(engine, "a", PERSON), free])
-    assert found["a"][-1].reason == "refused" and text_of(found["a"]) == ""
-    assert found["f"][-1].reason == "length"
+    assert found["a"].end.refused and text_of(found["a"]) == ""
+    assert found["f"].end.reason == "length"
 
 
 @pytest.fixture
@@ -142,16 +142,16 @@ def test_others_go_on_while_a_grammar_is_made_and_cancelling_does_not_wait_for_i
     free = assignment("f", (5, 6, 7), SamplingParams(0.0), 60, ignore_eos=True)
     for each in (free, work(engine, "a", PERSON, 3), work(engine, "b", PERSON, 4)):
         engine.add(each)
-    found = [piece for _ in range(10) for piece in engine.step()]
-    assert {piece.id for piece in found} == {"f"} and len(found) >= 9
+    found = [event for _ in range(10) for event in engine.step()]
+    assert {name for name, _ in found} == {"f"} and len(found) >= 9
     assert engine.cancel("b") and engine.cancel("f") and engine.busy
     assert engine.step() == engine.step() == []
     check_sequences(engine.scheduler)
     gate.set()
     found = []
     while engine.busy:
-        found += engine.step()
-    assert {piece.id for piece in found} == {"a"} and text_of(found) == text_of(pieces(engine, [work(engine, "a", PERSON, 3)])["a"])
+        found += step_pieces(engine)
+    assert {name for name, _ in found} == {"a"} and text_of([piece for _, piece in found]) == text_of(pieces(engine, [work(engine, "a", PERSON, 3)])["a"])
 
 
 def test_a_grammar_is_compiled_once_for_all_answers_of_a_request_and_of_the_same_owner(engine, monkeypatch):
@@ -165,7 +165,7 @@ def test_a_grammar_is_compiled_once_for_all_answers_of_a_request_and_of_the_same
     engine.answers.grammars.clear()
     alike = [work(engine, f"a#{choice}", PERSON, choice, client="alice", owner="alice") for choice in range(6)]
     found = pieces(engine, alike)
-    assert made == [alike[0].params.grammar] and all(found[each.id][-1].reason in ("stop", "length") for each in alike)
+    assert made == [alike[0].params.grammar] and all(found[each.id].end.reason in ("stop", "length") for each in alike)
     pieces(engine, [work(engine, "b", PERSON, client="bob", owner="bob")])
     # otherwise the delay would tell bob what alice asked
     assert len(made) == 2 and len(engine.answers.grammars) == 2
@@ -213,16 +213,16 @@ def test_others_go_on_while_a_mask_is_computed_and_the_answer_is_the_same(engine
     engine.add(work(engine, "a", PERSON, 3, client="slow"))
     found = []
     while not found:
-        found += engine.step()
+        found += step_pieces(engine)
     engine.add(assignment("f", (5, 6, 7), SamplingParams(0.0), 30, ignore_eos=True))
-    while sum(len(piece.tokens) for piece in found if piece.id == "f") < 30:
-        found += engine.step()
-    assert 1 <= len([piece for piece in found if piece.id == "a"]) < 3          # it waits for its second mask
+    while sum(len(piece.tokens) for name, piece in found if name == "f") < 30:
+        found += step_pieces(engine)
+    assert 1 <= [name for name, _ in found].count("a") < 3          # it waits for its second mask
     check_sequences(engine.scheduler)
     slow.set()
     while engine.busy:
-        found += engine.step()
-    assert text_of([piece for piece in found if piece.id == "a"]) == text_of(undisturbed)
+        found += step_pieces(engine)
+    assert text_of([piece for name, piece in found if name == "a"]) == text_of(undisturbed)
 
 
 def test_an_answer_that_cannot_be_prepared_fails_alone(engine, monkeypatch, caplog):
@@ -232,7 +232,7 @@ def test_an_answer_that_cannot_be_prepared_fails_alone(engine, monkeypatch, capl
     engine.answers.grammars.clear()
     free = assignment("f", (5, 6, 7), SamplingParams(0.0), 20, ignore_eos=True)
     found = pieces(engine, [work(engine, "a", PERSON), free])
-    assert found["a"][-1].reason == "error" and found["f"][-1].reason == "length" and "no room for a grammar" in caplog.text
+    assert isinstance(found["a"].end, Failed) and not found["a"].end.refused and found["f"].end.reason == "length" and "no room for a grammar" in caplog.text
 
 
 @pytest.mark.parametrize("schema", [{"type": "nope"}, {"$ref": "#/nope"}, {"not": {}}, {"type": "string", "pattern": "(?=x)"}, {"enum": []},
@@ -258,7 +258,7 @@ def test_a_schema_that_nothing_fulfils_is_an_error_and_not_an_answer(engine):
         grammar({"$ref": "#"})
     one = changed(work(engine, "a", {}), grammar=json_grammar({"$ref": "#"}, ""))
     found = pieces(engine, [one])["a"]
-    assert found[-1].reason == "refused" and text_of(found) == ""
+    assert found.end.refused and text_of(found) == ""
 
 
 def test_without_the_library_it_is_a_clear_400(monkeypatch):
@@ -327,4 +327,4 @@ def test_what_earlier_answers_added_to_a_grammar_does_not_break_later_ones(defau
     monkeypatch.setattr(Grammar, "__init__", lambda self, *given: made.append(self) or original(self, *given))
     tight = [pieces(engine, [each])["a"] for each in works]
     assert 1 < len(made) < 6 and [text_of(each) for each in tight] == [text_of(each) for each in roomy]
-    assert all(each[-1].reason == "length" for each in tight)
+    assert all(each.end.reason == "length" for each in tight)

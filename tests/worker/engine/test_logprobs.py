@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chatlm.common.config import PAGE_SIZE
-from chatlm.common.messages.requests import SamplingParams, TokenLogprob
+from chatlm.common.messages.requests import Piece, PromptScores, SamplingParams, TokenLogprob
 from chatlm.front.api.encode_openai import logprob_number
 from chatlm.worker.engine.engine import logprob_of
 from chatlm.worker.model.spec import Batch
@@ -80,10 +80,8 @@ def test_penalties_and_bias_count_and_temperature_does_not(engine):
 
 
 def scores_and_rest(found):
-    """The scores of a prompt, sent as they are computed, and the later pieces, which have tokens."""
-    scoring = [piece for piece in found if piece.prompt_logprobs]
-    assert found[:len(scoring)] == scoring and not any(piece.tokens or piece.reason for piece in scoring)
-    return [entry for piece in scoring for entry in piece.prompt_logprobs], found[len(scoring):]
+    """The scores of a prompt, sent as they are computed, and the pieces."""
+    return [entry for scores in found.others for entry in scores.logprobs], found
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -102,23 +100,25 @@ def test_prompts_are_scored_whole_also_when_their_pages_are_cached_and_steps_hav
         scores, rest = scores_and_rest(found[work.id])
         assert scores[0] == TokenLogprob(PROMPT[i], None)
         check(scores[1:], logits_of(engine, work.prompt_ids)[:-1], work.prompt_ids[1:], 2)
-        assert len(rest[0].tokens) == 1 and rest[0].cached_tokens == 0
+        assert len(rest[0].tokens) == 1 and rest.end.usage.cached_tokens == 0
 
 
 def test_a_scored_prompt_that_is_preempted_is_scored_again_and_once(engine):
     works = [assignment("old", PROMPT, SamplingParams(0.0), 30, ignore_eos=True),
              assignment("s", PROMPT[:60], SamplingParams(0.0), 3, ignore_eos=True, prompt_logprobs=1)]
-    found = []
+    events = []
     with torch.inference_mode():
         for work in works:
             engine.add(work)
         while not (sequence := next((s for s in engine.scheduler.running if s.work.id == "s"), None)) or sequence.computed < 20:
-            found += engine.step()
+            events += engine.step()
         engine._finish()
-        assert any(piece.prompt_logprobs for piece in found)
+        assert any(isinstance(event, PromptScores) for _, event in events)
         engine.scheduler._preempt(sequence)
-        found += [piece for _ in range(200) if engine.busy for piece in engine.step()]
-    scores, _ = scores_and_rest([piece for piece in found if piece.id == "s"])
+        events += [event for _ in range(200) if engine.busy for event in engine.step()]
+    its = [event for name, event in events if name == "s"]
+    scores = [entry for event in its if isinstance(event, PromptScores) for entry in event.logprobs]
+    assert not any(isinstance(event, PromptScores) for event in its[[type(event) for event in its].index(Piece):])
     check(scores[1:], logits_of(engine, PROMPT[:60])[:-1], PROMPT[1:60], 1)
 
 
@@ -132,8 +132,8 @@ def test_a_prompt_whose_scores_were_sent_in_part_is_scored_on_from_there(engine)
 def test_the_token_that_ends_an_answer_has_no_logprob(engine):
     end = min(engine.tokenizer.stop_tokens)
     work = assignment("a", PROMPT, SamplingParams(0.0, logit_bias=((end, 100.0),)), 8, logprobs=1)
-    (piece,) = pieces(engine, [work])["a"]
-    assert (piece.tokens, piece.reason, piece.logprobs) == ((end,), "stop", ())
+    found = pieces(engine, [work])["a"]
+    assert (found[0].tokens, found.end.reason, found[0].logprobs, len(found)) == ((end,), "stop", (), 1)
 
 
 def test_the_largest_and_smallest_numbers_stay_numbers():

@@ -102,7 +102,7 @@ def test_a_cached_prefix_is_not_computed_again():
     b = sequence("b", [*range(100), 7, 7])
     s.add(b)
     assert step(s) == {"b": 102 - 96}
-    assert b.cached_tokens == 96
+    assert b.usage.cached_tokens == 96
 
 
 def test_out_of_pages_the_youngest_gives_way_and_is_recomputed_with_nothing_lost():

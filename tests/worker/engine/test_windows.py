@@ -74,7 +74,7 @@ def test_pages_are_given_back_and_answers_stay_transformers(made, name, backend)
     whole = sum(-(-(len(case.prompt) + 64) // PAGE_SIZE) for case in cases) * len(groups.windows)
     assert most < {"gemma3": 0.6, "gemma2": 0.75, "mistral": 0.5, "qwen2": 0.75}[name] * whole
     again, _ = check(engine, cases)         # from the prefix cache
-    assert all(end.cached_tokens > 0 for end in again.end.values())
+    assert all(end.usage.cached_tokens > 0 for end in again.end.values())
     check(engine, cases, ahead=True)
 
 

@@ -22,14 +22,15 @@ from chatlm.common.errors import RanksFailed
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.local import no_progress
 from chatlm.common.messages.protocol import WorkerConfig
-from chatlm.common.messages.requests import Message, Piece, Request, SamplingParams
+from chatlm.common.messages.requests import Embedding, Message, Piece, SamplingParams
 from chatlm.common.processes import start
 from chatlm.common.text.grammar import json_grammar
 from chatlm.front.pool.pool import pool_of
 from chatlm.worker.build import build_engine
 from chatlm.worker.ranks.links import ProcessLinks
 from chatlm.worker.ranks.ranks import RankZero
-from engines import make_batch
+from answers import asked
+from engines import make_batch, step_pieces
 from families import MODELS, make_model, save
 from nightly import by_day
 from patching import patch
@@ -108,8 +109,8 @@ def tokens_of(engine):
     for name, prompt in (("a", TEXT[:40]), ("b", OTHER[:23])):
         engine.add(assignment(name, tuple(prompt), SamplingParams(temperature=0.0), NEW, ignore_eos=True))
     while engine.busy:
-        for piece in engine.step():
-            found[piece.id] += piece.tokens
+        for name, piece in step_pieces(engine):
+            found[name] += piece.tokens
     return found
 
 
@@ -188,7 +189,7 @@ def children(pid):
 
 
 async def text_of(pool, on_piece=lambda count: None, **changes):
-    request = Request(messages=(Message("user", changes.pop("question", "Count to twenty in words.")),), id=secrets.token_hex(4),
+    request = asked(messages=(Message("user", changes.pop("question", "Count to twenty in words.")),), id=secrets.token_hex(4),
                       **{"max_tokens": 40, "ignore_eos": True} | changes)
     text, count = "", 0
     async for event in pool.answer(request):
@@ -219,8 +220,8 @@ async def started_pool(model, tp, pp):
 
 
 async def embedding_of(pool):
-    request = Request(prompts=(tuple(range(100, 400)),), id=secrets.token_hex(4), max_tokens=1, pooling="mean")
-    return [event.embedding async for event in pool.answer(request) if isinstance(event, Piece) and event.embedding]
+    request = asked(prompts=(tuple(range(100, 400)),), id=secrets.token_hex(4), max_tokens=1, pooling="mean")
+    return [event.vector async for event in pool.answer(request) if isinstance(event, Embedding)]
 
 
 @pytest.mark.slow
