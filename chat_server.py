@@ -104,7 +104,6 @@ if importlib.util.find_spec("chatlm") is None:
 
 import asyncio
 import contextlib
-import io
 import logging
 import operator
 import os
@@ -129,6 +128,7 @@ from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
+from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.front.aio import first_of, stop_signals
 from chatlm.front.api.encode import usage_body
 from chatlm.front.api.encoders import ENCODERS
@@ -479,9 +479,7 @@ def main(argv: Seq[str] | None = None) -> int:
     keys_given = any(word.partition("=")[0] == "--api-key" for word in argv)
     # torchrun, which started us, shows the key still
     hidden = keys_given and hide_api_keys() and "TORCHELASTIC_RUN_ID" not in os.environ
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    repair_streams()
     try:
         if argv[:1] == ["bundle"]:
             print(write_bundle(*parse_bundle_words(argv[1:])))
@@ -497,12 +495,13 @@ def main(argv: Seq[str] | None = None) -> int:
             return subprocess.run([*PROCESS_COMMAND, "check"]).returncode  # the script needs no torch
         if settings.command == "serve":
             tune_gc()
+            never_fail("stdout")
         return run_command(settings)
     except BrokenPipeError:  # as in `generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        error = lack_of_memory(error) or error
+        error = lack_of_memory(error) or lack_of_space(error) or error
         if not isinstance(error, ChatServerError):
             raise
         wrong_use = isinstance(error, ConfigError)

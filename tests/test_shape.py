@@ -14,7 +14,7 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 13,150: the pool is four classes in modules of their own, of which some 60 statements are their imports.
 # 13,210: of which 60 are what the new classes of the worker import and keep. 13,290: odd files of models are checked.
 # 13,340: the typed events of an answer and its Usage, where each default of a field is a statement.
-MOST_STATEMENTS = 13_340
+MOST_STATEMENTS = 13_450
 MOST_METHODS = 20
 LARGE_CLASSES = 7           # how many may have more methods
 MOST_IGNORES = 30

@@ -16,6 +16,7 @@ from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.huggingface import SHORT_NAMES, SPLIT_GGUF, fetch_from_hub, hub_model
 from chatlm.common.hub.local import (
     choose_checkpoint, explicit_choice, find_checkpoints, home_folder, no_progress)
+from chatlm.common.log import log
 from chatlm.common.messages.requests import ModelSource
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def find_default(settings: Settings, progress: Progress) -> ModelSource:
         raise ConfigError(f"NANOCHAT_BASE_DIR is {base}, which is not a folder")
     if find_checkpoints(base) or explicit_choice(settings):
         return choose_checkpoint(base, settings)
+    if named_base:
+        log.warning("NANOCHAT_BASE_DIR: no checkpoint in %s, so the default model is used", base)
     path = fetch_default_model(progress)
     reason = f"the default model {path.name}: no nanochat checkpoint in {base}"
     return ModelSource("gguf", path, DEFAULT_MODEL_NAME, reason)

@@ -1,0 +1,57 @@
+"""stdin, stdout and stderr as a program can use them, whatever it was started with."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from contextlib import suppress
+
+from chatlm.common.errors import ConfigError
+
+
+class Unfailing(io.TextIOWrapper):
+    """A stream for what may be lost: what a full disk or a reader that is gone does not take is dropped."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError):
+            super().flush()
+
+
+def repair_streams():
+    """Closed ones lead to /dev/null, for a file that is opened later must not take their number; characters
+    that the encoding lacks become `?`; writing to stderr never fails."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+            setattr(sys, name, None)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    never_fail("stderr")
+
+
+def never_fail(name: str):
+    """Writing to sys.stdout or sys.stderr fails no more: what cannot be written is lost."""
+    stream = getattr(sys, name)
+    if isinstance(stream, io.TextIOWrapper):
+        encoding = stream.encoding
+        setattr(sys, name, Unfailing(stream.detach(), encoding, "replace", line_buffering=True))
+
+
+def lack_of_space(error: BaseException) -> ConfigError | None:
+    """What to tell the operator where stdout could not be written; None for other errors. The rest of what
+    would be written is lost."""
+    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return None
+    never_fail("stdout")
+    return ConfigError(f"cannot write the answer: {os.strerror(error.errno)}")
