@@ -14,12 +14,12 @@ from chatlm.common.errors import ConfigError
 class Unfailing(io.TextIOWrapper):
     """A stream for what may be lost: what a full disk or a reader that is gone does not take is dropped."""
 
-    def write(self, text: str) -> int:
+    def write(self, text: str, /) -> int:
         with suppress(OSError):
             super().write(text)
         return len(text)
 
-    def flush(self):
+    def flush(self, /):
         with suppress(OSError):
             super().flush()
 
