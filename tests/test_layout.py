@@ -54,7 +54,7 @@ def accidents(kind):
             continue
         if inspect.isfunction(base) and not (inspect.isfunction(own) and shape(own) == shape(base)):
             yield kind.__name__, name
-        elif inspect.isfunction(own) and not inspect.isfunction(base) and base is not None:
+        elif inspect.isfunction(own) and not inspect.isroutine(base) and base is not None:     # C's functions have no shape
             yield kind.__name__, name
         elif name.startswith("_") and inspect.isfunction(own):     # a private name looks free to who writes the subclass
             yield kind.__name__, name
