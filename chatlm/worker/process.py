@@ -55,8 +55,8 @@ def run_rank(channel: Channel, config: RankConfig):
                           "install it here, or set DECODE_CORE_ISA or CHAT_SERVER_KERNELS for rank 0")
     device, ranks = prepare_device(config), OtherRank(channel, config)
 
-    def progress(stage: str, fraction: float):
-        channel.send(Loading(stage, fraction))
+    def progress(activity: str, fraction: float):
+        channel.send(Loading(activity, fraction))
 
     settings = config.settings
     source = config.source or resolve_model(settings, progress)
@@ -92,8 +92,8 @@ def run_worker(channel: Channel, config: WorkerConfig):
 def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     settings, ranks = config.settings, None
 
-    def progress(stage: str, fraction: float):
-        channel.send(Loading(f"{stage} on {config.device}", fraction))
+    def progress(activity: str, fraction: float):
+        channel.send(Loading(f"{activity} on {config.device}", fraction))
 
     if ranks_per_replica(settings) > 1:
         ranks = gather_ranks(config, progress)
@@ -113,14 +113,14 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
     pages, device, dtype = engine.pool.num_pages, engine.transformer.device, engine.transformer.dtype
     groups, context = engine.transformer.groups, engine.context_length
     page_bytes = Transformer.page_bytes(model.spec, dtype, groups)
-    place = f"{device} with {config.threads} thread(s)" if device.type == "cpu" else str(device)
+    hardware = f"{device} with {config.threads} thread(s)" if device.type == "cpu" else str(device)
     if engine.ranks:
         stages, tp = engine.ranks.stages, engine.ranks.tp
-        place = f"{stages * tp} ranks (--pp {stages} --tp {tp}), each on {place}"
+        hardware = f"{stages * tp} ranks (--pp {stages} --tp {tp}), each on {hardware}"
     if device.type == "cuda":
         total, ours = torch.cuda.mem_get_info(device)[1], torch.cuda.memory_allocated(device)
-        place += (f" ({torch.cuda.get_device_name(device)}, {total / 1e9:,.1f} GB; "
-                  f"weights and buffers {(ours - pages * page_bytes) / 1e9:,.2f} GB)")
+        hardware += (f" ({torch.cuda.get_device_name(device)}, {total / 1e9:,.1f} GB; "
+                     f"weights and buffers {(ours - pages * page_bytes) / 1e9:,.2f} GB)")
     kernels = engine.kernels.names
     longest = engine.pool.pages_for(context, engine.scheduler.prefill_chunk)
     holds = (f"of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens" if not groups.holes else
@@ -128,12 +128,12 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
     cache = (f"KV cache: {pages:,} pages {holds} ({pages * page_bytes / 2**20:,.0f} MiB); "
              f"context {context:,} tokens")
     lines = (f"Model {model.name}: {model.description}", kernels_line(),
-             f"Running on {place}, weights in {engine.transformer.weight_types}"
-             + " in rank 0" * bool(engine.ranks) + "; kernels: "
-             + ", ".join(sorted(set(kernels.values()))), cache, *model.notes)
+             f"Running on {hardware}, weights in {engine.transformer.weight_types}"
+             f"{' in rank 0' if engine.ranks else ''}; kernels: {', '.join(sorted(set(kernels.values())))}",
+             cache, *model.notes)
     return ModelCard(model.text, model.name, engine.context_length, lines, kernels,
                      engine.kernels.row_invariant, kernels_line(), dict(model.sampling),
-                     model.sampling_origin, f"{place}; {cache}", config.source)
+                     model.sampling_origin, f"{hardware}; {cache}", config.source)
 
 
 def gauges(engine: Engine) -> dict[str, float | None]:

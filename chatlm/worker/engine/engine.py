@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.transformer import Transformer
-    from chatlm.worker.ranks.ranks import RankAlone
+    from chatlm.worker.ranks.ranks import RankZero
 
 
 class Drafter:
@@ -80,7 +80,7 @@ class Engine:
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True,
-                 ranks: RankAlone | None = None):
+                 ranks: RankZero | None = None):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         self.pool = PagePool(num_pages, transformer.groups.windows)
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk,

@@ -32,7 +32,7 @@ class Transformer:
 
     def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
                  max_rows: int | None = None, device="cpu", dtype=None, groups: LayerGroups | None = None,
-                 progress=lambda stage, fraction: None):
+                 progress=lambda activity, fraction: None):
         self.spec, self.kernels = spec, kernels
         self.groups = groups or group_layers((), spec.layers, 0)
         self.device, self.dtype = torch.device(device), kernels.cache_dtype(dtype)  # of cache and activations
