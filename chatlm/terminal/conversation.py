@@ -121,6 +121,5 @@ def read_chat(chat, index: int) -> Conversation:
             conversation.add(message if is_text(message["parent"]) else message | {"parent": None})
         else:
             raise ValueError(f"message {number} of chat {index} has no id, or the id of another")
-    if is_text(leaf) and leaf in conversation.nodes:
-        conversation.leaf = leaf
+    conversation.leaf = leaf if is_text(leaf) and leaf in conversation.nodes else conversation.leaf
     return conversation

@@ -109,9 +109,8 @@ class MarkdownWriter:
         for _, drawn in blocks:
             lines = [[*line] for line in self.segment.Segment.split_lines(self.console.render(drawn))]
             full = [i for i, line in enumerate(lines) if any(part.text.strip() for part in line)] or [0]
-            if self.begun or separated:
-                separated.append([])
-            separated += lines[full[0]:full[-1] + 1]
+            gap = [[]] if self.begun or separated else []
+            separated += gap + lines[full[0]:full[-1] + 1]
         return separated
 
     def __rich_console__(self, console, options) -> Iterator[Any]:

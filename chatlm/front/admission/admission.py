@@ -109,16 +109,12 @@ class Sandbox:
         await self.turns.take(client)
         messages = [Task(task, list(arguments)), *([] if body is None else [Body(body)])]
         exchange = asyncio.ensure_future(self._exchange(messages))  # continues if its client leaves
-        exchange.add_done_callback(self._end_turn)
+        exchange.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # else it is logged
+        exchange.add_done_callback(lambda ended: self.turns.give_back())
         try:
             return await asyncio.shield(exchange)
         finally:
             del exchange  # it holds its exception, whose traceback holds this frame, and so the body
-
-    def _end_turn(self, exchange: asyncio.Future):
-        if not exchange.cancelled():
-            exchange.exception()  # asyncio would log one that nobody has read
-        self.turns.give_back()
 
     async def start(self):
         """Start the process unless it is running. Its configuration follows with the first task."""

@@ -123,8 +123,8 @@ def chat_messages(sent: Iterable[SentMessage], with_tools: bool) -> tuple[Messag
             more["tool_calls"] = earlier_calls(calls, f"{name}.tool_calls")
         more |= earlier_reasoning(role, fields, name)
         content = content_text(fields.get("content"), f"{name}.content")
-        role = {"developer": "system", "function": "tool"}.get(role, role)
-        parsed.append(Message(role, content, more or None))
+        parsed.append(Message({"developer": "system", "function": "tool"}.get(role, role), content,
+                              more or None))
     return tuple(parsed)
 
 
@@ -152,11 +152,11 @@ def response_messages(values: Mapping) -> Iterator[SentMessage]:
                 raise bad_value(f"{name}.role", item.get("role"), f"one of {', '.join(OPENAI_ROLES)}")
             yield SentMessage(name, item["role"], {"content": item.get("content")})
         elif item_type == "function_call":
-            call = {"id": item.get("call_id"), "function": item}
-            yield SentMessage(name, "assistant", {"tool_calls": [call]})
+            yield SentMessage(name, "assistant", {"tool_calls": [
+                {"id": item.get("call_id"), "function": item}]})
         elif item_type == "function_call_output":
-            output = {"tool_call_id": item.get("call_id"), "content": item.get("output")}
-            yield SentMessage(name, "tool", output)
+            yield SentMessage(name, "tool", {
+                "tool_call_id": item.get("call_id"), "content": item.get("output")})
         elif item_type == "reasoning":
             thought = content_text(item.get("content") or item.get("summary"), f"{name}.content")
             yield SentMessage(name, "assistant", {"reasoning_content": thought})
@@ -211,8 +211,8 @@ def anthropic_messages(values: Mapping) -> Iterator[SentMessage]:
             block_type = block_type if is_text(block_type) and block_type in blocks else "text"
             blocks[block_type].append((f"{name}.content[{index}]", block))
         for block_name, block in blocks["tool_result"]:
-            result = {"tool_call_id": block.get("tool_use_id"), "content": block.get("content")}
-            yield SentMessage(block_name, "tool", result)
+            yield SentMessage(block_name, "tool", {
+                "tool_call_id": block.get("tool_use_id"), "content": block.get("content")})
         calls = [{"id": block.get("id"), "function": {**block, "arguments": block.get("input")}}
                  for _, block in blocks["tool_use"]]
         thoughts = "".join(content_text(block.get("thinking"), block_name)

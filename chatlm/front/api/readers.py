@@ -59,14 +59,6 @@ def among(values: Mapping, *names: str) -> dict:
     return {name: values[name] for name in names if name in values}
 
 
-def parse_chat_request(body: dict, settings: Settings) -> Request:
-    values = parse_fields(body, NATIVE_FIELDS)
-    messages, dropped = native_messages(values["messages"], values.get("truncate", False))
-    return make_request(values, settings, messages=messages, dropped_messages=dropped,
-                        template_options=template_options(values),
-                        max_tokens=values.get("max_tokens", settings.max_tokens or DEFAULT_MAX_TOKENS))
-
-
 def openai_request(values: Mapping, settings: Settings, params: AnswerParams, **source) -> Request:
     """A Request from what all routes but nanochat's share."""
     cap = values.get("max_tokens", settings.max_tokens)
@@ -128,7 +120,12 @@ def read_native_body(body: dict, known: Known) -> ParsedBody:
     """nanochat's body; one that names a model comes from a client of OpenAI whose base URL lacks /v1."""
     if body.get("model") is not None:
         return read_chat_body(body, known)
-    return ParsedBody(parse_chat_request(body, known.settings))
+    values, settings = parse_fields(body, NATIVE_FIELDS), known.settings
+    messages, dropped = native_messages(values["messages"], values.get("truncate", False))
+    return ParsedBody(make_request(
+        values, settings, messages=messages, dropped_messages=dropped,
+        template_options=template_options(values),
+        max_tokens=values.get("max_tokens", settings.max_tokens or DEFAULT_MAX_TOKENS)))
 
 
 def read_chat_body(body: dict, known: Known) -> ParsedBody:
@@ -213,9 +210,10 @@ def anthropic_options(messages: Seq[Message]) -> dict:
 def parsed_body(api: str, values: Mapping, known: Known, request: Request, details: Mapping | None = None,
                 ignored_tools: tuple[str, ...] = ()) -> ParsedBody:
     known.check_model(values.get("model", ""))
-    include_usage = values.get("stream_options", {}).get("include_usage") is True
-    return ParsedBody(request, values.get("stream", False), include_usage, values.get("echo", False), api,
-                      details or {}, ignored_tools)
+    return ParsedBody(
+        request, stream=values.get("stream", False), echo=values.get("echo", False), api=api,
+        include_usage=values.get("stream_options", {}).get("include_usage") is True,
+        details=details or {}, ignored_tools=ignored_tools)
 
 
 def read_ollama_chat(body: dict, known: Known) -> ParsedBody:

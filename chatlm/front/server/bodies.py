@@ -59,8 +59,8 @@ class Bodies:
         with self.holding() as reading:
             body = await self._receive(http, reading)
             if len(body) <= LIMITS.inline_bytes:
-                known = known_of(self.pool, self.settings)
-                parsed = ANSWER_READERS[record.route.pattern](json_object(body), known)
+                parsed = ANSWER_READERS[record.route.pattern](
+                    json_object(body), known_of(self.pool, self.settings))
             else:
                 tokenizer_of(self.pool)
                 parsed = await admission.read_large(
@@ -78,6 +78,6 @@ class Bodies:
         tokenizer_of(self.pool)
         body = await self._receive(http, holding)
         if len(body) <= LIMITS.inline_bytes:
-            read = TEXT_READERS[record.route.pattern]
-            return await read(json_object(body), admission.prompts, record.client)
+            return await TEXT_READERS[record.route.pattern](
+                json_object(body), admission.prompts, record.client)
         return await admission.answer_text(record.route.pattern, body, record.client)

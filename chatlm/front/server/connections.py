@@ -126,15 +126,18 @@ def connection_class() -> Callable[..., web.RequestHandler]:
         @property
         def idle(self) -> bool:
             """True if no request is being answered; a response that the client has not read may remain."""
-            waits = self._waiter is not None and not self._waiter.done()
-            return waits or not self._request_count or self.line.is_closing()
+            return self.awaits_header or not self._request_count or self.line.is_closing()
+
+        @property
+        def awaits_header(self) -> bool:
+            return self._waiter is not None and not self._waiter.done()
 
         def data_received(self, data: bytes):
             asked = self._request_count
             super().data_received(data)
             if self._request_count != asked:
                 self.table.renew(self)
-            if self._waiter is not None and not self._waiter.done():  # still waiting for a header
+            if self.awaits_header:
                 self.await_header()
             else:
                 self.end_header()

@@ -43,15 +43,13 @@ class Metrics:
         """prometheus_client calls this on each scrape; it returns what the pool counts."""
         stats, families = self.pool.stats(), self.library.metrics_core
         workers = stats["workers"]
-
-        def total(name: str) -> float:
-            return sum(worker[name] for worker in workers)
-
+        totals = {name: sum(worker[name] for worker in workers)
+                  for name in ("running", "kv_pages_used", "kv_pages_total", "restarts")}
         for name, doc, value in (
-                ("running", "requests on workers", total("running")),
+                ("running", "requests on workers", totals["running"]),
                 ("queued", "requests waiting for a worker", stats["queue_depth"]),
-                ("kv_pages_used", "KV pages in use", total("kv_pages_used")),
-                ("kv_pages", "KV pages", total("kv_pages_total")),
+                ("kv_pages_used", "KV pages in use", totals["kv_pages_used"]),
+                ("kv_pages", "KV pages", totals["kv_pages_total"]),
                 ("workers", "configured workers", stats["total_workers"]),
                 ("workers_up", "workers that are ready",
                  sum(worker["state"] == "ready" for worker in workers)),
@@ -59,7 +57,7 @@ class Metrics:
                  sum(worker["crashes_in_row"] > 1 for worker in workers))):
             yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
         yield families.CounterMetricFamily("chat_server_worker_restarts", "restarts of workers",
-                                           total("restarts"))
+                                           totals["restarts"])
         gauge, counter = families.GaugeMetricFamily, families.CounterMetricFamily
         for family_type, name, doc in (
                 (gauge, "memory_used", "bytes of its GPU in use, else of its process"),

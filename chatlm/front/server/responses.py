@@ -103,8 +103,8 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        texts = {404: f"there is no {http.path}", 405: f"{http.path} does not accept {http.method}"}
-        text = texts.get(error.status, error.reason)
+        text = {404: f"there is no {http.path}", 405: f"{http.path} does not accept {http.method}"}.get(
+            error.status, error.reason)
         failure = RequestError(text, status=error.status, code=error.reason.lower().replace(" ", "_"))
         return error_response(failure, {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {})
     except ConnectionError as error:  # the client has left: this response only sets the access log's status

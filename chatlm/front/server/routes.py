@@ -58,5 +58,4 @@ class RouteTable:
 
     def is_polled(self, path: str) -> bool:
         """For a request that has not been matched with a row yet."""
-        row = self.rows.get(path.removeprefix(self.prefix).rstrip("/"))
-        return row is not None and row.polled
+        return any(row.polled and path.rstrip("/") == self.prefix + row.path for row in self.rows.values())

@@ -20,11 +20,12 @@ import chat_server
 from chatlm.common import config, program
 from chatlm.common.config import LIMITS, Settings
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
+from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import Accepted
 from chatlm.common.program import page_files
 from chatlm.front import lazy
 from chatlm.front.api.fields import parse_fields
-from chatlm.front.api.readers import parse_chat_request, parse_openai_request
+from chatlm.front.api.readers import parse_openai_request, read_native_body
 from chatlm.front.api.tables import OPENAI_FIELDS
 from chatlm.front.lazy import web
 from chatlm.front.server import access
@@ -222,7 +223,7 @@ def test_no_json_object_breaks_the_parsers(body):
     for with_messages in (body, body | conversation()):
         raw = json.loads(json.dumps(with_messages))
         try:
-            parse_chat_request(raw, Settings())
+            read_native_body(raw, Known(Settings(), "m", "tagged"))
         except RequestError as error:
             assert error.status == 400 and str(error)
         try:
