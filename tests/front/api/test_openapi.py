@@ -204,7 +204,7 @@ def check(status, answer):
     assert status < 500, (status, answer)
     if status >= 400 and answer and status != 400:
         error = json.loads(answer)
-        assert error.get("detail") or error["error"]["message"]
+        assert error.get("detail") or (error["error"] if isinstance(error["error"], str) else error["error"]["message"])
 
 
 @relaxed
