@@ -43,7 +43,7 @@ def repair_streams():
 def never_fail(name: str):
     """Writing to sys.stdout or sys.stderr fails no more: what cannot be written is lost."""
     stream = getattr(sys, name)
-    if isinstance(stream, io.TextIOWrapper):
+    if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):  # else it is another's
         encoding = stream.encoding
         setattr(sys, name, Unfailing(stream.detach(), encoding, "replace", line_buffering=True))
 

@@ -77,7 +77,7 @@ def test_words_of_the_environment_may_be_of_any_case_and_have_spaces_between():
 @pytest.mark.parametrize("line, environment, words", [
     ("--port x", {}, "--port"), ("--port 70000", {}, "65535"), ("a b", {}, "b"), ("--nonsense", {}, "--nonsense"),
     ("--por 80", {}, "--por"), ("-t nan", {}, "'nan' is not a number from 0 to 2"), ("-k -1", {}, "'-1' is not a whole number of at least 0"),
-    ("-k 1" + "0" * 400, {}, "0' is not a whole number of at least 0"),
+    ("-k 1" + "0" * 400, {}, "000... is not a whole number of at least 0"),
     ("-s 1.5", {}, "'1.5' is not a whole number"), ("--kv-cache-memory x", {}, "'x' is not a size such as 512M"),
     ("--idle-unload inf", {}, "not a number of at least 0"), ("--max-tokesn 3", {}, "did you mean --max-tokens?"),
     ("--prompt hi", {}, "--prompt is a flag of chat and generate"), ("--system hi chat", {}, "the command comes first"), ("-i moon", {}, "moon"), ("chat --port 80", {}, "--port"),
