@@ -184,7 +184,8 @@ class Front:
         return replace(request, id=record.id, params=params)
 
     @asynccontextmanager
-    async def answering(self, request: Request) -> AsyncIterator[tuple[Accepted, AsyncIterator[Event]]]:
+    async def answering(
+            self, request: Request) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
         """Yield the answer's first event and the others once it is accepted; leaving the block in any way
         ends its work."""
         events = self.pool.answer(request)
@@ -197,7 +198,8 @@ class Front:
         self.running[request_id] = self.owners.of_answer(request_id, client)
         try:
             # a refusal raises here: an ordinary error response
-            yield await anext(events), events
+            accepted: Any = await anext(events)
+            yield accepted, events
         finally:
             self.running.pop(request_id, None)
             await events.aclose()
@@ -234,7 +236,8 @@ class Front:
         request = encoder.request
         async with contextlib.AsyncExitStack() as work:
             work.enter_context(holding.handed_over())
-            frames = self.frames(*await work.enter_async_context(answering), encoder)
+            accepted, events = await work.enter_async_context(answering)
+            frames = self.frames(accepted, events, encoder)
             await work.enter_async_context(aclosing(frames))
             if request.resumable:
                 owner = self.owners.of_answer(request.id, request.client)

@@ -50,7 +50,7 @@ def worker_role(arguments):
     """A worker that sends each request a time stamp in every step, --rate steps a second, one message a
     step."""
     os.sched_setaffinity(0, OTHER_CORES)
-    channel = join_parent(*arguments, WORKER_PIPE)
+    channel = join_parent(arguments, WORKER_PIPE)
     config, *_ = channel.receive(wait=True)
     rate, filler = float(os.environ["FAKE_RATE"]), "x" * int(os.environ["FAKE_PIECE_BYTES"])
     source = config.source or resolve_model(config.settings)

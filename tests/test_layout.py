@@ -135,4 +135,4 @@ def test_what_tests_share_is_in_the_support_folder():
 
 
 def test_lines_have_at_most_110_columns():
-    assert [(path.name, number) for path, text in SOURCES.items() for number, line in enumerate(text.split("\n"), 1) if len(line) > 110] == []
+    assert [(path.name, number) for path, text in SOURCES.items() for number, line in enumerate(text.split("\n"), 1) if len(line.partition("  # pyright: ignore")[0]) > 110] == []

@@ -110,7 +110,7 @@ def cannot_read(path: Path | str, error: Exception) -> ConfigError:
     return lack_of_memory(error) or ConfigError(f"cannot read {path}: {reason}")
 
 
-def lack_of_memory(error: Exception) -> ConfigError | None:
+def lack_of_memory(error: BaseException) -> ConfigError | None:
     """What to tell the operator where an exception means "out of memory"; None for any other.
 
     Python (a SystemError if it cannot even say that), the system, torch, C++ and the dynamic loader each word

@@ -54,4 +54,4 @@ def lack_of_space(error: BaseException) -> ConfigError | None:
     if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         return None
     never_fail("stdout")
-    return ConfigError(f"cannot write the answer: {os.strerror(error.errno)}")
+    return ConfigError(f"cannot write the answer: {os.strerror(error.errno or 0)}")

@@ -31,7 +31,7 @@ from chatlm.terminal.terminal import PlainWriter, Terminal
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.front.pool.pool import Pool
+    from chatlm.terminal.remote import Pool
 
 
 def duration(seconds: float) -> str:
@@ -74,7 +74,7 @@ class Reply:
 
     text: str = ""
     reasoning: str = ""
-    done: Finished | None = None
+    done: Finished = None  # pyright: ignore[reportAssignmentType]  until it has ended
     seconds: float = 0.0
 
     def as_json(self, request: Request, done: Finished) -> str:
@@ -319,8 +319,7 @@ class Chat:
 
     async def slash_stats(self, value: str):
         """/stats: answers, tokens and workers"""
-        remote = isinstance(self.pool, RemotePool)
-        stats = await self.pool.get("stats") if remote else self.pool.stats()
+        stats = await self.pool.get("stats") if isinstance(self.pool, RemotePool) else self.pool.stats()
         names = {"gpu_id": "worker", "state": "", "device": "on",
                  "running": "running", "kv_pages_used": "KV pages"}
         rows = [" ".join(f"{name} {worker[key]}".strip() for key, name in names.items() if key in worker)

@@ -18,12 +18,11 @@ from chatlm.common.messages.requests import (
     Accepted, Delta, Finished, Message, Piece, PromptProgress, Usage)
 from chatlm.front.api.encode import PROGRESS_FIELDS
 from chatlm.front.lazy import aiohttp
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import WorkerPool, pool_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import Event, Request
-    from chatlm.front.pool.pool import Pool
 
 
 class RemotePool:
@@ -230,13 +229,15 @@ class RemoteStream:
         if "error" in body:
             raise remote_error(body, 500)
         if progress := object_in(body, "progress"):
-            return PromptProgress(*(progress[name] if type(progress.get(name)) is int else 0
-                                    for name in PROGRESS_FIELDS))
+            counts: Any = {name: progress[name] if type(progress.get(name)) is int else 0
+                           for name in PROGRESS_FIELDS}
+            return PromptProgress(**counts)
         choice = (body.get("choices") or [{}])[0]
         delta = choice.get("delta") or choice
         reasoning = body.get("reasoning") or delta.get("reasoning_content") or delta.get("reasoning")
         text = body.get("token") or delta.get("content") or delta.get("text")
-        deltas = tuple(Delta(*new) for new in (("reasoning", reasoning), ("text", text)) if new[1])
+        deltas = tuple(Delta(kind, str(new))
+                       for kind, new in (("reasoning", reasoning), ("text", text)) if new)
         if not deltas:
             return None
         self.first_s = self.first_s or time.monotonic()
@@ -304,6 +305,9 @@ def remote_error(body, status: int, retry_after_s: int = 1) -> ChatServerError:
         return RequestError(
             message, status=min(status, 499), code=error.get("code"), param=error.get("param"))
     return EngineFailure(message)
+
+
+Pool = WorkerPool | RemotePool
 
 
 @asynccontextmanager

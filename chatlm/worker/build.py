@@ -169,7 +169,8 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
         page_bytes = Transformer.page_bytes(
             replace(whole, layers=layers, kv_heads=max(whole.kv_heads, ranks.tp)), cache_dtype)
         page_bytes = -(-page_bytes * ranks.here // (ranks.tp * ranks.stages))
-    buffers = Transformer.buffer_sizes(model.spec, *limits.values(), torch.float32).values()
+    buffers = Transformer.buffer_sizes(
+        model.spec, limits["max_tokens"], limits["max_rows"], torch.float32).values()
     activations = sum(rows * columns * dtype.itemsize for rows, columns, dtype in buffers)
     copies, pool = ranks.here if shared else 1, PagePool(0, groups.windows)
     full, fewest = (pool.pages_for(length, prefill_chunk(settings, device))

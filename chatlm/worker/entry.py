@@ -6,15 +6,14 @@ import mmap
 import os
 import ssl
 import sys
-import traceback
 from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from chatlm.common.errors import ConfigError, RanksFailed, lack_of_memory, named, printable, require_library
+from chatlm.common.errors import ConfigError, RanksFailed, lack_of_memory, require_library
 from chatlm.common.log import log, start_logging
-from chatlm.common.messages.protocol import WORKER_PIPE, Crashed, Loading, Unusable
+from chatlm.common.messages.protocol import WORKER_PIPE, Loading, Unusable
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import join_parent
 from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig
@@ -27,13 +26,15 @@ if TYPE_CHECKING:
 def run_configured(channel: Channel, config: WorkerConfig | RankConfig):
     """Be a replica or rank 0 of one, or another rank, as the config says."""
     from chatlm.worker.process import run_rank, run_worker  # torch is there by now
-    run = run_rank if isinstance(config, RankConfig) else run_worker
-    run(channel, config)
+    if isinstance(config, RankConfig):
+        run_rank(channel, config)
+    else:
+        run_worker(channel, config)
 
 
 def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
     """Join the parent, import torch, and `run` until the other end is gone."""
-    channel = join_parent(*arguments, pipe)
+    channel = join_parent(arguments, pipe)
     reserve = mmap.mmap(-1, 32 << 20)  # address space kept back to report that memory ran out
     try:
         [config] = channel.receive(wait=True, most=1)
@@ -56,11 +57,9 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
     except Exception as error:
         reserve.close()
         error = gpu_memory_error(error, config) or lack_of_memory(error) or error
-        known = isinstance(error, ConfigError)
-        if not known and pipe is not WORKER_PIPE:
+        if not isinstance(error, ConfigError):
             raise
-        channel.send(Unusable(str(error)) if known else
-                     Crashed(printable(named(error)), traceback.format_exc()[-1 << 16:]))
+        channel.send(Unusable(str(error)))
         with suppress(EOFError, ConnectionError):
             channel.receive(wait=True)  # wait until the front has read it and hung up
     return 0

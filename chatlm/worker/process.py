@@ -98,7 +98,8 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     if ranks_per_replica(settings) > 1:
         ranks = gather_ranks(config, progress)
     device = prepare_device(config)
-    model, engine = build_engine(config.source, settings, device, progress, ranks)
+    model, engine = build_engine(
+        config.source, settings, device, progress, ranks)  # pyright: ignore[reportArgumentType]  run_worker has found it
     channel.send(describe_model(model, engine, config))
     del model
     if ranks:
@@ -121,7 +122,7 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
         total, ours = torch.cuda.mem_get_info(device)[1], torch.cuda.memory_allocated(device)
         hardware += (f" ({torch.cuda.get_device_name(device)}, {total / 1e9:,.1f} GB; "
                      f"weights and buffers {(ours - pages * page_bytes) / 1e9:,.2f} GB)")
-    kernels = engine.kernels.names
+    kernels = dict(engine.kernels.names)
     longest = engine.pool.pages_for(context, engine.scheduler.prefill_chunk)
     holds = (f"of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens" if not groups.holes else
              f"of {PAGE_SIZE} tokens in {groups.depth} layers, of which a sequence holds at most {longest:,}")

@@ -4,7 +4,7 @@ An address is an integer, and 0 where there is nothing; a buffer is (address, co
 numbers of types, activations and norms are those of csrc/ops.h, csrc/contract.h and csrc/cpu/tiles/tiles.h."""
 
 from collections.abc import Sequence
-from typing import TypeAlias, TypedDict, final
+from typing import TypeAlias, final
 
 _Buffer: TypeAlias = tuple[int, int]
 
@@ -31,7 +31,7 @@ def try_phase(threads: int, chunks: int, chunk_us: int = 0, slowdown: int = 1, h
               throws: int = -1) -> tuple[list[int], list[int], int]: ...
 
 # --- sample ---
-def count_tokens(rows: list[tuple[Sequence[int], int]], vocab_size: int) -> tuple[list[int], bytes, bytes]: ...
+def count_tokens(rows: list, vocab_size: int) -> tuple[list[int], bytes, bytes]: ...
 def sample(logits: int, rows: int, vocab: int, stride: int, params: int, count_ids: int, counts: int, bias_ids: int,
            bias_values: int, tokens: int, /) -> None: ...
 def philox(counter: Sequence[int], key: Sequence[int], /) -> list[int]: ...
@@ -110,16 +110,6 @@ class Ranks:
     def moves(self) -> int: ...
 
 # --- the program of a step ---
-class _StepTimes(TypedDict):
-    tokens: int
-    logit_rows: int
-    width: int
-    stalled: bool
-    gap_us: float
-    us: float
-    phases: list[tuple[str, float]]
-    kinds: dict[str, float]
-
 @final
 class Width:
     def __init__(self, threads: int, /) -> None: ...
@@ -150,7 +140,7 @@ class Program:
     def start(self, token_ids: object, previous: object, starts: object, lengths: object, tables: object, logit_rows: object,
               sampling: tuple[int, int, int, int, int, int, int, int] | None, all_rows: bool, /) -> int: ...
     def finish(self, number: int, /) -> list[int]: ...
-    def times(self) -> list[_StepTimes]: ...
+    def times(self) -> list[dict]: ...
     def describe(self) -> list[str]: ...
 
 # --- CUDA, where cuda_compiled is true; csrc/cuda/launch.h says what each does. They return None, or what is wrong ---

@@ -40,7 +40,8 @@ def _parts(name: str, array) -> tuple:
             if array.device.type != "cpu":
                 raise ValueError(f"{name}: must be on the CPU, not on {array.device}")
             return array.data_ptr(), str(array.dtype).removeprefix("torch."), tuple(array.shape), array.stride(), False
-        address, letter, size, read_only, shape, steps = _core.look_at_buffer(array)
+        # None, of what has no buffer, is the TypeError
+        address, letter, size, read_only, shape, steps = _core.look_at_buffer(array)  # pyright: ignore[reportGeneralTypeIssues]  as said above
     except (AttributeError, RuntimeError, TypeError):       # no buffer; a sparse tensor has no strides
         raise ValueError(f"{name}: must be a numpy array or a torch tensor, not {type(array).__name__}") from None
     strides = None if any(step % size for step in steps) else [step // size for step in steps]

@@ -46,7 +46,7 @@ def rope_append(qkv, cos, sin, positions, slots, cache, q_out, *, value_embed=No
     _core.rope_append(job)
 
 
-def rope_job(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple, value: tuple, gate: tuple, *, norm="none",
+def rope_job(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple[int, int], value: tuple, gate: tuple, *, norm="none",
              q_norm=None, k_norm=None, eps=1e-5, post_scale=1.0, q_scale=1.0, gate_scale=1.0):
     """-> what the kernel reads, and max_positions.
 
@@ -62,12 +62,12 @@ def rope_job(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple, value
     if norm not in NORMS:
         raise ValueError(f"norm: must be one of {', '.join(NORMS)}, not {norm!r}")
     check_together("q_norm", q_norm, "k_norm", k_norm)
-    norms = [0 if weight is None else vector(name, weight, "float32", D)
-             for name, weight in (("q_norm", q_norm), ("k_norm", k_norm))]
+    q_norm_at, k_norm_at = (0 if weight is None else vector(name, weight, "float32", D)
+                            for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)))
     job = _core.rope_job(
         T, row_stride, H, Hkv, D, table[1], NORMS[norm], eps, post_scale,
         q_scale * D**-0.5, gate_scale, value[1], gate[1], cache_code, table[0], pages, qkv_at,
-        *indices, cos_at, sin_at, *norms, value[0], gate[0], q_at, cache_at)
+        *indices, cos_at, sin_at, q_norm_at, k_norm_at, value[0], gate[0], q_at, cache_at)
     return job, table[0]
 
 

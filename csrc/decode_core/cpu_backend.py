@@ -54,7 +54,7 @@ def answer_seconds(width: int, rows: int = 1024) -> tuple[float, float]:
     def tiles(x: torch.Tensor) -> None:
         multiply(x, matrix, out=torch.empty(len(x), rows))
 
-    products = [(tiles, torch.float32, matrix.columns)]
+    products: list[tuple[Callable, torch.dtype, int]] = [(tiles, torch.float32, matrix.columns)]
     for dtype in (torch.float32, torch.bfloat16):
         products.append((functools.partial(torch.nn.functional.linear, weight=weights.to(dtype)), dtype, width))
     prompt, token = (
@@ -74,12 +74,12 @@ class CpuBackend:
     row_invariant = few_rows_invariant = quantizes = groups_layers = True
     activations, dtype, stored_dtype = torch.float32, torch.bfloat16, None
     converted = staticmethod(converted)
+    program: Program        # what `ops` record
 
     def __init__(self, spec: Any, script: SimpleNamespace):
         self.spec, self.script = spec, script
         self.name = f"decode_core/{_core.isa()}"
         self.as_stored = functools.partial(as_stored, script=script)
-        self.program: Program | None = None
         self.faults: dict[str, str] = {}
 
     def ops(self, max_tokens: int, max_rows: int, quantize: str | None) -> dict[str, Callable]:
@@ -126,7 +126,7 @@ class ProgramSteps:
 
     def start(self, batch: Any, rows: Sequence[Any]) -> int:
         self.sampling = batch_of(rows, self.transformer.spec.vocab_size, self.sampling)
-        return self.program.start(*batch[:6], self.sampling)
+        return self.program.start(*batch[:6], sampling=self.sampling)
 
     def finish(self, ticket: int) -> list[int]:
         return self.program.finish(ticket)

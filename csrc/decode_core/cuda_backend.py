@@ -21,7 +21,7 @@ from .weights import converted
 
 
 # before 2.9, torch makes an RMS norm of pow and mean, and how mean splits a row depends on the number of rows
-NORMS_ROW_BY_ROW = torch.__version__ >= (2, 9)
+NORMS_ROW_BY_ROW = torch.__version__ >= (2, 9)  # pyright: ignore[reportOperatorIssue]  a TorchVersion compares with tuples
 
 
 def current_stream() -> int:
@@ -89,11 +89,12 @@ class CudaBackend:
     def pack(self, name: str, *parts: torch.Tensor | PackedMatrix) -> Any:
         """What `linear`, `embed` and `experts` read: packed weights stay so, unless their product is not right
         here."""
-        if not isinstance(parts[0], PackedMatrix):
-            return padded(torch.cat(parts)) if name.endswith("ve_gate") or len(parts) > 1 else parts[0]
+        matrix = parts[0]
+        if not isinstance(matrix, PackedMatrix):
+            return padded(torch.cat(parts)) if name.endswith("ve_gate") or len(parts) > 1 else matrix  # pyright: ignore[reportArgumentType]  these are floats
         expert = "expert" in name
-        able = fits_experts(name, parts[0]) and "experts" not in self.faults if expert else "linear" not in self.faults
-        return parts[0] if able else unpacked(parts[0], self.script)
+        able = fits_experts(name, matrix) and "experts" not in self.faults if expert else "linear" not in self.faults
+        return matrix if able else unpacked(matrix, self.script)
 
     def make_cache(self, spec, num_pages, dtype, device):
         shape = (spec.layers, 2, num_pages, spec.kv_heads, self.script.PAGE_SIZE, spec.head_size)
@@ -116,7 +117,7 @@ class CudaBackend:
         device = positions.device
         table = self.script.page_table(batch, torch.int32, device)
         lengths = torch.tensor(batch.lengths, dtype=torch.int32, device=device)
-        workspace = self.workspace(*table.shape, device)
+        workspace = self.workspace(table.shape[0], table.shape[1], device)
         return self.plan(batch, windows, table, lengths, workspace)
 
     def plan(self, batch, windows, table, lengths, workspace) -> CudaPlan:
@@ -128,14 +129,13 @@ class CudaBackend:
     def paged_attention(self, q, cache, plan, window, out, softcap=0.0, sinks=None):
         """softmax(q k) v over each row's own pages: q (T, H * D) float32, scaled -> out (T, H * D)."""
         heads, first = q.unflatten(1, (-1, cache.shape[-1])), slice(plan.decode)        # (T, H, D)
-        more = dict(softcap=softcap, sinks=sinks)
         if plan.decode:
             table, lengths = plan.table[first], plan.lengths[first]
             if "paged_attention" in self.faults:
-                self.references.attend(heads[first], cache, table, lengths, out[first], window, **more)
+                self.references.attend(heads[first], cache, table, lengths, out[first], window, softcap, sinks)
             else:
                 workspace = plan.states, plan.tickets
-                self.attend(heads[first], cache, table, lengths, *workspace, out[first], window, **more)
+                self.attend(heads[first], cache, table, lengths, *workspace, out[first], window, softcap, sinks)
         grouped_sinks = None if sinks is None else sinks.view(cache.shape[2], -1)       # (Hkv, H / Hkv)
         for prompt in plan.prompts[window]:
             kv = torch.index_select(cache.transpose(1, 2), 2, prompt.pages)     # (2, Hkv, n, PAGE_SIZE, D)

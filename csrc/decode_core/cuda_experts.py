@@ -58,7 +58,7 @@ class ExpertOps:
         else:
             out.copy_(total)
 
-    def route(self, logits, chosen: int, sum_to_one: bool, item_pairs: int) -> tuple:
+    def route(self, logits, chosen: int, sum_to_one: bool, item_pairs: int) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """-> shares (T * chosen,), and (order, items) of the pairs by expert."""
         (T, E), device = logits.shape, logits.device
         ids = torch.empty(T, chosen, dtype=torch.int32, device=device)

@@ -79,7 +79,8 @@ class PromptAttention:
         """Flash counts the keys left of a token's own, so our window w is (w - 1, 0)."""
         k, v = kv.transpose(1, 2)                                               # (S, Hkv, D) each
         ends = [torch.arange(0, len(x) + 1, len(x), dtype=torch.int32, device=x.device) for x in (q, k)]
-        return self.varlen(q, k, v, *ends, len(q), len(k), scale=1.0, window_size=(window - 1, 0) if window else (-1, 0),
+        return self.varlen(  # pyright: ignore[reportOptionalCall]  `attend` has looked
+            q, k, v, *ends, len(q), len(k), scale=1.0, window_size=(window - 1, 0) if window else (-1, 0),
                            enable_gqa=q.shape[1] != k.shape[1])
 
     def by_parts(self, q, kv, out, mask_of, step: int, softcap=0.0, sinks=None) -> None:
@@ -92,7 +93,7 @@ class PromptAttention:
     @staticmethod
     def mask(prompt: Prompt, some: slice, window: int, like):
         """Additive (1, 1, queries, S), for the new tokens of a slice."""
-        integers = dict(dtype=torch.int32, device=like.device)
+        integers: dict[str, Any] = dict(dtype=torch.int32, device=like.device)
         keys = torch.arange(prompt.first, prompt.end, **integers)
         age = torch.arange(prompt.start + some.start, prompt.start + some.stop, **integers)[:, None] - keys
         hidden = (age < 0) | (age >= window) if window else age < 0             # age < 0: future

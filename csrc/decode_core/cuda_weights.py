@@ -37,7 +37,8 @@ def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]], script: 
         return script.dequantized(shape, parts, torch.bfloat16).to(device)
     kept = weights.as_stored(shape, parts, script)
     joined = [(kind, torch.cat([torch.from_numpy(rows).to(device) for _, rows in group]))      # one kernel for each kind
-              for kind, group in itertools.groupby(kept.parts, key=lambda part: part[0])]
+              for kind, group in itertools.groupby(
+                  kept.parts, key=lambda part: part[0])]  # pyright: ignore[reportAttributeAccessIssue]  it has no floats
     return PackedMatrix(joined, shape[1])
 
 

@@ -14,6 +14,8 @@ over its R rows when what it reads came through `gather_rows`. The bits of a row
 threads or the instruction set. A wrong argument is a ValueError that names it, when recording and before anything runs.
 """
 
+from __future__ import annotations
+
 from types import SimpleNamespace
 
 from . import _core
@@ -103,6 +105,7 @@ class Program:
     Layers may form groups whose pages have tables of their own: `parts[group]` has a group's slots and attention.
     """
 
+    parts: tuple[type[Program] | SimpleNamespace, ...]
     token_ids, previous_token_ids, positions, slots, attention, logit_rows = map(
         Marker, ("token_ids", "previous_token_ids", "positions", "slots", "attention", "logit_rows"))
 
@@ -197,11 +200,11 @@ class Program:
             if (matrix.rows, matrix.columns) != shape or F % TILE_ROWS:
                 raise ValueError(f"{name}: must be {shape} for {E} experts, F a multiple of {TILE_ROWS}, not {(matrix.rows, matrix.columns)}")
         norm_at = 0 if norm[0] is None else vector("norm", norm[0], "float32", C)
-        biases_at = [0 if bias is None else vector("biases", bias, "float32", matrix.rows)
-                     for bias, matrix in zip(biases, (gate_up, down))]
+        up_bias_at, down_bias_at = (0 if bias is None else vector("biases", bias, "float32", matrix.rows)
+                                    for bias, matrix in zip(biases, (gate_up, down), strict=True))
         out_at = self._buffers.written("out", out, TOKENS, C)
         self._buffers.keep(x, logits, gate_up, down, out, norm[0], *biases)
-        self._program.experts(x_at, logits_at, gate_up.tiles, down.tiles, out_at, norm_at, float(norm[1]), *biases_at,
+        self._program.experts(x_at, logits_at, gate_up.tiles, down.tiles, out_at, norm_at, float(norm[1]), up_bias_at, down_bias_at,
                               ACTIVATIONS[activation], chosen, bool(sum_to_one), bool(residual))
 
     def copy(self, x, out) -> None:

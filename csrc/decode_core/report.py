@@ -56,7 +56,7 @@ class Report:
             backend = CudaBackend(self.script.ModelSpec(**LARGE | MIXTURE), self.script, kernels, device=device)
             self.with_cuda(backend, lambda: CudaQueue(device), gpu)
 
-    def with_cuda(self, backend: Any, make_queue: Callable[[], Any], gpu: str, **sizes: int) -> None:
+    def with_cuda(self, backend: Any, make_queue: Callable[[], Any], gpu: str, **sizes) -> None:
         """`sizes`: of time_cuda."""
         faults = dict.fromkeys(CUDA_OPS, "")
         try:

@@ -115,11 +115,12 @@ def sample(logits, batch: SampleBatch, tokens=None):
     """logits (B, V) float32, rows may be apart -> tokens (B,) int32 (the batch's own array if none is given)."""
     address, _, (rows, columns), stride = look_at("logits", logits, ("float32",), len(batch.params), batch.vocab_size,
                                                   rows_apart=True)
+    records, count_ids, counts, bias_ids, bias_values, batch_tokens = batch._addresses
     if tokens is None:
-        tokens, tokens_at = batch.tokens, batch._addresses[-1]
+        tokens, tokens_at = batch.tokens, batch_tokens
     else:
         tokens_at = vector("tokens", tokens, "int32", rows, writable=True)
-    _core.sample(address, rows, columns, stride, *batch._addresses[:-1], tokens_at)
+    _core.sample(address, rows, columns, stride, records, count_ids, counts, bias_ids, bias_values, tokens_at)
     return tokens
 
 
@@ -131,4 +132,4 @@ class Sampler:
 
     def __call__(self, logits, rows) -> list[int]:
         self.batch = batch_of(rows, int(logits.shape[1]), self.batch)
-        return sample(logits, self.batch).tolist()
+        return sample(logits, self.batch).tolist() if self.batch else []

@@ -125,7 +125,7 @@ def embed(matrix: Matrix, ids, out) -> None:
     matrix.tiles.embed(ids_at, rows, out_at, stride)
 
 
-def check_linear(matrix, width: int, norm, bias, activation) -> tuple[tuple, int, int]:
+def check_linear(matrix, width: int, norm, bias, activation) -> tuple[tuple[bool, int, float, int], int, int]:
     """What a product takes besides its arrays, of x with `width` columns.
 
     -> (has it a norm, address of its weight, eps, address of the bias), the activation's code, the most columns of out

@@ -37,7 +37,7 @@ class Timed(NamedTuple):
     bytes: int
 
 
-def best(work: Callable[[], None], runs: int = RUNS) -> float:
+def best(work: Callable[[], object], runs: int = RUNS) -> float:
     """Seconds of the fastest run; a first one is not counted."""
     times = []
     for _ in range(runs + 1):

@@ -41,7 +41,7 @@ def becomes(tensors: Sequence[Any]) -> list[str]:
     """What the GGUF tensors that form one matrix become, each: floats stay floats where all of them are alike."""
     kinds = [tensor.tensor_type.name for tensor in tensors]
     if len(set(kinds)) == 1 and kinds[0] in FLOATS:
-        return [{"F32": "BF16"}.get(kind, kind) for kind in kinds]
+        return ["BF16" if kind == "F32" else kind for kind in kinds]
     return [kind if kind in KEPT_TYPES else CONVERTED for kind in kinds]
 
 
@@ -88,12 +88,14 @@ def pack(arena: Arena, name: str, parts: Sequence[torch.Tensor | QuantizedMatrix
     parts: one QuantizedMatrix, or tensors of one type, whose rows together are its rows.
     """
     weight = parts[0]
-    if name.endswith("_bias"):          # gates and ups alternate as their tiles do
+    quantized = isinstance(weight, QuantizedMatrix)
+    if not quantized and name.endswith("_bias"):        # gates and ups alternate as their tiles do
         return weight.view(2, -1, TILE_ROWS).transpose(0, 1).reshape(-1)
-    quantized, (_, K), N = isinstance(weight, QuantizedMatrix), weight.shape, sum(part.shape[0] for part in parts)
+    (_, K), N = weight.shape, sum(part.shape[0] for part in parts)
     if name == "embed" and not (quantized or tied_head):
         return weight           # rows are only looked up
-    pieces = weight.parts if quantized else [(KINDS[part.dtype], part) for part in parts]
+    pieces = weight.parts if quantized else [
+        (KINDS[part.dtype], part) for part in parts]  # pyright: ignore[reportAttributeAccessIssue]  then none is quantized
     placed = place(pieces, N // 2 if name.endswith("gate_up") else N)
     if quantized:
         kinds = [""] * -(-N // TILE_ROWS)

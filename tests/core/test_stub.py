@@ -12,7 +12,7 @@ from decode_core import _core  # noqa: E402
 
 STUB = ast.parse((Path(__file__).resolve().parents[2] / "csrc/decode_core/_core.pyi").read_text(encoding="utf-8"))
 # What pybind11 says -> the beginning of what the stub says, where C++ leaves open more than that
-OPEN = {"object": "", "list": "list[", "tuple": "tuple[", "str": "str"}
+OPEN = {"object": "", "list": "list", "tuple": "tuple[", "str": "str"}
 
 
 def documented(text):

@@ -119,14 +119,6 @@ class Unusable:
     message: str
 
 
-@wire_message(1 << 20)
-class Crashed:
-    """Worker to front: an exception that nobody expected ends it."""
-
-    error: str
-    traceback: str
-
-
 @wire_message(1 << 12)
 class RayConfig:
     """Front to its Ray process, first: which cluster."""
@@ -216,7 +208,7 @@ class Body:
     """A raw HTTP body. Front to sandbox: the client's, after the task that reads it; back: the reply."""
 
     RAW = True
-    data: bytes
+    data: bytes | bytearray
 
 
 @wire_message(64 << 20)
@@ -237,7 +229,7 @@ class Refused:
 
 
 WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndOfRequest, Ping,
-                   Loading, ModelCard, Ready, Stepped, Unusable, Crashed)
+                   Loading, ModelCard, Ready, Stepped, Unusable)
 SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)
 RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded, Unusable)
 

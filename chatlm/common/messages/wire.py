@@ -61,7 +61,7 @@ def restorer(annotation) -> Callable[[Any], Any] | None:
     """A function that undoes `plain` and JSON for a value of this type; None where nothing needs undoing."""
     kind, inside = typing.get_origin(annotation), typing.get_args(annotation)
     if kind is types.UnionType and all(hasattr(member, "type") for member in inside):
-        by_type = {member._field_defaults["type"]: restorer(member) for member in inside}
+        by_type = {member._field_defaults["type"]: object_restorer(member) for member in inside}
         return lambda values: by_type[values[-1]](values)
     if kind in (typing.Union, types.UnionType):  # at most one of its types needs restoring
         restore = next(filter(None, map(restorer, inside)), None)
@@ -74,11 +74,13 @@ def restorer(annotation) -> Callable[[Any], Any] | None:
         if restore:
             return lambda values: kind(map(restore, values)) if values else kind()
         return None if kind is list else kind
-    if dataclasses.is_dataclass(annotation) or hasattr(annotation, "_fields"):
+    if isinstance(annotation, type) and (
+            dataclasses.is_dataclass(annotation) or hasattr(annotation, "_fields")):
         return object_restorer(annotation)
     return {bytes: partial(base64.b64decode, validate=True), Path: Path}.get(annotation)
 
 
+@functools.cache
 def object_restorer(kind: type) -> Callable[[list], Any]:
     named_tuple, hints = hasattr(kind, "_fields"), typing.get_type_hints(kind)
     names = kind._fields if named_tuple else [field.name for field in dataclasses.fields(kind)]
@@ -128,7 +130,7 @@ class Pipe:
 
 def unpacked(kind: type, body: bytes):
     try:
-        return kind(body) if hasattr(kind, "RAW") else restorer(kind)(json.loads(body))
+        return kind(body) if hasattr(kind, "RAW") else object_restorer(kind)(json.loads(body))
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise BadMessage(f"{kind.__name__}: {error}") from None
 

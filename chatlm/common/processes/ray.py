@@ -37,7 +37,8 @@ def replica_actor() -> type:
             import threading
             import time
             import ray
-            self.host, home = ray.util.get_node_ip_address(), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+            self.host = getattr(ray, "util").get_node_ip_address()
+            home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
             # one folder for each version, used again: an actor that is killed could not remove its own
             folders = pathlib.Path(home, "chat_server", "ray").expanduser()
             folder = folders / hashlib.sha256(program).hexdigest()[:16]
@@ -53,6 +54,7 @@ def replica_actor() -> type:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, str(path), "worker", f"{self.host},{tls}", str(os.getpid())],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+            assert self.process.stdout
             self.port, self.secret = json.loads(self.process.stdout.readline())
 
             def end():  # nobody else ends a detached actor
@@ -74,7 +76,7 @@ def ray_main(arguments: Seq[str]) -> int:
 
     It is a process of its own because Ray ends processes that have lost the cluster's head; the front and its
     connections must outlive that. The actors are detached for the same reason, and end with their workers."""
-    channel = join_parent(*arguments, RAY_PIPE)
+    channel = join_parent(arguments, RAY_PIPE)
     [config] = channel.receive(wait=True, most=1)
     try:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -104,8 +104,11 @@ def run_role(role: str, *arguments: str) -> int:
     return getattr(importlib.import_module(module), function)(arguments)
 
 
-def join_parent(descriptor: str, parent: str, pipe: Pipe) -> Channel:
-    """The first thing a child process does: ignore signals, which are for the front, and die when it dies."""
+def join_parent(arguments: Seq[str], pipe: Pipe) -> Channel:
+    """The first thing a child process does: ignore signals, which are for the front, and die when it dies.
+
+    Its arguments: the descriptor of its end of the pipe, or where to listen for the front; its parent."""
+    descriptor, parent = arguments
     for stop in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd signals the whole group
         signal.signal(stop, signal.SIG_IGN)
     die_with_parent(int(parent))

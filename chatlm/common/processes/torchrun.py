@@ -56,8 +56,8 @@ def torchrun(settings: Settings) -> Torchrun | None:
     if settings.ray_address or settings.num_workers != 1 or settings.num_gpus not in (None, "1"):
         raise ConfigError("torchrun starts the ranks of one replica: leave out --num-gpus, --num-workers "
                           "and --ray-address")
-    return Torchrun(*(os.environ[name] if name == "MASTER_ADDR" else int(os.environ[name])
-                      for name in wanted))
+    return Torchrun._make(os.environ[name] if name == "MASTER_ADDR" else int(os.environ[name])
+                          for name in wanted)
 
 
 def ranks_here(settings: Settings) -> int:
@@ -106,7 +106,7 @@ class RankStore:
         self.store.set(key, json.dumps(value))
 
     def look(self, key: str):
-        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+        return json.loads(self.store.get(key) if self.store.check([key]) else "null")
 
     def wait(self, life: int, look: Callable[[], Any], say: Callable[[], Any] = lambda: None):
         """What `look`, which may wait a moment, returns once that is not None. EOFError if another life has
@@ -167,7 +167,7 @@ def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: in
                 stack.enter_context(before)
         if next_rank < start.world_size:
             address = store.wait(life, lambda: store.look(f"{life}/{next_rank}"))
-            after = stack.enter_context(dial(*address, secret))
+            after = stack.enter_context(dial(address[0], address[1], secret))
         connection = stack.enter_context(dial(host, port, secret))
         stages = [link and link.fileno() for link in (before, after)]
         threads = threads_per_worker(start.local_world_size)

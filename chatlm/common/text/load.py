@@ -10,7 +10,7 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence as Seq
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, lack_of_memory, named, require_library
 from chatlm.common.jsontext import whole_unicode
@@ -41,7 +41,7 @@ class NanochatTokenizer(Tokenizer):
         self.vocab_size = self.encoding.n_vocab
         self.pieces = {token: piece for piece, token in ranks.items()}
         self.tool_format, _ = calls_of(spec)
-        tool_tokens = ToolTokens(*(self.specials.get(f"<|{name}|>") for name in ToolTokens._fields))
+        tool_tokens = ToolTokens._make(self.specials.get(f"<|{name}|>") for name in ToolTokens._fields)
         self.tool_tokens = None if None in tool_tokens else tool_tokens
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
@@ -60,7 +60,7 @@ class NanochatTokenizer(Tokenizer):
                options: Mapping = NO_OPTIONS) -> list[int]:
         bos, user_start, user_end, assistant_start, assistant_end = map(
             self.specials.get, NANOCHAT_CHAT_TOKENS)
-        tokens = [bos]
+        tokens: list = [bos]
         for message in merge_system_message(with_generic_tools(messages, tools)):
             is_user = message.role == "user"
             tokens += [user_start if is_user else assistant_start, *self.encode(message.content),
@@ -170,7 +170,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def show(self, tokens: Iterable[int]) -> str:
         return super().show(tokens).removeprefix(" " * self.drops_space)
 
-    def _mark_specials(self, content):
+    def _mark_specials(self, content) -> Any:
         """Break up the names of special tokens in the strings of a JSON value."""
         if isinstance(content, dict):
             return {self._mark_specials(name): self._mark_specials(value) for name, value in content.items()}
@@ -190,7 +190,7 @@ class HuggingFaceTokenizer(Tokenizer):
                                code="no_chat_template")
         try:
             if not self.native_tools:
-                has_system = "ystem role not supported" not in self.spec.chat_template
+                has_system = "ystem role not supported" not in (self.spec.chat_template or "")
                 messages, tools = with_generic_tools(messages, tools, has_system), ()
             dialogue = self._mark_specials(
                 [{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
@@ -285,7 +285,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def template(self):
-        return compile_chat_template(self.spec.chat_template)
+        return compile_chat_template(self.spec.chat_template or "")
 
     def render(self, messages: Seq[Message], tools: Seq[dict] = (),
                options: Mapping = NO_OPTIONS) -> list[int]:

@@ -9,7 +9,7 @@ import time
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from functools import cached_property
-from typing import NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, named, require_library
 from chatlm.common.text.formats import CALLS, HARMONY, IN_CALLS, MARKS
@@ -44,6 +44,9 @@ class Tokenizer:
     vocab_size: int
     has_chat_template = True
     templated = False               # does render run the model's template, a program that may never end?
+    template: Any                   # if so: the compiled one, what to fill in, and how to encode the text
+    template_arguments: Callable[..., dict]
+    encode_rendered: Callable[..., list[int]]
     tool_tokens: ToolTokens | None = None
     tool_format: str | None = None  # how it calls the client's functions, or None (see tool_format_of)
     native_tools = False            # does its template tell it of them? else a system prompt does

@@ -134,7 +134,7 @@ class Sandbox:
                 break
             except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
                 code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
-                if code == self.OUT_OF_MEMORY or self.begun and code in self.EXCESS:
+                if self.config and (code == self.OUT_OF_MEMORY or self.begun and code in self.EXCESS):
                     raise RequestError(
                         f"too complex: this takes more than {self.config.cpu_s:g} s of processor time "
                         f"or {self.config.memory >> 20} MiB", code="too_complex") from None
@@ -225,7 +225,8 @@ class Admission:
 
     @contextmanager
     def _prepare(self, client: str, request_id: str = "") -> Iterator[None]:
-        """Reserve room for a request while it is read and rendered: it counts as waiting.
+        """Reserve room for a request while it is read and rendered: it counts as waiting. Overloaded before
+        there is a tokenizer, and with it `prompts`.
 
         The id of one in a large body is not known yet, so another request may take it."""
         request_id = request_id or secrets.token_hex(16)
@@ -239,7 +240,7 @@ class Admission:
     async def admit(self, request: Request) -> Request:
         with self._prepare(request.client, request.id):
             await self._check_grammar(request.params, request.client, request.params.owner)
-            return await self.prompts.admit(request)
+            return await self.prompts.admit(request)  # pyright: ignore[reportOptionalMemberAccess]  as _prepare says
 
     async def _check_grammar(self, params: AnswerParams, client: str, owner: str):
         """Raise RequestError for a grammar that cannot be enforced or costs too much to check.
@@ -255,15 +256,17 @@ class Admission:
     async def read_large(self, reader: str, body: bytes | bytearray, client: str, owner: str) -> ParsedBody:
         """Read a large body of a route that answers, and check its grammar."""
         with self._prepare(client):
-            values = await self.sandboxes["bodies"].perform(client, "read_body", reader, body=body)
-            parsed = await asyncio.to_thread(unpacked_body, values, self.prompts.tokenizer.vocab_size)
+            values: Any = await self.sandboxes["bodies"].perform(client, "read_body", reader, body=body)
+            vocab_size = self.prompts.tokenizer.vocab_size  # pyright: ignore[reportOptionalMemberAccess]  as _prepare says
+            parsed = await asyncio.to_thread(unpacked_body, values, vocab_size)
             del values
             await self._check_grammar(parsed.request.params, client, owner)
             return parsed
 
     async def answer_text(self, route: str, body: bytes | bytearray, client: str) -> bytes:
         with self._prepare(client):
-            return await self.sandboxes["bodies"].perform(client, "answer_text", route, body=body)
+            text: Any = await self.sandboxes["bodies"].perform(client, "answer_text", route, body=body)
+            return text
 
     async def close(self):
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))

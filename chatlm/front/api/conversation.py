@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
@@ -230,7 +230,7 @@ def earlier_calls(calls, name: str) -> list[dict]:
         raise bad_value(name, calls, "a list of calls, each with a function")
     read = []
     for call in calls:
-        arguments = call["function"].get("arguments") or {}
+        arguments: Any = call["function"].get("arguments") or {}
         if isinstance(arguments, str):
             with suppress(ValueError, RecursionError):
                 arguments = json.loads(arguments)

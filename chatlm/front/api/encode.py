@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -45,7 +45,7 @@ class Block:
 
     def __init__(self, kind: str, index: int, name: str):
         self.kind, self.index, self.name = kind, index, name
-        self.id, self.texts = secrets.token_hex(12), []  # type: str, list[str]
+        self.id, self.texts = secrets.token_hex(12), list[str]()
         self.frame = b""  # how an event with more of its text begins
 
     @property
@@ -65,7 +65,7 @@ class Choice:
 
     def __init__(self, index: int):
         self.index = index
-        self.done: Finished | None = None
+        self.done: Finished = None  # pyright: ignore[reportAttributeAccessIssue]  until it has ended
         self.blocks: list[Block] = []
         self.held: tuple[TokenLogprob, ...] = ()    # log-probabilities of tokens that have no text yet
         self.logprobs: dict[str, list[bytes]] = {}  # for a whole body, in JSON
@@ -85,7 +85,7 @@ class Choice:
     def calls(self) -> list[Block]:
         return [block for block in self.blocks if block.kind == "call"]
 
-    def encoded_logprobs(self, beside: dict) -> Iterator[bytes]:
+    def encoded_logprobs(self, beside: Mapping) -> Iterator[bytes]:
         """The `logprobs` member of an object, with the fields of `beside`; nothing if there are none."""
         separator = b', "logprobs": ' + dump(beside)[:-1] + b", " * bool(beside)
         for name, parts in self.logprobs.items():
@@ -105,7 +105,8 @@ class Encoder:
     repeated_bytes = 0
 
     def __init__(self, parsed: ParsedBody, model: str, tokenizer: Tokenizer | None = None):
-        self.parsed, self.model, self.tokenizer, self.request = parsed, model, tokenizer, parsed.request
+        self.parsed, self.model, self.request = parsed, model, parsed.request
+        self.tokenizer: Tokenizer = tokenizer  # pyright: ignore[reportAttributeAccessIssue]  who needs it has it
         self.repeated_bytes = len(parsed.repeated)
         self.choices = [Choice(index) for index in range((len(self.request.prompts) or 1) * self.request.n)]
 
@@ -142,7 +143,7 @@ class NativeEncoder(Encoder):
 
     MEMBERS = {"reasoning": "reasoning", "text": "token"}  # old clients skip reasoning
 
-    def encode(self, event: Event) -> bytes:
+    def encode(self, event: Piece | Finished) -> bytes:
         if isinstance(event, Piece):
             return b"".join([frame({self.MEMBERS[delta.kind]: delta.text, "gpu": event.gpu})
                              for delta in event.deltas if delta.kind in self.MEMBERS])
@@ -155,11 +156,18 @@ class NativeEncoder(Encoder):
 class BlockEncoder(Encoder):
     """Turns events into an answer that is a list of blocks: each begins, grows and ends before the next."""
 
+    # What an API makes of a block, of the end, and of a whole answer
+    opened: Callable[[Block], bytes]
+    grown: Callable[[Block, str], bytes]
+    closed: Callable[[Block], bytes]
+    end: Callable[[], bytes]
+    body: Callable[[], dict]
+
     @property
     def blocks(self) -> list[Block]:
         return self.choices[0].blocks
 
-    def encode(self, event: Event) -> bytes:
+    def encode(self, event: Piece | Finished) -> bytes:
         if isinstance(event, Piece):
             return b"".join(map(self._grow, event.deltas))
         self.choices[0].done = event
@@ -176,7 +184,7 @@ class BlockEncoder(Encoder):
         block.texts.append(delta.text)
         return more + self.grown(block, delta.text)
 
-    def collect(self, event: Event) -> int:
+    def collect(self, event: Piece | Finished) -> int:
         self.encode(event)
         return 100 + sum(len(delta.text) for delta in event.deltas) if isinstance(event, Piece) else 0
 

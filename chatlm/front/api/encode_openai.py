@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm.common.jsontext import dump, is_text
@@ -11,7 +11,7 @@ from chatlm.common.messages.requests import Delta, Finished, Piece, PromptScores
 from chatlm.front.api.encode import SYSTEM_FINGERPRINT, Encoder, timings_body
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Accepted, Event, TokenLogprob
+    from chatlm.common.messages.requests import Accepted, TokenLogprob
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.api.encode import Block, Choice
 
@@ -42,6 +42,7 @@ class OpenAIEncoder(Encoder):
 
     id_prefix = chunk_object = whole_object = ""
     logprobs_beside: Mapping = {}  # fields of `logprobs` besides those of logprobs_body
+    logprobs_body: Callable[[Choice, Seq[TokenLogprob]], dict]
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -58,7 +59,7 @@ class OpenAIEncoder(Encoder):
         return ({**self.logprobs_body(choice, part.logprobs), **self.logprobs_beside}
                 if part.logprobs else None)
 
-    def take(self, choice: Choice, event: Event) -> Piece:
+    def take(self, choice: Choice, event: Piece | PromptScores | Finished) -> Piece:
         """What to send, with the log-probabilities of its tokens, but not those of a stop string's."""
         held, choice.held = choice.held, ()
         if isinstance(event, Finished):
@@ -73,7 +74,7 @@ class OpenAIEncoder(Encoder):
         choice.held = held
         return NOTHING
 
-    def encode(self, event: Event) -> bytes:
+    def encode(self, event: Piece | PromptScores | Finished) -> bytes:
         choice = self.choices[event.choice]
         part = self.take(choice, event)
         more = b"" if part == NOTHING else self.chunk(choice, self.body(choice, part))
@@ -111,7 +112,7 @@ class OpenAIEncoder(Encoder):
                     "accepted_prediction_tokens": usage.accepted_tokens,
                     "rejected_prediction_tokens": usage.drafted_tokens - usage.accepted_tokens}}
 
-    def collect(self, event: Event) -> int:
+    def collect(self, event: Piece | PromptScores | Finished) -> int:
         """Keep an event for `completion`; returns roughly how many bytes that takes."""
         choice = self.choices[event.choice]
         part, size = self.take(choice, event), 100
@@ -209,7 +210,7 @@ class CompletionEncoder(OpenAIEncoder):
     def prompt(self, choice: Choice) -> str | tuple[int, ...]:
         return self.request.prompts[choice.index // self.request.n]
 
-    def take(self, choice: Choice, event: Event) -> Piece:
+    def take(self, choice: Choice, event: Piece | PromptScores | Finished) -> Piece:
         part = super().take(choice, event)
         if not self.parsed.echo or choice.echoed:
             return part

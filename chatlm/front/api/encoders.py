@@ -17,7 +17,7 @@ from chatlm.front.api.encode_openai import ChatEncoder, CompletionEncoder, Funct
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
-    from chatlm.common.messages.requests import Accepted, Event
+    from chatlm.common.messages.requests import Accepted, Finished
     from chatlm.front.api.encode import Block
 
 
@@ -165,7 +165,7 @@ class MessagesEncoder(BlockEncoder):
     def stop(self) -> dict:
         done = self.choices[0].done
         by_text = done.stop_reason in self.request.params.stop
-        reason = ("stop_sequence" if by_text else self.REASONS.get(done.stop_reason, "max_tokens")
+        reason = ("stop_sequence" if by_text else self.REASONS.get(done.stop_reason or "", "max_tokens")
                   if done.reason == "length" else
                   "tool_use" if self.blocks[-1].kind == "call" else "end_turn")
         return {"stop_reason": reason, "stop_sequence": done.stop_reason if by_text else None}
@@ -206,7 +206,9 @@ class OllamaEncoder(BlockEncoder):
         return b""
 
     def grown(self, block: Block, text: str) -> bytes:
-        return b"" if block.kind == "call" else self.line(self.members(**{block.kind: text}))
+        if block.kind == "call":
+            return b""
+        return self.line(self.members(text) if block.kind == "text" else self.members(reasoning=text))
 
     def closed(self, block: Block) -> bytes:
         return self.line(self.members(calls=[self.call_body(block)])) if block.kind == "call" else b""
@@ -240,7 +242,7 @@ class EmbeddingsEncoder(Encoder):
         super().__init__(*arguments)
         self.vectors = [b""] * len(self.choices)
 
-    def collect(self, event: Event) -> int:
+    def collect(self, event: Embedding | Finished) -> int:
         """Keep a vector as it will be sent; returns its size in bytes."""
         if not isinstance(event, Embedding):
             self.choices[event.choice].done = event

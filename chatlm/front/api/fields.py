@@ -119,7 +119,7 @@ class ToolChoice(NamedTuple):
     """Whether the model calls functions, and which it may."""
 
     mode: str = "auto"                    # or none, required
-    names: tuple[str, ...] | None = None  # None: all
+    names: tuple[str | None, ...] | None = None  # None: all
     parallel: bool = True
 
 

@@ -92,7 +92,7 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     grammar, param = one_constraint(values)
     if required:
         parallel = choice.parallel and values.get("parallel_tool_calls", True)
-        grammar, param = tool_grammar(tools, tool_format, parallel), "tools"
+        grammar, param = tool_grammar(tools, tool_format or "", parallel), "tools"
     options = values.get("template_options", {})
     if messages is None:
         messages = openai_messages(values["messages"], tool_format is not None)
@@ -101,7 +101,7 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     names, types, strict = tuple(function["name"] for function in functions), (), ()
     if not grammar and any(function.get("strict") is True for function in functions):
         param = "tools"
-        strict = tuple(call_grammar(function, tool_format) if function.get("strict") is True else ""
+        strict = tuple(call_grammar(function, tool_format or "") if function.get("strict") is True else ""
                        for function in functions)
         if sum(map(len, strict)) > 16 * LIMITS.grammar_characters:
             raise unusable_schema("the parameters of all strict functions are too long", param)

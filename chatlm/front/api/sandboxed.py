@@ -45,7 +45,7 @@ class Tasks:
 
     @cached_property
     def template(self):
-        return compile_chat_template(self.config.text.chat_template)
+        return compile_chat_template(self.config.text.chat_template or "")
 
     def prepare(self, name: str):
         """Do once what no task should pay for: jinja computes a template's constants when it compiles it."""
@@ -70,9 +70,9 @@ class Tasks:
         admitted, lasting = asyncio.run(self.prompts.admit(parsed.request)), parsed.lasting()
         request = replace(lasting.request, dropped_messages=admitted.dropped_messages)
         if self.config.server.settings.log_conversations and request.messages is not None:
-            texts = tuple(Message(message.role, message.content) for message in parsed.request.messages)
+            texts = tuple(Message(message.role, message.content) for message in parsed.request.messages or ())
             request = replace(request, messages=texts)
-        return Result(packed_body(replace(lasting, request=request), admitted.prompt_ids))
+        return Result(packed_body(replace(lasting, request=request), admitted.prompt_ids or ()))
 
     def answer_text(self, route: str, body: bytes) -> Body:
         return Body(asyncio.run(TEXT_READERS[route](json_object(body), self.prompts)))
@@ -80,7 +80,7 @@ class Tasks:
 
 def sandbox_main(arguments: Seq[str]) -> int:
     """The role `sandbox FD PARENT`: run tasks until the front is gone."""
-    channel = join_parent(*arguments, SANDBOX_PIPE)
+    channel = join_parent(arguments, SANDBOX_PIPE)
     with suppress(EOFError, ConnectionError):
         [config] = channel.receive(wait=True, most=1)
         os.nice(config.nice)
@@ -89,15 +89,15 @@ def sandbox_main(arguments: Seq[str]) -> int:
         tasks = Tasks(config)
         give_memory_back()
         while True:
-            [task] = run_task(channel.receive, True, 1)
-            bodies = ([message.data for message in run_task(channel.receive, True, 1)]
-                      if task.name in ("read_body", "answer_text") else [])
+            [task] = run_task(channel.receive, True, 1)  # pyright: ignore[reportGeneralTypeIssues]  it refuses no message
+            bodies = run_task(channel.receive, True, 1) if task.name in ("read_body", "answer_text") else []
             channel.send(Begun())
             signal.setitimer(signal.ITIMER_PROF, PREPARE_S)
             run_task(tasks.prepare, task.name)  # an error shows when the task itself fails
             signal.setitimer(signal.ITIMER_PROF, config.cpu_s)
-            reply = SANDBOX_PIPE.packed(run_task(getattr(tasks, task.name), *task.arguments, *bodies))
-            if len(reply) > Result.MAX_BYTES:
+            reply = SANDBOX_PIPE.packed(run_task(getattr(tasks, task.name), *task.arguments,
+                                               *(message.data for message in bodies)))  # pyright: ignore[reportGeneralTypeIssues]  nor any of these
+            if len(reply) > getattr(Result, "MAX_BYTES"):
                 reply = SANDBOX_PIPE.packed(
                     Refused("too complex: the result is too large", 400, "too_complex", None))
             signal.setitimer(signal.ITIMER_PROF, 0)

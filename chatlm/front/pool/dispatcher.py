@@ -37,7 +37,7 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Job]:
         ranked = sorted(self.lanes.by_client, key=operator.itemgetter(0))
-        return itertools.chain.from_iterable(map(self.lanes.by_client.get, ranked))
+        return itertools.chain.from_iterable(map(self.lanes.by_client.__getitem__, ranked))
 
     @staticmethod
     def _lane_of(job: Job) -> tuple[int, str]:
@@ -89,7 +89,7 @@ class Dispatcher:
         any point cancels it. lengths: tokens at most for an answer to each of its prompts.
 
         Raises EngineFailure (workers died too often, shutdown) and RequestError (cancelled)."""
-        events, prompts = asyncio.Queue(), request.prompt_ids
+        events, prompts = asyncio.Queue(), request.prompt_ids or ()
         jobs = [Job(request, ids, length, events, arrived_s, choice) for choice, (ids, length) in
                 enumerate(pair for pair in zip(prompts, lengths) for _ in range(request.n))]
         heads = deque(jobs[::request.n])  # no request has more prompts than this in the queue at a time
@@ -171,9 +171,9 @@ class Dispatcher:
         while self.pending:
             rows = Counter(job.request.client for worker in self.workers for job in worker.jobs.values())
             job = self.pending.first(rows)
-            if not (free := self._free_workers() or self._make_room(job, rows)):
+            if not job or not (free := self._free_workers() or self._make_room(job, rows)):
                 return
-            worker = min(free, key=lambda worker: worker.cost(job))
+            worker = min(free, key=operator.methodcaller("cost", job))
             self.pending.take(job)
             job.worker = worker
             if job.dispatched_s is None:
@@ -200,9 +200,10 @@ class Dispatcher:
             return []
         victim = max(running, key=lambda other: (other.request.low_priority, other.dispatched_s))
         worker = victim.worker
-        worker.set_aside(victim)
-        self.pending.append_first(victim)
-        return [worker]
+        if worker:
+            worker.set_aside(victim)
+            self.pending.append_first(victim)
+        return [worker] if worker else []
 
     def deliver(self, worker: Worker, events: Seq[tuple[str, WorkerEvent]]):
         """Pass on what a step of a worker added to its answers, each event with the id of its answer."""

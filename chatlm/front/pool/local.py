@@ -57,7 +57,7 @@ class LocalDevices:
         return reader, WorkerConfig(secretless, self.source, worker.device, threads)
 
     def end_in_words(self, worker: Worker) -> str:
-        return exit_in_words(worker.process.returncode)
+        return exit_in_words(getattr(worker.process, "returncode", None))
 
     def stats(self) -> dict:
         return {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import typing
 from collections.abc import AsyncGenerator, Callable, Sequence as Seq
 from contextlib import aclosing
 from typing import TYPE_CHECKING
@@ -29,41 +28,6 @@ if TYPE_CHECKING:
 
 def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
     return sampling_defaults(with_own_sampling(settings, pool))
-
-
-class Pool(typing.Protocol):
-    """What answers requests: workers of this server (`WorkerPool`) or a server at --url (`RemotePool`)."""
-
-    on_progress: Callable[[str, float], None]
-
-    @property
-    def model_name(self) -> str: ...
-
-    @property
-    def context_length(self) -> int | None: ...
-
-    @property
-    def own_sampling(self) -> tuple[dict, str]:
-        """The model's own sampling parameters, and who says them."""
-
-    @property
-    def continues(self) -> bool:
-        """Can it continue the last message of a conversation?"""
-
-    def describe(self) -> list[str]:
-        """The first lines on the terminal."""
-
-    async def start(self):
-        """Begin to load the model, or connect."""
-
-    async def wait_ready(self):
-        """Wait until a request would be served. Raises ConfigError or EngineFailure if none ever will."""
-
-    def answer(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Accepted, then pieces, then Finished; closing the iterator at any point cancels the request."""
-
-    async def close(self):
-        """End all that runs."""
 
 
 class WorkerPool:
@@ -96,7 +60,7 @@ class WorkerPool:
         try:
             await self.admission.open(card, with_own_sampling(self.settings, self))
         except ConfigError as error:
-            raise ConfigError(f"{self.source.path}: {error}") from None
+            raise ConfigError(f"{self.source and self.source.path}: {error}") from None
 
     async def wait_ready(self):
         """Wait until a request would be served. Raises ConfigError or EngineFailure if start-up failed."""
@@ -127,7 +91,8 @@ class WorkerPool:
         if request.prompt_ids is None:
             request = await self.admission.admit(request)
         self._check_capacity(request.id, request.client)
-        lengths = [self.admission.prompts.answer_length(request, ids) for ids in request.prompt_ids]
+        prompts = self.admission.prompts
+        lengths = [prompts.answer_length(request, ids) for ids in request.prompt_ids or () if prompts]
         async with aclosing(self.dispatcher.answer(request, lengths, arrived_s)) as events:
             async for event in events:
                 yield event
@@ -178,11 +143,13 @@ class WorkerPool:
                  "generic": "Tools: generic, told by a system prompt because its chat template knows none"}
         here = any(worker.device == "cuda:0" and not worker.node for worker in self.workers)
         gpus = cuda_device_count() if here else 1
-        return [line for line in (self.source.chosen, self.source.alternatives, *self.supervisor.card.lines,
+        source = (self.source.chosen, self.source.alternatives) if self.source else ()
+        return [line for line in (*source, *self.supervisor.card.lines,
                                   gpus > 1 and self.settings.num_gpus is None and
                                   f"One of {gpus} GPUs is used; --num-gpus auto uses all",
                                   *(worker.left_out for worker in self.workers if worker.problem),
-                                  self.settings.command == "serve" and tools.get(tools_of(self.tokenizer)),
+                                  self.settings.command == "serve" and self.tokenizer
+                                  and tools.get(tools_of(self.tokenizer) or ""),
                                   f"Sampling unless a request says otherwise: {sampling}") if line]
 
     def health(self) -> tuple[int, dict]:

@@ -73,7 +73,7 @@ class RayActor:
         self.address: asyncio.Future[ActorAddress] = asyncio.get_running_loop().create_future()
         self.writer: asyncio.StreamWriter | None = None
 
-    async def connect(self, address: ActorAddress, tls: str) -> asyncio.StreamReader:
+    async def connect(self, address: ActorAddress, tls: str | None) -> asyncio.StreamReader:
         context = tls_context(tls, False)
         reader, self.writer = await asyncio.open_connection(address.host, address.port, ssl=context)
         self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, TRANSIT_BYTES)
@@ -114,8 +114,7 @@ class RayNodes:
         self.settings, self.command = settings, command
         self.workers: list[Worker] = []
         self.shares: dict[Worker, NodeShare] = {}
-        self.numbers = itertools.count()
-        self.nodes: Seq[Node] | None = None  # None: Ray has not listed them yet
+        self.numbers, self.nodes = itertools.count(), []
         self.writer: asyncio.StreamWriter | None = None  # to the Ray process
         self.problem, self.heard_s = "", 0.0  # when it last listed the nodes
 
@@ -140,10 +139,10 @@ class RayNodes:
         return reader, WorkerConfig(settings, None, worker.device, share.threads)
 
     def end_in_words(self, worker: Worker) -> str:
-        return worker.process.reason
+        return getattr(worker.process, "reason", "")
 
     def stats(self) -> dict:
-        return {"ray": {"state": self.state, "nodes": [node.name for node in self.nodes or ()]}}
+        return {"ray": {"state": self.state, "nodes": [node.name for node in self.nodes]}}
 
     @property
     def state(self) -> str:
@@ -156,16 +155,19 @@ class RayNodes:
         if self.writer:
             self.writer.write(RAY_PIPE.packed(message))
 
+    def _actors(self) -> list[tuple[Worker, RayActor]]:
+        return [(worker, worker.process) for worker in self.workers if isinstance(worker.process, RayActor)]
+
     async def _follow(self, supervisor: Supervisor):
         """Speak with one Ray process after another, each until it ends."""
         while not supervisor.closing:
             process, ours = start_child(self.command, "ray", os.environ)
             try:
                 reader, self.writer = await asyncio.open_connection(sock=ours)
-                self.tell(RayConfig(self.settings.ray_address, self.settings.ray_tls or ""))
-                for worker in self.workers:
+                self.tell(RayConfig(self.settings.ray_address or "", self.settings.ray_tls or ""))
+                for worker, actor in self._actors():
                     if worker.state is State.AWAITING_NODE:
-                        self.tell(worker.process.request)
+                        self.tell(actor.request)
                 with suppress(asyncio.IncompleteReadError, ConnectionError):
                     while True:
                         self._handle(await next_message(reader, RAY_PIPE), supervisor)
@@ -181,13 +183,13 @@ class RayNodes:
 
     def _handle(self, message, supervisor: Supervisor):
         """What the Ray process reports."""
-        actors = {worker.process.request.actor: worker.process for worker in self.workers if worker.process}
+        actors = {actor.request.actor: actor for _, actor in self._actors()}
         match message:
             case Nodes(nodes):
                 self.problem, self.heard_s = "", time.monotonic()
                 if nodes != self.nodes:
                     self.nodes = nodes
-                    self._match_nodes(nodes, supervisor)
+                    self._match_nodes(supervisor)
             case ActorAddress(name):
                 if name in actors and not actors[name].address.done():
                     actors[name].address.set_result(message)
@@ -204,17 +206,17 @@ class RayNodes:
             case _:
                 raise BadMessage(f"unexpected message from Ray's process: {type(message).__name__}")
 
-    def _match_nodes(self, nodes: Seq[Node], supervisor: Supervisor):
+    def _match_nodes(self, supervisor: Supervisor):
         """Give each new share of a node a worker, and forget the workers of nodes that are gone."""
-        alive = {node.id for node in nodes}
+        alive = {node.id for node in self.nodes}
         for worker, share in list(self.shares.items()):
             if share.node.id not in alive:
                 self.workers.remove(worker)
                 del self.shares[worker]
-                if worker.process:
+                if isinstance(worker.process, RayActor):
                     worker.process.ended("its node is gone")
         taken = Counter(share.node.id for share in self.shares.values())
-        wanted, shares = node_shares(self.settings, nodes)
+        wanted, shares = node_shares(self.settings, self.nodes)
         for share in shares:
             if len(self.workers) == wanted:
                 break

@@ -8,7 +8,7 @@ import subprocess
 import time
 import typing
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -120,7 +120,8 @@ class Job:
             self.first_token_s = self.last_token_s
 
     def _finished(self, end: Ended, gpu: int) -> Finished:
-        count, seconds = len(self.output_ids), self.last_token_s - self.first_token_s
+        first_s, dispatched_s = self.first_token_s or self.last_token_s, self.dispatched_s or self.arrived_s
+        count, seconds = len(self.output_ids), self.last_token_s - first_s
         most, reason, cause = self.request.max_tokens, end.reason, end.stop_reason
         usage = replace(end.usage, prompt_tokens=len(self.prompt_ids), completion_tokens=count)
         if most == 0:
@@ -128,8 +129,8 @@ class Job:
         elif reason == "length" and (most is None or most > count):
             cause = "context_length"
         return Finished(reason, cause, usage,
-                        queue_ms=(self.dispatched_s - self.arrived_s + end.queued_s) * 1e3,
-                        ttft_ms=(self.first_token_s - self.arrived_s) * 1e3,
+                        queue_ms=(dispatched_s - self.arrived_s + end.queued_s) * 1e3,
+                        ttft_ms=(first_s - self.arrived_s) * 1e3,
                         tokens_per_second=(count - 1) / seconds if seconds >= TIMEABLE_S else None,
                         gpu=gpu, choice=self.choice, dropped_messages=self.request.dropped_messages)
 
@@ -167,12 +168,15 @@ class Placement(typing.Protocol):
     async def open(self, worker: Worker) -> tuple[asyncio.StreamReader, WorkerConfig]:
         """Start a process and connect; sets the worker's process and writer. Returns what the process says,
         and what it must get first. Raises ConnectionError if it has ended meanwhile."""
+        ...
 
     def end_in_words(self, worker: Worker) -> str:
         """Why its last process has ended."""
+        ...
 
     def stats(self) -> dict:
         """What /stats shows of it."""
+        ...
 
 
 class Worker:
@@ -193,16 +197,19 @@ class Worker:
         self.jobs: dict[str, Job] = {}
         self.process: subprocess.Popen | RayActor | None = None
         self.writer: asyncio.StreamWriter | None = None
-        self.gauges = NO_GAUGES
+        self.gauges: Mapping[str, float | None] = NO_GAUGES
         self.kernel_faults: dict[str, str] = {}
         self.restarts = 0
-        self.error = ""                      # the exception that ended it, if it said so
         self.crashes_in_row = 0              # 0 again after a finished answer or a minute of life
         self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
         self.awaited_s: float | None = None  # when the wait for its next message began; None: no wait
         self.recent: deque[tuple[float, int]] = deque()  # (time, tokens) of the last seconds
         self.prefixes: dict[int, int] = {}   # Job.prefixes of the jobs it was given
         self.known: dict[str, set[int]] = {}  # the requests it knows, and which of their prompts
+
+    def kill(self):
+        if self.process:
+            self.process.kill()
 
     def become(self, state: State, problem: str = ""):
         """All changes of its state. A process that was ended on purpose leaves no dead worker behind."""
@@ -228,7 +235,7 @@ class Worker:
         """Pass a message on and restart the clock for the next one."""
         now = time.monotonic()
         if isinstance(message, Stepped) and self.jobs:
-            self.slowest_step_s = max(self.slowest_step_s, min(now - self.awaited_s, 30.0))
+            self.slowest_step_s = max(self.slowest_step_s, min(now - (self.awaited_s or now), 30.0))
         self.awaited_s = now
         handle(self, message)
         if self.state is State.READY and not self.jobs:
@@ -259,6 +266,7 @@ class Worker:
         """Queue a message, for which the worker owes at least one back; never blocks."""
         if self.awaited_s is None:
             self.awaited_s = time.monotonic()
+        assert self.writer
         self.writer.write(WORKER_PIPE.packed(message))
 
     def assign(self, job: Job):
@@ -318,7 +326,7 @@ class Worker:
         if self.hung:
             log.error("worker %d has made no progress while %s; killing it", self.gpu,
                       "loading" if self.state is State.LOADING else "answering" if self.jobs else "idle")
-            self.process.kill()
+            self.kill()
         elif self.state is State.READY:
             if self.awaited_s is None:
                 self.send(Ping())

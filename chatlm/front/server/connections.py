@@ -157,7 +157,7 @@ def connection_class() -> Callable[..., web.RequestHandler]:
             if request.writer.output_size > 0:
                 raise ConnectionResetError("the response has begun, so it cannot become an error")
             if status >= 500:
-                return early_response(public_error(exc))
+                return early_response(public_error(exc if isinstance(exc, Exception) else RuntimeError()))
             log.warning("a request from %s is not HTTP", request.remote)
             return early_response(RequestError("this is not an HTTP request, or it has a line above 8 KB",
                                                code="bad_request"))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from functools import partial
 
 from chatlm.common.config import LIMITS
@@ -29,9 +29,11 @@ class Recording:
 
     def __init__(self, request_id: str, owner: str, client: str):
         self.id, self.owner, self.client = request_id, owner, client
-        self.size, self.length, self.task = self.OWN_BYTES, 0, None
+        self.size, self.length = self.OWN_BYTES, 0
+        self.task: asyncio.Task | None = None
         self.dropped, self.parts, self.tail = 0, [], []  # parts forgotten, parts kept, newest frames
-        self.followers, self.ended, self.news = 0, False, asyncio.Event()
+        self.followers, self.ended = 0, False
+        self.news: asyncio.Event = asyncio.Event()
         self.timer: asyncio.TimerHandle  # forgets it KEPT_S after its end
 
     def append(self, frames: bytes):
@@ -49,7 +51,8 @@ class Recording:
         while self.tail:
             self._pack()
         self.news.set()
-        self.news = self.task = None  # thousands may be kept, so free what nobody needs
+        # thousands may be kept, so free what nobody needs
+        self.news = self.task = None  # pyright: ignore[reportAttributeAccessIssue]  nobody waits for news now
 
     def _pack(self):
         frames, self.tail = self.tail[:self.PART], self.tail[self.PART:]
@@ -77,7 +80,7 @@ class Recording:
             return [event + b"\n\n" for event in text.split(b"\n\n")[first:-1]]
         return self.tail[position - (self.dropped + len(self.parts)) * self.PART:]
 
-    async def follow(self, position: int) -> AsyncIterator[bytes]:
+    async def follow(self, position: int) -> AsyncGenerator[bytes, None]:
         """The frames from a position on; an error frame if the reader is so slow that they are gone."""
         try:
             while not self.ended or position < self.length:
@@ -173,7 +176,8 @@ class Recordings:
         self._resize(recording.client, -recording.size)
 
     async def close(self):
-        tasks = [recording.task for recording in self.all.values() if not recording.ended]
+        tasks = [recording.task for recording in self.all.values()
+                 if recording.task and not recording.ended]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -12,7 +12,7 @@ from chatlm.common.text.formats import with_markers
 from chatlm.common.text.reader import StopFinder, StreamDecoder, answer_reader
 
 if TYPE_CHECKING:
-    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.common.text.tokenizer import Tokenizer, ToolTokens
     from chatlm.worker.engine.grammar import Grammar
     from chatlm.worker.engine.scheduler import Assignment
 
@@ -45,7 +45,7 @@ def evaluate_node(node: ast.expr, depth: int) -> int | float | str:
     if depth == 0:
         raise ValueError("nested too deeply")
     match node:
-        case ast.Constant(value) if type(value) in (int, float, str):
+        case ast.Constant(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool):
             return value
         case ast.UnaryOp() | ast.BinOp() if type(node.op) in CALCULATOR_OPERATORS:
             parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
@@ -63,13 +63,13 @@ class CalculatorTool:
     """nanochat's tool protocol: `<|python_start|>` expression `<|python_end|>` is answered by forced tokens
     `<|output_start|>` result `<|output_end|>` (upstream nanochat/engine.py, Engine.generate)."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, ids: ToolTokens):
+        self.tokenizer, self.ids = tokenizer, ids
         self.expression: list[int] | None = None  # tokens since python_start
 
     def feed(self, token: int) -> list[int]:
         """Read one token of the answer; returns the tokens to force after it (usually none)."""
-        ids, expression = self.tokenizer.tool_tokens, self.expression
+        ids, expression = self.ids, self.expression
         if token == ids.python_start:
             self.expression = []
         elif token == ids.python_end:
@@ -99,7 +99,7 @@ class Answer:
         self.decoder, self.stops = StreamDecoder(tokenizer, marks), StopFinder(params.stop)
         self.unsent: list[Delta] = []
         self.reasoning_tokens = self.count = 0  # count: all tokens so far
-        self.tool = CalculatorTool(tokenizer) if tokenizer.tool_tokens else None
+        self.tool = CalculatorTool(tokenizer, tokenizer.tool_tokens) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if params.ignore_eos else tokenizer.stop_tokens
         self.stop_tokens = self.eos_tokens | frozenset(params.stop_token_ids)
         self.reason: str | None = None  # finish_reason; stop_reason is its cause
@@ -131,11 +131,12 @@ class Answer:
     @property
     def awaits_grammar(self) -> bool:
         """Has a call begun whose arguments must match a grammar?"""
-        called = self.call_grammars and self.reader.called
+        called = self.reader.called if self.call_grammars and self.reader else None
         return bool(called and called[0] in self.call_grammars)
 
     def hold_call(self):
         """Hold the arguments that begin to their grammar, unless one token began the call and broke it."""
+        assert self.reader and self.reader.called and self.compiled
         (name, read), self.reader.called = self.reader.called, None
         grammar = self.compiled(self.call_grammars[name])
         if grammar.feed_text(read):
@@ -143,7 +144,7 @@ class Answer:
 
     def _add_read(self):
         """Add what the reader has read, up to a stop string."""
-        for delta in self.reader.take():
+        for delta in self.reader.take() if self.reader else ():
             if delta.kind == "text":
                 self._add_text(delta.text)
                 continue

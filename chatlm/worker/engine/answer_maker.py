@@ -46,9 +46,9 @@ class AnswerMaker:
         """The same in the thread, also where a call's arguments are to be held to a grammar from here on."""
         sequence.preparing = self.compiling.submit(sequence.work.params.client, self._prepare, sequence)
 
-    def start_mask(self, sequence: Sequence):
+    def start_mask(self, sequence: Sequence, grammar: Grammar):
         """Start computing the next token's mask; if the queue is long, sit out steps until it is ready."""
-        grammar, behind_s = sequence.text.grammar, self.masking.behind_s
+        behind_s = self.masking.behind_s
         grammar.mask = self.masking.submit(sequence.work.params.client, grammar.matcher.compute_bitmask)
         if behind_s > self.MASK_PATIENCE_S:
             sequence.preparing = grammar.mask
@@ -89,8 +89,7 @@ class AnswerMaker:
             compiled = partial(self.grammar, work.params.owner)
             if answer and answer.awaits_grammar:
                 answer.hold_call()
-            elif answer:
-                broken = answer.grammar
+            elif answer and (broken := answer.grammar):
                 if compiled(broken.source).lexer is broken.lexer:
                     del self.grammars[work.params.owner, broken.source]
                 answer.grammar = broken.renew(compiled(broken.source))

@@ -43,7 +43,7 @@ class Drafter:
     LENGTH, LONGEST = 3, 7  # tokens that must recur; tokens proposed
     PATIENCE = 64           # tokens without a proposal after too many wrong proposals
 
-    def __init__(self, tokens: Seq[int]):
+    def __init__(self, tokens: list[int]):
         self.tokens = tokens                        # the sequence's own list
         self.ends: dict[tuple[int, ...], int] = {}  # LENGTH tokens -> where they last ended
         self.seen = self.LENGTH                     # tokens already in `ends`
@@ -127,14 +127,14 @@ class Engine:
         finish = self._start(plan) if plan and not on_host else None
         meanwhile()
         if not plan and not self.under_way:  # every sequence here is still being prepared
-            wait([s.preparing for s in self.scheduler.unready], 0.02, FIRST_COMPLETED)
+            wait([s.preparing for s in self.scheduler.unready if s.preparing], 0.02, FIRST_COMPLETED)
         several = len(self.under_way) >= self.scheduler.stages - 1 or not plan
         for _ in range(len(self.under_way) if on_host else several):
             self._finish()
         if on_host:
             plan = [chunk for chunk in plan if not chunk.sequence.finished]
             plan, finish = self._run_on_host(plan) if plan else ([], None)
-        if plan:
+        if plan and finish:
             self._advance(plan, finish)
         if on_host or not self.steps.ahead or self.scheduler.stages == 1 and any(
                 c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
@@ -188,7 +188,7 @@ class Engine:
         vector = (sequence.pooled / numpy.linalg.norm(sequence.pooled)).astype("<f4")
         if numpy.isfinite(vector).all():
             self._emit(sequence, Embedding(base64.b64encode(vector.tobytes()).decode()),
-                       Ended("stop", None, sequence.usage, sequence.queued_s))
+                       Ended("stop", None, sequence.usage, sequence.queued_s or 0.0))
         else:
             self._emit(sequence, Failed("the model's hidden states are not finite"))
 
@@ -210,12 +210,12 @@ class Engine:
         owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
         params = [owner.work.params for owner in owners]
         lines = {i: host_row(logits[i]) for i, own in enumerate(params) if own.logprobs is not None}
-        for line, text in ((logits[i], owner.text) for i, owner in enumerate(owners)
-                           if owner.text and owner.text.grammar):
-            line.masked_fill_(~torch.from_numpy(text.grammar.allowed(len(line))).to(line.device), -math.inf)
+        for line, owner in zip(logits, owners):
+            if owner.text and (grammar := owner.text.grammar):
+                line.masked_fill_(~torch.from_numpy(grammar.allowed(len(line))).to(line.device), -math.inf)
         tokens = self.kernels.sample(logits, rows)
         for i, line in lines.items():
-            owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], params[i].logprobs)
+            owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], params[i].logprobs or 0)
         return tokens
 
     def _advance(self, plan: Seq[Chunk], finish: Callable[[], list[int]]):
@@ -258,6 +258,8 @@ class Engine:
         """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
         draft (the rest are then void), and propose the next draft."""
         answer, tokens, right = sequence.text, sequence.tokens, 0
+        if not answer:
+            raise RuntimeError("its text could not be prepared")
         tokens.pop()  # the mark of the token being drawn
         known, sequence.suspect = len(tokens), False
         for token, guess in zip(drawn, (*draft, None)):
@@ -268,7 +270,7 @@ class Engine:
                 break
             right += 1
             self.scheduler.advance(Chunk(sequence, 1))  # the step has computed this token too
-        if draft:
+        if draft and sequence.drafter:
             sequence.drafter.judge(right)
             sequence.usage += Usage(drafted_tokens=len(draft), accepted_tokens=right)
             self.drafted_tokens += len(draft)
@@ -279,19 +281,19 @@ class Engine:
         elif answer.awaits_grammar:
             self.answers.remake(sequence)
         elif answer.grammar:
-            self.answers.start_mask(sequence)
+            self.answers.start_mask(sequence, answer.grammar)
         elif sequence.drafter:
             room = 2 * len(self.scheduler.running) <= FREE_ROWS  # else a draft only delays the next step
             sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
         ended_it = answer.reason == "stop" and token in answer.stop_tokens
         logprobs = () if sequence.logprob is None or ended_it else (sequence.logprob,)
         if answer.reason == "refused":
-            return [Failed(answer.stop_reason, refused=True)]
+            return [Failed(answer.stop_reason or "", refused=True)]
         piece = Piece(tuple(tokens[known:]), answer.take(), logprobs)
         if answer.reason is None:
             return [piece]
         usage = replace(sequence.usage, reasoning_tokens=answer.reasoning_tokens)
-        return [piece, Ended(answer.reason, answer.stop_reason, usage, sequence.queued_s)]
+        return [piece, Ended(answer.reason, answer.stop_reason, usage, sequence.queued_s or 0.0)]
 
     def give_up(self) -> list[str]:
         """After a failed step: forget all it may have written; returns the ids of the dropped answers."""
@@ -362,7 +364,7 @@ def score_prompt(chunk: Chunk, logits) -> tuple[TokenLogprob, ...]:
     scores = [TokenLogprob(ids[0], None)] if sequence.scored == 0 else []
     for position, line in enumerate(logits, first + 1):
         if max(1, sequence.scored) <= position < len(ids):
-            scores.append(logprob_of(host_row(line), ids[position], top))
+            scores.append(logprob_of(host_row(line), ids[position], top or 0))
     sequence.scored += len(scores)
     return tuple(scores)
 

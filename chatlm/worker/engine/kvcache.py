@@ -108,7 +108,7 @@ class PagePool:
 
     def _evict(self):
         page, _ = self.evictable.popitem(last=False)
-        group, key = self.keys[page]
+        group, key = self.keys[page]  # pyright: ignore[reportGeneralTypeIssues]  what may be evicted has a key
         pages = self.index[key].pages
         pages[group] = self.hole
         if pages.count(self.hole) == len(pages):
@@ -188,8 +188,9 @@ class PageTables:
             pages = sequence.pages[index * groups:(index + 1) * groups]
             sequence.serial = self.pool.register(sequence.serial, tokens, pages)
         for group, window in enumerate(self.pool.windows if self.holes else ()):
-            seen = (self.pool.first_seen(position, window) for position in (before, sequence.computed))
-            passed = slice(*(index * groups + group for index in seen), groups)
+            begin, end = (self.pool.first_seen(position, window) * groups + group
+                          for position in (before, sequence.computed))
+            passed = slice(begin, end, groups)
             self.pool.release(sequence.pages[passed])
             sequence.pages[passed] = [self.pool.hole] * len(sequence.pages[passed])
 

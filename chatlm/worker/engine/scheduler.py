@@ -192,7 +192,7 @@ class Scheduler:
                 self.tables.fill(sequence, missing, pages, near)
             else:
                 holdings = self._holdings()
-                self._preempt(self._youngest(max(holdings, key=holdings.get)))
+                self._preempt(self._youngest(max(holdings, key=holdings.__getitem__)))
         return bool(sequence.pages)
 
     def _holdings(self) -> Counter[str]:
@@ -211,7 +211,7 @@ class Scheduler:
         Done only if it would still hold at least as many as `client` then does. Returns whether it was done.
         """
         holdings = self._holdings()
-        rich = max(holdings, key=holdings.get, default=client)
+        rich = max(holdings, key=holdings.__getitem__, default=client)
         if (rich == client or holdings[rich] - self.tables.held(victim := self._youngest(rich))
                 < holdings[client] + needed):
             return False
@@ -224,7 +224,7 @@ class Scheduler:
         draft = sequence.draft[:max(0, min(room, sequence.limit - length - 1))]
         slots = len(sequence.pages) // groups * self.pool.page_size
         if length + len(draft) > slots and self.pool.available >= groups * (len(self.running) + 1):
-            sequence.pages += self.pool.allocate(groups)
+            sequence.pages += self.pool.allocate(groups)  # pyright: ignore[reportOperatorIssue]  they are free
             sequence.filled += 1
             slots += self.pool.page_size
         return tuple(draft[:slots - length])
@@ -283,7 +283,8 @@ class Scheduler:
                 return
             self.waiting.remove(sequence)
             self.running.append(sequence)
-            self.tables.fill(sequence, missing, self.pool.allocate(len(missing)), near)
+            pages = self.pool.allocate(len(missing))
+            self.tables.fill(sequence, missing, pages, near)  # pyright: ignore[reportArgumentType]  as many are free
             sequence.serial, sequence.computed = serial, cached * size
             if sequence.queued_s is None:
                 sequence.queued_s = time.monotonic() - sequence.added_s

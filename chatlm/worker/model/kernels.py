@@ -48,16 +48,19 @@ class Steps(typing.Protocol):
     def prepare(self, progress: Callable[[float], None]):
         """Pay one-time costs before the first step; `progress` receives the fraction done."""
 
-    def start(self, batch: Batch, rows: Seq[SampleRow]):
+    def start(self, batch: Batch, rows: Seq[SampleRow]) -> object:
         """Compute a batch, draw a token for each row of logits as `rows` say; returns a ticket for `finish`.
 
         Token ~i in the batch stands for the token that row i of the previous step is still drawing."""
+        ...
 
     def finish(self, ticket) -> list[int]:
         """Wait for the drawn tokens and return them."""
+        ...
 
-    def forward(self, batch: Batch):
+    def forward(self, batch: Batch) -> torch.Tensor:
         """Compute a batch while no step is under way -> logits (R, V) float32, valid until the next step."""
+        ...
 
 
 class EagerSteps:
@@ -92,8 +95,9 @@ class Backend:
     few_rows_invariant = False  # does a row keep its bits in any step of up to FREE_ROWS that all draw?
     activations = None   # dtype of every activation buffer; None: _allocate chooses
     faults: Mapping[str, str] = {}  # compiled ops that their references replace -> why
-    as_stored = None     # loads a GGUF matrix in the file's own type; None: everything is dequantized
+    as_stored: Callable | None = None  # loads a GGUF matrix in the file's type; None: all are dequantized
     stored_dtype = None  # of activations and pages beside such matrices; None: float16
+    converted: Callable[[Mapping, Mapping], str]  # beside as_stored: which change their type
     join = None          # how ranks exchange through shared memory; None: through torch.distributed
 
     def __init__(self, device):
@@ -129,8 +133,11 @@ class Kernels:
     plan_attention: Callable = plan_attention_reference
     paged_attention: Callable = paged_attention_reference
     sample: Callable = sample_on_host
-    all_reduce: Callable | None = None  # (x, out, residual=None): residual + the sum of all ranks' x -> out
-    all_gather: Callable | None = None  # (x, out): all ranks' x side by side -> out, which may lack some
+    # Where a model has several ranks, and only there:
+    # (x, out, residual=None): residual + the sum of all ranks' x -> out
+    all_reduce: Callable = None  # pyright: ignore[reportAssignmentType]  as said above
+    # (x, out): all ranks' x side by side -> out, which may lack some
+    all_gather: Callable = None  # pyright: ignore[reportAssignmentType]  as said above
     names: Mapping[str, str] = field(default_factory=dict)  # what computes each op, for /stats
     backend: Any = field(default_factory=lambda: Backend("cpu"))
 

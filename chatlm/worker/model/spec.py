@@ -167,4 +167,5 @@ def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:
     pairs = [(position, table[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE)
              for count, length, table in zip(counts, batch.lengths, batch.tables)
              for position in range(length - count, length)]
-    return tuple(zip(*pairs))
+    positions, slots = zip(*pairs)
+    return positions, slots

@@ -47,8 +47,9 @@ class Cut(NamedTuple):
                 rows += len(part)
             begin += len(tensor)
         if not self.axis and rows < self.shape[0]:
-            zeros = torch.zeros if isinstance(tensor, torch.Tensor) else numpy.zeros
-            yield index, zeros((self.shape[0] - rows, *tensor.shape[1:]), dtype=tensor.dtype)
+            shape = self.shape[0] - rows, *tensor.shape[1:]
+            yield index, tensor.new_zeros(shape) if isinstance(tensor, torch.Tensor) else numpy.zeros(
+                shape, tensor.dtype)
 
 
 class Unread(NamedTuple):

@@ -31,8 +31,8 @@ class Transformer:
     """
 
     def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
-                 max_rows: int | None = None, device="cpu", dtype=None, groups: LayerGroups | None = None,
-                 progress=lambda activity, fraction: None):
+                 max_rows: int | None = None, device: str | torch.device = "cpu", dtype=None,
+                 groups: LayerGroups | None = None, progress=lambda activity, fraction: None):
         self.spec, self.kernels = spec, kernels
         self.groups = groups or group_layers((), spec.layers, 0)
         self.device, self.dtype = torch.device(device), kernels.cache_dtype(dtype)  # of cache and activations
@@ -144,7 +144,8 @@ class Transformer:
                 mine = batch._replace(tables=[pages[group::count] for pages in batch.tables])
                 tensors[3] = torch.tensor(token_places(mine)[1], dtype=torch.int64, device=self.device)
             windows = {self.windows[l] for l, (owner, _) in enumerate(self.groups.of_layer) if owner == group}
-            parts.append(Inputs(*tensors, self.kernels.plan_attention(mine, tensors[2], windows, self.dtype)))
+            plan = self.kernels.plan_attention(mine, tensors[2], windows, self.dtype)
+            parts.append(Inputs(*tensors, attention=plan))
         return parts[0]._replace(parts=tuple(parts))
 
     def compute(self, inputs: Inputs, b: SimpleNamespace):

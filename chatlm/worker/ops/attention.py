@@ -59,7 +59,7 @@ def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="
     if norm == "after_rope":
         qk = norm_heads(qk, H, q_norm, k_norm, eps)
     heads[:, :H + Hkv] = qk * post_scale
-    if value_embed is not None:
+    if value_embed is not None and gate is not None:
         strength = gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)  # (T, Hkv, 1)
         heads[:, H + Hkv:] += strength * value_embed.view(T, Hkv, D)
     out.copy_(qkv[:, :H * D])

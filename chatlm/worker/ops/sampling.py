@@ -9,7 +9,7 @@ library exp or log is used."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Sequence as Seq
 from typing import TYPE_CHECKING
 
 import numpy
@@ -36,7 +36,7 @@ PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 FLOAT_MAX = 3.4028234663852886e38
 
 
-def philox(counters: numpy.ndarray, keys: numpy.ndarray) -> numpy.ndarray:
+def philox(counters: Iterable[numpy.ndarray], keys: Iterable[numpy.ndarray]) -> numpy.ndarray:
     """Philox4x32-10: four counters, two keys -> (4, *shape) random words; all are 32-bit words in uint64."""
     low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
     m0, m1 = (numpy.uint64(m) for m in PHILOX_MULTIPLIERS)

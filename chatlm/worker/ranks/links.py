@@ -26,7 +26,7 @@ from chatlm.common.messages.wire import Channel
 from chatlm.common.processes.connect import Door, dial, has_hung_up, listen
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.processes.torchrun import (
-    ARRIVAL_PIPE, RankArrival, RankStore, ranks_here, same_on_all_nodes, torchrun)
+    ARRIVAL_PIPE, RankArrival, RankStore, ranks_here, same_on_all_nodes)
 from chatlm.worker.ranks.messages import RANK_PIPE
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class TcpLinks:
                         "the ranks of one node: decode_core needs all ranks on one machine")
             os.environ["CHAT_SERVER_KERNELS"] = "reference"
             installed_core.cache_clear()
-        self._gather(torchrun(self.settings).master_addr)
+        self._gather(os.environ["MASTER_ADDR"])
         self.arrivals, self.channels = map(list, zip(*(self.arrived[rank] for rank in range(1, self.count))))
 
     def _gather(self, host: str):
@@ -120,7 +120,7 @@ class TcpLinks:
         in_stages = self.count > self.tp
         with suppress(EOFError, OSError):  # it may come again
             if in_stages and not self.after and (address := self.store.look(f"{self.life}/{self.tp}")):
-                self.after = dial(*address, self.secret)
+                self.after = dial(address[0], address[1], self.secret)
             if newcomer := door.admit(0.2):
                 connection, arrival = newcomer
                 if arrival.rank in range(1, self.count):

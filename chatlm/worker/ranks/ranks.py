@@ -93,7 +93,7 @@ class RankZero(RankAlone):
             environment["DECODE_CORE_ISA"] = core.info()["isa"]
         if self.tp == 1:
             addresses = [""] * self.stages
-        elif backend.join:
+        elif core and backend.join:
             self.meeting = [core.RankMemory(self.tp, part_bytes) for _ in range(self.stages)]
             addresses = [memory.path for memory in self.meeting]
         else:

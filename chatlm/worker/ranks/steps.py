@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import torch
 
@@ -133,11 +133,12 @@ class Stage:
     def _compute(self, batch: Batch, rows: Seq[SampleRow] | None):
         transformer, T = self.transformer, len(batch.token_ids)
         for name in () if transformer.spec.opens else transformer.passed_on(0):
-            receive_rows(self.ranks.before, transformer.buffers[name][:T])
+            receive_rows(self.ranks.before, transformer.buffers[name][:T])  # pyright: ignore[reportArgumentType]  it is there
         if not transformer.spec.closes:
             transformer.forward(batch._replace(logit_rows=[], states=True))
             for name in transformer.passed_on(transformer.spec.layers):
-                self.ranks.after.sendall(bytes_of(transformer.buffers[name][:T]))
+                self.ranks.after.sendall(  # pyright: ignore[reportOptionalMemberAccess]  so is this
+                    bytes_of(transformer.buffers[name][:T]))
             return None
         if rows is None:
             return self.steps.forward(batch)
@@ -211,7 +212,7 @@ def follow_stage(channel: Channel, stage: Stage, drawn: DrawnTokens):
     """Compute this stage of what rank 0 sends; one rank of the last stage answers."""
     closes, speaks = stage.transformer.spec.closes, stage.ranks.rank % stage.ranks.tp == 0
     for step in received_steps(channel):
-        computed = stage.compute(step.batch, step.rows)
+        computed: Any = stage.compute(step.batch, step.rows)
         if not closes:
             continue
         if step.rows is None and speaks:

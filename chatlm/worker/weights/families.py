@@ -170,9 +170,10 @@ def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
     if "quantization_config" not in FAMILIES.get(family, FAMILIES["llama"]).config:
         fp8_block(path, raw)
     if family == "gemma3":  # with an image encoder, which is not loaded
-        family, raw = "gemma3_text", raw.get("text_config")
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: text_config is {shown(raw)}; it must be an object")
+        text = raw.get("text_config")
+        if not isinstance(text, dict):
+            raise ConfigError(f"{path}: text_config is {shown(text)}; it must be an object")
+        family, raw = "gemma3_text", text
     defaults = HF_DEFAULTS | FAMILIES[family].config
     for key, value in raw.items():
         if key not in defaults and key not in HF_INERT and value not in (None, HF_ONLY.get(key)):
@@ -184,7 +185,7 @@ def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
     for key, default in defaults.items():
         rule = HF_KEYS.get(key, Rule(bool) if isinstance(default, bool) else None)
         if key.startswith("hidden_act"):
-            rule = Rule(str, choices=(default,))
+            rule = Rule(str, choices=(str(default),))
         if rule and config[key] is None and not rule.optional:
             config[key] = default
         if rule:
@@ -272,7 +273,7 @@ def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, po
         raise ConfigError(f"{path}: {name} has the key {shown(unknown[0])}; known for the type {rope_type} "
                           f"are {', '.join(known)}")
 
-    def value(key: str, default=None, length: int | None = None):
+    def value(key: str, default=None, length: int | None = None) -> Any:
         setting = default if rope.get(key) is None else rope[key]
         return checked(path, f"{name}.{key}", setting, ROPE_KEYS.get(key, Rule(float, 0.01, 10**6)), length)
 

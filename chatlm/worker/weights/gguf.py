@@ -98,7 +98,7 @@ def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dic
         mapped = [names.get_name(name.replace("experts.{}", "experts").format(0), (".weight", ".bias"))
                   for name in theirs]
         if all(mapped):
-            names_of_layers = (name.replace("blk.0.", "blk.{}.") for name in mapped)
+            names_of_layers = (name.replace("blk.0.", "blk.{}.") for name in mapped if name)
             table[ours] = tuple(f"{name}.weight" if name.endswith("sinks") else name
                                 for name in names_of_layers)
     return table
@@ -213,13 +213,13 @@ def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sourc
                  (as_rows(stored[name], cut.shape), head_size)
                  for name, head_size in zip(theirs, sizes)]
         parts, matrix = cut_stored(parts, cut), len(cut.shape) == 2
-        return (as_stored(cut.shape, parts) if dtype is None and matrix else
-                dequantized(cut.shape, parts, dtype if matrix else torch.float32))
+        return (as_stored(cut.shape, parts) if as_stored and matrix else
+                dequantized(cut.shape, parts, dtype if dtype and matrix else torch.float32))
 
     def unread(shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
         mapped = tuple(torch.from_numpy(stored[name].data) for name in theirs)
         size = (sum(part.nbytes for part in mapped) if dtype is None and len(shape) == 2 else
-                math.prod(shape) * (4 if len(shape) == 1 else dtype.itemsize))
+                math.prod(shape) * (dtype.itemsize if dtype and len(shape) > 1 else 4))
         check = partial(refuse_faults, path, settings, theirs, read)
         return Unread(Cut.whole(shape), partial(read, theirs), size, mapped, check)
 

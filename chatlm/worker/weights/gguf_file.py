@@ -7,7 +7,7 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import numpy
@@ -62,7 +62,7 @@ def read_gguf_file(path: Path) -> tuple[dict, dict]:
                 raise ValueError(f"an array has {count:,} values of type {item_type.name}; at most "
                                  f"{MOST_TOKENS:,} are allowed, and no nested arrays")
             if item_type == STRING:
-                values, end = gguf_strings(memoryview(self.data), end, count)
+                values, end = gguf_strings(memoryview(self.data.data), end, count)
             else:
                 part = self._get(end, self.gguf_scalar_to_np[item_type], count)
                 values, end = part.tolist(), end + part.nbytes
@@ -191,13 +191,14 @@ GGUF_KEYS = {  # * stands for the architecture
        for name in ("bos", "eos", "eot", "eom", "unknown")}}
 
 
-def gguf_value(path: Path, metadata: Mapping, key: str, default=None, length: int | None = None, **bounds):
+def gguf_value(path: Path, metadata: Mapping, key: str, default=None, length: int | None = None,
+               **bounds) -> Any:
     """A key's value, checked by its row of GGUF_KEYS narrowed by `bounds`; None if optional and missing.
 
     A list with one number per layer counts as that number when all are equal."""
     starred = "*." + key.partition(".")[2]
-    rule, value = GGUF_KEYS.get(key) or GGUF_KEYS[starred], metadata.get(key, default)
-    rule = rule._replace(**bounds)
+    rule = (GGUF_KEYS.get(key) or GGUF_KEYS[starred])._replace(**bounds)
+    value = metadata.get(key, default)
     if rule.value_type is int and not rule.many and isinstance(value, list) and value:
         if value.count(value[0]) == len(value) == metadata.get(f"{key.partition('.')[0]}.block_count"):
             value = value[0]

@@ -117,6 +117,7 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
             tokenizer = open_tokenizer(TextSpec("hf", payload))
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
+    pipeline = getattr(tokenizer, "pipeline")  # of a HuggingFaceTokenizer
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the model "
                           f"{vocab_size:,}")
@@ -130,13 +131,13 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
     def ids(name: str) -> list[int]:
         text = options.get(f"{name}_token")
         text = text.get("content") if isinstance(text, dict) else text
-        token = tokenizer.pipeline.token_to_id(whole_unicode(text)) if isinstance(text, str) else None
+        token = pipeline.token_to_id(whole_unicode(text)) if isinstance(text, str) else None
         values = [token, *(other.get(f"{name}_token_id") for other in others)]
         lists = [value if isinstance(value, list) else [value] for value in values if value is not None]
         return checked(folder, f"{name}_token_id", sum(lists, []), Rule(int, 0, vocab_size - 1, many=True))
 
     bos, eos, adds = ids("bos"), ids("eos"), options.get("add_bos_token")
     if not isinstance(adds, bool):
-        adds = tokenizer.pipeline.encode("").ids[:1] == bos[:1] != []
+        adds = pipeline.encode("").ids[:1] == bos[:1] != []
     return TextSpec("hf", payload, template, stop_tokens=frozenset(eos), bos_token=bos[0] if bos else None,
                     eos_token=eos[0] if eos else None, add_bos=adds, chat_bos=False)

@@ -11,12 +11,14 @@ from chatlm.worker.weights.nanochat import open_nanochat
 from chatlm.worker.weights.rules import check_rotary_memory
 
 if TYPE_CHECKING:
+    import torch
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
     from chatlm.worker.weights.rules import LoadedModel
 
 
-def open_model(source: ModelSource, settings: Settings, device="cpu") -> LoadedModel:
+def open_model(source: ModelSource, settings: Settings,
+               device: str | torch.device = "cpu") -> LoadedModel:
     """All of a model but its weights, which are yet to be read: as --dtype, else as what runs fastest here.
 
     Norms and per-layer scalars stay float32. Raises ConfigError naming file, keys and shapes when the files

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec
     from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.model.tensors import Unread
+
+
+V = TypeVar("V")
 
 
 @dataclass
@@ -87,17 +90,18 @@ class Rule(NamedTuple):
         return (f"a list of {noun}s" if self.many else f"{article} {noun}") + bounds
 
 
-def checked(path: Path, key: str, value, rule: Rule, length: int | None = None):
+def checked(path: Path, key: str, value: V | None, rule: Rule, length: int | None = None) -> V:
     """A model file's value if `rule` allows it; a list must have `length` entries, if given.
 
     Otherwise raises ConfigError naming the file, the key, the value and what is allowed."""
+    result: Any = value
     if value is None and rule.optional:
-        return None
-    must, values = rule.allowed, value if rule.many else [value]
+        return result
+    must, values = rule.allowed, result if rule.many else [result]
     if rule.many and (not isinstance(value, list) or len(value) != (length or len(value))):
         must = must.replace("list of", f"list of {length:,}") if length else must
     elif rule.allows(values):
-        return value
+        return result
     elif rule.many:
         wrong = next(i for i, entry in enumerate(values) if not rule.allows([entry]))
         key, value, must = f"{key}[{wrong}]", values[wrong], rule._replace(many=False).allowed
@@ -115,12 +119,12 @@ def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
     """The fields `sampling`, `sampling_origin` and `notes` of a LoadedModel, from the values in its file: a
     generation_config.json, or with a `prefix` GGUF metadata. A bad value is left out, with a note."""
     sampling, notes = {}, []
-    for ours, keys in SAMPLING_KEYS.items():
-        key = prefix + keys[bool(prefix)]
+    for ours, (hf_key, gguf_key, rule) in SAMPLING_KEYS.items():
+        key = prefix + gguf_key if prefix else hf_key
         try:
-            if (value := checked(path, key, stated.get(key), keys[2]._replace(optional=True))) is not None:
+            if (value := checked(path, key, stated.get(key), rule._replace(optional=True))) is not None:
                 # GGUF has float32
-                sampling[ours] = value if keys[2].value_type is int else float(f"{value:.7g}")
+                sampling[ours] = value if rule.value_type is int else float(f"{value:.7g}")
         except ConfigError as error:
             notes.append(f"Ignored: {error}")
     if not prefix and stated.get("do_sample") is False:

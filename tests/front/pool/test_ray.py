@@ -220,7 +220,7 @@ def waiting_worker():
         code = ("import sys; "
                 "from chatlm.common.messages.protocol import WORKER_PIPE, Ping; "
                 "from chatlm.common.processes.start import join_parent; "
-                "channel = join_parent(*sys.argv[1:], WORKER_PIPE);\n"
+                "channel = join_parent(sys.argv[1:], WORKER_PIPE);\n"
                 "[channel.send(message) for message in channel.receive(wait=True)]; channel.send(Ping())\n"
                 "[print(message, flush=True) for message in channel.receive(wait=True)]")
         process = subprocess.Popen([sys.executable, "-c", code, f"127.0.0.1,{tls}", str(os.getpid())], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
