@@ -415,7 +415,7 @@ def test_a_choice_of_tools_is_the_same_in_all_three(chat, responses, messages):
         {"type": "function", **each} for each in functions]}, KNOWN).request
     assert first == second
     named = not isinstance(chat, str)
-    assert first.tool_names == (() if chat == "none" else ("b",) if named else ("a", "b"))
+    assert first.params.tool_names == (() if chat == "none" else ("b",) if named else ("a", "b"))
     assert bool(first.params.grammar) == ("required" in str(chat) or isinstance(chat, dict) and chat["type"] == "function")
     if messages:
         third = read_messages_body(base | {"messages": BODIES[CHAT]["messages"], "tool_choice": messages, "tools": [
