@@ -6,14 +6,15 @@ import mmap
 import os
 import ssl
 import sys
+import traceback
 from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from chatlm.common.errors import ConfigError, RanksFailed, lack_of_memory, require_library
+from chatlm.common.errors import ConfigError, RanksFailed, lack_of_memory, named, printable, require_library
 from chatlm.common.log import log, start_logging
-from chatlm.common.messages.protocol import WORKER_PIPE, Loading, Unusable
+from chatlm.common.messages.protocol import WORKER_PIPE, Crashed, Loading, Unusable
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import join_parent
 from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig
@@ -57,12 +58,21 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
     except Exception as error:
         reserve.close()
         error = gpu_memory_error(error, config) or lack_of_memory(error) or error
-        if not isinstance(error, ConfigError):
+        known = isinstance(error, ConfigError)
+        if not known and pipe is not WORKER_PIPE:
             raise
-        channel.send(Unusable(str(error)))
+        channel.send(Unusable(str(error)) if known else
+                     Crashed(printable(f"{named(error)} ({line_of(error)})"),
+                             traceback.format_exc()[-1 << 16:]))
         with suppress(EOFError, ConnectionError):
             channel.receive(wait=True)  # wait until the front has read it and hung up
     return 0
+
+
+def line_of(error: Exception) -> str:
+    """The file and line that raised it."""
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    return f"{os.path.basename(frame.filename)}:{frame.lineno}"
 
 
 def gpu_memory_error(error: Exception, config) -> ConfigError | None:

@@ -119,6 +119,14 @@ class Unusable:
     message: str
 
 
+@wire_message(1 << 20)
+class Crashed:
+    """Worker to front: an exception that nobody expected ends it."""
+
+    error: str
+    traceback: str
+
+
 @wire_message(1 << 12)
 class RayConfig:
     """Front to its Ray process, first: which cluster."""
@@ -229,7 +237,7 @@ class Refused:
 
 
 WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndOfRequest, Ping,
-                   Loading, ModelCard, Ready, Stepped, Unusable)
+                   Loading, ModelCard, Ready, Stepped, Unusable, Crashed)
 SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)
 RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded, Unusable)
 

@@ -11,7 +11,7 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
-from chatlm.common.messages.protocol import Loading, ModelCard, Ready, Stepped, Unusable
+from chatlm.common.messages.protocol import Crashed, Loading, ModelCard, Ready, Stepped, Unusable
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import program_stamp
@@ -76,8 +76,10 @@ class Supervisor:
 
     async def keep_alive(self, worker: Worker):
         """Restart the worker whenever it dies, after a longer wait for each crash in a row."""
+        error = ""  # of the life before
         while True:
             await self.dispatcher.wanted.wait()
+            worker.error = ""
             if self.closing or worker not in self.workers:  # its node is gone
                 return
             await self._live(worker)
@@ -87,9 +89,14 @@ class Supervisor:
                 continue
             self.asleep = False
             worker.crashes_in_row += 1
-            how = worker.placement.end_in_words(worker)
+            how = worker.error or worker.placement.end_in_words(worker)
             if self.stamp != program_stamp():  # another version's messages may be others
                 how += "; the program has changed since this server started: restart the server"
+            if worker.error and worker.error == error and not worker.ready_s:
+                return self.leave_out(worker, EngineFailure(
+                    f"worker {worker.gpu} cannot start; twice it ended at {self.loading[0]!r} with "
+                    f"{error}"))
+            error = worker.error
             if worker.crashes_in_row >= 3 and not worker.ready_s:
                 return self.leave_out(worker, EngineFailure(
                     f"worker {worker.gpu} died {worker.crashes_in_row} times while starting, the last time "
@@ -149,6 +156,11 @@ class Supervisor:
                     log.error("worker %d: %s", worker.gpu, text)
                 else:
                     self.leave_out(worker, ConfigError(text))
+                worker.kill()
+            case Crashed(error, traceback):
+                worker.error = error
+                if worker.ready_s:
+                    log.error("%s: %s", worker.where, traceback)
                 worker.kill()
             case _:
                 raise BadMessage(f"unexpected message from a worker: {type(message).__name__}")

@@ -200,6 +200,7 @@ class Worker:
         self.gauges: Mapping[str, float | None] = NO_GAUGES
         self.kernel_faults: dict[str, str] = {}
         self.restarts = 0
+        self.error = ""                      # the exception that ended it, if it said so
         self.crashes_in_row = 0              # 0 again after a finished answer or a minute of life
         self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
         self.awaited_s: float | None = None  # when the wait for its next message began; None: no wait

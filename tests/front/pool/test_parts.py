@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from chatlm.common.config import Settings
-from chatlm.common.errors import ConfigError
-from chatlm.common.messages.protocol import (WORKER_PIPE, ActorAddress, EndActor, Loading, ModelCard, NewAnswer, Node, Nodes, Ready, StartActor,
-                                             Unusable, WorkerConfig)
+from chatlm.common.errors import ConfigError, EngineFailure
+from chatlm.common.messages.protocol import (WORKER_PIPE, ActorAddress, Crashed, EndActor, Loading, ModelCard, NewAnswer, Node, Nodes, Ready,
+                                             StartActor, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import Accepted, Finished, Request, TextSpec
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local import LocalDevices
@@ -128,6 +128,23 @@ async def test_a_worker_that_cannot_be_used_is_left_out_and_without_another_star
     await asyncio.wait_for(supervisor.keep_alive(placement.workers[0]), 20)     # it is not tried again
     assert placement.workers[0].stats()["state"] == "left out" and placement.workers[0].left_out.endswith("left out: no such GPU")
     assert isinstance(supervisor.failure, ConfigError) and supervisor.became_ready.is_set()
+
+
+async def test_a_worker_that_ends_twice_by_the_same_exception_while_it_loads_is_left_out_and_by_another_is_tried_again(caplog):
+    placement, lives = PlayedPlacement(), [("KeyError: 'a'", ""), ("KeyError: 'b'", ""), ("KeyError: 'b'", "Traceback ...")]
+    [worker] = placement.workers
+    opens = placement.open
+
+    async def open_and_crash(worker):
+        placement.messages = [Loading("reading x", 0.0), Crashed(*lives.pop(0))]
+        return await opens(worker)
+
+    placement.open = open_and_crash
+    supervisor, _, _ = supervisor_of(placement)
+    await asyncio.wait_for(supervisor.keep_alive(worker), 60)
+    assert lives == [] and isinstance(supervisor.failure, EngineFailure)
+    assert str(supervisor.failure) == "worker 0 cannot start; twice it ended at 'reading x' with KeyError: 'b'"
+    assert "Traceback" not in caplog.text
 
 
 async def test_idle_workers_are_unloaded_once_and_a_request_would_still_be_served():
