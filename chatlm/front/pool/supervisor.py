@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence as Seq
-from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
