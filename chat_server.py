@@ -395,8 +395,8 @@ ROUTES = (
 def create_app(pool: WorkerPool, settings: Settings) -> web.Application:
     front = Front(pool, settings)
     access_log = AccessLog(RouteTable(ROUTES, settings.prefix), front.taken, front.metrics)
-    app = web.Application(middlewares=list(map(
-        web.middleware, [partial(access_log.log), errors_to_responses, partial(front.access.guard)])))
+    middlewares: list[Any] = [partial(access_log.log), errors_to_responses, partial(front.access.guard)]
+    app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
     app.on_cleanup.append(lambda app: front.recordings.close())
     for route in ROUTES:

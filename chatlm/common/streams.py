@@ -51,7 +51,8 @@ def never_fail(name: str):
 def lack_of_space(error: BaseException) -> ConfigError | None:
     """What to tell the operator where stdout could not be written; None for other errors. The rest of what
     would be written is lost."""
-    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+    number = getattr(error, "errno", None)
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         return None
     never_fail("stdout")
-    return ConfigError(f"cannot write the answer: {os.strerror(error.errno or 0)}")
+    return ConfigError(f"cannot write the answer: {os.strerror(number)}")

@@ -36,7 +36,7 @@ def replica_actor() -> type:
             import sys
             import threading
             import time
-            import ray
+            import ray  # pyright: ignore[reportMissingImports]  on nodes of Ray
             self.host = getattr(ray, "util").get_node_ip_address()
             home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
             # one folder for each version, used again: an actor that is killed could not remove its own

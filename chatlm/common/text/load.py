@@ -221,7 +221,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def history(self, dialogue: list[dict]) -> list[dict]:
         """Messages as this template takes them: reasoning under its name, calls as many and with such ids as
         it accepts."""
-        template = self.spec.chat_template
+        template = self.spec.chat_template or ""
         if "length != 9" in template:  # Mistral's ids of calls
             for message in dialogue:
                 for holder, key in ((message, "tool_call_id"),

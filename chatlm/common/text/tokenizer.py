@@ -62,14 +62,17 @@ class Tokenizer:
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         """Encode ordinary text; nothing in it becomes a special token. Does it begin the whole text?"""
+        raise NotImplementedError
 
     def render(self, messages: Seq[Message], tools: Seq[dict] = (),
                options: Mapping = NO_OPTIONS) -> list[int]:
         """The conversation in the model's chat format, up to the assistant's turn, or RequestError. `options`
         is Request.template_options."""
+        raise NotImplementedError
 
     def piece(self, token: int) -> bytes:
         """The bytes a token adds to the text; b"" for special or unknown ids. Cached as `token_bytes`."""
+        raise NotImplementedError
 
     def encode_with_specials(self, text: str) -> list[int]:
         """Encode text in which the names of special tokens mean the tokens."""
@@ -79,7 +82,7 @@ class Tokenizer:
             part = text[end:special.start()]
             tokens += self.encode(part.rstrip(WHITE_SPACE) if before else part, not end)
             tokens.append(self.specials[special[0]])
-            end = WHITE_SPACES.match(text, special.end()).end() if after else special.end()
+            end = WHITE_SPACES.match(text, special.end()).end() if after else special.end()  # pyright: ignore[reportOptionalMemberAccess]  any text matches
         return tokens + self.encode(text[end:], not end)
 
     @cached_property
