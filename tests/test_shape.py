@@ -16,7 +16,7 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 13,340: the typed events of an answer and its Usage, where each default of a field is a statement.
 MOST_STATEMENTS = 13_450
 MOST_METHODS = 20
-LARGE_CLASSES = 7           # how many may have more methods
+LARGE_CLASSES = 2           # how many may have more methods: decode_core's Program, and one that is being divided
 MOST_IGNORES = 30
 
 
@@ -47,6 +47,10 @@ def test_few_classes_have_many_methods():
     assert len(large_classes(TREES)) <= LARGE_CLASSES, large_classes(TREES)
     many = "\n".join(f"  def f{number}(self): ..." for number in range(MOST_METHODS + 1))
     assert large_classes({"x": ast.parse(f"class C:\n{many}")}) == {("x", "C"): MOST_METHODS + 1}
+
+
+def test_a_ticket_is_a_ticket():
+    assert [name for name, text in SOURCES.items() if "isinstance(ticket, list)" in text] == []
 
 
 def ignores(text):
