@@ -12,7 +12,6 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, invalid
-from chatlm.common.jsontext import is_text
 from chatlm.common.memory import trim_heap
 from chatlm.common.text.tokenizer import NO_OPTIONS, fill_template
 
