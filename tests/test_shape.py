@@ -14,9 +14,10 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 13,150: the pool is four classes in modules of their own, of which some 60 statements are their imports.
 # 13,210: of which 60 are what the new classes of the worker import and keep. 13,290: odd files of models are checked.
 # 13,340: the typed events of an answer and its Usage, where each default of a field is a statement.
-MOST_STATEMENTS = 13_450
+# 13,542: the readers of answers are six classes in four modules, which have imports and headers, and a row of a call format has fields.
+MOST_STATEMENTS = 13_542
 MOST_METHODS = 20
-LARGE_CLASSES = 2           # how many may have more methods: decode_core's Program, and one that is being divided
+LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30
 
 

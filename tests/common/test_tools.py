@@ -12,13 +12,14 @@ import torch
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import RequestError
-from chatlm.common.messages.requests import Message, SamplingParams
-from chatlm.common.text import grammar as text_grammar, reader as text_reader
-from chatlm.common.text.formats import CALLS, HARMONY, IN_CALLS, TAGGED_ARGUMENTS, tool_format_of, with_markers
+from chatlm.common.messages.requests import Delta, Message, SamplingParams
+from chatlm.common.text import calls as text_calls, grammar as text_grammar
+from chatlm.common.text.calls import typed_value
+from chatlm.common.text.formats import CALL_FORMATS, HARMONY, tool_format_of, with_markers
 from chatlm.common.text.grammar import byte_vocabulary, check_grammar, json_grammar
 from chatlm.common.text.load import open_tokenizer
-from chatlm.common.text.reader import AnswerReader, typed_value
-from chatlm.front.api.call_grammars import CALL_GRAMMARS, STRING_FORMATS, call_grammar, objects_of, parameter_types, text_terminal, tool_grammar
+from chatlm.common.text.reader import AnswerReader
+from chatlm.front.api.call_grammars import STRING_FORMATS, call_grammar, objects_of, parameter_types, text_terminal, tool_grammar
 from chatlm.front.api.conversation import openai_messages
 from chatlm.front.api.fields import parse_fields
 from chatlm.front.api.readers import parse_openai_request
@@ -40,6 +41,7 @@ TEMPLATE = """{%- if tools %}{{ '<|im_start|>system\\n# Tools\\n' }}{% for tool 
 <tool_call>\n{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>
 {%- endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"""
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+TAG_FORMATS = [name for name, row in CALL_FORMATS.items() if row.tags]
 ASK = {"messages": [{"role": "user", "content": "Weather in Rome?"}], "tools": [WEATHER, TIME]}
 
 
@@ -194,7 +196,7 @@ def test_calls_in_the_words_of_a_family_are_read_as_its_template_writes_them(def
     shown = tokenizer.show(tokenizer.render(openai_messages(HISTORY, with_tools=True), [WEATHER]))
     written = shown.partition("assistant: ")[2].partition("tool: ")[0]
     assert tool_format != "kimi" or "## Return of functions.time:1" in shown
-    marks = [mark for mark in (*CALLS[tool_format], *IN_CALLS) if mark in written]
+    marks = [mark for mark in CALL_FORMATS[tool_format].markers if mark in written]
     assert len(marks) == 5
     for text in (written, "Let me see. " + written):
         for size in (1, 3, 7, 1000):
@@ -264,7 +266,7 @@ def test_calls_in_tags_are_told_as_json_of_the_types_that_the_tools_say(default_
     history = [HISTORY[0], HISTORY[1] | {"tool_calls": [{"type": "function", "id": "c", "function": call} for call in TRIPS]}]
     shown = tokenizer.show(tokenizer.render(openai_messages(history, with_tools=True), [TRIP, TIME]))
     written = shown.partition("assistant: ")[2].removesuffix("assistant: ").strip()
-    marks = [mark for mark in (*CALLS[tool_format], *IN_CALLS) if mark in written and tokens]
+    marks = [mark for mark in CALL_FORMATS[tool_format].markers if mark in written and tokens]
     reader = Marked(tool_format, words := {mark: 300 + number for number, mark in enumerate(marks)})
     parts = re.split("(" + "|".join(map(re.escape, words)) + ")", "Well. " + written + "\n") if words else ["Well. " + written]
     ids = [token for part in parts for token in ([words[part]] if part in words else part.encode())]
@@ -424,7 +426,7 @@ async def test_what_is_no_tool_is_400(pool, change, code):
             assert (response.status, (await response.json())["error"]["code"]) == (400, code)
 
 
-@pytest.mark.parametrize("tool_format", ["tagged", "json", "deepseek", "deepseek fenced", "kimi", *TAGGED_ARGUMENTS])
+@pytest.mark.parametrize("tool_format", ["tagged", "json", "deepseek", "deepseek fenced", "kimi", *TAG_FORMATS])
 def test_references_in_a_tool_s_parameters_are_to_these_parameters(tool_format):
     """Nested models as pydantic writes them: $defs, and $refs to them that start at the parameters' root."""
     parameters = {"$defs": {"City": {"enum": ["Rome"]}}, "type": "object", "required": ["city"], "additionalProperties": False,
@@ -442,7 +444,7 @@ def engine(default_model_path):
 
 
 @pytest.mark.parametrize("tool_format", ["tagged", "json", "tagged by special tokens", "deepseek", "deepseek fenced", "kimi",
-                                         *TAGGED_ARGUMENTS])
+                                         *TAG_FORMATS])
 @pytest.mark.parametrize("choice", by_day(["required", {"type": "function", "function": {"name": "weather"}}], "required"))
 def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(engine, tool_format, choice, monkeypatch):
     if tool_format == "tagged by special tokens":
@@ -505,7 +507,7 @@ def pushed(tool_format, start, rest, types=()):
     for piece in rest:
         reader.push(piece)
     reader.finish()
-    return together(reader.told)
+    return together(reader.take())
 
 
 def test_an_answer_costs_little_to_read_where_a_model_repeats_itself(monkeypatch):
@@ -530,7 +532,7 @@ def test_an_answer_costs_little_to_read_where_a_model_repeats_itself(monkeypatch
         def __getattr__(self, name):
             return getattr(chat_server_re, name)
     chat_server_re = re
-    patch(monkeypatch, text_reader, "re", CountingRe())
+    patch(monkeypatch, text_calls, "re", CountingRe())
     listed = ", ".join(["1"] * 3000)
     assert pushed("qwen tags", "<tool_call><function=f>", [*" " * 3000, "<parameter=a>\n[", *listed, "]\n</parameter></function>"]) == (
         "", [{"name": "f", "arguments": '{"a": [' + listed + "]}"}])
@@ -686,7 +688,7 @@ def test_a_required_call_in_tags_has_the_values_that_its_schema_allows(parameter
     assert all(map(fits, allowed)) and not any(map(fits, refused))
 
 
-@pytest.mark.parametrize("tool_format", TAGGED_ARGUMENTS)
+@pytest.mark.parametrize("tool_format", TAG_FORMATS)
 @pytest.mark.parametrize("parameters, said", [
     ({"allOf": 5}, "allOf must be a list of schemas, not 5"), ({"allOf": [5]}, "a schema must be an object, true or false, not 5"),
     ({"properties": ["a"]}, "properties must be an object of schemas, not a list of 1"), ({"properties": {"a": None}}, "a schema must be an object, true or false, not null"),
@@ -727,7 +729,7 @@ def test_large_members_of_a_schema_that_is_referred_to_often_are_read_a_few_time
     assert text_terminal({"enum": ["a"] * 6_300}, {}, steps).count("a") == 6_300 and next(steps, None) is None
 
 
-@pytest.mark.parametrize("tool_format", CALL_GRAMMARS)
+@pytest.mark.parametrize("tool_format", CALL_FORMATS)
 def test_lone_surrogates_in_the_names_and_values_of_a_function_are_refused_as_such_and_whole_pairs_are_not(tool_format):
     half, whole = "\ud83d", "\U0001f600"
     for sign in (half, whole):
@@ -820,7 +822,7 @@ def test_a_strict_function_of_harmony_s_is_held_from_the_marker_that_begins_its_
 
 def test_what_begins_a_strict_call_and_breaks_its_schema_in_one_token_is_left_as_it_is(engine):
     answer = Answer(strict_work(engine, "a", [("user", "x")], 99), engine.tokenizer, None, lambda source: Grammar(engine.tokenizer, source))
-    answer.reader.called = "weather", '{"town'
+    answer.reader.deltas.begun_call = Delta("call", '{"town', "weather")
     answer.hold_call()
     assert answer.grammar is None and not answer.awaits_grammar
 

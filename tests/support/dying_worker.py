@@ -31,7 +31,7 @@ MOMENTS = {     # checked when the results of earlier steps have left through th
     "character": lambda s: s.generated >= 7 and s.text.decoder.utf8.getstate()[0],
     "stop": lambda s: s.generated >= 7 and len(s.text.stops.held) > 1,
     "call": lambda s: s.generated >= 7 and s.text.tool.expression,
-    "arguments": lambda s: s.generated >= 7 and s.text and s.text.reader.kind in ("call", "string"),
+    "arguments": lambda s: s.generated >= 7 and s.text and s.text.reader.deltas.kinds[-1:] == ["call"],
     # text is None while a grammar compiles
     "reasoning": lambda s: s.generated >= 7 and s.text and s.text.reader.thinking,
     # the last may be a placeholder for the one being drawn

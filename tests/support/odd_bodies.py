@@ -3,11 +3,11 @@
 from hypothesis import strategies as st
 
 from chatlm.common.jsontext import JSON_TYPES
-from chatlm.common.text.formats import TAGGED_ARGUMENTS
-from chatlm.front.api.call_grammars import CALL_GRAMMARS, STRING_FORMATS
+from chatlm.common.text.formats import CALL_FORMATS
+from chatlm.front.api.call_grammars import STRING_FORMATS
 from chatlm.front.api.field_types import EFFORTS, OTHER_TOOLS
 
-TOOL_FORMATS = [None, *CALL_GRAMMARS]
+TOOL_FORMATS = [None, *CALL_FORMATS]
 MARKERS = ["<[</tool_call>]>", "<[<think>]>", "</tool_call>", "</parameter>\n", "</think>"]
 ODD_TEXTS = ["", "x", "a b", "\ud800", "\0", '"', "/", "\\", "\n", "{", "}", "{calls}", "(", "[", "<", "é" * 70, "/a/ | start", "#", "weather", *MARKERS]
 texts = st.sampled_from(ODD_TEXTS) | st.text(max_size=4)
@@ -127,4 +127,4 @@ def required_call(function):
 
 
 # of a route, its body, and how the model calls functions
-asked = st.tuples(bodies, st.sampled_from(TOOL_FORMATS)) | st.tuples(functions("parameters").map(required_call), st.sampled_from([*TAGGED_ARGUMENTS]))
+asked = st.tuples(bodies, st.sampled_from(TOOL_FORMATS)) | st.tuples(functions("parameters").map(required_call), st.sampled_from([name for name, row in CALL_FORMATS.items() if row.tags]))

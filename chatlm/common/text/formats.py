@@ -1,112 +1,143 @@
-"""How families of models mark reasoning and calls of functions."""
+"""How families of models mark reasoning and write calls of functions: a row of CALL_FORMATS each."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence as Seq
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.messages.requests import Message
+from chatlm.common.text.history import (
+    arguments_as_text, as_harmony, counted_ids, marked_for_harmony)
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec
 
 
-# Markers of reasoning and calls in the formats below. Where one is a token of the vocabulary, a character of
-# its own, a lone surrogate, stands for that token in the text of an answer: no decoded text has these, so the
-# same marker spelled out in ordinary tokens stays text.
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
             ("<|START_THINKING|>", "<|END_THINKING|>"))
-DEEPSEEK = tuple(f"<｜tool▁{name}｜>" for name in (
-    "call▁begin", "call▁end", "calls▁begin", "calls▁end"))
-CALLS = {  # tool_format -> what begins a call, what ends it, what may enclose all calls
-    **dict.fromkeys(("tagged", "qwen tags", "glm tags"), ("<tool_call>", "</tool_call>")),
-    "seed tags": ("<seed:tool_call>", "</seed:tool_call>"), "json": ("<|python_tag|>", ""),
-    "mistral": ("[TOOL_CALLS]", ""), "mistral name": ("[TOOL_CALLS]", ""),
-    "deepseek fenced": DEEPSEEK, "deepseek": DEEPSEEK,
-    "kimi": ("<|tool_call_begin|>", "<|tool_call_end|>",
-             "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>")}
-IN_CALLS = ("[CALL_ID]", "[ARGS]", "<｜tool▁sep｜>", "<|tool_call_argument_begin|>",
-            "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-TAGGED_ARGUMENTS = {  # tool_format -> a function's name, a parameter's, the end of its value, of all of them
-    "qwen tags": ("<function={}>\n", "<parameter={}>\n", "\n</parameter>\n", "</function>\n"),
-    "seed tags": ("<function={}>\n", "<parameter={}>", "</parameter>\n", "</function>\n"),
-    "glm tags": ("{}\n", "<arg_key>{}</arg_key>\n<arg_value>", "</arg_value>\n", "")}
 HARMONY = tuple(f"<|{name}|>" for name in (
     "start", "channel", "constrain", "message", "end", "return", "call"))
-MARKS = {name: chr(0xd800 + index) for index, name in enumerate(dict.fromkeys(filter(None, (
-    *itertools.chain(*THOUGHTS, *CALLS.values()), *IN_CALLS, *HARMONY))))}
+
+
+class Tags(NamedTuple):
+    """How arguments are written that are no JSON: a parameter after the other, with its {name} in a tag."""
+
+    parameter: str             # before its value
+    value_end: str             # after it
+    loose_lines: bool = False  # may models leave out line breaks? GLM-4.7 writes none
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallFormat:
+    """How models of some families write calls of functions.
+
+    The grammar that makes a model write calls is built from `call` and `calls`, in which {name}, {quoted},
+    {arguments} and {digit} stand for the function's name, its name as a JSON string, its arguments, and any
+    digit. The readers look for the markers, and understand more than that (see calls.py)."""
+
+    template_has: tuple[str, ...] = ()  # a chat template with all of these has this format, if it has tools
+    call: str = ""                      # one call as the family writes it
+    calls: str = "{calls}"              # all calls of an answer
+    between: str | None = None          # what separates two calls; None: there can be only one
+    marks: tuple[str, ...] = ("", "")   # what begins a call, what ends it, what may enclose all calls
+    inside: tuple[str, ...] = ()        # markers in a call
+    name_end: str = ""                  # what comes after a name that is not in JSON
+    untagged: bool = False              # may calls be the whole answer, with nothing before them?
+    tags: Tags | None = None            # if the arguments are not JSON
+    thoughts: tuple[str, str] | None = None  # encloses reasoning, where all of an answer is in this format
+    # of the template, where it is particular; see history.py
+    history: Callable[[list[dict], str], None] = lambda dialogue, mark: None
+    mend: Callable[[str, str], str] = lambda text, mark: text  # the rendered conversation
+    function_needs: Mapping = field(default_factory=dict)      # of each function, what a client may leave out
+    efforts: Mapping = field(default_factory=dict)             # its words for efforts that it does not know
+    stops: tuple[str, ...] = ()         # the tokens that end an answer, where the model's files name others
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        return tuple(filter(None, (*self.marks, *self.inside)))
+
+    @property
+    def around_arguments(self) -> list[str]:
+        """What is between the marker that begins a call and its arguments, and after them."""
+        return self.call.removeprefix(self.marks[0]).removesuffix(self.marks[1]).split("{arguments}")
+
+
+DEEPSEEK = CallFormat(
+    template_has=("<｜tool▁sep｜>",),
+    call="<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>",
+    calls="<｜tool▁calls▁begin｜>{calls}<｜tool▁calls▁end｜>", between="",
+    marks=("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+    inside=("<｜tool▁sep｜>",), name_end="<｜tool▁sep｜>", history=arguments_as_text)
+MISTRAL = CallFormat(
+    template_has=("[TOOL_CALLS]",), call='{"name": {quoted}, "arguments": {arguments}}',
+    calls="[TOOL_CALLS][{calls}]", between=", ", marks=("[TOOL_CALLS]", ""), inside=("[CALL_ID]", "[ARGS]"))
+QWEN_TAGS = CallFormat(
+    template_has=("<parameter=",), between="\n", marks=("<tool_call>", "</tool_call>"),
+    call="<tool_call>\n<function={name}>\n{arguments}</function>\n</tool_call>",
+    tags=Tags("<parameter={name}>\n", "\n</parameter>\n"))
+CALL_FORMATS = {  # a template has the first one that fits
+    # gpt-oss: messages to the recipient functions.name
+    "harmony": CallFormat(
+        template_has=("<|channel|>", "<|message|>"), inside=HARMONY, thoughts=("<|message|>", "<|end|>"),
+        call="<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}",
+        history=marked_for_harmony, mend=as_harmony, function_needs={"description": ""},
+        efforts={"none": "low", "minimal": "low", "xhigh": "high"},
+        stops=("<|return|>", "<|call|>", "<|endoftext|>")),  # <|end|> ends a message, not the answer
+    "mistral name": replace(
+        MISTRAL, template_has=("[TOOL_CALLS]", "[ARGS]"), call="[TOOL_CALLS]{name}[ARGS]{arguments}",
+        calls="{calls}", between="", name_end="[ARGS]"),
+    "mistral": MISTRAL,
+    "deepseek fenced": replace(  # V3, R1
+        DEEPSEEK, template_has=("<｜tool▁sep｜>", "```json"), name_end="```json",
+        call="<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>"),
+    "deepseek": DEEPSEEK,  # V3.1
+    "kimi": CallFormat(
+        template_has=("<|tool_call_begin|>",),
+        call="<|tool_call_begin|>functions.{name}:{digit}<|tool_call_argument_begin|>{arguments}"
+             "<|tool_call_end|>",
+        calls="<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|>", between="",
+        marks=("<|tool_call_begin|>", "<|tool_call_end|>",
+               "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+        inside=("<|tool_call_argument_begin|>",), name_end="<|tool_call_argument_begin|>",
+        history=counted_ids),
+    "seed tags": replace(  # Seed-OSS
+        QWEN_TAGS, template_has=("<parameter=", "<seed:tool_call>"),
+        marks=("<seed:tool_call>", "</seed:tool_call>"),
+        call="<seed:tool_call>\n<function={name}>\n{arguments}</function>\n</seed:tool_call>",
+        tags=Tags("<parameter={name}>", "</parameter>\n")),
+    "qwen tags": QWEN_TAGS,  # Qwen3-Coder, Qwen3.5
+    "glm tags": CallFormat(  # GLM-4.5
+        template_has=("<arg_key>",), call="<tool_call>{name}\n{arguments}</tool_call>", between="\n",
+        marks=("<tool_call>", "</tool_call>"),
+        inside=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+        tags=Tags("<arg_key>{name}</arg_key>\n<arg_value>", "</arg_value>\n", loose_lines=True)),
+    "tagged": CallFormat(  # Hermes, Qwen
+        template_has=("<tool_call>",), marks=("<tool_call>", "</tool_call>"), between="\n",
+        call='<tool_call>\n{"name": {quoted}, "arguments": {arguments}}\n</tool_call>'),
+    "json": CallFormat(  # Llama 3
+        marks=("<|python_tag|>", ""), untagged=True, call='{"name": {quoted}, "parameters": {arguments}}')}
+NO_CALLS = CallFormat()  # of a model that cannot chat
+GENERIC_FORMAT = "tagged"  # of calls where the template knows no tools
+
+# Where a marker is a token of the vocabulary, a character of its own, a lone surrogate, stands for that token
+# in the text of an answer: no decoded text has these, so the same marker spelled out in ordinary tokens stays
+# text.
+MARKS = {name: chr(0xd800 + index) for index, name in enumerate(dict.fromkeys(itertools.chain(
+    *THOUGHTS, *(row.markers for row in CALL_FORMATS.values()))))}
+MARKERS = {mark: name for name, mark in MARKS.items()}
 A_MARK = re.compile("[\ud800-\udfff]")
 A_MARKER = re.compile(f"({'|'.join(map(re.escape, sorted(MARKS, key=len, reverse=True)))})")
 
 
-GENERIC_FORMAT = "tagged"  # of calls where the template knows no tools
-GENERIC_TOOLS = """You can call functions. Each line here describes one of them:
-{}
-
-To call a function, write
-<tool_call>
-{{"name": "the function", "arguments": {{...}}}}
-</tool_call>
-You then get what it returns in <tool_response>. Where no function helps, answer in words."""
-
-
-def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: bool = True) -> list[Message]:
-    """A conversation for a template that knows no tools: the system message describes them (the first
-    message, if the model has no system role), and calls and what they return are text in tags."""
-    told: list[Message] = []
-    for message in messages:
-        role, content, more = message.role, message.content, {**(message.more or {})}
-        for call in more.pop("tool_calls", ()):
-            call = json.dumps(call["function"], ensure_ascii=False)
-            content += f"{chr(10) * bool(content)}<tool_call>\n{call}\n</tool_call>"
-        if role == "tool":
-            role, content, more = "user", f"<tool_response>\n{content}\n</tool_response>", {}
-        if role == "user" and told and told[-1].role == "user" and told[-1].content.endswith("response>"):
-            content = told.pop().content + "\n" + content  # many templates want roles to alternate
-        told.append(Message(role, content, more or None))
-    if tools:
-        prompt = GENERIC_TOOLS.format("\n".join(
-            json.dumps(tool["function"], ensure_ascii=False) for tool in tools))
-        if told[0].role == "system" or not has_system:
-            parts = [told[0].content, prompt][::1 if told[0].role == "system" else -1]
-            told[0] = replace(told[0], content="\n\n".join(parts).strip())
-        else:
-            told.insert(0, Message("system", prompt))
-    return told
-
-
-HARMONY_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}  # its template knows three
-
-
 def tool_format_of(template: str) -> str | None:
-    """How a chat template makes the model call functions; None if it does not support them.
-
-    "tagged": <tool_call>{"name": ..., "arguments": ...}</tool_call> in the text (Hermes, Qwen);
-    "json": the whole answer is such an object, or a list of them (Llama 3);
-    "mistral": [TOOL_CALLS] and a list of them; "mistral name": [TOOL_CALLS]name[ARGS]{...};
-    "deepseek": its markers around name, separator, {...} (V3.1); "deepseek fenced": function, separator,
-    name and {...} as a block of code (V3, R1); "kimi": functions.name:0, a marker, {...};
-    "qwen tags": <tool_call><function=name><parameter=key>value</parameter></function></tool_call>
-    (Qwen3-Coder, Qwen3.5), "seed tags": nearly the same (Seed-OSS); "glm tags": <tool_call>name, then for
-    each parameter <arg_key>key</arg_key><arg_value>value</arg_value> (GLM-4.5);
-    "harmony": messages to the recipient functions.name (gpt-oss)."""
-    if "<|channel|>" in template and "<|message|>" in template:
-        return "harmony"
-    if not re.search(r"{[{%][^{}%]*\btools\b", template):
-        return None
-    if "[TOOL_CALLS]" in template:
-        return "mistral name" if "[ARGS]" in template else "mistral"
-    if IN_CALLS[2] in template:
-        return "deepseek fenced" if "```json" in template else "deepseek"
-    if CALLS["kimi"][0] in template:
-        return "kimi"
-    if "<parameter=" in template:
-        return "seed tags" if CALLS["seed tags"][0] in template else "qwen tags"
-    return "glm tags" if "<arg_key>" in template else "tagged" if "<tool_call>" in template else "json"
+    """How a chat template makes the model call functions, a row of CALL_FORMATS; None if it does not support
+    them."""
+    has_tools = re.search(r"{[{%][^{}%]*\btools\b", template)
+    return next((name for name, row in CALL_FORMATS.items()
+                 if (has_tools or row.thoughts) and all(sign in template for sign in row.template_has)), None)
 
 
 def calls_of(spec: TextSpec) -> tuple[str | None, bool]:
@@ -118,26 +149,9 @@ def calls_of(spec: TextSpec) -> tuple[str | None, bool]:
 
 def thoughts_of(template: str) -> tuple[str, str] | None:
     """What encloses the reasoning of a model with this chat template; None if it does not think."""
-    if tool_format_of(template) == "harmony":
-        return "<|message|>", "<|end|>"
-    return next((each for each in THOUGHTS if each[1] in template), None)
-
-
-def single_calls(dialogue: list[dict]) -> list[dict]:
-    """The same conversation with one call in each message of the assistant, followed by its result."""
-    results = {each["tool_call_id"]: each for each in dialogue if each.get("tool_call_id")}
-    split, placed = [], set()
-    for message in dialogue:
-        first, *others = message.get("tool_calls", ()) or [None]
-        if not others and id(message) not in placed:
-            split.append(message)
-        for call in (first, *others) if others else ():
-            split.append({**(message if call is first else {"role": "assistant", "content": ""}),
-                          "tool_calls": [call]})
-            if result := results.get(call.get("id")):
-                split.append(result)
-                placed.add(id(result))
-    return split
+    if (name := tool_format_of(template)) and CALL_FORMATS[name].thoughts:
+        return CALL_FORMATS[name].thoughts
+    return next((thoughts for thoughts in THOUGHTS if thoughts[1] in template), None)
 
 
 def template_of(default: str | None, with_tools: str | None) -> str | None:
@@ -154,7 +168,7 @@ A_REFERENCE = re.compile(rf"<\[{A_MARKER.pattern}\]>")
 def with_markers(grammar: str, markers: Mapping[str, int]) -> str:
     """A grammar in which each <[marker]> is the token, or the text where the vocabulary has no such token."""
     # text that ends with a marker: a suffix is looked for in text alone
-    grammar = re.sub(rf"\[suffix={A_REFERENCE.pattern}\]: (.*)", lambda found:
-                     f": {found[2]} <[{found[1]}]>" if found[1] in markers else found[0], grammar)
-    return A_REFERENCE.sub(lambda found: f"<[{markers[found[1]]}]>" if found[1] in markers
-                           else json.dumps(found[1]), grammar)
+    grammar = re.sub(rf"\[suffix={A_REFERENCE.pattern}\]: (.*)", lambda rule:
+                     f": {rule[2]} <[{rule[1]}]>" if rule[1] in markers else rule[0], grammar)
+    return A_REFERENCE.sub(lambda reference: f"<[{markers[reference[1]]}]>" if reference[1] in markers
+                           else json.dumps(reference[1]), grammar)

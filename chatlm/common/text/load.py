@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import math
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence as Seq
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, lack_of_memory, named, require_library
 from chatlm.common.jsontext import whole_unicode
 from chatlm.common.messages.requests import Message
-from chatlm.common.text.formats import (
-    HARMONY_EFFORTS, calls_of, single_calls, thoughts_of, with_generic_tools)
+from chatlm.common.text.formats import calls_of, thoughts_of
+from chatlm.common.text.history import nine_character_ids, single_calls, with_generic_tools
 from chatlm.common.text.tokenizer import (
     NO_OPTIONS, Tokenizer, ToolTokens, compile_chat_template, fill_template)
 
@@ -148,9 +147,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.has_chat_template = self.templated = bool(spec.chat_template)
         self.tool_format, self.native_tools = calls_of(spec)
         self.thoughts = thoughts_of(spec.chat_template or "")
-        if self.tool_format == "harmony":  # <|end|> ends a message, not the answer
-            names = ("<|return|>", "<|call|>", "<|endoftext|>")
-            self.stop_tokens = frozenset(self.specials[name] for name in names if name in self.specials)
+        if stops := self.call_format.stops:
+            self.stop_tokens = frozenset(self.specials[name] for name in stops if name in self.specials)
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         text = whole_unicode(text.replace(self.mark, ""))
@@ -193,14 +191,15 @@ class HuggingFaceTokenizer(Tokenizer):
                 has_system = "ystem role not supported" not in (self.spec.chat_template or "")
                 messages, tools = with_generic_tools(messages, tools, has_system), ()
             dialogue = self._mark_specials(
-                [{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
+                [{"role": message.role, "content": message.content, **(message.more or {})}
+                 for message in messages])
             if goes_on := options.get("continue_final_message", False):
                 last = dialogue[-1]  # cut in its text, or already in its reasoning
                 in_thoughts = not last["content"] and last.get("reasoning_content")
                 last["reasoning_content" if in_thoughts else "content"] += 2 * self.mark
             dialogue = self.history(dialogue)
-            if self.tool_format == "harmony":  # whose template needs descriptions
-                tools = [{**tool, "function": {"description": "", **tool["function"]}} for tool in tools]
+            if needs := self.call_format.function_needs:
+                tools = [{**tool, "function": {**needs, **tool["function"]}} for tool in tools]
             return {**self._mark_specials(self.thinking_options(options)), "messages": dialogue,
                     "tools": self._mark_specials(tools) or None, "documents": None,
                     "add_generation_prompt": not goes_on and options.get("add_generation_prompt", True),
@@ -213,68 +212,27 @@ class HuggingFaceTokenizer(Tokenizer):
         """What a request tells the template about thinking: families have different names for it."""
         effort, thinks = options.get("reasoning_effort"), {}
         if effort:
-            told = HARMONY_EFFORTS.get(effort, effort) if self.tool_format == "harmony" else effort
-            thinks = {"reasoning_effort": told, "enable_thinking": effort != "none",
-                      "thinking": effort != "none"}
+            thinks = {"reasoning_effort": self.call_format.efforts.get(effort, effort),
+                      "enable_thinking": effort != "none", "thinking": effort != "none"}
         return thinks | dict(options.get("chat_template_kwargs", {}))
 
     def history(self, dialogue: list[dict]) -> list[dict]:
         """Messages as this template takes them: reasoning under its name, calls as many and with such ids as
         it accepts."""
         template = self.spec.chat_template or ""
-        if "length != 9" in template:  # Mistral's ids of calls
-            for message in dialogue:
-                for holder, key in ((message, "tool_call_id"),
-                                    *((call, "id") for call in message.get("tool_calls", ()))):
-                    holder[key] = re.sub("[^A-Za-z0-9]", "", holder.get(key) or "")[-9:].rjust(9, "0")
+        if "length != 9" in template:
+            nine_character_ids(dialogue)
         if "tool_calls[0]" in template:
             dialogue = single_calls(dialogue)
-        if self.tool_format == "kimi":  # whose ids count the calls
-            ids, numbers = {}, itertools.count()
-            for call in itertools.chain(*(message.get("tool_calls", ()) for message in dialogue)):
-                given, name = call.get("id"), call["function"]["name"]
-                call["id"] = ids[given] = f"functions.{name}:{next(numbers)}"
-            for message in dialogue:
-                if (given := message.get("tool_call_id")) in ids:
-                    message["tool_call_id"] = ids[given]
         for message in dialogue:
             if thought := message.get("reasoning_content"):
                 message["reasoning"] = message["thinking"] = thought
-            if self.tool_format == "harmony":  # see as_harmony
-                said, result = self.harmony_marks
-                if message["role"] == "tool":
-                    message["content"] = result + message["content"] + result
-                elif message["content"] and message.get("tool_calls"):
-                    message["tool_calls"][0]["function"]["name"] = (
-                        said + message["content"] + said + message["tool_calls"][0]["function"]["name"])
-                    message["content"] = ""  # its template takes reasoning or content
-            if message.get("tool_calls") and (self.tool_format or "").startswith("deepseek"):
-                message["content"] = message["content"] or None
-                for call in message["tool_calls"]:  # it adds the arguments to text
-                    function = call["function"]
-                    if not isinstance(function["arguments"], str):
-                        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        self.call_format.history(dialogue, self.mark)
         return dialogue
-
-    @property
-    def harmony_marks(self) -> tuple[str, str]:
-        """What encloses text before a call, put before the function's name, and the result of a call."""
-        return self.mark + "\ue002", self.mark + "\ue003"
-
-    def as_harmony(self, text: str) -> str:
-        """Mend where gpt-oss's template writes a conversation otherwise than OpenAI's renderer: results of
-        calls in quotes, text before a call as reasoning or not at all, blank lines after instructions."""
-        (said, result), resolve = self.harmony_marks, partial(re.sub, flags=re.DOTALL)
-        text = resolve(f'"{result}(.*?){result}"', lambda found: json.loads(f'"{found[1]}"'), text)
-        text = resolve(rf"(<\|start\|>assistant(?:(?!<\|start\|>).)*?){said}(.*?){said}",
-                       r"<|start|>assistant<|channel|>commentary<|message|>\2<|end|>\1", text)
-        text = resolve(f"{said}.*?{said}|{result}", "", text)
-        return resolve(r"(<\|start\|>developer<\|message\|>(?:(?!<\|end\|>).)*?)\n\n<\|end\|>", r"\1<|end|>",
-                       text)
 
     def encode_rendered(self, text: str, options: Mapping = NO_OPTIONS) -> list[int]:
         """The tokens of a rendered chat template: all, or up to the text of the last message."""
-        text = self.as_harmony(text) if self.tool_format == "harmony" else text
+        text = self.call_format.mend(text, self.mark)
         if options.get("continue_final_message"):
             text, shown_last, _ = text.rpartition(2 * self.mark)
             if not shown_last:

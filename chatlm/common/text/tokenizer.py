@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, named, require_library
-from chatlm.common.text.formats import CALLS, HARMONY, IN_CALLS, MARKS
+from chatlm.common.text.formats import CALL_FORMATS, MARKS, NO_CALLS, CallFormat
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Message, TextSpec
@@ -105,6 +105,10 @@ class Tokenizer:
         return {token: name for name, token in self.specials.items()}
 
     @property
+    def call_format(self) -> CallFormat:
+        return CALL_FORMATS[self.tool_format] if self.tool_format else NO_CALLS
+
+    @property
     def markers(self) -> dict[str, int]:
         """The tokens among MARKS: where the vocabulary has a marker, the same spelled out is mere text."""
         tokens = self.specials | {text.decode(): token for token, text in self.added.items()}
@@ -112,9 +116,8 @@ class Tokenizer:
 
     def marks(self, with_calls: bool) -> dict[int, str]:
         """The tokens that tell the parts of an answer apart, and the characters that stand for them."""
-        calls = (*CALLS.get(self.tool_format, ()), *IN_CALLS) if with_calls else ()
-        harmony = HARMONY if self.tool_format == "harmony" else ()
-        wanted, markers = {*(self.thoughts or ()), *calls, *harmony}, self.markers
+        calls = self.call_format.markers if with_calls or self.call_format.thoughts else ()
+        wanted, markers = {*(self.thoughts or ()), *calls}, self.markers
         return {markers[name]: MARKS[name] for name in wanted & markers.keys()}
 
     def show(self, tokens: Iterable[int]) -> str:

@@ -13,50 +13,35 @@ from contextlib import suppress
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import named, shown
 from chatlm.common.jsontext import JSON_TYPES, as_json, is_text
-from chatlm.common.text.formats import A_MARKER, CALLS, DEEPSEEK, MARKS, TAGGED_ARGUMENTS
+from chatlm.common.text.formats import A_MARKER, CALL_FORMATS, MARKS, CallFormat
 from chatlm.common.text.grammar import (
     JSON_STYLE, in_slashes, json_grammar, lark_grammar, schema_grammar, schema_json, unusable_schema)
 
 
-CALL_GRAMMARS = {  # tool_format -> the grammar of calls; the name's are `call` for each function
-    "tagged": 'start: call ("\\n" call)*\ncall: <[<tool_call>]> "\\n" object "\\n" <[</tool_call>]>',
-    "json": "start: object",
-    "mistral": 'start: <[[TOOL_CALLS]]> "[" object (", " object)* "]"',
-    "mistral name": "start: call+\ncall: {calls}", "harmony": "start: {calls}",
-    **dict.fromkeys(("deepseek", "deepseek fenced"), "start: <[{2}]> call+ <[{3}]>\ncall: {{calls}}".format(
-        *DEEPSEEK)),
-    "kimi": "start: <[{2}]> call+ <[{3}]>\ncall: {{calls}}".format(*CALLS["kimi"]),
-    **dict.fromkeys(TAGGED_ARGUMENTS, 'start: call ("\\n" call)*\ncall: {calls}')}
+A_PART = re.compile(rf"{A_MARKER.pattern}|(\{{\w+\}})")
 
 
-def tag_text(text: str, tool_format: str) -> str:
-    """Text of a call in a grammar. Line breaks in GLM's are left to the model: GLM-4.7 writes none."""
-    parts = re.split(rf"{A_MARKER.pattern}|(\n)" if tool_format == "glm tags" else A_MARKER, text)
-    return " ".join(f"<[{part}]>" if part in MARKS else json.dumps(part) + "?" * (part == "\n")
-                    for part in parts if part)
+def literal(text: str) -> str:
+    """Text in a grammar; what with_markers would take for a marker is escaped."""
+    return as_json(text).replace("<[", "\\u003c[")
 
 
-NAMED_CALLS = {  # of one function, with its arguments
-    "mistral name": '<[[TOOL_CALLS]]> "{name}" <[[ARGS]]> {arguments}',
-    "deepseek": '<[<｜tool▁call▁begin｜>]> "{name}" <[<｜tool▁sep｜>]> {arguments} <[<｜tool▁call▁end｜>]>',
-    "deepseek fenced": '<[<｜tool▁call▁begin｜>]> "function" <[<｜tool▁sep｜>]> "{name}\\n```json\\n" '
-                       '{arguments} "\\n```" <[<｜tool▁call▁end｜>]>',
-    "kimi": '<[<|tool_call_begin|>]> "functions.{name}:" /[0-9]/ <[<|tool_call_argument_begin|>]> '
-            "{arguments} <[<|tool_call_end|>]>",
-    "harmony": '<[<|channel|>]> "commentary to=functions.{name} " <[<|constrain|>]> "json" <[<|message|>]> '
-               "{arguments}",
-    **{name: " ".join((
-        tag_text(CALLS[name][0] + "\n" * (name != "glm tags") + head.format("{name}"), name), "{arguments}",
-        tag_text(last + CALLS[name][1], name))) for name, (head, *_, last) in TAGGED_ARGUMENTS.items()}}
+def as_rule(text: str, loose_lines: bool = False, **parts: str) -> str:
+    """Text of a call in a rule of a grammar, where its markers are markers, and `parts` of the grammar stand
+    for {their names}. With `loose_lines` the model may leave out line breaks."""
+    pattern = A_PART.pattern + (r"|(\n)" if loose_lines else "")
+    return " ".join(f"<[{word}]>" if word in MARKS else parts[word[1:-1]] if word[1:-1] in parts
+                    else literal(word) + ("?" if loose_lines and word == "\n" else "")
+                    for word in re.split(pattern, text) if word)
 
 
-def referred(place: str, root: Mapping):
+def referred(pointer: str, root: Mapping):
     """The schema that a $ref leads to."""
-    steps = (step.replace("~1", "/").replace("~0", "~") for step in place.split("/", 64)[1:])
+    steps = (step.replace("~1", "/").replace("~0", "~") for step in pointer.split("/", 64)[1:])
     try:
         return functools.reduce(operator.getitem, steps, root)
     except (LookupError, TypeError):
-        raise LookupError(f"$ref {shown(place)} leads nowhere") from None
+        raise LookupError(f"$ref {shown(pointer)} leads nowhere") from None
 
 
 KEYWORDS = {  # of JSON Schema, those that are read here: what each must be, and the check of that
@@ -65,7 +50,7 @@ KEYWORDS = {  # of JSON Schema, those that are read here: what each must be, and
     "type": (f"one of {', '.join(JSON_TYPES)}, or a list of these", lambda value: (
         is_text(value) and value in JSON_TYPES
         or isinstance(value, list) and len(value) <= 9
-        and all(is_text(each) and each in JSON_TYPES for each in value))),
+        and all(is_text(name) and name in JSON_TYPES for name in value))),
     "properties": ("an object of schemas", JSON_TYPES["object"]),
     "required": ("a list of strings", lambda value: isinstance(value, list) and all(map(is_text, value))),
     **dict.fromkeys(("minLength", "maxLength"), (
@@ -83,8 +68,8 @@ def keyword(schema: Mapping, name: str):
 
 def named_types(schema: Mapping) -> Iterable[str]:
     """The JSON types that the schema itself names: all where it names none."""
-    kinds = keyword(schema, "type")
-    return JSON_TYPES if kinds is None else [kinds] if is_text(kinds) else kinds
+    types = keyword(schema, "type")
+    return JSON_TYPES if types is None else [types] if is_text(types) else types
 
 
 def schema_object(schema) -> Mapping:
@@ -96,10 +81,10 @@ def schema_object(schema) -> Mapping:
 
 def choices_of(schema: Mapping, root: Mapping) -> list[list]:
     """Lists of schemas; a value of this schema must also fit one schema of each list. $refs are in `root`."""
-    found = [[member] for member in keyword(schema, "allOf") or ()]
-    if place := keyword(schema, "$ref"):
-        found.append([referred(place, root)])
-    return found + [choices for name in ("anyOf", "oneOf") if (choices := keyword(schema, name))]
+    choices_of_all = [[member] for member in keyword(schema, "allOf") or ()]
+    if pointer := keyword(schema, "$ref"):
+        choices_of_all.append([referred(pointer, root)])
+    return choices_of_all + [choices for name in ("anyOf", "oneOf") if (choices := keyword(schema, name))]
 
 
 def listed_values(schema: Mapping) -> list | None:
@@ -114,18 +99,18 @@ def spend(steps: Iterator, count: int):
 def types_of(schema, root: Mapping, steps: Iterator) -> set[str]:
     """The JSON types that values of a schema have: all where it does not say, or no `steps` are left. Each
     schema on the way uses up one: a schema from anywhere must not cost much."""
-    found = set(JSON_TYPES)
+    types = set(JSON_TYPES)
     if next(steps, None) is None:
-        return found
+        return types
     schema = schema_object(schema)
-    kinds = set(named_types(schema))
-    found &= kinds | ({"integer"} if "number" in kinds else set())
+    own_types = set(named_types(schema))
+    types &= own_types | ({"integer"} if "number" in own_types else set())
     if (values := listed_values(schema)) is not None:
         examples = {type(value): value for value in values[:64]}.values()
-        found &= {name for name, fits_it in JSON_TYPES.items() if any(map(fits_it, examples))}
+        types &= {name for name, is_of_type in JSON_TYPES.items() if any(map(is_of_type, examples))}
     for choices in choices_of(schema, root):
-        found &= set().union(*(types_of(each, root, steps) for each in choices))
-    return found
+        types &= set().union(*(types_of(choice, root, steps) for choice in choices))
+    return types
 
 
 def objects_of(schema, root: Mapping, steps: Iterator) -> list[dict]:
@@ -138,15 +123,15 @@ def objects_of(schema, root: Mapping, steps: Iterator) -> list[dict]:
         return []
     said = {"properties": keyword(schema, "properties"), "required": keyword(schema, "required"),
             "additionalProperties": schema.get("additionalProperties")}
-    found = [{name: value for name, value in said.items() if value is not None}]
+    forms = [{name: value for name, value in said.items() if value is not None}]
     spend(steps, (len(said["properties"] or ()) + len(said["required"] or ())) // 100)
     for choices in choices_of(schema, root):
-        more = [each for choice in choices for each in objects_of(choice, root, steps)]
-        found = [both_objects(*pair) for pair in itertools.islice(itertools.product(found, more), 65)]
-        for form in found[1:]:
+        more = [form for choice in choices for form in objects_of(choice, root, steps)]
+        forms = [both_objects(*pair) for pair in itertools.islice(itertools.product(forms, more), 65)]
+        for form in forms[1:]:
             if next(steps, None) is None or len(form["properties"]) > 64:
                 raise LookupError("they have too many forms")
-    return found
+    return forms
 
 
 def both_objects(first: Mapping, second: Mapping) -> dict:
@@ -163,9 +148,9 @@ def parameter_types(tool: dict, steps: Iterator = itertools.repeat(0)) -> dict[s
     not say them, or no `steps` (see types_of) are left."""
     parameters, types = tool["function"].get("parameters") or {}, {}
     with suppress(ValueError, LookupError):
-        for each in objects_of(parameters, parameters, itertools.islice(steps, 64)):
-            others = {"": each["additionalProperties"]} if each.get("additionalProperties") else {}
-            for name, schema in {**(each.get("properties") or {}), **others}.items():
+        for form in objects_of(parameters, parameters, itertools.islice(steps, 64)):
+            others = {"": form["additionalProperties"]} if form.get("additionalProperties") else {}
+            for name, schema in {**(form.get("properties") or {}), **others}.items():
                 if len(name) > LIMITS.parameter_characters:
                     continue
                 known = types.setdefault(name, set())
@@ -200,13 +185,14 @@ def text_terminal(schema, root: Mapping, steps: Iterator) -> str:
     schema = schema_object(schema)
     if "string" not in named_types(schema):
         return ""
-    allowed = [[text_terminal(each, root, steps) for each in choices] for choices in choices_of(schema, root)]
+    allowed = [[text_terminal(choice, root, steps) for choice in choices]
+               for choices in choices_of(schema, root)]
     if (values := listed_values(schema)) is not None:
         allowed.append([as_json(value) for value in values if is_text(value)])
         spend(steps, len(values) // 100)
-    least, most = keyword(schema, "minLength"), keyword(schema, "maxLength")
-    if least is not None or most is not None:
-        allowed.append(["/(?s:.{%d,%s})/" % (least or 0, "" if most is None else int(most))])
+    shortest, most = keyword(schema, "minLength"), keyword(schema, "maxLength")
+    if shortest is not None or most is not None:
+        allowed.append(["/(?s:.{%d,%s})/" % (shortest or 0, "" if most is None else int(most))])
     if pattern := in_slashes(keyword(schema, "pattern") or ""):  # is found anywhere in the text
         spend(steps, len(pattern) // 1000)
         if not (end := re.search(r"(?<!\\)(?:\\\\)*(\$?)\Z", pattern)):
@@ -214,77 +200,78 @@ def text_terminal(schema, root: Mapping, steps: Iterator) -> str:
         first, last = "^" * (pattern[0] == "^"), end[1]
         inside = pattern.removeprefix(first).removesuffix(last) if "|" not in pattern else pattern
         allowed.append([f"/{'' if first else '(?s:.*)'}(?:{inside}){'' if last else '(?s:.*)'}/"])
-    if (kind := keyword(schema, "format")) is not None:
-        if kind not in STRING_FORMATS:
-            raise ValueError(f"unknown format: {shown(kind)}")
-        allowed.append([f"/{in_slashes(STRING_FORMATS[kind])}/"])
-    choices = [" | ".join(filter(None, each)) for each in allowed]
-    return f"({' & '.join(f'({each})' for each in choices) or '/(?s:.*)/'})" if all(choices) else ""
+    if (name := keyword(schema, "format")) is not None:
+        if name not in STRING_FORMATS:
+            raise ValueError(f"unknown format: {shown(name)}")
+        allowed.append([f"/{in_slashes(STRING_FORMATS[name])}/"])
+    choices = [" | ".join(filter(None, terminals)) for terminals in allowed]
+    return f"({' & '.join(f'({choice})' for choice in choices) or '/(?s:.*)/'})" if all(choices) else ""
 
 
-def value_rules(place: str, schema, root: Mapping, sign: str, ends: Seq[str]) -> Iterator[tuple[str, ...]]:
+def value_rules(rule: str, schema, root: Mapping, sign: str, ends: Seq[str]) -> Iterator[tuple[str, ...]]:
     """A rule's name and its lines for the strings, and for the other values, of this schema; `sign` ends a
     value, and a string has none of `ends`."""
-    kinds = types_of(schema, root, iter(range(64)))
-    kinds = kinds if len(kinds) < len(JSON_TYPES) else {"string"}
-    if "string" in kinds and (text := text_terminal(schema, root, iter(range(64)))):
+    types = types_of(schema, root, iter(range(64)))
+    types = types if len(types) < len(JSON_TYPES) else {"string"}
+    if "string" in types and (text := text_terminal(schema, root, iter(range(64)))):
         refused = "|".join(in_slashes(re.escape(end)) for end in ends)
-        yield (f"{place}t", f"{place}t[suffix={sign}]: {place.upper()}",
-               f"{place.upper()}: {text} & ~/(?s:.*)({refused})(?s:.*)/")
-    if kinds := sorted(kinds - {"string"}):
-        schema = {"type": kinds, "allOf": [schema], "x-guidance": JSON_STYLE}
+        yield (f"{rule}t", f"{rule}t[suffix={sign}]: {rule.upper()}",
+               f"{rule.upper()}: {text} & ~/(?s:.*)({refused})(?s:.*)/")
+    if others := sorted(types - {"string"}):
+        schema = {"type": others, "allOf": [schema], "x-guidance": JSON_STYLE}
         said = schema_json(schema)
         if '"$ref"' in said:
             moved = schema_json({**schema, "$defs": {"_": root}})
             said = moved.replace('"$ref": "#', '"$ref": "#/$defs/_')
-        yield place, f"{place}: {place}_value {sign}", f"{place}_value: %json {said}"
+        yield rule, f"{rule}: {rule}_value {sign}", f"{rule}_value: %json {said}"
 
 
-def tag_rules(rule: str, root: Mapping, tool_format: str) -> Iterator[str]:
+def tag_rules(rule: str, root: Mapping, call_format: CallFormat) -> Iterator[str]:
     """Lines of a grammar in which `rule` is the arguments of a function with these parameters."""
-    _, start, end, _ = TAGGED_ARGUMENTS[tool_format]
+    assert call_format.tags
+    start, end, loose_lines = call_format.tags
     marker, choices = A_MARKER.match(end), []
     end, after = (marker[0], end[marker.end():]) if marker else (end, "")
-    sign, ends = tag_text(end, ""), (end.strip(), CALLS[tool_format][1])
+    sign, ends = as_rule(end), (end.strip(), call_format.marks[1])
     allowed_name = rf"(?!\s)[^<>\n]{{1,{LIMITS.parameter_characters}}}(?<!\s)"
-    head, middle, tail = (tag_text(text, tool_format) for text in (*start.split("{}"), after))
+    head, middle, tail = (as_rule(text, loose_lines) for text in (*start.split("{name}"), after))
     for parameters in objects_of(root, root, iter(range(64))):
         required, wanted = dict.fromkeys(parameters.get("required", ()), {}), []
         known = {**required, **parameters.get("properties", {})}
         more = parameters.get("additionalProperties", False)
         for name, schema in [*known.items(), *[(None, more)] * (more is not False)]:
-            each = f"{rule}_{len(choices)}_{len(wanted)}"
+            parameter = f"{rule}_{len(choices)}_{len(wanted)}"
             if name is None:
                 others = "|".join(in_slashes(re.escape(name)) for name in known)
                 most = LIMITS.parameter_characters - 2
-                yield rf"{each.upper()}_NAME: /[^<>\s]([^<>\n]{{0,{most}}}[^<>\s])?/ & ~/({others})/"
+                yield rf"{parameter.upper()}_NAME: /[^<>\s]([^<>\n]{{0,{most}}}[^<>\s])?/ & ~/({others})/"
             elif not re.fullmatch(allowed_name, name):
                 raise unusable_schema(
                     f"this model's calls cannot have a parameter {shown(name)}; a name has 1 to "
                     f"{LIMITS.parameter_characters} characters, no <, > or line break, no space at its ends",
                     "tools")
-            written, often = (f"{each.upper()}_NAME", "*") if name is None else (
+            written, often = (f"{parameter.upper()}_NAME", "*") if name is None else (
                 as_json(name), "?" * (name not in required))
-            wanted.append(each + often)
+            wanted.append(parameter + often)
             values = []
-            for value, *lines in value_rules(f"{each}v", schema, root, sign, ends):
+            for value, *lines in value_rules(f"{parameter}v", schema, root, sign, ends):
                 values.append(value)
                 yield from lines
             if not values:
                 raise ValueError(f"no value fits {shown(name)}")
-            yield f"{each}: {head} {written} {middle} ({' | '.join(values)}) {tail}"
+            yield f"{parameter}: {head} {written} {middle} ({' | '.join(values)}) {tail}"
         choices.append(" ".join(wanted) or json.dumps(""))
     if not choices:
         raise ValueError("no object fits them")
     yield f"{rule}: {' | '.join(choices)}"
 
 
-def tag_grammar(start: str, functions: Seq[dict], tool_format: str) -> str:
-    """The same as schema_grammar for TAGGED_ARGUMENTS."""
+def tag_grammar(start: str, functions: Seq[Mapping], call_format: CallFormat) -> str:
+    """The same as schema_grammar for arguments in tags."""
     lines, characters = [start], 0
     try:
         for index, function in enumerate(functions):
-            for line in tag_rules(f"arguments{index}", function.get("parameters") or {}, tool_format):
+            for line in tag_rules(f"arguments{index}", function.get("parameters") or {}, call_format):
                 lines.append(line)
                 characters += len(line)
                 if characters > LIMITS.grammar_characters:  # a $ref repeats all parameters
@@ -305,32 +292,27 @@ def arguments_schema(function: Mapping) -> dict:
 
 def tool_grammar(tools: Seq[dict], tool_format: str, parallel: bool) -> str:
     """A grammar that allows only calls of the tools: one, or with `parallel` any number."""
-    functions, start = [tool["function"] for tool in tools], CALL_GRAMMARS[tool_format]
-    if not parallel:
-        start = re.sub(r' \(("[^"]*") (call|object)\)\*|(?<=call)\+', "", start)
+    functions, call_format = [tool["function"] for tool in tools], CALL_FORMATS[tool_format]
+    as_part = functools.partial(as_rule, loose_lines=bool(call_format.tags and call_format.tags.loose_lines))
+    before, of_one, after = re.split(r"(?s)(\{(?:name|quoted)\}.*\{arguments\})", call_format.call)
+    of_any = " | ".join(as_part(
+        of_one, name=literal(function["name"]), quoted=literal(as_json(function["name"])), digit="/[0-9]/",
+        arguments=f"arguments{index}") for index, function in enumerate(functions))
+    count = f"call ({as_rule(call_format.between)} call)*" if (
+        parallel and call_format.between is not None) else "call"
+    start = (f"start: {as_rule(call_format.calls, calls=count)}\n"
+             f"call: {as_part(before)} ({of_any}) {as_part(after)}")
+    if call_format.tags:
+        return tag_grammar(start, functions, call_format)
     # An $id of its own keeps "#" in a $ref pointing at the root of these parameters.
-    parameters = [{**arguments_schema(function), "$id": f"urn:tool:{index}"}
-                  for index, function in enumerate(functions)]
-    if tool_format in NAMED_CALLS:
-        calls = [NAMED_CALLS[tool_format].format(
-            name=as_json(function["name"])[1:-1], arguments=f"arguments{index}")
-            for index, function in enumerate(functions)]
-        start = start.replace("{calls}", " | ".join(calls))
-        if tool_format in TAGGED_ARGUMENTS:
-            return tag_grammar(start, functions, tool_format)
-        schemas = {f"arguments{index}": schema for index, schema in enumerate(parameters)}
-        return schema_grammar(schemas, "tools", start)
-    given = "parameters" if tool_format == "json" else "arguments"
-    calls = [{"type": "object", "required": ["name", given], "additionalProperties": False,
-              "properties": {"name": {"const": function["name"]}, given: schema}}
-             for function, schema in zip(functions, parameters)]
-    return json_grammar({"anyOf": calls}, "tools", start)
+    return schema_grammar({f"arguments{index}": {**arguments_schema(function), "$id": f"urn:tool:{index}"}
+                           for index, function in enumerate(functions)}, "tools", start)
 
 
 def call_grammar(function: Mapping, tool_format: str) -> str:
     """A grammar for the arguments of one call, and what ends them."""
-    start = 'start: (" " | "\\n")?'
-    if tool_format in TAGGED_ARGUMENTS:
-        end = tag_text(TAGGED_ARGUMENTS[tool_format][-1].strip() or CALLS[tool_format][1], tool_format)
-        return tag_grammar(f"{start} arguments0 {end}", [function], tool_format)
+    start, call_format = 'start: (" " | "\\n")?', CALL_FORMATS[tool_format]
+    if call_format.tags:
+        end = as_rule(call_format.around_arguments[1].strip() or call_format.marks[1])
+        return tag_grammar(f"{start} arguments0 {end}", [function], call_format)
     return json_grammar(arguments_schema(function), "tools", f"{start} object")

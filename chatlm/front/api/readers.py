@@ -15,7 +15,7 @@ from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import AnswerParams, Message, Request, SamplingParams
 from chatlm.common.messages.wire import as_plain_json
-from chatlm.common.text.formats import TAGGED_ARGUMENTS
+from chatlm.common.text.formats import CALL_FORMATS
 from chatlm.common.text.grammar import unusable_schema
 from chatlm.front.admission.prompts import checked_ids
 from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
@@ -105,7 +105,7 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
                        for function in functions)
         if sum(map(len, strict)) > 16 * LIMITS.grammar_characters:
             raise unusable_schema("the parameters of all strict functions are too long", param)
-    if tool_format in TAGGED_ARGUMENTS:
+    if tool_format and CALL_FORMATS[tool_format].tags:
         steps = iter(range(8192))  # of 11 us: a small schema can say much
         types = tuple(parameter_types(tool, steps) for tool in tools)
     if (size := len(as_plain_json((names, types)))) > LIMITS.tool_name_bytes:

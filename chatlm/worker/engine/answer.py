@@ -123,7 +123,7 @@ class Answer:
         self.reader.push(text)
         self.reasoning_tokens += thinking or self.reader.thinking
         if self.grammar and self.call_grammars:
-            self.reader.called = None  # its own call
+            self.reader.deltas.begun_call = None  # its own call
             if self.grammar.complete:
                 self.grammar = None
         return self._add_read()
@@ -131,13 +131,13 @@ class Answer:
     @property
     def awaits_grammar(self) -> bool:
         """Has a call begun whose arguments must match a grammar?"""
-        called = self.reader.called if self.call_grammars and self.reader else None
-        return bool(called and called[0] in self.call_grammars)
+        begun = self.reader.deltas.begun_call if self.call_grammars and self.reader else None
+        return bool(begun and begun.name in self.call_grammars)
 
     def hold_call(self):
         """Hold the arguments that begin to their grammar, unless one token began the call and broke it."""
-        assert self.reader and self.reader.called and self.compiled
-        (name, read), self.reader.called = self.reader.called, None
+        assert self.reader and self.reader.deltas.begun_call and self.compiled
+        (_, read, name), self.reader.deltas.begun_call = self.reader.deltas.begun_call, None
         grammar = self.compiled(self.call_grammars[name])
         if grammar.feed_text(read):
             self.grammar = grammar

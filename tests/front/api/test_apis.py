@@ -26,8 +26,9 @@ from chatlm.common.errors import EngineFailure, RequestError
 from chatlm.common.messages.protocol import Known, ParsedBody
 from chatlm.common.messages.requests import Delta, Message, PromptProgress, Request
 from chatlm.common.messages.wire import as_plain_json, restorer
-from chatlm.common.text.formats import MARKS, with_generic_tools, with_markers
+from chatlm.common.text.formats import MARKS, with_markers
 from chatlm.common.text.grammar import check_grammar
+from chatlm.common.text.history import with_generic_tools
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.reader import answer_reader
 from chatlm.front.api.conversation import openai_messages

@@ -1,0 +1,130 @@
+"""Conversations as chat templates take them: how earlier calls and their results look to the model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from functools import partial
+
+from chatlm.common.messages.requests import Message
+
+
+GENERIC_TOOLS = """You can call functions. Each line here describes one of them:
+{}
+
+To call a function, write
+<tool_call>
+{{"name": "the function", "arguments": {{...}}}}
+</tool_call>
+You then get what it returns in <tool_response>. Where no function helps, answer in words."""
+
+
+def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: bool = True) -> list[Message]:
+    """A conversation for a template that knows no tools: the system message describes them (the first
+    message, if the model has no system role), and calls and what they return are text in tags."""
+    turns: list[Message] = []
+    for message in messages:
+        role, content, more = message.role, message.content, {**(message.more or {})}
+        for call in more.pop("tool_calls", ()):
+            call = json.dumps(call["function"], ensure_ascii=False)
+            content += ("\n" if content else "") + f"<tool_call>\n{call}\n</tool_call>"
+        if role == "tool":
+            role, content, more = "user", f"<tool_response>\n{content}\n</tool_response>", {}
+        if role == "user" and turns and turns[-1].role == "user" and turns[-1].content.endswith("response>"):
+            content = turns.pop().content + "\n" + content  # many templates want roles to alternate
+        turns.append(Message(role, content, more or None))
+    if tools:
+        prompt = GENERIC_TOOLS.format("\n".join(
+            json.dumps(tool["function"], ensure_ascii=False) for tool in tools))
+        if turns[0].role == "system":
+            turns[0] = replace(turns[0], content=f"{turns[0].content}\n\n{prompt}".strip())
+        elif has_system:
+            turns.insert(0, Message("system", prompt))
+        else:
+            turns[0] = replace(turns[0], content=f"{prompt}\n\n{turns[0].content}".strip())
+    return turns
+
+
+def single_calls(dialogue: list[dict]) -> list[dict]:
+    """The same conversation with one call in each message of the assistant, followed by its result."""
+    results = {message["tool_call_id"]: message for message in dialogue if message.get("tool_call_id")}
+    split, placed = [], set()
+    for message in dialogue:
+        calls = message.get("tool_calls", ())
+        if len(calls) < 2 and id(message) not in placed:
+            split.append(message)
+        for call in calls if len(calls) > 1 else ():
+            split.append({**(message if call is calls[0] else {"role": "assistant", "content": ""}),
+                          "tool_calls": [call]})
+            if result := results.get(call.get("id")):
+                split.append(result)
+                placed.add(id(result))
+    return split
+
+
+def calls_in(dialogue: list[dict]) -> itertools.chain[dict]:
+    return itertools.chain.from_iterable(message.get("tool_calls", ()) for message in dialogue)
+
+
+def nine_character_ids(dialogue: list[dict]):
+    """Ids of calls as Mistral's templates accept them."""
+    for holder, key in (*((message, "tool_call_id") for message in dialogue),
+                        *((call, "id") for call in calls_in(dialogue))):
+        holder[key] = re.sub("[^A-Za-z0-9]", "", holder.get(key) or "")[-9:].rjust(9, "0")
+
+
+# What a row of CALL_FORMATS does with a conversation: changes it in place. `mark` is text that no client can
+# type, to find a place again in the rendered template.
+
+
+def counted_ids(dialogue: list[dict], mark: str):
+    """Kimi's ids of calls name the function and count the calls."""
+    ids, numbers = {}, itertools.count()
+    for call in calls_in(dialogue):
+        old = call.get("id")
+        call["id"] = ids[old] = f"functions.{call['function']['name']}:{next(numbers)}"
+    for message in dialogue:
+        if (old := message.get("tool_call_id")) in ids:
+            message["tool_call_id"] = ids[old]
+
+
+def arguments_as_text(dialogue: list[dict], mark: str):
+    """DeepSeek's templates add the arguments of a call to text, and ask whether there is any content."""
+    for message in dialogue:
+        if message.get("tool_calls"):
+            message["content"] = message["content"] or None
+    for call in calls_in(dialogue):
+        if not isinstance(call["function"]["arguments"], str):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+
+
+def harmony_marks(mark: str) -> tuple[str, str]:
+    """What encloses text before a call, put before the function's name, and the result of a call."""
+    return mark + "\ue002", mark + "\ue003"
+
+
+def marked_for_harmony(dialogue: list[dict], mark: str):
+    """Mark what gpt-oss's template would lose or quote, for as_harmony to mend."""
+    preamble, result = harmony_marks(mark)
+    for message in dialogue:
+        if message["role"] == "tool":
+            message["content"] = result + message["content"] + result
+        elif message["content"] and message.get("tool_calls"):
+            function = message["tool_calls"][0]["function"]
+            function["name"] = preamble + message["content"] + preamble + function["name"]
+            message["content"] = ""  # its template takes reasoning or content
+
+
+def as_harmony(text: str, mark: str) -> str:
+    """Mend where gpt-oss's template writes a conversation otherwise than OpenAI's renderer: results of calls
+    in quotes, text before a call as reasoning or not at all, blank lines after instructions."""
+    (preamble, result), resolve = harmony_marks(mark), partial(re.sub, flags=re.DOTALL)
+    text = resolve(f'"{result}(.*?){result}"', lambda quoted: json.loads(f'"{quoted[1]}"'), text)
+    text = resolve(rf"(<\|start\|>assistant(?:(?!<\|start\|>).)*?){preamble}(.*?){preamble}",
+                   r"<|start|>assistant<|channel|>commentary<|message|>\2<|end|>\1", text)
+    text = resolve(f"{preamble}.*?{preamble}|{result}", "", text)
+    return resolve(r"(<\|start\|>developer<\|message\|>(?:(?!<\|end\|>).)*?)\n\n<\|end\|>", r"\1<|end|>",
+                   text)

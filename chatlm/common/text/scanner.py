@@ -1,0 +1,131 @@
+"""An answer's text as it arrives, and what has been read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING
+
+from chatlm.common.messages.requests import Delta
+from chatlm.common.text.formats import A_MARK, A_MARKER, MARKERS, MARKS
+
+if TYPE_CHECKING:
+    from chatlm.common.text.tokenizer import Tokenizer
+
+
+class Scanner:
+    """The text of an answer that is not read yet.
+
+    Readers are generators over it that yield where they need more text, once also where the answer is over
+    and they have nothing left to do. Where a marker is a token of the vocabulary, its mark stands for it (see
+    MARKS)."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.markers = tokenizer, tokenizer.markers
+        self.held = ""                # text not read yet
+        self.closing = ""             # what the answer lacks here if it ends
+        self.over = self.cut = False  # no more text comes; cut: there was no room for more
+
+    def finish(self, cut: bool):
+        """No more text comes. What is open is closed, or dropped if the answer was cut."""
+        self.over, self.cut = True, cut
+        if self.closing:
+            self.held = "" if cut else self.held + self.closing
+
+    def sign(self, marker: str) -> str:
+        """How a marker looks in the text."""
+        return MARKS[marker] if marker in self.markers else marker
+
+    def signs(self, text: str) -> str:
+        """How text with markers looks."""
+        return A_MARKER.sub(lambda marker: self.sign(marker[0]), text)
+
+    def spelled(self, text: str) -> str:
+        """Text in which markers turned out to mark nothing: special tokens have no text."""
+        return A_MARK.sub(
+            lambda mark: self.tokenizer.token_bytes(self.markers[MARKERS[mark[0]]]).decode(), text)
+
+    def take(self, length: int) -> str:
+        """The next `length` characters, which are read now."""
+        text, self.held = self.spelled(self.held[:length]), self.held[length:]
+        return text
+
+    def until(self, write: Callable[[str], None], *signs: str,
+              dropped: tuple[str, ...] = ()) -> Generator[None, None, str]:
+        """Write text up to the first of these signs; removes and returns the sign. Where an answer ends
+        before, its last text may be the beginning of one of `dropped`: this is not written if it was cut."""
+        while True:
+            if found := [(place, sign) for sign in signs if (place := self.held.find(sign)) >= 0]:
+                place, sign = min(found)
+                write(self.take(place))
+                self.held = self.held[len(sign):]
+                return sign
+            # what is held may end with the beginning of a sign
+            write(self.take(len(self.held) - max((n for sign in signs for n in range(1, len(sign))
+                                                  if self.held.endswith(sign[:n])), default=0)))
+            if self.over and not (self.cut and any(sign.startswith(self.held) for sign in dropped)):
+                write(self.take(len(self.held)))
+            yield
+
+
+def skip(text: str):
+    """What `until` writes of text that nobody needs."""
+
+
+class Deltas:
+    """What has been read of an answer, in order.
+
+    White space around reasoning and before the content after it is left out; a blank line separates two parts
+    of one kind, unless a call does."""
+
+    def __init__(self):
+        self.unread: list[Delta] = []
+        self.part = "text"        # reasoning or text: what is being written
+        self.kinds: list[str] = []  # all so far, the latest last
+        self.space = ""           # comes before more text, if there is more
+        self.stripping = False    # is white space dropped until this part has text?
+        # the latest call whose arguments begin, or will with the next token, with what has arrived of them;
+        # until somebody removes it
+        self.begun_call: Delta | None = None
+
+    def begin(self, part: str):
+        """Another part begins."""
+        self.part, self.stripping = part, True
+        self.space = "\n\n" if part in self.kinds and self.kinds[-1] != "call" else ""
+
+    def write(self, text: str):
+        """More of this part."""
+        text = text.lstrip() if self.stripping else text
+        if not text:
+            return
+        text, self.space, self.stripping = self.space + text, "", False
+        if self.part == "reasoning":
+            self.space = text[len(text.rstrip()):]
+            text = text.rstrip()
+        self._add(self.part, text)
+
+    def begin_call(self, name: str, text: str):
+        """A call begins, and its arguments with this text, which is not read yet."""
+        self.arguments("", name)
+        self.begun_call = Delta("call", text, name)
+
+    def arguments(self, text: str, name: str = ""):
+        """More of the arguments of the last call, as JSON text; or with a name another call."""
+        self._add("call", text, name)
+
+    def _add(self, kind: str, text: str, name: str = ""):
+        if not text and not name:
+            return
+        self.kinds = [other for other in self.kinds if other != kind] + [kind]
+        if not name and self.unread and self.unread[-1].kind == kind:
+            last = self.unread.pop()
+            text, name = last.text + text, last.name
+        self.unread.append(Delta(kind, text, name))
+
+    def take(self) -> list[Delta]:
+        """What is new since the last time."""
+        unread, self.unread = self.unread, []
+        return unread
+
+    def forget(self):
+        """What was read so far belongs to the prompt."""
+        self.unread, self.kinds, self.space = [], [], ""
