@@ -230,7 +230,8 @@ async def test_a_text_route_with_a_body_of_millions_of_items_is_refused(open_poo
         for route, body in (("/tokenize", {"content": [1] * 5_000_000}), ("/detokenize", {"tokens": [1] * 5_000_000}),
                             ("/v1/completions", {"prompt": ["a"] * 3_000_000})):
             async with client.post(url + route, json=body) as response:
-                assert response.status == 400 and "at most" in await response.text()
+                text = await response.text()        # a slow processor is over its time before all items are counted
+                assert response.status == 400 and ("at most" in text or "too complex" in text)
 
 
 def junk(**more):
