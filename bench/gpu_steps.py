@@ -256,11 +256,12 @@ def memory(arguments):
             worker = real_server.get(url + "/stats")["workers"][0]
             assert text_of(read_events(asked(url, QUESTIONS[0], 8)))
             note(f"utilization {share}: {json.dumps({name: worker[name] for name in worker if 'memory' in name or 'page' in name})}")
-    done = subprocess.run([sys.executable, ROOT / "chat_server.py", "generate", "--prompt", "x", "--device-type", arguments.device, "--kv-cache-memory", "4000G"],
+    cache = "4000G" if arguments.device == "cuda" else "1K"     # the CPU's memory is handed out when it is used
+    done = subprocess.run([sys.executable, ROOT / "chat_server.py", "generate", "--prompt", "x", "--device-type", arguments.device, "--kv-cache-memory", cache],
                           capture_output=True, text=True, timeout=120)
     said = done.stderr.strip().splitlines()
-    assert done.returncode and said and "Traceback" not in done.stderr, f"too large a cache: status {done.returncode}\n{done.stderr[-1500:]}"
-    note(f"too large a cache: {said[-1][:200]}")
+    assert done.returncode and said and "Traceback" not in done.stderr, f"a cache of {cache}: status {done.returncode}\n{done.stderr[-1500:]}"
+    note(f"a cache of {cache}: {said[-1][:200]}")
 
 
 # ---- speed --------------------------------------------------------------------------------------------------------
@@ -285,7 +286,7 @@ def load(arguments):
     with real_server.server(*model_for_speed(arguments), *flags_of(arguments)) as (_, url):
         subprocess.run([sys.executable, ROOT / "bench" / "load.py", f"ours={url}", "--only", "interactive,batch", "--json", path, *sizes], check=True)
     for row in json.loads(path.read_text()):
-        guide = {"interactive": "37 in the guide's table (its machine)", "batch": "875 in the guide's table (its machine)"}[row["load"]]
+        guide = f"{'875' if row['load'].startswith('batch') else '37'} in the guide's table (its machine)"
         figure(f"{row['load']}: tok/s", row["figures"]["tok/s total"], "tok/s", guide)
         figure(f"{row['load']}: TTFT p50", row["figures"]["TTFT p50, ms"], "ms")
 
