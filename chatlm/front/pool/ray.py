@@ -114,7 +114,8 @@ class RayNodes:
         self.settings, self.command = settings, command
         self.workers: list[Worker] = []
         self.shares: dict[Worker, NodeShare] = {}
-        self.numbers, self.nodes = itertools.count(), []
+        self.numbers = itertools.count()
+        self.nodes: Seq[Node] | None = None  # None: Ray has not listed them yet
         self.writer: asyncio.StreamWriter | None = None  # to the Ray process
         self.problem, self.heard_s = "", 0.0  # when it last listed the nodes
 
@@ -142,7 +143,7 @@ class RayNodes:
         return getattr(worker.process, "reason", "")
 
     def stats(self) -> dict:
-        return {"ray": {"state": self.state, "nodes": [node.name for node in self.nodes]}}
+        return {"ray": {"state": self.state, "nodes": [node.name for node in self.nodes or ()]}}
 
     @property
     def state(self) -> str:
@@ -189,7 +190,7 @@ class RayNodes:
                 self.problem, self.heard_s = "", time.monotonic()
                 if nodes != self.nodes:
                     self.nodes = nodes
-                    self._match_nodes(supervisor)
+                    self._match_nodes(nodes, supervisor)
             case ActorAddress(name):
                 if name in actors and not actors[name].address.done():
                     actors[name].address.set_result(message)
@@ -206,9 +207,9 @@ class RayNodes:
             case _:
                 raise BadMessage(f"unexpected message from Ray's process: {type(message).__name__}")
 
-    def _match_nodes(self, supervisor: Supervisor):
+    def _match_nodes(self, nodes: Seq[Node], supervisor: Supervisor):
         """Give each new share of a node a worker, and forget the workers of nodes that are gone."""
-        alive = {node.id for node in self.nodes}
+        alive = {node.id for node in nodes}
         for worker, share in list(self.shares.items()):
             if share.node.id not in alive:
                 self.workers.remove(worker)
@@ -216,7 +217,7 @@ class RayNodes:
                 if isinstance(worker.process, RayActor):
                     worker.process.ended("its node is gone")
         taken = Counter(share.node.id for share in self.shares.values())
-        wanted, shares = node_shares(self.settings, self.nodes)
+        wanted, shares = node_shares(self.settings, nodes)
         for share in shares:
             if len(self.workers) == wanted:
                 break

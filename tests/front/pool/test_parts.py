@@ -178,6 +178,8 @@ async def test_workers_on_ray_follow_the_nodes_and_an_actor_that_nobody_awaits_i
     placement, sent, tasks = RayNodes(Settings(ray_address="auto", num_workers=0, device_type="cpu"), ()), [], []
     placement.tell = sent.append
     supervisor = SimpleNamespace(run=lambda what, work: tasks.append(what), keep_alive=print, progress=lambda stage, fraction: tasks.append(stage))
+    placement._handle(Nodes([]), supervisor)
+    assert tasks.pop() == "waiting for a node of Ray's cluster" and placement.stats()["ray"]["nodes"] == []
     placement._handle(Nodes([Node("a", "host of a", 4.0, 0), Node("b", "host of b", 2.0, 0)]), supervisor)
     first, second = placement.workers
     assert (first.node, second.node) == ("host of a", "host of b")
