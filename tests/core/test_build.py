@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = """#!/bin/sh
 out=; for each; do [ "$before" = -o ] && out=$each; before=$each; done
@@ -18,14 +20,27 @@ def script(path, text):
     return str(path)
 
 
-def test_an_nvcc_that_fails_costs_the_cuda_half_alone(tmp_path):
+def build(tmp_path, nvcc, **variables):
+    """What came of setup.py's build_ext with these variables, a compiler that writes down its calls, and `nvcc`, a shell script."""
     compiler = script(tmp_path / "g++", COMPILER)
     (tmp_path / "bin").mkdir()
-    script(tmp_path / "bin" / "nvcc", "#!/bin/sh\necho unsupported GNU version >&2\nexit 1\n")
-    found = {**os.environ, "CXX": compiler, "LDSHARED": compiler, "LDCXXSHARED": compiler, "LOG": str(tmp_path / "log"),
-             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path / "objects"), "--build-lib", str(tmp_path / "lib")],
-                          cwd=ROOT, env=found, capture_output=True, text=True, timeout=100)
+    script(tmp_path / "bin" / "nvcc", nvcc)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DECODE_CORE_")}
+    environment |= {"CXX": compiler, "LDSHARED": compiler, "LDCXXSHARED": compiler, "LOG": str(tmp_path / "log"),
+                    "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables}
+    return subprocess.run([sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path / "objects"), "--build-lib", str(tmp_path / "lib")],
+                          cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize("quick", (False, True))
+def test_only_where_a_quick_check_is_asked_for_is_cuda_compiled_for_one_gpu_and_hardly_optimized(tmp_path, quick):
+    assert build(tmp_path, COMPILER, **({"DECODE_CORE_QUICK": "1"} if quick else {})).returncode == 0
+    calls = [line for line in (tmp_path / "log").read_text().splitlines() if "/nvcc " in line and ".cu " in line]
+    assert calls and all(("-Ofc=max" in call) == quick and ("sm_80" in call) != quick and "sm_90" in call for call in calls)
+
+
+def test_an_nvcc_that_fails_costs_the_cuda_half_alone(tmp_path):
+    done = build(tmp_path, "#!/bin/sh\necho unsupported GNU version >&2\nexit 1\n")
     assert done.returncode == 0 and "decode_core's CUDA half was not compiled" in done.stderr, done.stderr
     *_, linked = (tmp_path / "log").read_text().splitlines()
     objects = [part for part in linked.split() if part.endswith(".o")]
