@@ -26,8 +26,9 @@ except ImportError:
     playwright = expect = None
 
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(not (CHROMIUM and playwright), reason="no chromium binary on PATH (Debian: apt install chromium)"
+# the headless shell is the same browser without its windows; it needs half the processor time
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(not (CHROMIUM and playwright), reason="no chromium on PATH (Debian: apt install chromium-headless-shell)"
                                    if playwright else "the page is tested with playwright")
 SLOW_MS = 30_000            # a real model on a busy machine
 

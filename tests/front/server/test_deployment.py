@@ -19,7 +19,7 @@ from real_server import free_port
 
 DEPLOYMENT = (Path(chat_server.__file__).parent / "docs" / "deployment.md").read_text(encoding="utf-8")
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"))), None)
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="no nginx (Debian: apt install nginx-light)")
 
 
@@ -89,7 +89,7 @@ async def test_behind_nginx_the_server_s_own_pages_may_post_and_others_may_not(t
 
 
 @needs_nginx
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary on PATH (Debian: apt install chromium)")
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian: apt install chromium-headless-shell)")
 async def test_the_page_chats_through_nginx_under_a_name_of_its_own(tmp_path):
     playwright = pytest.importorskip("playwright.async_api")
     nginx = behind_nginx(tmp_path, FakePool(), allowed_host=("chat.test",))

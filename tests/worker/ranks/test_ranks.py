@@ -137,7 +137,7 @@ def kernels(monkeypatch):
     installed_core.cache_clear()
 
 
-CASES = [pytest.param(layout, names, id=f"{layout}-{kind}", marks=[] if (layout, kind) in (("tp2", "some"), ("tp2-pp2", "two")) else [pytest.mark.slow])
+CASES = [pytest.param(layout, names, id=f"{layout}-{kind}", marks=[] if (layout, kind) == ("tp2", "some") else [pytest.mark.slow])
          for layout in LAYOUTS for kind, names in (("two", ("gpt-oss", "gen5")), ("some", EACH_TIME), ("all", (*MODELS, *GENERATIONS)))
          if kind == "all" or (layout, kind) in (("tp2", "some"), ("tp2-pp2", "two"))]
 
