@@ -20,6 +20,41 @@ const MOST_CODE = 6000;           // highlighted together at most, if the state 
 const MOST_NESTED = 60;           // elements inside each other; thousands crash the tab, and again whenever the chat is opened
 const MOST_TEX = 5000;            // characters of a formula
 
+// How code, formulas and the cells of tables look, here and in an exported page, which has no other style sheet of the page.
+// KaTeX says left and right of a table's lines at its top and bottom, and the other way round.
+const DRAWN_STYLE = `
+.hljs-keyword, .hljs-literal, .hljs-selector-tag, .hljs-type, .hljs-tag .hljs-name { color: var(--keyword); }
+.hljs-string, .hljs-regexp, .hljs-addition, .hljs-template-tag { color: var(--string); }
+.hljs-number, .hljs-symbol, .hljs-bullet, .hljs-attr, .hljs-meta { color: var(--number); }
+.hljs-comment, .hljs-quote { color: var(--comment); font-style: italic; }
+.hljs-title, .hljs-section, .hljs-built_in, .hljs-variable.language_ { color: var(--title); }
+.hljs-deletion { color: var(--danger); }
+.part { display: block; }
+:is(th, td).right { text-align: right; }
+:is(th, td).center { text-align: center; }
+mtd.left { text-align: -webkit-left; }
+mtd.right { text-align: -webkit-right; }
+mtd.joined { padding-right: 0; }
+mtd.joined + mtd { padding-left: 0; }
+mtd.ruled { border-right: 1px solid; }
+mtr.ruled > mtd { border-bottom: 1px solid; }
+.mtr-glue, .mml-eqn-num, mtd[width="50%"] { display: none; }
+mtable[width="100%"] > mtr > mtd:last-child { padding-left: 2em; }
+.integral > :last-child { padding-left: .25em; }
+:is([display="block"], [displaystyle="true"]) .integral > :last-child { padding-left: .55em; }
+:is(mfrac, [displaystyle="false"]) .integral > :last-child { padding-left: .25em; }
+menclose[notation~="box"] { padding: .15em .3em; }
+menclose:is([notation~="box"], [notation~="left"]) { border-top: 1px solid; }
+menclose:is([notation~="box"], [notation~="right"]) { border-bottom: 1px solid; }
+menclose:is([notation~="box"], [notation~="top"]) { border-left: 1px solid; }
+menclose:is([notation~="box"], [notation~="bottom"]) { border-right: 1px solid; }
+menclose[notation~="updiagonalstrike"] { background: linear-gradient(to top left, #0000 48%, currentColor 48% 52%, #0000 52%); }
+menclose[notation~="downdiagonalstrike"] { background: linear-gradient(to top right, #0000 48%, currentColor 48% 52%, #0000 52%); }
+`;
+const drawnStyle = new CSSStyleSheet();
+drawnStyle.replaceSync(DRAWN_STYLE);
+document.adoptedStyleSheets.push(drawnStyle);
+
 function element(tag, properties = {}, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
   node.append(...children);
@@ -112,8 +147,36 @@ function mathNode(tex, display) {
 
 function newFormula(tex, display) {
   const html = typeof katex === "undefined" || tex.length > MOST_TEX ? "" : mathOf(tex, display);
-  return html && deepest(html) <= MOST_NESTED ? cleanFragment(html) : null;
+  return html && deepest(html) <= MOST_NESTED ? withClasses(cleanFragment(html)) : null;
 }
+
+const LINED = ["solid", "dashed"];
+
+// Browsers ignore most attributes of MathML tables, so classes say how cells are aligned, joined to the next and ruled off.
+function withClasses(formula) {
+  for (const table of formula.querySelectorAll("mtable")) {
+    const [aligns, spaces, lines, rowLines] = ["columnalign", "columnspacing", "columnlines", "rowlines"]
+      .map(name => table.getAttribute(name)?.split(" ") ?? []);
+    if (table.getAttribute("width") === "100%") table.setAttribute("displaystyle", "true");            // of a formula with a \tag
+    for (const [i, row] of [...table.children].entries()) {
+      row.classList.toggle("ruled", LINED.includes(rowLines[i]));
+      [...row.children].filter(cell => !cell.className).forEach((cell, i) => {                           // others stand for KaTeX's numbers
+        cell.classList.add(aligns[i] ?? "center");
+        cell.classList.toggle("joined", parseFloat(spaces[i] ?? spaces.at(-1)) === 0);
+        cell.classList.toggle("ruled", LINED.includes(lines[i]));
+      });
+    }
+  }
+  for (const integral of formula.querySelectorAll(":is(msup, msubsup) > mo:first-child")) {
+    if (/[∫∬∭∮∯∰]/.test(integral.textContent)) integral.parentElement.classList.add("integral");
+  }
+  return formula;
+}
+
+// What KaTeX leaves out of its MathML: tags of single lines.
+const LINES = /\\begin\{(?:align|alignat|gather|equation)\*?\}/;
+const TAGS = /\\tag(\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}/g;
+const tagged = tex => LINES.test(tex) ? tex.replace(TAGS, (_, star, text) => `\\qquad\\text{${star ? text : `(${text})`}}`) : tex;
 
 // Chromium sets n \log n as nlogn: a function's name gets its thin spaces here.
 const NAMED = "(?:<m(?:sub|sup|subsup|under|underover)><mrow>)?<mi[^>]*>[^<]{2,}</mi><mo>\u2061";
@@ -125,7 +188,7 @@ const spaced = html => html.replace(BEFORE_NAME, "$&<mspace width='0.17em'></msp
 function mathOf(tex, displayMode) {
   markdownWork.characters += tex.length;
   try {
-    return spaced(katex.renderToString(tex, {displayMode, output: "mathml", throwOnError: false, trust: false, strict: false,
+    return spaced(katex.renderToString(tagged(tex), {displayMode, output: "mathml", throwOnError: false, trust: false, strict: false,
       maxExpand: 200, maxSize: 20}));
   } catch (error) {
     return "";                    // nested too deeply for KaTeX itself

@@ -17,6 +17,7 @@ function render() {
   document.title = chat.title ? `${chat.title} - ${model.name || TEXT.chat}` : model.name ? `${model.name} - ${TEXT.chat}` : TEXT.chat;
   $("lamp").className = phase;
   const turns = renderTurns();
+  if (!hasEnd() && ($("log").childElementCount !== 1 || !$("log").contains(empty.node))) $("log").scrollTop = 0;
   syncChildren($("log"), [...(turns.length ? turns : [emptyPage()]), ...(state.notice ? [noticeOf(state.notice)] : [])]);
   renderChats();
   renderComposer(growing);
@@ -80,7 +81,7 @@ function emptyPage() {
   const {model, phase, loading} = state;
   const key = JSON.stringify([model.name, model.device, model.context, phase, loading, canAsk()]);
   if (empty.key === key) return empty.node;
-  const page = element("section", {className: "empty"}, element("h2", {textContent: model.name || TEXT.chat}));
+  const page = element("section", {className: "empty"}, element("h2", {textContent: TEXT.welcome}));
   page.append(element("p", {textContent: {ready: TEXT.running(model.device, model.context),
     loading: loadingText(loading)}[phase] ?? TEXT.looking}));
   if (/^SmolLM2-135M/.test(model.name)) page.append(element("p", {className: "notice"}, ...TEXT.demonstration(text => element("code", {textContent: text}))));
@@ -109,12 +110,14 @@ function announce(text) { $("announcer").textContent = text; }
 // The log scrolls along until the reader scrolls up, and again once they are back at the end.
 let lastTop = 0;
 
+// The empty page is read from its top.
+const hasEnd = () => state.path.length > 0 || state.notice !== "";
 const atEnd = slack => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight <= slack;
 
 function followEnd() {
   const log = $("log");
-  if (state.following) log.scrollTop = log.scrollHeight;
-  $("latest").hidden = state.following || atEnd(40);
+  if (state.following && hasEnd()) log.scrollTop = log.scrollHeight;
+  $("latest").hidden = state.following || !hasEnd() || atEnd(40);
 }
 
 function onScroll() {
@@ -123,7 +126,7 @@ function onScroll() {
   else if (top < lastTop - 1) state.following = false;
   lastTop = top;
   document.body.classList.toggle("scrolled", top > 2);
-  $("latest").hidden = state.following || atEnd(40);
+  $("latest").hidden = state.following || !hasEnd() || atEnd(40);
 }
 
 // list of chats -------------------------------------------------------------------------------------------------------
@@ -232,9 +235,11 @@ async function search(query) {
   announce(TEXT.found(state.found.size));
 }
 
+const withChats = () => document.documentElement.classList.contains("with-chats");
+
 // A column on wide screens, a drawer over the conversation on narrow ones.
 function showSidebar(shown) {
-  document.body.classList.toggle("with-chats", shown);
+  document.documentElement.classList.toggle("with-chats", shown);        // theme.js does so before the first picture
   $("chats-toggle").setAttribute("aria-expanded", shown);
   const drawer = shown && narrow.matches;
   for (const each of [document.querySelector("main"), document.querySelector("footer")]) each.inert = drawer;
@@ -243,7 +248,7 @@ function showSidebar(shown) {
 }
 
 function toggleSidebar() {
-  const shown = !document.body.classList.contains("with-chats");
+  const shown = !withChats();
   showSidebar(shown);
   if (!narrow.matches) changePreferences({sidebar: shown});
   if (shown && narrow.matches) $("new").focus();
@@ -337,24 +342,37 @@ function markdownOf({title, system}, path) {
   return parts.join("\n\n") + "\n";
 }
 
-const PAGE_STYLE = "body{max-width:48rem;margin:2rem auto;padding:0 1rem;font:16px/1.6 system-ui,sans-serif;color-scheme:light dark}" +
-  "h2{font-size:.9rem;color:GrayText;margin:2rem 0 .3rem}pre{overflow:auto;padding:.8rem;background:#8881;border-radius:.5rem}" +
-  "code{font-family:ui-monospace,monospace}table{border-collapse:collapse}td,th{border:1px solid #8888;padding:.3rem .7rem}" +
-  "li p{margin:.2rem 0}.said{white-space:pre-wrap}.table{overflow:auto}";
+// The colours that DRAWN_STYLE and PAGE_STYLE use.
+const PAGE_COLOURS = ["ink", "page", "soft", "line", "sunken", "accent", "keyword", "string", "number", "comment", "title", "danger"];
+const PAGE_STYLE = `body{max-width:48rem;margin:2rem auto;padding:0 1rem;font:16px/1.6 system-ui,sans-serif;color:var(--ink);background:var(--page)}
+.speaker{margin:2.5rem 0 .5rem;padding-top:.5rem;border-top:1px solid var(--line);font-size:.9rem;font-weight:600;color:var(--soft)}
+:is(h1,h2,h3,h4,h5,h6){line-height:1.3}.said :is(h1,h2,h3,h4,h5,h6){margin:1.3em 0 .5em}.said>:first-child{margin-top:0}
+.said h1{font-size:1.4rem}.said h2{font-size:1.22rem}.said :is(h3,h4,h5,h6){font-size:1.06rem}a{color:var(--accent)}
+code,.code{background:var(--sunken);border-radius:.4rem}code{padding:.1em .35em;font:.875em/1.5 ui-monospace,monospace}
+.code{margin:.8em 0;white-space:normal}.code-bar{padding:.4rem .8rem 0;font-size:.8rem;color:var(--soft)}
+pre{margin:0;padding:.2rem .8rem .8rem;overflow:auto;tab-size:4;font:.875rem/1.5 ui-monospace,monospace}
+pre code{padding:0;background:none;font:inherit}
+table{border-collapse:collapse}:is(td,th){border:1px solid #8888;padding:.3rem .7rem;text-align:left}li p{margin:.2rem 0}
+blockquote{margin-inline:0;padding-left:1em;border-left:3px solid var(--line);color:var(--soft)}
+.question{white-space:pre-wrap}:is(.table,math){overflow:auto hidden}
+@media print{pre{white-space:pre-wrap;overflow-wrap:anywhere}}`;
 
 // A self-contained page without scripts.
 function pageOf({title}, path) {
   const body = element("body", {}, element("h1", {textContent: title || TEXT.chat}));
   for (const {role, content, model} of path) {
-    const said = element("div", role === "user" ? {className: "said", textContent: content} : {});
-    if (role !== "user") new MarkdownView(said).update(content, true);
-    said.querySelectorAll(".code-bar").forEach(bar => bar.remove());
-    body.append(element("h2", {textContent: role === "user" ? TEXT.you : model || TEXT.assistant}), said);
+    const said = element("div", {className: role === "user" ? "said question" : "said"});
+    if (role === "user") said.append(...questionNodes(content));
+    else new MarkdownView(said).update(content, true);
+    said.querySelectorAll("button").forEach(button => button.remove());
+    body.append(element("h2", {className: "speaker", textContent: role === "user" ? TEXT.you : model || TEXT.assistant}), said);
   }
+  const colours = getComputedStyle(document.documentElement);
+  const root = PAGE_COLOURS.map(name => `--${name}:${colours.getPropertyValue(`--${name}`)}`);
   return `<!doctype html>\n<html lang="${document.documentElement.lang}"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width">${element("title", {textContent: title || TEXT.chat}).outerHTML}
-<style>${PAGE_STYLE}</style></head>\n${body.outerHTML}</html>\n`;
+<style>:root{color-scheme:light dark;${root.join(";")}}\n${PAGE_STYLE}${DRAWN_STYLE}</style></head>\n${body.outerHTML}</html>\n`;
 }
 
 // composer ------------------------------------------------------------------------------------------------------------
@@ -635,14 +653,14 @@ function onKey(event) {
 }
 
 function onEscape() {
-  if (narrow.matches && document.body.classList.contains("with-chats")) { showSidebar(false); $("chats-toggle").focus(); }
+  if (narrow.matches && withChats()) { showSidebar(false); $("chats-toggle").focus(); }
   else stopAnswer();
 }
 
 function startNewChat() {
   newChat();
   announce(TEXT.newChat);
-  showSidebar(!narrow.matches && document.body.classList.contains("with-chats"));
+  showSidebar(!narrow.matches && withChats());
   focusAfterClick();
 }
 
@@ -677,6 +695,7 @@ function bindPage() {
   $("latest").onclick = () => { state.following = true; followEnd(); focusAfterClick(); };
   $("log").addEventListener("scroll", onScroll, {passive: true});
   document.addEventListener("keydown", onKey);
+  addEventListener("beforeprint", () => views.forEach(complete));
   narrow.addEventListener("change", () => showSidebar(!narrow.matches && state.preferences.sidebar));
   new ResizeObserver(followEnd).observe($("log"));
 }
@@ -738,7 +757,9 @@ async function start() {
   await takeOverOldChat();
   if (!asking) watchServer();
   const wanted = [location.hash.slice(1), lastPlace()].find(id => state.chats.has(id)) ?? "";
+  const typed = $("message").value;                     // while the scripts were loading
   await openChat(wanted);
+  if (typed && !state.draft.text) setDraft(typed);
   adoptAll();
   started = true;
 }

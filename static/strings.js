@@ -23,6 +23,7 @@ const TEXT = {
   themes: {"": "System", light: "Light", dark: "Dark"}, themeIs: theme => `Theme: ${theme}`, shortcuts: "Keyboard shortcuts",
 
   // empty page
+  welcome: "What would you like to know?",
   running: (device, context) => `Running${device && ` on ${device}`}${context ? ` with ${number(context)} tokens of context` : ""}.`,
   looking: "Looking for the server…", loadingLabel: "Loading", starting: "starting",
   loading: (stage, fraction) => `The model is not ready: ${stage}${fraction ? ` ${Math.round(fraction * 100)}\u00a0%` : ""}`,

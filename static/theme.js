@@ -1,6 +1,9 @@
-// Applies the chosen theme before anything is painted; the only script that is not deferred.
+// Applies what decides the page's first picture, its theme and whether the chats are shown; the only script that is not deferred.
 "use strict";
 
-try {
-  document.documentElement.dataset.theme = JSON.parse(localStorage.getItem("chat_server preferences"))?.theme ?? "";
-} catch (error) { /* storage is off or damaged: the system's theme */ }
+{
+  let stored = null;
+  try { stored = JSON.parse(localStorage.getItem("chat_server preferences")); } catch (error) { /* storage is off or damaged: the defaults */ }
+  document.documentElement.dataset.theme = stored?.theme ?? "";
+  document.documentElement.classList.toggle("with-chats", stored?.sidebar !== false && !matchMedia("(max-width: 860px)").matches);
+}

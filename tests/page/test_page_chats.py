@@ -442,6 +442,35 @@ def test_a_chat_as_markdown_and_as_a_page_that_needs_nothing_else(page, stand_in
     expect(reader.locator("pre").first).to_contain_text("return b, a")
     expect(reader.get_by_text("You", exact=True)).to_have_count(2)
     assert reader.evaluate("window.hacked") is None
+    sizes = reader.evaluate("""() => [".speaker", ".said h1", "body > h1"].map(each => parseFloat(getComputedStyle(document.querySelector(each)).fontSize))""")
+    assert sizes[0] < 16 < sizes[1] < sizes[2]              # a heading of an answer is no speaker's name
+
+
+LOOKS = """root => [...document.querySelectorAll(`${root} :is([class^=hljs-], th, td, mtd)`)].map(node => {
+    const {color, textAlign} = getComputedStyle(node);
+    return [node.className, node.textContent, node.matches("span") ? color : textAlign];
+})"""
+
+
+def test_an_exported_page_has_the_page_s_colours_of_code_and_alignments(page, stand_in, tmp_path):
+    languages = {"python": "@a\nclass B:  # c\n    x = 1 + len('s')\n    self.x = None", "js": "const re = /x+/g; let a = `x ${b}`;",
+                 "diff": "+ added\n- gone", "css": "a:hover { color: #fff; }", "xml": '<a b="c">d</a>', "markdown": "# head\n- item\n> quote"}
+    text = "".join(f"```{name}\n{code}\n```\n\n" for name, code in languages.items())
+    text += "| a | b | c |\n|:--|:-:|--:|\n| 1 | 2 | 3 |\n\n$$\\begin{aligned} a &= b \\end{aligned}$$"
+    messages = [{"role": "user", "content": "Look:\n```python\nx = 'y'\n```"}, {"role": "assistant", "content": text}]
+    open_page(page, stand_in.url)
+    page.wait_for_function("() => typeof hljs === 'object' && typeof katex === 'object'")
+    page.evaluate("text => importAll(importOf(text), 'it')", json.dumps({"messages": messages}))
+    expect(page.locator(".assistant .hljs-keyword").first).to_be_visible()
+    reader = page.context.new_page()
+    reader.goto(exported(page, tmp_path, "HTML page").as_uri())
+    for scheme in ("light", "dark"):
+        for each in (page, reader):
+            each.emulate_media(color_scheme=scheme)
+        here = page.evaluate(LOOKS, "#log")
+        assert reader.evaluate(LOOKS, "body") == here
+        assert len({look for name, _, look in here if name.startswith("hljs")}) > 5
+        assert {"center", "right"} <= {look for _, _, look in here}
 
 
 BAD_FILES = {                  # name -> (text, what is said of it)
