@@ -105,6 +105,7 @@ if importlib.util.find_spec("chatlm") is None:
 import asyncio
 import contextlib
 import logging
+import math
 import operator
 import os
 import re
@@ -132,6 +133,8 @@ from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.front.aio import first_of, stop_signals
 from chatlm.front.api.encode import usage_body
 from chatlm.front.api.encoders import ENCODERS
+from chatlm.front.api.field_types import INTEGER, SWITCH
+from chatlm.front.api.fields import Field
 from chatlm.front.api.tables import (
     COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS,
     OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS,
@@ -309,13 +312,17 @@ class Front:
                            status=404, code="not_found", param="id")
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
-        """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks."""
+        """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks. With
+        ?reasoning=true it only stops thinking."""
         request_id = bare_id(http.match_info["id"])
         owner = self.owners.of_answer(request_id, REQUEST_LOG.get().client)
-        if self.running.get(request_id) != owner or not self.pool.cancel(request_id):
+        only_thinking = ONLY_THINKING.read(http.query.get("reasoning", "false"))
+        if self.running.get(request_id) != owner or not (only_thinking or self.pool.cancel(request_id)):
             raise RequestError("no answer with this id is running", status=404, code="not_running",
                                param="id")
-        return json_response({"id": request_id, "cancelled": True})
+        if only_thinking and not await self.pool.end_thinking(request_id):
+            raise RequestError("the answer is not thinking now", status=409, code="not_thinking", param="id")
+        return json_response({"id": request_id, "cancelled": "reasoning" if only_thinking else True})
 
     def readiness(self) -> tuple[int, dict]:
         status, body = self.pool.health()
@@ -334,6 +341,9 @@ class Front:
         return web.Response(status=308, headers={"Location": self.settings.prefix + "/"})
 
 
+ONLY_THINKING = Field("reasoning", SWITCH, "true: end the reasoning of the answer, which goes on with its "
+                                           "content; 409 if it is not thinking now")
+FIRST_EVENT = Field("from", INTEGER, "the number of the first event", 0, math.inf)
 ROUTES = (
     Route("GET", "/", Api.NANOCHAT, "page.handle_index", "the page", open=True),
     Route("GET", "/static/{name:.+}", Api.NANOCHAT, "page.handle_file", "its files", open=True),
@@ -375,9 +385,9 @@ ROUTES = (
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
           "the served model, by one of its names"),
     Route("POST", "/v1/cancel/{id}", Api.OPENAI, "handle_cancel",
-          "stop an answer by the X-Request-Id of its response"),
+          "stop an answer by the X-Request-Id of its response", query=(ONLY_THINKING,)),
     Route("GET", "/v1/streams/{id}", Api.OPENAI, "handle_stream",
-          "a resumable stream, from event ?from=N or after Last-Event-ID"),
+          "a resumable stream, from event ?from=N or after Last-Event-ID", query=(FIRST_EVENT,)),
     Route("GET", "/health", Api.NANOCHAT, lambda front: front.pool.health(),
           "200 when ready, else 503 with the stage", open=True, polled=True),
     Route("GET", "/livez", Api.NANOCHAT, lambda front: {"alive": True},

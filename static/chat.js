@@ -463,6 +463,9 @@ function stopAnswer() {
   request(`v1/cancel/${node.stream.id}`, {method: "POST"}).catch(() => {});
 }
 
+// Ends the thinking of a growing answer, which goes on with its content. False if the server did not.
+const answerNow = node => request(`v1/cancel/${node.stream.id}?reasoning=true`, {method: "POST"}).then(response => response.ok, () => false);
+
 // other tabs ----------------------------------------------------------------------------------------------------------
 
 const ANSWER_MS = 300;            // time for a tab to say that it reads an answer

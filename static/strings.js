@@ -9,7 +9,7 @@ const TEXT = {
   message: "Message", send: "Send", stop: "Stop", newChat: "New chat", settings: "Settings", regenerate: "Regenerate", edit: "Edit",
   copy: "Copy", copyCode: "Copy code", export: "Export", import: "Import", server: "Server", conversation: "Conversation",
   you: "You", assistant: "Assistant", chats: "Chats", searchChats: "Search chats", rename: "Rename", delete: "Delete",
-  goOn: "Continue", previousAnswer: "Previous answer", nextAnswer: "Next answer", thinking: "Thinking", theme: "Theme",
+  goOn: "Continue", answerNow: "Answer now", previousAnswer: "Previous answer", nextAnswer: "Next answer", thinking: "Thinking", theme: "Theme",
   thisChat: "This chat (JSON)", allChats: "All chats (JSON)", asMarkdown: "Markdown", asPage: "HTML page",
   previousVersion: "Previous version", nextVersion: "Next version",
 

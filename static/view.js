@@ -167,8 +167,14 @@ function completeAnswer(view) {
   view.thoughts = element("div", {className: "markdown"});
   view.thinking.append(view.thoughts);
   view.thinking.addEventListener("toggle", () => drawThoughts(view));
+  view.doing = element("span");
+  view.now = button(TEXT.answerNow, "forward", async clicked => {
+    clicked.disabled = true;
+    focusAfterClick();
+    clicked.disabled = await answerNow(view.node);
+  }, {hidden: true});
   view.status = element("p", {className: "status"}, element("span", {className: "dots"}, element("i"), element("i"), element("i")),
-    element("span"));
+    view.doing, view.now);
   view.alert = element("div");
   view.retry = iconButton(TEXT.regenerate, "again", () => { regenerate(view.node); focusAfterClick(); });
   view.goOn = button(TEXT.goOn, "forward", () => { goOn(view.node); focusAfterClick(); });
@@ -187,7 +193,9 @@ function updateAnswer(view) {
   view.thinking.hidden = !node.reasoning;
   drawThoughts(view);
   view.status.hidden = !growing || node.content !== "";
-  view.status.lastChild.textContent = view.status.hidden ? "" : growingText(node, run);
+  view.doing.textContent = view.status.hidden ? "" : growingText(node, run);
+  if (!growing) view.now.disabled = false;
+  view.now.hidden = view.status.hidden || !node.reasoning || !state.model.can.reasoning_budget;
   updateAlert(view, growing);
   view.actions.classList.toggle("growing", growing);
   view.retry.disabled = view.goOn.disabled = !canAsk();

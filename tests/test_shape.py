@@ -15,7 +15,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 13,210: of which 60 are what the new classes of the worker import and keep. 13,290: odd files of models are checked.
 # 13,340: the typed events of an answer and its Usage, where each default of a field is a statement.
 # 13,542: the readers of answers are six classes in four modules, which have imports and headers, and a row of a call format has fields.
-MOST_STATEMENTS = 13_542
+# 13,660: a budget of thinking and "Answer now": fields of bodies, messages, and of what each room remembers of an answer.
+MOST_STATEMENTS = 13_660
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

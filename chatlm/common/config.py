@@ -203,6 +203,10 @@ class Settings:
     max_tokens: int | None = flag(None, number(int, 1),
         "default answer length in tokens (512; chat, generate and /v1: up to the context)",
         short="m", also="max-new-tokens")
+    reasoning_budget: int = flag(-1, number(int, -1),
+        "most tokens that a model thinks before it answers, 0 = it does not think, -1 = any number")
+    reasoning_budget_message: str = flag("", str,
+        "what is written at the end of a thinking that the budget, or \"Answer now\", ends")
     seed: int | None = flag(None, number(int, 0, 2**64 - 1), "fixed seed (default: random per answer)",
         "chat generate")
     system: str | None = flag(None, str, "system message", "chat generate")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from chatlm.common.jsontext import as_json, whole_unicode
 from chatlm.common.messages.requests import AnswerParams, Finished, Message, Piece, PromptProgress, Request
 from chatlm.front.aio import interruptible
 from chatlm.front.api.encode import timings_body
-from chatlm.front.api.readers import sampling_params
+from chatlm.front.api.readers import sampling_params, with_thinking_budget
 from chatlm.front.pool.pool import sampling_of
 from chatlm.terminal.conversation import PARAMETERS, SETTABLE, Conversation, read_chats
 from chatlm.terminal.remote import RemotePool, open_pool
@@ -64,6 +65,8 @@ def new_request(settings: Settings, parameters: Mapping | None = None, progress:
     length = settings.max_tokens or (DEFAULT_MAX_TOKENS if "prompts" in source else None)
     params = AnswerParams(sampling=sampling_params(parameters, settings), progress=progress,
                           stop=tuple(parameters.get("stop", ())), chat="messages" in source)
+    params, options = with_thinking_budget(params, {}, settings)
+    source["template_options"] = {**source.get("template_options", {}), **options}
     return Request(id=secrets.token_hex(16), params=params, unset=unset, truncate="messages" in source,
                    max_tokens=parameters.get("max_tokens", length), **source)
 
@@ -176,8 +179,8 @@ class Chat:
                               progress=self.terminal.interactive)
         chat.leaf, note = before, "interrupted"
         try:
-            with self.terminal.unechoed():
-                writer = self.terminal.writer(last["content"] if cut else "")
+            with self.terminal.unechoed(partial(self.pool.end_thinking, request.id)):
+                writer = self.terminal.writer(last["content"] if cut else "", self.pool.ends_thinking)
                 await interruptible(receive(self.pool, request, reply, writer))
             note = "stopped"
         finally:
@@ -213,7 +216,8 @@ class Chat:
     def slash_help(self, value: str):
         """/help: this list"""
         rows = [run.__doc__.split(": ", 1) for run in dict.fromkeys(COMMANDS.values())]
-        keys = 'Alt-Enter or """ ... """: several lines. Ctrl-C: stop the answer, clear the line, leave.'
+        keys = ('Alt-Enter or """ ... """: several lines. Ctrl-C: stop the answer, clear the line, leave. '
+                "Tab while it thinks: answer now.")
         self.note("\n".join([*(f"{name:17}  {help}" for name, help in rows), keys]))
 
     def slash_clear(self, value: str):

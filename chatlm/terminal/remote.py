@@ -102,6 +102,19 @@ class RemotePool:
         return not self.native and (self.model.get("owned_by") in self.CONTINUING or
                                     able.get("continue_final_message") is True)
 
+    @property
+    def ends_thinking(self) -> bool:
+        return object_in(self.model, "capabilities").get("reasoning_budget") is True
+
+    async def end_thinking(self, request_id: str) -> bool:
+        """End the reasoning of a running request, if the server can: another would end the whole answer."""
+        if not self.ends_thinking:
+            return False
+        with suppress(ChatServerError):
+            async with await self._ask("POST", f"v1/cancel/{request_id}?reasoning=true") as response:
+                return response.status == 200
+        return False
+
     def describe(self) -> list[str]:
         return [f"Server: {self.url}", *([f"Model: {self.model_name}"] if self.model_name else [])]
 

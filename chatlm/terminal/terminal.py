@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from chatlm.front.aio import interruptible
+from chatlm.front.aio import interruptible, supervised
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -69,9 +71,10 @@ class MarkdownWriter:
 
     An answer that continues the text `before` begins with its last block."""
 
-    def __init__(self, console, before: str = ""):
+    def __init__(self, console, before: str = "", hint: bool = False):
         from rich import live, segment
         self.console, self.segment, self.waiting = console, segment, "..."
+        self.hint = "Tab: answer now" if hint else ""  # shown while it thinks
         self.text, self.style, self.begun = "", "dim", False
         if blocks := markdown_blocks(before := before.translate(TERMINAL_CONTROLS), "none"):
             self.text, self.style = before.split("\n", blocks[-1][0])[-1], "none"
@@ -115,7 +118,10 @@ class MarkdownWriter:
 
     def __rich_console__(self, console, options) -> Iterator[Any]:
         """The last lines, as many as fit on the screen: what has scrolled away is never drawn again."""
-        lines = self._lines(markdown_blocks(self.text, self.style))[1 - options.size.height:]
+        lines = self._lines(markdown_blocks(self.text, self.style))
+        if self.hint and self.style == "dim" and (lines or self.begun):
+            lines.append([self.segment.Segment(self.hint, console.get_style("cyan"))])
+        lines = lines[1 - options.size.height:]
         cut = partial(self.segment.Segment.adjust_line_length, length=options.max_width, pad=False)
         drawn = self.segment.SegmentLines(map(cut, lines), new_lines=True)
         yield drawn if lines or self.begun else self.waiting
@@ -168,6 +174,7 @@ class Terminal:
         self.session = self.console = None
         self.as_json = settings.json
         self.lines: asyncio.Queue[str | None] = asyncio.Queue()
+        self.work: asyncio.Future | None = None  # of a key that was pressed during an answer
         if self.interactive and all(map(importlib.util.find_spec, ("prompt_toolkit", "rich"))):
             self.console = importlib.import_module("rich.console").Console(highlight=False)
             self.session = self._open_session(settings, words)
@@ -260,21 +267,30 @@ class Terminal:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def writer(self, before: str) -> MarkdownWriter | PlainWriter:
-        return MarkdownWriter(self.console, before) if self.console else PlainWriter(self.as_json)
+    def writer(self, before: str, hint: bool) -> MarkdownWriter | PlainWriter:
+        return MarkdownWriter(self.console, before, hint) if self.console else PlainWriter(self.as_json)
+
+    def _run_soon(self, work: Callable[[], Awaitable]):
+        self.work = asyncio.ensure_future(supervised("what a key asked for", work))
 
     @contextmanager
-    def unechoed(self) -> Iterator[None]:
-        """Keep what is typed during an answer out of it; the input waits for the next prompt."""
+    def unechoed(self, on_tab: Callable[[], Awaitable]) -> Iterator[None]:
+        """Keep what is typed during an answer out of it; the input waits for the next prompt. Tab is a key.
+
+        Nothing may read it, since the next prompt wants the rest; so the terminal makes a signal of it."""
         import termios
         try:
             before = termios.tcgetattr(descriptor := sys.stdin.fileno())
         except (OSError, ValueError, termios.error):  # not a terminal
             yield
             return
-        silent = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
+        silent, loop = copy.deepcopy(before), asyncio.get_running_loop()
+        silent[3] = silent[3] & ~termios.ECHO | termios.NOFLSH  # else a signal drops what was typed
+        silent[6][termios.VQUIT] = b"\t"
+        loop.add_signal_handler(signal.SIGQUIT, self._run_soon, on_tab)
         termios.tcsetattr(descriptor, termios.TCSADRAIN, silent)
         try:
             yield
         finally:
             termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+            loop.remove_signal_handler(signal.SIGQUIT)

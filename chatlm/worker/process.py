@@ -23,7 +23,8 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.log import log
 from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import (
-    Cancel, EndOfRequest, Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Ping, Ready, Stepped)
+    Cancel, EndOfRequest, EndThinking, Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Ping, Ready,
+    Stepped)
 from chatlm.common.messages.requests import Failed
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import threads_per_worker
@@ -193,9 +194,12 @@ class Inbox:
                 self.params[id], self.prompts[id] = params, {}
             case NewPrompt(id, index, ids):
                 self.prompts[id][index] = ids
-            case NewAnswer(id, request, prompt, choice, max_tokens, resumed_ids, scored):
+            case NewAnswer(id, request, prompt, choice, max_tokens, resumed_ids, scored, thinking_ends):
                 ids, params = self.prompts[request][prompt], self.params[request]
-                self.engine.add(Assignment(id, ids, params, max_tokens, choice, resumed_ids, scored))
+                self.engine.add(Assignment(id, ids, params, max_tokens, choice, resumed_ids, scored,
+                                           thinking_ends))
+            case EndThinking(id):
+                self.engine.end_thinking(id)
             case Cancel(id):
                 self.engine.cancel(id)
             case EndOfRequest(id):

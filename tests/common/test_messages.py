@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from chatlm.common.config import Settings
-from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, ActorAddress, ActorEnded, Begun, Body, Cancel, Crashed, EndActor, EndOfRequest,
+from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, ActorAddress, ActorEnded, Begun, Body, Cancel, Crashed, EndActor, EndOfRequest, EndThinking,
                                              Known, Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, RayConfig, Ready,
                                              Refused, Result, SandboxConfig, StartActor, Stepped, Task, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import (AnswerParams, Delta, Embedding, Ended, Failed, Message, ModelSource, Piece, PromptProgress, PromptScores,
-                                             Request, SamplingParams, TextSpec, TokenLogprob, Usage)
+                                             Request, SamplingParams, TextSpec, ThinkingEnds, TokenLogprob, Usage)
 from chatlm.common.messages.wire import HEADER, BadMessage, restorer, unpacked
 from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankArrival
 from chatlm.front.api.encode import timings_body
@@ -30,7 +30,7 @@ EXAMPLES = [
     NewRequest("r", AnswerParams(sampling=SamplingParams(0.1, 5, seed=2**64 - 1, logit_bias=((3, -100.0), (9, 0.5))), logprobs=0,
                                  stop=("\n", "ü\u2028"), stop_token_ids=(1,), grammar="start: x", client="alice")),
     NewRequest("s", AnswerParams()), NewPrompt("r", 127, tuple(range(3000))), NewPrompt("r", 0, ()),
-    NewAnswer("r#3", "r", 0, 3, 2**40, (1, 2, 3), 5), Cancel("r#3"), EndOfRequest("r"), Ping(), Loading("weights", 0.25),
+    NewAnswer("r#3", "r", 0, 3, 2**40, (1, 2, 3), 5, 2), Cancel("r#3"), EndThinking("r#3"), EndOfRequest("r"), Ping(), Loading("weights", 0.25),
     ModelCard(TEXT, "a", 4096, ("one", "two"), {"sample": "numpy"}, True), Ready({"running": 0}), Unusable("no such file"), Crashed("KeyError: 1", "Traceback ..."),
     SandboxConfig(Known(Settings(), "m", None), TEXT, 4096, 1.5, 1 << 30), Task("fill", [{"a": [1, None]}, "x"]), Begun(),
     Body(bytes(range(256)) * 3), Body(b""), Result(None), Result([1, {"a": "\ud800"}]), Refused("no", 400, None, "tools"),
@@ -39,6 +39,7 @@ EXAMPLES = [
     Stepped([], {}), Stepped(
         [("r", Piece((1, 2), (Delta("text", "a\U0001f600\x00"), Delta("call", "{", "f")), SCORES)), ("s", PromptScores(SCORES[:1])), ("r", Piece()),
          ("t", PromptProgress(0, 7, 3)), ("u", Embedding("AACAPw==")), ("u", Ended("stop", None, Usage(cached_tokens=3), 0.5)),
+         ("u", ThinkingEnds(7)), ("v", ThinkingEnds(None)),
          ("v", Failed("no room")), ("w", Failed("no answer", refused=True))], {"queued": 1}),
     RankConfig(Settings(model="a.gguf"), ModelSource("gguf", Path("/m/a.gguf"), "a", "GGUF"), "cpu", 1, 3, "/proc/1/fd/7", {"A": "b"}),
     RankArrival(3, "node", 1, 2, None, 7), RankTokens([1, 2**31]), RankLogits(bytes(range(256))), RankPages(77), RankDrew(2**32 - 1), RankStep(Batch([~0, 5], [-1, 4], [0, 1, 2], [1, 9], [[3], [1, 2]], [0, 1]), None),

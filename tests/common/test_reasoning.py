@@ -1,28 +1,31 @@
 """Reasoning apart from content: what a model thinks before it answers, in the formats of several families."""
 
+import asyncio
 import json
+import re
 from dataclasses import replace
 
 import aiohttp
 import pytest
 
 from chatlm.common.config import Settings
-from chatlm.common.messages.requests import Delta, Message, SamplingParams
+from chatlm.common.messages.requests import Delta, Message, Piece, SamplingParams, ThinkingEnds
 from chatlm.common.text import formats
 from chatlm.common.text.formats import thoughts_of, tool_format_of
 from chatlm.common.text.grammar import check_grammar, json_grammar
 from chatlm.common.text.load import open_tokenizer
+from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.conversation import openai_messages
 from chatlm.front.api.fields import parse_fields
 from chatlm.front.api.readers import parse_openai_request
 from chatlm.front.api.tables import OPENAI_FIELDS
 from chatlm.worker.engine.answer import Answer
 from chatlm.worker.weights.gguf import gguf_text
-from answers import calls_of, said, thought, together
-from engines import load, make_engine, pieces
+from answers import asked, calls_of, said, thought, together
+from engines import load, make_engine, pieces, tokens_of
 from fake_pool import FakePool, Letters, frames, serving
 from tiny_gguf import small_gguf_metadata
-from works import assignment
+from works import assignment, changed
 
 THINK = ("<think>", "</think>")
 NAMES = ("weather", "time")
@@ -47,6 +50,9 @@ class Vocabulary(Letters):
 
     def encode(self, text, begins=True):
         return list(text.encode())
+
+    def encode_with_specials(self, text):
+        return self.tokens("¦".join(re.split(f"({'|'.join(map(re.escape, self.ids))})", text))) if self.ids else self.encode(text)
 
     def tokens(self, text):
         """Its tokens, where a marker is between two bars (¦ or |): |<think>| is the token, <think> is text."""
@@ -120,6 +126,90 @@ def test_reasoning_content_and_calls_are_told_apart_by_tokens_also_by_a_worker_t
 def test_reasoning_tokens_are_those_between_the_markers_and_these():
     told = told_by(Vocabulary(**TAGS), "|<think>|four|</think>|content")
     assert told[-1][1] == 6
+
+
+# a budget, and "Answer now"
+
+
+class Written:
+    """An answer whose drawn tokens depend on their place alone, as those of a model do; forced ones come in between."""
+
+    def __init__(self, vocabulary, script, prompt="", resumed_ids=(), on_token=lambda written: None, length=30, **params):
+        work = assignment("a", (256, *vocabulary.tokens(prompt)), SamplingParams(), 999, resumed_ids=resumed_ids, chat=True, **params)
+        self.answer, self.ids, drawn = Answer(work, vocabulary), [*resumed_ids], vocabulary.tokens(script)
+        self.ends, self.told = [], []       # after each drawn token: how many there are, what is told
+        while len(self.ids) < length:
+            on_token(self)
+            self.ids.append(token := drawn[len(self.ids) % len(drawn)])
+            self.ids += self.answer.push(token, len(self.ids), 999)
+            self.ends.append(len(self.ids))
+            self.told.append((self.answer.take(), self.answer.reasoning_tokens))
+
+    @property
+    def parts(self):
+        return joined(self.told)
+
+
+OPENED = "assistant|<think>|\n"
+BUDGETS = {     # vocabulary, prompt, what the model would write, budget and last thought, the parts that its answer begins with
+    "opened by the template": (TAGS, OPENED, "abcdefgh", dict(thinking_budget=5), [("reasoning", "abcde"), ("text", "ghabcdefghabcdefghabcdef")]),
+    "with a last thought": (TAGS, OPENED, "abcdefgh", dict(thinking_budget=5, last_thought="Now."), [("reasoning", "abcde\n\nNow."), ("text", "fghabcdefghabcdef")]),
+    "opened by the model": (TAGS, "", "|<think>|abcdefgh", dict(thinking_budget=3), [("reasoning", "abc"), ("text", "efgh")]),
+    "no thinking at all": (TAGS, "", "|<think>|abcdefgh", dict(thinking_budget=0), [("text", "bcdefgh\n\nbcdefgh")]),
+    "spelled out": (dict(thoughts=THINK), "", "<think>abcdefgh", dict(thinking_budget=3), [("reasoning", "abc"), ("text", "ink>abc")]),
+    "a character is finished": (TAGS, OPENED, "日", dict(thinking_budget=4), [("reasoning", "日日"), ("text", "\ufffd\ufffd日")]),
+    "harmony": (HARMONY, "¦<|start|>¦assistant", "¦<|channel|>¦analysis¦<|message|>¦abcdefghijklmno", dict(thinking_budget=3, last_thought="Now."),
+                [("reasoning", "abc\n\nNow.")]),
+    "more than it thinks": (TAGS, OPENED, "ab|</think>|cd", dict(thinking_budget=99), [("reasoning", "ab"), ("text", "cdabcdab")]),
+}
+
+
+@pytest.mark.parametrize("case", BUDGETS)
+def test_reasoning_ends_after_its_budget_also_by_a_worker_that_takes_over(case):
+    about, prompt, script, params, parts = BUDGETS[case]
+    vocabulary = Vocabulary(**about)
+    whole = Written(vocabulary, script, prompt, **params)
+    for (kind, text), (found_kind, found) in zip(parts, whole.parts, strict=False):
+        assert kind == found_kind and found.startswith(text) if (kind, text) == parts[-1] else (kind, text) == (found_kind, found)
+    for step, end in enumerate(whole.ends[:-1], 1):
+        rest = Written(vocabulary, script, prompt, tuple(whole.ids[:end]), **params)
+        assert (rest.ids, rest.told) == (whole.ids, whole.told[step:])
+
+
+def test_harmony_goes_on_with_any_message_and_with_the_final_one_if_it_would_think_again():
+    vocabulary = Vocabulary(**HARMONY)
+    script = "¦<|channel|>¦analysis¦<|message|>¦ab" + "¦<|channel|>¦analysis¦<|message|>¦".join("c" * 12 for _ in range(2))
+    written = Written(vocabulary, script, "¦<|start|>¦assistant", thinking_budget=2, length=80)
+    shown = vocabulary.show(written.ids)
+    assert shown.startswith("<|channel|>analysis<|message|>ab<|end|><|start|>assistant")
+    assert shown.count("analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>") == 1 and written.parts[0] == ("reasoning", "ab")
+
+
+@pytest.mark.parametrize("asked_after", range(6))
+def test_thinking_that_somebody_ended_ends_at_the_same_token_by_a_worker_that_takes_over(asked_after):
+    vocabulary, told = Vocabulary(**TAGS), []
+
+    def ask(written):
+        if len(written.ids) == asked_after:
+            told.append(written.answer.end_thinking())
+            assert written.answer.end_thinking() == told[-1]        # asked twice
+    whole = Written(vocabulary, "abcdefgh", OPENED, on_token=ask, last_thought="Now.", thinking_budget=8)
+    assert told == [asked_after + 1]
+    assert whole.parts[0] == ("reasoning", "abcdefgh"[:asked_after + 1] + "\n\nNow.") and whole.answer.end_thinking() is None
+    for step, end in enumerate([0, *whole.ends[:-1]]):
+        rest = Written(vocabulary, "abcdefgh", OPENED, tuple(whole.ids[:end]), thinking_ends=told[0], last_thought="Now.", thinking_budget=8)
+        assert (rest.ids, rest.told) == (whole.ids, whole.told[step:])
+
+
+def test_nothing_is_ended_where_nothing_thinks():
+    written = Written(Vocabulary(**TAGS), "abc", thinking_budget=0)
+    assert written.parts == [("text", "abc" * 10)] and written.answer.end_thinking() is None
+    raw = Answer(assignment("a", (256,), SamplingParams(), 99, thinking_budget=0), Vocabulary(**TAGS))
+    assert raw.push(vocabulary_mark("<think>"), 1, 50) == [] and raw.end_thinking() is None
+
+
+def vocabulary_mark(name):
+    return Vocabulary(**TAGS).ids[name]
 
 
 def test_stop_strings_are_looked_for_in_content_alone():
@@ -308,6 +398,87 @@ def test_a_schema_holds_for_the_content_and_reasoning_before_it_is_free(engine, 
         rest = run_all(engine, assignment("b", prompt, SamplingParams(1.0, seed=3, logit_bias=bias), 150, grammar=source,
                                           grammar_param="response_format", chat=True, resumed_ids=ids))
         assert [piece.text for piece in rest] == [piece.text for piece in found[cut:]]
+
+
+@pytest.mark.parametrize("names", [SPARE.keys() - set(formats.HARMONY), ()], ids=["tokens", "spelled out"])
+def test_the_default_model_s_thinking_ends_at_one_place_alone_batched_drafted_and_resumed(engine, default_model_path, names):
+    with_template(engine, default_model_path, THINKING, names)
+    prompt = tuple(engine.tokenizer.render([Message("user", "Say it again: " + "one two three four five six. " * 8)]))
+    like = dict(sampling=SamplingParams(0.7, seed=3), max_tokens=50, ignore_eos=True, chat=True, last_thought="Enough.")
+    works = [assignment(f"budget {budget}", prompt, **like, thinking_budget=budget) for budget in (3, 12, 25)]
+    alone = {work.id: run_all(engine, work) for work in works}
+    for work in works:
+        found = alone[work.id]
+        mark = len(engine.tokenizer.encode_with_specials("</think>"))
+        assert "".join(piece.joined("reasoning") for piece in found).endswith("\n\nEnough.") and any(piece.text for piece in found)
+        spare = found.end.usage.reasoning_tokens - work.params.thinking_budget - mark - len(engine.tokenizer.encode("\n\nEnough.\n", False))
+        assert 0 <= spare <= 3
+    same = {name: [(piece.tokens, piece.deltas) for piece in found] for name, found in alone.items()}
+    assert sum(found.end.usage.drafted_tokens for found in alone.values()) > 0
+    told = lambda found: [token for tokens, _ in found for token in tokens]       # noqa: E731
+    batched = {name: told((piece.tokens, piece.deltas) for piece in found) for name, found in pieces(engine, works).items()}
+    assert batched == {name: told(found) for name, found in same.items()}
+    engine.drafts = False
+    try:
+        assert tokens_of(engine, works) == batched
+        for cut in (1, 2, 3, 14):
+            ids = tuple(told(same["budget 12"][:cut]))
+            assert (*ids, *tokens_of(engine, [changed(works[1], resumed_ids=ids)])["budget 12"]) == tuple(batched["budget 12"])
+    finally:
+        engine.drafts = True
+
+
+@pytest.mark.parametrize("template, names, opening", [
+    (THINKING, SPARE.keys() - set(formats.HARMONY), ""), (THINKING, (), ""), (THINKING.replace("'<think>\n' if", "'' if"), SPARE.keys() - set(formats.HARMONY), "<think>"),
+    (GPT_OSS, formats.HARMONY, "<|channel|>analysis<|message|>")], ids=["opened by the template", "spelled out", "opened by the model", "harmony"])
+def test_a_schema_holds_after_thinking_that_a_budget_or_somebody_ended(engine, default_model_path, template, names, opening):
+    with_template(engine, default_model_path, template, names)
+    prompt = tuple(engine.tokenizer.render([Message("user", "How old is Ann? Answer in JSON.")]))
+    work = assignment("a", prompt, SamplingParams(1.0, seed=3), 150, grammar=json_grammar(PERSON, "response_format"), grammar_param="response_format",
+                      chat=True, last_thought="Let me answer.", resumed_ids=tuple(engine.tokenizer.encode_with_specials(opening)))
+    for ended in (dict(thinking_budget=9), dict(thinking_ends=9 + len(work.resumed_ids))):
+        found = run_all(engine, changed(work, **ended))
+        text, reasoning = ("".join(piece.joined(kind) for piece in found) for kind in ("text", "reasoning"))
+        assert (found.end.reason, found.end.stop_reason) == ("stop", "grammar"), (text, reasoning)
+        assert 0 <= json.loads(text)["age"] <= 130 and reasoning.endswith("\n\nLet me answer.")
+        for cut in (4, 9, len(found) - 2):
+            ids = (*work.resumed_ids, *(token for piece in found[:cut] for token in piece.tokens))
+            rest = run_all(engine, changed(work, resumed_ids=ids, **ended))
+            assert [piece.text for piece in rest] == [piece.text for piece in found[cut:]]
+
+
+def test_an_engine_ends_the_thinking_of_a_running_answer_and_tells_where(engine, default_model_path):
+    with_template(engine, default_model_path, THINKING, SPARE.keys() - set(formats.HARMONY))
+    prompt = tuple(engine.tokenizer.render([Message("user", "What is the capital of Japan?")]))
+    work = assignment("a", prompt, SamplingParams(1.0, seed=3), 60, chat=True, last_thought="Enough.")
+    engine.add(work)
+    events, ended = [], False
+    while engine.busy:
+        if not ended and sum(isinstance(event, Piece) for event in events) > 4:
+            engine.end_thinking("a")
+            engine.end_thinking("another")
+            ended = True
+        events += [event for _, event in engine.step()]
+    engine.add(work)
+    engine.end_thinking("a")
+    events_before = [event for _, event in engine.step()]
+    engine.cancel("a")
+    [place] = [event.position for event in events if isinstance(event, ThinkingEnds)]
+    ids = [token for event in events if isinstance(event, Piece) for token in event.tokens]
+    assert 5 < place < 9 and engine.tokenizer.show(ids[place:]).startswith("\n\nEnough.\n</think>")
+    assert tokens_of(engine, [changed(work, thinking_ends=place)])["a"] == ids
+    assert [event.position for event in events_before if isinstance(event, ThinkingEnds)] == [1]     # before its first token
+
+
+def test_a_prompt_without_thinking_ends_the_reasoning_that_its_template_begins(default_model_path):
+    always = templated(THINKING.replace("if enable_thinking is undefined or enable_thinking", "if true"), default_model_path)
+    knows = templated(THINKING, default_model_path)
+    for tokenizer, options, end in ((always, {}, "<think>\n</think>"), (knows, {"thinking_budget": 0}, "<think>\n\n</think>\n\n")):
+        request = asked(messages=(Message("user", "Hi"),), chat=True, thinking_budget=0, template_options=options)
+        [ids] = asyncio.run(PromptMaker(tokenizer, 512).admit(request)).prompt_ids
+        assert tokenizer.show(ids).endswith(f"<|im_start|>assistant\n{end}")
+    seed = templated("{{ thinking_budget }}</think>", default_model_path)          # a template that tells the model
+    assert seed.show(seed.render([Message("user", "Hi")], (), {"thinking_budget": 512})) == "512</think>"
 
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {

@@ -282,6 +282,7 @@ def test_reasoning_is_folded_and_not_sent_back(page, stand_in):
     thinking = answers(page).locator("details", has_text="Thinking")
     expect(thinking.get_by_text("about it")).to_be_visible()            # while it thinks
     expect(page.get_by_role("log").locator(".status")).to_contain_text("Thinking")
+    expect(button(page, "Answer now")).to_be_hidden()                   # this server cannot
     stand_in.release()
     expect(said(answers(page))).to_have_text("It is 42.")
     expect(thinking.get_by_text("about it")).to_be_hidden()
@@ -290,11 +291,21 @@ def test_reasoning_is_folded_and_not_sent_back(page, stand_in):
     ask(page, "and now?")
     expect_answered(page, 2)
     assert stand_in.bodies[1]["messages"][1] == {"role": "assistant", "content": "It is 42."}
-    stand_in.model["capabilities"]["reasoning_history"] = True          # for a template that asks for it
+    stand_in.model["capabilities"] |= {"reasoning_history": True, "reasoning_budget": True}    # for a template that asks for it
     reload(page)
     ask(page, "again")
     expect_answered(page, 3)
     assert stand_in.bodies[2]["messages"][1]["reasoning_content"] == "Let me think about **it**, slowly."
+    ask(page, "thoughts")
+    now = button(page, "Answer now")
+    with page.expect_response(re.compile("/v1/cancel/")) as refused:
+        now.click()
+    assert refused.value.status == 409 and stand_in.holds.wait(30)
+    expect(message_box(page)).to_be_focused()
+    now.click()                                                         # so it can be tried again
+    expect(said(answers(page).nth(3))).to_have_text("It is 42.")
+    expect(now).to_be_hidden()
+    assert len(set(stand_in.hurried)) == 1 and len(stand_in.hurried) == 2
 
 
 def test_characters_split_over_chunks_arrive_whole(page, stand_in):

@@ -34,6 +34,8 @@ MOMENTS = {     # checked when the results of earlier steps have left through th
     "arguments": lambda s: s.generated >= 7 and s.text and s.text.reader.deltas.kinds[-1:] == ["call"],
     # text is None while a grammar compiles
     "reasoning": lambda s: s.generated >= 7 and s.text and s.text.reader.thinking,
+    # somebody ended its reasoning, and the token after which it ends is drawn
+    "hurried": lambda s: s.text and s.text.thinking_ends,
     # the last may be a placeholder for the one being drawn
     "result": lambda s: s.generated >= 7 and OUTPUT_END in s.tokens[-2:],
     "aside": lambda s: s.generated >= 7 and not s.pages,

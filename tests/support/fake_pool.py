@@ -56,13 +56,14 @@ class FakePool:
 
     admission = property(lambda self: self)
     model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, Letters()
-    own_sampling, continues = ({}, ""), True
+    own_sampling, continues, ends_thinking = ({}, ""), True, True
     prompts = PromptMaker(tokenizer, context_length, run=run_in_thread_if_long)
 
     def __init__(self, pieces=("Hello", ", ", "world!"), *, reason="stop", stop_reason="eos", refuse=None, gate=None):
         self.pieces, self.reason, self.stop_reason, self.refuse, self.gate = pieces, reason, stop_reason, refuse, gate
         self.ready, self.draining, self.open, self.requests = True, False, 0, []
         self.cancelled, self.closed = {}, False
+        self.thinking, self.hurried = True, []      # what `end_thinking` finds, and the ids it was asked for
         self.changed = asyncio.Condition()
         # an asyncio.Event that start-up waits for; then comes `failure`, or it is ready
         self.loading = None
@@ -134,6 +135,10 @@ class FakePool:
         if request_id in self.cancelled:
             self.cancelled[request_id].set()
         return request_id in self.cancelled
+
+    async def end_thinking(self, request_id):
+        self.hurried.append(request_id)
+        return self.thinking
 
     def health(self):
         body = {"status": "ok" if self.ready else "loading", "ready": self.ready, "num_gpus": 1, "available_workers": 1}

@@ -156,6 +156,7 @@ class StandIn:
         self.admits = False         # pages of other origins
         self.model = {"id": "stand-in-135m", "context_length": 8192, "owned_by": "chat_server", "capabilities": {}, "defaults": {}}
         self.cancelled = threading.Event()
+        self.hurried = []           # the answers that were to stop thinking, which ends the hold
         self.loop = asyncio.new_event_loop()
         self.held, self.holds = None, threading.Event()     # what answers wait for; whether any does
         started = threading.Event()
@@ -195,6 +196,7 @@ class StandIn:
         app.router.add_get(f"{self.prefix}/stats", self._stats)
         app.router.add_post(f"{self.prefix}/chat/completions", self._answer)
         app.router.add_post(f"{self.prefix}/v1/chat/completions", self._answer)
+        app.router.add_post(f"{self.prefix}/v1/cancel/{{id}}", self._cancel)
         app.router.add_post(f"{self.prefix}/tokenize", self._tokenize)
         app.router.add_post(f"{self.prefix}/apply-template", self._template)
         app.router.add_static(f"{self.prefix}/static/", STATIC)
@@ -230,6 +232,15 @@ class StandIn:
         if self.model is None:
             raise web.HTTPNotFound
         return web.json_response({"object": "list", "data": [self.model]})
+
+    async def _cancel(self, request):
+        if request.query.get("reasoning") != "true":
+            raise web.HTTPNotFound
+        self.hurried.append(request.match_info["id"])
+        if len(self.hurried) == 1:              # the first comes too early
+            raise web.HTTPConflict
+        self.held.set()
+        return web.json_response({})
 
     async def _tokenize(self, request):
         return web.json_response({"tokens": list(range(len((await request.json())["content"].split())))})

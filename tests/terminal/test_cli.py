@@ -425,6 +425,26 @@ async def test_a_remote_pool_raises_what_the_server_raised(error, late):
     assert late or getattr(caught.value, "retry_after_s", 0) == getattr(error, "retry_after_s", 0)
 
 
+async def test_a_remote_pool_ends_thinking_where_the_server_can_and_sends_its_budget():
+    local = FakePool(gate=asyncio.Event())
+    async with serving(local) as url:
+        pool = RemotePool(remote(url))
+        await pool.start()
+        await pool.wait_ready()
+        request = new_request(Settings(command="chat", url=url, reasoning_budget=7), messages=(Message("user", "Hi"),))
+        events = pool.answer(request)
+        await anext(events)
+        await local.until_open(1)
+        assert local.requests[0].params.thinking_budget == 7
+        assert not await pool.end_thinking(request.id) and not local.hurried        # an older server would end the answer
+        pool.model["capabilities"]["reasoning_budget"] = True
+        assert await pool.end_thinking(request.id) and local.hurried == [request.id]
+        local.thinking = False
+        assert not await pool.end_thinking(request.id)
+        await events.aclose()
+        await pool.close()
+
+
 async def test_leaving_a_remote_answer_ends_it_on_the_server():
     local = FakePool(gate=asyncio.Event())
     async with serving(local) as url:

@@ -29,7 +29,7 @@ from chatlm.terminal.chat import generate, summary
 from chatlm.terminal.conversation import read_chats
 from chatlm.terminal.remote import RemotePool
 from chatlm.terminal.terminal import MarkdownWriter
-from fake_pool import FakePool, finished
+from fake_pool import FakePool, Letters, finished
 from page_server import BLOCKS, HOSTILE, MARKDOWN
 from patching import patch
 
@@ -428,6 +428,32 @@ def test_ctrl_c_stops_the_answer_then_clears_the_line_then_leaves(tmp_path):
             assert pty.leave() == 0
         assert asked(front) == ["Hello", "Again"]
         assert [m.content for m in front.pool.requests[1].messages] == ["Hello", "one two ", "Again"]
+    finally:
+        front.close()
+
+
+def test_tab_ends_the_thinking_of_an_answer_which_goes_on(tmp_path):
+    front = HeldFront()
+    front.pool.tokenizer = Letters()
+    front.pool.tokenizer.thoughts = ("<think>", "</think>")
+    front.pool.pieces = ["<think>Let me ", "see.", "</think>It is", " 42."]
+    try:
+        with chatting(front.url, tmp_path=tmp_path) as pty:
+            start = len(pty.raw)
+            pty.type("Hello\r")
+            front.until_open(1)
+            front.admit(1)
+            pty.expect("Let me.*Tab: answer now")
+            pty.type("Next\t")                  # what is typed before stays
+            while not front.pool.hurried:
+                time.sleep(0.01)
+            front.admit(3)
+            pty.expect("It is 42.*> .*Next")
+            shown = pty.raw[start:]
+            assert [line for line in screen(shown[shown.index("Hello"):], 40) if "Tab" in line] == []
+            pty.type("\x03/quit\r")
+            assert pty.leave() == 0
+        assert front.pool.hurried == [front.pool.requests[0].id]
     finally:
         front.close()
 

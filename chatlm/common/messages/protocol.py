@@ -50,11 +50,19 @@ class NewAnswer:
     max_tokens: int
     resumed_ids: tuple[int, ...] = ()
     scored: int = 0  # prompt tokens whose log-probabilities were already sent
+    thinking_ends: int | None = None  # its reasoning ends after so many tokens, as ThinkingEnds said
 
 
 @wire_message(1 << 10)
 class Cancel:
     """Front to worker: nobody wants this answer any more."""
+
+    id: str
+
+
+@wire_message(1 << 10)
+class EndThinking:
+    """Front to worker: this answer shall end its reasoning now, and go on. `ThinkingEnds` comes back."""
 
     id: str
 
@@ -236,7 +244,7 @@ class Refused:
     param: str | None
 
 
-WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndOfRequest, Ping,
+WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndThinking, EndOfRequest, Ping,
                    Loading, ModelCard, Ready, Stepped, Unusable, Crashed)
 SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)
 RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded, Unusable)

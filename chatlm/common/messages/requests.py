@@ -82,6 +82,8 @@ class AnswerParams:
                                         # any type where it is "" or the parameter is not in it
     call_grammars: tuple[str, ...] = ()  # of each: what its arguments must match; "" if it is not strict
     chat: bool = False                  # reasoning and calls are told apart from its content
+    thinking_budget: int | None = None  # tokens of reasoning after which it is ended; None: no limit
+    last_thought: str = ""              # what is then written before the mark that ends it
     progress: bool = False              # send progress events until the first token
     pooling: str = ""                   # mean or last: no answer, but an embedding of the prompt
     client: str = ""                    # who takes turns: a key's name or an address
@@ -210,6 +212,14 @@ class Embedding(NamedTuple):
     type: str = "embedding"
 
 
+class ThinkingEnds(NamedTuple):
+    """Worker to front: the reasoning ends after the answer's `position`-th token, because somebody asked for
+    that; None: it does not think now."""
+
+    position: int | None
+    type: str = "thinking_ends"
+
+
 class Ended(NamedTuple):
     """Worker to front: the answer is complete."""
 
@@ -228,7 +238,7 @@ class Failed(NamedTuple):
     type: str = "failed"
 
 
-WorkerEvent = PromptProgress | PromptScores | Piece | Embedding | Ended | Failed
+WorkerEvent = PromptProgress | PromptScores | Piece | Embedding | ThinkingEnds | Ended | Failed
 
 
 @dataclass(frozen=True)

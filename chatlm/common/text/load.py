@@ -210,10 +210,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def thinking_options(self, options: Mapping) -> dict:
         """What a request tells the template about thinking: families have different names for it."""
-        effort, thinks = options.get("reasoning_effort"), {}
+        effort, budget, thinks = options.get("reasoning_effort"), options.get("thinking_budget"), {}
         if effort:
             thinks = {"reasoning_effort": self.call_format.efforts.get(effort, effort),
                       "enable_thinking": effort != "none", "thinking": effort != "none"}
+        if budget is not None:  # Seed-OSS tells the model
+            thinks |= {"thinking_budget": budget} | ({} if budget else {"enable_thinking": False,
+                                                                        "thinking": False})
         return thinks | dict(options.get("chat_template_kwargs", {}))
 
     def history(self, dialogue: list[dict]) -> list[dict]:

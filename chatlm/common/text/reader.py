@@ -126,6 +126,9 @@ class Prose:
             elif sign in calls.starts:
                 yield from calls.read(sign)
 
+    def end_of_thinking(self, again: bool) -> str:
+        return self.thoughts[1]
+
     def reasoning_grammar(self, of_calls: bool) -> str:
         """Rules of a grammar in which reasoning comes before `content`; "" if none can come."""
         if self.thought:
@@ -165,6 +168,11 @@ class Harmony:
                 deltas.begin("reasoning" if recipient or channel.startswith("analysis") else "text")
             write = deltas.arguments if name in self.names else deltas.write
             yield from scanner.until(write, *self.ends, self.start)
+
+    def end_of_thinking(self, again: bool) -> str:
+        """The end of the message, and the beginning of the next one: of any, a call too, but of no more
+        reasoning where there was enough before."""
+        return "<|end|><|start|>assistant" + "<|channel|>final<|message|>" * again
 
     def _header(self) -> Generator[None, None, str]:
         """Read a message's header and return it; "" where there is none, and all is text."""
@@ -235,6 +243,11 @@ class AnswerReader:
     def take(self) -> list[Delta]:
         """What has been read since the last time."""
         return self.deltas.take()
+
+    def end_of_thinking(self, last_thought: str = "", again: bool = False) -> list[int]:
+        """The tokens that end reasoning after a last thought; `again`: reasoning was ended before."""
+        tokens = self.tokenizer.encode(f"\n\n{last_thought}\n", False) if last_thought else []
+        return tokens + self.tokenizer.encode_with_specials(self.parts.end_of_thinking(again))
 
     def grammar(self, params: AnswerParams) -> str:
         """The grammar of a whole answer, whose content, or calls, `params.grammar` describes."""

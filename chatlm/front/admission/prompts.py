@@ -13,6 +13,7 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, invalid
 from chatlm.common.memory import trim_heap
+from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import NO_OPTIONS, fill_template
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class PromptMaker:
             prompts, dropped = await self.run(encode, sum(map(len, request.prompts))), 0
         else:
             prompts, dropped = await self._cut_to_fit(request, request.messages)
+        if request.params.thinking_budget == 0:
+            prompts = tuple(self._without_thinking(ids, request) for ids in prompts)
         for ids in prompts:
             checked_ids(ids, self.tokenizer, request.source)
             self.answer_length(request, ids)
@@ -52,6 +55,11 @@ class PromptMaker:
         checked_ids([token for token, _ in request.params.sampling.logit_bias], self.tokenizer, "logit_bias")
         return replace(request.lasting(), prompt_ids=prompts,
                        dropped_messages=request.dropped_messages + dropped)
+
+    def _without_thinking(self, ids: tuple[int, ...], request: Request) -> tuple[int, ...]:
+        """A prompt after which the answer does not begin in reasoning, whatever the template wrote."""
+        reader = answer_reader(self.tokenizer, request.params, ids)
+        return (*ids, *reader.end_of_thinking()) if reader and reader.thinking else ids
 
     def _encode_prompts(self, request: Request) -> tuple[tuple[int, ...], ...]:
         """With `truncate`, which only embeddings have here, a prompt loses what is beyond the context."""

@@ -50,7 +50,8 @@ def template_options(values: Mapping) -> dict:
         if message.get("prefix"):
             param = f"messages[{index}].prefix"
             raise invalid(param, f"{param}: only the last message can be continued")
-    chosen = {option.name: values[option.name] for option in TEMPLATE_OPTIONS if option.name in values}
+    chosen = {option.name: values[option.name] for option in TEMPLATE_OPTIONS
+              if values.get(option.name, "") != ""}
     param = "continue_final_message"
     if last.get("prefix") is not None:
         param = f"messages[{len(earlier)}].prefix"

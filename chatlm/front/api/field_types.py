@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid, named, printable
-from chatlm.common.jsontext import is_text, whole_unicode
+from chatlm.common.jsontext import is_number, is_text, whole_unicode
 from chatlm.common.text.grammar import in_slashes, json_grammar, lark_grammar
 from chatlm.front.api.fields import (
     A_FUNCTION, A_TEXT, A_TOKEN, TEXT_OR_NULL, TEXT_OR_TOKEN, Field, FieldType, as_count, list_schema,
@@ -132,7 +133,9 @@ PROMPTS, INPUTS = (
                   list_schema({"anyOf": [A_TEXT, SOME_TOKENS]}, minItems=1, maxItems=most)]}, prompt_list)
     for most in (LIMITS.choices, LIMITS.embeddings))
 EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh"]
-EFFORT = FieldType(" or ".join([", ".join(EFFORTS[:-1]), EFFORTS[-1]]), {"enum": EFFORTS})
+EFFORT = FieldType(", ".join(EFFORTS) + " or a number of tokens, at least 0",
+                   {"anyOf": [{"enum": EFFORTS}, {"type": "integer", "minimum": 0}]},
+                   lambda value: value if is_text(value) else "")  # see thinking_budget
 PRIORITY = FieldType('"low", "normal" or an integer (above 0 means low)',  # vLLM takes numbers
                      {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
                      lambda value: value == "low" or value != "normal" and value > 0)
@@ -208,6 +211,29 @@ CONSTRAINT_FIELDS = (  # as vLLM and llama-server have them; a request may have 
 
 def thinking(effort) -> dict:
     """The template options for an effort, or for whether to think; None leaves it to the template."""
-    if effort is None or is_text(effort):
-        return {"reasoning_effort": effort} if effort in EFFORTS else {}
-    return {"chat_template_kwargs": {"enable_thinking": effort, "thinking": effort}}
+    if isinstance(effort, bool):
+        return {"chat_template_kwargs": {"enable_thinking": effort, "thinking": effort}}
+    return {"reasoning_effort": effort} if effort in EFFORTS else {}
+
+
+# where a body may say how many tokens the model may think, if it has the field; an effort may be a number too
+BUDGETS = ("thinking_budget", "chat_template_kwargs.thinking_budget", "reasoning.max_tokens",
+           "thinking.budget_tokens")
+EFFORT_BUDGETS = "reasoning_effort", "reasoning.effort", "output_config.effort", "think"
+
+
+def thinking_budget(body: Mapping, fields: Iterable[Field]) -> dict[str, int]:
+    """How many tokens the model may think, by the name of the field that says so; {} if none does.
+    RequestError if two differ."""
+    known, chosen = {field.name for field in fields}, {}
+    for path in (*BUDGETS, *EFFORT_BUDGETS):
+        name, _, member = path.partition(".")
+        value = body.get(name) if name in known else None
+        value = value.get(member) if member and isinstance(value, dict) else None if member else value
+        if value is not None and (path in BUDGETS or is_number(value)):
+            chosen[path] = Field(path, INTEGER, "", 0, math.inf).read(value)
+    (first, budget), *others = chosen.items() or [("", 0)]
+    for name, other in others:
+        if other != budget:
+            raise invalid(name, f"{first} is {budget:,} and {name} is {other:,}: a request has one budget")
+    return {first: budget} if first else {}

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import DEFAULT_MAX_TOKENS, LIMITS, sampling_defaults
-from chatlm.common.errors import RequestError, invalid, shown
+from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import AnswerParams, Message, Request, SamplingParams
@@ -24,7 +24,7 @@ from chatlm.front.api.conversation import (
     response_messages, sent_messages, template_options)
 from chatlm.front.api.fields import (
     A_FUNCTION, ToolChoice, allowed_tools, known_tools, matches, no_tools, parse_fields, within_limit)
-from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking
+from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget
 from chatlm.front.api.tables import (
     COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS,
     OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS,
@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.admission.prompts import PromptMaker
+    from chatlm.front.api.fields import Field
+
+
+def parse_answer(body: dict, fields: Seq[Field]) -> dict:
+    """The checked fields of a body that asks for an answer to a conversation."""
+    return parse_fields(body, fields) | {"budget": thinking_budget(body, fields)}
 
 
 def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
@@ -49,10 +55,28 @@ def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
 def make_request(values: Mapping, settings: Settings, params: AnswerParams = AnswerParams(),
                  **source) -> Request:
     """A Request from the fields that every generating route shares, plus `params` and `source`."""
+    if "messages" in source:
+        params, options = with_thinking_budget(params, values.get("budget", {}), settings,
+                                               source.get("max_tokens"))
+        source["template_options"] = {**source.get("template_options", {}), **options}
     params = replace(params, sampling=sampling_params(values, settings), chat="messages" in source,
                      **among(values, "stop", "stop_token_ids", "ignore_eos", "min_tokens", "progress"))
     return Request(params=params, low_priority=values.get("priority", False),
                    **among(values, "n", "truncate", "resumable"), **source)
+
+
+def with_thinking_budget(params: AnswerParams, chosen: Mapping[str, int], settings: Settings,
+                         max_tokens: int | None = None) -> tuple[AnswerParams, dict[str, int]]:
+    """The parameters with a budget of thinking, the request's (see thinking_budget) or else the server's, and
+    the template options that tell of it. RequestError if the request's is above `max_tokens`."""
+    budget = settings.reasoning_budget
+    for name, budget in chosen.items():
+        if budget > (max_tokens or budget):
+            raise bad_value(name, budget, f"an integer from 0 to {max_tokens}, the most tokens of the answer")
+    if budget < 0:
+        return replace(params, last_thought=settings.reasoning_budget_message), {}
+    return replace(params, last_thought=settings.reasoning_budget_message,
+                   thinking_budget=budget), {"thinking_budget": budget}
 
 
 def among(values: Mapping, *names: str) -> dict:
@@ -120,7 +144,7 @@ def read_native_body(body: dict, known: Known) -> ParsedBody:
     """nanochat's body; one that names a model comes from a client of OpenAI whose base URL lacks /v1."""
     if body.get("model") is not None:
         return read_chat_body(body, known)
-    values, settings = parse_fields(body, NATIVE_FIELDS), known.settings
+    values, settings = parse_answer(body, NATIVE_FIELDS), known.settings
     messages, dropped = native_messages(values["messages"], values.get("truncate", False))
     return ParsedBody(make_request(
         values, settings, messages=messages, dropped_messages=dropped,
@@ -129,7 +153,7 @@ def read_native_body(body: dict, known: Known) -> ParsedBody:
 
 
 def read_chat_body(body: dict, known: Known) -> ParsedBody:
-    values = parse_fields(body, OPENAI_FIELDS)
+    values = parse_answer(body, OPENAI_FIELDS)
     if body.get("functions") and known.tool_format is None:
         raise no_tools("functions")
     request = parse_openai_request(values, known.settings, known.tool_format)
@@ -174,7 +198,7 @@ def repeated_json(body: Mapping) -> bytes:
 
 
 def read_responses_body(body: dict, known: Known) -> ParsedBody:
-    values = parse_fields(body, RESPONSES_FIELDS)
+    values = parse_answer(body, RESPONSES_FIELDS)
     tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
     messages = joined_turns(chat_messages(response_messages(values), known.tool_format is not None))
     request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages)
@@ -184,7 +208,7 @@ def read_responses_body(body: dict, known: Known) -> ParsedBody:
 
 def read_messages_body(body: dict, known: Known) -> ParsedBody:
     """Anthropic's Messages API."""
-    values = parse_fields(body, MESSAGES_FIELDS)
+    values = parse_answer(body, MESSAGES_FIELDS)
     messages, tools, ignored = anthropic_prompt(values, known.tool_format)
     options = (anthropic_options(messages) | thinking((body.get("output_config") or {}).get("effort"))
                | values.get("template_options", {}))
@@ -217,7 +241,7 @@ def parsed_body(api: str, values: Mapping, known: Known, request: Request, detai
 
 
 def read_ollama_chat(body: dict, known: Known) -> ParsedBody:
-    values = parse_fields(body, OLLAMA_CHAT_FIELDS)
+    values = parse_answer(body, OLLAMA_CHAT_FIELDS)
     sent = sent_messages(values["messages"], [*OPENAI_ROLES, "tool"]) if values.get("messages") else ()
     messages = chat_messages(map(ollama_message, sent), known.tool_format is not None)
     return ollama_body("ollama chat", values, known, messages=messages)
@@ -234,7 +258,7 @@ def ollama_message(message: SentMessage) -> SentMessage:
 
 
 def read_ollama_generate(body: dict, known: Known) -> ParsedBody:
-    values = parse_fields(body, OLLAMA_GENERATE_FIELDS)
+    values = parse_answer(body, OLLAMA_GENERATE_FIELDS)
     prompt = values.get("prompt", "")
     if values.get("raw", False) and prompt:
         return ollama_body("ollama generate", values, known, prompts=(prompt,))

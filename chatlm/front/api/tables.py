@@ -9,7 +9,7 @@ from chatlm.common.config import LIMITS
 from chatlm.front.api.fields import (
     A_TEXT, TEXT_OR_NULL, Field, FieldType, list_schema, object_schema, refused)
 from chatlm.front.api.field_types import (
-    CAP, CONSTRAINT_FIELDS, EFFORT, EFFORTS, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INPUTS, INTEGER, LIST,
+    CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INPUTS, INTEGER, LIST,
     LOGIT_BIAS, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT, OLLAMA_NAME,
     OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP, STOP_TOKENS, SWITCH, SYSTEM, TEXT, TOKENS, TOOL_CHOICE,
     TOOLS, TOP_K, nested_grammar, response_grammar, thinking)
@@ -23,6 +23,10 @@ MODEL = Field("model", TEXT, "absent, empty or `default`: the loaded one")
 PARALLEL = Field("parallel_tool_calls", SWITCH, "false: at most one call when tool_choice requires calls")
 RESPONSE_FORMAT = Field("response_format", OBJECT._replace(convert=response_grammar),
                         "format of the answer: text, json_object or json_schema")
+
+EFFORT_OR_NULL = {"anyOf": [*EFFORT.schema["anyOf"], {"type": "null"}]}
+WHETHER_TO_THINK = {"enum": ["enabled", "adaptive", "disabled"]}
+A_BUDGET = {"type": ["integer", "null"], "minimum": 0}
 
 COMMON_FIELDS = (  # for every route that generates
     Field("stop", STOP, "strings that end the answer; "
@@ -40,8 +44,12 @@ TEMPLATE_OPTIONS = (  # how a conversation becomes a prompt
     Field("continue_final_message", SWITCH, "true: continue the last message, an assistant's, instead of "
           "answering; `prefix: true` in that message means the same"),
     Field("add_generation_prompt", SWITCH, "false: do not begin an answer after the last message"),
-    Field("reasoning_effort", EFFORT, "how much the model thinks, if its template knows that"),
-    Field("chat_template_kwargs", OBJECT, "what else the template is told, such as `enable_thinking`"),
+    Field("reasoning_effort", EFFORT,
+          "how much the model thinks, if its template knows that; a number means thinking_budget"),
+    Field("chat_template_kwargs", OBJECT, "what else the template is told, such as `enable_thinking`; "
+                                          "`thinking_budget` in it means the field"),
+    Field("thinking_budget", INTEGER, "most tokens that the model thinks, at most max_tokens; 0: it does not",
+          0, math.inf),
 )
 
 NATIVE_FIELDS = (
@@ -117,9 +125,11 @@ RESPONSES_FIELDS = (
     SOME_TOOLS,
     Field("tool_choice", FLAT_CHOICE, "auto, none, required, or which of the functions"),
     Field("reasoning", FieldType(f"an object whose effort is {EFFORT.allowed}",
-                                 object_schema([], effort={"enum": [*EFFORTS, None]}),
-                                 lambda value: thinking(value.get("effort"))),
-          "`effort`: how much the model thinks, if its template knows that", means="template_options"),
+                                 object_schema([], effort=EFFORT_OR_NULL),
+                                 lambda value: thinking(value.get("effort")),
+                                 object_schema([], effort=EFFORT_OR_NULL, max_tokens=A_BUDGET)),
+          "`effort`: how much the model thinks, if its template knows that; `max_tokens`, or a number as "
+          "effort: most tokens that it thinks", means="template_options"),
     PARALLEL,
     Field("text", OBJECT._replace(convert=partial(nested_grammar, param="text")),
           "`format`: text, json_object or json_schema", means="response_format"),
@@ -148,9 +158,10 @@ MESSAGES_FIELDS = (
     Field("stop_sequences", STOP, "strings that end the answer", means="stop"),
     Field("thinking", FieldType(
         "an object of type enabled, adaptive or disabled",
-        object_schema(["type"], type={"enum": ["enabled", "adaptive", "disabled"]}),
-        lambda value: thinking(value["type"] != "disabled")),
-        "whether the model thinks, if its template knows that", means="template_options"),
+        object_schema(["type"], type=WHETHER_TO_THINK), lambda value: thinking(value["type"] != "disabled"),
+        object_schema(["type"], type=WHETHER_TO_THINK, budget_tokens=A_BUDGET)),
+        "whether the model thinks, if its template knows that; `budget_tokens`: most tokens that it thinks",
+        means="template_options"),
     Field("output_config", OBJECT._replace(convert=partial(nested_grammar, param="output_config")),
           "`format`: json_schema; `effort`: how much the model thinks", means="response_format"),
 )
@@ -166,9 +177,11 @@ OLLAMA_FIELDS = (  # for both of Ollama's routes
     Field("model", OLLAMA_NAME, "absent, empty or `default`: the loaded one; `:latest` is left off"),
     Field("stream", SWITCH, "one JSON object per line (the default); false: one object"),
     Field("format", OLLAMA_FORMAT, '"json" or a JSON schema', means="response_format"),
-    Field("think", FieldType(f"true, false, {EFFORT.allowed}", {"enum": [True, False, *EFFORTS]},
+    Field("think", FieldType(f"true, false, {EFFORT.allowed}",
+                             {"anyOf": [{"enum": [True, False]}, *EFFORT.schema["anyOf"]]},
                              lambda value: thinking(value)),
-          "whether, or how much, the model thinks, if its template knows that", means="template_options"),
+          "whether, or how much, the model thinks, if its template knows that; a number: most tokens that it "
+          "thinks", means="template_options"),
     Field("options", OBJECT._replace(details={"properties": {
         field.name: field.described for field in OLLAMA_OPTIONS}}), "how to draw tokens, and when to stop"),
 )

@@ -224,7 +224,8 @@ class Dispatcher:
         """A worker's process has ended: its jobs go to the front of the queue and continue elsewhere."""
         jobs = worker.forget_process()
         for job in jobs:
-            job.worker, job.failovers = None, job.failovers + 1
+            job.failovers += 1
+            job.leave_worker()
             self.pending.append(job)
         for job in jobs:
             if job.failovers >= self.MAX_FAILOVERS:
@@ -236,6 +237,11 @@ class Dispatcher:
         jobs = [job for job in self.jobs.values() if job.request.id == request_id]
         self.fail(RequestError("the request was cancelled", status=499, code="cancelled"), *jobs)
         return bool(jobs)
+
+    async def end_thinking(self, request_id: str) -> bool:
+        """End the reasoning of a request's answers, which go on; False if none is thinking now."""
+        jobs = [job for job in self.jobs.values() if job.request.id == request_id]
+        return any(await asyncio.gather(*(job.end_thinking() for job in jobs)))
 
     def fail(self, error: ChatServerError, *jobs: Job):
         for job in jobs:
@@ -253,6 +259,7 @@ class Dispatcher:
 
     def _forget(self, job: Job):
         del self.jobs[job.id]
+        job.note_thinking_ends(None)
         if job.worker:
             del job.worker.jobs[job.worker_id]
         else:

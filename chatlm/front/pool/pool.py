@@ -36,6 +36,7 @@ class WorkerPool:
     what /health, /stats and the first lines on the terminal say."""
 
     continues = True  # can it continue the last message of a conversation?
+    ends_thinking = True
 
     def __init__(self, settings: Settings, placement: Placement):
         self.settings, self.placement, self.workers = settings, placement, placement.workers
@@ -100,6 +101,10 @@ class WorkerPool:
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; its reader gets RequestError 'cancelled' instead of Finished."""
         return self.dispatcher.cancel(request_id)
+
+    async def end_thinking(self, request_id: str) -> bool:
+        """End the reasoning of a running request, which goes on; False if it is not thinking now."""
+        return await self.dispatcher.end_thinking(request_id)
 
     def _check_capacity(self, request_id: str, client: str):
         if self.draining:

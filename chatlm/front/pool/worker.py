@@ -17,10 +17,10 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.errors import EngineFailure, RequestError
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
-    NO_GAUGES, WORKER_PIPE, Cancel, EndOfRequest, NewAnswer, NewPrompt, NewRequest, Ping, Stepped,
-    WorkerConfig)
+    NO_GAUGES, WORKER_PIPE, Cancel, EndOfRequest, EndThinking, NewAnswer, NewPrompt, NewRequest, Ping,
+    Stepped, WorkerConfig)
 from chatlm.common.messages.requests import (
-    Embedding, Ended, Failed, Finished, Piece, PromptProgress, PromptScores)
+    Embedding, Ended, Failed, Finished, Piece, PromptProgress, PromptScores, ThinkingEnds)
 from chatlm.front.admission.admission import next_message
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ class Job:
     last_token_s: float = 0.0
     failovers: int = 0  # how many workers died with it since its last token
     set_aside: int = 0  # how often it gave up its row to another client
+    thinking: bool = False            # did its last piece end in reasoning?
+    thinking_ends: int | None = None  # as ThinkingEnds told
+    asked: asyncio.Future[bool] | None = None  # waits for ThinkingEnds
 
     @property
     def id(self) -> str:
@@ -84,21 +87,43 @@ class Job:
         if told is None or self.prompt not in told:
             yield NewPrompt(request.id, self.prompt, self.prompt_ids)
         yield NewAnswer(self.worker_id, request.id, self.prompt, self.choice % request.n, self.max_tokens,
-                        tuple(self.output_ids), self.scored)
+                        tuple(self.output_ids), self.scored, self.thinking_ends)
+
+    def end_thinking(self) -> asyncio.Future[bool]:
+        """Have its reasoning end; the future says whether it was thinking."""
+        if self.asked is None or self.asked.done():
+            self.asked = asyncio.get_running_loop().create_future()
+            if self.worker:
+                self.worker.send(EndThinking(self.worker_id))
+            else:
+                self.leave_worker()
+        return self.asked
+
+    def leave_worker(self):
+        """It waits for another worker, which goes on where this one was heard last."""
+        self.worker = None
+        self.note_thinking_ends(len(self.output_ids) + 1 if self.thinking else None)
+
+    def note_thinking_ends(self, position: int | None):
+        if self.asked and not self.asked.done():
+            self.asked.set_result(position is not None)
+            self.thinking_ends = position if self.thinking_ends is None else self.thinking_ends
 
     def take(self, event: WorkerEvent, gpu: int):
-        """Note what a worker tells of the answer, and queue it for the reader."""
-        self.events.put_nowait(self._noted(event, gpu))
+        """Note what a worker tells of the answer, and queue what its reader wants to hear."""
+        if (news := self._noted(event, gpu)) is not None:
+            self.events.put_nowait(news)
 
-    def _noted(self, event: WorkerEvent, gpu: int) -> Event | ChatServerError:
+    def _noted(self, event: WorkerEvent, gpu: int) -> Event | ChatServerError | None:
         match event:
             case PromptProgress():
                 return event._replace(choice=self.choice)
             case PromptScores(logprobs):
                 self.failovers, self.scored = 0, self.scored + len(logprobs)
                 return event._replace(choice=self.choice)
-            case Piece(tokens):
+            case Piece(tokens, deltas):
                 self._note_time()
+                self.thinking = deltas[-1].kind == "reasoning" if deltas else self.thinking
                 if self.request.max_tokens == 0:  # only the prompt is wanted, but the worker draws a token
                     event, tokens = Piece(), ()
                 self.output_ids += tokens
@@ -106,6 +131,8 @@ class Job:
             case Embedding():
                 self._note_time()
                 return event._replace(choice=self.choice)
+            case ThinkingEnds(position):
+                return self.note_thinking_ends(position)
             case Ended():
                 return self._finished(event, gpu)
             case Failed(message, refused=True):
@@ -281,7 +308,8 @@ class Worker:
         """Stop computing a job; it continues later."""
         self.send(Cancel(job.worker_id))
         del self.jobs[job.worker_id]
-        job.worker, job.set_aside = None, job.set_aside + 1
+        job.set_aside += 1
+        job.leave_worker()
 
     def end_request(self, request_id: str):
         if self.known.pop(request_id, None):

@@ -39,6 +39,7 @@ def model_body(pool: WorkerPool, settings: Settings) -> dict:
             "tools": tokenizer.tool_format is not None,
             "reasoning": tokenizer.thoughts is not None,
             "reasoning_history": "reasoning_content" in (tokenizer.spec.chat_template or ""),
+            "reasoning_budget": tokenizer.thoughts is not None,
             "continue_final_message": tokenizer.has_chat_template,
             "json_schema": importlib.util.find_spec("llguidance") is not None}
     return {"id": pool.model_name, "object": "model", "created": pool.created,
@@ -86,8 +87,11 @@ class ModelRoutes:
 def openapi_operation(route: Route) -> dict:
     error = {"description": "what is wrong", "content": {"application/json": {"schema": {"type": "object"}}}}
     operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error},
-                 "parameters": [{"name": name, "in": "path", "required": True, "schema": A_TEXT}
-                                for name in re.findall(r"{(\w+)", route.path)]}
+                 "parameters": [
+                     *({"name": name, "in": "path", "required": True, "schema": A_TEXT}
+                       for name in re.findall(r"{(\w+)", route.path)),
+                     *({"name": field.name, "in": "query", "description": field.doc, "schema": field.schema}
+                       for field in route.query)]}
     if route.fields:
         required = [field.name for field in route.fields if field.required]
         schema = {"type": "object", "required": required,

@@ -32,6 +32,7 @@ class Route(NamedTuple):
     handler: str | Callable[[Front], Any]  # a method, or what makes the JSON body (see Front.show)
     doc: str
     fields: tuple[Field, ...] = ()  # of the body, which ANSWER_READERS or TEXT_READERS has a reader for
+    query: tuple[Field, ...] = ()   # of the address, after the question mark
     open: bool = False              # needs no API key
     polled: bool = False            # logged only at level debug; served on surplus connections too
 

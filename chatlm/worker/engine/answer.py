@@ -99,17 +99,22 @@ class Answer:
         self.decoder, self.stops = StreamDecoder(tokenizer, marks), StopFinder(params.stop)
         self.unsent: list[Delta] = []
         self.reasoning_tokens = self.count = 0  # count: all tokens so far
+        self.thoughts = 0              # those of reasoning without its markers
+        self.thinking_ends = work.thinking_ends  # its reasoning ends after so many tokens; None: nobody asked
+        self.thinking_ended = False    # by `_end_of_thinking`
         self.tool = CalculatorTool(tokenizer, tokenizer.tool_tokens) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if params.ignore_eos else tokenizer.stop_tokens
         self.stop_tokens = self.eos_tokens | frozenset(params.stop_token_ids)
         self.reason: str | None = None  # finish_reason; stop_reason is its cause
         self.stop_reason: str | None = None
+        forced = 0  # so many of the next ids were forced; `tool`, too, is told of ids that it forced itself
         for token in work.resumed_ids:
             if self.tool:
-                self.tool.feed(token)  # the resumed ids already contain what it forced
+                self.tool.feed(token)
             if self.grammar:
                 self.grammar.feed(token)
             self._read(token)
+            forced = forced - 1 if forced else len(self._end_of_thinking())
             if self.awaits_grammar:
                 self.hold_call()
         self.take()                    # it went out together with the ids
@@ -121,6 +126,7 @@ class Answer:
         if not self.reader:  # all is text
             return self._add_text(text)
         self.reader.push(text)
+        self.thoughts += bool(thinking)
         self.reasoning_tokens += thinking or self.reader.thinking
         if self.grammar and self.call_grammars:
             self.reader.deltas.begun_call = None  # its own call
@@ -141,6 +147,31 @@ class Answer:
         grammar = self.compiled(self.call_grammars[name])
         if grammar.feed_text(read):
             self.grammar = grammar
+
+    def end_thinking(self) -> int | None:
+        """End its reasoning with the next token. Returns the number of that token; None if it does not think
+        now. With this number in its assignment, another worker ends it at the same place."""
+        if not (self.reader and self.reader.thinking):
+            return None
+        if self.thinking_ends is None:
+            self.thinking_ends = self.count + 1
+        return self.thinking_ends
+
+    def _end_of_thinking(self) -> list[int]:
+        """The tokens that end its reasoning here, if it has used up its budget, or somebody asked for the
+        answer; usually none. A character is finished first."""
+        reader, params = self.reader, self.work.params
+        if not (reader and reader.thinking) or self.decoder.utf8.getstate()[0]:
+            return []
+        asked = self.thinking_ends is not None and self.count >= self.thinking_ends
+        if not asked and (params.thinking_budget is None or self.thoughts < params.thinking_budget):
+            return []
+        again = self.thinking_ended
+        tokens = reader.end_of_thinking("" if again else params.last_thought, again)
+        if self.grammar and self.grammar.matcher.validate_tokens(tokens) < len(tokens):
+            return []  # it wants no content after its reasoning
+        self.thinking_ended = True
+        return tokens
 
     def _add_read(self):
         """Add what the reader has read, up to a stop string."""
@@ -184,8 +215,10 @@ class Answer:
             return self._end("stop", self.stops.stopped_by)
         if self.grammar and self.grammar.complete:
             return self._end("stop", "grammar")
-        forced = self.tool.feed(token)[:room] if self.tool else []
+        forced = ((self.tool.feed(token) if self.tool else []) or self._end_of_thinking())[:room]
         for forced_token in forced:
+            if self.grammar:
+                self.grammar.feed(forced_token)
             self._read(forced_token)
         if len(forced) >= room:
             self._end("length",

@@ -19,7 +19,8 @@ import torch
 
 from chatlm.common.log import log
 from chatlm.common.messages.requests import (
-    AnswerParams, Embedding, Ended, Failed, Piece, PromptProgress, PromptScores, TokenLogprob, Usage)
+    AnswerParams, Embedding, Ended, Failed, Piece, PromptProgress, PromptScores, ThinkingEnds, TokenLogprob,
+    Usage)
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS, Assignment, Chunk, Scheduler, Sequence
@@ -118,6 +119,12 @@ class Engine:
             if sequence.preparing:
                 sequence.preparing.cancel()
         return bool(gone)
+
+    def end_thinking(self, answer_id: str):
+        """End the reasoning of an answer with its next token, and tell where that is."""
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            if sequence.work.id == answer_id:
+                self._emit(sequence, ThinkingEnds(sequence.text.end_thinking() if sequence.text else None))
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[tuple[str, WorkerEvent]]:
         """Start the next step, call `meanwhile`, finish the previous step; returns what that added to

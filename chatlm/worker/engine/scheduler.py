@@ -29,6 +29,7 @@ class Assignment:
     choice: int = 0
     resumed_ids: tuple[int, ...] = ()
     scored: int = 0       # prompt tokens whose log-probabilities were already sent
+    thinking_ends: int | None = None  # see Answer.thinking_ends
 
     @cached_property
     def sampling(self) -> SamplingParams:

@@ -921,6 +921,71 @@ def test_thinking_is_asked_for_in_each_api_s_words():
     assert options(read_messages_body, messages=question) == options(read_responses_body, input="x") == {}
 
 
+THOUGHTS = {        # how each API says 100 tokens, with the name of the field
+    "thinking_budget": (CHAT, lambda budget: {"thinking_budget": budget}),
+    "reasoning_effort": (CHAT, lambda budget: {"reasoning_effort": budget}),
+    "chat_template_kwargs.thinking_budget": (CHAT, lambda budget: {"chat_template_kwargs": {"thinking_budget": budget}}),
+    "reasoning.max_tokens": (RESPONSES, lambda budget: {"reasoning": {"max_tokens": budget}}),
+    "reasoning.effort": (RESPONSES, lambda budget: {"reasoning": {"effort": budget}}),
+    "thinking.budget_tokens": (MESSAGES, lambda budget: {"thinking": {"type": "enabled", "budget_tokens": budget}}),
+    "output_config.effort": (MESSAGES, lambda budget: {"output_config": {"effort": budget}}),
+    "think": ("/api/chat", lambda budget: {"think": budget}),
+    "think of a prompt": ("/api/generate", lambda budget: {"think": budget}),
+    "native thinking_budget": ("/chat/completions", lambda budget: {"thinking_budget": budget}),
+    "native reasoning_effort": ("/chat/completions", lambda budget: {"reasoning_effort": budget})}
+
+
+def asked_of(path, settings=Settings(), **body):
+    return ANSWER_READERS[path](BODIES[path] | body, replace(KNOWN, settings=settings)).request
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+def test_each_api_has_a_budget_of_thinking_from_0_to_max_tokens(name):
+    path, said_so = THOUGHTS[name]
+    most = 500 if path != "/chat/completions" else 512
+    cap = {"/api/chat": {"options": {"num_predict": 500}}, "/api/generate": {"options": {"num_predict": 500}},
+           RESPONSES: {"max_output_tokens": 500}, "/chat/completions": {}}.get(path, {"max_tokens": 500})
+    for budget in (0, 100, most):
+        request = asked_of(path, **said_so(budget), **cap)
+        assert request.params.thinking_budget == request.template_options["thinking_budget"] == budget and request.max_tokens == most
+        assert "reasoning_effort" not in request.template_options
+    wrong = [most + 1, -1, 1.5] + ([] if "effort" in name or name.startswith("think of") or name == "think" else [True, "10", [5]])
+    for budget in wrong:
+        with pytest.raises(RequestError) as caught:
+            asked_of(path, **said_so(budget), **cap)
+        # a field that takes words too names all that it takes
+        assert caught.value.status == 400 and name.split()[-1 if name.startswith("native") else 0].startswith(caught.value.param)
+        assert caught.value.param in str(caught.value) and re.search(f"0 to {most}|at least 0", str(caught.value))
+    assert asked_of(path, **said_so(None)).params.thinking_budget is None
+
+
+def test_two_budgets_that_differ_are_refused_and_equal_ones_are_one():
+    for path, body, names in (
+            (CHAT, {"thinking_budget": 5, "reasoning_effort": 6}, ("thinking_budget", "reasoning_effort")),
+            (CHAT, {"chat_template_kwargs": {"thinking_budget": 1}, "reasoning_effort": 0}, ("chat_template_kwargs.thinking_budget", "reasoning_effort")),
+            (RESPONSES, {"reasoning": {"max_tokens": 5, "effort": 6}}, ("reasoning.max_tokens", "reasoning.effort")),
+            (MESSAGES, {"thinking": {"type": "enabled", "budget_tokens": 5}, "output_config": {"effort": 4}}, ("thinking.budget_tokens", "output_config.effort"))):
+        with pytest.raises(RequestError) as caught:
+            asked_of(path, **body)
+        assert caught.value.status == 400 and caught.value.param == names[1] and all(name in str(caught.value) for name in names)
+    request = asked_of(CHAT, thinking_budget=5, reasoning_effort=5, chat_template_kwargs={"thinking_budget": 5, "x": 1})
+    assert request.params.thinking_budget == 5
+    words = asked_of(CHAT, thinking_budget=5, reasoning_effort="high")
+    assert words.params.thinking_budget == 5 and words.template_options == {"reasoning_effort": "high", "thinking_budget": 5}
+    assert asked_of(CHAT, reasoning={"max_tokens": -1}, think=-5).params.thinking_budget is None       # other APIs' fields
+
+
+@every_api
+def test_the_server_s_budget_is_that_of_requests_without_one(path):
+    settings = Settings(reasoning_budget=7, reasoning_budget_message="Enough.")
+    request = asked_of(path, settings, max_tokens=5)            # it may be more than the answer has
+    assert (request.params.thinking_budget, request.params.last_thought) == ((7, "Enough.") if request.params.chat else (None, ""))
+    if path == CHAT:
+        assert asked_of(path, settings, thinking_budget=9).params.thinking_budget == 9
+        assert asked_of(path, settings, thinking_budget=0).template_options == {"thinking_budget": 0}
+        assert asked_of(path, Settings(reasoning_budget=0)).params.thinking_budget == 0
+
+
 async def test_a_last_message_of_the_assistant_is_continued(client, url, exact):
     """Anthropic's prefill is continue_final_message."""
     messages = [*BODIES[CHAT]["messages"], {"role": "assistant", "content": "The capital of"}]

@@ -43,6 +43,7 @@ def test_every_route_and_field_is_described():
         assert list(schema["properties"]) == [field.name for field in fields]
         assert all(value["description"] and value["anyOf"][0] for value in schema["properties"].values())
     assert paths["/v1/models/{name}"]["get"]["parameters"][0]["name"] == "name"
+    assert [(each["name"], each["in"]) for each in paths["/v1/cancel/{id}"]["post"]["parameters"]] == [("id", "path"), ("reasoning", "query")]
     assert paths["/livez"]["get"]["security"] == [] and "security" not in paths["/stats"]["get"]
     assert document()["servers"] == [{"url": "/prefix"}] and document()["security"] == []
     locked = openapi_document(chat_server.ROUTES, Settings(keys=(ApiKey.hashed("key", "alice"),)))

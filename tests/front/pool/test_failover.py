@@ -17,7 +17,7 @@ import pytest
 
 from chatlm.common import program
 from chatlm.common.config import Settings
-from chatlm.common.errors import EngineFailure
+from chatlm.common.errors import EngineFailure, RequestError
 from chatlm.common.messages.protocol import Loading
 from chatlm.common.messages.requests import Embedding, Finished, Message, Piece, PromptScores, SamplingParams
 from chatlm.common.messages.wire import BadMessage
@@ -121,6 +121,83 @@ async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_
         assert case != "character" or any(character in text for character in "日楥旗")
         assert case != "stop" or (reason, cause) == ("stop", "cbabcc")
     assert sum(worker.restarts + (worker.state != "ready") for worker in pool.workers) >= len(cases)
+    await idle(pool)
+
+
+def thinking_model(tmp_path):
+    """A tiny model that draws letters at random, and marks of reasoning: its path, and such a request."""
+    metadata = tiny_gguf.small_gguf_metadata("gpt-2")
+    first = len(metadata["tokenizer.ggml.tokens"])
+    metadata["tokenizer.ggml.tokens"] += ["<think>", "</think>"]
+    metadata["tokenizer.ggml.token_type"] += [3, 3]
+    metadata["tokenizer.chat_template"] = "{{ messages[0].content }}<think>{# </think> #}"
+    path = tiny_gguf.write_gguf(tmp_path / "thinks.gguf", tiny_gguf.random_llama(vocab=first + 2), tiny_gguf.LLAMA_NUMBERS, metadata)
+    letters = [metadata["tokenizer.ggml.tokens"].index(letter) for letter in "abcdefgh"]
+    return path, drawn_from([*letters, first], messages=(Message("user", "hello"),), chat=True, ignore_eos=True, max_tokens=80, last_thought="hello")
+
+
+async def test_a_worker_killed_in_reasoning_that_has_a_budget_ends_it_at_the_same_letter(start_pool, tmp_path):
+    path, request = thinking_model(tmp_path)
+    pool = await start_pool(model=str(path))
+    request |= dict(thinking_budget=20)
+    disturbed, undisturbed = [await told(pool, name, request) for name in ("kill-reasoning", "undisturbed")]
+    assert (tmp_path / "kill-reasoning").exists() and disturbed == undisturbed
+    together = await asyncio.gather(*(told(pool, name, request | dict(thinking_budget=budget)) for name, budget in (("kill-reasoning-2", 20), ("other", 3))))
+    assert (tmp_path / "kill-reasoning-2").exists()
+    letters, other = (["".join(piece.joined(kind) for piece in pieces[:-1]) for kind in ("reasoning", "text")] for pieces in together)
+    assert letters == ["".join(piece.joined(kind) for piece in undisturbed[:-1]) for kind in ("reasoning", "text")]
+    assert re.match("[a-h]{10,20}\n\nhello", letters[0]) and letters[1] and re.match("[a-h]{3}\n\nhello", other[0])
+    await idle(pool)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["alive", "killed"])
+async def test_thinking_that_somebody_ends_ends_once_and_where_it_did_also_across_a_dead_worker(start_pool, tmp_path, client, killed):
+    path, request = thinking_model(tmp_path)
+    pool = await start_pool(model=str(path))
+    name, tokens, asking = "kill-hurried" if killed else "alive", [], None
+    async for event in pool.answer(asked(name, **request)):
+        if isinstance(event, Piece):
+            tokens += event.tokens
+            if asking is None and len(tokens) > 9:
+                asking, [job] = asyncio.ensure_future(pool.end_thinking(name)), pool.dispatcher.jobs.values()
+    assert await asking and (tmp_path / "kill-hurried").exists() == killed and not await pool.end_thinking(name)
+    # another run, in which it is known from the start where the reasoning ends
+    submit = pool.dispatcher._submit
+
+    def submit_knowing(jobs):
+        for each in jobs:
+            each.thinking_ends = job.thinking_ends
+        submit(jobs)
+    pool.dispatcher._submit = submit_knowing
+    *pieces, usage = await told(pool, "knowing", request)
+    assert [token for piece in pieces for token in piece.tokens] == tokens and 9 < job.thinking_ends < 60
+    assert "".join(piece.joined("reasoning") for piece in pieces).endswith("hello") and usage.reasoning_tokens < 60
+    await idle(pool)
+
+
+async def test_an_answer_that_waits_for_a_worker_ends_its_thinking_where_it_was_heard_last(start_pool, tmp_path):
+    path, request = thinking_model(tmp_path)
+    pool = await start_pool(model=str(path))
+    worker, asking, tokens = pool.workers[0], None, 0
+    async for event in pool.answer(asked("lost", **request)):
+        tokens += len(event.tokens) if isinstance(event, Piece) else 0
+        if asking is None and tokens > 9:
+            os.kill(worker.process.pid, signal.SIGSTOP)         # it hears no more
+            asking, [job] = asyncio.ensure_future(pool.end_thinking("lost")), pool.dispatcher.jobs.values()
+            await asyncio.sleep(0)
+            worker.kill()
+    assert await asking and job.thinking_ends <= tokens and worker.restarts == 1
+    gone = asyncio.ensure_future(collect(pool, asked("cancelled", **request)))
+    while not worker.jobs:
+        await asyncio.sleep(0.01)
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    late = asyncio.ensure_future(pool.end_thinking("cancelled"))
+    await asyncio.sleep(0)
+    pool.cancel("cancelled")                # nobody waits for what will never come
+    os.kill(worker.process.pid, signal.SIGCONT)
+    assert not await late
+    with pytest.raises(RequestError, match="cancelled"):
+        await gone
     await idle(pool)
 
 

@@ -515,6 +515,23 @@ async def test_an_answer_is_cancelled_by_the_id_of_its_header(client, path):
         assert (await client.post(url + "/v1/cancel/myid1")).status == 404
 
 
+async def test_an_answer_stops_thinking_and_goes_on(client):
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool) as url:
+        now = url + "/v1/cancel/mine?reasoning="
+        async with client.post(url + OPENAI, json=conversation() | {"stream": True}, headers={"X-Request-Id": "mine"}) as response:
+            ended = await client.post(now + "true")
+            assert (ended.status, await ended.json()) == (200, {"id": "mine", "cancelled": "reasoning"})
+            pool.thinking = False
+            late = await client.post(now + "true")
+            assert (late.status, (await late.json())["error"]["code"]) == (409, "not_thinking")
+            wrong = await client.post(now + "1")
+            assert (wrong.status, (await wrong.json())["error"]["param"]) == (400, "reasoning") and "true or false" in (await wrong.json())["error"]["message"]
+            pool.gate.set()
+            assert frames(await response.read())[-1] == "[DONE]"           # nothing of this has stopped it
+        assert (await client.post(now + "true")).status == 404 and pool.hurried == ["mine", "mine"]
+
+
 async def test_a_request_id_in_use_is_not_shared(client):
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:

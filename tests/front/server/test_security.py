@@ -67,6 +67,8 @@ async def test_only_its_own_key_stops_an_answer(client):
     async with serving(pool, Settings(keys=KEYS)) as url:
         async with client.post(url + NATIVE, json=conversation(), headers=ALICE | {"X-Request-Id": "mine"}):
             assert pool.requests[0].client == "alice"
+            assert (await client.post(url + "/v1/cancel/mine?reasoning=true", headers=BOB)).status == 404 and not pool.hurried
+            assert (await client.post(url + "/v1/cancel/mine?reasoning=true", headers=ALICE)).status == 200
             assert (await client.post(url + "/v1/cancel/mine", headers=BOB)).status == 404
             assert (await client.post(url + "/v1/cancel/mine", headers=ALICE)).status == 200
 
