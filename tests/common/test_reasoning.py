@@ -400,12 +400,12 @@ def test_a_schema_holds_for_the_content_and_reasoning_before_it_is_free(engine, 
         assert [piece.text for piece in rest] == [piece.text for piece in found[cut:]]
 
 
-@pytest.mark.parametrize("names", [SPARE.keys() - set(formats.HARMONY), ()], ids=["tokens", "spelled out"])
+@pytest.mark.parametrize("names", [SPARE.keys() - set(formats.HARMONY), pytest.param((), marks=pytest.mark.slow)], ids=["tokens", "spelled out"])
 def test_the_default_model_s_thinking_ends_at_one_place_alone_batched_drafted_and_resumed(engine, default_model_path, names):
     with_template(engine, default_model_path, THINKING, names)
     prompt = tuple(engine.tokenizer.render([Message("user", "Say it again: " + "one two three four five six. " * 8)]))
-    like = dict(sampling=SamplingParams(0.7, seed=3), max_tokens=50, ignore_eos=True, chat=True, last_thought="Enough.")
-    works = [assignment(f"budget {budget}", prompt, **like, thinking_budget=budget) for budget in (3, 12, 25)]
+    like = dict(sampling=SamplingParams(0.7, seed=3), max_tokens=40, ignore_eos=True, chat=True, last_thought="Enough.")
+    works = [assignment(f"budget {budget}", prompt, **like, thinking_budget=budget) for budget in (3, 12)]
     alone = {work.id: run_all(engine, work) for work in works}
     for work in works:
         found = alone[work.id]
@@ -421,7 +421,7 @@ def test_the_default_model_s_thinking_ends_at_one_place_alone_batched_drafted_an
     engine.drafts = False
     try:
         assert tokens_of(engine, works) == batched
-        for cut in (1, 2, 3, 14):
+        for cut in (2, 14):
             ids = tuple(told(same["budget 12"][:cut]))
             assert (*ids, *tokens_of(engine, [changed(works[1], resumed_ids=ids)])["budget 12"]) == tuple(batched["budget 12"])
     finally:
@@ -436,12 +436,12 @@ def test_a_schema_holds_after_thinking_that_a_budget_or_somebody_ended(engine, d
     prompt = tuple(engine.tokenizer.render([Message("user", "How old is Ann? Answer in JSON.")]))
     work = assignment("a", prompt, SamplingParams(1.0, seed=3), 150, grammar=json_grammar(PERSON, "response_format"), grammar_param="response_format",
                       chat=True, last_thought="Let me answer.", resumed_ids=tuple(engine.tokenizer.encode_with_specials(opening)))
-    for ended in (dict(thinking_budget=9), dict(thinking_ends=9 + len(work.resumed_ids))):
+    for ended in (dict(thinking_budget=9), dict(thinking_ends=9 + len(work.resumed_ids)))[:1 if opening else 2]:
         found = run_all(engine, changed(work, **ended))
         text, reasoning = ("".join(piece.joined(kind) for piece in found) for kind in ("text", "reasoning"))
         assert (found.end.reason, found.end.stop_reason) == ("stop", "grammar"), (text, reasoning)
         assert 0 <= json.loads(text)["age"] <= 130 and reasoning.endswith("\n\nLet me answer.")
-        for cut in (4, 9, len(found) - 2):
+        for cut in (9, len(found) - 2):
             ids = (*work.resumed_ids, *(token for piece in found[:cut] for token in piece.tokens))
             rest = run_all(engine, changed(work, resumed_ids=ids, **ended))
             assert [piece.text for piece in rest] == [piece.text for piece in found[cut:]]
