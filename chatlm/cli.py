@@ -15,6 +15,7 @@ from chatlm import __version__
 from chatlm.common.config import FLAGS, PROGRAM_COMMANDS, Settings, read_api_keys
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, did_you_mean, require_library
+from chatlm.common.files import read_operators
 from chatlm.common.hub.find import SUPPORTED_MODELS
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def read_config(path: str | None) -> dict[str, list[str]]:
     fields = {name: flag.field for flag in FLAGS for name in flag.names} | {"model": "model"}
     words = {}
     try:
-        for name, value in tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8")).items():
+        for name, value in tomllib.loads(read_operators(path)).items():
             if isinstance(value, dict):
                 raise ValueError(f"[{name}] is a table, but flags stand outside tables: `port = 8000`, "
                                  "or for one that may repeat `served-model-name = [\"a\", \"b\"]`")

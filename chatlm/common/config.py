@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from chatlm.common.errors import ConfigError, shown
+from chatlm.common.files import read_operators
 
 
 N = TypeVar("N", int, float)
@@ -282,7 +282,7 @@ def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
     """The keys of --api-key and --api-key-file (lines `name: key` or `key`). No ConfigError shows a key."""
     named_keys = [(f"key-{index}", key.strip()) for index, key in enumerate(keys, 1) if key.strip()]
     try:
-        lines = Path(path).expanduser().read_text().splitlines() if path is not None else ()
+        lines = read_operators(path).splitlines() if path is not None else ()
     except (OSError, RuntimeError, ValueError) as error:  # unreadable; unknown ~user; not text
         no_text = isinstance(error, UnicodeDecodeError)
         reason = "not a text file" if no_text else getattr(error, "strerror", None) or error

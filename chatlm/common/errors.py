@@ -106,7 +106,7 @@ def require_library(name: str, purpose: str):
 
 
 def cannot_read(path: Path | str, error: Exception) -> ConfigError:
-    reason = getattr(error, "strerror", None) or error
+    reason = getattr(error, "strerror", None) or str(error).replace(str(path), "").strip(" :'\"")
     return lack_of_memory(error) or ConfigError(f"cannot read {path}: {reason}")
 
 

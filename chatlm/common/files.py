@@ -1,12 +1,14 @@
-"""Reading the small files of a model: configurations, templates, tokenizers."""
+"""Reading the small files of a model (configurations, templates, tokenizers), and what is said of cut ones."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import stat
 from pathlib import Path
 
-from chatlm.common.errors import ConfigError, cannot_read
+from chatlm.common.errors import ConfigError, cannot_read, named
 
 MOST_BYTES = 256 << 20  # the largest tokenizer.json of a published model has 33 MB
 
@@ -22,9 +24,63 @@ def read_small(path: Path) -> bytes:
             if status.st_size > MOST_BYTES:
                 raise ConfigError(f"{path} has {status.st_size:,} bytes; such a file may have at most "
                                   f"{MOST_BYTES:,}")
-            return file.read(MOST_BYTES)
+            data = file.read(MOST_BYTES)
     except OSError as error:
         raise cannot_read(path, error) from error
+    refuse_pointer(path, data)
+    return data
+
+
+def truncated(path: Path, size: int, lack: str) -> ConfigError:
+    """What to tell of a file of `size` bytes that ends too early; `lack` says how that is known."""
+    return ConfigError(f"{path} is truncated: it has {size:,} bytes, {lack}; copy or download it again")
+
+
+def refuse_pointer(path: Path, data: bytes):
+    """ConfigError for what git has in the place of a large file that was not fetched."""
+    if data.startswith(b"version https://git-lfs"):
+        size = re.search(rb"\nsize (\d{1,18})\n", data[:1000])
+        raise ConfigError(f"{path} is only Git LFS's pointer to a file{f' of {int(size[1]):,} bytes' if size else ''}"
+                          "; run `git lfs pull` in its folder")
+
+
+def parse_json(path: Path, data: bytes):
+    """The value that a JSON file's bytes mean; ConfigError if they are none, or only the start of one."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        refuse_cut_json(path, data)
+        raise ConfigError(f"{path} is not valid JSON: {named(error)}") from None
+
+
+def refuse_cut_json(path: Path, data: bytes):
+    """ConfigError if this is the start of a JSON object without its end."""
+    text = data.strip()
+    try:
+        if text:
+            json.loads(text)
+            return
+    except (ValueError, RecursionError) as error:
+        at_end = isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc)
+        if text[:1] != b"{" or text[-1:] == b"}" and not at_end:
+            return
+    raise truncated(path, len(data), "and the JSON object in it does not end")
+
+
+def read_operators(path: str) -> str:
+    """The text of a file that the operator names, which may be a pipe, as in `--config <(command)`. ValueError
+    above MOST_BYTES, as /dev/zero has."""
+    with open(Path(path).expanduser(), "rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+    return data.decode()
+
+
+def check_regular(path: Path):
+    """ConfigError unless this is a regular file; a missing one is opened and named elsewhere."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is {kind_of(path.stat().st_mode)}; it must be a regular file")
 
 
 def kind_of(mode: int) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import DEFAULT_MAX_TOKENS, SAMPLING_DEFAULTS, with_own_sampling
 from chatlm.common.core import decode_core, kernels_line
 from chatlm.common.errors import ChatServerError, ConfigError, RequestError, did_you_mean, shown
+from chatlm.common.files import read_small
 from chatlm.common.jsontext import as_json, whole_unicode
 from chatlm.common.messages.requests import AnswerParams, Finished, Message, Piece, PromptProgress, Request
 from chatlm.front.aio import interruptible
@@ -343,9 +344,8 @@ COMMANDS = {name.removeprefix("slash_"): run for name, run in vars(Chat).items()
 def read_text(name: str) -> str:
     if not name:
         raise ValueError("the name of a file is missing")
-    path = Path(name).expanduser()
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_small(Path(name).expanduser()).decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError:
         raise ValueError(f"{name} is not a text file") from None
 

@@ -10,9 +10,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TYPE_CHECKING
+from urllib.parse import quote
 
 from chatlm.common.config import PING_S, SAMPLING_DEFAULTS
-from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError
+from chatlm.common.errors import (
+    ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, did_you_mean)
+from chatlm.common.hub.local import explicit_choice
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import (
     Accepted, Delta, Finished, Message, Piece, PromptProgress, Usage)
@@ -36,8 +39,11 @@ class RemotePool:
     ready = True
 
     def __init__(self, settings: Settings):
+        if choice := explicit_choice(settings) or " ".join(f"--lora {folder}" for folder in settings.lora):
+            raise ConfigError(f"{choice}: only for a model that is loaded here; --url names a server that has one")
         self.own_sampling: tuple[dict, str] = {}, ""
         url = (settings.url or "").rstrip("/").removesuffix("/v1")
+        self.wanted = settings.model  # a model there
         self.url = url if "://" in url else f"http://{url}"
         self.headers = {"Authorization": f"Bearer {key}" for key in settings.api_key[:1]}
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
@@ -62,12 +68,22 @@ class RemotePool:
         if not listed and "ready" not in health:
             raise ConfigError(f"{self.url} is not a chat server: "
                               "neither /health nor /v1/models answers like one")
-        first = listed[0] if listed and isinstance(listed, list) else None
-        self.model = first if isinstance(first, dict) else {}
+        models = [model for model in listed if isinstance(model, dict)] if isinstance(listed, list) else []
+        self.model = await self._choose(models)
         defaults = object_in(self.model, "defaults")
         numbers = {name: defaults[name] for name in SAMPLING_DEFAULTS
                    if type(defaults.get(name)) in (int, float)}
         self.own_sampling = numbers, "the server"
+
+    async def _choose(self, models: list[dict]) -> dict:
+        """The first of the server's models, or the one that MODEL names; ConfigError if it has no such."""
+        name, ids = self.wanted, [str(model.get("id")) for model in models]
+        if name is None or name in ids:
+            return models[ids.index(name) if name else 0] if models else {}
+        if (model := await self.get(f"v1/models/{quote(name)}")).get("id"):  # another of its names
+            return model
+        has = f"it has {', '.join(ids)}{did_you_mean(name, ids)}" if ids else "it does not say what it has"
+        raise ConfigError(f"MODEL {name}: the server at {self.url} has no such model; {has}")
 
     async def _ask(self, method: str, path: str, **options):
         """A response. ConfigError if no server answers, EngineFailure if one that did breaks off."""
@@ -163,8 +179,9 @@ class RemotePool:
         body = native_body(request) | {"stream": True, "stream_options": {"include_usage": True}}
         if request.messages is None:
             body["prompt"] = body.pop("messages")[0]["content"]
-        if self.model_name and self.model.get("owned_by") != "chat_server":  # ours has only one model
-            body["model"] = self.model_name
+        ours = self.model.get("owned_by") == "chat_server"  # it has only one model
+        if name := self.wanted or not ours and self.model_name:
+            body["model"] = name
         return body
 
     async def _take_up(self, request_id: str, reader: RemoteStream, error: Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import re
@@ -19,6 +18,7 @@ from chatlm.common.hub.local import no_progress
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.common.text.load import open_tokenizer
+from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS
@@ -103,10 +103,10 @@ def build_engine(source: ModelSource, settings: Settings, device: torch.device,
     model = open_model(source, settings, device)
     try:
         tokenizer = open_tokenizer(model.text)
+        if model.text.chat_template:
+            compile_chat_template(model.text.chat_template, whole=False)  # the front does it whole
     except ConfigError as error:
         raise ConfigError(f"{source.path}: {error}") from None
-    if model.text.chat_template and not importlib.util.find_spec("jinja2"):
-        require_library("jinja2", "a chat template")  # the front needs it once the weights are there
     model, transformer, num_pages, context = build_transformer(
         model, source, settings, device, progress, ranks)
     return model, Engine(transformer, tokenizer, transformer.kernels, num_pages=num_pages,

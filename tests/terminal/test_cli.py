@@ -467,6 +467,43 @@ async def test_chat_talks_to_a_running_server(typist, capsys):
     assert capsys.readouterr().err.count("212 tok/s") == 2
 
 
+async def test_model_beside_url_chooses_there_or_is_refused(capsys):
+    bodies = []
+
+    async def answer(http):
+        bodies.append(await http.json())
+        return web.Response(text='data: {"choices": [{"delta": {"content": "x"}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n')
+
+    async def models(http):
+        return web.json_response({"object": "list", "data": [{"id": "first"}, {"id": "org/second"}]})
+
+    async with answering([web.get("/v1/models", models), web.post("/v1/chat/completions", answer)]) as url:
+        for model, asked in ((None, "first"), ("first", "first"), ("org/second", "org/second")):
+            assert await generate(Settings(command="generate", prompt="Hi", url=url, model=model)) == 0
+            assert bodies[-1]["model"] == asked
+        with pytest.raises(ConfigError, match="^MODEL org/secnd: the server at .* has no such model; it has first, org/second; did you mean"):
+            await generate(Settings(command="generate", prompt="Hi", url=url, model="org/secnd"))
+    capsys.readouterr()
+    async with serving(FakePool()) as url:
+        for model in ("default", FakePool.model_name):      # names that this program's own server knows
+            assert await generate(Settings(command="generate", prompt="Hi", url=url, model=model)) == 0
+        with pytest.raises(ConfigError, match=f"no such model; it has {FakePool.model_name}$"):
+            await generate(Settings(command="generate", prompt="Hi", url=url, model="/models/other.gguf"))
+
+    async def health(http):
+        return web.json_response({"status": "ok", "ready": True})
+
+    async with answering([web.get("/health", health)]) as url:
+        with pytest.raises(ConfigError, match="has no such model; it does not say what it has"):
+            await generate(Settings(command="generate", prompt="Hi", url=url, model="d20"))
+
+
+def test_flags_that_choose_a_model_here_are_refused_beside_url(capsys):
+    for words in ("-g d20", "-s 100", "--lora folder"):
+        assert run_main("generate", "--prompt", "Hi", "--url", "localhost:1", *words.split()) == 2
+        assert capsys.readouterr().err == f"chat_server: {words}: only for a model that is loaded here; --url names a server that has one\n"
+
+
 async def test_a_server_that_has_only_nanochat_s_route_is_asked_there(capsys):
     bodies = []
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.config import DEFAULT_MODEL_NAME, PROGRAM_COMMANDS
 from chatlm.common.errors import ConfigError, cannot_read, did_you_mean
+from chatlm.common.files import check_regular, refuse_pointer, truncated
 from chatlm.common.hub.default_model import fetch_default_model
-from chatlm.common.hub.huggingface import SHORT_NAMES, SPLIT_GGUF, fetch_from_hub, hub_model
+from chatlm.common.hub.huggingface import (
+    SHORT_NAMES, SPLIT_GGUF, fetch_from_hub, hub_model, other_weights)
 from chatlm.common.hub.local import (
     choose_checkpoint, explicit_choice, find_checkpoints, home_folder, no_progress)
 from chatlm.common.log import log
@@ -72,16 +74,28 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
         if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
             refuse_choice(settings, f"{path} is a Hugging Face folder")
             return ModelSource("hf", path, path.name, f"Hugging Face folder {path}")
-        files = sorted(path.glob("*.gguf"))
-        hint = (f". It has GGUF files; give one of them: {', '.join(map(str, files))}" if files else
-                ". It has a config.json, but no *.safetensors" if (path / "config.json").exists() else "")
-        raise ConfigError(f"no nanochat checkpoints in {path}{hint}. MODEL may be: {SUPPORTED_MODELS}")
-    if path.suffix.lower() == ".gguf" or path.is_file():
+        raise ConfigError(no_model_in(path))
+    if named_path.suffix.lower() == ".gguf" or path.exists():
         refuse_choice(settings, f"{path} is a GGUF file")
         return resolve_gguf(named_path)
     near = did_you_mean(model, (*PROGRAM_COMMANDS, "bundle"), "the command ") \
         or did_you_mean(model, SHORT_NAMES)
     raise ConfigError(f"no model at {model!r}{near or '.'} MODEL may be: {SUPPORTED_MODELS}")
+
+
+def no_model_in(path: Path) -> str:
+    """What is wrong with a folder that is no model, by what it has."""
+    names = sorted(file.name for file in path.iterdir())
+    ggufs = [str(path / name) for name in names if name.lower().endswith(".gguf")]
+    if ggufs:
+        return f"{path} has GGUF files; give one of them: {', '.join(ggufs[:20])}"
+    if "adapter_config.json" in names:
+        return f"{path} is an adapter: give the model that it is for, and --lora {path}"
+    if "config.json" in names:
+        return f"{path} has a config.json, but no *.safetensors" + other_weights(names)
+    if weights := [name for name in names if name.endswith(".safetensors")]:
+        return f"{path} has {weights[0]}, but no config.json"
+    return f"no nanochat checkpoints in {path}. MODEL may be: {SUPPORTED_MODELS}"
 
 
 def refuse_choice(settings: Settings, what_it_is: str):
@@ -91,12 +105,16 @@ def refuse_choice(settings: Settings, what_it_is: str):
 
 def resolve_gguf(path: Path) -> ModelSource:
     path = path.with_name(re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", path.name))  # the first part
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"{path} is a pipe or a device, not a file, so it cannot be mapped into memory")
+    check_regular(path)
     with open(path, "rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ConfigError(f"{path} is not a GGUF file (it begins with {magic!r}); "
+        begin = file.read(1000)
+    refuse_pointer(path, begin)
+    if len(begin) < 24 and b"GGUF".startswith(begin[:4]):
+        raise truncated(path, len(begin), "and the header of a GGUF file alone takes 24")
+    if not begin.startswith(b"GGUF"):
+        if path.suffix == ".safetensors":
+            raise ConfigError(f"{path} is a part of a model: give its folder, {path.parent}")
+        raise ConfigError(f"{path} is not a GGUF file (it begins with {begin[:4]!r}); "
                           "--help says what MODEL may be")
     others = sorted(other.name for other in path.parent.glob("*.gguf") if other.name != path.name)
     beside = f"beside it: {', '.join(others)}" if others else ""

@@ -40,7 +40,7 @@ SHORT_NAMES = {  # of each row, the first size needs no name
     for name in (short, f"{short}-{size.lower()}")[index > 0:1 + (size > "")]}
 SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"  # of one part of a model in several files
 FOLDER_FILES = {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
-                "tokenizer_config.json", "chat_template.jinja"}
+                "tokenizer_config.json", "chat_template.jinja", "chat_template.json"}
 
 
 def hub_model(text: str) -> tuple[str, str] | None:
@@ -130,11 +130,20 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
              [name for name in ggufs if name.lower().removesuffix(".gguf").endswith(end)] or \
              ([] if file else ggufs)
     if len(chosen) != 1:
-        there = f"its GGUF files: {', '.join(ggufs)}" if ggufs else "it has no GGUF file"
+        there = (f"its GGUF files: {', '.join(ggufs)}" if ggufs else
+                 f"it has no GGUF file{other_weights(names)}")
         what = f"no single file {file}" if file else "several GGUF files" if ggufs else "no model.safetensors"
         how = f". Name one: {repository}:FILE" if ggufs else ""
         raise ConfigError(f"{repository} has {what}; {there}{how}")
     return parts[chosen[0]]
+
+
+def other_weights(names: Iterable[str]) -> str:
+    """What to say of weights in formats that are not read, as the end of a sentence; "" without any."""
+    others = [name for name in sorted(names) if re.fullmatch(
+        r"pytorch_model.*\.bin|consolidated.*\.pth|.*\.(h5|msgpack|onnx|ckpt|npz)", name)]
+    return f"; {others[0]} is in a format that this server does not read: convert it with transformers " \
+           "(from_pretrained, then save_pretrained writes safetensors)" if others else ""
 
 
 def hub_path(hub, repository: str, names: Seq[str], revision: str) -> Path:

@@ -69,6 +69,7 @@ ROLES = {
     "rank": "chatlm.worker.entry:rank_role",
     "sandbox": "chatlm.front.api.sandboxed:sandbox_main",
     "ray": "chatlm.common.processes.ray:ray_main",
+    "trial": "chatlm.worker.weights.trial:trial_main",
     "check": "chatlm.worker.model.kernels:check_main",
 }
 

@@ -8,6 +8,7 @@ import math
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence as Seq
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
@@ -27,6 +28,19 @@ NANOCHAT_CHAT_TOKENS = (
     "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
 
 
+@contextmanager
+def refused_panics():
+    """RequestError for a text at which a tokenizer's regular expressions give up: 1 MB of spaces overflows
+    tiktoken's, and those of `tokenizers` panic, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ not in ("ValueError", "PanicException"):
+            raise
+        raise RequestError("the text cannot be tokenized (too long a run of spaces?)",
+                           param="messages") from None
+
+
 class NanochatTokenizer(Tokenizer):
     """nanochat's tokenizer (tiktoken) and fixed chat format (upstream: tokenizer.py, render_conversation)."""
 
@@ -44,13 +58,8 @@ class NanochatTokenizer(Tokenizer):
         self.tool_tokens = None if None in tool_tokens else tool_tokens
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
-        try:
+        with refused_panics():
             return self.encoding.encode(whole_unicode(text), disallowed_special=())
-        except BaseException as error:  # 1 MB of spaces overflows its Rust regex: a panic, no Exception
-            if type(error).__name__ not in ("ValueError", "PanicException"):
-                raise
-            raise RequestError("the text cannot be tokenized (too long a run of spaces?)",
-                               param="messages") from None
 
     def piece(self, token: int) -> bytes:
         return self.pieces.get(token, b"")
@@ -97,6 +106,8 @@ def check_growth(part):
     long: 40 replacements of a letter by two would fill any memory."""
     def growth(step: dict) -> float:
         steps = step.get("normalizers") or step.get("decoders") or ()
+        if step.get("type") == "Prepend":
+            return 1 + len(step["prepend"])
         if step.get("type") != "Replace":
             return math.prod(map(growth, steps))
         (form, pattern), content = next(iter(step["pattern"].items())), step["content"]
@@ -125,6 +136,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.pipeline.no_truncation()
         for part in (self.pipeline.normalizer, self.pipeline.decoder):
             check_growth(part)
+        if (added := self.pipeline.num_special_tokens_to_add(False)) > MOST_GROWTH:
+            raise ConfigError(f"its post_processor adds {added:,} tokens to each text; {MOST_GROWTH} are the most "
+                              "allowed")
         self.vocab_size = self.pipeline.get_vocab_size()
         added = self.pipeline.get_added_tokens_decoder()
         self.specials = {token.content: id for id, token in added.items() if token.special}
@@ -155,7 +169,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.space_first and begins and text and not self.no_space_before.match(text):
             text = " " + text
         # a batch of one: unlike `encode`, it lets other Python threads run meanwhile
-        return self.pipeline.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        with refused_panics():
+            return self.pipeline.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     @cached_property
     def no_space_before(self) -> re.Pattern:

@@ -151,8 +151,10 @@ class Tokenizer:
         return tokenizer.with_slices(tokenizer.general_slices())
 
 
-def compile_chat_template(source: str):
-    """Compile a chat template in jinja's sandbox, with the functions and options that transformers offers."""
+def compile_chat_template(source: str, whole: bool = True):
+    """Compile a chat template in jinja's sandbox, with the functions and options that transformers offers.
+
+    Not `whole`: only parse it, which takes a time that its length bounds. ConfigError if either fails."""
     require_library("jinja2", "a chat template")
     from jinja2 import TemplateError, TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -173,7 +175,7 @@ def compile_chat_template(source: str):
     source = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})",
                     lambda match: f"{match[1]}{match[2] or ''}with{match[3]}", source)
     try:
-        return environment.from_string(source)
+        return environment.from_string(source) if whole else environment.parse(source)
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"the model's chat template does not parse: line {error.lineno}: {error.message}") from None

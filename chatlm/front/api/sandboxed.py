@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError
-from chatlm.common.memory import give_memory_back
+from chatlm.common.memory import give_memory_back, limit_memory
 from chatlm.common.messages.protocol import SANDBOX_PIPE, Begun, Body, Refused, Result
 from chatlm.common.messages.requests import Message
 from chatlm.common.processes.start import join_parent
@@ -114,12 +113,3 @@ def run_task(task: Callable[..., Any], *arguments):
         return Refused(str(error)[:1000], 500, error.type, None)
     except MemoryError:
         os._exit(Sandbox.OUT_OF_MEMORY)
-
-
-def limit_memory(more: int):
-    """Limit this process to `more` bytes of address space beyond what it has now; Linux only."""
-    import resource
-    with suppress(OSError, ValueError):
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + more, hard))

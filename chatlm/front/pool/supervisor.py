@@ -75,7 +75,7 @@ class Supervisor:
 
     async def keep_alive(self, worker: Worker):
         """Restart the worker whenever it dies, after a longer wait for each crash in a row."""
-        error = ""  # of the life before
+        before = ""  # how the last life ended
         while True:
             await self.dispatcher.wanted.wait()
             worker.error = ""
@@ -88,18 +88,14 @@ class Supervisor:
                 continue
             self.asleep = False
             worker.crashes_in_row += 1
-            how = worker.error or worker.placement.end_in_words(worker)
+            how = ending = worker.error or worker.placement.end_in_words(worker)
             if self.stamp != program_stamp():  # another version's messages may be others
                 how += "; the program has changed since this server started: restart the server"
-            if worker.error and worker.error == error and not worker.ready_s:
+            if not worker.ready_s and (ending == before or worker.crashes_in_row >= 3):
                 return self.leave_out(worker, EngineFailure(
-                    f"worker {worker.gpu} cannot start; twice it ended at {self.loading[0]!r} with "
-                    f"{error}"))
-            error = worker.error
-            if worker.crashes_in_row >= 3 and not worker.ready_s:
-                return self.leave_out(worker, EngineFailure(
-                    f"worker {worker.gpu} died {worker.crashes_in_row} times while starting, the last time "
+                    f"worker {worker.gpu} cannot start: it ended {worker.crashes_in_row} times, the last time "
                     f"at {self.loading[0]!r} ({how}; {available_memory() >> 20:,} MiB of memory are free)"))
+            before = ending
             delay_s = min(30.0, 0.25 * 2 ** worker.crashes_in_row)
             log.error("%s died (%s); restarting it in %.1f s", worker.where, how, delay_s)
             await asyncio.sleep(delay_s)

@@ -13,10 +13,12 @@ from typing import Any, TYPE_CHECKING
 import numpy
 import torch
 
-from chatlm.common.errors import ConfigError, cannot_read, named, require_library, shown
+from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named, require_library, shown
+from chatlm.common.files import check_regular
 from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.tensors import Cut, Unread
 from chatlm.worker.ops.basic import dequantized
+from chatlm.worker.weights.files import refuse_cut_safetensors, weight_files
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked, read_json
 
@@ -100,15 +102,9 @@ def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, t
     """A folder's tensors, mapped from its files, and the scales of those in FP8; an image encoder's are left
     out."""
     require_library("safetensors", "a Hugging Face folder")
-    index, files = folder / "model.safetensors.index.json", {"": "model.safetensors"}
-    if index.exists():
-        files = read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not files or not all(
-                isinstance(name, str) and Path(name).name == name for name in files.values()):
-            raise ConfigError(f"{index}: weight_map must give each tensor the name of a file beside it")
     state = {}
-    for name in sorted(set(files.values())):
-        state |= read_safetensors_file(folder / name)
+    for path in weight_files(folder):
+        state |= read_safetensors_file(path)
     # gemma3's files with images name the text model apart; some old llama files hold rotary frequencies
     state = {name.replace("language_model.", "", 1): tensor for name, tensor in state.items()
              if not re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.|.*\.rotary_emb\.", name)}
@@ -130,12 +126,15 @@ def read_safetensors_file(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one file, mapped."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+    check_regular(path)
     try:
         return load_file(path)
-    except OSError as error:
-        raise cannot_read(path, error) from None
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{path} is not a readable safetensors file (cut?): {named(error)}") from None
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        refuse_cut_safetensors(path)
+        if isinstance(error, OSError):
+            raise cannot_read(path, error) from None
+        raise lack_of_memory(error) or ConfigError(
+            f"{path} is not a readable safetensors file: {named(error)}") from None
 
 
 def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, dtype: torch.dtype,

@@ -72,7 +72,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         raise cannot_read(error.filename or source.path, error) from None
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
         reason = "a tensor's shape does not fit its bytes" if "reshape" in str(error) else named(error)
-        raise ConfigError(f"{source.path} is not a readable GGUF file (truncated?): {reason}") from None
+        raise ConfigError(f"{source.path} is not a readable GGUF file: {reason}") from None
     types = Counter(tensor.tensor_type.name for tensor in stored.values())
     name = printable(gguf_value(source.path, metadata, "general.name") or source.name)
     description = f"{name}: {architecture}, {spec.layers} layers, width {spec.width}, " + \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import gguf
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
+from chatlm.common.files import check_regular, truncated
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.worker.weights.families import HF_KEYS
 from chatlm.worker.weights.rules import MOST_POSITIONS, MOST_TENSORS, MOST_TOKENS, Rule, check_bytes, checked
@@ -47,8 +49,7 @@ def read_gguf_file(path: Path) -> tuple[dict, dict]:
         go: 0.1 s instead of 1.6 s for a vocabulary of 49,152."""
 
         def _get(self, offset: int, dtype, count: int = 1, **order) -> numpy.ndarray:
-            if (end := offset + int(count) * numpy.dtype(dtype).itemsize) > len(self.data):
-                raise ValueError(f"it has {len(self.data):,} bytes but refers to byte {end:,}")
+            check_end(path, len(self.data), offset + int(count) * numpy.dtype(dtype).itemsize)
             return super()._get(offset, dtype, count, **order)
 
         def _get_field_parts(self, start: int, raw_type: int) -> tuple[int, list, list[int], list]:
@@ -62,7 +63,7 @@ def read_gguf_file(path: Path) -> tuple[dict, dict]:
                 raise ValueError(f"an array has {count:,} values of type {item_type.name}; at most "
                                  f"{MOST_TOKENS:,} are allowed, and no nested arrays")
             if item_type == STRING:
-                values, end = gguf_strings(memoryview(self.data.data), end, count)
+                values, end = gguf_strings(path, memoryview(self.data.data), end, count)
             else:
                 part = self._get(end, self.gguf_scalar_to_np[item_type], count)
                 values, end = part.tolist(), end + part.nbytes
@@ -74,10 +75,13 @@ def read_gguf_file(path: Path) -> tuple[dict, dict]:
             return super()._build_tensor_info(start, count)
 
         def _build_tensors(self, start: int, fields: list):
-            for field in fields:
-                check_gguf_tensor(len(self.data) - start, *field.parts[1:])
+            ends = [start + tensor_end(path, *field.parts[1:]) for field in fields]
+            if (end := max(ends, default=0)) > len(self.data):
+                name = str(bytes(fields[ends.index(end)].parts[1]), "utf-8", "replace")
+                check_end(path, len(self.data), end, f"the tensor {shown(name)} ends at")
             super()._build_tensors(start, fields)
 
+    check_regular(path)
     reader = Reader(path, "c")  # copy on write, because torch does not accept read-only memory
     metadata = {name: field.parts[-1] if isinstance(field.parts[-1], list) else field.contents()
                 for name, field in reader.fields.items()}
@@ -86,19 +90,29 @@ def read_gguf_file(path: Path) -> tuple[dict, dict]:
     return metadata, stored
 
 
-def check_gguf_tensor(room: int, name, _, sizes, gguf_type, offset):
-    """ValueError for an impossible tensor, or one not within the `room` bytes after the file's header.
+def check_end(path: Path, size: int, end: int, what: str = "its header goes on to"):
+    """ConfigError if something ends beyond the `size` bytes of a file."""
+    if end > 1 << 50:  # a petabyte: no file was ever so long
+        raise ValueError(f"{what} byte {end:,}")
+    if end > size:
+        raise truncated(path, size, f"and {what} byte {end:,}")
 
-    The other arguments are arrays from gguf's reader: name in bytes, sizes (columns first), type, offset."""
-    name, sizes = shown(str(bytes(name), "utf-8", "replace")), sizes.tolist()
+
+def tensor_end(path: Path, name, _, sizes, gguf_type, offset) -> int:
+    """Where a tensor ends, from the start of all. ValueError if it is impossible, ConfigError if its type is
+    too new.
+
+    The arguments are arrays from gguf's reader: name in bytes, sizes (columns first), type, offset."""
+    name, sizes, number = shown(str(bytes(name), "utf-8", "replace")), sizes.tolist(), int(gguf_type[0])
     if not 1 <= len(sizes) <= 4 or min(sizes) < 1:
         raise ValueError(f"the tensor {name} has the sizes {sizes[:8]}; it must have 1 to 4, none below 1")
-    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(int(gguf_type[0]))]
+    if number not in gguf.GGML_QUANT_SIZES:
+        raise ConfigError(f"{path}: the tensor {name} is of type {number}, which the gguf package here does not "
+                          f"know; a newer one may: {sys.executable} -m pip install --upgrade gguf")
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)]
     if sizes[0] % block:
         raise ValueError(f"the tensor {name} has rows of {sizes[0]:,}; its type needs a multiple of {block}")
-    if (end := int(offset[0]) + math.prod(sizes) // block * block_bytes) > room:
-        raise ValueError(f"the tensor {name} would end at byte {end:,} of the tensors, which have "
-                         f"{max(room, 0):,}")
+    return int(offset[0]) + math.prod(sizes) // block * block_bytes
 
 
 def check_gguf_types(path: Path, stored: Mapping):
@@ -111,13 +125,14 @@ def check_gguf_types(path: Path, stored: Mapping):
                               "dequantize") from None
 
 
-def gguf_strings(buffer: memoryview, offset: int, count: int) -> tuple[list[str], int]:
-    """Read `count` strings, each after its length as u64; ValueError if one passes the end of the file."""
-    values, length_at = [], struct.Struct("<Q").unpack_from
+def gguf_strings(path: Path, buffer: memoryview, offset: int, count: int) -> tuple[list[str], int]:
+    """Read `count` strings, each after its length as u64; as check_end if one passes the end of the file."""
+    values, length_at, size = [], struct.Struct("<Q").unpack_from, len(buffer)
+    check_end(path, size, offset + 8 * count)
     for _ in range(count):
-        end = offset + 8 + length_at(buffer, offset)[0]
-        if end > len(buffer):
-            raise ValueError("a string runs past the end of the file")
+        end = offset + 8 + (length_at(buffer, offset)[0] if offset + 8 <= size else 0)
+        if end > size:
+            check_end(path, size, end)
         values.append(str(buffer[offset + 8:end], "utf-8", "replace"))
         offset = end
     return values, offset

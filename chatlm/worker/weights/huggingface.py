@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, shown
-from chatlm.common.files import read_small, read_text
+from chatlm.common.errors import ConfigError, printable, shown
+from chatlm.common.files import read_small, read_text, refuse_cut_json
 from chatlm.common.jsontext import whole_unicode
+from chatlm.common.log import log
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
@@ -23,6 +24,7 @@ from chatlm.worker.weights.families import (
 from chatlm.worker.weights.lora import read_adapters
 from chatlm.worker.weights.rules import (
     LoadedModel, Rule, check_divides, checked, float_type, own_sampling, read_json)
+from chatlm.worker.weights.trial import refuse_endless
 
 if TYPE_CHECKING:
     import torch
@@ -102,12 +104,46 @@ def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
     return family, family_spec(path, family, config, hf_rope(path, family, config, context))
 
 
+def other_tokenizers(folder: Path) -> str:
+    """What a folder without tokenizer.json has instead, as the end of a sentence."""
+    others = [name for name in ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
+                                "tiktoken.model", "tokenizer.tiktoken") if (folder / name).exists()]
+    if not others:
+        return f"; it has {', '.join(sorted(file.name for file in folder.iterdir())[:20])}"
+    return (f"; it has {' and '.join(others)}, which this server does not read: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers writes a tokenizer.json")
+
+
+def hf_template(folder: Path, options: Mapping) -> str | None:
+    """The chat template: chat_template.jinja, else chat_template.json or the one in the tokenizer's
+    `options`. Of several that have names it is `default`."""
+    path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if path.exists():
+        return read_text(path)
+    template = options.get("chat_template")
+    if template is None:
+        config = folder / "chat_template.json"
+        template = read_json(config, needed=False).get("chat_template")
+    if isinstance(template, list):  # of {name, template}
+        by_name = {str(entry.get("name")): entry.get("template")
+                   for entry in template if isinstance(entry, dict)}
+        template = template_of(by_name.get("default"), by_name.get("tool_use"))
+        if template is None:
+            log.warning("%s: chat_template is a list without \"default\", so chats have no template; it has %s", config,
+                        printable(", ".join(map(shown, by_name))) or "no names")
+    return checked(config, "chat_template", template, Rule(str, optional=True))
+
+
 def hf_text(folder: Path, vocab_size: int) -> TextSpec:
     """tokenizer.json, the chat template, and the tokens that other files there name as bos and eos."""
-    payload, template = read_small(folder / "tokenizer.json"), folder / "chat_template.jinja"
-    template = read_text(template) if template.exists() else None
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise ConfigError(f"{folder} has no tokenizer.json{other_tokenizers(folder)}")
+    payload = read_small(path)
     options, *others = (read_json(folder / f"{name}.json", needed=False)
                         for name in ("tokenizer_config", "generation_config", "config"))
+    if b"Regex" in payload or b"\\u" in payload:  # which may spell it
+        refuse_endless(path, TextSpec("hf", payload))
     try:
         if (tokenizer := open_tokenizer(TextSpec("hf", payload))).vocab_size > vocab_size:
             # gemma3 has a token for images, of which its text model knows nothing
@@ -116,17 +152,13 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
             payload = json.dumps(content, ensure_ascii=False).encode()
             tokenizer = open_tokenizer(TextSpec("hf", payload))
     except ConfigError as error:
-        raise ConfigError(f"{folder}: {error}") from None
+        refuse_cut_json(path, payload)
+        raise ConfigError(f"{path}: {error}") from None
     pipeline = getattr(tokenizer, "pipeline")  # of a HuggingFaceTokenizer
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the model "
                           f"{vocab_size:,}")
-    template = template or options.get("chat_template")
-    if isinstance(template, list):  # of {name, template}
-        by_name = {str(entry.get("name")): entry.get("template")
-                   for entry in template if isinstance(entry, dict)}
-        template = template_of(by_name.get("default"), by_name.get("tool_use"))
-    checked(folder / "tokenizer_config.json", "chat_template", template, Rule(str, optional=True))
+    template = hf_template(folder, options)
 
     def ids(name: str) -> list[int]:
         text = options.get(f"{name}_token")

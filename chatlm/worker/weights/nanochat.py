@@ -15,16 +15,18 @@ from typing import NamedTuple, TYPE_CHECKING
 import torch
 
 from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named, shown
-from chatlm.common.files import read_small
+from chatlm.common.files import check_regular, parse_json, read_small, truncated
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.spec import ModelSpec
 from chatlm.worker.weights.assemble import assembled, check_names_and_shapes, tensor_sources
+from chatlm.worker.weights.files import refuse_cut_checkpoint
 from chatlm.worker.weights.lora import refuse_adapters
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_bytes,
     check_divides, checked, float_type)
+from chatlm.worker.weights.trial import refuse_endless
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -84,10 +86,12 @@ def read_nanochat_config(model_path: Path) -> dict:
     """`model_config` of meta_<step>.json beside the checkpoint."""
     path = model_path.with_name(model_path.name.replace("model_", "meta_").replace(".pt", ".json"))
     try:
-        stated = dict(json.loads(read_small(path))["model_config"])
+        data = read_small(path)
     except ConfigError as error:
         raise ConfigError(f"{error}; it must be beside {model_path.name}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    try:
+        stated = dict(parse_json(path, data)["model_config"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a nanochat meta file: {named(error)}") from None
     if unknown := [key for key in stated if key not in NANOCHAT_KEYS]:
         known = ", ".join(NANOCHAT_KEYS)
@@ -106,17 +110,19 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """The state dict, mapped from the file; runs no code from it.
 
     Names lose the `_orig_mod.` that torch.compile prepends."""
+    check_regular(path)
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except OSError as error:
-        raise cannot_read(path, error) from None
-    except Exception as error:  # UnpicklingError, RuntimeError (zip), EOFError, ValueError: a bad file
+    except Exception as error:  # OSError, UnpicklingError, RuntimeError (zip), EOFError, ValueError
+        refuse_cut_checkpoint(path)
+        if isinstance(error, OSError):
+            raise cannot_read(path, error) from None
         stranger = re.search(r"GLOBAL (\S+)", str(error))
         cause = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # torch puts bad advice before it
         first = cause[1] if cause else named(error).split("\n")[0]
         reason = f"it would load {stranger[1]}" if stranger else first
         raise lack_of_memory(error) or ConfigError(
-            f"{path} is not a readable checkpoint (truncated, or not only tensors): {reason}") from None
+            f"{path} is not a checkpoint, or not only tensors: {reason}") from None
     if not isinstance(state, dict):
         raise ConfigError(f"{path} holds {type(state).__name__} instead of a state dict")
     for name, value in state.items():
@@ -194,9 +200,9 @@ class TokenizerUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(f"it would load {module}.{name}, which no nanochat tokenizer needs")
 
 
-def read_encoding(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
+def read_encoding(data: bytes) -> tuple[str, dict[bytes, int], dict[str, int]]:
     """(pattern, ranks, special tokens) of a pickled tiktoken Encoding; no two tokens share an id."""
-    state, ids = vars(TokenizerUnpickler(io.BytesIO(read_small(path))).load()), Rule(int, 0, MOST_TOKENS - 1)
+    state, ids = vars(TokenizerUnpickler(io.BytesIO(data)).load()), Rule(int, 0, MOST_TOKENS - 1)
     names = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
     if set(state) != names or type(state["pat_str"]) is not str:
         raise ValueError(f"its state is {sorted(state)}, or the pattern is not text")
@@ -213,20 +219,25 @@ def read_encoding(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
     return pattern, ranks, specials
 
 
+NANOCHAT_SPLITS = [rf"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{{L}}\p{{N}}]?+\p{{L}}+|\p{{N}}{{1,{digits}}}"
+                   r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+" for digits in (2, 3)]
+
+
 def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
     """The TextSpec from tokenizer.pkl, which is beside the checkpoint or in <base>/tokenizer."""
     candidates = [model_path.parent / "tokenizer.pkl", model_path.parent / "tokenizer" / "tokenizer.pkl",
               model_path.parent.parent.parent / "tokenizer" / "tokenizer.pkl"]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
         raise ConfigError(f"the tokenizer of {model_path} is missing; "
                           f"looked for {', '.join(map(str, candidates))}")
+    data = read_small(path)
     try:
-        pattern, ranks, specials = read_encoding(path)
-    except OSError as error:
-        raise cannot_read(path, error) from None
+        pattern, ranks, specials = read_encoding(data)
     except Exception as error:  # a hostile or truncated pickle can raise nearly anything
         broken = ConfigError(f"{path} is not a tiktoken Encoding: {named(error)}")
+        if isinstance(error, EOFError) or not data.endswith(pickle.STOP):
+            broken = truncated(path, len(data), "and the pickle in it does not end")
         raise lack_of_memory(error) or broken from None
     missing = [name for name in NANOCHAT_CHAT_TOKENS if name not in specials]
     size = max([*ranks.values(), *specials.values()]) + 1
@@ -236,5 +247,7 @@ def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
     bos, end = specials["<|bos|>"], specials["<|assistant_end|>"]
     payload = json.dumps((pattern, {piece.decode("latin-1"): token for piece, token in ranks.items()},
                           specials)).encode()
+    if pattern not in NANOCHAT_SPLITS:
+        refuse_endless(path, TextSpec("nanochat", payload))
     return TextSpec("nanochat", payload, bos_token=bos, eos_token=end,
                     stop_tokens=frozenset((bos, end)), add_bos=True)

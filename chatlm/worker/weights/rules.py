@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -12,8 +11,8 @@ from typing import Any, NamedTuple, TYPE_CHECKING, TypeVar
 
 import torch
 
-from chatlm.common.errors import ConfigError, named, shown
-from chatlm.common.files import read_small
+from chatlm.common.errors import ConfigError, shown
+from chatlm.common.files import parse_json, read_small
 from chatlm.common.hub.default_model import DEFAULT_FILE
 from chatlm.common.memory import available_memory
 from chatlm.worker.model.tensors import TILE_ROWS
@@ -163,10 +162,7 @@ def read_json(path: Path, needed: bool = True) -> dict:
     """The object in a JSON file; {} if the file is missing and not needed."""
     if not needed and not path.exists():
         return {}
-    try:
-        value = json.loads(read_small(path))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {named(error)}") from None
+    value = parse_json(path, read_small(path))
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds {shown(value)}; it must hold an object")
     return value

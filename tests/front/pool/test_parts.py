@@ -143,8 +143,24 @@ async def test_a_worker_that_ends_twice_by_the_same_exception_while_it_loads_is_
     supervisor, _, _ = supervisor_of(placement)
     await asyncio.wait_for(supervisor.keep_alive(worker), 60)
     assert lives == [] and isinstance(supervisor.failure, EngineFailure)
-    assert str(supervisor.failure) == "worker 0 cannot start; twice it ended at 'reading x' with KeyError: 'b'"
+    assert str(supervisor.failure).startswith("worker 0 cannot start: it ended 3 times, the last time at 'reading x' (KeyError: 'b'; ")
     assert "Traceback" not in caplog.text
+
+
+async def test_so_is_one_that_is_killed_twice_in_the_same_way():
+    placement, ends = PlayedPlacement(), ["exit status 1", "killed by SIGBUS", "killed by SIGBUS", "killed by SIGBUS"]
+    [worker] = placement.workers
+    opens = placement.open
+
+    async def open_and_end(worker):
+        opened = await opens(worker)
+        placement.reader.feed_eof()
+        return opened
+
+    placement.open, placement.end_in_words = open_and_end, lambda worker: ends.pop(0)
+    supervisor, _, _ = supervisor_of(placement)
+    await asyncio.wait_for(supervisor.keep_alive(worker), 60)
+    assert ends == ["killed by SIGBUS"] and "it ended 3 times" in str(supervisor.failure) and "(killed by SIGBUS; " in str(supervisor.failure)
 
 
 async def test_idle_workers_are_unloaded_once_and_a_request_would_still_be_served():

@@ -162,13 +162,13 @@ NAME = "blk.0.ffn_up.weight"        # (512, 256) float32, which is type 0
 
 
 @pytest.mark.parametrize("shape, kind, offset, words", [
-    ((512, 256), 0, 1 << 40, NAME + '" would end at byte 1,099,'),
-    ((512, 256), 0, 2**64 - 32, "would end at byte 18,446,744,073,"),
-    ((1 << 31, 1 << 31), 0, 0, "would end at byte 18,446,744,073,709,551,616"),        # 0 in 64 bits
+    ((512, 256), 0, 1 << 40, NAME + '" ends at byte 1,099,'),
+    ((512, 256), 0, 2**64 - 32, "ends at byte 18,446,744,073,"),
+    ((1 << 31, 1 << 31), 0, 0, "ends at byte 18,446,744,073,7"),        # 0 in 64 bits
     ((0, 256), 0, 0, "has the sizes [256, 0]; it must have 1 to 4, none below 1"),
     ((), 0, 0, "has the sizes []"), ((1,) * 5, 0, 0, "has the sizes [1, 1, 1, 1, 1]"),
     ((512, 250), 2, 0, "has rows of 250; its type needs a multiple of 32"),
-    ((512, 256), 200, 0, "200 is not a valid GGMLQuantizationType"),
+    ((512, 256), 200, 0, "is of type 200, which the gguf package here does not know"),
     ((512, 256), 24, 0, NAME + " is of type I8, which the gguf package cannot dequantize"),
     ((256, 512), 0, 0, NAME + " is (256, 512) instead of (512, 256)"),
     ((131072,), 0, 0, NAME + " is (131072,) instead of (512, 256)")])
@@ -209,17 +209,17 @@ KEY, TEXT, ARRAY = packed_text("general.more"), u32(8), u32(9)
 @pytest.mark.parametrize("more, words", [
     ({"keys": KEY + ARRAY + (ARRAY + u64(1)) * 5000}, "no nested arrays"),
     ({"keys": KEY + ARRAY + u32(0) + u64(2**62)}, "an array has 4,611,686,018,427,387,904 values"),
-    ({"keys": KEY + ARRAY + TEXT + u64(2**24)}, "runs past the end"),
+    ({"keys": KEY + ARRAY + TEXT + u64(2**24)}, "truncated"),
     ({"keys": KEY + ARRAY + u32(99) + u64(1)}, "99 is not a valid GGUFValueType"),
     ({"keys": KEY + u32(99)}, "99) is not a valid GGUFValueType"),
-    ({"keys": KEY + TEXT + u64(2**63)}, "refers to byte 9,223,372,036,"),
+    ({"keys": KEY + TEXT + u64(2**63)}, "goes on to byte 9,223,372,036,"),
     ({"keys": packed_text("general.architecture") + TEXT + packed_text("llama")}, "Duplicate"),
     ({"keys": KEY + TEXT + packed_text(b"\xff\xfe")}, "utf-8"),
     ({"tensor_count": 2**63}, "9,223,372,036,854,775,808 tensors; at most 131,072"),
-    ({"tensor_count": 131_000}, "refers to byte"), ({"key_count": 2**63}, "truncated"), ({"key_count": 3}, "truncated")])
+    ({"tensor_count": 131_000}, "goes on to byte"), ({"key_count": 2**63}, "goes on to byte"), ({"key_count": 3}, "goes on to byte")])
 def test_a_header_that_lies_is_one_line(bad_gguf, more, words):
     error = bad_gguf(**more)
-    assert "tiny.gguf is not a readable GGUF file (truncated?): " in error and words in error
+    assert re.search("tiny.gguf is (not a readable GGUF file: |truncated: it has )", error) and words in error
 
 
 def test_a_gguf_cut_anywhere_is_one_line(tmp_path):
@@ -227,7 +227,7 @@ def test_a_gguf_cut_anywhere_is_one_line(tmp_path):
     header = len(whole) - sum(tensor.nbytes for tensor in random_llama().values())
     for size in {*range(4, 120), *range(120, header, 61), *range(header - 1, header + 2), len(whole) - 1}:
         path.write_bytes(whole[:size])
-        assert "truncated?" in error_of(path)
+        assert f"tiny.gguf is truncated: it has {size:,} bytes, and " in error_of(path)
 
 
 def test_a_file_of_the_other_byte_order_is_named(tmp_path):
@@ -363,7 +363,7 @@ def test_the_good_pickle_is_a_tokenizer(nanochat):
     (b"\x80\x04]r\xff\xff\xff\x7f.", "not a tiktoken Encoding"),
     (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "KeyError: 150"),
     (b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b".", "not a tiktoken Encoding"),
-    (b"", "not a tiktoken Encoding"),
+    (b"", "truncated"),
     (b"\x80\x04" + b"(" * 100_000 + b".", "not a tiktoken Encoding"),
     (pickle.dumps([1]), "not a tiktoken Encoding")])
 def test_a_tokenizer_that_cannot_be_one_is_named(nanochat, content, words):

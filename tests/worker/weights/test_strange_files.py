@@ -2,16 +2,25 @@
 
 import json
 import os
+import pickle
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError, printable
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.processes import start
+from chatlm.worker import build
 from chatlm.worker.weights.lora import matching
+from chatlm.worker.weights.nanochat import NANOCHAT_SPLITS, read_encoding
 from families import load, make_model, save
-from tiny_gguf import LLAMA_NUMBERS, random_llama, write_gguf
+from patching import patch
+from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata, tensor_info, write_gguf
 
 LAYER = "model.layers.0."
 
@@ -102,13 +111,13 @@ def test_pipes_devices_and_folders_are_named_and_nobody_waits_for_them(folder, n
         (os.rmdir if words == "a folder" else os.unlink)(path)
 
 
-@pytest.mark.parametrize("name", ["meta_000650.json", "model_000650.pt"])
+@pytest.mark.parametrize("name", ["meta_000650.json", "model_000650.pt", "tokenizer.pkl"])
 def test_so_are_those_of_a_checkpoint(nanochat_fixtures, tmp_path, name):
     shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "base")
     path = next((tmp_path / "base").rglob(name))
     path.unlink()
     path.symlink_to("/dev/zero")
-    assert str(path) in refusal(tmp_path / "base")
+    assert f"{path} is a device; it must be a regular file" in refusal(tmp_path / "base")
 
 
 def test_a_template_that_is_no_text_and_odd_names_of_templates(folder):
@@ -149,6 +158,47 @@ def test_a_rotary_base_that_turns_nothing_is_refused(tmp_path):
                         "llama.rope.scaling.original_context_length": 64}):
         path = write_gguf(tmp_path / "tiny.gguf", random_llama(), LLAMA_NUMBERS | {"llama.rope.freq_base": 1.0} | numbers)
         assert "llama.rope.freq_base is 1.0; it must be a finite number from 2" in refusal(path)
+
+
+def test_a_tokenizer_that_puts_much_before_each_text_is_refused(folder):
+    rewrite(folder / "tokenizer.json", {"normalizer": {"type": "Prepend", "prepend": "x" * 1000}})
+    assert "could make a text 1,001 times as long" in refusal(folder)
+    rewrite(folder / "tokenizer.json", {"normalizer": None, "post_processor": {
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * 1000, "pair": [],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [256] * 1000, "tokens": ["<s>"] * 1000}}}})
+    assert "its post_processor adds 1,000,000 tokens to each text; 64 are the most allowed" in refusal(folder)
+
+
+def splitting(pattern):
+    return {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}}
+
+
+@pytest.mark.parametrize("change", [
+    splitting("(a+)+$"), splitting("(.*)*(.*)*x!"), splitting(r"(\w+\s?)+\.$"), splitting("((ab|a|b)*)*c"),
+    {"normalizer": {"type": "Replace", "pattern": {"Regex": "( *)*,"}, "content": ","}}])
+def test_a_tokenizer_whose_expressions_take_years_is_refused(folder, change):
+    rewrite(folder / "tokenizer.json", change)
+    assert f"{folder / 'tokenizer.json'}: its regular expressions give up at a short text" in refusal(folder)
+
+
+def test_so_is_one_whose_trial_exceeds_a_limit(folder, monkeypatch):
+    rewrite(folder / "tokenizer.json", splitting("a+"))
+    read(folder)
+    patch(monkeypatch, start, "PROCESS_COMMAND", (sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGPROF)"))
+    assert "tokenizer.json: a short text takes more than 5 s of processor time or 2,048 MiB" in refusal(folder)
+
+
+def test_a_checkpoint_s_own_expression_is_tried_too(nanochat_fixtures, tmp_path):
+    path = next(shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "base").rglob("tokenizer.pkl"))
+    pattern, ranks, specials = read_encoding(path.read_bytes())
+    assert pattern in NANOCHAT_SPLITS
+    for other, fault in ((r"\p{L}+|.", None), (r"(?:a|a)*+b|(?:(?!x)a|a)*$(?<=b)", "give up")):
+        state = {"name": "x", "pat_str": other, "mergeable_ranks": ranks, "special_tokens": specials}
+        path.write_bytes(b"\x80\x04\x8c\x0dtiktoken.core\x8c\x08Encoding\x93)\x81" + pickle.dumps(state, 4)[2:-1] + b"b.")
+        if fault:
+            assert f"{path}: its regular expressions give up at a short text" in refusal(tmp_path / "base")
+        else:
+            read(tmp_path / "base")
 
 
 # --- adapters ------------------------------------------------------------------------------------------
@@ -196,3 +246,169 @@ def test_names_without_end_are_cut_in_errors(folder):
     rewrite(folder / "config.json", {"model_type": "y" * 1_000_000})
     assert 'model_type is "yyyy' in refusal(folder)
     assert printable("a " * 3) == "a " * 3 and printable("/" + "p/" * 300) == "/" + "p/" * 300
+
+
+# --- cut files, and missing ones -----------------------------------------------------------------------
+
+
+def cut(path, size):
+    """Keep the first `size` bytes, or all but some; returns how many there are now, in words."""
+    os.truncate(path, size if size >= 0 else path.stat().st_size + size)
+    return f"{path} is truncated: it has {path.stat().st_size:,} bytes, and "
+
+
+@pytest.mark.parametrize("size", [0, 5, 8, 300, -100_000, -1])
+def test_a_cut_safetensors_file_says_how_long_it_should_be(folder, size):
+    path = folder / "model.safetensors"
+    whole, header = path.stat().st_size, 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    said, text = cut(path, size), refusal(folder)
+    assert text == said + ("the length of its header alone takes 8" if 0 <= size < 8 else f"its header ends at byte {header:,}" if 0 <= size < header
+                           else f"its tensors end at byte {whole:,}") + "; copy or download it again"
+
+
+def test_so_does_a_cut_adapter(folder, good, tmp_path):
+    path = Path(adapter(tmp_path / "lora", good), "adapter_model.safetensors")
+    whole = path.stat().st_size
+    assert cut(path, whole // 2) + f"its tensors end at byte {whole:,}" in refusal(folder, lora=[str(path.parent)])
+
+
+@pytest.mark.parametrize("size", [0, 3, 1000, -200_000, -30, -1])
+def test_a_cut_checkpoint_lacks_its_end(nanochat_fixtures, tmp_path, size):
+    path = next(shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "base").rglob("model_*.pt"))
+    assert cut(path, size) + "the table of contents at its end is missing" in refusal(tmp_path / "base")
+
+
+@pytest.mark.parametrize("size", [1, 4, 23, 200, 5000, -500_000, -1])
+def test_a_cut_gguf_says_how_long_it_should_be(tmp_path, size):
+    path = write_gguf(tmp_path / "tiny.gguf", random_llama(), LLAMA_NUMBERS)
+    whole = path.stat().st_size
+    said, text = cut(path, size), refusal(path)
+    assert text.startswith(said + ("the header of a GGUF file alone takes 24" if 0 < size < 24 else "its header goes on to byte " if size > 0
+                                   else 'the tensor "blk.0.ffn_down.weight" ends at byte ' + f"{whole:,}")), text
+
+
+SMALL = {"tokenizer.pkl": "the pickle in it does not end"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json",
+                                  "meta_000650.json", "tokenizer.pkl"])
+@pytest.mark.parametrize("share", [0, 0.3, 0.9])
+def test_a_cut_small_file_is_named(good, nanochat_fixtures, tmp_path, name, share):
+    source = nanochat_fixtures / "gen5" if name in ("meta_000650.json", "tokenizer.pkl") else good
+    folder = shutil.copytree(source, tmp_path / "model")
+    path = next(folder.rglob(name), folder / name)
+    if not path.exists():
+        path.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert cut(path, int(path.stat().st_size * share)) + SMALL.get(name, "the JSON object in it does not end") in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["<html>}", '{"a": 1,}', "[1", "\0\0\0", '{"a": 1}}', "null"])
+def test_what_is_damaged_otherwise_is_not_called_truncated(folder, text):
+    (folder / "config.json").write_text(text)
+    assert "truncated" not in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "model_000650.pt", "tiny.gguf"])
+def test_a_pointer_of_git_s_is_named_with_the_size_of_what_it_stands_for(good, nanochat_fixtures, tmp_path, name):
+    source = nanochat_fixtures / "gen5" if name == "model_000650.pt" else good
+    folder = shutil.copytree(source, tmp_path / "model")
+    path = next(folder.rglob(name), folder / name)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4711471\n")
+    assert f"{path} is only Git LFS's pointer to a file of 4,711,471 bytes; run `git lfs pull`" in refusal(path if name == "tiny.gguf" else folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model_000650.pt", "tiny.gguf"])
+def test_nobody_waits_for_weights_that_are_a_pipe(good, nanochat_fixtures, tmp_path, name):
+    folder = shutil.copytree(nanochat_fixtures / "gen5" if name == "model_000650.pt" else good, tmp_path / "model")
+    path = next(folder.rglob(name), folder / name)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert f"{path} is a pipe; it must be a regular file" in refusal(path if name == "tiny.gguf" else folder)
+
+
+@pytest.fixture
+def shards(good, tmp_path):
+    """A model in three files, and their names."""
+    folder = shutil.copytree(good, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    names = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
+    for number, name in enumerate(names):
+        save_file(dict([*tensors.items()][number::3]), folder / name)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {tensor: names[i % 3] for i, tensor in enumerate(tensors)}}))
+    return folder, names
+
+
+def test_shards_are_one_model_with_and_without_an_index_and_each_may_be_cut(shards, good):
+    folder, names = shards
+    expected = read(good)
+    for index in (True, False):
+        if not index:
+            (folder / "model.safetensors.index.json").unlink()
+        found = read(folder)
+        assert found.keys() == expected.keys()
+        torch.testing.assert_close(found["embed"], expected["embed"], rtol=0, atol=0)
+    whole = (folder / names[1]).stat().st_size
+    assert cut(folder / names[1], -7) + f"its tensors end at byte {whole:,}" in refusal(folder)
+
+
+def test_a_shard_that_is_missing_is_named_once(shards):
+    folder, names = shards
+    (folder / names[1]).unlink()
+    has = f"which is missing; it has {names[0]}, {names[2]}"
+    assert refusal(folder) == f"{folder}: model.safetensors.index.json names {names[1]}, {has}"
+    (folder / "model.safetensors.index.json").unlink()
+    assert refusal(folder) == f"{folder}: by the name of {names[0]} it must have {names[1]}, {has}"
+    (folder / names[0]).rename(folder / "other.safetensors")
+    (folder / names[2]).unlink()
+    assert refusal(folder) == f"{folder}: it must have model.safetensors, which is missing; it has other.safetensors"
+
+
+def test_weights_in_another_format_are_named_and_so_is_an_adapter(folder, good, tmp_path):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    text = refusal(folder)
+    assert "has a config.json, but no *.safetensors; pytorch_model.bin is in a format that this server does not read" in text
+    assert "nanochat" not in text
+    path = adapter(tmp_path / "lora", good)
+    assert f"{path} is an adapter: give the model that it is for, and --lora {path}" in refusal(path)
+    weights = good / "model.safetensors"
+    assert f"{weights} is a part of a model: give its folder, {good}" in refusal(weights)
+    (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
+    (folder / "config.json").unlink()
+    assert f"{folder} has model.safetensors, but no config.json" in refusal(folder)
+
+
+def test_without_a_tokenizer_json_the_line_says_what_is_there(folder):
+    (folder / "tokenizer.json").unlink()
+    assert f"{folder} has no tokenizer.json; it has chat_template.jinja, config.json" in refusal(folder)
+    (folder / "tokenizer.model").touch()
+    assert f"{folder} has no tokenizer.json; it has tokenizer.model, which this server does not read: AutoTokenizer" in refusal(folder)
+
+
+def test_a_type_newer_than_the_library_is_not_called_truncated(tmp_path):
+    path = tmp_path / "new.gguf"
+    path.write_bytes(gguf_bytes(LLAMA_NUMBERS | small_gguf_metadata("gpt-2"), random_llama(),
+                                infos={"blk.0.ffn_up.weight": tensor_info("blk.0.ffn_up.weight", (512, 256), 200, 0)}))
+    assert 'the tensor "blk.0.ffn_up.weight" is of type 200, which the gguf package here does not know; a newer one may' in refusal(path)
+
+
+# --- templates -----------------------------------------------------------------------------------------
+
+
+def test_a_template_is_found_in_chat_template_json_too_and_a_list_without_a_default_is_told(folder, caplog):
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert load(folder).text.chat_template == "{{ messages }}"
+    rewrite(folder / "tokenizer_config.json", {"chat_template": [{"name": "rag", "template": "x"}, {"name": "other", "template": "y"}]})
+    assert load(folder).text.chat_template is None
+    assert 'tokenizer_config.json: chat_template is a list without "default", so chats have no template; it has "rag", "other"' in caplog.text
+    (folder / "chat_template.jinja").write_text("{{ 1 }}")
+    assert load(folder).text.chat_template == "{{ 1 }}"
+
+
+def test_a_template_that_does_not_parse_is_refused_before_weights_are_read(folder, monkeypatch):
+    (folder / "chat_template.jinja").write_text("{% if %}")
+    patch(monkeypatch, build, "build_transformer", lambda *_: pytest.fail("weights are read"))
+    settings = Settings(model=str(folder), kv_cache_memory=1 << 20)
+    with pytest.raises(ConfigError, match="chat template does not parse: line 1"):
+        build.build_engine(resolve_model(settings), settings, torch.device("cpu"))

@@ -133,7 +133,7 @@ def test_what_is_no_model_is_an_error_that_says_what_could_be(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").touch()
     for model, words in ((tmp_path / "none.gguf", "No such file"), (tmp_path / "note.gguf", "not a GGUF file"),
-                         (tmp_path, "note.gguf"), (tmp_path / "hf", "It has a config.json, but no \\*.safetensors")):
+                         (tmp_path, "note.gguf"), (tmp_path / "hf", "has a config.json, but no \\*.safetensors")):
         with pytest.raises(ConfigError, match=words):
             resolve_model(Settings(model=str(model)))
     write_gguf(tmp_path / "real.gguf", random_llama(), LLAMA_NUMBERS)
@@ -442,7 +442,7 @@ def test_paths_that_cannot_be_are_one_line(tmp_path):
     for model, words in (
             (tmp_path / "loop", "loop"), (tmp_path / "file" / "x.gguf", "Not a directory"),
             ("a" * 300, "name too long"), ("~nobody-here/x.gguf", "~nobody-here"),
-            (tmp_path / "pipe.gguf", "a pipe or a device"), ("a\0b", "null")):
+            (tmp_path / "pipe.gguf", "a pipe; it must be a regular file"), ("a\0b", "null")):
         with pytest.raises(ConfigError, match=words):
             resolve_model(Settings(model=str(model)))
 
@@ -615,7 +615,7 @@ def test_a_tokenizer_beside_the_checkpoint_is_found(broken):
 
 
 @pytest.mark.parametrize(("meta", "words"), [
-    (None, "meta_000650.json: No such file"), ("{", "not a nanochat meta file"), ("[1]", "not a nanochat meta file"),
+    (None, "meta_000650.json: No such file"), ("{", "truncated: it has 1 bytes"), ("[1]", "not a nanochat meta file"),
     ('{"model_config": {"n_layer": "4"}}', "model_config.sequence_len is missing"), ('{"model_config": 3}', "not a nanochat meta file"),
     ("PATTERN", 'window_pattern is "SQ"'), ("HEADS", "n_head is 4; it must be a multiple of 3")])
 def test_a_bad_meta_file_is_named(broken, meta, words):

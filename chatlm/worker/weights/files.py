@@ -1,0 +1,80 @@
+"""Which files hold a folder's weights, and what is wrong with one that cannot be read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+from chatlm.common.errors import ConfigError, cannot_read
+from chatlm.common.files import refuse_pointer, truncated
+from chatlm.worker.weights.rules import read_json
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that the index names, or model.safetensors, or without both a numbered set. ConfigError if one
+    is missing."""
+    index, there = folder / "model.safetensors.index.json", sorted(
+        path.name for path in folder.glob("*.safetensors"))
+    names, origin = ["model.safetensors"], "it must have"
+    numbered = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", there[0]) if there else None
+    if index.exists():
+        files, origin = read_json(index).get("weight_map"), f"{index.name} names"
+        if not isinstance(files, dict) or not files or not all(
+                isinstance(name, str) and Path(name).name == name for name in files.values()):
+            raise ConfigError(f"{index}: weight_map must give each tensor the name of a file beside it")
+        names = sorted(set(files.values()))
+    elif names[0] not in there and numbered:
+        stem, count = numbered.groups()
+        names = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
+        origin = f"by the name of {there[0]} it must have"
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        has = f"it has {', '.join(there[:8])}" if there else "it has no *.safetensors"
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise ConfigError(f"{folder}: {origin} {', '.join(missing[:8])}{more}, which "
+                          f"{'are' if missing[1:] else 'is'} missing; {has}")
+    return [folder / name for name in names]
+
+
+def refuse_cut_checkpoint(path: Path):
+    """ConfigError if a zip archive of torch's lacks the table at its end, or the file is only a pointer."""
+    begin, size = beginning(path)
+    if b"PK\3\4".startswith(begin[:4]) and not zipfile.is_zipfile(path):
+        raise truncated(path, size, "and the table of contents at its end is missing")
+
+
+MOST_HEADER_BYTES = 100_000_000  # of a safetensors file; its library takes no more
+
+
+def refuse_cut_safetensors(path: Path):
+    """ConfigError if a file ends before its header or its tensors do, or is only a pointer."""
+    begin, size = beginning(path)
+    if size < 8:
+        raise truncated(path, size, "and the length of its header alone takes 8")
+    needed = 8 + int.from_bytes(begin[:8], "little")
+    if begin[8:9] not in (b"", b"{") or needed > MOST_HEADER_BYTES:
+        return
+    if size < needed:
+        raise truncated(path, size, f"and its header ends at byte {needed:,}")
+    with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        with open(path, "rb") as file:
+            tensors = json.loads(file.read(needed)[8:])
+        needed += max(int(tensor["data_offsets"][1]) for name, tensor in tensors.items()
+                      if name != "__metadata__")
+        if size < needed:
+            raise truncated(path, size, f"and its tensors end at byte {needed:,}")
+
+
+def beginning(path: Path) -> tuple[bytes, int]:
+    """Some of a file's first bytes, and its size; ConfigError if it cannot be read or is only a pointer."""
+    try:
+        with open(path, "rb") as file:
+            begin, size = file.read(1000), os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    refuse_pointer(path, begin)
+    return begin, size

@@ -1,0 +1,94 @@
+"""A tokenizer with regular expressions of its own is tried on short texts before this process opens it: some
+take years, or any memory. The trial is in a process with limits on both."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence as Seq
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError, RequestError, printable
+from chatlm.common.memory import limit_memory
+from chatlm.common.messages.requests import TextSpec
+from chatlm.common.processes.start import PROCESS_COMMAND
+from chatlm.common.text.load import open_tokenizer
+
+if TYPE_CHECKING:
+    from chatlm.common.text.tokenizer import Tokenizer
+
+
+OPEN_S, TRIAL_S = 60, 5  # processor seconds to open a tokenizer, which may be large, and for the texts
+MEMORY = 2 << 30         # bytes
+WALL_S = 600             # on a machine that has no processor for it
+
+
+def refuse_endless(path: Path, spec: TextSpec):
+    """ConfigError if the tokenizer in a file cannot be opened, or fails with short texts or takes too long for
+    them."""
+    environment = os.environ | {"RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    try:
+        done = subprocess.run([*PROCESS_COMMAND, "trial", spec.kind], input=spec.payload, env=environment,
+                              capture_output=True, timeout=WALL_S)
+        status, reason = done.returncode, done.stdout.decode("utf-8", "replace")
+    except subprocess.TimeoutExpired:
+        status, reason = 1, ""
+    if status:
+        raise ConfigError(f"{path}: " + (reason or (
+            f"a short text takes more than {TRIAL_S} s of processor time or {MEMORY >> 20:,} MiB")))
+
+
+def trial_main(arguments: Seq[str]) -> int:
+    """The role `trial KIND`: try the tokenizer on stdin. Exit status 1: stdout has what is wrong with it."""
+    [kind] = arguments
+    spec = TextSpec(kind, sys.stdin.buffer.read())
+    limit_memory(MEMORY)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, OPEN_S)  # it ends the process whatever code is running
+        tokenizer = open_tokenizer(spec)
+        signal.setitimer(signal.ITIMER_PROF, TRIAL_S)
+        for text in short_texts(patterns_of(spec)):
+            try_text(tokenizer, text)
+    except ConfigError as error:
+        print(printable(str(error)), flush=True)
+        return 1
+    return 0
+
+
+def try_text(tokenizer: Tokenizer, text: str):
+    try:
+        tokenizer.encode(text)
+    except RequestError:
+        raise ConfigError("its regular expressions give up at a short text") from None
+    except Exception:  # the vocabulary may lack these characters
+        pass
+
+
+def patterns_of(spec: TextSpec) -> list[str]:
+    """The regular expressions of a tokenizer."""
+    patterns = []
+
+    def collect(value: dict):
+        patterns.extend(text for key, text in value.items() if key == "Regex" and isinstance(text, str))
+
+    content = json.loads(spec.payload, object_hook=collect)
+    return patterns if spec.kind == "hf" else content[:1]
+
+
+MOST_TEXTS = 400
+
+
+def short_texts(patterns: Seq[str]) -> Iterator[str]:
+    """Each character of the expressions, and each pair of neighbours there, many times over, then what none
+    expects, and on another line what they ask for: one that tries every way to divide a text has the most to
+    try in these."""
+    characters = "a1 .\n\u00e9\u65e5" + "".join(patterns)
+    runs = dict.fromkeys([*characters, *map("".join, zip(characters, characters[1:]))])
+    asked = "".join(re.sub(r"[()\[\]{}*+?.^$|\\]", "", pattern) + pattern for pattern in patterns)[:1000]
+    for run in [*runs][:MOST_TEXTS]:
+        yield run * 40 + "\u0001\n" + asked
