@@ -1,4 +1,4 @@
-"""Reading the small files of a model (configurations, templates, tokenizers), and what is said of cut ones."""
+"""Reading small files (configurations, templates, tokenizers), and what is said of those that are cut."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def refuse_pointer(path: Path, data: bytes):
     """ConfigError for what git has in the place of a large file that was not fetched."""
     if data.startswith(b"version https://git-lfs"):
         size = re.search(rb"\nsize (\d{1,18})\n", data[:1000])
-        raise ConfigError(f"{path} is only Git LFS's pointer to a file{f' of {int(size[1]):,} bytes' if size else ''}"
-                          "; run `git lfs pull` in its folder")
+        file = f"a file of {int(size[1]):,} bytes" if size else "a file"
+        raise ConfigError(f"{path} is only Git LFS's pointer to {file}; run `git lfs pull` in its folder")
 
 
 def parse_json(path: Path, data: bytes):
@@ -68,8 +68,8 @@ def refuse_cut_json(path: Path, data: bytes):
 
 
 def read_operators(path: str) -> str:
-    """The text of a file that the operator names, which may be a pipe, as in `--config <(command)`. ValueError
-    above MOST_BYTES, as /dev/zero has."""
+    """The text of a file that the operator names, which may be a pipe, as in `--config <(command)`.
+    ValueError above MOST_BYTES, which /dev/zero has."""
     with open(Path(path).expanduser(), "rb") as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:

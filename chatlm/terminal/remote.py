@@ -40,7 +40,7 @@ class RemotePool:
 
     def __init__(self, settings: Settings):
         if choice := explicit_choice(settings) or " ".join(f"--lora {folder}" for folder in settings.lora):
-            raise ConfigError(f"{choice}: only for a model that is loaded here; --url names a server that has one")
+            raise ConfigError(f"{choice}: only for a model that is loaded here, and --url names a server")
         self.own_sampling: tuple[dict, str] = {}, ""
         url = (settings.url or "").rstrip("/").removesuffix("/v1")
         self.wanted = settings.model  # a model there

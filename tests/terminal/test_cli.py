@@ -501,7 +501,7 @@ async def test_model_beside_url_chooses_there_or_is_refused(capsys):
 def test_flags_that_choose_a_model_here_are_refused_beside_url(capsys):
     for words in ("-g d20", "-s 100", "--lora folder"):
         assert run_main("generate", "--prompt", "Hi", "--url", "localhost:1", *words.split()) == 2
-        assert capsys.readouterr().err == f"chat_server: {words}: only for a model that is loaded here; --url names a server that has one\n"
+        assert capsys.readouterr().err == f"chat_server: {words}: only for a model that is loaded here, and --url names a server\n"
 
 
 async def test_a_server_that_has_only_nanochat_s_route_is_asked_there(capsys):

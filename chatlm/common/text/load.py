@@ -137,8 +137,8 @@ class HuggingFaceTokenizer(Tokenizer):
         for part in (self.pipeline.normalizer, self.pipeline.decoder):
             check_growth(part)
         if (added := self.pipeline.num_special_tokens_to_add(False)) > MOST_GROWTH:
-            raise ConfigError(f"its post_processor adds {added:,} tokens to each text; {MOST_GROWTH} are the most "
-                              "allowed")
+            raise ConfigError(f"its post_processor adds {added:,} tokens to each text; {MOST_GROWTH} are the "
+                              "most allowed")
         self.vocab_size = self.pipeline.get_vocab_size()
         added = self.pipeline.get_added_tokens_decoder()
         self.specials = {token.content: id for id, token in added.items() if token.special}

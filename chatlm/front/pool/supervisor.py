@@ -93,8 +93,9 @@ class Supervisor:
                 how += "; the program has changed since this server started: restart the server"
             if not worker.ready_s and (ending == before or worker.crashes_in_row >= 3):
                 return self.leave_out(worker, EngineFailure(
-                    f"worker {worker.gpu} cannot start: it ended {worker.crashes_in_row} times, the last time "
-                    f"at {self.loading[0]!r} ({how}; {available_memory() >> 20:,} MiB of memory are free)"))
+                    f"worker {worker.gpu} cannot start: it ended {worker.crashes_in_row} times, the last "
+                    f"time at {self.loading[0]!r} ({how}; {available_memory() >> 20:,} MiB of memory are "
+                    "free)"))
             before = ending
             delay_s = min(30.0, 0.25 * 2 ** worker.crashes_in_row)
             log.error("%s died (%s); restarting it in %.1f s", worker.where, how, delay_s)

@@ -107,8 +107,8 @@ def tensor_end(path: Path, name, _, sizes, gguf_type, offset) -> int:
     if not 1 <= len(sizes) <= 4 or min(sizes) < 1:
         raise ValueError(f"the tensor {name} has the sizes {sizes[:8]}; it must have 1 to 4, none below 1")
     if number not in gguf.GGML_QUANT_SIZES:
-        raise ConfigError(f"{path}: the tensor {name} is of type {number}, which the gguf package here does not "
-                          f"know; a newer one may: {sys.executable} -m pip install --upgrade gguf")
+        raise ConfigError(f"{path}: the tensor {name} is of type {number}, which the gguf package here does "
+                          f"not know; a newer one may: {sys.executable} -m pip install --upgrade gguf")
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)]
     if sizes[0] % block:
         raise ValueError(f"the tensor {name} has rows of {sizes[0]:,}; its type needs a multiple of {block}")

@@ -106,12 +106,12 @@ def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
 
 def other_tokenizers(folder: Path) -> str:
     """What a folder without tokenizer.json has instead, as the end of a sentence."""
-    others = [name for name in ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
-                                "tiktoken.model", "tokenizer.tiktoken") if (folder / name).exists()]
+    others = [name for name in ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt",
+                                "spiece.model", "tiktoken.model") if (folder / name).exists()]
     if not others:
         return f"; it has {', '.join(sorted(file.name for file in folder.iterdir())[:20])}"
-    return (f"; it has {' and '.join(others)}, which this server does not read: "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers writes a tokenizer.json")
+    return (f"; it has {' and '.join(others)}, which this server does not read. transformers can write one: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
 
 
 def hf_template(folder: Path, options: Mapping) -> str | None:
@@ -129,8 +129,8 @@ def hf_template(folder: Path, options: Mapping) -> str | None:
                    for entry in template if isinstance(entry, dict)}
         template = template_of(by_name.get("default"), by_name.get("tool_use"))
         if template is None:
-            log.warning("%s: chat_template is a list without \"default\", so chats have no template; it has %s", config,
-                        printable(", ".join(map(shown, by_name))) or "no names")
+            log.warning("%s: chat_template is a list without \"default\", so chats have no template: it has "
+                        "%s", config, printable(", ".join(map(shown, by_name))) or "no names")
     return checked(config, "chat_template", template, Rule(str, optional=True))
 
 

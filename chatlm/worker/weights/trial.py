@@ -29,8 +29,7 @@ WALL_S = 600             # on a machine that has no processor for it
 
 
 def refuse_endless(path: Path, spec: TextSpec):
-    """ConfigError if the tokenizer in a file cannot be opened, or fails with short texts or takes too long for
-    them."""
+    """ConfigError if the tokenizer in a file cannot be opened, or fails at short texts or takes too long."""
     environment = os.environ | {"RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     try:
         done = subprocess.run([*PROCESS_COMMAND, "trial", spec.kind], input=spec.payload, env=environment,
