@@ -134,10 +134,10 @@ def test_paper_gets_the_whole_chat_and_nothing_to_press(browser, stand_in):
         expect(page.get_by_role("navigation")).to_have_count(0)
         expect(page.get_by_role("heading", name="question 0")).to_be_visible()
         assert page.evaluate("""() => {
-            const log = document.getElementById("log"), code = document.querySelector("pre"), rgb = getComputedStyle(document.body).backgroundColor;
+            const [log, code, table] = ["#log", ".turn pre", ".turn .table"].map(each => document.querySelector(each)), rgb = getComputedStyle(document.body).backgroundColor;
             return [log.clientHeight === log.scrollHeight, document.documentElement.scrollHeight > log.clientHeight,
-                code.scrollWidth <= code.clientWidth, rgb];
-        }""") == [True, True, True, "rgb(253, 253, 252)"]
+                code.scrollWidth <= code.clientWidth, table.scrollWidth <= table.clientWidth, rgb];
+        }""") == [True, True, True, True, "rgb(253, 253, 252)"]
 
 
 # the first picture ----------------------------------------------------------------------------------------------------
