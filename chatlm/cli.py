@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence as Seq
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm import __version__
 from chatlm.common.config import FLAGS, PROGRAM_COMMANDS, Settings, read_api_keys
@@ -22,15 +22,42 @@ if TYPE_CHECKING:
     from chatlm.common.config import Flag
 
 
-USAGE = """python chat_server.py [serve|chat|generate|check] [MODEL] [flags]
-       python chat_server.py bundle [FILE] [--without-core]"""
-ABOUT = (
-    "serve (the default) offers the page and the APIs, chat talks in the terminal, "
-    "generate answers one prompt, check proves and measures the compiled kernels, "
-    "bundle writes all into one file to copy.\n\n"
-    f"MODEL may be: {SUPPORTED_MODELS}.\n\n"
-    "Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. "
-    "--config FILE.toml may set them too.")
+class Help(NamedTuple):
+    """What the --help of a command has beside its flags."""
+
+    usage: str
+    opening: str
+    examples: str = ""
+
+
+HELP = {
+    "serve": Help("""python chat_server.py [serve|chat|generate|check] [MODEL] [flags]
+       python chat_server.py bundle [FILE] [--without-core]""",
+        "Serve a model: a page to chat on, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is "
+        "what runs without a command. The others are: chat, which talks in the terminal; generate, which "
+        "answers one prompt; check, which proves and measures the compiled kernels; bundle, which writes all "
+        "into one file to copy. Each has a --help.", """
+  python chat_server.py                                     a nanochat checkpoint, else the default model
+  python chat_server.py qwen3:0.6b --host 127.0.0.1         for this machine only; downloaded at first use
+  python chat_server.py model.gguf -p 8080 --api-key-file keys.txt"""),
+    "chat": Help("python chat_server.py chat [MODEL] [flags]",
+        "Chat with a model in the terminal. Ctrl-C stops an answer; /help lists what one can type.", """
+  python chat_server.py chat                                with a nanochat checkpoint, else the default model
+  python chat_server.py chat --continue                     go on with the last chat
+  python chat_server.py chat --url http://127.0.0.1:8000    with a server that runs already"""),
+    "generate": Help("python chat_server.py generate [MODEL] [flags]",
+        "Answer one prompt: the answer goes to stdout, all else to stderr.", """
+  python chat_server.py generate -p "Why is the sky blue?"
+  python chat_server.py generate -p - --system "Summarize this letter." < letter.txt
+  python chat_server.py generate model.gguf -p "Name a color." --json --seed 1"""),
+    "check": Help("python chat_server.py check",
+        "Prove the compiled kernels and measure them: each op is compared with its reference in torch, and "
+        "timed. The report can be pasted into an issue; the exit status is 1 if an op is wrong. It takes a "
+        "minute, needs no model and has no flags."),
+}
+ABOUT_MODELS = f"MODEL may be: {SUPPORTED_MODELS}."
+ABOUT_FLAGS = ("Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. "
+               "--config FILE.toml may set them too.")
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -45,6 +72,19 @@ class CommandLine(argparse.ArgumentParser):
             message += (f"; {flag} is a flag of {' and '.join(commands[0])}, and the command comes first"
                         if commands else did_you_mean(flag, self._option_string_actions))
         raise ConfigError(f"{self.origin}{message} (--help lists the flags)")
+
+
+def help_lines(prog: str) -> argparse.HelpFormatter:
+    """argparse's formatter, but as its newer versions do it: a flag's value once, after all its names."""
+    formatter = argparse.RawDescriptionHelpFormatter(prog)
+
+    def spelled(action: argparse.Action) -> str:
+        names = ", ".join(action.option_strings)
+        choices = action.choices and "{%s}" % ",".join(map(str, action.choices))
+        return names if action.nargs == 0 else f"{names} {action.metavar or choices}"
+
+    setattr(formatter, "_format_action_invocation", spelled)
+    return formatter
 
 
 SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True,
@@ -76,8 +116,8 @@ def unflagged_value(parser: CommandLine, flag: Flag, environment: Mapping[str, s
     """The value of a flag that was not given: from its environment variable, --config, or its default."""
     name = flag.field
     origin, words = f"--config: {name}", config.get(name)
-    if text := environment.get(f"CHAT_SERVER_{name.upper()}", "").strip():
-        origin, words = f"CHAT_SERVER_{name.upper()}", re.split(r"\s*,\s*", text) if flag.many else [text]
+    if text := environment.get(flag.variable, "").strip():
+        origin, words = flag.variable, re.split(r"\s*,\s*", text) if flag.many else [text]
     if words is None:
         return flag.default
     if len(words) != 1 and not flag.many:
@@ -95,7 +135,7 @@ def unflagged_value(parser: CommandLine, flag: Flag, environment: Mapping[str, s
 def add_flag(group: argparse._ActionsContainer, flag: Flag):
     spellings = [f"-{flag.short}"] if flag.short else []
     spellings += [f"--{name}" for name in flag.names]
-    known = flag.default in (None, (), False) or "default" in flag.help
+    known = flag.default in (None, (), False, "") or "default" in flag.help
     taking: dict = {"action": argparse.BooleanOptionalAction}
     if flag.parse:
         taking = {"action": "append" if flag.many else "store", "type": flag.parse,
@@ -110,9 +150,11 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     words, command = list(argv), "serve"
     if words and words[0] in PROGRAM_COMMANDS:
         command = words.pop(0).replace("server", "serve")
-    about = "\n\n".join(textwrap.fill(part, 96) for part in ABOUT.split("\n\n"))
-    parser = CommandLine(prog="chat_server.py", usage=USAGE, description=about, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage, opening, examples = HELP[command]
+    about = [opening] if command == "check" else [opening, ABOUT_MODELS, ABOUT_FLAGS]
+    parser = CommandLine(prog="chat_server.py", usage=usage, allow_abbrev=False, formatter_class=help_lines,
+                         description="\n\n".join(textwrap.fill(part, 96) for part in about),
+                         epilog=examples and f"Examples:\n{examples[1:]}")
     if command != "check":
         parser.add_argument("model", metavar="MODEL", nargs="?", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="store_true", help="print the version and which kernels run")
@@ -139,6 +181,12 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     if command == "serve":  # from here on we keep only the hashes
         values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
     return Settings(command=command, **values)
+
+
+def asks_for_json(words: Seq[str], environment: Mapping[str, str]) -> bool:
+    """Does a command line, which may be wrong, ask for a log in JSON?"""
+    text = " ".join(words).replace("=", " ").lower()
+    return "--log-format json" in text or environment.get("CHAT_SERVER_LOG_FORMAT", "").lower() == "json"
 
 
 def parse_bundle_words(words: Seq[str]) -> tuple[Path, bool]:

@@ -126,7 +126,11 @@ class Flag(NamedTuple):
     @property
     def names(self) -> list[str]:
         """Its spellings, the first of which is shown."""
-        return [self.field.replace("_", "-"), *self.also.split()]
+        return [self.field.rstrip("_").replace("_", "-"), *self.also.split()]
+
+    @property
+    def variable(self) -> str:
+        return f"CHAT_SERVER_{self.field.rstrip('_').upper()}"
 
 
 def flag(default: V, parse: Callable[[str], object] | None, help: str, commands: str = "serve chat generate",
@@ -217,7 +221,9 @@ class Settings:
         "talk to a running server instead of loading a model", "chat generate", heading="In the terminal")
     json: bool = flag(False, None,
         "answers as JSON, one object per line with text, usage and timings", "chat generate")
-    history: bool = flag(True, None, "keep typed lines in ~/.local/state/chat_server/history", "chat")
+    continue_: bool = flag(False, None, "go on with the last chat", "chat")
+    history: bool = flag(True, None,
+        "keep typed lines and the last chat in ~/.local/state/chat_server", "chat")
 
     host: str = flag("0.0.0.0", str, "address to listen on", "serve", heading="Network and who may use it")
     port: int = flag(8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve", short="p")

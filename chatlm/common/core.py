@@ -5,13 +5,20 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 from chatlm.common.unpack import UnfitCore, load_bundled_core
 
 
 SEAM = 13  # version of Backend and for_decode_core; a core with another version is not used
+
+
+def device_files() -> int:
+    """How many NVIDIA GPUs this machine has."""
+    return sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in Path("/dev").glob("nvidia*"))
 
 
 @functools.cache
@@ -53,7 +60,7 @@ def kernels_line() -> str:
     if core := decode_core():
         info = core.info()
         return (f"decode_core runs with {info['isa']} instructions"
-                + (", compiled with CUDA too" if info["cuda_compiled"] else "")
+                + (", compiled with CUDA too" if info["cuda_compiled"] and device_files() else "")
                 + (f"; it is the installed one, because {problem}" if problem else ""))
     if problem:
         return f"{problem}, so slower reference ops run"

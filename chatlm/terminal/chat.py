@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import json
+import itertools
+import os
 import re
 import secrets
 import sys
@@ -29,7 +30,7 @@ from chatlm.front.api.readers import sampling_params, with_thinking_budget
 from chatlm.front.pool.pool import sampling_of
 from chatlm.terminal.conversation import PARAMETERS, SETTABLE, Conversation, read_chats
 from chatlm.terminal.remote import RemotePool, open_pool
-from chatlm.terminal.terminal import PlainWriter, Terminal
+from chatlm.terminal.terminal import PlainWriter, Terminal, state_file
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -114,12 +115,13 @@ async def receive(pool: Pool, request: Request, reply: Reply, writer):
 class Chat:
     """The `chat` command. The user types messages, or one of COMMANDS; each command is a method here."""
 
-    def __init__(self, pool: Pool, settings: Settings):
+    def __init__(self, pool: Pool, settings: Settings, conversation: Conversation | None = None):
         self.pool, self.settings = pool, settings
         self.terminal = Terminal(settings, [*(f"/{name} " for name in COMMANDS),
                                             *(f"/set {name} " for name in SETTABLE)])
         self.note = self.terminal.note
-        self.conversation = Conversation(settings.system or "")
+        self.conversation = conversation or Conversation(settings.system or "")
+        self.kept = settings.history and (self.terminal.interactive or settings.continue_)
         self.files: set[Path] = set()  # files that hold only this conversation: /save may overwrite them
         self.draft = ""                # the text that the next prompt starts with
         self.failed = self.left = False
@@ -127,7 +129,8 @@ class Chat:
 
     async def run(self) -> int:
         """Run until the user leaves. Returns the exit status: 1 if any message from a pipe failed."""
-        self.note("\n".join([*self.pool.describe(), "/help lists the commands; Ctrl-C stops the answer"]))
+        self.note("\n".join([*self.pool.describe(), "/help lists the commands; Ctrl-C stops the answer",
+                             *self.conversation.lines()]))
         while not self.left:
             draft, self.draft = self.draft, ""
             if (text := await self.terminal.read(draft)) is None:
@@ -211,15 +214,19 @@ class Chat:
         else:
             last.pop("note", None)
             last |= node | {"content": last["content"] + reply.text, "parent": last["parent"]}
+        if self.kept:
+            try:
+                self.conversation.write(state_file(LAST_CHAT), 0o600)
+            except OSError as error:
+                self.kept = False
+                self.note(f"--continue will not find this chat: {error}")
 
     # commands
 
     def slash_help(self, value: str):
         """/help: this list"""
         rows = [run.__doc__.split(": ", 1) for run in dict.fromkeys(COMMANDS.values())]
-        keys = ('Alt-Enter or """ ... """: several lines. Ctrl-C: stop the answer, clear the line, leave. '
-                "Tab while it thinks: answer now.")
-        self.note("\n".join([*(f"{name:17}  {help}" for name, help in rows), keys]))
+        self.note("\n".join(f"{name:19} {help}" for name, help in [*rows, *KEYS]))
 
     def slash_clear(self, value: str):
         """/clear: forget the conversation"""
@@ -265,10 +272,7 @@ class Chat:
         path = Path(value or f"{title}.json").expanduser()
         if path.exists() and path.resolve() not in self.files:
             raise ValueError(f"{path} exists: choose another name")
-        part = path.with_name(path.name + ".part")
-        text = json.dumps(self.conversation.exported(), ensure_ascii=False, indent=2)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        self.conversation.write(path)
         self.files.add(path.resolve())
         self.note(f"Saved as {path}; the page's Import and /load read it.")
 
@@ -287,9 +291,7 @@ class Chat:
             raise ValueError(f"{name} has {len(chats)} chats")
         self.conversation = chats[int(number or 1) - 1]
         self.files = {Path(name).expanduser().resolve()} if len(chats) == 1 else set()
-        for node in self.conversation.path():
-            self.note(f"> {node['content']}" if node["role"] == "user" else node["content"] + "\n")
-        self.note(f"Loaded “{self.conversation.title}”.")
+        self.note("\n".join([*self.conversation.lines(), f"Loaded “{self.conversation.title}”."]))
 
     def _question(self) -> dict:
         if (question := self.conversation.last("user")) is None:
@@ -319,8 +321,15 @@ class Chat:
             await self.ask("Please continue.")
 
     async def slash_read(self, value: str):
-        """/read FILE: send a file's text as a message"""
-        await self.ask(read_text(value))
+        """/read FILE QUESTION: send a file's text, and a question about it"""
+        name, question = file_and_rest(value)
+        text = read_text(name)
+        if not question and self.terminal.interactive:
+            self.note(f"Your question about {name}; Enter sends its text alone, Ctrl-C nothing.")
+            if (typed := await self.terminal.read()) is None:
+                return
+            question = whole_unicode(typed).strip()
+        await self.ask(f"{text.rstrip()}\n\n{question}" if question else text)
 
     async def slash_stats(self, value: str):
         """/stats: answers, tokens and workers"""
@@ -341,6 +350,41 @@ class Chat:
 COMMANDS = {name.removeprefix("slash_"): run for name, run in vars(Chat).items() if name.startswith("slash_")}
 
 
+KEYS = (  # what else one can type
+    ("// ...", "send a text that begins with a slash"),
+    ("Alt-Enter", "begin a new line"),
+    ('""" ... """', "a message of several lines"),
+    ("Tab", "complete a command; while it thinks: answer now"),
+    ("Ctrl-C", "stop the answer; else clear the line; at an empty one leave"),
+    ("Ctrl-D", "leave"),
+)
+LAST_CHAT = "last-chat.json"
+
+
+def last_chat(settings: Settings) -> Conversation:
+    """What `chat` kept of the chat before this one. ConfigError if there is none."""
+    path = None
+    try:
+        path = state_file(LAST_CHAT)
+        text = path.read_text(encoding="utf-8")
+        chat = read_chats(text)[0] if text else None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--continue: cannot read {path or 'the last chat'}: {error}") from None
+    if chat is None:
+        raise ConfigError("--continue: there is no chat to go on with (--no-history keeps none)")
+    chat.system = chat.system if settings.system is None else settings.system
+    return chat
+
+
+def file_and_rest(value: str) -> tuple[str, str]:
+    """The name of a file, which may have spaces, and the words after it: the longest name that is a file's,
+    else the first word."""
+    ends = [match.start() for match in itertools.islice(re.finditer(r"\s+|\Z", value), 64)]
+    names = [value[:end] for end in ends if os.path.isfile(os.path.expanduser(value[:end]))]
+    name = names[-1] if names else value[:ends[0]]
+    return name, value[len(name):].strip()
+
+
 def read_text(name: str) -> str:
     if not name:
         raise ValueError("the name of a file is missing")
@@ -353,9 +397,12 @@ def read_text(name: str) -> str:
 async def chat(settings: Settings) -> int:
     """The `chat` command: answer messages until the user leaves; with `-p`, answer once."""
     if settings.prompt is not None:
+        if settings.continue_:
+            raise ConfigError("--continue takes its messages from the terminal or a pipe: leave out --prompt")
         return await generate(settings)
+    conversation = last_chat(settings) if settings.continue_ else None
     async with open_pool(settings) as pool:
-        return await Chat(pool, settings).run()
+        return await Chat(pool, settings, conversation).run()
 
 
 def prompt_text(settings: Settings) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import secrets
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 from chatlm.common.config import FLAGS, LIMITS
 from chatlm.common.jsontext import is_text
@@ -87,6 +90,18 @@ class Conversation:
         chat = {**self.fields, "updated": now_ms(), "system": self.system, "parameters": self.parameters,
                 "leaf": self.leaf or "", "nodes": list(self.nodes.values())}
         return {**CHAT_FORMAT, "exported": utc(), "conversations": [chat]}
+
+    def write(self, path: Path, mode: int = 0o666):
+        part = path.with_name(path.name + ".part")
+        text = json.dumps(self.exported(), ensure_ascii=False, indent=2)
+        with open(part, "w", encoding="utf-8", opener=partial(os.open, mode=mode)) as file:
+            file.write(text)
+        part.replace(path)
+
+    def lines(self) -> list[str]:
+        """What a terminal shows of it."""
+        return [f"> {node['content']}" if node["role"] == "user" else node["content"] + "\n"
+                for node in self.path()]
 
 
 def read_chats(text: str) -> list[Conversation]:

@@ -157,10 +157,10 @@ def block_is_open(text: str) -> bool:
     return text.startswith('"""') and (len(text) < 6 or not text.endswith('"""'))
 
 
-def history_path() -> Path:
-    """A file that only its owner can read. OSError if it cannot be created."""
+def state_file(name: str) -> Path:
+    """A file that only its owner can read, and that outlives this chat. OSError if it cannot be created."""
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    path = state / "chat_server" / "history"
+    path = state / "chat_server" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
     return path
@@ -198,7 +198,7 @@ class Terminal:
         past = history.InMemoryHistory()
         if settings.history:
             try:
-                past = history.FileHistory(str(history_path()))
+                past = history.FileHistory(str(state_file("history")))
             except OSError as error:
                 self.note(f"no history will be kept: {error}")
         return PromptSession(

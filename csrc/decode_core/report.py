@@ -2,7 +2,7 @@
 
 A line tells of an op what was measured, microseconds, GB/s of the bytes that it must move, and their share of
 the limit, which is measured first: on a CPU the same threads read memory, on a GPU a copy reads and writes
-it. What a cache holds may pass the limit.
+it. What a cache holds passes the limit: >100%.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Report:
         left = dict(faults)
         for op, what, seconds, moved in times:
             rate, fault = moved / seconds, left.pop(op, faults[op])
-            self.say(LINE.format(op, what, f"{seconds * 1e6:.1f}", f"{rate / 1e9:.1f}", f"{rate / limit:.0%}",
+            share = f"{rate / limit:.0%}" if rate <= limit else ">100%"
+            self.say(LINE.format(op, what, f"{seconds * 1e6:.1f}", f"{rate / 1e9:.1f}", share,
                                  said.get(fault, f"WRONG: {fault}")))
         for op, fault in left.items():
             self.say(LINE.format(op, "", "", "", "", said.get(fault, f"WRONG: {fault}")))

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -156,6 +157,28 @@ def test_the_help_has_every_flag_in_its_group(capsys):
         if "serve" in flag.commands:
             assert f"--{flag.names[0]}" in parts[title], flag
     assert "usage: python chat_server.py [serve|chat|generate|check] [MODEL] [flags]\n" in text and text.count("MODEL may be") == 1
+
+
+def test_the_help_of_each_command_is_its_own_and_shows_examples_that_are_right(capsys, tmp_path):
+    (tmp_path / "keys.txt").write_text("key")
+    openings = set()
+    for command in ("serve", "chat", "generate", "check"):
+        with pytest.raises(SystemExit):
+            parsed(f"{command} --help")
+        text = capsys.readouterr().out
+        openings.add(text.split("\n\n")[1])
+        examples = re.findall(r"^  python chat_server.py(.*?)(?: {3,}.*)?$", text.partition("Examples:")[2], re.MULTILINE)
+        assert len(examples) == (0 if command == "check" else 3)
+        for example in examples:
+            words = shlex.split(example.partition(" < ")[0].replace("keys.txt", str(tmp_path / "keys.txt")))
+            assert parse_command_line(words, {}).command == command
+        assert "(default: )" not in text and not re.search(r"-g MODEL_TAG|-p PORT|-p PROMPT", text)
+    assert len(openings) == 4
+    with pytest.raises(SystemExit):
+        parsed("serve --help")
+    text = capsys.readouterr().out
+    for line in ("-g, --model-tag MODEL_TAG", "-m, --max-tokens, --max-new-tokens MAX_TOKENS", "-d, --dtype {bfloat16,float32}", "--drafts, --no-drafts"):
+        assert f"\n  {line}\n" in text or f"\n  {line} " in text, line
 
 
 def test_all_packages_that_are_missing_are_named_at_once(monkeypatch):

@@ -22,11 +22,12 @@ import chat_server
 from answers import said, thought
 from browsing import HeldFront, fake_front
 from chatlm.common.config import Settings
+from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.front.pool import pool as pool_module
 from chatlm.terminal import chat as terminal_chat
 from chatlm.terminal.chat import generate, summary
-from chatlm.terminal.conversation import read_chats
+from chatlm.terminal.conversation import Conversation, read_chats
 from chatlm.terminal.remote import RemotePool
 from chatlm.terminal.terminal import MarkdownWriter
 from fake_pool import FakePool, Letters, finished
@@ -216,6 +217,38 @@ def test_each_command_does_what_help_says_and_an_unknown_one_is_an_error(tmp_pat
     for words in ("/save FILE", "there is no command /hlep; did you mean /help?", "temperature  0.6", "answers 4, tokens 12",
                   "/set temperature: '9' is not a number from 0 to 2", "one of temperature", "No such file", "the name of a file is missing"):
         assert words in err
+
+
+@pytest.mark.parametrize("typed, sent", [
+    ("letter.txt", "Dear\nmodel\n"), ("letter.txt  Who wrote it?", "Dear\nmodel\n\nWho wrote it?"), ("my letter.txt", "Dear\nyou"),
+    ("my letter.txt Why?", "Dear\nyou\n\nWhy?"), ("letter.txt letter.txt", "Dear\nmodel\n\nletter.txt")])
+def test_a_question_may_follow_the_name_of_the_file_that_read_sends(tmp_path, monkeypatch, typed, sent):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "letter.txt").write_text("Dear\nmodel\n")
+    (tmp_path / "my letter.txt").write_text("Dear\nyou")
+    pool = FakePool()
+    assert chat_with(pool, monkeypatch, [f"/read {typed}"]) == 0 and turns(pool) == [[("user", sent)]]
+
+
+def test_the_last_chat_is_gone_on_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="--continue: there is no chat to go on with"):
+        chat_with(FakePool(), monkeypatch, ["One"], continue_=True)
+    assert chat_with(FakePool(), monkeypatch, ["One"]) == 0 and not (tmp_path / "chat_server/last-chat.json").read_text()      # a pipe's are not kept
+    pool, kept = FakePool(), Conversation("Be brief", {"top_k": 7})
+    kept.add({"role": "user", "content": "One", "parent": None})
+    (tmp_path / "chat_server/last-chat.json").write_text(json.dumps(kept.exported()))
+    assert chat_with(pool, monkeypatch, ["/retry", "Two"], continue_=True) == 0
+    assert chat_with(pool, monkeypatch, ["Three"], continue_=True, system="") == 0
+    answer = ("assistant", "Hello, world!")
+    assert turns(pool)[1] == [("system", "Be brief"), ("user", "One"), answer, ("user", "Two")] and pool.requests[1].params.sampling.top_k == 7
+    assert turns(pool)[2] == [*turns(pool)[1][1:], answer, ("user", "Three")]
+    assert "> One\nHello, world!\n\n> Two\n" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="leave out --prompt"):
+        chat_with(pool, monkeypatch, [], continue_=True, prompt="Four")
+    (tmp_path / "chat_server/last-chat.json").write_text("{")
+    with pytest.raises(ConfigError, match="--continue: cannot read .*last-chat.json: it is not valid JSON"):
+        chat_with(pool, monkeypatch, [], continue_=True)
 
 
 def test_retry_answers_again_with_another_seed_and_sends_nothing_twice(monkeypatch):
@@ -465,21 +498,30 @@ def test_the_history_is_kept_for_its_owner_alone_and_can_be_switched_off(front, 
         pty.expect("> ")
         pty.type("\x04")
         assert pty.leave() == 0
-    path = tmp_path / "chat_server" / "history"
-    assert "Remember me" in path.read_text() and path.stat().st_mode & 0o777 == 0o600
-    with chatting(front.url, tmp_path=tmp_path) as pty:
+    path, last = tmp_path / "chat_server" / "history", tmp_path / "chat_server" / "last-chat.json"
+    assert "Remember me" in path.read_text() and path.stat().st_mode & 0o777 == last.stat().st_mode & 0o777 == 0o600
+    with chatting(front.url, "--continue", tmp_path=tmp_path) as pty:
+        assert "one two three four five" in pty.text
         pty.type("\x1b[A")
         pty.expect("Remember me")
         pty.type("\r")
         pty.expect("five")
-    before = path.read_text()
+        pty.expect("> ")
+        pty.type(f"/read {path}\r")
+        pty.expect("Your question about .*> ")
+        pty.type("Who?\r")
+        pty.expect("five")
+        pty.expect("> ")
+    assert len(front.pool.requests[2].messages) == 5 and "Remember me" in asked(front)[2] and asked(front)[2].endswith("\n\nWho?")
+    before = path.read_text(), last.read_text()
     with chatting(front.url, "--no-history", tmp_path=tmp_path) as pty:
         pty.type("Forget me\r")
         pty.expect("five")
         pty.expect("> ")
         pty.type("\x04")
         assert pty.leave() == 0
-    assert path.read_text() == before and asked(front) == ["Remember me", "Remember me", "Forget me"]
+    assert (path.read_text(), last.read_text()) == before and [text for text in asked(front) if "Who?" not in text] == [
+        "Remember me", "Remember me", "Forget me"]
 
 
 def test_commands_are_completed_and_edit_begins_with_the_old_text(front, tmp_path):

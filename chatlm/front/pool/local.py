@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatlm.common.core import device_files
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import WorkerConfig
@@ -87,10 +87,6 @@ def choose_devices(settings: Settings) -> list[str]:
     metal = settings.device_type == "mps" or settings.device_type == "auto" and sys.platform == "darwin"
     workers = max(settings.num_workers, 1)
     return ["mps"] if metal and workers == ranks == 1 else ["cpu"] * workers
-
-
-def device_files() -> int:
-    return sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in Path("/dev").glob("nvidia*"))
 
 
 def cuda_device_count() -> int:
