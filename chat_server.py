@@ -119,11 +119,12 @@ from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm import __version__
-from chatlm.cli import hide_api_keys, parse_bundle_words, parse_command_line
+from chatlm.cli import asks_for_json, hide_api_keys, parse_bundle_words, parse_command_line
 from chatlm.common.bundle import write_bundle
+from chatlm.common.config import Settings
 from chatlm.common.errors import (
     ChatServerError, ConfigError, RequestError, bad_value, lack_of_memory, require_library, shown)
-from chatlm.common.log import ProgressDisplay, log, start_logging
+from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import tune_gc
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.start import PROCESS_COMMAND
@@ -135,16 +136,13 @@ from chatlm.front.api.encode import usage_body
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
-from chatlm.front.api.tables import (
-    COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS,
-    OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS,
-    RESPONSES_FIELDS, TEMPLATE_FIELDS, TOKENIZE_FIELDS)
 from chatlm.front.lazy import web
 from chatlm.front.pool.pool import WorkerPool, pool_of
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.bodies import Bodies, tokenizer_of
 from chatlm.front.server.connections import room_for_connections, serving
-from chatlm.front.server.describe import ModelRoutes, bare_id, model_body, ollama_model, openapi_document
+from chatlm.front.server.describe import (
+    ModelRoutes, bare_id, model_body, ollama_loaded, ollama_model, openapi_document)
 from chatlm.front.server.metrics import Metrics
 from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
@@ -154,7 +152,6 @@ from chatlm.front.server.routes import Api, Route, RouteTable
 from chatlm.front.server.streams import EventStream
 
 if TYPE_CHECKING:
-    from chatlm.common.config import Settings
     from chatlm.common.messages.requests import Accepted, Event, Request
     from chatlm.front.api.encode import Encoder
     from chatlm.front.server.recordings import Recording
@@ -346,39 +343,41 @@ ONLY_THINKING = Field("reasoning", SWITCH, "true: end the reasoning of the answe
 FIRST_EVENT = Field("from", INTEGER, "the number of the first event", 0, math.inf)
 ROUTES = (
     Route("GET", "/", Api.NANOCHAT, "page.handle_index", "the page", open=True),
-    Route("GET", "/static/{name:.+}", Api.NANOCHAT, "page.handle_file", "its files", open=True),
+    Route("GET", "/static/{name:.+}", Api.NANOCHAT, "page.handle_file", "its files", open=True, quiet=True),
     Route("POST", "/chat/completions", Api.NANOCHAT, "handle_answer",
-          "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions", NATIVE_FIELDS),
+          "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions"),
     Route("POST", "/v1/chat/completions", Api.OPENAI, "handle_answer",
-          "an answer in OpenAI's format, streamed or whole", OPENAI_FIELDS),
+          "an answer in OpenAI's format, streamed or whole"),
     Route("POST", "/v1/completions", Api.OPENAI, "handle_answer",
-          "the continuation of a text, streamed or whole", COMPLETION_FIELDS),
+          "the continuation of a text, streamed or whole"),
     Route("POST", "/v1/embeddings", Api.OPENAI, "handle_answer",
-          "a vector for each input, from the model's final hidden states", EMBEDDING_FIELDS),
+          "a vector for each input, from the model's final hidden states"),
     Route("POST", "/v1/responses", Api.OPENAI, "handle_answer",
-          "an answer in the format of OpenAI's Responses, streamed or whole", RESPONSES_FIELDS),
+          "an answer in the format of OpenAI's Responses, streamed or whole"),
     *(Route(method, "/v1/responses/{id}", Api.OPENAI, "handle_response", "404: responses are not kept")
       for method in ("GET", "DELETE")),
     Route("POST", "/v1/messages", Api.ANTHROPIC, "handle_answer",
-          "an answer in the format of Anthropic's Messages, streamed or whole", MESSAGES_FIELDS),
+          "an answer in the format of Anthropic's Messages, streamed or whole"),
     Route("POST", "/v1/messages/count_tokens", Api.ANTHROPIC, "handle_text",
-          "how many tokens such a request has", COUNTED_FIELDS),
-    Route("POST", "/api/chat", Api.OLLAMA, "handle_answer", "an answer in Ollama's format",
-          OLLAMA_CHAT_FIELDS),
-    Route("POST", "/api/generate", Api.OLLAMA, "handle_answer", "an answer in Ollama's format",
-          OLLAMA_GENERATE_FIELDS),
-    Route("POST", "/api/embed", Api.OLLAMA, "handle_answer", "embeddings in Ollama's format",
-          OLLAMA_EMBED_FIELDS),
+          "how many tokens such a request has"),
+    Route("POST", "/api/chat", Api.OLLAMA, "handle_answer", "an answer in Ollama's format"),
+    Route("POST", "/api/generate", Api.OLLAMA, "handle_answer", "an answer in Ollama's format"),
+    Route("POST", "/api/embed", Api.OLLAMA, "handle_answer", "embeddings in Ollama's format"),
+    Route("POST", "/api/embeddings", Api.OLLAMA, "handle_answer",
+          "one embedding, for older clients of Ollama"),
     Route("GET", "/api/tags", Api.OLLAMA,
           lambda front: {"models": [ollama_model(front.pool, front.settings)]},
           "the served model in Ollama's format"),
-    Route("POST", "/api/show", Api.OLLAMA, "models.handle_ollama_show", "more of it", OLLAMA_SHOW_FIELDS),
+    Route("GET", "/api/ps", Api.OLLAMA,
+          lambda front: {"models": ollama_loaded(front.pool, front.settings)},
+          "the same while it is in memory, with how much it takes"),
+    Route("POST", "/api/show", Api.OLLAMA, "models.handle_ollama_show", "more of it"),
     Route("GET", "/api/version", Api.OLLAMA, lambda front: {"version": __version__},
           "this server's version in Ollama's format"),
-    Route("POST", "/tokenize", Api.OPENAI, "handle_text", "text to token ids", TOKENIZE_FIELDS),
-    Route("POST", "/detokenize", Api.OPENAI, "handle_text", "token ids to text", DETOKENIZE_FIELDS),
+    Route("POST", "/tokenize", Api.OPENAI, "handle_text", "text to token ids"),
+    Route("POST", "/detokenize", Api.OPENAI, "handle_text", "token ids to text"),
     Route("POST", "/apply-template", Api.OPENAI, "handle_text",
-          "a conversation to the text of its prompt", TEMPLATE_FIELDS),
+          "a conversation to the text of its prompt"),
     *(Route("GET", path, Api.OPENAI,
             lambda front: {"object": "list", "data": [model_body(front.pool, front.settings)]},
             "the served model") for path in ("/v1/models", "/models")),
@@ -424,11 +423,11 @@ def create_app(pool: WorkerPool, settings: Settings) -> web.Application:
 
 def announce(pool: WorkerPool, settings: Settings, port: int):
     urls = [f"  {url}{settings.prefix and settings.prefix + '/'}" for url in server_urls(settings.host, port)]
-    lines = [*pool.describe(), "Application startup complete", *urls]
+    for line in [*pool.describe(), "Application startup complete", *urls]:
+        tell(line, file=sys.stdout)
     if not settings.keys and not is_loopback(settings.host):
-        lines.append("Warning: anyone who can reach this port can use the server; "
-                     "--api-key KEY or --host 127.0.0.1 prevents that")
-    print("\n".join(lines), flush=True)
+        tell("Warning: anyone who can reach this port can use the server; --api-key KEY or --host 127.0.0.1 "
+             "prevents that", logging.WARNING, sys.stdout)
 
 
 def warn_of_another_program():
@@ -458,8 +457,7 @@ async def serve_forever(settings: Settings, pool: WorkerPool | None = None) -> i
                     announce(pool, settings, listener.getsockname()[1])
                     await asyncio.to_thread(warn_of_another_program)
                     await drain.wait()
-                    print("Stopping: running answers may finish; a second signal stops now.",
-                          file=sys.stderr, flush=True)
+                    tell("Stopping: running answers may finish; a second signal stops now.")
                     await first_of(pool.drain(settings.drain_timeout), now.wait())
             finally:
                 progress.close()
@@ -509,17 +507,23 @@ def main(argv: Seq[str] | None = None) -> int:
         if settings.command == "serve":
             tune_gc()
             never_fail("stdout")
-        return run_command(settings)
+        with output_as_log():
+            return run_command(settings)
     except BrokenPipeError:  # as in `generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         error = lack_of_memory(error) or lack_of_space(error) or error
-        if not isinstance(error, ChatServerError):
-            raise
-        wrong_use = isinstance(error, ConfigError)
+        if not logging.root.handlers and asks_for_json(argv, os.environ):  # the flags are wrong
+            start_logging(Settings(log_format="json"))
         logging.shutdown()  # the reason is the last line
-        print(f"chat_server: {'' if wrong_use else 'error: '}{error}", file=sys.stderr)
+        if not isinstance(error, ChatServerError):
+            if not json_handler():
+                raise
+            log.critical("unexpected error", exc_info=error)
+            return 1
+        wrong_use = isinstance(error, ConfigError)
+        tell(f"chat_server: {'' if wrong_use else 'error: '}{error}", logging.ERROR)
         return 2 if wrong_use else 1
     except KeyboardInterrupt:
         return 130

@@ -1,19 +1,27 @@
-"""The log's formats, and loading progress on stderr."""
+"""The log's formats, lines for the operator, and loading progress on stderr."""
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
+import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, TextIO
 
 from chatlm.common.jsontext import dump
+from chatlm.common.streams import Unfailing
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
 
 
 log = logging.getLogger("chat_server")
+CLEAR = "\r\x1b[K"  # a terminal's line
 
 
 def utc(at_s: float | None = None) -> str:
@@ -25,7 +33,8 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         at = f"{utc(record.created)[:-1]}.{record.msecs:03.0f}Z"
-        body = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(),
+        library = {} if record.name == log.name else {"logger": record.name}
+        body = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **library,
                 **getattr(record, "fields", {})}
         if record.exc_info:
             body["traceback"] = self.formatException(record.exc_info)
@@ -35,6 +44,8 @@ class JsonLines(logging.Formatter):
 class CalmLog(logging.StreamHandler):
     """The log. A repeated warning or error is written once per second, followed by its count, because clients
     can trigger some as often as they like."""
+
+    over_bar = False  # is the terminal's last line a bar of progress? The next line of the log replaces it
 
     def __init__(self):
         super().__init__()
@@ -52,6 +63,8 @@ class CalmLog(logging.StreamHandler):
                 self.repeats[key][1] += 1
                 return
             self.repeats[key] = [record.getMessage().partition("\n")[0], 0]
+        if self.over_bar and self.stream.isatty():
+            self.stream.write(CLEAR)
         super().emit(record)
 
     def _tell_repeats(self):
@@ -71,6 +84,60 @@ def start_logging(settings: Settings):
         JsonLines() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(message)s"))
     logging.basicConfig(
         handlers=[handler], level=logging.INFO if settings.command == "serve" else logging.WARNING)
+    logging.captureWarnings(True)
+
+
+def json_handler() -> CalmLog | None:
+    """The handler of a log that is JSON; None where it is text."""
+    for handler in logging.root.handlers:
+        if isinstance(handler, CalmLog) and isinstance(handler.formatter, JsonLines):
+            return handler
+
+
+@contextmanager
+def output_as_log() -> Iterator[None]:
+    """Where the log is JSON, all that this process and its children write meanwhile to stdout or stderr is a
+    part of it: their JSON lines as they are, each other line as a warning."""
+    if not (handler := json_handler()):
+        yield
+        return
+    own = [os.dup(number) for number in (1, 2)]
+    handler.setStream(Unfailing(io.BufferedWriter(io.FileIO(own[1], "w")), "utf-8", "replace"))
+    reading, writing = os.pipe()
+    for number in (1, 2):
+        os.dup2(writing, number)
+    os.close(writing)
+    reader = threading.Thread(target=read_output, args=(reading, handler), daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        for number, stream, before in zip((1, 2), (sys.stdout, sys.stderr), own):
+            stream.flush()
+            os.dup2(before, number)
+        reader.join(2)  # a child that outlives us keeps the pipe open
+
+
+def read_output(reading: int, handler: CalmLog):
+    """Pass on the lines from a pipe, up to its end."""
+    with open(reading, "rb") as pipe:
+        for line in iter(partial(pipe.readline, 1 << 24), b""):
+            text = line.decode("utf-8", "replace").rstrip()
+            if text.startswith('{"time": "') and text.endswith("}"):
+                handler.acquire()
+                handler.stream.write(text + "\n")
+                handler.flush()
+                handler.release()
+            elif text:
+                log.warning(text)
+
+
+def tell(text: str, level: int = logging.INFO, file: TextIO | None = None):
+    """A line for the operator: of the log where that is JSON, else of stderr or another `file`."""
+    if json_handler():
+        log.log(level, text.strip())
+    else:
+        print(text, file=file or sys.stderr, flush=True)
 
 
 class ProgressDisplay:
@@ -82,11 +149,13 @@ class ProgressDisplay:
     def __call__(self, stage: str, fraction: float):
         if self.bar:
             done = round(30 * min(max(fraction, 0.0), 1.0))
-            print(f"\r\x1b[K{stage} [{'#' * done:30}] {fraction:4.0%}", end="", file=sys.stderr, flush=True)
+            print(f"{CLEAR}{stage} [{'#' * done:30}] {fraction:4.0%}", end="", file=sys.stderr, flush=True)
+            CalmLog.over_bar = True
         elif stage != self.stage:
-            print(f"{stage} ...", file=sys.stderr, flush=True)
+            tell(f"{stage} ...")
         self.stage = stage
 
     def close(self):
         if self.bar and self.stage:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            print(CLEAR, end="", file=sys.stderr, flush=True)
+            CalmLog.over_bar = False

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from chatlm.common.errors import ConfigError, RanksFailed, lack_of_memory, named, printable, require_library
-from chatlm.common.log import log, start_logging
+from chatlm.common.log import CalmLog, log, start_logging
 from chatlm.common.messages.protocol import WORKER_PIPE, Crashed, Loading, Unusable
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import join_parent
@@ -42,6 +42,7 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
         if type(config) is not pipe.kinds[0]:
             raise BadMessage(f"its first message is {type(config).__name__}")
         start_logging(config.settings)
+        CalmLog.over_bar = True  # the front shows how far this process is
         channel.send(Loading("importing torch", 0.0))
         require_library("numpy", "chat_server")  # without it torch would only warn
         torch = require_library("torch", "chat_server")

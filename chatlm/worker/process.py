@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -20,18 +21,19 @@ from chatlm.common.config import PAGE_SIZE, ranks_per_replica
 from chatlm.common.core import decode_core, kernels_line
 from chatlm.common.errors import ConfigError, RanksFailed
 from chatlm.common.hub.find import resolve_model
-from chatlm.common.log import log
+from chatlm.common.log import CalmLog, log
 from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import (
     Cancel, EndOfRequest, EndThinking, Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Ping, Ready,
     Stepped)
-from chatlm.common.messages.requests import Failed
+from chatlm.common.messages.requests import Failed, ModelFacts
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import threads_per_worker
 from chatlm.common.processes.torchrun import ranks_here
 from chatlm.worker.build import build_engine, build_transformer, lack_of_gpu_memory, prepare_device
 from chatlm.worker.engine.engine import failure_text
 from chatlm.worker.engine.scheduler import Assignment
+from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ranks.messages import RankDrew
 from chatlm.worker.ranks.ranks import OtherRank, gather_ranks
@@ -40,7 +42,7 @@ from chatlm.worker.weights.load import open_model
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import WorkerConfig
-    from chatlm.common.messages.requests import AnswerParams
+    from chatlm.common.messages.requests import AnswerParams, ModelSource
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.engine.engine import Engine
     from chatlm.worker.ranks.messages import RankConfig
@@ -107,6 +109,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
         ranks.wait_ready(progress)
     engine.warm_up(partial(progress, "warming up"))
     give_memory_back()
+    CalmLog.over_bar = False
     channel.send(Ready(gauges(engine), engine.kernels.backend.faults))
     return engine
 
@@ -135,7 +138,18 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
              cache, *model.notes)
     return ModelCard(model.text, model.name, engine.context_length, lines, kernels,
                      engine.kernels.row_invariant, kernels_line(), dict(model.sampling),
-                     model.sampling_origin, f"{hardware}; {cache}", config.source)
+                     model.sampling_origin, f"{hardware}; {cache}", config.source,
+                     model_facts(model, engine.transformer, config.source))
+
+
+def model_facts(model: LoadedModel, transformer: Transformer, source: ModelSource | None) -> ModelFacts:
+    spec, files = model.spec, {"hf": "safetensors"}
+    shapes = expected_tensors(spec)
+    if spec.tied_head:  # it is the embedding
+        shapes.pop("head", None)
+    return ModelFacts(model.family, files.get(source.kind, source.kind) if source else "",
+                      sum(map(math.prod, shapes.values())),
+                      transformer.matrix_types[0], transformer.weights_bytes, spec.width, spec.layers)
 
 
 def gauges(engine: Engine) -> dict[str, float | None]:

@@ -155,7 +155,8 @@ def told_by(ids, resumed=0, tokenizer=None, **params):
     ([OPEN, ASKS[:-6], OPEN, ASKS[-6:], CLOSE], {}, "", [ROME]),
     ([[0xe6], OPEN, ASKS, CLOSE, "日"], {}, "\ufffd日", [ROME]),                # a character that the tag cuts
     (["a", OPEN, ASKS, CLOSE, "bc"], {"stop": ('a\n', "ab", "bc")}, "a", [ROME]),
-    (["<tool_call> ", OPEN, ASKS, CLOSE], {"stop": ("Rome", "_call> ")}, "<tool", [])])
+    (["<tool_call> ", OPEN, ASKS, CLOSE], {"stop": ("Rome", "_call> ")}, "<tool", []),
+    (["Well. ", OPEN, ASKS, CLOSE, OPEN, '{"name": "time"}', CLOSE, "!"], {"parallel_calls": False}, "Well. ", [ROME])])
 def test_tags_that_are_special_tokens_are_seen_and_ordinary_text_like_them_is_text(parts, params, rest, calls):
     ids = [token for part in parts for token in (part if isinstance(part, list) else part.encode())]
     told = told_by(ids, **params)

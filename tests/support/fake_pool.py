@@ -3,18 +3,18 @@
 import asyncio
 import contextlib
 import json
+from types import SimpleNamespace
 
 import chat_server
 from chatlm.common.config import Settings
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.messages.protocol import Known
-from chatlm.common.messages.requests import Accepted, Finished, Piece, PromptProgress, TextSpec, Usage
+from chatlm.common.messages.requests import Accepted, Finished, ModelFacts, Piece, PromptProgress, TextSpec, Usage
 from chatlm.common.text.grammar import check_grammar
 from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
-from chatlm.front.api.fields import json_object
-from chatlm.front.api.readers import ANSWER_READERS, TEXT_READERS
+from chatlm.front.api.readers import read_answer, read_text
 from chatlm.front.server import access, connections
 from chatlm.front.server.routes import RouteTable
 from answers import said
@@ -57,6 +57,7 @@ class FakePool:
     admission = property(lambda self: self)
     model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, Letters()
     own_sampling, continues, ends_thinking = ({}, ""), True, True
+    supervisor = SimpleNamespace(card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30)))
     prompts = PromptMaker(tokenizer, context_length, run=run_in_thread_if_long)
 
     def __init__(self, pieces=("Hello", ", ", "world!"), *, reason="stop", stop_reason="eos", refuse=None, gate=None):
@@ -72,10 +73,10 @@ class FakePool:
 
     async def read_large(self, reader, body, client, owner):
         known = Known(Settings(), self.model_name, self.tokenizer.tool_format)
-        return await asyncio.to_thread(ANSWER_READERS[reader], json_object(body), known)
+        return await asyncio.to_thread(read_answer, reader, body, known)
 
     async def answer_text(self, route, body, client):
-        return await TEXT_READERS[route](json_object(body), self.prompts)
+        return await read_text(route, body, self.prompts, Known(Settings(), self.model_name, self.tokenizer.tool_format))
 
     async def answer(self, request):
         for source in filter(None, (request.params.grammar, *request.params.call_grammars)):

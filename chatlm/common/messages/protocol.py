@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import RequestError, shown
-from chatlm.common.messages.requests import AnswerParams, ModelSource, Request, TextSpec, WorkerEvent
+from chatlm.common.messages.requests import (
+    AnswerParams, ModelFacts, ModelSource, Request, TextSpec, WorkerEvent)
 from chatlm.common.messages.wire import Pipe, wire_message
 
 
@@ -102,6 +103,7 @@ class ModelCard:
     sampling_origin: str = ""  # where they come from
     place: str = ""            # this worker's device, and what it holds there
     source: ModelSource | None = None
+    facts: ModelFacts = ModelFacts()
 
 
 @wire_message(1 << 16)
@@ -263,11 +265,12 @@ class Known:
     model: str               # the served model's name
     tool_format: str | None  # see tool_format_of
     ready: bool = True       # False: the model's names are not known yet
+    template: str = ""       # its chat template
 
     def check_model(self, name: str):
         names = (self.model, *self.settings.served_model_name, self.settings.model or "")
         known = {"", "default", *names, *(n.rstrip("/").rsplit("/", 1)[-1] for n in names if n)}
-        if self.ready and name not in known:
+        if self.ready and not {name, name.removesuffix(":latest")} & known:  # Ollama's word for no tag
             raise RequestError(f"the model {shown(name)} does not exist; this server has {self.model!r}",
                                status=404, code="model_not_found", param="model")
 
@@ -283,6 +286,7 @@ class ParsedBody:
     api: str = "native"                  # of ENCODERS
     details: Mapping = field(default_factory=dict)  # what else its encoder must know
     ignored_tools: tuple[str, ...] = ()  # types of tools that no model here can have
+    ignored_fields: tuple[str, ...] = ()  # names of fields that have no effect on this answer
     repeated: bytes = b""                # what the answer repeats of the body: members of a JSON object
 
     def lasting(self) -> ParsedBody:

@@ -64,6 +64,18 @@ class ModelSource:
     alternatives: str = ""  # one line, "" when there were none
 
 
+class ModelFacts(NamedTuple):
+    """What there is to know about a loaded model beside its name."""
+
+    family: str = ""       # as its files call it
+    format: str = ""       # gguf, safetensors or nanochat
+    parameters: int = 0
+    weights: str = ""      # the commonest type of its matrices in memory
+    weights_bytes: int = 0
+    width: int = 0
+    layers: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnswerParams:
     """What a request wants of each of its answers. In a worker they share one of these."""
@@ -81,6 +93,7 @@ class AnswerParams:
     tool_types: tuple[dict, ...] = ()   # of each: parameter -> JSON types, if its format leaves them out;
                                         # any type where it is "" or the parameter is not in it
     call_grammars: tuple[str, ...] = ()  # of each: what its arguments must match; "" if it is not strict
+    parallel_calls: bool = True         # False: the answer ends where a second call would begin
     chat: bool = False                  # reasoning and calls are told apart from its content
     thinking_budget: int | None = None  # tokens of reasoning after which it is ended; None: no limit
     last_thought: str = ""              # what is then written before the mark that ends it

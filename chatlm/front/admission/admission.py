@@ -204,7 +204,8 @@ class Admission:
 
     async def open(self, card: ModelCard, settings: Settings):
         """Get ready for a model's requests; ConfigError if its tokenizer or chat template is broken."""
-        known = Known(replace(settings, keys=(), api_key=()), card.name, calls_of(card.text)[0])
+        known = Known(replace(settings, keys=(), api_key=()), card.name, calls_of(card.text)[0],
+                      template=card.text.chat_template or "")
         limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
                   "bodies": (self.BODY_S, 1 << 30, 5)}
         for name, (cpu_s, memory, nice) in limits.items():

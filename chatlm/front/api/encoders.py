@@ -236,7 +236,7 @@ class OllamaEncoder(BlockEncoder):
 
 
 class EmbeddingsEncoder(Encoder):
-    """`/v1/embeddings`, and Ollama's `/api/embed`: a vector for each input, whole."""
+    """`/v1/embeddings`, Ollama's `/api/embed` and `/api/embeddings`: a vector for each input, whole."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -256,6 +256,9 @@ class EmbeddingsEncoder(Encoder):
 
     def completion(self) -> Iterator[bytes]:
         count = self.usage().prompt_tokens
+        if self.parsed.api == "ollama embeddings":
+            yield b'{"embedding": %s}' % self.vectors[0]
+            return
         if self.parsed.api == "ollama embed":
             seconds = max(choice.done.ttft_ms for choice in self.choices) / 1e3
             name, form = "embeddings", b"%(vector)s"
@@ -285,4 +288,5 @@ ENCODERS = {"native": NativeEncoder, "chat": ChatEncoder, "functions": FunctionE
             "completion": CompletionEncoder,
             "responses": ResponsesEncoder, "messages": MessagesEncoder,
             "ollama chat": OllamaEncoder, "ollama generate": OllamaEncoder,
-            "embeddings": EmbeddingsEncoder, "ollama embed": EmbeddingsEncoder}
+            "embeddings": EmbeddingsEncoder, "ollama embed": EmbeddingsEncoder,
+            "ollama embeddings": EmbeddingsEncoder}

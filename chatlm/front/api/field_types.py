@@ -109,6 +109,13 @@ SWITCH = FieldType("true or false", {"enum": [True, False, "true", "false", "Tru
 TEXT = FieldType("a string", A_TEXT, whole_unicode)
 LIST = FieldType("a list", {"type": "array"})
 OBJECT = FieldType("an object", {"type": "object"})
+
+
+def object_of(*members: str) -> FieldType:
+    """An object of which these members are read."""
+    return OBJECT._replace(details={"properties": dict.fromkeys(members, {})})
+
+
 METADATA = FieldType(  # OpenAI's limits
     "an object of at most 16 names of up to 64 characters, each with a string of at most 512", {
         "type": "object", "maxProperties": 16, "propertyNames": {"pattern": r"^[\s\S]{0,64}$"},
@@ -176,7 +183,6 @@ MESSAGES_CHOICE = FieldType(
         object_schema(["type"], type={"enum": ["auto", "any", "none"]}),
         object_schema(["type", "name"], type={"enum": ["tool"]}, name=A_TEXT)]}, read_choice)
 
-OLLAMA_NAME = FieldType("a string", A_TEXT, lambda value: whole_unicode(value).removesuffix(":latest"))
 OLLAMA_FORMAT = FieldType('"json" or a JSON schema', {"anyOf": [{"enum": ["", "json"]}, {"type": "object"}]},
                           lambda value: ("" if value == "" else json_grammar(
                               {"type": "object"} if is_text(value) else value, "format"), "format"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from typing import Any, NamedTuple
 
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
@@ -72,6 +73,11 @@ class Field(NamedTuple):
     def schema(self) -> dict:
         bounds = {} if self.clamp or self.low == -math.inf else {"minimum": self.low, "maximum": self.high}
         return self.type.schema | {name: bound for name, bound in bounds.items() if bound < math.inf}
+
+    @property
+    def members(self) -> Mapping:
+        """What is read of an object; nothing where all of it is."""
+        return (self.type.schema | self.type.details).get("properties", {})
 
     @property
     def described(self) -> dict:
@@ -150,7 +156,7 @@ def known_tools(tools: Seq[dict], types: Seq[str | None],
     functions, others = [], []
     for index, tool in enumerate(tools):
         if tool.get("type") not in types:
-            others.append(re.sub(r"[^A-Za-z0-9_.-]", "", str(tool["type"]))[:60])
+            others.append(str(tool["type"]))
             continue
         function = {"name": tool.get("name"), "description": tool.get("description"),
                     "parameters": tool.get(schema), "strict": tool.get("strict") or None}
@@ -158,7 +164,13 @@ def known_tools(tools: Seq[dict], types: Seq[str | None],
             name: value for name, value in function.items() if value is not None}})
         if not matches(A_FUNCTION, functions[-1]):
             raise bad_value(f"tools[{index}]", tool, f"an object with a name and {schema}, an object")
-    return tuple(functions), tuple(dict.fromkeys(others))[:64]
+    return tuple(functions), header_words(others)
+
+
+def header_words(names: Iterable[str]) -> tuple[str, ...]:
+    """Names that clients chose, as a header may have them: each once, and not too many."""
+    words = (re.sub(r"[^A-Za-z0-9_.-]", "", name[:200])[:60] for name in itertools.islice(names, 64))
+    return tuple(dict.fromkeys(filter(None, words)))
 
 
 def list_schema(items: Mapping, **limits: int) -> dict:

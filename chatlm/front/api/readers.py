@@ -23,12 +23,15 @@ from chatlm.front.api.conversation import (
     SentMessage, anthropic_messages, chat_messages, joined_turns, native_messages, openai_messages, part_text,
     response_messages, sent_messages, template_options)
 from chatlm.front.api.fields import (
-    A_FUNCTION, ToolChoice, allowed_tools, known_tools, matches, no_tools, parse_fields, within_limit)
+    A_FUNCTION, ToolChoice, allowed_tools, header_words, json_object, known_tools, matches, no_tools,
+    parse_fields, within_limit)
 from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget
+from chatlm.front.api.ignored import ignored_fields, unread
 from chatlm.front.api.tables import (
-    COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS,
-    OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS,
-    OPENAI_FIELDS, RESPONSES_FIELDS, TEMPLATE_FIELDS, TOKENIZE_FIELDS)
+    BODY_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS, MESSAGES_FIELDS,
+    MODEL, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_EMBEDDINGS_FIELDS,
+    OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, RESPONSES_FIELDS,
+    TEMPLATE_FIELDS, TOKENIZE_FIELDS)
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -86,9 +89,8 @@ def among(values: Mapping, *names: str) -> dict:
 def openai_request(values: Mapping, settings: Settings, params: AnswerParams, **source) -> Request:
     """A Request from what all routes but nanochat's share."""
     cap = values.get("max_tokens", settings.max_tokens)
-    if params.grammar:  # the grammar alone decides where the answer ends
-        ends = ("stop", "stop_token_ids", "ignore_eos", "min_tokens")
-        values = {name: value for name, value in values.items() if name not in ends}
+    if params.grammar:  # it alone decides whether the answer may go on
+        values = {name: value for name, value in values.items() if name not in ("ignore_eos", "min_tokens")}
     return make_request(values, settings, params, max_tokens=None if cap == -1 else cap, **source)
 
 
@@ -114,8 +116,8 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
         raise no_tools("tools" if tools else "tool_choice")
     tools = () if choice.mode == "none" else allowed_tools(tools, choice)
     grammar, param = one_constraint(values)
+    parallel = choice.parallel and values.get("parallel_tool_calls", True)
     if required:
-        parallel = choice.parallel and values.get("parallel_tool_calls", True)
         grammar, param = tool_grammar(tools, tool_format or "", parallel), "tools"
     options = values.get("template_options", {})
     if messages is None:
@@ -136,7 +138,8 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
         raise invalid("tools", f"the names of all functions and parameters in tools take {size:,} bytes, "
                                f"at most {LIMITS.tool_name_bytes:,} are allowed")
     params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=top if logprobs else None,
-                          tool_names=names, tool_types=types, call_grammars=strict)
+                          tool_names=names, tool_types=types, call_grammars=strict,
+                          parallel_calls=required or parallel)
     return openai_request(values, settings, params, messages=messages, template_options=options, tools=tools)
 
 
@@ -281,13 +284,14 @@ def ollama_body(api: str, values: dict, known: Known, **source) -> ParsedBody:
 
 
 def read_embedding_body(body: dict, known: Known, api: str = "embeddings") -> ParsedBody:
-    """OpenAI's Embeddings API, or with the other `api` Ollama's."""
-    values = parse_fields(body, OLLAMA_EMBED_FIELDS if api == "ollama embed" else EMBEDDING_FIELDS)
+    """OpenAI's Embeddings API, or with another `api` one of Ollama's."""
+    values = parse_fields(body, {"embeddings": EMBEDDING_FIELDS, "ollama embed": OLLAMA_EMBED_FIELDS,
+                                 "ollama embeddings": OLLAMA_EMBEDDINGS_FIELDS}[api])
     if not all(values["input"]):
-        empty = [*map(bool, values["input"])].index(False)
-        raise invalid("input", "the input is empty" if len(values["input"]) == 1 else
+        name, empty = "prompt" if "prompt" in body else "input", [*map(bool, values["input"])].index(False)
+        raise invalid(name, f"the {name} is empty" if len(values["input"]) == 1 else
                       f"input[{empty}] is empty")
-    request = make_request({"truncate": api == "ollama embed"} | values, known.settings,
+    request = make_request({"truncate": api != "embeddings"} | values, known.settings,
                            AnswerParams(pooling=values.get("pooling", "mean")), prompts=values["input"])
     return parsed_body(api, values, known, request, {"encoding": values.get("encoding_format", "float")})
 
@@ -319,7 +323,9 @@ async def detokenize(body: dict, prompts: PromptMaker, client: str = "") -> byte
 async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     values, tokenizer = parse_fields(body, TEMPLATE_FIELDS), prompts.tokenizer
     messages = openai_messages(values["messages"], tokenizer.tool_format is not None)
-    tools = functions_among(values) if tokenizer.tool_format else ()
+    tools = functions_among(values)
+    if tools and not tokenizer.tool_format:
+        raise no_tools("tools")
     tokens = await rendered(prompts, messages, tools, client, template_options(values))
     return dump({"prompt": tokenizer.show(tokens)})
 
@@ -359,6 +365,7 @@ ANSWER_READERS: dict[str, Callable[..., ParsedBody]] = {
     "/api/chat": read_ollama_chat,
     "/api/generate": read_ollama_generate,
     "/api/embed": partial(read_embedding_body, api="ollama embed"),
+    "/api/embeddings": partial(read_embedding_body, api="ollama embeddings"),
 }
 TEXT_READERS: dict[str, Callable] = {
     "/v1/messages/count_tokens": count_tokens,
@@ -367,6 +374,24 @@ TEXT_READERS: dict[str, Callable] = {
     "/apply-template": apply_template,
     "/api/show": read_ollama_show,
 }
+
+
+def read_answer(route: str, raw: bytes | bytearray, known: Known) -> ParsedBody:
+    """What the reader of a route that answers makes of a body."""
+    body = json_object(raw)
+    parsed = ANSWER_READERS[route](body, known)
+    return replace(parsed, ignored_fields=ignored_fields(route, body, parsed, known))
+
+
+async def read_text(route: str, raw: bytes | bytearray, prompts: PromptMaker, known: Known,
+                    client: str = "") -> bytes:
+    """A line with the fields of a body that have no effect, and what the reader of another route makes of
+    it."""
+    body, fields = json_object(raw), BODY_FIELDS[route]
+    text = await TEXT_READERS[route](body, prompts, client)
+    if MODEL in fields:
+        known.check_model(body.get("model") or "")
+    return b"%s\n%s" % (", ".join(header_words(unread(body, fields))).encode(), text)
 
 
 def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:

@@ -22,8 +22,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.tokenizer import compile_chat_template, fill_template
 from chatlm.front.admission.admission import Sandbox, packed_body
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.api.fields import json_object
-from chatlm.front.api.readers import ANSWER_READERS, TEXT_READERS
+from chatlm.front.api.readers import read_answer, read_text
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import SandboxConfig
@@ -65,7 +64,7 @@ class Tasks:
         return Result(check_grammar(source, param))
 
     def read_body(self, reader: str, body: bytes) -> Result:
-        parsed = ANSWER_READERS[reader](json_object(body), self.config.server)
+        parsed = read_answer(reader, body, self.config.server)
         admitted, lasting = asyncio.run(self.prompts.admit(parsed.request)), parsed.lasting()
         request = replace(lasting.request, dropped_messages=admitted.dropped_messages)
         if self.config.server.settings.log_conversations and request.messages is not None:
@@ -74,7 +73,7 @@ class Tasks:
         return Result(packed_body(replace(lasting, request=request), admitted.prompt_ids or ()))
 
     def answer_text(self, route: str, body: bytes) -> Body:
-        return Body(asyncio.run(TEXT_READERS[route](json_object(body), self.prompts)))
+        return Body(asyncio.run(read_text(route, body, self.prompts, self.config.server)))
 
 
 def sandbox_main(arguments: Seq[str]) -> int:

@@ -7,12 +7,12 @@ from functools import partial
 
 from chatlm.common.config import LIMITS
 from chatlm.front.api.fields import (
-    A_TEXT, TEXT_OR_NULL, Field, FieldType, list_schema, object_schema, refused)
+    A_TEXT, TEXT_OR_NULL, Field, FieldType, list_schema, object_schema, prompt_list, refused)
 from chatlm.front.api.field_types import (
     CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INPUTS, INTEGER, LIST,
-    LOGIT_BIAS, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT, OLLAMA_NAME,
+    LOGIT_BIAS, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT,
     OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP, STOP_TOKENS, SWITCH, SYSTEM, TEXT, TOKENS, TOOL_CHOICE,
-    TOOLS, TOP_K, nested_grammar, response_grammar, thinking)
+    TOOLS, TOP_K, nested_grammar, object_of, response_grammar, thinking)
 
 
 SOME_TOOLS = Field(
@@ -20,24 +20,26 @@ SOME_TOOLS = Field(
     "functions the model may call; tools of other types are ignored, and named in the header "
     "X-Ignored-Tools")
 MODEL = Field("model", TEXT, "absent, empty or `default`: the loaded one")
-PARALLEL = Field("parallel_tool_calls", SWITCH, "false: at most one call when tool_choice requires calls")
-RESPONSE_FORMAT = Field("response_format", OBJECT._replace(convert=response_grammar),
-                        "format of the answer: text, json_object or json_schema")
+PARALLEL = Field("parallel_tool_calls", SWITCH, "false: at most one call")
+RESPONSE_FORMAT = Field(
+    "response_format", object_of("type", "json_schema", "schema")._replace(convert=response_grammar),
+    "format of the answer: text, json_object or json_schema")
 
 EFFORT_OR_NULL = {"anyOf": [*EFFORT.schema["anyOf"], {"type": "null"}]}
 WHETHER_TO_THINK = {"enum": ["enabled", "adaptive", "disabled"]}
 A_BUDGET = {"type": ["integer", "null"], "minimum": 0}
 
 COMMON_FIELDS = (  # for every route that generates
-    Field("stop", STOP, "strings that end the answer; "
-                        "ignored when response_format or tool_choice constrains the answer"),
-    Field("ignore_eos", SWITCH, "do not let the model end the answer before max_tokens"),
+    Field("stop", STOP, "strings that end the answer; they are looked for in its content, not in calls"),
+    Field("ignore_eos", SWITCH, "do not let the model end the answer before max_tokens; ignored where a "
+                                "format or a required call decides where it ends"),
     Field("priority", PRIORITY, "`low`: wait until no other request does"),
     Field("truncate", FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, "oldest".__eq__),
           "`oldest`: drop the oldest turns if not all fit; the timings say how many messages that were"),
-    Field("resumable", SWITCH, "number the events; GET /v1/streams/{id} continues a stream that broke off"),
-    Field("progress", SWITCH, "send events before the first token: place in the queue, tokens of the prompt, "
-                              "and how many are computed"),
+    Field("resumable", SWITCH, "number the events of a stream; GET /v1/streams/{id} continues one that broke "
+                               "off"),
+    Field("progress", SWITCH, "begin a stream with events before the first token: place in the queue, tokens "
+                              "of the prompt, and how many are computed"),
 )
 
 TEMPLATE_OPTIONS = (  # how a conversation becomes a prompt
@@ -71,8 +73,9 @@ SAMPLING_FIELDS = (  # for all but nanochat's route
     Field("top_k", TOP_K, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
     Field("min_p", NUMBER, "0 = off", 0, 1),
     Field("seed", SEED, "same seed, same answer; random when absent", -2**63, 2**64 - 1),
-    Field("stop_token_ids", STOP_TOKENS, "tokens that end the answer; ignored like `stop`"),
-    Field("min_tokens", INTEGER, "do not end the answer before it has this many tokens", 0, math.inf),
+    Field("stop_token_ids", STOP_TOKENS, "tokens that end the answer"),
+    Field("min_tokens", INTEGER, "do not end the answer before it has this many tokens; ignored where "
+                                 "ignore_eos is", 0, math.inf),
     Field("presence_penalty", NUMBER, "penalty for tokens that occur in the answer", -2, 2),
     Field("frequency_penalty", NUMBER, "penalty for each time they occur", -2, 2),
     Field("repetition_penalty", NUMBER, "1 = off", 0.01, 10),
@@ -82,7 +85,7 @@ SAMPLING_FIELDS = (  # for all but nanochat's route
 
 SHARED_FIELDS = (  # for Completions and Chat Completions
     *SAMPLING_FIELDS,
-    Field("stream_options", OBJECT, "include_usage: end with a chunk that has the usage"),
+    Field("stream_options", object_of("include_usage"), "include_usage: end with a chunk that has the usage"),
     Field("n", INTEGER, "choices", 1, LIMITS.choices),
 )
 
@@ -106,7 +109,7 @@ OPENAI_FIELDS = (
 
 COMPLETION_FIELDS = (
     Field("prompt", PROMPTS, "text, token ids, or a list of these", required=True),
-    *SHARED_FIELDS,
+    *(field for field in SHARED_FIELDS if field.name != "truncate"),  # a text has no turns
     Field("max_tokens", INTEGER, "most tokens of the answer; -1 = up to the context, 0 = echo only",
           -1, math.inf),
     Field("logprobs", INTEGER, "log-probabilities, with this many alternatives", 0, 20),
@@ -131,7 +134,7 @@ RESPONSES_FIELDS = (
           "`effort`: how much the model thinks, if its template knows that; `max_tokens`, or a number as "
           "effort: most tokens that it thinks", means="template_options"),
     PARALLEL,
-    Field("text", OBJECT._replace(convert=partial(nested_grammar, param="text")),
+    Field("text", object_of("format")._replace(convert=partial(nested_grammar, param="text")),
           "`format`: text, json_object or json_schema", means="response_format"),
     Field("truncation", FieldType('"auto" or "disabled"', {"enum": ["auto", "disabled"]}, "auto".__eq__),
           "`auto` means `truncate: oldest`", means="truncate"),
@@ -162,7 +165,8 @@ MESSAGES_FIELDS = (
         object_schema(["type"], type=WHETHER_TO_THINK, budget_tokens=A_BUDGET)),
         "whether the model thinks, if its template knows that; `budget_tokens`: most tokens that it thinks",
         means="template_options"),
-    Field("output_config", OBJECT._replace(convert=partial(nested_grammar, param="output_config")),
+    Field("output_config",
+          object_of("format", "effort")._replace(convert=partial(nested_grammar, param="output_config")),
           "`format`: json_schema; `effort`: how much the model thinks", means="response_format"),
 )
 
@@ -174,7 +178,7 @@ OLLAMA_OPTIONS = (
           "most tokens of the answer; -1 and -2 = up to the context", -2, math.inf, means="max_tokens"),
 )
 OLLAMA_FIELDS = (  # for both of Ollama's routes
-    Field("model", OLLAMA_NAME, "absent, empty or `default`: the loaded one; `:latest` is left off"),
+    MODEL,
     Field("stream", SWITCH, "one JSON object per line (the default); false: one object"),
     Field("format", OLLAMA_FORMAT, '"json" or a JSON schema', means="response_format"),
     Field("think", FieldType(f"true, false, {EFFORT.allowed}",
@@ -191,7 +195,9 @@ OLLAMA_CHAT_FIELDS = (
 OLLAMA_GENERATE_FIELDS = (
     Field("prompt", TEXT, "a question; without any, an empty answer"),
     Field("system", TEXT, "the system message"), Field("raw", SWITCH, "the prompt is a text to continue"),
-    Field("suffix", refused("no model here can fill in the middle"), "refused"), *OLLAMA_FIELDS)
+    Field("suffix", refused("no model here can fill in the middle"), "refused"),
+    Field("images", FieldType("left out: this model reads text only", {"enum": [None, []]}), "refused"),
+    *OLLAMA_FIELDS)
 EMBEDDING_FIELDS = (
     Field("input", INPUTS, "text, token ids, or a list of these", required=True),
     MODEL,
@@ -203,9 +209,14 @@ EMBEDDING_FIELDS = (
     Field("priority", PRIORITY, "`low`: wait until no other request does"),
 )
 OLLAMA_EMBED_FIELDS = (
-    EMBEDDING_FIELDS[0], Field("model", OLLAMA_NAME, OLLAMA_FIELDS[0].doc), *EMBEDDING_FIELDS[3:5],
+    EMBEDDING_FIELDS[0], MODEL, *EMBEDDING_FIELDS[3:5],
     Field("truncate", SWITCH, "a longer input than the context loses its end (default); false: refused"))
-OLLAMA_SHOW_FIELDS = (Field("model", OLLAMA_NAME, "one of the served model's names"),)
+OLLAMA_EMBEDDINGS_FIELDS = (  # of the older route
+    Field("prompt", TEXT._replace(convert=prompt_list), "a text; a longer one than the context loses its end",
+          required=True, means="input"),
+    MODEL, EMBEDDING_FIELDS[3])
+OLLAMA_SHOW_FIELDS = (Field("model", TEXT, "one of the served model's names"),
+                      Field("name", TEXT, "the same, for older clients", means="model"))
 
 TOKENIZE_FIELDS = (
     Field("content", MIXED, "text, or a list of texts and token ids", required=True),
@@ -216,3 +227,14 @@ TOKENIZE_FIELDS = (
 DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True),)
 TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
                    Field("tools", TOOLS, "functions"), *TEMPLATE_OPTIONS)
+
+BODY_FIELDS: dict[str, tuple[Field, ...]] = {  # of each route that takes a body
+    "/chat/completions": NATIVE_FIELDS, "/v1/chat/completions": OPENAI_FIELDS,
+    "/v1/completions": COMPLETION_FIELDS, "/v1/embeddings": EMBEDDING_FIELDS,
+    "/v1/responses": RESPONSES_FIELDS, "/v1/messages": MESSAGES_FIELDS,
+    "/v1/messages/count_tokens": COUNTED_FIELDS, "/api/chat": OLLAMA_CHAT_FIELDS,
+    "/api/generate": OLLAMA_GENERATE_FIELDS, "/api/embed": OLLAMA_EMBED_FIELDS,
+    "/api/embeddings": OLLAMA_EMBEDDINGS_FIELDS,
+    "/api/show": OLLAMA_SHOW_FIELDS, "/tokenize": TOKENIZE_FIELDS, "/detokenize": DETOKENIZE_FIELDS,
+    "/apply-template": TEMPLATE_FIELDS,
+}

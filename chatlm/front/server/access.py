@@ -65,7 +65,8 @@ class Access:
         if origin is None or not origin.isascii() or not {origin, "*"} & set(allowed):
             return {"Vary": "Origin"} if allowed else {}
         return {"Access-Control-Allow-Origin": origin, "Vary": "Origin",
-                "Access-Control-Expose-Headers": "X-Request-Id, Retry-After, X-Ignored-Tools"}
+                "Access-Control-Expose-Headers": ", ".join((
+                    "X-Request-Id", "Retry-After", "X-Ignored-Tools", "X-Ignored-Fields"))}
 
     def is_own(self, http: web.Request, origin: str) -> bool:
         """Is this Origin the server's own: the address in the Host header, or an --allowed-host?
@@ -137,7 +138,8 @@ class AccessLog:
         self.routes, self.taken, self.metrics = routes, taken, metrics
 
     async def log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
-        """Log one line per request, polls only at debug level. 499: the client left before the response."""
+        """Log one line per request, polls and the page's files only at debug level. 499: the client left
+        before the response."""
         began_s, status = time.monotonic(), 499
         wanted = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
         request_id = wanted if wanted and not self.taken(wanted) else secrets.token_hex(16)
@@ -152,8 +154,8 @@ class AccessLog:
         finally:
             ms = 1000 * (time.monotonic() - began_s)
             path = http.rel_url.raw_path[:200]  # without the query, which may hold secrets
-            poll = route.polled and status not in (401, 403)
-            log.log(logging.DEBUG if poll else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
+            quiet = route.polled and status not in (401, 403) or route.quiet and status < 400
+            log.log(logging.DEBUG if quiet else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
                     http.method, path, status, ms, record.note, record.client or "-", record.id,
                     extra={"fields": {"method": http.method, "path": path, "status": status,
                                       "ms": round(ms, 1), "client": record.client, "id": record.id,

@@ -8,8 +8,7 @@ from chatlm.common.config import LIMITS, with_own_sampling
 from chatlm.common.errors import Overloaded
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import Known
-from chatlm.front.api.fields import json_object
-from chatlm.front.api.readers import ANSWER_READERS, TEXT_READERS
+from chatlm.front.api.readers import read_answer, read_text
 from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.server.routes import Api
 from chatlm.front.server.streams import Budget, Holding, read_bytes
@@ -24,8 +23,9 @@ if TYPE_CHECKING:
 
 
 def known_of(pool: WorkerPool, settings: Settings) -> Known:
-    return Known(with_own_sampling(settings, pool), pool.model_name,
-                 pool.tokenizer and pool.tokenizer.tool_format, pool.ready)
+    tokenizer = pool.tokenizer
+    return Known(with_own_sampling(settings, pool), pool.model_name, tokenizer and tokenizer.tool_format,
+                 pool.ready, tokenizer and tokenizer.spec.chat_template or "")
 
 
 def tokenizer_of(pool: WorkerPool) -> Tokenizer:
@@ -59,8 +59,7 @@ class Bodies:
         with self.holding() as reading:
             body = await self._receive(http, reading)
             if len(body) <= LIMITS.inline_bytes:
-                parsed = ANSWER_READERS[record.route.pattern](
-                    json_object(body), known_of(self.pool, self.settings))
+                parsed = read_answer(record.route.pattern, body, known_of(self.pool, self.settings))
             else:
                 tokenizer_of(self.pool)
                 parsed = await admission.read_large(
@@ -70,6 +69,8 @@ class Bodies:
         if parsed.ignored_tools:
             record.headers["X-Ignored-Tools"] = names = ", ".join(parsed.ignored_tools)[:1000]
             log.info("%s: the model has no tools of type %s", record.id, names)
+        if parsed.ignored_fields:
+            record.headers["X-Ignored-Fields"] = ", ".join(parsed.ignored_fields)[:1000]
         return parsed
 
     async def read_text(self, http: web.Request, holding: Holding) -> bytes:
@@ -77,7 +78,12 @@ class Bodies:
         record, admission = REQUEST_LOG.get(), self.pool.admission
         tokenizer_of(self.pool)
         body = await self._receive(http, holding)
-        if len(body) <= LIMITS.inline_bytes:
-            return await TEXT_READERS[record.route.pattern](
-                json_object(body), admission.prompts, record.client)
-        return await admission.answer_text(record.route.pattern, body, record.client)
+        if admission.prompts and len(body) <= LIMITS.inline_bytes:
+            text = await read_text(record.route.pattern, body, admission.prompts,
+                                   known_of(self.pool, self.settings), record.client)
+        else:
+            text = await admission.answer_text(record.route.pattern, body, record.client)
+        ignored, _, text = text.partition(b"\n")
+        if ignored:
+            record.headers["X-Ignored-Fields"] = ignored.decode()[:1000]
+        return text

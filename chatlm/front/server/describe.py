@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -52,12 +53,31 @@ def model_body(pool: WorkerPool, settings: Settings) -> dict:
 
 
 def ollama_model(pool: WorkerPool, settings: Settings) -> dict:
-    """The model as Ollama's routes describe one."""
-    card, name = model_body(pool, settings), pool.model_name
-    return {"name": name, "model": name, "modified_at": utc(card["created"]), "size": 0,
+    """The model as Ollama's routes describe one. Its clients expect a tag in the name."""
+    card, name, facts = model_body(pool, settings), pool.model_name, pool.supervisor.card.facts
+    name = name if ":" in name else name + ":latest"
+    count = facts.parameters
+    size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
+    return {"name": name, "model": name, "modified_at": utc(card["created"]), "size": facts.weights_bytes,
             "digest": hashlib.sha256(name.encode()).hexdigest(),
-            "details": {"parent_model": "", "format": "", "family": "", "families": [],
-                        "parameter_size": "", "quantization_level": ""}}
+            "details": {"parent_model": "", "format": facts.format, "family": facts.family,
+                        "families": [facts.family], "parameter_size": size,
+                        "quantization_level": facts.weights.upper()}}
+
+
+CENTURY_S = 3e9
+
+
+def ollama_loaded(pool: WorkerPool, settings: Settings) -> list[dict]:
+    """The model as Ollama's /api/ps describes one that is in memory; [] while it is not."""
+    workers = [worker for worker in pool.stats()["workers"] if worker["state"] == "ready"]
+    if not workers:
+        return []
+    on_gpus = sum(worker["memory_used"] for worker in workers if not worker["device"].startswith("cpu"))
+    return [ollama_model(pool, settings) | {
+        "size": sum(worker["memory_used"] for worker in workers), "size_vram": on_gpus,
+        "expires_at": utc(time.time() + (settings.idle_unload or CENTURY_S)),  # if no request comes
+        "context_length": pool.context_length}]
 
 
 class ModelRoutes:
@@ -76,12 +96,20 @@ class ModelRoutes:
             name = (await self.bodies.read_text(http, holding)).decode("utf-8")
         model, tokenizer = ollama_model(self.pool, self.settings), tokenizer_of(self.pool)
         known_of(self.pool, self.settings).check_model(name)
-        tools = ["tools"] if tokenizer.tool_format is not None else []
+        able, facts = model_body(self.pool, self.settings)["capabilities"], self.pool.supervisor.card.facts
+        capabilities = {"completion": True, "tools": able["tools"], "thinking": able["reasoning"]}
+        sampling = sampling_of(self.pool, self.settings)
+        names = {"repetition_penalty": "repeat_penalty"}
         return json_response({name: model[name] for name in ("modified_at", "details")} | {
-            "template": tokenizer.spec.chat_template or "", "parameters": "", "modelfile": "", "license": "",
-            "model_info": {"general.architecture": "chat_server",
-                           "chat_server.context_length": self.pool.context_length},
-            "capabilities": ["completion", *tools]})
+            "template": tokenizer.spec.chat_template or "", "modelfile": "", "license": "",
+            "parameters": "\n".join(f"{names.get(name, name):30} {value:g}"
+                                    for name, (value, _) in sampling.items()),
+            "model_info": {"general.architecture": facts.family,
+                           "general.parameter_count": facts.parameters,
+                           f"{facts.family}.context_length": self.pool.context_length,
+                           f"{facts.family}.embedding_length": facts.width,
+                           f"{facts.family}.block_count": facts.layers},
+            "capabilities": [name for name, can in capabilities.items() if can]})
 
 
 def openapi_operation(route: Route) -> dict:
@@ -97,6 +125,8 @@ def openapi_operation(route: Route) -> dict:
         schema = {"type": "object", "required": required,
                   "properties": {field.name: field.described for field in route.fields}}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        operation["responses"]["200"]["headers"] = {
+            "X-Ignored-Fields": {"schema": A_TEXT, "description": "fields of the body that had no effect"}}
     return operation | ({"security": []} if route.open else {})
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Any, NamedTuple, TYPE_CHECKING
 
+from chatlm.front.api.tables import BODY_FIELDS
+
 if TYPE_CHECKING:
     from aiohttp import web
     from chat_server import Front
@@ -31,14 +33,19 @@ class Route(NamedTuple):
     api: Api
     handler: str | Callable[[Front], Any]  # a method, or what makes the JSON body (see Front.show)
     doc: str
-    fields: tuple[Field, ...] = ()  # of the body, which ANSWER_READERS or TEXT_READERS has a reader for
     query: tuple[Field, ...] = ()   # of the address, after the question mark
     open: bool = False              # needs no API key
-    polled: bool = False            # logged only at level debug; served on surplus connections too
+    quiet: bool = False             # logged only at level debug if all is well
+    polled: bool = False            # the same, and served on surplus connections too
 
     @property
     def pattern(self) -> str:
         return re.sub(r":[^}]*", "", self.path)
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """Of the body, which ANSWER_READERS or TEXT_READERS has a reader for."""
+        return BODY_FIELDS.get(self.pattern, ())
 
 
 class RouteTable:

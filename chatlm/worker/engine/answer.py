@@ -98,6 +98,7 @@ class Answer:
         marks = tokenizer.marks(bool(self.reader.names)) if self.reader else {}
         self.decoder, self.stops = StreamDecoder(tokenizer, marks), StopFinder(params.stop)
         self.unsent: list[Delta] = []
+        self.calls = 0
         self.reasoning_tokens = self.count = 0  # count: all tokens so far
         self.thoughts = 0              # those of reasoning without its markers
         self.thinking_ends = work.thinking_ends  # its reasoning ends after so many tokens; None: nobody asked
@@ -176,12 +177,20 @@ class Answer:
     def _add_read(self):
         """Add what the reader has read, up to a stop string."""
         for delta in self.reader.take() if self.reader else ():
+            self.calls += bool(delta.name)
+            if self.over_calls:
+                return
             if delta.kind == "text":
                 self._add_text(delta.text)
                 continue
             self._add(Delta("text", self.stops.finish()))  # no stop string goes on across it
             if self.stops.stopped_by is None:
                 self._add(delta)
+
+    @property
+    def over_calls(self) -> bool:
+        """Has a call begun that is one too many?"""
+        return self.calls > 1 and not self.work.params.parallel_calls
 
     def _add_text(self, text: str):
         """Add text up to a stop string; the first `min_tokens` tokens may have them."""
@@ -213,6 +222,8 @@ class Answer:
         self._read(token)
         if self.stops.stopped_by is not None:
             return self._end("stop", self.stops.stopped_by)
+        if self.over_calls:
+            return self._end("stop", "parallel_tool_calls")
         if self.grammar and self.grammar.complete:
             return self._end("stop", "grammar")
         forced = ((self.tool.feed(token) if self.tool else []) or self._end_of_thinking())[:room]

@@ -107,12 +107,20 @@ class Transformer:
         return depth * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * dtype.itemsize
 
     @property
-    def weight_types(self) -> str:
-        """The matrices' types, most common first, and the memory of all weights: "q4_1, q8_0 (93 MiB)"."""
-        size = sum({id(weight): weight.nbytes for weight in self.weights.values()}.values())
+    def weights_bytes(self) -> int:
+        return sum({id(weight): weight.nbytes for weight in self.weights.values()}.values())
+
+    @property
+    def matrix_types(self) -> list[str]:
+        """The matrices' types, most common first: ["q4_1", "q8_0"]."""
         types = Counter(getattr(w, "kind", None) or str(w.dtype).removeprefix("torch.")
                         for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1)
-        return f"{', '.join(name for name, _ in types.most_common())} ({size / 2**20:,.0f} MiB)"
+        return [name for name, _ in types.most_common()]
+
+    @property
+    def weight_types(self) -> str:
+        """The matrices' types and the memory of all weights: "q4_1, q8_0 (93 MiB)"."""
+        return f"{', '.join(self.matrix_types)} ({self.weights_bytes / 2**20:,.0f} MiB)"
 
     def forward(self, batch: Batch):
         """Run a step's new tokens through the model -> logits (R, V) float32, valid until the next step."""

@@ -82,7 +82,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     description += adapted
     block = max(packed_together(tensor) for name, tensor in stored.items() if ".ffn_down" in name)
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=max(block, TILE_ROWS),
-                       **own_sampling(source.path, metadata, "general.sampling."))
+                       family=architecture, **own_sampling(source.path, metadata, "general.sampling."))
 
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type

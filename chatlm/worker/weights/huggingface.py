@@ -93,7 +93,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     description = f"{family}, {spec.layers} layers, width {spec.width}{origin}{adapted}"
     path = source.path / "generation_config.json"
     block = 32 if any(isinstance(tensor, Mxfp4) for tensor in state.values()) else TILE_ROWS
-    return LoadedModel(spec, tensors, text, source.name, description, dtype, block=block,
+    return LoadedModel(spec, tensors, text, source.name, description, dtype, block=block, family=family,
                        **own_sampling(path, read_json(path, needed=False)))
 
 

@@ -72,7 +72,7 @@ def open_nanochat(source: ModelSource, settings: Settings, device) -> LoadedMode
     tensors = assembled(source.path, settings, sources, state, dtype)
     since = GENERATIONS[number].since
     description = f"nanochat generation {number} ({since}), {spec.layers} layers, width {spec.width}"
-    return LoadedModel(spec, tensors, text, source.name, description, dtype)
+    return LoadedModel(spec, tensors, text, source.name, description, dtype, family="nanochat")
 
 
 NANOCHAT_KEYS = {  # of model_config

@@ -42,6 +42,7 @@ class LoadedModel:
     sampling: dict = field(default_factory=dict)  # the makers' defaults
     sampling_origin: str = ""    # where they come from
     notes: tuple[str, ...] = ()  # more lines for the start-up log
+    family: str = ""
     block: int = TILE_ROWS       # so many columns of `down` are packed together
 
     @property

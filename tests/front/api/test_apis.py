@@ -55,7 +55,7 @@ BODIES = {          # what each API calls a question
     "/api/chat": {"messages": [{"role": "user", "content": HI}], "stream": False},
     "/api/generate": {"prompt": HI, "stream": False}}
 EMBEDDINGS, OLLAMA_EMBED = "/v1/embeddings", "/api/embed"
-WHOLE = {path: {"input": [HI, "Tokyo"]} for path in (EMBEDDINGS, OLLAMA_EMBED)}         # answered, but not streamed
+WHOLE = {path: {"input": [HI, "Tokyo"]} for path in (EMBEDDINGS, OLLAMA_EMBED)} | {"/api/embeddings": {"prompt": HI}}   # answered, but not streamed
 every_api = pytest.mark.parametrize("path", BODIES)
 every_route = pytest.mark.parametrize("path", [*BODIES, *WHOLE])
 LOG = []            # of the module's server, up to its URL
@@ -320,7 +320,7 @@ async def test_a_worker_s_death_is_a_pause_in_each(client, url, exact):
         assert min(map(len, whole.values())) > 200
         vectors = await embedded(EMBEDDINGS)
         streams = {path: await begun(stack, path) for path in BODIES}
-        tasks = [asyncio.create_task(embedded(path)) for path in WHOLE]
+        tasks = [asyncio.create_task(embedded(path)) for path in (EMBEDDINGS, OLLAMA_EMBED)]
         while get(url + "/stats")["workers"][0]["running"] <= len(streams):         # until an embedding runs
             await asyncio.sleep(0.01)
         psutil.Process(get(url + "/stats")["workers"][0]["pid"]).kill()
@@ -899,11 +899,20 @@ async def test_ollama_s_bodies_are_requests(client):
 async def test_what_ollama_tells_of_the_model(client):
     async with serving(FakePool()) as url:
         async with client.get(url + "/api/tags") as response:
-            assert (await response.json())["models"][0]["name"] == "fake-model"
+            [model] = (await response.json())["models"]
+            assert model["name"] == model["model"] == "fake-model:latest" and model["size"] == 98_000_000
         async with client.get(url + "/api/version") as response:
             assert await response.json() == {"version": __version__}
-        async with client.post(url + "/api/show", json={"model": "fake-model"}) as response:
-            assert (await response.json())["model_info"]["chat_server.context_length"] == 4096
+        async with client.get(url + "/api/ps") as response:
+            assert await response.json() == {"models": []}          # it has no worker
+        for body in ({"model": "fake-model"}, {"name": model["name"]}):
+            async with client.post(url + "/api/show", json=body) as response:
+                shown = await response.json()
+                assert shown["details"] == model["details"] == {
+                    "parent_model": "", "format": "gguf", "family": "llama", "families": ["llama"], "parameter_size": "134.52M", "quantization_level": "Q4_1"}
+                assert shown["model_info"] == {"general.architecture": "llama", "general.parameter_count": 134_515_008,
+                                               "llama.context_length": 4096, "llama.embedding_length": 576, "llama.block_count": 30}
+                assert shown["capabilities"] == ["completion"] and re.search("^temperature +0.8$", shown["parameters"], re.MULTILINE)
         async with client.post(url + "/api/show", json={"model": "llama3"}) as response:
             assert response.status == 404 and "llama3" in (await response.json())["error"]
 

@@ -81,6 +81,19 @@ def test_ollama_s_route_has_the_same_vectors(url):
     wanted = embedded(url, input=TEXTS)
     assert np.abs(np.array(answer["embeddings"]) - [each["embedding"] for each in wanted["data"]]).max() < 1e-3
     assert answer["prompt_eval_count"] == wanted["usage"]["prompt_tokens"] and answer["total_duration"] > 0
+    older = json.load(post(url + "/api/embeddings", {"model": "default", "prompt": TEXTS[0]}))
+    assert older.keys() == {"embedding"} and np.abs(np.array(older["embedding"]) - answer["embeddings"][0]).max() < 1e-3
+
+
+def test_ollama_s_routes_tell_of_the_default_model(url):
+    [model], [loaded] = (get(url + path)["models"] for path in ("/api/tags", "/api/ps"))
+    assert model["name"] == loaded["name"] == "SmolLM2-135M-Instruct.Q4_1:latest" and model["size"] > 80e6
+    assert model["details"] == {"parent_model": "", "format": "gguf", "family": "llama", "families": ["llama"], "parameter_size": "134.52M",
+                                "quantization_level": "Q4_1"}
+    assert loaded["size"] > 80e6 and loaded["size_vram"] == 0 and loaded["expires_at"] > "2100" and loaded["context_length"] == 8192
+    shown = json.load(post(url + "/api/show", {"model": model["name"]}))
+    assert shown["model_info"]["general.parameter_count"] == 134_515_008 and "tools" in shown["capabilities"]
+    assert json.load(post(url + "/v1/chat/completions", {"model": model["name"], "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}))["choices"]
 
 
 def test_a_large_body_goes_through_a_sandbox(url):

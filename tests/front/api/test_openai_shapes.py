@@ -291,7 +291,8 @@ def test_a_json_schema_is_kept_streamed_or_not_and_none_of_it_comes_twice(url):
     answer = json.loads(content(body))
     assert set(answer) == {"city", "big"} and answer["city"] in ("Tokyo", "Kyoto") and body["choices"][0]["finish_reason"] == "stop"
     assert joined(chunks) == content(body) == json.dumps(answer)
-    assert content(ask(url, response_format=form, max_tokens=40, stop=['"', ":", "}"])) == content(body)
+    cut = ask(url, response_format=form, max_tokens=40, stop=[","])["choices"][0]
+    assert (cut["finish_reason"], cut["message"]["content"]) == ("stop", content(body).partition(",")[0])
     cut = ask(url, response_format=form, max_tokens=2)["choices"][0]
     assert cut["finish_reason"] == "length"
 

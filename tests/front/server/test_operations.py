@@ -1,12 +1,17 @@
 """What operators use: metrics, logs, request ids, draining, configuration, sub-paths."""
 
 import asyncio
+import contextlib
+import io
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from dataclasses import replace
 
 import pytest
@@ -15,10 +20,11 @@ import chat_server
 from chatlm.cli import parse_command_line
 from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
-from chatlm.common.log import JsonLines
+from chatlm.common.log import CalmLog, JsonLines, ProgressDisplay
 from chatlm.common.messages.requests import Finished
 from chatlm.common.program import program_root
 from fake_pool import FakePool, conversation, frames, serving
+from real_server import server
 
 NATIVE, OPENAI = "/chat/completions", "/v1/chat/completions"
 
@@ -191,6 +197,63 @@ def test_log_format_chooses_the_format(format_, wanted):
            f"start_logging(Settings(log_format={format_!r})); log.info('hello')"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=program_root())
     assert re.fullmatch(wanted, run.stderr)
+
+
+NOISE = """
+import os, sys, warnings
+if "-c" in sys.orig_argv:           # a worker or a sandbox
+    os.write(2, b"a C library \\x1b[31mwarns\\xff\\n{half an object\\n")
+    print("and prints", flush=True)
+    warnings.warn("a library warns")
+"""
+
+
+def test_each_line_of_a_json_log_is_json_from_the_start_to_the_stop(nanochat_fixtures, tmp_path):
+    """Also what libraries write past the log, in workers and sandboxes too."""
+    (tmp_path / "sitecustomize.py").write_text(NOISE)
+    log, environment = [], os.environ | {"PYTHONPATH": str(tmp_path)}
+    with server(nanochat_fixtures / "gen5", "--log-format", "json", "--api-key", "k", env=environment, log=log) as (process, url):
+        for path in ("/", "/static/chat.js", "/static/none.js", "/health"):
+            request = urllib.request.Request(url + path, headers={"X-Request-Id": "page"})
+            with contextlib.suppress(urllib.error.HTTPError):
+                urllib.request.urlopen(request, timeout=30).close()
+        process.terminate()
+        log += process.stdout
+        assert process.wait(30) == 0
+    lines = [json.loads(line) for line in log]
+    assert all({"time", "level", "message"} <= line.keys() for line in lines)
+    messages = [line["message"] for line in lines]
+    for words in ("a C library \x1b[31mwarns\ufffd", "{half an object", "and prints", "Application startup complete", url,
+                  "Stopping: running answers may finish; a second signal stops now."):
+        assert words in messages
+    assert any("UserWarning: a library warns" in message for message in messages) and any("--api-key: other users" in message for message in messages)
+    assert [(line["path"], line["status"]) for line in lines if line.get("id") == "page"] == [("/", 200), ("/static/none.js", 404)]
+
+
+@pytest.mark.parametrize("words", [["no-such-model"], ["--max-batch", "x"]])
+def test_why_the_server_does_not_start_is_json_too(words):
+    run = subprocess.run([sys.executable, chat_server.__file__, *words, "--log-format=json"], capture_output=True, text=True, timeout=60)
+    *_, last = [json.loads(line) for line in run.stderr.splitlines()]
+    assert (run.returncode, run.stdout, last["level"]) == (2, "", "error")
+    assert last["message"].startswith("chat_server: ") and words[-1] in last["message"]
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_line_of_the_log_takes_the_place_of_the_bar_that_shows_progress(monkeypatch):
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    handler, progress = CalmLog(), ProgressDisplay()
+    handler.handle(logging.LogRecord("chat_server", logging.INFO, "", 0, "before", (), None))
+    progress("loading", 0.5)
+    handler.handle(logging.LogRecord("chat_server", logging.INFO, "", 0, "between", (), None))
+    progress.close()
+    handler.handle(logging.LogRecord("chat_server", logging.INFO, "", 0, "after", (), None))
+    bar = "\r\x1b[Kloading [###############               ]  50%"
+    assert screen.getvalue() == f"before\n{bar}\r\x1b[Kbetween\n\r\x1b[Kafter\n"
 
 
 async def test_bytes_that_are_no_http_are_not_logged(caplog):

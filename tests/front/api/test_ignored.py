@@ -1,0 +1,211 @@
+"""Every field that a body may have works, is refused, or is named in the header X-Ignored-Fields."""
+
+import asyncio
+import json
+from dataclasses import replace
+
+import pytest
+
+import chat_server
+from chatlm.common.config import Settings
+from chatlm.common.errors import RequestError
+from chatlm.common.messages.protocol import Known
+from chatlm.common.text.tokenizer import Tokenizer
+from chatlm.front.admission.prompts import PromptMaker
+from chatlm.front.api.readers import ANSWER_READERS, read_answer, read_text
+from chatlm.front.api.tables import BODY_FIELDS, OLLAMA_OPTIONS
+from fake_pool import FakePool, Letters, serving
+
+KNOWN = Known(Settings(seed=7), "fake-model", "tagged", template="{{ reasoning_effort }} {{ city }} </think>")
+HI = [{"role": "user", "content": "Hi"}]
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+FORM = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
+BASE = {        # the least that each route reads, from which a field may then be changed
+    "/chat/completions": {"messages": HI}, "/v1/chat/completions": {"messages": HI}, "/v1/completions": {"prompt": "Hi"},
+    "/v1/embeddings": {"input": "Hi"}, "/v1/responses": {"input": "Hi"}, "/v1/messages": {"messages": HI, "max_tokens": 9},
+    "/v1/messages/count_tokens": {"messages": HI}, "/api/chat": {"messages": HI}, "/api/generate": {"prompt": "Hi"},
+    "/api/embed": {"input": "Hi"}, "/api/embeddings": {"prompt": "Hi"}, "/api/show": {},
+    "/tokenize": {"content": "Hi<|end|>"}, "/detokenize": {"tokens": [72]}, "/apply-template": {"messages": HI}}
+FLAT_TOOL = {"type": "function", "name": "add", "parameters": SCHEMA}
+BESIDE = {      # what a field needs beside it to mean something
+    "top_logprobs": {"logprobs": True}, "tool_choice": {"tools": [TOOL]}, "parallel_tool_calls": {"tools": [TOOL]},
+    "function_call": {"functions": [TOOL["function"]]}, "stream_options": {"stream": True}, "resumable": {"stream": True},
+    "progress": {"stream": True}, "best_of": {"n": 2},
+    "continue_final_message": {"messages": [*HI, {"role": "assistant", "content": "Well"}]}}
+VALUES = {      # a value of each field that differs from what holds without it
+    "messages": [{"role": "user", "content": "Other"}], "prompt": "Other", "input": "Other", "content": "Other", "tokens": [73],
+    "model": "strange", "name": "strange", "stream": True, "temperature": 0.5, "max_tokens": 7, "top_k": 3, "top_p": 0.5, "min_p": 0.5, "seed": 8,
+    "continue_final_message": True, "add_generation_prompt": False, "reasoning_effort": "low", "chat_template_kwargs": {"city": "Rome"}, "thinking_budget": 5,
+    "stop": "x", "ignore_eos": True, "priority": "low", "truncate": "oldest", "resumable": True, "progress": True, "stop_token_ids": [5],
+    "min_tokens": 3, "presence_penalty": 1, "frequency_penalty": 1, "repetition_penalty": 1.5, "logit_bias": {"5": 3},
+    "stream_options": {"include_usage": True}, "n": 2, "max_completion_tokens": 7, "modalities": ["audio"], "logprobs": True, "top_logprobs": 2,
+    "tools": [TOOL], "tool_choice": "none", "parallel_tool_calls": False, "functions": [TOOL["function"]], "function_call": "none",
+    "response_format": FORM, "guided_json": SCHEMA, "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": 'start: "a"',
+    "grammar": 'root ::= "a"', "json_schema": SCHEMA, "structured_outputs": {"regex": "a+"}, "guided_whitespace_pattern": " ",
+    "structural_tag": {}, "regex": "a", "ebnf": "a", "echo": True, "best_of": 1, "suffix": "x", "encoding_format": "base64", "pooling": "last",
+    "dimensions": 4, "instructions": "Be brief.", "max_output_tokens": 7, "reasoning": {"effort": "low"}, "text": {"format": {"type": "json_object"}},
+    "truncation": "auto", "metadata": {"a": "b"}, "user": "me", "previous_response_id": "x", "conversation": "x", "background": True,
+    "system": "Be brief.", "stop_sequences": ["x"], "thinking": {"type": "enabled"}, "output_config": {"format": FORM | {"schema": SCHEMA}},
+    "format": "json", "think": True, "options": {"temperature": 0.5}, "raw": True, "images": ["x"], "add_special": True, "parse_special": False,
+    "with_pieces": True}
+OTHERS = {      # where a field has another type in one of the routes
+    ("/v1/responses", "tools"): [FLAT_TOOL], ("/v1/messages", "tools"): [{"name": "add", "input_schema": SCHEMA}],
+    ("/v1/messages/count_tokens", "tools"): [{"name": "add", "input_schema": SCHEMA}],
+    ("/v1/messages", "tool_choice"): {"type": "none"}, ("/v1/messages/count_tokens", "tool_choice"): {"type": "none"},
+    ("/v1/completions", "logprobs"): 2, ("/api/embed", "truncate"): False, ("/api/chat", "stream"): False, ("/api/generate", "stream"): False}
+OPTIONS = {"repeat_penalty": 1.5, "num_predict": 7}
+
+
+def sent(route, name):
+    """(A body without the field, the same body with it)."""
+    body = BASE[route] | BESIDE.get(name, {})
+    if "tools" in body:
+        body["tools"] = OTHERS.get((route, "tools"), [TOOL])
+    return body, body | {name: OTHERS.get((route, name), VALUES[name])}
+
+
+class Teller(Letters):
+    """A tokenizer for the routes that show what it does: its prompt says all that it is told."""
+
+    tool_format = "tagged"
+    encode_with_specials = Tokenizer.encode_with_specials
+
+    def __init__(self):
+        super().__init__()
+        self.spec = replace(self.spec, add_bos=True, bos_token=256)
+
+    def render(self, messages, tools=(), options=None):
+        return self.encode(f"{messages} {tools} {options}")
+
+
+def parsed(route, body):
+    """What becomes of a body, without what it says of fields that have no effect; and those fields."""
+    raw = json.dumps(body).encode()
+    if route in ANSWER_READERS:
+        answer = read_answer(route, raw, KNOWN)
+        return replace(answer, ignored_fields=()), answer.ignored_fields
+    ignored, _, text = asyncio.run(read_text(route, raw, PromptMaker(Teller(), 4096), KNOWN)).partition(b"\n")
+    return text, tuple(filter(None, ignored.decode().split(", ")))
+
+
+@pytest.mark.parametrize("route, name", [(route, field.name) for route, fields in BODY_FIELDS.items() for field in fields])
+def test_a_field_of_the_tables_changes_the_request_or_is_refused(route, name):
+    without, body = sent(route, name)
+    before, _ = parsed(route, without)
+    try:
+        after, ignored = parsed(route, body)
+    except RequestError as error:
+        assert name in str(error) or name == "model", error
+        return
+    if route == "/v1/responses" and name not in ("metadata", "user"):   # to come back in the response is not all that the others do
+        before, after = replace(before, repeated=b""), replace(after, repeated=b"")
+    assert before != after, "it is accepted and changes nothing"
+    assert name not in ignored
+
+
+@pytest.mark.parametrize("name", [field.name for field in OLLAMA_OPTIONS])
+def test_an_option_of_ollama_s_changes_the_request(name):
+    (before, _), body = parsed("/api/chat", BASE["/api/chat"]), {"options": {name: (VALUES | OPTIONS)[name]}}
+    after, ignored = parsed("/api/chat", BASE["/api/chat"] | body)
+    assert before != after and ignored == ()
+
+
+def test_each_route_with_a_body_is_in_the_tables():
+    assert {route.pattern for route in chat_server.ROUTES if route.fields} == set(BODY_FIELDS) == set(BASE)
+
+
+# What the clients of the five APIs, and those of vLLM and llama-server, may send and this server does not read.
+SAMPLERS = {"typical_p": 0.9, "mirostat": 2, "mirostat_tau": 5, "mirostat_eta": 0.1, "tfs_z": 0.5, "xtc_probability": 0.5, "dry_multiplier": 0.8,
+            "dynatemp_range": 0.5, "top_n_sigma": 1, "top_a": 0.1, "repeat_last_n": 64, "samplers": ["top_k"], "smoothing_factor": 0.2}
+VLLM = {"use_beam_search": True, "length_penalty": 1.2, "include_stop_str_in_output": True, "skip_special_tokens": False,
+        "spaces_between_special_tokens": False, "truncate_prompt_tokens": 5, "allowed_token_ids": [1], "bad_words": ["x"], "prompt_logprobs": 1,
+        "add_special_tokens": True, "documents": [], "chat_template": "{{ x }}", "mm_processor_kwargs": {}, "request_id": "x", "cache_salt": "x",
+        "return_token_ids": True, "return_tokens_as_token_ids": True, "kv_transfer_params": {}, "vllm_xargs": {}}
+LLAMA = {"n_predict": 5, "cache_prompt": False, "n_probs": 2, "id_slot": 0, "n_keep": 1, "t_max_predict_ms": 9, "timings_per_token": True,
+         "return_progress": True, "reasoning_format": "none", "parse_tool_calls": False, "post_sampling_probs": True, "lora": []}
+OPENAI = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "flex", "safety_identifier": "x", "prompt_cache_key": "x",
+          "prompt_cache_retention": "24h", "verbosity": "low", "prediction": {"type": "content", "content": "x"}, "web_search_options": {},
+          "audio": {"voice": "x"}, "moderation": {}}
+UNREAD = {
+    "/chat/completions": {"stream": False, "n": 2, "tools": [TOOL], "response_format": FORM, "presence_penalty": 1, **SAMPLERS},
+    "/v1/chat/completions": {**OPENAI, **VLLM, **LLAMA, **SAMPLERS},
+    "/v1/completions": {"user": "me", "truncate": "oldest", "reasoning_effort": "low", "tools": [TOOL], **VLLM, **LLAMA, **SAMPLERS},
+    "/v1/embeddings": {"user": "me", "truncate_prompt_tokens": 5, "temperature": 1},
+    "/v1/responses": {
+        "n": 2, "store": True, "include": ["message.output_text.logprobs"], "top_logprobs": 2, "max_tool_calls": 1, "service_tier": "flex",
+        "safety_identifier": "x", "prompt_cache_key": "x", "prompt_cache_retention": "24h", "stream_options": {}, "context_management": [],
+        "reasoning_effort": "low", **SAMPLERS},
+    "/v1/messages": {"metadata": {"user_id": "x"}, "service_tier": "auto", "container": "x", "context_management": {}, "mcp_servers": [],
+                     "inference_geo": "x", "cache_control": {"type": "ephemeral"}, "speed": "fast", "n": 2, **SAMPLERS},
+    "/v1/messages/count_tokens": {"thinking": {"type": "enabled"}, "max_tokens": 5, "output_config": {}},
+    "/api/chat": {"keep_alive": "5m", "logprobs": True, "top_logprobs": 2, "temperature": 0.5},
+    "/api/generate": {"keep_alive": "5m", "template": "{{ .Prompt }}", "context": [1, 2], "logprobs": True, "width": 5},
+    "/api/embed": {"keep_alive": "5m", "options": {}, "encoding_format": "float"},
+    "/api/embeddings": {"keep_alive": "5m", "options": {}, "input": "x", "truncate": True},
+    "/api/show": {"verbose": True}, "/tokenize": {"add_bos": True}, "/detokenize": {"skip_special_tokens": True},
+    "/apply-template": {"max_tokens": 5}}
+MEMBERS = [     # (route, what is added to the body, the members that are named)
+    ("/v1/chat/completions", {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+     ["stream_options.continuous_usage_stats"]),
+    ("/v1/chat/completions", {"chat_template_kwargs": {"city": "Rome", "river": "Tiber"}}, ["chat_template_kwargs.river"]),
+    ("/v1/responses", {"reasoning": {"effort": "low", "summary": "auto"}}, ["reasoning.summary"]),
+    ("/v1/responses", {"text": {"verbosity": "low"}}, ["text.verbosity"]),
+    ("/v1/messages", {"output_config": {"effort": "low", "style": "x"}}, ["output_config.style"]),
+    ("/api/chat", {"options": {"num_ctx": 9, "temperature": 1, "mirostat": 2, "stop": None}}, ["options.num_ctx", "options.mirostat"])]
+BESIDE_OTHERS = [       # (route, body, the fields that have no effect in it)
+    ("/v1/chat/completions", {"response_format": FORM, "ignore_eos": True, "min_tokens": 5, "stop": ["x"]}, ["ignore_eos", "min_tokens"]),
+    ("/v1/chat/completions", {"tools": [TOOL], "tool_choice": "required", "min_tokens": 5, "stop": ["x"]}, ["min_tokens"]),
+    ("/v1/chat/completions", {"resumable": True, "progress": "true", "stream_options": {"include_usage": True}},
+     ["resumable", "progress", "stream_options"]),
+    ("/v1/chat/completions", {"resumable": False, "progress": "false", "ignore_eos": False, "reasoning_effort": "none"}, []),
+    ("/v1/chat/completions", {"max_tokens": 5, "max_completion_tokens": 6}, ["max_tokens"]),
+    ("/v1/chat/completions", {"tools": [TOOL], "functions": [TOOL["function"]]}, ["tools"]),
+    ("/v1/responses", {"truncate": "oldest", "truncation": "disabled"}, ["truncate"]),
+    ("/v1/messages", {"stop": "x", "stop_sequences": ["y"]}, ["stop"]),
+    ("/chat/completions", {"model": "fake-model", "n": 2, "mirostat": 1}, ["mirostat"]),    # a body of Chat Completions
+    ("/api/generate", {"raw": True, "system": "Be brief.", "think": True}, ["system", "think"])]
+THINKING = [
+    ("/v1/chat/completions", {"reasoning_effort": "low"}, "reasoning_effort"),
+    ("/v1/responses", {"reasoning": {"effort": "low"}}, "reasoning.effort"),
+    ("/v1/messages", {"thinking": {"type": "adaptive"}}, "thinking.type"),
+    ("/v1/messages", {"output_config": {"effort": "low"}}, "output_config.effort"), ("/api/chat", {"think": "high"}, "think"),
+    ("/chat/completions", {"thinking_budget": 5}, "thinking_budget"), ("/v1/chat/completions", {"reasoning_effort": 5}, "reasoning_effort"),
+    ("/v1/chat/completions", {"chat_template_kwargs": {"thinking_budget": 5}}, "chat_template_kwargs.thinking_budget"),
+    ("/v1/responses", {"reasoning": {"max_tokens": 5}}, "reasoning.max_tokens"), ("/api/chat", {"think": 5}, "think")]
+
+
+@pytest.mark.parametrize("route", UNREAD)
+def test_a_field_that_nothing_reads_is_named(route):
+    assert not set(UNREAD[route]) & {field.name for field in BODY_FIELDS[route]}, "one of them is read"
+    assert parsed(route, BASE[route] | UNREAD[route])[1] == tuple(UNREAD[route])
+    assert parsed(route, BASE[route] | dict.fromkeys(UNREAD[route]))[1] == ()       # null is absent
+
+
+@pytest.mark.parametrize("route, more, names", MEMBERS + BESIDE_OTHERS)
+def test_what_has_no_effect_beside_other_fields_is_named(route, more, names):
+    assert parsed(route, BASE[route] | more)[1] == tuple(names)
+
+
+@pytest.mark.parametrize("route, more, name", THINKING)
+def test_an_effort_is_named_where_the_template_knows_of_none(route, more, name):
+    body = json.dumps(BASE[route] | more).encode()
+    assert read_answer(route, body, KNOWN).ignored_fields == ()
+    assert read_answer(route, body, replace(KNOWN, template="{{ messages }}")).ignored_fields == (name,)
+
+
+async def test_the_header_names_them_streamed_whole_large_or_of_another_route(client):
+    async with serving(FakePool()) as url:
+        async def header(path, **more):
+            async with client.post(url + path, json=BASE[path] | more) as response:
+                assert response.status == 200, await response.text()
+                return response.headers.get("X-Ignored-Fields")
+        large = {"large": "x" * 70_000}         # is read in a sandbox
+        assert await header("/v1/responses", n=2, top_logprobs=3) == "n, top_logprobs"
+        assert await header("/v1/chat/completions", stream=True, **{"mirostat": 2, "odd\r\nX-Evil: 1": 1}) == "mirostat, oddX-Evil1"
+        assert await header("/v1/chat/completions", **large) == "large" == await header("/tokenize", **large)
+        assert await header("/tokenize") is None and await header("/v1/chat/completions") is None
+        many = await header("/v1/chat/completions", **{f"field{number}": 1 for number in range(10_000)})
+        assert many.startswith("field0, field1, ") and len(many) <= 1000
+        async with client.post(url + "/v1/messages/count_tokens", json={"messages": HI, "model": "strange"}) as response:
+            assert response.status == 404 and "strange" in (await response.json())["error"]["message"]
