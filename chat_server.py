@@ -142,7 +142,7 @@ from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, l
 from chatlm.front.server.bodies import Bodies, tokenizer_of
 from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.describe import (
-    ModelRoutes, bare_id, model_body, ollama_loaded, ollama_model, openapi_document)
+    ModelRoutes, alive_body, bare_id, model_body, ollama_loaded, ollama_model, openapi_document)
 from chatlm.front.server.metrics import Metrics
 from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
@@ -389,7 +389,7 @@ ROUTES = (
           "a resumable stream, from event ?from=N or after Last-Event-ID", query=(FIRST_EVENT,)),
     Route("GET", "/health", Api.NANOCHAT, lambda front: front.pool.health(),
           "200 when ready, else 503 with the stage", open=True, polled=True),
-    Route("GET", "/livez", Api.NANOCHAT, lambda front: {"alive": True},
+    Route("GET", "/livez", Api.NANOCHAT, lambda front: alive_body(),
           "200 as long as the event loop runs", open=True, polled=True),
     Route("GET", "/readyz", Api.NANOCHAT, Front.readiness,
           "200 when a request would be served now, else 503 with the reason", open=True, polled=True),

@@ -6,7 +6,7 @@
 // and calls `render` (page.js).
 "use strict";
 
-const NO_MODEL = {name: "", context: 0, device: "", workers: 0, can: {}, defaults: {}, ours: false, api: "v1"};
+const NO_MODEL = {name: "", context: 0, devices: [], workers: 0, can: {}, defaults: {}, ours: false, api: "v1"};
 
 const state = {
   chats: new Map(),               // id -> conversation, all stored ones
@@ -17,18 +17,21 @@ const state = {
   path: [],                       // the nodes that are shown
   runs: new Map(),                // id of a node -> the answer that this tab reads into it, in any chat
   draft: {text: "", files: []},   // what is in the composer
-  counted: {text: "", tokens: 0}, // tokens of the draft, as the server counted them
+  counted: {text: "", tokens: 0, around: 0},          // tokens of the draft as the server counted them, and those around it
   refusal: "",                    // why the composer's text was refused
   notice: "",                     // a notice of the page below the turns
-  undo: null,                     // {text, restore} of the last deletion
+  toasts: [],                     // {text, label, act, undo, chat} above the composer: the last deletion, answers of other chats
+  ended: 0,                       // answers that ended while nobody looked at this tab
   editing: null,                  // id of the node that is being edited
   found: null,                    // ids of the chats that match the search; null without one
-  phase: "connecting",            // connecting, loading, ready, unreachable
+  phase: "connecting",            // connecting, loading, ready, unreachable, refusing (this page), locked (without a key)
+  reached: "",                    // the server that was ready last
   loading: {stage: "", fraction: null},
   model: {...NO_MODEL},
   refusedKey: null,               // the API key that the server refused last, "" if none was sent
   following: true,                // the log scrolls along while an answer grows
-  preferences: {theme: "", clicks: true, sidebar: true, server: "", servers: [], keys: {}, presets: {}, defaults: {}},
+  preferences: {theme: "", clicks: true, sidebar: true, server: "", servers: [], keys: {}, presets: {}, defaults: {}, titles: false,
+    notify: false},
 };
 
 const STORE = "chat_server " + PAGE_HOME;
@@ -36,7 +39,8 @@ const store = new Store(STORE);
 const SAVE_MS = 500;              // a growing answer is stored this often
 
 const lastNode = () => state.path.at(-1);
-const canAsk = () => !isGrowing(lastNode()) && (state.phase === "ready" || state.phase === "unreachable");
+// a question waits for a server that is away; one that is still loading may yet turn out to be another model
+const canAsk = () => !isGrowing(lastNode()) && !["connecting", "loading"].includes(state.phase);
 const isStored = chat => state.chats.has(chat.id);
 
 // preferences ---------------------------------------------------------------------------------------------------------
@@ -96,6 +100,7 @@ async function openChat(id, known = null) {
 
 function showChat(chat, leaf) {
   Object.assign(state, {chat, leaf, notice: "", refusal: "", editing: null, following: true});
+  state.toasts = state.toasts.filter(toast => toast.chat !== chat.id);
   rememberPlace();
   refresh();
 }
@@ -116,22 +121,33 @@ function rememberPlace() {
 
 const lastPlace = () => { try { return localStorage.getItem(`${STORE} last`); } catch (error) { return null; } };
 
-// Deletes records, and offers to bring them back.
-async function deleteChat(chat) {
-  const {running, ...kept} = chat;
-  store.change("conversations", chat.id, null);         // at once: the page may be closed while the messages are read
-  const nodes = await store.read("nodes", chat.id);
-  for (const node of nodes) {
-    stopRun(node.id);
-    store.change("nodes", node.id, null);
-  }
-  state.chats.delete(chat.id);
-  offerUndo(TEXT.deleted(chat.title), () => {
-    addChat(kept, nodes.map(node => ({...node, stream: null})));
-    openChat(chat.id);
-  });
-  if (state.chat.id === chat.id) newChat();
+// Deletes chats, and offers to bring them back.
+async function deleteChats(chats, text) {
+  const gone = await removeChats(chats);
+  offerUndo(text, () => bringBack(gone));
+  if (!isStored(state.chat)) newChat();
   else render();
+}
+
+// Deletes records of chats, and returns them as [{chat, nodes}].
+async function removeChats(chats) {
+  const gone = [];
+  for (const {id} of chats) store.change("conversations", id, null);  // at once: the page may be closed while messages are read
+  for (const {running, ...chat} of chats) {
+    const nodes = await store.read("nodes", chat.id);
+    for (const node of nodes) {
+      stopRun(node.id);
+      store.change("nodes", node.id, null);
+    }
+    state.chats.delete(chat.id);
+    gone.push({chat, nodes: nodes.map(node => ({...node, stream: null}))});
+  }
+  return gone;
+}
+
+function bringBack(gone) {
+  for (const {chat, nodes} of gone) addChat(chat, nodes);
+  openChat(gone[0].chat.id);
 }
 
 function addChat(chat, nodes) {
@@ -157,13 +173,40 @@ function deleteNode(node) {
 }
 
 function offerUndo(text, restore) {
-  state.undo = {text, restore};
-  announce(text);
+  showToast({text, label: TEXT.undo, act: restore, undo: true});
+}
+
+// The newest three; a deletion can be undone until the next one.
+function showToast(toast) {
+  state.toasts = [...state.toasts.filter(({undo}) => !(undo && toast.undo)), toast].slice(-3);
+  announce(toast.text);
+}
+
+const dropUndo = () => { state.toasts = state.toasts.filter(({undo}) => !undo); };
+
+// Says that an answer has ended, if its reader looks at something else.
+function noticeEnd({node, chat}, failed) {
+  const away = document.hidden || !document.hasFocus(), text = (failed ? TEXT.endedBadly : TEXT.endedIn)(chat.title);
+  if (chat.id !== state.chat.id) showToast({text, label: TEXT.show, act: () => openChat(chat.id), chat: chat.id});
+  if (!away) return;
+  if (document.hidden) state.ended++;
+  if (!state.preferences.notify) return;
+  try {
+    const notice = new Notification(text, {body: node.content.slice(0, 200), tag: node.id});
+    notice.onclick = () => { window.focus(); openChat(chat.id); notice.close(); };
+  } catch (error) { /* some browsers have none for pages */ }
+}
+
+// A title that no chat has: with the next number after it.
+function numbered(title) {
+  const titles = new Set([...state.chats.values()].map(chat => chat.title)), base = (title || TEXT.untitled).replace(/ \(\d+\)$/, "");
+  for (let count = 2; ; count++) if (!titles.has(`${base} (${count})`)) return `${base} (${count})`;
 }
 
 // A new chat with the messages up to a node.
 function branchFrom(node) {
-  const chat = newConversation({...state.chat, id: newId(), created: Date.now(), updated: Date.now(), pinned: false, running: null});
+  const chat = newConversation({...state.chat, id: newId(), created: Date.now(), updated: Date.now(), pinned: false, running: null,
+    title: numbered(state.chat.title)});
   let parent = null;
   const nodes = pathTo(state.nodes, node.id).map(each => {
     const copy = {...each, id: newId(), conversation: chat.id, parent, stream: null};
@@ -227,7 +270,8 @@ function storeNewChat(chat, content) {
 function ask(text, files = [], parent = state.leaf) {
   if (!canAsk() || !text.trim() && !files.length) return false;
   const before = state.leaf, {content, ...more} = composeMessage(text, files);
-  Object.assign(state, {notice: "", refusal: "", editing: null, undo: null});
+  Object.assign(state, {notice: "", refusal: "", editing: null});
+  dropUndo();
   const question = addNode(parent, "user", content, more);
   answer(question, (error, node) => {
     if (![400, 413, 422].includes(error.status)) return false;
@@ -263,7 +307,8 @@ function giveBack(text, files, reason) {
 function regenerate(node) {
   const question = state.nodes.get(node.parent), before = state.leaf;
   if (!canAsk() || !question) return;
-  Object.assign(state, {notice: "", refusal: "", editing: null, undo: null});
+  Object.assign(state, {notice: "", refusal: "", editing: null});
+  dropUndo();
   answer(question, (error, made) => {
     removeNodes([made.id], before);
     state.refusal = error.message;
@@ -297,14 +342,29 @@ async function connect(run, messages, onAccepted, goOn = false) {
   const {node, controller: {signal}} = run;
   run.dropped = messages.dropped;
   const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : {};
-  const response = await postAnswer({messages, parameters: {...seed, ...node.parameters}, id: node.stream.id, signal, goOn}).catch(error => {
-    if (error.name !== "AbortError" && (error.status === undefined || error.status === 503)) watchServer();
-    throw error;
-  });
+  const response = await onceReady(run, () =>
+    postAnswer({messages, parameters: {...seed, ...node.parameters}, id: node.stream.id, signal, goOn}));
   run.resumable = response.headers.has("X-Request-Id");
   node.stream = {...node.stream, id: response.headers.get("X-Request-Id") ?? node.stream.id};
   onAccepted();
   return response;
+}
+
+// Posts; if the server is away or wants a key, again when that has changed. Stop ends the wait.
+async function onceReady(run, post) {
+  for (;;) {
+    if (state.phase === "locked") openServer();
+    run.waiting = state.phase !== "ready";
+    render();
+    await untilReady(run.controller.signal);
+    run.waiting = false;
+    try {
+      return await post();
+    } catch (error) {
+      const away = error.status === undefined || error.status === 503;
+      if (error.name === "AbortError" || !(error.status === 401 && state.phase === "locked" || away && await isAway())) throw error;
+    }
+  }
 }
 
 const canGoOn = node => Boolean(node.content || node.reasoning && !node.error && state.model.can.reasoning_history && state.model.can.continue_final_message);
@@ -341,8 +401,8 @@ function editAnswer(node, text) {
 // Shows an answer growing until it ends in one way or another. `connecting(run)` gives the response with its
 // next events, or null if there are no more.
 async function runAnswer(node, chat, connecting, onRefusal = () => false) {
-  const run = {node, chat, controller: new AbortController(), progress: null, chunks: 0, tokens: 0, firstAt: 0, lastAt: 0,
-    resumable: true, lost: false, resumed: false, saving: 0, frame: 0, dropped: 0};
+  const run = {node, chat, controller: new AbortController(), progress: null, chunks: 0, prompt: 0, tokens: 0, firstAt: 0, lastAt: 0,
+    tags: node.content ? null : new ThoughtTags(), resumable: true, waiting: false, lost: false, resumed: false, saving: 0, frame: 0, dropped: 0};
   state.runs.set(node.id, run);
   changeChat(chat, {running: node.id});
   saveGrown(run);
@@ -361,18 +421,39 @@ async function runAnswer(node, chat, connecting, onRefusal = () => false) {
 }
 
 function endRun(run, failure, onRefusal) {
-  const {node, chat} = run;
+  const {node, chat} = run, {text, reasoning} = run.tags?.finish() ?? {};
+  if (text || reasoning) grow(run, {text, reasoning});
   state.runs.delete(node.id);
   Object.assign(node, {stream: null, ended: node.stream.id});
   changeChat(chat, {running: null, updated: Date.now()});
   if (run.stopped || failure?.code === "cancelled") node.note = "stopped";
   else if (failure) Object.assign(node, {error: failure.message, remedy: failure.status === 401 ? "key" : "again"});
-  if (!node.timings && run.chunks > 1) node.timings = {measured: liveSpeed(run)};
+  if (!node.timings) node.timings = {...countsOf(run), ...(run.chunks > 1 ? {measured: liveSpeed(run)} : {})};
   if (!state.nodes.has(node.id) && state.chat.id === chat.id) return render();       // deleted meanwhile
   if (!failure || state.chat.id !== chat.id || !onRefusal(failure, node)) saveGrown(run);
   if (state.chat.id === chat.id) refresh();
   else render();
   announce(failure && !run.stopped ? "" : node.note ? TEXT.answerStopped : TEXT.answerFinished);
+  if (!run.stopped) noticeEnd(run, failure);
+  if (!failure) nameChat(chat, node);
+  render();
+}
+
+const TITLE_TOKENS = 24, TITLE_CHARACTERS = 1500;      // of the title, and of each message to make it from
+
+// Lets the model name a chat after its first answer, when the server has nothing else to do.
+async function nameChat(chat, node) {
+  if (!state.preferences.titles || state.model.api !== "v1" || !node.content) return;
+  const nodes = await store.read("nodes", chat.id), question = nodes.find(({id}) => id === node.parent), before = chat.title;
+  if (nodes.length !== 2 || before !== titleOf(question?.content ?? "")) return;
+  const part = text => text.slice(0, TITLE_CHARACTERS), content = TEXT.titleRequest(part(question.content), part(node.content));
+  const made = await jsonOf(post(ROUTES.v1, {messages: [{role: "user", content}], max_tokens: TITLE_TOKENS, temperature: 0,
+    ...(state.model.ours ? {priority: "low", reasoning_effort: "none"} : modelNamed())}));
+  const said = made?.choices?.[0]?.message?.content, text = isText(said) ? said : "";
+  const title = titleOf((untagged({content: text}).content ?? text).replace(/^\W*title\W+/i, "").replace(/["“”*]|\.\W*$/g, ""));
+  if (!title || chat.title !== before || !isStored(chat)) return;
+  changeChat(chat, {title});
+  render();
 }
 
 async function readAnswer(run, response) {
@@ -380,6 +461,7 @@ async function readAnswer(run, response) {
     try {
       return await readEvents(run, response);
     } catch (error) {
+      if (error instanceof Lost) watchServer();
       if (!(error instanceof Lost) || !run.resumable) throw error;
       response = await takeUp(run);
       if (!response) { run.node.note = "interrupted"; return undefined; }
@@ -391,16 +473,24 @@ async function readEvents(run, response) {
   const {node} = run;
   let ended = false;
   for await (const {id, event} of serverEvents(response.body, run.resumable ? SILENCE_MS : FOREVER_MS)) {
-    const news = readEvent(event);
+    const news = untaggedNews(run, readEvent(event));
     if (id) node.stream = {...node.stream, next: Number(id) + 1};
     run.progress = news.progress ?? (news.text || news.reasoning ? null : run.progress);
+    if (news.prompt) run.prompt = news.prompt;
     if (news.usage?.completion_tokens) run.tokens = news.usage.completion_tokens;
-    if (news.text || news.reasoning) grow(run, news);
-    if (news.text || news.reasoning || news.progress) paintSoon(run);
+    const grown = news.text || news.reasoning || news.moved;
+    if (grown) grow(run, news);
+    if (grown || news.progress) paintSoon(run);
     ended ||= news.reason !== null;
     noteFacts(run, news, ended);
   }
   if (!ended) throw new Lost(TEXT.endedEarly);
+}
+
+// Other servers may leave thoughts in the text, between tags.
+function untaggedNews(run, news) {
+  if (state.model.ours || news.reasoning) run.tags = null;
+  return run.tags && news.text ? {...news, ...run.tags.push(news.text)} : news;
 }
 
 // What the server says about an answer, mostly in its last events.
@@ -416,8 +506,12 @@ function noteFacts({node, dropped}, {gpu, model, seed, timings, usage, reason}, 
   if (dropped) node.timings.dropped_messages = dropped + (timings?.dropped_messages ?? 0);
 }
 
-function grow(run, {text, reasoning}) {
+function grow(run, {text, reasoning, moved = false}) {
   const {node} = run, now = performance.now();
+  if (moved) {
+    Object.assign(node, {reasoning: node.content, content: ""});
+    paint(node);                                         // once without it: a view only ever grows
+  }
   if (!run.chunks++) { run.firstAt = now; announce(TEXT.answering); }
   run.lastAt = now;
   if (reasoning) Object.assign(node, {reasoning: (node.reasoning ?? "") + reasoning, thought: Math.round(now - run.firstAt)});
@@ -436,6 +530,9 @@ function saveGrown(run) {
   run.saving = 0;
   store.change("nodes", run.node.id, {content, reasoning, thought, stream, ended, note, error, remedy, timings, model, seed});
 }
+
+// The tokens of a growing answer and its prompt as far as they are known; null without the prompt's.
+const countsOf = run => run?.prompt ? {prompt_tokens: run.prompt, completion_tokens: run.tokens || run.chunks} : null;
 
 // Tokens per second so far: as counted by the server, otherwise about one for each event.
 const liveSpeed = run => ((run.tokens || run.chunks) - 1) / Math.max(0.001, (run.lastAt - run.firstAt) / 1000);
@@ -544,16 +641,20 @@ const COMMANDS = {
   ...Object.fromEntries(PARAMETERS.map(parameter => [parameter.command, value => setParameter(parameter, value)])),
   system: value => { changeChat(state.chat, {system: value}); say(value ? TEXT.systemIs(value) : TEXT.systemIsEmpty); },
   clear: () => newChat(),
-  help: () => say(TEXT.help),
+  help: () => say(TEXT.help(Object.keys(COMMANDS).map(name => [`/${name}`, valueOf(name)].join(" ").trim()))),
 };
+
+// What a command takes, in words; "" if nothing.
+const valueOf = name => name === "system" ? TEXT.aText : PARAMETERS.find(({command}) => command === name)?.choices?.join(" | ") ??
+  (PARAMETERS.some(({command}) => command === name) ? TEXT.aNumber : "");
 
 // Without a value, the server's default again. Returns a message if something is wrong.
 function setParameter(parameter, text) {
-  const {name, command, min, max} = parameter, value = parameterValue(parameter, text);
-  if (text && value === undefined) return TEXT.badParameter(command, text, min, max);
+  const {name, command, min, max, choices} = parameter, value = parameterValue(parameter, text);
+  if (text && value === undefined) return choices ? TEXT.badChoice(command, text, choices) : TEXT.badParameter(command, text, min, max);
   const {[name]: old, ...others} = state.chat.parameters;
   changeChat(state.chat, {parameters: text ? {...others, [name]: value} : others});
-  return say(TEXT.parameterIs(command, text));
+  return say(TEXT.parameterIs(TEXT.parameters[name], value));
 }
 
 // Runs "/name value". False, with the reason in state.refusal, if it cannot.
@@ -573,20 +674,44 @@ function say(text) {
   announce(text);
 }
 
+// Shows what a file brings, and stores it if the reader wants that.
 async function importFile(file) {
   try {
-    importAll(importOf(await file.text(), file.name), file.name);
+    const chats = importOf(await file.text(), file.name);
+    for (const each of chats) each.twin = await twinOf(each);
+    if (await showImport(chats, file.name)) importAll(chats, file.name);
   } catch (error) {
     say(error.message);
   }
 }
 
-function importAll(chats, name) {
-  for (const {conversation, nodes} of chats) addChat(conversation, nodes);
-  const messages = chats.reduce((count, {nodes}) => count + nodes.length, 0);
-  const text = TEXT.imported(chats.length, messages, name);
-  return openChat(chats[0]?.conversation.id, chats[0]?.nodes).then(() => say(text));
+// The stored chat that an imported one once was: begun in the same millisecond with the same words. {chat, count} or null.
+async function twinOf({conversation, nodes}) {
+  for (const chat of state.chats.values()) {
+    if (chat.created !== conversation.created) continue;
+    const its = await store.read("nodes", chat.id), first = list => list.find(({parent}) => parent === null)?.content;
+    if (first(its) === first(nodes)) return {chat, count: its.length};
+  }
+  return null;
 }
+
+// Stores chats. A `twin` with `replace` gives way.
+async function importAll(chats, name) {
+  const messages = countMessages(chats), text = TEXT.imported(chats.length, messages, name);
+  for (const {conversation, nodes} of chats) addChat(conversation, nodes);
+  const opened = openChat(chats[0]?.conversation.id, chats[0]?.nodes);
+  const gone = await removeChats(chats.filter(({twin}) => twin?.replace).map(({twin}) => twin.chat));
+  await opened;
+  say(text);
+  if (!gone.length) return;
+  offerUndo(TEXT.replaced(gone.length), async () => {
+    await removeChats(chats.map(({conversation}) => conversation));
+    bringBack(gone);
+  });
+  render();
+}
+
+const countMessages = chats => chats.reduce((count, {nodes}) => count + nodes.length, 0);
 
 // Imports the one chat of an older version of the page, and deletes it there once it is stored here.
 async function takeOverOldChat() {

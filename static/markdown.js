@@ -436,12 +436,24 @@ class MathBlock extends Leaf {
 function codeBox(language, code) {
   const copy = element("button", {type: "button", className: "icon plain i-copy", textContent: TEXT.copyCode,
     onclick: event => copyText(code.textContent.replace(/\n$/, ""), event.currentTarget)});
+  const act = (label, icon, onclick) => {
+    const made = element("button", {type: "button", className: `icon plain i-${icon}`, title: label, onclick});
+    made.setAttribute("aria-label", label);
+    return made;
+  };
+  const wrap = act(TEXT.wrap, "wrap", () => wrap.setAttribute("aria-pressed", pre.classList.toggle("wrapped")));
+  wrap.setAttribute("aria-pressed", "false");
+  const save = act(TEXT.downloadCode, "export", () => download(code.textContent, `code.${EXTENSIONS[language] ?? (/^[a-z0-9]{1,8}$/.exec(language) ?? "txt")}`, "text/plain"));
   const pre = element("pre", {tabIndex: 0}, code);          // so that wide code scrolls by keyboard
   pre.setAttribute("role", "group");
   pre.setAttribute("aria-label", TEXT.codeIn(language));
   return element("div", {className: "code"},
-    element("div", {className: "code-bar"}, element("span", {textContent: language || "text"}), copy), pre);
+    element("div", {className: "code-bar"}, element("span", {textContent: language || "text"}), wrap, save, copy), pre);
 }
+
+// Names of files for languages that are not called like them.
+const EXTENSIONS = {python: "py", javascript: "js", typescript: "ts", bash: "sh", shell: "sh", ruby: "rb", rust: "rs", markdown: "md", perl: "pl",
+  haskell: "hs", kotlin: "kt", csharp: "cs", "c++": "cpp", text: "txt", plaintext: "txt"};
 
 // The text of a growing code block: highlighted and settled in steps that end where the language's state is
 // the initial one, then an unsettled rest. (highlight.js keeps the state in `_top`; without it, code is

@@ -14,14 +14,14 @@ function render() {
   const {chat, model, phase} = state, growing = isGrowing(lastNode());
   setText($("title"), chat.title || TEXT.newChat);
   setText($("model"), model.name || TEXT.chat);
-  document.title = chat.title ? `${chat.title} - ${model.name || TEXT.chat}` : model.name ? `${model.name} - ${TEXT.chat}` : TEXT.chat;
+  document.title = (state.ended ? TEXT.endedMark : "") + titleOfTab(chat, model);
   $("lamp").className = phase;
   const turns = renderTurns();
   if (!hasEnd() && ($("log").childElementCount !== 1 || !$("log").contains(empty.node))) $("log").scrollTop = 0;
   syncChildren($("log"), [...(turns.length ? turns : [emptyPage()]), ...(state.notice ? [noticeOf(state.notice)] : [])]);
   renderChats();
   renderComposer(growing);
-  renderToast();
+  renderToasts();
   renderState();
   followEnd();
 }
@@ -38,6 +38,9 @@ function renderComposer(growing) {
   $("trouble").hidden = !store.trouble;
 }
 
+const titleOfTab = (chat, model) => chat.title ? `${chat.title} - ${model.name || TEXT.chat}`
+  : model.name ? `${model.name} - ${TEXT.chat}` : TEXT.chat;
+
 const setText = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 
 function syncChildren(parent, nodes) {
@@ -47,29 +50,41 @@ function syncChildren(parent, nodes) {
 
 // The line below the composer, with how full the context is.
 function renderState() {
-  const {phase, loading} = state, last = lastNode(), run = state.runs.get(last?.id);
+  const last = lastNode(), run = state.runs.get(last?.id);
   const shownInTurn = isGrowing(last) && !last.content && !run?.lost;
   setText($("state"), shownInTurn ? "" : isGrowing(last) ? growingText(last, run) + (run ? liveSpeedText(run) : "")
-    : phase === "loading" ? loadingText(loading)
-    : phase === "connecting" ? TEXT.connecting
-    : phase === "unreachable" ? TEXT.noServerYet(serverHome()) : "");
+    : state.path.length ? serverText() : "");             // the empty page says it itself
+  $("enter-key").hidden = state.phase !== "locked";
   renderGauge();
 }
 
 const loadingText = ({stage, fraction}) => TEXT.loading(stage || TEXT.starting, fraction);
 
+// {used, guessed}: tokens of the path as the server last counted them, and about how many came after that.
+function usedTokens() {
+  let guessed = 0;
+  for (const node of state.path.toReversed()) {
+    const {prompt_tokens: prompt, completion_tokens: count = 0} = countsOf(state.runs.get(node.id)) ?? node.timings ?? {};
+    if (prompt) return {used: prompt + count, guessed};
+    guessed += Math.ceil((node.content.length + (node.reasoning?.length ?? 0)) / TOKEN_CHARACTERS);
+  }
+  return {used: 0, guessed};
+}
+
 function renderGauge() {
-  const {path, model: {context}, draft, counted} = state;
-  const facts = path.findLast(node => node.timings?.prompt_tokens)?.timings;
-  const used = facts ? facts.prompt_tokens + (facts.completion_tokens ?? 0) : 0;
-  const draftTokens = counted.text && counted.text === draftContent() ? counted.tokens : 0;
-  $("gauge").hidden = !context || !used && !draftTokens;
-  setText($("warning"), draft.text && draftTokens >= context && context ? TEXT.tooLong(draftTokens, context)
-    : context && used + draftTokens >= context ? TEXT.willDrop : "");
+  const {path, model: {context, ours}, counted, chat: {parameters}} = state;
+  const {used: known, guessed} = usedTokens(), used = known + guessed;
+  const current = counted.text && counted.text === draftContent(), draft = current ? counted.tokens : 0;
+  const alone = draft && draft + counted.around;
+  // ours keeps this much for the answer when it chooses what to leave out; others may refuse instead
+  const kept = ours ? Math.min(parameters.max_tokens ?? Infinity, Math.floor(context / 4)) : 0;
+  $("gauge").hidden = !context || !used && !draft;
+  setText($("warning"), !context ? "" : alone >= context ? TEXT.tooLong(alone, context)
+    : path.length && used + draft + kept > context && !isGrowing(lastNode()) ? (ours ? TEXT.willDrop : TEXT.full) : "");
   if ($("gauge").hidden) return;
-  setText($("context"), TEXT.used(used, draftTokens, context));
+  setText($("context"), TEXT.used(used, draft, context, guessed > 0));
   $("gauge").style.setProperty("--used", Math.min(1, used / context));
-  $("gauge").style.setProperty("--draft", Math.min(1, draftTokens / context));
+  $("gauge").style.setProperty("--draft", Math.min(1, draft / context));
 }
 
 const noticeOf = text => element("p", {className: "notice", textContent: text});
@@ -79,11 +94,10 @@ let empty = {key: "", node: null};
 
 function emptyPage() {
   const {model, phase, loading} = state;
-  const key = JSON.stringify([model.name, model.device, model.context, phase, loading, canAsk()]);
+  const key = JSON.stringify([model.name, model.devices, model.context, phase, serverText(), canAsk()]);
   if (empty.key === key) return empty.node;
   const page = element("section", {className: "empty"}, element("h2", {textContent: TEXT.welcome}));
-  page.append(element("p", {textContent: {ready: TEXT.running(model.device, model.context),
-    loading: loadingText(loading)}[phase] ?? TEXT.looking}));
+  page.append(element("p", {textContent: phase === "ready" ? TEXT.running(model.devices.map(TEXT.device), model.context) : serverText()}));
   if (/^SmolLM2-135M/.test(model.name)) page.append(element("p", {className: "notice"}, ...TEXT.demonstration(text => element("code", {textContent: text}))));
   if (phase === "loading") {
     const bar = element("progress", loading.fraction ? {max: 1, value: loading.fraction} : {});
@@ -96,13 +110,16 @@ function emptyPage() {
   return page;
 }
 
-function renderToast() {
-  const {undo} = state, toast = $("toast");
-  if (toast.undo === undo) return;
-  toast.undo = undo;
-  toast.replaceChildren(...(undo ? [element("span", {textContent: undo.text}),
-    element("button", {type: "button", className: "plain", textContent: TEXT.undo, onclick: () => { state.undo = null; undo.restore(); render(); }}),
-    iconButton(TEXT.dismiss, "close", () => { state.undo = null; render(); })] : []));
+function renderToasts() {
+  const {toasts} = state, shown = $("toasts");
+  if (shown.toasts === toasts) return;
+  shown.toasts = toasts;
+  shown.replaceChildren(...toasts.map(toast => {
+    const close = act => { state.toasts = state.toasts.filter(each => each !== toast); act(); render(); };
+    return element("div", {className: "toast"}, element("span", {textContent: toast.text}),
+      element("button", {type: "button", className: "plain", textContent: toast.label, onclick: () => close(toast.act)}),
+      iconButton(TEXT.dismiss, "close", () => close(() => {})));
+  }));
 }
 
 function announce(text) { $("announcer").textContent = text; }
@@ -192,7 +209,7 @@ function newRow(id) {
   row.pin = iconButton(TEXT.pin, "pin", () => { changeChat(chat(), {pinned: !chat().pinned}); render(); });
   row.rename = iconButton(TEXT.rename, "edit", () => renameChat(row, chat()));
   row.item = element("li", {}, row.link, element("div", {className: "row-actions"}, row.pin, row.rename,
-    iconButton(TEXT.delete, "delete", () => { deleteChat(chat()); $("search").focus(); })));
+    iconButton(TEXT.delete, "delete", () => { deleteChats([chat()], TEXT.deleted(chat().title)); $("search").focus(); })));
   return row;
 }
 
@@ -256,14 +273,15 @@ function toggleSidebar() {
 
 // menus ---------------------------------------------------------------------------------------------------------------
 
-// A menu of [label, icon, act, value] below a button. Arrow keys move in it, Escape and a click elsewhere close it.
-function openMenu(anchor, items) {
+// A menu of [label, icon, act, value] below a button, with a text at its end. Arrow keys move in it, Escape and a click
+// elsewhere close it.
+function openMenu(anchor, items, text = "") {
   const buttons = items.map(([label, icon, act, value]) => {
     const made = button(label, icon, () => { menu.hidePopover(); act(anchor); });
     if (value) made.append(element("small", {textContent: value, ariaHidden: "true"}));
     return made;
   });
-  const menu = element("div", {className: "menu", popover: "auto"}, ...buttons);
+  const menu = element("div", {className: "menu", popover: "auto"}, ...buttons, ...(text ? [element("p", {className: "hint", textContent: text})] : []));
   menu.setAttribute("role", "group");
   menu.setAttribute("aria-label", anchor.getAttribute("aria-label"));
   menu.onkeydown = event => moveInMenu(event, buttons);
@@ -299,6 +317,7 @@ const THEMES = ["", "light", "dark"];
 const mainMenu = () => [
   [TEXT.export, "export", () => openMenu($("menu"), exportMenu())],
   [TEXT.import, "import", () => $("import-file").click()],
+  ...(state.chats.size ? [[TEXT.deleteAll, "delete", deleteAll]] : []),
   [TEXT.server, "server", () => openServer()],
   [TEXT.theme, "theme", nextTheme, TEXT.themes[state.preferences.theme]],
   [TEXT.shortcuts, "keys", () => $("keys-dialog").showModal()],
@@ -311,7 +330,24 @@ function nextTheme() {
   announce(TEXT.themeIs(TEXT.themes[theme]));
 }
 
-// export --------------------------------------------------------------------------------------------------------------
+async function deleteAll() {
+  const count = state.chats.size, body = [element("p", {textContent: TEXT.deleteAllHint})];
+  if (await confirmed(TEXT.deleteAllTitle(count), body, TEXT.keepThem, TEXT.deleteAll)) {
+    await deleteChats([...state.chats.values()], TEXT.deletedChats(count));
+  }
+}
+
+// Asks in a dialog. Resolves to whether the reader agrees.
+function confirmed(title, body, no, yes) {
+  const dialog = $("ask-dialog");
+  $("ask-body").replaceChildren(...body);
+  for (const [name, text] of [["title", title], ["no", no], ["yes", yes]]) $(`ask-${name}`).textContent = text;
+  dialog.returnValue = "no";
+  dialog.showModal();
+  return new Promise(resolve => { dialog.onclose = () => resolve(dialog.returnValue === "yes"); });
+}
+
+// import and export ---------------------------------------------------------------------------------------------------
 
 const exportMenu = () => [
   [TEXT.thisChat, "export", () => exportChats([state.chat])],
@@ -319,6 +355,22 @@ const exportMenu = () => [
   [TEXT.asMarkdown, "export", () => download(markdownOf(state.chat, state.path), `${fileName(state.chat)}.md`, "text/markdown")],
   [TEXT.asPage, "export", () => download(pageOf(state.chat, state.path), `${fileName(state.chat)}.html`, "text/html")],
 ];
+
+// Shows what a file would bring. Of a chat that is here already, the older one gives way unless the reader keeps both.
+function showImport(chats, name) {
+  const size = (count, time) => `${TEXT.messages(count)} · ${new Intl.DateTimeFormat(undefined, {dateStyle: "medium"}).format(time)}`;
+  const rows = chats.map(({conversation: {title, updated}, nodes, twin}) => {
+    const row = element("li", {}, element("span", {dir: "auto", textContent: title || TEXT.untitled}),
+      element("small", {textContent: size(nodes.length, updated)}));
+    if (!twin) return row;
+    twin.replace = updated >= twin.chat.updated && nodes.length >= twin.count;
+    const box = element("input", {type: "checkbox", checked: twin.replace, onchange: () => { twin.replace = box.checked; }});
+    row.append(element("label", {className: "check"}, box, element("span", {textContent: TEXT.replace(size(twin.count, twin.chat.updated))})));
+    return row;
+  });
+  return confirmed(TEXT.importTitle(name), [element("p", {textContent: TEXT.brings(chats.length, countMessages(chats))}),
+    element("ul", {className: "imports"}, ...rows)], TEXT.leaveIt, TEXT.import);
+}
 
 async function exportChats(chats) {
   const nodes = new Map();
@@ -379,6 +431,7 @@ function pageOf({title}, path) {
 
 const LONG_PASTE = 4000;          // characters from which a paste becomes a file
 const MOST_FILE = 1 << 20;        // bytes
+const TOKEN_CHARACTERS = 4;       // about as many, where nobody has counted
 
 // Calls `act` on Enter, except while composing, with Shift, and on touch keyboards, where Enter is a new line.
 function onEnter(field, act) {
@@ -405,6 +458,7 @@ function setDraft(text, files = state.draft.files, store = true) {
   if (newFiles) $("files").replaceChildren(...files.map(fileChip));
   if (store) saveDraft();
   renderComposer(isGrowing(lastNode()));
+  offerCommands();
   countDraft();
 }
 
@@ -413,19 +467,21 @@ function fileChip(file) {
     setDraft(state.draft.text, state.draft.files.filter(each => each !== file));
     $("message").focus();
   });
-  return element("li", {className: "icon i-file"}, element("span", {textContent: file.name}), element("small", {textContent: TEXT.characters(file.text.length)}), remove);
+  const size = TEXT.characters(file.text.length) + (TEXT.encodings[file.encoding] ?? "");
+  return element("li", {className: "icon i-file"}, element("span", {textContent: file.name}), element("small", {textContent: size}), remove);
 }
 
 let counting = 0;
 
 // Asks how many tokens the draft has, a moment after the last key.
 async function countDraft() {
-  const mine = ++counting, text = draftContent();
+  const mine = ++counting, text = draftContent(), long = text.length > 400000;
   if (text) await wait(300);
   if (mine !== counting) return;
-  const tokens = !text || state.model.api !== "v1" ? 0 : text.length > 400000 ? Math.round(text.length / 4) : await countTokens(text);
+  const [tokens, around] = !text || state.model.api !== "v1" ? [0, 0] :
+    await Promise.all([long ? Math.round(text.length / TOKEN_CHARACTERS) : countTokens(text), tokensAround(state.chat.system)]);
   if (mine !== counting) return;
-  state.counted = {text, tokens: tokens ?? 0};
+  state.counted = {text, tokens: tokens ?? 0, around};
   renderGauge();
 }
 
@@ -436,11 +492,11 @@ async function addFiles(list) {
   for (const file of list) {
     try {
       if (file.size > MOST_FILE) throw new Error(TEXT.fileTooLarge(file.name, MOST_FILE));
-      const text = new TextDecoder("utf-8", {fatal: true}).decode(await file.arrayBuffer());
-      if (text.includes("\0")) throw new TypeError();
-      files.push({name: file.name, text});
+      const read = textOf(new Uint8Array(await file.arrayBuffer()));
+      if (!read) throw new Error(TEXT.notText(file.name));
+      files.push({name: file.name, ...read});
     } catch (error) {
-      state.refusal = error instanceof TypeError ? TEXT.notText(file.name) : error.message;
+      state.refusal = error.message;
     }
   }
   setDraft(state.draft.text, [...state.draft.files, ...files]);
@@ -453,6 +509,46 @@ function onPaste(event) {
   else if (text.length >= LONG_PASTE) setDraft(state.draft.text, [...state.draft.files, {name: TEXT.pasted(state.draft.files.length), text}]);
   else return;
   event.preventDefault();
+}
+
+// The commands that begin like the draft, above it.
+const offered = {names: [], at: 0, closed: ""};       // `closed`: the text for which Escape has closed the list
+
+function offerCommands() {
+  const {text, files} = state.draft, begun = /^\/(\w*)$/.exec(text)?.[1];
+  const names = begun === undefined || files.length || text === offered.closed ? [] : Object.keys(COMMANDS).filter(name => name.startsWith(begun));
+  if (names.join() !== offered.names.join()) Object.assign(offered, {names, at: 0});
+  if (text !== offered.closed) offered.closed = "";
+  const list = $("commands"), message = $("message");
+  list.hidden = !names.length;
+  list.replaceChildren(...names.map((name, i) => {
+    const option = element("div", {id: `command-${name}`, onclick: () => completeCommand(name)}, element("span", {textContent: `/${name}`}),
+      element("small", {textContent: [valueOf(name), TEXT.commands[name] ?? ""].filter(Boolean).join(" · ")}));
+    option.setAttribute("role", "option");
+    option.setAttribute("aria-selected", i === offered.at);
+    return option;
+  }));
+  if (names.length) message.setAttribute("aria-activedescendant", `command-${names[offered.at]}`);
+  else message.removeAttribute("aria-activedescendant");
+  list.children[offered.at]?.scrollIntoView({block: "nearest"});
+}
+
+function completeCommand(name) {
+  setDraft(valueOf(name) ? `/${name} ` : `/${name}`);
+  $("message").focus();
+}
+
+// Keys while commands are offered. Enter sends a command that is complete.
+function onCommandKey(event) {
+  const {names, at} = offered, name = names[at], step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+  if (!name || composing(event) || event.shiftKey) return;
+  if (step) offered.at = (at + step + names.length) % names.length;
+  else if (event.key === "Escape") offered.closed = state.draft.text;
+  else if (event.key === "Tab" || event.key === "Enter" && state.draft.text !== `/${name}`) completeCommand(name);
+  else return;
+  event.preventDefault();
+  event.stopImmediatePropagation();
+  offerCommands();
 }
 
 let recalled = 0;                 // how far ArrowUp has gone back
@@ -506,10 +602,11 @@ function showSettings() {
   for (const field of settingsFields()) {
     const name = field.dataset.parameter, usual = defaults[name];
     field.value = parameters[name] ?? "";
+    if (name === "reasoning_effort") field.parentElement.hidden = state.model.can.reasoning === false && !field.value;
     field.placeholder = name === "seed" ? TEXT.random : usual !== undefined && usual !== null ? String(usual)
       : name === "max_tokens" && state.model.api === "v1" ? TEXT.restOfContext : TEXT.default;
   }
-  $("clicks").checked = preferences.clicks;
+  for (const name of SWITCHES) $(name).checked = preferences[name];
   const own = Object.keys(preferences.presets);
   $("preset").replaceChildren(element("option", {value: "", textContent: TEXT.choosePreset}),
     ...Object.keys(TEXT.presets).map(name => element("option", {value: `=${name}`, textContent: TEXT.presets[name]})),
@@ -558,18 +655,30 @@ function deletePreset() {
   showSettings();
 }
 
+const SWITCHES = ["clicks", "titles", "notify"];      // preferences that are on or off
+
+async function changeSwitch(box) {
+  if (box.id === "notify" && box.checked && await Notification.requestPermission() !== "granted") {
+    box.checked = false;
+    setText($("notify-refused"), TEXT.notifyRefused);
+  }
+  changePreferences({[box.id]: box.checked});
+}
+
 function bindSettings() {
   const dialog = $("settings-dialog");
-  $("parameters").append(...PARAMETERS.map(({name, min, max, step}) => {
-    const field = element("input", {type: "number", min, max, step, inputMode: step === 1 ? "numeric" : "decimal"});
+  $("parameters").append(...PARAMETERS.map(({name, min, max, step, choices}) => {
+    const field = choices ? element("select", {}, ...["", ...choices].map(value => element("option", {value, textContent: value || TEXT.default})))
+      : element("input", {type: "number", min, max, step, inputMode: step === 1 ? "numeric" : "decimal"});
     field.dataset.parameter = name;
     return element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field);
   }));
   dialog.addEventListener("input", ({target}) => {
-    if (target.id === "clicks") changePreferences({clicks: target.checked});
+    if (SWITCHES.includes(target.id)) changeSwitch(target);
     else if (!["preset", "preset-name"].includes(target.id)) takeSettings();
   });
   dialog.addEventListener("close", render);
+  $("notify").parentElement.hidden = typeof Notification === "undefined" || !isSecureContext;
   $("preset").onchange = ({target}) => choosePreset(target.value);
   $("save-preset").onclick = savePreset;
   $("delete-preset").onclick = deletePreset;
@@ -590,17 +699,27 @@ function openServer() {
   $("server-url").value = state.preferences.server;
   $("server-url").placeholder = PAGE_HOME;
   $("server-key").value = serverKey();
-  setText($("server-problem"), "");
   $("server-dialog").showModal();
+  showProblems("", state.phase === "locked" ? keyText() : "");
 }
+
+// What is wrong with the address and with the key, each below its field.
+function showProblems(address, key) {
+  for (const [name, text] of [["url", address], ["key", key]]) {
+    setText($(`${name}-problem`), text);
+    $(`server-${name}`).setAttribute("aria-invalid", Boolean(text));
+  }
+  if (key) $("server-key").focus();
+}
+
+const keyText = () => state.refusedKey ? TEXT.wrongKey : TEXT.keyWanted;
 
 // Opens the Server dialog for a key, once for each refused key: the reader may close it unchanged.
 function wantKey(key) {
-  if (state.refusedKey === key) return;
-  state.refusedKey = key;
-  openServer();
-  setText($("server-problem"), key ? TEXT.wrongKey : TEXT.keyWanted);
-  $("server-key").focus();
+  const news = state.refusedKey !== key;
+  Object.assign(state, {phase: "locked", refusedKey: key});
+  render();
+  if (news) openServer();
 }
 
 // The fields of the dialog. A key typed for another server does not count for this one.
@@ -608,7 +727,7 @@ function takeServer(event) {
   const typed = $("server-url").value.trim(), home = typed ? serverAddress(typed) : "";
   if (home === null) {
     event.preventDefault();
-    return setText($("server-problem"), TEXT.noAddress(typed));
+    return showProblems(TEXT.noAddress(typed), "");
   }
   const key = $("server-key").value, origin = originOf(home || PAGE_HOME), {[origin]: old, ...keys} = state.preferences.keys;
   changePreferences({keys: key ? {...keys, [origin]: key} : keys});
@@ -619,7 +738,7 @@ function takeServer(event) {
 function useServer(home) {
   const {servers} = state.preferences, server = home === PAGE_HOME ? "" : home;
   changePreferences({server, servers: server && !servers.includes(server) ? [...servers, server] : servers});
-  Object.assign(state, {phase: "connecting", model: {...NO_MODEL}});
+  Object.assign(state, {phase: "connecting", reached: "", model: {...NO_MODEL}});
   render();
   watchServer();
 }
@@ -630,9 +749,8 @@ function wantedServer() {
   const home = given ? serverAddress(given) : null;
   if (!home || home === serverHome()) return false;
   if (home === PAGE_HOME || state.preferences.servers.includes(home)) { changePreferences({server: home === PAGE_HOME ? "" : home}); return false; }
-  setText($("ask-server"), TEXT.askServer(home));
-  $("ask-dialog").onclose = () => { if ($("ask-dialog").returnValue === "yes") useServer(home); else watchServer(); };
-  $("ask-dialog").showModal();
+  confirmed(TEXT.askTitle, [element("p", {textContent: TEXT.askServer(home)})], TEXT.dontUseIt, TEXT.useIt)
+    .then(yes => yes ? useServer(home) : watchServer());
   return true;
 }
 
@@ -691,6 +809,7 @@ function bindPage() {
   $("settings").onclick = openSettings;
   $("import-file").onchange = async ({target}) => { if (target.files[0]) await importFile(target.files[0]); target.value = ""; };
   $("server-dialog").querySelector("form").onsubmit = takeServer;
+  $("enter-key").onclick = openServer;
   $("server-reset").onclick = () => { $("server-url").value = $("server-key").value = ""; };
   $("latest").onclick = () => { state.following = true; followEnd(); focusAfterClick(); };
   $("log").addEventListener("scroll", onScroll, {passive: true});
@@ -708,6 +827,8 @@ function bindComposer() {
   $("files-picker").onchange = async ({target}) => { await addFiles(target.files); target.value = ""; };
   message.oninput = ({target}) => { recalled = 0; state.refusal = ""; setDraft(target.value); };
   message.onpaste = onPaste;
+  message.addEventListener("keydown", onCommandKey);
+  $("commands").onmousedown = event => event.preventDefault();           // the focus stays in the message
   message.onkeydown = event => { if (["ArrowUp", "ArrowDown"].includes(event.key) && !composing(event)) recall(event); };
   onEnter(message, submitDraft);
   for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
@@ -737,6 +858,12 @@ function bindStore() {
   setInterval(adoptOrphans, 5000);
 }
 
+function bindServer() {
+  setInterval(glance, GLANCE_MS);
+  document.addEventListener("visibilitychange", () => { if (!document.hidden) { state.ended = 0; render(); } glance(); });
+  for (const event of ["online", "offline", "focus"]) addEventListener(event, glance);
+}
+
 let started = false;
 
 // The stored chats come a moment later; the page is usable before.
@@ -747,6 +874,7 @@ async function start() {
   bindComposer();
   bindSettings();
   bindStore();
+  bindServer();
   showSidebar(!narrow.matches && state.preferences.sidebar);
   render();
   if (!touch.matches) focusAfterClick();

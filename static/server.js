@@ -18,6 +18,8 @@ const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
 const serverHome = () => state.preferences.server || PAGE_HOME;
 const serverUrl = path => serverHome() + path;
 const originOf = url => new URL(url).origin;
+const pageOrigin = () => location.protocol === "file:" ? "null" : location.origin;
+const isElsewhere = () => originOf(serverHome()) !== location.origin;
 
 // A key is sent only to the origin for which it was given.
 const serverKey = () => state.preferences.keys[originOf(serverHome())] ?? "";
@@ -48,12 +50,11 @@ async function request(path, options = {}) {
   if (key) headers.Authorization = `Bearer ${key}`;
   try {
     const response = await fetch(serverUrl(path), {...options, headers});
-    if (response.status === 401) wantKey(key);
+    if (response.status === 401 && key === serverKey()) wantKey(key);
     return response;
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    const other = originOf(serverHome()) !== location.origin;
-    throw new Error(TEXT.noAnswer(serverHome(), other && (location.protocol === "file:" ? "null" : location.origin)));
+    throw new Error(TEXT.noAnswer(serverHome(), isElsewhere() && pageOrigin()));
   }
 }
 
@@ -68,9 +69,9 @@ async function errorOf(response) {
   let body = null;
   try { body = JSON.parse(text); } catch (error) { /* not JSON, perhaps a proxy's page */ }
   const plain = text.startsWith("<") ? "" : text.slice(0, 300);
-  const found = errorText(body) || plain || response.statusText || TEXT.refused;
+  const found = (errorText(body) || plain || response.statusText || TEXT.refused).trim().replace(/\.$/, "");
   const retryAfter = Number(response.headers.get("Retry-After")) || 0;
-  return new Refused(`${found} (HTTP ${response.status}${retryAfter ? TEXT.retryIn(retryAfter) : ""})`,
+  return new Refused(sentence(`${found} (HTTP ${response.status}${retryAfter ? TEXT.retryIn(retryAfter) : ""})`),
     {status: response.status, retryAfter, code: body?.error?.code ?? ""});
 }
 
@@ -80,52 +81,110 @@ function errorText(body) {
   return typeof found === "string" ? found : JSON.stringify(found);
 }
 
+// A server's words as a sentence. A first word that is the name of a field, such as max_tokens, stays.
+const sentence = text => text.replace(/^\p{Ll}[\p{L}-]*(?=[\s,;:]|$)/u, word => word[0].toUpperCase() + word.slice(1)).replace(/[^.!?…]$/, "$&.");
+
 // how it is -----------------------------------------------------------------------------------------------------------
 
-let watch = 0;                    // only the newest watcher of /health continues
+const HEALTH_MS = 8000;           // a server that has not answered by then is away
+const GLANCE_MS = 15000;          // how often an idle page looks whether its server is still there
 
+let watch = 0;                    // only the newest watcher of /health continues
+const waiting = [];               // what calls when the server can be asked
+
+// Asks /health until the server is ready, and then what it is.
 async function watchServer() {
   const mine = ++watch;
   for (let pause = 400; mine === watch; pause = Math.min(pause * 1.4, 5000)) {
     const found = await askHealth();
     if (mine !== watch) return;
+    if (found.phase === "ready") return describeServer(mine);
     const news = found.phase !== state.phase || JSON.stringify(found.loading) !== JSON.stringify(state.loading);
     Object.assign(state, found);
     if (news) render();
-    if (state.phase === "ready") return describeServer();
     await wait(pause);
   }
 }
 
 // Asks /health once. 503 means "not yet"; any other answer, even 404 from another kind of server, means "ask it".
 async function askHealth() {
+  const loading = {stage: "", fraction: null}, options = {cache: "no-store", signal: AbortSignal.timeout(HEALTH_MS)};
   try {
-    const response = await request("health", {cache: "no-store"});
-    if (response.status !== 503) return {phase: "ready", loading: {stage: "", fraction: null}};
-    const {loading, status} = await response.json().catch(() => ({}));
-    return {phase: "loading", loading: {stage: loading?.stage ?? status ?? "", fraction: loading?.fraction ?? null}};
+    const response = await request("health", options);
+    if (response.status !== 503) return {phase: "ready", loading};
+    const {loading: its, status} = await response.json().catch(() => ({}));
+    return {phase: "loading", loading: {stage: its?.stage ?? status ?? "", fraction: its?.fraction ?? null}};
   } catch (error) {
-    return {phase: "unreachable", loading: {stage: "", fraction: null}};
+    // an answer that a page may not read still shows that there is a server
+    const runs = isElsewhere() && await fetch(serverUrl("livez"), {...options, mode: "no-cors"}).then(() => true, () => false);
+    return {phase: runs ? "refusing" : "unreachable", loading};
   }
 }
 
-async function describeServer() {
+// Is the server not ready? Then it is watched from now on.
+async function isAway() {
+  const home = serverHome(), found = await askHealth();
+  if (found.phase === "ready" || home !== serverHome()) return false;
+  Object.assign(state, found);
+  render();
+  watchServer();
+  return true;
+}
+
+// Looks whether the server is still there, while nothing is asked of it.
+function glance() {
+  if (state.phase === "ready" && !document.hidden) isAway();
+}
+
+// Resolves when the server can be asked; rejects when the signal aborts.
+const untilReady = signal => new Promise((resolve, reject) => {
+  if (state.phase === "ready") return resolve();
+  waiting.push(resolve);
+  return signal.addEventListener("abort", () => reject(signal.reason));
+});
+
+// Why the server cannot be asked; "" if it can.
+function serverText() {
   const home = serverHome();
-  const [models, stats] = await Promise.all([jsonOf(request("v1/models")), jsonOf(request("stats"))]);
-  if (home !== serverHome()) return;
+  switch (state.phase) {
+    case "connecting": return TEXT.connecting;
+    case "loading": return loadingText(state.loading);
+    case "unreachable": return (state.reached === home ? TEXT.serverLost : TEXT.noServer)(home);
+    case "refusing": return TEXT.refusesPage(home, pageOrigin());
+    case "locked": return keyText();
+    default: return "";
+  }
+}
+
+async function describeServer(mine) {
+  const home = serverHome(), key = serverKey(), options = {signal: AbortSignal.timeout(HEALTH_MS)};
+  const [models, stats] = await Promise.all([jsonOf(request("v1/models", options)), jsonOf(request("stats", options))]);
+  if (mine !== watch) return;
+  if (models ?? stats) state.refusedKey = null;
+  Object.assign(state, {phase: state.refusedKey === key ? "locked" : "ready", loading: {stage: "", fraction: null}, reached: home});
   const first = models?.data?.[0] ?? {};
   const devices = new Set((stats?.workers ?? []).map(worker => worker.device));
   const can = {continue_final_message: CONTINUING.includes(first.owned_by), ...first.capabilities};
   state.model = {name: first.id ?? stats?.model ?? "", context: first.context_length ?? stats?.context_length ?? 0,
-    device: [...devices].join(", "), workers: stats?.workers?.length ?? 0, can,
+    devices: [...devices], workers: stats?.workers?.length ?? 0, can,
     defaults: first.defaults ?? {}, ours: first.owned_by === "chat_server", api: models?.data ? "v1" : "native"};
   render();
+  if (state.phase === "ready") waiting.splice(0).forEach(resolve => resolve());
 }
 
 // The number of tokens of a text; null if the server does not count them.
 async function countTokens(content) {
   const counted = await jsonOf(post("tokenize", {content}));
   return Array.isArray(counted?.tokens) ? counted.tokens.length : null;
+}
+
+// How many tokens the model's template puts around a message after this system prompt; 0 if the server does not say.
+const around = new Map();
+function tokensAround(system) {
+  const messages = [...(system.trim() ? [{role: "system", content: system}] : []), {role: "user", content: "a"}];
+  const key = JSON.stringify([serverHome(), state.model.name, system]);
+  if (!around.has(key)) around.set(key, templateText(messages).then(text => text && countTokens(text)).then(count => Math.max(0, (count ?? 1) - 1)));
+  return around.get(key);
 }
 
 // What the model's template puts around a single message; null if the server does not say.
@@ -138,6 +197,9 @@ async function templateText(messages) {
 
 const ROUTES = {v1: "v1/chat/completions", native: "chat/completions"};
 
+// Others want to be told which model.
+const modelNamed = () => state.model.ours || !state.model.name ? {} : {model: state.model.name};
+
 // Asks for an answer and returns its response once the server has accepted. Throws Refused, Lost, or what
 // fetch throws.
 async function postAnswer({messages, parameters, id, signal, goOn = false}) {
@@ -146,7 +208,7 @@ async function postAnswer({messages, parameters, id, signal, goOn = false}) {
   if (state.model.api === "v1") {
     const more = {stream: true, stream_options: {include_usage: true, continuous_usage_stats: true},
       ...(goOn ? {continue_final_message: true, add_generation_prompt: false} : {}),
-      ...(state.model.ours || !state.model.name ? {} : {model: state.model.name})};
+      ...modelNamed()};
     const response = await post(ROUTES.v1, {...body, ...more}, {headers, signal});
     if (![404, 405].includes(response.status)) return accepted(response);
     const error = await errorOf(response);
@@ -215,10 +277,10 @@ async function readChunk(reader, patience) {
 
 // An event of either API in one shape. Throws the server's error if it is one.
 function readEvent(event) {
-  if (event.error || event.detail) throw new Refused(errorText(event) || TEXT.gaveUp, {status: 0, code: event.error?.code ?? ""});
+  if (event.error || event.detail) throw new Refused(sentence(errorText(event) || TEXT.gaveUp), {status: 0, code: event.error?.code ?? ""});
   const choice = event.choices?.[0], delta = choice?.delta ?? {};
   return {text: event.token ?? delta.content ?? "", reasoning: event.reasoning ?? delta.reasoning_content ?? delta.reasoning ?? "",
-    progress: readProgress(event), gpu: event.gpu ?? event.timings?.gpu, model: event.model, seed: event.seed,
+    progress: readProgress(event), prompt: event.usage?.prompt_tokens ?? event.progress?.prompt_tokens, gpu: event.gpu ?? event.timings?.gpu, model: event.model, seed: event.seed,
     usage: event.usage ?? null, timings: event.timings ?? null, reason: event.finish_reason ?? choice?.finish_reason ?? (event.done ? "stop" : null)};
 }
 

@@ -88,6 +88,74 @@ function titleOf(text) {
   return line.length > 60 ? line.slice(0, 60).replace(/\s+\S*$/, "") + "…" : line;
 }
 
+// Tells thoughts from the answer where a server leaves their tags in the text: <think> at its start, or only </think> on a
+// line of its own if the template has opened it. `push` returns {reasoning, text, moved} of a piece of text; `moved`:
+// what came as text until now was thoughts too. What may become a tag is held back for the next piece or `finish`.
+class ThoughtTags {
+  constructor() { Object.assign(this, {place: "start", thought: false, held: "", last: "\n"}); }
+
+  push(piece) {
+    const news = {reasoning: "", text: "", moved: false};
+    let rest = this.held + piece;
+    this.held = "";
+    while (rest) rest = this[this.place](rest, news);
+    return news;
+  }
+
+  // The beginning, and what follows thoughts: there may be more of them.
+  start(rest, news) {
+    const begin = rest.trimStart(), opened = /^<think(ing)?>/.exec(begin);
+    if (!opened && ["<think>", "<thinking>"].some(tag => tag.startsWith(begin))) return this.hold(rest);
+    this.place = opened ? "opened" : "answer";
+    return opened ? begin.slice(opened[0].length) : this.thought ? begin : rest;
+  }
+
+  opened(rest) {
+    const begin = rest.trimStart();
+    if (begin) this.place = "thinking";
+    return begin;
+  }
+
+  thinking(rest, news) {
+    const [before, after] = this.cut(rest);
+    news.reasoning += before;
+    return after;
+  }
+
+  answer(rest, news) {
+    const [before, after, ended] = this.thought ? [rest, "", false] : this.cut(rest, true);
+    news.text += before;
+    this.last = before.at(-1) ?? this.last;
+    if (ended) Object.assign(news, {reasoning: news.text, text: "", moved: true});
+    return after;
+  }
+
+  // What is before the closing tag, and what comes after it. Without one, what may begin it is held back.
+  cut(rest, ownLine = false) {
+    const closing = /<\/think(ing)?>/g;
+    for (let found; (found = closing.exec(rest));) {
+      if (ownLine && (rest[found.index - 1] ?? this.last) !== "\n") continue;
+      Object.assign(this, {place: "start", thought: true});
+      return [rest.slice(0, found.index), rest.slice(closing.lastIndex), true];
+    }
+    const at = rest.lastIndexOf("<"), open = at >= 0 && "</thinking>".startsWith(rest.slice(at));
+    if (open) this.hold(rest.slice(at));
+    return [open ? rest.slice(0, at) : rest, "", false];
+  }
+
+  hold(rest) {
+    this.held = rest;
+    return "";
+  }
+
+  // What is still held, when nothing more comes.
+  finish() {
+    const {held, place} = this;
+    this.held = "";
+    return place === "thinking" ? {reasoning: held, text: ""} : {reasoning: "", text: this.thought ? held.trimStart() : held};
+  }
+}
+
 // attachments -------------------------------------------------------------------------------------------------------
 
 // A message of typed text and files: {content, attachments}. Each file follows as a code block with its name above.
@@ -102,6 +170,27 @@ function composeMessage(text, files) {
     content += block;
   }
   return {content, ...(attachments.length ? {attachments} : {})};
+}
+
+// The text of a file's bytes as {text, encoding}; null if it is none. UTF-8 or UTF-16, which is told by its mark or its
+// zeros, else Latin-1 as Windows has it.
+function textOf(bytes) {
+  for (const encoding of [...utf16Of(bytes), "utf-8", "windows-1252"]) {
+    try {
+      const text = new TextDecoder(encoding, {fatal: true}).decode(bytes);
+      const foreign = encoding === "windows-1252" ? /[\0-\x08\x0e-\x19\x1c-\x1f\x7f-\x9f]/ : /[\0-\x08\x0e-\x19\x1c-\x1f]/;
+      if (!foreign.test(text)) return {text, encoding};
+    } catch (error) { /* it is in none of that encoding */ }
+  }
+  return null;
+}
+
+// Without a mark, most characters must be ASCII's: then every second byte of them is zero.
+function utf16Of(bytes) {
+  const start = bytes.subarray(0, 4096), zeros = [0, 1].map(odd => start.filter((byte, i) => i % 2 === odd && !byte).length);
+  const most = odd => zeros[odd] > start.length / 4 && !zeros[1 - odd];
+  if (bytes[0] === 0xff && bytes[1] === 0xfe || most(1)) return ["utf-16le"];
+  return bytes[0] === 0xfe && bytes[1] === 0xff || most(0) ? ["utf-16be"] : [];
 }
 
 const languageOf = name => /\.([a-z0-9]{1,8})$/i.exec(name)?.[1].toLowerCase() ?? "";
@@ -197,7 +286,14 @@ function checkedNode(node) {
   if (timings) fields.timings = Object.fromEntries(Object.entries(timings).filter(([name, value]) =>
     Number.isFinite(value) || name === "finish_reason" && isText(value)));
   if (parameters) fields.parameters = checkedParameters(parameters);
-  return fields;
+  return fields.role === "assistant" ? {...fields, ...untagged(fields)} : fields;
+}
+
+// Other programs keep thoughts in the text of an answer.
+function untagged({content, reasoning: earlier = ""}) {
+  if (!/^\s*<think(ing)?>/.test(content)) return {};
+  const tags = new ThoughtTags(), {reasoning, text} = tags.push(content), rest = tags.finish();
+  return {reasoning: earlier + reasoning + rest.reasoning, content: text + rest.text};
 }
 
 // Nodes in a cycle of parents would never be reached, so the first of each cycle becomes a first message.
@@ -220,12 +316,17 @@ const PARAMETERS = [
   {name: "top_k", command: "topk", min: 0, max: 1000, step: 1},
   {name: "top_p", command: "topp", min: 0, max: 1, step: "any"},
   {name: "min_p", command: "minp", min: 0, max: 1, step: "any"},
+  {name: "repetition_penalty", command: "repetition", min: 0.01, max: 10, step: "any"},
+  {name: "presence_penalty", command: "presence", min: -2, max: 2, step: "any"},
+  {name: "frequency_penalty", command: "frequency", min: -2, max: 2, step: "any"},
+  {name: "reasoning_effort", command: "effort", choices: ["none", "low", "medium", "high"]},
   {name: "max_tokens", command: "maxtokens", min: 1, max: 1048576, step: 1},
   {name: "seed", command: "seed", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1},
 ];
 
-// The number in a text as a value of this parameter; undefined if it does not fit.
-function parameterValue({min, max, step}, text) {
+// What a text says as a value of this parameter; undefined if it does not fit.
+function parameterValue({min, max, step, choices}, text) {
+  if (choices) return choices.find(choice => choice === String(text).trim().toLowerCase());
   const value = Number(text);
   return String(text).trim() !== "" && value >= min && value <= max && (step !== 1 || Number.isInteger(value)) ? value : undefined;
 }

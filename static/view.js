@@ -178,12 +178,13 @@ function completeAnswer(view) {
   view.alert = element("div");
   view.retry = iconButton(TEXT.regenerate, "again", () => { regenerate(view.node); focusAfterClick(); });
   view.goOn = button(TEXT.goOn, "forward", () => { goOn(view.node); focusAfterClick(); });
+  view.nothing = element("p", {className: "nothing"});
   view.speed = element("span", {className: "speed"});
   view.copy = iconButton(TEXT.copy, "copy", clicked => copyRich(view, clicked));
   view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, view.goOn,
-    iconButton(TEXT.more, "more", clicked => openMenu(clicked, answerMenu(view))), view.speed);
+    iconButton(TEXT.more, "more", clicked => openMenu(clicked, answerMenu(view), factsText(view.node))), view.speed);
   view.article.prepend(view.thinking);
-  view.article.append(view.status, view.alert, view.actions);
+  view.article.append(view.nothing, view.status, view.alert, view.actions);
   view.body.onclick = event => clickToAct(event,() => regenerate(view.node));
 }
 
@@ -202,7 +203,9 @@ function updateAnswer(view) {
   view.copy.hidden = !node.content;
   view.goOn.hidden = growing || !canGoOn(node) || node !== lastNode() || !(node.error || node.edited ||
     ["stopped", "interrupted"].includes(node.note) || node.timings?.finish_reason === "length");
-  view.speed.textContent = growing ? "" : speedText(node);
+  setText(view.nothing, nothingText(node));
+  view.nothing.hidden = !view.nothing.textContent;
+  showSpeed(view.speed, growing ? {words: [], figures: []} : speedOf(node));
   view.speed.title = detailText(node.timings);
 }
 
@@ -245,6 +248,7 @@ function updateAlert(view, growing) {
 // What an answer is waiting for or doing.
 function growingText(node, run) {
   if (!run) return TEXT.inOtherTab;
+  if (run.waiting) return `${serverText()} ${TEXT.sentThen}`;
   const {progress} = run, doing = run.lost ? TEXT.lost : progress?.queued ? TEXT.queued(progress.queued)
     : progress?.read !== undefined ? TEXT.reading(progress.read)
     : node.content && run.chunks ? TEXT.writing : node.reasoning && run.chunks ? TEXT.thinkingNow : TEXT.waitingForFirst;
@@ -254,23 +258,41 @@ function growingText(node, run) {
 const liveSpeedText = run => run.chunks > 1 && !run.lost
   ? ` · ${TEXT.speed(liveSpeed(run))} · ${TEXT.tokens(run.tokens || run.chunks)}` : "";
 
-function speedText({timings: facts, note, edited, error}) {
-  const words = note ? [TEXT.notes[note] ?? note] : edited ? [TEXT.edited] : [];
-  if (!facts) return words.join(" · ");
+// What to say of an answer without a word.
+function nothingText(node) {
+  const {content, error, note, reasoning, timings} = node;
+  if (isGrowing(node) || error || content.trim()) return "";
+  return note ? TEXT.nothingBefore(TEXT.notes[note] ?? note) : !reasoning ? TEXT.nothing
+    : timings?.finish_reason === "length" ? TEXT.onlyThoughts : TEXT.thoughtNothing;
+}
+
+// {words, figures} about an answer that has ended. A narrow window shows the words, and the figures in the menu.
+function speedOf({timings, note, edited, error}) {
+  const words = note ? [TEXT.notes[note] ?? note] : edited ? [TEXT.edited] : [], figures = [], facts = timings ?? {};
   const {tokens_per_second: speed = facts.predicted_per_second, ttft_ms: first, completion_tokens: count} = facts;
   if (speed > 0) words.push(TEXT.speed(speed));
   else if (facts.measured) words.push(TEXT.aboutSpeed(facts.measured));
-  if (first !== undefined) words.push(TEXT.firstToken(first));
-  if (count) words.push(TEXT.tokens(count));
-  if (count > 1 && speed > 0) words.push(TEXT.seconds((first ?? 0) / 1000 + (count - 1) / speed));
-  if (state.model.workers > 1 && facts.gpu !== undefined) words.push(TEXT.worker(facts.gpu));
   if (facts.finish_reason === "length" && !note && !error) words.push(TEXT.cut);
   if (facts.dropped_messages) words.push(TEXT.dropped(facts.dropped_messages));
-  return words.join(" · ");
+  if (first !== undefined) figures.push(TEXT.firstToken(first));
+  if (count) figures.push(TEXT.tokens(count));
+  if (count > 1 && speed > 0) figures.push(TEXT.seconds((first ?? 0) / 1000 + (count - 1) / speed));
+  if (state.model.workers > 1 && facts.gpu !== undefined) figures.push(TEXT.worker(facts.gpu));
+  return {words, figures};
 }
 
-const detailText = facts => facts?.prompt_tokens
-  ? TEXT.details(facts.prompt_tokens, facts.cached_tokens ?? 0, Math.round(facts.queue_ms ?? 0), Math.round(facts.ttft_ms ?? 0)) : "";
+function showSpeed(shown, {words, figures}) {
+  const more = words.length && figures.length ? element("span", {className: "figures", textContent: ` · ${figures.join(" · ")}`}) : "";
+  const text = (words.length ? words : figures).join(" · ");
+  if (shown.textContent !== text + (more.textContent ?? "")) shown.replaceChildren(text, more);
+}
+
+function factsText(node) {
+  const {words, figures} = speedOf(node);
+  return [[...words, ...figures].join(" · "), detailText(node.timings)].filter(Boolean).join("\n");
+}
+
+const detailText = facts => facts?.prompt_tokens ? TEXT.details(facts) : "";
 
 // One frame of a growing answer.
 function paint(node) {

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -152,7 +153,7 @@ def test_a_message_can_be_deleted_with_what_follows_and_brought_back(page, stand
         expect_answered(page, number)
     more(questions(page).last, "Delete from here on")
     expect(said(questions(page))).to_have_text(["one"])
-    expect(page.locator("#toast")).to_contain_text("Deleted 2 messages.")
+    expect(page.locator(".toast")).to_contain_text("Deleted 2 messages.")
     button(page, "Undo").click()
     expect(said(questions(page))).to_have_text(["one", "two"])
     expect(answers(page)).to_have_count(2)
@@ -175,7 +176,9 @@ def test_a_branch_becomes_a_chat_of_its_own(page, stand_in):
     expect_answered(page, 2)
     assert [message["content"] for message in stand_in.bodies[-1]["messages"]] == \
         ["Be brief.", "one", "You said: one (answer 1)", "three"]
-    expect(chats(page)).to_have_count(2)
+    expect(chats(page)).to_have_text(["one (2)", "one"])
+    more(answers(page).first, "Branch into a new chat")
+    expect(chats(page)).to_have_text(["one (3)", "one (2)", "one"])
     chats(page).last.click()
     expect(said(questions(page))).to_have_text(["one", "two"])
 
@@ -340,8 +343,12 @@ def exported(page, tmp_path, name):
     return path
 
 
-def imported(page, path):
+def imported(page, path, replace=None):
     page.locator("#import-file").set_input_files(path)
+    dialog = page.get_by_role("dialog", name=f"Import {Path(path).name}?")
+    if replace is not None:
+        dialog.get_by_role("checkbox").set_checked(replace)
+    button(dialog, "Import").click()
 
 
 def test_a_chat_with_all_its_branches_goes_out_and_in_again(page, stand_in, tmp_path):
@@ -360,7 +367,7 @@ def test_a_chat_with_all_its_branches_goes_out_and_in_again(page, stand_in, tmp_
     answer = chat["nodes"][2]
     assert answer["model"] == "stand-in-135m" and answer["seed"] == 7 and answer["parameters"] == {"temperature": 0.3}
     assert answer["timings"]["tokens_per_second"] == 212.3
-    imported(page, path)
+    imported(page, path, replace=False)
     expect(page.get_by_role("log").get_by_text("Imported 1 chat with 3 messages from keep-me.json.")).to_be_visible()
     expect(chats(page)).to_have_text(["keep me", "keep me"])
     expect(answers(page)).to_contain_text("2/2")
@@ -420,8 +427,34 @@ def test_all_chats_go_out_together(page, stand_in, tmp_path):
     path = exported(page, tmp_path, "All chats (JSON)")
     file = json.loads(path.read_text())
     assert sorted(chat["title"] for chat in file["conversations"]) == ["one", "two"]
-    imported(page, path)
-    expect(chats(page)).to_have_count(4)
+    page.locator("#import-file").set_input_files(path)
+    dialog = page.get_by_role("dialog", name=f"Import {path.name}?")
+    expect(dialog).to_contain_text("It brings 2 chats with 4 messages.")
+    expect(dialog.get_by_role("listitem")).to_contain_text(["one2 messages", "two2 messages"])
+    boxes = dialog.get_by_role("checkbox", name="Replace the one that is here")
+    expect(boxes).to_have_count(2)
+    button(dialog, "Leave it").click()
+    settled(page)
+    expect(chats(page)).to_have_text(["two", "one"])
+    button(page, "Regenerate").click()                                  # now the one that is here is newer than the file
+    expect(answers(page)).to_contain_text("2/2")
+    page.locator("#import-file").set_input_files(path)
+    expect(dialog).to_contain_text("Replace the one that is here (3 messages")
+    assert [box.is_checked() for box in boxes.all()] == [True, False]
+    button(dialog, "Import").click()
+    expect(page.locator(".toast")).to_have_text("Replaced 1 chat.Undo")
+    expect(chats(page)).to_have_text(["two", "two", "one"])
+    settled(page)
+    reload(page)
+    expect(chats(page)).to_have_text(["two", "two", "one"])
+    page.locator("#import-file").set_input_files(path)
+    expect(boxes).to_have_count(2)
+    for box in boxes.all():
+        box.check()
+    button(dialog, "Import").click()
+    expect(page.locator(".toast")).to_have_text("Replaced 2 chats.Undo")
+    button(page, "Undo").click()
+    expect(chats(page)).to_have_text(["two", "two", "one"])
 
 
 def test_a_chat_as_markdown_and_as_a_page_that_needs_nothing_else(page, stand_in, tmp_path):
@@ -492,7 +525,7 @@ def test_a_file_that_is_no_conversation_changes_nothing(page, stand_in, tmp_path
     expect_answered(page)
     for name, (text, reason) in BAD_FILES.items():
         (tmp_path / name).write_text(text)
-        imported(page, tmp_path / name)
+        page.locator("#import-file").set_input_files(tmp_path / name)
         notice = page.get_by_role("log").locator(".notice").last
         expect(notice).to_contain_text(name)
         expect(notice).to_contain_text(reason)
@@ -517,7 +550,7 @@ def test_a_hostile_file_is_made_harmless(page, stand_in, tmp_path):
     imported(page, tmp_path / "evil.json")
     expect(said(questions(page))).to_have_text(["<img src=x onerror='window.hacked = 1'>"])
     expect(said(answers(page)).locator("a")).not_to_have_attribute("href", re.compile("."))
-    expect(answers(page)).to_contain_text("TTFT 5 ms")
+    expect(answers(page)).to_contain_text("first token after 5 ms")
     expect(button(page, "Send")).to_be_visible()                       # nothing streams
     assert page.evaluate("[window.hacked, ({}).polluted]") == [None, None]
     assert page.evaluate("JSON.stringify(state.preferences)") == before

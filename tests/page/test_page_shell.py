@@ -318,7 +318,7 @@ def test_what_is_too_long_is_said_before_it_is_sent(page, stand_in):
     message_box(page).fill("word " * 60)
     expect(page.locator("#context")).to_have_text("0 + 60 of 100 tokens")
     message_box(page).fill("word " * 120)
-    expect(page.locator("#warning")).to_contain_text("This message has 120 tokens, and the model takes 100")
+    expect(page.locator("#warning")).to_contain_text("This message has 122 tokens, and the model takes 100")
 
 
 # commands, settings, keys ---------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_settings_and_slash_commands_reach_the_server(page, stand_in):
     # nothing but the command
     assert set(stand_in.bodies[0]) == {"messages", "resumable", "truncate", "progress", "stream", "stream_options"}
     command(page, "/topk 7")
-    expect(page.get_by_role("log").get_by_text("topk is now 7.")).to_be_visible()
+    expect(page.get_by_role("log").get_by_text("Top-k is now 7.")).to_be_visible()
     button(page, "Settings").click()
     temperature = page.get_by_role("spinbutton", name="Temperature")
     expect(temperature).to_have_attribute("placeholder", "0.8")
@@ -491,7 +491,7 @@ def page_file():
 def test_the_page_opens_from_a_file_and_says_which_server_it_wants(page, stand_in):
     page.route("http://127.0.0.1:8000/**", lambda route: route.abort())
     page.goto(page_file())
-    expect(page.locator("#state")).to_contain_text("No server at http://127.0.0.1:8000/")
+    expect(page.get_by_text("No server at http://127.0.0.1:8000/ answers; still trying.")).to_be_visible()
     stand_in.admits = True
     menu(page, "Server")
     page.get_by_role("textbox", name="URL").fill("not a server!")
@@ -522,7 +522,7 @@ def test_a_server_in_the_address_is_asked_about_before_it_gets_anything_and_neve
     page.goto(page_file() + f"?server={stand_in.url}")
     expect(page.get_by_role("dialog")).to_contain_text(stand_in.url)
     button(page, "Stay here").click()
-    expect(page.locator("#state")).to_contain_text("No server at http://127.0.0.1:8000/")
+    expect(page.get_by_text("No server at http://127.0.0.1:8000/ answers; still trying.")).to_be_visible()
     assert not [request for request in requests if request.url.startswith(stand_in.url)]
     page.reload()
     button(page, "Use this server").click()
@@ -544,8 +544,22 @@ def test_a_server_with_keys_asks_for_one_and_the_page_keeps_it(page):
         page.keyboard.type("wrong")             # the field has the focus
         page.keyboard.press("Enter")
         expect(page.get_by_role("alert")).to_have_text("The server does not know this API key.")
-        page.get_by_label("API key").fill("right key")
+        expect(page.locator("#lamp.locked")).to_be_attached()
+        field = page.get_by_label("API key")
+        expect(field).to_have_accessible_description("The server does not know this API key.")
+        assert field.bounding_box()["y"] < page.get_by_role("alert").bounding_box()["y"] < button(page, "Done").bounding_box()["y"]
+        page.keyboard.press("Escape")
+        expect(page.get_by_text("The server does not know this API key.").first).to_be_visible()
+        button(page, "Enter the key").click()
+        page.keyboard.press("Escape")
+        ask(page, "early")                      # waits for the key, and is sent with it
+        expect(answers(page)).to_contain_text("Your message will then be sent.")
+        expect(field).to_be_focused()
+        field.fill("right key")
         button(page, "Done").click()
+        expect(answers(page)).to_contain_text("Hello, world!")
+        expect(page.locator("#lamp.ready")).to_be_attached()
+        button(page, "New chat").click()
         expect(page.locator("#model")).to_have_text("fake-model")
         page.reload()
         expect(page.locator("#model")).to_have_text("fake-model")
@@ -599,10 +613,10 @@ def test_the_settings_show_the_real_server_s_defaults(page):
                      "Seed": "random"}
 
 
-def test_hidden_actions_leave_no_gap_before_the_speed(page, stand_in):
+def test_hidden_actions_leave_no_gap_and_the_speed_moves_no_button(page, stand_in):
     open_page(page, stand_in.url)
-    for count in (1, 2):
-        ask(page, "one")
+    for count, text in ((1, "one"), (2, "half")):
+        ask(page, text)
         expect_answered(page, count)
     page.mouse.move(0, 0)
     turn = answers(page).first
@@ -613,5 +627,10 @@ def test_hidden_actions_leave_no_gap_before_the_speed(page, stand_in):
     button(turn, "Copy").focus()
     assert icon_of(turn, "Copy") == "visible"
     message_box(page).focus()
-    left = lambda locator: locator.bounding_box()["x"]       # noqa: E731
-    assert left(turn.locator(".speed")) - left(said(turn)) < 12
+    box = lambda locator: locator.bounding_box()       # noqa: E731
+    first, second = (answers(page).nth(i) for i in (0, 1))
+    assert len(first.locator(".speed").inner_text()) < len(second.locator(".speed").inner_text())
+    assert box(button(first, "Copy"))["x"] == box(button(second, "Copy"))["x"]
+    for answer in (first, second):          # at the other end of the same line
+        row, speed = box(answer.locator(".actions")), box(answer.locator(".speed"))
+        assert abs(row["x"] + row["width"] - speed["x"] - speed["width"]) < 2 and row["height"] < 40

@@ -154,6 +154,7 @@ class StandIn:
     def __init__(self, prefix: str = "", port: int = 0):
         self.prefix, self.bodies, self.loading, self.refusals = prefix, [], None, 0
         self.admits = False         # pages of other origins
+        self.busy = False           # every question is refused
         self.model = {"id": "stand-in-135m", "context_length": 8192, "owned_by": "chat_server", "capabilities": {}, "defaults": {}}
         self.cancelled = threading.Event()
         self.hurried = []           # the answers that were to stop thinking, which ends the hold
@@ -260,6 +261,8 @@ class StandIn:
         question = body["messages"][-1]["content"]
         if refusal := self._refusal(question):
             return refusal
+        if body.get("stream") is not True and "v1" in request.path:
+            return web.json_response({"choices": [{"message": {"role": "assistant", "content": 'Title: "Colours of **apples**."'}}]})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         encode = openai if "v1" in request.path else native
@@ -275,7 +278,7 @@ class StandIn:
     def _refusal(self, question):
         if question.startswith("refuse"):
             return web.json_response({"error": {"message": "Message 1 has 8,001 characters; the limit is 8,000"}}, status=400)
-        if question == "overload" and not self.refusals:
+        if self.busy or question == "overload" and not self.refusals:
             self.refusals += 1
             error = {"error": {"message": "The queue is full"}}
             return web.json_response(error, status=429, headers={"Retry-After": "1"})
@@ -374,6 +377,33 @@ async def progress(server, question):
     yield done(1, gpu=1)
 
 
+async def nothing(server, question):
+    """An answer without a word."""
+    yield done(1)
+
+
+async def only_thoughts(server, question):
+    """Thinks, and then says nothing."""
+    yield {"reasoning": "Hm."}
+    yield done(2)
+
+
+async def tags(server, question):
+    """Leaves its thoughts in the text, as servers do that know nothing of them; the tags come in pieces."""
+    for piece in ("<th", "ink>\n", "Let me **see**", ".\n</", "think>\n", "\nIt is ", "x < 5."):
+        yield {"token": piece, "gpu": 0}
+    yield done(9)
+
+
+async def closing_tag(server, question):
+    """The same where the template has opened the thoughts; held before they end."""
+    yield {"token": "Let me see", "gpu": 0}
+    await server.hold()
+    for piece in (".\n</thi", "nk>", "\n\nIt is `</think>`", "."):
+        yield {"token": piece, "gpu": 0}
+    yield done(9)
+
+
 async def half(server, question):
     """An answer that ends at the length limit."""
     yield {"token": "Once upon a time", "gpu": 0}
@@ -386,7 +416,8 @@ async def half_a_thought(server, question):
     yield done(4, "length")
 
 
-SCRIPTS = {"half a thought": half_a_thought, "thoughts": thoughts, "progress": progress, "half": half, "story": story, "markdown": markdown, "held markdown": held_markdown, "paragraphs": paragraphs,
+SCRIPTS = {"nothing": nothing, "only thoughts": only_thoughts, "tags": tags, "closing tag": closing_tag,
+           "half a thought": half_a_thought, "thoughts": thoughts, "progress": progress, "half": half, "story": story, "markdown": markdown, "held markdown": held_markdown, "paragraphs": paragraphs,
            "silence": silence, "world": world, "hostile": hostile, "broken": broken, "cut off": cut_off}
 
 

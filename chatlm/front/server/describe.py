@@ -16,7 +16,7 @@ from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.api.fields import A_TEXT
 from chatlm.front.pool.pool import sampling_of
 from chatlm.front.server.bodies import known_of, tokenizer_of
-from chatlm.front.server.responses import json_response
+from chatlm.front.server.responses import REQUEST_LOG, json_response
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 def bare_id(shown_id: str) -> str:
     """The request id, from the id in its response's header or chunks."""
     return re.sub("^((chat)?cmpl-|resp_|msg_)", "", shown_id)
+
+
+def alive_body() -> dict:
+    """The response of /livez. A page of another origin may not read it either, but may learn that a server
+    runs: it then says that --cors-origin is missing."""
+    REQUEST_LOG.get().headers["Cross-Origin-Resource-Policy"] = "cross-origin"
+    return {"alive": True}
 
 
 def model_body(pool: WorkerPool, settings: Settings) -> dict:

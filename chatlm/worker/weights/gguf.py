@@ -19,7 +19,7 @@ from typing import Any, TYPE_CHECKING
 import gguf
 import torch
 
-from chatlm.common.errors import ConfigError, cannot_read, named, printable, shown
+from chatlm.common.errors import ConfigError, cannot_read, named, shown
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.worker.model.kernels import choose_backend
@@ -74,8 +74,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         reason = "a tensor's shape does not fit its bytes" if "reshape" in str(error) else named(error)
         raise ConfigError(f"{source.path} is not a readable GGUF file: {reason}") from None
     types = Counter(tensor.tensor_type.name for tensor in stored.values())
-    name = printable(gguf_value(source.path, metadata, "general.name") or source.name)
-    description = f"{name}: {architecture}, {spec.layers} layers, width {spec.width}, " + \
+    description = f"{architecture}, {spec.layers} layers, width {spec.width}, " + \
         ", ".join(f"{count} {name}" for name, count in types.most_common())
     if dtype is None:
         description += backend.converted(sources, stored)

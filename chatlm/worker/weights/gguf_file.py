@@ -184,7 +184,7 @@ GGUF_OWN = {  # the same of keys that only some families have
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
               "tensor_data_layout"}
 GGUF_KEYS = {  # * stands for the architecture
-    "general.architecture": Rule(str, choices=tuple(GGUF_FAMILIES)), "general.name": Rule(str, optional=True),
+    "general.architecture": Rule(str, choices=tuple(GGUF_FAMILIES)),
     **{f"*.{theirs}": HF_KEYS[ours] for ours, theirs in (GGUF_SIZES | GGUF_OWN).items()},
     "*.attention.sliding_window": Rule(int, 0, MOST_POSITIONS, optional=True),
     "*.attention.value_length": Rule(int),

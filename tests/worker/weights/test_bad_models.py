@@ -101,8 +101,6 @@ COUNT = "must be an integer from 1 to "
     ("llama.rope.scaling.type", 3, "is 3; it must be one of none, linear"),
     ("general.architecture", "mamba", 'is "mamba"; it must be one of llama'),
     ("general.architecture", 5, "is 5; it must be one of llama"),
-    ("general.name", 7, "is 7; it must be a text"),
-    ("general.name", ["a"], "is a list of 1; it must be a text"),
     ("tokenizer.ggml.model", "bert", 'is "bert"; it must be one of gpt2, llama'),
     ("tokenizer.ggml.model", None, "is missing"),
     ("tokenizer.ggml.pre", "viking", 'is "viking"; it must be one of default, gpt-2'),

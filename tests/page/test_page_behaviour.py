@@ -1,0 +1,328 @@
+"""How the page behaves, in a real browser: servers that are lost, attachments and the gauge, thoughts in the text, empty
+answers, and small things that people expect."""
+
+import re
+
+import pytest
+
+from browsing import (ROOT, SLOW_MS, answers, ask, button, chats, command, expect, expect_answered, fake_front, menu, message_box,
+                      needs_browser, open_page, questions, reload, said, settled)
+from page_server import StandIn
+
+pytestmark = needs_browser
+
+
+# servers --------------------------------------------------------------------------------------------------------------
+
+def test_a_question_to_a_server_that_was_lost_waits_and_sends_itself(page):
+    server = StandIn()
+    url, port = server.url, int(server.url.split(":")[-1].strip("/"))
+    open_page(page, url)
+    ask(page, "held markdown")
+    expect(said(answers(page))).to_contain_text("Sorting")
+    server.close()                                              # in the middle of an answer
+    expect(page.locator("#lamp.unreachable")).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_text(re.compile(r"The connection broke: [\w ]+\.Try again"))
+    ask(page, "hello")
+    expect(answers(page).last).to_contain_text(f"The server at {url} no longer answers; still trying. Your message will then be sent.")
+    expect(page.get_by_role("alert")).to_have_count(1)
+    server = StandIn(port=port)
+    expect(said(answers(page).last)).to_have_text("You said: hello (answer 1)")
+    expect(page.locator("#lamp.ready")).to_be_visible()
+    server.close()                                              # while nothing is asked
+    page.evaluate("dispatchEvent(new Event('focus'))")
+    expect(page.locator("#state")).to_have_text(f"The server at {url} no longer answers; still trying.")
+    ask(page, "who waits?")
+    button(page, "Stop").click()
+    expect(answers(page).last).to_contain_text("The answer was stopped before its first word.")
+
+
+def test_a_server_that_refuses_the_page_is_told_from_one_that_is_not_there(page, stand_in):
+    page.route("http://127.0.0.1:8000/**", lambda route: route.abort())
+    page.goto((ROOT / "static" / "index.html").as_uri())
+    expect(page.get_by_text("No server at http://127.0.0.1:8000/ answers; still trying.")).to_be_visible()
+    with fake_front() as url:
+        menu(page, "Server")
+        page.get_by_role("textbox", name="URL").fill(url)
+        button(page, "Done").click()
+        expect(page.get_by_text(f"The server at {url} runs, but does not allow this page. Start it with --cors-origin null.")).to_be_visible()
+        expect(page.locator("#lamp.refusing")).to_be_visible()
+
+
+# attachments and the gauge --------------------------------------------------------------------------------------------
+
+def pick(page, name, content):
+    page.locator("#files-picker").set_input_files({"name": name, "mimeType": "text/plain", "buffer": content})
+
+
+def test_files_in_latin_1_and_utf_16_are_read(page, stand_in):
+    open_page(page, stand_in.url)
+    pick(page, "latin.txt", "Grüße, café".encode("latin-1"))
+    expect(page.locator("#files")).to_contain_text("11 characters, read as Latin-1")
+    pick(page, "marked.txt", "日本 hi".encode("utf-16"))
+    pick(page, "bare.csv", "a;b\n1;2\n".encode("utf-16-be"))
+    expect(page.locator("#files")).to_contain_text("8 characters, read as UTF-16")
+    for name, content in (("x.gz", b"\x1f\x8b\x08\x00ab"), ("y.bin", bytes(range(256))), ("sjis.txt", "日本、".encode("shift-jis"))):
+        pick(page, name, content)
+        expect(page.get_by_role("alert")).to_have_text(f"{name} is not a text file.")
+    button(page, "Send").click()
+    expect_answered(page)
+    assert stand_in.bodies[0]["messages"][0]["content"] == \
+        "latin.txt:\n```txt\nGrüße, café\n```\n\nmarked.txt:\n```txt\n日本 hi\n```\n\nbare.csv:\n```csv\na;b\n1;2\n```"
+
+
+def test_the_gauge_goes_on_while_an_answer_grows_and_after_stop_and_edit(page, stand_in):
+    open_page(page, stand_in.url)
+    gauge = page.locator("#context")
+    ask(page, "progress")
+    expect(answers(page)).to_contain_text("In the queue")
+    expect(gauge).to_have_text("about 2 of 8,192 tokens")                   # nobody has counted it yet
+    stand_in.release()
+    expect(gauge).to_have_text("2,000 of 8,192 tokens")
+    button(page, "Stop").click()
+    expect(answers(page)).to_contain_text("stopped")
+    expect(gauge).to_have_text("2,000 of 8,192 tokens")
+    button(page, "New chat").click()
+    expect(gauge).to_be_hidden()
+    ask(page, "markdown")
+    expect_answered(page)
+    expect(gauge).to_have_text("111 of 8,192 tokens")                       # as the server counted
+    ask(page, "one")
+    expect_answered(page, 2)
+    button(answers(page).last, "More").click()
+    button(page.get_by_role("group", name="More"), "Edit").click()
+    page.get_by_role("textbox", name="Edited text").fill("Nothing. " * 100)
+    button(page, "Save").click()
+    expect(gauge).to_have_text("about 337 of 8,192 tokens")               # 111, a question, and 900 characters
+    settled(page)
+    reload(page)
+    expect(gauge).to_have_text("about 337 of 8,192 tokens")
+
+
+def test_the_real_server_refuses_an_attachment_that_the_page_said_is_too_long(page, server_url):
+    open_page(page, server_url)
+    ask(page, "Say yes.")
+    expect(answers(page)).to_contain_text("token", timeout=SLOW_MS)
+    pick(page, "long.txt", b"one two three four " * 2400)
+    expect(page.locator("#warning")).to_contain_text(re.compile(r"This message has 9,6\d\d tokens, and the model takes 8,192"))
+    button(page, "Send").click()
+    expect(page.get_by_role("alert")).to_have_text(re.compile(r"The prompt has 9,6\d\d tokens, but the context holds 8,192 .*\(HTTP 400\)\."))
+    expect(button(page, "Remove long.txt")).to_be_visible()
+
+
+# thoughts in the text -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("api", ["v1", "native"])
+def test_thoughts_in_the_text_of_another_server_are_folded_and_not_sent_back(page, stand_in, api):
+    stand_in.model = stand_in.model | {"owned_by": "someone"} if api == "v1" else None
+    open_page(page, stand_in.url)
+    ask(page, "tags")
+    expect_answered(page)
+    expect(said(answers(page))).to_have_text("It is x < 5.")
+    answers(page).get_by_text("Thinking").click()
+    expect(answers(page).locator("details strong")).to_have_text("see")
+    ask(page, "closing tag")
+    expect(said(answers(page).last)).to_have_text("Let me see")         # nothing tells yet that these are thoughts
+    stand_in.release()
+    expect(said(answers(page).last)).to_have_text("It is </think>.")
+    expect(answers(page).last.locator("details")).to_contain_text("Let me see.")
+    ask(page, "and now?")
+    expect_answered(page, 3)
+    assert [message["content"] for message in stand_in.bodies[-1]["messages"][1::2]] == ["It is x < 5.", "It is `</think>`."]
+    assert "Let me" not in str(stand_in.bodies[-1])
+
+
+def test_our_server_s_text_keeps_its_tags_and_imported_thoughts_are_folded(page, stand_in, tmp_path):
+    open_page(page, stand_in.url)
+    ask(page, "tags")
+    expect_answered(page)
+    expect(said(answers(page))).to_contain_text("It is x < 5.")
+    assert page.evaluate("state.path[1].content").startswith("<think>")
+    (tmp_path / "other.json").write_text('[{"role": "user", "content": "<think>q"}, {"role": "assistant", "content": "<think>a</think>b"}]')
+    page.locator("#import-file").set_input_files(tmp_path / "other.json")
+    button(page.get_by_role("dialog"), "Import").click()
+    expect(said(questions(page))).to_have_text("<think>q")
+    expect(said(answers(page))).to_have_text("b")
+    assert page.evaluate("state.path[1].reasoning") == "a"
+
+
+# answers --------------------------------------------------------------------------------------------------------------
+
+def test_an_answer_without_a_word_says_so(page, stand_in):
+    open_page(page, stand_in.url)
+    for question, text in (("nothing", "The model answered nothing."), ("only thoughts", "The model thought about it, but answered nothing."),
+                           ("half a thought", "The model was still thinking when it reached the length limit.")):
+        ask(page, question)
+        expect_answered(page)
+        expect(answers(page)).to_contain_text(text)
+        if question != "half a thought":
+            button(page, "New chat").click()
+    button(answers(page), "More").click()                  # all figures, also where the line has no room for them
+    expect(page.get_by_role("group", name="More")).to_contain_text("Prompt of 12 tokens, 4 of them cached; queued for 0 ms; first token after 81 ms.")
+
+
+def test_below_a_question_nothing_is_empty_and_its_buttons_stand_beside_it(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "a long question " * 20)
+    expect_answered(page)
+    box = lambda locator: locator.bounding_box()       # noqa: E731
+    question, answer = box(said(questions(page))), box(answers(page))
+    assert 8 < answer["y"] - question["y"] - question["height"] < 24
+    questions(page).hover()
+    edit = box(button(questions(page), "Edit"))
+    assert edit["x"] + edit["width"] < question["x"] and edit["y"] + edit["height"] <= question["y"] + question["height"] + 4
+
+
+# what people expect ---------------------------------------------------------------------------------------------------
+
+def test_commands_are_completed_from_a_list(page, stand_in):
+    open_page(page, stand_in.url)
+    box, options = message_box(page), page.get_by_role("option")
+    box.press_sequentially("/t")
+    expect(options).to_have_text([re.compile("^/temperatureN"), re.compile("^/topkN"), re.compile("^/toppN")])
+    for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowUp", "ArrowUp"):
+        box.press(key)
+    expect(page.get_by_role("option", selected=True)).to_contain_text("/topk")
+    assert box.get_attribute("aria-activedescendant") == "command-topk"
+    box.press("Tab")
+    expect(box).to_have_value("/topk ")
+    expect(options).to_have_count(0)
+    box.press_sequentially("7")
+    box.press("Enter")
+    expect(page.get_by_role("log").get_by_text("Top-k is now 7.")).to_be_visible()
+    box.fill("/eff")
+    options.click()
+    expect(box).to_have_value("/effort ")
+    box.press_sequentially("much")
+    box.press("Enter")
+    expect(page.get_by_role("alert")).to_have_text("/effort takes none, low, medium or high, not “much”.")
+    box.fill("/")
+    box.press("Escape")
+    expect(options).to_have_count(0)
+    box.fill("/he")
+    box.press("Enter")                              # completes
+    expect(box).to_have_value("/help")
+    box.press("Enter")                              # sends
+    expect(page.get_by_role("log")).to_contain_text("/effort none | low | medium | high · /maxtokens N")
+    assert stand_in.bodies == []
+
+
+def test_penalties_and_effort_are_set_and_sent(page, stand_in):
+    open_page(page, stand_in.url)
+    button(page, "Settings").click()
+    for name, value in (("Repetition penalty", "1.1"), ("Presence penalty", "-0.5"), ("Frequency penalty", "0.25")):
+        page.get_by_role("spinbutton", name=name).fill(value)
+    page.get_by_role("combobox", name="Thinking effort").select_option("low")
+    button(page, "Done").click()
+    ask(page, "one")
+    expect_answered(page)
+    sent = stand_in.bodies[0]
+    assert (sent["repetition_penalty"], sent["presence_penalty"], sent["frequency_penalty"], sent["reasoning_effort"]) == (1.1, -0.5, 0.25, "low")
+    command(page, "/effort")
+    expect(page.get_by_role("log").get_by_text("Thinking effort is the server's default again.")).to_be_visible()
+    stand_in.model["capabilities"]["reasoning"] = False
+    settled(page)
+    reload(page)
+    button(page, "Settings").click()
+    expect(page.get_by_role("spinbutton", name="Presence penalty")).to_have_value("-0.5")
+    expect(page.get_by_role("combobox", name="Thinking effort")).to_have_count(0)       # this model does not think
+
+
+def test_code_is_wrapped_and_saved(page, stand_in, tmp_path):
+    open_page(page, stand_in.url)
+    ask(page, "markdown")
+    expect_answered(page)
+    wrap, code = button(answers(page), "Wrap lines").first, answers(page).locator("pre").first
+    wrap.click()
+    expect(wrap).to_have_attribute("aria-pressed", "true")
+    expect(code).to_have_css("white-space-collapse", "preserve")
+    expect(code).to_have_css("text-wrap-mode", "wrap")
+    with page.expect_download() as saved:
+        button(answers(page), "Download code").first.click()
+    assert saved.value.suggested_filename == "code.py"
+    assert saved.value.path().read_text().startswith("def swap(pair: tuple) -> tuple:\n")
+
+
+def test_all_chats_are_deleted_at_once_and_come_back(page, stand_in):
+    open_page(page, stand_in.url)
+    for text in ("one", "two"):
+        button(page, "New chat").click()
+        ask(page, text)
+        expect_answered(page)
+    menu(page, "Delete all chats")
+    dialog = page.get_by_role("dialog", name="Delete all 2 chats?")
+    button(dialog, "Keep them").click()
+    expect(chats(page)).to_have_count(2)
+    menu(page, "Delete all chats")
+    button(dialog, "Delete all chats").click()
+    expect(page.locator(".toast")).to_have_text("Deleted 2 chats.Undo")
+    expect(chats(page)).to_have_count(0)
+    expect(page.get_by_role("article")).to_have_count(0)
+    settled(page)
+    assert page.evaluate("store.read('nodes')") == []
+    button(page, "Undo").click()
+    expect(chats(page)).to_have_text(["two", "one"])
+    expect(said(questions(page))).to_have_count(1)
+
+
+def test_an_answer_that_ends_in_the_background_is_told(page, stand_in):
+    page.context.grant_permissions(["notifications"])
+    page.add_init_script("""window.notices = []; window.Notification = class {
+        static requestPermission() { return Promise.resolve(window.permission ?? "denied"); }
+        constructor(title, {body}) { notices.push([title, body]); }
+    }; document.hasFocus = () => !window.away; Object.defineProperty(document, "hidden", {get: () => Boolean(window.away)});""")
+    open_page(page, stand_in.url)
+    button(page, "Settings").click()
+    box = page.get_by_role("checkbox", name="Notify me when an answer ends in the background")
+    box.click()
+    expect(page.get_by_role("alert")).to_have_text("The browser does not allow notifications of this page.")
+    expect(box).not_to_be_checked()
+    page.evaluate("window.permission = 'granted'")
+    box.check()
+    button(page, "Done").click()
+    ask(page, "silence")
+    button(page, "New chat").click()
+    stand_in.release()
+    expect(page.get_by_text("The answer in “silence” is finished.").first).to_be_visible()      # another chat is shown
+    button(page, "Show").click()
+    expect(said(answers(page))).to_have_text("Here I am.")
+    expect(button(page, "Show")).to_have_count(0)
+    assert page.evaluate("notices") == []
+    ask(page, "silence")
+    page.evaluate("window.away = true")
+    stand_in.release()
+    expect(page).to_have_title(re.compile("^✓ silence"))                                        # another tab is shown
+    assert page.evaluate("notices") == [["The answer in “silence” is finished.", "Here I am."]]
+    page.evaluate("window.away = false; document.dispatchEvent(new Event('visibilitychange'))")
+    expect(page).to_have_title(re.compile("^silence"))
+
+
+def test_the_model_names_chats_where_that_is_switched_on(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "are apples red?")
+    expect_answered(page)
+    button(page, "Settings").click()
+    page.get_by_role("checkbox", name="Let the model name new chats").check()
+    button(page, "Done").click()
+    button(page, "New chat").click()
+    ask(page, "which colours do apples have?")
+    expect(chats(page)).to_have_text(["Colours of apples", "are apples red?"])
+    ask(page, "one more")
+    expect_answered(page, 2)
+    settled(page)
+    assert len(stand_in.bodies) == 4 and stand_in.bodies[2]["priority"] == "low"
+    assert "which colours do apples have?" in stand_in.bodies[2]["messages"][0]["content"]
+
+
+def test_the_default_model_names_a_chat_and_is_said_to_run_on_a_cpu(page, server_url):
+    open_page(page, server_url)
+    expect(page.get_by_text("Running on the CPU with 8,192 tokens of context.")).to_be_visible()
+    button(page, "Settings").click()
+    page.get_by_role("checkbox", name="Let the model name new chats").check()
+    button(page, "Done").click()
+    question = "Which is the capital of Japan, in one sentence?"
+    command(page, "/temperature 0")
+    ask(page, question)
+    expect(answers(page)).to_contain_text("Tokyo", timeout=SLOW_MS)
+    expect(chats(page).first).not_to_have_text(question, timeout=SLOW_MS)
+    expect(chats(page).first).not_to_have_text("")
