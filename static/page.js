@@ -588,6 +588,7 @@ const settingsFields = () => [...$("settings-dialog").querySelectorAll("[data-pa
 
 function openSettings() {
   showSettings();
+  $("more-parameters").open = PARAMETERS.some(({name, folded}) => folded && state.chat.parameters[name] !== undefined);
   $("settings-dialog").showModal();
   templateText([{role: "user", content: "…"}]).then(text => {
     $("template").parentElement.hidden = text === null;
@@ -667,12 +668,15 @@ async function changeSwitch(box) {
 
 function bindSettings() {
   const dialog = $("settings-dialog");
-  $("parameters").append(...PARAMETERS.map(({name, min, max, step, choices}) => {
+  const labels = PARAMETERS.map(({name, min, max, step, choices}) => {
     const field = choices ? element("select", {}, ...["", ...choices].map(value => element("option", {value, textContent: value || TEXT.default})))
       : element("input", {type: "number", min, max, step, inputMode: step === 1 ? "numeric" : "decimal"});
     field.dataset.parameter = name;
     return element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field);
-  }));
+  });
+  const fold = folded => labels.filter((label, i) => Boolean(PARAMETERS[i].folded) === folded);
+  $("parameters").append(...fold(false));
+  $("more-parameters").lastElementChild.append(...fold(true));
   dialog.addEventListener("input", ({target}) => {
     if (SWITCHES.includes(target.id)) changeSwitch(target);
     else if (!["preset", "preset-name"].includes(target.id)) takeSettings();

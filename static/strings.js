@@ -115,7 +115,7 @@ const TEXT = {
   savePreset: "Save as preset", deletePreset: "Delete preset", presetSaved: name => `Saved as “${name}”`,
   parameters: {temperature: "Temperature", top_k: "Top-k", top_p: "Top-p", min_p: "Min-p", repetition_penalty: "Repetition penalty",
     presence_penalty: "Presence penalty", frequency_penalty: "Frequency penalty", reasoning_effort: "Thinking effort", max_tokens: "Max tokens", seed: "Seed"},
-  default: "default", random: "random", restOfContext: "rest of context", stopStrings: "Stop strings, one per line", none: "none",
+  moreParameters: "Penalties and thinking effort", default: "default", random: "random", restOfContext: "rest of context", stopStrings: "Stop strings, one per line", none: "none",
   clicks: "Click a message to edit it, or to answer it again", titles: "Let the model name new chats",
   titleRequest: (question, answer) => `Question: ${question}\n\nAnswer: ${answer}\n\nWrite a title of two to six words for this conversation. Write nothing else.`,
   notify: "Notify me when an answer ends in the background", notifyRefused: "The browser does not allow notifications of this page.",

@@ -210,6 +210,7 @@ def test_commands_are_completed_from_a_list(page, stand_in):
 def test_penalties_and_effort_are_set_and_sent(page, stand_in):
     open_page(page, stand_in.url)
     button(page, "Settings").click()
+    page.get_by_text("Penalties and thinking effort").click()
     for name, value in (("Repetition penalty", "1.1"), ("Presence penalty", "-0.5"), ("Frequency penalty", "0.25")):
         page.get_by_role("spinbutton", name=name).fill(value)
     page.get_by_role("combobox", name="Thinking effort").select_option("low")
