@@ -155,6 +155,8 @@ BUDGETS = {     # vocabulary, prompt, what the model would write, budget and las
     "opened by the template": (TAGS, OPENED, "abcdefgh", dict(thinking_budget=5), [("reasoning", "abcde"), ("text", "ghabcdefghabcdefghabcdef")]),
     "with a last thought": (TAGS, OPENED, "abcdefgh", dict(thinking_budget=5, last_thought="Now."), [("reasoning", "abcde\n\nNow."), ("text", "fghabcdefghabcdef")]),
     "opened by the model": (TAGS, "", "|<think>|abcdefgh", dict(thinking_budget=3), [("reasoning", "abc"), ("text", "efgh")]),
+    "the last thought comes once": (TAGS, "", "|<think>|abcdefgh", dict(thinking_budget=3, last_thought="Now."),
+                                    [("reasoning", "abc\n\nNow."), ("text", "cdefgh\n\nbcdefgh")]),
     "no thinking at all": (TAGS, "", "|<think>|abcdefgh", dict(thinking_budget=0), [("text", "bcdefgh\n\nbcdefgh")]),
     "spelled out": (dict(thoughts=THINK), "", "<think>abcdefgh", dict(thinking_budget=3), [("reasoning", "abc"), ("text", "ink>abc")]),
     "a character is finished": (TAGS, OPENED, "日", dict(thinking_budget=4), [("reasoning", "日日"), ("text", "\ufffd\ufffd日")]),

@@ -108,14 +108,13 @@ class Answer:
         self.stop_tokens = self.eos_tokens | frozenset(params.stop_token_ids)
         self.reason: str | None = None  # finish_reason; stop_reason is its cause
         self.stop_reason: str | None = None
-        forced = 0  # so many of the next ids were forced; `tool`, too, is told of ids that it forced itself
         for token in work.resumed_ids:
             if self.tool:
-                self.tool.feed(token)
+                self.tool.feed(token)  # the resumed ids already contain what it forced
             if self.grammar:
                 self.grammar.feed(token)
             self._read(token)
-            forced = forced - 1 if forced else len(self._end_of_thinking())
+            self._end_of_thinking()    # here too
             if self.awaits_grammar:
                 self.hold_call()
         self.take()                    # it went out together with the ids
