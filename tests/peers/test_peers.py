@@ -74,10 +74,10 @@ def url(default_model_path):
         yield url
 
 
-def outcome(command, *arguments, cwd=None):
+def outcome(command, *arguments, cwd=None, limit_s=RUN_S):
     """Run a client; returns the JSON on the last line that it prints."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(HOME / "hf"), "LANGSMITH_TRACING": "false", "AI_SDK_LOG_WARNINGS": "false"}
-    done = subprocess.run([*map(str, command), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=RUN_S,
+    done = subprocess.run([*map(str, command), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=limit_s,
                           env=os.environ | offline)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -126,6 +126,14 @@ def test_the_other_apis_packages_get_the_same_text_calls_and_objects(url):
     assert responses["with_system"] and responses["later"] and messages["later"] and messages["counted"] > 10
     assert responses["shaped"] == "bool" and "big" in ollama["shaped"] and ollama["capabilities"] == ["completion", "tools"]
     assert (responses["missing"], messages["missing"], ollama["missing"]) == (404, "not_found_error", 404)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(INSTALL_S + AGENT_S + 60)
+def test_answers_of_declared_types_are_whole_whatever_the_seed(url):
+    """The form, not the sense. OpenAI's two parse helpers, instructor, pydantic-ai and Anthropic's tools."""
+    found = outcome([made_venv("typed", "typed.txt"), HERE / "typed_peer.py"], url, *range(20), limit_s=AGENT_S)
+    assert found == dict.fromkeys(("chat.completions.parse", "responses.parse", "instructor", "instructor without the schema", "pydantic-ai", "anthropic"), {})
 
 
 def run_agent(command, home, limit_s=RUN_S, **environment):

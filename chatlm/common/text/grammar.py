@@ -6,17 +6,16 @@ import functools
 import importlib
 import importlib.util
 import json
-import re
 from collections.abc import Mapping
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.memory import heap_bytes
 from chatlm.common.text.formats import A_MARK, with_markers
+from chatlm.common.text.schema_rules import JSON_TERMINALS, SchemaRules
 
 
-JSON_STYLE = {  # leaves the model no choice of whitespace
-    "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+RULES_OPTIONS = '%llguidance {"ignore_once": true}'  # as %json has it: else they do not mix
 
 
 def json_grammar(schema: dict, param: str, start: str = "start: object") -> str:
@@ -27,28 +26,18 @@ def json_grammar(schema: dict, param: str, start: str = "start: object") -> str:
 
 def schema_grammar(schemas: Mapping[str, dict], param: str, start: str) -> str:
     """A grammar for llguidance: `start`, and a rule for each of these JSON schemas."""
+    lines = [RULES_OPTIONS, start, JSON_TERMINALS]
     try:
-        return lark_grammar("\n".join([start, *(
-            f"{name}: %json {schema_json({**schema, 'x-guidance': JSON_STYLE})}"
-            for name, schema in schemas.items())]), param)
+        for index, (name, schema) in enumerate(schemas.items()):
+            rules = SchemaRules(f"s{index}", schema)
+            if (rule := rules.rule(schema)) is None:
+                raise ValueError("no value satisfies it")
+            lines += [f"{name}: {rule}", *rules.lines]
     except RecursionError:
         raise unusable_schema("it is nested too deeply", param) from None
-    except ValueError as error:
+    except (ValueError, LookupError) as error:
         raise unusable_schema(str(error), param) from None
-
-
-def schema_json(schema: Mapping) -> str:
-    """A schema as JSON for a grammar, in which lone surrogates stay, for lark_grammar to see, and what
-    with_markers would take for a marker is escaped. ValueError for numbers that JSON does not have."""
-    try:
-        return json.dumps(schema, ensure_ascii=False, allow_nan=False).replace("<[", "\\u003c[")
-    except ValueError:
-        raise ValueError("it has a number that is not finite, such as NaN or 1e999") from None
-
-
-def in_slashes(pattern: str) -> str:
-    """A regular expression as it is written between slashes, on one line."""
-    return re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\/", pattern).replace("\n", "\\n")
+    return lark_grammar("\n".join(lines), param)
 
 
 def lark_grammar(grammar: str, param: str) -> str:

@@ -11,7 +11,8 @@ from functools import partial
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid, named, printable
 from chatlm.common.jsontext import is_number, is_text, whole_unicode
-from chatlm.common.text.grammar import in_slashes, json_grammar, lark_grammar
+from chatlm.common.text.grammar import json_grammar, lark_grammar
+from chatlm.common.text.schema_rules import in_slashes
 from chatlm.front.api.fields import (
     A_FUNCTION, A_TEXT, A_TOKEN, TEXT_OR_NULL, TEXT_OR_TOKEN, Field, FieldType, as_count, list_schema,
     listed, matches, object_schema, prompt_list, read_choice, refused)

@@ -126,7 +126,7 @@ class ToolChoice(NamedTuple):
 
     mode: str = "auto"                    # or none, required
     names: tuple[str | None, ...] | None = None  # None: all
-    parallel: bool = True
+    parallel: bool | None = None          # several calls, if it requires calls? None: it does not say
 
 
 def tool_name(tool: dict) -> str | None:
@@ -145,7 +145,8 @@ def read_choice(value: str | dict, inside: str = "") -> ToolChoice:
     if choice_type in ("function", "tool"):
         return ToolChoice("required", (tool_name(value),), parallel=False)
     mode = {"any": "required", "none": "none"}.get(choice_type, "auto")
-    return ToolChoice(mode, parallel=value.get("disable_parallel_tool_use") is not True)
+    one_call = value.get("disable_parallel_tool_use")
+    return ToolChoice(mode, parallel=None if one_call is None else one_call is False)
 
 
 def known_tools(tools: Seq[dict], types: Seq[str | None],

@@ -116,7 +116,9 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
         raise no_tools("tools" if tools else "tool_choice")
     tools = () if choice.mode == "none" else allowed_tools(tools, choice)
     grammar, param = one_constraint(values)
-    parallel = choice.parallel and values.get("parallel_tool_calls", True)
+    parallel = choice.parallel
+    if parallel is None:
+        parallel = values.get("parallel_tool_calls", not required)
     if required:
         grammar, param = tool_grammar(tools, tool_format or "", parallel), "tools"
     options = values.get("template_options", {})

@@ -20,7 +20,8 @@ SOME_TOOLS = Field(
     "functions the model may call; tools of other types are ignored, and named in the header "
     "X-Ignored-Tools")
 MODEL = Field("model", TEXT, "absent, empty or `default`: the loaded one")
-PARALLEL = Field("parallel_tool_calls", SWITCH, "false: at most one call")
+PARALLEL = Field("parallel_tool_calls", SWITCH,
+                 "false: at most one call; true: several also where tool_choice requires calls")
 RESPONSE_FORMAT = Field(
     "response_format", object_of("type", "json_schema", "schema")._replace(convert=response_grammar),
     "format of the answer: text, json_object or json_schema")

@@ -82,6 +82,31 @@ class CalculatorTool:
         return []
 
 
+class RepeatedCalls:
+    """Holds back a call as long as it says the same as the one before it. Where a model must call functions
+    and may call several, one that has nothing more to say repeats itself."""
+
+    def __init__(self):
+        self.before = ("", "")     # the name and the arguments of the call before
+        self.name, self.parts = "", []
+        self.repeated = 0          # characters of the call before that have come again
+        self.holding = self.complete = False  # complete: all of them have
+
+    def push(self, more: Delta) -> Delta:
+        """What can be told of the calls now that there is more."""
+        if more.name:
+            self.before, self.name, self.parts = (self.name, "".join(self.parts)), more.name, []
+            self.repeated, self.holding = 0, self.name == self.before[0]
+        self.parts.append(more.text)
+        if not self.holding:
+            return more
+        arguments = self.before[1]
+        self.holding = arguments.startswith(more.text, self.repeated)
+        self.repeated += len(more.text)
+        self.complete = self.holding and self.repeated == len(arguments)
+        return Delta("call", "") if self.holding else Delta("call", "".join(self.parts), self.name)
+
+
 class Answer:
     """The text side of a sequence: token ids in, deltas out, and the decision to stop.
 
@@ -108,6 +133,7 @@ class Answer:
         self.stop_tokens = self.eos_tokens | frozenset(params.stop_token_ids)
         self.reason: str | None = None  # finish_reason; stop_reason is its cause
         self.stop_reason: str | None = None
+        self.repeated = RepeatedCalls() if params.grammar and params.grammar_param == "tools" else None
         for token in work.resumed_ids:
             if self.tool:
                 self.tool.feed(token)  # the resumed ids already contain what it forced
@@ -177,8 +203,10 @@ class Answer:
         """Add what the reader has read, up to a stop string."""
         for delta in self.reader.take() if self.reader else ():
             self.calls += bool(delta.name)
-            if self.over_calls:
+            if self.over_calls or self.repeated and self.repeated.complete:
                 return
+            if self.repeated and delta.kind == "call":
+                delta = self.repeated.push(delta)
             if delta.kind == "text":
                 self._add_text(delta.text)
                 continue
@@ -223,6 +251,8 @@ class Answer:
             return self._end("stop", self.stops.stopped_by)
         if self.over_calls:
             return self._end("stop", "parallel_tool_calls")
+        if self.repeated and self.repeated.complete:
+            return self._end("stop", "repeated call")
         if self.grammar and self.grammar.complete:
             return self._end("stop", "grammar")
         forced = ((self.tool.feed(token) if self.tool else []) or self._end_of_thinking())[:room]

@@ -267,7 +267,7 @@ async def test_a_worker_killed_in_one_of_several_calls_in_tags_costs_no_letter_o
     pool = await start_pool(model=str(path))
     properties = {"days": {"type": "integer", "minimum": 100, "maximum": 999}, **TOOL["function"]["parameters"]["properties"]}
     tool = {"function": {"name": "f", "parameters": TOOL["function"]["parameters"] | {"required": ["days", "city"], "properties": properties}}}
-    grammar = tool_grammar([tool], "qwen tags", True).replace('("\\n" call)*', '"\\n" call "\\n" call')
+    grammar = tool_grammar([tool], "qwen tags", True).replace('("\\n" call){0,63}', '"\\n" call "\\n" call')
     check_grammar(grammar, "tools")
     request = dict(prompts=((1, 2),), chat=True, tool_names=("f",), tool_types=({"days": "integer", "city": "string"},), grammar_param="tools",
                    grammar=grammar, max_tokens=600, sampling=SamplingParams(temperature=1.0, seed=1))
