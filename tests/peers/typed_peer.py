@@ -36,7 +36,7 @@ def typed(asked):
             assert isinstance(asked(seed), Event)
         except Exception as error:
             return f"{type(error).__name__}: {error}"[:900]
-    with ThreadPoolExecutor(5) as threads:
+    with ThreadPoolExecutor(10) as threads:
         return {seed: said for seed, said in zip(SEEDS, threads.map(error, SEEDS)) if said}
 
 

@@ -305,7 +305,7 @@ def test_compiled_schemas_are_kept_only_as_far_as_memory_goes(engine):
     engine.answers.grammars.clear()
     compiled = []
     for number in range(10):
-        one = work(engine, f"a{number}", numbers(30, f"{number}"))
+        one = work(engine, f"a{number}", numbers(40, f"{number}"))
         compiled.append(engine.answers.grammar("", one.params.grammar).size)
         assert engine.answers.grammar("", one.params.grammar).lexer is engine.answers.grammar("", one.params.grammar).lexer  # the newest is kept
     assert all(8 << 20 < size < 16 << 20 for size in compiled)
