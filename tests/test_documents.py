@@ -15,7 +15,7 @@ from chatlm.common.config import FLAGS
 from chatlm.common.errors import ConfigError
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
 from chatlm.common.hub.huggingface import SHORT_NAMES
-from chatlm.worker.weights.families import FAMILIES
+from chatlm.worker.weights.families import FAMILIES, VISION
 from chatlm.worker.weights.gguf_file import GGUF_FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,7 +150,7 @@ def test_the_families_are_those_of_the_program():
     table = text_of(ROOT / "docs/models.md").split("## Families")[1].split("## ")[0]
     rows = [line.split("|") for line in table.split("\n") if line.startswith("| ")][1:]
     folders, files = (set(re.findall(r"`([a-z0-9_-]+)`", " ".join(row[column] for row in rows))) for column in (2, 3))
-    assert folders == {*FAMILIES, "gemma3"} and files == set(GGUF_FAMILIES)
+    assert folders == {*FAMILIES, *VISION} and files == set(GGUF_FAMILIES)
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/models.md"])

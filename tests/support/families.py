@@ -9,7 +9,7 @@ import torch
 
 from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
-from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.kernels import load_kernels, not_compiled
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import open_model
 from engines import make_batch
@@ -19,6 +19,9 @@ TINY = dict(vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_lay
             rms_norm_eps=1e-3)
 LONG = {"rope_type": "longrope", "short_factor": [1.0 + i / 8 for i in range(6)], "long_factor": [2.0 + i for i in range(6)],
         "rope_theta": 10_000.0, "partial_rotary_factor": 0.75}
+GRANITE = dict(embedding_multiplier=6.0, residual_multiplier=0.3, attention_multiplier=0.2, logits_scaling=1.5)
+GROWING = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0,
+               original_max_position_embeddings=128, max_position_embeddings=512, llama_4_scaling_beta=0.4)
 MODELS = {                  # name -> (model_type, what differs from TINY)
     "llama2": ("llama", dict(num_key_value_heads=4)),
     "llama3.1": ("llama", dict(attention_bias=True, mlp_bias=True, num_key_value_heads=1, rope_parameters=dict(
@@ -45,6 +48,27 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "gpt-oss": ("gpt_oss", dict(head_dim=32, num_local_experts=7, num_experts_per_tok=3, sliding_window=24, rope_parameters=dict(
         rope_type="yarn", rope_theta=150_000.0, factor=8.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
         original_max_position_embeddings=64))),
+    "granite": ("granite", GRANITE | dict(attention_bias=True, mlp_bias=True)),
+    "granite-moe": ("granitemoe", GRANITE | dict(num_local_experts=6, num_experts_per_tok=3, intermediate_size=64)),
+    "granite4": ("granitemoehybrid", GRANITE | dict(layer_types=["full_attention"] * 4, num_local_experts=5, num_experts_per_tok=2,
+                                                    shared_intermediate_size=48, position_embedding_type="rope")),
+    "granite4-dense": ("granitemoehybrid", GRANITE | dict(layer_types=["full_attention"] * 4, num_local_experts=0, num_experts_per_tok=0,
+                                                          shared_intermediate_size=96)),      # without rotary embedding
+    "mixtral": ("mixtral", dict(num_local_experts=6, num_experts_per_tok=2, sliding_window=24)),
+    "qwen2moe": ("qwen2_moe", dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=48, shared_expert_intermediate_size=80,
+                                   mlp_only_layers=[1], use_sliding_window=True, sliding_window=24, max_window_layers=3)),
+    "qwen3moe-dense": ("qwen3_moe", dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48, mlp_only_layers=[0], decoder_sparse_step=2)),
+    "olmo2": ("olmo2", dict(attention_bias=True, num_key_value_heads=4)),
+    "olmo3": ("olmo3", dict(sliding_window=24, num_key_value_heads=4, rope_parameters={
+        "full_attention": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=128, rope_theta=500_000.0),
+        "sliding_attention": dict(rope_type="default", rope_theta=500_000.0)})),
+    "glm4": ("glm4", dict(head_dim=32)),
+    "exaone4": ("exaone4", dict(sliding_window=24)),
+    "ernie4.5": ("ernie4_5", dict(head_dim=32)),
+    "seed-oss": ("seed_oss", dict(head_dim=32, attention_out_bias=True)),
+    "ministral3": ("ministral3", dict(head_dim=32, rope_parameters=GROWING | {"original_max_position_embeddings": 512})),
+    "llama-gelu": ("llama", dict(hidden_act="gelu")),
+    "llama-relu2": ("llama", dict(hidden_act="relu2")),
 }
 
 
@@ -128,7 +152,7 @@ def check(found, cases, count=64, tolerance=TOLERANCE):
 
 def kernels_of(backend, spec):
     kernels = load_kernels("cpu", spec if backend == "decode_core" else None, max_tokens=128, max_rows=8)
-    assert kernels.row_invariant == (backend == "decode_core")
+    assert kernels.row_invariant == (backend == "decode_core" and not not_compiled(spec))
     return kernels
 
 
@@ -196,22 +220,39 @@ def apart(state, interleaved):
     return found
 
 
+GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
+                      "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3"}
+
+
+def granite_apart(state, mixed):
+    """A state dict of a granite with experts, or of one that could have some, by names of other families."""
+    found = {}
+    for name, tensor in state.items():
+        name = name.replace("block_sparse_moe.experts", "mlp.experts").replace("moe.router.weight", "moe.router.layer.weight")
+        name = name.replace("shared_mlp", "mlp.shared_expert" if mixed else "mlp").replace("output_linear", "down_proj")
+        parts = zip(("gate_proj", "up_proj"), tensor.chunk(2, 0)) if "input_linear" in name else [("", tensor)]
+        found |= {name.replace("input_linear", part): half.contiguous() for part, half in parts}
+    return found
+
+
 def as_gguf(path, model, quantized=False, metadata=None):
     """What llama.cpp's converter writes of a model: conversion/llama.py, gemma.py, phi.py and so on."""
     import gguf
     from tiny_gguf import small_gguf_metadata, write_gguf
     config = model.config
-    arch = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}.get(
-        config.model_type, config.model_type)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper().replace("-", "_")], config.num_hidden_layers)
+    arch, state = GGUF_ARCHITECTURES.get(config.model_type, config.model_type), model.state_dict()
+    if arch.startswith("granitemoe"):
+        arch = "granitemoe" if config.num_local_experts else "granite"
+        state = granite_apart(state, config.num_local_experts)
+    names = gguf.get_tensor_name_map({name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     tensors = {}
-    for name, tensor in apart(model.state_dict(), interleaved=arch == "gpt-oss").items():
+    for name, tensor in apart(state, interleaved=arch == "gpt-oss").items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             tensor = tensor + 1
-        if arch in ("llama", "smollm3") and re.search("[qk]_proj", name):
+        if arch in ("llama", "smollm3", "granite", "granitemoe", "mistral3") and re.search("[qk]_proj", name):
             tensor = tensor.view(-1, 2, head_size // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         tensors[names.get_name(name, (".weight", ".bias")) + ".weight" * name.endswith("sinks")] = tensor.numpy()
     if quantized:
@@ -225,10 +266,19 @@ def as_gguf(path, model, quantized=False, metadata=None):
         "attention.head_count_kv": config.num_key_value_heads, "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "attention.key_length": head_size, "attention.value_length": head_size, "rope.freq_base": float(rope["rope_theta"]),
         "rope.dimension_count": int(head_size * rope.get("partial_rotary_factor", 1)), "vocab_size": config.vocab_size}
-    if experts := getattr(config, "num_local_experts", None):
+    if experts := getattr(config, "num_local_experts", getattr(config, "num_experts", None)):
         width = getattr(config, "moe_intermediate_size", config.intermediate_size)
         numbers |= {"expert_count": experts, "expert_used_count": config.num_experts_per_tok, "expert_feed_forward_length": width}
-    if arch != "qwen2" and getattr(config, "sliding_window", None):
+    if shared := getattr(config, "shared_expert_intermediate_size", getattr(config, "shared_intermediate_size", None)):
+        numbers["expert_shared_feed_forward_length"] = shared
+    if arch.startswith("granite"):
+        numbers |= {"attention.scale": config.attention_multiplier, "embedding_scale": config.embedding_multiplier,
+                    "residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling, "rope.scaling.finetuned": True}
+    if arch in ("olmo2", "exaone4") and getattr(config, "sliding_window", None):
+        numbers["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
+    if arch == "mistral3":
+        numbers |= {"rope.scaling.yarn_log_multiplier": rope["mscale_all_dim"], "attention.temperature_scale": rope["llama_4_scaling_beta"]}
+    if not arch.startswith("qwen2") and getattr(config, "sliding_window", None):
         numbers["attention.sliding_window"] = config.sliding_window
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, key, None):

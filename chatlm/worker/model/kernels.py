@@ -21,17 +21,19 @@ from chatlm import __version__
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.core import SEAM, decode_core, installed_core, kernels_line
 from chatlm.common.errors import ConfigError
+from chatlm.common.log import log
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.processes.start import threads_per_worker
 from chatlm.worker.model.spec import ModelSpec, token_places
+from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.attention import (
-    attend, attend_prompt, decode_rows, page_table, paged_attention_reference, plan_attention_reference,
-    rope_append_reference, rope_tables)
+    attend, attend_prompt, decode_rows, mean_squares_reference, norm_qk_reference, page_table,
+    paged_attention_reference, plan_attention_reference, rope_append_reference, rope_tables)
 from chatlm.worker.ops.basic import (
     Norm, backout_reference, copy_reference, dequantize, dequantized, embed_reference, experts_reference,
-    fastest_dtype, finish_linear, gather_rows_reference, linear_reference, make_cache_reference,
-    mix_reference, pack_reference, rms_norm_reference, smear_reference, softcap_reference, unpermute_rope,
-    zeroed)
+    fastest_dtype, finish_linear, gated_add_reference, gather_rows_reference, linear_reference,
+    make_cache_reference, mix_reference, pack_reference, rms_norm_reference, smear_reference,
+    softcap_reference, unpermute_rope, zeroed)
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_on_host
 
@@ -125,10 +127,13 @@ class Kernels:
     experts: Callable = experts_reference
     copy: Callable = copy_reference
     mix: Callable = mix_reference
+    gated_add: Callable = gated_add_reference
     smear: Callable = smear_reference
     backout: Callable = backout_reference
     softcap: Callable = softcap_reference
     make_cache: Callable = make_cache_reference
+    mean_squares: Callable = mean_squares_reference
+    norm_qk: Callable = norm_qk_reference
     rope_append: Callable = rope_append_reference
     plan_attention: Callable = plan_attention_reference
     paged_attention: Callable = paged_attention_reference
@@ -170,7 +175,20 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
 def choose_backend(device, spec: ModelSpec | None):
     """decode_core's backend if it runs this model on this device, else torch's (always without a spec)."""
     core = decode_core() if spec else None
+    if core and (features := not_compiled(spec)):
+        log.warning("decode_core has no %s, which this model needs: torch computes instead", features)
+        core = None
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
+
+
+def not_compiled(spec: ModelSpec) -> str:
+    """What of a model no op of decode_core computes, in words."""
+    features = {
+        "norm of all heads together": spec.qk_norm_sizes, "gate of a shared expert": spec.shared_gate,
+        "scale of queries by their position": spec.q_growth,
+        f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2"),
+        "feed-forward of such a width": spec.dense_size % TILE_ROWS or spec.shared_size % TILE_ROWS}
+    return " and no ".join(feature for feature, needed in features.items() if needed)
 
 
 def for_decode_core() -> SimpleNamespace:

@@ -55,9 +55,12 @@ class ModelSpec:
     max_positions: int                # length of the rotary tables; the context cannot be longer
     norm_eps: float = 1e-5
     norm_weights: bool = True         # attention_norm, ffn_norm, final_norm have weights
+    pre_norms: bool = True            # False: blocks read x as it is, without attention_norm and ffn_norm
     post_norms: bool = False          # output_norm, down_norm: of what each block adds to x
     embedding_norm: bool = False      # RMS norm (without weight) right after the embedding
     embedding_scale: float = 1.0      # multiplies the embedding; itself rounded to the weights' type
+    residual_scale: float = 1.0       # multiplies what each block adds to x
+    logit_scale: float = 1.0          # multiplies the logits
     tied_head: bool = False           # the head shares the embedding's weights
     qkv_bias: bool = False
     output_bias: bool = False
@@ -72,11 +75,17 @@ class ModelSpec:
     unrotated_layers: tuple[int, ...] = ()
     qk_norm: str = "none"             # "none" | "before_rope" | "after_rope"
     qk_norm_weights: bool = False
+    qk_norm_sizes: tuple[int, ...] = ()  # (H * D, Hkv * D): q and k are normalized whole, before rope
     qk_scale: float = 1.0             # multiplies q and k, after norm and rope
     q_scale: float = 1.0              # multiplies q alone, besides 1 / sqrt(D)
+    q_growth: tuple[float, ...] = ()  # (beta, n): and 1 + beta * ln(1 + position // n)
     attention_softcap: float = 0.0    # scores = c * tanh(scores / c), before the mask; 0 = none
     activation: str = "swiglu"        # one of GATES, or "relu2" (without a gate)
     experts: int = 0                  # of each layer, F wide; 0: its feed-forward part is one dense one
+    dense_layers: tuple[int, ...] = ()  # those that have none all the same
+    dense_size: int = 0               # as wide is the feed-forward part of these
+    shared_size: int = 0              # > 0: beside its experts a layer has one so wide that every token takes
+    shared_gate: bool = False         # whose output is multiplied by the sigmoid of one product more
     experts_per_token: int = 0        # those with the largest of the router's logits
     shares_sum_to_one: bool = True    # softmax over the chosen experts' logits; else over all experts'
     router_bias: bool = False
@@ -112,13 +121,19 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         shapes["backout_lambda"] = (1,)
     for l in range(spec.layers):
         shapes |= {f"{l}.qkv": ((H + 2 * Hkv) * D, C), f"{l}.output": (C, H * D)}
-        up, down, rows = ("up", "down", F) if spec.activation == "relu2" else ("gate_up", "down", 2 * F)
-        if E := spec.experts:  # one matrix: the rows of all experts' gates, then of their ups
+        E, shared = spec.experts if l not in spec.dense_layers else 0, spec.shared_size
+        size = F if E or not spec.experts else spec.dense_size
+        up, down, rows = ("up", "down", size) if spec.activation == "relu2" else ("gate_up", "down", 2 * size)
+        if E:  # one matrix: the rows of all experts' gates, then of their ups
             up, down = "expert_gate_up", "expert_down"
             shapes |= {f"{l}.router": (E, C), f"{l}.{up}": (E * rows, C), f"{l}.{down}": (E * C, F)}
         else:
-            shapes |= {f"{l}.{up}": (rows, C), f"{l}.{down}": (C, F)}
-        if spec.norm_weights:
+            shapes |= {f"{l}.{up}": (rows, C), f"{l}.{down}": (C, size)}
+        if E and shared:
+            shapes |= {f"{l}.shared_gate_up": (2 * shared, C), f"{l}.shared_down": (C, shared)}
+        if E and spec.shared_gate:
+            shapes[f"{l}.shared_gate"] = (1, C)
+        if spec.norm_weights and spec.pre_norms:
             shapes |= {f"{l}.attention_norm": (C,), f"{l}.ffn_norm": (C,)}
         if spec.post_norms:
             shapes |= {f"{l}.output_norm": (C,), f"{l}.down_norm": (C,)}
@@ -127,7 +142,8 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             if biased:
                 shapes[f"{l}.{part}_bias"] = shapes[f"{l}.{part}"][:1]
         if spec.qk_norm_weights:
-            shapes |= {f"{l}.q_norm": (D,), f"{l}.k_norm": (D,)}
+            q_size, k_size = spec.qk_norm_sizes and (H * D, Hkv * D) or (D, D)
+            shapes |= {f"{l}.q_norm": (q_size,), f"{l}.k_norm": (k_size,)}
         if spec.sinks:
             shapes[f"{l}.sinks"] = (H,)
         if l in spec.value_embed_layers:

@@ -13,7 +13,7 @@ import torch
 from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.model.spec import Inputs, expected_tensors, group_layers, token_places
 from chatlm.worker.model.tensors import Unread, read_ahead
-from chatlm.worker.ops.attention import rope_frequencies, rope_tables
+from chatlm.worker.ops.attention import query_scales, rope_frequencies, rope_tables
 from chatlm.worker.ops.basic import Norm
 
 if TYPE_CHECKING:
@@ -37,9 +37,17 @@ class Transformer:
         self.groups = groups or group_layers((), spec.layers, 0)
         self.device, self.dtype = torch.device(device), kernels.cache_dtype(dtype)  # of cache and activations
         self.windows = spec.windows or (0,) * spec.layers
-        self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype or torch.float32).item()
+        # x is kept divided by residual_scale, so that what blocks add needs no product; with an eps divided
+        # by its square, norms make of x what they would have made
+        self.embedding_scale = torch.tensor(
+            spec.embedding_scale, dtype=dtype or torch.float32).item() / spec.residual_scale
+        self.norm_eps = spec.norm_eps / spec.residual_scale**2
         with torch.inference_mode():
             self.weights = self._pack(tensors, dtype, progress)
+            self.q_scale = query_scales(spec, self.device) if spec.q_growth else spec.q_scale
+            self.logit_norm = self.weights.get("final_norm")
+            if spec.logit_scale != 1:
+                self.logit_norm = self.logit_norm * spec.logit_scale
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
             turns = [rope_frequencies(spec, layer) for layer in range(spec.layers)]
@@ -63,9 +71,10 @@ class Transformer:
             target = dtype if len(parts[0].shape) > 1 and name != "smear_gate" else torch.float32
             moved = [part.to(self.device, target) if isinstance(part, torch.Tensor) else part
                      for part in parts]
-            matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head",
-                                                 "ve_gate", "gate_up_bias", "router", "expert_gate_up",
-                                                 "expert_down", "expert_gate_up_bias")
+            matrix = name.rpartition(".")[2] in (
+                "embed", "qkv", "output", "gate_up", "up", "down", "head", "ve_gate", "gate_up_bias",
+                "router", "expert_gate_up", "expert_down", "expert_gate_up_bias", "shared_gate_up",
+                "shared_down", "shared_gate")
             weights[name] = weight = self.kernels.pack(name, *moved) if matrix else moved[0]
             if isinstance(tensor, Unread) and not getattr(weight, "finite", False):  # or nobody has looked
                 tensor.refuse_faults(read, packed=hasattr(weight, "finite"))
@@ -91,6 +100,8 @@ class Transformer:
             "previous": (T, C, f32), "added": (T, C, f32),
             "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
             "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
+            "dense": (T, spec.dense_size, dtype), "shared": (T, spec.shared_size, dtype),
+            "share": (T, int(spec.shared_gate), f32), "means": (T, len(spec.qk_norm_sizes), f32),
             "routing": (T, spec.experts, f32), "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
             "own_logits": (R, spec.own_rows, f32),
         }
@@ -138,7 +149,7 @@ class Transformer:
         (rows, C) float64. The norm is computed here, row by row: the same in any batch and for all kernels.
         """
         x = self.buffers["x"][first:last].cpu().double().numpy()
-        x = x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + self.spec.norm_eps)
+        x = x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + self.norm_eps)
         weight = self.weights.get("final_norm")
         return x if weight is None else x * weight.cpu().double().numpy()
 
@@ -178,7 +189,7 @@ class Transformer:
             k.backout(b.x, b.middle, w["backout_lambda"], out=b.x)
         k.gather_rows(b.x, inputs.logit_rows, out=b.last)  # (R, C)
         logits = b.own_logits if spec.own_rows else b.logits
-        k.linear(b.last, w["head"], norm=Norm(w.get("final_norm"), spec.norm_eps), out=logits)  # (R, V)
+        k.linear(b.last, w["head"], norm=Norm(self.logit_norm, self.norm_eps), out=logits)  # (R, V)
         if spec.own_rows:  # those of other ranks lie beside them
             k.all_gather(logits, out=b.logits)
         if spec.softcap:
@@ -188,7 +199,7 @@ class Transformer:
         """x = what the first layer reads (T, C)."""
         spec, k, w = self.spec, self.kernels, self.weights
         self._look_up(inputs.token_ids, out=b.x)
-        if spec.embedding_scale != 1:
+        if self.embedding_scale != 1:
             k.mix(b.x, b.x, self.embedding_scale, 0.0, out=b.x)
         if spec.embedding_norm:
             k.rms_norm(b.x, None, spec.norm_eps, out=b.x)
@@ -217,39 +228,58 @@ class Transformer:
     def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, tables, cache, window: int):
         """residual = x + output(attention(norm(x))), once new keys and values are in the layer's pages."""
         spec, k, value, gate = self.spec, self.kernels, None, None
-        norm = Norm(layer.get("attention_norm"), spec.norm_eps)
+        norms = {"q_norm": layer.get("q_norm"), "k_norm": layer.get("k_norm")}
+        norm = Norm(layer.get("attention_norm"), self.norm_eps) if spec.pre_norms else None
         k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=b.qkv)  # (T, (H + 2 Hkv) * D)
         if "value_embed" in layer:
             value, gate = b.value, b.gate
             k.embed(layer["value_embed"], inputs.token_ids, out=value)  # (T, Hkv * D)
             k.linear(b.x, layer["ve_gate"], norm=norm, out=gate)  # (T, Hkv) from the first few channels
-        k.rope_append(b.qkv, *tables, inputs.positions, inputs.slots, cache, out=b.q,
-                      norm=spec.qk_norm, q_norm=layer.get("q_norm"), k_norm=layer.get("k_norm"),
-                      eps=spec.norm_eps, post_scale=spec.qk_scale, q_scale=spec.q_scale,
+        if spec.qk_norm_sizes:
+            k.mean_squares(b.qkv, **norms, sizes=spec.qk_norm_sizes, out=b.means)  # (T, 2)
+            if k.all_reduce:
+                k.all_reduce(b.means, out=b.means)
+            k.norm_qk(b.qkv, **norms, means=b.means, eps=spec.norm_eps)
+            norms = {}
+        k.rope_append(b.qkv, *tables, inputs.positions, inputs.slots, cache, out=b.q, norm=spec.qk_norm,
+                      **norms, eps=spec.norm_eps, post_scale=spec.qk_scale, q_scale=self.q_scale,
                       value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale)   # (T, H * D)
         k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended,
                           softcap=spec.attention_softcap, sinks=layer.get("sinks"))  # (T, H * D)
         self._add(b, b.attended, layer, "output", b.x, out=b.residual)
 
     def _feed_forward(self, b: SimpleNamespace, layer: dict):
-        """x = residual + down(activation(up(norm(residual))))."""
+        """x = residual + down(activation(up(norm(residual)))), or the sum of several such by experts."""
         spec, k = self.spec, self.kernels
-        norm = Norm(layer.get("ffn_norm"), spec.norm_eps)
-        if spec.experts:
-            k.linear(b.residual, layer["router"], norm=norm, bias=layer.get("router_bias"), out=b.routing)
-            alone = k.all_reduce is None
-            k.experts(
-                b.residual, b.routing, layer["expert_gate_up"], layer["expert_down"], norm=norm,
-                biases=(layer.get("expert_gate_up_bias"), layer.get("expert_down_bias")),
-                out=b.x if alone else b.added, activation=spec.activation, chosen=spec.experts_per_token,
-                sum_to_one=spec.shares_sum_to_one, residual=alone)
-            if not alone:
-                k.all_reduce(b.added, out=b.x, residual=b.residual)
-            return
-        up = "up" if spec.activation == "relu2" else "gate_up"
+        norm = Norm(layer.get("ffn_norm"), self.norm_eps) if spec.pre_norms else None
+        if "router" in layer:
+            return self._experts(b, layer, norm)
+        up, hidden = "up" if spec.activation == "relu2" else "gate_up", b.dense if spec.experts else b.hidden
         k.linear(b.residual, layer[up], norm=norm, bias=layer.get(f"{up}_bias"), activation=spec.activation,
-                 out=b.hidden)  # (T, F)
-        self._add(b, b.hidden, layer, "down", b.residual, out=b.x)
+                 out=hidden)  # (T, F)
+        self._add(b, hidden, layer, "down", b.residual, out=b.x)
+
+    def _experts(self, b: SimpleNamespace, layer: dict, norm: Norm | None):
+        """x = residual + what the experts of each row add to it, those of all rows among them."""
+        spec, k = self.spec, self.kernels
+        alone = k.all_reduce is None
+        total = b.x if alone else b.added
+        k.linear(b.residual, layer["router"], norm=norm, bias=layer.get("router_bias"), out=b.routing)
+        k.experts(
+            b.residual, b.routing, layer["expert_gate_up"], layer["expert_down"], norm=norm,
+            biases=(layer.get("expert_gate_up_bias"), layer.get("expert_down_bias")),
+            out=total, activation=spec.activation, chosen=spec.experts_per_token,
+            sum_to_one=spec.shares_sum_to_one, residual=alone)
+        if spec.shared_size:
+            k.linear(b.residual, layer["shared_gate_up"], norm=norm, activation=spec.activation, out=b.shared)
+            if spec.shared_gate:
+                k.linear(b.residual, layer["shared_gate"], norm=norm, out=b.share)  # (T, 1)
+                k.linear(b.shared, layer["shared_down"], out=b.previous)
+                k.gated_add(total, b.previous, b.share, out=total)
+            else:
+                k.linear(b.shared, layer["shared_down"], residual=total, out=total)
+        if not alone:
+            k.all_reduce(b.added, out=b.x, residual=b.residual)
 
     def _add(self, b: SimpleNamespace, x, layer: dict, name: str, residual, out):
         """out = residual + x @ layer[name].T + bias (T, C), or a norm of what is added in some families.

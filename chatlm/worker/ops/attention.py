@@ -38,13 +38,21 @@ def rope_tables(spec, device, layer: int = 0) -> tuple:
                  for table in (cos, sin))
 
 
+def query_scales(spec, device) -> torch.Tensor:
+    """What multiplies q at every position, (max_positions,) float32."""
+    beta, positions = spec.q_growth
+    grown = 1 + beta * numpy.log1p(numpy.arange(spec.max_positions) // positions)
+    return torch.from_numpy((spec.q_scale * grown).astype(numpy.float32)).to(device)
+
+
 def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="none", q_norm=None,
                           k_norm=None, eps=1e-5, post_scale=1.0, q_scale=1.0, value_embed=None, gate=None,
                           gate_scale=1.0):
     """All work between the qkv product and attention: q -> out (T, H * D), k and v -> the cache.
 
     qkv (T, (H + 2 Hkv) * D) is overwritten. q and k are normalized (`norm` is a ModelSpec's qk_norm), rotated
-    by the rows `positions` (T,) of cos and sin, and scaled, q also by `q_scale`. `gate_scale * sigmoid(gate)
+    by the rows `positions` (T,) of cos and sin, and scaled, q also by `q_scale`, a number or a table of one
+    for each position. `gate_scale * sigmoid(gate)
     * value_embed` is added to v; gate is (T, Hkv), value_embed (T, Hkv * D). k and v then go into one layer's
     `cache` at `slots` (T,)."""
     T, Hkv, D = len(qkv), *cache.shape[2:]
@@ -63,9 +71,27 @@ def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="
         strength = gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)  # (T, Hkv, 1)
         heads[:, H + Hkv:] += strength * value_embed.view(T, Hkv, D)
     out.copy_(qkv[:, :H * D])
-    if q_scale != 1:
+    if isinstance(q_scale, torch.Tensor):
+        out.mul_(torch.index_select(q_scale, 0, positions).unsqueeze(1))
+    elif q_scale != 1:
         out.mul_(q_scale)
     cache.view(-1, 2 * Hkv * D).index_copy_(0, slots, qkv[:, H * D:].to(cache.dtype))
+
+
+def mean_squares_reference(qkv, q_norm, k_norm, sizes, out):
+    """The squares of all q and of all k of each row of qkv (T, (H + 2 Hkv) * D), over `sizes` -> out (T, 2).
+
+    `sizes` are the whole widths, (H * D, Hkv * D) of all ranks, of which each has some heads, with their part
+    of the weights: the ranks' sums are the means."""
+    parts = qkv[:, :len(q_norm)], qkv[:, len(q_norm):len(q_norm) + len(k_norm)]
+    torch.stack([part.float().square().sum(1) / size for part, size in zip(parts, sizes)], 1, out=out)
+
+
+def norm_qk_reference(qkv, q_norm, k_norm, means, eps):
+    """RMS norm of all q of each row of qkv together, and of all k, in place; means (T, 2) as above."""
+    parts = qkv[:, :len(q_norm)], qkv[:, len(q_norm):len(q_norm) + len(k_norm)]
+    for part, weight, mean in zip(parts, (q_norm, k_norm), means.unbind(1)):
+        part.copy_(part.float() * torch.rsqrt(mean + eps).unsqueeze(1) * weight)
 
 
 def norm_heads(qk, H, q_norm, k_norm, eps):

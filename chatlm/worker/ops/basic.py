@@ -81,6 +81,8 @@ def clamped_swiglu(gate, up):
 
 
 GATES = {"swiglu": lambda gate, up: torch.nn.functional.silu(gate) * up,
+         "gelu": lambda gate, up: torch.nn.functional.gelu(gate) * up,
+         "reglu2": lambda gate, up: torch.square(torch.relu(gate)) * up,
          "geglu": lambda gate, up: torch.nn.functional.gelu(gate, approximate="tanh") * up,
          "clamped_swiglu": clamped_swiglu}
 
@@ -150,6 +152,11 @@ def mix_reference(x, x0, resid_lambda, x0_lambda, out):
     torch.add(x * resid_lambda, x0 * x0_lambda, out=out)
 
 
+def gated_add_reference(x, added, gate, out):
+    """x + sigmoid(gate) * added -> out (T, C), which may be x; gate is (T, 1)."""
+    torch.add(x, torch.sigmoid(gate) * added, out=out)
+
+
 def smear_reference(x, previous, previous_ids, gate, smear_lambda, out):
     """x + lambda * sigmoid(x[:, :channels] @ gate.T) * previous -> out (T, C).
 
@@ -187,14 +194,15 @@ def make_cache_reference(spec, num_pages, dtype, device):
 DEQUANTIZE_ELEMENTS = 1 << 19  # at a time, to stay in cache and need no second copy of a large matrix
 
 
-def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torch.dtype) -> torch.Tensor:
-    """Stack `parts`, each (tensor, head size to unpermute or 0), into one matrix of any float type `dtype`.
+def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, RopePairs | None]],
+                dtype: torch.dtype) -> torch.Tensor:
+    """Stack `parts`, each (tensor, pairs to unpermute or None), into one matrix of any float type `dtype`.
 
     The values are bit-equal to gguf.dequantize rounded to `dtype`."""
     out, row = torch.empty(shape, dtype=dtype), 0
     step = max(1, DEQUANTIZE_ELEMENTS // math.prod(shape[1:]))
-    for tensor, head_size in parts:
-        data = unpermute_rope(torch.from_numpy(numpy.asarray(tensor.data)), head_size)
+    for tensor, pairs in parts:
+        data = unpermute_rope(torch.from_numpy(numpy.asarray(tensor.data)), pairs)
         for chunk in data.split(step):
             rows = out[row:row + len(chunk)]
             rows.copy_(dequantize(tensor.tensor_type, chunk).view(rows.shape))
@@ -202,11 +210,20 @@ def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torc
     return out
 
 
-def unpermute_rope(rows, head_size: int):
-    """Reorder each head's rows so that rotary pairs are (0, D/2), ..; PERMUTED ones have (0, 1), .."""
-    if not head_size:
+class RopePairs(NamedTuple):
+    """Rows of heads of `head_size`, the first `rotated` of each in pairs (0, 1), (2, 3), .."""
+
+    head_size: int
+    rotated: int
+
+
+def unpermute_rope(rows, pairs: RopePairs | None):
+    """Reorder each head's rows so that its pairs are (0, rotated / 2), .. and all others stay."""
+    if not pairs:
         return rows
-    return rows.reshape(-1, head_size // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    order = numpy.arange(pairs.head_size)
+    order[:pairs.rotated] = order[:pairs.rotated].reshape(-1, 2).T.ravel()
+    return rows.reshape(-1, pairs.head_size, *rows.shape[1:])[:, order].reshape(rows.shape)
 
 
 # bytes per block of 32 weights: float16 scale, float16 minimum (Q4_1 only), the weights

@@ -51,8 +51,9 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
     The file's vocabulary tensors have `padded` rows. Of experts a file has either a tensor each, in whose
     name a second {} of the `table` stands for the expert, or one of all (experts, rows of each, ...)."""
     query, key, E = spec.heads * spec.head_size, spec.kv_heads * spec.head_size, spec.experts
-    qkv, gate_up, vocabulary = (query, key, key), (spec.ffn_size,) * 2, (padded,)
+    qkv, gate_up, vocabulary = (query, key, key), (spec.dense_size if E else spec.ffn_size,) * 2, (padded,)
     split = {"qkv": qkv, "qkv_bias": qkv, "gate_up": gate_up, "gate_up_bias": gate_up,
+             "shared_gate_up": (spec.shared_size,) * 2,
              "embed": vocabulary, "head": vocabulary, "value_embed": vocabulary}
     sources = {}
     for ours, shape in expected_tensors(spec).items():
@@ -69,6 +70,9 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
             sources[ours] = shape, {name.format(layer): (count, *shape[1:])
                                     for name, count in zip(theirs, rows)}
     return sources
+
+
+IMAGES = "vision_tower|vision_model|visual|multi_modal_projector|connector|image_newline"  # not of the text
 
 
 class Mxfp4:
@@ -105,9 +109,9 @@ def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, t
     state = {}
     for path in weight_files(folder):
         state |= read_safetensors_file(path)
-    # gemma3's files with images name the text model apart; some old llama files hold rotary frequencies
-    state = {name.replace("language_model.", "", 1): tensor for name, tensor in state.items()
-             if not re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.|.*\.rotary_emb\.", name)}
+    # files with images name the text model apart; some old llama files hold rotary frequencies
+    state = {re.sub(r"(language|text)_model\.", "", name, count=1): tensor for name, tensor in state.items()
+             if not re.match(rf"(model\.)?({IMAGES})\b|.*\.rotary_emb\.", name)}
     scales = {name: state.pop(of) for name in list(state) for of in (f"{name}_scale_inv", f"{name}_scale")
               if name in state and str(state[name].dtype) in FP8 and of in state}  # scales may be FP8 too
     for name, tensor in list(state.items()):
@@ -152,7 +156,7 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
 
     def read_packed(theirs: Iterable[str], cut: Cut):
         make = as_stored or partial(dequantized, dtype=dtype)
-        return make(cut.shape, cut_stored([(state[name], 0) for name in theirs], cut))
+        return make(cut.shape, cut_stored([(state[name], None) for name in theirs], cut))
 
     def unread(shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
         parts, target = [state[name] for name in theirs], torch.float32 if len(shape) == 1 else dtype
@@ -246,7 +250,7 @@ def cut_stored(parts: Seq[tuple[Any, int]], cut: Cut) -> list[tuple[Any, int]]:
                   for shape, part in zip(shapes, parts)]
         gguf = require_library("gguf", "packed weights")
         gguf_type = gguf.GGMLQuantizationType["F32" if (last - first) % 32 else "Q8_0"]
-        return [(SimpleNamespace(tensor_type=gguf_type, data=gguf.quantize(rows, gguf_type)), 0)
+        return [(SimpleNamespace(tensor_type=gguf_type, data=gguf.quantize(rows, gguf_type)), None)
                 for rows in floats]
     return [(SimpleNamespace(tensor_type=parts[i][0].tensor_type, data=numpy.ascontiguousarray(data)),
              parts[i][1]) for i, data in cut.apply(tensor.data for tensor, _ in parts)]

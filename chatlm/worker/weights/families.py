@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence as Seq
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-from chatlm.common.errors import ConfigError, shown
+from chatlm.common.errors import ConfigError, printable, shown
+from chatlm.common.log import log
 from chatlm.worker.model.spec import ModelSpec
 from chatlm.worker.weights.assemble import Mxfp4, fp8_block
 from chatlm.worker.weights.rules import (
@@ -22,12 +24,16 @@ from chatlm.worker.weights.rules import (
 class Family(NamedTuple):
     """How a family differs from llama, as transformers' modeling_<name>.py has it: a row of FAMILIES."""
 
+    title: str         # its models, as people name them
     config: dict       # its own keys of config.json, and what a missing one means
     fields: dict = {}  # of ModelSpec
     tensors: dict[str, tuple[str, ...]] = {}  # where its files differ from HF_TENSORS
     has_window: Callable[[Mapping, int], Any] = lambda config, layer: config.get("sliding_window")
     one_more: bool = False  # its norms multiply by 1 + w
     repack: Callable[[dict], dict] = lambda state: state  # a folder's tensors as `tensors` expects them
+    interleaved: bool = False  # rotary pairs lie side by side, in a folder too
+    needed: tuple[str, ...] = ()  # keys without which transformers would take another model
+    windows_rotate: bool = False  # layers without a window are not rotated if others have one
 
 
 HF_TENSORS = {  # our tensor (of layer {}) -> the folder's tensors whose rows it is made of
@@ -40,8 +46,11 @@ HF_TENSORS = {  # our tensor (of layer {}) -> the folder's tensors whose rows it
     **{ours + ending: tuple(f"model.layers.{{}}.{module}_proj.{part}" for module in theirs.split())
        for ending, part in (("", "weight"), ("_bias", "bias"))
        for ours, theirs in (("qkv", "self_attn.q self_attn.k self_attn.v"), ("output", "self_attn.o"),
-                            ("gate_up", "mlp.gate mlp.up"), ("down", "mlp.down"))}}
-HF_ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "relu2": "relu2"}
+                            ("gate_up", "mlp.gate mlp.up"), ("down", "mlp.down"),
+                            ("shared_gate_up", "mlp.shared_expert.gate mlp.shared_expert.up"),
+                            ("shared_down", "mlp.shared_expert.down"))}}
+HF_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
+                  "gelu": "gelu", "relu2": "reglu2"}
 HF_DEFAULTS = {  # of every family; None: must be given, or follows from others
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                      "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -56,6 +65,18 @@ GEMMA_TENSORS = {ours: (f"model.layers.{{}}.{theirs}_layernorm.weight",) for our
     ("output_norm", "post_attention"), ("ffn_norm", "pre_feedforward"), ("down_norm", "post_feedforward"))}
 HEAD_NORMS = {"qk_norm": "before_rope", "qk_norm_weights": True}
 EXPERTS = dict.fromkeys(("num_experts", "num_local_experts", "moe_intermediate_size"))
+QWEN_EXPERTS = EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": None, "decoder_sparse_step": 1}
+NORMS_AFTER = {"pre_norms": False, "post_norms": True}
+AFTER_TENSORS = {ours: (f"model.layers.{{}}.{theirs}_layernorm.weight",) for ours, theirs in (
+    ("output_norm", "post_attention"), ("down_norm", "post_feedforward"))}
+GRANITE = {"attention_bias": False} | dict.fromkeys(
+    ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0)
+GRANITE_EXPERTS = GRANITE | EXPERTS | {"num_local_experts": 8, "num_experts_per_tok": 2}
+MAMBA = dict.fromkeys("""mamba_n_heads mamba_n_groups mamba_d_state mamba_d_head mamba_d_conv mamba_expand
+    mamba_chunk_size mamba_conv_bias mamba_proj_bias time_step_limit time_step_min time_step_max
+    time_step_floor""".split())  # of layers that there are none of
+MINISTRAL_ROPE = {"rope_type": "yarn", "factor": 16.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+                  "rope_theta": 1e6, "original_max_position_embeddings": 16_384, "llama_4_scaling_beta": 0.1}
 GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
                 "original_max_position_embeddings": 4096}
 
@@ -93,47 +114,130 @@ def repack_gpt_oss(state: Mapping) -> dict:
     return repacked
 
 
+GRANITE_TENSORS = expert_tensors("experts", "") | {
+    "router": ("model.layers.{}.block_sparse_moe.router.layer.weight",)}
+
+
+def repack_granite(state: Mapping) -> dict:
+    """Its folders have gate and up in one. What is a feed-forward part alone is an expert beside others."""
+    shared = "mlp.shared_expert." if any(".block_sparse_moe." in name for name in state) else "mlp."
+    repacked = {}
+    for name, tensor in state.items():
+        if not name.endswith("put_linear.weight") or tensor.ndim < 2:
+            repacked[name] = tensor
+            continue
+        name = name.replace("block_sparse_moe.", "mlp.experts.").replace("shared_mlp.", shared)
+        parts = {"input_linear": tensor} | dict(zip(("gate_proj", "up_proj"), tensor.chunk(2, -2)))
+        ours = ("gate_proj", "up_proj") if name.endswith("input_linear.weight") else ("down_proj",)
+        repacked |= {re.sub("(in|out)put_linear", part, name): parts.get(part, tensor) for part in ours}
+    return repacked
+
+
 def qwen_window(config: Mapping, layer: int) -> bool:
     return config["use_sliding_window"] and layer >= config["max_window_layers"]
 
 
 FAMILIES = {  # by config.json's model_type
-    "llama": Family({"attention_bias": False, "mlp_bias": False}),
-    "mistral": Family({"sliding_window": 4096, "num_key_value_heads": 8}),
-    "qwen2": Family(QWEN, {"qkv_bias": True}, has_window=qwen_window),
-    "qwen3": Family(QWEN | {"head_dim": 128, "attention_bias": False}, HEAD_NORMS, has_window=qwen_window),
+    "llama": Family("Llama 2 and 3, SmolLM2", {
+        "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": None}),
+    "mistral": Family("Mistral 7B, Nemo and Small", {"sliding_window": 4096, "num_key_value_heads": 8}),
+    "ministral3": Family("Ministral 3", {
+        "sliding_window": None, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
+        "rope_parameters": MINISTRAL_ROPE}),
+    "mixtral": Family(
+        "Mixtral", EXPERTS | {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,
+                              "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+                              "router_jitter_noise": None},
+        tensors={"router": ("model.layers.{}.block_sparse_moe.gate.weight",),
+                 "expert_gate_up": tuple(f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{part}.weight"
+                                         for part in ("w1", "w3")),
+                 "expert_down": ("model.layers.{}.block_sparse_moe.experts.{}.w2.weight",)}),
+    "qwen2": Family("Qwen2 and 2.5", QWEN, {"qkv_bias": True}, has_window=qwen_window),
+    "qwen3": Family("Qwen3", QWEN | {"head_dim": 128, "attention_bias": False}, HEAD_NORMS,
+                    has_window=qwen_window),
     "qwen3_moe": Family(
-        QWEN | EXPERTS | {"num_experts_per_tok": 8, "norm_topk_prob": False, "attention_bias": False},
+        "Qwen3-MoE", QWEN | QWEN_EXPERTS | {"num_experts_per_tok": 8, "attention_bias": False},
         HEAD_NORMS, expert_tensors("experts.{}", "gate"),
         lambda config, layer: config["use_sliding_window"]),
+    "qwen2_moe": Family(
+        "Qwen1.5- and Qwen2-MoE", QWEN | QWEN_EXPERTS | {
+            "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632, "qkv_bias": True},
+        {"shared_gate": True}, expert_tensors("experts.{}", "gate") | {
+            "shared_gate": ("model.layers.{}.mlp.shared_expert_gate.weight",)},
+        lambda config, layer: config["use_sliding_window"] and layer % 2 == 0 and (
+            layer < config["max_window_layers"])),
     "gpt_oss": Family(
-        EXPERTS | {"num_experts_per_tok": 4, "sliding_window": 128, "layer_types": None, "head_dim": 64,
-                   "attention_bias": True, "rope_theta": 150_000.0, "rope_parameters": GPT_OSS_ROPE,
-                   "rms_norm_eps": 1e-5, "quantization_config": None, "experts_per_token": None,
-                   "initial_context_length": None},
+        "gpt-oss", EXPERTS | {
+            "num_experts_per_tok": 4, "sliding_window": 128, "layer_types": None, "head_dim": 64,
+            "attention_bias": True, "rope_theta": 150_000.0, "rope_parameters": GPT_OSS_ROPE,
+            "rms_norm_eps": 1e-5, "quantization_config": None, "experts_per_token": None,
+            "initial_context_length": None},
         {"sinks": True, "router_bias": True, "ffn_bias": True, "activation": "clamped_swiglu"},
         expert_tensors("experts", "router", ("weight", "bias")), lambda config, layer: layer % 2 == 0,
         repack=repack_gpt_oss),
     "smollm3": Family(
-        QWEN | {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "rope_theta": 2e6,
-                "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4},
+        "SmolLM3", QWEN | {
+            "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "rope_theta": 2e6,
+            "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4},
         has_window=lambda config, layer: (
             config["use_sliding_window"] and not config["no_rope_layers"][layer])),
     "gemma2": Family(
-        GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, {"post_norms": True},
-        GEMMA_TENSORS, lambda config, layer: layer % 2 == 0, one_more=True),
+        "Gemma 2", GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        {"post_norms": True}, GEMMA_TENSORS, lambda config, layer: layer % 2 == 0, one_more=True),
     "gemma3_text": Family(
-        GEMMA | {"vocab_size": 262_208, "max_position_embeddings": 131_072, "sliding_window_pattern": 6,
-                 "rope_theta": 1e6, "rope_local_base_freq": 10_000.0}, {"post_norms": True} | HEAD_NORMS,
+        "Gemma 3", GEMMA | {
+            "vocab_size": 262_208, "max_position_embeddings": 131_072, "sliding_window_pattern": 6,
+            "rope_theta": 1e6, "rope_local_base_freq": 10_000.0}, {"post_norms": True} | HEAD_NORMS,
         GEMMA_TENSORS, lambda config, layer: (layer + 1) % config["sliding_window_pattern"], one_more=True),
     "phi3": Family(
-        {"sliding_window": None, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        "Phi-3, 3.5 and 4-mini",
+        {"sliding_window": None, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+         "partial_rotary_factor": None},
         tensors={"qkv": ("model.layers.{}.self_attn.qkv_proj.weight",),
                  "gate_up": ("model.layers.{}.mlp.gate_up_proj.weight",)}),
     "nanochat": Family(
-        {"hidden_act": "relu2", "attention_bias": False, "final_logit_softcapping": 15.0},
-        {"norm_weights": False, "embedding_norm": True, "rope_direction": -1, "qk_norm": "after_rope"},
-        {"up": ("model.layers.{}.mlp.fc1.weight",), "down": ("model.layers.{}.mlp.fc2.weight",)})}
+        "nanochat", {"hidden_act": "relu2", "attention_bias": False, "final_logit_softcapping": 15.0},
+        {"norm_weights": False, "embedding_norm": True, "rope_direction": -1, "qk_norm": "after_rope",
+         "activation": "relu2"},
+        {"up": ("model.layers.{}.mlp.fc1.weight",), "down": ("model.layers.{}.mlp.fc2.weight",)}),
+    "granite": Family("Granite 3", GRANITE | {"mlp_bias": False}),
+    "granitemoe": Family("Granite 3 MoE", GRANITE_EXPERTS, {}, GRANITE_TENSORS, repack=repack_granite),
+    "granitemoeshared": Family("", GRANITE_EXPERTS | {"shared_intermediate_size": 0}, {}, GRANITE_TENSORS,
+                               repack=repack_granite),
+    "granitemoehybrid": Family(
+        "Granite 4 without Mamba layers", GRANITE_EXPERTS | MAMBA | {
+            "shared_intermediate_size": 1024, "layer_types": None, "position_embedding_type": None,
+            "normalization_function": "rmsnorm"},
+        {}, GRANITE_TENSORS, repack=repack_granite, needed=("layer_types",)),
+    "olmo2": Family("OLMo 2", {"attention_bias": False, "rms_norm_eps": 1e-5},
+                    NORMS_AFTER | {"qk_norm": "whole", "qk_norm_weights": True}, AFTER_TENSORS),
+    "olmo3": Family(
+        "OLMo 3", {"attention_bias": False, "rms_norm_eps": 1e-5, "sliding_window": 4096, "layer_types": None,
+                   "rope_theta": 500_000.0, "rope_local_base_freq": 500_000.0},
+        NORMS_AFTER | {"qk_norm": "whole", "qk_norm_weights": True}, AFTER_TENSORS,
+        lambda config, layer: (layer + 1) % 4),
+    "glm4": Family(
+        "GLM-4-0414", {"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5,
+                       "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7},
+        {"post_norms": True, "output_bias": False}, {
+            "gate_up": ("model.layers.{}.mlp.gate_up_proj.weight",),
+            "output_norm": ("model.layers.{}.post_self_attn_layernorm.weight",),
+            "down_norm": ("model.layers.{}.post_mlp_layernorm.weight",)}, interleaved=True),
+    "exaone4": Family(
+        "EXAONE 4.0", {"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4,
+                       "layer_types": None},
+        NORMS_AFTER | HEAD_NORMS, AFTER_TENSORS,
+        lambda config, layer: config["sliding_window"] and (layer + 1) % config["sliding_window_pattern"],
+        windows_rotate=True),
+    "ernie4_5": Family("ERNIE 4.5", {"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
+                                     "tie_word_embeddings": True}, interleaved=True),
+    "seed_oss": Family("Seed-OSS", {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False,
+                                    "head_dim": 128, "residual_dropout": None})}
+VISION = {  # model_type of a model with images, which are not read -> its text model's, if it does not say
+    "gemma3": "gemma3_text", "mistral3": "mistral", "llava": "llama", "smolvlm": "llama", "idefics3": "llama",
+    "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}
+TEXT_TYPES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 HF_KEYS = {  # all others are bool
     **dict.fromkeys(("hidden_size", "intermediate_size"), Rule(int, 1, MOST_CHANNELS)),
@@ -144,56 +248,136 @@ HF_KEYS = {  # all others are bool
     "num_attention_heads": Rule(int, 1, MOST_HEADS), "rms_norm_eps": Rule(float, 0, 1),
     "num_key_value_heads": Rule(int, 1, MOST_HEADS, optional=True),
     "head_dim": Rule(int, 2, MOST_CHANNELS, optional=True), "query_pre_attn_scalar": Rule(float, 0.01, 10**6),
-    "max_position_embeddings": Rule(int, 16, MOST_POSITIONS), "sliding_window_pattern": Rule(int, 1),
+    "max_position_embeddings": Rule(int, 16, MOST_POSITIONS),
+    "sliding_window_pattern": Rule(int, 1, optional=True),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"),
+                    Rule(float, 1e-4, 10**6)),
+    "attention_multiplier": Rule(float, 1e-6, 10**6, optional=True),
+    "position_embedding_type": Rule(str, choices=("rope", "nope"), optional=True),
+    "normalization_function": Rule(str, choices=("rmsnorm",)),
     "original_max_position_embeddings": Rule(int, 2, MOST_POSITIONS),
     "sliding_window": Rule(int, 1, MOST_POSITIONS, optional=True), "max_window_layers": Rule(int, 0),
     "layer_types": Rule(str, choices=LAYER_TYPES, many=True, optional=True),
-    **dict.fromkeys(("num_experts", "num_local_experts"), Rule(int, 1, MOST_EXPERTS, optional=True)),
-    "num_experts_per_tok": Rule(int, 1, MOST_EXPERTS),
+    "num_experts": Rule(int, 1, MOST_EXPERTS, optional=True),
+    "num_experts_per_tok": Rule(int, 0, MOST_EXPERTS),
+    "num_local_experts": Rule(int, 0, MOST_EXPERTS, optional=True),
     "moe_intermediate_size": Rule(int, 1, MOST_CHANNELS, optional=True),
+    **dict.fromkeys(("shared_intermediate_size", "shared_expert_intermediate_size"),
+                    Rule(int, 0, MOST_CHANNELS)), "decoder_sparse_step": Rule(int, 1),
+    "mlp_only_layers": Rule(int, 0, MOST_LAYERS, many=True, optional=True),
     "no_rope_layers": Rule(int, 0, 1, many=True, optional=True), "no_rope_layer_interval": Rule(int, 1)}
+LLAMA_SIZES = {  # what a text_config may leave out
+    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048}
+BESIDE_TEXT = set("""image_token_id video_token_id vision_config vision_end_token_id vision_start_token_id
+    vision_token_id perceiver_config pixel_shuffle_factor""".split())
 HF_INERT = set("""architectures attention_dropout auto_map bos_token_id cache_implementation dtype embd_pdrop
-    do_sample eos_token_id initializer_range is_llama_config max_length model_type neftune_noise_alpha
-    output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp
-    quantization_config resid_pdrop return_dict router_aux_loss_coef temperature tokenizer_class top_p
-    torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache
-    _attn_implementation _attn_implementation_autoset _name_or_path _sliding_window_pattern""".split())
+    do_sample eos_token_id init_method initializer_range is_llama_config max_length model_type
+    neftune_noise_alpha output_attentions output_hidden_states output_router_logits pad_token_id
+    pretraining_tp quantization_config resid_pdrop return_dict router_aux_loss_coef temperature
+    tokenizer_class top_p torch_dtype transformers.js_config transformers_version unsloth_fixed
+    unsloth_version use_cache _attn_implementation _attn_implementation_autoset _name_or_path
+    _sliding_window_pattern""".split())
+GENERATION = set("""bad_words_ids begin_suppress_tokens chunk_size_feed_forward decoder_start_token_id
+    diversity_penalty early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff
+    eta_cutoff finetuning_task forced_bos_token_id forced_eos_token_id id2label label2id length_penalty
+    max_new_tokens min_length min_new_tokens min_p no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences penalty_alpha prefix problem_type renormalize_logits repetition_penalty sep_token_id
+    suppress_tokens task_specific_params top_k typical_p""".split())  # and the like: of no arithmetic
 HF_ONLY = {  # the only value these may have, unless the family has them
-    **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias", "rope_interleaved", "use_mrope",
-                     "use_bidirectional_attention"), False), "full_attn_mod": 1, "interpolate_factor": 1,
-    "decoder_sparse_step": 1, "mlp_only_layers": [], "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+    **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias", "rope_interleaved", "use_bias",
+                     "use_mrope", "use_bidirectional_attention"), False),
+    "full_attn_mod": 1, "interpolate_factor": 1, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
+    **dict.fromkeys(("is_causal", "use_rope", "use_rotary"), True)}
+
+
+def unsupported(name: str) -> str:
+    """What to say of a family that is no row of FAMILIES."""
+    return (f"this server cannot run {printable(name)[:60]} yet; it runs: "
+            f"{', '.join(row.title for row in FAMILIES.values() if row.title)}")
+
+
+def changes_nothing(key: str, raw: Mapping) -> bool:
+    """Whether a key that no row has is one of generation, or switches off what it is about."""
+    windows = key in ("sliding_window", "max_window_layers") and not (
+        raw.get("sliding_window") and raw.get("use_sliding_window", True))
+    return key not in HF_ONLY and (key.startswith("_") or key in GENERATION or not raw[key] or windows)
+
+
+def refuse_unknown(path: Path, family: str, raw: Mapping, known: Mapping):
+    """ConfigError for a key that would change the arithmetic; the log names those that are new and do not."""
+    ignored = []
+    for key, value in raw.items():
+        if key in known or key in HF_INERT or value in (None, HF_ONLY.get(key)):
+            continue
+        if not changes_nothing(key, raw):
+            raise ConfigError(f"{path}: {key} is {shown(value)}; " + (
+                f"in a {family} model it must be {json.dumps(HF_ONLY[key])}" if key in HF_ONLY else
+                f"this key is not supported in a {family} model. Supported are {', '.join(sorted(known))}"))
+        ignored.append(printable(key))
+    if ignored:
+        log.info("%s: %s: ignored, for here they change nothing", path, ", ".join(ignored))
 
 
 def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
     """The family of a config.json, and all that its row and HF_DEFAULTS list, checked."""
-    family = checked(path, "model_type", raw.get("model_type"), Rule(str, choices=(*FAMILIES, "gemma3")))
+    family = checked(path, "model_type", raw.get("model_type"), Rule(str))
     if "quantization_config" not in FAMILIES.get(family, FAMILIES["llama"]).config:
         fp8_block(path, raw)
-    if family == "gemma3":  # with an image encoder, which is not loaded
-        text = raw.get("text_config")
-        if not isinstance(text, dict):
-            raise ConfigError(f"{path}: text_config is {shown(text)}; it must be an object")
-        family, raw = "gemma3_text", text
-    defaults = HF_DEFAULTS | FAMILIES[family].config
-    for key, value in raw.items():
-        if key not in defaults and key not in HF_INERT and value not in (None, HF_ONLY.get(key)):
-            raise ConfigError(f"{path}: {key} is {shown(value)}; " + (
-                f"in a {family} model it must be {json.dumps(HF_ONLY[key])}" if key in HF_ONLY else
-                f"this key is not supported in a {family} model. "
-                f"Supported are {', '.join(sorted(defaults))}"))
+    if family in VISION:
+        family, raw = text_part(path, family, raw)
+    if family not in FAMILIES:
+        raise ConfigError(f"{path}: {unsupported(family)}")
+    row, raw = FAMILIES[family], with_layers_of_now(raw)
+    defaults = HF_DEFAULTS | row.config
+    refuse_unknown(path, family, raw, defaults)
     config = {key: raw.get(key, default) for key, default in defaults.items()}
     for key, default in defaults.items():
         rule = HF_KEYS.get(key, Rule(bool) if isinstance(default, bool) else None)
         if key.startswith("hidden_act"):
-            rule = Rule(str, choices=(str(default),))
+            any_gate = default == "silu" and "activation" not in row.fields
+            rule = Rule(str, choices=tuple(HF_ACTIVATIONS) if any_gate else (str(default),))
         if rule and config[key] is None and not rule.optional:
             config[key] = default
         if rule:
-            checked(path, key, config[key], rule)
+            checked(path, key, config[key], rule._replace(optional=rule.optional and key not in row.needed))
     if packed := config.get("quantization_config"):
         method = packed.get("quant_method") if isinstance(packed, dict) else None
         checked(path, "quantization_config.quant_method", method, Rule(str, choices=("mxfp4",)))
     return family, config
+
+
+def with_layers_of_now(raw: Mapping) -> Mapping:
+    """A config whose keys say of layers what transformers says today."""
+    types, pattern = raw.get("layer_types"), raw.get("sliding_window_pattern")
+    if raw.get("sliding_window", False) is not False and not raw["sliding_window"]:
+        raw = {**raw, "sliding_window": None}  # 0
+    if isinstance(types, list):
+        raw = {**raw, "layer_types": [LAYER_TYPES[0] if kind == "attention" else kind for kind in types]}
+    if isinstance(pattern, str) and re.fullmatch("L+G", pattern):  # EXAONE: LLLG
+        raw = {**raw, "sliding_window_pattern": len(pattern)}
+    return raw
+
+
+def text_part(path: Path, family: str, raw: Mapping) -> tuple[str, Mapping]:
+    """The family and the config of the text model in one with images, whose encoder is not loaded.
+
+    Some keys stand beside text_config, and the oldest files have all of them there."""
+    text = raw.get("text_config", raw if family.startswith("qwen2") else None)
+    if not isinstance(text, dict):
+        raise ConfigError(f"{path}: text_config is {shown(text)}; it must be an object")
+    kind = checked(path, "text_config.model_type", text.get("model_type", VISION[family]), Rule(str))
+    kind = VISION[family] if kind == family else TEXT_TYPES.get(kind, kind)
+    outer = {key: raw[key] for key in ("tie_word_embeddings", "vocab_size") if key in raw}
+    if family == "llava" and kind == "llama":
+        outer = LLAMA_SIZES | outer
+    inner = {key: value for key, value in text.items() if key not in BESIDE_TEXT}
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(rope := inner.get(name), dict):  # images have positions along three axes, text one
+            rope = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
+            inner[name] = rope | {key: "default" for key in ("type", "rope_type") if rope.get(key) == "mrope"}
+    return kind, outer | inner
 
 
 def complete_heads(path: Path, config: dict, names: Mapping[str, str] = {}):
@@ -229,27 +413,66 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
     if "sliding_attention" in types:
         checked(path, "sliding_window in use", window, HF_KEYS["sliding_window"]._replace(optional=False))
         fields["windows"] = tuple(window if type_ == "sliding_attention" else 0 for type_ in types)
+        if row.windows_rotate:
+            fields["unrotated_layers"] = tuple(l for l, window in enumerate(fields["windows"]) if not window)
+    if config.get("position_embedding_type", "rope") != "rope":
+        fields["unrotated_layers"] = tuple(range(layers))
     if config.get("attention_bias"):
-        fields |= {"qkv_bias": True, "output_bias": True}
+        fields |= {"qkv_bias": True, "output_bias": config.get("attention_out_bias",
+                                                               row.fields.get("output_bias", True))}
+    if "qkv_bias" in config:
+        fields["qkv_bias"] = config["qkv_bias"]
+    if fields.get("qk_norm") == "whole":
+        sizes = heads * head_size, config["num_key_value_heads"] * head_size
+        fields |= {"qk_norm": "none", "qk_norm_sizes": sizes}
+    if "residual_multiplier" in config:
+        fields |= {"embedding_scale": config["embedding_multiplier"],
+                   "residual_scale": config["residual_multiplier"],
+                   "logit_scale": 1 / config["logits_scaling"]}
+        if config["attention_multiplier"]:
+            fields["q_scale"] = config["attention_multiplier"] * head_size**0.5
     if "query_pre_attn_scalar" in config:
         fields["q_scale"] = (head_size / config["query_pre_attn_scalar"])**0.5
         fields["embedding_scale"] = width**0.5
-    if "num_experts" in config:  # 128: what transformers takes a missing number to mean
-        experts, chosen = config["num_experts"] or config["num_local_experts"] or 128, "num_experts_per_tok"
-        fields |= {"experts": experts, "experts_per_token": checked(
-            path, chosen, config[chosen], HF_KEYS[chosen]._replace(high=experts))}
-        fields["shares_sum_to_one"] = config.get("norm_topk_prob", True)
+    ffn_size = config["intermediate_size"]
+    if "num_experts" in config:
+        ffn_size, experts = expert_fields(path, config)
+        fields |= experts
     return ModelSpec(
         vocab_size=config["vocab_size"], layers=layers, width=width, heads=heads,
-        kv_heads=config["num_key_value_heads"], head_size=head_size,
-        ffn_size=config.get("moe_intermediate_size") or config["intermediate_size"],
+        kv_heads=config["num_key_value_heads"], head_size=head_size, ffn_size=ffn_size,
         norm_eps=config["rms_norm_eps"], tied_head=config["tie_word_embeddings"],
         softcap=config.get("final_logit_softcapping") or 0.0,
         attention_softcap=config.get("attn_logit_softcapping") or 0.0, **fields)
 
 
+def expert_fields(path: Path, config: Mapping) -> tuple[int, dict]:
+    """F, and a spec's other fields of a model with experts; of one that could have some, but has not, too."""
+    layers, chosen = config["num_hidden_layers"], "num_experts_per_tok"
+    numbers = config["num_experts"], config["num_local_experts"]
+    experts = next((number for number in numbers if number is not None), 128)  # as transformers has it
+    shared = config.get("shared_intermediate_size") or config.get("shared_expert_intermediate_size") or 0
+    if not experts:
+        return shared or config["intermediate_size"], {}
+    dense = config.get("mlp_only_layers") or ()
+    dense = tuple(layer for layer in range(layers)
+                  if layer in dense or (layer + 1) % config.get("decoder_sparse_step", 1))
+    return config["moe_intermediate_size"] or config["intermediate_size"], {
+        "experts": experts, "shared_size": shared, "dense_layers": dense,
+        "experts_per_token": checked(path, chosen, config[chosen], Rule(int, 1, experts)),
+        "dense_size": config["intermediate_size"] if dense else 0,
+        "shares_sum_to_one": config.get("norm_topk_prob", True)}
+
+
+def growing_queries(fields: Mapping, beta: float | None, original: int, context: int | None) -> dict:
+    """max_positions, and q_growth if the server's `context` is so long that Ministral 3's queries grow."""
+    if beta and (context or 0) > original:
+        return {"q_growth": (beta, original)}
+    return {"max_positions": min(fields["max_positions"], original if beta else MOST_POSITIONS)}
+
+
 ROPE_TYPES = {  # rope_type -> its parameters
-    "default": "", "linear": "factor",
+    "default": "", "linear": "factor", "dynamic": "factor",
     "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
     "yarn": "factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale "
             "mscale_all_dim truncate",
@@ -265,7 +488,8 @@ def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, po
     """max_positions and the fields that begin with rope_, as transformers' modeling_rope_utils.py has them.
 
     `rope` is a rope_scaling or rope_parameters object. longrope takes its long factors for all positions if
-    the server's `context` (None: the model's) is longer than the original one."""
+    the server's `context` (None: the model's) is longer than the original one, and dynamic scaling that of
+    the `context`."""
     rope_type = checked(path, f"{name}.rope_type", rope.get("rope_type", rope.get("type", "default")),
                    Rule(str, choices=tuple(ROPE_TYPES)))
     known = [*ROPE_TYPES[rope_type].split(), "rope_type", "type", "rope_theta", "partial_rotary_factor"]
@@ -280,6 +504,11 @@ def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, po
     fields = {"max_positions": positions, "rope_base": base, "rope_size": size}
     if rope_type == "default":
         return fields
+    if rope_type == "dynamic":
+        factor = value("factor")
+        length = min(max(context or 0, positions), int(max(factor, 1) * positions))
+        stretched = base * (factor * length / positions - (factor - 1))**(size / max(size - 2, 1))
+        return fields | {"max_positions": length, "rope_base": stretched}
     original, half = value("original_max_position_embeddings", positions), size // 2
     factor = value("factor", positions / original if rope_type in ("yarn", "longrope") else None)
     growth = math.log(max(factor, 1))

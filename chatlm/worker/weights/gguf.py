@@ -24,15 +24,16 @@ from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.tensors import TILE_ROWS, Cut, Unread
-from chatlm.worker.ops.basic import dequantized
+from chatlm.worker.ops.basic import RopePairs, dequantized, unpermute_rope
 from chatlm.worker.weights.assemble import (
     as_rows, check_names_and_shapes, cut_stored, file_shapes, packed_together, tensor_sources)
 from chatlm.worker.weights.families import (
-    FAMILIES, HF_DEFAULTS, HF_TENSORS, LAYER_TYPES, complete_heads, family_spec, scaled_rope)
+    FAMILIES, HF_DEFAULTS, HF_TENSORS, LAYER_TYPES, complete_heads, family_spec, growing_queries,
+    scaled_rope, unsupported)
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.gguf_file import (
-    GGUF_FAMILIES, GGUF_INERT, GGUF_KEYS, GGUF_OWN, GGUF_SIZES, PRE_TOKENIZERS, ROPE_TENSORS,
-    check_gguf_types, gguf_value, read_gguf)
+    GGUF_FAMILIES, GGUF_GROWTH, GGUF_INERT, GGUF_KEYS, GGUF_MAMBA, GGUF_OWN, GGUF_SIZES, PRE_TOKENIZERS,
+    ROPE_TENSORS, check_gguf_types, gguf_value, read_gguf)
 from chatlm.worker.weights.lora import read_adapters
 from chatlm.worker.weights.rules import (
     LoadedModel, Rule, check_divides, checked, float_type, own_sampling)
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.lora import Change
 
 
-PERMUTED = ("llama", "smollm3")  # architectures whose q and k have rotary pairs side by side
+# architectures whose q and k have rotary pairs side by side, though a folder's have not
+PERMUTED = ("llama", "smollm3", "granite", "granitemoe", "mistral3")
 
 
 def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
@@ -66,7 +68,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         dtype = None if as_stored else float_type(settings, backend)
         added, adapted = gguf_adapters(settings, HF_TENSORS | FAMILIES[family].tensors, names, sources)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, as_stored,
-                               architecture in PERMUTED, added)
+                               architecture in PERMUTED, FAMILIES[family].interleaved, added)
         text = gguf_text(source.path, metadata)
     except OSError as error:
         raise cannot_read(error.filename or source.path, error) from None
@@ -92,7 +94,8 @@ END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|
 def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """A table like HF_TENSORS in the names of GGUF, as far as the architecture has them."""
     table = {}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper().replace("-", "_")], 1)
+    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[architecture], 1)
     for ours, theirs in tensors.items():
         mapped = [names.get_name(name.replace("experts.{}", "experts").format(0), (".weight", ".bias"))
                   for name in theirs]
@@ -107,17 +110,23 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     """The row of FAMILIES and the spec, made as from a config.json that says what the metadata does."""
     value = partial(gguf_value, path, metadata)
     own = f"{value('general.architecture')}."
+    if own[:-1] not in GGUF_FAMILIES:
+        raise ConfigError(f"{path}: {unsupported(own[:-1])}")
 
     def number(key: str, *default, **bounds):
         return value(own + key, *default, **bounds)
 
     family = GGUF_FAMILIES[own[:-1]]
-    if family == "llama" and number("attention.sliding_window"):
-        family = "mistral"
+    if family == "llama" and metadata.get(own + "expert_count"):
+        family = "mixtral"
+    elif number("attention.sliding_window"):
+        family = {"llama": "mistral", "olmo2": "olmo3"}.get(family, family)
     config = HF_DEFAULTS | FAMILIES[family].config
-    unknown = {own + theirs for ours, theirs in GGUF_OWN.items() if ours not in config}
+    unknown = {own + theirs for theirs in GGUF_OWN.values()} - {
+        own + theirs for ours, theirs in GGUF_OWN.items() if ours in config}
     unknown |= {key for key in metadata if key.startswith(own) and f"*.{key[len(own):]}" not in GGUF_KEYS}
-    unknown -= {own + key for key in GGUF_INERT}
+    unknown |= {own + key for key in GGUF_GROWTH if family != "ministral3"}
+    unknown -= {own + key for key in (GGUF_INERT | GGUF_MAMBA if own.startswith("granite") else GGUF_INERT)}
     for key in (key for key in metadata if key in unknown and metadata[key]):
         raise ConfigError(f"{path}: {key} is {shown(metadata[key])}; this key is not supported in a "
                           f"{own[:-1]} model")
@@ -146,7 +155,11 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
         largest = layers == {"gemma2": 46, "gemma3_text": 62}[family]
         config["query_pre_attn_scalar"] = (width // config["num_attention_heads"] if largest else head_size)
     if "norm_topk_prob" in config:         # nor this
-        config["norm_topk_prob"] = True
+        config["norm_topk_prob"] = family != "qwen2_moe"
+    if "attention_multiplier" in config:
+        config["attention_multiplier"] = number("attention.scale", None)
+    if own == "granite." and metadata.get("granite.rope.scaling.finetuned") is False:
+        config["position_embedding_type"] = "nope"
     config |= {"vocab_size": vocab_size, "tie_word_embeddings": "output.weight" not in stored}
     spec = family_spec(path, family, config, gguf_rope(path, own, value, config, stored, context))
     return family, replace(spec, **{field: f"blk.0.{name}.bias" in stored for field, name in (
@@ -157,12 +170,12 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
 def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Mapping,
               context: int | None) -> dict:
     """As hf_rope: the scaling's keys, phi3's two lists of factors, and llama 3's baked into one."""
-    head_size = config["head_dim"]
+    head_size, row = config["head_dim"], FAMILIES[GGUF_FAMILIES[own[:-1]]]
+    partial = "partial_rotary_factor" in row.config
     lists = {name: value(name, stored[name].data.tolist()) for name in ROPE_TENSORS if name in stored}
     scaling = value(f"{own}rope.scaling.type", "none")
     rope = {"original_max_position_embeddings": value(f"{own}rope.scaling.original_context_length")}
-    fewest = 2 if own == "phi3." else head_size
-    size = value(f"{own}rope.dimension_count", head_size, low=fewest, high=head_size)
+    size = value(f"{own}rope.dimension_count", head_size, low=2 if partial else head_size, high=head_size)
     check_divides(path, f"{own}rope.dimension_count", size, 2)
     if "rope_factors_long.weight" in lists:
         rope |= {"rope_type": "longrope", "attention_factor": value(f"{own}rope.scaling.attn_factor", 1.0),
@@ -173,6 +186,8 @@ def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Ma
         rope = {"rope_type": scaling, "factor": value(f"{own}rope.scaling.factor", 1.0)} | (rope | {
             beta: value(f"{own}rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow")
             } if scaling == "yarn" else {})
+        if scaling == "yarn" and (over := value(f"{own}rope.scaling.yarn_log_multiplier")):
+            rope |= {"mscale": 1.0, "mscale_all_dim": over}
         if own == "gpt-oss.":  # its makers do not round; the metadata cannot say so
             rope["truncate"] = False
     else:
@@ -185,7 +200,10 @@ def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Ma
         scaled = fields.get("rope_factors", itertools.repeat(1.0))
         fields["rope_factors"] = tuple(map(operator.mul, factors, scaled))
     if "rope_local_base_freq" in config:
-        fields["local_rope_base"] = float(config["rope_local_base_freq"])
+        local = base if own == "olmo2." else config["rope_local_base_freq"]
+        fields["local_rope_base"] = float(value(f"{own}rope.freq_base_swa", local))
+    if beta := value(f"{own}attention.temperature_scale"):
+        fields |= growing_queries(fields, beta, rope["original_max_position_embeddings"], context)
     return fields
 
 
@@ -203,14 +221,17 @@ def gguf_adapters(settings: Settings, table: Mapping[str, tuple], names: Mapping
 
 
 def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sources, stored: Mapping,
-                 dtype: torch.dtype | None, as_stored: Callable | None, permuted: bool,
+                 dtype: torch.dtype | None, as_stored: Callable | None, permuted: bool, interleaved: bool,
                  added: Mapping[str, list[Change]] = {}) -> dict[str, Unread]:
     """Our tensors as `dtype`; None: `as_stored` makes the matrices, in the file's type or one close to it."""
+    pairs = RopePairs(spec.head_size, spec.rope_size or spec.head_size)
+
     def read(theirs: Iterable[str], cut: Cut):
-        sizes = [spec.head_size if permuted and re.search(r"attn_[qk]\.", name) else 0 for name in theirs]
-        parts = [merged(stored[name], head_size, added[name], dtype is None) if name in added else
-                 (as_rows(stored[name], cut.shape), head_size)
-                 for name, head_size in zip(theirs, sizes)]
+        own = [pairs if (permuted or interleaved) and re.search(r"attn_[qk]\.", name) else None
+               for name in theirs]
+        parts = [merged(stored[name], part, added[name], part if interleaved else None, dtype is None)
+                 if name in added else (as_rows(stored[name], cut.shape), part)
+                 for name, part in zip(theirs, own)]
         parts, matrix = cut_stored(parts, cut), len(cut.shape) == 2
         return (as_stored(cut.shape, parts) if as_stored and matrix else
                 dequantized(cut.shape, parts, dtype if dtype and matrix else torch.float32))
@@ -225,16 +246,18 @@ def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sourc
     return {ours: unread(*source) for ours, source in sources.items()}
 
 
-def merged(tensor, head_size: int, changes: Iterable[Change], packed: bool) -> tuple[Any, int]:
-    """A part of a matrix after the changes of its adapters; a `packed` one becomes Q8_0."""
+def merged(tensor, pairs: RopePairs | None, changes: Iterable[Change], own_pairs: RopePairs | None,
+           packed: bool) -> tuple[Any, None]:
+    """A part of a matrix after the changes of its adapters, which have `own_pairs`; a `packed` one becomes
+    Q8_0."""
     rows, columns = reversed(tensor.shape.tolist())
-    values = dequantized((rows, columns), [(tensor, head_size)], torch.float32)
+    values = dequantized((rows, columns), [(tensor, pairs)], torch.float32)
     for change in changes:
-        values += change.delta()
+        values += unpermute_rope(change.delta(), own_pairs)
     gguf_type = gguf.GGMLQuantizationType[
         "Q8_0" if packed and tensor.tensor_type.name not in ("F32", "F16", "BF16") else "F32"]
     data = gguf.quantize(values.numpy(), gguf_type)
-    return SimpleNamespace(tensor_type=gguf_type, data=data, shape=tensor.shape), 0
+    return SimpleNamespace(tensor_type=gguf_type, data=data, shape=tensor.shape), None
 
 
 def gguf_text(path: Path, metadata: Mapping) -> TextSpec:

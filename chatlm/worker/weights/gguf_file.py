@@ -21,8 +21,11 @@ from chatlm.worker.weights.rules import MOST_POSITIONS, MOST_TENSORS, MOST_TOKEN
 
 
 # general.architecture -> row of FAMILIES; mistral's files say llama
-GGUF_FAMILIES = {name: name for name in ("llama", "qwen2", "qwen3", "smollm3", "gemma2", "phi3")} | {
-    "gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
+GGUF_FAMILIES = {name: name for name in (
+    "llama", "qwen2", "qwen3", "smollm3", "gemma2", "phi3", "granite", "olmo2", "glm4", "exaone4", "ernie4_5",
+    "seed_oss")} | {
+    "gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
+    "granitemoe": "granitemoeshared", "mistral3": "ministral3", "qwen2vl": "qwen2", "qwen3vl": "qwen3"}
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -162,9 +165,12 @@ PRE_TOKENIZERS = {name: row for names, row in {  # by tokenizer.ggml.pre
         r"\p{N}+", "[0-9]{3}")),
     "gpt-2 phi-2": PreTokenizer((), gpt2=True),
     "smollm starcoder refact": PreTokenizer((r"\p{N}",), gpt2=True),
+    "olmo exaone4 granite-docling": PreTokenizer((), gpt2=True),
+    "glm4": PreTokenizer((LLAMA3_SPLIT,), ignore_merges=True),
+    "seed-coder": PreTokenizer((QWEN2_SPLIT.replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+"),)),
     "llama-bpe llama3 llama-v3 falcon3 pixtral": PreTokenizer(
         (LLAMA3_SPLIT,), ignore_merges=True, add_bos=True),
-    "dbrx smaug-bpe": PreTokenizer((LLAMA3_SPLIT,)),
+    "dbrx smaug-bpe chatglm-bpe": PreTokenizer((LLAMA3_SPLIT,)),
     "qwen2 deepseek-r1-qwen": PreTokenizer((QWEN2_SPLIT,), nfc=True),
     "tekken": PreTokenizer((TEKKEN_SPLIT,), ignore_merges=True, add_bos=True),
     "gpt-4o llama4": PreTokenizer((O200K_SPLIT,), ignore_merges=True),
@@ -180,11 +186,19 @@ GGUF_OWN = {  # the same of keys that only some families have
     "sliding_window": "attention.sliding_window", "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping", "rope_local_base_freq": "rope.freq_base_swa",
     "num_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
-    "moe_intermediate_size": "expert_feed_forward_length"}
+    "moe_intermediate_size": "expert_feed_forward_length", "embedding_multiplier": "embedding_scale",
+    "shared_intermediate_size": "expert_shared_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "residual_multiplier": "residual_scale", "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale"}
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
-              "tensor_data_layout"}
+              "tensor_data_layout", "rope.dimension_sections", "n_deepstack_layers"}
+GGUF_GROWTH = {"attention.temperature_scale", "rope.scaling.yarn_log_multiplier"}  # of Ministral 3 alone
+# what llama.cpp's converter says of Mamba layers, in granite's files too, which have none
+GGUF_MAMBA = {f"ssm.{part}" for part in ("conv_kernel", "state_size", "group_count", "inner_size",
+                                         "time_step_rank")} | {"expert_shared_feed_forward_length"}
 GGUF_KEYS = {  # * stands for the architecture
-    "general.architecture": Rule(str, choices=tuple(GGUF_FAMILIES)),
+    "general.architecture": Rule(str),
     **{f"*.{theirs}": HF_KEYS[ours] for ours, theirs in (GGUF_SIZES | GGUF_OWN).items()},
     "*.attention.sliding_window": Rule(int, 0, MOST_POSITIONS, optional=True),
     "*.attention.value_length": Rule(int),
@@ -193,6 +207,8 @@ GGUF_KEYS = {  # * stands for the architecture
                     Rule(float, 0.01, 10**6, optional=True)),
     "*.rope.scaling.type": Rule(str, choices=("none", "linear", "yarn", "longrope")),
     "*.rope.scaling.factor": Rule(float, 0.01, 10**6),
+    "*.rope.scaling.yarn_log_multiplier": Rule(float, 0, 10**3, optional=True),
+    "*.attention.temperature_scale": Rule(float, 0, 10, optional=True),
     "*.rope.scaling.attn_factor": Rule(float, 0.01, 10**3, optional=True),
     "*.rope.scaling.original_context_length": Rule(int, 2, MOST_POSITIONS, optional=True),
     **dict.fromkeys(ROPE_TENSORS, Rule(float, 0.01, 10**6, many=True)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +17,13 @@ from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.tensors import TILE_ROWS
+from chatlm.worker.ops.basic import RopePairs, unpermute_rope
 from chatlm.worker.weights.assemble import (
     Mxfp4, assembled, check_names_and_shapes, file_shapes, fp8_block, read_safetensors, tensor_sources,
     unscaled)
 from chatlm.worker.weights.families import (
-    FAMILIES, HF_KEYS, HF_TENSORS, LAYER_TYPES, complete_heads, family_config, family_spec, scaled_rope)
+    FAMILIES, HF_KEYS, HF_TENSORS, LAYER_TYPES, complete_heads, family_config, family_spec,
+    growing_queries, scaled_rope)
 from chatlm.worker.weights.lora import read_adapters
 from chatlm.worker.weights.rules import (
     LoadedModel, Rule, check_divides, checked, float_type, own_sampling, read_json)
@@ -48,9 +51,13 @@ def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> di
     if family == "phi3" and rope_types and rope_types[0] != "default":  # older files call it su or yarn
         rope = rope | {"original_max_position_embeddings": config["original_max_position_embeddings"],
                        "rope_type": "longrope" if rope_types[0] in ("su", "yarn") else rope_types[0]}
+    growth = ("llama_4_scaling_beta", "max_position_embeddings") if family == "ministral3" else ()
+    beta = rope.get("llama_4_scaling_beta") if growth else None
+    rope = {key: setting for key, setting in rope.items() if key not in growth}
     part = checked(path, "partial_rotary_factor",  # other families' code does not look at it
                    rope.get("partial_rotary_factor", config["partial_rotary_factor"]),
-                   Rule(float, 0.01 if family == "phi3" else 1, 1, optional=True))
+                   Rule(float, 0.01 if "partial_rotary_factor" in FAMILIES[family].config else 1, 1,
+                        optional=True))
     size = int(config["head_dim"] * (part or 1))
     check_divides(path, "the number of rotated dimensions", size, 2)
 
@@ -62,6 +69,11 @@ def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> di
                          context)
     if "rope_local_base_freq" in config:
         fields["local_rope_base"] = base(local, "rope_local_base_freq")
+    if beta is not None:
+        key = "original_max_position_embeddings"
+        original = checked(path, f"{name}.{key}", rope.get(key), HF_KEYS[key])
+        checked(path, f"{name}.llama_4_scaling_beta", beta, Rule(float, 0, 10))
+        fields |= growing_queries(fields, beta, original, context)
     return fields
 
 
@@ -73,6 +85,9 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         state.pop("lm_head.weight", None)  # some files have it twice
     sources = tensor_sources(spec, HF_TENSORS | FAMILIES[family].tensors, spec.vocab_size)
     state = FAMILIES[family].repack(state)
+    if lost := sorted(set(scales) - set(state)):
+        raise ConfigError(f"{source.path}: {lost[0]} is in FP8, which is not supported for such a tensor of "
+                          f"a {family} model: take the unquantized model, or a GGUF file of it")
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
     backend = choose_backend(device, spec)
@@ -85,6 +100,8 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         tensor = unscaled(config, scales, scale_block, name, tensor) if name in scales else tensor
         for change in added.get(name, ()):
             tensor = tensor.float() + change.delta()
+        if FAMILIES[family].interleaved and re.search(r"\.[qk]_proj\.", name):
+            tensor = unpermute_rope(tensor, RopePairs(spec.head_size, spec.rope_size or spec.head_size))
         return tensor + 1 if FAMILIES[family].one_more and name.endswith("norm.weight") else tensor
 
     tensors = assembled(source.path, settings, sources, state, dtype, changed, as_stored)

@@ -28,6 +28,8 @@ class RankShare(NamedTuple):
     heads: range
     kv_heads: range
     ffn: range
+    dense: range   # of the F of layers without experts, where others have some
+    shared: range  # of the F of the expert that every token takes
     own_rows: int  # of it, with those that the last ranks have too few of: as many for every rank
 
 
@@ -52,13 +54,23 @@ def share_of(spec: ModelSpec, rank: int, tp: int, block: int = 1) -> RankShare:
     heads = range(first * group + group * turn // sharing,
                   kv_heads[-1] * group + group * (turn + 1) // sharing)
     blocks = -(-spec.ffn_size // block)
+    if spec.qk_norm_sizes and tp > spec.kv_heads:
+        raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {spec.kv_heads} heads of "
+                          "keys, and no rank may share one, because all are normalized together")
     if tp > min(spec.heads, blocks):
         raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {spec.heads} query heads, "
                           f"and its feed-forward part {blocks} blocks of {block} columns")
-    rows, (all_have, more) = -(-spec.vocab_size // tp), divmod(blocks, tp)
-    ffn = (n * all_have + min(n, more) for n in (rank, rank + 1))
+    rows = -(-spec.vocab_size // tp)
+    sizes = spec.ffn_size, spec.dense_size, spec.shared_size
     return RankShare(rank, range(spec.vocab_size)[rank * rows:(rank + 1) * rows], heads, kv_heads,
-                     range(spec.ffn_size)[slice(*(block * n for n in ffn))], rows)
+                     *(blocks_of(size, rank, tp, block) for size in sizes), rows)
+
+
+def blocks_of(size: int, rank: int, tp: int, block: int) -> range:
+    """The columns of a rank, in smaller blocks where there are too few; the first ranks may have one more."""
+    block = next(smaller for smaller in (block, 32, TILE_ROWS, 1) if smaller == 1 or size >= smaller * tp)
+    all_have, more = divmod(-(-size // block), tp)
+    return range(size)[slice(*(block * (n * all_have + min(n, more)) for n in (rank, rank + 1)))]
 
 
 def rows_of(heads: range, size: int, before: int = 0) -> range:
@@ -72,11 +84,16 @@ SPLITS: dict[str, tuple[int, Callable[[ModelSpec, RankShare], list[range]]]] = {
     "qkv": (0, lambda s, my: [
         rows_of(my.heads, s.head_size),
         *(rows_of(my.kv_heads, s.head_size, n * s.head_size) for n in (s.heads, s.heads + s.kv_heads))]),
+    "q_norm": (0, lambda s, my: [rows_of(my.heads, s.head_size)] if s.qk_norm_sizes else []),
+    "k_norm": (0, lambda s, my: [rows_of(my.kv_heads, s.head_size)] if s.qk_norm_sizes else []),
     "sinks": (0, lambda s, my: [my.heads]), "output": (1, lambda s, my: [rows_of(my.heads, s.head_size)]),
     "value_embed": (1, lambda s, my: [rows_of(my.kv_heads, s.head_size)]),
     "ve_gate": (0, lambda s, my: [my.kv_heads]),
-    "up": (0, lambda s, my: [my.ffn]), "down": (1, lambda s, my: [my.ffn]),
-    "gate_up": (0, lambda s, my: [rows_of(my.ffn, 1, n * s.ffn_size) for n in range(2)]),
+    "up": (0, lambda s, my: [my.ffn]), "down": (1, lambda s, my: [my.dense if s.experts else my.ffn]),
+    "gate_up": (0, lambda s, my: [rows_of(my.dense, 1, n * s.dense_size) if s.experts else
+                                  rows_of(my.ffn, 1, n * s.ffn_size) for n in range(2)]),
+    "shared_gate_up": (0, lambda s, my: [rows_of(my.shared, 1, n * s.shared_size) for n in range(2)]),
+    "shared_down": (1, lambda s, my: [my.shared]),
     "expert_gate_up": (0, lambda s, my: [rows_of(my.ffn, 1, n * s.ffn_size) for n in range(2 * s.experts)]),
     "expert_down": (1, lambda s, my: [my.ffn])}
 
@@ -96,6 +113,7 @@ def shard_of(name: str, spec: ModelSpec, share: RankShare) -> tuple[int, list[ra
 def shard_spec(spec: ModelSpec, share: RankShare) -> ModelSpec:
     """The sizes of what a rank has; embeddings are added up over the ranks, logits put side by side."""
     return replace(spec, heads=len(share.heads), kv_heads=len(share.kv_heads), ffn_size=len(share.ffn),
+                   dense_size=len(share.dense), shared_size=len(share.shared),
                    own_rows=share.own_rows, first_row=share.rank * share.own_rows)
 
 
@@ -119,7 +137,7 @@ def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = N
 def layers_of(spec: ModelSpec, stage: int, stages: int) -> range:
     """The layers of a stage. The head counts as as many layers as have its weights."""
     layer = spec.width * (2 * (spec.heads + spec.kv_heads) * spec.head_size
-                          + 3 * spec.ffn_size * max(spec.experts_per_token, 1))
+                          + 3 * (spec.ffn_size * max(spec.experts_per_token, 1) + spec.shared_size))
     total = spec.layers + spec.vocab_size * spec.width / layer
     ends = [min(max(round(n * total / stages), n), spec.layers - stages + n) for n in range(stages)]
     return range(ends[stage], [*ends, spec.layers][stage + 1])
@@ -138,7 +156,7 @@ def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
         spec, layers=len(mine), windows=spec.windows[kept], opens=stage == 0, closes=stage == stages - 1,
         tied_head=False, backout_layer=None if spec.backout_layer is None else spec.backout_layer - first,
         **{name: tuple(layer - first for layer in getattr(spec, name) if layer in mine)
-           for name in ("unrotated_layers", "value_embed_layers")})
+           for name in ("unrotated_layers", "value_embed_layers", "dense_layers")})
     whole, tensors = {"head": model.tensors["embed"]} | model.tensors, {}
     for name, shape in expected_tensors(own).items():
         layer, dot, part = name.partition(".")

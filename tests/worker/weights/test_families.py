@@ -56,8 +56,12 @@ def made(tmp_path_factory):
 BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
 
 
+OLDER = [*MODELS][:[*MODELS].index("granite")]
+BY_DAY = "granite4", "qwen2moe", "olmo3", "glm4"       # which bring what no other had
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_day(MODELS, *OLDER, *BY_DAY))
 def test_a_folder_computes_what_transformers_computes(made, name, backend):
     folder, cases = made(name)
     model = load(folder)
@@ -79,7 +83,7 @@ def test_longrope_takes_its_short_factors_where_the_context_is_no_longer_than_th
         assert engine.context_length == pages * PAGE_SIZE and made.spec.rope_factors == spec.rope_factors
 
 
-@pytest.mark.parametrize("name", by_day(["qwen3", "smollm3", "gemma2", "gemma3", "phi3-long", "gpt-oss", "qwen3moe-normed"], "phi3-long"))
+@pytest.mark.parametrize("name", by_day(["qwen3", "smollm3", "gemma2", "gemma3", "phi3-long", "gpt-oss", "qwen3moe-normed", "granite4", "qwen3moe-dense", "exaone4"], "phi3-long"))
 def test_cuda_kernels_compute_what_transformers_computes(made, name, request):
     backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
     emulated = backends.Emulated(request.getfixturevalue("emulation_library"))
@@ -154,11 +158,13 @@ def test_bfloat16_follows_float32_and_rounds_the_scale_of_gemmas_embedding(made)
 GGUF_MODELS = {             # what of MODELS a file of each architecture can say; the window of qwen2 and biases of others it cannot
     **{name: {} for name in ("llama2", "llama3.1", "llama3.2", "mistral", "qwen2.5", "phi3", "phi3-long")},
     "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
-    "qwen3moe": {"norm_topk_prob": True}, "gpt-oss": {}}
+    "qwen3moe": {"norm_topk_prob": True}, "gpt-oss": {},
+    **dict.fromkeys(("granite", "granite-moe", "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3"), {}),
+    "mixtral": {"sliding_window": None}, "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", by_day(GGUF_MODELS, "llama3.1", "phi3-long", "gemma3", "qwen3moe", "gpt-oss"))
+@pytest.mark.parametrize("name", by_day(GGUF_MODELS, "llama3.1", "phi3-long", "gemma3", "qwen3moe", "gpt-oss", "granite4", "glm4"))
 def test_the_same_model_as_gguf_computes_the_same(made, name, backend, tmp_path):
     changes = GGUF_MODELS[name]
     model, (folder, cases) = make_model(name, **changes), made(name, **changes)
@@ -215,15 +221,20 @@ def test_matrices_that_stay_quantized_compute_what_their_values_say(made, name, 
 @pytest.mark.parametrize("name, key, value, words", [
     ("llama2", "llama.attention.scale", 0.5, "llama.attention.scale is 0.5; this key is not supported in a llama model"),
     ("llama2", "llama.attn_logit_softcapping", 50.0, "attn_logit_softcapping is 50.0; this key is not supported in a llama"),
-    ("llama2", "llama.expert_count", 8, "llama.expert_count is 8; this key is not supported"), ("llama2", "llama.expert_count", 0, ""),
-    ("llama2", "llama.rope.scaling.type", "longrope", ""), ("llama2", "llama.rope.dimension_count", 8, "is 8; it must be 16"),
+    ("qwen3", "qwen3.expert_count", 8, "qwen3.expert_count is 8; this key is not supported"), ("llama2", "llama.expert_count", 0, ""),
+    ("llama2", "llama.rope.scaling.type", "longrope", ""), ("qwen3", "qwen3.rope.dimension_count", 8, "is 8; it must be 32"),
     ("qwen2.5", "qwen2.attention.sliding_window", 16, ""),      # which layers have it is not said: none, as llama.cpp has it
     ("qwen3", "qwen3.rope.scaling.attn_factor", 2.0, "attn_factor is 2.0; it must be 1"),
     ("qwen3", "qwen3.rope.scaling.factor", "4", 'factor is "4"; it must be a finite number'),
     ("gemma2", "gemma2.attention.sliding_window_pattern", [True, False], "pattern is a list of 2; it must be a list of 4 entries, each true or false"),
     ("gemma2", "gemma2.attention.sliding_window_pattern", 2, ""), ("gemma2", "gemma2.attention.sliding_window_pattern", 0, "is 0; it must be"),
     ("gemma2", "gemma2.final_logit_softcapping", -1.0, "final_logit_softcapping is -1.0; it must be a finite number"),
-    ("phi3-long", "phi3.rope.dimension_count", 11, "dimension_count is 11; it must be a multiple of 2")])
+    ("phi3-long", "phi3.rope.dimension_count", 11, "dimension_count is 11; it must be a multiple of 2"),
+    ("llama2", "llama.rope.dimension_count", 7, "dimension_count is 7; it must be a multiple of 2"),
+    ("llama2", "llama.attention.temperature_scale", 0.1, "temperature_scale is 0.1"), ("llama2", "llama.residual_scale", 0.5, "residual_scale is 0.5"),
+    ("granite", "granite.ssm.state_size", 16, ""), ("granite", "granite.ssm.dt_b_c_rms", True, "granite.ssm.dt_b_c_rms is true; this key is not supported"),
+    ("granite", "granite.residual_scale", 0.0, "residual_scale is 0.0; it must be a finite number from 0.0001"),
+    ("exaone4", "exaone4.attention.sliding_window_pattern", 4, "")])
 def test_metadata_that_would_change_the_arithmetic_is_named(name, key, value, words, tmp_path):
     metadata, stored = read_gguf(as_gguf(tmp_path / "tiny.gguf", make_model(name)))
     kind, spec = gguf_spec(tmp_path / "tiny.gguf", metadata, stored, None)
@@ -297,11 +308,14 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, tmp_p
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     spec = spec_of(tmp_path, HUB_CONFIGS[name], 4096)
     (tmp_path / "config.json").write_text(json.dumps(HUB_CONFIGS[name]).replace('"su"', '"longrope"'))   # the only name it knows
-    config = transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
+    whole = transformers.AutoConfig.from_pretrained(tmp_path)
+    config = whole.get_text_config()
+    tied = getattr(config, "tie_word_embeddings", whole.tie_word_embeddings)
     assert (spec.vocab_size, spec.layers, spec.width, spec.heads, spec.kv_heads, spec.ffn_size, spec.norm_eps, spec.tied_head) == (
         config.vocab_size, config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
-        getattr(config, "moe_intermediate_size", config.intermediate_size), config.rms_norm_eps, config.tie_word_embeddings)
-    assert (spec.experts, spec.experts_per_token) == tuple(getattr(config, f"num_{which}", 0) for which in ("experts", "experts_per_tok"))
+        getattr(config, "moe_intermediate_size", config.intermediate_size), config.rms_norm_eps, tied)
+    assert (spec.experts, spec.experts_per_token) == (getattr(config, "num_local_experts", getattr(config, "num_experts", 0)),
+                                                      getattr(config, "num_experts_per_tok", 0))
     assert spec.shares_sum_to_one == getattr(config, "norm_topk_prob", True)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     activations = {"silu": "clamped_swiglu" if hasattr(config, "swiglu_limit") else "swiglu", "relu2": "relu2"}
@@ -321,7 +335,8 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, tmp_p
         frequencies, own_scale = rope_frequencies(spec, layer)
         np.testing.assert_allclose(frequencies, expected, rtol=2e-6)
         assert own_scale == pytest.approx(scale)
-    assert spec.max_positions == (131072 if "YaRN" in name else config.max_position_embeddings)
+    longest = {"Qwen2.5 with YaRN, as its card says": 131072, "Ministral-3-3B, with images": 16384}
+    assert spec.max_positions == longest.get(name, config.max_position_embeddings)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 1e6}
@@ -346,22 +361,23 @@ def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
 
 
 @pytest.mark.parametrize("base, key, value, words", [
-    ("Llama-3.2-1B", "model_type", "mixtral", 'model_type is "mixtral"; it must be one of llama, mistral, qwen2'),
+    ("Llama-3.2-1B", "model_type", "mamba2", "this server cannot run mamba2 yet; it runs: Llama 2 and 3, SmolLM2, Mistral 7B"),
+    ("gemma-3-4b, with images", "text_config", {"model_type": "gemma4_text"}, "this server cannot run gemma4_text yet; it runs: Llama"),
     ("Llama-3.2-1B", "model_type", None, "model_type is missing"),
     ("Llama-3.2-1B", "residual_multiplier", 0.22, "residual_multiplier is 0.22; this key is not supported in a llama model. Supported are "),
-    ("Llama-3.2-1B", "logit_scale", 0, "logit_scale is 0; this key is not supported"),
+    ("Llama-3.2-1B", "is_causal", False, "is_causal is false; in a llama model it must be true"),
     ("Llama-3.2-1B", "quantization_config", {"quant_method": "gptq", "bits": 4}, 'quantization_config.quant_method is "gptq"; only FP8 is supported'),
     ("Llama-3.2-1B", "sliding_window", 4096, "sliding_window is 4096; this key is not supported in a llama"),
     ("Llama-3.2-1B", "rope_interleaved", True, "rope_interleaved is true; in a llama model it must be false"),
-    ("Llama-3.2-1B", "partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5; it must be 1"),
-    ("Llama-3.2-1B", "hidden_act", "gelu", 'hidden_act is "gelu"; it must be one of silu'),
+    ("Qwen3-0.6B", "partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5; it must be 1"),
+    ("Llama-3.2-1B", "hidden_act", "tanh", 'hidden_act is "tanh"; it must be one of silu, swish, gelu'),
     ("Llama-3.2-1B", "tie_word_embeddings", 1, "tie_word_embeddings is 1; it must be true or false"),
     ("Llama-3.2-1B", "hidden_size", "2048", 'hidden_size is "2048"; it must be an integer from 1'),
     ("Llama-3.2-1B", "num_hidden_layers", None, "num_hidden_layers is missing; it must be an integer from 1"),
     ("Llama-3.2-1B", "num_key_value_heads", 5, "num_attention_heads is 32; it must be a multiple of 5 (num_key_value_heads)"),
     ("Llama-3.2-1B", "rms_norm_eps", float("nan"), "rms_norm_eps is NaN; it must be"),
     ("Llama-3.2-1B", "rope_scaling", [1], "rope_scaling is a list of 1; it must be an object"),
-    ("Llama-3.2-1B", "rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, 'rope_scaling.rope_type is "dynamic"; it must be one of default, linear'),
+    ("Llama-3.2-1B", "rope_scaling", {"rope_type": "proportional"}, 'rope_scaling.rope_type is "proportional"; it must be one of default, linear'),
     ("Llama-3.2-1B", "rope_scaling", {"type": "linear"}, "rope_scaling.factor is missing; it must be a finite number from 0.01"),
     ("Llama-3.2-1B", "rope_scaling", {"type": "linear", "factor": 2, "beta_fast": 3}, 'has the key "beta_fast"; known for the type linear are factor'),
     ("Llama-3.2-1B", "rope_theta", 0, "rope_theta is 0; it must be a finite number from 2"),
@@ -377,8 +393,8 @@ def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
     ("gemma-3-1b", "rope_parameters", {"sliding_attention": {"rope_type": "yarn"}}, "rope_type default for sliding_attention"),
     ("gemma-3-4b, with images", "text_config", None, "text_config is null; it must be an object"),
     ("Phi-3-mini-128k", "rope_scaling", {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 47}, "must be a list of 48"),
-    ("Qwen3-30B-A3B", "mlp_only_layers", [0], "mlp_only_layers is a list of 1; in a qwen3_moe model it must be []"),
-    ("Qwen3-30B-A3B", "decoder_sparse_step", 2, "decoder_sparse_step is 2; in a qwen3_moe model it must be 1"),
+    ("Qwen3-30B-A3B", "mlp_only_layers", ["0"], 'mlp_only_layers[0] is "0"; it must be an integer from 0'),
+    ("Qwen3-30B-A3B", "decoder_sparse_step", 0, "decoder_sparse_step is 0; it must be an integer from 1"),
     ("Qwen3-30B-A3B", "num_experts_per_tok", 129, "num_experts_per_tok is 129; it must be an integer from 1 to 128"),
     ("Qwen3-30B-A3B", "num_experts", 0, "num_experts is 0; it must be an integer from 1 to 4,096"),
     ("Qwen3-30B-A3B", "shared_expert_intermediate_size", 512, "shared_expert_intermediate_size is 512; this key is not supported"),

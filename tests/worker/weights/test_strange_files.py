@@ -244,7 +244,7 @@ def test_names_without_end_are_cut_in_errors(folder):
     save_file(tensors | {"x" * 1_000_000: torch.zeros(2)}, folder / "model.safetensors")
     assert "unknown " + "x" * 200 + "..." in refusal(folder)
     rewrite(folder / "config.json", {"model_type": "y" * 1_000_000})
-    assert 'model_type is "yyyy' in refusal(folder)
+    assert f"this server cannot run {'y' * 60} yet" in refusal(folder)
     assert printable("a " * 3) == "a " * 3 and printable("/" + "p/" * 300) == "/" + "p/" * 300
 
 

@@ -907,9 +907,9 @@ def test_missing_unknown_and_misshapen_tensors_of_a_gguf_are_listed(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"general.architecture": "mamba"}, 'general.architecture is "mamba"; it must be one of llama'),
+    ({"general.architecture": "mamba"}, "this server cannot run mamba yet; it runs: Llama"),
     ({"llama.rope.scaling.type": "dynamic"}, 'rope.scaling.type is "dynamic"; it must be one of none, linear, yarn'),
-    ({"llama.rope.dimension_count": 32}, "rope.dimension_count is 32; it must be 64"), ({"llama.block_count": None}, "llama.block_count is missing"),
+    ({"llama.rope.dimension_count": 66}, "rope.dimension_count is 66; it must be an integer from 2 to 64"), ({"llama.block_count": None}, "llama.block_count is missing"),
     ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv is a list of 2; it must be an integer"),
     ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is missing")])
 def test_what_a_gguf_needs_and_we_lack_is_named(tmp_path, change, words):

@@ -1,0 +1,198 @@
+"""What some families have alone: keys without effect, text models beside images, queries that grow, rotary embeddings of a part."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from chatlm.common.core import decode_core
+from chatlm.common.errors import ConfigError
+from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
+from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.ops.attention import rope_frequencies
+from chatlm.worker.ops.basic import RopePairs, unpermute_rope
+from chatlm.worker.weights.gguf import gguf_spec
+from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.huggingface import hf_spec
+from families import GROWING, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer, write_tokenizer
+from hub_configs import HUB_CONFIGS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def spec_of(folder, config, context=None):
+    (folder / "config.json").write_text(json.dumps(config))
+    return hf_spec(folder / "config.json", context)[1]
+
+
+# --- keys that change nothing ------------------------------------------------------------------------------------
+
+
+INERT = {"logit_scale": 0, "embedding_multiplier": 0.0, "attn_logit_softcapping": None, "rope_scaling_layers": {}, "mtp_layers": [], "sliding_window_pattern": "",
+         "use_qk_norm": False, "top_k": 50, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "id2label": {"0": "A"}, "label2id": {"A": 0},
+         "_rope_scaling": {"type": "x"}, "max_window_layers": 28, "forced_eos_token_id": 2, "max_new_tokens": 100}
+
+
+def test_keys_that_change_nothing_are_ignored_and_named_in_one_line(caplog, tmp_path):
+    expected = spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"])
+    caplog.clear()
+    with caplog.at_level("INFO", logger="chat_server"):
+        assert spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | INERT) == expected
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path / 'config.json'}: logit_scale, embedding_multiplier, ") and line.endswith("ignored, for here they change nothing")
+    assert all(key in line for key in INERT if INERT[key] is not None)
+    caplog.clear()
+    with caplog.at_level("INFO", logger="chat_server"):
+        for config in HUB_CONFIGS.values():
+            if "text_config" not in config:
+                spec_of(tmp_path, config)
+    assert [line for line in caplog.messages if "change nothing" in line] == []
+
+
+@pytest.mark.parametrize("more", [
+    {"use_sliding_window": False, "sliding_window": 4096}, {"use_sliding_window": False, "max_window_layers": 3, "sliding_window": 4096}])
+def test_a_window_that_is_switched_off_changes_nothing(more, tmp_path):
+    assert spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | more) == spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"])
+
+
+@pytest.mark.parametrize("more, words", [
+    ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window is true; this key is not supported"),
+    ({"sliding_window": 4096, "max_window_layers": 3}, "sliding_window is 4096; this key is not supported"),
+    ({"is_causal": False}, "is_causal is false; in a llama model it must be true"), ({"use_rope": False}, "use_rope is false; in a llama model it must be true"),
+    ({"residual_multiplier": 0.5}, "residual_multiplier is 0.5; this key is not supported"), ({"clip_qkv": 8.0}, "clip_qkv is 8.0; this key is not supported")])
+def test_keys_that_change_the_arithmetic_are_still_refused(more, words, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | more)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "lfm2", "x\ny"])
+def test_a_family_that_is_not_run_is_named_with_those_that_are(name, tmp_path):
+    words = f"this server cannot run {' '.join(name.split())} yet; it runs: Llama 2 and 3, SmolLM2, Mistral"
+    with pytest.raises(ConfigError, match=words):
+        spec_of(tmp_path, {"model_type": name})
+    metadata, stored = read_gguf(as_gguf(tmp_path / "tiny.gguf", make_model("llama2")))
+    with pytest.raises(ConfigError, match=words):
+        gguf_spec(tmp_path / "tiny.gguf", metadata | {"general.architecture": name}, stored, None)
+
+
+def test_mamba_layers_are_named(tmp_path):
+    config = HUB_CONFIGS["granite-4.0-micro"] | {"layer_types": ["mamba"] * 9 + ["attention"] * 31}
+    with pytest.raises(ConfigError, match=r'layer_types\[0\] is "mamba"; it must be one of full_attention'):
+        spec_of(tmp_path, config)
+    with pytest.raises(ConfigError, match="layer_types is missing; it must be a list"):
+        spec_of(tmp_path, {key: value for key, value in config.items() if key != "layer_types"})
+
+
+# --- what decode_core does not compile ---------------------------------------------------------------------------
+
+
+SPEC = dict(vocab_size=64, layers=1, width=64, heads=4, kv_heads=4, head_size=16, ffn_size=64, max_positions=64)
+
+
+@pytest.mark.skipif(decode_core() is None, reason="not built")
+@pytest.mark.parametrize("fields, words", [
+    ({"qk_norm_sizes": (64, 64)}, "no norm of all heads together"), ({"experts": 4, "shared_size": 64, "shared_gate": True}, "no gate of a shared expert"),
+    ({"q_growth": (0.1, 16)}, "no scale of queries by their position"), ({"activation": "gelu"}, "no gelu feed-forward"),
+    ({"activation": "reglu2"}, "no reglu2 feed-forward"), ({"experts": 4, "shared_size": 40}, "no feed-forward of such a width")])
+def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(fields, words, caplog):
+    assert choose_backend("cpu", ModelSpec(**SPEC)).name != "torch/reference" and not not_compiled(ModelSpec(**SPEC))
+    assert choose_backend("cpu", ModelSpec(**SPEC | fields)).name == "torch/reference"
+    assert [line for line in caplog.messages if words in line and "torch computes instead" in line]
+
+
+# --- rotary embeddings -------------------------------------------------------------------------------------------
+
+
+def test_rotary_pairs_of_a_part_of_each_head_are_put_in_order():
+    rows = torch.arange(12)[:, None] * torch.ones(12, 2)
+    assert unpermute_rope(rows, RopePairs(6, 4))[:, 0].tolist() == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]
+    assert unpermute_rope(rows[:, 0].numpy(), RopePairs(12, 12)).tolist() == [0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]
+    assert unpermute_rope(rows, None) is rows
+
+
+@pytest.mark.parametrize("context", [None, 4096, 131072, 262144, 10**6])
+def test_dynamic_scaling_is_transformers_at_the_length_of_the_context(context, tmp_path):
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    config = HUB_CONFIGS["Llama-3.2-1B"] | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+    spec = spec_of(tmp_path, config, context)
+    length = min(max(context or 0, 131072), 4 * 131072)
+    expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](transformers.AutoConfig.from_pretrained(tmp_path), seq_len=length)
+    np.testing.assert_allclose(rope_frequencies(spec, 0)[0], expected, rtol=2e-6)
+    assert spec.max_positions == length
+
+
+@pytest.mark.parametrize("backend", ["reference", "decode_core"])
+def test_a_llama_that_rotates_a_part_of_its_heads_computes_what_phi3_does(backend, tmp_path):
+    """transformers' llama rotates all of a head; phi3 is a llama with matrices in one, and rotates as much as it is told."""
+    model = make_model("phi3", sliding_window=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
+    cases = clear_cases(model, lengths=(9, 40))
+    save(model, tmp_path)
+    tensors = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        parts = {"self_attn.qkv_proj": (("q", "k", "v"), (64, 32, 32)), "mlp.gate_up_proj": (("gate", "up"), (96, 96))}
+        fused = next((part for part in parts if part in name), None)
+        if fused:
+            names, sizes = parts[fused]
+            tensors |= {name.replace(fused, f"{fused.split('.')[0]}.{own}_proj"): part.clone() for own, part in zip(names, tensor.split(sizes))}
+        else:
+            tensors[name] = tensor
+    save_file(tensors, tmp_path / "model.safetensors")
+    keys = {"sliding_window", "original_max_position_embeddings", "rope_parameters", "embd_pdrop", "resid_pdrop"}
+    config = {key: value for key, value in json.loads((tmp_path / "config.json").read_text()).items() if key not in keys}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama", "partial_rotary_factor": 0.5, "rope_theta": 1e4}))
+    ours = load(tmp_path)
+    assert ours.spec.rope_size == 8
+    check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases)
+
+
+def test_ministral_s_queries_grow_where_the_context_is_longer_than_the_original(tmp_path):
+    model = make_model("ministral3", rope_parameters=GROWING)
+    folder, cases = save(model, tmp_path), clear_cases(model)           # of up to 364 tokens: three times the original
+    short = load(folder)
+    assert (short.spec.q_growth, short.context_length) == ((), 128) == (load(folder, context_length=128).spec.q_growth, 128)
+    long = load(folder, context_length=512)
+    assert long.spec.q_growth == (0.4, 128) and not_compiled(long.spec)
+    check(answers(transformer(long, load_kernels("cpu", long.spec, max_tokens=128, max_rows=8)), cases), cases)
+    check(answers(transformer(short, kernels_of("reference", short.spec)), cases[:1], count=20), cases[:1], count=20)
+    packed = load(as_gguf(tmp_path / "tiny.gguf", model), context_length=512)
+    assert packed.spec.q_growth == pytest.approx((0.4, 128)) and packed.spec.rope_scale == long.spec.rope_scale == 1.0
+    assert load(tmp_path / "tiny.gguf").context_length == 128
+
+
+# --- text models beside images -----------------------------------------------------------------------------------
+
+
+IMAGES = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8, num_channels=3)
+QWEN_IMAGES = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, patch_size=4)
+TEXT = {key: value for key, value in TINY.items() if not key.endswith("token_id")}
+BOTH = {        # model_type -> (text_config, the rest)
+    "llava": (TEXT | {"model_type": "llama"}, {"vision_config": IMAGES | {"model_type": "clip_vision_model"}, "image_token_index": 280}),
+    "mistral3": (TEXT | {"model_type": "mistral", "head_dim": 32, "sliding_window": None},
+                 {"vision_config": IMAGES | {"model_type": "pixtral", "head_dim": 16}, "image_token_index": 280, "tie_word_embeddings": False}),
+    "smolvlm": (TEXT | {"model_type": "llama"}, {"vision_config": IMAGES | {"model_type": "smolvlm_vision"}, "image_token_id": 280, "scale_factor": 2}),
+    "qwen2_5_vl": (TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+                   {"vision_config": QWEN_IMAGES, "image_token_id": 280}),
+    "qwen3_vl": (TEXT | {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+                 {"vision_config": QWEN_IMAGES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}, "image_token_id": 280})}
+
+
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in BOTH if name != "qwen3_vl"), "qwen3_vl"])
+def test_of_a_model_with_images_the_text_model_is_served(name, tmp_path):
+    import transformers
+    text, rest = BOTH[name]
+    config = transformers.AutoConfig.for_model(name, text_config=text, **rest)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            weight.normal_(0, 0.45 if "embed_tokens" in key or "lm_head" in key else 0.12) if weight.ndim > 1 else weight.add_(
+                torch.randn_like(weight), alpha=0.3)
+    cases = clear_cases(model)
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    ours = load(tmp_path)
+    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases), cases)
