@@ -431,7 +431,8 @@ def test_the_default_model_s_thinking_ends_at_one_place_alone_batched_drafted_an
 
 
 @pytest.mark.parametrize("template, names, opening", [
-    (THINKING, SPARE.keys() - set(formats.HARMONY), ""), (THINKING, (), ""), (THINKING.replace("'<think>\n' if", "'' if"), SPARE.keys() - set(formats.HARMONY), "<think>"),
+    (THINKING, SPARE.keys() - set(formats.HARMONY), ""), (THINKING, (), ""),
+    pytest.param(THINKING.replace("'<think>\n' if", "'' if"), SPARE.keys() - set(formats.HARMONY), "<think>", marks=pytest.mark.slow),
     (GPT_OSS, formats.HARMONY, "<|channel|>analysis<|message|>")], ids=["opened by the template", "spelled out", "opened by the model", "harmony"])
 def test_a_schema_holds_after_thinking_that_a_budget_or_somebody_ended(engine, default_model_path, template, names, opening):
     with_template(engine, default_model_path, template, names)
