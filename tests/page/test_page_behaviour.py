@@ -55,23 +55,7 @@ def pick(page, name, content):
     page.locator("#files-picker").set_input_files({"name": name, "mimeType": "text/plain", "buffer": content})
 
 
-def test_files_in_latin_1_and_utf_16_are_read(page, stand_in):
-    open_page(page, stand_in.url)
-    pick(page, "latin.txt", "Grüße, café".encode("latin-1"))
-    expect(page.locator("#files")).to_contain_text("11 characters, read as Latin-1")
-    pick(page, "marked.txt", "日本 hi".encode("utf-16"))
-    pick(page, "bare.csv", "a;b\n1;2\n".encode("utf-16-be"))
-    expect(page.locator("#files")).to_contain_text("8 characters, read as UTF-16")
-    for name, content in (("x.gz", b"\x1f\x8b\x08\x00ab"), ("y.bin", bytes(range(256))), ("sjis.txt", "日本、".encode("shift-jis"))):
-        pick(page, name, content)
-        expect(page.get_by_role("alert")).to_have_text(f"{name} is not a text file.")
-    button(page, "Send").click()
-    expect_answered(page)
-    assert stand_in.bodies[0]["messages"][0]["content"] == \
-        "latin.txt:\n```txt\nGrüße, café\n```\n\nmarked.txt:\n```txt\n日本 hi\n```\n\nbare.csv:\n```csv\na;b\n1;2\n```"
-
-
-def test_the_gauge_goes_on_while_an_answer_grows_and_after_stop_and_edit(page, stand_in):
+def test_files_of_several_encodings_are_read_and_the_gauge_goes_on_after_stop_and_edit(page, stand_in):
     open_page(page, stand_in.url)
     gauge = page.locator("#context")
     ask(page, "progress")
@@ -97,8 +81,22 @@ def test_the_gauge_goes_on_while_an_answer_grows_and_after_stop_and_edit(page, s
     settled(page)
     reload(page)
     expect(gauge).to_have_text("about 337 of 8,192 tokens")
+    button(page, "New chat").click()
+    pick(page, "latin.txt", "Grüße, café".encode("latin-1"))
+    expect(page.locator("#files")).to_contain_text("11 characters, read as Latin-1")
+    pick(page, "marked.txt", "日本 hi".encode("utf-16"))
+    pick(page, "bare.csv", "a;b\n1;2\n".encode("utf-16-be"))
+    expect(page.locator("#files")).to_contain_text("8 characters, read as UTF-16")
+    for name, content in (("x.gz", b"\x1f\x8b\x08\x00ab"), ("y.bin", bytes(range(256))), ("sjis.txt", "日本、".encode("shift-jis"))):
+        pick(page, name, content)
+        expect(page.get_by_role("alert")).to_have_text(f"{name} is not a text file.")
+    button(page, "Send").click()
+    expect_answered(page)
+    assert stand_in.bodies[-1]["messages"][0]["content"] == \
+        "latin.txt:\n```txt\nGrüße, café\n```\n\nmarked.txt:\n```txt\n日本 hi\n```\n\nbare.csv:\n```csv\na;b\n1;2\n```"
 
 
+@pytest.mark.slow
 def test_the_real_server_refuses_an_attachment_that_the_page_said_is_too_long(page, server_url):
     open_page(page, server_url)
     ask(page, "Say yes.")
@@ -112,7 +110,7 @@ def test_the_real_server_refuses_an_attachment_that_the_page_said_is_too_long(pa
 
 # thoughts in the text -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("api", ["v1", "native"])
+@pytest.mark.parametrize("api", ["v1", pytest.param("native", marks=pytest.mark.slow)])
 def test_thoughts_in_the_text_of_another_server_are_folded_and_not_sent_back(page, stand_in, api):
     stand_in.model = stand_in.model | {"owned_by": "someone"} if api == "v1" else None
     open_page(page, stand_in.url)
@@ -132,6 +130,7 @@ def test_thoughts_in_the_text_of_another_server_are_folded_and_not_sent_back(pag
     assert "Let me" not in str(stand_in.bodies[-1])
 
 
+@pytest.mark.slow
 def test_our_server_s_text_keeps_its_tags_and_imported_thoughts_are_folded(page, stand_in, tmp_path):
     open_page(page, stand_in.url)
     ask(page, "tags")
@@ -148,7 +147,7 @@ def test_our_server_s_text_keeps_its_tags_and_imported_thoughts_are_folded(page,
 
 # answers --------------------------------------------------------------------------------------------------------------
 
-def test_an_answer_without_a_word_says_so(page, stand_in):
+def test_an_answer_without_a_word_says_so_and_nothing_is_empty_below_a_question(page, stand_in):
     open_page(page, stand_in.url)
     for question, text in (("nothing", "The model answered nothing."), ("only thoughts", "The model thought about it, but answered nothing."),
                            ("half a thought", "The model was still thinking when it reached the length limit.")):
@@ -159,10 +158,8 @@ def test_an_answer_without_a_word_says_so(page, stand_in):
             button(page, "New chat").click()
     button(answers(page), "More").click()                  # all figures, also where the line has no room for them
     expect(page.get_by_role("group", name="More")).to_contain_text("Prompt of 12 tokens, 4 of them cached; queued for 0 ms; first token after 81 ms.")
-
-
-def test_below_a_question_nothing_is_empty_and_its_buttons_stand_beside_it(page, stand_in):
-    open_page(page, stand_in.url)
+    page.keyboard.press("Escape")
+    button(page, "New chat").click()
     ask(page, "a long question " * 20)
     expect_answered(page)
     box = lambda locator: locator.bounding_box()       # noqa: E731
@@ -207,6 +204,7 @@ def test_commands_are_completed_from_a_list(page, stand_in):
     assert stand_in.bodies == []
 
 
+@pytest.mark.slow
 def test_penalties_and_effort_are_set_and_sent(page, stand_in):
     open_page(page, stand_in.url)
     button(page, "Settings").click()
@@ -229,6 +227,7 @@ def test_penalties_and_effort_are_set_and_sent(page, stand_in):
     expect(page.get_by_role("combobox", name="Thinking effort")).to_have_count(0)       # this model does not think
 
 
+@pytest.mark.slow
 def test_code_is_wrapped_and_saved(page, stand_in, tmp_path):
     open_page(page, stand_in.url)
     ask(page, "markdown")
@@ -266,6 +265,7 @@ def test_all_chats_are_deleted_at_once_and_come_back(page, stand_in):
     expect(said(questions(page))).to_have_count(1)
 
 
+@pytest.mark.slow
 def test_an_answer_that_ends_in_the_background_is_told(page, stand_in):
     page.context.grant_permissions(["notifications"])
     page.add_init_script("""window.notices = []; window.Notification = class {
@@ -298,6 +298,7 @@ def test_an_answer_that_ends_in_the_background_is_told(page, stand_in):
     expect(page).to_have_title(re.compile("^silence"))
 
 
+@pytest.mark.slow
 def test_the_model_names_chats_where_that_is_switched_on(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "are apples red?")
