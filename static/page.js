@@ -79,7 +79,7 @@ function renderGauge() {
   // ours keeps this much for the answer when it chooses what to leave out; others may refuse instead
   const kept = ours ? Math.min(parameters.max_tokens ?? Infinity, Math.floor(context / 4)) : 0;
   $("gauge").hidden = !context || !used && !draft;
-  setText($("warning"), !context ? "" : alone >= context ? TEXT.tooLong(alone, context)
+  setText($("warning"), !context ? "" : alone >= context ? TEXT.tooLong(alone, context, state.draft.files.length)
     : path.length && used + draft + kept > context && !isGrowing(lastNode()) ? (ours ? TEXT.willDrop : TEXT.full) : "");
   if ($("gauge").hidden) return;
   setText($("context"), TEXT.used(used, draft, context, guessed > 0));

@@ -42,7 +42,7 @@ const TEXT = {
   stopFirst: "An answer is being written: stop it first.", notReady: "The model is not ready yet.",
   encodings: {"windows-1252": ", read as Latin-1", "utf-16le": ", read as UTF-16", "utf-16be": ", read as UTF-16"},
   used: (used, draft, context, about) => `${about ? "about " : ""}${number(used)}${draft ? ` + ${number(draft)}` : ""} of ${number(context)} tokens`,
-  tooLong: (tokens, context) => `This message has ${number(tokens)} tokens, and the model takes ${number(context)} for question and answer together. Shorten it.`,
+  tooLong: (tokens, context, files) => `This message has ${number(tokens)} tokens, and the model takes ${number(context)} for question and answer together. Shorten it${files ? " or remove a file" : ""}.`,
   willDrop: "The context is full: the oldest messages will be left out.",
   full: "The context is full: this server may refuse the next message.",
   trouble: {missing: "This browser stores nothing for this page: chats last until it is closed. Export keeps them.",
