@@ -465,6 +465,18 @@ async def serve_forever(settings: Settings, pool: WorkerPool | None = None) -> i
     return 0
 
 
+def check_kernels() -> int:
+    """Show what the role `check` says; the script needs no torch."""
+    with subprocess.Popen([*PROCESS_COMMAND, "check"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+        except OSError:
+            process.kill()
+            raise
+    return process.returncode
+
+
 def run_command(settings: Settings) -> int:
     """serve, chat or generate; in a process of torchrun's that is not rank 0, that rank."""
     start, status = torchrun(settings), 1
@@ -503,7 +515,7 @@ def main(argv: Seq[str] | None = None) -> int:
                         "use CHAT_SERVER_API_KEY or --api-key-file instead",
                         "could until now" if hidden else "can")
         if settings.command == "check":
-            return subprocess.run([*PROCESS_COMMAND, "check"]).returncode  # the script needs no torch
+            return check_kernels()
         if settings.command == "serve":
             tune_gc()
             never_fail("stdout")

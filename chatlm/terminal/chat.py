@@ -24,6 +24,7 @@ from chatlm.common.errors import ChatServerError, ConfigError, RequestError, did
 from chatlm.common.files import read_small
 from chatlm.common.jsontext import as_json, whole_unicode
 from chatlm.common.messages.requests import AnswerParams, Finished, Message, Piece, PromptProgress, Request
+from chatlm.common.streams import lack_of_space
 from chatlm.front.aio import interruptible
 from chatlm.front.api.encode import timings_body
 from chatlm.front.api.readers import sampling_params, with_thinking_budget
@@ -138,6 +139,8 @@ class Chat:
             try:
                 await self.take(whole_unicode(text).strip())
             except (ChatServerError, OSError, ValueError) as error:
+                if isinstance(error, BrokenPipeError) or lack_of_space(error):
+                    raise
                 self.failed = True
                 self.note(f"error: {error}", "red")
                 if self.settings.json:
@@ -272,7 +275,10 @@ class Chat:
         path = Path(value or f"{title}.json").expanduser()
         if path.exists() and path.resolve() not in self.files:
             raise ValueError(f"{path} exists: choose another name")
-        self.conversation.write(path)
+        try:
+            self.conversation.write(path)
+        except OSError as error:  # of this file, not of stdout
+            raise ValueError(f"cannot write {path}: {error.strerror}") from None
         self.files.add(path.resolve())
         self.note(f"Saved as {path}; the page's Import and /load read it.")
 

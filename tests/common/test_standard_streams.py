@@ -36,6 +36,16 @@ def test_an_answer_that_cannot_be_written_is_one_line(nanochat_fixtures):
 
 
 @needs_full
+def test_so_it_is_in_a_chat_and_in_a_check(nanochat_fixtures):
+    """Each ends at once: no message after the first is tried."""
+    chat = f"printf 'one\\ntwo\\n' | {sys.executable} {SCRIPT} chat {nanochat_fixtures / 'gen5'} --max-tokens 2"
+    for command in (chat, f"{sys.executable} {SCRIPT} check"):
+        done = shell(f"{command} >/dev/full")
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "error: " not in done.stderr, done.stderr
+        assert done.stderr.splitlines()[-1] == "chat_server: cannot write the answer: No space left on device"
+
+
+@needs_full
 def test_without_a_stderr_the_answer_comes_all_the_same(nanochat_fixtures):
     plain, *others = (shell(f"{sys.executable} {SCRIPT} generate {nanochat_fixtures / 'gen5'} --prompt hello --max-tokens 5 --temperature 0 {redirected}")
                       for redirected in ("", "2>&-", "2>/dev/full"))
