@@ -7,7 +7,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence as Seq
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -124,41 +124,48 @@ def lora_config(path: Path) -> dict:
 
 PATTERN_SECONDS = 5
 MATCH = """import json, re, sys
-pattern, texts = json.load(sys.stdin)
-json.dump([text for text in texts if re.fullmatch(pattern, text)], sys.stdout)"""
+patterns, texts = json.load(sys.stdin)
+for pattern in patterns:
+    print(json.dumps([text for text in texts if re.fullmatch(pattern, text)]), flush=True)"""
 
 
-def matching(path: Path, pattern: str, texts: Iterable[str], before: str = "") -> set[str]:
-    """Those of the texts that `before` and then a regular expression from a file match as a whole. Where it
-    repeats anything, another process looks, for some expressions would take years: then, and where it is
-    none, a ConfigError."""
-    texts, whole = list(texts), f"{before}(?:{pattern})"
+def matching(path: Path, patterns: Seq[str], texts: Iterable[str], before: str = "") -> list[set[str]]:
+    """For each regular expression from a file, which of the texts `before` and then it match as a whole.
+    Where one repeats anything, another process looks, for some expressions would take years: then, and for
+    what is none, a ConfigError."""
+    texts, wholes, pattern = list(texts), [f"{before}(?:{pattern})" for pattern in patterns], ""
     try:
-        re.compile(pattern)
-        if not re.search(r"[*+?{]", pattern):
-            return {text for text in texts if re.fullmatch(whole, text)}
-        done = subprocess.run([sys.executable, "-I", "-c", MATCH], input=json.dumps([whole, texts]),
-                              capture_output=True, text=True, timeout=PATTERN_SECONDS, check=True)
-        return set(json.loads(done.stdout))
+        for pattern in patterns:
+            re.compile(pattern)
+        if not re.search(r"[*+?{]", "".join(patterns)):
+            return [{text for text in texts if re.fullmatch(whole, text)} for whole in wholes]
     except (re.error, OverflowError, RecursionError) as error:
-        reason = f"is no regular expression: {named(error)}"
-    except (OSError, subprocess.SubprocessError):
-        reason = f"takes more than {PATTERN_SECONDS} s or too much memory to match the names of modules"
-    raise ConfigError(f"{path}: {shown(pattern)} {reason}")
+        raise ConfigError(f"{path}: {shown(pattern)} is no regular expression: {named(error)}") from None
+    try:
+        done = subprocess.run([sys.executable, "-I", "-c", MATCH], input=json.dumps([wholes, texts]).encode(),
+                              capture_output=True, timeout=PATTERN_SECONDS)
+        output = done.stdout
+    except subprocess.TimeoutExpired as error:
+        output = error.output or b""
+    matches = [set(json.loads(line)) for line in output.splitlines(keepends=True) if line.endswith(b"\n")]
+    if len(matches) < len(patterns):
+        raise ConfigError(f"{path}: {shown(patterns[len(matches)])} takes more than {PATTERN_SECONDS} s or too "
+                          "much memory to match the names of modules")
+    return matches
 
 
 def fitted_values(path: Path, patterns: Mapping[str, float], modules: Iterable[str]) -> dict[str, float]:
     """module -> the value of the first pattern that matches an end of its name, as in peft."""
     values: dict[str, float] = {}
-    for pattern, value in patterns.items():
-        values = dict.fromkeys(matching(path, pattern, modules, r"(?:.*\.)?"), value) | values
+    for names, value in zip(matching(path, [*patterns], modules, r"(?:.*\.)?"), patterns.values()):
+        values = dict.fromkeys(names, value) | values
     return values
 
 
 def targeted_modules(path: Path, targets, modules: Iterable[str]) -> set[str]:
     """The modules that target_modules names: by a regular expression, or by a list of names or their ends."""
     if isinstance(targets, str):
-        return set(modules) if targets == "all-linear" else matching(path, targets, modules)
+        return set(modules) if targets == "all-linear" else matching(path, [targets], modules)[0]
     ends = checked(path, "target_modules", targets, Rule(str, many=True, optional=True)) or ()
     return {module for module in modules if f".{module}".endswith(tuple(f".{end}" for end in ends))}
 

@@ -34,7 +34,7 @@ def refuse_endless(path: Path, spec: TextSpec):
     try:
         done = subprocess.run([*PROCESS_COMMAND, "trial", spec.kind], input=spec.payload, env=environment,
                               capture_output=True, timeout=WALL_S)
-        status, reason = done.returncode, done.stdout.decode("utf-8", "replace")
+        status, reason = done.returncode, done.stdout.decode("utf-8", "replace").strip()
     except subprocess.TimeoutExpired:
         status, reason = 1, ""
     if status:

@@ -16,6 +16,7 @@ from chatlm.common.errors import ConfigError, printable
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.processes import start
 from chatlm.worker import build
+from chatlm.worker.weights import lora
 from chatlm.worker.weights.lora import matching
 from chatlm.worker.weights.nanochat import NANOCHAT_SPLITS, read_encoding
 from families import load, make_model, save
@@ -235,8 +236,15 @@ def test_patterns_choose_as_peft_s_do(folder, good, tmp_path, config, scaling):
 
 def test_a_pattern_matches_in_another_process_as_in_this_one(tmp_path):
     texts = ["a.b", "aab", "", "b"]
-    assert matching(tmp_path, "a+.?b", texts) == {"a.b", "aab"} and matching(tmp_path, "a.b", texts) == {"a.b", "aab"}
-    assert matching(tmp_path, "b", texts, r"(?:.*\.)?") == {"a.b", "b"}
+    for patterns in (["a+.?b", "a.b"], ["aa?.b|aab", "a.b"], ["a.b", "a.b"]):
+        assert matching(tmp_path, patterns, texts) == [{"a.b", "aab"}] * 2
+    assert matching(tmp_path, ["b"], texts, r"(?:.*\.)?") == [{"a.b", "b"}] and matching(tmp_path, [], texts) == []
+
+
+def test_of_many_patterns_the_one_that_takes_years_is_named_and_all_have_one_time(tmp_path, monkeypatch):
+    patch(monkeypatch, lora, "PATTERN_SECONDS", 1)
+    with pytest.raises(ConfigError, match=r'"\(a\*\)\*b" takes more than 1 s'):
+        matching(tmp_path, ["a*", *["b+"] * 300, "(a*)*b", "a+"], ["a" * 40])
 
 
 def test_names_without_end_are_cut_in_errors(folder):
