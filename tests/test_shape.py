@@ -16,12 +16,12 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 13,340: the typed events of an answer and its Usage, where each default of a field is a statement.
 # 13,542: the readers of answers are six classes in four modules, which have imports and headers, and a row of a call format has fields.
 # 13,660: a budget of thinking and "Answer now": fields of bodies, messages, and of what each room remembers of an answer.
-# 13,890: files that are cut, missing, mere pointers, pipes or newer than the library are told apart, and a tokenizer's expressions are tried.
+# 13,890, and 20 more: files that are cut, missing, mere pointers, pipes or newer than the library are told apart, and a tokenizer's expressions are tried.
 # 14,130: fields without an effect are found and named, a log that is JSON to its last line, Ollama's facts of the model, `chat --continue`.
 # 14,132: the response of /livez shows itself to pages that the server refuses.
 # 14,432: schemas become rules of a grammar with bounds of their own, which the grammar library does not have.
 # 14,645: fourteen families more, with norms of other kinds, experts for all tokens, multipliers, and their ops in torch.
-MOST_STATEMENTS = 14_645
+MOST_STATEMENTS = 14_660
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

@@ -149,8 +149,8 @@ def matching(path: Path, patterns: Seq[str], texts: Iterable[str], before: str =
         output = error.output or b""
     matches = [set(json.loads(line)) for line in output.splitlines(keepends=True) if line.endswith(b"\n")]
     if len(matches) < len(patterns):
-        raise ConfigError(f"{path}: {shown(patterns[len(matches)])} takes more than {PATTERN_SECONDS} s or too "
-                          "much memory to match the names of modules")
+        raise ConfigError(f"{path}: {shown(patterns[len(matches)])} takes more than {PATTERN_SECONDS} s or "
+                          "too much memory to match the names of modules")
     return matches
 
 
