@@ -46,7 +46,6 @@ def main():
     shaped = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA)
     loose = instructor.from_openai(client, mode=instructor.Mode.JSON)
     claude = anthropic.Anthropic(base_url=URL, api_key="none", max_retries=0)
-    agent = Agent(OpenAIChatModel("default", provider=OpenAIProvider(base_url=URL + "/v1", api_key="none")), output_type=Event, retries=0)
     tools = [{"name": "event", "description": "notes an event", "input_schema": Event.model_json_schema()}]
 
     def whole(seed):
@@ -57,6 +56,12 @@ def main():
             [choice] = error.last_completion.choices
             assert choice.finish_reason == "stop" and isinstance(json.loads(choice.message.content), dict), choice
             return Event.model_construct()
+
+    def by_agent(seed):
+        """Each thread has an event loop of its own, and so a client of its own."""
+        provider = OpenAIProvider(openai_client=openai.AsyncOpenAI(base_url=URL + "/v1", api_key="none", max_retries=0))
+        agent = Agent(OpenAIChatModel("default", provider=provider), output_type=Event, retries=0)
+        return agent.run_sync(QUESTION, model_settings={"seed": seed, "max_tokens": MOST}).output
 
     def called(seed):
         message = claude.messages.create(**asked, max_tokens=MOST, tools=tools, tool_choice={"type": "any"}, extra_body={"seed": seed})
@@ -71,7 +76,7 @@ def main():
         "instructor": typed(lambda seed: shaped.chat.completions.create(
             **asked, response_model=Event, seed=seed, max_tokens=MOST, max_retries=0)),
         "instructor without the schema": typed(whole),
-        "pydantic-ai": typed(lambda seed: agent.run_sync(QUESTION, model_settings={"seed": seed, "max_tokens": MOST}).output),
+        "pydantic-ai": typed(by_agent),
         "anthropic": typed(called)}
     print(json.dumps(found))
 

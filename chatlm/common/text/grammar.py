@@ -15,9 +15,6 @@ from chatlm.common.text.formats import A_MARK, with_markers
 from chatlm.common.text.schema_rules import JSON_TERMINALS, SchemaRules
 
 
-RULES_OPTIONS = '%llguidance {"ignore_once": true}'  # as %json has it: else they do not mix
-
-
 def json_grammar(schema: dict, param: str, start: str = "start: object") -> str:
     """A grammar for llguidance: `start`, in which `object` follows this JSON schema. RequestError, about the
     field `param`, if it is too large; check_grammar decides whether it is valid."""
@@ -26,7 +23,7 @@ def json_grammar(schema: dict, param: str, start: str = "start: object") -> str:
 
 def schema_grammar(schemas: Mapping[str, dict], param: str, start: str) -> str:
     """A grammar for llguidance: `start`, and a rule for each of these JSON schemas."""
-    lines = [RULES_OPTIONS, start, JSON_TERMINALS]
+    lines = [start, JSON_TERMINALS]
     try:
         for index, (name, schema) in enumerate(schemas.items()):
             rules = SchemaRules(f"s{index}", schema)

@@ -12,8 +12,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import named, shown
 from chatlm.common.jsontext import JSON_TYPES, as_json, is_text
 from chatlm.common.text.formats import A_MARKER, CALL_FORMATS, MARKS, CallFormat
-from chatlm.common.text.grammar import (
-    RULES_OPTIONS, json_grammar, lark_grammar, schema_grammar, unusable_schema)
+from chatlm.common.text.grammar import json_grammar, lark_grammar, schema_grammar, unusable_schema
 from chatlm.common.text.schema_rules import (
     FORMAT_LENGTHS, JSON_TERMINALS, MOST_ITEMS, SchemaRules, in_slashes, literal, text_with)
 from chatlm.common.text.schemas import (
@@ -163,7 +162,7 @@ def tag_rules(rule: str, root: Mapping, call_format: CallFormat) -> Iterator[str
 
 def tag_grammar(start: str, functions: Seq[Mapping], call_format: CallFormat) -> str:
     """The same as schema_grammar for arguments in tags."""
-    lines, characters = [RULES_OPTIONS, start, JSON_TERMINALS], 0
+    lines, characters = [start, JSON_TERMINALS], 0
     try:
         for index, function in enumerate(functions):
             for line in tag_rules(f"arguments{index}", parameters_of(function), call_format):
