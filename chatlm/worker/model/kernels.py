@@ -167,7 +167,8 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     if quantize and not backend.quantizes:
         raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
     ops = backend.ops(max_tokens, max_rows, quantize)
-    names = {op.name: "torch/reference" for op in dataclasses.fields(Kernels) if callable(op.default)}
+    names = {op.name: "torch/reference" for op in dataclasses.fields(Kernels)
+             if callable(op.default) and not (ops and op.name in TORCH_ALONE)}
     names |= {"sample": "numpy/reference"} | dict.fromkeys(set(ops) - set(backend.faults), backend.name)
     return Kernels(**ops, **(join(backend) if join else {}), names=names, backend=backend)
 
@@ -179,6 +180,9 @@ def choose_backend(device, spec: ModelSpec | None):
         log.warning("decode_core has no %s, which this model needs: torch computes instead", features)
         core = None
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
+
+
+TORCH_ALONE = ("gated_add", "mean_squares", "norm_qk")  # ops of models that decode_core does not compute
 
 
 def not_compiled(spec: ModelSpec) -> str:

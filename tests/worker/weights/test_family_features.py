@@ -99,6 +99,7 @@ SPEC = dict(vocab_size=64, layers=1, width=64, heads=4, kv_heads=4, head_size=16
     ({"activation": "reglu2"}, "no reglu2 feed-forward"), ({"experts": 4, "shared_size": 40}, "no feed-forward of such a width")])
 def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(fields, words, caplog):
     assert choose_backend("cpu", ModelSpec(**SPEC)).name != "torch/reference" and not not_compiled(ModelSpec(**SPEC))
+    assert {name.partition("/")[0] for name in load_kernels("cpu", ModelSpec(**SPEC)).names.values()} == {"decode_core"}
     assert choose_backend("cpu", ModelSpec(**SPEC | fields)).name == "torch/reference"
     assert [line for line in caplog.messages if words in line and "torch computes instead" in line]
 
@@ -174,7 +175,7 @@ BOTH = {        # model_type -> (text_config, the rest)
     "mistral3": (TEXT | {"model_type": "mistral", "head_dim": 32, "sliding_window": None},
                  {"vision_config": IMAGES | {"model_type": "pixtral", "head_dim": 16}, "image_token_index": 280, "tie_word_embeddings": False}),
     "smolvlm": (TEXT | {"model_type": "llama"}, {"vision_config": IMAGES | {"model_type": "smolvlm_vision"}, "image_token_id": 280, "scale_factor": 2}),
-    "qwen2_5_vl": (TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "qwen2_5_vl": (TEXT | {"bos_token_id": 256, "eos_token_id": 257, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
                    {"vision_config": QWEN_IMAGES, "image_token_id": 280}),
     "qwen3_vl": (TEXT | {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
                  {"vision_config": QWEN_IMAGES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}, "image_token_id": 280})}
