@@ -37,12 +37,12 @@ HELP = {
         "what runs without a command. The others are: chat, which talks in the terminal; generate, which "
         "answers one prompt; check, which proves and measures the compiled kernels; bundle, which writes all "
         "into one file to copy. Each has a --help.", """
-  python chat_server.py                                     a nanochat checkpoint, else the default model
-  python chat_server.py qwen3:0.6b --host 127.0.0.1         for this machine only; downloaded at first use
+  python chat_server.py                                     a nanochat checkpoint or a small model
+  python chat_server.py qwen3:0.6b --host 127.0.0.1         for this machine only; downloaded once
   python chat_server.py model.gguf -p 8080 --api-key-file keys.txt"""),
     "chat": Help("python chat_server.py chat [MODEL] [flags]",
         "Chat with a model in the terminal. Ctrl-C stops an answer; /help lists what one can type.", """
-  python chat_server.py chat                                with a nanochat checkpoint, else the default model
+  python chat_server.py chat                                a nanochat checkpoint or a small model
   python chat_server.py chat --continue                     go on with the last chat
   python chat_server.py chat --url http://127.0.0.1:8000    with a server that runs already"""),
     "generate": Help("python chat_server.py generate [MODEL] [flags]",

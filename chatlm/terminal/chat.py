@@ -243,7 +243,7 @@ class Chat:
         self.note(f"The system message is now {shown(value) if value else 'empty'}.")
 
     def slash_set(self, value: str):
-        """/set NAME VALUE: set a parameter (/show lists them); without VALUE the default"""
+        """/set NAME VALUE: set a parameter (/show lists them); no VALUE: the default"""
         name, _, text = value.partition(" ")
         spelled = {known.replace("_", ""): known for known in SETTABLE}
         if (known := spelled.get(re.sub("[-_]", "", name.lower()))) is None:
@@ -283,7 +283,7 @@ class Chat:
         self.note(f"Saved as {path}; the page's Import and /load read it.")
 
     def slash_load(self, value: str):
-        """/load FILE: continue a saved conversation, or one that the page exported; FILE N: its N-th chat"""
+        """/load FILE: continue a saved chat, or the page's; FILE N: its N-th one"""
         [(name, number)] = re.findall(r"\A(.*?)(?:\s+(\d+))?\Z", value, re.DOTALL)
         name, number = (value, "") if Path(value).expanduser().exists() else (name, number)
         try:
@@ -327,7 +327,7 @@ class Chat:
             await self.ask("Please continue.")
 
     async def slash_read(self, value: str):
-        """/read FILE QUESTION: send a file's text, and a question about it"""
+        """/read FILE TEXT: send a file's text, and a question about it"""
         name, question = file_and_rest(value)
         text = read_text(name)
         if not question and self.terminal.interactive:

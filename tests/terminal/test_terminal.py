@@ -217,6 +217,8 @@ def test_each_command_does_what_help_says_and_an_unknown_one_is_an_error(tmp_pat
     for words in ("/save FILE", "there is no command /hlep; did you mean /help?", "temperature  0.6", "answers 4, tokens 12",
                   "/set temperature: '9' is not a number from 0 to 2", "one of temperature", "No such file", "the name of a file is missing"):
         assert words in err
+    listed = err.partition("/help  ")[2].partition("\nerror")[0].splitlines()
+    assert len(listed) > 15 and max(map(len, listed)) < 80
 
 
 @pytest.mark.parametrize("typed, sent", [
