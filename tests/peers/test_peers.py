@@ -18,6 +18,7 @@ import gguf
 import pytest
 
 from browsing import fake_front
+from chatlm import __version__
 from chatlm.common.core import decode_core
 from engines import load
 from peer_packages import HOME, INSTALL_S, NPM, made, made_venv
@@ -204,6 +205,16 @@ def test_vercels_ai_package_generates_streams_and_gets_objects(node, url):
     assert found["usage"] == found["streamed_usage"] == 8 and found["completion"]
     assert found["shaped"]["city"] in ("Tokyo", "Kyoto") and found["tools"] is None
     assert found["responses"] == found["responses_streamed"] == ANSWER      # its default provider asks for /v1/responses
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(INSTALL_S + AGENT_S)
+def test_open_webui_answers_through_ollama_s_routes(url, tmp_path):
+    """It finds the model by its tag, and asks for /api/ps, /api/show and both routes of embeddings."""
+    found = outcome([made_venv("open_webui", "open_webui.txt"), HERE / "open_webui_peer.py"], url, tmp_path / "data", limit_s=500)
+    name = "SmolLM2-135M-Instruct.Q4_1:latest"
+    assert found == {"models": [name], "text": ANSWER, "streamed": ANSWER, "loaded": [name], "version": __version__, "family": "llama",
+                     "vector": 576, "older_vector": 576}
 
 
 @pytest.mark.slow
