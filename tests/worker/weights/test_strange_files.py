@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chatlm.common.config import Settings
-from chatlm.common.errors import ConfigError, printable
+from chatlm.common.errors import ConfigError, RequestError, cannot_read, printable
 from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.requests import TextSpec
 from chatlm.common.processes import start
+from chatlm.common.text.load import open_tokenizer
 from chatlm.worker import build
 from chatlm.worker.weights import lora
 from chatlm.worker.weights.lora import matching
@@ -145,7 +147,6 @@ def test_a_tokenizer_that_makes_texts_endless_is_refused(folder, part):
 
 
 def test_a_tokenizer_s_padding_and_truncation_are_not_those_of_prompts(folder):
-    from chatlm.common.text.load import open_tokenizer
     from chatlm.worker.weights.huggingface import hf_text
     expected = open_tokenizer(hf_text(folder, 288)).encode("some words to encode")
     rewrite(folder / "tokenizer.json", {
@@ -180,6 +181,14 @@ def splitting(pattern):
 def test_a_tokenizer_whose_expressions_take_years_is_refused(folder, change):
     rewrite(folder / "tokenizer.json", change)
     assert f"{folder / 'tokenizer.json'}: its regular expressions give up at a short text" in refusal(folder)
+
+
+def test_an_expression_that_gives_up_at_a_client_s_text_refuses_that_text(folder):
+    rewrite(folder / "tokenizer.json", splitting("(a+)+$"))
+    tokenizer = open_tokenizer(TextSpec("hf", (folder / "tokenizer.json").read_bytes()))
+    assert tokenizer.encode("aaa")
+    with pytest.raises(RequestError, match="the text cannot be tokenized"):
+        tokenizer.encode("a" * 40 + "!")
 
 
 def test_so_is_one_whose_trial_exceeds_a_limit(folder, monkeypatch):
@@ -314,6 +323,14 @@ def test_a_cut_small_file_is_named(good, nanochat_fixtures, tmp_path, name, shar
 def test_what_is_damaged_otherwise_is_not_called_truncated(folder, text):
     (folder / "config.json").write_text(text)
     assert "truncated" not in refusal(folder)
+
+
+def test_a_file_that_cannot_be_read_is_named_once(tmp_path):
+    for words in ("No such file or directory: {}", "[Errno 2] No such file or directory: '{}'", 'No such file or directory: "{}"'):
+        assert str(cannot_read(tmp_path, OSError(words.format(tmp_path)))).count(str(tmp_path)) == 1
+    for name in ("zero.gguf", "zero"):
+        (tmp_path / name).symlink_to("/dev/zero")
+        assert refusal(tmp_path / name) == f"{tmp_path / name} is a device; it must be a regular file"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "model_000650.pt", "tiny.gguf"])
