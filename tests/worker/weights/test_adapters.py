@@ -11,6 +11,7 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from engines import tensors_of
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
+from nightly import by_day
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,10 +36,10 @@ def adapt(model, folder, targets=LINEAR, **options):
 OPTIONS = {         # model -> the options of its adapter
     "llama3.1": {"use_rslora": True}, "gemma3": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 8}, "alpha_pattern": {"v_proj": 1}},
     "phi3": {"targets": ["qkv_proj", "gate_up_proj"]}, "qwen3": {"targets": r".*\.(q|up)_proj"},
-    "qwen2": {"targets": ["embed_tokens", "lm_head", "v_proj"]}, "nanochat": {"targets": "all-linear"}}
+    "qwen2": {"targets": ["embed_tokens", "lm_head", "v_proj"]}, "nanochat": {"targets": "all-linear"}, "glm4": {"targets": ["q_proj", "k_proj", "gate_up_proj"]}}
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", by_day(OPTIONS, *(name for name in OPTIONS if name != "glm4")))
 def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
     model = make_model(name)
     folder = save(model, tmp_path / "base")
@@ -51,7 +52,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
     assert changed and {key.rpartition(".")[2] for key in changed} <= {"embed", "head", "qkv", "output", "gate_up", "up", "down"}
 
 
-@pytest.mark.parametrize("name", ["llama3.1", "gemma3", "phi3"])        # whose q and k are permuted, or not; with one matrix for three
+@pytest.mark.parametrize("name", by_day(["llama3.1", "gemma3", "phi3", "glm4"], "llama3.1", "gemma3", "phi3"))        # whose q and k are permuted, or not; with one matrix for three
 def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
     changes = {"query_pre_attn_scalar": 32} if name == "gemma3" else {}
     lora = (str(tmp_path / "adapter"),)

@@ -11,8 +11,8 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
 from chatlm.worker.model.spec import ModelSpec
-from chatlm.worker.ops.attention import rope_frequencies
-from chatlm.worker.ops.basic import RopePairs, unpermute_rope
+from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, query_scales, rope_append_reference, rope_frequencies
+from chatlm.worker.ops.basic import RopePairs, gated_add_reference, unpermute_rope
 from chatlm.worker.weights.gguf import gguf_spec
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec
@@ -104,6 +104,23 @@ def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(field
     assert [line for line in caplog.messages if words in line and "torch computes instead" in line]
 
 
+def test_the_ops_of_these_models_are_what_their_names_say():
+    x, added, gate, out = torch.ones(2, 3), torch.full((2, 3), 4.0), torch.tensor([[0.0], [-50.0]]), torch.empty(2, 3)
+    gated_add_reference(x, added, gate, out)
+    assert out.tolist() == [[3.0] * 3, [1.0] * 3]
+    torch.manual_seed(0)
+    qkv, q_norm, k_norm, means = torch.randn(3, 12), torch.randn(6), torch.randn(4), torch.empty(3, 2)
+    q, k, v = qkv.clone().split((6, 4, 2), 1)
+    mean_squares_reference(qkv, q_norm, k_norm, (6, 4), means)
+    norm_qk_reference(qkv, q_norm, k_norm, means, 1e-3)
+    expected = [torch.nn.functional.rms_norm(part, part.shape[1:], weight, 1e-3) for part, weight in ((q, q_norm), (k, k_norm))]
+    assert torch.allclose(qkv, torch.cat([*expected, v], 1), atol=1e-6)
+    tables, cache, q = torch.ones(8, 1), torch.zeros(16, 2, 1, 2), torch.empty(2, 2)
+    scales = query_scales(ModelSpec(**SPEC | {"max_positions": 8, "q_growth": (0.5, 4), "q_scale": 2.0}), "cpu")
+    rope_append_reference(torch.ones(2, 6), tables, 0 * tables, torch.tensor([3, 4]), torch.tensor([0, 1]), cache, q, q_scale=scales)
+    assert torch.allclose(q, torch.tensor([[2.0] * 2, [2 * (1 + 0.5 * np.log(2))] * 2]).float())
+
+
 # --- rotary embeddings -------------------------------------------------------------------------------------------
 
 
@@ -150,6 +167,7 @@ def test_a_llama_that_rotates_a_part_of_its_heads_computes_what_phi3_does(backen
     check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases)
 
 
+@pytest.mark.slow
 def test_ministral_s_queries_grow_where_the_context_is_longer_than_the_original(tmp_path):
     model = make_model("ministral3", rope_parameters=GROWING)
     folder, cases = save(model, tmp_path), clear_cases(model)           # of up to 364 tokens: three times the original
@@ -181,7 +199,8 @@ BOTH = {        # model_type -> (text_config, the rest)
                  {"vision_config": QWEN_IMAGES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}, "image_token_id": 280})}
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in BOTH if name != "qwen3_vl"), "qwen3_vl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOTH)
 def test_of_a_model_with_images_the_text_model_is_served(name, tmp_path):
     import transformers
     text, rest = BOTH[name]
