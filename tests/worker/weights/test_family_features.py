@@ -30,8 +30,9 @@ def spec_of(folder, config, context=None):
 # --- keys that change nothing ------------------------------------------------------------------------------------
 
 
-INERT = {"logit_scale": 0, "embedding_multiplier": 0.0, "attn_logit_softcapping": None, "rope_scaling_layers": {}, "mtp_layers": [], "sliding_window_pattern": "",
-         "use_qk_norm": False, "top_k": 50, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "id2label": {"0": "A"}, "label2id": {"A": 0},
+INERT = {"logit_scale": 0, "embedding_multiplier": 0.0, "attn_logit_softcapping": None, "rope_scaling_layers": {}, "mtp_layers": [],
+         "sliding_window_pattern": "", "use_qk_norm": False, "top_k": 50, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3,
+         "id2label": {"0": "A"}, "label2id": {"A": 0},
          "_rope_scaling": {"type": "x"}, "max_window_layers": 28, "forced_eos_token_id": 2, "max_new_tokens": 100}
 
 
@@ -41,7 +42,8 @@ def test_keys_that_change_nothing_are_ignored_and_named_in_one_line(caplog, tmp_
     with caplog.at_level("INFO", logger="chat_server"):
         assert spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | INERT) == expected
     (line,) = caplog.messages
-    assert line.startswith(f"{tmp_path / 'config.json'}: logit_scale, embedding_multiplier, ") and line.endswith("ignored, for here they change nothing")
+    assert line.startswith(f"{tmp_path / 'config.json'}: logit_scale, embedding_multiplier, ")
+    assert line.endswith("ignored, for here they change nothing")
     assert all(key in line for key in INERT if INERT[key] is not None)
     caplog.clear()
     with caplog.at_level("INFO", logger="chat_server"):
@@ -60,8 +62,10 @@ def test_a_window_that_is_switched_off_changes_nothing(more, tmp_path):
 @pytest.mark.parametrize("more, words", [
     ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window is true; this key is not supported"),
     ({"sliding_window": 4096, "max_window_layers": 3}, "sliding_window is 4096; this key is not supported"),
-    ({"is_causal": False}, "is_causal is false; in a llama model it must be true"), ({"use_rope": False}, "use_rope is false; in a llama model it must be true"),
-    ({"residual_multiplier": 0.5}, "residual_multiplier is 0.5; this key is not supported"), ({"clip_qkv": 8.0}, "clip_qkv is 8.0; this key is not supported")])
+    ({"is_causal": False}, "is_causal is false; in a llama model it must be true"),
+    ({"use_rope": False}, "use_rope is false; in a llama model it must be true"),
+    ({"residual_multiplier": 0.5}, "residual_multiplier is 0.5; this key is not supported"),
+    ({"clip_qkv": 8.0}, "clip_qkv is 8.0; this key is not supported")])
 def test_keys_that_change_the_arithmetic_are_still_refused(more, words, tmp_path):
     with pytest.raises(ConfigError) as caught:
         spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | more)
@@ -94,7 +98,8 @@ SPEC = dict(vocab_size=64, layers=1, width=64, heads=4, kv_heads=4, head_size=16
 
 @pytest.mark.skipif(decode_core() is None, reason="not built")
 @pytest.mark.parametrize("fields, words", [
-    ({"qk_norm_sizes": (64, 64)}, "no norm of all heads together"), ({"experts": 4, "shared_size": 64, "shared_gate": True}, "no gate of a shared expert"),
+    ({"qk_norm_sizes": (64, 64)}, "no norm of all heads together"),
+    ({"experts": 4, "shared_size": 64, "shared_gate": True}, "no gate of a shared expert"),
     ({"q_growth": (0.1, 16)}, "no scale of queries by their position"), ({"activation": "gelu"}, "no gelu feed-forward"),
     ({"activation": "reglu2"}, "no reglu2 feed-forward"), ({"experts": 4, "shared_size": 40}, "no feed-forward of such a width")])
 def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(fields, words, caplog):
@@ -192,10 +197,13 @@ BOTH = {        # model_type -> (text_config, the rest)
     "llava": (TEXT | {"model_type": "llama"}, {"vision_config": IMAGES | {"model_type": "clip_vision_model"}, "image_token_index": 280}),
     "mistral3": (TEXT | {"model_type": "mistral", "head_dim": 32, "sliding_window": None},
                  {"vision_config": IMAGES | {"model_type": "pixtral", "head_dim": 16}, "image_token_index": 280, "tie_word_embeddings": False}),
-    "smolvlm": (TEXT | {"model_type": "llama"}, {"vision_config": IMAGES | {"model_type": "smolvlm_vision"}, "image_token_id": 280, "scale_factor": 2}),
-    "qwen2_5_vl": (TEXT | {"bos_token_id": 256, "eos_token_id": 257, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "smolvlm": (TEXT | {"model_type": "llama"},
+                {"vision_config": IMAGES | {"model_type": "smolvlm_vision"}, "image_token_id": 280, "scale_factor": 2}),
+    "qwen2_5_vl": (TEXT | {"bos_token_id": 256, "eos_token_id": 257,
+                           "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
                    {"vision_config": QWEN_IMAGES, "image_token_id": 280}),
-    "qwen3_vl": (TEXT | {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+    "qwen3_vl": (TEXT | {"head_dim": 32,
+                         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
                  {"vision_config": QWEN_IMAGES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}, "image_token_id": 280})}
 
 
