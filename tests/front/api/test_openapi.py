@@ -41,6 +41,7 @@ def test_every_route_and_field_is_described():
     for path, fields in BODY_ROUTES.items():
         schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert list(schema["properties"]) == [field.name for field in fields]
+        assert paths[path]["post"]["responses"]["200"]["headers"].keys() == {"X-Ignored-Fields"}
         assert all(value["description"] and value["anyOf"][0] for value in schema["properties"].values())
     assert paths["/v1/models/{name}"]["get"]["parameters"][0]["name"] == "name"
     assert [(each["name"], each["in"]) for each in paths["/v1/cancel/{id}"]["post"]["parameters"]] == [("id", "path"), ("reasoning", "query")]
