@@ -1,5 +1,6 @@
-"""Answers of declared types: OpenAI's two parse helpers, instructor in its JSON mode, a pydantic-ai agent and Anthropic's
-tools, against the server at argv[1] with each of the seeds after it. Prints the errors of each as JSON, by their seeds."""
+"""Answers of declared types: OpenAI's two parse helpers, instructor in its mode of JSON schemas (in
+its older one the schema is in the prompt alone), a pydantic-ai agent and Anthropic's tools, against the server at argv[1] with
+each of the seeds after it. Prints the errors of each as JSON, by their seeds."""
 
 import json
 import sys
@@ -9,7 +10,6 @@ from typing import Annotated
 import anthropic
 import instructor
 import openai
-from instructor.v2.core.errors import InstructorRetryException
 from pydantic import BaseModel, Field
 from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel
@@ -44,18 +44,8 @@ def main():
     asked = {"messages": [{"role": "user", "content": QUESTION}], "model": "default"}
     client = openai.OpenAI(base_url=URL + "/v1", api_key="none", max_retries=0)
     shaped = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA)
-    loose = instructor.from_openai(client, mode=instructor.Mode.JSON)
     claude = anthropic.Anthropic(base_url=URL, api_key="none", max_retries=0)
     tools = [{"name": "event", "description": "notes an event", "input_schema": Event.model_json_schema()}]
-
-    def whole(seed):
-        """In this mode the schema is in the prompt alone, so the model's object may be another one."""
-        try:
-            return loose.chat.completions.create(**asked, response_model=Event, seed=seed, max_tokens=MOST, max_retries=0)
-        except InstructorRetryException as error:
-            [choice] = error.last_completion.choices
-            assert choice.finish_reason == "stop" and isinstance(json.loads(choice.message.content), dict), choice
-            return Event.model_construct()
 
     def by_agent(seed):
         """Each thread has an event loop of its own, and so a client of its own."""
@@ -75,7 +65,6 @@ def main():
             input=QUESTION, model="default", text_format=Event, max_output_tokens=MOST, extra_body={"seed": seed}).output_parsed),
         "instructor": typed(lambda seed: shaped.chat.completions.create(
             **asked, response_model=Event, seed=seed, max_tokens=MOST, max_retries=0)),
-        "instructor without the schema": typed(whole),
         "pydantic-ai": typed(by_agent),
         "anthropic": typed(called)}
     print(json.dumps(found))
