@@ -62,7 +62,8 @@ def known_format(members: Mapping) -> dict:
     """What a schema says of a string, without a format that nothing here knows."""
     said = {name: keyword(members, name) if name in KEYWORDS else members[name] for name in members
             if name != "format" or keyword(members, name) in FORMATS}
-    return {name: int(value) if name in ("minLength", "maxLength") else value for name, value in said.items()}
+    return {name: int(value) if value is not None and name in ("minLength", "maxLength") else value
+            for name, value in said.items()}
 
 
 class SchemaRules:
@@ -75,7 +76,7 @@ class SchemaRules:
         self.name, self.schemas = name, SchemaForms(root)
         self.lines: list[str] = []
         self.known: dict = {}  # the names of rules, by the ids of their schemas or by their text
-        self.made: list[Form] = []
+        self.made: list[tuple] = []
         self.characters = 0
 
     def rule(self, *schemas) -> str | None:
@@ -87,7 +88,7 @@ class SchemaRules:
         return self.ruled(tuple(members), tuple(members.values()), lambda: (
             choice for form in self.schemas.forms(members.values()) for choice in self.choices(form)))
 
-    def ruled(self, key: tuple, schemas: Form, make: Callable[[], Iterable[str]]) -> str | None:
+    def ruled(self, key: tuple, schemas: tuple, make: Callable[[], Iterable[str]]) -> str | None:
         """The rule that `key`, made of the ids of `schemas`, has; or with the choices that `make` makes."""
         if key not in self.known:
             self.made.append(schemas)                 # so that no other schema gets one of these ids

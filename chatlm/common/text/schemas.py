@@ -154,7 +154,7 @@ def values_among(form: Form) -> list | None:
 
 def between(form: Form, low: str, high: str) -> tuple[int, int | None]:
     """The bounds that the schemas set with two of their keywords."""
-    lows, highs = ([int(keyword(members, name)) for members in members_of(form, [name])]
+    lows, highs = ([int(value) for schema in form if (value := keyword(schema, name)) is not None]
                    for name in (low, high))
     return max(lows, default=0), min(highs, default=None)
 
