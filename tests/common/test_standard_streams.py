@@ -36,6 +36,7 @@ def test_an_answer_that_cannot_be_written_is_one_line(nanochat_fixtures):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @needs_full
 def test_so_it_is_in_a_chat_and_in_a_check(nanochat_fixtures):
     """Each ends at once: no message after the first is tried."""

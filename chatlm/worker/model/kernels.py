@@ -176,7 +176,7 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
 def choose_backend(device, spec: ModelSpec | None):
     """decode_core's backend if it runs this model on this device, else torch's (always without a spec)."""
     core = decode_core() if spec else None
-    if core and (features := not_compiled(spec)):
+    if core and spec and (features := not_compiled(spec)):
         log.warning("decode_core has no %s, which this model needs: torch computes instead", features)
         core = None
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)

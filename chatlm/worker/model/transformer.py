@@ -47,7 +47,7 @@ class Transformer:
             self.q_scale = query_scales(spec, self.device) if spec.q_growth else spec.q_scale
             self.logit_norm = self.weights.get("final_norm")
             if spec.logit_scale != 1:
-                self.logit_norm = self.logit_norm * spec.logit_scale
+                self.logit_norm = self.weights["final_norm"] * spec.logit_scale
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
             turns = [rope_frequencies(spec, layer) for layer in range(spec.layers)]

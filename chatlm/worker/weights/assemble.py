@@ -17,7 +17,7 @@ from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named
 from chatlm.common.files import check_regular
 from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.tensors import Cut, Unread
-from chatlm.worker.ops.basic import dequantized
+from chatlm.worker.ops.basic import RopePairs, dequantized
 from chatlm.worker.weights.files import refuse_cut_safetensors, weight_files
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked, read_json
@@ -239,8 +239,9 @@ def as_rows(tensor, shape: tuple[int, ...]):
     return SimpleNamespace(tensor_type=tensor.tensor_type, data=data)
 
 
-def cut_stored(parts: Seq[tuple[Any, int]], cut: Cut) -> list[tuple[Any, int]]:
-    """The cut of some (gguf.ReaderTensor, head size). Where it divides blocks they become Q8_0 or floats."""
+def cut_stored(parts: Seq[tuple[Any, RopePairs | None]], cut: Cut) -> list[tuple[Any, RopePairs | None]]:
+    """The cut of some (gguf.ReaderTensor, pairs to unpermute or None). Where it divides blocks they become
+    Q8_0 or floats."""
     if cut == Cut.whole(cut.full):
         return list(parts)
     first, last = cut.ranges[0].start, cut.ranges[0].stop

@@ -367,7 +367,7 @@ def text_part(path: Path, family: str, raw: Mapping) -> tuple[str, Mapping]:
     text = raw.get("text_config", raw if family.startswith("qwen2") else None)
     if not isinstance(text, dict):
         raise ConfigError(f"{path}: text_config is {shown(text)}; it must be an object")
-    kind = checked(path, "text_config.model_type", text.get("model_type", VISION[family]), Rule(str))
+    kind: str = checked(path, "text_config.model_type", text.get("model_type", VISION[family]), Rule(str))
     kind = VISION[family] if kind == family else TEXT_TYPES.get(kind, kind)
     outer = {key: raw[key] for key in ("tie_word_embeddings", "vocab_size") if key in raw}
     if family == "llava" and kind == "llama":

@@ -61,9 +61,10 @@ def share_of(spec: ModelSpec, rank: int, tp: int, block: int = 1) -> RankShare:
         raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {spec.heads} query heads, "
                           f"and its feed-forward part {blocks} blocks of {block} columns")
     rows = -(-spec.vocab_size // tp)
-    sizes = spec.ffn_size, spec.dense_size, spec.shared_size
-    return RankShare(rank, range(spec.vocab_size)[rank * rows:(rank + 1) * rows], heads, kv_heads,
-                     *(blocks_of(size, rank, tp, block) for size in sizes), rows)
+    ffn, dense, shared = (blocks_of(size, rank, tp, block)
+                          for size in (spec.ffn_size, spec.dense_size, spec.shared_size))
+    return RankShare(rank, range(spec.vocab_size)[rank * rows:(rank + 1) * rows], heads, kv_heads, ffn, dense,
+                     shared, rows)
 
 
 def blocks_of(size: int, rank: int, tp: int, block: int) -> range:
