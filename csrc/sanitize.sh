@@ -12,7 +12,7 @@ export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=lib
 # Python leaks by design; a sanitizer's abort must fail the test that ran in a child process too
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export PYTHONPATH="$PWD/$built/lib:$PWD:$PWD/tests/support${PYTHONPATH:+:$PYTHONPATH}" PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-export DECODE_CORE_TEST_SHARE=${DECODE_CORE_TEST_SHARE:-0.05}
+export DECODE_CORE_TEST_SHARE=${DECODE_CORE_TEST_SHARE:-0.02}
 arguments=("$@")
 [ $# -gt 0 ] || arguments=(tests/core/test_core_{pool,sample,attention,tiles,program,ranks}.py)
 exec timeout --kill-after=10 "${DECODE_CORE_SANITIZE_SECONDS:-300}" \

@@ -5,6 +5,7 @@ import pytest
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from decode_core import _core  # noqa: E402
+from nightly import by_day  # noqa: E402
 
 PAGE = 16
 NAN = float("nan")
@@ -239,7 +240,7 @@ def a_batch(rng, kind="float16", H=9, Hkv=3, D=64, decode=32, chunks=(40, 7, 260
 
 
 @pytest.mark.parametrize("window", [0, 100])
-@pytest.mark.parametrize("kind, H, Hkv, D", [("float16", 9, 3, 64), ("float32", 4, 4, 48), ("bfloat16", 14, 2, 64)])
+@pytest.mark.parametrize("kind, H, Hkv, D", by_day([("float16", 9, 3, 64), ("float32", 4, 4, 48), ("bfloat16", 14, 2, 64)], ("float16", 9, 3, 64)))
 def test_a_rows_bits_depend_on_nothing_else_in_the_batch(isa, threads, window, kind, H, Hkv, D):
     """The same bits alone, in a batch, in a chunk of a prompt or one by one, on one thread or two."""
     cache, tables, lengths, starts, q = a_batch(numpy.random.default_rng(3), kind, H, Hkv, D)

@@ -116,6 +116,7 @@ def test_lm_eval_scores_and_generates_alone_and_in_batches(python, url, tmp_path
         assert one == pytest.approx(other, abs=0 if decode_core() else 0.3)
 
 
+@pytest.mark.slow
 def test_the_other_apis_packages_get_the_same_text_calls_and_objects(url):
     """openai's Responses, anthropic's Messages and ollama's package."""
     found = outcome([made_venv("apis", "apis.txt"), HERE / "apis_peer.py"], url)

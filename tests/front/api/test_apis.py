@@ -296,6 +296,7 @@ async def test_the_same_conversation_and_seed_give_the_same_text_whole_streamed_
             assert whole_text(json.loads((await ask(client, url, path, **DRAWN, **more))[2])) == wanted
 
 
+@pytest.mark.slow
 async def test_a_worker_s_death_is_a_pause_in_each(client, url, exact):
     wanted = DRAWN | {"max_tokens": 120, "max_output_tokens": 120, "ignore_eos": True}
     bodies = {path: body | wanted | {"stream": True} for path, body in BODIES.items()}

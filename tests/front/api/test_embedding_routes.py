@@ -146,6 +146,7 @@ async def test_ollama_s_truncate_cuts_the_end_of_an_input_that_is_too_long(clien
     assert len(admitted) == 2 and all(each.prompt_ids[0] == start and len(each.prompt_ids[1]) < 10 for each in admitted)
 
 
+@pytest.mark.slow
 def test_the_default_model_embeds_the_start_of_a_long_input(default_model_path):
     with server(default_model_path, "--context-length", 256) as (_, url):
         ids = json.load(post(url + "/tokenize", {"content": "The river runs. " * 200}))["tokens"]

@@ -234,7 +234,7 @@ TOOL = {"function": {"name": "f", "parameters": {"type": "object", "properties":
                                                  "required": ["city"], "additionalProperties": False}}}
 
 
-@pytest.mark.parametrize("moment", ["reasoning", "arguments"])
+@pytest.mark.parametrize("moment", ["reasoning", pytest.param("arguments", marks=pytest.mark.slow)])
 async def test_a_worker_with_experts_killed_in_a_harmony_channel_costs_no_letter_of_reasoning_or_call(start_pool, tmp_path, moment):
     """A tiny gpt-oss with experts in MXFP4 thinks in the analysis channel, then calls a function in the commentary channel."""
     metadata = tiny_gguf.small_gguf_metadata("gpt-4o", **{"tokenizer.chat_template": HARMONY_TEMPLATE})

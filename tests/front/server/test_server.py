@@ -55,8 +55,8 @@ def test_the_front_never_loads_torch_and_the_worker_opens_no_port(nanochat_fixtu
 
 
 @pytest.mark.parametrize("number, answering", [
-    (signal.SIGINT, True), (signal.SIGKILL, True),
-    *(pytest.param(*each, marks=pytest.mark.slow) for each in ((signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGKILL, False)))])
+    (signal.SIGKILL, True),
+    *(pytest.param(*each, marks=pytest.mark.slow) for each in ((signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGKILL, False)))])
 def test_however_the_front_ends_no_process_is_left(nanochat_fixtures, number, answering):
     with server(nanochat_fixtures / "gen5", "--num-workers", "2") as (process, url):
         children = psutil.Process(process.pid).children(recursive=True)
