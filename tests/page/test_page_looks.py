@@ -27,23 +27,17 @@ def show_chat(page, turns):
 # formulas -------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def drawn_formula(browser):
+def drawn_formula(opened_page):
     """A function that draws a formula, and asks `measure` (JavaScript of one argument, the formula) about it."""
-    from page_server import StandIn
-    server = StandIn()
-    with visitor(browser) as page:
-        open_page(page, server.url)
-        page.wait_for_function("() => typeof katex === 'object'")
-        page.evaluate("document.fonts.load('16px Formulas')")
-        yield lambda tex, measure: page.evaluate(f"""tex => {{
-            const answer = document.createElement("div");
-            answer.className = "markdown";
-            document.getElementById("log").replaceChildren(answer);
-            answer.append(mathNode(tex, true));
-            const box = node => node.getBoundingClientRect();
-            return ({measure})(answer.querySelector("math"));
-        }}""", tex)
-    server.close()
+    opened_page.evaluate("document.fonts.load('16px Formulas')")
+    return lambda tex, measure: opened_page.evaluate(f"""tex => {{
+        const answer = document.createElement("div");
+        answer.className = "markdown";
+        document.getElementById("log").replaceChildren(answer);
+        answer.append(mathNode(tex, true));
+        const box = node => node.getBoundingClientRect();
+        return ({measure})(answer.querySelector("math"));
+    }}""", tex)
 
 
 # left and right end of what is in each cell, row by row

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from browsing import (SLOW_MS, answers, ask, button, expect, expect_answered, more, needs_browser, open_page, questions,
-                      said, visitor)
-from page_server import BLOCKS, HOSTILE, MARKDOWN, StandIn
+                      said)
+from page_server import BLOCKS, HOSTILE, MARKDOWN
 
 pytestmark = needs_browser
 
@@ -26,17 +26,6 @@ DRAWN = """([text, step]) => {            // text drawn in steps, and at once; a
 
 def drawn(page, text, step=1):
     return page.evaluate(DRAWN, [text, step])
-
-
-@pytest.fixture(scope="module")
-def opened_page(browser):
-    """One page for all tests that only call its functions: to open one takes a second."""
-    server = StandIn()
-    with visitor(browser) as page:
-        open_page(page, server.url)
-        page.wait_for_function("() => typeof hljs === 'object' && typeof katex === 'object'")
-        yield page
-    server.close()
 
 
 def test_markdown_code_tables_and_formulas_are_drawn(page, stand_in):

@@ -248,6 +248,18 @@ def open_page(page, url, path=""):
     settled(page)
 
 
+@pytest.fixture(scope="module")
+def opened_page(browser):
+    """One page for all tests of a module that only call its functions: to open one takes a second."""
+    from page_server import StandIn
+    server = StandIn()
+    with visitor(browser) as page:
+        open_page(page, server.url)
+        page.wait_for_function("() => typeof hljs === 'object' && typeof katex === 'object'")
+        yield page
+    server.close()
+
+
 def settled(page):
     """Wait until the page has opened its storage and written all pending changes."""
     page.wait_for_function("() => started && !store.flushing")
