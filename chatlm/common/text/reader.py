@@ -172,7 +172,7 @@ class Harmony:
     def end_of_thinking(self, again: bool) -> str:
         """The end of the message, and the beginning of the next one: of any, a call too, but of no more
         reasoning where there was enough before."""
-        return "<|end|><|start|>assistant" + "<|channel|>final<|message|>" * again
+        return "<|end|><|start|>assistant" + ("<|channel|>final<|message|>" if again else "")
 
     def _header(self) -> Generator[None, None, str]:
         """Read a message's header and return it; "" where there is none, and all is text."""

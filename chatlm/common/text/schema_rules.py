@@ -34,7 +34,7 @@ def text_with(pattern: str) -> str:
     """A regular expression for a whole text in which this one is found anywhere."""
     if not (end := re.search(r"(?<!\\)(?:\\\\)*(\$?)\Z", pattern)):
         raise ValueError(f"the pattern {shown(pattern)} ends within an escape")
-    first, last = "^" * pattern.startswith("^"), end[1]
+    first, last = "^" if pattern.startswith("^") else "", end[1]
     inside = pattern.removeprefix(first).removesuffix(last) if "|" not in pattern else pattern
     return f"{'' if first else '(?s:.*)'}(?:{inside}){'' if last else '(?s:.*)'}"
 
@@ -281,7 +281,7 @@ class SchemaRules:
             ends, after = after, {}
             for count in counts:
                 choices = [] if (end := ends[min(count + 1, cap)]) is None else [
-                    '", " ' * (count > 0) + f"{member} {end}"]
+                    f'", " {member} {end}' if count else f"{member} {end}"]
                 if not required and (end := ends[count]) is not None:
                     choices.append(end or '""')
                 after[count] = None if not choices else choices[0] if len(choices) == 1 else self.shared(

@@ -54,7 +54,7 @@ def parameter_types(tool: dict, steps: Iterator | None = None) -> dict[str, str]
     with suppress(ValueError, LookupError, RecursionError):
         schemas = SchemaForms(parameters_of(tool["function"]), steps)
         for form in schemas.forms_of(schemas.root):
-            names = [*keys_among(form), *[None] * bool(members_of(form, ["additionalProperties"]))]
+            names = [*keys_among(form), *([None] if members_of(form, ["additionalProperties"]) else [])]
             for name in names if "object" in types_among(form) else ():
                 if len(name or "") > LIMITS.parameter_characters:
                     continue
@@ -132,7 +132,7 @@ def tag_rules(rule: str, root: Mapping, call_format: CallFormat) -> Iterator[str
         if "object" not in types_among(form):
             continue
         wanted, known = [], keys_among(form)
-        for name in [*known, *[None] * has_other_keys(form)]:
+        for name in [*known, *([None] if has_other_keys(form) else [])]:
             parameter = f"{rule}_{len(choices)}_{len(wanted)}"
             if name is None:
                 others = "|".join(in_slashes(re.escape(name)) for name in known)

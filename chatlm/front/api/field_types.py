@@ -15,7 +15,7 @@ from chatlm.common.text.grammar import json_grammar, lark_grammar
 from chatlm.common.text.schema_rules import in_slashes
 from chatlm.front.api.fields import (
     A_FUNCTION, A_TEXT, A_TOKEN, TEXT_OR_NULL, TEXT_OR_TOKEN, Field, FieldType, as_count, list_schema,
-    listed, matches, object_schema, prompt_list, read_choice, refused)
+    listed, matches, member_of, object_schema, prompt_list, read_choice, refused)
 
 
 def response_grammar(value: dict, param: str = "response_format") -> tuple[str, str]:
@@ -234,9 +234,7 @@ def thinking_budget(body: Mapping, fields: Iterable[Field]) -> dict[str, int]:
     RequestError if two differ."""
     known, chosen = {field.name for field in fields}, {}
     for path in (*BUDGETS, *EFFORT_BUDGETS):
-        name, _, member = path.partition(".")
-        value = body.get(name) if name in known else None
-        value = value.get(member) if member and isinstance(value, dict) else None if member else value
+        value = member_of(body, path) if path.partition(".")[0] in known else None
         if value is not None and (path in BUDGETS or is_number(value)):
             chosen[path] = Field(path, INTEGER, "", 0, math.inf).read(value)
     (first, budget), *others = chosen.items() or [("", 0)]

@@ -168,6 +168,14 @@ def known_tools(tools: Seq[dict], types: Seq[str | None],
     return tuple(functions), header_words(others)
 
 
+def member_of(body: Mapping, path: str):
+    """What a body has at a path like `reasoning.effort`; None if it has nothing there."""
+    value = body
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
 def header_words(names: Iterable[str]) -> tuple[str, ...]:
     """Names that clients chose, as a header may have them: each once, and not too many."""
     words = (re.sub(r"[^A-Za-z0-9_.-]", "", name[:200])[:60] for name in itertools.islice(names, 64))

@@ -8,7 +8,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.text.formats import thoughts_of
 from chatlm.front.api.field_types import BUDGETS, EFFORT_BUDGETS
-from chatlm.front.api.fields import header_words
+from chatlm.front.api.fields import header_words, member_of
 from chatlm.front.api.tables import BODY_FIELDS
 
 if TYPE_CHECKING:
@@ -54,13 +54,6 @@ IDLE = (
          lambda parsed, known: parsed.api == "ollama generate" and parsed.request.prompts),
 )
 OFF = ("none", "disabled", "false", "False")  # values that ask for nothing
-
-
-def member_of(body: Mapping, path: str):
-    value = body
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
 
 
 def idle(body: Mapping, parsed: ParsedBody, known: Known) -> Iterator[str]:

@@ -76,10 +76,8 @@ def with_thinking_budget(params: AnswerParams, chosen: Mapping[str, int], settin
     for name, budget in chosen.items():
         if budget > (max_tokens or budget):
             raise bad_value(name, budget, f"an integer from 0 to {max_tokens}, the most tokens of the answer")
-    if budget < 0:
-        return replace(params, last_thought=settings.reasoning_budget_message), {}
-    return replace(params, last_thought=settings.reasoning_budget_message,
-                   thinking_budget=budget), {"thinking_budget": budget}
+    options = {"thinking_budget": budget} if budget >= 0 else {}
+    return replace(params, last_thought=settings.reasoning_budget_message, **options), options
 
 
 def among(values: Mapping, *names: str) -> dict:
