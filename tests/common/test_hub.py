@@ -83,6 +83,7 @@ def test_a_file_of_several_is_named_after_a_colon(tmp_path, model, file):
         assert set(hub.fetched()) == {file, f"files/org/many/{file}"}
 
 
+@pytest.mark.slow
 def test_a_short_name_is_another_name_of_the_model(tmp_path):
     with fake_hub(Qwen__Qwen3_06={}) as hub:
         hub.repositories[SHORT_NAMES["qwen3-0.6b"]] = {"any.gguf": TINY}

@@ -24,6 +24,7 @@ from chatlm.worker.weights.gguf import gguf_text
 from answers import asked, calls_of, said, thought, together
 from engines import load, make_engine, pieces, tokens_of
 from fake_pool import FakePool, Letters, frames, serving
+from nightly import by_day
 from tiny_gguf import small_gguf_metadata
 from works import assignment, changed
 
@@ -490,7 +491,7 @@ TIME = {"type": "function", "function": {"name": "time", "parameters": {"type": 
 
 
 @pytest.mark.parametrize("tool_format", ["tagged", "json", "mistral", "mistral name", "harmony"])
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+@pytest.mark.parametrize("choice", by_day(["required", {"type": "function", "function": {"name": "weather"}}], "required"))
 def test_a_required_call_is_written_in_the_family_s_format(engine, default_model_path, tool_format, choice):
     with_template(engine, default_model_path, GPT_OSS if tool_format == "harmony" else "{{ messages[0].content }}<|im_start|>assistant\n",
                   formats.HARMONY if tool_format == "harmony" else ())

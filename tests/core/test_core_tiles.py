@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+from nightly import by_day  # noqa: E402
 import row_ops  # noqa: E402
 
 ISAS = decode_core.info()["offered_isas"]
@@ -420,7 +421,7 @@ def infinite(source_kind, sign=0):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("source_kind", FLOATS)
+@pytest.mark.parametrize("source_kind", by_day(FLOATS, "bf16"))
 def test_filling_tells_of_floats_that_are_nan_or_infinite(kind, source_kind):
     N, K = 33, fitting(kind, 72)
     unsigned, generator = infinite(source_kind)[0].dtype, np.random.default_rng(0)

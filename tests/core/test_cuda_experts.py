@@ -19,6 +19,7 @@ from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.basic import GATES, Norm, experts_reference
 from chatlm.worker.weights.load import open_model
 from engines import make_batch, tokens_of
+from nightly import by_day
 from works import assignment, changed
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
@@ -108,7 +109,8 @@ def test_every_pair_is_in_one_item_of_its_expert(gpu, experts, pairs, item_pairs
             assert all(0 < count <= item_pairs for _, _, count in used)
 
 
-@pytest.mark.parametrize("kind, gate", dict.fromkeys([*zip(KINDS, itertools.cycle(cuda.GATES)), *itertools.product(("mxfp4", "float32"), cuda.GATES)]))
+@pytest.mark.parametrize("kind, gate", by_day(dict.fromkeys([*zip(KINDS, itertools.cycle(cuda.GATES)), *itertools.product(("mxfp4", "float32"), cuda.GATES)]),
+                                              *itertools.product(("mxfp4",), cuda.GATES), *list(zip(KINDS, itertools.cycle(cuda.GATES)))[::3]))
 def test_each_pair_is_multiplied_by_its_experts_weights(gpu, kind, gate):
     """Of few rows as in float64, of many within the rounding to bfloat16; experts without pairs, and with many."""
     E, N, K, chosen = 5, 21, max(72, cuda.BLOCKS.get(kind, (0, 0))[0] // 32 * 64), 3
@@ -179,7 +181,7 @@ def test_a_wrong_argument_is_a_value_error_that_names_it(gpu):
 
 
 @pytest.mark.parametrize("gates, ups, downs", [("q4_k", "q4_k", "q6_k"), ("mxfp4", "mxfp4", "mxfp4"), ("q5_k", "iq4_xs", "q8_0")])
-@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize("rows", by_day([1, 5, 33], 5))
 def test_experts_compute_what_their_reference_computes(gpu, gates, ups, downs, rows):
     """Also where gates are of another type than ups."""
     E, C, F, chosen = 6, 256, 256, 2

@@ -32,6 +32,7 @@ from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_reference
 from engines import load, make_batch, pieces, run, step_pieces, tensors_of
 from near_tie import assert_same_tokens_or_near_tie
+from nightly import by_day
 from random_rows import random_logits, random_rows
 from works import assignment, changed
 
@@ -126,7 +127,7 @@ def same_answers(expected, got):
 # --- whole answers -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gen5", "llama", *(pytest.param(each, marks=pytest.mark.slow) for each in ("gen1", "gen3"))])
+@pytest.mark.parametrize("name", by_day(["gen1", "gen3", "gen5", "llama"], "llama"))
 def test_answers_that_come_and_go_are_the_reference_engines(backend, name, nanochat_fixtures, monkeypatch):
     """Seven sequences for six rows; prompts of several chunks arrive between decode steps that are started
     ahead."""
@@ -243,6 +244,7 @@ def test_steps_whose_logits_are_looked_at_replay_graphs_without_the_draw(backend
             assert one.token == other.token and one.logprob == pytest.approx(other.logprob, abs=MARGIN)
 
 
+@pytest.mark.slow
 def test_embeddings_among_answers_are_the_reference_engines(backend, nanochat_fixtures, monkeypatch):
     for name in ("gen5", "llama"):
         model = model_of(name, nanochat_fixtures)
@@ -264,6 +266,7 @@ def test_forced_tokens_and_answers_that_end_while_the_next_step_runs_leave_nothi
     same_answers(expected, answers(engine, works, [0, 0, 1, 1, 2, 8, 8]))
 
 
+@pytest.mark.slow
 def test_preempted_sequences_are_computed_again(backend, nanochat_fixtures, monkeypatch):
     model = model_of("gen5", nanochat_fixtures)
     works = [assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 40,
@@ -424,7 +427,7 @@ def test_warming_an_engine_up_captures_every_graph_before_any_step(backend, nano
 # --- ops ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gen1", "gen3", "gen5", "llama"])
+@pytest.mark.parametrize("name", by_day(["gen1", "gen3", "gen5", "llama"], "gen3", "gen5"))
 def test_logits_of_prompts_chunks_and_decode_rows_are_the_references(backend, name, nanochat_fixtures):
     spec, tensors, _ = model_of(name, nanochat_fixtures)
     rng = np.random.default_rng(1)
@@ -642,6 +645,7 @@ def test_a_gpu_older_than_the_kernels_gets_torch_and_one_line(monkeypatch, caplo
 # --- the bench ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_decode_bench_runs(backend):
     from importlib.util import module_from_spec, spec_from_file_location
     place = spec_from_file_location("cuda_decode", Path(__file__).parents[2] / "bench" / "cuda_decode.py")

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 import gpu_day  # noqa: E402
+from nightly import by_day  # noqa: E402
 
 
 def python(text):
@@ -84,9 +85,10 @@ def test_the_figures_of_the_decode_bench_stand_beside_their_goal():
         (9.5, None), (1.1, None), (1.22, True), (1.1, True), (12.0, None), (6.1, None), (1.36, False), (1.33, False)]
 
 
-@pytest.mark.parametrize("arguments, words", [
+@pytest.mark.parametrize("arguments, words", by_day([
     (["--only", "chek"], "--only knows machine,check"), (["--minutes", "0"], "--minutes must be more than 0"),
-    ([], "torch sees no CUDA GPU here; --dry-run"), (["--dry-run", "--out", "/dev/null/x"], "--out /dev/null/x: Not a directory")])
+    ([], "torch sees no CUDA GPU here; --dry-run"), (["--dry-run", "--out", "/dev/null/x"], "--out /dev/null/x: Not a directory")],
+    ([], "torch sees no CUDA GPU here; --dry-run")))
 def test_wrong_arguments_are_one_line(arguments, words):
     done = subprocess.run([sys.executable, gpu_day.__file__, *arguments], capture_output=True, text=True, timeout=100,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
@@ -108,6 +110,7 @@ def tracked_and_not():
             and "__pycache__" not in path.parts}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_dry_run_holds(tmp_path, emulation_library):
     done, steps = dry_run(tmp_path, emulation_library, "--only", "machine,decode")

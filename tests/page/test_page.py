@@ -7,6 +7,7 @@ import pytest
 
 from browsing import (SLOW_MS, answers, ask, button, chats, command, expect, expect_answered, fake_front, message_box, more,
                       needs_browser, open_page, questions, reload, said, settled)
+from nightly import by_day
 
 pytestmark = needs_browser
 
@@ -163,7 +164,7 @@ def expect_all_words(page):
     expect(button(page, "Send")).to_be_visible()
 
 
-@pytest.mark.parametrize("seen", ["nothing", "something"])
+@pytest.mark.parametrize("seen", by_day(["nothing", "something"], "something"))
 def test_a_reload_in_the_middle_of_an_answer_loses_nothing(page, held_front, seen):
     if seen == "something":
         ask_for_two_words(page, held_front)
@@ -184,7 +185,7 @@ def test_a_reload_in_the_middle_of_an_answer_loses_nothing(page, held_front, see
     assert len(held_front.pool.requests) == 1
 
 
-@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("shown", by_day([True, False], False))
 def test_an_answer_that_ended_while_the_page_was_away_is_there_when_it_comes_back(page, held_front, shown):
     ask_for_two_words(page, held_front)
     if not shown:
@@ -394,9 +395,10 @@ def test_an_answer_can_be_edited_and_is_sent_as_edited(page, stand_in):
     assert stand_in.bodies[-1]["messages"][1]["content"] == "I said **nothing**."
 
 
-@pytest.mark.parametrize("able, model", [
+@pytest.mark.parametrize("able, model", by_day([
     (True, {"capabilities": {"continue_final_message": True}}), (False, {"capabilities": {"continue_final_message": False}}),
-    (True, {"capabilities": None, "owned_by": "vllm"}), (False, {"capabilities": None, "owned_by": "someone"})])
+    (True, {"capabilities": None, "owned_by": "vllm"}), (False, {"capabilities": None, "owned_by": "someone"})],
+    (True, {"capabilities": {"continue_final_message": True}}), (False, {"capabilities": None, "owned_by": "someone"})))
 def test_continue_goes_on_with_a_cut_answer(page, stand_in, able, model):
     stand_in.model |= model
     open_page(page, stand_in.url)
@@ -480,7 +482,7 @@ def test_what_is_typed_meanwhile_follows_the_text_that_returns(page, held_front)
     expect(page.get_by_role("article")).to_have_count(0)
 
 
-@pytest.mark.parametrize("api", ["v1", "native"])
+@pytest.mark.parametrize("api", by_day(["v1", "native"], "v1"))
 def test_a_long_answer_does_not_end_the_conversation(page, api):
     with fake_front(pieces=["word " * 2000, "word " * 2000]) as url:
         if api == "native":
@@ -506,7 +508,7 @@ def test_a_question_that_only_got_an_error_is_not_sent_again(page, stand_in):
     assert [message["content"] for message in stand_in.bodies[-1]["messages"]][-3:] == ["broken", "Half an answer", "go on"]
 
 
-@pytest.mark.parametrize("name", ["Try again", "Regenerate"])
+@pytest.mark.parametrize("name", by_day(["Try again", "Regenerate"], "Try again"))
 def test_an_overloaded_server_can_be_asked_again(page, stand_in, name):
     open_page(page, stand_in.url)
     ask(page, "overload")
@@ -517,7 +519,8 @@ def test_an_overloaded_server_can_be_asked_again(page, stand_in, name):
     expect(answers(page).get_by_text("/2")).to_have_count(0)            # the empty failure is gone
 
 
-@pytest.mark.parametrize("question, text", [("broken", "The worker died"), ("cut off", "ended before the answer did")])
+@pytest.mark.parametrize("question, text", [("broken", "The worker died"),
+                                            pytest.param("cut off", "ended before the answer did", marks=pytest.mark.slow)])
 def test_an_error_in_the_stream_keeps_the_text_before_it(page, stand_in, question, text):
     open_page(page, stand_in.url)
     ask(page, question)
@@ -587,6 +590,7 @@ def test_a_server_that_lists_models_but_has_only_nanochat_s_route_is_asked_there
     assert len(stand_in.bodies) == 2
 
 
+@pytest.mark.slow
 def test_the_real_server_says_how_much_of_a_long_prompt_it_has_read(page, server_url):
     open_page(page, server_url)
     page.evaluate("""() => { window.said = new Set();

@@ -9,6 +9,7 @@ import pytest
 from browsing import (ROOT, answers, ask, button, chats, command, expect, expect_answered, fake_front, menu, message_box, more,
                       needs_browser, open_page, questions, reload, said, settled, visitor)
 from chatlm.common.config import ApiKey
+from nightly import by_day
 from page_server import StandIn
 
 pytestmark = needs_browser
@@ -128,7 +129,7 @@ def test_axe_finds_nothing_on_a_phone_and_while_the_model_loads(browser, stand_i
 
 # looks ----------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+@pytest.mark.parametrize("width", by_day([320, 390, 768, 1280], 320, 1280))
 def test_nothing_sticks_out_of_the_window(page, stand_in, width):
     page.set_viewport_size({"width": width, "height": 700})
     open_page(page, stand_in.url)

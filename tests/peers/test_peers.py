@@ -199,6 +199,7 @@ def test_openai_agents_langchain_and_litellm_with_its_proxy_use_the_newer_routes
     assert langchain["vectors"] == litellm["vectors"] == [2, 576] and proxy["vector"] == 576
 
 
+@pytest.mark.slow
 def test_vercels_ai_package_generates_streams_and_gets_objects(node, url):
     script = shutil.copy(HERE / "vercel_peer.mjs", node)        # beside its node_modules, where node looks for them
     found = outcome(["node", script], url, cwd=node)

@@ -504,7 +504,7 @@ items = st.recursive(json_values | st.sampled_from(KINDS), lambda inner: st.list
     st.sampled_from(MEMBERS), inner | st.sampled_from(KINDS), max_size=5), max_leaves=25)
 
 
-@hypothesis_settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @example(body={}, item={"type": "custom"})
 @example(body={}, item={"type": "custom", "function": {}})
 @given(body=st.dictionaries(st.sampled_from(["input", "messages", "system", "tools", "tool_choice", "text", "output_config", "instructions", "metadata"]),

@@ -31,6 +31,7 @@ from answers import asked, calls_of
 from fake_pool import conversation, frames, serving
 import families
 import pools
+from nightly import by_day
 from patching import patch
 from pools import collect, idle
 import tiny_gguf
@@ -234,7 +235,8 @@ TOOL = {"function": {"name": "f", "parameters": {"type": "object", "properties":
                                                  "required": ["city"], "additionalProperties": False}}}
 
 
-@pytest.mark.parametrize("moment", ["reasoning", pytest.param("arguments", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["reasoning", "arguments"])
 async def test_a_worker_with_experts_killed_in_a_harmony_channel_costs_no_letter_of_reasoning_or_call(start_pool, tmp_path, moment):
     """A tiny gpt-oss with experts in MXFP4 thinks in the analysis channel, then calls a function in the commentary channel."""
     metadata = tiny_gguf.small_gguf_metadata("gpt-4o", **{"tokenizer.chat_template": HARMONY_TEMPLATE})
@@ -259,6 +261,7 @@ async def test_a_worker_with_experts_killed_in_a_harmony_channel_costs_no_letter
     await idle(pool)
 
 
+@pytest.mark.slow
 async def test_a_worker_killed_in_one_of_several_calls_in_tags_costs_no_letter_of_their_json(start_pool, tmp_path):
     metadata = tiny_gguf.small_gguf_metadata("gpt-2")
     metadata["tokenizer.chat_template"] = "{% if tools %}<tool_call><function=f><parameter=city>{% endif %}"
@@ -340,7 +343,7 @@ async def stopped_worker(pool):
         await asyncio.sleep(0.02)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", by_day([1, 2], 1))
 async def test_a_worker_that_hangs_while_it_answers_is_replaced(start_pool, workers):
     pool = await start_pool(num_workers=workers)
     disturbed = asyncio.ensure_future(answers(pool, asked("hang-decode", **LONG_PROMPT)))
@@ -390,6 +393,7 @@ async def test_a_worker_that_hangs_in_its_first_load_is_replaced(start_pool, tmp
     await idle(pool)
 
 
+@pytest.mark.slow
 async def test_a_worker_that_hangs_while_it_loads_again_keeps_no_answer_from_going_on(start_pool, tmp_path):
     pool = await start_pool()
     (worker,) = pool.workers
@@ -427,6 +431,7 @@ async def test_the_request_that_kills_workers_is_given_up_and_those_beside_it_ar
     await idle(pool)
 
 
+@pytest.mark.slow
 async def test_an_answer_survives_more_deaths_than_a_request_may_cause(start_pool):
     pool = await start_pool(num_workers=2)
     pool.dispatcher.MAX_FAILOVERS, deaths = 2, []

@@ -118,6 +118,7 @@ async def test_a_node_that_dies_in_mid_answer_changes_no_text_and_one_that_comes
     assert script.name == "chatlm.pyz" and script.read_bytes() == program_bytes()
 
 
+@pytest.mark.slow
 async def test_who_waits_for_a_row_is_told_the_position_as_on_one_machine(cluster):
     pool = await cluster({"a": 1}, max_batch=1)
     holding = pool.answer(greedy("first", 10_000, ignore_eos=True))

@@ -19,6 +19,7 @@ from chatlm.front.server import access, connections
 from chatlm.front.server.access import client_at, network_of
 from chatlm.front.server.connections import ConnectionTable
 from fake_pool import FakePool, conversation, serving
+from nightly import by_day
 from patching import patch
 
 SCRIPT = program_root() / "chat_server.py"
@@ -360,7 +361,7 @@ UNREAD = {      # the request, and whether its answer never ends
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux ends such connections")
 @pytest.mark.parametrize("request_, held", UNREAD.values(), ids=UNREAD)
-@pytest.mark.parametrize("size", [60_000, 6_000_000])
+@pytest.mark.parametrize("size", by_day([60_000, 6_000_000], 6_000_000))
 async def test_a_response_that_nobody_reads_ends_its_connection(monkeypatch, caplog, request_, held, size):
     pool = FakePool(["x" * min(size, 500_000)] * max(1, size // 500_000))
     if held:

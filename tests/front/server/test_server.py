@@ -25,6 +25,7 @@ from chatlm.common.core import decode_core
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.server.access import listen_on
 from chatlm.front.server.connections import serving
+from nightly import by_day
 from pools import DYING, idle
 from real_server import SCRIPT, ask, copy_program, events, get, gone, post, server, wait_for
 
@@ -104,7 +105,7 @@ def limited(megabytes):
     return lambda: resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
 
 
-@pytest.mark.parametrize("megabytes", [200, 620, 720])
+@pytest.mark.parametrize("megabytes", by_day([200, 620, 720], 620))
 def test_too_little_memory_is_one_line_wherever_it_runs_out(nanochat_fixtures, megabytes):
     command = [sys.executable, SCRIPT, "generate", nanochat_fixtures / "gen5", "--prompt", "Hi", "-m", "3"]
     run = subprocess.run(command, preexec_fn=limited(megabytes), capture_output=True, text=True, timeout=100)
@@ -234,7 +235,8 @@ def copied(tmp_path):
     return copy_program(tmp_path)
 
 
-@pytest.mark.parametrize("form", ["nanochat", pytest.param("gguf", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["nanochat", "gguf"])
 def test_a_copy_of_the_program_and_the_page_is_a_working_deployment(form, copied, tmp_path, nanochat_fixtures, default_model_path):
     python = bare_python(tmp_path / "venv", LIBRARIES[form])
     model = nanochat_fixtures / "gen5" if form == "nanochat" else default_model_path

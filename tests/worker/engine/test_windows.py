@@ -64,7 +64,7 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", by_day(WINDOWED, "gemma3", "qwen2"))
+@pytest.mark.parametrize("name", by_day(WINDOWED, "gemma3"))
 def test_pages_are_given_back_and_answers_stay_transformers(made, name, backend):
     folder, cases = made(name)
     engine = make_engine(folder, num_pages=400, prefill_chunk=32, max_batch=4, reference=backend == "reference", apart=True)
@@ -79,7 +79,7 @@ def test_pages_are_given_back_and_answers_stay_transformers(made, name, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", by_day(WINDOWED, "gemma2", "mistral"))
 def test_preempted_answers_stay_the_same_when_pages_are_few(made, name, backend):
     folder, cases = made(name)
     windows = make_engine(folder, num_pages=400, prefill_chunk=32, apart=True).transformer.groups.windows
@@ -150,7 +150,7 @@ def test_random_traffic_with_few_pages_loses_and_leaks_nothing(windows):
     assert ended > 20 and (s.preemptions > 0 or 0 not in windows)      # without such layers sequences soon stop growing
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mistral"])
+@pytest.mark.parametrize("name", by_day(["gemma2", "mistral"], "mistral"))
 def test_cuda_steps_give_pages_back_too(made, name, request, monkeypatch):
     """The kernels in their emulation, op by op and as graphs."""
     backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")

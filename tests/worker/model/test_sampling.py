@@ -13,6 +13,7 @@ from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import (EXP_CUTOFF, FLOAT_MAX, clean_logits, exp_weights, gumbel, log_contract, penalize, philox, sample_reference,
                                         survivors, uniform_noise)
 from near_tie import Traced, assert_same_tokens_or_near_tie
+from nightly import by_day
 
 NEG_INF = np.float32(-np.inf)
 
@@ -243,8 +244,8 @@ def chi_square_p(counts, probabilities):
     return 0.5 * math.erfc(normal / math.sqrt(2))
 
 
-@pytest.mark.parametrize("params", [dict(temperature=1.0, top_k=0), dict(temperature=0.7, top_k=40),
-                                    dict(temperature=1.3, top_k=0, top_p=0.8)])
+@pytest.mark.parametrize("params", by_day([dict(temperature=1.0, top_k=0), dict(temperature=0.7, top_k=40),
+                                           dict(temperature=1.3, top_k=0, top_p=0.8)], dict(temperature=0.7, top_k=40)))
 def test_tokens_follow_the_softmax_law_of_the_survivors(params):
     """False alarms: 1e-4 for the chi-square; the total variation bound is 1.3 times its expectation at K bins."""
     logits = (np.random.default_rng(11).standard_normal(200) * 1.5).astype(np.float32)
