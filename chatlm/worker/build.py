@@ -107,18 +107,18 @@ def build_engine(source: ModelSource, settings: Settings, device: torch.device,
             compile_chat_template(model.text.chat_template, whole=False)  # the front does it whole
     except ConfigError as error:
         raise ConfigError(f"{source.path}: {error}") from None
-    model, transformer, num_pages, context = build_transformer(
+    model, transformer, num_pages, context, max_batch = build_transformer(
         model, source, settings, device, progress, ranks)
     return model, Engine(transformer, tokenizer, transformer.kernels, num_pages=num_pages,
-                         max_batch=settings.max_batch, context_length=context,
+                         max_batch=max_batch, context_length=context,
                          prefill_chunk=prefill_chunk(settings, device), drafts=settings.drafts, ranks=ranks)
 
 
 def build_transformer(
         model: LoadedModel, source: ModelSource, settings: Settings, device: torch.device, progress: Progress,
-        ranks: RankAlone | None) -> tuple[LoadedModel, Transformer, int, int]:
+        ranks: RankAlone | None) -> tuple[LoadedModel, Transformer, int, int, int]:
     """Load the weights, or a rank's shards of them, and allocate the KV pages. Returns also the number of
-    pages and the longest context that they hold."""
+    pages, the longest context that they hold, and how many sequences may run at once."""
     rows, chunk = max(settings.max_batch, FREE_ROWS), prefill_chunk(settings, device)
     limits, ranks = {"max_tokens": chunk + rows, "max_rows": rows}, ranks or RankAlone()
 
@@ -131,16 +131,19 @@ def build_transformer(
     kernels = load_kernels(device, spec, **limits, quantize=settings.quantize, join=ranks.join and partial(
         ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
     groups = group_layers(spec.windows, spec.layers, model.context_length,  # all stages have the same tables
-                          apart=kernels.backend.groups_layers and ranks.stages == 1)
+                          apart=kernels.backend.groups_layers and ranks.stages == 1,
+                          unpaged=spec.unpaged_layers)
     plan = plan_memory(model, whole, kernels, groups, ranks, settings, device, limits)
     num_pages = ranks.min_over_ranks(plan.pages())
     context = longest_context(PagePool(num_pages, groups.windows), model.context_length, chunk)
     if context < model.context_length and spec.rope_factors:  # longrope's depend on the context
         model = shard(open_model(source, replace(settings, context_length=context), device))
     log.info("%s", plan.line(num_pages))
+    running, snapshots = plan.states(num_pages)
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
-                              dtype=model.dtype, groups=groups, progress=progress, **limits)
-    return model, transformer, num_pages, context
+                              dtype=model.dtype, num_slots=running + FREE_ROWS + snapshots, groups=groups,
+                              progress=progress, **limits)
+    return model, transformer, num_pages, context, running
 
 
 def weight_bytes(model: LoadedModel, quantize: str | None) -> int:
@@ -176,7 +179,7 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
     full, fewest = (pool.pages_for(length, prefill_chunk(settings, device))
                     for length in (model.context_length, 4 * PAGE_SIZE))
     return MemoryPlan(settings, device, copies * weight_bytes(model, settings.quantize), copies * activations,
-                      page_bytes, full, fewest)
+                      page_bytes, full, fewest, model.spec.state_bytes)
 
 
 class MemoryPlan(NamedTuple):
@@ -189,6 +192,7 @@ class MemoryPlan(NamedTuple):
     page_bytes: int   # of one KV page
     full: int         # pages of a sequence that has the longest context
     fewest: int       # pages of one of 64 tokens: fewer are of no use
+    state_bytes: int = 0  # of a sequence's state, where layers keep one
 
     def memory(self) -> tuple[int, int]:
         """(free bytes, all bytes) of the device; a machine's memory is not counted as a whole: 0."""
@@ -205,6 +209,8 @@ class MemoryPlan(NamedTuple):
         else:  # other programs want memory too: one full context or 1 GiB, at most an eighth of what is free
             free = max(free // max(settings.num_workers, 1) - taken, 0)
             budget = min(max(1 << 30, self.full * self.page_bytes), free // 8)
+        if self.state_bytes:  # a quarter is for snapshots of states
+            budget -= budget // 4
         pages = min(budget // self.page_bytes, settings.max_batch * self.full)  # more could not be used
         if pages >= self.fewest:
             return pages
@@ -218,14 +224,25 @@ class MemoryPlan(NamedTuple):
                           f"{PAGE_SIZE} tokens; at least {self.fewest} ({needed:,} bytes) are needed: "
                           f"{remedy}")
 
+    def states(self, num_pages: int) -> tuple[int, int]:
+        """(sequences that may run at once, snapshots). Beside so many KV pages each of the two has a quarter
+        of the cache for its states; --max-batch is the most of the first, which are at least 8."""
+        if not self.state_bytes:
+            return self.settings.max_batch, 0
+        quarter = num_pages * self.page_bytes // 3 // self.state_bytes
+        return min(self.settings.max_batch, max(FREE_ROWS, quarter)), min(quarter, num_pages)
+
     def line(self, num_pages: int) -> str:
         """Whether the model fits, in words, with the flag that helps; ConfigError if its weights alone do
         not."""
         settings, (free, total), cache = self.settings, self.memory(), num_pages * self.page_bytes
+        running, snapshots = self.states(num_pages)
+        cache += self.state_bytes * (running + FREE_ROWS + snapshots)
         needed = self.weights + self.activations + cache
+        parts = f" with {running} states and {snapshots} snapshots" if self.state_bytes else ""
         line = (f"weights {self.weights / 1e9:,.2f} GB + activations {self.activations / 1e9:,.2f} GB + "
-                f"KV cache {cache / 1e9:,.2f} GB = {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free "
-                f"on {self.device}")
+                f"KV cache {cache / 1e9:,.2f} GB{parts} = {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB "
+                f"are free on {self.device}")
         if self.device.type == "cuda":
             line += f", of {total / 1e9:,.2f} GB; other programs hold the rest"
         if needed <= free:

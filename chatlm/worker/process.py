@@ -67,7 +67,7 @@ def run_rank(channel: Channel, config: RankConfig):
     if not config.source:
         channel.send(Ready({}))
         channel.receive(wait=True, most=1)  # all others have found theirs
-    transformer, _, context = build_transformer(model, source, settings, device, progress, ranks)[1:]
+    _, transformer, _, context, _ = build_transformer(model, source, settings, device, progress, ranks)
     steps = transformer.kernels.backend.make_steps(transformer, settings.max_batch, context)
     give_memory_back()
     channel.send(Ready({}))
@@ -132,6 +132,10 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
              f"of {PAGE_SIZE} tokens in {groups.depth} layers, of which a sequence holds at most {longest:,}")
     cache = (f"KV cache: {pages:,} pages {holds} ({pages * page_bytes / 2**20:,.0f} MiB); "
              f"context {context:,} tokens")
+    if states := engine.pool.states:
+        cache += (f"; {states.num_slots:,} states of {model.spec.state_bytes / 1024:,.0f} KiB, of which "
+                  f"{states.most_snapshots:,} are for snapshots; at most {engine.scheduler.max_batch} sequences "
+                  "run at once")
     lines = (f"Model {model.name}: {model.description}", kernels_line(),
              f"Running on {hardware}, weights in {engine.transformer.weight_types}"
              f"{' in rank 0' if engine.ranks else ''}; kernels: {', '.join(sorted(set(kernels.values())))}",
@@ -157,9 +161,18 @@ def gauges(engine: Engine) -> dict[str, float | None]:
     used, total, utilization = device_use(engine.transformer.device, int(time.monotonic()), pids)
     return {"running": len(engine.scheduler.running), "queued": len(engine.scheduler.waiting),
             "kv_pages_used": engine.pool.num_pages - engine.pool.available,
-            "kv_pages_total": engine.pool.num_pages, "preemptions": engine.scheduler.preemptions,
+            "kv_pages_total": engine.pool.num_pages, **state_gauges(engine),
+            "preemptions": engine.scheduler.preemptions,
             "drafted_tokens": engine.drafted_tokens, "accepted_tokens": engine.accepted_tokens,
             "memory_used": used, "memory_total": total, "utilization": utilization}
+
+
+def state_gauges(engine: Engine) -> dict[str, int]:
+    """Of the states that layers keep of sequences; all 0 where all layers are attention."""
+    if (states := engine.pool.states) is None:
+        return dict.fromkeys(("states_used", "states_total", "state_snapshots", "state_bytes"), 0)
+    return {"states_used": states.num_slots - len(states.free), "states_total": states.num_slots,
+            "state_snapshots": states.snapshots, "state_bytes": engine.transformer.spec.state_bytes}
 
 
 @functools.cache

@@ -34,7 +34,7 @@ def tensors_of(model):
 
 
 def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False, as_stored=False,
-                apart=False):
+                apart=False, num_snapshots=20):
     """A float32 engine over the model at `path` (the weights are read once per test session).
 
     It runs the ops that a server would choose: decode_core's if it is built, unless `reference`. With
@@ -44,8 +44,9 @@ def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context
     rows = max(max_batch, FREE_ROWS)
     limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
     kernels = load_kernels("cpu", None if reference else model.spec, **limits)
-    groups = group_layers(model.spec.windows, model.spec.layers, context_length or model.context_length, apart)
-    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups, **limits)
+    groups = group_layers(model.spec.windows, model.spec.layers, context_length or model.context_length, apart, model.spec.unpaged_layers)
+    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups,
+                              num_slots=max_batch + FREE_ROWS + num_snapshots, **limits)
     return Engine(transformer, text_load.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,
                   context_length=context_length or model.context_length, prefill_chunk=prefill_chunk)
 
@@ -126,7 +127,9 @@ def chat_work(engine, name, text, max_tokens=48, **sampling):
 
 
 def make_batch(*chunks):
-    """chunks: (all tokens, already computed, new, pages) of each sequence; logits for the last token of each."""
+    """chunks: (all tokens, already computed, new, pages) of each sequence; logits for the last token of each.
+
+    Where a model keeps states, a sequence has the slot with the number of its first page."""
     ids, previous, starts, lengths = [], [], [0], []
     for tokens, computed, new, pages in chunks:
         span = range(computed, computed + new)
@@ -134,7 +137,8 @@ def make_batch(*chunks):
         previous += [tokens[p - 1] if p else -1 for p in span]
         starts.append(starts[-1] + new)
         lengths.append(computed + new)
-    return Batch(ids, previous, starts, lengths, [chunk[3] for chunk in chunks], [start - 1 for start in starts[1:]])
+    rows, slots = [start - 1 for start in starts[1:]], [chunk[3][0] for chunk in chunks]
+    return Batch(ids, previous, starts, lengths, [chunk[3] for chunk in chunks], rows, False, slots, rows, slots)
 
 
 class Pieces(list):

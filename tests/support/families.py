@@ -69,6 +69,10 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "ministral3": ("ministral3", dict(head_dim=32, rope_parameters=GROWING | {"original_max_position_embeddings": 512})),
     "llama-gelu": ("llama", dict(hidden_act="gelu")),
     "llama-relu2": ("llama", dict(hidden_act="relu2")),
+    "lfm2": ("lfm2", dict(norm_eps=1e-3, num_hidden_layers=6, block_multiple_of=16, block_ffn_dim_multiplier=1.2, intermediate_size=160,
+                          full_attn_idxs=[2, 4], rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "lfm2-bias": ("lfm2", dict(norm_eps=1e-3, conv_bias=True, conv_L_cache=5, block_auto_adjust_ff_dim=False,
+                               layer_types=["conv", "full_attention", "conv", "full_attention"])),
 }
 
 
@@ -125,7 +129,7 @@ def load(folder, dtype="float32", **settings):
 
 
 def transformer(model, kernels, max_tokens=128, device="cpu"):
-    return Transformer(model.spec, dict(model.tensors), kernels, num_pages=80, max_tokens=max_tokens, max_rows=8,
+    return Transformer(model.spec, dict(model.tensors), kernels, num_pages=80, num_slots=80, max_tokens=max_tokens, max_rows=8,
                        dtype=torch.float32, device=device)
 
 
@@ -246,6 +250,9 @@ def as_gguf(path, model, quantized=False, metadata=None):
         state = granite_apart(state, config.num_local_experts)
     names = gguf.get_tensor_name_map({name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, eps, width = config.num_key_value_heads, getattr(config, "rms_norm_eps", None) or config.norm_eps, config.intermediate_size
+    if arch == "lfm2":
+        heads, width = [heads * (kind != "conv") for kind in config.layer_types], len(model.model.layers[0].feed_forward.w1.weight)
     tensors = {}
     for name, tensor in apart(state, interleaved=arch == "gpt-oss").items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -254,6 +261,8 @@ def as_gguf(path, model, quantized=False, metadata=None):
             tensor = tensor + 1
         if arch in ("llama", "smollm3", "granite", "granitemoe", "mistral3") and re.search("[qk]_proj", name):
             tensor = tensor.view(-1, 2, head_size // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        if "conv.conv.weight" in name:
+            tensor = tensor.squeeze(1)
         tensors[names.get_name(name, (".weight", ".bias")) + ".weight" * name.endswith("sinks")] = tensor.numpy()
     if quantized:
         kinds = {name: gguf.GGMLQuantizationType["MXFP4" if "_exps.weight" in name and arch == "gpt-oss" else "Q8_0"] for name in tensors}
@@ -262,8 +271,8 @@ def as_gguf(path, model, quantized=False, metadata=None):
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     numbers = {
         "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads, "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "feed_forward_length": width, "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": heads, "attention.layer_norm_rms_epsilon": eps,
         "attention.key_length": head_size, "attention.value_length": head_size, "rope.freq_base": float(rope["rope_theta"]),
         "rope.dimension_count": int(head_size * rope.get("partial_rotary_factor", 1)), "vocab_size": config.vocab_size}
     if experts := getattr(config, "num_local_experts", getattr(config, "num_experts", None)):
@@ -276,6 +285,8 @@ def as_gguf(path, model, quantized=False, metadata=None):
                     "residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling, "rope.scaling.finetuned": True}
     if arch in ("olmo2", "exaone4") and getattr(config, "sliding_window", None):
         numbers["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
+    if arch == "lfm2":
+        numbers["shortconv.l_cache"] = config.conv_L_cache
     if arch == "mistral3":
         numbers |= {"rope.scaling.yarn_log_multiplier": rope["mscale_all_dim"], "attention.temperature_scale": rope["llama_4_scaling_beta"]}
     if not arch.startswith("qwen2") and getattr(config, "sliding_window", None):

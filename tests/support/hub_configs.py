@@ -214,3 +214,21 @@ HUB_CONFIGS = {
                         "pixel_shuffle_factor": 4, "qk_layer_norms": False, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_theta": 100000,
                         "transformers.js_config": {"dtype": "fp16"}, "use_resampler": False, "vocab_size": 49280}, "vocab_size": 49280},
 }
+
+LFM2 = {
+    "architectures": ["Lfm2ForCausalLM"], "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0, "block_mlp_init_scale": 1.0,
+    "block_multiple_of": 256, "block_norm_eps": 1e-05, "block_out_init_scale": 1.0, "block_use_swiglu": True, "block_use_xavier_init": True,
+    "bos_token_id": 1, "conv_L_cache": 3, "conv_bias": False, "conv_use_xavier_init": True, "eos_token_id": 7, "initializer_range": 0.02,
+    "max_position_embeddings": 128000, "model_type": "lfm2", "norm_eps": 1e-05, "num_hidden_layers": 16, "num_key_value_heads": 8, "pad_token_id": 0,
+    "rope_theta": 1000000.0, "torch_dtype": "bfloat16", "use_cache": True, "use_pos_enc": True, "vocab_size": 65536}
+LFM2_CONFIGS = {        # LiquidAI's on the hub: sizes as in its technical report and in llama.cpp's table of feed-forward widths
+    "LFM2-350M": LFM2 | {"block_dim": 1024, "block_ff_dim": 6656, "conv_dim": 1024, "conv_dim_out": 1024, "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+                         "hidden_size": 1024, "num_attention_heads": 16, "num_heads": 16},
+    "LFM2-700M": LFM2 | {"block_dim": 1536, "block_ff_dim": 10240, "conv_dim": 1536, "conv_dim_out": 1536, "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+                         "hidden_size": 1536, "num_attention_heads": 24, "num_heads": 24},
+    "LFM2-1.2B": LFM2 | {"block_dim": 2048, "block_ff_dim": 12288, "conv_dim": 2048, "conv_dim_out": 2048, "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+                         "hidden_size": 2048, "num_attention_heads": 32, "num_heads": 32},
+    "LFM2-2.6B": LFM2 | {"block_dim": 2048, "block_ff_dim": 10752, "block_auto_adjust_ff_dim": False, "conv_dim": 2048, "conv_dim_out": 2048,
+                         "hidden_size": 2048, "intermediate_size": 10752, "num_attention_heads": 32, "num_heads": 32, "num_hidden_layers": 30,
+                         "layer_types": ["full_attention" if layer in (2, 5, 9, 13, 17, 21, 24, 27) else "conv" for layer in range(30)],
+                         "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "tie_embedding": True, "dtype": "bfloat16"}}

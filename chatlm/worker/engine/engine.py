@@ -24,6 +24,7 @@ from chatlm.common.messages.requests import (
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS, Assignment, Chunk, Scheduler, Sequence
+from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.spec import Batch
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import clean_logits, penalize, top_ids
@@ -83,7 +84,10 @@ class Engine:
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True,
                  ranks: RankZero | None = None):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
-        self.pool = PagePool(num_pages, transformer.groups.windows)
+        slots, states = transformer.num_slots, None
+        if transformer.spec.mixers:
+            states = StatePool(slots, max(slots - max_batch - FREE_ROWS, 0))
+        self.pool = PagePool(num_pages, transformer.groups.windows, states)
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk,
                                    max_rows=len(transformer.buffers["logits"]),
                                    stages=ranks.stages if ranks else 1, mixes_drafts=kernels.row_invariant)
@@ -334,11 +338,14 @@ def failure_text(error: Exception) -> str:
 
 def make_batch(plan: Seq[Chunk]) -> Batch:
     """Flatten the plan into one forward pass, sequence after sequence."""
-    batch = Batch([], [], [0], [], [], [], any(chunk.sequence.pooling for chunk in plan))
-    token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _ = batch
+    batch = Batch([], [], [0], [], [], [], any(chunk.sequence.pooling for chunk in plan), [], [], [])
+    token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _, reads, *writes = batch
     for chunk in plan:
         first, tokens = chunk.sequence.computed, chunk.sequence.tokens
         ids = [*tokens[first:first + chunk.count], *chunk.draft]
+        reads.append(chunk.reads)
+        writes[0].extend(len(token_ids) + token for token, _ in chunk.writes)
+        writes[1].extend(slot for _, slot in chunk.writes)
         token_ids += ids
         previous_token_ids += [tokens[first - 1] if first else -1, *ids[:-1]]
         starts.append(len(token_ids))

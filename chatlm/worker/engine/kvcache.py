@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import PAGE_SIZE
+from chatlm.worker.engine.states import StateTables
 
 if TYPE_CHECKING:
     from chatlm.worker.engine.scheduler import Sequence
+    from chatlm.worker.engine.states import StatePool
 
 
 @dataclass(eq=False)
@@ -36,6 +38,8 @@ class Content:
 class PagePool:
     """Allocator of KV pages with reference counts and a prefix index over full pages. No tensors here.
 
+    Where layers keep `states`, a prefix is of use only up to the last of its contents that has a snapshot.
+
     The index maps (serial of the parent's content, 16 tokens) to their Content. A serial names one content
     and is never reused, so a chain of keys determines the whole prefix. The dictionary compares the tokens
     themselves, so a hash collision can never confuse two prefixes."""
@@ -44,7 +48,8 @@ class PagePool:
 
     page_size = PAGE_SIZE
 
-    def __init__(self, num_pages: int, windows: Seq[int] = (0,)):
+    def __init__(self, num_pages: int, windows: Seq[int] = (0,), states: StatePool | None = None):
+        self.states = states
         self.num_pages, self.windows, self.groups = num_pages, tuple(windows), len(windows)
         self.hole = num_pages  # in tables, where there is no page (any more)
         self.free = list(range(num_pages - 1, -1, -1))
@@ -83,8 +88,9 @@ class PagePool:
             for group, page in enumerate(content.pages):
                 if page == self.hole:
                     begins[group] = len(chain)
-            if all(begin <= self.first_seen(start + size, window)
-                   for begin, window in zip(begins, self.windows)):
+            seen = all(begin <= self.first_seen(start + size, window)
+                       for begin, window in zip(begins, self.windows))
+            if seen and (self.states is None or serial in self.states):
                 matched = len(chain)
         first = [self.first_seen(matched * size, window) for window in self.windows]
         table = [page if index >= first[group] else self.hole for index, content in enumerate(chain[:matched])
@@ -112,7 +118,9 @@ class PagePool:
         pages = self.index[key].pages
         pages[group] = self.hole
         if pages.count(self.hole) == len(pages):
-            del self.index[key]
+            serial = self.index.pop(key).serial
+            if self.states:
+                self.states.forget(serial)
         self.keys[page] = None
         self.free.append(page)
 
@@ -156,6 +164,7 @@ class PageTables:
     def __init__(self, pool: PagePool):
         self.pool = pool
         self.holes = any(pool.windows)  # may tables have holes?
+        self.states = StateTables(pool.states, pool.page_size) if pool.states else None
 
     def missing(self, sequence: Sequence, whole: int, near: int) -> list[int]:
         """The entries of a sequence's table that lack a page, up to row `whole`; with a window, to `near`."""
@@ -187,6 +196,10 @@ class PageTables:
             tokens = sequence.tokens[index * size:(index + 1) * size]
             pages = sequence.pages[index * groups:(index + 1) * groups]
             sequence.serial = self.pool.register(sequence.serial, tokens, pages)
+            if self.states:
+                self.states.pass_content(sequence, (index + 1) * size)
+        if self.states:
+            self.states.advance(sequence)
         for group, window in enumerate(self.pool.windows if self.holes else ()):
             begin, end = (self.pool.first_seen(position, window) * groups + group
                           for position in (before, sequence.computed))
@@ -197,6 +210,8 @@ class PageTables:
     def release(self, sequence: Sequence):
         """Take all its pages: it would have to be computed again."""
         self.pool.release(sequence.pages)
+        if self.states:
+            self.states.release(sequence)
         sequence.pages, sequence.computed, sequence.filled = [], 0, 0
         sequence.serial = sequence.work.params.owner
 

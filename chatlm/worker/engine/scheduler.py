@@ -61,6 +61,8 @@ class Sequence:
     pages: list[int] = field(default_factory=list)  # its table: a page of each group in turn
     filled: int = 0                      # table rows for which layers with a window have had pages
     serial: int | str = PagePool.ROOT    # content serial of its last full page, as in the prefix index
+    states: dict[int, int] = field(default_factory=dict)  # number of tokens -> slot with the state after them
+    began: int | str = PagePool.ROOT     # content serial of its last end of a prompt with a snapshot
     usage: Usage = Usage()               # its tokens here so far: cached at first admission, drafted ones
     added_s: float = 0.0
     queued_s: float | None = None        # seconds it waited here before it first ran
@@ -111,6 +113,8 @@ class Chunk(NamedTuple):
     count: int
     draws: int = 0  # tokens to draw: 0 before the prompt's end, then 1 + len(draft)
     draft: tuple[int, ...] = ()
+    reads: int = 0  # the slot with its state, where layers keep one
+    writes: tuple[tuple[int, int], ...] = ()  # (token of the chunk, slot for the state after it)
 
     @property
     def rows(self) -> int:
@@ -175,7 +179,10 @@ class Scheduler:
         plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
         if prefilling:
             plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan))
-        return [chunk for chunk in plan if chunk.sequence.pages]  # a later one may have preempted it
+        plan = [chunk for chunk in plan if chunk.sequence.pages]  # a later one may have preempted it
+        if self.tables.states:
+            plan = [chunk for chunk in map(self.tables.states.prepare, plan) if chunk]
+        return plan
 
     def _may_run(self, sequence: Sequence) -> bool:
         """Is it prepared, and with several stages its last token known?"""
@@ -287,6 +294,8 @@ class Scheduler:
             pages = self.pool.allocate(len(missing))
             self.tables.fill(sequence, missing, pages, near)  # pyright: ignore[reportArgumentType]  as many are free
             sequence.serial, sequence.computed = serial, cached * size
+            if self.tables.states:
+                self.tables.states.begin(sequence, sequence.computed)
             if sequence.queued_s is None:
                 sequence.queued_s = time.monotonic() - sequence.added_s
                 sequence.usage = Usage(

@@ -34,6 +34,7 @@ from chatlm.worker.ops.basic import (
     fastest_dtype, finish_linear, gated_add_reference, gather_rows_reference, linear_reference,
     make_cache_reference, mix_reference, pack_reference, rms_norm_reference, smear_reference,
     softcap_reference, unpermute_rope, zeroed)
+from chatlm.worker.ops.mixers import short_conv_reference
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_on_host
 
@@ -137,6 +138,7 @@ class Kernels:
     rope_append: Callable = rope_append_reference
     plan_attention: Callable = plan_attention_reference
     paged_attention: Callable = paged_attention_reference
+    short_conv: Callable = short_conv_reference
     sample: Callable = sample_on_host
     # Where a model has several ranks, and only there:
     # (x, out, residual=None): residual + the sum of all ranks' x -> out
@@ -182,7 +184,8 @@ def choose_backend(device, spec: ModelSpec | None):
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 
 
-TORCH_ALONE = ("gated_add", "mean_squares", "norm_qk")  # ops of models that decode_core does not compute
+# ops of models that decode_core does not compute
+TORCH_ALONE = ("gated_add", "mean_squares", "norm_qk", "short_conv")
 
 
 def not_compiled(spec: ModelSpec) -> str:
@@ -190,6 +193,7 @@ def not_compiled(spec: ModelSpec) -> str:
     features = {
         "norm of all heads together": spec.qk_norm_sizes, "gate of a shared expert": spec.shared_gate,
         "scale of queries by their position": spec.q_growth,
+        "short convolution": any(spec.mixers),
         f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2"),
         "feed-forward of such a width": spec.dense_size % TILE_ROWS or spec.shared_size % TILE_ROWS}
     return " and no ".join(feature for feature, needed in features.items() if needed)

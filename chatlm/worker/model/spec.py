@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from chatlm.common.config import PAGE_SIZE
 class LayerGroups(NamedTuple):
     """Which layers share pages: of each layer its group and its index there, of each group its window."""
 
-    of_layer: tuple[tuple[int, int], ...]
+    of_layer: tuple[tuple[int, int], ...]  # (0, 0) also of a layer without pages
     windows: tuple[int, ...] = (0,)  # keys that a token sees, its own included; 0 = all
     depth: int = 0                   # layers of a page
 
@@ -25,17 +26,43 @@ class LayerGroups(NamedTuple):
 MOST_GROUPS = 16  # more would make long tables
 
 
-def group_layers(windows: Seq[int], layers: int, context: int, apart: bool = True) -> LayerGroups:
-    """The groups of a model for contexts of so many tokens; one group unless they may be `apart`."""
+def group_layers(windows: Seq[int], layers: int, context: int, apart: bool = True,
+                 unpaged: Seq[int] = ()) -> LayerGroups:
+    """The groups of a model for contexts of so many tokens; one group unless they may be `apart`. Layers that
+    are `unpaged` keep a state instead of keys and values."""
     windows = [window if window < context else 0 for window in windows or (0,) * layers]
-    full, local = ([l for l in range(layers) if bool(windows[l]) == limited] for limited in (False, True))
+    paged = [l for l in range(layers) if l not in unpaged]
+    full, local = ([l for l in paged if bool(windows[l]) == limited] for limited in (False, True))
     if not (apart and local):
-        return LayerGroups(tuple((0, l) for l in range(layers)), (0,), layers)
+        places = tuple((0, paged.index(l) if l in paged else 0) for l in range(layers))
+        return LayerGroups(places, (0,), len(paged))
     depth = max(min(len(full), len(local)), -(-layers // MOST_GROUPS)) if full else layers
     groups = [alike[i:i + depth] for alike in (full, local) for i in range(0, len(alike), depth)]
     of_layer = {l: (group, index) for group, members in enumerate(groups) for index, l in enumerate(members)}
     reach = tuple(max(windows[l] for l in members) for members in groups)
-    return LayerGroups(tuple(of_layer[l] for l in range(layers)), reach, depth)
+    return LayerGroups(tuple(of_layer.get(l, (0, 0)) for l in range(layers)), reach, depth)
+
+
+@dataclass(frozen=True)
+class ShortConv:
+    """A gated convolution over the last tokens, in attention's place (LFM2).
+
+    b, c, u = the thirds of mix_in x;  s = b * u;  y_t = c_t * (sum over j of taps[j] * s[t - size + 1 + j]);
+    mix_out y. What it keeps of the tokens before is s of the last size - 1 of them.
+
+    The mixer of another kind has the same attributes; what it keeps is data as here."""
+
+    size: int           # tokens that y_t depends on, its own included
+    bias: bool = False  # of mix_in, the taps and mix_out
+
+    def tensors(self, C: int) -> dict[str, tuple[int, ...]]:
+        """Its tensors in a model of this width; a file has the taps as (C, size)."""
+        biases = {"mix_in_bias": (3 * C,), "taps_bias": (C,), "mix_out_bias": (C,)} if self.bias else {}
+        return {"mix_in": (3 * C, C), "taps": (C * self.size,), "mix_out": (C, C)} | biases
+
+    def states(self, C: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the float32 arrays that a sequence's state has in such a layer."""
+        return ((self.size - 1, C),)
 
 
 @dataclass(frozen=True)
@@ -91,6 +118,7 @@ class ModelSpec:
     router_bias: bool = False
     sinks: bool = False               # a logit for each query head, which attends to no value
     windows: tuple[int, ...] = ()     # keys per layer, including the token's own; 0 = full, () = all
+    mixers: tuple[ShortConv | None, ...] = ()  # of each layer, in attention's place; None, () = attention
     softcap: float = 0.0              # logits = c * tanh(logits / c); 0 = none
     residual_lambdas: bool = False    # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
     value_embed_layers: tuple[int, ...] = ()  # layers with value_embed and ve_gate
@@ -102,6 +130,21 @@ class ModelSpec:
     first_row: int = 0                # from this one on
     opens: bool = True                # False: another stage computes the layers before these,
     closes: bool = True               # and here those after them
+
+    @property
+    def unpaged_layers(self) -> tuple[int, ...]:
+        """Those that keep a state for each sequence instead of keys and values for each token."""
+        return tuple(l for l, mixer in enumerate(self.mixers) if mixer)
+
+    @property
+    def paged_layers(self) -> int:
+        return self.layers - len(self.unpaged_layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state of one sequence; 0 in a model whose layers are all attention."""
+        shapes = [shape for mixer in self.mixers if mixer for shape in mixer.states(self.width)]
+        return 4 * sum(map(math.prod, shapes))
 
 
 def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -120,7 +163,11 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if spec.backout_layer is not None and spec.closes:
         shapes["backout_lambda"] = (1,)
     for l in range(spec.layers):
-        shapes |= {f"{l}.qkv": ((H + 2 * Hkv) * D, C), f"{l}.output": (C, H * D)}
+        mixer = spec.mixers[l] if spec.mixers else None
+        if mixer:
+            shapes |= {f"{l}.{name}": shape for name, shape in mixer.tensors(C).items()}
+        else:
+            shapes |= {f"{l}.qkv": ((H + 2 * Hkv) * D, C), f"{l}.output": (C, H * D)}
         E, shared = spec.experts if l not in spec.dense_layers else 0, spec.shared_size
         size = F if E or not spec.experts else spec.dense_size
         up, down, rows = ("up", "down", size) if spec.activation == "relu2" else ("gate_up", "down", 2 * size)
@@ -139,12 +186,12 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             shapes |= {f"{l}.output_norm": (C,), f"{l}.down_norm": (C,)}
         for part, biased in {"qkv": spec.qkv_bias, "output": spec.output_bias, "router": spec.router_bias,
                              up: spec.ffn_bias, down: spec.ffn_bias}.items():
-            if biased:
+            if biased and f"{l}.{part}" in shapes:
                 shapes[f"{l}.{part}_bias"] = shapes[f"{l}.{part}"][:1]
-        if spec.qk_norm_weights:
+        if spec.qk_norm_weights and not mixer:
             q_size, k_size = spec.qk_norm_sizes and (H * D, Hkv * D) or (D, D)
             shapes |= {f"{l}.q_norm": (q_size,), f"{l}.k_norm": (k_size,)}
-        if spec.sinks:
+        if spec.sinks and not mixer:
             shapes[f"{l}.sinks"] = (H,)
         if l in spec.value_embed_layers:
             shapes |= {f"{l}.value_embed": (V, Hkv * D), f"{l}.ve_gate": (Hkv, spec.ve_gate_channels)}
@@ -161,6 +208,24 @@ class Batch(NamedTuple):
     tables: list[list[int]]        # (N): pages of sequence i, in order; of each group of layers in turn
     logit_rows: list[int]          # (R): which of the T rows need logits
     states: bool = False           # are the hidden states of all T rows needed?
+    state_reads: list[int] = []    # (N): the slot with the state before the new tokens; any at position 0
+    write_rows: list[int] = []     # rows, ascending, after each of which the state is written
+    write_slots: list[int] = []    # into a slot, these
+
+
+class Sequences(NamedTuple):
+    """What a step's layers with states are told of its sequences; lists as in Batch."""
+
+    starts: list[int]
+    firsts: list[int]              # (N): the position of each sequence's first new token
+    reads: list[int]
+    writes: list[tuple[int, int]]  # (row, slot)
+
+    @classmethod
+    def of(cls, batch: Batch) -> Sequences:
+        firsts = [length - end + start
+                  for length, start, end in zip(batch.lengths, batch.starts, batch.starts[1:])]
+        return cls(batch.starts, firsts, batch.state_reads, list(zip(batch.write_rows, batch.write_slots)))
 
 
 class Inputs(NamedTuple):
@@ -175,6 +240,7 @@ class Inputs(NamedTuple):
     logit_rows: Any          # (R,)
     attention: Any           # the kernels' plan: where each row finds its keys
     parts: tuple = ()
+    sequences: Any = None    # Sequences, where layers keep states
 
 
 def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:

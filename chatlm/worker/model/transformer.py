@@ -11,7 +11,7 @@ import numpy
 import torch
 
 from chatlm.common.config import PAGE_SIZE
-from chatlm.worker.model.spec import Inputs, expected_tensors, group_layers, token_places
+from chatlm.worker.model.spec import Inputs, Sequences, expected_tensors, group_layers, token_places
 from chatlm.worker.model.tensors import Unread, read_ahead
 from chatlm.worker.ops.attention import query_scales, rope_frequencies, rope_tables
 from chatlm.worker.ops.basic import Norm
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Transformer:
-    """A model's packed weights, KV pages and activation buffers, all allocated once, here.
+    """A model's packed weights, KV pages, slots of states and activation buffers, all allocated once, here.
 
     `tensors` has the names and shapes of `expected_tensors`. It is emptied as weights are packed, so that
     each is held once, in the kernels' layout. A step has at most `max_tokens` tokens, `max_rows` logit rows.
@@ -32,11 +32,14 @@ class Transformer:
 
     def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
                  max_rows: int | None = None, device: str | torch.device = "cpu", dtype=None,
-                 groups: LayerGroups | None = None, progress=lambda activity, fraction: None):
+                 num_slots: int = 1, groups: LayerGroups | None = None,
+                 progress=lambda activity, fraction: None):
         self.spec, self.kernels = spec, kernels
-        self.groups = groups or group_layers((), spec.layers, 0)
+        self.groups = groups or group_layers((), spec.layers, 0, unpaged=spec.unpaged_layers)
         self.device, self.dtype = torch.device(device), kernels.cache_dtype(dtype)  # of cache and activations
         self.windows = spec.windows or (0,) * spec.layers
+        self.num_slots = num_slots
+        self.mixers = spec.mixers or (None,) * spec.layers
         # x is kept divided by residual_scale, so that what blocks add needs no product; with an eps divided
         # by its square, norms make of x what they would have made
         self.embedding_scale = torch.tensor(
@@ -55,7 +58,13 @@ class Transformer:
             self.rope_tables = [tables[turn] for turn in turns]  # of each layer
             self.cache = kernels.make_cache(replace(spec, layers=self.groups.depth),
                                             num_pages + self.groups.holes, self.dtype, self.device)
-            self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
+            self.states = [tuple(torch.zeros(num_slots, *shape, device=self.device)
+                                 for shape in (mixer.states(spec.width) if mixer else ()))
+                           for mixer in self.mixers]
+            sizes = self.buffer_sizes(spec, max_tokens, min(max_rows or max_tokens, max_tokens),
+                                      kernels.backend.activations or self.dtype)
+            self.buffers = {name: torch.empty(rows, columns, dtype=type_, device=self.device)
+                            for name, (rows, columns, type_) in sizes.items()}
             self.recorded = kernels.backend.record(self)
 
     def _pack(self, tensors: dict, dtype: torch.dtype | None, progress: Progress) -> dict:
@@ -74,21 +83,18 @@ class Transformer:
             matrix = name.rpartition(".")[2] in (
                 "embed", "qkv", "output", "gate_up", "up", "down", "head", "ve_gate", "gate_up_bias",
                 "router", "expert_gate_up", "expert_down", "expert_gate_up_bias", "shared_gate_up",
-                "shared_down", "shared_gate")
+                "shared_down", "shared_gate", "mix_in", "mix_out")
             weights[name] = weight = self.kernels.pack(name, *moved) if matrix else moved[0]
             if isinstance(tensor, Unread) and not getattr(weight, "finite", False):  # or nobody has looked
                 tensor.refuse_faults(read, packed=hasattr(weight, "finite"))
             if weight is parts[0] and isinstance(weight, torch.Tensor) and any(
                     part.data_ptr() == weight.data_ptr() for part in getattr(tensor, "mapped", ())):
                 weights[name] = weight.clone()  # a file in use may change
+            if name.endswith(".taps"):  # the columns lie side by side for each tap
+                weights[name] = weight.view(self.spec.width, -1).T.flatten()
         if self.spec.tied_head:
             weights["head"] = weights["embed"]
         return weights
-
-    def _allocate(self, T: int, R: int) -> dict:
-        sizes = self.buffer_sizes(self.spec, T, R, self.kernels.backend.activations or self.dtype)
-        return {name: torch.empty(rows, columns, dtype=dtype, device=self.device)
-                for name, (rows, columns, dtype) in sizes.items()}
 
     @staticmethod
     def buffer_sizes(spec: ModelSpec, T: int, R: int, dtype) -> dict:
@@ -101,6 +107,7 @@ class Transformer:
             "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
             "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
             "dense": (T, spec.dense_size, dtype), "shared": (T, spec.shared_size, dtype),
+            "mixed": (T, 3 * C * any(spec.mixers), dtype), "mixer": (T, C * any(spec.mixers), dtype),
             "share": (T, int(spec.shared_gate), f32), "means": (T, len(spec.qk_norm_sizes), f32),
             "routing": (T, spec.experts, f32), "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
             "own_logits": (R, spec.own_rows, f32),
@@ -114,7 +121,7 @@ class Transformer:
     @staticmethod
     def page_bytes(spec: ModelSpec, dtype: torch.dtype, groups: LayerGroups | None = None) -> int:
         """Bytes of one KV page of this type, over all layers or those of a group."""
-        depth = groups.depth if groups else spec.layers
+        depth = groups.depth if groups else spec.paged_layers
         return depth * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * dtype.itemsize
 
     @property
@@ -165,7 +172,7 @@ class Transformer:
             windows = {self.windows[l] for l, (owner, _) in enumerate(self.groups.of_layer) if owner == group}
             plan = self.kernels.plan_attention(mine, tensors[2], windows, self.dtype)
             parts.append(Inputs(*tensors, attention=plan))
-        return parts[0]._replace(parts=tuple(parts))
+        return parts[0]._replace(parts=tuple(parts), sequences=Sequences.of(batch))
 
     def compute(self, inputs: Inputs, b: SimpleNamespace):
         """The model: T new tokens -> b.logits (R, V).
@@ -178,8 +185,11 @@ class Transformer:
             if spec.residual_lambdas:
                 k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
             group, index = self.groups.of_layer[l]
-            self._attention(inputs.parts[group] if group else inputs, b, layer, self.rope_tables[l],
-                            self.cache[index], self.windows[l])
+            if self.mixers[l]:
+                self._short_conv(inputs, b, layer, self.states[l])
+            else:
+                self._attention(inputs.parts[group] if group else inputs, b, layer, self.rope_tables[l],
+                                self.cache[index], self.windows[l])
             self._feed_forward(b, layer)
             if l == spec.backout_layer:
                 k.copy(b.x, out=b.middle)
@@ -247,6 +257,14 @@ class Transformer:
         k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended,
                           softcap=spec.attention_softcap, sinks=layer.get("sinks"))  # (T, H * D)
         self._add(b, b.attended, layer, "output", b.x, out=b.residual)
+
+    def _short_conv(self, inputs: Inputs, b: SimpleNamespace, layer: dict, states: tuple):
+        """residual = x + mix_out(short_conv(mix_in(norm(x)))), with the sequences' states."""
+        k, norm = self.kernels, Norm(layer.get("attention_norm"), self.norm_eps)
+        k.linear(b.x, layer["mix_in"], norm=norm, bias=layer.get("mix_in_bias"), out=b.mixed)  # (T, 3 C)
+        k.short_conv(b.mixed, layer["taps"], states, inputs.sequences, out=b.mixer,
+                     bias=layer.get("taps_bias"))  # (T, C)
+        self._add(b, b.mixer, layer, "mix_out", b.x, out=b.residual)
 
     def _feed_forward(self, b: SimpleNamespace, layer: dict):
         """x = residual + down(activation(up(norm(residual)))), or the sum of several such by experts."""

@@ -66,6 +66,9 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
                     name.format(layer, expert): all_of_one[1:] if name.count("{}") > 1 else all_of_one
                     for name in theirs for expert in range(E)}
                 continue
+            if part == "taps":  # a vector, for it is no matrix to be multiplied by
+                sources[ours] = shape, {theirs[0].format(layer): (spec.width, shape[0] // spec.width)}
+                continue
             rows = rows if len(rows) == len(theirs) else shape[:1]  # phi3 has them in one
             sources[ours] = shape, {name.format(layer): (count, *shape[1:])
                                     for name, count in zip(theirs, rows)}

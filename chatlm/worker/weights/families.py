@@ -14,7 +14,7 @@ import torch
 
 from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.log import log
-from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.model.spec import ModelSpec, ShortConv
 from chatlm.worker.weights.assemble import Mxfp4, fp8_block
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, Rule, check_divides,
@@ -34,6 +34,9 @@ class Family(NamedTuple):
     interleaved: bool = False  # rotary pairs lie side by side, in a folder too
     needed: tuple[str, ...] = ()  # keys without which transformers would take another model
     windows_rotate: bool = False  # layers without a window are not rotated if others have one
+    mixers: dict[str, Callable[[Mapping], ShortConv]] = {}  # layer types besides attention
+    aliases: dict[str, str] = {}  # its own keys -> those that they replace
+    complete: Callable[[dict], dict] = lambda config: {}    # what a folder's checked config means
 
 
 HF_TENSORS = {  # our tensor (of layer {}) -> the folder's tensors whose rows it is made of
@@ -131,6 +134,40 @@ def repack_granite(state: Mapping) -> dict:
         ours = ("gate_proj", "up_proj") if name.endswith("input_linear.weight") else ("down_proj",)
         repacked |= {re.sub("(in|out)put_linear", part, name): parts.get(part, tensor) for part in ours}
     return repacked
+
+
+LFM2_TENSORS = {
+    "final_norm": ("model.embedding_norm.weight",),
+    "attention_norm": ("model.layers.{}.operator_norm.weight",),
+    "ffn_norm": ("model.layers.{}.ffn_norm.weight",),
+    "output": ("model.layers.{}.self_attn.out_proj.weight",),
+    **{f"{part}_norm": (f"model.layers.{{}}.self_attn.{part}_layernorm.weight",) for part in "qk"},
+    **{ours + ending: (f"model.layers.{{}}.conv.{theirs}.{part}",)
+       for ending, part in (("", "weight"), ("_bias", "bias"))
+       for ours, theirs in (("mix_in", "in_proj"), ("taps", "conv"), ("mix_out", "out_proj"))},
+    "gate_up": ("model.layers.{}.feed_forward.w1.weight", "model.layers.{}.feed_forward.w3.weight"),
+    "down": ("model.layers.{}.feed_forward.w2.weight",)}
+LFM2 = {"num_key_value_heads": 8, "norm_eps": 1e-5, "tie_embedding": True, "rope_theta": 1e6,
+        "conv_L_cache": 3, "conv_bias": False, "layer_types": None, "full_attn_idxs": None,
+        "block_ff_dim": 12_288, "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256}
+LFM2_MIXERS = {"conv": lambda config: ShortConv(config["conv_L_cache"], config["conv_bias"])}
+
+
+def complete_lfm2(config: Mapping) -> dict:
+    """The width of its feed-forward part and its layers' types, where older files say them otherwise."""
+    layers, width = range(config["num_hidden_layers"]), config["intermediate_size"]
+    attention = layers if config["full_attn_idxs"] is None else config["full_attn_idxs"]
+    types = config["layer_types"] or [LAYER_TYPES[0] if layer in attention else "conv" for layer in layers]
+    multiple = config["block_multiple_of"]
+    if config["block_auto_adjust_ff_dim"]:
+        width = -(-int(config["block_ffn_dim_multiplier"] * int(2 * width / 3)) // multiple) * multiple
+    return {"layer_types": types, "intermediate_size": width}
+
+
+def squeeze_taps(state: Mapping) -> dict:
+    """A folder's convolutions (C, 1, taps) as (C, taps)."""
+    return {name: tensor.squeeze(1) if name.endswith(".conv.conv.weight") and tensor.ndim == 3 else tensor
+            for name, tensor in state.items()}
 
 
 def qwen_window(config: Mapping, layer: int) -> bool:
@@ -233,10 +270,18 @@ FAMILIES = {  # by config.json's model_type
     "ernie4_5": Family("ERNIE 4.5", {"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
                                      "tie_word_embeddings": True}, interleaved=True),
     "seed_oss": Family("Seed-OSS", {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False,
-                                    "head_dim": 128, "residual_dropout": None})}
+                                    "head_dim": 128, "residual_dropout": None}),
+    "lfm2": Family(
+        "LFM2", LFM2 | {f"block_{key}": None for key in (
+            "dim", "mlp_init_scale", "norm_eps", "out_init_scale", "use_swiglu", "use_xavier_init")}
+        | dict.fromkeys(("conv_dim", "conv_dim_out", "conv_use_xavier_init", "num_heads", "theta",
+                         "use_pos_enc")),
+        HEAD_NORMS, LFM2_TENSORS, lambda config, layer: False, repack=squeeze_taps, mixers=LFM2_MIXERS,
+        aliases={"norm_eps": "rms_norm_eps", "tie_embedding": "tie_word_embeddings",
+                 "block_ff_dim": "intermediate_size"}, complete=complete_lfm2)}
 VISION = {  # model_type of a model with images, which are not read -> its text model's, if it does not say
     "gemma3": "gemma3_text", "mistral3": "mistral", "llava": "llama", "smolvlm": "llama", "idefics3": "llama",
-    "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}
+    "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "lfm2_vl": "lfm2"}
 TEXT_TYPES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 HF_KEYS = {  # all others are bool
@@ -265,6 +310,10 @@ HF_KEYS = {  # all others are bool
     **dict.fromkeys(("shared_intermediate_size", "shared_expert_intermediate_size"),
                     Rule(int, 0, MOST_CHANNELS)), "decoder_sparse_step": Rule(int, 1),
     "mlp_only_layers": Rule(int, 0, MOST_LAYERS, many=True, optional=True),
+    "full_attn_idxs": Rule(int, 0, MOST_LAYERS, many=True, optional=True),
+    "norm_eps": Rule(float, 0, 1), "tie_embedding": Rule(bool), "conv_L_cache": Rule(int, 2, 64),
+    "block_ff_dim": Rule(int, 1, MOST_CHANNELS), "block_multiple_of": Rule(int, 1, MOST_CHANNELS),
+    "block_ffn_dim_multiplier": Rule(float, 0.01, 100),
     "no_rope_layers": Rule(int, 0, 1, many=True, optional=True), "no_rope_layer_interval": Rule(int, 1)}
 LLAMA_SIZES = {  # what a text_config may leave out
     "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
@@ -331,10 +380,16 @@ def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
         raise ConfigError(f"{path}: {unsupported(family)}")
     row, raw = FAMILIES[family], with_layers_of_now(raw)
     defaults = HF_DEFAULTS | row.config
+    for own, theirs in row.aliases.items():  # of both its own key counts, as transformers has it
+        raw = {**raw, own: raw[own] if raw.get(own) is not None else raw.get(theirs)}
     refuse_unknown(path, family, raw, defaults)
     config = {key: raw.get(key, default) for key, default in defaults.items()}
     for key, default in defaults.items():
         rule = HF_KEYS.get(key, Rule(bool) if isinstance(default, bool) else None)
+        if key in row.aliases.values():
+            continue  # checked under its own name
+        if key == "layer_types" and row.mixers:
+            rule = HF_KEYS[key]._replace(choices=(LAYER_TYPES[0], *row.mixers))
         if key.startswith("hidden_act"):
             any_gate = default == "silu" and "activation" not in row.fields
             rule = Rule(str, choices=tuple(HF_ACTIVATIONS) if any_gate else (str(default),))
@@ -345,7 +400,8 @@ def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
     if packed := config.get("quantization_config"):
         method = packed.get("quant_method") if isinstance(packed, dict) else None
         checked(path, "quantization_config.quant_method", method, Rule(str, choices=("mxfp4",)))
-    return family, config
+    config |= {theirs: config[own] for own, theirs in row.aliases.items()}
+    return family, config | row.complete(config)
 
 
 def with_layers_of_now(raw: Mapping) -> Mapping:
@@ -409,7 +465,13 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
     window = None if config.get("use_sliding_window") is False else config.get("sliding_window")
     types = config.get("layer_types") or [
         LAYER_TYPES[bool(row.has_window(config, layer))] for layer in range(layers)]
-    checked(path, "layer_types", types, HF_KEYS["layer_types"], layers)
+    rule = HF_KEYS["layer_types"]._replace(choices=(*LAYER_TYPES, *row.mixers))
+    checked(path, "layer_types", types, rule, layers)
+    if row.mixers:
+        mixers = tuple(row.mixers[type_](config) if type_ in row.mixers else None for type_ in types)
+        fields["mixers"] = mixers if any(mixers) else ()
+        if all(mixers):
+            raise ConfigError(f"{path}: none of its layers is {LAYER_TYPES[0]}; this server needs one")
     if "sliding_attention" in types:
         checked(path, "sliding_window in use", window, HF_KEYS["sliding_window"]._replace(optional=False))
         fields["windows"] = tuple(window if type_ == "sliding_attention" else 0 for type_ in types)

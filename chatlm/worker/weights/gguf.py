@@ -108,10 +108,11 @@ def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dic
 
 def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
     """The row of FAMILIES and the spec, made as from a config.json that says what the metadata does."""
-    value = partial(gguf_value, path, metadata)
-    own = f"{value('general.architecture')}."
+    own = f"{gguf_value(path, metadata, 'general.architecture')}."
     if own[:-1] not in GGUF_FAMILIES:
         raise ConfigError(f"{path}: {unsupported(own[:-1])}")
+    metadata, layer_types = layers_by_heads(own, metadata)
+    value = partial(gguf_value, path, metadata)
 
     def number(key: str, *default, **bounds):
         return value(own + key, *default, **bounds)
@@ -149,7 +150,9 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
         pattern = checked(path, own + "attention.sliding_window_pattern", pattern, rule, layers)
         config["layer_types"] = [LAYER_TYPES[pattern[layer] if isinstance(pattern, list) else
                                              (layer + 1) % pattern > 0] for layer in range(layers)]
-    elif "layer_types" in config and not config["sliding_window"]:
+    elif layer_types:
+        config["layer_types"] = layer_types
+    elif "layer_types" in config and not config.get("sliding_window"):
         config["layer_types"] = [LAYER_TYPES[0]] * layers
     if "query_pre_attn_scalar" in config:  # not in the metadata: what llama.cpp assumes, by size
         largest = layers == {"gemma2": 46, "gemma3_text": 62}[family]
@@ -165,6 +168,18 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     return family, replace(spec, **{field: f"blk.0.{name}.bias" in stored for field, name in (
         ("qkv_bias", "attn_q"), ("output_bias", "attn_output"),
         ("ffn_bias", "ffn_down_exps" if spec.experts else "ffn_down"))})
+
+
+def layers_by_heads(own: str, metadata: Mapping) -> tuple[Mapping, list[str]]:
+    """The metadata with as many kv heads as layers of attention have, and each layer's type, where a list of
+    them says 0 of layers of the family's other type; [] elsewhere."""
+    key, others = own + "attention.head_count_kv", FAMILIES[GGUF_FAMILIES[own[:-1]]].mixers
+    heads = metadata.get(key)
+    if not others or not isinstance(heads, list) or all(heads):
+        return metadata, []
+    full = next(filter(None, heads), 0)
+    types = [LAYER_TYPES[0] if count else next(iter(others)) for count in heads]
+    return {**metadata, key: [count or full for count in heads]}, types
 
 
 def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Mapping,

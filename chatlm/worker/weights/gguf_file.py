@@ -23,7 +23,7 @@ from chatlm.worker.weights.rules import MOST_POSITIONS, MOST_TENSORS, MOST_TOKEN
 # general.architecture -> row of FAMILIES; mistral's files say llama
 GGUF_FAMILIES = {name: name for name in (
     "llama", "qwen2", "qwen3", "smollm3", "gemma2", "phi3", "granite", "olmo2", "glm4", "exaone4", "ernie4_5",
-    "seed_oss")} | {
+    "seed_oss", "lfm2")} | {
     "gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
     "granitemoe": "granitemoeshared", "mistral3": "ministral3", "qwen2vl": "qwen2", "qwen3vl": "qwen3"}
 
@@ -168,7 +168,7 @@ PRE_TOKENIZERS = {name: row for names, row in {  # by tokenizer.ggml.pre
     "olmo exaone4 granite-docling": PreTokenizer((), gpt2=True),
     "glm4": PreTokenizer((LLAMA3_SPLIT,), ignore_merges=True),
     "seed-coder": PreTokenizer((QWEN2_SPLIT.replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+"),)),
-    "llama-bpe llama3 llama-v3 falcon3 pixtral": PreTokenizer(
+    "llama-bpe llama3 llama-v3 falcon3 pixtral lfm2": PreTokenizer(
         (LLAMA3_SPLIT,), ignore_merges=True, add_bos=True),
     "dbrx smaug-bpe chatglm-bpe": PreTokenizer((LLAMA3_SPLIT,)),
     "qwen2 deepseek-r1-qwen": PreTokenizer((QWEN2_SPLIT,), nfc=True),
@@ -190,7 +190,7 @@ GGUF_OWN = {  # the same of keys that only some families have
     "shared_intermediate_size": "expert_shared_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     "residual_multiplier": "residual_scale", "attention_multiplier": "attention.scale",
-    "logits_scaling": "logit_scale"}
+    "logits_scaling": "logit_scale", "conv_L_cache": "shortconv.l_cache"}
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
               "tensor_data_layout", "rope.dimension_sections", "n_deepstack_layers"}
 GGUF_GROWTH = {"attention.temperature_scale", "rope.scaling.yarn_log_multiplier"}  # of Ministral 3 alone

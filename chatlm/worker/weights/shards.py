@@ -118,10 +118,17 @@ def shard_spec(spec: ModelSpec, share: RankShare) -> ModelSpec:
                    own_rows=share.own_rows, first_row=share.rank * share.own_rows)
 
 
+def refuse_states(model: LoadedModel, flag: str):
+    if model.spec.mixers:
+        raise ConfigError(f"{flag} is not supported yet for a model with layers that keep a state (here "
+                          f"{len(model.spec.unpaged_layers)} of {model.spec.layers}); use {flag} 1")
+
+
 def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = None) -> LoadedModel:
     """What one of `tp` ranks has of a model that is yet to be read, as --quantize packs it."""
     if tp == 1:
         return model
+    refuse_states(model, "--tp")
     spec, shapes = model.spec, expected_tensors(model.spec)
     packed_together = 256 if "_k" in (quantize or "") else 32 if quantize else 0
     share = divide(spec, rank, tp, max(model.block, packed_together))
@@ -149,6 +156,7 @@ def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
     spec = model.spec
     if stages == 1:
         return model
+    refuse_states(model, "--pp")
     if stages > spec.layers:
         raise ConfigError(f"the model has {spec.layers} layers, which cannot be divided into {stages} stages")
     mine = layers_of(spec, stage, stages)

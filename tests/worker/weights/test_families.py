@@ -16,7 +16,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.build import build_engine, plan_memory, weight_bytes
 from chatlm.worker.model import tensors as model_tensors
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.spec import group_layers
+from chatlm.worker.model.spec import expected_tensors, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import rope_frequencies
 from chatlm.worker.ops.basic import Norm, experts_reference
@@ -28,7 +28,7 @@ from chatlm.worker.weights.load import open_model
 from engines import make_batch, tensors_of
 from families import (CHAT, LONG, MODELS, TOLERANCE, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, save_packed, transformer,
                       write_tokenizer)
-from hub_configs import HUB_CONFIGS
+from hub_configs import HUB_CONFIGS, LFM2_CONFIGS
 from nightly import by_day
 from patching import patch
 from real_server import ask, events, get, post, server
@@ -57,7 +57,7 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 
 OLDER = [*MODELS][:[*MODELS].index("granite")]
-BY_DAY = "granite4", "olmo3", "glm4"       # which bring what no other had
+BY_DAY = "granite4", "olmo3", "glm4", "lfm2"       # which bring what no other had
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -160,11 +160,11 @@ GGUF_MODELS = {             # what of MODELS a file of each architecture can say
     "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
     "qwen3moe": {"norm_topk_prob": True}, "gpt-oss": {},
     **dict.fromkeys(("granite", "granite-moe", "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3"), {}),
-    "mixtral": {"sliding_window": None}, "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
+    "lfm2": {}, "mixtral": {"sliding_window": None}, "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", by_day(GGUF_MODELS, "llama3.1", "gemma3", "gpt-oss", "granite4"))
+@pytest.mark.parametrize("name", by_day(GGUF_MODELS, "llama3.1", "gemma3", "gpt-oss", "granite4", "lfm2"))
 def test_the_same_model_as_gguf_computes_the_same(made, name, backend, tmp_path):
     changes = GGUF_MODELS[name]
     model, (folder, cases) = make_model(name, **changes), made(name, **changes)
@@ -337,6 +337,33 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, tmp_p
         assert own_scale == pytest.approx(scale)
     longest = {"Qwen2.5 with YaRN, as its card says": 131072, "Ministral-3-3B, with images": 16384}
     assert spec.max_positions == longest.get(name, config.max_position_embeddings)
+
+
+@pytest.mark.parametrize("name, width, ffn", [("LFM2-350M", 1024, 4608), ("LFM2-700M", 1536, 6912), ("LFM2-1.2B", 2048, 8192),
+                                              ("LFM2-2.6B", 2048, 10752)])
+def test_published_configs_of_lfm2_mean_what_transformers_takes_them_to_mean(name, width, ffn, tmp_path):
+    import transformers
+    spec, config = spec_of(tmp_path, LFM2_CONFIGS[name]), transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        made = transformers.AutoModelForCausalLM.from_config(config)
+    assert (spec.width, spec.ffn_size) == (width, ffn) == (config.hidden_size, made.model.layers[0].feed_forward.w1.out_features)
+    assert [mixer is None for mixer in spec.mixers] == [kind == "full_attention" for kind in config.layer_types]
+    assert (spec.layers, spec.vocab_size, spec.heads, spec.kv_heads, spec.head_size, spec.norm_eps, spec.tied_head, spec.rope_base, spec.max_positions) == (
+        config.num_hidden_layers, 65536, width // 64, 8, 64, 1e-5, True, 1e6, 128000)
+    assert sum(p.numel() for p in made.parameters()) == sum(int(np.prod(shape)) for key, shape in expected_tensors(spec).items() if key != "head")
+    assert spec.state_bytes == 4 * 2 * width * len(spec.unpaged_layers)
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("layer_types", ["conv", "sliding_attention"] * 8, 'layer_types[1] is "sliding_attention"; it must be one of full_attention, conv'),
+    ("layer_types", ["conv"] * 16, "none of its layers is full_attention"), ("layer_types", ["conv"] * 15, "is a list of 15; it must be a list of 16"),
+    ("full_attn_idxs", [2, "5"], 'full_attn_idxs[1] is "5"; it must be an integer from 0'), ("conv_L_cache", 1, "conv_L_cache is 1; it must be an integer from 2"),
+    ("norm_eps", "small", 'norm_eps is "small"; it must be'), ("block_ff_dim", 0, "block_ff_dim is 0; it must be an integer from 1"),
+    ("tie_embedding", 1, "tie_embedding is 1; it must be true or false")])
+def test_what_is_wrong_in_a_config_of_lfm2_is_named(key, value, words, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        spec_of(tmp_path, LFM2_CONFIGS["LFM2-1.2B"] | {key: value})
+    assert words in str(caught.value)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 1e6}

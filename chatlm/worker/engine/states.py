@@ -1,0 +1,151 @@
+"""Who owns which slot of the states that layers keep of a sequence in the place of keys and values.
+
+    a slot is free   in `free`, content meaningless
+            | held   by `refs` >= 1 of the sequences that run and of the snapshots
+
+A slot has the state after some number of tokens, in all such layers. A running sequence has one; while a
+draft is verified it has one for each of its tokens, of which one is kept. A snapshot is the state at the end
+of a content of the prefix index: it is found with the content's serial, and shared without a copy, for a slot
+that others hold too is never written."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chatlm.worker.engine.scheduler import Chunk, Sequence
+
+
+class StatePool:
+    """Allocator of slots, and the snapshots among them, at most `most_snapshots`. No tensors here.
+
+    The least recently used snapshot is evicted first, but ends of prompts after all others: a conversation
+    goes on from the last one it has."""
+
+    INTERVAL = 1024  # tokens between snapshots
+
+    def __init__(self, num_slots: int, most_snapshots: int):
+        self.num_slots, self.most_snapshots = num_slots, most_snapshots
+        self.free = list(range(num_slots - 1, -1, -1))
+        self.refs = [0] * num_slots
+        self.passed: OrderedDict[int | str, int] = OrderedDict()  # serial of a content -> slot
+        self.ends: OrderedDict[int | str, int] = OrderedDict()    # the same of ends of prompts
+
+    def __contains__(self, serial: int | str) -> bool:
+        """Is there a snapshot after this content?"""
+        return serial in self.passed or serial in self.ends
+
+    @property
+    def snapshots(self) -> int:
+        return len(self.passed) + len(self.ends)
+
+    def allocate(self, evict: bool = True) -> int | None:
+        """Take a slot, evicting snapshots if needed and allowed; None if all are held."""
+        while evict and not self.free and self.snapshots:
+            self._evict()
+        if not self.free:
+            return None
+        slot = self.free.pop()
+        self.refs[slot] = 1
+        return slot
+
+    def release(self, slot: int):
+        self.refs[slot] -= 1
+        if not self.refs[slot]:
+            self.free.append(slot)
+
+    def share(self, serial: int | str) -> int:
+        """The slot of a snapshot, with a reference for a sequence."""
+        snapshots = self.ends if serial in self.ends else self.passed
+        snapshots.move_to_end(serial)
+        slot = snapshots[serial]
+        self.refs[slot] += 1
+        return slot
+
+    def keep(self, serial: int | str, slot: int, before: int | str | None):
+        """Make the state in a slot the snapshot of a content, unless it has one. `before`: where the content
+        is the end of a prompt, the end of the prompt before in the conversation; else None."""
+        if before is not None and before in self.ends:
+            self.passed[before] = self.ends.pop(before)
+        if serial in self:
+            if before is not None and serial in self.passed:
+                self.ends[serial] = self.passed.pop(serial)
+            return
+        if self.snapshots >= self.most_snapshots and self.snapshots:
+            self._evict()
+        if self.most_snapshots:
+            (self.passed if before is None else self.ends)[serial] = slot
+            self.refs[slot] += 1
+
+    def forget(self, serial: int | str):
+        """Drop the snapshot of a content, if there is one."""
+        for snapshots in (self.passed, self.ends):
+            if serial in snapshots:
+                self.release(snapshots.pop(serial))
+
+    def _evict(self):
+        self.release((self.passed or self.ends).popitem(last=False)[1])
+
+
+class StateTables:
+    """The states of the sequences that run: `Sequence.states` has the slot of each number of tokens."""
+
+    def __init__(self, pool: StatePool, page_size: int):
+        self.pool, self.page_size = pool, page_size
+
+    def end_of_prompt(self, sequence: Sequence) -> int:
+        """The end of the last page that a prompt that goes on as this one can share."""
+        return (len(sequence.work.prompt_ids) - 1) // self.page_size * self.page_size
+
+    def begin(self, sequence: Sequence, computed: int):
+        """Give an admitted sequence the snapshot after its `computed` cached tokens."""
+        sequence.began = sequence.serial
+        if computed:
+            sequence.states[computed] = self.pool.share(sequence.serial)
+
+    def prepare(self, chunk: Chunk) -> Chunk | None:
+        """The chunk with the slots that its step reads and writes, its draft as long as there are some; None
+        if there is none for it now.
+
+        It writes where it reads unless others hold the slot, or the step may have to be repeated."""
+        sequence, states, pool = chunk.sequence, chunk.sequence.states, self.pool
+        begin, end = sequence.computed, sequence.computed + chunk.count
+        for tokens in [tokens for tokens in states if tokens != begin]:
+            pool.release(states.pop(tokens))  # of drafts that were wrong, and of steps that are repeated
+        own = states.get(begin)
+        if own is not None and pool.refs[own] == 1 and not chunk.on_host:
+            target = states.pop(begin)
+        elif (target := pool.allocate()) is None:
+            return None
+        states[end] = target
+        for i in range(1, len(chunk.draft) + 1):
+            if (slot := pool.allocate(evict=False)) is None:
+                chunk = chunk._replace(draft=chunk.draft[:i - 1], draws=i)
+                break
+            states[end + i] = slot
+        for point in {*range(-(-(begin + 1) // pool.INTERVAL) * pool.INTERVAL, end, pool.INTERVAL),
+                      self.end_of_prompt(sequence)}:
+            if begin < point < end and pool.most_snapshots and (slot := pool.allocate()) is not None:
+                states[point] = slot
+        later = sorted((tokens, slot) for tokens, slot in states.items() if tokens > begin)
+        return chunk._replace(reads=0 if own is None else own,
+                              writes=tuple((tokens - begin - 1, slot) for tokens, slot in later))
+
+    def pass_content(self, sequence: Sequence, end: int):
+        """A content has been filled up to `end`, which is sequence.serial: keep the state there if it is one
+        of those that are kept."""
+        is_end = end == self.end_of_prompt(sequence)
+        if (slot := sequence.states.get(end)) is not None and (is_end or end % self.pool.INTERVAL == 0):
+            self.pool.keep(sequence.serial, slot, sequence.began if is_end else None)
+            sequence.began = sequence.serial if is_end else sequence.began
+
+    def advance(self, sequence: Sequence):
+        """Release the states before its computed tokens."""
+        for tokens in [tokens for tokens in sequence.states if tokens < sequence.computed]:
+            self.pool.release(sequence.states.pop(tokens))
+
+    def release(self, sequence: Sequence):
+        for slot in sequence.states.values():
+            self.pool.release(slot)
+        sequence.states = {}

@@ -1,0 +1,169 @@
+"""Layers that keep a state instead of keys: answers stay transformers', however they are cut, cached, preempted or resumed."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.core import decode_core
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.engine.scheduler import Scheduler, Sequence
+from chatlm.worker.engine.states import StatePool
+from engines import make_engine, run
+from families import clear_cases, make_model, save
+from integrity import check_sequences
+from works import assignment
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = make_model("lfm2")
+    yield save(model, tmp_path_factory.mktemp("lfm2")), clear_cases(model, lengths=(200, 90, 30))
+    torch.set_num_threads(threads)
+
+
+def works_of(cases):
+    return [assignment(f"case {i}", tuple(case.prompt), SamplingParams(temperature=0), 64, ignore_eos=True) for i, case in enumerate(cases)]
+
+
+def check(engine, cases, works=None, **options):
+    result = run(engine, works or works_of(cases), **options)
+    for i, case in enumerate(cases):
+        assert result.tokens[f"case {i}"] == case.tokens, i
+    return {name: end.usage.cached_tokens for name, end in result.end.items()}
+
+
+BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_answers_are_transformers_in_chunks_together_cached_and_ahead(made, backend, monkeypatch):
+    folder, cases = made
+    monkeypatch.setattr(StatePool, "INTERVAL", 64)
+    engine = make_engine(folder, num_pages=100, prefill_chunk=48, max_batch=4, reference=backend == "reference")
+    assert check(engine, cases) == {"case 0": 0, "case 1": 0, "case 2": 0}
+    states = engine.pool.states
+    # 64, 128, 192 = the end of the first prompt, 256 of its answer; 64 and the end of the second, 128; 16, 64 of its answer
+    assert len(states.free) == states.num_slots - states.snapshots and [len(states.ends), len(states.passed)] == [3, 6]
+    assert check(engine, cases, ahead=True) == {"case 0": 192, "case 1": 80, "case 2": 16}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_preempted_answers_go_on_from_a_snapshot_or_from_their_beginning(made, backend):
+    folder, cases = made
+    engine = make_engine(folder, num_pages=25, prefill_chunk=32, max_batch=4, context_length=264, reference=backend == "reference")
+    check(engine, cases)
+    assert engine.scheduler.preemptions > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_answer_resumed_elsewhere_stays_the_same(made, backend):
+    folder, cases = made
+    engine = make_engine(folder, num_pages=100, prefill_chunk=32, max_batch=4, reference=backend == "reference")
+    for known in (1, 23):
+        works = [replace(work, resumed_ids=tuple(case.tokens[:known])) for work, case in zip(works_of(cases), cases)]
+        result = run(engine, works)
+        assert all(result.tokens[f"case {i}"] == case.tokens[known:] for i, case in enumerate(cases))
+
+
+def test_random_cuts_batches_and_evictions_change_no_token(made, monkeypatch):
+    """With few slots too: then answers wait for one, and snapshots go."""
+    folder, cases = made
+    dice = random.Random(5)
+    for _ in range(3):
+        monkeypatch.setattr(StatePool, "INTERVAL", dice.choice([16, 32, 48]))
+        engine = make_engine(folder, num_pages=dice.choice([30, 60]), prefill_chunk=dice.choice([5, 17, 64]), context_length=264,
+                             max_batch=dice.choice([1, 2, 3]), num_snapshots=dice.choice([0, 1, 3]))
+        check(engine, cases, ahead=dice.random() < 0.5)
+        check(engine, cases[::-1], works_of(cases[::-1]), ahead=dice.random() < 0.5)
+
+
+def test_a_conversation_of_ten_turns_computes_little_again(made):
+    """What each turn computes: its new tokens, the answer before, and what a page does not hold."""
+    folder, _ = made
+    engine = make_engine(folder, num_pages=100, prefill_chunk=64, max_batch=2, num_snapshots=3)
+    text, dice = [256], random.Random(3)
+    for turn in range(10):
+        added = [dice.randrange(256) for _ in range(15)]
+        text += added
+        result = run(engine, [assignment("turn", tuple(text), SamplingParams(temperature=0), 9, ignore_eos=True),
+                              assignment("other", tuple(dice.choices(range(256), k=40)), SamplingParams(temperature=0), 2, ignore_eos=True)])
+        again = len(text) - result.end["turn"].usage.cached_tokens
+        assert again <= len(added) + 9 + PAGE_SIZE or turn == 0, turn
+        text += result.tokens["turn"]
+    assert engine.pool.states.snapshots == 3
+
+
+def test_owners_who_share_no_pages_share_no_states(made):
+    folder, cases = made
+    engine = make_engine(folder, num_pages=100, prefill_chunk=64, max_batch=2)
+    [work] = works_of(cases[:1])
+    for owner, cached in (("alice", 0), ("bob", 0), ("alice", 192)):
+        own = replace(work, params=replace(work.params, owner=owner))
+        assert check(engine, cases[:1], [own]) == {"case 0": cached}
+
+
+# --- the pool ----------------------------------------------------------------------------------------------------
+
+
+def test_the_end_of_a_conversations_prompt_is_evicted_last():
+    pool = StatePool(8, 3)
+    for serial, before in ((1, None), (2, ""), (3, None)):
+        pool.keep(serial, slot := pool.allocate(), before)
+        pool.release(slot)
+    pool.keep(4, slot := pool.allocate(), 2)        # the conversation of 2 goes on: now 2 is as any other
+    assert [*pool.passed] == [3, 2] and [*pool.ends] == [4] and 1 not in pool
+    pool.release(pool.share(3))
+    pool.keep(5, slot, "")
+    pool.keep(6, slot, "")
+    assert [*pool.passed] == [] and [*pool.ends] == [4, 5, 6]
+    pool.keep(7, slot, None)
+    assert [*pool.ends] == [5, 6] and [*pool.passed] == [7]
+    pool.keep(7, slot, "")                          # what was passed may be the end of another prompt
+    assert [*pool.ends] == [5, 6, 7]
+
+
+def test_a_slot_that_is_needed_is_a_snapshots_unless_a_sequence_reads_it():
+    pool = StatePool(2, 2)
+    for serial in (1, 2):
+        pool.keep(serial, slot := pool.allocate(), None)
+        pool.release(slot)
+    shared = pool.share(2)
+    assert pool.allocate(evict=False) is None
+    assert pool.allocate() is not None and pool.allocate() is None and pool.snapshots == 0
+    pool.release(shared)
+    assert pool.allocate() == shared
+
+
+def sequence(name, tokens, limit=700):
+    return Sequence(assignment(name, tuple(tokens), SamplingParams(), 1000), list(tokens), limit)
+
+
+def test_drafts_take_slots_of_which_one_is_kept():
+    states = StatePool(6, 0)
+    scheduler = Scheduler(PagePool(20, states=states), max_batch=2, prefill_chunk=64)
+    one = sequence("one", range(30))
+    scheduler.add(one)
+
+    def step(*accepted):
+        [chunk] = scheduler.schedule()
+        scheduler.advance(chunk)
+        for _ in accepted:
+            one.tokens.append(1)
+            scheduler.advance(chunk._replace(count=1))
+        one.tokens.append(1)
+        check_sequences(scheduler)
+        return chunk
+
+    assert step().writes == ((29, one.states[30]),)
+    one.draft = [1, 2, 3, 4, 5, 6, 7]
+    chunk = step(1, 2)                              # six slots: its own and five for drafts
+    assert len(chunk.draft) == 5 and chunk.draws == 6 and len(chunk.writes) == 6
+    one.draft = []
+    following = step()
+    assert following.reads == chunk.writes[2][1] and len(states.free) == 5
