@@ -134,8 +134,8 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
              f"context {context:,} tokens")
     if states := engine.pool.states:
         cache += (f"; {states.num_slots:,} states of {model.spec.state_bytes / 1024:,.0f} KiB, of which "
-                  f"{states.most_snapshots:,} are for snapshots; at most {engine.scheduler.max_batch} sequences "
-                  "run at once")
+                  f"{states.most_snapshots:,} are for snapshots; at most {engine.scheduler.max_batch} "
+                  "sequences run at once")
     lines = (f"Model {model.name}: {model.description}", kernels_line(),
              f"Running on {hardware}, weights in {engine.transformer.weight_types}"
              f"{' in rank 0' if engine.ranks else ''}; kernels: {', '.join(sorted(set(kernels.values())))}",

@@ -149,7 +149,8 @@ LFM2_TENSORS = {
     "down": ("model.layers.{}.feed_forward.w2.weight",)}
 LFM2 = {"num_key_value_heads": 8, "norm_eps": 1e-5, "tie_embedding": True, "rope_theta": 1e6,
         "conv_L_cache": 3, "conv_bias": False, "layer_types": None, "full_attn_idxs": None,
-        "block_ff_dim": 12_288, "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256}
+        "block_ff_dim": 12_288, "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0,
+        "block_multiple_of": 256}
 LFM2_MIXERS = {"conv": lambda config: ShortConv(config["conv_L_cache"], config["conv_bias"])}
 
 

@@ -72,7 +72,7 @@ def test_keys_that_change_the_arithmetic_are_still_refused(more, words, tmp_path
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["falcon_h1", "lfm2", "x\ny"])
+@pytest.mark.parametrize("name", ["falcon_h1", "lfm3", "x\ny"])
 def test_a_family_that_is_not_run_is_named_with_those_that_are(name, tmp_path):
     words = f"this server cannot run {' '.join(name.split())} yet; it runs: Llama 2 and 3, SmolLM2, Mistral"
     with pytest.raises(ConfigError, match=words):
