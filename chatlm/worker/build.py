@@ -168,9 +168,9 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
     cache_dtype, shared = kernels.cache_dtype(model.dtype), device.type != "cuda"
     page_bytes = Transformer.page_bytes(model.spec, cache_dtype, groups)
     if shared:
-        layers = groups.depth if ranks.stages == 1 else whole.layers
+        layers = groups.depth if ranks.stages == 1 else whole.paged_layers
         page_bytes = Transformer.page_bytes(
-            replace(whole, layers=layers, kv_heads=max(whole.kv_heads, ranks.tp)), cache_dtype)
+            replace(whole, layers=layers, mixers=(), kv_heads=max(whole.kv_heads, ranks.tp)), cache_dtype)
         page_bytes = -(-page_bytes * ranks.here // (ranks.tp * ranks.stages))
     buffers = Transformer.buffer_sizes(
         model.spec, limits["max_tokens"], limits["max_rows"], torch.float32).values()

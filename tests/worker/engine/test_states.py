@@ -6,13 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from chatlm.common.config import PAGE_SIZE
+from chatlm.common.config import PAGE_SIZE, Settings
 from chatlm.common.core import decode_core
+from chatlm.common.errors import ConfigError
+from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.build import build_engine
 from chatlm.worker.engine.kvcache import PagePool
-from chatlm.worker.engine.scheduler import Scheduler, Sequence
+from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler, Sequence
 from chatlm.worker.engine.states import StatePool
-from engines import make_engine, run
+from chatlm.worker.process import gauges
+from chatlm.worker.weights.shards import shard_model, stage_model
+from engines import load, make_engine, run
 from families import clear_cases, make_model, save
 from integrity import check_sequences
 from works import assignment
@@ -106,6 +111,25 @@ def test_owners_who_share_no_pages_share_no_states(made):
     for owner, cached in (("alice", 0), ("bob", 0), ("alice", 192)):
         own = replace(work, params=replace(work.params, owner=owner))
         assert check(engine, cases[:1], [own]) == {"case 0": cached}
+
+
+@pytest.mark.parametrize("kib, pages, running, snapshots", [(1024, 96, 64, 96), (100, 9, 12, 9), (48, 4, 8, 5)])
+def test_states_and_snapshots_take_their_parts_of_the_kv_cache(made, kib, pages, running, snapshots):
+    settings = Settings(model=str(made[0]), dtype="float32", kv_cache_memory=kib << 10)
+    _, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
+    states = engine.pool.states
+    assert (engine.pool.num_pages, engine.scheduler.max_batch, states.most_snapshots) == (pages, running, min(snapshots, pages))
+    assert states.num_slots == running + FREE_ROWS + states.most_snapshots
+    allocated = sum(tensor.nbytes for layer in engine.transformer.states for tensor in layer)
+    assert allocated == states.num_slots * engine.transformer.spec.state_bytes == states.num_slots * 2048
+    found = gauges(engine)
+    assert (found["states_total"], found["states_used"], found["state_bytes"]) == (states.num_slots, 0, 2048)
+
+
+@pytest.mark.parametrize("divided, flag", [(lambda model: shard_model(model, 0, 2), "--tp"), (lambda model: stage_model(model, 0, 2), "--pp")])
+def test_several_ranks_are_refused_in_one_line(made, divided, flag):
+    with pytest.raises(ConfigError, match=f"{flag} is not supported yet for a model with layers that keep a state .here 4 of 6.; use {flag} 1"):
+        divided(load(made[0]))
 
 
 # --- the pool ----------------------------------------------------------------------------------------------------
