@@ -141,8 +141,8 @@ class Written:
         self.ends, self.told = [], []       # after each drawn token: how many there are, what is told
         while len(self.ids) < length:
             on_token(self)
-            self.ids.append(token := drawn[len(self.ids) % len(drawn)])
-            self.ids += self.answer.push(token, len(self.ids), 999)
+            token = drawn[len(self.ids) % len(drawn)]
+            self.ids += self.answer.push(token, len(self.ids) + 1, 999)
             self.ends.append(len(self.ids))
             self.told.append((self.answer.take(), self.answer.reasoning_tokens))
 
@@ -208,7 +208,7 @@ def test_nothing_is_ended_where_nothing_thinks():
     written = Written(Vocabulary(**TAGS), "abc", thinking_budget=0)
     assert written.parts == [("text", "abc" * 10)] and written.answer.end_thinking() is None
     raw = Answer(assignment("a", (256,), SamplingParams(), 99, thinking_budget=0), Vocabulary(**TAGS))
-    assert raw.push(vocabulary_mark("<think>"), 1, 50) == [] and raw.end_thinking() is None
+    assert raw.push(mark := vocabulary_mark("<think>"), 1, 50) == [mark] and raw.end_thinking() is None
 
 
 def vocabulary_mark(name):

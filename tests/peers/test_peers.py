@@ -133,9 +133,9 @@ def test_the_other_apis_packages_get_the_same_text_calls_and_objects(url):
 @pytest.mark.slow
 @pytest.mark.timeout(INSTALL_S + AGENT_S + 60)
 def test_answers_of_declared_types_are_whole_whatever_the_seed(url):
-    """The form, not the sense. OpenAI's two parse helpers, instructor, pydantic-ai and Anthropic's tools."""
+    """The form, not the sense. OpenAI's two parse helpers, instructor in two modes, pydantic-ai and Anthropic's tools."""
     found = outcome([made_venv("typed", "typed.txt"), HERE / "typed_peer.py"], url, *range(20), limit_s=AGENT_S)
-    assert found == dict.fromkeys(("chat.completions.parse", "responses.parse", "instructor", "pydantic-ai", "anthropic"), {})
+    assert found == dict.fromkeys(("chat.completions.parse", "responses.parse", "instructor", "instructor, JSON", "pydantic-ai", "anthropic"), {})
 
 
 def run_agent(command, home, limit_s=RUN_S, **environment):

@@ -1,16 +1,16 @@
-"""Answers of declared types: OpenAI's two parse helpers, instructor in its mode of JSON schemas (in
-its older one the schema is in the prompt alone), a pydantic-ai agent and Anthropic's tools, against the server at argv[1] with
+"""Answers of declared types: OpenAI's two parse helpers, instructor in its mode of JSON schemas and in its older
+one (where the schema is in the prompt alone, and the answer is any object), a pydantic-ai agent and Anthropic's tools, against the server at argv[1] with
 each of the seeds after it. Prints the errors of each as JSON, by their seeds."""
 
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated
+from typing import Annotated, Any
 
 import anthropic
 import instructor
 import openai
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -29,11 +29,19 @@ class Event(BaseModel):
     online: bool | None = None
 
 
-def typed(asked):
+class AnyEvent(BaseModel):
+    """An event, of which the prompt alone says what its values should be."""
+    model_config = ConfigDict(extra="allow")
+    name: Any = None
+    hour: Any = None
+    participants: Any = None
+
+
+def typed(asked, wanted=Event):
     """What comes of a question with each seed, some at once: the errors by their seeds."""
     def error(seed):
         try:
-            assert isinstance(asked(seed), Event)
+            assert isinstance(asked(seed), wanted)
         except Exception as error:
             return f"{type(error).__name__}: {error}"[:900]
     with ThreadPoolExecutor(10) as threads:
@@ -43,7 +51,7 @@ def typed(asked):
 def main():
     asked = {"messages": [{"role": "user", "content": QUESTION}], "model": "default"}
     client = openai.OpenAI(base_url=URL + "/v1", api_key="none", max_retries=0)
-    shaped = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA)
+    shaped, loose = (instructor.from_openai(client, mode=mode) for mode in (instructor.Mode.JSON_SCHEMA, instructor.Mode.JSON))
     claude = anthropic.Anthropic(base_url=URL, api_key="none", max_retries=0)
     tools = [{"name": "event", "description": "notes an event", "input_schema": Event.model_json_schema()}]
 
@@ -65,6 +73,8 @@ def main():
             input=QUESTION, model="default", text_format=Event, max_output_tokens=MOST, extra_body={"seed": seed}).output_parsed),
         "instructor": typed(lambda seed: shaped.chat.completions.create(
             **asked, response_model=Event, seed=seed, max_tokens=MOST, max_retries=0)),
+        "instructor, JSON": typed(lambda seed: loose.chat.completions.create(
+            **asked, response_model=AnyEvent, seed=seed, max_tokens=512, max_retries=0), AnyEvent),
         "pydantic-ai": typed(by_agent),
         "anthropic": typed(called)}
     print(json.dumps(found))

@@ -42,10 +42,13 @@ def text_with(pattern: str) -> str:
 LARGEST = 9_999_999_999_999_998  # of 16 digits; one more is no number of IEEE's
 MOST_ITEMS = 64     # of an array, and keys of an object that are not declared, where a schema has no limit
 MOST_DEPTH = 16     # of arrays and objects of which the schema says nothing
+COMMA, FREE_COMMA = '"," " "', '"," JSON_SPACE'  # the second before what a schema leaves open
 FORMAT_LENGTHS = {  # of the formats whose texts are not bounded by what they are
     "date-time": 43, "time": 32, "duration": 64, "hostname": 253, "email": 254}
 FORMATS = (*FORMAT_LENGTHS, "date", "ipv4", "ipv6", "uuid", "uri")  # those that llguidance knows
 JSON_TERMINALS = "\n".join((
+    # as models like to write it: one that may not begin a line where it would invents odd keys instead
+    r"JSON_SPACE: /( |\n{1,2}[ \t]{0,18})?/",
     r'JSON_STRING: /"([^"\\\x00-\x1f\x7f]|\\(["\\bfnrt]|u00([01][0-9a-f]|7f)))*"/',
     r'JSON_KEY: /"[^"\\\x00-\x1f\x7f]{0,64}"/',
     "JSON_INTEGER: /-?(0|[1-9][0-9]{0,15})/",
@@ -53,9 +56,9 @@ JSON_TERMINALS = "\n".join((
     r"JSON_NUMBER: /-?(0|[1-9][0-9]{0,15})(\.[0-9]{1,16})?([eE][+-]?([0-9]{1,2}|1[0-9]{2}|2[0-8][0-9]))?/"))
 
 
-def more(item: str, low: int, high: int) -> str:
+def more(item: str, low: int, high: int, comma: str = COMMA) -> str:
     """So many more items after another."""
-    return f'(", " {item}){{{low},{high}}}' if high else ""
+    return f"({comma} {item}){{{low},{high}}}" if high else ""
 
 
 def known_format(members: Mapping) -> dict:
@@ -143,9 +146,9 @@ class SchemaRules:
         choices = ['"null" | "true" | "false" | JSON_NUMBER | JSON_STRING']
         if depth:
             value = self.anything(depth - 1)
-            choices += [f'"{opening}" ({item} {more(item, 0, MOST_ITEMS - 1)})? "{closing}"'
-                        for opening, item, closing in (
-                            ("[", value, "]"), ("{", f'JSON_KEY ": " {value}', "}"))]
+            for opening, item, closing in ("[", value, "]"), ("{", f'JSON_KEY ": " {value}', "}"):
+                items = f"{item} {more(item, 0, MOST_ITEMS - 1, FREE_COMMA)}"
+                choices.append(f'"{opening}" (JSON_SPACE {items} JSON_SPACE)? "{closing}"')
         return self.shared(" | ".join(choices))
 
     def leaf(self, schema: Mapping) -> str:
@@ -216,7 +219,7 @@ class SchemaRules:
         if low > (most if item else len(places)):
             return ""
         for index, item in reversed([*enumerate(places)]):
-            text = '", " ' * (index > 0) + f"{item} {text}"
+            text = f"{COMMA if index else ''} {item} {text}"
             text = text if index < low else f"({text})?"
         return f'"[" {text} "]"'
 
@@ -273,15 +276,16 @@ class SchemaRules:
             elif not extra or room == 0:
                 after[count] = ""
             elif count:
-                after[count] = more(extra, least, room)
+                after[count] = more(extra, least, room, FREE_COMMA) + " JSON_SPACE"
             else:
-                text = f"{extra} {more(extra, max(0, least - 1), room - 1)}"
+                others = more(extra, max(0, least - 1), room - 1, FREE_COMMA)
+                text = f"JSON_SPACE {extra} {others} JSON_SPACE"
                 after[count] = text if least else f"({text})?"
         for (member, required), counts in reversed([*zip(members, reached)]):
             ends, after = after, {}
             for count in counts:
                 choices = [] if (end := ends[min(count + 1, cap)]) is None else [
-                    f'", " {member} {end}' if count else f"{member} {end}"]
+                    f"{COMMA} {member} {end}" if count else f"{member} {end}"]
                 if not required and (end := ends[count]) is not None:
                     choices.append(end or '""')
                 after[count] = None if not choices else choices[0] if len(choices) == 1 else self.shared(

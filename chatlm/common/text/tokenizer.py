@@ -128,6 +128,12 @@ class Tokenizer:
         return self.special_names.get(token, "").encode() or self.token_bytes(token)
 
     @cached_property
+    def byte_tokens(self) -> dict[int, int]:
+        """The tokens of single bytes."""
+        pieces = ((self.piece(token), token) for token in reversed(range(self.vocab_size)))
+        return {piece[0]: token for piece, token in pieces if len(piece) == 1}
+
+    @cached_property
     def grammar_vocabulary(self):
         """The tokens in llguidance's form (0.2 s and 19 MB for 49,152 tokens)."""
         llguidance = require_library("llguidance", "constrained decoding")

@@ -24,7 +24,7 @@ PARALLEL = Field("parallel_tool_calls", SWITCH,
                  "false: at most one call; true: several also where tool_choice requires calls")
 RESPONSE_FORMAT = Field(
     "response_format", object_of("type", "json_schema", "schema")._replace(convert=response_grammar),
-    "format of the answer: text, json_object or json_schema")
+    "format of the answer, in which it ends within max_tokens: text, json_object or json_schema")
 
 EFFORT_OR_NULL = {"anyOf": [*EFFORT.schema["anyOf"], {"type": "null"}]}
 WHETHER_TO_THINK = {"enum": ["enabled", "adaptive", "disabled"]}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence as Seq
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from chatlm.common.messages.requests import Delta
@@ -111,12 +113,18 @@ class Answer:
     """The text side of a sequence: token ids in, deltas out, and the decision to stop.
 
     Rebuilt from the ids alone when a sequence is resumed after a worker died. Stop strings are looked for in
-    the content, not in reasoning or calls."""
+    the content, not in reasoning or calls. `most`: how many tokens it may have, where the context has no room
+    for max_tokens."""
+
+    NEAR = 32  # tokens: where an answer in a format has fewer to spare, it looks for its end after each
 
     def __init__(self, work: Assignment, tokenizer: Tokenizer, grammar: Grammar | None = None,
-                 compiled: Callable[[str], Grammar] | None = None):
+                 compiled: Callable[[str], Grammar] | None = None, most: int | None = None):
         self.work, self.grammar, params = work, grammar, work.params
         self.compiled = compiled       # makes a grammar of its source
+        self.closes = bool(params.grammar) and params.grammar_param != "tools"  # see `_closing`
+        self.closing_room = sys.maxsize  # with room for so many more tokens it looks for its end
+        self.way_to_end: list[int] | None = None  # tokens with which it could end now, if it looked
         self.call_grammars = {name: with_markers(source, tokenizer.markers) for name, source in zip(
             params.tool_names, params.call_grammars) if source}
         self.reader = answer_reader(tokenizer, params, work.prompt_ids)
@@ -134,11 +142,12 @@ class Answer:
         self.reason: str | None = None  # finish_reason; stop_reason is its cause
         self.stop_reason: str | None = None
         self.repeated = RepeatedCalls() if params.grammar and params.grammar_param == "tools" else None
-        for token in work.resumed_ids:
+        for count, token in enumerate(work.resumed_ids, 1):
             if self.tool:
                 self.tool.feed(token)  # the resumed ids already contain what it forced
             if self.grammar:
                 self.grammar.feed(token)
+                self._closing(token, (work.max_tokens if most is None else most) - count)
             self._read(token)
             self._end_of_thinking()    # here too
             if self.awaits_grammar:
@@ -238,34 +247,69 @@ class Answer:
         unsent, self.unsent = tuple(self.unsent), []
         return unsent
 
+    def _closing(self, token: int, room: int) -> list[int] | None:
+        """What to write instead of this token to end the answer as its format wants it, if after the token
+        the `room` tokens that are left are too few for that; None if the token may stay.
+
+        So an answer in a format ends in it, though the model would go on and on. Calls do not: half a call is
+        not to be made."""
+        if not self.closes or not self.grammar or token in self.grammar.ends:
+            return None
+        before, self.way_to_end = self.way_to_end, None
+        if room > self.closing_room:
+            return None
+        with suppress(LookupError):
+            if (way := self.grammar.way_to_end(room)) is None and before is not None:
+                return before
+            self.way_to_end = way
+        spare = room - len(self.way_to_end or ())
+        self.closing_room = room - (spare // 4 if spare > self.NEAR else 1)
+        return None
+
     def push(self, token: int, generated: int, room: int) -> list[int]:
         """Add the `generated`-th token and its text, with room for `room` more; it may end the answer.
-        Returns the tokens to force after it, whose text is added too."""
+        Returns what is added: it, and the tokens forced after it or, near the last one, in its place."""
+        last = "max_tokens" if generated + room >= self.work.max_tokens else "context_length"
         if self.grammar and not self.grammar.feed(token):
-            return self._end("refused", f"no answer can follow {self.work.params.grammar_param}: nothing "
-                                        "satisfies it, or it is too large")
+            self._end("refused", f"no answer can follow {self.work.params.grammar_param}: nothing satisfies "
+                                 "it, or it is too large")
+        elif self.grammar and (closing := self._closing(token, room)) is not None:
+            self.grammar.take_back()
+            self._force(closing, room + 1)
+            self._end("stop", last)
+            return closing
+        else:
+            self._add_token(token, generated)
+        if self.reason is not None:
+            return [token]
+        forced = ((self.tool.feed(token) if self.tool else []) or self._end_of_thinking())[:room]
+        self._force(forced, room)
+        if len(forced) >= room:
+            self._end("length", last)
+        return [token, *forced]
+
+    def _add_token(self, token: int, generated: int):
+        """Add the text of a drawn token, which may end the answer."""
         if token in self.stop_tokens and generated >= self.work.params.min_tokens:
             return self._end("stop", "eos" if token in self.eos_tokens else str(token))
         self._read(token)
         if self.stops.stopped_by is not None:
-            return self._end("stop", self.stops.stopped_by)
-        if self.over_calls:
-            return self._end("stop", "parallel_tool_calls")
-        if self.repeated and self.repeated.complete:
-            return self._end("stop", "repeated call")
-        if self.grammar and self.grammar.complete:
-            return self._end("stop", "grammar")
-        forced = ((self.tool.feed(token) if self.tool else []) or self._end_of_thinking())[:room]
-        for forced_token in forced:
-            if self.grammar:
-                self.grammar.feed(forced_token)
-            self._read(forced_token)
-        if len(forced) >= room:
-            self._end("length",
-                      "max_tokens" if generated + room >= self.work.max_tokens else "context_length")
-        return forced
+            self._end("stop", self.stops.stopped_by)
+        elif self.over_calls:
+            self._end("stop", "parallel_tool_calls")
+        elif self.repeated and self.repeated.complete:
+            self._end("stop", "repeated call")
+        elif self.grammar and self.grammar.complete:
+            self._end("stop", "grammar")
 
-    def _end(self, reason: str, cause: str) -> list[int]:
+    def _force(self, tokens: Seq[int], room: int):
+        for count, token in enumerate(tokens, 1):
+            if self.grammar:
+                self.grammar.feed(token)
+                self._closing(token, room - count)
+            self._read(token)
+
+    def _end(self, reason: str, cause: str):
         self.reason, self.stop_reason = reason, cause
         if self.reader:
             self.reader.finish(cut=reason == "length")
@@ -273,4 +317,3 @@ class Answer:
         self._add(Delta("text", self.stops.finish()))
         if reason == "length" and self.stops.stopped_by is not None:
             self.reason, self.stop_reason = "stop", self.stops.stopped_by
-        return []

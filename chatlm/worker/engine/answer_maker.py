@@ -97,7 +97,8 @@ class AnswerMaker:
                 source = work.params.grammar
                 if source and (reader := answer_reader(self.tokenizer, work.params, work.prompt_ids)):
                     source = reader.grammar(work.params)  # of the whole answer
-                answer = Answer(work, self.tokenizer, compiled(source) if source else None, compiled)
+                answer = Answer(work, self.tokenizer, compiled(source) if source else None, compiled,
+                                sequence.limit - len(work.prompt_ids))
             if answer.grammar:
                 answer.grammar.mask.set_result(answer.grammar.matcher.compute_bitmask())
             sequence.text = answer

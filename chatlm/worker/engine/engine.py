@@ -266,7 +266,7 @@ class Engine:
                     self.scheduler.remove(sequence)
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[WorkerEvent]:
-        """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
+        """Add the drawn tokens and their text until one ends the answer, brings others or differs from the
         draft (the rest are then void), and propose the next draft."""
         answer, tokens, right = sequence.text, sequence.tokens, 0
         if not answer:
@@ -274,10 +274,9 @@ class Engine:
         tokens.pop()  # the mark of the token being drawn
         known, sequence.suspect = len(tokens), False
         for token, guess in zip(drawn, (*draft, None)):
-            tokens.append(token)
-            forced = answer.push(token, sequence.generated, sequence.limit - len(tokens))
-            tokens += forced
-            if forced or answer.reason is not None or token != guess or answer.awaits_grammar:
+            added = answer.push(token, sequence.generated + 1, sequence.limit - len(tokens) - 1)
+            tokens += added
+            if added != [guess] or answer.reason is not None or answer.awaits_grammar:
                 break
             right += 1
             self.scheduler.advance(Chunk(sequence, 1))  # the step has computed this token too
@@ -297,7 +296,7 @@ class Engine:
             room = 2 * len(self.scheduler.running) <= FREE_ROWS  # else a draft only delays the next step
             sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
         ended_it = answer.reason == "stop" and token in answer.stop_tokens
-        logprobs = () if sequence.logprob is None or ended_it else (sequence.logprob,)
+        logprobs = () if sequence.logprob is None or ended_it or token not in added else (sequence.logprob,)
         if answer.reason == "refused":
             return [Failed(answer.stop_reason or "", refused=True)]
         piece = Piece(tuple(tokens[known:]), answer.take(), logprobs)

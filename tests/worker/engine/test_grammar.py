@@ -88,6 +88,64 @@ def test_a_resumed_answer_goes_on_in_its_grammar(engine):
         assert text_of(whole[:cut]) + text_of(rest) == text_of(whole)
 
 
+ANYTHING = {"type": "object"}
+LISTS = {"type": "object", "properties": {"lists": {"type": "array", "items": {"type": "array", "items": {"type": "string"}}}, "day": {"type": "string", "format": "date"},
+                                          "last": {"type": ["integer", "null"]}}, "required": ["lists", "day", "last"]}
+
+
+def drawn(found):
+    return [token for piece in found for token in piece.tokens]
+
+
+@pytest.mark.parametrize("schema, most", [(ANYTHING, 9), (PERSON, 18), *(pytest.param(schema, most, marks=pytest.mark.slow) for schema, most in (
+    (ANYTHING, 40), (LISTS, 48), ({"type": "array", "items": PERSON, "minItems": 1}, 90)))])
+def test_an_answer_that_would_go_on_ends_as_its_format_wants_before_its_last_token(engine, schema, most):
+    """Alone, beside others and by a worker that takes over; up to there it is the answer that has more tokens."""
+    works = [changed(work(engine, f"g{seed}", schema, seed), max_tokens=most) for seed in range(3)]
+    found = pieces(engine, works)
+    for each in works:
+        end, tokens = found[each.id].end, drawn(found[each.id])
+        assert isinstance(json.loads(text_of(found[each.id])), (dict, list)) and len(tokens) <= most
+        assert (end.reason, end.stop_reason) in (("stop", "max_tokens"), ("stop", "grammar"))
+    each = next((each for each in works if found[each.id].end.stop_reason == "max_tokens"), works[0])
+    tokens = drawn(found[each.id])
+    assert drawn(pieces(engine, [each])[each.id]) == tokens
+    steps = [len(piece.tokens) for piece in found[each.id]]
+    before = sum(steps[:-1])        # without those that end it, which come at once
+    assert drawn(pieces(engine, [changed(each, max_tokens=4 * most)])[each.id])[:before] == tokens[:before]
+    for cut in {before // 2, before - 1, before} - {0, -1}:
+        rest = drawn(pieces(engine, [changed(each, resumed_ids=tuple(tokens[:cut]))])[each.id])
+        assert tokens[:cut] + rest == tokens
+
+
+def test_where_no_tokens_are_left_for_an_end_or_a_call_is_cut_it_stays_cut(engine):
+    short, call = changed(work(engine, "a", PERSON), max_tokens=3), changed(work(engine, "b", ANYTHING, 1), max_tokens=12, grammar_param="tools")
+    found = pieces(engine, [short, call])
+    assert found["a"].end.reason == "length" and len(drawn(found["a"])) == 3
+    assert found["b"].end.reason == "length" or found["b"].end.stop_reason == "grammar"
+
+
+@pytest.mark.parametrize("schema, begun, ended", [
+    (ANYTHING, "", "{}"), (ANYTHING, '{\n  "a', '": null}'), (ANYTHING, '{"a": [1, {"b": "x}', '"}]}'), (ANYTHING, '{"a": "\\u0', '000"}'), (ANYTHING, '{"a": "\\', 'n"}'),
+    (ANYTHING, '{"a": tr', "ue}"), (ANYTHING, '{"a": -', "0}"), (ANYTHING, '{"a": 1.5e', "0}"), (ANYTHING, '{"a": [1,\n', "null]}"), (ANYTHING, '{"a": 1,', '"": null}'),
+    (PERSON, "", '{"name": "", "age": 0, "tags": []}'), (PERSON, '{"name": "B', '", "age": 0, "tags": []}'), (LISTS, '{"lists": [["', '"]], "day": "0000-01-01", "last": null}'),
+    ({"type": "integer"}, "12", ""), ({"type": "integer", "minimum": 10}, "", "10"), ({"enum": ["red", "grün"]}, '"g', 'rün"'), ({"type": "string", "minLength": 3}, '"a', '  "'),
+    ({"type": "string", "format": "email"}, '"a', '@0"'), ({"type": "string", "format": "uri"}, '"a', ':"'), ({"type": "string", "pattern": "^[A-Z]{2}-[0-9]$"}, '"A', 'A-0"'),
+    ({"type": "array", "items": PERSON, "maxItems": 2}, "[", "]"), ({"type": "array", "items": {"type": "boolean"}, "minItems": 2}, "[true", ", false]")])
+def test_the_way_to_the_end_of_a_value_is_short(engine, schema, begun, ended):
+    guide = Grammar(engine.tokenizer, grammar(schema))
+    assert guide.feed_text(begun) if begun else True
+    way = guide.way_to_end(60)
+    assert engine.tokenizer.decode(way) == ended and (not way or guide.way_to_end(len(way) - 1) is None)
+
+
+def test_a_character_that_has_begun_is_finished_on_the_way(engine):
+    guide, one = Grammar(engine.tokenizer, grammar(ANYTHING)), engine.tokenizer.byte_tokens
+    written = [one[byte] for byte in '{"a": "ü'.encode()[:-1]]
+    assert all(map(guide.feed, written))
+    assert json.loads(engine.tokenizer.decode(written + guide.way_to_end(60)))["a"]
+
+
 @pytest.mark.parametrize("shape", [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": PERSON}}])
 def test_json_ends_where_it_is_complete_or_a_stop_string_begins(engine, shape):
     body = {"messages": [{"role": "user", "content": "Describe a person as JSON."}], "response_format": shape, "temperature": 1,
@@ -321,7 +379,7 @@ def test_what_earlier_answers_added_to_a_grammar_does_not_break_later_ones(defau
     works = [assignment("a", prompt, SamplingParams(2.0, seed=seed, top_k=0), 20, grammar="start: /[01]*1[01]{12}[01]*/") for seed in range(6)]
     roomy = [pieces(engine, [each])["a"] for each in works]
     engine.answers.grammars.clear()
-    monkeypatch.setitem(GRAMMAR_LIMITS, "max_lexer_states", 150)        # one answer adds some 40
+    monkeypatch.setitem(GRAMMAR_LIMITS, "max_lexer_states", 150)        # one answer adds some 70
     made, original = [], Grammar.__init__
     monkeypatch.setattr(Grammar, "__init__", lambda self, *given: made.append(self) or original(self, *given))
     tight = [pieces(engine, [each])["a"] for each in works]
