@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.config import DEFAULT_MAX_TOKENS, SAMPLING_DEFAULTS, with_own_sampling
 from chatlm.common.core import decode_core, kernels_line
-from chatlm.common.errors import ChatServerError, ConfigError, RequestError, did_you_mean, shown
+from chatlm.common.errors import ChatServerError, ConfigError, did_you_mean, shown
 from chatlm.common.files import read_small
 from chatlm.common.jsontext import as_json, whole_unicode
 from chatlm.common.messages.requests import AnswerParams, Finished, Message, Piece, PromptProgress, Request
@@ -56,6 +56,8 @@ def summary(done: Finished, seconds: float) -> str:
     return ", ".join(parts)
 
 
+CONTINUES_TEXTS = ("This model has no chat template: it continues the text that you type, each by itself and "
+                   "without a system message")
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 
 
@@ -130,7 +132,8 @@ class Chat:
 
     async def run(self) -> int:
         """Run until the user leaves. Returns the exit status: 1 if any message from a pipe failed."""
-        self.note("\n".join([*self.pool.describe(), "/help lists the commands; Ctrl-C stops the answer",
+        about = [] if self.pool.chats else [CONTINUES_TEXTS]
+        self.note("\n".join([*self.pool.describe(), *about, "/help lists the commands; Ctrl-C stops the answer",
                              *self.conversation.lines()]))
         while not self.left:
             draft, self.draft = self.draft, ""
@@ -181,9 +184,11 @@ class Chat:
         chat, reply, before = self.conversation, Reply(), self.conversation.leaf
         chat.leaf, cut = last["id"], last["role"] == "assistant"
         seed = {"seed": last["seed"]} if cut and type(last.get("seed")) is int else {}
+        source = {"messages": chat.messages(), "template_options": CONTINUE if cut else {}}
+        if not self.pool.chats:
+            source = {"prompts": (chat.last_text(),)}
         request = new_request(with_own_sampling(self.settings, self.pool), seed | chat.parameters,
-                              messages=chat.messages(), template_options=CONTINUE if cut else {},
-                              progress=self.terminal.interactive)
+                              progress=self.terminal.interactive, **source)
         chat.leaf, note = before, "interrupted"
         try:
             with self.terminal.unechoed(partial(self.pool.end_thinking, request.id)):
@@ -321,7 +326,7 @@ class Chat:
         """/continue: continue an answer that was cut"""
         if not (path := self.conversation.path()) or path[-1]["role"] != "assistant":
             raise ValueError("there is no answer to continue")
-        if self.pool.continues and path[-1]["content"]:
+        if path[-1]["content"] and (self.pool.continues or not self.pool.chats):
             await self.answer(path[-1])
         else:
             await self.ask("Please continue.")
@@ -429,14 +434,9 @@ async def generate(settings: Settings) -> int:
         settings = with_own_sampling(settings, pool)
         if not settings.url and decode_core() is None:
             print(kernels_line(), file=sys.stderr)
-        request = new_request(settings, messages=(*turns, Message("user", text)))
-        try:
-            await receive(pool, request, reply, writer)
-        except RequestError as error:
-            if error.code != "no_chat_template":
-                raise
-            request = new_request(settings, prompts=(text,))
-            await receive(pool, request, reply, writer)
+        request = (new_request(settings, messages=(*turns, Message("user", text))) if pool.chats else
+                   new_request(settings, prompts=(text,)))
+        await receive(pool, request, reply, writer)
     assert reply.done  # an answer that does not fail says how it ended
     if settings.json:
         print(reply.as_json(request, reply.done), flush=True)

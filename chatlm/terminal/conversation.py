@@ -86,6 +86,12 @@ class Conversation:
             messages.append(Message(role, "\n\n".join(node["content"] for node in nodes)))
         return tuple(messages)
 
+    def last_text(self) -> str:
+        """The last message of the user and what follows it, for a model that continues texts."""
+        texts = [node["content"] for node in self.path()]
+        begins = [index for index, node in enumerate(self.path()) if node["role"] == "user"]
+        return "".join(texts[begins[-1] if begins else 0:])
+
     def exported(self) -> dict:
         chat = {**self.fields, "updated": now_ms(), "system": self.system, "parameters": self.parameters,
                 "leaf": self.leaf or "", "nodes": list(self.nodes.values())}

@@ -119,6 +119,10 @@ class RemotePool:
                                     able.get("continue_final_message") is True)
 
     @property
+    def chats(self) -> bool:
+        return object_in(self.model, "capabilities").get("chat") is not False
+
+    @property
     def ends_thinking(self) -> bool:
         return object_in(self.model, "capabilities").get("reasoning_budget") is True
 

@@ -97,6 +97,10 @@ def prefill_chunk(settings: Settings, device: torch.device) -> int:
     return settings.prefill_chunk or (2048 if device.type == "cuda" else 256)
 
 
+CANNOT_CHAT = ("It has no chat template, so it cannot chat: it continues texts, for /v1/completions, "
+               "/api/generate, and the commands generate and chat")
+
+
 def build_engine(source: ModelSource, settings: Settings, device: torch.device,
                  progress: Progress = no_progress,
                  ranks: RankZero | None = None) -> tuple[LoadedModel, Engine]:
@@ -107,6 +111,8 @@ def build_engine(source: ModelSource, settings: Settings, device: torch.device,
             compile_chat_template(model.text.chat_template, whole=False)  # the front does it whole
     except ConfigError as error:
         raise ConfigError(f"{source.path}: {error}") from None
+    if not tokenizer.has_chat_template:
+        model.notes += (CANNOT_CHAT,)
     model, transformer, num_pages, context, max_batch = build_transformer(
         model, source, settings, device, progress, ranks)
     return model, Engine(transformer, tokenizer, transformer.kernels, num_pages=num_pages,

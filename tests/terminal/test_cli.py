@@ -245,16 +245,18 @@ def test_generate_without_a_prompt_says_what_is_missing(local_pool, monkeypatch,
 
 
 def test_a_model_without_a_chat_template_continues_the_text(local_pool):
-    plain, local_pool.answer = local_pool.answer, lambda request: refuse_messages(request, plain)
+    local_pool.chats = False
     assert run_main("generate", "--prompt", "Once") == 0
     assert (local_pool.requests[0].prompts, local_pool.requests[0].messages) == (("Once",), None)
 
 
-async def refuse_messages(request, answer):
-    if request.messages:
-        raise RequestError("no template", code="no_chat_template")
-    async for event in answer(request):
-        yield event
+async def test_chat_with_a_model_that_has_no_chat_template_continues_each_text(local_pool, typist, capsys):
+    local_pool.chats, local_pool.continues = False, False
+    typist.type("Once\nTwice\n/continue\n")
+    typist.leave()
+    assert await chat(Settings(command="chat", system="Be brief")) == 0
+    assert [request.prompts for request in local_pool.requests] == [("Once",), ("Twice",), ("TwiceHello, world!",)]
+    assert "it continues the text that you type" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error, status", [(ConfigError("no model"), 2), (EngineFailure("broken"), 1), (Overloaded("busy"), 1),

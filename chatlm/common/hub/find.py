@@ -15,7 +15,7 @@ from chatlm.common.errors import ConfigError, cannot_read, did_you_mean
 from chatlm.common.files import check_regular, refuse_pointer, truncated
 from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.huggingface import (
-    SHORT_NAMES, SPLIT_GGUF, fetch_from_hub, hub_model, other_weights)
+    SHORT_NAMES, SPLIT_GGUF, fetch_from_hub, hub_model, models_among, other_weights)
 from chatlm.common.hub.local import (
     choose_checkpoint, explicit_choice, find_checkpoints, home_folder, no_progress)
 from chatlm.common.log import log
@@ -86,7 +86,8 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
 def no_model_in(path: Path) -> str:
     """What is wrong with a folder that is no model, by what it has."""
     names = sorted(file.name for file in path.iterdir())
-    ggufs = [str(path / name) for name in names if name.lower().endswith(".gguf")]
+    ggufs = [str(path / name) for name in models_among(
+        name for name in names if name.lower().endswith(".gguf"))]
     if ggufs:
         return f"{path} has GGUF files; give one of them: {', '.join(ggufs[:20])}"
     if "adapter_config.json" in names:

@@ -39,8 +39,10 @@ SHORT_NAMES = {  # of each row, the first size needs no name
     for index, size in enumerate(sizes.split() or [""])
     for name in (short, f"{short}-{size.lower()}")[index > 0:1 + (size > "")]}
 SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"  # of one part of a model in several files
+BESIDE_MODEL = r"(?i).*(?<![a-z])(mmproj|imatrix)(?![a-z])[^/]*"  # encoders of images, and what quantizers measured
 FOLDER_FILES = {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
-                "tokenizer_config.json", "chat_template.jinja", "chat_template.json"}
+                "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+                "additional_chat_templates/tool_use.jinja"}
 
 
 def hub_model(text: str) -> tuple[str, str] | None:
@@ -119,7 +121,7 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
     parts, names = collections.defaultdict(list), set(names)
     for name in sorted(name for name in names if name.lower().endswith(".gguf")):
         parts[re.sub(SPLIT_GGUF, "", name, flags=re.IGNORECASE)].append(name)
-    ggufs = list(parts)  # without the numbers of parts
+    ggufs = models_among(parts)  # without the numbers of parts
     if not file and "config.json" in names:
         weights = {name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
         weights = {"model.safetensors"} & names or weights
@@ -136,6 +138,12 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
         how = f". Name one: {repository}:FILE" if ggufs else ""
         raise ConfigError(f"{repository} has {what}; {there}{how}")
     return parts[chosen[0]]
+
+
+def models_among(ggufs: Iterable[str]) -> list[str]:
+    """Those of the GGUF files that are models by their names, or all if none is."""
+    ggufs = list(ggufs)
+    return [name for name in ggufs if not re.fullmatch(BESIDE_MODEL, name)] or ggufs
 
 
 def other_weights(names: Iterable[str]) -> str:

@@ -267,6 +267,7 @@ class Known:
     tool_format: str | None  # see tool_format_of
     ready: bool = True       # False: the model's names are not known yet
     template: str = ""       # its chat template
+    chats: bool = True       # False: it has none, and continues texts
 
     def check_model(self, name: str):
         names = (self.model, *self.settings.served_model_name, self.settings.model or "")

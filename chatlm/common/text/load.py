@@ -199,8 +199,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def template_arguments(self, messages: Seq[Message], tools: Seq[dict],
                            options: Mapping = NO_OPTIONS) -> dict:
         if not self.has_chat_template:
-            raise RequestError("this model has no chat template; use /v1/completions",
-                               code="no_chat_template")
+            raise RequestError("this model has no chat template, so it cannot chat: use /v1/completions or "
+                               "/api/generate, which continue a text", code="no_chat_template")
         try:
             if not self.native_tools:
                 has_system = "ystem role not supported" not in (self.spec.chat_template or "")

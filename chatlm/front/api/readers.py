@@ -263,7 +263,7 @@ def ollama_message(message: SentMessage) -> SentMessage:
 def read_ollama_generate(body: dict, known: Known) -> ParsedBody:
     values = parse_answer(body, OLLAMA_GENERATE_FIELDS)
     prompt = values.get("prompt", "")
-    if values.get("raw", False) and prompt:
+    if prompt and (values.get("raw", False) or not known.chats):
         return ollama_body("ollama generate", values, known, prompts=(prompt,))
     system = (Message("system", values["system"]),) if "system" in values else ()
     messages = (*system, Message("user", prompt)) if prompt else ()

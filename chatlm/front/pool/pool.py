@@ -38,6 +38,11 @@ class WorkerPool:
     continues = True  # can it continue the last message of a conversation?
     ends_thinking = True
 
+    @property
+    def chats(self) -> bool:
+        """Has the model a chat template? Else it continues texts."""
+        return self.tokenizer is None or self.tokenizer.has_chat_template
+
     def __init__(self, settings: Settings, placement: Placement):
         self.settings, self.placement, self.workers = settings, placement, placement.workers
         self.admission = Admission(self._check_capacity)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def known_of(pool: WorkerPool, settings: Settings) -> Known:
     tokenizer = pool.tokenizer
     return Known(with_own_sampling(settings, pool), pool.model_name, tokenizer and tokenizer.tool_format,
-                 pool.ready, tokenizer and tokenizer.spec.chat_template or "")
+                 pool.ready, tokenizer and tokenizer.spec.chat_template or "",
+                 tokenizer is None or tokenizer.has_chat_template)
 
 
 def tokenizer_of(pool: WorkerPool) -> Tokenizer:

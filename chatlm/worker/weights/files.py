@@ -20,7 +20,8 @@ def weight_files(folder: Path) -> list[Path]:
     index, there = folder / "model.safetensors.index.json", sorted(
         path.name for path in folder.glob("*.safetensors"))
     names, origin = ["model.safetensors"], "it must have"
-    numbered = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", there[0]) if there else None
+    sets = [match for name in there if (match := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name))]
+    numbered = next((match for match in sets if match[1] == "model"), sets[0] if sets else None)
     if index.exists():
         files, origin = read_json(index).get("weight_map"), f"{index.name} names"
         if not isinstance(files, dict) or not files or not all(
@@ -30,7 +31,7 @@ def weight_files(folder: Path) -> list[Path]:
     elif names[0] not in there and numbered:
         stem, count = numbered.groups()
         names = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
-        origin = f"by the name of {there[0]} it must have"
+        origin = f"by the name of {numbered[0]} it must have"
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         has = f"it has {', '.join(there[:8])}" if there else "it has no *.safetensors"

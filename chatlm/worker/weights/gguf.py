@@ -36,7 +36,7 @@ from chatlm.worker.weights.gguf_file import (
     ROPE_TENSORS, check_gguf_types, gguf_value, read_gguf)
 from chatlm.worker.weights.lora import read_adapters
 from chatlm.worker.weights.rules import (
-    LoadedModel, Rule, check_divides, checked, float_type, own_sampling)
+    LoadedModel, Rule, check_divides, checked, float_type, own_sampling, warn_of_templates)
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.gguf_file import PreTokenizer
-    from chatlm.worker.weights.lora import Change
+    from chatlm.worker.weights.lora import Change, Copy
 
 
 # architectures whose q and k have rotary pairs side by side, though a folder's have not
@@ -66,7 +66,8 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         backend = choose_backend(device, spec)
         as_stored = None if settings.dtype else backend.as_stored
         dtype = None if as_stored else float_type(settings, backend)
-        added, adapted = gguf_adapters(settings, HF_TENSORS | FAMILIES[family].tensors, names, sources)
+        called = source.name, str(metadata.get("general.name") or "")
+        added, adapted = gguf_adapters(settings, HF_TENSORS | FAMILIES[family].tensors, names, sources, called)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, as_stored,
                                architecture in PERMUTED, FAMILIES[family].interleaved, added)
         text = gguf_text(source.path, metadata)
@@ -108,6 +109,9 @@ def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dic
 
 def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
     """The row of FAMILIES and the spec, made as from a config.json that says what the metadata does."""
+    if metadata.get("general.type", "model") != "model":
+        raise ConfigError(f"{path} is no model: its general.type is {shown(metadata['general.type'])}. Give "
+                          "the GGUF file of the model itself")
     own = f"{gguf_value(path, metadata, 'general.architecture')}."
     if own[:-1] not in GGUF_FAMILIES:
         raise ConfigError(f"{path}: {unsupported(own[:-1])}")
@@ -223,21 +227,22 @@ def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Ma
 
 
 def gguf_adapters(settings: Settings, table: Mapping[str, tuple], names: Mapping[str, tuple],
-                  sources: Sources) -> tuple[dict[str, list[Change]], str]:
-    """As read_adapters, by the names of the GGUF's tensors; both tables are like HF_TENSORS."""
+                  sources: Sources, called: Seq[str]) -> tuple[dict[str, list[Change | Copy]], str]:
+    """As read_adapters, by the names of the GGUF's tensors; both tables are like HF_TENSORS. The model is
+    `called` so."""
     own, shapes = {}, file_shapes(sources)
     for ours in sources:
         layer, _, part = ours.rpartition(".")
         for theirs, name in zip(table.get(part, ()), names.get(part, ()) if "expert" not in part else ()):
             if len(shapes.get(name := name.format(layer), ())) == 2:
                 own[theirs.format(layer)] = name
-    added, adapted = read_adapters(settings, {theirs: shapes[name] for theirs, name in own.items()})
+    added, adapted = read_adapters(settings, {theirs: shapes[name] for theirs, name in own.items()}, called)
     return {own[theirs]: changes for theirs, changes in added.items()}, adapted
 
 
 def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sources, stored: Mapping,
                  dtype: torch.dtype | None, as_stored: Callable | None, permuted: bool, interleaved: bool,
-                 added: Mapping[str, list[Change]] = {}) -> dict[str, Unread]:
+                 added: Mapping[str, list[Change | Copy]] = {}) -> dict[str, Unread]:
     """Our tensors as `dtype`; None: `as_stored` makes the matrices, in the file's type or one close to it."""
     pairs = RopePairs(spec.head_size, spec.rope_size or spec.head_size)
 
@@ -261,14 +266,14 @@ def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sourc
     return {ours: unread(*source) for ours, source in sources.items()}
 
 
-def merged(tensor, pairs: RopePairs | None, changes: Iterable[Change], own_pairs: RopePairs | None,
+def merged(tensor, pairs: RopePairs | None, changes: Iterable[Change | Copy], own_pairs: RopePairs | None,
            packed: bool) -> tuple[Any, None]:
     """A part of a matrix after the changes of its adapters, which have `own_pairs`; a `packed` one becomes
     Q8_0."""
     rows, columns = reversed(tensor.shape.tolist())
     values = dequantized((rows, columns), [(tensor, pairs)], torch.float32)
     for change in changes:
-        values += unpermute_rope(change.delta(), own_pairs)
+        values = change.on(values, partial(unpermute_rope, pairs=own_pairs))
     gguf_type = gguf.GGMLQuantizationType[
         "Q8_0" if packed and tensor.tensor_type.name not in ("F32", "F16", "BF16") else "F32"]
     data = gguf.quantize(values.numpy(), gguf_type)
@@ -303,6 +308,9 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
     ends |= {entry["id"] for entry in pipeline["added_tokens"] if entry["content"] in END_TOKENS}
     add_bos = value("ggml.add_bos_token", pre is None or pre.add_bos)
     template = template_of(value("chat_template"), metadata.get("tokenizer.chat_template.tool_use"))
+    if not template:
+        warn_of_templates(path, [key.removeprefix("tokenizer.chat_template.") for key in metadata
+                                 if key.startswith("tokenizer.chat_template.")])
     return TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), template,
                     stop_tokens=frozenset(ends), bos_token=bos, eos_token=eos, add_bos=add_bos)
 

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, printable, shown
+from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import read_small, read_text, refuse_cut_json
 from chatlm.common.jsontext import whole_unicode
-from chatlm.common.log import log
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
@@ -26,7 +25,7 @@ from chatlm.worker.weights.families import (
     growing_queries, scaled_rope)
 from chatlm.worker.weights.lora import read_adapters
 from chatlm.worker.weights.rules import (
-    LoadedModel, Rule, check_divides, checked, float_type, own_sampling, read_json)
+    LoadedModel, Rule, check_divides, checked, float_type, own_sampling, read_json, warn_of_templates)
 from chatlm.worker.weights.trial import refuse_endless
 
 if TYPE_CHECKING:
@@ -80,6 +79,7 @@ def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> di
 def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     config = source.path / "config.json"
     family, spec = hf_spec(config, settings.context_length)
+    names = source.name, str(source.path), str(read_json(config).get("_name_or_path") or "")
     state, scales = read_safetensors(source.path)
     if spec.tied_head:
         state.pop("lm_head.weight", None)  # some files have it twice
@@ -93,13 +93,13 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     backend = choose_backend(device, spec)
     as_stored, dtype = None if settings.dtype else backend.as_stored, float_type(settings, backend)
     matrices = {name: shape for name, shape in file_shapes(sources).items() if len(shape) == 2}
-    added, adapted = read_adapters(settings, matrices)
+    added, adapted = read_adapters(settings, matrices, names)
     scale_block = fp8_block(config, read_json(config)) if scales else []
 
     def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
         tensor = unscaled(config, scales, scale_block, name, tensor) if name in scales else tensor
         for change in added.get(name, ()):
-            tensor = tensor.float() + change.delta()
+            tensor = change.on(tensor)
         if FAMILIES[family].interleaved and re.search(r"\.[qk]_proj\.", name):
             tensor = unpermute_rope(tensor, RopePairs(spec.head_size, spec.rope_size or spec.head_size))
         return tensor + 1 if FAMILIES[family].one_more and name.endswith("norm.weight") else tensor
@@ -133,10 +133,11 @@ def other_tokenizers(folder: Path) -> str:
 
 def hf_template(folder: Path, options: Mapping) -> str | None:
     """The chat template: chat_template.jinja, else chat_template.json or the one in the tokenizer's
-    `options`. Of several that have names it is `default`."""
+    `options`. Of several that have names it is `default`, with `tool_use` for chats with tools."""
     path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    others = {other.stem: other for other in sorted(folder.glob("additional_chat_templates/*.jinja"))}
     if path.exists():
-        return read_text(path)
+        return template_of(read_text(path), read_text(others["tool_use"]) if "tool_use" in others else None)
     template = options.get("chat_template")
     if template is None:
         config = folder / "chat_template.json"
@@ -145,9 +146,9 @@ def hf_template(folder: Path, options: Mapping) -> str | None:
         by_name = {str(entry.get("name")): entry.get("template")
                    for entry in template if isinstance(entry, dict)}
         template = template_of(by_name.get("default"), by_name.get("tool_use"))
-        if template is None:
-            log.warning("%s: chat_template is a list without \"default\", so chats have no template: it has "
-                        "%s", config, printable(", ".join(map(shown, by_name))) or "no names")
+        others |= by_name
+    if not template:
+        warn_of_templates(config, others)
     return checked(config, "chat_template", template, Rule(str, optional=True))
 
 

@@ -7,11 +7,12 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, named, printable, require_library, shown
+from chatlm.common.log import log
 from chatlm.worker.weights.assemble import read_safetensors_file
 from chatlm.worker.weights.finite import all_below
 from chatlm.worker.weights.rules import Rule, checked, read_json
@@ -33,12 +34,26 @@ class Change(NamedTuple):
         product = self.b.float() @ self.a.float() * self.scaling
         return product.T if self.embedding else product
 
+    def on(self, weight: torch.Tensor, turned: Callable = lambda rows: rows) -> torch.Tensor:
+        """The weight with the change, whose rows are `turned` first."""
+        return weight.float() + turned(self.delta())
+
+
+class Copy(NamedTuple):
+    """A whole matrix (N, K) that takes the place of the model's. peft saves the embedding and the head where
+    it cannot know whether they are still the base's, and what modules_to_save names."""
+
+    weight: Any
+
+    def on(self, weight: torch.Tensor, turned: Callable = lambda rows: rows) -> torch.Tensor:
+        return turned(self.weight.float())
+
 
 LORA_KEYS = {"r": Rule(int, 1, 1 << 16), "lora_alpha": Rule(float, -10**6, 10**6), "use_rslora": Rule(bool)}
 # The layout of the product, or how training went; all other keys must be empty or false.
 LORA_INERT = set("""alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying
     eva_config exclude_modules inference_mode init_lora_weights layers_pattern layers_to_transform
-    loftq_config lora_dropout lora_ga_config megatron_core peft_type peft_version qalora_group_size
+    loftq_config lora_dropout lora_ga_config megatron_core modules_to_save peft_type peft_version qalora_group_size
     rank_pattern revision target_modules task_type""".split())
 
 
@@ -48,27 +63,60 @@ def refuse_adapters(settings: Settings, base: str):
                           "GGUF files")
 
 
-def read_adapters(settings: Settings, shapes: Mapping[str, tuple]) -> tuple[dict[str, list[Change]], str]:
-    """What the folders of --lora add to each of the model's matrices, and a description of them.
+def read_adapters(settings: Settings, shapes: Mapping[str, tuple],
+                  names: Iterable[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
+    """What the folders of --lora change in each of the model's matrices, copies first, and a description.
 
-    `shapes` are the matrices', by Hugging Face's names."""
-    added: dict[str, list[Change]] = {}
+    `shapes` are the matrices', by Hugging Face's names; `names` are the model's own, as far as known."""
+    added: dict[str, list[Change | Copy]] = {}
     folders = [Path(folder).expanduser() for folder in settings.lora]
     for folder in folders:
-        for name, change in read_adapter(folder, shapes).items():
-            added.setdefault(name, []).append(change)
+        for name, changes in read_adapter(folder, shapes, names).items():
+            copies = [change for change in (*added.get(name, ()), *changes) if isinstance(change, Copy)]
+            if any(not copy.weight.equal(copies[0].weight) for copy in copies):
+                raise ConfigError(f"--lora {folder}: it has its own {name}, and so has an adapter before it; "
+                                  "they cannot both be the model's")
+            products = [change for change in (*added.get(name, ()), *changes) if isinstance(change, Change)]
+            added[name] = [*copies[:1], *products]
     names = ", ".join(printable(folder.name) for folder in folders)
     return added, f"; LoRA {names} merged into {len(added)} matrices" if added else ""
 
 
-def read_adapter(folder: Path, shapes: Mapping[str, tuple]) -> dict[str, Change]:
-    """What one adapter adds to each matrix. See peft's tuners/lora: scaling is alpha / rank, or alpha /
+QUANTIZED = r"[-_. ]((unsloth|bnb|awq|gguf|bf16|[48]bit|gptq|fp8|f16|f32|(ud-)?i?q\d)\w*)$"  # ends of names
+
+
+def short_name(name: str) -> str:
+    """A model's name without its owner, its quantization and what is between letters and digits."""
+    cached = re.search(r"models--.+?--(.+?)/snapshots/", f"{name}/")  # in huggingface_hub's cache
+    name = cached[1] if cached else name.rstrip("/").rpartition("/")[2]
+    while (shorter := re.sub(QUANTIZED, "", name.lower())) != name:
+        name = shorter
+    return re.sub(r"[\W_]", "", name)
+
+
+def warn_of_other_base(path: Path, base, names: Iterable[str]):
+    """A line in the log if an adapter says that it is for a model of another name."""
+    wanted = short_name(base) if isinstance(base, str) else ""
+    has = [short for name in names if (short := short_name(name))]
+    if wanted and has and not any(wanted.endswith(name) or name.endswith(wanted) for name in has):
+        log.warning("%s: this adapter was made for %s (base_model_name_or_path), and the model is %s: unless "
+                    "they have the same weights, its answers will be wrong", path, shown(base),
+                    printable(next(iter(names))))
+
+
+def read_adapter(folder: Path, shapes: Mapping[str, tuple],
+                 names: Iterable[str] = ()) -> dict[str, list[Change | Copy]]:
+    """What one adapter changes in each matrix. See peft's tuners/lora: scaling is alpha / rank, or alpha /
     sqrt(rank) with rslora."""
     path, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    config, modules = lora_config(path), lora_pairs(tensors)
+    config, (modules, copies) = lora_config(path), lora_pairs(tensors)
+    warn_of_other_base(path, config.get("base_model_name_or_path"), names)
     config |= {key: fitted_values(path, config[key], modules) for key in ("rank_pattern", "alpha_pattern")}
     targets = config.get("target_modules")
-    targeted, changes = targeted_modules(path, targets, modules), {}
+    saved = checked(path, "modules_to_save", config.get("modules_to_save"), Rule(str, many=True, optional=True))
+    if lacking := [name for name in saved or () if not any(f".{copy}".endswith(f".{name}") for copy in copies)]:
+        raise ConfigError(f"{tensors}: {shown(lacking[0])} of modules_to_save is not in it")
+    targeted, changes = targeted_modules(path, targets, modules), fitting_copies(tensors, copies, shapes)
     for module, pair in modules.items():
         name = f"{module}.weight"
         if name not in shapes:
@@ -78,25 +126,49 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple]) -> dict[str, Change]
             words = targets if isinstance(targets, str) else ", ".join(targets or ())
             raise ConfigError(f"{tensors}: {module} is not among the target_modules of {path.name}, which "
                               f"are {printable(words)}")
-        changes[name] = lora_change(tensors, config, module, pair, shapes[name])
+        changes.setdefault(name, []).append(lora_change(tensors, config, module, pair, shapes[name]))
     return changes
 
 
-def lora_pairs(path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """module -> its matrices A and B, of an adapter's file."""
+def fitting_copies(path: Path, copies: Mapping[str, torch.Tensor],
+                   shapes: Mapping[str, tuple]) -> dict[str, list[Change | Copy]]:
+    """Whole matrices of an adapter's file, checked; a head that the model shares with its embedding is it."""
+    fitting: dict[str, list[Change | Copy]] = {}
+    for module, tensor in copies.items():
+        name = f"{module}.weight"
+        if name == "lm_head.weight" and name not in shapes:
+            name = "model.embed_tokens.weight"
+        if shapes.get(name) != tuple(tensor.shape):
+            has = f"is {shapes[name]}" if name in shapes else "is not there"
+            raise ConfigError(f"{path}: it has a whole matrix {module} {tuple(tensor.shape)}, which in this "
+                              f"model {has}: it was made for another one")
+        if name in fitting and not tensor.equal(copies["model.embed_tokens"]):
+            raise ConfigError(f"{path}: lm_head differs from embed_tokens, which are the same in this model")
+        fitting[name] = [Copy(tensor)]
+    return fitting
+
+
+def lora_pairs(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """module -> its matrices A and B, of an adapter's file; and module -> the whole matrix that it has
+    there."""
     require_library("safetensors", "a LoRA adapter")
     modules: dict[str, dict[str, torch.Tensor]] = {}
+    copies: dict[str, torch.Tensor] = {}
     for name, tensor in read_safetensors_file(path).items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
-        if not match or tensor.ndim != 2:
-            raise ConfigError(f"{path}: {shown(name)} is not a matrix lora_A or lora_B")
+        whole = re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer|\.modules_to_save)?\.weight", name)
+        if not (match or whole and tensor.is_floating_point()) or tensor.ndim != 2:
+            raise ConfigError(f"{path}: {shown(name)} is not a matrix lora_A or lora_B, nor one of the model")
         if tensor.numel() and not all_below(tensor):
             raise ConfigError(f"{path}: {printable(name)} has a value that is NaN or infinite")
-        module = match[1].replace("language_model.", "", 1)
-        modules.setdefault(module, {})[match[3] + (match[2] or "")] = tensor
-    if not modules:
+        module = (match or whole)[1].replace("language_model.", "", 1)  # pyright: ignore[reportOptionalSubscript]  else refused
+        if match:
+            modules.setdefault(module, {})[match[3] + (match[2] or "")] = tensor
+        else:
+            copies[module] = tensor
+    if not modules and not copies:
         raise ConfigError(f"{path} has no tensors")
-    return modules
+    return modules, copies
 
 
 def lora_config(path: Path) -> dict:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING, TypeVar
 
 import torch
 
-from chatlm.common.errors import ConfigError, shown
+from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.files import parse_json, read_small
 from chatlm.common.hub.default_model import DEFAULT_FILE
+from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.attention import rope_frequencies
@@ -133,6 +134,13 @@ def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
     if not sampling and path.name == DEFAULT_FILE:
         sampling, origin = {"temperature": 0.2, "top_p": 0.9}, "recommended by its makers"
     return {"sampling": sampling, "sampling_origin": origin, "notes": tuple(notes)}
+
+
+def warn_of_templates(path: Path, names: Iterable[str]):
+    """A line in the log, where a model has chat templates of which none is the one for all chats."""
+    if names := printable(", ".join(map(shown, names))):
+        log.warning("%s has chat templates of the names %s and none of the name \"default\": they are not used",
+                    path, names)
 
 
 def check_divides(path: Path, key: str, size: int, divisor: int, of: str = ""):

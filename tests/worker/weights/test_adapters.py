@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
+from chatlm.worker.weights.lora import warn_of_other_base
 from engines import tensors_of
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
 from nightly import by_day
@@ -20,16 +21,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def adapt(model, folder, targets=LINEAR, **options):
-    """Save a random adapter of `model` in `folder` as peft does; returns the model with it, merged by peft."""
+def adapt(model, folder, targets=LINEAR, embeddings=False, **options):
+    """Save a random adapter of `model` in `folder` as peft does; returns the model with it, merged by peft. With
+    `embeddings` the embedding and the head are saved too."""
     peft = pytest.importorskip("peft", reason="pip install '.[test]' brings it")
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **{"r": 4, "lora_alpha": 6} | options))
     torch.manual_seed(5)
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "modules_to_save" in name:
                 weight.normal_(0, 0.2)
-    adapted.save_pretrained(folder, save_embedding_layers=False)
+    adapted.save_pretrained(folder, save_embedding_layers=embeddings)
     return adapted.merge_and_unload()
 
 
@@ -90,6 +92,59 @@ def test_several_adapters_add_up_and_the_embedding_counts_once_where_the_head_is
     assert (sums["embed"] - plain["embed"]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("name, options", by_day([
+    ("llama2", {"targets": ["q_proj"]}), ("llama3.2", {"targets": ["q_proj"]}), ("llama3.1", {"targets": ["embed_tokens", "lm_head"]}),
+    ("llama3.1", {"targets": ["q_proj"], "modules_to_save": ["lm_head"]}), ("phi3", {"targets": ["qkv_proj"], "modules_to_save": ["down_proj"]})],
+    ("llama3.2", {"targets": ["q_proj"]}), ("llama3.1", {"targets": ["q_proj"], "modules_to_save": ["lm_head"]})))
+def test_an_adapter_may_have_whole_matrices(name, options, tmp_path):
+    """Copies of the base's embedding and head, or what modules_to_save trained."""
+    model = make_model(name)
+    base, path = save(model, tmp_path / "base"), as_gguf(tmp_path / "base.gguf", model)
+    merged = adapt(model, tmp_path / "adapter", embeddings=True, **options)
+    cases = clear_cases(merged, lengths=(40,), count=16)
+    whole = [key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if "lora_" not in key]
+    assert whole
+    for ours in (load(folder, lora=(str(tmp_path / "adapter"),)) for folder in (base, path)):
+        check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
+
+
+def test_whole_matrices_that_do_not_fit_are_refused(tmp_path):
+    folder, adapters = save(make_model("llama3.2"), tmp_path / "base"), [tmp_path / "one", tmp_path / "two"]
+    for adapter in adapters:
+        adapt(make_model("llama3.2"), adapter, targets=["q_proj"], embeddings=True)
+    weights, embed = adapters[1] / "adapter_model.safetensors", "base_model.model.model.embed_tokens.weight"
+    tensors = load_file(weights)
+    for change, loaded, words in (
+            ({embed: tensors[embed][:-3].clone()}, adapters[1:], r"whole matrix model.embed_tokens \(285, 64\), which in this model is \(288, 64\)"),
+            ({embed: tensors[embed] + 1}, adapters[1:], "lm_head differs from embed_tokens, which are the same in this model"),
+            ({embed: tensors[embed] + 1, "base_model.model.lm_head.weight": tensors[embed] + 1}, adapters,
+             "it has its own model.embed_tokens.weight, and so has an adapter before it")):
+        save_file(tensors | change, weights)
+        with pytest.raises(ConfigError, match=words):
+            load(folder, lora=tuple(map(str, loaded)))
+
+
+@pytest.mark.parametrize("wanted, has, told", [
+    ("Qwen/Qwen2.5-0.5B", "Qwen2.5-0.5B-Instruct", True), ("Qwen/Qwen2.5-0.5B-Instruct", "qwen2.5-0.5b-instruct-q4_k_m", False),
+    ("unsloth/meta-llama-3.1-8b-instruct-unsloth-bnb-4bit", "Llama-3.1-8B-Instruct-IQ4_XS", False), ("./base/", "base", False),
+    ("org/other", "models--org--name/snapshots/12ab", True), ("org/name", "/x/models--org--name/snapshots/12ab", False), (None, "name", False)])
+def test_an_adapter_of_another_model_is_told(wanted, has, told, caplog, tmp_path):
+    warn_of_other_base(tmp_path, wanted, (has,))
+    assert ("this adapter was made for" in caplog.text) == told
+
+
+def test_the_base_of_an_adapter_is_compared_with_the_name_of_a_folder_and_of_a_gguf(tmp_path, caplog):
+    model = make_model("llama2")
+    base, path = save(model, tmp_path / "base"), as_gguf(tmp_path / "base-F16.gguf", model)
+    adapt(model, tmp_path / "adapter", targets=["q_proj"])
+    config = tmp_path / "adapter" / "adapter_config.json"
+    for name, count in (("org/base", 0), ("org/other", 2)):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": name}))
+        for folder in (base, path):
+            load(folder, lora=(str(tmp_path / "adapter"),))
+        assert caplog.text.count('this adapter was made for "org/other"') == count
+
+
 def broken_adapters(folder):
     """(the words of the error) after each change of a good adapter."""
     path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -97,7 +152,7 @@ def broken_adapters(folder):
     for change, words in (
             ({"peft_type": "IA3"}, 'peft_type is "IA3"; it must be one of LORA'), ({"r": 8}, r"shapes \[\(4, 64\), \(64, 4\)\]; with rank 8 they must"),
             ({"r": 0}, "r is 0; it must be an integer from 1"), ({"r": None}, "r is missing"), ({"use_dora": True}, "use_dora is true; adapters with it"),
-            ({"modules_to_save": ["lm_head"]}, "modules_to_save is a list of 1"), ({"bias": "all"}, 'bias is "all"'),
+            ({"modules_to_save": ["lm_head"]}, "lm_head\" of modules_to_save is not in it"), ({"bias": "all"}, 'bias is "all"'),
             ({"layer_replication": [[0, 2]]}, "layer_replication is"), ({"a_new_key": 0.5}, "a_new_key is 0.5; adapters with it are not supported"),
             ({"init_lora_weights": "pissa"}, 'init_lora_weights is "pissa", which changed the base model too'),
             ({"target_modules": ["k_proj"]}, "layers.0.self_attn.q_proj is not among the target_modules of adapter_config.json, which are k_proj"),

@@ -16,9 +16,11 @@ from chatlm.common.errors import ConfigError, RequestError, cannot_read, printab
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.processes import start
+from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker import build
 from chatlm.worker.weights import lora
+from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.lora import matching
 from chatlm.worker.weights.nanochat import NANOCHAT_SPLITS, read_encoding
 from families import load, make_model, save
@@ -426,9 +428,16 @@ def test_a_template_is_found_in_chat_template_json_too_and_a_list_without_a_defa
     assert load(folder).text.chat_template == "{{ messages }}"
     rewrite(folder / "tokenizer_config.json", {"chat_template": [{"name": "rag", "template": "x"}, {"name": "other", "template": "y"}]})
     assert load(folder).text.chat_template is None
-    assert 'tokenizer_config.json: chat_template is a list without "default", so chats have no template: it has "rag", "other"' in caplog.text
+    assert 'tokenizer_config.json has chat templates of the names "rag", "other" and none of the name "default": they are not used' in caplog.text
     (folder / "chat_template.jinja").write_text("{{ 1 }}")
     assert load(folder).text.chat_template == "{{ 1 }}"
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    assert template_of("{{ 1 }}", "{{ tools }}") == load(folder).text.chat_template
+    metadata = small_gguf_metadata("gpt-2") | {"tokenizer.chat_template.rag": "x"}
+    metadata.pop("tokenizer.chat_template", None)
+    gguf_text(Path("a.gguf"), metadata)
+    assert 'a.gguf has chat templates of the names "rag" and none of the name "default"' in caplog.text
 
 
 def test_a_template_that_does_not_parse_is_refused_before_weights_are_read(folder, monkeypatch):
