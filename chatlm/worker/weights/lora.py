@@ -155,6 +155,8 @@ def lora_pairs(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
     modules: dict[str, dict[str, torch.Tensor]] = {}
     copies: dict[str, torch.Tensor] = {}
     for name, tensor in read_safetensors_file(path).items():
+        if name.endswith(".original_module.weight"):  # the base's, beside the one of modules_to_save
+            continue
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
         whole = re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer|\.modules_to_save)?\.weight", name)
         if not (match or whole and tensor.is_floating_point()) or tensor.ndim != 2:
