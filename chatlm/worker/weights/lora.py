@@ -134,7 +134,7 @@ def fitting_copies(path: Path, copies: Mapping[str, torch.Tensor],
                    shapes: Mapping[str, tuple]) -> dict[str, list[Change | Copy]]:
     """Whole matrices of an adapter's file, checked; a head that the model shares with its embedding is it."""
     fitting: dict[str, list[Change | Copy]] = {}
-    for module, tensor in copies.items():
+    for module, tensor in sorted(copies.items()):  # lm_head first
         name = f"{module}.weight"
         if name == "lm_head.weight" and name not in shapes:
             name = "model.embed_tokens.weight"
@@ -142,7 +142,7 @@ def fitting_copies(path: Path, copies: Mapping[str, torch.Tensor],
             has = f"is {shapes[name]}" if name in shapes else "is not there"
             raise ConfigError(f"{path}: it has a whole matrix {module} {tuple(tensor.shape)}, which in this "
                               f"model {has}: it was made for another one")
-        if name in fitting and not tensor.equal(copies["model.embed_tokens"]):
+        if name in fitting and not tensor.equal(copies["lm_head"]):
             raise ConfigError(f"{path}: lm_head differs from embed_tokens, which are the same in this model")
         fitting[name] = [Copy(tensor)]
     return fitting
