@@ -133,8 +133,8 @@ class Chat:
     async def run(self) -> int:
         """Run until the user leaves. Returns the exit status: 1 if any message from a pipe failed."""
         about = [] if self.pool.chats else [CONTINUES_TEXTS]
-        self.note("\n".join([*self.pool.describe(), *about, "/help lists the commands; Ctrl-C stops the answer",
-                             *self.conversation.lines()]))
+        about.append("/help lists the commands; Ctrl-C stops the answer")
+        self.note("\n".join([*self.pool.describe(), *about, *self.conversation.lines()]))
         while not self.left:
             draft, self.draft = self.draft, ""
             if (text := await self.terminal.read(draft)) is None:

@@ -67,6 +67,8 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "ernie4.5": ("ernie4_5", dict(head_dim=32)),
     "seed-oss": ("seed_oss", dict(head_dim=32, attention_out_bias=True)),
     "ministral3": ("ministral3", dict(head_dim=32, rope_parameters=GROWING | {"original_max_position_embeddings": 512})),
+    "hunyuan": ("hunyuan_v1_dense", dict(head_dim=32, tie_word_embeddings=True, rope_parameters=dict(
+        rope_type="dynamic", rope_theta=10_000.0, alpha=50.0, factor=1.0, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0))),
     "llama-gelu": ("llama", dict(hidden_act="gelu")),
     "llama-relu2": ("llama", dict(hidden_act="relu2")),
     "lfm2": ("lfm2", dict(norm_eps=1e-3, num_hidden_layers=6, block_multiple_of=16, block_ffn_dim_multiplier=1.2, intermediate_size=160,
@@ -225,7 +227,7 @@ def apart(state, interleaved):
 
 
 GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
-                      "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3"}
+                      "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense"}
 
 
 def granite_apart(state, mixed):
@@ -269,6 +271,8 @@ def as_gguf(path, model, quantized=False, metadata=None):
         tensors = {name: (gguf.quantize(tensor, kinds[name]), kinds[name])
                    if tensor.ndim > 1 and not name.endswith((".bias", "gate_inp.weight")) else tensor for name, tensor in tensors.items()}
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    if "alpha" in rope:
+        rope = {"rope_type": "default", "rope_theta": rope["rope_theta"] * rope["alpha"]**(head_size / (head_size - 2))}
     numbers = {
         "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
         "feed_forward_length": width, "attention.head_count": config.num_attention_heads,

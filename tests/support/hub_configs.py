@@ -186,6 +186,16 @@ HUB_CONFIGS = {
         "intermediate_size": 27648, "max_position_embeddings": 524288, "mlp_bias": False, "model_type": "seed_oss", "num_attention_heads": 80,
         "num_hidden_layers": 64, "num_key_value_heads": 8, "residual_dropout": 0.1, "rms_norm_eps": 1e-06, "rope_scaling": {"rope_type": "default"},
         "rope_theta": 10000000.0, "tie_word_embeddings": False, "vocab_size": 155136},
+    "Hy-MT2-7B": {                      # of tencent, as of May 2026; Hunyuan-7B-Instruct has the same shape
+        "add_classification_head": False, "attention_bias": False, "attention_dropout": 0.1, "attention_head_dim": 128, "bos_token_id": 127958,
+        "cla_share_factor": 2, "class_num": 0, "dense_list": [4096, 0], "eos_token_id": 127960, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 4096, "im_end_id": 5, "im_newline_id": 11, "im_start_id": 4, "initializer_range": 0.02, "intermediate_size": 14336,
+        "mask_init_id": 12, "max_position_embeddings": 262144, "mlp_bias": False, "model_type": "hunyuan_v1_dense", "norm_type": "rms",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "org_vocab_size": 128167, "pad_id": 127961,
+        "pad_token_id": 127961, "pool_type": "last", "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+        "rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "dynamic"},
+        "sep_token_id": 127962, "text_end_id": 7, "text_start_id": 6, "tie_word_embeddings": True, "use_cla": False, "use_qk_norm": True,
+        "use_rotary_pos_emb": True, "vocab_size": 128167},
     "Qwen2.5-VL-3B, whose keys are not apart": {
         "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 2048, "image_token_id": 151655, "intermediate_size": 11008,
         "max_position_embeddings": 128000, "max_window_layers": 70, "model_type": "qwen2_5_vl", "num_attention_heads": 16, "num_hidden_layers": 36,

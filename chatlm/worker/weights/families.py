@@ -78,6 +78,9 @@ GRANITE_EXPERTS = GRANITE | EXPERTS | {"num_local_experts": 8, "num_experts_per_
 MAMBA = dict.fromkeys("""mamba_n_heads mamba_n_groups mamba_d_state mamba_d_head mamba_d_conv mamba_expand
     mamba_chunk_size mamba_conv_bias mamba_proj_bias time_step_limit time_step_min time_step_max
     time_step_floor""".split())  # of layers that there are none of
+HUNYUAN_OTHER = dict.fromkeys("""attention_head_dim cla_share_factor class_num dense_list eod_token_id
+    im_end_id im_newline_id im_start_id mask_init_id org_vocab_size pad_id pool_type text_end_id
+    text_start_id""".split())  # of what its relatives have: experts, classes, images
 MINISTRAL_ROPE = {"rope_type": "yarn", "factor": 16.0, "mscale": 1.0, "mscale_all_dim": 1.0,
                   "rope_theta": 1e6, "original_max_position_embeddings": 16_384, "llama_4_scaling_beta": 0.1}
 GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -272,6 +275,13 @@ FAMILIES = {  # by config.json's model_type
                                      "tie_word_embeddings": True}, interleaved=True),
     "seed_oss": Family("Seed-OSS", {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False,
                                     "head_dim": 128, "residual_dropout": None}),
+    "hunyuan_v1_dense": Family(
+        "Hunyuan 0.5B to 7B", HUNYUAN_OTHER | {
+            "attention_bias": False, "rms_norm_eps": 1e-5, "norm_type": "rms", "use_qk_norm": True,
+            "use_rotary_pos_emb": True},
+        {"qk_norm": "after_rope", "qk_norm_weights": True}, {
+            f"{part[0]}_norm": (f"model.layers.{{}}.self_attn.{part}_layernorm.weight",)
+            for part in ("query", "key")}),
     "lfm2": Family(
         "LFM2", LFM2 | {f"block_{key}": None for key in (
             "dim", "mlp_init_scale", "norm_eps", "out_init_scale", "use_swiglu", "use_xavier_init")}
@@ -300,7 +310,7 @@ HF_KEYS = {  # all others are bool
                     Rule(float, 1e-4, 10**6)),
     "attention_multiplier": Rule(float, 1e-6, 10**6, optional=True),
     "position_embedding_type": Rule(str, choices=("rope", "nope"), optional=True),
-    "normalization_function": Rule(str, choices=("rmsnorm",)),
+    "normalization_function": Rule(str, choices=("rmsnorm",)), "norm_type": Rule(str, choices=("rms",)),
     "original_max_position_embeddings": Rule(int, 2, MOST_POSITIONS),
     "sliding_window": Rule(int, 1, MOST_POSITIONS, optional=True), "max_window_layers": Rule(int, 0),
     "layer_types": Rule(str, choices=LAYER_TYPES, many=True, optional=True),
@@ -338,7 +348,7 @@ HF_ONLY = {  # the only value these may have, unless the family has them
     **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias", "rope_interleaved", "use_bias",
                      "use_mrope", "use_bidirectional_attention"), False),
     "full_attn_mod": 1, "interpolate_factor": 1, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
+    "num_experts": 1, "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
     **dict.fromkeys(("is_causal", "use_rope", "use_rotary"), True)}
 
 

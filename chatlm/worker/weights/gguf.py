@@ -20,6 +20,7 @@ import gguf
 import torch
 
 from chatlm.common.errors import ConfigError, cannot_read, named, shown
+from chatlm.common.log import log
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.worker.model.kernels import choose_backend
@@ -67,7 +68,8 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         as_stored = None if settings.dtype else backend.as_stored
         dtype = None if as_stored else float_type(settings, backend)
         called = source.name, str(metadata.get("general.name") or "")
-        added, adapted = gguf_adapters(settings, HF_TENSORS | FAMILIES[family].tensors, names, sources, called)
+        added, adapted = gguf_adapters(settings, HF_TENSORS | FAMILIES[family].tensors, names, sources,
+                                       called)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, as_stored,
                                architecture in PERMUTED, FAMILIES[family].interleaved, added)
         text = gguf_text(source.path, metadata)
@@ -186,6 +188,11 @@ def layers_by_heads(own: str, metadata: Mapping) -> tuple[Mapping, list[str]]:
     return {**metadata, key: [count or full for count in heads]}, types
 
 
+# llama.cpp's converter leaves mscale and mscale_all_dim out, and llama.cpp too computes the usual factor
+MSCALE_UNKNOWN = ("%s: yarn multiplies queries and keys by %.3f, as usual: if the config.json that the file "
+                  "was made of has mscale_all_dim, it should not, which the file cannot say; take the folder")
+
+
 def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Mapping,
               context: int | None) -> dict:
     """As hf_rope: the scaling's keys, phi3's two lists of factors, and llama 3's baked into one."""
@@ -205,8 +212,13 @@ def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Ma
         rope = {"rope_type": scaling, "factor": value(f"{own}rope.scaling.factor", 1.0)} | (rope | {
             beta: value(f"{own}rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow")
             } if scaling == "yarn" else {})
+        factor = value(f"{own}rope.scaling.yarn_attn_factor")
         if scaling == "yarn" and (over := value(f"{own}rope.scaling.yarn_log_multiplier")):
             rope |= {"mscale": 1.0, "mscale_all_dim": over}
+        elif scaling == "yarn" and factor:
+            rope["attention_factor"] = factor
+        elif scaling == "yarn" and own == "llama.":
+            log.info(MSCALE_UNKNOWN, path, 0.1 * math.log(max(rope["factor"], 1)) + 1)
         if own == "gpt-oss.":  # its makers do not round; the metadata cannot say so
             rope["truncate"] = False
     else:

@@ -25,7 +25,8 @@ GGUF_FAMILIES = {name: name for name in (
     "llama", "qwen2", "qwen3", "smollm3", "gemma2", "phi3", "granite", "olmo2", "glm4", "exaone4", "ernie4_5",
     "seed_oss", "lfm2")} | {
     "gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
-    "granitemoe": "granitemoeshared", "mistral3": "ministral3", "qwen2vl": "qwen2", "qwen3vl": "qwen3"}
+    "granitemoe": "granitemoeshared", "hunyuan-dense": "hunyuan_v1_dense",
+    "mistral3": "ministral3", "qwen2vl": "qwen2", "qwen3vl": "qwen3"}
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -159,6 +160,9 @@ QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 TEKKEN_SPLIT = rf"{UPPER}*{LOWER}+|{UPPER}+{LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{LINES}"
 O200K_SPLIT = (rf"{UPPER}*{LOWER}+{CONTRACTION}?|{UPPER}+{LOWER}*{CONTRACTION}?|\p{{N}}{{1,3}}"
                rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{LINES}")
+DEEPSEEK3_SPLITS = (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{LINES}"))
 PRE_TOKENIZERS = {name: row for names, row in {  # by tokenizer.ggml.pre
     "default": PreTokenizer((  # llama.cpp's guess for a file that names none
         r"[\p{P}$+<=>^~|]+", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
@@ -172,6 +176,7 @@ PRE_TOKENIZERS = {name: row for names, row in {  # by tokenizer.ggml.pre
         (LLAMA3_SPLIT,), ignore_merges=True, add_bos=True),
     "dbrx smaug-bpe chatglm-bpe": PreTokenizer((LLAMA3_SPLIT,)),
     "qwen2 deepseek-r1-qwen": PreTokenizer((QWEN2_SPLIT,), nfc=True),
+    "hunyuan-dense deepseek-v3": PreTokenizer(DEEPSEEK3_SPLITS),
     "tekken": PreTokenizer((TEKKEN_SPLIT,), ignore_merges=True, add_bos=True),
     "gpt-4o llama4": PreTokenizer((O200K_SPLIT,), ignore_merges=True),
     "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+",
@@ -193,7 +198,7 @@ GGUF_OWN = {  # the same of keys that only some families have
     "logits_scaling": "logit_scale", "conv_L_cache": "shortconv.l_cache"}
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
               "tensor_data_layout", "rope.dimension_sections", "n_deepstack_layers"}
-GGUF_GROWTH = {"attention.temperature_scale", "rope.scaling.yarn_log_multiplier"}  # of Ministral 3 alone
+GGUF_GROWTH = {"attention.temperature_scale"}  # of Ministral 3 alone
 # what llama.cpp's converter says of Mamba layers, in granite's files too, which have none
 GGUF_MAMBA = {f"ssm.{part}" for part in ("conv_kernel", "state_size", "group_count", "inner_size",
                                          "time_step_rank")} | {"expert_shared_feed_forward_length"}
@@ -209,7 +214,8 @@ GGUF_KEYS = {  # * stands for the architecture
     "*.rope.scaling.factor": Rule(float, 0.01, 10**6),
     "*.rope.scaling.yarn_log_multiplier": Rule(float, 0, 10**3, optional=True),
     "*.attention.temperature_scale": Rule(float, 0, 10, optional=True),
-    "*.rope.scaling.attn_factor": Rule(float, 0.01, 10**3, optional=True),
+    **dict.fromkeys(("*.rope.scaling.attn_factor", "*.rope.scaling.yarn_attn_factor"),
+                    Rule(float, 0.01, 10**3, optional=True)),
     "*.rope.scaling.original_context_length": Rule(int, 2, MOST_POSITIONS, optional=True),
     **dict.fromkeys(ROPE_TENSORS, Rule(float, 0.01, 10**6, many=True)),
     "tokenizer.chat_template": Rule(str, optional=True),

@@ -50,6 +50,11 @@ def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> di
     if family == "phi3" and rope_types and rope_types[0] != "default":  # older files call it su or yarn
         rope = rope | {"original_max_position_embeddings": config["original_max_position_embeddings"],
                        "rope_type": "longrope" if rope_types[0] in ("su", "yarn") else rope_types[0]}
+    if family == "hunyuan_v1_dense" and rope.get("alpha") and rope_types[:1] == ["dynamic"]:
+        size, alpha = config["head_dim"], checked(path, f"{name}.alpha", rope["alpha"], Rule(float, 1, 10**6))
+        theta = rope.get("rope_theta", config["rope_theta"])
+        checked(path, "rope_theta", theta, HF_KEYS["rope_theta"])
+        rope = {"rope_theta": theta * alpha**(size / max(size - 2, 1))}  # whatever the length
     growth = ("llama_4_scaling_beta", "max_position_embeddings") if family == "ministral3" else ()
     beta = rope.get("llama_4_scaling_beta") if growth else None
     rope = {key: setting for key, setting in rope.items() if key not in growth}

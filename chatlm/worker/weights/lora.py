@@ -53,8 +53,8 @@ LORA_KEYS = {"r": Rule(int, 1, 1 << 16), "lora_alpha": Rule(float, -10**6, 10**6
 # The layout of the product, or how training went; all other keys must be empty or false.
 LORA_INERT = set("""alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying
     eva_config exclude_modules inference_mode init_lora_weights layers_pattern layers_to_transform
-    loftq_config lora_dropout lora_ga_config megatron_core modules_to_save peft_type peft_version qalora_group_size
-    rank_pattern revision target_modules task_type""".split())
+    loftq_config lora_dropout lora_ga_config megatron_core modules_to_save peft_type peft_version
+    qalora_group_size rank_pattern revision target_modules task_type""".split())
 
 
 def refuse_adapters(settings: Settings, base: str):
@@ -113,9 +113,10 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple],
     warn_of_other_base(path, config.get("base_model_name_or_path"), names)
     config |= {key: fitted_values(path, config[key], modules) for key in ("rank_pattern", "alpha_pattern")}
     targets = config.get("target_modules")
-    saved = checked(path, "modules_to_save", config.get("modules_to_save"), Rule(str, many=True, optional=True))
-    if lacking := [name for name in saved or () if not any(f".{copy}".endswith(f".{name}") for copy in copies)]:
-        raise ConfigError(f"{tensors}: {shown(lacking[0])} of modules_to_save is not in it")
+    rule = Rule(str, many=True, optional=True)
+    for name in checked(path, "modules_to_save", config.get("modules_to_save"), rule) or ():
+        if not any(f".{copy}".endswith(f".{name}") for copy in copies):
+            raise ConfigError(f"{tensors}: {shown(name)} of modules_to_save is not in it")
     targeted, changes = targeted_modules(path, targets, modules), fitting_copies(tensors, copies, shapes)
     for module, pair in modules.items():
         name = f"{module}.weight"
@@ -163,11 +164,11 @@ def lora_pairs(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
             raise ConfigError(f"{path}: {shown(name)} is not a matrix lora_A or lora_B, nor one of the model")
         if tensor.numel() and not all_below(tensor):
             raise ConfigError(f"{path}: {printable(name)} has a value that is NaN or infinite")
-        module = (match or whole)[1].replace("language_model.", "", 1)  # pyright: ignore[reportOptionalSubscript]  else refused
         if match:
+            module = match[1].replace("language_model.", "", 1)
             modules.setdefault(module, {})[match[3] + (match[2] or "")] = tensor
-        else:
-            copies[module] = tensor
+        elif whole:
+            copies[whole[1].replace("language_model.", "", 1)] = tensor
     if not modules and not copies:
         raise ConfigError(f"{path} has no tensors")
     return modules, copies

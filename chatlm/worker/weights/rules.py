@@ -139,8 +139,8 @@ def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
 def warn_of_templates(path: Path, names: Iterable[str]):
     """A line in the log, where a model has chat templates of which none is the one for all chats."""
     if names := printable(", ".join(map(shown, names))):
-        log.warning("%s has chat templates of the names %s and none of the name \"default\": they are not used",
-                    path, names)
+        log.warning("%s has chat templates of the names %s and none of the name \"default\": they are not "
+                    "used", path, names)
 
 
 def check_divides(path: Path, key: str, size: int, divisor: int, of: str = ""):

@@ -57,7 +57,7 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 
 OLDER = [*MODELS][:[*MODELS].index("granite")]
-BY_DAY = "granite4", "olmo3", "glm4", "lfm2"       # which bring what no other had
+BY_DAY = "granite4", "olmo3", "glm4", "lfm2", "hunyuan"       # which bring what no other had
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -159,7 +159,7 @@ GGUF_MODELS = {             # what of MODELS a file of each architecture can say
     **{name: {} for name in ("llama2", "llama3.1", "llama3.2", "mistral", "qwen2.5", "phi3", "phi3-long")},
     "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
     "qwen3moe": {"norm_topk_prob": True}, "gpt-oss": {},
-    **dict.fromkeys(("granite", "granite-moe", "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3"), {}),
+    **dict.fromkeys(("granite", "granite-moe", "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan"), {}),
     "lfm2": {}, "mixtral": {"sliding_window": None}, "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
 
 
@@ -306,6 +306,7 @@ def spec_of(folder, config, context=None):
 def test_published_configs_mean_what_transformers_takes_them_to_mean(name, tmp_path):
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
     spec = spec_of(tmp_path, HUB_CONFIGS[name], 4096)
     (tmp_path / "config.json").write_text(json.dumps(HUB_CONFIGS[name]).replace('"su"', '"longrope"'))   # the only name it knows
     whole = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -327,7 +328,9 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, tmp_p
     nested = "full_attention" in config.rope_parameters
     for layer in sorted({0, 5, spec.layers - 1} - set(spec.unrotated_layers)):
         rope = config.rope_parameters[kinds[layer]] if nested else config.rope_parameters
-        if rope["rope_type"] == "default":
+        if rope.get("alpha"):
+            expected, scale = HunYuanDenseV1RotaryEmbedding.compute_ntk_alpha_rope_parameters(config)
+        elif rope["rope_type"] == "default":
             size = int(head_size * (rope.get("partial_rotary_factor") or 1))
             expected, scale = rope["rope_theta"] ** -(np.arange(0, size, 2) / size), 1.0
         else:

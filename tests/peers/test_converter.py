@@ -1,0 +1,85 @@
+"""GGUF files that llama.cpp's own converter makes of tiny random models, against the folders that it makes them of.
+
+The converter is in the source package of llama-cpp-python, which the test downloads."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from engines import tensors_of
+from families import MODELS, load, make_model, save
+from peer_packages import made
+
+
+pytestmark = pytest.mark.slow
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 500_000.0}
+CONVERTED = {               # what a GGUF file of each can say. Of gemma the converter wants a vocabulary of its own
+    **dict.fromkeys(("llama2", "llama3.1", "llama3.2", "qwen2.5", "qwen3", "smollm3", "phi3", "phi3-long", "qwen3moe-normed", "gpt-oss",
+                     "granite", "granite-moe", "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3"), {}),
+    **dict.fromkeys(("mistral", "mixtral"), {"sliding_window": None}), "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None},
+    "granite4-dense": {"position_embedding_type": "rope"}, "hunyuan": {"max_position_embeddings": 32_768}}
+VARIANTS = {                # name -> (of MODELS, what differs)
+    "olmo3 with a factor of its own": ("olmo3", {"rope_parameters": {
+        "full_attention": YARN | {"attention_factor": 1.1}, "sliding_attention": {"rope_type": "default", "rope_theta": 500_000.0}}}),
+    "mistral with mscale": ("mistral", {"sliding_window": None, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}})}
+CASES = {name: (name, changes) for name, changes in CONVERTED.items()} | VARIANTS
+
+
+def write_case(folder, name, changes):
+    folder.mkdir()
+    save(make_model(name, **changes), folder)
+    path = folder / "tokenizer.json"            # the converter wants a merge, tokens for all rows, and one of GLM's
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"] |= {"vocab": tokenizer["model"]["vocab"] | {"th": 260}, "merges": [["t", "h"]]}
+    special = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"] += [special | {"id": id, "content": "<|endoftext|>" if id == 261 else f"<|{id}|>"} for id in range(261, 288)]
+    path.write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "config.json").read_text())
+    if MODELS[name][0] == "granitemoehybrid":   # in its makers' words
+        (folder / "config.json").write_text(json.dumps(config | {"layer_types": ["attention"] * 4}))
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """name -> a folder that also has a model.gguf."""
+    home = tmp_path_factory.mktemp("converter")
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "-r", "template.txt"]
+    (package,) = made("harmony-template", "template.txt", download).glob("*.tar.gz")
+    with tarfile.open(package) as files:
+        wanted = [member for member in files.getmembers() if any(
+            part in member.name for part in ("/llama.cpp/convert_hf_to_gguf.py", "/llama.cpp/conversion/", "/llama.cpp/gguf-py/"))]
+        files.extractall(home, wanted, filter="data")
+    (script,) = home.rglob("convert_hf_to_gguf.py")
+    folders = {name: home / f"{index}" for index, name in enumerate(CASES)}
+    for name, folder in folders.items():
+        write_case(folder, *CASES[name])
+    subprocess.run([sys.executable, Path(__file__).parent / "converter.py", script.parent, *folders.values()],
+                   capture_output=True, timeout=600, check=True)
+    return folders
+
+
+def numbers(value):
+    """Numbers of a spec as a GGUF file has them: in float32."""
+    return pytest.approx(value, rel=1e-6) if isinstance(value, (float, tuple)) else value
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_llama_cpp_converts_is_the_same_model(converted, name):
+    folder = converted[name]
+    assert not (folder / "refused").exists(), (folder / "refused").read_text()
+    theirs, ours = load(folder), load(folder / "model.gguf")
+    same = {field: numbers(value) for field, value in asdict(theirs.spec).items()}
+    same["max_positions"] = ours.spec.max_positions         # of hunyuan the converter says what its makers meant
+    if name == "mistral with mscale":                       # which the converter leaves out, and llama.cpp does not miss
+        assert theirs.spec.rope_scale == 1 and ours.spec.rope_scale == pytest.approx(1.2079, abs=1e-4)
+        same["rope_scale"] = ours.spec.rope_scale
+    assert asdict(ours.spec) == same
+    for key, tensor in tensors_of(theirs).items():
+        assert torch.equal(tensor, tensors_of(ours)[key]), key
