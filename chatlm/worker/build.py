@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.spec import LayerGroups, ModelSpec
+    from chatlm.worker.model.tensors import Unread
     from chatlm.worker.ranks.messages import RankConfig
     from chatlm.worker.ranks.ranks import RankZero
     from chatlm.worker.weights.rules import LoadedModel
@@ -157,13 +158,17 @@ def weight_bytes(model: LoadedModel, quantize: str | None) -> int:
     shapes, total = expected_tensors(model.spec), 0
     for name, tensor in model.tensors.items():
         count = math.prod(shapes[name])
-        if quantize and len(shapes[name]) > 1 and tensor.nbytes >= 2 * count:
+        if quantize and len(shapes[name]) > 1 and is_float(tensor, shapes[name]):
             gguf = require_library("gguf", "--quantize")
             per_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[quantize.upper()]]
             total += count * block_bytes // per_block
         else:
             total += tensor.nbytes
     return total
+
+
+def is_float(tensor: Unread, shape: tuple[int, ...]) -> bool:
+    return tensor.nbytes >= 2 * math.prod(shape)
 
 
 def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: LayerGroups, ranks: RankAlone,
@@ -182,10 +187,14 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
         model.spec, limits["max_tokens"], limits["max_rows"], torch.float32).values()
     activations = sum(rows * columns * dtype.itemsize for rows, columns, dtype in buffers)
     copies, pool = ranks.here if shared else 1, PagePool(0, groups.windows)
+    shapes = expected_tensors(model.spec)
+    floats = any(len(shapes[name]) > 1 and is_float(tensor, shapes[name])
+                 for name, tensor in model.tensors.items())
     full, fewest = (pool.pages_for(length, prefill_chunk(settings, device))
                     for length in (model.context_length, 4 * PAGE_SIZE))
     return MemoryPlan(settings, device, copies * weight_bytes(model, settings.quantize), copies * activations,
-                      page_bytes, full, fewest, model.spec.state_bytes)
+                      page_bytes, full, fewest, model.grows and f". {model.grows}",
+                      kernels.backend.quantizes and floats and not settings.quantize, model.spec.state_bytes)
 
 
 class MemoryPlan(NamedTuple):
@@ -198,6 +207,8 @@ class MemoryPlan(NamedTuple):
     page_bytes: int   # of one KV page
     full: int         # pages of a sequence that has the longest context
     fewest: int       # pages of one of 64 tokens: fewer are of no use
+    grows: str        # a sentence, see LoadedModel
+    quantizes: bool   # would --quantize make the weights smaller?
     state_bytes: int = 0  # of a sequence's state, where layers keep one
 
     def memory(self) -> tuple[int, int]:
@@ -252,10 +263,11 @@ class MemoryPlan(NamedTuple):
         if self.device.type == "cuda":
             line += f", of {total / 1e9:,.2f} GB; other programs hold the rest"
         if needed <= free:
-            return f"The model fits: {line}"
+            return f"The model fits: {line}{self.grows}"
         lighter = [flag for flag, helps in (
             ("--dtype bfloat16", settings.dtype == "float32"), ("--num-workers 1", settings.num_workers > 1),
-            ("--quantize q4_0", self.device.type == "cpu" and not settings.quantize)) if helps]
+            ("--quantize q4_0", self.quantizes)) if helps]
+        line += self.grows
         if needed - cache > free:
             raise ConfigError(f"the model does not fit: {line}. "
                               f"Try {' or '.join([*lighter, 'a smaller model'])}")

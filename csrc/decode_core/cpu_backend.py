@@ -16,7 +16,7 @@ from .program import Program
 from .ranks import Ranks
 from .sampling import Sampler, batch_of
 from .tiles import Arena, Matrix, multiply
-from .weights import as_stored, converted, pack
+from .weights import as_stored, converted, held_bytes, pack, tile_row_bytes
 
 RECORDED = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap",
             "rope_append", "paged_attention", "experts")
@@ -80,6 +80,7 @@ class CpuBackend:
         self.spec, self.script = spec, script
         self.name = f"decode_core/{_core.isa()}"
         self.as_stored = functools.partial(as_stored, script=script)
+        self.held_bytes = functools.partial(held_bytes, row_bytes=tile_row_bytes)
         self.faults: dict[str, str] = {}
 
     def ops(self, max_tokens: int, max_rows: int, quantize: str | None) -> dict[str, Callable]:

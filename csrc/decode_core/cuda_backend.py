@@ -17,7 +17,7 @@ from .cuda_weights import PackedMatrix, ProductOps, as_stored, padded, unpacked
 from .cuda_steps import LISTS, CudaPlan, GraphSteps, record_words
 from .proof import prove_cuda
 from .sampling import SampleBatch
-from .weights import converted
+from .weights import converted, file_row_bytes, held_bytes
 
 
 # before 2.9, torch makes an RMS norm of pow and mean, and how mean splits a row depends on the number of rows
@@ -49,6 +49,7 @@ class CudaBackend:
         self.prompts = PromptAttention(script, device)
         self.products, self.mixture = ProductOps(kernels, script, stream), ExpertOps(kernels, script, stream)
         self.as_stored = functools.partial(as_stored, script=script, device=device)
+        self.held_bytes = functools.partial(held_bytes, row_bytes=file_row_bytes)
         self.faults: dict[str, str] = {}
 
     def ops(self, max_tokens: int, max_rows: int, quantize: None) -> dict[str, Callable]:

@@ -17,6 +17,7 @@ place.
     as_stored(shape, parts)       a matrix in its file's type, or one close to it, or a tuple of matrices whose rows
                                   together are its rows; None: always dequantized
     converted(sources, stored)    which matrices cannot stay in the file's type, in words
+    held_bytes(tensors)           what the GGUF tensors that form one matrix will take
     ops(max_tokens, max_rows, quantize)     {name: op} in the place of chat_server's references; what `pack` returns may say in
                                   `finite` whether neither the weights nor what they became has a NaN or an infinity
     join(path, rank, patience_s)  the ops all_reduce and all_gather of a rank whose model others of this host share, through

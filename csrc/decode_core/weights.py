@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import numpy
 import torch
 
-from .tiles import COLUMNS, TILE_ROWS, Arena, Matrix
+from . import _core
+from .tiles import COLUMNS, KINDS as KIND_CODES, TILE_ROWS, Arena, Matrix
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.bfloat16}      # of GGUF, and as what they stay
 KEPT_TYPES = tuple(kind.upper() for kind in COLUMNS if kind not in ("f32", "f16", "bf16"))
@@ -56,6 +59,22 @@ def converted(sources: Mapping[str, tuple], stored: Mapping[str, Any]) -> str:
     return "".join(f"; re-quantized from {was} to {kind}: {len(names)} tensors "
                    f"({', '.join(names[:4])}{', ..' if len(names) > 4 else ''})"
                    for (was, kind), names in changed.items())
+
+
+def held_bytes(tensors: Sequence[Any], row_bytes: Callable[[str, int], int]) -> int:
+    """What the GGUF tensors that form one matrix will take; `row_bytes` is of a row of a kind with so many columns."""
+    return sum(math.prod(tensor.shape[1:].tolist()) * row_bytes(kind.lower(), int(tensor.shape[0]))
+               for tensor, kind in zip(tensors, becomes(tensors)))
+
+
+@functools.cache
+def tile_row_bytes(kind: str, columns: int) -> int:
+    """A row's share of a tile."""
+    return Matrix(Arena(1 << 20), kind, TILE_ROWS, columns).nbytes // TILE_ROWS
+
+
+def file_row_bytes(kind: str, columns: int) -> int:
+    return _core.row_bytes(KIND_CODES[kind], columns)
 
 
 def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]],

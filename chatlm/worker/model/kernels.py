@@ -101,6 +101,7 @@ class Backend:
     as_stored: Callable | None = None  # loads a GGUF matrix in the file's type; None: all are dequantized
     stored_dtype = None  # of activations and pages beside such matrices; None: float16
     converted: Callable[[Mapping, Mapping], str]  # beside as_stored: which change their type
+    held_bytes: Callable[[Seq], int]  # beside as_stored: of the GGUF tensors that form a matrix
     join = None          # how ranks exchange through shared memory; None: through torch.distributed
 
     def __init__(self, device):

@@ -33,19 +33,21 @@ from chatlm.worker.weights.families import (
     scaled_rope, unsupported)
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.gguf_file import (
-    GGUF_FAMILIES, GGUF_GROWTH, GGUF_INERT, GGUF_KEYS, GGUF_MAMBA, GGUF_OWN, GGUF_SIZES, PRE_TOKENIZERS,
-    ROPE_TENSORS, check_gguf_types, gguf_value, read_gguf)
+    GGUF_FAMILIES, GGUF_GROWTH, GGUF_INERT, GGUF_KEYS, GGUF_MAMBA, GGUF_OWN, GGUF_SIZES, ROPE_TENSORS,
+    check_gguf_types, gguf_value, read_gguf)
 from chatlm.worker.weights.lora import read_adapters
 from chatlm.worker.weights.rules import (
     LoadedModel, Rule, check_divides, checked, float_type, own_sampling, warn_of_templates)
+from chatlm.worker.weights.splits import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
+    from chatlm.worker.model.kernels import Backend
     from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.weights.assemble import Sources
-    from chatlm.worker.weights.gguf_file import PreTokenizer
     from chatlm.worker.weights.lora import Change, Copy
+    from chatlm.worker.weights.splits import PreTokenizer
 
 
 # architectures whose q and k have rotary pairs side by side, though a folder's have not
@@ -70,7 +72,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         called = source.name, str(metadata.get("general.name") or "")
         added, adapted = gguf_adapters(settings, HF_TENSORS | FAMILIES[family].tensors, names, sources,
                                        called)
-        tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, as_stored,
+        tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                architecture in PERMUTED, FAMILIES[family].interleaved, added)
         text = gguf_text(source.path, metadata)
     except OSError as error:
@@ -86,7 +88,8 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     description += adapted
     block = max(packed_together(tensor) for name, tensor in stored.items() if ".ffn_down" in name)
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=max(block, TILE_ROWS),
-                       family=architecture, **own_sampling(source.path, metadata, "general.sampling."))
+                       family=architecture, grows=growth(tensors, stored, dtype is None),
+                       **own_sampling(source.path, metadata, "general.sampling."))
 
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
@@ -253,9 +256,12 @@ def gguf_adapters(settings: Settings, table: Mapping[str, tuple], names: Mapping
 
 
 def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sources, stored: Mapping,
-                 dtype: torch.dtype | None, as_stored: Callable | None, permuted: bool, interleaved: bool,
+                 dtype: torch.dtype | None, backend: Backend, permuted: bool, interleaved: bool,
                  added: Mapping[str, list[Change | Copy]] = {}) -> dict[str, Unread]:
-    """Our tensors as `dtype`; None: `as_stored` makes the matrices, in the file's type or one close to it."""
+    """Our tensors as `dtype`; None: the backend's `as_stored` makes the matrices, in the file's type or one
+    close to it."""
+    as_stored = backend.as_stored if dtype is None else None
+    held_bytes = getattr(backend, "held_bytes", file_bytes)  # which an older build of decode_core lacks
     pairs = RopePairs(spec.head_size, spec.rope_size or spec.head_size)
 
     def read(theirs: Iterable[str], cut: Cut):
@@ -270,8 +276,12 @@ def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sourc
 
     def unread(shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
         mapped = tuple(torch.from_numpy(stored[name].data) for name in theirs)
-        size = (sum(part.nbytes for part in mapped) if dtype is None and len(shape) == 2 else
-                math.prod(shape) * (dtype.itemsize if dtype and len(shape) > 1 else 4))
+        size = math.prod(shape) * (dtype.itemsize if dtype and len(shape) > 1 else 4)
+        if dtype is None and len(shape) == 2:
+            types = [merged_type(stored[name], True) if name in added else stored[name].tensor_type
+                     for name in theirs]
+            size = held_bytes([SimpleNamespace(tensor_type=gguf_type, shape=stored[name].shape)
+                               for name, gguf_type in zip(theirs, types)])
         check = partial(refuse_faults, path, settings, theirs, read)
         return Unread(Cut.whole(shape), partial(read, theirs), size, mapped, check)
 
@@ -286,10 +296,38 @@ def merged(tensor, pairs: RopePairs | None, changes: Iterable[Change | Copy], ow
     values = dequantized((rows, columns), [(tensor, pairs)], torch.float32)
     for change in changes:
         values = change.on(values, partial(unpermute_rope, pairs=own_pairs))
-    gguf_type = gguf.GGMLQuantizationType[
-        "Q8_0" if packed and tensor.tensor_type.name not in ("F32", "F16", "BF16") else "F32"]
+    gguf_type = merged_type(tensor, packed)
     data = gguf.quantize(values.numpy(), gguf_type)
     return SimpleNamespace(tensor_type=gguf_type, data=data, shape=tensor.shape), None
+
+
+def merged_type(tensor, packed: bool) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType[
+        "Q8_0" if packed and tensor.tensor_type.name not in ("F32", "F16", "BF16") else "F32"]
+
+
+def file_bytes(tensors: Seq) -> int:
+    """What the tensors take in a GGUF file."""
+    sizes = [gguf.GGML_QUANT_SIZES[tensor.tensor_type] for tensor in tensors]
+    return sum(math.prod(tensor.shape.tolist()) // block * size
+               for tensor, (block, size) in zip(tensors, sizes))
+
+
+MIXED_BYTES = 0.6  # of a weight in a usual file of type Q4_K_M
+
+
+def growth(tensors: Mapping[str, Unread], stored: Mapping, packed: bool) -> str:
+    """What to say if the weights take much more memory than in the file; "" if not."""
+    held, on_disk = sum(tensor.nbytes for tensor in tensors.values()), sum(
+        tensor.n_bytes for tensor in stored.values())
+    if held < 1.1 * on_disk:
+        return ""
+    small = MIXED_BYTES * sum(tensor.n_elements for tensor in stored.values())
+    reason = "types that have no kernels here become Q8_0" if packed else (
+        "torch multiplies its matrices out, which decode_core would hold as they are")
+    smaller = f"; a file of type Q4_K_M would take about {small / 1e9:,.2f} GB" if packed else ""
+    return (f"The file's {on_disk / 1e9:,.2f} GB of weights take {held / 1e9:,.2f} GB in memory, for "
+            f"{reason}{smaller if small < 0.9 * held else ''}")
 
 
 def gguf_text(path: Path, metadata: Mapping) -> TextSpec:

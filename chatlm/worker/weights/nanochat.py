@@ -219,10 +219,6 @@ def read_encoding(data: bytes) -> tuple[str, dict[bytes, int], dict[str, int]]:
     return pattern, ranks, specials
 
 
-NANOCHAT_SPLITS = [rf"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{{L}}\p{{N}}]?+\p{{L}}+|\p{{N}}{{1,{digits}}}"
-                   r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+" for digits in (2, 3)]
-
-
 def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
     """The TextSpec from tokenizer.pkl, which is beside the checkpoint or in <base>/tokenizer."""
     candidates = [model_path.parent / "tokenizer.pkl", model_path.parent / "tokenizer" / "tokenizer.pkl",
@@ -247,7 +243,6 @@ def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
     bos, end = specials["<|bos|>"], specials["<|assistant_end|>"]
     payload = json.dumps((pattern, {piece.decode("latin-1"): token for piece, token in ranks.items()},
                           specials)).encode()
-    if pattern not in NANOCHAT_SPLITS:
-        refuse_endless(path, TextSpec("nanochat", payload))
+    refuse_endless(path, TextSpec("nanochat", payload))
     return TextSpec("nanochat", payload, bos_token=bos, eos_token=end,
                     stop_tokens=frozenset((bos, end)), add_bos=True)

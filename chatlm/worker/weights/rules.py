@@ -44,6 +44,7 @@ class LoadedModel:
     sampling_origin: str = ""    # where they come from
     notes: tuple[str, ...] = ()  # more lines for the start-up log
     family: str = ""
+    grows: str = ""              # in words, where they take more memory than their file
     block: int = TILE_ROWS       # so many columns of `down` are packed together
 
     @property

@@ -22,7 +22,8 @@ from chatlm.worker import build
 from chatlm.worker.weights import lora
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.lora import matching
-from chatlm.worker.weights.nanochat import NANOCHAT_SPLITS, read_encoding
+from chatlm.worker.weights.nanochat import read_encoding
+from chatlm.worker.weights.splits import KNOWN_SPLITS, LLAMA3_SPLIT, NANOCHAT_SPLITS, QWEN2_SPLIT
 from families import load, make_model, save
 from patching import patch
 from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata, tensor_info, write_gguf
@@ -198,6 +199,23 @@ def test_so_is_one_whose_trial_exceeds_a_limit(folder, monkeypatch):
     read(folder)
     patch(monkeypatch, start, "PROCESS_COMMAND", (sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGPROF)"))
     assert "tokenizer.json: a short text takes more than 5 s of processor time or 2,048 MiB" in refusal(folder)
+
+
+def test_published_expressions_need_no_trial(folder, monkeypatch):
+    patch(monkeypatch, start, "PROCESS_COMMAND", (sys.executable, "-c", "print('tried'); exit(1)"))
+    path = folder / "tokenizer.json"
+    for pattern in (LLAMA3_SPLIT, QWEN2_SPLIT.replace(r"\r", "\r").replace(r"\n", "\n")):
+        rewrite(path, splitting(pattern))
+        read(folder)
+    text = path.read_text()
+    for other in (splitting(LLAMA3_SPLIT + "|x+"), text.replace('"Regex": ', '"Regex": "(a+)+$", "Regex": '),
+                  splitting(LLAMA3_SPLIT) | {"normalizer": {"type": "Sequence", "normalizers": [
+                      {"type": "Replace", "pattern": {"Regex": r"\p{N}"}, "content": "x"}] * 9}}):
+        path.write_text(text if isinstance(other, dict) else other)
+        if isinstance(other, dict):
+            rewrite(path, other)
+        assert "tokenizer.json: tried" in refusal(folder)
+    assert set(NANOCHAT_SPLITS) < KNOWN_SPLITS
 
 
 def test_a_checkpoint_s_own_expression_is_tried_too(nanochat_fixtures, tmp_path):

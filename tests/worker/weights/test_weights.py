@@ -668,6 +668,10 @@ def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name)
     stored["blk.0.attn_v.weight"] = random_llama()["blk.0.attn_v.weight"]
     model = load(write_gguf(tmp_path / "tiny.gguf", stored, LLAMA_NUMBERS), None)
     becomes = "Q8_0" if name in OTHERS else "BF16" if name == "F32" else name
+    from decode_core.tiles import Arena, Matrix
+    held = Matrix(Arena(1 << 20), becomes.lower(), *expected_tensors(model.spec)["0.down"]).nbytes
+    assert model.tensors["0.down"].nbytes == held
+    assert ("become Q8_0" in model.grows) == ("Q4_K_M" in model.grows) == (name in OTHERS)
     down, exact = model.tensors["0.down"].read(), torch.from_numpy(gguf.dequantize(*stored["blk.0.ffn_down.weight"])
                                                             if name != "F32" else stored["blk.0.ffn_down.weight"])
     if becomes in ("F16", "BF16"):
