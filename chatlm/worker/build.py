@@ -207,8 +207,8 @@ class MemoryPlan(NamedTuple):
     page_bytes: int   # of one KV page
     full: int         # pages of a sequence that has the longest context
     fewest: int       # pages of one of 64 tokens: fewer are of no use
-    grows: str        # a sentence, see LoadedModel
-    quantizes: bool   # would --quantize make the weights smaller?
+    grows: str = ""   # a sentence, see LoadedModel
+    quantizes: bool = False  # would --quantize make the weights smaller?
     state_bytes: int = 0  # of a sequence's state, where layers keep one
 
     def memory(self) -> tuple[int, int]:
