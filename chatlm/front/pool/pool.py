@@ -37,11 +37,7 @@ class WorkerPool:
 
     continues = True  # can it continue the last message of a conversation?
     ends_thinking = True
-
-    @property
-    def chats(self) -> bool:
-        """Has the model a chat template? Else it continues texts."""
-        return self.tokenizer is None or self.tokenizer.has_chat_template
+    chats = True  # has the model a chat template? Else it continues texts
 
     def __init__(self, settings: Settings, placement: Placement):
         self.settings, self.placement, self.workers = settings, placement, placement.workers
@@ -65,6 +61,7 @@ class WorkerPool:
     async def _open_tokenizer(self, card: ModelCard):
         try:
             await self.admission.open(card, with_own_sampling(self.settings, self))
+            self.chats = self.tokenizer is None or self.tokenizer.has_chat_template
         except ConfigError as error:
             raise ConfigError(f"{self.source and self.source.path}: {error}") from None
 
