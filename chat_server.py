@@ -142,7 +142,8 @@ from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, l
 from chatlm.front.server.bodies import Bodies, tokenizer_of
 from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.describe import (
-    ModelRoutes, alive_body, bare_id, model_body, ollama_loaded, ollama_model, openapi_document)
+    A_MODEL, MODELS, ModelRoutes, alive_body, bare_id, model_body, ollama_loaded, ollama_model,
+    openapi_document)
 from chatlm.front.server.metrics import Metrics
 from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
@@ -380,9 +381,9 @@ ROUTES = (
           "a conversation to the text of its prompt"),
     *(Route("GET", path, Api.OPENAI,
             lambda front: {"object": "list", "data": [model_body(front.pool, front.settings)]},
-            "the served model") for path in ("/v1/models", "/models")),
+            "the served model and what it can do", returns=MODELS) for path in ("/v1/models", "/models")),
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
-          "the served model, by one of its names"),
+          "the served model, by one of its names", returns=A_MODEL),
     Route("POST", "/v1/cancel/{id}", Api.OPENAI, "handle_cancel",
           "stop an answer by the X-Request-Id of its response", query=(ONLY_THINKING,)),
     Route("GET", "/v1/streams/{id}", Api.OPENAI, "handle_stream",

@@ -40,7 +40,7 @@ const SAVE_MS = 500;              // a growing answer is stored this often
 
 const lastNode = () => state.path.at(-1);
 // a question waits for a server that is away; one that is still loading may yet turn out to be another model
-const canAsk = () => !isGrowing(lastNode()) && !["connecting", "loading"].includes(state.phase);
+const canAsk = () => !isGrowing(lastNode()) && !["connecting", "loading"].includes(state.phase) && state.model.api !== "none";
 const isStored = chat => state.chats.has(chat.id);
 
 // preferences ---------------------------------------------------------------------------------------------------------

@@ -94,17 +94,19 @@ let empty = {key: "", node: null};
 
 function emptyPage() {
   const {model, phase, loading} = state;
-  const key = JSON.stringify([model.name, model.devices, model.context, phase, serverText(), canAsk()]);
+  const key = JSON.stringify([model.name, model.api, model.devices, model.context, phase, serverText(), canAsk()]);
   if (empty.key === key) return empty.node;
-  const page = element("section", {className: "empty"}, element("h2", {textContent: TEXT.welcome}));
-  page.append(element("p", {textContent: phase === "ready" ? TEXT.running(model.devices.map(TEXT.device), model.context) : serverText()}));
+  const page = element("section", {className: "empty"}, element("h2", {textContent: model.api === "text" ? TEXT.welcomeText : TEXT.welcome}));
+  page.append(element("p", {textContent: serverText() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
+  if (model.api === "text") page.append(noticeOf(TEXT.completes));
   if (/^SmolLM2-135M/.test(model.name)) page.append(element("p", {className: "notice"}, ...TEXT.demonstration(text => element("code", {textContent: text}))));
   if (phase === "loading") {
     const bar = element("progress", loading.fraction ? {max: 1, value: loading.fraction} : {});
     bar.setAttribute("aria-label", TEXT.loadingLabel);
     page.append(bar);
   }
-  page.append(element("div", {className: "examples"}, ...TEXT.examples.map(text =>
+  const examples = ["text", "none"].includes(model.api) ? [] : TEXT.examples;
+  page.append(element("div", {className: "examples"}, ...examples.map(text =>
     element("button", {type: "button", textContent: text, disabled: !canAsk(), onclick: () => { ask(text); focusAfterClick(); }}))));
   empty = {key, node: page};
   return page;

@@ -145,6 +145,7 @@ const untilReady = signal => new Promise((resolve, reject) => {
 
 // Why the server cannot be asked; "" if it can.
 function serverText() {
+  if (state.phase === "ready" && state.model.api === "none") return TEXT.onlyEmbeds(state.model.name);
   const home = serverHome();
   switch (state.phase) {
     case "connecting": return TEXT.connecting;
@@ -165,9 +166,11 @@ async function describeServer(mine) {
   const first = models?.data?.[0] ?? {};
   const devices = new Set((stats?.workers ?? []).map(worker => worker.device));
   const can = {continue_final_message: CONTINUING.includes(first.owned_by), ...first.capabilities};
+  const api = !models?.data ? "native" : can.chat !== false ? "v1" : can.completion !== false ? "text" : "none";
+  if (api === "text") can.continue_final_message = true;
   state.model = {name: first.id ?? stats?.model ?? "", context: first.context_length ?? stats?.context_length ?? 0,
     devices: [...devices], workers: stats?.workers?.length ?? 0, can,
-    defaults: first.defaults ?? {}, ours: first.owned_by === "chat_server", api: models?.data ? "v1" : "native"};
+    defaults: first.defaults ?? {}, ours: first.owned_by === "chat_server", api};
   render();
   if (state.phase === "ready") waiting.splice(0).forEach(resolve => resolve());
 }
@@ -195,7 +198,7 @@ async function templateText(messages) {
 
 // answers -------------------------------------------------------------------------------------------------------------
 
-const ROUTES = {v1: "v1/chat/completions", native: "chat/completions"};
+const ROUTES = {v1: "v1/chat/completions", native: "chat/completions", text: "v1/completions"};
 
 // Others want to be told which model.
 const modelNamed = () => state.model.ours || !state.model.name ? {} : {model: state.model.name};
@@ -205,10 +208,13 @@ const modelNamed = () => state.model.ours || !state.model.name ? {} : {model: st
 async function postAnswer({messages, parameters, id, signal, goOn = false}) {
   const body = {messages, resumable: true, truncate: "oldest", progress: true, ...parameters};
   const headers = {Accept: "text/event-stream", "X-Request-Id": id};
+  const streamed = {stream: true, stream_options: {include_usage: true, continuous_usage_stats: true}, ...modelNamed()};
+  if (state.model.api === "text") {
+    const {messages: _, truncate, ...others} = body;
+    return accepted(await post(ROUTES.text, {prompt: textToContinue(messages), ...others, ...streamed}, {headers, signal}));
+  }
   if (state.model.api === "v1") {
-    const more = {stream: true, stream_options: {include_usage: true, continuous_usage_stats: true},
-      ...(goOn ? {continue_final_message: true, add_generation_prompt: false} : {}),
-      ...modelNamed()};
+    const more = {...streamed, ...(goOn ? {continue_final_message: true, add_generation_prompt: false} : {})};
     const response = await post(ROUTES.v1, {...body, ...more}, {headers, signal});
     if (![404, 405].includes(response.status)) return accepted(response);
     const error = await errorOf(response);
@@ -216,6 +222,12 @@ async function postAnswer({messages, parameters, id, signal, goOn = false}) {
     state.model.api = "native";
   }
   return accepted(await post(ROUTES.native, body, {headers, signal}));
+}
+
+// What a model without a chat template goes on with: the user's last text, and what it wrote after that.
+function textToContinue(messages) {
+  const last = messages.findLastIndex(({role}) => role === "user");
+  return messages.slice(Math.max(0, last)).map(({content}) => content).join("");
 }
 
 async function accepted(response) {
@@ -279,7 +291,7 @@ async function readChunk(reader, patience) {
 function readEvent(event) {
   if (event.error || event.detail) throw new Refused(sentence(errorText(event) || TEXT.gaveUp), {status: 0, code: event.error?.code ?? ""});
   const choice = event.choices?.[0], delta = choice?.delta ?? {};
-  return {text: event.token ?? delta.content ?? "", reasoning: event.reasoning ?? delta.reasoning_content ?? delta.reasoning ?? "",
+  return {text: event.token ?? delta.content ?? choice?.text ?? "", reasoning: event.reasoning ?? delta.reasoning_content ?? delta.reasoning ?? "",
     progress: readProgress(event), prompt: event.usage?.prompt_tokens ?? event.progress?.prompt_tokens, gpu: event.gpu ?? event.timings?.gpu, model: event.model, seed: event.seed,
     usage: event.usage ?? null, timings: event.timings ?? null, reason: event.finish_reason ?? choice?.finish_reason ?? (event.done ? "stop" : null)};
 }

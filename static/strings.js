@@ -25,9 +25,11 @@ const TEXT = {
   themes: {"": "System", light: "Light", dark: "Dark"}, themeIs: theme => `Theme: ${theme}`, shortcuts: "Keyboard shortcuts",
 
   // empty page
-  welcome: "What would you like to know?",
+  welcome: "What would you like to know?", welcomeText: "How should the text begin?",
   device: name => name === "cpu" ? "the CPU" : name === "cuda" || name === "mps" ? "the GPU" : name.replace(/^cuda:/, "GPU "),
   running: (devices, context) => `Running${devices.length ? ` on ${devices.join(", ")}` : ""}${context ? ` with ${number(context)} tokens of context` : ""}.`,
+  completes: "This model was not made to chat: it continues the text that you type, each by itself and without a system prompt.",
+  onlyEmbeds: name => `${name} makes embeddings of texts, and no answers.`,
   statuses: {draining: "the server is stopping", unavailable: "no worker of the server runs"}, loadingLabel: "Loading", starting: "starting",
   loading: (stage, fraction) => `The model is not ready: ${TEXT.statuses[stage] ?? stage}${fraction ? ` ${Math.round(fraction * 100)}\u00a0%` : ""}.`,
   demonstration: code => ["This is a very small demonstration model, which is often wrong. Give the server another with ",

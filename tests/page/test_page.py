@@ -1,6 +1,7 @@
 """The page in a real browser: asking, answers, streams and errors, with chat_server.py and its default model.
 A scripted stand-in plays what a real model cannot be made to do."""
 
+import json
 import re
 
 import pytest
@@ -414,6 +415,25 @@ def test_continue_goes_on_with_a_cut_answer(page, stand_in, able, model):
     else:
         expect(answers(page).last).to_contain_text("You said: Please continue.")
         expect(questions(page)).to_have_count(2)
+
+
+def test_the_page_goes_on_with_texts_of_a_model_that_cannot_chat_and_asks_nothing_of_one_that_only_embeds(page):
+    """As /v1/models of the real server says it of a model without a chat template."""
+    with fake_front(pieces=[" there", " was"], chats=False) as url:
+        open_page(page, url)
+        expect(page.locator(".empty")).to_contain_text("it continues the text that you type")
+        for text in ("Once upon a time", "In the beginning"):
+            with page.expect_request("**/v1/completions") as asked:
+                ask(page, text)
+            body = json.loads(asked.value.post_data)
+            assert body["prompt"] == text and not body.keys() & {"messages", "truncate"}
+            expect(said(answers(page).last)).to_have_text("there was")
+        able = {"chat": False, "completion": False, "embedding": True}
+        page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": "vectors-1", "capabilities": able}]}))
+        open_page(page, url)
+        button(page, "New chat").click()
+        expect(page.locator(".empty")).to_contain_text("vectors-1 makes embeddings of texts, and no answers.")
+        expect(page.locator(".examples button")).to_have_count(0)
 
 
 def test_the_last_answer_can_be_continued_as_it_was_edited_and_no_other(page, stand_in):

@@ -82,13 +82,13 @@ def started_server(*flags):
 
 
 @contextlib.contextmanager
-def fake_front(pieces=("Hello", ", ", "world!"), tool_format=None, **settings):
+def fake_front(pieces=("Hello", ", ", "world!"), tool_format=None, chats=True, **settings):
     """The URL of the real HTTP side over a pool without a model, in a thread."""
     from chatlm.common.config import Settings
     from fake_pool import FakePool, Letters, serving
     loop, url, stop, pool = asyncio.new_event_loop(), queue.SimpleQueue(), asyncio.Event(), FakePool(pieces)
     pool.tokenizer = Letters()
-    pool.tokenizer.tool_format = tool_format
+    pool.tokenizer.tool_format, pool.tokenizer.has_chat_template = tool_format, chats
 
     async def serve():
         async with serving(pool, Settings(**settings)) as at:

@@ -38,12 +38,32 @@ def alive_body() -> dict:
     return {"alive": True}
 
 
+ABILITIES = {  # as /openapi.json describes them
+    "chat": "it has a chat template: /v1/chat/completions and the other routes of conversations",
+    "completion": "it continues texts: /v1/completions",
+    "completions": "the same as completion",
+    "embedding": "/v1/embeddings",
+    "logprobs": "log-probabilities of tokens",
+    "tools": "it may call functions; the member `tools` of the model says how it is told of them",
+    "reasoning": "its reasoning is told apart from its content",
+    "reasoning_history": "its template has the reasoning of earlier answers",
+    "reasoning_budget": "its reasoning can be ended",
+    "continue_final_message": "it can continue the last message",
+    "json_schema": "answers in a format"}
+A_MODEL = {"type": "object", "properties": {
+    "id": A_TEXT, "context_length": {"type": "integer"}, "tools": {"enum": ["native", "generic", None]},
+    "capabilities": {"type": "object", "description": "what the model can do here", "properties": {
+        name: {"type": "boolean", "description": doc} for name, doc in ABILITIES.items()}}}}
+MODELS = {"type": "object", "properties": {"data": {"type": "array", "items": A_MODEL}}}
+
+
 def model_body(pool: WorkerPool, settings: Settings) -> dict:
     """The served model as /v1/models describes it. Overloaded while it loads."""
     tokenizer = pool.tokenizer
     if not pool.ready or tokenizer is None:
         raise Overloaded("the model is not ready")
-    able = {"chat": tokenizer.has_chat_template, "completions": True, "logprobs": True,
+    able = {"chat": tokenizer.has_chat_template, "completion": True, "completions": True, "embedding": True,
+            "logprobs": True,
             "tools": tokenizer.tool_format is not None,
             "reasoning": tokenizer.thoughts is not None,
             "reasoning_history": "reasoning_content" in (tokenizer.spec.chat_template or ""),
@@ -134,6 +154,8 @@ def openapi_operation(route: Route) -> dict:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
         operation["responses"]["200"]["headers"] = {
             "X-Ignored-Fields": {"schema": A_TEXT, "description": "fields of the body that had no effect"}}
+    if route.returns:
+        operation["responses"]["200"]["content"] = {"application/json": {"schema": route.returns}}
     return operation | ({"security": []} if route.open else {})
 
 

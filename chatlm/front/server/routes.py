@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os.path
 import re
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from aiohttp import web
     from chat_server import Front
     from chatlm.front.api.fields import Field
+
+
+NO_SCHEMA: Mapping = types.MappingProxyType({})
 
 
 class Api(Enum):
@@ -34,6 +38,7 @@ class Route(NamedTuple):
     handler: str | Callable[[Front], Any]  # a method, or what makes the JSON body (see Front.show)
     doc: str
     query: tuple[Field, ...] = ()   # of the address, after the question mark
+    returns: Mapping = NO_SCHEMA    # the schema of the body that it answers with, where one is described
     open: bool = False              # needs no API key
     quiet: bool = False             # logged only at level debug if all is well
     polled: bool = False            # the same, and served on surplus connections too
