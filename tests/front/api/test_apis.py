@@ -34,7 +34,7 @@ from chatlm.common.text.reader import answer_reader
 from chatlm.front.api.conversation import openai_messages
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.fields import json_object
-from chatlm.front.api.readers import (ANSWER_READERS, REPEATED, TEXT_READERS, read_chat_body, read_messages_body, read_ollama_chat,
+from chatlm.front.api.readers import (ANSWER_READERS, REPEATED, TEXT_READERS, read_answer, read_chat_body, read_messages_body, read_ollama_chat,
                                       read_responses_body)
 from chatlm.front.server.describe import bare_id
 from chatlm.worker.engine.grammar import Grammar
@@ -294,6 +294,13 @@ async def test_the_same_conversation_and_seed_give_the_same_text_whole_streamed_
         assert "".join(map(text_of, await streamed(client, url, path, **DRAWN, **more))) == wanted
         if path != "/chat/completions":
             assert whole_text(json.loads((await ask(client, url, path, **DRAWN, **more))[2])) == wanted
+
+
+def test_of_a_model_without_a_chat_template_api_generate_continues_the_prompt():
+    body = json.dumps({"prompt": "Once", "system": "Be brief."}).encode()
+    for chats, prompts, ignored in ((False, ("Once",), ("system",)), (True, None, ())):
+        parsed = read_answer("/api/generate", body, Known(Settings(), "m", None, chats=chats))
+        assert (parsed.request.prompts or None, parsed.ignored_fields) == (prompts, ignored)
 
 
 @pytest.mark.slow

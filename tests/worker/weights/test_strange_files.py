@@ -458,6 +458,19 @@ def test_a_template_is_found_in_chat_template_json_too_and_a_list_without_a_defa
     assert 'a.gguf has chat templates of the names "rag" and none of the name "default"' in caplog.text
 
 
+def test_a_model_without_a_template_says_at_start_that_it_cannot_chat(folder):
+    settings = Settings(model=str(folder), kv_cache_memory=4 << 20)
+    (folder / "chat_template.jinja").unlink()
+    model, engine = build.build_engine(resolve_model(settings), settings, torch.device("cpu"))
+    assert not engine.tokenizer.has_chat_template and "It has no chat template, so it cannot chat" in model.notes[-1]
+
+
+def test_a_gguf_that_is_no_model_says_what_it_is(tmp_path):
+    path = tmp_path / "mmproj-x.gguf"
+    path.write_bytes(gguf_bytes(LLAMA_NUMBERS | small_gguf_metadata("gpt-2") | {"general.type": "mmproj"}, random_llama()))
+    assert 'is no model: its general.type is "mmproj"' in refusal(path)
+
+
 def test_a_template_that_does_not_parse_is_refused_before_weights_are_read(folder, monkeypatch):
     (folder / "chat_template.jinja").write_text("{% if %}")
     patch(monkeypatch, build, "build_transformer", lambda *_: pytest.fail("weights are read"))
