@@ -137,13 +137,15 @@ from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
 from chatlm.front.lazy import web
+from chatlm.front.pool.many import ManyModels
+from chatlm.front.pool.models import OneModel
 from chatlm.front.pool.pool import WorkerPool, pool_of
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.bodies import Bodies, tokenizer_of
 from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.describe import (
-    A_MODEL, MODELS, ModelRoutes, alive_body, bare_id, model_body, ollama_loaded, ollama_model,
-    openapi_document)
+    A_MODEL, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models, ollama_running,
+    openapi_document, stats_body)
 from chatlm.front.server.metrics import Metrics
 from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
@@ -155,6 +157,7 @@ from chatlm.front.server.streams import EventStream
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Event, Request
     from chatlm.front.api.encode import Encoder
+    from chatlm.front.pool.models import Model
     from chatlm.front.server.recordings import Recording
     from chatlm.front.server.streams import Holding
 
@@ -162,11 +165,12 @@ if TYPE_CHECKING:
 class Front:
     """The HTTP side of a pool and its handlers of routes; `errors_to_responses` answers every error."""
 
-    def __init__(self, pool: WorkerPool, settings: Settings):
+    def __init__(self, pool: WorkerPool | ManyModels, settings: Settings):
         self.pool, self.settings = pool, settings
+        self.served = pool if isinstance(pool, ManyModels) else OneModel(pool, settings)
         self.access, self.owners = Access(settings), Owners(settings)
-        self.bodies = Bodies(pool, settings, self.owners)
-        self.models, self.page = ModelRoutes(pool, settings, self.bodies), Page(page_files())
+        self.bodies = Bodies(self.served, self.owners)
+        self.models, self.page = ModelRoutes(self.served, self.bodies, self.access), Page(page_files())
         self.running: dict[str, str] = {}       # id of each running answer -> its owner
         self.recordings = Recordings()
         self.metrics: Metrics | None = None
@@ -186,10 +190,11 @@ class Front:
 
     @asynccontextmanager
     async def answering(
-            self, request: Request) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
+            self, pool: WorkerPool,
+            request: Request) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
         """Yield the answer's first event and the others once it is accepted; leaving the block in any way
         ends its work."""
-        events = self.pool.answer(request)
+        events = pool.answer(request)
         if self.metrics:
             events = self.metrics.watch(events, request.n)
         if self.settings.log_conversations:
@@ -207,13 +212,15 @@ class Front:
 
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
         with self.bodies.holding() as holding:
-            parsed = await self.bodies.parse(http, holding)
-            parsed = replace(parsed, request=self.identified(parsed.request))
+            model, parsed = await self.bodies.parse(http, holding)
+            pool, parsed = model.serving(), replace(parsed, request=self.identified(parsed.request))
             # the whole request, with its messages and tools, ends when it is admitted
-            answering, parsed = self.answering(parsed.request), parsed.lasting()
-            encoder = ENCODERS[parsed.api](parsed, self.pool.model_name,
-                                           None if parsed.api == "native" else tokenizer_of(self.pool))
+            answering, parsed = self.answering(pool, parsed.request), parsed.lasting()
+            encoder = ENCODERS[parsed.api](parsed, pool.model_name,
+                                           None if parsed.api == "native" else tokenizer_of(pool))
             if "done_reason" in parsed.details:  # without a question, Ollama only loads the model
+                if self.served.several:
+                    self.served.load(model)
                 return web.Response(body=encoder.line(encoder.members(), done=True, **parsed.details),
                                     content_type="application/json")
             if parsed.stream:
@@ -227,7 +234,8 @@ class Front:
 
     async def handle_text(self, http: web.Request) -> web.Response:
         with self.bodies.holding() as holding:
-            return await send_whole(http, await self.bodies.read_text(http, holding))
+            _, text = await self.bodies.read_text(http, holding)
+            return await send_whole(http, text)
 
     async def stream(self, http: web.Request, answering: AbstractAsyncContextManager, encoder: Encoder,
                      holding: Holding) -> web.StreamResponse:
@@ -299,6 +307,10 @@ class Front:
         record.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
         record.counts = counts | {"reason": reasons}
 
+    def seen(self) -> list[Model]:
+        """The models that the client's key may see."""
+        return self.served.listed(REQUEST_LOG.get().models)
+
     async def show(self, body: Callable[[Front], Any], http: web.Request) -> web.Response:
         """The routes that need nothing of their request: `body` makes the JSON, maybe after a status."""
         value = body(self)
@@ -367,11 +379,10 @@ ROUTES = (
     Route("POST", "/api/embeddings", Api.OLLAMA, "handle_answer",
           "one embedding, for older clients of Ollama"),
     Route("GET", "/api/tags", Api.OLLAMA,
-          lambda front: {"models": [ollama_model(front.pool, front.settings)]},
-          "the served model in Ollama's format"),
+          lambda front: ollama_models(front.seen()), "the served models in Ollama's format"),
     Route("GET", "/api/ps", Api.OLLAMA,
-          lambda front: {"models": ollama_loaded(front.pool, front.settings)},
-          "the same while it is in memory, with how much it takes"),
+          lambda front: ollama_running(front.seen()),
+          "those that are in memory, with how much they take"),
     Route("POST", "/api/show", Api.OLLAMA, "models.handle_ollama_show", "more of it"),
     Route("GET", "/api/version", Api.OLLAMA, lambda front: {"version": __version__},
           "this server's version in Ollama's format"),
@@ -380,10 +391,13 @@ ROUTES = (
     Route("POST", "/apply-template", Api.OPENAI, "handle_text",
           "a conversation to the text of its prompt"),
     *(Route("GET", path, Api.OPENAI,
-            lambda front: {"object": "list", "data": [model_body(front.pool, front.settings)]},
-            "the served model and what it can do", returns=MODELS) for path in ("/v1/models", "/models")),
+            lambda front: listed_body(front.served), "the served models, what each can do and its state",
+            returns=MODELS) for path in ("/v1/models", "/models")),
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
-          "the served model, by one of its names", returns=A_MODEL),
+          "a served model, by one of its names", returns=A_MODEL),
+    Route("POST", "/models/load", Api.OPENAI, "models.handle_load", "have a model loaded"),
+    Route("POST", "/models/unload", Api.OPENAI, "models.handle_unload",
+          "have a model leave memory once its answers have ended; a request brings it back"),
     Route("POST", "/v1/cancel/{id}", Api.OPENAI, "handle_cancel",
           "stop an answer by the X-Request-Id of its response", query=(ONLY_THINKING,)),
     Route("GET", "/v1/streams/{id}", Api.OPENAI, "handle_stream",
@@ -394,15 +408,15 @@ ROUTES = (
           "200 as long as the event loop runs", open=True, polled=True),
     Route("GET", "/readyz", Api.NANOCHAT, Front.readiness,
           "200 when a request would be served now, else 503 with the reason", open=True, polled=True),
-    Route("GET", "/stats", Api.NANOCHAT, lambda front: front.pool.stats(),
-          "workers, KV pages, speed, kernels, queue", polled=True),
+    Route("GET", "/stats", Api.NANOCHAT, lambda front: stats_body(front.served),
+          "models, workers, KV pages, speed, kernels, queue", polled=True),
     Route("GET", "/metrics", Api.NANOCHAT, "handle_metrics", "Prometheus metrics", polled=True),
     Route("GET", "/openapi.json", Api.NANOCHAT, lambda front: openapi_document(ROUTES, front.settings),
           "this description"),
 )
 
 
-def create_app(pool: WorkerPool, settings: Settings) -> web.Application:
+def create_app(pool: WorkerPool | ManyModels, settings: Settings) -> web.Application:
     front = Front(pool, settings)
     access_log = AccessLog(RouteTable(ROUTES, settings.prefix), front.taken, front.metrics)
     middlewares: list[Any] = [partial(access_log.log), errors_to_responses, partial(front.access.guard)]
@@ -422,7 +436,7 @@ def create_app(pool: WorkerPool, settings: Settings) -> web.Application:
     return app
 
 
-def announce(pool: WorkerPool, settings: Settings, port: int):
+def announce(pool: WorkerPool | ManyModels, settings: Settings, port: int):
     urls = [f"  {url}{settings.prefix and settings.prefix + '/'}" for url in server_urls(settings.host, port)]
     for line in [*pool.describe(), "Application startup complete", *urls]:
         tell(line, file=sys.stdout)
@@ -438,11 +452,11 @@ def warn_of_another_program():
             log.warning("the chatlm in %s runs; the one in %s differs", program_root(), other)
 
 
-async def serve_forever(settings: Settings, pool: WorkerPool | None = None) -> int:
+async def serve_forever(settings: Settings, pool: WorkerPool | ManyModels | None = None) -> int:
     """Listen, load, serve until a signal, drain, stop; return the exit status. ConfigError: cannot start."""
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()
-        pool = pool or pool_of(settings)
+        pool = pool or (ManyModels if settings.several or settings.models is not None else pool_of)(settings)
         pool.on_progress = progress = ProgressDisplay()
         try:  # the workers start while a thread imports aiohttp (0.2 s)
             await pool.start()
@@ -481,6 +495,8 @@ def check_kernels() -> int:
 def run_command(settings: Settings) -> int:
     """serve, chat or generate; in a process of torchrun's that is not rank 0, that rank."""
     start, status = torchrun(settings), 1
+    if start and (settings.several or settings.models is not None):
+        raise ConfigError("several models under torchrun: its ranks compute one model")
     if start and start.rank:
         return serve_rank(settings, start)
     try:

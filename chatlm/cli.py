@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm import __version__
-from chatlm.common.config import FLAGS, PROGRAM_COMMANDS, Settings, read_api_keys
+from chatlm.common.config import FLAGS, PROGRAM_COMMANDS, ModelChoice, Settings, number, read_api_keys
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, did_you_mean, require_library
 from chatlm.common.files import read_operators
@@ -36,7 +36,7 @@ HELP = {
         "Serve a model: a page to chat on, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is "
         "what runs without a command. The others are: chat, which talks in the terminal; generate, which "
         "answers one prompt; check, which proves and measures the compiled kernels; bundle, which writes all "
-        "into one file to copy. Each has a --help.", """
+        "into one file to copy. Each has a --help. Several MODELs are loaded as they are asked for.", """
   python chat_server.py                                     a nanochat checkpoint or a small model
   python chat_server.py qwen3:0.6b --host 127.0.0.1         for this machine only; downloaded once
   python chat_server.py model.gguf -p 8080 --api-key-file keys.txt"""),
@@ -91,24 +91,82 @@ SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True,
                 "0": False, "false": False, "no": False, "off": False}
 
 
-def read_config(path: str | None) -> dict[str, list[str]]:
-    """The flags of a --config TOML file, as words by field name. ConfigError for unknown names."""
+def as_words(value) -> list[str]:
+    return [str(item) for item in (value if isinstance(value, list) else [value])]
+
+
+def read_config(path: str | None) -> tuple[dict[str, list[str]], list[dict]]:
+    """The flags of a --config TOML file, as words by field name, and its [[models]] tables. ConfigError for
+    unknown names."""
     if path is None:
-        return {}
+        return {}, []
     tomllib = require_library("tomllib" if sys.version_info >= (3, 11) else "tomli", "--config")
     fields = {name: flag.field for flag in FLAGS for name in flag.names} | {"model": "model"}
-    words = {}
+    words, tables = {}, []
     try:
         for name, value in tomllib.loads(read_operators(path)).items():
+            if name == "models" and isinstance(value, list) and all(isinstance(item, dict) for item in value):
+                tables = value
+                continue
+            if name == "models" and isinstance(value, dict):
+                raise ValueError("[models] must be [[models]], a table for each model")
             if isinstance(value, dict):
                 raise ValueError(f"[{name}] is a table, but flags stand outside tables: `port = 8000`, "
                                  "or for one that may repeat `served-model-name = [\"a\", \"b\"]`")
             if (spelled := name.replace("_", "-")) not in fields:
                 raise ValueError(f"there is no flag --{name}{did_you_mean(spelled, fields, '--')}")
-            words[fields[spelled]] = [str(item) for item in (value if isinstance(value, list) else [value])]
+            words[fields[spelled]] = as_words(value)
     except (OSError, RuntimeError, ValueError, RecursionError) as error:  # str() refuses 5,000-digit ints
         raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
-    return words
+    return words, tables
+
+
+# The flags that a [[models]] table may have, beside name, path, aliases, pin, default and replicas
+TABLE_FLAGS = {flag.field: flag for flag in FLAGS if flag.field in (
+    "source", "model_tag", "step", "softcap", "lora", "dtype", "quantize", "context_length",
+    "kv_cache_memory", "max_batch", "prefill_chunk", "drafts", "idle_unload", "temperature", "top_k", "top_p",
+    "min_p", "max_tokens", "reasoning_budget", "reasoning_budget_message")}
+TABLE_KEYS = ("name", "path", "aliases", "pin", "default", "replicas")
+
+
+def read_table(parser: CommandLine, table: dict, place: str) -> ModelChoice:
+    """A [[models]] table. ConfigError for what is missing, unknown or no value of its key."""
+    spelled = {name.replace("-", "_"): name for name in table}
+    for field, name in spelled.items():
+        if field not in (*TABLE_KEYS, *TABLE_FLAGS):
+            names = [*TABLE_KEYS, *(known.replace("_", "-") for known in TABLE_FLAGS)]
+            raise ConfigError(f"{place}: {name} is no key of a model{did_you_mean(name, names)}"
+                              f" (they are {', '.join(names)})")
+    words = {field: as_words(table[name]) for field, name in spelled.items()}
+    for name in ("name", "path"):
+        if name in words and not (isinstance(table[name], str) and table[name].strip()):
+            raise ConfigError(f"{place}: {name} must be a text")
+    if "path" not in words:
+        raise ConfigError(f"{place}: path is missing, the MODEL that it is")
+    for name in ("pin", "default"):
+        if not isinstance(table.get(name, False), bool):
+            raise ConfigError(f"{place}: {name} must be true or false")
+    try:
+        replicas = number(int, 1, 256)(" ".join(words["replicas"])) if "replicas" in words else None
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"{place}: replicas: {error}") from None
+    return ModelChoice(words["path"][0], table.get("name", ""), tuple(words.get("aliases", ())),
+                       table.get("pin", False), table.get("default", False), replicas,
+                       {field: parsed_words(parser, flag, f"{place}: {spelled[field]}", words[field])
+                        for field, flag in TABLE_FLAGS.items() if field in words})
+
+
+def chosen_models(parser: CommandLine, names: Seq[str], tables: Seq[dict], folder: str | None,
+                  config: str | None) -> tuple[ModelChoice, ...]:
+    """What `serve` serves if it is more than one MODEL, or may come to be."""
+    if len(names) < 2 and not tables and folder is None:
+        return ()
+    choices = [*map(ModelChoice, names), *(
+        read_table(parser, table, f"--config {config}: [[models]] {index}")
+        for index, table in enumerate(tables, 1))]
+    if sum(choice.default for choice in choices) > 1:
+        raise ConfigError(f"--config {config}: only one of [[models]] may have default = true")
+    return tuple(choices)
 
 
 def unflagged_value(parser: CommandLine, flag: Flag, environment: Mapping[str, str],
@@ -120,6 +178,11 @@ def unflagged_value(parser: CommandLine, flag: Flag, environment: Mapping[str, s
         origin, words = flag.variable, re.split(r"\s*,\s*", text) if flag.many else [text]
     if words is None:
         return flag.default
+    return parsed_words(parser, flag, origin, words)
+
+
+def parsed_words(parser: CommandLine, flag: Flag, origin: str, words: list[str]):
+    """The value of a flag from words of that origin. ConfigError if they are none."""
     if len(words) != 1 and not flag.many:
         raise ConfigError(f"{origin} must be one value")
     if flag.parse is None:
@@ -129,7 +192,8 @@ def unflagged_value(parser: CommandLine, flag: Flag, environment: Mapping[str, s
     if flag.choices:
         words = [word.lower() for word in words]
     parser.origin = f"{origin}: "
-    return getattr(parser.parse_args([f"--{flag.names[0]}={word}" for word in words]), name)
+    value = getattr(parser.parse_args([f"--{flag.names[0]}={word}" for word in words]), flag.field)
+    return tuple(value or ()) if flag.many else value
 
 
 def add_flag(group: argparse._ActionsContainer, flag: Flag):
@@ -156,7 +220,8 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
                          description="\n\n".join(textwrap.fill(part, 96) for part in about),
                          epilog=examples and f"Examples:\n{examples[1:]}")
     if command != "check":
-        parser.add_argument("model", metavar="MODEL", nargs="?", default=None, help=argparse.SUPPRESS)
+        parser.add_argument("model", metavar="MODEL", nargs="*" if command == "serve" else "?", default=None,
+                            help=argparse.SUPPRESS)
     parser.add_argument("--version", action="store_true", help="print the version and which kernels run")
     flags = {flag.field: flag for flag in FLAGS if command in flag.commands.split()}
     group: argparse._ActionsContainer = parser
@@ -165,21 +230,27 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
             group = parser.add_argument_group(flag.heading)
         if flag.field in flags:
             add_flag(group, flag)
-    values = vars(parser.parse_args(words))
+    # intermixed: MODEL --port 8080 MODEL
+    values = vars((parser.parse_intermixed_args if command == "serve" else parser.parse_args)(words))
     if values.pop("version"):
         print(f"chat_server {__version__}; {kernels_line()}")
         raise SystemExit(0)
     if command == "check":  # it has no flags
         return Settings(command=command)
-    config = read_config(values["config"] or environment.get("CHAT_SERVER_CONFIG") or None)
-    values["model"] = (values["model"] or environment.get("CHAT_SERVER_MODEL")
-                       or (config.get("model") or [None])[0])
+    config_file = values["config"] or environment.get("CHAT_SERVER_CONFIG") or None
+    config, tables = read_config(config_file)
+    words = values["model"] or environment.get("CHAT_SERVER_MODEL") or config.get("model") or []
+    models = [words] if isinstance(words, str) else words
+    values["model"] = models[0] if models else None
     for name, flag in flags.items():
         if values[name] is None:
             values[name] = unflagged_value(parser, flag, environment, config)
     values |= {name: tuple(values[name] or ()) for name in flags if flags[name].many}
     if command == "serve":  # from here on we keep only the hashes
         values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
+        values["several"] = chosen_models(parser, models, tables, values["models"], config_file)
+        if values["several"] or values["models"] is not None:
+            values["model"] = None
     return Settings(command=command, **values)
 
 

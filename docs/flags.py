@@ -25,7 +25,8 @@ A value is taken from the first of these places that has one:
 3. the file that `--config` or `CHAT_SERVER_CONFIG` names, in TOML: `max-tokens = 512`, `served-model-name = ["a", "b"]`
 4. the default
 
-MODEL is `CHAT_SERVER_MODEL` and `model = "model.gguf"`. A switch is turned off by `no` before its name, as in `--no-drafts`, or by `false`
+MODEL is `CHAT_SERVER_MODEL` and `model = "model.gguf"`; of several models, `[[models]]` has a table for each
+([models](models.md#many-models)). A switch is turned off by `no` before its name, as in `--no-drafts`, or by `false`
 in the other two places. Sizes have the suffixes K, M, G and T. A flag belongs to `serve`, `chat` and `generate` unless its row names its commands.
 
 `-p` has two meanings, as in nanochat: the port for `serve`, the prompt for `chat` and `generate`.

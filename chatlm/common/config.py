@@ -142,12 +142,27 @@ def flag(default: V, parse: Callable[[str], object] | None, help: str, commands:
 
 
 @dataclass(frozen=True)
+class ModelChoice:
+    """One of several models to serve: a MODEL of the command line, a [[models]] table of --config, or what
+    --models found."""
+
+    path: str                # a MODEL
+    name: str = ""           # "": what its files are called
+    aliases: tuple[str, ...] = ()
+    pin: bool = False        # it is loaded at the start, and stays
+    default: bool = False    # it answers requests that name no model
+    replicas: int | None = None
+    changes: dict = field(default_factory=dict)  # fields of `Settings` of which it has its own
+
+
+@dataclass(frozen=True)
 class Settings:
-    """The value of every flag, the command, MODEL, the hashed API keys, and once a model is loaded its own
-    sampling parameters and where they come from."""
+    """The value of every flag, the command, MODEL or several, the hashed API keys, and once a model is loaded
+    its own sampling parameters and where they come from."""
 
     command: str = "serve"
     model: str | None = None
+    several: tuple[ModelChoice, ...] = ()  # then `model` is None
     keys: tuple[ApiKey, ...] = ()
     own_sampling: dict[str, float] = field(default_factory=dict)
     own_origin: str = ""
@@ -161,6 +176,9 @@ class Settings:
         "override a nanochat model's logit softcap (15; 20 for one week of generation 3)")
     lora: tuple[str, ...] = flag((), str,
         "peft's folder of a LoRA adapter to merge into the weights at load, may repeat", many=True)
+    models: str | None = flag(None, str,
+        "serve every model below this folder, and those that come to be there: GGUF files, Hugging Face "
+        "folders, nanochat checkpoints", "serve")
     served_model_name: tuple[str, ...] = flag((), str, "extra names for the model, may repeat", "serve",
         many=True)
     num_gpus: str | None = flag(None, str,
@@ -187,6 +205,9 @@ class Settings:
     context_length: int | None = flag(None, number(int, 16),
         "tokens per sequence (default: the model's)", heading="Memory and speed")
     kv_cache_memory: int | None = flag(None, size, "bytes for KV pages per replica (suffixes K, M, G)")
+    models_memory: int | None = flag(None, size,
+        "bytes for the models that are loaded at a time, of several (default: 9/10 of what is free; suffixes "
+        "K, M, G)", "serve")
     gpu_memory_utilization: float = flag(0.90, number(float, 0.05, 1.0),
         "share of device memory for weights and KV pages")
     max_batch: int = flag(64, number(int, 1, 1024), "sequences decoded together per replica")
@@ -278,15 +299,17 @@ class ApiKey(NamedTuple):
 
     name: str  # shown in the access log
     digest: bytes
+    models: tuple[str, ...] = ()  # it sees only these, if any are named
 
     @classmethod
-    def hashed(cls, key: str, name: str) -> ApiKey:
-        return cls(name, hashlib.sha256(key.encode("utf-8", "replace")).digest())
+    def hashed(cls, key: str, name: str, models: tuple[str, ...] = ()) -> ApiKey:
+        return cls(name, hashlib.sha256(key.encode("utf-8", "replace")).digest(), models)
 
 
 def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
-    """The keys of --api-key and --api-key-file (lines `name: key` or `key`). No ConfigError shows a key."""
-    named_keys = [(f"key-{index}", key.strip()) for index, key in enumerate(keys, 1) if key.strip()]
+    """The keys of --api-key and --api-key-file (lines `name: key` or `key`, and after it maybe
+    `models=a,b`). No ConfigError shows a key."""
+    named_keys = [(f"key-{index}", key.strip(), ()) for index, key in enumerate(keys, 1) if key.strip()]
     try:
         lines = read_operators(path).splitlines() if path is not None else ()
     except (OSError, RuntimeError, ValueError) as error:  # unreadable; unknown ~user; not text
@@ -295,14 +318,18 @@ def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
         raise ConfigError(f"--api-key-file {path}: {reason}") from None
     for index, line in enumerate(map(str.strip, lines), 1):
         if line and not line.startswith("#"):
+            line, *bound = re.split(r"\s+models=", line, maxsplit=1)
+            models = tuple(filter(None, map(str.strip, ",".join(bound).split(","))))
             name, colon, key = line.partition(":")
             name, key = (name.strip(), key.strip()) if colon else ("", line)
             if not key:  # an empty key would match every request without one
                 raise ConfigError(f"--api-key-file {path}: line {index} has a name and no key")
-            named_keys.append((name or f"line-{index}", key))
+            if bound and not models:
+                raise ConfigError(f"--api-key-file {path}: line {index} names no model after models=")
+            named_keys.append((name or f"line-{index}", key, models))
     if not named_keys and (path is not None or list(keys)):
         raise ConfigError("no API key in --api-key or --api-key-file; without one the server would be open")
-    return tuple(ApiKey.hashed(key, name) for name, key in named_keys)
+    return tuple(ApiKey.hashed(key, name, models) for name, key, models in named_keys)
 
 
 def with_own_sampling(settings: Settings, pool) -> Settings:

@@ -265,7 +265,8 @@ class RemoteStream:
         if progress := object_in(body, "progress"):
             counts: Any = {name: progress[name] if type(progress.get(name)) is int else 0
                            for name in PROGRESS_FIELDS}
-            return PromptProgress(**counts)
+            fraction = object_in(progress, "loading").get("fraction")
+            return PromptProgress(**counts, loading=fraction if type(fraction) in (int, float) else None)
         choice = (body.get("choices") or [{}])[0]
         delta = choice.get("delta") or choice
         reasoning = body.get("reasoning") or delta.get("reasoning_content") or delta.get("reasoning")

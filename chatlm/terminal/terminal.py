@@ -84,7 +84,8 @@ class MarkdownWriter:
 
     def progress(self, event: PromptProgress):
         share = min(1.0, event.prompt_tokens_done / max(1, event.prompt_tokens))
-        self.waiting = (f"in the queue, place {event.queue_position}" if event.queue_position else
+        self.waiting = (f"loading the model, {event.loading:.0%}" if event.loading is not None else
+                        f"in the queue, place {event.queue_position}" if event.queue_position else
                         f"reading the prompt, {share:.0%}")
         self.live.refresh()
 

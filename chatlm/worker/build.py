@@ -126,24 +126,17 @@ def build_transformer(
         ranks: RankAlone | None) -> tuple[LoadedModel, Transformer, int, int, int]:
     """Load the weights, or a rank's shards of them, and allocate the KV pages. Returns also the number of
     pages, the longest context that they hold, and how many sequences may run at once."""
-    rows, chunk = max(settings.max_batch, FREE_ROWS), prefill_chunk(settings, device)
-    limits, ranks = {"max_tokens": chunk + rows, "max_rows": rows}, ranks or RankAlone()
+    ranks = ranks or RankAlone()
 
     def shard(model: LoadedModel) -> LoadedModel:
         model = stage_model(model, ranks.rank // ranks.tp, ranks.stages)  # the same for all its ranks
         return shard_model(model, ranks.rank % ranks.tp, ranks.tp, settings.quantize)
 
     whole, model = model.spec, shard(model)
-    spec = model.spec
-    kernels = load_kernels(device, spec, **limits, quantize=settings.quantize, join=ranks.join and partial(
-        ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
-    groups = group_layers(spec.windows, spec.layers, model.context_length,  # all stages have the same tables
-                          apart=kernels.backend.groups_layers and ranks.stages == 1,
-                          unpaged=spec.unpaged_layers)
-    plan = plan_memory(model, whole, kernels, groups, ranks, settings, device, limits)
+    kernels, groups, limits, plan = plan_model(model, whole, settings, device, ranks)
     num_pages = ranks.min_over_ranks(plan.pages())
-    context = longest_context(PagePool(num_pages, groups.windows), model.context_length, chunk)
-    if context < model.context_length and spec.rope_factors:  # longrope's depend on the context
+    context = plan.context(num_pages, groups)
+    if context < model.context_length and model.spec.rope_factors:  # longrope's depend on the context
         model = shard(open_model(source, replace(settings, context_length=context), device))
     log.info("%s", plan.line(num_pages))
     running, snapshots = plan.states(num_pages)
@@ -151,6 +144,21 @@ def build_transformer(
                               dtype=model.dtype, num_slots=running + FREE_ROWS + snapshots, groups=groups,
                               progress=progress, **limits)
     return model, transformer, num_pages, context, running
+
+
+def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device: torch.device,
+               ranks: RankAlone) -> tuple[Kernels, LayerGroups, dict[str, int], MemoryPlan]:
+    """How a rank will compute its shard of a model, whose `whole` spec is given too: the kernels, the layers
+    that share pages, the limits of a step, and what of it takes memory. No weight is read."""
+    spec, rows = model.spec, max(settings.max_batch, FREE_ROWS)
+    limits = {"max_tokens": prefill_chunk(settings, device) + rows, "max_rows": rows}
+    kernels = load_kernels(device, spec, **limits, quantize=settings.quantize, join=ranks.join and partial(
+        ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
+    groups = group_layers(spec.windows, spec.layers, model.context_length,  # all stages have the same tables
+                          apart=kernels.backend.groups_layers and ranks.stages == 1,
+                          unpaged=spec.unpaged_layers)
+    plan = plan_memory(model, whole, kernels, groups, ranks, settings, device, limits)
+    return kernels, groups, limits, plan
 
 
 def weight_bytes(model: LoadedModel, quantize: str | None) -> int:
@@ -194,7 +202,8 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
                     for length in (model.context_length, 4 * PAGE_SIZE))
     return MemoryPlan(settings, device, copies * weight_bytes(model, settings.quantize), copies * activations,
                       page_bytes, full, fewest, model.grows and f". {model.grows}",
-                      kernels.backend.quantizes and floats and not settings.quantize, model.spec.state_bytes)
+                      kernels.backend.quantizes and floats and not settings.quantize, model.spec.state_bytes,
+                      model.context_length)
 
 
 class MemoryPlan(NamedTuple):
@@ -210,6 +219,7 @@ class MemoryPlan(NamedTuple):
     grows: str = ""   # a sentence, see LoadedModel
     quantizes: bool = False  # would --quantize make the weights smaller?
     state_bytes: int = 0  # of a sequence's state, where layers keep one
+    longest: int = 0      # tokens of the longest context
 
     def memory(self) -> tuple[int, int]:
         """(free bytes, all bytes) of the device; a machine's memory is not counted as a whole: 0."""
@@ -249,12 +259,31 @@ class MemoryPlan(NamedTuple):
         quarter = num_pages * self.page_bytes // 3 // self.state_bytes
         return min(self.settings.max_batch, max(FREE_ROWS, quarter)), min(quarter, num_pages)
 
+    def cache_bytes(self, num_pages: int) -> int:
+        """Bytes of so many KV pages and of the states beside them."""
+        return num_pages * self.page_bytes + self.state_bytes * (sum(self.states(num_pages)) + FREE_ROWS)
+
+    def context(self, num_pages: int, groups: LayerGroups) -> int:
+        """The longest context that fits in so many pages."""
+        return longest_context(PagePool(num_pages, groups.windows), self.longest,
+                               prefill_chunk(self.settings, self.device))
+
+    def within(self, budget: int) -> MemoryPlan:
+        """With a size of the KV cache that leaves room for other models in `budget` bytes, unless the
+        operator has set one. It is set, so that a worker takes as much whatever is free by then."""
+        if self.settings.kv_cache_memory is not None:
+            return self
+        rest = budget - self.weights - self.activations
+        cache = min(max(1 << 30, self.full * self.page_bytes), budget // 8, rest)
+        least = self.fewest * self.page_bytes
+        cache = max(cache, 2 * least if self.state_bytes else least)
+        return self._replace(settings=replace(self.settings, kv_cache_memory=cache))
+
     def line(self, num_pages: int) -> str:
         """Whether the model fits, in words, with the flag that helps; ConfigError if its weights alone do
         not."""
-        settings, (free, total), cache = self.settings, self.memory(), num_pages * self.page_bytes
+        settings, (free, total), cache = self.settings, self.memory(), self.cache_bytes(num_pages)
         running, snapshots = self.states(num_pages)
-        cache += self.state_bytes * (running + FREE_ROWS + snapshots)
         needed = self.weights + self.activations + cache
         parts = f" with {running} states and {snapshots} snapshots" if self.state_bytes else ""
         line = (f"weights {self.weights / 1e9:,.2f} GB + activations {self.activations / 1e9:,.2f} GB + "

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from chatlm.common.errors import ConfigError, RanksFailed, lack_of_memory, named, printable, require_library
 from chatlm.common.log import CalmLog, log, start_logging
-from chatlm.common.messages.protocol import WORKER_PIPE, Crashed, Loading, Unusable
+from chatlm.common.messages.protocol import SURVEY_PIPE, WORKER_PIPE, Crashed, Loading, Unusable
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import join_parent
 from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.protocol import WorkerConfig
+    from chatlm.common.messages.protocol import SurveyConfig, WorkerConfig
     from chatlm.common.messages.wire import Channel, Pipe
 
 
@@ -31,6 +31,11 @@ def run_configured(channel: Channel, config: WorkerConfig | RankConfig):
         run_rank(channel, config)
     else:
         run_worker(channel, config)
+
+
+def run_survey(channel: Channel, config: SurveyConfig):
+    from chatlm.worker.survey import survey_models
+    survey_models(channel, config)
 
 
 def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
@@ -85,3 +90,4 @@ def gpu_memory_error(error: Exception, config) -> ConfigError | None:
 
 worker_role = partial(worker_main, run_configured, WORKER_PIPE)  # the role `worker FD PARENT`
 rank_role = partial(worker_main, run_configured, RANK_PIPE)      # the role `rank FD PARENT`
+survey_role = partial(worker_main, run_survey, SURVEY_PIPE)     # the role `survey FD PARENT`

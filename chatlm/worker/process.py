@@ -143,17 +143,19 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
     return ModelCard(model.text, model.name, engine.context_length, lines, kernels,
                      engine.kernels.row_invariant, kernels_line(), dict(model.sampling),
                      model.sampling_origin, f"{hardware}; {cache}", config.source,
-                     model_facts(model, engine.transformer, config.source))
+                     model_facts(model, config.source, engine.transformer.matrix_types[0],
+                                 engine.transformer.weights_bytes))
 
 
-def model_facts(model: LoadedModel, transformer: Transformer, source: ModelSource | None) -> ModelFacts:
+def model_facts(model: LoadedModel, source: ModelSource | None, weights: str,
+                weights_bytes: int) -> ModelFacts:
+    """weights: the commonest type of its matrices in memory."""
     spec, files = model.spec, {"hf": "safetensors"}
     shapes = expected_tensors(spec)
     if spec.tied_head:  # it is the embedding
         shapes.pop("head", None)
     return ModelFacts(model.family, files.get(source.kind, source.kind) if source else "",
-                      sum(map(math.prod, shapes.values())),
-                      transformer.matrix_types[0], transformer.weights_bytes, spec.width, spec.layers)
+                      sum(map(math.prod, shapes.values())), weights, weights_bytes, spec.width, spec.layers)
 
 
 def gauges(engine: Engine) -> dict[str, float | None]:

@@ -33,9 +33,10 @@ def start_child(command, role, environment, original=start.start_child):
     """What start.start_child does. Commands that change torch before it is used get processes of their own."""
     if tuple(command) not in (start.PROCESS_COMMAND, DYING):
         return original(command, role, environment)
-    kind = role == "worker", *sorted(item for item in environment.items() if item[0].startswith(READ_AT_LOAD))
+    with_torch = role in ("worker", "survey")
+    kind = with_torch, *sorted(item for item in environment.items() if item[0].startswith(READ_AT_LOAD))
     if kind not in templates:
-        templates[kind] = Template(role == "worker", environment)
+        templates[kind] = Template(with_torch, environment)
     ours, theirs = socket.socketpair()
     with theirs:
         return templates[kind].fork([*command, role], environment, theirs.fileno()), ours

@@ -76,7 +76,7 @@ def test_words_of_the_environment_may_be_of_any_case_and_have_spaces_between():
 
 
 @pytest.mark.parametrize("line, environment, words", [
-    ("--port x", {}, "--port"), ("--port 70000", {}, "65535"), ("a b", {}, "b"), ("--nonsense", {}, "--nonsense"),
+    ("--port x", {}, "--port"), ("--port 70000", {}, "65535"), ("chat a b", {}, "b"), ("--nonsense", {}, "--nonsense"),
     ("--por 80", {}, "--por"), ("-t nan", {}, "'nan' is not a number from 0 to 2"), ("-k -1", {}, "'-1' is not a whole number of at least 0"),
     ("-k 1" + "0" * 400, {}, "000... is not a whole number of at least 0"),
     ("-s 1.5", {}, "'1.5' is not a whole number"), ("--kv-cache-memory x", {}, "'x' is not a size such as 512M"),

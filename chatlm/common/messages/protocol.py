@@ -54,6 +54,28 @@ class NewAnswer:
     thinking_ends: int | None = None  # its reasoning ends after so many tokens, as ThinkingEnds said
 
 
+@wire_message(1 << 20)
+class SurveyConfig:
+    """Front to survey: tell what this model is and takes, by its files' headers."""
+
+    settings: Settings  # of the model, without API keys
+    source: ModelSource
+    device: str
+    budget: int | None  # bytes for all models; None: what the device has free
+
+
+@wire_message(256 << 20)
+class Surveyed:
+    """Survey to front: the model as far as its files say, and the bytes of a replica of it."""
+
+    card: ModelCard
+    weights: int
+    activations: int
+    cache: int            # KV pages, and what else sequences keep
+    kv_cache_memory: int  # that a worker is told, so that it takes as much
+    budget: int  # bytes for all models
+
+
 @wire_message(1 << 10)
 class Cancel:
     """Front to worker: nobody wants this answer any more."""
@@ -198,7 +220,8 @@ class ActorEnded:
 
 @wire_message(256 << 20)
 class SandboxConfig:
-    """Front to sandbox, first: what its tasks need to know."""
+    """Front to sandbox, first, and again before the first task for another model: what its tasks need to
+    know. It keeps the last SANDBOX_MODELS."""
 
     server: Known
     text: TextSpec
@@ -206,6 +229,7 @@ class SandboxConfig:
     cpu_s: float   # limit per task
     memory: int    # bytes the process may take beyond what it starts with
     nice: int = 0  # its niceness: how far it yields when the processors are busy
+    number: int = 0  # of the model
 
 
 @wire_message(64 << 20)
@@ -214,6 +238,7 @@ class Task:
 
     name: str
     arguments: list
+    model: int = 0  # the number of its SandboxConfig
 
 
 @wire_message(16)
@@ -246,8 +271,10 @@ class Refused:
     param: str | None
 
 
+SANDBOX_MODELS = 4
 WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndThinking, EndOfRequest, Ping,
                    Loading, ModelCard, Ready, Stepped, Unusable, Crashed)
+SURVEY_PIPE = Pipe(SurveyConfig, Surveyed, Loading, Unusable, Crashed)
 SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)
 RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded, Unusable)
 
@@ -256,6 +283,12 @@ NO_GAUGES = dict.fromkeys((  # of a worker that is not running
     "running", "queued", "kv_pages_used", "kv_pages_total", "states_used", "states_total", "state_snapshots",
     "state_bytes", "preemptions", "drafted_tokens", "accepted_tokens", "memory_used", "memory_total"), 0) | {
         "utilization": None}
+
+
+def accepted_names(model: str, settings: Settings) -> list[str]:
+    """The names that a request may call a model by; of a path also the last part."""
+    names = [model, *settings.served_model_name, settings.model or ""]
+    return [*names, *(name.rstrip("/").rsplit("/", 1)[-1] for name in names if name)]
 
 
 @dataclass(frozen=True)
@@ -270,8 +303,7 @@ class Known:
     chats: bool = True       # False: it has none, and continues texts
 
     def check_model(self, name: str):
-        names = (self.model, *self.settings.served_model_name, self.settings.model or "")
-        known = {"", "default", *names, *(n.rstrip("/").rsplit("/", 1)[-1] for n in names if n)}
+        known = {"", "default", *accepted_names(self.model, self.settings)}
         if self.ready and not {name, name.removesuffix(":latest")} & known:  # Ollama's word for no tag
             raise RequestError(f"the model {shown(name)} does not exist; this server has {self.model!r}",
                                status=404, code="model_not_found", param="model")

@@ -182,12 +182,14 @@ class Delta(NamedTuple):
 
 
 class PromptProgress(NamedTuple):
-    """Progress before the first token: place in the queue (0: on a worker), prompt tokens computed."""
+    """Progress before the first token: place in the queue (0: on a worker), prompt tokens computed, how far
+    the model is loaded (None: it is)."""
 
     queue_position: int
     prompt_tokens: int
     prompt_tokens_done: int = 0
     choice: int = 0
+    loading: float | None = None
     type: str = "progress"
 
 

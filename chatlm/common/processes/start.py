@@ -67,6 +67,7 @@ def die_with_parent(parent: int):
 ROLES = {
     "worker": "chatlm.worker.entry:worker_role",
     "rank": "chatlm.worker.entry:rank_role",
+    "survey": "chatlm.worker.entry:survey_role",
     "sandbox": "chatlm.front.api.sandboxed:sandbox_main",
     "ray": "chatlm.common.processes.ray:ray_main",
     "trial": "chatlm.worker.weights.trial:trial_main",
@@ -91,7 +92,7 @@ def preload(folder):
     with contextlib.suppress(OSError):
         ctypes.CDLL(folder + "/lib/libtorch_cpu.so")
 
-if sys.argv[1] in ("worker", "rank") and (torch := importlib.util.find_spec("torch")):
+if sys.argv[1] in ("worker", "rank", "survey") and (torch := importlib.util.find_spec("torch")):
     threading.Thread(target=preload, args=torch.submodule_search_locations, daemon=True).start()
 from chatlm.common.processes.start import run_role
 sys.exit(run_role(*sys.argv[1:]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import functools
+import itertools
 import os
 import secrets
 import signal
@@ -24,7 +25,7 @@ from chatlm.common.jsontext import is_text
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
-    SANDBOX_PIPE, Begun, Body, Known, ParsedBody, Refused, Result, SandboxConfig, Task)
+    SANDBOX_MODELS, SANDBOX_PIPE, Begun, Body, Known, ParsedBody, Refused, Result, SandboxConfig, Task)
 from chatlm.common.messages.requests import Message
 from chatlm.common.messages.wire import HEADER, BadMessage, object_restorer, unpacked
 from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words, start_child
@@ -102,13 +103,17 @@ class Sandbox:
         if config:
             self.config = config
         self.process: subprocess.Popen | None = None
-        self.configured = self.closed = self.begun = False
+        self.configs: list[SandboxConfig] = []  # that the process has, the last used last
+        self.closed = self.begun = False
 
-    async def perform(self, client: str, task: str, *arguments, body: bytes | bytearray | None = None):
-        """Run a task and return its value. RequestError if it refuses or exceeds a limit."""
+    async def perform(self, client: str, task: str, *arguments, body: bytes | bytearray | None = None,
+                      config: SandboxConfig | None = None):
+        """Run a task, maybe for another model than the usual, and return its value. RequestError if it
+        refuses or exceeds a limit."""
         await self.turns.take(client)
-        messages = [Task(task, list(arguments)), *([] if body is None else [Body(body)])]
-        exchange = asyncio.ensure_future(self._exchange(messages))  # continues if its client leaves
+        config = config or self.config
+        messages = [Task(task, list(arguments), config.number), *([] if body is None else [Body(body)])]
+        exchange = asyncio.ensure_future(self._exchange(config, messages))  # continues if its client leaves
         exchange.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # else it is logged
         exchange.add_done_callback(lambda ended: self.turns.give_back())
         try:
@@ -119,25 +124,25 @@ class Sandbox:
     async def start(self):
         """Start the process unless it is running. Its configuration follows with the first task."""
         if self.process is None:
-            self.configured = False
+            self.configs = []
             environment = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
             self.process, ours = start_child(self.command, "sandbox", os.environ | environment)
             self.reader, self.writer = await asyncio.open_connection(sock=ours)
 
-    async def _exchange(self, messages: Seq[Any]):
+    async def _exchange(self, config: SandboxConfig, messages: Seq[Any]):
         for process in range(1, self.PROCESSES + 1):
             if self.closed:
                 raise Overloaded("the server is shutting down", retry_after_s=10)
             await self.start()
             try:
-                reply = await asyncio.wait_for(self._ask(messages), self.PATIENCE_S)
+                reply = await asyncio.wait_for(self._ask(config, messages), self.PATIENCE_S)
                 break
             except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
                 code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
-                if self.config and (code == self.OUT_OF_MEMORY or self.begun and code in self.EXCESS):
+                if code == self.OUT_OF_MEMORY or self.begun and code in self.EXCESS:
                     raise RequestError(
-                        f"too complex: this takes more than {self.config.cpu_s:g} s of processor time "
-                        f"or {self.config.memory >> 20} MiB", code="too_complex") from None
+                        f"too complex: this takes more than {config.cpu_s:g} s of processor time "
+                        f"or {config.memory >> 20} MiB", code="too_complex") from None
                 if self.begun or process == self.PROCESSES:
                     when = "" if self.begun else f" before it began, as {process - 1} before it"
                     raise EngineFailure(
@@ -155,10 +160,12 @@ class Sandbox:
                 raise RequestError(message, status=status, code=code, param=param)
         raise BadMessage(f"unexpected message from a sandbox: {type(reply).__name__}")
 
-    async def _ask(self, messages: Seq[Any]):
+    async def _ask(self, config: SandboxConfig, messages: Seq[Any]):
         """Send a task; returns the reply."""
         self.begun = False
-        messages, self.configured = messages if self.configured else [self.config, *messages], True
+        messages = messages if config in self.configs else [config, *messages]
+        self.configs = [*(known for known in self.configs if known.number != config.number),
+                        config][-SANDBOX_MODELS:]
         for message in messages:
             packed = memoryview(SANDBOX_PIPE.packed(message))
             for begin in range(0, len(packed), WRITE_BYTES):
@@ -185,6 +192,37 @@ class Sandbox:
         await self.stop()
 
 
+class SharedSandbox:
+    """A sandbox as one of several models uses it."""
+
+    config: SandboxConfig
+
+    def __init__(self, sandbox: Sandbox):
+        self.sandbox, self.start = sandbox, sandbox.start
+
+    async def perform(self, client: str, task: str, *arguments, body: bytes | bytearray | None = None):
+        return await self.sandbox.perform(client, task, *arguments, body=body, config=self.config)
+
+    async def stop(self):
+        """Another model may need it."""
+
+    async def close(self):
+        """The server closes it."""
+
+
+class Desk:
+    """Where all requests of a server are read, whichever model they are for."""
+
+    def __init__(self):
+        self.sandboxes = {name: Sandbox(PROCESS_COMMAND) for name in ("templates", "schemas", "bodies")}
+        self.preparing: dict[str, str] = {}      # request being read or rendered -> its client
+        self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()  # (owner, source)
+        self.numbers = itertools.count(1)        # of models
+
+    async def close(self):
+        await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
+
+
 class Admission:
     """What happens to requests before they are queued: large bodies are read, schemas checked, prompts made.
 
@@ -195,12 +233,14 @@ class Admission:
     BODY_S = 5.0          # and for reading a large body
     VALID_GRAMMARS = 256  # remember this many valid grammars, to check none of them twice
 
-    def __init__(self, check_capacity: Callable[[str, str], None]):
-        self.check_capacity = check_capacity
+    def __init__(self, check_capacity: Callable[[str, str], None], shared: Desk | None = None):
+        """shared: by the models of a server, if it has several."""
+        desk = shared or Desk()
+        self.check_capacity, self.number = check_capacity, next(desk.numbers)
         self.prompts: PromptMaker | None = None  # set once there is a tokenizer
-        self.sandboxes = {name: Sandbox(PROCESS_COMMAND) for name in ("templates", "schemas", "bodies")}
-        self.preparing: dict[str, str] = {}      # request being read or rendered -> its client
-        self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()  # (owner, source)
+        self.sandboxes: dict[str, Sandbox | SharedSandbox] = {
+            name: SharedSandbox(sandbox) if shared else sandbox for name, sandbox in desk.sandboxes.items()}
+        self.preparing, self.valid_grammars = desk.preparing, desk.valid_grammars
 
     async def open(self, card: ModelCard, settings: Settings):
         """Get ready for a model's requests; ConfigError if its tokenizer or chat template is broken."""
@@ -210,7 +250,8 @@ class Admission:
                   "bodies": (self.BODY_S, 1 << 30, 5)}
         for name, (cpu_s, memory, nice) in limits.items():
             text = card.text if name == "bodies" else replace(card.text, payload=b"")
-            self.sandboxes[name].config = SandboxConfig(known, text, card.context_length, cpu_s, memory, nice)
+            self.sandboxes[name].config = SandboxConfig(known, text, card.context_length, cpu_s, memory, nice,
+                                                        self.number)
         if not card.text.chat_template:
             await self.sandboxes["templates"].stop()
         tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
@@ -268,6 +309,12 @@ class Admission:
         with self._prepare(client):
             text: Any = await self.sandboxes["bodies"].perform(client, "answer_text", route, body=body)
             return text
+
+    async def named_model(self, body: bytes | bytearray, client: str) -> str:
+        """Which model a large body asks for; "" if it says none."""
+        with self._prepare(client):
+            name: Any = await self.sandboxes["bodies"].perform(client, "named_model", body=body)
+            return name
 
     async def close(self):
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))

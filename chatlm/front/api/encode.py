@@ -121,7 +121,10 @@ class Encoder:
         raise NotImplementedError
 
     def progress(self, event: PromptProgress) -> bytes:
-        return self.framed({"progress": {name: getattr(event, name) for name in PROGRESS_FIELDS}})
+        body: dict = {name: getattr(event, name) for name in PROGRESS_FIELDS}
+        if event.loading is not None:
+            body["loading"] = {"model": self.model, "fraction": event.loading}
+        return self.framed({"progress": body})
 
     def framed(self, body: dict) -> bytes:
         return frame(body)

@@ -28,8 +28,8 @@ from chatlm.front.api.fields import (
 from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget
 from chatlm.front.api.ignored import ignored_fields, unread
 from chatlm.front.api.tables import (
-    BODY_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS, MESSAGES_FIELDS,
-    MODEL, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_EMBEDDINGS_FIELDS,
+    BODY_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS, MANAGED_FIELDS,
+    MESSAGES_FIELDS, MODEL, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_EMBEDDINGS_FIELDS,
     OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, RESPONSES_FIELDS,
     TEMPLATE_FIELDS, TOKENIZE_FIELDS)
 
@@ -343,6 +343,11 @@ async def read_ollama_show(body: dict, prompts: PromptMaker, client: str = "") -
     return parse_fields(body, OLLAMA_SHOW_FIELDS).get("model", "")[:1000].encode()
 
 
+async def read_managed(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    """The name of the model to load or unload."""
+    return parse_fields(body, MANAGED_FIELDS)["model"][:1000].encode()
+
+
 async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     values, tool_format = parse_fields(body, COUNTED_FIELDS), prompts.tokenizer.tool_format
     messages, tools, _ = anthropic_prompt(values, tool_format)
@@ -373,6 +378,8 @@ TEXT_READERS: dict[str, Callable] = {
     "/detokenize": detokenize,
     "/apply-template": apply_template,
     "/api/show": read_ollama_show,
+    "/models/load": read_managed,
+    "/models/unload": read_managed,
 }
 
 

@@ -14,7 +14,8 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError
 from chatlm.common.memory import give_memory_back, limit_memory
-from chatlm.common.messages.protocol import SANDBOX_PIPE, Begun, Body, Refused, Result
+from chatlm.common.messages.protocol import (
+    SANDBOX_MODELS, SANDBOX_PIPE, Begun, Body, Refused, Result, SandboxConfig)
 from chatlm.common.messages.requests import Message
 from chatlm.common.processes.start import join_parent
 from chatlm.common.text.grammar import check_grammar
@@ -22,12 +23,11 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.tokenizer import compile_chat_template, fill_template
 from chatlm.front.admission.admission import Sandbox, packed_body
 from chatlm.front.admission.prompts import PromptMaker
+from chatlm.front.api.fields import json_object
 from chatlm.front.api.readers import read_answer, read_text
 
-if TYPE_CHECKING:
-    from chatlm.common.messages.protocol import SandboxConfig
 
-
+TASKS_OF_BODIES = "named_model", "read_body", "answer_text"
 PREPARE_S = 5.0  # processor seconds a sandbox may take to compile a template or open a tokenizer
 
 
@@ -49,7 +49,7 @@ class Tasks:
         """Do once what no task should pay for: jinja computes a template's constants when it compiles it."""
         if name == "fill_template":
             _ = self.template
-        elif name != "check_grammar":
+        elif name not in ("check_grammar", "named_model"):
             _ = self.prompts
 
     def fill_template(self, arguments: dict) -> Result:
@@ -62,6 +62,10 @@ class Tasks:
 
     def check_grammar(self, source: str, param: str) -> Result:
         return Result(check_grammar(source, param))
+
+    def named_model(self, body: bytes) -> Result:
+        name = json_object(body).get("model")
+        return Result(name[:1000] if isinstance(name, str) else "")
 
     def read_body(self, reader: str, body: bytes) -> Result:
         parsed = read_answer(reader, body, self.config.server)
@@ -84,11 +88,18 @@ def sandbox_main(arguments: Seq[str]) -> int:
         os.nice(config.nice)
         limit_memory(config.memory)
         signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process whatever code is running
-        tasks = Tasks(config)
+        models = {config.number: Tasks(config)}  # the last used last
         give_memory_back()
         while True:
             [task] = run_task(channel.receive, True, 1)  # pyright: ignore[reportGeneralTypeIssues]  it refuses no message
-            bodies = run_task(channel.receive, True, 1) if task.name in ("read_body", "answer_text") else []
+            if isinstance(task, SandboxConfig):
+                models.pop(task.number, None)
+                models[task.number] = Tasks(task)
+                for number in [*models][:-SANDBOX_MODELS]:
+                    del models[number]
+                continue
+            models[task.model] = tasks = models.pop(task.model)
+            bodies = run_task(channel.receive, True, 1) if task.name in TASKS_OF_BODIES else []
             channel.send(Begun())
             signal.setitimer(signal.ITIMER_PROF, PREPARE_S)
             run_task(tasks.prepare, task.name)  # an error shows when the task itself fails

@@ -19,7 +19,7 @@ SOME_TOOLS = Field(
     "tools", FieldType("a list of objects", list_schema(object_schema([], type=TEXT_OR_NULL)), tuple),
     "functions the model may call; tools of other types are ignored, and named in the header "
     "X-Ignored-Tools")
-MODEL = Field("model", TEXT, "absent, empty or `default`: the loaded one")
+MODEL = Field("model", TEXT, "one of the served models; absent, empty or `default`: the default one")
 PARALLEL = Field("parallel_tool_calls", SWITCH,
                  "false: at most one call; true: several also where tool_choice requires calls")
 RESPONSE_FORMAT = Field(
@@ -219,15 +219,18 @@ OLLAMA_EMBEDDINGS_FIELDS = (  # of the older route
 OLLAMA_SHOW_FIELDS = (Field("model", TEXT, "one of the served model's names"),
                       Field("name", TEXT, "the same, for older clients", means="model"))
 
+OF_SEVERAL = Field("model", TEXT, "of several models, the one to use")
 TOKENIZE_FIELDS = (
+    OF_SEVERAL,
     Field("content", MIXED, "text, or a list of texts and token ids", required=True),
     Field("add_special", SWITCH, "begin with bos if the model expects it"),
     Field("parse_special", SWITCH, "read the names of special tokens as the tokens (the default)"),
     Field("with_pieces", SWITCH, "return each token's text too"),
 )
-DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True),)
+DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True), OF_SEVERAL)
 TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
-                   Field("tools", TOOLS, "functions"), *TEMPLATE_OPTIONS)
+                   Field("tools", TOOLS, "functions"), OF_SEVERAL, *TEMPLATE_OPTIONS)
+MANAGED_FIELDS = (Field("model", TEXT, "one of the served models' names", required=True),)
 
 BODY_FIELDS: dict[str, tuple[Field, ...]] = {  # of each route that takes a body
     "/chat/completions": NATIVE_FIELDS, "/v1/chat/completions": OPENAI_FIELDS,
@@ -237,5 +240,5 @@ BODY_FIELDS: dict[str, tuple[Field, ...]] = {  # of each route that takes a body
     "/api/generate": OLLAMA_GENERATE_FIELDS, "/api/embed": OLLAMA_EMBED_FIELDS,
     "/api/embeddings": OLLAMA_EMBEDDINGS_FIELDS,
     "/api/show": OLLAMA_SHOW_FIELDS, "/tokenize": TOKENIZE_FIELDS, "/detokenize": DETOKENIZE_FIELDS,
-    "/apply-template": TEMPLATE_FIELDS,
+    "/apply-template": TEMPLATE_FIELDS, "/models/load": MANAGED_FIELDS, "/models/unload": MANAGED_FIELDS,
 }

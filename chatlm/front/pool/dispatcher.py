@@ -8,7 +8,8 @@ import operator
 import time
 import types
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence as Seq
+from collections.abc import (
+    AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence as Seq)
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
@@ -75,13 +76,20 @@ class Dispatcher:
     TURN_S = 0.005      # one request's events are handled for this long before others get their turn
     PREFIXES = 10_000   # remembered per worker
 
-    def __init__(self, settings: Settings, workers: Seq[Worker]):
+    def __init__(self, settings: Settings, workers: Seq[Worker], all_models: list[Dispatcher] | None = None):
+        """all_models: those of a server's models, to which this is added; limits and turns hold for all."""
         self.settings, self.workers = settings, workers
+        self.all_models = [] if all_models is None else all_models
+        self.all_models.append(self)
         self.jobs: dict[str, Job] = {}  # those that wait and those that run
         self.pending = WaitingQueue()
         self.wanted = asyncio.Event()   # cleared: workers stay unloaded until the next request
         self.wanted.set()
+        self.held = False               # do jobs wait although workers are ready?
         self.used_s = time.monotonic()  # when a request last came or was running
+        self.changed: Callable[[], None] = lambda: None  # called when a job comes, ends or goes elsewhere
+        self.wake = self._load_again    # called when a job comes and the model is unloaded
+        self.loading: Callable[[], float | None] = lambda: None  # how far the model is loaded; None: it is
 
     async def answer(self, request: Request, lengths: Seq[int],
                      arrived_s: float) -> AsyncGenerator[Event, None]:
@@ -123,12 +131,14 @@ class Dispatcher:
                 worker.end_request(request.id)
 
     async def _positions(self, job: Job, events: asyncio.Queue) -> AsyncIterator[PromptProgress]:
-        """Yield a job's position in the queue whenever it changes, until the job starts or has an event."""
-        shown = 0
+        """Yield a job's position in the queue and how far its model is loaded, whenever one of them changes,
+        until the job starts or has an event."""
+        shown = None
         while events.empty() and job.worker is None:
             position = next((number for number, waiting in enumerate(self.pending, 1) if waiting is job), 0)
-            if position not in (0, shown):
-                yield PromptProgress(shown := position, len(job.prompt_ids))
+            progress = PromptProgress(position, len(job.prompt_ids), loading=self.loading())
+            if position and progress != shown:
+                yield (shown := progress)
             await asyncio.sleep(self.POSITION_S)
 
     def _submit(self, jobs: Seq[Job]):
@@ -137,40 +147,49 @@ class Dispatcher:
             self.pending.append(job)
         self.used_s = time.monotonic()
         if not self.wanted.is_set():
-            log.info("a request came: loading the model again")
-            self.wanted.set()
+            self.wake()
         self.dispatch()
+
+    def _load_again(self):
+        log.info("a request came: loading the model again")
+        self.wanted.set()
+
+    @property
+    def running(self) -> bool:
+        return any(worker.jobs for worker in self.workers)
 
     def check_capacity(self, request_id: str, client: str, preparing: Mapping[str, str]):
         """Raise Overloaded if the queue is full or the client has its share, RequestError if the id is taken.
         preparing: id -> client of the requests that are being read: they count as waiting."""
-        waiting = len(self.pending) + len(preparing)
+        waiting = sum(len(model.pending) for model in self.all_models) + len(preparing)
         free_rows = sum(self.settings.max_batch - len(worker.jobs) for worker in self._free_workers())
         if waiting >= self.settings.max_queue + free_rows and not self._may_exceed_queue(client, preparing):
             raise Overloaded(f"{waiting} requests are already waiting (--max-queue)",
                              retry_after_s=5, status=429)
         if (limit := self.settings.max_concurrent_per_key) and limit <= len(
-                {job.request.id for job in self.jobs.values() if job.request.client == client}
+                {job.request.id for model in self.all_models for job in model.jobs.values()
+                 if job.request.client == client}
                 | {other for other, owner in preparing.items() if owner == client}):
             raise Overloaded(f"at most {limit} of your requests may run at a time (--max-concurrent-per-key)",
                              status=429)
-        if request_id in self.jobs or request_id in preparing:
+        if request_id in preparing or any(request_id in model.jobs for model in self.all_models):
             raise RequestError(f"a request with the id {request_id!r} is already running",
                                status=409, code="duplicate_id")
 
     def _may_exceed_queue(self, client: str, preparing: Mapping[str, str]) -> bool:
         """May a client's request wait in a full queue? Yes, while the client's own are under a quarter of its
         limit, so that no other client's pile keeps it out. The queue never exceeds twice its limit."""
-        mine = (sum(job.request.client == client for job in self.pending)
-                + list(preparing.values()).count(client))
+        waiting = [job for model in self.all_models for job in model.pending]
+        mine = sum(job.request.client == client for job in waiting) + list(preparing.values()).count(client)
         limit = self.settings.max_queue
-        return mine < limit // 4 and len(self.pending) + len(preparing) < 2 * limit
+        return mine < limit // 4 and len(waiting) + len(preparing) < 2 * limit
 
     def dispatch(self):
         """Hand waiting jobs to workers that have a free row, or a row that another client can spare."""
-        while self.pending:
-            rows = Counter(job.request.client for worker in self.workers for job in worker.jobs.values())
-            job = self.pending.first(rows)
+        while self.pending and not self.held:
+            rows = self._rows(self.workers)
+            job = self.pending.first(rows if len(self.all_models) == 1 else self._rows(
+                worker for model in self.all_models for worker in model.workers))
             if not job or not (free := self._free_workers() or self._make_room(job, rows)):
                 return
             worker = min(free, key=operator.methodcaller("cost", job))
@@ -182,6 +201,11 @@ class Dispatcher:
             worker.prefixes |= job.prefixes
             while len(worker.prefixes) > self.PREFIXES:  # drop the oldest
                 del worker.prefixes[next(iter(worker.prefixes))]
+
+    @staticmethod
+    def _rows(workers: Iterable[Worker]) -> Counter[str]:
+        """How many rows each client has there."""
+        return Counter(job.request.client for worker in workers for job in worker.jobs.values())
 
     def _free_workers(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.can_take]
@@ -264,3 +288,4 @@ class Dispatcher:
             del job.worker.jobs[job.worker_id]
         else:
             self.pending.remove(job)
+        self.changed()

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 class LocalDevices:
     """The placement on this machine: a worker for each device, connected by a socket pair."""
 
-    def __init__(self, settings: Settings, command: Seq[str]):
-        self.settings, self.command = settings, command
-        self.source: ModelSource | None = None
+    def __init__(self, settings: Settings, command: Seq[str], source: ModelSource | None = None,
+                 first: int = 0):
+        """source: the model's files, if they are known; first: the number of the first worker."""
+        self.settings, self.command, self.source = settings, command, source
         self.workers = [Worker(settings, self, gpu, device)
-                        for gpu, device in enumerate(choose_devices(settings))]
+                        for gpu, device in enumerate(choose_devices(settings), first)]
 
     async def start(self, supervisor: Supervisor):
         """Find the model, or download it; then the workers begin to live."""
@@ -44,7 +45,7 @@ class LocalDevices:
                 raise InterruptedError
             loop.call_soon_threadsafe(supervisor.progress, stage, fraction)
 
-        self.source = await asyncio.to_thread(resolve_model, self.settings, report)
+        self.source = self.source or await asyncio.to_thread(resolve_model, self.settings, report)
         for worker in self.workers:
             supervisor.run(f"running worker {worker.gpu}", partial(supervisor.keep_alive, worker))
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ModelCard
     from chatlm.common.messages.requests import Event, ModelSource, Request
     from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.admission.admission import Desk
     from chatlm.front.pool.worker import Placement
 
 
@@ -39,13 +40,16 @@ class WorkerPool:
     ends_thinking = True
     chats = True  # has the model a chat template? Else it continues texts
 
-    def __init__(self, settings: Settings, placement: Placement):
+    def __init__(self, settings: Settings, placement: Placement, desk: Desk | None = None,
+                 dispatchers: list[Dispatcher] | None = None):
+        """desk, dispatchers: what a server's models share, if it has several."""
         self.settings, self.placement, self.workers = settings, placement, placement.workers
-        self.admission = Admission(self._check_capacity)
-        self.dispatcher = Dispatcher(settings, self.workers)
+        self.admission = Admission(self._check_capacity, desk)
+        self.dispatcher = Dispatcher(settings, self.workers, dispatchers)
         self.supervisor = Supervisor(
             settings, self.workers, self.dispatcher, prepare=self._open_tokenizer,
             report=lambda stage, fraction: self.on_progress(stage, fraction))
+        self.dispatcher.loading = self.supervisor.load_fraction
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.draining = False
         self.started_s, self.created = time.monotonic(), int(time.time())

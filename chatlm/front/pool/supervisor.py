@@ -44,6 +44,7 @@ class Supervisor:
         self.loading = ("starting", 0.0)     # stage and fraction
         self.became_ready = asyncio.Event()  # also set when start-up failed
         self.failure: ChatServerError | None = None
+        self.gave_up: Callable[[], None] = lambda: None  # called when there is a failure
         self.served_s = time.monotonic()     # when a worker was last ready, or nothing waited for one
         self.load_s = 0.0                    # how long the last worker took from start to ready
         self.tasks: list[asyncio.Task] = []
@@ -63,6 +64,7 @@ class Supervisor:
         """Start-up has failed."""
         self.failure, self.closing = self.failure or error, True
         self.became_ready.set()
+        self.gave_up()
 
     @property
     def ready_workers(self) -> list[Worker]:
@@ -72,6 +74,10 @@ class Supervisor:
     def ready(self) -> bool:
         """Would a request be served now? An unloaded model comes back for it."""
         return self.prepared and bool(self.asleep or self.ready_workers)
+
+    def load_fraction(self) -> float | None:
+        """How far the model is loaded; None if it is."""
+        return None if self.ready_workers else round(self.loading[1], 3)
 
     async def keep_alive(self, worker: Worker):
         """Restart the worker whenever it dies, after a longer wait for each crash in a row."""
@@ -135,9 +141,11 @@ class Supervisor:
                     worker.spawned_s = time.monotonic()
             case ModelCard():
                 worker.place = message.place
-                if self.card is NO_CARD:  # build our tokenizer while the workers warm up
-                    self.card = message
-                    self.run("opening the tokenizer", self._prepare)
+                if not self.card.kernels:  # nothing but what the model's files say is known so far
+                    known, self.card = self.card, message
+                    if not self.prepared or message.context_length != known.context_length:
+                        # build our tokenizer while the workers warm up
+                        self.run("opening the tokenizer", self._prepare)
             case Ready(gauges, faults):
                 worker.become(State.READY)
                 worker.gauges, worker.kernel_faults = gauges, faults
@@ -147,6 +155,7 @@ class Supervisor:
                 self.dispatcher.used_s = worker.ready_s
                 self._check_ready()
                 self.dispatcher.dispatch()
+                self.dispatcher.changed()
             case Unusable(text):
                 if worker.ready_s:
                     log.error("worker %d: %s", worker.gpu, text)
@@ -170,6 +179,14 @@ class Supervisor:
         await self.prepare(self.card)
         self.prepared = True
         self._check_ready()
+
+    async def begin_unloaded(self, card: ModelCard):
+        """Before the first load: `card` has what the model's files say, so that requests can be admitted."""
+        self.dispatcher.wanted.clear()
+        self.card, self.asleep = card, True
+        for worker in self.workers:
+            worker.become(State.UNLOADED)
+        await self._prepare()
 
     def _check_ready(self):
         if self.ready:
@@ -198,11 +215,21 @@ class Supervisor:
         usable = [worker for worker in self.workers if worker.state is not State.LEFT_OUT]
         if idle_s and now - self.dispatcher.used_s > idle_s and usable and usable == self.ready_workers:
             log.info("no request for %g s: the model is unloaded until the next one", idle_s)
-            self.asleep = True
-            self.dispatcher.wanted.clear()
-            for worker in usable:
+            self.unload()
+
+    def unload(self):
+        """End the workers until `wanted` is set again."""
+        self.asleep = True
+        self.dispatcher.wanted.clear()
+        for worker in self.workers:
+            if worker.state not in (State.LEFT_OUT, State.UNLOADED):
                 worker.become(State.UNLOADED)
                 worker.kill()
+
+    @property
+    def gone(self) -> bool:
+        """Do no processes of workers hold memory?"""
+        return not any(worker.process and worker.process.poll() is None for worker in self.workers)
 
     async def close(self):
         """Make sure that every worker has ended."""

@@ -175,9 +175,10 @@ class State(str, enum.Enum):
 
 NEXT_STATES = {
     State.AWAITING_NODE: {State.LOADING, State.DEAD},
-    State.LOADING: {State.AWAITING_NODE, State.LOADING, State.READY, State.DEAD, State.LEFT_OUT},
+    State.LOADING: {State.AWAITING_NODE, State.LOADING, State.READY, State.DEAD, State.UNLOADED,
+                    State.LEFT_OUT},
     State.READY: {State.DEAD, State.UNLOADED},
-    State.DEAD: {State.AWAITING_NODE, State.LOADING, State.LEFT_OUT},
+    State.DEAD: {State.AWAITING_NODE, State.LOADING, State.UNLOADED, State.LEFT_OUT},
     State.UNLOADED: {State.AWAITING_NODE, State.LOADING},
     State.LEFT_OUT: set()}
 

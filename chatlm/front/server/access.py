@@ -42,11 +42,23 @@ class Access:
                http.headers.get("X-Api-Key", http.headers.get("Api-Key", "")))
         digest = ApiKey.hashed(key, "").digest
         # compare with every key, without stopping at a match
-        names = [known.name for known in self.settings.keys if hmac.compare_digest(known.digest, digest)]
-        if self.settings.keys and not names and not REQUEST_LOG.get().route.open:
+        keys = [known for known in self.settings.keys if hmac.compare_digest(known.digest, digest)]
+        if self.settings.keys and not keys and not REQUEST_LOG.get().route.open:
             raise RequestError("this server needs an API key: Authorization: Bearer KEY" if not key else
                                "this server does not know the API key", status=401, code="invalid_api_key")
-        return names[0] if names else client_at(http.remote)
+        REQUEST_LOG.get().models = keys[0].models if keys else ()
+        return keys[0].name if keys else client_at(http.remote)
+
+    def check_operator(self, http: web.Request):
+        """Who may load and unload models: keys that are bound to none; without keys, this machine alone, but
+        not for others (a proxy)."""
+        if self.settings.keys and REQUEST_LOG.get().models:
+            raise RequestError("an API key that is bound to models may not load or unload any", status=403,
+                               code="key_bound_to_models")
+        forwarded = any(name in http.headers for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP"))
+        if not self.settings.keys and (network_of(http.remote or "::1") or forwarded):
+            raise RequestError("without API keys, models are loaded and unloaded from this machine alone "
+                               "(--api-key-file)", status=403, code="not_local")
 
     def check_host(self, http: web.Request):
         """Check the Host header: a foreign page can make its own name resolve to this server's address.

@@ -8,6 +8,7 @@ from chatlm.common.config import LIMITS, with_own_sampling
 from chatlm.common.errors import Overloaded
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import Known
+from chatlm.front.api.fields import json_object
 from chatlm.front.api.readers import read_answer, read_text
 from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.server.routes import Api
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.pool.many import ManyModels
+    from chatlm.front.pool.models import Model, OneModel
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.access import Owners
 
@@ -36,10 +39,10 @@ def tokenizer_of(pool: WorkerPool) -> Tokenizer:
 
 
 class Bodies:
-    """Reads the bodies of a pool's requests, within a budget of memory. Each has the reader of its route."""
+    """Reads the bodies of requests, within a budget of memory. Each has the reader of its route."""
 
-    def __init__(self, pool: WorkerPool, settings: Settings, owners: Owners):
-        self.pool, self.settings, self.owners = pool, settings, owners
+    def __init__(self, models: OneModel | ManyModels, owners: Owners):
+        self.models, self.owners = models, owners
         self.budget = Budget(LIMITS.held_bytes)
 
     def holding(self) -> Holding:
@@ -54,16 +57,33 @@ class Bodies:
             record.api = Api.OPENAI
         return body
 
-    async def parse(self, http: web.Request, holding: Holding) -> ParsedBody:
+    async def model_of(self, body: bytes | bytearray) -> Model:
+        """The model that a body asks for. RequestError if there is none, or it has failed."""
+        record, name = REQUEST_LOG.get(), ""
+        if self.models.several and (b'"model"' in body or b'"name"' in body):
+            if len(body) <= LIMITS.inline_bytes:
+                fields = json_object(body)
+                older = fields.get("name") if record.route.pattern == "/api/show" else None
+                name = fields.get("model") or older
+            else:  # any model's will do
+                admission = self.models.find("", record.models).serving().admission
+                name = await admission.named_model(body, record.client)
+        model = self.models.find(name if isinstance(name, str) else "", record.models)
+        model.serving()
+        return model
+
+    async def parse(self, http: web.Request, holding: Holding) -> tuple[Model, ParsedBody]:
         """Read a body with one of ANSWER_READERS. `holding` then holds what stays of a large one."""
-        record, admission = REQUEST_LOG.get(), self.pool.admission
+        record = REQUEST_LOG.get()
         with self.holding() as reading:
             body = await self._receive(http, reading)
+            model = await self.model_of(body)
+            pool = model.serving()
             if len(body) <= LIMITS.inline_bytes:
-                parsed = read_answer(record.route.pattern, body, known_of(self.pool, self.settings))
+                parsed = read_answer(record.route.pattern, body, known_of(pool, model.settings))
             else:
-                tokenizer_of(self.pool)
-                parsed = await admission.read_large(
+                tokenizer_of(pool)
+                parsed = await pool.admission.read_large(
                     record.route.pattern, body, record.client, self.owners.of_pages(record.client))
         if parsed.request.prompt_ids is not None:
             holding.keep(parsed.size)
@@ -72,19 +92,22 @@ class Bodies:
             log.info("%s: the model has no tools of type %s", record.id, names)
         if parsed.ignored_fields:
             record.headers["X-Ignored-Fields"] = ", ".join(parsed.ignored_fields)[:1000]
-        return parsed
+        return model, parsed
 
-    async def read_text(self, http: web.Request, holding: Holding) -> bytes:
+    async def read_text(self, http: web.Request, holding: Holding) -> tuple[Model, bytes]:
         """What one of TEXT_READERS makes of a body."""
-        record, admission = REQUEST_LOG.get(), self.pool.admission
-        tokenizer_of(self.pool)
+        record = REQUEST_LOG.get()
+        if not self.models.several:
+            tokenizer_of(self.models.find("", record.models).serving())
         body = await self._receive(http, holding)
+        model = await self.model_of(body)
+        pool, admission = model.serving(), model.serving().admission
         if admission.prompts and len(body) <= LIMITS.inline_bytes:
             text = await read_text(record.route.pattern, body, admission.prompts,
-                                   known_of(self.pool, self.settings), record.client)
+                                   known_of(pool, model.settings), record.client)
         else:
             text = await admission.answer_text(record.route.pattern, body, record.client)
         ignored, _, text = text.partition(b"\n")
         if ignored:
             record.headers["X-Ignored-Fields"] = ignored.decode()[:1000]
-        return text
+        return model, text

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from chatlm import __version__
@@ -21,7 +21,9 @@ from chatlm.front.server.responses import REQUEST_LOG, json_response
 if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.config import Settings
-    from chatlm.front.pool.pool import WorkerPool
+    from chatlm.front.pool.many import ManyModels
+    from chatlm.front.pool.models import Model, OneModel
+    from chatlm.front.server.access import Access
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.routes import Route
 
@@ -51,16 +53,29 @@ ABILITIES = {  # as /openapi.json describes them
     "continue_final_message": "it can continue the last message",
     "json_schema": "answers in a format"}
 A_MODEL = {"type": "object", "properties": {
-    "id": A_TEXT, "context_length": {"type": "integer"}, "tools": {"enum": ["native", "generic", None]},
+    "id": A_TEXT, "state": {"enum": ["unloaded", "loading", "ready", "failed"]}, "reason": A_TEXT,
+    "bytes": {"type": "integer", "description": "in memory; of one that is not loaded, what it will take"},
+    "default": {"type": "boolean", "description": "it answers requests that name no model"},
+    "context_length": {"type": "integer"}, "tools": {"enum": ["native", "generic", None]},
     "capabilities": {"type": "object", "description": "what the model can do here", "properties": {
         name: {"type": "boolean", "description": doc} for name, doc in ABILITIES.items()}}}}
 MODELS = {"type": "object", "properties": {"data": {"type": "array", "items": A_MODEL}}}
 
 
-def model_body(pool: WorkerPool, settings: Settings) -> dict:
-    """The served model as /v1/models describes it. Overloaded while it loads."""
-    tokenizer = pool.tokenizer
-    if not pool.ready or tokenizer is None:
+def listed_body(served: OneModel | ManyModels) -> dict:
+    """The response of /v1/models: those that the client's key may see."""
+    models = served.listed(REQUEST_LOG.get().models)
+    default = served.default_of(models)
+    return {"object": "list", "data": [model_body(model, model is default) for model in models]}
+
+
+def model_body(model: Model, is_default: bool = True) -> dict:
+    """A served model as /v1/models describes it. Overloaded while the only one loads."""
+    if model.pool is None:
+        return {"id": model.name, "object": "model", "created": int(time.time()), "owned_by": "chat_server",
+                "state": "failed", "reason": model.public_reason, "aliases": [*model.choice.aliases]}
+    pool, settings, tokenizer = model.pool, model.settings, model.pool.tokenizer
+    if tokenizer is None or not pool.ready and not model.place:
         raise Overloaded("the model is not ready")
     able = {"chat": tokenizer.has_chat_template, "completion": True, "completions": True, "embedding": True,
             "logprobs": True,
@@ -70,7 +85,11 @@ def model_body(pool: WorkerPool, settings: Settings) -> dict:
             "reasoning_budget": tokenizer.thoughts is not None,
             "continue_final_message": tokenizer.has_chat_template,
             "json_schema": importlib.util.find_spec("llguidance") is not None}
+    facts = pool.supervisor.card.facts
     return {"id": pool.model_name, "object": "model", "created": pool.created,
+            "state": model.state, "bytes": model.bytes, "aliases": [*model.settings.served_model_name],
+            "type": "chat" if able["chat"] else "completion", "family": facts.family, "format": facts.format,
+            "default": is_default, "pinned": model.choice.pin,
             "owned_by": "chat_server", "root": pool.model_name, "tools": tools_of(tokenizer),
             "context_length": pool.context_length, "max_model_len": pool.context_length,
             "capabilities": able,
@@ -79,9 +98,10 @@ def model_body(pool: WorkerPool, settings: Settings) -> dict:
             "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": pool.context_length}}
 
 
-def ollama_model(pool: WorkerPool, settings: Settings) -> dict:
-    """The model as Ollama's routes describe one. Its clients expect a tag in the name."""
-    card, name, facts = model_body(pool, settings), pool.model_name, pool.supervisor.card.facts
+def ollama_model(model: Model) -> dict:
+    """A model as Ollama's routes describe one. Its clients expect a tag in the name."""
+    pool = model.serving()
+    card, name, facts = model_body(model), pool.model_name, pool.supervisor.card.facts
     name = name if ":" in name else name + ":latest"
     count = facts.parameters
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
@@ -95,37 +115,81 @@ def ollama_model(pool: WorkerPool, settings: Settings) -> dict:
 CENTURY_S = 3e9
 
 
-def ollama_loaded(pool: WorkerPool, settings: Settings) -> list[dict]:
-    """The model as Ollama's /api/ps describes one that is in memory; [] while it is not."""
+def ollama_models(models: Iterable[Model]) -> dict:
+    """The response of /api/tags. Ollama has no word for a model that has failed."""
+    return {"models": [ollama_model(model) | {"state": model.state} for model in models if model.pool]}
+
+
+def ollama_running(models: Iterable[Model]) -> dict:
+    """The response of /api/ps."""
+    return {"models": [body for model in models if model.pool for body in ollama_loaded(model)]}
+
+
+def ollama_loaded(model: Model) -> list[dict]:
+    """A model as Ollama's /api/ps describes one that is in memory; [] while it is not."""
+    pool, settings = model.serving(), model.settings
     workers = [worker for worker in pool.stats()["workers"] if worker["state"] == "ready"]
     if not workers:
         return []
     on_gpus = sum(worker["memory_used"] for worker in workers if not worker["device"].startswith("cpu"))
-    return [ollama_model(pool, settings) | {
+    return [ollama_model(model) | {
         "size": sum(worker["memory_used"] for worker in workers), "size_vram": on_gpus,
         "expires_at": utc(time.time() + (settings.idle_unload or CENTURY_S)),  # if no request comes
         "context_length": pool.context_length}]
 
 
-class ModelRoutes:
-    """The handlers of routes about the model that depend on what is asked."""
+def stats_body(models: OneModel | ManyModels) -> dict:
+    """The response of /stats: of the models that the client's key may see."""
+    bound = REQUEST_LOG.get().models
+    default = models.default_of(models.listed(bound))
+    return {**models.stats(bound), "models": [
+        {"id": model.name, "state": model.state, "bytes": model.bytes,
+         **({"reason": model.public_reason} if model.pool is None else {
+             "context_length": model.pool.context_length, "running": sum(
+                 worker["running"] for worker in model.pool.stats()["workers"]),
+             "queue_depth": model.pool.stats()["queue_depth"]}),
+         "default": model is default, "pinned": model.choice.pin} for model in models.listed(bound)]}
 
-    def __init__(self, pool: WorkerPool, settings: Settings, bodies: Bodies):
-        self.pool, self.settings, self.bodies = pool, settings, bodies
+
+class ModelRoutes:
+    """The handlers of routes about models that depend on what is asked."""
+
+    def __init__(self, models: OneModel | ManyModels, bodies: Bodies, access: Access):
+        self.models, self.bodies, self.access = models, bodies, access
 
     async def handle_model(self, http: web.Request) -> web.Response:
-        body = model_body(self.pool, self.settings)
-        known_of(self.pool, self.settings).check_model(http.match_info["name"])
+        name, bound = http.match_info["name"], REQUEST_LOG.get().models
+        model = self.models.find(name, bound)
+        body = model_body(model, model is self.models.default_of(self.models.listed(bound)))
+        if model.pool:
+            known_of(model.pool, model.settings).check_model(name)
         return json_response(body)
+
+    async def handle_load(self, http: web.Request) -> web.Response:
+        """POST /models/load, as llama-server's router: it begins, and /v1/models says how far it is."""
+        return await self._managed(http, self.models.load)
+
+    async def handle_unload(self, http: web.Request) -> web.Response:
+        """POST /models/unload: once the answers under way have ended."""
+        return await self._managed(http, self.models.unload)
+
+    async def _managed(self, http: web.Request, manage: Callable[[Model], None]) -> web.Response:
+        self.access.check_operator(http)
+        with self.bodies.holding() as holding:
+            model, text = await self.bodies.read_text(http, holding)
+        known_of(model.serving(), model.settings).check_model(text.decode("utf-8"))
+        manage(model)
+        return json_response({"success": True, "model": model.name, "state": model.state})
 
     async def handle_ollama_show(self, http: web.Request) -> web.Response:
         with self.bodies.holding() as holding:
-            name = (await self.bodies.read_text(http, holding)).decode("utf-8")
-        model, tokenizer = ollama_model(self.pool, self.settings), tokenizer_of(self.pool)
-        known_of(self.pool, self.settings).check_model(name)
-        able, facts = model_body(self.pool, self.settings)["capabilities"], self.pool.supervisor.card.facts
+            served, text = await self.bodies.read_text(http, holding)
+        pool = served.serving()
+        model, tokenizer = ollama_model(served), tokenizer_of(pool)
+        known_of(pool, served.settings).check_model(text.decode("utf-8"))
+        able, facts = model_body(served)["capabilities"], pool.supervisor.card.facts
         capabilities = {"completion": True, "tools": able["tools"], "thinking": able["reasoning"]}
-        sampling = sampling_of(self.pool, self.settings)
+        sampling = sampling_of(pool, served.settings)
         names = {"repetition_penalty": "repeat_penalty"}
         return json_response({name: model[name] for name in ("modified_at", "details")} | {
             "template": tokenizer.spec.chat_template or "", "modelfile": "", "license": "",
@@ -133,7 +197,7 @@ class ModelRoutes:
                                     for name, (value, _) in sampling.items()),
             "model_info": {"general.architecture": facts.family,
                            "general.parameter_count": facts.parameters,
-                           f"{facts.family}.context_length": self.pool.context_length,
+                           f"{facts.family}.context_length": pool.context_length,
                            f"{facts.family}.embedding_length": facts.width,
                            f"{facts.family}.block_count": facts.layers},
             "capabilities": [name for name, can in capabilities.items() if can]})

@@ -80,6 +80,7 @@ class RequestLog:
     client: str     # its address (see client_at), or the name of its API key once it has shown one
     route: Route    # its row of ROUTES
     api: Api        # of that row, but OpenAI's for a body of OpenAI on nanochat's route
+    models: tuple[str, ...] = ()  # that its API key is bound to; () = any
     note: str = ""  # goes into the access log line
     headers: dict[str, str] = field(default_factory=dict)  # more headers of the response
     counts: dict = field(default_factory=dict)  # goes into its JSON form

@@ -9,6 +9,7 @@ import pytest
 import chat_server
 from chatlm.common.config import LIMITS, ApiKey, Settings
 from chatlm.common.errors import EngineFailure, Overloaded, RequestError
+from chatlm.front.pool.models import OneModel
 from chatlm.front.server.access import Access, AccessLog, Owners
 from chatlm.front.server.bodies import Bodies
 from chatlm.front.server.describe import ModelRoutes
@@ -103,9 +104,9 @@ async def test_the_log_notes_row_and_id_of_a_request_and_an_id_of_another_is_not
 @pytest.mark.parametrize("body, api", [
     (conversation() | {"model": "fake-model"}, Api.OPENAI), (conversation(), Api.NANOCHAT), (conversation('"model": 1'), Api.NANOCHAT)])
 async def test_a_body_is_read_by_the_reader_of_its_route_and_may_be_of_openai_on_nanochat_s(body, api):
-    bodies, record = Bodies(FakePool(), Settings(), Owners(Settings())), logged("/chat/completions")
+    bodies, record = Bodies(OneModel(FakePool(), Settings()), Owners(Settings())), logged("/chat/completions")
     with bodies.holding() as holding:
-        parsed = await bodies.parse(Arriving(body=json.dumps(body).encode()), holding)
+        _, parsed = await bodies.parse(Arriving(body=json.dumps(body).encode()), holding)
     assert record.api is api and parsed.api == {Api.OPENAI: "chat", Api.NANOCHAT: "native"}[api] and parsed.request.messages
 
 
@@ -118,7 +119,7 @@ async def test_a_large_body_is_read_in_a_sandbox_for_its_owner():
 
     pool.read_large = read_large
     settings = Settings(keys=KEYS)
-    bodies, _ = Bodies(pool, settings, Owners(settings)), logged("/v1/messages")
+    bodies, _ = Bodies(OneModel(pool, settings), Owners(settings)), logged("/v1/messages")
     with Holding(bodies.budget, "alice") as holding:
         with pytest.raises(RequestError, match="elsewhere"):
             await bodies.parse(Arriving(body=b"x" * (LIMITS.inline_bytes + 1)), holding)
@@ -127,7 +128,8 @@ async def test_a_large_body_is_read_in_a_sandbox_for_its_owner():
 
 async def test_the_model_is_described_to_who_asks_for_one_of_its_names():
     pool = FakePool()
-    models = ModelRoutes(pool, Settings(), Bodies(pool, Settings(), Owners(Settings())))
+    only = OneModel(pool, Settings())
+    models = ModelRoutes(only, Bodies(only, Owners(Settings())), Access(Settings()))
     logged("/api/show")
     shown = json.loads((await models.handle_ollama_show(Arriving(body=b'{"model": "fake-model"}'))).body)
     facts = shown["model_info"]

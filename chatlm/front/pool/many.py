@@ -1,0 +1,295 @@
+"""Many models behind one URL."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence as Seq
+from functools import partial
+from pathlib import Path
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
+from chatlm.common.hub.folder import find_models
+from chatlm.common.log import log
+from chatlm.common.processes.start import PROCESS_COMMAND
+from chatlm.front.aio import supervised
+from chatlm.front.pool.models import Registry
+from chatlm.front.pool.opening import Opener
+from chatlm.front.pool.residency import Residency, shown_bytes
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.hub.folder import Files
+    from chatlm.front.pool.models import Model
+    from chatlm.front.pool.pool import WorkerPool
+    from chatlm.front.pool.residency import Place
+
+
+class ManyModels:
+    """Many models behind one URL, in the interface of a pool. The headers of their files say before the first
+    request what each is and takes (`Survey`), so requests are read and queued whether or not their model is
+    loaded; `Residency` has the models that are asked for take turns in memory. Each has its own pool,
+    tokenizer, template and prefix cache; the queue's limits, the turns of clients and the sandboxes are
+    shared."""
+
+    several = True
+    RETRY_S = 30.0   # a model whose worker could not start is tried again after this, when it is asked for
+
+    def __init__(self, settings: Settings, command: Seq[str] = PROCESS_COMMAND):
+        if settings.ray_address:
+            raise ConfigError("several models with --ray-address: a Ray cluster serves one model")
+        if settings.served_model_name:
+            raise ConfigError("--served-model-name names one model; of several, each has its own: "
+                              "`aliases` in [[models]]")
+        self.settings, self.registry = settings, Registry()
+        self.listed, self.default_of = self.registry.listed, self.registry.default_of
+        self.opener, self.residency = Opener(settings, command), Residency(0)
+        self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
+        self.became_ready, self.failure = asyncio.Event(), None
+        self.stage = ("finding the models", 0.0)
+        self.draining = self.closing = False
+        self.started_s = time.monotonic()
+        self.tasks: set[asyncio.Task] = set()
+
+    def run(self, what: str, work: Callable[[], Any]):
+        """Run work in the background: again if it fails, unless that ends start-up."""
+        def failed(error: Exception) -> bool:
+            if not self.became_ready.is_set():
+                known = isinstance(error, ChatServerError)
+                self.failure = error if known else EngineFailure(f"{what} failed: {error}")
+                self.became_ready.set()
+                return False
+            return not self.closing
+
+        self.tasks.add(task := asyncio.create_task(supervised(what, work, failed)))
+        task.add_done_callback(self.tasks.discard)
+
+    async def start(self):
+        self.run("finding the models", self._open_all)
+
+    async def wait_ready(self):
+        """Wait until requests would be served. Raises ConfigError or EngineFailure if start-up failed."""
+        await self.became_ready.wait()
+        if self.failure:
+            raise self.failure
+
+    async def _open_all(self):
+        loop = asyncio.get_running_loop()
+
+        def report(stage: str, fraction: float):
+            self.stage = (stage, fraction)
+            loop.call_soon_threadsafe(self.on_progress, stage, fraction)
+
+        await self.opener.desk.sandboxes["templates"].start()
+        watch = FolderWatch(self) if self.settings.models is not None else None
+        found = await watch.look() if watch else []
+        if watch and not (found or self.settings.several):
+            raise ConfigError(f"--models {self.settings.models}: there is no GGUF file, Hugging Face folder "
+                              "or nanochat checkpoint below it")
+        stamps = [*((choice, ()) for choice in self.settings.several), *found]
+        for index, (choice, stamp) in enumerate(stamps):
+            model = await asyncio.to_thread(self.opener.resolve, choice, report)
+            model.stamp = stamp
+            self.registry.add(model)
+            report(f"reading what the files of {model.name} say", index / len(stamps))
+            await self.opener.open(model)
+        await self.opener.survey.close()
+        self.residency.budget = self.opener.budget or 0
+        room = room_beside_pinned(self.registry.models, self.residency.budget)
+        for model in self.registry.models:
+            if model.pool and not model.choice.pin and model.bytes > room:
+                self.fail(model, ConfigError(f"it takes {shown_bytes(model.bytes)}, and the pinned models "
+                                             f"leave {shown_bytes(room)} of --models-memory"))
+            self.admit(model)
+        self.run("giving models their turns", self.residency.run)
+        if watch:
+            self.run("watching --models", watch.run)
+        self.became_ready.set()
+
+    def admit(self, model: Model):
+        """An opened model's requests are taken from now on."""
+        if model.pool and model.place:
+            pool = model.pool
+            pool.dispatcher.wake = pool.dispatcher.changed = self.residency.changed.set
+            pool.supervisor.gave_up = lambda: self.fail(model, pool.supervisor.failure)
+            pool.draining = self.draining
+            self.residency.places.append(model.place)
+            self.residency.changed.set()
+            self.run(f"starting the pool of {model.name}", pool.start)
+
+    def fail(self, model: Model, error: ChatServerError | None):
+        """A worker could not start: the requests of its model fail, and others get the place."""
+        pool, place = model.pool, model.place
+        if pool is None or self.closing:
+            return
+        model.reason, model.failed_s, model.pool, model.place = str(error), time.monotonic(), None, None
+        log.error("the model %s cannot be served: %s", model.name, model.reason)
+        failure = EngineFailure(f"the model {model.name!r} cannot be served: {model.public_reason}")
+        pool.dispatcher.fail(failure, *pool.dispatcher.jobs.values())
+        self.run(f"ending the workers of {model.name}", partial(self.remove, pool, place))
+
+    async def remove(self, pool: WorkerPool, place: Place | None):
+        await self.opener.close_pool(pool)
+        if place in self.residency.places:
+            self.residency.places.remove(place)
+        self.residency.changed.set()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for the admitted ones; False if some still run after `timeout_s`."""
+        self.draining = True
+        return all(await asyncio.gather(*(pool.drain(timeout_s) for pool in self._pools)))
+
+    async def close(self):
+        self.draining = self.closing = True
+        for task in list(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.gather(*(pool.close() for pool in self._pools), self.opener.survey.close(),
+                             self.opener.desk.close())
+
+    @property
+    def _pools(self) -> list[WorkerPool]:
+        return [model.pool for model in self.registry.models if model.pool]
+
+    # requests
+
+    def find(self, name: str, bound: Seq[str] = ()) -> Model:
+        """The model that a request of a key with these bounds names. RequestError 404 if there is none."""
+        model = self.registry.find(name, bound)
+        if not model.pool and model.source and time.monotonic() - model.failed_s > self.RETRY_S:
+            model.failed_s = math.inf  # until it has failed again
+            self.run(f"trying {model.name} again", partial(self._try_again, model))
+        return model
+
+    async def _try_again(self, model: Model):
+        await self.opener.open(model)
+        await self.opener.survey.close()
+        self.admit(model)
+
+    def load(self, model: Model):
+        """Have a model loaded as if a request waited for it."""
+        if model.place:
+            model.place.asked = True
+            self.residency.changed.set()
+
+    def unload(self, model: Model):
+        """Have a model leave memory when its answers have ended; a request brings it back."""
+        if model.place:
+            model.place.asked = False
+            model.place.leave()
+            self.residency.changed.set()
+
+    def cancel(self, request_id: str) -> bool:
+        return any([pool.cancel(request_id) for pool in self._pools])
+
+    async def end_thinking(self, request_id: str) -> bool:
+        return any([await pool.end_thinking(request_id) for pool in self._pools])
+
+    # what the server shows
+
+    def health(self) -> tuple[int, dict]:
+        """Ready when a request would be admitted, whether or not its model is loaded."""
+        started = self.became_ready.is_set() and not self.failure
+        ready = started and not self.draining and any(pool.ready for pool in self._pools)
+        status = ("ok" if ready else "draining" if self.draining else
+                  "unavailable" if started else "loading")
+        bodies = [pool.health()[1] for pool in self._pools]
+        body: dict = {"status": status, "ready": ready,
+                      **{key: sum(one[key] for one in bodies) for key in ("num_gpus", "available_workers")}}
+        if status == "loading":
+            body["loading"] = {"stage": self.stage[0], "fraction": round(self.stage[1], 3)}
+        if looping := [loop for one in bodies for loop in one.get("crash_loops", ())]:
+            body["crash_loops"], body["status"] = looping, "degraded" if ready else status
+        return 200 if ready else 503, body
+
+    def stats(self, bound: Seq[str] = ()) -> dict:
+        """As for one model, with sums; what only one model has is the default one's."""
+        models = self.listed(bound)
+        default, stats = self.default_of(models), [model.pool.stats() for model in models if model.pool]
+        sums = {key: sum(one[key] for one in stats) for key in (
+            "total_workers", "available_workers", "busy_workers", "queue_depth")}
+        own = default.pool.stats() if default and default.pool else {}
+        return {**own, **sums, "model": default.name if default else "",
+                "workers": [worker for one in stats for worker in one["workers"]],
+                "uptime_s": round(time.monotonic() - self.started_s, 1),
+                "models_memory": self.residency.budget, "models_bytes": self.residency.used}
+
+    def describe(self) -> list[str]:
+        models = self.registry.models
+        default, states = self.default_of(models), Counter(model.state for model in models)
+        failed = f", of which {states['failed']} cannot be served" if states["failed"] else ""
+        lines = [f"{len(models)} models{failed}; those that are loaded may take "
+                 f"{shown_bytes(self.residency.budget)} (--models-memory)"]
+        for model in models:
+            words = [f"{shown_bytes(model.bytes)}, context {model.pool.context_length:,}" if model.pool else
+                     f"failed: {model.reason}", *["default"] * (model is default),
+                     *["pinned"] * model.choice.pin]
+            lines.append(f"  {model.name}: {', '.join(words)}")
+        return lines
+
+
+def room_beside_pinned(models: Seq[Model], budget: int) -> int:
+    """How many bytes the pinned models leave to the others. ConfigError if they do not fit themselves, or if
+    no model can be served."""
+    for model in models:
+        if model.reason:
+            log.error("the model %s cannot be served: %s", model.name, model.reason)
+    if not any(model.pool for model in models):
+        first = models[0]
+        raise ConfigError(f"none of {len(models)} models can be served; {first.name}: {first.reason}"
+                          if len(models) > 1 else first.reason)
+    pinned = [model for model in models if model.pool and model.choice.pin]
+    room = budget - sum(model.bytes for model in pinned)
+    if room < 0:
+        raise ConfigError(f"the pinned models ({', '.join(model.name for model in pinned)}) take "
+                          f"{shown_bytes(budget - room)}, and all models together may take "
+                          f"{shown_bytes(budget)} (--models-memory)")
+    return room
+
+
+class FolderWatch:
+    """Sees which models come to be below --models, which change and which go."""
+
+    WATCH_S = 3.0    # between two looks
+
+    def __init__(self, many: ManyModels):
+        self.many, self.registry = many, many.registry
+        self.before: dict[str, tuple] = {}  # path -> stamp of its files, at the last look
+
+    async def look(self) -> list[Files]:
+        folder = Path(self.many.settings.models or "").expanduser()
+        return await asyncio.to_thread(find_models, folder)
+
+    async def run(self):
+        while True:
+            await asyncio.sleep(self.WATCH_S)
+            try:
+                await self.update(await self.look())
+            except (ConfigError, OSError) as error:  # the folder has gone
+                log.error("%s", error)
+
+    async def update(self, found: Seq[Files]):
+        """A file that still grows is left alone, and so is a model that is loaded."""
+        stamps = {files.choice.path: files.stamp for files in found}
+        for model in [model for model in self.registry.models if model.stamp]:
+            loaded = model.pool and model.place and (model.place.taken or model.pool.dispatcher.jobs)
+            if stamps.get(model.choice.path) != model.stamp and not loaded:
+                log.info("the model %s has changed or gone", model.name)
+                self.registry.models.remove(model)
+                if model.pool:
+                    await self.many.remove(model.pool, model.place)
+        known = {model.choice.path for model in self.registry.models}
+        for choice, stamp in found:
+            if choice.path not in known and stamp and self.before.get(choice.path) == stamp:
+                choice = self.registry.renamed(choice)
+                model = await asyncio.to_thread(self.many.opener.resolve, choice, lambda *progress: None)
+                model.stamp = stamp
+                await self.many.opener.open(model)
+                log.info("a new model: %s (%s)", model.name, model.reason or shown_bytes(model.bytes))
+                self.registry.add(model)
+                self.many.admit(model)
+        self.before = stamps
+        await self.many.opener.survey.close()

@@ -1,0 +1,188 @@
+"""The models of a server as clients know them, and the one model of most servers."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import re
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatlm.common.config import ModelChoice
+from chatlm.common.errors import ConfigError, RequestError, shown
+from chatlm.common.messages.protocol import accepted_names
+from chatlm.front.aio import supervised
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import ModelSource
+    from chatlm.front.pool.pool import WorkerPool
+    from chatlm.front.pool.residency import Place
+
+
+class Model:
+    """A model as clients know it."""
+
+    def __init__(self, settings: Settings, pool: WorkerPool | None, name: str = "",
+                 choice: ModelChoice = ModelChoice("")):
+        """settings: its own; pool: None while it cannot be served; name: "": what its pool calls it."""
+        self.settings, self.pool, self.own_name, self.choice = settings, pool, name, choice
+        self.place: Place | None = None      # in memory, where it is one of many
+        self.reason, self.failed_s = "", 0.0  # why and when it failed, for the operator
+        self.source: ModelSource | None = None
+        self.stamp: tuple = ()               # of its files, if --models found it
+
+    @property
+    def name(self) -> str:
+        return self.own_name or (self.pool.model_name if self.pool else "")
+
+    @property
+    def names(self) -> list[str]:
+        """Those that clients see."""
+        return [self.name, *self.choice.aliases, *self.settings.served_model_name]
+
+    def fits(self, name: str) -> bool:
+        """May a request call it so?"""
+        return bool({name, name.removesuffix(":latest")} & {*accepted_names(self.name, self.settings)})
+
+    @property
+    def state(self) -> str:
+        """unloaded, loading, ready or failed."""
+        if self.pool is None:
+            return "failed"
+        if self.place:
+            return "unloaded" if not self.place.taken else "ready" if self.place.loaded else "loading"
+        asleep = getattr(self.pool.supervisor, "asleep", False) and not self.pool.dispatcher.wanted.is_set()
+        return "unloaded" if asleep else "ready" if self.pool.ready else "loading"
+
+    @property
+    def bytes(self) -> int:
+        """In memory; of one that is not loaded, what it will take."""
+        return self.place.size if self.place else (
+            self.pool.supervisor.card.facts.weights_bytes if self.pool else 0)
+
+    @property
+    def public_reason(self) -> str:
+        """Why it failed, without the paths of this machine."""
+        text = self.reason
+        for path in (self.choice.path, *([str(self.source.path)] if self.source else [])):
+            if "/" in path:
+                text = text.replace(path, Path(path).name)
+        return re.sub(r"(?<![\w:/])~?(?:/[^/\s:;,'\"()]+)*/([^/\s:;,'\"()]+)", r"\1", text)
+
+    def serving(self) -> WorkerPool:
+        """Its pool. RequestError 503 if it has failed."""
+        if self.pool is None:
+            raise RequestError(f"the model {self.name!r} cannot be served: {self.public_reason}", status=503,
+                               code="model_failed", param="model")
+        return self.pool
+
+
+def unknown_model(name: str, models: Seq[Model]) -> RequestError:
+    names = {other.lower(): other for model in models for other in model.names}
+    near = [other for other in names if name and name.lower() in other][:3]
+    near = near or difflib.get_close_matches(name.lower(), names, 3)
+    shown_names = [shown(names[other]) for other in near] or [shown(model.name) for model in models[:8]]
+    remedy = (f"did you mean {' or '.join(shown_names)}?" if near else
+              f"this server has {', '.join(shown_names)}{', ...' * (len(models) > 8)}" if models else
+              "this server has none for you")
+    return RequestError(f"the model {shown(name)} does not exist; {remedy}", status=404,
+                        code="model_not_found", param="model")
+
+
+def named_among(name: str, models: Seq[Model], default: Model | None) -> Model:
+    """The model of a request that names it so: "" and `default` are the default one. RequestError 404."""
+    if name in ("", "default") and default:
+        return default
+    exact = [model for model in models if name in model.names]
+    fitting = exact or [model for model in models if model.fits(name)]
+    if not exact and len(fitting) != 1:  # the last part of several paths names none of them
+        raise unknown_model(name, models)
+    return fitting[0]
+
+
+def bound_among(bound: Seq[str], models: Seq[Model]) -> list[Model]:
+    """Those that an API key is bound to; all if it is to none."""
+    return [model for model in models if not bound or any(map(model.fits, bound))]
+
+
+class Registry:
+    """Many models, by name."""
+
+    def __init__(self):
+        self.models: list[Model] = []
+
+    def listed(self, bound: Seq[str] = ()) -> list[Model]:
+        return bound_among(bound, self.models)
+
+    def default_of(self, models: Seq[Model]) -> Model | None:
+        """Which of these answers requests that name none: the marked one, else the first that can."""
+        marked = [model for model in models if model.choice.default]
+        return next((model for model in [*marked, *models] if model.pool), models[0] if models else None)
+
+    def find(self, name: str, bound: Seq[str] = ()) -> Model:
+        """The model that a request of a key with these bounds names. RequestError 404 if there is none."""
+        models = self.listed(bound)
+        return named_among(name, models, self.default_of(models))
+
+    def add(self, model: Model):
+        """ConfigError if another model has its name or one of its aliases."""
+        for other in self.models:
+            both = {model.name, *model.choice.aliases} & {other.name, *other.choice.aliases}
+            if both:
+                raise ConfigError(f"two models are called {min(both)}: {other.choice.path} and "
+                                  f"{model.choice.path}; give them names of their own in [[models]]")
+        self.models.append(model)
+
+    def renamed(self, choice: ModelChoice) -> ModelChoice:
+        """A model with no names that another has."""
+        taken = {name for model in self.models for name in (model.name, *model.choice.aliases)}
+        name = choice.path if choice.name in taken else choice.name
+        return replace(choice, name=name, aliases=tuple(set(choice.aliases) - taken))
+
+
+class OneModel:
+    """The one model of a server, as one of many. Its pool answers for the server."""
+
+    several = False
+
+    def __init__(self, pool: WorkerPool, settings: Settings):
+        self.pool, self.only = pool, Model(settings, pool)
+        self.leaving: asyncio.Task | None = None
+
+    def listed(self, bound: Seq[str] = ()) -> list[Model]:
+        return bound_among(bound, [self.only])
+
+    def find(self, name: str, bound: Seq[str] = ()) -> Model:
+        """The model; whether a request names it right, the reader of its body says. RequestError 404 if the
+        key is bound to others."""
+        models = self.listed(bound)
+        return models[0] if models else named_among(name or "default", models, None)
+
+    def stats(self, bound: Seq[str] = ()) -> dict:
+        return self.pool.stats()
+
+    def default_of(self, models: Seq[Model]) -> Model | None:
+        return self.only
+
+    def load(self, model: Model):
+        if not self.pool.dispatcher.wanted.is_set():
+            self.pool.dispatcher.wake()
+
+    def unload(self, model: Model):
+        """When the answers under way have ended; a request brings it back."""
+        if self.leaving is None or self.leaving.done():
+            self.leaving = asyncio.create_task(supervised("unloading the model", self._unload))
+
+    async def _unload(self):
+        dispatcher = self.pool.dispatcher
+        dispatcher.held = True
+        while dispatcher.running:
+            await asyncio.sleep(0.05)
+        if self.pool.supervisor.prepared:
+            self.pool.supervisor.unload()
+        dispatcher.held = False
+        if len(dispatcher.pending):
+            dispatcher.wake()

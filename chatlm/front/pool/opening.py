@@ -1,0 +1,110 @@
+"""A MODEL becomes a model that can be asked, before its weights are read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatlm.common.errors import ChatServerError, ConfigError
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.memory import available_memory
+from chatlm.front.admission.admission import Desk
+from chatlm.front.pool.local import LocalDevices, choose_devices, cuda_device_count
+from chatlm.front.pool.models import Model
+from chatlm.front.pool.pool import WorkerPool
+from chatlm.front.pool.residency import Place, shown_bytes
+from chatlm.front.pool.survey import Survey
+
+if TYPE_CHECKING:
+    from chatlm.common.config import ModelChoice, Settings
+    from chatlm.common.messages.protocol import Surveyed
+    from chatlm.front.pool.dispatcher import Dispatcher
+
+
+class Opener:
+    """Makes the pools of many models: each with its own settings and workers, and what all share."""
+
+    RESERVE = 0.1    # of the free memory is left to others, unless --models-memory says otherwise
+    # What a worker's process takes beside its model: torch and its buffers, on a GPU also CUDA's.
+    PROCESS_BYTES, GPU_PROCESS_BYTES = 200 << 20, 600 << 20
+
+    def __init__(self, settings: Settings, command: Seq[str]):
+        self.settings, self.command = settings, command
+        self.desk, self.survey, self.workers = Desk(), Survey(command), 0
+        self.dispatchers: list[Dispatcher] = []
+        self.budget = settings.models_memory  # None: the survey finds out what a GPU has
+        if self.budget is None and not self._on_gpus(settings):
+            self.budget = int(available_memory() * (1 - self.RESERVE))
+
+    @staticmethod
+    def _on_gpus(settings: Settings) -> bool:
+        return settings.device_type in ("auto", "cuda") and cuda_device_count() > 0
+
+    def resolve(self, choice: ModelChoice, report: Callable[[str, float], None]) -> Model:
+        """ConfigError if nothing is there; a broken file becomes a model that has failed."""
+        changes = dict(choice.changes)
+        if choice.replicas and self._on_gpus(self.settings):
+            changes["num_gpus"] = str(choice.replicas)
+        elif choice.replicas:
+            changes["num_workers"] = choice.replicas
+        settings = replace(self.settings, model=choice.path, models=None, several=(),
+                           served_model_name=choice.aliases, **changes)
+        try:
+            source = resolve_model(settings, report)
+        except ConfigError as error:
+            path = Path(choice.path).expanduser()
+            if not path.exists():
+                raise
+            model = Model(settings, None, choice.name or path.stem, choice)
+            model.reason, model.failed_s = str(error), time.monotonic()
+            return model
+        model = Model(settings, None, choice.name or source.name, choice)
+        model.source = replace(source, name=model.name)
+        return model
+
+    async def open(self, model: Model):
+        """Look at its files and make its pool, whose workers wait to be wanted; or it has failed."""
+        if model.source is None:
+            return
+        try:
+            device = choose_devices(model.settings)[0]
+            surveyed = await self.survey.of(model.settings, model.source, device, self.budget)
+            self.budget = self.budget or surveyed.budget
+            size = self._size(surveyed, model.settings, device)
+            if size > self.budget:
+                raise ConfigError(f"it takes {shown_bytes(size)}, and all models together may take "
+                                  f"{shown_bytes(self.budget)} (--models-memory)")
+            model.pool = await self._pool(model, surveyed)
+        except ChatServerError as error:
+            model.pool, model.reason, model.failed_s = None, str(error), time.monotonic()
+            return
+        model.reason, idle_s = "", model.settings.idle_unload
+        model.place = Place(model.name, model.pool, size, pinned=model.choice.pin,
+                            idle_s=0.0 if model.choice.pin else idle_s)
+
+    async def _pool(self, model: Model, surveyed: Surveyed) -> WorkerPool:
+        settings = replace(model.settings, kv_cache_memory=surveyed.kv_cache_memory, idle_unload=0.0)
+        placement = LocalDevices(settings, self.command, model.source, self.workers)
+        pool = WorkerPool(settings, placement, self.desk, self.dispatchers)
+        self.workers += len(pool.workers)
+        try:
+            await pool.supervisor.begin_unloaded(surveyed.card)
+        except ChatServerError:
+            await self.close_pool(pool)
+            raise
+        return pool
+
+    def _size(self, surveyed: Surveyed, settings: Settings, device: str) -> int:
+        """Bytes on each GPU, or in this machine's memory."""
+        own = surveyed.weights + surveyed.activations + surveyed.cache
+        if device.startswith("cuda"):
+            return own + self.GPU_PROCESS_BYTES
+        return max(settings.num_workers, 1) * (own + self.PROCESS_BYTES)
+
+    async def close_pool(self, pool: WorkerPool):
+        await pool.close()
+        if pool.dispatcher in self.dispatchers:
+            self.dispatchers.remove(pool.dispatcher)

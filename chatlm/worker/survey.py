@@ -1,0 +1,50 @@
+"""The role `survey`: what models are and how much memory they take, before any weight is read."""
+
+from __future__ import annotations
+
+import traceback
+from typing import TYPE_CHECKING
+
+import torch
+
+from chatlm.common.core import kernels_line
+from chatlm.common.errors import ConfigError, lack_of_memory, named
+from chatlm.common.messages.protocol import Crashed, ModelCard, Surveyed, Unusable
+from chatlm.worker.build import check_gpu, plan_model
+from chatlm.worker.process import model_facts
+from chatlm.worker.ranks.ranks import RankAlone
+from chatlm.worker.weights.load import open_model
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import SurveyConfig
+    from chatlm.common.messages.wire import Channel
+
+
+def survey_models(channel: Channel, config: SurveyConfig):
+    """Answer each SurveyConfig, until the front hangs up. A model that is broken ends nothing."""
+    while True:
+        try:
+            channel.send(surveyed(config))
+        except Exception as error:
+            error = lack_of_memory(error) or error
+            channel.send(Unusable(str(error)) if isinstance(error, ConfigError) else
+                         Crashed(named(error), traceback.format_exc()[-1 << 16:]))
+        [config] = channel.receive(wait=True, most=1)
+
+
+def surveyed(config: SurveyConfig) -> Surveyed:
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        check_gpu(device)
+    source, settings = config.source, config.settings
+    model = open_model(source, settings, device)
+    _, groups, _, plan = plan_model(model, model.spec, settings, device, RankAlone())
+    free, _ = plan.memory()
+    budget = config.budget or int(free * settings.gpu_memory_utilization)
+    plan = plan.within(budget)
+    pages = plan.pages()
+    card = ModelCard(model.text, model.name, plan.context(pages, groups), (), {}, False, kernels_line(),
+                     dict(model.sampling), model.sampling_origin, source=source,
+                     facts=model_facts(model, source, "", plan.weights))
+    return Surveyed(card, plan.weights, plan.activations, plan.cache_bytes(pages),
+                    plan.settings.kv_cache_memory or 0, budget)

@@ -1,0 +1,265 @@
+"""Many models behind one URL: real tiny models, one after another or together, within a limit of memory."""
+
+import asyncio
+import json
+import random
+import shutil
+from contextlib import asynccontextmanager
+
+import psutil
+import pytest
+
+import chat_server
+from chatlm.common.config import ApiKey, ModelChoice, Settings
+from chatlm.common.errors import ConfigError
+from chatlm.front.pool.many import FolderWatch, ManyModels
+from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.residency import Residency
+from fake_pool import frames, serving
+from forked import DYING
+
+TINY = {"dtype": "float32", "kv_cache_memory": 4 << 20, "max_batch": 8}
+MIB = 1 << 20
+
+
+def choices(nanochat_fixtures, *generations):
+    return tuple(ModelChoice(str(nanochat_fixtures / name), name) for name in generations)
+
+
+@pytest.fixture
+async def start_models(nanochat_fixtures):
+    """A function that starts ManyModels; at the end all are closed, and their processes must be gone."""
+    started = []
+
+    async def start(*generations, command=DYING, **changes):
+        settings = Settings(**{"several": choices(nanochat_fixtures, *generations)} | TINY | changes)
+        started.append(models := ManyModels(settings, command))
+        await models.start()
+        await models.wait_ready()
+        return models
+
+    yield start
+    for models in started:
+        pids = [worker.process.pid for model in models.registry.models if model.pool for worker in model.pool.workers if worker.process]
+        await models.close()
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@asynccontextmanager
+async def served(models):
+    async with serving(models, models.settings) as url:
+        yield url
+
+
+async def ask(client, url, model, text="hello", headers=None, **changes):
+    body = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 12, **changes}
+    async with client.post(url + "/v1/chat/completions", json=body, headers=headers) as response:
+        return response.status, await response.json()
+
+
+def content(answer):
+    status, body = answer
+    assert status == 200, body
+    return body["choices"][0]["message"]["content"]
+
+
+async def alone(client, model, texts, **changes):
+    """What a server of this model alone answers to each text."""
+    settings = Settings(model=str(model), **TINY, **changes)
+    pool = pool_of(settings, DYING)
+    await pool.start()
+    try:
+        await pool.wait_ready()
+        async with serving(pool, settings) as url:
+            return {text: content(await ask(client, url, "", text)) for text in texts}
+    finally:
+        await pool.close()
+
+
+async def listed(client, url, **headers):
+    async with client.get(url + "/v1/models", headers=headers) as response:
+        return {model["id"]: model for model in (await response.json())["data"]}
+
+
+async def test_each_model_answers_as_it_does_alone_and_they_take_turns(start_models, nanochat_fixtures, client, monkeypatch):
+    """The memory holds one of them. Meanwhile their requests wait in the queue, and hear how far the model is."""
+    monkeypatch.setattr(Residency, "PLACE_S", 0.2)
+    monkeypatch.setattr(Residency, "QUIET_S", 0.1)
+    models = await start_models("gen1", "gen5", models_memory=230 * MIB)
+    async with served(models) as url:
+        before = await listed(client, url)
+        assert [(model["state"], model["context_length"] > 0, model["type"]) for model in before.values()] == [("unloaded", True, "chat")] * 2
+        assert [model["default"] for model in before.values()] == [True, False]
+        texts = ["hello", "what is two plus two"]
+        answers = await asyncio.gather(*(ask(client, url, name, text) for text in texts for name in ("gen1", "gen5")))
+        got = dict(zip([(text, name) for text in texts for name in ("gen1", "gen5")], map(content, answers)))
+        async with client.get(url + "/stats") as response:
+            stats = await response.json()
+        assert stats["models_bytes"] <= stats["models_memory"] == 230 * MIB
+        assert sorted(model["state"] for model in stats["models"]) == ["ready", "unloaded"]
+        assert stats["total_workers"] == len(stats["workers"]) == 2 and len({worker["gpu_id"] for worker in stats["workers"]}) == 2
+        async with client.get(url + "/api/ps") as response:
+            assert len((await response.json())["models"]) == 1
+        gone = next(model["id"] for model in stats["models"] if model["state"] == "unloaded")
+        body = {"model": gone, "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 12}
+        async with client.post(url + "/v1/chat/completions", json=body | {"stream": True, "progress": True}) as response:
+            events = frames(await response.read())
+        loading = [event["progress"]["loading"] for event in events[:-1] if "loading" in event.get("progress", {})]
+        assert loading and loading[0]["model"] == gone and 0 <= loading[0]["fraction"] <= 1
+        async with client.post(url + "/tokenize", json={"model": "gen5", "content": "hello"}) as one, \
+                client.post(url + "/tokenize", json={"model": "gen1", "content": "hello"}) as other:
+            assert one.status == other.status == 200
+    for name in ("gen1", "gen5"):
+        expected = await alone(client, nanochat_fixtures / name, texts)
+        assert {text: got[text, name] for text in texts} == expected
+
+
+async def test_names_aliases_defaults_keys_and_who_may_load(start_models, nanochat_fixtures, client):
+    keys = (ApiKey.hashed("all", "owner"), ApiKey.hashed("some", "bob", ("gen3", "small")), ApiKey.hashed("none", "eve", ("other",)))
+    several = (ModelChoice(str(nanochat_fixtures / "gen1"), "first"), ModelChoice(str(nanochat_fixtures / "gen2"), "chief", default=True),
+               ModelChoice(str(nanochat_fixtures / "gen3"), "gen3", ("small", "gpt-4o")))
+    models = await start_models(several=several, keys=keys)
+    whole, some, none = ({"Authorization": f"Bearer {key}"} for key in ("all", "some", "none"))
+    async with served(models) as url:
+        large = "x" * 70_000
+        for name, model in (("", "chief"), ("default", "chief"), ("gpt-4o", "gen3"), ("small:latest", "gen3"), ("first", "first")):
+            assert (await ask(client, url, name, headers=whole, ignored=large))[1]["model"] == model
+        status, body = await ask(client, url, "chef", headers=whole)
+        assert (status, body["error"]["code"]) == (404, "model_not_found") and 'did you mean "chief"' in body["error"]["message"]
+        assert (await ask(client, url, "", headers=some))[1]["model"] == "gen3"
+        for name in ("first", "chief", str(nanochat_fixtures / "gen1")):
+            for more in {}, {"ignored": large}:
+                status, body = await ask(client, url, name, headers=some, **more)
+                assert status == 404 and "first" not in body["error"]["message"].replace(f'"{name}"', "")
+        assert (await ask(client, url, "", headers=none))[0] == 404
+        assert [*await listed(client, url, **some)] == ["gen3"] and len(await listed(client, url, **whole)) == 3 and not await listed(client, url, **none)
+        async with client.get(url + "/stats", headers=some) as response:
+            stats = await response.json()
+        assert [model["id"] for model in stats["models"]] == ["gen3"] and stats["total_workers"] == 1
+        async with client.get(url + "/v1/models/first", headers=some) as hidden, client.get(url + "/v1/models/first", headers=whole) as seen:
+            assert (hidden.status, seen.status) == (404, 200)
+        for headers, status in ((some, 403), (whole, 200)):
+            async with client.post(url + "/models/unload", json={"model": "gen3"}, headers=headers) as response:
+                assert response.status == status
+        while models.find("gen3").state != "unloaded":
+            await asyncio.sleep(0.02)
+        async with client.post(url + "/models/load", json={"model": "small"}, headers=whole) as response:
+            assert (await response.json())["success"] is True
+        while models.find("gen3").state != "ready":
+            await asyncio.sleep(0.02)
+
+
+async def test_a_broken_file_among_good_ones_says_why_and_new_files_are_seen(start_models, nanochat_fixtures, client, tmp_path, monkeypatch):
+    monkeypatch.setattr(FolderWatch, "WATCH_S", 0.1)
+    (tmp_path / "models" / "broken").mkdir(parents=True)
+    (tmp_path / "models" / "broken" / "model.gguf").write_bytes(b"GGUF" + bytes(40))
+    (tmp_path / "models" / "no.gguf").write_bytes(b"nothing")
+    shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "models" / "gen5")
+    models = await start_models(several=(), models=str(tmp_path / "models"))
+    async with served(models) as url:
+        found = await listed(client, url)
+        assert {name: model["state"] for name, model in found.items()} == {"model": "failed", "nanochat-d4-sft": "unloaded", "no": "failed"}
+        assert "GGUF" in found["no"]["reason"] and str(tmp_path) not in json.dumps(found)
+        status, body = await ask(client, url, "no")
+        assert status == 503 and body["error"]["code"] == "model_failed" and str(tmp_path) not in body["error"]["message"]
+        assert content(await ask(client, url, "")) == content(await ask(client, url, "d4@latest"))
+        shutil.copytree(nanochat_fixtures / "gen3", tmp_path / "later")
+        (tmp_path / "later").rename(tmp_path / "models" / "later")
+        while "nanochat-d4-rl" not in (names := [*await listed(client, url)]):
+            await asyncio.sleep(0.05)
+        assert content(await ask(client, url, "nanochat-d4-rl")) and len(names) == 4
+        shutil.rmtree(tmp_path / "models" / "broken")
+        while "model" in await listed(client, url):
+            await asyncio.sleep(0.05)
+
+
+async def outcome(**settings):
+    models = ManyModels(Settings(**TINY | settings), DYING)
+    await models.start()
+    try:
+        await models.wait_ready()
+    finally:
+        await models.close()
+
+
+async def test_what_cannot_be_served_ends_the_start_with_one_line(nanochat_fixtures, tmp_path):
+    one, other = choices(nanochat_fixtures, "gen1", "gen2")
+    (tmp_path / "empty").mkdir()
+    bad = [(dict(models=str(tmp_path / "empty")), "there is no GGUF file"), (dict(models=str(tmp_path / "none")), "there is no such folder"),
+           (dict(several=(one, ModelChoice(other.path, "gen1"))), "two models are called gen1"),
+           (dict(several=(one, ModelChoice(other.path, "b", ("gen1",)))), "two models are called gen1"),
+           (dict(several=(one, ModelChoice(str(tmp_path / "missing")))), "no model at"),
+           (dict(several=(one, other), models_memory=MIB), r"takes [\d.]+ MB, and all models together may take 1.0 MB \(--models-memory\)"),
+           (dict(several=(ModelChoice(one.path, "a", pin=True), ModelChoice(other.path, "b", pin=True)), models_memory=300 * MIB), "pinned models")]
+    for settings, words in bad:
+        with pytest.raises(ConfigError, match=words) as error:
+            await outcome(**settings)
+        assert "\n" not in str(error.value)
+    for settings, words in ((dict(ray_address="auto"), "--ray-address"), (dict(served_model_name=("x",)), "--served-model-name")):
+        with pytest.raises(ConfigError, match=words):
+            ManyModels(Settings(several=(one, other), **settings))
+
+
+async def test_a_model_whose_worker_cannot_start_fails_alone_and_is_tried_again(start_models, nanochat_fixtures, client, tmp_path):
+    """Its files are whole when the server starts, and later not."""
+    folder = shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "gen5")
+    several = (*choices(nanochat_fixtures, "gen1"), ModelChoice(str(folder), "late"))
+    models = await start_models(several=several)
+    [weights] = folder.rglob("model_*.pt")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:len(whole) // 2])
+    async with served(models) as url:
+        status, body = await ask(client, url, "late")
+        assert status == 500 and "cannot be served" in body["error"]["message"] and str(tmp_path) not in body["error"]["message"]
+        assert models.find("late").state == "failed" and content(await ask(client, url, "gen1"))
+        assert (await ask(client, url, "late"))[0] == 503
+        weights.write_bytes(whole)
+        models.RETRY_S = 0.0
+        await ask(client, url, "late")
+        while models.find("late").state == "failed":
+            await asyncio.sleep(0.02)
+        assert content(await ask(client, url, "late"))
+
+
+@pytest.mark.slow
+async def test_twelve_models_random_traffic_little_memory_and_killed_workers_lose_no_answer(
+        start_models, nanochat_fixtures, client, tmp_path, monkeypatch):
+    from families import make_model, save
+    monkeypatch.setattr(Residency, "PLACE_S", 1.0)
+    paths = {name: nanochat_fixtures / name for name in ("gen1", "gen2", "gen3", "gen4", "gen5")}
+    for name in ("llama3.2", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "smollm3"):
+        paths[name] = save(make_model(name), tmp_path / name)
+    texts, drawn = ["hello", "a b c", "what is two plus two"], random.Random(38)
+    expected = {name: await alone(client, path, texts) for name, path in paths.items()}
+    models = await start_models(several=tuple(ModelChoice(str(path), name) for name, path in paths.items()), models_memory=800 * MIB)
+    ended = asyncio.Event()
+    most = kills = 0
+
+    async def kill_now_and_then():
+        nonlocal most, kills
+        while not ended.is_set():
+            most = max(most, models.residency.used)
+            ready = [worker for model in models.registry.models if model.pool for worker in model.pool.workers if worker.state == "ready" and worker.jobs]
+            if ready and drawn.random() < 0.2:
+                drawn.choice(ready).kill()
+                kills += 1
+            await asyncio.sleep(0.1)
+
+    async def talk(url):
+        for _ in range(6):
+            name, text = drawn.choice([*paths]), drawn.choice(texts)
+            assert content(await ask(client, url, name, text)) == expected[name][text], (name, text)
+
+    async with served(models) as url:
+        killing = asyncio.ensure_future(kill_now_and_then())
+        await asyncio.wait_for(asyncio.gather(*(talk(url) for _ in range(6))), 400)
+        ended.set()
+        await killing
+        assert 0 < most <= 800 * MIB and kills
+        assert {model["state"] for model in (await listed(client, url)).values()} <= {"ready", "loading", "unloaded"}
+
+
+def test_the_script_serves_many_where_several_are_named(monkeypatch):
+    made = []
+    monkeypatch.setattr(chat_server, "ManyModels", lambda settings: made.append(settings) or (_ for _ in ()).throw(ConfigError("seen")))
+    assert chat_server.main(["serve", "a", "b", "--port", "0"]) == 2 and [choice.path for choice in made[0].several] == ["a", "b"]

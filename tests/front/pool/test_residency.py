@@ -1,0 +1,211 @@
+"""Which of several models are in memory, with workers that the test plays and a clock of its own."""
+
+import time
+
+import pytest
+
+from chatlm.common.messages.requests import Ended, Usage
+from chatlm.front.pool import residency
+from chatlm.front.pool.residency import Place, Residency
+from chatlm.front.pool.worker import State
+from answers import asked
+from pools import played_pool
+
+
+class Clock:
+    """time.monotonic, as the test sets it."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock.monotonic)
+    return clock
+
+
+class Models:
+    """Places of played models, by name, under a budget."""
+
+    def __init__(self, clock, budget, sizes, **options):
+        self.clock, self.residency = clock, Residency(budget)
+        self.by_name = {}
+        for name, size in sizes.items():
+            pool = played_pool()
+            pool.supervisor.unload()
+            pool.dispatcher.wake = pool.dispatcher.changed = self.residency.changed.set
+            self.by_name[name] = Place(name, pool, size, **options.get(name, {}))
+            self.residency.places.append(self.by_name[name])
+
+    def settle(self, seconds=0.0):
+        self.clock.now += seconds
+        self.residency.settle(self.clock.now)
+        return self.inside()
+
+    def inside(self):
+        return "".join(name for name, place in self.by_name.items() if place.taken)
+
+    def ask(self, name, request="r"):
+        """A request comes, and waits; returns what its reader would iterate."""
+        from chatlm.front.pool.worker import Job
+        import asyncio
+        dispatcher = self.by_name[name].pool.dispatcher
+        job = Job(asked(request, prompts=((1, 2, 3),), max_tokens=4), (1, 2, 3), 4, asyncio.Queue(), self.clock.now)
+        dispatcher._submit([job])
+        return job
+
+    def load(self, name, seconds=1.0):
+        """Its worker has loaded."""
+        [worker] = self.by_name[name].pool.workers
+        worker.become(State.LOADING)
+        self.clock.now += seconds
+        worker.become(State.READY)
+        supervisor = self.by_name[name].pool.supervisor
+        supervisor.load_s = seconds
+        self.by_name[name].pool.dispatcher.used_s = self.clock.now
+        self.by_name[name].pool.dispatcher.dispatch()
+
+    def end(self, name, job):
+        pool = self.by_name[name].pool
+        pool.dispatcher.deliver(pool.workers[0], [(job.worker_id, Ended("stop", None, Usage(), 0.0))])
+
+    def serve(self, name, request="r", seconds=1.0):
+        """A whole answer of a model that had to load."""
+        job = self.ask(name, request)
+        self.settle()
+        self.load(name, seconds)
+        self.end(name, job)
+
+
+async def test_models_are_loaded_when_asked_as_far_as_the_bytes_suffice(clock):
+    models = Models(clock, 10, {"a": 4, "b": 6, "c": 1})
+    assert models.settle() == ""
+    models.ask("a"), models.ask("b")
+    assert models.settle() == "ab" and models.residency.used == 10
+    models.load("a"), models.load("b")
+    models.ask("c")
+    assert models.settle() == "ab"      # both answer
+
+
+async def test_of_idle_models_the_one_not_used_for_longest_leaves_first(clock):
+    models = Models(clock, 10, {"a": 4, "b": 4, "c": 4})
+    models.serve("a"), models.serve("b")
+    models.settle(5)
+    models.end("a", models.ask("a"))
+    models.settle(3)
+    models.ask("c")
+    assert models.settle() == "ac"
+
+
+async def test_no_model_leaves_that_does_not_make_enough_room(clock):
+    models = Models(clock, 10, {"a": 4, "b": 6, "c": 10})
+    models.serve("a")
+    running = models.ask("b")
+    models.settle()
+    models.load("b")
+    models.settle(3)
+    models.ask("c")
+    assert models.settle() == "ab"      # a alone would not do, and b answers in its own time
+    models.end("b", running)
+    assert models.settle(3) == "c"
+
+
+async def test_an_answer_under_way_is_never_cut_and_two_large_models_take_turns(clock):
+    models = Models(clock, 10, {"a": 8, "b": 8})
+    job = models.ask("a")
+    models.settle()
+    models.load("a", seconds=4)
+    waiting = models.ask("b")
+    assert models.settle(9) == "a" and not models.by_name["a"].leaving      # its 10 s are not over
+    models.settle(1.1)
+    assert models.by_name["a"].leaving and job.worker is not None           # it drains
+    late = models.ask("a", "late")
+    assert late.worker is None                                              # and takes nothing new
+    assert models.settle(100) == "a" and job.worker is not None             # however long it takes
+    models.end("a", job)
+    models.settle()
+    assert models.settle() == "b"
+    models.load("b", seconds=4)
+    assert waiting.worker is not None
+    assert models.settle(9) == "b"
+    models.settle(2)
+    models.end("b", waiting)
+    models.settle()
+    assert models.settle() == "a"       # a's late request has its turn
+    models.load("a")
+    assert late.worker is not None
+
+
+async def test_a_model_that_took_long_to_load_keeps_its_place_for_as_long(clock):
+    models = Models(clock, 10, {"a": 8, "b": 8})
+    models.ask("a")
+    models.settle()
+    models.load("a", seconds=60)
+    models.ask("b")
+    models.settle(59)
+    assert not models.by_name["a"].leaving
+    models.settle(1.5)
+    assert models.by_name["a"].leaving
+
+
+async def test_first_comes_who_waits_longest_and_small_ones_do_not_take_what_it_waits_for(clock):
+    models = Models(clock, 10, {"a": 8, "b": 9, "c": 2, "d": 1})
+    job = models.ask("a")
+    models.settle()
+    models.load("a")
+    models.ask("b")
+    models.settle(11)
+    assert models.by_name["a"].leaving
+    models.ask("c")
+    assert models.settle(0.1) == "a"        # 2 are free, but b needs 9 of 10
+    models.ask("d")
+    assert models.settle(0.1) == "ad"       # 1 will be left over
+    models.end("a", job)
+    models.settle()
+    assert models.settle() == "bd"
+
+
+async def test_a_pinned_model_is_loaded_at_once_and_stays(clock):
+    models = Models(clock, 10, {"a": 8, "b": 8, "c": 2}, a={"pinned": True})
+    assert models.settle() == "a"
+    models.load("a")
+    models.ask("b"), models.ask("c")
+    models.settle(100)
+    assert models.inside() == "ac"
+
+
+async def test_an_idle_model_leaves_after_its_own_time(clock):
+    models = Models(clock, 10, {"a": 2, "b": 2}, a={"idle_s": 30})
+    models.serve("a"), models.serve("b")
+    assert models.settle(29) == "ab"
+    models.settle(3)
+    assert models.settle() == "b"
+
+
+async def test_a_model_that_dies_while_it_leaves_comes_back_for_its_answer(clock):
+    models = Models(clock, 10, {"a": 8, "b": 8})
+    job = models.ask("a")
+    models.settle()
+    models.load("a")
+    waiting = models.ask("b")
+    models.settle(11)
+    [worker] = models.by_name["a"].pool.workers
+    worker.become(State.DEAD)
+    models.by_name["a"].pool.dispatcher.requeue(worker)
+    models.settle(0.1)
+    assert models.settle() == "b"
+    models.load("b")
+    models.end("b", waiting)
+    models.settle(11)
+    assert models.settle() == "a"
+    models.load("a")
+    assert job.worker is not None and job.failovers == 1
+
+
+def test_bytes_are_shown_in_units_that_fit():
+    assert residency.shown_bytes(225_882_296) == "225.9 MB" and residency.shown_bytes(16_208_175_513) == "16.21 GB"
