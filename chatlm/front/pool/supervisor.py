@@ -155,7 +155,6 @@ class Supervisor:
                 self.dispatcher.used_s = worker.ready_s
                 self._check_ready()
                 self.dispatcher.dispatch()
-                self.dispatcher.changed()
             case Unusable(text):
                 if worker.ready_s:
                     log.error("worker %d: %s", worker.gpu, text)
