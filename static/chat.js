@@ -27,7 +27,8 @@ const state = {
   phase: "connecting",            // connecting, loading, ready, unreachable, refusing (this page), locked (without a key)
   reached: "",                    // the server that was ready last
   loading: {stage: "", fraction: null},
-  model: {...NO_MODEL},
+  models: [],                     // what the server serves, as /v1/models lists it
+  model: {...NO_MODEL},           // that of the chat
   refusedKey: null,               // the API key that the server refused last, "" if none was sent
   following: true,                // the log scrolls along while an answer grows
   preferences: {theme: "", clicks: true, sidebar: true, server: "", servers: [], keys: {}, presets: {}, defaults: {}, titles: false,
@@ -100,6 +101,7 @@ async function openChat(id, known = null) {
 
 function showChat(chat, leaf) {
   Object.assign(state, {chat, leaf, notice: "", refusal: "", editing: null, following: true});
+  if (state.models.length > 1) useModel();
   state.toasts = state.toasts.filter(toast => toast.chat !== chat.id);
   rememberPlace();
   refresh();
@@ -108,7 +110,8 @@ function showChat(chat, leaf) {
 function newChat() {
   opening++;
   state.nodes = new Map();
-  showChat(newConversation({parameters: {...state.preferences.defaults.parameters}, system: state.preferences.defaults.system ?? ""}), null);
+  showChat(newConversation({parameters: {...state.preferences.defaults.parameters}, system: state.preferences.defaults.system ?? "",
+    ...(state.chat.model ? {model: state.chat.model} : {})}), null);
   loadDraft("new");
 }
 
@@ -326,6 +329,7 @@ function forget(node) {
 // runs when the server accepts.
 function answer(question, onRefusal, onAccepted = () => {}) {
   const {chat} = state, parameters = {...chat.parameters};
+  if (state.models.length > 1 && chat.model !== state.model.name) changeChat(chat, {model: state.model.name});
   const node = addNode(question.id, "assistant", "", {stream: {id: newId(), next: 0}, parameters, model: state.model.name});
   state.following = true;
   refresh();
@@ -341,9 +345,10 @@ function messagesToSend(path, system) {
 async function connect(run, messages, onAccepted, goOn = false) {
   const {node, controller: {signal}} = run;
   run.dropped = messages.dropped;
+  const model = state.model.name;                       // the chat's, whatever is shown by then
   const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : {};
   const response = await onceReady(run, () =>
-    postAnswer({messages, parameters: {...seed, ...node.parameters}, id: node.stream.id, signal, goOn}));
+    postAnswer({messages, parameters: {...seed, ...node.parameters}, id: node.stream.id, signal, model, goOn}));
   run.resumable = response.headers.has("X-Request-Id");
   node.stream = {...node.stream, id: response.headers.get("X-Request-Id") ?? node.stream.id};
   onAccepted();
@@ -448,7 +453,7 @@ async function nameChat(chat, node) {
   if (nodes.length !== 2 || before !== titleOf(question?.content ?? "")) return;
   const part = text => text.slice(0, TITLE_CHARACTERS), content = TEXT.titleRequest(part(question.content), part(node.content));
   const made = await jsonOf(post(ROUTES.v1, {messages: [{role: "user", content}], max_tokens: TITLE_TOKENS, temperature: 0,
-    ...(state.model.ours ? {priority: "low", reasoning_effort: "none"} : modelNamed())}));
+    ...(state.model.ours ? {priority: "low", reasoning_effort: "none"} : {}), ...modelNamed(chat.model)}));
   const said = made?.choices?.[0]?.message?.content, text = isText(said) ? said : "";
   const title = titleOf((untagged({content: text}).content ?? text).replace(/^\W*title\W+/i, "").replace(/["“”*]|\.\W*$/g, ""));
   if (!title || chat.title !== before || !isStored(chat)) return;

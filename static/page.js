@@ -14,6 +14,7 @@ function render() {
   const {chat, model, phase} = state, growing = isGrowing(lastNode());
   setText($("title"), chat.title || TEXT.newChat);
   setText($("model"), model.name || TEXT.chat);
+  renderModels();
   document.title = (state.ended ? TEXT.endedMark : "") + titleOfTab(chat, model);
   $("lamp").className = phase;
   const turns = renderTurns();
@@ -36,6 +37,29 @@ function renderComposer(growing) {
   $("refusal").hidden = !state.refusal;
   setText($("trouble"), store.trouble ? TEXT.trouble[store.trouble] : "");
   $("trouble").hidden = !store.trouble;
+}
+
+// The model's name, or where the server has several, a choice of them with the state and size of each.
+function renderModels() {
+  const {models, model} = state, select = $("models");
+  $("model").hidden = models.length > 1;
+  select.hidden = models.length < 2;
+  if (select.hidden) return;
+  const ids = models.map(({id}) => id).join("\n");
+  if (select.ids !== ids) select.replaceChildren(...models.map(({id}) => element("option", {value: id})));
+  select.ids = ids;
+  models.forEach(({id, state: its, bytes, reason}, i) => {
+    const option = select.options[i];
+    setText(option, TEXT.modelIs(id, its, bytes));
+    Object.assign(option, {disabled: its === "failed", title: reason ?? ""});
+  });
+  select.value = model.name;
+}
+
+function chooseModel(name) {
+  changeChat(state.chat, {model: name});
+  useModel();
+  render();
 }
 
 const titleOfTab = (chat, model) => chat.title ? `${chat.title} - ${model.name || TEXT.chat}`
@@ -865,6 +889,8 @@ function bindStore() {
 }
 
 function bindServer() {
+  $("models").onchange = () => chooseModel($("models").value);
+  for (const event of ["pointerdown", "focus"]) $("models").addEventListener(event, lookAtModels);
   setInterval(glance, GLANCE_MS);
   document.addEventListener("visibilitychange", () => { if (!document.hidden) { state.ended = 0; render(); } glance(); });
   for (const event of ["online", "offline", "focus"]) addEventListener(event, glance);

@@ -133,7 +133,9 @@ async function isAway() {
 
 // Looks whether the server is still there, while nothing is asked of it.
 function glance() {
-  if (state.phase === "ready" && !document.hidden) isAway();
+  if (state.phase !== "ready" || document.hidden) return;
+  isAway();
+  lookAtModels();
 }
 
 // Resolves when the server can be asked; rejects when the signal aborts.
@@ -163,21 +165,44 @@ async function describeServer(mine) {
   if (mine !== watch) return;
   if (models ?? stats) state.refusedKey = null;
   Object.assign(state, {phase: state.refusedKey === key ? "locked" : "ready", loading: {stage: "", fraction: null}, reached: home});
-  const first = models?.data?.[0] ?? {};
-  const devices = new Set((stats?.workers ?? []).map(worker => worker.device));
-  const can = {continue_final_message: CONTINUING.includes(first.owned_by), ...first.capabilities};
-  const api = !models?.data ? "native" : can.chat !== false ? "v1" : can.completion !== false ? "text" : "none";
-  if (api === "text") can.continue_final_message = true;
-  state.model = {name: first.id ?? stats?.model ?? "", context: first.context_length ?? stats?.context_length ?? 0,
-    devices: [...devices], workers: stats?.workers?.length ?? 0, can,
-    defaults: first.defaults ?? {}, ours: first.owned_by === "chat_server", api};
+  state.models = listedModels(models);
+  useModel(stats, Boolean(models?.data));
   render();
   if (state.phase === "ready") waiting.splice(0).forEach(resolve => resolve());
 }
 
+// Only ours says which of several models are to be had; of others' the first is used.
+const listedModels = models => {
+  const listed = models?.data ?? [];
+  return listed.every(each => each.owned_by === "chat_server") ? listed : listed.slice(0, 1);
+};
+
+// Makes the chat's model `state.model`: the one that it remembers, else the server's default.
+function useModel(stats = state.stats, lists = true) {
+  const listed = state.models, its = listed.find(({id}) => id === state.chat.model) ?? listed.find(each => each.default) ?? listed[0] ?? {};
+  const devices = new Set((stats?.workers ?? []).map(worker => worker.device));
+  const can = {continue_final_message: CONTINUING.includes(its.owned_by), ...its.capabilities};
+  const api = !lists ? "native" : can.chat !== false ? "v1" : can.completion !== false ? "text" : "none";
+  if (api === "text") can.continue_final_message = true;
+  state.stats = stats;
+  state.model = {name: its.id ?? stats?.model ?? "", context: its.context_length ?? stats?.context_length ?? 0,
+    devices: [...devices], workers: listed.length > 1 ? 1 : stats?.workers?.length ?? 0, can,
+    defaults: its.defaults ?? {}, ours: its.owned_by === "chat_server", api};
+}
+
+// The states of several models change all the time.
+async function lookAtModels() {
+  if (state.models.length < 2 || state.phase !== "ready") return;
+  const home = serverHome(), models = await jsonOf(request("v1/models", {signal: AbortSignal.timeout(HEALTH_MS)}));
+  if (!models?.data || home !== serverHome()) return;
+  state.models = listedModels(models);
+  useModel();
+  render();
+}
+
 // The number of tokens of a text; null if the server does not count them.
 async function countTokens(content) {
-  const counted = await jsonOf(post("tokenize", {content}));
+  const counted = await jsonOf(post("tokenize", {content, ...modelOfSeveral()}));
   return Array.isArray(counted?.tokens) ? counted.tokens.length : null;
 }
 
@@ -192,7 +217,7 @@ function tokensAround(system) {
 
 // What the model's template puts around a single message; null if the server does not say.
 async function templateText(messages) {
-  const applied = await jsonOf(post("apply-template", {messages}));
+  const applied = await jsonOf(post("apply-template", {messages, ...modelOfSeveral()}));
   return typeof applied?.prompt === "string" ? applied.prompt : null;
 }
 
@@ -200,15 +225,17 @@ async function templateText(messages) {
 
 const ROUTES = {v1: "v1/chat/completions", native: "chat/completions", text: "v1/completions"};
 
+const modelOfSeveral = (name = state.model.name) => state.models.length > 1 ? {model: name || state.model.name} : {};
+
 // Others want to be told which model.
-const modelNamed = () => state.model.ours || !state.model.name ? {} : {model: state.model.name};
+const modelNamed = name => state.model.ours || !state.model.name ? modelOfSeveral(name) : {model: state.model.name};
 
 // Asks for an answer and returns its response once the server has accepted. Throws Refused, Lost, or what
 // fetch throws.
-async function postAnswer({messages, parameters, id, signal, goOn = false}) {
+async function postAnswer({messages, parameters, id, signal, model, goOn = false}) {
   const body = {messages, resumable: true, truncate: "oldest", progress: true, ...parameters};
   const headers = {Accept: "text/event-stream", "X-Request-Id": id};
-  const streamed = {stream: true, stream_options: {include_usage: true, continuous_usage_stats: true}, ...modelNamed()};
+  const streamed = {stream: true, stream_options: {include_usage: true, continuous_usage_stats: true}, ...modelNamed(model)};
   if (state.model.api === "text") {
     const {messages: _, truncate, ...others} = body;
     return accepted(await post(ROUTES.text, {prompt: textToContinue(messages), ...others, ...streamed}, {headers, signal}));
@@ -296,11 +323,12 @@ function readEvent(event) {
     usage: event.usage ?? null, timings: event.timings ?? null, reason: event.finish_reason ?? choice?.finish_reason ?? (event.done ? "stop" : null)};
 }
 
-// {queued: place in the queue} or {read: 0..1 of the prompt}; null if the event has neither. Also for
+// {queued: place in the queue}, {read: 0..1 of the prompt} or {loading: {model, fraction}}; null if the event has neither. Also for
 // llama-server's events.
 function readProgress({progress, prompt_progress: theirs}) {
-  const {queue_position: queued, prompt_tokens: total, prompt_tokens_done: done} =
+  const {queue_position: queued, prompt_tokens: total, prompt_tokens_done: done, loading} =
     progress ?? (theirs ? {prompt_tokens: theirs.total, prompt_tokens_done: theirs.processed} : {});
+  if (loading) return {loading};
   if (total > 0 && Number.isFinite(done)) return {read: Math.min(1, done / total)};
   return Number.isInteger(queued) && queued > 0 ? {queued} : null;
 }

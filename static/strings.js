@@ -14,6 +14,9 @@ const TEXT = {
   previousVersion: "Previous version", nextVersion: "Next version",
 
   // header, list of chats
+  model: "Model", modelStates: {unloaded: "", loading: "loading", ready: "loaded", failed: "failed"},
+  modelIs: (name, state, bytes) => [name, TEXT.modelStates[state] ?? state, bytes ? TEXT.bytes(bytes) : ""].filter(Boolean).join(" · "),
+  bytes: count => count < 1e9 ? `${number(Math.round(count / 1e6))} MB` : `${number(count / 1e9)} GB`,
   chat: "Chat", menu: "Menu", showChats: "Show or hide chats", untitled: "Untitled chat", title: "Title", pin: "Pin", more: "More",
   pinned: "Pinned", today: "Today", yesterday: "Yesterday", lastWeek: "Previous 7 days", lastMonth: "Previous 30 days",
   noChats: "Your chats will appear here.", nothingFound: "No chat has all of these words.",
@@ -64,6 +67,7 @@ const TEXT = {
   endedIn: title => `The answer in “${title}” is finished.`, endedBadly: title => `The answer in “${title}” failed.`, show: "Show", endedMark: "✓ ",
   waiting: "Waiting for the answer", answering: "Answering", answerFinished: "Answer finished", answerStopped: "Answer stopped",
   waitingForFirst: "Waiting for the first token…", queued: place => `In the queue, place ${place}`,
+  loadingModel: (name, share) => `Loading ${name}${share ? `, ${Math.floor(100 * share)}\u00a0%` : "…"}`,
   reading: share => `Reading the prompt, ${Math.floor(100 * share)}\u00a0%`, thinkingNow: "Thinking", writing: "Writing",
   resumed: "Resumed", inOtherTab: "Another tab receives this answer…",
   speed: speed => `${speed.toFixed(1)} tok/s`, aboutSpeed: speed => `about ${speed.toFixed(1)} tok/s`,

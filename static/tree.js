@@ -1,6 +1,6 @@
 // The tree of a conversation: pure functions on plain objects, without page, server or storage.
 //
-// A conversation is {id, title, created, updated, pinned, system, parameters, leaf}. A node is one message of
+// A conversation is {id, title, created, updated, pinned, system, parameters, leaf, model}. A node is one message of
 // it: {id, conversation, parent, role: "user" | "assistant", content, created} and, where there is one,
 // attachments, reasoning, model, parameters, seed, timings, note, error, edited, stream. `parent` is a node's
 // id, null for a first message. Nodes with the same parent are siblings: versions of a question, or answers
@@ -212,7 +212,7 @@ const isText = value => typeof value === "string";
 const isObject = value => typeof value === "object" && value !== null && !Array.isArray(value);
 const isTime = value => Number.isFinite(value) && value > 0 && value < 8.64e15;
 const CONVERSATION_FIELDS = {title: isText, created: isTime, updated: isTime, pinned: value => typeof value === "boolean",
-  system: isText, parameters: isObject, leaf: isText};
+  system: isText, parameters: isObject, leaf: isText, model: isText};
 const NODE_FIELDS = {role: value => value === "user" || value === "assistant", content: isText, created: isTime,
   reasoning: isText, model: isText, seed: Number.isSafeInteger, parameters: isObject, timings: isObject, note: isText,
   error: isText, edited: value => value === true, attachments: Array.isArray};

@@ -249,7 +249,8 @@ function updateAlert(view, growing) {
 function growingText(node, run) {
   if (!run) return TEXT.inOtherTab;
   if (run.waiting) return `${serverText()} ${TEXT.sentThen}`;
-  const {progress} = run, doing = run.lost ? TEXT.lost : progress?.queued ? TEXT.queued(progress.queued)
+  const {progress} = run, doing = run.lost ? TEXT.lost : progress?.loading ? TEXT.loadingModel(progress.loading.model, progress.loading.fraction)
+    : progress?.queued ? TEXT.queued(progress.queued)
     : progress?.read !== undefined ? TEXT.reading(progress.read)
     : node.content && run.chunks ? TEXT.writing : node.reasoning && run.chunks ? TEXT.thinkingNow : TEXT.waitingForFirst;
   return (run.resumed ? `${TEXT.resumed} · ` : "") + doing;
