@@ -344,8 +344,9 @@ async def read_ollama_show(body: dict, prompts: PromptMaker, client: str = "") -
 
 
 async def read_managed(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    """The name of the model to load or unload."""
-    return parse_fields(body, MANAGED_FIELDS)["model"][:1000].encode()
+    """Nothing: the body only names the model to load or unload."""
+    parse_fields(body, MANAGED_FIELDS)
+    return b""
 
 
 async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> bytes:

@@ -219,18 +219,17 @@ OLLAMA_EMBEDDINGS_FIELDS = (  # of the older route
 OLLAMA_SHOW_FIELDS = (Field("model", TEXT, "one of the served model's names"),
                       Field("name", TEXT, "the same, for older clients", means="model"))
 
-OF_SEVERAL = Field("model", TEXT, "of several models, the one to use")
 TOKENIZE_FIELDS = (
-    OF_SEVERAL,
+    MODEL,
     Field("content", MIXED, "text, or a list of texts and token ids", required=True),
     Field("add_special", SWITCH, "begin with bos if the model expects it"),
     Field("parse_special", SWITCH, "read the names of special tokens as the tokens (the default)"),
     Field("with_pieces", SWITCH, "return each token's text too"),
 )
-DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True), OF_SEVERAL)
+DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True), MODEL)
 TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
-                   Field("tools", TOOLS, "functions"), OF_SEVERAL, *TEMPLATE_OPTIONS)
-MANAGED_FIELDS = (Field("model", TEXT, "one of the served models' names", required=True),)
+                   Field("tools", TOOLS, "functions"), MODEL, *TEMPLATE_OPTIONS)
+MANAGED_FIELDS = (MODEL,)
 
 BODY_FIELDS: dict[str, tuple[Field, ...]] = {  # of each route that takes a body
     "/chat/completions": NATIVE_FIELDS, "/v1/chat/completions": OPENAI_FIELDS,

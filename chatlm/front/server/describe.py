@@ -176,8 +176,7 @@ class ModelRoutes:
     async def _managed(self, http: web.Request, manage: Callable[[Model], None]) -> web.Response:
         self.access.check_operator(http)
         with self.bodies.holding() as holding:
-            model, text = await self.bodies.read_text(http, holding)
-        known_of(model.serving(), model.settings).check_model(text.decode("utf-8"))
+            model, _ = await self.bodies.read_text(http, holding)
         manage(model)
         return json_response({"success": True, "model": model.name, "state": model.state})
 

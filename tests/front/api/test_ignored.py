@@ -26,7 +26,8 @@ BASE = {        # the least that each route reads, from which a field may then b
     "/v1/embeddings": {"input": "Hi"}, "/v1/responses": {"input": "Hi"}, "/v1/messages": {"messages": HI, "max_tokens": 9},
     "/v1/messages/count_tokens": {"messages": HI}, "/api/chat": {"messages": HI}, "/api/generate": {"prompt": "Hi"},
     "/api/embed": {"input": "Hi"}, "/api/embeddings": {"prompt": "Hi"}, "/api/show": {},
-    "/tokenize": {"content": "Hi<|end|>"}, "/detokenize": {"tokens": [72]}, "/apply-template": {"messages": HI}}
+    "/tokenize": {"content": "Hi<|end|>"}, "/detokenize": {"tokens": [72]}, "/apply-template": {"messages": HI},
+    "/models/load": {}, "/models/unload": {}}
 FLAT_TOOL = {"type": "function", "name": "add", "parameters": SCHEMA}
 BESIDE = {      # what a field needs beside it to mean something
     "top_logprobs": {"logprobs": True}, "tool_choice": {"tools": [TOOL]}, "parallel_tool_calls": {"tools": [TOOL]},
