@@ -101,6 +101,14 @@ void experts(dc::Program& program, const Buffer& x, const Buffer& logits, const 
     record(dc::OpKind::combine, residual ? x : Buffer{0, x.second}, out, nullptr, 0);
 }
 
+void short_conv(dc::Program& program, const Buffer& x, uintptr_t taps, int64_t size, uintptr_t bias, uintptr_t states, int64_t num_slots,
+                const Buffer& out) {
+    dc::Op op = make_op(dc::OpKind::short_conv, false, x, out);
+    op.weight = at<const float>(taps), op.channels = size, op.bias = at<const float>(bias);
+    op.states = at<float>(states), op.num_slots = num_slots;
+    program.record(op);
+}
+
 void exchange(dc::Program& program, dc::OpKind kind, bool on_logit_rows, const Buffer& x, const std::shared_ptr<dc::Ranks>& ranks,
               const Buffer& out, const Buffer& residual) {
     dc::Op op = make_op(kind, on_logit_rows, x, out);
@@ -121,7 +129,8 @@ std::vector<T> copied(uintptr_t address, size_t count) { return {at<const T>(add
 
 // `sampling`: None, or a SampleBatch's addresses and sizes as decode_core/program.py packs them.
 int64_t start(dc::Program& program, const py::object& token_ids, const py::object& previous, const py::object& starts, const py::object& lengths,
-              const py::object& tables, const py::object& logit_rows, const py::object& sampling, bool all_rows) {
+              const py::object& tables, const py::object& logit_rows, const py::object& sampling, bool all_rows,
+              const py::object& state_reads, const py::object& write_rows, const py::object& write_slots) {
     dc::StepInput in;
     in.all_rows = all_rows;
     in.token_ids = dc::integers(token_ids, "token_ids: a list of integers");
@@ -129,6 +138,9 @@ int64_t start(dc::Program& program, const py::object& token_ids, const py::objec
     in.starts = dc::integers(starts, "starts: a list of integers");
     in.lengths = dc::integers(lengths, "lengths: a list of integers");
     in.logit_rows = dc::integers(logit_rows, "logit_rows: a list of integers");
+    in.state_reads = dc::integers(state_reads, "state_reads: a list of integers");
+    in.write_rows = dc::integers(write_rows, "write_rows: a list of integers");
+    in.write_slots = dc::integers(write_slots, "write_slots: a list of integers");
     dc::read_tables(tables, int64_t(INT32_MAX) + 1, in.pages, in.offsets);
     in.samples = !sampling.is_none();
     if (in.samples) {
@@ -175,7 +187,7 @@ void bind_program(py::module_& m) {
             delete program;
         }
     };
-    m.attr("MAX_EXPERTS") = dc::MAX_EXPERTS, m.attr("MAX_CHOSEN") = dc::MAX_CHOSEN;
+    m.attr("MAX_TAPS") = dc::MAX_TAPS, m.attr("MAX_EXPERTS") = dc::MAX_EXPERTS, m.attr("MAX_CHOSEN") = dc::MAX_CHOSEN;
     py::class_<dc::Width>(m, "Width")               // for tests
         .def(py::init<int>())
         .def("choose", &dc::Width::choose)
@@ -203,6 +215,7 @@ void bind_program(py::module_& m) {
         .def("mix", &mix)
         .def("smear", &smear)
         .def("softcap", &softcap)
+        .def("short_conv", &short_conv)
         .def("rope_append", &rope_append)
         .def("paged_attention", &paged_attention)
         .def("all_reduce", [](Program& p, bool logit_rows, const Buffer& x, const std::shared_ptr<dc::Ranks>& ranks, const Buffer& out,

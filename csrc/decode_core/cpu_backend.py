@@ -19,7 +19,7 @@ from .tiles import Arena, Matrix, multiply
 from .weights import as_stored, converted, held_bytes, pack, tile_row_bytes
 
 RECORDED = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap",
-            "rope_append", "paged_attention", "experts")
+            "rope_append", "paged_attention", "experts", "short_conv")
 
 
 @functools.cache
@@ -110,7 +110,7 @@ class CpuBackend:
         transformer.compute(program, SimpleNamespace(**transformer.buffers))
         if transformer.spec.closes:
             program.sample(transformer.buffers["logits"])
-        return lambda batch: program.finish(program.start(*batch[:6], all_rows=batch.states))
+        return lambda batch: program.finish(program.start(*batch[:6], all_rows=batch.states, states=batch[7:]))
 
     def make_steps(self, transformer: Any, max_batch: int, context_length: int) -> ProgramSteps:
         return ProgramSteps(self.program, transformer)
@@ -127,7 +127,7 @@ class ProgramSteps:
 
     def start(self, batch: Any, rows: Sequence[Any]) -> int:
         self.sampling = batch_of(rows, self.transformer.spec.vocab_size, self.sampling)
-        return self.program.start(*batch[:6], sampling=self.sampling)
+        return self.program.start(*batch[:6], sampling=self.sampling, states=batch[7:])
 
     def finish(self, ticket: int) -> list[int]:
         return self.program.finish(ticket)

@@ -20,6 +20,7 @@ FLOATS = {name: dtype for dtype, name in KINDS.items()}
 PACKED_TOLERANCE = 3e-2         # x is int8 there, of which 1e-2 would be usual
 WINDOWS = (0, 20)
 T, R, PAGES = 32, 4, 40         # tokens and logit rows that the proof's buffers hold; pages of its cache
+SLOTS = 4                       # of states
 
 
 class Chain:
@@ -69,6 +70,8 @@ class Chain:
                 self.call("paged_attention", q, cache, p.attention, window, width=256, sinks=dice.normal(spec.heads))
             self.call("paged_attention", q, cache, p.attention, 0, width=256, softcap=2.0)
         self.experts(x, norm)
+        for taps, bias in ((3, None), (5, dice.normal(C // 3))):
+            self.call("short_conv", x, dice.normal(taps * C // 3), (dice.normal(SLOTS, taps - 1, C // 3),), p.sequences, width=C // 3, bias=bias)
         last = self.call("gather_rows", x, p.logit_rows, width=C, rows=R)
         logits = self.call("linear", last, head, width=5008, rows=R, label="linear f32")
         self.capped = self.call("softcap", logits, 15.0, width=5008, rows=R)
@@ -117,11 +120,12 @@ class Chain:
         """Run a step, then every reference on what its op has read."""
         inputs = self.inputs(batch)
         caches = [call.arguments[5] for call in self.calls if call.name == "rope_append"]
+        caches += [call.arguments[2][0] for call in self.calls if call.name == "short_conv"]
         before = {id(cache): cache.clone() for cache in caches}
         sampling = SampleBatch(sampled, self.capped.shape[1])
         tokens = self.program.finish(self.program.start(
             batch.token_ids, batch.previous_token_ids, batch.starts, batch.lengths, batch.tables,
-            batch.logit_rows, sampling))
+            batch.logit_rows, sampling, states=(batch.state_reads, batch.write_rows, batch.write_slots)))
         for call in self.calls:
             arguments = [self.real(argument, inputs) for argument in call.arguments]
             options = {key: self.real(option, inputs) for key, option in call.options.items()}
@@ -136,7 +140,7 @@ class Chain:
         lists = {name: torch.tensor(getattr(batch, name))
                  for name in ("token_ids", "previous_token_ids", "logit_rows")}
         plan = self.script.references["plan_attention"](batch, positions, WINDOWS, torch.float32)
-        return lists | {"positions": positions, "slots": slots, "attention": plan}
+        return lists | {"positions": positions, "slots": slots, "attention": plan, "sequences": self.script.Sequences.of(batch)}
 
     def real(self, argument: Any, inputs: dict[str, Any]) -> Any:
         """What a reference gets for an argument that was recorded; of a buffer the rows in use."""
@@ -158,6 +162,11 @@ class Chain:
             reference(copied(qkv), *tables, pages, want, **options)
             fault = differs(self.slot_major(cache), pages, "the cache")
             return fault or differs(out * scale, want, "q")
+        if call.name == "short_conv":
+            [state] = arguments[2]
+            arguments[2] = [before[id(state)]]
+            reference(*arguments, out=want, **options)
+            return differs(state, before[id(state)], "the states") or differs(out, want, "the output")
         if call.name == "paged_attention":
             arguments[:2] = arguments[0] * scale, self.slot_major(arguments[1].float())
         reference(*arguments, out=want, **options)
@@ -186,8 +195,10 @@ def prove_cpu(script: SimpleNamespace) -> dict[str, str | None]:
             # a decode row beside a prompt's chunk, then a decode row alone
             chain.step(SimpleNamespace(
                 token_ids=[7, *prompt], previous_token_ids=[3, -1, *prompt[:-1]], starts=[0, 1, 22],
-                lengths=[300, 31], tables=[list(range(19)), [30, 25]], logit_rows=[0, 21]), rows)
+                lengths=[300, 31], tables=[list(range(19)), [30, 25]], logit_rows=[0, 21], state_reads=[2, 1],
+                write_rows=[0, 8, 21], write_slots=[2, 3, 0]), rows)
             chain.step(SimpleNamespace(token_ids=[9], previous_token_ids=[7], starts=[0, 1], lengths=[301],
-                                       tables=[list(range(19))], logit_rows=[0]), rows[:1])
+                                       tables=[list(range(19))], logit_rows=[0], state_reads=[3], write_rows=[0],
+                                       write_slots=[1]), rows[:1])
         faults = {op: faults.get(op) or fault for op, fault in chain.faults.items()}
     return faults

@@ -27,7 +27,7 @@ from .tiles import ACTIVATIONS, GATES, TILE_ROWS, Matrix, check_linear, check_ma
 
 NONE = (0, 0)               # no buffer
 TOKENS, LOGIT_ROWS = "max_tokens", "max_rows"
-MAX_EXPERTS, MAX_CHOSEN = _core.MAX_EXPERTS, _core.MAX_CHOSEN
+MAX_EXPERTS, MAX_CHOSEN, MAX_TAPS = _core.MAX_EXPERTS, _core.MAX_CHOSEN, _core.MAX_TAPS
 
 
 class Buffers:
@@ -106,8 +106,8 @@ class Program:
     """
 
     parts: tuple[type[Program] | SimpleNamespace, ...]
-    token_ids, previous_token_ids, positions, slots, attention, logit_rows = map(
-        Marker, ("token_ids", "previous_token_ids", "positions", "slots", "attention", "logit_rows"))
+    token_ids, previous_token_ids, positions, slots, attention, logit_rows, sequences = map(
+        Marker, ("token_ids", "previous_token_ids", "positions", "slots", "attention", "logit_rows", "sequences"))
 
     def __init__(self, max_tokens: int, max_rows: int):
         self._program = _core.Program(max_tokens, max_rows)
@@ -242,6 +242,24 @@ class Program:
             raise ValueError(f"cap: must be positive, not {cap}")
         self._record(self._program.softcap, rows_of == LOGIT_ROWS, x_at, float(cap), self._buffers.written("out", out, rows_of, x_at[1]), keep=(logits, out))
 
+    def short_conv(self, x, taps, states, sequences, out, bias=None) -> None:
+        """x (max_tokens, 3 C) = b, c, u;  s = b * u;  c_t * (sum over j of taps[j] * s[t - K + 1 + j] + bias) -> out (max_tokens, C).
+
+        taps        (K * C) float32, the oldest token's first; K from 2 to 64
+        states      one array (slots, K - 1, C) float32: s of the last K - 1 tokens, oldest first; which slots a step reads and
+                    writes it says itself, and one that it reads for a sequence it may write for that one alone
+        bias        (C) float32 or None
+        """
+        _is_marker("sequences", sequences, self.sequences)
+        [state] = states
+        address, _, (slots, before, C), _ = look_at("states", state, FLOAT32, None, None, None, writable=True)
+        x_at, rows_of = self._buffers.read("x", x)
+        if rows_of != TOKENS or x_at[1] != 3 * C or C % 16 or not 1 <= before < MAX_TAPS or not slots:
+            raise ValueError(f"states: must be (slots, 1 to {MAX_TAPS - 1}, a third of x's columns, a multiple of 16), not {(slots, before, C)}")
+        taps_at, bias_at = vector("taps", taps, "float32", (before + 1) * C), 0 if bias is None else vector("bias", bias, "float32", C)
+        out_at = self._buffers.written("out", out, TOKENS, C)
+        self._record(self._program.short_conv, x_at, taps_at, before + 1, bias_at, address, slots, out_at, keep=(x, taps, state, out, bias))
+
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, value_embed=None, gate=None, **options) -> None:
         """decode_core.rope_append with the step's positions and slots: qkv -> out (max_tokens, H * D) and one layer's cache."""
         _is_marker("positions", positions, self.positions)
@@ -305,7 +323,7 @@ class Program:
 
     # ---- running
 
-    def start(self, token_ids, previous, starts, lengths, tables, logit_rows, sampling=None, all_rows=False) -> int:
+    def start(self, token_ids, previous, starts, lengths, tables, logit_rows, sampling=None, all_rows=False, states=([], [], [])) -> int:
         """Queue a step and return its ticket; at most two may be unfinished. Lists of integers, copied:
 
         token_ids   T ids; ~i (-1 - i): what row i of the step started before draws, which may still be running
@@ -314,11 +332,13 @@ class Program:
                     whose pages are tables[i] (with groups of layers, a page of each in turn); length 0 is padding, which writes nothing
         logit_rows  R rows of the T that get logits, and a token each when `sampling`, a SampleBatch of R rows, is given; what
                     its penalties count is what it holds now. A row of position < 0 draws nothing.
+        states      where layers keep states: (the slot that each sequence's are read from, unless its first row is at position 0;
+                    rows, ascending, after which they are written; into these slots)
         all_rows    compute the last layer for every row, not only for those with logits: its output holds them until the next step
         """
         if sampling is not None:
             sampling = sample_arguments(sampling, self.logits)
-        return self._program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling, all_rows)
+        return self._program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling, all_rows, *states)
 
     def finish(self, ticket: int) -> list[int]:
         """Wait for a step (without the GIL) -> its tokens, one a logit row; [] for a step without sampling.

@@ -19,7 +19,7 @@ from decode_core.program import LOGIT_ROWS, TOKENS, Buffers  # noqa: E402
 from nightly import by_day  # noqa: E402
 from row_ops import fma, rms_norm, route, sigmoid, softcap  # noqa: E402
 
-PAGE, MAX_TOKENS, MAX_ROWS, PAGES = 16, 128, 128, 64
+PAGE, MAX_TOKENS, MAX_ROWS, PAGES, SLOTS = 16, 128, 128, 64, 16
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
 ISAS = _core.offered_isas()
 
@@ -38,6 +38,7 @@ class Eager:
     """The methods of Program, each of which computes at once on the first T (or R) rows of its buffers."""
 
     token_ids, previous_token_ids, positions, slots, attention, logit_rows = "ids", "previous", "positions", "slots", "plan", "rows"
+    sequences = "sequences"
 
     def __init__(self, step, heads, kv_heads):
         self.step, self.T, self.R = step, len(step.token_ids), len(step.logit_rows)
@@ -118,12 +119,28 @@ class Eager:
         decode_core.paged_attention(q[:self.T].reshape(self.T, self.plan.heads, -1), cache, self.plan, out[:self.T], window=window,
                                     softcap=softcap, sinks=sinks)
 
+    def short_conv(self, x, taps, states, sequences, out, bias=None):
+        [state], C = states, out.shape[1]
+        K, s = len(taps) // C, x[:self.T, :C] * x[:self.T, 2 * C:]
+        reads, *writes = self.step.states
+        for begin, end, length, slot in zip(self.step.starts, self.step.starts[1:], self.step.lengths, reads):
+            rows = np.concatenate((state[slot] if length > end - begin else np.zeros_like(state[slot]), s[begin:end]))
+            for row in range(begin, end):
+                seen = rows[row - begin:row - begin + K]
+                total = taps[:C] * seen[0]
+                for j in range(1, K):
+                    total = total + taps[j * C:(j + 1) * C] * seen[j]
+                out[row] = x[row, C:2 * C] * (total if bias is None else total + bias)
+                for at, target in zip(*writes):
+                    if at == row:
+                        state[target] = seen[1:]
+
     def sample(self, logits):
         if self.R and self.step.sampling:
             self.tokens = decode_core.sample(logits[:self.R], self.step.sampling).tolist()
 
 
-# ---- three small models: a llama, one with every feature of nanochat checkpoints, and one with experts and sinks
+# ---- four small models: a llama, one with every feature of nanochat checkpoints, one with experts and sinks, one with convolutions
 
 class Model:
     E = 7                       # experts
@@ -134,6 +151,8 @@ class Model:
         kind, self.arena = "bf16" if name == "nanochat" else "q4_1", decode_core.Arena(1 << 20)
         qkv = (self.H + 2 * self.Hkv) * self.D
         shapes = {"qkv": (qkv, self.C), "output": (self.C, self.H * self.D), "down": (self.C, self.F)}
+        if name == "convolutions":
+            shapes["mix_in"], shapes["mix_out"] = (3 * self.C, self.C), (self.C, self.C)
         shapes |= {"up": (self.F if name == "nanochat" else 2 * self.F, self.C)}
         if name == "experts":
             shapes |= {"router": (self.E, self.C), "up": (self.E * 2 * self.F, self.C), "down": (self.E * self.C, self.F)}
@@ -145,11 +164,13 @@ class Model:
         self.values, self.ve_gate = normal(self.V, self.Hkv * self.D).astype(np.float16), self.matrix("f32", (self.Hkv, 12), generator)
         angles = np.outer(np.arange(PAGES * PAGE), 100.0 ** -(np.arange(self.D // 2) / self.D))
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        sizes = {"x": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
+        self.taps, self.conv_bias = {l: normal(size * self.C) for l, size in ((0, 3), (2, 5))}, normal(self.C)
+        self.states = lambda: {0: (np.ones((SLOTS, 2, self.C), np.float32),), 2: (np.ones((SLOTS, 4, self.C), np.float32),)}
+        sizes = {"mixed": 3 * self.C, "mixer": self.C, "x": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
                  "hidden": self.F, "routing": self.E, "value": self.Hkv * self.D, "strength": self.Hkv}
         self.buffers = lambda: SimpleNamespace(
             **{key: np.full((MAX_TOKENS, columns), np.nan, np.float32) for key, columns in sizes.items()},
-            last=np.full((MAX_ROWS, self.C), np.nan, np.float32), logits=np.full((MAX_ROWS, self.V), np.nan, np.float32))
+            states=self.states(), last=np.full((MAX_ROWS, self.C), np.nan, np.float32), logits=np.full((MAX_ROWS, self.V), np.nan, np.float32))
         self.make_cache = lambda: np.zeros((len(self.layers), PAGES, self.Hkv, 2, PAGE * self.D), np.float16)
 
     def matrix(self, kind, shape, generator):
@@ -169,7 +190,14 @@ class Model:
 
     def llama(self, k, b, cache):
         k.embed(self.head, k.token_ids, b.x)
-        for layer, pages in zip(self.layers, cache):
+        for l, (layer, pages) in enumerate(zip(self.layers, cache)):
+            if self.name == "convolutions" and l in self.taps:      # the last layer too, whose rows are all needed up to here
+                k.linear(b.x, layer["mix_in"], b.mixed, norm=(self.norm, 1e-5))
+                k.short_conv(b.mixed, self.taps[l], b.states[l], k.sequences, b.mixer, bias=self.conv_bias if l else None)
+                k.linear(b.mixer, layer["mix_out"], b.x, residual=b.x)
+                k.linear(b.x, layer["up"], b.hidden, norm=(self.norm, 1e-5), activation="swiglu")
+                k.linear(b.hidden, layer["down"], b.x, residual=b.x)
+                continue
             k.linear(b.x, layer["qkv"], b.qkv, norm=(self.norm, 1e-5), bias=self.bias)
             k.rope_append(b.qkv, self.cos, self.sin, k.positions, k.slots, pages, b.q)
             if self.name == "experts":
@@ -213,7 +241,7 @@ class Model:
         k.softcap(b.logits, 2.0, b.logits)
 
 
-MODELS = {name: Model(name) for name in ("llama", "nanochat", "experts")}
+MODELS = {name: Model(name) for name in ("llama", "nanochat", "experts", "convolutions")}
 
 
 class Recorded:
@@ -225,7 +253,8 @@ class Recorded:
         self.model.forward(self.program, self.buffers, self.cache)
 
     def start(self, step):
-        return self.program.start(step.token_ids, step.previous, step.starts, step.lengths, step.tables, step.logit_rows, step.sampling)
+        return self.program.start(step.token_ids, step.previous, step.starts, step.lengths, step.tables, step.logit_rows, step.sampling,
+                                  states=step.states)
 
     def run(self, step):
         return self.program.finish(self.start(step))
@@ -262,7 +291,16 @@ def make_step(model, sequences, logit_rows, seed, samples=True):
     tables = [[(i * 8 + 5 * p) % PAGES for p in range(-(-(before + new) // PAGE))] for i, (before, new) in enumerate(sequences)]
     rows = {"none": [], "one": [T - 1], "all": list(range(T))[::-1]}[logit_rows]
     return SimpleNamespace(token_ids=ids[1:], previous=previous, starts=starts, lengths=[b + n for b, n in sequences], tables=tables,
-                           logit_rows=rows, sampling=sampling(model, len(rows), 7, seed) if rows and samples else None)
+                           logit_rows=rows, sampling=sampling(model, len(rows), 7, seed) if rows and samples else None,
+                           states=states_of(starts, generator))
+
+
+def states_of(starts, generator):
+    """Each sequence's state is read from a slot and written, after its last row and another, there or elsewhere."""
+    own = generator.permutation(SLOTS)[:2 * (len(starts) - 1)].reshape(-1, 2).tolist()
+    rows = [(row, slot) for (read, other), begin, end in zip(own, starts, starts[1:])
+            for row, slot in [((begin + end) // 2, other)] * (end > begin + 1) + [(end - 1, read)]]
+    return [read for read, _ in own], [row for row, _ in rows], [slot for _, slot in rows]
 
 
 def run_eagerly(model, step, buffers, cache):
@@ -303,6 +341,7 @@ def test_a_step_has_the_bits_of_its_ops_called_one_by_one(name, tokens, logit_ro
         x, expected_x = recorded.buffers.x[step.logit_rows], buffers.x[step.logit_rows]
         assert np.array_equal(x.view(np.int32), expected_x.view(np.int32))
         assert np.array_equal(recorded.cache.view(np.uint16), cache.view(np.uint16))
+        assert all(np.array_equal(recorded.buffers.states[l][0], buffers.states[l][0]) for l in buffers.states)
         assert np.isnan(recorded.buffers.x[tokens:]).all() and np.isnan(recorded.buffers.logits[R:]).all()
 
 

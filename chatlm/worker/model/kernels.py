@@ -24,7 +24,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.processes.start import threads_per_worker
-from chatlm.worker.model.spec import ModelSpec, token_places
+from chatlm.worker.model.spec import ModelSpec, Sequences, token_places
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.attention import (
     attend, attend_prompt, decode_rows, mean_squares_reference, norm_qk_reference, page_table,
@@ -179,22 +179,21 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
 def choose_backend(device, spec: ModelSpec | None):
     """decode_core's backend if it runs this model on this device, else torch's (always without a spec)."""
     core = decode_core() if spec else None
-    if core and spec and (features := not_compiled(spec)):
+    if core and spec and (features := not_compiled(spec, device)):
         log.warning("decode_core has no %s, which this model needs: torch computes instead", features)
         core = None
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 
 
-# ops of models that decode_core does not compute
-TORCH_ALONE = ("gated_add", "mean_squares", "norm_qk", "short_conv")
+TORCH_ALONE = ("gated_add", "mean_squares", "norm_qk")  # ops of models that decode_core does not compute
 
 
-def not_compiled(spec: ModelSpec) -> str:
-    """What of a model no op of decode_core computes, in words."""
+def not_compiled(spec: ModelSpec, device="cpu") -> str:
+    """What of a model no op of decode_core computes on this device, in words."""
     features = {
         "norm of all heads together": spec.qk_norm_sizes, "gate of a shared expert": spec.shared_gate,
         "scale of queries by their position": spec.q_growth,
-        "short convolution": any(spec.mixers),
+        "short convolution on a GPU": any(spec.mixers) and torch.device(device).type != "cpu",
         f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2"),
         "feed-forward of such a width": spec.dense_size % TILE_ROWS or spec.shared_size % TILE_ROWS}
     return " and no ".join(feature for feature, needed in features.items() if needed)
@@ -208,7 +207,7 @@ def for_decode_core() -> SimpleNamespace:
         decode_rows=decode_rows, attend=attend, attend_prompt=attend_prompt,
         dequantized=dequantized, dequantize=dequantize, unpermute_rope=unpermute_rope,
         references=references, finish_linear=finish_linear, rope_tables=rope_tables,
-        ModelSpec=ModelSpec, Norm=Norm, SampleRow=SampleRow, SamplingParams=SamplingParams,
+        ModelSpec=ModelSpec, Norm=Norm, Sequences=Sequences, SampleRow=SampleRow, SamplingParams=SamplingParams,
         EagerSteps=EagerSteps, ConfigError=ConfigError)
 
 

@@ -152,7 +152,7 @@ public:
 const char* name_of(OpKind kind) {
     static const char* const names[] = {"embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "softcap",
                                         "rope_append", "paged_attention", "sample", "route", "group", "gate_up", "down", "combine",
-                                        "all_reduce", "all_gather"};
+                                        "all_reduce", "all_gather", "short_conv"};
     return names[int(kind)];
 }
 
@@ -161,6 +161,7 @@ struct Program::Inside {
     Memory prepared, panels, hidden, added;
     size_t prepared_size = 0, panels_size = 0, hidden_size = 0, added_size = 0;
     int64_t vocab = INT32_MAX, max_positions = INT32_MAX, sampled_vocab = 0;    // the least of any table; of the logits
+    int64_t num_slots = INT64_MAX;                      // of states; INT64_MAX: no layer keeps any
     int64_t tickets = 0;
     std::vector<bool> draws;                            // for each logit row of the step started last: does it draw a token?
     std::unique_ptr<Leader> leader;                     // changed under `starting`; another one only in a forked child
@@ -210,6 +211,21 @@ struct Program::Inside {
         require(int64_t(in.logit_rows.size()) <= max_rows, "logit_rows: must be at most max_rows");
         for (const int64_t row : in.logit_rows) require(row >= 0 && row < tokens, "logit_rows: must be rows of the step");
         check_sampling(in);
+        check_states(in);
+    }
+
+    void check_states(const StepInput& in) const {
+        if (num_slots == INT64_MAX) return;
+        const auto all_slots = [&](const std::vector<int64_t>& slots) {
+            return std::all_of(slots.begin(), slots.end(), [&](int64_t slot) { return slot >= 0 && slot < num_slots; });
+        };
+        require(in.state_reads.size() == in.lengths.size() && all_slots(in.state_reads), "state_reads: must be a slot for each of lengths");
+        require(in.write_slots.size() == in.write_rows.size() && all_slots(in.write_slots), "write_slots: must be a slot for each of write_rows");
+        int64_t before = 0;
+        for (const int64_t row : in.write_rows) {
+            require(row >= before && row < int64_t(in.token_ids.size()), "write_rows: must be rows of the step, ascending");
+            before = row;
+        }
     }
 };
 
@@ -235,6 +251,7 @@ void Program::record(const Op& op) {
     if (op.kind == OpKind::embed) in.vocab = std::min(in.vocab, op.vocabulary);
     if (op.kind == OpKind::rope_append) in.max_positions = std::min(in.max_positions, op.max_positions);
     if (op.kind == OpKind::sample) in.sampled_vocab = op.x.columns;
+    if (op.kind == OpKind::short_conv) in.num_slots = std::min(in.num_slots, op.num_slots);
     if (op.kind == OpKind::linear) {
         const int64_t rows = op.on_logit_rows ? max_rows : std::min(max_tokens, TOKENS_BY_ROWS);
         in.prepared_size = std::max(in.prepared_size, prepared_bytes(op, rows));

@@ -22,7 +22,7 @@
 namespace dc {
 
 enum class OpKind { embed, gather_rows, rms_norm, linear, copy, mix, smear, softcap, rope_append, paged_attention, sample, route, group,
-                    gate_up, down, combine, all_reduce, all_gather };
+                    gate_up, down, combine, all_reduce, all_gather, short_conv };
 const char* name_of(OpKind kind);
 
 struct Rows {                           // a buffer: contiguous rows of `columns`
@@ -37,7 +37,7 @@ struct Op {
     Rows x, out;
     Rows other;                         // linear: residual; mix: x0 (or backout's middle); smear: previous; all_reduce: residual
     bool norm = false;                  // linear: of x first; weight and epsilon are the norm's
-    const float* weight = nullptr;      // smear: the gate
+    const float* weight = nullptr;      // smear: the gate; short_conv: the taps
     float epsilon = 0;
     Tiles tiles{};                      // linear; embed unless memory is null
     const float* bias = nullptr;
@@ -46,7 +46,9 @@ struct Op {
     Element table_type{};
     int64_t table_rows = 0, first_row = 0, vocabulary = 0;      // its rows are those from first_row on, of so many ids
     bool previous_ids = false;          // embed: of the tokens before
-    int64_t channels = 0;               // smear
+    int64_t channels = 0;               // smear; short_conv: how many taps
+    float* states = nullptr;            // short_conv: (num_slots, taps - 1, columns)
+    int64_t num_slots = 0;
     float a = 0, b = 0;                 // mix: a x + b other; smear: lambda; softcap: cap
     RopeJob rope{};                     // positions and slots come with the step
     int64_t max_positions = 0;          // of the tables cos and sin
@@ -63,6 +65,8 @@ struct StepInput {
     std::vector<int64_t> token_ids, previous_ids, starts, lengths, logit_rows;
     std::vector<int32_t> pages;         // of all sequences; sequence i's from offsets[i]: a page of each group in turn
     std::vector<int64_t> offsets;
+    std::vector<int64_t> state_reads;   // of layers that keep states: the slot of each sequence, unless its first row is at position 0
+    std::vector<int64_t> write_rows, write_slots;               // after these rows, ascending, the state goes to these slots
     bool all_rows = false;              // compute all of the last layer, not only the rows that have logits
     bool samples = false;
     std::vector<SampleRow> sample_rows;                         // one for each logit row

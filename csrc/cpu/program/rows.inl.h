@@ -1,4 +1,5 @@
-// op       rms_norm, mix (backout is a mix), smear, soft_cap, widen, route, combine, add_up: rows between two products
+// op       rms_norm, mix (backout is a mix), smear, soft_cap, widen, route, combine, add_up: rows between two products;
+//          short_conv: rows of one sequence, in some columns
 // shapes   x [C] float32 -> out [C] float32; route: logits [E] -> ids and shares [chosen]
 // mapping  the caller's thread, one row; 16 lanes along it
 // cost     every value read and written once, from L1 or L2: estimated 0.1 us a row at C = 576, soft_cap 10 us at V = 32768
@@ -104,9 +105,31 @@ void add_up(const float* const* parts, int64_t count, const float* x, int64_t co
     }
 }
 
+void short_conv(const ConvRows& rows, int64_t first, int64_t last) {
+    const int64_t columns = rows.columns, before = rows.size - 1;
+    for (int64_t c = first; c < last; c += 16) {
+        Lanes past[MAX_TAPS];                   // s of the rows before, oldest first
+        for (int64_t j = 0; j < before; j++) past[j] = rows.before ? load(rows.before + j * columns + c) : all(0.0f);
+        int64_t written = 0;
+        for (int64_t row = rows.begin; row < rows.end; row++) {
+            const float* x = rows.x + row * 3 * columns + c;
+            const Lanes s = load(x) * load(x + 2 * columns);
+            Lanes total = load(rows.taps + c) * past[0];
+            for (int64_t j = 1; j < before; j++) total = total + load(rows.taps + j * columns + c) * past[j];
+            total = total + load(rows.taps + before * columns + c) * s;
+            if (rows.bias) total = total + load(rows.bias + c);
+            store(rows.out + row * columns + c, load(x + columns) * total);
+            for (int64_t j = 1; j < before; j++) past[j - 1] = past[j];
+            past[before - 1] = s;
+            for (; written < rows.writes && rows.write_rows[written] == row; written++)
+                for (int64_t j = 0; j < before; j++) store(rows.states + (rows.write_slots[written] * before + j) * columns + c, past[j]);
+        }
+    }
+}
+
 }  // namespace
 
-extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any, route, combine, add_up};
+extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any, route, combine, add_up, short_conv};
 
 }  // namespace DC_ISA
 }  // namespace dc

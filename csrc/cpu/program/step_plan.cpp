@@ -15,6 +15,7 @@ constexpr int64_t FREE_ROWS = 4;                // so many rows take the time of
 // A chunk of an expert's product in a prompt: its weights stay in the second cache while all of the expert's rows pass by.
 constexpr int64_t EXPERT_BYTES = 384 << 10;
 constexpr int64_t EXCHANGED_BYTES = 32 << 10;   // of a rank's part, copied or joined by a chunk: estimated 3 us
+constexpr int64_t CONV_VALUES = 16 << 10;       // of a chunk of a short convolution: estimated 5 us
 constexpr int64_t SMALL_CHUNK_ROWS = 4;         // rows of a chunk between two products: 0.7 us of prepare, 2 us of rope
 
 }  // namespace
@@ -81,7 +82,9 @@ void Step::add_attention_run(Key key, const AttentionPlan::Work& work, const Att
 void Step::find_needed() {
     needed.resize(size_t(tokens));
     for (const int64_t row : input.logit_rows) needed[size_t(row)] = true;
-    const auto append = std::find_if(ops.rbegin(), ops.rend(), [](const Op& op) { return op.kind == OpKind::rope_append; });
+    const auto append = std::find_if(ops.rbegin(), ops.rend(), [](const Op& op) {
+        return op.kind == OpKind::rope_append || op.kind == OpKind::short_conv;
+    });
     if (append == ops.rend() || input.all_rows || (!by_rows() && logit_rows > 0)) return;
     last_append = int(ops.rend() - append) - 1;
     if (logit_rows == 0) return;
@@ -209,7 +212,10 @@ void Step::make_phases() {
         if (rows == 0 || (is_needed_only(i) && logit_rows == 0)) flush(i, -1, i + 1);
         else if (op.kind == OpKind::linear && (op.on_logit_rows || !by_rows())) flush(i, i, i + 1), add_product(i);
         else if (op.kind == OpKind::paged_attention) flush(i, -1, i + 1), add_attention(i);
-        else if (op.kind == OpKind::group) flush(i, -1, i + 1), add_plain<&Step::do_group>({nullptr, i, i + 1, -1, rows, rows, 1, is_needed_only(i)});
+        else if (op.kind == OpKind::short_conv && rows > SMALL_CHUNK_ROWS) {
+            const int64_t units = op.out.columns / 16;
+            flush(i, -1, i + 1), add_plain<&Step::do_short_conv>({nullptr, i, i + 1, -1, rows, rows, std::min(units, rows * op.out.columns / CONV_VALUES + 1)});
+        } else if (op.kind == OpKind::group) flush(i, -1, i + 1), add_plain<&Step::do_group>({nullptr, i, i + 1, -1, rows, rows, 1, is_needed_only(i)});
         else if (op.kind == OpKind::gate_up || op.kind == OpKind::down) flush(i, -1, i + 1), add_experts(i);
         else if (op.ranks) flush(i, -1, i + 1), add_exchange(i);
         else if (op.kind == OpKind::softcap) {

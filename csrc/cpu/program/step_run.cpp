@@ -81,6 +81,7 @@ void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
     const RowKernels& use = row_kernels_here();
     if (op.kind == OpKind::linear) return linear_of_rows(op, begin, end);
     if (op.kind == OpKind::rope_append) return append(op, begin, end);
+    if (op.kind == OpKind::short_conv) return short_conv(op, 0, op.out.columns);        // all rows are here
     for (int64_t row = begin; row < end; row++) {
         float* out = op.out.row(row);
         const int64_t columns = op.out.columns;
@@ -120,6 +121,26 @@ void Step::append(const Op& op, int64_t begin, int64_t end) const {
     RopeJob job = op.rope;
     job.rows = tokens, job.positions = positions.data(), job.slots = slots[size_t(op.page_group)].data();
     DC_CHOSEN(attention_kernels).rope_rows(job, begin, end);
+}
+
+void Step::do_short_conv(const Part& part, int64_t chunk) const {
+    const Op& op = ops[size_t(part.first)];
+    const int64_t units = op.out.columns / 16;
+    short_conv(op, units * chunk / part.chunks * 16, units * (chunk + 1) / part.chunks * 16);
+}
+
+// All rows, in columns [first, last).
+void Step::short_conv(const Op& op, int64_t first, int64_t last) const {
+    const int64_t columns = op.out.columns, slot_size = (op.channels - 1) * columns;
+    size_t write = 0;
+    for (size_t i = 0; i < input.lengths.size(); i++) {
+        const int64_t begin = input.starts[i], end = input.starts[i + 1], computed = input.lengths[i] - (end - begin);
+        const size_t from = write;
+        while (write < input.write_rows.size() && input.write_rows[write] < end) write++;
+        const float* before = computed > 0 ? op.states + input.state_reads[i] * slot_size : nullptr;
+        row_kernels_here().short_conv({op.x.at, op.out.at, op.weight, op.bias, columns, op.channels, begin, end, before, op.states,
+                                       input.write_rows.data() + from, input.write_slots.data() + from, int64_t(write - from)}, first, last);
+    }
 }
 
 void Step::linear_of_rows(const Op& op, int64_t begin, int64_t end) const {
