@@ -345,6 +345,36 @@ def test_a_step_has_the_bits_of_its_ops_called_one_by_one(name, tokens, logit_ro
         assert np.isnan(recorded.buffers.x[tokens:]).all() and np.isnan(recorded.buffers.logits[R:]).all()
 
 
+@pytest.mark.parametrize("states, words", [
+    (([], [], []), "state_reads: must be a slot for each of lengths"), (([SLOTS], [0], [1]), "state_reads: must be a slot"),
+    (([-1], [0], [1]), "state_reads: must be a slot"), (([0], [0], []), "write_slots: must be a slot for each of write_rows"),
+    (([0], [0], [SLOTS]), "write_slots: must be a slot"), (([0], [1, 0], [1, 2]), "write_rows: must be rows of the step, ascending"),
+    (([0], [3], [1]), "write_rows: must be rows of the step"), (("0", [], []), "state_reads: a list of integers")])
+def test_a_wrong_slot_is_a_value_error_and_changes_nothing(states, words):
+    recorded = Recorded("convolutions")
+    step = make_step(recorded.model, [(4, 3)], "one", seed=1)
+    good, step.states = step.states, states
+    with pytest.raises(ValueError, match=words):
+        recorded.run(step)
+    assert all((state == 1).all() for [state] in recorded.buffers.states.values())
+    step.states = good
+    assert len(recorded.run(step)) == 1
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(states=(np.ones((4, 2, 40), np.float32),)), "a third of x's columns"), (dict(states=(np.ones((4, 0, 16), np.float32),)), "states: must be"),
+    (dict(states=(np.ones((4, 64, 16), np.float32),)), "states: must be"), (dict(states=(np.ones((4, 2, 16)),)), "states: must be float32"),
+    (dict(taps=np.ones(47, np.float32)), "taps: must have the shape"), (dict(bias=np.ones(15, np.float32)), "bias: must have the shape"),
+    (dict(sequences="sequences"), "sequences: must be <program.sequences>"), (dict(out=np.ones((8, 32), np.float32)), "out: must have the shape")])
+def test_a_wrong_short_convolution_is_a_value_error(change, words):
+    program, x = decode_core.Program(8, 2), np.zeros((8, 48), np.float32)
+    program.embed(np.zeros((3, 48), np.float32), program.token_ids, x)
+    good = dict(x=x, taps=np.ones(48, np.float32), states=(np.ones((4, 2, 16), np.float32),), sequences=program.sequences, out=np.ones((8, 16), np.float32))
+    with pytest.raises(ValueError, match=words):
+        program.short_conv(**good | change)
+    program.short_conv(**good)
+
+
 def run_thousands(name, threads, *schedule):
     """Steps of changing shapes, each of which must give the tokens and logits of one thread."""
     model, recorded = MODELS[name], Recorded(name)
@@ -423,7 +453,8 @@ def decode_alone(recorded, tables, prompts, count, pipelined):
         batch = sampling(model, N, 0)
         batch.positions[:] = lengths
         step = SimpleNamespace(token_ids=flat, previous=[i for row in before for i in row], starts=starts, lengths=lengths, tables=tables,
-                               logit_rows=[end - 1 for end in starts[1:]], sampling=batch)
+                               logit_rows=[end - 1 for end in starts[1:]], sampling=batch,
+                               states=([*range(N)], [end - 1 for end in starts[1:]], [*range(N)]))       # where they are read
         ticket = recorded.start(step)
         if started is not None:
             for row, token in zip(tokens, recorded.program.finish(started)):
@@ -456,7 +487,7 @@ def test_drafted_rows_may_follow_a_token_that_is_still_being_drawn():
     model, recorded = MODELS["nanochat"], Recorded("nanochat")
     first = make_step(model, [(0, 4)], "one", seed=3)
     token, = recorded.run(first)
-    step = lambda ids, previous: SimpleNamespace(token_ids=ids, previous=previous, starts=[0, 3], lengths=[7], tables=first.tables,
+    step = lambda ids, previous: SimpleNamespace(token_ids=ids, previous=previous, starts=[0, 3], lengths=[7], tables=first.tables, states=first.states,
                                                  logit_rows=[0, 1, 2], sampling=sampling(model, 3, 4))
     expected = recorded.run(step([token, 11, 12], [first.token_ids[-1], token, 11]))
     logits = recorded.buffers.logits[:3].copy()

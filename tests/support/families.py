@@ -71,6 +71,13 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
         rope_type="dynamic", rope_theta=10_000.0, alpha=50.0, factor=1.0, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0))),
     "llama-gelu": ("llama", dict(hidden_act="gelu")),
     "llama-relu2": ("llama", dict(hidden_act="relu2")),
+    "qwen3.5": ("qwen3_5_text", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
+                                     rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25))),
+    "qwen3.5moe": ("qwen3_5_moe_text", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2,
+                                            linear_num_value_heads=4, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32,
+                                            shared_expert_intermediate_size=16, num_key_value_heads=1,
+                                            layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
+                                            rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25))),
     "lfm2": ("lfm2", dict(norm_eps=1e-3, num_hidden_layers=6, block_multiple_of=16, block_ffn_dim_multiplier=1.2, intermediate_size=160,
                           full_attn_idxs=[2, 4], rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "lfm2-bias": ("lfm2", dict(norm_eps=1e-3, conv_bias=True, conv_L_cache=5, block_auto_adjust_ff_dim=False,
@@ -227,7 +234,8 @@ def apart(state, interleaved):
 
 
 GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
-                      "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense"}
+                      "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
+                      "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
 
 
 def granite_apart(state, mixed):
@@ -241,12 +249,36 @@ def granite_apart(state, mixed):
     return found
 
 
+def qwen35_reordered(state, config):
+    """A state dict of Qwen3.5 by llama.cpp's names, whose value head j belongs to the key head j % Hk."""
+    Hk, Hv, D = config.linear_num_key_heads, config.linear_num_value_heads, config.linear_value_head_dim
+    order = [j % Hk * (Hv // Hk) + j // Hk for j in range(Hv)]
+    reordered = lambda rows, size: rows.unflatten(0, (Hv, size))[order].flatten(0, 1)      # noqa: E731
+    found = {}
+    for name, tensor in state.items():
+        part = name.rpartition("linear_attn.")[2]
+        if part.startswith(("in_proj_qkv", "conv1d")):
+            keys = 2 * Hk * config.linear_key_head_dim
+            tensor = torch.cat((tensor[:keys], reordered(tensor[keys:], D)))
+            tensor = tensor.squeeze(1)
+        elif part.startswith(("in_proj_z", "in_proj_a", "in_proj_b", "A_log", "dt_bias")):
+            tensor = reordered(tensor, D if part.startswith("in_proj_z") else 1)
+        elif part.startswith("out_proj"):
+            tensor = reordered(tensor.T, D).T.contiguous()
+        elif name.endswith("norm.weight") and part != "norm.weight":
+            tensor = tensor + 1
+        found[name.replace("dt_bias", "dt_proj.bias")] = -tensor.exp() if part == "A_log" else tensor
+    return found
+
+
 def as_gguf(path, model, quantized=False, metadata=None):
     """What llama.cpp's converter writes of a model: conversion/llama.py, gemma.py, phi.py and so on."""
     import gguf
     from tiny_gguf import small_gguf_metadata, write_gguf
     config = model.config
     arch, state = GGUF_ARCHITECTURES.get(config.model_type, config.model_type), model.state_dict()
+    if arch.startswith("qwen35"):
+        state = qwen35_reordered(state, config)
     if arch.startswith("granitemoe"):
         arch = "granitemoe" if config.num_local_experts else "granite"
         state = granite_apart(state, config.num_local_experts)
@@ -289,6 +321,11 @@ def as_gguf(path, model, quantized=False, metadata=None):
                     "residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling, "rope.scaling.finetuned": True}
     if arch in ("olmo2", "exaone4") and getattr(config, "sliding_window", None):
         numbers["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
+    if arch.startswith("qwen35"):
+        sizes = {"conv_kernel": config.linear_conv_kernel_dim, "state_size": config.linear_key_head_dim, "group_count": config.linear_num_key_heads,
+                 "time_step_rank": config.linear_num_value_heads, "inner_size": config.linear_num_value_heads * config.linear_value_head_dim}
+        numbers |= {f"ssm.{key}": size for key, size in sizes.items()} | {
+            "attention.recurrent_layers": [kind == "linear_attention" for kind in config.layer_types], "rope.dimension_sections": [1, 1, 2, 0]}
     if arch == "lfm2":
         numbers["shortconv.l_cache"] = config.conv_L_cache
     if arch == "mistral3":

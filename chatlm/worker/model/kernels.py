@@ -24,7 +24,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.processes.start import threads_per_worker
-from chatlm.worker.model.spec import ModelSpec, Sequences, token_places
+from chatlm.worker.model.spec import DeltaRule, ModelSpec, Sequences, token_places
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.attention import (
     attend, attend_prompt, decode_rows, mean_squares_reference, norm_qk_reference, page_table,
@@ -34,7 +34,8 @@ from chatlm.worker.ops.basic import (
     fastest_dtype, finish_linear, gated_add_reference, gather_rows_reference, linear_reference,
     make_cache_reference, mix_reference, pack_reference, rms_norm_reference, smear_reference,
     softcap_reference, unpermute_rope, zeroed)
-from chatlm.worker.ops.mixers import short_conv_reference
+from chatlm.worker.ops.mixers import (
+    delta_rule_reference, gate_reference, short_conv_reference, split_gates_reference)
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_on_host
 
@@ -140,6 +141,9 @@ class Kernels:
     plan_attention: Callable = plan_attention_reference
     paged_attention: Callable = paged_attention_reference
     short_conv: Callable = short_conv_reference
+    delta_rule: Callable = delta_rule_reference
+    split_gates: Callable = split_gates_reference
+    gate: Callable = gate_reference
     sample: Callable = sample_on_host
     # Where a model has several ranks, and only there:
     # (x, out, residual=None): residual + the sum of all ranks' x -> out
@@ -185,7 +189,8 @@ def choose_backend(device, spec: ModelSpec | None):
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 
 
-TORCH_ALONE = ("gated_add", "mean_squares", "norm_qk")  # ops of models that decode_core does not compute
+# ops of models that decode_core does not compute
+TORCH_ALONE = ("gated_add", "mean_squares", "norm_qk", "delta_rule", "split_gates", "gate")
 
 
 def not_compiled(spec: ModelSpec, device="cpu") -> str:
@@ -194,6 +199,8 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
         "norm of all heads together": spec.qk_norm_sizes, "gate of a shared expert": spec.shared_gate,
         "scale of queries by their position": spec.q_growth,
         "short convolution on a GPU": any(spec.mixers) and torch.device(device).type != "cpu",
+        "delta rule": any(isinstance(mixer, DeltaRule) for mixer in spec.mixers),
+        "gate of attention": spec.output_gate,
         f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2"),
         "feed-forward of such a width": spec.dense_size % TILE_ROWS or spec.shared_size % TILE_ROWS}
     return " and no ".join(feature for feature, needed in features.items() if needed)
@@ -207,7 +214,8 @@ def for_decode_core() -> SimpleNamespace:
         decode_rows=decode_rows, attend=attend, attend_prompt=attend_prompt,
         dequantized=dequantized, dequantize=dequantize, unpermute_rope=unpermute_rope,
         references=references, finish_linear=finish_linear, rope_tables=rope_tables,
-        ModelSpec=ModelSpec, Norm=Norm, Sequences=Sequences, SampleRow=SampleRow, SamplingParams=SamplingParams,
+        ModelSpec=ModelSpec, Norm=Norm, Sequences=Sequences,
+        SampleRow=SampleRow, SamplingParams=SamplingParams,
         EagerSteps=EagerSteps, ConfigError=ConfigError)
 
 

@@ -55,6 +55,10 @@ class ShortConv:
     size: int           # tokens that y_t depends on, its own included
     bias: bool = False  # of mix_in, the taps and mix_out
 
+    def widths(self, C: int) -> tuple[int, int]:
+        """Of what mix_in gives, and of what mix_out takes."""
+        return 3 * C, C
+
     def tensors(self, C: int) -> dict[str, tuple[int, ...]]:
         """Its tensors in a model of this width; a file has the taps as (C, size)."""
         biases = {"mix_in_bias": (3 * C,), "taps_bias": (C,), "mix_out_bias": (C,)} if self.bias else {}
@@ -63,6 +67,44 @@ class ShortConv:
     def states(self, C: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of the float32 arrays that a sequence's state has in such a layer."""
         return ((self.size - 1, C),)
+
+
+@dataclass(frozen=True)
+class DeltaRule:
+    """Linear attention that corrects what a key is bound to (Yang et al., "Gated Delta Networks", 2024).
+
+    p, z, b, a = mix_in x;  u = silu of a convolution of p over the last `size` tokens;  q, k, v = u, in
+    heads, q and k of length 1, q / sqrt(Dk);  S = exp(decay * softplus(a + dt_bias)) * S;
+    S = S + k (sigmoid(b) * (v - S^T k))^T;  mix_out (mix_norm * rms(S^T q) * silu(z)).
+    It keeps S (Hv, Dk, Dv) and p of the last size - 1 tokens. Value head j reads the key head j // (Hv / Hk),
+    or j % Hk if `alternating`."""
+
+    size: int
+    key_heads: int
+    value_heads: int
+    key_size: int
+    value_size: int
+    alternating: bool = False
+
+    @property
+    def parts(self) -> tuple[int, int, int, int]:
+        """The rows of mix_in: p, z, b, a."""
+        keys, values = self.key_heads * self.key_size, self.value_heads * self.value_size
+        return 2 * keys + values, values, self.value_heads, self.value_heads
+
+    def widths(self, C: int) -> tuple[int, int]:
+        return sum(self.parts), self.parts[1]
+
+    def tensors(self, C: int) -> dict[str, tuple[int, ...]]:
+        per_head = dict.fromkeys(("decay", "dt_bias"), (self.value_heads,))
+        return {"mix_in": (sum(self.parts), C), "taps": (self.parts[0] * self.size,),
+                "mix_norm": (self.value_size,), "mix_out": (C, self.parts[1])} | per_head
+
+    def states(self, C: int) -> tuple[tuple[int, ...], ...]:
+        return (self.size - 1, self.parts[0]), (self.value_heads, self.key_size, self.value_size)
+
+
+Mixer = ShortConv | DeltaRule
 
 
 @dataclass(frozen=True)
@@ -116,9 +158,10 @@ class ModelSpec:
     experts_per_token: int = 0        # those with the largest of the router's logits
     shares_sum_to_one: bool = True    # softmax over the chosen experts' logits; else over all experts'
     router_bias: bool = False
+    output_gate: bool = False         # beside each head's q, qkv has as many rows for a gate of its output
     sinks: bool = False               # a logit for each query head, which attends to no value
     windows: tuple[int, ...] = ()     # keys per layer, including the token's own; 0 = full, () = all
-    mixers: tuple[ShortConv | None, ...] = ()  # of each layer, in attention's place; None, () = attention
+    mixers: tuple[Mixer | None, ...] = ()  # of each layer, in attention's place; None, () = attention
     softcap: float = 0.0              # logits = c * tanh(logits / c); 0 = none
     residual_lambdas: bool = False    # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
     value_embed_layers: tuple[int, ...] = ()  # layers with value_embed and ve_gate
@@ -167,7 +210,7 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         if mixer:
             shapes |= {f"{l}.{name}": shape for name, shape in mixer.tensors(C).items()}
         else:
-            shapes |= {f"{l}.qkv": ((H + 2 * Hkv) * D, C), f"{l}.output": (C, H * D)}
+            shapes |= {f"{l}.qkv": ((H * (1 + spec.output_gate) + 2 * Hkv) * D, C), f"{l}.output": (C, H * D)}
         E, shared = spec.experts if l not in spec.dense_layers else 0, spec.shared_size
         size = F if E or not spec.experts else spec.dense_size
         up, down, rows = ("up", "down", size) if spec.activation == "relu2" else ("gate_up", "down", 2 * size)

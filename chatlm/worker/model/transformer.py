@@ -11,7 +11,8 @@ import numpy
 import torch
 
 from chatlm.common.config import PAGE_SIZE
-from chatlm.worker.model.spec import Inputs, Sequences, expected_tensors, group_layers, token_places
+from chatlm.worker.model.spec import (
+    Inputs, Sequences, ShortConv, expected_tensors, group_layers, token_places)
 from chatlm.worker.model.tensors import Unread, read_ahead
 from chatlm.worker.ops.attention import query_scales, rope_frequencies, rope_tables
 from chatlm.worker.ops.basic import Norm
@@ -91,7 +92,8 @@ class Transformer:
                     part.data_ptr() == weight.data_ptr() for part in getattr(tensor, "mapped", ())):
                 weights[name] = weight.clone()  # a file in use may change
             if name.endswith(".taps"):  # the columns lie side by side for each tap
-                weights[name] = weight.view(self.spec.width, -1).T.flatten()
+                mixer = self.mixers[int(name.partition(".")[0])]
+                weights[name] = weight.view(-1, mixer.size).T.flatten() if mixer else weight
         if self.spec.tied_head:
             weights["head"] = weights["embed"]
         return weights
@@ -101,13 +103,17 @@ class Transformer:
         """One buffer per activation: residual stream, q and logits float32, the rest of type `dtype`."""
         C, D, F, H, Hkv, f32 = (
             spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads, torch.float32)
+        wide, narrow = (max((mixer.widths(C)[side] for mixer in spec.mixers if mixer), default=0)
+                        for side in range(2))
+        gates = H * D * spec.output_gate
         return {
+            "gated": (T, (gates + (H + 2 * Hkv) * D) * spec.output_gate, dtype), "gates": (T, gates, dtype),
             "x": (T, C, f32), "residual": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
             "previous": (T, C, f32), "added": (T, C, f32),
             "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
             "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
             "dense": (T, spec.dense_size, dtype), "shared": (T, spec.shared_size, dtype),
-            "mixed": (T, 3 * C * any(spec.mixers), dtype), "mixer": (T, C * any(spec.mixers), dtype),
+            "mixed": (T, wide, dtype), "mixer": (T, narrow, dtype),
             "share": (T, int(spec.shared_gate), f32), "means": (T, len(spec.qk_norm_sizes), f32),
             "routing": (T, spec.experts, f32), "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
             "own_logits": (R, spec.own_rows, f32),
@@ -186,7 +192,7 @@ class Transformer:
                 k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
             group, index = self.groups.of_layer[l]
             if self.mixers[l]:
-                self._short_conv(inputs, b, layer, self.states[l])
+                self._mix(inputs, b, layer, l)
             else:
                 self._attention(inputs.parts[group] if group else inputs, b, layer, self.rope_tables[l],
                                 self.cache[index], self.windows[l])
@@ -240,7 +246,10 @@ class Transformer:
         spec, k, value, gate = self.spec, self.kernels, None, None
         norms = {"q_norm": layer.get("q_norm"), "k_norm": layer.get("k_norm")}
         norm = Norm(layer.get("attention_norm"), self.norm_eps) if spec.pre_norms else None
-        k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=b.qkv)  # (T, (H + 2 Hkv) * D)
+        qkv = b.gated if spec.output_gate else b.qkv
+        k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=qkv)  # (T, (H + 2 Hkv) * D)
+        if spec.output_gate:
+            k.split_gates(qkv, spec.head_size, gates=b.gates, out=b.qkv)
         if "value_embed" in layer:
             value, gate = b.value, b.gate
             k.embed(layer["value_embed"], inputs.token_ids, out=value)  # (T, Hkv * D)
@@ -256,15 +265,22 @@ class Transformer:
                       value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale)   # (T, H * D)
         k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended,
                           softcap=spec.attention_softcap, sinks=layer.get("sinks"))  # (T, H * D)
+        if spec.output_gate:
+            k.gate(b.attended, b.gates, out=b.attended)
         self._add(b, b.attended, layer, "output", b.x, out=b.residual)
 
-    def _short_conv(self, inputs: Inputs, b: SimpleNamespace, layer: dict, states: tuple):
-        """residual = x + mix_out(short_conv(mix_in(norm(x)))), with the sequences' states."""
-        k, norm = self.kernels, Norm(layer.get("attention_norm"), self.norm_eps)
-        k.linear(b.x, layer["mix_in"], norm=norm, bias=layer.get("mix_in_bias"), out=b.mixed)  # (T, 3 C)
-        k.short_conv(b.mixed, layer["taps"], states, inputs.sequences, out=b.mixer,
-                     bias=layer.get("taps_bias"))  # (T, C)
-        self._add(b, b.mixer, layer, "mix_out", b.x, out=b.residual)
+    def _mix(self, inputs: Inputs, b: SimpleNamespace, layer: dict, l: int):
+        """residual = x + mix_out(op(mix_in(norm(x)))), with the sequences' states; the op is the mixer's."""
+        k, mixer, states = self.kernels, self.mixers[l], self.states[l]
+        norm = Norm(layer.get("attention_norm"), self.norm_eps)
+        mixed, out = (buffer[:, :width] for buffer, width in zip(
+            (b.mixed, b.mixer), mixer.widths(self.spec.width)))  # pyright: ignore[reportOptionalMemberAccess]  it has one
+        k.linear(b.x, layer["mix_in"], norm=norm, bias=layer.get("mix_in_bias"), out=mixed)
+        if isinstance(mixer, ShortConv):
+            k.short_conv(mixed, layer["taps"], states, inputs.sequences, out=out, bias=layer.get("taps_bias"))
+        else:
+            k.delta_rule(mixed, layer, mixer, self.spec.norm_eps, states, inputs.sequences, out=out)
+        self._add(b, out, layer, "mix_out", b.x, out=b.residual)
 
     def _feed_forward(self, b: SimpleNamespace, layer: dict):
         """x = residual + down(activation(up(norm(residual)))), or the sum of several such by experts."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+from torch.nn import functional
 
 
 def short_conv_reference(x, taps, states, sequences, out, bias=None):
@@ -16,20 +17,71 @@ def short_conv_reference(x, taps, states, sequences, out, bias=None):
     taps (K * C) has the oldest tap first; `states` one tensor (slots, K - 1, C): s of the last tokens, oldest
     first. The sum begins with the oldest, and each product and sum is rounded: how a prompt is cut changes no
     bit."""
-    [state], C = states, out.shape[1]
-    taps = taps.view(-1, C)
-    K, (b, c, u) = len(taps), x.float().split(C, 1)
-    s = b * u
+    b, c, u = x.float().split(out.shape[1], 1)
+    total = convolve(b * u, taps, states[0], sequences)
+    out.copy_(c * (total if bias is None else total + bias))
+
+
+def convolve(s, taps, state, sequences):
+    """The sum over j of taps[j] * s[t - K + 1 + j], (T, C); s (T, C), state (slots, K - 1, C)."""
+    taps, total = taps.view(-1, s.shape[1]), torch.empty_like(s)
+    for begin, end, before, writes in spans_of(sequences, (state,)):
+        rows = torch.cat((before[0], s[begin:end]))  # token t of the sequence's new ones is row t + K - 1
+        total[begin:end] = taps[0] * rows[:end - begin]
+        for j in range(1, len(taps)):
+            total[begin:end] += taps[j] * rows[j:j + end - begin]
+        for row, slot in writes:
+            state[slot] = rows[row - begin + 1:row - begin + len(taps)]
+    return total
+
+
+def spans_of(sequences, states):
+    """(first row, end, its states before, what is written after which rows) of each sequence."""
     spans = itertools.pairwise(sequences.starts)
     for (begin, end), first, slot in zip(spans, sequences.firsts, sequences.reads):
-        before = state[slot] if first else torch.zeros_like(state[slot])
-        rows = torch.cat((before, s[begin:end]))  # token t of the sequence's new ones is row t + K - 1
-        total = taps[0] * rows[:end - begin]
-        for j in range(1, K):
-            total += taps[j] * rows[j:j + end - begin]
-        if bias is not None:
-            total += bias
-        out[begin:end] = c[begin:end] * total
-        for row, target in sequences.writes:
-            if begin <= row < end:
-                state[target] = rows[row - begin + 1:row - begin + K]
+        before = [state[slot].clone() if first else torch.zeros_like(state[slot]) for state in states]
+        yield begin, end, before, [(row, slot) for row, slot in sequences.writes if begin <= row < end]
+
+
+def delta_rule_reference(x, weights, mixer, eps, states, sequences, out):
+    """A spec.DeltaRule's x (T, its first width) -> out (T, its second), token by token.
+
+    `weights` has taps, decay, dt_bias and mix_norm; `states` are (slots, K - 1, channels) and
+    (slots, Hv, Dk, Dv)."""
+    H, D, Hk = mixer.value_heads, mixer.key_size, mixer.key_heads
+    p, z, b, a = x.float().split(mixer.parts, 1)
+    u = functional.silu(convolve(p, weights["taps"], states[0], sequences))
+    q, k, v = u.split((Hk * D, Hk * D, mixer.parts[1]), 1)
+    q, k = (part.unflatten(1, (Hk, D)) for part in (q, k))
+    q, k = (part * torch.rsqrt((part * part).sum(-1, keepdim=True) + 1e-6) for part in (q, k))
+    heads = torch.arange(H, device=x.device)
+    heads = heads % Hk if mixer.alternating else heads // (H // Hk)
+    q, k, v = q[:, heads] * D**-0.5, k[:, heads], v.unflatten(1, (H, -1))  # (T, Hv, Dk or Dv)
+    beta = torch.sigmoid(b)[..., None]
+    decay = torch.exp(weights["decay"] * functional.softplus(a + weights["dt_bias"]))[..., None, None]
+    for begin, end, [S], writes in spans_of(sequences, states[1:]):
+        for t in range(begin, end):
+            S = S * decay[t]
+            d = beta[t] * (v[t] - (S * k[t, ..., None]).sum(1))  # (Hv, Dv)
+            S = S + k[t, ..., None] * d[:, None]
+            o = (S * q[t, ..., None]).sum(1)
+            scale = torch.rsqrt((o * o).mean(-1, keepdim=True) + eps)
+            out[t] = (weights["mix_norm"] * (o * scale)).flatten() * functional.silu(z[t])
+            for row, slot in writes:
+                if row == t:
+                    states[1][slot] = S
+
+
+def split_gates_reference(x, head_size, gates, out):
+    """x (T, (2 H + 2 Hkv) * D), for each query head its q and then its gate, then k and v -> gates (T, H * D)
+    and out (T, (H + 2 Hkv) * D)."""
+    size = gates.shape[1]
+    halves = x[:, :2 * size].unflatten(1, (-1, 2, head_size))
+    out[:, :size] = halves[:, :, 0].flatten(1)
+    out[:, size:] = x[:, 2 * size:]
+    gates.copy_(halves[:, :, 1].flatten(1))
+
+
+def gate_reference(x, gates, out):
+    """x * sigmoid(gates) -> out, which may be x."""
+    out.copy_(x * torch.sigmoid(gates.float()))

@@ -15,7 +15,7 @@ import torch
 
 from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named, require_library, shown
 from chatlm.common.files import check_regular
-from chatlm.worker.model.spec import expected_tensors
+from chatlm.worker.model.spec import DeltaRule, expected_tensors
 from chatlm.worker.model.tensors import Cut, Unread
 from chatlm.worker.ops.basic import RopePairs, dequantized
 from chatlm.worker.weights.files import refuse_cut_safetensors, weight_files
@@ -51,7 +51,8 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
     The file's vocabulary tensors have `padded` rows. Of experts a file has either a tensor each, in whose
     name a second {} of the `table` stands for the expert, or one of all (experts, rows of each, ...)."""
     query, key, E = spec.heads * spec.head_size, spec.kv_heads * spec.head_size, spec.experts
-    qkv, gate_up, vocabulary = (query, key, key), (spec.dense_size if E else spec.ffn_size,) * 2, (padded,)
+    qkv, vocabulary = (query * (1 + spec.output_gate), key, key), (padded,)
+    gate_up = (spec.dense_size if E else spec.ffn_size,) * 2
     split = {"qkv": qkv, "qkv_bias": qkv, "gate_up": gate_up, "gate_up_bias": gate_up,
              "shared_gate_up": (spec.shared_size,) * 2,
              "embed": vocabulary, "head": vocabulary, "value_embed": vocabulary}
@@ -60,6 +61,9 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
         layer, _, part = ours.rpartition(".")
         if not (part == "head" and spec.tied_head):
             theirs, rows = table.get(part, (part,)), split.get(part, shape[:1])
+            mixer = spec.mixers[int(layer)] if layer and spec.mixers else None
+            if isinstance(mixer, DeltaRule) and part == "mix_in":
+                rows = mixer.parts
             if part.startswith("expert_"):
                 all_of_one = E, shape[0] // E // len(theirs), *shape[1:]
                 sources[ours] = shape, {
@@ -67,7 +71,8 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
                     for name in theirs for expert in range(E)}
                 continue
             if part == "taps":  # a vector, for it is no matrix to be multiplied by
-                sources[ours] = shape, {theirs[0].format(layer): (spec.width, shape[0] // spec.width)}
+                size = mixer.size if mixer else 1
+                sources[ours] = shape, {theirs[0].format(layer): (shape[0] // size, size)}
                 continue
             rows = rows if len(rows) == len(theirs) else shape[:1]  # phi3 has them in one
             sources[ours] = shape, {name.format(layer): (count, *shape[1:])

@@ -14,7 +14,7 @@ import torch
 
 from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.log import log
-from chatlm.worker.model.spec import ModelSpec, ShortConv
+from chatlm.worker.model.spec import DeltaRule, Mixer, ModelSpec, ShortConv
 from chatlm.worker.weights.assemble import Mxfp4, fp8_block
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, Rule, check_divides,
@@ -34,9 +34,10 @@ class Family(NamedTuple):
     interleaved: bool = False  # rotary pairs lie side by side, in a folder too
     needed: tuple[str, ...] = ()  # keys without which transformers would take another model
     windows_rotate: bool = False  # layers without a window are not rotated if others have one
-    mixers: dict[str, Callable[[Mapping], ShortConv]] = {}  # layer types besides attention
+    mixers: dict[str, Callable[[Mapping], Mixer]] = {}  # layer types besides attention
     aliases: dict[str, str] = {}  # its own keys -> those that they replace
     complete: Callable[[dict], dict] = lambda config: {}    # what a folder's checked config means
+    gguf: dict[str, tuple[str, ...]] = {}  # names in a GGUF file that do not follow from the folder's
 
 
 HF_TENSORS = {  # our tensor (of layer {}) -> the folder's tensors whose rows it is made of
@@ -174,6 +175,53 @@ def squeeze_taps(state: Mapping) -> dict:
             for name, tensor in state.items()}
 
 
+LINEAR = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+          "linear_num_key_heads": 16, "linear_num_value_heads": 32}
+QWEN35 = LINEAR | {"head_dim": 256, "attention_bias": False, "layer_types": None,
+                   "full_attention_interval": 4, "partial_rotary_factor": 0.25, "rope_parameters": None}
+QWEN35_TENSORS = {
+    "mix_in": tuple(f"model.layers.{{}}.linear_attn.in_proj_{part}.weight"
+                    for part in ("qkv", "z", "b", "a")),
+    "taps": ("model.layers.{}.linear_attn.conv1d.weight",), "decay": ("model.layers.{}.linear_attn.A_log",),
+    "dt_bias": ("model.layers.{}.linear_attn.dt_bias",),
+    "mix_norm": ("model.layers.{}.linear_attn.norm.weight",),
+    "mix_out": ("model.layers.{}.linear_attn.out_proj.weight",)}
+QWEN35_FIELDS = HEAD_NORMS | {"output_gate": True}
+QWEN35_MIXERS = {"linear_attention": lambda config: DeltaRule(
+    *(config[key] for key in ("linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads",
+                              "linear_key_head_dim", "linear_value_head_dim")),
+    config.get("alternating", False))}
+
+
+def complete_qwen35(config: Mapping) -> dict:
+    """Its layers' types, and the rotary parameters of text: positions of images turn no pair of it."""
+    rope = {key: value for key, value in (config["rope_parameters"] or {}).items() if "mrope" not in key}
+    every = config["full_attention_interval"]
+    types = config["layer_types"] or [LAYER_TYPES[0] if (layer + 1) % every == 0 else "linear_attention"
+                                      for layer in range(config["num_hidden_layers"])]
+    return {"rope_parameters": {"partial_rotary_factor": 0.25} | rope, "layer_types": types}
+
+
+def repack_qwen35(state: Mapping) -> dict:
+    """A folder without its draft head, with the decay as GGUF has it, and each expert apart."""
+    repacked = {}
+    for name, tensor in state.items():
+        if name.startswith("mtp."):
+            continue
+        if name.endswith("linear_attn.conv1d.weight") and tensor.ndim == 3:
+            tensor = tensor.squeeze(1)
+        if name.endswith("linear_attn.A_log"):
+            tensor = -tensor.float().exp()
+        stem, _, part = name.rpartition(".")
+        if stem.endswith(".mlp.experts") and tensor.ndim == 3:  # all experts' in one
+            halves = {"gate": tensor.chunk(2, 1)[0], "up": tensor.chunk(2, 1)[1]}
+            for which, all_of in (halves if part == "gate_up_proj" else {"down": tensor}).items():
+                repacked |= {f"{stem}.{e}.{which}_proj.weight": one for e, one in enumerate(all_of)}
+        else:
+            repacked[name] = tensor
+    return repacked
+
+
 def qwen_window(config: Mapping, layer: int) -> bool:
     return config["use_sliding_window"] and layer >= config["max_window_layers"]
 
@@ -282,6 +330,19 @@ FAMILIES = {  # by config.json's model_type
         {"qk_norm": "after_rope", "qk_norm_weights": True}, {
             f"{part[0]}_norm": (f"model.layers.{{}}.self_attn.{part}_layernorm.weight",)
             for part in ("query", "key")}),
+    "qwen3_5_text": Family(
+        "Qwen3.5", QWEN35, QWEN35_FIELDS, QWEN35_TENSORS, lambda config, layer: False, one_more=True,
+        repack=repack_qwen35, mixers=QWEN35_MIXERS, complete=complete_qwen35,
+        gguf={"dt_bias": ("blk.{}.ssm_dt.bias",)}),
+    "qwen3_5_moe_text": Family(
+        "Qwen3.5-MoE", QWEN35 | EXPERTS | {
+            "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512, "num_key_value_heads": 2, "intermediate_size": 512,
+            "output_router_logits": False},
+        QWEN35_FIELDS | {"shared_gate": True}, QWEN35_TENSORS | expert_tensors("experts.{}", "gate") | {
+            "shared_gate": ("model.layers.{}.mlp.shared_expert_gate.weight",)},
+        lambda config, layer: False, one_more=True, repack=repack_qwen35, mixers=QWEN35_MIXERS,
+        complete=complete_qwen35, gguf={"dt_bias": ("blk.{}.ssm_dt.bias",)}),
     "lfm2": Family(
         "LFM2", LFM2 | {f"block_{key}": None for key in (
             "dim", "mlp_init_scale", "norm_eps", "out_init_scale", "use_swiglu", "use_xavier_init")}
@@ -292,7 +353,8 @@ FAMILIES = {  # by config.json's model_type
                  "block_ff_dim": "intermediate_size"}, complete=complete_lfm2)}
 VISION = {  # model_type of a model with images, which are not read -> its text model's, if it does not say
     "gemma3": "gemma3_text", "mistral3": "mistral", "llava": "llama", "smolvlm": "llama", "idefics3": "llama",
-    "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "lfm2_vl": "lfm2"}
+    "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "lfm2_vl": "lfm2",
+    "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 TEXT_TYPES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 HF_KEYS = {  # all others are bool
@@ -321,6 +383,9 @@ HF_KEYS = {  # all others are bool
     **dict.fromkeys(("shared_intermediate_size", "shared_expert_intermediate_size"),
                     Rule(int, 0, MOST_CHANNELS)), "decoder_sparse_step": Rule(int, 1),
     "mlp_only_layers": Rule(int, 0, MOST_LAYERS, many=True, optional=True),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), Rule(int, 1, 4096)),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), Rule(int, 1, MOST_HEADS)),
+    "linear_conv_kernel_dim": Rule(int, 2, 64), "full_attention_interval": Rule(int, 1, MOST_LAYERS),
     "full_attn_idxs": Rule(int, 0, MOST_LAYERS, many=True, optional=True),
     "norm_eps": Rule(float, 0, 1), "tie_embedding": Rule(bool), "conv_L_cache": Rule(int, 2, 64),
     "block_ff_dim": Rule(int, 1, MOST_CHANNELS), "block_multiple_of": Rule(int, 1, MOST_CHANNELS),

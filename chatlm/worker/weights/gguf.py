@@ -60,7 +60,10 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         family, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
         architecture = metadata["general.architecture"]
         check_gguf_types(source.path, stored)
-        names = gguf_names(architecture, HF_TENSORS | FAMILIES[family].tensors)
+        if metadata.get(f"{architecture}.nextn_predict_layers"):  # a draft head, which is not run
+            stored = {name: tensor for name, tensor in stored.items()
+                      if not (layer := re.match(r"blk\.(\d+)\.", name)) or int(layer[1]) < spec.layers}
+        names = gguf_names(architecture, HF_TENSORS | FAMILIES[family].tensors) | FAMILIES[family].gguf
         sources = tensor_sources(spec, names, spec.vocab_size)
         check_names_and_shapes(
             source.path, {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()
@@ -120,7 +123,7 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     own = f"{gguf_value(path, metadata, 'general.architecture')}."
     if own[:-1] not in GGUF_FAMILIES:
         raise ConfigError(f"{path}: {unsupported(own[:-1])}")
-    metadata, layer_types = layers_by_heads(own, metadata)
+    metadata, hybrid = hybrid_layers(path, own, metadata)
     value = partial(gguf_value, path, metadata)
 
     def number(key: str, *default, **bounds):
@@ -159,10 +162,11 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
         pattern = checked(path, own + "attention.sliding_window_pattern", pattern, rule, layers)
         config["layer_types"] = [LAYER_TYPES[pattern[layer] if isinstance(pattern, list) else
                                              (layer + 1) % pattern > 0] for layer in range(layers)]
-    elif layer_types:
-        config["layer_types"] = layer_types
-    elif "layer_types" in config and not config.get("sliding_window"):
+    elif "layer_types" in config and "sliding_window" in config and not config["sliding_window"]:
         config["layer_types"] = [LAYER_TYPES[0]] * layers
+    config |= hybrid
+    if "full_attention_interval" in config:
+        config |= FAMILIES[family].complete(config)
     if "query_pre_attn_scalar" in config:  # not in the metadata: what llama.cpp assumes, by size
         largest = layers == {"gemma2": 46, "gemma3_text": 62}[family]
         config["query_pre_attn_scalar"] = (width // config["num_attention_heads"] if largest else head_size)
@@ -179,16 +183,30 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
         ("ffn_bias", "ffn_down_exps" if spec.experts else "ffn_down"))})
 
 
-def layers_by_heads(own: str, metadata: Mapping) -> tuple[Mapping, list[str]]:
-    """The metadata with as many kv heads as layers of attention have, and each layer's type, where a list of
-    them says 0 of layers of the family's other type; [] elsewhere."""
-    key, others = own + "attention.head_count_kv", FAMILIES[GGUF_FAMILIES[own[:-1]]].mixers
-    heads = metadata.get(key)
-    if not others or not isinstance(heads, list) or all(heads):
-        return metadata, []
-    full = next(filter(None, heads), 0)
-    types = [LAYER_TYPES[0] if count else next(iter(others)) for count in heads]
-    return {**metadata, key: [count or full for count in heads]}, types
+def hybrid_layers(path: Path, own: str, metadata: Mapping) -> tuple[Mapping, dict]:
+    """The metadata as that of a model whose layers are all attention, without a draft head; and what a
+    config.json would say of those that are not: {} in families that have none."""
+    others = FAMILIES[GGUF_FAMILIES[own[:-1]]].mixers
+    if not others:
+        return metadata, {}
+    key, more, value = own + "attention.head_count_kv", {}, partial(gguf_value, path, metadata)
+    heads, recurrent = metadata.get(key), value(own + "attention.recurrent_layers")
+    if isinstance(heads, list) and not all(heads):  # 0 of layers of the other type
+        recurrent = [not count for count in heads]
+        full = next(filter(None, heads), 0)
+        metadata = {**metadata, key: [count or full for count in heads]}
+    drafts = value(own + "nextn_predict_layers", 0)
+    if drafts:
+        metadata = {**metadata, own + "block_count": value(own + "block_count") - drafts}
+    layers = metadata.get(own + "block_count")
+    if recurrent:
+        types = LAYER_TYPES[0], next(iter(others))
+        more["layer_types"] = [types[other] for other in recurrent[:layers]]
+    if own.startswith("qwen35"):  # where there are more value heads than key heads, their order is another
+        more |= {"alternating": True, "intermediate_size": metadata.get(own + "expert_feed_forward_length"),
+                 "linear_value_head_dim": value(own + "ssm.inner_size") // value(own + "ssm.time_step_rank")}
+        metadata = {own + "feed_forward_length": more.pop("intermediate_size"), **metadata}
+    return metadata, more
 
 
 # llama.cpp's converter leaves mscale and mscale_all_dim out, and llama.cpp too computes the usual factor

@@ -27,7 +27,8 @@ GGUF_FAMILIES = {name: name for name in (
     "seed_oss", "lfm2")} | {
     "gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
     "granitemoe": "granitemoeshared", "hunyuan-dense": "hunyuan_v1_dense",
-    "mistral3": "ministral3", "qwen2vl": "qwen2", "qwen3vl": "qwen3"}
+    "mistral3": "ministral3", "qwen2vl": "qwen2", "qwen3vl": "qwen3",
+    "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text"}
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -156,7 +157,10 @@ GGUF_OWN = {  # the same of keys that only some families have
     "shared_intermediate_size": "expert_shared_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     "residual_multiplier": "residual_scale", "attention_multiplier": "attention.scale",
-    "logits_scaling": "logit_scale", "conv_L_cache": "shortconv.l_cache"}
+    "logits_scaling": "logit_scale", "conv_L_cache": "shortconv.l_cache",
+    "linear_conv_kernel_dim": "ssm.conv_kernel", "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count", "linear_num_value_heads": "ssm.time_step_rank",
+    "full_attention_interval": "full_attention_interval"}
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
               "tensor_data_layout", "rope.dimension_sections", "n_deepstack_layers"}
 GGUF_GROWTH = {"attention.temperature_scale"}  # of Ministral 3 alone
@@ -164,6 +168,8 @@ GGUF_GROWTH = {"attention.temperature_scale"}  # of Ministral 3 alone
 GGUF_MAMBA = {f"ssm.{part}" for part in ("conv_kernel", "state_size", "group_count", "inner_size",
                                          "time_step_rank")} | {"expert_shared_feed_forward_length"}
 GGUF_KEYS = {  # * stands for the architecture
+    "*.ssm.inner_size": Rule(int, 1), "*.nextn_predict_layers": Rule(int, 0, 100),
+    "*.attention.recurrent_layers": Rule(bool, many=True, optional=True),
     "general.architecture": Rule(str),
     **{f"*.{theirs}": HF_KEYS[ours] for ours, theirs in (GGUF_SIZES | GGUF_OWN).items()},
     "*.attention.sliding_window": Rule(int, 0, MOST_POSITIONS, optional=True),

@@ -107,7 +107,8 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
             tensor = change.on(tensor)
         if FAMILIES[family].interleaved and re.search(r"\.[qk]_proj\.", name):
             tensor = unpermute_rope(tensor, RopePairs(spec.head_size, spec.rope_size or spec.head_size))
-        return tensor + 1 if FAMILIES[family].one_more and name.endswith("norm.weight") else tensor
+        one_more = FAMILIES[family].one_more and re.search(r"(?<!linear_attn\.)norm\.weight$", name)
+        return tensor + 1 if one_more else tensor
 
     tensors = assembled(source.path, settings, sources, state, dtype, changed, as_stored)
     text = hf_text(source.path, spec.vocab_size)
