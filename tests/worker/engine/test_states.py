@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_several_ranks_are_refused_in_one_line(made, divided, flag):
 # --- the ops -----------------------------------------------------------------------------------------------------
 
 
-def test_a_delta_rule_has_the_same_bits_however_its_tokens_are_cut():
+def test_a_delta_rule_computes_its_formula_however_its_tokens_are_cut():
     dice = torch.Generator().manual_seed(2)
     mixer, T = DeltaRule(4, 2, 4, 8, 6), 23
     normal = lambda *shape: torch.randn(*shape, generator=dice)       # noqa: E731
@@ -173,7 +174,9 @@ def test_a_delta_rule_has_the_same_bits_however_its_tokens_are_cut():
     for begin, end, slots in ((0, 4, (0, 0)), (4, 5, (0, 1)), (5, 10, (1, 1)), (10, T, (1, 2))):
         delta_rule_reference(x[begin:end], weights, mixer, 1e-6, now, Sequences([0, end - begin], [begin], [slots[0]], [(end - begin - 1, slots[1])]),
                              pieces[begin:end])
-    assert torch.equal(pieces, whole) and all(torch.equal(a[1:], b[1:]) for a, b in zip(states, now))
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    for one, other in ((pieces, whole), (states[0][1:], now[0][1:]), (states[1][1:], now[1][1:])):
+        close(one, other)
     S, o = torch.zeros(4, 8, 6), []                                   # and the values of its formula
     p, z, b, a = x.double().split(mixer.parts, 1)
     taps = weights["taps"].double().view(4, -1)
