@@ -31,9 +31,13 @@ def read_small(path: Path) -> bytes:
     return data
 
 
-def truncated(path: Path, size: int, lack: str) -> ConfigError:
+class Truncated(ConfigError):
+    """A file ends too early."""
+
+
+def truncated(path: Path, size: int, lack: str) -> Truncated:
     """What to tell of a file of `size` bytes that ends too early; `lack` says how that is known."""
-    return ConfigError(f"{path} is truncated: it has {size:,} bytes, {lack}; copy or download it again")
+    return Truncated(f"{path} is truncated: it has {size:,} bytes, {lack}; copy or download it again")
 
 
 def refuse_pointer(path: Path, data: bytes):

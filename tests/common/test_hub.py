@@ -112,6 +112,38 @@ def test_a_folder_of_safetensors_comes_with_its_shards_and_its_makers_sampling(t
         assert "does not have all files of that model" in refused("org/folder", env | {"HF_HUB_OFFLINE": "1"})
 
 
+WEIGHTS = b"x" * (2 << 20)
+SMALL = {"tokenizer.json": b"{}", "config.json": json.dumps({"model_type": "mamba2"}).encode()}
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({}, "org/odd is not downloaded: config.json: this server cannot run mamba2 yet; it runs: "),
+    *(pytest.param(changes, said, marks=pytest.mark.slow) for changes, said in (
+        ({"config.json": {}}, "config.json: model_type is "), ({"config.json": {"attention_sinks": 4}}, "config.json: attention_sinks is 4; this key is not supported in a qwen3 model"),
+        ({"config.json": {"quantization_config": {"quant_method": "awq"}}}, "awq"), ({"tokenizer.json": b'{"model": {"type": "Odd"}}'}, "tokenizer.json: "),
+        ({"tokenizer.json": None, "tokenizer.model": b"x"}, "it has no tokenizer.json; it has tokenizer.model, which this server does not read")))])
+def test_a_folder_that_no_server_can_run_is_refused_before_its_weights_are_asked_for(tmp_path, changes, said):
+    files = {path.name: path.read_bytes() for path in families.save(families.make_model("qwen3"), tmp_path / "made").iterdir()} if changes else dict(SMALL)
+    for name, change in changes.items():
+        files[name] = json.dumps((json.loads(files[name]) if change else {}) | change).encode() if isinstance(change, dict) else change
+    files = {name: data for name, data in files.items() if data is not None} | {"model.safetensors": WEIGHTS}
+    with fake_hub(org__odd=files) as hub:
+        assert said in refused("org/odd", environment(tmp_path, hub))
+        assert "config.json" in hub.fetched() and "model.safetensors" not in hub.fetched()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metadata, said", [
+    ({"general.architecture": "rwkv7"}, "org/odd:odd.gguf is not downloaded: its file: this server cannot run rwkv7 yet; it runs: "),
+    ({"tokenizer.ggml.pre": "unheard-of"}, "tokenizer.ggml.pre"), ({"llama.attention.odd": 3}, "llama.attention.odd is 3; this key is not supported in a llama model")])
+def test_a_gguf_file_that_no_server_can_run_is_refused_by_its_beginning(tmp_path, metadata, said):
+    odd = gguf_bytes({**LARGE_NUMBERS, **small_gguf_metadata("gpt-2"), **metadata}, random_llama(numbers=LARGE_NUMBERS)) + bytes(40 << 20)
+    with fake_hub(org__odd={"odd.gguf": odd}) as hub:
+        hub.cuts = {"odd.gguf": 25 << 20}       # a refusal comes before
+        assert said in refused("org/odd", environment(tmp_path, hub))
+        assert not [*(tmp_path / "hf").rglob("*.gguf")] + [*(tmp_path / "hf").rglob(".chat_server.*")]
+
+
 @pytest.mark.parametrize("text, found", [
     ("gpt-oss:120b", ("openai/gpt-oss-120b", "")), ("GPT-OSS-20b", ("openai/gpt-oss-20b", "")), ("llama3.1", ("meta-llama/Llama-3.1-8B-Instruct", "")),
     ("llama3.2-1b", ("meta-llama/Llama-3.2-1B-Instruct", "")), ("org/name", ("org/name", "")), ("org/name:a/b.gguf", ("org/name", "a/b.gguf")),

@@ -10,6 +10,8 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence as Seq
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.errors import ConfigError, named, require_library
 from chatlm.common.hub.local import FULL, download_lock, has_room, sha256_of
 from chatlm.common.log import log
+from chatlm.common.processes.start import PROCESS_COMMAND
 
 if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
@@ -90,9 +93,15 @@ def fetch_from_hub(repository: str, file: str, progress: Progress) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if not has_room(folder, whole):
             raise no_hub_room(hub, repository, f"{whole:,} bytes")
+        looked = "config.json" not in names
         for name in missing:
+            if not looked and name not in FOLDER_FILES:
+                looked = refuse_early(repository, hub_path(hub, repository, ["config.json"], info.sha))
+                if "tokenizer.json" not in sizes:
+                    raise ConfigError(f"{repository} is not downloaded: it has no tokenizer.json"
+                                      + other_tokenizers(sizes))
             download_from_hub(hub, repository, name, lambda count: progress(
-                f"downloading {repository}", min(1.0, (done + count) / whole)))
+                f"downloading {repository}", min(1.0, (done + count) / whole)), name == names[0])
             done += sizes[name]
         return hub_path(hub, repository, names, info.sha)
     except (ConfigError, InterruptedError):
@@ -154,6 +163,35 @@ def other_weights(names: Iterable[str]) -> str:
            "(from_pretrained, then save_pretrained writes safetensors)" if others else ""
 
 
+def other_tokenizers(names: Iterable[str]) -> str:
+    """What a folder of these files has instead of a tokenizer.json, as the end of a sentence."""
+    names = sorted(names)
+    others = [name for name in ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt",
+                                "spiece.model", "tiktoken.model") if name in names]
+    if not others:
+        return f"; it has {', '.join(names[:20])}"
+    return (f"; it has {' and '.join(others)}, which this server does not read. transformers can write one: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
+
+
+PREVIEW_S = 300         # on a machine that has no processor for it
+HEADER_BYTES = 4 << 20  # of a GGUF file may be its whole header; else it is looked at again at twice as many
+
+
+def refuse_early(repository: str, path: Path, size: int | None = None) -> bool:
+    """ConfigError if no server can run a model, by the small files of its folder or the beginning of its
+    GGUF file of `size` bytes; False if more of that is needed to tell."""
+    command = [*PROCESS_COMMAND, "preview", str(path), *([] if size is None else [str(size)])]
+    try:
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=PREVIEW_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return True  # the worker will tell
+    if done.returncode == 1 and (reason := done.stdout.decode("utf-8", "replace").strip()):
+        reason = reason.replace(f"{path}/", "").replace(str(path), "its file" if size else "it")
+        raise ConfigError(f"{repository} is not downloaded: {reason}")
+    return done.returncode != 2
+
+
 def hub_path(hub, repository: str, names: Seq[str], revision: str) -> Path:
     """The GGUF file, or the folder, that these files of the cache make."""
     paths = [hub.try_to_load_from_cache(repository, name, revision=revision) for name in names]
@@ -198,13 +236,16 @@ def no_hub_room(hub, repository: str, what: str) -> ConfigError:
                        "folder on a larger disk")
 
 
-def download_from_hub(hub, repository: str, name: str, progress: Callable[[int], None]):
-    """Put a file into huggingface_hub's cache.
+def download_from_hub(hub, repository: str, name: str, progress: Callable[[int], None], is_first: bool):
+    """Put a file into huggingface_hub's cache. The first GGUF file of a model is looked at as soon as its
+    header is here.
 
     The library itself begins a file again when its process ended in the middle. So a file is first written
     beside the cache's blobs, where the next start finds it; then the library finds a complete blob."""
     class Bar(contextlib.AbstractContextManager):
         """The part of tqdm's interface that the library uses."""
+
+        look_at = HEADER_BYTES if is_first and name.lower().endswith(".gguf") else sys.maxsize
 
         def __init__(self, *_, initial: int = 0, total: int | None = None, **__):
             self.n, self.total = initial, total
@@ -212,6 +253,9 @@ def download_from_hub(hub, repository: str, name: str, progress: Callable[[int],
         def update(self, count: int = 1):
             self.n += count
             progress(self.n)
+            if part.exists() and (written := part.stat().st_size) >= Bar.look_at:
+                told = refuse_early(f"{repository}:{name}", part, remote.size)
+                Bar.look_at = sys.maxsize if told else 2 * written
 
         def __exit__(self, *_):
             pass
@@ -233,6 +277,9 @@ def download_from_hub(hub, repository: str, name: str, progress: Callable[[int],
                         url, file, resume_size=before, tqdm_class=Bar, expected_size=remote.size,
                         headers=hub.utils.build_hf_headers())
                 except (hub.errors.HfHubHTTPError, InterruptedError):
+                    raise
+                except ConfigError:  # no server can run it
+                    part.unlink()
                     raise
                 except Exception as error:  # the connection broke: retry while bytes arrive
                     if getattr(error, "errno", None) in FULL:

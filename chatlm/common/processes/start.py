@@ -70,6 +70,7 @@ ROLES = {
     "survey": "chatlm.worker.entry:survey_role",
     "sandbox": "chatlm.front.api.sandboxed:sandbox_main",
     "ray": "chatlm.common.processes.ray:ray_main",
+    "preview": "chatlm.worker.weights.preview:preview_main",
     "trial": "chatlm.worker.weights.trial:trial_main",
     "check": "chatlm.worker.model.kernels:check_main",
 }

@@ -9,7 +9,8 @@ import operator
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,8 +55,20 @@ if TYPE_CHECKING:
 PERMUTED = ("llama", "smollm3", "granite", "granitemoe", "mistral3")
 
 
-def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What goes wrong inside, while a GGUF file is read, as ConfigError."""
     try:
+        yield
+    except OSError as error:
+        raise cannot_read(error.filename or path, error) from None
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
+        reason = "a tensor's shape does not fit its bytes" if "reshape" in str(error) else named(error)
+        raise ConfigError(f"{path} is not a readable GGUF file: {reason}") from None
+
+
+def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
+    with readable(source.path):
         metadata, stored = read_gguf(source.path)
         family, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
         architecture = metadata["general.architecture"]
@@ -78,11 +91,6 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                architecture in PERMUTED, FAMILIES[family].interleaved, added)
         text = gguf_text(source.path, metadata)
-    except OSError as error:
-        raise cannot_read(error.filename or source.path, error) from None
-    except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
-        reason = "a tensor's shape does not fit its bytes" if "reshape" in str(error) else named(error)
-        raise ConfigError(f"{source.path} is not a readable GGUF file: {reason}") from None
     types = Counter(tensor.tensor_type.name for tensor in stored.values())
     description = f"{architecture}, {spec.layers} layers, width {spec.width}, " + \
         ", ".join(f"{count} {name}" for name, count in types.most_common())

@@ -46,8 +46,9 @@ def read_gguf(path: Path) -> tuple[dict, dict]:
     return metadata, stored
 
 
-def read_gguf_file(path: Path) -> tuple[dict, dict]:
-    """As read_gguf, of one file."""
+def read_gguf_file(path: Path, size: int = 0) -> tuple[dict, dict]:
+    """As read_gguf, of one file. With its `size` where only its beginning is here: then its tensors have
+    shapes and types alone."""
     ARRAY, STRING = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
 
     class Reader(gguf.GGUFReader):
@@ -82,10 +83,15 @@ def read_gguf_file(path: Path) -> tuple[dict, dict]:
 
         def _build_tensors(self, start: int, fields: list):
             ends = [start + tensor_end(path, *field.parts[1:]) for field in fields]
-            if (end := max(ends, default=0)) > len(self.data):
+            if (end := max(ends, default=0)) > (size or len(self.data)):
                 name = str(bytes(fields[ends.index(end)].parts[1]), "utf-8", "replace")
-                check_end(path, len(self.data), end, f"the tensor {shown(name)} ends at")
-            super()._build_tensors(start, fields)
+                check_end(path, size or len(self.data), end, f"the tensor {shown(name)} ends at")
+            if not size:
+                return super()._build_tensors(start, fields)
+            self.tensors = [gguf.ReaderTensor(
+                str(bytes(field.parts[1]), "utf-8"), gguf.GGMLQuantizationType(int(field.parts[4][0])),
+                field.parts[3], math.prod(field.parts[3].tolist()), 0, 0, numpy.empty(0), field)
+                for field in fields]
 
     check_regular(path)
     reader = Reader(path, "c")  # copy on write, because torch does not accept read-only memory

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import read_small, read_text, refuse_cut_json
+from chatlm.common.hub.huggingface import other_tokenizers
 from chatlm.common.jsontext import whole_unicode
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
@@ -127,16 +128,6 @@ def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
     return family, family_spec(path, family, config, hf_rope(path, family, config, context))
 
 
-def other_tokenizers(folder: Path) -> str:
-    """What a folder without tokenizer.json has instead, as the end of a sentence."""
-    others = [name for name in ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt",
-                                "spiece.model", "tiktoken.model") if (folder / name).exists()]
-    if not others:
-        return f"; it has {', '.join(sorted(file.name for file in folder.iterdir())[:20])}"
-    return (f"; it has {' and '.join(others)}, which this server does not read. transformers can write one: "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
-
-
 def hf_template(folder: Path, options: Mapping) -> str | None:
     """The chat template: chat_template.jinja, else chat_template.json or the one in the tokenizer's
     `options`. Of several that have names it is `default`, with `tool_use` for chats with tools."""
@@ -162,7 +153,8 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
     """tokenizer.json, the chat template, and the tokens that other files there name as bos and eos."""
     path = folder / "tokenizer.json"
     if not path.exists():
-        raise ConfigError(f"{folder} has no tokenizer.json{other_tokenizers(folder)}")
+        raise ConfigError(f"{folder} has no tokenizer.json"
+                          + other_tokenizers(file.name for file in folder.iterdir()))
     payload = read_small(path)
     options, *others = (read_json(folder / f"{name}.json", needed=False)
                         for name in ("tokenizer_config", "generation_config", "config"))

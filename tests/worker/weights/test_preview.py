@@ -1,0 +1,47 @@
+"""What is told of a model whose weights are not here yet."""
+
+import pytest
+
+from chatlm.common.errors import ConfigError
+from chatlm.common.files import Truncated
+from chatlm.worker.weights.preview import preview_folder, preview_gguf, preview_main
+from families import make_model, save
+from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
+
+GOOD = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2")}
+
+
+def test_the_header_of_a_gguf_file_is_enough_and_less_is_too_little(tmp_path, default_model_path):
+    path, whole = tmp_path / "part", default_model_path.read_bytes()
+    for size in (10, 100_000, 1_000_000):
+        path.write_bytes(whole[:size])
+        with pytest.raises(Truncated):
+            preview_gguf(path, len(whole))
+        assert preview_main([str(path), str(len(whole))]) == 2
+    path.write_bytes(whole[:4 << 20])
+    assert preview_main([str(path), str(len(whole))]) == 0
+    with pytest.raises(ConfigError, match="the tensor .* ends at"):     # the file itself is cut
+        preview_gguf(path, 5 << 20)
+
+
+@pytest.mark.parametrize("metadata, said", [
+    ({"general.architecture": "rwkv7"}, "this server cannot run rwkv7 yet"), ({"tokenizer.ggml.pre": "unheard-of"}, "tokenizer.ggml.pre"),
+    ({"llama.attention.odd": 3}, "llama.attention.odd is 3; this key is not supported"), ({"llama.block_count": -1}, "llama.block_count"),
+    ({"split.count": 3, "general.architecture": "rwkv7"}, "this server cannot run rwkv7 yet")])
+def test_a_gguf_file_is_refused_by_its_header(tmp_path, capsys, metadata, said):
+    data, path = gguf_bytes(GOOD | metadata, random_llama()), tmp_path / "part"
+    path.write_bytes(data[:-100_000])
+    assert preview_main([str(path), str(len(data))]) == 1 and said in capsys.readouterr().out
+
+
+def test_a_folder_without_weights_is_enough(tmp_path):
+    folder = save(make_model("qwen3"), tmp_path / "made")
+    for weights in folder.glob("*.safetensors*"):
+        weights.unlink()
+    preview_folder(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="tokenizer.json"):
+        preview_folder(folder)
+    (folder / "config.json").write_text('{"model_type": "rwkv7"}')
+    with pytest.raises(ConfigError, match="cannot run rwkv7 yet; it runs: Llama"):
+        preview_folder(folder)
