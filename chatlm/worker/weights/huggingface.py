@@ -158,8 +158,7 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
     payload = read_small(path)
     options, *others = (read_json(folder / f"{name}.json", needed=False)
                         for name in ("tokenizer_config", "generation_config", "config"))
-    if b"Regex" in payload or b"\\u" in payload:  # which may spell it
-        refuse_endless(path, TextSpec("hf", payload))
+    refuse_endless(path, TextSpec("hf", payload))
     try:
         if (tokenizer := open_tokenizer(TextSpec("hf", payload))).vocab_size > vocab_size:
             # gemma3 has a token for images, of which its text model knows nothing

@@ -20,6 +20,7 @@ from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker import build
 from chatlm.worker.weights import lora
+from chatlm.worker.weights.files import weight_files
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.lora import matching
 from chatlm.worker.weights.nanochat import read_encoding
@@ -209,13 +210,23 @@ def test_published_expressions_need_no_trial(folder, monkeypatch):
         read(folder)
     text = path.read_text()
     for other in (splitting(LLAMA3_SPLIT + "|x+"), text.replace('"Regex": ', '"Regex": "(a+)+$", "Regex": '),
+                  text.replace('"Regex"', r'"\u0052egex"'), text.replace('"Regex": ', r'"R\u0065gex": "x", "Regex" : '),
                   splitting(LLAMA3_SPLIT) | {"normalizer": {"type": "Sequence", "normalizers": [
                       {"type": "Replace", "pattern": {"Regex": r"\p{N}"}, "content": "x"}] * 9}}):
         path.write_text(text if isinstance(other, dict) else other)
         if isinstance(other, dict):
             rewrite(path, other)
         assert "tokenizer.json: tried" in refusal(folder)
+    path.write_text(text)
+    rewrite(path, {"model": json.loads(text)["model"] | {"vocab": json.loads(text)["model"]["vocab"] | {"Regex": 260}}})
+    read(folder)  # a token of that name
     assert set(NANOCHAT_SPLITS) < KNOWN_SPLITS
+
+
+def test_of_two_numbered_sets_without_an_index_the_model_s_is_read(tmp_path):
+    for name in ("consolidated-00001-of-00002", "model-00001-of-00002", "model-00002-of-00002"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert [path.name[:11] for path in weight_files(tmp_path)] == ["model-00001", "model-00002"]
 
 
 def test_a_checkpoint_s_own_expression_is_tried_too(nanochat_fixtures, tmp_path):
