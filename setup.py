@@ -47,6 +47,7 @@ ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": AVX512_FLAGS,
     "_vnni": [*AVX512_FLAGS, "-mavx512vnni"],           # tiles.cpp checks for VNNI
+    "_amx": [*AVX512_FLAGS, "-mavx512vnni"],            # dispatch.cpp checks for AMX; its instructions need no flag
 }
 # The lanes of portable kernels are loops: -O3 unrolls them, for four times the compile time, before they can become vectors
 PORTABLE_FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model=unlimited"] if X86 and not SANITIZE else []

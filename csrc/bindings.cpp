@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/cpu.h"
+#include "cpu/choices.h"
 #include "cpu/pool/pool.h"
 #include "ops.h"
 #include "python_lists.h"
@@ -95,14 +95,12 @@ py::tuple try_phase(int threads, int64_t chunks, int chunk_us, int slowdown, int
 
 void bind_runtime(py::module_& m) {
     m.def("look_at_buffer", &look_at_buffer);
-    m.def("isa", [] { return dc::name_of(dc::chosen_isa()); });
-    m.def("set_isa", [](const std::string& name) { dc::set_isa(name.c_str()); }, py::arg("isa"));
-    m.def("offered_isas", [] {
-        py::list names;
-        for (dc::Isa isa : {dc::Isa::avx512, dc::Isa::avx2, dc::Isa::portable})
-            if (dc::offers(isa)) names.append(dc::name_of(isa));
-        return names;
-    });
+    m.def("isa", &dc::chosen_name);
+    m.def("set_isa", &dc::set_isa, py::arg("isa"));
+    m.def("offered_isas", &dc::offered_names);
+    m.def("isas_for_tests", &dc::names_for_tests);
+    m.def("amx_refusal", &dc::amx_refusal);
+    m.def("amx_refusal_of", &dc::amx_refusal_of, py::arg("edx"), py::arg("xcr0"), py::arg("error"));
     m.def("cpu_has", [](const std::string& feature) { return dc::cpu_has(feature.c_str()); }, py::arg("feature"));
     m.def("set_threads", &dc::set_threads, py::arg("threads"), py::call_guard<Gil>());
     m.def("get_threads", &dc::get_threads);

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "cpu/pool/pool.h"
+#include "checks.h"
+#include "cpu/tiles/least_rows.h"
 #include "cpu/tiles/tiles.h"
 
 namespace py = pybind11;
@@ -91,5 +93,13 @@ void bind_tiles(py::module_& m) {
         .def("embed", &embed, py::call_guard<Gil>())
         .def("multiply", &multiply, py::call_guard<Gil>());
     m.def("weight_types", &types);
+    m.def("amx_rows", [](int type, int64_t columns) -> int64_t {
+        const dc::Amx amx = dc::chosen_amx();
+        return amx == dc::Amx::measured ? dc::measured_rows(dc::Weight(type), columns) : amx != dc::Amx::none;
+    }, py::arg("type"), py::arg("columns"), py::call_guard<Gil>());
+    m.def("measure_amx_rows", [](int type, int64_t columns) {
+        dc::require(dc::chosen_amx() != dc::Amx::none, "isa: must be one of the amx ones");
+        return dc::measure_least_rows(dc::Weight(type), columns, dc::wide_kernel(dc::chosen_amx()), dc::narrow_kernels());
+    }, py::arg("type"), py::arg("columns"), py::call_guard<Gil>());
     m.def("row_bytes", [](int type, int64_t columns) { return dc::row_bytes(dc::Weight(type), columns); });
 }

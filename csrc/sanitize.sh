@@ -14,7 +14,7 @@ export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99 UBSAN_OPTIONS=pr
 export PYTHONPATH="$PWD/$built/lib:$PWD:$PWD/tests/support${PYTHONPATH:+:$PYTHONPATH}" PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 export DECODE_CORE_TEST_SHARE=${DECODE_CORE_TEST_SHARE:-0.02}
 arguments=("$@")
-[ $# -gt 0 ] || arguments=(tests/core/test_core_{pool,sample,attention,tiles,program,ranks}.py)
+[ $# -gt 0 ] || arguments=(tests/core/test_core_{pool,sample,attention,tiles,amx,program,ranks}.py)
 exec timeout --kill-after=10 "${DECODE_CORE_SANITIZE_SECONDS:-300}" \
     "$python" -m pytest -q -c /dev/null --rootdir=. --noconftest -p no:cacheprovider -p xdist.plugin -n 2 \
     -o "markers=slow: for the night" -m "${DECODE_CORE_SANITIZE_MARKS-not slow}" "${arguments[@]}"

@@ -27,7 +27,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 890 more: many models behind one URL: their survey, their turns in memory, names, the folder that is watched.
 # 145 more: decode_core's short convolution; Qwen3.5's delta rule and gates.
 # 60 more: models of the hub are looked at before their weights come.
-MOST_STATEMENTS = 16_220
+# 10 more: AMX as an instruction set: who refuses it is said.
+MOST_STATEMENTS = 16_230
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

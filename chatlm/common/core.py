@@ -33,7 +33,9 @@ def find_core() -> tuple[Any, str]:
         problem = f"the bundle's decode_core {error}"
     try:
         return importlib.import_module("decode_core"), problem
-    except ImportError:
+    except ImportError as error:
+        if reason := re.search("isa: (.*)", str(error)):
+            problem = f"DECODE_CORE_ISA={os.environ.get('DECODE_CORE_ISA')}: {reason[1]}"
         return None, problem
 
 
@@ -49,6 +51,12 @@ def decode_core():
     return core if getattr(core, "SEAM", None) == SEAM else None
 
 
+def refused_isa() -> str:
+    """Why decode_core cannot run with the instructions that DECODE_CORE_ISA asks for, "" if it can."""
+    problem = "" if os.environ.get("CHAT_SERVER_KERNELS") == "reference" else find_core()[1]
+    return problem if problem.startswith("DECODE_CORE_ISA=") else ""
+
+
 def kernels_line() -> str:
     """Which compiled core runs, or how to get one: for the start-up log, /stats and --version."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -57,9 +65,12 @@ def kernels_line() -> str:
     if os.environ.get("CHAT_SERVER_KERNELS") == "reference":
         return "CHAT_SERVER_KERNELS=reference, so slower reference ops run"
     problem = find_core()[1]
+    if refused := refused_isa():
+        return refused
     if core := decode_core():
         info = core.info()
         return (f"decode_core runs with {info['isa']} instructions"
+                + (f" ({refused})" if (refused := info.get("amx_refused")) else "")
                 + (", compiled with CUDA too" if info["cuda_compiled"] and device_files() else "")
                 + (f"; it is the installed one, because {problem}" if problem else ""))
     if problem:

@@ -23,12 +23,14 @@ __attribute__((always_inline)) static inline void fetch_once(const unsigned char
 
 enum class Isa { portable, avx2, avx512 };
 
+// What multiplies many rows beside the kernels of an Isa. measured: AMX, where it was measured to be faster; always: for any number of
+// rows (tests); emulated: its kernels for any number of rows on emulated registers (tests), beside AVX-512 or in portable code.
+enum class Amx { none, measured, always, emulated, emulated_portable };
+
 Isa chosen_isa();                       // the best that the CPU offers, or what DECODE_CORE_ISA or set_isa names
+Amx chosen_amx();
 bool offers(Isa isa);
-void set_isa(const char* name);         // std::invalid_argument for an unknown name or one this CPU lacks
-void set_isa_from_environment();        // DECODE_CORE_ISA = avx512 | avx2 | portable
-const char* name_of(Isa isa);
-bool cpu_has(const char* feature);      // "avx512_vnni", "avx512_bf16", "avx_vnni", "amx": for info()
+bool cpu_has(const char* feature);      // "avx512_vnni", "avx512_bf16", "amx_int8": for info()
 
 }  // namespace dc
 

@@ -1,19 +1,70 @@
 // The choice of an instruction set at run time. __builtin_cpu_supports asks cpuid for the feature and xgetbv whether the
 // operating system saves its registers; the sets asked for here are those that setup.py's ISA_FLAGS let the compiler use.
-#include "cpu/cpu.h"
+#include "cpu/choices.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 
 #include <atomic>
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
-#include <string>
 
 namespace dc {
 namespace {
 
-std::atomic<int> chosen{-1};
+struct Choice {
+    const char* name;
+    Isa isa;
+    Amx amx;
+    bool for_tests;
+};
 
-Isa best() { return offers(Isa::avx512) ? Isa::avx512 : offers(Isa::avx2) ? Isa::avx2 : Isa::portable; }
+constexpr Choice CHOICES[] = {          // the best first; tests' own with the best Isa
+    {"amx", Isa::avx512, Amx::measured, false}, {"avx512", Isa::avx512, Amx::none, false}, {"avx2", Isa::avx2, Amx::none, false},
+    {"portable", Isa::portable, Amx::none, false}, {"amx-always", Isa::avx512, Amx::always, true},
+    {"amx-emulated", Isa::avx512, Amx::emulated, true}, {"amx-emulated-portable", Isa::portable, Amx::emulated_portable, true}};
+
+std::atomic<const Choice*> chosen{nullptr};
+std::atomic<bool> amx_is_wrong{false};
+
+// Why a choice cannot be taken; "" if it can.
+std::string refusal_of(const Choice& choice) {
+    if (!offers(choice.isa)) return std::string("this CPU does not offer ") + choice.name;
+    if (choice.amx == Amx::none || choice.amx == Amx::emulated_portable) return "";
+    if (!cpu_has("avx512_vnni")) return std::string(choice.name) + " needs AVX-512 VNNI, which this CPU does not offer";
+    return choice.amx == Amx::emulated ? "" : amx_refusal();
+}
+
+const Choice& best() {
+    for (const Choice& choice : CHOICES)
+        if (!choice.for_tests && refusal_of(choice).empty()) return choice;
+    return CHOICES[3];
+}
+
+const Choice& choice_now() {
+    const Choice* choice = chosen.load(std::memory_order_relaxed);
+    return choice ? *choice : best();
+}
+
+std::vector<const char*> names(bool for_tests) {
+    std::vector<const char*> all;
+    for (const Choice& choice : CHOICES)
+        if (choice.for_tests == for_tests && refusal_of(choice).empty()) all.push_back(choice.name);
+    return all;
+}
+
+const Choice& named(const std::string& name) {
+    for (const Choice& choice : CHOICES)
+        if (name == choice.name) return choice;
+    throw std::invalid_argument("isa: amx, avx512, avx2 or portable, not " + name);
+}
 
 }  // namespace
 
@@ -40,34 +91,67 @@ bool cpu_has(const char* feature) {
     __builtin_cpu_init();
     if (!std::strcmp(feature, "avx512_vnni")) return __builtin_cpu_supports("avx512vnni");
     if (!std::strcmp(feature, "avx512_bf16")) return __builtin_cpu_supports("avx512bf16");
+    if (!std::strcmp(feature, "amx_int8")) return amx_refusal().empty();
 #endif
     (void)feature;
     return false;
 }
 
-const char* name_of(Isa isa) {
-    return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
+std::string amx_refusal_of(unsigned edx, unsigned long xcr0, int error) {
+    if ((edx >> 24 & 3) != 3) return "this CPU does not offer amx";
+    if ((xcr0 >> 17 & 3) != 3) return "the operating system does not keep AMX's registers, so it cannot be used";
+    return error ? std::string("the operating system refuses AMX (") + std::strerror(error) + ")" : "";
 }
 
-Isa chosen_isa() {
-    const int isa = chosen.load(std::memory_order_relaxed);
-    return isa >= 0 ? static_cast<Isa>(isa) : best();
+const std::string& amx_refusal() {
+    static const std::string wrong = "AMX gave wrong results here, so it is not used";
+    static const std::string refusal = [] {
+        unsigned a = 0, b = 0, c = 0, d = 0, low = 0, high = 0;
+        int error = ENOSYS;
+#if defined(__x86_64__) && defined(__linux__)
+        if (!AMX_IS_COMPILED) return std::string("amx: the compiler of this decode_core did not know it");
+        __builtin_cpu_init();
+        if (!offers(Isa::avx512) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return amx_refusal_of(0, 0, 0);   // AVX-512: there is XGETBV
+        asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+        constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+        if (amx_refusal_of(d, low, 0).empty()) error = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) ? errno : 0;
+#endif
+        return amx_refusal_of(d, low, error);
+    }();
+    return amx_is_wrong.load(std::memory_order_relaxed) ? wrong : refusal;
 }
 
-void set_isa(const char* name) {
-    for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
-        if (std::strcmp(name, name_of(isa))) continue;
-        if (!offers(isa)) throw std::invalid_argument(std::string("isa: this CPU does not offer ") + name);
-        chosen.store(static_cast<int>(isa));
-        return;
-    }
-    throw std::invalid_argument(std::string("isa: avx512, avx2 or portable, not ") + name);
+void give_up_amx() {
+    amx_is_wrong.store(true);
+    if (choice_now().amx == Amx::measured) chosen.store(&best());
+}
+
+Isa chosen_isa() { return choice_now().isa; }
+
+Amx chosen_amx() { return choice_now().amx; }
+
+const char* chosen_name() { return choice_now().name; }
+
+std::vector<const char*> offered_names() { return names(false); }
+
+std::vector<const char*> names_for_tests() { return names(true); }
+
+void set_isa(const std::string& name) {
+    const Choice& choice = named(name);
+    const std::string refusal = refusal_of(choice);
+    if (!refusal.empty()) throw std::invalid_argument("isa: " + refusal);
+    chosen.store(&choice);
 }
 
 void set_isa_from_environment() {
-    const char* name = std::getenv("DECODE_CORE_ISA");
-    if (name && *name) set_isa(name);
-    else chosen.store(static_cast<int>(best()));
+    const char* value = std::getenv("DECODE_CORE_ISA");
+    chosen.store(&best());
+    for (std::string names = value ? value : ""; !names.empty();) {
+        const size_t comma = names.find(',');
+        const std::string name = names.substr(0, comma);
+        names = comma == std::string::npos ? "" : names.substr(comma + 1);
+        if (names.empty() || refusal_of(named(name)).empty()) return set_isa(name);
+    }
 }
 
 }  // namespace dc

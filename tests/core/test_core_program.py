@@ -21,7 +21,7 @@ from row_ops import fma, rms_norm, route, sigmoid, softcap  # noqa: E402
 
 PAGE, MAX_TOKENS, MAX_ROWS, PAGES, SLOTS = 16, 128, 128, 64, 16
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
-ISAS = _core.offered_isas()
+ISAS = [*_core.offered_isas(), *_core.isas_for_tests()]
 
 
 @pytest.fixture(autouse=True)

@@ -119,6 +119,19 @@ def test_a_core_of_another_version_is_named_and_left_alone(text, said, tmp_path)
     assert "Traceback" not in refused.stderr
 
 
+@needs_core
+def test_instructions_that_this_machine_lacks_end_the_start_with_one_line(nanochat_fixtures):
+    line = "DECODE_CORE_ISA=sse2: amx, avx512, avx2 or portable, not sse2"
+    code = "from chatlm.common.core import kernels_line; print(kernels_line())"
+    command = [sys.executable, SCRIPT, nanochat_fixtures / "gen3", "--port", "0", "--host", "127.0.0.1"]
+    said, ended = (
+        subprocess.run(arguments, capture_output=True, text=True, timeout=60, cwd=SCRIPT.parent,
+                       env=os.environ | {"DECODE_CORE_ISA": "sse2", "PYTHONPATH": os.pathsep.join(sys.path)})
+        for arguments in ([sys.executable, "-c", code], command))
+    assert said.stdout == line + "\n"
+    assert ended.returncode == 2 and ended.stderr.endswith(f"chat_server: {line}\n") and "Traceback" not in ended.stderr
+
+
 @pytest.mark.parametrize("model", ["gen3", pytest.param("default", marks=pytest.mark.slow)])
 def test_a_server_beside_another_version_says_so_and_runs_references(model, tmp_path, nanochat_fixtures,
                                                                      default_model_path):

@@ -19,7 +19,7 @@ import torch
 
 from chatlm import __version__
 from chatlm.common.config import PAGE_SIZE
-from chatlm.common.core import SEAM, decode_core, installed_core, kernels_line
+from chatlm.common.core import SEAM, decode_core, installed_core, kernels_line, refused_isa
 from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.messages.requests import SamplingParams
@@ -182,6 +182,8 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
 
 def choose_backend(device, spec: ModelSpec | None):
     """decode_core's backend if it runs this model on this device, else torch's (always without a spec)."""
+    if refused := refused_isa():
+        raise ConfigError(refused)
     core = decode_core() if spec else None
     if core and spec and (features := not_compiled(spec, device)):
         log.warning("decode_core has no %s, which this model needs: torch computes instead", features)

@@ -90,7 +90,9 @@ class RankZero(RankAlone):
         """Prepare where the ranks of each stage meet, and tell them what to load."""
         config, environment = self.config, {"CHAT_SERVER_KERNELS": os.environ.get("CHAT_SERVER_KERNELS", "")}
         if core := decode_core():
-            environment["DECODE_CORE_ISA"] = core.info()["isa"]
+            isa = core.info()["isa"]
+            # another machine may lack amx
+            environment["DECODE_CORE_ISA"] = "amx,avx512" if isa == "amx" else isa
         if self.tp == 1:
             addresses = [""] * self.stages
         elif core and backend.join:

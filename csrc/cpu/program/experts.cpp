@@ -12,7 +12,7 @@ Routing::Routing(int64_t experts, int64_t chosen, bool sum_to_one, int64_t max_t
 
 int64_t Routing::most_panels(int64_t experts, int64_t pairs) {         // each expert's last panel may hold a single row
     const int64_t most = std::min(experts, pairs);
-    return most + (pairs - most) / GROUP_ROWS;
+    return most + (pairs - most) / PANEL_ROWS;
 }
 
 }  // namespace dc

@@ -57,7 +57,7 @@ void Routing::group(int64_t rows, Needed needed) {
         place[size_t(e) + 1] += place[size_t(e)];
         if (!count) continue;
         active.push_back({int32_t(e), place[size_t(e)], count, panel});
-        panel += int32_t(group_count(count));
+        panel += int32_t(panel_count(count));
     }
     row_of.resize(size_t(place[size_t(experts)]));
     for (int64_t row = 0; row < rows; row++)

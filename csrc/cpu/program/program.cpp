@@ -16,6 +16,7 @@
 #include "cpu/pool/pool.h"
 #include "cpu/program/step.h"
 #include "cpu/program/width.h"
+#include "cpu/tiles/least_rows.h"
 
 namespace dc {
 namespace {
@@ -262,10 +263,11 @@ void Program::record(const Op& op) {
     if (op.kind == OpKind::gate_up || op.kind == OpKind::down) {
         const int64_t pairs = max_tokens * op.routing->chosen;
         const int64_t panels = Routing::most_panels(op.routing->experts, pairs);
-        in.panels_size = std::max(in.panels_size, size_t(panels * group_bytes(op.tiles.type, op.tiles.columns)));
+        in.panels_size = std::max(in.panels_size, size_t(panels * panel_bytes(op.tiles.type, op.tiles.columns)));
         size_t& size = op.kind == OpKind::down ? in.added_size : in.hidden_size;
         size = std::max(size, size_t(pairs * op.out.columns) * sizeof(float));
     }
+    if (op.tiles.memory) measure_for(op.tiles);
     in.ops.push_back(op);
 }
 

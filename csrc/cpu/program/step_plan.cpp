@@ -143,8 +143,9 @@ void Step::add_rows(int first, int end, int prepares, int64_t rows) {
     if (rows == 0 || (first == end && prepares < 0)) return;
     int64_t per_chunk = SMALL_CHUNK_ROWS;
     if (rows == tokens && by_rows()) {          // a multiple of GROUP_ROWS; the more, the less often weights are read
+        const int64_t least = chosen_amx() != Amx::none && rows >= threads * PANEL_ROWS ? PANEL_ROWS : GROUP_ROWS;
         per_chunk = 4 * GROUP_ROWS;
-        while (per_chunk > GROUP_ROWS && rows < 3 * threads * per_chunk) per_chunk /= 2;
+        while (per_chunk > least && rows < 3 * threads * per_chunk) per_chunk /= 2;
     }
     const bool needed_only = first < end && is_needed_only(first);
     add_plain<&Step::do_rows>({nullptr, first, end, prepares, rows, per_chunk, (rows + per_chunk - 1) / per_chunk, needed_only});

@@ -163,7 +163,7 @@ void Step::do_gather(const Part& part, int64_t chunk) const {
     for (const Routing::Expert& expert : routing.active)
         for (int64_t i = std::max<int64_t>(begin, expert.first); i < std::min<int64_t>(end, expert.first + expert.count); i++) {
             const float* x = op.kind == OpKind::down ? memory.hidden + i * K : op.x.row(routing.row_of[size_t(i)]);
-            const int64_t to = expert.panel * int64_t(GROUP_ROWS) + i - expert.first;
+            const int64_t to = expert.panel * int64_t(PANEL_ROWS) + i - expert.first;
             prepare(op.tiles.type, x - to * K, K, K, to, to + 1, op.norm, op.weight, op.epsilon, memory.panels);
         }
 }
@@ -187,10 +187,10 @@ void Step::each_piece(const Part& part, int64_t chunk, Visit visit) const {
 void Step::do_experts(const Part& part, int64_t chunk, float* staged) const {
     const Op& op = ops[size_t(part.first)];
     float* const pairs = op.kind == OpKind::down ? memory.added : memory.hidden;
-    const int64_t panel_bytes = group_bytes(op.tiles.type, op.tiles.columns);
+    const int64_t panel = panel_bytes(op.tiles.type, op.tiles.columns);
     each_piece(part, chunk, [&](const Piece& piece) {
         const int64_t columns = piece.column_end - piece.column_begin, before = piece.expert.id * piece.width;  // other experts' columns
-        Product product{op.tiles, static_cast<char*>(memory.panels) + piece.expert.panel * panel_bytes, piece.expert.count, op.bias,
+        Product product{op.tiles, static_cast<char*>(memory.panels) + piece.expert.panel * panel, piece.expert.count, op.bias,
                         nullptr, 0, op.activation, pairs + piece.expert.first * piece.width - before, piece.width, before + piece.width};
         if (staged) product.out = staged - before - piece.column_begin, product.out_stride = columns;
         multiply(product, piece.tile_begin, piece.tile_end, 0, group_count(piece.expert.count));

@@ -6,6 +6,9 @@
 #include <algorithm>
 #include <new>
 
+#include "cpu/choices.h"
+#include "cpu/tiles/least_rows.h"
+
 #define DC_ISA portable
 #include "cpu/tiles/formats.h"
 
@@ -18,7 +21,9 @@ constexpr size_t HUGE_PAGE = 2 << 20;
 
 size_t rounded_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-const TileKernels& kernels() {
+}  // namespace
+
+const TileKernels& narrow_kernels() {
 #if defined(__x86_64__)
     static const bool vnni = cpu_has("avx512_vnni");
     if (chosen_isa() == Isa::portable) return portable::tile_kernels;
@@ -28,7 +33,7 @@ const TileKernels& kernels() {
 #endif
 }
 
-}  // namespace
+static int64_t any_rows(Weight, int64_t) { return 1; }
 
 int64_t tile_count(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
@@ -64,17 +69,34 @@ int64_t bytes_of(const Tiles& tiles) {
 }
 
 size_t prepared_bytes(Weight type, int64_t columns, int64_t rows) {
-    return size_t(group_count(rows) * group_bytes(type, columns));
+    return size_t(panel_count(rows) * panel_bytes(type, columns));
 }
 
 void prepare(Weight type, const float* x, int64_t stride, int64_t columns, int64_t row_begin, int64_t row_end, bool norm,
              const float* norm_weight, float epsilon, void* prepared) {
-    kernels().prepare({type, x, stride, columns, norm, norm_weight, epsilon, static_cast<uint8_t*>(prepared)}, row_begin, row_end);
+    narrow_kernels().prepare({type, x, stride, columns, norm, norm_weight, epsilon, static_cast<uint8_t*>(prepared)}, row_begin, row_end);
 }
 
 void multiply(const Product& product, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end) {
-    kernels().multiply(product, tile_begin, tile_end, group_begin, group_end);
+    const Amx amx = chosen_amx();
+    if (amx == Amx::none) return narrow_kernels().multiply(product, tile_begin, tile_end, group_begin, group_end);
+    wide_kernel(amx)(product, tile_begin, tile_end, group_begin, group_end, narrow_kernels(), amx == Amx::measured ? measured_rows : any_rows);
 }
+
+WideMultiply wide_kernel(Amx amx) {
+#if defined(__x86_64__)
+    if (amx == Amx::emulated) return emulated_vnni::wide_multiply;
+    if (amx == Amx::measured || amx == Amx::always) return amx::wide_multiply;
+#endif
+    (void)amx;
+    return emulated_portable::wide_multiply;
+}
+
+#if defined(__x86_64__)
+const bool AMX_IS_COMPILED = amx::wide_multiply;
+#else
+const bool AMX_IS_COMPILED = false;
+#endif
 
 // ---- memory
 

@@ -54,6 +54,7 @@ static constexpr bool is_gate(Activation activation) { return activation != Acti
 constexpr int TILE_ROWS = 16;
 constexpr int BLOCK = 32;               // columns that share a scale of x
 constexpr int GROUP_ROWS = 8;           // rows of x that meet each unpacked tile together
+constexpr int PANEL_ROWS = 16;          // rows of x that lie side by side: two groups
 
 static constexpr bool is_float(Weight type) { return type <= Weight::bf16; }
 
@@ -80,7 +81,7 @@ static inline TilePlace tile_of(const Tiles& tiles, int64_t tile, int64_t bytes)
     return tiles.places ? tiles.places[tile] : TilePlace{tiles.type, tiles.memory + tile * bytes};
 }
 
-// ---- x made ready: groups of 8 rows, the rows of a group side by side
+// ---- x made ready: panels of 16 rows, the rows of a panel side by side
 
 size_t prepared_bytes(Weight type, int64_t columns, int64_t rows);
 
@@ -104,6 +105,7 @@ struct Product {
 };
 
 static inline int64_t group_count(int64_t rows) { return (rows + GROUP_ROWS - 1) / GROUP_ROWS; }
+static inline int64_t panel_count(int64_t rows) { return (rows + PANEL_ROWS - 1) / PANEL_ROWS; }
 
 // Tiles [tile_begin, tile_end) (gates: both even) of tile_count, groups [group_begin, group_end) of group_count(rows).
 void multiply(const Product& product, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end);
@@ -140,28 +142,47 @@ struct TileKernels {
 
 DC_EACH_ISA(extern const TileKernels tile_kernels)
 
-// The panel of a group: for q types [2][K / 32] of these, each half for SET_ROWS rows; for float types f32 [K / 16, rounded up][8][16].
+// Kernels for 16 rows at a time (tiles_amx.inl.h). They leave to `narrow` what they have no kernel for, and a range of fewer rows
+// than `least_rows` says of a type and a number of columns; 0: all.
+using LeastRows = int64_t (*)(Weight type, int64_t columns);
+using WideMultiply = void (*)(const Product&, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end,
+                              const TileKernels& narrow, LeastRows least_rows);
+
+namespace amx { extern const WideMultiply wide_multiply; }      // null where the compiler does not know AMX
+namespace emulated_vnni { extern const WideMultiply wide_multiply; }
+namespace emulated_portable { extern const WideMultiply wide_multiply; }
+
+// A panel of 16 rows: for q types [K / 32] of these; for float types of each group f32 [K / 16, rounded up][8][16].
 // One thread makes x of a decode step ready, and every cache line that others read moves to their caches and back: of up to 4 rows
-// 3 lines a block that lie together, and 3 more where a row of its set has a fine plane. A row writes bytes of its own only.
+// 3 lines a block, and 3 more where a row of its set has a fine plane. A row writes bytes of its own only. x and fine are as AMX's
+// tiles load them. 29 lines: with an odd number, what few
+// rows read is spread over all sets of a cache.
 constexpr int SET_ROWS = 4;                             // rows that take a fine plane together: of 8 more often one has it; 2 gain nothing
 
-struct PanelBlock {
-    int8_t x[SET_ROWS][BLOCK];
+struct alignas(64) PanelSet {
     float scale[SET_ROWS];                              // dx = amax / 127
     float product[SET_ROWS];                            // the sum of x
+    int32_t minus[SET_ROWS];                            // minus the sum of x8
     uint8_t has_fine[SET_ROWS];                         // 1 or 0
-    alignas(16) int32_t minus[3][SET_ROWS];             // minus the sum of x8: of all 32, of the first 16, of the others
-    int32_t fine_minus[3][SET_ROWS];                    // and of fine
-    alignas(64) int8_t fine[SET_ROWS][BLOCK];           // 0 without has_fine, at most +-127
+    alignas(64) int32_t half_minus[2][SET_ROWS];        // minus the sum of x8 of the first 16 columns, of the others
+    alignas(64) int32_t fine_minus[3][SET_ROWS];        // minus the sum of fine: of all 32, of the first 16, of the others
 };
+
+struct alignas(64) PanelBlock {
+    int8_t x[PANEL_ROWS][BLOCK];
+    int8_t fine[PANEL_ROWS][BLOCK];                     // 0 without has_fine, at most +-127
+    PanelSet sets[PANEL_ROWS / SET_ROWS];
+    uint8_t unused[64];
+};
+static_assert(sizeof(PanelBlock) == 29 * 64, "PanelBlock");
 
 // Simulated on 510 positions: KL, and the share of the blocks that one row of 8 wants fine. 1.3: 4.5e-4, 45 %; 1.5: 5.3e-4, 36 %;
 // 2: 8.0e-4, 22 %. So many of the largest for each row are worse: 2 of 18, 7.9e-4, 32 %; 4 of 18, 4.4e-4, 57 %.
 constexpr float FINE_ABOVE = 1.5f;
 
-static inline int64_t group_bytes(Weight type, int64_t columns) {
-    return is_float(type) ? (columns + 15) / 16 * GROUP_ROWS * 16 * int64_t(sizeof(float))
-                          : columns / BLOCK * (GROUP_ROWS / SET_ROWS) * int64_t(sizeof(PanelBlock));
+static inline int64_t panel_bytes(Weight type, int64_t columns) {
+    constexpr int64_t GROUPS = PANEL_ROWS / GROUP_ROWS;
+    return is_float(type) ? GROUPS * ((columns + 15) / 16) * GROUP_ROWS * 16 * int64_t(sizeof(float)) : columns / BLOCK * int64_t(sizeof(PanelBlock));
 }
 
 // ---- memory

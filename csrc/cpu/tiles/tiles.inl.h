@@ -1,5 +1,5 @@
 // op       prepare, multiply: out (T, N) = residual + activation(norm(x) (T, K) W^T + bias), W in tiles (cpu/tiles/tiles.h)
-// shapes   x f32 -> panels of 8 rows (int8 per 32 + scale, or f32); W (N, K) of any type in formats.h, or floats; out f32
+// shapes   x f32 -> panels of 16 rows (int8 per 32 + scale, or f32); W (N, K) of any type in formats.h, or floats; out f32
 // mapping  16 lanes = the 16 rows of a tile; a kernel holds the sums of one tile (float types: two) and up to 8 rows of x in
 //          registers, so a tile is unpacked once for 8 rows. The first group to meet a tile streams it from memory, prefetching;
 //          then it stays in the L1 cache while as many groups as a quarter of the L2 cache holds pass by it
@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "cpu/lanes.h"
+#include "cpu/tiles/finish.inl.h"
 #include "cpu/tiles/formats.h"
 #include "cpu/tiles/tiles.h"
 
@@ -27,28 +28,6 @@ constexpr int Q_ROWS = 4, FLOAT_ROWS = 3;
 #else
 constexpr int Q_ROWS = 2, FLOAT_ROWS = 4;           // q: with 4 the compiler takes more than a minute
 #endif
-
-constexpr int PAIR = 2;                             // tiles at once: gate and up, or floats, of which one tile would wait for its sums
-constexpr int64_t GROUPS_BYTES = 256 << 10;         // of panels that pass by one tile: a quarter of the L2 cache
-constexpr int64_t AHEAD = 8 << 10;                  // bytes from what is read to what is prefetched; 4 KB cost 10 %, 16 KB nothing
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// `count` values, the other lanes 0; 16 or more: a plain load.
-template <class T>
-DC_INLINE Lanes load_some(const T* p, int64_t count) {
-    if (count >= 16) return load(p);
-    float x[16] = {};
-    for (int64_t i = 0; i < count; i++) x[i] = widen(p[i]);
-    return load(x);
-}
-
-DC_INLINE void store_some(float* p, Lanes a, int64_t count) {
-    if (count >= 16) return store(p, a);
-    float x[16];
-    store(x, a);
-    for (int64_t i = 0; i < count; i++) p[i] = x[i];
-}
 
 // ---- prepare
 
@@ -74,33 +53,36 @@ DC_INLINE Lanes rms_scale(const float* x, int64_t columns, float epsilon) {     
     return all(1.0f / __builtin_sqrtf(sum(squares) / float(columns) + epsilon));
 }
 
-DC_INLINE void put_sums(HalfSums sum, int32_t (*minus)[SET_ROWS], int r) {
-    minus[0][r] = -(sum.low + sum.high), minus[1][r] = -sum.low, minus[2][r] = -sum.high;
-}
-
-DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, int r) {
+DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, int panel_row) {
+    const int set = panel_row / SET_ROWS, r = panel_row % SET_ROWS;
     const int64_t blocks = row.job.columns / BLOCK;
     float scales = 0;
     for (int64_t b = 0; b < blocks; b++) {
-        PanelBlock& to = panel[b];
-        const Quantized q = quantize_block(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), to.x[r]);
+        PanelSet& to = panel[b].sets[set];
+        const Quantized q = quantize_block(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), panel[b].x[panel_row]);
         to.scale[r] = q.scale;
         to.product[r] = q.scale * float(q.sum.low + q.sum.high);
+        to.minus[r] = -(q.sum.low + q.sum.high);
         to.has_fine[r] = 0;
-        put_sums(q.sum, to.minus, r);
-        put_sums({0, 0}, to.fine_minus, r);
-        std::memset(to.fine[r], 0, BLOCK);
+        to.half_minus[0][r] = -q.sum.low, to.half_minus[1][r] = -q.sum.high;
+        for (int part = 0; part < 3; part++) to.fine_minus[part][r] = 0;
+        std::memset(panel[b].fine[panel_row], 0, BLOCK);
         scales += q.scale;
     }
     const float limit = FINE_ABOVE * (scales / float(blocks));
     for (int64_t b = 0; b < blocks; b++) {
-        PanelBlock& to = panel[b];
+        PanelSet& to = panel[b].sets[set];
         if (!(to.scale[r] > limit)) continue;
-        const HalfSums sum = quantize_rest(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), to.fine[r]);
+        const HalfSums sum = quantize_rest(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), panel[b].fine[panel_row]);
         to.has_fine[r] = 1;
         to.product[r] += to.scale[r] / 256 * float(sum.low + sum.high);
-        put_sums(sum, to.fine_minus, r);
+        to.fine_minus[0][r] = -(sum.low + sum.high), to.fine_minus[1][r] = -sum.low, to.fine_minus[2][r] = -sum.high;
     }
+}
+
+// Where a group's part of a panel of floats begins.
+DC_INLINE int64_t float_group(int64_t columns, int64_t group) {
+    return group % (PANEL_ROWS / GROUP_ROWS) * ((columns + 15) / 16) * GROUP_ROWS * 16;
 }
 
 void copy_row(const Row& row, float* panel, int r) {
@@ -111,37 +93,35 @@ void prepare(const Preparation& job, int64_t row_begin, int64_t row_end) {
     for (int64_t i = row_begin; i < row_end; i++) {
         const float* x = job.x + i * job.stride;
         const Row row{job, x, job.norm ? rms_scale(x, job.columns, job.epsilon) : all(1.0f)};
-        uint8_t* panel = job.prepared + i / GROUP_ROWS * group_bytes(job.type, job.columns);
-        const int r = int(i % GROUP_ROWS);
-        if (is_float(job.type)) copy_row(row, reinterpret_cast<float*>(panel), r);
-        else quantize_row(row, reinterpret_cast<PanelBlock*>(panel) + r / SET_ROWS * (job.columns / BLOCK), r % SET_ROWS);
+        uint8_t* panel = job.prepared + i / PANEL_ROWS * panel_bytes(job.type, job.columns);
+        if (is_float(job.type)) copy_row(row, reinterpret_cast<float*>(panel) + float_group(job.columns, i / GROUP_ROWS), int(i % GROUP_ROWS));
+        else quantize_row(row, reinterpret_cast<PanelBlock*>(panel), int(i % PANEL_ROWS));
     }
 }
 
 // ---- one q tile times R rows of a panel. Kernels are never inlined: in their caller GCC gives them half the registers.
 
-// Each line once, block after block.
-template <class F>
-DC_INLINE void prefetch_block(const uint8_t* group, int64_t i, int64_t ahead) {
-    constexpr int64_t STEP = group_of_blocks_bytes<F>() / F::BLOCKS;
-    fetch_once(group + i * STEP + ahead, STEP);
-}
-
-// The x8 or the fine values of some rows of a block; rows from SET_ROWS on are in the panel's other half.
+// The x8 or the fine values of some rows of a block, which begin with a set if they are more than one holds.
 struct Plane {
-    const int8_t *x, *other_x;
-    const int32_t *minus, *other_minus;
+    const int8_t* x;
+    const int32_t *minus, *other_minus;         // [PARTS][SET_ROWS], from the first row on; those of the other set
 
-    const int8_t* values(int r) const { return (r < SET_ROWS ? x : other_x) + r % SET_ROWS * BLOCK; }
+    const int8_t* values(int r) const { return x + r * BLOCK; }
     const int32_t& minus_of(int part, int r) const {        // by r % SET_ROWS, GCC 12 with both sanitizers reads row 4's for 5, 6, 7
         return r < SET_ROWS ? minus[part * SET_ROWS + r] : other_minus[part * SET_ROWS + r - SET_ROWS];
     }
 };
 
-DC_INLINE Plane plane_of(const PanelBlock& block, const PanelBlock& other, int row) {
-    return {block.x[row], other.x[0], block.minus[0] + row, other.minus[0]};
+// x: of the first row; r: its place in the set.
+template <int PARTS>
+DC_INLINE Plane plane_of(const int8_t* x, const PanelSet* set, int r) {
+    if constexpr (PARTS == 1) return {x, set->minus + r, set[1].minus};
+    else return {x, set->half_minus[0] + r, set[1].half_minus[0]};
 }
-DC_INLINE Plane fine_plane_of(const PanelBlock& block, int row) { return {block.fine[row], nullptr, block.fine_minus[0] + row, nullptr}; }
+template <int PARTS>
+DC_INLINE Plane fine_plane_of(const int8_t* x, const PanelSet* set, int r) {
+    return {x + offsetof(PanelBlock, fine), set->fine_minus[PARTS - 1] + r, nullptr};
+}
 
 // sums [PARTS][R] += a block's codes times R rows of x.
 template <class F, int R, int C>
@@ -157,10 +137,9 @@ DC_INLINE void sum_chunk(const uint8_t* quants, const Plane& plane, Sum* sum) {
 // whole [PARTS][R] = a block's sums with R rows of x.
 template <class F, int R>
 DC_INLINE void sum_block(const uint8_t* quants, const Plane& plane, Whole* whole) {
-    constexpr int FIRST = F::PARTS - 1;                         // of all 32 columns, or of the first 16
     Sum sum[F::PARTS * R];
     for (int p = 0; p < F::PARTS; p++)
-        for (int r = 0; r < R; r++) sum[p * R + r] = F::Dot::template begin<F::OFFSET_SHIFT>(plane.minus_of(FIRST + p, r));
+        for (int r = 0; r < R; r++) sum[p * R + r] = F::Dot::template begin<F::OFFSET_SHIFT>(plane.minus_of(p, r));
     sum_chunk<F, R, 0>(quants, plane, sum), sum_chunk<F, R, 1>(quants, plane, sum);
     if constexpr (F::Dot::HALFWAY)
         for (int r = 0; r < R; r++) {
@@ -170,7 +149,7 @@ DC_INLINE void sum_block(const uint8_t* quants, const Plane& plane, Whole* whole
     sum_chunk<F, R, 2>(quants, plane, sum), sum_chunk<F, R, 3>(quants, plane, sum);
     for (int p = 0; p < F::PARTS; p++)
         for (int r = 0; r < R; r++) {
-            const Whole last = F::Dot::template end<F::OFFSET_SHIFT>(sum[p * R + r], plane.minus_of(FIRST + p, r));
+            const Whole last = F::Dot::template end<F::OFFSET_SHIFT>(sum[p * R + r], plane.minus_of(p, r));
             if constexpr (F::Dot::HALFWAY) whole[r] = F::Dot::add(whole[r], last);
             else whole[p * R + r] = last;
         }
@@ -183,6 +162,9 @@ DC_INLINE bool any_fine(const uint8_t* has_fine) {
     return flags != 0;
 }
 
+template <class T>
+DC_INLINE const T* next_block(const T* p) { return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(p) + sizeof(PanelBlock)); }
+
 template <int PARTS>
 struct Scales { Lanes of[PARTS]; };
 
@@ -190,22 +172,23 @@ struct Scales { Lanes of[PARTS]; };
 // two parts of `whole`. To a row without a fine plane it makes no difference whether another has one: apart, it adds 0; else
 // d * dx * sum is (d / 256) * dx * (256 * sum), to the bit.
 template <class F, int R>
-DC_INLINE void add_block(const uint8_t* quants, const PanelBlock& x, int row, Scales<F::PARTS> d, Whole* whole, int apart, Lanes* total) {
-    const bool fine = any_fine<R>(x.has_fine + row);
+DC_INLINE void add_block(const uint8_t* quants, const int8_t* x, const PanelSet* set, int first, Scales<F::PARTS> d, Whole* whole, int apart,
+                         Lanes* total) {
+    const bool fine = any_fine<R>(set->has_fine + first);
     Whole rest[F::PARTS * R];
     if (F::FINE_APART || !fine)
         for (int p = 0; p < F::PARTS; p++)
-            for (int r = 0; r < R; r++) add_product(total[r], d.of[p] * all(x.scale[row + r]), to_floats(whole[p * apart + r]));
+            for (int r = 0; r < R; r++) add_product(total[r], d.of[p] * all(set->scale[first + r]), to_floats(whole[p * apart + r]));
     if (!fine) return;
 #if !defined(__AVX512F__)
     asm("" : "+r"(quants));             // unpacked again: there are no registers to keep the first plane's weights in
 #endif
-    sum_block<F, R>(quants, fine_plane_of(x, row), rest);
+    sum_block<F, R>(quants, fine_plane_of<F::PARTS>(x, set, first), rest);
     for (int p = 0; p < F::PARTS; p++) {
         const Lanes small = d.of[p] * all(1.0f / 256);
         for (int r = 0; r < R; r++) {
             const Whole sum = F::FINE_APART ? rest[p * R + r] : add_fine(whole[p * apart + r], rest[p * R + r]);
-            add_product(total[r], small * all(x.scale[row + r]), to_floats(sum));
+            add_product(total[r], small * all(set->scale[first + r]), to_floats(sum));
         }
     }
 }
@@ -217,24 +200,25 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
                                       float* y) {
     using F = Format<TYPE>;
     constexpr int FIRST = R < SET_ROWS ? R : SET_ROWS, OTHERS = R - FIRST;
-    panel += row / SET_ROWS * blocks, row %= SET_ROWS;
-    const PanelBlock* const other = panel + (OTHERS ? blocks : 0);
+    const int first = Q_ROWS % SET_ROWS ? row % SET_ROWS : 0;
+    const int8_t* x = panel->x[row];
+    const PanelSet* set = panel->sets + row / SET_ROWS;
     Lanes total[R] = {};                            // zeroed by a loop, GCC 12 would keep it in memory
-    for (int64_t b = 0; b < blocks; b++) {
+    for (int64_t b = 0; b < blocks; b++, x = next_block(x), set = next_block(set)) {
         const int64_t i = b % F::BLOCKS;
         const uint8_t* group = tile + b / F::BLOCKS * group_of_blocks_bytes<F>();
         const uint8_t* quants = quants_of<F>(group, i);
         if (ahead) prefetch_block<F>(group, i, ahead);
         Whole whole[F::PARTS * R];
-        sum_block<F, R>(quants, plane_of(panel[b], other[b], row), whole);
+        sum_block<F, R>(quants, plane_of<F::PARTS>(x, set, first), whole);
         Scales<F::PARTS> d;
         for (int p = 0; p < F::PARTS; p++) d.of[p] = F::scale(group, int(i), p);
-        add_block<F, FIRST>(quants, panel[b], row, d, whole, R, total);
-        if constexpr (OTHERS) add_block<F, OTHERS>(quants, other[b], 0, d, whole + FIRST, R, total + FIRST);
+        add_block<F, FIRST>(quants, x, set, first, d, whole, R, total);
+        if constexpr (OTHERS) add_block<F, OTHERS>(quants, x + FIRST * BLOCK, set + 1, 0, d, whole + FIRST, R, total + FIRST);
         if (!F::HAS_MINIMUM) continue;
         const Lanes m = F::minimum(group, int(i));
-        for (int r = 0; r < FIRST; r++) add_product(total[r], m, all(panel[b].product[row + r]));
-        for (int r = FIRST; r < R; r++) add_product(total[r], m, all(other[b].product[r - FIRST]));
+        for (int r = 0; r < FIRST; r++) add_product(total[r], m, all(set->product[first + r]));
+        for (int r = FIRST; r < R; r++) add_product(total[r], m, all(set[1].product[r - FIRST]));
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) store(y + 16 * r, total[r]);
@@ -309,69 +293,44 @@ FloatKernel float_kernel(Weight type, int tiles, int rows) {
 
 // ---- multiply
 
-struct Sums { float y[PAIR][GROUP_ROWS][16]; };
-
-// Some tiles, one after another, times the rows of one panel.
+// Some tiles, one after another, times the rows of one group.
 struct Meeting {
     const Tiles& w;
     int64_t tile;
     int64_t tile_bytes;
     int tiles;
     const uint8_t* panel;
+    int64_t group;
     int rows;
     int64_t ahead;
 };
 
 void multiply_floats(const Meeting& m, Sums& out) {
+    const float* const x = reinterpret_cast<const float*>(m.panel) + float_group(m.w.columns, m.group);
     for (int row = 0, n; row < m.rows; row += n) {
         n = int(least(FLOAT_ROWS, m.rows - row));
-        float_kernel(m.w.type, m.tiles, n)(m.w.memory + m.tile * m.tile_bytes, m.w.columns, row ? 0 : m.ahead, reinterpret_cast<const float*>(m.panel), row,
-                                           out.y[0][row]);
+        float_kernel(m.w.type, m.tiles, n)(m.w.memory + m.tile * m.tile_bytes, m.w.columns, row ? 0 : m.ahead, x, row, out.y[0][row]);
     }
 }
 
 void multiply_blocks(const Meeting& m, Sums& out) {
+    const int first = int(m.group % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS;
     for (int row = 0, n; row < m.rows; row += n) {
         n = int(least(Q_ROWS, m.rows - row));
         for (int t = 0; t < m.tiles; t++) {
             const TilePlace place = tile_of(m.w, m.tile + t, m.tile_bytes);
-            q_kernel(place.type, n)(place.memory, m.w.columns / BLOCK, row ? 0 : m.ahead, reinterpret_cast<const PanelBlock*>(m.panel), row,
+            q_kernel(place.type, n)(place.memory, m.w.columns / BLOCK, row ? 0 : m.ahead, reinterpret_cast<const PanelBlock*>(m.panel), first + row,
                                     out.y[t][row]);
         }
     }
 }
 
-DC_INLINE Lanes biased(const Product& job, int64_t tile, const float* y) {
-    const int64_t first = tile * TILE_ROWS;
-    return job.bias ? load(y) + load_some(job.bias + first, job.tiles.rows - first) : load(y);
-}
-
-DC_INLINE void write(const Product& job, int64_t row, int64_t column, Lanes y) {
-    const int64_t count = job.out_columns - column;
-    if (count <= 0) return;
-    if (job.residual) y = load_some(job.residual + row * job.residual_stride + column, count) + y;
-    store_some(job.out + row * job.out_stride + column, y, count);
-}
-
-void finish_row(const Product& job, int64_t tile, int tiles, int64_t row, int r, const Sums& in) {
-    for (int t = 0; t < tiles; t++) {
-        Lanes y = biased(job, tile + t, in.y[t][r]);
-        if (job.activation == Activation::relu2) y = maximum(y, all(0.0f)), y = y * y;
-        write(job, row, (tile + t) * TILE_ROWS, y);
-    }
-}
-
-void finish_gated_row(const Product& job, int64_t tile, int, int64_t row, int r, const Sums& in) {
-    const Lanes gate = biased(job, tile, in.y[0][r]), up = biased(job, tile + 1, in.y[1][r]);
-    if (job.activation == Activation::clamped_swiglu) return write(job, row, tile / 2 * TILE_ROWS, clamped_swiglu(gate, up));
-    write(job, row, tile / 2 * TILE_ROWS, (job.activation == Activation::geglu ? gelu_tanh(gate) : silu(gate)) * up);
-}
-
 void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end) {
     const Tiles& w = job.tiles;
     const bool gated = is_gate(job.activation);
-    const int64_t bytes = tile_bytes(w.type, w.columns), panel_bytes = group_bytes(w.type, w.columns);
-    const int64_t fit = GROUPS_BYTES / panel_bytes, at_once = fit > 1 ? fit : 1, step = is_float(w.type) || gated ? PAIR : 1;
+    constexpr int64_t GROUPS = PANEL_ROWS / GROUP_ROWS;
+    const int64_t bytes = tile_bytes(w.type, w.columns), whole = panel_bytes(w.type, w.columns);
+    const int64_t fit = GROUPS_BYTES * GROUPS / whole, at_once = fit > 1 ? fit : 1, step = is_float(w.type) || gated ? PAIR : 1;
     const auto multiply_some = is_float(w.type) ? multiply_floats : multiply_blocks;
     const auto finish = gated ? finish_gated_row : finish_row;
     for (int64_t first = group_begin; first < group_end; first += at_once)
@@ -379,7 +338,7 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
             for (int64_t group = first; group < least(first + at_once, group_end); group++) {
                 const int64_t row = group * GROUP_ROWS;
                 const Meeting m{w, tile, bytes, int(least(step, tile_end - tile)),
-                                static_cast<const uint8_t*>(job.prepared) + group * panel_bytes,
+                                static_cast<const uint8_t*>(job.prepared) + group / GROUPS * whole, group,
                                 int(least(GROUP_ROWS, job.rows - row)), group == first ? AHEAD : 0};
                 Sums sums;
                 multiply_some(m, sums);

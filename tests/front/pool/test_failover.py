@@ -26,6 +26,7 @@ from chatlm.common.text.formats import HARMONY
 from chatlm.common.text.grammar import check_grammar, json_grammar
 from chatlm.front.admission import prompts
 from chatlm.front.api.call_grammars import tool_grammar
+from chatlm.front.pool import local
 from chatlm.front.pool.pool import pool_of
 from answers import asked, calls_of
 from fake_pool import conversation, frames, serving
@@ -123,6 +124,26 @@ async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_
         assert case != "stop" or (reason, cause) == ("stop", "cbabcc")
     assert sum(worker.restarts + (worker.state != "ready") for worker in pool.workers) >= len(cases)
     await idle(pool)
+
+
+@pytest.mark.slow
+async def test_workers_with_and_without_amx_continue_each_others_answers(start_pool, tmp_path, monkeypatch, default_model_path):
+    core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+    emulated, best = core._core.isas_for_tests()[0], core.info()["offered_isas"][0]
+    started = []
+
+    def environment(threads, original=local.process_environment):
+        started.append(best if started == [emulated] else emulated)
+        return original(threads) | {"DECODE_CORE_ISA": started[-1]}
+    patch(monkeypatch, local, "process_environment", environment)
+    pool = await start_pool(num_workers=2, model=str(default_model_path))
+    request = dict(messages=(Message("user", "Tell me of rivers. " * 4),), chat=True, ignore_eos=True, max_tokens=20,
+                   sampling=SamplingParams(temperature=1.0, seed=3))
+    disturbed = await answers(pool, asked("kill-decode", **request))
+    assert (tmp_path / "kill-decode").exists()
+    # both at once: a worker each, of which one has the prompt in its prefix cache
+    undisturbed = await asyncio.gather(*(answers(pool, asked(name, **request)) for name in ("one", "other")))
+    assert undisturbed == [disturbed, disturbed] and started == [emulated, best, emulated]
 
 
 def thinking_model(tmp_path):

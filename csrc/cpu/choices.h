@@ -1,0 +1,25 @@
+// The choice of instructions by name. Apart from cpu.h, which files with their own instruction set include: they take nothing of the
+// standard library.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/cpu.h"
+
+namespace dc {
+
+const char* chosen_name();                          // of chosen_isa and chosen_amx together
+std::vector<const char*> offered_names();           // the best first: amx, avx512, avx2, portable
+std::vector<const char*> names_for_tests();         // amx-always where AMX is; amx-emulated, amx-emulated-portable
+void set_isa(const std::string& name);              // std::invalid_argument for an unknown name or one this CPU lacks
+void set_isa_from_environment();                    // DECODE_CORE_ISA: a name, or several by commas: the first that is offered
+
+// "" where AMX may be used, else why not. It is asked once: the permission holds for the process, its threads and forks.
+const std::string& amx_refusal();
+void give_up_amx();                                 // its results were wrong
+// The same of a machine: cpuid 7's EDX, the XCR0 register, and errno of the request for permission.
+std::string amx_refusal_of(unsigned edx, unsigned long xcr0, int error);
+extern const bool AMX_IS_COMPILED;
+
+}  // namespace dc

@@ -1,0 +1,81 @@
+// AMX's eight tile registers: configure, zero, load, store, dot; or the same in plain C++, where DC_EMULATED_TILES is defined, for
+// tests on machines without AMX. A register has up to 16 rows of up to 64 bytes; its number is a template's argument.
+//
+// The instructions are assembler of our own: GCC 12's intrinsics tell nothing of the memory that they read and write, so that
+// stores before them vanish or move. They need no compiler flag this way; tiles_amx.cpp asks for a compiler that knows them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/tiles/dots.h"
+
+namespace dc {
+namespace DC_ISA {
+namespace {
+
+struct alignas(64) TileConfig {             // as ldtilecfg reads it
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};                // of a row
+    uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64, "TileConfig");
+
+#if defined(DC_EMULATED_TILES)
+
+struct EmulatedTile {
+    int rows, bytes;
+    alignas(64) uint8_t at[16][64];
+};
+thread_local EmulatedTile emulated[8];
+
+static __attribute__((noinline)) void tile_configure(const TileConfig& config) {
+    for (int t = 0; t < 8; t++) emulated[t] = {config.rows[t], config.bytes[t], {}};
+}
+static __attribute__((noinline)) void tile_release() { tile_configure({}); }
+template <int T>
+__attribute__((noinline)) void tile_zero() { std::memset(emulated[T].at, 0, sizeof emulated[T].at); }
+template <int T>
+__attribute__((noinline)) void tile_load(const void* from, int64_t stride) {
+    tile_zero<T>();
+    for (int r = 0; r < emulated[T].rows; r++) std::memcpy(emulated[T].at[r], static_cast<const uint8_t*>(from) + r * stride, size_t(emulated[T].bytes));
+}
+template <int T>
+__attribute__((noinline)) void tile_store(void* to, int64_t stride) {
+    for (int r = 0; r < emulated[T].rows; r++) std::memcpy(static_cast<uint8_t*>(to) + r * stride, emulated[T].at[r], size_t(emulated[T].bytes));
+}
+// c [m][n] += sum of a [m][4 k + i] * b [k][4 n + i], a signed, b unsigned: 16 n at a time
+static __attribute__((noinline)) void tile_dot(EmulatedTile& c, const EmulatedTile& a, const EmulatedTile& b) {
+    if (c.rows != a.rows || c.bytes != b.bytes || a.bytes / 4 != b.rows) __builtin_trap();      // as the instruction would
+    for (int m = 0; m < a.rows; m++) {
+        Sum sum;
+        std::memcpy(&sum, c.at[m], sizeof sum);
+        for (int k = 0; k < b.rows; k++) UnsignedDot::dot(sum, load_words(b.at[k]), reinterpret_cast<const int8_t*>(a.at[m]) + 4 * k);
+        std::memcpy(c.at[m], &sum, sizeof sum);
+    }
+}
+template <int C, int A, int B>
+void tile_dot() { tile_dot(emulated[C], emulated[A], emulated[B]); }
+
+#else
+
+DC_INLINE void tile_configure(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config) : "memory"); }
+DC_INLINE void tile_release() { asm volatile("tilerelease" ::: "memory"); }
+template <int T>
+DC_INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
+template <int T>
+DC_INLINE void tile_load(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
+DC_INLINE void tile_store(void* to, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
+}
+template <int C, int A, int B>
+DC_INLINE void tile_dot() { asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B)); }
+
+#endif
+
+}  // namespace
+}  // namespace DC_ISA
+}  // namespace dc

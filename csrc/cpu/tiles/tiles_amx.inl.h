@@ -1,0 +1,354 @@
+// op       multiply through AMX's tile registers: panels of 16 rows of x times q tiles; other types, and rows too few, are left to
+//          the kernels of VNNI
+// shapes   a unit = 16 rows of x, 16 rows of weights, a block of 32 columns: A = x8 or fine [16][32], B = codes [8][64], C = sums
+//          int32 [16][16]. A block in which a row has a fine plane is two units
+// mapping  as tiles.inl.h: a tile's weights meet one panel after another; the totals of 16 rows stay in 16 registers
+// cost     a unit takes 16 cycles of the tile registers and 47 of vector instructions, of which beside tiles only one a cycle of
+//          the dear ones (fma, mul, conversions) runs: hence sums become floats by an addition (to_floats_cheaply). A sum is
+//          stored LAG units after its product and scaled a unit later; nibbles become bytes a block before their product
+// numerics those of every instruction set (tiles.h): integer sums are exact, and each row's floats are added in the same order
+#include "cpu/lanes.h"
+#include "cpu/tiles/dots.h"
+#include "cpu/tiles/finish.inl.h"
+#include "cpu/tiles/formats.h"
+#include "cpu/tiles/tile_registers.h"
+#include "cpu/tiles/tiles.h"
+
+#if defined(__AVX512F__)
+#define DC_FOR_ROWS _Pragma("GCC unroll 16") for (int r = 0; r < PANEL_ROWS; r++)
+#else
+#define DC_FOR_ROWS for (int r = 0; r < PANEL_ROWS; r++)
+#endif
+#if defined(DC_EMULATED_TILES)
+#define DC_WIDE static __attribute__((noinline))          // copies for tests, quickly compiled
+#define DC_WIDE_MEMBER __attribute__((noinline))
+#else
+#define DC_WIDE DC_INLINE
+#define DC_WIDE_MEMBER __attribute__((always_inline))
+#endif
+
+namespace dc {
+namespace DC_ISA {
+namespace {
+
+constexpr int LEAD = 3, LAG = 2, RING = 4;      // units: from product to scaling, from product to store; sums that are kept
+constexpr int UNROLLED = 4;                     // units; their registers repeat after so many
+constexpr int CODES = 8;                        // blocks of codes as bytes that are kept
+constexpr int64_t MOST_BLOCKS = 1024;           // of a row, that the list of units has room for
+constexpr int32_t MAGIC_BITS = 0x4B400000;      // of MAGIC as a float; a small integer added to them is added to the float
+
+constexpr bool is_wide(Weight type) {
+    return type == Weight::q8_0 || type == Weight::q4_0 || type == Weight::q4_1 || type == Weight::q4_k || type == Weight::q5_k ||
+           type == Weight::mxfp4;
+}
+
+// ---- units of a panel
+
+enum class Role : uint8_t { whole, first, second, none };       // a block without a fine plane; x8 of one with; its fine; nothing
+
+struct Unit {
+    uint16_t block;
+    Role role;
+};
+
+constexpr int64_t units_bound(int64_t blocks) { return 2 * blocks + UNROLLED + LEAD + 1; }
+
+// The units of a panel's first `rows` rows, filled up to a multiple of UNROLLED, and LEAD + 1 more that are only computed.
+int list_units(const PanelBlock* panel, int64_t blocks, int64_t rows, Unit* to) {
+    uint32_t real[PANEL_ROWS / SET_ROWS];       // of has_fine as a word: a byte a row
+    for (int s = 0; s < PANEL_ROWS / SET_ROWS; s++) {
+        const int64_t count = rows - s * SET_ROWS;
+        real[s] = count >= SET_ROWS ? ~0u : count <= 0 ? 0u : (1u << 8 * count) - 1;
+    }
+    int units = 0;
+    for (int64_t b = 0; b < blocks; b++) {
+        uint32_t fine = 0, flags;
+        for (int s = 0; s < PANEL_ROWS / SET_ROWS; s++) std::memcpy(&flags, panel[b].sets[s].has_fine, sizeof flags), fine |= flags & real[s];
+        to[units++] = {uint16_t(b), fine ? Role::first : Role::whole};
+        if (fine) to[units++] = {uint16_t(b), Role::second};
+    }
+    const int count = (units + UNROLLED - 1) / UNROLLED * UNROLLED;
+    while (units < count + LEAD + 1) to[units++] = {uint16_t(blocks - 1), Role::none};
+    return count;
+}
+
+// ---- sums -> totals
+
+#if defined(__AVX512F__)
+DC_INLINE void store_words(uint8_t* to, Words words) { _mm512_store_si512(to, words.v); }
+DC_INLINE Whole load_sums(const int32_t* sums) { return {_mm512_load_si512(sums)}; }
+struct Sixteen { int32_t of[16]; };
+// Assembler, because GCC 12 would load the sums of all rows first, broadcast an offset with an instruction of its own, and then
+// has no registers for the totals.
+DC_INLINE Whole load_plus(const int32_t* sums, const int32_t& offset) {
+    __m512i sum;
+    asm("vpbroadcastd %1, %0\n\tvpaddd %2, %0, %0" : "=&v"(sum) : "m"(offset), "m"(*reinterpret_cast<const Sixteen*>(sums)));
+    return {sum};
+}
+DC_INLINE Whole load_plus_magic(const int32_t* sums) {
+    __m512i sum;
+    asm("vpaddd %1, %2, %0" : "=v"(sum) : "m"(*reinterpret_cast<const Sixteen*>(sums)), "v"(_mm512_set1_epi32(MAGIC_BITS)));
+    return {sum};
+}
+DC_INLINE Whole plus(Whole sum, int32_t offset) { return {_mm512_add_epi32(sum.v, _mm512_set1_epi32(offset))}; }
+DC_INLINE Lanes to_floats_cheaply(Whole sums) {         // that MAGIC_BITS were added to; exact up to 2^22
+    return {_mm512_sub_ps(_mm512_castsi512_ps(sums.v), _mm512_set1_ps(MAGIC))};
+}
+#else
+DC_INLINE void store_words(uint8_t* to, const Words& words) { std::memcpy(to, words.of, sizeof words.of); }
+DC_INLINE Whole load_sums(const int32_t* sums) {
+    Whole whole;
+    std::memcpy(whole.of, sums, sizeof whole.of);
+    return whole;
+}
+DC_INLINE Whole plus(Whole sums, int32_t offset) {
+    for (int32_t& sum : sums.of) sum = int32_t(uint32_t(sum) + uint32_t(offset));      // as below
+    return sums;
+}
+DC_INLINE Whole load_plus(const int32_t* sums, int32_t offset) { return plus(load_sums(sums), offset); }
+DC_INLINE Whole load_plus_magic(const int32_t* sums) { return load_plus(sums, MAGIC_BITS); }
+DC_INLINE Lanes to_floats_cheaply(const Whole& sums) { return to_floats(plus(sums, -MAGIC_BITS)); }
+#endif
+
+// Of the rows of a set: first + minus * 2^SHIFT; with fine, first + (256 * minus + fine) * 2^SHIFT.
+template <int SHIFT>
+DC_INLINE void put_offsets(int32_t* to, const int32_t* minus, const int32_t* fine, int32_t first) {
+#if defined(__AVX512F__)            // GCC 12 would compute them one by one
+    __m128i sum = _mm_load_si128(reinterpret_cast<const __m128i*>(minus));
+    if (fine) sum = _mm_add_epi32(_mm_slli_epi32(sum, 8), _mm_load_si128(reinterpret_cast<const __m128i*>(fine)));
+    _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_add_epi32(_mm_slli_epi32(sum, SHIFT), _mm_set1_epi32(first)));
+#else
+    for (int r = 0; r < SET_ROWS; r++) {        // unsigned, since a row that x does not have is whatever lay there
+        const uint32_t sum = fine ? 256 * uint32_t(minus[r]) + uint32_t(fine[r]) : uint32_t(minus[r]);
+        to[r] = int32_t(uint32_t(first) + (sum << SHIFT));
+    }
+#endif
+}
+
+// What takes the codes' offset back from the sums of 16 rows, and MAGIC_BITS where the sums are small: [16].
+template <class F>
+DC_WIDE void find_offsets(const PanelBlock& x, Role role, int32_t* to) {
+    for (int s = 0; s < PANEL_ROWS / SET_ROWS; s++, to += SET_ROWS) {
+        const PanelSet& set = x.sets[s];
+        if (role != Role::second) put_offsets<F::OFFSET_SHIFT>(to, set.minus, nullptr, MAGIC_BITS);
+        else if (F::FINE_APART) put_offsets<F::OFFSET_SHIFT>(to, set.fine_minus[0], nullptr, MAGIC_BITS);
+        else put_offsets<F::OFFSET_SHIFT>(to, set.minus, set.fine_minus[0], 0);
+    }
+}
+
+// A unit's sums onto the totals; `before`: those of the unit before, `i`: the block's place in its group.
+template <class F>
+DC_WIDE void add_unit(Role role, const PanelBlock& x, const uint8_t* group, int i, const int32_t* before, const int32_t* now,
+                        Lanes (&total)[PANEL_ROWS]) {
+    if (role == Role::none || (role == Role::first && !F::FINE_APART)) return;
+    alignas(64) int32_t offset[PANEL_ROWS];
+    if constexpr (!F::HAS_MINIMUM) find_offsets<F>(x, role, offset);
+    Lanes d = F::scale(group, i, 0);
+    if (role == Role::second) d = d * all(1.0f / 256);
+#define DC_SCALE(r) (d * all(x.sets[(r) / SET_ROWS].scale[(r) % SET_ROWS]))
+    if (role == Role::second && !F::FINE_APART) {
+        DC_FOR_ROWS {
+            const Whole sum = add_fine(load_sums(before + 16 * r), load_sums(now + 16 * r));
+            add_product(total[r], DC_SCALE(r), to_floats(F::HAS_MINIMUM ? sum : plus(sum, offset[r])));
+        }
+    } else {
+        DC_FOR_ROWS {
+            const int32_t* const sums = now + 16 * r;
+            add_product(total[r], DC_SCALE(r), to_floats_cheaply(F::HAS_MINIMUM ? load_plus_magic(sums) : load_plus(sums, offset[r])));
+        }
+    }
+#undef DC_SCALE
+    if (!F::HAS_MINIMUM || role == Role::first) return;
+    const Lanes m = F::minimum(group, i);
+    DC_FOR_ROWS add_product(total[r], m, all(x.sets[r / SET_ROWS].product[r % SET_ROWS]));
+}
+
+// ---- a tile times a panel
+
+// What tile loads read and tile stores write; apart from TileWalk, whose members the compiler could otherwise not keep in registers.
+template <class F>
+struct Scratch {
+    alignas(64) uint8_t codes[F::BITS == 8 ? 1 : CODES][8][64];
+    alignas(64) int32_t ring[RING][16 * 16];
+};
+
+template <class F>
+class TileWalk {
+public:
+    TileWalk(const uint8_t* tile, int64_t ahead, const PanelBlock* panel, const Unit* units, Scratch<F>& scratch)
+        : tile(tile), ahead(ahead), panel(panel), units(units), codes(scratch.codes), ring(scratch.ring) {}
+
+    const uint8_t* group_of(unsigned b) const { return tile + b / F::BLOCKS * group_of_blocks_bytes<F>(); }
+
+    // Fetch, and make bytes of, the blocks up to unit u's.
+    DC_WIDE_MEMBER void reach(int u) {
+        if (made > units[u].block) return;
+        const uint8_t* group = group_of(made);
+        const unsigned i = made % F::BLOCKS;
+        if (ahead) prefetch_block<F>(group, i, ahead);
+        if constexpr (F::BITS != 8) spread<0>(group, i), spread<1>(group, i), spread<2>(group, i), spread<3>(group, i);
+        made++;
+    }
+
+    template <int J>                    // J = u % UNROLLED, here and below
+    DC_WIDE_MEMBER void compute(int u) {
+        const Unit unit = units[u];
+        tile_zero<4 + J>();
+        tile_load<J % 2>(unit.role == Role::second ? panel[unit.block].fine : panel[unit.block].x, BLOCK);
+        tile_load<2 + J % 2>(codes_of(unit.block), 64);
+        tile_dot<4 + J, J % 2, 2 + J % 2>();
+    }
+
+    template <int J>
+    DC_WIDE_MEMBER void put() { tile_store<4 + J>(ring[J], 64); }
+
+    template <int J>
+    DC_WIDE_MEMBER void step(int u, Lanes (&total)[PANEL_ROWS]) {
+        reach(u + LEAD + 1);
+        compute<(J + LEAD) % UNROLLED>(u + LEAD);
+        put<(J + LEAD - LAG) % UNROLLED>();
+        const unsigned b = units[u].block;
+        add_unit<F>(units[u].role, panel[b], group_of(b), int(b % F::BLOCKS), ring[(J + RING - 1) % RING], ring[J], total);
+    }
+
+private:
+    const uint8_t* const tile;
+    const int64_t ahead;
+    const PanelBlock* const panel;
+    const Unit* const units;
+    unsigned made = 0;                                               // blocks
+    uint8_t (*const codes)[8][64];
+    int32_t (*const ring)[16 * 16];
+
+    const uint8_t* codes_of(unsigned b) const { return F::BITS == 8 ? quants_of<F>(group_of(b), b % F::BLOCKS) : codes[b % CODES][0]; }
+
+    template <int C>
+    DC_WIDE_MEMBER void spread(const uint8_t* group, unsigned i) {
+        Words low, high;
+        F::template unpack<C>(quants_of<F>(group, i), low, high);
+        store_words(codes[made % CODES][F::NEXT * C / 4], F::weights(low));
+        store_words(codes[made % CODES][(F::SECOND + F::NEXT * C) / 4], F::weights(high));
+    }
+};
+
+// One tile times a panel -> y [16] of `out`, 8 rows in each.
+template <Weight TYPE>
+__attribute__((noinline)) void wide_rows(const uint8_t* tile, int64_t ahead, const PanelBlock* panel, const Unit* units, int count, int t,
+                                         Sums* out) {
+    Scratch<Format<TYPE>> scratch;
+    TileWalk<Format<TYPE>> walk(tile, ahead, panel, units, scratch);
+    for (int u = 0; u <= LEAD; u++) walk.reach(u);
+    walk.template compute<0>(0), walk.template compute<1>(1), walk.template compute<2>(2), walk.template put<0>();
+    Lanes total[PANEL_ROWS];
+    DC_FOR_ROWS total[r] = all(0.0f);
+    for (int u = 0; u < count; u += UNROLLED) {
+        walk.template step<0>(u, total), walk.template step<1>(u + 1, total);
+        walk.template step<2>(u + 2, total), walk.template step<3>(u + 3, total);
+    }
+    DC_FOR_ROWS store(out[r / GROUP_ROWS].y[t][r % GROUP_ROWS], total[r]);
+}
+
+using WideKernel = void (*)(const uint8_t*, int64_t, const PanelBlock*, const Unit*, int, int, Sums*);
+
+WideKernel wide_kernel(Weight type) {
+    switch (type) {
+        case Weight::q8_0: return wide_rows<Weight::q8_0>;
+        case Weight::q4_0: return wide_rows<Weight::q4_0>;
+        case Weight::q4_1: return wide_rows<Weight::q4_1>;
+        case Weight::q4_k: return wide_rows<Weight::q4_k>;
+        case Weight::q5_k: return wide_rows<Weight::q5_k>;
+        default: return wide_rows<Weight::mxfp4>;
+    }
+}
+
+// ---- multiply
+
+// The units of panels that pass by one tile, as many as a quarter of the L2 cache holds.
+struct Panels {
+    static constexpr int64_t MOST = GROUPS_BYTES / int64_t(sizeof(PanelBlock));
+    Unit units[MOST * units_bound(1) > units_bound(MOST_BLOCKS) ? MOST * units_bound(1) : units_bound(MOST_BLOCKS)];
+    int counts[MOST];
+};
+
+// Some tiles (1, or a gate and its up) times panels [first, end), whose units are listed, up to row rows_end.
+struct WideMeeting {
+    const Product& job;
+    int64_t tile, tiles, tile_bytes;
+    const PanelBlock* x;
+    int64_t blocks, first, end, rows_end;
+};
+
+void multiply_panels(const WideMeeting& m, const Panels& panels, void (*finish)(const Product&, int64_t, int, int64_t, int, const Sums&)) {
+    for (int64_t panel = m.first; panel < m.end; panel++) {
+        const int64_t i = panel - m.first, row = panel * PANEL_ROWS, rows = least(PANEL_ROWS, m.rows_end - row);
+        Sums sums[PANEL_ROWS / GROUP_ROWS];
+        for (int64_t t = 0; t < m.tiles; t++) {
+            const TilePlace place = tile_of(m.job.tiles, m.tile + t, m.tile_bytes);
+            wide_kernel(place.type)(place.memory, i ? 0 : AHEAD, m.x + panel * m.blocks, panels.units + i * units_bound(m.blocks), panels.counts[i],
+                                    int(t), sums);
+        }
+        for (int64_t r = 0; r < rows; r++) finish(m.job, m.tile, int(m.tiles), row + r, int(r % GROUP_ROWS), sums[r / GROUP_ROWS]);
+    }
+}
+
+// From how many rows on some tiles go through AMX: as many as each of their types wants; NEVER for types without kernels.
+constexpr int64_t NEVER = INT64_MAX;
+
+int64_t rows_wanted(const Tiles& w, int64_t tile, int64_t tiles, LeastRows least_rows) {
+    int64_t wanted = 1;
+    for (int64_t t = 0; t < tiles; t++) {
+        const Weight type = w.places ? w.places[tile + t].type : w.type;
+        const int64_t rows = is_wide(type) && w.columns / BLOCK <= MOST_BLOCKS ? least_rows(type, w.columns) : 0;
+        wanted = !rows ? NEVER : rows > wanted ? rows : wanted;
+        if (wanted == NEVER) break;
+    }
+    return wanted;
+}
+
+int64_t least_wanted(const Tiles& w, int64_t tile_begin, int64_t tile_end, int64_t step, LeastRows least_rows) {
+    int64_t wanted = NEVER;
+    for (int64_t tile = tile_begin; tile < (w.places ? tile_end : least(tile_begin + 1, tile_end)); tile += step)
+        wanted = least(wanted, rows_wanted(w, tile, least(step, tile_end - tile), least_rows));
+    return wanted;
+}
+
+// Panels that begin in groups [begin, end) go through AMX if their rows there are enough; what is left of a tile follows while it
+// is in the cache.
+void multiply_wide(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end,
+                   const TileKernels& narrow, LeastRows least_rows) {
+    constexpr int64_t GROUPS = PANEL_ROWS / GROUP_ROWS;
+    const Tiles& w = job.tiles;
+    const int64_t first_group = least((group_begin + GROUPS - 1) / GROUPS * GROUPS, group_end);
+    const int64_t rows_end = least(group_end * GROUP_ROWS, job.rows), rows = rows_end - first_group * GROUP_ROWS;
+    const bool gated = is_gate(job.activation);
+    const int64_t blocks = w.columns / BLOCK, bytes = tile_bytes(w.type, w.columns), step = gated ? PAIR : 1;
+    if (is_float(w.type) || rows < least_wanted(w, tile_begin, tile_end, step, least_rows))
+        return narrow.multiply(job, tile_begin, tile_end, group_begin, group_end);
+    if (group_begin < first_group) narrow.multiply(job, tile_begin, tile_end, group_begin, first_group);
+    TileConfig config;
+    for (int t = 0; t < 8; t++) config.rows[t] = t == 2 || t == 3 ? 8 : 16, config.bytes[t] = t < 2 ? BLOCK : 64;      // A, A, B, B, C ...
+    tile_configure(config);
+    const int64_t fit = Panels::MOST / blocks, at_once = fit > 1 ? fit : 1, all_panels = panel_count(rows_end);
+    const PanelBlock* const x = static_cast<const PanelBlock*>(job.prepared);
+    Panels panels;
+    for (int64_t first = first_group / GROUPS; first < all_panels; first += at_once) {
+        const int64_t end = least(first + at_once, all_panels), group = least(end * GROUPS, group_end), last = rows_end - (end - 1) * PANEL_ROWS;
+        if (blocks <= MOST_BLOCKS)
+            for (int64_t p = first; p < end; p++)
+                panels.counts[p - first] = list_units(x + p * blocks, blocks, rows_end - p * PANEL_ROWS, panels.units + (p - first) * units_bound(blocks));
+        for (int64_t tile = tile_begin; tile < tile_end; tile += step) {
+            const int64_t tiles = least(step, tile_end - tile), wanted = rows_wanted(w, tile, tiles, least_rows);
+            const int64_t wide_end = rows < wanted ? first : last < least(wanted, PANEL_ROWS) ? end - 1 : end;
+            multiply_panels({job, tile, tiles, bytes, x, blocks, first, wide_end, rows_end}, panels, gated ? finish_gated_row : finish_row);
+            if (wide_end < end) narrow.multiply(job, tile, tile + tiles, wide_end * GROUPS, group);
+        }
+    }
+    tile_release();
+}
+
+}  // namespace
+
+extern const WideMultiply wide_multiply = multiply_wide;
+
+}  // namespace DC_ISA
+}  // namespace dc

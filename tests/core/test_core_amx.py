@@ -1,0 +1,89 @@
+"""AMX as an instruction set: when it may be used, who says so, from how many rows on, and what it leaves to VNNI. That its
+bits are those of every other is in test_core_tiles.py and test_core_program.py, whose tests run on emulated tiles too."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+from decode_core import _core  # noqa: E402
+from decode_core.tiles import KINDS  # noqa: E402
+
+EMULATED = _core.isas_for_tests()
+HAS_AMX, KEPT = 3 << 24, 3 << 17            # in cpuid 7's EDX; in XCR0
+
+
+@pytest.fixture(autouse=True)
+def usual_instructions():
+    before = _core.isa()
+    yield
+    _core.set_isa(before)
+
+
+def product(matrix, x):
+    out = np.full((len(x), matrix.rows), np.nan, np.float32)
+    decode_core.multiply(x, matrix, out=out)
+    return out
+
+
+@pytest.mark.parametrize("edx, xcr0, error, reason", [
+    (0, KEPT, 0, "this CPU does not offer amx"),
+    (1 << 24, KEPT, 0, "this CPU does not offer amx"),          # tiles without products of int8
+    (HAS_AMX, 1 << 17, 0, "the operating system does not keep AMX's registers, so it cannot be used"),
+    (HAS_AMX, KEPT, errno.EPERM, "the operating system refuses AMX (Operation not permitted)"),
+    (HAS_AMX, KEPT, errno.EINVAL, "the operating system refuses AMX (Invalid argument)"),       # Linux before 5.16
+    (HAS_AMX, KEPT, 0, "")])
+def test_amx_needs_the_cpu_the_operating_system_and_its_permission(edx, xcr0, error, reason):
+    assert _core.amx_refusal_of(edx, xcr0, error) == reason
+
+
+def test_amx_is_offered_exactly_where_nothing_refuses_it():
+    info = decode_core.info()
+    assert ("amx" in info["offered_isas"]) == ("amx_int8" in info["features"]) == (_core.amx_refusal() == "")
+    assert info["offered_isas"][-1] == "portable" and "amx-emulated-portable" in EMULATED
+    if _core.amx_refusal():
+        with pytest.raises(ValueError, match="^isa: "):
+            _core.set_isa("amx")
+    assert info["amx_refused"] == ("" if _core.amx_refusal().startswith("this CPU") else _core.amx_refusal())
+
+
+def run_python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment})
+
+
+def test_of_several_instruction_sets_the_first_that_is_offered_is_taken():
+    best = decode_core.info()["offered_isas"]
+    said = run_python("import decode_core; print(decode_core.info()['isa'])", DECODE_CORE_ISA="amx,avx512,avx2,portable")
+    assert said.stdout.split() == best[:1], said.stderr
+    said = run_python("import decode_core", DECODE_CORE_ISA="sse,portable")
+    assert "isa: amx, avx512, avx2 or portable, not sse" in said.stderr
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "mxfp4", "q6_k", "f32"])
+@pytest.mark.parametrize("isa", EMULATED)
+def test_the_measurement_gives_a_number_of_rows_or_never(isa, kind):
+    _core.set_isa(isa)
+    assert _core.amx_rows(KINDS[kind], 576) == 1          # tests want tiles for every row
+    least = _core.measure_amx_rows(KINDS[kind], 256)      # -1: the bits differ
+    assert least == 0 if kind in ("q6_k", "f32") and least == 0 else 0 <= least <= 48
+    _core.set_isa("portable")
+    assert _core.amx_rows(KINDS[kind], 576) == 0
+    with pytest.raises(ValueError, match="^isa: "):
+        _core.measure_amx_rows(KINDS[kind], 256)
+
+
+def test_more_columns_than_the_kernel_lists_are_left_to_the_others():
+    columns = 32 * 1025
+    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), "q8_0", 16, columns)
+    generator = np.random.default_rng(0)
+    matrix.fill(generator.standard_normal((16, columns)).astype(np.float32), "f32")
+    x = generator.standard_normal((17, columns)).astype(np.float32)
+    expected = product(matrix, x)
+    for isa in EMULATED:
+        _core.set_isa(isa)
+        np.testing.assert_array_equal(product(matrix, x), expected)
