@@ -76,7 +76,7 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "qwen3.5moe": ("qwen3_5_moe_text", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2,
                                             linear_num_value_heads=4, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32,
                                             shared_expert_intermediate_size=16, num_key_value_heads=1,
-                                            layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
+                                            num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"],
                                             rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25))),
     "lfm2": ("lfm2", dict(norm_eps=1e-3, num_hidden_layers=6, block_multiple_of=16, block_ffn_dim_multiplier=1.2, intermediate_size=160,
                           full_attn_idxs=[2, 4], rope_parameters=dict(rope_type="default", rope_theta=1e6))),
@@ -301,7 +301,8 @@ def as_gguf(path, model, quantized=False, metadata=None):
     if quantized:
         kinds = {name: gguf.GGMLQuantizationType["MXFP4" if "_exps.weight" in name and arch == "gpt-oss" else "Q8_0"] for name in tensors}
         tensors = {name: (gguf.quantize(tensor, kinds[name]), kinds[name])
-                   if tensor.ndim > 1 and not name.endswith((".bias", "gate_inp.weight")) else tensor for name, tensor in tensors.items()}
+                   if tensor.ndim > 1 and not name.endswith((".bias", "gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight")) else tensor
+                   for name, tensor in tensors.items()}
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     if "alpha" in rope:
         rope = {"rope_type": "default", "rope_theta": rope["rope_theta"] * rope["alpha"]**(head_size / (head_size - 2))}

@@ -34,7 +34,7 @@ class Family(NamedTuple):
     interleaved: bool = False  # rotary pairs lie side by side, in a folder too
     needed: tuple[str, ...] = ()  # keys without which transformers would take another model
     windows_rotate: bool = False  # layers without a window are not rotated if others have one
-    mixers: dict[str, Callable[[Mapping], Mixer]] = {}  # layer types besides attention
+    mixers: Mapping[str, Callable[[Mapping], Mixer]] = {}  # layer types besides attention
     aliases: dict[str, str] = {}  # its own keys -> those that they replace
     complete: Callable[[dict], dict] = lambda config: {}    # what a folder's checked config means
     gguf: dict[str, tuple[str, ...]] = {}  # names in a GGUF file that do not follow from the folder's
@@ -188,9 +188,8 @@ QWEN35_TENSORS = {
     "mix_out": ("model.layers.{}.linear_attn.out_proj.weight",)}
 QWEN35_FIELDS = HEAD_NORMS | {"output_gate": True}
 QWEN35_MIXERS = {"linear_attention": lambda config: DeltaRule(
-    *(config[key] for key in ("linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads",
-                              "linear_key_head_dim", "linear_value_head_dim")),
-    config.get("alternating", False))}
+    config["linear_conv_kernel_dim"], config["linear_num_key_heads"], config["linear_num_value_heads"],
+    config["linear_key_head_dim"], config["linear_value_head_dim"], config.get("alternating", False))}
 
 
 def complete_qwen35(config: Mapping) -> dict:

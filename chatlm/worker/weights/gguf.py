@@ -198,15 +198,13 @@ def hybrid_layers(path: Path, own: str, metadata: Mapping) -> tuple[Mapping, dic
     if not others:
         return metadata, {}
     key, more, value = own + "attention.head_count_kv", {}, partial(gguf_value, path, metadata)
+    layers: int = value(own + "block_count") - value(own + "nextn_predict_layers", 0)
+    metadata = {**metadata, own + "block_count": layers}
     heads, recurrent = metadata.get(key), value(own + "attention.recurrent_layers")
     if isinstance(heads, list) and not all(heads):  # 0 of layers of the other type
         recurrent = [not count for count in heads]
         full = next(filter(None, heads), 0)
-        metadata = {**metadata, key: [count or full for count in heads]}
-    drafts = value(own + "nextn_predict_layers", 0)
-    if drafts:
-        metadata = {**metadata, own + "block_count": value(own + "block_count") - drafts}
-    layers = metadata.get(own + "block_count")
+        metadata = {**metadata, key: [count or full for count in heads[:layers]]}
     if recurrent:
         types = LAYER_TYPES[0], next(iter(others))
         more["layer_types"] = [types[other] for other in recurrent[:layers]]
@@ -278,6 +276,10 @@ def gguf_adapters(settings: Settings, table: Mapping[str, tuple], names: Mapping
             if len(shapes.get(name := name.format(layer), ())) == 2:
                 own[theirs.format(layer)] = name
     added, adapted = read_adapters(settings, {theirs: shapes[name] for theirs, name in own.items()}, called)
+    moved = [name for name in added if ".linear_attn." in name]
+    if moved:
+        raise ConfigError(f"--lora: {moved[0].removesuffix('.weight')}: a GGUF file of this family has value "
+                          "heads in another order; take the model's folder")
     return {own[theirs]: changes for theirs, changes in added.items()}, adapted
 
 

@@ -38,10 +38,11 @@ def adapt(model, folder, targets=LINEAR, embeddings=False, **options):
 OPTIONS = {         # model -> the options of its adapter
     "llama3.1": {"use_rslora": True}, "gemma3": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 8}, "alpha_pattern": {"v_proj": 1}},
     "phi3": {"targets": ["qkv_proj", "gate_up_proj"]}, "qwen3": {"targets": r".*\.(q|up)_proj"},
-    "qwen2": {"targets": ["embed_tokens", "lm_head", "v_proj"]}, "nanochat": {"targets": "all-linear"}, "glm4": {"targets": ["q_proj", "k_proj", "gate_up_proj"]}}
+    "qwen2": {"targets": ["embed_tokens", "lm_head", "v_proj"]}, "nanochat": {"targets": "all-linear"}, "glm4": {"targets": ["q_proj", "k_proj", "gate_up_proj"]},
+    "lfm2": {"targets": ["q_proj", "in_proj", "out_proj", "w1", "w2"]}, "qwen3.5": {"targets": ["q_proj", "in_proj_qkv", "in_proj_b", "out_proj", "down_proj"]}}
 
 
-@pytest.mark.parametrize("name", by_day(OPTIONS, *(name for name in OPTIONS if name != "glm4")))
+@pytest.mark.parametrize("name", by_day(OPTIONS, *(name for name in OPTIONS if name not in ("glm4", "lfm2", "qwen3.5"))))
 def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
     model = make_model(name)
     folder = save(model, tmp_path / "base")
@@ -51,10 +52,10 @@ def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
     assert "LoRA adapter merged into" in ours.description
     check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
     changed = [key for key, tensor in tensors_of(ours).items() if not torch.equal(tensor, tensors_of(plain)[key])]
-    assert changed and {key.rpartition(".")[2] for key in changed} <= {"embed", "head", "qkv", "output", "gate_up", "up", "down"}
+    assert changed and {key.rpartition(".")[2] for key in changed} <= {"embed", "head", "qkv", "output", "gate_up", "up", "down", "mix_in", "mix_out"}
 
 
-@pytest.mark.parametrize("name", by_day(["llama3.1", "gemma3", "phi3", "glm4"], "llama3.1", "gemma3", "phi3"))        # whose q and k are permuted, or not; with one matrix for three
+@pytest.mark.parametrize("name", by_day(["llama3.1", "gemma3", "phi3", "glm4", "lfm2"], "llama3.1", "gemma3", "phi3"))        # whose q and k are permuted, or not; with one matrix for three
 def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
     changes = {"query_pre_attn_scalar": 32} if name == "gemma3" else {}
     lora = (str(tmp_path / "adapter"),)
@@ -77,6 +78,14 @@ def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
                 exact = values[key][row:row + len(part)]
                 row += len(part)
                 assert (part - exact).abs().max() <= 0.57 * exact.abs().max() / 127      # half a step, and the rounding to float16
+
+
+def test_an_adapter_of_layers_that_a_gguf_has_in_another_order_is_refused(tmp_path):
+    model = make_model("qwen3.5")
+    path = as_gguf(tmp_path / "qwen.gguf", model)
+    adapt(model, tmp_path / "adapter", targets=["in_proj_z"])
+    with pytest.raises(ConfigError, match="linear_attn.in_proj_z.*value heads in another order; take the model's folder"):
+        load(path, lora=(str(tmp_path / "adapter"),))
 
 
 def test_several_adapters_add_up_and_the_embedding_counts_once_where_the_head_is_tied(tmp_path):

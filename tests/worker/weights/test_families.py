@@ -32,6 +32,7 @@ from hub_configs import HUB_CONFIGS, LFM2_CONFIGS
 from nightly import by_day
 from patching import patch
 from real_server import ask, events, get, post, server
+from tiny_gguf import small_gguf_metadata, write_gguf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,6 +175,18 @@ def test_the_same_model_as_gguf_computes_the_same(made, name, backend, tmp_path)
         moved = ("mix_in", "taps", "decay", "dt_bias", "mix_out") if name.startswith("qwen3.5") else ()      # value heads have another order
         assert torch.equal(tensor, theirs[key]) or key.rpartition(".")[2] in moved, key
     check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases)
+
+
+def test_the_draft_head_of_a_gguf_file_is_left_out(tmp_path):
+    metadata, stored = read_gguf(as_gguf(tmp_path / "plain.gguf", make_model("qwen3.5")))
+    tensors = {name: tensor.data for name, tensor in stored.items()}
+    tensors |= {name.replace("blk.3.", "blk.4."): tensor.data for name, tensor in stored.items() if name.startswith("blk.3.")}
+    more = {"qwen35.block_count": 5, "qwen35.nextn_predict_layers": 1, "qwen35.attention.recurrent_layers": [True, True, True, False, False]}
+    own = {key: value for key, value in metadata.items() if key.startswith("qwen35.")} | more
+    path = write_gguf(tmp_path / "drafts.gguf", tensors, own, small_gguf_metadata("gpt-2") | {"general.architecture": "qwen35"})
+    plain, ours = tensors_of(load(tmp_path / "plain.gguf")), load(path)
+    assert ours.spec == load(tmp_path / "plain.gguf").spec and ours.spec.layers == 4
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in tensors_of(ours).items())
 
 
 def in_file(rows, path):
