@@ -84,6 +84,10 @@ class RayActor:
             raise ConnectionError("it does not know the secret")
         return reader
 
+    def poll(self) -> int | None:
+        """None until it has ended, as of a process here."""
+        return 1 if self.reason else None
+
     def kill(self):
         self.tell(EndActor(self.request.actor))
         self.ended("its connection ended")

@@ -76,7 +76,9 @@ class Supervisor:
         return self.prepared and bool(self.asleep or self.ready_workers)
 
     def load_fraction(self) -> float | None:
-        """How far the model is loaded; None if it is."""
+        """How far the model is loaded; None if it is. One that leaves has to be loaded anew."""
+        if self.dispatcher.held:
+            return 0.0
         return None if self.ready_workers else round(self.loading[1], 3)
 
     async def keep_alive(self, worker: Worker):
@@ -218,7 +220,7 @@ class Supervisor:
 
     def unload(self):
         """End the workers until `wanted` is set again."""
-        self.asleep = True
+        self.asleep, self.loading = True, ("unloaded", 0.0)
         self.dispatcher.wanted.clear()
         for worker in self.workers:
             if worker.state not in (State.LEFT_OUT, State.UNLOADED):

@@ -12,6 +12,7 @@ from chatlm.common.messages.requests import Finished, Piece
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event
+    from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.pool import WorkerPool
 
 
@@ -21,7 +22,7 @@ class Metrics:
     SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
     REASONS = ("stop", "length", "cancelled", "refused", "error")
 
-    def __init__(self, pool: WorkerPool):
+    def __init__(self, pool: WorkerPool | ManyModels):
         self.pool, self.library = pool, require_library("prometheus_client", "/metrics")
         self.library.disable_created_metrics()  # else each counter also exports its start time
         self.registry = self.library.CollectorRegistry()
