@@ -1,6 +1,7 @@
 """chat_server beside llama-server: the same GGUF file, the same machine, one run; medians, ranges and ratios.
 
-    python bench/compare.py --llama-server PATH [--model FILE.gguf] [--rounds 5] [--only single,16,...] [--json FILE]
+    python bench/compare.py --llama-server PATH [--ik-llama-server PATH] [--ik-llama-bench PATH] [--model FILE.gguf] [--rounds 5]
+                            [--only single,16,...] [--json FILE]
     python bench/compare.py --ours-only --only single --server-args="--max-batch 16"
     python bench/compare.py --before "/old/.venv/bin/python /old/chat_server.py"      # two versions of ours
 
@@ -8,14 +9,18 @@ Both are started as a user would start them. One load generator (this process: a
 cores sends them `/v1/chat/completions` requests over HTTP: streamed, temperature 0, ignore_eos. Every prompt
 is new, so the caches, though on, do not help. Tokens are the servers' own usage figures, times are this
 process's. Tokens per second include the time for the prompt, except where a context is stated. llama-server
-runs with -t 1, with -t 2, and with its own defaults under GOMP_SPINCOUNT=1000 (OpenMP's long spinning is slow
-beside a busy program). Ratios are to the better of the first two. It gets as many slots and as much context
+runs with -t 1, with -t 2 (--threads), and with its own defaults under GOMP_SPINCOUNT=1000 (OpenMP's long spinning is
+slow beside a busy program). Ratios are to the better of the first two. It gets as many slots and as much context
 as a scenario needs.
 
 Contestants alternate within a round, and the order is reversed in every other round. Before each measurement
 a short probe compares two threads with one: 2.0 means two free cores; 1.0 means that the host runs both CPUs
 on one core, or that something else was running. If the probe is far from 2, a figure for two threads says
 little about the contestant.
+
+ik_llama.cpp is a second rival, by its own server or, where that dies, by its llama-bench: one stream and the prompt
+of `single` and `prefill-600` without HTTP, template and sampling, which favours it. Both interleave rows when they
+load a model (--ik-args), its fastest on a CPU; ratios are then to the best of all rivals.
 """
 
 import argparse
@@ -181,6 +186,7 @@ class Contestant:
     environment: dict = field(default_factory=dict)
     ours: bool = False
     rival: bool = False         # ratios are to the best of these
+    serves: bool = True         # else it is a llama-bench
 
     def command(self, model, port, layout):
         listen = ["--host", "127.0.0.1", "--port", str(port)]
@@ -193,14 +199,27 @@ class Contestant:
 
 def contestants(arguments):
     ours = (sys.executable, str(ROOT / "chat_server.py"))
-    found = [Contestant("ours", ours, ours=True)]
+    found, threads = [Contestant("ours", ours, ours=True)], arguments.threads
     if arguments.before:
         found += [Contestant("before", tuple(arguments.before), ours=True, rival=True)]
     if arguments.llama_server:
         binary = arguments.llama_server
-        found += [Contestant(f"llama-server -t {n}", (binary, "-t", str(n)), rival=True) for n in (1, 2)]
-        found += [Contestant("llama-server, GOMP_SPINCOUNT=1000", (binary,), {"GOMP_SPINCOUNT": "1000"})]
+        found += [Contestant(f"llama-server -t {n}", (binary, "-t", str(n)), rival=True) for n in threads]
+        if len(threads) > 1:
+            found += [Contestant("llama-server, GOMP_SPINCOUNT=1000", (binary,), {"GOMP_SPINCOUNT": "1000"})]
+    if binary := arguments.ik_llama_server:
+        found += [Contestant(f"ik_llama-server -t {n}", (binary, "-t", str(n), *arguments.ik_args), rival=True) for n in threads]
+    if binary := arguments.ik_llama_bench:
+        found += [Contestant(f"ik_llama-bench -t {n}", (binary, "-t", str(n), *with_values(arguments.ik_args)), rival=True, serves=False)
+                  for n in threads]
     return found
+
+
+def with_values(flags):
+    """llama-bench wants a value after each flag that a server takes alone."""
+    following = [*flags[1:], "-"]
+    return [word for flag, after in zip(flags, following)
+            for word in ((flag, "1") if flag.startswith("-") and after.startswith("-") else (flag,))]
 
 
 class Server:
@@ -349,6 +368,23 @@ async def compare_speeds(figures, competing, scenarios, arguments, session):
                     figures.add(scenario.title, scenario.unit, server.contestant, value, two_threads)
 
 
+BENCHED = {"single": ("-p", "0", "-n", str(ANSWER_TOKENS)), "prefill-600": ("-p", "600", "-n", "0")}
+
+
+def compare_benches(figures, benches, scenarios, arguments):
+    """What llama-bench says of the scenarios that it has, as the servers' figures: tokens per second, or ms for the prompt."""
+    for turn, scenario in itertools.product(range(arguments.rounds if benches else 0), [s for s in scenarios if s.name in BENCHED]):
+        for bench in in_turn(benches, turn):
+            two_threads = probe()
+            done = subprocess.run([*bench.program, "-m", str(arguments.model), *BENCHED[scenario.name], "-r", "1", "-o", "json"],
+                                  capture_output=True, text=True, timeout=REQUEST_LIMIT_S, env=ENVIRONMENT | bench.environment)
+            if done.returncode:
+                raise RuntimeError(f"{shlex.join(done.args)} ended with {done.returncode}\n{done.stderr[-3000:]}")
+            [said] = json.loads(done.stdout)
+            value = said["avg_ts"] if scenario.unit == "tok/s" else 1e3 * said["n_prompt"] / said["avg_ts"]
+            figures.add(scenario.title, scenario.unit, bench, value, two_threads)
+
+
 async def compare_starts(figures, competing, arguments, session):
     """Time to ready, one server at a time, the file in the page cache; memory once, when the KV cache has been full."""
     for turn in range(arguments.rounds):
@@ -405,7 +441,7 @@ def summary(figures, competing):
     """Markdown: one line for each figure with every contestant's median."""
     names = [contestant.name for contestant in competing]
     rivals = [contestant.name for contestant in competing if contestant.rival]
-    lines = [f"| figure | {' | '.join(names)} | ours to the better of {' and '.join(rivals)} |", "|---" * (len(names) + 2) + "|"]
+    lines = [f"| figure | {' | '.join(names)} | ours to the best of {' and '.join(rivals)} |", "|---" * (len(names) + 2) + "|"]
     for title, unit in figures.values:
         medians = figures.medians(title, unit)
         pick = max if unit == "tok/s" else min
@@ -421,13 +457,24 @@ def output_of(*command):
     return (done.stdout + done.stderr).strip()
 
 
+def kind_of_cpu():
+    """The widest instructions that a rival may use here, since a ratio says little without them."""
+    lines = re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    flags = lines[0].split() if lines else ()
+    names = {"amx_int8": "AMX", "avx512_vnni": "AVX-512 with VNNI", "avx512f": "AVX-512", "avx_vnni": "AVX2 with VNNI", "avx2": "AVX2"}
+    return next((name for flag, name in names.items() if flag in flags), platform.machine())
+
+
 def conditions(arguments):
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    version = "" if not arguments.llama_server else output_of(arguments.llama_server, "--version").partition("\n")[0]
-    return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else platform.processor(), "cpus": os.cpu_count(),
+    versions = {name: output_of(binary, "--version").partition("\n")[0] if binary else ""
+                for name, binary in (("llama-server", arguments.llama_server), ("ik_llama-server", arguments.ik_llama_server))}
+    ik_args = shlex.join(arguments.ik_args) if arguments.ik_llama_server or arguments.ik_llama_bench else ""
+    return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else platform.processor(), "kind of CPU": kind_of_cpu(),
+            "cpus": os.cpu_count(),
             "model": Path(arguments.model).name, "ours": output_of(sys.executable, "chat_server.py", "--version"),
-            "commit": output_of("git", "describe", "--always", "--dirty"), "llama-server": version,
-            "rounds": arguments.rounds, "server args": shlex.join(arguments.server_args),
+            "commit": output_of("git", "describe", "--always", "--dirty"), **versions,
+            "ik_llama.cpp args": ik_args, "rounds": arguments.rounds, "server args": shlex.join(arguments.server_args),
             "load average": " ".join(f"{load:.1f}" for load in os.getloadavg())}
 
 
@@ -455,17 +502,22 @@ def default_model():
 def parse_command_line():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--llama-server", help="the binary to compare with")
+    parser.add_argument("--ik-llama-server", help="ik_llama.cpp's, a second rival")
+    parser.add_argument("--ik-llama-bench", help="its llama-bench, for where its server does not live")
+    parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2], help="of the rivals, in turn")
+    parser.add_argument("--ik-args", type=shlex.split, default=["-rtr"], help="flags of both, in one string")
     parser.add_argument("--model", help="a GGUF file (default: the server's default model)")
     parser.add_argument("--rounds", type=int, default=5)
     names = [scenario.name for scenario in SCENARIOS] + [STARTUP]
     parser.add_argument("--only", type=lambda text: text.split(","), default=names, help=f"of {','.join(names)}")
-    parser.add_argument("--ours-only", action="store_true", help="no llama-server")
+    parser.add_argument("--ours-only", action="store_true", help="no rival")
     parser.add_argument("--before", type=shlex.split, help="Python and chat_server.py (or a bundle) of another version of ours, in one string")
     parser.add_argument("--server-args", type=shlex.split, default=[], help="more flags for our server, in one string")
     parser.add_argument("--json", help="store every value in this file")
     arguments = parser.parse_args()
-    if bool(arguments.ours_only) == bool(arguments.llama_server or arguments.before):
-        parser.error("--llama-server PATH, --before \"PYTHON SCRIPT\", or --ours-only alone")
+    rivals = (arguments.llama_server, arguments.ik_llama_server, arguments.ik_llama_bench, arguments.before)
+    if bool(arguments.ours_only) == any(rivals):
+        parser.error("--llama-server PATH, --ik-llama-server PATH, --ik-llama-bench PATH, --before \"PYTHON SCRIPT\", or --ours-only alone")
     if unknown := set(arguments.only) - set(names):
         parser.error(f"--only knows {','.join(names)}, not {','.join(sorted(unknown))}")
     arguments.model = Path(arguments.model).resolve() if arguments.model else default_model()
@@ -474,13 +526,15 @@ def parse_command_line():
 
 async def main(arguments):
     competing, figures, about = contestants(arguments), Figures(), conditions(arguments)
+    serving = [contestant for contestant in competing if contestant.serves]
     chosen = [scenario for scenario in SCENARIOS if scenario.name in arguments.only]
     try:
         timeout = aiohttp.ClientTimeout(total=REQUEST_LIMIT_S)
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
-            await compare_speeds(figures, competing, chosen, arguments, session)
+            await compare_speeds(figures, serving, chosen, arguments, session)
+            compare_benches(figures, [bench for bench in competing if not bench.serves], chosen, arguments)
             if STARTUP in arguments.only:
-                await compare_starts(figures, competing, arguments, session)
+                await compare_starts(figures, serving, arguments, session)
     finally:
         report(figures, competing, about, arguments)
 

@@ -1,7 +1,7 @@
 """A random llama of 1.1 billion parameters as GGUF files, and our server beside llama-server on each of them.
 
     python bench/large_model.py FOLDER --llama-quantize PATH [--types Q4_K_M,Q6_K,...]
-    python bench/large_model.py FOLDER --compare --llama-server PATH [--types ...] [flags of bench/compare.py]
+    python bench/large_model.py FOLDER --compare --llama-server PATH [--ik-llama-server PATH] [--types ...] [flags of bench/compare.py]
     python bench/large_model.py FOLDER --quality --types q4_k,q6_k,...
     python bench/large_model.py FOLDER --products
 

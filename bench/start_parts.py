@@ -1,0 +1,165 @@
+"""What a server's start and memory consist of: a worker's start part by part, and each process's memory by what is mapped.
+
+    python bench/start_parts.py [--rounds 3] [--server-args="--no-drafts"]
+
+A worker's start is done again in a fresh process, one part after another, `rounds` times: the least time on the wall and of the
+CPU of each part, and what the process holds more after it (RSS). Then a server is started as a user would start it, and once it has
+answered: the memory of its processes by the sort of mapping, PSS (what processes share is divided among them, also others that use
+the same libraries) and RSS. MB are 10**6 bytes. The default model, from the page cache.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SORTS = (                   # of mappings, by their path; the first that fits
+    ("torch's libraries", r"/torch/|libgomp"), ("decode_core", r"/decode_core/"), ("numpy's libraries", r"/numpy"),
+    ("the model's file", r"\.gguf$"), ("tokenizers and other extensions", r"\.so(\.|$)"), ("Python", r"/python"),
+    ("stacks and heap", r"^\[(heap|stack)"), ("shared without a file", r"^/dev/zero"), ("anonymous: weights, KV, objects", r"^$"))
+
+
+def memory_by_sort(pid, field="Pss"):
+    """A process's memory by the sort of mapping, MB."""
+    sums, sort = Counter(), ""
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if match := re.match(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \S+\s*(.*)", line):
+            sort = next((name for name, pattern in SORTS if re.search(pattern, match[1])), "other files")
+        elif line.startswith(f"{field}:"):
+            sums[sort] += int(line.split()[1]) * 1024 / 1e6
+    return sums
+
+
+# 1. a worker's start, in a process of its own ---------------------------------------------------------------------
+
+
+class Parts:
+    """Times what was done since the last call, and what the process holds more."""
+
+    def __init__(self):
+        self.rows = []
+        self.note("the interpreter", first=True)
+
+    def note(self, name, first=False):
+        cpu_s, held = time.process_time(), sum(memory_by_sort("self", "Rss").values())
+        wall_s = cpu_s if first else time.perf_counter() - self.at
+        before_s, before = (0.0, 0.0) if first else (self.cpu_s, self.held)
+        self.rows.append((name, wall_s, cpu_s - before_s, held - before))
+        self.held, self.cpu_s, self.at = held, time.process_time(), time.perf_counter()
+
+
+def start_by_parts():
+    """The parts of a worker's start, in its order; prints their rows as JSON."""
+    parts = Parts()
+    sys.path.insert(0, str(ROOT))
+    from chatlm.common.config import Settings
+    from chatlm.common.hub.find import resolve_model
+    from chatlm.common.hub.local import no_progress
+    from chatlm.worker import entry         # noqa: F401  what a worker imports first
+    parts.note("import: our modules without torch")
+    import numpy                            # noqa: F401
+    parts.note("import numpy")
+    import torch
+    parts.note("import torch")
+    from chatlm.worker import build, process        # noqa: F401
+    parts.note("import: our other modules")
+    from chatlm.common.core import decode_core
+    core = decode_core()
+    parts.note(f"import decode_core{'' if core else ' (not there)'}")
+    with torch.inference_mode():
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        settings, device = Settings(), torch.device("cpu")
+        source = resolve_model(settings, no_progress)
+        parts.note("find the model")
+        model = build.open_model(source, settings, device)
+        parts.note("open its file")
+        tokenizer = build.open_tokenizer(model.text)
+        build.compile_chat_template(model.text.chat_template or "", whole=False)
+        parts.note("tokenizer and template")
+        model, transformer, pages, context = build.build_transformer(model, source, settings, device, no_progress, None)
+        parts.note("weights into tiles, KV pages, buffers")
+        engine = build.Engine(transformer, tokenizer, transformer.kernels, num_pages=pages, max_batch=settings.max_batch,
+                              context_length=context, prefill_chunk=build.prefill_chunk(settings, device), drafts=settings.drafts)
+        parts.note("engine")
+        engine.warm_up(lambda fraction: None)
+        parts.note("warm-up")
+        del model
+        process.give_memory_back()
+        parts.note("memory given back")
+    print(json.dumps(parts.rows))
+
+
+def worker_table(rounds):
+    runs = [json.loads(subprocess.run([sys.executable, __file__, "--part"], check=True, capture_output=True, text=True,
+                                      env=os.environ | {"GOMP_SPINCOUNT": "1000"}).stdout.splitlines()[-1]) for _ in range(rounds)]
+    rows = [(same[0][0], *(min(row[column] for row in same) for column in (1, 2, 3))) for same in zip(*runs)]
+    rows.append(("together", *(sum(row[column] for row in rows) for column in (1, 2, 3))))
+    lines = ["| part of a worker's start | s | CPU s | MB more |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| {name} | {wall:.2f} | {cpu:.2f} | {held:.0f} |" for name, wall, cpu, held in rows])
+
+
+# 2. a server as it runs -------------------------------------------------------------------------------------------
+
+
+def memories(pid):
+    return memory_by_sort(pid), memory_by_sort(pid, "Rss")
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def server_table(more):
+    port = 20000 + os.getpid() % 20000
+    url, begun = f"http://127.0.0.1:{port}", time.perf_counter()
+    server = subprocess.Popen([sys.executable, ROOT / "chat_server.py", "--host", "127.0.0.1", "--port", str(port), *more],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while time.perf_counter() - begun < 120 and server.poll() is None:
+            try:
+                if urllib.request.urlopen(f"{url}/health").status == 200:
+                    break
+            except OSError:
+                time.sleep(0.005)
+        ready_s = time.perf_counter() - begun
+        body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}).encode()
+        urllib.request.urlopen(urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})).read()
+        columns = {"front": memories(server.pid)}
+        for number, child in enumerate(children(server.pid), 1):
+            command = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            role = next((name for name in ("worker", "sandbox") if name.encode() in command), "other")
+            columns[role if role not in columns else f"{role} {number}"] = memories(child)
+    finally:
+        server.terminate()
+        server.wait(30)
+    sums = {sort: [(pss[sort], rss[sort]) for pss, rss in columns.values()] for _, rss in columns.values() for sort in rss}
+    rows = sorted(sums.items(), key=lambda item: -sum(pss for pss, _ in item[1]))
+    rows.append(("together", [tuple(sum(memory.values()) for memory in pair) for pair in columns.values()]))
+    lines = [f"ready after {ready_s:.2f} s", "", f"| mapping, MB: PSS, RSS | {' | '.join(columns)} | all: PSS |", "|---" * (len(columns) + 2) + "|"]
+    for sort, pairs in rows:
+        cells = [f"{pss:.0f}, {rss:.0f}" for pss, rss in pairs]
+        lines.append(f"| {sort} | {' | '.join(cells)} | {sum(pss for pss, _ in pairs):.0f} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--server-args", type=shlex.split, default=[])
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        return start_by_parts()
+    print(worker_table(arguments.rounds), "", server_table(arguments.server_args), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

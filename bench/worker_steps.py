@@ -1,0 +1,144 @@
+"""Where the time of a worker's decoding steps goes: its Python, its compiled phases, its threads. Without front and HTTP.
+
+    python bench/worker_steps.py [--streams 16] [--tokens 128] [--rounds 5] [--width 2] [--threads 2]
+
+The engine of the default model as a worker runs it, greedy, without drafts, its messages written to a pipe that somebody reads.
+Written for machines on which other programs run: of each phase the least time over many steps counts, since no phase is longer
+than the system lets a thread run, and of Python the CPU time of its thread in the best round. --width forces the number of threads
+that compute a step, as `0` the policy decides; with more than one, what the phases' sum is above its share of one thread's sum is
+what threads wait for each other, and what they fetch from each other's caches.
+"""
+
+import argparse
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch    # noqa: E402
+
+import decode_core    # noqa: E402
+from chatlm.common.config import Settings    # noqa: E402
+from chatlm.common.hub.find import resolve_model    # noqa: E402
+from chatlm.common.hub.local import no_progress    # noqa: E402
+from chatlm.common.messages.protocol import WORKER_PIPE, Stepped    # noqa: E402
+from chatlm.common.messages.requests import AnswerParams, SamplingParams    # noqa: E402
+from chatlm.common.messages.wire import Channel    # noqa: E402
+from chatlm.worker.build import build_engine    # noqa: E402
+from chatlm.worker.engine import engine as engine_module    # noqa: E402
+from chatlm.worker.engine.scheduler import Assignment    # noqa: E402
+from chatlm.worker.process import gauges    # noqa: E402
+
+
+class PythonParts:
+    """CPU time of the main thread in some functions."""
+
+    def __init__(self):
+        self.spent_s = defaultdict(float)
+
+    def timed(self, name, function):
+        def run(*arguments):
+            begun_s = time.thread_time()
+            try:
+                return function(*arguments)
+            finally:
+                self.spent_s[name] += time.thread_time() - begun_s
+        return run
+
+    def watch(self, engine, channel):
+        for owner, names in ((engine.scheduler, ("schedule",)), (engine_module, ("make_batch",)), (engine.steps, ("start", "finish")),
+                             (engine, ("_sample_rows", "_advance", "_accept")), (channel, ("send",))):
+            for name in names:
+                setattr(owner, name, self.timed(name, getattr(owner, name)))
+
+
+class Phases:
+    """The least time of each phase over all steps of so many rows, us."""
+
+    def __init__(self, rows):
+        self.rows, self.names, self.least, self.whole = rows, [], [], []
+
+    def note(self, steps):
+        for step in steps:
+            if step["tokens"] != self.rows or step["logit_rows"] != self.rows:
+                continue
+            names, times = zip(*step["phases"])
+            self.least = list(map(min, self.least, times)) if names == self.names else list(times)
+            self.names = names
+            self.whole.append(step["us"])
+
+    def table(self):
+        kinds = defaultdict(list)
+        for name, us in zip(self.names, self.least):
+            kinds[name].append(us)
+        lines = ["| phases | how many | us | share |", "|---|---|---|---|"]
+        for name, times in sorted(kinds.items(), key=lambda item: -sum(item[1])):
+            lines.append(f"| {name} | {len(times)} | {sum(times):,.0f} | {sum(times) / sum(self.least):.1%} |")
+        return "\n".join([*lines, f"| all | {len(self.least)} | {sum(self.least):,.0f} | of {len(self.whole)} steps, whose least is "
+                                  f"{min(self.whole):,.0f}, the median {statistics.median(self.whole):,.0f} |"])
+
+
+def run_round(engine, channel, streams, tokens, dice, phases):
+    """The decoding steps of so many answers at once -> their number and the main thread's CPU time, s."""
+    params, events = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), []
+    for _ in range(streams):
+        ids = tuple(dice.randrange(1000, engine.tokenizer.vocab_size - 1000) for _ in range(40))
+        engine.add(Assignment(f"answer {dice.random()}", ids, params, tokens))
+
+    def step():
+        nonlocal events
+        events = engine.step(lambda: channel.send(Stepped(events, gauges(engine))))
+
+    while engine.scheduler.waiting or any(sequence.prefilling for sequence in engine.scheduler.running):
+        step()
+    steps, begun_s = 0, time.thread_time()
+    while len(engine.scheduler.running) == streams:
+        step()
+        steps += 1
+        if steps % 8 == 0:
+            phases.note(engine.steps.program.times()[-9:])
+    spent_s = time.thread_time() - begun_s
+    while engine.busy:
+        step()
+    return steps, spent_s
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("streams", 16), ("tokens", 128), ("rounds", 5), ("width", 2), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    settings, best = Settings(drafts=False), None
+    with torch.inference_mode():
+        engine = build_engine(resolve_model(settings, no_progress), settings, torch.device("cpu"))[1]
+        engine.warm_up(lambda fraction: None)
+        decode_core._core.force_schedule(arguments.width, False)
+        ours, theirs = socket.socketpair()
+        reader = subprocess.Popen(["cat"], stdin=theirs, stdout=subprocess.DEVNULL)
+        theirs.close()
+        channel, parts, phases, dice = Channel(ours, WORKER_PIPE), PythonParts(), Phases(arguments.streams), random.Random(1)
+        parts.watch(engine, channel)
+        for _ in range(arguments.rounds):
+            parts.spent_s.clear()
+            steps, spent_s = run_round(engine, channel, arguments.streams, arguments.tokens, dice, phases)
+            if best is None or spent_s / steps < best[0]:
+                best = spent_s / steps, {name: spent / steps for name, spent in parts.spent_s.items()}
+        ours.close()
+        reader.wait()
+    print(f"{decode_core.info()['isa']}, {arguments.streams} rows, width {arguments.width}\n\n{phases.table()}\n")
+    print("| Python, us of CPU a step | |\n|---|---|")
+    for name, spent_s in sorted({**best[1], "all of the thread": best[0]}.items(), key=lambda item: -item[1]):
+        print(f"| {name} | {1e6 * spent_s:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
