@@ -97,7 +97,7 @@ def drawn(found):
     return [token for piece in found for token in piece.tokens]
 
 
-@pytest.mark.parametrize("schema, most", [(ANYTHING, 9), (PERSON, 18), *(pytest.param(schema, most, marks=pytest.mark.slow) for schema, most in (
+@pytest.mark.parametrize("schema, most", [(ANYTHING, 9), (PERSON, 40), *(pytest.param(schema, most, marks=pytest.mark.slow) for schema, most in (
     (ANYTHING, 40), (LISTS, 48), ({"type": "array", "items": PERSON, "minItems": 1}, 90)))])
 def test_an_answer_that_would_go_on_ends_as_its_format_wants_before_its_last_token(engine, schema, most):
     """Alone, beside others and by a worker that takes over; up to there it is the answer that has more tokens."""
