@@ -398,7 +398,7 @@ BESIDE_TEXT = set("""image_token_id video_token_id vision_config vision_end_toke
 HF_INERT = set("""architectures attention_dropout auto_map bos_token_id cache_implementation dtype embd_pdrop
     do_sample eos_token_id init_method initializer_range is_llama_config max_length model_type
     neftune_noise_alpha output_attentions output_hidden_states output_router_logits pad_token_id
-    pretraining_tp quantization_config resid_pdrop return_dict router_aux_loss_coef temperature
+    pretraining_tp quantization_config resid_pdrop return_dict router_aux_loss_coef sep_token_id temperature
     tokenizer_class top_p torch_dtype transformers.js_config transformers_version unsloth_fixed
     unsloth_version use_cache _attn_implementation _attn_implementation_autoset _name_or_path
     _sliding_window_pattern""".split())
@@ -406,11 +406,11 @@ GENERATION = set("""bad_words_ids begin_suppress_tokens chunk_size_feed_forward 
     diversity_penalty early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff
     eta_cutoff finetuning_task forced_bos_token_id forced_eos_token_id id2label label2id length_penalty
     max_new_tokens min_length min_new_tokens min_p no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences penalty_alpha prefix problem_type renormalize_logits repetition_penalty sep_token_id
+    num_return_sequences penalty_alpha prefix problem_type renormalize_logits repetition_penalty
     suppress_tokens task_specific_params top_k typical_p""".split())  # and the like: of no arithmetic
 HF_ONLY = {  # the only value these may have, unless the family has them
     **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias", "rope_interleaved", "use_bias",
-                     "use_mrope", "use_bidirectional_attention"), False),
+                     "use_mrope", "use_bidirectional_attention", "use_cla", "add_classification_head"), False),
     "full_attn_mod": 1, "interpolate_factor": 1, "decoder_sparse_step": 1, "mlp_only_layers": [],
     "num_experts": 1, "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
     **dict.fromkeys(("is_causal", "use_rope", "use_rotary"), True)}

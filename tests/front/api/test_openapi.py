@@ -82,6 +82,7 @@ def port(nanochat_fixtures):
         pool.workers[:] = [EchoWorker(pool)]
         pool.supervisor.card = ModelCard(text, "fake", 64, (), {}, False)
         await pool.supervisor._prepare()
+        pool.supervisor.unload = lambda: None       # there is no process to start again
         async with serving(pool) as url:
             found.append(int(url.rsplit(":", 1)[1]))
             ready.set()

@@ -54,8 +54,12 @@ async def test_bodies_beyond_the_budget_wait_and_small_ones_do_not(limits, monke
 
 async def test_a_body_that_finds_no_room_is_503_with_when_to_come_back(limits, monkeypatch):
     limits(held_bytes=4 * 300 * KB)
+    budget = Budget(config.LIMITS.held_bytes)
+    patch(monkeypatch, streams, "Budget", lambda total: budget)
     async with serving(FakePool()) as url, aiohttp.ClientSession() as client:
         _, writer = await unfinished(url, 200 * KB, 100 * KB)
+        while not budget.used:
+            await asyncio.sleep(0.01)
         patch(monkeypatch, streams, "BODY_S", 0.3)
         async with client.post(url + "/v1/chat/completions", json=conversation("x" * 200 * KB)) as response:
             assert response.status == 503 and int(response.headers["Retry-After"]) > 0
