@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # The kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (CPU paths; numpy only): csrc/sanitize.sh [pytest arguments]
+# csrc/sanitize.sh --compile only compiles, with a python that has pybind11 and setuptools.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 built=${DECODE_CORE_SANITIZE_BUILD:-build-sanitize}
 
-DECODE_CORE_SANITIZE=1 DECODE_CORE_CUDA=0 "$python" setup.py -q build --build-base "$built" --build-lib "$built/lib" >"$built.log" 2>&1 \
-    || { cat "$built.log"; exit 1; }
-mv -f "$built.log" "$built/log"
+command=(build --build-base "$built")
+[ "${1:-}" != --compile ] || command=(build_ext)
+mkdir -p "$built"
+DECODE_CORE_SANITIZE=1 DECODE_CORE_CUDA=0 "$python" setup.py -q "${command[@]}" --build-lib "$built/lib" --build-temp "$built/temp" \
+    >"$built/log" 2>&1 || { cat "$built/log"; exit 1; }
+[ "${1:-}" != --compile ] || exit 0
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 # Python leaks by design; a sanitizer's abort must fail the test that ran in a child process too
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1

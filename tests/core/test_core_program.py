@@ -322,7 +322,7 @@ SCHEDULES = [(1, 0, False), (2, 0, False), (2, 2, True), (2, 1, False), (4, 4, F
 
 
 @pytest.mark.parametrize("logit_rows", by_day(["none", "one", "all"], "one"))
-@pytest.mark.parametrize("tokens", MIXES)
+@pytest.mark.parametrize("tokens", by_day(MIXES, 5, 33))
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_has_the_bits_of_its_ops_called_one_by_one(name, tokens, logit_rows):
     model, recorded = MODELS[name], Recorded(name)

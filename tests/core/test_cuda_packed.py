@@ -290,6 +290,7 @@ def emulated(emulation_library, monkeypatch):
     return backends.Emulated(emulation_library)
 
 
+@pytest.mark.slow
 def test_a_files_matrices_stay_packed_and_logits_are_those_of_its_weights(emulated, mixed_file, monkeypatch):
     path, packed_bytes = mixed_file
     exact = opened(path, monkeypatch, references, "float32")

@@ -71,6 +71,7 @@ def test_steps_for_which_no_time_is_left_are_left_out_and_the_report_is_whole_af
     assert [step["status"] for step in told["steps"]] == ["held", "left out", "left out"] and told["steps"][-1]["note"] == "no time was left"
 
 
+@pytest.mark.slow
 def test_tests_that_all_skip_have_not_held(tmp_path, monkeypatch):
     (tmp_path / "test_it.py").write_text("import pytest\ndef test_gpu():\n    pytest.skip('no GPU here')\n")
     command = gpu_day.tests(str(tmp_path / "test_it.py"), dry="gpu")

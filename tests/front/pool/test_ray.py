@@ -87,6 +87,7 @@ async def answers(pool, *requests):
     return [text for text, _, _ in await asyncio.gather(*(collect(pool, request) for request in requests))]
 
 
+@pytest.mark.slow
 async def test_replicas_on_two_nodes_serve_as_local_ones_do(cluster, start_pool):
     local = await start_pool()
     pool = await cluster({"a": 1, "b": 2})

@@ -164,7 +164,7 @@ def test_every_nanochat_generation_answers_as_upstream_does_alone_and_together(n
 
 def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtures):
     """Answers that end by eos, by a stop string and by length, in batches that change whenever one ends."""
-    works = [chat_work(smollm, f"w{i}", question, 8 + 5 * i, temperature=0.7, seed=i) for i, question in enumerate(QUESTIONS)]
+    works = [chat_work(smollm, f"w{i}", question, 6 + 3 * i, temperature=0.7, seed=i) for i, question in enumerate(QUESTIONS)]
     works.append(changed(chat_work(smollm, "s", "What is the capital of Japan?"), stop=("pan is To",)))
     works.append(chat_work(smollm, "p", QUESTIONS[2], 12, presence_penalty=0.5))
     smollm.pool.forget_cached()
