@@ -410,7 +410,8 @@ GENERATION = set("""bad_words_ids begin_suppress_tokens chunk_size_feed_forward 
     suppress_tokens task_specific_params top_k typical_p""".split())  # and the like: of no arithmetic
 HF_ONLY = {  # the only value these may have, unless the family has them
     **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias", "rope_interleaved", "use_bias",
-                     "use_mrope", "use_bidirectional_attention", "use_cla", "add_classification_head"), False),
+                     "use_mrope", "use_bidirectional_attention", "use_cla",
+                     "add_classification_head"), False),
     "full_attn_mod": 1, "interpolate_factor": 1, "decoder_sparse_step": 1, "mlp_only_layers": [],
     "num_experts": 1, "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
     **dict.fromkeys(("is_causal", "use_rope", "use_rotary"), True)}
