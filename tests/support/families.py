@@ -80,6 +80,12 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
                                             rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25))),
     "lfm2": ("lfm2", dict(norm_eps=1e-3, num_hidden_layers=6, block_multiple_of=16, block_ffn_dim_multiplier=1.2, intermediate_size=160,
                           full_attn_idxs=[2, 4], rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "lfm2moe": ("lfm2_moe", dict(norm_eps=1e-3, num_dense_layers=1, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=48,
+                                 layer_types=["conv", "full_attention", "conv", "full_attention"],
+                                 rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "lfm2moe-plain": ("lfm2_moe", dict(norm_eps=1e-3, num_dense_layers=0, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32,
+                                       use_expert_bias=False, conv_bias=True, tie_word_embeddings=False,
+                                       layer_types=["full_attention", "conv", "conv", "full_attention"])),
     "lfm2-bias": ("lfm2", dict(norm_eps=1e-3, conv_bias=True, conv_L_cache=5, block_auto_adjust_ff_dim=False,
                                layer_types=["conv", "full_attention", "conv", "full_attention"])),
 }
@@ -100,6 +106,9 @@ def make_model(name, seed=0, **changes):
                 weight.normal_(0, 1.0 if key.endswith("sinks") else 0.3)
             else:
                 weight.mul_(0.5).add_(torch.randn_like(weight), alpha=0.3).add_(0.4 if kind.startswith("gemma") else 0.6)
+        for key, weight in model.named_buffers():
+            if key.endswith("expert_bias"):
+                weight.normal_(0, 0.2)
     return model
 
 
@@ -235,7 +244,7 @@ def apart(state, interleaved):
 
 GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
                       "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
-                      "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
+                      "lfm2_moe": "lfm2moe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
 
 
 def granite_apart(state, mixed):
@@ -285,7 +294,9 @@ def as_gguf(path, model, quantized=False, metadata=None):
     names = gguf.get_tensor_name_map({name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, eps, width = config.num_key_value_heads, getattr(config, "rms_norm_eps", None) or config.norm_eps, config.intermediate_size
-    if arch == "lfm2":
+    if arch == "lfm2moe":
+        state = {name.replace("feed_forward.experts", "mlp.experts").replace("expert_bias", "expert_bias.bias"): tensor for name, tensor in state.items()}
+    if arch.startswith("lfm2"):
         heads, width = [heads * (kind != "conv") for kind in config.layer_types], len(model.model.layers[0].feed_forward.w1.weight)
     tensors = {}
     for name, tensor in apart(state, interleaved=arch == "gpt-oss").items():
@@ -327,8 +338,10 @@ def as_gguf(path, model, quantized=False, metadata=None):
                  "time_step_rank": config.linear_num_value_heads, "inner_size": config.linear_num_value_heads * config.linear_value_head_dim}
         numbers |= {f"ssm.{key}": size for key, size in sizes.items()} | {
             "attention.recurrent_layers": [kind == "linear_attention" for kind in config.layer_types], "rope.dimension_sections": [1, 1, 2, 0]}
-    if arch == "lfm2":
+    if arch.startswith("lfm2"):
         numbers["shortconv.l_cache"] = config.conv_L_cache
+    if arch == "lfm2moe":
+        numbers |= {"leading_dense_block_count": config.num_dense_layers, "expert_gating_func": 2}
     if arch == "mistral3":
         numbers |= {"rope.scaling.yarn_log_multiplier": rope["mscale_all_dim"], "attention.temperature_scale": rope["llama_4_scaling_beta"]}
     if not arch.startswith("qwen2") and getattr(config, "sliding_window", None):

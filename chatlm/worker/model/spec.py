@@ -158,6 +158,8 @@ class ModelSpec:
     experts_per_token: int = 0        # those with the largest of the router's logits
     shares_sum_to_one: bool = True    # softmax over the chosen experts' logits; else over all experts'
     router_bias: bool = False
+    sigmoid_router: bool = False      # shares are the chosen experts' sigmoids, divided by their sum
+    choice_bias: bool = False         # which counts where a sigmoid_router chooses, and not in the shares
     output_gate: bool = False         # beside each head's q, qkv has as many rows for a gate of its output
     sinks: bool = False               # a logit for each query head, which attends to no value
     windows: tuple[int, ...] = ()     # keys per layer, including the token's own; 0 = full, () = all
@@ -221,6 +223,8 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             shapes |= {f"{l}.{up}": (rows, C), f"{l}.{down}": (C, size)}
         if E and shared:
             shapes |= {f"{l}.shared_gate_up": (2 * shared, C), f"{l}.shared_down": (C, shared)}
+        if E and spec.choice_bias:
+            shapes[f"{l}.choice_bias"] = (E,)
         if E and spec.shared_gate:
             shapes[f"{l}.shared_gate"] = (1, C)
         if spec.norm_weights and spec.pre_norms:

@@ -299,6 +299,8 @@ class Transformer:
         alone = k.all_reduce is None
         total = b.x if alone else b.added
         k.linear(b.residual, layer["router"], norm=norm, bias=layer.get("router_bias"), out=b.routing)
+        if spec.sigmoid_router:
+            k.sigmoid_routing(b.routing, layer.get("choice_bias"), spec.experts_per_token, out=b.routing)
         k.experts(
             b.residual, b.routing, layer["expert_gate_up"], layer["expert_down"], norm=norm,
             biases=(layer.get("expert_gate_up_bias"), layer.get("expert_down_bias")),

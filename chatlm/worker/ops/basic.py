@@ -143,6 +143,18 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     torch.add(x if residual else torch.zeros_like(x), total, out=out)
 
 
+def sigmoid_routing_reference(logits, bias, chosen, out):
+    """Logits (T, E) -> out (T, E), which may be the same: of the `chosen` experts with the largest
+    sigmoid(logit) + bias (lower ids first among equals) the logarithm of their sigmoid, of others -inf.
+
+    So the softmax over what `experts` chooses of it divides the sigmoids by their sum; bias (E,) or None."""
+    scores = torch.sigmoid(logits.float())
+    ranked = torch.sort(scores if bias is None else scores + bias, descending=True, stable=True).indices
+    best = ranked[:, :chosen]
+    shares = torch.nn.functional.logsigmoid(logits.float()).gather(1, best)
+    out.fill_(-torch.inf).scatter_(1, best, shares)
+
+
 def copy_reference(x, out):
     out.copy_(x)
 

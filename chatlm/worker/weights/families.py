@@ -158,6 +158,17 @@ LFM2 = {"num_key_value_heads": 8, "norm_eps": 1e-5, "tie_embedding": True, "rope
 LFM2_MIXERS = {"conv": lambda config: ShortConv(config["conv_L_cache"], config["conv_bias"])}
 
 
+LFM2_MOE_TENSORS = LFM2_TENSORS | {
+    "router": ("model.layers.{}.feed_forward.gate.weight",),
+    "choice_bias": ("model.layers.{}.feed_forward.expert_bias",),
+    "expert_gate_up": tuple(f"model.layers.{{}}.feed_forward.experts.{{}}.{part}.weight"
+                            for part in ("w1", "w3")),
+    "expert_down": ("model.layers.{}.feed_forward.experts.{}.w2.weight",)}
+LFM2_MOE_GGUF = {
+    "choice_bias": ("blk.{}.exp_probs_b.bias",), "expert_down": ("blk.{}.ffn_down_exps.weight",),
+    "expert_gate_up": ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight")}
+
+
 def complete_lfm2(config: Mapping) -> dict:
     """The width of its feed-forward part and its layers' types, where older files say them otherwise."""
     layers, width = range(config["num_hidden_layers"]), config["intermediate_size"]
@@ -349,7 +360,16 @@ FAMILIES = {  # by config.json's model_type
                          "use_pos_enc")),
         HEAD_NORMS, LFM2_TENSORS, lambda config, layer: False, repack=squeeze_taps, mixers=LFM2_MIXERS,
         aliases={"norm_eps": "rms_norm_eps", "tie_embedding": "tie_word_embeddings",
-                 "block_ff_dim": "intermediate_size"}, complete=complete_lfm2)}
+                 "block_ff_dim": "intermediate_size"}, complete=complete_lfm2),
+    "lfm2_moe": Family(
+        "LFM2-MoE", EXPERTS | {
+            "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 1792, "num_dense_layers": 2,
+            "use_expert_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+            "num_key_value_heads": 8, "norm_eps": 1e-5, "tie_word_embeddings": True, "tie_embedding": True,
+            "rope_theta": 1e6, "conv_L_cache": 3, "conv_bias": False, "layer_types": None},
+        HEAD_NORMS | {"sigmoid_router": True}, LFM2_MOE_TENSORS, lambda config, layer: False,
+        repack=squeeze_taps, mixers=LFM2_MIXERS, needed=("layer_types",), gguf=LFM2_MOE_GGUF,
+        aliases={"norm_eps": "rms_norm_eps", "tie_embedding": "tie_word_embeddings"})}
 VISION = {  # model_type of a model with images, which are not read -> its text model's, if it does not say
     "gemma3": "gemma3_text", "mistral3": "mistral", "llava": "llama", "smolvlm": "llama", "idefics3": "llama",
     "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "lfm2_vl": "lfm2",
@@ -386,6 +406,7 @@ HF_KEYS = {  # all others are bool
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), Rule(int, 1, MOST_HEADS)),
     "linear_conv_kernel_dim": Rule(int, 2, 64), "full_attention_interval": Rule(int, 1, MOST_LAYERS),
     "full_attn_idxs": Rule(int, 0, MOST_LAYERS, many=True, optional=True),
+    "num_dense_layers": Rule(int, 0, MOST_LAYERS), "routed_scaling_factor": Rule(float, 1, 1),
     "norm_eps": Rule(float, 0, 1), "tie_embedding": Rule(bool), "conv_L_cache": Rule(int, 2, 64),
     "block_ff_dim": Rule(int, 1, MOST_CHANNELS), "block_multiple_of": Rule(int, 1, MOST_CHANNELS),
     "block_ffn_dim_multiplier": Rule(float, 0.01, 100),
@@ -592,14 +613,17 @@ def expert_fields(path: Path, config: Mapping) -> tuple[int, dict]:
     shared = config.get("shared_intermediate_size") or config.get("shared_expert_intermediate_size") or 0
     if not experts:
         return shared or config["intermediate_size"], {}
-    dense = config.get("mlp_only_layers") or ()
+    if "use_expert_bias" in config and not config["norm_topk_prob"]:
+        raise ConfigError(f"{path}: norm_topk_prob is false; with a router of sigmoids it must be true")
+    dense = config.get("mlp_only_layers") or range(config.get("num_dense_layers", 0))
     dense = tuple(layer for layer in range(layers)
                   if layer in dense or (layer + 1) % config.get("decoder_sparse_step", 1))
     return config["moe_intermediate_size"] or config["intermediate_size"], {
         "experts": experts, "shared_size": shared, "dense_layers": dense,
         "experts_per_token": checked(path, chosen, config[chosen], Rule(int, 1, experts)),
         "dense_size": config["intermediate_size"] if dense else 0,
-        "shares_sum_to_one": config.get("norm_topk_prob", True)}
+        "shares_sum_to_one": config.get("norm_topk_prob", True),
+        "choice_bias": config.get("use_expert_bias", False)}
 
 
 def growing_queries(fields: Mapping, beta: float | None, original: int, context: int | None) -> dict:

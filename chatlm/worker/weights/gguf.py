@@ -34,7 +34,7 @@ from chatlm.worker.weights.families import (
     scaled_rope, unsupported)
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.gguf_file import (
-    GGUF_FAMILIES, GGUF_GROWTH, GGUF_INERT, GGUF_KEYS, GGUF_MAMBA, GGUF_OWN, GGUF_SIZES, ROPE_TENSORS,
+    GGUF_FAMILIES, GGUF_INERT, GGUF_KEYS, GGUF_MAMBA, GGUF_OF_ONE, GGUF_OWN, GGUF_SIZES, ROPE_TENSORS,
     check_gguf_types, gguf_value, read_gguf)
 from chatlm.worker.weights.lora import read_adapters
 from chatlm.worker.weights.rules import (
@@ -146,7 +146,7 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     unknown = {own + theirs for theirs in GGUF_OWN.values()} - {
         own + theirs for ours, theirs in GGUF_OWN.items() if ours in config}
     unknown |= {key for key in metadata if key.startswith(own) and f"*.{key[len(own):]}" not in GGUF_KEYS}
-    unknown |= {own + key for key in GGUF_GROWTH if family != "ministral3"}
+    unknown |= {own + key for key, only in GGUF_OF_ONE.items() if family != only}
     unknown -= {own + key for key in (GGUF_INERT | GGUF_MAMBA if own.startswith("granite") else GGUF_INERT)}
     for key in (key for key in metadata if key in unknown and metadata[key]):
         raise ConfigError(f"{path}: {key} is {shown(metadata[key])}; this key is not supported in a "
@@ -179,7 +179,10 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
         largest = layers == {"gemma2": 46, "gemma3_text": 62}[family]
         config["query_pre_attn_scalar"] = (width // config["num_attention_heads"] if largest else head_size)
     if "norm_topk_prob" in config:         # nor this
-        config["norm_topk_prob"] = family != "qwen2_moe"
+        config["norm_topk_prob"] = number("expert_weights_norm", family != "qwen2_moe")
+    if "use_expert_bias" in config:
+        number("expert_gating_func", 2)  # sigmoids
+        config["use_expert_bias"] = any(name.endswith(".exp_probs_b.bias") for name in stored)
     if "attention_multiplier" in config:
         config["attention_multiplier"] = number("attention.scale", None)
     if own == "granite." and metadata.get("granite.rope.scaling.finetuned") is False:

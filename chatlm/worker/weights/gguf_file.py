@@ -25,6 +25,7 @@ from chatlm.worker.weights.splits import PRE_TOKENIZERS
 GGUF_FAMILIES = {name: name for name in (
     "llama", "qwen2", "qwen3", "smollm3", "gemma2", "phi3", "granite", "olmo2", "glm4", "exaone4", "ernie4_5",
     "seed_oss", "lfm2")} | {
+    "lfm2moe": "lfm2_moe",
     "gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
     "granitemoe": "granitemoeshared", "hunyuan-dense": "hunyuan_v1_dense",
     "mistral3": "ministral3", "qwen2vl": "qwen2", "qwen3vl": "qwen3",
@@ -166,10 +167,12 @@ GGUF_OWN = {  # the same of keys that only some families have
     "logits_scaling": "logit_scale", "conv_L_cache": "shortconv.l_cache",
     "linear_conv_kernel_dim": "ssm.conv_kernel", "linear_key_head_dim": "ssm.state_size",
     "linear_num_key_heads": "ssm.group_count", "linear_num_value_heads": "ssm.time_step_rank",
-    "full_attention_interval": "full_attention_interval"}
+    "full_attention_interval": "full_attention_interval", "num_dense_layers": "leading_dense_block_count",
+    "routed_scaling_factor": "expert_weights_scale"}
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
               "tensor_data_layout", "rope.dimension_sections", "n_deepstack_layers"}
-GGUF_GROWTH = {"attention.temperature_scale"}  # of Ministral 3 alone
+GGUF_OF_ONE = {"attention.temperature_scale": "ministral3", "expert_gating_func": "lfm2_moe",
+               "expert_weights_norm": "lfm2_moe"}  # keys of one family alone
 # what llama.cpp's converter says of Mamba layers, in granite's files too, which have none
 GGUF_MAMBA = {f"ssm.{part}" for part in ("conv_kernel", "state_size", "group_count", "inner_size",
                                          "time_step_rank")} | {"expert_shared_feed_forward_length"}
@@ -186,6 +189,7 @@ GGUF_KEYS = {  # * stands for the architecture
     "*.rope.scaling.type": Rule(str, choices=("none", "linear", "yarn", "longrope")),
     "*.rope.scaling.factor": Rule(float, 0.01, 10**6),
     "*.rope.scaling.yarn_log_multiplier": Rule(float, 0, 10**3, optional=True),
+    "*.expert_gating_func": Rule(int, 2, 2), "*.expert_weights_norm": Rule(bool),
     "*.attention.temperature_scale": Rule(float, 0, 10, optional=True),
     **dict.fromkeys(("*.rope.scaling.attn_factor", "*.rope.scaling.yarn_attn_factor"),
                     Rule(float, 0.01, 10**3, optional=True)),

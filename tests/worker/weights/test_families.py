@@ -19,7 +19,7 @@ from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.spec import expected_tensors, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import rope_frequencies
-from chatlm.worker.ops.basic import Norm, experts_reference
+from chatlm.worker.ops.basic import Norm, experts_reference, sigmoid_routing_reference
 from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.gguf import gguf_spec, gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
@@ -28,7 +28,7 @@ from chatlm.worker.weights.load import open_model
 from engines import make_batch, tensors_of
 from families import (CHAT, LONG, MODELS, TOLERANCE, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, save_packed, transformer,
                       write_tokenizer)
-from hub_configs import HUB_CONFIGS, LFM2_CONFIGS
+from hub_configs import HUB_CONFIGS, LFM2_CONFIGS, LFM2_MOE
 from nightly import by_day
 from patching import patch
 from real_server import ask, events, get, post, server
@@ -58,7 +58,7 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 
 OLDER = [*MODELS][:[*MODELS].index("granite")]
-BY_DAY = "granite4", "olmo3", "glm4", "lfm2", "hunyuan"       # which bring what no other had
+BY_DAY = "granite4", "olmo3", "glm4", "lfm2", "lfm2moe", "hunyuan"       # which bring what no other had
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -161,11 +161,11 @@ GGUF_MODELS = {             # what of MODELS a file of each architecture can say
     "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
     "qwen3moe": {"norm_topk_prob": True}, "gpt-oss": {},
     **dict.fromkeys(("granite", "granite-moe", "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan"), {}),
-    "lfm2": {}, "qwen3.5": {}, "qwen3.5moe": {}, "mixtral": {"sliding_window": None}, "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
+    "lfm2": {}, "lfm2moe": {}, "qwen3.5": {}, "qwen3.5moe": {}, "mixtral": {"sliding_window": None}, "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", by_day(GGUF_MODELS, "llama3.1", "gemma3", "gpt-oss", "granite4", "lfm2"))
+@pytest.mark.parametrize("name", by_day(GGUF_MODELS, "llama3.1", "gemma3", "gpt-oss", "granite4", "lfm2", "lfm2moe"))
 def test_the_same_model_as_gguf_computes_the_same(made, name, backend, tmp_path):
     changes = GGUF_MODELS[name]
     model, (folder, cases) = make_model(name, **changes), made(name, **changes)
@@ -382,6 +382,47 @@ def test_what_is_wrong_in_a_config_of_lfm2_is_named(key, value, words, tmp_path)
     with pytest.raises(ConfigError) as caught:
         spec_of(tmp_path, LFM2_CONFIGS["LFM2-1.2B"] | {key: value})
     assert words in str(caught.value)
+
+
+def test_the_published_config_of_lfm2_moe_means_what_transformers_takes_it_to_mean(tmp_path):
+    import transformers
+    spec, config = spec_of(tmp_path, LFM2_MOE), transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        made = transformers.AutoModelForCausalLM.from_config(config)
+    sizes = {key: int(np.prod(shape)) for key, shape in expected_tensors(spec).items() if key != "head"}
+    assert sum(p.numel() for p in made.parameters()) == sum(size for key, size in sizes.items() if not key.endswith("choice_bias"))
+    assert round(sum(sizes.values()) / 1e9, 1) == 8.3           # as its card says
+    assert (spec.experts, spec.experts_per_token, spec.ffn_size, spec.dense_layers, spec.dense_size) == (32, 4, 1792, (0, 1), 7168)
+    assert spec.sigmoid_router and spec.choice_bias and spec.shares_sum_to_one and spec.paged_layers == 6 and spec.state_bytes == 18 * 4 * 2 * 2048
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("norm_topk_prob", False, "norm_topk_prob is false; with a router of sigmoids it must be true"),
+    ("routed_scaling_factor", 2.5, "routed_scaling_factor is 2.5; it must be 1"), ("num_dense_layers", -1, "num_dense_layers is -1; it must be an integer from 0"),
+    ("layer_types", None, "layer_types is missing"), ("num_experts_per_tok", 33, "num_experts_per_tok is 33; it must be an integer from 1 to 32")])
+def test_what_is_wrong_in_a_config_of_lfm2_moe_is_named(key, value, words, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        spec_of(tmp_path, LFM2_MOE | {key: value})
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("key, value, words", [("expert_gating_func", 1, "lfm2moe.expert_gating_func is 1; it must be 2"),
+                                               ("expert_weights_scale", 2.0, "lfm2moe.expert_weights_scale is 2.0; it must be 1")])
+def test_a_router_of_another_kind_in_a_gguf_file_is_named(key, value, words, tmp_path):
+    metadata, stored = read_gguf(as_gguf(tmp_path / "tiny.gguf", make_model("lfm2moe")))
+    with pytest.raises(ConfigError) as caught:
+        gguf_spec(tmp_path / "tiny.gguf", metadata | {f"lfm2moe.{key}": value}, stored, None)
+    assert words in str(caught.value)
+
+
+def test_sigmoids_choose_with_a_bias_that_the_shares_do_not_have():
+    logits = torch.tensor([[2.0, 0.0, -1.0, 0.0]])
+    out = torch.empty(1, 4)
+    for bias, chosen in ((None, [0, 1]), (torch.tensor([-1.0, 0.0, 0.9, 0.0]), [1, 2])):
+        sigmoid_routing_reference(logits, bias, 2, out)
+        shares, scores = torch.softmax(out, -1)[0], torch.sigmoid(logits[0])
+        assert shares.nonzero().flatten().tolist() == chosen
+        assert torch.allclose(shares[chosen], scores[chosen] / scores[chosen].sum())
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 1e6}
