@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 500_000.0}
 CONVERTED = {               # what a GGUF file of each can say. Of gemma the converter wants a vocabulary of its own
     **dict.fromkeys(("llama2", "llama3.1", "llama3.2", "qwen2.5", "qwen3", "smollm3", "phi3", "phi3-long", "qwen3moe-normed", "gpt-oss",
-                     "granite", "granite-moe", "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3"), {}),
+                     "granite", "granite-moe", "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "lfm2", "lfm2moe", "granite4h"), {}),
     **dict.fromkeys(("mistral", "mixtral"), {"sliding_window": None}), "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None},
     "granite4-dense": {"position_embedding_type": "rope"}, "hunyuan": {"max_position_embeddings": 32_768}}
 VARIANTS = {                # name -> (of MODELS, what differs)
@@ -43,7 +43,8 @@ def write_case(folder, name, changes):
     path.write_text(json.dumps(tokenizer))
     config = json.loads((folder / "config.json").read_text())
     if MODELS[name][0] == "granitemoehybrid":   # in its makers' words
-        (folder / "config.json").write_text(json.dumps(config | {"layer_types": ["attention"] * 4}))
+        names = {"full_attention": "attention", "linear_attention": "mamba"}
+        (folder / "config.json").write_text(json.dumps(config | {"layer_types": [names[kind] for kind in config["layer_types"]]}))
 
 
 @pytest.fixture(scope="module")

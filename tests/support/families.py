@@ -54,6 +54,13 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
                                                     shared_intermediate_size=48, position_embedding_type="rope")),
     "granite4-dense": ("granitemoehybrid", GRANITE | dict(layer_types=["full_attention"] * 4, num_local_experts=0, num_experts_per_tok=0,
                                                           shared_intermediate_size=96)),      # without rotary embedding
+    "granite4h": ("granitemoehybrid", GRANITE | dict(
+        layer_types=["linear_attention", "full_attention", "linear_attention", "linear_attention"], num_local_experts=5, num_experts_per_tok=2,
+        shared_intermediate_size=48, mamba_n_heads=4, mamba_d_state=16, mamba_n_groups=2, mamba_chunk_size=16)),
+    "granite4h-dense": ("granitemoehybrid", GRANITE | dict(
+        layer_types=["linear_attention", "full_attention", "linear_attention"], num_hidden_layers=3, num_local_experts=0, num_experts_per_tok=0,
+        shared_intermediate_size=96, mamba_n_heads=8, mamba_d_state=8, mamba_chunk_size=16, mamba_conv_bias=False, mamba_proj_bias=True,
+        mamba_d_conv=3, position_embedding_type="rope")),
     "mixtral": ("mixtral", dict(num_local_experts=6, num_experts_per_tok=2, sliding_window=24)),
     "qwen2moe": ("qwen2_moe", dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=48, shared_expert_intermediate_size=80,
                                    mlp_only_layers=[1], use_sliding_window=True, sliding_window=24, max_window_layers=3)),
@@ -258,6 +265,17 @@ def granite_apart(state, mixed):
     return found
 
 
+def granite_mamba(state, config):
+    """A state dict of Granite 4 whose Mamba layers are as llama.cpp has them."""
+    found = {}
+    for name, tensor in state.items():
+        part = name.rpartition("mamba.")[2]
+        shapes = {"A_log": (-1, 1), "D": (-1, 1), "norm.weight": (config.mamba_n_groups, -1)} if part != name else {}
+        tensor = -tensor.exp() if part == "A_log" else tensor.squeeze(1) if part == "conv1d.weight" else tensor
+        found[name.replace("dt_bias", "dt_proj.bias")] = tensor.reshape(shapes.get(part, tensor.shape))
+    return found
+
+
 def qwen35_reordered(state, config):
     """A state dict of Qwen3.5 by llama.cpp's names, whose value head j belongs to the key head j % Hk."""
     Hk, Hv, D = config.linear_num_key_heads, config.linear_num_value_heads, config.linear_value_head_dim
@@ -289,13 +307,17 @@ def as_gguf(path, model, quantized=False, metadata=None):
     if arch.startswith("qwen35"):
         state = qwen35_reordered(state, config)
     if arch.startswith("granitemoe"):
-        arch = "granitemoe" if config.num_local_experts else "granite"
+        hybrid, arch = "linear_attention" in config.layer_types, "granitemoe" if config.num_local_experts else "granite"
         state = granite_apart(state, config.num_local_experts)
+        if hybrid:
+            arch, state = "granitehybrid", granite_mamba(state, config)
     names = gguf.get_tensor_name_map({name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, eps, width = config.num_key_value_heads, getattr(config, "rms_norm_eps", None) or config.norm_eps, config.intermediate_size
     if arch == "lfm2moe":
         state = {name.replace("feed_forward.experts", "mlp.experts").replace("expert_bias", "expert_bias.bias"): tensor for name, tensor in state.items()}
+    if arch == "granitehybrid":
+        heads = [heads * (kind == "full_attention") for kind in config.layer_types]
     if arch.startswith("lfm2"):
         heads, width = [heads * (kind != "conv") for kind in config.layer_types], len(model.model.layers[0].feed_forward.w1.weight)
     tensors = {}
@@ -304,7 +326,7 @@ def as_gguf(path, model, quantized=False, metadata=None):
             continue
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             tensor = tensor + 1
-        if arch in ("llama", "smollm3", "granite", "granitemoe", "mistral3") and re.search("[qk]_proj", name):
+        if arch in ("llama", "smollm3", "granite", "granitemoe", "granitehybrid", "mistral3") and re.search("[qk]_proj", name):
             tensor = tensor.view(-1, 2, head_size // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         if "conv.conv.weight" in name:
             tensor = tensor.squeeze(1)
@@ -330,7 +352,11 @@ def as_gguf(path, model, quantized=False, metadata=None):
         numbers["expert_shared_feed_forward_length"] = shared
     if arch.startswith("granite"):
         numbers |= {"attention.scale": config.attention_multiplier, "embedding_scale": config.embedding_multiplier,
-                    "residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling, "rope.scaling.finetuned": True}
+                    "residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling,
+                    "rope.scaling.finetuned": arch != "granitehybrid"}
+    if arch == "granitehybrid":
+        numbers |= {"ssm.conv_kernel": config.mamba_d_conv, "ssm.state_size": config.mamba_d_state, "ssm.group_count": config.mamba_n_groups,
+                    "ssm.inner_size": config.mamba_n_heads * config.mamba_d_head, "ssm.time_step_rank": config.mamba_n_heads}
     if arch in ("olmo2", "exaone4") and getattr(config, "sliding_window", None):
         numbers["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
     if arch.startswith("qwen35"):

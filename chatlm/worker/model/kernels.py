@@ -24,7 +24,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.processes.start import threads_per_worker
-from chatlm.worker.model.spec import DeltaRule, ModelSpec, Sequences, token_places
+from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, Sequences, token_places
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.attention import (
     attend, attend_prompt, decode_rows, mean_squares_reference, norm_qk_reference, page_table,
@@ -35,7 +35,7 @@ from chatlm.worker.ops.basic import (
     make_cache_reference, mix_reference, pack_reference, rms_norm_reference, sigmoid_routing_reference,
     smear_reference, softcap_reference, unpermute_rope, zeroed)
 from chatlm.worker.ops.mixers import (
-    delta_rule_reference, gate_reference, short_conv_reference, split_gates_reference)
+    delta_rule_reference, gate_reference, mamba2_reference, short_conv_reference, split_gates_reference)
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_on_host
 
@@ -143,6 +143,7 @@ class Kernels:
     paged_attention: Callable = paged_attention_reference
     short_conv: Callable = short_conv_reference
     delta_rule: Callable = delta_rule_reference
+    mamba2: Callable = mamba2_reference
     split_gates: Callable = split_gates_reference
     gate: Callable = gate_reference
     sample: Callable = sample_on_host
@@ -193,7 +194,8 @@ def choose_backend(device, spec: ModelSpec | None):
 
 
 # ops of models that decode_core does not compute
-TORCH_ALONE = ("sigmoid_routing", "gated_add", "mean_squares", "norm_qk", "delta_rule", "split_gates", "gate")
+TORCH_ALONE = ("sigmoid_routing", "gated_add", "mean_squares", "norm_qk", "delta_rule", "mamba2", "split_gates",
+               "gate")
 
 
 def not_compiled(spec: ModelSpec, device="cpu") -> str:
@@ -204,6 +206,7 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
         "scale of queries by their position": spec.q_growth,
         "short convolution on a GPU": any(spec.mixers) and torch.device(device).type != "cpu",
         "delta rule": any(isinstance(mixer, DeltaRule) for mixer in spec.mixers),
+        "Mamba layer": any(isinstance(mixer, Mamba2) for mixer in spec.mixers),
         "gate of attention": spec.output_gate,
         f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2"),
         "feed-forward of such a width": spec.dense_size % TILE_ROWS or spec.shared_size % TILE_ROWS}

@@ -104,7 +104,45 @@ class DeltaRule:
         return (self.size - 1, self.parts[0]), (self.value_heads, self.key_size, self.value_size)
 
 
-Mixer = ShortConv | DeltaRule
+@dataclass(frozen=True)
+class Mamba2:
+    """A state space that decays by the token (Dao and Gu, "Transformers are SSMs", 2024; Granite 4).
+
+    z, p, dt = mix_in x;  v, B, C = silu of a convolution of p over the last `size` tokens;
+    dt = softplus(dt + dt_bias);  S = exp(decay * dt) * S + (dt * v) B^T;  y = S C + skip * v;
+    mix_out (mix_norm * rms(y * silu(z))), the rms over each group. Head j reads the group's B and C, which
+    is j // (heads / groups). It keeps S (heads, P, N) and p of the last size - 1 tokens."""
+
+    size: int
+    heads: int
+    head_size: int             # P
+    state_size: int            # N
+    groups: int = 1
+    taps_bias: bool = True     # of the convolution
+    bias: bool = False         # of mix_in and mix_out
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """The rows of mix_in: z, p, dt."""
+        inner = self.heads * self.head_size
+        return inner, inner + 2 * self.groups * self.state_size, self.heads
+
+    def widths(self, C: int) -> tuple[int, int]:
+        return sum(self.parts), self.parts[0]
+
+    def tensors(self, C: int) -> dict[str, tuple[int, ...]]:
+        inner, channels, heads = self.parts
+        biases = {"taps_bias": (channels,)} if self.taps_bias else {}
+        if self.bias:
+            biases |= {"mix_in_bias": (sum(self.parts),), "mix_out_bias": (C,)}
+        return {"mix_in": (sum(self.parts), C), "taps": (channels * self.size,), "mix_norm": (inner,),
+                "mix_out": (C, inner)} | dict.fromkeys(("decay", "dt_bias", "skip"), (heads,)) | biases
+
+    def states(self, C: int) -> tuple[tuple[int, ...], ...]:
+        return (self.size - 1, self.parts[1]), (self.heads, self.head_size, self.state_size)
+
+
+Mixer = ShortConv | DeltaRule | Mamba2
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.model.spec import (
-    Inputs, Sequences, ShortConv, expected_tensors, group_layers, token_places)
+    DeltaRule, Inputs, Sequences, ShortConv, expected_tensors, group_layers, token_places)
 from chatlm.worker.model.tensors import Unread, read_ahead
 from chatlm.worker.ops.attention import query_scales, rope_frequencies, rope_tables
 from chatlm.worker.ops.basic import Norm
@@ -279,7 +279,8 @@ class Transformer:
         if isinstance(mixer, ShortConv):
             k.short_conv(mixed, layer["taps"], states, inputs.sequences, out=out, bias=layer.get("taps_bias"))
         else:
-            k.delta_rule(mixed, layer, mixer, self.spec.norm_eps, states, inputs.sequences, out=out)
+            op = k.delta_rule if isinstance(mixer, DeltaRule) else k.mamba2
+            op(mixed, layer, mixer, self.spec.norm_eps, states, inputs.sequences, out=out)
         self._add(b, out, layer, "mix_out", b.x, out=b.residual)
 
     def _feed_forward(self, b: SimpleNamespace, layer: dict):

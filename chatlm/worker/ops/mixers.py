@@ -72,6 +72,33 @@ def delta_rule_reference(x, weights, mixer, eps, states, sequences, out):
                     states[1][slot] = S
 
 
+def mamba2_reference(x, weights, mixer, eps, states, sequences, out):
+    """A spec.Mamba2's x (T, its first width) -> out (T, its second), token by token.
+
+    `weights` has taps, decay, dt_bias, skip, mix_norm and perhaps taps_bias; `states` are
+    (slots, K - 1, channels) and (slots, H, P, N)."""
+    inner, _, H = mixer.parts
+    G, N = mixer.groups, mixer.state_size
+    z, p, dt = x.float().split(mixer.parts, 1)
+    u = convolve(p, weights["taps"], states[0], sequences)
+    u = functional.silu(u + weights["taps_bias"] if mixer.taps_bias else u)
+    v, B, C = u.split((inner, G * N, G * N), 1)
+    group = torch.arange(H, device=x.device) // (H // G)
+    B, C = (part.unflatten(1, (G, N))[:, group] for part in (B, C))  # (T, H, N)
+    v, dt = v.unflatten(1, (H, -1)), functional.softplus(dt + weights["dt_bias"])  # (T, H, P), (T, H)
+    decay = torch.exp(weights["decay"] * dt)[..., None, None]
+    for begin, end, [S], writes in spans_of(sequences, states[1:]):
+        for t in range(begin, end):
+            S = decay[t] * S + (dt[t, :, None] * v[t])[..., None] * B[t, :, None]
+            y = (S * C[t, :, None]).sum(-1) + weights["skip"][:, None] * v[t]
+            y = (y.flatten() * functional.silu(z[t])).view(G, -1)
+            scale = torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)
+            out[t] = weights["mix_norm"] * (y * scale).flatten()
+            for row, slot in writes:
+                if row == t:
+                    states[1][slot] = S
+
+
 def split_gates_reference(x, head_size, gates, out):
     """x (T, (2 H + 2 Hkv) * D), for each query head its q and then its gate, then k and v -> gates (T, H * D)
     and out (T, (H + 2 Hkv) * D)."""

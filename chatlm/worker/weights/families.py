@@ -14,7 +14,7 @@ import torch
 
 from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.log import log
-from chatlm.worker.model.spec import DeltaRule, Mixer, ModelSpec, ShortConv
+from chatlm.worker.model.spec import DeltaRule, Mamba2, Mixer, ModelSpec, ShortConv
 from chatlm.worker.weights.assemble import Mxfp4, fp8_block
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, Rule, check_divides,
@@ -76,9 +76,10 @@ AFTER_TENSORS = {ours: (f"model.layers.{{}}.{theirs}_layernorm.weight",) for our
 GRANITE = {"attention_bias": False} | dict.fromkeys(
     ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0)
 GRANITE_EXPERTS = GRANITE | EXPERTS | {"num_local_experts": 8, "num_experts_per_tok": 2}
-MAMBA = dict.fromkeys("""mamba_n_heads mamba_n_groups mamba_d_state mamba_d_head mamba_d_conv mamba_expand
-    mamba_chunk_size mamba_conv_bias mamba_proj_bias time_step_limit time_step_min time_step_max
-    time_step_floor""".split())  # of layers that there are none of
+MAMBA = {"mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_head": None,
+         "mamba_d_conv": 4, "mamba_expand": 2, "mamba_conv_bias": True, "mamba_proj_bias": False,
+         "time_step_limit": None} | dict.fromkeys(  # and what is of no arithmetic
+             ("mamba_chunk_size", "time_step_min", "time_step_max", "time_step_floor"))
 HUNYUAN_OTHER = dict.fromkeys("""attention_head_dim cla_share_factor class_num dense_list eod_token_id
     im_end_id im_newline_id im_start_id mask_init_id org_vocab_size pad_id pool_type text_end_id
     text_start_id""".split())  # of what its relatives have: experts, classes, images
@@ -123,6 +124,24 @@ def repack_gpt_oss(state: Mapping) -> dict:
 
 GRANITE_TENSORS = expert_tensors("experts", "") | {
     "router": ("model.layers.{}.block_sparse_moe.router.layer.weight",)}
+GRANITE4_TENSORS = GRANITE_TENSORS | {ours: (f"model.layers.{{}}.mamba.{theirs}",) for ours, theirs in (
+    ("mix_in", "in_proj.weight"), ("mix_in_bias", "in_proj.bias"), ("taps", "conv1d.weight"),
+    ("taps_bias", "conv1d.bias"), ("decay", "A_log"), ("dt_bias", "dt_bias"), ("skip", "D"),
+    ("mix_norm", "norm.weight"), ("mix_out", "out_proj.weight"), ("mix_out_bias", "out_proj.bias"))}
+
+
+def mamba2_of(config: Mapping) -> Mamba2:
+    head_size = config["mamba_d_head"] or config["mamba_expand"] * config["hidden_size"] // config[
+        "mamba_n_heads"]
+    return Mamba2(config["mamba_d_conv"], config["mamba_n_heads"], head_size, config["mamba_d_state"],
+                  config["mamba_n_groups"], config["mamba_conv_bias"], config["mamba_proj_bias"])
+
+
+def of_mixer(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A folder's tensor as GGUF has it: convolutions (C, 1, taps) as (C, taps), and the decay."""
+    if re.search(r"\.(conv|conv1d)\.weight$", name) and tensor.ndim == 3:
+        return tensor.squeeze(1)
+    return -tensor.float().exp() if name.endswith(".A_log") else tensor
 
 
 def repack_granite(state: Mapping) -> dict:
@@ -131,7 +150,7 @@ def repack_granite(state: Mapping) -> dict:
     repacked = {}
     for name, tensor in state.items():
         if not name.endswith("put_linear.weight") or tensor.ndim < 2:
-            repacked[name] = tensor
+            repacked[name] = of_mixer(name, tensor)
             continue
         name = name.replace("block_sparse_moe.", "mlp.experts.").replace("shared_mlp.", shared)
         parts = {"input_linear": tensor} | dict(zip(("gate_proj", "up_proj"), tensor.chunk(2, -2)))
@@ -180,10 +199,8 @@ def complete_lfm2(config: Mapping) -> dict:
     return {"layer_types": types, "intermediate_size": width}
 
 
-def squeeze_taps(state: Mapping) -> dict:
-    """A folder's convolutions (C, 1, taps) as (C, taps)."""
-    return {name: tensor.squeeze(1) if name.endswith(".conv.conv.weight") and tensor.ndim == 3 else tensor
-            for name, tensor in state.items()}
+def repack_lfm2(state: Mapping) -> dict:
+    return {name: of_mixer(name, tensor) for name, tensor in state.items()}
 
 
 LINEAR = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
@@ -218,17 +235,13 @@ def repack_qwen35(state: Mapping) -> dict:
     for name, tensor in state.items():
         if name.startswith("mtp."):
             continue
-        if name.endswith("linear_attn.conv1d.weight") and tensor.ndim == 3:
-            tensor = tensor.squeeze(1)
-        if name.endswith("linear_attn.A_log"):
-            tensor = -tensor.float().exp()
         stem, _, part = name.rpartition(".")
         if stem.endswith(".mlp.experts") and tensor.ndim == 3:  # all experts' in one
             halves = {"gate": tensor.chunk(2, 1)[0], "up": tensor.chunk(2, 1)[1]}
             for which, all_of in (halves if part == "gate_up_proj" else {"down": tensor}).items():
                 repacked |= {f"{stem}.{e}.{which}_proj.weight": one for e, one in enumerate(all_of)}
         else:
-            repacked[name] = tensor
+            repacked[name] = of_mixer(name, tensor)
     return repacked
 
 
@@ -305,10 +318,12 @@ FAMILIES = {  # by config.json's model_type
     "granitemoeshared": Family("", GRANITE_EXPERTS | {"shared_intermediate_size": 0}, {}, GRANITE_TENSORS,
                                repack=repack_granite),
     "granitemoehybrid": Family(
-        "Granite 4 without Mamba layers", GRANITE_EXPERTS | MAMBA | {
+        "Granite 4", GRANITE_EXPERTS | MAMBA | {
             "shared_intermediate_size": 1024, "layer_types": None, "position_embedding_type": None,
             "normalization_function": "rmsnorm"},
-        {}, GRANITE_TENSORS, repack=repack_granite, needed=("layer_types",)),
+        {}, GRANITE4_TENSORS, lambda config, layer: False, repack=repack_granite, needed=("layer_types",),
+        mixers={"mamba": mamba2_of, "linear_attention": mamba2_of},  # as transformers calls it now
+        gguf={"dt_bias": ("blk.{}.ssm_dt.bias",)}),
     "olmo2": Family("OLMo 2", {"attention_bias": False, "rms_norm_eps": 1e-5},
                     NORMS_AFTER | {"qk_norm": "whole", "qk_norm_weights": True}, AFTER_TENSORS),
     "olmo3": Family(
@@ -358,7 +373,7 @@ FAMILIES = {  # by config.json's model_type
             "dim", "mlp_init_scale", "norm_eps", "out_init_scale", "use_swiglu", "use_xavier_init")}
         | dict.fromkeys(("conv_dim", "conv_dim_out", "conv_use_xavier_init", "num_heads", "theta",
                          "use_pos_enc")),
-        HEAD_NORMS, LFM2_TENSORS, lambda config, layer: False, repack=squeeze_taps, mixers=LFM2_MIXERS,
+        HEAD_NORMS, LFM2_TENSORS, lambda config, layer: False, repack=repack_lfm2, mixers=LFM2_MIXERS,
         aliases={"norm_eps": "rms_norm_eps", "tie_embedding": "tie_word_embeddings",
                  "block_ff_dim": "intermediate_size"}, complete=complete_lfm2),
     "lfm2_moe": Family(
@@ -368,7 +383,7 @@ FAMILIES = {  # by config.json's model_type
             "num_key_value_heads": 8, "norm_eps": 1e-5, "tie_word_embeddings": True, "tie_embedding": True,
             "rope_theta": 1e6, "conv_L_cache": 3, "conv_bias": False, "layer_types": None},
         HEAD_NORMS | {"sigmoid_router": True}, LFM2_MOE_TENSORS, lambda config, layer: False,
-        repack=squeeze_taps, mixers=LFM2_MIXERS, needed=("layer_types",), gguf=LFM2_MOE_GGUF,
+        repack=repack_lfm2, mixers=LFM2_MIXERS, needed=("layer_types",), gguf=LFM2_MOE_GGUF,
         aliases={"norm_eps": "rms_norm_eps", "tie_embedding": "tie_word_embeddings"})}
 VISION = {  # model_type of a model with images, which are not read -> its text model's, if it does not say
     "gemma3": "gemma3_text", "mistral3": "mistral", "llava": "llama", "smolvlm": "llama", "idefics3": "llama",
@@ -403,6 +418,9 @@ HF_KEYS = {  # all others are bool
                     Rule(int, 0, MOST_CHANNELS)), "decoder_sparse_step": Rule(int, 1),
     "mlp_only_layers": Rule(int, 0, MOST_LAYERS, many=True, optional=True),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), Rule(int, 1, 4096)),
+    **dict.fromkeys(("mamba_d_state", "mamba_expand"), Rule(int, 1, 4096)),
+    "mamba_d_head": Rule(int, 1, 4096, optional=True), "mamba_d_conv": Rule(int, 2, 64),
+    **dict.fromkeys(("mamba_n_heads", "mamba_n_groups"), Rule(int, 1, MOST_HEADS)),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), Rule(int, 1, MOST_HEADS)),
     "linear_conv_kernel_dim": Rule(int, 2, 64), "full_attention_interval": Rule(int, 1, MOST_LAYERS),
     "full_attn_idxs": Rule(int, 0, MOST_LAYERS, many=True, optional=True),
@@ -506,6 +524,8 @@ def with_layers_of_now(raw: Mapping) -> Mapping:
     types, pattern = raw.get("layer_types"), raw.get("sliding_window_pattern")
     if raw.get("sliding_window", False) is not False and not raw["sliding_window"]:
         raw = {**raw, "sliding_window": None}  # 0
+    if raw.get("mamba_d_head") == "auto":
+        raw = {**raw, "mamba_d_head": None}
     if isinstance(types, list):
         raw = {**raw, "layer_types": [LAYER_TYPES[0] if kind == "attention" else kind for kind in types]}
     if isinstance(pattern, str) and re.fullmatch("L+G", pattern):  # EXAONE: LLLG
@@ -565,10 +585,7 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
     rule = HF_KEYS["layer_types"]._replace(choices=(*LAYER_TYPES, *row.mixers))
     checked(path, "layer_types", types, rule, layers)
     if row.mixers:
-        mixers = tuple(row.mixers[type_](config) if type_ in row.mixers else None for type_ in types)
-        fields["mixers"] = mixers if any(mixers) else ()
-        if all(mixers):
-            raise ConfigError(f"{path}: none of its layers is {LAYER_TYPES[0]}; this server needs one")
+        fields["mixers"] = mixers_of(path, row, config, types)
     if "sliding_attention" in types:
         checked(path, "sliding_window in use", window, HF_KEYS["sliding_window"]._replace(optional=False))
         fields["windows"] = tuple(window if type_ == "sliding_attention" else 0 for type_ in types)
@@ -603,6 +620,21 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
         norm_eps=config["rms_norm_eps"], tied_head=config["tie_word_embeddings"],
         softcap=config.get("final_logit_softcapping") or 0.0,
         attention_softcap=config.get("attn_logit_softcapping") or 0.0, **fields)
+
+
+def mixers_of(path: Path, row: Family, config: Mapping, types: Seq[str]) -> tuple[Mixer | None, ...]:
+    """The mixer of each layer of these types; () where all are attention."""
+    mixers = tuple(row.mixers[type_](config) if type_ in row.mixers else None for type_ in types)
+    if not any(mixers):
+        return ()
+    if all(mixers):
+        raise ConfigError(f"{path}: none of its layers is {LAYER_TYPES[0]}; this server needs one")
+    if config.get("time_step_limit") not in (None, [0, math.inf]):
+        raise ConfigError(f"{path}: time_step_limit is {shown(config['time_step_limit'])}; it must be "
+                          "[0.0, Infinity]")
+    if "mamba_n_heads" in config:
+        check_divides(path, "mamba_n_heads", config["mamba_n_heads"], config["mamba_n_groups"], "mamba_n_groups")
+    return mixers
 
 
 def expert_fields(path: Path, config: Mapping) -> tuple[int, dict]:

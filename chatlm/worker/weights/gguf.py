@@ -52,7 +52,13 @@ if TYPE_CHECKING:
 
 
 # architectures whose q and k have rotary pairs side by side, though a folder's have not
-PERMUTED = ("llama", "smollm3", "granite", "granitemoe", "mistral3")
+PERMUTED = ("llama", "smollm3", "granite", "granitemoe", "granitehybrid", "mistral3")
+
+
+def file_shape(name: str, tensor) -> tuple[int, ...]:
+    """The shape of a gguf.ReaderTensor, rows first; the vectors of Mamba layers may be (H, 1), (groups, ..)."""
+    vector = name.endswith((".ssm_a", ".ssm_d", ".ssm_norm.weight"))
+    return (int(tensor.n_elements),) if vector else tuple(reversed(tensor.shape.tolist()))
 
 
 @contextmanager
@@ -79,7 +85,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         names = gguf_names(architecture, HF_TENSORS | FAMILIES[family].tensors) | FAMILIES[family].gguf
         sources = tensor_sources(spec, names, spec.vocab_size)
         check_names_and_shapes(
-            source.path, {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()
+            source.path, {name: file_shape(name, tensor) for name, tensor in stored.items()
                           if name not in ROPE_TENSORS},  # they became spec.rope_factors
             sources)
         backend = choose_backend(device, spec)
@@ -185,7 +191,7 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
         config["use_expert_bias"] = any(name.endswith(".exp_probs_b.bias") for name in stored)
     if "attention_multiplier" in config:
         config["attention_multiplier"] = number("attention.scale", None)
-    if own == "granite." and metadata.get("granite.rope.scaling.finetuned") is False:
+    if own in ("granite.", "granitehybrid.") and metadata.get(own + "rope.scaling.finetuned") is False:
         config["position_embedding_type"] = "nope"
     config |= {"vocab_size": vocab_size, "tie_word_embeddings": "output.weight" not in stored}
     spec = family_spec(path, family, config, gguf_rope(path, own, value, config, stored, context))
@@ -211,6 +217,10 @@ def hybrid_layers(path: Path, own: str, metadata: Mapping) -> tuple[Mapping, dic
     if recurrent:
         types = LAYER_TYPES[0], next(iter(others))
         more["layer_types"] = [types[other] for other in recurrent[:layers]]
+    if own == "granitehybrid.":
+        more |= {"mamba_d_head": value(own + "ssm.inner_size") // value(own + "ssm.time_step_rank"),
+                 "num_local_experts": value(own + "expert_count", 0, low=0),
+                 "shared_intermediate_size": value(own + "expert_shared_feed_forward_length", 0)}
     if own.startswith("qwen35"):  # where there are more value heads than key heads, their order is another
         more |= {"alternating": True, "intermediate_size": metadata.get(own + "expert_feed_forward_length"),
                  "linear_value_head_dim": value(own + "ssm.inner_size") // value(own + "ssm.time_step_rank")}

@@ -27,7 +27,7 @@ GGUF_FAMILIES = {name: name for name in (
     "seed_oss", "lfm2")} | {
     "lfm2moe": "lfm2_moe",
     "gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
-    "granitemoe": "granitemoeshared", "hunyuan-dense": "hunyuan_v1_dense",
+    "granitemoe": "granitemoeshared", "granitehybrid": "granitemoehybrid", "hunyuan-dense": "hunyuan_v1_dense",
     "mistral3": "ministral3", "qwen2vl": "qwen2", "qwen3vl": "qwen3",
     "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text"}
 
@@ -167,7 +167,9 @@ GGUF_OWN = {  # the same of keys that only some families have
     "logits_scaling": "logit_scale", "conv_L_cache": "shortconv.l_cache",
     "linear_conv_kernel_dim": "ssm.conv_kernel", "linear_key_head_dim": "ssm.state_size",
     "linear_num_key_heads": "ssm.group_count", "linear_num_value_heads": "ssm.time_step_rank",
-    "full_attention_interval": "full_attention_interval", "num_dense_layers": "leading_dense_block_count",
+    "mamba_d_conv": "ssm.conv_kernel", "mamba_d_state": "ssm.state_size", "mamba_n_groups": "ssm.group_count",
+    "mamba_n_heads": "ssm.time_step_rank", "full_attention_interval": "full_attention_interval",
+    "num_dense_layers": "leading_dense_block_count",
     "routed_scaling_factor": "expert_weights_scale"}
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
               "tensor_data_layout", "rope.dimension_sections", "n_deepstack_layers"}

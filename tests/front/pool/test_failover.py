@@ -127,6 +127,21 @@ async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["lfm2", "qwen3.5", "granite4h"])
+async def test_a_worker_killed_in_an_answer_of_a_model_whose_layers_keep_states_costs_not_a_word(start_pool, tmp_path, name):
+    """Its state is lost with it: the other one computes it again, from the prompt and the tokens that arrived."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    pool = await start_pool(model=str(families.save(families.make_model(name), folder)), num_workers=2)
+    for moment in ("prefill", "decode"):
+        disturbed = await answers(pool, asked(f"kill-{moment}", **LONG_PROMPT))
+        undisturbed = [await answers(pool, asked(f"{number} undisturbed at {moment}", **LONG_PROMPT)) for number in range(2)]
+        assert undisturbed == [disturbed, disturbed] and (tmp_path / f"kill-{moment}").exists()
+    assert len(disturbed[0][1]) == LONG_PROMPT["max_tokens"]
+    await idle(pool)
+
+
+@pytest.mark.slow
 async def test_workers_with_and_without_amx_continue_each_others_answers(start_pool, tmp_path, monkeypatch, default_model_path):
     core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
     emulated, best = core._core.isas_for_tests()[0], core.info()["offered_isas"][0]

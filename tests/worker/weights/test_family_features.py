@@ -82,12 +82,28 @@ def test_a_family_that_is_not_run_is_named_with_those_that_are(name, tmp_path):
         gguf_spec(tmp_path / "tiny.gguf", metadata | {"general.architecture": name}, stored, None)
 
 
-def test_mamba_layers_are_named(tmp_path):
-    config = HUB_CONFIGS["granite-4.0-micro"] | {"layer_types": ["mamba"] * 9 + ["attention"] * 31}
-    with pytest.raises(ConfigError, match=r'layer_types\[0\] is "mamba"; it must be one of full_attention'):
-        spec_of(tmp_path, config)
-    with pytest.raises(ConfigError, match="layer_types is missing; it must be a list"):
-        spec_of(tmp_path, {key: value for key, value in config.items() if key != "layer_types"})
+@pytest.mark.parametrize("key, value, words", [
+    ("layer_types", ["mamba2"] + ["attention"] * 39, 'layer_types[0] is "mamba2"; it must be one of full_attention, mamba'),
+    ("layer_types", None, "layer_types is missing; it must be a list"), ("layer_types", ["mamba"] * 40, "none of its layers is full_attention"),
+    ("mamba_d_head", "wide", 'mamba_d_head is "wide"; it must be an integer from 1'), ("mamba_n_groups", 5, "mamba_n_heads is 48; it must be a multiple of 5"),
+    ("time_step_limit", [0.0, 0.1], "time_step_limit is a list of 2; it must be [0.0, Infinity]"), ("mamba_d_conv", 1, "mamba_d_conv is 1; it must be")])
+def test_what_is_wrong_in_a_config_with_mamba_layers_is_named(key, value, words, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        spec_of(tmp_path, GRANITE_H_TINY | {key: value})
+    assert words in str(caught.value)
+
+
+def test_the_published_config_of_granite_4_h_tiny_means_what_transformers_takes_it_to_mean(tmp_path):
+    import transformers
+    spec, config = spec_of(tmp_path, GRANITE_H_TINY), transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        made = transformers.AutoModelForCausalLM.from_config(config)
+    count = sum(math.prod(shape) for key, shape in expected_tensors(spec).items() if key != "head")
+    assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9) == 7       # as its card says
+    assert [mixer is None for mixer in spec.mixers] == [kind == "full_attention" for kind in config.layer_types]
+    assert (spec.experts, spec.experts_per_token, spec.ffn_size, spec.shared_size, spec.paged_layers) == (64, 6, 512, 1024, 4)
+    assert len(spec.unrotated_layers) == 40 and spec.state_bytes == 36 * 4 * (48 * 64 * 128 + 3 * (3072 + 2 * 128))
+    assert spec_of(tmp_path, GRANITE_H_TINY | {"mamba_d_head": "auto", "time_step_limit": [0.0, math.inf]}) == spec
 
 
 # --- what decode_core does not compile ---------------------------------------------------------------------------
