@@ -85,6 +85,14 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
                                             shared_expert_intermediate_size=16, num_key_value_heads=1,
                                             num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"],
                                             rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25))),
+    "qwen3next": ("qwen3_next", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+                                     num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=16,
+                                     rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25))),
+    "qwen3next-dense": ("qwen3_next", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2,
+                                           linear_num_value_heads=6, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=16,
+                                           mlp_only_layers=[1], norm_topk_prob=False, num_hidden_layers=3,
+                                           layer_types=["linear_attention", "full_attention", "linear_attention"],
+                                           rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25))),
     "lfm2": ("lfm2", dict(norm_eps=1e-3, num_hidden_layers=6, block_multiple_of=16, block_ffn_dim_multiplier=1.2, intermediate_size=160,
                           full_attn_idxs=[2, 4], rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "lfm2moe": ("lfm2_moe", dict(norm_eps=1e-3, num_dense_layers=1, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=48,
@@ -251,7 +259,7 @@ def apart(state, interleaved):
 
 GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
                       "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
-                      "lfm2_moe": "lfm2moe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
+                      "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
 
 
 def granite_apart(state, mixed):
@@ -298,6 +306,23 @@ def qwen35_reordered(state, config):
     return found
 
 
+def qwen3next_apart(state, config):
+    """A state dict of Qwen3-Next by llama.cpp's names: z beside q, k and v, each of all heads; b and a stay together."""
+    Hk, D, values = config.linear_num_key_heads, config.linear_key_head_dim, config.linear_num_value_heads * config.linear_value_head_dim
+    found = {}
+    for name, tensor in state.items():
+        part = name.rpartition("linear_attn.")[2]
+        if part == "in_proj_qkvz.weight":
+            *qkv, z = (rows.flatten(0, 1) for rows in tensor.unflatten(0, (Hk, -1)).split((D, D, values // Hk, values // Hk), 1))
+            found |= {name.replace("qkvz", "qkv"): torch.cat(qkv), name.replace("qkvz", "z"): z.contiguous()}
+            continue
+        if name.endswith("norm.weight") and part != "norm.weight":
+            tensor = tensor + 1
+        tensor = -tensor.exp() if part == "A_log" else tensor.squeeze(1) if part == "conv1d.weight" else tensor
+        found[name.replace("dt_bias", "dt_proj.bias")] = tensor
+    return found
+
+
 def as_gguf(path, model, quantized=False, metadata=None):
     """What llama.cpp's converter writes of a model: conversion/llama.py, gemma.py, phi.py and so on."""
     import gguf
@@ -306,6 +331,8 @@ def as_gguf(path, model, quantized=False, metadata=None):
     arch, state = GGUF_ARCHITECTURES.get(config.model_type, config.model_type), model.state_dict()
     if arch.startswith("qwen35"):
         state = qwen35_reordered(state, config)
+    if arch == "qwen3next":
+        state = qwen3next_apart(state, config)
     if arch.startswith("granitemoe"):
         hybrid, arch = "linear_attention" in config.layer_types, "granitemoe" if config.num_local_experts else "granite"
         state = granite_apart(state, config.num_local_experts)
@@ -359,11 +386,14 @@ def as_gguf(path, model, quantized=False, metadata=None):
                     "ssm.inner_size": config.mamba_n_heads * config.mamba_d_head, "ssm.time_step_rank": config.mamba_n_heads}
     if arch in ("olmo2", "exaone4") and getattr(config, "sliding_window", None):
         numbers["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
-    if arch.startswith("qwen35"):
+    if arch.startswith(("qwen35", "qwen3next")):
         sizes = {"conv_kernel": config.linear_conv_kernel_dim, "state_size": config.linear_key_head_dim, "group_count": config.linear_num_key_heads,
                  "time_step_rank": config.linear_num_value_heads, "inner_size": config.linear_num_value_heads * config.linear_value_head_dim}
         numbers |= {f"ssm.{key}": size for key, size in sizes.items()} | {
             "attention.recurrent_layers": [kind == "linear_attention" for kind in config.layer_types], "rope.dimension_sections": [1, 1, 2, 0]}
+    if arch == "qwen3next":
+        numbers = {key: value for key, value in numbers.items() if key not in ("attention.recurrent_layers", "rope.dimension_sections")}
+        numbers["full_attention_interval"] = 4
     if arch.startswith("lfm2"):
         numbers["shortconv.l_cache"] = config.conv_L_cache
     if arch == "lfm2moe":

@@ -77,7 +77,8 @@ class DeltaRule:
     heads, q and k of length 1, q / sqrt(Dk);  S = exp(decay * softplus(a + dt_bias)) * S;
     S = S + k (sigmoid(b) * (v - S^T k))^T;  mix_out (mix_norm * rms(S^T q) * silu(z)).
     It keeps S (Hv, Dk, Dv) and p of the last size - 1 tokens. Value head j reads the key head j // (Hv / Hk),
-    or j % Hk if `alternating`."""
+    or j % Hk if `alternating`. In Qwen3-Next rows of mix_in lie side by side for each key head: those of its
+    b and a, and of its q, k, v, z."""
 
     size: int
     key_heads: int
@@ -85,12 +86,20 @@ class DeltaRule:
     key_size: int
     value_size: int
     alternating: bool = False
+    gates_by_key: bool = False    # b and a lie so
+    heads_by_key: bool = False    # q, k, v, z do
 
     @property
     def parts(self) -> tuple[int, int, int, int]:
         """The rows of mix_in: p, z, b, a."""
         keys, values = self.key_heads * self.key_size, self.value_heads * self.value_size
         return 2 * keys + values, values, self.value_heads, self.value_heads
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The rows of the tensors of a file that mix_in is made of."""
+        p, z, b, a = self.parts
+        return *((p + z,) if self.heads_by_key else (p, z)), *((b + a,) if self.gates_by_key else (b, a))
 
     def widths(self, C: int) -> tuple[int, int]:
         return sum(self.parts), self.parts[1]

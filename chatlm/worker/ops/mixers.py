@@ -49,7 +49,7 @@ def delta_rule_reference(x, weights, mixer, eps, states, sequences, out):
     `weights` has taps, decay, dt_bias and mix_norm; `states` are (slots, K - 1, channels) and
     (slots, Hv, Dk, Dv)."""
     H, D, Hk = mixer.value_heads, mixer.key_size, mixer.key_heads
-    p, z, b, a = x.float().split(mixer.parts, 1)
+    p, z, b, a = parts_of(x.float(), mixer)
     u = functional.silu(convolve(p, weights["taps"], states[0], sequences))
     q, k, v = u.split((Hk * D, Hk * D, mixer.parts[1]), 1)
     q, k = (part.unflatten(1, (Hk, D)) for part in (q, k))
@@ -70,6 +70,21 @@ def delta_rule_reference(x, weights, mixer, eps, states, sequences, out):
             for row, slot in writes:
                 if row == t:
                     states[1][slot] = S
+
+
+def parts_of(x, mixer):
+    """A DeltaRule's p, z, b and a, (T, mixer.parts) each."""
+    Hk, D, r = mixer.key_heads, mixer.key_size, mixer.value_heads // mixer.key_heads
+    p, z, b, a = x.split(mixer.parts, 1)
+    if mixer.heads_by_key:
+        values = r * mixer.value_size
+        heads = torch.cat((p, z), 1).unflatten(1, (Hk, -1)).split((D, D, values, values), 2)
+        q, k, v, z = (part.flatten(1) for part in heads)
+        p = torch.cat((q, k, v), 1)
+    if mixer.gates_by_key:
+        gates = torch.cat((b, a), 1).unflatten(1, (Hk, 2, r))
+        b, a = gates[:, :, 0].flatten(1), gates[:, :, 1].flatten(1)
+    return p, z, b, a
 
 
 def mamba2_reference(x, weights, mixer, eps, states, sequences, out):

@@ -63,7 +63,7 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
             theirs, rows = table.get(part, (part,)), split.get(part, shape[:1])
             mixer = spec.mixers[int(layer)] if layer and spec.mixers else None
             if isinstance(mixer, DeltaRule) and part == "mix_in":
-                rows = mixer.parts
+                rows = mixer.rows
             if part.startswith("expert_"):
                 all_of_one = E, shape[0] // E // len(theirs), *shape[1:]
                 sources[ours] = shape, {

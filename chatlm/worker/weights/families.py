@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,6 +219,15 @@ QWEN35_FIELDS = HEAD_NORMS | {"output_gate": True}
 QWEN35_MIXERS = {"linear_attention": lambda config: DeltaRule(
     config["linear_conv_kernel_dim"], config["linear_num_key_heads"], config["linear_num_value_heads"],
     config["linear_key_head_dim"], config["linear_value_head_dim"], config.get("alternating", False))}
+QWEN3_NEXT_TENSORS = QWEN35_TENSORS | {
+    "mix_in": tuple(f"model.layers.{{}}.linear_attn.in_proj_{part}.weight" for part in ("qkvz", "ba"))}
+QWEN3_NEXT_GGUF = {"dt_bias": ("blk.{}.ssm_dt.bias",), "mix_in": tuple(
+    f"blk.{{}}.{part}.weight" for part in ("attn_qkv", "attn_gate", "ssm_ba"))}
+
+
+def rule_of_qwen3_next(config: Mapping) -> DeltaRule:
+    rule = QWEN35_MIXERS["linear_attention"](config)
+    return replace(rule, gates_by_key=True, heads_by_key=config.get("heads_by_key", True))
 
 
 def complete_qwen35(config: Mapping) -> dict:
@@ -368,6 +378,15 @@ FAMILIES = {  # by config.json's model_type
             "shared_gate": ("model.layers.{}.mlp.shared_expert_gate.weight",)},
         lambda config, layer: False, one_more=True, repack=repack_qwen35, mixers=QWEN35_MIXERS,
         complete=complete_qwen35, gguf={"dt_bias": ("blk.{}.ssm_dt.bias",)}),
+    "qwen3_next": Family(
+        "Qwen3-Next", QWEN35 | QWEN_EXPERTS | {
+            "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512,
+            "norm_topk_prob": True, "shared_expert_intermediate_size": 512, "num_key_value_heads": 2,
+            "intermediate_size": 5632},
+        QWEN35_FIELDS | {"shared_gate": True}, QWEN3_NEXT_TENSORS | expert_tensors("experts.{}", "gate") | {
+            "shared_gate": ("model.layers.{}.mlp.shared_expert_gate.weight",)},
+        lambda config, layer: False, one_more=True, repack=repack_qwen35,
+        mixers={"linear_attention": rule_of_qwen3_next}, complete=complete_qwen35, gguf=QWEN3_NEXT_GGUF),
     "lfm2": Family(
         "LFM2", LFM2 | {f"block_{key}": None for key in (
             "dim", "mlp_init_scale", "norm_eps", "out_init_scale", "use_swiglu", "use_xavier_init")}
@@ -633,7 +652,8 @@ def mixers_of(path: Path, row: Family, config: Mapping, types: Seq[str]) -> tupl
         raise ConfigError(f"{path}: time_step_limit is {shown(config['time_step_limit'])}; it must be "
                           "[0.0, Infinity]")
     if "mamba_n_heads" in config:
-        check_divides(path, "mamba_n_heads", config["mamba_n_heads"], config["mamba_n_groups"], "mamba_n_groups")
+        heads, groups = config["mamba_n_heads"], config["mamba_n_groups"]
+        check_divides(path, "mamba_n_heads", heads, groups, "mamba_n_groups")
     return mixers
 
 

@@ -56,7 +56,7 @@ PERMUTED = ("llama", "smollm3", "granite", "granitemoe", "granitehybrid", "mistr
 
 
 def file_shape(name: str, tensor) -> tuple[int, ...]:
-    """The shape of a gguf.ReaderTensor, rows first; the vectors of Mamba layers may be (H, 1), (groups, ..)."""
+    """The shape of a gguf.ReaderTensor, rows first; vectors of Mamba layers may be (H, 1), (groups, ..)."""
     vector = name.endswith((".ssm_a", ".ssm_d", ".ssm_norm.weight"))
     return (int(tensor.n_elements),) if vector else tuple(reversed(tensor.shape.tolist()))
 
@@ -221,8 +221,8 @@ def hybrid_layers(path: Path, own: str, metadata: Mapping) -> tuple[Mapping, dic
         more |= {"mamba_d_head": value(own + "ssm.inner_size") // value(own + "ssm.time_step_rank"),
                  "num_local_experts": value(own + "expert_count", 0, low=0),
                  "shared_intermediate_size": value(own + "expert_shared_feed_forward_length", 0)}
-    if own.startswith("qwen35"):  # where there are more value heads than key heads, their order is another
-        more |= {"alternating": True, "intermediate_size": metadata.get(own + "expert_feed_forward_length"),
+    if own.startswith(("qwen35", "qwen3next")):  # in Qwen3.5, if value heads are more, their order is another
+        more |= {"alternating": own != "qwen3next.", "heads_by_key": False, "intermediate_size": metadata.get(own + "expert_feed_forward_length"),
                  "linear_value_head_dim": value(own + "ssm.inner_size") // value(own + "ssm.time_step_rank")}
         metadata = {own + "feed_forward_length": more.pop("intermediate_size"), **metadata}
     return metadata, more

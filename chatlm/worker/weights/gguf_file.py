@@ -27,9 +27,10 @@ GGUF_FAMILIES = {name: name for name in (
     "seed_oss", "lfm2")} | {
     "lfm2moe": "lfm2_moe",
     "gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
-    "granitemoe": "granitemoeshared", "granitehybrid": "granitemoehybrid", "hunyuan-dense": "hunyuan_v1_dense",
+    "granitemoe": "granitemoeshared", "granitehybrid": "granitemoehybrid",
+    "hunyuan-dense": "hunyuan_v1_dense",
     "mistral3": "ministral3", "qwen2vl": "qwen2", "qwen3vl": "qwen3",
-    "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text"}
+    "qwen3next": "qwen3_next", "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text"}
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 

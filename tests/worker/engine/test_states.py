@@ -16,8 +16,8 @@ from chatlm.worker.build import build_engine
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler, Sequence
 from chatlm.worker.engine.states import StatePool
-from chatlm.worker.model.spec import DeltaRule, Sequences
-from chatlm.worker.ops.mixers import delta_rule_reference
+from chatlm.worker.model.spec import DeltaRule, Mamba2, Sequences
+from chatlm.worker.ops.mixers import delta_rule_reference, mamba2_reference
 from chatlm.worker.process import gauges
 from chatlm.worker.weights.shards import shard_model, stage_model
 from engines import load, make_engine, run, tokens_of
@@ -184,13 +184,7 @@ def test_a_delta_rule_computes_its_formula_however_its_tokens_are_cut():
     x, whole = normal(T, sum(mixer.parts)), torch.empty(T, mixer.parts[1])
     states = [normal(3, *shape) for shape in mixer.states(0)]         # what is in a slot before the first token counts for nothing
     delta_rule_reference(x, weights, mixer, 1e-6, states, Sequences([0, T], [0], [2], [(9, 1), (T - 1, 2)]), whole)
-    pieces, now = torch.empty_like(whole), [normal(3, *shape) for shape in mixer.states(0)]
-    for begin, end, slots in ((0, 4, (0, 0)), (4, 5, (0, 1)), (5, 10, (1, 1)), (10, T, (1, 2))):
-        delta_rule_reference(x[begin:end], weights, mixer, 1e-6, now, Sequences([0, end - begin], [begin], [slots[0]], [(end - begin - 1, slots[1])]),
-                             pieces[begin:end])
-    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
-    for one, other in ((pieces, whole), (states[0][1:], now[0][1:]), (states[1][1:], now[1][1:])):
-        close(one, other)
+    check_cuts(delta_rule_reference, x, weights, mixer, states, whole)
     S, o = torch.zeros(4, 8, 6), []                                   # and the values of its formula
     p, z, b, a = x.double().split(mixer.parts, 1)
     taps = weights["taps"].double().view(4, -1)
@@ -206,6 +200,42 @@ def test_a_delta_rule_computes_its_formula_however_its_tokens_are_cut():
     o = torch.stack(o)
     expected = weights["mix_norm"] * o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * torch.nn.functional.silu(z.view(T, 4, 6))
     torch.testing.assert_close(whole, expected.flatten(1).float(), rtol=1e-4, atol=1e-5)
+
+
+def check_cuts(op, x, weights, mixer, states, whole):
+    """That pieces of a sequence give what it gave at once, with its states after 10 tokens and all in the slots 1 and 2."""
+    T, pieces, now = len(x), torch.empty_like(whole), [torch.full_like(state, 3.0) for state in states]
+    for begin, end, slots in ((0, 4, (0, 0)), (4, 5, (0, 1)), (5, 10, (1, 1)), (10, T, (1, 2))):
+        op(x[begin:end], weights, mixer, 1e-6, now, Sequences([0, end - begin], [begin], [slots[0]], [(end - begin - 1, slots[1])]), pieces[begin:end])
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    for one, other in ((pieces, whole), (states[0][1:], now[0][1:]), (states[1][1:], now[1][1:])):
+        close(one, other)
+
+
+@pytest.mark.parametrize("taps_bias", [True, False])
+def test_a_mamba_layer_computes_its_formula_however_its_tokens_are_cut(taps_bias):
+    dice = torch.Generator().manual_seed(4)
+    mixer, T = Mamba2(3, 4, 5, 6, groups=2, taps_bias=taps_bias), 23
+    normal = lambda *shape: torch.randn(*shape, generator=dice)       # noqa: E731
+    inner, channels, H = mixer.parts
+    weights = {"taps": normal(channels * 3), "decay": -normal(H).exp(), "dt_bias": normal(H), "skip": normal(H), "mix_norm": normal(inner)}
+    weights |= {"taps_bias": normal(channels)} if taps_bias else {}
+    x, whole = normal(T, sum(mixer.parts)), torch.empty(T, inner)
+    states = [normal(3, *shape) for shape in mixer.states(0)]
+    mamba2_reference(x, weights, mixer, 1e-6, states, Sequences([0, T], [0], [2], [(9, 1), (T - 1, 2)]), whole)
+    check_cuts(mamba2_reference, x, weights, mixer, states, whole)
+    S, (z, p, dt), taps = torch.zeros(H, 5, 6).double(), x.double().split(mixer.parts, 1), weights["taps"].double().view(3, -1)
+    for t in range(T):
+        u = sum(taps[j] * p[t - 2 + j] for j in range(3) if t - 2 + j >= 0) + (weights["taps_bias"] if taps_bias else 0)
+        v, B, C = torch.nn.functional.silu(u).split((inner, 12, 12))
+        step, y = torch.nn.functional.softplus(dt[t] + weights["dt_bias"]), []
+        for h in range(H):
+            own, group = v[5 * h:5 * h + 5], slice(6 * (h // 2), 6 * (h // 2) + 6)
+            S[h] = (step[h] * weights["decay"][h]).exp() * S[h] + torch.outer(step[h] * own, B[group])
+            y.append(S[h] @ C[group] + weights["skip"][h] * own)
+        gated = (torch.cat(y) * torch.nn.functional.silu(z[t])).view(2, -1)
+        expected = weights["mix_norm"] * (gated / (gated.square().mean(-1, keepdim=True) + 1e-6).sqrt()).flatten()
+        torch.testing.assert_close(whole[t], expected.float(), rtol=1e-4, atol=1e-5)
 
 
 # --- the pool ----------------------------------------------------------------------------------------------------

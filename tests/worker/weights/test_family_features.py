@@ -1,6 +1,7 @@
 """What some families have alone: keys without effect, text models beside images, queries that grow, rotary embeddings of a part."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -10,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
-from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.model.spec import ModelSpec, expected_tensors
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, query_scales, rope_append_reference, rope_frequencies
 from chatlm.worker.ops.basic import RopePairs, gated_add_reference, unpermute_rope
 from chatlm.worker.weights.gguf import gguf_spec
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec
 from families import GROWING, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer, write_tokenizer
-from hub_configs import HUB_CONFIGS
+from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, QWEN3_NEXT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,14 +94,19 @@ def test_what_is_wrong_in_a_config_with_mamba_layers_is_named(key, value, words,
     assert words in str(caught.value)
 
 
-def test_the_published_config_of_granite_4_h_tiny_means_what_transformers_takes_it_to_mean(tmp_path):
+@pytest.mark.parametrize("published, billions", [(GRANITE_H_TINY, 7), (QWEN3_NEXT, 80)])
+def test_published_hybrids_have_as_many_weights_as_transformers_and_their_cards_say(published, billions, tmp_path):
     import transformers
-    spec, config = spec_of(tmp_path, GRANITE_H_TINY), transformers.AutoConfig.from_pretrained(tmp_path)
+    spec, config = spec_of(tmp_path, published), transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
-    count = sum(math.prod(shape) for key, shape in expected_tensors(spec).items() if key != "head")
-    assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9) == 7       # as its card says
+    count = sum(math.prod(shape) for key, shape in expected_tensors(spec).items() if not (spec.tied_head and key == "head"))
+    assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9) == billions
     assert [mixer is None for mixer in spec.mixers] == [kind == "full_attention" for kind in config.layer_types]
+
+
+def test_the_published_config_of_granite_4_h_tiny_is_read(tmp_path):
+    spec = spec_of(tmp_path, GRANITE_H_TINY)
     assert (spec.experts, spec.experts_per_token, spec.ffn_size, spec.shared_size, spec.paged_layers) == (64, 6, 512, 1024, 4)
     assert len(spec.unrotated_layers) == 40 and spec.state_bytes == 36 * 4 * (48 * 64 * 128 + 3 * (3072 + 2 * 128))
     assert spec_of(tmp_path, GRANITE_H_TINY | {"mamba_d_head": "auto", "time_step_limit": [0.0, math.inf]}) == spec
