@@ -28,7 +28,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 145 more: decode_core's short convolution; Qwen3.5's delta rule and gates.
 # 60 more: models of the hub are looked at before their weights come.
 # 10 more: AMX as an instruction set: who refuses it is said.
-MOST_STATEMENTS = 16_230
+# 100 more: Granite 4's Mamba layers, Qwen3-Next, LFM2-MoE and its router of sigmoids.
+MOST_STATEMENTS = 16_330
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

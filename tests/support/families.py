@@ -88,10 +88,10 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "qwen3next": ("qwen3_next", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
                                      num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=16,
                                      rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25))),
-    "qwen3next-dense": ("qwen3_next", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2,
-                                           linear_num_value_heads=6, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=16,
-                                           mlp_only_layers=[1], norm_topk_prob=False, num_hidden_layers=3,
-                                           layer_types=["linear_attention", "full_attention", "linear_attention"],
+    "qwen3next-dense": ("qwen3_next", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=8, linear_num_key_heads=2,
+                                           linear_num_value_heads=6, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32,
+                                           shared_expert_intermediate_size=16, mlp_only_layers=[1], norm_topk_prob=False, num_hidden_layers=2,
+                                           layer_types=["linear_attention", "full_attention"],
                                            rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25))),
     "lfm2": ("lfm2", dict(norm_eps=1e-3, num_hidden_layers=6, block_multiple_of=16, block_ffn_dim_multiplier=1.2, intermediate_size=160,
                           full_attn_idxs=[2, 4], rope_parameters=dict(rope_type="default", rope_theta=1e6))),
@@ -346,7 +346,9 @@ def as_gguf(path, model, quantized=False, metadata=None):
     if arch == "granitehybrid":
         heads = [heads * (kind == "full_attention") for kind in config.layer_types]
     if arch.startswith("lfm2"):
-        heads, width = [heads * (kind != "conv") for kind in config.layer_types], len(model.model.layers[0].feed_forward.w1.weight)
+        heads = [heads * (kind != "conv") for kind in config.layer_types]
+    if arch == "lfm2":
+        width = len(model.model.layers[0].feed_forward.w1.weight)
     tensors = {}
     for name, tensor in apart(state, interleaved=arch == "gpt-oss").items():
         if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -194,8 +194,8 @@ def choose_backend(device, spec: ModelSpec | None):
 
 
 # ops of models that decode_core does not compute
-TORCH_ALONE = ("sigmoid_routing", "gated_add", "mean_squares", "norm_qk", "delta_rule", "mamba2", "split_gates",
-               "gate")
+TORCH_ALONE = ("sigmoid_routing", "gated_add", "mean_squares", "norm_qk", "delta_rule", "mamba2",
+               "split_gates", "gate")
 
 
 def not_compiled(spec: ModelSpec, device="cpu") -> str:

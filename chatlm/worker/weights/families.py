@@ -81,6 +81,7 @@ MAMBA = {"mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba
          "mamba_d_conv": 4, "mamba_expand": 2, "mamba_conv_bias": True, "mamba_proj_bias": False,
          "time_step_limit": None} | dict.fromkeys(  # and what is of no arithmetic
              ("mamba_chunk_size", "time_step_min", "time_step_max", "time_step_floor"))
+NO_LIMITS = None, [0, math.inf], [0, {"__float__": "Infinity"}]  # the last as transformers saves it
 HUNYUAN_OTHER = dict.fromkeys("""attention_head_dim cla_share_factor class_num dense_list eod_token_id
     im_end_id im_newline_id im_start_id mask_init_id org_vocab_size pad_id pool_type text_end_id
     text_start_id""".split())  # of what its relatives have: experts, classes, images
@@ -648,7 +649,7 @@ def mixers_of(path: Path, row: Family, config: Mapping, types: Seq[str]) -> tupl
         return ()
     if all(mixers):
         raise ConfigError(f"{path}: none of its layers is {LAYER_TYPES[0]}; this server needs one")
-    if config.get("time_step_limit") not in (None, [0, math.inf]):
+    if config.get("time_step_limit") not in NO_LIMITS:
         raise ConfigError(f"{path}: time_step_limit is {shown(config['time_step_limit'])}; it must be "
                           "[0.0, Infinity]")
     if "mamba_n_heads" in config:

@@ -55,6 +55,10 @@ if TYPE_CHECKING:
 PERMUTED = ("llama", "smollm3", "granite", "granitemoe", "granitehybrid", "mistral3")
 
 
+BIASES = {  # a key of config.json that says whether there are any -> whose they are
+    "use_expert_bias": "exp_probs_b", "mamba_conv_bias": "ssm_conv1d", "mamba_proj_bias": "ssm_in"}
+
+
 def file_shape(name: str, tensor) -> tuple[int, ...]:
     """The shape of a gguf.ReaderTensor, rows first; vectors of Mamba layers may be (H, 1), (groups, ..)."""
     vector = name.endswith((".ssm_a", ".ssm_d", ".ssm_norm.weight"))
@@ -178,7 +182,8 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
                                              (layer + 1) % pattern > 0] for layer in range(layers)]
     elif "layer_types" in config and "sliding_window" in config and not config["sliding_window"]:
         config["layer_types"] = [LAYER_TYPES[0]] * layers
-    config |= hybrid
+    config |= hybrid | {key: any(name.endswith(f".{part}.bias") for name in stored)
+                        for key, part in BIASES.items() if key in config}
     if "full_attention_interval" in config:
         config |= FAMILIES[family].complete(config)
     if "query_pre_attn_scalar" in config:  # not in the metadata: what llama.cpp assumes, by size
@@ -188,7 +193,6 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
         config["norm_topk_prob"] = number("expert_weights_norm", family != "qwen2_moe")
     if "use_expert_bias" in config:
         number("expert_gating_func", 2)  # sigmoids
-        config["use_expert_bias"] = any(name.endswith(".exp_probs_b.bias") for name in stored)
     if "attention_multiplier" in config:
         config["attention_multiplier"] = number("attention.scale", None)
     if own in ("granite.", "granitehybrid.") and metadata.get(own + "rope.scaling.finetuned") is False:
@@ -222,9 +226,10 @@ def hybrid_layers(path: Path, own: str, metadata: Mapping) -> tuple[Mapping, dic
                  "num_local_experts": value(own + "expert_count", 0, low=0),
                  "shared_intermediate_size": value(own + "expert_shared_feed_forward_length", 0)}
     if own.startswith(("qwen35", "qwen3next")):  # in Qwen3.5, if value heads are more, their order is another
-        more |= {"alternating": own != "qwen3next.", "heads_by_key": False, "intermediate_size": metadata.get(own + "expert_feed_forward_length"),
+        width = metadata.get(own + "expert_feed_forward_length")
+        more |= {"alternating": own != "qwen3next.", "heads_by_key": False,
                  "linear_value_head_dim": value(own + "ssm.inner_size") // value(own + "ssm.time_step_rank")}
-        metadata = {own + "feed_forward_length": more.pop("intermediate_size"), **metadata}
+        metadata = {own + "feed_forward_length": width, **metadata}
     return metadata, more
 
 

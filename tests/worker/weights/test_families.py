@@ -161,7 +161,8 @@ GGUF_MODELS = {             # what of MODELS a file of each architecture can say
     "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
     "qwen3moe": {"norm_topk_prob": True}, "gpt-oss": {},
     **dict.fromkeys(("granite", "granite-moe", "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan"), {}),
-    "lfm2": {}, "lfm2moe": {}, "granite4h": {}, "qwen3next": {}, "qwen3.5": {}, "qwen3.5moe": {}, "mixtral": {"sliding_window": None}, "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
+    "lfm2": {}, "lfm2moe": {}, "granite4h": {}, "granite4h-dense": {"position_embedding_type": None}, "lfm2moe-plain": {"conv_bias": False, "tie_word_embeddings": True}, "qwen3next": {},
+     "qwen3.5": {}, "qwen3.5moe": {}, "mixtral": {"sliding_window": None}, "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
