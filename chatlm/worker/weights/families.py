@@ -668,7 +668,7 @@ def expert_fields(path: Path, config: Mapping) -> tuple[int, dict]:
         return shared or config["intermediate_size"], {}
     if "use_expert_bias" in config and not config["norm_topk_prob"]:
         raise ConfigError(f"{path}: norm_topk_prob is false; with a router of sigmoids it must be true")
-    dense = config.get("mlp_only_layers") or range(config.get("num_dense_layers", 0))
+    dense = config.get("mlp_only_layers") or range(config.get("num_dense_layers") or 0)
     dense = tuple(layer for layer in range(layers)
                   if layer in dense or (layer + 1) % config.get("decoder_sparse_step", 1))
     return config["moe_intermediate_size"] or config["intermediate_size"], {
