@@ -57,16 +57,13 @@ class Place:
                 self.taken = self.leaving = dispatcher.held = False
 
     def may_leave(self, now: float) -> bool:
-        """May others have its bytes? Not while it loads, nor in the time that every model has for itself; but
-        at once if nobody asks it any more."""
+        """May others have its bytes? Not while it loads, nor in the time that every model has for itself."""
         if not self.taken or self.leaving or self.pinned:
             return False
         workers, supervisor = self.pool.workers, self.pool.supervisor
         begin_s = min((worker.ready_s for worker in workers if worker.state is State.READY), default=(
             self.taken_s if any(worker.crashes_in_row for worker in workers) else math.inf))
-        quiet = self.loaded and not self.pool.dispatcher.jobs and (
-            now - self.pool.dispatcher.used_s >= Residency.QUIET_S)
-        return quiet or now - begin_s >= max(Residency.PLACE_S, supervisor.load_s)
+        return now - begin_s >= max(Residency.PLACE_S, supervisor.load_s)
 
 
 class Residency:
@@ -74,7 +71,6 @@ class Residency:
     used idle model leaves first; then, of those with answers under way, who has been there longest."""
 
     PLACE_S = 10.0  # a model keeps its place so long, or as long as it took to load
-    QUIET_S = 2.0   # but one that nobody asked anything for so long gives it up at once
     TICK_S = 0.1
 
     def __init__(self, budget: int):

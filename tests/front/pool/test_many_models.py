@@ -84,7 +84,6 @@ async def listed(client, url, **headers):
 async def test_each_model_answers_as_it_does_alone_and_they_take_turns(start_models, nanochat_fixtures, client, monkeypatch):
     """The memory holds one of them. Meanwhile their requests wait in the queue, and hear how far the model is."""
     monkeypatch.setattr(Residency, "PLACE_S", 0.2)
-    monkeypatch.setattr(Residency, "QUIET_S", 0.1)
     models = await start_models("gen1", "gen5", models_memory=230 * MIB)
     async with served(models) as url:
         before = await listed(client, url)

@@ -97,9 +97,18 @@ async def test_of_idle_models_the_one_not_used_for_longest_leaves_first(clock):
     models.serve("a"), models.serve("b")
     models.settle(5)
     models.end("a", models.ask("a"))
-    models.settle(3)
+    models.settle(6)
     models.ask("c")
     assert models.settle() == "ac"
+
+
+async def test_an_idle_model_keeps_its_place_for_its_time_too(clock):
+    models = Models(clock, 10, {"a": 8, "b": 8})
+    models.serve("a", seconds=4)
+    models.ask("b")
+    assert models.settle(9.9) == "a" and not models.by_name["a"].leaving   # quiet for 9.9 s
+    models.settle(0.2)
+    assert models.settle() == "b"
 
 
 async def test_no_model_leaves_that_does_not_make_enough_room(clock):
@@ -108,11 +117,13 @@ async def test_no_model_leaves_that_does_not_make_enough_room(clock):
     running = models.ask("b")
     models.settle()
     models.load("b")
-    models.settle(3)
+    models.settle(9)
     models.ask("c")
-    assert models.settle() == "ab"      # a alone would not do, and b answers in its own time
+    assert models.settle() == "ab"      # a's time is over, but a alone would not do
     models.end("b", running)
-    assert models.settle(3) == "c"
+    assert models.settle() == "ab"      # b's is not
+    models.settle(1)
+    assert models.settle() == "c"
 
 
 async def test_an_answer_under_way_is_never_cut_and_two_large_models_take_turns(clock):
