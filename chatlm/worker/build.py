@@ -127,23 +127,25 @@ def build_transformer(
     """Load the weights, or a rank's shards of them, and allocate the KV pages. Returns also the number of
     pages, the longest context that they hold, and how many sequences may run at once."""
     ranks = ranks or RankAlone()
-
-    def shard(model: LoadedModel) -> LoadedModel:
-        model = stage_model(model, ranks.rank // ranks.tp, ranks.stages)  # the same for all its ranks
-        return shard_model(model, ranks.rank % ranks.tp, ranks.tp, settings.quantize)
-
-    whole, model = model.spec, shard(model)
+    whole, model = model.spec, share_of_rank(model, ranks, settings)
     kernels, groups, limits, plan = plan_model(model, whole, settings, device, ranks)
     num_pages = ranks.min_over_ranks(plan.pages())
     context = plan.context(num_pages, groups)
     if context < model.context_length and model.spec.rope_factors:  # longrope's depend on the context
-        model = shard(open_model(source, replace(settings, context_length=context), device))
+        model = open_model(source, replace(settings, context_length=context), device)
+        model = share_of_rank(model, ranks, settings)
     log.info("%s", plan.line(num_pages))
     running, snapshots = plan.states(num_pages)
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
                               dtype=model.dtype, num_slots=running + FREE_ROWS + snapshots, groups=groups,
                               progress=progress, **limits)
     return model, transformer, num_pages, context, running
+
+
+def share_of_rank(model: LoadedModel, ranks: RankAlone, settings: Settings) -> LoadedModel:
+    """What a rank has of a model that is yet to be read. ConfigError if it cannot be divided so."""
+    model = stage_model(model, ranks.rank // ranks.tp, ranks.stages)  # the same for all ranks of a stage
+    return shard_model(model, ranks.rank % ranks.tp, ranks.tp, settings.quantize)
 
 
 def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device: torch.device,

@@ -10,14 +10,18 @@ import torch
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, lack_of_memory, named
 from chatlm.common.messages.protocol import Crashed, ModelCard, Surveyed, Unusable
-from chatlm.worker.build import check_gpu, plan_model
+from chatlm.worker.build import check_gpu, plan_model, share_of_rank
 from chatlm.worker.process import model_facts
-from chatlm.worker.ranks.ranks import RankAlone
+from chatlm.worker.ranks.ranks import PlannedRank
 from chatlm.worker.weights.load import open_model
 
 if TYPE_CHECKING:
+    from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import SurveyConfig
     from chatlm.common.messages.wire import Channel
+    from chatlm.worker.build import MemoryPlan
+    from chatlm.worker.model.spec import LayerGroups
+    from chatlm.worker.weights.rules import LoadedModel
 
 
 def survey_models(channel: Channel, config: SurveyConfig):
@@ -38,13 +42,25 @@ def surveyed(config: SurveyConfig) -> Surveyed:
         check_gpu(device)
     source, settings = config.source, config.settings
     model = open_model(source, settings, device)
-    _, groups, _, plan = plan_model(model, model.spec, settings, device, RankAlone())
+    plans = [plan_of_stage(model, stage, settings, device)
+             for stage in range(settings.pipeline_parallel_size)]
+    plan, groups = max(plans, key=lambda planned: planned[0].weights)
     free, _ = plan.memory()
     budget = config.budget or int(free * settings.gpu_memory_utilization)
-    plan = plan.within(budget)
+    plan = plan.within(budget // config.replicas - config.process_bytes)
     pages = plan.pages()
     card = ModelCard(model.text, model.name, plan.context(pages, groups), (), {}, False, kernels_line(),
                      dict(model.sampling), model.sampling_origin, source=source,
                      facts=model_facts(model, source, "", plan.weights))
     return Surveyed(card, plan.weights, plan.activations, plan.cache_bytes(pages),
                     plan.settings.kv_cache_memory or 0, budget)
+
+
+def plan_of_stage(model: LoadedModel, stage: int, settings: Settings,
+                  device: torch.device) -> tuple[MemoryPlan, LayerGroups]:
+    """The plan of the first rank of a stage, whose shard is the largest; without --tp and --pp, of the model.
+    ConfigError if the model cannot be divided so."""
+    rank = PlannedRank(settings, stage * settings.tensor_parallel_size)
+    _, groups, _, plan = plan_model(
+        share_of_rank(model, rank, settings), model.spec, settings, device, rank)
+    return plan, groups

@@ -62,11 +62,14 @@ class SurveyConfig:
     source: ModelSource
     device: str
     budget: int | None  # bytes for all models; None: what the device has free
+    replicas: int = 1       # that share the device's memory
+    process_bytes: int = 0  # what the processes of a replica take there beside the model
 
 
 @wire_message(256 << 20)
 class Surveyed:
-    """Survey to front: the model as far as its files say, and the bytes of a replica of it."""
+    """Survey to front: the model as far as its files say, and the bytes of a replica of it: on a GPU those of
+    a rank, in a machine's memory those of all its ranks."""
 
     card: ModelCard
     weights: int

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from chatlm.common.errors import ChatServerError, ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.memory import available_memory
+from chatlm.common.messages.protocol import SurveyConfig
+from chatlm.common.processes.torchrun import ranks_here
 from chatlm.front.admission.admission import Desk
 from chatlm.front.pool.local import LocalDevices, choose_devices, cuda_device_count
 from chatlm.front.pool.models import Model
@@ -71,9 +73,11 @@ class Opener:
             return
         try:
             device = choose_devices(model.settings)[0]
-            surveyed = await self.survey.of(model.settings, model.source, device, self.budget)
+            replicas, process_bytes = self._beside(model.settings, device)
+            surveyed = await self.survey.of(SurveyConfig(
+                model.settings, model.source, device, self.budget, replicas, process_bytes))
             self.budget = self.budget or surveyed.budget
-            size = self._size(surveyed, model.settings, device)
+            size = replicas * (surveyed.weights + surveyed.activations + surveyed.cache + process_bytes)
             if size > self.budget:
                 raise ConfigError(f"it takes {shown_bytes(size)}, and all models together may take "
                                   f"{shown_bytes(self.budget)} (--models-memory)")
@@ -97,12 +101,12 @@ class Opener:
             raise
         return pool
 
-    def _size(self, surveyed: Surveyed, settings: Settings, device: str) -> int:
-        """Bytes on each GPU, or in this machine's memory."""
-        own = surveyed.weights + surveyed.activations + surveyed.cache
+    def _beside(self, settings: Settings, device: str) -> tuple[int, int]:
+        """How many replicas share a memory, and what the processes of one take of it beside the model. Each
+        rank has a GPU of its own; in this machine's memory are all of them."""
         if device.startswith("cuda"):
-            return own + self.GPU_PROCESS_BYTES
-        return max(settings.num_workers, 1) * (own + self.PROCESS_BYTES)
+            return 1, self.GPU_PROCESS_BYTES
+        return max(settings.num_workers, 1), ranks_here(settings) * self.PROCESS_BYTES
 
     async def close_pool(self, pool: WorkerPool):
         await pool.close()

@@ -18,9 +18,6 @@ from chatlm.front.admission.admission import next_message
 if TYPE_CHECKING:
     import subprocess
 
-    from chatlm.common.config import Settings
-    from chatlm.common.messages.requests import ModelSource
-
 
 class Survey:
     """One process for several models, one after another; it is started for the first, and anew if one of them
@@ -32,11 +29,12 @@ class Survey:
         self.command, self.turn = command, asyncio.Lock()
         self.process: subprocess.Popen | None = None
 
-    async def of(self, settings: Settings, source: ModelSource, device: str, budget: int | None) -> Surveyed:
+    async def of(self, config: SurveyConfig) -> Surveyed:
         """ConfigError if the model cannot be served."""
+        config = replace(config, settings=replace(config.settings, keys=(), api_key=()))
+        source = config.source
         async with self.turn:
             try:
-                config = SurveyConfig(replace(settings, keys=(), api_key=()), source, device, budget)
                 message = await asyncio.wait_for(self._ask(config), self.PATIENCE_S)
             except (asyncio.IncompleteReadError, asyncio.TimeoutError, ConnectionError, BadMessage) as error:
                 status = await self._end()

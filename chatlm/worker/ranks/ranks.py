@@ -58,6 +58,14 @@ class RankAlone:
         self.here = ranks_here(settings)
 
 
+class PlannedRank(RankAlone):
+    """A rank of which only is asked what it will take."""
+
+    def __init__(self, settings: Settings, rank: int):
+        self.rank = rank
+        self.divide(settings)
+
+
 class OtherRank(RankAlone):
     """The ranks as one sees them that is not rank 0."""
 

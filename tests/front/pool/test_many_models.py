@@ -15,6 +15,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.front.pool.many import FolderWatch, ManyModels
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.pool.residency import Residency
+from chatlm.front.pool.worker import State, Worker
 from fake_pool import frames, serving
 from forked import DYING
 
@@ -218,6 +219,45 @@ async def test_a_model_whose_worker_cannot_start_fails_alone_and_is_tried_again(
         while models.find("late").state == "failed":
             await asyncio.sleep(0.02)
         assert content(await ask(client, url, "late"))
+
+
+@pytest.mark.slow
+async def test_replicas_of_several_models_share_requests_and_take_turns(start_models, nanochat_fixtures, client, monkeypatch):
+    """A model leaves with all its replicas; the one that has more is counted so."""
+    monkeypatch.setattr(Residency, "PLACE_S", 0.2)
+    paths = {"two": nanochat_fixtures / "gen1", "one": nanochat_fixtures / "gen5", "most": nanochat_fixtures / "gen2"}
+    replicas = {"two": None, "one": 1, "most": 3}
+    several = tuple(ModelChoice(str(path), name, replicas=replicas[name]) for name, path in paths.items())
+    expected = {name: await alone(client, path, ["hello"]) for name, path in paths.items()}
+    models, assigned = await start_models(several=several, num_workers=2, models_memory=700 * MIB), set()
+    monkeypatch.setattr(Worker, "assign", lambda worker, job, assign=Worker.assign: (assigned.add(worker.gpu), assign(worker, job)))
+    sizes = [models.find(name).bytes for name in ("one", "two", "most")]
+    assert [round(size / sizes[0]) for size in sizes] == [1, 2, 3] and sum(sizes[1:]) > 700 * MIB
+    async with served(models) as url:
+        for name in ("two", "most", "one", "two"):
+            workers = models.find(name).pool.workers
+            assert content(await ask(client, url, name)) == expected[name]["hello"]
+            while any(worker.state is not State.READY for worker in workers):
+                await asyncio.sleep(0.02)
+            assigned.clear()
+            _, body = await ask(client, url, name, n=3)      # the second and third follow the first one's first token
+            assert {choice["message"]["content"] for choice in body["choices"]} == {*expected[name].values()}
+            assert assigned == {worker.gpu for worker in workers}
+            workers[0].kill()
+            assert content(await ask(client, url, name)) == expected[name]["hello"]
+            assert models.residency.used <= 700 * MIB
+    numbers = [worker.gpu for model in models.registry.models for worker in model.pool.workers]
+    assert len(numbers) == len({*numbers}) == 6
+
+
+@pytest.mark.slow
+async def test_models_of_several_ranks_answer_as_alone_and_are_counted_with_them(start_models, nanochat_fixtures, client):
+    models = await start_models("gen1", "gen5", tensor_parallel_size=2, models_memory=450 * MIB)
+    assert all(400 * MIB < model.bytes < 450 * MIB for model in models.registry.models)
+    async with served(models) as url:
+        found = {name: content(await ask(client, url, name)) for name in ("gen1", "gen5")}
+    for name, answer in found.items():
+        assert await alone(client, nanochat_fixtures / name, ["hello"], tensor_parallel_size=2) == {"hello": answer}
 
 
 @pytest.mark.slow
