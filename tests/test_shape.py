@@ -30,7 +30,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 10 more: AMX as an instruction set: who refuses it is said.
 # 100 more: Granite 4's Mamba layers, Qwen3-Next, LFM2-MoE and its router of sigmoids.
 # 30 more: of several models, ranks and replicas are counted.
-MOST_STATEMENTS = 16_360
+# 80 more: of several models, KV pages go before weights.
+MOST_STATEMENTS = 16_440
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import mmap
 import os
 import re
 from contextlib import suppress
@@ -58,6 +59,15 @@ def give_memory_back():
 def trim_heap():
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def empty_pages(address: int, size: int) -> bool:
+    """Give the memory of a shared anonymous mapping (mmap.mmap(-1, size)) back to the system. Pointers into
+    it stay valid: it reads as zeros, and takes memory again as it is written. False if the system cannot."""
+    with suppress(OSError, AttributeError):  # no MADV_REMOVE: not Linux
+        return ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_REMOVE) == 0
+    return False
 
 
 def tune_gc():

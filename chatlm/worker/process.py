@@ -24,8 +24,8 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.log import CalmLog, log
 from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import (
-    Cancel, EndOfRequest, EndThinking, Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Ping, Ready,
-    Stepped)
+    CacheEmptied, Cancel, EmptyCache, EndOfRequest, EndThinking, Loading, ModelCard, NewAnswer, NewPrompt,
+    NewRequest, Ping, Ready, Stepped)
 from chatlm.common.messages.requests import Failed, ModelFacts
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import threads_per_worker
@@ -216,6 +216,7 @@ class Inbox:
         self.engine = engine
         self.params: dict[str, AnswerParams] = {}                 # by request
         self.prompts: dict[str, dict[int, tuple[int, ...]]] = {}  # by request, then by index
+        self.empties_cache = False  # once nothing is computed
 
     def obey(self, message):
         match message:
@@ -233,6 +234,8 @@ class Inbox:
                 self.engine.cancel(id)
             case EndOfRequest(id):
                 del self.params[id], self.prompts[id]
+            case EmptyCache():
+                self.empties_cache = True
             case Ping():
                 pass  # any message makes the loop step and report
             case _:
@@ -268,4 +271,7 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
                 log.error("a step failed", exc_info=error)
             events += [(answer_id, Failed(failure_text(error))) for answer_id in engine.give_up()]
         if not engine.busy:
+            if inbox.empties_cache:
+                inbox.empties_cache = False
+                channel.send(CacheEmptied(engine.empty_cache()))
             report()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chatlm.common.config import Settings
-from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, ActorAddress, ActorEnded, Begun, Body, Cancel, Crashed, EndActor, EndOfRequest, EndThinking,
+from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, ActorAddress, ActorEnded, Begun, Body, CacheEmptied, Cancel, Crashed, EmptyCache, EndActor, EndOfRequest, EndThinking,
                                              Known, Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, RayConfig, Ready,
                                              Refused, Result, SandboxConfig, StartActor, Stepped, Task, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import (AnswerParams, Delta, Embedding, Ended, Failed, Message, ModelSource, Piece, PromptProgress, PromptScores,
@@ -30,7 +30,7 @@ EXAMPLES = [
     NewRequest("r", AnswerParams(sampling=SamplingParams(0.1, 5, seed=2**64 - 1, logit_bias=((3, -100.0), (9, 0.5))), logprobs=0,
                                  stop=("\n", "ü\u2028"), stop_token_ids=(1,), grammar="start: x", client="alice")),
     NewRequest("s", AnswerParams()), NewPrompt("r", 127, tuple(range(3000))), NewPrompt("r", 0, ()),
-    NewAnswer("r#3", "r", 0, 3, 2**40, (1, 2, 3), 5, 2), Cancel("r#3"), EndThinking("r#3"), EndOfRequest("r"), Ping(), Loading("weights", 0.25),
+    NewAnswer("r#3", "r", 0, 3, 2**40, (1, 2, 3), 5, 2), Cancel("r#3"), EndThinking("r#3"), EndOfRequest("r"), Ping(), EmptyCache(), CacheEmptied(True), Loading("weights", 0.25),
     ModelCard(TEXT, "a", 4096, ("one", "two"), {"sample": "numpy"}, True), Ready({"running": 0}), Unusable("no such file"), Crashed("KeyError: 1", "Traceback ..."),
     SandboxConfig(Known(Settings(), "m", None), TEXT, 4096, 1.5, 1 << 30), Task("fill", [{"a": [1, None]}, "x"]), Begun(),
     Body(bytes(range(256)) * 3), Body(b""), Result(None), Result([1, {"a": "\ud800"}]), Refused("no", 400, None, "tools"),

@@ -105,6 +105,19 @@ class Ping:
     """Front to worker: run a step, even an empty one, and report it."""
 
 
+@wire_message(16)
+class EmptyCache:
+    """Front to worker: other models need the memory of the KV pages. `CacheEmptied` comes back."""
+
+
+@wire_message(1 << 10)
+class CacheEmptied:
+    """Worker to front: whether it has given back the memory of its KV pages. It takes it again as it serves.
+    """
+
+    able: bool
+
+
 @wire_message(1 << 16)
 class Loading:
     """Worker to front: loading progress."""
@@ -276,7 +289,7 @@ class Refused:
 
 SANDBOX_MODELS = 4
 WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndThinking, EndOfRequest, Ping,
-                   Loading, ModelCard, Ready, Stepped, Unusable, Crashed)
+                   EmptyCache, CacheEmptied, Loading, ModelCard, Ready, Stepped, Unusable, Crashed)
 SURVEY_PIPE = Pipe(SurveyConfig, Surveyed, Loading, Unusable, Crashed)
 SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)
 RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded, Unusable)

@@ -172,7 +172,7 @@ class ManyModels:
     def load(self, model: Model):
         """Have a model loaded as if a request waited for it."""
         if model.place:
-            model.place.asked = True
+            model.place.asked = not model.place.serves
             self.residency.changed.set()
 
     def unload(self, model: Model):

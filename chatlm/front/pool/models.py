@@ -60,7 +60,7 @@ class Model:
     @property
     def bytes(self) -> int:
         """In memory; of one that is not loaded, what it will take."""
-        return self.place.size if self.place else (
+        return (self.place.bytes or self.place.size) if self.place else (
             self.pool.supervisor.card.facts.weights_bytes if self.pool else 0)
 
     @property

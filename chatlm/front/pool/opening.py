@@ -77,7 +77,8 @@ class Opener:
             surveyed = await self.survey.of(SurveyConfig(
                 model.settings, model.source, device, self.budget, replicas, process_bytes))
             self.budget = self.budget or surveyed.budget
-            size = replicas * (surveyed.weights + surveyed.activations + surveyed.cache + process_bytes)
+            cache = replicas * surveyed.cache
+            size = cache + replicas * (surveyed.weights + surveyed.activations + process_bytes)
             if size > self.budget:
                 raise ConfigError(f"it takes {shown_bytes(size)}, and all models together may take "
                                   f"{shown_bytes(self.budget)} (--models-memory)")
@@ -86,7 +87,7 @@ class Opener:
             model.pool, model.reason, model.failed_s = None, str(error), time.monotonic()
             return
         model.reason, idle_s = "", model.settings.idle_unload
-        model.place = Place(model.name, model.pool, size, pinned=model.choice.pin,
+        model.place = Place(model.name, model.pool, size, cache=cache, pinned=model.choice.pin,
                             idle_s=0.0 if model.choice.pin else idle_s)
 
     async def _pool(self, model: Model, surveyed: Surveyed) -> WorkerPool:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from chatlm.common.log import log
-from chatlm.front.pool.worker import State
+from chatlm.front.pool.worker import CacheState, State
 
 if TYPE_CHECKING:
     from chatlm.front.pool.pool import WorkerPool
@@ -19,33 +19,95 @@ class Place:
     """A model's place in memory: whether it has one, and whether it waits for one.
 
     It takes its place when it begins to load. It leaves when others need the bytes: then its jobs are held,
-    those on workers end, its workers are ended, and the place is free once their processes are gone."""
+    those on workers end, its workers are ended, and the place is free once their processes are gone. Where
+    the bytes of its KV pages are enough for the others, an idle model gives up these alone: its workers
+    forget the prefixes that they cached, and stay. Before it serves it waits for these bytes again."""
 
-    def __init__(self, name: str, pool: WorkerPool, size: int, *, pinned: bool = False, idle_s: float = 0.0):
-        """size: bytes; pinned: nothing but the operator makes it leave; idle_s: it leaves after so many
-        seconds without a request, 0 = never."""
-        self.name, self.pool, self.size, self.pinned, self.idle_s = name, pool, size, pinned, idle_s
+    def __init__(self, name: str, pool: WorkerPool, size: int, *, cache: int = 0, pinned: bool = False,
+                 idle_s: float = 0.0):
+        """size: bytes, of which KV pages take `cache`; pinned: nothing but the operator makes it leave;
+        idle_s: it leaves after so many seconds without a request, 0 = never."""
+        self.name, self.pool, self.size, self.cache = name, pool, size, cache
+        self.pinned, self.idle_s = pinned, idle_s
         self.taken = self.leaving = False
+        self.emptying = self.emptied = False  # are its workers asked for the memory of their KV pages, and
+        self.empties = True                   # have they given it back? Can they?
         self.asked = pinned  # to be loaded, by somebody other than a job
         self.taken_s = 0.0
         self.waits_since_s: float | None = None
 
     @property
+    def bytes(self) -> int:
+        """Those it has now."""
+        if not self.taken:
+            return 0
+        return self.size - (self.cache if self.emptied else 0)
+
+    @property
+    def missing(self) -> int:
+        """Those it needs to serve, beside what it has."""
+        return self.size - self.bytes
+
+    @property
+    def coming(self) -> int:
+        """Those that it is about to give up."""
+        return self.bytes if self.leaving else self.cache if self.emptying else 0
+
+    @property
+    def spare(self) -> int:
+        """Those it could give up and stay: while it is idle, those of its KV pages."""
+        idle = self.loaded and not self.pool.dispatcher.jobs
+        return self.cache if idle and self.empties and not (self.emptying or self.emptied) else 0
+
+    @property
+    def serves(self) -> bool:
+        return self.taken and not (self.leaving or self.emptying or self.emptied)
+
+    @property
     def waits(self) -> bool:
-        return not self.taken and bool(self.asked or len(self.pool.dispatcher.pending))
+        may_take = not self.taken or self.emptied and not self.leaving
+        return may_take and bool(self.asked or len(self.pool.dispatcher.pending))
 
     @property
     def loaded(self) -> bool:
         return any(worker.state is State.READY for worker in self.pool.workers)
 
     def take(self):
-        log.info("loading %s (%s)", self.name, shown_bytes(self.size))
-        self.taken, self.asked, self.taken_s = True, False, time.monotonic()
-        self.pool.dispatcher.wanted.set()
+        """It gets the bytes that it misses."""
+        self.asked, self.taken_s, dispatcher = False, time.monotonic(), self.pool.dispatcher
+        if not self.emptied:
+            log.info("loading %s (%s)", self.name, shown_bytes(self.size))
+            self.taken = True
+            dispatcher.wanted.set()
+            return
+        log.info("%s takes its KV pages again (%s)", self.name, shown_bytes(self.cache))
+        self.emptied = dispatcher.held = False
+        for worker in self.pool.workers:
+            worker.cache = CacheState.HELD
+        dispatcher.dispatch()
+
+    def empty_cache(self):
+        """Give up the bytes of its KV pages."""
+        log.info("%s gives up its KV pages (%s)", self.name, shown_bytes(self.cache))
+        self.emptying = self.pool.dispatcher.held = True
+        self.go_on_emptying()
+
+    def go_on_emptying(self):
+        if self.leaving or not (self.emptying or self.emptied):
+            return
+        for worker in self.pool.workers:  # also one that has died and come back
+            worker.empty_cache()
+        states = {worker.cache for worker in self.pool.workers if worker.state is State.READY}
+        if CacheState.UNABLE in states:
+            log.info("the workers of %s cannot give up KV pages alone", self.name)
+            self.empties = False
+            self.leave()
+        elif self.emptying and states <= {CacheState.EMPTY}:
+            self.emptying, self.emptied = False, True
 
     def leave(self):
         if self.taken and not self.leaving:
-            log.info("%s leaves memory (%s)", self.name, shown_bytes(self.size))
+            log.info("%s leaves memory (%s)", self.name, shown_bytes(self.bytes))
             self.leaving = self.pool.dispatcher.held = True
             self.go_on_leaving()
 
@@ -55,20 +117,22 @@ class Place:
             supervisor.unload()
             if supervisor.gone:
                 self.taken = self.leaving = dispatcher.held = False
+                self.emptying = self.emptied = False
 
     def may_leave(self, now: float) -> bool:
         """May others have its bytes? Not while it loads, nor in the time that every model has for itself."""
-        if not self.taken or self.leaving or self.pinned:
+        if not self.taken or self.leaving or self.emptying or self.pinned:
             return False
         workers, supervisor = self.pool.workers, self.pool.supervisor
         begin_s = min((worker.ready_s for worker in workers if worker.state is State.READY), default=(
             self.taken_s if any(worker.crashes_in_row for worker in workers) else math.inf))
-        return now - begin_s >= max(Residency.PLACE_S, supervisor.load_s)
+        return now - max(begin_s, self.taken_s) >= max(Residency.PLACE_S, supervisor.load_s)
 
 
 class Residency:
     """Gives the bytes of memory to models that wait for them: first who waits longest. The least recently
-    used idle model leaves first; then, of those with answers under way, who has been there longest."""
+    used idle model leaves first, or gives up its KV pages where those of the idle ones suffice; then, of
+    those with answers under way, who has been there longest leaves."""
 
     PLACE_S = 10.0  # a model keeps its place so long, or as long as it took to load
     TICK_S = 0.1
@@ -86,15 +150,16 @@ class Residency:
 
     @property
     def _unsettled(self) -> bool:
-        return any(place.leaving or place.waits for place in self.places)
+        return any(place.leaving or place.emptying or place.waits for place in self.places)
 
     @property
     def used(self) -> int:
-        return sum(place.size for place in self.places if place.taken)
+        return sum(place.bytes for place in self.places)
 
     def settle(self, now: float):
         """Do what can be done now."""
         for place in self.places:
+            place.go_on_emptying()
             place.go_on_leaving()
             idle = place.taken and place.loaded and not place.pool.dispatcher.jobs
             if place.idle_s and idle and now - place.pool.dispatcher.used_s > place.idle_s:
@@ -105,28 +170,34 @@ class Residency:
             if not place.waits:
                 continue
             free = self.budget - self.used
-            if place.size <= min(free, math.inf if spare is None else spare):
+            if (missing := place.missing) <= min(free, math.inf if spare is None else spare):
                 place.take()
-                spare = spare and spare - place.size
+                spare = spare and spare - missing
             elif spare is None:
                 spare = self._make_room(place, free, now)
-                if place.size <= self.budget - self.used:  # who left had no process any more
+                if missing <= self.budget - self.used:  # who left had no process any more
                     place.take()
 
     def _make_room(self, place: Place, free: int, now: float) -> float:
         """Have others leave, if they may and that is enough. Returns the bytes that others may take now:
         those that will be left over, or any number where it is not enough."""
-        coming = free + sum(other.size for other in self.places if other.leaving)
-        leave: list[Place] = []
-        for other in sorted((other for other in self.places if other.may_leave(now)), key=self._rank):
-            if coming < place.size:
+        coming = free + sum(other.coming for other in self.places)
+        others = sorted((other for other in self.places if other is not place and other.may_leave(now)),
+                        key=self._rank)
+        spare, leave = sum(other.spare for other in others), list[Place]()
+        for other in others:
+            if coming + spare < place.missing:
                 leave.append(other)
-                coming += other.size
-        if coming < place.size:
+                coming, spare = coming + other.bytes, spare - other.spare
+        if coming + spare < place.missing:
             return math.inf
-        for other in leave:
-            other.leave()
-        return coming - place.size
+        for other in others:
+            if other in leave:
+                other.leave()
+            elif coming < place.missing and other.spare:
+                coming += other.spare
+                other.empty_cache()
+        return coming - place.missing
 
     @staticmethod
     def _rank(place: Place) -> tuple[bool, float]:

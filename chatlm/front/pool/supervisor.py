@@ -10,7 +10,8 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
-from chatlm.common.messages.protocol import Crashed, Loading, ModelCard, Ready, Stepped, Unusable
+from chatlm.common.messages.protocol import (
+    CacheEmptied, Crashed, Loading, ModelCard, Ready, Stepped, Unusable)
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import program_stamp
@@ -137,6 +138,9 @@ class Supervisor:
             case Stepped(events, gauges):
                 worker.gauges = gauges
                 self.dispatcher.deliver(worker, events)
+            case CacheEmptied(able):
+                worker.cache_emptied(able)
+                self.dispatcher.changed()
             case Loading(stage, fraction):
                 self.progress(stage, fraction)
                 if stage.startswith("waiting"):  # for another machine

@@ -17,8 +17,8 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.errors import EngineFailure, RequestError
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
-    NO_GAUGES, WORKER_PIPE, Cancel, EndOfRequest, EndThinking, NewAnswer, NewPrompt, NewRequest, Ping,
-    Stepped, WorkerConfig)
+    NO_GAUGES, WORKER_PIPE, Cancel, EmptyCache, EndOfRequest, EndThinking, NewAnswer, NewPrompt, NewRequest,
+    Ping, Stepped, WorkerConfig)
 from chatlm.common.messages.requests import (
     Embedding, Ended, Failed, Finished, Piece, PromptProgress, PromptScores, ThinkingEnds)
 from chatlm.front.admission.admission import next_message
@@ -183,6 +183,15 @@ NEXT_STATES = {
     State.LEFT_OUT: set()}
 
 
+class CacheState(enum.Enum):
+    """What has become of a worker's KV pages since the residency of models wanted their memory."""
+
+    HELD = enum.auto()      # it did not want it, or the worker may use them again
+    ASKED = enum.auto()     # the worker has not answered
+    EMPTY = enum.auto()
+    UNABLE = enum.auto()    # the worker cannot give it back
+
+
 class Placement(typing.Protocol):
     """Where workers run: on this machine's devices (`LocalDevices`) or on the nodes of a Ray cluster
     (`RayNodes`). It makes the workers and starts their processes."""
@@ -235,6 +244,7 @@ class Worker:
         self.recent: deque[tuple[float, int]] = deque()  # (time, tokens) of the last seconds
         self.prefixes: dict[int, int] = {}   # Job.prefixes of the jobs it was given
         self.known: dict[str, set[int]] = {}  # the requests it knows, and which of their prompts
+        self.cache = CacheState.HELD
 
     def kill(self):
         if self.process:
@@ -312,6 +322,17 @@ class Worker:
         job.set_aside += 1
         job.leave_worker()
 
+    def empty_cache(self):
+        """Have it give the memory of its KV pages back, unless it has been asked; it has no jobs."""
+        if self.state is State.READY and self.cache is CacheState.HELD:
+            self.cache = CacheState.ASKED
+            self.prefixes.clear()
+            self.send(EmptyCache())
+
+    def cache_emptied(self, able: bool):
+        if self.cache is CacheState.ASKED:
+            self.cache = CacheState.EMPTY if able else CacheState.UNABLE
+
     def end_request(self, request_id: str):
         if self.known.pop(request_id, None):
             self.send(EndOfRequest(request_id))
@@ -319,7 +340,7 @@ class Worker:
     def forget_process(self) -> list[Job]:
         """Its process has ended, with all that it knew. Returns the jobs that it held."""
         jobs, self.jobs = list(self.jobs.values()), {}
-        self.gauges, self.awaited_s = NO_GAUGES, None
+        self.gauges, self.awaited_s, self.cache = NO_GAUGES, None, CacheState.HELD
         self.prefixes.clear()
         self.known.clear()
         return jobs

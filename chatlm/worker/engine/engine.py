@@ -330,6 +330,12 @@ class Engine:
                 self.step()
         self.pool.forget_cached()
 
+    def empty_cache(self) -> bool:
+        """While nothing is computed: forget all cached prefixes, and give the memory of the KV pages back to
+        the system. False if that cannot be, as with several ranks."""
+        self.pool.forget_cached()
+        return not self.ranks and self.transformer.empty_cache()
+
 
 def failure_text(error: Exception) -> str:
     return f"the model failed while computing this answer ({type(error).__name__})"

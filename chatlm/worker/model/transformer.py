@@ -11,11 +11,12 @@ import numpy
 import torch
 
 from chatlm.common.config import PAGE_SIZE
+from chatlm.common.memory import empty_pages
 from chatlm.worker.model.spec import (
     DeltaRule, Inputs, Sequences, ShortConv, expected_tensors, group_layers, token_places)
 from chatlm.worker.model.tensors import Unread, read_ahead
 from chatlm.worker.ops.attention import query_scales, rope_frequencies, rope_tables
-from chatlm.worker.ops.basic import Norm
+from chatlm.worker.ops.basic import Norm, zeroed
 
 if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
@@ -59,7 +60,7 @@ class Transformer:
             self.rope_tables = [tables[turn] for turn in turns]  # of each layer
             self.cache = kernels.make_cache(replace(spec, layers=self.groups.depth),
                                             num_pages + self.groups.holes, self.dtype, self.device)
-            self.states = [tuple(torch.zeros(num_slots, *shape, device=self.device)
+            self.states = [tuple(zeroed((num_slots, *shape), torch.float32, self.device)
                                  for shape in (mixer.states(spec.width) if mixer else ()))
                            for mixer in self.mixers]
             sizes = self.buffer_sizes(spec, max_tokens, min(max_rows or max_tokens, max_tokens),
@@ -129,6 +130,13 @@ class Transformer:
         """Bytes of one KV page of this type, over all layers or those of a group."""
         depth = groups.depth if groups else spec.paged_layers
         return depth * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * dtype.itemsize
+
+    def empty_cache(self) -> bool:
+        """Give the memory of KV pages and states back to the system, which gives it again as they are
+        written; they stay where they are. False if that cannot be: on a GPU they keep it."""
+        tensors = [self.cache, *(state for states in self.states for state in states)]
+        return self.device.type == "cpu" and all(
+            [empty_pages(tensor.data_ptr(), tensor.nbytes) for tensor in tensors])
 
     @property
     def weights_bytes(self) -> int:

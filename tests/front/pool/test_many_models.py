@@ -114,6 +114,26 @@ async def test_each_model_answers_as_it_does_alone_and_they_take_turns(start_mod
         assert {text: got[text, name] for text in texts} == expected
 
 
+async def test_two_models_with_room_for_the_kv_pages_of_one_stay_loaded_and_answer_as_before(start_models, client, nanochat_fixtures, monkeypatch):
+    monkeypatch.setattr(Residency, "PLACE_S", 0.0)
+    models = await start_models("gen1", "gen5", models_memory=10 * MIB << 10)
+    sizes = {name: models.find(name).bytes for name in ("gen1", "gen5")}
+    models.residency.budget = sum(sizes.values()) - min(models.find(name).place.cache for name in sizes) // 2
+    async with served(models) as url:
+        found, pids = {}, {}
+        for name in ("gen1", "gen5", "gen1", "gen5"):
+            answer = await ask(client, url, name, "what is two plus two? " * 10)
+            models.find(name).pool.supervisor.load_s = 0.0   # its time is over at once
+            assert found.setdefault(name, content(answer)) == content(answer)
+            [worker] = models.find(name).pool.workers
+            assert pids.setdefault(name, worker.process.pid) == worker.process.pid
+            assert answer[1]["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0) == 0
+            assert models.residency.used <= models.residency.budget
+        states = await listed(client, url)
+        assert [states[name]["state"] for name in sizes] == ["ready"] * 2 and states["gen1"]["bytes"] < sizes["gen1"]
+        assert states["gen5"]["bytes"] == sizes["gen5"]
+
+
 async def test_names_aliases_defaults_keys_and_who_may_load(start_models, nanochat_fixtures, client):
     keys = (ApiKey.hashed("all", "owner"), ApiKey.hashed("some", "bob", ("gen3", "small")), ApiKey.hashed("none", "eve", ("other",)))
     several = (ModelChoice(str(nanochat_fixtures / "gen1"), "first"), ModelChoice(str(nanochat_fixtures / "gen2"), "chief", default=True),

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from chatlm.common.messages.protocol import CacheEmptied, EmptyCache
 from chatlm.common.messages.requests import Ended, Usage
 from chatlm.front.pool import residency
 from chatlm.front.pool.residency import Place, Residency
@@ -73,6 +74,12 @@ class Models:
     def end(self, name, job):
         pool = self.by_name[name].pool
         pool.dispatcher.deliver(pool.workers[0], [(job.worker_id, Ended("stop", None, Usage(), 0.0))])
+
+    def emptied(self, name, able=True):
+        """Its worker, which was asked for its KV pages' memory, answers."""
+        pool = self.by_name[name].pool
+        assert isinstance(pool.workers[0].sent.pop(), EmptyCache)
+        pool.supervisor.handle(pool.workers[0], CacheEmptied(able))
 
     def serve(self, name, request="r", seconds=1.0):
         """A whole answer of a model that had to load."""
@@ -179,6 +186,86 @@ async def test_first_comes_who_waits_longest_and_small_ones_do_not_take_what_it_
     models.end("a", job)
     models.settle()
     assert models.settle() == "bd"
+
+
+PAGED = {name: {"cache": 3} for name in "ab"}
+
+
+async def test_kv_pages_of_idle_models_go_before_weights_where_they_suffice(clock):
+    models = Models(clock, 16, {"a": 8, "b": 8, "c": 2}, **PAGED)
+    a, b = models.by_name["a"], models.by_name["b"]
+    models.serve("a"), models.serve("b")
+    models.settle(12)
+    models.ask("c")
+    assert models.settle() == "ab" and a.emptying and not b.emptying    # a was not used for longest
+    assert models.settle() == "ab" and models.residency.used == 16      # its worker has not answered
+    models.emptied("a")
+    assert models.settle() == "abc" and models.residency.used == 15
+    models.load("c")
+    job = models.ask("a")
+    assert job.worker is None and a.waits       # it needs 3, of which 1 is free
+    models.settle()
+    models.emptied("b")
+    models.settle()
+    assert job.worker is not None and b.emptied and a.serves and models.inside() == "abc" and models.residency.used == 15
+    models.end("a", job)
+    models.ask("b")
+    assert models.settle(9) == "abc" and a.serves       # it keeps its pages as long as a place
+    models.settle(2)
+    assert a.emptying
+
+
+async def test_weights_go_only_of_those_whose_kv_pages_do_not_suffice(clock):
+    models = Models(clock, 16, {"a": 8, "b": 8, "c": 10, "d": 16}, **PAGED)
+    models.serve("a"), models.serve("b")
+    models.settle(12)
+    job = models.ask("c")
+    models.settle()
+    models.emptied("b")
+    assert models.settle() == "bc" and models.by_name["b"].bytes == 5     # a left whole
+    models.load("c")
+    models.end("c", job)
+    models.ask("d")
+    models.settle(12)
+    assert models.settle() == "d" and not models.by_name["b"].emptied
+
+
+async def test_a_model_whose_worker_keeps_its_kv_pages_leaves_whole_and_is_not_asked_again(clock):
+    models = Models(clock, 10, {"a": 8, "c": 4}, a=PAGED["a"])
+    for _ in range(2):
+        models.serve("a")
+        models.settle(12)
+        job = models.ask("c")
+        if models.by_name["a"].empties:
+            models.settle()
+            models.emptied("a", able=False)
+        models.settle()
+        assert models.settle() == "c" and not models.by_name["a"].empties
+        models.load("c")
+        models.end("c", job)
+        models.settle(12)
+
+
+async def test_a_request_that_comes_while_kv_pages_go_waits_and_a_worker_that_dies_then_changes_nothing(clock):
+    models = Models(clock, 10, {"a": 8, "c": 4}, a=PAGED["a"])
+    a = models.by_name["a"]
+    models.serve("a")
+    models.settle(12)
+    models.ask("c")
+    models.settle()
+    job = models.ask("a")
+    [worker] = a.pool.workers
+    worker.become(State.DEAD)
+    a.pool.dispatcher.requeue(worker)
+    assert models.settle() == "ac" and job.worker is None and a.bytes == 5
+    worker.become(State.LOADING)
+    worker.become(State.READY)
+    models.settle()     # it is asked anew, for it has taken pages to warm up
+    models.emptied("a")
+    assert models.settle() == "ac" and job.worker is None
+    models.load("c")
+    models.settle(12)   # c's time is over, but its request is not answered yet
+    assert models.by_name["c"].leaving and job.worker is None
 
 
 async def test_a_pinned_model_is_loaded_at_once_and_stays(clock):

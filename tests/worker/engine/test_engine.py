@@ -7,6 +7,8 @@ rounding errors.
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,6 +235,23 @@ def test_sampled_answers_depend_on_the_seed_and_on_nothing_else(smollm):
     result = run(smollm, works)
     same(smollm, result, result, "one", "again")
     assert result.tokens["one"] != result.tokens["two"]
+
+
+def shared_bytes():
+    """Of this process's memory, those in shared mappings."""
+    return 1024 * int(re.findall(r"RssShmem:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+
+
+def test_an_emptied_cache_takes_no_memory_and_the_answers_after_it_are_the_same(smollm):
+    engine = smollm
+    engine.empty_cache()
+    works = [chat_work(engine, name, "Tell me of the sea. " * 40, 24) for name in "ab"]
+    first = run(engine, works[:1])
+    held, used = shared_bytes(), len(engine.pool.evictable) * engine.transformer.cache.nbytes // engine.pool.num_pages
+    assert engine.empty_cache() and engine.pool.available == len(engine.pool.free) == engine.pool.num_pages
+    assert used > 5 << 20 and held - shared_bytes() >= used     # the other pages were never written
+    again = run(engine, works[1:])
+    assert again.tokens["b"] == first.tokens["a"] and again.end["b"].usage.cached_tokens == 0
 
 
 def test_a_stop_string_split_over_tokens_ends_the_answer_before_it(smollm):

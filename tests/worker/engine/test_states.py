@@ -63,6 +63,16 @@ def test_answers_are_transformers_in_chunks_together_cached_and_ahead(made, back
     assert check(engine, cases, ahead=True) == {"case 0": 192, "case 1": 80, "case 2": 16}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_answers_are_the_same_after_the_cache_was_emptied(made, backend):
+    folder, cases = made
+    engine = make_engine(folder, num_pages=100, prefill_chunk=48, max_batch=4, reference=backend == "reference")
+    check(engine, cases)
+    states = [state for layer in engine.transformer.states for state in layer]
+    assert engine.empty_cache() and not engine.transformer.cache.any() and not any(state.any() for state in states)
+    assert engine.pool.states.snapshots == 0 and check(engine, cases) == {"case 0": 0, "case 1": 0, "case 2": 0}
+
+
 @pytest.mark.parametrize("backend", BY_DAY)
 def test_preempted_answers_go_on_from_a_snapshot_or_from_their_beginning(made, backend):
     folder, cases = made
