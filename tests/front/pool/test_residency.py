@@ -253,11 +253,12 @@ async def test_a_request_that_comes_while_kv_pages_go_waits_and_a_worker_that_di
     models.settle(12)
     models.ask("c")
     models.settle()
+    models.settle(1)
     job = models.ask("a")
     [worker] = a.pool.workers
     worker.become(State.DEAD)
     a.pool.dispatcher.requeue(worker)
-    assert models.settle() == "ac" and job.worker is None and a.bytes == 5
+    assert models.settle(1) == "ac" and job.worker is None and a.bytes == 5
     worker.become(State.LOADING)
     worker.become(State.READY)
     models.settle()     # it is asked anew, for it has taken pages to warm up
