@@ -16,7 +16,7 @@ from chatlm.common.messages.requests import TextSpec
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import program_stamp
 from chatlm.front.aio import supervised
-from chatlm.front.pool.worker import State, Worker
+from chatlm.front.pool.worker import CacheState, State, Worker
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -139,7 +139,8 @@ class Supervisor:
                 worker.gauges = gauges
                 self.dispatcher.deliver(worker, events)
             case CacheEmptied(able):
-                worker.cache_emptied(able)
+                if worker.cache is CacheState.ASKED:  # else it may use them again
+                    worker.cache = CacheState.EMPTY if able else CacheState.UNABLE
                 self.dispatcher.changed()
             case Loading(stage, fraction):
                 self.progress(stage, fraction)

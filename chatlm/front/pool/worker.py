@@ -329,10 +329,6 @@ class Worker:
             self.prefixes.clear()
             self.send(EmptyCache())
 
-    def cache_emptied(self, able: bool):
-        if self.cache is CacheState.ASKED:
-            self.cache = CacheState.EMPTY if able else CacheState.UNABLE
-
     def end_request(self, request_id: str):
         if self.known.pop(request_id, None):
             self.send(EndOfRequest(request_id))

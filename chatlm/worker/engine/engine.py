@@ -18,6 +18,7 @@ import numpy
 import torch
 
 from chatlm.common.log import log
+from chatlm.common.memory import empty_pages
 from chatlm.common.messages.requests import (
     AnswerParams, Embedding, Ended, Failed, Piece, PromptProgress, PromptScores, ThinkingEnds, TokenLogprob,
     Usage)
@@ -331,10 +332,13 @@ class Engine:
         self.pool.forget_cached()
 
     def empty_cache(self) -> bool:
-        """While nothing is computed: forget all cached prefixes, and give the memory of the KV pages back to
-        the system. False if that cannot be, as with several ranks."""
+        """While nothing is computed: forget all cached prefixes, and give the memory of KV pages and states
+        back to the system, which gives it again as they are written; they stay where they are. False if that
+        cannot be: on a GPU, and with several ranks."""
         self.pool.forget_cached()
-        return not self.ranks and self.transformer.empty_cache()
+        tensors = [self.transformer.cache, *itertools.chain.from_iterable(self.transformer.states)]
+        return not self.ranks and self.transformer.device.type == "cpu" and all(
+            [empty_pages(tensor.data_ptr(), tensor.nbytes) for tensor in tensors])
 
 
 def failure_text(error: Exception) -> str:

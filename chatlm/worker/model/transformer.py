@@ -11,7 +11,6 @@ import numpy
 import torch
 
 from chatlm.common.config import PAGE_SIZE
-from chatlm.common.memory import empty_pages
 from chatlm.worker.model.spec import (
     DeltaRule, Inputs, Sequences, ShortConv, expected_tensors, group_layers, token_places)
 from chatlm.worker.model.tensors import Unread, read_ahead
@@ -130,13 +129,6 @@ class Transformer:
         """Bytes of one KV page of this type, over all layers or those of a group."""
         depth = groups.depth if groups else spec.paged_layers
         return depth * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * dtype.itemsize
-
-    def empty_cache(self) -> bool:
-        """Give the memory of KV pages and states back to the system, which gives it again as they are
-        written; they stay where they are. False if that cannot be: on a GPU they keep it."""
-        tensors = [self.cache, *(state for states in self.states for state in states)]
-        return self.device.type == "cpu" and all(
-            [empty_pages(tensor.data_ptr(), tensor.nbytes) for tensor in tensors])
 
     @property
     def weights_bytes(self) -> int:

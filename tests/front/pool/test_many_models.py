@@ -219,6 +219,7 @@ async def test_what_cannot_be_served_ends_the_start_with_one_line(nanochat_fixtu
             ManyModels(Settings(several=(one, other), **settings))
 
 
+@pytest.mark.slow
 async def test_a_model_whose_worker_cannot_start_fails_alone_and_is_tried_again(start_models, nanochat_fixtures, client, tmp_path):
     """Its files are whole when the server starts, and later not."""
     folder = shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "gen5")
