@@ -39,10 +39,12 @@ OPTIONS = {         # model -> the options of its adapter
     "llama3.1": {"use_rslora": True}, "gemma3": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 8}, "alpha_pattern": {"v_proj": 1}},
     "phi3": {"targets": ["qkv_proj", "gate_up_proj"]}, "qwen3": {"targets": r".*\.(q|up)_proj"},
     "qwen2": {"targets": ["embed_tokens", "lm_head", "v_proj"]}, "nanochat": {"targets": "all-linear"}, "glm4": {"targets": ["q_proj", "k_proj", "gate_up_proj"]},
-    "lfm2": {"targets": ["q_proj", "in_proj", "out_proj", "w1", "w2"]}, "qwen3.5": {"targets": ["q_proj", "in_proj_qkv", "in_proj_b", "out_proj", "down_proj"]}}
+    "lfm2": {"targets": ["q_proj", "in_proj", "out_proj", "w1", "w2"]}, "qwen3.5": {"targets": ["q_proj", "in_proj_qkv", "in_proj_b", "out_proj", "down_proj"]},
+    "lfm2moe": {"targets": ["q_proj", "in_proj", "out_proj", "w1"]}, "granite4h": {"targets": ["q_proj", "in_proj", "out_proj"]},
+    "qwen3next": {"targets": ["q_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"]}}
 
 
-@pytest.mark.parametrize("name", by_day(OPTIONS, *(name for name in OPTIONS if name not in ("glm4", "lfm2", "qwen3.5"))))
+@pytest.mark.parametrize("name", by_day(OPTIONS, *(name for name in OPTIONS if name not in ("glm4", "lfm2", "qwen3.5", "lfm2moe", "granite4h", "qwen3next"))))
 def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
     model = make_model(name)
     folder = save(model, tmp_path / "base")
