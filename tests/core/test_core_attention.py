@@ -313,6 +313,8 @@ def test_a_padding_sequence_gets_zeros():
 def test_a_step_may_end_in_padding_or_be_nothing_else(isa):
     cache, rng = Cache(20, 1, 32), numpy.random.default_rng(8)
     pages, q = sequence(rng, cache, 300, 1, 2, list(range(20)))
+    for length in (300, 40):                # what is not a number stays where a padding row's sums would be
+        attend(numpy.concatenate([q] * 3) * NAN, cache, [pages] * 3, [length] * 3, [0, 1, 2, 3])
     out = attend(numpy.concatenate([q] * 3), cache, [pages, [], []], [300, 0, 0], [0, 1, 2, 3])
     assert (out[1:] == 0).all() and numpy.isfinite(out[0]).all()
     assert (attend(q, cache, [[]], [0], [0, 1]) == 0).all()

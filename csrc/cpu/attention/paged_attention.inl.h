@@ -178,9 +178,9 @@ void merge_state(float* m, float* l, float* acc, float m2, float l2, const float
     for (int d = 0; d < D; d += 16) store(acc + d, fma(load(acc + d), all(a), load(acc2 + d) * all(b)));
 }
 
-// What the values' sum is multiplied by: 1 / (the sum of exp, with the sink's).
+// What the values' sum is multiplied by: 1 / (the sum of exp, with the sink's). l is not 0.
 float share_of(const AttentionJob& job, int64_t head, float m, float l) {
-    if (l == 0.0f || !job.sinks) return l == 0.0f ? 0.0f : 1.0f / l;
+    if (!job.sinks) return 1.0f / l;
     const float sink = job.sinks[head], top = m > sink ? m : sink, own = exp_negative(m - top);
     return own / fma1(l, own, exp_negative(sink - top));
 }
@@ -190,6 +190,10 @@ void write_out(const AttentionJob& job, const AttentionItem& item, const float* 
     for (int i = 0; i < item.rows * G; i++) {
         const int64_t head = int64_t(item.row + i / G) * job.heads + item.kv_head * G + i % G;
         float* out = job.out + head * D;
+        if (l[i] == 0.0f) {                 // it saw nothing, and nobody wrote its acc
+            for (int d = 0; d < D; d += 16) store(out + d, all(0.0f));
+            continue;
+        }
         const Lanes scale = all(share_of(job, item.kv_head * G + i % G, m[i], l[i]));
         for (int d = 0; d < D; d += 16) store(out + d, load(acc + i * D + d) * scale);
     }
