@@ -47,6 +47,7 @@ def test_so_it_is_in_a_chat_and_in_a_check(nanochat_fixtures):
         assert done.stderr.splitlines()[-1] == "chat_server: cannot write the answer: No space left on device"
 
 
+@pytest.mark.slow
 @needs_full
 def test_without_a_stderr_the_answer_comes_all_the_same(nanochat_fixtures):
     plain, *others = (shell(f"{sys.executable} {SCRIPT} generate {nanochat_fixtures / 'gen5'} --prompt hello --max-tokens 5 --temperature 0 {redirected}")

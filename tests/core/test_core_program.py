@@ -327,7 +327,7 @@ SCHEDULES = [(1, 0, False), (2, 0, False), (2, 2, True), (2, 1, False), (4, 4, F
 def test_a_step_has_the_bits_of_its_ops_called_one_by_one(name, tokens, logit_rows):
     model, recorded = MODELS[name], Recorded(name)
     buffers, cache = model.buffers(), model.make_cache()
-    for round, (threads, *schedule) in enumerate(SCHEDULES):
+    for round, (threads, *schedule) in enumerate(SCHEDULES if SHARE > 0.05 else SCHEDULES[1::3]):      # few under the sanitizers
         decode_core.set_isa(ISAS[round % len(ISAS)])
         step = make_step(model, MIXES[tokens], logit_rows, seed=round)
         decode_core.set_threads(1)

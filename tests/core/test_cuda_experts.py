@@ -234,6 +234,7 @@ def opened(path, monkeypatch, backend=None, dtype=None):
         return open_model(resolve_model(settings), settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, kind", [
     pytest.param("qwen3moe", "q8_0", marks=pytest.mark.slow), pytest.param("gpt-oss", "mxfp4", marks=pytest.mark.slow), ("folder", "mxfp4")])
 def test_a_files_experts_stay_packed_and_logits_are_those_of_its_weights(emulated, expert_files, monkeypatch, name, kind):

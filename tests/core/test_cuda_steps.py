@@ -139,6 +139,7 @@ def test_answers_that_come_and_go_are_the_reference_engines(backend, name, nanoc
     assert engine.steps.queue.replays > 30
 
 
+@pytest.mark.slow
 def test_every_nanochat_generations_greedy_answers_are_upstreams(backend, nanochat_fixtures, monkeypatch):
     for generation in ("gen1", "gen2", "gen3", "gen4", "gen5"):
         folder = nanochat_fixtures / generation
@@ -149,6 +150,7 @@ def test_every_nanochat_generations_greedy_answers_are_upstreams(backend, nanoch
         assert list(answers(engine, works).values()) == [case["greedy"][:24] for case in cases]
 
 
+@pytest.mark.slow
 def test_graphs_give_what_the_ops_one_by_one_give(backend, nanochat_fixtures, monkeypatch):
     model = model_of("gen5", nanochat_fixtures)
     works = some_works(model[0].vocab_size, 5, 12)
@@ -206,6 +208,7 @@ def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures
             assert not backend.few_rows_invariant
 
 
+@pytest.mark.slow
 def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures, monkeypatch):
     """Penalties count all tokens, so the engine waits for each. Their lists are tensors of the graph, or too
     large for it."""

@@ -321,6 +321,7 @@ def test_the_model_names_chats_where_that_is_switched_on(page, stand_in):
     assert "which colours do apples have?" in stand_in.bodies[2]["messages"][0]["content"]
 
 
+@pytest.mark.slow
 def test_the_default_model_names_a_chat_and_is_said_to_run_on_a_cpu(page, server_url):
     open_page(page, server_url)
     expect(page.get_by_text("Running on the CPU with 8,192 tokens of context.")).to_be_visible()

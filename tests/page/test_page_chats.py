@@ -72,6 +72,7 @@ def test_a_deleted_chat_can_be_brought_back(page, stand_in):
     expect(chats(page)).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_the_back_button_and_the_address_find_chats(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "first")
@@ -89,6 +90,7 @@ def test_the_back_button_and_the_address_find_chats(page, stand_in):
     expect(said(questions(other))).to_have_text(["first"])
 
 
+@pytest.mark.slow
 def test_drafts_belong_to_their_chats(page, stand_in):
     open_page(page, stand_in.url)
     message_box(page).fill("begun")
@@ -164,6 +166,7 @@ def test_a_message_can_be_deleted_with_what_follows_and_brought_back(page, stand
     expect(page.get_by_role("article")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_a_branch_becomes_a_chat_of_its_own(page, stand_in):
     open_page(page, stand_in.url)
     command(page, "/system Be brief.")
@@ -256,6 +259,7 @@ def test_two_tabs_that_ask_at_once_keep_both_questions_and_both_answers(page, st
     assert all(f"You said: {question}" in answer for question, answer in texts)
 
 
+@pytest.mark.slow
 def test_tabs_with_different_chats_leave_each_other_alone(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "mine")
@@ -418,6 +422,7 @@ def test_chats_move_between_the_page_and_the_terminal(page, stand_in, tmp_path):
     expect(page.get_by_role("textbox", name="System prompt")).to_have_value("Be brief")
 
 
+@pytest.mark.slow
 def test_all_chats_go_out_together(page, stand_in, tmp_path):
     open_page(page, stand_in.url)
     for text in ("one", "two"):
@@ -485,6 +490,7 @@ LOOKS = """root => [...document.querySelectorAll(`${root} :is([class^=hljs-], th
 })"""
 
 
+@pytest.mark.slow
 def test_an_exported_page_has_the_page_s_colours_of_code_and_alignments(page, stand_in, tmp_path):
     languages = {"python": "@a\nclass B:  # c\n    x = 1 + len('s')\n    self.x = None", "js": "const re = /x+/g; let a = `x ${b}`;",
                  "diff": "+ added\n- gone", "css": "a:hover { color: #fff; }", "xml": '<a b="c">d</a>', "markdown": "# head\n- item\n> quote"}

@@ -98,7 +98,8 @@ def attach(page, name, text):
     expect(button(page, f"Remove {name}")).to_be_visible()
 
 
-@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_on_any_screen(browser, stand_in, scheme):
     with visitor(browser, color_scheme=scheme) as page:
         for name, reach in SCREENS.items():
@@ -384,6 +385,7 @@ def test_a_command_that_is_wrong_is_an_error_and_stays_in_the_composer(page, sta
         assert stand_in.bodies[-1]["messages"][-1]["content"] == text
 
 
+@pytest.mark.slow
 def test_presets_and_defaults_for_new_chats(page, stand_in):
     open_page(page, stand_in.url)
     button(page, "Settings").click()
@@ -441,6 +443,7 @@ def test_the_keyboard_opens_what_the_mouse_opens(page, stand_in):
     expect(button(page, "Export")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_a_plain_click_on_a_message_acts_as_it_used_to_and_can_be_switched_off(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")

@@ -391,6 +391,7 @@ async def test_a_worker_that_hangs_while_it_answers_is_replaced(start_pool, work
     assert [each.restarts for each in pool.workers] == [int(each is worker) for each in pool.workers]
 
 
+@pytest.mark.slow
 async def test_an_idle_worker_that_hangs_is_replaced_before_anybody_asks(start_pool):
     pool = await start_pool(worker_command=(sys.executable, "-B", *PROCESS_COMMAND[1:]))        # not a forked one
     (worker,) = pool.workers

@@ -244,6 +244,7 @@ def junk(**more):
         "chat_template_kwargs": {"x": many}, "metadata": {"x": many}, "stream": True} | more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route, inline", [
     ("/v1/chat/completions", 0),
     *[pytest.param(route, inline, marks=pytest.mark.slow) for route, inline in (

@@ -372,6 +372,7 @@ def test_compiled_schemas_are_kept_only_as_far_as_memory_goes(engine):
     engine.answers.grammars.clear()
 
 
+@pytest.mark.slow
 def test_what_earlier_answers_added_to_a_grammar_does_not_break_later_ones(default_model_path, monkeypatch):
     """Copies of a grammar share its lexer's states, whose number is limited."""
     engine = make_engine(default_model_path, num_pages=100, max_batch=8, as_stored=True)

@@ -522,6 +522,7 @@ def test_a_folder_is_served_and_chats(made, name):
     chats_as_transformers(made(name)[0], make_model(name), "<s>")
 
 
+@pytest.mark.slow
 def test_so_is_one_with_the_tokenizer_and_template_of_smollm2(default_model_path, tmp_path):
     text = gguf_text(default_model_path, read_gguf(default_model_path)[0])
     model = make_model("llama3.2", vocab_size=49152, bos_token_id=1, eos_token_id=2)

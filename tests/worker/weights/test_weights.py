@@ -423,7 +423,7 @@ def one_line(outcome, *words):
     ("base", "base"), ("base", "base/chatsft_checkpoints"), ("base", "base/chatsft_checkpoints/d4"),
     ("base", "base/chatsft_checkpoints/d4/model_000650.pt"),
     ("base", "base/chatsft_checkpoints/d4/meta_000650.json"),
-    ("base", "base/tokenizer/tokenizer.pkl")], ("x.gguf", "x.gguf"), ("folder/below/more", "folder"), ("base", "base/tokenizer/tokenizer.pkl")))
+    ("base", "base/tokenizer/tokenizer.pkl")], ("base", "base/tokenizer/tokenizer.pkl")))
 def test_a_model_that_may_not_be_read_is_one_line(tmp_path, nanochat_fixtures, model, locked):
     shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "base")
     (tmp_path / "folder" / "below").mkdir(parents=True)
@@ -800,6 +800,7 @@ stayed a medicine, sold by the ounce. By 1750 the price had fallen twenty-fold; 
 Die Kanne war heiß, der Löffel aus Silber, und draußen regnete es. 日本では、茶道は一つの芸術である。"""
 
 
+@pytest.mark.slow
 def test_logits_of_the_default_model_agree_with_transformers(default_model_path, monkeypatch):
     from transformers import AutoModelForCausalLM
     with monkeypatch.context() as patch:
