@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (CPU paths; numpy only): csrc/sanitize.sh [pytest arguments]
-# csrc/sanitize.sh --compile only compiles, with a python that has pybind11 and setuptools.
+# csrc/sanitize.sh --compile only compiles, with a python that has what pyproject.toml builds with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
