@@ -30,17 +30,17 @@ def convolve(s, taps, state, sequences):
         total[begin:end] = taps[0] * rows[:end - begin]
         for j in range(1, len(taps)):
             total[begin:end] += taps[j] * rows[j:j + end - begin]
-        for row, slot in writes:
+        for row, slot in writes.items():
             state[slot] = rows[row - begin + 1:row - begin + len(taps)]
     return total
 
 
 def spans_of(sequences, states):
-    """(first row, end, its states before, what is written after which rows) of each sequence."""
+    """(first row, end, its states before, row -> the slot that is written after it) of each sequence."""
     spans = itertools.pairwise(sequences.starts)
     for (begin, end), first, slot in zip(spans, sequences.firsts, sequences.reads):
         before = [state[slot].clone() if first else torch.zeros_like(state[slot]) for state in states]
-        yield begin, end, before, [(row, slot) for row, slot in sequences.writes if begin <= row < end]
+        yield begin, end, before, {row: slot for row, slot in sequences.writes if begin <= row < end}
 
 
 def delta_rule_reference(x, weights, mixer, eps, states, sequences, out):
@@ -67,9 +67,8 @@ def delta_rule_reference(x, weights, mixer, eps, states, sequences, out):
             o = (S * q[t, ..., None]).sum(1)
             scale = torch.rsqrt((o * o).mean(-1, keepdim=True) + eps)
             out[t] = (weights["mix_norm"] * (o * scale)).flatten() * functional.silu(z[t])
-            for row, slot in writes:
-                if row == t:
-                    states[1][slot] = S
+            if t in writes:
+                states[1][writes[t]] = S
 
 
 def parts_of(x, mixer):
@@ -109,9 +108,8 @@ def mamba2_reference(x, weights, mixer, eps, states, sequences, out):
             y = (y.flatten() * functional.silu(z[t])).view(G, -1)
             scale = torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)
             out[t] = weights["mix_norm"] * (y * scale).flatten()
-            for row, slot in writes:
-                if row == t:
-                    states[1][slot] = S
+            if t in writes:
+                states[1][writes[t]] = S
 
 
 def split_gates_reference(x, head_size, gates, out):

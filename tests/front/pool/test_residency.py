@@ -1,5 +1,6 @@
 """Which of several models are in memory, with workers that the test plays and a clock of its own."""
 
+import asyncio
 import time
 
 import pytest
@@ -8,7 +9,7 @@ from chatlm.common.messages.protocol import CacheEmptied, EmptyCache
 from chatlm.common.messages.requests import Ended, Usage
 from chatlm.front.pool import residency
 from chatlm.front.pool.residency import Place, Residency
-from chatlm.front.pool.worker import State
+from chatlm.front.pool.worker import Job, State
 from answers import asked
 from pools import played_pool
 
@@ -53,8 +54,6 @@ class Models:
 
     def ask(self, name, request="r"):
         """A request comes, and waits; returns what its reader would iterate."""
-        from chatlm.front.pool.worker import Job
-        import asyncio
         dispatcher = self.by_name[name].pool.dispatcher
         job = Job(asked(request, prompts=((1, 2, 3),), max_tokens=4), (1, 2, 3), 4, asyncio.Queue(), self.clock.now)
         dispatcher._submit([job])
@@ -81,12 +80,16 @@ class Models:
         assert isinstance(pool.workers[0].sent.pop(), EmptyCache)
         pool.supervisor.handle(pool.workers[0], CacheEmptied(able))
 
-    def serve(self, name, request="r", seconds=1.0):
-        """A whole answer of a model that had to load."""
+    def answering(self, name, request="r", seconds=1.0):
+        """An answer under way of a model that had to load."""
         job = self.ask(name, request)
         self.settle()
         self.load(name, seconds)
-        self.end(name, job)
+        return job
+
+    def serve(self, name, request="r", seconds=1.0):
+        """A whole answer of a model that had to load."""
+        self.end(name, self.answering(name, request, seconds))
 
 
 async def test_models_are_loaded_when_asked_as_far_as_the_bytes_suffice(clock):
@@ -121,9 +124,7 @@ async def test_an_idle_model_keeps_its_place_for_its_time_too(clock):
 async def test_no_model_leaves_that_does_not_make_enough_room(clock):
     models = Models(clock, 10, {"a": 4, "b": 6, "c": 10})
     models.serve("a")
-    running = models.ask("b")
-    models.settle()
-    models.load("b")
+    running = models.answering("b")
     models.settle(9)
     models.ask("c")
     assert models.settle() == "ab"      # a's time is over, but a alone would not do
@@ -135,9 +136,7 @@ async def test_no_model_leaves_that_does_not_make_enough_room(clock):
 
 async def test_an_answer_under_way_is_never_cut_and_two_large_models_take_turns(clock):
     models = Models(clock, 10, {"a": 8, "b": 8})
-    job = models.ask("a")
-    models.settle()
-    models.load("a", seconds=4)
+    job = models.answering("a", seconds=4)
     waiting = models.ask("b")
     assert models.settle(9) == "a" and not models.by_name["a"].leaving      # its 10 s are not over
     models.settle(1.1)
@@ -161,9 +160,7 @@ async def test_an_answer_under_way_is_never_cut_and_two_large_models_take_turns(
 
 async def test_a_model_that_took_long_to_load_keeps_its_place_for_as_long(clock):
     models = Models(clock, 10, {"a": 8, "b": 8})
-    models.ask("a")
-    models.settle()
-    models.load("a", seconds=60)
+    models.answering("a", seconds=60)
     models.ask("b")
     models.settle(59)
     assert not models.by_name["a"].leaving
@@ -173,9 +170,7 @@ async def test_a_model_that_took_long_to_load_keeps_its_place_for_as_long(clock)
 
 async def test_first_comes_who_waits_longest_and_small_ones_do_not_take_what_it_waits_for(clock):
     models = Models(clock, 10, {"a": 8, "b": 9, "c": 2, "d": 1})
-    job = models.ask("a")
-    models.settle()
-    models.load("a")
+    job = models.answering("a")
     models.ask("b")
     models.settle(11)
     assert models.by_name["a"].leaving
@@ -288,9 +283,7 @@ async def test_an_idle_model_leaves_after_its_own_time(clock):
 
 async def test_a_model_that_dies_while_it_leaves_comes_back_for_its_answer(clock):
     models = Models(clock, 10, {"a": 8, "b": 8})
-    job = models.ask("a")
-    models.settle()
-    models.load("a")
+    job = models.answering("a")
     waiting = models.ask("b")
     models.settle(11)
     [worker] = models.by_name["a"].pool.workers
