@@ -26,6 +26,7 @@ load a model (--ik-args), its fastest on a CPU; ratios are then to the best of a
 import argparse
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -85,10 +86,10 @@ async def ask(session, url, messages, tokens):
     return read_answer(first_s, total_s, body, tokens)
 
 
-async def stream(session, url, messages, tokens):
+async def stream(session, url, messages, tokens, **more):
     """(seconds to the first text, to the end, the bytes); parsing waits, as it would take time from the servers."""
     body = {"messages": messages, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
-            "stream_options": {"include_usage": True}}
+            "stream_options": {"include_usage": True}, **more}
     received, started, first_s = bytearray(), time.perf_counter(), None
     async with session.post(f"{url}/v1/chat/completions", json=body) as response:
         if response.status != 200:
@@ -101,8 +102,12 @@ async def stream(session, url, messages, tokens):
     return first_s or total_s, total_s, bytes(received)
 
 
+def read_events(body):
+    return [json.loads(line[6:]) for line in body.splitlines() if line.startswith(b"data: {")]
+
+
 def read_answer(first_s, total_s, body, expected):
-    events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith(b"data: {")]
+    events = read_events(body)
     usage = next((event["usage"] for event in reversed(events) if event.get("usage")), None)
     if usage is None or usage["completion_tokens"] != expected:
         raise RuntimeError(f"expected {expected} tokens and their usage: {body[-1000:]!r}")
@@ -127,6 +132,33 @@ async def decode_speed(session, url, context, seed):
     """Tokens per second after the first one; the last of 64 is at position `context`, about."""
     answer = await ask(session, url, prompt(context - 64, seed), 64)
     return (answer.tokens - 1) / (answer.total_s - answer.first_s)
+
+
+@functools.cache
+def words_alone(model):
+    """A logit_bias by which an answer has only WORDS, each a token: so its text comes back as the tokens that it was."""
+    sys.path.insert(0, str(ROOT))
+    from chatlm.worker.weights.gguf_file import read_gguf
+    tokens = read_gguf(Path(model))[0]["tokenizer.ggml.tokens"]
+    spelled = {f"{space}{word}" for word in WORDS for space in "\u0120\u2581"}       # as BPE and sentencepiece write a space
+    return {str(token): 100 for token, text in enumerate(tokens) if text in spelled}
+
+
+async def later_turns_ms(session, server, cached, turns, seed):
+    """The median time to the first text of the turns after one of `cached` tokens; each is the chat so far and 40 tokens more.
+
+    What a server still knows of the chat is its own affair; how many tokens it says so of is printed."""
+    messages, times, known = prompt(cached, seed), [], []
+    for turn in range(turns + 1):
+        first_s, _, body = await stream(session, server.url, messages, 32, logit_bias=words_alone(server.model))
+        events = read_events(body)
+        times.append(1e3 * first_s)
+        usage = next((event["usage"] for event in reversed(events) if event.get("usage")), {})
+        known.append(f"{usage.get('prompt_tokens_details', {}).get('cached_tokens', '?')} of {usage.get('prompt_tokens', '?')}")
+        said = "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
+        messages = [*messages, {"role": "assistant", "content": said}, prompt(40, seed + turn + 1)[1]]
+    print(f"  tokens from a cache, after the first turn: {', '.join(known[1:])}", file=sys.stderr, flush=True)
+    return statistics.median(times[1:])
 
 
 async def beside_a_hog(session, url, seed):
@@ -228,7 +260,7 @@ class Server:
     def __init__(self, contestant, model, layout, extra=()):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        self.contestant, self.url, self.ready_s = contestant, f"http://127.0.0.1:{port}", None
+        self.contestant, self.model, self.url, self.ready_s = contestant, model, f"http://127.0.0.1:{port}", None
         self.log = tempfile.TemporaryFile()
         self.command = [*contestant.command(model, port, layout), *(extra if contestant.ours else ())]
         self.started = time.perf_counter()
@@ -299,34 +331,43 @@ class Scenario:
     title: str
     unit: str
     layout: Layout
-    measure: Callable[..., Awaitable[float]]        # (session, url, seed)
+    measure: Callable[..., Awaitable[float]]        # (session, server, seed)
+    asked: bool = False     # only if --only names it
 
 
 ALONE = Layout(1, 4608)
 FILLED = Layout(4, 1024, bounded=True)
 
 
-def clients_scenario(clients):
+def clients_scenario(clients, asked=False):
     return Scenario(str(clients), f"{clients} clients", "tok/s", Layout(clients, 512),
-                    lambda session, url, seed: answers_per_second(session, url, clients, seed))
+                    lambda session, server, seed: answers_per_second(session, server.url, clients, seed), asked)
 
 
 def prefill_scenario(tokens):
     return Scenario(f"prefill-{tokens}", f"first token of {tokens:,}", "ms", ALONE,
-                    lambda session, url, seed: first_token_ms(session, url, tokens, seed))
+                    lambda session, server, seed: first_token_ms(session, server.url, tokens, seed))
 
 
 def context_scenario(context):
     return Scenario(f"context-{context}", f"decode at context {context:,}", "tok/s", ALONE,
-                    lambda session, url, seed: decode_speed(session, url, context, seed))
+                    lambda session, server, seed: decode_speed(session, server.url, context, seed))
+
+
+def turn_scenario(cached, turns, layout):
+    title = f"first token of a turn after {cached:,}" if turns > 1 else f"first token of the second turn after {cached:,}"
+    return Scenario(f"turn-{cached}", title, "ms", layout,
+                    lambda session, server, seed: later_turns_ms(session, server, cached, turns, seed), asked=True)
 
 
 SCENARIOS = (
-    Scenario("single", "single stream", "tok/s", ALONE, lambda session, url, seed: answers_per_second(session, url, 1, seed)),
-    Scenario("hog", "single stream, one core taken", "tok/s", ALONE, beside_a_hog),
+    Scenario("single", "single stream", "tok/s", ALONE, lambda session, server, seed: answers_per_second(session, server.url, 1, seed)),
+    Scenario("hog", "single stream, one core taken", "tok/s", ALONE, lambda session, server, seed: beside_a_hog(session, server.url, seed)),
     *(prefill_scenario(tokens) for tokens in (600, 4000)),
     *(context_scenario(context) for context in (128, 1024, 4096)),
-    *(clients_scenario(clients) for clients in (4, 16, 32)),
+    turn_scenario(2000, 1, ALONE),
+    turn_scenario(8000, 3, Layout(1, 9216)),
+    *(clients_scenario(clients, asked=clients == 8) for clients in (4, 8, 16, 32)),
 )
 STARTUP = "startup"         # also memory: those servers run alone
 
@@ -364,7 +405,7 @@ async def compare_speeds(figures, competing, scenarios, arguments, session):
                 for server in in_turn(servers, turn):
                     two_threads, value = probe(), None
                     with contextlib.suppress(asyncio.TimeoutError):
-                        value = await scenario.measure(session, server.url, seed)
+                        value = await scenario.measure(session, server, seed)
                     figures.add(scenario.title, scenario.unit, server.contestant, value, two_threads)
 
 
@@ -509,7 +550,9 @@ def parse_command_line():
     parser.add_argument("--model", help="a GGUF file (default: the server's default model)")
     parser.add_argument("--rounds", type=int, default=5)
     names = [scenario.name for scenario in SCENARIOS] + [STARTUP]
-    parser.add_argument("--only", type=lambda text: text.split(","), default=names, help=f"of {','.join(names)}")
+    asked = [scenario.name for scenario in SCENARIOS if scenario.asked]
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[name for name in names if name not in asked],
+                        help=f"of {','.join(names)} (default: without {','.join(asked)})")
     parser.add_argument("--ours-only", action="store_true", help="no rival")
     parser.add_argument("--before", type=shlex.split, help="Python and chat_server.py (or a bundle) of another version of ours, in one string")
     parser.add_argument("--server-args", type=shlex.split, default=[], help="more flags for our server, in one string")

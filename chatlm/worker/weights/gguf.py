@@ -60,7 +60,11 @@ BIASES = {  # a key of config.json that says whether there are any -> whose they
 
 
 def file_shape(name: str, tensor) -> tuple[int, ...]:
-    """The shape of a gguf.ReaderTensor, rows first; vectors of Mamba layers may be (H, 1), (groups, ..)."""
+    """The shape of a gguf.ReaderTensor, rows first; vectors of Mamba layers may be (H, 1), (groups, ..).
+
+    llama.cpp's converter writes a shared expert's gate as (1, width), llama-quantize as (width,)."""
+    if name.endswith(".ffn_gate_inp_shexp.weight"):
+        return 1, int(tensor.n_elements)
     vector = name.endswith((".ssm_a", ".ssm_d", ".ssm_norm.weight"))
     return (int(tensor.n_elements),) if vector else tuple(reversed(tensor.shape.tolist()))
 

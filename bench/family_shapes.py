@@ -1,0 +1,281 @@
+"""Random models in the published shapes of hybrids and of Gemma 4, at four layers, and our server beside others on them.
+
+    python bench/family_shapes.py FOLDER --llama-quantize PATH [--shapes qwen3.5-4b,...] [--type Q4_K_M]
+    python bench/family_shapes.py FOLDER --compare --llama-server PATH [--ik-llama-server PATH] [--shapes ...] [flags of bench/compare.py]
+
+The first writes FOLDER/SHAPE-Q4_K_M.gguf of each shape, by way of float16, which it deletes; --compare runs bench/compare.py
+on each. Each has a whole model's kinds of layers in four: three delta rules and one full attention of Qwen3.5, a sliding and
+a full layer of Gemma-4-E4B before one of each that reads their keys, three sliding and one full of 26B-A4B.
+
+The vocabulary is the default model's (49,152 tokens), so that the head has about the share of a step that it has in the
+whole model (a head of 248,320 rows would be two thirds of four layers) and Gemma's table of per-layer embeddings stays
+small. Weights are normal; decays and time steps are spread as Mamba-2 begins its training with: such a state forgets
+within 1 to 1,000 tokens. Embeddings are small beside what the blocks add: with a tied head an answer would else repeat its
+last token, and so its experts. Logits deviate by about 2.5. No text means anything, so speeds are without drafts.
+llama.cpp knows all of these; ik_llama.cpp (September 2026) knows neither lfm2 nor granitehybrid.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
+from large_model import copy_tokenizer    # noqa: E402
+
+X = 0.15            # what a channel of x deviates by before the first block
+SPREAD = 2.5        # what logits deviate by
+DRAWN = 1 << 24     # numbers at once: 64 MB
+FLOATS = ("ssm_a", "ssm_d", "norm.weight", "ssm_conv1d.weight", "shortconv.conv.weight", "ffn_gate_inp.weight")
+
+
+class Shape(NamedTuple):
+    arch: str
+    layers: tuple[str, ...]     # names of MIXERS
+    numbers: dict               # GGUF's metadata after the architecture
+    tied: bool = True
+
+
+# 1. the shapes ---------------------------------------------------------------------------------------------------
+# Qwen3.5-4B: config.json of models tuned from it on the hub (halen214/st01), metadata of its GGUF (llama.cpp's pull request 22673).
+# Qwen3.6-35B-A3B: its card on the hub, transformers' Qwen3_5MoeTextConfig, whose defaults it is, metadata of its GGUF (ollama's pull
+# request 16031). Gemma-4-E4B: google/gemma-4-E4B-it's config.json, metadata of its GGUF (ollama's issue 18123), gemma.cpp's pull request
+# 919. Gemma-4-26B-A4B: metadata of its GGUF (ollama.com/library/gemma4:26b-a4b-it-q4_K_M). LFM2-1.2B and Granite-4.0-H-Tiny: their
+# config.json, as in tests/support/hub_configs.py.
+
+QWEN35 = {"attention.key_length": 256, "attention.value_length": 256, "attention.layer_norm_rms_epsilon": 1e-6,
+          "rope.dimension_count": 64, "rope.dimension_sections": [11, 11, 10, 0], "rope.freq_base": 1e7,
+          "ssm.conv_kernel": 4, "ssm.state_size": 128, "ssm.group_count": 16, "ssm.time_step_rank": 32, "ssm.inner_size": 4096,
+          "attention.recurrent_layers": [True, True, True, False]}
+GEMMA4 = {"attention.key_length": 512, "attention.value_length": 512, "attention.key_length_swa": 256, "attention.value_length_swa": 256,
+          "attention.layer_norm_rms_epsilon": 1e-6, "final_logit_softcapping": 30.0, "rope.dimension_count": 512,
+          "rope.dimension_count_swa": 256, "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4}
+SHAPES = {
+    "qwen3.5-4b": Shape("qwen35", ("delta", "delta", "delta", "gated"), QWEN35 | {
+        "embedding_length": 2560, "feed_forward_length": 9216, "attention.head_count": 16, "attention.head_count_kv": 4}),
+    "qwen3.6-35b-a3b": Shape("qwen35moe", ("delta", "delta", "delta", "gated"), QWEN35 | {
+        "embedding_length": 2048, "attention.head_count": 16, "attention.head_count_kv": 2, "expert_count": 256, "expert_used_count": 8,
+        "expert_feed_forward_length": 512, "expert_shared_feed_forward_length": 512}, tied=False),
+    "gemma-4-e4b": Shape("gemma4", ("sliding", "full", "sliding shared", "full shared"), GEMMA4 | {
+        "embedding_length": 2560, "feed_forward_length": 10240, "attention.head_count": 8, "attention.head_count_kv": 2,
+        "attention.sliding_window": 512, "attention.sliding_window_pattern": [True, False, True, False], "attention.shared_kv_layers": 2,
+        "embedding_length_per_layer_input": 256}),
+    "gemma-4-26b-a4b": Shape("gemma4", ("sliding", "sliding", "sliding", "full without v"), GEMMA4 | {
+        "embedding_length": 2816, "feed_forward_length": 2112, "attention.head_count": 16, "attention.head_count_kv": [8, 8, 8, 2],
+        "attention.sliding_window": 1024, "attention.sliding_window_pattern": [True, True, True, False], "attention.shared_kv_layers": 0,
+        "embedding_length_per_layer_input": 0, "expert_count": 128, "expert_used_count": 8, "expert_feed_forward_length": 704}),
+    "lfm2-1.2b": Shape("lfm2", ("conv", "conv", "normed", "conv"), {
+        "embedding_length": 2048, "feed_forward_length": 8192, "attention.head_count": 32, "attention.head_count_kv": [0, 0, 8, 0],
+        "attention.key_length": 64, "attention.value_length": 64, "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e6,
+        "shortconv.l_cache": 3}),
+    "granite-4.0-h-tiny": Shape("granitehybrid", ("mamba", "mamba", "mamba", "plain"), {
+        "embedding_length": 1536, "feed_forward_length": 512, "attention.head_count": 12, "attention.head_count_kv": [0, 0, 0, 4],
+        "attention.key_length": 128, "attention.value_length": 128, "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e4,
+        "rope.dimension_count": 128, "rope.scaling.finetuned": False, "attention.scale": 0.0078125, "embedding_scale": 12.0,
+        "residual_scale": 0.22, "logit_scale": 6.0, "expert_count": 64, "expert_used_count": 6, "expert_shared_feed_forward_length": 1024,
+        "ssm.conv_kernel": 4, "ssm.state_size": 128, "ssm.group_count": 1, "ssm.time_step_rank": 48, "ssm.inner_size": 3072})}
+
+
+# 2. a file's tensors ---------------------------------------------------------------------------------------------
+
+
+def attention(n, layer, *, size="attention.key_length", gate=1, norms=True, keys=True, values=True):
+    """{name: shape} of a layer's attention; `gate` 2: each head's query is followed by its gate."""
+    C, D, heads, own = n["embedding_length"], n[size], n["attention.head_count"], n["attention.head_count_kv"]
+    rows = (own[layer] if isinstance(own, list) else own) * D
+    return ({"attn_q.weight": (gate * heads * D, C), "attn_output.weight": (C, heads * D)}
+            | ({"attn_k.weight": (rows, C)} if keys else {}) | ({"attn_v.weight": (rows, C)} if keys and values else {})
+            | ({"attn_q_norm.weight": (D,)} if norms else {}) | ({"attn_k_norm.weight": (D,)} if norms and keys else {}))
+
+
+def delta_rule(n, layer):
+    C, values, heads = n["embedding_length"], n["ssm.inner_size"], n["ssm.time_step_rank"]
+    mixed = 2 * n["ssm.state_size"] * n["ssm.group_count"] + values
+    return {"attn_qkv.weight": (mixed, C), "attn_gate.weight": (values, C), "ssm_conv1d.weight": (mixed, n["ssm.conv_kernel"]),
+            "ssm_a": (heads,), "ssm_dt.bias": (heads,), "ssm_beta.weight": (heads, C), "ssm_alpha.weight": (heads, C),
+            "ssm_norm.weight": (values // heads,), "ssm_out.weight": (C, values)}
+
+
+def mamba(n, layer):
+    C, inner, heads, groups = n["embedding_length"], n["ssm.inner_size"], n["ssm.time_step_rank"], n["ssm.group_count"]
+    mixed = inner + 2 * groups * n["ssm.state_size"]
+    return {"ssm_in.weight": (inner + mixed + heads, C), "ssm_conv1d.weight": (mixed, n["ssm.conv_kernel"]), "ssm_conv1d.bias": (mixed,),
+            "ssm_a": (heads, 1), "ssm_d": (heads, 1), "ssm_dt.bias": (heads,), "ssm_norm.weight": (groups, inner // groups),
+            "ssm_out.weight": (C, inner)}
+
+
+def short_convolution(n, layer):
+    C = n["embedding_length"]
+    return {"shortconv.in_proj.weight": (3 * C, C), "shortconv.conv.weight": (C, n["shortconv.l_cache"]), "shortconv.out_proj.weight": (C, C)}
+
+
+def sliding(n, layer, **how):
+    return attention(n, layer, size="attention.key_length_swa", **how)
+
+
+MIXERS = {
+    "delta": delta_rule, "mamba": mamba, "conv": short_convolution, "normed": attention, "full": attention, "sliding": sliding,
+    "plain": lambda n, layer: attention(n, layer, norms=False), "gated": lambda n, layer: attention(n, layer, gate=2),
+    "full without v": lambda n, layer: attention(n, layer, values=False),
+    "full shared": lambda n, layer: attention(n, layer, keys=False), "sliding shared": lambda n, layer: sliding(n, layer, keys=False)}
+NORMS = {       # of a block, each as wide as x
+    "qwen35": ("attn_norm", "post_attention_norm"), "qwen35moe": ("attn_norm", "post_attention_norm"), "lfm2": ("attn_norm", "ffn_norm"),
+    "granitehybrid": ("attn_norm", "ffn_norm"), "gemma4": ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")}
+
+
+def feed_forward(shape):
+    n, gemma = shape.numbers, shape.arch == "gemma4"
+    C, E, F, shared = (n.get(key, 0) for key in ("embedding_length", "expert_count", "feed_forward_length", "expert_shared_feed_forward_length"))
+    found, width = {}, n.get("expert_feed_forward_length", F)
+    if gemma or not E:
+        found |= {"ffn_gate.weight": (F, C), "ffn_up.weight": (F, C), "ffn_down.weight": (C, F)}
+    if E:
+        found |= {"ffn_gate_inp.weight": (E, C), "ffn_down_exps.weight": (E, C, width)}
+        found |= {"ffn_gate_up_exps.weight": (E, 2 * width, C)} if gemma else {
+            "ffn_gate_exps.weight": (E, width, C), "ffn_up_exps.weight": (E, width, C)}
+    if shared:
+        found |= {"ffn_gate_shexp.weight": (shared, C), "ffn_up_shexp.weight": (shared, C), "ffn_down_shexp.weight": (C, shared)}
+    if E and shape.arch == "qwen35moe":
+        found["ffn_gate_inp_shexp.weight"] = (C,)
+    if E and gemma:
+        found |= {"ffn_gate_inp.scale": (C,), "ffn_down_exps.scale": (E,)}
+        found |= {f"{name}.weight": (C,) for name in ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2")}
+    return found
+
+
+def tensors(shape, vocab):
+    """{a GGUF tensor's name: its shape} of the file."""
+    n, layers = shape.numbers, len(shape.layers)
+    C, per_layer = n["embedding_length"], n.get("embedding_length_per_layer_input", 0)
+    found = {"token_embd.weight": (vocab, C), "token_embd_norm.weight" if shape.arch == "lfm2" else "output_norm.weight": (C,)}
+    if not shape.tied:
+        found["output.weight"] = (vocab, C)
+    if shape.arch == "gemma4":
+        found["rope_freqs.weight"] = (n["attention.key_length"] // 2,)
+    if per_layer:
+        found |= {"per_layer_token_embd.weight": (vocab, layers * per_layer), "per_layer_model_proj.weight": (layers * per_layer, C),
+                  "per_layer_proj_norm.weight": (per_layer,)}
+    for layer, mixer in enumerate(shape.layers):
+        block = {f"{name}.weight": (C,) for name in NORMS[shape.arch]} | MIXERS[mixer](n, layer) | feed_forward(shape)
+        if shape.arch == "gemma4":
+            block["layer_output_scale.weight"] = (1,)
+        if per_layer:
+            block |= {"inp_gate.weight": (per_layer, C), "proj.weight": (C, per_layer), "post_norm.weight": (C,)}
+        found |= {f"blk.{layer}.{name}": size for name, size in block.items()}
+    return found
+
+
+# 3. their values -------------------------------------------------------------------------------------------------
+
+
+def embedding_scale(shape):
+    """What x is times its token's row."""
+    return shape.numbers["embedding_length"]**0.5 if shape.arch == "gemma4" else shape.numbers.get("embedding_scale", 1.0)
+
+
+def special(shape, part, size, dice):
+    """The values of a tensor of a block (or of none) that is not drawn like a matrix, or None."""
+    C = shape.numbers["embedding_length"]
+    if part == "ssm_a":
+        return -dice.uniform(1, 16, size)
+    if part == "ssm_dt.bias":           # softplus of it is between 0.001 and 0.1
+        return numpy.log(numpy.expm1(numpy.exp(dice.uniform(numpy.log(1e-3), numpy.log(0.1), size))))
+    if part == "rope_freqs.weight":     # of a head the first quarter turns
+        return numpy.where(numpy.arange(size[0]) < size[0] // 4, 1.0, 1e30)
+    if part in ("output_norm.weight", "token_embd_norm.weight"):
+        return numpy.full(size, SPREAD * shape.numbers.get("logit_scale", 1.0) * embedding_scale(shape) / X / C**0.5)
+    if part == "ffn_gate_inp.scale":    # the router divides by it
+        return numpy.full(size, C**0.5)
+    if shape.arch == "gemma4" and part in ("attn_q_norm.weight", "attn_k_norm.weight"):     # scores are not divided by sqrt(D)
+        return numpy.full(size, size[0]**-0.25)
+    if "norm" in part or "scale" in part or part == "ssm_d":
+        return numpy.ones(size)
+    return dice.standard_normal(size) * 0.02 if len(size) == 1 else None
+
+
+def deviation(shape, name, columns):
+    """Of a matrix's entries."""
+    if name in ("token_embd.weight", "output.weight"):
+        return X / embedding_scale(shape)
+    if name == "per_layer_token_embd.weight":       # the model multiplies it
+        return shape.numbers["embedding_length_per_layer_input"]**-0.5
+    adds = any(part in name for part in ("attn_output", "ssm_out", "out_proj", "ffn_down"))     # to x
+    return (2.0 / shape.numbers.get("residual_scale", 1.0) if adds else 1.0) / columns**0.5
+
+
+def type_of(name, size):
+    """float32 of what llama.cpp's converter leaves so, else float16."""
+    return numpy.dtype(numpy.float32 if len(size) == 1 or name.endswith(FLOATS) else numpy.float16)
+
+
+def values_of(shape, name, size, dice):
+    part, kind = name.split(".", 2)[2] if name.startswith("blk.") else name, type_of(name, size)
+    if (values := special(shape, part, size, dice)) is not None:
+        return values.astype(kind)
+    values, scale = numpy.empty(size, kind), numpy.float32(deviation(shape, name, size[-1]))
+    flat = values.reshape(-1)
+    for begin in range(0, flat.size, DRAWN):
+        piece = flat[begin:begin + DRAWN]
+        piece[:] = dice.standard_normal(piece.size, numpy.float32) * scale
+    return values
+
+
+def write(path, name, shape, source):
+    """The file of float16 that a quantized one is made from; the GGUF file `source` has the tokenizer."""
+    import gguf
+    writer, dice = gguf.GGUFWriter(path, shape.arch), numpy.random.default_rng(1)
+    vocab = copy_tokenizer(writer, gguf.GGUFReader(source))
+    writer.add_name(f"random {name}, 4 layers")
+    writer.add_uint32("general.file_type", 1)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+    for key, number in ({"block_count": len(shape.layers), "context_length": 32768} | shape.numbers).items():
+        add[type(number)](f"{shape.arch}.{key}", number)
+    sizes = tensors(shape, vocab)
+    for tensor, size in sizes.items():
+        kind = type_of(tensor, size)
+        writer.add_tensor_info(tensor, size, kind, int(numpy.prod(size)) * kind.itemsize)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor, size in sizes.items():      # one at a time: Qwen3.6's are 6.5 GB
+        writer.write_tensor_data(values_of(shape, tensor, size, dice))
+    writer.close()
+
+
+# 4. command line -------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shapes", type=lambda text: text.split(","), default=list(SHAPES), help=f"of {','.join(SHAPES)}")
+    parser.add_argument("--type", default="Q4_K_M")
+    parser.add_argument("--llama-quantize", default="llama-quantize")
+    parser.add_argument("--compare", action="store_true")
+    arguments, more = parser.parse_known_args()
+    if unknown := set(arguments.shapes) - set(SHAPES):
+        parser.error(f"--shapes knows {','.join(SHAPES)}, not {','.join(sorted(unknown))}")
+    if more and not arguments.compare:
+        parser.error(f"only --compare takes other flags: {' '.join(more)}")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    for name in arguments.shapes:
+        path, plain = (arguments.folder / f"{name}-{kind}.gguf" for kind in (arguments.type, "F16"))
+        if arguments.compare:
+            print(f"\n## {name} in {arguments.type}", flush=True)
+            subprocess.run([sys.executable, ROOT / "bench" / "compare.py", "--model", path,
+                            "--server-args=--no-drafts --context-length 10240", *more], check=True)
+        elif not path.exists():
+            write(plain, name, SHAPES[name], fetch_default_model())
+            subprocess.run([arguments.llama_quantize, plain, path, arguments.type, "2"], check=True, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
+            plain.unlink()
+            print(f"{path}: {path.stat().st_size / 1e6:,.0f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
