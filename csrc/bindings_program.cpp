@@ -84,8 +84,8 @@ void paged_attention(dc::Program& program, const Buffer& q, uintptr_t cache, int
 
 void experts(dc::Program& program, const Buffer& x, const Buffer& logits, const dc::Tiles& gate_up, const dc::Tiles& down, const Buffer& out,
              uintptr_t weight, float epsilon, uintptr_t up_bias, uintptr_t down_bias, int activation, int64_t chosen, bool sum_to_one,
-             bool residual) {
-    const auto routing = std::make_shared<dc::Routing>(logits.second, chosen, sum_to_one, program.max_tokens);
+             bool residual, bool sigmoids, uintptr_t choice_bias) {
+    const auto routing = std::make_shared<dc::Routing>(logits.second, chosen, sum_to_one, sigmoids, program.max_tokens);
     const auto record = [&](dc::OpKind kind, const Buffer& from, const Buffer& to, const dc::Tiles* tiles, uintptr_t bias) {
         dc::Op op = make_op(kind, false, from, to);
         op.routing = routing, op.bias = at<const float>(bias);
@@ -94,7 +94,7 @@ void experts(dc::Program& program, const Buffer& x, const Buffer& logits, const 
             op.activation = dc::Activation(activation), op.norm = true, op.weight = at<const float>(weight), op.epsilon = epsilon;
         program.record(op);
     };
-    record(dc::OpKind::route, logits, {}, nullptr, 0);
+    record(dc::OpKind::route, logits, {}, nullptr, choice_bias);
     record(dc::OpKind::group, {}, {}, nullptr, 0);
     record(dc::OpKind::gate_up, x, {0, down.columns}, &gate_up, up_bias);
     record(dc::OpKind::down, {0, down.columns}, {0, out.second}, &down, down_bias);

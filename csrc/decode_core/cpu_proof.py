@@ -95,9 +95,11 @@ class Chain:
         gate_up, down = self.matrix("f32", "expert_gate_up", 2 * E * F), self.matrix("f32", "expert_down", E * self.spec.width, F)
         biases = torch.full((2 * E * F,), 0.3), dice.normal(E * self.spec.width) / 4       # gates and ups have another order in tiles
         logits = self.call("linear", x, self.matrix("f32", "router", E), width=E, label="linear f32")
-        for activation, sum_to_one in (("swiglu", False), ("clamped_swiglu", True)):
+        router: dict[str, Any]
+        for activation, router in (("swiglu", {"sum_to_one": False}), ("clamped_swiglu", {"sum_to_one": True}),
+                                   ("swiglu", {"sum_to_one": True, "sigmoids": True, "choice_bias": dice.normal(E) / 4})):
             self.call("experts", x, logits, gate_up, down, width=self.spec.width, norm=norm, biases=biases, activation=activation, chosen=2,
-                      sum_to_one=sum_to_one)
+                      **router)
 
     def products(self, kind: str, x: torch.Tensor, norm: Any) -> None:
         """A product with everything before and after it, and one with gates."""

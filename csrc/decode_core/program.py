@@ -179,11 +179,12 @@ class Program:
                      keep=(x, matrix, out, norm and norm[0], bias, residual))
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen: int, sum_to_one: bool,
-                residual: bool = True) -> None:
+                residual: bool = True, sigmoids: bool = False, choice_bias=None) -> None:
         """x (unless not `residual`) + the sum over each row's experts of share * (activation(norm(x) gate_up^T + bias) down^T + bias) -> out, which may be x.
 
         A row's experts are the `chosen` ones with the largest of its logits (max_tokens, E), of equal ones the lower ids; their
-        shares are the softmax over their logits, or over all E unless sum_to_one. gate_up (2 * E * F, C) holds all experts'
+        shares are the softmax over their logits, or over all E unless sum_to_one. With `sigmoids` they have the largest
+        sigmoid(logit) + choice_bias (E) (or None), and share by these sigmoids' part of their sum. gate_up (2 * E * F, C) holds all experts'
         gates and ups, whose tiles alternate; down (E * C, F); biases of each, in the order of the tiles' rows, or None.
         """
         for name, matrix in (("gate_up", gate_up), ("down", down)):
@@ -202,10 +203,11 @@ class Program:
         norm_at = 0 if norm[0] is None else vector("norm", norm[0], "float32", C)
         up_bias_at, down_bias_at = (0 if bias is None else vector("biases", bias, "float32", matrix.rows)
                                     for bias, matrix in zip(biases, (gate_up, down), strict=True))
+        choice_bias_at = 0 if choice_bias is None else vector("choice_bias", choice_bias, "float32", E)
         out_at = self._buffers.written("out", out, TOKENS, C)
-        self._buffers.keep(x, logits, gate_up, down, out, norm[0], *biases)
+        self._buffers.keep(x, logits, gate_up, down, out, norm[0], *biases, choice_bias)
         self._program.experts(x_at, logits_at, gate_up.tiles, down.tiles, out_at, norm_at, float(norm[1]), up_bias_at, down_bias_at,
-                              ACTIVATIONS[activation], chosen, bool(sum_to_one), bool(residual))
+                              ACTIVATIONS[activation], chosen, bool(sum_to_one), bool(residual), bool(sigmoids), choice_bias_at)
 
     def copy(self, x, out) -> None:
         """x -> out."""

@@ -17,7 +17,7 @@ decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="d
 from decode_core import _core  # noqa: E402
 from decode_core.program import LOGIT_ROWS, TOKENS, Buffers  # noqa: E402
 from nightly import by_day  # noqa: E402
-from row_ops import fma, rms_norm, route, sigmoid, softcap  # noqa: E402
+from row_ops import fma, rms_norm, route, route_sigmoids, sigmoid, softcap  # noqa: E402
 
 PAGE, MAX_TOKENS, MAX_ROWS, PAGES, SLOTS = 16, 128, 128, 64, 16
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
@@ -77,10 +77,10 @@ class Eager:
             decode_core.multiply(x, matrix, norm=norm, bias=bias, activation=activation, out=out[:n],
                                  residual=None if residual is None else residual[:n])
 
-    def experts(self, x, logits, gate_up, down, out, norm, biases, activation, chosen, sum_to_one):
-        C, F = x.shape[1], down.columns
-        before = x[:self.T].copy()
-        for row, (ids, shares) in enumerate(zip(*route(logits[:self.T], chosen, sum_to_one))):
+    def experts(self, x, logits, gate_up, down, out, norm, biases, activation, chosen, sum_to_one, sigmoids=False, choice_bias=None):
+        (C, F), logits = (x.shape[1], down.columns), logits[:self.T]
+        before, routes = x[:self.T].copy(), route_sigmoids(logits, choice_bias, chosen) if sigmoids else route(logits, chosen, sum_to_one)
+        for row, (ids, shares) in enumerate(zip(*routes)):
             total = np.zeros(C, np.float32)
             for expert, share in zip(ids, shares):
                 hidden, added = np.empty((1, gate_up.rows // 2), np.float32), np.empty((1, down.rows), np.float32)      # of all experts
@@ -164,6 +164,7 @@ class Model:
         self.values, self.ve_gate = normal(self.V, self.Hkv * self.D).astype(np.float16), self.matrix("f32", (self.Hkv, 12), generator)
         angles = np.outer(np.arange(PAGES * PAGE), 100.0 ** -(np.arange(self.D // 2) / self.D))
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        self.routers = {}, {"sigmoids": True, "choice_bias": normal(self.E) / 4}, {}
         self.taps, self.conv_bias = {l: normal(size * self.C) for l, size in ((0, 3), (2, 5))}, normal(self.C)
         self.states = lambda: {0: (np.ones((SLOTS, 2, self.C), np.float32),), 2: (np.ones((SLOTS, 4, self.C), np.float32),)}
         sizes = {"mixed": 3 * self.C, "mixer": self.C, "x": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
@@ -205,7 +206,7 @@ class Model:
                 k.linear(b.attended, layer["output"], b.x, residual=b.x)
                 k.linear(b.x, layer["router"], b.routing, norm=(self.norm, 1e-5))
                 k.experts(b.x, b.routing, layer["up"], layer["down"], b.x, norm=(self.norm, 1e-5), biases=self.biases,
-                          activation="clamped_swiglu", chosen=3, sum_to_one=layer is self.layers[0])
+                          activation="clamped_swiglu", chosen=3, sum_to_one=layer is self.layers[0], **self.routers[l])
                 continue
             k.paged_attention(b.q, pages, k.attention, 0, b.attended)
             k.linear(b.attended, layer["output"], b.x, residual=b.x)
@@ -626,7 +627,7 @@ def wrong_ops(p, m):
     good = dict(x=x, logits=logits, gate_up=e.layers[0]["up"], down=e.layers[0]["down"], out=x, norm=(None, 0.0), biases=(None, None),
                 activation="swiglu", chosen=2, sum_to_one=True)
     for argument, wrong in (("x", last), ("logits", last), ("gate_up", m.table), ("gate_up", m.layers[0]["up"]), ("down", m.layers[0]["down"]),
-                            ("chosen", 0), ("chosen", 8), ("chosen", 1.0), ("activation", "relu2"), ("norm", (np.ones(3, np.float32), 0.0)),
+                            ("chosen", 0), ("chosen", 8), ("chosen", 1.0), ("choice_bias", np.ones(8, np.float32)), ("activation", "relu2"), ("norm", (np.ones(3, np.float32), 0.0)),
                             ("biases", (np.ones(3, np.float32), None)), ("out", logits)):
         yield ("" if argument == "x" else argument), lambda: p.experts(**(good | {argument: wrong}))
 

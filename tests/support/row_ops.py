@@ -75,6 +75,19 @@ def route(logits, chosen, sum_to_one):
     return ids, exp_negative(best - best[:, :1]) / tree(lanes)[:, None]
 
 
+def route_sigmoids(logits, bias, chosen):
+    """The same by their sigmoids, to which a bias is added where they choose."""
+    scores = sigmoid(logits) + (np.float32(0) if bias is None else bias)
+    ids = np.argsort(-scores, axis=1, kind="stable")[:, :chosen]
+    best = np.take_along_axis(logits, ids, 1)
+    below = np.minimum(best, np.float32(0))
+    shares = exp_negative(below - below.max(1, keepdims=True)) / (np.float32(1) + exp_negative(-np.abs(best)))
+    total = np.zeros(len(logits), np.float32)
+    for j in range(chosen):
+        total += shares[:, j]
+    return ids, shares / total[:, None]
+
+
 def softcap(x, cap):
     t = x / np.float32(cap)
     e = exp_negative(np.abs(t) * np.float32(-2))

@@ -32,8 +32,8 @@ from chatlm.worker.ops.attention import (
 from chatlm.worker.ops.basic import (
     Norm, backout_reference, copy_reference, dequantize, dequantized, embed_reference, experts_reference,
     fastest_dtype, finish_linear, gated_add_reference, gather_rows_reference, linear_reference,
-    make_cache_reference, mix_reference, pack_reference, rms_norm_reference, sigmoid_routing_reference,
-    smear_reference, softcap_reference, unpermute_rope, zeroed)
+    make_cache_reference, mix_reference, pack_reference, rms_norm_reference, smear_reference,
+    softcap_reference, unpermute_rope, zeroed)
 from chatlm.worker.ops.mixers import (
     delta_rule_reference, gate_reference, mamba2_reference, short_conv_reference, split_gates_reference)
 from chatlm.worker.ops.rows import SampleRow
@@ -127,7 +127,6 @@ class Kernels:
     rms_norm: Callable = rms_norm_reference
     pack: Callable = pack_reference
     linear: Callable = linear_reference
-    sigmoid_routing: Callable = sigmoid_routing_reference
     experts: Callable = experts_reference
     copy: Callable = copy_reference
     mix: Callable = mix_reference
@@ -194,15 +193,14 @@ def choose_backend(device, spec: ModelSpec | None):
 
 
 # ops of models that decode_core does not compute
-TORCH_ALONE = ("sigmoid_routing", "gated_add", "mean_squares", "norm_qk", "delta_rule", "mamba2",
-               "split_gates", "gate")
+TORCH_ALONE = "gated_add", "mean_squares", "norm_qk", "delta_rule", "mamba2", "split_gates", "gate"
 
 
 def not_compiled(spec: ModelSpec, device="cpu") -> str:
     """What of a model no op of decode_core computes on this device, in words."""
     features = {
         "norm of all heads together": spec.qk_norm_sizes, "gate of a shared expert": spec.shared_gate,
-        "router of sigmoids": spec.sigmoid_router,
+        "router of sigmoids on a GPU": spec.sigmoid_router and torch.device(device).type != "cpu",
         "scale of queries by their position": spec.q_growth,
         "short convolution on a GPU": any(spec.mixers) and torch.device(device).type != "cpu",
         "delta rule": any(isinstance(mixer, DeltaRule) for mixer in spec.mixers),

@@ -300,13 +300,12 @@ class Transformer:
         alone = k.all_reduce is None
         total = b.x if alone else b.added
         k.linear(b.residual, layer["router"], norm=norm, bias=layer.get("router_bias"), out=b.routing)
-        if spec.sigmoid_router:
-            k.sigmoid_routing(b.routing, layer.get("choice_bias"), spec.experts_per_token, out=b.routing)
+        router = {"sigmoids": True, "choice_bias": layer.get("choice_bias")} if spec.sigmoid_router else {}
         k.experts(
             b.residual, b.routing, layer["expert_gate_up"], layer["expert_down"], norm=norm,
             biases=(layer.get("expert_gate_up_bias"), layer.get("expert_down_bias")),
             out=total, activation=spec.activation, chosen=spec.experts_per_token,
-            sum_to_one=spec.shares_sum_to_one, residual=alone)
+            sum_to_one=spec.shares_sum_to_one, residual=alone, **router)
         if spec.shared_size:
             k.linear(b.residual, layer["shared_gate_up"], norm=norm, activation=spec.activation, out=b.shared)
             if spec.shared_gate:

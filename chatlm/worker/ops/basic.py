@@ -115,17 +115,16 @@ def finish_linear(y, out, activation, residual):
 
 
 def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one,
-                      residual=True):
+                      residual=True, sigmoids=False, choice_bias=None):
     """x + a sum over each row's experts: share * (activation(norm(x) @ gate_up.T) @ down.T) -> out (T, C).
 
     Without `residual` it is the sum alone.
     A row's experts are the `chosen` ones with the largest of its logits (T, E), lower ids first among equals;
-    their shares are the softmax over their logits, or over all unless `sum_to_one`. gate_up (2 * E * F, C)
-    holds the gates of all experts and then their ups, down (E * C, F); `biases` are of these two, or None."""
-    logits = logits.float()
-    E, best = logits.shape[1], torch.sort(logits, descending=True, stable=True)
-    largest, ids = best.values[:, :chosen], best.indices[:, :chosen]  # (T, chosen) each
-    shares = torch.softmax(largest, -1) if sum_to_one else torch.exp(largest - logits.logsumexp(-1, True))
+    their shares are the softmax over their logits, or over all unless `sum_to_one`. With `sigmoids` they have
+    the largest sigmoid(logit) + choice_bias (E), or None, and share by their sigmoids' part of these' sum.
+    gate_up (2 * E * F, C) holds the gates of all experts and then their ups, down (E * C, F); `biases` are of
+    these two, or None."""
+    E, (ids, shares) = logits.shape[1], routes(logits.float(), chosen, sum_to_one, sigmoids, choice_bias)
     y = norm(x).to(gate_up.dtype)
     gate_up, down = gate_up.unflatten(0, (2, E, -1)), down.unflatten(0, (E, -1))
     up_bias, down_bias = (bias if bias is None else bias.to(y.dtype) for bias in biases)
@@ -143,16 +142,16 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     torch.add(x if residual else torch.zeros_like(x), total, out=out)
 
 
-def sigmoid_routing_reference(logits, bias, chosen, out):
-    """Logits (T, E) -> out (T, E), which may be the same: of the `chosen` experts with the largest
-    sigmoid(logit) + bias (lower ids first among equals) the logarithm of their sigmoid, of others -inf.
-
-    So the softmax over what `experts` chooses of it divides the sigmoids by their sum; bias (E,) or None."""
-    scores = torch.sigmoid(logits.float())
-    ranked = torch.sort(scores if bias is None else scores + bias, descending=True, stable=True).indices
-    best = ranked[:, :chosen]
-    shares = torch.nn.functional.logsigmoid(logits.float()).gather(1, best)
-    out.fill_(-torch.inf).scatter_(1, best, shares)
+def routes(logits, chosen, sum_to_one, sigmoids, choice_bias):
+    """Ids and shares (T, chosen) of each row's experts, as in experts_reference."""
+    scores = torch.sigmoid(logits) if sigmoids else logits
+    if choice_bias is not None:
+        scores = scores + choice_bias
+    ids = torch.sort(scores, descending=True, stable=True).indices[:, :chosen]
+    largest = (torch.nn.functional.logsigmoid(logits) if sigmoids else logits).gather(1, ids)
+    if sigmoids or sum_to_one:
+        return ids, torch.softmax(largest, -1)
+    return ids, torch.exp(largest - logits.logsumexp(-1, True))
 
 
 def copy_reference(x, out):

@@ -5,8 +5,8 @@
 
 namespace dc {
 
-Routing::Routing(int64_t experts, int64_t chosen, bool sum_to_one, int64_t max_tokens)
-    : experts(experts), chosen(chosen), sum_to_one(sum_to_one), ids(size_t(max_tokens * chosen)), shares(ids.size()), pair_of(ids.size()) {
+Routing::Routing(int64_t experts, int64_t chosen, bool sum_to_one, bool sigmoids, int64_t max_tokens)
+    : experts(experts), chosen(chosen), sum_to_one(sum_to_one), sigmoids(sigmoids), ids(size_t(max_tokens * chosen)), shares(ids.size()), pair_of(ids.size()) {
     active.reserve(size_t(experts)), row_of.reserve(ids.size()), place.reserve(size_t(experts) + 1);
 }
 

@@ -22,10 +22,10 @@ namespace dc {
 // Of one layer. `group` alone writes what the chunks of the products index by, so a chunk that a thread does again, or late,
 // finds it as it was (pool.cpp); hence each layer has its own.
 struct Routing {
-    Routing(int64_t experts, int64_t chosen, bool sum_to_one, int64_t max_tokens);
+    Routing(int64_t experts, int64_t chosen, bool sum_to_one, bool sigmoids, int64_t max_tokens);
 
     const int64_t experts, chosen;
-    const bool sum_to_one;
+    const bool sum_to_one, sigmoids;    // what the shares are made of: sigmoids, with op.bias in the choice, or a softmax
     std::vector<int32_t> ids;           // [T][chosen], by route
     std::vector<float> shares;          // [T][chosen], by route
 

@@ -1,6 +1,6 @@
-// op       rms_norm, mix (backout is a mix), smear, soft_cap, widen, route, combine, add_up: rows between two products;
+// op       rms_norm, mix (backout is a mix), smear, soft_cap, widen, routes, combine, add_up: rows between two products;
 //          short_conv: rows of one sequence, in some columns
-// shapes   x [C] float32 -> out [C] float32; route: logits [E] -> ids and shares [chosen]
+// shapes   x [C] float32 -> out [C] float32; routes: logits [E] -> ids and shares [chosen]
 // mapping  the caller's thread, one row; 16 lanes along it
 // cost     every value read and written once, from L1 or L2: estimated 0.1 us a row at C = 576, soft_cap 10 us at V = 32768
 // numerics float32, each product and sum rounded; sum of squares in 16 lanes, then a fixed tree; sigmoid and tanh by
@@ -76,17 +76,38 @@ float sum_of_exps(const float* x, int64_t count, float largest) {
     return sum(sums);
 }
 
-void route(const float* logits, int64_t experts, int64_t chosen, bool sum_to_one, int32_t* ids, float* shares) {
+void choose(const float* scores, int64_t experts, int64_t chosen, int32_t* ids) {
     bool taken[MAX_EXPERTS] = {};
     for (int64_t j = 0; j < chosen; j++) {
         int64_t best = -1;
         for (int64_t e = 0; e < experts; e++)
-            if (!taken[e] && (best < 0 || logits[e] > logits[best])) best = e;
-        taken[best] = true, ids[j] = int32_t(best), shares[j] = logits[best];
+            if (!taken[e] && (best < 0 || scores[e] > scores[best])) best = e;
+        taken[best] = true, ids[j] = int32_t(best);
     }
+}
+
+void route(const float* logits, int64_t experts, int64_t chosen, bool sum_to_one, int32_t* ids, float* shares) {
+    choose(logits, experts, chosen, ids);
+    for (int64_t j = 0; j < chosen; j++) shares[j] = logits[ids[j]];
     const float largest = shares[0];
     const float total = sum_to_one ? sum_of_exps(shares, chosen, largest) : sum_of_exps(logits, experts, largest);
     for (int64_t j = 0; j < chosen; j++) shares[j] = exp_negative(shares[j] - largest) / total;
+}
+
+// Shares are divided by e^(the largest logit) too if that is below 0, so that not all of them vanish.
+void route_sigmoids(const float* logits, const float* bias, int64_t experts, int64_t chosen, int32_t* ids, float* shares) {
+    float scores[MAX_EXPERTS];
+    for (int64_t e = 0; e < experts; e++) scores[e] = sigmoid(logits[e]) + (bias ? bias[e] : 0.0f);
+    choose(scores, experts, chosen, ids);
+    float largest = -__builtin_inff(), total = 0.0f;
+    for (int64_t j = 0; j < chosen; j++) largest = logits[ids[j]] > largest ? logits[ids[j]] : largest;
+    largest = largest < 0.0f ? largest : 0.0f;
+    for (int64_t j = 0; j < chosen; j++) {
+        const float x = logits[ids[j]];
+        shares[j] = exp_negative((x < 0.0f ? x : 0.0f) - largest) / (1.0f + exp_negative(x < 0.0f ? x : -x));
+        total += shares[j];
+    }
+    for (int64_t j = 0; j < chosen; j++) shares[j] /= total;
 }
 
 void combine(const float* x, const float* const* added, const float* shares, int64_t chosen, int64_t columns, float* out) {
@@ -129,7 +150,7 @@ void short_conv(const ConvRows& rows, int64_t first, int64_t last) {
 
 }  // namespace
 
-extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any, route, combine, add_up, short_conv};
+extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any, route, route_sigmoids, combine, add_up, short_conv};
 
 }  // namespace DC_ISA
 }  // namespace dc

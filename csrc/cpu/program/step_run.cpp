@@ -98,8 +98,9 @@ void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
             }
             case OpKind::route: {
                 Routing& to = *op.routing;
-                const int64_t first = row * to.chosen;
-                use.route(op.x.row(row), to.experts, to.chosen, to.sum_to_one, &to.ids[size_t(first)], &to.shares[size_t(first)]);
+                const size_t first = size_t(row * to.chosen);
+                if (to.sigmoids) use.route_sigmoids(op.x.row(row), op.bias, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
+                else use.route(op.x.row(row), to.experts, to.chosen, to.sum_to_one, &to.ids[first], &to.shares[first]);
                 break;
             }
             case OpKind::combine: combine(op, row); break;

@@ -19,7 +19,7 @@ from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.spec import expected_tensors, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import rope_frequencies
-from chatlm.worker.ops.basic import Norm, experts_reference, sigmoid_routing_reference
+from chatlm.worker.ops.basic import Norm, experts_reference, routes
 from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.gguf import gguf_spec, gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
@@ -418,12 +418,11 @@ def test_a_router_of_another_kind_in_a_gguf_file_is_named(key, value, words, tmp
 
 def test_sigmoids_choose_with_a_bias_that_the_shares_do_not_have():
     logits = torch.tensor([[2.0, 0.0, -1.0, 0.0]])
-    out = torch.empty(1, 4)
-    for bias, chosen in ((None, [0, 1]), (torch.tensor([-1.0, 0.0, 0.9, 0.0]), [1, 2])):
-        sigmoid_routing_reference(logits, bias, 2, out)
-        shares, scores = torch.softmax(out, -1)[0], torch.sigmoid(logits[0])
-        assert shares.nonzero().flatten().tolist() == chosen
-        assert torch.allclose(shares[chosen], scores[chosen] / scores[chosen].sum())
+    for bias, chosen in ((None, [0, 1]), (torch.tensor([-1.0, 0.0, 0.9, 0.0]), [2, 1])):
+        ids, shares = routes(logits, 2, True, True, bias)
+        scores = torch.sigmoid(logits[0])
+        assert ids.tolist() == [chosen]
+        assert torch.allclose(shares[0], scores[chosen] / scores[chosen].sum())
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 1e6}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
-from chatlm.worker.model.spec import ModelSpec, expected_tensors
+from chatlm.worker.model.spec import ModelSpec, ShortConv, expected_tensors
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, query_scales, rope_append_reference, rope_frequencies
 from chatlm.worker.ops.basic import RopePairs, gated_add_reference, unpermute_rope
 from chatlm.worker.weights.gguf import gguf_spec
@@ -129,6 +129,12 @@ def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(field
     assert {name.partition("/")[0] for name in load_kernels("cpu", ModelSpec(**SPEC)).names.values()} == {"decode_core"}
     assert choose_backend("cpu", ModelSpec(**SPEC | fields)).name == "torch/reference"
     assert [line for line in caplog.messages if words in line and "torch computes instead" in line]
+
+
+@pytest.mark.parametrize("fields, words", [({"experts": 4, "sigmoid_router": True}, "router of sigmoids on a GPU"),
+                                           ({"mixers": (ShortConv(3),)}, "short convolution on a GPU")])
+def test_some_ops_are_compiled_for_a_cpu_alone(fields, words):
+    assert (not_compiled(ModelSpec(**SPEC | fields), "cuda"), not_compiled(ModelSpec(**SPEC | fields))) == (words, "")
 
 
 def test_the_ops_of_these_models_are_what_their_names_say():
