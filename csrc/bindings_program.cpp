@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "cpu/pool/pool.h"
 #include "cpu/program/program.h"
 #include "cpu/program/rows.h"
@@ -106,6 +108,30 @@ void short_conv(dc::Program& program, const Buffer& x, uintptr_t taps, int64_t s
     dc::Op op = make_op(dc::OpKind::short_conv, false, x, out);
     op.weight = at<const float>(taps), op.channels = size, op.bias = at<const float>(bias);
     op.states = at<float>(states), op.num_slots = num_slots;
+    program.record(op);
+}
+
+// sizes: taps, Hk, Hv, Dk, Dv; order: alternating, gates_by_key, heads_by_key; weights: taps, decay, dt_bias, norm
+void delta_rule(dc::Program& program, const Buffer& x, const std::array<int64_t, 5>& sizes, const std::array<bool, 3>& order,
+                const std::array<uintptr_t, 4>& weights, float epsilon, const std::array<uintptr_t, 2>& states, int64_t num_slots, const Buffer& out) {
+    dc::Op op = make_op(dc::OpKind::delta_rule, false, x, out);
+    op.delta = std::make_shared<const dc::DeltaRule>(dc::DeltaRule{
+        sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], order[0], order[1], order[2], at<const float>(weights[0]), at<const float>(weights[1]),
+        at<const float>(weights[2]), at<const float>(weights[3]), epsilon, at<float>(states[0]), at<float>(states[1])});
+    op.num_slots = num_slots;
+    program.record(op);
+}
+
+void split_gates(dc::Program& program, bool on_logit_rows, const Buffer& x, int64_t head_size, const Buffer& gates, const Buffer& out) {
+    dc::Op op = make_op(dc::OpKind::split_gates, on_logit_rows, x, out);
+    op.channels = head_size, op.gates = rows_of(gates);
+    program.record(op);
+}
+
+// gate, or gated_add where something is added
+void gated(dc::Program& program, bool on_logit_rows, const Buffer& x, const Buffer& gates, const Buffer& out, const Buffer& added) {
+    dc::Op op = make_op(added.first ? dc::OpKind::gated_add : dc::OpKind::gate, on_logit_rows, x, out);
+    op.gates = rows_of(gates), op.other = rows_of(added);
     program.record(op);
 }
 
@@ -216,6 +242,9 @@ void bind_program(py::module_& m) {
         .def("smear", &smear)
         .def("softcap", &softcap)
         .def("short_conv", &short_conv)
+        .def("delta_rule", &delta_rule)
+        .def("split_gates", &split_gates)
+        .def("gated", &gated)
         .def("rope_append", &rope_append)
         .def("paged_attention", &paged_attention)
         .def("all_reduce", [](Program& p, bool logit_rows, const Buffer& x, const std::shared_ptr<dc::Ranks>& ranks, const Buffer& out,

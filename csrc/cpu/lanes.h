@@ -261,6 +261,30 @@ DC_INLINE float exp_negative(float x) {
     return y[0];
 }
 
+// e^-|x| on either side of zero, so that nothing overflows
+DC_INLINE Lanes sigmoid(Lanes x) {
+    const Lanes zero = all(0.0f), one = all(1.0f), e = exp_negative(zero - maximum(x, zero - x));
+    return (zero_below(x, zero, one) + (e - zero_below(x, zero, e))) / (one + e);       // x < 0: e, else 1
+}
+DC_INLINE float sigmoid(float x) {
+    float y[16];
+    store(y, sigmoid(all(x)));
+    return y[0];
+}
+
+// log(1 + e^x) = max(x, 0) + log(1 + y) with y = e^-|x|, within 2e-7 of its size; log(1 + y) = 2 atanh(s) with s = y / (2 + y), at most 1/3
+DC_INLINE Lanes softplus(Lanes x) {
+    const Lanes zero = all(0.0f), y = exp_negative(zero - maximum(x, zero - x));
+    const Lanes s = y / (all(2.0f) + y), t = s * s;
+    Lanes p = fma(all(1.0f / 13), t, all(1.0f / 11));
+    p = fma(p, t, all(1.0f / 9));
+    p = fma(p, t, all(1.0f / 7));
+    p = fma(p, t, all(1.0f / 5));
+    p = fma(p, t, all(1.0f / 3));
+    p = fma(p * t, s, s);
+    return maximum(x, zero) + (p + p);
+}
+
 // g * sigmoid(t) without overflow, where g and t have the same sign: e^-|t| on either side of zero
 DC_INLINE Lanes times_sigmoid(Lanes g, Lanes t) {
     const Lanes zero = all(0.0f), above = maximum(g, zero), below = g - above, positive = maximum(t, zero);

@@ -21,6 +21,7 @@ PACKED_TOLERANCE = 3e-2         # x is int8 there, of which 1e-2 would be usual
 WINDOWS = (0, 20)
 T, R, PAGES = 32, 4, 40         # tokens and logit rows that the proof's buffers hold; pages of its cache
 SLOTS = 4                       # of states
+STATES = {"short_conv": 2, "delta_rule": 4}     # which argument of an op they are
 
 
 class Chain:
@@ -72,6 +73,13 @@ class Chain:
         self.experts(x, norm)
         for taps, bias in ((3, None), (5, dice.normal(C // 3))):
             self.call("short_conv", x, dice.normal(taps * C // 3), (dice.normal(SLOTS, taps - 1, C // 3),), p.sequences, width=C // 3, bias=bias)
+        for alternating, by_key in ((False, True), (True, False)):
+            self.delta_rule(x, alternating, by_key)
+        gates = torch.zeros(T, 256)
+        halves = self.call("split_gates", x, 64, gates=gates, width=C - 256)
+        self.call("gate", self.call("copy", halves, width=C - 256), halves, width=C - 256)
+        share = self.call("linear", x, self.matrix("f32", "shared_gate", 1), width=1, label="linear f32")
+        self.call("gated_add", x, normed, share, width=C)
         last = self.call("gather_rows", x, p.logit_rows, width=C, rows=R)
         logits = self.call("linear", last, head, width=5008, rows=R, label="linear f32")
         self.capped = self.call("softcap", logits, 15.0, width=5008, rows=R)
@@ -101,6 +109,15 @@ class Chain:
             self.call("experts", x, logits, gate_up, down, width=self.spec.width, norm=norm, biases=biases, activation=activation, chosen=2,
                       **router)
 
+    def delta_rule(self, x: torch.Tensor, alternating: bool, by_key: bool) -> None:
+        """One of odd sizes, on the first columns of x."""
+        mixer, dice = self.script.DeltaRule(4, 2, 4, 32, 48, alternating, by_key, by_key), self.dice
+        (mixed, width), (channels, *_) = mixer.widths(self.spec.width), mixer.parts
+        part = self.call("linear", x, self.matrix("f32", "mix_in", mixed), width=mixed, label="linear f32")
+        weights = {"taps": dice.normal(4 * channels), "decay": -dice.normal(4).exp(), "dt_bias": dice.normal(4), "mix_norm": dice.normal(48)}
+        states = tuple(dice.normal(SLOTS, *shape) for shape in mixer.states(self.spec.width))
+        self.call("delta_rule", part, weights, mixer, 1e-5, states, self.program.sequences, width=width)
+
     def products(self, kind: str, x: torch.Tensor, norm: Any) -> None:
         """A product with everything before and after it, and one with gates."""
         label, N = f"linear {kind}", 80
@@ -122,7 +139,7 @@ class Chain:
         """Run a step, then every reference on what its op has read."""
         inputs = self.inputs(batch)
         caches = [call.arguments[5] for call in self.calls if call.name == "rope_append"]
-        caches += [call.arguments[2][0] for call in self.calls if call.name == "short_conv"]
+        caches += [state for call in self.calls if call.name in STATES for state in call.arguments[STATES[call.name]]]
         before = {id(cache): cache.clone() for cache in caches}
         sampling = SampleBatch(sampled, self.capped.shape[1])
         tokens = self.program.finish(self.program.start(
@@ -164,11 +181,16 @@ class Chain:
             reference(copied(qkv), *tables, pages, want, **options)
             fault = differs(self.slot_major(cache), pages, "the cache")
             return fault or differs(out * scale, want, "q")
-        if call.name == "short_conv":
-            [state] = arguments[2]
-            arguments[2] = [before[id(state)]]
+        if (place := STATES.get(call.name)) is not None:
+            ours = arguments[place]
+            arguments[place] = theirs = [before[id(state)] for state in ours]
             reference(*arguments, out=want, **options)
-            return differs(state, before[id(state)], "the states") or differs(out, want, "the output")
+            faults = [differs(one, other, "the states") for one, other in zip(ours, theirs)]
+            return "".join(filter(None, faults)) or differs(out, want, "the output")
+        if call.name == "split_gates":
+            gates = options["gates"][:len(out)]
+            reference(*arguments, out=want, **options | {"gates": (theirs := torch.empty_like(gates))})
+            return differs(gates, theirs, "the gates") or differs(out, want, "the output")
         if call.name == "paged_attention":
             arguments[:2] = arguments[0] * scale, self.slot_major(arguments[1].float())
         reference(*arguments, out=want, **options)

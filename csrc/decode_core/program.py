@@ -262,6 +262,57 @@ class Program:
         out_at = self._buffers.written("out", out, TOKENS, C)
         self._record(self._program.short_conv, x_at, taps_at, before + 1, bias_at, address, slots, out_at, keep=(x, taps, state, out, bias))
 
+    def delta_rule(self, x, weights, mixer, eps: float, states, sequences, out) -> None:
+        """x (max_tokens, p and z and b and a) -> out (max_tokens, Hv * Dv), token by token: see chat_server's DeltaRule, which `mixer` is.
+
+        weights     taps (K * channels), the oldest token's first, decay (Hv), dt_bias (Hv) and mix_norm (Dv), float32
+        states      p of the last K - 1 tokens (slots, K - 1, channels), oldest first, and S (slots, Hv, Dk, Dv), float32; slots
+                    as in short_conv
+        """
+        _is_marker("sequences", sequences, self.sequences)
+        sizes = K, Hk, Hv, Dk, Dv = mixer.size, mixer.key_heads, mixer.value_heads, mixer.key_size, mixer.value_size
+        if not 2 <= K <= MAX_TAPS or min(Hk, Dk, Dv) < 1 or Hv < 1 or Hv % Hk or Dk % 16 or Dv % 16:
+            raise ValueError(f"mixer: must have 2 to {MAX_TAPS} taps, heads of multiples of 16, value heads a multiple of key heads, not {mixer}")
+        past, S = states
+        channels = 2 * Hk * Dk + Hv * Dv
+        past_at, _, (slots, *_), _ = look_at("states", past, FLOAT32, None, K - 1, channels, writable=True)
+        S_at = look_at("states", S, FLOAT32, slots, Hv, Dk, Dv, writable=True)[0]
+        x_at, rows_of = self._buffers.read("x", x)
+        if rows_of != TOKENS or x_at[1] != channels + Hv * Dv + 2 * Hv or not slots:
+            raise ValueError(f"x: must be (max_tokens, {channels + Hv * Dv + 2 * Hv}), and states have a slot, not {x_at[1]} columns and {slots} slots")
+        sized = {"taps": K * channels, "decay": Hv, "dt_bias": Hv, "mix_norm": Dv}
+        weights_at = [vector(name, weights[name], "float32", size) for name, size in sized.items()]
+        out_at = self._buffers.written("out", out, TOKENS, Hv * Dv)
+        self._record(self._program.delta_rule, x_at, sizes, (mixer.alternating, mixer.gates_by_key, mixer.heads_by_key), weights_at, float(eps),
+                     (past_at, S_at), slots, out_at, keep=(x, past, S, out, *(weights[name] for name in sized)))
+
+    def split_gates(self, x, head_size: int, gates, out) -> None:
+        """x (max_tokens, 2 * H * D + the rest), of each head D columns and then those of its gate -> gates (max_tokens, H * D)
+        and out (max_tokens, H * D + the rest)."""
+        x_at, rows_of = self._buffers.read("x", x)
+        gates_at = self._buffers.written("gates", gates, rows_of)
+        if gates_at[1] % head_size or x_at[1] <= 2 * gates_at[1]:
+            raise ValueError(f"gates: must have a multiple of {head_size} columns, and x more than twice as many, not {gates_at[1]} and {x_at[1]}")
+        out_at = self._buffers.written("out", out, rows_of, x_at[1] - gates_at[1])
+        if x_at[0] in (gates_at[0], out_at[0]):
+            raise ValueError("out: may not be x")
+        self._record(self._program.split_gates, rows_of == LOGIT_ROWS, x_at, head_size, gates_at, out_at, keep=(x, gates, out))
+
+    def gate(self, x, gates, out) -> None:
+        """x * sigmoid(gates) -> out, which may be x."""
+        x_at, rows_of = self._buffers.read("x", x, 16)
+        gates_at = self._buffers.read_like("gates", gates, rows_of, x_at[1])
+        out_at = self._buffers.written("out", out, rows_of, x_at[1])
+        self._record(self._program.gated, rows_of == LOGIT_ROWS, x_at, gates_at, out_at, NONE, keep=(x, gates, out))
+
+    def gated_add(self, x, added, gate, out) -> None:
+        """x + sigmoid(gate) * added -> out, which may be x; gate has one column."""
+        x_at, rows_of = self._buffers.read("x", x, 16)
+        added_at, gate_at = (self._buffers.read_like(name, array, rows_of, columns)
+                             for name, array, columns in (("added", added, x_at[1]), ("gate", gate, 1)))
+        out_at = self._buffers.written("out", out, rows_of, x_at[1])
+        self._record(self._program.gated, rows_of == LOGIT_ROWS, x_at, gate_at, out_at, added_at, keep=(x, added, gate, out))
+
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, value_embed=None, gate=None, **options) -> None:
         """decode_core.rope_append with the step's positions and slots: qkv -> out (max_tokens, H * D) and one layer's cache."""
         _is_marker("positions", positions, self.positions)

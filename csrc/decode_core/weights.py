@@ -45,7 +45,12 @@ def becomes(tensors: Sequence[Any]) -> list[str]:
     kinds = [tensor.tensor_type.name for tensor in tensors]
     if len(set(kinds)) == 1 and kinds[0] in FLOATS:
         return ["BF16" if kind == "F32" else kind for kind in kinds]
-    return [kind if kind in KEPT_TYPES else CONVERTED for kind in kinds]
+    kept, row = [kind if kind in KEPT_TYPES else CONVERTED for kind in kinds], 0
+    for i, tensor in enumerate(tensors[:-1] if len(set(kept)) > 1 else ()):
+        row += math.prod(tensor.shape[1:].tolist())
+        if row % TILE_ROWS:                         # the next one begins within a tile, which has one type
+            return kept[:i] + [CONVERTED] * len(kept[i:])
+    return kept
 
 
 def converted(sources: Mapping[str, tuple], stored: Mapping[str, Any]) -> str:
@@ -115,7 +120,7 @@ def pack(arena: Arena, name: str, parts: Sequence[torch.Tensor | QuantizedMatrix
         return weight           # rows are only looked up
     pieces = weight.parts if quantized else [
         (KINDS[part.dtype], part) for part in parts]  # pyright: ignore[reportAttributeAccessIssue]  then none is quantized
-    placed = place(pieces, N // 2 if name.endswith("gate_up") else N)
+    placed = place(in_whole_tiles(pieces), N // 2 if name.endswith("gate_up") else N)
     if quantized:
         kinds = [""] * -(-N // TILE_ROWS)
         for kind, rows, first, step in placed:
@@ -123,7 +128,7 @@ def pack(arena: Arena, name: str, parts: Sequence[torch.Tensor | QuantizedMatrix
             kinds[first:first + tiles * step:step] = [kind] * tiles
         matrix = Matrix(arena, kinds if len(set(kinds)) > 1 else kinds[0], N, K)
     else:
-        matrix = Matrix(arena, pieces[0][0] if name.endswith(("ve_gate", "router")) else quantized_kind(quantize, pieces[0][0], K), N, K)
+        matrix = Matrix(arena, pieces[0][0] if name.endswith(("ve_gate", "router", "shared_gate")) else quantized_kind(quantize, pieces[0][0], K), N, K)
     for kind, rows, first, step in placed:
         matrix.fill(rows, kind, first_tile=first, tile_step=step)
     return matrix
@@ -133,6 +138,18 @@ def quantized_kind(quantize: str | None, kind: str, columns: int) -> str:
     """What float weights of `kind` become: `quantize`, or a type near it whose blocks divide the columns, or nothing else."""
     fitting = (name for name in (quantize, NARROW.get(quantize or "")) if name and columns % COLUMNS[name] == 0)
     return next(fitting, kind)
+
+
+def in_whole_tiles(pieces: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The pieces, of which one that would begin within a tile is joined to the one before it, whose type it has."""
+    joined: list[tuple[str, Any]] = []
+    for kind, rows in pieces:
+        if joined and len(joined[-1][1]) % TILE_ROWS:
+            join = torch.cat if isinstance(rows, torch.Tensor) else numpy.concatenate
+            joined[-1] = kind, join((joined[-1][1], rows))
+        else:
+            joined.append((kind, rows))
+    return joined
 
 
 def place(pieces: Sequence[tuple[str, Any]], rows_together: int) -> list[tuple[str, Any, int, int]]:

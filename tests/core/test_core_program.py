@@ -17,7 +17,7 @@ decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="d
 from decode_core import _core  # noqa: E402
 from decode_core.program import LOGIT_ROWS, TOKENS, Buffers  # noqa: E402
 from nightly import by_day  # noqa: E402
-from row_ops import fma, rms_norm, route, route_sigmoids, sigmoid, softcap  # noqa: E402
+from row_ops import exp_negative, fma, rms_norm, route, route_sigmoids, sigmoid, silu, softcap, softplus, tree  # noqa: E402
 
 PAGE, MAX_TOKENS, MAX_ROWS, PAGES, SLOTS = 16, 128, 128, 64, 16
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
@@ -119,28 +119,92 @@ class Eager:
         decode_core.paged_attention(q[:self.T].reshape(self.T, self.plan.heads, -1), cache, self.plan, out[:self.T], window=window,
                                     softcap=softcap, sinks=sinks)
 
-    def short_conv(self, x, taps, states, sequences, out, bias=None):
-        [state], C = states, out.shape[1]
-        K, s = len(taps) // C, x[:self.T, :C] * x[:self.T, 2 * C:]
-        reads, *writes = self.step.states
+    def spans(self, states):
+        """(begin, end, the states before, row -> the slots written after it) of each sequence."""
+        reads, rows, slots = self.step.states
         for begin, end, length, slot in zip(self.step.starts, self.step.starts[1:], self.step.lengths, reads):
-            rows = np.concatenate((state[slot] if length > end - begin else np.zeros_like(state[slot]), s[begin:end]))
+            before = [state[slot].copy() if length > end - begin else np.zeros_like(state[slot]) for state in states]
+            yield begin, end, before, lambda row: [slot for at, slot in zip(rows, slots) if at == row]
+
+    def convolve(self, s, taps, state):
+        K, total = len(taps) // s.shape[1], np.empty_like(s)
+        taps = taps.reshape(K, -1)
+        for begin, end, [before], written in self.spans([state]):
+            rows = np.concatenate((before, s[begin:end]))
             for row in range(begin, end):
                 seen = rows[row - begin:row - begin + K]
-                total = taps[:C] * seen[0]
+                total[row] = taps[0] * seen[0]
                 for j in range(1, K):
-                    total = total + taps[j * C:(j + 1) * C] * seen[j]
-                out[row] = x[row, C:2 * C] * (total if bias is None else total + bias)
-                for at, target in zip(*writes):
-                    if at == row:
-                        state[target] = seen[1:]
+                    total[row] = total[row] + taps[j] * seen[j]
+                for slot in written(row):
+                    state[slot] = seen[1:]
+        return total
+
+    def short_conv(self, x, taps, states, sequences, out, bias=None):
+        C = out.shape[1]
+        total = self.convolve(x[:self.T, :C] * x[:self.T, 2 * C:], taps, states[0])
+        out[:self.T] = x[:self.T, C:2 * C] * (total if bias is None else total + bias)
+
+    def delta_rule(self, x, weights, mixer, eps, states, sequences, out):
+        f, T, Hk, Hv, Dk, Dv = np.float32, self.T, mixer.key_heads, mixer.value_heads, mixer.key_size, mixer.value_size
+        p, z, b, a = np.split(x[:T], np.cumsum((2 * Hk * Dk + Hv * Dv, Hv * Dv, Hv)), axis=1)
+        r, head = Hv // Hk, lambda part, D: part.reshape(T, -1, D)
+        if mixer.heads_by_key:
+            by_key = np.concatenate((p, z), 1).reshape(T, Hk, -1)
+            p = np.concatenate([part.reshape(T, -1) for part in (by_key[:, :, :Dk], by_key[:, :, Dk:2 * Dk], by_key[:, :, 2 * Dk:2 * Dk + r * Dv])], 1)
+            z = by_key[:, :, 2 * Dk + r * Dv:].reshape(T, -1)
+        if mixer.gates_by_key:
+            b, a = (part.reshape(T, -1) for part in np.split(np.concatenate((b, a), 1).reshape(T, Hk, 2 * r), 2, axis=2))
+        u = silu(self.convolve(np.ascontiguousarray(p), weights["taps"], states[0]))
+        q, k, v = (head(part, D) for part, D in zip(np.split(u, (Hk * Dk, 2 * Hk * Dk), axis=1), (Dk, Dk, Dv)))
+
+        def squares(x):
+            lanes = np.zeros((*x.shape[:-1], 16), f)
+            for c in range(0, x.shape[-1], 16):
+                lanes = fma(x[..., c:c + 16], x[..., c:c + 16], lanes)
+            return tree(lanes.reshape(-1, 16)).reshape(*x.shape[:-1], 1)
+
+        q = q * (f(1) / np.sqrt(squares(q) + f(1e-6)) * (f(1) / np.sqrt(f(Dk))))
+        k = k * (f(1) / np.sqrt(squares(k) + f(1e-6)))
+        heads = np.arange(Hv) % Hk if mixer.alternating else np.arange(Hv) // r
+        q, k, beta, g = q[:, heads], k[:, heads], sigmoid(b)[..., None], exp_negative(weights["decay"] * softplus(a + weights["dt_bias"]))[..., None]
+        for begin, end, [S], written in self.spans(states[1:]):
+            for t in range(begin, end):
+                seen, o = np.zeros((Hv, Dv), f), np.zeros((Hv, Dv), f)
+                for i in range(Dk):
+                    seen = fma(S[:, i], k[t, :, i:i + 1], seen)
+                d = beta[t] * (v[t] - g[t] * seen)
+                S = fma(k[t, :, :, None], d[:, None], g[t, :, None] * S)
+                for i in range(Dk):
+                    o = fma(S[:, i], q[t, :, i:i + 1], o)
+                scale = f(1) / np.sqrt(squares(o) / f(Dv) + f(eps))
+                out[t] = (weights["mix_norm"] * (o * scale) * silu(head(z, Dv)[t])).reshape(-1)
+                for slot in written(t):
+                    states[1][slot] = S
+
+    def split_gates(self, x, head_size, gates, out):
+        size = gates.shape[1]
+        halves = x[:self.T, :2 * size].reshape(self.T, -1, 2, head_size)
+        out[:self.T, :size], gates[:self.T] = halves[:, :, 0].reshape(self.T, -1), halves[:, :, 1].reshape(self.T, -1)
+        out[:self.T, size:] = x[:self.T, 2 * size:]
+
+    def gate(self, x, gates, out):
+        out[:self.T] = x[:self.T] * sigmoid(gates[:self.T])
+
+    def gated_add(self, x, added, gate, out):
+        out[:self.T] = x[:self.T] + sigmoid(gate[:self.T]) * added[:self.T]
 
     def sample(self, logits):
         if self.R and self.step.sampling:
             self.tokens = decode_core.sample(logits[:self.R], self.step.sampling).tolist()
 
 
-# ---- four small models: a llama, one with every feature of nanochat checkpoints, one with experts and sinks, one with convolutions
+# ---- small models: a llama, one with every feature of nanochat checkpoints, one with experts and sinks, one with convolutions, and
+# two with delta rules: value heads beside their key heads, and alternating
+
+RULES = {"deltas": SimpleNamespace(size=4, key_heads=2, value_heads=6, key_size=16, value_size=80, alternating=False, gates_by_key=True, heads_by_key=True),
+         "alternating deltas": SimpleNamespace(size=3, key_heads=3, value_heads=6, key_size=32, value_size=16, alternating=True, gates_by_key=False,
+                                               heads_by_key=False)}
 
 class Model:
     E = 7                       # experts
@@ -153,6 +217,11 @@ class Model:
         shapes = {"qkv": (qkv, self.C), "output": (self.C, self.H * self.D), "down": (self.C, self.F)}
         if name == "convolutions":
             shapes["mix_in"], shapes["mix_out"] = (3 * self.C, self.C), (self.C, self.C)
+        mixed, mixer = 3 * self.C, self.C
+        if rule := RULES.get(name):
+            channels, mixer = 2 * rule.key_heads * rule.key_size + rule.value_heads * rule.value_size, rule.value_heads * rule.value_size
+            mixed = channels + mixer + 2 * rule.value_heads
+            shapes |= {"mix_in": (mixed, self.C), "mix_out": (self.C, mixer), "qkv": (qkv + self.H * self.D, self.C), "share": (1, self.C)}
         shapes |= {"up": (self.F if name == "nanochat" else 2 * self.F, self.C)}
         if name == "experts":
             shapes |= {"router": (self.E, self.C), "up": (self.E * 2 * self.F, self.C), "down": (self.E * self.C, self.F)}
@@ -166,8 +235,14 @@ class Model:
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         self.routers = {}, {"sigmoids": True, "choice_bias": normal(self.E) / 4}, {}
         self.taps, self.conv_bias = {l: normal(size * self.C) for l, size in ((0, 3), (2, 5))}, normal(self.C)
-        self.states = lambda: {0: (np.ones((SLOTS, 2, self.C), np.float32),), 2: (np.ones((SLOTS, 4, self.C), np.float32),)}
-        sizes = {"mixed": 3 * self.C, "mixer": self.C, "x": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
+        if rule:
+            sizes = {"taps": rule.size * channels, "decay": rule.value_heads, "dt_bias": rule.value_heads, "mix_norm": rule.value_size}
+            self.rule, self.rules = rule, [{key: normal(size) for key, size in sizes.items()} for _ in range(2)]
+            for weights in self.rules:
+                weights["decay"] = -np.exp(weights["decay"])
+        self.states = lambda: {l: (np.ones((SLOTS, rule.size - 1, channels), np.float32), np.ones((SLOTS, rule.value_heads, rule.key_size, rule.value_size), np.float32))
+                               for l in (0, 2)} if rule else {0: (np.ones((SLOTS, 2, self.C), np.float32),), 2: (np.ones((SLOTS, 4, self.C), np.float32),)}
+        sizes = {"mixed": mixed, "mixer": mixer, "gated": qkv + self.H * self.D, "gates": self.H * self.D, "share": 1, "x": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
                  "hidden": self.F, "routing": self.E, "value": self.Hkv * self.D, "strength": self.Hkv}
         self.buffers = lambda: SimpleNamespace(
             **{key: np.full((MAX_TOKENS, columns), np.nan, np.float32) for key, columns in sizes.items()},
@@ -192,12 +267,18 @@ class Model:
     def llama(self, k, b, cache):
         k.embed(self.head, k.token_ids, b.x)
         for l, (layer, pages) in enumerate(zip(self.layers, cache)):
-            if self.name == "convolutions" and l in self.taps:      # the last layer too, whose rows are all needed up to here
+            if "mix_in" in layer and l in self.taps:                # the last layer too, whose rows are all needed up to here
                 k.linear(b.x, layer["mix_in"], b.mixed, norm=(self.norm, 1e-5))
-                k.short_conv(b.mixed, self.taps[l], b.states[l], k.sequences, b.mixer, bias=self.conv_bias if l else None)
+                if self.name == "convolutions":
+                    k.short_conv(b.mixed, self.taps[l], b.states[l], k.sequences, b.mixer, bias=self.conv_bias if l else None)
+                else:
+                    k.delta_rule(b.mixed, self.rules[l // 2], self.rule, 1e-5, b.states[l], k.sequences, b.mixer)
                 k.linear(b.mixer, layer["mix_out"], b.x, residual=b.x)
                 k.linear(b.x, layer["up"], b.hidden, norm=(self.norm, 1e-5), activation="swiglu")
                 k.linear(b.hidden, layer["down"], b.x, residual=b.x)
+                continue
+            if self.name in RULES:
+                self.gated(k, b, layer, pages)
                 continue
             k.linear(b.x, layer["qkv"], b.qkv, norm=(self.norm, 1e-5), bias=self.bias)
             k.rope_append(b.qkv, self.cos, self.sin, k.positions, k.slots, pages, b.q)
@@ -214,6 +295,20 @@ class Model:
             k.linear(b.hidden, layer["down"], b.x, residual=b.x)
         k.gather_rows(b.x, k.logit_rows, b.last)
         k.linear(b.last, self.head, b.logits, norm=(self.norm, 1e-5))
+
+    def gated(self, k, b, layer, pages):
+        """Attention whose outputs have gates and a feed-forward part that has one, heads turned by a quarter."""
+        quarter = self.D // 8
+        k.linear(b.x, layer["qkv"], b.gated, norm=(self.norm, 1e-5))
+        k.split_gates(b.gated, self.D, gates=b.gates, out=b.qkv)
+        k.rope_append(b.qkv, np.ascontiguousarray(self.cos[:, :quarter]), np.ascontiguousarray(self.sin[:, :quarter]), k.positions, k.slots, pages, b.q)
+        k.paged_attention(b.q, pages, k.attention, 0, b.attended)
+        k.gate(b.attended, b.gates, out=b.attended)
+        k.linear(b.attended, layer["output"], b.x, residual=b.x)
+        k.linear(b.x, layer["up"], b.hidden, norm=(self.norm, 1e-5), activation="swiglu")
+        k.linear(b.hidden, layer["down"], b.previous)
+        k.linear(b.x, layer["share"], b.share, norm=(self.norm, 1e-5))
+        k.gated_add(b.x, b.previous, b.share, out=b.x)
 
     def nanochat(self, k, b, cache):
         k.embed(self.table, k.token_ids, b.x)
@@ -242,7 +337,7 @@ class Model:
         k.softcap(b.logits, 2.0, b.logits)
 
 
-MODELS = {name: Model(name) for name in ("llama", "nanochat", "experts", "convolutions")}
+MODELS = {name: Model(name) for name in ("llama", "nanochat", "experts", "convolutions", *RULES)}
 
 
 class Recorded:
@@ -342,7 +437,7 @@ def test_a_step_has_the_bits_of_its_ops_called_one_by_one(name, tokens, logit_ro
         x, expected_x = recorded.buffers.x[step.logit_rows], buffers.x[step.logit_rows]
         assert np.array_equal(x.view(np.int32), expected_x.view(np.int32))
         assert np.array_equal(recorded.cache.view(np.uint16), cache.view(np.uint16))
-        assert all(np.array_equal(recorded.buffers.states[l][0], buffers.states[l][0]) for l in buffers.states)
+        assert all(np.array_equal(*states) for l in buffers.states for states in zip(recorded.buffers.states[l], buffers.states[l]))
         assert np.isnan(recorded.buffers.x[tokens:]).all() and np.isnan(recorded.buffers.logits[R:]).all()
 
 

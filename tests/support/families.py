@@ -85,7 +85,7 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
                                             shared_expert_intermediate_size=16, num_key_value_heads=1,
                                             num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"],
                                             rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25))),
-    "qwen3next": ("qwen3_next", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+    "qwen3next": ("qwen3_next", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4,
                                      num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=16,
                                      rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25))),
     "qwen3next-dense": ("qwen3_next", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=8, linear_num_key_heads=2,

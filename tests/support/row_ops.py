@@ -36,6 +36,18 @@ def sigmoid(x):
     return np.where(x < 0, e, np.float32(1)) / (np.float32(1) + e)
 
 
+def softplus(x):
+    f = np.float32
+    y = exp_negative(-np.abs(x))
+    s = y / (f(2) + y)
+    t = s * s
+    p = fma(np.full_like(t, f(1 / 13)), t, f(1 / 11))
+    for n in (9, 7, 5, 3):
+        p = fma(p, t, f(1 / n))
+    p = fma(p * t, s, s)
+    return np.maximum(x, f(0)) + (p + p)
+
+
 def times_sigmoid(x, t):
     above, positive = np.maximum(x, np.float32(0)), np.maximum(t, np.float32(0))
     e = exp_negative((t - positive) - positive)

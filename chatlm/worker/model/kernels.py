@@ -193,19 +193,23 @@ def choose_backend(device, spec: ModelSpec | None):
 
 
 # ops of models that decode_core does not compute
-TORCH_ALONE = "gated_add", "mean_squares", "norm_qk", "delta_rule", "mamba2", "split_gates", "gate"
+TORCH_ALONE = "mean_squares", "norm_qk", "mamba2"
 
 
 def not_compiled(spec: ModelSpec, device="cpu") -> str:
     """What of a model no op of decode_core computes on this device, in words."""
+    on_gpu = torch.device(device).type != "cpu"
     features = {
-        "norm of all heads together": spec.qk_norm_sizes, "gate of a shared expert": spec.shared_gate,
-        "router of sigmoids on a GPU": spec.sigmoid_router and torch.device(device).type != "cpu",
+        "norm of all heads together": spec.qk_norm_sizes,
+        "gate of a shared expert on a GPU": spec.shared_gate and on_gpu,
+        "router of sigmoids on a GPU": spec.sigmoid_router and on_gpu,
         "scale of queries by their position": spec.q_growth,
-        "short convolution on a GPU": any(spec.mixers) and torch.device(device).type != "cpu",
-        "delta rule": any(isinstance(mixer, DeltaRule) for mixer in spec.mixers),
+        "layers that keep a state on a GPU": any(spec.mixers) and on_gpu,
+        "delta rule of heads that are no multiples of 16": any(
+            isinstance(mixer, DeltaRule) and (mixer.key_size % 16 or mixer.value_size % 16)
+            for mixer in spec.mixers),
         "Mamba layer": any(isinstance(mixer, Mamba2) for mixer in spec.mixers),
-        "gate of attention": spec.output_gate,
+        "gate of attention on a GPU": spec.output_gate and on_gpu,
         f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2"),
         "feed-forward of such a width": spec.dense_size % TILE_ROWS or spec.shared_size % TILE_ROWS}
     return " and no ".join(feature for feature, needed in features.items() if needed)
@@ -219,7 +223,7 @@ def for_decode_core() -> SimpleNamespace:
         decode_rows=decode_rows, attend=attend, attend_prompt=attend_prompt,
         dequantized=dequantized, dequantize=dequantize, unpermute_rope=unpermute_rope,
         references=references, finish_linear=finish_linear, rope_tables=rope_tables,
-        ModelSpec=ModelSpec, Norm=Norm, Sequences=Sequences,
+        ModelSpec=ModelSpec, DeltaRule=DeltaRule, Norm=Norm, Sequences=Sequences,
         SampleRow=SampleRow, SamplingParams=SamplingParams,
         EagerSteps=EagerSteps, ConfigError=ConfigError)
 

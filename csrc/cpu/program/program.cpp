@@ -153,7 +153,7 @@ public:
 const char* name_of(OpKind kind) {
     static const char* const names[] = {"embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "softcap",
                                         "rope_append", "paged_attention", "sample", "route", "group", "gate_up", "down", "combine",
-                                        "all_reduce", "all_gather", "short_conv"};
+                                        "all_reduce", "all_gather", "short_conv", "delta_rule", "split_gates", "gate", "gated_add"};
     return names[int(kind)];
 }
 
@@ -252,7 +252,7 @@ void Program::record(const Op& op) {
     if (op.kind == OpKind::embed) in.vocab = std::min(in.vocab, op.vocabulary);
     if (op.kind == OpKind::rope_append) in.max_positions = std::min(in.max_positions, op.max_positions);
     if (op.kind == OpKind::sample) in.sampled_vocab = op.x.columns;
-    if (op.kind == OpKind::short_conv) in.num_slots = std::min(in.num_slots, op.num_slots);
+    if (keeps_states(op.kind)) in.num_slots = std::min(in.num_slots, op.num_slots);
     if (op.kind == OpKind::linear) {
         const int64_t rows = op.on_logit_rows ? max_rows : std::min(max_tokens, TOKENS_BY_ROWS);
         in.prepared_size = std::max(in.prepared_size, prepared_bytes(op, rows));

@@ -11,16 +11,22 @@ namespace dc {
 enum class Element : int;
 constexpr int64_t MAX_EXPERTS = 4096, MAX_CHOSEN = 64;
 
-// Some rows of one sequence in a short convolution, see RowKernels.
+// Rows of one sequence in an op that keeps a state of it in slots.
+struct StateRows {
+    int64_t begin, end;
+    int64_t read;               // the slot with the state before row `begin`; -1: there is none
+    const int64_t *write_rows, *write_slots;
+    int64_t writes;             // after row write_rows[i], ascending and of these rows, the state goes to slot write_slots[i]
+};
+
+// A short convolution, see RowKernels.
 struct ConvRows {
     const float* x;             // [rows][3 * columns]: b, c, u
     float* out;                 // [rows][columns]
     const float *taps, *bias;   // [size][columns], the oldest token's first; [columns] or null
-    int64_t columns, size, begin, end;
-    const float* before;        // [size - 1][columns]: b * u of the tokens before row `begin`, oldest first; null: there are none
-    float* states;              // slots of the same shape
-    const int64_t *write_rows, *write_slots;
-    int64_t writes;             // after row write_rows[i], ascending and of these rows, the state goes to slot write_slots[i]
+    int64_t columns, size;
+    float* states;              // [slots][size - 1][columns]: b * u of the tokens before, oldest first
+    StateRows rows;
 };
 constexpr int64_t MAX_TAPS = 64;
 
@@ -40,7 +46,9 @@ struct RowKernels {             // `columns` a multiple of 16 except for soft_ca
     // (parts[0] + parts[1] + ...), added up in this order; then x + that, unless x is null
     void (*add_up)(const float* const* parts, int64_t count, const float* x, int64_t columns, float* out);
     // s = b u;  c (taps[0] s of `size - 1` rows before + ... + taps[size - 1] s + bias), added up in this order, in columns [first, last)
-    void (*short_conv)(const ConvRows& rows, int64_t first, int64_t last);
+    void (*short_conv)(const ConvRows& conv, int64_t first, int64_t last);
+    void (*gate)(const float* x, const float* gates, int64_t columns, float* out);                          // x * sigmoid(gates)
+    void (*gated_add)(const float* x, const float* added, float gate, int64_t columns, float* out);         // x + sigmoid(gate) * added
 };
 
 DC_EACH_ISA(extern const RowKernels row_kernels)

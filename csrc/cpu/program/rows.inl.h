@@ -1,4 +1,4 @@
-// op       rms_norm, mix (backout is a mix), smear, soft_cap, widen, routes, combine, add_up: rows between two products;
+// op       rms_norm, mix (backout is a mix), smear, soft_cap, widen, routes, combine, add_up, gate, gated_add: rows between two products;
 //          short_conv: rows of one sequence, in some columns
 // shapes   x [C] float32 -> out [C] float32; routes: logits [E] -> ids and shares [chosen]
 // mapping  the caller's thread, one row; 16 lanes along it
@@ -6,8 +6,8 @@
 // numerics float32, each product and sum rounded; sum of squares in 16 lanes, then a fixed tree; sigmoid and tanh by
 //          exp_negative (absolute error of tanh below 2e-7); the same bits on every instruction set
 #include "cpu/attention/attention.h"
+#include "cpu/program/convolve.inl.h"
 #include "cpu/program/rows.h"
-#include "cpu/lanes.h"
 
 namespace dc {
 namespace DC_ISA {
@@ -25,11 +25,6 @@ void rms_norm(const float* x, const float* weight, float epsilon, int64_t column
 
 void mix(const float* x, float a, const float* y, float b, int64_t columns, float* out) {
     for (int64_t c = 0; c < columns; c += 16) store(out + c, load(x + c) * all(a) + load(y + c) * all(b));
-}
-
-float sigmoid(float x) {                        // without overflow: e^-|x| on either side of zero
-    const float e = exp_negative(x < 0 ? x : -x);
-    return (x < 0 ? e : 1.0f) / (1.0f + e);
 }
 
 void smear(const float* x, const float* previous, const float* gate, int64_t channels, float lambda, int64_t columns, float* out) {
@@ -126,31 +121,39 @@ void add_up(const float* const* parts, int64_t count, const float* x, int64_t co
     }
 }
 
-void short_conv(const ConvRows& rows, int64_t first, int64_t last) {
-    const int64_t columns = rows.columns, before = rows.size - 1;
+void short_conv(const ConvRows& conv, int64_t first, int64_t last) {
+    const StateRows& rows = conv.rows;
+    const int64_t columns = conv.columns, before = conv.size - 1;
     for (int64_t c = first; c < last; c += 16) {
         Lanes past[MAX_TAPS];                   // s of the rows before, oldest first
-        for (int64_t j = 0; j < before; j++) past[j] = rows.before ? load(rows.before + j * columns + c) : all(0.0f);
+        for (int64_t j = 0; j < before; j++) past[j] = rows.read < 0 ? all(0.0f) : load(conv.states + (rows.read * before + j) * columns + c);
         int64_t written = 0;
-        for (int64_t row = rows.begin; row < rows.end; row++) {
-            const float* x = rows.x + row * 3 * columns + c;
-            const Lanes s = load(x) * load(x + 2 * columns);
-            Lanes total = load(rows.taps + c) * past[0];
-            for (int64_t j = 1; j < before; j++) total = total + load(rows.taps + j * columns + c) * past[j];
-            total = total + load(rows.taps + before * columns + c) * s;
-            if (rows.bias) total = total + load(rows.bias + c);
-            store(rows.out + row * columns + c, load(x + columns) * total);
-            for (int64_t j = 1; j < before; j++) past[j - 1] = past[j];
-            past[before - 1] = s;
+        const auto own = [&](int64_t row) {
+            const float* x = conv.x + row * 3 * columns + c;
+            return load(x) * load(x + 2 * columns);
+        };
+        convolve(conv.taps + c, columns, conv.size, rows.begin, rows.end, past, own, [&](int64_t row, Lanes total) {
+            if (conv.bias) total = total + load(conv.bias + c);
+            store(conv.out + row * columns + c, load(conv.x + row * 3 * columns + columns + c) * total);
             for (; written < rows.writes && rows.write_rows[written] == row; written++)
-                for (int64_t j = 0; j < before; j++) store(rows.states + (rows.write_slots[written] * before + j) * columns + c, past[j]);
-        }
+                for (int64_t j = 0; j < before; j++) store(conv.states + (rows.write_slots[written] * before + j) * columns + c, past[j]);
+        });
     }
+}
+
+void gate(const float* x, const float* gates, int64_t columns, float* out) {
+    for (int64_t c = 0; c < columns; c += 16) store(out + c, load(x + c) * sigmoid(load(gates + c)));
+}
+
+void gated_add(const float* x, const float* added, float gate, int64_t columns, float* out) {
+    const Lanes share = all(sigmoid(gate));
+    for (int64_t c = 0; c < columns; c += 16) store(out + c, load(x + c) + share * load(added + c));
 }
 
 }  // namespace
 
-extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any, route, route_sigmoids, combine, add_up, short_conv};
+extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any, route, route_sigmoids, combine, add_up, short_conv,
+                                         gate, gated_add};
 
 }  // namespace DC_ISA
 }  // namespace dc

@@ -83,7 +83,7 @@ void Step::find_needed() {
     needed.resize(size_t(tokens));
     for (const int64_t row : input.logit_rows) needed[size_t(row)] = true;
     const auto append = std::find_if(ops.rbegin(), ops.rend(), [](const Op& op) {
-        return op.kind == OpKind::rope_append || op.kind == OpKind::short_conv;
+        return op.kind == OpKind::rope_append || keeps_states(op.kind);
     });
     if (append == ops.rend() || input.all_rows || (!by_rows() && logit_rows > 0)) return;
     last_append = int(ops.rend() - append) - 1;
@@ -216,7 +216,8 @@ void Step::make_phases() {
         else if (op.kind == OpKind::short_conv && rows > SMALL_CHUNK_ROWS) {
             const int64_t units = op.out.columns / 16;
             flush(i, -1, i + 1), add_plain<&Step::do_short_conv>({nullptr, i, i + 1, -1, rows, rows, std::min(units, rows * op.out.columns / CONV_VALUES + 1)});
-        } else if (op.kind == OpKind::group) flush(i, -1, i + 1), add_plain<&Step::do_group>({nullptr, i, i + 1, -1, rows, rows, 1, is_needed_only(i)});
+        } else if (op.kind == OpKind::delta_rule) flush(i, -1, i + 1), add_plain<&Step::do_delta_rule>({nullptr, i, i + 1, -1, rows, rows, op.delta->key_heads});
+        else if (op.kind == OpKind::group) flush(i, -1, i + 1), add_plain<&Step::do_group>({nullptr, i, i + 1, -1, rows, rows, 1, is_needed_only(i)});
         else if (op.kind == OpKind::gate_up || op.kind == OpKind::down) flush(i, -1, i + 1), add_experts(i);
         else if (op.ranks) flush(i, -1, i + 1), add_exchange(i);
         else if (op.kind == OpKind::softcap) {

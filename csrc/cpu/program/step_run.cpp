@@ -25,6 +25,17 @@ void prepare_rows(const Op& op, int64_t begin, int64_t end, int64_t to, void* pr
     }
 }
 
+// Of each head q and then its gate; then all that has no gates.
+void split_gates(const Op& op, int64_t row) {
+    const float* x = op.x.row(row);
+    const int64_t size = op.gates.columns, bytes = op.channels * int64_t(sizeof(float));
+    for (int64_t c = 0; c < size; c += op.channels) {
+        std::memcpy(op.out.row(row) + c, x + 2 * c, size_t(bytes));
+        std::memcpy(op.gates.row(row) + c, x + 2 * c + op.channels, size_t(bytes));
+    }
+    std::memcpy(op.out.row(row) + size, x + 2 * size, size_t(op.out.columns - size) * sizeof(float));
+}
+
 // The product of `rows` rows, of which the first is `first`; its outputs begin at `out`.
 Product product_of(const Op& op, const void* prepared, int64_t first, int64_t rows, float* out) {
     return {op.tiles, prepared, rows, op.bias, op.other.at ? op.other.row(first) : nullptr, op.other.columns, op.activation,
@@ -104,6 +115,9 @@ void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
                 break;
             }
             case OpKind::combine: combine(op, row); break;
+            case OpKind::split_gates: split_gates(op, row); break;
+            case OpKind::gate: use.gate(op.x.row(row), op.gates.row(row), columns, out); break;
+            case OpKind::gated_add: use.gated_add(op.x.row(row), op.other.row(row), *op.gates.row(row), columns, out); break;
             default: break;
         }
     }
@@ -130,18 +144,34 @@ void Step::do_short_conv(const Part& part, int64_t chunk) const {
     short_conv(op, units * chunk / part.chunks * 16, units * (chunk + 1) / part.chunks * 16);
 }
 
-// All rows, in columns [first, last).
-void Step::short_conv(const Op& op, int64_t first, int64_t last) const {
-    const int64_t columns = op.out.columns, slot_size = (op.channels - 1) * columns;
+// visit() gets the rows of each sequence and what they read and write.
+template <class Visit>
+void Step::each_sequence(Visit visit) const {
     size_t write = 0;
     for (size_t i = 0; i < input.lengths.size(); i++) {
-        const int64_t begin = input.starts[i], end = input.starts[i + 1], computed = input.lengths[i] - (end - begin);
+        const int64_t begin = input.starts[i], end = input.starts[i + 1];
         const size_t from = write;
         while (write < input.write_rows.size() && input.write_rows[write] < end) write++;
-        const float* before = computed > 0 ? op.states + input.state_reads[i] * slot_size : nullptr;
-        row_kernels_here().short_conv({op.x.at, op.out.at, op.weight, op.bias, columns, op.channels, begin, end, before, op.states,
-                                       input.write_rows.data() + from, input.write_slots.data() + from, int64_t(write - from)}, first, last);
+        visit(StateRows{begin, end, input.lengths[i] > end - begin ? input.state_reads[i] : -1, input.write_rows.data() + from,
+                        input.write_slots.data() + from, int64_t(write - from)});
     }
+}
+
+// All rows, in columns [first, last).
+void Step::short_conv(const Op& op, int64_t first, int64_t last) const {
+    each_sequence([&](const StateRows& rows) {
+        row_kernels_here().short_conv({op.x.at, op.out.at, op.weight, op.bias, op.out.columns, op.channels, op.states, rows}, first, last);
+    });
+}
+
+void Step::do_delta_rule(const Part& part, int64_t chunk) const {
+    const Op& op = ops[size_t(part.first)];
+    float* const memory = static_cast<float*>(scratch(size_t(op.delta->memory_floats()) * sizeof(float)));
+    each_sequence([&](const StateRows& rows) { DC_CHOSEN(delta_rule)({op.delta.get(), op.x.at, op.out.at, rows, chunk, memory}); });
+}
+
+int64_t DeltaRule::memory_floats() const {
+    return heads_of_key() * (key_size * value_size + 2 * TILE) + (size - 1 + TILE) * head_columns();
 }
 
 void Step::linear_of_rows(const Op& op, int64_t begin, int64_t end) const {

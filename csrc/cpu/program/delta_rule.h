@@ -1,0 +1,59 @@
+// Linear attention that corrects what a key is bound to: chatlm/worker/model/spec.py's DeltaRule, chatlm/worker/ops/mixers.py's
+// delta_rule_reference.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/cpu.h"
+#include "cpu/program/rows.h"
+
+namespace dc {
+
+struct DeltaRule {
+    int64_t size;                               // taps of the convolution
+    int64_t key_heads, value_heads;             // Hk, Hv, a multiple of Hk
+    int64_t key_size, value_size;               // Dk, Dv, multiples of 16
+    bool alternating;                           // value head j reads key head j % Hk, else j / (Hv / Hk)
+    bool gates_by_key, heads_by_key;            // x has b and a side by side for each key head; so its q, k, v and z
+    const float *taps, *decay, *dt_bias, *norm; // [size][channels], [Hv], [Hv], [Dv]
+    float epsilon;
+    float *past, *states;                       // [slots][size - 1][channels], the oldest token first; [slots][Hv][Dk][Dv]
+
+    int64_t channels() const { return 2 * key_heads * key_size + values(); }
+    int64_t values() const { return value_heads * value_size; }
+    int64_t columns() const { return channels() + values() + 2 * value_heads; }    // of x: p, z, b, a
+    int64_t heads_of_key() const { return value_heads / key_heads; }
+    int64_t head_columns() const { return 2 * key_size + heads_of_key() * value_size; }    // a key head's q, k and v's
+
+    int64_t head(int64_t key_head, int64_t i) const { return alternating ? key_head + i * key_heads : key_head * heads_of_key() + i; }
+    // Where a row of x has its value head j's b, a and z, and what p's channel number `channel` is.
+    int64_t b_at(int64_t j) const { return channels() + values() + (gates_by_key ? j / heads_of_key() * heads_of_key() + j : j); }
+    int64_t a_at(int64_t j) const { return b_at(j) + (gates_by_key ? heads_of_key() : value_heads); }
+    int64_t key_columns() const { return head_columns() + heads_of_key() * value_size; }   // by key head: q, k, its v's, its z's
+    int64_t q_at(int64_t key_head) const { return key_head * (heads_by_key ? key_columns() : key_size); }
+    int64_t k_at(int64_t key_head) const { return q_at(key_head) + (heads_by_key ? 1 : key_heads) * key_size; }
+    int64_t v_at(int64_t j) const { return heads_by_key ? by_key(j) : 2 * key_heads * key_size + j * value_size; }
+    int64_t z_at(int64_t j) const { return heads_by_key ? by_key(j) + heads_of_key() * value_size : channels() + j * value_size; }
+
+    static constexpr int64_t TILE = 32;         // rows that are taken through all of a key head's columns at once
+    int64_t memory_floats() const;              // that a chunk needs
+
+private:
+    int64_t by_key(int64_t j) const {
+        return j / heads_of_key() * key_columns() + 2 * key_size + j % heads_of_key() * value_size;
+    }
+};
+
+// Rows of one sequence, and of them what one key head and its value heads give: x [rows][columns()] -> out [rows][Hv * Dv].
+struct DeltaRows {
+    const DeltaRule* rule;
+    const float* x;
+    float* out;
+    StateRows rows;
+    int64_t key_head;
+    float* memory;
+};
+
+DC_EACH_ISA(void delta_rule(const DeltaRows& job))
+
+}  // namespace dc
