@@ -91,7 +91,7 @@ def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]],
     kinds = becomes([tensor for tensor, _ in parts])
     if kinds[0] in FLOATS:
         return tuple(script.unpermute_rope(script.dequantize(tensor.tensor_type, torch.from_numpy(tensor.data)), head_size)
-                     .to(FLOATS[kinds[0]]) for tensor, head_size in parts)
+                     .reshape(-1, shape[1]).to(FLOATS[kinds[0]]) for tensor, head_size in parts)
     return QuantizedMatrix(tuple((kind.lower(), rows_of(tensor, head_size, kind, shape[1], script))
                                  for (tensor, head_size), kind in zip(parts, kinds)), shape[1])
 
