@@ -471,6 +471,44 @@ def test_a_wrong_short_convolution_is_a_value_error(change, words):
     program.short_conv(**good)
 
 
+@pytest.mark.parametrize("change, words", [
+    (dict(size=1), "mixer: must have 2 to 64 taps"), (dict(value_heads=5), "value heads a multiple of key heads"), (dict(value_size=24), "multiples of 16"),
+    (dict(states=(np.ones((4, 3, 128), np.float32), np.ones((5, 4, 16, 16), np.float32))), "states: must have the shape"),
+    (dict(states=(np.ones((4, 3, 112), np.float32), np.ones((4, 4, 16, 16), np.float32))), "states: must have the shape"),
+    (dict(states=(np.ones((0, 3, 128), np.float32), np.ones((0, 4, 16, 16), np.float32))), "states have a slot"),
+    (dict(decay=np.ones(5, np.float32)), "decay: must have the shape"), (dict(mix_norm=np.ones(64, np.float32)), "mix_norm: must have the shape"),
+    (dict(x=np.zeros((8, 208), np.float32)), "x: no op has written it"), (dict(sequences="sequences"), "sequences: must be <program.sequences>"),
+    (dict(out=np.ones((8, 32), np.float32)), "out: must have the shape")])
+def test_a_wrong_delta_rule_is_a_value_error(change, words):
+    program, x = decode_core.Program(8, 2), np.zeros((8, 200), np.float32)
+    program.embed(np.zeros((3, 200), np.float32), program.token_ids, x)
+    mixer = dict(size=4, key_heads=2, value_heads=4, key_size=16, value_size=16, alternating=False, gates_by_key=False, heads_by_key=False)
+    weights = dict(taps=np.ones(512, np.float32), decay=np.ones(4, np.float32), dt_bias=np.ones(4, np.float32), mix_norm=np.ones(16, np.float32))
+    good = dict(x=x, eps=1e-5, states=(np.ones((4, 3, 128), np.float32), np.ones((4, 4, 16, 16), np.float32)), sequences=program.sequences,
+                out=np.ones((8, 64), np.float32))
+    of = lambda names: names | {key: value for key, value in change.items() if key in names}       # noqa: E731
+    with pytest.raises(ValueError, match=words):
+        program.delta_rule(**of(good), weights=of(weights), mixer=SimpleNamespace(**of(mixer)))
+    program.delta_rule(**good, weights=weights, mixer=SimpleNamespace(**mixer))
+
+
+@pytest.mark.parametrize("op, change, words", [
+    ("split_gates", dict(head_size=24), "gates: must have a multiple of 24 columns"), ("split_gates", dict(gates=np.ones((8, 48), np.float32)), "more than twice as many"),
+    ("split_gates", dict(out=np.ones((8, 32), np.float32)), "out: must have the shape"),
+    ("gate", dict(gates=np.ones((8, 80), np.float32)), "gates: no op has written it"), ("gate", dict(out=np.ones((8, 64), np.float32)), "out: must have the shape"),
+    ("gated_add", dict(gate="x"), "gate: must be .max_tokens = 8, 1."), ("gated_add", dict(added="gate"), "added: must be .max_tokens = 8, 80.")])
+def test_wrong_gates_are_value_errors(op, change, words):
+    program, made = decode_core.Program(8, 2), {"x": np.zeros((8, 80), np.float32), "gate": np.zeros((8, 1), np.float32)}
+    for array in made.values():
+        program.embed(np.zeros((3, array.shape[1]), np.float32), program.token_ids, array)
+    good = {"split_gates": dict(x="x", head_size=16, gates=np.ones((8, 32), np.float32), out=np.ones((8, 48), np.float32)),
+            "gate": dict(x="x", gates="x", out=np.ones((8, 80), np.float32)), "gated_add": dict(x="x", added="x", gate="gate", out=np.ones((8, 80), np.float32))}[op]
+    real = lambda options: {key: made.get(value, value) if isinstance(value, str) else value for key, value in options.items()}        # noqa: E731
+    with pytest.raises(ValueError, match=words):
+        getattr(program, op)(**real(good | change))
+    getattr(program, op)(**real(good))
+
+
 def run_thousands(name, threads, *schedule):
     """Steps of changing shapes, each of which must give the tokens and logits of one thread."""
     model, recorded = MODELS[name], Recorded(name)
