@@ -31,7 +31,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 100 more: Granite 4's Mamba layers, Qwen3-Next, LFM2-MoE and its router of sigmoids.
 # 30 more: of several models, ranks and replicas are counted.
 # 80 more: of several models, KV pages go before weights.
-MOST_STATEMENTS = 16_440
+# 60 more: decode_core records delta rules and gates.
+MOST_STATEMENTS = 16_500
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

@@ -13,6 +13,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.build import build_engine
+from chatlm.worker.engine.engine import Drafter
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler, Sequence
 from chatlm.worker.engine.states import StatePool
@@ -95,6 +96,7 @@ def test_an_answer_resumed_elsewhere_stays_the_same(made, backend):
 def test_alone_batched_cached_chunked_and_drafted_answers_are_the_same_to_the_bit(made, monkeypatch):
     """Sampled with the steps of a server, which begin before the last token is known; prompts repeat themselves, so drafts are right and wrong."""
     folder, cases = made
+    drafts_are_seen = folder.name.startswith("lfm2")        # other models do not repeat themselves
     monkeypatch.setattr(StatePool, "INTERVAL", 32)
     works = [assignment(f"w{i}", tuple(case.prompt[:20] * 3 + case.prompt[:n]), SamplingParams(temperature=t, seed=i), 60, ignore_eos=True)
              for i, (case, n, t) in enumerate(zip(cases * 2, (0, 7, 16, 19, 3, 11), (0.0, 0.0, 0.3, 0.0, 0.3, 1.0)))]
@@ -109,7 +111,32 @@ def test_alone_batched_cached_chunked_and_drafted_answers_are_the_same_to_the_bi
         assert tokens_of(engine, works[::-1]) == expected       # from snapshots
         assert {work.id: tokens_of(engine, [work])[work.id] for work in works} == expected
         drafted, accepted = drafted + engine.drafted_tokens, accepted + engine.accepted_tokens
-    assert drafted > accepted > 50
+    assert drafted > accepted > 50 or not drafts_are_seen
+
+
+@pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")
+def test_drafts_that_are_right_up_to_some_token_change_no_token(made, monkeypatch):
+    """Answers of random models seldom repeat themselves, so what a draft says is known here from a run without any."""
+    folder, cases = made
+    works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=t, seed=i), 50, ignore_eos=True)
+             for i, (case, t) in enumerate(zip(cases, (0.0, 0.6, 1.0)))]
+    plain = make_engine(folder, num_pages=100, prefill_chunk=64, max_batch=4, num_snapshots=0)
+    if not plain.kernels.row_invariant:
+        pytest.skip("torch computes this model")
+    plain.drafts = False
+    expected, dice = tokens_of(plain, works), random.Random(4)
+
+    def propose(drafter):
+        [rest] = [expected[work.id][len(drafter.tokens) - len(work.prompt_ids):] for work in works if tuple(drafter.tokens[:len(work.prompt_ids)]) == work.prompt_ids]
+        right = dice.randrange(6)
+        return rest[:right] + [(token + 1) % 256 for token in rest[right:right + 1]]
+
+    monkeypatch.setattr(Drafter, "propose", propose)
+    monkeypatch.setattr(Drafter, "judge", lambda drafter, accepted: None)
+    engine = make_engine(folder, num_pages=60, prefill_chunk=16, max_batch=3)
+    assert tokens_of(engine, works) == expected and tokens_of(engine, works[::-1]) == expected
+    assert {work.id: tokens_of(engine, [work])[work.id] for work in works} == expected
+    assert engine.drafted_tokens > engine.accepted_tokens > 50
 
 
 def test_random_cuts_batches_and_evictions_change_no_token(made, monkeypatch):
