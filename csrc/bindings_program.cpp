@@ -111,6 +111,24 @@ void short_conv(dc::Program& program, const Buffer& x, uintptr_t taps, int64_t s
     program.record(op);
 }
 
+// sizes: H, P, N, G; weights: decay, dt_bias, skip, mix_norm; u has room for what the convolution makes of p
+void mamba2(dc::Program& program, const Buffer& x, uintptr_t taps, int64_t size, uintptr_t taps_bias, const std::array<int64_t, 4>& sizes,
+            const std::array<uintptr_t, 4>& weights, float epsilon, const std::array<uintptr_t, 2>& states, int64_t num_slots, const Buffer& u,
+            const Buffer& out) {
+    dc::Op convolve = make_op(dc::OpKind::convolve, false, {x.first + uintptr_t(out.second) * sizeof(float), x.second}, u);
+    convolve.weight = at<const float>(taps), convolve.channels = size, convolve.bias = at<const float>(taps_bias);
+    convolve.states = at<float>(states[0]), convolve.num_slots = num_slots;
+    program.record(convolve);
+    dc::Op op = make_op(dc::OpKind::mamba2, false, x, out);
+    op.other = rows_of(u), op.num_slots = num_slots;
+    op.mamba = {sizes[0], sizes[1], sizes[2], sizes[3], at<const float>(weights[0]), at<const float>(weights[1]), at<const float>(weights[2]),
+                at<float>(states[1])};
+    program.record(op);
+    dc::Op norm = make_op(dc::OpKind::rms_norm, false, out, out);
+    norm.weight = at<const float>(weights[3]), norm.epsilon = epsilon, norm.channels = sizes[3];
+    program.record(norm);
+}
+
 // sizes: taps, Hk, Hv, Dk, Dv; order: alternating, gates_by_key, heads_by_key; weights: taps, decay, dt_bias, norm
 void delta_rule(dc::Program& program, const Buffer& x, const std::array<int64_t, 5>& sizes, const std::array<bool, 3>& order,
                 const std::array<uintptr_t, 4>& weights, float epsilon, const std::array<uintptr_t, 2>& states, int64_t num_slots, const Buffer& out) {
@@ -243,6 +261,7 @@ void bind_program(py::module_& m) {
         .def("softcap", &softcap)
         .def("short_conv", &short_conv)
         .def("delta_rule", &delta_rule)
+        .def("mamba2", &mamba2)
         .def("split_gates", &split_gates)
         .def("gated", &gated)
         .def("rope_append", &rope_append)

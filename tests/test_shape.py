@@ -32,7 +32,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 30 more: of several models, ranks and replicas are counted.
 # 80 more: of several models, KV pages go before weights.
 # 60 more: decode_core records delta rules and gates.
-MOST_STATEMENTS = 16_500
+# 40 more: decode_core records Mamba layers.
+MOST_STATEMENTS = 16_540
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

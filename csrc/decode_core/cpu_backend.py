@@ -19,7 +19,7 @@ from .tiles import Arena, Matrix, multiply
 from .weights import as_stored, converted, held_bytes, pack, tile_row_bytes
 
 RECORDED = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap",
-            "rope_append", "paged_attention", "experts", "short_conv", "delta_rule", "split_gates", "gate", "gated_add")
+            "rope_append", "paged_attention", "experts", "short_conv", "delta_rule", "mamba2", "split_gates", "gate", "gated_add")
 
 
 @functools.cache

@@ -21,7 +21,7 @@ PACKED_TOLERANCE = 3e-2         # x is int8 there, of which 1e-2 would be usual
 WINDOWS = (0, 20)
 T, R, PAGES = 32, 4, 40         # tokens and logit rows that the proof's buffers hold; pages of its cache
 SLOTS = 4                       # of states
-STATES = {"short_conv": 2, "delta_rule": 4}     # which argument of an op they are
+STATES = {"short_conv": 2, "delta_rule": 4, "mamba2": 4}     # which argument of an op they are
 
 
 class Chain:
@@ -75,6 +75,7 @@ class Chain:
             self.call("short_conv", x, dice.normal(taps * C // 3), (dice.normal(SLOTS, taps - 1, C // 3),), p.sequences, width=C // 3, bias=bias)
         for alternating, by_key in ((False, True), (True, False)):
             self.delta_rule(x, alternating, by_key)
+        self.mamba2(x)
         gates = torch.zeros(T, 256)
         halves = self.call("split_gates", x, 64, gates=gates, width=C - 256)
         self.call("gate", self.call("copy", halves, width=C - 256), halves, width=C - 256)
@@ -117,6 +118,16 @@ class Chain:
         weights = {"taps": dice.normal(4 * channels), "decay": -dice.normal(4).exp(), "dt_bias": dice.normal(4), "mix_norm": dice.normal(48)}
         states = tuple(dice.normal(SLOTS, *shape) for shape in mixer.states(self.spec.width))
         self.call("delta_rule", part, weights, mixer, 1e-5, states, self.program.sequences, width=width)
+
+    def mamba2(self, x: torch.Tensor) -> None:
+        """One of odd sizes."""
+        mixer, dice = self.script.Mamba2(3, heads=6, head_size=80, state_size=12, groups=2), self.dice
+        (mixed, width), (_, channels, heads) = mixer.widths(self.spec.width), mixer.parts
+        part = self.call("linear", x, self.matrix("f32", "mix_in", mixed), width=mixed, label="linear f32")
+        weights = {"taps": dice.normal(3 * channels), "taps_bias": dice.normal(channels), "decay": -dice.normal(heads).exp(),
+                   "dt_bias": dice.normal(heads), "skip": dice.normal(heads), "mix_norm": dice.normal(width)}
+        states = tuple(dice.normal(SLOTS, *shape) for shape in mixer.states(self.spec.width))
+        self.call("mamba2", part, weights, mixer, 1e-5, states, self.program.sequences, width=width)
 
     def products(self, kind: str, x: torch.Tensor, norm: Any) -> None:
         """A product with everything before and after it, and one with gates."""

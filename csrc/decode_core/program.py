@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy
+
 from . import _core
 from .arrays import CODES, FLOAT32, look_at, vector
 from .attention import check_cache, check_softcap, check_together, rope_job, sinks_at
@@ -113,6 +115,8 @@ class Program:
         self._program = _core.Program(max_tokens, max_rows)
         self._buffers = Buffers(max_tokens, max_rows)
         self.logits = None
+        # by width: what mamba2's convolutions give, one layer's at a time
+        self._convolved: dict[int, numpy.ndarray] = {}
 
     # ---- recording
 
@@ -285,6 +289,41 @@ class Program:
         out_at = self._buffers.written("out", out, TOKENS, Hv * Dv)
         self._record(self._program.delta_rule, x_at, sizes, (mixer.alternating, mixer.gates_by_key, mixer.heads_by_key), weights_at, float(eps),
                      (past_at, S_at), slots, out_at, keep=(x, past, S, out, *(weights[name] for name in sized)))
+
+    def mamba2(self, x, weights, mixer, eps: float, states, sequences, out) -> None:
+        """x (max_tokens, z and p and dt) -> out (max_tokens, H * P), token by token: see chat_server's Mamba2,
+        which `mixer` is.
+
+        weights     taps (K * channels), the oldest token's first, taps_bias (channels) if mixer.taps_bias,
+                    decay (H), dt_bias (H), skip (H) and mix_norm (H * P), float32
+        states      p of the last K - 1 tokens (slots, K - 1, channels), oldest first, and S (slots, H, N, P),
+                    float32; slots as in short_conv
+        """
+        _is_marker("sequences", sequences, self.sequences)
+        K, sizes = mixer.size, (mixer.heads, mixer.head_size, mixer.state_size, mixer.groups)
+        H, P, N, G = sizes
+        inner, channels = H * P, H * P + 2 * G * N
+        if not 2 <= K <= MAX_TAPS or min(sizes) < 1 or H % G or P % 16 or channels % 16:
+            raise ValueError(f"mixer: must have 2 to {MAX_TAPS} taps, heads a multiple of groups, head_size and "
+                             f"2 * groups * state_size multiples of 16, not {mixer}")
+        past, S = states
+        past_at, _, (slots, *_), _ = look_at("states", past, FLOAT32, None, K - 1, channels, writable=True)
+        S_at = look_at("states", S, FLOAT32, slots, H, N, P, writable=True)[0]
+        x_at, rows_of = self._buffers.read("x", x)
+        if rows_of != TOKENS or x_at[1] != inner + channels + H or not slots:
+            raise ValueError(f"x: must be (max_tokens, {inner + channels + H}), and states have a slot, not "
+                             f"{x_at[1]} columns and {slots} slots")
+        sized = {"taps": K * channels, "decay": H, "dt_bias": H, "skip": H, "mix_norm": inner}
+        if mixer.taps_bias:
+            sized["taps_bias"] = channels
+        at = {name: vector(name, weights[name], "float32", size) for name, size in sized.items()}
+        own = [at[name] for name in ("decay", "dt_bias", "skip", "mix_norm")]
+        if (u := self._convolved.get(channels)) is None:
+            u = self._convolved[channels] = numpy.empty((self._buffers.limits[TOKENS], channels), numpy.float32)
+        out_at = self._buffers.written("out", out, TOKENS, inner)
+        self._record(self._program.mamba2, x_at, at["taps"], K, at.get("taps_bias", 0), sizes, own, float(eps),
+                     (past_at, S_at), slots, (u.ctypes.data, channels), out_at,
+                     keep=(x, past, S, out, *(weights[name] for name in sized)))
 
     def split_gates(self, x, head_size: int, gates, out) -> None:
         """x (max_tokens, 2 * H * D + the rest), of each head D columns and then those of its gate -> gates (max_tokens, H * D)

@@ -48,7 +48,7 @@ from typing import Any
 from . import _core, cuda
 from .program import MAX_CHOSEN, MAX_EXPERTS
 
-SEAM = 16       # one more whenever a name, an argument or a meaning above, or of `script`, changes
+SEAM = 17       # one more whenever a name, an argument or a meaning above, or of `script`, changes
 log = logging.getLogger("chat_server.decode_core")
 
 

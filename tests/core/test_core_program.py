@@ -182,6 +182,24 @@ class Eager:
                 for slot in written(t):
                     states[1][slot] = S
 
+    def mamba2(self, x, weights, mixer, eps, states, sequences, out):
+        f, T, H, P, N, G = np.float32, self.T, mixer.heads, mixer.head_size, mixer.state_size, mixer.groups
+        z, p, dt = np.split(x[:T], (H * P, 2 * H * P + 2 * G * N), axis=1)
+        u = self.convolve(np.ascontiguousarray(p), weights["taps"], states[0])
+        v, B, C = np.split(silu(u + weights["taps_bias"] if mixer.taps_bias else u), (H * P, H * P + G * N), axis=1)
+        v, (B, C) = v.reshape(T, H, P), (part.reshape(T, G, N)[:, np.arange(H) // (H // G)] for part in (B, C))
+        dt = softplus(dt + weights["dt_bias"])[..., None]
+        decay = exp_negative(weights["decay"][:, None] * dt)
+        for begin, end, [S], written in self.spans(states[1:]):
+            for t in range(begin, end):
+                S, y = fma(B[t, ..., None], (dt[t] * v[t])[:, None], decay[t, ..., None] * S), np.zeros((H, P), f)
+                for n in range(N):
+                    y = fma(S[:, n], C[t, :, n:n + 1], y)
+                y = fma(weights["skip"][:, None], v[t], y) * silu(z[t].reshape(H, P))
+                out[t] = rms_norm(y.reshape(G, -1), weights["mix_norm"].reshape(G, -1), eps).reshape(-1)
+                for slot in written(t):
+                    states[1][slot] = S
+
     def split_gates(self, x, head_size, gates, out):
         size = gates.shape[1]
         halves = x[:self.T, :2 * size].reshape(self.T, -1, 2, head_size)
@@ -199,12 +217,28 @@ class Eager:
             self.tokens = decode_core.sample(logits[:self.R], self.step.sampling).tolist()
 
 
-# ---- small models: a llama, one with every feature of nanochat checkpoints, one with experts and sinks, one with convolutions, and
-# two with delta rules: value heads beside their key heads, and alternating
+# ---- small models: a llama, one with every feature of nanochat checkpoints, one with experts and sinks, one with convolutions,
+# two with delta rules: value heads beside their key heads, and alternating; and two with Mamba-2 layers
 
 RULES = {"deltas": SimpleNamespace(size=4, key_heads=2, value_heads=6, key_size=16, value_size=80, alternating=False, gates_by_key=True, heads_by_key=True),
          "alternating deltas": SimpleNamespace(size=3, key_heads=3, value_heads=6, key_size=32, value_size=16, alternating=True, gates_by_key=False,
                                                heads_by_key=False)}
+MAMBAS = {"mamba": SimpleNamespace(size=4, heads=4, head_size=80, state_size=12, groups=2, taps_bias=True),
+          "narrow mamba": SimpleNamespace(size=2, heads=6, head_size=16, state_size=8, groups=3, taps_bias=False)}
+
+
+def shapes_of(mixer):
+    """Of a delta rule or a Mamba layer: the columns of its x and out, its weights' sizes, and its states' shapes."""
+    if "key_heads" in vars(mixer):
+        H, width = mixer.value_heads, mixer.value_heads * mixer.value_size
+        channels, columns = 2 * mixer.key_heads * mixer.key_size + width, 2 * H
+        own, state = {"mix_norm": mixer.value_size}, (H, mixer.key_size, mixer.value_size)
+    else:
+        H, width = mixer.heads, mixer.heads * mixer.head_size
+        channels, columns = width + 2 * mixer.groups * mixer.state_size, H
+        own, state = {"skip": H, "mix_norm": width} | ({"taps_bias": channels} if mixer.taps_bias else {}), (H, mixer.state_size, mixer.head_size)
+    return width + channels + columns, width, {"taps": mixer.size * channels, "decay": H, "dt_bias": H} | own, ((mixer.size - 1, channels), state)
+
 
 class Model:
     E = 7                       # experts
@@ -218,10 +252,11 @@ class Model:
         if name == "convolutions":
             shapes["mix_in"], shapes["mix_out"] = (3 * self.C, self.C), (self.C, self.C)
         mixed, mixer = 3 * self.C, self.C
-        if rule := RULES.get(name):
-            channels, mixer = 2 * rule.key_heads * rule.key_size + rule.value_heads * rule.value_size, rule.value_heads * rule.value_size
-            mixed = channels + mixer + 2 * rule.value_heads
-            shapes |= {"mix_in": (mixed, self.C), "mix_out": (self.C, mixer), "qkv": (qkv + self.H * self.D, self.C), "share": (1, self.C)}
+        if rule := (RULES | MAMBAS).get(name):
+            mixed, mixer, weights_sizes, states = shapes_of(rule)
+            shapes |= {"mix_in": (mixed, self.C), "mix_out": (self.C, mixer)}
+        if name in RULES:
+            shapes |= {"qkv": (qkv + self.H * self.D, self.C), "share": (1, self.C)}
         shapes |= {"up": (self.F if name == "nanochat" else 2 * self.F, self.C)}
         if name == "experts":
             shapes |= {"router": (self.E, self.C), "up": (self.E * 2 * self.F, self.C), "down": (self.E * self.C, self.F)}
@@ -236,12 +271,11 @@ class Model:
         self.routers = {}, {"sigmoids": True, "choice_bias": normal(self.E) / 4}, {}
         self.taps, self.conv_bias = {l: normal(size * self.C) for l, size in ((0, 3), (2, 5))}, normal(self.C)
         if rule:
-            sizes = {"taps": rule.size * channels, "decay": rule.value_heads, "dt_bias": rule.value_heads, "mix_norm": rule.value_size}
-            self.rule, self.rules = rule, [{key: normal(size) for key, size in sizes.items()} for _ in range(2)]
+            self.rule, self.rules = rule, [{key: normal(size) for key, size in weights_sizes.items()} for _ in range(2)]
             for weights in self.rules:
                 weights["decay"] = -np.exp(weights["decay"])
-        self.states = lambda: {l: (np.ones((SLOTS, rule.size - 1, channels), np.float32), np.ones((SLOTS, rule.value_heads, rule.key_size, rule.value_size), np.float32))
-                               for l in (0, 2)} if rule else {0: (np.ones((SLOTS, 2, self.C), np.float32),), 2: (np.ones((SLOTS, 4, self.C), np.float32),)}
+        kept = dict.fromkeys((0, 2), states) if rule else {0: ((2, self.C),), 2: ((4, self.C),)}
+        self.states = lambda: {l: tuple(np.ones((SLOTS, *shape), np.float32) for shape in own) for l, own in kept.items()}
         sizes = {"mixed": mixed, "mixer": mixer, "gated": qkv + self.H * self.D, "gates": self.H * self.D, "share": 1, "x": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
                  "hidden": self.F, "routing": self.E, "value": self.Hkv * self.D, "strength": self.Hkv}
         self.buffers = lambda: SimpleNamespace(
@@ -272,7 +306,8 @@ class Model:
                 if self.name == "convolutions":
                     k.short_conv(b.mixed, self.taps[l], b.states[l], k.sequences, b.mixer, bias=self.conv_bias if l else None)
                 else:
-                    k.delta_rule(b.mixed, self.rules[l // 2], self.rule, 1e-5, b.states[l], k.sequences, b.mixer)
+                    op = k.delta_rule if self.name in RULES else k.mamba2
+                    op(b.mixed, self.rules[l // 2], self.rule, 1e-5, b.states[l], k.sequences, b.mixer)
                 k.linear(b.mixer, layer["mix_out"], b.x, residual=b.x)
                 k.linear(b.x, layer["up"], b.hidden, norm=(self.norm, 1e-5), activation="swiglu")
                 k.linear(b.hidden, layer["down"], b.x, residual=b.x)
@@ -337,7 +372,7 @@ class Model:
         k.softcap(b.logits, 2.0, b.logits)
 
 
-MODELS = {name: Model(name) for name in ("llama", "nanochat", "experts", "convolutions", *RULES)}
+MODELS = {name: Model(name) for name in ("llama", "nanochat", "experts", "convolutions", *RULES, *MAMBAS)}
 
 
 class Recorded:
@@ -507,6 +542,33 @@ def test_wrong_gates_are_value_errors(op, change, words):
     with pytest.raises(ValueError, match=words):
         getattr(program, op)(**real(good | change))
     getattr(program, op)(**real(good))
+
+
+def without(weights, name):
+    return {"weights": {key: np.ones(len(weight) - (key == name), np.float32) for key, weight in weights.items()}}
+
+
+@pytest.mark.parametrize("name", ["mamba", "narrow mamba"])
+def test_a_wrong_mamba_layer_is_a_value_error(name):
+    mixer, program = MAMBAS[name], decode_core.Program(8, 2)
+    mixed, width, sizes, shapes = shapes_of(mixer)
+    x, weights = np.zeros((8, mixed), np.float32), {key: np.ones(size, np.float32) for key, size in sizes.items()}
+    program.embed(np.zeros((3, mixed), np.float32), program.token_ids, x)
+    good = dict(x=x, weights=weights, mixer=mixer, eps=1e-5, states=tuple(np.ones((4, *shape), np.float32) for shape in shapes),
+                sequences=program.sequences, out=np.ones((8, width), np.float32))
+    changed = lambda **values: {"mixer": SimpleNamespace(**vars(mixer) | values)}       # noqa: E731
+    past, S = good["states"]
+    wrong = [(changed(size=1), "mixer: must have 2 to 64 taps"), (changed(size=65), "mixer: must"), (changed(head_size=24), "mixer: must"),
+             (changed(state_size=mixer.state_size + 1), "mixer: must"), (changed(groups=5), "mixer: must"), (changed(groups=0), "mixer: must"),
+             ({"states": (past, S[:, :1])}, "states: must have the shape"), ({"states": (past[:, :, :16], S)}, "states: must have the shape"),
+             ({"states": (past, S[:3])}, "states: must have the shape"), ({"states": (past[:0], S[:0])}, "states have a slot"),
+             ({"sequences": "sequences"}, "sequences: must be <program.sequences>"), ({"out": x}, "out: must have the shape"),
+             *((without(weights, key), f"{key}: must have the shape") for key in sizes)]
+    for change, words in wrong:
+        with pytest.raises(ValueError, match=words):
+            program.mamba2(**good | change)
+    program.mamba2(**good)
+    assert program.describe()[1:] == ["convolve" + " bias" * mixer.taps_bias, "mamba2", "rms_norm"]
 
 
 def run_thousands(name, threads, *schedule):
@@ -760,7 +822,8 @@ def wrong_ops(p, m):
     good = dict(x=x, logits=logits, gate_up=e.layers[0]["up"], down=e.layers[0]["down"], out=x, norm=(None, 0.0), biases=(None, None),
                 activation="swiglu", chosen=2, sum_to_one=True)
     for argument, wrong in (("x", last), ("logits", last), ("gate_up", m.table), ("gate_up", m.layers[0]["up"]), ("down", m.layers[0]["down"]),
-                            ("chosen", 0), ("chosen", 8), ("chosen", 1.0), ("choice_bias", np.ones(8, np.float32)), ("activation", "relu2"), ("norm", (np.ones(3, np.float32), 0.0)),
+                            ("chosen", 0), ("chosen", 8), ("chosen", 1.0), ("activation", "relu2"),
+                            ("choice_bias", np.ones(8, np.float32)), ("norm", (np.ones(3, np.float32), 0.0)),
                             ("biases", (np.ones(3, np.float32), None)), ("out", logits)):
         yield ("" if argument == "x" else argument), lambda: p.experts(**(good | {argument: wrong}))
 

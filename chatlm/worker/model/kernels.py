@@ -193,7 +193,7 @@ def choose_backend(device, spec: ModelSpec | None):
 
 
 # ops of models that decode_core does not compute
-TORCH_ALONE = "mean_squares", "norm_qk", "mamba2"
+TORCH_ALONE = "mean_squares", "norm_qk"
 
 
 def not_compiled(spec: ModelSpec, device="cpu") -> str:
@@ -208,7 +208,9 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
         "delta rule of heads that are no multiples of 16": any(
             isinstance(mixer, DeltaRule) and (mixer.key_size % 16 or mixer.value_size % 16)
             for mixer in spec.mixers),
-        "Mamba layer": any(isinstance(mixer, Mamba2) for mixer in spec.mixers),
+        "Mamba layer whose heads or channels are no multiples of 16": any(
+            isinstance(mixer, Mamba2) and (mixer.head_size % 16 or mixer.parts[1] % 16)
+            for mixer in spec.mixers),
         "gate of attention on a GPU": spec.output_gate and on_gpu,
         f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2"),
         "feed-forward of such a width": spec.dense_size % TILE_ROWS or spec.shared_size % TILE_ROWS}
@@ -223,7 +225,7 @@ def for_decode_core() -> SimpleNamespace:
         decode_rows=decode_rows, attend=attend, attend_prompt=attend_prompt,
         dequantized=dequantized, dequantize=dequantize, unpermute_rope=unpermute_rope,
         references=references, finish_linear=finish_linear, rope_tables=rope_tables,
-        ModelSpec=ModelSpec, DeltaRule=DeltaRule, Norm=Norm, Sequences=Sequences,
+        ModelSpec=ModelSpec, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm, Sequences=Sequences,
         SampleRow=SampleRow, SamplingParams=SamplingParams,
         EagerSteps=EagerSteps, ConfigError=ConfigError)
 

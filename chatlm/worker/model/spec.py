@@ -120,7 +120,7 @@ class Mamba2:
     z, p, dt = mix_in x;  v, B, C = silu of a convolution of p over the last `size` tokens;
     dt = softplus(dt + dt_bias);  S = exp(decay * dt) * S + (dt * v) B^T;  y = S C + skip * v;
     mix_out (mix_norm * rms(y * silu(z))), the rms over each group. Head j reads the group's B and C, which
-    is j // (heads / groups). It keeps S (heads, P, N) and p of the last size - 1 tokens."""
+    is j // (heads / groups). It keeps S, as (heads, N, P), and p of the last size - 1 tokens."""
 
     size: int
     heads: int
@@ -148,7 +148,7 @@ class Mamba2:
                 "mix_out": (C, inner)} | dict.fromkeys(("decay", "dt_bias", "skip"), (heads,)) | biases
 
     def states(self, C: int) -> tuple[tuple[int, ...], ...]:
-        return (self.size - 1, self.parts[1]), (self.heads, self.head_size, self.state_size)
+        return (self.size - 1, self.parts[1]), (self.heads, self.state_size, self.head_size)
 
 
 Mixer = ShortConv | DeltaRule | Mamba2

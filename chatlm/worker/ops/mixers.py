@@ -90,7 +90,7 @@ def mamba2_reference(x, weights, mixer, eps, states, sequences, out):
     """A spec.Mamba2's x (T, its first width) -> out (T, its second), token by token.
 
     `weights` has taps, decay, dt_bias, skip, mix_norm and perhaps taps_bias; `states` are
-    (slots, K - 1, channels) and (slots, H, P, N)."""
+    (slots, K - 1, channels) and (slots, H, N, P)."""
     inner, _, H = mixer.parts
     G, N = mixer.groups, mixer.state_size
     z, p, dt = x.float().split(mixer.parts, 1)
@@ -103,8 +103,8 @@ def mamba2_reference(x, weights, mixer, eps, states, sequences, out):
     decay = torch.exp(weights["decay"] * dt)[..., None, None]
     for begin, end, [S], writes in spans_of(sequences, states[1:]):
         for t in range(begin, end):
-            S = decay[t] * S + (dt[t, :, None] * v[t])[..., None] * B[t, :, None]
-            y = (S * C[t, :, None]).sum(-1) + weights["skip"][:, None] * v[t]
+            S = decay[t] * S + B[t, ..., None] * (dt[t, :, None] * v[t])[:, None]
+            y = (S * C[t, ..., None]).sum(1) + weights["skip"][:, None] * v[t]
             y = (y.flatten() * functional.silu(z[t])).view(G, -1)
             scale = torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)
             out[t] = weights["mix_norm"] * (y * scale).flatten()

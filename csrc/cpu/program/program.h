@@ -17,15 +17,18 @@
 #include "cpu/tiles/tiles.h"
 #include "cpu/program/delta_rule.h"
 #include "cpu/program/experts.h"
+#include "cpu/program/mamba2.h"
 #include "cpu/ranks/ranks.h"
 #include "ops.h"
 
 namespace dc {
 
 enum class OpKind { embed, gather_rows, rms_norm, linear, copy, mix, smear, softcap, rope_append, paged_attention, sample, route, group,
-                    gate_up, down, combine, all_reduce, all_gather, short_conv, delta_rule, split_gates, gate, gated_add };
+                    gate_up, down, combine, all_reduce, all_gather, short_conv, delta_rule, split_gates, gate, gated_add,
+                    convolve, mamba2 };
 const char* name_of(OpKind kind);
-static inline bool keeps_states(OpKind kind) { return kind == OpKind::short_conv || kind == OpKind::delta_rule; }
+static inline bool is_convolution(OpKind kind) { return kind == OpKind::short_conv || kind == OpKind::convolve; }
+static inline bool keeps_states(OpKind kind) { return is_convolution(kind) || kind == OpKind::delta_rule || kind == OpKind::mamba2; }
 
 struct Rows {                           // a buffer: contiguous rows of `columns`
     float* at = nullptr;
@@ -37,9 +40,10 @@ struct Op {
     OpKind kind{};
     bool on_logit_rows = false;         // runs over the R rows that have logits, else over the T tokens
     Rows x, out;
-    Rows other;                         // linear: residual; mix: x0 (or backout's middle); smear: previous; all_reduce: residual; gated_add: what is added
+    Rows other;                         // linear: residual; mix: x0 (or backout's middle); smear: previous; all_reduce: residual; gated_add: what is added;
+                                        // mamba2: what a convolution made of p
     bool norm = false;                  // linear: of x first; weight and epsilon are the norm's
-    const float* weight = nullptr;      // smear: the gate; short_conv: the taps
+    const float* weight = nullptr;      // smear: the gate; a convolution: the taps
     float epsilon = 0;
     Tiles tiles{};                      // linear; embed unless memory is null
     const float* bias = nullptr;
@@ -48,10 +52,11 @@ struct Op {
     Element table_type{};
     int64_t table_rows = 0, first_row = 0, vocabulary = 0;      // its rows are those from first_row on, of so many ids
     bool previous_ids = false;          // embed: of the tokens before
-    int64_t channels = 0;               // smear; short_conv: how many taps; split_gates: of a head
-    float* states = nullptr;            // short_conv: (num_slots, taps - 1, columns)
+    int64_t channels = 0;               // smear; a convolution: how many taps; split_gates: of a head; rms_norm: groups of columns, 0: one
+    float* states = nullptr;            // a convolution: (num_slots, taps - 1, columns)
     int64_t num_slots = 0;              // of any op that keeps states
     std::shared_ptr<const DeltaRule> delta;
+    Mamba2 mamba{};
     Rows gates;                         // split_gates: written; gate, gated_add (one column): read
     float a = 0, b = 0;                 // mix: a x + b other; smear: lambda; softcap: cap
     RopeJob rope{};                     // positions and slots come with the step

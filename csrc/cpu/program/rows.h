@@ -19,13 +19,14 @@ struct StateRows {
     int64_t writes;             // after row write_rows[i], ascending and of these rows, the state goes to slot write_slots[i]
 };
 
-// A short convolution, see RowKernels.
+// A convolution, see RowKernels.
 struct ConvRows {
-    const float* x;             // [rows][3 * columns]: b, c, u
+    const float* x;             // rows of `stride`: short_conv: b, c, u of `columns` each, and s = b u; convolve: s
+    int64_t stride;
     float* out;                 // [rows][columns]
     const float *taps, *bias;   // [size][columns], the oldest token's first; [columns] or null
     int64_t columns, size;
-    float* states;              // [slots][size - 1][columns]: b * u of the tokens before, oldest first
+    float* states;              // [slots][size - 1][columns]: s of the tokens before, oldest first
     StateRows rows;
 };
 constexpr int64_t MAX_TAPS = 64;
@@ -45,8 +46,9 @@ struct RowKernels {             // `columns` a multiple of 16 except for soft_ca
     void (*combine)(const float* x, const float* const* added, const float* shares, int64_t chosen, int64_t columns, float* out);
     // (parts[0] + parts[1] + ...), added up in this order; then x + that, unless x is null
     void (*add_up)(const float* const* parts, int64_t count, const float* x, int64_t columns, float* out);
-    // s = b u;  c (taps[0] s of `size - 1` rows before + ... + taps[size - 1] s + bias), added up in this order, in columns [first, last)
+    // c (taps[0] s of `size - 1` rows before + ... + taps[size - 1] s + bias), added up in this order, in columns [first, last)
     void (*short_conv)(const ConvRows& conv, int64_t first, int64_t last);
+    void (*convolve)(const ConvRows& conv, int64_t first, int64_t last);                                    // the same with silu() for c ()
     void (*gate)(const float* x, const float* gates, int64_t columns, float* out);                          // x * sigmoid(gates)
     void (*gated_add)(const float* x, const float* added, float gate, int64_t columns, float* out);         // x + sigmoid(gate) * added
 };

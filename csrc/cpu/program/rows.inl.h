@@ -1,5 +1,5 @@
 // op       rms_norm, mix (backout is a mix), smear, soft_cap, widen, routes, combine, add_up, gate, gated_add: rows between two products;
-//          short_conv: rows of one sequence, in some columns
+//          short_conv, convolve: rows of one sequence, in some columns
 // shapes   x [C] float32 -> out [C] float32; routes: logits [E] -> ids and shares [chosen]
 // mapping  the caller's thread, one row; 16 lanes along it
 // cost     every value read and written once, from L1 or L2: estimated 0.1 us a row at C = 576, soft_cap 10 us at V = 32768
@@ -121,24 +121,33 @@ void add_up(const float* const* parts, int64_t count, const float* x, int64_t co
     }
 }
 
-void short_conv(const ConvRows& conv, int64_t first, int64_t last) {
+// own(x) of each row goes in, use(x, total) comes out; x is the row's from that column on.
+template <class Own, class Use>
+DC_INLINE void convolve_columns(const ConvRows& conv, int64_t first, int64_t last, Own own, Use use) {
     const StateRows& rows = conv.rows;
     const int64_t columns = conv.columns, before = conv.size - 1;
     for (int64_t c = first; c < last; c += 16) {
         Lanes past[MAX_TAPS];                   // s of the rows before, oldest first
         for (int64_t j = 0; j < before; j++) past[j] = rows.read < 0 ? all(0.0f) : load(conv.states + (rows.read * before + j) * columns + c);
         int64_t written = 0;
-        const auto own = [&](int64_t row) {
-            const float* x = conv.x + row * 3 * columns + c;
-            return load(x) * load(x + 2 * columns);
-        };
-        convolve(conv.taps + c, columns, conv.size, rows.begin, rows.end, past, own, [&](int64_t row, Lanes total) {
+        const auto own_of = [&](int64_t row) { return own(conv.x + row * conv.stride + c); };
+        convolve(conv.taps + c, columns, conv.size, rows.begin, rows.end, past, own_of, [&](int64_t row, Lanes total) {
             if (conv.bias) total = total + load(conv.bias + c);
-            store(conv.out + row * columns + c, load(conv.x + row * 3 * columns + columns + c) * total);
+            store(conv.out + row * columns + c, use(conv.x + row * conv.stride + c, total));
             for (; written < rows.writes && rows.write_rows[written] == row; written++)
                 for (int64_t j = 0; j < before; j++) store(conv.states + (rows.write_slots[written] * before + j) * columns + c, past[j]);
         });
     }
+}
+
+void short_conv(const ConvRows& conv, int64_t first, int64_t last) {
+    const int64_t columns = conv.columns;
+    convolve_columns(conv, first, last, [=](const float* x) { return load(x) * load(x + 2 * columns); },
+                     [=](const float* x, Lanes total) { return load(x + columns) * total; });
+}
+
+void plain_conv(const ConvRows& conv, int64_t first, int64_t last) {
+    convolve_columns(conv, first, last, [](const float* x) { return load(x); }, [](const float*, Lanes total) { return silu(total); });
 }
 
 void gate(const float* x, const float* gates, int64_t columns, float* out) {
@@ -153,7 +162,7 @@ void gated_add(const float* x, const float* added, float gate, int64_t columns, 
 }  // namespace
 
 extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any, route, route_sigmoids, combine, add_up, short_conv,
-                                         gate, gated_add};
+                                         plain_conv, gate, gated_add};
 
 }  // namespace DC_ISA
 }  // namespace dc

@@ -13,8 +13,8 @@
 // right before it is written where the others read it, and nothing is copied: so what it would have been written to stays as it was.
 // A layer's experts (experts.h) are phases of their own either way: their products are divided among the threads.
 // Logit rows are always treated the first way: the head is too large to be read again for each chunk.
-// A short convolution of more than 4 rows is a phase whose chunks take columns: each row of a sequence needs those before it.
-// A delta rule is one whose chunks take key heads: its states are megabytes, even for one row.
+// A convolution of more than 4 rows is a phase whose chunks take columns: each row of a sequence needs those before it.
+// A delta rule or a Mamba layer is one whose chunks take heads: its states are megabytes, even for one row.
 // After the last op that appends keys or keeps states only tokens with logits are computed on: nothing else reads the others (a thirtieth of a prompt).
 // The bits of a row are the same either way (tiles.h, attention.h).
 #pragma once
@@ -104,8 +104,9 @@ private:
     void put_attention(const Part& part, int64_t chunk, const float* staged) const;
     const AttentionRun& attention_of(const Part& part) const;
     void do_softcap(const Part& part, int64_t chunk) const;
-    void do_short_conv(const Part& part, int64_t chunk) const;
+    void do_convolution(const Part& part, int64_t chunk) const;
     void do_delta_rule(const Part& part, int64_t chunk) const;
+    void do_mamba2(const Part& part, int64_t chunk) const;
     void do_group(const Part& part, int64_t chunk) const;
     void do_gather(const Part& part, int64_t chunk) const;
     void do_experts(const Part& part, int64_t chunk, float* staged) const;
@@ -127,7 +128,8 @@ private:
     void linear_of_rows(const Op& op, int64_t begin, int64_t end) const;
     void combine(const Op& op, int64_t row) const;
     template <class Visit> void each_sequence(Visit visit) const;
-    void short_conv(const Op& op, int64_t first, int64_t last) const;
+    void rms_norm(const Op& op, int64_t row) const;
+    void convolve(const Op& op, int64_t first, int64_t last) const;
 
     int64_t count_of(const Op& op) const { return op.on_logit_rows ? logit_rows : tokens; }
 

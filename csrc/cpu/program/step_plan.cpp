@@ -15,7 +15,8 @@ constexpr int64_t FREE_ROWS = 4;                // so many rows take the time of
 // A chunk of an expert's product in a prompt: its weights stay in the second cache while all of the expert's rows pass by.
 constexpr int64_t EXPERT_BYTES = 384 << 10;
 constexpr int64_t EXCHANGED_BYTES = 32 << 10;   // of a rank's part, copied or joined by a chunk: estimated 3 us
-constexpr int64_t CONV_VALUES = 16 << 10;       // of a chunk of a short convolution: estimated 5 us
+constexpr int64_t CONV_VALUES = 16 << 10;       // of a chunk of a convolution: estimated 5 us
+constexpr int64_t MAMBA_VALUES = 32 << 10;      // of states that a chunk of a Mamba layer goes through: estimated 1 us in the cache, 7 in memory
 constexpr int64_t SMALL_CHUNK_ROWS = 4;         // rows of a chunk between two products: 0.7 us of prepare, 2 us of rope
 
 }  // namespace
@@ -213,11 +214,14 @@ void Step::make_phases() {
         if (rows == 0 || (is_needed_only(i) && logit_rows == 0)) flush(i, -1, i + 1);
         else if (op.kind == OpKind::linear && (op.on_logit_rows || !by_rows())) flush(i, i, i + 1), add_product(i);
         else if (op.kind == OpKind::paged_attention) flush(i, -1, i + 1), add_attention(i);
-        else if (op.kind == OpKind::short_conv && rows > SMALL_CHUNK_ROWS) {
+        else if (is_convolution(op.kind) && rows > SMALL_CHUNK_ROWS) {
             const int64_t units = op.out.columns / 16;
-            flush(i, -1, i + 1), add_plain<&Step::do_short_conv>({nullptr, i, i + 1, -1, rows, rows, std::min(units, rows * op.out.columns / CONV_VALUES + 1)});
+            flush(i, -1, i + 1), add_plain<&Step::do_convolution>({nullptr, i, i + 1, -1, rows, rows, std::min(units, rows * op.out.columns / CONV_VALUES + 1)});
         } else if (op.kind == OpKind::delta_rule) flush(i, -1, i + 1), add_plain<&Step::do_delta_rule>({nullptr, i, i + 1, -1, rows, rows, op.delta->key_heads});
-        else if (op.kind == OpKind::group) flush(i, -1, i + 1), add_plain<&Step::do_group>({nullptr, i, i + 1, -1, rows, rows, 1, is_needed_only(i)});
+        else if (op.kind == OpKind::mamba2) {
+            const int64_t chunks = std::min(op.mamba.heads, rows * op.mamba.heads * op.mamba.head_values() / MAMBA_VALUES + 1);
+            flush(i, -1, i + 1), add_plain<&Step::do_mamba2>({nullptr, i, i + 1, -1, rows, rows, chunks});
+        } else if (op.kind == OpKind::group) flush(i, -1, i + 1), add_plain<&Step::do_group>({nullptr, i, i + 1, -1, rows, rows, 1, is_needed_only(i)});
         else if (op.kind == OpKind::gate_up || op.kind == OpKind::down) flush(i, -1, i + 1), add_experts(i);
         else if (op.ranks) flush(i, -1, i + 1), add_exchange(i);
         else if (op.kind == OpKind::softcap) {

@@ -92,7 +92,7 @@ void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
     const RowKernels& use = row_kernels_here();
     if (op.kind == OpKind::linear) return linear_of_rows(op, begin, end);
     if (op.kind == OpKind::rope_append) return append(op, begin, end);
-    if (op.kind == OpKind::short_conv) return short_conv(op, 0, op.out.columns);        // all rows are here
+    if (is_convolution(op.kind)) return convolve(op, 0, op.out.columns);            // all rows are here
     for (int64_t row = begin; row < end; row++) {
         float* out = op.out.row(row);
         const int64_t columns = op.out.columns;
@@ -100,7 +100,7 @@ void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
             case OpKind::embed: embed(op, row); break;
             case OpKind::gather_rows: std::memcpy(out, op.x.row(input.logit_rows[size_t(row)]), size_t(columns) * sizeof(float)); break;
             case OpKind::copy: std::memcpy(out, op.x.row(row), size_t(columns) * sizeof(float)); break;
-            case OpKind::rms_norm: use.rms_norm(op.x.row(row), op.weight, op.epsilon, columns, out); break;
+            case OpKind::rms_norm: rms_norm(op, row); break;
             case OpKind::mix: use.mix(op.x.row(row), op.a, op.other.row(row), op.b, columns, out); break;
             case OpKind::smear: {
                 const float* previous = input.previous_ids[size_t(row)] >= 0 ? op.other.row(row) : nullptr;
@@ -123,6 +123,12 @@ void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
     }
 }
 
+void Step::rms_norm(const Op& op, int64_t row) const {
+    const int64_t size = op.out.columns / std::max<int64_t>(op.channels, 1);
+    for (int64_t c = 0; c < op.out.columns; c += size)
+        row_kernels_here().rms_norm(op.x.row(row) + c, op.weight ? op.weight + c : nullptr, op.epsilon, size, op.out.row(row) + c);
+}
+
 void Step::embed(const Op& op, int64_t row) const {
     const int64_t id = std::max<int64_t>((op.previous_ids ? input.previous_ids : input.token_ids)[size_t(row)], 0) - op.first_row;
     float* const out = product_row(op, row);
@@ -138,10 +144,10 @@ void Step::append(const Op& op, int64_t begin, int64_t end) const {
     DC_CHOSEN(attention_kernels).rope_rows(job, begin, end);
 }
 
-void Step::do_short_conv(const Part& part, int64_t chunk) const {
+void Step::do_convolution(const Part& part, int64_t chunk) const {
     const Op& op = ops[size_t(part.first)];
     const int64_t units = op.out.columns / 16;
-    short_conv(op, units * chunk / part.chunks * 16, units * (chunk + 1) / part.chunks * 16);
+    convolve(op, units * chunk / part.chunks * 16, units * (chunk + 1) / part.chunks * 16);
 }
 
 // visit() gets the rows of each sequence and what they read and write.
@@ -158,9 +164,10 @@ void Step::each_sequence(Visit visit) const {
 }
 
 // All rows, in columns [first, last).
-void Step::short_conv(const Op& op, int64_t first, int64_t last) const {
+void Step::convolve(const Op& op, int64_t first, int64_t last) const {
+    const auto kernel = op.kind == OpKind::convolve ? row_kernels_here().convolve : row_kernels_here().short_conv;
     each_sequence([&](const StateRows& rows) {
-        row_kernels_here().short_conv({op.x.at, op.out.at, op.weight, op.bias, op.out.columns, op.channels, op.states, rows}, first, last);
+        kernel({op.x.at, op.x.columns, op.out.at, op.weight, op.bias, op.out.columns, op.channels, op.states, rows}, first, last);
     });
 }
 
@@ -168,6 +175,14 @@ void Step::do_delta_rule(const Part& part, int64_t chunk) const {
     const Op& op = ops[size_t(part.first)];
     float* const memory = static_cast<float*>(scratch(size_t(op.delta->memory_floats()) * sizeof(float)));
     each_sequence([&](const StateRows& rows) { DC_CHOSEN(delta_rule)({op.delta.get(), op.x.at, op.out.at, rows, chunk, memory}); });
+}
+
+void Step::do_mamba2(const Part& part, int64_t chunk) const {
+    const Op& op = ops[size_t(part.first)];
+    const Mamba2& layer = op.mamba;
+    float* const memory = static_cast<float*>(scratch(size_t(layer.head_values()) * sizeof(float)));
+    for (int64_t head = layer.heads * chunk / part.chunks; head < layer.heads * (chunk + 1) / part.chunks; head++)
+        each_sequence([&](const StateRows& rows) { DC_CHOSEN(mamba2)({&layer, op.x.at, op.other.at, op.out.at, rows, head, memory}); });
 }
 
 int64_t DeltaRule::memory_floats() const {

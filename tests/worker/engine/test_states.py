@@ -193,12 +193,11 @@ def test_states_and_snapshots_take_their_parts_of_the_kv_cache(made, kib, pages,
 
 @pytest.mark.skipif(decode_core() is None, reason="only decode_core quantizes")
 def test_quantize_packs_the_matrices_around_a_convolution_and_leaves_its_taps(made):
-    if "lfm2" not in made[0].name:
-        pytest.skip("torch computes this model")
     settings = Settings(model=str(made[0]), quantize="q8_0", kv_cache_memory=1 << 20)
     _, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
     weights = engine.transformer.weights
-    assert {weights[f"0.{name}"].kind for name in ("mix_in", "mix_out", "gate_up")} == {"q8_0"} and weights["0.taps"].dtype == torch.float32
+    names = {f"0.{name}" for name in ("mix_in", "mix_out", "gate_up", "expert_gate_up")} & {*weights}
+    assert len(names) == 3 and {weights[name].kind for name in names} == {"q8_0"} and weights["0.taps"].dtype == torch.float32
     works = [assignment(name, tuple(range(50)), SamplingParams(temperature=0), 30, ignore_eos=True) for name in ("first", "from a snapshot")]
     first, again = (tokens_of(engine, [work])[work.id] for work in works)
     assert first == again and len(first) == 30

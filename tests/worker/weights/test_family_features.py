@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
-from chatlm.worker.model.spec import DeltaRule, ModelSpec, ShortConv, expected_tensors
+from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, ShortConv, expected_tensors
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, query_scales, rope_append_reference, rope_frequencies
 from chatlm.worker.ops.basic import RopePairs, gated_add_reference, unpermute_rope
 from chatlm.worker.weights.gguf import gguf_spec
@@ -122,6 +122,8 @@ SPEC = dict(vocab_size=64, layers=1, width=64, heads=4, kv_heads=4, head_size=16
 @pytest.mark.parametrize("fields, words", [
     ({"qk_norm_sizes": (64, 64)}, "no norm of all heads together"),
     ({"mixers": (DeltaRule(4, 2, 4, 16, 8),)}, "no delta rule of heads that are no multiples of 16"),
+    ({"mixers": (Mamba2(4, 3, 8, 16),)}, "no Mamba layer whose heads or channels are no multiples of 16"),
+    ({"mixers": (Mamba2(4, 3, 16, 4),)}, "no Mamba layer whose heads or channels"),
     ({"q_growth": (0.1, 16)}, "no scale of queries by their position"), ({"activation": "gelu"}, "no gelu feed-forward"),
     ({"activation": "reglu2"}, "no reglu2 feed-forward"), ({"experts": 4, "shared_size": 40}, "no feed-forward of such a width")])
 def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(fields, words, caplog):
@@ -133,7 +135,8 @@ def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(field
 
 @pytest.mark.parametrize("fields, words", [
     ({"experts": 4, "sigmoid_router": True}, "router of sigmoids"), ({"mixers": (ShortConv(3),)}, "layers that keep a state"),
-    ({"mixers": (DeltaRule(4, 2, 4, 16, 32),)}, "layers that keep a state"), ({"output_gate": True}, "gate of attention"),
+    ({"mixers": (DeltaRule(4, 2, 4, 16, 32),)}, "layers that keep a state"),
+    ({"mixers": (Mamba2(4, 3, 16, 8),)}, "layers that keep a state"), ({"output_gate": True}, "gate of attention"),
     ({"experts": 4, "shared_size": 64, "shared_gate": True}, "gate of a shared expert")])
 def test_some_ops_are_compiled_for_a_cpu_alone(fields, words):
     assert (not_compiled(ModelSpec(**SPEC | fields), "cuda"), not_compiled(ModelSpec(**SPEC | fields))) == (f"{words} on a GPU", "")

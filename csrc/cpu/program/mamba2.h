@@ -1,0 +1,41 @@
+// A state space that decays by the token: chatlm/worker/model/spec.py's Mamba2, chatlm/worker/ops/mixers.py's mamba2_reference.
+//
+//     convolve    (columns) u = silu of the convolution of p; step_run.cpp
+//     mamba2      (heads) y = S C + skip * v, times silu(z)
+//     rms_norm    (row by row) over each group
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/cpu.h"
+#include "cpu/program/rows.h"
+
+namespace dc {
+
+struct Mamba2 {
+    int64_t heads, head_size;                   // H, P, a multiple of 16
+    int64_t state_size, groups;                 // N, G: head j reads B and C of group j / (H / G)
+    const float *decay, *dt_bias, *skip;        // [H]
+    float* states;                              // [slots][H][N][P]
+
+    int64_t inner() const { return heads * head_size; }
+    int64_t channels() const { return inner() + 2 * groups * state_size; }          // of u: v, B, C
+    int64_t columns() const { return inner() + channels() + heads; }                // of x: z, p, dt
+    int64_t head_values() const { return state_size * head_size; }
+    int64_t b_at(int64_t head) const { return inner() + head / (heads / groups) * state_size; }
+    int64_t c_at(int64_t head) const { return b_at(head) + groups * state_size; }
+};
+
+// Rows of one sequence, and of them what one head gives: x [rows][columns()], u [rows][channels()] -> out [rows][inner()].
+struct Mamba2Rows {
+    const Mamba2* layer;
+    const float *x, *u;
+    float* out;
+    StateRows rows;
+    int64_t head;
+    float* memory;                              // [N][P]
+};
+
+DC_EACH_ISA(void mamba2(const Mamba2Rows& job))
+
+}  // namespace dc
