@@ -56,7 +56,7 @@ class Leader {
 
     // `begun` is called when the step is under way.
     void run(Step& step, const std::function<void()>& begun) {
-        const int threads = get_threads(), width = step.by_rows() ? threads : decoding.choose(threads);
+        const int threads = get_threads(), width = step.many_rows() ? threads : decoding.choose(threads);
         step.resolve_ids(drawn);
         if (step.by_rows()) begun();            // its first phase is long, and nobody does a stopped thread's part of it
         const auto begin = Clock::now();
@@ -65,7 +65,7 @@ class Leader {
         // What counts is the time from token to token: where kernels hold every CPU, Python comes late with the next step.
         step.gap_us = std::chrono::duration<double, std::micro>(begin - last_end).count();
         last_end = Clock::now();
-        if (threads == 1 || forced_width() || step.by_rows()) return;       // nothing to choose
+        if (threads == 1 || forced_width() || step.many_rows()) return;       // nothing to choose
         decoding.learn(step.tokens * (MAX_CHUNKS + 1) + step.logit_rows, step.us + (step.gap_us < MOST_GAP_US ? step.gap_us : 0), step.outcome.stalled);
     }
 
@@ -254,7 +254,7 @@ void Program::record(const Op& op) {
     if (op.kind == OpKind::sample) in.sampled_vocab = op.x.columns;
     if (keeps_states(op.kind)) in.num_slots = std::min(in.num_slots, op.num_slots);
     if (op.kind == OpKind::linear) {
-        const int64_t rows = op.on_logit_rows ? max_rows : std::min(max_tokens, TOKENS_BY_ROWS);
+        const int64_t rows = op.on_logit_rows ? max_rows : std::min(max_tokens, MOST_TOKENS_BY_TILES);
         in.prepared_size = std::max(in.prepared_size, prepared_bytes(op, rows));
     }
     if (op.ranks)

@@ -2,12 +2,13 @@
 // step_run.cpp runs them.
 //
 // How ops become phases, for T tokens:
-//   T < 32   a product's tiles are divided among the threads, so that each weight is read once; what stands between two
+//   few      a product's tiles are divided among the threads, so that each weight is read once; what stands between two
 //            products (norm, mixing, rope, making x ready for the next product) is one phase of 4 rows a chunk, hence for
 //            T <= 4 no phase of its own: the thread that ends one product does it and begins the next.
-//   T >= 32  rows are divided: everything from one attention to the next is one phase whose chunks take 8 to 32 rows through
-//            all products, so that a thread keeps its rows in its cache (measured: 4,360-4,880 tok/s on two chips,
-//            2,960 with the products divided).
+//   at least 8 for each thread and 16 in all
+//            rows are divided: everything from one attention to the next is one phase whose chunks take 8 to 32 rows through
+//            all products, so that a thread keeps its rows in its cache (measured for 256 tokens: 4,360-4,880 tok/s on two chips,
+//            2,960 with the products divided; for 16 tokens on two threads: 64 phases instead of 303, a step 0.90 of the time).
 // Where ranks sum (all_reduce) or put side by side (all_gather) what each has, one chunk copies, meets (ranks.h) and joins; where
 // that is much, copying and joining are phases around the meeting, in which all threads take part. A product or an embedding
 // right before it is written where the others read it, and nothing is copied: so what it would have been written to stays as it was.
@@ -19,6 +20,7 @@
 // The bits of a row are the same either way (tiles.h, attention.h).
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <map>
@@ -31,15 +33,19 @@
 
 namespace dc {
 
-constexpr int64_t TOKENS_BY_ROWS = 32;          // from here on a step's rows are divided
+constexpr int64_t MANY_ROWS = 32;               // chunks of rows are long from here on, as a prompt's are
 constexpr int64_t CAP_COLUMNS = 8192;           // of a chunk of softcap
 
 static inline int64_t unit_of(const Op& op) { return is_gate(op.activation) ? 2 : 1; }     // tiles that stay together
 
+// From so many tokens on a step's rows are divided: each thread has the 8 rows that kernels take through a tile together.
+constexpr int64_t MOST_TOKENS_BY_TILES = 128;
+static inline int64_t tokens_by_rows(int threads) { return std::min(GROUP_ROWS * int64_t(std::max(2, threads)), MOST_TOKENS_BY_TILES); }
+
 size_t prepared_bytes(const Op& op, int64_t rows);      // a linear's x, made ready
 
 struct StepMemory {
-    void* prepared;                             // of any linear over TOKENS_BY_ROWS tokens or the most logit rows
+    void* prepared;                             // of any linear over MOST_TOKENS_BY_TILES or the most logit rows
     void* panels;                               // of any layer's experts, for every token; and of their pairs:
     float *hidden, *added;
 };
@@ -56,7 +62,8 @@ public:
     void run(int width, const std::function<void()>& begun);
     void poison_ranks() const;                  // of a step that failed: the other ranks wait for it
     StepTimes times() const;
-    bool by_rows() const { return tokens >= TOKENS_BY_ROWS; }
+    bool by_rows() const { return tokens >= tokens_by_rows(threads); }
+    bool many_rows() const { return tokens >= MANY_ROWS; }
 
     const int64_t tokens, logit_rows;
     std::vector<int32_t> drawn;

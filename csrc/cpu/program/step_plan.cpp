@@ -143,10 +143,11 @@ void Step::add_staged(Part part, size_t staged_bytes) {
 void Step::add_rows(int first, int end, int prepares, int64_t rows) {
     if (rows == 0 || (first == end && prepares < 0)) return;
     int64_t per_chunk = SMALL_CHUNK_ROWS;
-    if (rows == tokens && by_rows()) {          // a multiple of GROUP_ROWS; the more, the less often weights are read
+    if (rows == tokens && by_rows()) {          // the more, the less often weights are read
         const int64_t least = chosen_amx() != Amx::none && rows >= threads * PANEL_ROWS ? PANEL_ROWS : GROUP_ROWS;
         per_chunk = 4 * GROUP_ROWS;
         while (per_chunk > least && rows < 3 * threads * per_chunk) per_chunk /= 2;
+        if (rows < 2 * threads * GROUP_ROWS) per_chunk = (rows + threads - 1) / threads;     // one each: with chunks of 8, some would have two
     }
     const bool needed_only = first < end && is_needed_only(first);
     add_plain<&Step::do_rows>({nullptr, first, end, prepares, rows, per_chunk, (rows + per_chunk - 1) / per_chunk, needed_only});
@@ -169,7 +170,7 @@ void Step::add_attention(int index) {
     const AttentionRun& run = attention_of(part);
     part.chunks = run.chunks();
     if (part.chunks) add_staged<&Step::do_attention, &Step::put_attention>(part, run.staged_bytes(ops[size_t(index)].attention));
-    if (by_rows() && part.chunks) phases.back().put = nullptr;          // long chunks: one that is only slow would be done twice
+    if (many_rows() && part.chunks) phases.back().put = nullptr;          // long chunks: one that is only slow would be done twice
 }
 
 // Routing decides how much there is to do: at most what `most` experts take.
@@ -177,15 +178,15 @@ void Step::add_experts(int index) {
     const Op& op = ops[size_t(index)];
     const int64_t rows = count_of(op), E = op.routing->experts, pairs = rows * op.routing->chosen, most = std::min(E, pairs);
     const bool needed_only = is_needed_only(index);
-    const int64_t per_chunk = by_rows() ? 4 * GROUP_ROWS : SMALL_CHUNK_ROWS;
+    const int64_t per_chunk = many_rows() ? 4 * GROUP_ROWS : SMALL_CHUNK_ROWS;
     add_plain<&Step::do_gather>({nullptr, index, index, index, rows, rows, (pairs + per_chunk - 1) / per_chunk, needed_only});
     const int64_t units = tile_count(op.tiles.rows) / unit_of(op) / E * most, bytes = bytes_of(op.tiles) / E * most;
     const int64_t each = (pairs + most - 1) / most, work = bytes * std::max(each, FREE_ROWS) / FREE_ROWS;
-    int64_t chunks = ((by_rows() ? bytes / EXPERT_BYTES : work / CHUNK_BYTES) / threads + 1) * threads;
+    int64_t chunks = ((many_rows() ? bytes / EXPERT_BYTES : work / CHUNK_BYTES) / threads + 1) * threads;
     chunks = std::min({chunks, units, MAX_CHUNKS});
     const size_t staged_bytes = size_t(rows * (units / chunks + 1) * TILE_ROWS) * sizeof(float);
     add_staged<&Step::do_experts, &Step::put_experts>({nullptr, index, index + 1, -1, rows, rows, chunks, needed_only}, staged_bytes);
-    if (by_rows()) phases.back().put = nullptr;                         // as in add_attention
+    if (many_rows()) phases.back().put = nullptr;                       // as in add_attention
 }
 
 // The meeting is in a phase of one chunk: one thread waits for the other ranks.
