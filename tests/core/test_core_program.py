@@ -444,6 +444,7 @@ MIXES = {                       # T tokens: those of the sequences, repeated as 
     1: [(0, 1)],
     2: [(5, 1), (40, 1)],
     5: [(31, 1), (3, 1), (0, 3)],
+    21: [(90, 1), (17, 1), (0, 19)],        # rows divided on two threads, products on four
     33: [(90, 1), (17, 1), (0, 31)],
     100: [(100, 1), (2, 1), (0, 58), (16, 40)],
 }
@@ -453,7 +454,7 @@ SCHEDULES = [(1, 0, False), (2, 0, False), (2, 2, True), (2, 1, False), (4, 4, F
 
 
 @pytest.mark.parametrize("logit_rows", by_day(["none", "one", "all"], "one"))
-@pytest.mark.parametrize("tokens", by_day(MIXES, 5, 33))
+@pytest.mark.parametrize("tokens", by_day(MIXES, 5, 21, 33))
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_has_the_bits_of_its_ops_called_one_by_one(name, tokens, logit_rows):
     model, recorded = MODELS[name], Recorded(name)
