@@ -33,7 +33,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 80 more: of several models, KV pages go before weights.
 # 60 more: decode_core records delta rules and gates.
 # 40 more: decode_core records Mamba layers.
-MOST_STATEMENTS = 16_540
+# 330 more: calls with values in notations of their own (LFM2, Gemma 4): their reader, their grammars, their histories.
+MOST_STATEMENTS = 16_870
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

@@ -14,6 +14,7 @@ from chatlm.common.text.formats import CALL_FORMATS, HARMONY, NO_CALLS, tool_for
 from chatlm.common.text.grammar import byte_vocabulary, check_grammar
 from chatlm.common.text.reader import AnswerReader, Harmony, Prose
 from chatlm.common.text.scanner import Deltas, Scanner
+from chatlm.common.text.value_calls import ValueCalls
 from chatlm.front.api.call_grammars import tool_grammar
 from fake_pool import Letters
 
@@ -26,6 +27,8 @@ def written(row, arguments='{"city": "Rome"}'):
     """One call of `weather`, as a row says that its models write it."""
     if row.tags:
         arguments = "".join(row.tags.parameter.replace("{name}", name) + value + row.tags.value_end for name, value in json.loads(arguments).items())
+    if row.notation:
+        arguments = row.notation.arguments(json.loads(arguments))
     call = row.call.replace("{name}", "weather").replace("{quoted}", '"weather"').replace("{digit}", "0").replace("{arguments}", arguments)
     return row.calls.replace("{calls}", call)
 
@@ -165,6 +168,13 @@ def test_calls_in_tags_are_read_without_the_other_readers_and_closed_unless_they
     scanner, deltas = parts
     reading = forever(lambda: (TaggedCalls(scanner, deltas, ["f"], CALL_FORMATS["qwen tags"], [{"x": "string"}]), scanner))
     assert driven(scanner, deltas, reading, "a<tool_call>\n<function=f>\n<para", "meter=x>\n1", cut=cut) == [("text", "a", ""), ("call", closed, "f")]
+
+
+@pytest.mark.parametrize("cut, closed", [(False, '{"x": "1", "y": [2]}'), (True, '{"x": "1", "y": [')])
+def test_calls_of_values_are_read_without_the_other_readers_and_closed_unless_they_are_cut(parts, cut, closed):
+    scanner, deltas = parts
+    reading = forever(lambda: (ValueCalls(scanner, deltas, ["f"], CALL_FORMATS["lfm2"]), scanner))
+    assert driven(scanner, deltas, reading, "a<|tool_call_sta", 'rt|>[f(x="1', '", y=[2', cut=cut) == [("text", "a", ""), ("call", closed, "f")]
 
 
 def test_a_value_that_is_cut_while_its_end_is_in_doubt_is_not_made_up(parts):

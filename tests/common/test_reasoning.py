@@ -84,6 +84,7 @@ def joined(told):
 
 HARMONY = dict(tool_format="harmony", thoughts=("<|message|>", "<|end|>"), tokens=formats.HARMONY)
 TAGS = dict(tool_format="tagged", thoughts=THINK, tokens=(*THINK, "<tool_call>", "</tool_call>"))
+GEMMA = dict(tool_format="gemma", thoughts=("<|channel>", "<channel|>"), tokens=("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>'))
 CASES = {
     "qwen": (TAGS, "", "|<think>|\nHm, <b>.\n|</think>|\n\nIt is\n late. ", [("reasoning", "Hm, <b>."), ("text", "It is\n late. ")]),
     "look-alikes are text": (TAGS, "", "A <think> tag </think> <tool_call>", [("text", "A <think> tag </think> <tool_call>")]),
@@ -108,6 +109,11 @@ CASES = {
         HARMONY, "¦<|start|>¦assistant¦<|channel|>¦final¦<|message|>¦It is ", "late.", [("text", "late.")]),
     "two thoughts": (HARMONY, "¦<|start|>¦assistant", "¦<|channel|>¦analysis¦<|message|>¦A¦<|end|>¦¦<|start|>¦assistant¦<|channel|>¦analysis¦<|message|>¦B",
                      [("reasoning", "A\n\nB")]),
+    "gemma": (GEMMA, "model\n", "¦<|channel>¦thought\nHm, <channel|>.\n¦<channel|>¦It is\n late.", [("reasoning", "Hm, <channel|>."), ("text", "It is\n late.")]),
+    "gemma after a result": (GEMMA, "¦<|channel>¦thought\n", "thought\nHm.¦<channel|>¦Yes.¦<channel|>¦", [("reasoning", "thought\nHm."), ("text", "Yes.")]),
+    "gemma without thinking": (GEMMA, "model\n¦<|channel>¦thought\n¦<channel|>¦", "Yes.", [("text", "Yes.")]),
+    "gemma without its heading": (GEMMA, "", "¦<|channel>¦thoughts¦<channel|>¦Yes.", [("reasoning", "thoughts"), ("text", "Yes.")]),
+    "gemma's call": (GEMMA, "", 'a¦<|channel>¦thought\nHm.¦<|tool_call>¦call:weather{city:¦<|"|>¦Rome¦<|"|>¦}¦<tool_call|>¦b', [("text", "a"), ("reasoning", "Hm."), ROME, ("text", "b")]),
     "no harmony at all": (HARMONY, "¦<|start|>¦assistant", "Yes, it is.", [("text", "Yes, it is.")]),
 }
 
@@ -163,6 +169,7 @@ BUDGETS = {     # vocabulary, prompt, what the model would write, budget and las
     "a character is finished": (TAGS, OPENED, "日", dict(thinking_budget=4), [("reasoning", "日日"), ("text", "\ufffd\ufffd日")]),
     "harmony": (HARMONY, "¦<|start|>¦assistant", "¦<|channel|>¦analysis¦<|message|>¦abcdefghijklmno", dict(thinking_budget=3, last_thought="Now."),
                 [("reasoning", "abc\n\nNow.")]),
+    "gemma": (GEMMA, "¦<|channel>¦thought\n", "abcdefgh", dict(thinking_budget=5, last_thought="Now."), [("reasoning", "abcde\n\nNow."), ("text", "fghabcdef")]),
     "more than it thinks": (TAGS, OPENED, "ab|</think>|cd", dict(thinking_budget=99), [("reasoning", "ab"), ("text", "cdabcdab")]),
 }
 

@@ -19,7 +19,8 @@ from chatlm.common.text.formats import CALL_FORMATS, HARMONY, tool_format_of, wi
 from chatlm.common.text.grammar import byte_vocabulary, check_grammar, json_grammar
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.reader import AnswerReader
-from chatlm.front.api.call_grammars import STRING_FORMATS, call_grammar, parameter_types, tool_grammar
+from chatlm.common.text.schema_rules import STRING_FORMATS
+from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
 from chatlm.front.api.conversation import openai_messages
 from chatlm.front.api.fields import parse_fields, read_choice
 from chatlm.front.api.readers import parse_openai_request
@@ -395,7 +396,9 @@ async def test_in_a_stream_a_call_comes_by_its_name_and_then_its_arguments_in_pi
 
 @pytest.mark.parametrize("tool_format, text", [
     ("tagged", 'Sure. <tool_call>{"name": "time", "arguments": {}}</tool_call>\n<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'),
-    ("mistral", 'Sure. [TOOL_CALLS][{"name": "time", "arguments": {}}, {"name": "weather", "arguments": {"city": "Rome"}}]')])
+    ("mistral", 'Sure. [TOOL_CALLS][{"name": "time", "arguments": {}}, {"name": "weather", "arguments": {"city": "Rome"}}]'),
+    ("lfm2", 'Sure. <|tool_call_start|>[time(), weather(city="Rome")]<|tool_call_end|>'),
+    ("gemma", 'Sure. <|tool_call>call:time{}<tool_call|><|tool_call>call:weather{city:<|"|>Rome<|"|>}<tool_call|>')])
 def test_wherever_calls_are_cut_no_part_of_their_tags_is_text(tool_format, text):
     for cut in range(len(text)):
         told, calls = read(tool_format, [text[:cut]], cut=True)
@@ -427,7 +430,7 @@ async def test_what_is_no_tool_is_400(pool, change, code):
             assert (response.status, (await response.json())["error"]["code"]) == (400, code)
 
 
-@pytest.mark.parametrize("tool_format", ["tagged", "json", "deepseek", "deepseek fenced", "kimi", *TAG_FORMATS])
+@pytest.mark.parametrize("tool_format", ["tagged", "json", "deepseek", "deepseek fenced", "kimi", "lfm2", "gemma", *TAG_FORMATS])
 def test_references_in_a_tool_s_parameters_are_to_these_parameters(tool_format):
     """Nested models as pydantic writes them: $defs, and $refs to them that start at the parameters' root."""
     parameters = {"$defs": {"City": {"enum": ["Rome"]}}, "type": "object", "required": ["city"], "additionalProperties": False,
@@ -444,8 +447,8 @@ def engine(default_model_path):
     return make_engine(default_model_path, num_pages=100, max_batch=8, as_stored=True)
 
 
-@pytest.mark.parametrize("tool_format", by_day(["tagged", "json", "tagged by special tokens", "deepseek", "deepseek fenced", "kimi",
-                                                *TAG_FORMATS], "tagged by special tokens", "deepseek fenced", *list(TAG_FORMATS)[:1]))
+@pytest.mark.parametrize("tool_format", by_day(["tagged", "json", "tagged by special tokens", "deepseek", "deepseek fenced", "kimi", "lfm2", "gemma",
+                                                *TAG_FORMATS], "tagged by special tokens", "deepseek fenced", "lfm2", "gemma", *list(TAG_FORMATS)[:1]))
 @pytest.mark.parametrize("choice", by_day(["required", {"type": "function", "function": {"name": "weather"}}], "required"))
 def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(engine, tool_format, choice, monkeypatch):
     if tool_format == "tagged by special tokens":
@@ -848,7 +851,8 @@ def test_a_call_that_the_default_model_makes_on_its_own_of_a_strict_function_fol
     ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments":'), ("mistral name", "[TOOL_CALLS]weather[ARGS]"), ("json", '{"name": "weather", "parameters":'),
     ("kimi", "<|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"), ("deepseek", "<｜tool▁call▁begin｜>weather<｜tool▁sep｜>"),
     ("deepseek fenced", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"), ("qwen tags", "<tool_call>\n<function=weather>"),
-    ("seed tags", "<seed:tool_call>\n<function=weather>"), ("glm tags", "<tool_call>weather\n")])
+    ("seed tags", "<seed:tool_call>\n<function=weather>"), ("glm tags", "<tool_call>weather\n"), ("lfm2", "<|tool_call_start|>[weather("),
+    ("gemma", "<|tool_call>call:weather{")])
 def test_arguments_of_a_strict_function_follow_its_schema_in_the_words_of_every_family(engine, tool_format, opening, monkeypatch):
     monkeypatch.setattr(engine.tokenizer, "tool_format", tool_format)
     begun = tuple(engine.tokenizer.encode(opening))

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from chatlm.common.jsontext import JSON_TYPES
 from chatlm.common.text.formats import CALL_FORMATS
-from chatlm.front.api.call_grammars import STRING_FORMATS
+from chatlm.common.text.schema_rules import STRING_FORMATS
 from chatlm.front.api.field_types import EFFORTS, OTHER_TOOLS
 
 TOOL_FORMATS = [None, *CALL_FORMATS]

@@ -105,7 +105,7 @@ class JsonCalls:
     def __init__(self, scanner: Scanner, deltas: Deltas, names: Seq[str], call_format: CallFormat):
         self.scanner, self.deltas, self.names = scanner, deltas, names
         self.opening = Opening(scanner, deltas, names)
-        self.untagged = call_format.untagged
+        self.untagged, self.lead = call_format.untagged, call_format.lead
         self.begin, self.end, *self.around = map(scanner.sign, call_format.marks)
         self.starts = (self.begin,)
         call_id, separator = (re.escape(scanner.sign(marker)) for marker in ("[CALL_ID]", "<｜tool▁sep｜>"))
@@ -178,6 +178,7 @@ class TaggedCalls:
                  types: Seq[Mapping[str, str]] = ()):
         self.scanner, self.deltas, self.names = scanner, deltas, names
         self.types = dict(zip(names, types))  # of the functions' parameters
+        self.lead = call_format.lead
         self.opening = Opening(scanner, deltas, names)
         self.begin, self.end, *self.around = map(scanner.sign, call_format.marks)
         function, last = (scanner.signs(text).strip() for text in call_format.around_arguments)

@@ -10,14 +10,16 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.text.history import (
-    arguments_as_text, as_harmony, counted_ids, marked_for_harmony)
+    arguments_as_text, as_harmony, calls_as_content, counted_ids, marked_for_harmony, text_before_calls)
+from chatlm.common.text.notations import GEMMA, PYTHON, Notation
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec
 
 
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
-            ("<|START_THINKING|>", "<|END_THINKING|>"))
+            ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|channel>", "<channel|>"))
+HEADINGS = {"<|channel>": "thought"}  # what the first line of reasoning is, after its marker
 HARMONY = tuple(f"<|{name}|>" for name in (
     "start", "channel", "constrain", "message", "end", "return", "call"))
 
@@ -46,7 +48,8 @@ class CallFormat:
     inside: tuple[str, ...] = ()        # markers in a call
     name_end: str = ""                  # what comes after a name that is not in JSON
     untagged: bool = False              # may calls be the whole answer, with nothing before them?
-    tags: Tags | None = None            # if the arguments are not JSON
+    tags: Tags | None = None            # if the arguments are not JSON: each in a tag,
+    notation: Notation | None = None    # or values in brackets
     thoughts: tuple[str, str] | None = None  # encloses reasoning, where all of an answer is in this format
     # of the template, where it is particular; see history.py
     history: Callable[[list[dict], str], None] = lambda dialogue, mark: None
@@ -58,6 +61,17 @@ class CallFormat:
     @property
     def markers(self) -> tuple[str, ...]:
         return tuple(filter(None, (*self.marks, *self.inside)))
+
+    @property
+    def typed(self) -> bool:
+        """Do the readers need the parameters' types and names?"""
+        return bool(self.tags or self.notation)
+
+    @property
+    def lead(self) -> str:
+        """What comes between the marker that begins a call and its name."""
+        text = self.calls.replace("{calls}", self.call).partition(self.marks[0] or "{calls}")[2]
+        return re.split(r'"|\{(?:name|quoted)\}', text)[0].strip()
 
     @property
     def around_arguments(self) -> list[str]:
@@ -77,7 +91,11 @@ MISTRAL = CallFormat(
 QWEN_TAGS = CallFormat(
     template_has=("<parameter=",), between="\n", marks=("<tool_call>", "</tool_call>"),
     call="<tool_call>\n<function={name}>\n{arguments}</function>\n</tool_call>",
-    tags=Tags("<parameter={name}>\n", "\n</parameter>\n"))
+    tags=Tags("<parameter={name}>\n", "\n</parameter>\n"), efforts={"minimal": "low", "high": "xhigh"})
+LFM2 = CallFormat(
+    template_has=("<|tool_call_start|>",), call="{name}({arguments})", between=", ",
+    calls="<|tool_call_start|>[{calls}]<|tool_call_end|>", marks=("<|tool_call_start|>", "<|tool_call_end|>"),
+    notation=PYTHON)
 CALL_FORMATS = {  # a template has the first one that fits
     # gpt-oss: messages to the recipient functions.name
     "harmony": CallFormat(
@@ -108,12 +126,19 @@ CALL_FORMATS = {  # a template has the first one that fits
         marks=("<seed:tool_call>", "</seed:tool_call>"),
         call="<seed:tool_call>\n<function={name}>\n{arguments}</function>\n</seed:tool_call>",
         tags=Tags("<parameter={name}>", "</parameter>\n")),
-    "qwen tags": QWEN_TAGS,  # Qwen3-Coder, Qwen3.5
+    "qwen tags": QWEN_TAGS,  # Qwen3-Coder, Qwen3.5; 3.8 knows efforts
     "glm tags": CallFormat(  # GLM-4.5
         template_has=("<arg_key>",), call="<tool_call>{name}\n{arguments}</tool_call>", between="\n",
         marks=("<tool_call>", "</tool_call>"),
         inside=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
         tags=Tags("<arg_key>{name}</arg_key>\n<arg_value>", "</arg_value>\n", loose_lines=True)),
+    "lfm2": LFM2,
+    # the first templates name the marker of the tools alone, and show no calls
+    "lfm2 list": replace(LFM2, template_has=("<|tool_list_start|>",), history=calls_as_content),
+    "gemma": CallFormat(  # Gemma 4; it begins the result of its calls itself
+        template_has=("<|tool_call>",), call="<|tool_call>call:{name}{{arguments}}<tool_call|>", between="",
+        marks=("<|tool_call>", "<tool_call|>"), inside=(GEMMA.quote,), notation=GEMMA,
+        history=text_before_calls, stops=("<eos>", "<turn|>", "<|tool_response>")),
     "tagged": CallFormat(  # Hermes, Qwen
         template_has=("<tool_call>",), marks=("<tool_call>", "</tool_call>"), between="\n",
         call='<tool_call>\n{"name": {quoted}, "arguments": {arguments}}\n</tool_call>'),

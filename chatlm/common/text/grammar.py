@@ -12,6 +12,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.memory import heap_bytes
 from chatlm.common.text.formats import A_MARK, with_markers
+from chatlm.common.text.notations import JSON, Notation
 from chatlm.common.text.schema_rules import JSON_TERMINALS, SchemaRules
 
 
@@ -21,13 +22,15 @@ def json_grammar(schema: dict, param: str, start: str = "start: object") -> str:
     return schema_grammar({"object": schema}, param, start)
 
 
-def schema_grammar(schemas: Mapping[str, dict], param: str, start: str) -> str:
-    """A grammar for llguidance: `start`, and a rule for each of these JSON schemas."""
+def schema_grammar(schemas: Mapping[str, dict], param: str, start: str,
+                   notation: Notation | None = None) -> str:
+    """A grammar for llguidance: `start`, and a rule for each of these JSON schemas; with a notation they are
+    of functions' parameters."""
     lines = [start, JSON_TERMINALS]
     try:
         for index, (name, schema) in enumerate(schemas.items()):
-            rules = SchemaRules(f"s{index}", schema)
-            if (rule := rules.rule(schema)) is None:
+            rules = SchemaRules(f"s{index}", schema, notation or JSON)
+            if (rule := rules.arguments(schema) if notation else rules.rule(schema)) is None:
                 raise ValueError("no value satisfies it")
             lines += [f"{name}: {rule}", *rules.lines]
     except RecursionError:

@@ -6,10 +6,12 @@ import itertools
 import json
 import re
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 from chatlm.common.messages.requests import Message
+from chatlm.common.text.notations import PYTHON, Notation
 
 
 GENERIC_TOOLS = """You can call functions. Each line here describes one of them:
@@ -65,6 +67,35 @@ def single_calls(dialogue: list[dict]) -> list[dict]:
     return split
 
 
+def with_tool_responses(dialogue: list[dict]) -> list[dict]:
+    """The same conversation for Gemma 4's first templates: a message that calls has the results of its calls,
+    and the text after them."""
+    text_before_calls(dialogue, "")
+    turns: list[dict] = []
+    for message in dialogue:
+        last = turns[-1] if turns else {}
+        calls = {call.get("id"): call["function"]["name"] for call in last.get("tool_calls", ())}
+        if message["role"] == "tool" and calls:
+            names = [*calls.values()]
+            responses = last.setdefault("tool_responses", [])
+            name = calls.get(message.get("tool_call_id")) or names[min(len(responses), len(names) - 1)]
+            responses.append({"name": name, "response": object_or_text(message["content"])})
+        elif message["role"] == "assistant" and "tool_responses" in last and not (
+                last["content"] or message.get("tool_calls")):
+            last["content"] = message["content"]
+        else:
+            turns.append(message)
+    return turns
+
+
+def object_or_text(text: str):
+    """The object that the text is in JSON, or the text."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    return text
+
+
 def calls_in(dialogue: list[dict]) -> itertools.chain[dict]:
     return itertools.chain.from_iterable(message.get("tool_calls", ()) for message in dialogue)
 
@@ -99,6 +130,30 @@ def arguments_as_text(dialogue: list[dict], mark: str):
     for call in calls_in(dialogue):
         if not isinstance(call["function"]["arguments"], str):
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+
+
+def text_before_calls(dialogue: list[dict], mark: str):
+    """Gemma 4's templates put the text of a message behind its calls, even behind their results: where it
+    came before them, it becomes a message of its own, with the reasoning."""
+    for place, message in reversed([*enumerate(dialogue)]):
+        if message.get("tool_calls") and message["content"] and "tool_responses" not in message:
+            dialogue.insert(place, {name: message[name] for name in message if name != "tool_calls"})
+            dialogue[place + 1] = {"role": "assistant", "content": "", "tool_calls": message["tool_calls"]}
+
+
+def calls_as_content(dialogue: list[dict], mark: str):
+    """LFM2's first templates show the content of a message, but not its calls, which the model writes before
+    it."""
+    for message in dialogue:
+        if calls := [call["function"] for call in message.pop("tool_calls", ())]:
+            written = ", ".join(f"{call['name']}({arguments_of(call, PYTHON)})" for call in calls)
+            message["content"] = f"<|tool_call_start|>[{written}]<|tool_call_end|>{message['content']}"
+
+
+def arguments_of(function: dict, notation: Notation) -> str:
+    """The arguments of an earlier call; a client may send some that are no JSON object."""
+    arguments = function["arguments"]
+    return notation.arguments(arguments) if isinstance(arguments, dict) else str(arguments)
 
 
 def harmony_marks(mark: str) -> tuple[str, str]:

@@ -16,7 +16,8 @@ from chatlm.common.errors import ConfigError, RequestError, lack_of_memory, name
 from chatlm.common.jsontext import whole_unicode
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.formats import calls_of, thoughts_of
-from chatlm.common.text.history import nine_character_ids, single_calls, with_generic_tools
+from chatlm.common.text.history import (
+    nine_character_ids, single_calls, with_generic_tools, with_tool_responses)
 from chatlm.common.text.tokenizer import (
     NO_OPTIONS, Tokenizer, ToolTokens, compile_chat_template, fill_template)
 
@@ -161,8 +162,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.has_chat_template = self.templated = bool(spec.chat_template)
         self.tool_format, self.native_tools = calls_of(spec)
         self.thoughts = thoughts_of(spec.chat_template or "")
-        if stops := self.call_format.stops:
-            self.stop_tokens = frozenset(self.specials[name] for name in stops if name in self.specials)
+        tokens = self.named_tokens
+        if ends := frozenset(tokens[name] for name in self.call_format.stops if name in tokens):
+            self.stop_tokens = ends
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         text = whole_unicode(text.replace(self.mark, ""))
@@ -242,6 +244,8 @@ class HuggingFaceTokenizer(Tokenizer):
             nine_character_ids(dialogue)
         if "tool_calls[0]" in template:
             dialogue = single_calls(dialogue)
+        if "tool_responses" in template and "tool_call_id" not in template:
+            dialogue = with_tool_responses(dialogue)
         for message in dialogue:
             if thought := message.get("reasoning_content"):
                 message["reasoning"] = message["thinking"] = thought

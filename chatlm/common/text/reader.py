@@ -9,8 +9,9 @@ from collections.abc import Generator, Iterator, Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm.common.text.calls import JsonCalls, TaggedCalls
-from chatlm.common.text.formats import HARMONY, MARKS, NO_CALLS, with_markers
+from chatlm.common.text.formats import HARMONY, HEADINGS, MARKERS, MARKS, NO_CALLS, with_markers
 from chatlm.common.text.scanner import Deltas, Scanner
+from chatlm.common.text.value_calls import ValueCalls
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import AnswerParams, Delta
@@ -91,11 +92,14 @@ class StreamDecoder:
 class Prose:
     """Reads reasoning and content, and has `calls` read where they begin."""
 
-    def __init__(self, scanner: Scanner, deltas: Deltas, calls: JsonCalls | TaggedCalls,
+    def __init__(self, scanner: Scanner, deltas: Deltas, calls: JsonCalls | TaggedCalls | ValueCalls,
                  thoughts: tuple[str, str] = ("", "")):
         self.scanner, self.deltas, self.thoughts, self.calls = scanner, deltas, thoughts, calls
         self.think, self.end = map(scanner.sign, thoughts)
+        self.heading = HEADINGS.get(thoughts[0], "")
         self.thought = False  # has the prompt ended the reasoning?
+        # a call that begins with a token ends reasoning too: Qwen3.5 may leave out the end
+        self.call_marks = (calls.begin,) if calls.lead and calls.begin in MARKERS else ()
 
     def after_prompt(self, text: str) -> str:
         """The end of the prompt that an answer goes on with: it may begin inside reasoning."""
@@ -120,11 +124,32 @@ class Prose:
             sign = yield from scanner.until(deltas.write, *filter(None, allowed),
                                             dropped=(calls.begin, calls.end, *calls.around))
             if sign == self.think:
-                deltas.begin("reasoning")
-                yield from scanner.until(deltas.write, self.end)
-                deltas.begin("text")
+                yield from self._reasoning()
             elif sign in calls.starts:
                 yield from calls.read(sign)
+
+    def _reasoning(self) -> Iterator[None]:
+        scanner, deltas = self.scanner, self.deltas
+        deltas.begin("reasoning")
+        if self.heading:
+            yield from self._undecided(*(headings := (self.heading + "\n", self.heading + self.end)))
+            scanner.held = scanner.held[len(self.heading) if scanner.held.startswith(headings) else 0:]
+        while deltas.part == "reasoning":
+            sign = yield from scanner.until(deltas.write, self.end, *self.call_marks)
+            if sign == self.end:
+                return deltas.begin("text")
+            yield from self._undecided(self.calls.lead)
+            if scanner.held.lstrip().startswith(self.calls.lead):
+                yield from self.calls.read(sign)
+            else:
+                deltas.write(scanner.spelled(sign))
+
+    def _undecided(self, *signs: str) -> Iterator[None]:
+        """Wait while what comes may become one of these."""
+        scanner = self.scanner
+        while not scanner.over and any(sign != (text := scanner.held.lstrip()) and sign.startswith(text)
+                                       for sign in signs):
+            yield
 
     def end_of_thinking(self, again: bool) -> str:
         return self.thoughts[1]
@@ -134,7 +159,9 @@ class Prose:
         if self.thought:
             return ""
         opening, closing = (f"<[{name}]>" for name in self.thoughts)
-        thought, rule = f"{any_token(self.scanner, self.thoughts)} {closing} BLANK", "BLANK: /\\n{0,2}/"
+        opening += f' "{self.heading}\\n"' if self.heading else ""
+        markers = (*self.thoughts, *(MARKERS[mark] for mark in self.call_marks))
+        thought, rule = f"{any_token(self.scanner, markers)} {closing} BLANK", "BLANK: /\\n{0,2}/"
         if self.thoughts[1] not in self.scanner.markers:
             thought, rule = "thought", f"thought[suffix={json.dumps(self.thoughts[1])}]: /(?s:.*)/"
         thought = thought if self.deltas.part == "reasoning" else f"({opening} {thought})?"
@@ -217,8 +244,11 @@ class AnswerReader:
             self.parts = Harmony(scanner, deltas, names)
         else:
             call_format = call_format if names else NO_CALLS
-            calls = (TaggedCalls(scanner, deltas, names, call_format, types) if call_format.tags
-                     else JsonCalls(scanner, deltas, names, call_format))
+            if call_format.typed:
+                reader = TaggedCalls if call_format.tags else ValueCalls
+                calls = reader(scanner, deltas, names, call_format, types)
+            else:
+                calls = JsonCalls(scanner, deltas, names, call_format)
             self.parts = Prose(scanner, deltas, calls, tokenizer.thoughts or ("", ""))
         self.reading = self.parts.read()
 

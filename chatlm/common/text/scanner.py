@@ -104,7 +104,9 @@ class Deltas:
         self._add(self.part, text)
 
     def begin_call(self, name: str, text: str):
-        """A call begins, and its arguments with this text, which is not read yet."""
+        """A call begins, and its arguments with this text, which is not read yet. It ends reasoning."""
+        if self.part == "reasoning":
+            self.begin("text")
         self.arguments("", name)
         self.begun_call = Delta("call", text, name)
 

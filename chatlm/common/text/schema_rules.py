@@ -13,7 +13,8 @@ from functools import partial
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import shown
-from chatlm.common.jsontext import as_json, is_number
+from chatlm.common.jsontext import as_json, is_number, is_text
+from chatlm.common.text.notations import BARE, JSON, Notation, bare
 from chatlm.common.text.schemas import (
     ALL_KEYWORDS, KEYWORDS, NUMBER_KEYWORDS, PART_KEYWORDS, TEXT_KEYWORDS, Form, SchemaForms, between,
     finite_json, has_other_keys, keys_among, keyword, members_of, schema_object, schemas_of_key, types_among,
@@ -42,10 +43,11 @@ def text_with(pattern: str) -> str:
 LARGEST = 9_999_999_999_999_998  # of 16 digits; one more is no number of IEEE's
 MOST_ITEMS = 64     # of an array, and keys of an object that are not declared, where a schema has no limit
 MOST_DEPTH = 16     # of arrays and objects of which the schema says nothing
-COMMA, FREE_COMMA = '"," " "', '"," JSON_SPACE'  # the second before what a schema leaves open
+FREE_COMMA = '"," JSON_SPACE'  # before what a schema leaves open
 FORMAT_LENGTHS = {  # of the formats whose texts are not bounded by what they are
     "date-time": 43, "time": 32, "duration": 64, "hostname": 253, "email": 254}
 FORMATS = (*FORMAT_LENGTHS, "date", "ipv4", "ipv6", "uuid", "uri")  # those that llguidance knows
+ANY_KEY = ("JSON_KEY", "BARE_KEY")  # with quotes, without
 JSON_TERMINALS = "\n".join((
     # as models like to write it: one that may not begin a line where it would invents odd keys instead
     r"JSON_SPACE: /( |\n{1,2}[ \t]{0,18})?/",
@@ -53,10 +55,60 @@ JSON_TERMINALS = "\n".join((
     r'JSON_KEY: /"[^"\\\x00-\x1f\x7f]{0,64}"/',
     "JSON_INTEGER: /-?(0|[1-9][0-9]{0,15})/",
     # no exponent makes a number of 16 digits too large for IEEE's
+    f"BARE_KEY: /{BARE}{{1,64}}/",
     r"JSON_NUMBER: /-?(0|[1-9][0-9]{0,15})(\.[0-9]{1,16})?([eE][+-]?([0-9]{1,2}|1[0-9]{2}|2[0-8][0-9]))?/"))
 
 
-def more(item: str, low: int, high: int, comma: str = COMMA) -> str:
+A_DAY = "[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+A_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:([0-5][0-9]|60)(\.[0-9]+)?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+A_LABEL = "[0-9A-Za-z]([0-9A-Za-z-]{0,61}[0-9A-Za-z])?"
+A_HOST = rf"{A_LABEL}(\.{A_LABEL})*"
+A_BYTE, A_WORD = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])", "[0-9A-Fa-f]{1,4}"
+STRING_FORMATS = {  # those that JSON grammars know
+    "date": A_DAY, "time": A_TIME, "date-time": f"{A_DAY}[Tt]{A_TIME}", "hostname": A_HOST,
+    "duration": "P([0-9]+[YMWD])+(T([0-9]+[HMS])+)?|PT([0-9]+[HMS])+",
+    "email": rf"[0-9A-Za-z!#$%&'*+/=?^_`{{|}}~.-]+@{A_HOST}",
+    "ipv4": rf"({A_BYTE}\.){{3}}{A_BYTE}",
+    "ipv6": "|".join((f"({A_WORD}:){{7}}({A_WORD}|:)", f":(:{A_WORD}){{7}}", *(
+        f"({A_WORD}(:{A_WORD}){{0,{n}}})?::({A_WORD}(:{A_WORD}){{0,{5 - n}}})?" for n in range(6)))),
+    "uuid": "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
+    "uri": r"[A-Za-z][0-9A-Za-z+.-]*:[0-9A-Za-z:/?#\[\]@!$&'()*+,;=%._~-]*"}
+
+
+def text_terminal(form: Form) -> str:
+    """What a string of this form may be where no quotes enclose it; "" if it can be no string."""
+    if "string" not in types_among(form):
+        return ""
+    allowed = []
+    if (values := values_among(form)) is not None:
+        allowed.append(" | ".join(literal(value) for value in values if is_text(value)))
+    shortest, most = between(form, "minLength", "maxLength")
+    for members in members_of(form, ("format", "pattern")):
+        if (name := keyword(members, "format")) in STRING_FORMATS:
+            allowed.append(f"/{in_slashes(STRING_FORMATS[name])}/")
+            most = max(shortest, FORMAT_LENGTHS[name]) if most is None and name in FORMAT_LENGTHS else most
+        if pattern := in_slashes(keyword(members, "pattern") or ""):
+            allowed.append(f"/{text_with(pattern)}/")
+    if shortest or most is not None:
+        allowed.append("/(?s:.{%d,%s})/" % (shortest, "" if most is None else most))
+    return " & ".join(f"({choice})" for choice in allowed) or "/(?s:.*)/" if all(allowed) else ""
+
+
+def text_rule(rule: str, text: str, sign: str, ends: Iterable[str]) -> tuple[str, str]:
+    """The lines of a rule for texts of a terminal, up to a sign that ends them; they have none of `ends`."""
+    refused = "|".join(in_slashes(re.escape(end)) for end in ends)
+    terminal = rule.upper()
+    return f"{rule}[suffix={sign}]: {terminal}", f"{terminal}: ({text}) & ~/(?s:.*)({refused})(?s:.*)/"
+
+
+def written(value, notation: Notation) -> str:
+    """Exactly this value. ValueError if JSON does not have it."""
+    finite_json(value)
+    text, quote = notation.text(value), notation.quote
+    return f" <[{quote}]> ".join(map(literal, [text] if quote == JSON.quote else text.split(quote)))
+
+
+def more(item: str, low: int, high: int, comma: str) -> str:
     """So many more items after another."""
     return f"({comma} {item}){{{low},{high}}}" if high else ""
 
@@ -75,8 +127,10 @@ class SchemaRules:
     Rules are called `name` and a number. Schemas are references into `root`. A value of which nothing is left
     (no value can fit) has None for a rule."""
 
-    def __init__(self, name: str, root: Mapping):
-        self.name, self.schemas = name, SchemaForms(root)
+    def __init__(self, name: str, root: Mapping, notation: Notation = JSON):
+        self.name, self.schemas, self.notation = name, SchemaForms(root), notation
+        self.raw = notation.quote != JSON.quote  # are strings written without escapes?
+        self.comma, self.colon = (" ".join(map(as_json, text)) for text in (notation.comma, notation.colon))
         self.lines: list[str] = []
         self.known: dict = {}  # the names of rules, by the ids of their schemas or by their text
         self.made: list[tuple] = []
@@ -105,6 +159,14 @@ class SchemaRules:
                 self.define(name, " | ".join(choices))
         return self.known[key]
 
+    def arguments(self, schema: Mapping) -> str:
+        """The choices of a function's arguments without what encloses them; ValueError if there are none."""
+        forms = [form for form in self.schemas.forms_of(schema) if "object" in types_among(form)]
+        choices = [self.members(form, True, as_json(self.notation.equals)) for form in forms]
+        if not (choices := [choice or '""' for choice in choices if choice is not None]):
+            raise ValueError("no object fits them")
+        return " | ".join(choices)
+
     def new_name(self) -> str:
         return f"{self.name}_{len(self.known)}"
 
@@ -130,7 +192,8 @@ class SchemaRules:
             if text := self.listed(values, form):
                 yield text
             return
-        makers = {"null": lambda form: '"null"', "boolean": lambda form: '"true" | "false"',
+        null, *booleans = map(as_json, self.notation.words)
+        makers = {"null": lambda form: null, "boolean": lambda form: " | ".join(booleans),
                   "string": self.string, "number": partial(self.number, "number"),
                   "integer": partial(self.number, "integer"), "array": self.array, "object": self.object}
         for name, maker in makers.items():
@@ -143,10 +206,12 @@ class SchemaRules:
 
     def anything(self, depth: int) -> str:
         """The rule for any value, with arrays and objects inside each other up to a depth."""
-        choices = ['"null" | "true" | "false" | JSON_NUMBER | JSON_STRING']
+        text = self.raw_text("/(?s:.*)/") if self.raw else "JSON_STRING"
+        choices = [" | ".join((*map(as_json, self.notation.words), "JSON_NUMBER", text))]
         if depth:
             value = self.anything(depth - 1)
-            for opening, item, closing in ("[", value, "]"), ("{", f'JSON_KEY ": " {value}', "}"):
+            pair = f"{ANY_KEY[self.notation.bare_keys]} {self.colon} {value}"
+            for opening, item, closing in ("[", value, "]"), ("{", pair, "}"):
                 items = f"{item} {more(item, 0, MOST_ITEMS - 1, FREE_COMMA)}"
                 choices.append(f'"{opening}" (JSON_SPACE {items} JSON_SPACE)? "{closing}"')
         return self.shared(" | ".join(choices))
@@ -161,12 +226,28 @@ class SchemaRules:
         self.schemas.spend(1 + len(values) // 100)
         if members_of(form, PART_KEYWORDS):
             values = [value for value in values if not isinstance(value, (dict, list))]
+        texts = [self.string(form)] if self.raw and any(map(is_text, values)) else []
+        values = [value for value in values if not (self.raw and is_text(value))]
         if values and (said := members_of(form, (*TEXT_KEYWORDS, *NUMBER_KEYWORDS))):
-            return self.leaf({"enum": values, "allOf": [known_format(members) for members in said]})
-        texts = [literal(finite_json(value)) for value in values]
-        return self.shared(" | ".join(texts), True) if texts else ""
+            texts.append(self.leaf({"enum": values, "allOf": [known_format(members) for members in said]}))
+        elif values:
+            exactly = [written(value, self.notation) for value in values]
+            texts.append(self.shared(" | ".join(exactly), not self.raw))
+        return " | ".join(filter(None, texts))
+
+    def raw_text(self, text: str) -> str:
+        """The rule for a string without escapes, which is what this terminal is."""
+        if (key := f"raw {text}") not in self.known:
+            quote = self.notation.quote
+            lines = text_rule(self.new_name(), text, f"<[{quote}]>", [quote])
+            self.known[key] = f"<[{quote}]> {lines[0].partition('[')[0]}"
+            self.lines += lines
+            self.characters += sum(map(len, lines))
+        return self.known[key]
 
     def string(self, form: Form) -> str:
+        if self.raw:
+            return self.raw_text(text) if (text := text_terminal(form)) else ""
         shortest, longest = between(form, "minLength", "maxLength")
         said = [members for members in map(known_format, members_of(form, TEXT_KEYWORDS)) if members]
         if longest is not None and shortest > longest or not said:
@@ -215,51 +296,58 @@ class SchemaRules:
             item = self.rule(*(tail for tail in tails if tail is not None))
         if item:
             places = places or [item]
-            text = more(item, max(0, low - len(places)), most - len(places))
+            text = more(item, max(0, low - len(places)), most - len(places), self.comma)
         if low > (most if item else len(places)):
             return ""
         for index, item in reversed([*enumerate(places)]):
-            text = f"{COMMA if index else ''} {item} {text}"
+            text = f"{self.comma if index else ''} {item} {text}"
             text = text if index < low else f"({text})?"
         return f'"[" {text} "]"'
 
     def object(self, form: Form) -> str:
-        """Objects of the declared keys, and others only if a schema says so or none declares any."""
+        text = self.members(form, self.notation.bare_keys, self.colon)
+        return f'"{{" {text} "}}"' if text is not None else ""
+
+    def members(self, form: Form, is_bare: bool, colon: str) -> str | None:
+        """What is in objects of the declared keys, and of others only if a schema says so or none declares
+        any; None if nothing fits. Have the keys no quotes?"""
         names, patterns = keys_among(form), [
             pattern for schema in form for pattern in keyword(schema, "patternProperties") or {}]
         self.schemas.spend(1 + len(names) // 8 + sum(map(len, patterns)) // 1000)
-        keys = {pattern: self.shared(f'JSON_KEY & /"{in_slashes(text_with(pattern))}"/', True)
+        any_key, quote = ANY_KEY[is_bare], "" if is_bare else '"'
+        keys = {pattern: self.shared(f"{any_key} & /{quote}{in_slashes(text_with(pattern))}{quote}/", True)
                 for pattern in patterns}
+        texts = {name: literal(bare(name) if is_bare else finite_json(name)) for name in names}
         members, every = [], (None, *keys)
         for name, required in names.items():
-            pairs = [f"{self.key(name, pattern, keys)} \": \" {value}" for pattern in every
+            pairs = [f"{self.key(texts[name], pattern, keys)} {colon} {value}" for pattern in every
                      if (value := self.rule(*schemas_of_key(form, name, pattern)))]
             if pairs:  # an optional one is in several rules
                 member = pairs[0] if required and len(pairs) == 1 else self.shared(" | ".join(pairs))
                 members.append((member, required))
             elif required:
                 return ""
-        extra = [f"{self.other_key(pattern, names, keys)} \": \" {value}" for pattern in every
-                 if (pattern is not None or has_other_keys(form))
+        extra = [f"{self.other_key(any_key, pattern, texts.values(), keys)} {colon} {value}"
+                 for pattern in every if (pattern is not None or has_other_keys(form))
                  and (value := self.rule(*schemas_of_key(form, None, pattern)))]
         return self.pairs(members, " | ".join(extra), *between(form, "minProperties", "maxProperties"))
 
-    def key(self, name: str, pattern: str | None, keys: Mapping[str, str]) -> str:
+    def key(self, text: str, pattern: str | None, keys: Mapping[str, str]) -> str:
         """A declared key of which this pattern alone is true; if it is not, the terminal matches nothing."""
-        text = literal(finite_json(name))
         if not keys:
             return text
         return self.shared(" & ".join([text, *(
             ("" if other == pattern else "~") + terminal for other, terminal in keys.items())]), True)
 
-    def other_key(self, pattern: str | None, names: Iterable[str], keys: Mapping[str, str]) -> str:
+    def other_key(self, any_key: str, pattern: str | None, texts: Iterable[str],
+                  keys: Mapping[str, str]) -> str:
         """A key that is not declared, and of which this pattern alone is true."""
-        taken = [f"~({' | '.join(literal(finite_json(name)) for name in names)})"] if names else []
-        return self.shared(" & ".join([keys[pattern] if pattern is not None else "JSON_KEY", *taken, *(
+        taken = [f"~({' | '.join(texts)})"] if texts else []
+        return self.shared(" & ".join([keys[pattern] if pattern is not None else any_key, *taken, *(
             f"~{terminal}" for other, terminal in keys.items() if other != pattern)]), True)
 
-    def pairs(self, members: list[tuple[str, bool]], extra: str, low: int, most: int | None) -> str:
-        """An object of these members in this order, of which some are required, and then of `extra` ones."""
+    def pairs(self, members: list[tuple[str, bool]], extra: str, low: int, most: int | None) -> str | None:
+        """What is in an object of these members in this order, some required, and then of `extra` ones."""
         extra = self.shared(extra) if extra else ""
         cap = max(1, low, 0 if most is None else most + 1)  # it is enough to count so far
         reached = [{0}]
@@ -285,9 +373,9 @@ class SchemaRules:
             ends, after = after, {}
             for count in counts:
                 choices = [] if (end := ends[min(count + 1, cap)]) is None else [
-                    f"{COMMA} {member} {end}" if count else f"{member} {end}"]
+                    f"{self.comma} {member} {end}" if count else f"{member} {end}"]
                 if not required and (end := ends[count]) is not None:
                     choices.append(end or '""')
                 after[count] = None if not choices else choices[0] if len(choices) == 1 else self.shared(
                     " | ".join(choices))
-        return f'"{{" {text} "}}"' if (text := after[0]) is not None else ""
+        return after[0]

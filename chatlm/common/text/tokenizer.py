@@ -111,8 +111,13 @@ class Tokenizer:
     @property
     def markers(self) -> dict[str, int]:
         """The tokens among MARKS: where the vocabulary has a marker, the same spelled out is mere text."""
-        tokens = self.specials | {text.decode(): token for token, text in self.added.items()}
+        tokens = self.named_tokens
         return {name: tokens[name] for name in MARKS.keys() & tokens.keys()}
+
+    @property
+    def named_tokens(self) -> dict[str, int]:
+        """The special tokens and those with text of their own: which is which, files see differently."""
+        return self.specials | {text.decode(): token for token, text in self.added.items()}
 
     def marks(self, with_calls: bool) -> dict[int, str]:
         """The tokens that tell the parts of an answer apart, and the characters that stand for them."""

@@ -12,12 +12,11 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import named, shown
 from chatlm.common.jsontext import JSON_TYPES, as_json, is_text
 from chatlm.common.text.formats import A_MARKER, CALL_FORMATS, MARKS, CallFormat
-from chatlm.common.text.grammar import json_grammar, lark_grammar, schema_grammar, unusable_schema
+from chatlm.common.text.grammar import lark_grammar, schema_grammar, unusable_schema
 from chatlm.common.text.schema_rules import (
-    FORMAT_LENGTHS, JSON_TERMINALS, MOST_ITEMS, SchemaRules, in_slashes, literal, text_with)
+    JSON_TERMINALS, MOST_ITEMS, SchemaRules, in_slashes, literal, text_rule, text_terminal)
 from chatlm.common.text.schemas import (
-    Form, SchemaForms, between, has_other_keys, keys_among, keyword, members_of, schemas_of_key, types_among,
-    values_among)
+    Form, SchemaForms, has_other_keys, keys_among, members_of, schemas_of_key, types_among, values_among)
 
 
 A_PART = re.compile(rf"{A_MARKER.pattern}|(\{{\w+\}})")
@@ -67,41 +66,6 @@ def parameter_types(tool: dict, steps: Iterator | None = None) -> dict[str, str]
             for name, known in types.items()}
 
 
-A_DAY = "[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
-A_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:([0-5][0-9]|60)(\.[0-9]+)?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
-A_LABEL = "[0-9A-Za-z]([0-9A-Za-z-]{0,61}[0-9A-Za-z])?"
-A_HOST = rf"{A_LABEL}(\.{A_LABEL})*"
-A_BYTE, A_WORD = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])", "[0-9A-Fa-f]{1,4}"
-STRING_FORMATS = {  # those that JSON grammars know
-    "date": A_DAY, "time": A_TIME, "date-time": f"{A_DAY}[Tt]{A_TIME}", "hostname": A_HOST,
-    "duration": "P([0-9]+[YMWD])+(T([0-9]+[HMS])+)?|PT([0-9]+[HMS])+",
-    "email": rf"[0-9A-Za-z!#$%&'*+/=?^_`{{|}}~.-]+@{A_HOST}",
-    "ipv4": rf"({A_BYTE}\.){{3}}{A_BYTE}",
-    "ipv6": "|".join((f"({A_WORD}:){{7}}({A_WORD}|:)", f":(:{A_WORD}){{7}}", *(
-        f"({A_WORD}(:{A_WORD}){{0,{n}}})?::({A_WORD}(:{A_WORD}){{0,{5 - n}}})?" for n in range(6)))),
-    "uuid": "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
-    "uri": r"[A-Za-z][0-9A-Za-z+.-]*:[0-9A-Za-z:/?#\[\]@!$&'()*+,;=%._~-]*"}
-
-
-def text_terminal(form: Form) -> str:
-    """What a string of this form may be where no quotes enclose it; "" if it can be no string."""
-    if "string" not in types_among(form):
-        return ""
-    allowed = []
-    if (values := values_among(form)) is not None:
-        allowed.append(" | ".join(literal(value) for value in values if is_text(value)))
-    shortest, most = between(form, "minLength", "maxLength")
-    for members in members_of(form, ("format", "pattern")):
-        if (name := keyword(members, "format")) in STRING_FORMATS:
-            allowed.append(f"/{in_slashes(STRING_FORMATS[name])}/")
-            most = max(shortest, FORMAT_LENGTHS[name]) if most is None and name in FORMAT_LENGTHS else most
-        if pattern := in_slashes(keyword(members, "pattern") or ""):
-            allowed.append(f"/{text_with(pattern)}/")
-    if shortest or most is not None:
-        allowed.append("/(?s:.{%d,%s})/" % (shortest, "" if most is None else most))
-    return " & ".join(f"({choice})" for choice in allowed) or "/(?s:.*)/" if all(allowed) else ""
-
-
 def value_rules(rule: str, values: Seq, rules: SchemaRules, sign: str,
                 ends: Seq[str]) -> Iterator[tuple[str, ...]]:
     """A rule's name and its lines for the strings, and for the other values, that fit these schemas; `sign`
@@ -110,9 +74,7 @@ def value_rules(rule: str, values: Seq, rules: SchemaRules, sign: str,
     types = types_of(forms)
     types = types if len(types) < len(JSON_TYPES) else {"string"}
     if texts := [f"({text})" for form in forms if (text := text_terminal(form))]:
-        refused = "|".join(in_slashes(re.escape(end)) for end in ends)
-        yield (f"{rule}t", f"{rule}t[suffix={sign}]: {rule.upper()}",
-               f"{rule.upper()}: ({' | '.join(texts)}) & ~/(?s:.*)({refused})(?s:.*)/")
+        yield (f"{rule}t", *text_rule(f"{rule}t", " | ".join(texts), sign, ends))
     others = sorted(types - {"string"})
     if others and (value := rules.rule({"type": others}, *values)):
         yield rule, f"{rule}: {value} {sign}"
@@ -199,13 +161,14 @@ def tool_grammar(tools: Seq[dict], tool_format: str, parallel: bool) -> str:
     if call_format.tags:
         return tag_grammar(start, functions, call_format)
     return schema_grammar({f"arguments{index}": arguments_schema(function)
-                           for index, function in enumerate(functions)}, "tools", start)
+                           for index, function in enumerate(functions)}, "tools", start, call_format.notation)
 
 
 def call_grammar(function: Mapping, tool_format: str) -> str:
     """A grammar for the arguments of one call, and what ends them."""
-    start, call_format = 'start: (" " | "\\n")?', CALL_FORMATS[tool_format]
+    start, call_format = 'start: (" " | "\\n")? arguments0', CALL_FORMATS[tool_format]
+    if call_format.typed:
+        start += " " + as_rule(call_format.around_arguments[1].strip() or call_format.marks[1])
     if call_format.tags:
-        end = as_rule(call_format.around_arguments[1].strip() or call_format.marks[1])
-        return tag_grammar(f"{start} arguments0 {end}", [function], call_format)
-    return json_grammar(arguments_schema(function), "tools", f"{start} object")
+        return tag_grammar(start, [function], call_format)
+    return schema_grammar({"arguments0": arguments_schema(function)}, "tools", start, call_format.notation)

@@ -131,7 +131,7 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
                        for function in functions)
         if sum(map(len, strict)) > 16 * LIMITS.grammar_characters:
             raise unusable_schema("the parameters of all strict functions are too long", param)
-    if tool_format and CALL_FORMATS[tool_format].tags:
+    if tool_format and CALL_FORMATS[tool_format].typed:
         steps = iter(range(8192))  # of 11 us: a small schema can say much
         types = tuple(parameter_types(tool, steps) for tool in tools)
     if (size := len(as_plain_json((names, types)))) > LIMITS.tool_name_bytes:

@@ -119,7 +119,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
 END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
-              "<end_of_turn>"}
+              "<end_of_turn>", "<turn|>"}
 
 
 def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
