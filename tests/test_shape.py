@@ -34,7 +34,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 60 more: decode_core records delta rules and gates.
 # 40 more: decode_core records Mamba layers.
 # 330 more: calls with values in notations of their own (LFM2, Gemma 4): their reader, their grammars, their histories.
-MOST_STATEMENTS = 16_870
+# 110 more: layers that keep states in shards and stages, adapters of GGUF files whose rows are moved.
+MOST_STATEMENTS = 16_980
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

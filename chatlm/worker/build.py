@@ -135,7 +135,7 @@ def build_transformer(
         model = open_model(source, replace(settings, context_length=context), device)
         model = share_of_rank(model, ranks, settings)
     log.info("%s", plan.line(num_pages))
-    running, snapshots = plan.states(num_pages)
+    running, snapshots = (ranks.min_over_ranks(count) for count in plan.states(num_pages))
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
                               dtype=model.dtype, num_slots=running + FREE_ROWS + snapshots, groups=groups,
                               progress=progress, **limits)
@@ -154,8 +154,10 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
     that share pages, the limits of a step, and what of it takes memory. No weight is read."""
     spec, rows = model.spec, max(settings.max_batch, FREE_ROWS)
     limits = {"max_tokens": prefill_chunk(settings, device) + rows, "max_rows": rows}
-    kernels = load_kernels(device, spec, **limits, quantize=settings.quantize, join=ranks.join and partial(
-        ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
+    kernels = load_kernels(
+        device, spec, **limits, quantize=settings.quantize, whole=whole, tp=ranks.tp,
+        join=ranks.join and partial(
+            ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
     groups = group_layers(spec.windows, spec.layers, model.context_length,  # all stages have the same tables
                           apart=kernels.backend.groups_layers and ranks.stages == 1,
                           unpaged=spec.unpaged_layers)
@@ -187,12 +189,13 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
 
     Each rank has its own GPU, but the ranks of a replica share their machine's memory."""
     cache_dtype, shared = kernels.cache_dtype(model.dtype), device.type != "cuda"
-    page_bytes = Transformer.page_bytes(model.spec, cache_dtype, groups)
+    page_bytes, state_bytes = Transformer.page_bytes(model.spec, cache_dtype, groups), model.spec.state_bytes
     if shared:
         layers = groups.depth if ranks.stages == 1 else whole.paged_layers
         page_bytes = Transformer.page_bytes(
             replace(whole, layers=layers, mixers=(), kv_heads=max(whole.kv_heads, ranks.tp)), cache_dtype)
-        page_bytes = -(-page_bytes * ranks.here // (ranks.tp * ranks.stages))
+        page_bytes, state_bytes = (-(-size * ranks.here // (ranks.tp * ranks.stages))
+                                   for size in (page_bytes, whole.state_bytes))
     buffers = Transformer.buffer_sizes(
         model.spec, limits["max_tokens"], limits["max_rows"], torch.float32).values()
     activations = sum(rows * columns * dtype.itemsize for rows, columns, dtype in buffers)
@@ -204,7 +207,7 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
                     for length in (model.context_length, 4 * PAGE_SIZE))
     return MemoryPlan(settings, device, copies * weight_bytes(model, settings.quantize), copies * activations,
                       page_bytes, full, fewest, model.grows and f". {model.grows}",
-                      kernels.backend.quantizes and floats and not settings.quantize, model.spec.state_bytes,
+                      kernels.backend.quantizes and floats and not settings.quantize, state_bytes,
                       model.context_length)
 
 
@@ -240,7 +243,8 @@ class MemoryPlan(NamedTuple):
             budget = min(max(1 << 30, self.full * self.page_bytes), free // 8)
         if self.state_bytes:  # a quarter is for snapshots of states
             budget -= budget // 4
-        pages = min(budget // self.page_bytes, settings.max_batch * self.full)  # more could not be used
+        most = settings.max_batch * self.full  # more could not be used
+        pages = min(budget // max(self.page_bytes, 1), most)
         if pages >= self.fewest:
             return pages
         needed = self.fewest * self.page_bytes
@@ -255,9 +259,10 @@ class MemoryPlan(NamedTuple):
 
     def states(self, num_pages: int) -> tuple[int, int]:
         """(sequences that may run at once, snapshots). Beside so many KV pages each of the two has a quarter
-        of the cache for its states; --max-batch is the most of the first, which are at least 8."""
-        if not self.state_bytes:
-            return self.settings.max_batch, 0
+        of the cache for its states; --max-batch is the most of the first, which are at least 8. A stage that
+        has no states, or nothing else, leaves it to the others."""
+        if not (self.state_bytes and self.page_bytes):
+            return self.settings.max_batch, num_pages
         quarter = num_pages * self.page_bytes // 3 // self.state_bytes
         return min(self.settings.max_batch, max(FREE_ROWS, quarter)), min(quarter, num_pages)
 

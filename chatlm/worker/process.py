@@ -162,6 +162,7 @@ def gauges(engine: Engine) -> dict[str, float | None]:
     pids = engine.ranks.links.pids if engine.ranks else ("self",)
     used, total, utilization = device_use(engine.transformer.device, int(time.monotonic()), pids)
     return {"running": len(engine.scheduler.running), "queued": len(engine.scheduler.waiting),
+            "max_batch": engine.scheduler.max_batch,
             "kv_pages_used": engine.pool.num_pages - engine.pool.available,
             "kv_pages_total": engine.pool.num_pages, **state_gauges(engine),
             "preemptions": engine.scheduler.preemptions,

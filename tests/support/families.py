@@ -363,7 +363,8 @@ def as_gguf(path, model, quantized=False, metadata=None):
     if quantized:
         kinds = {name: gguf.GGMLQuantizationType["MXFP4" if "_exps.weight" in name and arch == "gpt-oss" else "Q8_0"] for name in tensors}
         tensors = {name: (gguf.quantize(tensor, kinds[name]), kinds[name])
-                   if tensor.ndim > 1 and not name.endswith((".bias", "gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight")) else tensor
+                   if tensor.ndim > 1 and not name.endswith((".bias", "gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight", "ssm_a", "ssm_d",
+                                                             "ssm_norm.weight")) else tensor
                    for name, tensor in tensors.items()}
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     if "alpha" in rope:

@@ -242,6 +242,34 @@ LFM2_CONFIGS = {        # LiquidAI's on the hub: sizes as in its technical repor
                          "hidden_size": 2048, "intermediate_size": 10752, "num_attention_heads": 32, "num_heads": 32, "num_hidden_layers": 30,
                          "layer_types": ["full_attention" if layer in (2, 5, 9, 13, 17, 21, 24, 27) else "conv" for layer in range(30)],
                          "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "tie_embedding": True, "dtype": "bfloat16"}}
+QWEN35_LAYERS = [*["linear_attention"] * 3, "full_attention"]
+QWEN35_4B = {           # Qwen/Qwen3.5-4B on the hub: its sizes as in the tables of models tuned from it, all other keys as in Qwen3.5-27B's
+    "architectures": ["Qwen3_5ForConditionalGeneration"], "image_token_id": 248056, "language_model_only": False, "model_type": "qwen3_5",
+    "text_config": {
+        "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "bos_token_id": 248044, "dtype": "bfloat16", "eos_token_id": 248044,
+        "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 2560, "initializer_range": 0.02, "intermediate_size": 9216,
+        "layer_types": QWEN35_LAYERS * 8, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144,
+        "model_type": "qwen3_5_text", "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "num_attention_heads": 16,
+        "num_hidden_layers": 32, "num_key_value_heads": 4, "output_gate_type": "swish", "pad_token_id": None, "partial_rotary_factor": 0.25,
+        "rms_norm_eps": 1e-06, "rope_parameters": {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+                                                   "rope_theta": 10000000, "rope_type": "default"},
+        "tie_word_embeddings": True, "use_cache": True, "vocab_size": 248320},
+    "tie_word_embeddings": True, "video_token_id": 248057, "vision_config": {"depth": 24, "model_type": "qwen3_5"}, "vision_end_token_id": 248054,
+    "vision_start_token_id": 248053}
+QWEN36_35B = {          # Qwen/Qwen3.6-35B-A3B on the hub, whose config.json other projects' tests quote
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe", "tie_word_embeddings": False,
+    "text_config": {
+        "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "bos_token_id": 248044, "dtype": "bfloat16", "eos_token_id": 248044,
+        "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "layer_types": QWEN35_LAYERS * 10, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144,
+        "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 512, "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False,
+        "num_attention_heads": 16, "num_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 40, "num_key_value_heads": 2,
+        "output_router_logits": False, "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-06,
+        "rope_parameters": {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25, "rope_theta": 10000000,
+                            "rope_type": "default"},
+        "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512, "use_cache": True, "vocab_size": 248320}}
 QWEN3_NEXT = {          # Qwen/Qwen3-Next-80B-A3B-Instruct on the hub
     "architectures": ["Qwen3NextForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645,
     "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 5120,

@@ -19,7 +19,7 @@ from chatlm.common.log import log
 from chatlm.common.messages.protocol import Cancel
 from chatlm.common.messages.requests import (
     Accepted, Ended, Event, Failed, Finished, Piece, PromptProgress, PromptScores, Request)
-from chatlm.front.pool.worker import RECENT_S, Job, Worker
+from chatlm.front.pool.worker import RECENT_S, Job, Worker, batch_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -162,7 +162,7 @@ class Dispatcher:
         """Raise Overloaded if the queue is full or the client has its share, RequestError if the id is taken.
         preparing: id -> client of the requests that are being read: they count as waiting."""
         waiting = sum(len(model.pending) for model in self.all_models) + len(preparing)
-        free_rows = sum(self.settings.max_batch - len(worker.jobs) for worker in self._free_workers())
+        free_rows = sum(batch_of(worker) - len(worker.jobs) for worker in self._free_workers())
         if waiting >= self.settings.max_queue + free_rows and not self._may_exceed_queue(client, preparing):
             raise Overloaded(f"{waiting} requests are already waiting (--max-queue)",
                              retry_after_s=5, status=429)

@@ -216,6 +216,11 @@ class Placement(typing.Protocol):
         ...
 
 
+def batch_of(worker: Worker) -> int:
+    """How many jobs it computes at once: fewer than --max-batch if there is no room for more states."""
+    return int(worker.gauges.get("max_batch") or worker.settings.max_batch)
+
+
 class Worker:
     """The front's handle on one worker process: its pipe, its state, and the jobs it holds."""
 
@@ -352,7 +357,7 @@ class Worker:
 
     @property
     def can_take(self) -> bool:
-        return len(self.jobs) < self.settings.max_batch and self.takes_jobs
+        return len(self.jobs) < batch_of(self) and self.takes_jobs
 
     def cost(self, job: Job) -> int:
         """Most tokens it still has to compute, minus those of the job's prompt that its cache may hold."""
@@ -388,4 +393,4 @@ class Worker:
                 "state": self.state.value, "place": self.place, "problem": self.problem, **self.gauges,
                 "running": len(self.jobs), "restarts": self.restarts, "kernel_faults": self.kernel_faults,
                 "crashes_in_row": self.crashes_in_row, "tokens_per_second": round(tokens_per_second, 1),
-                "batch_fill": round(len(self.jobs) / self.settings.max_batch, 3)}
+                "batch_fill": round(len(self.jobs) / batch_of(self), 3)}

@@ -35,7 +35,8 @@ from chatlm.worker.ops.basic import (
     make_cache_reference, mix_reference, pack_reference, rms_norm_reference, smear_reference,
     softcap_reference, unpermute_rope, zeroed)
 from chatlm.worker.ops.mixers import (
-    delta_rule_reference, gate_reference, mamba2_reference, short_conv_reference, split_gates_reference)
+    delta_rule_reference, gate_reference, group_squares_reference, mamba2_reference, norm_groups_reference,
+    short_conv_reference, split_gates_reference)
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_on_host
 
@@ -143,6 +144,8 @@ class Kernels:
     short_conv: Callable = short_conv_reference
     delta_rule: Callable = delta_rule_reference
     mamba2: Callable = mamba2_reference
+    group_squares: Callable = group_squares_reference
+    norm_groups: Callable = norm_groups_reference
     split_gates: Callable = split_gates_reference
     gate: Callable = gate_reference
     sample: Callable = sample_on_host
@@ -165,13 +168,15 @@ class Kernels:
         return weights or self.backend.stored_dtype or torch.float16
 
 
-def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None, join=None) -> Kernels:
+def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None, join=None, whole=None,
+                 tp=1) -> Kernels:
     """Choose each op for a device and a model: decode_core's if installed and able, else the reference.
 
     Steps have at most `max_tokens` tokens and `max_rows` rows of logits; float weights are quantized to the
     type `quantize`. CHAT_SERVER_KERNELS=reference disables decode_core. `join(backend)`, if given, makes the
-    ops that exchange with other ranks."""
-    backend = choose_backend(device, spec)
+    ops that exchange with other ranks; `whole` is then the spec of the model that is divided, and `tp` among
+    how many."""
+    backend = choose_backend(device, spec, tp, whole)
     if quantize and not backend.quantizes:
         raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
     ops = backend.ops(max_tokens, max_rows, quantize)
@@ -181,23 +186,24 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     return Kernels(**ops, **(join(backend) if join else {}), names=names, backend=backend)
 
 
-def choose_backend(device, spec: ModelSpec | None):
-    """decode_core's backend if it runs this model on this device, else torch's (always without a spec)."""
+def choose_backend(device, spec: ModelSpec | None, tp: int = 1, whole: ModelSpec | None = None):
+    """decode_core's backend if it runs this model on this device, else torch's (always without a spec). All
+    stages of a `whole` model have the same, and what reads it asks with `tp` alone."""
     if refused := refused_isa():
         raise ConfigError(refused)
     core = decode_core() if spec else None
-    if core and spec and (features := not_compiled(spec, device)):
+    if core and spec and (features := not_compiled(whole or spec, device, tp) or not_compiled(spec, device)):
         log.warning("decode_core has no %s, which this model needs: torch computes instead", features)
         core = None
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 
 
 # ops of models that decode_core does not compute
-TORCH_ALONE = "mean_squares", "norm_qk"
+TORCH_ALONE = "mean_squares", "norm_qk", "group_squares", "norm_groups"
 
 
-def not_compiled(spec: ModelSpec, device="cpu") -> str:
-    """What of a model no op of decode_core computes on this device, in words."""
+def not_compiled(spec: ModelSpec, device="cpu", tp: int = 1) -> str:
+    """What of a model in `tp` ranks no op of decode_core computes on this device, in words."""
     on_gpu = torch.device(device).type != "cpu"
     features = {
         "norm of all heads together": spec.qk_norm_sizes,
@@ -211,6 +217,8 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
         "Mamba layer whose heads or channels are no multiples of 16": any(
             isinstance(mixer, Mamba2) and (mixer.head_size % 16 or mixer.parts[1] % 16)
             for mixer in spec.mixers),
+        "norm of Mamba groups that ranks share": any(
+            isinstance(mixer, Mamba2) and (mixer.of_heads or mixer.groups % tp) for mixer in spec.mixers),
         "gate of attention on a GPU": spec.output_gate and on_gpu,
         f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2"),
         "feed-forward of such a width": spec.dense_size % TILE_ROWS or spec.shared_size % TILE_ROWS}

@@ -54,19 +54,22 @@ class ShortConv:
 
     size: int           # tokens that y_t depends on, its own included
     bias: bool = False  # of mix_in, the taps and mix_out
+    channels: int = 0   # of b, c and u each, where one of several ranks has some; 0: C
 
     def widths(self, C: int) -> tuple[int, int]:
         """Of what mix_in gives, and of what mix_out takes."""
-        return 3 * C, C
+        own = self.channels or C
+        return 3 * own, own
 
     def tensors(self, C: int) -> dict[str, tuple[int, ...]]:
         """Its tensors in a model of this width; a file has the taps as (C, size)."""
-        biases = {"mix_in_bias": (3 * C,), "taps_bias": (C,), "mix_out_bias": (C,)} if self.bias else {}
-        return {"mix_in": (3 * C, C), "taps": (C * self.size,), "mix_out": (C, C)} | biases
+        wide, own = self.widths(C)
+        biases = {"mix_in_bias": (wide,), "taps_bias": (own,), "mix_out_bias": (C,)} if self.bias else {}
+        return {"mix_in": (wide, C), "taps": (own * self.size,), "mix_out": (C, own)} | biases
 
     def states(self, C: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of the float32 arrays that a sequence's state has in such a layer."""
-        return ((self.size - 1, C),)
+        return ((self.size - 1, self.channels or C),)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,9 @@ class Mamba2:
     z, p, dt = mix_in x;  v, B, C = silu of a convolution of p over the last `size` tokens;
     dt = softplus(dt + dt_bias);  S = exp(decay * dt) * S + (dt * v) B^T;  y = S C + skip * v;
     mix_out (mix_norm * rms(y * silu(z))), the rms over each group. Head j reads the group's B and C, which
-    is j // (heads / groups). It keeps S, as (heads, N, P), and p of the last size - 1 tokens."""
+    is j // (heads / groups). It keeps S, as (heads, N, P), and p of the last size - 1 tokens.
+
+    One of several ranks that share groups has its heads, all groups' B and C, and parts of their rms."""
 
     size: int
     heads: int
@@ -129,6 +134,13 @@ class Mamba2:
     groups: int = 1
     taps_bias: bool = True     # of the convolution
     bias: bool = False         # of mix_in and mix_out
+    of_heads: int = 0          # > 0: of so many, where ranks share groups, these are the heads
+    first_head: int = 0        # from this one on
+
+    @property
+    def group_size(self) -> int:
+        """The heads of a group, in all ranks together."""
+        return (self.of_heads or self.heads) // self.groups
 
     @property
     def parts(self) -> tuple[int, int, int]:

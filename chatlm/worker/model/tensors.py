@@ -18,7 +18,7 @@ TILE_ROWS = 16  # of decode_core's matrices: a rank has whole tiles
 
 
 class Cut(NamedTuple):
-    """The part of a tensor that a rank has: ranges of its rows, or one range of its columns.
+    """The part of a tensor that a rank has: ranges of its rows, or of its columns.
 
     The part's `shape` may have more rows than the ranges: the rest are zeros."""
 
@@ -36,9 +36,10 @@ class Cut(NamedTuple):
         begin = rows = 0
         for index, tensor in enumerate(stacked):
             if self.axis:  # packed columns take less than one byte each
-                first, last = (edge * tensor.shape[1] // self.full[1]
-                               for edge in (self.ranges[0].start, self.ranges[0].stop))
-                yield index, tensor[:, first:last]
+                parts = [tensor[:, slice(*(edge * tensor.shape[1] // self.full[1] for edge in (
+                    columns.start, columns.stop)))] for columns in self.ranges]
+                side_by_side = torch.cat if isinstance(tensor, torch.Tensor) else numpy.concatenate
+                yield index, parts[0] if len(parts) == 1 else side_by_side(parts, 1)
                 continue
             for wanted in self.ranges:
                 part = tensor[max(wanted.start - begin, 0):max(wanted.stop - begin, 0)]

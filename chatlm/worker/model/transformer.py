@@ -12,7 +12,7 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.model.spec import (
-    DeltaRule, Inputs, Sequences, ShortConv, expected_tensors, group_layers, token_places)
+    DeltaRule, Inputs, Mamba2, Sequences, ShortConv, expected_tensors, group_layers, token_places)
 from chatlm.worker.model.tensors import Unread, read_ahead
 from chatlm.worker.ops.attention import query_scales, rope_frequencies, rope_tables
 from chatlm.worker.ops.basic import Norm, zeroed
@@ -106,7 +106,10 @@ class Transformer:
         wide, narrow = (max((mixer.widths(C)[side] for mixer in spec.mixers if mixer), default=0)
                         for side in range(2))
         gates = H * D * spec.output_gate
+        shared = [mixer for mixer in spec.mixers if isinstance(mixer, Mamba2) and mixer.of_heads]
         return {
+            "unnormed": (T, narrow if shared else 0, f32),
+            "squares": (T, max((mixer.groups for mixer in shared), default=0), f32),
             "gated": (T, (gates + (H + 2 * Hkv) * D) * spec.output_gate, dtype), "gates": (T, gates, dtype),
             "x": (T, C, f32), "residual": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
             "previous": (T, C, f32), "added": (T, C, f32),
@@ -280,7 +283,13 @@ class Transformer:
             k.short_conv(mixed, layer["taps"], states, inputs.sequences, out=out, bias=layer.get("taps_bias"))
         else:
             op = k.delta_rule if isinstance(mixer, DeltaRule) else k.mamba2
-            op(mixed, layer, mixer, self.spec.norm_eps, states, inputs.sequences, out=out)
+            shared = isinstance(mixer, Mamba2) and mixer.of_heads  # its groups, by several ranks
+            op(mixed, layer, mixer, self.spec.norm_eps, states, inputs.sequences,
+               out=b.unnormed if shared else out)
+            if shared:
+                k.group_squares(b.unnormed, mixer, out=b.squares)
+                k.all_reduce(b.squares, out=b.squares)
+                k.norm_groups(b.unnormed, layer["mix_norm"], b.squares, mixer, self.spec.norm_eps, out=out)
         self._add(b, out, layer, "mix_out", b.x, out=b.residual)
 
     def _feed_forward(self, b: SimpleNamespace, layer: dict):

@@ -188,7 +188,7 @@ def softcap_reference(logits, cap, out):
 
 def zeroed(shape: tuple[int, ...], dtype, device):
     """A tensor of zeros. On CPU it takes memory only as it is written; torch.zeros writes it all at once."""
-    if device.type != "cpu":
+    if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; 4-KiB page faults made the first prefill 15 % slower

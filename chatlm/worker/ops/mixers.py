@@ -90,14 +90,14 @@ def mamba2_reference(x, weights, mixer, eps, states, sequences, out):
     """A spec.Mamba2's x (T, its first width) -> out (T, its second), token by token.
 
     `weights` has taps, decay, dt_bias, skip, mix_norm and perhaps taps_bias; `states` are
-    (slots, K - 1, channels) and (slots, H, N, P)."""
+    (slots, K - 1, channels) and (slots, H, N, P). Where ranks share groups, out is what is to be normed."""
     inner, _, H = mixer.parts
     G, N = mixer.groups, mixer.state_size
     z, p, dt = x.float().split(mixer.parts, 1)
     u = convolve(p, weights["taps"], states[0], sequences)
     u = functional.silu(u + weights["taps_bias"] if mixer.taps_bias else u)
     v, B, C = u.split((inner, G * N, G * N), 1)
-    group = torch.arange(H, device=x.device) // (H // G)
+    group = groups_of_heads(mixer, x.device)
     B, C = (part.unflatten(1, (G, N))[:, group] for part in (B, C))  # (T, H, N)
     v, dt = v.unflatten(1, (H, -1)), functional.softplus(dt + weights["dt_bias"])  # (T, H, P), (T, H)
     decay = torch.exp(weights["decay"] * dt)[..., None, None]
@@ -105,11 +105,33 @@ def mamba2_reference(x, weights, mixer, eps, states, sequences, out):
         for t in range(begin, end):
             S = decay[t] * S + B[t, ..., None] * (dt[t, :, None] * v[t])[:, None]
             y = (S * C[t, ..., None]).sum(1) + weights["skip"][:, None] * v[t]
-            y = (y.flatten() * functional.silu(z[t])).view(G, -1)
-            scale = torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)
-            out[t] = weights["mix_norm"] * (y * scale).flatten()
+            out[t] = y = y.flatten() * functional.silu(z[t])
+            if not mixer.of_heads:
+                y = y.view(G, -1)
+                scale = torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)
+                out[t] = weights["mix_norm"] * (y * scale).flatten()
             if t in writes:
                 states[1][writes[t]] = S
+
+
+def groups_of_heads(mixer, device):
+    """The group of each head of a Mamba2, (H,)."""
+    return torch.arange(mixer.first_head, mixer.first_head + mixer.heads, device=device) // mixer.group_size
+
+
+def group_squares_reference(x, mixer, out):
+    """The sum of the squares of each group's channels in x (T, H * P) -> out (T, groups) float32; 0 of groups
+    none of whose heads is here."""
+    squares = x.float().square().unflatten(1, (mixer.heads, -1)).sum(-1)  # (T, H)
+    out.zero_().index_add_(1, groups_of_heads(mixer, x.device), squares)
+
+
+def norm_groups_reference(x, weight, squares, mixer, eps, out):
+    """weight * x (T, H * P), over its group's root mean square -> out; squares (T, groups) as above, the sums
+    of all ranks."""
+    scale = torch.rsqrt(squares / (mixer.group_size * mixer.head_size) + eps)
+    scale = scale[:, groups_of_heads(mixer, x.device)].repeat_interleave(mixer.head_size, 1)
+    out.copy_(weight * (x * scale))
 
 
 def split_gates_reference(x, head_size, gates, out):

@@ -28,7 +28,8 @@ class RankConfig:
 
 @wire_message(64)
 class RankPages:
-    """A rank to rank 0: the KV pages it has room for; back: how many all have."""
+    """A rank to rank 0: the KV pages it has room for, then states of sequences, then snapshots of them; back,
+    each time: how many all have."""
 
     count: int
 

@@ -252,15 +252,13 @@ def cut_stored(parts: Seq[tuple[Any, RopePairs | None]], cut: Cut) -> list[tuple
     Q8_0 or floats."""
     if cut == Cut.whole(cut.full):
         return list(parts)
-    first, last = cut.ranges[0].start, cut.ranges[0].stop
-    if cut.axis and any(edge % packed_together(tensor) for tensor, _ in parts for edge in (first, last)):
-        shapes = [(len(tensor.data), cut.full[1]) for tensor, _ in parts]
-        floats = [dequantized(shape, [part], torch.float32)[:, first:last].contiguous().numpy()
-                  for shape, part in zip(shapes, parts)]
+    edges = {edge for span in cut.ranges for edge in (span.start, span.stop)}
+    if cut.axis and any(edge % packed_together(tensor) for tensor, _ in parts for edge in edges):
+        whole = (dequantized((len(part[0].data), cut.full[1]), [part], torch.float32) for part in parts)
         gguf = require_library("gguf", "packed weights")
-        gguf_type = gguf.GGMLQuantizationType["F32" if (last - first) % 32 else "Q8_0"]
-        return [(SimpleNamespace(tensor_type=gguf_type, data=gguf.quantize(rows, gguf_type)), None)
-                for rows in floats]
+        gguf_type = gguf.GGMLQuantizationType["F32" if cut.shape[1] % 32 else "Q8_0"]
+        return [(SimpleNamespace(tensor_type=gguf_type, data=gguf.quantize(
+            rows.contiguous().numpy(), gguf_type)), None) for _, rows in cut.apply(whole)]
     return [(SimpleNamespace(tensor_type=parts[i][0].tensor_type, data=numpy.ascontiguousarray(data)),
              parts[i][1]) for i, data in cut.apply(tensor.data for tensor, _ in parts)]
 

@@ -39,6 +39,7 @@ class Family(NamedTuple):
     aliases: dict[str, str] = {}  # its own keys -> those that they replace
     complete: Callable[[dict], dict] = lambda config: {}    # what a folder's checked config means
     gguf: dict[str, tuple[str, ...]] = {}  # names in a GGUF file that do not follow from the folder's
+    fused: Seq[tuple[str, tuple[str, ...]]] = ()  # (a matrix that `repack` divides, what its rows become)
 
 
 HF_TENSORS = {  # our tensor (of layer {}) -> the folder's tensors whose rows it is made of
@@ -159,6 +160,13 @@ def repack_granite(state: Mapping) -> dict:
         ours = ("gate_proj", "up_proj") if name.endswith("input_linear.weight") else ("down_proj",)
         repacked |= {re.sub("(in|out)put_linear", part, name): parts.get(part, tensor) for part in ours}
     return repacked
+
+
+GRANITE_FUSED = [  # beside experts, and without
+    (f"model.layers.{{}}.shared_mlp.{theirs}_linear.weight",
+     tuple(f"model.layers.{{}}.mlp.{stem}{part}_proj.weight" for part in parts))
+    for stem in ("shared_expert.", "")
+    for theirs, parts in (("input", ("gate", "up")), ("output", ("down",)))]
 
 
 LFM2_TENSORS = {
@@ -327,12 +335,13 @@ FAMILIES = {  # by config.json's model_type
     "granite": Family("Granite 3", GRANITE | {"mlp_bias": False}),
     "granitemoe": Family("Granite 3 MoE", GRANITE_EXPERTS, {}, GRANITE_TENSORS, repack=repack_granite),
     "granitemoeshared": Family("", GRANITE_EXPERTS | {"shared_intermediate_size": 0}, {}, GRANITE_TENSORS,
-                               repack=repack_granite),
+                               repack=repack_granite, fused=GRANITE_FUSED),
     "granitemoehybrid": Family(
         "Granite 4", GRANITE_EXPERTS | MAMBA | {
             "shared_intermediate_size": 1024, "layer_types": None, "position_embedding_type": None,
             "normalization_function": "rmsnorm"},
-        {}, GRANITE4_TENSORS, lambda config, layer: False, repack=repack_granite, needed=("layer_types",),
+        {}, GRANITE4_TENSORS, lambda config, layer: False, repack=repack_granite, fused=GRANITE_FUSED,
+        needed=("layer_types",),
         mixers={"mamba": mamba2_of, "linear_attention": mamba2_of},  # as transformers calls it now
         gguf={"dt_bias": ("blk.{}.ssm_dt.bias",)}),
     "olmo2": Family("OLMo 2", {"attention_bias": False, "rms_norm_eps": 1e-5},
@@ -455,11 +464,12 @@ LLAMA_SIZES = {  # what a text_config may leave out
 BESIDE_TEXT = set("""image_token_id video_token_id vision_config vision_end_token_id vision_start_token_id
     vision_token_id perceiver_config pixel_shuffle_factor""".split())
 HF_INERT = set("""architectures attention_dropout auto_map bos_token_id cache_implementation dtype embd_pdrop
-    do_sample eos_token_id init_method initializer_range is_llama_config max_length model_type
-    neftune_noise_alpha output_attentions output_hidden_states output_router_logits pad_token_id
-    pretraining_tp quantization_config resid_pdrop return_dict router_aux_loss_coef sep_token_id temperature
-    tokenizer_class top_p torch_dtype transformers.js_config transformers_version unsloth_fixed
-    unsloth_version use_cache _attn_implementation _attn_implementation_autoset _name_or_path
+    do_sample eos_token_id init_method initializer_range is_llama_config mamba_ssm_dtype max_length
+    model_type mtp_num_hidden_layers mtp_use_dedicated_embeddings neftune_noise_alpha output_attentions
+    output_hidden_states output_router_logits pad_token_id pretraining_tp quantization_config
+    resid_pdrop return_dict router_aux_loss_coef sep_token_id temperature tokenizer_class top_p torch_dtype
+    transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache
+    _attn_implementation _attn_implementation_autoset _name_or_path
     _sliding_window_pattern""".split())
 GENERATION = set("""bad_words_ids begin_suppress_tokens chunk_size_feed_forward decoder_start_token_id
     diversity_penalty early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff
@@ -472,8 +482,8 @@ HF_ONLY = {  # the only value these may have, unless the family has them
                      "use_mrope", "use_bidirectional_attention", "use_cla",
                      "add_classification_head"), False),
     "full_attn_mod": 1, "interpolate_factor": 1, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    "num_experts": 1, "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
-    **dict.fromkeys(("is_causal", "use_rope", "use_rotary"), True)}
+    "num_experts": 1, "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "output_gate_type": "swish",
+    **dict.fromkeys(("is_causal", "use_rope", "use_rotary", "attn_output_gate"), True)}
 
 
 def unsupported(name: str) -> str:

@@ -25,6 +25,7 @@ from chatlm.common.log import log
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.worker.model.kernels import choose_backend
+from chatlm.worker.model.spec import DeltaRule
 from chatlm.worker.model.tensors import TILE_ROWS, Cut, Unread
 from chatlm.worker.ops.basic import RopePairs, dequantized, unpermute_rope
 from chatlm.worker.weights.assemble import (
@@ -36,7 +37,7 @@ from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.gguf_file import (
     GGUF_FAMILIES, GGUF_INERT, GGUF_KEYS, GGUF_MAMBA, GGUF_OF_ONE, GGUF_OWN, GGUF_SIZES, ROPE_TENSORS,
     check_gguf_types, gguf_value, read_gguf)
-from chatlm.worker.weights.lora import read_adapters
+from chatlm.worker.weights.lora import Place, fused_places, read_adapters
 from chatlm.worker.weights.rules import (
     LoadedModel, Rule, check_divides, checked, float_type, own_sampling, warn_of_templates)
 from chatlm.worker.weights.splits import PRE_TOKENIZERS
@@ -96,12 +97,12 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
             source.path, {name: file_shape(name, tensor) for name, tensor in stored.items()
                           if name not in ROPE_TENSORS},  # they became spec.rope_factors
             sources)
-        backend = choose_backend(device, spec)
+        backend = choose_backend(device, spec, settings.tensor_parallel_size)
         as_stored = None if settings.dtype else backend.as_stored
         dtype = None if as_stored else float_type(settings, backend)
         called = source.name, str(metadata.get("general.name") or "")
-        added, adapted = gguf_adapters(settings, HF_TENSORS | FAMILIES[family].tensors, names, sources,
-                                       called)
+        places = gguf_places(spec, family, names, sources) if settings.lora else {}
+        added, adapted = read_adapters(settings, file_shapes(sources), places, called)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                architecture in PERMUTED, FAMILIES[family].interleaved, added)
         text = gguf_text(source.path, metadata)
@@ -287,22 +288,40 @@ def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Ma
     return fields
 
 
-def gguf_adapters(settings: Settings, table: Mapping[str, tuple], names: Mapping[str, tuple],
-                  sources: Sources, called: Seq[str]) -> tuple[dict[str, list[Change | Copy]], str]:
-    """As read_adapters, by the names of the GGUF's tensors; both tables are like HF_TENSORS. The model is
-    `called` so."""
-    own, shapes = {}, file_shapes(sources)
+def gguf_places(spec: ModelSpec, family: str, names: Mapping[str, tuple],
+                sources: Sources) -> dict[str, list[Place]]:
+    """Where a GGUF file has the matrices of the model's folder; `names` is like HF_TENSORS."""
+    table = HF_TENSORS | FAMILIES[family].tensors
+    places: dict[str, list[Place]] = {}
+    shapes = file_shapes(sources)
     for ours in sources:
         layer, _, part = ours.rpartition(".")
-        for theirs, name in zip(table.get(part, ()), names.get(part, ()) if "expert" not in part else ()):
-            if len(shapes.get(name := name.format(layer), ())) == 2:
-                own[theirs.format(layer)] = name
-    added, adapted = read_adapters(settings, {theirs: shapes[name] for theirs, name in own.items()}, called)
-    moved = [name for name in added if ".linear_attn." in name]
-    if moved:
-        raise ConfigError(f"--lora: {moved[0].removesuffix('.weight')}: a GGUF file of this family has value "
-                          "heads in another order; take the model's folder")
-    return {own[theirs]: changes for theirs, changes in added.items()}, adapted
+        theirs, own = ([name.format(layer) for name in names_of.get(part, ()) if "expert" not in part]
+                       for names_of in (table, names))
+        mixer = spec.mixers[int(layer)] if layer and spec.mixers else None
+        if isinstance(mixer, DeltaRule) and part in ("mix_in", "mix_out"):
+            places |= linear_places(mixer, theirs, own)
+        else:
+            places |= {name: [Place(at)] for name, at in zip(theirs, own) if len(shapes.get(at, ())) == 2}
+    return fused_places(places, shapes, FAMILIES[family].fused, spec.layers)
+
+
+def linear_places(mixer: DeltaRule, theirs: Seq[str], own: Seq[str]) -> dict[str, list[Place]]:
+    """Where a GGUF file has a folder's matrices of linear attention: Qwen3.5's heads of values have another
+    order there, and Qwen3-Next's rows do not lie by heads of keys."""
+    Hk, D, Dv, r = mixer.key_heads, mixer.key_size, mixer.value_size, mixer.value_heads // mixer.key_heads
+    p, z, *_ = mixer.parts
+    if mixer.gates_by_key and len(own) > len(theirs):
+        *qkv, gates = torch.arange(p + z).view(Hk, -1).split((D, D, r * Dv, r * Dv), 1)
+        rows = torch.cat([part.flatten() for part in qkv]), gates.flatten()
+        return {theirs[0]: [*map(Place, own, rows)], theirs[1]: [Place(own[2])]}
+    heads = torch.arange(Hk * r)
+    heads = heads.view(Hk, r).T.flatten() if mixer.alternating else heads
+    values = (heads[:, None] * Dv + torch.arange(Dv)).flatten()
+    if len(own) == 1:
+        return {theirs[0]: [Place(own[0], columns=values)]}
+    rows = torch.cat((torch.arange(p - z), p - z + values)), values, heads, heads
+    return {name: [place] for name, place in zip(theirs, map(Place, own, rows))}
 
 
 def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sources, stored: Mapping,

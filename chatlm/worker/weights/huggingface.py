@@ -24,7 +24,7 @@ from chatlm.worker.weights.assemble import (
 from chatlm.worker.weights.families import (
     FAMILIES, HF_KEYS, HF_TENSORS, LAYER_TYPES, complete_heads, family_config, family_spec,
     growing_queries, scaled_rope)
-from chatlm.worker.weights.lora import read_adapters
+from chatlm.worker.weights.lora import Place, fused_places, read_adapters
 from chatlm.worker.weights.rules import (
     LoadedModel, Rule, check_divides, checked, float_type, own_sampling, read_json, warn_of_templates)
 from chatlm.worker.weights.trial import refuse_endless
@@ -96,10 +96,12 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
                           f"a {family} model: take the unquantized model, or a GGUF file of it")
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
-    backend = choose_backend(device, spec)
+    backend = choose_backend(device, spec, settings.tensor_parallel_size)
     as_stored, dtype = None if settings.dtype else backend.as_stored, float_type(settings, backend)
     matrices = {name: shape for name, shape in file_shapes(sources).items() if len(shape) == 2}
-    added, adapted = read_adapters(settings, matrices, names)
+    places = fused_places({name: [Place(name)] for name in matrices}, matrices, FAMILIES[family].fused,
+                          spec.layers)
+    added, adapted = read_adapters(settings, matrices, places, names)
     scale_block = fp8_block(config, read_json(config)) if scales else []
 
     def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:

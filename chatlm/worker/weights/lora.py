@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
 
 
+class Place(NamedTuple):
+    """Where a file has a matrix that lies otherwise in Hugging Face's folder: in which of its own, and which
+    of the folder's rows and columns these are, in the file's order."""
+
+    name: str
+    rows: Any = slice(None)     # or indices
+    columns: Any = slice(None)
+
+
 class Change(NamedTuple):
     """What an adapter adds to a weight (N, K): scaling * b @ a, in the order of Hugging Face's rows."""
 
@@ -34,6 +44,10 @@ class Change(NamedTuple):
         product = self.b.float() @ self.a.float() * self.scaling
         return product.T if self.embedding else product
 
+    def at(self, place: Place) -> Change:
+        """What of it changes the file's matrix at a place; an embedding lies nowhere else."""
+        return self if self.embedding else self._replace(a=self.a[:, place.columns], b=self.b[place.rows])
+
     def on(self, weight: torch.Tensor, turned: Callable = lambda rows: rows) -> torch.Tensor:
         """The weight with the change, whose rows are `turned` first."""
         return weight.float() + turned(self.delta())
@@ -44,6 +58,9 @@ class Copy(NamedTuple):
     it cannot know whether they are still the base's, and what modules_to_save names."""
 
     weight: Any
+
+    def at(self, place: Place) -> Copy:
+        return Copy(self.weight[place.rows][:, place.columns])
 
     def on(self, weight: torch.Tensor, turned: Callable = lambda rows: rows) -> torch.Tensor:
         return turned(self.weight.float())
@@ -63,11 +80,39 @@ def refuse_adapters(settings: Settings, base: str):
                           "GGUF files")
 
 
-def read_adapters(settings: Settings, shapes: Mapping[str, tuple],
-                  names: Iterable[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
-    """What the folders of --lora change in each of the model's matrices, copies first, and a description.
+def fused_places(places: Mapping[str, list[Place]], shapes: Mapping[str, tuple],
+                 fused: Iterable[tuple[str, tuple[str, ...]]], layers: int) -> dict[str, list[Place]]:
+    """The `places` of matrices by Hugging Face's names, with those that are `fused` in the folder: each has
+    the rows of several. `shapes` are by the file's names."""
+    more = {}
+    for theirs, parts in ((name.format(layer), [part.format(layer) for part in parts])
+                          for name, parts in fused for layer in range(layers)):
+        if all(part in places for part in parts):
+            at = [place.name for part in parts for place in places[part]]
+            ends = list(itertools.accumulate((shapes[name][0] for name in at), initial=0))
+            more[theirs] = [Place(name, slice(*rows)) for name, rows in zip(at, itertools.pairwise(ends))]
+    return {**places, **more}
 
-    `shapes` are the matrices', by Hugging Face's names; `names` are the model's own, as far as known."""
+
+def read_adapters(settings: Settings, shapes: Mapping[str, tuple], places: Mapping[str, list[Place]],
+                  names: Iterable[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
+    """What the folders of --lora change in each matrix of a file, copies first, and a description.
+
+    `shapes` are by the file's names, `places` by Hugging Face's; `names` are the model's own, as far as
+    known."""
+    whole = {theirs: (sum(shapes[place.name][0] for place in at), *shapes[at[0].name][1:])
+             for theirs, at in places.items()}
+    added, described = add_adapters(settings, whole, names)
+    placed: dict[str, list[Change | Copy]] = {}
+    for theirs, changes in added.items():
+        for place in places[theirs]:
+            placed.setdefault(place.name, []).extend(change.at(place) for change in changes)
+    return placed, described
+
+
+def add_adapters(settings: Settings, shapes: Mapping[str, tuple],
+                 names: Iterable[str]) -> tuple[dict[str, list[Change | Copy]], str]:
+    """As read_adapters, by Hugging Face's names."""
     added: dict[str, list[Change | Copy]] = {}
     folders = [Path(folder).expanduser() for folder in settings.lora]
     for folder in folders:

@@ -9,12 +9,20 @@ from typing import NamedTuple, TYPE_CHECKING
 import torch
 
 from chatlm.common.errors import ConfigError
-from chatlm.worker.model.spec import expected_tensors
+from chatlm.worker.model.spec import DeltaRule, Mamba2, ShortConv, expected_tensors
 from chatlm.worker.model.tensors import TILE_ROWS, Cut
 
 if TYPE_CHECKING:
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.model.spec import Mixer, ModelSpec
     from chatlm.worker.weights.rules import LoadedModel
+
+
+class MixerShare(NamedTuple):
+    """What a rank has of a layer that keeps a state: the mixer of its part; and of each tensor that is
+    divided the axis, and the ranges of it."""
+
+    own: Mixer
+    parts: dict[str, tuple[int, list[range]]]
 
 
 class RankShare(NamedTuple):
@@ -31,6 +39,7 @@ class RankShare(NamedTuple):
     dense: range   # of the F of layers without experts, where others have some
     shared: range  # of the F of the expert that every token takes
     own_rows: int  # of it, with those that the last ranks have too few of: as many for every rank
+    mixers: dict[Mixer, MixerShare]
 
 
 def divide(spec: ModelSpec, rank: int, tp: int, block: int) -> RankShare:
@@ -60,11 +69,26 @@ def share_of(spec: ModelSpec, rank: int, tp: int, block: int = 1) -> RankShare:
     if tp > min(spec.heads, blocks):
         raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {spec.heads} query heads, "
                           f"and its feed-forward part {blocks} blocks of {block} columns")
+    refuse_heads(spec, tp, min(spec.heads, blocks))
     rows = -(-spec.vocab_size // tp)
     ffn, dense, shared = (blocks_of(size, rank, tp, block)
                           for size in (spec.ffn_size, spec.dense_size, spec.shared_size))
+    mixers = {mixer: mixer_share(mixer, spec.width, rank, tp, block) for mixer in spec.mixers if mixer}
     return RankShare(rank, range(spec.vocab_size)[rank * rows:(rank + 1) * rows], heads, kv_heads, ffn, dense,
-                     shared, rows)
+                     shared, rows, mixers)
+
+
+def refuse_heads(spec: ModelSpec, tp: int, most: int):
+    """ConfigError where the heads of a layer that keeps a state cannot be given to `tp` ranks, as many to
+    each; all else of the model can be divided among up to `most`."""
+    for mixer in filter(None, spec.mixers):
+        count, heads = ((mixer.key_heads, "heads of keys in its linear attention")
+                        if isinstance(mixer, DeltaRule) else
+                        (mixer.heads, "heads in its Mamba layers") if isinstance(mixer, Mamba2) else (0, ""))
+        if count % tp:
+            allowed = [str(ranks) for ranks in range(1, min(count, most) + 1) if count % ranks == 0]
+            raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {count} {heads}, so "
+                              f"--tp must be one of {', '.join(allowed)}")
 
 
 def blocks_of(size: int, rank: int, tp: int, block: int) -> range:
@@ -79,12 +103,65 @@ def rows_of(heads: range, size: int, before: int = 0) -> range:
     return range(before + heads.start * size, before + heads.stop * size)
 
 
+def mixer_share(mixer: Mixer, C: int, rank: int, tp: int, block: int) -> MixerShare:
+    """A rank's channels of a short convolution, its heads of other layers that keep a state."""
+    if isinstance(mixer, DeltaRule):
+        return delta_share(mixer, rank, tp)
+    if isinstance(mixer, Mamba2):
+        return mamba_share(mixer, rank, tp)
+    mine = blocks_of(C, rank, tp, block)
+    thirds, taps = (0, [rows_of(mine, 1, n * C) for n in range(3)]), (0, [rows_of(mine, mixer.size)])
+    return MixerShare(replace(mixer, channels=len(mine)), {
+        "mix_in": thirds, "mix_in_bias": thirds, "taps": taps, "taps_bias": (0, [mine]),
+        "mix_out": (1, [mine])})
+
+
+def delta_share(mixer: DeltaRule, rank: int, tp: int) -> MixerShare:
+    """Some heads of keys, and all heads of values that read these."""
+    Hk, D, Dv, r = mixer.key_heads, mixer.key_size, mixer.value_size, mixer.value_heads // mixer.key_heads
+    keys = range(rank * Hk // tp, (rank + 1) * Hk // tp)
+    values = [rows_of(keys, 1, n * Hk) for n in range(r)] if mixer.alternating else [rows_of(keys, r)]
+    p, z, b, _ = mixer.parts
+    channels = [rows_of(keys, D), rows_of(keys, D, Hk * D),
+                *(rows_of(own, Dv, 2 * Hk * D) for own in values)]
+    rows = [*channels, *(rows_of(own, Dv, p) for own in values)]
+    if mixer.heads_by_key:
+        rows = [rows_of(keys, 2 * (D + r * Dv))]
+    if mixer.gates_by_key:
+        rows.append(rows_of(keys, 2 * r, p + z))
+    else:
+        rows += [rows_of(own, 1, before) for before in (p + z, p + z + b) for own in values]
+    return MixerShare(replace(mixer, key_heads=len(keys), value_heads=len(keys) * r), {
+        "mix_in": (0, rows), "taps": (0, [rows_of(part, mixer.size) for part in channels]),
+        "decay": (0, values), "dt_bias": (0, values), "mix_out": (1, [rows_of(own, Dv) for own in values])})
+
+
+def mamba_share(mixer: Mamba2, rank: int, tp: int) -> MixerShare:
+    """Some heads, with the B and C of their groups; of all groups, where these cannot be given out whole:
+    then ranks share their norm."""
+    G, P, N, count = mixer.groups, mixer.head_size, mixer.state_size, mixer.heads // tp
+    heads, inner = range(rank * count, (rank + 1) * count), mixer.parts[0]
+    groups, own = range(G), replace(mixer, heads=count, of_heads=mixer.heads, first_head=heads.start)
+    if G % tp == 0:
+        groups = range(rank * G // tp, (rank + 1) * G // tp)
+        own = replace(mixer, heads=count, groups=len(groups))
+    columns = rows_of(heads, P)
+    channels = [columns, rows_of(groups, N, inner), rows_of(groups, N, inner + G * N)]
+    rows = [columns, *(rows_of(part, 1, inner) for part in channels), rows_of(heads, 1, 2 * (inner + G * N))]
+    return MixerShare(own, {
+        "mix_in": (0, rows), "mix_in_bias": (0, rows), "taps_bias": (0, channels),
+        "taps": (0, [rows_of(part, mixer.size) for part in channels]),
+        "mix_norm": (0, [columns]), "mix_out": (1, [columns])} | dict.fromkeys(
+            ("decay", "dt_bias", "skip"), (0, [heads])))
+
+
 SPLITS: dict[str, tuple[int, Callable[[ModelSpec, RankShare], list[range]]]] = {
     # our tensor -> (its axis that is divided, what of that a rank has); of all others it has everything
     "embed": (0, lambda s, my: [my.vocabulary]), "head": (0, lambda s, my: [my.vocabulary]),
     "qkv": (0, lambda s, my: [
-        rows_of(my.heads, s.head_size),
-        *(rows_of(my.kv_heads, s.head_size, n * s.head_size) for n in (s.heads, s.heads + s.kv_heads))]),
+        rows_of(my.heads, s.head_size * (1 + s.output_gate)),
+        *(rows_of(my.kv_heads, s.head_size, s.head_size * (s.heads * (1 + s.output_gate) + before))
+          for before in (0, s.kv_heads))]),
     "q_norm": (0, lambda s, my: [rows_of(my.heads, s.head_size)] if s.qk_norm_sizes else []),
     "k_norm": (0, lambda s, my: [rows_of(my.kv_heads, s.head_size)] if s.qk_norm_sizes else []),
     "sinks": (0, lambda s, my: [my.heads]), "output": (1, lambda s, my: [rows_of(my.heads, s.head_size)]),
@@ -96,7 +173,8 @@ SPLITS: dict[str, tuple[int, Callable[[ModelSpec, RankShare], list[range]]]] = {
     "shared_gate_up": (0, lambda s, my: [rows_of(my.shared, 1, n * s.shared_size) for n in range(2)]),
     "shared_down": (1, lambda s, my: [my.shared]),
     "expert_gate_up": (0, lambda s, my: [rows_of(my.ffn, 1, n * s.ffn_size) for n in range(2 * s.experts)]),
-    "expert_down": (1, lambda s, my: [my.ffn])}
+    "expert_down": (1, lambda s, my: [my.ffn]),
+    "mix_out": (1, lambda s, my: [])}  # as its mixer's share says
 
 
 def shard_of(name: str, spec: ModelSpec, share: RankShare) -> tuple[int, list[range]] | None:
@@ -104,7 +182,11 @@ def shard_of(name: str, spec: ModelSpec, share: RankShare) -> tuple[int, list[ra
 
     None: nothing is. Where the columns of a matrix are divided, rank 0 alone adds the bias.
     """
-    matrix, bias, _ = name.rpartition(".")[2].partition("_bias")
+    layer, _, tensor = name.rpartition(".")
+    matrix, bias, _ = tensor.partition("_bias")
+    mixer = spec.mixers[int(layer)] if layer and spec.mixers else None
+    if mixer and tensor in (parts := share.mixers[mixer].parts):
+        return parts[tensor]
     axis, ranges_of = SPLITS.get(matrix, (0, lambda spec, share: []))
     if bias and axis == 1:
         return None if share.rank else (0, [])
@@ -115,20 +197,14 @@ def shard_spec(spec: ModelSpec, share: RankShare) -> ModelSpec:
     """The sizes of what a rank has; embeddings are added up over the ranks, logits put side by side."""
     return replace(spec, heads=len(share.heads), kv_heads=len(share.kv_heads), ffn_size=len(share.ffn),
                    dense_size=len(share.dense), shared_size=len(share.shared),
+                   mixers=tuple(mixer and share.mixers[mixer].own for mixer in spec.mixers),
                    own_rows=share.own_rows, first_row=share.rank * share.own_rows)
-
-
-def refuse_states(model: LoadedModel, flag: str):
-    if model.spec.mixers:
-        raise ConfigError(f"{flag} is not supported yet for a model with layers that keep a state (here "
-                          f"{len(model.spec.unpaged_layers)} of {model.spec.layers}); use {flag} 1")
 
 
 def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = None) -> LoadedModel:
     """What one of `tp` ranks has of a model that is yet to be read, as --quantize packs it."""
     if tp == 1:
         return model
-    refuse_states(model, "--tp")
     spec, shapes = model.spec, expected_tensors(model.spec)
     packed_together = 256 if "_k" in (quantize or "") else 32 if quantize else 0
     share = divide(spec, rank, tp, max(model.block, packed_together))
@@ -156,13 +232,13 @@ def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
     spec = model.spec
     if stages == 1:
         return model
-    refuse_states(model, "--pp")
     if stages > spec.layers:
         raise ConfigError(f"the model has {spec.layers} layers, which cannot be divided into {stages} stages")
     mine = layers_of(spec, stage, stages)
     first, kept = mine.start, slice(mine.start, mine.stop)
     own = replace(
-        spec, layers=len(mine), windows=spec.windows[kept], opens=stage == 0, closes=stage == stages - 1,
+        spec, layers=len(mine), windows=spec.windows[kept], mixers=spec.mixers[kept],
+        opens=stage == 0, closes=stage == stages - 1,
         tied_head=False, backout_layer=None if spec.backout_layer is None else spec.backout_layer - first,
         **{name: tuple(layer - first for layer in getattr(spec, name) if layer in mine)
            for name in ("unrotated_layers", "value_embed_layers", "dense_layers")})

@@ -9,7 +9,6 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE, Settings
 from chatlm.common.core import decode_core
-from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.build import build_engine
@@ -20,8 +19,7 @@ from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.spec import DeltaRule, Mamba2, Sequences
 from chatlm.worker.ops.mixers import delta_rule_reference, mamba2_reference
 from chatlm.worker.process import gauges
-from chatlm.worker.weights.shards import shard_model, stage_model
-from engines import load, make_engine, run, tokens_of
+from engines import make_engine, run, tokens_of
 from families import clear_cases, make_model, save
 from integrity import check_sequences
 from nightly import by_day
@@ -167,6 +165,25 @@ def test_a_conversation_of_ten_turns_computes_little_again(made):
     assert engine.pool.states.snapshots == 3
 
 
+def test_a_turn_after_a_long_answer_computes_at_most_what_lies_between_two_snapshots(made, monkeypatch):
+    """And what a template says otherwise of the answer before: here its first half, as of reasoning."""
+    folder, _ = made
+    monkeypatch.setattr(StatePool, "INTERVAL", 32)
+    engine = make_engine(folder, num_pages=100, prefill_chunk=64, max_batch=2, num_snapshots=40)
+    text, dice = [256], random.Random(8)
+    for turn in range(5):
+        added = [dice.randrange(256) for _ in range(7)]
+        text += added
+        result = run(engine, [assignment("turn", tuple(text), SamplingParams(temperature=0), 75, ignore_eos=True)])
+        again = len(text) - result.end["turn"].usage.cached_tokens
+        assert again <= len(added) + 32 + PAGE_SIZE or turn == 0, turn
+        before, answer = len(text), result.tokens["turn"]
+        text += answer
+    shortened = text[:before] + answer[40:]
+    result = run(engine, [assignment("turn", tuple(shortened), SamplingParams(temperature=0), 2, ignore_eos=True)])
+    assert len(shortened) - result.end["turn"].usage.cached_tokens <= len(answer[40:]) + PAGE_SIZE     # the end of the prompt before is kept
+
+
 def test_owners_who_share_no_pages_share_no_states(made):
     folder, cases = made
     engine = make_engine(folder, num_pages=100, prefill_chunk=64, max_batch=2)
@@ -192,7 +209,7 @@ def test_states_and_snapshots_take_their_parts_of_the_kv_cache(made, kib, pages,
 
 
 @pytest.mark.skipif(decode_core() is None, reason="only decode_core quantizes")
-def test_quantize_packs_the_matrices_around_a_convolution_and_leaves_its_taps(made):
+def test_quantize_packs_the_matrices_of_layers_that_keep_states_and_leaves_their_taps(made):
     settings = Settings(model=str(made[0]), quantize="q8_0", kv_cache_memory=1 << 20)
     _, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
     weights = engine.transformer.weights
@@ -201,12 +218,6 @@ def test_quantize_packs_the_matrices_around_a_convolution_and_leaves_its_taps(ma
     works = [assignment(name, tuple(range(50)), SamplingParams(temperature=0), 30, ignore_eos=True) for name in ("first", "from a snapshot")]
     first, again = (tokens_of(engine, [work])[work.id] for work in works)
     assert first == again and len(first) == 30
-
-
-@pytest.mark.parametrize("divided, flag", [(lambda model: shard_model(model, 0, 2), "--tp"), (lambda model: stage_model(model, 0, 2), "--pp")])
-def test_several_ranks_are_refused_in_one_line(made, divided, flag):
-    with pytest.raises(ConfigError, match=f"{flag} is not supported yet for a model with layers that keep a state .here . of .*; use {flag} 1"):
-        divided(load(made[0]))
 
 
 # --- the ops -----------------------------------------------------------------------------------------------------

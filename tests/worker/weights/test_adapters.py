@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
+from chatlm.worker.model.kernels import not_compiled
 from chatlm.worker.weights.lora import warn_of_other_base
 from engines import tensors_of
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
@@ -35,16 +36,19 @@ def adapt(model, folder, targets=LINEAR, embeddings=False, **options):
     return adapted.merge_and_unload()
 
 
+ADAPTED = 3e-4      # tolerance of logits: the matrices have twice the size
 OPTIONS = {         # model -> the options of its adapter
     "llama3.1": {"use_rslora": True}, "gemma3": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 8}, "alpha_pattern": {"v_proj": 1}},
     "phi3": {"targets": ["qkv_proj", "gate_up_proj"]}, "qwen3": {"targets": r".*\.(q|up)_proj"},
     "qwen2": {"targets": ["embed_tokens", "lm_head", "v_proj"]}, "nanochat": {"targets": "all-linear"}, "glm4": {"targets": ["q_proj", "k_proj", "gate_up_proj"]},
-    "lfm2": {"targets": ["q_proj", "in_proj", "out_proj", "w1", "w2"]}, "qwen3.5": {"targets": ["q_proj", "in_proj_qkv", "in_proj_b", "out_proj", "down_proj"]},
-    "lfm2moe": {"targets": ["q_proj", "in_proj", "out_proj", "w1"]}, "granite4h": {"targets": ["q_proj", "in_proj", "out_proj"]},
+    "lfm2": {"targets": ["q_proj", "in_proj", "out_proj", "w1", "w2"]}, "qwen3.5": {"targets": ["q_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "down_proj"]},
+    "qwen3.5moe": {"targets": ["k_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"]},
+    "lfm2moe": {"targets": ["q_proj", "in_proj", "out_proj", "w1"]}, "granite4h": {"targets": ["q_proj", "in_proj", "out_proj", "shared_mlp.input_linear", "shared_mlp.output_linear"]},
+    "granite4h-dense": {"targets": ["v_proj", "in_proj", "shared_mlp.input_linear", "shared_mlp.output_linear"]},
     "qwen3next": {"targets": ["q_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"]}}
 
 
-@pytest.mark.parametrize("name", by_day(OPTIONS, *(name for name in OPTIONS if name not in ("glm4", "lfm2", "qwen3.5", "lfm2moe", "granite4h", "qwen3next"))))
+@pytest.mark.parametrize("name", by_day(OPTIONS, *(name for name in OPTIONS if name not in ("glm4", "lfm2", "qwen3.5", "qwen3.5moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next"))))
 def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
     model = make_model(name)
     folder = save(model, tmp_path / "base")
@@ -52,14 +56,19 @@ def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
     cases = clear_cases(merged, lengths=(40,), count=16)
     plain, ours = load(folder), load(folder, lora=(str(tmp_path / "adapter"),))
     assert "LoRA adapter merged into" in ours.description
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
+    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16, tolerance=ADAPTED)
     changed = [key for key, tensor in tensors_of(ours).items() if not torch.equal(tensor, tensors_of(plain)[key])]
-    assert changed and {key.rpartition(".")[2] for key in changed} <= {"embed", "head", "qkv", "output", "gate_up", "up", "down", "mix_in", "mix_out"}
+    assert changed and {key.rpartition(".")[2] for key in changed} <= {
+        "embed", "head", "qkv", "output", "gate_up", "up", "down", "mix_in", "mix_out", "shared_gate_up", "shared_down"}
 
 
-@pytest.mark.parametrize("name", by_day(["llama3.1", "gemma3", "phi3", "glm4", "lfm2"], "llama3.1", "gemma3", "phi3"))        # whose q and k are permuted, or not; with one matrix for three
+@pytest.mark.parametrize("name", by_day([
+    "llama3.1", "gemma3", "phi3", "glm4", "lfm2", "lfm2moe", "granite4h", "granite4h-dense", "qwen3.5", "qwen3.5moe", "qwen3next"],
+    "llama3.1", "gemma3", "phi3", "qwen3.5"))       # whose q and k are permuted, or not; with one matrix for three; with heads in another order
 def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
-    changes = {"query_pre_attn_scalar": 32} if name == "gemma3" else {}
+    whole = {"qwen3.5moe": "shared_expert_intermediate_size", "qwen3next": "shared_expert_intermediate_size", "lfm2moe": "moe_intermediate_size",
+             "granite4h": "shared_intermediate_size"}       # of blocks
+    changes = {"gemma3": {"query_pre_attn_scalar": 32}, "granite4h-dense": {"position_embedding_type": None}}.get(name, {whole[name]: 64} if name in whole else {})
     lora = (str(tmp_path / "adapter"),)
     model = make_model(name, **changes)
     path, packed = (as_gguf(tmp_path / f"{name}{q}.gguf", model, quantized=q) for q in (False, True))
@@ -67,8 +76,8 @@ def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
     merged = adapt(model, tmp_path / "adapter", **OPTIONS[name])
     cases = clear_cases(merged, lengths=(40,), count=16)
     ours = load(path, lora=lora)
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
-    if decode_core():        # a packed matrix is packed again
+    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16, tolerance=ADAPTED)
+    if decode_core() and not not_compiled(ours.spec):        # a packed matrix is packed again
         values, again = tensors_of(load(packed, lora=lora)), load(packed, None, lora=lora)
         for key, given in again.tensors.items():
             if torch.equal(values[key], plain[key]):
@@ -80,14 +89,6 @@ def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
                 exact = values[key][row:row + len(part)]
                 row += len(part)
                 assert (part - exact).abs().max() <= 0.57 * exact.abs().max() / 127      # half a step, and the rounding to float16
-
-
-def test_an_adapter_of_layers_that_a_gguf_has_in_another_order_is_refused(tmp_path):
-    model = make_model("qwen3.5")
-    path = as_gguf(tmp_path / "qwen.gguf", model)
-    adapt(model, tmp_path / "adapter", targets=["in_proj_z"])
-    with pytest.raises(ConfigError, match="linear_attn.in_proj_z.*value heads in another order; take the model's folder"):
-        load(path, lora=(str(tmp_path / "adapter"),))
 
 
 def test_several_adapters_add_up_and_the_embedding_counts_once_where_the_head_is_tied(tmp_path):

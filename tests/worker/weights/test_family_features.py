@@ -18,7 +18,7 @@ from chatlm.worker.weights.gguf import gguf_spec
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec
 from families import GROWING, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer, write_tokenizer
-from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, QWEN3_NEXT
+from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,15 +94,21 @@ def test_what_is_wrong_in_a_config_with_mamba_layers_is_named(key, value, words,
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("published, billions", [(GRANITE_H_TINY, 7), (QWEN3_NEXT, 80)])
+@pytest.mark.parametrize("published, billions", [(GRANITE_H_TINY, 6.9), (QWEN3_NEXT, 79.7), (QWEN35_4B, 4.2), (QWEN36_35B, 34.7)])
 def test_published_hybrids_have_as_many_weights_as_transformers_and_their_cards_say(published, billions, tmp_path):
     import transformers
-    spec, config = spec_of(tmp_path, published), transformers.AutoConfig.from_pretrained(tmp_path)
+    spec, config = spec_of(tmp_path, published), transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
     count = sum(math.prod(shape) for key, shape in expected_tensors(spec).items() if not (spec.tied_head and key == "head"))
-    assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9) == billions
+    assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
     assert [mixer is None for mixer in spec.mixers] == [kind == "full_attention" for kind in config.layer_types]
+
+
+def test_published_sizes_of_qwen_3_5_make_states_of_so_many_mebibytes(tmp_path):
+    assert [spec_of(tmp_path, config).state_bytes / 2**20 for config in (QWEN35_4B, QWEN36_35B)] == [50.25, 62.8125]
+    with pytest.raises(ConfigError, match="attn_output_gate is false; in a qwen3_5_text model it must be true"):
+        spec_of(tmp_path, QWEN35_4B | {"text_config": QWEN35_4B["text_config"] | {"attn_output_gate": False}})
 
 
 def test_the_published_config_of_granite_4_h_tiny_is_read(tmp_path):

@@ -1,6 +1,7 @@
 """Shards of a model's tensors: each is given out once, and the ranks together are the whole model."""
 
 import dataclasses
+import math
 import threading
 
 import pytest
@@ -10,12 +11,12 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.spec import ModelSpec, expected_tensors
+from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, ShortConv, expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.shards import shard_model, shard_of, shard_spec, share_of
+from chatlm.worker.weights.shards import layers_of, shard_model, shard_of, shard_spec, share_of, stage_model
 from engines import make_batch
-from families import MODELS, load, make_model, save
+from families import MODELS, as_gguf, load, make_model, save
 from nightly import by_day
 
 GENERATIONS = ("gen1", "gen2", "gen3", "gen4", "gen5")
@@ -33,7 +34,7 @@ def check_every_part_is_given_out_once(spec, tp, block=1):
         kind, given = name.rpartition(".")[2], [shard_of(name, spec, share) for share in shares]
         if given[0] is not None and not given[0][1]:        # whole, or rank 0's bias
             assert all(other in (None, given[0]) for other in given)
-            assert (kind in ("output_bias", "down_bias", "expert_down_bias")) == (None in given) or tp == 1, name
+            assert (kind in ("output_bias", "down_bias", "expert_down_bias", "mix_out_bias")) == (None in given) or tp == 1, name
             continue
         axis, counts = given[0][0], torch.zeros(shape[given[0][0]], dtype=torch.int64)
         for (its, ranges), share, own in zip(given, shares, local):
@@ -42,9 +43,14 @@ def check_every_part_is_given_out_once(spec, tp, block=1):
             assert sum(map(len, ranges)) == count, name     # as the rank's own sizes say
             for part in ranges:
                 counts[part.start:part.stop] += 1
-        replicated = slice(0, 0)                            # kv heads that several ranks have
+        replicated = slice(0, 0)                            # kv heads that several ranks have, or groups of Mamba heads
+        mixer = spec.mixers[int(name.partition(".")[0])] if spec.mixers and "." in name else None
         if tp > spec.kv_heads and kind in ("qkv", "qkv_bias", "value_embed", "ve_gate"):
-            replicated = slice(spec.heads * spec.head_size if kind.startswith("qkv") else 0, None)
+            replicated = slice(spec.heads * spec.head_size * (1 + spec.output_gate) if kind.startswith("qkv") else 0, None)
+        elif isinstance(mixer, Mamba2) and mixer.groups % tp and kind in ("mix_in", "mix_in_bias", "taps", "taps_bias"):
+            inner, channels, heads = mixer.parts
+            each = mixer.size if kind == "taps" else 1
+            replicated = slice(each * (2 * inner if kind.startswith("mix_in") else inner), -heads if kind.startswith("mix_in") else None)
         assert (counts[replicated] >= 1).all(), name
         counts[replicated] = 1
         assert (counts == 1).all(), name
@@ -60,6 +66,31 @@ PUBLISHED = {
                           max_positions=64), 32),
     "relu2": (ModelSpec(vocab_size=65_536, layers=2, width=1280, heads=10, kv_heads=10, head_size=128, ffn_size=5120,
                         max_positions=64, activation="relu2", value_embed_layers=(1,), smear_channels=24), 1)}
+HYBRID = dict(vocab_size=1000, layers=2, heads=24, kv_heads=4, head_size=256, ffn_size=9216, max_positions=64)
+HYBRIDS = {
+    "qwen3.5": (ModelSpec(width=2560, mixers=(DeltaRule(4, 24, 48, 128, 128), None), output_gate=True, **HYBRID), 256),
+    "qwen3.5-gguf": (ModelSpec(width=2560, mixers=(DeltaRule(4, 24, 48, 128, 128, alternating=True), None), output_gate=True, **HYBRID), 256),
+    "qwen3next": (ModelSpec(width=2048, mixers=(DeltaRule(4, 24, 48, 128, 128, gates_by_key=True, heads_by_key=True), None), **HYBRID), 256),
+    "granite4h": (ModelSpec(width=1536, mixers=(Mamba2(4, 48, 64, 128, bias=True), None), **HYBRID), 256),
+    "groups": (ModelSpec(width=1536, mixers=(Mamba2(4, 48, 64, 128, groups=4), None), **HYBRID), 256),
+    "lfm2": (ModelSpec(width=2048, mixers=(ShortConv(3, bias=True), None), **HYBRID), 256)}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_shards_of_layers_that_keep_states_cover_each_tensor_once(name, tp):
+    spec, block = HYBRIDS[name]
+    check_every_part_is_given_out_once(spec, tp, block)
+    whole, parts = (sum(math.prod(shape) for shape in one.mixers[0].states(one.width)) for one in (spec, shard_spec(spec, shares_of(spec, tp, block)[0])))
+    assert parts <= 1.1 * whole / tp or name == "lfm2" and parts * 8 == whole * -(-8 // tp)        # eight blocks of 256 columns
+
+
+@pytest.mark.parametrize("name, words", [("qwen3.5", "24 heads of keys in its linear attention, so --tp must be one of 1, 2, 3, 4, 6, 8, 12, 24"),
+                                         ("groups", "48 heads in its Mamba layers, so --tp must be one of 1, 2, 3, 4, 6, 8, 12, 16, 24")])
+def test_heads_of_states_that_ranks_cannot_share_are_one_line_with_what_is_allowed(name, words):
+    with pytest.raises(ConfigError) as caught:
+        share_of(HYBRIDS[name][0], 0, 5, 256)
+    assert str(caught.value) == f"the model cannot be divided among 5 ranks: it has {words}"
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4, 6, 8])
@@ -133,7 +164,7 @@ def kernels_of(rank, together):
 
 def logits_of(model, kernels, steps, results, rank, tables):
     try:
-        transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=20, max_tokens=64, dtype=torch.float32)
+        transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=20, num_slots=20, max_tokens=64, dtype=torch.float32)
         assert (transformer.weights["head"] is transformer.weights["embed"]) == model.spec.tied_head
         tables[rank] = transformer.weights["embed"]
         results[rank] = torch.cat([transformer.forward(step).clone() for step in steps])
@@ -166,13 +197,49 @@ def check_the_ranks_together_are_the_model(model, tp):
 
 def check_model(model):
     for tp in (2, 4):
+        heads = [getattr(mixer, "key_heads", getattr(mixer, "heads", tp)) for mixer in model.spec.mixers if mixer]
+        if any(count % tp for count in heads):
+            with pytest.raises(ConfigError, match="heads of keys in its linear attention, so --tp must be one of 1, 2"):
+                shard_model(model, 0, tp)
+            continue
         check_every_part_is_given_out_once(model.spec, tp)
         check_the_ranks_together_are_the_model(model, tp)
 
 
-@pytest.mark.parametrize("name", by_day(MODELS, "llama3.1", "gemma3", "qwen3moe", "gpt-oss", "phi3"))
+@pytest.mark.parametrize("name", by_day(MODELS, "llama3.1", "gemma3", "qwen3moe", "gpt-oss", "phi3", "lfm2moe", "qwen3.5", "qwen3next", "granite4h"))
 def test_the_ranks_of_every_family_together_are_the_model(name, tmp_path):
     check_model(load(save(make_model(name), tmp_path)))
+
+
+@pytest.mark.parametrize("name", by_day(["qwen3.5", "qwen3next", "granite4h", "lfm2", "qwen3.5moe"], "qwen3.5"))
+def test_the_ranks_of_a_gguf_whose_layers_keep_states_together_are_the_model(name, tmp_path):
+    """Value heads of Qwen3.5 lie in another order there: a rank's columns of out_proj are not side by side."""
+    check_model(load(as_gguf(tmp_path / "whole.gguf", make_model(name))))
+    if name == "qwen3.5":       # with heads of whole blocks no packed value changes
+        model = make_model(name, linear_value_head_dim=32, linear_key_head_dim=32)
+        check_model(load(as_gguf(tmp_path / "packed.gguf", model, quantized=True)))
+
+
+@pytest.mark.parametrize("name, stages", [("lfm2", 3), ("qwen3.5", 4), ("granite4h", 2)])
+@torch.inference_mode()
+def test_each_stage_keeps_the_states_of_its_own_layers(name, stages, tmp_path):
+    """Some of these stages have such layers alone, or none."""
+    model, pages = load(save(make_model(name), tmp_path)), list(range(3, 9))
+    tokens = torch.randint(0, 256, (41,), generator=torch.Generator().manual_seed(SEED)).tolist()
+    expected, parts = {}, [stage_model(model, stage, stages) for stage in range(stages)]
+    steps = [make_batch((tokens, 0, 40, pages)), make_batch((tokens, 40, 1, pages))]
+    logits_of(model, load_kernels("cpu"), steps, expected, 0, {})
+    made = [Transformer(part.spec, dict(part.tensors), load_kernels("cpu"), num_pages=20, num_slots=20, max_tokens=64, dtype=torch.float32) for part in parts]
+    for step, logits in zip(steps, expected[0]):
+        for before, stage in zip([None, *made], made):
+            if before:
+                stage.buffers["x"].copy_(before.buffers["x"])
+            found = stage.forward(step)
+        torch.testing.assert_close(found[0], logits, rtol=1e-5, atol=1e-5)
+    assert [len(stage.groups.of_layer) for stage in made] == [len(layers_of(model.spec, n, stages)) for n in range(stages)]
+    assert sum(part.spec.state_bytes for part in parts) == model.spec.state_bytes == sum(
+        state.nbytes for stage in made for layer in stage.states for state in layer) // 20
+    assert sum(part.spec.paged_layers for part in parts) == model.spec.paged_layers
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
