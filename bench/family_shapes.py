@@ -9,13 +9,15 @@ a full layer of Gemma-4-E4B before one of each that reads their keys, three slid
 
 The vocabulary is the default model's (49,152 tokens), so that the head has about the share of a step that it has in the
 whole model (a head of 248,320 rows would be two thirds of four layers) and Gemma's table of per-layer embeddings stays
-small. Weights are normal; decays and time steps are spread as Mamba-2 begins its training with: such a state forgets
-within 1 to 1,000 tokens. Embeddings are small beside what the blocks add: with a tied head an answer would else repeat its
-last token, and so its experts. Logits deviate by about 2.5. No text means anything, so speeds are without drafts.
+small. Of many experts all are copies of 16, each in a place of its own. Weights are normal; decays and time steps are
+spread as Mamba-2 begins its training with: such a state forgets within 1 to 1,000 tokens. Embeddings are small beside
+what the blocks add: with a tied head an answer would else repeat its last token, and so its experts. Logits deviate by
+about 2.5. No text means anything, so speeds are without drafts.
 llama.cpp knows all of these; ik_llama.cpp (September 2026) knows neither lfm2 nor granitehybrid.
 """
 
 import argparse
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -26,11 +28,12 @@ import numpy
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
-from large_model import copy_tokenizer    # noqa: E402
+from large_model import copy_metadata    # noqa: E402
 
 X = 0.15            # what a channel of x deviates by before the first block
 SPREAD = 2.5        # what logits deviate by
-DRAWN = 1 << 24     # numbers at once: 64 MB
+DRAWN = 1 << 22     # numbers of which all matrices are pieces, since billions would take minutes
+FEW = 16            # experts that are quantized; 8 would be Mixtral to llama-quantize, which gives it other types
 FLOATS = ("ssm_a", "ssm_d", "norm.weight", "ssm_conv1d.weight", "shortconv.conv.weight", "ffn_gate_inp.weight")
 
 
@@ -217,34 +220,84 @@ def values_of(shape, name, size, dice):
     part, kind = name.split(".", 2)[2] if name.startswith("blk.") else name, type_of(name, size)
     if (values := special(shape, part, size, dice)) is not None:
         return values.astype(kind)
-    values, scale = numpy.empty(size, kind), numpy.float32(deviation(shape, name, size[-1]))
-    flat = values.reshape(-1)
-    for begin in range(0, flat.size, DRAWN):
-        piece = flat[begin:begin + DRAWN]
-        piece[:] = dice.standard_normal(piece.size, numpy.float32) * scale
+    values, drawn = numpy.empty(size, kind), (normal_numbers() * numpy.float32(deviation(shape, name, size[-1]))).astype(kind)
+    flat, length = values.reshape(-1), DRAWN // 4
+    for begin in range(0, flat.size, length):
+        piece, first = flat[begin:begin + length], dice.integers(DRAWN - length)
+        piece[:] = drawn[first:first + piece.size]
     return values
+
+
+@functools.cache
+def normal_numbers():
+    return numpy.random.default_rng(2).standard_normal(DRAWN, numpy.float32)
+
+
+def numbers_of(shape):
+    """The metadata after the architecture."""
+    return {"block_count": len(shape.layers), "context_length": 32768} | shape.numbers
 
 
 def write(path, name, shape, source):
     """The file of float16 that a quantized one is made from; the GGUF file `source` has the tokenizer."""
     import gguf
-    writer, dice = gguf.GGUFWriter(path, shape.arch), numpy.random.default_rng(1)
-    vocab = copy_tokenizer(writer, gguf.GGUFReader(source))
+    writer = gguf.GGUFWriter(path, shape.arch)
+    vocab = copy_metadata(gguf.GGUFReader(source), writer, "tokenizer.")
     writer.add_name(f"random {name}, 4 layers")
     writer.add_uint32("general.file_type", 1)
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
-    for key, number in ({"block_count": len(shape.layers), "context_length": 32768} | shape.numbers).items():
+    for key, number in numbers_of(shape).items():
         add[type(number)](f"{shape.arch}.{key}", number)
-    sizes = tensors(shape, vocab)
+    sizes, dice = tensors(shape, vocab), numpy.random.default_rng(1)
     for tensor, size in sizes.items():
         kind = type_of(tensor, size)
         writer.add_tensor_info(tensor, size, kind, int(numpy.prod(size)) * kind.itemsize)
+    write_all(writer, (values_of(shape, tensor, size, dice) for tensor, size in sizes.items()))
+
+
+def write_all(writer, arrays):
+    """The file of a writer that knows of its tensors, which come one at a time: some are 1 GB."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor, size in sizes.items():      # one at a time: Qwen3.6's are 6.5 GB
-        writer.write_tensor_data(values_of(shape, tensor, size, dice))
+    for values in arrays:
+        writer.write_tensor_data(values)
     writer.close()
+
+
+def write_with_all_experts(path, shape, few):
+    """The file `few`, which has FEW experts a layer, with as many as the shape: copies of these, under a router of its own."""
+    import gguf
+    reader, dice = gguf.GGUFReader(few), numpy.random.default_rng(3)
+    writer, sizes = gguf.GGUFWriter(path, shape.arch), tensors(shape, 0)
+    copy_metadata(reader, writer, "", {f"{shape.arch}.expert_count": shape.numbers["expert_count"]})
+
+    def whole(tensor):
+        if "_exps.weight" in tensor.name:
+            return numpy.tile(tensor.data, (shape.numbers["expert_count"] // FEW, 1, 1))
+        routes = tensor.name.endswith(("ffn_gate_inp.weight", "ffn_down_exps.scale"))
+        return values_of(shape, tensor.name, sizes[tensor.name], dice) if routes else tensor.data
+
+    for tensor in reader.tensors:
+        data = whole(tensor)
+        writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, raw_dtype=tensor.tensor_type)
+    write_all(writer, map(whole, reader.tensors))
+
+
+def write_quantized(path, kind, name, llama_quantize):
+    """One shape's file. Of many experts llama-quantize makes FEW, which takes a minute in place of ten."""
+    shape, plain, part = SHAPES[name], path.with_suffix(".float"), path.with_suffix(".part")
+    many = shape.numbers.get("expert_count", 0) > FEW
+    try:
+        write(plain, name, shape._replace(numbers=shape.numbers | {"expert_count": FEW}) if many else shape, fetch_default_model())
+        subprocess.run([llama_quantize, plain, part, kind, "2"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if many:
+            plain.unlink()
+            write_with_all_experts(plain, shape, part)
+        (plain if many else part).rename(path)
+    finally:
+        for unfinished in (plain, part):
+            unfinished.unlink(missing_ok=True)
 
 
 # 4. command line -------------------------------------------------------------------------------------------------
@@ -264,16 +317,13 @@ def main():
         parser.error(f"only --compare takes other flags: {' '.join(more)}")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.shapes:
-        path, plain = (arguments.folder / f"{name}-{kind}.gguf" for kind in (arguments.type, "F16"))
+        path = arguments.folder / f"{name}-{arguments.type}.gguf"
         if arguments.compare:
             print(f"\n## {name} in {arguments.type}", flush=True)
             subprocess.run([sys.executable, ROOT / "bench" / "compare.py", "--model", path,
                             "--server-args=--no-drafts --context-length 10240", *more], check=True)
         elif not path.exists():
-            write(plain, name, SHAPES[name], fetch_default_model())
-            subprocess.run([arguments.llama_quantize, plain, path, arguments.type, "2"], check=True, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)
-            plain.unlink()
+            write_quantized(path, arguments.type, name, arguments.llama_quantize)
             print(f"{path}: {path.stat().st_size / 1e6:,.0f} MB", flush=True)
 
 

@@ -33,12 +33,12 @@ LAYERS, WIDTH, HEADS, KV_HEADS, FFN = 16, 2048, 32, 8, 8192
 TYPES = ["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS"]
 
 
-def copy_tokenizer(writer, reader):
-    """The tokenizer and chat template of one GGUF file into another -> how many tokens it has."""
+def copy_metadata(reader, writer, prefix, changes=None):
+    """What one GGUF file says under a prefix, with some values changed, into another -> how many tokens it has."""
     for name, field in reader.fields.items():
-        if name.startswith("tokenizer."):
+        if name.startswith(prefix) and not name.startswith(("GGUF.", "general.architecture")):     # which the writer says itself
             kinds = field.types
-            writer.add_key_value(name, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
+            writer.add_key_value(name, (changes or {}).get(name, field.contents()), kinds[0], kinds[-1] if len(kinds) > 1 else None)
     return len(reader.fields["tokenizer.ggml.tokens"].data)
 
 
@@ -46,7 +46,7 @@ def write_f16(path):
     """The file that all others are made from."""
     import gguf
     writer, dice = gguf.GGUFWriter(path, "llama"), numpy.random.default_rng(1)
-    vocab = copy_tokenizer(writer, gguf.GGUFReader(fetch_default_model()))
+    vocab = copy_metadata(gguf.GGUFReader(fetch_default_model()), writer, "tokenizer.")
     writer.add_name("random llama 1.1B")
     numbers = {"block_count": LAYERS, "context_length": 4096, "embedding_length": WIDTH, "feed_forward_length": FFN,
                "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS,
