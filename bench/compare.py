@@ -55,7 +55,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"        # one thread per product in the 
 import numpy    # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-START_LIMIT_S, REQUEST_LIMIT_S, STOP_LIMIT_S = 60, 240, 15
+START_LIMIT_S, REQUEST_LIMIT_S, STOP_LIMIT_S = 120, 240, 15
 ANSWER_TOKENS = 128
 
 # 1. prompts ------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class PackedMatrix:
 def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]], script: SimpleNamespace,
               device: Any) -> torch.Tensor | PackedMatrix:
     """weights.as_stored on a device at once, so that the host never holds a whole model; floats are bfloat16."""
-    if weights.becomes([tensor for tensor, _ in parts])[0] in weights.FLOATS:
+    if weights.kinds_of(parts)[0] in weights.FLOATS:
         return script.dequantized(shape, parts, torch.bfloat16).to(device)
     kept = weights.as_stored(shape, parts, script)
     joined = [(kind, torch.cat([torch.from_numpy(rows).to(device) for _, rows in group]))      # one kernel for each kind

@@ -40,17 +40,29 @@ class QuantizedMatrix:
         return sum(len(rows) for _, rows in self.parts), self.columns
 
 
-def becomes(tensors: Sequence[Any]) -> list[str]:
-    """What the GGUF tensors that form one matrix become, each: floats stay floats where all of them are alike."""
+def becomes(tensors: Sequence[Any], rows: Sequence[int]) -> list[str]:
+    """What the GGUF tensors that form one matrix become, each: floats stay floats where all of them are alike.
+
+    rows: of each tensor."""
     kinds = [tensor.tensor_type.name for tensor in tensors]
     if len(set(kinds)) == 1 and kinds[0] in FLOATS:
         return ["BF16" if kind == "F32" else kind for kind in kinds]
     kept, row = [kind if kind in KEPT_TYPES else CONVERTED for kind in kinds], 0
-    for i, tensor in enumerate(tensors[:-1] if len(set(kept)) > 1 else ()):
-        row += math.prod(tensor.shape[1:].tolist())
+    for i, count in enumerate(rows[:-1] if len(set(kept)) > 1 else ()):
+        row += count
         if row % TILE_ROWS:                         # the next one begins within a tile, which has one type
             return kept[:i] + [CONVERTED] * len(kept[i:])
     return kept
+
+
+def kinds_of(parts: Sequence[tuple[Any, int]]) -> list[str]:
+    """What the (tensor, head size) that form a matrix become, each."""
+    return becomes([tensor for tensor, _ in parts], [len(tensor.data) for tensor, _ in parts])
+
+
+def rows_in_file(tensor: Any) -> int:
+    """Of a GGUF tensor, whose shape has the columns first; the matrices of experts lie one upon the other."""
+    return math.prod(tensor.shape[1:].tolist())
 
 
 def converted(sources: Mapping[str, tuple], stored: Mapping[str, Any]) -> str:
@@ -58,7 +70,8 @@ def converted(sources: Mapping[str, tuple], stored: Mapping[str, Any]) -> str:
     changed = collections.defaultdict(list)
     for shape, theirs in sources.values():
         if len(shape) == 2:
-            for name, kind in zip(theirs, becomes([stored[name] for name in theirs])):
+            tensors = [stored[name] for name in theirs]
+            for name, kind in zip(theirs, becomes(tensors, [rows_in_file(tensor) for tensor in tensors])):
                 if (was := stored[name].tensor_type.name) != kind:
                     changed[was, kind].append(name)
     return "".join(f"; re-quantized from {was} to {kind}: {len(names)} tensors "
@@ -68,8 +81,9 @@ def converted(sources: Mapping[str, tuple], stored: Mapping[str, Any]) -> str:
 
 def held_bytes(tensors: Sequence[Any], row_bytes: Callable[[str, int], int]) -> int:
     """What the GGUF tensors that form one matrix will take; `row_bytes` is of a row of a kind with so many columns."""
-    return sum(math.prod(tensor.shape[1:].tolist()) * row_bytes(kind.lower(), int(tensor.shape[0]))
-               for tensor, kind in zip(tensors, becomes(tensors)))
+    rows = [rows_in_file(tensor) for tensor in tensors]
+    return sum(count * row_bytes(kind.lower(), int(tensor.shape[0]))
+               for tensor, kind, count in zip(tensors, becomes(tensors, rows), rows))
 
 
 @functools.cache
@@ -88,7 +102,7 @@ def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]],
 
     Rows that need no change lie in the file's mapped memory.
     """
-    kinds = becomes([tensor for tensor, _ in parts])
+    kinds = kinds_of(parts)
     if kinds[0] in FLOATS:
         return tuple(script.unpermute_rope(script.dequantize(tensor.tensor_type, torch.from_numpy(tensor.data)), head_size)
                      .reshape(-1, shape[1]).to(FLOATS[kinds[0]]) for tensor, head_size in parts)
