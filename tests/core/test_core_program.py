@@ -167,7 +167,8 @@ class Eager:
         q = q * (f(1) / np.sqrt(squares(q) + f(1e-6)) * (f(1) / np.sqrt(f(Dk))))
         k = k * (f(1) / np.sqrt(squares(k) + f(1e-6)))
         heads = np.arange(Hv) % Hk if mixer.alternating else np.arange(Hv) // r
-        q, k, beta, g = q[:, heads], k[:, heads], sigmoid(b)[..., None], exp_negative(weights["decay"] * softplus(a + weights["dt_bias"]))[..., None]
+        q, k, beta, power = q[:, heads], k[:, heads], sigmoid(b)[..., None], (weights["decay"] * softplus(a + weights["dt_bias"]))[..., None]
+        g = np.where(power < -40, f(0), exp_negative(power))
         for begin, end, [S], written in self.spans(states[1:]):
             for t in range(begin, end):
                 seen, o = np.zeros((Hv, Dv), f), np.zeros((Hv, Dv), f)
