@@ -159,8 +159,8 @@ def in_whole_tiles(pieces: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     joined: list[tuple[str, Any]] = []
     for kind, rows in pieces:
         if joined and len(joined[-1][1]) % TILE_ROWS:
-            join = torch.cat if isinstance(rows, torch.Tensor) else numpy.concatenate
-            joined[-1] = kind, join((joined[-1][1], rows))
+            before: Any = joined[-1][1]
+            joined[-1] = kind, (torch.cat if isinstance(rows, torch.Tensor) else numpy.concatenate)((before, rows))
         else:
             joined.append((kind, rows))
     return joined
