@@ -447,7 +447,7 @@ MIXES = {                       # T tokens: those of the sequences, repeated as 
     5: [(31, 1), (3, 1), (0, 3)],
     21: [(90, 1), (17, 1), (0, 19)],        # rows divided on two threads, products on four
     33: [(90, 1), (17, 1), (0, 31)],
-    100: [(100, 1), (2, 1), (0, 58), (16, 40)],
+    100: [(100, 1), (2, 1), (0, 81), (16, 17)],
 }
 # (threads, forced width, take others' chunks first[, repeat at once what another thread is doing])
 SCHEDULES = [(1, 0, False), (2, 0, False), (2, 2, True), (2, 1, False), (4, 4, False), (4, 4, True), (4, 3, False), (2, 2, False, 0), (4, 4, True, 0),

@@ -121,22 +121,30 @@ void add_up(const float* const* parts, int64_t count, const float* x, int64_t co
     }
 }
 
-// own(x) of each row goes in, use(x, total) comes out; x is the row's from that column on.
+// own(x) of each row goes in, use(x, total) comes out; x is the row's from that column on. Rows go by in tiles, so that all columns
+// find their pages in the cache: rows lie far apart.
 template <class Own, class Use>
 DC_INLINE void convolve_columns(const ConvRows& conv, int64_t first, int64_t last, Own own, Use use) {
+    constexpr int64_t TILE = MAX_TAPS;          // at least: only the first tile reads a state, which the second might find overwritten
     const StateRows& rows = conv.rows;
     const int64_t columns = conv.columns, before = conv.size - 1;
-    for (int64_t c = first; c < last; c += 16) {
-        Lanes past[MAX_TAPS];                   // s of the rows before, oldest first
-        for (int64_t j = 0; j < before; j++) past[j] = rows.read < 0 ? all(0.0f) : load(conv.states + (rows.read * before + j) * columns + c);
-        int64_t written = 0;
-        const auto own_of = [&](int64_t row) { return own(conv.x + row * conv.stride + c); };
-        convolve(conv.taps + c, columns, conv.size, rows.begin, rows.end, past, own_of, [&](int64_t row, Lanes total) {
-            if (conv.bias) total = total + load(conv.bias + c);
-            store(conv.out + row * columns + c, use(conv.x + row * conv.stride + c, total));
-            for (; written < rows.writes && rows.write_rows[written] == row; written++)
-                for (int64_t j = 0; j < before; j++) store(conv.states + (rows.write_slots[written] * before + j) * columns + c, past[j]);
-        });
+    for (int64_t begin = rows.begin; begin < rows.end; begin += TILE) {
+        const int64_t end = begin + TILE < rows.end ? begin + TILE : rows.end;
+        int64_t first_write = 0;
+        while (first_write < rows.writes && rows.write_rows[first_write] < begin) first_write++;
+        for (int64_t c = first; c < last; c += 16) {
+            Lanes past[MAX_TAPS];               // s of the rows before, oldest first
+            const auto own_of = [&](int64_t row) { return own(conv.x + row * conv.stride + c); };
+            for (int64_t j = 0; j < before; j++)
+                past[j] = begin > rows.begin ? own_of(begin - before + j) : rows.read < 0 ? all(0.0f) : load(conv.states + (rows.read * before + j) * columns + c);
+            int64_t written = first_write;
+            convolve(conv.taps + c, columns, conv.size, begin, end, past, own_of, [&](int64_t row, Lanes total) {
+                if (conv.bias) total = total + load(conv.bias + c);
+                store(conv.out + row * columns + c, use(conv.x + row * conv.stride + c, total));
+                for (; written < rows.writes && rows.write_rows[written] == row; written++)
+                    for (int64_t j = 0; j < before; j++) store(conv.states + (rows.write_slots[written] * before + j) * columns + c, past[j]);
+            });
+        }
     }
 }
 
