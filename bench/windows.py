@@ -16,7 +16,7 @@ from chatlm.common.config import PAGE_SIZE    # noqa: E402
 from chatlm.common.messages.requests import AnswerParams    # noqa: E402
 from chatlm.worker.engine.kvcache import PagePool    # noqa: E402
 from chatlm.worker.engine.scheduler import Assignment, Scheduler, Sequence    # noqa: E402
-from chatlm.worker.model.spec import group_layers    # noqa: E402
+from chatlm.worker.model.spec import Attention, group_layers    # noqa: E402
 from integrity import check_sequences  # noqa: E402
 
 MODELS = {              # layers, kv heads, head size, window, every n-th layer has none, context
@@ -42,7 +42,8 @@ def most_held(windows, context, chunk=256):
 def main():
     print(f"{'model':12} {'context':>7} {'groups':>6} {'layers of a page':>16} {'pages':>6} {'MiB':>8} {'all kept, MiB':>13}")
     for name, (layers, kv_heads, head_size, window, every, context) in MODELS.items():
-        groups = group_layers([window * ((layer + 1) % every > 0) for layer in range(layers)], layers, context)
+        groups = group_layers([Attention(kv_heads, kv_heads, head_size, window=window * ((layer + 1) % every > 0))
+                               for layer in range(layers)], context)
         slot, most = 2 * kv_heads * head_size * 2, most_held(groups.windows, context)
         print(f"{name:12} {context:7,} {len(groups.windows):6} {groups.depth:16} {most:6,} "
               f"{most * groups.depth * PAGE_SIZE * slot / 2**20:8,.1f} {layers * context * slot / 2**20:13,.1f}")

@@ -184,9 +184,9 @@ template <class T>
 T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 void paged_attention(dc::AttentionPlan& plan, int window, uintptr_t q, uintptr_t cache, int cache_type, uintptr_t out,
-                     int head_size, float softcap, uintptr_t sinks) {
+                     int head_size, float softcap, uintptr_t sinks, int64_t page_stride) {
     const dc::AttentionJob job{at<const float>(q), at<const void>(cache), dc::Element(cache_type), at<float>(out),
-                               plan.heads, plan.kv_heads, head_size, window, softcap, reinterpret_cast<const float*>(sinks)};
+                               plan.heads, plan.kv_heads, head_size, window, softcap, reinterpret_cast<const float*>(sinks), page_stride};
     const dc::AttentionPlan::Work& work = plan.work(window);
     Gil released;
     dc::paged_attention(job, work);
@@ -198,8 +198,9 @@ dc::RopeJob rope_job(int64_t rows, int64_t row_stride, int heads, int kv_heads, 
                      float gate_scale, int64_t value_stride, int64_t gate_stride, int cache_type, int64_t max_positions,
                      int64_t num_pages, uintptr_t qkv, uintptr_t positions, uintptr_t slots, uintptr_t cos, uintptr_t sin,
                      uintptr_t q_norm, uintptr_t k_norm, uintptr_t value_embed, uintptr_t gate, uintptr_t q_out,
-                     uintptr_t cache) {
+                     uintptr_t cache, int64_t page_stride, bool value_norm, bool values_from_keys) {
     dc::RopeJob job{};
+    job.page_stride = page_stride, job.value_norm = value_norm, job.values_from_keys = values_from_keys;
     job.rows = rows, job.row_stride = row_stride;
     job.heads = heads, job.kv_heads = kv_heads, job.head_size = head_size;
     job.half_rotated = half_rotated;

@@ -76,10 +76,10 @@ void rope_append(dc::Program& program, const dc::RopeJob& job, int64_t max_posit
 }
 
 void paged_attention(dc::Program& program, const Buffer& q, uintptr_t cache, int cache_type, int64_t num_pages, int heads, int kv_heads,
-                     int head_size, int window, float softcap, uintptr_t sinks, const Buffer& out, int group) {
+                     int head_size, int window, float softcap, uintptr_t sinks, const Buffer& out, int group, int64_t page_stride) {
     dc::Op op = make_op(dc::OpKind::paged_attention, false, q, out);
     op.attention = {at<const float>(q.first), at<const void>(cache), dc::Element(cache_type), at<float>(out.first),
-                    heads, kv_heads, head_size, window, softcap, at<const float>(sinks)};
+                    heads, kv_heads, head_size, window, softcap, at<const float>(sinks), page_stride};
     op.num_pages = num_pages, op.page_group = group;
     program.record(op);
 }

@@ -36,8 +36,8 @@ DC_EACH_ISA(void sample_row(const SampleArgs& args, int64_t row))
 
 // --- rope_append, paged_attention ------------------------------------------------------------------------------------
 
-// Norm, rotation, value embedding and scale of each row's q, k and v; k and v go into the pages (cpu/attention/attention.h says how
-// a page lies in memory). Its slots and positions have passed check_rope_indices, which throws std::invalid_argument.
+// Norm, rotation, value embedding and scale of each row's q, k and v, which may be made of k's product; k and v go into the
+// pages (cpu/attention/attention.h says how one lies in memory). Its slots and positions have passed check_rope_indices, which throws std::invalid_argument.
 void rope_append(const RopeJob& job);
 void check_rope_indices(const RopeJob& job, int64_t max_positions, int64_t num_pages);
 

@@ -23,7 +23,7 @@ from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.spec import expected_tensors, group_layers
+from chatlm.worker.model.spec import PageLayout, expected_tensors, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.load import open_model
@@ -158,9 +158,8 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
         device, spec, **limits, quantize=settings.quantize, whole=whole, tp=ranks.tp,
         join=ranks.join and partial(
             ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
-    groups = group_layers(spec.windows, spec.layers, model.context_length,  # all stages have the same tables
-                          apart=kernels.backend.groups_layers and ranks.stages == 1,
-                          unpaged=spec.unpaged_layers)
+    apart = kernels.backend.groups_layers and ranks.stages == 1  # all stages have the same tables
+    groups = group_layers((whole if ranks.stages == 1 else spec).by_layer, model.context_length, apart)
     plan = plan_memory(model, whole, kernels, groups, ranks, settings, device, limits)
     return kernels, groups, limits, plan
 
@@ -191,9 +190,9 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
     cache_dtype, shared = kernels.cache_dtype(model.dtype), device.type != "cuda"
     page_bytes, state_bytes = Transformer.page_bytes(model.spec, cache_dtype, groups), model.spec.state_bytes
     if shared:
-        layers = groups.depth if ranks.stages == 1 else whole.paged_layers
-        page_bytes = Transformer.page_bytes(
-            replace(whole, layers=layers, mixers=(), kv_heads=max(whole.kv_heads, ranks.tp)), cache_dtype)
+        each = [its and replace(its, kv_heads=max(its.kv_heads, ranks.tp)) for its in whole.by_layer]
+        layout = PageLayout.of(groups if ranks.stages == 1 else group_layers(each, 0, apart=False), each)
+        page_bytes = layout.size * PAGE_SIZE * cache_dtype.itemsize
         page_bytes, state_bytes = (-(-size * ranks.here // (ranks.tp * ranks.stages))
                                    for size in (page_bytes, whole.state_bytes))
     buffers = Transformer.buffer_sizes(

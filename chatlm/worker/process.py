@@ -131,7 +131,7 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
     holds = (f"of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens" if not groups.holes else
              f"of {PAGE_SIZE} tokens in {groups.depth} layers, of which a sequence holds at most {longest:,}")
     cache = (f"KV cache: {pages:,} pages {holds} ({pages * page_bytes / 2**20:,.0f} MiB); "
-             f"context {context:,} tokens")
+             f"{token_bytes(engine.transformer)}; context {context:,} tokens")
     if states := engine.pool.states:
         cache += (f"; {states.num_slots:,} states of {model.spec.state_bytes / 1024:,.0f} KiB, of which "
                   f"{states.most_snapshots:,} are for snapshots; at most {engine.scheduler.max_batch} "
@@ -145,6 +145,15 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
                      model.sampling_origin, f"{hardware}; {cache}", config.source,
                      model_facts(model, config.source, engine.transformer.matrix_types[0],
                                  engine.transformer.weights_bytes))
+
+
+def token_bytes(transformer: Transformer) -> str:
+    """What the layers of this rank keep of a token, and what of it outlasts the windows, in words."""
+    kept, lasting = (transformer.dtype.itemsize * sum(
+        its.slot_size for l, its in enumerate(transformer.attentions)
+        if its and not (outlasting and transformer.groups.windows[transformer.layout.group[l]]))
+        for outlasting in (False, True))
+    return f"{kept:,} bytes a token" + (f", {lasting:,} once out of all windows" if lasting < kept else "")
 
 
 def model_facts(model: LoadedModel, source: ModelSource | None, weights: str,

@@ -1,6 +1,6 @@
 """rope_append and paged_attention: checked calls of the compiled kernels, for numpy arrays and torch CPU tensors.
 
-A layer's KV cache is one array (P, Hkv, 2, 16 * D) of float32, float16 or bfloat16: P pages of 16 positions; of the two
+A layer's KV cache is one array (P, Hkv, 2, 16 * D) of float32, float16 or bfloat16: P pages of 16 positions, which may be apart; of the two
 blocks of a page and kv head the first is K transposed, [D][16], the second V, [16][D]. `plan_attention` once per step, then per
 layer `rope_append` and `paged_attention`; a wrong argument is a ValueError that names it.
 """
@@ -9,32 +9,40 @@ from . import _core
 from .arrays import CODES, FLOAT32, look_at, vector
 
 PAGE_SIZE = 16
-MAX_HEAD_SIZE = 256
+MAX_HEAD_SIZE = 512
 NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
 
 
 def check_cache(cache) -> tuple:
-    """(address, type code, P, Hkv, D) of one layer's cache."""
-    address, kind, (P, Hkv, _, size), _ = look_at("cache", cache, tuple(CODES), None, None, 2, None, writable=True)
+    """(address, type code, P, Hkv, D, elements from page to page) of one layer's cache."""
+    address, kind, (P, Hkv, _, size), apart = look_at("cache", cache, tuple(CODES), None, None, 2, None, rows_apart=True, writable=True)
     if size % (PAGE_SIZE * 16) or not 0 < size <= PAGE_SIZE * MAX_HEAD_SIZE:
-        raise ValueError(f"cache: must be (P, Hkv, 2, 16 * D) with D a multiple of 16 up to 256, not {(P, Hkv, 2, size)}")
-    return address, CODES[kind], P, Hkv, size // PAGE_SIZE
+        raise ValueError(f"cache: must be (P, Hkv, 2, 16 * D) with D a multiple of 16 up to {MAX_HEAD_SIZE}, not {(P, Hkv, 2, size)}")
+    return address, CODES[kind], P, Hkv, size // PAGE_SIZE, apart
+
+
+def appended(columns: int, H: int, Hkv: int, D: int) -> tuple[int, bool] | None:
+    """Of a qkv of so many columns: the kv heads that go into the cache, and is v made of what k is? None: it is no such qkv."""
+    return {0: (0, False), Hkv * D: (Hkv, True), 2 * Hkv * D: (Hkv, False)}.get(columns - H * D)
 
 
 def rope_append(qkv, cos, sin, positions, slots, cache, q_out, *, value_embed=None, gate=None, **options):
     """Everything between the qkv product and attention: q -> q_out (T, H, D) float32, k and v -> the pages of `cache`.
 
-    qkv (T, (H + 2 Hkv) * D) float32, rows may be apart; positions, slots (T,) int64, slot = page * 16 + offset,
+    qkv (T, (H + 2 Hkv) * D) float32, rows may be apart; of (H + Hkv) * D columns, v is made of what k is, and of H * D, nothing goes
+    into the pages, which are another layer's; positions, slots (T,) int64, slot = page * 16 + offset,
     -1 leaves a row alone; cos, sin (max_positions, rot / 2) float32, rot <= D;
     v += gate_scale * sigmoid(gate) * value_embed with gate (T, Hkv) and value_embed (T, Hkv * D) float32;
     options: rope_job's.
     """
-    layer = _, _, _, Hkv, D = check_cache(cache)
+    layer = _, _, _, Hkv, D, _ = check_cache(cache)
     q_at, _, (T, H, _), _ = look_at("q_out", q_out, FLOAT32, None, None, D, writable=True)
     if not H:
         raise ValueError("q_out: must have heads")
 
-    qkv_at, _, _, stride = look_at("qkv", qkv, FLOAT32, T, (H + 2 * Hkv) * D, rows_apart=True)
+    qkv_at, _, (_, columns), stride = look_at("qkv", qkv, FLOAT32, T, None, rows_apart=True)
+    if (appends := appended(columns, H, Hkv, D)) is None:
+        raise ValueError(f"qkv: must have the shape ({T}, {(H + 2 * Hkv) * D}), not {(T, columns)}")
     check_together("value_embed", value_embed, "gate", gate)
     value = strength = (0, 0)
     if gate is not None:
@@ -42,32 +50,35 @@ def rope_append(qkv, cos, sin, positions, slots, cache, q_out, *, value_embed=No
         strength = look_at("gate", gate, FLOAT32, T, Hkv, rows_apart=True)
     indices = vector("positions", positions, "int64", T), vector("slots", slots, "int64", T)
     job, _ = rope_job(layer, (qkv_at, stride), (q_at, T, H), cos, sin, indices, (value[0], value[-1]),
-                      (strength[0], strength[-1]), **options)
+                      (strength[0], strength[-1]), appends, **options)
     _core.rope_append(job)
 
 
-def rope_job(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple[int, int], value: tuple, gate: tuple, *, norm="none",
-             q_norm=None, k_norm=None, eps=1e-5, post_scale=1.0, q_scale=1.0, gate_scale=1.0):
+def rope_job(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple[int, int], value: tuple, gate: tuple,
+             appends: tuple[int, bool], *, norm="none", q_norm=None, k_norm=None, eps=1e-5, post_scale=1.0, q_scale=1.0,
+             gate_scale=1.0, value_norm=False):
     """-> what the kernel reads, and max_positions.
 
     Looked at already: cache as from check_cache; qkv (address, stride); q (address, T, H); indices: addresses of
-    positions and slots; value and gate (address, stride). norm "none", "before_rope" or "after_rope" with q_norm, k_norm (D,)
-    float32 or None; then q and k times post_scale, q also times q_scale / sqrt(D).
+    positions and slots; value and gate (address, stride); appends: as `appended` says. norm "none", "before_rope" or "after_rope" with q_norm, k_norm (D,)
+    float32 or None; then q and k times post_scale, q also times q_scale / sqrt(D);
+    with value_norm v is normalized, without weights.
     """
-    (cache_at, cache_code, pages, Hkv, D), (qkv_at, row_stride), (q_at, T, H) = cache, qkv, q
+    (cache_at, cache_code, pages, _, D, apart), (kv_heads, from_keys), (qkv_at, row_stride), (q_at, T, H) = cache, appends, qkv, q
     cos_at, _, table, _ = look_at("cos", cos, FLOAT32, None, None)
     if not 0 < 2 * table[1] <= D:
         raise ValueError(f"cos: must be (max_positions, rot / 2) with rot <= {D}, not {table}")
     sin_at = look_at("sin", sin, FLOAT32, *table)[0]
     if norm not in NORMS:
         raise ValueError(f"norm: must be one of {', '.join(NORMS)}, not {norm!r}")
-    check_together("q_norm", q_norm, "k_norm", k_norm)
+    if kv_heads:
+        check_together("q_norm", q_norm, "k_norm", k_norm)
     q_norm_at, k_norm_at = (0 if weight is None else vector(name, weight, "float32", D)
                             for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)))
     job = _core.rope_job(
-        T, row_stride, H, Hkv, D, table[1], NORMS[norm], eps, post_scale,
+        T, row_stride, H, kv_heads, D, table[1], NORMS[norm], eps, post_scale,
         q_scale * D**-0.5, gate_scale, value[1], gate[1], cache_code, table[0], pages, qkv_at,
-        *indices, cos_at, sin_at, q_norm_at, k_norm_at, value[0], gate[0], q_at, cache_at)
+        *indices, cos_at, sin_at, q_norm_at, k_norm_at, value[0], gate[0], q_at, cache_at, apart, bool(value_norm), from_keys)
     return job, table[0]
 
 
@@ -102,7 +113,7 @@ def paged_attention(q, cache, plan, out, *, window=0, softcap=0.0, sinks=None):
     become c * tanh(scores / c); sinks (H,) float32 are one more score for each head, whose value is 0. The bits of a row
     depend on its own q, keys and values alone: not on the batch, the chunk, the threads or the instruction set.
     """
-    cache_at, cache_code, pages, Hkv, D = check_cache(cache)
+    cache_at, cache_code, pages, Hkv, D, apart = check_cache(cache)
     if not isinstance(plan, _core.AttentionPlan):
         raise ValueError(f"plan: must come from plan_attention, not {type(plan).__name__}")
     if plan.num_pages != pages or plan.kv_heads != Hkv:
@@ -112,4 +123,4 @@ def paged_attention(q, cache, plan, out, *, window=0, softcap=0.0, sinks=None):
     if window < -1 or window > 2**31 - 1:
         raise ValueError(f"window: must be a number of keys, 0 or -1, not {window}")
     _core.paged_attention(plan, max(window, 0), q_at, cache_at, cache_code, out_at, D, check_softcap(softcap),
-                          sinks_at(sinks, plan.heads))
+                          sinks_at(sinks, plan.heads), apart)

@@ -93,10 +93,16 @@ class CpuBackend:
             "make_cache": self.make_cache, "plan_attention": lambda *_: program.attention,
             "sample": Sampler()}
 
-    def make_cache(self, spec: Any, num_pages: int, dtype: torch.dtype | None, device: torch.device):
-        dtype = torch.float32 if dtype == torch.float32 else torch.float16
-        shape = (spec.layers, num_pages, spec.kv_heads, 2, self.script.PAGE_SIZE * spec.head_size)
-        return self.script.zeroed(shape, dtype, device)
+    def make_cache(self, spec: Any, layout: Any, num_pages: int, dtype: torch.dtype | None, device: torch.device) -> tuple[torch.Tensor, list]:
+        """As the reference, but each layer's is (P, Hkv, 2, 16 * D), pages perhaps apart."""
+        dtype, size = torch.float32 if dtype == torch.float32 else torch.float16, self.script.PAGE_SIZE
+        memory = self.script.zeroed((num_pages * size * layout.size,), dtype, device)
+
+        def pages(layer: int, its: Any) -> torch.Tensor:
+            (begin, apart), block = layout.place(layer, num_pages), size * its.head_size
+            return memory.as_strided((num_pages, its.kv_heads, 2, block), (apart * size, 2 * block, block, 1), begin * size)
+
+        return memory, [its and pages(layer, its) for layer, its in enumerate(spec.by_layer)]
 
     def join(self, path: str, rank: int, patience_s: float) -> dict[str, Callable]:
         program, ranks = self.program, Ranks(path, rank, patience_s)

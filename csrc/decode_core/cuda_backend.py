@@ -97,9 +97,12 @@ class CudaBackend:
         able = fits_experts(name, matrix) and "experts" not in self.faults if expert else "linear" not in self.faults
         return matrix if able else unpacked(matrix, self.script)
 
-    def make_cache(self, spec, num_pages, dtype, device):
-        shape = (spec.layers, 2, num_pages, spec.kv_heads, self.script.PAGE_SIZE, spec.head_size)
-        return self.script.zeroed(shape, dtype, device)
+    def make_cache(self, spec, layout, num_pages, dtype, device):
+        """As the reference, but each layer's is (2, P, Hkv, 16, D), the same for all layers."""
+        its = spec.attention(0)
+        shape = (layout.size // layout.own, 2, num_pages, its.kv_heads, self.script.PAGE_SIZE, its.head_size)
+        memory = self.script.zeroed(shape, dtype, device)
+        return memory, [memory[offset // layout.own] for offset in layout.offset]
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options):
         """As rope_append_reference, but q comes scaled, and rows with slot -1 (padding) are left alone."""

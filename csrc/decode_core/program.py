@@ -22,7 +22,7 @@ import numpy
 
 from . import _core
 from .arrays import CODES, FLOAT32, look_at, vector
-from .attention import check_cache, check_softcap, check_together, rope_job, sinks_at
+from .attention import appended, check_cache, check_softcap, check_together, rope_job, sinks_at
 from .ranks import Ranks, check_gathered
 from .sampling import SampleBatch
 from .tiles import ACTIVATIONS, GATES, TILE_ROWS, Matrix, check_linear, check_matrix
@@ -353,20 +353,24 @@ class Program:
         self._record(self._program.gated, rows_of == LOGIT_ROWS, x_at, gate_at, out_at, added_at, keep=(x, added, gate, out))
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, value_embed=None, gate=None, **options) -> None:
-        """decode_core.rope_append with the step's positions and slots: qkv -> out (max_tokens, H * D) and one layer's cache."""
+        """decode_core.rope_append with the step's positions and slots: qkv -> out (max_tokens, H * D) and one layer's cache.
+
+        Each layer may have its own heads and head size."""
         _is_marker("positions", positions, self.positions)
         _is_marker("slots", slots, self.parts[getattr(slots, "group", 0)].slots)
         qkv_at, rows_of = self._buffers.read("qkv", qkv)
-        layer = _, _, pages, Hkv, D = check_cache(cache)
-        H, rest = divmod(qkv_at[1] - 2 * Hkv * D, D)
-        if rows_of != TOKENS or rest or H <= 0:
+        layer = _, _, pages, Hkv, D, _ = check_cache(cache)
+        out_at = self._buffers.written("out", out, rows_of)
+        H, rest = divmod(out_at[1], D)
+        if rest:
+            raise ValueError(f"out: must have H * {D} columns, not {out_at[1]}")
+        if rows_of != TOKENS or (appends := appended(qkv_at[1], H, Hkv, D)) is None:
             raise ValueError(f"qkv: must be (max_tokens, (H + 2 * {Hkv}) * {D}), not {qkv_at[1]} columns")
         check_together("value_embed", value_embed, "gate", gate)
         value_at = NONE if value_embed is None else self._buffers.read_like("value_embed", value_embed, rows_of, Hkv * D)
         gate_at = NONE if gate is None else self._buffers.read_like("gate", gate, rows_of, Hkv)
-        out_at = self._buffers.written("out", out, rows_of, H * D)
         job, max_positions = rope_job(layer, qkv_at, (out_at[0], 0, H), cos, sin, (0, 0),
-                                      value_at, gate_at, **options)
+                                      value_at, gate_at, appends, **options)
         self._buffers.keep(qkv, cos, sin, cache, out, value_embed, gate, options.get("q_norm"), options.get("k_norm"))
         self._program.rope_append(job, max_positions, pages, slots.group)
 
@@ -374,7 +378,7 @@ class Program:
         """softmax(q k) v of each row over its own pages: q (max_tokens, H * D) as rope_append left it -> out, as wide."""
         _is_marker("attention", attention, self.parts[getattr(attention, "group", 0)].attention)
         q_at, rows_of = self._buffers.read("q", q)
-        cache_at, cache_kind, pages, Hkv, D = check_cache(cache)
+        cache_at, cache_kind, pages, Hkv, D, apart = check_cache(cache)
         H, rest = divmod(q_at[1], D)
         if rows_of != TOKENS or rest or H % Hkv or H // Hkv > 16:
             raise ValueError(f"q: must have H * {D} columns, H a multiple of {Hkv} up to 16 times, not {q_at[1]}")
@@ -382,7 +386,7 @@ class Program:
             raise ValueError(f"window: must be a number of keys, 0 or -1, not {window!r}")
         out_at = self._buffers.written("out", out, rows_of, q_at[1])
         self._record(self._program.paged_attention, q_at, cache_at, cache_kind, pages, H, Hkv, D, max(window, 0),
-                     check_softcap(softcap), sinks_at(sinks, H), out_at, attention.group, keep=(q, cache, out, sinks))
+                     check_softcap(softcap), sinks_at(sinks, H), out_at, attention.group, apart, keep=(q, cache, out, sinks))
 
     def all_reduce(self, x, ranks, out, residual=None) -> None:
         """residual + the sum of all ranks' x -> out; both may be out. Every rank's program has it at the same place.

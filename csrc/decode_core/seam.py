@@ -11,8 +11,8 @@ place.
     activations                   torch dtype of every activation buffer; None: chat_server's own choice
     dtype                         torch dtype of float weights whose user names none
     stored_dtype                  of activations and cache beside matrices as stored; None: the backend's affair
-    groups_layers                 may pages hold some layers only, each group with a table of its own? (spec.layers of
-                                  make_cache is then a page's, and a step's tables list a page of each group in turn)
+    groups_layers                 may pages hold some layers only, each group with a table of its own? (a step's tables then
+                                  list a page of each group in turn)
     quantizes                     does `ops` take a type for `quantize`?
     as_stored(shape, parts)       a matrix in its file's type, or one close to it, or a tuple of matrices whose rows
                                   together are its rows; None: always dequantized
@@ -46,9 +46,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from . import _core, cuda
+from .attention import MAX_HEAD_SIZE
 from .program import MAX_CHOSEN, MAX_EXPERTS
 
-SEAM = 17       # one more whenever a name, an argument or a meaning above, or of `script`, changes
+SEAM = 18       # one more whenever a name, an argument or a meaning above, or of `script`, changes
 log = logging.getLogger("chat_server.decode_core")
 
 
@@ -78,9 +79,11 @@ def say_once(reason: str) -> None:
 
 
 def fits_cpu(spec: Any) -> bool:
-    aligned = spec.width % 16 == spec.head_size % 16 == spec.ffn_size % 16 == 0
+    aligned = spec.width % 16 == spec.ffn_size % 16 == 0
     experts = spec.experts <= MAX_EXPERTS and spec.experts_per_token <= MAX_CHOSEN
-    return aligned and experts and spec.head_size <= 256 and spec.heads // spec.kv_heads <= 16
+    return aligned and experts and all(
+        its.head_size % 16 == 0 and its.head_size <= MAX_HEAD_SIZE and its.heads // its.kv_heads <= 16
+        for its in spec.by_layer if its)
 
 
 def fits_cuda(spec: Any) -> bool:

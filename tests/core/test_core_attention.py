@@ -55,10 +55,10 @@ def make(kind, values):
 class Cache:
     """Pages of one layer; slots that were not written hold NaN."""
 
-    def __init__(self, pages, kv_heads, size, kind="float32"):
+    def __init__(self, pages, kv_heads, size, kind="float32", apart=0):
         self.kind, self.size = kind, size
-        self.store = numpy.full((pages, kv_heads, 2, PAGE * size), 0x7FC0 if kind == "bfloat16" else NAN,
-                                numpy.uint16 if kind == "bfloat16" else kind)
+        self.store = numpy.full((pages, kv_heads + apart, 2, PAGE * size), 0x7FC0 if kind == "bfloat16" else NAN,
+                                numpy.uint16 if kind == "bfloat16" else kind)[:, :kv_heads]
         self.array = Bfloat16(self.store) if kind == "bfloat16" else self.store
 
     def keys_values(self):
@@ -139,7 +139,8 @@ def on_every_isa(run):
     return results
 
 
-SHAPES = [(9, 3, 64), (32, 8, 128), (16, 1, 80), (7, 1, 256), (4, 4, 16), (5, 1, 48), (1, 1, 64), (12, 1, 96), (6, 3, 112)]
+SHAPES = [(9, 3, 64), (32, 8, 128), (16, 1, 80), (7, 1, 256), (4, 4, 16), (5, 1, 48), (1, 1, 64), (12, 1, 96), (6, 3, 112),
+          (8, 2, 512), (3, 1, 272)]
 
 
 # ---- paged_attention: values
@@ -402,7 +403,7 @@ def run_rope(call, cache, slots, H, q=None):
 
 
 @pytest.mark.parametrize("name", ROPES)
-@pytest.mark.parametrize("H, Hkv, D", [(9, 3, 64), (4, 2, 16), (7, 1, 80), (3, 1, 128), (2, 2, 256)])
+@pytest.mark.parametrize("H, Hkv, D", [(9, 3, 64), (4, 2, 16), (7, 1, 80), (3, 1, 128), (2, 2, 256), (2, 1, 512)])
 def test_rope_append_is_float64s(isa, name, H, Hkv, D):
     call, oracle, cache, slots = rope_case(name, H, Hkv, D)
     q = run_rope(call, cache, slots, H)
@@ -414,6 +415,36 @@ def test_rope_append_is_float64s(isa, name, H, Hkv, D):
     untouched = numpy.ones((12, PAGE), bool)
     untouched[slots // PAGE, slots % PAGE] = False
     assert numpy.isnan(keys.transpose(0, 3, 1, 2)[untouched]).all() and numpy.isnan(values.transpose(0, 2, 1, 3)[untouched]).all()
+
+
+@pytest.mark.parametrize("D", [64, 128, 512])
+def test_values_may_be_made_of_keys_and_normalized_and_without_both_the_pages_stay(isa, D):
+    call, oracle, cache, slots = rope_case("qwen3", 6, 2, D)
+    T, (q, k, _) = len(slots), numpy.split(call["qkv"], [6 * D, 8 * D], axis=1)
+    whole = run_rope(call | {"qkv": numpy.concatenate([q, k, k], axis=1)}, cache, slots, 6)
+    made = Cache(12, 2, D)
+    assert (bits(run_rope(call | {"qkv": numpy.concatenate([q, k], axis=1)}, made, slots, 6)) == bits(whole)).all()
+    assert made.store.tobytes() == cache.store.tobytes()
+
+    run_rope(call | {"qkv": numpy.concatenate([q, k], axis=1), "value_norm": True}, made, slots, 6)
+    wide = k.reshape(T, 2, D).astype(numpy.float64)
+    exact = wide / numpy.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
+    numpy.testing.assert_allclose(made.keys_values()[1][slots // PAGE, :, slots % PAGE], exact, rtol=0, atol=1e-5)
+    assert made.keys_values()[0].tobytes() == cache.keys_values()[0].tobytes()
+
+    before = made.store.tobytes()
+    alone = {name: value for name, value in call.items() if name != "k_norm"}
+    assert (bits(run_rope(alone | {"qkv": q.copy()}, made, slots, 6)) == bits(whole)).all() and made.store.tobytes() == before
+
+
+def test_pages_that_lie_apart_hold_and_give_the_same_bits(isa):
+    found = []
+    for apart in (0, 3):
+        call, _, _, _ = rope_case("llama", 4, 2, 32, T=30)
+        cache, slots = Cache(12, 2, 32, apart=apart), numpy.arange(30) + PAGE
+        q = run_rope(call | {"positions": numpy.arange(30)}, cache, slots, 4)
+        found.append(cache.store.tobytes() + attend(q, cache, [[1, 2]], [30], [0, 30]).tobytes())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("cache_kind", ["float16", "bfloat16"])
@@ -556,7 +587,7 @@ def good_rope():
     ("sin", lambda x: x[:-1].copy()), ("positions", lambda x: x + 100), ("positions", lambda x: x - 100),
     ("positions", lambda x: x.astype(numpy.int32)), ("positions", lambda x: x[:-1]), ("slots", lambda x: x * 0 - 2),
     ("slots", lambda x: x * 0 + 12 * PAGE), ("slots", lambda x: x[:, None]), ("cache", lambda x: x[:, :, 0]),
-    ("cache", lambda x: x[:, ::2]), ("cache", lambda x: x.astype(numpy.float64)), ("cache", lambda x: x[..., :-16].copy()),
+    ("cache", lambda x: x[..., ::2]), ("cache", lambda x: x.astype(numpy.float64)), ("cache", lambda x: x[..., :-16].copy()),
     ("q_out", lambda x: x[:, :, :16].copy()), ("q_out", lambda x: x.astype(numpy.float16)), ("q_out", lambda x: x[0]),
     ("norm", lambda x: "sometimes"), ("value_embed", lambda x: x[:, :-1].copy()),
     ("gate", lambda x: x.astype(numpy.float16)), ("gate", lambda x: None), ("k_norm", lambda x: numpy.ones(32, numpy.float32)),

@@ -44,7 +44,7 @@ def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context
     rows = max(max_batch, FREE_ROWS)
     limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
     kernels = load_kernels("cpu", None if reference else model.spec, **limits)
-    groups = group_layers(model.spec.windows, model.spec.layers, context_length or model.context_length, apart, model.spec.unpaged_layers)
+    groups = group_layers(model.spec.by_layer, context_length or model.context_length, apart)
     transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups,
                               num_slots=max_batch + FREE_ROWS + num_snapshots, **limits)
     return Engine(transformer, text_load.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,

@@ -7,9 +7,10 @@
 Only full pages, with every slot computed, enter the index, so sharing needs no copy-on-write.
 
 Layers with a window need few pages of a long sequence. So where some layers have one and others do not,
-the layers form groups of equal size, and a page holds 16 tokens' keys and values in the layers of one
-group. All groups' pages come from one pool. A sequence's table lists a page of each group in turn; a page
-that its window has passed goes back to the pool, and the table has a hole there."""
+the layers form groups, and a page holds 16 tokens' keys and values in the layers of one group; all pages
+have the same bytes, so layers that keep more of a token share a page with fewer others. All groups' pages
+come from one pool. A sequence's table lists a page of each group in turn; a page that its window has passed
+goes back to the pool, and the table has a hole there."""
 
 from __future__ import annotations
 

@@ -220,9 +220,19 @@ def not_compiled(spec: ModelSpec, device="cpu", tp: int = 1) -> str:
         "norm of Mamba groups that ranks share": any(
             isinstance(mixer, Mamba2) and (mixer.of_heads or mixer.groups % tp) for mixer in spec.mixers),
         "gate of attention on a GPU": spec.output_gate and on_gpu,
+        "attention whose keys and values differ in width": any(
+            its.value_size != its.head_size for its in spec.by_layer if its),
+        "attention of several kinds on a GPU": not uniform(spec) and on_gpu,
         f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2"),
         "feed-forward of such a width": spec.dense_size % TILE_ROWS or spec.shared_size % TILE_ROWS}
     return " and no ".join(feature for feature, needed in features.items() if needed)
+
+
+def uniform(spec: ModelSpec) -> bool:
+    """Do all layers that attend keep as much of each token, of what each makes itself?"""
+    kinds = {(its.heads, its.kv_heads, its.head_size, its.value_norm, its.values_from_keys, its.source)
+             for its in spec.by_layer if its}
+    return all(kind[3:] == (False, False, None) for kind in kinds) and len(kinds) <= 1
 
 
 def for_decode_core() -> SimpleNamespace:

@@ -2,45 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence as Seq
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from chatlm.common.config import PAGE_SIZE
-
-
-class LayerGroups(NamedTuple):
-    """Which layers share pages: of each layer its group and its index there, of each group its window."""
-
-    of_layer: tuple[tuple[int, int], ...]  # (0, 0) also of a layer without pages
-    windows: tuple[int, ...] = (0,)  # keys that a token sees, its own included; 0 = all
-    depth: int = 0                   # layers of a page
-
-    @property
-    def holes(self) -> bool:
-        """May a table have holes? Then the cache has one page more, which stands for them."""
-        return any(self.windows)
-
-
-MOST_GROUPS = 16  # more would make long tables
-
-
-def group_layers(windows: Seq[int], layers: int, context: int, apart: bool = True,
-                 unpaged: Seq[int] = ()) -> LayerGroups:
-    """The groups of a model for contexts of so many tokens; one group unless they may be `apart`. Layers that
-    are `unpaged` keep a state instead of keys and values."""
-    windows = [window if window < context else 0 for window in windows or (0,) * layers]
-    paged = [l for l in range(layers) if l not in unpaged]
-    full, local = ([l for l in paged if bool(windows[l]) == limited] for limited in (False, True))
-    if not (apart and local):
-        places = tuple((0, paged.index(l) if l in paged else 0) for l in range(layers))
-        return LayerGroups(places, (0,), len(paged))
-    depth = max(min(len(full), len(local)), -(-layers // MOST_GROUPS)) if full else layers
-    groups = [alike[i:i + depth] for alike in (full, local) for i in range(0, len(alike), depth)]
-    of_layer = {l: (group, index) for group, members in enumerate(groups) for index, l in enumerate(members)}
-    reach = tuple(max(windows[l] for l in members) for members in groups)
-    return LayerGroups(tuple(of_layer.get(l, (0, 0)) for l in range(layers)), reach, depth)
 
 
 @dataclass(frozen=True)
@@ -167,6 +135,139 @@ Mixer = ShortConv | DeltaRule | Mamba2
 
 
 @dataclass(frozen=True)
+class Attention:
+    """How a layer attends: what it keeps of each token, and what its queries see of that.
+
+    Of a token it keeps, for each of Hkv heads, a key of D numbers and a value of Dv. A layer that has a
+    `source` keeps nothing: its queries read the pages of that layer, whose sizes are its own."""
+
+    heads: int                        # H, of queries
+    kv_heads: int                     # Hkv
+    head_size: int                    # D, of queries and keys
+    own_value_size: int | None = None  # None: values are as wide as keys; see value_size
+    window: int = 0                   # keys that a token sees, its own included; 0 = all
+    rope_base: float = 10000.0
+    rope_size: int | None = None      # rotated dims of each head; None = all D, 0 = none
+    rope_factors: tuple[float, ...] | None = None  # divides each of the rope_size/2 frequencies; inf stops it
+    rope_scale: float = 1.0           # multiplies cos and sin (yarn, longrope)
+    q_scale: float = 1.0              # multiplies q, besides 1 / sqrt(D)
+    value_norm: bool = False          # RMS norm (without weight) of each head of v
+    values_from_keys: bool = False    # v is the product that k is made of, before its norm; no rows for v
+    source: int | None = None         # the earlier layer whose keys and values it reads; no rows for k and v
+
+    @property
+    def value_size(self) -> int:
+        """Dv."""
+        return self.head_size if self.own_value_size is None else self.own_value_size
+
+    @property
+    def slot_size(self) -> int:
+        """Numbers that it keeps of a token."""
+        return 0 if self.source is not None else self.kv_heads * (self.head_size + self.value_size)
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """The rows of qkv without gates: q, k, v."""
+        keys, values = self.kv_heads * self.head_size, self.kv_heads * self.value_size
+        if self.source is not None:
+            keys = values = 0
+        return self.heads * self.head_size, keys, 0 if self.values_from_keys else values
+
+
+class LayerGroups(NamedTuple):
+    """Which layers share pages. All pages have the same bytes, so that any group may take any of them."""
+
+    members: tuple[tuple[int, ...], ...]  # of each group its layers, of those that keep keys and values
+    windows: tuple[int, ...] = (0,)  # of each group the keys that a token sees, its own included; 0 = all
+
+    @property
+    def holes(self) -> bool:
+        """May a table have holes? Then the cache has one page more, which stands for them."""
+        return any(self.windows)
+
+    @property
+    def depth(self) -> int:
+        """The most layers of a page."""
+        return max(map(len, self.members), default=0)
+
+
+MOST_GROUPS = 16  # more would make long tables
+
+
+def group_layers(attentions: Seq[Attention | None], context: int, apart: bool = True) -> LayerGroups:
+    """The groups of a model for contexts of so many tokens; one group unless they may be `apart`. None is a
+    layer that keeps a state instead of keys and values."""
+    readers: dict[int, list[int]] = {l: [] for l, its in enumerate(attentions) if its and its.source is None}
+    for l, its in enumerate(attentions):
+        if its:
+            readers[l if its.source is None else its.source].append(its.window if its.window < context else 0)
+    reach = {l: 0 if 0 in windows else max(windows) for l, windows in readers.items()}
+    sizes = {l: its.slot_size for l in readers if (its := attentions[l])}
+    full, local = ([l for l in readers if bool(reach[l]) == limited] for limited in (False, True))
+    if not (apart and local):
+        return LayerGroups((tuple(readers),))
+    if not full:
+        return LayerGroups((tuple(readers),), (max(reach.values()),))
+    if len({*sizes.values()}) == 1:
+        depth = max(min(len(full), len(local)), -(-len(readers) // MOST_GROUPS))
+        choices = [depth * sizes[full[0]]]
+    else:
+        choices = [size for alike in (full, local)
+                   for size in itertools.accumulate(sizes[l] for l in alike) if size >= max(sizes.values())]
+    packed = {size: [pack_layers(alike, sizes, size) for alike in (full, local)] for size in choices}
+
+    def held(size: int) -> tuple[int, int]:  # by a sequence of the longest context, as near as it matters
+        whole, limited = map(len, packed[size])
+        return size * (whole * context + limited * max(reach.values())), whole + limited
+
+    few = [size for size in choices if held(size)[1] <= MOST_GROUPS] or [max(choices)]
+    groups = [members for part in packed[min(few, key=held)] for members in part]
+    return LayerGroups(tuple(groups), tuple(max(reach[l] for l in members) for members in groups))
+
+
+def pack_layers(layers: Seq[int], sizes: Mapping[int, int], most: int) -> list[tuple[int, ...]]:
+    """The layers in runs whose sizes together are at most so much."""
+    runs: list[tuple[int, ...]] = []
+    for l in layers:
+        if runs and sum(sizes[other] for other in (*runs[-1], l)) <= most:
+            runs[-1] += l,
+        else:
+            runs.append((l,))
+    return runs
+
+
+class PageLayout(NamedTuple):
+    """Where each layer's keys and values lie in the pages, in numbers (of the cache's type) for each token.
+
+    Where all layers keep as many, the pages of a layer lie together, after those of the layers before it in
+    the page; else the layers of a page do."""
+
+    group: tuple[int, ...]   # of each layer
+    offset: tuple[int, ...]  # of each layer in a page of its group
+    size: int                # of a page
+    own: int                 # of each layer, where all keep as many; else 0
+
+    @classmethod
+    def of(cls, groups: LayerGroups, attentions: Seq[Attention | None]) -> PageLayout:
+        """The layout of those attentions that are a rank's; the groups are the whole model's."""
+        places, size, sizes = {}, 0, [its.slot_size if its else 0 for its in attentions]
+        for group, members in enumerate(groups.members):
+            starts = itertools.accumulate((sizes[l] for l in members), initial=0)
+            places |= {l: (group, start) for l, start in zip(members, starts)}
+            size = max(size, sum(sizes[l] for l in members))
+        found = [places.get(l if its is None or its.source is None else its.source, (0, 0))
+                 for l, its in enumerate(attentions)]
+        group, offset = zip(*found)
+        kept = {size for size in sizes if size}
+        return cls(group, offset, size, kept.pop() if len(kept) == 1 else 0)
+
+    def place(self, layer: int, count: int) -> tuple[int, int]:
+        """Where a layer's part begins in `count` pages, or slots, and how far apart its parts are."""
+        offset = self.offset[layer]
+        return (offset * count, self.own) if self.own else (offset, self.size)
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """All that distinguishes one model from another; a loader makes it, `Transformer.forward` reads it.
 
@@ -194,18 +295,17 @@ class ModelSpec:
     output_bias: bool = False
     ffn_bias: bool = False            # gate_up_bias (or up_bias) and down_bias
     rope_base: float = 10000.0
-    rope_size: int | None = None      # rotated dims of each head; None = all D
+    rope_size: int | None = None      # rotated dims of each head; None = all D, 0 = none
     rope_direction: int = 1           # +1 textbook, -1 nanochat
     rope_bfloat16: bool = False       # cos and sin rounded to bfloat16 (nanochat until 2026-03-04)
     rope_factors: tuple[float, ...] | None = None  # divides each of the rope_size/2 frequencies
     rope_scale: float = 1.0           # multiplies cos and sin (yarn, longrope)
-    local_rope_base: float = 0.0      # of layers with a window, which have no factors; 0: as the others
-    unrotated_layers: tuple[int, ...] = ()
     qk_norm: str = "none"             # "none" | "before_rope" | "after_rope"
     qk_norm_weights: bool = False
     qk_norm_sizes: tuple[int, ...] = ()  # (H * D, Hkv * D): q and k are normalized whole, before rope
     qk_scale: float = 1.0             # multiplies q and k, after norm and rope
     q_scale: float = 1.0              # multiplies q alone, besides 1 / sqrt(D)
+    attentions: tuple[Attention, ...] = ()  # of each layer, where they differ; see `attention`
     q_growth: tuple[float, ...] = ()  # (beta, n): and 1 + beta * ln(1 + position // n)
     attention_softcap: float = 0.0    # scores = c * tanh(scores / c), before the mask; 0 = none
     activation: str = "swiglu"        # one of GATES, or "relu2" (without a gate)
@@ -221,7 +321,6 @@ class ModelSpec:
     choice_bias: bool = False         # which counts where a sigmoid_router chooses, and not in the shares
     output_gate: bool = False         # beside each head's q, qkv has as many rows for a gate of its output
     sinks: bool = False               # a logit for each query head, which attends to no value
-    windows: tuple[int, ...] = ()     # keys per layer, including the token's own; 0 = full, () = all
     mixers: tuple[Mixer | None, ...] = ()  # of each layer, in attention's place; None, () = attention
     softcap: float = 0.0              # logits = c * tanh(logits / c); 0 = none
     residual_lambdas: bool = False    # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
@@ -234,6 +333,28 @@ class ModelSpec:
     first_row: int = 0                # from this one on
     opens: bool = True                # False: another stage computes the layers before these,
     closes: bool = True               # and here those after them
+
+    def attention(self, layer: int) -> Attention:
+        """How a layer attends, if it has no mixer: as `attentions` say, else as the spec's own fields do."""
+        return self.attentions[layer] if self.attentions else Attention(
+            self.heads, self.kv_heads, self.head_size, rope_base=self.rope_base, rope_size=self.rope_size,
+            rope_factors=self.rope_factors, rope_scale=self.rope_scale, q_scale=self.q_scale)
+
+    @property
+    def by_layer(self) -> tuple[Attention | None, ...]:
+        """How each layer attends; None: it has a mixer."""
+        mixers = self.mixers or (None,) * self.layers
+        return tuple(None if mixer else self.attention(l) for l, mixer in enumerate(mixers))
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Of each layer the keys that a token sees, its own included; 0 = all."""
+        return tuple(its.window if its else 0 for its in self.by_layer)
+
+    def with_windows(self, windows: Seq[int]) -> ModelSpec:
+        """As this, with such a window in each layer."""
+        return replace(self, attentions=tuple(
+            replace(self.attention(l), window=window) for l, window in enumerate(windows)))
 
     @property
     def unpaged_layers(self) -> tuple[int, ...]:
@@ -253,8 +374,7 @@ class ModelSpec:
 
 def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a model of this spec, and no others (weights are (out, in))."""
-    V, C, D, F = spec.vocab_size, spec.width, spec.head_size, spec.ffn_size
-    H, Hkv = spec.heads, spec.kv_heads
+    V, C, F = spec.vocab_size, spec.width, spec.ffn_size
     shapes: dict[str, tuple[int, ...]] = {"embed": (spec.own_rows or V, C)} if spec.opens else {}
     if spec.closes:
         shapes["head"] = spec.own_rows or V, C
@@ -268,10 +388,12 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         shapes["backout_lambda"] = (1,)
     for l in range(spec.layers):
         mixer = spec.mixers[l] if spec.mixers else None
+        its = spec.attention(l)
+        (q, k, v), values = its.parts, its.heads * its.value_size
         if mixer:
             shapes |= {f"{l}.{name}": shape for name, shape in mixer.tensors(C).items()}
         else:
-            shapes |= {f"{l}.qkv": ((H * (1 + spec.output_gate) + 2 * Hkv) * D, C), f"{l}.output": (C, H * D)}
+            shapes |= {f"{l}.qkv": (q * (1 + spec.output_gate) + k + v, C), f"{l}.output": (C, values)}
         E, shared = spec.experts if l not in spec.dense_layers else 0, spec.shared_size
         size = F if E or not spec.experts else spec.dense_size
         up, down, rows = ("up", "down", size) if spec.activation == "relu2" else ("gate_up", "down", 2 * size)
@@ -295,12 +417,12 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             if biased and f"{l}.{part}" in shapes:
                 shapes[f"{l}.{part}_bias"] = shapes[f"{l}.{part}"][:1]
         if spec.qk_norm_weights and not mixer:
-            q_size, k_size = spec.qk_norm_sizes and (H * D, Hkv * D) or (D, D)
-            shapes |= {f"{l}.q_norm": (q_size,), f"{l}.k_norm": (k_size,)}
+            q_size, k_size = (q, k) if spec.qk_norm_sizes else (its.head_size,) * 2
+            shapes |= {f"{l}.q_norm": (q_size,)} | ({f"{l}.k_norm": (k_size,)} if k else {})
         if spec.sinks and not mixer:
-            shapes[f"{l}.sinks"] = (H,)
+            shapes[f"{l}.sinks"] = (its.heads,)
         if l in spec.value_embed_layers:
-            shapes |= {f"{l}.value_embed": (V, Hkv * D), f"{l}.ve_gate": (Hkv, spec.ve_gate_channels)}
+            shapes |= {f"{l}.value_embed": (V, v), f"{l}.ve_gate": (its.kv_heads, spec.ve_gate_channels)}
     return shapes
 
 

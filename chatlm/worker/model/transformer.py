@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,8 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.model.spec import (
-    DeltaRule, Inputs, Mamba2, Sequences, ShortConv, expected_tensors, group_layers, token_places)
+    DeltaRule, Inputs, Mamba2, PageLayout, Sequences, ShortConv, expected_tensors, group_layers,
+    token_places)
 from chatlm.worker.model.tensors import Unread, read_ahead
 from chatlm.worker.ops.attention import query_scales, rope_frequencies, rope_tables
 from chatlm.worker.ops.basic import Norm, zeroed
@@ -20,7 +20,7 @@ from chatlm.worker.ops.basic import Norm, zeroed
 if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
     from chatlm.worker.model.kernels import Kernels
-    from chatlm.worker.model.spec import Batch, LayerGroups, ModelSpec
+    from chatlm.worker.model.spec import Attention, Batch, LayerGroups, ModelSpec
 
 
 class Transformer:
@@ -36,9 +36,11 @@ class Transformer:
                  num_slots: int = 1, groups: LayerGroups | None = None,
                  progress=lambda activity, fraction: None):
         self.spec, self.kernels = spec, kernels
-        self.groups = groups or group_layers((), spec.layers, 0, unpaged=spec.unpaged_layers)
+        self.attentions = spec.by_layer
+        self.groups = groups or group_layers(self.attentions, 0, apart=False)
+        self.layout = PageLayout.of(self.groups, self.attentions)
         self.device, self.dtype = torch.device(device), kernels.cache_dtype(dtype)  # of cache and activations
-        self.windows = spec.windows or (0,) * spec.layers
+        self.windows = spec.windows
         self.num_slots = num_slots
         self.mixers = spec.mixers or (None,) * spec.layers
         # x is kept divided by residual_scale, so that what blocks add needs no product; with an eps divided
@@ -48,17 +50,17 @@ class Transformer:
         self.norm_eps = spec.norm_eps / spec.residual_scale**2
         with torch.inference_mode():
             self.weights = self._pack(tensors, dtype, progress)
-            self.q_scale = query_scales(spec, self.device) if spec.q_growth else spec.q_scale
+            self.q_scale = query_scales(spec, self.device) if spec.q_growth else None
             self.logit_norm = self.weights.get("final_norm")
             if spec.logit_scale != 1:
                 self.logit_norm = self.weights["final_norm"] * spec.logit_scale
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
-            turns = [rope_frequencies(spec, layer) for layer in range(spec.layers)]
+            turns = [rope_frequencies(spec.attention(layer)) for layer in range(spec.layers)]
             tables = {turn: rope_tables(spec, self.device, turns.index(turn)) for turn in {*turns}}
             self.rope_tables = [tables[turn] for turn in turns]  # of each layer
-            self.cache = kernels.make_cache(replace(spec, layers=self.groups.depth),
-                                            num_pages + self.groups.holes, self.dtype, self.device)
+            self.cache, self.layer_caches = kernels.make_cache(
+                spec, self.layout, num_pages + self.groups.holes, self.dtype, self.device)
             self.states = [tuple(zeroed((num_slots, *shape), torch.float32, self.device)
                                  for shape in (mixer.states(spec.width) if mixer else ()))
                            for mixer in self.mixers]
@@ -101,20 +103,23 @@ class Transformer:
     @staticmethod
     def buffer_sizes(spec: ModelSpec, T: int, R: int, dtype) -> dict:
         """One buffer per activation: residual stream, q and logits float32, the rest of type `dtype`."""
-        C, D, F, H, Hkv, f32 = (
-            spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads, torch.float32)
+        C, F, f32 = spec.width, spec.ffn_size, torch.float32
+        attentions = [its for its in spec.by_layer if its]
+        sizes = [(sum(its.parts), its.parts[0], its.heads * its.value_size, its.kv_heads,
+                  its.kv_heads * its.value_size) for its in attentions]
+        qkv, q, attended, kv_heads, values = map(max, zip(*sizes)) if sizes else (0,) * 5
         wide, narrow = (max((mixer.widths(C)[side] for mixer in spec.mixers if mixer), default=0)
                         for side in range(2))
-        gates = H * D * spec.output_gate
+        gates = q * spec.output_gate
         shared = [mixer for mixer in spec.mixers if isinstance(mixer, Mamba2) and mixer.of_heads]
         return {
             "unnormed": (T, narrow if shared else 0, f32),
             "squares": (T, max((mixer.groups for mixer in shared), default=0), f32),
-            "gated": (T, (gates + (H + 2 * Hkv) * D) * spec.output_gate, dtype), "gates": (T, gates, dtype),
+            "gated": (T, (gates + qkv) * spec.output_gate, dtype), "gates": (T, gates, dtype),
             "x": (T, C, f32), "residual": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
             "previous": (T, C, f32), "added": (T, C, f32),
-            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
-            "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
+            "qkv": (T, qkv, dtype), "q": (T, q, f32), "attended": (T, attended, dtype),
+            "gate": (T, kv_heads, dtype), "value": (T, values, dtype), "hidden": (T, F, dtype),
             "dense": (T, spec.dense_size, dtype), "shared": (T, spec.shared_size, dtype),
             "mixed": (T, wide, dtype), "mixer": (T, narrow, dtype),
             "share": (T, int(spec.shared_gate), f32), "means": (T, len(spec.qk_norm_sizes), f32),
@@ -130,8 +135,8 @@ class Transformer:
     @staticmethod
     def page_bytes(spec: ModelSpec, dtype: torch.dtype, groups: LayerGroups | None = None) -> int:
         """Bytes of one KV page of this type, over all layers or those of a group."""
-        depth = groups.depth if groups else spec.paged_layers
-        return depth * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * dtype.itemsize
+        groups = groups or group_layers(spec.by_layer, 0, apart=False)
+        return PageLayout.of(groups, spec.by_layer).size * PAGE_SIZE * dtype.itemsize
 
     @property
     def weights_bytes(self) -> int:
@@ -178,7 +183,8 @@ class Transformer:
             if count > 1:
                 mine = batch._replace(tables=[pages[group::count] for pages in batch.tables])
                 tensors[3] = torch.tensor(token_places(mine)[1], dtype=torch.int64, device=self.device)
-            windows = {self.windows[l] for l, (owner, _) in enumerate(self.groups.of_layer) if owner == group}
+            windows = {self.windows[l] for l, its in enumerate(self.attentions)
+                       if its and self.layout.group[l] == group}
             plan = self.kernels.plan_attention(mine, tensors[2], windows, self.dtype)
             parts.append(Inputs(*tensors, attention=plan))
         return parts[0]._replace(parts=tuple(parts), sequences=Sequences.of(batch))
@@ -193,12 +199,11 @@ class Transformer:
         for l, layer in enumerate(self.layers):
             if spec.residual_lambdas:
                 k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
-            group, index = self.groups.of_layer[l]
             if self.mixers[l]:
                 self._mix(inputs, b, layer, l)
             else:
-                self._attention(inputs.parts[group] if group else inputs, b, layer, self.rope_tables[l],
-                                self.cache[index], self.windows[l])
+                group = self.layout.group[l]
+                self._attention(inputs.parts[group] if group else inputs, b, layer, l)
             self._feed_forward(b, layer)
             if l == spec.backout_layer:
                 k.copy(b.x, out=b.middle)
@@ -244,33 +249,39 @@ class Transformer:
                   "middle": spec.backout_layer is not None and spec.backout_layer < layer}
         return [name for name, is_needed in needed.items() if is_needed]
 
-    def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, tables, cache, window: int):
+    def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, l: int):
         """residual = x + output(attention(norm(x))), once new keys and values are in the layer's pages."""
-        spec, k, value, gate = self.spec, self.kernels, None, None
+        spec, k, its, cache, value, gate = (
+            self.spec, self.kernels, self.attentions[l], self.layer_caches[l], None, None)
         norms = {"q_norm": layer.get("q_norm"), "k_norm": layer.get("k_norm")}
         norm = Norm(layer.get("attention_norm"), self.norm_eps) if spec.pre_norms else None
-        qkv = b.gated if spec.output_gate else b.qkv
-        k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=qkv)  # (T, (H + 2 Hkv) * D)
+        queries, columns = its.parts[0], sum(its.parts)
+        qkv, q, attended = (narrow(buffer, width) for buffer, width in (
+            (b.qkv, columns), (b.q, queries), (b.attended, its.heads * its.value_size)))
+        product = narrow(b.gated, queries + columns) if spec.output_gate else qkv
+        k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=product)  # (T, rows of parts)
         if spec.output_gate:
-            k.split_gates(qkv, spec.head_size, gates=b.gates, out=b.qkv)
+            k.split_gates(product, its.head_size, gates=narrow(b.gates, queries), out=qkv)
         if "value_embed" in layer:
             value, gate = b.value, b.gate
-            k.embed(layer["value_embed"], inputs.token_ids, out=value)  # (T, Hkv * D)
+            k.embed(layer["value_embed"], inputs.token_ids, out=value)  # (T, Hkv * Dv)
             k.linear(b.x, layer["ve_gate"], norm=norm, out=gate)  # (T, Hkv) from the first few channels
         if spec.qk_norm_sizes:
-            k.mean_squares(b.qkv, **norms, sizes=spec.qk_norm_sizes, out=b.means)  # (T, 2)
+            k.mean_squares(qkv, **norms, sizes=spec.qk_norm_sizes, out=b.means)  # (T, 2)
             if k.all_reduce:
                 k.all_reduce(b.means, out=b.means)
-            k.norm_qk(b.qkv, **norms, means=b.means, eps=spec.norm_eps)
+            k.norm_qk(qkv, **norms, means=b.means, eps=spec.norm_eps)
             norms = {}
-        k.rope_append(b.qkv, *tables, inputs.positions, inputs.slots, cache, out=b.q, norm=spec.qk_norm,
-                      **norms, eps=spec.norm_eps, post_scale=spec.qk_scale, q_scale=self.q_scale,
-                      value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale)   # (T, H * D)
-        k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended,
-                          softcap=spec.attention_softcap, sinks=layer.get("sinks"))  # (T, H * D)
+        more = {"value_norm": True} if its.value_norm else {}
+        k.rope_append(qkv, *self.rope_tables[l], inputs.positions, inputs.slots, cache, out=q,
+                      norm=spec.qk_norm, **norms, eps=spec.norm_eps, post_scale=spec.qk_scale,
+                      q_scale=its.q_scale if self.q_scale is None else self.q_scale, value_embed=value,
+                      gate=gate, gate_scale=spec.ve_gate_scale, **more)   # (T, H * D)
+        k.paged_attention(q, cache, inputs.attention, its.window, out=attended,
+                          softcap=spec.attention_softcap, sinks=layer.get("sinks"))  # (T, H * Dv)
         if spec.output_gate:
-            k.gate(b.attended, b.gates, out=b.attended)
-        self._add(b, b.attended, layer, "output", b.x, out=b.residual)
+            k.gate(attended, narrow(b.gates, queries), out=attended)
+        self._add(b, attended, layer, "output", b.x, out=b.residual)
 
     def _mix(self, inputs: Inputs, b: SimpleNamespace, layer: dict, l: int):
         """residual = x + mix_out(op(mix_in(norm(x)))), with the sequences' states; the op is the mixer's."""
@@ -340,3 +351,10 @@ class Transformer:
             k.all_reduce(b.added, out=b.added)
         k.rms_norm(b.added, norm, self.spec.norm_eps, out=b.added)
         k.mix(residual, b.added, 1.0, 1.0, out=out)
+
+
+def narrow(buffer: torch.Tensor, columns: int) -> torch.Tensor:
+    """A buffer (T, at least so many columns) as one that has so many, in the same memory."""
+    if buffer.shape[1] == columns:
+        return buffer
+    return buffer.flatten()[:len(buffer) * columns].view(-1, columns)

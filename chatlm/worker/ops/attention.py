@@ -1,6 +1,7 @@
 """Reference ops: rotary embedding and attention over paged keys and values.
 
-A layer's KV cache is (P * PAGE_SIZE, 2, Hkv, D): a slot's keys and values lie side by side."""
+A layer's KV cache is (P * PAGE_SIZE, 2, Hkv, D): a slot's keys and values lie side by side. Where these
+differ in width, it is a pair, of keys (P * PAGE_SIZE, Hkv, D) and values (P * PAGE_SIZE, Hkv, Dv)."""
 
 from __future__ import annotations
 
@@ -8,29 +9,31 @@ import functools
 import itertools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy
 import torch
 
 from chatlm.common.config import PAGE_SIZE
 
+if TYPE_CHECKING:
+    from chatlm.worker.model.spec import Attention
 
-def rope_frequencies(spec, layer: int) -> tuple[tuple[float, ...], float]:
+
+def rope_frequencies(attention: Attention) -> tuple[tuple[float, ...], float]:
     """The angle by which each position turns each pair of a layer's heads; what multiplies cos and sin."""
-    if layer in spec.unrotated_layers:
+    size = attention.head_size if attention.rope_size is None else attention.rope_size
+    if not size:
         return (0.0,), 1.0
-    size = spec.rope_size or spec.head_size
-    local = spec.local_rope_base if spec.windows and spec.windows[layer] else 0.0
-    frequencies = 1.0 / (local or spec.rope_base) ** (numpy.arange(0, size, 2, dtype=numpy.float64) / size)
-    if spec.rope_factors and not local:
-        frequencies = frequencies / numpy.asarray(spec.rope_factors, dtype=numpy.float64)
-    return tuple(frequencies.tolist()), 1.0 if local else spec.rope_scale
+    frequencies = 1.0 / attention.rope_base ** (numpy.arange(0, size, 2, dtype=numpy.float64) / size)
+    if attention.rope_factors:
+        frequencies = frequencies / numpy.asarray(attention.rope_factors, dtype=numpy.float64)
+    return tuple(frequencies.tolist()), attention.rope_scale
 
 
 def rope_tables(spec, device, layer: int = 0) -> tuple:
     """cos and direction * sin of a layer at every position, (max_positions, rope_size / 2) float32 each."""
-    frequencies, scale = rope_frequencies(spec, layer)
+    frequencies, scale = rope_frequencies(spec.attention(layer))
     angles = numpy.outer(numpy.arange(spec.max_positions), frequencies)
     cos, sin = scale * numpy.cos(angles), spec.rope_direction * scale * numpy.sin(angles)
     dtype = torch.bfloat16 if spec.rope_bfloat16 else torch.float32
@@ -47,35 +50,57 @@ def query_scales(spec, device) -> torch.Tensor:
 
 def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="none", q_norm=None,
                           k_norm=None, eps=1e-5, post_scale=1.0, q_scale=1.0, value_embed=None, gate=None,
-                          gate_scale=1.0):
+                          gate_scale=1.0, value_norm=False):
     """All work between the qkv product and attention: q -> out (T, H * D), k and v -> the cache.
 
-    qkv (T, (H + 2 Hkv) * D) is overwritten. q and k are normalized (`norm` is a ModelSpec's qk_norm), rotated
-    by the rows `positions` (T,) of cos and sin, and scaled, q also by `q_scale`, a number or a table of one
-    for each position. `gate_scale * sigmoid(gate)
-    * value_embed` is added to v; gate is (T, Hkv), value_embed (T, Hkv * D). k and v then go into one layer's
-    `cache` at `slots` (T,)."""
-    T, Hkv, D = len(qkv), *cache.shape[2:]
-    H = out.shape[1] // D
+    qkv (T, H * D + Hkv * (D + Dv)) is overwritten. Without the columns of v, v is made of what k is; without
+    those of k and v, nothing goes into the cache, which is another layer's. q and k are normalized (`norm` is
+    a ModelSpec's qk_norm), rotated by the rows `positions` (T,) of cos and sin, and scaled, q also by
+    `q_scale`, a number or a table of one for each position. v is normalized without weights if `value_norm`.
+    `gate_scale * sigmoid(gate) * value_embed` is added to v; gate is (T, Hkv), value_embed (T, Hkv * Dv). k
+    and v then go into one layer's `cache` at `slots` (T,)."""
+    keys, values = slots_of(cache)
+    (Hkv, D), Dv = keys.shape[1:], values.shape[2]
+    T, queries = len(qkv), out.shape[1]
+    H, appends = queries // D, qkv.shape[1] > queries
     # (T, 1, rot / 2) each
     cos, sin = (torch.index_select(table, 0, positions).unsqueeze(1) for table in (cos, sin))
-    heads = qkv.view(T, H + 2 * Hkv, D)
-    qk = heads[:, :H + Hkv].float()  # (T, H + Hkv, D)
+    heads = qkv[:, :queries + Hkv * D * appends].unflatten(1, (-1, D))
+    qk, v = heads.float(), qkv[:, queries + Hkv * D:]  # (T, H + Hkv, D), (T, Hkv * Dv)
+    if appends:
+        v = (v if v.shape[1] else qkv[:, queries:].clone()).unflatten(1, (Hkv, Dv))
+    if value_norm and appends:
+        v.copy_(torch.nn.functional.rms_norm(v.float(), (Dv,), None, eps))
     if norm == "before_rope":
         qk = norm_heads(qk, H, q_norm, k_norm, eps)
     rotate(qk, cos, sin)
     if norm == "after_rope":
         qk = norm_heads(qk, H, q_norm, k_norm, eps)
-    heads[:, :H + Hkv] = qk * post_scale
+    heads.copy_(qk * post_scale)
     if value_embed is not None and gate is not None:
         strength = gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)  # (T, Hkv, 1)
-        heads[:, H + Hkv:] += strength * value_embed.view(T, Hkv, D)
-    out.copy_(qkv[:, :H * D])
+        v += strength * value_embed.view(T, Hkv, Dv)
+    out.copy_(qkv[:, :queries])
     if isinstance(q_scale, torch.Tensor):
         out.mul_(torch.index_select(q_scale, 0, positions).unsqueeze(1))
     elif q_scale != 1:
         out.mul_(q_scale)
-    cache.view(-1, 2 * Hkv * D).index_copy_(0, slots, qkv[:, H * D:].to(cache.dtype))
+    if appends:
+        keys.index_copy_(0, slots, heads[:, H:].to(keys.dtype))
+        values.index_copy_(0, slots, v.to(values.dtype))
+
+
+def slots_of(cache) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys (slots, Hkv, D) and the values (slots, Hkv, Dv) of a layer."""
+    return cache if isinstance(cache, tuple) else cache.unbind(1)
+
+
+def keys_and_values(cache, pages, count: int):
+    """Those in some pages of each of `count` sequences, (count, Hkv, S, D) and (count, Hkv, S, Dv)."""
+    parts = [torch.index_select(part.unflatten(0, (-1, PAGE_SIZE)), 0, pages).view(count, -1, *part.shape[1:])
+             for part in (cache if isinstance(cache, tuple) else (cache,))]
+    k, v = parts if len(parts) == 2 else parts[0].unbind(2)
+    return k.transpose(1, 2), v.transpose(1, 2)
 
 
 def mean_squares_reference(qkv, q_norm, k_norm, sizes, out):
@@ -99,6 +124,7 @@ def norm_heads(qk, H, q_norm, k_norm, eps):
     qk = torch.nn.functional.rms_norm(qk, qk.shape[-1:], None, eps)
     if q_norm is not None:
         qk[:, :H] *= q_norm
+    if k_norm is not None:
         qk[:, H:] *= k_norm
     return qk
 
@@ -162,17 +188,17 @@ def make_span(batch, positions, table, group, window, dtype) -> Span:
 
 
 def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=None):
-    """softmax(q k / sqrt(D)) v over each row's own pages: q (T, H * D), one layer's cache -> out (T, H * D).
+    """softmax(q k / sqrt(D)) v over each row's own pages: q (T, H * D), one layer's cache -> out (T, H * Dv).
 
     With a `softcap` c, scores become c * tanh(scores / c). `sinks` (H) are more scores, one for each query
     head, whose value is 0. Keys are never repeated in memory: query heads that share a kv head are rows of
     one product in decode, and broadcast over its keys in prefill."""
-    Hkv, D = cache.shape[2:]
-    q, scale = q.to(cache.dtype).unflatten(1, (-1, D)), D**-0.5  # (T, H, D)
+    keys, _ = slots_of(cache)
+    Hkv, D = keys.shape[1:]
+    q, scale = q.to(keys.dtype).unflatten(1, (-1, D)), D**-0.5  # (T, H, D)
     sinks = sinks if sinks is None else sinks.view(Hkv, -1)
     for rows, pages, mask in plan[window]:
-        kv = torch.index_select(cache.view(-1, PAGE_SIZE, 2, Hkv, D), 0, pages).view(len(mask), -1, 2, Hkv, D)
-        k, v = kv[:, :mask.shape[-1]].permute(2, 0, 3, 1, 4)     # (B, Hkv, S, D) each
+        k, v = (part[:, :, :mask.shape[-1]] for part in keys_and_values(cache, pages, len(mask)))
         grouped = q[rows].unflatten(1, (Hkv, -1))                # (rows, Hkv, H / Hkv, D)
         if len(grouped) == len(mask):
             y = attend(grouped, k, v, mask, scale, softcap, sinks)
@@ -229,7 +255,7 @@ def attend_chunk(q, k, v, mask, scale, softcap=0.0, sinks=None):
     This is 2.5 to 3 times faster than torch's fused attention (256 queries over 256 to 7168 keys, bfloat16,
     2 threads), but only in memory already mapped: faulting in fresh pages takes longer than the products."""
     T, Hkv, G, D = q.shape
-    S, y = k.shape[1], torch.empty_like(q)
+    S, y = k.shape[1], q.new_empty(T, Hkv, G, v.shape[-1])
     step = max(1, SCRATCH_SCORES // (G * S))
     scratch = scores_scratch(q.dtype, max(SCRATCH_SCORES, G * S))
     for h in range(Hkv):
@@ -243,6 +269,6 @@ def attend_chunk(q, k, v, mask, scale, softcap=0.0, sinks=None):
             scores.view(G, -1, S).add_(mask[0, :, block])
             kept = None if sinks is None else kept_share(scores.view(G, -1, S), sinks[h, :, None])
             torch.softmax(scores, -1, out=scores)
-            values = torch.mm(scores, v[h]).view(G, -1, D)
+            values = torch.mm(scores, v[h]).view(G, -1, v.shape[-1])
             y[block, h] = (values if kept is None else values * kept.unsqueeze(-1)).transpose(0, 1)
     return y

@@ -197,9 +197,26 @@ def zeroed(shape: tuple[int, ...], dtype, device):
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def make_cache_reference(spec, num_pages, dtype, device):
-    """KV pages of all layers: [layer][slot][k, v][Hkv][D], which rope_append and paged_attention share."""
-    return zeroed((spec.layers, num_pages * PAGE_SIZE, 2, spec.kv_heads, spec.head_size), dtype, device)
+def make_cache_reference(spec, layout, num_pages, dtype, device):
+    """KV pages of all layers: their memory, and of each layer what rope_append and paged_attention get.
+
+    `layout` is the PageLayout. A layer that reads another's pages gets these, one with a mixer None."""
+    slots, layers = num_pages * PAGE_SIZE, []
+    memory = zeroed((slots * layout.size,), dtype, device)
+    for l, its in enumerate(spec.by_layer):
+        begin, stride = layout.place(l, slots)
+        if its is None:
+            layers.append(None)
+        elif its.value_size == its.head_size:
+            shape = slots, 2, its.kv_heads, its.head_size
+            steps = stride, its.kv_heads * its.head_size, its.head_size, 1
+            layers.append(memory.as_strided(shape, steps, begin))
+        else:
+            begins = begin, begin + its.kv_heads * its.head_size
+            layers.append(tuple(
+                memory.as_strided((slots, its.kv_heads, size), (stride, size, 1), start)
+                for start, size in zip(begins, (its.head_size, its.value_size))))
+    return memory, layers
 
 
 DEQUANTIZE_ELEMENTS = 1 << 19  # at a time, to stay in cache and need no second copy of a large matrix

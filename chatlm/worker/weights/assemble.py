@@ -50,10 +50,9 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
 
     The file's vocabulary tensors have `padded` rows. Of experts a file has either a tensor each, in whose
     name a second {} of the `table` stands for the expert, or one of all (experts, rows of each, ...)."""
-    query, key, E = spec.heads * spec.head_size, spec.kv_heads * spec.head_size, spec.experts
-    qkv, vocabulary = (query * (1 + spec.output_gate), key, key), (padded,)
+    E, vocabulary = spec.experts, (padded,)
     gate_up = (spec.dense_size if E else spec.ffn_size,) * 2
-    split = {"qkv": qkv, "qkv_bias": qkv, "gate_up": gate_up, "gate_up_bias": gate_up,
+    split = {"gate_up": gate_up, "gate_up_bias": gate_up,
              "shared_gate_up": (spec.shared_size,) * 2,
              "embed": vocabulary, "head": vocabulary, "value_embed": vocabulary}
     sources = {}
@@ -61,6 +60,10 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
         layer, _, part = ours.rpartition(".")
         if not (part == "head" and spec.tied_head):
             theirs, rows = table.get(part, (part,)), split.get(part, shape[:1])
+            if part in ("qkv", "qkv_bias"):  # a layer may have no k or v of its own
+                q, *others = spec.attention(int(layer)).parts
+                rows = q * (1 + spec.output_gate), *filter(None, others)
+                theirs = theirs[:len(rows)] if len(theirs) > 1 else theirs
             mixer = spec.mixers[int(layer)] if layer and spec.mixers else None
             if isinstance(mixer, DeltaRule) and part == "mix_in":
                 rows = mixer.rows

@@ -15,7 +15,7 @@ import torch
 
 from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.log import log
-from chatlm.worker.model.spec import DeltaRule, Mamba2, Mixer, ModelSpec, ShortConv
+from chatlm.worker.model.spec import Attention, DeltaRule, Mamba2, Mixer, ModelSpec, ShortConv
 from chatlm.worker.weights.assemble import Mxfp4, fp8_block
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, Rule, check_divides,
@@ -598,17 +598,19 @@ def complete_heads(path: Path, config: dict, names: Mapping[str, str] = {}):
 
 
 def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSpec:
-    """The spec of a checked config; `rope` has max_positions and the fields that begin with rope_."""
+    """The spec of a checked config; `rope` has max_positions and the fields that begin with rope_, and
+    perhaps local_rope_base: of layers with a window, which have no factors then."""
     row, layers = FAMILIES[family], config["num_hidden_layers"]
     width, heads, head_size = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
     fields = {"ffn_bias": config.get("mlp_bias", False),
               "activation": HF_ACTIVATIONS[config["hidden_act"]], **row.fields, **rope}
+    local_base, unrotated, windows = fields.pop("local_rope_base", None), set(), (0,) * layers
     if "no_rope_layers" in config:
         every = config["no_rope_layer_interval"]
         config["no_rope_layers"] = rotated = config["no_rope_layers"] or [
             int((layer + 1) % every > 0) for layer in range(layers)]
         checked(path, "no_rope_layers", rotated, HF_KEYS["no_rope_layers"], layers)
-        fields["unrotated_layers"] = tuple(layer for layer in range(layers) if not rotated[layer])
+        unrotated = {layer for layer in range(layers) if not rotated[layer]}
     window = None if config.get("use_sliding_window") is False else config.get("sliding_window")
     types = config.get("layer_types") or [
         LAYER_TYPES[bool(row.has_window(config, layer))] for layer in range(layers)]
@@ -618,11 +620,11 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
         fields["mixers"] = mixers_of(path, row, config, types)
     if "sliding_attention" in types:
         checked(path, "sliding_window in use", window, HF_KEYS["sliding_window"]._replace(optional=False))
-        fields["windows"] = tuple(window if type_ == "sliding_attention" else 0 for type_ in types)
+        windows = tuple(window if type_ == "sliding_attention" else 0 for type_ in types)
         if row.windows_rotate:
-            fields["unrotated_layers"] = tuple(l for l, window in enumerate(fields["windows"]) if not window)
+            unrotated = {l for l, window in enumerate(windows) if not window}
     if config.get("position_embedding_type", "rope") != "rope":
-        fields["unrotated_layers"] = tuple(range(layers))
+        fields["rope_size"] = 0
     if config.get("attention_bias"):
         fields |= {"qkv_bias": True, "output_bias": config.get("attention_out_bias",
                                                                row.fields.get("output_bias", True))}
@@ -644,12 +646,25 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
     if "num_experts" in config:
         ffn_size, experts = expert_fields(path, config)
         fields |= experts
-    return ModelSpec(
+    spec = ModelSpec(
         vocab_size=config["vocab_size"], layers=layers, width=width, heads=heads,
         kv_heads=config["num_key_value_heads"], head_size=head_size, ffn_size=ffn_size,
         norm_eps=config["rms_norm_eps"], tied_head=config["tie_word_embeddings"],
         softcap=config.get("final_logit_softcapping") or 0.0,
         attention_softcap=config.get("attn_logit_softcapping") or 0.0, **fields)
+    return with_kinds(spec, windows, unrotated, local_base) if any(windows) or unrotated else spec
+
+
+def with_kinds(spec: ModelSpec, windows: Seq[int], unrotated: set[int],
+               local_base: float | None) -> ModelSpec:
+    """As the spec, with these windows, and the rotary base of layers that have one; some layers unrotated."""
+    def attention(layer: int) -> Attention:
+        own = replace(spec.attention(layer), window=windows[layer])
+        if windows[layer] and local_base:
+            own = replace(own, rope_base=local_base, rope_factors=None, rope_scale=1.0)
+        return replace(own, rope_size=0) if layer in unrotated else own
+
+    return replace(spec, attentions=tuple(map(attention, range(spec.layers))))
 
 
 def mixers_of(path: Path, row: Family, config: Mapping, types: Seq[str]) -> tuple[Mixer | None, ...]:

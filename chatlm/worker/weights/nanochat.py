@@ -164,16 +164,17 @@ def nanochat_spec(config: Mapping, number: int, softcap: float) -> ModelSpec:
     pattern = config["window_pattern"] if number > 1 else "L"
     windows = tuple(short if pattern[layer % len(pattern)] == "S" and layer < L - 1 else 0
                     for layer in range(L))
-    return ModelSpec(
+    spec = ModelSpec(
         vocab_size=config["vocab_size"], layers=L, width=config["n_embd"], heads=config["n_head"],
         kv_heads=config["n_kv_head"], head_size=config["n_embd"] // config["n_head"],
         ffn_size=4 * config["n_embd"],
         max_positions=config["sequence_len"],
         norm_eps=1.1920929e-07,  # torch's default for rms_norm in float32
         norm_weights=False, embedding_norm=True, rope_direction=-1, qk_norm="after_rope", activation="relu2",
-        windows=windows, softcap=softcap,
+        softcap=softcap,
         value_embed_layers=tuple(range((L - 1) % 2, L, 2)) if number >= 3 else (),
         backout_layer=L // 2 if number >= 5 else None, **generation.fields)
+    return spec.with_windows(windows)
 
 
 NANOCHAT_TENSORS = {  # our tensor (of layer {}) -> upstream's tensors whose rows it is made of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple, TYPE_CHECKING
@@ -13,7 +14,7 @@ from chatlm.worker.model.spec import DeltaRule, Mamba2, ShortConv, expected_tens
 from chatlm.worker.model.tensors import TILE_ROWS, Cut
 
 if TYPE_CHECKING:
-    from chatlm.worker.model.spec import Mixer, ModelSpec
+    from chatlm.worker.model.spec import Attention, Mixer, ModelSpec
     from chatlm.worker.weights.rules import LoadedModel
 
 
@@ -32,6 +33,7 @@ class RankShare(NamedTuple):
     """
 
     rank: int
+    tp: int
     vocabulary: range
     heads: range
     kv_heads: range
@@ -56,26 +58,21 @@ def share_of(spec: ModelSpec, rank: int, tp: int, block: int = 1) -> RankShare:
     `block`: so many columns of `down` are packed together. Blocks that do not divide are given out so that
     the first ranks have one more. Of the vocabulary each rank has ceil(V / tp), the last ones what remains.
     """
-    group, firsts = spec.heads // spec.kv_heads, [n * spec.kv_heads // tp for n in range(tp)]
-    first, sharing = firsts[rank], firsts.count(firsts[rank])
-    kv_heads = range(first, max(first + 1, (rank + 1) * spec.kv_heads // tp))
-    turn = rank - firsts.index(first)  # among those with the same kv heads
-    heads = range(first * group + group * turn // sharing,
-                  kv_heads[-1] * group + group * (turn + 1) // sharing)
+    heads, kv_heads = heads_of(spec.attention(0), rank, tp)
     blocks = -(-spec.ffn_size // block)
     if spec.qk_norm_sizes and tp > spec.kv_heads:
         raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {spec.kv_heads} heads of "
                           "keys, and no rank may share one, because all are normalized together")
-    if tp > min(spec.heads, blocks):
-        raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {spec.heads} query heads, "
+    if tp > min(most := min((its.heads for its in spec.by_layer if its), default=spec.heads), blocks):
+        raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {most} query heads, "
                           f"and its feed-forward part {blocks} blocks of {block} columns")
     refuse_heads(spec, tp, min(spec.heads, blocks))
     rows = -(-spec.vocab_size // tp)
     ffn, dense, shared = (blocks_of(size, rank, tp, block)
                           for size in (spec.ffn_size, spec.dense_size, spec.shared_size))
     mixers = {mixer: mixer_share(mixer, spec.width, rank, tp, block) for mixer in spec.mixers if mixer}
-    return RankShare(rank, range(spec.vocab_size)[rank * rows:(rank + 1) * rows], heads, kv_heads, ffn, dense,
-                     shared, rows, mixers)
+    return RankShare(rank, tp, range(spec.vocab_size)[rank * rows:(rank + 1) * rows], heads, kv_heads, ffn,
+                     dense, shared, rows, mixers)
 
 
 def refuse_heads(spec: ModelSpec, tp: int, most: int):
@@ -89,6 +86,31 @@ def refuse_heads(spec: ModelSpec, tp: int, most: int):
             allowed = [str(ranks) for ranks in range(1, min(count, most) + 1) if count % ranks == 0]
             raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {count} {heads}, so "
                               f"--tp must be one of {', '.join(allowed)}")
+
+
+def heads_of(attention: Attention, rank: int, tp: int) -> tuple[range, range]:
+    """The query heads and the kv heads of a rank in such a layer."""
+    kv_heads = attention.kv_heads
+    group, firsts = attention.heads // kv_heads, [n * kv_heads // tp for n in range(tp)]
+    first, sharing = firsts[rank], firsts.count(firsts[rank])
+    own = range(first, max(first + 1, (rank + 1) * kv_heads // tp))
+    turn = rank - firsts.index(first)  # among those with the same kv heads
+    return range(first * group + group * turn // sharing,
+                 own[-1] * group + group * (turn + 1) // sharing), own
+
+
+def attention_share(attention: Attention, rank: int, tp: int) -> Attention:
+    """What a rank has of such a layer."""
+    heads, kv_heads = heads_of(attention, rank, tp)
+    return replace(attention, heads=len(heads), kv_heads=len(kv_heads))
+
+
+def qkv_rows(s: ModelSpec, its: Attention, heads: range, kv_heads: range) -> list[range]:
+    """A rank's rows of q, of k and of v, of those that the layer has."""
+    (q, k, v), D, Dv = its.parts, its.head_size, its.value_size
+    return [rows_of(heads, D * (1 + s.output_gate)),
+            *([rows_of(kv_heads, D, q * (1 + s.output_gate))] if k else []),
+            *([rows_of(kv_heads, Dv, q * (1 + s.output_gate) + k)] if v else [])]
 
 
 def blocks_of(size: int, rank: int, tp: int, block: int) -> range:
@@ -158,15 +180,6 @@ def mamba_share(mixer: Mamba2, rank: int, tp: int) -> MixerShare:
 SPLITS: dict[str, tuple[int, Callable[[ModelSpec, RankShare], list[range]]]] = {
     # our tensor -> (its axis that is divided, what of that a rank has); of all others it has everything
     "embed": (0, lambda s, my: [my.vocabulary]), "head": (0, lambda s, my: [my.vocabulary]),
-    "qkv": (0, lambda s, my: [
-        rows_of(my.heads, s.head_size * (1 + s.output_gate)),
-        *(rows_of(my.kv_heads, s.head_size, s.head_size * (s.heads * (1 + s.output_gate) + before))
-          for before in (0, s.kv_heads))]),
-    "q_norm": (0, lambda s, my: [rows_of(my.heads, s.head_size)] if s.qk_norm_sizes else []),
-    "k_norm": (0, lambda s, my: [rows_of(my.kv_heads, s.head_size)] if s.qk_norm_sizes else []),
-    "sinks": (0, lambda s, my: [my.heads]), "output": (1, lambda s, my: [rows_of(my.heads, s.head_size)]),
-    "value_embed": (1, lambda s, my: [rows_of(my.kv_heads, s.head_size)]),
-    "ve_gate": (0, lambda s, my: [my.kv_heads]),
     "up": (0, lambda s, my: [my.ffn]), "down": (1, lambda s, my: [my.dense if s.experts else my.ffn]),
     "gate_up": (0, lambda s, my: [rows_of(my.dense, 1, n * s.dense_size) if s.experts else
                                   rows_of(my.ffn, 1, n * s.ffn_size) for n in range(2)]),
@@ -175,6 +188,15 @@ SPLITS: dict[str, tuple[int, Callable[[ModelSpec, RankShare], list[range]]]] = {
     "expert_gate_up": (0, lambda s, my: [rows_of(my.ffn, 1, n * s.ffn_size) for n in range(2 * s.experts)]),
     "expert_down": (1, lambda s, my: [my.ffn]),
     "mix_out": (1, lambda s, my: [])}  # as its mixer's share says
+ATTENTION_SPLITS: dict[str, tuple[int, Callable[[ModelSpec, Attention, range, range], list[range]]]] = {
+    # likewise, by the heads that a rank has of the layer, of queries and of keys
+    "qkv": (0, qkv_rows), "sinks": (0, lambda s, its, heads, kv_heads: [heads]),
+    "q_norm": (0, lambda s, its, heads, kv_heads: [rows_of(heads, its.head_size)] if s.qk_norm_sizes else []),
+    "k_norm": (0, lambda s, its, heads, kv_heads: (
+        [rows_of(kv_heads, its.head_size)] if s.qk_norm_sizes else [])),
+    "output": (1, lambda s, its, heads, kv_heads: [rows_of(heads, its.value_size)]),
+    "value_embed": (1, lambda s, its, heads, kv_heads: [rows_of(kv_heads, its.value_size)]),
+    "ve_gate": (0, lambda s, its, heads, kv_heads: [kv_heads])}
 
 
 def shard_of(name: str, spec: ModelSpec, share: RankShare) -> tuple[int, list[range]] | None:
@@ -182,20 +204,28 @@ def shard_of(name: str, spec: ModelSpec, share: RankShare) -> tuple[int, list[ra
 
     None: nothing is. Where the columns of a matrix are divided, rank 0 alone adds the bias.
     """
-    layer, _, tensor = name.rpartition(".")
-    matrix, bias, _ = tensor.partition("_bias")
+    layer, _, part = name.rpartition(".")
+    matrix, bias, _ = part.partition("_bias")
     mixer = spec.mixers[int(layer)] if layer and spec.mixers else None
-    if mixer and tensor in (parts := share.mixers[mixer].parts):
-        return parts[tensor]
-    axis, ranges_of = SPLITS.get(matrix, (0, lambda spec, share: []))
+    if mixer and part in (parts := share.mixers[mixer].parts):
+        return parts[part]
+    if matrix in ATTENTION_SPLITS:
+        axis, ranges_of = ATTENTION_SPLITS[matrix]
+        its = spec.attention(int(layer))
+        ranges = ranges_of(spec, its, *heads_of(its, share.rank, share.tp))
+    else:
+        axis, ranges_of = SPLITS.get(matrix, (0, lambda spec, share: []))
+        ranges = ranges_of(spec, share)
     if bias and axis == 1:
         return None if share.rank else (0, [])
-    return axis, ranges_of(spec, share)
+    return axis, ranges
 
 
 def shard_spec(spec: ModelSpec, share: RankShare) -> ModelSpec:
     """The sizes of what a rank has; embeddings are added up over the ranks, logits put side by side."""
-    return replace(spec, heads=len(share.heads), kv_heads=len(share.kv_heads), ffn_size=len(share.ffn),
+    attentions = tuple(attention_share(its, share.rank, share.tp) for its in spec.attentions)
+    return replace(spec, heads=len(share.heads), kv_heads=len(share.kv_heads), attentions=attentions,
+                   ffn_size=len(share.ffn),
                    dense_size=len(share.dense), shared_size=len(share.shared),
                    mixers=tuple(mixer and share.mixers[mixer].own for mixer in spec.mixers),
                    own_rows=share.own_rows, first_row=share.rank * share.own_rows)
@@ -219,12 +249,22 @@ def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = N
 
 
 def layers_of(spec: ModelSpec, stage: int, stages: int) -> range:
-    """The layers of a stage. The head counts as as many layers as have its weights."""
-    layer = spec.width * (2 * (spec.heads + spec.kv_heads) * spec.head_size
+    """The layers of a stage, with those whose keys they share. The head counts as as many layers as have its
+    weights."""
+    its = next(filter(None, spec.by_layer))
+    layer = spec.width * (2 * (its.heads + its.kv_heads) * its.head_size
                           + 3 * (spec.ffn_size * max(spec.experts_per_token, 1) + spec.shared_size))
     total = spec.layers + spec.vocab_size * spec.width / layer
-    ends = [min(max(round(n * total / stages), n), spec.layers - stages + n) for n in range(stages)]
-    return range(ends[stage], [*ends, spec.layers][stage + 1])
+    sources = {l: its.source for l, its in enumerate(spec.by_layer) if its and its.source is not None}
+    firsts = [l for l in range(1, spec.layers)
+              if all(source >= l for reader, source in sources.items() if reader >= l)]
+    if len(firsts) < stages - 1:
+        raise ConfigError(f"the model cannot be divided into {stages} stages: its last layers read the keys "
+                          f"of others, which are in one stage with them; {len(firsts) + 1} are possible")
+    places = [min(max(bisect.bisect(firsts, round(n * total / stages)), n), len(firsts) - stages + 1 + n)
+              for n in range(1, stages)]
+    ends = [0, *(firsts[place - 1] for place in places), spec.layers]
+    return range(ends[stage], ends[stage + 1])
 
 
 def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
@@ -237,11 +277,13 @@ def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
     mine = layers_of(spec, stage, stages)
     first, kept = mine.start, slice(mine.start, mine.stop)
     own = replace(
-        spec, layers=len(mine), windows=spec.windows[kept], mixers=spec.mixers[kept],
-        opens=stage == 0, closes=stage == stages - 1,
-        tied_head=False, backout_layer=None if spec.backout_layer is None else spec.backout_layer - first,
+        spec, layers=len(mine), mixers=spec.mixers[kept], opens=stage == 0, closes=stage == stages - 1,
+        tied_head=False,
+        attentions=tuple(replace(its, source=None if its.source is None else its.source - first)
+                         for its in spec.attentions[kept]),
+        backout_layer=None if spec.backout_layer is None else spec.backout_layer - first,
         **{name: tuple(layer - first for layer in getattr(spec, name) if layer in mine)
-           for name in ("unrotated_layers", "value_embed_layers", "dense_layers")})
+           for name in ("value_embed_layers", "dense_layers")})
     whole, tensors = {"head": model.tensors["embed"]} | model.tensors, {}
     for name, shape in expected_tensors(own).items():
         layer, dot, part = name.partition(".")

@@ -154,7 +154,7 @@ void fetch_keys(const AttentionJob& job, const AttentionItem& item) {
     const int64_t bytes = int64_t(PAGE_SIZE) * job.head_size * bytes_of(job.cache_type);
     const int first = item.chunk_begin * CHUNK_PAGES, seen = item.chunk_begin < item.chunk_end ? (item.position + item.rows - 1) / PAGE_SIZE + 1 : 0;
     for (int page = first; page < std::min(first + CHUNK_PAGES, seen); page++) {
-        const char* keys = static_cast<const char*>(job.cache) + (item.pages[page] * int64_t(job.kv_heads) + item.kv_head) * 2 * bytes;
+        const char* keys = static_cast<const char*>(job.cache) + item.pages[page] * job.page_stride * bytes_of(job.cache_type) + item.kv_head * 2 * bytes;
         for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(keys + i);
     }
 }

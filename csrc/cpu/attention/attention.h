@@ -1,6 +1,7 @@
 // rope_append and paged_attention on CPU: what their kernels are told, and who offers them.
 //
-// KV cache of one layer, on CPU: [P][Hk][2][16 * D] elements of float32, float16 or bfloat16; P pages of 16 positions.
+// KV cache of one layer, on CPU: [P][Hk][2][16 * D] elements of float32, float16 or bfloat16; P pages of 16 positions, which
+// may be apart: between them is what other layers keep.
 // The first of the two blocks of (page, kv head) holds K transposed, [D][16], so that 16 scores are one vector without
 // any horizontal sum; the second holds V, [16][D]. Both lie side by side because attention reads both.
 #pragma once
@@ -14,7 +15,8 @@ namespace dc {
 
 constexpr int CHUNK_SIZE = 256;             // positions whose softmax is one state; merged in the order of positions
 constexpr int CHUNK_PAGES = CHUNK_SIZE / PAGE_SIZE;
-constexpr int MAX_HEAD_SIZE = 256;
+constexpr int MAX_HEAD_SIZE = 512;
+constexpr int SCORE_SIZE = 256;             // of a head's D: the scores of larger ones take one such part after another
 constexpr int MAX_GROUP = 16;               // query heads of one kv head
 constexpr int WANTED_QUERIES = 12;          // (row, head) pairs that share each load of K and V in a prompt's chunk
 
@@ -22,7 +24,8 @@ enum class Element : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 static inline int bytes_of(Element type) { return type == Element::float32 ? 4 : 2; }
 enum class QkNorm : int { none = 0, before_rope = 1, after_rope = 2 };
 
-// ---- rope_append: rows of qkv [T, (Hq + 2 Hk) * D] -> q_out [T, Hq, D] float32 and the pages
+// ---- rope_append: rows of qkv [T, (Hq + 2 Hk) * D] -> q_out [T, Hq, D] float32 and the pages. Without v in qkv, v is what k is
+// made of; with kv_heads 0, only q is there, and the cache is another layer's.
 
 struct RopeJob {
     const float* qkv;                       // `row_stride` elements apart
@@ -48,6 +51,9 @@ struct RopeJob {
     float* q_out;                           // [T, Hq, D]
     void* cache;                            // one layer's
     Element cache_type;
+    int64_t page_stride;                    // elements from page to page
+    bool value_norm;                        // v is normalized first, without weights
+    bool values_from_keys;
 };
 
 // ---- paged_attention: q [T, Hq, D] float32, scaled already -> out [T, Hq * D] float32
@@ -61,6 +67,7 @@ struct AttentionJob {
     int window;                             // keys that a row sees, itself included; 0: all
     float softcap;                          // scores become softcap * tanh(score / softcap); 0: they stay
     const float* sinks;                     // [Hq] one more score for each head, whose value is 0; or null
+    int64_t page_stride;                    // elements from page to page
 };
 
 // `rows` consecutive rows of one sequence, one kv head, some of the chunks that these rows see.

@@ -25,18 +25,23 @@ constexpr int most(int a, int b) { return a > b ? a : b; }
 // own prefetching stops at each block: 65 % of the read bandwidth without this, 85 to 90 % with it (Zen 5, two threads).
 DC_INLINE void prefetch(const void* line) { __builtin_prefetch(line); }             // into L1
 
-// ---- scores: s[query][position] = sum over d of q[query][d] * K[d][position], one chain each; `ahead` is
-// fetched line by line
+// ---- scores: s[query][position] = sum over d of q[query][d] * K[d][position], one chain each, which goes on at `from`
+// with what s has; `ahead` is fetched line by line
 
 template <class Stored, int Queries, int Pages>
-DC_INLINE void score_tile(const float* q, const Stored* const* k, const Stored* const* ahead, int D, float* s) {
+DC_INLINE void score_tile(const float* q, const Stored* const* k, const Stored* const* ahead, int from, int D, float* s) {
     Lanes sums[Queries][Pages];
 #pragma GCC unroll 16
     for (int i = 0; i < Queries; i++)
 #pragma GCC unroll 16
         for (int p = 0; p < Pages; p++) sums[i][p] = all(0.0f);
+    if (from > 0)
+#pragma GCC unroll 16
+        for (int i = 0; i < Queries; i++)
+#pragma GCC unroll 16
+            for (int p = 0; p < Pages; p++) sums[i][p] = load(s + i * CHUNK_SIZE + p * PAGE_SIZE);
     constexpr int rows_in_line = 64 / (PAGE_SIZE * sizeof(Stored));
-    for (int line = 0; line < D; line += rows_in_line) {
+    for (int line = from; line < D; line += rows_in_line) {
 #pragma GCC unroll 16
         for (int p = 0; p < Pages; p++) prefetch(ahead[p] + line * PAGE_SIZE);
 #pragma GCC unroll 2
@@ -46,7 +51,7 @@ DC_INLINE void score_tile(const float* q, const Stored* const* k, const Stored* 
             for (int p = 0; p < Pages; p++) keys[p] = load(k[p] + d * PAGE_SIZE);
 #pragma GCC unroll 16
             for (int i = 0; i < Queries; i++) {
-                Lanes x = all(q[i * MAX_HEAD_SIZE + d]);
+                Lanes x = all(q[i * SCORE_SIZE + d - from]);
 #pragma GCC unroll 16
                 for (int p = 0; p < Pages; p++) sums[i][p] = fma(x, keys[p], sums[i][p]);
             }
@@ -65,12 +70,12 @@ constexpr int in_registers(int queries) {
 
 template <class Stored, int Queries>
 __attribute__((noinline)) void score_pages(const float* q, const Stored* const* k, const Stored* const* ahead, int pages,
-                                           int D, float* s) {
+                                           int from, int D, float* s) {
     constexpr int together = in_registers(Queries);
     int p = 0;
     for (; p + together <= pages; p += together)
-        score_tile<Stored, Queries, together>(q, k + p, ahead + p, D, s + p * PAGE_SIZE);
-    for (; p < pages; p++) score_tile<Stored, Queries, 1>(q, k + p, ahead + p, D, s + p * PAGE_SIZE);
+        score_tile<Stored, Queries, together>(q, k + p, ahead + p, from, D, s + p * PAGE_SIZE);
+    for (; p < pages; p++) score_tile<Stored, Queries, 1>(q, k + p, ahead + p, from, D, s + p * PAGE_SIZE);
 }
 
 // ---- values: acc[query][d] += sum over positions [begin, end) of p[query][position] * V[position][d], one chain each
@@ -225,7 +230,7 @@ struct Attention {
     const AttentionJob& job;
     const AttentionItem& item;
     const int D = job.head_size, G = job.heads / job.kv_heads, queries = item.rows * G;
-    alignas(64) float q[MAX_QUERIES][MAX_HEAD_SIZE];
+    alignas(64) float q[MAX_HEAD_SIZE / SCORE_SIZE][MAX_QUERIES][SCORE_SIZE];
     alignas(64) float s[MAX_QUERIES * CHUNK_SIZE];          // scores, then weights
     alignas(64) float acc[MAX_QUERIES * MAX_HEAD_SIZE];
     bool empty = true;                                      // no chunk was added yet
@@ -236,13 +241,13 @@ struct Attention {
     Attention(const AttentionJob& job, const AttentionItem& item) : job(job), item(item) {
         for (int i = 0; i < queries; i++) {
             const int64_t row = item.row + i / G, head = item.kv_head * G + i % G;
-            for (int d = 0; d < D; d += 16) store(q[i] + d, load(job.q + (row * job.heads + head) * D + d));
+            for (int d = 0; d < D; d += 16)
+                store(q[d / SCORE_SIZE][i] + d % SCORE_SIZE, load(job.q + (row * job.heads + head) * D + d));
         }
     }
 
     const Stored* block(const AttentionItem& of, int64_t page) const {
-        const int64_t number = of.pages[page] * int64_t(job.kv_heads) + of.kv_head;
-        return static_cast<const Stored*>(job.cache) + number * 2 * PAGE_SIZE * D;
+        return static_cast<const Stored*>(job.cache) + of.pages[page] * job.page_stride + int64_t(of.kv_head) * 2 * PAGE_SIZE * D;
     }
 
     void find_pages(int chunk, int first, int last, const AttentionItem* following) {
@@ -264,7 +269,9 @@ struct Attention {
         find_pages(chunk, see.first, see.last, following);
         const int first = see.first / PAGE_SIZE, pages = (see.last + PAGE_SIZE - 1) / PAGE_SIZE - first;
         each_tile(queries, [&](auto t, int i) {
-            score_pages<Stored, t.queries>(q[i], k + first, v + first, pages, D, s + i * CHUNK_SIZE + first * PAGE_SIZE);
+            for (int from = 0; from < D; from += SCORE_SIZE)
+                score_pages<Stored, t.queries>(q[from / SCORE_SIZE][i], k + first, v + first, pages, from, least(from + SCORE_SIZE, D),
+                                               s + i * CHUNK_SIZE + first * PAGE_SIZE);
         });
         if (job.softcap > 0.0f)
             for (int i = 0; i < queries; i++)

@@ -132,23 +132,24 @@ void rope_row(const RopeJob& job, int64_t row) {
     const int64_t position = job.positions[row], offset = place_of(job.slots[row]);
     const float* head = job.qkv + row * job.row_stride;
     float* q = job.q_out + row * job.heads * D;
-    Stored* block = static_cast<Stored*>(job.cache) + page_of(job.slots[row]) * job.kv_heads * 2 * PAGE_SIZE * D;
+    Stored* block = static_cast<Stored*>(job.cache) + page_of(job.slots[row]) * job.page_stride;
 
     const bool whole = 2 * job.half_rotated == D;
     if (whole && D == 64) rope_heads_in_registers<Stored, 4>(job, position, head, q, block + offset);
     else if (whole && D == 128) rope_heads_in_registers<Stored, 8>(job, position, head, q, block + offset);
     else rope_heads(job, position, head, q, block + offset);
 
-    head += int64_t(job.heads + job.kv_heads) * D;
+    head += int64_t(job.heads + (job.values_from_keys ? 0 : job.kv_heads)) * D;
     alignas(64) float x[MAX_HEAD_SIZE];
     for (int n = 0; n < job.kv_heads; n++, head += D) {
         Stored* v = block + (2 * n + 1) * PAGE_SIZE * D + offset * D;
-        if (!job.value_embed) {
+        if (!job.value_embed && !job.value_norm) {
             for (int d = 0; d < D; d += 16) store(v + d, load(head + d));
             continue;
         }
         for (int d = 0; d < D; d += 16) store(x + d, load(head + d));
-        add_value_embedding(job, row, n, x);
+        if (job.value_norm) normalize(x, D, nullptr, job.epsilon);
+        if (job.value_embed) add_value_embedding(job, row, n, x);
         for (int d = 0; d < D; d += 16) store(v + d, load(x + d));
     }
 }

@@ -246,9 +246,8 @@ void Program::record(const Op& op) {
     if (op.kind == OpKind::paged_attention)
         for (const Op& other : in.ops)
             require(other.kind != OpKind::paged_attention ||
-                        (other.attention.heads == op.attention.heads && other.attention.kv_heads == op.attention.kv_heads &&
-                         other.attention.head_size == op.attention.head_size && other.attention.cache_type == op.attention.cache_type),
-                    "q: every attention of a program must have the same heads, head size and type of cache");
+                        other.attention.cache_type == op.attention.cache_type,
+                    "q: every attention of a program must have the same type of cache");
     if (op.kind == OpKind::embed) in.vocab = std::min(in.vocab, op.vocabulary);
     if (op.kind == OpKind::rope_append) in.max_positions = std::min(in.max_positions, op.max_positions);
     if (op.kind == OpKind::sample) in.sampled_vocab = op.x.columns;

@@ -16,16 +16,19 @@
 // Logit rows are always treated the first way: the head is too large to be read again for each chunk.
 // A convolution of more than 4 rows is a phase whose chunks take columns: each row of a sequence needs those before it.
 // A delta rule or a Mamba layer is one whose chunks take heads: its states are megabytes, even for one row.
-// After the last op that appends keys or keeps states only tokens with logits are computed on: nothing else reads the others (a thirtieth of a prompt).
+// After the last op that appends keys or keeps states only tokens with logits are computed on: nothing else reads the others (a
+// thirtieth of a prompt; nearly half where the last layers read the keys of others).
 // The bits of a row are the same either way (tiles.h, attention.h).
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <functional>
 #include <map>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/pool/pool.h"
@@ -80,7 +83,11 @@ private:
         int64_t rows, rows_per_chunk, chunks;
         bool needed_only = false;               // of the tokens, only those with logits
     };
-    static constexpr std::pair<int, int> LAST_LAYER = {-1, -1};
+    // Attention of equal group, window, heads, kv_heads and head size, of all tokens or of the needed ones only, is one run.
+    using Shape = std::array<int, 3>;           // group, heads, kv_heads: what a plan is made for
+    using Key = std::tuple<Shape, int, int, bool>;
+    static Shape shape_of(const Op& op) { return {op.page_group, op.attention.heads, op.attention.kv_heads}; }
+    static Key key_of(const Op& op, bool needed_only) { return {shape_of(op), op.attention.window, op.attention.head_size, needed_only}; }
     using Body = void (Step::*)(const Part&, int64_t chunk) const;
     using StagedBody = void (Step::*)(const Part&, int64_t chunk, float* staged) const;
     using Put = void (Step::*)(const Part&, int64_t chunk, const float* staged) const;
@@ -99,7 +106,7 @@ private:
     void find_slots(const std::vector<int32_t>& pages, const std::vector<int64_t>& offsets);
     void plan_attention();
     void find_needed();
-    void add_attention_run(std::pair<int, int> key, const AttentionPlan::Work& work, const AttentionJob& job);
+    void add_attention_run(const Op& op, bool needed_only, const AttentionPlan::Work& work);
     bool is_needed_only(int op) const { return op > last_append && !ops[size_t(op)].on_logit_rows; }
 
     void do_rows(const Part& part, int64_t chunk) const;
@@ -146,13 +153,12 @@ private:
     const int threads;
     const int64_t vocab;
     std::vector<int64_t> positions;
-    std::vector<std::vector<int64_t>> slots;    // by group, as the plans are
-    std::vector<std::unique_ptr<AttentionPlan>> plans;
-    using Key = std::pair<int, int>;            // group and window
-    std::map<Key, AttentionRun> attention;      // LAST_LAYER: of the needed tokens only
+    std::vector<std::vector<int64_t>> slots;    // by group
+    std::map<Shape, AttentionPlan> plans;
+    std::map<Key, AttentionRun> attention;
     int last_append = INT32_MAX;
     std::vector<char> needed;                   // for each token: has it logits?
-    AttentionPlan::Work needed_work;
+    std::map<Key, AttentionPlan::Work> needed_work;
     std::vector<Memory> attention_memory;
     std::vector<Part> parts;
     std::vector<Phase> phases;

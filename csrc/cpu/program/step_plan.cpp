@@ -50,53 +50,56 @@ void Step::find_slots(const std::vector<int32_t>& all, const std::vector<int64_t
 }
 
 void Step::plan_attention() {
-    int heads = 1, kv_heads = 1, groups = 1;
+    int groups = 1;
     int64_t num_pages = INT32_MAX;
     for (const Op& op : ops) {
         groups = std::max(groups, op.page_group + 1);
         if (op.num_pages) num_pages = std::min(num_pages, op.num_pages);
-        if (op.kind == OpKind::paged_attention) heads = op.attention.heads, kv_heads = op.attention.kv_heads;
     }
     std::vector<int64_t> offsets = input.offsets;
     for (int64_t& offset : offsets) require(offset % groups == 0, "tables: a page of each group for every 16 tokens"), offset /= groups;
     for (int group = 0; group < groups; group++) {
         std::vector<int32_t> pages(input.pages.size() / size_t(groups));
         for (size_t i = 0; i < pages.size(); i++) pages[i] = input.pages[i * size_t(groups) + size_t(group)];
-        // throws for what is wrong, also without any attention; rows, lengths and tables are as it says from here on
-        plans.push_back(std::make_unique<AttentionPlan>(pages, offsets, input.lengths, input.starts, heads, kv_heads, num_pages));
+        const auto plan = [&](const Shape& shape) {
+            // throws for what is wrong; rows, lengths and tables are as it says from here on
+            if (!plans.count(shape))
+                plans.try_emplace(shape, pages, offsets, input.lengths, input.starts, shape[1], shape[2], num_pages);
+        };
+        for (const Op& op : ops)
+            if (op.kind == OpKind::paged_attention && op.page_group == group) plan(shape_of(op));
+        if (plans.empty() || plans.rbegin()->first[0] != group) plan({group, 1, 1});        // checks them without any attention too
         find_slots(pages, offsets);
     }
-    for (const Op& op : ops) {
-        const AttentionJob& job = op.attention;
-        const Key key{op.page_group, job.window};
-        if (op.kind == OpKind::paged_attention && !attention.count(key))
-            add_attention_run(key, plans[size_t(op.page_group)]->work(job.window), job);
-    }
+    for (const Op& op : ops)
+        if (op.kind == OpKind::paged_attention && !attention.count(key_of(op, false)))
+            add_attention_run(op, false, plans.at(shape_of(op)).work(op.attention.window));
 }
 
-void Step::add_attention_run(Key key, const AttentionPlan::Work& work, const AttentionJob& job) {
+void Step::add_attention_run(const Op& op, bool needed_only, const AttentionPlan::Work& work) {
     attention_memory.emplace_back();
-    void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, job.head_size) + 64);
-    attention.emplace(key, AttentionRun(work, memory, threads));
+    void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, op.attention.head_size) + 64);
+    attention.emplace(key_of(op, needed_only), AttentionRun(work, memory, threads));
 }
 
 void Step::find_needed() {
     needed.resize(size_t(tokens));
     for (const int64_t row : input.logit_rows) needed[size_t(row)] = true;
     const auto append = std::find_if(ops.rbegin(), ops.rend(), [](const Op& op) {
-        return op.kind == OpKind::rope_append || keeps_states(op.kind);
+        return (op.kind == OpKind::rope_append && op.rope.kv_heads > 0) || keeps_states(op.kind);
     });
     if (append == ops.rend() || input.all_rows || (!by_rows() && logit_rows > 0)) return;
     last_append = int(ops.rend() - append) - 1;
     if (logit_rows == 0) return;
     for (size_t i = size_t(last_append); i < ops.size(); i++) {
-        if (ops[i].kind != OpKind::paged_attention) continue;
-        needed_work = plans[size_t(ops[i].page_group)]->work(ops[i].attention.window);
+        if (ops[i].kind != OpKind::paged_attention || attention.count(key_of(ops[i], true))) continue;
+        AttentionPlan::Work& work = needed_work[key_of(ops[i], true)];
+        work = plans.at(shape_of(ops[i])).work(ops[i].attention.window);
         const auto unneeded = [&](const AttentionItem& item) {
             return std::find(needed.begin() + item.row, needed.begin() + item.row + item.rows, 1) == needed.begin() + item.row + item.rows;
         };
-        needed_work.items.erase(std::remove_if(needed_work.items.begin(), needed_work.items.end(), unneeded), needed_work.items.end());
-        return add_attention_run(LAST_LAYER, needed_work, ops[i].attention);
+        work.items.erase(std::remove_if(work.items.begin(), work.items.end(), unneeded), work.items.end());
+        add_attention_run(ops[i], true, work);
     }
 }
 

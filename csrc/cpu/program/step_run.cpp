@@ -296,8 +296,7 @@ void Step::put_product(const Part& part, int64_t chunk, const float* staged) con
 }
 
 const AttentionRun& Step::attention_of(const Part& part) const {
-    const Op& op = ops[size_t(part.first)];
-    return attention.at(part.needed_only ? LAST_LAYER : Key{op.page_group, op.attention.window});
+    return attention.at(key_of(ops[size_t(part.first)], part.needed_only));
 }
 
 void Step::do_attention(const Part& part, int64_t chunk, float* staged) const {

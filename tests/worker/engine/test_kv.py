@@ -6,7 +6,7 @@ import pytest
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.engine.kvcache import PagePool
-from chatlm.worker.model.spec import group_layers
+from chatlm.worker.model.spec import Attention, PageLayout, group_layers
 from integrity import check_pages
 
 
@@ -152,13 +152,14 @@ def test_those_who_share_no_pages_find_their_own_only():
     (tuple(512 * (l % 6 < 5) for l in range(26)), 32768, [4, 4, 4, 4, 4, 4, 2], 4, (0, *[512] * 6)),        # Gemma 3 1B
     ((10, 20, 0, 300), 99, [2, 2], 2, (0, 20)), ((0,) + (9,) * 63, 99, [1, *[4] * 15, 3], 4, (0, *[9] * 16))])
 def test_layers_with_and_without_a_window_form_groups_of_equal_size(windows, context, groups, depth, reach):
-    layers = len(windows) or 4
-    made = group_layers(windows, layers, context)
-    members = [[l for l, (its, _) in enumerate(made.of_layer) if its == group] for group in range(len(made.windows))]
-    assert [len(each) for each in members] == groups and (made.depth, made.windows) == (depth, reach)
-    for each in members:
-        assert [made.of_layer[l][1] for l in each] == list(range(len(each)))
-    assert group_layers(windows, layers, context, apart=False).windows == (0,)
+    attentions = [Attention(4, 2, 8, window=window) for window in windows or (0,) * 4]
+    made = group_layers(attentions, context)
+    assert [len(each) for each in made.members] == groups and (made.depth, made.windows) == (depth, reach)
+    assert sorted(l for each in made.members for l in each) == list(range(len(attentions)))
+    layout = PageLayout.of(made, attentions)
+    for number, each in enumerate(made.members):
+        assert [(layout.group[l], layout.offset[l]) for l in each] == [(number, 32 * index) for index in range(len(each))]
+    assert layout.size == 32 * depth and group_layers(attentions, context, apart=False).windows == (0,)
 
 
 def test_a_prefix_is_found_where_each_groups_window_is_whole_and_only_seen_pages_are_taken():

@@ -159,7 +159,7 @@ def test_cuda_steps_give_pages_back_too(made, name, request, monkeypatch):
     monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
     folder, cases = made(name)
     model = load(folder)
-    groups = group_layers(model.spec.windows, model.spec.layers, 512)
+    groups = group_layers(model.spec.by_layer, 512)
     kernels = emulated.kernels(model.spec)
     transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=60, max_tokens=68, max_rows=8, dtype=torch.float32,
                               device=emulated.device, groups=groups)

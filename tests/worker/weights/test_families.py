@@ -300,7 +300,7 @@ def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(
     settings = Settings(model=str(default_model_path))
     model = open_model(resolve_model(settings), settings)
     kernels = load_kernels("cpu", model.spec)
-    plan = plan_memory(model, model.spec, kernels, group_layers((), model.spec.layers, 0), RankAlone(), settings, torch.device("cpu"),
+    plan = plan_memory(model, model.spec, kernels, group_layers(model.spec.by_layer, 0, apart=False), RankAlone(), settings, torch.device("cpu"),
                        {"max_tokens": 256 + 64, "max_rows": 64})
     _, engine, line = built(caplog, default_model_path, 4 << 30, monkeypatch)
     held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
@@ -362,9 +362,10 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, tmp_p
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or 0
     assert (spec.windows or (0,) * spec.layers) == tuple(window * (kind == "sliding_attention") for kind in kinds)
-    assert spec.unrotated_layers == tuple(l for l, rotated in enumerate(getattr(config, "no_rope_layers", [])) if not rotated)
+    unrotated = tuple(l for l in range(spec.layers) if spec.attention(l).rope_size == 0)
+    assert unrotated == tuple(l for l, rotated in enumerate(getattr(config, "no_rope_layers", [])) if not rotated)
     nested = "full_attention" in config.rope_parameters
-    for layer in sorted({0, 5, spec.layers - 1} - set(spec.unrotated_layers)):
+    for layer in sorted({0, 5, spec.layers - 1} - set(unrotated)):
         rope = config.rope_parameters[kinds[layer]] if nested else config.rope_parameters
         if rope.get("alpha"):
             expected, scale = HunYuanDenseV1RotaryEmbedding.compute_ntk_alpha_rope_parameters(config)

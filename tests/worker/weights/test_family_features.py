@@ -114,7 +114,7 @@ def test_published_sizes_of_qwen_3_5_make_states_of_so_many_mebibytes(tmp_path):
 def test_the_published_config_of_granite_4_h_tiny_is_read(tmp_path):
     spec = spec_of(tmp_path, GRANITE_H_TINY)
     assert (spec.experts, spec.experts_per_token, spec.ffn_size, spec.shared_size, spec.paged_layers) == (64, 6, 512, 1024, 4)
-    assert len(spec.unrotated_layers) == 40 and spec.state_bytes == 36 * 4 * (48 * 64 * 128 + 3 * (3072 + 2 * 128))
+    assert spec.attention(5).rope_size == 0 and spec.state_bytes == 36 * 4 * (48 * 64 * 128 + 3 * (3072 + 2 * 128))
     assert spec_of(tmp_path, GRANITE_H_TINY | {"mamba_d_head": "auto", "time_step_limit": [0.0, math.inf]}) == spec
 
 

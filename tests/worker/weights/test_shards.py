@@ -15,6 +15,7 @@ from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, ShortConv, ex
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.shards import layers_of, shard_model, shard_of, shard_spec, share_of, stage_model
+from attention_kinds import KINDS, kinds_model, loaded
 from engines import make_batch
 from families import MODELS, as_gguf, load, make_model, save
 from nightly import by_day
@@ -45,8 +46,8 @@ def check_every_part_is_given_out_once(spec, tp, block=1):
                 counts[part.start:part.stop] += 1
         replicated = slice(0, 0)                            # kv heads that several ranks have, or groups of Mamba heads
         mixer = spec.mixers[int(name.partition(".")[0])] if spec.mixers and "." in name else None
-        if tp > spec.kv_heads and kind in ("qkv", "qkv_bias", "value_embed", "ve_gate"):
-            replicated = slice(spec.heads * spec.head_size * (1 + spec.output_gate) if kind.startswith("qkv") else 0, None)
+        if kind in ("qkv", "qkv_bias", "value_embed", "ve_gate") and tp > (its := spec.attention(int(name.partition(".")[0]))).kv_heads:
+            replicated = slice(its.parts[0] * (1 + spec.output_gate) if kind.startswith("qkv") else 0, None)
         elif isinstance(mixer, Mamba2) and mixer.groups % tp and kind in ("mix_in", "mix_in_bias", "taps", "taps_bias"):
             inner, channels, heads = mixer.parts
             each = mixer.size if kind == "taps" else 1
@@ -246,3 +247,10 @@ def test_each_stage_keeps_the_states_of_its_own_layers(name, stages, tmp_path):
 def test_the_ranks_of_every_nanochat_generation_together_are_the_model(name, nanochat_fixtures):
     settings = Settings(model=str(nanochat_fixtures / name), dtype="float32")
     check_model(open_model(resolve_model(settings), settings))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_ranks_of_a_model_whose_layers_attend_in_several_ways_together_are_the_model(name):
+    spec, tensors = kinds_model(name)
+    check_every_part_is_given_out_once(spec, 2)
+    check_the_ranks_together_are_the_model(loaded(spec, tensors), 2)
