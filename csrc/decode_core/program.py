@@ -360,11 +360,13 @@ class Program:
         _is_marker("slots", slots, self.parts[getattr(slots, "group", 0)].slots)
         qkv_at, rows_of = self._buffers.read("qkv", qkv)
         layer = _, _, pages, Hkv, D, _ = check_cache(cache)
+        if rows_of != TOKENS:
+            raise ValueError("qkv: must be of tokens, not gathered")
         out_at = self._buffers.written("out", out, rows_of)
         H, rest = divmod(out_at[1], D)
         if rest:
             raise ValueError(f"out: must have H * {D} columns, not {out_at[1]}")
-        if rows_of != TOKENS or (appends := appended(qkv_at[1], H, Hkv, D)) is None:
+        if (appends := appended(qkv_at[1], H, Hkv, D)) is None:
             raise ValueError(f"qkv: must be (max_tokens, (H + 2 * {Hkv}) * {D}), not {qkv_at[1]} columns")
         check_together("value_embed", value_embed, "gate", gate)
         value_at = NONE if value_embed is None else self._buffers.read_like("value_embed", value_embed, rows_of, Hkv * D)
