@@ -237,7 +237,7 @@ def test_each_stage_keeps_the_states_of_its_own_layers(name, stages, tmp_path):
                 stage.buffers["x"].copy_(before.buffers["x"])
             found = stage.forward(step)
         torch.testing.assert_close(found[0], logits, rtol=1e-5, atol=1e-5)
-    assert [len(stage.groups.of_layer) for stage in made] == [len(layers_of(model.spec, n, stages)) for n in range(stages)]
+    assert [len(stage.layout.group) for stage in made] == [len(layers_of(model.spec, n, stages)) for n in range(stages)]
     assert sum(part.spec.state_bytes for part in parts) == model.spec.state_bytes == sum(
         state.nbytes for stage in made for layer in stage.states for state in layer) // 20
     assert sum(part.spec.paged_layers for part in parts) == model.spec.paged_layers
