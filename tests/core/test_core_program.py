@@ -840,7 +840,7 @@ def test_a_wrong_op_is_a_value_error_that_names_the_argument():
         with pytest.raises(ValueError, match=f"^{complaint}"):
             call()
         count += 1
-    assert count > 40 and len(program.describe()) == 5
+    assert count > 40 and len(program.describe()) == 6
     for sizes in ((0, 1), (4, 5), (1 << 20, 1)):
         with pytest.raises(ValueError, match="max_"):
             decode_core.Program(*sizes)
@@ -866,7 +866,7 @@ def test_what_was_recorded_is_kept_alive_and_described():
     assert "paged_attention window 33" in lines and "softcap (logit rows)" in lines
     recorded.run(make_step(recorded.model, MIXES[5], "one", seed=1))
     times = recorded.program.times()[-1]
-    assert times["tokens"] == 5 and times["logit_rows"] == 1 and times["width"] >= 1
+    assert times["tokens"] == 6 and times["logit_rows"] == 1 and times["width"] >= 1
     assert times["gap_us"] > 0
     assert abs(sum(us for _, us in times["phases"]) - times["us"]) < 1e-3 * times["us"] + 1
     assert {"paged_attention", "sample"} <= set(times["kinds"])
