@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.spec import LayerGroups, ModelSpec
-    from chatlm.worker.model.tensors import Unread
+    from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.ranks.messages import RankConfig
     from chatlm.worker.ranks.ranks import RankZero
     from chatlm.worker.weights.rules import LoadedModel
@@ -178,7 +178,7 @@ def weight_bytes(model: LoadedModel, quantize: str | None) -> int:
     return total
 
 
-def is_float(tensor: Unread, shape: tuple[int, ...]) -> bool:
+def is_float(tensor: Unread | MappedRows, shape: tuple[int, ...]) -> bool:
     return tensor.nbytes >= 2 * math.prod(shape)
 
 
@@ -207,7 +207,8 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
     return MemoryPlan(settings, device, copies * weight_bytes(model, settings.quantize), copies * activations,
                       page_bytes, full, fewest, model.grows and f". {model.grows}",
                       kernels.backend.quantizes and floats and not settings.quantize, state_bytes,
-                      model.context_length)
+                      model.context_length,
+                      sum(getattr(tensor, "file_bytes", 0) for tensor in model.tensors.values()))
 
 
 class MemoryPlan(NamedTuple):
@@ -224,6 +225,7 @@ class MemoryPlan(NamedTuple):
     quantizes: bool = False  # would --quantize make the weights smaller?
     state_bytes: int = 0  # of a sequence's state, where layers keep one
     longest: int = 0      # tokens of the longest context
+    mapped: int = 0       # bytes that stay in the file, see MappedRows
 
     def memory(self) -> tuple[int, int]:
         """(free bytes, all bytes) of the device; a machine's memory is not counted as a whole: 0."""
@@ -295,6 +297,9 @@ class MemoryPlan(NamedTuple):
         line = (f"weights {self.weights / 1e9:,.2f} GB + activations {self.activations / 1e9:,.2f} GB + "
                 f"KV cache {cache / 1e9:,.2f} GB{parts} = {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB "
                 f"are free on {self.device}")
+        if self.mapped:
+            line += (f"; the {self.mapped / 1e9:,.2f} GB of embeddings of each layer stay in the file, of "
+                     "which a token reads one row")
         if self.device.type == "cuda":
             line += f", of {total / 1e9:,.2f} GB; other programs hold the rest"
         if needed <= free:

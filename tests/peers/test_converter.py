@@ -23,7 +23,7 @@ YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
 CONVERTED = {               # what a GGUF file of each can say. Of gemma the converter wants a vocabulary of its own
     **dict.fromkeys(("llama2", "llama3.1", "llama3.2", "qwen2.5", "qwen3", "smollm3", "phi3", "phi3-long", "qwen3moe-normed", "gpt-oss",
                      "granite", "granite-moe", "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3",
-                     "lfm2", "lfm2moe", "granite4h", "qwen3.5", "qwen3.5moe", "qwen3next"), {}),
+                     "gemma4", "gemma4moe", "lfm2", "lfm2moe", "granite4h", "qwen3.5", "qwen3.5moe", "qwen3next"), {}),
     **dict.fromkeys(("mistral", "mixtral"), {"sliding_window": None}), "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None},
     "granite4-dense": {"position_embedding_type": "rope"}, "hunyuan": {"max_position_embeddings": 32_768}}
 VARIANTS = {                # name -> (of MODELS, what differs)

@@ -13,6 +13,7 @@ from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import EagerSteps, load_kernels
 from chatlm.worker.model.spec import Batch, group_layers
+from chatlm.worker.model.tensors import MappedRows
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.sampling import sample_reference
 from chatlm.worker.weights.load import open_model
@@ -29,7 +30,7 @@ def load(path, as_stored=False):
 
 def tensors_of(model):
     """Every tensor of a LoadedModel, read from its file."""
-    read = {name: given.read() for name, given in model.tensors.items()}
+    read = {name: given.values(given.table) if isinstance(given, MappedRows) else given.read() for name, given in model.tensors.items()}
     return {name: torch.cat(given) if isinstance(given, tuple) else given for name, given in read.items()}
 
 

@@ -22,6 +22,7 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0 + i / 8 for i in range(6)]
 GRANITE = dict(embedding_multiplier=6.0, residual_multiplier=0.3, attention_multiplier=0.2, logits_scaling=1.5)
 GROWING = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0,
                original_max_position_embeddings=128, max_position_embeddings=512, llama_4_scaling_beta=0.4)
+FULL, LOCAL = "full_attention", "sliding_attention"
 MODELS = {                  # name -> (model_type, what differs from TINY)
     "llama2": ("llama", dict(num_key_value_heads=4)),
     "llama3.1": ("llama", dict(attention_bias=True, mlp_bias=True, num_key_value_heads=1, rope_parameters=dict(
@@ -39,6 +40,18 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "gemma3": ("gemma3_text", dict(head_dim=32, num_hidden_layers=6, query_pre_attn_scalar=24, sliding_window=24, rope_parameters={
         "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=1e6),
         "sliding_attention": dict(rope_type="default", rope_theta=1e4)})),
+    "gemma4": ("gemma4_text", dict(
+        head_dim=16, global_head_dim=32, num_hidden_layers=8, layer_types=[LOCAL, FULL, LOCAL, FULL, LOCAL, LOCAL, LOCAL, FULL],
+        num_kv_shared_layers=3,
+        use_double_wide_mlp=True, hidden_size_per_layer_input=32, vocab_size_per_layer_input=288, sliding_window=24, final_logit_softcapping=20.0)),
+    "gemma4moe": ("gemma4_text", dict(
+        head_dim=16, global_head_dim=32, layer_types=[LOCAL, LOCAL, FULL, FULL], attention_k_eq_v=True, num_global_key_value_heads=1, sliding_window=24,
+        hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=6, top_k_experts=3, moe_intermediate_size=48, final_logit_softcapping=20.0,
+        use_bidirectional_attention="vision")),
+    "gemma4-even": ("gemma4_text", dict(        # what differs by layer elsewhere is the same here
+        head_dim=32, global_head_dim=32, num_hidden_layers=3, layer_types=[LOCAL, FULL, FULL], hidden_size_per_layer_input=0, sliding_window=24,
+        attention_k_eq_v=True, rope_parameters={
+            LOCAL: dict(rope_type="default", rope_theta=1e4), FULL: dict(rope_type="proportional", partial_rotary_factor=0.5, rope_theta=1e5)})),
     "phi3": ("phi3", dict(sliding_window=47)),
     "phi3-long": ("phi3", dict(rope_parameters=LONG, original_max_position_embeddings=128)),
     "nanochat": ("nanochat", dict(attention_bias=True)),
@@ -120,10 +133,12 @@ def make_model(name, seed=0, **changes):
             elif key.endswith(("bias", "sinks")):
                 weight.normal_(0, 1.0 if key.endswith("sinks") else 0.3)
             else:
-                weight.mul_(0.5).add_(torch.randn_like(weight), alpha=0.3).add_(0.4 if kind.startswith("gemma") else 0.6)
+                weight.mul_(0.5).add_(torch.randn_like(weight), alpha=0.3).add_(0.4 if kind.startswith("gemma") and kind != "gemma4_text" else 0.6)
         for key, weight in model.named_buffers():
             if key.endswith("expert_bias"):
                 weight.normal_(0, 0.2)
+            elif key.endswith("layer_scalar"):
+                weight.uniform_(0.7, 1.3)
     return model
 
 
@@ -259,7 +274,7 @@ def apart(state, interleaved):
 
 GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
                       "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
-                      "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
+                      "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4"}
 
 
 def granite_apart(state, mixed):
@@ -323,12 +338,44 @@ def qwen3next_apart(state, config):
     return found
 
 
+def gemma4_named(state):
+    """A state dict of Gemma 4 by names that llama.cpp's table has, and the rest as its converter names them."""
+    endings = {"layer_scalar": "layer_scalar.weight", "gate_up_proj": "gate_up_proj.weight", "experts.down_proj": "experts.down_proj.weight"}
+    named, rest = {}, {}
+    for name, tensor in state.items():
+        ending = next((ending for ending in endings if name.endswith(ending)), "")
+        layer = "".join(name.split(".")[2:3])
+        if name.endswith("router.scale"):
+            rest[f"blk.{layer}.ffn_gate_inp.scale"] = tensor.numpy()
+        elif name.endswith("per_expert_scale"):
+            rest[f"blk.{layer}.ffn_down_exps.scale"] = tensor.numpy()
+        else:
+            named[name.removesuffix(ending) + endings.get(ending, "")] = tensor
+    return named, rest
+
+
+def gemma4_numbers(config):
+    full, local = (config.per_layer_config[config.layer_types.index(kind)] for kind in (FULL, LOCAL))
+    own = config.num_hidden_layers - config.num_kv_shared_layers
+    return {
+        "attention.key_length": full.head_dim, "attention.value_length": full.head_dim, "rope.dimension_count": full.head_dim,
+        "attention.key_length_swa": local.head_dim, "attention.value_length_swa": local.head_dim, "rope.dimension_count_swa": local.head_dim,
+        "attention.head_count_kv": [(local if kind == LOCAL else full).num_key_value_heads for kind in config.layer_types],
+        "attention.sliding_window_pattern": [kind == LOCAL for kind in config.layer_types], "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "rope.freq_base": config.rope_parameters[FULL]["rope_theta"], "rope.freq_base_swa": config.rope_parameters[LOCAL]["rope_theta"],
+        "feed_forward_length": [config.intermediate_size * (1 + (l >= own and config.use_double_wide_mlp)) for l in range(config.num_hidden_layers)]} | (
+            {"expert_used_count": config.top_k_experts} if config.enable_moe_block else {})
+
+
 def as_gguf(path, model, quantized=False, metadata=None):
     """What llama.cpp's converter writes of a model: conversion/llama.py, gemma.py, phi.py and so on."""
     import gguf
     from tiny_gguf import small_gguf_metadata, write_gguf
     config = model.config
     arch, state = GGUF_ARCHITECTURES.get(config.model_type, config.model_type), model.state_dict()
+    if arch == "gemma4":
+        config.allow_global_per_layer_attribute_access = True
     if arch.startswith("qwen35"):
         state = qwen35_reordered(state, config)
     if arch == "qwen3next":
@@ -350,10 +397,14 @@ def as_gguf(path, model, quantized=False, metadata=None):
     if arch == "lfm2":
         width = len(model.model.layers[0].feed_forward.w1.weight)
     tensors = {}
+    if arch == "gemma4":
+        state, tensors = gemma4_named(state)
+        turned = config.rope_parameters[FULL]["partial_rotary_factor"] * model.model.rotary_emb.full_attention_inv_freq.numel()
+        tensors["rope_freqs.weight"] = np.where(np.arange(model.model.rotary_emb.full_attention_inv_freq.numel()) < turned, 1, 1e30).astype(np.float32)
     for name, tensor in apart(state, interleaved=arch == "gpt-oss").items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if arch.startswith("gemma") and name.endswith("norm.weight"):
+        if arch in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor + 1
         if arch in ("llama", "smollm3", "granite", "granitemoe", "granitehybrid", "mistral3") and re.search("[qk]_proj", name):
             tensor = tensor.view(-1, 2, head_size // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
@@ -377,7 +428,7 @@ def as_gguf(path, model, quantized=False, metadata=None):
         "rope.dimension_count": int(head_size * rope.get("partial_rotary_factor", 1)), "vocab_size": config.vocab_size}
     if experts := getattr(config, "num_local_experts", getattr(config, "num_experts", None)):
         width = getattr(config, "moe_intermediate_size", config.intermediate_size)
-        numbers |= {"expert_count": experts, "expert_used_count": config.num_experts_per_tok, "expert_feed_forward_length": width}
+        numbers |= {"expert_count": experts, "expert_used_count": getattr(config, "num_experts_per_tok", 0), "expert_feed_forward_length": width}
     if shared := getattr(config, "shared_expert_intermediate_size", getattr(config, "shared_intermediate_size", None)):
         numbers["expert_shared_feed_forward_length"] = shared
     if arch.startswith("granite"):
@@ -408,6 +459,8 @@ def as_gguf(path, model, quantized=False, metadata=None):
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, key, None):
             numbers[key] = getattr(config, key)
+    if arch == "gemma4":
+        numbers |= gemma4_numbers(config)
     if rope["rope_type"] in ("linear", "yarn"):
         numbers |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
     if rope["rope_type"] in ("yarn", "longrope"):

@@ -296,3 +296,36 @@ LFM2_MOE = {    # LiquidAI/LFM2-8B-A1B's keys as transformers' Lfm2MoeConfig has
     "model_type": "lfm2_moe", "moe_intermediate_size": 1792, "norm_eps": 1e-05, "norm_topk_prob": True, "num_attention_heads": 32,
     "num_dense_layers": 2, "num_experts": 32, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8, "pad_token_id": 0,
     "rope_theta": 1000000.0, "routed_scaling_factor": 1.0, "use_cache": True, "use_expert_bias": True, "vocab_size": 65536}
+GEMMA4 = {      # google's gemma-4-*-it on the hub, of which transformers' convert_gemma4_weights.py has these sizes; what images and sound need is left out
+    "attention_bias": False, "attention_dropout": 0.0, "attention_k_eq_v": False, "bos_token_id": 2, "dtype": "bfloat16", "enable_moe_block": False,
+    "eos_token_id": 1, "final_logit_softcapping": 30.0, "global_head_dim": 512, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+    "initializer_range": 0.02, "max_position_embeddings": 131072, "model_type": "gemma4_text", "moe_intermediate_size": None, "num_experts": None,
+    "num_global_key_value_heads": None, "num_kv_shared_layers": 0, "pad_token_id": 0, "rms_norm_eps": 1e-06, "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"}},
+    "sliding_window": 512, "tie_word_embeddings": True, "top_k_experts": None, "use_bidirectional_attention": None, "use_cache": True,
+    "use_double_wide_mlp": False, "vocab_size": 262144, "vocab_size_per_layer_input": 262144}
+LARGE_GEMMA4 = {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "max_position_embeddings": 262144, "sliding_window": 1024,
+                "use_bidirectional_attention": "vision"}
+
+
+def gemma4_layers(full_every, times):
+    return (["sliding_attention"] * (full_every - 1) + ["full_attention"]) * times
+
+
+GEMMA4_CONFIGS = {name: {
+    "architectures": ["Gemma4ForConditionalGeneration"], "audio_config": {"model_type": "gemma4_audio"}, "audio_token_id": 258881, "boa_token_id": 256000,
+    "boi_token_id": 255999, "dtype": "bfloat16", "eoa_token_index": 258883, "eoi_token_id": 258882, "image_token_id": 258880, "initializer_range": 0.02,
+    "model_type": "gemma4", "text_config": GEMMA4 | text, "tie_word_embeddings": True, "video_token_id": 258884,
+    "vision_config": {"model_type": "gemma4_vision"}, "vision_soft_tokens_per_image": 280} for name, text in {
+        "gemma-4-E2B": {"hidden_size": 1536, "hidden_size_per_layer_input": 256, "intermediate_size": 6144, "layer_types": gemma4_layers(5, 7),
+                        "num_attention_heads": 8, "num_hidden_layers": 35, "num_key_value_heads": 1, "num_kv_shared_layers": 20,
+                        "use_double_wide_mlp": True},
+        "gemma-4-E4B": {"hidden_size": 2560, "hidden_size_per_layer_input": 256, "intermediate_size": 10240, "layer_types": gemma4_layers(6, 7),
+                        "num_attention_heads": 8, "num_hidden_layers": 42, "num_key_value_heads": 2, "num_kv_shared_layers": 18},
+        "gemma-4-31B": LARGE_GEMMA4 | {"hidden_size": 5376, "intermediate_size": 21504, "layer_types": gemma4_layers(6, 10), "num_attention_heads": 32,
+                                       "num_global_key_value_heads": 4, "num_hidden_layers": 60, "num_key_value_heads": 16},
+        "gemma-4-26B-A4B": LARGE_GEMMA4 | {"enable_moe_block": True, "hidden_size": 2816, "intermediate_size": 2112, "layer_types": gemma4_layers(6, 5),
+                                           "moe_intermediate_size": 704, "num_attention_heads": 16, "num_experts": 128,
+                                           "num_global_key_value_heads": 2, "num_hidden_layers": 30, "num_key_value_heads": 8,
+                                           "top_k_experts": 8}}.items()}

@@ -34,6 +34,7 @@ SHORT_NAMES = {  # of each row, the first size needs no name
         ("qwen3", "Qwen/Qwen3-{}", "8B 0.6B 1.7B 4B 14B 32B 30B-A3B 235B-A22B"),
         ("gemma2", "google/gemma-2-{}-it", "9b 2b 27b"),
         ("gemma3", "google/gemma-3-{}-it", "1b 270m 4b 12b 27b"),
+        ("gemma4", "google/gemma-4-{}-it", "E4B E2B 26B-A4B 31B"),
         ("smollm2", "HuggingFaceTB/SmolLM2-{}-Instruct", "1.7B 135M 360M"),
         ("smollm3", "HuggingFaceTB/SmolLM3-{}", "3B"),
         ("mistral", "mistralai/Mistral-{}-Instruct-v0.3", "7B"),

@@ -117,6 +117,8 @@ class Engine:
         free = not work.needs_logits and not work.sampling.counts_tokens
         sequence.drafter = Drafter(sequence.tokens) if self.drafts and free else None
         self.scheduler.add(sequence)
+        if self.transformer.layer_embed:
+            self.transformer.layer_embed.will_need(sequence.tokens)
 
     def cancel(self, answer_id: str) -> bool:
         gone = self.scheduler.cancel(answer_id)

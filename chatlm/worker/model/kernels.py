@@ -31,9 +31,9 @@ from chatlm.worker.ops.attention import (
     paged_attention_reference, plan_attention_reference, rope_append_reference, rope_tables)
 from chatlm.worker.ops.basic import (
     Norm, backout_reference, copy_reference, dequantize, dequantized, embed_reference, experts_reference,
-    fastest_dtype, finish_linear, gated_add_reference, gather_rows_reference, linear_reference,
-    make_cache_reference, mix_reference, pack_reference, rms_norm_reference, smear_reference,
-    softcap_reference, unpermute_rope, zeroed)
+    fastest_dtype, finish_linear, gate_input_reference, gated_add_reference, gather_rows_reference,
+    layer_inputs_reference, linear_reference, look_up_reference, make_cache_reference, mix_reference,
+    pack_reference, rms_norm_reference, smear_reference, softcap_reference, unpermute_rope, zeroed)
 from chatlm.worker.ops.mixers import (
     delta_rule_reference, gate_reference, group_squares_reference, mamba2_reference, norm_groups_reference,
     short_conv_reference, split_gates_reference)
@@ -132,6 +132,9 @@ class Kernels:
     copy: Callable = copy_reference
     mix: Callable = mix_reference
     gated_add: Callable = gated_add_reference
+    look_up: Callable = look_up_reference
+    layer_inputs: Callable = layer_inputs_reference
+    gate_input: Callable = gate_input_reference
     smear: Callable = smear_reference
     backout: Callable = backout_reference
     softcap: Callable = softcap_reference
@@ -199,7 +202,8 @@ def choose_backend(device, spec: ModelSpec | None, tp: int = 1, whole: ModelSpec
 
 
 # ops of models that decode_core does not compute
-TORCH_ALONE = "mean_squares", "norm_qk", "group_squares", "norm_groups"
+TORCH_ALONE = ("mean_squares", "norm_qk", "group_squares", "norm_groups", "look_up", "layer_inputs",
+               "gate_input")
 
 
 def not_compiled(spec: ModelSpec, device="cpu", tp: int = 1) -> str:
@@ -209,6 +213,7 @@ def not_compiled(spec: ModelSpec, device="cpu", tp: int = 1) -> str:
         "norm of all heads together": spec.qk_norm_sizes,
         "gate of a shared expert on a GPU": spec.shared_gate and on_gpu,
         "router of sigmoids on a GPU": spec.sigmoid_router and on_gpu,
+        "embedding of each layer": spec.layer_input_size, "scale of experts": spec.expert_norms,
         "scale of queries by their position": spec.q_growth,
         "layers that keep a state on a GPU": any(spec.mixers) and on_gpu,
         "delta rule of heads that are no multiples of 16": any(

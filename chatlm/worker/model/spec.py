@@ -314,6 +314,8 @@ class ModelSpec:
     dense_size: int = 0               # as wide is the feed-forward part of these
     shared_size: int = 0              # > 0: beside its experts a layer has one so wide that every token takes
     shared_gate: bool = False         # whose output is multiplied by the sigmoid of one product more
+    expert_norms: bool = False        # router, experts and shared expert have norms of their own
+    double_layers: tuple[int, ...] = ()  # whose feed-forward part is 2 F wide
     experts_per_token: int = 0        # those with the largest of the router's logits
     shares_sum_to_one: bool = True    # softmax over the chosen experts' logits; else over all experts'
     router_bias: bool = False
@@ -324,6 +326,9 @@ class ModelSpec:
     mixers: tuple[Mixer | None, ...] = ()  # of each layer, in attention's place; None, () = attention
     softcap: float = 0.0              # logits = c * tanh(logits / c); 0 = none
     residual_lambdas: bool = False    # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
+    layer_scalars: bool = False       # x = scalar * x after each layer
+    layer_input_size: int = 0         # P > 0: each layer adds a vector of its own for each token, P wide
+    layer_inputs: tuple[int, int] = (0, 0)  # of a stage: its first layer, and how many all stages have
     value_embed_layers: tuple[int, ...] = ()  # layers with value_embed and ve_gate
     ve_gate_scale: float = 2.0
     ve_gate_channels: int = 32
@@ -357,6 +362,11 @@ class ModelSpec:
             replace(self.attention(l), window=window) for l, window in enumerate(windows)))
 
     @property
+    def all_layers(self) -> int:
+        """Those of the whole model, of which this may be a stage."""
+        return self.layer_inputs[1] or self.layers
+
+    @property
     def unpaged_layers(self) -> tuple[int, ...]:
         """Those that keep a state for each sequence instead of keys and values for each token."""
         return tuple(l for l, mixer in enumerate(self.mixers) if mixer)
@@ -380,6 +390,9 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         shapes["head"] = spec.own_rows or V, C
     if spec.norm_weights:
         shapes["final_norm"] = (C,)
+    if spec.layer_input_size and spec.opens:  # those of all layers, which other stages get from this one
+        P, rows = spec.layer_input_size, spec.all_layers * spec.layer_input_size
+        shapes |= {"layer_embed": (V, rows), "layer_project": (rows, C), "layer_project_norm": (P,)}
     if spec.residual_lambdas:
         shapes |= {"resid_lambdas": (spec.layers,), "x0_lambdas": (spec.layers,)}
     if spec.smear_channels and spec.opens:
@@ -395,7 +408,7 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         else:
             shapes |= {f"{l}.qkv": (q * (1 + spec.output_gate) + k + v, C), f"{l}.output": (C, values)}
         E, shared = spec.experts if l not in spec.dense_layers else 0, spec.shared_size
-        size = F if E or not spec.experts else spec.dense_size
+        size = F * (1 + (l in spec.double_layers)) if E or not spec.experts else spec.dense_size
         up, down, rows = ("up", "down", size) if spec.activation == "relu2" else ("gate_up", "down", 2 * size)
         if E:  # one matrix: the rows of all experts' gates, then of their ups
             up, down = "expert_gate_up", "expert_down"
@@ -408,6 +421,14 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             shapes[f"{l}.choice_bias"] = (E,)
         if E and spec.shared_gate:
             shapes[f"{l}.shared_gate"] = (1, C)
+        if E and spec.expert_norms:
+            shapes |= {f"{l}.experts_scale": (E,)} | {
+                f"{l}.{part}_norm": (C,) for part in ("router", "experts", "experts_down", "shared_down")}
+        if spec.layer_input_size:
+            shapes |= {f"{l}.input_gate": (spec.layer_input_size, C), f"{l}.input_norm": (C,),
+                       f"{l}.input_out": (C, spec.layer_input_size)}
+        if spec.layer_scalars:
+            shapes[f"{l}.scalar"] = (1,)
         if spec.norm_weights and spec.pre_norms:
             shapes |= {f"{l}.attention_norm": (C,), f"{l}.ffn_norm": (C,)}
         if spec.post_norms:

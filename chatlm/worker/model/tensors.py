@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import mmap
 from collections import deque
@@ -79,6 +80,47 @@ class Unread(NamedTuple):
         return self._replace(cut=cut, nbytes=size, mapped=mapped)
 
 
+class MappedRows:
+    """A table (N, K) that stays in its file, because few of its rows are ever needed: each is read when it is
+    looked up. The system drops rows that nobody reads when it wants the memory back.
+
+    `table` has N rows as they lie in the file, of type `kind` ("q8_0", "bf16"), `values` makes float rows
+    (.., K) of some of them."""
+
+    nbytes = 0  # of memory
+
+    def __init__(self, table: torch.Tensor, kind: str,
+                 values: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float):
+        self.table, self.kind, self.values = table, kind, values
+        advise((table,), "MADV_RANDOM")  # or a row would bring 128 KiB of its neighbours
+
+    @property
+    def file_bytes(self) -> int:
+        return self.table.nbytes
+
+    def less(self, cut: Cut) -> MappedRows:
+        """Itself: whatever part a rank has of a model, it may read the whole table."""
+        return self
+
+    def look_up(self, ids: torch.Tensor, out: torch.Tensor):
+        """The rows `ids` (T,) -> out (T, K), on any device. A negative id gives row 0."""
+        rows = torch.index_select(self.table, 0, ids.cpu().clamp(min=0))
+        out.copy_(self.values(rows))
+
+    def will_need(self, ids: Iterable[int]):
+        """Have the system read these rows ahead, while others are computed."""
+        if not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        start, size, page = self.table.data_ptr(), self.table[0].nbytes, mmap.PAGESIZE
+        last = 0
+        for row in sorted({*ids}):  # neighbours in one call
+            begin = max((start + row * size) // page * page, last)
+            end = -(-(start + (row + 1) * size) // page) * page
+            if begin < end:
+                madvise(begin, end - begin, mmap.MADV_WILLNEED)
+            last = end
+
+
 READ_AHEAD = 1 << 28  # bytes that are read from the disk while others are packed
 
 
@@ -115,5 +157,13 @@ def advise(mapped: Iterable[Any], advice: str):
             end = begin + tensor.itemsize * (1 + sum((count - 1) * step for count, step in steps))
             first, last = -(-begin // mmap.PAGESIZE), end // mmap.PAGESIZE
             if first < last:
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t(
-                    (last - first) * mmap.PAGESIZE), getattr(mmap, advice))
+                madvise(first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE, getattr(mmap, advice))
+
+
+@functools.cache
+def c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def madvise(begin: int, size: int, advice: int):
+    c_library().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)

@@ -13,7 +13,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.model.spec import (
     DeltaRule, Inputs, Mamba2, PageLayout, Sequences, ShortConv, expected_tensors, group_layers,
     token_places)
-from chatlm.worker.model.tensors import Unread, read_ahead
+from chatlm.worker.model.tensors import MappedRows, Unread, read_ahead
 from chatlm.worker.ops.attention import query_scales, rope_frequencies, rope_tables
 from chatlm.worker.ops.basic import Norm, zeroed
 
@@ -74,9 +74,13 @@ class Transformer:
         """Read each weight and move it to the device, matrices in the kernels' layout; a tied head is the
         embedding."""
         weights, names = {}, list(expected_tensors(self.spec))
+        self.layer_embed: MappedRows | None = None
         if self.spec.tied_head:
             names.remove("head")
             tensors.pop("head", None)
+        if "layer_embed" in names:  # the file has it
+            names.remove("layer_embed")
+            self.layer_embed = tensors.pop("layer_embed")
         for name, tensor, read in read_ahead(tensors, names):
             progress("loading weights", len(weights) / len(names))
             parts = read if isinstance(read, tuple) else (read,)
@@ -86,13 +90,16 @@ class Transformer:
             matrix = name.rpartition(".")[2] in (
                 "embed", "qkv", "output", "gate_up", "up", "down", "head", "ve_gate", "gate_up_bias",
                 "router", "expert_gate_up", "expert_down", "expert_gate_up_bias", "shared_gate_up",
-                "shared_down", "shared_gate", "mix_in", "mix_out")
+                "shared_down", "shared_gate", "mix_in", "mix_out", "layer_project", "input_gate",
+                "input_out")
             weights[name] = weight = self.kernels.pack(name, *moved) if matrix else moved[0]
             if isinstance(tensor, Unread) and not getattr(weight, "finite", False):  # or nobody has looked
                 tensor.refuse_faults(read, packed=hasattr(weight, "finite"))
             if weight is parts[0] and isinstance(weight, torch.Tensor) and any(
                     part.data_ptr() == weight.data_ptr() for part in getattr(tensor, "mapped", ())):
                 weights[name] = weight.clone()  # a file in use may change
+            if name.endswith(".router_norm"):
+                weights[name] = weight * self.spec.width**-0.5
             if name.endswith(".taps"):  # the columns lie side by side for each tap
                 mixer = self.mixers[int(name.partition(".")[0])]
                 weights[name] = weight.view(-1, mixer.size).T.flatten() if mixer else weight
@@ -110,7 +117,7 @@ class Transformer:
         qkv, q, attended, kv_heads, values = map(max, zip(*sizes)) if sizes else (0,) * 5
         wide, narrow = (max((mixer.widths(C)[side] for mixer in spec.mixers if mixer), default=0)
                         for side in range(2))
-        gates = q * spec.output_gate
+        gates, P = q * spec.output_gate, spec.layer_input_size
         shared = [mixer for mixer in spec.mixers if isinstance(mixer, Mamba2) and mixer.of_heads]
         return {
             "unnormed": (T, narrow if shared else 0, f32),
@@ -119,7 +126,10 @@ class Transformer:
             "x": (T, C, f32), "residual": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
             "previous": (T, C, f32), "added": (T, C, f32),
             "qkv": (T, qkv, dtype), "q": (T, q, f32), "attended": (T, attended, dtype),
-            "gate": (T, kv_heads, dtype), "value": (T, values, dtype), "hidden": (T, F, dtype),
+            "gate": (T, kv_heads, dtype), "value": (T, values, dtype),
+            "hidden": (T, F * (2 if spec.double_layers else 1), dtype),
+            "layer_inputs": (T, spec.all_layers * P, f32), "layer_rows": (T, spec.all_layers * P, f32),
+            "input": (T, P, f32),
             "dense": (T, spec.dense_size, dtype), "shared": (T, spec.shared_size, dtype),
             "mixed": (T, wide, dtype), "mixer": (T, narrow, dtype),
             "share": (T, int(spec.shared_gate), f32), "means": (T, len(spec.qk_norm_sizes), f32),
@@ -204,7 +214,11 @@ class Transformer:
             else:
                 group = self.layout.group[l]
                 self._attention(inputs.parts[group] if group else inputs, b, layer, l)
-            self._feed_forward(b, layer)
+            self._feed_forward(b, layer, l)
+            if spec.layer_input_size:
+                add_layer_input(spec, k, b, layer, l)
+            if spec.layer_scalars:
+                k.mix(b.x, b.x, layer["scalar"], 0.0, out=b.x)
             if l == spec.backout_layer:
                 k.copy(b.x, out=b.middle)
         if not spec.closes:
@@ -225,6 +239,11 @@ class Transformer:
         self._look_up(inputs.token_ids, out=b.x)
         if self.embedding_scale != 1:
             k.mix(b.x, b.x, self.embedding_scale, 0.0, out=b.x)
+        if spec.layer_input_size:
+            k.linear(b.x, w["layer_project"], out=b.layer_inputs)  # (T, L * P)
+            k.look_up(self.layer_embed, inputs.token_ids, out=b.layer_rows)
+            k.layer_inputs(b.layer_inputs, b.layer_rows, w["layer_project_norm"], spec.norm_eps * spec.width,
+                           out=b.layer_inputs)
         if spec.embedding_norm:
             k.rms_norm(b.x, None, spec.norm_eps, out=b.x)
         if spec.smear_channels:  # mixes in the previous token's embedding, before its own smearing
@@ -246,6 +265,7 @@ class Transformer:
         """The buffers that the layers from `layer` need of those before them."""
         spec = self.spec
         needed = {"x": True, "x0": spec.residual_lambdas,
+                  "layer_inputs": bool(spec.layer_input_size),
                   "middle": spec.backout_layer is not None and spec.backout_layer < layer}
         return [name for name, is_needed in needed.items() if is_needed]
 
@@ -303,13 +323,16 @@ class Transformer:
                 k.norm_groups(b.unnormed, layer["mix_norm"], b.squares, mixer, self.spec.norm_eps, out=out)
         self._add(b, out, layer, "mix_out", b.x, out=b.residual)
 
-    def _feed_forward(self, b: SimpleNamespace, layer: dict):
+    def _feed_forward(self, b: SimpleNamespace, layer: dict, l: int):
         """x = residual + down(activation(up(norm(residual)))), or the sum of several such by experts."""
         spec, k = self.spec, self.kernels
         norm = Norm(layer.get("ffn_norm"), self.norm_eps) if spec.pre_norms else None
+        if "experts_norm" in layer:
+            return add_experts_and_dense(spec, k, b, layer, norm)
         if "router" in layer:
             return self._experts(b, layer, norm)
         up, hidden = "up" if spec.activation == "relu2" else "gate_up", b.dense if spec.experts else b.hidden
+        hidden = hidden if spec.experts or l in spec.double_layers else narrow(hidden, spec.ffn_size)
         k.linear(b.residual, layer[up], norm=norm, bias=layer.get(f"{up}_bias"), activation=spec.activation,
                  out=hidden)  # (T, F)
         self._add(b, hidden, layer, "down", b.residual, out=b.x)
@@ -358,3 +381,39 @@ def narrow(buffer: torch.Tensor, columns: int) -> torch.Tensor:
     if buffer.shape[1] == columns:
         return buffer
     return buffer.flatten()[:len(buffer) * columns].view(-1, columns)
+
+
+def add_layer_input(spec: ModelSpec, k: Kernels, b: SimpleNamespace, layer: dict, l: int):
+    """x = x + norm(input_out(gelu(input_gate x) * the layer's part of what _embed made)).
+
+    Every rank computes all of it."""
+    P = spec.layer_input_size
+    first = (spec.layer_inputs[0] + l) * P
+    k.linear(b.x, layer["input_gate"], out=b.input)  # (T, P)
+    k.gate_input(b.input, b.layer_inputs, first, out=b.input)
+    k.linear(b.input, layer["input_out"], out=b.added)
+    k.rms_norm(b.added, layer["input_norm"], spec.norm_eps, out=b.added)
+    k.mix(b.x, b.added, 1.0, 1.0, out=b.x)
+
+
+def add_experts_and_dense(spec: ModelSpec, k: Kernels, b: SimpleNamespace, layer: dict, norm: Norm | None):
+    """x = residual + norm(norm(shared expert of norm(residual)) + norm(experts of norm(residual))): each
+    norm has its own weight, and so has the router's."""
+    def normed(x, name: str):
+        if k.all_reduce:
+            k.all_reduce(x, out=x)
+        k.rms_norm(x, layer[f"{name}_norm"], spec.norm_eps, out=x)
+
+    k.linear(b.residual, layer["router"], norm=Norm(layer["router_norm"], spec.norm_eps), out=b.routing)
+    k.experts(
+        b.residual, b.routing, layer["expert_gate_up"], layer["expert_down"],
+        norm=Norm(layer["experts_norm"], spec.norm_eps), biases=(None, None), out=b.added,
+        activation=spec.activation, chosen=spec.experts_per_token, sum_to_one=True, residual=False,
+        scales=layer["experts_scale"])
+    normed(b.added, "experts_down")
+    k.linear(b.residual, layer["shared_gate_up"], norm=norm, activation=spec.activation, out=b.shared)
+    k.linear(b.shared, layer["shared_down"], out=b.previous)
+    normed(b.previous, "shared_down")
+    k.mix(b.added, b.previous, 1.0, 1.0, out=b.added)
+    k.rms_norm(b.added, layer["down_norm"], spec.norm_eps, out=b.added)
+    k.mix(b.residual, b.added, 1.0, 1.0, out=b.x)

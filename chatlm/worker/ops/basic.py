@@ -115,16 +115,17 @@ def finish_linear(y, out, activation, residual):
 
 
 def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one,
-                      residual=True, sigmoids=False, choice_bias=None):
+                      residual=True, sigmoids=False, choice_bias=None, scales=None):
     """x + a sum over each row's experts: share * (activation(norm(x) @ gate_up.T) @ down.T) -> out (T, C).
 
     Without `residual` it is the sum alone.
     A row's experts are the `chosen` ones with the largest of its logits (T, E), lower ids first among equals;
     their shares are the softmax over their logits, or over all unless `sum_to_one`. With `sigmoids` they have
     the largest sigmoid(logit) + choice_bias (E), or None, and share by their sigmoids' part of these' sum.
-    gate_up (2 * E * F, C) holds the gates of all experts and then their ups, down (E * C, F); `biases` are of
-    these two, or None."""
+    Each share is multiplied by the expert's of `scales` (E), if given. gate_up (2 * E * F, C) holds the gates
+    of all experts and then their ups, down (E * C, F); `biases` are of these two, or None."""
     E, (ids, shares) = logits.shape[1], routes(logits.float(), chosen, sum_to_one, sigmoids, choice_bias)
+    shares = shares if scales is None else shares * scales[ids]
     y = norm(x).to(gate_up.dtype)
     gate_up, down = gate_up.unflatten(0, (2, E, -1)), down.unflatten(0, (E, -1))
     up_bias, down_bias = (bias if bias is None else bias.to(y.dtype) for bias in biases)
@@ -161,6 +162,25 @@ def copy_reference(x, out):
 def mix_reference(x, x0, resid_lambda, x0_lambda, out):
     """resid_lambda * x + x0_lambda * x0 -> out; the lambdas are one-element tensors; `out` may be x."""
     torch.add(x * resid_lambda, x0 * x0_lambda, out=out)
+
+
+def look_up_reference(table, ids, out):
+    """The rows `ids` (T,) of a MappedRows -> out (T, K); a negative id gives row 0, which nobody reads."""
+    table.look_up(ids, out)
+
+
+def layer_inputs_reference(projected, rows, weight, eps, out):
+    """(weight * rms(each layer's part of projected) + sqrt(P) * rows) / sqrt(2) -> out, all (T, L * P);
+    weight (P,). `out` may be `projected`."""
+    parts = projected.unflatten(1, (-1, len(weight)))
+    normed = torch.nn.functional.rms_norm(parts, weight.shape, weight, eps).flatten(1)
+    torch.mul(normed + rows * math.sqrt(len(weight)), math.sqrt(0.5), out=out)
+
+
+def gate_input_reference(gate, inputs, first, out):
+    """gelu(gate) * inputs[:, first:first + P] -> out, which may be gate, both (T, P); gelu by its tanh."""
+    part = inputs[:, first:first + gate.shape[1]]
+    torch.mul(torch.nn.functional.gelu(gate, approximate="tanh"), part, out=out)
 
 
 def gated_add_reference(x, added, gate, out):

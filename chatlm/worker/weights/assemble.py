@@ -16,7 +16,7 @@ import torch
 from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named, require_library, shown
 from chatlm.common.files import check_regular
 from chatlm.worker.model.spec import DeltaRule, expected_tensors
-from chatlm.worker.model.tensors import Cut, Unread
+from chatlm.worker.model.tensors import Cut, MappedRows, Unread
 from chatlm.worker.ops.basic import RopePairs, dequantized
 from chatlm.worker.weights.files import refuse_cut_safetensors, weight_files
 from chatlm.worker.weights.finite import refuse_faults
@@ -51,10 +51,8 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
     The file's vocabulary tensors have `padded` rows. Of experts a file has either a tensor each, in whose
     name a second {} of the `table` stands for the expert, or one of all (experts, rows of each, ...)."""
     E, vocabulary = spec.experts, (padded,)
-    gate_up = (spec.dense_size if E else spec.ffn_size,) * 2
-    split = {"gate_up": gate_up, "gate_up_bias": gate_up,
-             "shared_gate_up": (spec.shared_size,) * 2,
-             "embed": vocabulary, "head": vocabulary, "value_embed": vocabulary}
+    split: dict[str, tuple[int, ...]] = {
+        name: vocabulary for name in ("embed", "head", "value_embed", "layer_embed")}
     sources = {}
     for ours, shape in expected_tensors(spec).items():
         layer, _, part = ours.rpartition(".")
@@ -65,6 +63,8 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
                 rows = q * (1 + spec.output_gate), *filter(None, others)
                 theirs = theirs[:len(rows)] if len(theirs) > 1 else theirs
             mixer = spec.mixers[int(layer)] if layer and spec.mixers else None
+            if part in ("gate_up", "gate_up_bias", "shared_gate_up"):
+                rows = (shape[0] // 2,) * 2
             if isinstance(mixer, DeltaRule) and part == "mix_in":
                 rows = mixer.rows
             if part.startswith("expert_"):
@@ -83,7 +83,17 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
     return sources
 
 
-IMAGES = "vision_tower|vision_model|visual|multi_modal_projector|connector|image_newline"  # not of the text
+# not of the text
+IMAGES = ("vision_tower|vision_model|visual|multi_modal_projector|connector|image_newline|embed_vision"
+          "|audio_tower|embed_audio")
+
+
+def without_shared(spec: ModelSpec, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a file without keys and values of layers that read another's; some have them."""
+    layers = {str(l) for l in range(spec.layers) if (its := spec.by_layer[l]) and its.source is not None}
+    return {name: tensor for name, tensor in state.items() if not layers or not (
+        match := re.match(r"(?:model\.layers|blk)\.(\d+)\.(?:self_attn\.|attn_)[kv](?:_proj|_norm)?\.", name))
+        or match[1] not in layers}
 
 
 class Mxfp4:
@@ -154,7 +164,7 @@ def read_safetensors_file(path: Path) -> dict[str, torch.Tensor]:
 
 def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, dtype: torch.dtype,
               changed: Callable[[str, Any], Any] = lambda name, tensor: tensor,
-              as_stored: Callable | None = None) -> dict[str, Unread]:
+              as_stored: Callable | None = None) -> dict[str, Unread | MappedRows]:
     """Our tensors, to be made of the rows of theirs after each is `changed`: matrices as `dtype`, vectors as
     float32.
 
@@ -180,7 +190,12 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
         check = partial(refuse_faults, path, settings, theirs, make)
         return Unread(whole, partial(make, theirs), size, mapped, check)
 
-    return {ours: unread(*source) for ours, source in sources.items()}
+    return {ours: mapped_rows(state[next(iter(source[1]))]) if ours == "layer_embed" else unread(*source)
+            for ours, source in sources.items()}
+
+
+def mapped_rows(table: torch.Tensor) -> MappedRows:
+    return MappedRows(table, {torch.float32: "f32", torch.float16: "f16"}.get(table.dtype, "bf16"))
 
 
 FP8 = ("torch.float8_e4m3fn", "torch.float8_e5m2")

@@ -16,10 +16,11 @@ import torch
 from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.log import log
 from chatlm.worker.model.spec import Attention, DeltaRule, Mamba2, Mixer, ModelSpec, ShortConv
+from chatlm.worker.weights import gemma4
 from chatlm.worker.weights.assemble import Mxfp4, fp8_block
 from chatlm.worker.weights.rules import (
-    MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, Rule, check_divides,
-    checked)
+    LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, Rule,
+    check_divides, checked)
 
 
 class Family(NamedTuple):
@@ -38,6 +39,7 @@ class Family(NamedTuple):
     mixers: Mapping[str, Callable[[Mapping], Mixer]] = {}  # layer types besides attention
     aliases: dict[str, str] = {}  # its own keys -> those that they replace
     complete: Callable[[dict], dict] = lambda config: {}    # what a folder's checked config means
+    fields_of: Callable[[Path, Mapping], dict] | None = None  # of ModelSpec, what such a config says of them
     gguf: dict[str, tuple[str, ...]] = {}  # names in a GGUF file that do not follow from the folder's
     fused: Seq[tuple[str, tuple[str, ...]]] = ()  # (a matrix that `repack` divides, what its rows become)
 
@@ -321,6 +323,10 @@ FAMILIES = {  # by config.json's model_type
             "vocab_size": 262_208, "max_position_embeddings": 131_072, "sliding_window_pattern": 6,
             "rope_theta": 1e6, "rope_local_base_freq": 10_000.0}, {"post_norms": True} | HEAD_NORMS,
         GEMMA_TENSORS, lambda config, layer: (layer + 1) % config["sliding_window_pattern"], one_more=True),
+    "gemma4_text": Family(
+        "Gemma 4", gemma4.CONFIG, {"post_norms": True, "layer_scalars": True} | HEAD_NORMS, gemma4.TENSORS,
+        repack=gemma4.repack, aliases={"top_k_experts": "num_experts_per_tok"}, complete=gemma4.complete,
+        fields_of=gemma4.fields_of, gguf=gemma4.GGUF_TENSORS),
     "phi3": Family(
         "Phi-3, 3.5 and 4-mini",
         {"sliding_window": None, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
@@ -415,12 +421,12 @@ FAMILIES = {  # by config.json's model_type
         repack=repack_lfm2, mixers=LFM2_MIXERS, needed=("layer_types",), gguf=LFM2_MOE_GGUF,
         aliases={"norm_eps": "rms_norm_eps", "tie_embedding": "tie_word_embeddings"})}
 VISION = {  # model_type of a model with images, which are not read -> its text model's, if it does not say
-    "gemma3": "gemma3_text", "mistral3": "mistral", "llava": "llama", "smolvlm": "llama", "idefics3": "llama",
+    "gemma3": "gemma3_text", "gemma4": "gemma4_text", "mistral3": "mistral", "llava": "llama",
+    "smolvlm": "llama", "idefics3": "llama",
     "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "lfm2_vl": "lfm2",
     "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 TEXT_TYPES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-LAYER_TYPES = ("full_attention", "sliding_attention")
-HF_KEYS = {  # all others are bool
+HF_KEYS = gemma4.KEYS | {  # all others are bool
     **dict.fromkeys(("hidden_size", "intermediate_size"), Rule(int, 1, MOST_CHANNELS)),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), Rule(float, 2, 10**15)),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"),
@@ -441,6 +447,7 @@ HF_KEYS = {  # all others are bool
     "layer_types": Rule(str, choices=LAYER_TYPES, many=True, optional=True),
     "num_experts": Rule(int, 1, MOST_EXPERTS, optional=True),
     "num_experts_per_tok": Rule(int, 0, MOST_EXPERTS),
+    "top_k_experts": Rule(int, 1, MOST_EXPERTS, optional=True),
     "num_local_experts": Rule(int, 0, MOST_EXPERTS, optional=True),
     "moe_intermediate_size": Rule(int, 1, MOST_CHANNELS, optional=True),
     **dict.fromkeys(("shared_intermediate_size", "shared_expert_intermediate_size"),
@@ -618,7 +625,9 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
     checked(path, "layer_types", types, rule, layers)
     if row.mixers:
         fields["mixers"] = mixers_of(path, row, config, types)
-    if "sliding_attention" in types:
+    if row.fields_of:
+        fields |= row.fields_of(path, config)
+    elif "sliding_attention" in types:
         checked(path, "sliding_window in use", window, HF_KEYS["sliding_window"]._replace(optional=False))
         windows = tuple(window if type_ == "sliding_attention" else 0 for type_ in types)
         if row.windows_rotate:

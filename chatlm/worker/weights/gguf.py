@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any, TYPE_CHECKING
 
 import gguf
+import numpy
 import torch
 
 from chatlm.common.errors import ConfigError, cannot_read, named, shown
@@ -26,10 +27,11 @@ from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.spec import DeltaRule
-from chatlm.worker.model.tensors import TILE_ROWS, Cut, Unread
-from chatlm.worker.ops.basic import RopePairs, dequantized, unpermute_rope
+from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
+from chatlm.worker.ops.basic import RopePairs, dequantize, dequantized, unpermute_rope
 from chatlm.worker.weights.assemble import (
-    as_rows, check_names_and_shapes, cut_stored, file_shapes, packed_together, tensor_sources)
+    as_rows, check_names_and_shapes, cut_stored, file_shapes, mapped_rows, packed_together, tensor_sources,
+    without_shared)
 from chatlm.worker.weights.families import (
     FAMILIES, HF_DEFAULTS, HF_TENSORS, LAYER_TYPES, complete_heads, family_spec, growing_queries,
     scaled_rope, unsupported)
@@ -85,12 +87,16 @@ def readable(path: Path) -> Iterator[None]:
 def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     with readable(source.path):
         metadata, stored = read_gguf(source.path)
+        types = Counter(tensor.tensor_type.name for tensor in stored.values())
         family, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
         architecture = metadata["general.architecture"]
         check_gguf_types(source.path, stored)
         if metadata.get(f"{architecture}.nextn_predict_layers"):  # a draft head, which is not run
             stored = {name: tensor for name, tensor in stored.items()
                       if not (layer := re.match(r"blk\.(\d+)\.", name)) or int(layer[1]) < spec.layers}
+        stored = without_shared(spec, stored)
+        if family == "gemma4_text":
+            stored = experts_apart(stored)
         names = gguf_names(architecture, HF_TENSORS | FAMILIES[family].tensors) | FAMILIES[family].gguf
         sources = tensor_sources(spec, names, spec.vocab_size)
         check_names_and_shapes(
@@ -106,7 +112,6 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                architecture in PERMUTED, FAMILIES[family].interleaved, added)
         text = gguf_text(source.path, metadata)
-    types = Counter(tensor.tensor_type.name for tensor in stored.values())
     description = f"{architecture}, {spec.layers} layers, width {spec.width}, " + \
         ", ".join(f"{count} {name}" for name, count in types.most_common())
     if dtype is None:
@@ -120,7 +125,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
 END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
-              "<end_of_turn>", "<turn|>"}
+              "<end_of_turn>", "<turn|>", "<|tool_response>"}
 
 
 def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -146,7 +151,7 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     own = f"{gguf_value(path, metadata, 'general.architecture')}."
     if own[:-1] not in GGUF_FAMILIES:
         raise ConfigError(f"{path}: {unsupported(own[:-1])}")
-    metadata, hybrid = hybrid_layers(path, own, metadata)
+    metadata, hybrid = hybrid_layers(path, own, metadata, stored)
     value = partial(gguf_value, path, metadata)
 
     def number(key: str, *default, **bounds):
@@ -163,6 +168,7 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     unknown |= {key for key in metadata if key.startswith(own) and f"*.{key[len(own):]}" not in GGUF_KEYS}
     unknown |= {own + key for key, only in GGUF_OF_ONE.items() if family != only}
     unknown -= {own + key for key in (GGUF_INERT | GGUF_MAMBA if own.startswith("granite") else GGUF_INERT)}
+    unknown -= {own + "rope.freq_base_swa"} if FAMILIES[family].fields_of else set()
     for key in (key for key in metadata if key in unknown and metadata[key]):
         raise ConfigError(f"{path}: {key} is {shown(metadata[key])}; this key is not supported in a "
                           f"{own[:-1]} model")
@@ -189,7 +195,8 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
         config["layer_types"] = [LAYER_TYPES[0]] * layers
     config |= hybrid | {key: any(name.endswith(f".{part}.bias") for name in stored)
                         for key, part in BIASES.items() if key in config}
-    if "full_attention_interval" in config:
+    if "full_attention_interval" in config or FAMILIES[family].fields_of:
+        config |= {"vocab_size": vocab_size, "vocab_size_per_layer_input": vocab_size}
         config |= FAMILIES[family].complete(config)
     if "query_pre_attn_scalar" in config:  # not in the metadata: what llama.cpp assumes, by size
         largest = layers == {"gemma2": 46, "gemma3_text": 62}[family]
@@ -209,10 +216,12 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
         ("ffn_bias", "ffn_down_exps" if spec.experts else "ffn_down"))})
 
 
-def hybrid_layers(path: Path, own: str, metadata: Mapping) -> tuple[Mapping, dict]:
+def hybrid_layers(path: Path, own: str, metadata: Mapping, stored: Mapping) -> tuple[Mapping, dict]:
     """The metadata as that of a model whose layers are all attention, without a draft head; and what a
     config.json would say of those that are not: {} in families that have none."""
     others = FAMILIES[GGUF_FAMILIES[own[:-1]]].mixers
+    if own == "gemma4.":
+        return gemma4_layers(path, metadata, stored)
     if not others:
         return metadata, {}
     key, more, value = own + "attention.head_count_kv", {}, partial(gguf_value, path, metadata)
@@ -238,6 +247,75 @@ def hybrid_layers(path: Path, own: str, metadata: Mapping) -> tuple[Mapping, dic
     return metadata, more
 
 
+def gemma4_layers(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Mapping, dict]:
+    """As hybrid_layers, of Gemma 4: the metadata as that of a model whose layers are all sliding ones, and
+    what a config.json would say of the others."""
+    own, value = "gemma4.", partial(gguf_value, path, metadata)
+    layers: int = value(f"{own}block_count")
+    pattern = f"{own}attention.sliding_window_pattern"
+    shared: int = value(f"{own}attention.shared_kv_layers", 0, high=layers - 1)
+    local = checked(path, pattern, metadata.get(pattern), Rule(bool, many=True), layers)
+    full = [l for l in range(layers) if not local[l]]
+
+    def sizes(key: str, *groups: list[int]) -> list[int]:
+        """Of each group of layers the number that this key has for all of them."""
+        said = metadata.get(own + key)
+        numbers: list[Any] = said if isinstance(said, list) and len(said) == layers else [said] * layers
+        for group in groups:
+            if any(numbers[l] != numbers[group[0]] for l in group):
+                raise ConfigError(f"{path}: {own}{key} is {shown(numbers)}; it must be the same in layers "
+                                  f"{', '.join(map(str, group))}")
+        rule, firsts = GGUF_KEYS[f"*.{key}"], [numbers[group[0]] if group else numbers[0] for group in groups]
+        for first in firsts:
+            checked(path, own + key, first, rule)
+        return firsts
+
+    kv_heads, full_kv_heads = sizes("attention.head_count_kv", [l for l in range(layers) if local[l]], full)
+    width, last_width = sizes("feed_forward_length", list(range(layers - shared)),
+                              list(range(layers - shared, layers)) or [0])
+    if last_width not in (width, 2 * width):
+        raise ConfigError(f"{path}: {own}feed_forward_length is {last_width} in the last layers; it must be "
+                          f"{width} or {2 * width}")
+    size = value(f"{own}attention.key_length")
+    local_size: int = value(f"{own}attention.key_length_swa", size)
+    for ending, its in (("", size), ("_swa", local_size)):
+        for key in ("attention.value_length", "rope.dimension_count"):
+            value(f"{own}{key}{ending}", its, low=its, high=its)
+    value(f"{own}rope.scaling.type", "none", choices=("none",))
+    rope: dict[str, dict] = {type_: {"rope_base": float(value(f"{own}rope.freq_base{ending}", base))}
+                             for type_, ending, base in zip(LAYER_TYPES, ("", "_swa"), (1e6, 1e4))}
+    if (name := "rope_freqs.weight") in stored:
+        factors = value(name, stored[name].data.tolist(), size // 2, high=1e31)
+        rope[LAYER_TYPES[0]]["rope_factors"] = tuple(
+            math.inf if factor > 1e29 else factor for factor in factors)
+    more = {"global_head_dim": size, "num_global_key_value_heads": full_kv_heads, "rope_of_types": rope,
+            "attention_k_eq_v": not any(
+                f"blk.{l}.attn_v.weight" in stored for l in full if l < layers - shared),
+            "num_kv_shared_layers": shared, "use_double_wide_mlp": last_width > width,
+            "hidden_size_per_layer_input": value(f"{own}embedding_length_per_layer_input", 0),
+            "enable_moe_block": value(f"{own}expert_count", 0, low=0) > 0}
+    return {**metadata, f"{own}attention.head_count_kv": kv_heads, f"{own}feed_forward_length": width,
+            **{f"{own}attention.{part}_length": local_size for part in ("key", "value")}}, more
+
+
+def experts_apart(stored: Mapping) -> dict:
+    """The tensors with a matrix for each expert's gates and ups, which a file has in one or two of all."""
+    found = {}
+    for name, tensor in stored.items():
+        match = re.fullmatch(r"(blk\.\d+\.ffn_)(gate_up|gate|up)_exps\.weight", name)
+        if not match or len(tensor.shape) != 3:
+            found[name] = tensor
+            continue
+        columns, rows, count = tensor.shape.tolist()
+        parts = match[2].split("_")
+        rows //= len(parts)
+        for expert, (index, part) in itertools.product(range(count), enumerate(parts)):
+            data = tensor.data[expert, index * rows:(index + 1) * rows]
+            found[f"{match[1]}{part}_exps.{expert}.weight"] = tensor._replace(
+                shape=numpy.array([columns, rows]), n_elements=rows * columns, n_bytes=data.nbytes, data=data)
+    return found
+
+
 # llama.cpp's converter leaves mscale and mscale_all_dim out, and llama.cpp too computes the usual factor
 MSCALE_UNKNOWN = ("%s: yarn multiplies queries and keys by %.3f, as usual: if the config.json that the file "
                   "was made of has mscale_all_dim, it should not, which the file cannot say; take the folder")
@@ -247,6 +325,8 @@ def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Ma
               context: int | None) -> dict:
     """As hf_rope: the scaling's keys, phi3's two lists of factors, and llama 3's baked into one."""
     head_size, row = config["head_dim"], FAMILIES[GGUF_FAMILIES[own[:-1]]]
+    if row.fields_of:
+        return {"max_positions": config["max_position_embeddings"]}
     partial = "partial_rotary_factor" in row.config
     lists = {name: value(name, stored[name].data.tolist()) for name in ROPE_TENSORS if name in stored}
     scaling = value(f"{own}rope.scaling.type", "none")
@@ -298,6 +378,8 @@ def gguf_places(spec: ModelSpec, family: str, names: Mapping[str, tuple],
         layer, _, part = ours.rpartition(".")
         theirs, own = ([name.format(layer) for name in names_of.get(part, ()) if "expert" not in part]
                        for names_of in (table, names))
+        if part == "layer_embed":  # it stays in its file
+            continue
         mixer = spec.mixers[int(layer)] if layer and spec.mixers else None
         if isinstance(mixer, DeltaRule) and part in ("mix_in", "mix_out"):
             places |= linear_places(mixer, theirs, own)
@@ -326,7 +408,7 @@ def linear_places(mixer: DeltaRule, theirs: Seq[str], own: Seq[str]) -> dict[str
 
 def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sources, stored: Mapping,
                  dtype: torch.dtype | None, backend: Backend, permuted: bool, interleaved: bool,
-                 added: Mapping[str, list[Change | Copy]] = {}) -> dict[str, Unread]:
+                 added: Mapping[str, list[Change | Copy]] = {}) -> dict[str, Unread | MappedRows]:
     """Our tensors as `dtype`; None: the backend's `as_stored` makes the matrices, in the file's type or one
     close to it."""
     as_stored = backend.as_stored if dtype is None else None
@@ -354,7 +436,16 @@ def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sourc
         check = partial(refuse_faults, path, settings, theirs, read)
         return Unread(Cut.whole(shape), partial(read, theirs), size, mapped, check)
 
-    return {ours: unread(*source) for ours, source in sources.items()}
+    return {ours: mapped_table(stored[next(iter(source[1]))]) if ours == "layer_embed" else unread(*source)
+            for ours, source in sources.items()}
+
+
+def mapped_table(tensor) -> MappedRows:
+    table, gguf_type = torch.from_numpy(tensor.data), tensor.tensor_type
+    if gguf_type.name in ("F32", "F16", "BF16"):
+        return mapped_rows(dequantize(gguf_type, table))
+    return MappedRows(table, gguf_type.name.lower(),
+                      lambda rows: dequantize(gguf_type, rows).float().view(len(rows), -1))
 
 
 def merged(tensor, pairs: RopePairs | None, changes: Iterable[Change | Copy], own_pairs: RopePairs | None,
@@ -385,7 +476,7 @@ def file_bytes(tensors: Seq) -> int:
 MIXED_BYTES = 0.6  # of a weight in a usual file of type Q4_K_M
 
 
-def growth(tensors: Mapping[str, Unread], stored: Mapping, packed: bool) -> str:
+def growth(tensors: Mapping[str, Unread | MappedRows], stored: Mapping, packed: bool) -> str:
     """What to say if the weights take much more memory than in the file; "" if not."""
     held, on_disk = sum(tensor.nbytes for tensor in tensors.values()), sum(
         tensor.n_bytes for tensor in stored.values())
@@ -409,13 +500,15 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
     last = len(tokens) - 1
     bos, eos, *ends = (value(f"ggml.{name}_token_id", high=last) for name in ("bos", "eos", "eot", "eom"))
     pre = PRE_TOKENIZERS[value("ggml.pre", "default")] if model == "gpt2" else None
+    of_gemma = model == "gemma4"  # sentencepiece's letters, with the merges written down
     if pre:
         pipeline = byte_level_pipeline(tokens, value("ggml.merges"), pre)
     else:
-        merges = value("ggml.merges", [])
+        merges = value("ggml.merges", *() if of_gemma else ([],))
         merges = merges or merges_of_scores(tokens, value("ggml.scores", None, len(tokens)), token_types)
         unknown = tokens[value("ggml.unknown_token_id", 0, high=last)]
-        pipeline = sentencepiece_pipeline(tokens, merges, unknown, value("ggml.add_space_prefix", True))
+        space = value("ggml.add_space_prefix", not of_gemma)
+        pipeline = sentencepiece_pipeline(tokens, merges, unknown, space)
     spaces = metadata.get("general.architecture") == "phi3" and not pre  # swallowed after these tokens
     pipeline["added_tokens"] = [
         {"id": i, "content": token, "special": token_type == CONTROL, "normalized": False,
@@ -425,7 +518,7 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
         if token and token_type in (CONTROL, USER_DEFINED)]
     ends = {eos, *ends} - {None}
     ends |= {entry["id"] for entry in pipeline["added_tokens"] if entry["content"] in END_TOKENS}
-    add_bos = value("ggml.add_bos_token", pre is None or pre.add_bos)
+    add_bos = of_gemma or value("ggml.add_bos_token", pre is None or pre.add_bos)  # as llama.cpp has it
     template = template_of(value("chat_template"), metadata.get("tokenizer.chat_template.tool_use"))
     if not template:
         warn_of_templates(path, [key.removeprefix("tokenizer.chat_template.") for key in metadata

@@ -25,6 +25,7 @@ from chatlm.worker.weights.splits import PRE_TOKENIZERS
 GGUF_FAMILIES = {name: name for name in (
     "llama", "qwen2", "qwen3", "smollm3", "gemma2", "phi3", "granite", "olmo2", "glm4", "exaone4", "ernie4_5",
     "seed_oss", "lfm2")} | {
+    "gemma4": "gemma4_text",
     "lfm2moe": "lfm2_moe",
     "gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
     "granitemoe": "granitemoeshared", "granitehybrid": "granitemoehybrid",
@@ -175,7 +176,9 @@ GGUF_OWN = {  # the same of keys that only some families have
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
               "tensor_data_layout", "rope.dimension_sections", "n_deepstack_layers"}
 GGUF_OF_ONE = {"attention.temperature_scale": "ministral3", "expert_gating_func": "lfm2_moe",
-               "expert_weights_norm": "lfm2_moe"}  # keys of one family alone
+               "expert_weights_norm": "lfm2_moe", **dict.fromkeys((  # keys of one family alone
+                   "attention.key_length_swa", "attention.value_length_swa", "attention.shared_kv_layers",
+                   "rope.dimension_count_swa", "embedding_length_per_layer_input"), "gemma4_text")}
 # what llama.cpp's converter says of Mamba layers, in granite's files too, which have none
 GGUF_MAMBA = {f"ssm.{part}" for part in ("conv_kernel", "state_size", "group_count", "inner_size",
                                          "time_step_rank")} | {"expert_shared_feed_forward_length"}
@@ -185,7 +188,11 @@ GGUF_KEYS = {  # * stands for the architecture
     "general.architecture": Rule(str),
     **{f"*.{theirs}": HF_KEYS[ours] for ours, theirs in (GGUF_SIZES | GGUF_OWN).items()},
     "*.attention.sliding_window": Rule(int, 0, MOST_POSITIONS, optional=True),
-    "*.attention.value_length": Rule(int),
+    **dict.fromkeys(("*.attention.value_length", "*.attention.value_length_swa",
+                     "*.rope.dimension_count_swa"), Rule(int)),
+    "*.attention.key_length_swa": HF_KEYS["head_dim"],
+    "*.attention.shared_kv_layers": HF_KEYS["num_kv_shared_layers"],
+    "*.embedding_length_per_layer_input": HF_KEYS["hidden_size_per_layer_input"],
     "*.rope.dimension_count": Rule(int), "*.rope.freq_base": Rule(float, 2, 10**15),
     **dict.fromkeys(("*.rope.scaling.yarn_beta_fast", "*.rope.scaling.yarn_beta_slow"),
                     Rule(float, 0.01, 10**6, optional=True)),
@@ -199,7 +206,7 @@ GGUF_KEYS = {  # * stands for the architecture
     "*.rope.scaling.original_context_length": Rule(int, 2, MOST_POSITIONS, optional=True),
     **dict.fromkeys(ROPE_TENSORS, Rule(float, 0.01, 10**6, many=True)),
     "tokenizer.chat_template": Rule(str, optional=True),
-    "tokenizer.ggml.model": Rule(str, choices=("gpt2", "llama")),
+    "tokenizer.ggml.model": Rule(str, choices=("gpt2", "llama", "gemma4")),
     "tokenizer.ggml.pre": Rule(str, choices=tuple(PRE_TOKENIZERS)),
     "tokenizer.ggml.tokens": Rule(str, many=True), "tokenizer.ggml.token_type": Rule(int, 0, 255, many=True),
     "tokenizer.ggml.scores": Rule(float, many=True), "tokenizer.ggml.merges": Rule(str, many=True),

@@ -20,7 +20,7 @@ from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.basic import RopePairs, unpermute_rope
 from chatlm.worker.weights.assemble import (
     Mxfp4, assembled, check_names_and_shapes, file_shapes, fp8_block, read_safetensors, tensor_sources,
-    unscaled)
+    unscaled, without_shared)
 from chatlm.worker.weights.families import (
     FAMILIES, HF_KEYS, HF_TENSORS, LAYER_TYPES, complete_heads, family_config, family_spec,
     growing_queries, scaled_rope)
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> dict:
     """`scaled_rope` of a config.json, which has rope_scaling, or rope_parameters by layer type or for all."""
+    if FAMILIES[family].fields_of:  # which say how each layer turns its heads
+        return {"max_positions": config["max_position_embeddings"]}
     name = "rope_scaling" if config["rope_scaling"] else "rope_parameters"
     rope, local = config[name] or {}, {}
     if "rope_local_base_freq" in config and isinstance(rope, dict) and rope.keys() & set(LAYER_TYPES):
@@ -90,7 +92,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     if spec.tied_head:
         state.pop("lm_head.weight", None)  # some files have it twice
     sources = tensor_sources(spec, HF_TENSORS | FAMILIES[family].tensors, spec.vocab_size)
-    state = FAMILIES[family].repack(state)
+    state, scales = (without_shared(spec, tensors) for tensors in (FAMILIES[family].repack(state), scales))
     if lost := sorted(set(scales) - set(state)):
         raise ConfigError(f"{source.path}: {lost[0]} is in FP8, which is not supported for such a tensor of "
                           f"a {family} model: take the unquantized model, or a GGUF file of it")
@@ -98,7 +100,9 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
                            sources)
     backend = choose_backend(device, spec, settings.tensor_parallel_size)
     as_stored, dtype = None if settings.dtype else backend.as_stored, float_type(settings, backend)
-    matrices = {name: shape for name, shape in file_shapes(sources).items() if len(shape) == 2}
+    mapped = sources.get("layer_embed", ((), ()))[1]
+    matrices = {name: shape for name, shape in file_shapes(sources).items()
+                if len(shape) == 2 and name not in mapped}
     places = fused_places({name: [Place(name)] for name in matrices}, matrices, FAMILIES[family].fused,
                           spec.layers)
     added, adapted = read_adapters(settings, matrices, places, names)

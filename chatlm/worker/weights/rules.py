@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import TextSpec
     from chatlm.worker.model.spec import ModelSpec
-    from chatlm.worker.model.tensors import Unread
+    from chatlm.worker.model.tensors import MappedRows, Unread
 
 
 V = TypeVar("V")
@@ -35,7 +35,7 @@ class LoadedModel:
     `expected_tensors(spec)`, without a tied head."""
 
     spec: ModelSpec
-    tensors: dict[str, "Unread"]
+    tensors: dict[str, "Unread | MappedRows"]
     text: TextSpec
     name: str
     description: str
@@ -60,6 +60,7 @@ def float_type(settings: Settings, backend) -> torch.dtype:
 # Limits far above any real model; sizes beyond them would take long even to compare with the file.
 MOST_LAYERS, MOST_TENSORS, MOST_HEADS, MOST_CHANNELS = 10_000, 1 << 17, 1 << 16, 1 << 20
 MOST_TOKENS, MOST_POSITIONS, MOST_EXPERTS = 1 << 24, 1 << 26, 1 << 12
+LAYER_TYPES = ("full_attention", "sliding_attention")  # of config.json
 
 
 class Rule(NamedTuple):

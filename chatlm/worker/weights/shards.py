@@ -215,6 +215,9 @@ def shard_of(name: str, spec: ModelSpec, share: RankShare) -> tuple[int, list[ra
         ranges = ranges_of(spec, its, *heads_of(its, share.rank, share.tp))
     else:
         axis, ranges_of = SPLITS.get(matrix, (0, lambda spec, share: []))
+        if layer and int(layer) in spec.double_layers:
+            spec = replace(spec, ffn_size=2 * spec.ffn_size)
+            share = share._replace(ffn=range(2 * share.ffn.start, 2 * share.ffn.stop))
         ranges = ranges_of(spec, share)
     if bias and axis == 1:
         return None if share.rank else (0, [])
@@ -278,12 +281,12 @@ def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
     first, kept = mine.start, slice(mine.start, mine.stop)
     own = replace(
         spec, layers=len(mine), mixers=spec.mixers[kept], opens=stage == 0, closes=stage == stages - 1,
-        tied_head=False,
+        layer_inputs=(first, spec.layers) if spec.layer_input_size else (0, 0), tied_head=False,
         attentions=tuple(replace(its, source=None if its.source is None else its.source - first)
                          for its in spec.attentions[kept]),
         backout_layer=None if spec.backout_layer is None else spec.backout_layer - first,
         **{name: tuple(layer - first for layer in getattr(spec, name) if layer in mine)
-           for name in ("value_embed_layers", "dense_layers")})
+           for name in ("value_embed_layers", "dense_layers", "double_layers")})
     whole, tensors = {"head": model.tensors["embed"]} | model.tensors, {}
     for name, shape in expected_tensors(own).items():
         layer, dot, part = name.partition(".")

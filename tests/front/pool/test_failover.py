@@ -127,7 +127,7 @@ async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lfm2", "qwen3.5", "granite4h"])
+@pytest.mark.parametrize("name", ["lfm2", "qwen3.5", "granite4h", "gemma4"])
 async def test_a_worker_killed_in_an_answer_of_a_model_whose_layers_keep_states_costs_not_a_word(start_pool, tmp_path, name):
     """Its state is lost with it: the other one computes it again, from the prompt and the tokens that arrived."""
     folder = tmp_path / "model"

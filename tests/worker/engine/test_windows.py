@@ -24,6 +24,8 @@ from integrity import check_sequences
 
 WINDOWED = ["gemma3", "gemma2", "mistral", "qwen2"]     # 5 of 6 layers, half of them in turn, all, the last ones
 
+SHARED = ["gemma4", "gemma4moe"]        # whose layers differ in more, and some of which read others' keys
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -79,7 +81,7 @@ def test_pages_are_given_back_and_answers_stay_transformers(made, name, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", by_day(WINDOWED, "gemma2", "mistral"))
+@pytest.mark.parametrize("name", by_day([*WINDOWED, *SHARED], "gemma2", "mistral"))
 def test_preempted_answers_stay_the_same_when_pages_are_few(made, name, backend):
     folder, cases = made(name)
     windows = make_engine(folder, num_pages=400, prefill_chunk=32, apart=True).transformer.groups.windows
@@ -91,7 +93,7 @@ def test_preempted_answers_stay_the_same_when_pages_are_few(made, name, backend)
     assert engine.scheduler.preemptions > 0 or name == "mistral"       # whose sequences do not grow
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", by_day([*WINDOWED, *SHARED], *WINDOWED, "gemma4"))
 def test_alone_batched_and_cached_answers_are_the_same_to_the_bit(made, name):
     folder, cases = made(name)
     engine = make_engine(folder, num_pages=400, prefill_chunk=48, max_batch=8, apart=True)

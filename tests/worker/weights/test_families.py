@@ -162,6 +162,7 @@ GGUF_MODELS = {             # what of MODELS a file of each architecture can say
     "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
     "qwen3moe": {"norm_topk_prob": True}, "gpt-oss": {},
     **dict.fromkeys(("granite", "granite-moe", "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan"), {}),
+    "gemma4": {}, "gemma4moe": {}, "gemma4-even": {},
     "lfm2": {}, "lfm2moe": {}, "granite4h": {}, "granite4h-dense": {"position_embedding_type": None}, "lfm2moe-plain": {"conv_bias": False, "tie_word_embeddings": True}, "qwen3next": {},
      "qwen3.5": {}, "qwen3.5moe": {}, "mixtral": {"sliding_window": None}, "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
 
@@ -471,7 +472,7 @@ def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
 
 @pytest.mark.parametrize("base, key, value, words", [
     ("Llama-3.2-1B", "model_type", "mamba2", "this server cannot run mamba2 yet; it runs: Llama 2 and 3, SmolLM2, Mistral 7B"),
-    ("gemma-3-4b, with images", "text_config", {"model_type": "gemma4_text"}, "this server cannot run gemma4_text yet; it runs: Llama"),
+    ("gemma-3-4b, with images", "text_config", {"model_type": "gemma3n_text"}, "this server cannot run gemma3n_text yet; it runs: Llama"),
     ("Llama-3.2-1B", "model_type", None, "model_type is missing"),
     ("Llama-3.2-1B", "residual_multiplier", 0.22, "residual_multiplier is 0.22; this key is not supported in a llama model. Supported are "),
     ("Llama-3.2-1B", "is_causal", False, "is_causal is false; in a llama model it must be true"),
