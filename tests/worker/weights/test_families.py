@@ -375,7 +375,7 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, tmp_p
             expected, scale = rope["rope_theta"] ** -(np.arange(0, size, 2) / size), 1.0
         else:
             expected, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, seq_len=4096, **({"layer_type": kinds[layer]} if nested else {}))
-        frequencies, own_scale = rope_frequencies(spec, layer)
+        frequencies, own_scale = rope_frequencies(spec.attention(layer))
         np.testing.assert_allclose(frequencies, expected, rtol=2e-6)
         assert own_scale == pytest.approx(scale)
     longest = {"Qwen2.5 with YaRN, as its card says": 131072, "Ministral-3-3B, with images": 16384}
@@ -461,7 +461,7 @@ def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     base = HUB_CONFIGS["Llama-3.2-1B"] | {"rope_scaling": None, "rope_parameters": rope}
-    frequencies, scale = rope_frequencies(spec_of(tmp_path, base), 0)
+    frequencies, scale = rope_frequencies(spec_of(tmp_path, base).attention(0))
     expected, expected_scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](transformers.AutoConfig.from_pretrained(tmp_path))
     np.testing.assert_allclose(frequencies, expected, rtol=2e-6)
     assert scale == pytest.approx(expected_scale)

@@ -185,7 +185,7 @@ def test_dynamic_scaling_is_transformers_at_the_length_of_the_context(context, t
     spec = spec_of(tmp_path, config, context)
     length = min(max(context or 0, 131072), 4 * 131072)
     expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](transformers.AutoConfig.from_pretrained(tmp_path), seq_len=length)
-    np.testing.assert_allclose(rope_frequencies(spec, 0)[0], expected, rtol=2e-6)
+    np.testing.assert_allclose(rope_frequencies(spec.attention(0))[0], expected, rtol=2e-6)
     assert spec.max_positions == length
 
 
