@@ -272,7 +272,7 @@ class Transformer:
     def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, l: int):
         """residual = x + output(attention(norm(x))), once new keys and values are in the layer's pages."""
         spec, k, its, cache, value, gate = (
-            self.spec, self.kernels, self.attentions[l], self.layer_caches[l], None, None)
+            self.spec, self.kernels, self.spec.attention(l), self.layer_caches[l], None, None)
         norms = {"q_norm": layer.get("q_norm"), "k_norm": layer.get("k_norm")}
         norm = Norm(layer.get("attention_norm"), self.norm_eps) if spec.pre_norms else None
         queries, columns = its.parts[0], sum(its.parts)

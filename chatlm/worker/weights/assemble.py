@@ -59,9 +59,9 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
         if not (part == "head" and spec.tied_head):
             theirs, rows = table.get(part, (part,)), split.get(part, shape[:1])
             if part in ("qkv", "qkv_bias"):  # a layer may have no k or v of its own
-                q, *others = spec.attention(int(layer)).parts
-                rows = q * (1 + spec.output_gate), *filter(None, others)
-                theirs = theirs[:len(rows)] if len(theirs) > 1 else theirs
+                q, k, v = spec.attention(int(layer)).parts
+                rows = tuple(filter(None, (q * (1 + spec.output_gate), k, v)))
+                theirs = theirs[:len(rows)]
             mixer = spec.mixers[int(layer)] if layer and spec.mixers else None
             if part in ("gate_up", "gate_up_bias", "shared_gate_up"):
                 rows = (shape[0] // 2,) * 2
