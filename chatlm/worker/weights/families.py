@@ -629,7 +629,7 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
         fields |= row.fields_of(path, config)
     elif "sliding_attention" in types:
         checked(path, "sliding_window in use", window, HF_KEYS["sliding_window"]._replace(optional=False))
-        windows = tuple(window if type_ == "sliding_attention" else 0 for type_ in types)
+        windows = tuple(window or 0 if type_ == "sliding_attention" else 0 for type_ in types)
         if row.windows_rotate:
             unrotated = {l for l, window in enumerate(windows) if not window}
     if config.get("position_embedding_type", "rope") != "rope":
