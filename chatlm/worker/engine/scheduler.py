@@ -63,6 +63,7 @@ class Sequence:
     serial: int | str = PagePool.ROOT    # content serial of its last full page, as in the prefix index
     states: dict[int, int] = field(default_factory=dict)  # number of tokens -> slot with the state after them
     began: int | str = PagePool.ROOT     # content serial of its last end of a prompt with a snapshot
+    answered: int | str = PagePool.ROOT  # content serial of the snapshot in its answer
     usage: Usage = Usage()               # its tokens here so far: cached at first admission, drafted ones
     added_s: float = 0.0
     queued_s: float | None = None        # seconds it waited here before it first ran

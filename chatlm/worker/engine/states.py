@@ -6,7 +6,8 @@
 A slot has the state after some number of tokens, in all such layers. A running sequence has one; while a
 draft is verified it has one for each of its tokens, of which one is kept. A snapshot is the state at the end
 of a content of the prefix index: it is found with the content's serial, and shared without a copy, for a slot
-that others hold too is never written."""
+that others hold too is never written. Snapshots are taken at the end of a prompt, every so many tokens, and
+at the last full page of an answer, from where its conversation goes on unless a template changes the answer."""
 
 from __future__ import annotations
 
@@ -134,11 +135,20 @@ class StateTables:
 
     def pass_content(self, sequence: Sequence, end: int):
         """A content has been filled up to `end`, which is sequence.serial: keep the state there if it is one
-        of those that are kept."""
+        of those that are kept, or the last in the answer so far."""
+        pool, serial = self.pool, sequence.serial
         is_end = end == self.end_of_prompt(sequence)
-        if (slot := sequence.states.get(end)) is not None and (is_end or end % self.pool.INTERVAL == 0):
-            self.pool.keep(sequence.serial, slot, sequence.began if is_end else None)
-            sequence.began = sequence.serial if is_end else sequence.began
+        if (slot := sequence.states.get(end)) is None:
+            return
+        if is_end or end % pool.INTERVAL == 0:
+            pool.keep(serial, slot, sequence.began if is_end else None)
+            sequence.began = serial if is_end else sequence.began
+        elif end > len(sequence.work.prompt_ids) and serial not in pool:
+            if sequence.answered in pool.passed:
+                pool.forget(sequence.answered)
+            if pool.passed or pool.snapshots < pool.most_snapshots:  # no end of a prompt is evicted for it
+                pool.keep(serial, slot, None)
+                sequence.answered = serial
 
     def advance(self, sequence: Sequence):
         """Release the states before its computed tokens."""

@@ -57,8 +57,9 @@ def test_answers_are_transformers_in_chunks_together_cached_and_ahead(made, back
     engine = make_engine(folder, num_pages=100, prefill_chunk=48, max_batch=4, reference=backend == "reference")
     assert check(engine, cases) == {"case 0": 0, "case 1": 0, "case 2": 0}
     states = engine.pool.states
-    # 64, 128, 192 = the end of the first prompt, 256 of its answer; 64 and the end of the second, 128; 16, 64 of its answer
-    assert len(states.free) == states.num_slots - states.snapshots and [len(states.ends), len(states.passed)] == [3, 6]
+    # 64, 128, 192 = the end of the first prompt, 256 of its answer; 64 and the end of the second, 128; 16, 64 of its answer;
+    # and the last page of each answer
+    assert len(states.free) == states.num_slots - states.snapshots and [len(states.ends), len(states.passed)] == [3, 9]
     assert check(engine, cases, ahead=True) == {"case 0": 192, "case 1": 80, "case 2": 16}
 
 
@@ -165,8 +166,8 @@ def test_a_conversation_of_ten_turns_computes_little_again(made):
     assert engine.pool.states.snapshots == 3
 
 
-def test_a_turn_after_a_long_answer_computes_at_most_what_lies_between_two_snapshots(made, monkeypatch):
-    """And what a template says otherwise of the answer before: here its first half, as of reasoning."""
+def test_a_turn_after_a_long_answer_goes_on_from_its_last_page(made, monkeypatch):
+    """Or, where a template says otherwise of the answer before, from the last snapshot before that."""
     folder, _ = made
     monkeypatch.setattr(StatePool, "INTERVAL", 32)
     engine = make_engine(folder, num_pages=100, prefill_chunk=64, max_batch=2, num_snapshots=40)
@@ -176,9 +177,12 @@ def test_a_turn_after_a_long_answer_computes_at_most_what_lies_between_two_snaps
         text += added
         result = run(engine, [assignment("turn", tuple(text), SamplingParams(temperature=0), 75, ignore_eos=True)])
         again = len(text) - result.end["turn"].usage.cached_tokens
-        assert again <= len(added) + 32 + PAGE_SIZE or turn == 0, turn
+        assert again <= len(added) + PAGE_SIZE or turn == 0, turn
         before, answer = len(text), result.tokens["turn"]
         text += answer
+    cut = text[:before] + answer[:50] + [1, 2, 3]
+    result = run(engine, [assignment("turn", tuple(cut), SamplingParams(temperature=0), 2, ignore_eos=True)])
+    assert 3 < len(cut) - result.end["turn"].usage.cached_tokens <= 3 + 32
     shortened = text[:before] + answer[40:]
     result = run(engine, [assignment("turn", tuple(shortened), SamplingParams(temperature=0), 2, ignore_eos=True)])
     assert len(shortened) - result.end["turn"].usage.cached_tokens <= len(answer[40:]) + PAGE_SIZE     # the end of the prompt before is kept
