@@ -100,14 +100,14 @@ def make_step(plan, cache, rows, positions, slots, qkv=None):
     kept = qkv, cos, sin, positions, slots, q, out, cache
     qkv_at, _, _, stride = look_at("qkv", qkv, ("float32",), rows, (H + 2 * Hkv) * D)
     indices = vector("positions", positions, "int64", rows), vector("slots", slots, "int64", rows)
-    job, _ = rope_job(check_cache(cache[0]), (qkv_at, stride), (q.ctypes.data, rows, H), cos, sin, indices, (0, 0), (0, 0))
+    job, _ = rope_job(check_cache(cache[0]), (qkv_at, stride), (q.ctypes.data, rows, H), cos, sin, indices, (0, 0), (0, 0), (Hkv, False))
 
     def append(kept=kept):
         _core.rope_append(job)
 
     def attend(layer, window):
         _core.paged_attention(plan, window, q.ctypes.data, cache.ctypes.data + layer * cache[0].nbytes, CODES["float16"],
-                              out.ctypes.data, D, 0.0, 0)
+                              out.ctypes.data, D, 0.0, 0, cache[0, 0].size)
 
     return append, attend
 

@@ -155,7 +155,7 @@ class Chain:
         sampling = SampleBatch(sampled, self.capped.shape[1])
         tokens = self.program.finish(self.program.start(
             batch.token_ids, batch.previous_token_ids, batch.starts, batch.lengths, batch.tables,
-            batch.logit_rows, sampling, states=(batch.state_reads, batch.write_rows, batch.write_slots)))
+            batch.logit_rows, sampling, all_rows=True, states=(batch.state_reads, batch.write_rows, batch.write_slots)))
         for call in self.calls:
             arguments = [self.real(argument, inputs) for argument in call.arguments]
             options = {key: self.real(option, inputs) for key, option in call.options.items()}

@@ -230,7 +230,7 @@ def opened(path, monkeypatch, backend=None, dtype=None):
     """A file as a worker on a GPU loads it; without a backend in float32, for references."""
     settings = Settings(model=str(path), dtype=dtype)
     with monkeypatch.context() as patch:
-        patching.patch(patch, model_kernels, "choose_backend", lambda device, spec: backend(spec) if backend else Backend("cpu"))
+        patching.patch(patch, model_kernels, "choose_backend", lambda device, spec, *ranks: backend(spec) if backend else Backend("cpu"))
         return open_model(resolve_model(settings), settings)
 
 

@@ -266,7 +266,7 @@ def opened(path, monkeypatch, backend, dtype=None):
     """A GGUF file as a worker with this backend loads it."""
     settings = Settings(model=str(path), dtype=dtype)
     with monkeypatch.context() as patch:
-        patching.patch(patch, model_kernels, "choose_backend", lambda device, spec: backend(spec))
+        patching.patch(patch, model_kernels, "choose_backend", lambda device, spec, *ranks: backend(spec))
         return open_model(resolve_model(settings), settings)
 
 

@@ -96,7 +96,7 @@ def test_a_kernel_that_is_wrong_or_raises_is_replaced_by_its_reference_and_named
     kernel = {"linear": "multiply"}.get(op, op)
     emulated = backends.Emulated(emulation_library, backends.wrong_ops(**{kernel: how}), faults=[op])
     with monkeypatch.context() as patch:
-        patching.patch(patch, model_kernels, "choose_backend", lambda device, spec: emulated.backend(spec))
+        patching.patch(patch, model_kernels, "choose_backend", lambda device, spec, *ranks: emulated.backend(spec))
         kernels = load_kernels("cuda", fixture.spec)
     assert kernels.names[op] == ("numpy/reference" if op == "sample" else "torch/reference")
     assert {name for name, by in kernels.names.items() if by == "decode_core/cuda"} == {

@@ -326,7 +326,7 @@ class SchemaRules:
                 member = pairs[0] if required and len(pairs) == 1 else self.shared(" | ".join(pairs))
                 members.append((member, required))
             elif required:
-                return ""
+                return None
         extra = [f"{self.other_key(any_key, pattern, texts.values(), keys)} {colon} {value}"
                  for pattern in every if (pattern is not None or has_other_keys(form))
                  and (value := self.rule(*schemas_of_key(form, None, pattern)))]
