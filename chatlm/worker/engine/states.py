@@ -7,7 +7,7 @@ A slot has the state after some number of tokens, in all such layers. A running 
 draft is verified it has one for each of its tokens, of which one is kept. A snapshot is the state at the end
 of a content of the prefix index: it is found with the content's serial, and shared without a copy, for a slot
 that others hold too is never written. Snapshots are taken at the end of a prompt, every so many tokens, and
-at the last full page of an answer, from where its conversation goes on unless a template changes the answer."""
+at the last full page of an answer, from where a conversation goes on unless a template changes the answer."""
 
 from __future__ import annotations
 
