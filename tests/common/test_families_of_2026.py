@@ -4,6 +4,7 @@ import json
 import random
 import re
 from dataclasses import replace
+from functools import partial
 
 import aiohttp
 import llguidance
@@ -24,7 +25,7 @@ from answers import together
 from engines import load
 from fake_pool import FakePool, Letters, frames, serving
 from tiny_gguf import small_gguf_metadata
-from works import assignment
+from works import assignment, told_with_types
 
 # What the published templates do with tools, thoughts, calls and results, in our words: LiquidAI/LFM2-1.2B, LiquidAI/LFM2.5-8B-A1B,
 # Qwen/Qwen3.5-4B, google/gemma-4-31B-it as of July 2026 and as of April 2026.
@@ -91,15 +92,7 @@ class Marked(Letters):
         return [token for part in parts for token in ([self.words[part]] if part in self.words else part.encode())]
 
 
-def told_by(tokenizer, ids, resumed=0, reason="stop"):
-    """What is told after each token that follows the first `resumed`, and at the end."""
-    work = assignment("a", (1,), SamplingParams(), 9999, resumed_ids=tuple(ids[:resumed]), chat=True, tool_names=("trip", "time"), tool_types=TYPES)
-    answer, told = Answer(work, tokenizer), []
-    for number, token in enumerate(ids[resumed:], resumed + 1):
-        answer.push(token, number, 9999)
-        told.append(answer.take())
-    answer._end(reason, "eos")
-    return [*told, answer.take()]
+told_by = partial(told_with_types, TYPES)
 
 
 def read(told):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import random
 from dataclasses import replace
+from functools import partial
 import re
 
 import aiohttp
@@ -32,7 +33,7 @@ from engines import load, make_engine, pieces, step_pieces
 from fake_pool import FakePool, Letters, frames, serving
 from nightly import by_day
 from patching import patch
-from works import assignment
+from works import assignment, told_with_types
 
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": {
     "type": "object", "properties": {"city": {"type": "string", "maxLength": 10}}, "required": ["city"], "additionalProperties": False}}}
@@ -247,16 +248,7 @@ GO = {"text": 'Say "hi" to\n\n<b>Ro & \\ Bonn</b>, é日\n', "days": 3, "share":
 TRIPS = [{"name": "trip", "arguments": json.dumps(GO)}, NOW, {"name": "trip", "arguments": '{"text": "", "days": -1}'}]
 
 
-def told_with_types(ids, tokenizer, resumed=0, reason="stop"):
-    tools = (TRIP, TIME)
-    work = assignment("a", (1,), SamplingParams(), 999, resumed_ids=tuple(ids[:resumed]), chat=True, tool_names=("trip", "time"),
-                      tool_types=tuple(map(parameter_types, tools)))
-    answer, told = Answer(work, tokenizer), []
-    for number, token in enumerate(ids[resumed:], resumed + 1):
-        answer.push(token, number, 999)
-        told.append(answer.take())
-    answer._end(reason, "eos")
-    return [*told, answer.take()]
+told_of_trips = partial(told_with_types, tuple(map(parameter_types, (TRIP, TIME))))
 
 
 @pytest.mark.parametrize("family", TAG_FAMILIES)
@@ -272,7 +264,7 @@ def test_calls_in_tags_are_told_as_json_of_the_types_that_the_tools_say(default_
     reader = Marked(tool_format, words := {mark: 300 + number for number, mark in enumerate(marks)})
     parts = re.split("(" + "|".join(map(re.escape, words)) + ")", "Well. " + written + "\n") if words else ["Well. " + written]
     ids = [token for part in parts for token in ([words[part]] if part in words else part.encode())]
-    told = told_with_types(ids, reader)
+    told = told_of_trips(reader, ids)
     text, calls = together([said for each in told for said in each])
     assert (text.strip(), [(call["name"], json.loads(call["arguments"])) for call in calls]) == (
         "Well.", [(call["name"], json.loads(call["arguments"])) for call in TRIPS])
@@ -280,12 +272,12 @@ def test_calls_in_tags_are_told_as_json_of_the_types_that_the_tools_say(default_
     deltas = [delta for each in told for delta in each if delta.kind == "call"]
     assert deltas[0].name == "trip" and len(deltas) > len(GO["text"])
     for cut in range(1, len(ids), 5 if tokens else 17):      # a worker that takes over knows from the ids alone what has been told
-        assert told_with_types(ids, reader, cut) == told[cut:]
-        text, calls = together([said for each in told_with_types(ids[:cut], reader, reason="length") for said in each])
+        assert told_of_trips(reader, ids, cut) == told[cut:]
+        text, calls = together([said for each in told_of_trips(reader, ids[:cut], reason="length") for said in each])
         assert not re.search("<.*(tool|func|arg|param)", text) and [call["name"] for call in calls] == [call["name"] for call in TRIPS][:len(calls)]
         assert all(json.loads(call["arguments"]) for call in calls[:-1] if call["name"] == "trip")
         if calls and calls[-1]["name"] == "trip" and tokens:        # what the model leaves open is closed
-            whole = together([said for each in told_with_types(ids[:cut], reader) for said in each])[1]
+            whole = together([said for each in told_of_trips(reader, ids[:cut]) for said in each])[1]
             assert isinstance(json.loads(whole[-1]["arguments"]), dict)
 
 
@@ -305,7 +297,7 @@ def test_what_models_write_amiss_in_tags_is_read_as_far_as_it_can_be(text, rest,
         reader = Marked("qwen tags", tokens)
         parts = re.split("(</?tool_call>)", text)
         ids = [token for part in parts for token in ([tokens[part]] if part in tokens else part.encode())]
-        told, found = together([said for each in told_with_types(ids, reader) for said in each])
+        told, found = together([said for each in told_of_trips(reader, ids) for said in each])
         lost = re.compile("</?tool_call>" if tokens else "$^")      # a special token that marks nothing has no text
         assert (told, found) == (lost.sub("", rest), calls)
 

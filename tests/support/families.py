@@ -11,6 +11,8 @@ from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
 from chatlm.worker.model.kernels import load_kernels, not_compiled
 from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.weights.gguf import gguf_spec
+from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.load import open_model
 from engines import make_batch
 
@@ -473,3 +475,9 @@ def as_gguf(path, model, quantized=False, metadata=None):
         tensors |= {f"rope_factors_{kind}.weight": np.array(rope[f"{kind}_factor"], np.float32) for kind in ("long", "short")}
     metadata = (metadata or small_gguf_metadata("gpt-2")) | {"general.architecture": arch}
     return write_gguf(path, tensors, {f"{arch}.{key}": value for key, value in numbers.items()}, metadata)
+
+
+def spec_of_changed_gguf(folder, name, changes):
+    """gguf_spec's answer to the file of a tiny model some of whose metadata are others."""
+    metadata, stored = read_gguf(as_gguf(folder / "tiny.gguf", make_model(name)))
+    return gguf_spec(folder / "tiny.gguf", metadata | changes, stored, None)

@@ -14,10 +14,8 @@ from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compil
 from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, ShortConv, expected_tensors
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, query_scales, rope_append_reference, rope_frequencies
 from chatlm.worker.ops.basic import RopePairs, gated_add_reference, unpermute_rope
-from chatlm.worker.weights.gguf import gguf_spec
-from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec
-from families import GROWING, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer, write_tokenizer
+from families import GROWING, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, transformer, write_tokenizer
 from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,9 +76,8 @@ def test_a_family_that_is_not_run_is_named_with_those_that_are(name, tmp_path):
     words = f"this server cannot run {' '.join(name.split())} yet; it runs: Llama 2 and 3, SmolLM2, Mistral"
     with pytest.raises(ConfigError, match=words):
         spec_of(tmp_path, {"model_type": name})
-    metadata, stored = read_gguf(as_gguf(tmp_path / "tiny.gguf", make_model("llama2")))
     with pytest.raises(ConfigError, match=words):
-        gguf_spec(tmp_path / "tiny.gguf", metadata | {"general.architecture": name}, stored, None)
+        spec_of_changed_gguf(tmp_path, "llama2", {"general.architecture": name})
 
 
 @pytest.mark.parametrize("key, value, words", [

@@ -24,11 +24,11 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.build import build_engine
 from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.tensors import MappedRows, advise
-from chatlm.worker.weights.gguf import gguf_spec, gguf_text, mapped_table
+from chatlm.worker.weights.gguf import gguf_text, mapped_table
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec
 from engines import tensors_of, tokens_of
-from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
+from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, transformer
 from hub_configs import GEMMA4_CONFIGS
 from tiny_gguf import small_gguf_metadata, write_gguf
 from works import assignment
@@ -152,9 +152,8 @@ def test_a_gguf_file_may_have_gates_and_ups_apart_and_keys_of_layers_that_share_
     ("rope.dimension_count", 16, "rope.dimension_count is 16; it must be 32"), ("attention.shared_kv_layers", 8, "is 8; it must be an integer from 0 to 7"),
     ("query_scale", 2.0, "gemma4.query_scale is 2.0; this key is not supported")])
 def test_what_is_wrong_in_the_metadata_is_named(key, value, words, tmp_path):
-    metadata, stored = read_gguf(as_gguf(tmp_path / "tiny.gguf", make_model("gemma4")))
     with pytest.raises(ConfigError) as caught:
-        gguf_spec(tmp_path / "tiny.gguf", metadata | {f"gemma4.{key}": value}, stored, None)
+        spec_of_changed_gguf(tmp_path, "gemma4", {f"gemma4.{key}": value})
     assert words in str(caught.value)
 
 
