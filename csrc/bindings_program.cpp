@@ -37,6 +37,27 @@ void embed(dc::Program& program, const py::object& tiles, uintptr_t table, int t
     program.record(op);
 }
 
+// A table in a file: rows of GGUF blocks.
+void look_up(dc::Program& program, uintptr_t table, int type, int64_t rows, const Buffer& out) {
+    dc::Op op = make_op(dc::OpKind::embed, false, {}, out);
+    op.table = at<const void>(table), op.tiles.type = dc::Weight(type), op.file_row_bytes = dc::row_bytes(dc::Weight(type), out.second);
+    op.table_rows = op.vocabulary = rows;
+    program.record(op);
+}
+
+void layer_inputs(dc::Program& program, const Buffer& projected, const Buffer& rows, uintptr_t weight, int64_t part, float epsilon, const Buffer& out) {
+    dc::Op op = make_op(dc::OpKind::layer_inputs, false, projected, out);
+    op.other = rows_of(rows), op.weight = at<const float>(weight), op.channels = part, op.epsilon = epsilon;
+    op.a = __builtin_sqrtf(0.5f), op.b = __builtin_sqrtf(0.5f * float(part));
+    program.record(op);
+}
+
+void gate_input(dc::Program& program, const Buffer& gate, const Buffer& inputs, int64_t first, const Buffer& out) {
+    dc::Op op = make_op(dc::OpKind::gate_input, false, gate, out);
+    op.other = rows_of(inputs), op.channels = first;
+    program.record(op);
+}
+
 void rms_norm(dc::Program& program, bool on_logit_rows, const Buffer& x, uintptr_t weight, float epsilon, const Buffer& out) {
     dc::Op op = make_op(dc::OpKind::rms_norm, on_logit_rows, x, out);
     op.weight = at<const float>(weight), op.epsilon = epsilon;
@@ -86,7 +107,7 @@ void paged_attention(dc::Program& program, const Buffer& q, uintptr_t cache, int
 
 void experts(dc::Program& program, const Buffer& x, const Buffer& logits, const dc::Tiles& gate_up, const dc::Tiles& down, const Buffer& out,
              uintptr_t weight, float epsilon, uintptr_t up_bias, uintptr_t down_bias, int activation, int64_t chosen, bool sum_to_one,
-             bool residual, bool sigmoids, uintptr_t choice_bias) {
+             bool residual, bool sigmoids, uintptr_t choice_bias, uintptr_t scales) {
     const auto routing = std::make_shared<dc::Routing>(logits.second, chosen, sum_to_one, sigmoids, program.max_tokens);
     const auto record = [&](dc::OpKind kind, const Buffer& from, const Buffer& to, const dc::Tiles* tiles, uintptr_t bias) {
         dc::Op op = make_op(kind, false, from, to);
@@ -94,6 +115,7 @@ void experts(dc::Program& program, const Buffer& x, const Buffer& logits, const 
         if (tiles) op.tiles = *tiles;
         if (kind == dc::OpKind::gate_up)
             op.activation = dc::Activation(activation), op.norm = true, op.weight = at<const float>(weight), op.epsilon = epsilon;
+        if (kind == dc::OpKind::route) op.weight = at<const float>(scales);
         program.record(op);
     };
     record(dc::OpKind::route, logits, {}, nullptr, choice_bias);
@@ -256,6 +278,9 @@ void bind_program(py::module_& m) {
         .def("rms_norm", &rms_norm)
         .def("linear", &linear)
         .def("experts", &experts)
+        .def("look_up", &look_up)
+        .def("layer_inputs", &layer_inputs)
+        .def("gate_input", &gate_input)
         .def("mix", &mix)
         .def("smear", &smear)
         .def("softcap", &softcap)

@@ -15,11 +15,12 @@ from . import _core
 from .program import Program
 from .ranks import Ranks
 from .sampling import Sampler, batch_of
-from .tiles import Arena, Matrix, multiply
+from .tiles import KINDS, Arena, Matrix, multiply
 from .weights import as_stored, converted, held_bytes, pack, tile_row_bytes
 
 RECORDED = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap",
-            "rope_append", "paged_attention", "experts", "short_conv", "delta_rule", "mamba2", "split_gates", "gate", "gated_add")
+            "rope_append", "paged_attention", "experts", "short_conv", "delta_rule", "mamba2", "split_gates", "gate", "gated_add",
+            "look_up", "layer_inputs", "gate_input")
 
 
 @functools.cache
@@ -90,8 +91,14 @@ class CpuBackend:
         arena = Arena(64 << 20)
         return {name: getattr(program, name) for name in RECORDED} | {
             "pack": lambda name, *parts: pack(arena, name, parts, quantize, self.spec.tied_head),
-            "make_cache": self.make_cache, "plan_attention": lambda *_: program.attention,
+            "look_up": self.look_up, "make_cache": self.make_cache, "plan_attention": lambda *_: program.attention,
             "sample": Sampler()}
+
+    def look_up(self, table: Any, ids: Any, out: Any) -> None:
+        if table.kind not in KINDS:
+            raise self.script.ConfigError(f"the embeddings of each layer are of type {table.kind}, which decode_core does not read from the "
+                                          f"file; it reads {', '.join(KINDS)}. With CHAT_SERVER_KERNELS=reference torch computes the model")
+        self.program.look_up(table, ids, out)
 
     def make_cache(self, spec: Any, layout: Any, num_pages: int, dtype: torch.dtype | None, device: torch.device) -> tuple[torch.Tensor, list]:
         """As the reference, but each layer's is (P, Hkv, 2, 16 * D), pages perhaps apart."""

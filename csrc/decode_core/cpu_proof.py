@@ -24,6 +24,21 @@ SLOTS = 4                       # of states
 STATES = {"short_conv": 2, "delta_rule": 4, "mamba2": 4}     # which argument of an op they are
 
 
+class FileRows:
+    """A table of random rows as a model file has them."""
+
+    def __init__(self, kind: str, rows: int, columns: int, dice: Dice, script: SimpleNamespace):
+        self.kind = kind
+        if kind in FLOATS:
+            self.table = self.values = dice.normal(rows, columns).to(FLOATS[kind])
+        else:
+            self.table = torch.from_numpy(random_blocks(kind, rows, columns))
+            self.values = dequantized(kind, self.table, script)
+
+    def look_up(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(self.values[ids.clamp(min=0)])
+
+
 class Chain:
     """A Program of every op, each with an output of its own, so that afterwards each reference can be given
     just what its op has read."""
@@ -71,6 +86,11 @@ class Chain:
                 self.call("paged_attention", q, cache, p.attention, window, width=256, sinks=dice.normal(spec.heads))
             self.call("paged_attention", q, cache, p.attention, 0, width=256, softcap=2.0)
         self.experts(x, norm)
+        narrow = self.call("linear", x, self.matrix("f32", "input_gate", 48), width=48, label="linear f32")
+        made = self.call("layer_inputs", x, previous, dice.normal(48), 1e-5, width=C)
+        self.call("gate_input", narrow, made, 96, width=48)
+        for kind in ("bf16", "q8_0", "q4_1"):        # those that need no gguf package
+            self.call("look_up", FileRows(kind, spec.vocab_size, C, dice, self.script), p.token_ids, width=C)
         for taps, bias in ((3, None), (5, dice.normal(C // 3))):
             self.call("short_conv", x, dice.normal(taps * C // 3), (dice.normal(SLOTS, taps - 1, C // 3),), p.sequences, width=C // 3, bias=bias)
         for alternating, by_key in ((False, True), (True, False)):
@@ -106,7 +126,8 @@ class Chain:
         logits = self.call("linear", x, self.matrix("f32", "router", E), width=E, label="linear f32")
         router: dict[str, Any]
         for activation, router in (("swiglu", {"sum_to_one": False}), ("clamped_swiglu", {"sum_to_one": True}),
-                                   ("swiglu", {"sum_to_one": True, "sigmoids": True, "choice_bias": dice.normal(E) / 4})):
+                                   ("swiglu", {"sum_to_one": True, "sigmoids": True, "choice_bias": dice.normal(E) / 4}),
+                                   ("geglu", {"sum_to_one": True, "scales": 1 + dice.normal(E) / 4})):
             self.call("experts", x, logits, gate_up, down, width=self.spec.width, norm=norm, biases=biases, activation=activation, chosen=2,
                       **router)
 

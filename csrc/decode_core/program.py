@@ -25,9 +25,10 @@ from .arrays import CODES, FLOAT32, look_at, vector
 from .attention import appended, check_cache, check_softcap, check_together, rope_job, sinks_at
 from .ranks import Ranks, check_gathered
 from .sampling import SampleBatch
-from .tiles import ACTIVATIONS, GATES, TILE_ROWS, Matrix, check_linear, check_matrix
+from .tiles import ACTIVATIONS, COLUMNS, GATES, KINDS, TILE_ROWS, Matrix, check_linear, check_matrix
 
 NONE = (0, 0)               # no buffer
+KINDS_OF_FLOATS = ("f32", "f16", "bf16")
 TOKENS, LOGIT_ROWS = "max_tokens", "max_rows"
 MAX_EXPERTS, MAX_CHOSEN, MAX_TAPS = _core.MAX_EXPERTS, _core.MAX_CHOSEN, _core.MAX_TAPS
 
@@ -139,6 +140,49 @@ class Program:
         self._buffers.keep(table, out)
         self._program.embed(tiles, address, code, shape[0], first, vocabulary, ids is self.previous_token_ids, buffer)
 
+    def look_up(self, table, ids, out) -> None:
+        """Rows `ids` (token_ids) of a table that stays in its file -> out (max_tokens, K); a negative id: row 0.
+
+        `table.kind` is a type of weights, `table.table` its N rows: floats (N, K), or GGUF blocks (N, bytes of a row) uint8.
+        """
+        if table.kind in KINDS_OF_FLOATS:
+            return self.embed(table.table, ids, out)
+        if table.kind not in KINDS:
+            raise ValueError(f"table: must be of a type among {', '.join(KINDS)}, not {table.kind!r}")
+        _is_marker("ids", ids, self.token_ids)
+        buffer = self._buffers.written("out", out, TOKENS)
+        if buffer[1] % COLUMNS[table.kind]:
+            raise ValueError(f"out: must have a multiple of {COLUMNS[table.kind]} columns for {table.kind}, not {buffer[1]}")
+        address, _, (rows, _), _ = look_at("table", table.table, ("uint8",), None, _core.row_bytes(KINDS[table.kind], buffer[1]))
+        self._buffers.keep(table.table, out)
+        self._program.look_up(address, KINDS[table.kind], rows, buffer)
+
+    def layer_inputs(self, projected, rows, weight, eps: float, out) -> None:
+        """(weight * rms(each part of projected) + sqrt(P) * rows) / sqrt(2) -> out, which may be projected, all (max_tokens, L * P).
+
+        weight (P); a layer's part is P wide, a multiple of 16.
+        """
+        x_at, rows_of = self._buffers.read("projected", projected, 16)
+        other_at = self._buffers.read_like("rows", rows, rows_of, x_at[1])
+        part = len(weight)
+        if rows_of != TOKENS or part % 16 or x_at[1] % part:
+            raise ValueError(f"weight: must have a multiple of 16 values that divides {x_at[1]} columns of tokens, not {part}")
+        weight_at = vector("weight", weight, "float32", part)
+        out_at = self._buffers.written("out", out, TOKENS, x_at[1])
+        if out_at[0] == other_at[0]:
+            raise ValueError("out: may not be rows")
+        self._buffers.keep(projected, rows, weight, out)
+        self._program.layer_inputs(x_at, other_at, weight_at, part, float(eps), out_at)
+
+    def gate_input(self, gate, inputs, first: int, out) -> None:
+        """gelu(gate) * inputs[:, first:first + P] -> out, which may be gate, both (max_tokens, P); gelu by its tanh."""
+        (x_at, rows_of), (inputs_at, its_rows) = self._buffers.read("gate", gate, 16), self._buffers.read("inputs", inputs, 16)
+        if rows_of != TOKENS or its_rows != TOKENS or first % 16 or not 0 <= first <= inputs_at[1] - x_at[1]:
+            raise ValueError(f"first: must be a multiple of 16 that leaves {x_at[1]} of {inputs_at[1]} columns of tokens, not {first!r}")
+        out_at = self._buffers.written("out", out, TOKENS, x_at[1])
+        self._buffers.keep(gate, inputs, out)
+        self._program.gate_input(x_at, inputs_at, first, out_at)
+
     def given(self, x) -> None:
         """x (max_tokens, C): whoever starts a step has written its rows, and no earlier step is under way then."""
         self._buffers.keep(x)
@@ -183,13 +227,14 @@ class Program:
                      keep=(x, matrix, out, norm and norm[0], bias, residual))
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen: int, sum_to_one: bool,
-                residual: bool = True, sigmoids: bool = False, choice_bias=None) -> None:
+                residual: bool = True, sigmoids: bool = False, choice_bias=None, scales=None) -> None:
         """x (unless not `residual`) + the sum over each row's experts of share * (activation(norm(x) gate_up^T + bias) down^T + bias) -> out, which may be x.
 
         A row's experts are the `chosen` ones with the largest of its logits (max_tokens, E), of equal ones the lower ids; their
         shares are the softmax over their logits, or over all E unless sum_to_one. With `sigmoids` they have the largest
-        sigmoid(logit) + choice_bias (E) (or None), and share by these sigmoids' part of their sum. gate_up (2 * E * F, C) holds all experts'
-        gates and ups, whose tiles alternate; down (E * C, F); biases of each, in the order of the tiles' rows, or None.
+        sigmoid(logit) + choice_bias (E) (or None), and share by these sigmoids' part of their sum. Each share is
+        multiplied by the expert's of `scales` (E), if given. gate_up (2 * E * F, C) holds all experts' gates and ups, whose tiles
+        alternate; down (E * C, F); biases of each, in the order of the tiles' rows, or None.
         """
         for name, matrix in (("gate_up", gate_up), ("down", down)):
             check_matrix(matrix, name)
@@ -208,10 +253,12 @@ class Program:
         up_bias_at, down_bias_at = (0 if bias is None else vector("biases", bias, "float32", matrix.rows)
                                     for bias, matrix in zip(biases, (gate_up, down), strict=True))
         choice_bias_at = 0 if choice_bias is None else vector("choice_bias", choice_bias, "float32", E)
+        scales_at = 0 if scales is None else vector("scales", scales, "float32", E)
         out_at = self._buffers.written("out", out, TOKENS, C)
-        self._buffers.keep(x, logits, gate_up, down, out, norm[0], *biases, choice_bias)
+        self._buffers.keep(x, logits, gate_up, down, out, norm[0], *biases, choice_bias, scales)
         self._program.experts(x_at, logits_at, gate_up.tiles, down.tiles, out_at, norm_at, float(norm[1]), up_bias_at, down_bias_at,
-                              ACTIVATIONS[activation], chosen, bool(sum_to_one), bool(residual), bool(sigmoids), choice_bias_at)
+                              ACTIVATIONS[activation], chosen, bool(sum_to_one), bool(residual), bool(sigmoids), choice_bias_at,
+                              scales_at)
 
     def copy(self, x, out) -> None:
         """x -> out."""

@@ -49,7 +49,7 @@ from . import _core, cuda
 from .attention import MAX_HEAD_SIZE
 from .program import MAX_CHOSEN, MAX_EXPERTS
 
-SEAM = 18       # one more whenever a name, an argument or a meaning above, or of `script`, changes
+SEAM = 19       # one more whenever a name, an argument or a meaning above, or of `script`, changes
 log = logging.getLogger("chat_server.decode_core")
 
 

@@ -17,7 +17,7 @@ decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="d
 from decode_core import _core  # noqa: E402
 from decode_core.program import LOGIT_ROWS, TOKENS, Buffers  # noqa: E402
 from nightly import by_day  # noqa: E402
-from row_ops import exp_negative, fma, rms_norm, route, route_sigmoids, sigmoid, silu, softcap, softplus, tree  # noqa: E402
+from row_ops import exp_negative, fma, gelu_tanh, rms_norm, route, route_sigmoids, sigmoid, silu, softcap, softplus, tree  # noqa: E402
 
 PAGE, MAX_TOKENS, MAX_ROWS, PAGES, SLOTS = 16, 128, 128, 64, 16
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
@@ -77,10 +77,11 @@ class Eager:
             decode_core.multiply(x, matrix, norm=norm, bias=bias, activation=activation, out=out[:n],
                                  residual=None if residual is None else residual[:n])
 
-    def experts(self, x, logits, gate_up, down, out, norm, biases, activation, chosen, sum_to_one, sigmoids=False, choice_bias=None):
+    def experts(self, x, logits, gate_up, down, out, norm, biases, activation, chosen, sum_to_one, sigmoids=False, choice_bias=None, scales=None):
         (C, F), logits = (x.shape[1], down.columns), logits[:self.T]
         before, routes = x[:self.T].copy(), route_sigmoids(logits, choice_bias, chosen) if sigmoids else route(logits, chosen, sum_to_one)
         for row, (ids, shares) in enumerate(zip(*routes)):
+            shares = shares if scales is None else shares * scales[ids]
             total = np.zeros(C, np.float32)
             for expert, share in zip(ids, shares):
                 hidden, added = np.empty((1, gate_up.rows // 2), np.float32), np.empty((1, down.rows), np.float32)      # of all experts
@@ -213,13 +214,26 @@ class Eager:
     def gated_add(self, x, added, gate, out):
         out[:self.T] = x[:self.T] + sigmoid(gate[:self.T]) * added[:self.T]
 
+    def look_up(self, table, ids, out):
+        out[:self.T] = table.values[np.maximum(self.step.token_ids, 0)]
+
+    def layer_inputs(self, projected, rows, weight, eps, out):
+        P, half = len(weight), np.float32(0.5)
+        for c in range(0, out.shape[1], P):
+            normed = rms_norm(np.ascontiguousarray(projected[:self.T, c:c + P]), weight, eps)
+            out[:self.T, c:c + P] = normed * np.sqrt(half) + rows[:self.T, c:c + P] * np.sqrt(half * np.float32(P))
+
+    def gate_input(self, gate, inputs, first, out):
+        out[:self.T] = gelu_tanh(gate[:self.T]) * inputs[:self.T, first:first + gate.shape[1]]
+
     def sample(self, logits):
         if self.R and self.step.sampling:
             self.tokens = decode_core.sample(logits[:self.R], self.step.sampling).tolist()
 
 
 # ---- small models: a llama, one with every feature of nanochat checkpoints, one with experts and sinks, one with convolutions,
-# two with delta rules: value heads beside their key heads, and alternating; and two with Mamba-2 layers
+# two with delta rules: value heads beside their key heads, and alternating; two with Mamba-2 layers; and one whose layers have
+# inputs of their own and of which the last two read the keys of the first
 
 RULES = {"deltas": SimpleNamespace(size=4, key_heads=2, value_heads=6, key_size=16, value_size=80, alternating=False, gates_by_key=True, heads_by_key=True),
          "alternating deltas": SimpleNamespace(size=3, key_heads=3, value_heads=6, key_size=32, value_size=16, alternating=True, gates_by_key=False,
@@ -241,8 +255,20 @@ def shapes_of(mixer):
     return width + channels + columns, width, {"taps": mixer.size * channels, "decay": H, "dt_bias": H} | own, ((mixer.size - 1, channels), state)
 
 
+class FileTable:
+    """Rows of a file, of Q8_0: their bytes, and what they stand for."""
+
+    kind = "q8_0"
+
+    def __init__(self, rows, columns, generator):
+        scales = (generator.random((rows, columns // 32, 1), np.float32) / 100).astype(np.float16)
+        codes = generator.integers(-127, 128, (rows, columns // 32, 32), np.int8)
+        self.table = np.concatenate((scales.view(np.uint8), codes.view(np.uint8)), 2).reshape(rows, -1)
+        self.values = (scales.astype(np.float32) * codes).reshape(rows, columns)
+
+
 class Model:
-    E = 7                       # experts
+    E, P = 7, 32                # experts; columns of a layer's own input
 
     def __init__(self, name, seed=0):
         self.name, generator = name, np.random.default_rng(seed)
@@ -259,6 +285,8 @@ class Model:
         if name in RULES:
             shapes |= {"qkv": (qkv + self.H * self.D, self.C), "share": (1, self.C)}
         shapes |= {"up": (self.F if name == "nanochat" else 2 * self.F, self.C)}
+        if name == "inputs":
+            shapes |= {"gate_in": (self.P, self.C), "gate_out": (self.C, self.P), "queries": (self.H * self.D, self.C), "project": (3 * self.P, self.C)}
         if name == "experts":
             shapes |= {"router": (self.E, self.C), "up": (self.E * 2 * self.F, self.C), "down": (self.E * self.C, self.F)}
         self.layers = [{key: self.matrix(kind, shape, generator) for key, shape in shapes.items()} for _ in range(3)]
@@ -269,8 +297,9 @@ class Model:
         self.values, self.ve_gate = normal(self.V, self.Hkv * self.D).astype(np.float16), self.matrix("f32", (self.Hkv, 12), generator)
         angles = np.outer(np.arange(PAGES * PAGE), 100.0 ** -(np.arange(self.D // 2) / self.D))
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        self.routers = {}, {"sigmoids": True, "choice_bias": normal(self.E) / 4}, {}
+        self.routers = {}, {"sigmoids": True, "choice_bias": normal(self.E) / 4}, {"scales": 1 + normal(self.E) / 4}
         self.taps, self.conv_bias = {l: normal(size * self.C) for l, size in ((0, 3), (2, 5))}, normal(self.C)
+        self.file = FileTable(self.V, 3 * self.P, generator)
         if rule:
             self.rule, self.rules = rule, [{key: normal(size) for key, size in weights_sizes.items()} for _ in range(2)]
             for weights in self.rules:
@@ -278,7 +307,8 @@ class Model:
         kept = dict.fromkeys((0, 2), states) if rule else {0: ((2, self.C),), 2: ((4, self.C),)}
         self.states = lambda: {l: tuple(np.ones((SLOTS, *shape), np.float32) for shape in own) for l, own in kept.items()}
         sizes = {"mixed": mixed, "mixer": mixer, "gated": qkv + self.H * self.D, "gates": self.H * self.D, "share": 1, "x": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
-                 "hidden": self.F, "routing": self.E, "value": self.Hkv * self.D, "strength": self.Hkv}
+                 "queries": self.H * self.D,
+                 "projected": 3 * self.P, "rows": 3 * self.P, "input": self.P, "hidden": self.F, "routing": self.E, "value": self.Hkv * self.D, "strength": self.Hkv}
         self.buffers = lambda: SimpleNamespace(
             **{key: np.full((MAX_TOKENS, columns), np.nan, np.float32) for key, columns in sizes.items()},
             states=self.states(), last=np.full((MAX_ROWS, self.C), np.nan, np.float32), logits=np.full((MAX_ROWS, self.V), np.nan, np.float32))
@@ -296,7 +326,7 @@ class Model:
 
     def forward(self, k, b, cache):
         """The ops of a step, called on `k`: a Program that records them or an Eager that runs them."""
-        (self.nanochat if self.name == "nanochat" else self.llama)(k, b, cache)
+        {"nanochat": self.nanochat, "inputs": self.inputs}.get(self.name, self.llama)(k, b, cache)
         k.sample(b.logits)
 
     def llama(self, k, b, cache):
@@ -346,6 +376,30 @@ class Model:
         k.linear(b.x, layer["share"], b.share, norm=(self.norm, 1e-5))
         k.gated_add(b.x, b.previous, b.share, out=b.x)
 
+    def inputs(self, k, b, cache):
+        k.embed(self.head, k.token_ids, b.x)
+        k.linear(b.x, self.layers[0]["project"], b.projected)
+        k.look_up(self.file, k.token_ids, b.rows)
+        k.layer_inputs(b.projected, b.rows, self.norm[:self.P], 1e-5, b.projected)
+        k.copy(b.x, b.x0)
+        for l, layer in enumerate(self.layers):
+            k.linear(b.x, layer["qkv" if l == 0 else "queries"], b.qkv if l == 0 else b.queries, norm=(self.norm, 1e-5))
+            k.rope_append(b.qkv if l == 0 else b.queries, self.cos, self.sin, k.positions, k.slots, cache[0], b.q, norm="before_rope", value_norm=True)
+            k.paged_attention(b.q, cache[0], k.attention, (0, 40, 0)[l], b.attended)
+            k.linear(b.attended, layer["output"], b.x, residual=b.x)
+            k.linear(b.x, layer["up"], b.hidden, norm=(self.norm, 1e-5), activation="geglu")
+            k.linear(b.hidden, layer["down"], b.x, residual=b.x)
+            k.linear(b.x, layer["gate_in"], b.input)
+            k.gate_input(b.input, b.projected, l * self.P, b.input)
+            k.linear(b.input, layer["gate_out"], b.previous)
+            k.rms_norm(b.previous, self.norm, 1e-5, b.previous)
+            k.mix(b.x, b.previous, 1.0, 1.0, b.x)
+        k.embed(self.table, k.previous_token_ids, b.previous)       # which ids a row has is known to the end
+        k.smear(b.x, b.previous, k.previous_token_ids, self.gate, 0.4, b.x)
+        k.mix(b.x, b.x0, 1.0, 0.5, b.x)
+        k.gather_rows(b.x, k.logit_rows, b.last)
+        k.linear(b.last, self.head, b.logits, norm=(self.norm, 1e-5))
+
     def nanochat(self, k, b, cache):
         k.embed(self.table, k.token_ids, b.x)
         k.rms_norm(b.x, None, 1e-6, b.x)
@@ -373,7 +427,7 @@ class Model:
         k.softcap(b.logits, 2.0, b.logits)
 
 
-MODELS = {name: Model(name) for name in ("llama", "nanochat", "experts", "convolutions", *RULES, *MAMBAS)}
+MODELS = {name: Model(name) for name in ("llama", "nanochat", "experts", "inputs", "convolutions", *RULES, *MAMBAS)}
 
 
 class Recorded:

@@ -1,6 +1,7 @@
 """Engines in this process, for tests that look inside: built like a worker's, on real checkpoints."""
 
 import functools
+import random
 
 import torch
 
@@ -9,7 +10,7 @@ from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import Ended, Failed, Message, Piece, SamplingParams
 from chatlm.common.text import load as text_load
-from chatlm.worker.engine.engine import Engine
+from chatlm.worker.engine.engine import Drafter, Engine
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import EagerSteps, load_kernels
 from chatlm.worker.model.spec import Batch, group_layers
@@ -140,6 +141,21 @@ def make_batch(*chunks):
         lengths.append(computed + new)
     rows, slots = [start - 1 for start in starts[1:]], [chunk[3][0] for chunk in chunks]
     return Batch(ids, previous, starts, lengths, [chunk[3] for chunk in chunks], rows, False, slots, rows, slots)
+
+
+def propose_partly_right(monkeypatch, works, expected, seed=4):
+    """Have drafts be right up to some token, as these works' tokens are expected: answers of random models seldom
+    repeat themselves, so nothing else drafts much."""
+    dice = random.Random(seed)
+
+    def propose(drafter):
+        [rest] = [expected[work.id][len(drafter.tokens) - len(work.prompt_ids):] for work in works
+                  if tuple(drafter.tokens[:len(work.prompt_ids)]) == work.prompt_ids]
+        right = dice.randrange(6)
+        return rest[:right] + [(token + 1) % 256 for token in rest[right:right + 1]]
+
+    monkeypatch.setattr(Drafter, "propose", propose)
+    monkeypatch.setattr(Drafter, "judge", lambda drafter, accepted: None)
 
 
 class Pieces(list):

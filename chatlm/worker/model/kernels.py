@@ -202,8 +202,7 @@ def choose_backend(device, spec: ModelSpec | None, tp: int = 1, whole: ModelSpec
 
 
 # ops of models that decode_core does not compute
-TORCH_ALONE = ("mean_squares", "norm_qk", "group_squares", "norm_groups", "look_up", "layer_inputs",
-               "gate_input")
+TORCH_ALONE = "mean_squares", "norm_qk", "group_squares", "norm_groups"
 
 
 def not_compiled(spec: ModelSpec, device="cpu", tp: int = 1) -> str:
@@ -213,7 +212,8 @@ def not_compiled(spec: ModelSpec, device="cpu", tp: int = 1) -> str:
         "norm of all heads together": spec.qk_norm_sizes,
         "gate of a shared expert on a GPU": spec.shared_gate and on_gpu,
         "router of sigmoids on a GPU": spec.sigmoid_router and on_gpu,
-        "embedding of each layer": spec.layer_input_size, "scale of experts": spec.expert_norms,
+        "embedding of each layer on a GPU": spec.layer_input_size and on_gpu,
+        "scale of experts on a GPU": spec.expert_norms and on_gpu,
         "scale of queries by their position": spec.q_growth,
         "layers that keep a state on a GPU": any(spec.mixers) and on_gpu,
         "delta rule of heads that are no multiples of 16": any(

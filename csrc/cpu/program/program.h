@@ -25,7 +25,7 @@ namespace dc {
 
 enum class OpKind { embed, gather_rows, rms_norm, linear, copy, mix, smear, softcap, rope_append, paged_attention, sample, route, group,
                     gate_up, down, combine, all_reduce, all_gather, short_conv, delta_rule, split_gates, gate, gated_add,
-                    convolve, mamba2 };
+                    convolve, mamba2, layer_inputs, gate_input };
 const char* name_of(OpKind kind);
 static inline bool is_convolution(OpKind kind) { return kind == OpKind::short_conv || kind == OpKind::convolve; }
 static inline bool keeps_states(OpKind kind) { return is_convolution(kind) || kind == OpKind::delta_rule || kind == OpKind::mamba2; }
@@ -41,18 +41,19 @@ struct Op {
     bool on_logit_rows = false;         // runs over the R rows that have logits, else over the T tokens
     Rows x, out;
     Rows other;                         // linear: residual; mix: x0 (or backout's middle); smear: previous; all_reduce: residual; gated_add: what is added;
-                                        // mamba2: what a convolution made of p
+                                        // mamba2: what a convolution made of p; layer_inputs: the tokens' rows; gate_input: from column `channels` on
     bool norm = false;                  // linear: of x first; weight and epsilon are the norm's
-    const float* weight = nullptr;      // smear: the gate; a convolution: the taps
+    const float* weight = nullptr;      // smear: the gate; a convolution: the taps; route: the experts' scales
     float epsilon = 0;
     Tiles tiles{};                      // linear; embed unless memory is null
     const float* bias = nullptr;
     Activation activation = Activation::none;
     const void* table = nullptr;        // embed: (table_rows, columns), plain unless there are tiles
     Element table_type{};
+    int64_t file_row_bytes = 0;         // embed: > 0: the table has rows of GGUF blocks, so long, of type tiles.type
     int64_t table_rows = 0, first_row = 0, vocabulary = 0;      // its rows are those from first_row on, of so many ids
     bool previous_ids = false;          // embed: of the tokens before
-    int64_t channels = 0;               // smear; a convolution: how many taps; split_gates: of a head; rms_norm: groups of columns, 0: one
+    int64_t channels = 0;               // smear; a convolution: how many taps; split_gates: of a head; rms_norm: groups of columns, 0: one; layer_inputs: of a layer's part
     float* states = nullptr;            // a convolution: (num_slots, taps - 1, columns)
     int64_t num_slots = 0;              // of any op that keeps states
     std::shared_ptr<const DeltaRule> delta;

@@ -51,6 +51,7 @@ struct RowKernels {             // `columns` a multiple of 16 except for soft_ca
     void (*convolve)(const ConvRows& conv, int64_t first, int64_t last);                                    // the same with silu() for c ()
     void (*gate)(const float* x, const float* gates, int64_t columns, float* out);                          // x * sigmoid(gates)
     void (*gated_add)(const float* x, const float* added, float gate, int64_t columns, float* out);         // x + sigmoid(gate) * added
+    void (*gate_input)(const float* x, const float* y, int64_t columns, float* out);                       // gelu(x) y
 };
 
 DC_EACH_ISA(extern const RowKernels row_kernels)

@@ -113,6 +113,10 @@ void combine(const float* x, const float* const* added, const float* shares, int
     }
 }
 
+void gate_input(const float* x, const float* y, int64_t columns, float* out) {
+    for (int64_t c = 0; c < columns; c += 16) store(out + c, gelu_tanh(load(x + c)) * load(y + c));
+}
+
 void add_up(const float* const* parts, int64_t count, const float* x, int64_t columns, float* out) {
     for (int64_t c = 0; c < columns; c += 16) {
         Lanes total = load(parts[0] + c);
@@ -170,7 +174,7 @@ void gated_add(const float* x, const float* added, float gate, int64_t columns, 
 }  // namespace
 
 extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any, route, route_sigmoids, combine, add_up, short_conv,
-                                         plain_conv, gate, gated_add};
+                                         plain_conv, gate, gated_add, gate_input};
 
 }  // namespace DC_ISA
 }  // namespace dc

@@ -112,12 +112,20 @@ void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
                 const size_t first = size_t(row * to.chosen);
                 if (to.sigmoids) use.route_sigmoids(op.x.row(row), op.bias, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
                 else use.route(op.x.row(row), to.experts, to.chosen, to.sum_to_one, &to.ids[first], &to.shares[first]);
+                for (int64_t j = 0; op.weight && j < to.chosen; j++) to.shares[first + size_t(j)] *= op.weight[to.ids[first + size_t(j)]];
                 break;
             }
             case OpKind::combine: combine(op, row); break;
             case OpKind::split_gates: split_gates(op, row); break;
             case OpKind::gate: use.gate(op.x.row(row), op.gates.row(row), columns, out); break;
             case OpKind::gated_add: use.gated_add(op.x.row(row), op.other.row(row), *op.gates.row(row), columns, out); break;
+            case OpKind::layer_inputs: {                // sqrt(1/2) (norm of each part + sqrt(P) other)
+                const int64_t part = op.channels;
+                for (int64_t c = 0; c < columns; c += part) use.rms_norm(op.x.row(row) + c, op.weight, op.epsilon, part, out + c);
+                use.mix(out, op.a, op.other.row(row), op.b, columns, out);
+                break;
+            }
+            case OpKind::gate_input: use.gate_input(op.x.row(row), op.other.row(row) + op.channels, columns, out); break;
             default: break;
         }
     }
@@ -133,6 +141,8 @@ void Step::embed(const Op& op, int64_t row) const {
     const int64_t id = std::max<int64_t>((op.previous_ids ? input.previous_ids : input.token_ids)[size_t(row)], 0) - op.first_row;
     float* const out = product_row(op, row);
     if (id < 0 || id >= op.table_rows) return std::fill_n(out, op.out.columns, -0.0f), void();      // another rank has it
+    if (op.file_row_bytes)
+        return read_file_row(op.tiles.type, static_cast<const uint8_t*>(op.table) + id * op.file_row_bytes, op.out.columns, out);
     if (op.tiles.memory) return embed_row(op.tiles, id, out);
     const char* from = static_cast<const char*>(op.table) + id * op.out.columns * bytes_of(op.table_type);
     row_kernels_here().widen(op.table_type, from, op.out.columns, out);

@@ -119,6 +119,7 @@ bool fill_tiles(const Tiles& to, const uint8_t* source, Weight source_type, int6
                 int64_t tile_step);
 
 void embed_row(const Tiles& tiles, int64_t row, float* out);    // row `row` of the matrix, as f32 [columns]
+void read_file_row(Weight type, const uint8_t* row, int64_t columns, float* out);   // the same of a row of GGUF blocks
 
 // file_columns(type) values as a GGUF block of a q type (quantize.cpp says how it is rounded).
 void quantize_block(Weight type, const float* x, uint8_t* block);

@@ -1,4 +1,5 @@
-// op       fill_tiles, embed_row: rows of floats or GGUF blocks -> tiles (cpu/tiles/tiles.h has the layouts), and back to f32
+// op       fill_tiles, embed_row: rows of floats or GGUF blocks -> tiles (cpu/tiles/tiles.h has the layouts), and back to f32;
+//          read_file_row: GGUF blocks to f32
 // mapping  one item = a run of tiles; a tile is filled a GGUF block or a value (floats) of one row at a time
 // cost     source read and tiles written once; what quantizing adds says quantize.cpp. NaN and infinity are looked for while a
 //          tile is in the cache
@@ -186,6 +187,26 @@ void read_q_row(const uint8_t* tile, int64_t columns, int64_t r, float* out) {
     }
 }
 
+// With the scales of one block of 32 columns at a time in a group of its own.
+template <class F>
+void read_block_row(const uint8_t* row, int64_t columns, float* out) {
+    uint8_t group[F::SCALE_BYTES] = {}, codes[F::FILE_COLUMNS];
+    float scale[16], minimum[16];
+    for (int64_t c = 0; c < columns; c += F::FILE_COLUMNS, row += F::FILE_BYTES) {
+        F::codes(row, codes);
+        F::put_scales(row, group, 0, 0);
+        for (int64_t k = 0; k < F::FILE_COLUMNS; k += BLOCK / F::PARTS) {
+            const int block = int(k / BLOCK);
+            store(scale, F::scale(group, block, int(k % BLOCK * F::PARTS / BLOCK)));
+            store(minimum, F::minimum(group, block));
+            for (int64_t i = k; i < k + BLOCK / F::PARTS; i++) {
+                const float scaled = scale[0] * F::value(codes[i]);
+                out[c + i] = F::HAS_MINIMUM ? scaled + minimum[0] : scaled;
+            }
+        }
+    }
+}
+
 }  // namespace
 
 bool fill_tiles(const Tiles& to, const uint8_t* source, Weight source_type, int64_t row_stride, int64_t rows, int64_t first_tile,
@@ -200,6 +221,13 @@ bool fill_tiles(const Tiles& to, const uint8_t* source, Weight source_type, int6
                 finite = false;
     });
     return finite;
+}
+
+void read_file_row(Weight type, const uint8_t* row, int64_t columns, float* out) {
+    if (!is_float(type)) return with_format(type, [&](auto format) { read_block_row<decltype(format)>(row, columns, out); });
+    with_element(type, [&](auto element) {
+        for (int64_t k = 0; k < columns; k++) out[k] = value_at<decltype(element)>(row, k);
+    });
 }
 
 void embed_row(const Tiles& tiles, int64_t row, float* out) {

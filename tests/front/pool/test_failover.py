@@ -127,9 +127,9 @@ async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lfm2", "qwen3.5", "granite4h", "gemma4"])
-async def test_a_worker_killed_in_an_answer_of_a_model_whose_layers_keep_states_costs_not_a_word(start_pool, tmp_path, name):
-    """Its state is lost with it: the other one computes it again, from the prompt and the tokens that arrived."""
+@pytest.mark.parametrize("name", ["lfm2", "qwen3.5", "granite4h", "gemma4", "gemma4moe"])
+async def test_a_worker_killed_in_an_answer_of_a_model_of_unlike_layers_costs_not_a_word(start_pool, tmp_path, name):
+    """Keys and states are lost with it: the other one computes them again, from the prompt and the tokens that arrived."""
     folder = tmp_path / "model"
     folder.mkdir()
     pool = await start_pool(model=str(families.save(families.make_model(name), folder)), num_workers=2)

@@ -12,14 +12,13 @@ from chatlm.common.core import decode_core
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.build import build_engine
-from chatlm.worker.engine.engine import Drafter
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler, Sequence
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.spec import DeltaRule, Mamba2, Sequences
 from chatlm.worker.ops.mixers import delta_rule_reference, mamba2_reference
 from chatlm.worker.process import gauges
-from engines import make_engine, run, tokens_of
+from engines import make_engine, propose_partly_right, run, tokens_of
 from families import clear_cases, make_model, save
 from integrity import check_sequences
 from nightly import by_day
@@ -115,7 +114,6 @@ def test_alone_batched_cached_chunked_and_drafted_answers_are_the_same_to_the_bi
 
 @pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")
 def test_drafts_that_are_right_up_to_some_token_change_no_token(made, monkeypatch):
-    """Answers of random models seldom repeat themselves, so what a draft says is known here from a run without any."""
     folder, cases = made
     works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=t, seed=i), 50, ignore_eos=True)
              for i, (case, t) in enumerate(zip(cases, (0.0, 0.6, 1.0)))]
@@ -123,15 +121,8 @@ def test_drafts_that_are_right_up_to_some_token_change_no_token(made, monkeypatc
     if not plain.kernels.row_invariant:
         pytest.skip("torch computes this model")
     plain.drafts = False
-    expected, dice = tokens_of(plain, works), random.Random(4)
-
-    def propose(drafter):
-        [rest] = [expected[work.id][len(drafter.tokens) - len(work.prompt_ids):] for work in works if tuple(drafter.tokens[:len(work.prompt_ids)]) == work.prompt_ids]
-        right = dice.randrange(6)
-        return rest[:right] + [(token + 1) % 256 for token in rest[right:right + 1]]
-
-    monkeypatch.setattr(Drafter, "propose", propose)
-    monkeypatch.setattr(Drafter, "judge", lambda drafter, accepted: None)
+    expected = tokens_of(plain, works)
+    propose_partly_right(monkeypatch, works, expected)
     engine = make_engine(folder, num_pages=60, prefill_chunk=16, max_batch=3)
     assert tokens_of(engine, works) == expected and tokens_of(engine, works[::-1]) == expected
     assert {work.id: tokens_of(engine, [work])[work.id] for work in works} == expected

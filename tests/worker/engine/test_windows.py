@@ -16,7 +16,7 @@ from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.scheduler import Scheduler, Sequence
 from chatlm.worker.model.spec import group_layers
 from chatlm.worker.model.transformer import Transformer
-from engines import make_engine, pieces, run
+from engines import make_engine, pieces, propose_partly_right, run, tokens_of
 from families import clear_cases, load, make_model, save
 from nightly import by_day
 from works import assignment
@@ -104,6 +104,26 @@ def test_alone_batched_and_cached_answers_are_the_same_to_the_bit(made, name):
     together = run(engine, works).tokens
     for work in works:
         assert run(engine, [work]).tokens[work.id] == together[work.id]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_chunked_cached_drafted_and_preempted_answers_are_the_same_to_the_bit_where_layers_differ(made, name, monkeypatch):
+    folder, cases = made(name)
+    works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=t, seed=i), 50, ignore_eos=True)
+             for i, (case, t) in enumerate(zip(cases, (0.0, 0.6, 1.0)))]
+    plain = make_engine(folder, num_pages=400, prefill_chunk=256, apart=True)
+    if not plain.kernels.row_invariant:
+        pytest.skip("the promise is decode_core's")
+    plain.drafts = False
+    expected = {work.id: tokens_of(plain, [work])[work.id] for work in works}
+    propose_partly_right(monkeypatch, works, expected)
+    windows, drafted, accepted = plain.transformer.groups.windows, 0, 0
+    prompts = sum(PagePool(0, windows).pages_for(len(case.prompt), 32) for case in cases[:2])
+    for chunk, pages in ((7, 400), (32, prompts + len(windows))):
+        engine = make_engine(folder, num_pages=pages, prefill_chunk=chunk, max_batch=3, context_length=264, apart=True)
+        assert tokens_of(engine, works) == expected and tokens_of(engine, works[::-1]) == expected
+        drafted, accepted = drafted + engine.drafted_tokens, accepted + engine.accepted_tokens
+    assert drafted > accepted > 50 and engine.scheduler.preemptions > 0
 
 
 def test_a_longer_context_fits_into_the_same_pages(made):

@@ -128,7 +128,6 @@ SPEC = dict(vocab_size=64, layers=1, width=64, heads=4, kv_heads=4, head_size=16
     ({"mixers": (Mamba2(4, 3, 8, 16),)}, "no Mamba layer whose heads or channels are no multiples of 16"),
     ({"mixers": (Mamba2(4, 3, 16, 4),)}, "no Mamba layer whose heads or channels"),
     ({"q_growth": (0.1, 16)}, "no scale of queries by their position"), ({"activation": "gelu"}, "no gelu feed-forward"),
-    ({"layer_input_size": 32}, "no embedding of each layer"), ({"experts": 4, "shared_size": 64, "expert_norms": True}, "no scale of experts"),
     ({"activation": "reglu2"}, "no reglu2 feed-forward"), ({"experts": 4, "shared_size": 40}, "no feed-forward of such a width")])
 def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(fields, words, caplog):
     assert choose_backend("cpu", ModelSpec(**SPEC)).name != "torch/reference" and not not_compiled(ModelSpec(**SPEC))
@@ -141,7 +140,8 @@ def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(field
     ({"experts": 4, "sigmoid_router": True}, "router of sigmoids"), ({"mixers": (ShortConv(3),)}, "layers that keep a state"),
     ({"mixers": (DeltaRule(4, 2, 4, 16, 32),)}, "layers that keep a state"),
     ({"mixers": (Mamba2(4, 3, 16, 8),)}, "layers that keep a state"), ({"output_gate": True}, "gate of attention"),
-    ({"experts": 4, "shared_size": 64, "shared_gate": True}, "gate of a shared expert")])
+    ({"experts": 4, "shared_size": 64, "shared_gate": True}, "gate of a shared expert"),
+    ({"layer_input_size": 32}, "embedding of each layer"), ({"experts": 4, "shared_size": 64, "expert_norms": True}, "scale of experts")])
 
 def test_some_ops_are_compiled_for_a_cpu_alone(fields, words):
     assert (not_compiled(ModelSpec(**SPEC | fields), "cuda"), not_compiled(ModelSpec(**SPEC | fields))) == (f"{words} on a GPU", "")
