@@ -174,11 +174,12 @@ def model_facts(model: LoadedModel, source: ModelSource | None, weights: str,
 def gauges(engine: Engine) -> dict[str, float | None]:
     pids = engine.ranks.links.pids if engine.ranks else ("self",)
     used, total, utilization = device_use(engine.transformer.device, int(time.monotonic()), pids)
+    mapped = engine.transformer.layer_embed
     return {"running": len(engine.scheduler.running), "queued": len(engine.scheduler.waiting),
             "max_batch": engine.scheduler.max_batch,
             "kv_pages_used": engine.pool.num_pages - engine.pool.available,
             "kv_pages_total": engine.pool.num_pages, "kv_token_bytes": kept_bytes(engine.transformer),
-            **state_gauges(engine), "mapped_bytes": engine.transformer.mapped_bytes,
+            **state_gauges(engine), "mapped_bytes": mapped.file_bytes if mapped else 0,
             "preemptions": engine.scheduler.preemptions,
             "drafted_tokens": engine.drafted_tokens, "accepted_tokens": engine.accepted_tokens,
             "memory_used": used, "memory_total": total, "utilization": utilization}

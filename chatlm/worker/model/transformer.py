@@ -153,11 +153,6 @@ class Transformer:
         return sum({id(weight): weight.nbytes for weight in self.weights.values()}.values())
 
     @property
-    def mapped_bytes(self) -> int:
-        """Of weights that stay in their file; see MappedRows."""
-        return self.layer_embed.file_bytes if self.layer_embed else 0
-
-    @property
     def matrix_types(self) -> list[str]:
         """The matrices' types, most common first: ["q4_1", "q8_0"]."""
         types = Counter(getattr(w, "kind", None) or str(w.dtype).removeprefix("torch.")

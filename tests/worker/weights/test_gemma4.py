@@ -23,7 +23,7 @@ from chatlm.common.messages.protocol import NO_GAUGES
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.build import build_engine
-from chatlm.worker.model.kernels import choose_backend
+from chatlm.worker.model.kernels import choose_backend, load_kernels
 from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.tensors import MappedRows, advise
 from chatlm.worker.process import gauges
@@ -293,7 +293,8 @@ def test_the_memory_line_and_the_gauges_say_what_stays_in_the_file_and_what_is_k
 @pytest.mark.skipif(decode_core() is None, reason="torch computes everything then")
 @pytest.mark.parametrize("name", GEMMA4_CONFIGS)
 def test_torch_computes_gemma_4_on_a_gpu_and_one_line_says_so(name, tmp_path, caplog):
-    assert choose_backend("cuda", spec_of(tmp_path, name)).name == "torch/reference"
+    spec = spec_of(tmp_path, name)
+    assert choose_backend("cuda", spec) and load_kernels("cuda", spec).backend.name == "torch/reference"
     [line] = caplog.messages
     assert "attention of several kinds on a GPU, which this model needs: torch computes instead" in line
 
