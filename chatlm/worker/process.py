@@ -38,11 +38,12 @@ from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ranks.messages import RankDrew
 from chatlm.worker.ranks.ranks import OtherRank, gather_ranks
 from chatlm.worker.ranks.steps import DrawnTokens, RankSteps, Stage, follow, follow_stage
+from chatlm.worker.weights.files import weights_digest
 from chatlm.worker.weights.load import open_model
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.protocol import WorkerConfig
-    from chatlm.common.messages.requests import AnswerParams, ModelSource
+    from chatlm.common.messages.protocol import SurveyConfig, WorkerConfig
+    from chatlm.common.messages.requests import AnswerParams
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.engine.engine import Engine
     from chatlm.worker.ranks.messages import RankConfig
@@ -143,43 +144,38 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
     return ModelCard(model.text, model.name, engine.context_length, lines, kernels,
                      engine.kernels.row_invariant, kernels_line(), dict(model.sampling),
                      model.sampling_origin, f"{hardware}; {cache}", config.source,
-                     model_facts(model, config.source, engine.transformer.matrix_types[0],
+                     model_facts(model, config, engine.transformer.matrix_types[0],
                                  engine.transformer.weights_bytes))
 
 
 def token_bytes(transformer: Transformer) -> str:
     """What the layers of this rank keep of a token, and what of it outlasts the windows, in words."""
-    kept, lasting = kept_bytes(transformer), kept_bytes(transformer, lasting=True)
+    kept, lasting = (transformer.dtype.itemsize * sum(
+        its.slot_size for l, its in enumerate(transformer.attentions)
+        if its and not (outlasting and transformer.groups.windows[transformer.layout.group[l]]))
+        for outlasting in (False, True))
     return f"{kept:,} bytes a token" + (f", {lasting:,} once out of all windows" if lasting < kept else "")
 
 
-def kept_bytes(transformer: Transformer, lasting: bool = False) -> int:
-    """Bytes that the layers of this rank keep of a token; `lasting`: while it is out of all windows."""
-    return transformer.dtype.itemsize * sum(
-        its.slot_size for l, its in enumerate(transformer.attentions)
-        if its and not (lasting and transformer.groups.windows[transformer.layout.group[l]]))
-
-
-def model_facts(model: LoadedModel, source: ModelSource | None, weights: str,
+def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, weights: str,
                 weights_bytes: int) -> ModelFacts:
     """weights: the commonest type of its matrices in memory."""
-    spec, files = model.spec, {"hf": "safetensors"}
+    spec, files, source = model.spec, {"hf": "safetensors"}, config.source
     shapes = expected_tensors(spec)
     if spec.tied_head:  # it is the embedding
         shapes.pop("head", None)
     return ModelFacts(model.family, files.get(source.kind, source.kind) if source else "",
-                      sum(map(math.prod, shapes.values())), weights, weights_bytes, spec.width, spec.layers)
+                      sum(map(math.prod, shapes.values())), weights, weights_bytes, spec.width, spec.layers,
+                      weights_digest(source.path, config.settings.lora) if source else "")
 
 
 def gauges(engine: Engine) -> dict[str, float | None]:
     pids = engine.ranks.links.pids if engine.ranks else ("self",)
     used, total, utilization = device_use(engine.transformer.device, int(time.monotonic()), pids)
-    mapped = engine.transformer.layer_embed
     return {"running": len(engine.scheduler.running), "queued": len(engine.scheduler.waiting),
             "max_batch": engine.scheduler.max_batch,
             "kv_pages_used": engine.pool.num_pages - engine.pool.available,
-            "kv_pages_total": engine.pool.num_pages, "kv_token_bytes": kept_bytes(engine.transformer),
-            **state_gauges(engine), "mapped_bytes": mapped.file_bytes if mapped else 0,
+            "kv_pages_total": engine.pool.num_pages, **state_gauges(engine),
             "preemptions": engine.scheduler.preemptions,
             "drafted_tokens": engine.drafted_tokens, "accepted_tokens": engine.accepted_tokens,
             "memory_used": used, "memory_total": total, "utilization": utilization}
@@ -240,10 +236,10 @@ class Inbox:
                 self.params[id], self.prompts[id] = params, {}
             case NewPrompt(id, index, ids):
                 self.prompts[id][index] = ids
-            case NewAnswer(id, request, prompt, choice, max_tokens, resumed_ids, scored, thinking_ends):
+            case NewAnswer(id, request, prompt, choice, max_tokens, resumed_ids, scored, thinking_ends, told):
                 ids, params = self.prompts[request][prompt], self.params[request]
                 self.engine.add(Assignment(id, ids, params, max_tokens, choice, resumed_ids, scored,
-                                           thinking_ends))
+                                           thinking_ends, told))
             case EndThinking(id):
                 self.engine.end_thinking(id)
             case Cancel(id):

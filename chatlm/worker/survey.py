@@ -51,7 +51,7 @@ def surveyed(config: SurveyConfig) -> Surveyed:
     pages = plan.pages()
     card = ModelCard(model.text, model.name, plan.context(pages, groups), (), {}, False, kernels_line(),
                      dict(model.sampling), model.sampling_origin, source=source,
-                     facts=model_facts(model, source, "", plan.weights))
+                     facts=model_facts(model, config, "", plan.weights))
     return Surveyed(card, plan.weights, plan.activations, plan.cache_bytes(pages),
                     plan.settings.kv_cache_memory or 0, budget)
 

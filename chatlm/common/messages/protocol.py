@@ -52,6 +52,7 @@ class NewAnswer:
     resumed_ids: tuple[int, ...] = ()
     scored: int = 0  # prompt tokens whose log-probabilities were already sent
     thinking_ends: int | None = None  # its reasoning ends after so many tokens, as ThinkingEnds said
+    told: bool = True  # has the text of `resumed_ids` gone out? Not of those that its client has chosen
 
 
 @wire_message(1 << 20)
@@ -296,9 +297,9 @@ RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded
 
 
 NO_GAUGES = dict.fromkeys((  # of a worker that is not running
-    "running", "queued", "max_batch", "kv_pages_used", "kv_pages_total", "kv_token_bytes", "states_used",
-    "states_total", "state_snapshots", "state_bytes", "mapped_bytes", "preemptions", "drafted_tokens",
-    "accepted_tokens", "memory_used", "memory_total"), 0) | {"utilization": None}
+    "running", "queued", "max_batch", "kv_pages_used", "kv_pages_total", "states_used", "states_total",
+    "state_snapshots", "state_bytes", "preemptions", "drafted_tokens", "accepted_tokens", "memory_used",
+    "memory_total"), 0) | {"utilization": None}
 
 
 def accepted_names(model: str, settings: Settings) -> list[str]:
@@ -333,6 +334,7 @@ class ParsedBody:
     stream: bool = True
     include_usage: bool = False
     echo: bool = False
+    token_ids: bool = False              # tell the ids of its tokens
     api: str = "native"                  # of ENCODERS
     details: Mapping = field(default_factory=dict)  # what else its encoder must know
     ignored_tools: tuple[str, ...] = ()  # types of tools that no model here can have

@@ -74,6 +74,7 @@ class ModelFacts(NamedTuple):
     weights_bytes: int = 0
     width: int = 0
     layers: int = 0
+    digest: str = ""       # of its weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,7 @@ class Request:
     params: AnswerParams = AnswerParams()
     max_tokens: int | None = None  # None: up to the context
     n: int = 1                     # answers to each prompt
+    prefix_token_ids: tuple[int, ...] = ()  # with which each answer begins
     tools: tuple[dict, ...] = ()   # functions that the model may call
     template_options: Mapping = field(default_factory=dict)  # the TEMPLATE_OPTIONS that are set
     low_priority: bool = False     # waits until nothing else does

@@ -53,8 +53,16 @@ class PromptMaker:
             self.answer_length(request, ids)
         checked_ids(request.params.stop_token_ids, self.tokenizer, "stop_token_ids")
         checked_ids([token for token, _ in request.params.sampling.logit_bias], self.tokenizer, "logit_bias")
+        self._check_prefix(request)
         return replace(request.lasting(), prompt_ids=prompts,
                        dropped_messages=request.dropped_messages + dropped)
+
+    def _check_prefix(self, request: Request):
+        name, params = "prefix_token_ids", request.params
+        prefix = checked_ids(request.prefix_token_ids, self.tokenizer, name)
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.tokenizer.stop_tokens)}
+        if ending := [token for token in prefix if token in ends]:
+            raise invalid(name, f"{name} has the token id {ending[0]}, which ends the answer")
 
     def _without_thinking(self, ids: tuple[int, ...], request: Request) -> tuple[int, ...]:
         """A prompt after which the answer does not begin in reasoning, whatever the template wrote."""
@@ -109,8 +117,8 @@ class PromptMaker:
                 if error.code != "context_length_exceeded":
                     raise
                 return False
-            return (length + min(request.max_tokens or math.inf, self.context_length // 4)
-                    <= self.context_length)
+            room = max(self.context_length // 4, len(request.prefix_token_ids) + 1)
+            return length + min(request.max_tokens or math.inf, room) <= self.context_length
 
         low = high = 0
         if request.truncate and len(starts) > 1 and not await fits(0):
@@ -150,7 +158,11 @@ class PromptMaker:
                                  "" if pooling else " (prompt and answer together)")
         if pooling:
             return 0
-        return room if request.max_tokens is None else max(1, min(request.max_tokens, room))
+        most = room if request.max_tokens is None else max(1, min(request.max_tokens, room))
+        if (given := len(request.prefix_token_ids)) >= most:
+            raise invalid("prefix_token_ids", f"prefix_token_ids has {given:,} tokens, but the answer may "
+                                              f"have {most:,} in all")
+        return most
 
 
 def turn_starts(roles: Seq[str]) -> list[int]:

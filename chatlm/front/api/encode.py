@@ -68,6 +68,8 @@ class Choice:
         self.done: Finished = None  # pyright: ignore[reportAttributeAccessIssue]  until it has ended
         self.blocks: list[Block] = []
         self.held: tuple[TokenLogprob, ...] = ()    # log-probabilities of tokens that have no text yet
+        self.held_ids: tuple[int, ...] = ()         # and their ids
+        self.token_ids: list[int] = []              # for a whole body
         self.logprobs: dict[str, list[bytes]] = {}  # for a whole body, in JSON
         self.echoed = False                         # whether the prompt has been put before its text
         self.utf8, self.offset = codecs.getincrementaldecoder("utf-8")("replace"), 0  # for text_offset

@@ -62,22 +62,34 @@ class OpenAIEncoder(Encoder):
     def take(self, choice: Choice, event: Piece | PromptScores | Finished) -> Piece:
         """What to send, with the log-probabilities of its tokens, but not those of a stop string's."""
         held, choice.held = choice.held, ()
+        ids, choice.held_ids = choice.held_ids, ()
         if isinstance(event, Finished):
             choice.done = event
             by_text = event.stop_reason in self.request.params.stop
-            return NOTHING if by_text else NOTHING._replace(logprobs=held)
+            return NOTHING._replace(tokens=ids, logprobs=() if by_text else held)
         if isinstance(event, PromptScores):  # before any piece, so none are held
             return NOTHING._replace(logprobs=event.logprobs)
         held += event.logprobs
+        ids += event.tokens if self.parsed.token_ids else ()
         if event.deltas:
-            return event._replace(logprobs=held) if held else event
-        choice.held = held
+            return event._replace(tokens=ids, logprobs=held) if held or ids else event
+        choice.held, choice.held_ids = held, ids
         return NOTHING
+
+    def entries(self, logprobs: Seq[TokenLogprob]) -> list[dict]:
+        def entry(token: int, logprob: float | None) -> dict:
+            text, spelled = token_text(self.tokenizer, token)
+            return {"id": token, "token": text, "logprob": logprob_number(logprob), "bytes": spelled}
+        return [{**entry(token, logprob), "top_logprobs": [entry(*likely) for likely in top]}
+                for token, logprob, top in logprobs]
+
+    def ids(self, tokens: Seq[int]) -> dict:
+        return {"token_ids": tokens} if self.parsed.token_ids else {}
 
     def encode(self, event: Piece | PromptScores | Finished) -> bytes:
         choice = self.choices[event.choice]
         part = self.take(choice, event)
-        more = b"" if part == NOTHING else self.chunk(choice, self.body(choice, part))
+        more = b"" if part == NOTHING else self.chunk(choice, self.body(choice, part) | self.ids(part.tokens))
         if choice.done:
             more += self.chunk(choice, self.body(choice, NOTHING), last=True) + self.end()
         return more
@@ -116,6 +128,7 @@ class OpenAIEncoder(Encoder):
         """Keep an event for `completion`; returns roughly how many bytes that takes."""
         choice = self.choices[event.choice]
         part, size = self.take(choice, event), 100
+        choice.token_ids += part.tokens if self.parsed.token_ids else ()
         for delta in part.deltas:
             choice.block(delta).texts.append(delta.text)
             size += len(delta.text)
@@ -132,7 +145,8 @@ class OpenAIEncoder(Encoder):
         separator = dump(body)[:-1] + b', "choices": ['
         for choice in self.choices:
             whole = Piece(deltas=tuple(Delta(kind, choice.text(kind)) for kind in ("reasoning", "text")))
-            body = {"index": choice.index, **self.body(choice, whole, whole=True), **self.ending(choice)}
+            body = {"index": choice.index, **self.body(choice, whole, whole=True), **self.ending(choice),
+                    **self.ids(choice.token_ids)}
             if choice.logprobs:
                 del body["logprobs"]
             yield separator + dump(body)[:-1]
@@ -178,12 +192,7 @@ class ChatEncoder(OpenAIEncoder):
         return {"index": call.index} | (self.call_body(call, delta.text) if delta.name else more)
 
     def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
-        def entry(token: int, logprob: float | None) -> dict:
-            text, spelled = token_text(self.tokenizer, token)
-            return {"token": text, "logprob": logprob_number(logprob), "bytes": spelled}
-        return {"content": [
-            {**entry(token, logprob), "top_logprobs": [entry(*likely) for likely in top]}
-            for token, logprob, top in logprobs]}
+        return {"content": self.entries(logprobs)}
 
 
 class FunctionEncoder(ChatEncoder):
@@ -222,7 +231,8 @@ class CompletionEncoder(OpenAIEncoder):
         return {"text": part.text, "logprobs": self.logprobs(choice, part)}
 
     def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
-        """Four lists; text_offset is where each token begins in the choice's text, in characters."""
+        """Four lists; text_offset is where each token begins in the choice's text, in characters. With
+        return_token_ids also what chats have."""
         prompt = self.prompt(choice)
         # Special tokens appear as text only in an echoed prompt.
         written = prompt if self.parsed.echo and isinstance(prompt, str) else ""
@@ -237,4 +247,5 @@ class CompletionEncoder(OpenAIEncoder):
                 token_text(self.tokenizer, likely)[0]: logprob_number(its_logprob)
                 for likely, its_logprob in (*top, (token, logprob))})
         return {"tokens": texts, "token_logprobs": [logprob_number(logprob) for _, logprob, _ in logprobs],
-                "top_logprobs": tops, "text_offset": offsets}
+                "top_logprobs": tops, "text_offset": offsets,
+                **({"content": self.entries(logprobs)} if self.parsed.token_ids else {})}

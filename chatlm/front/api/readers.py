@@ -65,7 +65,7 @@ def make_request(values: Mapping, settings: Settings, params: AnswerParams = Ans
     params = replace(params, sampling=sampling_params(values, settings), chat="messages" in source,
                      **among(values, "stop", "stop_token_ids", "ignore_eos", "min_tokens", "progress"))
     return Request(params=params, low_priority=values.get("priority", False),
-                   **among(values, "n", "truncate", "resumable"), **source)
+                   **among(values, "n", "truncate", "resumable", "prefix_token_ids"), **source)
 
 
 def with_thinking_budget(params: AnswerParams, chosen: Mapping[str, int], settings: Settings,
@@ -240,7 +240,7 @@ def parsed_body(api: str, values: Mapping, known: Known, request: Request, detai
     return ParsedBody(
         request, stream=values.get("stream", False), echo=values.get("echo", False), api=api,
         include_usage=values.get("stream_options", {}).get("include_usage") is True,
-        details=details or {}, ignored_tools=ignored_tools)
+        token_ids=values.get("return_token_ids", False), details=details or {}, ignored_tools=ignored_tools)
 
 
 def read_ollama_chat(body: dict, known: Known) -> ParsedBody:
@@ -310,7 +310,12 @@ def tokenized(tokenizer: Tokenizer, values: Mapping, parts: Seq[str | int]) -> b
     ids = checked_ids(tokenizer.with_bos(ids) if values.get("add_special") else ids, tokenizer, "content")
     if not values.get("with_pieces"):
         return dump({"tokens": ids})
-    return dump({"tokens": [{"id": token, "piece": piece_body(tokenizer, token)} for token in ids]})
+    return dump({"tokens": pieces_body(tokenizer, ids)})
+
+
+def pieces_body(tokenizer: Tokenizer, tokens: Seq[int]) -> list[dict]:
+    return [{"id": token, "piece": piece_body(tokenizer, token),
+             **({"special": True} if token in tokenizer.special_names else {})} for token in tokens]
 
 
 async def detokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
@@ -327,7 +332,8 @@ async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> 
     if tools and not tokenizer.tool_format:
         raise no_tools("tools")
     tokens = await rendered(prompts, messages, tools, client, template_options(values))
-    return dump({"prompt": tokenizer.show(tokens)})
+    pieces = {"tokens": pieces_body(tokenizer, tokens)} if values.get("with_pieces") else {}
+    return dump({"prompt": tokenizer.show(tokens), **pieces})
 
 
 async def rendered(prompts: PromptMaker, messages: Seq[Message], tools: Seq[dict], client: str,

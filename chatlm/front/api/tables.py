@@ -55,6 +55,10 @@ TEMPLATE_OPTIONS = (  # how a conversation becomes a prompt
           0, math.inf),
 )
 
+PREFIX = Field("prefix_token_ids", TOKENS, "token ids with which the answer begins, as if they had been "
+                                           "drawn; their text comes first, and max_tokens counts them")
+TOKEN_IDS = Field("return_token_ids", SWITCH, "`token_ids` beside each choice: those behind its text")
+
 NATIVE_FIELDS = (
     Field("messages", NATIVE_MESSAGES, "the conversation", required=True),
     Field("temperature", NUMBER, "0 = greedy", *LIMITS.temperature, clamp=True),
@@ -63,7 +67,7 @@ NATIVE_FIELDS = (
     Field("top_p", NUMBER, "1 = off", 0, 1, clamp=True),
     Field("min_p", NUMBER, "0 = off", 0, 1, clamp=True),
     Field("seed", SEED, "same seed, same answer; random when absent"),
-    *TEMPLATE_OPTIONS, *COMMON_FIELDS,
+    *TEMPLATE_OPTIONS, PREFIX, *COMMON_FIELDS,
 )
 
 SAMPLING_FIELDS = (  # for all but nanochat's route
@@ -88,6 +92,7 @@ SHARED_FIELDS = (  # for Completions and Chat Completions
     *SAMPLING_FIELDS,
     Field("stream_options", object_of("include_usage"), "include_usage: end with a chunk that has the usage"),
     Field("n", INTEGER, "choices", 1, LIMITS.choices),
+    PREFIX, TOKEN_IDS,
 )
 
 OPENAI_FIELDS = (
@@ -227,8 +232,9 @@ TOKENIZE_FIELDS = (
     Field("with_pieces", SWITCH, "return each token's text too"),
 )
 DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True), MODEL)
+WITH_PIECES = Field("with_pieces", SWITCH, "return each token's id and text too")
 TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
-                   Field("tools", TOOLS, "functions"), MODEL, *TEMPLATE_OPTIONS)
+                   Field("tools", TOOLS, "functions"), MODEL, WITH_PIECES, *TEMPLATE_OPTIONS)
 MANAGED_FIELDS = (MODEL,)
 
 BODY_FIELDS: dict[str, tuple[Field, ...]] = {  # of each route that takes a body

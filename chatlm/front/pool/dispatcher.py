@@ -85,6 +85,7 @@ class Dispatcher:
         self.pending = WaitingQueue()
         self.wanted = asyncio.Event()   # cleared: workers stay unloaded until the next request
         self.wanted.set()
+        self.delayed = 0                # answers that went on after the end of their worker
         self.held = False               # do jobs wait although workers are ready?
         self.used_s = time.monotonic()  # when a request last came or was running
         self.changed: Callable[[], None] = lambda: None  # called when a job comes, ends or goes elsewhere
@@ -98,7 +99,8 @@ class Dispatcher:
 
         Raises EngineFailure (workers died too often, shutdown) and RequestError (cancelled)."""
         events, prompts = asyncio.Queue(), request.prompt_ids or ()
-        jobs = [Job(request, ids, length, events, arrived_s, choice) for choice, (ids, length) in
+        jobs = [Job(request, ids, length, events, arrived_s, choice, [*request.prefix_token_ids])
+                for choice, (ids, length) in
                 enumerate(pair for pair in zip(prompts, lengths) for _ in range(request.n))]
         heads = deque(jobs[::request.n])  # no request has more prompts than this in the queue at a time
         try:
@@ -247,6 +249,7 @@ class Dispatcher:
     def requeue(self, worker: Worker):
         """A worker's process has ended: its jobs go to the front of the queue and continue elsewhere."""
         jobs = worker.forget_process()
+        self.delayed += len(jobs)
         for job in jobs:
             job.failovers += 1
             job.leave_worker()

@@ -210,7 +210,7 @@ class ManyModels:
         models = self.listed(bound)
         default, stats = self.default_of(models), [model.pool.stats() for model in models if model.pool]
         sums = {key: sum(one[key] for one in stats) for key in (
-            "total_workers", "available_workers", "busy_workers", "queue_depth")}
+            "total_workers", "available_workers", "busy_workers", "queue_depth", "delayed_answers")}
         own = default.pool.stats() if default and default.pool else {}
         return {**own, **sums, "model": default.name if default else "",
                 "workers": [worker for one in stats for worker in one["workers"]],

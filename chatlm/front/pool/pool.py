@@ -190,6 +190,7 @@ class WorkerPool:
                 "sampling": {name: {"value": value, "from": origin} for name, (value, origin)
                              in sampling_of(self, self.settings).items()},
                 "context_length": card.context_length, "queue_depth": len(self.dispatcher.pending),
+                "delayed_answers": self.dispatcher.delayed,
                 "uptime_s": round(time.monotonic() - self.started_s, 1), **self.placement.stats()}
 
 

@@ -46,7 +46,7 @@ class Job:
     events: asyncio.Queue  # shared by all answers of the request
     arrived_s: float
     choice: int = 0
-    output_ids: list[int] = field(default_factory=list)
+    output_ids: list[int] = field(default_factory=list)  # begins with the request's prefix_token_ids
     scored: int = 0        # prompt tokens whose log-probabilities have arrived
     worker: Worker | None = None
     dispatched_s: float | None = None
@@ -87,7 +87,8 @@ class Job:
         if told is None or self.prompt not in told:
             yield NewPrompt(request.id, self.prompt, self.prompt_ids)
         yield NewAnswer(self.worker_id, request.id, self.prompt, self.choice % request.n, self.max_tokens,
-                        tuple(self.output_ids), self.scored, self.thinking_ends)
+                        tuple(self.output_ids), self.scored, self.thinking_ends,
+                        told=self.first_token_s is not None)
 
     def end_thinking(self) -> asyncio.Future[bool]:
         """Have its reasoning end; the future says whether it was thinking."""
@@ -149,6 +150,7 @@ class Job:
     def _finished(self, end: Ended, gpu: int) -> Finished:
         first_s, dispatched_s = self.first_token_s or self.last_token_s, self.dispatched_s or self.arrived_s
         count, seconds = len(self.output_ids), self.last_token_s - first_s
+        drawn = count - len(self.request.prefix_token_ids)
         most, reason, cause = self.request.max_tokens, end.reason, end.stop_reason
         usage = replace(end.usage, prompt_tokens=len(self.prompt_ids), completion_tokens=count)
         if most == 0:
@@ -158,7 +160,7 @@ class Job:
         return Finished(reason, cause, usage,
                         queue_ms=(dispatched_s - self.arrived_s + end.queued_s) * 1e3,
                         ttft_ms=(first_s - self.arrived_s) * 1e3,
-                        tokens_per_second=(count - 1) / seconds if seconds >= TIMEABLE_S else None,
+                        tokens_per_second=(drawn - 1) / seconds if seconds >= TIMEABLE_S else None,
                         gpu=gpu, choice=self.choice, dropped_messages=self.request.dropped_messages)
 
 

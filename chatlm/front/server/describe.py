@@ -51,11 +51,14 @@ ABILITIES = {  # as /openapi.json describes them
     "reasoning_history": "its template has the reasoning of earlier answers",
     "reasoning_budget": "its reasoning can be ended",
     "continue_final_message": "it can continue the last message",
+    "token_ids": "return_token_ids and prefix_token_ids",
     "json_schema": "answers in a format"}
 A_MODEL = {"type": "object", "properties": {
     "id": A_TEXT, "state": {"enum": ["unloaded", "loading", "ready", "failed"]}, "reason": A_TEXT,
+    "loading": {"type": "number", "description": "how far it is loaded, from 0 to 1, while it loads"},
     "bytes": {"type": "integer", "description": "in memory; of one that is not loaded, what it will take"},
     "default": {"type": "boolean", "description": "it answers requests that name no model"},
+    "weights_digest": {"type": "string", "description": "the same for the same weights"},
     "context_length": {"type": "integer"}, "tools": {"enum": ["native", "generic", None]},
     "capabilities": {"type": "object", "description": "what the model can do here", "properties": {
         name: {"type": "boolean", "description": doc} for name, doc in ABILITIES.items()}}}}
@@ -83,13 +86,16 @@ def model_body(model: Model, is_default: bool = True) -> dict:
             "reasoning": tokenizer.thoughts is not None,
             "reasoning_history": "reasoning_content" in (tokenizer.spec.chat_template or ""),
             "reasoning_budget": tokenizer.thoughts is not None,
-            "continue_final_message": tokenizer.has_chat_template,
+            "continue_final_message": tokenizer.has_chat_template, "token_ids": True,
             "json_schema": importlib.util.find_spec("llguidance") is not None}
     facts = pool.supervisor.card.facts
     return {"id": pool.model_name, "object": "model", "created": pool.created,
-            "state": model.state, "bytes": model.bytes, "aliases": [*model.settings.served_model_name],
+            "state": model.state,
+            **({"loading": pool.supervisor.load_fraction()} if model.state == "loading" else {}),
+            "bytes": model.bytes, "aliases": [*model.settings.served_model_name],
             "type": "chat" if able["chat"] else "completion", "family": facts.family, "format": facts.format,
             "default": is_default, "pinned": model.choice.pin,
+            "weights_digest": facts.digest,
             "owned_by": "chat_server", "root": pool.model_name, "tools": tools_of(tokenizer),
             "context_length": pool.context_length, "max_model_len": pool.context_length,
             "capabilities": able,

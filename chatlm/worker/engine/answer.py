@@ -142,17 +142,20 @@ class Answer:
         self.reason: str | None = None  # finish_reason; stop_reason is its cause
         self.stop_reason: str | None = None
         self.repeated = RepeatedCalls() if params.grammar and params.grammar_param == "tools" else None
+        self.misfit = False            # do the tokens that its client has chosen break the grammar?
         for count, token in enumerate(work.resumed_ids, 1):
             if self.tool:
                 self.tool.feed(token)  # the resumed ids already contain what it forced
+            if self.grammar and not self.grammar.feed(token) and not work.told:
+                self.misfit, self.grammar = True, None
             if self.grammar:
-                self.grammar.feed(token)
                 self._closing(token, (work.max_tokens if most is None else most) - count)
             self._read(token)
             self._end_of_thinking()    # here too
             if self.awaits_grammar:
                 self.hold_call()
-        self.take()                    # it went out together with the ids
+        if work.told:
+            self.take()                # it went out together with the ids
 
     def _read(self, token: int):
         """Turn a token into reasoning, content or calls; counts those of reasoning and of its markers."""
@@ -270,7 +273,9 @@ class Answer:
         """Add the `generated`-th token and its text, with room for `room` more; it may end the answer.
         Returns what is added: it, and the tokens forced after it or, near the last one, in its place."""
         last = "max_tokens" if generated + room >= self.work.max_tokens else "context_length"
-        if self.grammar and not self.grammar.feed(token):
+        if self.misfit:
+            self._end("refused", f"prefix_token_ids do not follow {self.work.params.grammar_param}")
+        elif self.grammar and not self.grammar.feed(token):
             self._end("refused", f"no answer can follow {self.work.params.grammar_param}: nothing satisfies "
                                  "it, or it is too large")
         elif self.grammar and (closing := self._closing(token, room)) is not None:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Assignment:
-    """One answer to compute, as sent to a worker; a worker that died had already generated `resumed_ids`."""
+    """One answer to compute, as sent to a worker. `resumed_ids` are those of its tokens that are there
+    already: a worker that died had generated them, or its client has chosen them."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -30,6 +31,7 @@ class Assignment:
     resumed_ids: tuple[int, ...] = ()
     scored: int = 0       # prompt tokens whose log-probabilities were already sent
     thinking_ends: int | None = None  # see Answer.thinking_ends
+    told: bool = True     # has the text of `resumed_ids` gone out?
 
     @cached_property
     def sampling(self) -> SamplingParams:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import os
 import re
 import zipfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,6 +42,27 @@ def weight_files(folder: Path) -> list[Path]:
         raise ConfigError(f"{folder}: {origin} {', '.join(missing[:8])}{more}, which "
                           f"{'are' if missing[1:] else 'is'} missing; {has}")
     return [folder / name for name in names]
+
+
+SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file
+
+
+def weights_digest(path: Path, adapters: Iterable[str] = ()) -> str:
+    """A hash that tells weights apart: of the size of each of a model's files, and of samples all over it,
+    since to hash the whole takes as long as to read the model. The same wherever the files lie."""
+    digest = hashlib.sha256()
+    split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
+    files = weight_files(path) if path.is_dir() else sorted(
+        path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf")) if split else [path]
+    merged = (file for folder in adapters for file in sorted(Path(folder).glob("*.safetensors")))
+    for file in (*files, *merged):
+        with file.open("rb") as opened:
+            size = opened.seek(0, os.SEEK_END)
+            digest.update(size.to_bytes(8, "little"))
+            for sample in range(SAMPLES):
+                opened.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                digest.update(opened.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def refuse_cut_checkpoint(path: Path):

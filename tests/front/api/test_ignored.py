@@ -49,7 +49,7 @@ VALUES = {      # a value of each field that differs from what holds without it
     "truncation": "auto", "metadata": {"a": "b"}, "user": "me", "previous_response_id": "x", "conversation": "x", "background": True,
     "system": "Be brief.", "stop_sequences": ["x"], "thinking": {"type": "enabled"}, "output_config": {"format": FORM | {"schema": SCHEMA}},
     "format": "json", "think": True, "options": {"temperature": 0.5}, "raw": True, "images": ["x"], "add_special": True, "parse_special": False,
-    "with_pieces": True}
+    "with_pieces": True, "prefix_token_ids": [72], "return_token_ids": True}
 OTHERS = {      # where a field has another type in one of the routes
     ("/v1/responses", "tools"): [FLAT_TOOL], ("/v1/messages", "tools"): [{"name": "add", "input_schema": SCHEMA}],
     ("/v1/messages/count_tokens", "tools"): [{"name": "add", "input_schema": SCHEMA}],
@@ -122,7 +122,7 @@ SAMPLERS = {"typical_p": 0.9, "mirostat": 2, "mirostat_tau": 5, "mirostat_eta": 
 VLLM = {"use_beam_search": True, "length_penalty": 1.2, "include_stop_str_in_output": True, "skip_special_tokens": False,
         "spaces_between_special_tokens": False, "truncate_prompt_tokens": 5, "allowed_token_ids": [1], "bad_words": ["x"], "prompt_logprobs": 1,
         "add_special_tokens": True, "documents": [], "chat_template": "{{ x }}", "mm_processor_kwargs": {}, "request_id": "x", "cache_salt": "x",
-        "return_token_ids": True, "return_tokens_as_token_ids": True, "kv_transfer_params": {}, "vllm_xargs": {}}
+        "return_tokens_as_token_ids": True, "kv_transfer_params": {}, "vllm_xargs": {}}
 LLAMA = {"n_predict": 5, "cache_prompt": False, "n_probs": 2, "id_slot": 0, "n_keep": 1, "t_max_predict_ms": 9, "timings_per_token": True,
          "return_progress": True, "reasoning_format": "none", "parse_tool_calls": False, "post_sampling_probs": True, "lora": []}
 OPENAI = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "flex", "safety_identifier": "x", "prompt_cache_key": "x",

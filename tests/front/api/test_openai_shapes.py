@@ -188,7 +188,7 @@ def test_the_model_answers_to_its_own_name_and_those_it_is_served_under(url):
     assert model["context_length"] == 512
     assert model["defaults"] == {"temperature": 0.2, "top_k": 50, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": None}
     assert model["capabilities"] == {"chat": True, "completion": True, "completions": True, "embedding": True, "logprobs": True, "tools": True, "json_schema": True,
-                                     "continue_final_message": True, "reasoning": False, "reasoning_history": False, "reasoning_budget": False}
+                                     "continue_final_message": True, "token_ids": True, "reasoning": False, "reasoning_history": False, "reasoning_budget": False}
     described = call(url, "/openapi.json")[2]["paths"]["/v1/models"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     assert described["properties"]["data"]["items"]["properties"]["capabilities"]["properties"].keys() == model["capabilities"].keys()
     for name in ("gpt-4o", model["id"], "default", "", None):
@@ -205,7 +205,7 @@ def test_logprobs_of_a_chat_have_a_token_its_bytes_and_alternatives(url):
     assert "".join(entry["token"] for entry in entries) == choice["message"]["content"] and choice["logprobs"]["refusal"] is None
     for entry in entries:       # greedy: the token is the likeliest
         assert entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2
-        assert entry["top_logprobs"][0] == {name: entry[name] for name in ("token", "logprob", "bytes")}
+        assert entry["top_logprobs"][0] == {name: entry[name] for name in ("id", "token", "logprob", "bytes")}
 
 
 def test_streamed_logprobs_are_those_of_the_whole(url):
@@ -223,6 +223,35 @@ def test_logprobs_of_parts_of_characters_keep_their_bytes(url):
     data = b"".join(bytes(entry["bytes"]) for entry in choice["logprobs"]["content"])
     assert data.decode("utf-8", "replace") == choice["message"]["content"]
     assert all("\ufffd" not in entry["token"] for entry in choice["logprobs"]["content"])
+
+
+def test_an_answer_goes_on_from_tokens_that_its_client_has_chosen(url, exact):
+    wanted = dict(return_token_ids=True, temperature=1, seed=5, max_tokens=12)
+    whole = ask(url, logprobs=True, top_logprobs=2, **wanted)["choices"][0]
+    ids, entries = whole["token_ids"], whole["logprobs"]["content"]
+    assert [entry["id"] for entry in entries] == ids[:-1]       # the last one ended it
+    same = ask(url, prefix_token_ids=ids[:5], **wanted)
+    assert content(same) == whole["message"]["content"] and same["choices"][0]["token_ids"] == ids[5:] and same["usage"]["completion_tokens"] == len(ids)
+    other = next(entry["id"] for entry in entries[3]["top_logprobs"] if entry["id"] != ids[3])
+    branch, text = ask(url, prefix_token_ids=[*ids[:3], other], **wanted), call(url, "/detokenize", {"tokens": [*ids[:3], other]})[2]["content"]
+    assert content(branch).startswith(text) and content(branch) != content(same)
+    chunks = stream(url, prefix_token_ids=[*ids[:3], other], **wanted)
+    assert joined(chunks) == content(branch)
+    assert [token for chunk in chunks for choice in chunk["choices"] for token in choice.get("token_ids", ())] == branch["choices"][0]["token_ids"]
+    raw = dict(wanted, logprobs=1)
+    text = ask(url, COMPLETIONS, **raw)["choices"][0]
+    assert ask(url, COMPLETIONS, prefix_token_ids=text["token_ids"][:4], **raw)["choices"][0]["text"] == text["text"]
+    native = call(url, "/chat/completions", {"messages": HI, "prefix_token_ids": ids[:5], "temperature": 1, "seed": 5, "max_tokens": 12})[2]
+    assert "".join(json.loads(line[6:]).get("token", "") for line in native.split("\n") if line) == content(same)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"prefix_token_ids": [10**6]}, "prefix_token_ids has the token id 1000000"), ({"prefix_token_ids": "a"}, "prefix_token_ids"),
+    ({"prefix_token_ids": [2]}, "has the token id 2, which ends the answer"), ({"prefix_token_ids": [5, 6, 7, 8]}, "has 4 tokens, but the answer may have 4"),
+    ({"prefix_token_ids": [504], "guided_choice": ["yes", "no"]}, "prefix_token_ids do not follow guided_choice")])
+def test_tokens_with_which_no_answer_can_begin_are_refused(url, changes, words):
+    status, error = refused(url, **changes)
+    assert status == 400 and words in error["message"]
 
 
 def test_n_choices_differ_and_the_first_is_that_of_n_1(url, exact):

@@ -71,6 +71,8 @@ PYTHON_START, PYTHON_END, OUTPUT_START = 280, 281, 282
 CALLS = drawn_from([PYTHON_START, PYTHON_END, *b"12+"], max_tokens=100)
 CASES = {       # moment and request: the state that another worker must rebuild from the ids alone
     "queued": PLAIN,
+    "queued with a chosen beginning": PLAIN | dict(prefix_token_ids=tuple(b"Well, ")),
+    "decode after a chosen beginning": PLAIN | dict(prefix_token_ids=tuple("日".encode()[:2])),
     "queued for a grammar": dict(sampling=SamplingParams(temperature=1.0, seed=3), max_tokens=60, grammar=GRAMMAR),
     "prefill": LONG_PROMPT | dict(messages=None),
     "decode": PLAIN,
@@ -88,7 +90,7 @@ CASES = {       # moment and request: the state that another worker must rebuild
     "result of a call": CALLS,
     "lost result of a call": CALLS,
 }
-FEW = ["queued for a grammar", "prefill of a scored prompt", "decode of the third of three", "character", "lost result of a call"]
+FEW = ["queued with a chosen beginning", "queued for a grammar", "prefill of a scored prompt", "decode of the third of three", "character", "lost result of a call"]
 
 
 async def answers(pool, request):
@@ -119,6 +121,7 @@ async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_
         assert disturbed == undisturbed, case
         assert [path for path in tmp_path.iterdir() if path.name.split("#")[0] == name], f"{case}: no worker was killed"
         text, tokens, _, reason, cause = undisturbed[0]
+        assert "chosen" not in case or text.startswith(("Well, ", "日", "\ufffd"))
         assert "call" not in case or OUTPUT_START in tokens
         assert case != "character" or any(character in text for character in "日楥旗")
         assert case != "stop" or (reason, cause) == ("stop", "cbabcc")
