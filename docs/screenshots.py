@@ -21,6 +21,7 @@ from browsing import (CHROMIUM, ask, expect_answered, open_page, playwright,    
 QUESTIONS = ("What is the capital of Japan?", "Show me a Python function that reverses a string")
 SIZES = {"light": ({"width": 1200, "height": 760}, "light"), "dark": ({"width": 1200, "height": 760}, "dark"),
          "phone": ({"width": 390, "height": 760}, "light")}
+LOOKS = {"lens": ({"width": 1200, "height": 620}, "light"), "server": ({"width": 390, "height": 760}, "dark")}
 SGR = {"1": "font-weight:bold", "2": "color:#8b949e", "3": "font-style:italic", "4": "text-decoration:underline",
        "31": "color:#ff7b72", "36": "color:#56d4bc"}
 
@@ -41,6 +42,26 @@ def picture_of_page(browser, url, name):
         questions(page).first.scroll_into_view_if_needed()
     page.screenshot(path=DOCS / f"{name}.png")
     context.close()
+
+
+def picture_of_looks(browser, url, name):
+    size, scheme = LOOKS[name]
+    page = browser.new_page(viewport=size, color_scheme=scheme, device_scale_factor=2 if size["width"] < 500 else 1)
+    open_page(page, url)
+    for text in ("/temperature 1", "/seed 3", "/maxtokens 60", "Why is the sky blue? Answer in two sentences."):
+        ask(page, text)
+    expect_answered(page)
+    if name == "lens":
+        page.get_by_role("button", name="Token lens").click()
+        page.get_by_role("listbox", name="Tokens of the answer").locator("span").nth(11).click()
+    else:
+        page.evaluate("openStatus()")
+        page.evaluate("for (const topic of ['rivers', 'hills', 'stars']) post(ROUTES.v1, {messages: [{role: 'user', content: topic}], max_tokens: 120})")
+        page.wait_for_function("() => glanced.samples.length > 6 && glanced.samples.at(-1).speed < 20")
+        page.locator("#status-charts").scroll_into_view_if_needed()
+        page.evaluate("document.getElementById('status-charts').scrollIntoView()")
+    page.screenshot(path=DOCS / f"{name}.png")
+    page.context.close()
 
 
 def terminal_lines(columns, rows):
@@ -96,6 +117,8 @@ def main():
         with started_server() as url:
             for name in SIZES:
                 picture_of_page(browser, url, name)
+            for name in LOOKS:
+                picture_of_looks(browser, url, name)
         browser.close()
     for path in sorted(DOCS.glob("*.png")):
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1024:.0f} KB")

@@ -31,7 +31,7 @@ const state = {
   model: {...NO_MODEL},           // that of the chat
   refusedKey: null,               // the API key that the server refused last, "" if none was sent
   following: true,                // the log scrolls along while an answer grows
-  preferences: {theme: "", clicks: true, sidebar: true, server: "", servers: [], keys: {}, presets: {}, defaults: {}, titles: false,
+  preferences: {theme: "", clicks: true, sidebar: true, server: "", servers: [], keys: {}, presets: {}, prompts: [], defaults: {}, titles: false,
     notify: false},
 };
 
@@ -100,6 +100,7 @@ async function openChat(id, known = null) {
 }
 
 function showChat(chat, leaf) {
+  closeStatus();
   Object.assign(state, {chat, leaf, notice: "", refusal: "", editing: null, following: true});
   if (state.models.length > 1) useModel();
   state.toasts = state.toasts.filter(toast => toast.chat !== chat.id);
@@ -272,7 +273,7 @@ function storeNewChat(chat, content) {
 // Sends a message as a child of `parent`. If the server refuses its content, it returns to the composer.
 function ask(text, files = [], parent = state.leaf) {
   if (!canAsk() || !text.trim() && !files.length) return false;
-  const before = state.leaf, {content, ...more} = composeMessage(text, files);
+  const before = state.leaf, {content, ...more} = state.model.api === "text" && !files.length ? {content: text} : composeMessage(text, files);
   Object.assign(state, {notice: "", refusal: "", editing: null});
   dropUndo();
   const question = addNode(parent, "user", content, more);
@@ -308,15 +309,21 @@ function giveBack(text, files, reason) {
 // Another answer to the same question. The old one stays, unless it was an empty failure and the server
 // accepts the new one.
 function regenerate(node) {
-  const question = state.nodes.get(node.parent), before = state.leaf;
+  const question = state.nodes.get(node.parent);
   if (!canAsk() || !question) return;
   Object.assign(state, {notice: "", refusal: "", editing: null});
   dropUndo();
+  answerAgain(question, {}, () => { if (failed(node)) forget(node); });
+}
+
+// An answer beside those that there are. It goes away if the server refuses it.
+function answerAgain(question, more, onAccepted = () => {}) {
+  const before = state.leaf;
   answer(question, (error, made) => {
     removeNodes([made.id], before);
     state.refusal = error.message;
     return true;
-  }, () => { if (failed(node)) forget(node); });
+  }, onAccepted, more);
 }
 
 function forget(node) {
@@ -327,17 +334,18 @@ function forget(node) {
 
 // A new answer below `question`. `onRefusal(error, node)` may undo it and then returns true; `onAccepted`
 // runs when the server accepts.
-function answer(question, onRefusal, onAccepted = () => {}) {
-  const {chat} = state, parameters = {...chat.parameters};
+function answer(question, onRefusal, onAccepted = () => {}, more = {}) {
+  const {chat} = state, made = madeBy(chat, {parameters: {...chat.parameters}, ...more});
   if (state.models.length > 1 && chat.model !== state.model.name) changeChat(chat, {model: state.model.name});
-  const node = addNode(question.id, "assistant", "", {stream: {id: newId(), next: 0}, parameters, model: state.model.name});
+  const node = addNode(question.id, "assistant", "", {stream: {id: newId(), next: 0}, ...made});
   state.following = true;
   refresh();
   const path = pathTo(state.nodes, question.id);
-  return runAnswer(node, chat, run => connect(run, messagesToSend(path, chat.system), onAccepted), onRefusal);
+  return runAnswer(node, chat, run => connect(run, messagesToSend(path, made.system ?? ""), onAccepted), onRefusal);
 }
 
 function messagesToSend(path, system) {
+  if (state.model.api === "text") return Object.assign(path.filter(({content}) => content).map(({role, content}) => ({role, content})), {dropped: 0});
   const {messages, dropped} = newestMessages(messagesOf(path, system, Boolean(state.model.can.reasoning_history)), state.model.context);
   return Object.assign(messages, {dropped});
 }
@@ -346,7 +354,7 @@ async function connect(run, messages, onAccepted, goOn = false) {
   const {node, controller: {signal}} = run;
   run.dropped = messages.dropped;
   const model = state.model.name;                       // the chat's, whatever is shown by then
-  const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : {};
+  const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : node.prefix ? {prefix_token_ids: node.prefix} : {};
   const response = await onceReady(run, () =>
     postAnswer({messages, parameters: {...seed, ...node.parameters}, id: node.stream.id, signal, model, goOn}));
   run.resumable = response.headers.has("X-Request-Id");
@@ -379,7 +387,7 @@ function goOn(node) {
   if (!canAsk()) return;
   if (!state.model.can.continue_final_message) return ask(TEXT.pleaseContinue);
   const before = {note: node.note, error: node.error, timings: node.timings, parameters: node.parameters};
-  Object.assign(node, {stream: {id: newId(), next: 0}, note: null, error: null, timings: null, parameters: state.chat.parameters});
+  Object.assign(node, {stream: {id: newId(), next: 0}, note: null, error: null, timings: null, continued: true, parameters: state.chat.parameters});
   const messages = messagesToSend(pathTo(state.nodes, node.id), state.chat.system);
   if (!node.content) messages.push({role: "assistant", content: "", reasoning_content: node.reasoning});      // cut in its thoughts
   runAnswer(node, state.chat, run => connect(run, messages, () => {}, true), error => {
@@ -482,8 +490,10 @@ async function readEvents(run, response) {
     if (id) node.stream = {...node.stream, next: Number(id) + 1};
     run.progress = news.progress ?? (news.text || news.reasoning ? null : run.progress);
     if (news.prompt) run.prompt = news.prompt;
+    if (news.ids.length) (node.ids ??= []).push(...news.ids);
     if (news.usage?.completion_tokens) run.tokens = news.usage.completion_tokens;
-    const grown = news.text || news.reasoning || news.moved;
+    growCalls(node, news.calls);
+    const grown = news.text || news.reasoning || news.moved || news.calls.length;
     if (grown) grow(run, news);
     if (grown || news.progress) paintSoon(run);
     ended ||= news.reason !== null;
@@ -503,9 +513,9 @@ function noteFacts({node, dropped}, {gpu, model, seed, timings, usage, reason}, 
   if (model) node.model = model;
   if (Number.isSafeInteger(seed)) node.seed = seed;
   if (!ended) return;
-  const {prompt_tokens, completion_tokens, prompt_tokens_details} = usage ?? {};
+  const {prompt_tokens, completion_tokens, prompt_tokens_details, completion_tokens_details} = usage ?? {};
   const cached = usage?.cached_tokens ?? prompt_tokens_details?.cached_tokens;
-  const facts = {...timings, prompt_tokens, completion_tokens, cached_tokens: cached, gpu, finish_reason: reason};
+  const facts = {...timings, prompt_tokens, completion_tokens, cached_tokens: cached, reasoning_tokens: completion_tokens_details?.reasoning_tokens ?? usage?.reasoning_tokens, gpu, finish_reason: reason};
   const known = Object.entries(facts).filter(([, value]) => value !== undefined && value !== null);
   node.timings = {...node.timings, ...Object.fromEntries(known)};
   if (dropped) node.timings.dropped_messages = dropped + (timings?.dropped_messages ?? 0);
@@ -530,10 +540,10 @@ function paintSoon(run) {
 
 // Only what grows, so that the rest of the node is not written again.
 function saveGrown(run) {
-  const {content, reasoning, thought, stream, ended, note, error, remedy, timings, model, seed} = run.node;
+  const {content, reasoning, thought, stream, ended, note, error, remedy, timings, model, seed, ids, continued, calls} = run.node;
   clearTimeout(run.saving);
   run.saving = 0;
-  store.change("nodes", run.node.id, {content, reasoning, thought, stream, ended, note, error, remedy, timings, model, seed});
+  store.change("nodes", run.node.id, {content, reasoning, thought, stream, ended, note, error, remedy, timings, model, seed, ids, continued, calls});
 }
 
 // The tokens of a growing answer and its prompt as far as they are known; null without the prompt's.
@@ -682,9 +692,11 @@ function say(text) {
 // Shows what a file brings, and stores it if the reader wants that.
 async function importFile(file) {
   try {
-    const chats = importOf(await file.text(), file.name);
+    const text = await file.text(), chats = importOf(text, file.name);
     for (const each of chats) each.twin = await twinOf(each);
-    if (await showImport(chats, file.name)) importAll(chats, file.name);
+    if (!await showImport(chats, file.name)) return;
+    importAll(chats, file.name);
+    takePrompts(text);
   } catch (error) {
     say(error.message);
   }

@@ -15,8 +15,13 @@ function render() {
   setText($("title"), chat.title || TEXT.newChat);
   setText($("model"), model.name || TEXT.chat);
   renderModels();
+  const completing = model.api === "text";
+  document.body.classList.toggle("completing", completing);
+  $("message").placeholder = completing ? TEXT.textHint : TEXT.messageHint;
   document.title = (state.ended ? TEXT.endedMark : "") + titleOfTab(chat, model);
   $("lamp").className = phase;
+  $("status").hidden = !glanced;
+  $("log").hidden = document.querySelector("body > footer").hidden = Boolean(glanced);
   const turns = renderTurns();
   if (!hasEnd() && ($("log").childElementCount !== 1 || !$("log").contains(empty.node))) $("log").scrollTop = 0;
   syncChildren($("log"), [...(turns.length ? turns : [emptyPage()]), ...(state.notice ? [noticeOf(state.notice)] : [])]);
@@ -25,6 +30,7 @@ function render() {
   renderToasts();
   renderState();
   followEnd();
+  markWords();
 }
 
 function renderComposer(growing) {
@@ -48,9 +54,12 @@ function renderModels() {
   const ids = models.map(({id}) => id).join("\n");
   if (select.ids !== ids) select.replaceChildren(...models.map(({id}) => element("option", {value: id})));
   select.ids = ids;
-  models.forEach(({id, state: its, bytes, reason}, i) => {
+  const loading = models.find(({id}) => id === model.name)?.loading;
+  $("model-loading").hidden = loading === undefined;
+  $("model-loading").value = loading ?? 0;
+  models.forEach(({id, state: its, bytes, reason, loading}, i) => {
     const option = select.options[i];
-    setText(option, TEXT.modelIs(id, its, bytes));
+    setText(option, TEXT.modelIs(id, its, bytes, loading));
     Object.assign(option, {disabled: its === "failed", title: reason ?? ""});
   });
   select.value = model.name;
@@ -60,6 +69,7 @@ function chooseModel(name) {
   changeChat(state.chat, {model: name});
   useModel();
   render();
+  loadModel();
 }
 
 const titleOfTab = (chat, model) => chat.title ? `${chat.title} - ${model.name || TEXT.chat}`
@@ -129,8 +139,9 @@ function emptyPage() {
     bar.setAttribute("aria-label", TEXT.loadingLabel);
     page.append(bar);
   }
-  const examples = ["text", "none"].includes(model.api) ? [] : TEXT.examples;
-  page.append(element("div", {className: "examples"}, ...examples.map(text =>
+  const starters = ownPrompts().filter(({starter}) => starter), examples = ["text", "none"].includes(model.api) || starters.length ? [] : TEXT.examples;
+  page.append(element("div", {className: "examples"}, ...starters.map(prompt =>
+    element("button", {type: "button", textContent: prompt.name, title: prompt.text, onclick: () => usePrompt(prompt)})), ...examples.map(text =>
     element("button", {type: "button", textContent: text, disabled: !canAsk(), onclick: () => { ask(text); focusAfterClick(); }}))));
   empty = {key, node: page};
   return page;
@@ -229,7 +240,7 @@ function newRow(id) {
   row.link.onclick = event => {
     if (event.ctrlKey || event.metaKey || event.shiftKey) return;      // opens in another tab or window
     event.preventDefault();
-    openChat(id).then(focusAfterClick);
+    openChat(id).then(focusAfterClick).then(showFound);
     showSidebar(!narrow.matches);
   };
   row.pin = iconButton(TEXT.pin, "pin", () => { changeChat(chat(), {pinned: !chat().pinned}); render(); });
@@ -266,7 +277,8 @@ let searching = 0;
 
 // Shows the chats that have all words of the query, in the title or in any message.
 async function search(query) {
-  const mine = ++searching, words = query.toLowerCase().split(/\s+/).filter(Boolean);
+  const mine = ++searching;
+  words = query.toLowerCase().split(/\s+/).filter(Boolean);
   if (!words.length) { state.found = null; return render(); }
   const texts = new Map([...state.chats.values()].map(({id, title}) => [id, title.toLowerCase()]));
   for (const {conversation, content} of await store.read("nodes")) {
@@ -344,7 +356,9 @@ const mainMenu = () => [
   [TEXT.export, "export", () => openMenu($("menu"), exportMenu())],
   [TEXT.import, "import", () => $("import-file").click()],
   ...(state.chats.size ? [[TEXT.deleteAll, "delete", deleteAll]] : []),
+  [TEXT.prompts, "prompt", openPrompts],
   [TEXT.server, "server", () => openServer()],
+  ...(state.model.ours ? [[TEXT.serverStatus, "chart", openStatus]] : []),
   [TEXT.theme, "theme", nextTheme, TEXT.themes[state.preferences.theme]],
   [TEXT.shortcuts, "keys", () => $("keys-dialog").showModal()],
 ];
@@ -401,7 +415,7 @@ function showImport(chats, name) {
 async function exportChats(chats) {
   const nodes = new Map();
   for (const chat of chats) nodes.set(chat.id, chat.id === state.chat.id ? [...state.nodes.values()] : await store.read("nodes", chat.id));
-  const file = exportOf(chats, chat => nodes.get(chat.id));
+  const file = exportOf(chats, chat => nodes.get(chat.id), chats.length === state.chats.size ? ownPrompts() : []);
   const name = chats.length === 1 ? fileName(chats[0]) : `chats-${file.exported.slice(0, 10)}`;
   download(JSON.stringify(file, null, 2), `${name}.json`, "application/json");
 }
@@ -597,7 +611,8 @@ function submitDraft() {
   state.refusal = "";
   const command = trimmed.startsWith("/") && !trimmed.startsWith("//") && !files.length;
   if (!trimmed && !files.length) return;
-  if (command ? runCommand(trimmed) : ask(trimmed.replace(/^\/\//, "/"), files)) {
+  const said = state.model.api === "text" ? text : trimmed;
+  if (command ? runCommand(trimmed) : ask(said.replace(/^\/\//, "/"), files)) {
     if (state.draft.text === text) setDraft("", []);
     return;
   }
@@ -633,6 +648,7 @@ function showSettings() {
     field.placeholder = name === "seed" ? TEXT.random : usual !== undefined && usual !== null ? String(usual)
       : name === "max_tokens" && state.model.api === "v1" ? TEXT.restOfContext : TEXT.default;
   }
+  showTools();
   for (const name of SWITCHES) $(name).checked = preferences[name];
   const own = Object.keys(preferences.presets);
   $("preset").replaceChildren(element("option", {value: "", textContent: TEXT.choosePreset}),
@@ -643,13 +659,14 @@ function showSettings() {
 
 function takeSettings() {
   const parameters = {};
-  for (const parameter of PARAMETERS) {
+  for (const parameter of PARAMETERS.filter(({apart}) => !apart)) {
     const field = settingsFields().find(each => each.dataset.parameter === parameter.name);
     const value = parameterValue(parameter, field.value);
     if (value !== undefined) parameters[parameter.name] = value;
   }
   const stop = $("stop-strings").value.split("\n").filter(Boolean).slice(0, 4);
   if (stop.length) parameters.stop = stop;
+  Object.assign(parameters, takeTools());
   changeChat(state.chat, {system: $("system").value, parameters});
 }
 
@@ -694,13 +711,13 @@ async function changeSwitch(box) {
 
 function bindSettings() {
   const dialog = $("settings-dialog");
-  const labels = PARAMETERS.map(({name, min, max, step, choices}) => {
+  const inGrid = PARAMETERS.filter(({apart}) => !apart), labels = inGrid.map(({name, min, max, step, choices}) => {
     const field = choices ? element("select", {}, ...["", ...choices].map(value => element("option", {value, textContent: value || TEXT.default})))
       : element("input", {type: "number", min, max, step, inputMode: step === 1 ? "numeric" : "decimal"});
     field.dataset.parameter = name;
     return element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field);
   });
-  const fold = folded => labels.filter((label, i) => Boolean(PARAMETERS[i].folded) === folded);
+  const fold = folded => labels.filter((label, i) => Boolean(inGrid[i].folded) === folded);
   $("parameters").append(...fold(false));
   $("more-parameters").lastElementChild.append(...fold(true));
   dialog.addEventListener("input", ({target}) => {
@@ -710,6 +727,7 @@ function bindSettings() {
   dialog.addEventListener("close", render);
   $("notify").parentElement.hidden = typeof Notification === "undefined" || !isSecureContext;
   $("preset").onchange = ({target}) => choosePreset(target.value);
+  $("add-calculator").onclick = addCalculator;
   $("save-preset").onclick = savePreset;
   $("delete-preset").onclick = deletePreset;
   $("preset-name").onkeydown = event => { if (event.key === "Enter") { event.preventDefault(); savePreset(); } };
@@ -835,6 +853,8 @@ function bindPage() {
     else if (event.key === "ArrowDown" && first) { event.preventDefault(); first.focus(); }
     else if (event.key === "Escape" && event.target.value) { event.stopPropagation(); event.target.value = ""; search(""); }
   };
+  $("leave-status").onclick = () => openChat(state.chat.id);
+  $("save-prompt").onclick = savePrompt;
   $("menu").onclick = () => openMenu($("menu"), mainMenu());
   $("settings").onclick = openSettings;
   $("import-file").onchange = async ({target}) => { if (target.files[0]) await importFile(target.files[0]); target.value = ""; };
@@ -878,7 +898,10 @@ function bindStore() {
     store.leave();
     if (state.runs.size) store.tell({left: true});
   });
-  addEventListener("popstate", () => { if (location.hash.slice(1) !== state.chat.id) openChat(location.hash.slice(1)); });
+  addEventListener("popstate", () => {
+    if (isStatus()) openStatus();
+    else if (glanced || location.hash.slice(1) !== state.chat.id) openChat(location.hash.slice(1));
+  });
   addEventListener("storage", event => {
     if (event.key !== PREFERENCES) return;
     loadPreferences();
@@ -916,9 +939,10 @@ async function start() {
   for (const chat of await store.read("conversations")) state.chats.set(chat.id, chat);
   await takeOverOldChat();
   if (!asking) watchServer();
-  const wanted = [location.hash.slice(1), lastPlace()].find(id => state.chats.has(id)) ?? "";
+  const atStatus = isStatus(), wanted = [location.hash.slice(1), lastPlace()].find(id => state.chats.has(id)) ?? "";
   const typed = $("message").value;                     // while the scripts were loading
   await openChat(wanted);
+  if (atStatus) openStatus();
   if (typed && !state.draft.text) setDraft(typed);
   adoptAll();
   started = true;

@@ -187,17 +187,29 @@ function useModel(stats = state.stats, lists = true) {
   state.stats = stats;
   state.model = {name: its.id ?? stats?.model ?? "", context: its.context_length ?? stats?.context_length ?? 0,
     devices: [...devices], workers: listed.length > 1 ? 1 : stats?.workers?.length ?? 0, can,
-    defaults: its.defaults ?? {}, ours: its.owned_by === "chat_server", api};
+    defaults: its.defaults ?? {}, weights: its.weights_digest ?? "", ours: its.owned_by === "chat_server", api};
 }
+
+// Has a model loaded that the reader has chosen, where that is allowed; a question would load it too.
+async function loadModel() {
+  if (state.models.find(({id}) => id === state.model.name)?.state !== "unloaded") return;
+  await jsonOf(post("models/load", {model: state.model.name}));
+  lookAtModels();
+}
+
+const LOADING_MS = 1000;          // how often the page looks while a model loads
+let looking = 0;
 
 // The states of several models change all the time.
 async function lookAtModels() {
+  clearTimeout(looking);
   if (state.models.length < 2 || state.phase !== "ready") return;
   const home = serverHome(), models = await jsonOf(request("v1/models", {signal: AbortSignal.timeout(HEALTH_MS)}));
   if (!models?.data || home !== serverHome()) return;
   state.models = listedModels(models);
   useModel();
   render();
+  if (state.models.some(({state: its}) => its === "loading")) looking = setTimeout(lookAtModels, LOADING_MS);
 }
 
 // The number of tokens of a text; null if the server does not count them.
@@ -233,7 +245,8 @@ const modelNamed = name => state.model.ours || !state.model.name ? modelOfSevera
 // Asks for an answer and returns its response once the server has accepted. Throws Refused, Lost, or what
 // fetch throws.
 async function postAnswer({messages, parameters, id, signal, model, goOn = false}) {
-  const body = {messages, resumable: true, truncate: "oldest", progress: true, ...parameters};
+  const body = {messages, resumable: true, truncate: "oldest", progress: true, ...(state.model.can.token_ids && state.model.api !== "native" ? {return_token_ids: true} : {}),
+    ...parameters};
   const headers = {Accept: "text/event-stream", "X-Request-Id": id};
   const streamed = {stream: true, stream_options: {include_usage: true, continuous_usage_stats: true}, ...modelNamed(model)};
   if (state.model.api === "text") {
@@ -251,11 +264,8 @@ async function postAnswer({messages, parameters, id, signal, model, goOn = false
   return accepted(await post(ROUTES.native, body, {headers, signal}));
 }
 
-// What a model without a chat template goes on with: the user's last text, and what it wrote after that.
-function textToContinue(messages) {
-  const last = messages.findLastIndex(({role}) => role === "user");
-  return messages.slice(Math.max(0, last)).map(({content}) => content).join("");
-}
+// What a model without a chat template goes on with: all of the text, whoever wrote it.
+const textToContinue = messages => messages.map(({content}) => content).join("");
 
 async function accepted(response) {
   if (!response.ok) throw await errorOf(response);
@@ -320,6 +330,7 @@ function readEvent(event) {
   const choice = event.choices?.[0], delta = choice?.delta ?? {};
   return {text: event.token ?? delta.content ?? choice?.text ?? "", reasoning: event.reasoning ?? delta.reasoning_content ?? delta.reasoning ?? "",
     progress: readProgress(event), prompt: event.usage?.prompt_tokens ?? event.progress?.prompt_tokens, gpu: event.gpu ?? event.timings?.gpu, model: event.model, seed: event.seed,
+    calls: delta.tool_calls ?? [], ids: choice?.token_ids ?? [], logprobs: choice?.logprobs?.content ?? [],
     usage: event.usage ?? null, timings: event.timings ?? null, reason: event.finish_reason ?? choice?.finish_reason ?? (event.done ? "stop" : null)};
 }
 

@@ -15,7 +15,7 @@ const TEXT = {
 
   // header, list of chats
   model: "Model", modelStates: {unloaded: "", loading: "loading", ready: "loaded", failed: "failed"},
-  modelIs: (name, state, bytes) => [name, TEXT.modelStates[state] ?? state, bytes ? TEXT.bytes(bytes) : ""].filter(Boolean).join(" · "),
+  modelIs: (name, state, bytes, loaded) => [name, `${TEXT.modelStates[state] ?? state}${loaded ? ` ${Math.floor(100 * loaded)}\u00a0%` : ""}`, bytes ? TEXT.bytes(bytes) : ""].filter(Boolean).join(" · "),
   bytes: count => count < 1e9 ? `${number(Math.round(count / 1e6))} MB` : `${number(count / 1e9)} GB`,
   chat: "Chat", menu: "Menu", showChats: "Show or hide chats", untitled: "Untitled chat", title: "Title", pin: "Pin", more: "More",
   pinned: "Pinned", today: "Today", yesterday: "Yesterday", lastWeek: "Previous 7 days", lastMonth: "Previous 30 days",
@@ -31,7 +31,7 @@ const TEXT = {
   welcome: "What would you like to know?", welcomeText: "How should the text begin?",
   device: name => name === "cpu" ? "the CPU" : name === "cuda" || name === "mps" ? "the GPU" : name.replace(/^cuda:/, "GPU "),
   running: (devices, context) => `Running${devices.length ? ` on ${devices.join(", ")}` : ""}${context ? ` with ${number(context)} tokens of context` : ""}.`,
-  completes: "This model was not made to chat: it continues the text that you type, each by itself and without a system prompt.",
+  completes: "This model was not made to chat: it continues the text that you type, which grows in place.",
   onlyEmbeds: name => `${name} makes embeddings of texts, and no answers.`,
   statuses: {draining: "the server is stopping", unavailable: "no worker of the server runs"}, loadingLabel: "Loading", starting: "starting",
   loading: (stage, fraction) => `The model is not ready: ${TEXT.statuses[stage] ?? stage}${fraction ? ` ${Math.round(fraction * 100)}\u00a0%` : ""}.`,
@@ -41,7 +41,7 @@ const TEXT = {
     "Give three tips for a good night's sleep", "Show me a Python function that reverses a string"],
 
   // composer
-  messageHint: "Ask anything", attach: "Attach text files", latest: "Jump to latest", removeFile: name => `Remove ${name}`,
+  messageHint: "Ask anything", textHint: "Text to continue", attach: "Attach text files", latest: "Jump to latest", removeFile: name => `Remove ${name}`,
   characters: count => plural(count, "character", "characters"), pasted: count => `Pasted text${count ? ` ${count + 1}` : ""}.txt`,
   fileTooLarge: (name, bytes) => `${name} is larger than ${number(bytes / 1024)} KB.`, notText: name => `${name} is not a text file.`,
   stopFirst: "An answer is being written: stop it first.", notReady: "The model is not ready yet.",
@@ -58,6 +58,28 @@ const TEXT = {
   editedText: "Edited text", cancel: "Cancel", update: "Update", save: "Save", edited: "edited",
   wrap: "Wrap lines", downloadCode: "Download code", codeIn: language => `Code${language ? ` in ${language}` : ""}`, enterKey: "Enter the key", tryAgain: "Try again",
   pleaseContinue: "Please continue.",
+
+  // looking inside an answer
+  lens: "Token lens", again: "Run again", prompt: "Prompt", tokensOf: "Tokens of the answer", tokenId: id => `token ${id}`,
+  share: share => `${share >= 0.0995 ? (100 * share).toFixed(0) : share >= 0.00095 ? (100 * share).toFixed(1) : "< 0.1"}\u00a0%`,
+  notDrawn: "not drawn by the model", goOnWith: (text, share) => `Go on with ${text}, ${share}`,
+  looking: count => `Making the answer again to see its probabilities: ${plural(count, "token", "tokens")}`,
+  lensHint: "Choose a token to see what else stood there; one of these begins another answer.",
+  runningAgain: count => `Running again: ${plural(count, "token", "tokens")}`, sameAgain: count => `Run again: the same ${plural(count, "token", "tokens")}.`,
+  differsAt: ({at, was, is}) => `Run again, it differs${at ? ` from token ${number(at)} on: ${is ? `“${is}”` : "its end"} instead of ${was ? `“${was}”` : "its end"}` : ""}.`,
+  otherWeights: "The model has other weights now.", noPrompt: "The server does not say what the prompt is.", template: "Template",
+  roles: {system: "System", user: "You", assistant: "Assistant", tool: "Result"},
+  promptFacts: ({tokens, context, cached, dropped}) => [`${plural(tokens, "token", "tokens")}${context ? ` of ${number(context)}` : ""}`,
+    ...(cached ? [`the first ${number(cached)} (grey) were cached`] : []),
+    ...(dropped ? [`${plural(dropped, "oldest message", "oldest messages")} left out`] : [])].join("; ") + ".",
+
+  // the server at a glance
+  serverStatus: "Server status", backToChat: "Back to the chat", noStatus: "The server does not say how it is.", milliseconds: ms => ms < 999.5 ? `${ms < 9.95 ? ms.toFixed(1) : Math.round(ms)} ms` : TEXT.seconds(ms / 1000),
+  status: {throughput: "Tokens per second", firstToken: "First token (median / 95 %)", interToken: "Between tokens (median / 95 %)", requests: "Running / waiting",
+    pages: "KV pages in use", memory: "Memory", workers: "Workers ready", restarts: "Restarts of workers", delayed: "Answers delayed by a worker's end"},
+  statusAbout: ({model, uptime_s: seconds = 0, workers = []}) => [model, [...new Set(workers.map(({device}) => TEXT.device(device)))].join(", "),
+    seconds ? `up for ${seconds < 5400 ? plural(Math.round(seconds / 60), "minute", "minutes") : plural(Math.round(seconds / 3600), "hour", "hours")}` : ""].filter(Boolean).join(" · "),
+  columns: {model: "Model", state: "State", bytes: "In memory", worker: "Worker", device: "Device", running: "Running", restarts: "Restarts"},
 
   // what is happening
   connecting: "Connecting…", noServer: home => `No server at ${home} answers; still trying.`,
@@ -95,7 +117,7 @@ const TEXT = {
   commands: {system: "what the model is told first", clear: "begin a new chat", help: "list the commands", seed: "the same seed draws the same answer",
     temperature: "how freely to choose words", topk: "choose among so many tokens", topp: "choose among the likeliest tokens of this share",
     minp: "leave out tokens less likely than this share of the likeliest", repetition: "divide the odds of what was already written",
-    presence: "lower the odds of what occurs in the answer", frequency: "the same for each time it occurs", effort: "how much to think",
+    presence: "lower the odds of what occurs in the answer", frequency: "the same for each time it occurs", effort: "how much to think", budget: "most tokens to think",
     maxtokens: "longest answer"},
   badChoice: (name, text, choices) => `/${name} takes ${choices.slice(0, -1).join(", ")} or ${choices.at(-1)}, not “${text}”.`,
   noCommand: name => `There is no command /${name}. /help lists them; // sends a text that begins with a slash.`,
@@ -120,13 +142,21 @@ const TEXT = {
   choosePreset: "Choose…", presets: {precise: "Precise", creative: "Creative", repeatable: "Repeatable"}, presetName: "Name of the preset",
   savePreset: "Save as preset", deletePreset: "Delete preset", presetSaved: name => `Saved as “${name}”`,
   parameters: {temperature: "Temperature", top_k: "Top-k", top_p: "Top-p", min_p: "Min-p", repetition_penalty: "Repetition penalty",
-    presence_penalty: "Presence penalty", frequency_penalty: "Frequency penalty", reasoning_effort: "Thinking effort", max_tokens: "Max tokens", seed: "Seed"},
+    presence_penalty: "Presence penalty", frequency_penalty: "Frequency penalty", reasoning_effort: "Thinking effort", thinking_budget: "Thinking budget", max_tokens: "Max tokens", seed: "Seed"},
   moreParameters: "Penalties and thinking effort", default: "default", random: "random", restOfContext: "rest of context", stopStrings: "Stop strings, one per line", none: "none",
+  toolsAndFormat: "Functions and answer format", functions: "Functions that the model may call (JSON)", addCalculator: "Add a calculator",
+  schema: "JSON schema of answers", budget: "Thinking budget", noLimit: "no limit", notValidJson: why => `This is not valid JSON: ${why}.`,
+  badFunction: place => `Function ${place} needs a name of letters, digits, _, - and ., and parameters that are a JSON schema.`,
+  badSchema: "A JSON schema is an object, such as {\"type\": \"object\", \"properties\": {...}}.", callOf: name => `Call of ${name}`, result: "Result", sendResults: "Send results",
   clicks: "Click a message to edit it, or to answer it again", titles: "Let the model name new chats",
   titleRequest: (question, answer) => `Question: ${question}\n\nAnswer: ${answer}\n\nWrite a title of two to six words for this conversation. Write nothing else.`,
   notify: "Notify me when an answer ends in the background", notifyRefused: "The browser does not allow notifications of this page.",
   defaults: "Defaults", forNewChats: "Use for new chats",
   usedForNew: "New chats begin with these", done: "Done",
+
+  // prompts
+  prompts: "Prompts", promptName: "Name of the prompt", promptUse: "What it is", promptText: "Text of the prompt", starter: "Starter", usePrompt: "Use",
+  savePrompt: "Save prompt", noPrompts: "None yet.", promptsHint: "A system prompt is told to the model first. A starter begins a message, and stands on the empty page.",
 
   // server
   serverHint: "For a page opened from a file, or to talk to another machine. That server must allow this page (--cors-origin; null for a file).",

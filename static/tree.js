@@ -2,14 +2,15 @@
 //
 // A conversation is {id, title, created, updated, pinned, system, parameters, leaf, model}. A node is one message of
 // it: {id, conversation, parent, role: "user" | "assistant", content, created} and, where there is one,
-// attachments, reasoning, model, parameters, seed, timings, note, error, edited, stream. `parent` is a node's
+// attachments, reasoning, model, weights, system, parameters, seed, prefix, ids, continued, calls, timings, note, error, edited, stream: `ids` are
+// the tokens of an answer, of which `prefix` were chosen, and `continued` says that several requests made it; `calls` are [{id, name, arguments, result}]. `parent` is a node's
 // id, null for a first message. Nodes with the same parent are siblings: versions of a question, or answers
 // to the same one. `stream` ({id, next}) marks an answer that is being written: the id of its stream and the
 // number of the next event. attachments are [{name, at, length}], ranges of content.
 //
 // Export format, version 2 (chat_server.py's terminal reads and writes it too):
 //   {"format": "chat_server chats", "version": 2, "exported": ISO time, "conversations": [conversation + "nodes": [node, ...]]}
-// with times in milliseconds since 1970. Import also reads {"messages": [{role, content}, ...]} and a bare
+// and, with all chats, "prompts": [{name, text, starter}]; with times in milliseconds since 1970. Import also reads {"messages": [{role, content}, ...]} and a bare
 // list of those.
 "use strict";
 
@@ -63,8 +64,9 @@ const isGrowing = node => Boolean(node?.stream);
 function messagesOf(path, system = "", withReasoning = false) {
   const messages = system.trim() ? [{role: "system", content: system}] : [];
   for (const [i, {role, content, reasoning}] of path.entries()) {
+    if (role === "assistant" && isAnswered(path[i])) { messages.push(...messagesOfCalls(path[i])); continue; }
     if (!content || role === "user" && failed(path[i + 1])) continue;
-    if (messages.at(-1)?.role === role) messages.at(-1).content += "\n\n" + content;
+    if (messages.at(-1)?.role === role && !messages.at(-1).tool_calls) messages.at(-1).content += "\n\n" + content;
     else messages.push({role, content, ...(withReasoning && reasoning ? {reasoning_content: reasoning} : {})});
   }
   return messages;
@@ -210,18 +212,22 @@ function partsOf({content, attachments = []}) {
 // ignored.
 const isText = value => typeof value === "string";
 const isObject = value => typeof value === "object" && value !== null && !Array.isArray(value);
+const areIds = value => Array.isArray(value) && value.length > 0 && value.every(id => Number.isSafeInteger(id) && id >= 0);
+const areCalls = value => Array.isArray(value) && value.every(call => isObject(call) && isText(call.id) && isText(call.name) &&
+  isText(call.arguments) && (call.result === undefined || isText(call.result)));
 const isTime = value => Number.isFinite(value) && value > 0 && value < 8.64e15;
 const CONVERSATION_FIELDS = {title: isText, created: isTime, updated: isTime, pinned: value => typeof value === "boolean",
   system: isText, parameters: isObject, leaf: isText, model: isText};
 const NODE_FIELDS = {role: value => value === "user" || value === "assistant", content: isText, created: isTime,
   reasoning: isText, model: isText, seed: Number.isSafeInteger, parameters: isObject, timings: isObject, note: isText,
-  error: isText, edited: value => value === true, attachments: Array.isArray};
+  error: isText, edited: value => value === true, attachments: Array.isArray, weights: isText, system: isText, prefix: areIds, ids: areIds,
+  continued: value => value === true, calls: areCalls};
 
 const pick = (from, fields) => Object.fromEntries(Object.entries(fields)
   .filter(([name, fits]) => fits(from[name])).map(([name]) => [name, from[name]]));
 
-function exportOf(conversations, nodesOf) {
-  return {format: "chat_server chats", version: 2, exported: new Date().toISOString(),
+function exportOf(conversations, nodesOf, prompts = []) {
+  return {format: "chat_server chats", version: 2, exported: new Date().toISOString(), ...(prompts.length ? {prompts} : {}),
     conversations: conversations.map(chat => ({...pick(chat, CONVERSATION_FIELDS),
       nodes: nodesOf(chat).map(node => ({id: node.id, parent: node.parent, ...pick(node, NODE_FIELDS)}))}))};
 }
@@ -320,6 +326,7 @@ const PARAMETERS = [
   {name: "presence_penalty", command: "presence", min: -2, max: 2, step: "any", folded: true},
   {name: "frequency_penalty", command: "frequency", min: -2, max: 2, step: "any", folded: true},
   {name: "reasoning_effort", command: "effort", folded: true, choices: ["none", "low", "medium", "high"]},
+  {name: "thinking_budget", command: "budget", min: 0, max: 1048576, step: 1, apart: true},
   {name: "max_tokens", command: "maxtokens", min: 1, max: 1048576, step: 1},
   {name: "seed", command: "seed", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1},
 ];
@@ -337,6 +344,8 @@ function checkedParameters(given) {
     const value = parameterValue(parameter, given[parameter.name] ?? "");
     if (value !== undefined) checked[parameter.name] = value;
   }
+  if (Array.isArray(given.tools) && given.tools.length && given.tools.every(tool => isObject(tool?.function))) checked.tools = given.tools;
+  if (isObject(given.response_format)) checked.response_format = given.response_format;
   if (Array.isArray(given.stop) && given.stop.every(isText)) checked.stop = given.stop.filter(Boolean).slice(0, 4);
   return checked;
 }

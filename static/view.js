@@ -41,7 +41,7 @@ function iconButton(label, icon, onclick) {
 }
 
 function renderTurns() {
-  if (viewsOf !== state.chat.id) { views.clear(); near.disconnect(); viewsOf = state.chat.id; }
+  if (viewsOf !== state.chat.id) { views.clear(); lenses.clear(); near.disconnect(); viewsOf = state.chat.id; }
   const {path} = state, articles = path.map((node, i) => viewOf(node, path.length - i <= AT_ONCE).article);
   path.forEach(node => updateView(views.get(node.id)));
   for (const id of views.keys()) if (!state.nodes.has(id)) views.delete(id);
@@ -181,17 +181,21 @@ function completeAnswer(view) {
   view.nothing = element("p", {className: "nothing"});
   view.speed = element("span", {className: "speed"});
   view.copy = iconButton(TEXT.copy, "copy", clicked => copyRich(view, clicked));
-  view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, view.goOn,
+  view.lensButton = iconButton(TEXT.lens, "lens", () => toggleLens(view));
+  view.again = iconButton(TEXT.again, "play", () => runAgain(view));
+  view.prompt = iconButton(TEXT.prompt, "prompt", () => openPrompt(view.node));
+  view.verdict = element("p", {className: "nothing"});
+  view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, view.lensButton, view.again, view.prompt, view.goOn,
     iconButton(TEXT.more, "more", clicked => openMenu(clicked, answerMenu(view), factsText(view.node))), view.speed);
   view.article.prepend(view.thinking);
-  view.article.append(view.nothing, view.status, view.alert, view.actions);
+  view.article.append(view.nothing, view.status, view.alert, view.verdict, view.actions);
   view.body.onclick = event => clickToAct(event,() => regenerate(view.node));
 }
 
 function updateAnswer(view) {
   const {node} = view, growing = isGrowing(node), run = state.runs.get(node.id);
   drawAnswer(view, growing);
-  view.thinking.hidden = !node.reasoning;
+  view.thinking.hidden = !node.reasoning || lenses.has(node.id);
   drawThoughts(view);
   view.status.hidden = !growing || node.content !== "";
   view.doing.textContent = view.status.hidden ? "" : growingText(node, run);
@@ -201,7 +205,10 @@ function updateAnswer(view) {
   view.actions.classList.toggle("growing", growing);
   view.retry.disabled = view.goOn.disabled = !canAsk();
   view.copy.hidden = !node.content;
-  view.goOn.hidden = growing || !canGoOn(node) || node !== lastNode() || !(node.error || node.edited ||
+  view.prompt.hidden = !state.model.can.token_ids || node.edited;
+  updateLens(view);
+  updateCalls(view, growing);
+  view.goOn.hidden = growing || !canGoOn(node) || node !== lastNode() || !(view.plain || node.error || node.edited ||
     ["stopped", "interrupted"].includes(node.note) || node.timings?.finish_reason === "length");
   setText(view.nothing, nothingText(node));
   view.nothing.hidden = !view.nothing.textContent;
@@ -211,10 +218,13 @@ function updateAnswer(view) {
 
 function drawAnswer(view, growing) {
   const {node: {content}} = view;
-  if (view.editor || view.drawn === content && view.finished === !growing) return;
-  view.drawn = content;
-  view.finished = !growing;
-  view.markdown.update(content, !growing);
+  const plain = state.model.api === "text";             // a text that grows
+  if (view.editor || view.drawn === content && view.finished === !growing && view.plain === plain) return;
+  if (plain) view.body.textContent = content;
+  else if (view.plain) { view.body.replaceChildren(); view.markdown = new MarkdownView(view.body); }
+  Object.assign(view, {drawn: content, finished: !growing, plain});
+  view.body.classList.toggle("markdown", !plain);
+  if (!plain) view.markdown.update(content, !growing);
 }
 
 // Reasoning is drawn when it is opened; while it streams in it is shown until the answer begins.
@@ -222,7 +232,8 @@ function drawThoughts(view) {
   const {node} = view, growing = isGrowing(node);
   if (growing && !node.content && node.reasoning && view.opened === undefined) view.thinking.open = view.opened = true;
   if (view.opened && node.content) view.thinking.open = view.opened = false;
-  view.thinking.firstChild.dataset.time = node.thought > 999 ? TEXT.seconds(node.thought / 1000) : "";
+  view.thinking.firstChild.dataset.time = [node.thought > 999 ? TEXT.seconds(node.thought / 1000) : "",
+    node.timings?.reasoning_tokens ? TEXT.tokens(node.timings.reasoning_tokens) : ""].filter(Boolean).join(" · ");
   if (!view.thinking.open || view.thoughtsDrawn === node.reasoning) return;
   view.thoughtsDrawn = node.reasoning;
   view.thoughtsView ??= new MarkdownView(view.thoughts);
@@ -262,7 +273,7 @@ const liveSpeedText = run => run.chunks > 1 && !run.lost
 // What to say of an answer without a word.
 function nothingText(node) {
   const {content, error, note, reasoning, timings} = node;
-  if (isGrowing(node) || error || content.trim()) return "";
+  if (isGrowing(node) || error || content.trim() || node.calls?.length) return "";
   return note ? TEXT.nothingBefore(TEXT.notes[note] ?? note) : !reasoning ? TEXT.nothing
     : timings?.finish_reason === "length" ? TEXT.onlyThoughts : TEXT.thoughtNothing;
 }

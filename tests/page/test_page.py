@@ -422,12 +422,14 @@ def test_the_page_goes_on_with_texts_of_a_model_that_cannot_chat_and_asks_nothin
     with fake_front(pieces=[" there", " was"], chats=False) as url:
         open_page(page, url)
         expect(page.locator(".empty")).to_contain_text("it continues the text that you type")
-        for text in ("Once upon a time", "In the beginning"):
+        for text, before in (("Once upon a time", ""), (" a mill ", "Once upon a time there was")):
             with page.expect_request("**/v1/completions") as asked:
                 ask(page, text)
             body = json.loads(asked.value.post_data)
-            assert body["prompt"] == text and not body.keys() & {"messages", "truncate"}
-            expect(said(answers(page).last)).to_have_text("there was")
+            assert body["prompt"] == before + text and not body.keys() & {"messages", "truncate"}
+            expect(said(answers(page).last)).to_have_text(" there was")
+            expect(button(page, "Continue")).to_have_count(1)
+        assert len({box["y"] for box in (body.bounding_box() for body in page.locator(".turn > .body").all())}) == 1     # one line of text
         able = {"chat": False, "completion": False, "embedding": True}
         page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": "vectors-1", "capabilities": able}]}))
         open_page(page, url)

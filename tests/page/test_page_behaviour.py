@@ -205,7 +205,7 @@ def test_commands_are_completed_from_a_list(page, stand_in):
     box.press("Enter")                              # completes
     expect(box).to_have_value("/help")
     box.press("Enter")                              # sends
-    expect(page.get_by_role("log")).to_contain_text("/effort none | low | medium | high · /maxtokens N")
+    expect(page.get_by_role("log")).to_contain_text("/effort none | low | medium | high · /budget N · /maxtokens N")
     assert stand_in.bodies == []
 
 

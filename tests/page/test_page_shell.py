@@ -2,18 +2,16 @@
 keys, servers."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from browsing import (ROOT, answers, ask, button, chats, command, expect, expect_answered, fake_front, menu, message_box, more,
-                      needs_browser, open_page, questions, reload, said, settled, visitor)
+                      needs_browser, open_page, questions, reload, said, settled, violations, visitor)
 from chatlm.common.config import ApiKey
 from nightly import by_day
 from page_server import StandIn
 
 pytestmark = needs_browser
-AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 
 
 # names and accessibility ----------------------------------------------------------------------------------------------
@@ -60,17 +58,6 @@ def test_a_screen_reader_hears_start_and_finish_but_not_every_token(page, stand_
     expect(page.locator("#announcer")).to_have_text("Answer finished")
 
 
-def violations(page):
-    """axe-core's findings on the current page: (rule, impact, elements)."""
-    page.evaluate("source => { (0, eval)(source); }", AXE.read_text())
-    # wait until no transition of colours is running
-    found = page.evaluate("""async () => {
-        await Promise.all(document.getAnimations().filter(each => each.effect.getComputedTiming().endTime < 1e6).map(each => each.finished));
-        return (await axe.run(document, {resultTypes: ["violations"]})).violations;
-    }""")
-    return [(each["id"], each["impact"], [node["html"][:150] for node in each["nodes"]]) for each in found]
-
-
 SCREENS = {
     "empty": lambda page: None,
     "conversation": lambda page: (ask(page, "markdown"), expect_answered(page)),
@@ -88,6 +75,7 @@ SCREENS = {
     "settings": lambda page: (button(page, "Settings").click(), page.get_by_text("How the model's template").click()),
     "server": lambda page: menu(page, "Server"),
     "keys": lambda page: menu(page, "Keyboard shortcuts"),
+    "status": lambda page: menu(page, "Server status"),
     "search": lambda page: (ask(page, "one"), expect_answered(page), page.get_by_role("textbox", name="Search chats").fill("nowhere"),
                             expect(page.get_by_text("No chat has all")).to_be_visible()),
 }

@@ -270,3 +270,24 @@ def reload(page):
     page.reload()
     expect(page.locator("#lamp.ready")).to_be_visible(timeout=SLOW_MS)
     settled(page)
+
+
+AXE = ROOT / "tests" / "page" / "vendor" / "axe.min.js"
+
+
+def violations(page):
+    """axe-core's findings on the current page: (rule, impact, elements)."""
+    page.evaluate("source => { (0, eval)(source); }", AXE.read_text())
+    # wait until no transition of colours is running
+    found = page.evaluate("""async () => {
+        await Promise.all(document.getAnimations().filter(each => each.effect.getComputedTiming().endTime < 1e6).map(each => each.finished));
+        return (await axe.run(document, {resultTypes: ["violations"]})).violations;
+    }""")
+    return [(each["id"], each["impact"], [node["html"][:150] for node in each["nodes"]]) for each in found]
+
+
+def expect_accessible(page):
+    """axe finds nothing, in either theme."""
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert violations(page) == []

@@ -416,7 +416,17 @@ async def half_a_thought(server, question):
     yield done(4, "length")
 
 
-SCRIPTS = {"nothing": nothing, "only thoughts": only_thoughts, "tags": tags, "closing tag": closing_tag,
+async def call(server, question):
+    """Calls two functions, one in pieces."""
+    def delta(**fields):
+        return frame({"choices": [{"index": 0, "delta": {"tool_calls": [fields]}, "finish_reason": None}]})
+    yield delta(index=0, id="call_1", type="function", function={"name": "calculator", "arguments": '{"expression": '})
+    yield delta(index=0, function={"arguments": '"6 * 7"}'})
+    yield delta(index=1, id="call_2", type="function", function={"name": "look_up", "arguments": "{}"})
+    yield done(9, "tool_calls")
+
+
+SCRIPTS = {"call": call, "nothing": nothing, "only thoughts": only_thoughts, "tags": tags, "closing tag": closing_tag,
            "half a thought": half_a_thought, "thoughts": thoughts, "progress": progress, "half": half, "story": story, "markdown": markdown, "held markdown": held_markdown, "paragraphs": paragraphs,
            "silence": silence, "world": world, "hostile": hostile, "broken": broken, "cut off": cut_off}
 

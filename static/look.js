@@ -1,0 +1,265 @@
+// Looking inside an answer: the probability of each token, the same answer made again, and the prompt behind it.
+//
+// An answer keeps what made it (seed, parameters, system prompt, weights, token ids), so that the same request can be sent
+// again: a replay. The token lens is a replay that asks for log-probabilities; "Run again" compares its tokens.
+"use strict";
+
+const BESIDE = 5;                 // tokens listed beside each
+const SHADES = [0.8, 0.5, 0.2, 0.05];         // a token below so many of these has this class: p1 .. p4
+const lenses = new Map();         // id of a node -> {tokens, at, text, controller}, while its lens is on
+const scored = new Map();         // id of a branched answer -> the tokens that it began with, as its lens shows them
+
+const canLook = node => Number.isSafeInteger(node.seed) && !node.edited && !isGrowing(node) && state.model.api !== "none" &&
+  Boolean(state.model.can.token_ids);
+
+// What made an answer, beside its parameters.
+const madeBy = (chat, more = {}) => ({model: state.model.name, ...(state.model.weights ? {weights: state.model.weights} : {}),
+  ...(chat.system.trim() ? {system: chat.system} : {}), ...more});
+
+// The system prompt of an answer; those of older versions of the page do not say it.
+const systemOf = ({system, ids}) => system ?? (ids ? "" : state.chat.system);
+
+// replays -------------------------------------------------------------------------------------------------------------
+
+// Makes an answer again as it was made: {ids, entries, text, reasoning}. An answer that was stopped ends where it ended then.
+async function replay(node, {more = {}, signal, onToken = () => {}}) {
+  const {parameters = {}, continued, prefix, seed, model, note, ids: before} = node, {max_tokens: most, ...others} = parameters;
+  const messages = messagesToSend(pathTo(state.nodes, node.parent), systemOf(node));
+  const stop = new AbortController(), made = {ids: [...prefix ?? []], entries: [], text: "", reasoning: ""};
+  const response = await postAnswer({messages, id: newId(), signal: AbortSignal.any([signal, stop.signal]), model,
+    parameters: {...others, ...(most && !continued ? {max_tokens: most} : {}), seed, ...(prefix ? {prefix_token_ids: prefix} : {}),
+      resumable: false, progress: false, ...more}});
+  for await (const {event} of serverEvents(response.body, FOREVER_MS)) {
+    const {text, reasoning, ids, logprobs} = readEvent(event);
+    made.text += text;
+    made.reasoning += reasoning;
+    made.ids.push(...ids);
+    made.entries.push(...logprobs);
+    onToken(made.ids.length);
+    if ((note || continued) && before?.length && made.ids.length >= before.length) {
+      stop.abort();
+      made.ids.length = before.length;
+      break;
+    }
+  }
+  return made;
+}
+
+// The text of each token, of those that are no whole characters with the one that ends them: [{id, text, special}].
+async function piecesOf(ids) {
+  const found = await jsonOf(post("tokenize", {content: ids, with_pieces: true, ...modelOfSeveral()}));
+  return spelled(found?.tokens ?? []);
+}
+
+function spelled(tokens) {
+  const decoder = new TextDecoder(), encoder = new TextEncoder();
+  return tokens.map(({id, piece, special = false}) => ({id, special,
+    text: decoder.decode(isText(piece) ? encoder.encode(piece) : new Uint8Array(piece), {stream: true})}));
+}
+
+// Makes the answer again and says whether its tokens are the same; another one is kept beside it.
+async function runAgain(view) {
+  const {node} = view, {chat} = state, controller = new AbortController();
+  view.again.disabled = true;
+  const tell = text => { node.verdict = text; setText(view.verdict, text); };
+  try {
+    const made = await replay(node, {signal: controller.signal, onToken: count => tell(TEXT.runningAgain(count))});
+    const at = await firstDifference(node, made), other = node.weights && node.weights !== state.model.weights ? TEXT.otherWeights : "";
+    tell([at === null ? TEXT.sameAgain(made.ids.length) : TEXT.differsAt(at), other].filter(Boolean).join(" "));
+    if (at !== null && state.chat.id === chat.id) keepBeside(node, made);
+  } catch (error) {
+    tell(error.message);
+  }
+  announce(node.verdict);
+  view.again.disabled = false;
+}
+
+// Where a replay leaves the answer: {at, was, is}, of which `at` counts from 1; null if it is the same.
+async function firstDifference({ids, content, reasoning = ""}, made) {
+  if (!ids?.length) return content === made.text && reasoning === made.reasoning ? null : {at: 0, was: "", is: ""};
+  const at = made.ids.findIndex((id, i) => id !== ids[i]), first = at < 0 ? made.ids.length : at;
+  if (at < 0 && made.ids.length === ids.length) return null;
+  const [was, is] = await Promise.all([ids, made.ids].map(each => first < each.length ? piecesOf([each[first]]) : []));
+  return {at: first + 1, was: was[0]?.text ?? "", is: is[0]?.text ?? ""};
+}
+
+function keepBeside(node, {text, reasoning, ids}) {
+  const {leaf} = state, {parameters, seed, prefix} = node, system = systemOf(node);
+  addNode(node.parent, "assistant", text, {...madeBy({system}), ids, parameters, seed, ...(prefix ? {prefix} : {}), ...(reasoning ? {reasoning} : {})});
+  showLeaf(leaf);
+}
+
+// the lens ------------------------------------------------------------------------------------------------------------
+
+function toggleLens(view) {
+  const {node} = view, on = lenses.get(node.id);
+  if (on) {
+    on.controller.abort();
+    lenses.delete(node.id);
+  } else lookThrough(node);
+  updateAnswer(view);
+}
+
+async function lookThrough(node) {
+  const lens = {tokens: [], at: -1, text: TEXT.reading(0), controller: new AbortController(), drawn: null};
+  const show = () => { const view = views.get(node.id); if (lenses.get(node.id) === lens && view?.complete) updateLens(view); };
+  lenses.set(node.id, lens);
+  try {
+    const made = await replay(node, {more: state.model.api === "text" ? {logprobs: BESIDE + 1} : {logprobs: true, top_logprobs: BESIDE + 1}, signal: lens.controller.signal,
+      onToken: count => { lens.text = TEXT.looking(count); show(); }});
+    const at = node.ids?.length ? await firstDifference(node, made) : null;
+    lens.tokens = joined(await piecesOf(made.ids), made.entries, scored.get(node.id) ?? []);
+    lens.text = at ? TEXT.differsAt(at) : TEXT.lensHint;
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    lens.text = error.message;
+  }
+  show();
+}
+
+// Tokens with their probabilities and those beside them: of those that the model has drawn, and of a branch's beginning.
+function joined(tokens, entries, before) {
+  let next = 0;
+  return tokens.map((token, i) => {
+    if (before[i]?.id === token.id) return {...before[i], ...token};
+    const entry = entries[next]?.id === token.id ? entries[next++] : null;
+    if (!entry) return token;
+    const beside = entry.top_logprobs.filter(({id}) => id !== token.id).slice(0, BESIDE);
+    return {...token, share: Math.exp(entry.logprob), beside: beside.map(({id, token: text, logprob}) => ({id, text, share: Math.exp(logprob)}))};
+  });
+}
+
+function updateLens(view) {
+  const {node} = view, lens = lenses.get(node.id);
+  view.lensButton.hidden = view.again.hidden = !canLook(node);
+  view.lensButton.disabled = !canAsk() && !lens;
+  view.lensButton.setAttribute("aria-pressed", Boolean(lens));
+  setText(view.verdict, node.verdict ?? "");
+  view.article.classList.toggle("looked-through", Boolean(lens));
+  if (!lens) { view.lens?.remove(); view.lens = null; return; }
+  if (!view.lens) makeLens(view);
+  if (lens.drawn !== lens.tokens) drawTokens(view, lens);
+  setText(view.lens.hint, lens.text);
+}
+
+function makeLens(view) {
+  const list = element("div", {className: "tokens", tabIndex: 0, role: "listbox"});
+  list.setAttribute("aria-label", TEXT.tokensOf);
+  view.lens = element("div", {className: "lens"}, list);
+  Object.assign(view.lens, {list, hint: element("p", {className: "hint"}), panel: element("div", {className: "beside"})});
+  view.lens.append(view.lens.panel, view.lens.hint);
+  const lens = () => lenses.get(view.node.id), at = target => target.dataset?.at === undefined ? -1 : Number(target.dataset.at);
+  list.onmouseover = ({target}) => { if (mouse.matches && at(target) >= 0) chooseToken(view, lens(), at(target)); };
+  list.onclick = ({target}) => { if (at(target) >= 0) chooseToken(view, lens(), at(target)); };
+  list.onkeydown = event => {
+    const {at: now, tokens} = lens(), to = {ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: tokens.length - 1}[event.key];
+    if (to >= 0 && to < tokens.length) chooseToken(view, lens(), to);
+    else if (["ArrowDown", "Enter"].includes(event.key)) view.lens.panel.querySelector("button")?.focus();
+    else return;
+    event.preventDefault();
+  };
+  view.lens.panel.onkeydown = event => {
+    const buttons = [...view.lens.panel.querySelectorAll("button")], by = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1}[event.key];
+    if (event.key === "ArrowUp") list.focus();
+    else if (by) buttons.at((buttons.indexOf(document.activeElement) + by) % buttons.length).focus();
+    else return;
+    event.preventDefault();
+  };
+  view.body.after(view.lens);
+}
+
+const shown = text => text.replace(/\n/g, "↵\n");
+
+function drawTokens({lens: {list, panel}, node}, lens) {
+  lens.drawn = lens.tokens;
+  list.replaceChildren(...lens.tokens.map(({text, special, share}, i) => {
+    const shade = share === undefined ? 0 : SHADES.filter(most => share < most).length;
+    const option = element("span", {id: `${node.id}-${i}`, role: "option", textContent: shown(text) || "·",
+      className: `${shade ? `p${shade}` : ""}${special ? " special" : ""}`});
+    option.dataset.at = i;
+    option.setAttribute("aria-selected", "false");
+    return option;
+  }));
+  panel.replaceChildren();
+}
+
+const quoted = text => `“${text.replace(/\n/g, "↵")}”`;
+
+// Shows a token's id and probability, and those that stood beside it; each of these begins another answer.
+function chooseToken(view, lens, at) {
+  const {list, panel} = view.lens, {id, text, share, beside = []} = lens.tokens[at];
+  list.children[lens.at]?.setAttribute("aria-selected", "false");
+  lens.at = at;
+  list.children[at].setAttribute("aria-selected", "true");
+  list.setAttribute("aria-activedescendant", list.children[at].id);
+  const about = [quoted(text), TEXT.tokenId(id), share === undefined ? TEXT.notDrawn : TEXT.share(share)].join(" · ");
+  panel.replaceChildren(element("p", {textContent: about}), ...beside.map(other => {
+    const made = element("button", {type: "button", className: "plain", disabled: !canAsk(), title: TEXT.tokenId(other.id),
+      onclick: () => branchAt(view.node, lens, at, other)}, element("span", {textContent: quoted(other.text)}), element("small", {textContent: TEXT.share(other.share)}));
+    made.setAttribute("aria-label", TEXT.goOnWith(quoted(other.text), TEXT.share(other.share)));
+    return made;
+  }));
+}
+
+// Another answer to the same question that has this token there, and is else made as this one.
+function branchAt(node, {tokens}, at, {id, text, share}) {
+  const question = state.nodes.get(node.parent), made = newId(), before = tokens.slice(0, at), {beside = [], ...instead} = tokens[at];
+  const prefix = [...before.map(token => token.id), id];
+  scored.set(made, [...before, {id, text, share, beside: [instead, ...beside.filter(other => other.id !== id)]}]);
+  const {parameters = {}, seed} = node;
+  answerAgain(question, {id: made, prefix, ids: [...prefix], parameters: {...parameters, seed}, system: systemOf(node)});
+}
+
+// the prompt ----------------------------------------------------------------------------------------------------------
+
+// What the model got for an answer: its tokens, and how many each message has.
+async function openPrompt(node) {
+  const {timings = {}, parameters = {}} = node, path = pathTo(state.nodes, node.parent);
+  const all = messagesToSend(path, systemOf(node)), dropped = Math.max(0, (timings.dropped_messages ?? 0) - all.dropped);
+  const fixed = all[0]?.role === "system" ? 1 : 0, messages = [...all.slice(0, fixed), ...all.slice(fixed + dropped)];
+  $("prompt-text").replaceChildren(TEXT.connecting);
+  $("prompt-counts").replaceChildren();
+  setText($("prompt-facts"), "");
+  $("prompt-dialog").showModal();
+  const effort = parameters.reasoning_effort ? {reasoning_effort: parameters.reasoning_effort} : {};
+  const wanted = state.model.api === "text" ? ["tokenize", {content: textToContinue(messages), add_special: true}]
+    : ["apply-template", {messages, ...effort, ...(parameters.tools ? {tools: parameters.tools} : {})}];
+  const found = await jsonOf(post(wanted[0], {...wanted[1], with_pieces: true, ...modelOfSeveral(node.model)}));
+  if (!found?.tokens) return setText($("prompt-text"), TEXT.noPrompt);
+  const tokens = spelled(found.tokens), cached = timings.cached_tokens ?? 0, context = state.model.context;
+  $("prompt-text").replaceChildren(...promptNodes(tokens, cached));
+  $("prompt-counts").replaceChildren(...countsNodes(messages, tokens));
+  setText($("prompt-facts"), TEXT.promptFacts({tokens: tokens.length, context, cached, dropped: timings.dropped_messages ?? 0}));
+  $("prompt-bar").style.setProperty("--used", Math.min(1, tokens.length / (context || tokens.length)));
+  return undefined;
+}
+
+// Runs of tokens as text, special ones by themselves.
+function promptNodes(tokens, cached) {
+  const nodes = [];
+  let last = null;
+  tokens.forEach(({text, special}, i) => {
+    const look = [special ? "special" : "", i < cached ? "cached" : ""].filter(Boolean).join(" ");
+    if (!last || special || last.className !== look) nodes.push(last = element("span", {className: look}));
+    last.append(text);
+  });
+  return nodes;
+}
+
+// How many tokens the words of each message have; what stands around them is the template's.
+function countsNodes(messages, tokens) {
+  const text = tokens.map(token => token.text).join("");
+  let at = 0, token = 0, offset = 0;
+  const counts = messages.map(({role, content}) => {
+    const start = text.indexOf(content.trim(), at);
+    if (start < 0) return {role, content, count: 0};
+    at = start + content.trim().length;
+    for (; token < tokens.length && offset + tokens[token].text.length <= start; token++) offset += tokens[token].text.length;
+    let count = 0;
+    for (; token < tokens.length && offset < at; token++, count++) offset += tokens[token].text.length;
+    return {role, content, count};
+  });
+  const rest = tokens.length - counts.reduce((sum, {count}) => sum + count, 0);
+  return [...counts, {role: TEXT.template, content: "", count: rest}].map(({role, content, count}) => element("li", {},
+    element("b", {textContent: TEXT.roles[role] ?? role}), element("span", {textContent: content.slice(0, 200)}), element("small", {textContent: TEXT.tokens(count)})));
+}

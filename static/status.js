@@ -1,0 +1,134 @@
+// The server at a glance, at /#server: drawn from /stats and /metrics since the page was opened.
+"use strict";
+
+const STATUS_MS = 2000;           // between two looks at the server
+const WINDOW = 15;                // looks over which the percentiles of a point are taken
+const MOST_SAMPLES = 1800;        // an hour of them
+
+const CHARTS = [                  // name, how its values are written, and the values of a sample: a line each
+  ["throughput", value => TEXT.speed(value), sample => [sample.speed]],
+  ["firstToken", value => TEXT.milliseconds(value), sample => sample.firstToken],
+  ["interToken", value => TEXT.milliseconds(value), sample => sample.interToken],
+  ["requests", value => number(value), sample => [sample.running, sample.queued]],
+  ["pages", value => number(value), sample => [sample.pages]],
+  ["memory", value => TEXT.bytes(value), sample => [sample.memory]],
+];
+const SHARES = [0.5, 0.95];       // the percentiles that are shown
+
+let glanced = null;                // {samples, looks: the histograms of the first and the last looks, charts, timer} while the view is open
+
+const isStatus = () => location.hash === "#server";
+
+function openStatus() {
+  if (!isStatus()) history.pushState(null, "", `${location.pathname}${location.search}#server`);
+  if (glanced) return;
+  glanced = {samples: [], looks: [], charts: null, timer: setInterval(lookAtServer, STATUS_MS)};
+  render();
+  $("status").focus({preventScroll: true});
+  lookAtServer();
+}
+
+function closeStatus() {
+  if (!glanced) return;
+  clearInterval(glanced.timer);
+  glanced.charts?.forEach(({plot}) => plot?.destroy());
+  glanced = null;
+  $("status-charts").replaceChildren();
+}
+
+async function lookAtServer() {
+  if (document.hidden && glanced?.samples.length) return;
+  const options = {signal: AbortSignal.timeout(HEALTH_MS)};
+  const [stats, metrics] = await Promise.all([jsonOf(request("stats", options)),
+    request("metrics", options).then(response => response.ok ? response.text() : "").catch(() => "")]);
+  if (!glanced) return;
+  if (stats) addSample(glanced, stats, readMetrics(metrics));
+  setText($("status-about"), stats ? TEXT.statusAbout(stats) : serverText() || TEXT.noStatus);
+  if (stats) showStatus(stats, glanced);
+}
+
+const sum = (list, value) => list.reduce((total, each) => total + (value(each) ?? 0), 0);
+
+function addSample({samples, looks}, {workers = [], queue_depth: queued = 0}, metrics) {
+  looks.push(metrics);
+  if (looks.length > WINDOW) looks.splice(1, 1);        // the first one stays
+  const before = looks[looks.length < WINDOW ? 0 : 1];
+  if (samples.length === MOST_SAMPLES) samples.shift();
+  samples.push({at: Date.now() / 1000, queued, firstToken: percentiles(metrics, before, "time_to_first_token"),
+    interToken: percentiles(metrics, before, "inter_token_latency"), running: sum(workers, each => each.running), speed: sum(workers, each => each.tokens_per_second),
+    pages: sum(workers, each => each.kv_pages_used), memory: sum(workers, each => each.memory_used)});
+}
+
+// Map: name of a histogram -> [[upper bound, count up to it]] of Prometheus' text.
+function readMetrics(text) {
+  const found = new Map();
+  for (const [, name, bound, count] of text.matchAll(/^chat_server_(\w+)_seconds_bucket\{le="([^"]+)"\} (\S+)$/gm)) {
+    if (!found.has(name)) found.set(name, []);
+    found.get(name).push([bound === "+Inf" ? Infinity : Number(bound), Number(count)]);
+  }
+  return found;
+}
+
+// Milliseconds below which these shares of what came between two looks lie; null without any.
+function percentiles(metrics, before, name) {
+  const earlier = before.get(name) ?? [], buckets = (metrics.get(name) ?? []).map(([bound, count], i) => [bound, count - (earlier[i]?.[1] ?? 0)]);
+  const all = buckets.at(-1)?.[1] ?? 0;
+  return SHARES.map(share => {
+    const i = buckets.findIndex(([, count]) => count >= share * all);
+    if (!all || i < 0) return null;
+    const [low, below] = buckets[i - 1] ?? [0, 0], [high, count] = buckets[i];
+    return 1000 * (high === Infinity ? low : low + (high - low) * (share * all - below) / Math.max(1, count - below));
+  });
+}
+
+function showStatus(stats, {samples, looks}) {
+  const {workers = [], models = []} = stats, last = samples.at(-1), ready = workers.filter(({state}) => state === "ready").length;
+  const since = name => percentiles(looks.at(-1), looks[0], name).map(value => value === null ? "–" : TEXT.milliseconds(value)).join(" / ");
+  const facts = [["throughput", TEXT.speed(last.speed)], ["firstToken", since("time_to_first_token")], ["interToken", since("inter_token_latency")],
+    ["requests", `${number(last.running)} / ${number(last.queued)}`], ["pages", `${number(last.pages)} / ${number(sum(workers, each => each.kv_pages_total))}`],
+    ["memory", TEXT.bytes(last.memory)], ["workers", `${ready} / ${workers.length}`], ["restarts", number(sum(workers, each => each.restarts))],
+    ...(stats.delayed_answers === undefined ? [] : [["delayed", number(stats.delayed_answers)]])];
+  $("status-facts").replaceChildren(...facts.map(([name, text]) => element("div", {}, element("dt", {textContent: TEXT.status[name]}), element("dd", {textContent: text}))));
+  fillTable("status-models", ["model", "state", "bytes"], models.map(({id, state: its, bytes}) => [id, its, bytes ? TEXT.bytes(bytes) : ""]));
+  fillTable("status-workers", ["worker", "device", "state", "running", "restarts"], workers.map(each =>
+    [each.gpu_id, each.node ? `${each.node} ${each.device}` : each.device, each.state, number(each.running ?? 0), number(each.restarts ?? 0)]));
+  if (typeof uPlot === "function") drawCharts(samples);
+}
+
+function fillTable(id, names, rows) {
+  $(id).parentElement.hidden = !rows.length;
+  $(id).replaceChildren(element("thead", {}, element("tr", {}, ...names.map(name => element("th", {textContent: TEXT.columns[name], scope: "col"})))),
+    element("tbody", {}, ...rows.map(row => element("tr", {}, ...row.map(text => element("td", {textContent: text}))))));
+}
+
+function drawCharts(samples) {
+  glanced.charts ??= CHARTS.map(chart => makeChart(chart, chart[2](samples[0]).length));
+  const times = samples.map(({at}) => at);
+  for (const {values, plot, figure, name, write} of glanced.charts) {
+    const lines = samples.map(values), data = [times, ...lines[0].map((_, line) => lines.map(each => each[line]))];
+    const now = lines.at(-1).map(value => value === null ? "–" : write(value)).join(" / ");
+    figure.setAttribute("aria-label", `${TEXT.status[name]}: ${now}`);
+    plot.setData(data);
+    const width = figure.clientWidth;
+    if (width && plot.width !== width) plot.setSize({width, height: plot.height});
+  }
+}
+
+function makeChart([name, write, values], lines) {
+  const figure = element("div", {className: "chart"});
+  figure.setAttribute("role", "img");
+  $("status-charts").append(element("figure", {}, element("figcaption", {textContent: TEXT.status[name]}), figure));
+  const font = "11px system-ui, sans-serif", grid = {stroke: () => resolved("--line"), width: 1}, line = stroke => ({stroke: () => resolved(stroke), width: 1.5, points: {show: false}});
+  const axis = {stroke: () => resolved("--soft"), font, grid, ticks: {show: false}};
+  const plot = new uPlot({width: figure.clientWidth || 300, height: 120, legend: {show: false}, cursor: {show: false}, padding: [8, 4, 0, 0],
+    scales: {y: {range: (_, low, high) => [0, high > 0 ? high * 1.1 : 1]}},
+    axes: [{...axis, size: 24, space: 90, values: (_, ticks) => ticks.map(at => new Date(1000 * at).toLocaleTimeString())}, {...axis, size: 62, space: 34, values: (_, ticks) => ticks.map(write)}],
+    series: [{}, line("--accent"), line("--amber")].slice(0, 1 + lines)}, [[], [], []].slice(0, 1 + lines), figure);
+  return {name, write, values, plot, figure};
+}
+
+// A colour of the page's as the canvas understands it: light-dark() is resolved by an element's own style.
+function resolved(variable) {
+  $("status").style.setProperty("outline-color", `var(${variable})`);
+  return getComputedStyle($("status")).outlineColor;
+}

@@ -1,0 +1,97 @@
+"""Looking inside: probabilities of tokens, answers made again, the prompt, the server. With the default model."""
+
+import json
+import re
+
+import pytest
+
+from browsing import (SLOW_MS, answers, ask, button, command, expect, expect_accessible, expect_answered, menu, message_box, needs_browser,
+                      open_page, reload, said, server_url, settled)
+
+pytestmark = needs_browser
+
+
+@pytest.fixture
+def asked(page, server_url):
+    """A page with an answer of chance."""
+    open_page(page, server_url)
+    for text in ("/temperature 1.2", "/seed 5", "/maxtokens 16"):
+        command(page, text)
+    ask(page, "What is the capital of Japan?")
+    expect_answered(page)
+    return page
+
+
+def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
+    page, first = asked, said(answers(asked)).inner_text()
+    button(answers(page), "Token lens").click()
+    tokens = page.get_by_role("listbox", name="Tokens of the answer")
+    panel = answers(page).locator(".beside")
+    expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
+    assert re.sub(r"<\|.*", "", tokens.text_content().replace("↵\n", "\n")).split() == first.split()
+    tokens.press("ArrowRight")
+    tokens.press("ArrowRight")
+    tokens.press("ArrowRight")
+    expect(panel).to_contain_text(re.compile(r"· token \d+ · [<\d. ]+\s%"))
+    expect(panel.get_by_role("button")).to_have_count(5)
+    expect_accessible(page)
+    before = page.evaluate("lenses.get(lastNode().id).tokens.slice(0, 2).map(token => token.id)")
+    tokens.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_contain_text("2/2")
+    expect_answered(page)
+    node = page.evaluate("({...lastNode()})")
+    assert node["ids"][:2] == before and node["prefix"] == node["ids"][:3] and len(node["ids"]) <= 16 and node["seed"] == 5
+    assert node["weights"] == page.evaluate("state.models[0].weights_digest") and re.fullmatch("[0-9a-f]{64}", node["weights"])
+    button(answers(page), "Run again").click()
+    expect(answers(page)).to_contain_text(f"the same {len(node['ids'])} tokens", timeout=SLOW_MS)
+    button(answers(page), "Token lens").click()
+    expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
+    assert page.evaluate("lenses.get(lastNode().id).tokens.slice(0, -1).every(token => token.share > 0)")
+    exported = page.evaluate("exportOf([state.chat], () => [...state.nodes.values()])")
+    page.evaluate("text => importAll(importOf(text), 'it')", json.dumps(exported))
+    settled(page)
+    brought = page.evaluate("({...lastNode()})")
+    assert [brought[name] for name in ("ids", "prefix", "weights", "seed", "content")] == [node[name] for name in ("ids", "prefix", "weights", "seed", "content")]
+    reload(page)
+    page.evaluate("lastNode().ids[4]++")          # as if it had been made by another model
+    button(answers(page), "Run again").click()
+    expect(answers(page)).to_contain_text("it differs from token 5 on", timeout=SLOW_MS)
+    expect(answers(page)).to_contain_text("2/3")
+
+
+def test_a_prompt_is_shown_with_its_special_tokens_and_counts(asked):
+    page = asked
+    button(answers(page), "Prompt").click()
+    dialog = page.get_by_role("dialog", name="Prompt")
+    expect(dialog.locator("#prompt-text .special").first).to_have_text("<|im_start|>")
+    expect(dialog.locator("#prompt-text")).to_contain_text("What is the capital of Japan?<|im_end|>")
+    expect(dialog.locator("#prompt-counts li").first).to_have_text(re.compile(r"^YouWhat is the capital of Japan\?7 tokens"))
+    count = page.evaluate("lastNode().timings.prompt_tokens")
+    expect(dialog.locator("#prompt-facts")).to_have_text(re.compile(rf"^{count} tokens of [\d,]+"))
+    expect_accessible(page)
+    button(dialog, "Done").click()
+
+
+def test_the_server_is_drawn_at_a_glance(asked, server_url):
+    page = asked
+    menu(page, "Server status")
+    region = page.get_by_role("region", name="Server status")
+    expect(region.get_by_role("img")).to_have_count(6, timeout=SLOW_MS)
+    expect(region.locator("canvas")).to_have_count(6)
+    expect(region).to_contain_text("Workers ready1 / 1")
+    expect(message_box(page)).to_be_hidden()
+    expect_accessible(page)
+    reload(page)
+    expect(region.get_by_role("cell", name="ready").first).to_be_visible(timeout=SLOW_MS)
+    button(page, "Back to the chat").click()
+    expect(said(answers(page))).to_be_visible()
+    assert not page.url.endswith("#server")
+
+
+def test_a_server_that_cannot_do_it_offers_none_of_it(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "one")
+    expect_answered(page)
+    for name in ("Token lens", "Run again", "Prompt"):
+        expect(button(page, name)).to_have_count(0)

@@ -1,0 +1,106 @@
+"""Functions, formats, prompts that are kept, and the words of a search."""
+
+import json
+
+import pytest
+
+from browsing import (SLOW_MS, answers, ask, button, chats, expect, expect_accessible, expect_answered, menu, message_box, needs_browser, open_page, said, server_url, settled)
+
+pytestmark = needs_browser
+CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}, "required": ["city"]}
+
+
+def open_tools(page):
+    button(page, "Settings").click()
+    page.get_by_text("Functions and answer format").click()
+
+
+def test_a_call_is_a_card_whose_result_is_sent_back(page, stand_in):
+    stand_in.model["capabilities"] |= {"tools": True, "json_schema": True, "reasoning_budget": True}
+    open_page(page, stand_in.url)
+    open_tools(page)
+    functions = page.get_by_role("textbox", name="Functions that the model may call (JSON)")
+    for text, problem in (("{", "This is not valid JSON"), ('[{"name": "a b"}]', "Function 1 needs a name")):
+        functions.fill(text)
+        expect(page.locator("#functions-problem")).to_contain_text(problem)
+    functions.fill('{"name": "look_up", "parameters": {"type": "object"}}')
+    button(page, "Add a calculator").click()
+    page.get_by_role("slider", name="Thinking budget").fill("2")
+    expect(page.locator("#budget-text")).to_have_text("64 tokens")
+    expect_accessible(page)
+    button(page, "Done").click()
+    ask(page, "call")
+    card = page.get_by_role("region", name="Call of calculator")
+    expect(card).to_contain_text('"expression"')
+    expect(card.get_by_role("textbox", name="Result")).to_have_value("42")
+    expect_accessible(page)
+    other = page.get_by_role("region", name="Call of look_up").get_by_role("textbox", name="Result")
+    other.fill("sunny")
+    button(page, "Send results").click()
+    expect_answered(page, 2)
+    expect(said(answers(page).last)).to_contain_text("You said: sunny")
+    first, last = (body for body in stand_in.bodies if body.get("stream"))
+    assert [tool["function"]["name"] for tool in first["tools"]] == ["look_up", "calculator"] and first["thinking_budget"] == 64
+    calls = last["messages"][-3]["tool_calls"]
+    assert [(message["role"], message.get("tool_call_id")) for message in last["messages"][-2:]] == [("tool", call["id"]) for call in calls]
+    assert [message["content"] for message in last["messages"][-2:]] == ["42", "sunny"]
+    expect(card.get_by_role("textbox")).to_have_count(0)
+    exported = page.evaluate("exportOf([state.chat], () => [...state.nodes.values()])")
+    brought = page.evaluate("text => importOf(text)", json.dumps(exported))[0]
+    assert [node["calls"][0]["result"] for node in brought["nodes"] if "calls" in node] == ["42"] and len(brought["conversation"]["parameters"]["tools"]) == 2
+
+
+@pytest.mark.parametrize("expression, value", [("2*(3+4)-1", "13"), ("-1.5e1 / 4", "-3.75"), ("1,000 * 2", "2000"), ("1/0", ""), ("2 +", ""), ("alert(1)", ""), ("", "")])
+def test_the_calculator_works_out_arithmetic_and_nothing_else(opened_page, expression, value):
+    assert opened_page.evaluate("text => calculated(text)", json.dumps({"expression": expression})) == value
+
+
+def test_an_answer_follows_the_schema_of_its_chat(page, server_url):
+    open_page(page, server_url)
+    open_tools(page)
+    schema = page.get_by_role("textbox", name="JSON schema of answers")
+    schema.fill('{"not": {"type": "string"}}')
+    expect(page.locator("#schema-problem")).to_contain_text("not", timeout=SLOW_MS)
+    schema.fill(json.dumps(CITY))
+    expect(page.locator("#schema-problem")).to_have_text("")
+    button(page, "Done").click()
+    ask(page, "Which city is the capital of Japan? Answer in JSON.")
+    expect_answered(page)
+    assert json.loads(said(answers(page)).inner_text()).keys() == {"city"}
+
+
+def test_prompts_are_kept_and_exported_and_found_words_are_marked(page, stand_in):
+    open_page(page, stand_in.url)
+    menu(page, "Prompts")
+    dialog = page.get_by_role("dialog", name="Prompts")
+    for name, kind, text in (("Pirate", "System prompt", "Talk like a pirate."), ("Shorter", "Starter", "Say this in ten words: ")):
+        dialog.get_by_role("textbox", name="Name of the prompt").fill(name)
+        dialog.get_by_role("combobox", name="What it is").select_option(kind)
+        dialog.get_by_role("textbox", name="Text of the prompt").fill(text)
+        button(dialog, "Save prompt").click()
+    expect_accessible(page)
+    button(dialog, "Use: Pirate").click()
+    page.reload()
+    button(page, "Shorter").click()
+    expect(message_box(page)).to_have_value("Say this in ten words: ")
+    menu(page, "Prompts")
+    button(dialog, "Use: Pirate").click()
+    message_box(page).fill("yellow submarines")
+    message_box(page).press("Enter")
+    expect_answered(page)
+    assert stand_in.bodies[-1]["messages"][0] == {"role": "system", "content": "Talk like a pirate."}
+    button(page, "New chat").click()
+    page.get_by_role("textbox", name="Search chats").fill("submarines")
+    expect(chats(page)).to_have_count(1)
+    chats(page).first.click()
+    page.wait_for_function("() => CSS.highlights.get('found')?.size === 3")         # in the list, the question and the answer
+    with page.expect_download() as saved:
+        menu(page, "Export", "All chats (JSON)")
+    exported = json.loads(saved.value.path().read_text())
+    assert [prompt["name"] for prompt in exported["prompts"]] == ["Pirate", "Shorter"]
+    page.evaluate("keepPrompts([{name: 'Pirate', text: 'Arr.', starter: false}])")
+    page.locator("#import-file").set_input_files(saved.value.path())
+    button(page.get_by_role("dialog"), "Import").click()
+    page.wait_for_function("() => ownPrompts().length === 3")
+    assert page.evaluate("ownPrompts().map(({name}) => name)") == ["Pirate", "Pirate (2)", "Shorter"]
+    settled(page)
