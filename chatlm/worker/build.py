@@ -199,6 +199,7 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
         model.spec, limits["max_tokens"], limits["max_rows"], torch.float32).values()
     activations = sum(rows * columns * dtype.itemsize for rows, columns, dtype in buffers)
     copies, pool = ranks.here if shared else 1, PagePool(0, groups.windows)
+    token_bytes = cache_dtype.itemsize * sum(its.slot_size for its in whole.by_layer if its)
     shapes = expected_tensors(model.spec)
     floats = any(len(shapes[name]) > 1 and is_float(tensor, shapes[name])
                  for name, tensor in model.tensors.items())
@@ -207,7 +208,7 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
     return MemoryPlan(settings, device, copies * weight_bytes(model, settings.quantize), copies * activations,
                       page_bytes, full, fewest, model.grows and f". {model.grows}",
                       kernels.backend.quantizes and floats and not settings.quantize, state_bytes,
-                      model.context_length,
+                      model.context_length, token_bytes,
                       sum(getattr(tensor, "file_bytes", 0) for tensor in model.tensors.values()))
 
 
@@ -225,6 +226,7 @@ class MemoryPlan(NamedTuple):
     quantizes: bool = False  # would --quantize make the weights smaller?
     state_bytes: int = 0  # of a sequence's state, where layers keep one
     longest: int = 0      # tokens of the longest context
+    token_bytes: int = 0  # that all layers of the model keep of a token
     mapped: int = 0       # bytes that stay in the file, see MappedRows
 
     def memory(self) -> tuple[int, int]:
@@ -295,8 +297,8 @@ class MemoryPlan(NamedTuple):
         needed = self.weights + self.activations + cache
         parts = f" with {running} states and {snapshots} snapshots" if self.state_bytes else ""
         line = (f"weights {self.weights / 1e9:,.2f} GB + activations {self.activations / 1e9:,.2f} GB + "
-                f"KV cache {cache / 1e9:,.2f} GB{parts} = {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB "
-                f"are free on {self.device}")
+                f"KV cache {cache / 1e9:,.2f} GB{parts} ({self.token_bytes:,} bytes a token) = "
+                f"{needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free on {self.device}")
         if self.mapped:
             line += (f"; the {self.mapped / 1e9:,.2f} GB of embeddings of each layer stay in the file, of "
                      "which a token reads one row")

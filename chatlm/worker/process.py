@@ -150,11 +150,15 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
 
 def token_bytes(transformer: Transformer) -> str:
     """What the layers of this rank keep of a token, and what of it outlasts the windows, in words."""
-    kept, lasting = (transformer.dtype.itemsize * sum(
-        its.slot_size for l, its in enumerate(transformer.attentions)
-        if its and not (outlasting and transformer.groups.windows[transformer.layout.group[l]]))
-        for outlasting in (False, True))
+    kept, lasting = kept_bytes(transformer), kept_bytes(transformer, lasting=True)
     return f"{kept:,} bytes a token" + (f", {lasting:,} once out of all windows" if lasting < kept else "")
+
+
+def kept_bytes(transformer: Transformer, lasting: bool = False) -> int:
+    """Bytes that the layers of this rank keep of a token; `lasting`: while it is out of all windows."""
+    return transformer.dtype.itemsize * sum(
+        its.slot_size for l, its in enumerate(transformer.attentions)
+        if its and not (lasting and transformer.groups.windows[transformer.layout.group[l]]))
 
 
 def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, weights: str,
@@ -172,10 +176,12 @@ def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, weights
 def gauges(engine: Engine) -> dict[str, float | None]:
     pids = engine.ranks.links.pids if engine.ranks else ("self",)
     used, total, utilization = device_use(engine.transformer.device, int(time.monotonic()), pids)
+    mapped = engine.transformer.layer_embed
     return {"running": len(engine.scheduler.running), "queued": len(engine.scheduler.waiting),
             "max_batch": engine.scheduler.max_batch,
             "kv_pages_used": engine.pool.num_pages - engine.pool.available,
-            "kv_pages_total": engine.pool.num_pages, **state_gauges(engine),
+            "kv_pages_total": engine.pool.num_pages, "kv_token_bytes": kept_bytes(engine.transformer),
+            **state_gauges(engine), "mapped_bytes": mapped.file_bytes if mapped else 0,
             "preemptions": engine.scheduler.preemptions,
             "drafted_tokens": engine.drafted_tokens, "accepted_tokens": engine.accepted_tokens,
             "memory_used": used, "memory_total": total, "utilization": utilization}

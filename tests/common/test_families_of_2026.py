@@ -267,19 +267,46 @@ async def test_a_call_streams_in_the_events_of_every_api(tool_format):
 
 
 def test_results_and_text_of_calls_come_where_gemma_expects_them(default_model_path):
-    """The template puts the text of a message behind its calls and their results, and its first version knows no message of a tool."""
+    """The template puts the text of a message behind its calls and their results; its second version shows reasoning beside calls alone, and its
+    first knows neither reasoning nor a message of a tool."""
     later = [{"role": "assistant", "content": "Done."}, {"role": "user", "content": "Thanks"}]
-    for family, response, thought in (("gemma", 'value:<|"|>{"ok": true}<|"|>', "<|channel>thought\nHm.\n<channel|>"), ("first gemma", "ok:true", "")):
-        tokenizer = templated(default_model_path, family)
+    newest, thought = TEMPLATES["gemma"], "<|channel>thought\nHm.\n<channel|>"
+    second = newest.replace("if m.reasoning -%}", "if m.reasoning and m.tool_calls -%}")
+    assert second != newest
+    for template, response, thought in ((newest, 'value:<|"|>{"ok": true}<|"|>', thought), (second, 'value:<|"|>{"ok": true}<|"|>', thought),
+                                        (TEMPLATES["first gemma"], "ok:true", "")):
+        tokenizer = open_tokenizer(replace(load(default_model_path).text, chat_template=template))
         shown = tokenizer.show(tokenizer.render(history(), [TRIP, TIME]))
-        again = "" if family == "gemma" else "<turn|>\n<|turn>model\n"
-        assert f"<|turn>model\n{thought}Let me see.{again}<|tool_call>call:trip{{" in shown
+        assert f"<|turn>model\n{thought}Let me see.<|tool_call>call:trip{{" in shown and shown.count("Let me see.") == 1
         assert "<tool_call|><|tool_response>response:trip{" + response + '}<tool_response|><|tool_response>response:time{value:<|"|>no<|"|>}<tool_response|>' in shown
         assert shown.endswith("<tool_response|>")       # the model goes on in its own turn
         shown = tokenizer.show(tokenizer.render(history(*later), [TRIP, TIME]))
         assert "<tool_response|>Done.<turn|>\n<|turn>user\nThanks<turn|>\n<|turn>model\n" in shown
         ids = tokenizer.render(openai_messages([*ASK, {"role": "assistant", "content": "Hi.", "reasoning": "Hm."}, *ASK]), [TRIP], {"reasoning_effort": "high"})
         assert "<|think|>" in tokenizer.show(ids)
+
+
+@pytest.mark.parametrize("said, shown", [
+    ({"properties": {"a": {"enum": ["x", "y"]}, "b": {"const": 3}}, "required": ["a"]},
+     {"type": "object", "properties": {"a": {"type": "string", "enum": ["x", "y"]}, "b": {"type": "number", "enum": [3]}}, "required": ["a"]}),
+    ({"properties": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}], "description": "A.", "default": None}}},
+     {"type": "object", "properties": {"a": {"type": "string", "nullable": True, "description": "A.", "default": None}}}),
+    ({"type": "object", "properties": {"a": {"type": ["integer", "null"]}, "b": {"type": ["string", "number"]}, "c": {}, "d": True}},
+     {"type": "object", "properties": {"a": {"type": "integer", "nullable": True}, "b": {"type": ["string", "number"]}, "c": {}, "d": {}}}),
+    ({"properties": {"at": {"$ref": "#/$defs/place", "description": "Where."}, "all": {"items": {"$ref": "#/$defs/place"}}},
+      "$defs": {"place": {"title": "Place", "properties": {"x": {"minimum": 0}, "near": {"anyOf": [{"$ref": "#/$defs/place"}, {"type": "null"}]}}}}},
+     {"type": "object", "properties": {
+         "at": (place := {"type": "object", "title": "Place", "description": "Where.",
+                          "properties": {"x": {"type": "number", "minimum": 0}, "near": {"type": "object", "title": "Place"}}}),
+         "all": {"type": "array", "items": {name: place[name] for name in place if name != "description"}}}}),
+    ({"properties": {"a": {"anyOf": [{"properties": {"b": {"pattern": "x"}}}, {"type": "array"}]}, "c": {"not": {}}}},
+     {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {"type": "string", "pattern": "x"}}}, "c": {"not": {}}}}),
+    ({"properties": 7, "$ref": "#/nowhere"}, {"type": "object", "properties": 7, "$ref": "#/nowhere"}), ({}, {}), (None, None)])
+def test_gemma_s_template_gets_the_type_of_each_parameter_however_its_schema_says_it(said, shown):
+    """It shows `type` alone: without it, as pydantic writes what may be null or is a model of its own, even brackets stay open."""
+    found = CALL_FORMATS["gemma"].function({"name": "f", "parameters": said})["parameters"]
+    found and found.pop("$defs", None)
+    assert found == shown
 
 
 def test_calls_of_lfm2_s_first_templates_are_in_the_content_and_what_a_client_writes_is_no_marker(default_model_path):

@@ -349,7 +349,7 @@ def test_what_is_nested_too_deeply_for_the_template_is_refused(tokenizer):
     for _ in range(3000):
         deep = {"a": deep}
     with pytest.raises(RequestError, match="nested too deeply"):
-        tokenizer.render([Message("user", "x")], [deep])
+        tokenizer.render([Message("user", "x")], [{"function": deep}])
 
 
 @pytest.mark.parametrize("field", ["tools", "response_format", "stream_options", "metadata"])

@@ -297,9 +297,9 @@ RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded
 
 
 NO_GAUGES = dict.fromkeys((  # of a worker that is not running
-    "running", "queued", "max_batch", "kv_pages_used", "kv_pages_total", "states_used", "states_total",
-    "state_snapshots", "state_bytes", "preemptions", "drafted_tokens", "accepted_tokens", "memory_used",
-    "memory_total"), 0) | {"utilization": None}
+    "running", "queued", "max_batch", "kv_pages_used", "kv_pages_total", "kv_token_bytes", "states_used",
+    "states_total", "state_snapshots", "state_bytes", "mapped_bytes", "preemptions", "drafted_tokens",
+    "accepted_tokens", "memory_used", "memory_total"), 0) | {"utilization": None}
 
 
 def accepted_names(model: str, settings: Settings) -> list[str]:

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.text.history import (
-    arguments_as_text, as_harmony, calls_as_content, counted_ids, marked_for_harmony, text_before_calls)
+    arguments_as_text, as_gemma, as_harmony, calls_as_content, counted_ids, marked_for_gemma,
+    marked_for_harmony)
 from chatlm.common.text.notations import GEMMA, PYTHON, Notation
+from chatlm.common.text.schemas import SchemaForms, plain_schema
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec
@@ -30,6 +32,18 @@ class Tags(NamedTuple):
     parameter: str             # before its value
     value_end: str             # after it
     loose_lines: bool = False  # may models leave out line breaks? GLM-4.7 writes none
+
+
+def described(function: Mapping) -> Mapping:
+    """A function with a description, which a client may leave out."""
+    return {"description": "", **function}
+
+
+def typed(function: Mapping) -> Mapping:
+    """A function whose parameters have types, however its schema says them."""
+    if not (parameters := function.get("parameters")):
+        return function
+    return {**function, "parameters": {"type": "object", **plain_schema(parameters, SchemaForms(parameters))}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +68,7 @@ class CallFormat:
     # of the template, where it is particular; see history.py
     history: Callable[[list[dict], str], None] = lambda dialogue, mark: None
     mend: Callable[[str, str], str] = lambda text, mark: text  # the rendered conversation
-    function_needs: Mapping = field(default_factory=dict)      # of each function, what a client may leave out
+    function: Callable[[Mapping], Mapping] = lambda function: function  # as the template shows one
     efforts: Mapping = field(default_factory=dict)             # its words for efforts that it does not know
     stops: tuple[str, ...] = ()         # the tokens that end an answer, where the model's files name others
 
@@ -101,7 +115,7 @@ CALL_FORMATS = {  # a template has the first one that fits
     "harmony": CallFormat(
         template_has=("<|channel|>", "<|message|>"), inside=HARMONY, thoughts=("<|message|>", "<|end|>"),
         call="<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}",
-        history=marked_for_harmony, mend=as_harmony, function_needs={"description": ""},
+        history=marked_for_harmony, mend=as_harmony, function=described,
         efforts={"none": "low", "minimal": "low", "xhigh": "high"},
         stops=("<|return|>", "<|call|>", "<|endoftext|>")),  # <|end|> ends a message, not the answer
     "mistral name": replace(
@@ -138,7 +152,8 @@ CALL_FORMATS = {  # a template has the first one that fits
     "gemma": CallFormat(  # Gemma 4; it begins the result of its calls itself
         template_has=("<|tool_call>",), call="<|tool_call>call:{name}{{arguments}}<tool_call|>", between="",
         marks=("<|tool_call>", "<tool_call|>"), inside=(GEMMA.quote,), notation=GEMMA,
-        history=text_before_calls, stops=("<eos>", "<turn|>", "<|tool_response>")),
+        history=marked_for_gemma, mend=as_gemma, function=typed,
+        stops=("<eos>", "<turn|>", "<|tool_response>")),
     "tagged": CallFormat(  # Hermes, Qwen
         template_has=("<tool_call>",), marks=("<tool_call>", "</tool_call>"), between="\n",
         call='<tool_call>\n{"name": {quoted}, "arguments": {arguments}}\n</tool_call>'),

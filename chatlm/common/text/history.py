@@ -67,10 +67,10 @@ def single_calls(dialogue: list[dict]) -> list[dict]:
     return split
 
 
-def with_tool_responses(dialogue: list[dict]) -> list[dict]:
+def with_tool_responses(dialogue: list[dict], mark: str) -> list[dict]:
     """The same conversation for Gemma 4's first templates: a message that calls has the results of its calls,
     and the text after them."""
-    text_before_calls(dialogue, "")
+    marked_for_gemma(dialogue, mark)
     turns: list[dict] = []
     for message in dialogue:
         last = turns[-1] if turns else {}
@@ -111,6 +111,16 @@ def nine_character_ids(dialogue: list[dict]):
 # type, to find a place again in the rendered template.
 
 
+def before_call(mark: str) -> str:
+    """What encloses text before a call, put before the function's name."""
+    return mark + "\ue002"
+
+
+def result_of_call(mark: str) -> str:
+    """What encloses the result of a call."""
+    return mark + "\ue003"
+
+
 def counted_ids(dialogue: list[dict], mark: str):
     """Kimi's ids of calls name the function and count the calls."""
     ids, numbers = {}, itertools.count()
@@ -132,13 +142,21 @@ def arguments_as_text(dialogue: list[dict], mark: str):
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
 
 
-def text_before_calls(dialogue: list[dict], mark: str):
+def marked_for_gemma(dialogue: list[dict], mark: str):
     """Gemma 4's templates put the text of a message behind its calls, even behind their results: where it
-    came before them, it becomes a message of its own, with the reasoning."""
-    for place, message in reversed([*enumerate(dialogue)]):
+    came before them, the first call's name says it, for as_gemma to put it there."""
+    for message in dialogue:
         if message.get("tool_calls") and message["content"] and "tool_responses" not in message:
-            dialogue.insert(place, {name: message[name] for name in message if name != "tool_calls"})
-            dialogue[place + 1] = {"role": "assistant", "content": "", "tool_calls": message["tool_calls"]}
+            function = message["tool_calls"][0]["function"]
+            text, sign = message["content"].strip(), before_call(mark)
+            function["name"], message["content"] = sign + text + sign + function["name"], ""
+
+
+def as_gemma(text: str, mark: str) -> str:
+    """Put texts before the calls whose names say them; results of calls repeat the names."""
+    said, sign = f"{before_call(mark)}(.*?){before_call(mark)}", re.escape("<|tool_call>call:")
+    text = re.sub(sign + said, r"\1<|tool_call>call:", text, flags=re.DOTALL)
+    return re.sub(said, "", text, flags=re.DOTALL)
 
 
 def calls_as_content(dialogue: list[dict], mark: str):
@@ -156,14 +174,9 @@ def arguments_of(function: dict, notation: Notation) -> str:
     return notation.arguments(arguments) if isinstance(arguments, dict) else str(arguments)
 
 
-def harmony_marks(mark: str) -> tuple[str, str]:
-    """What encloses text before a call, put before the function's name, and the result of a call."""
-    return mark + "\ue002", mark + "\ue003"
-
-
 def marked_for_harmony(dialogue: list[dict], mark: str):
     """Mark what gpt-oss's template would lose or quote, for as_harmony to mend."""
-    preamble, result = harmony_marks(mark)
+    preamble, result = before_call(mark), result_of_call(mark)
     for message in dialogue:
         if message["role"] == "tool":
             message["content"] = result + message["content"] + result
@@ -176,7 +189,8 @@ def marked_for_harmony(dialogue: list[dict], mark: str):
 def as_harmony(text: str, mark: str) -> str:
     """Mend where gpt-oss's template writes a conversation otherwise than OpenAI's renderer: results of calls
     in quotes, text before a call as reasoning or not at all, blank lines after instructions."""
-    (preamble, result), resolve = harmony_marks(mark), partial(re.sub, flags=re.DOTALL)
+    preamble, result = before_call(mark), result_of_call(mark)
+    resolve = partial(re.sub, flags=re.DOTALL)
     text = resolve(f'"{result}(.*?){result}"', lambda quoted: json.loads(f'"{quoted[1]}"'), text)
     text = resolve(rf"(<\|start\|>assistant(?:(?!<\|start\|>).)*?){preamble}(.*?){preamble}",
                    r"<|start|>assistant<|channel|>commentary<|message|>\2<|end|>\1", text)

@@ -215,8 +215,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 in_thoughts = not last["content"] and last.get("reasoning_content")
                 last["reasoning_content" if in_thoughts else "content"] += 2 * self.mark
             dialogue = self.history(dialogue)
-            if needs := self.call_format.function_needs:
-                tools = [{**tool, "function": {**needs, **tool["function"]}} for tool in tools]
+            tools = [{**tool, "function": self.call_format.function(tool["function"])} for tool in tools]
             return {**self._mark_specials(self.thinking_options(options)), "messages": dialogue,
                     "tools": self._mark_specials(tools) or None, "documents": None,
                     "add_generation_prompt": not goes_on and options.get("add_generation_prompt", True),
@@ -245,7 +244,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if "tool_calls[0]" in template:
             dialogue = single_calls(dialogue)
         if "tool_responses" in template and "tool_call_id" not in template:
-            dialogue = with_tool_responses(dialogue)
+            dialogue = with_tool_responses(dialogue, self.mark)
         for message in dialogue:
             if thought := message.get("reasoning_content"):
                 message["reasoning"] = message["thinking"] = thought

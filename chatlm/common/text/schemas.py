@@ -152,6 +152,15 @@ def values_among(form: Form) -> list | None:
             and any(JSON_TYPES[name](value) for name in types)]
 
 
+def types_of(forms: Iterable[Form]) -> set[str]:
+    """The JSON types of values that fit one of these forms: all where they do not say."""
+    types = set()
+    for form in forms:
+        values = values_among(form)
+        types |= {name for name in types_among(form) if values is None or any(map(JSON_TYPES[name], values))}
+    return types
+
+
 def between(form: Form, low: str, high: str) -> tuple[int, int | None]:
     """The bounds that the schemas set with two of their keywords."""
     lows, highs = ([int(value) for schema in form if (value := keyword(schema, name)) is not None]
@@ -243,3 +252,40 @@ class SchemaForms:
             all(self.apart(one, other) for one, other in itertools.product(
                 self.forms(schemas_of_key(first, name)), self.forms(schemas_of_key(second, name))))
             for name, required in keys_among(first + second).items() if required)
+
+
+TYPE_KEYWORDS = {  # what a schema without types most likely means
+    "object": ("properties", "required", "additionalProperties", "patternProperties"),
+    "array": ("items", "prefixItems", "minItems", "maxItems"), "string": TEXT_KEYWORDS,
+    "number": NUMBER_KEYWORDS}
+
+
+def plain_schema(schema, schemas: SchemaForms, above: frozenset[int] = frozenset()) -> dict:
+    """A schema for templates that look at `type` alone: with the type, or the types, that it says in other
+    words, and what a $ref leads to. Of choices it has the first besides null, which is `nullable`; what
+    cannot be read stays as it is. `above` has the ids of the schemas around it, which it does not repeat."""
+    outside = schema if isinstance(schema, dict) else {}
+    try:
+        forms = schemas.forms_of(schema)
+        form = next((form for form in forms if types_of([form]) - {"null"}), ())
+        types, values = types_of(forms), values_among(form)
+    except (ValueError, LookupError, RecursionError):
+        return outside
+    said = {name: value for part in (*reversed(form), outside) for name, value in part.items()
+            if name not in ("$ref", "const", *CHOICES)}
+    if types == JSON_TYPES.keys():
+        types = {name for name, words in TYPE_KEYWORDS.items() if not said.keys().isdisjoint(words)}
+    elif "null" in types and len(types) > 1:
+        types, said["nullable"] = types - {"null"}, True
+    if values is not None:
+        said["enum"] = [value for value in values if value is not None]
+    wider = {"integer"} if "number" in types else set()
+    if names := [name for name in JSON_TYPES if name in types - wider]:
+        said["type"] = names[0] if len(names) == 1 else names
+    members, items, ids = said.pop("properties", None), said.pop("items", None), frozenset(map(id, form))
+    if isinstance(members, dict) and not ids & above:
+        said["properties"] = {name: plain_schema(part, schemas, above | ids)
+                              for name, part in members.items()}
+    if isinstance(items, dict) and not ids & above:
+        said["items"] = plain_schema(items, schemas, above | ids)
+    return said

@@ -16,7 +16,7 @@ from chatlm.common.text.grammar import lark_grammar, schema_grammar, unusable_sc
 from chatlm.common.text.schema_rules import (
     JSON_TERMINALS, MOST_ITEMS, SchemaRules, in_slashes, literal, text_rule, text_terminal)
 from chatlm.common.text.schemas import (
-    Form, SchemaForms, has_other_keys, keys_among, members_of, schemas_of_key, types_among, values_among)
+    SchemaForms, has_other_keys, keys_among, members_of, schemas_of_key, types_among, types_of)
 
 
 A_PART = re.compile(rf"{A_MARKER.pattern}|(\{{\w+\}})")
@@ -35,15 +35,6 @@ def parameters_of(function: Mapping) -> Mapping:
     """A function's schema of its parameters; a function without one has none."""
     parameters = function.get("parameters")
     return {"properties": {}} if parameters is None else parameters
-
-
-def types_of(forms: Iterable[Form]) -> set[str]:
-    """The JSON types of values that fit one of these forms: all where they do not say."""
-    types = set()
-    for form in forms:
-        values = values_among(form)
-        types |= {name for name in types_among(form) if values is None or any(map(JSON_TYPES[name], values))}
-    return types
 
 
 def parameter_types(tool: dict, steps: Iterator | None = None) -> dict[str, str]:

@@ -179,7 +179,7 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     type `quantize`. CHAT_SERVER_KERNELS=reference disables decode_core. `join(backend)`, if given, makes the
     ops that exchange with other ranks; `whole` is then the spec of the model that is divided, and `tp` among
     how many."""
-    backend = choose_backend(device, spec, tp, whole)
+    backend = choose_backend(device, spec, tp, whole, True)
     if quantize and not backend.quantizes:
         raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
     ops = backend.ops(max_tokens, max_rows, quantize)
@@ -189,14 +189,17 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     return Kernels(**ops, **(join(backend) if join else {}), names=names, backend=backend)
 
 
-def choose_backend(device, spec: ModelSpec | None, tp: int = 1, whole: ModelSpec | None = None):
+def choose_backend(device, spec: ModelSpec | None, tp: int = 1, whole: ModelSpec | None = None,
+                   says_why: bool = False):
     """decode_core's backend if it runs this model on this device, else torch's (always without a spec). All
-    stages of a `whole` model have the same, and what reads it asks with `tp` alone."""
+    stages of a `whole` model have the same, and what reads it asks with `tp` alone. One of those that ask
+    about a model `says_why` it is torch's."""
     if refused := refused_isa():
         raise ConfigError(refused)
     core = decode_core() if spec else None
     if core and spec and (features := not_compiled(whole or spec, device, tp) or not_compiled(spec, device)):
-        log.warning("decode_core has no %s, which this model needs: torch computes instead", features)
+        if says_why:
+            log.warning("decode_core has no %s, which this model needs: torch computes instead", features)
         core = None
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 

@@ -96,6 +96,13 @@ def without_shared(spec: ModelSpec, state: Mapping[str, Any]) -> dict[str, Any]:
         or match[1] not in layers}
 
 
+def unread_keys(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Hugging Face's matrices of keys and values in layers that read another's: an adapter may have them."""
+    return {f"model.layers.{l}.self_attn.{part}_proj.weight": (its.kv_heads * size, spec.width)
+            for l, its in enumerate(spec.by_layer) if its and its.source is not None
+            for part, size in (("k", its.head_size), ("v", its.value_size))}
+
+
 class Mxfp4:
     """A safetensors file's experts (experts, rows, columns) as if they were a GGUF's tensor of type MXFP4.
 

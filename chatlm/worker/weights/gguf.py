@@ -31,7 +31,7 @@ from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
 from chatlm.worker.ops.basic import RopePairs, dequantize, dequantized, unpermute_rope
 from chatlm.worker.weights.assemble import (
     as_rows, check_names_and_shapes, cut_stored, file_shapes, mapped_rows, packed_together, tensor_sources,
-    without_shared)
+    unread_keys, without_shared)
 from chatlm.worker.weights.families import (
     FAMILIES, HF_DEFAULTS, HF_TENSORS, LAYER_TYPES, complete_heads, family_spec, growing_queries,
     scaled_rope, unsupported)
@@ -108,7 +108,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         dtype = None if as_stored else float_type(settings, backend)
         called = source.name, str(metadata.get("general.name") or "")
         places = gguf_places(spec, family, names, sources) if settings.lora else {}
-        added, adapted = read_adapters(settings, file_shapes(sources), places, called)
+        added, adapted = read_adapters(settings, file_shapes(sources) | unread_keys(spec), places, called)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                architecture in PERMUTED, FAMILIES[family].interleaved, added)
         text = gguf_text(source.path, metadata)
@@ -118,8 +118,10 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         description += backend.converted(sources, stored)
     description += adapted
     block = max(packed_together(tensor) for name, tensor in stored.items() if ".ffn_down" in name)
+    mapped = sources["layer_embed"][1] if "layer_embed" in sources else ()
+    held = {name: tensor for name, tensor in stored.items() if name not in mapped}
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=max(block, TILE_ROWS),
-                       family=architecture, grows=growth(tensors, stored, dtype is None),
+                       family=architecture, grows=growth(tensors, held, dtype is None),
                        **own_sampling(source.path, metadata, "general.sampling."))
 
 
@@ -372,7 +374,7 @@ def gguf_places(spec: ModelSpec, family: str, names: Mapping[str, tuple],
                 sources: Sources) -> dict[str, list[Place]]:
     """Where a GGUF file has the matrices of the model's folder; `names` is like HF_TENSORS."""
     table = HF_TENSORS | FAMILIES[family].tensors
-    places: dict[str, list[Place]] = {}
+    places = {name: [Place(name)] for name in unread_keys(spec)}
     shapes = file_shapes(sources)
     for ours in sources:
         layer, _, part = ours.rpartition(".")
@@ -477,7 +479,8 @@ MIXED_BYTES = 0.6  # of a weight in a usual file of type Q4_K_M
 
 
 def growth(tensors: Mapping[str, Unread | MappedRows], stored: Mapping, packed: bool) -> str:
-    """What to say if the weights take much more memory than in the file; "" if not."""
+    """What to say if the weights take much more memory than in the file, of which `stored` does not stay
+    there; "" if not."""
     held, on_disk = sum(tensor.nbytes for tensor in tensors.values()), sum(
         tensor.n_bytes for tensor in stored.values())
     if held < 1.1 * on_disk:

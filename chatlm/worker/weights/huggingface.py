@@ -20,7 +20,7 @@ from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.basic import RopePairs, unpermute_rope
 from chatlm.worker.weights.assemble import (
     Mxfp4, assembled, check_names_and_shapes, file_shapes, fp8_block, read_safetensors, tensor_sources,
-    unscaled, without_shared)
+    unread_keys, unscaled, without_shared)
 from chatlm.worker.weights.families import (
     FAMILIES, HF_KEYS, HF_TENSORS, LAYER_TYPES, complete_heads, family_config, family_spec,
     growing_queries, scaled_rope)
@@ -102,7 +102,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     as_stored, dtype = None if settings.dtype else backend.as_stored, float_type(settings, backend)
     mapped = sources.get("layer_embed", ((), ()))[1]
     matrices = {name: shape for name, shape in file_shapes(sources).items()
-                if len(shape) == 2 and name not in mapped}
+                if len(shape) == 2 and name not in mapped} | unread_keys(spec)
     places = fused_places({name: [Place(name)] for name in matrices}, matrices, FAMILIES[family].fused,
                           spec.layers)
     added, adapted = read_adapters(settings, matrices, places, names)

@@ -125,6 +125,7 @@ LAYOUTS = {"tp2": (2, 1, ""), "pp2": (1, 2, ""), "tp4": (4, 1, ""), "tp2-pp2": (
            "tp2-gloo": (2, 1, "reference"), "tp2-pp2-gloo": (2, 2, "reference")}
 EACH_TIME = ("llama3.1", "gemma3", "qwen3moe", "gpt-oss", "lfm2", "gen1", "gen5")      # more than two processes are slow on two CPUs
 STATES = ("lfm2", "qwen3.5", "granite4h", "granite4h-dense", "qwen3next", "lfm2moe-plain")      # whose layers keep them: also stages that have no other ones
+SHARED = ("gemma4", "gemma4moe", "gemma4-even")     # some of whose layers read others' keys, or embeddings of each layer
 
 
 @pytest.fixture
@@ -139,8 +140,8 @@ def kernels(monkeypatch):
 
 
 CASES = [pytest.param(layout, names, id=f"{layout}-{kind}", marks=[] if (layout, kind) == ("tp2", "some") else [pytest.mark.slow])
-         for layout in LAYOUTS for kind, names in (("two", ("gpt-oss", "gen5")), ("some", EACH_TIME), ("states", STATES), ("all", (*MODELS, *GENERATIONS)))
-         if kind == "all" or (layout, kind) in (("tp2", "some"), ("tp2-pp2", "two"), ("tp2-pp2", "states"), ("pp3", "states"))]
+         for layout in LAYOUTS for kind, names in (("two", ("gpt-oss", "gen5")), ("some", EACH_TIME), ("states", STATES), ("shared", SHARED), ("all", (*MODELS, *GENERATIONS)))
+         if kind in ("all", "shared") or (layout, kind) in (("tp2", "some"), ("tp2-pp2", "two"), ("tp2-pp2", "states"), ("pp3", "states"))]
 
 
 @pytest.mark.parametrize("layout, names", CASES)

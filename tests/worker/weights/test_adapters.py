@@ -45,10 +45,11 @@ OPTIONS = {         # model -> the options of its adapter
     "qwen3.5moe": {"targets": ["k_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"]},
     "lfm2moe": {"targets": ["q_proj", "in_proj", "out_proj", "w1"]}, "granite4h": {"targets": ["q_proj", "in_proj", "out_proj", "shared_mlp.input_linear", "shared_mlp.output_linear"]},
     "granite4h-dense": {"targets": ["v_proj", "in_proj", "shared_mlp.input_linear", "shared_mlp.output_linear"]},
-    "qwen3next": {"targets": ["q_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"]}}
+    "qwen3next": {"targets": ["q_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"]},
+    "gemma4": {"targets": [*LINEAR, "per_layer_model_projection", "per_layer_input_gate", "per_layer_projection"]}, "gemma4moe": {"targets": LINEAR}}
 
 
-@pytest.mark.parametrize("name", by_day(OPTIONS, *(name for name in OPTIONS if name not in ("glm4", "lfm2", "qwen3.5", "qwen3.5moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next"))))
+@pytest.mark.parametrize("name", by_day(OPTIONS, *(name for name in OPTIONS if name not in ("glm4", "lfm2", "qwen3.5", "qwen3.5moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next", "gemma4moe"))))
 def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
     model = make_model(name)
     folder = save(model, tmp_path / "base")
@@ -59,14 +60,15 @@ def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
     check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16, tolerance=ADAPTED)
     changed = [key for key, tensor in tensors_of(ours).items() if not torch.equal(tensor, tensors_of(plain)[key])]
     assert changed and {key.rpartition(".")[2] for key in changed} <= {
-        "embed", "head", "qkv", "output", "gate_up", "up", "down", "mix_in", "mix_out", "shared_gate_up", "shared_down"}
+        "embed", "head", "qkv", "output", "gate_up", "up", "down", "mix_in", "mix_out", "shared_gate_up", "shared_down",
+        "layer_project", "input_gate", "input_out"}
 
 
 @pytest.mark.parametrize("name", by_day([
-    "llama3.1", "gemma3", "phi3", "glm4", "lfm2", "lfm2moe", "granite4h", "granite4h-dense", "qwen3.5", "qwen3.5moe", "qwen3next"],
+    "llama3.1", "gemma3", "phi3", "glm4", "lfm2", "lfm2moe", "granite4h", "granite4h-dense", "qwen3.5", "qwen3.5moe", "qwen3next", "gemma4", "gemma4moe"],
     "llama3.1", "gemma3", "phi3", "qwen3.5"))       # whose q and k are permuted, or not; with one matrix for three; with heads in another order
 def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
-    whole = {"qwen3.5moe": "shared_expert_intermediate_size", "qwen3next": "shared_expert_intermediate_size", "lfm2moe": "moe_intermediate_size",
+    whole = {"qwen3.5moe": "shared_expert_intermediate_size", "qwen3next": "shared_expert_intermediate_size", "lfm2moe": "moe_intermediate_size", "gemma4moe": "moe_intermediate_size",
              "granite4h": "shared_intermediate_size"}       # of blocks
     changes = {"gemma3": {"query_pre_attn_scalar": 32}, "granite4h-dense": {"position_embedding_type": None}}.get(name, {whole[name]: 64} if name in whole else {})
     lora = (str(tmp_path / "adapter"),)
@@ -89,6 +91,26 @@ def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
                 exact = values[key][row:row + len(part)]
                 row += len(part)
                 assert (part - exact).abs().max() <= 0.57 * exact.abs().max() / 127      # half a step, and the rounding to float16
+
+
+def test_what_an_adapter_says_of_keys_that_a_layer_reads_from_another_is_ignored(tmp_path):
+    """Some programs that train give such layers matrices of their own, as the published files do, which nothing reads."""
+    model = make_model("gemma4")
+    paths = save(model, tmp_path / "base"), as_gguf(tmp_path / "base.gguf", model)
+    adapt(model, tmp_path / "adapter")
+    lora = (str(tmp_path / "adapter"),)
+    wanted = [tensors_of(load(path, lora=lora)) for path in paths]
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(weights)
+    for layer, part, rows in ((7, "k", 64), (7, "v", 64), (5, "k", 32)):
+        name = f"base_model.model.model.layers.{layer}.self_attn.{part}_proj.lora_"
+        tensors |= {f"{name}A.weight": torch.ones(4, 64), f"{name}B.weight": torch.ones(rows, 4)}
+    save_file(tensors, weights)
+    for path, before in zip(paths, wanted):
+        assert all(torch.equal(tensor, before[key]) for key, tensor in tensors_of(load(path, lora=lora)).items())
+    save_file(tensors | {"base_model.model.model.embed_tokens_per_layer.weight": torch.zeros(288, 256)}, weights)
+    with pytest.raises(ConfigError, match="a whole matrix model.embed_tokens_per_layer"):
+        load(paths[0], lora=lora)
 
 
 def test_several_adapters_add_up_and_the_embedding_counts_once_where_the_head_is_tied(tmp_path):

@@ -19,11 +19,14 @@ from chatlm.common.config import Settings
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.protocol import NO_GAUGES
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.build import build_engine
+from chatlm.worker.model.kernels import choose_backend, load_kernels
 from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.tensors import MappedRows, advise
+from chatlm.worker.process import gauges
 from chatlm.worker.weights.gguf import gguf_text, mapped_table
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec
@@ -42,8 +45,8 @@ def spec_of(folder, name, **changes):
     return hf_spec(folder / "config.json", None)[1]
 
 
-@pytest.mark.parametrize("name, billions", [("gemma-4-E2B", 4.6), ("gemma-4-E4B", 7.5), ("gemma-4-31B", 30.7), ("gemma-4-26B-A4B", 25.2)])
-def test_published_configs_mean_what_transformers_takes_them_to_mean(name, billions, tmp_path):
+@pytest.mark.parametrize("name, billions, kib", [("gemma-4-E2B", 4.6, 18), ("gemma-4-E4B", 7.5, 56), ("gemma-4-31B", 30.7, 880), ("gemma-4-26B-A4B", 25.2, 220)])
+def test_published_configs_mean_what_transformers_takes_them_to_mean(name, billions, kib, tmp_path):
     import transformers
     spec = spec_of(tmp_path, name)
     config = transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
@@ -52,6 +55,7 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, billi
     sizes = {key: int(np.prod(shape)) for key, shape in expected_tensors(spec).items() if key != "head" and not key.endswith(".scalar")}
     assert sum(parameter.numel() for parameter in made.parameters()) == sum(sizes.values())
     assert round(sum(sizes.values()) / 1e9, 1) == billions
+    assert 2 * sum(its.slot_size for its in spec.by_layer) == kib << 10        # of keys and values for each token, in bfloat16
     own = config.num_hidden_layers - config.num_kv_shared_layers
     for layer, (its, kind) in enumerate(zip(spec.attentions, config.layer_types)):
         theirs, attention = config.per_layer_config[layer], made.model.layers[layer].self_attn
@@ -257,6 +261,14 @@ def test_a_token_reads_one_row_of_the_file_and_a_prompt_s_rows_are_read_ahead(fo
     tokens = tokens_of(engine, [assignment("a", [7], greedy, 6)])["a"]
     assert len(tokens) == 6 and {7, *tokens[:5]} <= {row for row, held in enumerate(resident(rows)[0]) if held}
     assert resident(rows)[1] <= len({7, *tokens}) * per_row + 4       # and none of their neighbours
+    for name, token in (("c", 9), ("d", 11)):
+        engine.add(assignment(name, [token], greedy, 4))
+    steps = 0
+    while engine.busy:
+        kept, steps = forget(rows, file), steps + 1
+        engine.step()
+        assert resident(rows)[1] <= kept + 2 * per_row      # a row of each sequence
+    assert steps >= 4
     forget(rows, file)
     engine.add(assignment("b", [5, 300, 301, 302, 599], greedy, 1))
     for _ in range(1000):               # the disk answers when it can
@@ -267,11 +279,24 @@ def test_a_token_reads_one_row_of_the_file_and_a_prompt_s_rows_are_read_ahead(fo
     assert all(held[row] for row in (5, 300, 301, 302, 599)) and sum(held) < 20
 
 
-def test_the_memory_line_says_what_stays_in_the_file(dense, caplog):
+def test_the_memory_line_and_the_gauges_say_what_stays_in_the_file_and_what_is_kept_of_a_token(dense, caplog):
     settings = Settings(model=str(dense[0]), dtype="float32", kv_cache_memory=4 << 20)
     with caplog.at_level("INFO", logger="chat_server"):
-        build_engine(resolve_model(settings), settings, torch.device("cpu"))
-    assert any("GB of embeddings of each layer stay in the file, of which a token reads one row" in line for line in caplog.messages)
+        model, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
+    kept = 4 * (3 * 2 * (2 * 16) + 2 * 2 * (2 * 32))     # of five layers with two heads of keys; the last three read theirs
+    assert any("GB of embeddings of each layer stay in the file, of which a token reads one row" in line and f"({kept:,} bytes a token) = " in line
+               for line in caplog.messages)
+    found = gauges(engine)
+    assert (found["kv_token_bytes"], found["mapped_bytes"]) == (kept, 4 * 288 * 8 * 32) and found.keys() == NO_GAUGES.keys()
+
+
+@pytest.mark.skipif(decode_core() is None, reason="torch computes everything then")
+@pytest.mark.parametrize("name", GEMMA4_CONFIGS)
+def test_torch_computes_gemma_4_on_a_gpu_and_one_line_says_so(name, tmp_path, caplog):
+    spec = spec_of(tmp_path, name)
+    assert choose_backend("cuda", spec) and load_kernels("cuda", spec).backend.name == "torch/reference"
+    [line] = caplog.messages
+    assert "attention of several kinds on a GPU, which this model needs: torch computes instead" in line
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "BF16", "F16", "F32"])

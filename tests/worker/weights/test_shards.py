@@ -1,6 +1,8 @@
 """Shards of a model's tensors: each is given out once, and the ranks together are the whole model."""
 
 import dataclasses
+import itertools
+import json
 import math
 import threading
 
@@ -13,11 +15,13 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, ShortConv, expected_tensors
 from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.shards import layers_of, shard_model, shard_of, shard_spec, share_of, stage_model
 from attention_kinds import KINDS, kinds_model, loaded
 from engines import make_batch
 from families import MODELS, as_gguf, load, make_model, save
+from hub_configs import GEMMA4_CONFIGS
 from nightly import by_day
 
 GENERATIONS = ("gen1", "gen2", "gen3", "gen4", "gen5")
@@ -221,10 +225,10 @@ def test_the_ranks_of_a_gguf_whose_layers_keep_states_together_are_the_model(nam
         check_model(load(as_gguf(tmp_path / "packed.gguf", model, quantized=True)))
 
 
-@pytest.mark.parametrize("name, stages", [("lfm2", 3), ("qwen3.5", 4), ("granite4h", 2)])
+@pytest.mark.parametrize("name, stages", [("lfm2", 3), ("qwen3.5", 4), ("granite4h", 2), ("gemma4", 4), ("gemma4moe", 3)])
 @torch.inference_mode()
-def test_each_stage_keeps_the_states_of_its_own_layers(name, stages, tmp_path):
-    """Some of these stages have such layers alone, or none."""
+def test_each_stage_keeps_the_states_and_the_keys_of_its_own_layers(name, stages, tmp_path):
+    """Some of these stages have layers with states alone, or none; the embeddings of each layer are passed on."""
     model, pages = load(save(make_model(name), tmp_path)), list(range(3, 9))
     tokens = torch.randint(0, 256, (41,), generator=torch.Generator().manual_seed(SEED)).tolist()
     expected, parts = {}, [stage_model(model, stage, stages) for stage in range(stages)]
@@ -233,14 +237,36 @@ def test_each_stage_keeps_the_states_of_its_own_layers(name, stages, tmp_path):
     made = [Transformer(part.spec, dict(part.tensors), load_kernels("cpu"), num_pages=20, num_slots=20, max_tokens=64, dtype=torch.float32) for part in parts]
     for step, logits in zip(steps, expected[0]):
         for before, stage in zip([None, *made], made):
-            if before:
-                stage.buffers["x"].copy_(before.buffers["x"])
+            for passed in stage.passed_on(0) if before else ():
+                stage.buffers[passed].copy_(before.buffers[passed])
             found = stage.forward(step)
         torch.testing.assert_close(found[0], logits, rtol=1e-5, atol=1e-5)
     assert [len(stage.layout.group) for stage in made] == [len(layers_of(model.spec, n, stages)) for n in range(stages)]
     assert sum(part.spec.state_bytes for part in parts) == model.spec.state_bytes == sum(
         state.nbytes for stage in made for layer in stage.states for state in layer) // 20
     assert sum(part.spec.paged_layers for part in parts) == model.spec.paged_layers
+    assert [part.spec.layer_input_size > 0 and part.spec.opens for part in parts] == ["layer_embed" in part.tensors for part in parts]
+
+
+@pytest.mark.parametrize("name, tp, words, stages", [
+    ("gemma-4-E2B", 9, "it has 8 query heads", 14), ("gemma-4-E4B", 9, "it has 8 query heads", 23), ("gemma-4-31B", 33, "it has 32 query heads", 60),
+    ("gemma-4-26B-A4B", 17, "it has 16 query heads", 30)])
+def test_published_shapes_of_gemma_4_are_divided_by_the_heads_of_each_layer(name, tp, words, stages, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA4_CONFIGS[name]))
+    spec = hf_spec(tmp_path / "config.json", None)[1]
+    own = [next(its for its in spec.attentions if bool(its.window) == limited) for limited in (True, False)]
+    last = [its if its.source is None else dataclasses.replace(its, source=0 if its.window else 1) for its in spec.attentions[-2:]]
+    few = dataclasses.replace(spec, layers=4, attentions=(*own, *last), double_layers=(2, 3) if spec.double_layers else ())
+    for ranks in (2, 3, 8):
+        check_every_part_is_given_out_once(few, ranks)
+    with pytest.raises(ConfigError, match=f"cannot be divided among {tp} ranks: {words}"):
+        share_of(spec, 0, tp)
+    for count in (2, stages):
+        parts = [layers_of(spec, stage, count) for stage in range(count)]
+        assert [*itertools.chain(*parts)] == [*range(spec.layers)] and all(parts)
+        assert all(its.source is None or its.source in part for part in parts for l in part if (its := spec.attentions[l]))
+    with pytest.raises(ConfigError, match=f"cannot be divided into {stages + 1} stages|the model has {stages} layers, which cannot be"):
+        stage_model(loaded(spec, {}), 0, stages + 1)
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
