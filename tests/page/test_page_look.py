@@ -1,11 +1,12 @@
 """Looking inside: probabilities of tokens, answers made again, the prompt, the server. With the default model."""
 
+import gzip
 import json
 import re
 
 import pytest
 
-from browsing import (SLOW_MS, answers, ask, button, command, expect, expect_accessible, expect_answered, menu, message_box, needs_browser,
+from browsing import (ROOT, SLOW_MS, answers, ask, button, command, expect, expect_accessible, expect_answered, menu, message_box, needs_browser,
                       open_page, reload, said, server_url, settled)
 
 pytestmark = needs_browser
@@ -87,6 +88,11 @@ def test_the_server_is_drawn_at_a_glance(asked, server_url):
     button(page, "Back to the chat").click()
     expect(said(answers(page))).to_be_visible()
     assert not page.url.endswith("#server")
+
+
+def test_all_of_the_page_but_the_font_of_formulas_takes_250_kb():
+    files = [path for pattern in ("*.*", "vendor/*.js", "vendor/*.css") for path in (ROOT / "static").glob(pattern)]
+    assert 100_000 < sum(len(gzip.compress(path.read_bytes())) for path in files) < 250_000
 
 
 def test_a_server_that_cannot_do_it_offers_none_of_it(page, stand_in):
