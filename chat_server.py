@@ -127,21 +127,23 @@ from chatlm.common.errors import (
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import tune_gc
 from chatlm.common.messages.requests import PromptProgress
-from chatlm.common.processes.start import PROCESS_COMMAND
+from chatlm.common.processes.start import PROCESS_COMMAND, be_nice
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.front.aio import first_of, stop_signals
-from chatlm.front.api.encode import usage_body
+from chatlm.front.api.encode import frame, usage_body
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
 from chatlm.front.lazy import web
+from chatlm.front.pool.local import niceness
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.models import OneModel
 from chatlm.front.pool.pool import WorkerPool, pool_of
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.bodies import Bodies, tokenizer_of
+from chatlm.front.server.compare import Comparison, asked_of, read_wanted, with_ids
 from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.describe import (
     A_MODEL, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models, ollama_running,
@@ -236,6 +238,17 @@ class Front:
         with self.bodies.holding() as holding:
             _, text = await self.bodies.read_text(http, holding)
             return await send_whole(http, text)
+
+    async def handle_compare(self, http: web.Request) -> web.StreamResponse:
+        """POST /v1/compare: several models answer the same question, in one stream."""
+        record = REQUEST_LOG.get()
+        with self.bodies.holding() as holding:
+            base, text = await self.bodies.read_text(http, holding)
+        asked = with_ids(asked_of(self.served, base, read_wanted(text), record.models), self.identified)
+        async with Comparison(asked, self.answering) as comparison, EventStream(http, record.id) as stream:
+            async for body in comparison.events():
+                await stream.send(frame(body))
+        return stream.response
 
     async def stream(self, http: web.Request, answering: AbstractAsyncContextManager, encoder: Encoder,
                      holding: Holding) -> web.StreamResponse:
@@ -386,6 +399,8 @@ ROUTES = (
     Route("POST", "/api/show", Api.OLLAMA, "models.handle_ollama_show", "more of it"),
     Route("GET", "/api/version", Api.OLLAMA, lambda front: {"version": __version__},
           "this server's version in Ollama's format"),
+    Route("POST", "/v1/compare", Api.OPENAI, "handle_compare",
+          "answers of several models to one question, streamed, and where each leaves the first one"),
     Route("POST", "/tokenize", Api.OPENAI, "handle_text", "text to token ids"),
     Route("POST", "/detokenize", Api.OPENAI, "handle_text", "token ids to text"),
     Route("POST", "/apply-template", Api.OPENAI, "handle_text",
@@ -456,7 +471,7 @@ async def serve_forever(settings: Settings, pool: WorkerPool | ManyModels | None
     """Listen, load, serve until a signal, drain, stop; return the exit status. ConfigError: cannot start."""
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()
-        pool = pool or (ManyModels if settings.several or settings.models is not None else pool_of)(settings)
+        pool = pool or (ManyModels if settings.serves_many else pool_of)(settings)
         pool.on_progress = progress = ProgressDisplay()
         try:  # the workers start while a thread imports aiohttp (0.2 s)
             await pool.start()
@@ -495,16 +510,19 @@ def check_kernels() -> int:
 def run_command(settings: Settings) -> int:
     """serve, chat or generate; in a process of torchrun's that is not rank 0, that rank."""
     start, status = torchrun(settings), 1
-    if start and (settings.several or settings.models is not None):
+    if start and settings.serves_many:
         raise ConfigError("several models under torchrun: its ranks compute one model")
     if start and start.rank:
         return serve_rank(settings, start)
+    if (nice := niceness(settings)) is not None:
+        be_nice(nice)
     try:
         if settings.command == "serve":
             command = serve_forever
         else:
-            from chatlm.terminal import chat
-            command = {"chat": chat.chat, "generate": chat.generate}[settings.command]
+            from chatlm.terminal import chat, side_by_side
+            command = {"chat": chat.chat, "generate": chat.generate, "compare": side_by_side.compare,
+                       "score": side_by_side.score}[settings.command]
         status = asyncio.run(command(settings))
         return status
     finally:

@@ -31,11 +31,12 @@ class Help(NamedTuple):
 
 
 HELP = {
-    "serve": Help("""python chat_server.py [serve|chat|generate|check] [MODEL] [flags]
+    "serve": Help("""python chat_server.py [serve|chat|generate|compare|score|check] [MODEL] [flags]
        python chat_server.py bundle [FILE] [--without-core]""",
         "Serve a model: a page to chat on, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is "
         "what runs without a command. The others are: chat, which talks in the terminal; generate, which "
-        "answers one prompt; check, which proves and measures the compiled kernels; bundle, which writes all "
+        "answers one prompt; compare, which asks several models the same; score, which says how well a model "
+        "predicts a text; check, which proves and measures the compiled kernels; bundle, which writes all "
         "into one file to copy. Each has a --help. Several MODELs are loaded as they are asked for.", """
   python chat_server.py                                     a nanochat checkpoint or a small model
   python chat_server.py qwen3:0.6b --host 127.0.0.1         for this machine only; downloaded once
@@ -50,11 +51,24 @@ HELP = {
   python chat_server.py generate -p "Why is the sky blue?"
   python chat_server.py generate -p - --system "Summarize this letter." < letter.txt
   python chat_server.py generate model.gguf -p "Name a color." --json --seed 1"""),
+    "compare": Help("python chat_server.py compare MODEL MODEL ... --prompt TEXT [flags]",
+        "Ask several models the same, with the same noise: what each answers, and where it leaves the answer "
+        "of the first. With --url the MODELs are those of a server, such as the checkpoints of --watch.", """
+  python chat_server.py compare a.gguf b.gguf -p "Name a color." --seed 1
+  python chat_server.py compare qwen3:0.6b llama3.2-1b -p - --json < question.txt
+  python chat_server.py compare d20@12000 d20@14000 -p "Hello" --url http://127.0.0.1:8000"""),
+    "score": Help("python chat_server.py score MODEL ... --text FILE [flags]",
+        "How well models predict a text: bits per byte, fewer are better. The text is read in windows of the "
+        "context, half a context apart, and each token is scored once.", """
+  python chat_server.py score model.gguf --text book.txt
+  python chat_server.py score a.gguf b.gguf --text book.txt --context-length 1024
+  python chat_server.py score ~/.cache/nanochat -g d20 -s 12000 --text book.txt --json"""),
     "check": Help("python chat_server.py check",
         "Prove the compiled kernels and measure them: each op is compared with its reference in torch, and "
         "timed. The report can be pasted into an issue; the exit status is 1 if an op is wrong. It takes a "
         "minute, needs no model and has no flags."),
 }
+SEVERAL = "serve", "compare", "score"  # the commands that take several MODELs
 ABOUT_MODELS = f"MODEL may be: {SUPPORTED_MODELS}."
 ABOUT_FLAGS = ("Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. "
                "--config FILE.toml may set them too.")
@@ -156,10 +170,10 @@ def read_table(parser: CommandLine, table: dict, place: str) -> ModelChoice:
                         for field, flag in TABLE_FLAGS.items() if field in words})
 
 
-def chosen_models(parser: CommandLine, names: Seq[str], tables: Seq[dict], folder: str | None,
+def chosen_models(parser: CommandLine, names: Seq[str], tables: Seq[dict], in_folder: bool,
                   config: str | None) -> tuple[ModelChoice, ...]:
-    """What `serve` serves if it is more than one MODEL, or may come to be."""
-    if len(names) < 2 and not tables and folder is None:
+    """What `serve` serves if it is more than one MODEL, or may come to be: also those `in_folder`."""
+    if len(names) < 2 and not tables and not in_folder:
         return ()
     choices = [*map(ModelChoice, names), *(
         read_table(parser, table, f"--config {config}: [[models]] {index}")
@@ -220,7 +234,7 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
                          description="\n\n".join(textwrap.fill(part, 96) for part in about),
                          epilog=examples and f"Examples:\n{examples[1:]}")
     if command != "check":
-        parser.add_argument("model", metavar="MODEL", nargs="*" if command == "serve" else "?", default=None,
+        parser.add_argument("model", metavar="MODEL", nargs="*" if command in SEVERAL else "?", default=None,
                             help=argparse.SUPPRESS)
     parser.add_argument("--version", action="store_true", help="print the version and which kernels run")
     flags = {flag.field: flag for flag in FLAGS if command in flag.commands.split()}
@@ -231,7 +245,7 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         if flag.field in flags:
             add_flag(group, flag)
     # intermixed: MODEL --port 8080 MODEL
-    values = vars((parser.parse_intermixed_args if command == "serve" else parser.parse_args)(words))
+    values = vars((parser.parse_intermixed_args if command in SEVERAL else parser.parse_args)(words))
     if values.pop("version"):
         print(f"chat_server {__version__}; {kernels_line()}")
         raise SystemExit(0)
@@ -248,9 +262,14 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     values |= {name: tuple(values[name] or ()) for name in flags if flags[name].many}
     if command == "serve":  # from here on we keep only the hashes
         values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
-        values["several"] = chosen_models(parser, models, tables, values["models"], config_file)
-        if values["several"] or values["models"] is not None:
+        in_folder = values["models"] is not None or values["watch"] is not None
+        values["several"] = chosen_models(parser, models, tables, in_folder, config_file)
+        if values["several"] or in_folder:
             values["model"] = None
+        if values["watch_text"] is not None and values["watch"] is None:
+            raise ConfigError("--watch-text scores the checkpoints of --watch: give that folder too")
+    elif command in SEVERAL and models:  # of `compare` and `score` each word is a MODEL
+        values["model"], values["several"] = None, tuple(ModelChoice(name, name) for name in models)
     return Settings(command=command, **values)
 
 

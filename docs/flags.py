@@ -27,9 +27,10 @@ A value is taken from the first of these places that has one:
 
 MODEL is `CHAT_SERVER_MODEL` and `model = "model.gguf"`; of several models, `[[models]]` has a table for each
 ([models](models.md#many-models)). A switch is turned off by `no` before its name, as in `--no-drafts`, or by `false`
-in the other two places. Sizes have the suffixes K, M, G and T. A flag belongs to `serve`, `chat` and `generate` unless its row names its commands.
+in the other two places. Sizes have the suffixes K, M, G and T. A flag belongs to `serve`, `chat`, `generate`, `compare` and `score`
+unless its row names its commands.
 
-`-p` has two meanings, as in nanochat: the port for `serve`, the prompt for `chat` and `generate`.
+`-p` has two meanings, as in nanochat: the port for `serve`, the prompt for `chat`, `generate` and `compare`.
 """
 
 SAMPLING = """
@@ -37,7 +38,7 @@ Without a sampling flag the model's makers decide, if they say something: in the
 `generation_config.json` of a folder (`do_sample: false` is temperature 0). For the default model they say temperature 0.2 and top-p 0.9.
 The log and `/stats` say which values hold and where each comes from.
 """
-ALL_COMMANDS = "serve chat generate"
+ALL_COMMANDS = "serve chat generate compare score"
 
 
 def default(flag) -> str:

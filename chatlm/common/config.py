@@ -20,7 +20,8 @@ N = TypeVar("N", int, float)
 V = TypeVar("V")
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_MAX_TOKENS = 512  # without -m; /v1 goes up to the context
-PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "check")
+PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "compare", "score", "check")
+ANSWERING = "serve chat generate compare"  # the commands that draw tokens
 # What holds where neither the request, a flag nor the model says otherwise
 SAMPLING_DEFAULTS = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 CHAT_TEMPERATURE = 0.6    # the same for the chat command
@@ -45,6 +46,7 @@ class Limits:
     prompt_tokens: int = 1 << 20    # in a prompt of token ids: no context is larger
     choices: int = 128              # answers per request
     embeddings: int = 2048          # inputs per request
+    compared: int = 8               # answers side by side
     grammar_characters: int = 1 << 16  # of a JSON schema: compiling this much takes up to 0.3 s
     parameter_characters: int = 200    # of a parameter's name, in calls whose arguments are in tags
     tool_name_bytes: int = 1 << 20     # of all names of functions and parameters: workers are told them
@@ -133,7 +135,7 @@ class Flag(NamedTuple):
         return f"CHAT_SERVER_{self.field.rstrip('_').upper()}"
 
 
-def flag(default: V, parse: Callable[[str], object] | None, help: str, commands: str = "serve chat generate",
+def flag(default: V, parse: Callable[[str], object] | None, help: str, commands: str = f"{ANSWERING} score",
          short: str | None = None, also: str = "", choices: tuple[str, ...] = (), many: bool = False,
          heading: str = "") -> V:
     """A field of `Settings` that a flag sets: all about it in one row."""
@@ -179,6 +181,12 @@ class Settings:
     models: str | None = flag(None, str,
         "serve every model below this folder, and those that come to be there: GGUF files, Hugging Face "
         "folders, nanochat checkpoints", "serve")
+    watch: str | None = flag(None, str,
+        "serve each checkpoint of the training runs in this folder as TAG@STEP, the last as TAG@latest, and "
+        "those that come to be there: a nanochat base folder, or Hugging Face folders checkpoint-N", "serve")
+    watch_text: str | None = flag(None, str,
+        "score each checkpoint of --watch by how well it predicts this file, in bits per byte, while nobody "
+        "asks", "serve")
     served_model_name: tuple[str, ...] = flag((), str, "extra names for the model, may repeat", "serve",
         many=True)
     num_gpus: str | None = flag(None, str,
@@ -215,33 +223,44 @@ class Settings:
         "prompt tokens computed in one step (default: 2048 on CUDA, else 256)")
     drafts: bool = flag(True, None,
         "check several tokens per step where text repeats itself; --no-drafts: one (same answers)")
+    nice: int | None = flag(None, number(int, -20, 19),
+        "niceness of the server's processes, from -20 to 19: how readily they leave the processor to others "
+        "(default: 19 with --watch on a CPU, else as it was started)")
     idle_unload: float = flag(0.0, number(float, 0),
         "seconds without a request before the model is unloaded until the next one, 0 = never", "serve")
 
     temperature: float | None = flag(None, number(float, 0, 2),
-        "temperature, 0 = greedy (default: the model's own, else 0.8; chat: 0.6)",
+        "temperature, 0 = greedy (default: the model's own, else 0.8; chat: 0.6)", ANSWERING,
         short="t", heading="Answers, unless a request says otherwise")
     top_k: int | None = flag(None, number(int, 0),
-        "top-k, 0 = whole vocabulary (default: the model's own, else 50)", short="k")
-    top_p: float | None = flag(None, number(float, 0, 1), "top-p, 1 = off (default: the model's own, else 1)")
-    min_p: float | None = flag(None, number(float, 0, 1), "min-p, 0 = off (default: the model's own, else 0)")
+        "top-k, 0 = whole vocabulary (default: the model's own, else 50)", ANSWERING, short="k")
+    top_p: float | None = flag(None, number(float, 0, 1), "top-p, 1 = off (default: the model's own, else 1)",
+        ANSWERING)
+    min_p: float | None = flag(None, number(float, 0, 1), "min-p, 0 = off (default: the model's own, else 0)",
+        ANSWERING)
     max_tokens: int | None = flag(None, number(int, 1),
-        "default answer length in tokens (512; chat, generate and /v1: up to the context)",
-        short="m", also="max-new-tokens")
+        "default answer length in tokens (512; chat, generate, compare and /v1: up to the context)",
+        ANSWERING, short="m", also="max-new-tokens")
     reasoning_budget: int = flag(-1, number(int, -1),
-        "most tokens that a model thinks before it answers, 0 = it does not think, -1 = any number")
+        "most tokens that a model thinks before it answers, 0 = it does not think, -1 = any number",
+        ANSWERING)
     reasoning_budget_message: str = flag("", str,
-        "what is written at the end of a thinking that the budget, or \"Answer now\", ends")
-    seed: int | None = flag(None, number(int, 0, 2**64 - 1), "fixed seed (default: random per answer)",
-        "chat generate")
-    system: str | None = flag(None, str, "system message", "chat generate")
-    prompt: str | None = flag(None, str, "one prompt, one answer; `-` reads stdin", "chat generate",
+        "what is written at the end of a thinking that the budget, or \"Answer now\", ends",
+        ANSWERING)
+    seed: int | None = flag(None, number(int, 0, 2**64 - 1),
+        "fixed seed (default: random per answer; compare: one for all)", "chat generate compare")
+    system: str | None = flag(None, str, "system message", "chat generate compare")
+    prompt: str | None = flag(None, str, "one prompt, one answer; `-` reads stdin",
+        "chat generate compare",
         short="p")
+    text: str | None = flag(None, str, "file to score: how many bits a byte of it takes", "score")
 
     url: str | None = flag(None, str,
-        "talk to a running server instead of loading a model", "chat generate", heading="In the terminal")
+        "talk to a running server instead of loading a model", "chat generate compare",
+        heading="In the terminal")
     json: bool = flag(False, None,
-        "answers as JSON, one object per line with text, usage and timings", "chat generate")
+        "answers as JSON, one object per line with text, usage and timings",
+        "chat generate compare score")
     continue_: bool = flag(False, None, "go on with the last chat", "chat")
     history: bool = flag(True, None,
         "keep typed lines and the last chat in ~/.local/state/chat_server", "chat")
@@ -275,6 +294,11 @@ class Settings:
         "TOML file of flags: `max-batch = 8`; flags and environment variables override it")
     log_format: str = flag("text", str, "format of log lines", "serve", choices=("text", "json"))
     log_conversations: bool = flag(False, None, "log the texts of messages too, not only metadata", "serve")
+
+    @property
+    def serves_many(self) -> bool:
+        """Does it serve more than one MODEL, or may it come to?"""
+        return bool(self.several) or self.models is not None or self.watch is not None
 
 
 FLAGS: tuple[Flag, ...] = tuple(row.metadata["flag"]._replace(field=row.name)

@@ -85,7 +85,7 @@ class RemotePool:
         has = f"it has {', '.join(ids)}{did_you_mean(name, ids)}" if ids else "it does not say what it has"
         raise ConfigError(f"MODEL {name}: the server at {self.url} has no such model; {has}")
 
-    async def _ask(self, method: str, path: str, **options):
+    async def ask(self, method: str, path: str, **options):
         """A response. ConfigError if no server answers, EngineFailure if one that did breaks off."""
         try:
             response = await self.client.request(method, f"{self.url}/{path}", **options)
@@ -93,13 +93,13 @@ class RemotePool:
             return response
         except connection_errors() as error:
             if self.reached and not isinstance(error, (aiohttp.ClientConnectorError, aiohttp.InvalidURL)):
-                raise self._broken(error) from None
+                raise self.broken(error) from None
             raise ConfigError(f"no server answers at {self.url}: {reason_of(error)}") from None
 
     async def get(self, path: str, *statuses: int) -> dict:
         """The JSON object that a route returns with status 200 or one of these; {} for anything else."""
         body: Any = None
-        async with await self._ask("GET", path) as response:
+        async with await self.ask("GET", path) as response:
             with suppress(ValueError, *connection_errors()):
                 body = await response.json(content_type=None) if response.status in (200, *statuses) else None
         return body if isinstance(body, dict) else {}
@@ -131,7 +131,7 @@ class RemotePool:
         if not self.ends_thinking:
             return False
         with suppress(ChatServerError):
-            async with await self._ask("POST", f"v1/cancel/{request_id}?reasoning=true") as response:
+            async with await self.ask("POST", f"v1/cancel/{request_id}?reasoning=true") as response:
                 return response.status == 200
         return False
 
@@ -161,7 +161,7 @@ class RemotePool:
                 await self._cancel(request.id)
 
     async def _post(self, request: Request):
-        post = partial(self._ask, "POST", headers={"X-Request-Id": request.id})
+        post = partial(self.ask, "POST", headers={"X-Request-Id": request.id})
         if not self.native:
             route = "completions" if request.messages is None else "chat/completions"
             response = await post(f"v1/{route}", json=self._body(request))
@@ -176,7 +176,7 @@ class RemotePool:
             raise await refusal(response)
         return response
 
-    def _broken(self, error: Exception) -> EngineFailure:
+    def broken(self, error: Exception) -> EngineFailure:
         return EngineFailure(f"the connection to {self.url} broke: {reason_of(error)}")
 
     def _body(self, request: Request) -> dict:
@@ -193,18 +193,18 @@ class RemotePool:
         for pause_s in self.RESUME_S if reader.next is not None else ():
             await asyncio.sleep(pause_s)
             with suppress(ChatServerError):
-                response = await self._ask("GET", f"v1/streams/{request_id}?from={reader.next}")
+                response = await self.ask("GET", f"v1/streams/{request_id}?from={reader.next}")
                 if response.status == 200:
                     return response
                 response.close()
                 if response.status < 500:
                     break
-        raise self._broken(error) from None
+        raise self.broken(error) from None
 
     async def _cancel(self, request_id: str):
         with suppress(ChatServerError):
             timeout = aiohttp.ClientTimeout(total=5)
-            (await self._ask("POST", f"v1/cancel/{request_id}", timeout=timeout)).close()
+            (await self.ask("POST", f"v1/cancel/{request_id}", timeout=timeout)).close()
 
     async def close(self):
         if self.client:
@@ -317,6 +317,19 @@ def native_body(request: Request) -> dict:
             **({} if request.max_tokens is None else {"max_tokens": request.max_tokens}),
             **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")
                if name not in request.unset}}
+
+
+async def compared_at(pool: RemotePool, body: dict) -> AsyncGenerator[dict, None]:
+    """The events of the server's /v1/compare."""
+    async with await pool.ask("POST", "v1/compare", json=body) as response:
+        if response.status != 200:
+            raise await refusal(response)
+        try:
+            async for line in response.content:
+                if line.startswith(b"data: "):
+                    yield json.loads(line[6:])
+        except connection_errors() as error:
+            raise pool.broken(error) from None
 
 
 async def refusal(response) -> ChatServerError:

@@ -21,6 +21,7 @@ from chatlm.common.config import PAGE_SIZE, ranks_per_replica
 from chatlm.common.core import decode_core, kernels_line
 from chatlm.common.errors import ConfigError, RanksFailed
 from chatlm.common.hub.find import resolve_model
+from chatlm.common.hub.steps import refuse_changed
 from chatlm.common.log import CalmLog, log
 from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import (
@@ -88,6 +89,7 @@ def run_rank(channel: Channel, config: RankConfig):
 
 def run_worker(channel: Channel, config: WorkerConfig):
     source = config.source or resolve_model(config.settings, lambda *at: channel.send(Loading(*at)))
+    refuse_changed(source.path, source.stamp)
     threads = min(config.threads, threads_per_worker(ranks_here(config.settings)))
     config = replace(config, source=source, threads=threads)
     run_engine(channel, start_engine(channel, config), config)
@@ -108,6 +110,8 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     del model
     if ranks:
         ranks.wait_ready(progress)
+    if config.source:
+        refuse_changed(config.source.path, config.source.stamp)  # while it was read
     engine.warm_up(partial(progress, "warming up"))
     give_memory_back()
     CalmLog.over_bar = False

@@ -156,13 +156,13 @@ def test_the_help_has_every_flag_in_its_group(capsys):
         title = flag.heading or title
         if "serve" in flag.commands:
             assert f"--{flag.names[0]}" in parts[title], flag
-    assert "usage: python chat_server.py [serve|chat|generate|check] [MODEL] [flags]\n" in text and text.count("MODEL may be") == 1
+    assert "usage: python chat_server.py [serve|chat|generate|compare|score|check] [MODEL] [flags]\n" in text and text.count("MODEL may be") == 1
 
 
 def test_the_help_of_each_command_is_its_own_and_shows_examples_that_are_right(capsys, tmp_path):
     (tmp_path / "keys.txt").write_text("key")
     openings = set()
-    for command in ("serve", "chat", "generate", "check"):
+    for command in ("serve", "chat", "generate", "compare", "score", "check"):
         with pytest.raises(SystemExit):
             parsed(f"{command} --help")
         text = capsys.readouterr().out
@@ -173,7 +173,7 @@ def test_the_help_of_each_command_is_its_own_and_shows_examples_that_are_right(c
             words = shlex.split(example.partition(" < ")[0].replace("keys.txt", str(tmp_path / "keys.txt")))
             assert parse_command_line(words, {}).command == command
         assert "(default: )" not in text and not re.search(r"-g MODEL_TAG|-p PORT|-p PROMPT", text)
-    assert len(openings) == 4
+    assert len(openings) == 6
     with pytest.raises(SystemExit):
         parsed("serve --help")
     text = capsys.readouterr().out

@@ -62,6 +62,7 @@ class ModelSource:
     name: str
     chosen: str             # one line for the start-up log
     alternatives: str = ""  # one line, "" when there were none
+    stamp: tuple[tuple[str, int, int], ...] = ()  # path, size and time in ns of files that must not change
 
 
 class ModelFacts(NamedTuple):

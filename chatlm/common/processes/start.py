@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatlm.common.errors import ConfigError
 from chatlm.common.messages.wire import Channel
 from chatlm.common.processes.connect import admit_front
 from chatlm.common.program import program_root
@@ -114,6 +115,7 @@ def join_parent(arguments: Seq[str], pipe: Pipe) -> Channel:
     descriptor, parent = arguments
     for stop in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd signals the whole group
         signal.signal(stop, signal.SIG_IGN)
+    share_niceness()
     die_with_parent(int(parent))
     return Channel(socket.socket(fileno=int(descriptor)) if descriptor.isdigit() else admit_front(descriptor),
                    pipe)
@@ -125,6 +127,24 @@ def exit_in_words(status: int | None) -> str:
         return f"exit status {status}"
     name = next((known.name for known in signal.Signals if known == -status), f"signal {-status}")
     return f"killed by {name}{', as the system does when memory runs out' if name == 'SIGKILL' else ''}"
+
+
+def be_nice(nice: int):
+    """Set the niceness of this process and its later children. ConfigError if that is not allowed."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
+    except OSError as error:
+        raise ConfigError(f"--nice {nice}: {error.strerror}; it is {os.getpriority(os.PRIO_PROCESS, 0)} now, "
+                          "and only root may lower it") from None
+
+
+def share_niceness():
+    """Make the session of one of our processes as nice as the process. Linux first divides the processor
+    among sessions (sched(7), autogroups), and each of ours has its own."""
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    if nice > 0:
+        with suppress(OSError):  # no such file: not Linux, or without this feature
+            Path("/proc/self/autogroup").write_text(str(nice))
 
 
 def start_child(command: Seq[str], role: str,

@@ -151,11 +151,12 @@ class PromptMaker:
     def answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
         """Most tokens the answer may have. RequestError 400 if the prompt is empty or leaves no room."""
         room, pooling = self.context_length - len(prompt_ids), bool(request.params.pooling)
+        alone = pooling or request.max_tokens == 0  # it may fill the context
         if not prompt_ids:
             raise RequestError(f"the {request.source} is empty", param=request.source)
-        if room < 1 - pooling:
+        if room < 1 - alone:
             raise self._too_long(f"{len(prompt_ids):,}", request.source,
-                                 "" if pooling else " (prompt and answer together)")
+                                 "" if alone else " (prompt and answer together)")
         if pooling:
             return 0
         most = room if request.max_tokens is None else max(1, min(request.max_tokens, room))

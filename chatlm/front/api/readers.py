@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.config import DEFAULT_MAX_TOKENS, LIMITS, sampling_defaults
+from chatlm.common.config import DEFAULT_MAX_TOKENS, LIMITS, Settings, sampling_defaults
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.protocol import ParsedBody
@@ -28,13 +28,12 @@ from chatlm.front.api.fields import (
 from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget
 from chatlm.front.api.ignored import ignored_fields, unread
 from chatlm.front.api.tables import (
-    BODY_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS, MANAGED_FIELDS,
-    MESSAGES_FIELDS, MODEL, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_EMBEDDINGS_FIELDS,
-    OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, RESPONSES_FIELDS,
-    TEMPLATE_FIELDS, TOKENIZE_FIELDS)
+    BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS,
+    MANAGED_FIELDS, MESSAGES_FIELDS, MODEL, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS,
+    OLLAMA_EMBEDDINGS_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS,
+    RESPONSES_FIELDS, TEMPLATE_FIELDS, TOKENIZE_FIELDS, VARIANT_FIELDS)
 
 if TYPE_CHECKING:
-    from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import Known
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.admission.prompts import PromptMaker
@@ -355,6 +354,37 @@ async def read_managed(body: dict, prompts: PromptMaker, client: str = "") -> by
     return b""
 
 
+WHO_ANSWERS = ("models", "steps", "variants")
+
+
+async def read_compare(body: dict, prompts: PromptMaker | None = None, client: str = "") -> bytes:
+    """The body of /v1/compare, checked, as JSON: `variants` has an object for each answer, `step` or `model`
+    in it says who gives it; the rest holds for all."""
+    values = parse_answer(body, COMPARE_FIELDS)
+    chosen = [name for name in WHO_ANSWERS if name in values]
+    if len(chosen) != 1:
+        raise invalid(chosen[1] if chosen else "models", "one of models, steps and variants must say who "
+                      f"answers, and {' and '.join(chosen) or 'none of them'} is here")
+    variants = [dict(variant) for variant in values.get("variants", ())]
+    for index, variant in enumerate(variants):
+        parse_fields({f"variants[{index}].{name}": value for name, value in variant.items()},
+                     [field._replace(name=f"variants[{index}].{field.name}") for field in VARIANT_FIELDS])
+    variants = variants or [{"model": name} for name in values.get("models", ())]
+    variants = variants or [{"step": step} for step in values.get("steps", ())]
+    names = {field.name for field in COMPARE_FIELDS} - {"model", *WHO_ANSWERS}
+    shared = {name: value for name, value in body.items() if name in names}
+    shared["seed"] = sampling_params(values, Settings()).seed  # one for all that have none of their own
+    return dump(shared | {"variants": variants})
+
+
+def compared_request(shared: Mapping, variant: Mapping, known: Known) -> Request:
+    """One answer of /v1/compare. Its log-probabilities say how likely the token was that is another."""
+    own = {name: value for name, value in variant.items() if value is not None and name not in (
+        "model", "step", "adapter")}
+    request = read_chat_body({**shared, **own}, known).request
+    return replace(request, params=replace(request.params, logprobs=0))
+
+
 async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     values, tool_format = parse_fields(body, COUNTED_FIELDS), prompts.tokenizer.tool_format
     messages, tools, _ = anthropic_prompt(values, tool_format)
@@ -387,6 +417,7 @@ TEXT_READERS: dict[str, Callable] = {
     "/api/show": read_ollama_show,
     "/models/load": read_managed,
     "/models/unload": read_managed,
+    "/v1/compare": read_compare,
 }
 
 

@@ -237,6 +237,32 @@ TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", requir
                    Field("tools", TOOLS, "functions"), MODEL, WITH_PIECES, *TEMPLATE_OPTIONS)
 MANAGED_FIELDS = (MODEL,)
 
+VARIANT_FIELDS = (
+    Field("model", TEXT, "one of the served models; absent: the default one"),
+    Field("adapter", TEXT, "one of the model's adapters"),
+    *(field for field in OPENAI_FIELDS if field.name in ("temperature", "top_k", "seed", "max_tokens")),
+)
+SOME_ANSWERS = {"minItems": 2, "maxItems": LIMITS.compared}
+COMPARE_FIELDS = (
+    OPENAI_FIELDS[0], MODEL,
+    Field("models", FieldType(f"a list of 2 to {LIMITS.compared} names of models",
+                              list_schema(A_TEXT, **SOME_ANSWERS)), "the models that answer"),
+    Field("steps", FieldType(
+        f'a list of 2 to {LIMITS.compared} numbers of steps, or "latest"',
+        list_schema({"anyOf": [{"type": "integer", "minimum": 0}, {"enum": ["latest"]}]}, **SOME_ANSWERS)),
+        "the checkpoints that answer, of the run of `model`"),
+    Field("variants", FieldType(
+        f"a list of 2 to {LIMITS.compared} objects", list_schema({"type": "object"}, **SOME_ANSWERS),
+        details=list_schema({"type": "object", "properties": {
+            field.name: field.described for field in VARIANT_FIELDS}})),
+        "what differs from answer to answer; each may have a model of its own"),
+    *(field for field in OPENAI_FIELDS if field.name in (
+        "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "max_tokens",
+        "max_completion_tokens", "min_tokens", "ignore_eos", "presence_penalty", "frequency_penalty",
+        "repetition_penalty", "logit_bias", "truncate", "priority")),
+    *TEMPLATE_OPTIONS,
+)
+
 BODY_FIELDS: dict[str, tuple[Field, ...]] = {  # of each route that takes a body
     "/chat/completions": NATIVE_FIELDS, "/v1/chat/completions": OPENAI_FIELDS,
     "/v1/completions": COMPLETION_FIELDS, "/v1/embeddings": EMBEDDING_FIELDS,
@@ -246,4 +272,5 @@ BODY_FIELDS: dict[str, tuple[Field, ...]] = {  # of each route that takes a body
     "/api/embeddings": OLLAMA_EMBEDDINGS_FIELDS,
     "/api/show": OLLAMA_SHOW_FIELDS, "/tokenize": TOKENIZE_FIELDS, "/detokenize": DETOKENIZE_FIELDS,
     "/apply-template": TEMPLATE_FIELDS, "/models/load": MANAGED_FIELDS, "/models/unload": MANAGED_FIELDS,
+    "/v1/compare": COMPARE_FIELDS,
 }

@@ -52,6 +52,8 @@ class LocalDevices:
     async def open(self, worker: Worker) -> tuple[asyncio.StreamReader, WorkerConfig]:
         worker.become(State.LOADING)
         threads = threads_per_worker(len(self.workers) * ranks_here(self.settings))
+        if self.settings.watch is not None:  # the others are the training's
+            threads = max(1, threads // 2)
         worker.process, ours = start_child(self.command, "worker", process_environment(threads))
         reader, worker.writer = await asyncio.open_connection(sock=ours)
         secretless = replace(self.settings, keys=(), api_key=())
@@ -88,6 +90,12 @@ def choose_devices(settings: Settings) -> list[str]:
     metal = settings.device_type == "mps" or settings.device_type == "auto" and sys.platform == "darwin"
     workers = max(settings.num_workers, 1)
     return ["mps"] if metal and workers == ranks == 1 else ["cpu"] * workers
+
+
+def niceness(settings: Settings) -> int | None:
+    """What --nice says; None: as the server was started."""
+    watches = settings.watch is not None and choose_devices(settings)[0] == "cpu"
+    return 19 if settings.nice is None and watches else settings.nice
 
 
 def cuda_device_count() -> int:

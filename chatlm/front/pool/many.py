@@ -19,6 +19,7 @@ from chatlm.front.aio import supervised
 from chatlm.front.pool.models import Registry
 from chatlm.front.pool.opening import Opener
 from chatlm.front.pool.residency import Residency, shown_bytes
+from chatlm.front.pool.watch import RunWatch
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -51,6 +52,7 @@ class ManyModels:
         self.became_ready, self.failure = asyncio.Event(), None
         self.stage = ("finding the models", 0.0)
         self.draining = self.closing = False
+        self.leaving: list[WorkerPool] = []  # of models that no request can find any more
         self.started_s = time.monotonic()
         self.tasks: set[asyncio.Task] = set()
 
@@ -86,7 +88,7 @@ class ManyModels:
         await self.opener.desk.sandboxes["templates"].start()
         watch = FolderWatch(self) if self.settings.models is not None else None
         found = await watch.look() if watch else []
-        if watch and not (found or self.settings.several):
+        if watch and not (found or self.settings.several or self.settings.watch):
             raise ConfigError(f"--models {self.settings.models}: there is no GGUF file, Hugging Face folder "
                               "or nanochat checkpoint below it")
         stamps = [*((choice, ()) for choice in self.settings.several), *found]
@@ -98,7 +100,7 @@ class ManyModels:
             await self.opener.open(model)
         await self.opener.survey.close()
         self.residency.budget = self.opener.budget or 0
-        room = room_beside_pinned(self.registry.models, self.residency.budget)
+        room = room_beside_pinned(self.registry.models, self.residency.budget) if stamps else 0
         for model in self.registry.models:
             if model.pool and not model.choice.pin and model.bytes > room:
                 self.fail(model, ConfigError(f"it takes {shown_bytes(model.bytes)}, and the pinned models "
@@ -107,6 +109,11 @@ class ManyModels:
         self.run("giving models their turns", self.residency.run)
         if watch:
             self.run("watching --models", watch.run)
+        if self.settings.watch is not None:
+            runs = RunWatch(self)
+            await runs.begin()
+            self.run("watching --watch", runs.run)
+            self.run("scoring checkpoints", runs.score_steps)
         self.became_ready.set()
 
     def admit(self, model: Model):
@@ -152,7 +159,7 @@ class ManyModels:
 
     @property
     def _pools(self) -> list[WorkerPool]:
-        return [model.pool for model in self.registry.models if model.pool]
+        return [*(model.pool for model in self.registry.models if model.pool), *self.leaving]
 
     # requests
 
@@ -215,7 +222,8 @@ class ManyModels:
         return {**own, **sums, "model": default.name if default else "",
                 "workers": [worker for one in stats for worker in one["workers"]],
                 "uptime_s": round(time.monotonic() - self.started_s, 1),
-                "models_memory": self.residency.budget, "models_bytes": self.residency.used}
+                "models_memory": self.residency.budget, "models_bytes": self.residency.used,
+                "bits_per_byte": {model.name: model.score.bits_per_byte for model in models if model.score}}
 
     def describe(self) -> list[str]:
         models = self.registry.models

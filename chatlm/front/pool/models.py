@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.residency import Place
+    from chatlm.front.pool.score import Score
 
 
 class Model:
@@ -33,6 +34,8 @@ class Model:
         self.reason, self.failed_s = "", 0.0  # why and when it failed, for the operator
         self.source: ModelSource | None = None
         self.stamp: tuple = ()               # of its files, if --models found it
+        self.run, self.step = "", 0          # of a checkpoint that --watch found: TAG and STEP
+        self.score: Score | None = None      # of it, by --watch-text
 
     @property
     def name(self) -> str:
@@ -42,6 +45,14 @@ class Model:
     def names(self) -> list[str]:
         """Those that clients see."""
         return [self.name, *self.choice.aliases, *self.settings.served_model_name]
+
+    @property
+    def of_run(self) -> dict:
+        """What is shown of a checkpoint beside what every model has; {} of other models."""
+        if not self.run:
+            return {}
+        return {"run": self.run, "step": self.step,
+                "bits_per_byte": self.score and round(self.score.bits_per_byte, 6)}
 
     def fits(self, name: str) -> bool:
         """May a request call it so?"""

@@ -59,6 +59,10 @@ A_MODEL = {"type": "object", "properties": {
     "bytes": {"type": "integer", "description": "in memory; of one that is not loaded, what it will take"},
     "default": {"type": "boolean", "description": "it answers requests that name no model"},
     "weights_digest": {"type": "string", "description": "the same for the same weights"},
+    "run": {**A_TEXT, "description": "of a checkpoint: the training run, TAG of TAG@STEP"},
+    "step": {"type": "integer", "description": "of a checkpoint"},
+    "bits_per_byte": {"type": ["number", "null"],
+                      "description": "of a checkpoint: how well it predicts --watch-text, once it is scored"},
     "context_length": {"type": "integer"}, "tools": {"enum": ["native", "generic", None]},
     "capabilities": {"type": "object", "description": "what the model can do here", "properties": {
         name: {"type": "boolean", "description": doc} for name, doc in ABILITIES.items()}}}}
@@ -97,6 +101,7 @@ def model_body(model: Model, is_default: bool = True) -> dict:
             "default": is_default, "pinned": model.choice.pin,
             "weights_digest": facts.digest,
             "owned_by": "chat_server", "root": pool.model_name, "tools": tools_of(tokenizer),
+            **model.of_run, "owned_by": "chat_server", "root": pool.model_name, "tools": tools_of(tokenizer),
             "context_length": pool.context_length, "max_model_len": pool.context_length,
             "capabilities": able,
             "defaults": {"max_tokens": settings.max_tokens, **{
@@ -154,7 +159,7 @@ def stats_body(models: OneModel | ManyModels) -> dict:
              "context_length": model.pool.context_length, "running": sum(
                  worker["running"] for worker in model.pool.stats()["workers"]),
              "queue_depth": model.pool.stats()["queue_depth"]}),
-         "default": model is default, "pinned": model.choice.pin} for model in models.listed(bound)]}
+         **model.of_run, "default": model is default, "pinned": model.choice.pin} for model in models.listed(bound)]}
 
 
 class ModelRoutes:

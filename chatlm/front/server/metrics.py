@@ -60,6 +60,11 @@ class Metrics:
         yield families.CounterMetricFamily("chat_server_worker_restarts", "restarts of workers",
                                            totals["restarts"])
         gauge, counter = families.GaugeMetricFamily, families.CounterMetricFamily
+        scores = gauge("chat_server_bits_per_byte", "how well a checkpoint predicts --watch-text",
+                       labels=["model"])
+        for name, value in stats.get("bits_per_byte", {}).items():
+            scores.add_metric([name], value)
+        yield scores
         for family_type, name, doc in (
                 (gauge, "memory_used", "bytes of its GPU in use, else of its process"),
                 (gauge, "memory_total", "bytes of its GPU, else of the machine"),

@@ -27,7 +27,7 @@ BASE = {        # the least that each route reads, from which a field may then b
     "/v1/messages/count_tokens": {"messages": HI}, "/api/chat": {"messages": HI}, "/api/generate": {"prompt": "Hi"},
     "/api/embed": {"input": "Hi"}, "/api/embeddings": {"prompt": "Hi"}, "/api/show": {},
     "/tokenize": {"content": "Hi<|end|>"}, "/detokenize": {"tokens": [72]}, "/apply-template": {"messages": HI},
-    "/models/load": {}, "/models/unload": {}}
+    "/models/load": {}, "/models/unload": {}, "/v1/compare": {"messages": HI, "models": ["a", "b"], "seed": 7}}
 FLAT_TOOL = {"type": "function", "name": "add", "parameters": SCHEMA}
 BESIDE = {      # what a field needs beside it to mean something
     "top_logprobs": {"logprobs": True}, "tool_choice": {"tools": [TOOL]}, "parallel_tool_calls": {"tools": [TOOL]},
@@ -49,7 +49,7 @@ VALUES = {      # a value of each field that differs from what holds without it
     "truncation": "auto", "metadata": {"a": "b"}, "user": "me", "previous_response_id": "x", "conversation": "x", "background": True,
     "system": "Be brief.", "stop_sequences": ["x"], "thinking": {"type": "enabled"}, "output_config": {"format": FORM | {"schema": SCHEMA}},
     "format": "json", "think": True, "options": {"temperature": 0.5}, "raw": True, "images": ["x"], "add_special": True, "parse_special": False,
-    "with_pieces": True, "prefix_token_ids": [72], "return_token_ids": True}
+    "with_pieces": True, "prefix_token_ids": [72], "return_token_ids": True, "models": ["a", "c"], "steps": [1, 2], "variants": [{}, {"seed": 1}]}
 OTHERS = {      # where a field has another type in one of the routes
     ("/v1/responses", "tools"): [FLAT_TOOL], ("/v1/messages", "tools"): [{"name": "add", "input_schema": SCHEMA}],
     ("/v1/messages/count_tokens", "tools"): [{"name": "add", "input_schema": SCHEMA}],

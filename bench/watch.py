@@ -1,0 +1,118 @@
+"""How much a server that watches a training run slows the training down.
+
+    python bench/watch.py [--rounds 8] [--seconds 15] [--text FILE] [--asked] [-- FLAGS OF THE SERVER]
+
+A training with torch, on all cores, writes a checkpoint every --every seconds. Beside it runs the server, by turns awake and stopped
+(SIGSTOP), so that what else the machine does falls on both alike. Printed: steps per second of the training in each turn, the medians, and
+by how much the one beside the server is slower. --asked: one client asks `latest` all the time, answer after answer.
+"""
+
+import argparse
+import json
+import os
+import signal
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+TRAINING = """
+import sys, time
+sys.path[:0] = [{support!r}]
+import torch, tiny_training
+from pathlib import Path
+model = tiny_training.Model(dict(sequence_len=512, vocab_size=283, n_layer=4, n_head=4, n_kv_head=4, n_embd=256))
+ids, step, written = torch.tensor(list((tiny_training.TEXT * 5).encode()))[:512], 0, time.monotonic()
+while True:
+    model.learn(ids)
+    step += 1
+    print(step, flush=True)
+    if time.monotonic() - written > {every}:
+        tiny_training.save(model, Path({base!r}) / "base_checkpoints" / "d4", step)
+        written = time.monotonic()
+"""
+
+
+class Training:
+    """The training process; counts its steps."""
+
+    def __init__(self, base, every):
+        code = TRAINING.format(support=str(ROOT / "tests" / "support"), base=str(base), every=every)
+        self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+        self.steps = 0
+        threading.Thread(target=self.count, daemon=True).start()
+
+    def count(self):
+        for line in self.process.stdout:
+            self.steps = int(line)
+
+    def speed(self, seconds):
+        """Steps per second from now on."""
+        before, began_s = self.steps, time.monotonic()
+        time.sleep(seconds)
+        return (self.steps - before) / (time.monotonic() - began_s)
+
+
+def ask_forever(url, ended, counts):
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 64, "ignore_eos": True}
+    while not ended.is_set():
+        request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=600) as response:
+            counts.append(json.load(response)["usage"]["completion_tokens"])
+
+
+def tell(server, number):
+    import psutil
+    for process in [server, *psutil.Process(server.pid).children(recursive=True)]:
+        try:
+            os.kill(process.pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("rounds", 8), ("seconds", 15.0), ("every", 10.0)):
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--text")
+    parser.add_argument("--asked", action="store_true")
+    parser.add_argument("flags", nargs="*")
+    options = parser.parse_args()
+    from real_server import server
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "tests" / "fixtures" / "nanochat" / "gen1" / "tokenizer", Path(folder) / "tokenizer")
+        training, ended, counts = Training(folder, options.every), threading.Event(), []
+        try:
+            more = ["--watch-text", options.text] if options.text else []
+            with server("--watch", folder, *more, *options.flags) as (process, url):
+                while urllib.request.urlopen(url + "/v1/models").read().count(b'"run"') < 1:
+                    time.sleep(0.5)
+                if options.asked:
+                    threading.Thread(target=ask_forever, args=(url, ended, counts), daemon=True).start()
+                training.speed(5)
+                beside, alone = [], []
+                for turn in range(options.rounds):
+                    beside.append(training.speed(options.seconds))
+                    tell(process, signal.SIGSTOP)
+                    alone.append(training.speed(options.seconds))
+                    tell(process, signal.SIGCONT)
+                    print(f"round {turn + 1}: {alone[-1]:.2f} steps/s alone, {beside[-1]:.2f} beside the server", flush=True)
+                ended.set()
+                models = json.load(urllib.request.urlopen(url + "/v1/models"))["data"]
+        finally:
+            training.process.kill()
+            training.process.wait()
+    one, other = statistics.median(alone), statistics.median(beside)
+    print(f"median of {options.rounds} turns of {options.seconds:g} s: {one:.2f} steps/s alone, {other:.2f} beside the server: "
+          f"{1 - other / one:.1%} slower; {len(models)} checkpoints, {sum(counts)} tokens answered")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Bits per byte: how well a model predicts a text."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import math
+import secrets
+from collections.abc import Iterator, Sequence as Seq
+from contextlib import aclosing
+from typing import NamedTuple, TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError, Overloaded
+from chatlm.common.files import read_operators
+from chatlm.common.messages.requests import AnswerParams, PromptScores, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from chatlm.front.pool.pool import WorkerPool
+
+
+WINDOWS = 16  # in a request
+
+
+class Score(NamedTuple):
+    """How well a model predicts a text."""
+
+    bits: float
+    bytes: int   # of the text, in UTF-8
+    tokens: int  # that were scored
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.bits / self.bytes
+
+    def as_json(self) -> dict:
+        return {"bits_per_byte": round(self.bits_per_byte, 6), "bits": round(self.bits, 3),
+                "bytes": self.bytes, "tokens": self.tokens}
+
+
+class Window(NamedTuple):
+    """A part of a text, at most as long as the context, of which the tokens from `first` on are scored."""
+
+    ids: tuple[int, ...]
+    first: int
+
+
+def windows_of(ids: Seq[int], context: int) -> Iterator[Window]:
+    """Windows that begin half a context apart. The first token of all is not scored, for nothing precedes it;
+    every other one is, once, in the first window that has it: after at least half a context of others."""
+    stride, scored = max(context // 2, 1), 1
+    for begin in range(0, len(ids), stride):
+        end = min(begin + context, len(ids))
+        if end > scored:
+            yield Window(tuple(ids[begin:end]), scored - begin)
+            scored = end
+
+
+def read_scored(path: str, flag: str) -> str:
+    """The text of a file to score. ConfigError if it cannot be read or is empty."""
+    try:
+        text = read_operators(path)
+    except (OSError, RuntimeError, ValueError) as error:  # unreadable; unknown ~user; not text
+        no_text = isinstance(error, UnicodeDecodeError)
+        reason = "not a text in UTF-8" if no_text else getattr(error, "strerror", None) or error
+        raise ConfigError(f"{flag} {path}: {reason}") from None
+    if not text:
+        raise ConfigError(f"{flag} {path}: it is empty, so there is nothing to score")
+    return text
+
+
+async def score_text(pool: WorkerPool, text: str, *, idle_rows: bool = False,
+                     windows: int = WINDOWS) -> Score:
+    """Score a text by a model. The text follows the token with which the model's texts begin, so that its
+    first token is scored too; without such a token the bytes of the first one are not counted either.
+
+    idle_rows: whatever others ask comes first; windows: as many are computed at a time."""
+    tokenizer, context = pool.tokenizer, pool.context_length
+    assert tokenizer
+    ids, spec = await asyncio.to_thread(tokenizer.encode, text), tokenizer.spec
+    start = spec.bos_token if spec.bos_token is not None else spec.eos_token
+    size, logprobs = len(text.encode()), array.array("d")
+    if start is None:
+        size -= len(tokenizer.token_bytes(ids[0]))
+    ids = ids if start is None else [start, *ids]
+    waiting = [*windows_of(ids, context)]
+    while waiting:
+        part, waiting = waiting[:windows], waiting[windows:]
+        try:
+            logprobs.extend(await _scored(pool, part, idle_rows))
+        except Overloaded as error:
+            if not idle_rows or pool.draining:
+                raise
+            waiting = part + waiting
+            await asyncio.sleep(error.retry_after_s)
+    # fsum is exact: the order in which windows end does not matter
+    return Score(-math.fsum(logprobs) / math.log(2), max(size, 1), len(logprobs))
+
+
+async def _scored(pool: WorkerPool, windows: Seq[Window], idle_rows: bool) -> list[float]:
+    """The log-probabilities of the tokens that these windows score."""
+    params = AnswerParams(sampling=SamplingParams(temperature=0.0), prompt_logprobs=0)
+    request = Request(id=secrets.token_hex(16), prompts=tuple(window.ids for window in windows),
+                      params=params, max_tokens=0, low_priority=idle_rows)
+    logprobs, seen = list[float](), [0] * len(windows)
+    async with aclosing(pool.answer(request)) as events:
+        async for event in events:
+            if isinstance(event, PromptScores):
+                skipped = max(windows[event.choice].first - seen[event.choice], 0)
+                seen[event.choice] += len(event.logprobs)
+                logprobs += [scored.logprob or 0.0 for scored in event.logprobs[skipped:]]
+    return logprobs

@@ -1,0 +1,252 @@
+"""A training run as models: each checkpoint that is complete can be asked, `latest` is the last of them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterable, Sequence as Seq
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatlm.common.config import ModelChoice
+from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
+from chatlm.common.hub.steps import find_steps
+from chatlm.common.log import log
+from chatlm.front.pool.score import read_scored, score_text
+
+if TYPE_CHECKING:
+    from chatlm.common.hub.steps import Step
+    from chatlm.front.pool.many import ManyModels
+    from chatlm.front.pool.models import Model
+    from chatlm.front.pool.pool import WorkerPool
+
+
+class RunWatch:
+    """Serves the checkpoints below --watch while they are written.
+
+    A checkpoint is a model of its own, `TAG@STEP`, with workers of its own. So nothing is ever swapped under
+    an answer: `TAG@latest` is a name that goes from one model to the next. While the old one answers, the new
+    one is loaded first, if memory holds both; else requests wait for it. The old one leaves memory when its
+    answers have ended and nobody has asked for it for a while.
+
+    A model belongs to its files as they were seen complete: their stamp. Workers refuse other files, so what
+    is overwritten becomes a new model, and the old one ends with its answers."""
+
+    WATCH_S = 2.0    # between two looks
+    SETTLED_S = 5.0  # files that were changed longer ago are complete at the first look
+    WINDOWS = 2      # of --watch-text, computed at a time
+    IN_USE_S = 60.0  # a model that was asked so recently is followed by one that is loaded already
+    AT_ONCE = 8      # checkpoints opened between two looks, the last ones first
+    LEAVE_S = 30.0   # a step before the last leaves memory when nobody has asked for it so long
+
+    def __init__(self, many: ManyModels):
+        self.many, self.registry = many, many.registry
+        self.folder = Path(many.settings.watch or "").expanduser().absolute()
+        self.models: dict[Path, Model] = {}   # those served, by path
+        self.steps: dict[Path, Step] = {}     # what each of them is
+        self.before: dict[Path, Step] = {}    # what was there at the last look
+        self.refused: dict[Path, Step] = {}   # what was said to be broken
+        self.tags: dict[Path, str] = {}       # of each run
+        self.last: dict[Path, Model] = {}     # of each run: the model that is called `latest`
+        self.unscorable: set[Step] = set()
+        self.trouble = ""                     # what was wrong with the folder at the last look
+        path = many.settings.watch_text
+        self.text = None if path is None else read_scored(path, "--watch-text")
+
+    async def begin(self):
+        """Open the last step of each run; the others follow while requests are served."""
+        steps = await self._look()
+        runs = {step.run: step for step in steps if self._settled(step)}
+        await self._open([*runs.values()])
+        if not self.models:
+            log.info("--watch %s: there is no complete checkpoint yet", self.folder)
+
+    async def run(self):
+        while True:
+            try:
+                await self.update(await self._look())
+                self.trouble = ""
+            except (ConfigError, OSError) as error:  # the folder has gone
+                if str(error) != self.trouble:
+                    log.error("%s", error)
+                self.trouble = str(error)
+            next_s = time.monotonic() + self.WATCH_S
+            while (left_s := next_s - time.monotonic()) > 0:
+                await asyncio.sleep(min(left_s, 0.1) if self.follow() else left_s)
+
+    async def _look(self) -> list[Step]:
+        steps = await asyncio.to_thread(find_steps, self.folder)
+        for step in steps:  # names do not depend on what is complete first
+            self._tag_of(step.run)
+        return steps
+
+    async def update(self, steps: Seq[Step]):
+        """Serve what has become complete, and stop to serve what is not the same any more."""
+        there = {step.path: step for step in steps}
+        for path, step in [*self.steps.items()]:
+            now = there.get(path)
+            if not now or now.stamp != step.stamp:
+                self._dismiss(path, "was replaced" if now and now.stamp and not now.missing else "has gone")
+        for path in [path for path in self.refused if path not in there]:
+            del self.refused[path]
+        settled = [step for step in steps if step.path not in self.models
+                   and self.refused.get(step.path) != step and self._settled(step)]
+        self.before = there
+        await self._open(settled[::-1][:self.AT_ONCE])
+
+    def _settled(self, step: Step) -> bool:
+        """Have its files stood still?"""
+        before = self.before.get(step.path)
+        return bool(step.stamp) and (
+            before.stamp == step.stamp if before else time.time() - step.changed_s > self.SETTLED_S)
+
+    async def _open(self, steps: Iterable[Step]):
+        for step in steps:
+            name = f"{self._tag_of(step.run)}@{step.step}"
+            if step.missing:
+                self._refuse(step, f"the checkpoint {step.path.name} of {name} is not complete: "
+                                   f"{step.missing} is missing")
+                continue
+            await self._open_one(step, name)
+            self.follow()
+        await self.many.opener.survey.close()
+
+    async def _open_one(self, step: Step, name: str):
+        """Its last name is every step's in its settings, where a sandbox checks the name in a large body;
+        which of them has it is said by `_give_names`."""
+        name = self.registry.renamed(ModelChoice(str(step.path), name)).name
+        choice = ModelChoice(str(step.path), name, (self._latest(step.run),), changes={
+            "source": None, "model_tag": None, "step": None})
+        try:
+            model = await asyncio.to_thread(self.many.opener.resolve, choice, lambda *progress: None)
+            if model.source:
+                model.source = replace(model.source, stamp=step.stamp)
+            await self.many.opener.open(model)
+        except ConfigError as error:  # it has gone
+            return self._refuse(step, f"the checkpoint {name} is not served: {error}")
+        if model.pool is None:
+            return self._refuse(step, f"the checkpoint {name} is not served: {model.reason}")
+        self._give_names(model, ())
+        model.run, model.step = self._tag_of(step.run), step.step
+        self.many.residency.budget = self.many.opener.budget or 0
+        self.registry.add(model)
+        self.models[step.path], self.steps[step.path] = model, step
+        self.many.admit(model)
+        log.info("the checkpoint %s can be asked", model.name)
+
+    def _refuse(self, step: Step, reason: str):
+        self.refused[step.path] = step
+        log.warning("%s", reason)
+
+    def _tag_of(self, run: Path) -> str:
+        """A run is called as its folder is; of two that are called so, the second has its path."""
+        if run not in self.tags:
+            inside = run.is_relative_to(self.folder) and run != self.folder
+            path = str(run.relative_to(self.folder)) if inside else run.name
+            self.tags[run] = path if run.name in self.tags.values() else run.name
+        return self.tags[run]
+
+    def _latest(self, run: Path) -> str:
+        return f"{self._tag_of(run)}@latest"
+
+    @staticmethod
+    def _give_names(model: Model, names: tuple[str, ...], is_default: bool = False):
+        model.choice = replace(model.choice, aliases=names, default=is_default)
+        model.settings = replace(model.settings, served_model_name=names)
+
+    def _dismiss(self, path: Path, why: str):
+        """Take no more requests for a checkpoint; those it has may end."""
+        model, step = self.models.pop(path), self.steps.pop(path)
+        log.info("the checkpoint %s %s", model.name, why)
+        self.registry.models.remove(model)
+        if self.last.get(step.run) is model:
+            del self.last[step.run]
+        if model.pool:
+            self.many.leaving.append(model.pool)
+            self.many.run(f"ending {model.name}", partial(self._end, model, model.pool))
+
+    async def _end(self, model: Model, pool: WorkerPool):
+        """Close the pool of a model that no request can find any more, once its answers have ended."""
+        await asyncio.sleep(self.WATCH_S)  # those who have found it just now are still being read
+        while jobs := [*pool.dispatcher.jobs.values()]:
+            if not pool.supervisor.ready_workers:  # nor can any come: its files are others now
+                pool.dispatcher.fail(EngineFailure(
+                    f"the checkpoint {model.name!r} has changed or gone before it was loaded"), *jobs)
+            await asyncio.sleep(0.1)
+        self.many.leaving.remove(pool)
+        if model.pool:
+            await self.many.remove(pool, model.place)
+
+    def follow(self) -> bool:
+        """Have `latest` of each run be its last step. Returns whether one of them is still loading."""
+        coming = False
+        for run in {step.run for step in self.steps.values()}:
+            able = [path for path, step in self.steps.items() if step.run == run and self.models[path].pool]
+            if not able:
+                continue
+            newest = self.models[max(able, key=lambda path: self.steps[path].step)]
+            holder = self.last.get(run)
+            if newest is holder:
+                continue
+            if holder and self._in_use(holder) and not (newest.place and newest.place.loaded):
+                coming = True
+                if newest.state == "unloaded":
+                    self.many.load(newest)
+                continue
+            if holder:
+                self._give_names(holder, ())
+                if holder.place:
+                    holder.place.idle_s = holder.place.idle_s or self.LEAVE_S
+            self.last[run] = newest
+            self._give_names(newest, (self._latest(run),))
+            log.info("%s is %s now", self._latest(run), newest.name)
+            self._mark_default()
+        return coming
+
+    async def score_steps(self):
+        """Score one checkpoint after another, the last ones first, in rows that nobody else wants."""
+        while self.text is not None:
+            unscored = [path for path, model in self.models.items()
+                        if model.pool and not model.score and self.steps[path] not in self.unscorable]
+            path = max(unscored, key=lambda path: self.steps[path].changed_s, default=None)
+            if path is None or not self._may_load(self.models[path]):
+                await asyncio.sleep(0.5)
+                continue
+            model, step = self.models[path], self.steps[path]
+            pool, was_loaded = model.serving(), model.state == "ready"
+            try:
+                model.score = await score_text(pool, self.text, idle_rows=True, windows=self.WINDOWS)
+                log.info("the checkpoint %s: %.4f bits per byte", model.name, model.score.bits_per_byte)
+            except ChatServerError as error:
+                self.unscorable.add(step)
+                log.warning("the checkpoint %s is not scored: %s", model.name, error)
+            if not was_loaded and not pool.dispatcher.jobs and model.place:
+                self.many.unload(model)
+
+    def _may_load(self, model: Model) -> bool:
+        """Is it loaded, or would it be without making a model leave that answers?"""
+        place, residency = model.place, self.many.residency
+        return place is not None and (
+            place.serves or place.missing <= residency.budget - residency.used
+            or not any(dispatcher.jobs for dispatcher in self.many.opener.dispatchers))
+
+    def _in_use(self, model: Model) -> bool:
+        """Is it in memory, has it been asked lately, and does memory hold another beside it?"""
+        place, pool = model.place, model.pool
+        if not (pool and place and place.taken):
+            return False
+        used_s = math.inf if pool.dispatcher.jobs else pool.dispatcher.used_s
+        return time.monotonic() - used_s < self.IN_USE_S and 2 * place.size <= self.many.residency.budget
+
+    def _mark_default(self):
+        """Without another model, requests that name none are for the run that was written last."""
+        if any(model not in self.last.values() and model not in self.models.values()
+               for model in self.registry.models):
+            return
+        by_time = sorted(self.last, key=lambda run: max(
+            step.changed_s for step in self.steps.values() if step.run == run))
+        for run in by_time:
+            self._give_names(self.last[run], (self._latest(run),), is_default=run == by_time[-1])

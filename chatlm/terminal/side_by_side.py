@@ -1,0 +1,145 @@
+"""The commands `compare` and `score`: several models, the same question or the same text."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.config import LIMITS, ModelChoice
+from chatlm.common.errors import ConfigError
+from chatlm.common.jsontext import as_json
+from chatlm.common.log import ProgressDisplay
+from chatlm.front.api.readers import read_compare
+from chatlm.front.pool.many import ManyModels
+from chatlm.front.pool.score import read_scored, score_text
+from chatlm.front.server.compare import Comparison, asked_of, read_wanted, with_ids
+from chatlm.terminal.chat import duration, prompt_text
+from chatlm.terminal.remote import RemotePool, compared_at, open_pool
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+
+SENT = "temperature", "top_k", "top_p", "min_p", "max_tokens", "seed"  # flags that a server at --url is told
+
+
+class Column:
+    """An answer that is compared, as far as it has arrived."""
+
+    def __init__(self):
+        self.parts = {"token": "", "reasoning": ""}
+        self.shown = 0                      # characters of its text
+        self.end: dict[str, Any] = {}
+        self.differs: dict | None = None
+
+    def note(self) -> str:
+        """What is said of it below its text."""
+        if "error" in self.end:
+            return f"failed: {self.end['error']['message']}"
+        count = self.end["usage"]["completion_tokens"]
+        words = [f"{count} tokens, {self.end['finish_reason']}"]
+        if self.differs:
+            theirs, mine = ("its end" if value is None else f"{value:.1%}"
+                            for value in self.differs["probabilities"])
+            words.append(f"leaves the first answer at token {self.differs['position']}: "
+                         f"there {theirs}, here {mine}")
+        return "; ".join(words)
+
+    def as_json(self) -> str:
+        differs = self.differs and {name: self.differs[name] for name in ("position", "probabilities")}
+        more = {"reasoning": self.parts["reasoning"]} if self.parts["reasoning"] else {}
+        return as_json({"text": self.parts["token"], **more, **self.end, "differs": differs})
+
+
+async def compare(settings: Settings) -> int:
+    """The `compare` command: the answers on stdout, one below the other; 1 if one failed."""
+    names = [choice.path for choice in settings.several]
+    if not 2 <= len(names) <= LIMITS.compared:
+        raise ConfigError(f"compare takes 2 to {LIMITS.compared} MODELs, and here are {len(names)}")
+    if len({*names}) < len(names):
+        raise ConfigError("compare: each MODEL must be another; /v1/compare has `variants` of one model")
+    text, columns, turn = prompt_text(settings), [Column() for _ in names], 0
+    system = [{"role": "system", "content": settings.system}] if settings.system else []
+    body = {"models": names, "messages": [*system, {"role": "user", "content": text}],
+            **{name: value for name in SENT if (value := getattr(settings, name)) is not None}}
+    async with aclosing(answers_of(settings, body)) as events:
+        async for event in events:
+            if "done" in event:
+                break
+            its = event.get("differs", event)
+            column = columns[its["index"]]
+            if "differs" in event:
+                column.differs = its
+            elif "finish_reason" in event:
+                column.end = {name: value for name, value in event.items() if name != "index"}
+            for name in column.parts.keys() & event.keys():
+                column.parts[name] += event[name]
+            while turn < len(columns) and not settings.json and show(columns[turn], names[turn]):
+                turn += 1
+    if settings.json:
+        print("\n".join(column.as_json() for column in columns), flush=True)
+    return int(any("error" in column.end for column in columns))
+
+
+def show(column: Column, name: str) -> bool:
+    """Print what is new of an answer; True once it is whole."""
+    new = column.parts["token"][column.shown:]
+    if not column.shown and (new or column.end):
+        print(f"== {name}", flush=True)
+    column.shown += len(new)
+    print(new, end="" if not column.end else "\n", flush=True)
+    if column.end:
+        print(column.note(), file=sys.stderr)
+    return bool(column.end)
+
+
+async def answers_of(settings: Settings, body: dict) -> AsyncIterator[dict]:
+    """The events of /v1/compare, from the server at --url or from models that are loaded here."""
+    if settings.url:
+        remote = RemotePool(replace(settings, model=None))
+        try:
+            await remote.start()
+            async with aclosing(compared_at(remote, body)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            await remote.close()
+        return
+    models = ManyModels(settings)
+    models.on_progress = progress = ProgressDisplay()
+    try:
+        await models.start()
+        await models.wait_ready()
+        progress.close()
+        wanted = read_wanted(await read_compare(body))
+        asked = with_ids(asked_of(models, models.find(""), wanted), lambda request: request)
+        async with Comparison(asked) as comparison:
+            async for event in comparison.events():
+                yield event
+    finally:
+        progress.close()
+        await models.close()
+
+
+async def score(settings: Settings) -> int:
+    """The `score` command: a line for each model."""
+    if settings.text is None:
+        raise ConfigError("score needs --text FILE, the text to score")
+    text = read_scored(settings.text, "--text")
+    for choice in settings.several or (ModelChoice(""),):
+        its = replace(settings, model=choice.path or None, several=())
+        async with open_pool(its) as pool:
+            assert not isinstance(pool, RemotePool)  # the command has no --url
+            name, began_s = choice.path or pool.model_name, time.monotonic()
+            scored = await score_text(pool, text)
+        if settings.json:
+            print(json.dumps({"model": name, **scored.as_json()}), flush=True)
+        else:
+            print(f"{scored.bits_per_byte:.4f} bits per byte: {name}", flush=True)
+        print(f"{scored.tokens:,} tokens of {scored.bytes:,} bytes in "
+              f"{duration(time.monotonic() - began_s)}", file=sys.stderr)
+    return 0

@@ -1,0 +1,304 @@
+"""A training run that can be talked to: a small real training writes checkpoints while the server watches."""
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+
+import pytest
+import torch
+
+import tiny_training
+from chatlm.common.config import Settings
+from chatlm.common.errors import ConfigError
+from chatlm.common.hub.steps import find_steps
+from chatlm.front.pool.many import ManyModels
+from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.watch import RunWatch
+from fake_pool import frames, serving
+from forked import DYING
+
+TINY = {"dtype": "float32", "kv_cache_memory": 4 << 20, "max_batch": 8}
+MIB = 1 << 20
+
+
+@pytest.fixture
+def run_folder(nanochat_fixtures, tmp_path, monkeypatch):
+    """A nanochat base folder that has a tokenizer and no checkpoint yet; it is looked at often."""
+    monkeypatch.setattr(RunWatch, "WATCH_S", 0.1)
+    shutil.copytree(nanochat_fixtures / "gen1" / "tokenizer", tmp_path / "base" / "tokenizer")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+async def watching():
+    """A function that starts a server of what is below --watch."""
+    started = []
+
+    async def start(folder, **changes):
+        started.append(models := ManyModels(Settings(**TINY | {"watch": str(folder)} | changes), DYING))
+        await models.start()
+        await models.wait_ready()
+        return models
+
+    yield start
+    for models in started:
+        await models.close()
+
+
+async def until(condition):
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def ask(client, url, model, text="hello", **changes):
+    body = {"model": model, "messages": [{"role": "user", "content": text}], "seed": 5, "temperature": 1, "max_tokens": 24} | changes
+    async with client.post(url + "/v1/chat/completions", json=body) as response:
+        return response.status, await response.json()
+
+
+async def alone(client, path, text="hello"):
+    """What a server of this checkpoint alone answers."""
+    settings = Settings(model=str(path), **TINY)
+    pool = pool_of(settings, DYING)
+    await pool.start()
+    try:
+        await pool.wait_ready()
+        async with serving(pool, settings) as url:
+            status, body = await ask(client, url, "", text)
+            assert status == 200, body
+            return body["choices"][0]["message"]["content"]
+    finally:
+        await pool.close()
+
+
+def file_of(base, step):
+    return base / "base_checkpoints" / "d2" / f"model_{step:06d}.pt"
+
+
+async def swaps_under_load(run_folder, watching, client, count, talkers):
+    models, ended, answers = await watching(run_folder), asyncio.Event(), []
+    names = lambda: {name for model in models.registry.models for name in model.names}
+
+    async def talk(url, number):
+        while not ended.is_set():
+            text = f"hello {number}"
+            status, body = await ask(client, url, "d2@latest", text)
+            assert status == 200, body
+            answers.append((int(body["model"].removeprefix("d2@")), text, body["choices"][0]["message"]["content"]))
+
+    async with serving(models, models.settings) as url:
+        run = tiny_training.train(run_folder, 2 * count, 2)
+        next(run)
+        await until(lambda: "d2@latest" in names())
+        talks = [asyncio.ensure_future(talk(url, number)) for number in range(talkers)]
+        for step, _ in run:
+            await until(lambda: models.registry.find("d2@latest").name == f"d2@{step}" or any(talk.done() for talk in talks))
+            before = len(answers)
+            await until(lambda: len(answers) >= before + 2 * talkers or any(talk.done() for talk in talks))
+        ended.set()
+        await asyncio.gather(*talks)
+        async with client.get(url + "/v1/models") as response:
+            listed = (await response.json())["data"]
+    assert {model["id"] for model in listed} == {f"d2@{step}" for step in range(2, 2 * count + 1, 2)}
+    assert [model["aliases"] for model in listed if model["step"] == 2 * count] == [["d2@latest"]]
+    seen = {(step, text): content for step, text, content in answers}
+    assert all(seen[step, text] == content for step, text, content in answers)
+    assert len({step for step, _ in seen}) == count and len({content for content in seen.values()}) > count
+    for (step, text), content in seen.items():
+        if text == "hello 0" and (step % 10 == 0 or step == 2 * count):
+            assert await alone(client, file_of(run_folder, step), text) == content, step
+
+
+async def test_each_new_checkpoint_answers_as_alone_and_no_answer_is_lost_at_five_swaps(run_folder, watching, client):
+    await swaps_under_load(run_folder, watching, client, 5, 2)
+
+
+@pytest.mark.slow
+async def test_each_new_checkpoint_answers_as_alone_and_no_answer_is_lost_at_fifty_swaps(run_folder, watching, client):
+    await swaps_under_load(run_folder, watching, client, 50, 6)
+
+
+async def test_half_written_broken_replaced_and_deleted_checkpoints_are_told_once_and_the_others_serve(
+        run_folder, watching, client, caplog):
+    caplog.set_level(logging.INFO, logger="chat_server")
+    list(tiny_training.train(run_folder, 4, 1))
+    folder, whole = file_of(run_folder, 1).parent, file_of(run_folder, 1).read_bytes()
+    file_of(run_folder, 5).write_bytes(whole[:len(whole) // 2])             # without its meta file, as while it is written
+    file_of(run_folder, 6).write_bytes(whole[:len(whole) // 2])             # with it: it was cut
+    shutil.copy(folder / "meta_000004.json", folder / "meta_000006.json")
+    (folder / "model_000007.pt").symlink_to(file_of(run_folder, 1))
+    shutil.copy(folder / "meta_000004.json", folder / "meta_000007.json")
+    models = await watching(run_folder)
+    known = lambda: {model.name for model in models.registry.models}
+    lines = lambda word: [record.getMessage() for record in caplog.records if word in record.getMessage()]
+    async with serving(models, models.settings) as url:
+        await until(lambda: known() == {"d2@1", "d2@2", "d2@3", "d2@4"} and lines("model_000005") and lines("d2@6 is not served"))
+        first, last = [(await ask(client, url, name))[1]["choices"][0]["message"]["content"] for name in ("d2@1", "d2@latest")]
+        assert first != last
+        # one that answers now is replaced by another, in place: the answer ends on the old one
+        long = asyncio.ensure_future(ask(client, url, "d2@4", max_tokens=100, ignore_eos=True))
+        await until(lambda: models.find("d2@4").pool.dispatcher.running)
+        old = models.find("d2@4")
+        replaced = torch.load(file_of(run_folder, 1), weights_only=True)
+        torch.save(replaced, file_of(run_folder, 4))
+        await until(lambda: old not in models.registry.models and "d2@4" in known() and models.find("d2@latest").name == "d2@4")
+        status, body = await long
+        assert status == 200 and body["choices"][0]["message"]["content"].startswith(last[:8])
+        assert (await ask(client, url, "d2@latest"))[1]["choices"][0]["message"]["content"] == first
+        file_of(run_folder, 4).unlink()
+        await until(lambda: models.registry.find("d2@latest").name == "d2@3")
+        assert (await ask(client, url, "d2@4"))[0] == 404 and (await ask(client, url, "d2@latest"))[1]["model"] == "d2@3"
+        file_of(run_folder, 5).write_bytes(whole)
+        shutil.copy(folder / "meta_000004.json", folder / "meta_000005.json")
+        await until(lambda: "d2@5" in known())
+        assert (await ask(client, url, "d2@5"))[1]["choices"][0]["message"]["content"] == first
+        shutil.rmtree(folder)
+        await until(lambda: not known())
+        assert (await ask(client, url, "d2@5"))[0] == 404
+    assert len(lines("model_000005")) == len(lines("d2@6 is not served")) == 1
+    assert "meta_000005.json is missing" in lines("model_000005")[0] and not lines("d2@7")
+    assert len(lines("d2@4 was replaced")) == len(lines("d2@4 has gone")) == 1
+
+
+async def test_a_worker_refuses_files_that_are_not_those_that_were_seen(run_folder, watching, client):
+    """It dies while it answers, and its checkpoint was replaced meanwhile: the answer must not go on with other weights."""
+    list(tiny_training.train(run_folder, 2, 1))
+    models = await watching(run_folder)
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 2)
+        model = models.find("d2@2")
+        asked = asyncio.ensure_future(ask(client, url, "d2@2", max_tokens=100, ignore_eos=True))
+        await until(lambda: model.pool.dispatcher.running)
+        shutil.copy(file_of(run_folder, 1), file_of(run_folder, 2))
+        model.pool.workers[0].kill()
+        status, body = await asked
+        assert status == 500 and "changed or gone" in body["error"]["message"]
+
+
+def test_runs_are_found_three_folders_deep_and_links_are_not_followed(tmp_path):
+    for folder, name in (("a/b/checkpoint-5", "model.safetensors"), ("a/b/c/checkpoint-6", "model.safetensors"), ("checkpoint-7", "x.safetensors"),
+                         ("base_checkpoints/d4", "model_000010.pt"), ("other/d4", "model_000011.pt"), ("checkpoint-8", "notes")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).write_bytes(b"1")
+    for folder in ("a/b/checkpoint-5", "checkpoint-7"):
+        (tmp_path / folder / "config.json").write_text("{}")
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "checkpoint-7")
+    found = {(str(step.run.relative_to(tmp_path)), step.step): step.missing for step in find_steps(tmp_path)}
+    assert found == {("a/b", 5): "", (".", 7): "", (".", 8): "config.json", ("base_checkpoints/d4", 10): "meta_000010.json"}
+    for path, words in ((tmp_path / "none", "no such folder"), (tmp_path / "checkpoint-8" / "notes", "not a folder")):
+        with pytest.raises(ConfigError, match=f"--watch .*{words}"):
+            find_steps(path)
+
+
+async def test_of_two_runs_with_one_name_the_second_has_its_path_and_the_last_written_is_the_default(run_folder, watching, client):
+    list(tiny_training.train(run_folder, 2, 1))
+    shutil.copytree(run_folder / "base_checkpoints", run_folder / "chatsft_checkpoints")
+    for file in (run_folder / "chatsft_checkpoints" / "d2").iterdir():
+        os.utime(file, (1e9, 1e9))
+    models = await watching(run_folder)
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 4)
+        assert {model.name for model in models.registry.models} == {
+            "d2@1", "d2@2", "chatsft_checkpoints/d2@1", "chatsft_checkpoints/d2@2"}
+        assert (await ask(client, url, ""))[1]["model"] == "d2@2"
+        assert (await ask(client, url, "chatsft_checkpoints/d2@latest", ignored="x" * 70_000))[1]["model"] == "chatsft_checkpoints/d2@2"
+
+
+@pytest.mark.slow
+async def test_old_steps_take_turns_where_memory_holds_one(run_folder, watching, client, monkeypatch):
+    from chatlm.front.pool.residency import Residency
+    monkeypatch.setattr(Residency, "PLACE_S", 0.1)
+    list(tiny_training.train(run_folder, 3, 1))
+    models = await watching(run_folder, models_memory=230 * MIB)
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 3)
+        answers = await asyncio.gather(*(ask(client, url, f"d2@{step}") for step in (1, 2, 3)))
+        assert [body["model"] for _, body in answers] == ["d2@1", "d2@2", "d2@3"]
+        assert models.residency.used <= 230 * MIB
+
+
+async def compared(client, url, **body):
+    body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 1, "seed": 5, "max_tokens": 24} | body
+    async with client.post(url + "/v1/compare", json=body) as response:
+        return response.status, frames(await response.read()) if response.status == 200 else await response.json()
+
+
+async def test_steps_are_compared_with_the_same_noise_and_it_is_said_where_each_leaves_the_first(run_folder, watching, client):
+    list(tiny_training.train(run_folder, 6, 2))
+    models = await watching(run_folder)
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 3)
+        status, events = await compared(client, url, steps=[2, 4, "latest"])
+        assert status == 200 and events[-1]["done"] is True
+        texts = ["".join(event["token"] for event in events if event.get("index") == index and "token" in event) for index in range(3)]
+        for index, step in enumerate((2, 4, 6)):
+            answer = (await ask(client, url, f"d2@{step}", logprobs=True))[1]["choices"][0]
+            assert answer["message"]["content"] == texts[index] and events[-1]["answers"][index]["model"] == f"d2@{step}"
+            logprobs = [(token["bytes"], token["logprob"]) for token in answer["logprobs"]["content"]]
+            if index == 0:
+                first = logprobs
+                continue
+            [differs] = [event["differs"] for event in events if event.get("differs", {}).get("index") == index]
+            at = next(at for at, pair in enumerate(zip(first, logprobs)) if pair[0][0] != pair[1][0])
+            assert differs["model"] == f"d2@{step}" and differs["position"] == at
+            assert differs["probabilities"] == pytest.approx([2.718281828459045 ** line[at][1] for line in (first, logprobs)])
+        assert len({end["seed"] for end in events[-1]["answers"]}) == 1
+        status, events = await compared(client, url, variants=[{"model": "d2@2"}, {"model": "d2@2"}, {"seed": 6}], model="d2@2")
+        assert [event["differs"]["index"] for event in events if "differs" in event] == [2]
+
+
+async def test_what_cannot_be_compared_is_refused_before_the_stream(run_folder, watching, client):
+    list(tiny_training.train(run_folder, 2, 1))
+    models = await watching(run_folder)
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 2)
+        for body, words in (
+                ({}, "one of models, steps and variants"), ({"models": ["d2@1"]}, "models"), ({"models": ["d2@1"] * 9}, "2 to 8"),
+                ({"models": ["d2@1", "d2@2"], "steps": [1, 2]}, "models and steps is here"), ({"steps": [1, "x"]}, "steps"),
+                ({"models": ["d2@1", "d2@77"]}, "d2@77"), ({"steps": [1, 77]}, "d2@77"), ({"variants": [{}, {"temperature": 9}]}, r"variants[1].temperature"),
+                ({"variants": [{}, {"adapter": "pirate"}]}, "pirate"), ({"variants": [{}, 3]}, "variants"),
+                ({"steps": [1, 2], "messages": [{"role": "user", "content": "x" * 999}]}, "context")):
+            status, answer = await compared(client, url, **body)
+            assert status in (400, 404) and words in answer["error"]["message"], (body, answer)
+        assert not any(model.pool.dispatcher.jobs for model in models.registry.models)
+
+
+async def test_each_checkpoint_is_scored_and_metrics_and_stats_have_the_number(run_folder, watching, client, tmp_path):
+    (tmp_path / "text.txt").write_text(tiny_training.TEXT * 3)
+    list(tiny_training.train(run_folder, 60, 30))
+    models = await watching(run_folder, watch_text=str(tmp_path / "text.txt"))
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 2 and all(model.score for model in models.registry.models))
+        tokenizer = models.find("d2@30").pool.tokenizer
+        ids = [tokenizer.spec.bos_token, *tokenizer.encode(tiny_training.TEXT * 3)]
+        async with client.get(url + "/metrics") as response:
+            text = await response.text()
+        async with client.get(url + "/stats") as response:
+            stats = {model["id"]: model for model in (await response.json())["models"]}
+        for step in (30, 60):
+            expected = tiny_training.bits_per_byte(tiny_training.load(file_of(run_folder, step)), ids, len(tiny_training.TEXT * 3))
+            assert stats[f"d2@{step}"]["bits_per_byte"] == pytest.approx(expected, abs=2e-5) and stats[f"d2@{step}"]["run"] == "d2"
+            assert f'chat_server_bits_per_byte{{model="d2@{step}"}} ' in text
+        assert stats["d2@60"]["bits_per_byte"] != stats["d2@30"]["bits_per_byte"]
+        await until(lambda: all(model.state == "unloaded" for model in models.registry.models))     # nobody else has asked for them
+
+
+def test_a_text_to_score_must_be_there(run_folder, tmp_path):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    for name, words in (("none", "No such file"), ("empty", "it is empty"), ("bytes", "UTF-8")):
+        with pytest.raises(ConfigError, match=f"--watch-text .*{words}"):
+            RunWatch(ManyModels(Settings(watch=str(run_folder), watch_text=str(tmp_path / name))))
+
+
+def test_the_small_training_is_nanochats_first_generation(nanochat_fixtures):
+    """Its own code against upstream's oracle."""
+    base = nanochat_fixtures / "gen1"
+    [path] = base.rglob("model_*.pt")
+    for case in json.loads((base / "oracle.json").read_text())["cases"]:
+        with torch.no_grad():
+            logits = tiny_training.load(path)(torch.tensor(case["prompt_ids"]))[-1]
+        assert torch.allclose(logits, torch.tensor(case["next_logits"]), atol=2e-3)

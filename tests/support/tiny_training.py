@@ -1,0 +1,114 @@
+"""A training run in small: a nanochat model of the first generation in plain torch, trained on bytes, whose checkpoints are written as
+upstream writes them. It shares no code with chatlm, so it also says what a model's logits and its bits per byte must be.
+
+    python tests/support/tiny_training.py BASE STEPS EVERY     trains, writes every so many steps, prints each step"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+CONFIG = {"sequence_len": 128, "vocab_size": 283, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+
+
+def norm(x):
+    return functional.rms_norm(x, x.shape[-1:])
+
+
+class Model(torch.nn.Module):
+    """config: as in meta_<step>.json."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C, V, head = config["n_embd"], config["vocab_size"], config["n_embd"] // config["n_head"]
+        kv = config["n_kv_head"] * head
+        shapes = {"transformer.wte.weight": (V, C), "lm_head.weight": (V, C)}
+        for layer in range(config["n_layer"]):
+            shapes |= {f"transformer.h.{layer}.{name}.weight": shape for name, shape in {
+                "attn.c_q": (C, C), "attn.c_k": (kv, C), "attn.c_v": (kv, C), "attn.c_proj": (C, C),
+                "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}.items()}
+        dice = torch.Generator().manual_seed(7)
+        self.w = {name: (torch.randn(shape, generator=dice) * shape[1] ** -0.5).requires_grad_() for name, shape in shapes.items()}
+        self.optimizer = torch.optim.AdamW(self.w.values(), lr=3e-3)
+
+    def forward(self, ids):
+        """ids (T,) -> logits (T, V)"""
+        w, heads, kv_heads, T = self.w, self.config["n_head"], self.config["n_kv_head"], len(ids)
+        D = self.config["n_embd"] // heads
+        angles = torch.outer(torch.arange(T).float(), 10000.0 ** -(torch.arange(0, D, 2).float() / D))
+        cos, sin = angles.cos().bfloat16().float()[:, None], angles.sin().bfloat16().float()[:, None]
+
+        def turned(x):
+            a, b = x.chunk(2, dim=-1)
+            return norm(torch.cat([a * cos + b * sin, b * cos - a * sin], -1)).transpose(0, 1)
+
+        x = norm(w["transformer.wte.weight"][ids])
+        for layer in range(self.config["n_layer"]):
+            prefix = f"transformer.h.{layer}."
+            q, k, v = ((norm(x) @ w[f"{prefix}attn.c_{part}.weight"].T).view(T, -1, D) for part in "qkv")
+            k, v = (part.repeat_interleave(heads // kv_heads, 0) for part in (turned(k), v.transpose(0, 1)))
+            mixed = functional.scaled_dot_product_attention(turned(q), k, v, is_causal=True)
+            x = x + mixed.transpose(0, 1).reshape(T, -1) @ w[f"{prefix}attn.c_proj.weight"].T
+            x = x + functional.relu(norm(x) @ w[f"{prefix}mlp.c_fc.weight"].T).square() @ w[f"{prefix}mlp.c_proj.weight"].T
+        return 15 * torch.tanh(norm(x) @ w["lm_head.weight"].T / 15)
+
+    def learn(self, ids):
+        """One step of training on a text (T,); returns its loss."""
+        loss = functional.cross_entropy(self(ids[:-1]), ids[1:])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+def load(path):
+    """The model of a checkpoint."""
+    meta = json.loads(path.with_name(path.name.replace("model_", "meta_").replace(".pt", ".json")).read_text())
+    model = Model(meta["model_config"])
+    state = {name.removeprefix("_orig_mod."): weight for name, weight in torch.load(path, weights_only=True).items()}
+    model.w = {name: state[name].float() for name in model.w}
+    return model
+
+
+def save(model, folder, step):
+    """As upstream does: the weights first, then what is known of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({name: weight.detach() for name, weight in model.w.items()}, folder / f"model_{step:06d}.pt")
+    (folder / f"meta_{step:06d}.json").write_text(json.dumps({"step": step, "model_config": model.config}))
+
+
+def bits_per_byte(model, ids, size):
+    """Of a text of `size` bytes whose tokens `ids` begin with one that is not scored, the slow and obvious way: for each token the window of
+    the context in which it is scored first, computed whole."""
+    context, bits = model.config["sequence_len"], 0.0
+    for position in range(1, len(ids)):
+        begin = max(0, -(-(position + 1 - context) // (context // 2))) * (context // 2)
+        with torch.no_grad():
+            line = model(torch.tensor(ids[begin:position]))[-1].double()
+        bits -= line.log_softmax(-1)[ids[position]].item() / math.log(2)
+    return bits / size
+
+
+TEXT = "The cat sat on the mat. The dog ran after the cat. One and two make three, and three and four make seven. "
+
+
+def train(base, steps, every, ids=None, pause_s=0.0):
+    """Train and write checkpoints; yields each step that is written. ids: of the text, by default its bytes."""
+    model = Model(CONFIG)
+    ids = torch.tensor(list(TEXT.encode()) if ids is None else ids)
+    for step in range(1, steps + 1):
+        model.learn(ids[:CONFIG["sequence_len"]])
+        if step % every == 0:
+            save(model, Path(base) / "base_checkpoints" / "d2", step)
+            yield step, model
+            time.sleep(pause_s)
+
+
+if __name__ == "__main__":
+    for number, _ in train(sys.argv[1], *map(int, sys.argv[2:4])):
+        print(number, flush=True)
