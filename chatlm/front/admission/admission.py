@@ -28,7 +28,7 @@ from chatlm.common.messages.protocol import (
     SANDBOX_MODELS, SANDBOX_PIPE, Begun, Body, Known, ParsedBody, Refused, Result, SandboxConfig, Task)
 from chatlm.common.messages.requests import Message
 from chatlm.common.messages.wire import HEADER, BadMessage, object_restorer, unpacked
-from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words, start_child
+from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words, patient, start_child
 from chatlm.common.text.formats import calls_of
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
@@ -135,7 +135,7 @@ class Sandbox:
                 raise Overloaded("the server is shutting down", retry_after_s=10)
             await self.start()
             try:
-                reply = await asyncio.wait_for(self._ask(config, messages), self.PATIENCE_S)
+                reply = await asyncio.wait_for(self._ask(config, messages), patient(self.PATIENCE_S))
                 break
             except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
                 code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)

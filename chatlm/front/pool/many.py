@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
+from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded
 from chatlm.common.hub.folder import find_models
 from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND
@@ -165,6 +165,9 @@ class ManyModels:
 
     def find(self, name: str, bound: Seq[str] = ()) -> Model:
         """The model that a request of a key with these bounds names. RequestError 404 if there is none."""
+        if self.settings.watch is not None and not self.registry.models:
+            raise Overloaded("the watched training run has written no complete checkpoint yet",
+                             retry_after_s=5)
         model = self.registry.find(name, bound)
         if not model.pool and model.source and time.monotonic() - model.failed_s > self.RETRY_S:
             model.failed_s = math.inf  # until it has failed again

@@ -12,7 +12,7 @@ from chatlm.common.messages.protocol import (
     SURVEY_PIPE, Crashed, Loading, SurveyConfig, Surveyed, Unusable)
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import (
-    exit_in_words, process_environment, start_child, threads_per_worker)
+    exit_in_words, patient, process_environment, start_child, threads_per_worker)
 from chatlm.front.admission.admission import next_message
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Survey:
         source = config.source
         async with self.turn:
             try:
-                message = await asyncio.wait_for(self._ask(config), self.PATIENCE_S)
+                message = await asyncio.wait_for(self._ask(config), patient(self.PATIENCE_S))
             except (asyncio.IncompleteReadError, asyncio.TimeoutError, ConnectionError, BadMessage) as error:
                 status = await self._end()
                 late = isinstance(error, asyncio.TimeoutError)

@@ -21,6 +21,7 @@ from chatlm.common.messages.protocol import (
     Ping, Stepped, WorkerConfig)
 from chatlm.common.messages.requests import (
     Embedding, Ended, Failed, Finished, Piece, PromptProgress, PromptScores, ThinkingEnds)
+from chatlm.common.processes.start import patient
 from chatlm.front.admission.admission import next_message
 
 if TYPE_CHECKING:
@@ -371,8 +372,8 @@ class Worker:
     @property
     def hung(self) -> bool:
         """Is a message overdue: a step, the answer to a ping or, while it loads, a progress report?"""
-        patience_s = (self.LOAD_HANG_S if self.state is State.LOADING else
-                      max(self.HANG_S, 20 * self.slowest_step_s))
+        patience_s = (patient(self.LOAD_HANG_S) if self.state is State.LOADING else
+                      max(patient(self.HANG_S), 20 * self.slowest_step_s))
         return self.awaited_s is not None and time.monotonic() - self.awaited_s > patience_s
 
     def check_health(self):

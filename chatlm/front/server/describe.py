@@ -159,7 +159,8 @@ def stats_body(models: OneModel | ManyModels) -> dict:
              "context_length": model.pool.context_length, "running": sum(
                  worker["running"] for worker in model.pool.stats()["workers"]),
              "queue_depth": model.pool.stats()["queue_depth"]}),
-         **model.of_run, "default": model is default, "pinned": model.choice.pin} for model in models.listed(bound)]}
+         **model.of_run, "default": model is default, "pinned": model.choice.pin}
+        for model in models.listed(bound)]}
 
 
 class ModelRoutes:

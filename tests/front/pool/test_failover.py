@@ -21,7 +21,7 @@ from chatlm.common.errors import EngineFailure, RequestError
 from chatlm.common.messages.protocol import Loading
 from chatlm.common.messages.requests import Embedding, Finished, Message, Piece, PromptScores, SamplingParams
 from chatlm.common.messages.wire import BadMessage
-from chatlm.common.processes.start import PROCESS_COMMAND
+from chatlm.common.processes.start import PROCESS_COMMAND, patient
 from chatlm.common.text.formats import HARMONY
 from chatlm.common.text.grammar import check_grammar, json_grammar
 from chatlm.front.admission import prompts
@@ -388,7 +388,7 @@ async def test_a_worker_that_hangs_while_it_answers_is_replaced(start_pool, work
     disturbed = asyncio.ensure_future(answers(pool, asked("hang-decode", **LONG_PROMPT)))
     worker = await stopped_worker(pool)
     assert worker.jobs and not worker.hung
-    worker.awaited_s -= max(worker.HANG_S, 20 * worker.slowest_step_s)
+    worker.awaited_s -= max(patient(worker.HANG_S), 20 * worker.slowest_step_s)
     assert await disturbed == await answers(pool, asked("undisturbed", **LONG_PROMPT))
     await idle(pool)
     assert [each.restarts for each in pool.workers] == [int(each is worker) for each in pool.workers]
@@ -402,7 +402,7 @@ async def test_an_idle_worker_that_hangs_is_replaced_before_anybody_asks(start_p
     assert await stopped_worker(pool) is worker
     while worker.awaited_s is None:                 # until the next ping
         await asyncio.sleep(0.02)
-    worker.awaited_s -= worker.HANG_S
+    worker.awaited_s -= patient(worker.HANG_S)
     while worker.restarts == 0 or worker.state != "ready":
         await asyncio.sleep(0.02)
     assert (await collect(pool, greedy("after")))[2].usage.completion_tokens == 40
@@ -427,7 +427,7 @@ async def test_a_worker_that_hangs_in_its_first_load_is_replaced(start_pool, tmp
     worker = await stopped_worker(pool)
     worker.check_health()
     assert (pool.health()[0], worker.state) == (503, "loading") and not caplog.text        # it may take long
-    worker.awaited_s -= worker.LOAD_HANG_S
+    worker.awaited_s -= patient(worker.LOAD_HANG_S)
     await pool.wait_ready()
     assert pool.stats()["workers"][0]["restarts"] == 1 and "worker 0 has made no progress while loading" in caplog.text
     await idle(pool)
@@ -441,7 +441,7 @@ async def test_a_worker_that_hangs_while_it_loads_again_keeps_no_answer_from_goi
     (tmp_path / "hang-load").touch()
     disturbed = asyncio.ensure_future(answers(pool, asked("kill-decode", **LONG_PROMPT)))
     assert await stopped_worker(pool) is worker and worker.state == "loading"
-    worker.awaited_s -= worker.LOAD_HANG_S
+    worker.awaited_s -= patient(worker.LOAD_HANG_S)
     while worker.crashes_in_row < 2:
         await asyncio.sleep(0.02)
     assert pool.health() == (503, {"status": "unavailable", "ready": False, "num_gpus": 1, "available_workers": 0,
@@ -454,7 +454,7 @@ async def test_a_worker_that_hangs_while_it_loads_again_keeps_no_answer_from_goi
 def test_each_report_of_a_load_gives_it_the_whole_time_again():
     pool = pool_of(Settings())
     (worker,) = pool.workers
-    worker.awaited_s = time.monotonic() - worker.LOAD_HANG_S - 1
+    worker.awaited_s = time.monotonic() - patient(worker.LOAD_HANG_S) - 1
     assert worker.state == "loading" and worker.hung
     worker.hear(Loading("weights", 0.5), pool.supervisor.handle)
     assert not worker.hung

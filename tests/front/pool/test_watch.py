@@ -157,7 +157,8 @@ async def test_half_written_broken_replaced_and_deleted_checkpoints_are_told_onc
         assert (await ask(client, url, "d2@5"))[1]["choices"][0]["message"]["content"] == first
         shutil.rmtree(folder)
         await until(lambda: not known())
-        assert (await ask(client, url, "d2@5"))[0] == 404
+        status, body = await ask(client, url, "d2@5")
+        assert status == 503 and "no complete checkpoint" in body["error"]["message"]
     assert len(lines("model_000005")) == len(lines("d2@6 is not served")) == 1
     assert "meta_000005.json is missing" in lines("model_000005")[0] and not lines("d2@7")
     assert len(lines("d2@4 was replaced")) == len(lines("d2@4 has gone")) == 1
