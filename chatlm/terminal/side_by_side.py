@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TYPE_CHECKING
@@ -97,7 +97,7 @@ def show(column: Column, name: str) -> bool:
     return bool(column.end)
 
 
-async def answers_of(settings: Settings, body: dict) -> AsyncIterator[dict]:
+async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, None]:
     """The events of /v1/compare, from the server at --url or from models that are loaded here."""
     if settings.url:
         remote = RemotePool(replace(settings, model=None))
