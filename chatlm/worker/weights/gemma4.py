@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,8 @@ def sizes_of_full_layers(path: Path, config: Mapping, types: Seq[str]) -> tuple[
         own = {}
     else:
         full = [str(layer) for layer, type_ in enumerate(types) if type_ == FULL]
+        if isinstance(listed, dict):  # whose layers have as many digits
+            listed = {re.sub("^0+(?=[0-9])", "", layer): sizes for layer, sizes in listed.items()}
         if not isinstance(listed, dict) or sorted(listed) != sorted(full) or any(
                 sizes != listed[full[0]] or not isinstance(sizes, dict) for sizes in listed.values()):
             raise ConfigError(f"{path}: {key} is {shown(listed)}; it must have the same sizes for each layer "

@@ -94,6 +94,7 @@ def test_what_is_wrong_in_a_config_is_named(change, words, tmp_path):
 def test_a_config_may_list_the_sizes_of_full_layers_one_by_one(tmp_path):
     sizes = {str(l): {"head_dim": 512, "num_key_value_heads": 2} for l in range(5, 30, 6)}
     once = spec_of(tmp_path, "gemma-4-26B-A4B")
+    assert spec_of(tmp_path, "gemma-4-26B-A4B", per_layer_config={layer.zfill(2): size for layer, size in sizes.items()}) == once   # as transformers saves them
     assert spec_of(tmp_path, "gemma-4-26B-A4B", per_layer_config=sizes, global_head_dim=None, num_global_key_value_heads=None) == once
 
 
