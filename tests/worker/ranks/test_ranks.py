@@ -264,20 +264,20 @@ async def test_the_text_of_two_ranks_is_the_same_alone_batched_cached_and_after_
 @pytest.mark.slow
 @needs_core
 @pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2), (2, 2)])
-@pytest.mark.parametrize("name", ["lfm2", "lfm2moe", "qwen3.5", "granite4h"])
-async def test_states_in_several_ranks_give_the_same_text_alone_batched_cached_drafted_and_after_a_death(name, tp, pp, folders):
+@pytest.mark.parametrize("name", ["lfm2", "lfm2moe", "qwen3.5", "granite4h", *SHARED[:2]])
+async def test_states_and_shared_keys_in_several_ranks_give_the_same_text_alone_batched_cached_drafted_and_after_a_death(name, tp, pp, folders):
     requests = {"drawn": dict(sampling=SamplingParams(seed=7)), "repeated": dict(question=8 * "one two three ", sampling=SamplingParams(temperature=0.0)),
                 "counted": dict(sampling=SamplingParams(seed=3, repetition_penalty=1.3)), "long": dict(question=12 * "The fox jumps over it. ", sampling=SamplingParams(seed=9))}
     async with started_pool(folders(name), tp, pp) as pool:
         worker = pool.workers[0]
         alone = {name: await text_of(pool, **request) for name, request in requests.items()}
-        assert pool.stats()["row_invariant"] and worker.gauges["state_snapshots"] > 0
+        assert pool.stats()["row_invariant"] and (worker.gauges["state_snapshots"] > 0 or name in SHARED)
         assert worker.gauges["accepted_tokens"] > 0 or name == "qwen3.5"      # which does not repeat itself
         for _ in range(2):
             again = await asyncio.gather(*(text_of(pool, **request) for request in requests.values()))
             assert dict(zip(requests, again)) == alone
         for name, victim in zip(("drawn", "long"), (children(worker.process.pid)[-1], None)):
-            assert await text_of(pool, lambda count: count == 10 and (victim or worker.process).kill(), **requests[name]) == alone[name]
+            assert await text_of(pool, lambda count: count == 2 and (victim or worker.process).kill(), **requests[name]) == alone[name]
         assert worker.restarts == 2
 
 
