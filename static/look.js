@@ -132,6 +132,7 @@ function joined(tokens, entries, before) {
 function updateLens(view) {
   const {node} = view, lens = lenses.get(node.id);
   view.lensButton.hidden = view.again.hidden = !canLook(node);
+  view.compare.hidden = view.again.hidden || !state.model.can.compare || state.model.api !== "v1" || !node.content;
   view.lensButton.disabled = !canAsk() && !lens;
   view.lensButton.setAttribute("aria-pressed", Boolean(lens));
   setText(view.verdict, node.verdict ?? "");

@@ -855,6 +855,9 @@ function bindPage() {
   };
   $("leave-status").onclick = () => openChat(state.chat.id);
   $("save-prompt").onclick = savePrompt;
+  $("add-column").onclick = () => { addColumn({}); updateCompare(); };
+  $("start-compare").onclick = startCompare;
+  $("compare-dialog").onclose = () => { compared?.controller?.abort(); compared = null; };
   $("menu").onclick = () => openMenu($("menu"), mainMenu());
   $("settings").onclick = openSettings;
   $("import-file").onchange = async ({target}) => { if (target.files[0]) await importFile(target.files[0]); target.value = ""; };

@@ -22,7 +22,7 @@ const isStatus = () => location.hash === "#server";
 function openStatus() {
   if (!isStatus()) history.pushState(null, "", `${location.pathname}${location.search}#server`);
   if (glanced) return;
-  glanced = {samples: [], looks: [], charts: null, timer: setInterval(lookAtServer, STATUS_MS)};
+  glanced = {samples: [], looks: [], charts: null, runs: {}, timer: setInterval(lookAtServer, STATUS_MS)};
   render();
   $("status").focus({preventScroll: true});
   lookAtServer();
@@ -31,7 +31,7 @@ function openStatus() {
 function closeStatus() {
   if (!glanced) return;
   clearInterval(glanced.timer);
-  glanced.charts?.forEach(({plot}) => plot?.destroy());
+  [...glanced.charts ?? [], ...Object.values(glanced.runs)].forEach(({plot}) => plot.destroy());
   glanced = null;
   $("status-charts").replaceChildren();
 }
@@ -92,7 +92,20 @@ function showStatus(stats, {samples, looks}) {
   fillTable("status-models", ["model", "state", "bytes"], models.map(({id, state: its, bytes}) => [id, its, bytes ? TEXT.bytes(bytes) : ""]));
   fillTable("status-workers", ["worker", "device", "state", "running", "restarts"], workers.map(each =>
     [each.gpu_id, each.node ? `${each.node} ${each.device}` : each.device, each.state, number(each.running ?? 0), number(each.restarts ?? 0)]));
-  if (typeof uPlot === "function") drawCharts(samples);
+  if (typeof uPlot === "function") { drawCharts(samples); drawRuns(models); }
+}
+
+// Of training runs: how well their checkpoints predict a text, by step.
+function drawRuns(models) {
+  const steps = models.filter(({run, bits_per_byte: bits}) => run && typeof bits === "number").sort((a, b) => a.step - b.step);
+  for (const run of new Set(steps.map(each => each.run))) {
+    const its = steps.filter((each, i) => each.run === run && steps.findIndex(other => other.run === run && other.step === each.step) === i);
+    if (its.length < 2) continue;
+    const chart = glanced.runs[run] ??= makeChart([TEXT.bitsOf(run), value => value.toFixed(3)], 1, step => number(step));
+    const bits = its.map(each => each.bits_per_byte);
+    chart.plot.setData([its.map(({step}) => step), bits]);
+    chart.figure.setAttribute("aria-label", its.map(({step, bits_per_byte: each}) => `${number(step)}: ${each.toFixed(3)}`).join(", "));
+  }
 }
 
 function fillTable(id, names, rows) {
@@ -114,15 +127,15 @@ function drawCharts(samples) {
   }
 }
 
-function makeChart([name, write, values], lines) {
+function makeChart([name, write, values], lines, shownAt = at => new Date(1000 * at).toLocaleTimeString()) {
   const figure = element("div", {className: "chart"});
   figure.setAttribute("role", "img");
-  $("status-charts").append(element("figure", {}, element("figcaption", {textContent: TEXT.status[name]}), figure));
+  $("status-charts").append(element("figure", {}, element("figcaption", {textContent: TEXT.status[name] ?? name}), figure));
   const font = "11px system-ui, sans-serif", grid = {stroke: () => resolved("--line"), width: 1}, line = stroke => ({stroke: () => resolved(stroke), width: 1.5, points: {show: false}});
   const axis = {stroke: () => resolved("--soft"), font, grid, ticks: {show: false}};
   const plot = new uPlot({width: figure.clientWidth || 300, height: 120, legend: {show: false}, cursor: {show: false}, padding: [8, 4, 0, 0],
-    scales: {y: {range: (_, low, high) => [0, high > 0 ? high * 1.1 : 1]}},
-    axes: [{...axis, size: 24, space: 90, values: (_, ticks) => ticks.map(at => new Date(1000 * at).toLocaleTimeString())}, {...axis, size: 62, space: 34, values: (_, ticks) => ticks.map(write)}],
+    scales: {x: {time: Boolean(values)}, y: {range: (_, low, high) => !values ? [low - (high - low) / 10, high + (high - low) / 10] : [0, high > 0 ? high * 1.1 : 1]}},
+    axes: [{...axis, size: 24, space: 90, values: (_, ticks) => ticks.map(shownAt)}, {...axis, size: 62, space: 34, values: (_, ticks) => ticks.map(write)}],
     series: [{}, line("--accent"), line("--amber")].slice(0, 1 + lines)}, [[], [], []].slice(0, 1 + lines), figure);
   return {name, write, values, plot, figure};
 }

@@ -73,10 +73,15 @@ const TEXT = {
     ...(cached ? [`the first ${number(cached)} (grey) were cached`] : []),
     ...(dropped ? [`${plural(dropped, "oldest message", "oldest messages")} left out`] : [])].join("; ") + ".",
 
+  // compare
+  compare: "Compare", compareHint: "The same question, answered at the same time. What differs from the first answer is marked where it begins.", addColumn: "Add a column",
+  removeColumn: "Remove the column", goOnWithThis: "Go on with this", step: "Step", column: place => `Answer ${place}`,
+  differsFrom: ({position, probabilities: [theirs, its] = []}) => `differs from token ${number(position + 1)} on (${[theirs, its].map(share => typeof share === "number" ? TEXT.share(share) : "its end").join(" / ")})`,
+
   // the server at a glance
   serverStatus: "Server status", backToChat: "Back to the chat", noStatus: "The server does not say how it is.", milliseconds: ms => ms < 999.5 ? `${ms < 9.95 ? ms.toFixed(1) : Math.round(ms)} ms` : TEXT.seconds(ms / 1000),
   status: {throughput: "Tokens per second", firstToken: "First token (median / 95 %)", interToken: "Between tokens (median / 95 %)", requests: "Running / waiting",
-    pages: "KV pages in use", memory: "Memory", workers: "Workers ready", restarts: "Restarts of workers", delayed: "Answers delayed by a worker's end"},
+    pages: "KV pages in use", memory: "Memory", workers: "Workers ready", restarts: "Restarts of workers", delayed: "Answers delayed by a worker's end"}, bitsOf: run => `Bits per byte of ${run}, by step`,
   statusAbout: ({model, uptime_s: seconds = 0, workers = []}) => [model, [...new Set(workers.map(({device}) => TEXT.device(device)))].join(", "),
     seconds ? `up for ${seconds < 5400 ? plural(Math.round(seconds / 60), "minute", "minutes") : plural(Math.round(seconds / 3600), "hour", "hours")}` : ""].filter(Boolean).join(" · "),
   columns: {model: "Model", state: "State", bytes: "In memory", worker: "Worker", device: "Device", running: "Running", restarts: "Restarts"},

@@ -184,8 +184,9 @@ function completeAnswer(view) {
   view.lensButton = iconButton(TEXT.lens, "lens", () => toggleLens(view));
   view.again = iconButton(TEXT.again, "play", () => runAgain(view));
   view.prompt = iconButton(TEXT.prompt, "prompt", () => openPrompt(view.node));
+  view.compare = iconButton(TEXT.compare, "columns", () => openCompare(view.node));
   view.verdict = element("p", {className: "nothing"});
-  view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, view.lensButton, view.again, view.prompt, view.goOn,
+  view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, view.lensButton, view.again, view.compare, view.prompt, view.goOn,
     iconButton(TEXT.more, "more", clicked => openMenu(clicked, answerMenu(view), factsText(view.node))), view.speed);
   view.article.prepend(view.thinking);
   view.article.append(view.nothing, view.status, view.alert, view.verdict, view.actions);

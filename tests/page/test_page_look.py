@@ -7,7 +7,7 @@ import re
 import pytest
 
 from browsing import (ROOT, SLOW_MS, answers, ask, button, command, expect, expect_accessible, expect_answered, menu, message_box, needs_browser,
-                      open_page, reload, said, server_url, settled)
+                      open_page, opened_page, reload, said, server_url, settled)
 
 pytestmark = needs_browser
 
@@ -90,6 +90,38 @@ def test_the_server_is_drawn_at_a_glance(asked, server_url):
     assert not page.url.endswith("#server")
 
 
+def test_answers_stand_side_by_side_and_one_is_chosen(asked):
+    page, first = asked, said(answers(asked)).inner_text()
+    button(answers(page), "Compare").click()
+    dialog = page.get_by_role("dialog", name="Compare")
+    columns = dialog.get_by_role("region")
+    expect(columns).to_have_count(2)
+    expect(columns.nth(0).get_by_role("spinbutton", name="Seed")).to_have_value("5")
+    button(dialog, "Add a column").click()
+    columns.nth(2).get_by_role("spinbutton", name="Temperature").fill("0")
+    button(dialog, "Compare").click()
+    expect(columns.get_by_role("button", name="Go on with this")).to_have_count(3, timeout=SLOW_MS)
+    assert columns.nth(0).locator(".compared").inner_text().strip() == first.strip()
+    expect(dialog.locator("mark").first).to_be_visible()
+    expect(columns.nth(1)).to_contain_text(re.compile(r"differs from token \d+ on \("))
+    expect_accessible(page)
+    text = columns.nth(2).locator(".compared").inner_text()
+    columns.nth(2).get_by_role("button", name="Go on with this").click()
+    expect(answers(page)).to_contain_text("2/2")
+    assert said(answers(page)).inner_text().split() == text.split()
+    assert page.evaluate("lastNode().parameters.temperature") == 0
+    button(answers(page), "Run again").click()
+    expect(answers(page)).to_contain_text("Run again: the same", timeout=SLOW_MS)
+
+
+def test_runs_are_drawn_by_step(opened_page):
+    steps = [{"id": f"d4@{step}", "run": "d4", "step": step, "state": "ready", "bits_per_byte": 3 - step / 100} for step in (10, 20, 30)]
+    found = opened_page.evaluate("""models => { openStatus(); addSample(glanced, {workers: []}, new Map()); showStatus({models}, glanced);
+        return glanced.runs.d4.figure.getAttribute("aria-label"); }""", steps)
+    assert found == "10: 2.900, 20: 2.800, 30: 2.700"
+    opened_page.evaluate("closeStatus()")
+
+
 def test_all_of_the_page_but_the_font_of_formulas_takes_250_kb():
     files = [path for pattern in ("*.*", "vendor/*.js", "vendor/*.css") for path in (ROOT / "static").glob(pattern)]
     assert 100_000 < sum(len(gzip.compress(path.read_bytes())) for path in files) < 250_000
@@ -99,5 +131,5 @@ def test_a_server_that_cannot_do_it_offers_none_of_it(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)
-    for name in ("Token lens", "Run again", "Prompt"):
+    for name in ("Token lens", "Run again", "Prompt", "Compare"):
         expect(button(page, name)).to_have_count(0)

@@ -52,6 +52,7 @@ ABILITIES = {  # as /openapi.json describes them
     "reasoning_budget": "its reasoning can be ended",
     "continue_final_message": "it can continue the last message",
     "token_ids": "return_token_ids and prefix_token_ids",
+    "compare": "/v1/compare",
     "json_schema": "answers in a format"}
 A_MODEL = {"type": "object", "properties": {
     "id": A_TEXT, "state": {"enum": ["unloaded", "loading", "ready", "failed"]}, "reason": A_TEXT,
@@ -91,6 +92,7 @@ def model_body(model: Model, is_default: bool = True) -> dict:
             "reasoning_history": "reasoning_content" in (tokenizer.spec.chat_template or ""),
             "reasoning_budget": tokenizer.thoughts is not None,
             "continue_final_message": tokenizer.has_chat_template, "token_ids": True,
+            "compare": tokenizer.has_chat_template,
             "json_schema": importlib.util.find_spec("llguidance") is not None}
     facts = pool.supervisor.card.facts
     return {"id": pool.model_name, "object": "model", "created": pool.created,
