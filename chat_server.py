@@ -7,6 +7,7 @@
     python chat_server.py chat                       talk to it here, in the terminal
     python chat_server.py bundle                     make chat_server.pyz: program, page and compiled core as
                                                      one file, to copy and run elsewhere
+    python chat_server.py store FOLDER               list the prefixes that --prefix-store keeps
 
 This script has the routes and the commands. The rest is the package chatlm beside it: two houses that never
 import each other, front and worker, and what both use, common.
@@ -119,7 +120,7 @@ from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm import __version__
-from chatlm.cli import asks_for_json, hide_api_keys, parse_bundle_words, parse_command_line
+from chatlm.cli import asks_for_json, hide_api_keys, parse_bundle_words, parse_command_line, parse_store_words
 from chatlm.common.bundle import write_bundle
 from chatlm.common.config import Settings
 from chatlm.common.errors import (
@@ -130,6 +131,7 @@ from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.start import PROCESS_COMMAND, be_nice
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
+from chatlm.common.segments import listed_store
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.front.aio import first_of, stop_signals
 from chatlm.front.api.encode import frame, usage_body
@@ -541,6 +543,10 @@ def main(argv: Seq[str] | None = None) -> int:
     try:
         if argv[:1] == ["bundle"]:
             print(write_bundle(*parse_bundle_words(argv[1:])))
+            return 0
+        if argv[:1] == ["store"]:
+            for line in listed_store(*parse_store_words(argv[1:])):
+                print(line)
             return 0
         settings = parse_command_line(argv, os.environ)
         os.environ.pop("CHAT_SERVER_API_KEY", None)  # no process of ours needs it, nor any that they start

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm import __version__
-from chatlm.common.config import FLAGS, PROGRAM_COMMANDS, ModelChoice, Settings, number, read_api_keys
+from chatlm.common.config import FLAGS, PROGRAM_COMMANDS, ModelChoice, Settings, number, read_api_keys, size
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, did_you_mean, require_library
 from chatlm.common.files import read_operators
@@ -32,12 +32,14 @@ class Help(NamedTuple):
 
 HELP = {
     "serve": Help("""python chat_server.py [serve|chat|generate|compare|score|check] [MODEL] [flags]
-       python chat_server.py bundle [FILE] [--without-core]""",
+       python chat_server.py bundle [FILE] [--without-core]
+       python chat_server.py store FOLDER [--prune SIZE]""",
         "Serve a model: a page to chat on, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is "
         "what runs without a command. The others are: chat, which talks in the terminal; generate, which "
         "answers one prompt; compare, which asks several models the same; score, which says how well a model "
         "predicts a text; check, which proves and measures the compiled kernels; bundle, which writes all "
-        "into one file to copy. Each has a --help. Several MODELs are loaded as they are asked for.", """
+        "into one file to copy; store, which lists what --prefix-store has kept. Each has a --help. Several "
+        "MODELs are loaded as they are asked for.", """
   python chat_server.py                                     a nanochat checkpoint or a small model
   python chat_server.py qwen3:0.6b --host 127.0.0.1         for this machine only; downloaded once
   python chat_server.py model.gguf -p 8080 --api-key-file keys.txt"""),
@@ -290,6 +292,18 @@ def parse_bundle_words(words: Seq[str]) -> tuple[Path, bool]:
                         help="leave out decode_core: a tenth of the size, and it runs on other platforms too")
     values = parser.parse_args(words)
     return values.file, values.without_core
+
+
+def parse_store_words(words: Seq[str]) -> tuple[Path, int | None]:
+    """(FOLDER, the bytes of --prune or None) of the command `store`, which has no Settings."""
+    parser = CommandLine(prog="chat_server.py store", allow_abbrev=False, description=(
+        "List what lies in a folder of --prefix-store: the tokens of each model, as pages of its KV cache."))
+    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    parser.add_argument("--prune", metavar="SIZE", type=size,
+                        help="first delete what was used least recently until SIZE is left, 0 = all; what a "
+                             "running server writes to stays")
+    values = parser.parse_args(words)
+    return values.folder.expanduser(), values.prune
 
 
 def hide_api_keys() -> bool:

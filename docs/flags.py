@@ -15,8 +15,8 @@ INTRODUCTION = """\
 # Flags
 
 `python docs/flags.py` makes this file from `Settings` in `chatlm/common/config.py`, and a test compares the two. `python chat_server.py
---help` shows the same, and `chat --help` and `generate --help` show what these commands take. `check` has no flags, and
-`bundle` has `--without-core` alone.
+--help` shows the same, and `chat --help` and `generate --help` show what these commands take. `check` has no flags,
+`bundle` has `--without-core` alone, and `store` has `--prune SIZE`.
 
 A value is taken from the first of these places that has one:
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import chat_server
-from chatlm.cli import parse_bundle_words, parse_command_line
+from chatlm.cli import parse_bundle_words, parse_command_line, parse_store_words
 from chatlm.common.config import FLAGS
 from chatlm.common.errors import ConfigError
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
@@ -25,7 +25,7 @@ TODAY = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *so
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 OTHERS_FLAGS = {           # of torchrun, Docker, apt, pip, Ray, pytest and vLLM, and of the program without a row in FLAGS
     "nnodes", "node-rank", "master-addr", "nproc-per-node", "cache-dir", "install-recommends", "create-home", "max-num-seqs", "max-model-len",
-    "head", "address", "dist", "build-base", "build-lib", "benchmark-enable", "version", "help", "without-core"}
+    "head", "address", "dist", "build-base", "build-lib", "benchmark-enable", "version", "help", "without-core", "prune"}
 
 
 @cache
@@ -104,6 +104,8 @@ def test_commands_that_are_shown_are_understood(path):
             words = shlex.split(match[1].replace("...", "x"), comments=True)
             if words[:1] == ["bundle"]:
                 parse_bundle_words(words[1:])
+            elif words[:1] == ["store"]:
+                parse_store_words(words[1:])
             elif not {"--help", "--version"} & set(words):
                 parse_command_line(words, {})       # a ConfigError names what is wrong
         elif match := re.search(r"python (bench/\w+\.py)([^#\"]*)", command):

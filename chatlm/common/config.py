@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from chatlm.common.errors import ConfigError, shown
@@ -26,6 +27,8 @@ ANSWERING = "serve chat generate compare"  # the commands that draw tokens
 SAMPLING_DEFAULTS = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 CHAT_TEMPERATURE = 0.6    # the same for the chat command
 PAGE_SIZE = 16            # KV slots in a page
+STORE_BYTES = 10 << 30    # of --prefix-store
+LEAST_STORE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,24 @@ def size(text: str) -> int:
     if (size := float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) >= 2**63:
         raise argparse.ArgumentTypeError(f"{shown(text)} is more memory than any machine has")
     return int(size)
+
+
+def store_place(text: str) -> tuple[Path, int]:
+    """(folder, bytes) of `FOLDER[:SIZE]`, split at the last colon if a size follows."""
+    folder, colon, limit = text.rpartition(":")
+    with suppress(argparse.ArgumentTypeError):
+        if colon and folder:
+            return Path(folder).expanduser(), size(limit)
+    return Path(text).expanduser(), STORE_BYTES
+
+
+def store_text(text: str) -> str:
+    """An argparse type: FOLDER or FOLDER:SIZE."""
+    _, limit = store_place(text)
+    if not text.strip() or limit < LEAST_STORE_BYTES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FOLDER or FOLDER:SIZE of at least "
+                                         f"{LEAST_STORE_BYTES >> 20}M")
+    return text
 
 
 def number(type_: type[N], low: float, high: float = math.inf) -> Callable[[str], N]:
@@ -213,6 +234,12 @@ class Settings:
     context_length: int | None = flag(None, number(int, 16),
         "tokens per sequence (default: the model's)", heading="Memory and speed")
     kv_cache_memory: int | None = flag(None, size, "bytes for KV pages per replica (suffixes K, M, G)")
+    prefix_memory: int | None = flag(None, size,
+        "bytes of memory for the cached beginnings of prompts that outlive the workers, 0 = none (default: "
+        "serve takes up to 1/10 of what is free; suffixes K, M, G)")
+    prefix_store: str | None = flag(None, store_text,
+        "FOLDER[:SIZE] that keeps them beyond this server too, at most SIZE bytes (10G): it holds what "
+        "people wrote, as token ids")
     models_memory: int | None = flag(None, size,
         "bytes for the models that are loaded at a time, of several (default: 9/10 of what is free; suffixes "
         "K, M, G)", "serve")

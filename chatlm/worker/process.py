@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from chatlm.common.config import PAGE_SIZE, ranks_per_replica
+from chatlm.common.config import PAGE_SIZE, ranks_per_replica, store_place
 from chatlm.common.core import decode_core, kernels_line
 from chatlm.common.errors import ConfigError, RanksFailed
 from chatlm.common.hub.find import resolve_model
@@ -33,12 +33,15 @@ from chatlm.common.processes.start import threads_per_worker
 from chatlm.common.processes.torchrun import ranks_here
 from chatlm.worker.build import build_engine, build_transformer, lack_of_gpu_memory, prepare_device
 from chatlm.worker.engine.engine import failure_text
+from chatlm.worker.engine.keeper import Keeper
+from chatlm.worker.engine.kept import KeptPages
 from chatlm.worker.engine.scheduler import Assignment
 from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ranks.messages import RankDrew
 from chatlm.worker.ranks.ranks import OtherRank, gather_ranks
 from chatlm.worker.ranks.steps import DrawnTokens, RankSteps, Stage, follow, follow_stage
+from chatlm.worker.weights.digest import arithmetic_of, files_of, profile_of, stamp_of, whole_digest
 from chatlm.worker.weights.files import weights_digest
 from chatlm.worker.weights.load import open_model
 
@@ -104,6 +107,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     if ranks_per_replica(settings) > 1:
         ranks = gather_ranks(config, progress)
     device = prepare_device(config)
+    files, stamp = stamped_files(config)
     model, engine = build_engine(
         config.source, settings, device, progress, ranks)  # pyright: ignore[reportArgumentType]  run_worker has found it
     channel.send(describe_model(model, engine, config))
@@ -113,10 +117,35 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     if config.source:
         refuse_changed(config.source.path, config.source.stamp)  # while it was read
     engine.warm_up(partial(progress, "warming up"))
+    if stamp and not ranks and device.type == "cpu":
+        keep_prefixes(engine, config, files, stamp)
     give_memory_back()
     CalmLog.over_bar = False
     channel.send(Ready(gauges(engine), engine.kernels.backend.faults))
     return engine
+
+
+def stamped_files(config: WorkerConfig) -> tuple[list[Path], str]:
+    """The model's files and their stamp before they are read; "" where no prefix is kept."""
+    if config.prefix_memory and config.source:
+        with suppress(OSError, ConfigError):  # loading will say what is wrong
+            files = files_of(config.source, config.settings)
+            return files, stamp_of(files)
+    return [], ""
+
+
+def keep_prefixes(engine: Engine, config: WorkerConfig, files: list[Path], stamp: str):
+    """From now on pages outlive this process, and those of earlier ones come back."""
+    settings = config.settings
+    store = store_place(settings.prefix_store)[0] if settings.prefix_store else None
+    try:
+        kept = KeptPages(config.prefix_memory, config.segment_bytes, store,
+                         config.source.name if config.source else "")
+    except OSError as error:
+        return log.warning("no prefix is kept: %s", error)
+    engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept))
+    keeper.begin(lambda: profile_of(whole_digest(files, stamp, store),
+                                    arithmetic_of(engine.transformer, settings)), patience_s=2.0)
 
 
 def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> ModelCard:
@@ -186,7 +215,7 @@ def gauges(engine: Engine) -> dict[str, float | None]:
             "kv_pages_used": engine.pool.num_pages - engine.pool.available,
             "kv_pages_total": engine.pool.num_pages, "kv_token_bytes": kept_bytes(engine.transformer),
             **state_gauges(engine), "mapped_bytes": mapped.file_bytes if mapped else 0,
-            "preemptions": engine.scheduler.preemptions,
+            "preemptions": engine.scheduler.preemptions, **(engine.keeper.gauges() if engine.keeper else {}),
             "drafted_tokens": engine.drafted_tokens, "accepted_tokens": engine.accepted_tokens,
             "memory_used": used, "memory_total": total, "utilization": utilization}
 

@@ -22,12 +22,13 @@ def check_pages(pool, owners):
 
 def check_sequences(scheduler):
     """The same of a scheduler's pool, whose running sequences own pages and whose waiting ones own none."""
+    restorations = scheduler.keeper.restorations if scheduler.keeper else []
     if states := scheduler.pool.states:
-        held = Counter(slot for s in scheduler.running for slot in s.states.values()) + Counter([*states.passed.values(), *states.ends.values()])
+        held = Counter(restoration.slot for restoration in restorations if restoration.slot is not None) + Counter(slot for s in scheduler.running for slot in s.states.values()) + Counter([*states.passed.values(), *states.ends.values()])
         assert [held[slot] for slot in range(states.num_slots)] == states.refs, "a slot's references are not its owners"
         assert sorted(states.free) == [slot for slot in range(states.num_slots) if not held[slot]], "a slot is lost"
         assert {*states.passed, *states.ends} <= {content.serial for content in scheduler.pool.index.values()}, "a snapshot has no content"
         assert all(not s.states for s in scheduler.waiting) and states.snapshots <= states.most_snapshots
     assert all(sequence.pages for sequence in scheduler.running), "a running sequence owns no pages"
     assert all(not sequence.pages for sequence in scheduler.waiting), "a waiting sequence owns pages"
-    check_pages(scheduler.pool, (sequence.pages for sequence in scheduler.running))
+    check_pages(scheduler.pool, [owner.pages for owner in (*scheduler.running, *restorations)])

@@ -21,6 +21,8 @@ class WorkerConfig:
     source: ModelSource | None  # None: find it on this machine
     device: str         # for torch
     threads: int        # at most
+    prefix_memory: tuple[str, ...] = ()  # paths of segments that it shares with others
+    segment_bytes: int = 0  # of each
 
 
 @wire_message(8 << 20)
@@ -299,7 +301,8 @@ RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded
 NO_GAUGES = dict.fromkeys((  # of a worker that is not running
     "running", "queued", "max_batch", "kv_pages_used", "kv_pages_total", "kv_token_bytes", "states_used",
     "states_total", "state_snapshots", "state_bytes", "mapped_bytes", "preemptions", "drafted_tokens",
-    "accepted_tokens", "memory_used", "memory_total"), 0) | {"utilization": None}
+    "accepted_tokens", "memory_used", "memory_total", "restored_tokens", "restored_bytes", "kept_pages",
+    "kept_bytes", "missed_pages", "prefill_saved_s", "keeping_s"), 0) | {"utilization": None}
 
 
 def accepted_names(model: str, settings: Settings) -> list[str]:

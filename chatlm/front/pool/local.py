@@ -23,6 +23,7 @@ from chatlm.front.pool.worker import State, Worker
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
+    from chatlm.front.pool.prefixes import Prefixes
     from chatlm.front.pool.supervisor import Supervisor
 
 
@@ -30,9 +31,10 @@ class LocalDevices:
     """The placement on this machine: a worker for each device, connected by a socket pair."""
 
     def __init__(self, settings: Settings, command: Seq[str], source: ModelSource | None = None,
-                 first: int = 0):
-        """source: the model's files, if they are known; first: the number of the first worker."""
-        self.settings, self.command, self.source = settings, command, source
+                 first: int = 0, prefixes: Prefixes | None = None):
+        """source: the model's files, if they are known; first: the number of the first worker; prefixes:
+        their memory, if they outlive workers."""
+        self.settings, self.command, self.source, self.prefixes = settings, command, source, prefixes
         self.workers = [Worker(settings, self, gpu, device)
                         for gpu, device in enumerate(choose_devices(settings), first)]
 
@@ -57,7 +59,8 @@ class LocalDevices:
         worker.process, ours = start_child(self.command, "worker", process_environment(threads))
         reader, worker.writer = await asyncio.open_connection(sock=ours)
         secretless = replace(self.settings, keys=(), api_key=())
-        return reader, WorkerConfig(secretless, self.source, worker.device, threads)
+        shared, size = (self.prefixes.paths, self.prefixes.segment_bytes) if self.prefixes else ((), 0)
+        return reader, WorkerConfig(secretless, self.source, worker.device, threads, shared, size)
 
     def end_in_words(self, worker: Worker) -> str:
         return exit_in_words(getattr(worker.process, "returncode", None))

@@ -70,6 +70,7 @@ class ManyModels:
         task.add_done_callback(self.tasks.discard)
 
     async def start(self):
+        self.opener.prefixes.start(lambda: any(pool.dispatcher.jobs for pool in self._pools))
         self.run("finding the models", self._open_all)
 
     async def wait_ready(self):
@@ -156,6 +157,7 @@ class ManyModels:
         await asyncio.gather(*self.tasks, return_exceptions=True)
         await asyncio.gather(*(pool.close() for pool in self._pools), self.opener.survey.close(),
                              self.opener.desk.close())
+        await self.opener.prefixes.close()
 
     @property
     def _pools(self) -> list[WorkerPool]:
@@ -225,6 +227,7 @@ class ManyModels:
         return {**own, **sums, "model": default.name if default else "",
                 "workers": [worker for one in stats for worker in one["workers"]],
                 "uptime_s": round(time.monotonic() - self.started_s, 1),
+                "prefixes": self.opener.prefixes.stats(),
                 "models_memory": self.residency.budget, "models_bytes": self.residency.used,
                 "bits_per_byte": {model.name: model.score.bits_per_byte for model in models if model.score}}
 
@@ -239,6 +242,8 @@ class ManyModels:
                      f"failed: {model.reason}", *["default"] * (model is default),
                      *["pinned"] * model.choice.pin]
             lines.append(f"  {model.name}: {', '.join(words)}")
+        if prefixes := self.opener.prefixes.line:
+            lines.append(prefixes)
         return lines
 
 

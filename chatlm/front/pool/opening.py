@@ -17,6 +17,7 @@ from chatlm.front.admission.admission import Desk
 from chatlm.front.pool.local import LocalDevices, choose_devices, cuda_device_count
 from chatlm.front.pool.models import Model
 from chatlm.front.pool.pool import WorkerPool
+from chatlm.front.pool.prefixes import Prefixes
 from chatlm.front.pool.residency import Place, shown_bytes
 from chatlm.front.pool.survey import Survey
 
@@ -41,9 +42,10 @@ class Opener:
         self.settings, self.command = settings, command
         self.desk, self.survey, self.workers = Desk(), Survey(command), 0
         self.dispatchers: list[Dispatcher] = []
+        self.prefixes = Prefixes(settings)
         self.budget = settings.models_memory  # None: the survey finds out what a GPU has
         if self.budget is None and not self._on_gpus(settings):
-            self.budget = int(available_memory() * (1 - self.RESERVE))
+            self.budget = max(int(available_memory() * (1 - self.RESERVE)) - self.prefixes.bytes, 0)
 
     @staticmethod
     def _on_gpus(settings: Settings) -> bool:
@@ -96,8 +98,8 @@ class Opener:
 
     async def _pool(self, model: Model, surveyed: Surveyed) -> WorkerPool:
         settings = replace(model.settings, kv_cache_memory=surveyed.kv_cache_memory, idle_unload=0.0)
-        placement = LocalDevices(settings, self.command, model.source, self.workers)
-        pool = WorkerPool(settings, placement, self.desk, self.dispatchers)
+        placement = LocalDevices(settings, self.command, model.source, self.workers, self.prefixes)
+        pool = WorkerPool(settings, placement, self.desk, self.dispatchers, self.prefixes)
         self.workers += len(pool.workers)
         try:
             await pool.supervisor.begin_unloaded(surveyed.card)

@@ -15,6 +15,7 @@ from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.admission.admission import Admission
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local import LocalDevices, cuda_device_count
+from chatlm.front.pool.prefixes import Prefixes
 from chatlm.front.pool.ray import RayNodes
 from chatlm.front.pool.supervisor import NO_CARD, Supervisor
 
@@ -41,8 +42,10 @@ class WorkerPool:
     chats = True  # has the model a chat template? Else it continues texts
 
     def __init__(self, settings: Settings, placement: Placement, desk: Desk | None = None,
-                 dispatchers: list[Dispatcher] | None = None):
-        """desk, dispatchers: what a server's models share, if it has several."""
+                 dispatchers: list[Dispatcher] | None = None, prefixes: Prefixes | None = None):
+        """desk, dispatchers: what a server's models share, if it has several. prefixes: what outlives its
+        workers; of several models they begin and end it together."""
+        self.prefixes, self.alone = prefixes, desk is None
         self.settings, self.placement, self.workers = settings, placement, placement.workers
         self.admission = Admission(self._check_capacity, desk)
         self.dispatcher = Dispatcher(settings, self.workers, dispatchers)
@@ -55,6 +58,8 @@ class WorkerPool:
         self.started_s, self.created = time.monotonic(), int(time.time())
 
     async def start(self):
+        if self.prefixes and self.alone:
+            self.prefixes.start(lambda: bool(self.dispatcher.jobs))
         self.supervisor.run("finding the model", self._start_workers)
         self.supervisor.run("watching the workers", self.supervisor.watch)
 
@@ -88,6 +93,8 @@ class WorkerPool:
         self.draining = True
         self.dispatcher.fail(EngineFailure("the server is shutting down"), *self.dispatcher.jobs.values())
         await asyncio.gather(self.supervisor.close(), self.admission.close())
+        if self.prefixes and self.alone:
+            await self.prefixes.close()
 
     async def answer(self, request: Request) -> AsyncGenerator[Event, None]:
         """Accepted, then pieces, then Finished; closing the iterator at any point cancels the request.
@@ -159,6 +166,7 @@ class WorkerPool:
                                   gpus > 1 and self.settings.num_gpus is None and
                                   f"One of {gpus} GPUs is used; --num-gpus auto uses all",
                                   *(worker.left_out for worker in self.workers if worker.problem),
+                                  self.prefixes and self.prefixes.line,
                                   self.settings.command == "serve" and self.tokenizer
                                   and tools.get(tools_of(self.tokenizer) or ""),
                                   f"Sampling unless a request says otherwise: {sampling}") if line]
@@ -189,11 +197,14 @@ class WorkerPool:
                 "kernels": card.kernels, "decode_core": card.core, "row_invariant": card.row_invariant,
                 "sampling": {name: {"value": value, "from": origin} for name, (value, origin)
                              in sampling_of(self, self.settings).items()},
+                "prefixes": self.prefixes.stats() if self.prefixes else {},
                 "context_length": card.context_length, "queue_depth": len(self.dispatcher.pending),
                 "delayed_answers": self.dispatcher.delayed,
                 "uptime_s": round(time.monotonic() - self.started_s, 1), **self.placement.stats()}
 
 
 def pool_of(settings: Settings, worker_command: Seq[str] = PROCESS_COMMAND) -> WorkerPool:
-    placement = RayNodes if settings.ray_address else LocalDevices
-    return WorkerPool(settings, placement(settings, worker_command))
+    if settings.ray_address:
+        return WorkerPool(settings, RayNodes(settings, worker_command))
+    prefixes = Prefixes(settings)
+    return WorkerPool(settings, LocalDevices(settings, worker_command, prefixes=prefixes), prefixes=prefixes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import hmac
 import ipaddress
 import logging
@@ -139,8 +140,13 @@ class Owners:
         return "" if not self.settings.keys and re.fullmatch("[0-9a-f]{32}", request_id) else client
 
     def of_pages(self, client: str) -> str:
-        """Clients of one owner share KV pages and checked grammars; share_prefixes gives all keys one."""
-        return client if self.settings.keys and not self.settings.share_prefixes else ""
+        """Clients of one owner share KV pages and checked grammars; share_prefixes gives all keys one. A
+        key's name may be another's tomorrow, and pages may last longer: an owner is the key itself, hashed.
+        """
+        if not self.settings.keys or self.settings.share_prefixes:
+            return ""
+        keys = sorted(key.digest for key in self.settings.keys if key.name == client)
+        return hashlib.blake2b(b"".join(keys), key=client.encode()[:64], digest_size=16).hexdigest()
 
 
 class AccessLog:

@@ -59,6 +59,22 @@ class Metrics:
             yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
         yield families.CounterMetricFamily("chat_server_worker_restarts", "restarts of workers",
                                            totals["restarts"])
+        for name, doc in (
+                ("restored_tokens", "tokens of prompts that kept pages saved computing"),
+                ("restored_bytes", "bytes of kept pages that were restored"),
+                ("kept_pages", "KV pages that were copied to memory that outlives the workers"),
+                ("missed_pages", "pages of prompts that were neither cached nor kept"),
+                ("prefill_saved_s", "seconds of computing prompts that restored pages saved"),
+                ("keeping_s", "seconds that copying pages to memory took")):
+            unit = f"{name[:-2]}_seconds" if name.endswith("_s") else name
+            yield families.CounterMetricFamily(f"chat_server_{unit}", doc,
+                                               sum(worker.get(name) or 0 for worker in workers))
+        prefixes = stats.get("prefixes", {})
+        for name, doc in (("stored_pages", "KV pages that were written to --prefix-store"),
+                          ("stored_bytes", "bytes that were")):
+            yield families.CounterMetricFamily(f"chat_server_{name}", doc, prefixes.get(name, 0))
+        yield families.GaugeMetricFamily("chat_server_prefix_memory_bytes", "memory that keeps prefixes",
+                                         prefixes.get("memory_bytes", 0))
         gauge, counter = families.GaugeMetricFamily, families.CounterMetricFamily
         scores = gauge("chat_server_bits_per_byte", "how well a checkpoint predicts --watch-text",
                        labels=["model"])

@@ -33,6 +33,7 @@ from chatlm.worker.ops.sampling import clean_logits, penalize, top_ids
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import WorkerEvent
     from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.worker.engine.keeper import Keeper
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.ranks import RankZero
@@ -72,6 +73,8 @@ class StepUnderWay(NamedTuple):
 
     finish: Callable[[], list[int]]  # waits for its tokens
     drawing: list[tuple[Sequence | None, tuple[int, ...]]]  # (None if ended or given forced tokens, draft)
+    tokens: int     # that it computes
+    began_s: float
 
 
 class Engine:
@@ -80,6 +83,8 @@ class Engine:
     Where the device works beside Python (`steps.ahead`), the next step starts before the last one's tokens
     become text: it reads them where they were drawn. A sequence that has ended wastes one row. The exception:
     a step that draws for a sequence whose tokens must be known first is finished at once."""
+
+    TIMED_TOKENS = 64  # a step of fewer says little of how long a prompt takes
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True,
@@ -104,6 +109,8 @@ class Engine:
         exact = kernels.row_invariant or kernels.backend.few_rows_invariant and not ranks
         self.drafts = drafts and exact  # else a drafted row may differ from it alone
         self.drafted_tokens = self.accepted_tokens = 0
+        self.keeper: Keeper | None = None  # where pages outlive the process
+        self.token_s = self.finished_s = 0.0  # of a prompt's token, as measured; when the last step ended
 
     @property
     def busy(self) -> bool:
@@ -136,20 +143,30 @@ class Engine:
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[tuple[str, WorkerEvent]]:
         """Start the next step, call `meanwhile`, finish the previous step; returns what that added to
         answers, each event with the id of its answer."""
-        plan = self.scheduler.schedule()
+        if self.keeper and self.keeper.arrived:
+            while self.under_way:
+                self._finish()
+            self.keeper.adopt()
+        began_s, plan = time.monotonic(), self.scheduler.schedule()
         on_host = any(chunk.on_host for chunk in plan)
         finish = self._start(plan) if plan and not on_host else None
         meanwhile()
         if not plan and not self.under_way:  # every sequence here is still being prepared
-            wait([s.preparing for s in self.scheduler.unready if s.preparing], 0.02, FIRST_COMPLETED)
+            preparing = [s.preparing for s in self.scheduler.unready if s.preparing]
+            if preparing or not self.keeper:
+                wait(preparing, 0.02, FIRST_COMPLETED)
+            elif self.scheduler.waiting:  # for kept pages
+                self.keeper.wait(0.02)
         several = len(self.under_way) >= self.scheduler.stages - 1 or not plan
         for _ in range(len(self.under_way) if on_host else several):
             self._finish()
         if on_host:
             plan = [chunk for chunk in plan if not chunk.sequence.finished]
             plan, finish = self._run_on_host(plan) if plan else ([], None)
+        if self.keeper and not self.under_way:
+            self.keeper.settle()
         if plan and finish:
-            self._advance(plan, finish)
+            self._advance(plan, finish, began_s)
         if on_host or not self.steps.ahead or self.scheduler.stages == 1 and any(
                 c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
             self._finish()
@@ -232,7 +249,12 @@ class Engine:
             owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], params[i].logprobs or 0)
         return tokens
 
-    def _advance(self, plan: Seq[Chunk], finish: Callable[[], list[int]]):
+    def keep(self, keeper: Keeper):
+        """From now on, pages outlive the process."""
+        self.keeper = self.scheduler.keeper = keeper
+        keeper.token_s = self.token_s
+
+    def _advance(self, plan: Seq[Chunk], finish: Callable[[], list[int]], began_s: float):
         """Update sequences for the started step: slots count as computed, the last token is being drawn."""
         drawing, row = [], 0
         for chunk in plan:
@@ -250,7 +272,7 @@ class Engine:
             elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
                 length = len(sequence.work.prompt_ids)
                 self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
-        self.under_way.append(StepUnderWay(finish, drawing))
+        self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s))
 
     def _finish(self):
         """Wait for the step under way, replace the marks with its tokens, and turn them into text."""
@@ -258,6 +280,12 @@ class Engine:
             return
         step = self.under_way.popleft()
         tokens = iter(step.finish())
+        began_s, self.finished_s = max(step.began_s, self.finished_s), time.monotonic()
+        if step.tokens >= self.TIMED_TOKENS:
+            token_s = (self.finished_s - began_s) / step.tokens
+            self.token_s += (token_s - self.token_s) * (0.2 if self.token_s else 1.0)
+            if self.keeper:
+                self.keeper.token_s = self.token_s
         for sequence, draft in step.drawing:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
             if sequence and not sequence.finished:
@@ -315,6 +343,7 @@ class Engine:
                 self.under_way[0].finish()
         self.under_way.clear()
         blamed = self.scheduler.isolate()
+        self.pool.fresh.clear()
         self.pool.forget_cached()
         return [sequence.work.id for sequence in blamed]
 
@@ -337,6 +366,8 @@ class Engine:
         """While nothing is computed: forget all cached prefixes, and give the memory of KV pages and states
         back to the system, which gives it again as they are written; they stay where they are. False if that
         cannot be: on a GPU, and with several ranks."""
+        if self.keeper:
+            self.keeper.empty()
         self.pool.forget_cached()
         tensors = [self.transformer.cache, *itertools.chain.from_iterable(self.transformer.states)]
         return not self.ranks and self.transformer.device.type == "cpu" and all(

@@ -15,7 +15,7 @@ goes back to the pool, and the table has a hole there."""
 from __future__ import annotations
 
 import bisect
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.engine.states import StateTables
 
 if TYPE_CHECKING:
+    from chatlm.worker.engine.keeper import Addresses
     from chatlm.worker.engine.scheduler import Sequence
     from chatlm.worker.engine.states import StatePool
 
@@ -59,6 +60,8 @@ class PagePool:
         self.index: dict[tuple[int | str, tuple[int, ...]], Content] = {}
         self.evictable: OrderedDict[int, None] = OrderedDict()
         self.last_serial = 0
+        self.addresses: Addresses | None = None  # of contents, where these outlive the process
+        self.fresh: deque[tuple[tuple[int | str, tuple[int, ...]], Content]] = deque(maxlen=1 << 16)
 
     @property
     def available(self) -> int:
@@ -120,6 +123,8 @@ class PagePool:
         pages[group] = self.hole
         if pages.count(self.hole) == len(pages):
             serial = self.index.pop(key).serial
+            if self.addresses:
+                self.addresses.forget(serial)
             if self.states:
                 self.states.forget(serial)
         self.keys[page] = None
@@ -135,6 +140,9 @@ class PagePool:
         if (content := self.index.get(key)) is None:
             self.last_serial += 1
             content = self.index[key] = Content(self.last_serial, [self.hole] * self.groups)
+            if self.addresses:
+                self.addresses.note(parent, key[1], content.serial)
+                self.fresh.append((key, content))
         for group, page in enumerate(pages):
             if content.pages[group] == self.hole != page:
                 content.pages[group] = page
@@ -151,6 +159,13 @@ class PagePool:
                 self.free.append(page)
             elif self.refs[page] == 0:
                 self.evictable[page] = None
+
+    def exchange(self, own: Seq[int], shared: Seq[int]):
+        """Give up a reference to each of a sequence's own pages for one to indexed pages."""
+        for page in shared:
+            self.evictable.pop(page, None)
+            self.refs[page] += 1
+        self.release(own)
 
     def forget_cached(self):
         """Free all cached pages: remove them from the prefix index (after warm-up)."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import AnswerParams, SamplingParams, TokenLogprob
     from chatlm.worker.engine.answer import Answer
     from chatlm.worker.engine.engine import Drafter
+    from chatlm.worker.engine.keeper import Keeper, Restoration
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Sequence:
     text: Answer | None = None           # the engine's state of the answer's text
     drafter: Drafter | None = None       # proposes its drafts
     preparing: Future | None = None      # a thread's work that it must wait for
+    restoration: Restoration | None = None  # of kept pages of its prompt, once it was looked up
 
     @property
     def ready(self) -> bool:
@@ -130,6 +132,11 @@ class Chunk(NamedTuple):
         return bool(self.sequence.pooling) or self.sequence.needs_logits and self.rows > 0
 
 
+def is_uncached(sequence: Sequence) -> bool:
+    """Must every token be computed here, as scores and means need it?"""
+    return sequence.scoring or sequence.pooling == "mean"
+
+
 FREE_ROWS = 8  # rows in a decode_core step that take hardly longer than one on a CPU; no GPU was measured
 
 
@@ -150,6 +157,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []      # in order of admission
         self.preemptions = 0
+        self.keeper: Keeper | None = None
 
     def add(self, sequence: Sequence):
         sequence.added_s = time.monotonic()
@@ -245,6 +253,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.tables.release(sequence)
         self.waiting.appendleft(sequence)
+        sequence.restoration = None
         self.preemptions += 1
 
     def isolate(self) -> list[Sequence]:
@@ -268,14 +277,13 @@ class Scheduler:
         """Move ready sequences from the queue into the batch while rows and pages last; suspects run alone.
 
         The client with the fewest pages goes first; within a client, order is kept."""
-        ready = [sequence for sequence in self.waiting if self._may_run(sequence)]
+        ready = [sequence for sequence in self.waiting if self._may_run(sequence)
+                 and (self.keeper is None or is_uncached(sequence) or not self.keeper.awaits(sequence))]
         while (ready and len(self.running) < self.max_batch
                and not any(running.suspect for running in self.running)):
             holdings = self._holdings()
             ready.remove(sequence := min(ready, key=lambda waiting: holdings[waiting.work.params.client]))
-            # scores and means need every token computed here
-            uncached = sequence.scoring or sequence.pooling == "mean"
-            matched, serial = self.pool.match_prefix([] if uncached else sequence.tokens,
+            matched, serial = self.pool.match_prefix([] if is_uncached(sequence) else sequence.tokens,
                                                      sequence.work.params.owner)
             cached, size, length = len(matched) // self.pool.groups, self.pool.page_size, len(sequence.tokens)
             whole, near = -(-length // size), -(-min(length, cached * size + self.prefill_chunk) // size)
@@ -314,6 +322,8 @@ class Scheduler:
         left, rows = self.prefill_chunk, rows - len(prefilling)
         chunks = []
         for sequence in (oldest, *others):
+            if sequence.restoration:
+                self._catch_up(sequence)
             share = max(left // 2, left - wanted) if sequence is oldest else left
             count = min(sequence.pending, share, 1 + rows if sequence.scoring else share)
             if count > 0 and self._grow(sequence, sequence.computed + count):
@@ -322,6 +332,22 @@ class Scheduler:
                 left -= count
                 rows -= count - 1 if sequence.scoring else 0
         return chunks
+
+    def _catch_up(self, sequence: Sequence):
+        """Go on after pages that have come into the prefix index since the sequence was admitted."""
+        pool, size, groups, row = self.pool, self.pool.page_size, self.pool.groups, 0
+        if self.tables.holes or pool.states or sequence.computed % size or is_uncached(sequence):
+            return
+        while (row := sequence.computed // size) < (len(sequence.tokens) - 1) // size:
+            content = pool.index.get((sequence.serial, tuple(sequence.tokens[row * size:(row + 1) * size])))
+            if content is None or pool.hole in content.pages:
+                return
+            mine = slice(row * groups, (row + 1) * groups)
+            pool.exchange(sequence.pages[mine], content.pages)
+            sequence.pages[mine] = content.pages
+            sequence.computed, sequence.serial = sequence.computed + size, content.serial
+            if sequence.computed <= len(sequence.work.prompt_ids):
+                sequence.usage += Usage(cached_tokens=size)
 
     def advance(self, chunk: Chunk):
         """A chunk's step has started: its tokens count as computed.

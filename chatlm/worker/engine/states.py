@@ -11,7 +11,7 @@ at the last full page of an answer, from where a conversation goes on unless a t
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class StatePool:
         self.refs = [0] * num_slots
         self.passed: OrderedDict[int | str, int] = OrderedDict()  # serial of a content -> slot
         self.ends: OrderedDict[int | str, int] = OrderedDict()    # the same of ends of prompts
+        self.fresh: deque[int | str] = deque(maxlen=1 << 12)      # those that are to outlive the process
 
     def __contains__(self, serial: int | str) -> bool:
         """Is there a snapshot after this content?"""
@@ -142,6 +143,7 @@ class StateTables:
             return
         if is_end or end % pool.INTERVAL == 0:
             pool.keep(serial, slot, sequence.began if is_end else None)
+            pool.fresh.append(serial)
             sequence.began = serial if is_end else sequence.began
         elif end > len(sequence.work.prompt_ids) and serial not in pool:
             if sequence.answered in pool.passed:
@@ -158,4 +160,6 @@ class StateTables:
     def release(self, sequence: Sequence):
         for slot in sequence.states.values():
             self.pool.release(slot)
+        if sequence.answered in self.pool:  # the last one of an answer, of which each page had one
+            self.pool.fresh.append(sequence.answered)
         sequence.states = {}

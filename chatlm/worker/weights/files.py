@@ -47,13 +47,17 @@ def weight_files(folder: Path) -> list[Path]:
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file
 
 
+def files_of_weights(path: Path) -> list[Path]:
+    """All files that have a model's weights; ConfigError if one of a folder's is missing."""
+    split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
+    return weight_files(path) if path.is_dir() else sorted(
+        path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf")) if split else [path]
+
+
 def weights_digest(path: Path, adapters: Iterable[str] = ()) -> str:
     """A hash that tells weights apart: of the size of each of a model's files, and of samples all over it,
     since to hash the whole takes as long as to read the model. The same wherever the files lie."""
-    digest = hashlib.sha256()
-    split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
-    files = weight_files(path) if path.is_dir() else sorted(
-        path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf")) if split else [path]
+    digest, files = hashlib.sha256(), files_of_weights(path)
     merged = (file for folder in adapters for file in sorted(Path(folder).glob("*.safetensors")))
     for file in (*files, *merged):
         with file.open("rb") as opened:

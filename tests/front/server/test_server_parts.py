@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -75,7 +76,10 @@ def test_an_answer_has_an_owner_and_so_have_its_pages():
     number, alone, together = "0" * 32, Settings(keys=KEYS), Settings(keys=KEYS, share_prefixes=True)
     assert [Owners(Settings()).of_answer(name, "192.0.2.7") for name in (number, "mine")] == ["", "192.0.2.7"]
     assert [Owners(alone).of_answer(name, "alice") for name in (number, "mine")] == ["alice"] * 2
-    assert [Owners(settings).of_pages("alice") for settings in (Settings(), alone, together)] == ["", "alice", ""]
+    assert [Owners(settings).of_pages("alice") for settings in (Settings(), together)] == ["", ""]
+    names = [Owners(replace(alone, keys=keys)).of_pages(name) for keys, name in (
+        (KEYS, "alice"), (KEYS, "bob"), ((ApiKey.hashed("another", "alice"),), "alice"), ((*KEYS[:1],), "alice"))]
+    assert names[0] == names[3] and len({*names, ""}) == 4      # another key of the same name is another owner
 
 
 def test_only_open_routes_need_no_key():
@@ -123,7 +127,7 @@ async def test_a_large_body_is_read_in_a_sandbox_for_its_owner():
     with Holding(bodies.budget, "alice") as holding:
         with pytest.raises(RequestError, match="elsewhere"):
             await bodies.parse(Arriving(body=b"x" * (LIMITS.inline_bytes + 1)), holding)
-    assert sent == [("/v1/messages", LIMITS.inline_bytes + 1, "alice", "alice")] and not bodies.budget.used
+    assert sent == [("/v1/messages", LIMITS.inline_bytes + 1, "alice", Owners(settings).of_pages("alice"))] and not bodies.budget.used
 
 
 async def test_the_model_is_described_to_who_asks_for_one_of_its_names():

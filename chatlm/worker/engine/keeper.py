@@ -1,0 +1,343 @@
+"""Keeps the pages of the KV cache beyond this process, and brings them back for prompts that begin with them.
+
+Kept: once the step that filled a page is over, the page is copied into a segment in memory, in the engine's
+thread, since that is a copy in memory and no more; so are snapshots of states.
+
+Restored: a prompt that waits is looked up by the addresses of its pages. What is kept of it beyond the prefix
+cache is read by a thread, and the engine puts what was read into free pages and the prefix index, where the
+scheduler finds it like anything else. The prompt waits as long as reading is ahead of computing it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+
+from chatlm.common.log import log
+from chatlm.common.segments import PAGE, STATE
+from chatlm.worker.engine.kept import owner_address, page_address
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from chatlm.common.segments import Record
+    from chatlm.worker.engine.kept import KeptPages
+    from chatlm.worker.engine.kvcache import PagePool
+    from chatlm.worker.engine.scheduler import Sequence
+    from chatlm.worker.model.transformer import Transformer
+
+
+class Addresses:
+    """The address of each content of the prefix index, by its serial."""
+
+    def __init__(self):
+        self.of: dict[int | str, bytes] = {}
+
+    def __getitem__(self, serial: int | str) -> bytes | None:
+        return owner_address(serial) if isinstance(serial, str) else self.of.get(serial)
+
+    def note(self, parent: int | str, tokens: tuple[int, ...], serial: int):
+        if (address := self[parent]) is not None:
+            self.of[serial] = page_address(address, tokens)
+
+    def forget(self, serial: int):
+        self.of.pop(serial, None)
+
+
+@dataclass(eq=False)
+class Restoration:
+    """The kept pages of a prompt, on their way into the prefix cache."""
+
+    tokens: list[int]        # as many as it brings, from the prompt's first
+    addresses: list[bytes]   # of their pages
+    begin: int               # pages that the prefix cache has
+    serial: int | str        # of the last of these
+    pages: list[int]         # that are held for it: those, and what it brought
+    restores_state: bool
+    began_s: float
+    here: int = 0            # pages read so far, those that the cache had included
+    moved_s: float = 0.0     # when that was
+    over: bool = False       # nobody waits for it any more
+    slot: int | None = None  # with the state after its tokens
+    room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(Keeper.BATCHES))
+
+
+def as_tensor(payload: memoryview) -> torch.Tensor:
+    return torch.from_numpy(numpy.asarray(payload, numpy.uint8))
+
+
+class Keeper:
+    """Copies contents of the prefix index to kept pages, and back."""
+
+    GRACE_S, GRACE_SHARE = 0.03, 0.05  # a prompt waits so long, or such a share of what it may save
+    STUCK_S = 5.0         # without a page, a restoration is given up
+    BATCHES, BATCH_BYTES = 32, 4 << 20  # read ahead of the engine
+    STEP_BYTES = 64 << 20  # copied into or out of pages between two steps
+    MOST_WAITING, MOST = 4, 16  # prompts that wait for theirs at a time, and all restorations
+    OVERHEAD_S = 0.0005   # of a restoration
+    LEAST_READ_BYTES = 1 << 20  # from which the speed of reading is learned
+
+    def __init__(self, pool: PagePool, transformer: Transformer, kept: KeptPages):
+        layout, memory = transformer.layout, transformer.cache
+        depth = layout.size // layout.own if layout.own else 1
+        pages = pool.num_pages + transformer.groups.holes
+        # (layers of a page, pages, bytes): a page is a column, where its layers lie apart
+        self.rows = (memory.view(torch.uint8).view(depth, pages, -1) if layout.size else
+                     torch.empty(1, pages, 0, dtype=torch.uint8))
+        self.states = [state.view(torch.uint8).flatten(1)
+                       for states in transformer.states for state in states]
+        self.page_bytes = self.rows.shape[0] * self.rows.shape[2]
+        self.state_bytes = sum(state.shape[1] for state in self.states)
+        self.pool, self.kept = pool, kept
+        pool.addresses = Addresses()
+        self.reader = ThreadPoolExecutor(2, "prefixes")
+        self.restorations: list[Restoration] = []
+        self.arrived: deque[tuple[Restoration, list[tuple[Record, memoryview]] | None]] = deque()
+        self.news = threading.Event()
+        self.token_s = 0.0     # of computing a token of a prompt
+        self.byte_s = 1e-9     # of reading a byte of the store, as far as is known
+        self.retry_s, self.trouble = 0.0, ""
+        self.counts = dict.fromkeys(("restored_tokens", "restored_bytes", "kept_pages", "kept_bytes",
+                                     "missed_pages"), 0)
+        self.saved_s = self.spent_s = 0.0
+
+    def begin(self, profile: Callable[[], bytes], patience_s: float):
+        """Learn in a thread what weights these are and what is kept, and wait for it, but not for long."""
+        def learn():
+            try:
+                self.kept.profile = profile()
+                self.kept.look_at_store()
+                self.byte_s = self.kept.disk_byte_s() or self.byte_s
+            except Exception as error:
+                log.warning("no prefix is kept or restored: %s", error)
+
+        wait([self.reader.submit(learn)], patience_s)
+
+    # keeping
+
+    def settle(self):
+        """Keep what the steps so far have filled: none of them is under way."""
+        pool, states, now = self.pool, self.pool.states, time.monotonic()
+        self._give_up_stuck()
+        if not self.kept.profile or now < self.retry_s:
+            return
+        left = self.STEP_BYTES
+        try:
+            while pool.fresh and left > 0:
+                key, content = pool.fresh.popleft()
+                if pool.index.get(key) is content:
+                    left -= self._keep_page(content.serial, content.pages, key[1])
+            while states and states.fresh and left > 0:
+                left -= self._keep_state(states.fresh.popleft())
+            self.trouble = ""
+        except OSError as error:
+            self.retry_s = now + 60.0
+            if self.trouble != (trouble := error.strerror or str(error)):
+                self.trouble = trouble
+                log.warning("prefixes are not kept in memory for a while: %s", trouble)
+        self.spent_s += time.monotonic() - now
+
+    def _keep_page(self, serial: int, pages: list[int], tokens: tuple[int, ...]) -> int:
+        """Returns the bytes that were copied."""
+        address = self.pool.addresses and self.pool.addresses[serial]
+        if address is None or self.kept.key(PAGE, address) in self.kept.index:
+            return 0
+        there = [page for page in pages if page != self.pool.hole]
+        groups = sum(1 << group for group, page in enumerate(pages) if page != self.pool.hole)
+        payload = self.rows[:, there].transpose(0, 1).contiguous().flatten().numpy()
+        if self.kept.add(PAGE, address, payload, groups, tokens):
+            self.counts["kept_pages"] += 1
+            self.counts["kept_bytes"] += len(payload)
+        return len(payload)
+
+    def _keep_state(self, serial: int | str) -> int:
+        states, address = self.pool.states, self.pool.addresses and self.pool.addresses[serial]
+        if (states is None or address is None or serial not in states
+                or self.kept.key(STATE, address) in self.kept.index):
+            return 0
+        slot = (states.ends if serial in states.ends else states.passed)[serial]
+        payload = torch.cat([state[slot] for state in self.states]).numpy()
+        if self.kept.add(STATE, address, payload):
+            self.counts["kept_bytes"] += len(payload)
+        return len(payload)
+
+    # restoring
+
+    def awaits(self, sequence: Sequence) -> bool:
+        """Should a sequence that may run wait a little for pages of its prompt?"""
+        if not self.kept.profile:
+            return False
+        if sequence.restoration is None:
+            if sum(map(self._leads, self.restorations)) >= self.MOST_WAITING:
+                return True
+            sequence.restoration = self._found(sequence)
+        return self._leads(sequence.restoration)
+
+    def _leads(self, restoration: Restoration) -> bool:
+        """Is reading ahead of what computing would have done by now?"""
+        if restoration.over:
+            return False
+        pages_s = self.token_s * self.pool.page_size * (len(restoration.addresses) - restoration.begin)
+        elapsed_s = time.monotonic() - restoration.began_s - max(self.GRACE_S, self.GRACE_SHARE * pages_s)
+        computed = elapsed_s / self.token_s / self.pool.page_size if self.token_s else 0.0
+        return elapsed_s < 0 or restoration.here - restoration.begin > computed
+
+    def _found(self, sequence: Sequence) -> Restoration:
+        """Begin to restore what is kept of a sequence's tokens; it is over where nothing is worth it."""
+        pool, kept, size = self.pool, self.kept, self.pool.page_size
+        tokens, owner = sequence.tokens, sequence.work.params.owner
+        table, serial = pool.match_prefix(tokens, owner)
+        begin, end, most = len(table) // pool.groups, 0, (len(tokens) - 1) // size
+        address, addresses = owner_address(owner), []
+        kept.look_at_memory()
+        if kept.store:
+            self.reader.submit(kept.look_at_store)
+        for row in range(most):
+            address = page_address(address, tokens[row * size:(row + 1) * size])
+            if row >= begin and kept.key(PAGE, address) not in kept.index:
+                break
+            addresses.append(address)
+            if not pool.states or kept.key(STATE, address) in kept.index:
+                end = row + 1
+        found = Restoration(tokens[:end * size], addresses[:end], begin, serial, table, bool(pool.states),
+                            time.monotonic(), begin, time.monotonic())
+        self.counts["missed_pages"] += most - max(begin, end)
+        if end <= begin or len(self.restorations) >= self.MOST or not self._worthwhile(found):
+            found.over = True
+            pool.release(table)
+            return found
+        self.restorations.append(found)
+        self.reader.submit(self._read, found)
+        return found
+
+    def _worthwhile(self, restoration: Restoration) -> bool:
+        """Would computing take longer than reading?"""
+        pages = len(restoration.addresses) - restoration.begin
+        size = pages * self.page_bytes + restoration.restores_state * self.state_bytes
+        entry = self.kept.index.get(self.kept.key(PAGE, restoration.addresses[-1]))
+        stored = entry is None or entry[0].name in self.kept.stored
+        read_s = self.OVERHEAD_S + size * (self.byte_s if stored else 3e-10)
+        return pages * self.pool.page_size * self.token_s >= read_s
+
+    def _read(self, restoration: Restoration):
+        """In a thread: read its records, in batches, as far as the engine has put them into pages."""
+        try:
+            batch, size, began_s, total = [], 0, time.monotonic(), 0
+            keys = [self.kept.key(PAGE, address) for address in restoration.addresses[restoration.begin:]]
+            if restoration.restores_state:  # first: without it the pages are of no use
+                keys.insert(0, self.kept.key(STATE, restoration.addresses[-1]))
+            for key in keys:
+                if restoration.over or (read := self.kept.read(key)) is None:
+                    break
+                batch.append(read)
+                size, total = size + read[0].size, total + read[0].size
+                if size >= self.BATCH_BYTES:
+                    self._hand_over(restoration, batch)
+                    batch, size = [], 0
+            if batch:
+                self._hand_over(restoration, batch)
+            if total >= self.LEAST_READ_BYTES:
+                self.byte_s += 0.3 * ((time.monotonic() - began_s) / total - self.byte_s)
+        except Exception:
+            log.exception("failed to read kept pages")
+        finally:
+            self.arrived.append((restoration, None))
+            self.news.set()
+
+    def _hand_over(self, restoration: Restoration, batch: list[tuple[Record, memoryview]]):
+        while not restoration.room.acquire(timeout=1.0):
+            if restoration.over:
+                return
+        restoration.here += sum(record.content == PAGE for record, _ in batch)
+        self.arrived.append((restoration, batch))
+        self.news.set()
+
+    def wait(self, timeout_s: float):
+        """Wait for something to arrive."""
+        self.news.wait(timeout_s)
+        self.news.clear()
+
+    def adopt(self):
+        """Put what has arrived into pages: no step is under way, which might still write to one of these."""
+        left = self.STEP_BYTES
+        while self.arrived and left > 0:
+            restoration, batch = self.arrived.popleft()
+            for record, payload in batch or ():
+                if not restoration.over:
+                    left -= record.size
+                    (self._adopt_state if record.content == STATE else self._adopt_page)(
+                        restoration, record, payload)
+            restoration.room.release()
+            if batch is None:
+                self._end(restoration)
+
+    def _give_up_stuck(self):
+        """Forget restorations whose disk does not answer."""
+        for restoration in [*self.restorations]:
+            if time.monotonic() - restoration.moved_s > self.STUCK_S:
+                log.warning("a kept prefix could not be read in %g s: it is computed", self.STUCK_S)
+                self._end(restoration)
+
+    def _adopt_page(self, restoration: Restoration, record: Record, payload: memoryview):
+        pool, size = self.pool, self.pool.page_size
+        row = len(restoration.pages) // pool.groups
+        tokens = tuple(restoration.tokens[row * size:(row + 1) * size])
+        there = [group for group in range(pool.groups) if record.groups >> group & 1]
+        length = len(restoration.addresses) * size
+        needed = [group for group, window in enumerate(pool.windows)
+                  if row >= pool.first_seen(length, window)]
+        if (record.tokens != tokens or len(payload) != len(there) * self.page_bytes
+                or not set(needed) <= set(there)
+                or (pages := pool.allocate(len(needed))) is None):
+            restoration.over = True  # what it has brought so far may still be used
+            return
+        parts = as_tensor(payload).view(len(there), self.rows.shape[0], self.rows.shape[2])
+        table = [pool.hole] * pool.groups
+        for group, page in zip(needed, pages):
+            self.rows[:, page] = parts[there.index(group)]
+            table[group] = page
+        restoration.serial = pool.register(restoration.serial, tokens, table)
+        restoration.pages += table
+        restoration.moved_s = time.monotonic()
+        self.counts["restored_tokens"] += size
+        self.counts["restored_bytes"] += len(payload)
+        self.saved_s += size * self.token_s
+
+    def _adopt_state(self, restoration: Restoration, record: Record, payload: memoryview):
+        """Into a slot that becomes a snapshot once the pages are here."""
+        states = self.pool.states
+        if states is None or len(payload) != self.state_bytes or (slot := states.allocate()) is None:
+            restoration.over = True
+            return
+        data, begin = as_tensor(payload), 0
+        for state in self.states:
+            state[slot] = data[begin:begin + state.shape[1]]
+            begin += state.shape[1]
+        restoration.slot = slot
+
+    def _end(self, restoration: Restoration):
+        """All of it has arrived, or it is given up: the prefix cache keeps what came."""
+        if restoration not in self.restorations:
+            return
+        self.restorations.remove(restoration)
+        restoration.over, states = True, self.pool.states
+        if states and restoration.slot is not None:
+            if len(restoration.pages) == len(restoration.addresses) * self.pool.groups:
+                states.keep(restoration.serial, restoration.slot, None)
+            states.release(restoration.slot)
+        self.pool.release(restoration.pages)
+
+    def empty(self):
+        """Before the memory of pages is given back: keep what is new, and forget what is on its way."""
+        while self.kept.profile and self.pool.fresh and not self.trouble:
+            self.settle()
+        for restoration in [*self.restorations]:
+            self._end(restoration)
+
+    def gauges(self) -> dict[str, float | None]:
+        return {**self.counts, "prefill_saved_s": round(self.saved_s, 3), "keeping_s": round(self.spent_s, 3)}

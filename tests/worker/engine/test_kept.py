@@ -1,0 +1,470 @@
+"""Pages that outlive the process: restored ones equal computed ones to the bit, and no fault of a store is more than a recomputation."""
+
+import hashlib
+import os
+import random
+from concurrent.futures import wait
+from contextlib import contextmanager
+from threading import Event
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+
+from chatlm.common.config import PAGE_SIZE, Settings
+from chatlm.common.core import decode_core
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.common.segments import HEADER_BYTES, PAGE, STATE, Record, Segment, listed_store, prune, segment_paths
+from chatlm.front.pool.prefixes import StoreWriter
+from chatlm.worker.engine.keeper import Keeper
+from chatlm.worker.engine.kept import KeptPages, checksum
+from chatlm.worker.engine.states import StatePool
+from chatlm.worker.weights.digest import arithmetic_of, files_of, profile_of, stamp_of, whole_digest
+from engines import chat_work, make_engine, pieces, tokens_of
+from families import make_model, save
+from nightly import by_day
+from works import assignment, changed
+
+BACKENDS = [pytest.param("reference", marks=pytest.mark.slow), pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
+
+
+class Memory:
+    """Segments in memory, as the front holds them."""
+
+    def __init__(self, count=8, size=4 << 20):
+        self.descriptors, self.size = [os.memfd_create("test") for _ in range(count)], size
+        self.paths = [f"/proc/self/fd/{number}" for number in self.descriptors]
+
+    def close(self):
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+
+@pytest.fixture
+def memory():
+    memory = Memory()
+    yield memory
+    memory.close()
+
+
+def keep(engine, memory, store=None, profile=b"p" * 16, token_s=1.0):
+    """Have an engine's pages outlive it; computing is slow, so that reading is worth it."""
+    kept = KeptPages(memory.paths, memory.size, store, "the model")
+    engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept))
+    keeper.begin(lambda: profile, 60)
+    keeper.token_s, keeper.GRACE_S, engine.TIMED_TOKENS = token_s, 60.0, 1 << 30
+    return engine
+
+
+@contextmanager
+def writing(store, memory, limit=1 << 30, busy=lambda: False):
+    writer = StoreWriter(store, limit)
+    writer.LOOK_S = 0.01
+    writer.start([Segment(path, path) for path in memory.paths], memory.size, busy)
+    try:
+        yield writer
+    finally:
+        writer.close(60)
+        assert not writer.thread.is_alive()
+
+
+def bits_of(engine):
+    """The digest of each page in the prefix index by its address, and of each snapshot."""
+    pool, keeper = engine.pool, engine.keeper
+    pages = {(pool.addresses[content.serial], group): hashlib.sha256(keeper.rows[:, page].contiguous().numpy().tobytes()).hexdigest()
+             for content in pool.index.values() for group, page in enumerate(content.pages) if page != pool.hole}
+    states = pool.states or SimpleNamespace(passed={}, ends={})
+    snapshots = {pool.addresses[serial]: hashlib.sha256(b"".join(state[slot].numpy().tobytes() for state in keeper.states)).hexdigest()
+                 for known in (states.passed, states.ends) for serial, slot in known.items()}
+    return pages, snapshots
+
+
+def conversations(seed, count=4, vocabulary=200, most=300):
+    """Prompts that share beginnings, as turns of conversations do."""
+    dice, works = random.Random(seed), []
+    for number in range(count):
+        ids = [*works[dice.randrange(len(works))].prompt_ids] if works and dice.random() < 0.6 else []
+        ids += [dice.randrange(vocabulary) for _ in range(dice.randrange(20, most - len(ids) if most - len(ids) > 21 else 22))]
+        works.append(assignment(f"w{seed}-{number}", tuple(ids), SamplingParams(temperature=dice.choice([0.0, 0.7]), seed=number), 24, ignore_eos=True))
+    return works
+
+
+def cached(engine, work):
+    return pieces(engine, [work])[work.id].end.usage.cached_tokens
+
+
+def make(folder, backend="decode_core", **options):
+    return make_engine(folder, reference=backend == "reference", **({"num_pages": 200, "max_batch": 4, "prefill_chunk": 64} | options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("generation", by_day(["gen1", "gen3", "gen5"], "gen5"))
+@torch.inference_mode()
+def test_restored_pages_equal_computed_ones_to_the_bit_in_random_conversations(nanochat_fixtures, tmp_path, generation, backend):
+    for seed in range(2):
+        memory, folder = Memory(), tmp_path / str(seed)
+        folder.mkdir()
+        works = conversations(seed)
+        alone = {work.id: tokens_of(make(nanochat_fixtures / generation, backend), [work])[work.id] for work in works}
+        first = keep(make(nanochat_fixtures / generation, backend), memory)
+        with writing(folder, memory):
+            assert tokens_of(first, works) == alone
+        memory.close()
+        other = Memory()                      # nothing of the first process is left but the store
+        again = keep(make(nanochat_fixtures / generation, backend), other, folder)
+        assert tokens_of(again, works) == alone
+        assert again.keeper.counts["restored_tokens"] > 200 and again.pool.available == again.pool.num_pages
+        pages, expected = bits_of(again)[0], bits_of(first)[0]
+        assert pages.keys() & expected.keys() and all(pages[address] == expected[address] for address in pages.keys() & expected.keys())
+        other.close()
+
+
+@pytest.mark.parametrize("name", by_day(["lfm2", "qwen3.5", "granite4h", "gemma3", "gemma4", "mistral"], "lfm2", "gemma3"))
+@torch.inference_mode()
+def test_snapshots_of_states_and_pages_of_layers_with_windows_are_restored_too(name, tmp_path, memory, monkeypatch, one_thread):
+    monkeypatch.setattr(StatePool, "INTERVAL", 64)
+    folder = save(make_model(name), tmp_path / "model")
+    works = conversations(7)
+    def made():
+        return make(folder, "decode_core" if decode_core() else "reference", apart=True)
+    alone = {work.id: tokens_of(made(), [work])[work.id] for work in works}
+    first = keep(made(), memory)
+    assert tokens_of(first, works) == alone
+    again = keep(made(), memory)
+    assert tokens_of(again, works) == alone and again.keeper.counts["restored_tokens"] > 100
+    for mine, its in zip(bits_of(again), bits_of(first)):
+        assert all(mine[address] == its[address] for address in mine.keys() & its.keys())
+    assert not again.pool.states or bits_of(again)[1].keys() & bits_of(first)[1].keys()
+
+
+@torch.inference_mode()
+def test_an_owner_neither_reads_another_s_pages_nor_notices_them(nanochat_fixtures, memory):
+    first = keep(make(nanochat_fixtures / "gen5"), memory)
+    [work] = conversations(1, 1)
+    tokens_of(first, [changed(work, owner="alice")])
+    again = keep(make(nanochat_fixtures / "gen5"), memory)
+    assert cached(again, changed(work, owner="bob")) == 0 and again.keeper.counts["restored_tokens"] == 0
+    assert cached(again, changed(work, owner="alice")) == again.keeper.counts["restored_tokens"] > 0
+
+
+@torch.inference_mode()
+def test_pages_of_other_weights_or_another_arithmetic_are_not_found(nanochat_fixtures, memory):
+    [work] = conversations(2, 1)
+    tokens_of(keep(make(nanochat_fixtures / "gen5"), memory), [work])
+    assert cached(keep(make(nanochat_fixtures / "gen5"), memory, profile=b"q" * 16), work) == 0
+
+
+def test_the_profile_changes_with_weights_types_kernels_and_context(nanochat_fixtures, tmp_path):
+    engine, settings = make(nanochat_fixtures / "gen5"), Settings(model=str(nanochat_fixtures / "gen5"))
+    source = resolve_model(settings)
+    files = files_of(source, settings)
+    same, other = arithmetic_of(engine.transformer, settings), tmp_path / source.path.name
+    assert profile_of("a", same) == profile_of("a", arithmetic_of(make(nanochat_fixtures / "gen5").transformer, settings))
+    changes = [Settings(model=settings.model, dtype="float32"), Settings(model=settings.model, quantize="q8_0")]
+    profiles = {profile_of("a", same), profile_of("b", same), *(profile_of("a", arithmetic_of(engine.transformer, its)) for its in changes),
+                profile_of("a", arithmetic_of(make(nanochat_fixtures / "gen5", "reference").transformer, settings))}
+    assert len(profiles) == 4 + (decode_core() is not None)
+    other.write_bytes(source.path.read_bytes())
+    before = whole_digest([other], stamp_of([other]), tmp_path)
+    assert before == whole_digest([source.path], stamp_of([source.path]), tmp_path) and files[0] == source.path
+    data = bytearray(other.read_bytes())
+    data[len(data) // 2] ^= 1
+    os.utime(source.path)
+    other.write_bytes(data)
+    assert whole_digest([other], stamp_of([other]), tmp_path) != before
+    assert oct((tmp_path / "weights.json").stat().st_mode)[-3:] == "600"
+    stamp = stamp_of([other])
+    other.write_bytes(data + b"x")
+    (tmp_path / "weights.json").unlink()
+    with pytest.raises(OSError, match="changed since"):
+        whole_digest([other], stamp, tmp_path)
+
+
+@pytest.fixture
+def stored(nanochat_fixtures, tmp_path, memory):
+    """A store with one conversation, and what it answers."""
+    [work] = conversations(3, 1, most=600)
+    first = keep(make(nanochat_fixtures / "gen5"), memory)
+    with torch.inference_mode(), writing(tmp_path, memory):
+        tokens = tokens_of(first, [work])
+    return SimpleNamespace(folder=tmp_path, work=work, tokens=tokens, pages=(len(work.prompt_ids) - 1) // PAGE_SIZE)
+
+
+def cut(data, dice):
+    return data[:dice.randrange(len(data))]
+
+
+def flip(data, dice):
+    data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+    return data
+
+
+def zeroes(data, dice):
+    place = dice.randrange(len(data) - 512)
+    return data[:place] + bytes(512) + data[place + 512:]
+
+
+def exchanged_sectors(data, dice):
+    one, two = sorted(dice.sample(range(1, len(data) // 512), 2))
+    one, two = one * 512, two * 512
+    return data[:one] + data[two:two + 512] + data[one + 512:two] + data[one:one + 512] + data[two + 512:]
+
+
+def noise(data, dice):
+    return bytearray(dice.randbytes(len(data)))
+
+
+@pytest.mark.parametrize("change", [cut, flip, zeroes, exchanged_sectors, noise])
+@torch.inference_mode()
+def test_a_store_that_was_tampered_with_costs_a_recomputation_and_never_a_wrong_token(stored, nanochat_fixtures, change, caplog):
+    dice, [path] = random.Random(change.__name__), segment_paths(stored.folder)
+    data, restored, trials = path.read_bytes(), [], 6
+    for _ in range(trials):
+        path.write_bytes(change(bytearray(data), dice))
+        other = Memory()
+        engine = keep(make(nanochat_fixtures / "gen5"), other, stored.folder)
+        assert tokens_of(engine, [stored.work]) == stored.tokens
+        assert engine.pool.available == engine.pool.num_pages
+        restored.append(engine.keeper.counts["restored_tokens"] // PAGE_SIZE)
+        other.close()
+    assert min(restored) < stored.pages and len(caplog.records) <= trials, restored
+
+
+@torch.inference_mode()
+def test_a_store_that_is_deleted_while_a_server_uses_it_is_no_more_than_empty(stored, nanochat_fixtures, memory):
+    engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
+    assert len(engine.keeper.kept.index) >= stored.pages
+    for path in segment_paths(stored.folder):
+        path.unlink()
+    engine.keeper.kept.looked_s = -1e9
+    engine.keeper.kept.look_at_store()
+    assert not engine.keeper.kept.index and tokens_of(engine, [stored.work]) == stored.tokens
+
+
+@torch.inference_mode()
+def test_a_disk_that_does_not_answer_holds_a_prompt_up_no_longer_than_its_grace(stored, nanochat_fixtures, monkeypatch):
+    engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
+    answers, began = Event(), Event()
+
+    def hang(key):
+        began.set()
+        assert answers.wait(60)
+
+    monkeypatch.setattr(engine.keeper.kept, "read", hang)
+    engine.keeper.GRACE_S = engine.keeper.GRACE_SHARE = engine.keeper.STUCK_S = 0.0
+    assert tokens_of(engine, [stored.work]) == stored.tokens and began.is_set()
+    answers.set()
+    engine.keeper.reader.shutdown()
+    engine.step()
+    assert engine.pool.available == engine.pool.num_pages and engine.keeper.counts["restored_tokens"] == 0
+
+
+@torch.inference_mode()
+def test_a_prompt_that_computes_goes_on_after_the_pages_that_arrive(stored, nanochat_fixtures, monkeypatch):
+    """Computing begins although reading has, and takes over what is there first."""
+    engine = keep(make(nanochat_fixtures / "gen5", prefill_chunk=32), Memory(), stored.folder)
+    read, engine.keeper.GRACE_S = engine.keeper.kept.read, 0.0
+    steps = Event()
+
+    def late(key):
+        assert steps.wait(60)
+        return read(key)
+
+    monkeypatch.setattr(engine.keeper.kept, "read", late)
+    engine.keeper.token_s = 1e-9    # as if computing were far ahead
+    monkeypatch.setattr(engine.keeper, "_worthwhile", lambda restoration: True)
+    engine.add(stored.work)
+    engine.step()
+    [sequence] = engine.scheduler.running
+    assert 0 < sequence.computed < 200
+    steps.set()
+    wait([engine.keeper.reader.submit(lambda: None) for _ in range(2)])
+    while not engine.keeper.arrived or engine.keeper.arrived[-1][1] is not None:
+        engine.keeper.wait(1)
+    tokens, computed = [], []
+    while engine.busy:
+        before = sequence.computed
+        tokens += [token for _, event in engine.step() for token in getattr(event, "tokens", ())]
+        computed.append(sequence.computed - before)
+    assert tokens == stored.tokens[stored.work.id] and max(computed) > 32 + PAGE_SIZE
+    assert engine.pool.available == engine.pool.num_pages
+
+
+@torch.inference_mode()
+def test_what_is_faster_computed_than_read_is_computed(stored, nanochat_fixtures):
+    engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
+    engine.keeper.token_s, engine.keeper.byte_s = 1e-7, 1e-6
+    assert cached(engine, stored.work) == 0 and engine.keeper.counts["missed_pages"] == 0
+    engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
+    engine.keeper.byte_s = engine.keeper.kept.disk_byte_s()
+    assert 0 < engine.keeper.byte_s < 1e-3 and cached(engine, stored.work) == stored.pages * PAGE_SIZE
+
+
+def test_segments_in_memory_are_written_over_least_recently_used_first_and_by_one_worker_each(memory):
+    kept = [KeptPages(memory.paths, memory.size, None, "m") for _ in range(2)]
+    for its in kept:
+        its.profile = b"p" * 16
+    payload, most = numpy.arange(1 << 20, dtype=numpy.uint64).view(numpy.uint8)[:1 << 20], 3 * 8
+    for number in range(most):
+        assert kept[number % 2].add(PAGE, number.to_bytes(16, "big"), payload + numpy.uint8(number))
+    assert kept[0].own.name != kept[1].own.name
+    for its in kept:
+        its.look_at_memory()
+    both = [its.read(its.key(PAGE, (most - 1).to_bytes(16, "big"))) for its in kept]
+    assert all(bytes(read[1]) == bytes(payload + numpy.uint8(most - 1)) for read in both)
+    for number in range(most, 3 * most):
+        assert kept[0].add(PAGE, number.to_bytes(16, "big"), payload)
+    kept[1].look_at_memory()
+    assert kept[1].read(kept[1].key(PAGE, bytes(16))) is None           # written over
+    assert sum(os.fstat(number).st_size for number in memory.descriptors) <= 8 * memory.size
+    assert not kept[0].add(PAGE, b"x" * 16, numpy.zeros(memory.size, numpy.uint8))      # larger than a segment
+
+
+def test_a_worker_that_died_over_a_record_leaves_the_others_and_a_segment_to_go_on_with(memory):
+    kept = KeptPages(memory.paths, memory.size, None, "m")
+    kept.profile = b"p" * 16
+    for number in range(3):
+        kept.add(PAGE, number.to_bytes(16, "big"), numpy.full(1000, number, numpy.uint8))
+    size = kept.own.size
+    os.ftruncate(kept.own.file.fileno(), size - 1)
+    path = kept.own.name
+    kept.own.unlock()
+    after = KeptPages(memory.paths, memory.size, None, "m")
+    after.profile = b"p" * 16
+    after.look_at_memory()
+    assert len(after.index) == 2
+    after.add(PAGE, b"new".ljust(16), numpy.zeros(10, numpy.uint8))
+    assert after.own.name == path
+    third = KeptPages(memory.paths, memory.size, None, "m")
+    third.profile = b"p" * 16
+    third.look_at_memory()
+    assert third.index.keys() == after.index.keys() and len(third.index) == 3
+
+
+def test_a_checksum_tells_every_byte_and_sectors_that_are_exchanged():
+    dice = random.Random(0)
+    for size in (0, 1, 8, 5000, 100_000, 1 << 20):
+        data = numpy.frombuffer(dice.randbytes(size), numpy.uint8)
+        sums = {checksum(data)}
+        for _ in range(30 if size else 0):
+            other, place = data.copy(), dice.randrange(size)
+            other[place] ^= 1 << dice.randrange(8)
+            sums.add(checksum(other))
+        for _ in range(30 if size > 9000 else 0):
+            one, two = dice.sample(range(size // 512), 2)
+            other = data.copy()
+            other[one * 512:][:512], other[two * 512:][:512] = data[two * 512:][:512], data[one * 512:][:512]
+            sums.add(checksum(other))
+        assert len(sums) > 1 or not size
+        assert checksum(data) == checksum(memoryview(data.tobytes()))
+    header = Record(STATE, 3, b"p" * 16, b"a" * 16, (1,) * PAGE_SIZE, 7, b"c" * 16)
+    assert Record.unpack(header.pack()) == header and len(header.pack()) == HEADER_BYTES
+    assert Record.unpack(flip(bytearray(header.pack()), dice)) is None and Record.unpack(b"") is None
+
+
+def fill(memory, first, count, size=100_000, profile=b"p" * 16):
+    kept = KeptPages(memory.paths, memory.size, None, "the model")
+    kept.profile = profile
+    for number in range(first, first + count):
+        kept.add(PAGE, number.to_bytes(16, "big"), numpy.full(size, number % 251, numpy.uint8))
+    kept.own.unlock()
+
+
+def stored_pages(folder):
+    kept = KeptPages([], 0, folder, "")
+    kept.profile = b"p" * 16
+    kept.look_at_store()
+    return {int.from_bytes(key[17:], "big") for key in kept.index if kept.read(key)}
+
+
+def test_a_store_keeps_to_its_size_and_two_servers_write_to_it(tmp_path):
+    limit, memories = 16 << 20, [Memory(), Memory()]
+    with writing(tmp_path, memories[0], limit) as one, writing(tmp_path, memories[1], limit) as two:
+        for first in range(0, 400, 40):
+            for number, memory in enumerate(memories):
+                fill(memory, 1000 * number + first, 40)
+            for writer in (one, two):
+                while writer.pages < first + 40:
+                    writer.thread.join(0.01)
+                    assert not writer.trouble and writer.thread.is_alive()
+    assert sum(path.stat().st_size for path in segment_paths(tmp_path)) <= limit + one.segment_bytes
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in segment_paths(tmp_path))
+    pages = stored_pages(tmp_path)
+    assert {399, 1399} <= pages and 0 not in pages and len(pages) > 100
+
+
+def test_a_writer_goes_on_in_a_segment_that_another_has_left_torn(tmp_path, memory):
+    fill(memory, 0, 5)
+    with writing(tmp_path, memory):
+        pass
+    [path] = segment_paths(tmp_path)
+    with path.open("ab") as file:
+        file.write(b"torn" * 100)
+    fill(memory, 5, 5)
+    with writing(tmp_path, memory) as writer:
+        pass
+    assert segment_paths(tmp_path) == [path] and stored_pages(tmp_path) == {*range(10)} and writer.pages == 5
+
+
+def test_a_full_disk_costs_one_line_and_the_store_goes_on_when_there_is_room(tmp_path, memory, caplog, monkeypatch):
+    import resource
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill(memory, 0, 20)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    try:
+        monkeypatch.setattr(StoreWriter, "RETRY_S", 0.01)
+        with writing(tmp_path, memory) as writer:
+            while not writer.trouble:
+                writer.thread.join(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            while writer.pages < 20:
+                writer.thread.join(0.01)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [record.getMessage() for record in caplog.records] == [f"prefixes are not stored in {tmp_path}: File too large"]
+    assert stored_pages(tmp_path) == {*range(20)}
+
+
+def test_a_store_waits_while_answers_are_computed_unless_the_memory_fills(tmp_path):
+    memory = Memory()
+    fill(memory, 0, 10)
+    with writing(tmp_path, memory, busy=lambda: True) as writer:
+        for _ in range(3):
+            writer.thread.join(0.05)
+        assert writer.pages == 0
+        fill(memory, 10, 200)
+        while not writer.pages:
+            writer.thread.join(0.01)
+        assert writer.thread.is_alive()
+    assert len(stored_pages(tmp_path)) == 210       # the end stores the rest
+    memory.close()
+
+
+def test_the_listing_names_models_and_pruning_leaves_what_is_written(tmp_path, memory):
+    fill(memory, 0, 30)
+    with writing(tmp_path, memory, 16 << 20):
+        pass
+    lines = listed_store(tmp_path)
+    assert len(lines) == 2 and "the model: 480 tokens in 30 pages, 3.0 MB" in lines[1]
+    path = segment_paths(tmp_path)[0]
+    writer = Segment(path, path.name)
+    assert writer.lock() and prune(tmp_path, 0) == len(segment_paths(tmp_path)) - 1 == 0
+    writer.unlock()
+    assert listed_store(tmp_path, 0) == ["1 segments deleted", f"{tmp_path}: 0 segments, 0.0 MB"]
+
+
+@torch.inference_mode()
+def test_the_default_model_restores_a_prompt_to_the_bit(default_model_path, memory, tmp_path):
+    if decode_core() is None:
+        pytest.skip("the promise is decode_core's")
+    first = keep(make_engine(default_model_path, num_pages=100, max_batch=4, as_stored=True), big := Memory(size=64 << 20), tmp_path)
+    work = chat_work(first, "a", "Tell me of the sea, of its tides, its winds and what lives in it. " * 20, 16)
+    with writing(tmp_path, big):
+        expected = tokens_of(first, [work])
+    again = keep(make_engine(default_model_path, num_pages=100, max_batch=4, as_stored=True), Memory(), tmp_path)
+    assert tokens_of(again, [work]) == expected
+    assert again.keeper.counts["restored_tokens"] == (len(work.prompt_ids) - 1) // PAGE_SIZE * PAGE_SIZE > 200
+    pages, known = bits_of(again)[0], bits_of(first)[0]
+    assert all(pages[address] == known[address] for address in pages.keys() & known.keys())
