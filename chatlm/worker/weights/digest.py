@@ -27,15 +27,12 @@ KNOWN_DIGESTS = "weights.json"  # in a store: stamps of files -> their digest
 
 def files_of(source: ModelSource, settings: Settings) -> list[Path]:
     """All files that decide what a model computes. OSError or ConfigError if one is gone."""
-    files = []
-    for folder in (source.path, *map(Path, settings.lora)):
-        folder = folder.expanduser()
-        if folder.is_dir():
-            files += [*sorted(folder.glob("*.json")), *sorted(folder.glob("*.bin"))]
-            files += sorted(folder.glob("*.safetensors"))
-        else:
-            files += files_of_weights(folder)
-    return files
+    folders = [Path(folder).expanduser() for folder in settings.lora]
+    files = [*files_of_weights(source.path),
+             *(file for folder in folders for file in folder.glob("*.safetensors"))]
+    for folder in (source.path, *folders):  # none are below a file
+        files += [*folder.glob("*.json"), *folder.glob("*.bin")]
+    return sorted(files)
 
 
 def stamp_of(files: Iterable[Path]) -> str:

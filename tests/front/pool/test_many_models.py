@@ -115,7 +115,7 @@ async def test_each_model_answers_as_it_does_alone_and_they_take_turns(start_mod
 
 async def test_two_models_with_room_for_the_kv_pages_of_one_stay_loaded_and_answer_as_before(start_models, client, nanochat_fixtures, monkeypatch):
     monkeypatch.setattr(Residency, "PLACE_S", 0.0)
-    models = await start_models("gen1", "gen5", models_memory=10 * MIB << 10)
+    models = await start_models("gen1", "gen5", models_memory=10 * MIB << 10, prefix_memory=0)     # so that what is emptied is gone
     sizes = {name: models.find(name).bytes for name in ("gen1", "gen5")}
     models.residency.budget = sum(sizes.values()) - min(models.find(name).place.cache for name in sizes) // 2
     async with served(models) as url:
