@@ -13,14 +13,16 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlm.common.config import store_place
+from chatlm.common.config import ranks_per_replica, store_place
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.common.segments import (
     HEADER_BYTES, MODEL, SUFFIX, Segment, check_folder, model_record, prune, segment_paths, write_whole)
+from chatlm.front.pool.local import cuda_device_count
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -39,26 +41,26 @@ class Prefixes:
 
     def __init__(self, settings: Settings):
         """ConfigError if the store's folder cannot be used."""
-        self.settings, self.bytes, self.descriptors = settings, memory_for(settings), tuple[int, ...]()
-        self.store = None
+        self.bytes, self.store, self.files = memory_for(settings), None, list[FileIO]()
+        self.count = max(SEGMENTS, 4 * max(settings.num_workers, 1))
         place = settings.prefix_store and store_place(settings.prefix_store)
         if place and self.bytes:
             self.store = StoreWriter(check_folder(place[0]), place[1])
-        if self.bytes:
-            count = max(SEGMENTS, 4 * max(settings.num_workers, 1))
-            self.descriptors = tuple(os.memfd_create(f"prefixes {number}") for number in range(count))
 
     @property
     def paths(self) -> tuple[str, ...]:
         """Of the segments in memory, for processes that this one has started."""
-        return tuple(f"/proc/{os.getpid()}/fd/{number}" for number in self.descriptors)
+        return tuple(f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in self.files)
 
     @property
     def segment_bytes(self) -> int:
-        return self.bytes // max(len(self.descriptors), 1)
+        return self.bytes // self.count
 
     def start(self, busy: Callable[[], bool]):
-        """Begin to store; `busy` says whether answers are computed now."""
+        """Before the workers: get the memory, and begin to store; `busy` says whether answers are computed
+        now."""
+        if self.bytes and not self.files:
+            self.files = [FileIO(os.memfd_create(f"prefixes {number}"), "r+") for number in range(self.count)]
         if self.store and not self.store.thread:
             self.store.start([Segment(path, path) for path in self.paths], self.segment_bytes, busy)
 
@@ -66,9 +68,9 @@ class Prefixes:
         """Store what is not yet stored, for at most END_S, and give the memory back."""
         if self.store:
             await asyncio.to_thread(self.store.close, self.END_S)
-        for descriptor in self.descriptors:
-            os.close(descriptor)
-        self.descriptors = ()
+        for file in self.files:
+            file.close()
+        self.files = []
 
     @property
     def line(self) -> str:
@@ -83,14 +85,19 @@ class Prefixes:
     def stats(self) -> dict:
         """What /stats shows of it."""
         store = self.store
-        used = sum(os.fstat(descriptor).st_size for descriptor in self.descriptors)
+        used = sum(os.fstat(file.fileno()).st_size for file in self.files)
         return {"memory_bytes": used, "memory_limit": self.bytes,
                 "stored_pages": store.pages if store else 0, "stored_bytes": store.bytes if store else 0}
 
 
 def memory_for(settings: Settings) -> int:
-    """Bytes of memory for prefixes: 0 where there is nothing that could outlive a worker, or no way."""
-    if not hasattr(os, "memfd_create") or settings.ray_address:
+    """Bytes of memory for prefixes: 0 where there is no way to keep any."""
+    on_gpus = settings.device_type in ("auto", "cuda") and cuda_device_count() > 0
+    if (not hasattr(os, "memfd_create") or settings.ray_address or ranks_per_replica(settings) > 1
+            or on_gpus or settings.device_type == "mps"):
+        if settings.prefix_store:
+            log.warning("--prefix-store: nothing is kept on GPUs, with several ranks, on Ray, or outside of "
+                        "Linux")
         return 0
     wanted = settings.prefix_memory
     if wanted is None:
