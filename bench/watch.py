@@ -9,9 +9,8 @@ by how much the one beside the server is slower. --asked: one client asks `lates
 
 import argparse
 import json
-import os
-import signal
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,10 @@ import tempfile
 import threading
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
@@ -68,13 +70,24 @@ def ask_forever(url, ended, counts):
             counts.append(json.load(response)["usage"]["completion_tokens"])
 
 
+def processes_of(server):
+    return [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+
+
 def tell(server, number):
-    import psutil
-    for process in [server, *psutil.Process(server.pid).children(recursive=True)]:
-        try:
-            os.kill(process.pid, number)
-        except ProcessLookupError:
-            pass
+    for process in processes_of(server):
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def processor_s(server):
+    """Seconds of the processor that the server's processes have taken, also those that have ended and were waited for."""
+    total = 0.0
+    for process in processes_of(server):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
 
 
 def main():
@@ -97,9 +110,11 @@ def main():
                 if options.asked:
                     threading.Thread(target=ask_forever, args=(url, ended, counts), daemon=True).start()
                 training.speed(5)
-                beside, alone = [], []
+                beside, alone, taken_s = [], [], 0.0
                 for turn in range(options.rounds):
+                    before_s = processor_s(process)
                     beside.append(training.speed(options.seconds))
+                    taken_s += processor_s(process) - before_s
                     tell(process, signal.SIGSTOP)
                     alone.append(training.speed(options.seconds))
                     tell(process, signal.SIGCONT)
@@ -111,7 +126,8 @@ def main():
             training.process.wait()
     one, other = statistics.median(alone), statistics.median(beside)
     print(f"median of {options.rounds} turns of {options.seconds:g} s: {one:.2f} steps/s alone, {other:.2f} beside the server: "
-          f"{1 - other / one:.1%} slower; {len(models)} checkpoints, {sum(counts)} tokens answered")
+          f"{1 - other / one:.1%} slower; {len(models)} checkpoints, {sum(counts)} tokens answered; the server took "
+          f"{taken_s / options.rounds / options.seconds:.1%} of one core")
 
 
 if __name__ == "__main__":

@@ -303,3 +303,42 @@ def test_the_small_training_is_nanochats_first_generation(nanochat_fixtures):
         with torch.no_grad():
             logits = tiny_training.load(path)(torch.tensor(case["prompt_ids"]))[-1]
         assert torch.allclose(logits, torch.tensor(case["next_logits"]), atol=2e-3)
+
+
+async def test_latest_stays_on_a_step_that_answers_while_the_next_one_turns_out_to_be_broken(run_folder, watching, client):
+    """Its headers are right, and its weights are no numbers: that is seen when they are read, before the name goes to it."""
+    list(tiny_training.train(run_folder, 2, 1))
+    models = await watching(run_folder)
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 2)
+        assert (await ask(client, url, "d2@latest"))[1]["model"] == "d2@2"
+        broken = tiny_training.load(file_of(run_folder, 2))
+        broken.w["lm_head.weight"][5, 5] = float("nan")
+        tiny_training.save(broken, file_of(run_folder, 3).parent, 3)
+        await until(lambda: any(model.state == "failed" for model in models.registry.models))
+        status, body = await ask(client, url, "d2@3")
+        assert status == 503 and "NaN" in body["error"]["message"]
+        assert (await ask(client, url, "d2@latest"))[1]["model"] == "d2@2" and models.find("").name == "d2@2"
+
+
+@pytest.mark.slow
+async def test_checkpoints_of_a_trainer_are_watched_and_its_own_files_replace_nothing(tmp_path, watching, client, monkeypatch):
+    from families import make_model, save
+    monkeypatch.setattr(RunWatch, "WATCH_S", 0.1)
+    for step in (3, 10):
+        save(make_model("llama3.2", seed=step), tmp_path / "my-run" / f"checkpoint-{step}")
+    models = await watching(tmp_path)
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 2)
+        texts = []
+        for name, step in (("my-run@3", 3), ("my-run@latest", 10)):
+            async with client.post(url + "/v1/completions", json={"model": name, "prompt": "hello", "temperature": 0, "max_tokens": 8}) as response:
+                body = await response.json()
+            assert body["model"] == f"my-run@{step}"
+            texts.append(body["choices"][0]["text"])
+        assert texts[0] != texts[1]
+        known = [*models.registry.models]
+        (tmp_path / "my-run" / "checkpoint-10" / "trainer_state.json").write_text("{}")
+        save(make_model("llama3.2", seed=11), tmp_path / "my-run" / "checkpoint-11")
+        await until(lambda: len(models.registry.models) == 3)
+        assert models.registry.models[:2] == known
