@@ -240,6 +240,7 @@ def test_an_answer_goes_on_from_tokens_that_its_client_has_chosen(url, exact):
     assert [token for chunk in chunks for choice in chunk["choices"] for token in choice.get("token_ids", ())] == branch["choices"][0]["token_ids"]
     raw = dict(wanted, logprobs=1)
     text = ask(url, COMPLETIONS, **raw)["choices"][0]
+    assert [entry["id"] for entry in text["logprobs"]["content"]] == text["token_ids"][:len(text["logprobs"]["tokens"])]
     assert ask(url, COMPLETIONS, prefix_token_ids=text["token_ids"][:4], **raw)["choices"][0]["text"] == text["text"]
     native = call(url, "/chat/completions", {"messages": HI, "prefix_token_ids": ids[:5], "temperature": 1, "seed": 5, "max_tokens": 12})[2]
     assert "".join(json.loads(line[6:]).get("token", "") for line in native.split("\n") if line) == content(same)

@@ -190,6 +190,22 @@ async def test_a_worker_killed_in_reasoning_that_has_a_budget_ends_it_at_the_sam
     await idle(pool)
 
 
+async def test_an_answer_goes_on_from_chosen_tokens_in_its_reasoning_and_after_it(start_pool, tmp_path):
+    path, request = thinking_model(tmp_path)
+    pool = await start_pool(model=str(path))
+    request |= dict(thinking_budget=20)
+
+    async def words(name, **changes):
+        *pieces, usage = await told(pool, name, request | changes)
+        return ["".join(piece.joined(kind) for piece in pieces) for kind in ("reasoning", "text")], sum((piece.tokens for piece in pieces), ()), usage
+
+    said, tokens, usage = await words("whole")
+    assert all(said) and len(tokens) == 80
+    for count in (5, 40):
+        assert await words(f"from {count}", prefix_token_ids=tokens[:count]) == (said, tokens[count:], usage)
+    await idle(pool)
+
+
 @pytest.mark.parametrize("killed", [False, True], ids=["alive", "killed"])
 async def test_thinking_that_somebody_ends_ends_once_and_where_it_did_also_across_a_dead_worker(start_pool, tmp_path, client, killed):
     path, request = thinking_model(tmp_path)
