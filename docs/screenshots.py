@@ -15,13 +15,13 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
-from browsing import (CHROMIUM, ask, expect_answered, open_page, playwright,      # noqa: E402
-                      questions, started_server)
+from browsing import (CHROMIUM, SLOW_MS, ask, button, expect, expect_answered, fake_front, menu, open_page,      # noqa: E402
+                      playwright, questions, started_server)
+from page_server import StandIn                                              # noqa: E402
 
 QUESTIONS = ("What is the capital of Japan?", "Show me a Python function that reverses a string")
 SIZES = {"light": ({"width": 1200, "height": 760}, "light"), "dark": ({"width": 1200, "height": 760}, "dark"),
          "phone": ({"width": 390, "height": 760}, "light")}
-LOOKS = {"lens": ({"width": 1200, "height": 620}, "light"), "server": ({"width": 390, "height": 760}, "dark")}
 SGR = {"1": "font-weight:bold", "2": "color:#8b949e", "3": "font-style:italic", "4": "text-decoration:underline",
        "31": "color:#ff7b72", "36": "color:#56d4bc"}
 
@@ -44,24 +44,71 @@ def picture_of_page(browser, url, name):
     context.close()
 
 
+def look_through(page):
+    button(page, "Token lens").click()
+    page.get_by_role("listbox", name="Tokens of the answer").locator("span").nth(11).click()
+
+
+def look_at_the_server(page):
+    page.evaluate("openStatus()")
+    page.evaluate("for (const topic of ['rivers', 'hills', 'stars']) post(ROUTES.v1, {messages: [{role: 'user', content: topic}], max_tokens: 120})")
+    page.wait_for_function("() => glanced.samples.length > 6 && glanced.samples.at(-1).speed < 20")
+    page.evaluate("document.getElementById('status-charts').scrollIntoView()")
+
+
+def compare(page):
+    button(page, "Compare").click()
+    button(page.get_by_role("dialog", name="Compare"), "Compare").click()
+    expect(button(page, "Go on with this")).to_have_count(2, timeout=SLOW_MS)
+
+
+def look_at_the_prompt(page):
+    button(page, "Prompt").click()
+    expect(page.locator("#prompt-facts")).to_contain_text("tokens")
+
+
+def keep_prompts(page):
+    page.evaluate("keepPrompts([{name: 'Pirate', text: 'Talk like a pirate.'}, {name: 'Shorter', text: 'Say this in ten words: ', starter: true}])")
+    menu(page, "Prompts")
+
+
+LOOKS = {"lens": (look_through, 1200, 620, "light"), "server": (look_at_the_server, 390, 760, "dark"), "compare": (compare, 1200, 620, "dark"),
+         "prompt": (look_at_the_prompt, 900, 620, "light"), "prompts": (keep_prompts, 900, 620, "light")}
+
+
 def picture_of_looks(browser, url, name):
-    size, scheme = LOOKS[name]
-    page = browser.new_page(viewport=size, color_scheme=scheme, device_scale_factor=2 if size["width"] < 500 else 1)
+    act, width, height, scheme = LOOKS[name]
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme, device_scale_factor=2 if width < 500 else 1)
     open_page(page, url)
     for text in ("/temperature 1", "/seed 3", "/maxtokens 60", "Why is the sky blue? Answer in two sentences."):
         ask(page, text)
     expect_answered(page)
-    if name == "lens":
-        page.get_by_role("button", name="Token lens").click()
-        page.get_by_role("listbox", name="Tokens of the answer").locator("span").nth(11).click()
-    else:
-        page.evaluate("openStatus()")
-        page.evaluate("for (const topic of ['rivers', 'hills', 'stars']) post(ROUTES.v1, {messages: [{role: 'user', content: topic}], max_tokens: 120})")
-        page.wait_for_function("() => glanced.samples.length > 6 && glanced.samples.at(-1).speed < 20")
-        page.locator("#status-charts").scroll_into_view_if_needed()
-        page.evaluate("document.getElementById('status-charts').scrollIntoView()")
+    act(page)
     page.screenshot(path=DOCS / f"{name}.png")
     page.context.close()
+
+
+def picture_of_calls(browser):
+    stand_in = StandIn()
+    stand_in.model["capabilities"]["tools"] = True
+    page = browser.new_page(viewport={"width": 900, "height": 700})
+    open_page(page, stand_in.url)
+    ask(page, "call")
+    expect(page.get_by_role("region", name="Call of look_up")).to_be_visible()
+    page.screenshot(path=DOCS / "calls.png")
+    page.context.close()
+    stand_in.close()
+
+
+def picture_of_a_text(browser):
+    with fake_front(pieces=[" there", " was", " a", " mill"], chats=False) as url:
+        page = browser.new_page(viewport={"width": 900, "height": 400}, color_scheme="dark")
+        open_page(page, url)
+        for count, text in enumerate(("Once upon a time", " by the river, and in it"), 1):
+            ask(page, text)
+            expect_answered(page, count)
+        page.screenshot(path=DOCS / "text.png")
+        page.context.close()
 
 
 def terminal_lines(columns, rows):
@@ -114,6 +161,8 @@ def main():
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         picture_of_terminal(browser)
+        picture_of_calls(browser)
+        picture_of_a_text(browser)
         with started_server() as url:
             for name in SIZES:
                 picture_of_page(browser, url, name)
