@@ -187,7 +187,7 @@ void paged_attention(dc::AttentionPlan& plan, int window, uintptr_t q, uintptr_t
                      int head_size, float softcap, uintptr_t sinks, int64_t page_stride) {
     const dc::AttentionJob job{at<const float>(q), at<const void>(cache), dc::Element(cache_type), at<float>(out),
                                plan.heads, plan.kv_heads, head_size, window, softcap, reinterpret_cast<const float*>(sinks), page_stride};
-    const dc::AttentionPlan::Work& work = plan.work(window);
+    const dc::AttentionPlan::Work& work = plan.work(window, head_size);
     Gil released;
     dc::paged_attention(job, work);
 }

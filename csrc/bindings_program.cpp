@@ -92,6 +92,7 @@ void softcap(dc::Program& program, bool on_logit_rows, const Buffer& x, float ca
 
 void rope_append(dc::Program& program, const dc::RopeJob& job, int64_t max_positions, int64_t num_pages, int group) {
     dc::Op op = make_op(dc::OpKind::rope_append, false, {}, {});
+    op.x = {const_cast<float*>(job.qkv), job.row_stride}, op.out = {job.q_out, job.heads * int64_t(job.head_size)};
     op.rope = job, op.max_positions = max_positions, op.num_pages = num_pages, op.page_group = group;
     program.record(op);
 }

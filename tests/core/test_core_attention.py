@@ -266,6 +266,19 @@ def test_chunks_of_a_prompt_may_be_cut_anywhere(isa):
         assert (bits(numpy.concatenate(parts)) == bits(whole)).all()
 
 
+@pytest.mark.parametrize("window", [0, 1100])
+def test_rows_that_take_turns_at_more_keys_than_a_cache_holds_have_the_bits_of_each_alone(isa, window):
+    rng = numpy.random.default_rng(8)
+    cache = Cache(90, 1, 512, "float16")
+    pages, q = sequence(rng, cache, 1300, 23, 8, [*range(90)])
+    together = attend(q, cache, [pages], [1300], [0, 23], window=window)
+    assert numpy.isfinite(together).all()
+    for row in (0, 4, 5, 11, 22):
+        length = 1300 - 22 + row
+        alone = attend(q[row:row + 1], cache, [pages[:-(-length // PAGE)]], [length], [0, 1], window=window)
+        assert (bits(alone[0]) == bits(together[row])).all(), row
+
+
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("H, Hkv, D", SHAPES)
 def test_every_instruction_set_gives_the_same_bits(kind, H, Hkv, D):

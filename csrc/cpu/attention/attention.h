@@ -19,6 +19,8 @@ constexpr int MAX_HEAD_SIZE = 512;
 constexpr int SCORE_SIZE = 256;             // of a head's D: the scores of larger ones take one such part after another
 constexpr int MAX_GROUP = 16;               // query heads of one kv head
 constexpr int WANTED_QUERIES = 12;          // (row, head) pairs that share each load of K and V in a prompt's chunk
+constexpr int MAX_PARTS = 8;                // so many times these go through a chunk one after the other, while it is in the second cache
+static inline int rows_together(int heads, int kv_heads) { return heads / kv_heads < WANTED_QUERIES ? WANTED_QUERIES / (heads / kv_heads) : 1; }
 
 enum class Element : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 static inline int bytes_of(Element type) { return type == Element::float32 ? 4 : 2; }

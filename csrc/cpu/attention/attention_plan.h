@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <map>
+#include <utility>
 #include <vector>
 
 #include "cpu/attention/attention.h"
@@ -22,17 +23,17 @@ public:
         int merges = 0;
         int64_t positions = 0;          // of all items and rows, in whole chunks: a measure of the work
     };
-    const Work& work(int window);       // guarded by the GIL; stays valid as long as the plan
+    const Work& work(int window, int head_size);        // guarded by the GIL; stays valid as long as the plan
 
     int64_t rows() const { return starts.back(); }
     const int heads, kv_heads;
     const int64_t num_pages;
 
 private:
-    Work divide(int window) const;
+    Work divide(int window, int head_size) const;
     std::vector<int32_t> pages;
     std::vector<int64_t> offsets, lengths, starts;
-    std::map<int, Work> by_window;
+    std::map<std::pair<int, int>, Work> made;           // by window and head size
 };
 
 // A step's attention over one window: chunks of items that threads may run in any order, layer after layer. `memory`

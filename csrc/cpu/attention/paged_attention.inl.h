@@ -1,7 +1,7 @@
 // op       paged_attention: softmax(q K^T) V, the scores capped if the job says so, over each row's own pages, for decode rows and for prompt chunks
 // shapes   q [T, Hq, D] float32 (scaled), pages [P][Hk][2][16 * D] (attention.h) -> out [T, Hq * D] float32
 // mapping  one item = (rows of one sequence, kv head, chunks of 256 positions); the Hq / Hk heads of each row are the
-//          item's queries and share each load of K and V in registers; in a chunk: all scores, softmax, weighted values
+//          item's queries, of which 12 share each load of K and V in registers; in a chunk: all scores, softmax, weighted values
 // cost     2 * D * element size bytes of cache per (position, kv head), read once per item: the limit when decoding;
 //          2 * D fused multiply-adds per (query, position): the limit in prefill
 // numerics float32. A score is one chain over d; a value's sum one chain over the chunk's positions; exp's sum 16 lanes
@@ -190,18 +190,17 @@ float share_of(const AttentionJob& job, int64_t head, float m, float l) {
     return own / fma1(l, own, exp_negative(sink - top));
 }
 
-void write_out(const AttentionJob& job, const AttentionItem& item, const float* m, const float* l, const float* acc) {
+// Query i of the item.
+void write_out(const AttentionJob& job, const AttentionItem& item, int i, float m, float l, const float* acc) {
     const int D = job.head_size, G = job.heads / job.kv_heads;
-    for (int i = 0; i < item.rows * G; i++) {
-        const int64_t head = int64_t(item.row + i / G) * job.heads + item.kv_head * G + i % G;
-        float* out = job.out + head * D;
-        if (l[i] == 0.0f) {                 // it saw nothing, and nobody wrote its acc
-            for (int d = 0; d < D; d += 16) store(out + d, all(0.0f));
-            continue;
-        }
-        const Lanes scale = all(share_of(job, item.kv_head * G + i % G, m[i], l[i]));
-        for (int d = 0; d < D; d += 16) store(out + d, load(acc + i * D + d) * scale);
+    const int64_t head = int64_t(item.row + i / G) * job.heads + item.kv_head * G + i % G;
+    float* out = job.out + head * D;
+    if (l == 0.0f) {                        // it saw nothing, and nobody wrote its acc
+        for (int d = 0; d < D; d += 16) store(out + d, all(0.0f));
+        return;
     }
+    const Lanes scale = all(share_of(job, item.kv_head * G + i % G, m, l));
+    for (int d = 0; d < D; d += 16) store(out + d, load(acc + d) * scale);
 }
 
 // ---- one item
@@ -225,18 +224,18 @@ struct Visible {
     }
 };
 
+// Some rows of an item, whose queries share each load.
 template <class Stored>
 struct Attention {
     const AttentionJob& job;
-    const AttentionItem& item;
+    const AttentionItem item;
     const int D = job.head_size, G = job.heads / job.kv_heads, queries = item.rows * G;
     alignas(64) float q[MAX_HEAD_SIZE / SCORE_SIZE][MAX_QUERIES][SCORE_SIZE];
     alignas(64) float s[MAX_QUERIES * CHUNK_SIZE];          // scores, then weights
     alignas(64) float acc[MAX_QUERIES * MAX_HEAD_SIZE];
-    bool empty = true;                                      // no chunk was added yet
     const Stored* k[CHUNK_PAGES];                           // [D][16]
     const Stored* v[CHUNK_PAGES];                           // [16][D]
-    const Stored* next[CHUNK_PAGES];                        // k of the chunk after this one, to be fetched meanwhile
+    const Stored* next[CHUNK_PAGES];                        // k of what comes after this one, to be fetched meanwhile
 
     Attention(const AttentionJob& job, const AttentionItem& item) : job(job), item(item) {
         for (int i = 0; i < queries; i++) {
@@ -250,9 +249,8 @@ struct Attention {
         return static_cast<const Stored*>(job.cache) + of.pages[page] * job.page_stride + int64_t(of.kv_head) * 2 * PAGE_SIZE * D;
     }
 
-    void find_pages(int chunk, int first, int last, const AttentionItem* following) {
-        int next_chunk = following ? following->chunk_begin : 0, next_pages = 0;
-        if (chunk + 1 < item.chunk_end) following = &item, next_chunk = chunk + 1;
+    void find_pages(int chunk, int first, int last, const AttentionItem* following, int next_chunk) {
+        int next_pages = 0;
         if (following && next_chunk < following->chunk_end)             // a padding row has no pages
             next_pages = (following->position + following->rows - 1) / PAGE_SIZE + 1 - next_chunk * CHUNK_PAGES;
         for (int p = first / PAGE_SIZE; p * PAGE_SIZE < last; p++) {
@@ -262,11 +260,12 @@ struct Attention {
         }
     }
 
-    // The chunk's states are merged into m [queries], l [queries], total [queries][D].
-    void add_chunk(int chunk, const AttentionItem* following, float* m, float* l, float* total) {
+    // The chunk's states are merged into m [queries], l [queries], total [queries][D], or, while these are `empty`, written there.
+    // Chunk `next_chunk` of `following` (or null) is likely to be next.
+    void add_chunk(int chunk, const AttentionItem* following, int next_chunk, float* m, float* l, float* total, bool& empty) {
         const Visible see(item, chunk, job.window);
         if (see.first >= see.last) return;
-        find_pages(chunk, see.first, see.last, following);
+        find_pages(chunk, see.first, see.last, following, next_chunk);
         const int first = see.first / PAGE_SIZE, pages = (see.last + PAGE_SIZE - 1) / PAGE_SIZE - first;
         each_tile(queries, [&](auto t, int i) {
             for (int from = 0; from < D; from += SCORE_SIZE)
@@ -321,14 +320,22 @@ struct Attention {
 
 template <class Stored>
 void attend_to(const AttentionJob& job, const AttentionItem& item, const AttentionItem* following, float* state) {
-    Attention<Stored> work(job, item);
-    alignas(64) float own[MAX_QUERIES * (2 + MAX_HEAD_SIZE)];
+    const int D = job.head_size, G = job.heads / job.kv_heads, queries = item.rows * G, together = rows_together(job.heads, job.kv_heads);
+    alignas(64) float own[MAX_PARTS * MAX_QUERIES * (2 + MAX_HEAD_SIZE)];
     float* m = state ? state : own;
-    float* l = m + work.queries;
-    float* total = l + work.queries;
-    for (int i = 0; i < work.queries; i++) m[i] = LOWEST, l[i] = 0.0f;
-    for (int chunk = item.chunk_begin; chunk < item.chunk_end; chunk++) work.add_chunk(chunk, following, m, l, total);
-    if (!state) write_out(job, item, m, l, total);
+    float* l = m + queries;
+    float* total = l + queries;
+    bool empty[MAX_PARTS];
+    for (int i = 0; i < queries; i++) m[i] = LOWEST, l[i] = 0.0f, empty[i / (together * G)] = true;
+    for (int chunk = item.chunk_begin; chunk < item.chunk_end; chunk++)
+        for (int first = 0; first < item.rows; first += together) {
+            AttentionItem part = item;
+            part.row += first, part.position += first, part.rows = least(together, item.rows - first);
+            const bool is_last = first + together >= item.rows, ends = is_last && chunk + 1 == item.chunk_end;
+            const int next_chunk = !ends ? chunk + is_last : following ? following->chunk_begin : 0, i = first * G;
+            Attention<Stored>(job, part).add_chunk(chunk, ends ? following : &item, next_chunk, m + i, l + i, total + i * D, empty[first / together]);
+        }
+    for (int i = 0; !state && i < queries; i++) write_out(job, item, i, m[i], l[i], total + i * D);
 }
 
 void attend(const AttentionJob& job, const AttentionItem& item, const AttentionItem* following, float* state) {
@@ -339,12 +346,16 @@ void attend(const AttentionJob& job, const AttentionItem& item, const AttentionI
 
 void merge(const AttentionJob& job, const AttentionItem& item, const float* states, int count) {
     const int D = job.head_size, queries = item.rows * (job.heads / job.kv_heads);
-    alignas(64) float m[MAX_QUERIES], l[MAX_QUERIES], total[MAX_QUERIES * MAX_HEAD_SIZE];
-    for (int i = 0; i < queries; i++) m[i] = LOWEST, l[i] = 0.0f;
-    for (int c = 0; c < count; c++, states += state_floats(queries, D))
-        for (int i = 0; i < queries; i++)
-            merge_state(m + i, l + i, total + i * D, states[i], states[queries + i], states + 2 * queries + i * D, D);
-    write_out(job, item, m, l, total);
+    const int64_t apart = state_floats(queries, D);
+    alignas(64) float total[MAX_HEAD_SIZE];
+    for (int i = 0; i < queries; i++) {
+        float m = LOWEST, l = 0.0f;
+        for (int c = 0; c < count; c++) {
+            const float* state = states + c * apart;
+            merge_state(&m, &l, total, state[i], state[queries + i], state + 2 * queries + i * D, D);
+        }
+        write_out(job, item, i, m, l, total);
+    }
 }
 
 }  // namespace

@@ -29,14 +29,12 @@ struct Routing {
     std::vector<int32_t> ids;           // [T][chosen], by route
     std::vector<float> shares;          // [T][chosen], by route
 
-    // Of the rows for which needed(row); others have no pairs.
-    template <class Needed>
-    void group(int64_t rows, Needed needed);
+    void group(int64_t rows);
 
     struct Expert { int32_t id, first, count, panel; };     // its pairs [first, first + count), from panel `panel` on
     std::vector<Expert> active;         // those with pairs, by id
     std::vector<int32_t> row_of;        // of pair i
-    std::vector<int32_t> pair_of;       // [T][chosen]: which pair this is; -1: none
+    std::vector<int32_t> pair_of;       // [T][chosen]: which pair this is
 
     int64_t pairs() const { return int64_t(row_of.size()); }
     static int64_t most_panels(int64_t experts, int64_t pairs);     // that so many pairs can take
@@ -44,28 +42,5 @@ struct Routing {
 private:
     std::vector<int32_t> place;         // [experts + 1]
 };
-
-template <class Needed>
-void Routing::group(int64_t rows, Needed needed) {
-    place.assign(size_t(experts) + 1, 0);
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t j = 0; j < chosen && needed(row); j++) place[size_t(ids[size_t(row * chosen + j)]) + 1]++;
-    active.clear();
-    int32_t panel = 0;
-    for (int64_t e = 0; e < experts; e++) {
-        const int32_t count = place[size_t(e) + 1];
-        place[size_t(e) + 1] += place[size_t(e)];
-        if (!count) continue;
-        active.push_back({int32_t(e), place[size_t(e)], count, panel});
-        panel += int32_t(panel_count(count));
-    }
-    row_of.resize(size_t(place[size_t(experts)]));
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t j = 0; j < chosen; j++) {
-            const size_t i = size_t(row * chosen + j);
-            pair_of[i] = needed(row) ? place[size_t(ids[i])]++ : -1;
-            if (pair_of[i] >= 0) row_of[size_t(pair_of[i])] = int32_t(row);
-        }
-}
 
 }  // namespace dc

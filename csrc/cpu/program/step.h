@@ -17,7 +17,8 @@
 // A convolution of more than 4 rows is a phase whose chunks take columns: each row of a sequence needs those before it.
 // A delta rule or a Mamba layer is one whose chunks take heads: its states are megabytes, even for one row.
 // After the last op that appends keys or keeps states only tokens with logits are computed on: nothing else reads the others (a
-// thirtieth of a prompt; nearly half where the last layers read the keys of others).
+// thirtieth of a prompt; nearly half where the last layers read the keys of others). One phase moves their rows to the front of
+// every buffer that is still to be read, and from there on the step is one of so many rows.
 // The bits of a row are the same either way (tiles.h, attention.h).
 #pragma once
 
@@ -65,8 +66,8 @@ public:
     void run(int width, const std::function<void()>& begun);
     void poison_ranks() const;                  // of a step that failed: the other ranks wait for it
     StepTimes times() const;
-    bool by_rows() const { return tokens >= tokens_by_rows(threads); }
-    bool many_rows() const { return tokens >= MANY_ROWS; }
+    bool by_rows() const { return by_rows(tokens); }
+    bool many_rows() const { return many_rows(tokens); }
 
     const int64_t tokens, logit_rows;
     std::vector<int32_t> drawn;
@@ -81,13 +82,12 @@ private:
         const Step* step;
         int first, end, prepares;               // prepares: a linear, or -1
         int64_t rows, rows_per_chunk, chunks;
-        bool needed_only = false;               // of the tokens, only those with logits
     };
     // Attention of equal group, window, heads, kv_heads and head size, of all tokens or of the needed ones only, is one run.
-    using Shape = std::array<int, 3>;           // group, heads, kv_heads: what a plan is made for
-    using Key = std::tuple<Shape, int, int, bool>;
-    static Shape shape_of(const Op& op) { return {op.page_group, op.attention.heads, op.attention.kv_heads}; }
-    static Key key_of(const Op& op, bool needed_only) { return {shape_of(op), op.attention.window, op.attention.head_size, needed_only}; }
+    using Shape = std::array<int, 4>;           // group, heads, kv_heads, needed ones only?: what a plan is made for
+    using Key = std::tuple<Shape, int, int>;
+    Shape shape_of(const Op& op) const { return {op.page_group, op.attention.heads, op.attention.kv_heads, is_of_needed(index_of(op))}; }
+    Key key_of(const Op& op) const { return {shape_of(op), op.attention.window, op.attention.head_size}; }
     using Body = void (Step::*)(const Part&, int64_t chunk) const;
     using StagedBody = void (Step::*)(const Part&, int64_t chunk, float* staged) const;
     using Put = void (Step::*)(const Part&, int64_t chunk, const float* staged) const;
@@ -104,10 +104,19 @@ private:
     void add_exchange(int op);
     void make_phases();
     void find_slots(const std::vector<int32_t>& pages, const std::vector<int64_t>& offsets);
+    struct Sequences {                          // some rows of a step, by the positions they have
+        std::vector<int32_t> pages;             // of a group
+        std::vector<int64_t> offsets, lengths, starts;
+    };
+    Sequences of_needed(const Sequences& all) const;
     void plan_attention();
     void find_needed();
-    void add_attention_run(const Op& op, bool needed_only, const AttentionPlan::Work& work);
-    bool is_needed_only(int op) const { return op > last_append && !ops[size_t(op)].on_logit_rows; }
+    void find_live();
+    bool by_rows(int64_t rows) const { return rows >= tokens_by_rows(threads); }
+    static bool many_rows(int64_t rows) { return rows >= MANY_ROWS; }
+    int index_of(const Op& op) const { return int(&op - ops.data()); }
+    bool is_of_needed(int op) const { return op > last_append && !ops[size_t(op)].on_logit_rows; }
+    int64_t token_of(const Op& op, int64_t row) const { return is_of_needed(index_of(op)) ? needed[size_t(row)] : row; }
 
     void do_rows(const Part& part, int64_t chunk) const;
     void do_product(const Part& part, int64_t chunk, float* staged) const;
@@ -121,6 +130,7 @@ private:
     void do_convolution(const Part& part, int64_t chunk) const;
     void do_delta_rule(const Part& part, int64_t chunk) const;
     void do_mamba2(const Part& part, int64_t chunk) const;
+    void do_move_needed(const Part& part, int64_t chunk) const;
     void do_group(const Part& part, int64_t chunk) const;
     void do_gather(const Part& part, int64_t chunk) const;
     void do_experts(const Part& part, int64_t chunk, float* staged) const;
@@ -145,7 +155,9 @@ private:
     void rms_norm(const Op& op, int64_t row) const;
     void convolve(const Op& op, int64_t first, int64_t last) const;
 
-    int64_t count_of(const Op& op) const { return op.on_logit_rows ? logit_rows : tokens; }
+    int64_t count_of(const Op& op) const {
+        return op.on_logit_rows ? logit_rows : is_of_needed(index_of(op)) ? int64_t(needed.size()) : tokens;
+    }
 
     const std::vector<Op>& ops;
     StepInput input;
@@ -156,9 +168,10 @@ private:
     std::vector<std::vector<int64_t>> slots;    // by group
     std::map<Shape, AttentionPlan> plans;
     std::map<Key, AttentionRun> attention;
-    int last_append = INT32_MAX;
-    std::vector<char> needed;                   // for each token: has it logits?
-    std::map<Key, AttentionPlan::Work> needed_work;
+    int last_append = INT32_MAX;                // INT32_MAX: all rows are computed to the end
+    std::vector<int64_t> needed;                // the tokens that have logits, ascending: rows of ops after that one
+    std::vector<int64_t> gathered;              // for each logit row: which row gather_rows takes
+    std::vector<Rows> live;                     // buffers that are read after it as they were before
     std::vector<Memory> attention_memory;
     std::vector<Part> parts;
     std::vector<Phase> phases;

@@ -26,8 +26,8 @@ size_t prepared_bytes(const Op& op, int64_t rows) { return prepared_bytes(op.til
 Step::Step(const std::vector<Op>& ops, StepInput given, const StepMemory& memory, int threads, int64_t vocab)
     : tokens(int64_t(given.token_ids.size())), logit_rows(int64_t(given.logit_rows.size())), ops(ops), input(std::move(given)),
       memory(memory), threads(threads), vocab(vocab) {
-    plan_attention();
     find_needed();
+    plan_attention();
     make_phases();
     drawn.resize(input.samples ? size_t(logit_rows) : 0);
     stamps.resize(phases.size() + 1);
@@ -56,51 +56,79 @@ void Step::plan_attention() {
         groups = std::max(groups, op.page_group + 1);
         if (op.num_pages) num_pages = std::min(num_pages, op.num_pages);
     }
-    std::vector<int64_t> offsets = input.offsets;
-    for (int64_t& offset : offsets) require(offset % groups == 0, "tables: a page of each group for every 16 tokens"), offset /= groups;
+    Sequences all{{}, input.offsets, input.lengths, input.starts};
+    for (int64_t& offset : all.offsets) require(offset % groups == 0, "tables: a page of each group for every 16 tokens"), offset /= groups;
     for (int group = 0; group < groups; group++) {
-        std::vector<int32_t> pages(input.pages.size() / size_t(groups));
-        for (size_t i = 0; i < pages.size(); i++) pages[i] = input.pages[i * size_t(groups) + size_t(group)];
-        const auto plan = [&](const Shape& shape) {
+        all.pages.resize(input.pages.size() / size_t(groups));
+        for (size_t i = 0; i < all.pages.size(); i++) all.pages[i] = input.pages[i * size_t(groups) + size_t(group)];
+        const auto plan = [&](const Shape& shape, const Sequences& of) {
             // throws for what is wrong; rows, lengths and tables are as it says from here on
-            if (!plans.count(shape))
-                plans.try_emplace(shape, pages, offsets, input.lengths, input.starts, shape[1], shape[2], num_pages);
+            if (!plans.count(shape)) plans.try_emplace(shape, of.pages, of.offsets, of.lengths, of.starts, shape[1], shape[2], num_pages);
         };
-        for (const Op& op : ops)
-            if (op.kind == OpKind::paged_attention && op.page_group == group) plan(shape_of(op));
-        if (plans.empty() || plans.rbegin()->first[0] != group) plan({group, 1, 1});        // checks them without any attention too
-        find_slots(pages, offsets);
+        const auto plan_ops = [&](bool of_needed, const Sequences& of) {
+            for (const Op& op : ops)
+                if (op.kind == OpKind::paged_attention && op.page_group == group && count_of(op) && shape_of(op)[3] == of_needed) plan(shape_of(op), of);
+        };
+        plan_ops(false, all);
+        if (plans.empty() || plans.rbegin()->first[0] != group) plan({group, 1, 1, false}, all);        // checks them without any attention too
+        find_slots(all.pages, all.offsets);
+        if (!needed.empty() && last_append < INT32_MAX) plan_ops(true, of_needed(all));
     }
-    for (const Op& op : ops)
-        if (op.kind == OpKind::paged_attention && !attention.count(key_of(op, false)))
-            add_attention_run(op, false, plans.at(shape_of(op)).work(op.attention.window));
-}
-
-void Step::add_attention_run(const Op& op, bool needed_only, const AttentionPlan::Work& work) {
-    attention_memory.emplace_back();
-    void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, op.attention.head_size) + 64);
-    attention.emplace(key_of(op, needed_only), AttentionRun(work, memory, threads));
+    for (const Op& op : ops) {
+        if (op.kind != OpKind::paged_attention || !count_of(op) || attention.count(key_of(op))) continue;
+        const AttentionPlan::Work& work = plans.at(shape_of(op)).work(op.attention.window, op.attention.head_size);
+        attention_memory.emplace_back();
+        void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, op.attention.head_size) + 64);
+        attention.emplace(key_of(op), AttentionRun(work, memory, threads));
+    }
 }
 
 void Step::find_needed() {
-    needed.resize(size_t(tokens));
-    for (const int64_t row : input.logit_rows) needed[size_t(row)] = true;
     const auto append = std::find_if(ops.rbegin(), ops.rend(), [](const Op& op) {
         return (op.kind == OpKind::rope_append && op.rope.kv_heads > 0) || keeps_states(op.kind);
     });
-    if (append == ops.rend() || input.all_rows || (!by_rows() && logit_rows > 0)) return;
+    gathered = input.logit_rows;
+    if (append == ops.rend() || input.all_rows) return;
+    needed = input.logit_rows;
+    std::sort(needed.begin(), needed.end());
+    needed.erase(std::unique(needed.begin(), needed.end()), needed.end());
+    if (int64_t(needed.size()) == tokens) return;
     last_append = int(ops.rend() - append) - 1;
-    if (logit_rows == 0) return;
-    for (size_t i = size_t(last_append); i < ops.size(); i++) {
-        if (ops[i].kind != OpKind::paged_attention || attention.count(key_of(ops[i], true))) continue;
-        AttentionPlan::Work& work = needed_work[key_of(ops[i], true)];
-        work = plans.at(shape_of(ops[i])).work(ops[i].attention.window);
-        const auto unneeded = [&](const AttentionItem& item) {
-            return std::find(needed.begin() + item.row, needed.begin() + item.row + item.rows, 1) == needed.begin() + item.row + item.rows;
-        };
-        work.items.erase(std::remove_if(work.items.begin(), work.items.end(), unneeded), work.items.end());
-        add_attention_run(ops[i], true, work);
+    for (int64_t& row : gathered) row = std::lower_bound(needed.begin(), needed.end(), row) - needed.begin();
+    find_live();
+}
+
+// What ops after the last append read before any of them has written it.
+void Step::find_live() {
+    std::vector<const float*> seen;
+    const auto is_new = [&](const Rows& rows) {
+        if (!rows.at || std::find(seen.begin(), seen.end(), rows.at) != seen.end()) return false;
+        return seen.push_back(rows.at), true;
+    };
+    for (size_t i = size_t(last_append) + 1; i < ops.size(); i++) {
+        const Op& op = ops[i];
+        if (op.on_logit_rows && op.kind != OpKind::gather_rows) continue;
+        for (const Rows& rows : {op.x, op.other, op.kind == OpKind::split_gates ? Rows() : op.gates})
+            if (is_new(rows)) live.push_back(rows);
+        is_new(op.out);
+        if (op.kind == OpKind::split_gates) is_new(op.gates);
     }
+}
+
+// The needed rows as the newest of sequences of their own: each run of neighbours one.
+Step::Sequences Step::of_needed(const Sequences& all) const {
+    Sequences some{{}, {0}, {}, {0}};
+    size_t i = 0;
+    for (size_t begin = 0, end; begin < needed.size(); begin = end) {
+        while (needed[begin] >= all.starts[i + 1]) i++;
+        end = begin + 1;
+        while (end < needed.size() && needed[end] == needed[end - 1] + 1 && needed[end] < all.starts[i + 1]) end++;
+        const int64_t length = all.lengths[i] ? positions[size_t(needed[end - 1])] + 1 : 0;
+        const auto pages = all.pages.begin() + all.offsets[i];
+        some.pages.insert(some.pages.end(), pages, pages + (length + PAGE_SIZE - 1) / PAGE_SIZE);
+        some.offsets.push_back(int64_t(some.pages.size())), some.lengths.push_back(length), some.starts.push_back(int64_t(end));
+    }
+    return some;
 }
 
 template <class Work>
@@ -146,14 +174,13 @@ void Step::add_staged(Part part, size_t staged_bytes) {
 void Step::add_rows(int first, int end, int prepares, int64_t rows) {
     if (rows == 0 || (first == end && prepares < 0)) return;
     int64_t per_chunk = SMALL_CHUNK_ROWS;
-    if (rows == tokens && by_rows()) {          // the more, the less often weights are read
+    if (by_rows(rows)) {                        // the more, the less often weights are read
         const int64_t least = chosen_amx() != Amx::none && rows >= threads * PANEL_ROWS ? PANEL_ROWS : GROUP_ROWS;
         per_chunk = 4 * GROUP_ROWS;
         while (per_chunk > least && rows < 3 * threads * per_chunk) per_chunk /= 2;
         if (rows < 2 * threads * GROUP_ROWS) per_chunk = (rows + threads - 1) / threads;     // one each: with chunks of 8, some would have two
     }
-    const bool needed_only = first < end && is_needed_only(first);
-    add_plain<&Step::do_rows>({nullptr, first, end, prepares, rows, per_chunk, (rows + per_chunk - 1) / per_chunk, needed_only});
+    add_plain<&Step::do_rows>({nullptr, first, end, prepares, rows, per_chunk, (rows + per_chunk - 1) / per_chunk});
 }
 
 void Step::add_product(int index) {
@@ -168,28 +195,27 @@ void Step::add_product(int index) {
 }
 
 void Step::add_attention(int index) {
-    const bool needed_only = is_needed_only(index);
-    Part part{nullptr, index, index + 1, -1, tokens, tokens, 0, needed_only};
+    const int64_t rows = count_of(ops[size_t(index)]);
+    Part part{nullptr, index, index + 1, -1, rows, rows, 0};
     const AttentionRun& run = attention_of(part);
     part.chunks = run.chunks();
     if (part.chunks) add_staged<&Step::do_attention, &Step::put_attention>(part, run.staged_bytes(ops[size_t(index)].attention));
-    if (many_rows() && part.chunks) phases.back().put = nullptr;          // long chunks: one that is only slow would be done twice
+    if (many_rows(rows) && part.chunks) phases.back().put = nullptr;      // long chunks: one that is only slow would be done twice
 }
 
 // Routing decides how much there is to do: at most what `most` experts take.
 void Step::add_experts(int index) {
     const Op& op = ops[size_t(index)];
     const int64_t rows = count_of(op), E = op.routing->experts, pairs = rows * op.routing->chosen, most = std::min(E, pairs);
-    const bool needed_only = is_needed_only(index);
-    const int64_t per_chunk = many_rows() ? 4 * GROUP_ROWS : SMALL_CHUNK_ROWS;
-    add_plain<&Step::do_gather>({nullptr, index, index, index, rows, rows, (pairs + per_chunk - 1) / per_chunk, needed_only});
+    const int64_t per_chunk = many_rows(rows) ? 4 * GROUP_ROWS : SMALL_CHUNK_ROWS;
+    add_plain<&Step::do_gather>({nullptr, index, index, index, rows, rows, (pairs + per_chunk - 1) / per_chunk});
     const int64_t units = tile_count(op.tiles.rows) / unit_of(op) / E * most, bytes = bytes_of(op.tiles) / E * most;
     const int64_t each = (pairs + most - 1) / most, work = bytes * std::max(each, FREE_ROWS) / FREE_ROWS;
-    int64_t chunks = ((many_rows() ? bytes / EXPERT_BYTES : work / CHUNK_BYTES) / threads + 1) * threads;
+    int64_t chunks = ((many_rows(rows) ? bytes / EXPERT_BYTES : work / CHUNK_BYTES) / threads + 1) * threads;
     chunks = std::min({chunks, units, MAX_CHUNKS});
     const size_t staged_bytes = size_t(rows * (units / chunks + 1) * TILE_ROWS) * sizeof(float);
-    add_staged<&Step::do_experts, &Step::put_experts>({nullptr, index, index + 1, -1, rows, rows, chunks, needed_only}, staged_bytes);
-    if (many_rows()) phases.back().put = nullptr;                       // as in add_attention
+    add_staged<&Step::do_experts, &Step::put_experts>({nullptr, index, index + 1, -1, rows, rows, chunks}, staged_bytes);
+    if (many_rows(rows)) phases.back().put = nullptr;                   // as in add_attention
 }
 
 // The meeting is in a phase of one chunk: one thread waits for the other ranks.
@@ -215,8 +241,12 @@ void Step::make_phases() {
         const Op& op = ops[size_t(i)];
         const int64_t rows = count_of(op);
         if (first < i && ops[size_t(i - 1)].on_logit_rows != op.on_logit_rows) flush(i, -1, i);
-        if (rows == 0 || (is_needed_only(i) && logit_rows == 0)) flush(i, -1, i + 1);
-        else if (op.kind == OpKind::linear && (op.on_logit_rows || !by_rows())) flush(i, i, i + 1), add_product(i);
+        if (i - 1 == last_append) {
+            flush(i, -1, i);
+            if (!needed.empty() && !live.empty()) add_plain<&Step::do_move_needed>({nullptr, i, i, -1, tokens, tokens, int64_t(live.size())});
+        }
+        if (rows == 0) flush(i, -1, i + 1);
+        else if (op.kind == OpKind::linear && (op.on_logit_rows || !by_rows(rows))) flush(i, i, i + 1), add_product(i);
         else if (op.kind == OpKind::paged_attention) flush(i, -1, i + 1), add_attention(i);
         else if (is_convolution(op.kind) && rows > SMALL_CHUNK_ROWS) {
             const int64_t units = op.out.columns / 16;
@@ -225,7 +255,7 @@ void Step::make_phases() {
         else if (op.kind == OpKind::mamba2) {
             const int64_t chunks = std::min(op.mamba.heads, rows * op.mamba.heads * op.mamba.head_values() / MAMBA_VALUES + 1);
             flush(i, -1, i + 1), add_plain<&Step::do_mamba2>({nullptr, i, i + 1, -1, rows, rows, chunks});
-        } else if (op.kind == OpKind::group) flush(i, -1, i + 1), add_plain<&Step::do_group>({nullptr, i, i + 1, -1, rows, rows, 1, is_needed_only(i)});
+        } else if (op.kind == OpKind::group) flush(i, -1, i + 1), add_plain<&Step::do_group>({nullptr, i, i + 1, -1, rows, rows, 1});
         else if (op.kind == OpKind::gate_up || op.kind == OpKind::down) flush(i, -1, i + 1), add_experts(i);
         else if (op.ranks) flush(i, -1, i + 1), add_exchange(i);
         else if (op.kind == OpKind::softcap) {

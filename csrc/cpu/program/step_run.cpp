@@ -76,12 +76,7 @@ void Step::run(int width, const std::function<void()>& begun) {
 }
 
 void Step::do_rows(const Part& part, int64_t chunk) const {
-    int64_t begin = chunk * part.rows_per_chunk, end = std::min(begin + part.rows_per_chunk, part.rows);
-    if (part.needed_only) {
-        while (begin < end && !needed[size_t(begin)]) begin++;
-        while (begin < end && !needed[size_t(end - 1)]) end--;
-        if (begin == end) return;
-    }
+    const int64_t begin = chunk * part.rows_per_chunk, end = std::min(begin + part.rows_per_chunk, part.rows);
     for (int i = part.first; i < part.end; i++) do_row_op(ops[size_t(i)], begin, end);
     if (part.prepares < 0) return;
     const Op& op = ops[size_t(part.prepares)];
@@ -98,12 +93,12 @@ void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
         const int64_t columns = op.out.columns;
         switch (op.kind) {
             case OpKind::embed: embed(op, row); break;
-            case OpKind::gather_rows: std::memcpy(out, op.x.row(input.logit_rows[size_t(row)]), size_t(columns) * sizeof(float)); break;
+            case OpKind::gather_rows: std::memcpy(out, op.x.row(gathered[size_t(row)]), size_t(columns) * sizeof(float)); break;
             case OpKind::copy: std::memcpy(out, op.x.row(row), size_t(columns) * sizeof(float)); break;
             case OpKind::rms_norm: rms_norm(op, row); break;
             case OpKind::mix: use.mix(op.x.row(row), op.a, op.other.row(row), op.b, columns, out); break;
             case OpKind::smear: {
-                const float* previous = input.previous_ids[size_t(row)] >= 0 ? op.other.row(row) : nullptr;
+                const float* previous = input.previous_ids[size_t(token_of(op, row))] >= 0 ? op.other.row(row) : nullptr;
                 use.smear(op.x.row(row), previous, op.weight, op.channels, op.a, columns, out);
                 break;
             }
@@ -138,7 +133,7 @@ void Step::rms_norm(const Op& op, int64_t row) const {
 }
 
 void Step::embed(const Op& op, int64_t row) const {
-    const int64_t id = std::max<int64_t>((op.previous_ids ? input.previous_ids : input.token_ids)[size_t(row)], 0) - op.first_row;
+    const int64_t id = std::max<int64_t>((op.previous_ids ? input.previous_ids : input.token_ids)[size_t(token_of(op, row))], 0) - op.first_row;
     float* const out = product_row(op, row);
     if (id < 0 || id >= op.table_rows) return std::fill_n(out, op.out.columns, -0.0f), void();      // another rank has it
     if (op.file_row_bytes)
@@ -150,8 +145,21 @@ void Step::embed(const Op& op, int64_t row) const {
 
 void Step::append(const Op& op, int64_t begin, int64_t end) const {
     RopeJob job = op.rope;
-    job.rows = tokens, job.positions = positions.data(), job.slots = slots[size_t(op.page_group)].data();
-    DC_CHOSEN(attention_kernels).rope_rows(job, begin, end);
+    const int64_t* const places = slots[size_t(op.page_group)].data();
+    job.rows = tokens, job.positions = positions.data(), job.slots = places;
+    if (!is_of_needed(index_of(op))) return DC_CHOSEN(attention_kernels).rope_rows(job, begin, end);
+    for (int64_t row = begin; row < end; row++) {
+        const int64_t token = needed[size_t(row)];
+        job.positions = positions.data() + token - row, job.slots = places + token - row;
+        DC_CHOSEN(attention_kernels).rope_rows(job, row, row + 1);
+    }
+}
+
+// Each needed row to its place among them; they ascend, so it overwrites none that has yet to move.
+void Step::do_move_needed(const Part&, int64_t chunk) const {
+    const Rows& rows = live[size_t(chunk)];
+    for (size_t i = 0; i < needed.size(); i++)
+        if (needed[i] != int64_t(i)) std::memcpy(rows.row(int64_t(i)), rows.row(needed[i]), size_t(rows.columns) * sizeof(float));
 }
 
 void Step::do_convolution(const Part& part, int64_t chunk) const {
@@ -209,7 +217,7 @@ void Step::linear_of_rows(const Op& op, int64_t begin, int64_t end) const {
 // ---- experts
 
 void Step::do_group(const Part& part, int64_t) const {
-    ops[size_t(part.first)].routing->group(part.rows, [&](int64_t row) { return !part.needed_only || needed[size_t(row)]; });
+    ops[size_t(part.first)].routing->group(part.rows);
 }
 
 void Step::do_gather(const Part& part, int64_t chunk) const {
@@ -267,11 +275,7 @@ void Step::combine(const Op& op, int64_t row) const {
     const Routing& routing = *op.routing;
     const int64_t first = row * routing.chosen;
     const float* added[MAX_CHOSEN];
-    for (int64_t j = 0; j < routing.chosen; j++) {
-        const int64_t pair = routing.pair_of[size_t(first + j)];
-        if (pair < 0) return;                   // nobody needs the row
-        added[j] = memory.added + pair * op.out.columns;
-    }
+    for (int64_t j = 0; j < routing.chosen; j++) added[j] = memory.added + routing.pair_of[size_t(first + j)] * op.out.columns;
     row_kernels_here().combine(op.x.at ? op.x.row(row) : nullptr, added, &routing.shares[size_t(first)], routing.chosen, op.out.columns, op.out.row(row));
 }
 
@@ -306,7 +310,7 @@ void Step::put_product(const Part& part, int64_t chunk, const float* staged) con
 }
 
 const AttentionRun& Step::attention_of(const Part& part) const {
-    return attention.at(key_of(ops[size_t(part.first)], part.needed_only));
+    return attention.at(key_of(ops[size_t(part.first)]));
 }
 
 void Step::do_attention(const Part& part, int64_t chunk, float* staged) const {
@@ -379,6 +383,7 @@ StepTimes Step::times() const {
         if (const Op& op = ops[size_t(parts[i].first)]; what == "linear")
             what += " " + std::to_string(op.tiles.rows) + "x" + std::to_string(op.tiles.columns);
         if (parts[i].prepares >= 0) what += what.empty() ? "prepare" : "+prepare";
+        if (what.empty()) what = "move";
         all.phases.emplace_back(what, double(stamps[i + 1] - stamps[i]) * tick);
     }
     return all;
