@@ -172,5 +172,5 @@ const TEXT = {
 
   keysTitle: "Keyboard shortcuts",
   keys: [["Enter", "send"], ["Shift Enter", "new line"], ["Esc", "stop the answer"], ["↑", "in an empty message: what you asked before"],
-    ["Ctrl K", "search chats"], ["Ctrl Shift O", "new chat"], ["?", "this list"]],
+    ["← →", "in a token lens: from token to token; ↓ to what stood beside it"], ["Ctrl K", "search chats"], ["Ctrl Shift O", "new chat"], ["?", "this list"]],
 };

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from browsing import (ROOT, SLOW_MS, answers, ask, button, command, expect, expect_accessible, expect_answered, menu, message_box, needs_browser,
-                      open_page, opened_page, reload, said, server_url, settled)
+from browsing import (ROOT, SLOW_MS, answers, ask, button, command, expect, expect_accessible, expect_answered, menu,
+                      message_box, needs_browser, open_page, reload, said, settled)
 
 pytestmark = needs_browser
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from browsing import (SLOW_MS, answers, ask, button, chats, expect, expect_accessible, expect_answered, menu, message_box, needs_browser, open_page, said, server_url, settled)
+from browsing import (SLOW_MS, answers, ask, button, chats, expect, expect_accessible, expect_answered, menu, message_box,
+                      needs_browser, open_page, said, settled)
 
 pytestmark = needs_browser
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}, "required": ["city"]}
