@@ -106,7 +106,7 @@ const TEXT = {
   cut: "cut at the length limit", dropped: count => `without the ${plural(count, "oldest message", "oldest messages")}, which no longer fit`,
   notes: {stopped: "stopped", interrupted: "interrupted"},
   details: ({prompt_tokens: prompt, cached_tokens: cached, queue_ms: queued, ttft_ms: first}) => [
-    `Prompt of ${plural(prompt, "token", "tokens")}${cached === undefined ? "" : `, ${number(cached)} of them cached`}`,
+    `Prompt of ${plural(prompt, "token", "tokens")}${cached === undefined ? "" : `, ${plural(cached, "token", "tokens")} remembered`}`,
     ...(queued === undefined ? [] : [`queued for ${Math.round(queued)} ms`]),
     ...(first === undefined ? [] : [`first token after ${Math.round(first)} ms`])].join("; ") + ".",
 

@@ -162,7 +162,7 @@ def test_an_answer_without_a_word_says_so_and_nothing_is_empty_below_a_question(
         if question != "half a thought":
             button(page, "New chat").click()
     button(answers(page), "More").click()                  # all figures, also where the line has no room for them
-    expect(page.get_by_role("group", name="More")).to_contain_text("Prompt of 12 tokens, 4 of them cached; queued for 0 ms; first token after 81 ms.")
+    expect(page.get_by_role("group", name="More")).to_contain_text("Prompt of 12 tokens, 4 tokens remembered; queued for 0 ms; first token after 81 ms.")
     page.keyboard.press("Escape")
     button(page, "New chat").click()
     ask(page, "a long question " * 20)

@@ -65,7 +65,7 @@ class Metrics:
                 ("kept_pages", "KV pages that were copied to memory that outlives the workers"),
                 ("missed_pages", "pages of prompts that were neither cached nor kept"),
                 ("prefill_saved_s", "seconds of computing prompts that restored pages saved"),
-                ("keeping_s", "seconds that copying pages to memory took")):
+                ("keeping_s", "seconds of a processor that copying pages to memory took")):
             unit = f"{name[:-2]}_seconds" if name.endswith("_s") else name
             yield families.CounterMetricFamily(f"chat_server_{unit}", doc,
                                                sum(worker.get(name) or 0 for worker in workers))

@@ -67,10 +67,6 @@ class Restoration:
     room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(Keeper.BATCHES))
 
 
-def as_tensor(payload: memoryview) -> torch.Tensor:
-    return torch.from_numpy(numpy.asarray(payload, numpy.uint8))
-
-
 class Keeper:
     """Copies contents of the prefix index to kept pages, and back."""
 
@@ -86,10 +82,11 @@ class Keeper:
         layout, memory = transformer.layout, transformer.cache
         depth = layout.size // layout.own if layout.own else 1
         pages = pool.num_pages + transformer.groups.holes
-        # (layers of a page, pages, bytes): a page is a column, where its layers lie apart
-        self.rows = (memory.view(torch.uint8).view(depth, pages, -1) if layout.size else
-                     torch.empty(1, pages, 0, dtype=torch.uint8))
-        self.states = [state.view(torch.uint8).flatten(1)
+        # (layers of a page, pages, bytes): a page is a column, where its layers lie apart. As numpy's arrays:
+        # torch copies with threads, which wait for each other while a step has all cores
+        self.rows = (memory.view(torch.uint8).numpy().reshape(depth, pages, -1) if layout.size else
+                     numpy.empty((1, pages, 0), numpy.uint8))
+        self.states = [state.view(torch.uint8).numpy().reshape(len(state), -1)
                        for states in transformer.states for state in states]
         self.page_bytes = self.rows.shape[0] * self.rows.shape[2]
         self.state_bytes = sum(state.shape[1] for state in self.states)
@@ -104,7 +101,7 @@ class Keeper:
         self.retry_s, self.trouble = 0.0, ""
         self.counts = dict.fromkeys(("restored_tokens", "restored_bytes", "kept_pages", "kept_bytes",
                                      "missed_pages"), 0)
-        self.saved_s = self.spent_s = 0.0
+        self.saved_s = self.spent_s = 0.0  # of computing; of the processor
 
     def begin(self, profile: Callable[[], bytes], patience_s: float):
         """Learn in a thread what weights these are and what is kept, and wait for it, but not for long."""
@@ -122,7 +119,7 @@ class Keeper:
 
     def settle(self):
         """Keep what the steps so far have filled: none of them is under way."""
-        pool, states, now = self.pool, self.pool.states, time.monotonic()
+        pool, states, now, began_s = self.pool, self.pool.states, time.monotonic(), time.thread_time()
         self._give_up_stuck()
         if not self.kept.profile or now < self.retry_s:
             return
@@ -140,7 +137,7 @@ class Keeper:
             if self.trouble != (trouble := error.strerror or str(error)):
                 self.trouble = trouble
                 log.warning("prefixes are not kept in memory for a while: %s", trouble)
-        self.spent_s += time.monotonic() - now
+        self.spent_s += time.thread_time() - began_s
 
     def _keep_page(self, serial: int, pages: list[int], tokens: tuple[int, ...]) -> int:
         """Returns the bytes that were copied."""
@@ -149,7 +146,7 @@ class Keeper:
             return 0
         there = [page for page in pages if page != self.pool.hole]
         groups = sum(1 << group for group, page in enumerate(pages) if page != self.pool.hole)
-        payload = self.rows[:, there].transpose(0, 1).contiguous().flatten().numpy()
+        payload = numpy.concatenate([self.rows[:, page].ravel() for page in there])
         if self.kept.add(PAGE, address, payload, groups, tokens):
             self.counts["kept_pages"] += 1
             self.counts["kept_bytes"] += len(payload)
@@ -161,7 +158,7 @@ class Keeper:
                 or self.kept.key(STATE, address) in self.kept.index):
             return 0
         slot = (states.ends if serial in states.ends else states.passed)[serial]
-        payload = torch.cat([state[slot] for state in self.states]).numpy()
+        payload = numpy.concatenate([state[slot] for state in self.states])
         if self.kept.add(STATE, address, payload):
             self.counts["kept_bytes"] += len(payload)
         return len(payload)
@@ -296,7 +293,8 @@ class Keeper:
                 or (pages := pool.allocate(len(needed))) is None):
             restoration.over = True  # what it has brought so far may still be used
             return
-        parts = as_tensor(payload).view(len(there), self.rows.shape[0], self.rows.shape[2])
+        parts = numpy.asarray(payload, numpy.uint8).reshape(
+            len(there), self.rows.shape[0], self.rows.shape[2])
         table = [pool.hole] * pool.groups
         for group, page in zip(needed, pages):
             self.rows[:, page] = parts[there.index(group)]
@@ -314,7 +312,7 @@ class Keeper:
         if states is None or len(payload) != self.state_bytes or (slot := states.allocate()) is None:
             restoration.over = True
             return
-        data, begin = as_tensor(payload), 0
+        data, begin = numpy.asarray(payload, numpy.uint8), 0
         for state in self.states:
             state[slot] = data[begin:begin + state.shape[1]]
             begin += state.shape[1]

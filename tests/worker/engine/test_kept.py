@@ -73,10 +73,10 @@ def writing(store, memory, limit=1 << 30, busy=lambda: False):
 def bits_of(engine):
     """The digest of each page in the prefix index by its address, and of each snapshot."""
     pool, keeper = engine.pool, engine.keeper
-    pages = {(pool.addresses[content.serial], group): hashlib.sha256(keeper.rows[:, page].contiguous().numpy().tobytes()).hexdigest()
+    pages = {(pool.addresses[content.serial], group): hashlib.sha256(keeper.rows[:, page].tobytes()).hexdigest()
              for content in pool.index.values() for group, page in enumerate(content.pages) if page != pool.hole}
     states = pool.states or SimpleNamespace(passed={}, ends={})
-    snapshots = {pool.addresses[serial]: hashlib.sha256(b"".join(state[slot].numpy().tobytes() for state in keeper.states)).hexdigest()
+    snapshots = {pool.addresses[serial]: hashlib.sha256(b"".join(state[slot].tobytes() for state in keeper.states)).hexdigest()
                  for known in (states.passed, states.ends) for serial, slot in known.items()}
     return pages, snapshots
 

@@ -1,0 +1,89 @@
+"""The first token of long prompts: computed, from the prefix cache, and from --prefix-store after a restart.
+
+    python bench/prefixes.py MODEL --tokens 4000,16000 --rounds 3      MODEL must have such a context; one that is 1.1 B wide is meant
+
+starts servers one after another. A round has a prompt of random tokens: cold, it is computed; warm, asked again; restored, asked of
+a server that was started anew, with the store's files in the page cache. It prints the best of all rounds, then the bytes stored for a
+token, and the share of all processors' time, while it is computed, that keeping takes: copies to memory in the worker, and what the
+front uses until all is stored.
+"""
+
+import argparse
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+
+from real_server import server    # noqa: E402
+
+
+def first_token_s(url, ids):
+    """(seconds until an answer of one token, tokens of the prompt that were cached)."""
+    body = json.dumps({"prompt": ids, "max_tokens": 1, "temperature": 0}).encode()
+    began_s = time.monotonic()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=3600) as response:
+        usage = json.load(response)["usage"]
+    return time.monotonic() - began_s, usage["prompt_tokens_details"]["cached_tokens"]
+
+
+def stats(url):
+    with urllib.request.urlopen(f"{url}/stats", timeout=60) as response:
+        body = json.load(response)
+    return body["prefixes"], body["workers"][0]
+
+
+def measure(flags, count, dice, folder):
+    """Seconds cold, warm and restored, bytes stored of a token, and the share of processor time that keeping took."""
+    ids, store = [dice.randrange(100, 1000) for _ in range(count)], ("--prefix-store", folder, "--context-length", count + 64)
+    with server(*flags, *store) as (process, url):
+        front = psutil.Process(process.pid)
+        first_token_s(url, ids[:64][::-1])     # what first answers alone pay
+        cold_s, cached = first_token_s(url, ids)
+        assert cached == 0
+        busy_s = sum(front.cpu_times()[:2])
+        while stats(url)[0]["stored_pages"] < count // 16:
+            time.sleep(0.2)
+        stored_s = sum(front.cpu_times()[:2]) - busy_s
+        warm_s, cached = min(first_token_s(url, ids) for _ in range(3))
+        assert cached > count - 32
+        bytes_per_token = stats(url)[0]["stored_bytes"] / count
+        share = (stats(url)[1]["keeping_s"] + stored_s) / (cold_s * psutil.cpu_count())
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    with server(*flags, *store) as (process, url):
+        first_token_s(url, ids[:64][::-1])
+        restored_s, cached = first_token_s(url, ids)
+        assert cached > count - 32, f"only {cached} tokens were restored before it began to compute"
+    return cold_s, warm_s, restored_s, bytes_per_token, share
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--tokens", default="4000,16000")
+    parser.add_argument("--rounds", type=int, default=3)
+    words = parser.parse_args()
+    flags, dice = ([words.model] if words.model else []), random.Random(1)
+    print(f"{'tokens':>7} {'cold s':>8} {'warm s':>8} {'restored s':>10} {'cold / restored':>15} {'restored / warm':>15} {'bytes a token':>13} {'keeping':>8}")
+    for count in map(int, words.tokens.split(",")):
+        rounds = []
+        for _ in range(words.rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                rounds.append(measure(flags, count, dice, folder))
+        cold_s, warm_s, restored_s, size, share = map(min, zip(*rounds))
+        print(f"{count:7,} {cold_s:8.2f} {warm_s:8.3f} {restored_s:10.3f} {cold_s / restored_s:15.1f} {restored_s / warm_s:15.2f} "
+              f"{size:13,.0f} {share:8.2%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
