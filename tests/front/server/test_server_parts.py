@@ -78,8 +78,8 @@ def test_an_answer_has_an_owner_and_so_have_its_pages():
     assert [Owners(alone).of_answer(name, "alice") for name in (number, "mine")] == ["alice"] * 2
     assert [Owners(settings).of_pages("alice") for settings in (Settings(), together)] == ["", ""]
     names = [Owners(replace(alone, keys=keys)).of_pages(name) for keys, name in (
-        (KEYS, "alice"), (KEYS, "bob"), ((ApiKey.hashed("another", "alice"),), "alice"), ((*KEYS[:1],), "alice"))]
-    assert names[0] == names[3] and len({*names, ""}) == 4      # another key of the same name is another owner
+        (KEYS, "alice"), (KEYS, "bob"), ((ApiKey.hashed("another", "alice"),), "alice"), ((KEYS[0]._replace(name="carol"),), "carol"))]
+    assert names[0] == names[3] and len({*names, ""}) == 4      # another key of the same name is another owner, the same key of another name is not
 
 
 def test_only_open_routes_need_no_key():
