@@ -9,6 +9,7 @@ by how much the one beside the server is slower. --asked: one client asks `lates
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import statistics
@@ -30,8 +31,8 @@ import sys, time
 sys.path[:0] = [{support!r}]
 import torch, tiny_training
 from pathlib import Path
-model = tiny_training.Model(dict(sequence_len=512, vocab_size=283, n_layer=4, n_head=4, n_kv_head=4, n_embd=256))
-ids, step, written = torch.tensor(list((tiny_training.TEXT * 5).encode()))[:512], 0, time.monotonic()
+model = tiny_training.Model(dict(sequence_len=256, vocab_size=283, n_layer=4, n_head=4, n_kv_head=4, n_embd=128))
+ids, step, written = torch.tensor(list((tiny_training.TEXT * 5).encode()))[:256], 0, time.monotonic()
 while True:
     model.learn(ids)
     step += 1
@@ -47,7 +48,8 @@ class Training:
 
     def __init__(self, base, every):
         code = TRAINING.format(support=str(ROOT / "tests" / "support"), base=str(base), every=every)
-        self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+        self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True,
+                                        env=os.environ | {"GOMP_SPINCOUNT": "1000"})    # or other programs slow it down 20 times
         self.steps = 0
         threading.Thread(target=self.count, daemon=True).start()
 

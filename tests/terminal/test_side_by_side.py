@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import chat_server
 import pytest
@@ -87,13 +89,14 @@ async def test_the_score_is_that_of_plain_torch_and_the_same_in_any_batch(nanoch
 
 
 @pytest.mark.slow
-async def test_the_default_models_score_is_that_of_transformers(default_model_path, tmp_path, capsys):
+def test_the_default_models_score_is_that_of_transformers(default_model_path, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
     text = "The Apollo program was a human spaceflight program. It landed the first humans on the Moon in 1969. " * 12
     (tmp_path / "text").write_text(text)
-    assert await score(command(f"score {default_model_path} --text {tmp_path / 'text'} --context-length 128 --json")) == 0
-    scored = json.loads(capsys.readouterr().out)
+    done = subprocess.run([sys.executable, chat_server.__file__, "score", default_model_path, "--text", tmp_path / "text",
+                           "--context-length", "128", "--json"], capture_output=True, text=True, timeout=300)
+    scored = json.loads(done.stdout)
     settings = Settings(model=str(default_model_path))
     spec = open_model(resolve_model(settings), settings).text
     ids = [spec.bos_token, *open_tokenizer(spec).encode(text)]

@@ -133,6 +133,7 @@ class RunWatch:
         model.run, model.step = self._tag_of(step.run), step.step
         self.many.residency.budget = self.many.opener.budget or 0
         self.registry.add(model)
+        self.registry.models.sort(key=lambda model: (model.run, model.step))  # "": those of no run stay first
         self.models[step.path], self.steps[step.path] = model, step
         self.many.admit(model)
         log.info("the checkpoint %s can be asked", model.name)

@@ -5,7 +5,10 @@ import json
 import logging
 import os
 import shutil
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -13,11 +16,13 @@ import tiny_training
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.steps import find_steps
+from chatlm.front.pool.local import niceness
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.pool.watch import RunWatch
 from fake_pool import frames, serving
 from forked import DYING
+from real_server import server
 
 TINY = {"dtype": "float32", "kv_cache_memory": 4 << 20, "max_batch": 8}
 MIB = 1 << 20
@@ -102,7 +107,7 @@ async def swaps_under_load(run_folder, watching, client, count, talkers):
         await asyncio.gather(*talks)
         async with client.get(url + "/v1/models") as response:
             listed = (await response.json())["data"]
-    assert {model["id"] for model in listed} == {f"d2@{step}" for step in range(2, 2 * count + 1, 2)}
+    assert [model["id"] for model in listed] == [f"d2@{step}" for step in range(2, 2 * count + 1, 2)]
     assert [model["aliases"] for model in listed if model["step"] == 2 * count] == [["d2@latest"]]
     seen = {(step, text): content for step, text, content in answers}
     assert all(seen[step, text] == content for step, text, content in answers)
@@ -218,6 +223,8 @@ async def test_old_steps_take_turns_where_memory_holds_one(run_folder, watching,
         await until(lambda: len(models.registry.models) == 3)
         answers = await asyncio.gather(*(ask(client, url, f"d2@{step}") for step in (1, 2, 3)))
         assert [body["model"] for _, body in answers] == ["d2@1", "d2@2", "d2@3"]
+        status, events = await compared(client, url, steps=[1, 2, 3])
+        assert status == 200 and [end["finish_reason"] for end in events[-1]["answers"]] == ["length"] * 3
         assert models.residency.used <= 230 * MIB
 
 
@@ -249,6 +256,10 @@ async def test_steps_are_compared_with_the_same_noise_and_it_is_said_where_each_
         assert len({end["seed"] for end in events[-1]["answers"]}) == 1
         status, events = await compared(client, url, variants=[{"model": "d2@2"}, {"model": "d2@2"}, {"seed": 6}], model="d2@2")
         assert [event["differs"]["index"] for event in events if "differs" in event] == [2]
+        body = {"messages": [{"role": "user", "content": "hello"}], "steps": [2, 4], "ignore_eos": True}
+        async with client.post(url + "/v1/compare", json=body) as response:
+            await response.content.readline()       # then the client leaves
+        await until(lambda: not any(model.pool.dispatcher.jobs for model in models.registry.models))
 
 
 async def test_what_cannot_be_compared_is_refused_before_the_stream(run_folder, watching, client):
@@ -342,3 +353,14 @@ async def test_checkpoints_of_a_trainer_are_watched_and_its_own_files_replace_no
         save(make_model("llama3.2", seed=11), tmp_path / "my-run" / "checkpoint-11")
         await until(lambda: len(models.registry.models) == 3)
         assert models.registry.models[:2] == known
+
+
+def test_a_server_that_watches_leaves_the_processor_to_the_training(run_folder):
+    """Its processes are as nice as --nice says, and so are their sessions, among which Linux divides the processor first."""
+    assert [niceness(Settings(device_type="cpu", **flags)) for flags in ({}, {"watch": "x"}, {"watch": "x", "nice": 3}, {"nice": 5})] == [None, 19, 3, 5]
+    with server("--watch", run_folder, "--nice", 15) as (process, url):
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children and {child.nice() for child in children} | {psutil.Process(process.pid).nice()} == {15}
+        groups = [Path(f"/proc/{child.pid}/autogroup") for child in children]
+        while not all(group.read_text().endswith("nice 15\n") for group in groups if group.exists()):
+            time.sleep(0.05)        # it is the first thing that they do
