@@ -118,7 +118,9 @@ class Engine:
 
     def add(self, work: Assignment):
         """Queue an answer; its prompt must fit the context (the front has checked this)."""
-        limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
+        # of a prompt that is only scored, and may fill the context, a token is drawn too
+        most = max(self.context_length, len(work.prompt_ids) + min(work.max_tokens, 1))
+        limit = min(len(work.prompt_ids) + work.max_tokens, most)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, scored=work.scored)
         self.answers.make(sequence)
         free = not work.needs_logits and not work.sampling.counts_tokens
