@@ -1,6 +1,6 @@
 """How much a server that watches a training run slows the training down.
 
-    python bench/watch.py [--rounds 8] [--seconds 15] [--text FILE] [--asked] [-- FLAGS OF THE SERVER]
+    python bench/watch.py [--rounds 8] [--seconds 15] [--text FILE] [--asked] [--nice 19]
 
 A training with torch, on all cores, writes a checkpoint every --every seconds. Beside it runs the server, by turns awake and stopped
 (SIGSTOP), so that what else the machine does falls on both alike. Printed: steps per second of the training in each turn, the medians, and
@@ -94,11 +94,10 @@ def processor_s(server):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rounds", 8), ("seconds", 15.0), ("every", 10.0)):
+    for name, default in (("rounds", 8), ("seconds", 15.0), ("every", 10.0), ("nice", 19)):
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--text")
     parser.add_argument("--asked", action="store_true")
-    parser.add_argument("flags", nargs="*")
     options = parser.parse_args()
     from real_server import server
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +105,7 @@ def main():
         training, ended, counts = Training(folder, options.every), threading.Event(), []
         try:
             more = ["--watch-text", options.text] if options.text else []
-            with server("--watch", folder, *more, *options.flags) as (process, url):
+            with server("--watch", folder, "--nice", options.nice, *more) as (process, url):
                 while urllib.request.urlopen(url + "/v1/models").read().count(b'"run"') < 1:
                     time.sleep(0.5)
                 if options.asked:
