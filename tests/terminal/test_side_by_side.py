@@ -100,7 +100,7 @@ def test_the_default_models_score_is_that_of_transformers(default_model_path, tm
     settings = Settings(model=str(default_model_path))
     spec = open_model(resolve_model(settings), settings).text
     ids = [spec.bos_token, *open_tokenizer(spec).encode(text)]
-    model, logprobs = AutoModelForCausalLM.from_pretrained(default_model_path.parent, gguf_file=default_model_path.name).float().eval(), 0.0
+    model, logprobs = AutoModelForCausalLM.from_pretrained(default_model_path.parent, gguf_file=default_model_path.name).eval(), 0.0
     begin, done = 0, 1
     while done < len(ids):
         window = torch.tensor([ids[begin:begin + 128]])
