@@ -220,7 +220,7 @@ class Front:
             pool, parsed = model.serving(), replace(parsed, request=self.identified(parsed.request))
             # the whole request, with its messages and tools, ends when it is admitted
             answering, parsed = self.answering(pool, parsed.request), parsed.lasting()
-            encoder = ENCODERS[parsed.api](parsed, pool.model_name,
+            encoder = ENCODERS[parsed.api](parsed, model.name,
                                            None if parsed.api == "native" else tokenizer_of(pool))
             if "done_reason" in parsed.details:  # without a question, Ollama only loads the model
                 if self.served.several:

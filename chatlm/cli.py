@@ -111,6 +111,11 @@ def as_words(value) -> list[str]:
     return [str(item) for item in (value if isinstance(value, list) else [value])]
 
 
+def words_of_table(table: Mapping) -> list[str]:
+    """A table of adapters, NAME = "FOLDER", as the words of --adapter."""
+    return [f"{name}={folder}" for name, folder in table.items()]
+
+
 def read_config(path: str | None) -> tuple[dict[str, list[str]], list[dict]]:
     """The flags of a --config TOML file, as words by field name, and its [[models]] tables. ConfigError for
     unknown names."""
@@ -126,6 +131,8 @@ def read_config(path: str | None) -> tuple[dict[str, list[str]], list[dict]]:
                 continue
             if name == "models" and isinstance(value, dict):
                 raise ValueError("[models] must be [[models]], a table for each model")
+            if isinstance(value, dict) and name == "adapter":
+                value = words_of_table(value)
             if isinstance(value, dict):
                 raise ValueError(f"[{name}] is a table, but flags stand outside tables: `port = 8000`, "
                                  "or for one that may repeat `served-model-name = [\"a\", \"b\"]`")
@@ -139,7 +146,7 @@ def read_config(path: str | None) -> tuple[dict[str, list[str]], list[dict]]:
 
 # The flags that a [[models]] table may have, beside name, path, aliases, pin, default and replicas
 TABLE_FLAGS = {flag.field: flag for flag in FLAGS if flag.field in (
-    "source", "model_tag", "step", "softcap", "lora", "dtype", "quantize", "context_length",
+    "source", "model_tag", "step", "softcap", "lora", "adapter", "dtype", "quantize", "context_length",
     "kv_cache_memory", "max_batch", "prefill_chunk", "drafts", "idle_unload", "temperature", "top_k", "top_p",
     "min_p", "max_tokens", "reasoning_budget", "reasoning_budget_message")}
 TABLE_KEYS = ("name", "path", "aliases", "pin", "default", "replicas")
@@ -153,7 +160,8 @@ def read_table(parser: CommandLine, table: dict, place: str) -> ModelChoice:
             names = [*TABLE_KEYS, *(known.replace("_", "-") for known in TABLE_FLAGS)]
             raise ConfigError(f"{place}: {name} is no key of a model{did_you_mean(name, names)}"
                               f" (they are {', '.join(names)})")
-    words = {field: as_words(table[name]) for field, name in spelled.items()}
+    words = {field: words_of_table(table[name]) if field == "adapter" and isinstance(table[name], dict) else
+             as_words(table[name]) for field, name in spelled.items()}
     for name in ("name", "path"):
         if name in words and not (isinstance(table[name], str) and table[name].strip()):
             raise ConfigError(f"{place}: {name} must be a text")

@@ -65,8 +65,9 @@ void rms_norm(dc::Program& program, bool on_logit_rows, const Buffer& x, uintptr
 }
 
 void linear(dc::Program& program, bool on_logit_rows, const Buffer& x, const dc::Tiles& tiles, const Buffer& out, bool norm, uintptr_t weight,
-            float epsilon, uintptr_t bias, int activation, const Buffer& residual) {
+            float epsilon, uintptr_t bias, int activation, const Buffer& residual, int64_t adapted) {
     dc::Op op = make_op(dc::OpKind::linear, on_logit_rows, x, out);
+    op.adapted = adapted;
     op.tiles = tiles, op.norm = norm, op.weight = at<const float>(weight), op.epsilon = epsilon;
     op.bias = at<const float>(bias), op.activation = dc::Activation(activation), op.other = rows_of(residual);
     program.record(op);
@@ -194,11 +195,28 @@ void exchange_now(dc::Ranks& ranks, bool sums, int64_t rows, const Buffer& x, co
 template <class T>
 std::vector<T> copied(uintptr_t address, size_t count) { return {at<const T>(address), at<const T>(address) + count}; }
 
+std::vector<std::shared_ptr<const dc::Adapter>> adapters_of(const py::list& adapters) {
+    std::vector<std::shared_ptr<const dc::Adapter>> all;
+    for (const py::handle& adapter : adapters)
+        all.push_back(adapter.is_none() ? nullptr : adapter.cast<std::shared_ptr<dc::Adapter>>());
+    return all;
+}
+
+// tiles: (offset, first rank, ranks) of each
+void add_to_adapter(dc::Adapter& adapter, int64_t number, int type, int64_t ranks, int64_t columns, uintptr_t a, uintptr_t scales, uintptr_t b,
+                    int64_t b_bytes, const std::vector<std::array<int64_t, 3>>& tiles) {
+    std::vector<dc::AdapterTile> own;
+    for (const auto& [offset, first, count] : tiles) own.push_back({offset, int32_t(first), int32_t(count)});
+    adapter.add(number, {ranks, columns, dc::Weight(type), at<const void>(a), at<const void>(b), at<const float>(scales), own.data(), int64_t(own.size())},
+                b_bytes);
+}
+
 // `sampling`: None, or a SampleBatch's addresses and sizes as decode_core/program.py packs them.
 int64_t start(dc::Program& program, const py::object& token_ids, const py::object& previous, const py::object& starts, const py::object& lengths,
               const py::object& tables, const py::object& logit_rows, const py::object& sampling, bool all_rows,
-              const py::object& state_reads, const py::object& write_rows, const py::object& write_slots) {
+              const py::object& state_reads, const py::object& write_rows, const py::object& write_slots, const py::list& adapters) {
     dc::StepInput in;
+    in.adapters = adapters_of(adapters);
     in.all_rows = all_rows;
     in.token_ids = dc::integers(token_ids, "token_ids: a list of integers");
     in.previous_ids = dc::integers(previous, "previous: a list of integers");
@@ -271,6 +289,9 @@ void bind_program(py::module_& m) {
         .def_readonly("count", &dc::Ranks::count)
         .def_readonly("part_bytes", &dc::Ranks::part_bytes)
         .def_readonly("moves", &dc::Ranks::moves);
+    py::class_<dc::Adapter, std::shared_ptr<dc::Adapter>>(m, "Adapter")
+        .def(py::init<int64_t>())
+        .def("add", &add_to_adapter);
     py::class_<Program, std::unique_ptr<Program, Delete>>(m, "Program")
         .def(py::init([](int64_t max_tokens, int64_t max_rows) { return std::unique_ptr<Program, Delete>(new Program(max_tokens, max_rows)); }))
         .def("embed", &embed)

@@ -132,6 +132,21 @@ def url_prefix(text: str) -> str:
     return path
 
 
+ADAPTER_NAME = r"(?!latest$|\d+$)[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"  # TAG@STEP and TAG@latest are checkpoints
+
+
+def adapter(text: str) -> str:
+    """An argparse type: NAME=FOLDER of an adapter, or the FOLDER of several."""
+    name, equals, folder = text.partition("=")
+    if equals and not re.fullmatch(ADAPTER_NAME, name):
+        raise argparse.ArgumentTypeError(
+            f"an adapter may not be called {shown(name)}: a name has letters, digits, - _ + and dots, and is "
+            "neither `latest` nor a number")
+    if not (folder if equals else name).strip():
+        raise argparse.ArgumentTypeError(f"{shown(text)} names no folder; an adapter is NAME=FOLDER")
+    return text
+
+
 class Flag(NamedTuple):
     """A flag. argparse, its environment variable, `Settings` and the documents use this row."""
 
@@ -199,6 +214,10 @@ class Settings:
         "override a nanochat model's logit softcap (15; 20 for one week of generation 3)")
     lora: tuple[str, ...] = flag((), str,
         "peft's folder of a LoRA adapter to merge into the weights at load, may repeat", many=True)
+    adapter: tuple[str, ...] = flag((), adapter,
+        "NAME=FOLDER of a LoRA adapter (peft's) to serve beside the model, as NAME and MODEL@NAME, may "
+        "repeat; or a FOLDER whose adapters are served by their folders' names, also those that come to be "
+        "there", "serve", many=True)
     models: str | None = flag(None, str,
         "serve every model below this folder, and those that come to be there: GGUF files, Hugging Face "
         "folders, nanochat checkpoints", "serve")

@@ -26,6 +26,7 @@ from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.spec import PageLayout, expected_tensors, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ranks.ranks import RankAlone
+from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.shards import shard_model, stage_model
 
@@ -138,7 +139,7 @@ def build_transformer(
     running, snapshots = (ranks.min_over_ranks(count) for count in plan.states(num_pages))
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
                               dtype=model.dtype, num_slots=running + FREE_ROWS + snapshots, groups=groups,
-                              progress=progress, **limits)
+                              read_adapter=adapter_reader(model), progress=progress, **limits)
     return model, transformer, num_pages, context, running
 
 

@@ -19,20 +19,20 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE, ranks_per_replica, store_place
 from chatlm.common.core import decode_core, kernels_line
-from chatlm.common.errors import ConfigError, RanksFailed
+from chatlm.common.errors import ConfigError, RanksFailed, named
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.steps import refuse_changed
 from chatlm.common.log import CalmLog, log
 from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import (
-    CacheEmptied, Cancel, EmptyCache, EndOfRequest, EndThinking, Loading, ModelCard, NewAnswer, NewPrompt,
-    NewRequest, Ping, Ready, Stepped)
+    AdapterLoaded, CacheEmptied, Cancel, DropAdapter, EmptyCache, EndOfRequest, EndThinking, LoadAdapter,
+    Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Ping, Ready, Stepped)
 from chatlm.common.messages.requests import Failed, ModelFacts
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import threads_per_worker
 from chatlm.common.processes.torchrun import ranks_here
 from chatlm.worker.build import build_engine, build_transformer, lack_of_gpu_memory, prepare_device
-from chatlm.worker.engine.engine import failure_text
+from chatlm.worker.engine.engine import drop_adapter, failure_text
 from chatlm.worker.engine.keeper import Keeper
 from chatlm.worker.engine.kept import KeptPages
 from chatlm.worker.engine.scheduler import Assignment
@@ -263,8 +263,8 @@ MAX_FAILURES = 3  # failed steps in a row that a worker survives; one more, and 
 class Inbox:
     """What the answers of each request share, kept until the front says no more answers will come."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, tell: Callable[[AdapterLoaded], None] = lambda message: None):
+        self.engine, self.tell = engine, tell
         self.params: dict[str, AnswerParams] = {}                 # by request
         self.prompts: dict[str, dict[int, tuple[int, ...]]] = {}  # by request, then by index
         self.empties_cache = False  # once nothing is computed
@@ -285,6 +285,10 @@ class Inbox:
                 self.engine.cancel(id)
             case EndOfRequest(id):
                 del self.params[id], self.prompts[id]
+            case LoadAdapter(id, folder):
+                self.tell(self.load_adapter(id, folder))
+            case DropAdapter(id):
+                drop_adapter(self.engine, id)
             case EmptyCache():
                 self.empties_cache = True
             case Ping():
@@ -293,9 +297,20 @@ class Inbox:
                 raise BadMessage(f"unexpected message from the front: {type(message).__name__}")
 
 
+    def load_adapter(self, adapter_id: str, folder: str) -> AdapterLoaded:
+        try:
+            return AdapterLoaded(adapter_id, "", *self.engine.adapters.load(adapter_id, Path(folder)))
+        except ConfigError as error:
+            return AdapterLoaded(adapter_id, str(error))
+        except Exception as error:  # of a file that is broken as nobody expected: no other answer minds
+            log.exception("an adapter could not be loaded")
+            return AdapterLoaded(adapter_id, f"{folder}: {named(error)}")
+
+
 def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
     """The worker's loop: handle messages, step, report, sleep when idle. EOFError when the front is gone."""
-    failures, events, inbox = 0, [], Inbox(engine)  # failed steps in a row; events not yet reported
+    failures, events = 0, []  # failed steps in a row; events not yet reported
+    inbox = Inbox(engine, channel.send)
 
     def report():
         nonlocal events

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,10 +123,19 @@ class CpuBackend:
         transformer.compute(program, SimpleNamespace(**transformer.buffers))
         if transformer.spec.closes:
             program.sample(transformer.buffers["logits"])
-        return lambda batch: program.finish(program.start(*batch[:6], all_rows=batch.states, states=batch[7:]))
+        return lambda batch: program.finish(program.start(
+            *batch[:6], all_rows=batch.states, states=batch[7:10], adapters=adapters_of(batch, transformer)))
+
+    def pack_adapter(self, matrices: Mapping[str, Any], device: torch.device) -> Any:
+        return self.program.adapters.pack(matrices)
 
     def make_steps(self, transformer: Any, max_batch: int, context_length: int) -> ProgramSteps:
         return ProgramSteps(self.program, transformer)
+
+
+def adapters_of(batch: Any, transformer: Any) -> list:
+    """The adapter of each sequence, or None; [] where none has one."""
+    return [transformer.adapters.get(slot) for slot in batch.adapters]
 
 
 class ProgramSteps:
@@ -140,7 +149,8 @@ class ProgramSteps:
 
     def start(self, batch: Any, rows: Sequence[Any]) -> int:
         self.sampling = batch_of(rows, self.transformer.spec.vocab_size, self.sampling)
-        return self.program.start(*batch[:6], sampling=self.sampling, states=batch[7:])
+        return self.program.start(*batch[:6], sampling=self.sampling, states=batch[7:10],
+                                  adapters=adapters_of(batch, self.transformer))
 
     def finish(self, ticket: int) -> list[int]:
         return self.program.finish(ticket)

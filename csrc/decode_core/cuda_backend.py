@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,6 +81,9 @@ class CudaBackend:
 
     def record(self, transformer: Any) -> None:
         """Whole steps are graphs, and make_steps' affair."""
+
+    def pack_adapter(self, matrices: Mapping[str, Any], device: Any) -> dict[str, Any]:
+        return {name: type(matrix)(*(tensor.to(device) for tensor in matrix)) for name, matrix in matrices.items()}
 
     def make_steps(self, transformer: Any, max_batch: int, context_length: int) -> GraphSteps:
         if "sample" in self.faults:         # a graph cannot draw on the host

@@ -117,6 +117,7 @@ def with_parts(fields: SimpleNamespace, plans: Sequence[CudaPlan]) -> None:
     fields.parts = [SimpleNamespace(token_ids=fields.token_ids, positions=fields.positions, slots=slots, attention=plan)
                     for slots, plan in zip(fields.slots, plans)]
     fields.slots, fields.attention = fields.parts[0].slots, plans[0]
+    fields.adapters = None
 
 
 class CudaQueue:
@@ -189,7 +190,7 @@ class GraphSteps:
     start(batch, rows) -> ticket; finish(ticket) -> one token for each row. Where batch.token_ids holds ~i,
     that is the token that row i of the step before draws: it never leaves the device for that. `start` waits
     for nothing. A step of decode rows alone is a graph, of the next larger number of rows and of pages that
-    `prepare` has captured. Steps with prompts, and those whose penalties do not fit LIST_CAPACITY, run op by
+    `prepare` has captured. Steps with prompts, those with adapters, and those whose penalties do not fit LIST_CAPACITY, run op by
     op on the same stream. Penalties count row.tokens, so a row with penalties can be started only when all
     its tokens are known.
     """
@@ -280,12 +281,14 @@ class GraphSteps:
             host = self._host_fields(staging, shape, keep=graph is not None)
             fill_step(host, batches, [self.script.token_places(own) for own in batches], sampling)
 
+            adapters = self.script.RowAdapters.of(batch, self.transformer.adapters) if any(batch.adapters) else None
+
             def step() -> None:
                 staging.send(inputs, shape.bytes(lists=any(lists)))
                 if graph:
                     graph.compute()
                 else:
-                    self._run_ops(batches, shape.views(inputs))
+                    self._run_ops(batches, shape.views(inputs), adapters)
                 if graph and draws:
                     graph.draw()
                 if draws:
@@ -311,22 +314,24 @@ class GraphSteps:
         sizes = [end - start for start, end in itertools.pairwise(batch.starts)]
         lengths = [length - left for size, length in zip(sizes, batch.lengths) for left in reversed(range(size))]
         tables = [pages for size, pages in zip(sizes, batch.tables) for _ in range(size)]
-        return batch._replace(starts=[*range(count + 1)], lengths=lengths, tables=tables)
+        adapters = [slot for size, slot in zip(sizes, batch.adapters) for _ in range(size)]
+        return batch._replace(starts=[*range(count + 1)], lengths=lengths, tables=tables, adapters=adapters)
 
     def _graph(self, batch: Any, sampling: Any) -> Graph | None:
         """The smallest graph that holds a step of decode rows; None for any other step."""
         rows, pages = len(batch.lengths), max(map(len, batch.tables)) // self.count
-        if not len(batch.token_ids) == len(batch.logit_rows) == rows:
+        if not len(batch.token_ids) == len(batch.logit_rows) == rows or any(batch.adapters):
             return None
         if sampling and max(len(sampling.count_ids), len(sampling.bias_ids)) > LIST_CAPACITY:
             return None
         fitting = [bucket for bucket in self.graphs if bucket[0] >= rows and bucket[1] >= pages]
         return self.graphs[min(fitting)] if fitting else None
 
-    def _run_ops(self, batches: Sequence[Any], fields: SimpleNamespace) -> None:
+    def _run_ops(self, batches: Sequence[Any], fields: SimpleNamespace, adapters: Any) -> None:
         plans = [self.backend.plan(batch, self.windows, table, fields.lengths, self.workspace)
                  for batch, table in zip(batches, fields.table)]
         with_parts(fields, plans)
+        fields.adapters = adapters
         self._compute(fields)
         if len(fields.logit_rows):
             self._draw(fields)

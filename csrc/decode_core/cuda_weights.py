@@ -94,7 +94,9 @@ class ProductOps:
             rows.masked_fill_((at + part[0] != ids)[:, None], -0.0)
         out.copy_(rows)
 
-    def linear(self, x, weight, out, norm=None, bias=None, activation=None, residual=None) -> None:
+    def linear(self, x, weight, out, norm=None, bias=None, activation=None, residual=None, adapted=()) -> None:
+        if adapted:
+            return self.adapted(x, weight, out, norm, bias, activation, residual, adapted)
         if len(x) <= cuda.MAX_PRODUCT_ROWS and fits_product(x, weight, out):
             return self.few(x, weight, out, norm, bias, activation, residual)
         if not isinstance(weight, PackedMatrix):
@@ -103,6 +105,16 @@ class ProductOps:
             x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
         y = self.many(x[:, :weight.shape[1]], weight)
         self.script.finish_linear(y if bias is None else y + bias.to(y.dtype), out, activation, residual)
+
+    def adapted(self, x, weight, out, norm, bias, activation, residual, adapted) -> None:
+        """The same where adapters add something to the products of some rows."""
+        y = torch.empty(len(x), weight.shape[0], device=x.device)
+        self.linear(x, weight, y, norm, bias)
+        if norm:
+            x = torch.nn.functional.rms_norm(x.float(), x.shape[-1:], norm.weight, norm.eps)
+        for rows, added in self.script.adapter_products(x, adapted):
+            y[rows] += added
+        self.script.finish_linear(y, out, activation, residual)
 
     def few(self, x, weight, out, norm=None, bias=None, activation=None, residual=None) -> None:
         parts, begin = parts_of(weight), 0

@@ -22,6 +22,7 @@ import numpy
 
 from . import _core
 from .arrays import CODES, FLOAT32, look_at, vector
+from .adapters import AdaptedMatrices
 from .attention import appended, check_cache, check_softcap, check_together, rope_job, sinks_at
 from .ranks import Ranks, check_gathered
 from .sampling import SampleBatch
@@ -116,6 +117,7 @@ class Program:
         self._program = _core.Program(max_tokens, max_rows)
         self._buffers = Buffers(max_tokens, max_rows)
         self.logits = None
+        self.adapters = AdaptedMatrices()
         # by width: what mamba2's convolutions give, one layer's at a time
         self._convolved: dict[int, numpy.ndarray] = {}
 
@@ -203,11 +205,12 @@ class Program:
         out_at = self._buffers.written("out", out, rows_of, x_at[1])
         self._record(self._program.rms_norm, rows_of == LOGIT_ROWS, x_at, weight_at, float(eps), out_at, keep=(x, weight, out))
 
-    def linear(self, x, matrix, out, norm=None, bias=None, activation=None, residual=None) -> None:
-        """out = residual + activation(norm(x) W^T + bias); residual may be out, x may not.
+    def linear(self, x, matrix, out, norm=None, bias=None, activation=None, residual=None, adapted=None) -> None:
+        """out = residual + activation(norm(x) W^T + bias + what the rows' adapters add); residual may be out, x may not.
 
         norm        None, or (weight or None, eps): RMS norm over the whole width of x
         activation  None, "relu2" or one of GATES: a gate's tiles alternate gate and up, and out is half as wide
+        adapted     None, or the name by which adapters (`make_adapter`) call the matrix
         A matrix narrower than x takes the first columns of (the normalized) x.
         """
         check_matrix(matrix)
@@ -223,7 +226,8 @@ class Program:
         if out_at[0] == x_at[0]:
             raise ValueError("out: may not be x")
         residual_at = NONE if residual is None else self._buffers.read_like("residual", residual, rows_of, out_at[1])
-        self._record(self._program.linear, rows_of == LOGIT_ROWS, x_at, matrix.tiles, out_at, *before, code, residual_at,
+        number = -1 if adapted is None or matrix.columns % 16 else self.adapters.record(adapted, matrix, activation in GATES)
+        self._record(self._program.linear, rows_of == LOGIT_ROWS, x_at, matrix.tiles, out_at, *before, code, residual_at, number,
                      keep=(x, matrix, out, norm and norm[0], bias, residual))
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen: int, sum_to_one: bool,
@@ -468,7 +472,8 @@ class Program:
 
     # ---- running
 
-    def start(self, token_ids, previous, starts, lengths, tables, logit_rows, sampling=None, all_rows=False, states=([], [], [])) -> int:
+    def start(self, token_ids, previous, starts, lengths, tables, logit_rows, sampling=None, all_rows=False, states=([], [], []),
+              adapters=()) -> int:
         """Queue a step and return its ticket; at most two may be unfinished. Lists of integers, copied:
 
         token_ids   T ids; ~i (-1 - i): what row i of the step started before draws, which may still be running
@@ -479,11 +484,14 @@ class Program:
                     its penalties count is what it holds now. A row of position < 0 draws nothing.
         states      where layers keep states: (the slot that each sequence's are read from, unless its first row is at position 0;
                     rows, ascending, after which they are written; into these slots)
+        adapters    what `adapters.pack` gave, or None, for each sequence; () where none has one
         all_rows    compute the last layer for every row, not only for those with logits: its output holds them until the next step
         """
         if sampling is not None:
             sampling = sample_arguments(sampling, self.logits)
-        return self._program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling, all_rows, *states)
+        reads, write_rows, write_slots = states
+        return self._program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling, all_rows, reads, write_rows,
+                                   write_slots, list(adapters))
 
     def finish(self, ticket: int) -> list[int]:
         """Wait for a step (without the GIL) -> its tokens, one a logit row; [] for a step without sampling.

@@ -27,6 +27,8 @@ place.
                                   Unless spec.opens, the buffers transformer.passed_on(0) are another stage's, written before
                                   a step; unless spec.closes, it has no logits
     make_steps(transformer, max_batch, context_length)      what has the methods of chat_server's Steps
+    pack_adapter(matrices, device)      what steps read of an adapter, whose matrices have the names by which `compute` asks
+                                  Inputs.adapters for them; it lies in transformer.adapters by the slots of batch.adapters
     faults                        {op: what is wrong}: the reference computes each of these; complete once the
                                   steps are prepared
 
@@ -49,7 +51,7 @@ from . import _core, cuda
 from .attention import MAX_HEAD_SIZE
 from .program import MAX_CHOSEN, MAX_EXPERTS
 
-SEAM = 19       # one more whenever a name, an argument or a meaning above, or of `script`, changes
+SEAM = 20       # one more whenever a name, an argument or a meaning above, or of `script`, changes
 log = logging.getLogger("chat_server.decode_core")
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from chatlm.common.config import Settings
-from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, ActorAddress, ActorEnded, Begun, Body, CacheEmptied, Cancel, Crashed, EmptyCache, EndActor, EndOfRequest, EndThinking,
-                                             Known, Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, RayConfig, Ready,
+from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, ActorAddress, ActorEnded, AdapterLoaded, Begun, Body, CacheEmptied, Cancel, Crashed, DropAdapter, EmptyCache, EndActor, EndOfRequest, EndThinking,
+                                             Known, LoadAdapter, Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, RayConfig, Ready,
                                              Refused, Result, SandboxConfig, StartActor, Stepped, Task, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import (AnswerParams, Delta, Embedding, Ended, Failed, Message, ModelSource, Piece, PromptProgress, PromptScores,
                                              Request, SamplingParams, TextSpec, ThinkingEnds, TokenLogprob, Usage)
@@ -20,7 +20,7 @@ from chatlm.front.api.encode import timings_body
 from chatlm.front.pool.worker import Job
 from chatlm.worker.model.spec import Batch
 from chatlm.worker.ops.rows import SampleRow
-from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig, RankDrew, RankLogits, RankPages, RankStep, RankTokens
+from chatlm.worker.ranks.messages import RANK_PIPE, RankAdapter, RankConfig, RankDrew, RankLogits, RankPages, RankStep, RankTokens
 from answers import asked
 
 SCORES = (TokenLogprob(5, None), TokenLogprob(7, -1.5, ((7, -1.5), (2**31, -float("inf")))))
@@ -30,7 +30,8 @@ EXAMPLES = [
     NewRequest("r", AnswerParams(sampling=SamplingParams(0.1, 5, seed=2**64 - 1, logit_bias=((3, -100.0), (9, 0.5))), logprobs=0,
                                  stop=("\n", "ü\u2028"), stop_token_ids=(1,), grammar="start: x", client="alice")),
     NewRequest("s", AnswerParams()), NewPrompt("r", 127, tuple(range(3000))), NewPrompt("r", 0, ()),
-    NewAnswer("r#3", "r", 0, 3, 2**40, (1, 2, 3), 5, 2), Cancel("r#3"), EndThinking("r#3"), EndOfRequest("r"), Ping(), EmptyCache(), CacheEmptied(True), Loading("weights", 0.25),
+    NewAnswer("r#3", "r", 0, 3, 2**40, (1, 2, 3), 5, 2), Cancel("r#3"), EndThinking("r#3"), EndOfRequest("r"), Ping(), EmptyCache(), CacheEmptied(True),
+    LoadAdapter("law#1", "/adapters/law"), DropAdapter("law#1"), AdapterLoaded("law#1", "no such file", 5, "00"), Loading("weights", 0.25),
     ModelCard(TEXT, "a", 4096, ("one", "two"), {"sample": "numpy"}, True), Ready({"running": 0}), Unusable("no such file"), Crashed("KeyError: 1", "Traceback ..."),
     SandboxConfig(Known(Settings(), "m", None), TEXT, 4096, 1.5, 1 << 30), Task("fill", [{"a": [1, None]}, "x"]), Begun(),
     Body(bytes(range(256)) * 3), Body(b""), Result(None), Result([1, {"a": "\ud800"}]), Refused("no", 400, None, "tools"),
@@ -42,7 +43,7 @@ EXAMPLES = [
          ("u", ThinkingEnds(7)), ("v", ThinkingEnds(None)),
          ("v", Failed("no room")), ("w", Failed("no answer", refused=True))], {"queued": 1}),
     RankConfig(Settings(model="a.gguf"), ModelSource("gguf", Path("/m/a.gguf"), "a", "GGUF"), "cpu", 1, 3, "/proc/1/fd/7", {"A": "b"}),
-    RankArrival(3, "node", 1, 2, None, 7), RankTokens([1, 2**31]), RankLogits(bytes(range(256))), RankPages(77), RankDrew(2**32 - 1), RankStep(Batch([~0, 5], [-1, 4], [0, 1, 2], [1, 9], [[3], [1, 2]], [0, 1]), None),
+    RankArrival(3, "node", 1, 2, None, 7), RankTokens([1, 2**31]), RankLogits(bytes(range(256))), RankPages(77), RankDrew(2**32 - 1), RankAdapter(3, "/adapters/law"), RankStep(Batch([~0, 5], [-1, 4], [0, 1, 2], [1, 9], [[3], [1, 2]], [0, 1]), None),
     RankStep(Batch([7], [-1], [0, 1], [1], [[]], []), [SampleRow(SamplingParams(logit_bias=((3, -float("inf")),)), 9, [4, 5], 1)])]
 
 

@@ -28,6 +28,7 @@ from chatlm.worker.model.kernels import for_decode_core, load_kernels
 from chatlm.worker.model.spec import Batch, ModelSpec, expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import attend_prompt
+from chatlm.worker.ops.basic import AdapterMatrix
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_reference
 from engines import load, make_batch, pieces, run, step_pieces, tensors_of
@@ -125,6 +126,31 @@ def same_answers(expected, got):
 
 
 # --- whole answers -----------------------------------------------------------------------------------------------
+
+
+def adapted(engine, spec):
+    """Two adapters of the llama-like model in an engine: of rank 3 on all of both layers, and of rank 1 on the second's `down`."""
+    random = torch.Generator().manual_seed(8)
+    shapes = {name: shape for name, shape in expected_tensors(spec).items() if name.rpartition(".")[2] in ("qkv", "output", "gate_up", "down")}
+    for slot, (rank, names) in enumerate([(3, shapes), (1, ["1.down"])], 1):
+        matrices = {name: AdapterMatrix(*(0.2 * torch.randn(size, generator=random) for size in ((rank, shapes[name][1]), (shapes[name][0], rank))),
+                                        torch.full((rank,), 1.5)) for name in names}
+        engine.adapters.slots[f"a{slot}"] = slot
+        engine.transformer.adapters[slot] = engine.kernels.backend.pack_adapter(matrices, engine.transformer.device)
+    return engine
+
+
+def test_answers_of_adapters_and_of_their_base_are_the_reference_engines(backend, nanochat_fixtures, monkeypatch):
+    """In the same steps, drafted too; steps without adapters are graphs as before."""
+    model = model_of("llama", nanochat_fixtures)
+    works = [changed(work, adapter=("a1", "", "a2")[index % 3]) for index, work in enumerate(some_works(model[0].vocab_size))]
+    expected = run(adapted(engine_on(load_kernels("cpu"), model), model[0]), works)
+    plain = run(engine_on(load_kernels("cpu"), model), some_works(model[0].vocab_size))
+    assert sum(expected.tokens[name] == plain.tokens[name] for name in plain.tokens) == 2
+    engine = adapted(cuda_engine(backend, model, monkeypatch), model[0])
+    same_answers(expected, answers(engine, works, [0, 2, 2, 5, 9, 9, 14]))
+    same_answers(expected, answers(engine, works[1:2]))
+    assert engine.steps.queue.replays > 20
 
 
 @pytest.mark.parametrize("name", by_day(["gen1", "gen3", "gen5", "llama"], "llama"))

@@ -17,6 +17,7 @@ from chatlm.worker.model.spec import Batch, group_layers
 from chatlm.worker.model.tensors import MappedRows
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.sampling import sample_reference
+from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.load import open_model
 from near_tie import Traced, draw_gap
 from works import assignment
@@ -48,7 +49,7 @@ def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context
     kernels = load_kernels("cpu", None if reference else model.spec, **limits)
     groups = group_layers(model.spec.by_layer, context_length or model.context_length, apart)
     transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups,
-                              num_slots=max_batch + FREE_ROWS + num_snapshots, **limits)
+                              num_slots=max_batch + FREE_ROWS + num_snapshots, read_adapter=adapter_reader(model), **limits)
     return Engine(transformer, text_load.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,
                   context_length=context_length or model.context_length, prefill_chunk=prefill_chunk)
 

@@ -58,6 +58,7 @@ class FakePool:
     model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, Letters()
     own_sampling, continues, ends_thinking, chats = ({}, ""), True, True, True
     supervisor = SimpleNamespace(card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30)))
+    adapters = SimpleNamespace(serving={})
     prompts = PromptMaker(tokenizer, context_length, run=run_in_thread_if_long)
 
     def __init__(self, pieces=("Hello", ", ", "world!"), *, reason="stop", stop_reason="eos", refuse=None, gate=None):
@@ -71,11 +72,11 @@ class FakePool:
         self.failure = None
         self.on_progress = lambda stage, fraction: None
 
-    async def read_large(self, reader, body, client, owner):
+    async def read_large(self, reader, body, client, owner, names=()):
         known = Known(Settings(), self.model_name, self.tokenizer.tool_format)
         return await asyncio.to_thread(read_answer, reader, body, known)
 
-    async def answer_text(self, route, body, client):
+    async def answer_text(self, route, body, client, names=()):
         return await read_text(route, body, self.prompts, Known(Settings(), self.model_name, self.tokenizer.tool_format))
 
     async def answer(self, request):

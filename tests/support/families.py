@@ -11,6 +11,7 @@ from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
 from chatlm.worker.model.kernels import load_kernels, not_compiled
 from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.gguf import gguf_spec
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.load import open_model
@@ -194,7 +195,7 @@ def load(folder, dtype="float32", **settings):
 
 def transformer(model, kernels, max_tokens=128, device="cpu"):
     return Transformer(model.spec, dict(model.tensors), kernels, num_pages=80, num_slots=80, max_tokens=max_tokens, max_rows=8,
-                       dtype=torch.float32, device=device)
+                       dtype=torch.float32, device=device, read_adapter=adapter_reader(model))
 
 
 def answers(model, cases, chunk=100, count=64):

@@ -122,6 +122,31 @@ class CacheEmptied:
 
 
 @wire_message(1 << 16)
+class LoadAdapter:
+    """Front to worker: serve an adapter beside the model. `AdapterLoaded` comes back."""
+
+    id: str      # new for each version of its files
+    folder: str  # peft's
+
+
+@wire_message(1 << 10)
+class DropAdapter:
+    """Front to worker: no answer needs this adapter any more."""
+
+    id: str
+
+
+@wire_message(1 << 16)
+class AdapterLoaded:
+    """Worker to front: an adapter can be asked, or why not."""
+
+    id: str
+    problem: str = ""
+    nbytes: int = 0
+    digest: str = ""  # of its weights
+
+
+@wire_message(1 << 16)
 class Loading:
     """Worker to front: loading progress."""
 
@@ -292,7 +317,8 @@ class Refused:
 
 SANDBOX_MODELS = 4
 WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndThinking, EndOfRequest, Ping,
-                   EmptyCache, CacheEmptied, Loading, ModelCard, Ready, Stepped, Unusable, Crashed)
+                   EmptyCache, CacheEmptied, LoadAdapter, DropAdapter, AdapterLoaded, Loading, ModelCard,
+                   Ready, Stepped, Unusable, Crashed)
 SURVEY_PIPE = Pipe(SurveyConfig, Surveyed, Loading, Unusable, Crashed)
 SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)
 RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded, Unusable)
@@ -321,9 +347,10 @@ class Known:
     ready: bool = True       # False: the model's names are not known yet
     template: str = ""       # its chat template
     chats: bool = True       # False: it has none, and continues texts
+    adapters: tuple[str, ...] = ()  # what requests may call the adapters beside the model
 
     def check_model(self, name: str):
-        known = {"", "default", *accepted_names(self.model, self.settings)}
+        known = {"", "default", *accepted_names(self.model, self.settings), *self.adapters}
         if self.ready and not {name, name.removesuffix(":latest")} & known:  # Ollama's word for no tag
             raise RequestError(f"the model {shown(name)} does not exist; this server has {self.model!r}",
                                status=404, code="model_not_found", param="model")

@@ -103,6 +103,7 @@ class AnswerParams:
     pooling: str = ""                   # mean or last: no answer, but an embedding of the prompt
     client: str = ""                    # who takes turns: a key's name or an address
     owner: str = ""                     # who shares KV pages
+    adapter: str = ""                   # the id of the adapter that computes it; "": the model alone
 
 
 @dataclass(frozen=True)

@@ -295,19 +295,24 @@ class Admission:
         while len(self.valid_grammars) > self.VALID_GRAMMARS:
             self.valid_grammars.popitem(last=False)
 
-    async def read_large(self, reader: str, body: bytes | bytearray, client: str, owner: str) -> ParsedBody:
-        """Read a large body of a route that answers, and check its grammar."""
+    async def read_large(self, reader: str, body: bytes | bytearray, client: str, owner: str,
+                         names: Seq[str] = ()) -> ParsedBody:
+        """Read a large body of a route that answers, which may ask for an adapter of these `names`, and check
+        its grammar."""
         with self._prepare(client):
-            values: Any = await self.sandboxes["bodies"].perform(client, "read_body", reader, body=body)
+            values: Any = await self.sandboxes["bodies"].perform(
+                client, "read_body", reader, list(names), body=body)
             vocab_size = self.prompts.tokenizer.vocab_size  # pyright: ignore[reportOptionalMemberAccess]  as _prepare says
             parsed = await asyncio.to_thread(unpacked_body, values, vocab_size)
             del values
             await self._check_grammar(parsed.request.params, client, owner)
             return parsed
 
-    async def answer_text(self, route: str, body: bytes | bytearray, client: str) -> bytes:
+    async def answer_text(self, route: str, body: bytes | bytearray, client: str,
+                          names: Seq[str] = ()) -> bytes:
         with self._prepare(client):
-            text: Any = await self.sandboxes["bodies"].perform(client, "answer_text", route, body=body)
+            text: Any = await self.sandboxes["bodies"].perform(
+                client, "answer_text", route, list(names), body=body)
             return text
 
     async def named_model(self, body: bytes | bytearray, client: str) -> str:

@@ -15,7 +15,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError
 from chatlm.common.memory import give_memory_back, limit_memory
 from chatlm.common.messages.protocol import (
-    SANDBOX_MODELS, SANDBOX_PIPE, Begun, Body, Refused, Result, SandboxConfig)
+    SANDBOX_MODELS, SANDBOX_PIPE, Begun, Body, Known, Refused, Result, SandboxConfig)
 from chatlm.common.messages.requests import Message
 from chatlm.common.processes.start import join_parent
 from chatlm.common.text.grammar import check_grammar
@@ -67,8 +67,12 @@ class Tasks:
         name = json_object(body).get("model")
         return Result(name[:1000] if isinstance(name, str) else "")
 
-    def read_body(self, reader: str, body: bytes) -> Result:
-        parsed = read_answer(reader, body, self.config.server)
+    def server(self, names: Seq[str]) -> Known:
+        """What a reader knows, if the body may ask for an adapter of these names."""
+        return replace(self.config.server, adapters=tuple(names))
+
+    def read_body(self, reader: str, names: Seq[str], body: bytes) -> Result:
+        parsed = read_answer(reader, body, self.server(names))
         admitted, lasting = asyncio.run(self.prompts.admit(parsed.request)), parsed.lasting()
         request = replace(lasting.request, dropped_messages=admitted.dropped_messages)
         if self.config.server.settings.log_conversations and request.messages is not None:
@@ -76,8 +80,8 @@ class Tasks:
             request = replace(request, messages=texts)
         return Result(packed_body(replace(lasting, request=request), admitted.prompt_ids or ()))
 
-    def answer_text(self, route: str, body: bytes) -> Body:
-        return Body(asyncio.run(read_text(route, body, self.prompts, self.config.server)))
+    def answer_text(self, route: str, names: Seq[str], body: bytes) -> Body:
+        return Body(asyncio.run(read_text(route, body, self.prompts, self.server(names))))
 
 
 def sandbox_main(arguments: Seq[str]) -> int:

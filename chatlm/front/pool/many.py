@@ -7,22 +7,26 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence as Seq
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded
+from chatlm.common.hub.adapters import adapters_below, base_of, is_other_base, named_adapters
 from chatlm.common.hub.folder import find_models
 from chatlm.common.log import log
+from chatlm.common.messages.protocol import accepted_names
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.aio import supervised
-from chatlm.front.pool.models import Registry
+from chatlm.front.pool.models import Registry, with_adapted
 from chatlm.front.pool.opening import Opener
 from chatlm.front.pool.residency import Residency, shown_bytes
 from chatlm.front.pool.watch import RunWatch
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.common.hub.adapters import AdapterFiles
     from chatlm.common.hub.folder import Files
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.pool import WorkerPool
@@ -93,10 +97,12 @@ class ManyModels:
             raise ConfigError(f"--models {self.settings.models}: there is no GGUF file, Hugging Face folder "
                               "or nanochat checkpoint below it")
         stamps = [*((choice, ()) for choice in self.settings.several), *found]
-        for index, (choice, stamp) in enumerate(stamps):
+        for choice, stamp in stamps:
             model = await asyncio.to_thread(self.opener.resolve, choice, report)
             model.stamp = stamp
             self.registry.add(model)
+        give_adapters(self.settings.adapter, self.registry.models)
+        for index, model in enumerate(self.registry.models):
             report(f"reading what the files of {model.name} say", index / len(stamps))
             await self.opener.open(model)
         await self.opener.survey.close()
@@ -109,6 +115,8 @@ class ManyModels:
             self.admit(model)
         self.run("giving models their turns", self.residency.run)
         if watch:
+            for _ in range(2):  # files that stand still are taken at the second look
+                await watch.share_adapters()
             self.run("watching --models", watch.run)
         if self.settings.watch is not None:
             runs = RunWatch(self)
@@ -121,6 +129,8 @@ class ManyModels:
         """An opened model's requests are taken from now on."""
         if model.pool and model.place:
             pool = model.pool
+            pool.adapters.taken = partial(names_beside, model, self.registry.models)
+            pool.adapters.refuse_names()
             pool.dispatcher.wake = pool.dispatcher.changed = self.residency.changed.set
             pool.supervisor.gave_up = lambda: self.fail(model, pool.supervisor.failure)
             pool.draining = self.draining
@@ -247,6 +257,40 @@ class ManyModels:
         return lines
 
 
+def names_beside(model: Model, models: Seq[Model]) -> list[str]:
+    """What other models, and adapters of others, are called, and the model itself."""
+    others = [other for other in models if other is not model]
+    return [*accepted_names(model.name, model.settings),
+            *(name for other in with_adapted(others) for name in other.names)]
+
+
+def give_adapters(words: Seq[str], models: Seq[Model]):
+    """Give each adapter that --adapter names to the model that it was made for. ConfigError if that is none
+    of them, or one of several."""
+    named, folders = named_adapters(words)
+    if folders:
+        raise ConfigError(f"--adapter {folders[0]}: of several models, it needs a name and a base: put "
+                          "adapter = {NAME = \"FOLDER\"} into the base's table of [[models]], or serve a "
+                          "folder of both with --models")
+    for files in named:
+        bases = made_for(files.folder, models)
+        if len(bases) != 1:
+            which = "several" if bases else "none"
+            raise ConfigError(f"--adapter {files.name}={files.folder}: base_model_name_or_path in its "
+                              f"adapter_config.json names {which} of the models; put adapter = {{NAME = "
+                              "\"FOLDER\"}} into the table of its base in [[models]]")
+        settings = bases[0].settings
+        word = f"{files.name}={files.folder}"
+        bases[0].settings = replace(settings, adapter=(*settings.adapter, word))
+
+
+def made_for(folder: Path, models: Seq[Model]) -> list[Model]:
+    """Those of some models that an adapter's config names."""
+    base = base_of(folder)
+    return [model for model in models if base and model.source and not is_other_base(
+        base, [*model.names, model.source.name, str(model.source.path)])]
+
+
 def room_beside_pinned(models: Seq[Model], budget: int) -> int:
     """How many bytes the pinned models leave to the others. ConfigError if they do not fit themselves, or if
     no model can be served."""
@@ -274,6 +318,7 @@ class FolderWatch:
     def __init__(self, many: ManyModels):
         self.many, self.registry = many, many.registry
         self.before: dict[str, tuple] = {}  # path -> stamp of its files, at the last look
+        self.unshared: set[Path] = set()    # folders of adapters whose base is unknown; each is told once
 
     async def look(self) -> list[Files]:
         folder = Path(self.many.settings.models or "").expanduser()
@@ -284,8 +329,25 @@ class FolderWatch:
             await asyncio.sleep(self.WATCH_S)
             try:
                 await self.update(await self.look())
+                await self.share_adapters()
             except (ConfigError, OSError) as error:  # the folder has gone
                 log.error("%s", error)
+
+    async def share_adapters(self):
+        """Give each adapter below the folder to the model that it was made for."""
+        found = await asyncio.to_thread(adapters_below, Path(self.many.settings.models or "").expanduser())
+        shared: dict[int, list[AdapterFiles]] = {}
+        for files in found:
+            bases = await asyncio.to_thread(made_for, files.folder, self.registry.models)
+            if len(bases) == 1:
+                shared.setdefault(id(bases[0]), []).append(files)
+            elif files.folder not in self.unshared:
+                self.unshared.add(files.folder)
+                log.error("the adapter %s is not served: its base_model_name_or_path names %s of the models",
+                          files.name, "several" if bases else "none")
+        for model in self.registry.models:
+            if model.pool and not model.pool.adapters.folders:  # which it watches itself
+                model.pool.adapters.update(shared.get(id(model), ()))
 
     async def update(self, found: Seq[Files]):
         """A file that still grows is left alone, and so is a model that is loaded."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import difflib
 import re
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from chatlm.front.aio import supervised
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
+    from chatlm.front.pool.adapters import Adapter
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.residency import Place
     from chatlm.front.pool.score import Score
@@ -36,6 +38,31 @@ class Model:
         self.stamp: tuple = ()               # of its files, if --models found it
         self.run, self.step = "", 0          # of a checkpoint that --watch found: TAG and STEP
         self.score: Score | None = None      # of it, by --watch-text
+        self.adapter: Adapter | None = None  # that computes it; then all else is its base's
+
+    @property
+    def adapted(self) -> list[Model]:
+        """With each of its adapters."""
+        adapters = self.pool.adapters.serving.values() if self.pool and not self.adapter else ()
+        return [self.with_adapter(adapter) for adapter in adapters]
+
+    def with_adapter(self, adapter: Adapter) -> Model:
+        """As it is now, so nobody keeps it."""
+        model = copy.copy(self)
+        model.adapter, model.own_name, model.reason = adapter, adapter.name, adapter.problem
+        bases = dict.fromkeys(filter(None, accepted_names(self.name, self.settings)))
+        aliases = tuple(f"{base}@{adapter.name}" for base in bases)
+        model.choice = ModelChoice(self.choice.path, adapter.name, aliases, self.choice.pin)
+        return model
+
+    @property
+    def failed(self) -> bool:
+        return self.pool is None or self.adapter is not None and bool(self.adapter.problem)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """What its readers accept beside the base's names."""
+        return tuple(self.names) if self.adapter else ()
 
     @property
     def name(self) -> str:
@@ -44,6 +71,8 @@ class Model:
     @property
     def names(self) -> list[str]:
         """Those that clients see."""
+        if self.adapter:
+            return [self.name, *self.choice.aliases]
         return [self.name, *self.choice.aliases, *self.settings.served_model_name]
 
     @property
@@ -56,12 +85,14 @@ class Model:
 
     def fits(self, name: str) -> bool:
         """May a request call it so?"""
+        if self.adapter:
+            return bool({name, name.removesuffix(":latest")} & {*self.names})
         return bool({name, name.removesuffix(":latest")} & {*accepted_names(self.name, self.settings)})
 
     @property
     def state(self) -> str:
         """unloaded, loading, ready or failed."""
-        if self.pool is None:
+        if self.failed or not self.pool:
             return "failed"
         if self.place:
             return "unloaded" if not self.place.taken else "ready" if self.place.loaded else "loading"
@@ -71,12 +102,16 @@ class Model:
     @property
     def bytes(self) -> int:
         """In memory; of one that is not loaded, what it will take."""
+        if self.adapter:
+            return self.adapter.nbytes
         return (self.place.bytes or self.place.size) if self.place else (
             self.pool.supervisor.card.facts.weights_bytes if self.pool else 0)
 
     @property
     def public_reason(self) -> str:
         """Why it failed, without the paths of this machine."""
+        if self.adapter:
+            return self.adapter.public_problem
         text = self.reason
         for path in (self.choice.path, *([str(self.source.path)] if self.source else [])):
             if "/" in path:
@@ -85,7 +120,7 @@ class Model:
 
     def serving(self) -> WorkerPool:
         """Its pool. RequestError 503 if it has failed."""
-        if self.pool is None:
+        if self.failed or not self.pool:
             raise RequestError(f"the model {self.name!r} cannot be served: {self.public_reason}", status=503,
                                code="model_failed", param="model")
         return self.pool
@@ -114,6 +149,11 @@ def named_among(name: str, models: Seq[Model], default: Model | None) -> Model:
     return fitting[0]
 
 
+def with_adapted(models: Iterable[Model]) -> list[Model]:
+    """Each followed by what its adapters make of it."""
+    return [named for model in models for named in (model, *model.adapted)]
+
+
 def bound_among(bound: Seq[str], models: Seq[Model]) -> list[Model]:
     """Those that an API key is bound to; all if it is to none."""
     return [model for model in models if not bound or any(map(model.fits, bound))]
@@ -126,7 +166,7 @@ class Registry:
         self.models: list[Model] = []
 
     def listed(self, bound: Seq[str] = ()) -> list[Model]:
-        return bound_among(bound, self.models)
+        return bound_among(bound, with_adapted(self.models))
 
     def default_of(self, models: Seq[Model]) -> Model | None:
         """Which of these answers requests that name none: the marked one, else the first that can."""
@@ -157,19 +197,27 @@ class Registry:
 class OneModel:
     """The one model of a server, as one of many. Its pool answers for the server."""
 
-    several = False
-
     def __init__(self, pool: WorkerPool, settings: Settings):
         self.pool, self.only = pool, Model(settings, pool)
         self.leaving: asyncio.Task | None = None
 
     def listed(self, bound: Seq[str] = ()) -> list[Model]:
-        return bound_among(bound, [self.only])
+        return bound_among(bound, with_adapted([self.only]))
+
+    @property
+    def several(self) -> bool:
+        """Has a request to be read to know which model it asks for?"""
+        return bool(self.pool.adapters.serving)
 
     def find(self, name: str, bound: Seq[str] = ()) -> Model:
-        """The model; whether a request names it right, the reader of its body says. RequestError 404 if the
-        key is bound to others."""
+        """The model, or what an adapter makes of it; whether a request names the model right, the reader of
+        its body says. RequestError 404 if the key is bound to others."""
         models = self.listed(bound)
+        named = [model for model in models if model.adapter and model.fits(name)]
+        if named and not self.only.fits(name):
+            return named[0]
+        if models and models[0] is not self.only:  # the key is bound to adapters
+            return named_among(name, models, models[0])
         return models[0] if models else named_among(name or "default", models, None)
 
     def stats(self, bound: Seq[str] = ()) -> dict:

@@ -53,7 +53,7 @@ class Opener:
 
     def resolve(self, choice: ModelChoice, report: Callable[[str, float], None]) -> Model:
         """ConfigError if nothing is there; a broken file becomes a model that has failed."""
-        changes = dict(choice.changes)
+        changes = {"adapter": (), **choice.changes}
         if choice.replicas and self._on_gpus(self.settings):
             changes["num_gpus"] = str(choice.replicas)
         elif choice.replicas:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.config import sampling_defaults, with_own_sampling
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded
+from chatlm.common.messages.protocol import accepted_names
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.admission.admission import Admission
+from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local import LocalDevices, cuda_device_count
 from chatlm.front.pool.prefixes import Prefixes
@@ -49,8 +51,10 @@ class WorkerPool:
         self.settings, self.placement, self.workers = settings, placement, placement.workers
         self.admission = Admission(self._check_capacity, desk)
         self.dispatcher = Dispatcher(settings, self.workers, dispatchers)
+        self.adapters = PoolAdapters(settings, self.workers)
+        self.adapters.taken = lambda: accepted_names(self.model_name, settings)
         self.supervisor = Supervisor(
-            settings, self.workers, self.dispatcher, prepare=self._open_tokenizer,
+            settings, self.workers, self.dispatcher, self.adapters, prepare=self._open_tokenizer,
             report=lambda stage, fraction: self.on_progress(stage, fraction))
         self.dispatcher.loading = self.supervisor.load_fraction
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
@@ -62,12 +66,15 @@ class WorkerPool:
             self.prefixes.start(lambda: bool(self.dispatcher.jobs))
         self.supervisor.run("finding the model", self._start_workers)
         self.supervisor.run("watching the workers", self.supervisor.watch)
+        if self.adapters.folders:
+            self.supervisor.run("watching the adapters", self.adapters.watch)
 
     async def _start_workers(self):
         await self.placement.start(self.supervisor)
         await self.admission.sandboxes["templates"].start()  # while the model loads
 
     async def _open_tokenizer(self, card: ModelCard):
+        self.adapters.refuse_names()
         try:
             await self.admission.open(card, with_own_sampling(self.settings, self))
             self.chats = self.tokenizer is None or self.tokenizer.has_chat_template

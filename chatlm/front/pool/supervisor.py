@@ -11,7 +11,7 @@ from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import (
-    CacheEmptied, Crashed, Loading, ModelCard, Ready, Stepped, Unusable)
+    AdapterLoaded, CacheEmptied, Crashed, Loading, ModelCard, Ready, Stepped, Unusable)
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import program_stamp
@@ -20,6 +20,7 @@ from chatlm.front.pool.worker import CacheState, State, Worker
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.front.pool.adapters import PoolAdapters
     from chatlm.front.pool.dispatcher import Dispatcher
 
 
@@ -34,11 +35,13 @@ class Supervisor:
     ORPHAN_S = 300.0     # requests wait this long, plus twice the load time, when no worker is ready;
     CRASHING_S = 60.0    # this long if a worker is in a crash loop
 
-    def __init__(self, settings: Settings, workers: Seq[Worker], dispatcher: Dispatcher, *,
-                 prepare: Callable[[ModelCard], Awaitable[None]], report: Callable[[str, float], None]):
+    def __init__(self, settings: Settings, workers: Seq[Worker], dispatcher: Dispatcher,
+                 adapters: PoolAdapters, *, prepare: Callable[[ModelCard], Awaitable[None]],
+                 report: Callable[[str, float], None]):
         """prepare: awaited once, with the card of the first worker that has read the model.
         report: called with the stage and fraction of loading."""
-        self.settings, self.workers, self.dispatcher = settings, workers, dispatcher
+        self.settings, self.workers = settings, workers
+        self.dispatcher, self.adapters = dispatcher, adapters
         self.prepare, self.report, self.stamp = prepare, report, program_stamp()
         self.card, self.prepared, self.closing = NO_CARD, False, False
         self.asleep = False                  # True from unloading until the model is back
@@ -138,6 +141,10 @@ class Supervisor:
             case Stepped(events, gauges):
                 worker.gauges = gauges
                 self.dispatcher.deliver(worker, events)
+            case AdapterLoaded():
+                if error := self.adapters.note(worker, message):
+                    self.give_up(error)
+                self._check_ready()
             case CacheEmptied(able):
                 if worker.cache is CacheState.ASKED:  # else it may use them again
                     worker.cache = CacheState.EMPTY if able else CacheState.UNABLE
@@ -155,6 +162,7 @@ class Supervisor:
                         self.run("opening the tokenizer", self._prepare)
             case Ready(gauges, faults):
                 worker.become(State.READY)
+                self.adapters.greet(worker)
                 worker.gauges, worker.kernel_faults = gauges, faults
                 if len(self.workers) > 1:
                     log.info("%s is ready: %s", worker.where, worker.place)
@@ -195,8 +203,9 @@ class Supervisor:
         await self._prepare()
 
     def _check_ready(self):
-        if self.ready:
+        if self.ready and (self.asleep or self.adapters.settled):
             self.became_ready.set()
+            self.adapters.started = True
 
     async def watch(self):
         """Once a second: kill hung workers, unload idle ones, and fail requests that waited too long."""
@@ -205,6 +214,7 @@ class Supervisor:
             for worker in self.workers:
                 worker.check_health()
             self.unload_when_idle()
+            self.adapters.drop_unused({job.request.params.adapter for job in self.dispatcher.jobs.values()})
             crashing = any(worker.crashes_in_row > 1 for worker in self.workers)
             patience_s = 2 * self.load_s + (self.CRASHING_S if crashing else self.ORPHAN_S)
             if self.asleep or self.ready_workers or not self.dispatcher.pending:

@@ -72,7 +72,7 @@ class Job:
     @cached_property
     def prefixes(self) -> dict[int, int]:
         """hash -> length of the prompt's first 64, 128, 256 .. tokens, to find a worker that caches them."""
-        owner, ids = self.request.params.owner, self.prompt_ids
+        owner, ids = (self.request.params.owner, self.request.params.adapter), self.prompt_ids
         return {hash((owner, ids[:64 << n])): 64 << n for n in range(16) if 64 << n <= len(ids)}
 
     @property

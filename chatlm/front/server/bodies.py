@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS, with_own_sampling
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.common.messages.requests import Request
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model, OneModel
@@ -25,11 +27,18 @@ if TYPE_CHECKING:
     from chatlm.front.server.access import Owners
 
 
-def known_of(pool: WorkerPool, settings: Settings) -> Known:
-    tokenizer = pool.tokenizer
-    return Known(with_own_sampling(settings, pool), pool.model_name, tokenizer and tokenizer.tool_format,
-                 pool.ready, tokenizer and tokenizer.spec.chat_template or "",
-                 tokenizer is None or tokenizer.has_chat_template)
+def known_of(model: Model) -> Known:
+    pool, tokenizer = model.serving(), model.serving().tokenizer
+    tool_format, template = (tokenizer.tool_format, tokenizer.spec.chat_template) if tokenizer else (None, "")
+    return Known(with_own_sampling(model.settings, pool), pool.model_name, tool_format, pool.ready,
+                 template or "", tokenizer is None or tokenizer.has_chat_template, model.adapter_names)
+
+
+def computed_by(model: Model, request: Request) -> Request:
+    """The request, for the model's adapter if it has one."""
+    if not model.adapter:
+        return request
+    return replace(request, params=replace(request.params, adapter=model.adapter.id))
 
 
 def tokenizer_of(pool: WorkerPool) -> Tokenizer:
@@ -80,11 +89,13 @@ class Bodies:
             model = await self.model_of(body)
             pool = model.serving()
             if len(body) <= LIMITS.inline_bytes:
-                parsed = read_answer(record.route.pattern, body, known_of(pool, model.settings))
+                parsed = read_answer(record.route.pattern, body, known_of(model))
             else:
                 tokenizer_of(pool)
                 parsed = await pool.admission.read_large(
-                    record.route.pattern, body, record.client, self.owners.of_pages(record.client))
+                    record.route.pattern, body, record.client, self.owners.of_pages(record.client),
+                    model.adapter_names)
+        parsed = replace(parsed, request=computed_by(model, parsed.request))
         if parsed.request.prompt_ids is not None:
             holding.keep(parsed.size)
         if parsed.ignored_tools:
@@ -104,9 +115,9 @@ class Bodies:
         pool, admission = model.serving(), model.serving().admission
         if admission.prompts and len(body) <= LIMITS.inline_bytes:
             text = await read_text(record.route.pattern, body, admission.prompts,
-                                   known_of(pool, model.settings), record.client)
+                                   known_of(model), record.client)
         else:
-            text = await admission.answer_text(record.route.pattern, body, record.client)
+            text = await admission.answer_text(record.route.pattern, body, record.client, model.adapter_names)
         ignored, _, text = text.partition(b"\n")
         if ignored:
             record.headers["X-Ignored-Fields"] = ignored.decode()[:1000]

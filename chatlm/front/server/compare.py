@@ -16,7 +16,7 @@ from chatlm.common.messages.requests import Finished, Piece
 from chatlm.front.aio import supervised
 from chatlm.front.api.encode import NativeEncoder, error_body, timings_body, usage_body
 from chatlm.front.api.readers import compared_request
-from chatlm.front.server.bodies import known_of, tokenizer_of
+from chatlm.front.server.bodies import computed_by, known_of, tokenizer_of
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Event, Request
@@ -46,10 +46,10 @@ def asked_of(served: OneModel | ManyModels, base: Model, wanted: Mapping,
         model = served.find(name, bound) if name else base
         pool = model.serving()
         tokenizer_of(pool)
-        known = known_of(pool, model.settings)
+        known = known_of(model)
         known.check_model(name)
-        request = compared_request(shared, variant, known)
-        asked.append(Asked(pool.model_name, pool, request))
+        request = computed_by(model, compared_request(shared, variant, known))
+        asked.append(Asked(model.name, pool, request))
     return asked
 
 

@@ -55,7 +55,9 @@ ABILITIES = {  # as /openapi.json describes them
     "compare": "/v1/compare",
     "json_schema": "answers in a format"}
 A_MODEL = {"type": "object", "properties": {
-    "id": A_TEXT, "state": {"enum": ["unloaded", "loading", "ready", "failed"]}, "reason": A_TEXT,
+    "id": A_TEXT, "parent": {"type": ["string", "null"], "description":
+                             "of an adapter, the model beside which it is served; its alias is MODEL@NAME"},
+    "state": {"enum": ["unloaded", "loading", "ready", "failed"]}, "reason": A_TEXT,
     "loading": {"type": "number", "description": "how far it is loaded, from 0 to 1, while it loads"},
     "bytes": {"type": "integer", "description": "in memory; of one that is not loaded, what it will take"},
     "default": {"type": "boolean", "description": "it answers requests that name no model"},
@@ -79,7 +81,7 @@ def listed_body(served: OneModel | ManyModels) -> dict:
 
 def model_body(model: Model, is_default: bool = True) -> dict:
     """A served model as /v1/models describes it. Overloaded while the only one loads."""
-    if model.pool is None:
+    if model.failed or not model.pool:
         return {"id": model.name, "object": "model", "created": int(time.time()), "owned_by": "chat_server",
                 "state": "failed", "reason": model.public_reason, "aliases": [*model.choice.aliases]}
     pool, settings, tokenizer = model.pool, model.settings, model.pool.tokenizer
@@ -95,15 +97,16 @@ def model_body(model: Model, is_default: bool = True) -> dict:
             "compare": tokenizer.has_chat_template,
             "json_schema": importlib.util.find_spec("llguidance") is not None}
     facts = pool.supervisor.card.facts
-    return {"id": pool.model_name, "object": "model", "created": pool.created,
+    aliases = model.choice.aliases if model.adapter else model.settings.served_model_name
+    return {"id": model.name, "object": "model", "created": pool.created,
             "state": model.state,
             **({"loading": pool.supervisor.load_fraction()} if model.state == "loading" else {}),
-            "bytes": model.bytes, "aliases": [*model.settings.served_model_name],
+            "bytes": model.bytes, "aliases": [*aliases],
             "type": "chat" if able["chat"] else "completion", "family": facts.family, "format": facts.format,
             "default": is_default, "pinned": model.choice.pin,
-            "weights_digest": facts.digest,
-            "owned_by": "chat_server", "root": pool.model_name, "tools": tools_of(tokenizer),
-            **model.of_run, "owned_by": "chat_server", "root": pool.model_name, "tools": tools_of(tokenizer),
+            "weights_digest": facts.digest + (f"+{model.adapter.digest}" if model.adapter else ""),
+            **model.of_run, "owned_by": "chat_server", "root": pool.model_name,
+            "parent": pool.model_name if model.adapter else None, "tools": tools_of(tokenizer),
             "context_length": pool.context_length, "max_model_len": pool.context_length,
             "capabilities": able,
             "defaults": {"max_tokens": settings.max_tokens, **{
@@ -114,13 +117,14 @@ def model_body(model: Model, is_default: bool = True) -> dict:
 def ollama_model(model: Model) -> dict:
     """A model as Ollama's routes describe one. Its clients expect a tag in the name."""
     pool = model.serving()
-    card, name, facts = model_body(model), pool.model_name, pool.supervisor.card.facts
+    card, name, facts = model_body(model), model.name, pool.supervisor.card.facts
     name = name if ":" in name else name + ":latest"
     count = facts.parameters
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
     return {"name": name, "model": name, "modified_at": utc(card["created"]), "size": facts.weights_bytes,
             "digest": hashlib.sha256(name.encode()).hexdigest(),
-            "details": {"parent_model": "", "format": facts.format, "family": facts.family,
+            "details": {"parent_model": pool.model_name if model.adapter else "", "format": facts.format,
+                        "family": facts.family,
                         "families": [facts.family], "parameter_size": size,
                         "quantization_level": facts.weights.upper()}}
 
@@ -130,12 +134,12 @@ CENTURY_S = 3e9
 
 def ollama_models(models: Iterable[Model]) -> dict:
     """The response of /api/tags. Ollama has no word for a model that has failed."""
-    return {"models": [ollama_model(model) | {"state": model.state} for model in models if model.pool]}
+    return {"models": [ollama_model(model) | {"state": model.state} for model in models if not model.failed]}
 
 
 def ollama_running(models: Iterable[Model]) -> dict:
     """The response of /api/ps."""
-    return {"models": [body for model in models if model.pool for body in ollama_loaded(model)]}
+    return {"models": [body for model in models if not model.failed for body in ollama_loaded(model)]}
 
 
 def ollama_loaded(model: Model) -> list[dict]:
@@ -157,7 +161,7 @@ def stats_body(models: OneModel | ManyModels) -> dict:
     default = models.default_of(models.listed(bound))
     return {**models.stats(bound), "models": [
         {"id": model.name, "state": model.state, "bytes": model.bytes,
-         **({"reason": model.public_reason} if model.pool is None else {
+         **({"reason": model.public_reason} if model.failed or not model.pool else {
              "context_length": model.pool.context_length, "running": sum(
                  worker["running"] for worker in model.pool.stats()["workers"]),
              "queue_depth": model.pool.stats()["queue_depth"]}),
@@ -175,8 +179,8 @@ class ModelRoutes:
         name, bound = http.match_info["name"], REQUEST_LOG.get().models
         model = self.models.find(name, bound)
         body = model_body(model, model is self.models.default_of(self.models.listed(bound)))
-        if model.pool:
-            known_of(model.pool, model.settings).check_model(name)
+        if not model.failed:
+            known_of(model).check_model(name)
         return json_response(body)
 
     async def handle_load(self, http: web.Request) -> web.Response:
@@ -199,7 +203,7 @@ class ModelRoutes:
             served, text = await self.bodies.read_text(http, holding)
         pool = served.serving()
         model, tokenizer = ollama_model(served), tokenizer_of(pool)
-        known_of(pool, served.settings).check_model(text.decode("utf-8"))
+        known_of(served).check_model(text.decode("utf-8"))
         able, facts = model_body(served)["capabilities"], pool.supervisor.card.facts
         capabilities = {"completion": True, "tools": able["tools"], "thinking": able["reasoning"]}
         sampling = sampling_of(pool, served.settings)

@@ -22,6 +22,7 @@ from chatlm.common.memory import empty_pages
 from chatlm.common.messages.requests import (
     AnswerParams, Embedding, Ended, Failed, Piece, PromptProgress, PromptScores, ThinkingEnds, TokenLogprob,
     Usage)
+from chatlm.worker.engine.adapter_slots import AdapterSlots
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS, Assignment, Chunk, Scheduler, Sequence
@@ -103,6 +104,7 @@ class Engine:
         if ranks:
             self.steps = ranks.steps(self.steps, transformer)
         self.answers = AnswerMaker(tokenizer)
+        self.adapters = AdapterSlots(transformer, ranks)
         self.under_way: deque[StepUnderWay] = deque()  # one, or as many as there are other stages
         # `step` returns these, each with its answer's id, even if the step that made them failed
         self.events: list[tuple[str, WorkerEvent]] = []
@@ -118,10 +120,15 @@ class Engine:
 
     def add(self, work: Assignment):
         """Queue an answer; its prompt must fit the context (the front has checked this)."""
+        slot = self.adapters.slots.get(work.params.adapter, 0)
+        if work.params.adapter and not slot:
+            self.events.append((work.id, Failed("its adapter is no longer there")))
+            return
         # of a prompt that is only scored, and may fill the context, a token is drawn too
         most = max(self.context_length, len(work.prompt_ids) + min(work.max_tokens, 1))
         limit = min(len(work.prompt_ids) + work.max_tokens, most)
-        sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, scored=work.scored)
+        sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, adapter=slot,
+                            adapter_digest=self.adapters.digests.get(slot, ""), scored=work.scored)
         self.answers.make(sequence)
         free = not work.needs_logits and not work.sampling.counts_tokens
         sequence.drafter = Drafter(sequence.tokens) if self.drafts and free else None
@@ -376,14 +383,25 @@ class Engine:
             [empty_pages(tensor.data_ptr(), tensor.nbytes) for tensor in tensors])
 
 
+def drop_adapter(engine: Engine, adapter_id: str):
+    """Forget an adapter, with the answers that it still has."""
+    slot = engine.adapters.drop(adapter_id)
+    for sequence in [*engine.scheduler.running, *engine.scheduler.waiting]:
+        if slot and sequence.adapter == slot:
+            engine.cancel(sequence.work.id)
+            engine.events.append((sequence.work.id, Failed("its adapter is no longer there")))
+
+
 def failure_text(error: Exception) -> str:
     return f"the model failed while computing this answer ({type(error).__name__})"
 
 
 def make_batch(plan: Seq[Chunk]) -> Batch:
     """Flatten the plan into one forward pass, sequence after sequence."""
-    batch = Batch([], [], [0], [], [], [], any(chunk.sequence.pooling for chunk in plan), [], [], [])
-    token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _, reads, *writes = batch
+    adapters = [chunk.sequence.adapter for chunk in plan]
+    batch = Batch([], [], [0], [], [], [], any(chunk.sequence.pooling for chunk in plan), [], [], [],
+                  adapters if any(adapters) else [])
+    token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _, reads, *writes, _ = batch
     for chunk in plan:
         first, tokens = chunk.sequence.computed, chunk.sequence.tokens
         ids = [*tokens[first:first + chunk.count], *chunk.draft]

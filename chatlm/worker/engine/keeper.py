@@ -187,7 +187,7 @@ class Keeper:
     def _found(self, sequence: Sequence) -> Restoration:
         """Begin to restore what is kept of a sequence's tokens; it is over where nothing is worth it."""
         pool, kept, size = self.pool, self.kept, self.pool.page_size
-        tokens, owner = sequence.tokens, sequence.work.params.owner
+        tokens, owner = sequence.tokens, sequence.root
         table, serial = pool.match_prefix(tokens, owner)
         begin, end, most = len(table) // pool.groups, 0, (len(tokens) - 1) // size
         address, addresses = owner_address(owner), []

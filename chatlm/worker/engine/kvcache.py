@@ -229,7 +229,7 @@ class PageTables:
         if self.states:
             self.states.release(sequence)
         sequence.pages, sequence.computed, sequence.filled = [], 0, 0
-        sequence.serial = sequence.work.params.owner
+        sequence.serial = sequence.root
 
 
 def longest_context(pool: PagePool, most: int, chunk: int) -> int:

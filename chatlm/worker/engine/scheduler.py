@@ -57,6 +57,8 @@ class Sequence:
     work: Assignment
     tokens: list[int]                    # prompt and everything generated; ~row for one still being drawn
     limit: int                           # maximum length of `tokens`
+    adapter: int = 0                     # the slot of its adapter; 0: it has none
+    adapter_digest: str = ""             # of that one's files
     computed: int = 0
     finished: bool = False               # it ended or was cancelled
     suspect: bool = False                # was in a failed step: runs alone until it produces a token
@@ -77,6 +79,12 @@ class Sequence:
     drafter: Drafter | None = None       # proposes its drafts
     preparing: Future | None = None      # a thread's work that it must wait for
     restoration: Restoration | None = None  # of kept pages of its prompt, once it was looked up
+
+    @property
+    def root(self) -> str:
+        """Who shares its KV pages, in this worker or a later one: nobody who computes with other weights."""
+        owner = self.work.params.owner
+        return f"{owner}\0{self.adapter_digest}" if self.adapter else owner
 
     @property
     def ready(self) -> bool:
@@ -284,7 +292,7 @@ class Scheduler:
             holdings = self._holdings()
             ready.remove(sequence := min(ready, key=lambda waiting: holdings[waiting.work.params.client]))
             matched, serial = self.pool.match_prefix([] if is_uncached(sequence) else sequence.tokens,
-                                                     sequence.work.params.owner)
+                                                     sequence.root)
             cached, size, length = len(matched) // self.pool.groups, self.pool.page_size, len(sequence.tokens)
             whole, near = -(-length // size), -(-min(length, cached * size + self.prefill_chunk) // size)
             sequence.pages, sequence.filled = matched, cached

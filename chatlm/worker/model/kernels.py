@@ -24,16 +24,18 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.processes.start import threads_per_worker
-from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, Sequences, token_places
+from chatlm.worker.model.spec import (
+    DeltaRule, Mamba2, ModelSpec, RowAdapters, Sequences, token_places)
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.attention import (
     attend, attend_prompt, decode_rows, mean_squares_reference, norm_qk_reference, page_table,
     paged_attention_reference, plan_attention_reference, rope_append_reference, rope_tables)
 from chatlm.worker.ops.basic import (
-    Norm, backout_reference, copy_reference, dequantize, dequantized, embed_reference, experts_reference,
-    fastest_dtype, finish_linear, gate_input_reference, gated_add_reference, gather_rows_reference,
-    layer_inputs_reference, linear_reference, look_up_reference, make_cache_reference, mix_reference,
-    pack_reference, rms_norm_reference, smear_reference, softcap_reference, unpermute_rope, zeroed)
+    AdapterMatrix, Norm, adapter_products, backout_reference, copy_reference, dequantize, dequantized,
+    embed_reference, experts_reference, fastest_dtype, finish_linear, gate_input_reference,
+    gated_add_reference, gather_rows_reference, layer_inputs_reference, linear_reference, look_up_reference,
+    make_cache_reference, mix_reference, pack_reference, rms_norm_reference, smear_reference,
+    softcap_reference, unpermute_rope, zeroed)
 from chatlm.worker.ops.mixers import (
     delta_rule_reference, gate_reference, group_squares_reference, mamba2_reference, norm_groups_reference,
     short_conv_reference, split_gates_reference)
@@ -117,6 +119,11 @@ class Backend:
 
     def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> Steps:
         return EagerSteps(transformer)
+
+    def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: torch.device) -> Any:
+        """What the ops read of an adapter, whose matrices have the names of those that they change."""
+        return {name: AdapterMatrix(*(tensor.to(device) for tensor in matrix))
+                for name, matrix in matrices.items()}
 
 
 @dataclass(frozen=True)
@@ -252,7 +259,8 @@ def for_decode_core() -> SimpleNamespace:
         dequantized=dequantized, dequantize=dequantize, unpermute_rope=unpermute_rope,
         references=references, finish_linear=finish_linear, rope_tables=rope_tables,
         ModelSpec=ModelSpec, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm, Sequences=Sequences,
-        SampleRow=SampleRow, SamplingParams=SamplingParams,
+        SampleRow=SampleRow, SamplingParams=SamplingParams, RowAdapters=RowAdapters,
+        adapter_products=adapter_products,
         EagerSteps=EagerSteps, ConfigError=ConfigError)
 
 

@@ -460,6 +460,7 @@ class Batch(NamedTuple):
     state_reads: list[int] = []    # (N): the slot with the state before the new tokens; any at position 0
     write_rows: list[int] = []     # rows, ascending, after each of which the state is written
     write_slots: list[int] = []    # into a slot, these
+    adapters: list[int] = []       # (N): the slot of each sequence's adapter, 0: none; []: none has one
 
 
 class Sequences(NamedTuple):
@@ -490,6 +491,32 @@ class Inputs(NamedTuple):
     attention: Any           # the kernels' plan: where each row finds its keys
     parts: tuple = ()
     sequences: Any = None    # Sequences, where layers keep states
+    adapters: Any = None     # see RowAdapters
+
+
+class RowAdapters(NamedTuple):
+    """Which rows of a step have which adapter: (its matrices by name, the rows) of each. The head's rows are
+    those that have logits."""
+
+    tokens: Seq[tuple[Mapping[str, Any], list[int]]] = ()
+    logits: Seq[tuple[Mapping[str, Any], list[int]]] = ()
+
+    @classmethod
+    def of(cls, batch: Batch, adapters: Mapping[int, Mapping[str, Any]]) -> RowAdapters:
+        owner = [slot for slot, first, end in zip(batch.adapters, batch.starts, batch.starts[1:])
+                 for _ in range(first, end)]
+        slots = [slot for slot in dict.fromkeys(batch.adapters) if slot]
+
+        def rows_of(owners: Seq[int]) -> list[tuple[Mapping[str, Any], list[int]]]:
+            return [(adapters.get(slot, {}), [row for row, its in enumerate(owners) if its == slot])
+                    for slot in slots]
+
+        return cls(rows_of(owner), rows_of([owner[row] for row in batch.logit_rows]))
+
+    def of_matrix(self, name: str) -> list[tuple[list[int], Any]]:
+        """(the rows, what their adapter adds to their products with a matrix) of each adapter that has it."""
+        owned = self.logits if name == "head" else self.tokens
+        return [(rows, matrices[name]) for matrices, rows in owned if name in matrices and rows]
 
 
 def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:

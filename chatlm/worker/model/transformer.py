@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy
 import torch
 
 from chatlm.common.config import PAGE_SIZE
+from chatlm.common.errors import ConfigError
 from chatlm.worker.model.spec import (
-    DeltaRule, Inputs, Mamba2, PageLayout, Sequences, ShortConv, expected_tensors, group_layers,
+    DeltaRule, Inputs, Mamba2, PageLayout, RowAdapters, Sequences, ShortConv, expected_tensors, group_layers,
     token_places)
 from chatlm.worker.model.tensors import MappedRows, Unread, read_ahead
 from chatlm.worker.ops.attention import query_scales, rope_frequencies, rope_tables
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.spec import Attention, Batch, LayerGroups, ModelSpec
+    from chatlm.worker.ops.basic import AdapterMatrix
 
 
 class Transformer:
@@ -34,8 +38,11 @@ class Transformer:
     def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
                  max_rows: int | None = None, device: str | torch.device = "cpu", dtype=None,
                  num_slots: int = 1, groups: LayerGroups | None = None,
+                 read_adapter: Callable[[Path], dict[str, AdapterMatrix]] | None = None,
                  progress=lambda activity, fraction: None):
         self.spec, self.kernels = spec, kernels
+        self.read_adapter = read_adapter   # a folder's matrices, by the names of those that they change
+        self.adapters: dict[int, Any] = {}  # by slot, from 1 on: as the kernels read them
         self.attentions = spec.by_layer
         self.groups = groups or group_layers(self.attentions, 0, apart=False)
         self.layout = PageLayout.of(self.groups, self.attentions)
@@ -197,13 +204,15 @@ class Transformer:
                        if its and self.layout.group[l] == group}
             plan = self.kernels.plan_attention(mine, tensors[2], windows, self.dtype)
             parts.append(Inputs(*tensors, attention=plan))
-        return parts[0]._replace(parts=tuple(parts), sequences=Sequences.of(batch))
+        adapters = RowAdapters.of(batch, self.adapters) if any(batch.adapters) else RowAdapters()
+        return parts[0]._replace(parts=tuple(parts), sequences=Sequences.of(batch), adapters=adapters)
 
     def compute(self, inputs: Inputs, b: SimpleNamespace):
         """The model: T new tokens -> b.logits (R, V).
 
         Every op writes into a given buffer, so that the steps can be recorded or captured as a CUDA graph."""
         spec, k, w = self.spec, self.kernels, self.weights
+        b.adapters = inputs.adapters
         if spec.opens:
             self._embed(inputs, b)
         for l, layer in enumerate(self.layers):
@@ -227,7 +236,8 @@ class Transformer:
             k.backout(b.x, b.middle, w["backout_lambda"], out=b.x)
         k.gather_rows(b.x, inputs.logit_rows, out=b.last)  # (R, C)
         logits = b.own_logits if spec.own_rows else b.logits
-        k.linear(b.last, w["head"], norm=Norm(self.logit_norm, self.norm_eps), out=logits)  # (R, V)
+        norm = Norm(self.logit_norm, self.norm_eps)
+        adapted_linear(k, b, b.last, w, "head", norm=norm, out=logits)  # (R, V)
         if spec.own_rows:  # those of other ranks lie beside them
             k.all_gather(logits, out=b.logits)
         if spec.softcap:
@@ -279,7 +289,8 @@ class Transformer:
         qkv, q, attended = (narrow(buffer, width) for buffer, width in (
             (b.qkv, columns), (b.q, queries), (b.attended, its.heads * its.value_size)))
         product = narrow(b.gated, queries + columns) if spec.output_gate else qkv
-        k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=product)  # (T, rows of parts)
+        adapted_linear(k, b, b.x, layer, "qkv", l, norm=norm, bias=layer.get("qkv_bias"),
+                       out=product)  # (T, rows of parts)
         if spec.output_gate:
             k.split_gates(product, its.head_size, gates=narrow(b.gates, queries), out=qkv)
         if "value_embed" in layer:
@@ -301,7 +312,7 @@ class Transformer:
                           softcap=spec.attention_softcap, sinks=layer.get("sinks"))  # (T, H * Dv)
         if spec.output_gate:
             k.gate(attended, narrow(b.gates, queries), out=attended)
-        self._add(b, attended, layer, "output", b.x, out=b.residual)
+        self._add(b, attended, layer, l, "output", b.x, out=b.residual)
 
     def _mix(self, inputs: Inputs, b: SimpleNamespace, layer: dict, l: int):
         """residual = x + mix_out(op(mix_in(norm(x)))), with the sequences' states; the op is the mixer's."""
@@ -309,7 +320,7 @@ class Transformer:
         norm = Norm(layer.get("attention_norm"), self.norm_eps)
         mixed, out = (buffer[:, :width] for buffer, width in zip(
             (b.mixed, b.mixer), mixer.widths(self.spec.width)))  # pyright: ignore[reportOptionalMemberAccess]  it has one
-        k.linear(b.x, layer["mix_in"], norm=norm, bias=layer.get("mix_in_bias"), out=mixed)
+        adapted_linear(k, b, b.x, layer, "mix_in", l, norm=norm, bias=layer.get("mix_in_bias"), out=mixed)
         if isinstance(mixer, ShortConv):
             k.short_conv(mixed, layer["taps"], states, inputs.sequences, out=out, bias=layer.get("taps_bias"))
         else:
@@ -321,23 +332,23 @@ class Transformer:
                 k.group_squares(b.unnormed, mixer, out=b.squares)
                 k.all_reduce(b.squares, out=b.squares)
                 k.norm_groups(b.unnormed, layer["mix_norm"], b.squares, mixer, self.spec.norm_eps, out=out)
-        self._add(b, out, layer, "mix_out", b.x, out=b.residual)
+        self._add(b, out, layer, l, "mix_out", b.x, out=b.residual)
 
     def _feed_forward(self, b: SimpleNamespace, layer: dict, l: int):
         """x = residual + down(activation(up(norm(residual)))), or the sum of several such by experts."""
         spec, k = self.spec, self.kernels
         norm = Norm(layer.get("ffn_norm"), self.norm_eps) if spec.pre_norms else None
         if "experts_norm" in layer:
-            return add_experts_and_dense(spec, k, b, layer, norm)
+            return add_experts_and_dense(spec, k, b, layer, l, norm)
         if "router" in layer:
-            return self._experts(b, layer, norm)
+            return self._experts(b, layer, l, norm)
         up, hidden = "up" if spec.activation == "relu2" else "gate_up", b.dense if spec.experts else b.hidden
         hidden = hidden if spec.experts or l in spec.double_layers else narrow(hidden, spec.ffn_size)
-        k.linear(b.residual, layer[up], norm=norm, bias=layer.get(f"{up}_bias"), activation=spec.activation,
-                 out=hidden)  # (T, F)
-        self._add(b, hidden, layer, "down", b.residual, out=b.x)
+        adapted_linear(k, b, b.residual, layer, up, l, norm=norm, bias=layer.get(f"{up}_bias"),
+                       activation=spec.activation, out=hidden)  # (T, F)
+        self._add(b, hidden, layer, l, "down", b.residual, out=b.x)
 
-    def _experts(self, b: SimpleNamespace, layer: dict, norm: Norm | None):
+    def _experts(self, b: SimpleNamespace, layer: dict, l: int, norm: Norm | None):
         """x = residual + what the experts of each row add to it, those of all rows among them."""
         spec, k = self.spec, self.kernels
         alone = k.all_reduce is None
@@ -350,30 +361,50 @@ class Transformer:
             out=total, activation=spec.activation, chosen=spec.experts_per_token,
             sum_to_one=spec.shares_sum_to_one, residual=alone, **router)
         if spec.shared_size:
-            k.linear(b.residual, layer["shared_gate_up"], norm=norm, activation=spec.activation, out=b.shared)
+            adapted_linear(k, b, b.residual, layer, "shared_gate_up", l, norm=norm,
+                           activation=spec.activation, out=b.shared)
             if spec.shared_gate:
                 k.linear(b.residual, layer["shared_gate"], norm=norm, out=b.share)  # (T, 1)
-                k.linear(b.shared, layer["shared_down"], out=b.previous)
+                adapted_linear(k, b, b.shared, layer, "shared_down", l, out=b.previous)
                 k.gated_add(total, b.previous, b.share, out=total)
             else:
-                k.linear(b.shared, layer["shared_down"], residual=total, out=total)
+                adapted_linear(k, b, b.shared, layer, "shared_down", l, residual=total, out=total)
         if not alone:
             k.all_reduce(b.added, out=b.x, residual=b.residual)
 
-    def _add(self, b: SimpleNamespace, x, layer: dict, name: str, residual, out):
+    def _add(self, b: SimpleNamespace, x, layer: dict, l: int, name: str, residual, out):
         """out = residual + x @ layer[name].T + bias (T, C), or a norm of what is added in some families.
 
         Each of several ranks has some columns of the matrix, so they add up their products."""
         k, bias, norm = self.kernels, layer.get(f"{name}_bias"), layer.get(f"{name}_norm")
         if norm is None and not k.all_reduce:
-            return k.linear(x, layer[name], bias=bias, residual=residual, out=out)
-        k.linear(x, layer[name], bias=bias, out=b.added)
+            return adapted_linear(k, b, x, layer, name, l, bias=bias, residual=residual, out=out)
+        adapted_linear(k, b, x, layer, name, l, bias=bias, out=b.added)
         if norm is None:
             return k.all_reduce(b.added, out=out, residual=residual)
         if k.all_reduce:
             k.all_reduce(b.added, out=b.added)
         k.rms_norm(b.added, norm, self.spec.norm_eps, out=b.added)
         k.mix(residual, b.added, 1.0, 1.0, out=out)
+
+
+def load_adapter(transformer: Transformer, slot: int, folder: Path) -> int:
+    """Have a slot's rows computed with this adapter, from the next step on; returns its bytes. ConfigError
+    if it is none for this model."""
+    if transformer.read_adapter is None:
+        raise ConfigError(f"{folder}: this model takes no adapters; Hugging Face folders and GGUF files do")
+    matrices = transformer.read_adapter(folder)
+    transformer.adapters[slot] = transformer.kernels.backend.pack_adapter(matrices, transformer.device)
+    return sum(tensor.nbytes for matrix in matrices.values() for tensor in matrix)
+
+
+def adapted_linear(k: Kernels, b: SimpleNamespace, x, weights: dict, name: str, layer: int | None = None,
+                   **options):
+    """The op linear with weights[name], and what the adapters of rows add to their products."""
+    adapted = b.adapters and b.adapters.of_matrix(name if layer is None else f"{layer}.{name}")
+    if adapted:
+        options["adapted"] = adapted
+    k.linear(x, weights[name], **options)
 
 
 def narrow(buffer: torch.Tensor, columns: int) -> torch.Tensor:
@@ -396,7 +427,8 @@ def add_layer_input(spec: ModelSpec, k: Kernels, b: SimpleNamespace, layer: dict
     k.mix(b.x, b.added, 1.0, 1.0, out=b.x)
 
 
-def add_experts_and_dense(spec: ModelSpec, k: Kernels, b: SimpleNamespace, layer: dict, norm: Norm | None):
+def add_experts_and_dense(spec: ModelSpec, k: Kernels, b: SimpleNamespace, layer: dict, l: int,
+                          norm: Norm | None):
     """x = residual + norm(norm(shared expert of norm(residual)) + norm(experts of norm(residual))): each
     norm has its own weight, and so has the router's."""
     def normed(x, name: str):
@@ -411,8 +443,9 @@ def add_experts_and_dense(spec: ModelSpec, k: Kernels, b: SimpleNamespace, layer
         activation=spec.activation, chosen=spec.experts_per_token, sum_to_one=True, residual=False,
         scales=layer["experts_scale"])
     normed(b.added, "experts_down")
-    k.linear(b.residual, layer["shared_gate_up"], norm=norm, activation=spec.activation, out=b.shared)
-    k.linear(b.shared, layer["shared_down"], out=b.previous)
+    adapted_linear(k, b, b.residual, layer, "shared_gate_up", l, norm=norm, activation=spec.activation,
+                   out=b.shared)
+    adapted_linear(k, b, b.shared, layer, "shared_down", l, out=b.previous)
     normed(b.previous, "shared_down")
     k.mix(b.added, b.previous, 1.0, 1.0, out=b.added)
     k.rms_norm(b.added, layer["down_norm"], spec.norm_eps, out=b.added)

@@ -87,18 +87,44 @@ GATES = {"swiglu": lambda gate, up: torch.nn.functional.silu(gate) * up,
          "clamped_swiglu": clamped_swiglu}
 
 
-def linear_reference(x, weight, out, norm=None, bias=None, activation=None, residual=None):
-    """residual + activation(norm(x) @ weight.T + bias) -> out.
+class AdapterMatrix(NamedTuple):
+    """What an adapter adds to the product of a matrix (N, K) with x: b @ (scales * (a @ x)). R is the sum of
+    the ranks of the parts that the matrix is made of; `b` is zero where a part has no rows."""
+
+    a: torch.Tensor       # (R, K), as its file has it
+    b: torch.Tensor       # (N, R)
+    scales: torch.Tensor  # (R,) float32
+
+
+Adapted = Seq[tuple[Any, AdapterMatrix]]  # (rows of the step, what their adapter adds) of each adapter
+
+
+def adapter_products(x, adapted: Adapted):
+    """(rows, float32 (rows, N) that their adapter adds) of each, x (T, >= K) after the norm; row by row, so
+    that a row's bits depend on nothing beside it."""
+    for rows, (a, b, scales) in adapted:
+        yield rows, torch.stack([
+            b.float() @ (scales * (a.float() @ row)) for row in x[rows, :a.shape[1]].float()])
+
+
+def linear_reference(x, weight, out, norm=None, bias=None, activation=None, residual=None,
+                     adapted: Adapted = ()):
+    """residual + activation(norm(x) @ weight.T + bias + what adapters add to their rows) -> out.
 
     weight (N, K) is packed or plain; x (T, >= K), of which the first K columns are read. activation is None,
     "relu2", or one of GATES, whose weight holds the gate rows first and whose output is (T, N / 2)."""
     if norm:
         x = norm(x)
+    added = list(adapter_products(x, adapted))
     x, bias = x[:, :weight.shape[1]].to(weight.dtype), bias if bias is None else bias.to(weight.dtype)
     if weight.is_mkldnn:
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     else:
         y = torch.nn.functional.linear(x, weight, bias)
+    if added:
+        y = y.float()
+    for rows, product in added:
+        y[rows] += product
     finish_linear(y, out, activation, residual)
 
 

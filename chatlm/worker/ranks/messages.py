@@ -42,6 +42,14 @@ class RankStep:
     rows: list[SampleRow] | None
 
 
+@wire_message(1 << 16)
+class RankAdapter:
+    """Rank 0 to another: load your part of this adapter, or forget it, before the next step."""
+
+    slot: int
+    folder: str  # "": forget it
+
+
 @wire_message(64)
 class RankDrew:
     """A rank to rank 0: a checksum of the tokens that all steps so far have drawn."""
@@ -65,4 +73,5 @@ class RankLogits:
     data: bytes
 
 
-RANK_PIPE = Pipe(RankConfig, RankPages, RankStep, RankDrew, RankTokens, RankLogits, Loading, Ready, Unusable)
+RANK_PIPE = Pipe(RankConfig, RankPages, RankStep, RankAdapter, RankDrew, RankTokens, RankLogits, Loading,
+                 Ready, Unusable)

@@ -29,7 +29,7 @@ from chatlm.common.hub.local import no_progress
 from chatlm.common.messages.protocol import Ready, Unusable
 from chatlm.common.processes.torchrun import ranks_here, torchrun
 from chatlm.worker.ranks.links import ProcessLinks, TcpLinks
-from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig, RankPages
+from chatlm.worker.ranks.messages import RANK_PIPE, RankAdapter, RankConfig, RankPages
 from chatlm.worker.ranks.steps import RankSteps, Stage, StagedSteps, join_ranks, rank_device
 
 if TYPE_CHECKING:
@@ -136,6 +136,10 @@ class RankZero(RankAlone):
                 channel.connection.sendall(frame)
             except OSError:
                 raise self.links.failure(rank) from None
+
+    def tell_adapter(self, slot: int, folder: str):
+        """Have the other ranks load an adapter, or forget it ("")."""
+        self.broadcast(RankAdapter(slot, folder))
 
     def _receive_from_all(self, expected: type, progress: Progress = no_progress) -> list:
         """The next message of this type of each other rank."""

@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterator, Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 import torch
 
 from chatlm.common.messages.wire import receive_into
 from chatlm.common.processes.torchrun import RankStore
-from chatlm.worker.ranks.messages import RankLogits, RankStep, RankTokens
+from chatlm.worker.model.transformer import load_adapter
+from chatlm.worker.ranks.messages import RankAdapter, RankLogits, RankStep, RankTokens
 
 if TYPE_CHECKING:
     from chatlm.common.messages.wire import Channel
@@ -186,12 +188,18 @@ class StagedSteps:
         return logits.copy_(values[:logits.numel()].view(logits.shape))
 
 
-def received_steps(channel: Channel) -> Iterator[RankStep]:
-    """The steps that rank 0 sends, until it is gone."""
+def received_steps(channel: Channel, transformer: Transformer) -> Iterator[RankStep]:
+    """The steps that rank 0 sends, until it is gone; adapters come and go between them."""
     same = functools.lru_cache(1024)(lambda params: params)  # so that decode_core knows the rows again
     with suppress(EOFError, ConnectionError, TimeoutError):
         while True:
             [step] = channel.receive(wait=True, most=1)
+            if isinstance(step, RankAdapter):
+                if step.folder:
+                    load_adapter(transformer, step.slot, Path(step.folder))
+                else:
+                    transformer.adapters.pop(step.slot, None)
+                continue
             rows = step.rows and [row._replace(params=same(row.params)) for row in step.rows]
             yield replace(step, rows=rows)
 
@@ -199,7 +207,7 @@ def received_steps(channel: Channel) -> Iterator[RankStep]:
 def follow(channel: Channel, steps: RankSteps):
     """Compute what rank 0 sends, one step ahead as it does."""
     finish = None
-    for batch, rows in map(operator.attrgetter("batch", "rows"), received_steps(channel)):
+    for batch, rows in map(operator.attrgetter("batch", "rows"), received_steps(channel, steps.transformer)):
         following = None if rows is None else functools.partial(steps.finish, steps.start(batch, rows))
         if finish:
             finish()
@@ -211,7 +219,7 @@ def follow(channel: Channel, steps: RankSteps):
 def follow_stage(channel: Channel, stage: Stage, drawn: DrawnTokens):
     """Compute this stage of what rank 0 sends; one rank of the last stage answers."""
     closes, speaks = stage.transformer.spec.closes, stage.ranks.rank % stage.ranks.tp == 0
-    for step in received_steps(channel):
+    for step in received_steps(channel, stage.transformer):
         computed: Any = stage.compute(step.batch, step.rows)
         if not closes:
             continue

@@ -39,6 +39,7 @@ from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.gguf_file import (
     GGUF_FAMILIES, GGUF_INERT, GGUF_KEYS, GGUF_MAMBA, GGUF_OF_ONE, GGUF_OWN, GGUF_SIZES, ROPE_TENSORS,
     check_gguf_types, gguf_value, read_gguf)
+from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.lora import Place, fused_places, read_adapters
 from chatlm.worker.weights.rules import (
     LoadedModel, Rule, check_divides, checked, float_type, own_sampling, warn_of_templates)
@@ -107,8 +108,9 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         as_stored = None if settings.dtype else backend.as_stored
         dtype = None if as_stored else float_type(settings, backend)
         called = source.name, str(metadata.get("general.name") or "")
-        places = gguf_places(spec, family, names, sources) if settings.lora else {}
-        added, adapted = read_adapters(settings, file_shapes(sources) | unread_keys(spec), places, called)
+        places = partial(gguf_places, spec, family, names, sources)
+        added, adapted = read_adapters(settings, file_shapes(sources) | unread_keys(spec),
+                                       places() if settings.lora else {}, called)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                architecture in PERMUTED, FAMILIES[family].interleaved, added)
         text = gguf_text(source.path, metadata)
@@ -120,8 +122,12 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     block = max(packed_together(tensor) for name, tensor in stored.items() if ".ffn_down" in name)
     mapped = sources["layer_embed"][1] if "layer_embed" in sources else ()
     held = {name: tensor for name, tensor in stored.items() if name not in mapped}
+    pairs = RopePairs(spec.head_size, spec.rope_size or spec.head_size)
+    own_pairs = pairs if FAMILIES[family].interleaved else None
+    adaptable = Adaptable((*settings.served_model_name, *called), sources, places, lambda name, rows: (
+        unpermute_rope(rows, own_pairs if re.search(r"attn_[qk]\.", name) else None)), unread_keys(spec))
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=max(block, TILE_ROWS),
-                       family=architecture, grows=growth(tensors, held, dtype is None),
+                       family=architecture, adaptable=adaptable, grows=growth(tensors, held, dtype is None),
                        **own_sampling(source.path, metadata, "general.sampling."))
 
 

@@ -18,6 +18,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.basic import RopePairs, unpermute_rope
+from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import (
     Mxfp4, assembled, check_names_and_shapes, file_shapes, fp8_block, read_safetensors, tensor_sources,
     unread_keys, unscaled, without_shared)
@@ -108,12 +109,16 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     added, adapted = read_adapters(settings, matrices, places, names)
     scale_block = fp8_block(config, read_json(config)) if scales else []
 
+    def turned(name: str, rows: torch.Tensor) -> torch.Tensor:
+        if FAMILIES[family].interleaved and re.search(r"\.[qk]_proj\.", name):
+            return unpermute_rope(rows, RopePairs(spec.head_size, spec.rope_size or spec.head_size))
+        return rows
+
     def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
         tensor = unscaled(config, scales, scale_block, name, tensor) if name in scales else tensor
         for change in added.get(name, ()):
             tensor = change.on(tensor)
-        if FAMILIES[family].interleaved and re.search(r"\.[qk]_proj\.", name):
-            tensor = unpermute_rope(tensor, RopePairs(spec.head_size, spec.rope_size or spec.head_size))
+        tensor = turned(name, tensor)
         one_more = FAMILIES[family].one_more and re.search(r"(?<!linear_attn\.)norm\.weight$", name)
         return tensor + 1 if one_more else tensor
 
@@ -123,7 +128,10 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     description = f"{family}, {spec.layers} layers, width {spec.width}{origin}{adapted}"
     path = source.path / "generation_config.json"
     block = 32 if any(isinstance(tensor, Mxfp4) for tensor in state.values()) else TILE_ROWS
+    adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: places, turned,
+                          unread_keys(spec))
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=block, family=family,
+                       adaptable=adaptable,
                        **own_sampling(path, read_json(path, needed=False)))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, named, printable, require_library, shown
+from chatlm.common.hub.adapters import is_other_base, wrong_base
 from chatlm.common.log import log
 from chatlm.worker.weights.assemble import read_safetensors_file
 from chatlm.worker.weights.finite import all_below
@@ -127,23 +128,17 @@ def add_adapters(settings: Settings, shapes: Mapping[str, tuple],
     return added, f"; LoRA {names} merged into {len(added)} matrices" if added else ""
 
 
-QUANTIZED = r"[-_. ]((unsloth|bnb|awq|gguf|bf16|[48]bit|gptq|fp8|f16|f32|(ud-)?i?q\d)\w*)$"  # ends of names
-
-
-def short_name(name: str) -> str:
-    """A model's name without its owner, its quantization and what is between letters and digits."""
-    cached = re.search(r"models--.+?--(.+?)/snapshots/", f"{name}/")  # in huggingface_hub's cache
-    name = cached[1] if cached else name.rstrip("/").rpartition("/")[2]
-    while (shorter := re.sub(QUANTIZED, "", name.lower())) != name:
-        name = shorter
-    return re.sub(r"[\W_]", "", name)
+def refuse_other_base(folder: Path, names: Seq[str]):
+    """ConfigError if an adapter says that it is for a model of another name."""
+    path = folder / "adapter_config.json"
+    base = read_json(path).get("base_model_name_or_path")
+    if is_other_base(base, names):
+        raise wrong_base(path, base, names)
 
 
 def warn_of_other_base(path: Path, base, names: Iterable[str]):
     """A line in the log if an adapter says that it is for a model of another name."""
-    wanted = short_name(base) if isinstance(base, str) else ""
-    has = [short for name in names if (short := short_name(name))]
-    if wanted and has and not any(wanted.endswith(name) or name.endswith(wanted) for name in has):
+    if is_other_base(base, names := [*names]):
         log.warning("%s: this adapter was made for %s (base_model_name_or_path), and the model is %s: unless "
                     "they have the same weights, its answers will be wrong", path, shown(base),
                     printable(next(iter(names))))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec
     from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.model.tensors import MappedRows, Unread
+    from chatlm.worker.weights.adapters import Adaptable
 
 
 V = TypeVar("V")
@@ -46,6 +47,7 @@ class LoadedModel:
     family: str = ""
     grows: str = ""              # in words, where they take more memory than their file
     block: int = TILE_ROWS       # so many columns of `down` are packed together
+    adaptable: "Adaptable | None" = None  # where it takes adapters beside its weights
 
     @property
     def context_length(self) -> int:

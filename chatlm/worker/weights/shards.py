@@ -293,4 +293,5 @@ def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
         tensors[name] = whole[f"{int(layer) + first}.{part}" if dot else name]
         if name in ("resid_lambdas", "x0_lambdas"):
             tensors[name] = tensors[name].less(Cut((spec.layers,), shape, 0, (mine,)))
-    return replace(model, spec=own, tensors=tensors)
+    adaptable = model.adaptable and replace(model.adaptable, first_layer=first)
+    return replace(model, spec=own, tensors=tensors, adaptable=adaptable)

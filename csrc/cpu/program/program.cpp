@@ -214,6 +214,19 @@ struct Program::Inside {
         for (const int64_t row : in.logit_rows) require(row >= 0 && row < tokens, "logit_rows: must be rows of the step");
         check_sampling(in);
         check_states(in);
+        check_adapters(in);
+    }
+
+    void check_adapters(const StepInput& in) const {
+        require(in.adapters.empty() || in.adapters.size() == in.lengths.size(), "adapters: must be one, or None, for each of lengths");
+        for (const auto& adapter : in.adapters)
+            for (const Op& op : ops) {
+                if (!adapter || op.adapted < 0) continue;
+                require(op.adapted < adapter->count(), "adapters: one is of another program");
+                const AdapterMatrix& its = adapter->matrices()[op.adapted];
+                require(!its.ranks || (its.columns == op.tiles.columns && its.tile_count == tile_count(op.tiles.rows)),
+                        "adapters: one has a matrix of another shape");
+            }
     }
 
     void check_states(const StepInput& in) const {

@@ -15,6 +15,7 @@
 
 #include "cpu/attention/attention.h"
 #include "cpu/tiles/tiles.h"
+#include "cpu/program/adapters.h"
 #include "cpu/program/delta_rule.h"
 #include "cpu/program/experts.h"
 #include "cpu/program/mamba2.h"
@@ -67,6 +68,7 @@ struct Op {
     int page_group = 0;                 // rope, attention: which of a table's pages are theirs, see StepInput
     std::shared_ptr<Routing> routing;   // route (x: logits), group, gate_up (x), down, combine (x: what is added to, or nothing): see experts.h
     std::shared_ptr<Ranks> ranks;       // all_reduce, all_gather
+    int64_t adapted = -1;               // linear: the number of its matrix in adapters; -1: no adapter changes it
 };
 
 // What a step brings. Ids below 0: token_ids ~i (-1 - i) is the token that row i of the step before draws; previous_ids
@@ -77,6 +79,7 @@ struct StepInput {
     std::vector<int64_t> offsets;
     std::vector<int64_t> state_reads;   // of layers that keep states: the slot of each sequence, unless its first row is at position 0
     std::vector<int64_t> write_rows, write_slots;               // after these rows, ascending, the state goes to these slots
+    std::vector<std::shared_ptr<const Adapter>> adapters;       // of each sequence, or null; empty: no sequence has one
     bool all_rows = false;              // compute all of the last layer, not only the rows that have logits
     bool samples = false;
     std::vector<SampleRow> sample_rows;                         // one for each logit row

@@ -31,6 +31,9 @@ struct ConvRows {
 };
 constexpr int64_t MAX_TAPS = 64;
 
+struct AdapterMatrix;
+constexpr int64_t SHRUNK_ROWS = 4;
+
 struct RowKernels {             // `columns` a multiple of 16 except for soft_cap and widen; out may be x
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t columns, float* out);     // weight or null
     void (*mix)(const float* x, float a, const float* y, float b, int64_t columns, float* out);            // a x + b y
@@ -52,6 +55,8 @@ struct RowKernels {             // `columns` a multiple of 16 except for soft_ca
     void (*gate)(const float* x, const float* gates, int64_t columns, float* out);                          // x * sigmoid(gates)
     void (*gated_add)(const float* x, const float* added, float gate, int64_t columns, float* out);         // x + sigmoid(gate) * added
     void (*gate_input)(const float* x, const float* y, int64_t columns, float* out);                       // gelu(x) y
+    // scales * (A x[r]) -> u[r] of 1 to SHRUNK_ROWS rows
+    void (*shrink)(const AdapterMatrix& matrix, const float* const* x, int64_t rows, float* const* u);
 };
 
 DC_EACH_ISA(extern const RowKernels row_kernels)

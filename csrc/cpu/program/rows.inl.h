@@ -1,4 +1,5 @@
-// op       rms_norm, mix (backout is a mix), smear, soft_cap, widen, routes, combine, add_up, gate, gated_add: rows between two products;
+// op       rms_norm, mix (backout is a mix), smear, soft_cap, widen, routes, combine, add_up, gate, gated_add, shrink: rows between two
+//          products;
 //          short_conv, convolve: rows of one sequence, in some columns
 // shapes   x [C] float32 -> out [C] float32; routes: logits [E] -> ids and shares [chosen]
 // mapping  the caller's thread, one row; 16 lanes along it
@@ -8,6 +9,7 @@
 #include "cpu/attention/attention.h"
 #include "cpu/program/convolve.inl.h"
 #include "cpu/program/rows.h"
+#include "cpu/tiles/tiles.h"
 
 namespace dc {
 namespace DC_ISA {
@@ -171,10 +173,47 @@ void gated_add(const float* x, const float* added, float gate, int64_t columns, 
     for (int64_t c = 0; c < columns; c += 16) store(out + c, load(x + c) + share * load(added + c));
 }
 
+// RANKS ranks of A and ROWS rows of x at a time: each number that is read takes part in several products.
+template <int ROWS, int RANKS, class T>
+DC_INLINE void shrink_some(const T* a, int64_t columns, const float* const* x, const float* scales, float* const* u, int64_t first) {
+    Lanes sums[ROWS][RANKS];
+    for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < RANKS; j++) sums[r][j] = all(0.0f);
+    for (int64_t c = 0; c < columns; c += 16)
+        for (int j = 0; j < RANKS; j++) {
+            const Lanes weights = load(a + j * columns + c);
+            for (int r = 0; r < ROWS; r++) sums[r][j] = fma(weights, load(x[r] + c), sums[r][j]);
+        }
+    for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < RANKS; j++) u[r][first + j] = scales[first + j] * sum(sums[r][j]);
+}
+
+template <int ROWS, class T>
+DC_INLINE void shrink_rows(const AdapterMatrix& m, const float* const* x, float* const* u) {
+    const T* a = static_cast<const T*>(m.a);
+    int64_t j = 0;
+    for (; j + 4 <= m.ranks; j += 4) shrink_some<ROWS, 4>(a + j * m.columns, m.columns, x, m.scales, u, j);
+    for (; j < m.ranks; j++) shrink_some<ROWS, 1>(a + j * m.columns, m.columns, x, m.scales, u, j);
+}
+
+template <class T>
+void shrink_of(const AdapterMatrix& m, const float* const* x, int64_t rows, float* const* u) {
+    if (rows == 4) return shrink_rows<4, T>(m, x, u);
+    if (rows == 3) return shrink_rows<2, T>(m, x, u), shrink_rows<1, T>(m, x + 2, u + 2);
+    if (rows == 2) return shrink_rows<2, T>(m, x, u);
+    shrink_rows<1, T>(m, x, u);
+}
+
+void shrink(const AdapterMatrix& m, const float* const* x, int64_t rows, float* const* u) {
+    if (m.type == Weight::f32) shrink_of<float>(m, x, rows, u);
+    if (m.type == Weight::f16) shrink_of<Half>(m, x, rows, u);
+    if (m.type == Weight::bf16) shrink_of<Bfloat>(m, x, rows, u);
+}
+
 }  // namespace
 
 extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any, route, route_sigmoids, combine, add_up, short_conv,
-                                         plain_conv, gate, gated_add, gate_input};
+                                         plain_conv, gate, gated_add, gate_input, shrink};
 
 }  // namespace DC_ISA
 }  // namespace dc

@@ -117,6 +117,14 @@ private:
     int index_of(const Op& op) const { return int(&op - ops.data()); }
     bool is_of_needed(int op) const { return op > last_append && !ops[size_t(op)].on_logit_rows; }
     int64_t token_of(const Op& op, int64_t row) const { return is_of_needed(index_of(op)) ? needed[size_t(row)] : row; }
+    void find_adapters();
+    void prepare_rows(const Op& op, int64_t begin, int64_t end, int64_t to, void* prepared, float* wide) const;
+    void shrink_rows(const Op& op, int64_t begin, int64_t end, float* wide) const;
+    AdaptedRows adapted_rows(const Op& op, int64_t first) const;
+    const std::vector<const AdapterMatrix*>& adapters_of(const Op& op) const {
+        return op.on_logit_rows ? logit_adapters : is_of_needed(index_of(op)) ? needed_adapters : token_adapters;
+    }
+    Product product_of(const Op& op, const void* prepared, int64_t first, int64_t rows, float* out) const;
 
     void do_rows(const Part& part, int64_t chunk) const;
     void do_product(const Part& part, int64_t chunk, float* staged) const;
@@ -173,6 +181,9 @@ private:
     std::vector<int64_t> gathered;              // for each logit row: which row gather_rows takes
     std::vector<Rows> live;                     // buffers that are read after it as they were before
     std::vector<Memory> attention_memory;
+    std::vector<const AdapterMatrix*> token_adapters, needed_adapters, logit_adapters;    // of each row, or null; empty: no row has any
+    int64_t most_ranks = 0;
+    mutable std::vector<float> shrunk;          // of each row, most_ranks: u of the product that comes next
     std::vector<Part> parts;
     std::vector<Phase> phases;
     std::vector<uint64_t> stamps;

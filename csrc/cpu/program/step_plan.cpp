@@ -28,6 +28,7 @@ Step::Step(const std::vector<Op>& ops, StepInput given, const StepMemory& memory
       memory(memory), threads(threads), vocab(vocab) {
     find_needed();
     plan_attention();
+    find_adapters();
     make_phases();
     drawn.resize(input.samples ? size_t(logit_rows) : 0);
     stamps.resize(phases.size() + 1);
@@ -81,6 +82,18 @@ void Step::plan_attention() {
         void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, op.attention.head_size) + 64);
         attention.emplace(key_of(op), AttentionRun(work, memory, threads));
     }
+}
+
+void Step::find_adapters() {
+    if (std::none_of(input.adapters.begin(), input.adapters.end(), [](const auto& adapter) { return bool(adapter); })) return;
+    for (size_t i = 0; i < input.adapters.size(); i++) {
+        const Adapter* const adapter = input.adapters[i].get();
+        token_adapters.resize(size_t(input.starts[i + 1]), adapter ? adapter->matrices() : nullptr);
+        if (adapter) most_ranks = std::max(most_ranks, adapter->most_ranks());
+    }
+    for (const int64_t row : needed) needed_adapters.push_back(token_adapters[size_t(row)]);
+    for (const int64_t row : input.logit_rows) logit_adapters.push_back(token_adapters[size_t(row)]);
+    shrunk.resize(size_t(std::max(tokens, logit_rows) * most_ranks));
 }
 
 void Step::find_needed() {

@@ -12,18 +12,7 @@ namespace {
 
 const RowKernels& row_kernels_here() { return DC_CHOSEN(row_kernels); }
 
-// x's rows [begin, end) made ready as rows `to` ... of `prepared`; `wide` has room for a row of x.
-void prepare_rows(const Op& op, int64_t begin, int64_t end, int64_t to, void* prepared, float* wide) {
-    const Tiles& w = op.tiles;
-    if (!op.norm || op.x.columns == w.columns) {
-        prepare(w.type, op.x.row(begin - to), op.x.columns, w.columns, to, to + end - begin, op.norm, op.weight, op.epsilon, prepared);
-        return;
-    }
-    for (int64_t row = begin; row < end; row++, to++) {         // the norm is of more columns than the product takes
-        row_kernels_here().rms_norm(op.x.row(row), op.weight, op.epsilon, op.x.columns, wide);
-        prepare(w.type, wide - to * op.x.columns, op.x.columns, w.columns, to, to + 1, false, nullptr, 0, prepared);
-    }
-}
+size_t wide_bytes(const Op& op) { return size_t(SHRUNK_ROWS * op.x.columns) * sizeof(float); }
 
 // Of each head q and then its gate; then all that has no gates.
 void split_gates(const Op& op, int64_t row) {
@@ -36,13 +25,59 @@ void split_gates(const Op& op, int64_t row) {
     std::memcpy(op.out.row(row) + size, x + 2 * size, size_t(op.out.columns - size) * sizeof(float));
 }
 
-// The product of `rows` rows, of which the first is `first`; its outputs begin at `out`.
-Product product_of(const Op& op, const void* prepared, int64_t first, int64_t rows, float* out) {
-    return {op.tiles, prepared, rows, op.bias, op.other.at ? op.other.row(first) : nullptr, op.other.columns, op.activation,
-            out, op.out.columns, op.out.columns};
+}  // namespace
+
+// ---- x made ready, and what adapters make of it
+
+// x's rows [begin, end) made ready as rows `to` ... of `prepared`; `wide` has room for SHRUNK_ROWS rows of x.
+void Step::prepare_rows(const Op& op, int64_t begin, int64_t end, int64_t to, void* prepared, float* wide) const {
+    const Tiles& w = op.tiles;
+    if (op.adapted >= 0 && !token_adapters.empty()) shrink_rows(op, begin, end, wide);
+    if (!op.norm || op.x.columns == w.columns) {
+        prepare(w.type, op.x.row(begin - to), op.x.columns, w.columns, to, to + end - begin, op.norm, op.weight, op.epsilon, prepared);
+        return;
+    }
+    for (int64_t row = begin; row < end; row++, to++) {         // the norm is of more columns than the product takes
+        row_kernels_here().rms_norm(op.x.row(row), op.weight, op.epsilon, op.x.columns, wide);
+        prepare(w.type, wide - to * op.x.columns, op.x.columns, w.columns, to, to + 1, false, nullptr, 0, prepared);
+    }
 }
 
-}  // namespace
+// Rows of one adapter go together, wherever they are among these.
+void Step::shrink_rows(const Op& op, int64_t begin, int64_t end, float* wide) const {
+    const auto& adapters = adapters_of(op);
+    const float* x[SHRUNK_ROWS];
+    float* u[SHRUNK_ROWS];
+    for (int64_t first = begin; first < end; first++) {
+        const AdapterMatrix* const own = adapters[size_t(first)];
+        if (!own || !own[op.adapted].ranks) continue;
+        int64_t before = 0, count = 0;          // those of the same adapter that were taken together with an earlier one
+        for (int64_t row = begin; row < first; row++) before += adapters[size_t(row)] == own;
+        if (before % SHRUNK_ROWS) continue;
+        for (int64_t row = first; row < end && count < SHRUNK_ROWS; row++) {
+            if (adapters[size_t(row)] != own) continue;
+            x[count] = op.x.row(row), u[count] = shrunk.data() + row * most_ranks;
+            if (op.norm) {
+                row_kernels_here().rms_norm(op.x.row(row), op.weight, op.epsilon, op.x.columns, wide + count * op.x.columns);
+                x[count] = wide + count * op.x.columns;
+            }
+            count++;
+        }
+        row_kernels_here().shrink(own[op.adapted], x, count, u);
+    }
+}
+
+AdaptedRows Step::adapted_rows(const Op& op, int64_t first) const {
+    if (op.adapted < 0 || token_adapters.empty()) return {};
+    const auto& adapters = adapters_of(op);
+    return {adapters.data() + first, op.adapted, shrunk.data() + first * most_ranks, most_ranks};
+}
+
+// The product of `rows` rows, of which the first is `first`; its outputs begin at `out`.
+Product Step::product_of(const Op& op, const void* prepared, int64_t first, int64_t rows, float* out) const {
+    return {op.tiles, prepared, rows, op.bias, op.other.at ? op.other.row(first) : nullptr, op.other.columns, op.activation,
+            out, op.out.columns, op.out.columns, adapted_rows(op, first)};
+}
 
 // Does the op after this one exchange the product or embedding that this one gives? Then it is written where the other ranks read it.
 bool Step::is_offered(int64_t index) const {
@@ -80,7 +115,7 @@ void Step::do_rows(const Part& part, int64_t chunk) const {
     for (int i = part.first; i < part.end; i++) do_row_op(ops[size_t(i)], begin, end);
     if (part.prepares < 0) return;
     const Op& op = ops[size_t(part.prepares)];
-    prepare_rows(op, begin, end, begin, memory.prepared, static_cast<float*>(scratch(size_t(op.x.columns) * sizeof(float))));
+    prepare_rows(op, begin, end, begin, memory.prepared, static_cast<float*>(scratch(wide_bytes(op))));
 }
 
 void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
@@ -209,7 +244,7 @@ int64_t DeltaRule::memory_floats() const {
 
 void Step::linear_of_rows(const Op& op, int64_t begin, int64_t end) const {
     const size_t bytes = (prepared_bytes(op, end - begin) + 63) / 64 * 64;
-    char* memory = static_cast<char*>(scratch(bytes + size_t(op.x.columns) * sizeof(float)));
+    char* memory = static_cast<char*>(scratch(bytes + wide_bytes(op)));
     prepare_rows(op, begin, end, 0, memory, reinterpret_cast<float*>(memory + bytes));
     multiply(product_of(op, memory, begin, end - begin, product_row(op, begin)), 0, tile_count(op.tiles.rows), 0, group_count(end - begin));
 }

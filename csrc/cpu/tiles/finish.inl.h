@@ -68,6 +68,55 @@ void finish_gated_row(const Product& job, int64_t tile, int, int64_t row, int r,
     write(job, row, tile / 2 * TILE_ROWS, (job.activation == Activation::geglu ? gelu_tanh(gate) : silu(gate)) * up);
 }
 
+// ---- what adapters add to the sums
+
+// Even and odd ranks have sums of their own: a chain of all would wait for each product.
+template <int ROWS, class T>
+DC_INLINE void grow_rows(const AdapterTile& tile, const void* b, const float* u, int64_t u_stride,
+                         float (*y)[16]) {
+    const T* ranks = static_cast<const T*>(b) + tile.offset;
+    Lanes even[ROWS], odd[ROWS];
+    for (int r = 0; r < ROWS; r++) even[r] = odd[r] = all(0.0f);
+    u += tile.first;
+    int32_t j = 0;
+    for (; j + 2 <= tile.count; j += 2, ranks += 32) {
+        const Lanes first = load(ranks), second = load(ranks + 16);
+        for (int r = 0; r < ROWS; r++) {
+            even[r] = fma(all(u[r * u_stride + j]), first, even[r]);
+            odd[r] = fma(all(u[r * u_stride + j + 1]), second, odd[r]);
+        }
+    }
+    if (j < tile.count)
+        for (int r = 0; r < ROWS; r++) even[r] = fma(all(u[r * u_stride + j]), load(ranks), even[r]);
+    for (int r = 0; r < ROWS; r++) store(y[r], load(y[r]) + (even[r] + odd[r]));
+}
+
+template <class T>
+void grow(const AdapterTile& tile, const void* b, const float* u, int64_t u_stride, int rows, float (*y)[16]) {
+    if (rows == 4) return grow_rows<4, T>(tile, b, u, u_stride, y);
+    for (int r = 0; r < rows; r++) grow_rows<1, T>(tile, b, u + r * u_stride, u_stride, y + r);
+}
+
+// Rows [row, row + rows) of the job, whose sums of some tiles these are; those of one adapter that follow each other go together.
+void add_adapters(const Product& job, int64_t tile, int tiles, int64_t row, int rows, Sums& sums) {
+    const AdaptedRows& its = job.adapted;
+    for (int r = 0, n; r < rows; r += n) {
+        const AdapterMatrix* const own = its.adapters[row + r];
+        for (n = 1; n < 4 && r + n < rows && its.adapters[row + r + n] == own;) n++;
+        if (!own || !own[its.number].ranks) continue;
+        const AdapterMatrix& matrix = own[its.number];
+        const float* const u = its.u + (row + r) * its.u_stride;
+        for (int t = 0; t < tiles; t++) {
+            const AdapterTile& place = matrix.tiles[tile + t];
+            float (*y)[16] = sums.y[t] + r;
+            if (place.count == 0) continue;
+            if (matrix.type == Weight::f32) grow<float>(place, matrix.b, u, its.u_stride, n, y);
+            else if (matrix.type == Weight::f16) grow<Half>(place, matrix.b, u, its.u_stride, n, y);
+            else grow<Bfloat>(place, matrix.b, u, its.u_stride, n, y);
+        }
+    }
+}
+
 }  // namespace
 }  // namespace DC_ISA
 }  // namespace dc

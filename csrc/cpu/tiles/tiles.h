@@ -92,6 +92,35 @@ void prepare(Weight type, const float* x, int64_t stride, int64_t columns, int64
 
 // ---- the product
 
+// What an adapter adds to the products of some rows: B (scales * (A x)), x after the norm.
+//
+// shapes   A [R][K]; B in the tiles of the matrix: of a tile's 16 outputs, and the ranks that change any of them, [ranks][16]
+// mapping  u = scales * (A x) is made by whoever makes x ready, of up to 4 rows of one adapter together (RowKernels::shrink); what
+//          B makes of it by whoever finishes a tile of a row
+// cost     R (K + N) multiply-adds for a row that has an adapter, nothing for any other; each number of A is read once for 4 rows
+// numerics float32. A x in 16 lanes, then a fixed tree, then the scale; B u of a tile's even and odd ranks, one after another, then their
+//          sum; this is added to the product, before the bias. So a row's bits depend on nothing beside it.
+struct AdapterTile {
+    int64_t offset;                     // in B, of the first rank's numbers
+    int32_t first, count;               // its ranks
+};
+
+struct AdapterMatrix {
+    int64_t ranks = 0, columns = 0;     // R; K, a multiple of 16. No ranks: the adapter leaves this matrix as it is
+    Weight type{};                      // of A and B: a float type
+    const void *a = nullptr, *b = nullptr;
+    const float* scales = nullptr;      // [R]
+    const AdapterTile* tiles = nullptr;
+    int64_t tile_count = 0;
+};
+
+struct AdaptedRows {                    // of the rows of a product
+    const AdapterMatrix* const* adapters = nullptr;     // of each its adapter's matrices, by number, or null; null: no row has any
+    int64_t number = 0;                 // of the product's matrix
+    const float* u = nullptr;           // of each row, u_stride apart
+    int64_t u_stride = 0;
+};
+
 struct Product {
     Tiles tiles;
     const void* prepared;
@@ -102,6 +131,7 @@ struct Product {
     Activation activation;
     float* out;                         // (T, out_columns); nothing beyond out_columns is written
     int64_t out_stride, out_columns;    // out_columns: at most tiles.rows, for gates at most 16 for each pair of tiles
+    AdaptedRows adapted{};              // before the activation
 };
 
 static inline int64_t group_count(int64_t rows) { return (rows + GROUP_ROWS - 1) / GROUP_ROWS; }

@@ -342,6 +342,7 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
                                 int(least(GROUP_ROWS, job.rows - row)), group == first ? AHEAD : 0};
                 Sums sums;
                 multiply_some(m, sums);
+                if (job.adapted.adapters) add_adapters(job, tile, m.tiles, row, m.rows, sums);
                 for (int r = 0; r < m.rows; r++) finish(job, tile, m.tiles, row + r, r, sums);
             }
 }

@@ -287,6 +287,8 @@ void multiply_panels(const WideMeeting& m, const Panels& panels, void (*finish)(
             wide_kernel(place.type)(place.memory, i ? 0 : AHEAD, m.x + panel * m.blocks, panels.units + i * units_bound(m.blocks), panels.counts[i],
                                     int(t), sums);
         }
+        for (int64_t r = 0; m.job.adapted.adapters && r < rows; r += GROUP_ROWS)
+            add_adapters(m.job, m.tile, int(m.tiles), row + r, int(least(GROUP_ROWS, rows - r)), sums[r / GROUP_ROWS]);
         for (int64_t r = 0; r < rows; r++) finish(m.job, m.tile, int(m.tiles), row + r, int(r % GROUP_ROWS), sums[r / GROUP_ROWS]);
     }
 }

@@ -12,6 +12,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import not_compiled
 from chatlm.worker.weights.lora import warn_of_other_base
 from engines import tensors_of
+from lora import LINEAR, OPTIONS, adapt
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
 from nightly import by_day
 
@@ -19,35 +20,7 @@ from nightly import by_day
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def adapt(model, folder, targets=LINEAR, embeddings=False, **options):
-    """Save a random adapter of `model` in `folder` as peft does; returns the model with it, merged by peft. With
-    `embeddings` the embedding and the head are saved too."""
-    peft = pytest.importorskip("peft", reason="pip install '.[test]' brings it")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **{"r": 4, "lora_alpha": 6} | options))
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
-                weight.normal_(0, 0.2)
-    adapted.save_pretrained(folder, save_embedding_layers=embeddings)
-    return adapted.merge_and_unload()
-
-
 ADAPTED = 3e-4      # tolerance of logits: the matrices have twice the size
-OPTIONS = {         # model -> the options of its adapter
-    "llama3.1": {"use_rslora": True}, "gemma3": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 8}, "alpha_pattern": {"v_proj": 1}},
-    "phi3": {"targets": ["qkv_proj", "gate_up_proj"]}, "qwen3": {"targets": r".*\.(q|up)_proj"},
-    "qwen2": {"targets": ["embed_tokens", "lm_head", "v_proj"]}, "nanochat": {"targets": "all-linear"}, "glm4": {"targets": ["q_proj", "k_proj", "gate_up_proj"]},
-    "lfm2": {"targets": ["q_proj", "in_proj", "out_proj", "w1", "w2"]}, "qwen3.5": {"targets": ["q_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "down_proj"]},
-    "qwen3.5moe": {"targets": ["k_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"]},
-    "lfm2moe": {"targets": ["q_proj", "in_proj", "out_proj", "w1"]}, "granite4h": {"targets": ["q_proj", "in_proj", "out_proj", "shared_mlp.input_linear", "shared_mlp.output_linear"]},
-    "granite4h-dense": {"targets": ["v_proj", "in_proj", "shared_mlp.input_linear", "shared_mlp.output_linear"]},
-    "qwen3next": {"targets": ["q_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"]},
-    "gemma4": {"targets": [*LINEAR, "per_layer_model_projection", "per_layer_input_gate", "per_layer_projection"]}, "gemma4moe": {"targets": LINEAR}}
-
 
 @pytest.mark.parametrize("name", by_day(OPTIONS, *(name for name in OPTIONS if name not in ("glm4", "lfm2", "qwen3.5", "qwen3.5moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next", "gemma4", "gemma4moe"))))
 def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):

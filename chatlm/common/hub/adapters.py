@@ -1,0 +1,106 @@
+"""Folders of adapters, as peft saves them: which there are, and for which model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence as Seq
+from pathlib import Path
+from typing import NamedTuple
+
+from chatlm.common.config import ADAPTER_NAME
+from chatlm.common.errors import ConfigError, shown
+from chatlm.common.hub.folder import folders_below
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class AdapterFiles(NamedTuple):
+    """An adapter below a folder, and what tells whether its files have changed."""
+
+    name: str
+    folder: Path
+    stamp: tuple[tuple[int, int], ...]  # of each file: size, time of its last change in ns
+
+
+def adapter_at(folder: Path, name: str = "") -> AdapterFiles | None:
+    """The adapter in a folder; None where one of its files is missing, empty or unreadable."""
+    try:
+        status = [(folder / file).stat() for file in (CONFIG, WEIGHTS)]
+    except OSError:
+        return None
+    stamp = tuple((file.st_size, file.st_mtime_ns) for file in status)
+    return AdapterFiles(name or folder.name, folder, stamp) if all(size for size, _ in stamp) else None
+
+
+def adapters_in(folder: Path) -> list[AdapterFiles]:
+    """The adapters in the folders of a folder, by name; without those whose names an adapter may not have."""
+    try:
+        places = sorted(place for place in folder.iterdir() if re.fullmatch(ADAPTER_NAME, place.name))
+    except OSError:
+        return []
+    return [files for place in places if (files := adapter_at(place))]
+
+
+def adapters_below(folder: Path) -> list[AdapterFiles]:
+    """All adapters below a folder whose names an adapter may have; of equal names the first."""
+    found = [files for place, names in folders_below(folder) if CONFIG in names
+             and re.fullmatch(ADAPTER_NAME, place.name) and (files := adapter_at(place))]
+    return [*{files.name: files for files in reversed(found)}.values()][::-1]
+
+
+def named_adapters(words: Iterable[str]) -> tuple[list[AdapterFiles], list[Path]]:
+    """What --adapter says: the adapters that it names, and the folders to watch. ConfigError for a name
+    twice, and where no adapter is."""
+    adapters: dict[str, AdapterFiles] = {}
+    watched: list[Path] = []
+    for word in words:
+        name, equals, path = word.partition("=")
+        folder = Path(path if equals else word).expanduser()
+        if name in adapters:
+            raise ConfigError(f"--adapter {word}: {adapters[name].folder} is called {name} too")
+        if not folder.is_dir():
+            raise ConfigError(f"--adapter {word}: " + (
+                "not a folder" if folder.exists() else "there is no such folder"))
+        if not equals and (folder / CONFIG).exists():
+            raise ConfigError(f"--adapter {word}: an adapter needs a name: {folder.name}={word}")
+        if not equals:
+            watched.append(folder)
+        elif files := adapter_at(folder, name):
+            adapters[name] = files
+        else:
+            raise ConfigError(f"--adapter {word}: there is no {CONFIG} with an {WEIGHTS}")
+    return [*adapters.values()], watched
+
+
+def base_of(folder: Path) -> str:
+    """The name of the model that an adapter was made for, as its config says; "" if it says none."""
+    try:
+        base = json.loads((folder / CONFIG).read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""  # the worker says what is wrong with it
+    return base if isinstance(base, str) else ""
+
+
+QUANTIZED = r"[-_. ]((unsloth|bnb|awq|gguf|bf16|[48]bit|gptq|fp8|f16|f32|(ud-)?i?q\d)\w*)$"  # ends of names
+
+
+def short_name(name: str) -> str:
+    """A model's name without its owner, its quantization and what is between letters and digits."""
+    cached = re.search(r"models--.+?--(.+?)/snapshots/", f"{name}/")  # in huggingface_hub's cache
+    name = cached[1] if cached else name.rstrip("/").rpartition("/")[2]
+    while (shorter := re.sub(QUANTIZED, "", name.lower())) != name:
+        name = shorter
+    return re.sub(r"[\W_]", "", name)
+
+
+def is_other_base(base, names: Iterable[str]) -> bool:
+    """Does an adapter whose base_model_name_or_path is `base` say that it is for a model of another name?"""
+    wanted = short_name(base) if isinstance(base, str) else ""
+    has = [short for name in names if (short := short_name(name))]
+    return bool(wanted and has) and not any(wanted.endswith(name) or name.endswith(wanted) for name in has)
+
+
+def wrong_base(path: Path, base, names: Seq[str]) -> ConfigError:
+    return ConfigError(f"{path}: this adapter was made for {shown(base)} (base_model_name_or_path), and the "
+                       f"model is {names[0]}; if they have the same weights, --served-model-name may say so")

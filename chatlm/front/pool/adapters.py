@@ -1,0 +1,175 @@
+"""The adapters that are served beside a model, in all its workers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence as Seq
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError
+from chatlm.common.hub.adapters import adapters_in, named_adapters
+from chatlm.common.log import log
+from chatlm.common.messages.protocol import AdapterLoaded, DropAdapter, LoadAdapter
+from chatlm.front.pool.worker import State
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.hub.adapters import AdapterFiles
+    from chatlm.front.pool.worker import Worker
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One version of an adapter's files."""
+
+    id: str
+    files: AdapterFiles
+    required: bool            # by the command line: without it the server does not start
+    watched: bool = False     # it goes when its folder does
+    problems: dict[int, str] = field(default_factory=dict)  # worker's number -> why it cannot compute it
+    loaded: set[int] = field(default_factory=set)  # workers' numbers
+    nbytes: int = 0
+    digest: str = ""          # of its weights
+    retired: bool = False     # new answers do not take it any more
+
+    @property
+    def name(self) -> str:
+        return self.files.name
+
+    @property
+    def problem(self) -> str:
+        return next(iter(self.problems.values()), "")
+
+    @property
+    def public_problem(self) -> str:
+        """Without the paths of this machine."""
+        return re.sub(r"(?<![\w:/])~?(?:/[^/\s:;,'\"()]+)*/([^/\s:;,'\"()]+)", r"\1", self.problem)
+
+
+class PoolAdapters:
+    """The adapters of a pool. All workers are told of each, and of all when they begin; pipes keep order, so
+    an answer may follow at once. A new version of an adapter takes the old one's place once it is loaded;
+    answers under way end on the old one, which is dropped when the last of them has ended."""
+
+    WATCH_S = 3.0  # between two looks at a folder
+
+    def __init__(self, settings: Settings, workers: Seq[Worker]):
+        """ConfigError for what --adapter says, as far as that can be seen without reading weights."""
+        self.workers = workers
+        named, self.folders = named_adapters(settings.adapter)
+        self.all: dict[str, Adapter] = {}      # by id; those that a worker may still have
+        self.serving: dict[str, Adapter] = {}  # by name
+        self.before: dict[str, tuple] = {}     # folder -> stamp of its files, at the last look
+        self.numbers = itertools.count(1)
+        self.started = False                   # then no problem ends the server
+        self.taken: Callable[[], Seq[str]] = lambda: ()  # names that an adapter may not have
+        for files in named:
+            self.serve(files, required=True)
+        for files in itertools.chain.from_iterable(map(adapters_in, self.folders)):
+            if files.name not in self.serving:
+                self.before[str(files.folder)] = files.stamp
+                self.serve(files, watched=True)
+
+    def names(self) -> list[str]:
+        return [*self.serving]
+
+    def refuse_names(self):
+        """ConfigError if an adapter is called as the model is."""
+        for name in {*self.serving} & {*self.taken()}:
+            if self.serving[name].required:
+                folder = self.serving[name].files.folder
+                raise ConfigError(f"--adapter {name}={folder}: the model is called {name}")
+            log.error("the adapter %s is not served: the model is called so too", name)
+            self.retire(self.serving[name])
+
+    def serve(self, files: AdapterFiles, required: bool = False, watched: bool = False):
+        """Have all workers load it; from then on answers that ask for its name take it."""
+        adapter = Adapter(f"{files.name}#{next(self.numbers)}", files, required, watched)
+        self.all[adapter.id] = adapter
+        ready = [worker for worker in self.workers if worker.state is State.READY]
+        if files.name not in self.serving or not ready:
+            self._switch(adapter)
+        for worker in ready:
+            worker.send(LoadAdapter(adapter.id, str(files.folder)))
+
+    def _switch(self, adapter: Adapter):
+        if older := self.serving.get(adapter.name):
+            self.retire(older)
+        self.serving[adapter.name] = adapter
+
+    def retire(self, adapter: Adapter):
+        """No new answer takes it."""
+        adapter.retired = True
+        if self.serving.get(adapter.name) is adapter:
+            del self.serving[adapter.name]
+
+    def drop_unused(self, in_use: set[str]):
+        """Have the workers forget retired adapters whose ids no answer has."""
+        retired = [adapter for adapter in self.all.values() if adapter.retired]
+        for adapter in (adapter for adapter in retired if adapter.id not in in_use):
+            del self.all[adapter.id]
+            for worker in self.workers:
+                if worker.state is State.READY:
+                    worker.send(DropAdapter(adapter.id))
+
+    def greet(self, worker: Worker):
+        """A worker is ready, and has no adapter yet."""
+        for adapter in self.all.values():
+            adapter.loaded.discard(worker.gpu)
+            worker.send(LoadAdapter(adapter.id, str(adapter.files.folder)))
+
+    def note(self, worker: Worker, message: AdapterLoaded) -> ConfigError | None:
+        """What a worker says of an adapter; a ConfigError if the server cannot start with it."""
+        if (adapter := self.all.get(message.id)) is None:
+            return None
+        if not message.problem:
+            adapter.problems.pop(worker.gpu, None)
+            adapter.loaded.add(worker.gpu)
+            adapter.nbytes, adapter.digest = message.nbytes, message.digest
+            if not adapter.retired and self.serving.get(adapter.name) is not adapter:
+                self._switch(adapter)
+            log.info("the adapter %s: %.1f MB from %s", adapter.name, message.nbytes / 1e6,
+                     adapter.files.folder)
+            return None
+        adapter.problems[worker.gpu] = message.problem
+        if adapter.required and not self.started:
+            return ConfigError(f"--adapter {adapter.name}: {message.problem}")
+        older = self.serving.get(adapter.name)
+        stays = " (its older version stays)" if older and older is not adapter else ""
+        log.error("the adapter %s cannot be served%s: %s", adapter.name, stays, message.problem)
+        if stays:
+            self.retire(adapter)
+        return None
+
+    @property
+    def settled(self) -> bool:
+        """Has a worker said of each whether it can be served?"""
+        return all(adapter.loaded or adapter.problems for adapter in self.serving.values())
+
+    # a watched folder
+
+    async def watch(self):
+        while True:
+            await asyncio.sleep(self.WATCH_S)
+            self.update(await asyncio.to_thread(lambda: [*itertools.chain.from_iterable(
+                map(adapters_in, self.folders))]))
+
+    def update(self, found: Iterable[AdapterFiles]):
+        """Serve the watched adapters that are there now. One whose files still change is left alone."""
+        found = [*found]
+        stamps = {str(files.folder): files.stamp for files in found}
+        for adapter in [adapter for adapter in self.serving.values() if adapter.watched]:
+            if str(adapter.files.folder) not in stamps:
+                log.info("the adapter %s has gone", adapter.name)
+                self.retire(adapter)
+        latest = {str(adapter.files.folder): adapter.files.stamp for adapter in self.all.values()}
+        for files in found:
+            known, name = str(files.folder), files.name
+            same = self.serving.get(name)
+            other = name in self.taken() or same is not None and str(same.files.folder) != known
+            if self.before.get(known) == files.stamp != latest.get(known) and not other:
+                self.serve(files, watched=True)
+        self.before = stamps

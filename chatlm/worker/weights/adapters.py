@@ -1,0 +1,118 @@
+"""LoRA adapters that are served beside their base: their matrices as the base's products need them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TYPE_CHECKING
+
+import torch
+
+from chatlm.common.errors import ConfigError, printable
+from chatlm.worker.model.tensors import Cut, Unread
+from chatlm.worker.ops.basic import AdapterMatrix
+from chatlm.worker.weights.assemble import file_shapes
+from chatlm.worker.weights.lora import Change, read_adapter, refuse_other_base
+
+if TYPE_CHECKING:
+    from chatlm.worker.weights.assemble import Sources
+    from chatlm.worker.weights.lora import Place
+    from chatlm.worker.weights.rules import LoadedModel
+
+# What Transformer computes with the adapters of rows
+ADAPTED = ("qkv", "output", "gate_up", "up", "down", "mix_in", "mix_out", "shared_gate_up", "shared_down",
+           "head")
+MERGE = "--lora merges it into the weights at load"
+
+
+@dataclass(frozen=True)
+class Adaptable:
+    """How a model's files name and place the matrices of an adapter, whose names are Hugging Face's."""
+
+    names: tuple[str, ...]  # what the model is called
+    sources: Sources        # see tensor_sources
+    places: Callable[[], Mapping[str, list[Place]]]  # by Hugging Face's names; see gguf_places
+    turned: Callable[[str, torch.Tensor], torch.Tensor]  # rows of a file's matrix as ours has them
+    ignored: dict[str, tuple[int, ...]]  # matrices that no layer reads: see unread_keys
+    first_layer: int = 0    # of a stage
+
+
+class Part(NamedTuple):
+    """What an adapter changes in some rows of one of our matrices."""
+
+    first_row: int
+    change: Change
+
+
+class AdapterReader:
+    """Reads folders of peft's as one rank of a model needs them."""
+
+    def __init__(self, model: LoadedModel, adaptable: Adaptable):
+        """The model's tensors may be read and gone afterwards."""
+        self.adaptable, first = adaptable, adaptable.first_layer
+        self.cuts: dict[str, tuple[str, Cut]] = {}  # ours -> the whole model's name, the rank's part
+        for own, tensor in model.tensors.items():
+            layer, dot, part = own.partition(".")
+            if isinstance(tensor, Unread) and len(tensor.cut.shape) == 2:
+                self.cuts[own] = f"{int(layer) + first}.{part}" if dot else own, tensor.cut
+
+    def read(self, folder: Path) -> dict[str, AdapterMatrix]:
+        """Our matrices' names -> what the adapter adds to their products. ConfigError if it cannot be served
+        so."""
+        places, unread = self.adaptable.places(), self.adaptable.ignored
+        shapes = file_shapes(self.adaptable.sources) | unread
+        whole = {theirs: (sum(shapes[place.name][0] for place in at), *shapes[at[0].name][1:])
+                 for theirs, at in places.items()}
+        refuse_other_base(folder, self.adaptable.names)
+        parts: dict[str, list[Part]] = {}  # by the whole model's names
+        rows = {theirs: (ours, before) for ours, (_, all_of) in self.adaptable.sources.items()
+                for theirs, before in zip(all_of, rows_before(all_of.values()))}
+        for theirs, changes in read_adapter(folder, whole | unread).items():
+            for change in changes if theirs not in unread else ():
+                if not isinstance(change, Change):
+                    raise ConfigError(f"{folder}: it has a whole matrix {theirs.removesuffix('.weight')} "
+                                      f"(modules_to_save), which cannot be served beside the base; {MERGE}")
+                for place in places[theirs]:
+                    ours, before = rows[place.name]
+                    self._refuse_part(folder, theirs, ours, change)
+                    moved = change.at(place)
+                    moved = moved._replace(b=self.adaptable.turned(place.name, moved.b))
+                    parts.setdefault(ours, []).append(Part(before, moved))
+        return {own: joined(parts[ours], cut) for own, (ours, cut) in self.cuts.items() if ours in parts}
+
+    def _refuse_part(self, folder: Path, theirs: str, ours: str, change: Change):
+        part = ours.rpartition(".")[2]
+        if change.embedding or part not in ADAPTED:
+            module = printable(theirs.removesuffix(".weight"))
+            raise ConfigError(f"{folder}: it changes {module}, which cannot be done beside the base; {MERGE}")
+
+
+def rows_before(shapes: Iterable[tuple[int, ...]]) -> list[int]:
+    """How many rows of a matrix come before each of the parts that it is made of."""
+    rows, before = 0, []
+    for shape in shapes:
+        before.append(rows)
+        rows += shape[0]
+    return before
+
+
+def joined(parts: list[Part], cut: Cut) -> AdapterMatrix:
+    """The parts of one matrix side by side, as much of them as a rank has."""
+    dtypes = {tensor.dtype for part in parts for tensor in (part.change.a, part.change.b)}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    a = torch.cat([part.change.a for part in parts]).to(dtype)
+    b = torch.zeros(cut.full[0], len(a), dtype=dtype)
+    scales, rank = torch.empty(len(a)), 0
+    for first, (own_a, own_b, scaling, _) in parts:
+        ranks = slice(rank, rank := rank + len(own_a))
+        b[first:first + len(own_b), ranks] = own_b
+        scales[ranks] = scaling
+    pieces = [piece for _, piece in cut.apply([a if cut.axis else b])]
+    a, b = (torch.cat(pieces), b) if cut.axis else (a, torch.cat(pieces))
+    return AdapterMatrix(a.contiguous(), b.contiguous(), scales)
+
+
+def adapter_reader(model: LoadedModel) -> Callable[[Path], dict[str, AdapterMatrix]] | None:
+    """What reads adapters for a rank's share of a model that is yet to be read; None where it takes none."""
+    return AdapterReader(model, model.adaptable).read if model.adaptable else None

@@ -1,0 +1,273 @@
+"""Adapters beside one model, through HTTP: their names, what is refused, folders that change, a worker that dies."""
+
+import asyncio
+import json
+import shutil
+from contextlib import asynccontextmanager
+
+import pytest
+
+
+
+from chatlm.cli import parse_command_line
+from chatlm.common.config import ApiKey, ModelChoice, Settings
+from chatlm.common.errors import ConfigError
+from chatlm.front.pool.adapters import PoolAdapters
+from chatlm.front.pool.many import FolderWatch, ManyModels
+from chatlm.front.pool.pool import pool_of
+from fake_pool import serving
+from families import make_model, save
+from forked import DYING
+from lora import random_adapter
+from nightly import by_day
+
+TINY = {"dtype": "float32", "kv_cache_memory": 8 << 20, "max_batch": 8}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny llama."""
+    return save(make_model("llama3.1"), tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+def shapes_of(base):
+    config = json.loads((base / "config.json").read_text())
+    C, F, q = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"] * config["head_dim"]
+    return config["num_hidden_layers"], {"self_attn.q_proj": (q, C), "mlp.down_proj": (C, F), "mlp.up_proj": (F, C)}
+
+
+def adapter(base, folder, seed=0, **config):
+    layers, shapes = shapes_of(base)
+    return random_adapter(folder, layers, shapes, seed, size=0.3, **config)
+
+
+@pytest.fixture
+async def start(base):
+    """A function that starts a server of the tiny model with adapters; at the end its pool is closed."""
+    pools = []
+
+    async def start(*adapters, **changes):
+        settings = Settings(model=str(base), adapter=adapters, **TINY | changes)
+        pools.append(pool := pool_of(settings, DYING))
+        await pool.start()
+        await pool.wait_ready()
+        return pool
+
+    yield start
+    for pool in pools:
+        await pool.close()
+
+
+@asynccontextmanager
+async def served(pool):
+    async with serving(pool, pool.settings) as url:
+        yield url
+
+
+async def ask(client, url, model, text="hello", headers=None, route="/v1/chat/completions", **changes):
+    body = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 16, **changes}
+    async with client.post(url + route, json=body, headers=headers) as response:
+        return response.status, await response.json()
+
+
+async def text_of(client, url, model, *more, **changes):
+    status, body = await ask(client, url, model, *more, **changes)
+    assert status == 200, body
+    return body["choices"][0]["message"]["content"]
+
+
+async def listed(client, url, headers=None):
+    async with client.get(url + "/v1/models", headers=headers) as response:
+        return {model["id"]: model for model in (await response.json())["data"]}
+
+
+async def test_an_adapter_is_a_model_of_two_names_beside_its_base(start, base, client, tmp_path):
+    """Their answers differ, also from a base that has merged it at load only in its name; no name is unknown twice."""
+    one, two = adapter(base, tmp_path / "one", 1), adapter(base, tmp_path / "two", 2)
+    pool = await start(f"one={one}", f"two={two}")
+    merged = pool_of(Settings(model=str(base), lora=(str(one),), **TINY), DYING)
+    async with served(pool) as url:
+        models = await listed(client, url)
+        assert [*models] == ["tiny-llama", "one", "two"] and models["one"]["aliases"][0] == "tiny-llama@one"
+        assert models["one"]["parent"] == "tiny-llama" and models["one"]["state"] == "ready" and models["one"]["bytes"] > 1000
+        plain, first, second = await asyncio.gather(*(text_of(client, url, name) for name in ("", "one", "two")))
+        assert len({plain, first, second}) == 3
+        for name, text in (("tiny-llama", plain), ("default", plain), ("tiny-llama@one", first), ("one:latest", first), ("tiny-llama@two", second)):
+            assert await text_of(client, url, name) == text, name
+        async with client.get(url + "/v1/models/tiny-llama@two") as response:
+            assert (await response.json())["id"] == "two"
+        status, body = await ask(client, url, "three")
+        assert status == 404 and body["error"]["code"] == "model_not_found"
+        long = "word " * 20_000          # read in a sandbox, which has to know the name too
+        status, body = await ask(client, url, "tiny-llama@one", long, max_tokens=1)
+        assert status == 400 and body["error"]["code"] == "context_length_exceeded"
+        status, body = await ask(client, url, "three", long)
+        assert status == 404
+        status, body = await ask(client, url, "two", route="/api/chat", stream=False)
+        assert (status, body["model"]) == (200, "two")
+        async with client.get(url + "/stats") as response:
+            assert [model["id"] for model in (await response.json())["models"]] == ["tiny-llama", "one", "two"]
+    await merged.start()
+    await merged.wait_ready()
+    try:
+        async with served(merged) as url:
+            assert await text_of(client, url, "") == first
+    finally:
+        await merged.close()
+
+
+async def test_a_key_may_be_bound_to_an_adapter(start, base, client, tmp_path):
+    folder = adapter(base, tmp_path / "one")
+    keys = ApiKey.hashed("all", "all"), ApiKey.hashed("bound", "bound", ("one",))
+    pool = await start(f"one={folder}", keys=keys)
+    async with served(pool) as url:
+        bound, other = {"Authorization": "Bearer bound"}, {"Authorization": "Bearer all"}
+        assert [*await listed(client, url, bound)] == ["one"]
+        assert await text_of(client, url, "", headers=bound) == await text_of(client, url, "one", headers=other)
+        status, _ = await ask(client, url, "tiny-llama", headers=bound)
+        assert status == 404
+
+
+async def test_an_answer_of_an_adapter_goes_on_after_its_worker_has_died(start, base, client, tmp_path):
+    folder = adapter(base, tmp_path / "one")
+    pool = await start(f"one={folder}", num_workers=2)
+    async with served(pool) as url:
+        whole = await text_of(client, url, "one", max_tokens=200, ignore_eos=True)
+        asked = [asyncio.create_task(text_of(client, url, name, max_tokens=200, ignore_eos=True)) for name in ("one", "one", "", "one")]
+        while not any(job.output_ids for job in pool.dispatcher.jobs.values()):
+            await asyncio.sleep(0.005)
+        next(worker for worker in pool.workers if worker.jobs).kill()
+        texts = await asyncio.gather(*asked)
+        assert texts[0] == texts[1] == texts[3] == whole != texts[2]
+        shutil.rmtree(folder)
+        pids = [worker.process.pid for worker in pool.workers]
+        for worker in pool.workers:
+            worker.kill()
+        while not (pool.supervisor.ready and all(worker.process.pid not in pids and worker.state == "ready" for worker in pool.workers)):
+            await asyncio.sleep(0.02)
+        while not pool.adapters.serving["one"].problem:
+            await asyncio.sleep(0.02)
+        status, body = await ask(client, url, "one")
+        assert status == 503 and body["error"]["code"] == "model_failed" and str(folder) not in body["error"]["message"], body
+        assert await text_of(client, url, "") and (await listed(client, url))["one"]["state"] == "failed"
+
+
+@pytest.mark.parametrize("sizes", by_day([{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], {"tensor_parallel_size": 2}), ids=lambda sizes: next(iter(sizes)))
+async def test_ranks_give_each_adapter_the_same_text_alone_beside_others_and_after_a_death(sizes, start, base, client, tmp_path):
+    words = [f"{name}={adapter(base, tmp_path / name, seed)}" for seed, name in enumerate(("one", "two"))]
+    pool = await start(*words, **sizes)
+    async with served(pool) as url:
+        names = ["one", "", "two"]
+        alone = [await text_of(client, url, name, max_tokens=60, ignore_eos=True) for name in names]
+        assert len({*alone}) == 3
+        together = [asyncio.create_task(text_of(client, url, name, max_tokens=60, ignore_eos=True)) for name in names * 2]
+        while not all(job.output_ids for job in pool.dispatcher.jobs.values()) or not pool.dispatcher.jobs:
+            await asyncio.sleep(0.002)
+        pool.workers[0].kill()
+        assert await asyncio.gather(*together) == alone * 2
+
+
+async def test_adapters_come_change_and_go_with_their_folders(start, base, client, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(PoolAdapters, "WATCH_S", 0.05)
+    watched = tmp_path / "adapters"
+    adapter(base, watched / "first", 1)
+    (watched / "latest").mkdir(parents=True)
+    pool = await start(str(watched))
+
+    async def until(holds):
+        while not holds():
+            await asyncio.sleep(0.02)
+
+    async with served(pool) as url:
+        before = await text_of(client, url, "first")
+        running = asyncio.create_task(text_of(client, url, "first", max_tokens=100, ignore_eos=True))
+        old = pool.adapters.serving["first"]
+        expected = await text_of(client, url, "first", max_tokens=100, ignore_eos=True)
+        adapter(base, watched / "second", 2)
+        adapter(base, watched / "12", 3)                            # a number is a checkpoint's
+        await until(lambda: "second" in pool.adapters.serving and pool.adapters.serving["second"].loaded)
+        assert [*await listed(client, url)] == ["tiny-llama", "first", "second"]
+        adapter(base, watched / "first", 4)
+        await until(lambda: pool.adapters.serving["first"] is not old)
+        after = await text_of(client, url, "first")
+        assert after != before and await running == expected
+        (watched / "second" / "adapter_config.json").write_text("{")
+        await until(lambda: "its older version stays" in caplog.text)
+        assert await text_of(client, url, "second")
+        shutil.rmtree(watched / "first")
+        await until(lambda: "first" not in pool.adapters.serving)
+        assert (await ask(client, url, "first"))[0] == 404
+        await until(lambda: len(pool.adapters.all) == 1)            # the workers have forgotten the others
+        bad = adapter(base, watched / "bad", 5, use_dora=True)
+        await until(lambda: "bad" in pool.adapters.serving and pool.adapters.serving["bad"].problem)
+        status, body = await ask(client, url, "bad")
+        assert status == 503 and "use_dora is true" in body["error"]["message"] and str(bad) not in body["error"]["message"]
+        assert await text_of(client, url, "tiny-llama")
+
+
+@pytest.mark.parametrize("word, message", [
+    ("latest={}", "may not be called \"latest\""), ("12={}", "neither `latest` nor a number"), ("a/b={}", "may not be called"),
+    ("={}", "may not be called"), ("one=", "names no folder"), ("one={}/none", "there is no such folder"), ("one={}/file", "not a folder"),
+    ("{}/good", "an adapter needs a name: good="), ("one={}", "there is no adapter_config.json with an adapter_model.safetensors")])
+def test_what_is_wrong_with_the_flag_is_one_line(word, message, base, tmp_path):
+    adapter(base, tmp_path / "good")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=message) as caught:
+        pool_of(parse_command_line([str(base), "--adapter", word.format(tmp_path)], {}))
+    assert "\n" not in str(caught.value)
+
+
+async def test_a_server_does_not_start_with_an_adapter_that_it_cannot_serve(start, base, tmp_path):
+    good = adapter(base, tmp_path / "good")
+    for words, message in (
+            ([f"one={good}", f"one={good}"], "is called one too"), ([f"tiny-llama={good}"], "the model is called tiny-llama"),
+            ([f"one={adapter(base, tmp_path / 'other', base_model_name_or_path='some/Qwen3-8B')}"], "this adapter was made for .*Qwen3-8B"),
+            ([f"good={good}", f"one={adapter(base, tmp_path / 'dora', use_dora=True)}"], "--adapter one: .*use_dora is true")):
+        with pytest.raises(ConfigError, match=message):
+            await start(*words)
+
+
+def test_a_table_of_the_configuration_names_adapters(base, tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text(f'model = "{base}"\n[adapter]\none = "/a"\ntwo = "/b"\n')
+    assert parse_command_line(["--config", str(config)], {}).adapter == ("one=/a", "two=/b")
+    config.write_text(f'[[models]]\npath = "{base}"\nadapter = {{one = "/a"}}\n')
+    assert parse_command_line(["--config", str(config)], {}).several[0].changes["adapter"] == ("one=/a",)
+    config.write_text(f'model = "{base}"\n[adapter]\n7 = "/a"\n')
+    with pytest.raises(ConfigError, match="may not be called"):
+        parse_command_line(["--config", str(config)], {})
+
+
+async def test_of_several_models_each_has_its_adapters(base, client, tmp_path, monkeypatch):
+    """By the name of the base in its config, or by its table; also those that appear below --models."""
+    monkeypatch.setattr(FolderWatch, "WATCH_S", 0.05)
+    folder = tmp_path / "all"
+    shutil.copytree(base, folder / "red")
+    shutil.copytree(base, folder / "blue")
+    adapter(base, folder / "on-red", 1, base_model_name_or_path="somebody/red")
+    models = ManyModels(Settings(models=str(folder), **TINY), DYING)
+    await models.start()
+    await models.wait_ready()
+    try:
+        async with served(models) as url:
+            while "on-red" not in (names := await listed(client, url)):
+                await asyncio.sleep(0.02)
+            assert sorted(names) == ["blue", "on-red", "red"] and names["on-red"]["parent"] == "red"
+            assert await text_of(client, url, "red@on-red") != await text_of(client, url, "red") == await text_of(client, url, "blue")
+            assert (await ask(client, url, "blue@on-red"))[0] == 404
+            adapter(base, folder / "on-blue", 1, base_model_name_or_path="blue")
+            while "on-blue" not in await listed(client, url):
+                await asyncio.sleep(0.02)
+            assert await text_of(client, url, "on-blue") == await text_of(client, url, "on-red")
+    finally:
+        await models.close()
+    choices = ModelChoice(str(folder / "red"), "red"), ModelChoice(str(folder / "blue"), "blue")
+    for name, words in (("green", "names none of the models"), ("", "names none of the models")):
+        other = adapter(base, tmp_path / "other", base_model_name_or_path=name)
+        models = ManyModels(Settings(several=choices, adapter=(f"one={other}",), **TINY), DYING)
+        await models.start()
+        with pytest.raises(ConfigError, match=words):
+            await models.wait_ready()
+        await models.close()
+
+

@@ -1,0 +1,131 @@
+"""Adapters beside their base, unmerged: against peft's merged model, and against what --lora merges."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from chatlm.common.core import decode_core
+from chatlm.common.errors import ConfigError
+from chatlm.worker.model.kernels import not_compiled
+from chatlm.worker.model.transformer import load_adapter
+from chatlm.worker.weights.adapters import adapter_reader
+from chatlm.worker.weights.shards import shard_model, stage_model
+from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
+from lora import OPTIONS, adapt
+from nightly import by_day
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SERVED = OPTIONS | {"qwen2": {"targets": ["lm_head", "v_proj", "down_proj"]}}
+del SERVED["nanochat"]
+SERVED = {name: options for name, options in SERVED.items() if name in ("llama3.1", "gemma3", "phi3", "qwen3", "qwen2", "glm4", "lfm2",
+          "qwen3.5", "qwen3.5moe", "gemma4moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next")}
+
+
+class WithAdapter:
+    """A transformer all of whose rows have the adapter in a folder."""
+
+    def __init__(self, model, folder):
+        self.model = model
+        load_adapter(model, 1, folder)
+
+    def forward(self, batch):
+        return self.model.forward(batch._replace(adapters=[1] * len(batch.lengths)))
+
+
+def backends(model):
+    return ["reference"] + ["decode_core"] * (decode_core() is not None and not not_compiled(model.spec))
+
+
+@pytest.mark.parametrize("name", by_day(SERVED, "llama3.1", "gemma3", "phi3", "qwen2"))
+def test_an_adapter_beside_its_base_gives_the_logits_and_tokens_of_pefts_merged_model(name, tmp_path):
+    model = make_model(name)
+    folder = save(model, tmp_path / "base")
+    cases = clear_cases(adapt(model, tmp_path / "adapter", size=0.08, **SERVED[name]), lengths=(9, 40), count=64)
+    ours = load(folder)
+    for backend in backends(ours):
+        check(answers(WithAdapter(transformer(ours, kernels_of(backend, ours.spec)), tmp_path / "adapter"), cases), cases,
+              tolerance=3e-4 if name == "qwen3next" else 1e-4)
+
+
+@pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "glm4", "gemma3", "qwen3.5", "granite4h"], "llama3.1", "phi3"))
+def test_beside_a_gguf_base_an_adapter_does_what_merging_it_does(name, tmp_path):
+    """Floats and packed weights; the rows of q and k lie otherwise in some of the files."""
+    model = make_model(name, **{"gemma3": {"query_pre_attn_scalar": 32}, "granite4h": {"shared_intermediate_size": 64}}.get(name, {}))
+    paths = [as_gguf(tmp_path / f"{name}{q}.gguf", model, quantized=q) for q in (False, True)]
+    merged = adapt(model, tmp_path / "adapter", **SERVED[name])
+    cases = clear_cases(merged, lengths=(9,), count=16)
+    for path in paths:
+        whole, ours = load(path, lora=(str(tmp_path / "adapter"),)), load(path)
+        expected = answers(transformer(whole, kernels_of("reference", whole.spec)), cases, count=16)
+        for backend in backends(ours):
+            beside = answers(WithAdapter(transformer(ours, kernels_of(backend, ours.spec)), tmp_path / "adapter"), cases, count=16)
+            for (tokens, logits), (theirs, their_logits) in zip(beside, expected):
+                assert tokens == theirs and (logits - their_logits).abs().max() < 3e-4
+
+
+@pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "qwen3.5", "lfm2", "granite4h"], "llama3.1", "qwen3.5"))
+def test_ranks_and_stages_have_the_parts_of_an_adapter_that_fit_their_parts_of_the_weights(name, tmp_path):
+    """What each rank's part adds to its part of a product is that part of what the whole adds."""
+    model = make_model(name)
+    folder = save(model, tmp_path / "base")
+    adapt(model, tmp_path / "adapter", **SERVED[name])
+    plain, merged = load(folder), load(folder, lora=(str(tmp_path / "adapter"),))
+    for stage in range(2):
+        for rank in range(2):
+            base, changed = (shard_model(stage_model(it, stage, 2), rank, 2) for it in (plain, merged))
+            added = adapter_reader(base)(tmp_path / "adapter")
+            assert added
+            for own, tensor in base.tensors.items():
+                if own.endswith("bias") or len(tensor.cut.shape) != 2:
+                    continue
+                before, after = (torch.cat(read) if isinstance(read := it.tensors[own].read(), tuple) else read for it in (base, changed))
+                its = added.get(own)
+                delta = (its.b * its.scales) @ its.a if its else torch.zeros_like(before)
+                torch.testing.assert_close(before + delta, after, atol=1e-5, rtol=0)
+
+
+def broken(folder):
+    """(how to break a good adapter, what is told of it)"""
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    tensors, good = load_file(weights), json.loads(config.read_text())
+    first = next(iter(tensors))
+
+    def rewrite(change=None, **keys):
+        save_file(tensors | (change or {}), weights)
+        config.write_text(json.dumps(good | keys))
+
+    yield (lambda: rewrite(use_dora=True)), "use_dora is true; adapters with it are not supported"
+    yield (lambda: rewrite(base_model_name_or_path="some/Llama-3.2-1B")), "was made for .*Llama-3.2-1B.* and the model is base"
+    yield (lambda: rewrite({first: tensors[first][:, :-1].clone()})), "of the shapes"
+    yield (lambda: rewrite({"base_model.model.lm_head.weight": torch.zeros(288, 64)}, modules_to_save=["lm_head"])), (
+        r"whole matrix lm_head \(modules_to_save\), which cannot be served beside the base; --lora merges it")
+    yield (lambda: rewrite({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 288),
+                            "base_model.model.model.embed_tokens.lora_embedding_B": torch.zeros(64, 4)},
+                           target_modules=[*good["target_modules"], "embed_tokens"])), "it changes model.embed_tokens, which cannot be done beside"
+    yield weights.unlink, "cannot read|No such file"
+
+
+def test_what_cannot_be_served_beside_the_base_is_one_line(tmp_path):
+    model = make_model("llama3.1")
+    folder = save(model, tmp_path / "base")
+    adapt(model, tmp_path / "adapter", targets=["q_proj"])
+    read = adapter_reader(load(folder))
+    assert set(read(tmp_path / "adapter")) == {f"{layer}.qkv" for layer in range(4)}
+    for spoil, words in broken(tmp_path / "adapter"):
+        spoil()
+        with pytest.raises(ConfigError, match=words) as caught:
+            read(tmp_path / "adapter")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_the_operator_gives_the_model_tells_that_an_adapter_fits(tmp_path):
+    model = make_model("llama3.1")
+    folder = save(model, tmp_path / "base")
+    adapt(model, tmp_path / "adapter", targets=["q_proj"])
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "some/Llama-3.2-1B"}))
+    assert adapter_reader(load(folder, served_model_name=("llama-3.2-1b",)))(tmp_path / "adapter")
