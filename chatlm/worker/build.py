@@ -115,11 +115,13 @@ def build_engine(source: ModelSource, settings: Settings, device: torch.device,
         raise ConfigError(f"{source.path}: {error}") from None
     if not tokenizer.has_chat_template:
         model.notes += (CANNOT_CHAT,)
+    state_bytes = model.spec.state_bytes
     model, transformer, num_pages, context, max_batch = build_transformer(
         model, source, settings, device, progress, ranks)
     return model, Engine(transformer, tokenizer, transformer.kernels, num_pages=num_pages,
                          max_batch=max_batch, context_length=context,
-                         prefill_chunk=prefill_chunk(settings, device), drafts=settings.drafts, ranks=ranks)
+                         prefill_chunk=prefill_chunk(settings, device), drafts=settings.drafts, ranks=ranks,
+                         state_bytes=state_bytes)
 
 
 def build_transformer(

@@ -167,7 +167,7 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
     cache = (f"KV cache: {pages:,} pages {holds} ({pages * page_bytes / 2**20:,.0f} MiB); "
              f"{token_bytes(engine.transformer)}; context {context:,} tokens")
     if states := engine.pool.states:
-        cache += (f"; {states.num_slots:,} states of {model.spec.state_bytes / 1024:,.0f} KiB, of which "
+        cache += (f"; {states.num_slots:,} states of {engine.state_bytes / 1024:,.0f} KiB, of which "
                   f"{states.most_snapshots:,} are for snapshots; at most {engine.scheduler.max_batch} "
                   "sequences run at once")
     lines = (f"Model {model.name}: {model.description}", kernels_line(),
@@ -225,7 +225,7 @@ def state_gauges(engine: Engine) -> dict[str, int]:
     if (states := engine.pool.states) is None:
         return dict.fromkeys(("states_used", "states_total", "state_snapshots", "state_bytes"), 0)
     return {"states_used": states.num_slots - len(states.free), "states_total": states.num_slots,
-            "state_snapshots": states.snapshots, "state_bytes": engine.transformer.spec.state_bytes}
+            "state_snapshots": states.snapshots, "state_bytes": engine.state_bytes}
 
 
 @functools.cache

@@ -289,13 +289,16 @@ GRANITE_H_TINY = {      # ibm-granite's granite-4.0-h-tiny on the hub
     "num_local_experts": 64, "output_router_logits": False, "pad_token_id": 100256, "position_embedding_type": "nope",
     "residual_multiplier": 0.22, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000, "router_aux_loss_coef": 0.0,
     "shared_intermediate_size": 1024, "tie_word_embeddings": True, "use_cache": True, "vocab_size": 100352}
-LFM2_MOE = {    # LiquidAI/LFM2-8B-A1B's keys as transformers' Lfm2MoeConfig has them; sizes, which it has as defaults, and layers as on the model's card
+LFM2_MOE = {    # LiquidAI/LFM2-8B-A1B's keys and sizes as its first transformers wrote them: all as in config.json of a model tuned from it (below)
     "architectures": ["Lfm2MoeForCausalLM"], "bos_token_id": 1, "conv_L_cache": 3, "conv_bias": False, "dtype": "bfloat16", "eos_token_id": 7,
     "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 7168,
     "layer_types": ["full_attention" if layer in (2, 6, 10, 14, 18, 21) else "conv" for layer in range(24)], "max_position_embeddings": 128000,
     "model_type": "lfm2_moe", "moe_intermediate_size": 1792, "norm_eps": 1e-05, "norm_topk_prob": True, "num_attention_heads": 32,
     "num_dense_layers": 2, "num_experts": 32, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8, "pad_token_id": 0,
     "rope_theta": 1000000.0, "routed_scaling_factor": 1.0, "use_cache": True, "use_expert_bias": True, "vocab_size": 65536}
+LFM2_MOE_TUNED = {key: value for key, value in LFM2_MOE.items() if key != "rope_theta"} | {       # Ba2han/augment-multi-ft2 on the hub
+    "model_name": "augment-multi-ft2/checkpoint-1000", "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "tie_word_embeddings": True,
+    "transformers_version": "5.3.0", "unsloth_version": "2026.3.4", "use_cache": False}
 GEMMA4 = {      # google's gemma-4-*-it on the hub, of which transformers' convert_gemma4_weights.py has these sizes; what images and sound need is left out
     "attention_bias": False, "attention_dropout": 0.0, "attention_k_eq_v": False, "bos_token_id": 2, "dtype": "bfloat16", "enable_moe_block": False,
     "eos_token_id": 1, "final_logit_softcapping": 30.0, "global_head_dim": 512, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",

@@ -89,9 +89,11 @@ class Engine:
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True,
-                 ranks: RankZero | None = None):
+                 ranks: RankZero | None = None, state_bytes: int | None = None):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         slots, states = transformer.num_slots, None
+        own_bytes = transformer.spec.state_bytes
+        self.state_bytes = own_bytes if state_bytes is None else state_bytes  # of a sequence, in all ranks
         if transformer.spec.mixers:
             states = StatePool(slots, max(slots - max_batch - FREE_ROWS, 0))
         self.pool = PagePool(num_pages, transformer.groups.windows, states)

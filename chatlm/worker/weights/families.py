@@ -475,7 +475,7 @@ HF_INERT = set("""architectures attention_dropout auto_map bos_token_id cache_im
     model_type mtp_num_hidden_layers mtp_use_dedicated_embeddings neftune_noise_alpha output_attentions
     output_hidden_states output_router_logits pad_token_id pretraining_tp quantization_config
     resid_pdrop return_dict router_aux_loss_coef sep_token_id temperature tokenizer_class top_p torch_dtype
-    transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache
+    transformers.js_config transformers_version model_name unsloth_fixed unsloth_version use_cache
     _attn_implementation _attn_implementation_autoset _name_or_path
     _sliding_window_pattern""".split())
 GENERATION = set("""bad_words_ids begin_suppress_tokens chunk_size_feed_forward decoder_start_token_id

@@ -130,7 +130,7 @@ async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lfm2", "qwen3.5", "granite4h", "gemma4", "gemma4moe"])
+@pytest.mark.parametrize("name", ["lfm2", "lfm2moe", "qwen3.5", "qwen3.5moe", "qwen3next", "granite4h", "granite4h-dense", "gemma4", "gemma4moe"])
 async def test_a_worker_killed_in_an_answer_of_a_model_of_unlike_layers_costs_not_a_word(start_pool, tmp_path, name):
     """Keys and states are lost with it: the other one computes them again, from the prompt and the tokens that arrived."""
     folder = tmp_path / "model"

@@ -18,14 +18,14 @@ from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.spec import DeltaRule, Mamba2, Sequences
 from chatlm.worker.ops.mixers import delta_rule_reference, mamba2_reference
 from chatlm.worker.process import gauges
-from engines import make_engine, propose_partly_right, run, tokens_of
+from engines import make_engine, propose_partly_right, run, step_pieces, tokens_of
 from families import clear_cases, make_model, save
 from integrity import check_sequences
 from nightly import by_day
 from works import assignment
 
 
-@pytest.fixture(scope="module", params=by_day(["lfm2", "qwen3.5", "lfm2moe", "granite4h", "qwen3next"], "lfm2"))
+@pytest.fixture(scope="module", params=by_day(["lfm2", "qwen3.5", "qwen3.5moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next"], "lfm2"))
 def made(tmp_path_factory, request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -112,21 +112,57 @@ def test_alone_batched_cached_chunked_and_drafted_answers_are_the_same_to_the_bi
     assert drafted > accepted > 50 or not drafts_are_seen
 
 
+def undisturbed(folder, works):
+    """The tokens of each work by its id, computed alone, without snapshots and drafts."""
+    plain = make_engine(folder, num_pages=100, prefill_chunk=64, max_batch=4, num_snapshots=0)
+    if not plain.kernels.row_invariant:
+        pytest.skip("torch computes this model")
+    plain.drafts = False
+    return {work.id: tokens_of(plain, [work])[work.id] for work in works}
+
+
 @pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")
 def test_drafts_that_are_right_up_to_some_token_change_no_token(made, monkeypatch):
     folder, cases = made
     works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=t, seed=i), 50, ignore_eos=True)
              for i, (case, t) in enumerate(zip(cases, (0.0, 0.6, 1.0)))]
-    plain = make_engine(folder, num_pages=100, prefill_chunk=64, max_batch=4, num_snapshots=0)
-    if not plain.kernels.row_invariant:
-        pytest.skip("torch computes this model")
-    plain.drafts = False
-    expected = tokens_of(plain, works)
+    expected = undisturbed(folder, works)
     propose_partly_right(monkeypatch, works, expected)
     engine = make_engine(folder, num_pages=60, prefill_chunk=16, max_batch=3)
     assert tokens_of(engine, works) == expected and tokens_of(engine, works[::-1]) == expected
     assert {work.id: tokens_of(engine, [work])[work.id] for work in works} == expected
     assert engine.drafted_tokens > engine.accepted_tokens > 50
+
+
+@pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")
+@pytest.mark.parametrize("seed", by_day([4, 5, 6], 5))
+def test_random_cuts_batches_chunks_drafts_preemptions_and_deaths_change_no_token(made, seed, monkeypatch):
+    """All at once. An engine that dies leaves the tokens that it told of, from which another one, of other sizes, goes on."""
+    folder, cases = made
+    works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=t, seed=i), 40, ignore_eos=True)
+             for i, (case, t) in enumerate(zip(cases, (0.0, 0.6, 1.0)))]
+    works += [replace(work, id=f"{work.id} other", prompt_ids=work.prompt_ids[:-3] + (1, 2, 3)) for work in works]
+    expected, dice = undisturbed(folder, works), random.Random(seed)
+    propose_partly_right(monkeypatch, works, expected)
+    tokens, deaths, preemptions, accepted = {work.id: [] for work in works}, 0, 0, 0
+    while left := [replace(work, resumed_ids=tuple(tokens[work.id])) for work in works if len(tokens[work.id]) < 40]:
+        monkeypatch.setattr(StatePool, "INTERVAL", dice.choice([16, 32, 48]))
+        engine = make_engine(folder, num_pages=dice.choice([18, 24, 100]), prefill_chunk=dice.choice([17, 64]), context_length=264,
+                             max_batch=dice.choice([1, 3, 6]), num_snapshots=dice.choice([0, 2, 9]))
+        dice.shuffle(left)
+        steps = dice.choice([8, 30, 300]) if deaths else 30
+        while engine.busy or left:
+            if left and (dice.random() < 0.3 or not engine.busy):
+                engine.add(left.pop())
+            for name, piece in step_pieces(engine):
+                tokens[name] += piece.tokens
+            check_sequences(engine.scheduler)
+            steps -= 1
+            if not steps:
+                deaths += 1
+                break
+        preemptions, accepted = preemptions + engine.scheduler.preemptions, accepted + engine.accepted_tokens
+    assert tokens == expected and deaths and preemptions and accepted > 10
 
 
 def test_random_cuts_batches_and_evictions_change_no_token(made, monkeypatch):

@@ -31,7 +31,7 @@ from chatlm.worker.ranks.links import ProcessLinks
 from chatlm.worker.ranks.ranks import RankZero
 from answers import asked
 from engines import make_batch, step_pieces
-from families import MODELS, make_model, save
+from families import MODELS, load, make_model, save
 from nightly import by_day
 from patching import patch
 from real_server import ask, events, post, server
@@ -272,6 +272,7 @@ async def test_states_and_shared_keys_in_several_ranks_give_the_same_text_alone_
         worker = pool.workers[0]
         alone = {name: await text_of(pool, **request) for name, request in requests.items()}
         assert pool.stats()["row_invariant"] and (worker.gauges["state_snapshots"] > 0 or name in SHARED)
+        assert worker.gauges["state_bytes"] == load(folders(name)).spec.state_bytes      # of both
         assert worker.gauges["accepted_tokens"] > 0 or name == "qwen3.5"      # which does not repeat itself
         for _ in range(2):
             again = await asyncio.gather(*(text_of(pool, **request) for request in requests.values()))

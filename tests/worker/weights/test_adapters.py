@@ -13,14 +13,16 @@ from chatlm.worker.model.kernels import not_compiled
 from chatlm.worker.weights.lora import warn_of_other_base
 from engines import tensors_of
 from lora import LINEAR, OPTIONS, adapt
-from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
+from families import TOLERANCE, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
 from nightly import by_day
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-ADAPTED = 3e-4      # tolerance of logits: the matrices have twice the size
+# Tolerance of logits. Delta rules amplify what is rounded: transformers' own logits of these models are 2.7e-4 to 6.3e-4 from those
+# that it computes in float64, and ours are no farther
+ADAPTED = dict.fromkeys(("qwen3.5", "qwen3.5moe", "qwen3next"), 3e-4)
 
 @pytest.mark.parametrize("name", by_day(OPTIONS, *(name for name in OPTIONS if name not in ("glm4", "lfm2", "qwen3.5", "qwen3.5moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next", "gemma4", "gemma4moe"))))
 def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
@@ -30,7 +32,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
     cases = clear_cases(merged, lengths=(40,), count=16)
     plain, ours = load(folder), load(folder, lora=(str(tmp_path / "adapter"),))
     assert "LoRA adapter merged into" in ours.description
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16, tolerance=ADAPTED)
+    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16, tolerance=ADAPTED.get(name, TOLERANCE))
     changed = [key for key, tensor in tensors_of(ours).items() if not torch.equal(tensor, tensors_of(plain)[key])]
     assert changed and {key.rpartition(".")[2] for key in changed} <= {
         "embed", "head", "qkv", "output", "gate_up", "up", "down", "mix_in", "mix_out", "shared_gate_up", "shared_down",
@@ -51,7 +53,7 @@ def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
     merged = adapt(model, tmp_path / "adapter", **OPTIONS[name])
     cases = clear_cases(merged, lengths=(40,), count=16)
     ours = load(path, lora=lora)
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16, tolerance=ADAPTED)
+    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16, tolerance=ADAPTED.get(name, TOLERANCE))
     if decode_core() and not not_compiled(ours.spec):        # a packed matrix is packed again
         values, again = tensors_of(load(packed, lora=lora)), load(packed, None, lora=lora)
         for key, given in again.tensors.items():

@@ -29,7 +29,7 @@ from chatlm.worker.weights.load import open_model
 from engines import make_batch, tensors_of
 from families import (CHAT, LONG, MODELS, TOLERANCE, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, save_packed, spec_of_changed_gguf, transformer,
                       with_exact_angles, write_tokenizer)
-from hub_configs import HUB_CONFIGS, LFM2_CONFIGS, LFM2_MOE
+from hub_configs import HUB_CONFIGS, LFM2_CONFIGS, LFM2_MOE, LFM2_MOE_TUNED
 from nightly import by_day
 from patching import patch
 from real_server import ask, events, get, post, server
@@ -411,16 +411,18 @@ def test_what_is_wrong_in_a_config_of_lfm2_is_named(key, value, words, tmp_path)
     assert words in str(caught.value)
 
 
-def test_the_published_config_of_lfm2_moe_means_what_transformers_takes_it_to_mean(tmp_path):
+@pytest.mark.parametrize("published", [LFM2_MOE, LFM2_MOE_TUNED])
+def test_the_published_config_of_lfm2_moe_means_what_transformers_takes_it_to_mean(published, tmp_path):
     import transformers
-    spec, config = spec_of(tmp_path, LFM2_MOE), transformers.AutoConfig.from_pretrained(tmp_path)
+    spec, config = spec_of(tmp_path, published), transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
     sizes = {key: int(np.prod(shape)) for key, shape in expected_tensors(spec).items() if key != "head"}
     assert sum(p.numel() for p in made.parameters()) == sum(size for key, size in sizes.items() if not key.endswith("choice_bias"))
     assert round(sum(sizes.values()) / 1e9, 1) == 8.3           # as its card says
     assert (spec.experts, spec.experts_per_token, spec.ffn_size, spec.dense_layers, spec.dense_size) == (32, 4, 1792, (0, 1), 7168)
-    assert spec.sigmoid_router and spec.choice_bias and spec.shares_sum_to_one and spec.paged_layers == 6 and spec.state_bytes == 18 * 4 * 2 * 2048
+    assert spec.tied_head and spec.attention(2).rope_base == 1e6 and spec.sigmoid_router and spec.choice_bias and spec.shares_sum_to_one
+    assert spec.paged_layers == 6 and spec.state_bytes == 18 * 4 * 2 * 2048
 
 
 @pytest.mark.parametrize("key, value, words", [
