@@ -53,7 +53,7 @@ def bytes_of_a_step(transformer, batch, context):
     values."""
     weights = sum(tensor.nbytes for name, tensor in transformer.weights.items()
                   if name != "embed" and not name.endswith("value_embed"))
-    page = Transformer.page_bytes(transformer.spec, transformer.dtype)
+    page = transformer.layout.page_bytes
     return weights + batch * context * page // PAGE_SIZE
 
 

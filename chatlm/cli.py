@@ -147,8 +147,8 @@ def read_config(path: str | None) -> tuple[dict[str, list[str]], list[dict]]:
 # The flags that a [[models]] table may have, beside name, path, aliases, pin, default and replicas
 TABLE_FLAGS = {flag.field: flag for flag in FLAGS if flag.field in (
     "source", "model_tag", "step", "softcap", "lora", "adapter", "dtype", "quantize", "context_length",
-    "kv_cache_memory", "max_batch", "prefill_chunk", "drafts", "idle_unload", "temperature", "top_k", "top_p",
-    "min_p", "max_tokens", "reasoning_budget", "reasoning_budget_message")}
+    "kv_cache_dtype", "kv_cache_memory", "max_batch", "prefill_chunk", "drafts", "idle_unload",
+    "temperature", "top_k", "top_p", "min_p", "max_tokens", "reasoning_budget", "reasoning_budget_message")}
 TABLE_KEYS = ("name", "path", "aliases", "pin", "default", "replicas")
 
 

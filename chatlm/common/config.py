@@ -29,6 +29,7 @@ CHAT_TEMPERATURE = 0.6    # the same for the chat command
 PAGE_SIZE = 16            # KV slots in a page
 STORE_BYTES = 10 << 30    # of --prefix-store
 LEAST_STORE_BYTES = 16 << 20
+PACKED_BLOCK = 32         # numbers of a head that share a scale in pages of the type q8_0
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,9 @@ class Settings:
 
     context_length: int | None = flag(None, number(int, 16),
         "tokens per sequence (default: the model's)", heading="Memory and speed")
+    kv_cache_dtype: str = flag("auto", str,
+        "type of keys and values in the KV pages; q8_0: 8 bits, half the bytes of 16 (auto: 16 bits, or "
+        "float32 beside float32 weights)", choices=("auto", "bfloat16", "float32", "q8_0"))
     kv_cache_memory: int | None = flag(None, size, "bytes for KV pages per replica (suffixes K, M, G)")
     prefix_memory: int | None = flag(None, size,
         "bytes of memory for the cached beginnings of prompts that outlive the workers, 0 = none (default: "

@@ -23,7 +23,7 @@ from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.spec import PageLayout, expected_tensors, group_layers
+from chatlm.worker.model.spec import KvType, PageLayout, expected_tensors, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.adapters import adapter_reader
@@ -138,11 +138,28 @@ def build_transformer(
         model = open_model(source, replace(settings, context_length=context), device)
         model = share_of_rank(model, ranks, settings)
     log.info("%s", plan.line(num_pages))
+    if floats := layers_of_floats(whole, plan.kv):
+        log.warning("%s", floats)
     running, snapshots = (ranks.min_over_ranks(count) for count in plan.states(num_pages))
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
                               dtype=model.dtype, num_slots=running + FREE_ROWS + snapshots, groups=groups,
-                              read_adapter=adapter_reader(model), progress=progress, **limits)
+                              kv=plan.kv, read_adapter=adapter_reader(model), progress=progress, **limits)
     return model, transformer, num_pages, context, running
+
+
+def layers_of_floats(spec: ModelSpec, kv: KvType) -> str:
+    """Which layers stay floats though --kv-cache-dtype is q8_0, in words; "" if none do. ConfigError if all
+    do."""
+    heads = {l: its.head_size for l, its in enumerate(spec.by_layer) if its}
+    floats = [l for l in heads if not kv.packs(spec.attention(l))]
+    if not kv.packed or not floats:
+        return ""
+    sizes = ", ".join(map(str, sorted({heads[l] for l in floats})))
+    rule = "q8_0 needs heads whose size is a power of two, at least 32"
+    if len(floats) == len(heads):
+        raise ConfigError(f"--kv-cache-dtype q8_0: all layers have heads of {sizes}; {rule}")
+    return (f"keys and values of {len(floats)} of {len(heads)} layers stay {kv.floats}: their heads have a "
+            f"size of {sizes}, and {rule}")
 
 
 def share_of_rank(model: LoadedModel, ranks: RankAlone, settings: Settings) -> LoadedModel:
@@ -162,8 +179,10 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
         join=ranks.join and partial(
             ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
     apart = kernels.backend.groups_layers and ranks.stages == 1  # all stages have the same tables
-    groups = group_layers((whole if ranks.stages == 1 else spec).by_layer, model.context_length, apart)
-    plan = plan_memory(model, whole, kernels, groups, ranks, settings, device, limits)
+    kv = kernels.kv_type(settings.kv_cache_dtype, model.dtype)
+    layers_of_floats(whole, kv)
+    groups = group_layers((whole if ranks.stages == 1 else spec).by_layer, model.context_length, apart, kv)
+    plan = plan_memory(model, whole, kernels, groups, kv, ranks, settings, device, limits)
     return kernels, groups, limits, plan
 
 
@@ -185,24 +204,25 @@ def is_float(tensor: Unread | MappedRows, shape: tuple[int, ...]) -> bool:
     return tensor.nbytes >= 2 * math.prod(shape)
 
 
-def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: LayerGroups, ranks: RankAlone,
-                settings: Settings, device: torch.device, limits: Mapping[str, int]) -> MemoryPlan:
+def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: LayerGroups, kv: KvType,
+                ranks: RankAlone, settings: Settings, device: torch.device,
+                limits: Mapping[str, int]) -> MemoryPlan:
     """The plan for a rank's shard of a model, whose `whole` spec is given too.
 
     Each rank has its own GPU, but the ranks of a replica share their machine's memory."""
-    cache_dtype, shared = kernels.cache_dtype(model.dtype), device.type != "cuda"
-    page_bytes, state_bytes = Transformer.page_bytes(model.spec, cache_dtype, groups), model.spec.state_bytes
+    shared, state_bytes = device.type != "cuda", model.spec.state_bytes
+    page_bytes = PageLayout.of(groups, model.spec.by_layer, kv).page_bytes
     if shared:
         each = [its and replace(its, kv_heads=max(its.kv_heads, ranks.tp)) for its in whole.by_layer]
-        layout = PageLayout.of(groups if ranks.stages == 1 else group_layers(each, 0, apart=False), each)
-        page_bytes = layout.size * PAGE_SIZE * cache_dtype.itemsize
+        together = groups if ranks.stages == 1 else group_layers(each, 0, apart=False, kv=kv)
+        page_bytes = PageLayout.of(together, each, kv).page_bytes
         page_bytes, state_bytes = (-(-size * ranks.here // (ranks.tp * ranks.stages))
                                    for size in (page_bytes, whole.state_bytes))
     buffers = Transformer.buffer_sizes(
         model.spec, limits["max_tokens"], limits["max_rows"], torch.float32).values()
     activations = sum(rows * columns * dtype.itemsize for rows, columns, dtype in buffers)
     copies, pool = ranks.here if shared else 1, PagePool(0, groups.windows)
-    token_bytes = cache_dtype.itemsize * sum(its.slot_size for its in whole.by_layer if its)
+    token_bytes = kv.unit * sum(kv.slot_size(its) for its in whole.by_layer if its)
     shapes = expected_tensors(model.spec)
     floats = any(len(shapes[name]) > 1 and is_float(tensor, shapes[name])
                  for name, tensor in model.tensors.items())
@@ -212,7 +232,7 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
                       page_bytes, full, fewest, model.grows and f". {model.grows}",
                       kernels.backend.quantizes and floats and not settings.quantize, state_bytes,
                       model.context_length, token_bytes,
-                      sum(getattr(tensor, "file_bytes", 0) for tensor in model.tensors.values()))
+                      sum(getattr(tensor, "file_bytes", 0) for tensor in model.tensors.values()), kv)
 
 
 class MemoryPlan(NamedTuple):
@@ -231,6 +251,7 @@ class MemoryPlan(NamedTuple):
     longest: int = 0      # tokens of the longest context
     token_bytes: int = 0  # that all layers of the model keep of a token
     mapped: int = 0       # bytes that stay in the file, see MappedRows
+    kv: KvType = KvType()
 
     def memory(self) -> tuple[int, int]:
         """(free bytes, all bytes) of the device; a machine's memory is not counted as a whole: 0."""

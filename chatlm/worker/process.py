@@ -37,7 +37,6 @@ from chatlm.worker.engine.keeper import Keeper
 from chatlm.worker.engine.kept import KeptPages
 from chatlm.worker.engine.scheduler import Assignment
 from chatlm.worker.model.spec import expected_tensors
-from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ranks.messages import RankDrew
 from chatlm.worker.ranks.ranks import OtherRank, gather_ranks
 from chatlm.worker.ranks.steps import DrawnTokens, RankSteps, Stage, follow, follow_stage
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import AnswerParams
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.engine.engine import Engine
+    from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.messages import RankConfig
     from chatlm.worker.weights.rules import LoadedModel
 
@@ -149,9 +149,8 @@ def keep_prefixes(engine: Engine, config: WorkerConfig, files: list[Path], stamp
 
 
 def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> ModelCard:
-    pages, device, dtype = engine.pool.num_pages, engine.transformer.device, engine.transformer.dtype
-    groups, context = engine.transformer.groups, engine.context_length
-    page_bytes = Transformer.page_bytes(model.spec, dtype, groups)
+    pages, device, layout = engine.pool.num_pages, engine.transformer.device, engine.transformer.layout
+    groups, context, page_bytes = engine.transformer.groups, engine.context_length, layout.page_bytes
     hardware = f"{device} with {config.threads} thread(s)" if device.type == "cpu" else str(device)
     if engine.ranks:
         stages, tp = engine.ranks.stages, engine.ranks.tp
@@ -184,14 +183,17 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
 def token_bytes(transformer: Transformer) -> str:
     """What the layers of this rank keep of a token, and what of it outlasts the windows, in words."""
     kept, lasting = kept_bytes(transformer), kept_bytes(transformer, lasting=True)
-    return f"{kept:,} bytes a token" + (f", {lasting:,} once out of all windows" if lasting < kept else "")
+    types = " and ".join(dict.fromkeys(filter(None, transformer.layout.types)))
+    once = f", {lasting:,} once out of all windows" if lasting < kept else ""
+    return f"{types}, {kept:,} bytes a token{once}"
 
 
 def kept_bytes(transformer: Transformer, lasting: bool = False) -> int:
     """Bytes that the layers of this rank keep of a token; `lasting`: while it is out of all windows."""
-    return transformer.dtype.itemsize * sum(
-        its.slot_size for l, its in enumerate(transformer.attentions)
-        if its and not (lasting and transformer.groups.windows[transformer.layout.group[l]]))
+    kv, layout = transformer.kv, transformer.layout
+    return layout.unit * sum(
+        kv.slot_size(its) for l, its in enumerate(transformer.attentions)
+        if its and not (lasting and transformer.groups.windows[layout.group[l]]))
 
 
 def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, weights: str,

@@ -6,6 +6,7 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uin
 FORMATS = {"f": "float32", "e": "float16", "d": "float64", "i": "int32", "l": "int64", "q": "int64",
            "H": "uint16", "B": "uint8"}                     # of buffers, by letter
 CODES = {"float32": 0, "float16": 1, "bfloat16": 2}         # as the compiled half counts them
+CACHE_CODES = CODES | {"uint8": 3}                          # bytes: of the type q8_0
 FLOAT32 = ("float32",)
 
 

@@ -1,12 +1,13 @@
 """rope_append and paged_attention: checked calls of the compiled kernels, for numpy arrays and torch CPU tensors.
 
 A layer's KV cache is one array (P, Hkv, 2, 16 * D) of float32, float16 or bfloat16: P pages of 16 positions, which may be apart; of the two
-blocks of a page and kv head the first is K transposed, [D][16], the second V, [16][D]. `plan_attention` once per step, then per
+blocks of a page and kv head the first is K transposed, [D][16], the second V, [16][D]. One of uint8, (P, Hkv, 2, 17 * D) with D a power of
+two of at least 32, is of the type q8_0: keys and values turned by a Hadamard matrix, as attention.h says. `plan_attention` once per step, then per
 layer `rope_append` and `paged_attention`; a wrong argument is a ValueError that names it.
 """
 
 from . import _core
-from .arrays import CODES, FLOAT32, look_at, vector
+from .arrays import CACHE_CODES, FLOAT32, look_at, vector
 
 PAGE_SIZE = 16
 MAX_HEAD_SIZE = 512
@@ -15,10 +16,15 @@ NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
 
 def check_cache(cache) -> tuple:
     """(address, type code, P, Hkv, D, elements from page to page) of one layer's cache."""
-    address, kind, (P, Hkv, _, size), apart = look_at("cache", cache, tuple(CODES), None, None, 2, None, rows_apart=True, writable=True)
+    address, kind, (P, Hkv, _, size), apart = look_at("cache", cache, tuple(CACHE_CODES), None, None, 2, None, rows_apart=True, writable=True)
+    if kind == "uint8":
+        D, rest = divmod(size, PAGE_SIZE + 1)
+        if rest or D & (D - 1) or not 32 <= D <= MAX_HEAD_SIZE:
+            raise ValueError(f"cache: of uint8 must be (P, Hkv, 2, 17 * D) with D a power of two from 32 to {MAX_HEAD_SIZE}, not {(P, Hkv, 2, size)}")
+        return address, CACHE_CODES[kind], P, Hkv, D, apart
     if size % (PAGE_SIZE * 16) or not 0 < size <= PAGE_SIZE * MAX_HEAD_SIZE:
         raise ValueError(f"cache: must be (P, Hkv, 2, 16 * D) with D a multiple of 16 up to {MAX_HEAD_SIZE}, not {(P, Hkv, 2, size)}")
-    return address, CODES[kind], P, Hkv, size // PAGE_SIZE, apart
+    return address, CACHE_CODES[kind], P, Hkv, size // PAGE_SIZE, apart
 
 
 def appended(columns: int, H: int, Hkv: int, D: int) -> tuple[int, bool] | None:

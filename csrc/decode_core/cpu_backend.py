@@ -68,12 +68,12 @@ def answer_seconds(width: int, rows: int = 1024) -> tuple[float, float]:
 class CpuBackend:
     """See seam.py. Weights lie in tiles in the order of use; activations are float32.
 
-    A layer's cache is (P, Hkv, 2, 16 * D), keys transposed, in float16 beside 16-bit and quantized weights,
-    else float32.
+    A layer's cache is (P, Hkv, 2, 16 * D), keys transposed, by itself in float16 beside 16-bit and quantized weights,
+    else float32; packed, it is (P, Hkv, 2, 17 * D) bytes.
     """
 
     row_invariant = few_rows_invariant = quantizes = groups_layers = True
-    activations, dtype, stored_dtype = torch.float32, torch.bfloat16, None
+    activations, dtype, stored_dtype, short_floats, packs_kv = torch.float32, torch.bfloat16, None, "float16", True
     converted = staticmethod(converted)
     program: Program        # what `ops` record
 
@@ -100,16 +100,19 @@ class CpuBackend:
                                           f"file; it reads {', '.join(KINDS)}. With CHAT_SERVER_KERNELS=reference torch computes the model")
         self.program.look_up(table, ids, out)
 
-    def make_cache(self, spec: Any, layout: Any, num_pages: int, dtype: torch.dtype | None, device: torch.device) -> tuple[torch.Tensor, list]:
-        """As the reference, but each layer's is (P, Hkv, 2, 16 * D), pages perhaps apart."""
-        dtype, size = torch.float32 if dtype == torch.float32 else torch.float16, self.script.PAGE_SIZE
-        memory = self.script.zeroed((num_pages * size * layout.size,), dtype, device)
+    def make_cache(self, spec: Any, layout: Any, num_pages: int, device: torch.device) -> tuple[torch.Tensor, list]:
+        """As the reference, but each layer's is (P, Hkv, 2, 16 * D) or packed, pages perhaps apart."""
+        size = self.script.PAGE_SIZE
+        whole = self.script.zeroed((num_pages * layout.page_bytes,), torch.uint8, device)
 
         def pages(layer: int, its: Any) -> torch.Tensor:
-            (begin, apart), block = layout.place(layer, num_pages), size * its.head_size
-            return memory.as_strided((num_pages, its.kv_heads, 2, block), (apart * size, 2 * block, block, 1), begin * size)
+            packed = layout.types[layer] == "q8_0"
+            memory = whole if packed else whole.view(getattr(torch, layout.types[layer]))
+            block = its.head_size * (size + 1 if packed else size)         # with 2 bytes of scale for each 32 of 16 positions
+            begin, apart = (places * layout.unit * size // memory.itemsize for places in layout.place(layer, num_pages))
+            return memory.as_strided((num_pages, its.kv_heads, 2, block), (apart, 2 * block, block, 1), begin)
 
-        return memory, [its and pages(layer, its) for layer, its in enumerate(spec.by_layer)]
+        return whole, [its and pages(layer, its) for layer, its in enumerate(spec.by_layer)]
 
     def join(self, path: str, rank: int, patience_s: float) -> dict[str, Callable]:
         program, ranks = self.program, Ranks(path, rank, patience_s)

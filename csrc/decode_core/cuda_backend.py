@@ -39,7 +39,7 @@ class CudaBackend:
 
     name, row_invariant, quantizes, groups_layers = "decode_core/cuda", False, False, True
     join = None
-    activations, dtype, stored_dtype = None, torch.bfloat16, torch.bfloat16
+    activations, dtype, stored_dtype, short_floats, packs_kv = None, torch.bfloat16, torch.bfloat16, "", False
     converted = staticmethod(converted)
 
     def __init__(self, spec: Any, script: SimpleNamespace, kernels: Any,
@@ -100,11 +100,11 @@ class CudaBackend:
         able = fits_experts(name, matrix) and "experts" not in self.faults if expert else "linear" not in self.faults
         return matrix if able else unpacked(matrix, self.script)
 
-    def make_cache(self, spec, layout, num_pages, dtype, device):
+    def make_cache(self, spec, layout, num_pages, device):
         """As the reference, but each layer's is (2, P, Hkv, 16, D), the same for all layers."""
         its = spec.attention(0)
         shape = (layout.size // layout.own, 2, num_pages, its.kv_heads, self.script.PAGE_SIZE, its.head_size)
-        memory = self.script.zeroed(shape, dtype, device)
+        memory = self.script.zeroed(shape, getattr(torch, layout.types[0]), device)
         return memory, [memory[offset // layout.own] for offset in layout.offset]
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options):

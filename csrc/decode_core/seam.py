@@ -11,6 +11,8 @@ place.
     activations                   torch dtype of every activation buffer; None: chat_server's own choice
     dtype                         torch dtype of float weights whose user names none
     stored_dtype                  of activations and cache beside matrices as stored; None: the backend's affair
+    short_floats                  name of the type of keys and values beside weights of any type below float32; "": as activations
+    packs_kv                      does it read keys and values of the type q8_0?
     groups_layers                 may pages hold some layers only, each group with a table of its own? (a step's tables then
                                   list a page of each group in turn)
     quantizes                     does `ops` take a type for `quantize`?
@@ -51,7 +53,7 @@ from . import _core, cuda
 from .attention import MAX_HEAD_SIZE
 from .program import MAX_CHOSEN, MAX_EXPERTS
 
-SEAM = 20       # one more whenever a name, an argument or a meaning above, or of `script`, changes
+SEAM = 21       # one more whenever a name, an argument or a meaning above, or of `script`, changes
 log = logging.getLogger("chat_server.decode_core")
 
 

@@ -667,3 +667,195 @@ def test_a_wrong_paged_attention_names_the_argument(name, wrong):
     decode_core.paged_attention(**call)
     with pytest.raises(ValueError, match=f"^{name}: "):
         decode_core.paged_attention(**(call | {name: wrong(call[name])}))
+
+
+# ---- pages of the type q8_0: keys and values turned, of 8 bits with a scale for each 32
+
+BLOCK = 32
+PACKED_SHAPES = [(9, 3, 64), (32, 8, 128), (7, 1, 256), (4, 2, 32), (16, 1, 64), (2, 1, 512)]
+
+
+def turned(heads):
+    """Heads (.., D) times the normalized Hadamard matrix, float64, by the definition: (-1) to the bits in common."""
+    D = heads.shape[-1]
+    places = numpy.arange(D)
+    common = (places[:, None] & places)[..., None] >> numpy.arange(10) & 1
+    return heads.astype(numpy.float64) @ (-1.0) ** common.sum(-1) / D**0.5
+
+
+def rounded(heads):
+    """Codes (.., D), and scales (.., D / 32), of turned heads."""
+    blocks = heads.reshape(*heads.shape[:-1], -1, BLOCK)
+    scales = (numpy.abs(blocks).max(-1) / 127).astype(numpy.float16).astype(numpy.float64)
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        codes = numpy.where(scales[..., None] > 0, numpy.rint(blocks / scales[..., None]), 0).clip(-127, 127)
+    return codes.reshape(heads.shape), scales
+
+
+def rounded_queries(q):
+    """q (.., D) float32 as attention reads it, in its arithmetic: another would round one near a tie the other way."""
+    blocks = q.reshape(*q.shape[:-1], -1, BLOCK)
+    largest = numpy.abs(blocks).max(-1, keepdims=True)
+    codes = numpy.rint(blocks * (numpy.float32(127) / largest))
+    return (codes.astype(numpy.float64) * (largest / numpy.float32(127))).reshape(q.shape)
+
+
+def values_of(codes, scales):
+    return codes * numpy.repeat(scales, BLOCK, axis=-1)
+
+
+class PackedCache:
+    """Pages of one layer; the scales of slots that were not written are no numbers, their codes anything."""
+
+    def __init__(self, pages, kv_heads, size):
+        self.size = size
+        self.store = self.array = numpy.random.default_rng(0).integers(0, 256, (pages, kv_heads, 2, 17 * size), numpy.uint8)
+        for part in (0, 1):
+            self.scales(part)[:] = NAN
+
+    def scales(self, part):
+        """(P, Hkv, D / 32, 16) float16, a view."""
+        P, Hkv = self.store.shape[:2]
+        return self.store[:, :, part, PAGE * self.size:].view(numpy.float16).reshape(P, Hkv, -1, PAGE)
+
+    def codes(self, part):
+        """Those of k (P, Hkv, D / 4, 16, 4), + 128, or of v (P, Hkv, 16, D) as bytes, a view."""
+        P, Hkv = self.store.shape[:2]
+        shape = (P, Hkv, PAGE, self.size) if part else (P, Hkv, self.size // 4, PAGE, 4)
+        return self.store[:, :, part, :PAGE * self.size].reshape(shape)
+
+    def put(self, pages, k, v):
+        """Turned k, v (S, Hkv, D) -> positions 0 .. S - 1 of a sequence with these pages."""
+        pages, offset = numpy.asarray(pages)[numpy.arange(len(k)) // PAGE], numpy.arange(len(k)) % PAGE
+        for part, heads in enumerate((k, v)):
+            codes, scales = rounded(heads)
+            self.scales(part)[pages, :, :, offset] = scales
+            if part:
+                self.codes(1)[pages, :, offset] = codes.astype(numpy.int8).view(numpy.uint8)
+            else:
+                self.codes(0)[pages, :, :, offset] = (codes + 128).astype(numpy.uint8).reshape(*codes.shape[:2], -1, 4)
+
+    def get(self, slots):
+        """Turned k, v (S, Hkv, D) float64 as kept in these slots."""
+        pages, offset = slots // PAGE, slots % PAGE
+        k = self.codes(0)[pages, :, :, offset].astype(numpy.float64).reshape(len(slots), -1, self.size) - 128
+        v = self.codes(1)[pages, :, offset].view(numpy.int8).astype(numpy.float64)
+        return (values_of(codes, self.scales(part)[pages, :, :, offset].astype(numpy.float64)) for part, codes in enumerate((k, v)))
+
+
+def packed_sequence(rng, cache, length, rows, heads, free):
+    """Write a random sequence into pages taken from `free`; returns (pages, turned q (rows, H, D))."""
+    kv_heads, size = cache.store.shape[1], cache.size
+    pages = [free.pop() for _ in range(-(-length // PAGE))]
+    k, v = rng.standard_normal((2, length, kv_heads, size), numpy.float32)
+    cache.put(pages, turned(k), turned(v))
+    return pages, rng.standard_normal((rows, heads, size), numpy.float32) * numpy.float32(size**-0.5)
+
+
+def expected_packed(q, cache, pages, length, window=0, softcap=0.0, sinks=None):
+    """By the definition, on what is kept and on queries that are rounded by 32 as well."""
+    k, v = cache.get(numpy.concatenate([page * PAGE + numpy.arange(PAGE) for page in pages])[:length])
+    out = attend_float64(rounded_queries(q), k, v, length - len(q), window, softcap, sinks)
+    return turned(out.reshape(q.shape)).reshape(out.shape)
+
+
+@pytest.mark.parametrize("H, Hkv, D", PACKED_SHAPES)
+def test_packed_attention_is_float64s_on_what_is_kept(isa, H, Hkv, D):
+    rng = numpy.random.default_rng(D + H)
+    sinks = rng.standard_normal(H).astype(numpy.float32)
+    for length, rows, options in ((1, 1, {}), (16, 1, {}), (17, 3, {}), (257, 2, {}), (530, 5, {"window": 100}), (530, 5, {"window": 7}),
+                                  (300, 40, {"softcap": 3.0}), (300, 1, {"sinks": sinks, "window": 128})):
+        cache = PackedCache(-(-length // PAGE) + 2, Hkv, D)
+        pages, q = packed_sequence(rng, cache, length, rows, H, rng.permutation(len(cache.store)).tolist())
+        out = attend(q, cache, [pages], [length], [0, rows], **options)
+        numpy.testing.assert_allclose(out, expected_packed(q, cache, pages, length, **options), rtol=0, atol=1e-5)
+
+
+def packed_batch(rng, H=9, Hkv=3, D=64, decode=20, chunks=(40, 7, 260)):
+    cache = PackedCache(900, Hkv, D)
+    free = rng.permutation(900).tolist()
+    tables, lengths, starts, queries = [], [], [0], []
+    for rows in [1] * decode + list(chunks):
+        length = int(rng.integers(rows, 600))
+        pages, q = packed_sequence(rng, cache, length, rows, H, free)
+        tables.append(pages), lengths.append(length), starts.append(starts[-1] + rows), queries.append(q)
+    return cache, tables, lengths, starts, numpy.concatenate(queries)
+
+
+@pytest.mark.parametrize("window", [0, 100])
+def test_a_rows_bits_depend_on_nothing_else_in_the_batch_over_packed_pages(isa, threads, window):
+    cache, tables, lengths, starts, q = packed_batch(numpy.random.default_rng(3))
+    together = attend(q, cache, tables, lengths, starts, window=window)
+    assert numpy.isfinite(together).all()
+    threads(2)
+    assert (bits(attend(q, cache, tables, lengths, starts, window=window)) == bits(together)).all()
+    for i, table in enumerate(tables):
+        for row in range(starts[i], starts[i + 1]):
+            length = lengths[i] - (starts[i + 1] - row) + 1
+            alone = attend(q[row:row + 1], cache, [table[:-(-length // PAGE)]], [length], [0, 1], window=window)
+            assert (bits(alone[0]) == bits(together[row])).all(), (i, row)
+
+
+@pytest.mark.parametrize("H, Hkv, D", PACKED_SHAPES)
+def test_every_instruction_set_gives_the_same_bits_over_packed_pages(H, Hkv, D):
+    cache, tables, lengths, starts, q = packed_batch(numpy.random.default_rng(5), H, Hkv, D, decode=3, chunks=(20, 3))
+    first, *others = on_every_isa(lambda: attend(q, cache, tables, lengths, starts, window=200))
+    assert numpy.isfinite(first).all() and all((bits(first) == bits(other)).all() for other in others)
+
+
+def test_what_lies_in_unused_packed_slots_does_not_matter_and_a_nan_stays_in_the_rows_that_see_it(isa):
+    rng = numpy.random.default_rng(7)
+    cache = PackedCache(60, 3, 64)
+    pages, q = packed_sequence(rng, cache, 407, 9, 9, rng.permutation(60).tolist())
+    unused = [numpy.isnan(cache.scales(part)) for part in (0, 1)]
+    outputs = []
+    for garbage in (NAN, numpy.inf, 6e4, 0.0):
+        for part in (0, 1):
+            cache.scales(part)[unused[part]] = garbage
+        outputs.append(attend(q, cache, [pages], [407], [0, 9], window=111))
+    assert all((bits(output) == bits(outputs[0])).all() for output in outputs)
+    cache.scales(1)[pages[400 // PAGE], :, :, 400 % PAGE] = NAN           # visible to the last seven rows
+    dirty = attend(q, cache, [pages], [407], [0, 9], window=111)
+    assert (bits(dirty[:2]) == bits(outputs[0][:2])).all() and numpy.isnan(dirty[2:]).all()
+
+
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("H, Hkv, D", [(9, 3, 64), (3, 1, 128), (2, 2, 32)])
+def test_rope_append_keeps_turned_heads_to_half_a_step_of_their_scale(isa, name, H, Hkv, D):
+    call, oracle, _, slots = rope_case(name, H, Hkv, D)
+    call["qkv"][0] = oracle["qkv"][0] = 0                                # a head of zeros has a scale of 0
+    cache = PackedCache(12, Hkv, D)
+    before = cache.store.copy()
+    q = run_rope(call, cache, slots, H)
+    q64, k64, v64 = rope_float64(**oracle, H=H, Hkv=Hkv, D=D)
+    numpy.testing.assert_allclose(q, turned(q64) * D**-0.5, rtol=0, atol=2e-6 * numpy.abs(q64).max())
+    for kept, exact in zip(cache.get(slots), (turned(k64), turned(v64))):
+        scales = numpy.repeat(rounded(exact)[1], BLOCK, axis=-1)
+        assert (numpy.abs(kept - exact) <= 0.57 * scales + 1e-6).all()      # a float16 scale is up to 2^-11 too small: 127 / 2048 steps
+    others = numpy.setdiff1d(numpy.arange(12 * PAGE), slots)
+    for part in (0, 1):
+        untouched = PackedCache(12, Hkv, D)
+        untouched.store[:] = before
+        index = (others // PAGE, slice(None), slice(None), others % PAGE)
+        assert (cache.scales(part).view(numpy.uint16)[index] == untouched.scales(part).view(numpy.uint16)[index]).all()
+    assert (cache.codes(1)[others // PAGE, :, others % PAGE] == untouched.codes(1)[others // PAGE, :, others % PAGE]).all()
+    assert (cache.codes(0)[others // PAGE, :, :, others % PAGE] == untouched.codes(0)[others // PAGE, :, :, others % PAGE]).all()
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_every_instruction_set_keeps_the_same_bytes(name):
+    def run():
+        call, _, _, slots = rope_case(name, 9, 3, 64)
+        cache = PackedCache(12, 3, 64)
+        return run_rope(call, cache, slots, 9), cache.store
+
+    (q, store), *others = on_every_isa(run)
+    assert all((bits(q) == bits(other)).all() and (store == its).all() for other, its in others)
+
+
+@pytest.mark.parametrize("size", [16, 48, 80, 1024])
+def test_a_head_that_cannot_be_turned_is_an_error(size):
+    cache = numpy.zeros((4, 1, 2, 17 * size), numpy.uint8)
+    with pytest.raises(ValueError, match="a power of two from 32 to 512"):
+        decode_core.paged_attention(numpy.zeros((1, 1, size), numpy.float32), cache, decode_core.plan_attention([[0]], [1], [0, 1], 1, 1, 4),
+                                    numpy.zeros((1, size), numpy.float32))

@@ -37,7 +37,7 @@ def tensors_of(model):
 
 
 def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False, as_stored=False,
-                apart=False, num_snapshots=20):
+                apart=False, num_snapshots=20, kv=None):
     """A float32 engine over the model at `path` (the weights are read once per test session).
 
     It runs the ops that a server would choose: decode_core's if it is built, unless `reference`. With
@@ -47,8 +47,9 @@ def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context
     rows = max(max_batch, FREE_ROWS)
     limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
     kernels = load_kernels("cpu", None if reference else model.spec, **limits)
-    groups = group_layers(model.spec.by_layer, context_length or model.context_length, apart)
-    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups,
+    kv = kv or kernels.kv_type("auto", model.dtype)
+    groups = group_layers(model.spec.by_layer, context_length or model.context_length, apart, kv)
+    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups, kv=kv,
                               num_slots=max_batch + FREE_ROWS + num_snapshots, read_adapter=adapter_reader(model), **limits)
     return Engine(transformer, text_load.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,
                   context_length=context_length or model.context_length, prefill_chunk=prefill_chunk)

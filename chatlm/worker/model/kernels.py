@@ -25,7 +25,7 @@ from chatlm.common.log import log
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.processes.start import threads_per_worker
 from chatlm.worker.model.spec import (
-    DeltaRule, Mamba2, ModelSpec, RowAdapters, Sequences, token_places)
+    DeltaRule, KvType, Mamba2, ModelSpec, RowAdapters, Sequences, token_places)
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.attention import (
     attend, attend_prompt, decode_rows, mean_squares_reference, norm_qk_reference, page_table,
@@ -104,6 +104,8 @@ class Backend:
     faults: Mapping[str, str] = {}  # compiled ops that their references replace -> why
     as_stored: Callable | None = None  # loads a GGUF matrix in the file's type; None: all are dequantized
     stored_dtype = None  # of activations and pages beside such matrices; None: float16
+    short_floats = ""    # of keys and values beside weights of any type below float32; "": as activations
+    packs_kv = True      # does it read keys and values of the type q8_0?
     converted: Callable[[Mapping, Mapping], str]  # beside as_stored: which change their type
     held_bytes: Callable[[Seq], int]  # beside as_stored: of the GGUF tensors that form a matrix
     join = None          # how ranks exchange through shared memory; None: through torch.distributed
@@ -172,10 +174,20 @@ class Kernels:
         """Whether a row's bits are the same whatever else is in the batch."""
         return self.backend.row_invariant
 
-    def cache_dtype(self, weights: torch.dtype | None) -> torch.dtype:
-        """The type of cached keys and values, and of activations that may be short, beside matrices of this
-        type; None: as their file has them."""
+    def activation_dtype(self, weights: torch.dtype | None) -> torch.dtype:
+        """The type of activations that may be short, beside matrices of this type; None: as their file has
+        them."""
         return weights or self.backend.stored_dtype or torch.float16
+
+    def kv_type(self, choice: str, weights: torch.dtype | None) -> KvType:
+        """How keys and values are kept beside such matrices if --kv-cache-dtype has this `choice`.
+        ConfigError where no kernel reads it."""
+        own = str(self.activation_dtype(weights)).removeprefix("torch.")
+        floats = "float16" if self.backend.short_floats == "float16" and own != "float32" else own
+        if choice == "q8_0" and not self.backend.packs_kv:
+            raise ConfigError(f"--kv-cache-dtype q8_0: {self.backend.name} has no kernels that read it; "
+                              "auto, bfloat16 and float32 are possible")
+        return KvType(floats if choice in ("auto", "q8_0") else choice, packed=choice == "q8_0")
 
 
 def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None, join=None, whole=None,

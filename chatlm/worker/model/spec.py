@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from chatlm.common.config import PAGE_SIZE
+from chatlm.common.config import PACKED_BLOCK, PAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,40 @@ class Attention:
         return self.heads * self.head_size, keys, 0 if self.values_from_keys else values
 
 
+FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+PACKED_BYTES = PACKED_BLOCK + 2  # with their scale
+
+
+class KvType(NamedTuple):
+    """How layers keep keys and values: as floats, or packed, which is the type q8_0.
+
+    Of q8_0 each head is kept as its product with the normalized Hadamard matrix, so that large numbers spread
+    over all of it, in integers of 8 bits with a float16 scale for each 32. Heads whose size is no power of
+    two, or below 32, stay floats."""
+
+    floats: str = "float16"  # of FLOAT_BYTES
+    packed: bool = False
+
+    @property
+    def unit(self) -> int:
+        """Bytes of what pages are measured in: of a number, or one byte where layers may differ."""
+        return 1 if self.packed else FLOAT_BYTES[self.floats]
+
+    def packs(self, its: Attention) -> bool:
+        return self.packed and all(size >= PACKED_BLOCK and size & (size - 1) == 0
+                                   for size in (its.head_size, its.value_size))
+
+    def of(self, its: Attention) -> str:
+        """The type of a layer's keys and values: "q8_0" or a type of floats."""
+        return "q8_0" if self.packs(its) else self.floats
+
+    def slot_size(self, its: Attention) -> int:
+        """Units that a layer keeps of a token."""
+        if self.packs(its):
+            return its.slot_size // PACKED_BLOCK * PACKED_BYTES
+        return its.slot_size * FLOAT_BYTES[self.floats] // self.unit
+
+
 class LayerGroups(NamedTuple):
     """Which layers share pages. All pages have the same bytes, so that any group may take any of them."""
 
@@ -194,7 +228,8 @@ class LayerGroups(NamedTuple):
 MOST_GROUPS = 16  # more would make long tables
 
 
-def group_layers(attentions: Seq[Attention | None], context: int, apart: bool = True) -> LayerGroups:
+def group_layers(attentions: Seq[Attention | None], context: int, apart: bool = True,
+                 kv: KvType = KvType()) -> LayerGroups:
     """The groups of a model for contexts of so many tokens; one group unless they may be `apart`. None is a
     layer that keeps a state instead of keys and values."""
     readers: dict[int, list[int]] = {l: [] for l, its in enumerate(attentions) if its and its.source is None}
@@ -202,7 +237,7 @@ def group_layers(attentions: Seq[Attention | None], context: int, apart: bool = 
         if its:
             readers[l if its.source is None else its.source].append(its.window if its.window < context else 0)
     reach = {l: 0 if 0 in windows else max(windows) for l, windows in readers.items()}
-    sizes = {l: its.slot_size for l in readers if (its := attentions[l])}
+    sizes = {l: kv.slot_size(its) for l in readers if (its := attentions[l])}
     full, local = ([l for l in readers if bool(reach[l]) == limited] for limited in (False, True))
     if not (apart and local):
         return LayerGroups((tuple(readers),))
@@ -237,7 +272,8 @@ def pack_layers(layers: Seq[int], sizes: Mapping[int, int], most: int) -> list[t
 
 
 class PageLayout(NamedTuple):
-    """Where each layer's keys and values lie in the pages, in numbers (of the cache's type) for each token.
+    """Where each layer's keys and values lie in the pages, in units of their type for each token. Pages of
+    equal layouts mean the same, those of others do not.
 
     Where all layers keep as many, the pages of a layer lie together, after those of the layers before it in
     the page; else the layers of a page do."""
@@ -246,11 +282,13 @@ class PageLayout(NamedTuple):
     offset: tuple[int, ...]  # of each layer in a page of its group
     size: int                # of a page
     own: int                 # of each layer, where all keep as many; else 0
+    types: tuple[str, ...]   # of each layer's keys and values, see KvType; "" has none
+    unit: int                # bytes
 
     @classmethod
-    def of(cls, groups: LayerGroups, attentions: Seq[Attention | None]) -> PageLayout:
+    def of(cls, groups: LayerGroups, attentions: Seq[Attention | None], kv: KvType = KvType()) -> PageLayout:
         """The layout of those attentions that are a rank's; the groups are the whole model's."""
-        places, size, sizes = {}, 0, [its.slot_size if its else 0 for its in attentions]
+        places, size, sizes = {}, 0, [kv.slot_size(its) if its else 0 for its in attentions]
         for group, members in enumerate(groups.members):
             starts = itertools.accumulate((sizes[l] for l in members), initial=0)
             places |= {l: (group, start) for l, start in zip(members, starts)}
@@ -259,7 +297,12 @@ class PageLayout(NamedTuple):
                  for l, its in enumerate(attentions)]
         group, offset = zip(*found)
         kept = {size for size in sizes if size}
-        return cls(group, offset, size, kept.pop() if len(kept) == 1 else 0)
+        types = tuple(kv.of(its) if its else "" for its in attentions)
+        return cls(group, offset, size, kept.pop() if len(kept) == 1 else 0, types, kv.unit)
+
+    @property
+    def page_bytes(self) -> int:
+        return self.size * self.unit * PAGE_SIZE
 
     def place(self, layer: int, count: int) -> tuple[int, int]:
         """Where a layer's part begins in `count` pages, or slots, and how far apart its parts are."""

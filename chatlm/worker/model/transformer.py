@@ -11,7 +11,6 @@ from typing import Any, TYPE_CHECKING
 import numpy
 import torch
 
-from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.spec import (
     DeltaRule, Inputs, Mamba2, PageLayout, RowAdapters, Sequences, ShortConv, expected_tensors, group_layers,
@@ -23,7 +22,7 @@ from chatlm.worker.ops.basic import Norm, zeroed
 if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
     from chatlm.worker.model.kernels import Kernels
-    from chatlm.worker.model.spec import Attention, Batch, LayerGroups, ModelSpec
+    from chatlm.worker.model.spec import Attention, Batch, KvType, LayerGroups, ModelSpec
     from chatlm.worker.ops.basic import AdapterMatrix
 
 
@@ -32,21 +31,25 @@ class Transformer:
 
     `tensors` has the names and shapes of `expected_tensors`. It is emptied as weights are packed, so that
     each is held once, in the kernels' layout. A step has at most `max_tokens` tokens, `max_rows` logit rows.
-    Matrices become `dtype`; None: they stay as they are read, in their file's types or close ones.
+    Matrices become `dtype`; None: they stay as they are read, in their file's types or close ones. Keys and
+    values are kept as `kv` says; None: as activations are.
     """
 
     def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
                  max_rows: int | None = None, device: str | torch.device = "cpu", dtype=None,
-                 num_slots: int = 1, groups: LayerGroups | None = None,
+                 num_slots: int = 1, groups: LayerGroups | None = None, kv: KvType | None = None,
                  read_adapter: Callable[[Path], dict[str, AdapterMatrix]] | None = None,
                  progress=lambda activity, fraction: None):
         self.spec, self.kernels = spec, kernels
         self.read_adapter = read_adapter   # a folder's matrices, by the names of those that they change
         self.adapters: dict[int, Any] = {}  # by slot, from 1 on: as the kernels read them
         self.attentions = spec.by_layer
-        self.groups = groups or group_layers(self.attentions, 0, apart=False)
-        self.layout = PageLayout.of(self.groups, self.attentions)
-        self.device, self.dtype = torch.device(device), kernels.cache_dtype(dtype)  # of cache and activations
+        self.device, self.dtype = torch.device(device), kernels.activation_dtype(dtype)
+        self.kv = kv or kernels.kv_type("auto", dtype)
+        # in which references attend; packed keys have more than 8 bits of precision
+        self.kv_dtype = torch.float32 if self.kv.packed else getattr(torch, self.kv.floats)
+        self.groups = groups or group_layers(self.attentions, 0, apart=False, kv=self.kv)
+        self.layout = PageLayout.of(self.groups, self.attentions, self.kv)
         self.windows = spec.windows
         self.num_slots = num_slots
         self.mixers = spec.mixers or (None,) * spec.layers
@@ -67,7 +70,7 @@ class Transformer:
             tables = {turn: rope_tables(spec, self.device, turns.index(turn)) for turn in {*turns}}
             self.rope_tables = [tables[turn] for turn in turns]  # of each layer
             self.cache, self.layer_caches = kernels.make_cache(
-                spec, self.layout, num_pages + self.groups.holes, self.dtype, self.device)
+                spec, self.layout, num_pages + self.groups.holes, self.device)
             self.states = [tuple(zeroed((num_slots, *shape), torch.float32, self.device)
                                  for shape in (mixer.states(spec.width) if mixer else ()))
                            for mixer in self.mixers]
@@ -149,12 +152,6 @@ class Transformer:
         return SimpleNamespace(**{name: buffer[:R if name in ("last", "logits", "own_logits") else T]
                                   for name, buffer in self.buffers.items()})
 
-    @staticmethod
-    def page_bytes(spec: ModelSpec, dtype: torch.dtype, groups: LayerGroups | None = None) -> int:
-        """Bytes of one KV page of this type, over all layers or those of a group."""
-        groups = groups or group_layers(spec.by_layer, 0, apart=False)
-        return PageLayout.of(groups, spec.by_layer).size * PAGE_SIZE * dtype.itemsize
-
     @property
     def weights_bytes(self) -> int:
         return sum({id(weight): weight.nbytes for weight in self.weights.values()}.values())
@@ -202,7 +199,7 @@ class Transformer:
                 tensors[3] = torch.tensor(token_places(mine)[1], dtype=torch.int64, device=self.device)
             windows = {self.windows[l] for l, its in enumerate(self.attentions)
                        if its and self.layout.group[l] == group}
-            plan = self.kernels.plan_attention(mine, tensors[2], windows, self.dtype)
+            plan = self.kernels.plan_attention(mine, tensors[2], windows, self.kv_dtype)
             parts.append(Inputs(*tensors, attention=plan))
         adapters = RowAdapters.of(batch, self.adapters) if any(batch.adapters) else RowAdapters()
         return parts[0]._replace(parts=tuple(parts), sequences=Sequences.of(batch), adapters=adapters)

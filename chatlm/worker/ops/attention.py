@@ -1,7 +1,8 @@
 """Reference ops: rotary embedding and attention over paged keys and values.
 
 A layer's KV cache is (P * PAGE_SIZE, 2, Hkv, D): a slot's keys and values lie side by side. Where these
-differ in width, it is a pair, of keys (P * PAGE_SIZE, Hkv, D) and values (P * PAGE_SIZE, Hkv, Dv)."""
+differ in width, it is a pair, of keys (P * PAGE_SIZE, Hkv, D) and values (P * PAGE_SIZE, Hkv, Dv); where they
+are packed, a pair of PackedKv."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import numpy
 import torch
 
 from chatlm.common.config import PAGE_SIZE
+from chatlm.worker.ops.packed_kv import PackedKv, turned
 
 if TYPE_CHECKING:
     from chatlm.worker.model.spec import Attention
@@ -86,19 +88,27 @@ def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="
     elif q_scale != 1:
         out.mul_(q_scale)
     if appends:
-        keys.index_copy_(0, slots, heads[:, H:].to(keys.dtype))
-        values.index_copy_(0, slots, v.to(values.dtype))
+        for part, rows in ((keys, heads[:, H:]), (values, v)):
+            if isinstance(part, PackedKv):
+                part.put(slots, rows)
+            else:
+                part.index_copy_(0, slots, rows.to(part.dtype))
 
 
-def slots_of(cache) -> tuple[torch.Tensor, torch.Tensor]:
+def slots_of(cache) -> tuple[torch.Tensor | PackedKv, torch.Tensor | PackedKv]:
     """The keys (slots, Hkv, D) and the values (slots, Hkv, Dv) of a layer."""
     return cache if isinstance(cache, tuple) else cache.unbind(1)
 
 
-def keys_and_values(cache, pages, count: int):
-    """Those in some pages of each of `count` sequences, (count, Hkv, S, D) and (count, Hkv, S, Dv)."""
-    parts = [torch.index_select(part.unflatten(0, (-1, PAGE_SIZE)), 0, pages).view(count, -1, *part.shape[1:])
+def keys_and_values(cache, pages, count: int, dtype):
+    """Those in some pages of each of `count` sequences, (count, Hkv, S, D) and (count, Hkv, S, Dv) of type
+    `dtype`, packed ones turned as they are kept."""
+    def taken(part):
+        return torch.index_select(part.unflatten(0, (-1, PAGE_SIZE)), 0, pages).flatten(0, 1)
+
+    parts = [PackedKv(*map(taken, part)).floats() if isinstance(part, PackedKv) else taken(part)
              for part in (cache if isinstance(cache, tuple) else (cache,))]
+    parts = [part.to(dtype).view(count, -1, *part.shape[1:]) for part in parts]
     k, v = parts if len(parts) == 2 else parts[0].unbind(2)
     return k.transpose(1, 2), v.transpose(1, 2)
 
@@ -194,19 +204,20 @@ def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=No
     head, whose value is 0. Keys are never repeated in memory: query heads that share a kv head are rows of
     one product in decode, and broadcast over its keys in prefill."""
     keys, _ = slots_of(cache)
-    Hkv, D = keys.shape[1:]
-    q, scale = q.to(keys.dtype).unflatten(1, (-1, D)), D**-0.5  # (T, H, D)
+    (Hkv, D), packed = keys.shape[1:], isinstance(keys, PackedKv)
+    q, scale = q.unflatten(1, (-1, D)), D**-0.5  # (T, H, D)
+    q = turned(q) if packed else q
     sinks = sinks if sinks is None else sinks.view(Hkv, -1)
     for rows, pages, mask in plan[window]:
-        k, v = (part[:, :, :mask.shape[-1]] for part in keys_and_values(cache, pages, len(mask)))
-        grouped = q[rows].unflatten(1, (Hkv, -1))                # (rows, Hkv, H / Hkv, D)
+        k, v = (part[:, :, :mask.shape[-1]] for part in keys_and_values(cache, pages, len(mask), mask.dtype))
+        grouped = q[rows].to(k.dtype).unflatten(1, (Hkv, -1))    # (rows, Hkv, H / Hkv, D)
         if len(grouped) == len(mask):
             y = attend(grouped, k, v, mask, scale, softcap, sinks)
         elif q.device.type == "cpu":
             y = attend_chunk(grouped, k[0], v[0], mask, scale, softcap, sinks)
         else:
             y = attend_prompt(grouped, k[0], v[0], mask, scale, softcap, sinks)
-        out[rows].view(y.shape).copy_(y)
+        out[rows].view(y.shape).copy_(turned(y) if packed else y)
 
 
 def attend(q, k, v, mask, scale, softcap, sinks=None, product=operator.matmul):

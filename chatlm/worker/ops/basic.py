@@ -16,6 +16,7 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import require_library
+from chatlm.worker.ops.packed_kv import PackedKv
 
 
 def embed_reference(table, ids, out, part=None):
@@ -243,26 +244,34 @@ def zeroed(shape: tuple[int, ...], dtype, device):
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def make_cache_reference(spec, layout, num_pages, dtype, device):
+def make_cache_reference(spec, layout, num_pages, device):
     """KV pages of all layers: their memory, and of each layer what rope_append and paged_attention get.
 
     `layout` is the PageLayout. A layer that reads another's pages gets these, one with a mixer None."""
     slots, layers = num_pages * PAGE_SIZE, []
-    memory = zeroed((slots * layout.size,), dtype, device)
+    whole = zeroed((slots * layout.size * layout.unit,), torch.uint8, device)
     for l, its in enumerate(spec.by_layer):
-        begin, stride = layout.place(l, slots)
+        begin, stride = (places * layout.unit for places in layout.place(l, slots))  # bytes
         if its is None:
             layers.append(None)
-        elif its.value_size == its.head_size:
-            shape = slots, 2, its.kv_heads, its.head_size
-            steps = stride, its.kv_heads * its.head_size, its.head_size, 1
-            layers.append(memory.as_strided(shape, steps, begin))
-        else:
+            continue
+        if layout.types[l] == "q8_0":
+            keys, begin = PackedKv.within(whole, slots, its.kv_heads, its.head_size, begin, stride)
+            values, _ = PackedKv.within(whole, slots, its.kv_heads, its.value_size, begin, stride)
+            layers.append((keys, values))
+            continue
+        memory = whole.view(getattr(torch, layout.types[l]))
+        begin, stride = begin // memory.itemsize, stride // memory.itemsize
+        if its.value_size != its.head_size:
             begins = begin, begin + its.kv_heads * its.head_size
             layers.append(tuple(
                 memory.as_strided((slots, its.kv_heads, size), (stride, size, 1), start)
                 for start, size in zip(begins, (its.head_size, its.value_size))))
-    return memory, layers
+        else:
+            shape = slots, 2, its.kv_heads, its.head_size
+            steps = stride, its.kv_heads * its.head_size, its.head_size, 1
+            layers.append(memory.as_strided(shape, steps, begin))
+    return whole, layers
 
 
 DEQUANTIZE_ELEMENTS = 1 << 19  # at a time, to stay in cache and need no second copy of a large matrix

@@ -13,8 +13,6 @@
 namespace dc {
 namespace {
 
-const AttentionKernels& kernels() { return DC_CHOSEN(attention_kernels); }
-
 constexpr int64_t ROWS_AT_ONCE = 16;            // of rope_append: a page, so that few cache lines of K have two writers
 constexpr int64_t RUNS_PER_THREAD = 2, LONGEST_RUN = 2;     // of paged_attention's items, 2 us or more each
 // Less work than about 7 us stays with the caller: it gains little from a helper, and loses much where the helper sleeps or
@@ -28,6 +26,13 @@ constexpr int64_t NUMBERS_WORTH_TURNS = 512 << 10, ITEMS_PER_THREAD = 4;
 
 }  // namespace
 
+const AttentionKernels& attention_kernels_of(Element cache_type) {
+    if (cache_type != Element::q8_0) return DC_CHOSEN(attention_kernels);
+    static const bool vnni = cpu_has("avx512_vnni");
+    if (chosen_isa() == Isa::avx512 && !vnni) return avx2::packed_attention_kernels;
+    return DC_CHOSEN(packed_attention_kernels);
+}
+
 void check_rope_indices(const RopeJob& job, int64_t max_positions, int64_t num_pages) {
     bool good_slots = true, good_positions = true;
     for (int64_t row = 0; row < job.rows; row++) {
@@ -40,7 +45,7 @@ void check_rope_indices(const RopeJob& job, int64_t max_positions, int64_t num_p
 }
 
 void rope_append(const RopeJob& job) {
-    const AttentionKernels& use = kernels();
+    const AttentionKernels& use = attention_kernels_of(job.cache_type);
     const int64_t step = job.rows < ROWS_WORTH_SHARING ? ROWS_WORTH_SHARING : ROWS_AT_ONCE;
     parallel_for((job.rows + step - 1) / step, [&](int64_t i) {
         use.rope_rows(job, i * step, std::min((i + 1) * step, job.rows));
@@ -162,7 +167,7 @@ size_t AttentionRun::staged_bytes(const AttentionJob& job) const {
 
 // The keys of an item's first chunk, at once: later ones are fetched while the item before is computed.
 void fetch_keys(const AttentionJob& job, const AttentionItem& item) {
-    const int64_t bytes = int64_t(PAGE_SIZE) * job.head_size * bytes_of(job.cache_type);
+    const int64_t bytes = block_bytes(job.cache_type, job.head_size);
     const int first = item.chunk_begin * CHUNK_PAGES, seen = item.chunk_begin < item.chunk_end ? (item.position + item.rows - 1) / PAGE_SIZE + 1 : 0;
     for (int page = first; page < std::min(first + CHUNK_PAGES, seen); page++) {
         const char* keys = static_cast<const char*>(job.cache) + item.pages[page] * job.page_stride * bytes_of(job.cache_type) + item.kv_head * 2 * bytes;
@@ -171,7 +176,7 @@ void fetch_keys(const AttentionJob& job, const AttentionItem& item) {
 }
 
 void AttentionRun::run(const AttentionJob& job, int64_t chunk, float* staged) const {
-    const AttentionKernels& use = kernels();
+    const AttentionKernels& use = attention_kernels_of(job.cache_type);
     const int64_t end = std::min((chunk + 1) * per_chunk, count);
     if (chunk * per_chunk < end) fetch_keys(job, work.items[size_t(chunk * per_chunk)]);
     for (int64_t j = chunk * per_chunk; j < end; j++) {
@@ -189,7 +194,7 @@ void AttentionRun::put(const AttentionJob& job, int64_t chunk, const float* stag
         const AttentionItem& item = work.items[size_t(j)];
         const int64_t floats = floats_of(job, item);
         if (item.merge < 0) {
-            kernels().merge(job, item, staged, 1);
+            attention_kernels_of(job.cache_type).merge(job, item, staged, 1);
         } else {
             std::memcpy(state_of(job, item), staged, size_t(floats) * sizeof(float));
             count_state(job, item);
@@ -201,7 +206,7 @@ void AttentionRun::put(const AttentionJob& job, int64_t chunk, const float* stag
 void AttentionRun::count_state(const AttentionJob& job, const AttentionItem& item) const {
     if (unfinished[item.merge].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     unfinished[item.merge].store(item.merge_count, std::memory_order_relaxed);       // for the next layer
-    kernels().merge(job, item, states + item.merge_begin * state_floats(1, job.head_size), item.merge_count);
+    attention_kernels_of(job.cache_type).merge(job, item, states + item.merge_begin * state_floats(1, job.head_size), item.merge_count);
 }
 
 void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work) {

@@ -4,6 +4,9 @@
 // may be apart: between them is what other layers keep.
 // The first of the two blocks of (page, kv head) holds K transposed, [D][16], so that 16 scores are one vector without
 // any horizontal sum; the second holds V, [16][D]. Both lie side by side because attention reads both.
+// Of the type q8_0 a layer's pages are [P][Hk][2][17 * D] bytes: of K as many unsigned codes, which are integers + 128, as
+// [D / 4][16][4], of V signed ones, [16][D]; after either the float16 scales [D / 32][16] of each 32 of D. D is a power of two, and q,
+// K and V are turned by turn.inl.h.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +25,13 @@ constexpr int WANTED_QUERIES = 12;          // (row, head) pairs that share each
 constexpr int MAX_PARTS = 8;                // so many times these go through a chunk one after the other, while it is in the second cache
 static inline int rows_together(int heads, int kv_heads) { return heads / kv_heads < WANTED_QUERIES ? WANTED_QUERIES / (heads / kv_heads) : 1; }
 
-enum class Element : int { float32 = 0, float16 = 1, bfloat16 = 2 };
-static inline int bytes_of(Element type) { return type == Element::float32 ? 4 : 2; }
+constexpr int PACKED_BLOCK = 32;            // values of a head that share a scale in q8_0
+
+enum class Element : int { float32 = 0, float16 = 1, bfloat16 = 2, q8_0 = 3 };      // the last in pages alone
+static inline int bytes_of(Element type) { return type == Element::float32 ? 4 : type == Element::q8_0 ? 1 : 2; }
+static inline int64_t block_bytes(Element type, int head_size) {        // K or V of a page and kv head
+    return int64_t(PAGE_SIZE + (type == Element::q8_0)) * head_size * bytes_of(type);
+}
 enum class QkNorm : int { none = 0, before_rope = 1, after_rope = 2 };
 
 // ---- rope_append: rows of qkv [T, (Hq + 2 Hk) * D] -> q_out [T, Hq, D] float32 and the pages. Without v in qkv, v is what k is
@@ -96,5 +104,7 @@ struct AttentionKernels {
 };
 
 DC_EACH_ISA(extern const AttentionKernels attention_kernels)
+DC_EACH_ISA(extern const AttentionKernels packed_attention_kernels)     // of q8_0
+const AttentionKernels& attention_kernels_of(Element cache_type);
 
 }  // namespace dc

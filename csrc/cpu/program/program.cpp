@@ -260,8 +260,9 @@ void Program::record(const Op& op) {
     if (op.kind == OpKind::paged_attention)
         for (const Op& other : in.ops)
             require(other.kind != OpKind::paged_attention ||
-                        other.attention.cache_type == op.attention.cache_type,
-                    "q: every attention of a program must have the same type of cache");
+                        other.attention.cache_type == op.attention.cache_type ||
+                        other.attention.cache_type == Element::q8_0 || op.attention.cache_type == Element::q8_0,
+                    "q: every attention of a program must have the same type of floats in its cache");
     if (op.kind == OpKind::embed) in.vocab = std::min(in.vocab, op.vocabulary);
     if (op.kind == OpKind::rope_append) in.max_positions = std::min(in.max_positions, op.max_positions);
     if (op.kind == OpKind::sample) in.sampled_vocab = op.x.columns;

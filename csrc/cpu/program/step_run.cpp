@@ -182,11 +182,11 @@ void Step::append(const Op& op, int64_t begin, int64_t end) const {
     RopeJob job = op.rope;
     const int64_t* const places = slots[size_t(op.page_group)].data();
     job.rows = tokens, job.positions = positions.data(), job.slots = places;
-    if (!is_of_needed(index_of(op))) return DC_CHOSEN(attention_kernels).rope_rows(job, begin, end);
+    if (!is_of_needed(index_of(op))) return attention_kernels_of(job.cache_type).rope_rows(job, begin, end);
     for (int64_t row = begin; row < end; row++) {
         const int64_t token = needed[size_t(row)];
         job.positions = positions.data() + token - row, job.slots = places + token - row;
-        DC_CHOSEN(attention_kernels).rope_rows(job, row, row + 1);
+        attention_kernels_of(job.cache_type).rope_rows(job, row, row + 1);
     }
 }
 

@@ -130,12 +130,13 @@ async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lfm2", "lfm2moe", "qwen3.5", "qwen3.5moe", "qwen3next", "granite4h", "granite4h-dense", "gemma4", "gemma4moe"])
-async def test_a_worker_killed_in_an_answer_of_a_model_of_unlike_layers_costs_not_a_word(start_pool, tmp_path, name):
+@pytest.mark.parametrize("name, kind", [*((name, "auto") for name in ("lfm2", "lfm2moe", "qwen3.5", "qwen3.5moe", "qwen3next", "granite4h", "granite4h-dense", "gemma4", "gemma4moe")),
+                                        ("gemma4", "q8_0"), ("gpt-oss", "q8_0")])
+async def test_a_worker_killed_in_an_answer_of_a_model_of_unlike_layers_costs_not_a_word(start_pool, tmp_path, name, kind):
     """Keys and states are lost with it: the other one computes them again, from the prompt and the tokens that arrived."""
     folder = tmp_path / "model"
     folder.mkdir()
-    pool = await start_pool(model=str(families.save(families.make_model(name), folder)), num_workers=2)
+    pool = await start_pool(model=str(families.save(families.make_model(name), folder)), num_workers=2, kv_cache_dtype=kind)
     for moment in ("prefill", "decode"):
         disturbed = await answers(pool, asked(f"kill-{moment}", **LONG_PROMPT))
         undisturbed = [await answers(pool, asked(f"{number} undisturbed at {moment}", **LONG_PROMPT)) for number in range(2)]

@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import aiohttp
 import pytest
-import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.requests import Finished, Message, SamplingParams
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.model.spec import KvType, PageLayout, group_layers
 from answers import asked
 from engines import load
 from fake_pool import FakePool, conversation, frames, serving
@@ -180,7 +179,8 @@ async def test_what_the_limits_drop_and_what_the_context_drops_is_said_together(
 async def test_with_hardly_any_kv_memory_every_answer_under_load_is_as_alone(start_pool, nanochat_fixtures):
     roomy = await start_pool()
     model = load(nanochat_fixtures / "gen5")
-    pool = await start_pool(kv_cache_memory=18 * Transformer.page_bytes(model.spec, torch.float32), max_batch=8)
+    page = PageLayout.of(group_layers(model.spec.by_layer, 0, apart=False), model.spec.by_layer, KvType("float32")).page_bytes
+    pool = await start_pool(kv_cache_memory=18 * page, max_batch=8)
     assert pool.context_length == 18 * PAGE_SIZE
     requests = [asked(f"r{i}", prompts=(tuple(range(i, 120 + 10 * i)),), max_tokens=60 + 5 * i, ignore_eos=True,
                         sampling=SamplingParams(temperature=0.9, seed=i)) for i in range(8)]

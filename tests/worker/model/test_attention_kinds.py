@@ -9,7 +9,7 @@ import torch
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import load_kernels, not_compiled
-from chatlm.worker.model.spec import Attention, PageLayout, expected_tensors, group_layers
+from chatlm.worker.model.spec import Attention, KvType, PageLayout, expected_tensors, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.shards import heads_of, layers_of, stage_model
 from attention_kinds import FULL, KINDS, kinds_model, loaded
@@ -116,7 +116,7 @@ def test_a_layer_that_reads_anothers_keys_has_neither_pages_nor_rows_for_keys():
     assert [(layout.group[l], layout.offset[l]) for l in (4, 5, 6)] == [(layout.group[l], layout.offset[l]) for l in (2, 2, 3)]
     whole = group_layers(spec.by_layer, 0, apart=False)
     assert PageLayout.of(whole, spec.by_layer).size == 2 * (2 * 2 * 16) + 2 * (2 * 32)
-    assert Transformer.page_bytes(spec, torch.bfloat16) == 2 * PAGE_SIZE * 256
+    assert PageLayout.of(whole, spec.by_layer, KvType("bfloat16")).page_bytes == 2 * PAGE_SIZE * 256
 
 
 def test_what_decode_core_lacks_is_said():

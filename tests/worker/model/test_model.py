@@ -198,7 +198,7 @@ def test_weights_are_taken_over_and_a_tied_head_is_the_embedding():
 def test_page_bytes_is_what_a_page_takes():
     spec, tensors = llama_like()
     model = transformer(spec, tensors, num_pages=7, dtype=torch.bfloat16)
-    assert 7 * Transformer.page_bytes(spec, torch.bfloat16) == model.cache.nbytes
+    assert 7 * model.layout.page_bytes == model.cache.nbytes
 
 
 def test_expected_tensors_counts_the_parameters_of_smollm2():

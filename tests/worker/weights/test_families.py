@@ -17,7 +17,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.build import build_engine, plan_memory, weight_bytes
 from chatlm.worker.model import tensors as model_tensors
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.spec import expected_tensors, group_layers
+from chatlm.worker.model.spec import KvType, PageLayout, expected_tensors, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import rope_frequencies
 from chatlm.worker.ops.basic import Norm, experts_reference, routes
@@ -80,7 +80,7 @@ def test_longrope_takes_its_short_factors_where_the_context_is_no_longer_than_th
     check(answers(transformer(short, kernels_of(backend, short.spec)), cases), cases)
     long = load(tmp_path, context_length=129)
     assert short.spec.rope_factors != long.spec.rope_factors == load(tmp_path).spec.rope_factors
-    page = Transformer.page_bytes(short.spec, torch.float32)
+    page = PageLayout.of(group_layers(short.spec.by_layer, 0, apart=False), short.spec.by_layer, KvType("float32")).page_bytes
     for pages, spec in ((8, short.spec), (9, long.spec)):       # where the KV cache makes the context short
         settings = Settings(model=str(tmp_path), dtype="float32", kv_cache_memory=pages * page, max_batch=2)
         made, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))

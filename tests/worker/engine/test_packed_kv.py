@@ -1,0 +1,147 @@
+"""Keys and values of 8 bits: answers have the same bits however they are computed, and logits are near those of floats."""
+
+import math
+
+import numpy
+import pytest
+import torch
+
+from chatlm import cli
+from chatlm.common.config import PAGE_SIZE, Settings
+from chatlm.common.core import decode_core
+from chatlm.common.errors import ConfigError
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.build import build_engine
+from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.spec import Attention, KvType, PageLayout, group_layers
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.ops.packed_kv import PackedKv, turned
+from engines import make_batch, make_engine, propose_partly_right, tokens_of
+from families import clear_cases, load, make_model, save
+from nightly import by_day
+from works import assignment
+
+PACKED = KvType("float32", packed=True)
+BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    known = {}
+
+    def make(name):
+        if name not in known:
+            model = make_model(name)
+            known[name] = save(model, tmp_path_factory.mktemp(name)), clear_cases(model, lengths=(200, 90, 30))
+        return known[name]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make
+    torch.set_num_threads(threads)
+
+
+# gemma2: windows and capped scores; gpt-oss: sinks; gemma4: some heads of 16, which stay floats, others of 32
+FAMILIES = ["gemma2", "gpt-oss", "gemma4", "qwen3"]
+
+
+@pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")
+@pytest.mark.parametrize("name", by_day(FAMILIES, "gemma2", "gpt-oss"))
+def test_alone_chunked_cached_drafted_and_preempted_answers_are_the_same_to_the_bit(made, name, monkeypatch):
+    folder, cases = made(name)
+    works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=t, seed=i), 50, ignore_eos=True)
+             for i, (case, t) in enumerate(zip(cases, (0.0, 0.6, 1.0)))]
+    plain = make_engine(folder, num_pages=400, prefill_chunk=256, apart=True, kv=PACKED)
+    if not plain.kernels.row_invariant:
+        pytest.skip("the promise is decode_core's")
+    assert "q8_0" in plain.transformer.layout.types
+    plain.drafts = False
+    expected = {work.id: tokens_of(plain, [work])[work.id] for work in works}
+    propose_partly_right(monkeypatch, works, expected)
+    windows, accepted = plain.transformer.groups.windows, 0
+    prompts = sum(PagePool(0, windows).pages_for(len(case.prompt), 32) for case in cases[:2])
+    for chunk, pages in ((7, 400), (32, prompts + len(windows))):
+        engine = make_engine(folder, num_pages=pages, prefill_chunk=chunk, max_batch=3, context_length=264, apart=True, kv=PACKED)
+        assert tokens_of(engine, works) == expected and tokens_of(engine, works[::-1]) == expected
+        accepted += engine.accepted_tokens
+    assert accepted > 10
+
+
+def logits_of(folder, ids, kv, backend):
+    model = load(folder)
+    limits = {"max_tokens": 256, "max_rows": 8}
+    kernels = load_kernels("cpu", model.spec if backend == "decode_core" else None, **limits)
+    groups = group_layers(model.spec.by_layer, 512, kernels.backend.groups_layers, kv)
+    count = len(groups.windows)
+    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=20 * count, dtype=torch.float32, groups=groups, kv=kv, **limits)
+    pages = numpy.random.default_rng(1).permutation(20 * count).tolist()
+    return torch.cat([transformer.forward(make_batch((ids, done, count, pages))).clone() for done, count in ((0, 120), (120, 79), (199, 1))])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", by_day(FAMILIES, "gemma2", "gemma4"))
+def test_logits_are_near_those_of_floats_and_both_backends_agree(made, name, backend):
+    folder, cases = made(name)
+    ids = cases[0].prompt[:200]
+    floats, packed = (logits_of(folder, ids, kv, backend) for kv in (KvType("float32"), PACKED))
+    spread = floats.std()
+    assert 0 < (packed - floats).abs().max() < 0.12 * spread
+    if backend == "decode_core":
+        reference = logits_of(folder, ids, PACKED, "reference")
+        assert (packed - reference).abs().max() < 0.12 * spread
+
+
+def test_large_numbers_cost_no_others_their_precision_once_turned():
+    heads = torch.randn(7, 2, 64, generator=torch.Generator().manual_seed(1))
+    heads[..., 5] = 60.0
+    kept = PackedKv(torch.zeros(9, 2, 64, dtype=torch.int8), torch.zeros(9, 2, 2, dtype=torch.float16))
+    slots = torch.tensor([3, 1, 4, 0, 5, 8, 2])
+    kept.put(slots, heads)
+    error = (turned(kept.floats()[slots]) - heads).abs()
+    assert error.max() < 0.15 and error.square().mean().sqrt() < 60 / 127 / math.sqrt(12) / 2    # unturned, of its 32 it is that without the half
+    assert not kept.codes[6:8].any()
+
+
+def test_a_page_of_8_bits_has_34_bytes_for_32_numbers_and_tells_itself_from_others():
+    attentions = [Attention(8, 2, 64)] * 3
+    layouts = {}
+    for kv in (KvType("bfloat16"), KvType("float16"), KvType("float32"), PACKED):
+        layouts[PageLayout.of(group_layers(attentions, 0, kv=kv), attentions, kv)] = kv
+    assert len(layouts) == 4
+    sizes = [layout.page_bytes for layout in layouts]
+    assert sizes == [PAGE_SIZE * 3 * 256 * size for size in (2, 2, 4, 34 / 32)]
+    mixed = [Attention(8, 2, 64), Attention(8, 1, 80)]
+    layout = PageLayout.of(group_layers(mixed, 0, kv=PACKED), mixed, PACKED)
+    assert layout.types == ("q8_0", "float32") and layout.page_bytes == PAGE_SIZE * (256 * 34 // 32 + 4 * 160)
+
+
+# ---- as users have it
+
+
+def engine_of(path, *flags):
+    settings = cli.parse_command_line(["serve", str(path), *flags], {})
+    return build_engine(resolve_model(settings), settings, torch.device("cpu"))[1]
+
+
+def test_twice_the_tokens_fit_and_each_type_can_be_chosen(default_model_path):
+    tokens = {}
+    for kind in ("auto", "bfloat16", "float32", "q8_0"):
+        engine = engine_of(default_model_path, "--kv-cache-dtype", kind, "--kv-cache-memory", "16M")
+        tokens[kind] = engine.pool.num_pages
+        assert {*engine.transformer.layout.types} == {kind} or kind == "auto"
+        work = assignment("a", tuple(range(100, 140)), SamplingParams(temperature=0.0), 4, ignore_eos=True)
+        assert len(tokens_of(engine, [work])["a"]) == 4
+    assert tokens["auto"] == tokens["bfloat16"] and tokens["auto"] // 2 == tokens["float32"] and 1.85 < tokens["q8_0"] / tokens["auto"] < 1.9
+
+
+def test_heads_that_cannot_be_turned_stay_floats_and_the_log_or_an_error_says_so(made, caplog):
+    engine = engine_of(made("gemma4")[0], "--kv-cache-dtype", "q8_0", "--kv-cache-memory", "16M", "--dtype", "float32")
+    assert {*engine.transformer.layout.types} == {"q8_0", "float32"}
+    assert "layers stay float32: their heads have a size of 16, and q8_0 needs heads whose size is a power of two, at least 32" in caplog.text
+    with pytest.raises(ConfigError, match="--kv-cache-dtype q8_0: all layers have heads of 16; q8_0 needs"):
+        engine_of(made("llama2")[0], "--kv-cache-dtype", "q8_0")
+    with pytest.raises(ConfigError, match="invalid choice: .q4_0. .choose from .auto., .bfloat16., .float32., .q8_0.."):
+        cli.parse_command_line(["serve", "--kv-cache-dtype", "q4_0"], {})
+
+
