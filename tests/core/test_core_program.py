@@ -604,6 +604,28 @@ def without(weights, name):
     return {"weights": {key: np.ones(len(weight) - (key == name), np.float32) for key, weight in weights.items()}}
 
 
+@pytest.mark.parametrize("rows", [33, 65, 97])
+def test_a_row_alone_in_the_last_tile_of_a_wide_delta_rule_finds_the_state_of_the_tile_before(rows):
+    """As in Qwen3.5, whose heads are 128 wide: a row that is a step's only one of a sequence reads its state otherwise."""
+    rule = SimpleNamespace(size=4, key_heads=1, value_heads=2, key_size=16, value_size=128, alternating=False, gates_by_key=False, heads_by_key=False)
+    mixed, width, sizes, shapes = shapes_of(rule)
+    generator, program = np.random.default_rng(3), decode_core.Program(MAX_TOKENS, 1)
+    normal = lambda *shape: generator.standard_normal(shape, np.float32)        # noqa: E731
+    x, out, states = np.zeros((MAX_TOKENS, mixed), np.float32), np.zeros((MAX_TOKENS, width), np.float32), [np.zeros((3, *shape), np.float32) for shape in shapes]
+    program.embed(normal(rows, mixed), program.token_ids, x)
+    weights = {key: normal(size) for key, size in sizes.items()}
+    program.delta_rule(x, weights | {"decay": -np.exp(weights["decay"])}, rule, 1e-5, states, program.sequences, out)
+
+    def step(begin, end, slot):
+        new = end - begin
+        program.finish(program.start([*range(begin, end)], [0] * new, [0, new], [end], [[*range(8)]], [], states=([slot], [new - 1], [slot])))
+        return out[:new].copy()
+
+    whole = step(0, rows, 1)
+    assert np.array_equal(whole, np.concatenate((step(0, rows - 1, 2), step(rows - 1, rows, 2))))
+    assert all(np.array_equal(state[1], state[2]) for state in states)
+
+
 @pytest.mark.parametrize("name", ["mamba", "narrow mamba"])
 def test_a_wrong_mamba_layer_is_a_value_error(name):
     mixer, program = MAMBAS[name], decode_core.Program(8, 2)
