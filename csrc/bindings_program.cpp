@@ -135,8 +135,9 @@ void short_conv(dc::Program& program, const Buffer& x, uintptr_t taps, int64_t s
     program.record(op);
 }
 
-// sizes: H, P, N, G; weights: decay, dt_bias, skip, mix_norm; u has room for what the convolution makes of p
-void mamba2(dc::Program& program, const Buffer& x, uintptr_t taps, int64_t size, uintptr_t taps_bias, const std::array<int64_t, 4>& sizes,
+// sizes: H, P, N, G, the first head, the heads of a group; weights: decay, dt_bias, skip, mix_norm or 0: without a norm; u has room
+// for what the convolution makes of p
+void mamba2(dc::Program& program, const Buffer& x, uintptr_t taps, int64_t size, uintptr_t taps_bias, const std::array<int64_t, 6>& sizes,
             const std::array<uintptr_t, 4>& weights, float epsilon, const std::array<uintptr_t, 2>& states, int64_t num_slots, const Buffer& u,
             const Buffer& out) {
     dc::Op convolve = make_op(dc::OpKind::convolve, false, {x.first + uintptr_t(out.second) * sizeof(float), x.second}, u);
@@ -145,12 +146,31 @@ void mamba2(dc::Program& program, const Buffer& x, uintptr_t taps, int64_t size,
     program.record(convolve);
     dc::Op op = make_op(dc::OpKind::mamba2, false, x, out);
     op.other = rows_of(u), op.num_slots = num_slots;
-    op.mamba = {sizes[0], sizes[1], sizes[2], sizes[3], at<const float>(weights[0]), at<const float>(weights[1]), at<const float>(weights[2]),
+    op.mamba = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], at<const float>(weights[0]), at<const float>(weights[1]), at<const float>(weights[2]),
                 at<float>(states[1])};
     program.record(op);
+    if (!weights[3]) return;
     dc::Op norm = make_op(dc::OpKind::rms_norm, false, out, out);
     norm.weight = at<const float>(weights[3]), norm.epsilon = epsilon, norm.channels = sizes[3];
     program.record(norm);
+}
+
+// sizes: H, P, the first head, the heads of a group
+dc::Op of_groups(dc::OpKind kind, const Buffer& x, const std::array<int64_t, 4>& sizes, const Buffer& out) {
+    dc::Op op = make_op(kind, false, x, out);
+    op.mamba.heads = sizes[0], op.mamba.head_size = sizes[1], op.mamba.first_head = sizes[2], op.mamba.group_heads = sizes[3];
+    return op;
+}
+
+void group_squares(dc::Program& program, const Buffer& x, const std::array<int64_t, 4>& sizes, const Buffer& out) {
+    program.record(of_groups(dc::OpKind::group_squares, x, sizes, out));
+}
+
+void norm_groups(dc::Program& program, const Buffer& x, uintptr_t weight, const Buffer& squares, const std::array<int64_t, 4>& sizes, float epsilon,
+                 const Buffer& out) {
+    dc::Op op = of_groups(dc::OpKind::norm_groups, x, sizes, out);
+    op.weight = at<const float>(weight), op.gates = rows_of(squares), op.epsilon = epsilon;
+    program.record(op);
 }
 
 // sizes: taps, Hk, Hv, Dk, Dv; order: alternating, gates_by_key, heads_by_key; weights: taps, decay, dt_bias, norm
@@ -309,6 +329,8 @@ void bind_program(py::module_& m) {
         .def("short_conv", &short_conv)
         .def("delta_rule", &delta_rule)
         .def("mamba2", &mamba2)
+        .def("group_squares", &group_squares)
+        .def("norm_groups", &norm_groups)
         .def("split_gates", &split_gates)
         .def("gated", &gated)
         .def("rope_append", &rope_append)

@@ -13,7 +13,7 @@ from typing import Any
 from chatlm.common.unpack import UnfitCore, load_bundled_core
 
 
-SEAM = 21  # version of Backend and for_decode_core; a core with another version is not used
+SEAM = 22  # version of Backend and for_decode_core; a core with another version is not used
 
 
 def device_files() -> int:

@@ -175,7 +175,7 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
     spec, rows = model.spec, max(settings.max_batch, FREE_ROWS)
     limits = {"max_tokens": prefill_chunk(settings, device) + rows, "max_rows": rows}
     kernels = load_kernels(
-        device, spec, **limits, quantize=settings.quantize, whole=whole, tp=ranks.tp,
+        device, spec, **limits, quantize=settings.quantize, whole=whole,
         join=ranks.join and partial(
             ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
     apart = kernels.backend.groups_layers and ranks.stages == 1  # all stages have the same tables

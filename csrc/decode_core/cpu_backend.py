@@ -19,8 +19,8 @@ from .tiles import KINDS, Arena, Matrix, multiply
 from .weights import as_stored, converted, held_bytes, pack, tile_row_bytes
 
 RECORDED = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap",
-            "rope_append", "paged_attention", "experts", "short_conv", "delta_rule", "mamba2", "split_gates", "gate", "gated_add",
-            "look_up", "layer_inputs", "gate_input")
+            "rope_append", "paged_attention", "experts", "short_conv", "delta_rule", "mamba2", "group_squares", "norm_groups", "split_gates",
+            "gate", "gated_add", "look_up", "layer_inputs", "gate_input")
 
 
 @functools.cache

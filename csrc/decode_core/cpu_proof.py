@@ -95,7 +95,8 @@ class Chain:
             self.call("short_conv", x, dice.normal(taps * C // 3), (dice.normal(SLOTS, taps - 1, C // 3),), p.sequences, width=C // 3, bias=bias)
         for alternating, by_key in ((False, True), (True, False)):
             self.delta_rule(x, alternating, by_key)
-        self.mamba2(x)
+        for part in ({}, {"groups": 1, "of_heads": 18, "first_head": 6}):
+            self.mamba2(x, **part)
         gates = torch.zeros(T, 256)
         halves = self.call("split_gates", x, 64, gates=gates, width=C - 256)
         self.call("gate", self.call("copy", halves, width=C - 256), halves, width=C - 256)
@@ -140,15 +141,18 @@ class Chain:
         states = tuple(dice.normal(SLOTS, *shape) for shape in mixer.states(self.spec.width))
         self.call("delta_rule", part, weights, mixer, 1e-5, states, self.program.sequences, width=width)
 
-    def mamba2(self, x: torch.Tensor) -> None:
-        """One of odd sizes."""
-        mixer, dice = self.script.Mamba2(3, heads=6, head_size=80, state_size=12, groups=2), self.dice
+    def mamba2(self, x: torch.Tensor, groups: int = 2, **part: int) -> None:
+        """One of odd sizes, or a rank's part of one."""
+        mixer, dice = self.script.Mamba2(3, heads=6, head_size=80, state_size=24, groups=groups, **part), self.dice
         (mixed, width), (_, channels, heads) = mixer.widths(self.spec.width), mixer.parts
-        part = self.call("linear", x, self.matrix("f32", "mix_in", mixed), width=mixed, label="linear f32")
+        columns = self.call("linear", x, self.matrix("f32", "mix_in", mixed), width=mixed, label="linear f32")
         weights = {"taps": dice.normal(3 * channels), "taps_bias": dice.normal(channels), "decay": -dice.normal(heads).exp(),
                    "dt_bias": dice.normal(heads), "skip": dice.normal(heads), "mix_norm": dice.normal(width)}
         states = tuple(dice.normal(SLOTS, *shape) for shape in mixer.states(self.spec.width))
-        self.call("mamba2", part, weights, mixer, 1e-5, states, self.program.sequences, width=width)
+        out = self.call("mamba2", columns, weights, mixer, 1e-5, states, self.program.sequences, width=width)
+        if part:
+            squares = self.call("group_squares", out, mixer, width=groups)
+            self.call("norm_groups", out, weights["mix_norm"], squares, mixer, 1e-5, width=width)
 
     def products(self, kind: str, x: torch.Tensor, norm: Any) -> None:
         """A product with everything before and after it, and one with gates."""

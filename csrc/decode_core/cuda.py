@@ -90,7 +90,7 @@ class CudaOps:
             raise ValueError(f"{name}: must have shape ({wanted}), not {size}")
         expected = 1
         for axis in reversed(range(loose, len(size))):
-            if size[axis] > 1 and strides[axis] != expected:
+            if size[axis] > 1 and strides[axis] != expected and 0 not in size:
                 raise ValueError(f"{name}: must be contiguous{f' from axis {loose} on' if loose else ''}")
             expected *= size[axis]
         if any(n > 1 and step < expected for n, step in zip(size[:loose], strides)):
@@ -161,7 +161,7 @@ class CudaOps:
             raise ValueError(f"q_out: must have at most {MAX_ROWS} rows and at least one head, not {q.shape}")
         x = self.tensor("qkv", qkv, LOGITS, B, (H + 2 * Hkv) * D, loose=1)
         table = self.tensor("cos", cos, ("float32",), None, None)
-        if not 0 < 2 * table.shape[1] <= D:
+        if not 2 * table.shape[1] <= D:             # without columns nothing turns
             raise ValueError(f"cos: must be (max_positions, rot / 2) with rot <= {D}, not {table.shape}")
         sines = self.tensor("sin", sin, ("float32",), *table.shape)
         if norm not in NORMS:

@@ -75,7 +75,7 @@ class CudaBackend:
         Not without `sample`: GraphSteps alone makes each draft a row of its own.
         """
         spec, ours = self.spec, {"linear", "rope_append", "paged_attention", "sample"}
-        fits = spec.width % 8 == spec.ffn_size % 8 == 0 and not (spec.experts or spec.smear_channels)
+        fits = spec.width % 8 == spec.ffn_size % 8 == 0 and not (spec.experts or spec.smear_channels or spec.mixers)
         norms = NORMS_ROW_BY_ROW or not (spec.embedding_norm or spec.post_norms)      # all others are in a kernel of ours
         return fits and norms and not ours & self.faults.keys()
 
@@ -103,9 +103,10 @@ class CudaBackend:
     def make_cache(self, spec, layout, num_pages, device):
         """As the reference, but each layer's is (2, P, Hkv, 16, D), the same for all layers."""
         its = spec.attention(0)
-        shape = (layout.size // layout.own, 2, num_pages, its.kv_heads, self.script.PAGE_SIZE, its.head_size)
+        layers = layout.size // max(layout.own, 1)      # none in a stage whose layers all keep states
+        shape = (layers, 2, num_pages, its.kv_heads, self.script.PAGE_SIZE, its.head_size)
         memory = self.script.zeroed(shape, getattr(torch, layout.types[0]), device)
-        return memory, [memory[offset // layout.own] for offset in layout.offset]
+        return memory, [attends and memory[offset // layout.own] for attends, offset in zip(spec.by_layer, layout.offset)]
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options):
         """As rope_append_reference, but q comes scaled, and rows with slot -1 (padding) are left alone."""

@@ -35,11 +35,12 @@ class ExpertOps:
         self.slots: torch.Tensor | None = None      # (T,) int64 of the step under way; rows with -1 are padding
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one,
-                residual=True) -> None:
+                residual=True, sigmoids=False, choice_bias=None) -> None:
         (T, E), C, pairs = logits.shape, x.shape[1], len(logits) * chosen
         parts, [(down_kind, down_blocks)] = parts_of(gate_up), parts_of(down)
         many = pairs > FEW_PAIRS * E and not {"float32"} & {down_kind, *(kind for kind, _ in parts)}
-        shares, routed = self.route(logits, chosen, sum_to_one, cuda.MANY_PAIRS if many else cuda.FEW_PAIRS)
+        chosen_by = self.route_sigmoids(logits, chosen, choice_bias) if sigmoids else self.route(logits, chosen, sum_to_one)
+        shares, routed = self.group(*chosen_by, E, cuda.MANY_PAIRS if many else cuda.FEW_PAIRS)
         y = norm(x).to(torch.bfloat16 if many else torch.float32)                       # (T, C)
         hidden, added = y.new_empty(pairs, down.shape[1]), torch.empty(pairs, C, device=x.device)
         up_bias, down_bias = biases
@@ -58,15 +59,25 @@ class ExpertOps:
         else:
             out.copy_(total)
 
-    def route(self, logits, chosen: int, sum_to_one: bool, item_pairs: int) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """-> shares (T * chosen,), and (order, items) of the pairs by expert."""
-        (T, E), device = logits.shape, logits.device
-        ids = torch.empty(T, chosen, dtype=torch.int32, device=device)
-        shares = torch.empty(T, chosen, device=device)
-        order = torch.empty(T * chosen, dtype=torch.int32, device=device)
-        items = torch.empty(cuda.most_items(E, T * chosen, item_pairs), 3, dtype=torch.int32, device=device)
+    def route(self, logits, chosen: int, sum_to_one: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and shares (T, chosen) of each row's experts; ids of padding are -1."""
+        ids = torch.empty(len(logits), chosen, dtype=torch.int32, device=logits.device)
+        shares = torch.empty(len(logits), chosen, device=logits.device)
         self.kernels.route(logits, ids, shares, sum_to_one=sum_to_one, slots=self.slots, stream=self.stream())
-        self.kernels.group(ids.view(-1), order, items, experts=E, item_pairs=item_pairs, stream=self.stream())
+        return ids, shares
+
+    def route_sigmoids(self, logits, chosen: int, choice_bias) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same by sigmoids, which no kernel has: torch chooses."""
+        ids, shares = self.script.routes(logits, chosen, True, True, choice_bias)
+        ids = ids.to(torch.int32)
+        return ids if self.slots is None else ids.masked_fill((self.slots < 0)[:, None], -1), shares.contiguous()
+
+    def group(self, ids, shares, experts: int, item_pairs: int) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """-> shares (T * chosen,), and (order, items) of the pairs by expert."""
+        pairs = ids.numel()
+        order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
+        items = torch.empty(cuda.most_items(experts, pairs, item_pairs), 3, dtype=torch.int32, device=ids.device)
+        self.kernels.group(ids.view(-1), order, items, experts=experts, item_pairs=item_pairs, stream=self.stream())
         return shares.view(-1), (order, items)
 
     def multiply(self, x, order, items, kind, blocks, out, **options) -> None:

@@ -29,6 +29,7 @@ LIST_CAPACITY = 1 << 14         # penalised tokens, and biases, of one step; a g
 STEP_FIELDS = (                 # a step's inputs as they lie in memory, in order: name, type, shape by letter
     ("token_ids", "int64", "T"), ("previous_token_ids", "int64", "T"), ("positions", "int64", "T"),
     ("slots", "int64", "GT"), ("logit_rows", "int64", "R"), ("records", "int64", "R9"),
+    ("state_reads", "int64", "N"), ("state_writes", "int64", "N"),
     ("lengths", "int32", "N"), ("table", "int32", "GNW"), ("count_ids", "int32", "C"),
     ("counts", "int32", "C"), ("bias_ids", "int32", "B"), ("bias_values", "float32", "B"))
 
@@ -86,13 +87,18 @@ def fill_step(fields: SimpleNamespace, batches: Sequence[Any], locations: Sequen
     of its rows (or None) into numpy `fields`.
 
     What is left over is padding: a row with slot -1, so that nothing is stored, length 0, so that it attends
-    to nothing, and no position to draw at.
+    to nothing, no states, and no position to draw at. The slots of states are those of decode rows: where
+    sequences have several, the batch itself says more.
     """
     batch, (positions, _) = batches[0], locations[0]
+    writes = dict(zip(batch.write_rows, batch.write_slots))
+    reads = [slot if length > 1 else -1 for slot, length in zip(batch.state_reads, batch.lengths)]
     for column, values, padding in (
             (fields.token_ids, batch.token_ids, 0), (fields.previous_token_ids, batch.previous_token_ids, -1),
             (fields.positions, positions, 0),
             *((column, slots, -1) for column, (_, slots) in zip(fields.slots, locations)),
+            (fields.state_reads, reads, -1),
+            (fields.state_writes, [writes.get(row, -1) for row in range(len(reads))], -1),
             (fields.logit_rows, batch.logit_rows, 0), (fields.lengths, batch.lengths, 0)):
         column[:len(values)] = values
         column[len(values):] = padding
@@ -108,7 +114,8 @@ def fill_step(fields: SimpleNamespace, batches: Sequence[Any], locations: Sequen
 
 
 # a batch of padding
-NO_TOKENS = SimpleNamespace(token_ids=(), previous_token_ids=(), logit_rows=(), lengths=(), tables=())
+NO_TOKENS = SimpleNamespace(**dict.fromkeys(
+    ("token_ids", "previous_token_ids", "logit_rows", "lengths", "tables", "state_reads", "write_rows", "write_slots"), ()))
 
 
 def with_parts(fields: SimpleNamespace, plans: Sequence[CudaPlan]) -> None:
@@ -244,6 +251,7 @@ class GraphSteps:
             no_prompts = dict.fromkeys(self.windows, ())
             with_parts(fields, [CudaPlan(rows, table, fields.lengths, no_prompts, *self.workspace)
                                 for table in fields.table])
+            fields.sequences = self.script.OneEach(fields.state_reads, fields.state_writes)
             fill_step(self._host_fields(staging, shape), [NO_TOKENS] * self.count, [((), ())] * self.count, None)
             self.queue.wait(self.queue.submit(lambda: staging.send(self.inputs, shape.bytes())))
             self.graphs[rows, pages] = Graph(shape, self.queue.capture(lambda: self._compute(fields)),
@@ -307,9 +315,10 @@ class GraphSteps:
         return ticket.staging.tokens[:ticket.rows].tolist()
 
     def _apart(self, batch: Any) -> Any:
-        """Where few tokens all draw, drafts among them: each as a decode row of its own, with its sequence's pages."""
+        """Where few tokens all draw, drafts among them: each as a decode row of its own, with its sequence's pages.
+        Not where layers keep states, of which each token needs the one before."""
         count = len(batch.token_ids)
-        if not len(batch.lengths) < count == len(batch.logit_rows) <= min(self.max_rows, MAX_PRODUCT_ROWS):
+        if self.spec.mixers or not len(batch.lengths) < count == len(batch.logit_rows) <= min(self.max_rows, MAX_PRODUCT_ROWS):
             return batch
         sizes = [end - start for start, end in itertools.pairwise(batch.starts)]
         lengths = [length - left for size, length in zip(sizes, batch.lengths) for left in reversed(range(size))]
@@ -332,6 +341,7 @@ class GraphSteps:
                  for batch, table in zip(batches, fields.table)]
         with_parts(fields, plans)
         fields.adapters = adapters
+        fields.sequences = self.script.Sequences.of(batches[0])
         self._compute(fields)
         if len(fields.logit_rows):
             self._draw(fields)
@@ -348,7 +358,7 @@ class GraphSteps:
     def _compute(self, fields: SimpleNamespace) -> None:
         """The model: everything here is captured, so it reads tensors on the device and shapes only.
 
-        `fields` are what StepShape names, and `attention`, which makes them Inputs.
+        `fields` are what StepShape names, and `attention` and `sequences`, which make them Inputs.
         """
         drawn = torch.index_select(self.tokens, 0, (~fields.token_ids).clamp(min=0))
         fields.token_ids.copy_(torch.where(fields.token_ids < 0, drawn, fields.token_ids))

@@ -346,15 +346,17 @@ class Program:
         which `mixer` is.
 
         weights     taps (K * channels), the oldest token's first, taps_bias (channels) if mixer.taps_bias,
-                    decay (H), dt_bias (H), skip (H) and mix_norm (H * P), float32
+                    decay (H), dt_bias (H), skip (H) and mix_norm (H * P), float32; where ranks share groups
+                    (mixer.of_heads) out is without the norm, which group_squares and norm_groups are for
         states      p of the last K - 1 tokens (slots, K - 1, channels), oldest first, and S (slots, H, N, P),
                     float32; slots as in short_conv
         """
         _is_marker("sequences", sequences, self.sequences)
         K, sizes = mixer.size, (mixer.heads, mixer.head_size, mixer.state_size, mixer.groups)
         H, P, N, G = sizes
-        inner, channels = H * P, H * P + 2 * G * N
-        if not 2 <= K <= MAX_TAPS or min(sizes) < 1 or H % G or P % 16 or channels % 16:
+        inner, channels, all_heads = H * P, H * P + 2 * G * N, mixer.of_heads or H
+        if (not 2 <= K <= MAX_TAPS or min(sizes) < 1 or all_heads % G or P % 16 or channels % 16
+                or not 0 <= mixer.first_head <= all_heads - H):
             raise ValueError(f"mixer: must have 2 to {MAX_TAPS} taps, heads a multiple of groups, head_size and "
                              f"2 * groups * state_size multiples of 16, not {mixer}")
         past, S = states
@@ -368,13 +370,40 @@ class Program:
         if mixer.taps_bias:
             sized["taps_bias"] = channels
         at = {name: vector(name, weights[name], "float32", size) for name, size in sized.items()}
-        own = [at[name] for name in ("decay", "dt_bias", "skip", "mix_norm")]
+        own = [at[name] for name in ("decay", "dt_bias", "skip")] + [0 if mixer.of_heads else at["mix_norm"]]
         if (u := self._convolved.get(channels)) is None:
             u = self._convolved[channels] = numpy.empty((self._buffers.limits[TOKENS], channels), numpy.float32)
         out_at = self._buffers.written("out", out, TOKENS, inner)
-        self._record(self._program.mamba2, x_at, at["taps"], K, at.get("taps_bias", 0), sizes, own, float(eps),
+        self._record(self._program.mamba2, x_at, at["taps"], K, at.get("taps_bias", 0), (*sizes, mixer.first_head, all_heads // G), own, float(eps),
                      (past_at, S_at), slots, (u.ctypes.data, channels), out_at,
                      keep=(x, past, S, out, *(weights[name] for name in sized)))
+
+    def group_squares(self, x, mixer, out) -> None:
+        """The sums of the squares of each group's columns in x (max_tokens, H * P), which mamba2 left without
+        its norm -> out (max_tokens, >= groups), 0 where no head of the group is here."""
+        x_at, sizes = self._of_groups("x", x, mixer)
+        out_at = self._buffers.written("out", out, TOKENS)
+        if out_at[1] < mixer.groups:
+            raise ValueError(f"out: must have at least {mixer.groups} columns, not {out_at[1]}")
+        self._record(self._program.group_squares, x_at, sizes, out_at, keep=(x, out))
+
+    def norm_groups(self, x, weight, squares, mixer, eps: float, out) -> None:
+        """weight (H * P) * x over the root mean square of its group -> out, which may be x; squares as
+        group_squares gives them, summed over the ranks."""
+        x_at, sizes = self._of_groups("x", x, mixer)
+        squares_at, rows_of = self._buffers.read("squares", squares)
+        if rows_of != TOKENS or squares_at[1] < mixer.groups:
+            raise ValueError(f"squares: must be (max_tokens, at least {mixer.groups}), not {squares_at[1]} columns")
+        weight_at, out_at = vector("weight", weight, "float32", x_at[1]), self._buffers.written("out", out, TOKENS, x_at[1])
+        self._record(self._program.norm_groups, x_at, weight_at, squares_at, sizes, float(eps), out_at, keep=(x, weight, squares, out))
+
+    def _of_groups(self, name: str, x, mixer) -> tuple[tuple[int, int], tuple[int, ...]]:
+        """A buffer of a Mamba layer's heads, and what says to which groups these belong."""
+        x_at, rows_of = self._buffers.read(name, x)
+        H, P, all_heads = mixer.heads, mixer.head_size, mixer.of_heads or mixer.heads
+        if rows_of != TOKENS or x_at[1] != H * P or P % 16 or all_heads % mixer.groups or not 0 <= mixer.first_head <= all_heads - H:
+            raise ValueError(f"{name}: must be (max_tokens, {H * P}), of heads of a multiple of 16, in whole groups, not {x_at[1]} columns of {mixer}")
+        return x_at, (H, P, mixer.first_head, all_heads // mixer.groups)
 
     def split_gates(self, x, head_size: int, gates, out) -> None:
         """x (max_tokens, 2 * H * D + the rest), of each head D columns and then those of its gate -> gates (max_tokens, H * D)

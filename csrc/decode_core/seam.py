@@ -53,7 +53,7 @@ from . import _core, cuda
 from .attention import MAX_HEAD_SIZE
 from .program import MAX_CHOSEN, MAX_EXPERTS
 
-SEAM = 21       # one more whenever a name, an argument or a meaning above, or of `script`, changes
+SEAM = 22       # one more whenever a name, an argument or a meaning above, or of `script`, changes
 log = logging.getLogger("chat_server.decode_core")
 
 

@@ -189,7 +189,7 @@ class Eager:
         z, p, dt = np.split(x[:T], (H * P, 2 * H * P + 2 * G * N), axis=1)
         u = self.convolve(np.ascontiguousarray(p), weights["taps"], states[0])
         v, B, C = np.split(silu(u + weights["taps_bias"] if mixer.taps_bias else u), (H * P, H * P + G * N), axis=1)
-        v, (B, C) = v.reshape(T, H, P), (part.reshape(T, G, N)[:, np.arange(H) // (H // G)] for part in (B, C))
+        v, (B, C) = v.reshape(T, H, P), (part.reshape(T, G, N)[:, self.groups(mixer)] for part in (B, C))
         dt = softplus(dt + weights["dt_bias"])[..., None]
         decay = exp_negative(weights["decay"][:, None] * dt)
         for begin, end, [S], written in self.spans(states[1:]):
@@ -198,9 +198,27 @@ class Eager:
                 for n in range(N):
                     y = fma(S[:, n], C[t, :, n:n + 1], y)
                 y = fma(weights["skip"][:, None], v[t], y) * silu(z[t].reshape(H, P))
-                out[t] = rms_norm(y.reshape(G, -1), weights["mix_norm"].reshape(G, -1), eps).reshape(-1)
+                out[t] = y.reshape(-1) if mixer.of_heads else rms_norm(y.reshape(G, -1), weights["mix_norm"].reshape(G, -1), eps).reshape(-1)
                 for slot in written(t):
                     states[1][slot] = S
+
+    def groups(self, mixer):
+        """Of each head its group."""
+        return (mixer.first_head + np.arange(mixer.heads)) // ((mixer.of_heads or mixer.heads) // mixer.groups)
+
+    def group_squares(self, x, mixer, out):
+        out[:self.T] = 0
+        for head, group in enumerate(self.groups(mixer)):
+            lanes = np.zeros((self.T, 16), np.float32)
+            for c in range(head * mixer.head_size, (head + 1) * mixer.head_size, 16):
+                lanes = fma(x[:self.T, c:c + 16], x[:self.T, c:c + 16], lanes)
+            out[:self.T, group] += tree(lanes)
+
+    def norm_groups(self, x, weight, squares, mixer, eps, out):
+        f, P = np.float32, mixer.head_size
+        mean = squares[:self.T, self.groups(mixer)] / f(mixer.of_heads // mixer.groups * P)
+        scale = np.repeat(f(1) / np.sqrt(mean + f(eps)), P, axis=1)
+        out[:self.T] = x[:self.T] * scale * weight
 
     def split_gates(self, x, head_size, gates, out):
         size = gates.shape[1]
@@ -232,14 +250,15 @@ class Eager:
 
 
 # ---- small models: a llama, one with every feature of nanochat checkpoints, one with experts and sinks, one with convolutions,
-# two with delta rules: value heads beside their key heads, and alternating; two with Mamba-2 layers; and one whose layers have
-# inputs of their own and of which the last two read the keys of the first
+# two with delta rules: value heads beside their key heads, and alternating; three with Mamba-2 layers, one of them a rank's part; and
+# one whose layers have inputs of their own and of which the last two read the keys of the first
 
 RULES = {"deltas": SimpleNamespace(size=4, key_heads=2, value_heads=6, key_size=16, value_size=80, alternating=False, gates_by_key=True, heads_by_key=True),
          "alternating deltas": SimpleNamespace(size=3, key_heads=3, value_heads=6, key_size=32, value_size=16, alternating=True, gates_by_key=False,
                                                heads_by_key=False)}
-MAMBAS = {"mamba": SimpleNamespace(size=4, heads=4, head_size=80, state_size=12, groups=2, taps_bias=True),
-          "narrow mamba": SimpleNamespace(size=2, heads=6, head_size=16, state_size=8, groups=3, taps_bias=False)}
+MAMBAS = {"mamba": SimpleNamespace(size=4, heads=4, head_size=80, state_size=12, groups=2, taps_bias=True, of_heads=0, first_head=0),
+          "narrow mamba": SimpleNamespace(size=2, heads=6, head_size=16, state_size=8, groups=3, taps_bias=False, of_heads=0, first_head=0),
+          "part of a mamba": SimpleNamespace(size=3, heads=4, head_size=48, state_size=8, groups=2, taps_bias=True, of_heads=12, first_head=4)}
 
 
 def shapes_of(mixer):
@@ -306,7 +325,7 @@ class Model:
                 weights["decay"] = -np.exp(weights["decay"])
         kept = dict.fromkeys((0, 2), states) if rule else {0: ((2, self.C),), 2: ((4, self.C),)}
         self.states = lambda: {l: tuple(np.ones((SLOTS, *shape), np.float32) for shape in own) for l, own in kept.items()}
-        sizes = {"mixed": mixed, "mixer": mixer, "gated": qkv + self.H * self.D, "gates": self.H * self.D, "share": 1, "x": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
+        sizes = {"mixed": mixed, "mixer": mixer, "unnormed": mixer, "squares": 16, "gated": qkv + self.H * self.D, "gates": self.H * self.D, "share": 1, "x": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
                  "queries": self.H * self.D,
                  "projected": 3 * self.P, "rows": 3 * self.P, "input": self.P, "hidden": self.F, "routing": self.E, "value": self.Hkv * self.D, "strength": self.Hkv}
         self.buffers = lambda: SimpleNamespace(
@@ -337,8 +356,11 @@ class Model:
                 if self.name == "convolutions":
                     k.short_conv(b.mixed, self.taps[l], b.states[l], k.sequences, b.mixer, bias=self.conv_bias if l else None)
                 else:
-                    op = k.delta_rule if self.name in RULES else k.mamba2
-                    op(b.mixed, self.rules[l // 2], self.rule, 1e-5, b.states[l], k.sequences, b.mixer)
+                    op, shared = k.delta_rule if self.name in RULES else k.mamba2, getattr(self.rule, "of_heads", 0)
+                    op(b.mixed, self.rules[l // 2], self.rule, 1e-5, b.states[l], k.sequences, b.unnormed if shared else b.mixer)
+                    if shared:
+                        k.group_squares(b.unnormed, self.rule, b.squares)
+                        k.norm_groups(b.unnormed, self.rules[l // 2]["mix_norm"], b.squares, self.rule, 1e-5, b.mixer)
                 k.linear(b.mixer, layer["mix_out"], b.x, residual=b.x)
                 k.linear(b.x, layer["up"], b.hidden, norm=(self.norm, 1e-5), activation="swiglu")
                 k.linear(b.hidden, layer["down"], b.x, residual=b.x)
@@ -638,6 +660,7 @@ def test_a_wrong_mamba_layer_is_a_value_error(name):
     past, S = good["states"]
     wrong = [(changed(size=1), "mixer: must have 2 to 64 taps"), (changed(size=65), "mixer: must"), (changed(head_size=24), "mixer: must"),
              (changed(state_size=mixer.state_size + 1), "mixer: must"), (changed(groups=5), "mixer: must"), (changed(groups=0), "mixer: must"),
+             (changed(of_heads=2 * mixer.heads, first_head=mixer.heads + 1), "mixer: must"),
              ({"states": (past, S[:, :1])}, "states: must have the shape"), ({"states": (past[:, :, :16], S)}, "states: must have the shape"),
              ({"states": (past, S[:3])}, "states: must have the shape"), ({"states": (past[:0], S[:0])}, "states have a slot"),
              ({"sequences": "sequences"}, "sequences: must be <program.sequences>"), ({"out": x}, "out: must have the shape"),
@@ -647,6 +670,23 @@ def test_a_wrong_mamba_layer_is_a_value_error(name):
             program.mamba2(**good | change)
     program.mamba2(**good)
     assert program.describe()[1:] == ["convolve" + " bias" * mixer.taps_bias, "mamba2", "rms_norm"]
+
+
+def test_wrong_groups_of_a_part_of_a_mamba_layer_are_a_value_error():
+    mixer, program = MAMBAS["part of a mamba"], decode_core.Program(8, 2)
+    x, squares, out = (np.zeros((8, columns), np.float32) for columns in (192, 16, 192))
+    program.embed(np.zeros((3, 192), np.float32), program.token_ids, x)
+    weight, changed = np.ones(192, np.float32), lambda **values: SimpleNamespace(**vars(mixer) | values)      # noqa: E731
+    for given, into, words in ((changed(heads=3), squares, "x: must be"), (changed(first_head=9), squares, "x: must be"),
+                               (changed(groups=5), squares, "x: must be"), (mixer, squares[:, :1].copy(), "out: must have at least 2 columns")):
+        with pytest.raises(ValueError, match=words):
+            program.group_squares(x, given, into)
+    program.group_squares(x, mixer, squares)
+    for changes, words in ({"weight": weight[:16]}, "weight: must"), ({"squares": x[:, :1].copy()}, "squares: no op"), ({"out": squares}, "out: must"):
+        with pytest.raises(ValueError, match=words):
+            program.norm_groups(**dict(x=x, weight=weight, squares=squares, mixer=mixer, eps=1e-5, out=out) | changes)
+    program.norm_groups(x, weight, squares, mixer, 1e-5, out)
+    assert program.describe()[1:] == ["group_squares", "norm_groups"]
 
 
 def run_thousands(name, threads, *schedule):

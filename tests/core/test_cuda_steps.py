@@ -25,7 +25,7 @@ from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler, Sequence
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
-from chatlm.worker.model.spec import Batch, ModelSpec, expected_tensors
+from chatlm.worker.model.spec import Batch, DeltaRule, Mamba2, ModelSpec, ShortConv, expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import attend_prompt
 from chatlm.worker.ops.basic import AdapterMatrix
@@ -68,17 +68,36 @@ def llama_like():
     return spec, tensors
 
 
+HYBRIDS = {
+    "short convolutions": dict(mixers=(ShortConv(3), None, ShortConv(4, bias=True)), experts=6, experts_per_token=2, ffn_size=32, dense_layers=(0,),
+                               dense_size=64, sigmoid_router=True, choice_bias=True, qk_norm="before_rope", qk_norm_weights=True),
+    "delta rules": dict(mixers=(DeltaRule(4, 2, 4, 16, 24, alternating=True), None, DeltaRule(3, 2, 4, 16, 24, gates_by_key=True, heads_by_key=True)),
+                        output_gate=True, experts=6, experts_per_token=2, ffn_size=32, shared_size=64, shared_gate=True, rope_size=8),
+    "mamba": dict(mixers=(Mamba2(4, 6, 10, 8), Mamba2(3, 4, 16, 8, groups=2, taps_bias=False), None), rope_size=0)}
+
+
+@functools.cache
+def hybrid(name):
+    """A small random model most of whose layers keep states, of widths that decode_core's CPU ops do not take."""
+    spec = ModelSpec(**dict(vocab_size=284, layers=3, width=48, heads=6, kv_heads=2, head_size=16, ffn_size=64, max_positions=512) | HYBRIDS[name])
+    random = torch.Generator().manual_seed(4)
+    tensors = {key: torch.randn(shape, generator=random) * (0.15 if len(shape) > 1 else 1.0) for key, shape in expected_tensors(spec).items()}
+    return spec, {key: -tensor.exp() if key.endswith("decay") else tensor for key, tensor in tensors.items()}
+
+
 def model_of(name, fixtures):
-    """(spec, tensors, tokenizer) of a nanochat fixture or of the llama-like model."""
-    fixture = load(fixtures / ("gen5" if name == "llama" else name))
-    spec, tensors = llama_like() if name == "llama" else (fixture.spec, tensors_of(fixture))
+    """(spec, tensors, tokenizer) of a nanochat fixture, of the llama-like model or of a hybrid."""
+    made = llama_like() if name == "llama" else hybrid(name) if name in HYBRIDS else None
+    fixture = load(fixtures / ("gen5" if made else name))
+    spec, tensors = made or (fixture.spec, tensors_of(fixture))
     return spec, dict(tensors), open_tokenizer(fixture.text)
 
 
 def engine_on(kernels, model, device="cpu", *, num_pages=200, max_batch=6, prefill_chunk=64, context_length=512):
     spec, tensors, tokenizer = model
     transformer = Transformer(spec, {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=num_pages,
-                              device=device, dtype=torch.float32, max_tokens=prefill_chunk + max_batch, max_rows=max_batch)
+                              device=device, dtype=torch.float32, max_tokens=prefill_chunk + max_batch, max_rows=max_batch,
+                              num_slots=max_batch + FREE_ROWS + 12)
     return Engine(transformer, tokenizer, kernels, num_pages=num_pages, max_batch=max_batch, context_length=context_length,
                   prefill_chunk=prefill_chunk)
 
@@ -163,6 +182,32 @@ def test_answers_that_come_and_go_are_the_reference_engines(backend, name, nanoc
     engine = cuda_engine(backend, model, monkeypatch)
     same_answers(expected, answers(engine, works, [0, 2, 2, 5, 9, 9, 14]))
     assert engine.steps.queue.replays > 30
+
+
+@pytest.mark.parametrize("name", by_day(HYBRIDS, "mamba"))
+def test_answers_of_layers_that_keep_states_are_the_reference_engines(backend, name, nanochat_fixtures, monkeypatch):
+    """Decode steps are graphs, whose padding changes no state; the second time answers begin from snapshots."""
+    model = model_of(name, nanochat_fixtures)
+    works = some_works(model[0].vocab_size, 4, 9)
+    expected, engine = run(engine_on(load_kernels("cpu"), model), works), cuda_engine(backend, model, monkeypatch, max_batch=3)
+    same_answers(expected, answers(engine, works, [0, 2, 2, 5]))
+    assert engine.steps.queue.replays > 20 and engine.pool.states.snapshots and not engine.drafts
+    same_answers(expected, answers(engine, works))
+
+
+@torch.inference_mode()
+def test_padding_changes_no_state_and_a_first_token_finds_none(backend, nanochat_fixtures, monkeypatch):
+    steps = steps_on(backend, model_of("mamba", nanochat_fixtures), monkeypatch)
+    states = [state for layer in steps.transformer.states for state in layer]
+    drawn = []
+    for garbage in (0.0, 7.0):
+        for state in states:
+            state.fill_(garbage)
+        batch = decode_batch([-1] * 3, [5, 6, 7], [1] * 3, [[3], [9], [7]])
+        batch = batch._replace(state_reads=[1, 0, 4], write_rows=[0, 1, 2], write_slots=[1, 6, 4])
+        drawn.append(steps.finish(steps.start(batch, sampled_rows([1] * 3))))
+        assert all((state != garbage).flatten(1).any(1).nonzero().flatten().tolist() == [1, 4, 6] for state in states)
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.slow
@@ -296,8 +341,9 @@ def test_forced_tokens_and_answers_that_end_while_the_next_step_runs_leave_nothi
 
 
 @pytest.mark.slow
-def test_preempted_sequences_are_computed_again(backend, nanochat_fixtures, monkeypatch):
-    model = model_of("gen5", nanochat_fixtures)
+@pytest.mark.parametrize("name", ["gen5", "delta rules"])
+def test_preempted_sequences_are_computed_again(backend, name, nanochat_fixtures, monkeypatch):
+    model = model_of(name, nanochat_fixtures)
     works = [assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 40,
                   ignore_eos=True) for i in range(5)]
     expected = run(engine_on(load_kernels("cpu"), model), works)

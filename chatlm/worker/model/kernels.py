@@ -25,7 +25,7 @@ from chatlm.common.log import log
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.processes.start import threads_per_worker
 from chatlm.worker.model.spec import (
-    DeltaRule, KvType, Mamba2, ModelSpec, RowAdapters, Sequences, token_places)
+    DeltaRule, KvType, Mamba2, ModelSpec, RowAdapters, Sequences, ShortConv, token_places)
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.attention import (
     attend, attend_prompt, decode_rows, mean_squares_reference, norm_qk_reference, page_table,
@@ -34,11 +34,11 @@ from chatlm.worker.ops.basic import (
     AdapterMatrix, Norm, adapter_products, backout_reference, copy_reference, dequantize, dequantized,
     embed_reference, experts_reference, fastest_dtype, finish_linear, gate_input_reference,
     gated_add_reference, gather_rows_reference, layer_inputs_reference, linear_reference, look_up_reference,
-    make_cache_reference, mix_reference, pack_reference, rms_norm_reference, smear_reference,
+    make_cache_reference, mix_reference, pack_reference, rms_norm_reference, routes, smear_reference,
     softcap_reference, unpermute_rope, zeroed)
 from chatlm.worker.ops.mixers import (
-    delta_rule_reference, gate_reference, group_squares_reference, mamba2_reference, norm_groups_reference,
-    short_conv_reference, split_gates_reference)
+    OneEach, delta_rule_reference, gate_reference, group_squares_reference, mamba2_reference,
+    norm_groups_reference, short_conv_reference, split_gates_reference)
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_on_host
 
@@ -190,15 +190,14 @@ class Kernels:
         return KvType(floats if choice in ("auto", "q8_0") else choice, packed=choice == "q8_0")
 
 
-def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None, join=None, whole=None,
-                 tp=1) -> Kernels:
+def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None, join=None,
+                 whole=None) -> Kernels:
     """Choose each op for a device and a model: decode_core's if installed and able, else the reference.
 
     Steps have at most `max_tokens` tokens and `max_rows` rows of logits; float weights are quantized to the
     type `quantize`. CHAT_SERVER_KERNELS=reference disables decode_core. `join(backend)`, if given, makes the
-    ops that exchange with other ranks; `whole` is then the spec of the model that is divided, and `tp` among
-    how many."""
-    backend = choose_backend(device, spec, tp, whole, True)
+    ops that exchange with other ranks; `whole` is then the spec of the model that is divided."""
+    backend = choose_backend(device, spec, whole, True)
     if quantize and not backend.quantizes:
         raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
     ops = backend.ops(max_tokens, max_rows, quantize)
@@ -208,45 +207,50 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     return Kernels(**ops, **(join(backend) if join else {}), names=names, backend=backend)
 
 
-def choose_backend(device, spec: ModelSpec | None, tp: int = 1, whole: ModelSpec | None = None,
-                   says_why: bool = False):
+def choose_backend(device, spec: ModelSpec | None, whole: ModelSpec | None = None, says_why: bool = False):
     """decode_core's backend if it runs this model on this device, else torch's (always without a spec). All
-    stages of a `whole` model have the same, and what reads it asks with `tp` alone. One of those that ask
-    about a model `says_why` it is torch's."""
+    stages of a `whole` model have the same. One of those that ask about a model `says_why` torch computes it,
+    or some ops of it."""
     if refused := refused_isa():
         raise ConfigError(refused)
     core = decode_core() if spec else None
-    if core and spec and (features := not_compiled(whole or spec, device, tp) or not_compiled(spec, device)):
+    if core and spec and (features := not_compiled(whole or spec, device) or not_compiled(spec, device)):
         if says_why:
             log.warning("decode_core has no %s, which this model needs: torch computes instead", features)
         core = None
-    return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
+    backend = core and core.backend_for(spec, device, for_decode_core())
+    if backend and spec and says_why and (ops := left_to_torch(whole or spec, device)):
+        log.warning("%s has no %s: torch computes these alone", backend.name, " and no ".join(ops))
+    return backend or Backend(device)
 
 
 # ops of models that decode_core does not compute
-TORCH_ALONE = "mean_squares", "norm_qk", "group_squares", "norm_groups"
+TORCH_ALONE = "mean_squares", "norm_qk"
 
 
-def not_compiled(spec: ModelSpec, device="cpu", tp: int = 1) -> str:
-    """What of a model in `tp` ranks no op of decode_core computes on this device, in words."""
+def left_to_torch(spec: ModelSpec, device) -> list[str]:
+    """What torch computes of a model whose other ops are decode_core's on this device, in words."""
+    words = {ShortConv: "short convolution", DeltaRule: "delta rule", Mamba2: "Mamba layer"}
+    ops = dict.fromkeys(words[type(mixer)] for mixer in spec.mixers if mixer)
+    if spec.sigmoid_router:
+        ops["router of sigmoids"] = None
+    return list(ops) if torch.device(device).type != "cpu" else []
+
+
+def not_compiled(spec: ModelSpec, device="cpu") -> str:
+    """What of a model no op of decode_core computes on this device, in words: then torch computes it all."""
     on_gpu = torch.device(device).type != "cpu"
     features = {
         "norm of all heads together": spec.qk_norm_sizes,
-        "gate of a shared expert on a GPU": spec.shared_gate and on_gpu,
-        "router of sigmoids on a GPU": spec.sigmoid_router and on_gpu,
         "embedding of each layer on a GPU": spec.layer_input_size and on_gpu,
         "scale of experts on a GPU": spec.expert_norms and on_gpu,
         "scale of queries by their position": spec.q_growth,
-        "layers that keep a state on a GPU": any(spec.mixers) and on_gpu,
-        "delta rule of heads that are no multiples of 16": any(
+        "delta rule of heads that are no multiples of 16": not on_gpu and any(
             isinstance(mixer, DeltaRule) and (mixer.key_size % 16 or mixer.value_size % 16)
             for mixer in spec.mixers),
-        "Mamba layer whose heads or channels are no multiples of 16": any(
+        "Mamba layer whose heads or channels are no multiples of 16": not on_gpu and any(
             isinstance(mixer, Mamba2) and (mixer.head_size % 16 or mixer.parts[1] % 16)
             for mixer in spec.mixers),
-        "norm of Mamba groups that ranks share": any(
-            isinstance(mixer, Mamba2) and (mixer.of_heads or mixer.groups % tp) for mixer in spec.mixers),
-        "gate of attention on a GPU": spec.output_gate and on_gpu,
         "attention whose keys and values differ in width": any(
             its.value_size != its.head_size for its in spec.by_layer if its),
         "attention of several kinds on a GPU": not uniform(spec) and on_gpu,
@@ -270,9 +274,9 @@ def for_decode_core() -> SimpleNamespace:
         decode_rows=decode_rows, attend=attend, attend_prompt=attend_prompt,
         dequantized=dequantized, dequantize=dequantize, unpermute_rope=unpermute_rope,
         references=references, finish_linear=finish_linear, rope_tables=rope_tables,
-        ModelSpec=ModelSpec, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm, Sequences=Sequences,
-        SampleRow=SampleRow, SamplingParams=SamplingParams, RowAdapters=RowAdapters,
-        adapter_products=adapter_products,
+        routes=routes, ModelSpec=ModelSpec, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm,
+        Sequences=Sequences, OneEach=OneEach, SampleRow=SampleRow, SamplingParams=SamplingParams,
+        RowAdapters=RowAdapters, adapter_products=adapter_products,
         EagerSteps=EagerSteps, ConfigError=ConfigError)
 
 

@@ -131,7 +131,7 @@ class Transformer:
         shared = [mixer for mixer in spec.mixers if isinstance(mixer, Mamba2) and mixer.of_heads]
         return {
             "unnormed": (T, narrow if shared else 0, f32),
-            "squares": (T, max((mixer.groups for mixer in shared), default=0), f32),
+            "squares": (T, max((-(-mixer.groups // 16) * 16 for mixer in shared), default=0), f32),
             "gated": (T, (gates + qkv) * spec.output_gate, dtype), "gates": (T, gates, dtype),
             "x": (T, C, f32), "residual": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
             "previous": (T, C, f32), "added": (T, C, f32),

@@ -1,14 +1,39 @@
 """Reference ops of layers that keep a state of each sequence instead of keys and values.
 
 A layer's `states` are float32 tensors (slots, ...), of the shapes that its mixer names; `sequences` is the
-step's spec.Sequences. Before a sequence's first token its state is zero, so a slot need not be cleared."""
+step's spec.Sequences, or OneEach. Before a sequence's first token its state is zero, so a slot need not be
+cleared."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
+
+
+class OneEach(NamedTuple):
+    """The sequences of a step whose T rows are one of each, as tensors: nothing of it is asked on the host,
+    so that a CUDA graph can hold the step."""
+
+    reads: torch.Tensor   # (T,) int64 slots; -1: the row is the sequence's first
+    writes: torch.Tensor  # (T,) int64 slots; -1: padding, which writes nothing
+
+    def before(self, state):
+        """The states before the rows, (T, ...)."""
+        first = (self.reads < 0).view(-1, *(1 for _ in state.shape[1:]))
+        return state[self.reads.clamp(min=0)].masked_fill(first, 0.0)
+
+    def write(self, state, after):
+        """Write the states after the rows, (T, ...), where they are to go."""
+        # padding writes what some other row writes, or if all rows are padding, what is there
+        rows = torch.arange(len(self.writes), device=state.device)
+        source = torch.where(self.writes < 0, self.writes.argmax(), rows)
+        slots = self.writes[source].clamp(min=0)
+        written = (self.writes[source] >= 0).view(-1, *(1 for _ in state.shape[1:]))
+        state[slots] = torch.where(written, after[source], state[slots])
 
 
 def short_conv_reference(x, taps, states, sequences, out, bias=None):
@@ -25,8 +50,15 @@ def short_conv_reference(x, taps, states, sequences, out, bias=None):
 def convolve(s, taps, state, sequences):
     """The sum over j of taps[j] * s[t - K + 1 + j], (T, C); s (T, C), state (slots, K - 1, C)."""
     taps, total = taps.view(-1, s.shape[1]), torch.empty_like(s)
-    for begin, end, before, writes in spans_of(sequences, (state,)):
-        rows = torch.cat((before[0], s[begin:end]))  # token t of the sequence's new ones is row t + K - 1
+    if isinstance(sequences, OneEach):
+        columns = torch.cat((sequences.before(state), s[:, None]), 1)  # (T, K, C)
+        sequences.write(state, columns[:, 1:])
+        total = taps[0] * columns[:, 0]
+        for j in range(1, len(taps)):
+            total += taps[j] * columns[:, j]
+        return total
+    for begin, end, before, writes in spans_of(sequences, state):
+        rows = torch.cat((before, s[begin:end]))  # token t of the sequence's new ones is row t + K - 1
         total[begin:end] = taps[0] * rows[:end - begin]
         for j in range(1, len(taps)):
             total[begin:end] += taps[j] * rows[j:j + end - begin]
@@ -35,11 +67,23 @@ def convolve(s, taps, state, sequences):
     return total
 
 
-def spans_of(sequences, states):
-    """(first row, end, its states before, row -> the slot that is written after it) of each sequence."""
+def recur(state, sequences, advance: Callable):
+    """`advance(S, rows)` gives the state after a row (...), or after each of some rows (T, ...) of different
+    sequences, from the one before, S; state (slots, ...)."""
+    if isinstance(sequences, OneEach):
+        return sequences.write(state, advance(sequences.before(state), slice(None)))
+    for begin, end, S, writes in spans_of(sequences, state):
+        for t in range(begin, end):
+            S = advance(S, t)
+            if t in writes:
+                state[writes[t]] = S
+
+
+def spans_of(sequences, state):
+    """(first row, end, its state before, row -> the slot that is written after it) of each sequence."""
     spans = itertools.pairwise(sequences.starts)
     for (begin, end), first, slot in zip(spans, sequences.firsts, sequences.reads):
-        before = [state[slot].clone() if first else torch.zeros_like(state[slot]) for state in states]
+        before = state[slot].clone() if first else torch.zeros_like(state[slot])
         yield begin, end, before, {row: slot for row, slot in sequences.writes if begin <= row < end}
 
 
@@ -59,16 +103,17 @@ def delta_rule_reference(x, weights, mixer, eps, states, sequences, out):
     q, k, v = q[:, heads] * D**-0.5, k[:, heads], v.unflatten(1, (H, -1))  # (T, Hv, Dk or Dv)
     beta = torch.sigmoid(b)[..., None]
     decay = torch.exp(weights["decay"] * functional.softplus(a + weights["dt_bias"]))[..., None, None]
-    for begin, end, [S], writes in spans_of(sequences, states[1:]):
-        for t in range(begin, end):
-            S = S * decay[t]
-            d = beta[t] * (v[t] - (S * k[t, ..., None]).sum(1))  # (Hv, Dv)
-            S = S + k[t, ..., None] * d[:, None]
-            o = (S * q[t, ..., None]).sum(1)
-            scale = torch.rsqrt((o * o).mean(-1, keepdim=True) + eps)
-            out[t] = (weights["mix_norm"] * (o * scale)).flatten() * functional.silu(z[t])
-            if t in writes:
-                states[1][writes[t]] = S
+
+    def advance(S, t):  # (Hv, Dk, Dv)
+        S = S * decay[t]
+        d = beta[t] * (v[t] - (S * k[t][..., None]).sum(-2))  # (Hv, Dv)
+        S = S + k[t][..., None] * d[..., None, :]
+        o = (S * q[t][..., None]).sum(-2)
+        scale = torch.rsqrt((o * o).mean(-1, keepdim=True) + eps)
+        out[t] = (weights["mix_norm"] * (o * scale)).flatten(-2) * functional.silu(z[t])
+        return S
+
+    recur(states[1], sequences, advance)
 
 
 def parts_of(x, mixer):
@@ -101,17 +146,19 @@ def mamba2_reference(x, weights, mixer, eps, states, sequences, out):
     B, C = (part.unflatten(1, (G, N))[:, group] for part in (B, C))  # (T, H, N)
     v, dt = v.unflatten(1, (H, -1)), functional.softplus(dt + weights["dt_bias"])  # (T, H, P), (T, H)
     decay = torch.exp(weights["decay"] * dt)[..., None, None]
-    for begin, end, [S], writes in spans_of(sequences, states[1:]):
-        for t in range(begin, end):
-            S = decay[t] * S + B[t, ..., None] * (dt[t, :, None] * v[t])[:, None]
-            y = (S * C[t, ..., None]).sum(1) + weights["skip"][:, None] * v[t]
-            out[t] = y = y.flatten() * functional.silu(z[t])
-            if not mixer.of_heads:
-                y = y.view(G, -1)
-                scale = torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)
-                out[t] = weights["mix_norm"] * (y * scale).flatten()
-            if t in writes:
-                states[1][writes[t]] = S
+
+    def advance(S, t):  # (H, N, P)
+        S = decay[t] * S + B[t][..., None] * (dt[t][..., None] * v[t])[..., None, :]
+        y = (S * C[t][..., None]).sum(-2) + weights["skip"][:, None] * v[t]
+        y = y.flatten(-2) * functional.silu(z[t])
+        if not mixer.of_heads:
+            y = y.unflatten(-1, (G, -1))
+            scale = torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)
+            y = weights["mix_norm"] * (y * scale).flatten(-2)
+        out[t] = y
+        return S
+
+    recur(states[1], sequences, advance)
 
 
 def groups_of_heads(mixer, device):

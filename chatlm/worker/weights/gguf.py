@@ -104,7 +104,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
             source.path, {name: file_shape(name, tensor) for name, tensor in stored.items()
                           if name not in ROPE_TENSORS},  # they became spec.rope_factors
             sources)
-        backend = choose_backend(device, spec, settings.tensor_parallel_size)
+        backend = choose_backend(device, spec)
         as_stored = None if settings.dtype else backend.as_stored
         dtype = None if as_stored else float_type(settings, backend)
         called = source.name, str(metadata.get("general.name") or "")

@@ -99,7 +99,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
                           f"a {family} model: take the unquantized model, or a GGUF file of it")
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
-    backend = choose_backend(device, spec, settings.tensor_parallel_size)
+    backend = choose_backend(device, spec)
     as_stored, dtype = None if settings.dtype else backend.as_stored, float_type(settings, backend)
     mapped = sources.get("layer_embed", ((), ()))[1]
     matrices = {name: shape for name, shape in file_shapes(sources).items()

@@ -2,7 +2,7 @@
 //
 //     convolve    (columns) u = silu of the convolution of p; step_run.cpp
 //     mamba2      (heads) y = S C + skip * v, times silu(z)
-//     rms_norm    (row by row) over each group
+//     rms_norm    (row by row) over each group; where ranks share groups, group_squares, all_reduce and norm_groups
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,8 @@ namespace dc {
 
 struct Mamba2 {
     int64_t heads, head_size;                   // H, P, a multiple of 16
-    int64_t state_size, groups;                 // N, G: head j reads B and C of group j / (H / G)
+    int64_t state_size, groups;                 // N, G
+    int64_t first_head, group_heads;            // head j is the model's head first_head + j, of whose heads so many form a group
     const float *decay, *dt_bias, *skip;        // [H]
     float* states;                              // [slots][H][N][P]
 
@@ -22,7 +23,8 @@ struct Mamba2 {
     int64_t channels() const { return inner() + 2 * groups * state_size; }          // of u: v, B, C
     int64_t columns() const { return inner() + channels() + heads; }                // of x: z, p, dt
     int64_t head_values() const { return state_size * head_size; }
-    int64_t b_at(int64_t head) const { return inner() + head / (heads / groups) * state_size; }
+    int64_t group_of(int64_t head) const { return (first_head + head) / group_heads; }
+    int64_t b_at(int64_t head) const { return inner() + group_of(head) * state_size; }
     int64_t c_at(int64_t head) const { return b_at(head) + groups * state_size; }
 };
 

@@ -154,7 +154,7 @@ const char* name_of(OpKind kind) {
     static const char* const names[] = {"embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "softcap",
                                         "rope_append", "paged_attention", "sample", "route", "group", "gate_up", "down", "combine",
                                         "all_reduce", "all_gather", "short_conv", "delta_rule", "split_gates", "gate", "gated_add", "convolve", "mamba2",
-                                        "layer_inputs", "gate_input"};
+                                        "layer_inputs", "gate_input", "group_squares", "norm_groups"};
     return names[int(kind)];
 }
 

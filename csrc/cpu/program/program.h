@@ -26,7 +26,7 @@ namespace dc {
 
 enum class OpKind { embed, gather_rows, rms_norm, linear, copy, mix, smear, softcap, rope_append, paged_attention, sample, route, group,
                     gate_up, down, combine, all_reduce, all_gather, short_conv, delta_rule, split_gates, gate, gated_add,
-                    convolve, mamba2, layer_inputs, gate_input };
+                    convolve, mamba2, layer_inputs, gate_input, group_squares, norm_groups };
 const char* name_of(OpKind kind);
 static inline bool is_convolution(OpKind kind) { return kind == OpKind::short_conv || kind == OpKind::convolve; }
 static inline bool keeps_states(OpKind kind) { return is_convolution(kind) || kind == OpKind::delta_rule || kind == OpKind::mamba2; }
@@ -58,8 +58,8 @@ struct Op {
     float* states = nullptr;            // a convolution: (num_slots, taps - 1, columns)
     int64_t num_slots = 0;              // of any op that keeps states
     std::shared_ptr<const DeltaRule> delta;
-    Mamba2 mamba{};
-    Rows gates;                         // split_gates: written; gate, gated_add (one column): read
+    Mamba2 mamba{};                     // of group_squares and norm_groups its heads alone
+    Rows gates;                         // split_gates: written; gate, gated_add (one column): read; norm_groups: the sums of squares
     float a = 0, b = 0;                 // mix: a x + b other; smear: lambda; softcap: cap
     RopeJob rope{};                     // positions and slots come with the step
     int64_t max_positions = 0;          // of the tables cos and sin

@@ -57,6 +57,8 @@ struct RowKernels {             // `columns` a multiple of 16 except for soft_ca
     void (*gate_input)(const float* x, const float* y, int64_t columns, float* out);                       // gelu(x) y
     // scales * (A x[r]) -> u[r] of 1 to SHRUNK_ROWS rows
     void (*shrink)(const AdapterMatrix& matrix, const float* const* x, int64_t rows, float* const* u);
+    float (*squares)(const float* x, int64_t columns);                                                      // the sum of theirs
+    void (*scale)(const float* x, float scale, const float* weight, int64_t columns, float* out);           // x * scale (* weight or null)
 };
 
 DC_EACH_ISA(extern const RowKernels row_kernels)

@@ -1,5 +1,5 @@
-// op       rms_norm, mix (backout is a mix), smear, soft_cap, widen, routes, combine, add_up, gate, gated_add, shrink: rows between two
-//          products;
+// op       rms_norm and its parts squares and scale, mix (backout is a mix), smear, soft_cap, widen, routes, combine, add_up, gate,
+//          gated_add, shrink: rows between two products;
 //          short_conv, convolve: rows of one sequence, in some columns
 // shapes   x [C] float32 -> out [C] float32; routes: logits [E] -> ids and shares [chosen]
 // mapping  the caller's thread, one row; 16 lanes along it
@@ -15,14 +15,21 @@ namespace dc {
 namespace DC_ISA {
 namespace {
 
-void rms_norm(const float* x, const float* weight, float epsilon, int64_t columns, float* out) {
-    Lanes squares = all(0.0f);
-    for (int64_t c = 0; c < columns; c += 16) squares = fma(load(x + c), load(x + c), squares);
-    const Lanes scale = all(1.0f / __builtin_sqrtf(sum(squares) / float(columns) + epsilon));
+float squares(const float* x, int64_t columns) {
+    Lanes total = all(0.0f);
+    for (int64_t c = 0; c < columns; c += 16) total = fma(load(x + c), load(x + c), total);
+    return sum(total);
+}
+
+void scale(const float* x, float scale, const float* weight, int64_t columns, float* out) {
     for (int64_t c = 0; c < columns; c += 16) {
-        const Lanes y = load(x + c) * scale;
+        const Lanes y = load(x + c) * all(scale);
         store(out + c, weight ? y * load(weight + c) : y);
     }
+}
+
+void rms_norm(const float* x, const float* weight, float epsilon, int64_t columns, float* out) {
+    scale(x, 1.0f / __builtin_sqrtf(squares(x, columns) / float(columns) + epsilon), weight, columns, out);
 }
 
 void mix(const float* x, float a, const float* y, float b, int64_t columns, float* out) {
@@ -213,7 +220,7 @@ void shrink(const AdapterMatrix& m, const float* const* x, int64_t rows, float* 
 }  // namespace
 
 extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any, route, route_sigmoids, combine, add_up, short_conv,
-                                         plain_conv, gate, gated_add, gate_input, shrink};
+                                         plain_conv, gate, gated_add, gate_input, shrink, squares, scale};
 
 }  // namespace DC_ISA
 }  // namespace dc

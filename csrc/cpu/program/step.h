@@ -161,6 +161,8 @@ private:
     void combine(const Op& op, int64_t row) const;
     template <class Visit> void each_sequence(Visit visit) const;
     void rms_norm(const Op& op, int64_t row) const;
+    void group_squares(const Op& op, int64_t row) const;
+    void norm_groups(const Op& op, int64_t row) const;
     void convolve(const Op& op, int64_t first, int64_t last) const;
 
     int64_t count_of(const Op& op) const {

@@ -148,6 +148,8 @@ void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
             case OpKind::combine: combine(op, row); break;
             case OpKind::split_gates: split_gates(op, row); break;
             case OpKind::gate: use.gate(op.x.row(row), op.gates.row(row), columns, out); break;
+            case OpKind::group_squares: group_squares(op, row); break;
+            case OpKind::norm_groups: norm_groups(op, row); break;
             case OpKind::gated_add: use.gated_add(op.x.row(row), op.other.row(row), *op.gates.row(row), columns, out); break;
             case OpKind::layer_inputs: {                // sqrt(1/2) (norm of each part + sqrt(P) other)
                 const int64_t part = op.channels;
@@ -165,6 +167,22 @@ void Step::rms_norm(const Op& op, int64_t row) const {
     const int64_t size = op.out.columns / std::max<int64_t>(op.channels, 1);
     for (int64_t c = 0; c < op.out.columns; c += size)
         row_kernels_here().rms_norm(op.x.row(row) + c, op.weight ? op.weight + c : nullptr, op.epsilon, size, op.out.row(row) + c);
+}
+
+// Of each group what the heads here add to it.
+void Step::group_squares(const Op& op, int64_t row) const {
+    const int64_t P = op.mamba.head_size;
+    float* const out = op.out.row(row);
+    std::fill_n(out, op.out.columns, 0.0f);
+    for (int64_t head = 0; head < op.mamba.heads; head++) out[op.mamba.group_of(head)] += row_kernels_here().squares(op.x.row(row) + head * P, P);
+}
+
+void Step::norm_groups(const Op& op, int64_t row) const {
+    const int64_t P = op.mamba.head_size;
+    for (int64_t head = 0; head < op.mamba.heads; head++) {
+        const float mean = op.gates.row(row)[op.mamba.group_of(head)] / float(op.mamba.group_heads * P);
+        row_kernels_here().scale(op.x.row(row) + head * P, 1.0f / __builtin_sqrtf(mean + op.epsilon), op.weight + head * P, P, op.out.row(row) + head * P);
+    }
 }
 
 void Step::embed(const Op& op, int64_t row) const {

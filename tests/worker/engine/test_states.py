@@ -16,7 +16,7 @@ from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler, Sequence
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.spec import DeltaRule, Mamba2, Sequences
-from chatlm.worker.ops.mixers import delta_rule_reference, mamba2_reference
+from chatlm.worker.ops.mixers import OneEach, delta_rule_reference, mamba2_reference
 from chatlm.worker.process import gauges
 from engines import make_engine, propose_partly_right, run, step_pieces, tokens_of
 from families import clear_cases, make_model, save
@@ -278,6 +278,26 @@ def test_a_delta_rule_computes_its_formula_however_its_tokens_are_cut():
     o = torch.stack(o)
     expected = weights["mix_norm"] * o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * torch.nn.functional.silu(z.view(T, 4, 6))
     torch.testing.assert_close(whole, expected.flatten(1).float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer, op", [(DeltaRule(4, 2, 4, 8, 6), delta_rule_reference), (Mamba2(3, 4, 5, 6, groups=2), mamba2_reference)])
+def test_rows_of_as_many_sequences_give_what_each_alone_gives_and_padding_writes_nothing(mixer, op):
+    dice = torch.Generator().manual_seed(6)
+    normal = lambda *shape: torch.randn(*shape, generator=dice)       # noqa: E731
+    weights = {name: normal(*shape) for name, shape in mixer.tensors(8).items()}
+    x, slots = normal(5, mixer.widths(8)[0]), torch.tensor([[3, 3], [-1, 0], [1, 5], [-1, -1], [2, 2]])
+    states = [normal(6, *shape) for shape in mixer.states(8)]
+    alone, expected = [state.clone() for state in states], torch.empty(5, mixer.widths(8)[1])
+    for row, (read, write) in enumerate(slots.tolist()):
+        op(x[row:row + 1], weights, mixer, 1e-6, alone, Sequences([0, 1], [int(read >= 0)], [max(read, 0)], [(0, write)] if write >= 0 else []),
+           expected[row:row + 1])
+    out = torch.empty_like(expected)
+    op(x, weights, mixer, 1e-6, states, OneEach(*slots.T), out)
+    for one, other in ((out, expected), *zip(states, alone)):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    before = [state.clone() for state in states]
+    op(x, weights, mixer, 1e-6, states, OneEach(slots[:, 0], torch.full((5,), -1)), out)        # a step that is padding
+    assert all(torch.equal(one, other) for one, other in zip(states, before))
 
 
 def check_cuts(op, x, weights, mixer, states, whole):

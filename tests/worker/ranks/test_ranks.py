@@ -264,7 +264,7 @@ async def test_the_text_of_two_ranks_is_the_same_alone_batched_cached_and_after_
 @pytest.mark.slow
 @needs_core
 @pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2), (2, 2)])
-@pytest.mark.parametrize("name", ["lfm2", "lfm2moe", "qwen3.5", "granite4h", *SHARED[:2]])
+@pytest.mark.parametrize("name", ["lfm2", "lfm2moe", "qwen3.5", "granite4h", "granite4h-dense", *SHARED[:2]])   # granite4h-dense's heads are one group
 async def test_states_and_shared_keys_in_several_ranks_give_the_same_text_alone_batched_cached_drafted_and_after_a_death(name, tp, pp, folders):
     requests = {"drawn": dict(sampling=SamplingParams(seed=7)), "repeated": dict(question=8 * "one two three ", sampling=SamplingParams(temperature=0.0)),
                 "counted": dict(sampling=SamplingParams(seed=3, repetition_penalty=1.3)), "long": dict(question=12 * "The fox jumps over it. ", sampling=SamplingParams(seed=9))}

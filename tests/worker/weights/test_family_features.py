@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,13 +139,23 @@ def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(field
 
 
 @pytest.mark.parametrize("fields, words", [
-    ({"experts": 4, "sigmoid_router": True}, "router of sigmoids"), ({"mixers": (ShortConv(3),)}, "layers that keep a state"),
-    ({"mixers": (DeltaRule(4, 2, 4, 16, 32),)}, "layers that keep a state"),
-    ({"mixers": (Mamba2(4, 3, 16, 8),)}, "layers that keep a state"), ({"output_gate": True}, "gate of attention"),
-    ({"experts": 4, "shared_size": 64, "shared_gate": True}, "gate of a shared expert"),
-    ({"layer_input_size": 32}, "embedding of each layer"), ({"experts": 4, "shared_size": 64, "expert_norms": True}, "scale of experts")])
+    ({"experts": 4, "sigmoid_router": True}, "router of sigmoids"), ({"mixers": (ShortConv(3),)}, "short convolution"),
+    ({"mixers": (DeltaRule(4, 2, 4, 16, 32),)}, "delta rule"), ({"mixers": (Mamba2(4, 3, 16, 8),)}, "Mamba layer"),
+    ({"layers": 2, "mixers": (ShortConv(3), None), "experts": 4, "sigmoid_router": True}, "short convolution and no router of sigmoids"),
+    ({"output_gate": True}, ""), ({"experts": 4, "shared_size": 64, "shared_gate": True}, "")])
+@pytest.mark.skipif(decode_core() is None, reason="not built")
+def test_some_ops_are_compiled_for_a_cpu_alone_and_torch_computes_these_on_a_gpu(fields, words, caplog, monkeypatch):
+    monkeypatch.setattr(decode_core().seam, "cuda_ops", lambda _: SimpleNamespace())       # as where there is a GPU
+    spec = ModelSpec(**SPEC | fields)
+    assert (not_compiled(spec, "cuda"), not_compiled(spec)) == ("", "")
+    assert choose_backend("cpu", spec).name != "torch/reference" and not caplog.messages
+    assert choose_backend("cuda", spec, says_why=True).name == "decode_core/cuda"
+    assert caplog.messages == [f"decode_core/cuda has no {words}: torch computes these alone"] * bool(words)
 
-def test_some_ops_are_compiled_for_a_cpu_alone(fields, words):
+
+@pytest.mark.parametrize("fields, words", [
+    ({"layer_input_size": 32}, "embedding of each layer"), ({"experts": 4, "shared_size": 64, "expert_norms": True}, "scale of experts")])
+def test_some_models_are_compiled_for_a_cpu_alone(fields, words):
     assert (not_compiled(ModelSpec(**SPEC | fields), "cuda"), not_compiled(ModelSpec(**SPEC | fields))) == (f"{words} on a GPU", "")
 
 
