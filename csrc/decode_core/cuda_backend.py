@@ -105,7 +105,8 @@ class CudaBackend:
         its = spec.attention(0)
         layers = layout.size // max(layout.own, 1)      # none in a stage whose layers all keep states
         shape = (layers, 2, num_pages, its.kv_heads, self.script.PAGE_SIZE, its.head_size)
-        memory = self.script.zeroed(shape, getattr(torch, layout.types[0]), device)
+        dtype = next(filter(None, layout.types), "bfloat16")
+        memory = self.script.zeroed(shape, getattr(torch, dtype), device)
         return memory, [attends and memory[offset // layout.own] for attends, offset in zip(spec.by_layer, layout.offset)]
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options):
