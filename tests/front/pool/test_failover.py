@@ -550,7 +550,7 @@ async def test_an_answer_whose_text_fails_fails_alone(start_pool):
 
 async def test_a_step_that_fails_fails_only_the_request_that_is_its_cause(start_pool, monkeypatch):
     pool = await start_pool()
-    patch(monkeypatch, prompts, "checked_ids", lambda *request: None)
+    patch(monkeypatch, prompts, "checked_ids", lambda ids, *request: tuple(ids))
     undisturbed = await collect(pool, greedy("undisturbed", max_tokens=100))
     pid = pool.workers[0].process.pid
     bad = asked("bad", prompts=((10**9,),), max_tokens=5)         # a token id that the model does not have

@@ -324,7 +324,7 @@ def test_other_errors_are_not_taken_for_it(error):
 
 async def test_a_step_that_fails_fails_its_requests_and_the_worker_goes_on(start_pool, monkeypatch):
     pool = await start_pool()
-    patching.patch(monkeypatch, prompts, "checked_ids", lambda *request: None)
+    patching.patch(monkeypatch, prompts, "checked_ids", lambda ids, *request: tuple(ids))
     with pytest.raises(EngineFailure, match="failed while computing"):      # an id outside the vocabulary
         await collect(pool, asked("bad", prompts=((10**9,),), max_tokens=5))
     pid = pool.workers[0].process.pid

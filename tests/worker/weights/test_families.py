@@ -303,8 +303,8 @@ def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(
     settings = Settings(model=str(default_model_path))
     model = open_model(resolve_model(settings), settings)
     kernels = load_kernels("cpu", model.spec)
-    plan = plan_memory(model, model.spec, kernels, group_layers(model.spec.by_layer, 0, apart=False), RankAlone(), settings, torch.device("cpu"),
-                       {"max_tokens": 256 + 64, "max_rows": 64})
+    plan = plan_memory(model, model.spec, kernels, group_layers(model.spec.by_layer, 0, apart=False), kernels.kv_type("auto", model.dtype),
+                       RankAlone(), settings, torch.device("cpu"), {"max_tokens": 256 + 64, "max_rows": 64})
     _, engine, line = built(caplog, default_model_path, 4 << 30, monkeypatch)
     held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
     if decode_core():
