@@ -41,8 +41,9 @@ class Prefixes:
 
     def __init__(self, settings: Settings):
         """ConfigError if the store's folder cannot be used."""
-        self.bytes, self.store, self.files = memory_for(settings), None, list[FileIO]()
+        self.store, self.files = None, list[FileIO]()
         self.count = max(SEGMENTS, 4 * max(settings.num_workers, 1))
+        self.bytes = memory_for(settings) if may_open(8 * self.count) else 0
         place = settings.prefix_store and store_place(settings.prefix_store)
         if place and self.bytes:
             self.store = StoreWriter(check_folder(place[0]), place[1])
@@ -88,6 +89,13 @@ class Prefixes:
         used = sum(os.fstat(file.fileno()).st_size for file in self.files)
         return {"memory_bytes": used, "memory_limit": self.bytes,
                 "stored_pages": store.pages if store else 0, "stored_bytes": store.bytes if store else 0}
+
+
+def may_open(files: int) -> bool:
+    """Whether this process may have so many files open: connections come first."""
+    import resource  # not everywhere
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return hard == resource.RLIM_INFINITY or hard >= files
 
 
 def memory_for(settings: Settings) -> int:

@@ -12,6 +12,7 @@ from chatlm.common.errors import ConfigError, EngineFailure
 from chatlm.common.messages.protocol import (WORKER_PIPE, ActorAddress, Crashed, EndActor, Loading, ModelCard, NewAnswer, Node, Nodes, Ready,
                                              StartActor, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import Accepted, Finished, Request, TextSpec
+from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local import LocalDevices
 from chatlm.front.pool.ray import RayNodes
@@ -102,7 +103,9 @@ def supervisor_of(placement, **settings):
     async def prepare(card):
         cards.append(card)
 
-    supervisor = Supervisor(Settings(**settings), placement.workers, dispatcher, prepare=prepare, report=lambda stage, fraction: None)
+    settings = Settings(**settings)
+    supervisor = Supervisor(settings, placement.workers, dispatcher, PoolAdapters(settings, placement.workers), prepare=prepare,
+                            report=lambda stage, fraction: None)
     return supervisor, dispatcher, cards
 
 
