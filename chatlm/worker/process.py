@@ -26,7 +26,7 @@ from chatlm.common.log import CalmLog, log
 from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import (
     AdapterLoaded, CacheEmptied, Cancel, DropAdapter, EmptyCache, EndOfRequest, EndThinking, LoadAdapter,
-    Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Ping, Ready, Stepped)
+    Loading, ModelCard, NO_GAUGES, NewAnswer, NewPrompt, NewRequest, Ping, Ready, Stepped)
 from chatlm.common.messages.requests import Failed, ModelFacts
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import threads_per_worker
@@ -212,12 +212,13 @@ def gauges(engine: Engine) -> dict[str, float | None]:
     pids = engine.ranks.links.pids if engine.ranks else ("self",)
     used, total, utilization = device_use(engine.transformer.device, int(time.monotonic()), pids)
     mapped = engine.transformer.layer_embed
-    return {"running": len(engine.scheduler.running), "queued": len(engine.scheduler.waiting),
-            "max_batch": engine.scheduler.max_batch,
+    kept = engine.keeper.gauges() if engine.keeper else {}
+    return {**NO_GAUGES, **kept, "running": len(engine.scheduler.running),
+            "queued": len(engine.scheduler.waiting), "max_batch": engine.scheduler.max_batch,
             "kv_pages_used": engine.pool.num_pages - engine.pool.available,
             "kv_pages_total": engine.pool.num_pages, "kv_token_bytes": kept_bytes(engine.transformer),
             **state_gauges(engine), "mapped_bytes": mapped.file_bytes if mapped else 0,
-            "preemptions": engine.scheduler.preemptions, **(engine.keeper.gauges() if engine.keeper else {}),
+            "preemptions": engine.scheduler.preemptions,
             "drafted_tokens": engine.drafted_tokens, "accepted_tokens": engine.accepted_tokens,
             "memory_used": used, "memory_total": total, "utilization": utilization}
 

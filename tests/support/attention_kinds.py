@@ -43,5 +43,6 @@ def loaded(spec, tensors):
         spec: ModelSpec
         tensors: dict
         block: int = 16
+        adaptable: None = None
 
     return Model(spec, {name: unread(tensor) for name, tensor in tensors.items()})
