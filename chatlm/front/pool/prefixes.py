@@ -43,7 +43,9 @@ class Prefixes:
         """ConfigError if the store's folder cannot be used."""
         self.store, self.files = None, list[FileIO]()
         self.count = max(SEGMENTS, 4 * max(settings.num_workers, 1))
-        self.bytes = memory_for(settings) if may_open(8 * self.count) else 0
+        self.bytes = memory_for(settings)
+        if self.bytes and not may_open(8 * self.count):
+            self.bytes = 0
         place = settings.prefix_store and store_place(settings.prefix_store)
         if place and self.bytes:
             self.store = StoreWriter(check_folder(place[0]), place[1])
@@ -93,7 +95,7 @@ class Prefixes:
 
 def may_open(files: int) -> bool:
     """Whether this process may have so many files open: connections come first."""
-    import resource  # not everywhere
+    import resource
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return hard == resource.RLIM_INFINITY or hard >= files
 
