@@ -226,9 +226,11 @@ class StoreWriter:
 
     def _store(self, source: Segment, batch: list[tuple[int, Record]]):
         """Append records of a segment in memory and sync them, unless it is written anew meanwhile."""
-        for first in range(0, len(batch), 64):
-            part = batch[first:first + 64]
-            target = self._writable(sum(record.size for _, record in part))
+        largest = max((HEADER_BYTES + record.size for _, record in batch), default=1)
+        count = max(min(64, self.segment_bytes // largest), 1)  # of records that fit into a segment together
+        for first in range(0, len(batch), count):
+            part = batch[first:first + count]
+            target = self._writable(sum(HEADER_BYTES + record.size for _, record in part))
             before, written = target.end, False
             try:
                 for profile in {record.profile for _, record in part} - self.named:

@@ -444,7 +444,7 @@ def test_a_store_waits_while_answers_are_computed_unless_the_memory_fills(tmp_pa
 
 def test_the_listing_names_models_and_pruning_leaves_what_is_written(tmp_path, memory):
     fill(memory, 0, 30)
-    with writing(tmp_path, memory, 16 << 20):
+    with writing(tmp_path, memory):
         pass
     lines = listed_store(tmp_path)
     assert len(lines) == 2 and "the model: 480 tokens in 30 pages, 3.0 MB" in lines[1]
