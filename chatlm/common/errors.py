@@ -79,6 +79,18 @@ def named(error: BaseException) -> str:
     return f"{'' if says_enough else type(error).__name__}: {error}".strip(": ")
 
 
+def without_folders(text: str) -> str:
+    """A text for clients, in which a path of this machine is its last part."""
+    return re.sub(r"(?<![\w:/])~?(?:/[^/\s:;,'\"()]+)*/([^/\s:;,'\"()]+)", r"\1", text)
+
+
+def require_folder(flag: str, folder: Path):
+    """ConfigError if what a flag names is no folder."""
+    if not folder.is_dir():
+        what = "not a folder" if folder.exists() else "there is no such folder"
+        raise ConfigError(f"{flag}: {what}")
+
+
 def shown(value) -> str:
     """A value from a client or a file, for an error text: short and on one line."""
     if isinstance(value, (dict, list)):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import clear_cases, make_model, save
 
 
 @pytest.fixture
@@ -11,3 +12,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def made_model(tmp_path_factory):
+    """A function from a family's name to its tiny model's folder and cases of long prompts; torch has one thread."""
+    known = {}
+
+    def make(name):
+        if name not in known:
+            model = make_model(name)
+            known[name] = save(model, tmp_path_factory.mktemp(name)), clear_cases(model, lengths=(200, 90, 30))
+        return known[name]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make
+    torch.set_num_threads(threads)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatlm.common.config import ADAPTER_NAME
-from chatlm.common.errors import ConfigError, shown
-from chatlm.common.hub.folder import folders_below
+from chatlm.common.errors import ConfigError, require_folder, shown
+from chatlm.common.hub.folder import folders_below, stamp_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -20,17 +20,14 @@ class AdapterFiles(NamedTuple):
 
     name: str
     folder: Path
-    stamp: tuple[tuple[int, int], ...]  # of each file: size, time of its last change in ns
+    stamp: tuple[tuple[str, int, int], ...]  # of each file: name, size, time of its last change in ns
 
 
 def adapter_at(folder: Path, name: str = "") -> AdapterFiles | None:
     """The adapter in a folder; None where one of its files is missing, empty or unreadable."""
-    try:
-        status = [(folder / file).stat() for file in (CONFIG, WEIGHTS)]
-    except OSError:
-        return None
-    stamp = tuple((file.st_size, file.st_mtime_ns) for file in status)
-    return AdapterFiles(name or folder.name, folder, stamp) if all(size for size, _ in stamp) else None
+    stamp = stamp_of(folder, (CONFIG, WEIGHTS))
+    there = stamp and all(size for _, size, _ in stamp)
+    return AdapterFiles(name or folder.name, folder, stamp) if there else None
 
 
 def adapters_in(folder: Path) -> list[AdapterFiles]:
@@ -59,9 +56,7 @@ def named_adapters(words: Iterable[str]) -> tuple[list[AdapterFiles], list[Path]
         folder = Path(path if equals else word).expanduser()
         if name in adapters:
             raise ConfigError(f"--adapter {word}: {adapters[name].folder} is called {name} too")
-        if not folder.is_dir():
-            raise ConfigError(f"--adapter {word}: " + (
-                "not a folder" if folder.exists() else "there is no such folder"))
+        require_folder(f"--adapter {word}", folder)
         if not equals and (folder / CONFIG).exists():
             raise ConfigError(f"--adapter {word}: an adapter needs a name: {folder.name}={word}")
         if not equals:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
-from chatlm.common.errors import ConfigError
+from chatlm.common.errors import require_folder
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.common.hub.local import NANOCHAT_FOLDERS
 
@@ -28,9 +28,7 @@ class Files(NamedTuple):
 def find_models(folder: Path) -> list[Files]:
     """The GGUF files, Hugging Face folders and nanochat checkpoints below a folder, by name. Of models with
     the same name each is called by its path. ConfigError if it is no folder."""
-    if not folder.is_dir():
-        what = "not a folder" if folder.exists() else "there is no such folder"
-        raise ConfigError(f"--models {folder}: {what}")
+    require_folder(f"--models {folder}", folder)
     found = [files for place, names in folders_below(folder) for files in models_in(place, names)]
     found.sort(key=lambda files: (files.choice.name.lower(), files.choice.path))
     counts = Counter(files.choice.name for files in found)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence as Seq
 from pathlib import Path
 from typing import NamedTuple
 
-from chatlm.common.errors import ConfigError
+from chatlm.common.errors import ConfigError, require_folder
 from chatlm.common.hub.local import NANOCHAT_FOLDERS
 
 MOST_DEPTH = 3  # folders below the watched one
@@ -37,9 +37,7 @@ class Step(NamedTuple):
 def find_steps(folder: Path) -> list[Step]:
     """nanochat's checkpoints and Hugging Face folders `checkpoint-N` below a folder, MOST_DEPTH deep, by run
     and step. Links are not followed. ConfigError if it is no folder."""
-    if not folder.is_dir():
-        what = "not a folder" if folder.exists() else "there is no such folder"
-        raise ConfigError(f"--watch {folder}: {what}")
+    require_folder(f"--watch {folder}", folder)
     steps = [step for place, names in folders_within(folder) for step in steps_in(place, names)]
     order = [*NANOCHAT_FOLDERS][::-1]  # as they are trained: base, mid, rl, sft
     return sorted(steps, key=lambda step: (

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import re
 from collections.abc import Callable, Iterable, Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError
+from chatlm.common.errors import ConfigError, without_folders
 from chatlm.common.hub.adapters import adapters_in, named_adapters
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import AdapterLoaded, DropAdapter, LoadAdapter
@@ -46,7 +45,7 @@ class Adapter:
     @property
     def public_problem(self) -> str:
         """Without the paths of this machine."""
-        return re.sub(r"(?<![\w:/])~?(?:/[^/\s:;,'\"()]+)*/([^/\s:;,'\"()]+)", r"\1", self.problem)
+        return without_folders(self.problem)
 
 
 class PoolAdapters:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import copy
 import difflib
-import re
 from collections.abc import Iterable, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
-from chatlm.common.errors import ConfigError, RequestError, shown
+from chatlm.common.errors import ConfigError, RequestError, shown, without_folders
 from chatlm.common.messages.protocol import accepted_names
 from chatlm.front.aio import supervised
 
@@ -116,7 +115,7 @@ class Model:
         for path in (self.choice.path, *([str(self.source.path)] if self.source else [])):
             if "/" in path:
                 text = text.replace(path, Path(path).name)
-        return re.sub(r"(?<![\w:/])~?(?:/[^/\s:;,'\"()]+)*/([^/\s:;,'\"()]+)", r"\1", text)
+        return without_folders(text)
 
     def serving(self) -> WorkerPool:
         """Its pool. RequestError 503 if it has failed."""

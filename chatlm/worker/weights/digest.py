@@ -15,7 +15,7 @@ import torch
 
 from chatlm.common.core import SEAM, decode_core
 from chatlm.common.program import program_sources
-from chatlm.worker.weights.files import files_of_weights
+from chatlm.worker.weights.files import files_of_adapters, files_of_weights
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -27,10 +27,9 @@ KNOWN_DIGESTS = "weights.json"  # in a store: stamps of files -> their digest
 
 def files_of(source: ModelSource, settings: Settings) -> list[Path]:
     """All files that decide what a model computes. OSError or ConfigError if one is gone."""
-    folders = [Path(folder).expanduser() for folder in settings.lora]
-    files = [*files_of_weights(source.path),
-             *(file for folder in folders for file in folder.glob("*.safetensors"))]
-    for folder in (source.path, *folders):  # none are below a file
+    files = [*files_of_weights(source.path), *files_of_adapters(settings.lora)]
+    for folder in (source.path, *(Path(folder).expanduser() for folder in settings.lora)):
+        # none are below a file
         files += [*folder.glob("*.json"), *folder.glob("*.bin")]
     return sorted(files)
 

@@ -54,12 +54,16 @@ def files_of_weights(path: Path) -> list[Path]:
         path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf")) if split else [path]
 
 
+def files_of_adapters(folders: Iterable[str]) -> list[Path]:
+    """The weights of adapters that are merged into the model's, folder by folder."""
+    return [file for folder in folders for file in sorted(Path(folder).expanduser().glob("*.safetensors"))]
+
+
 def weights_digest(path: Path, adapters: Iterable[str] = ()) -> str:
     """A hash that tells weights apart: of the size of each of a model's files, and of samples all over it,
     since to hash the whole takes as long as to read the model. The same wherever the files lie."""
-    digest, files = hashlib.sha256(), files_of_weights(path)
-    merged = (file for folder in adapters for file in sorted(Path(folder).glob("*.safetensors")))
-    for file in (*files, *merged):
+    digest = hashlib.sha256()
+    for file in (*files_of_weights(path), *files_of_adapters(adapters)):
         with file.open("rb") as opened:
             size = opened.seek(0, os.SEEK_END)
             digest.update(size.to_bytes(8, "little"))

@@ -19,27 +19,12 @@ from chatlm.worker.model.spec import Attention, KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.packed_kv import PackedKv, turned
 from engines import make_batch, make_engine, propose_partly_right, tokens_of
-from families import clear_cases, load, make_model, save
+from families import load
 from nightly import by_day
 from works import assignment
 
 PACKED = KvType("float32", packed=True)
 BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    known = {}
-
-    def make(name):
-        if name not in known:
-            model = make_model(name)
-            known[name] = save(model, tmp_path_factory.mktemp(name)), clear_cases(model, lengths=(200, 90, 30))
-        return known[name]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make
-    torch.set_num_threads(threads)
 
 
 # gemma2: windows and capped scores; gpt-oss: sinks; gemma4: some heads of 16, which stay floats, others of 32
@@ -48,8 +33,8 @@ FAMILIES = ["gemma2", "gpt-oss", "gemma4", "qwen3"]
 
 @pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")
 @pytest.mark.parametrize("name", by_day(FAMILIES, "gemma2", "gpt-oss"))
-def test_alone_chunked_cached_drafted_and_preempted_answers_are_the_same_to_the_bit(made, name, monkeypatch):
-    folder, cases = made(name)
+def test_alone_chunked_cached_drafted_and_preempted_answers_are_the_same_to_the_bit(made_model, name, monkeypatch):
+    folder, cases = made_model(name)
     works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=t, seed=i), 50, ignore_eos=True)
              for i, (case, t) in enumerate(zip(cases, (0.0, 0.6, 1.0)))]
     plain = make_engine(folder, num_pages=400, prefill_chunk=256, apart=True, kv=PACKED)
@@ -81,8 +66,8 @@ def logits_of(folder, ids, kv, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", by_day(FAMILIES, "gemma2", "gemma4"))
-def test_logits_are_near_those_of_floats_and_both_backends_agree(made, name, backend):
-    folder, cases = made(name)
+def test_logits_are_near_those_of_floats_and_both_backends_agree(made_model, name, backend):
+    folder, cases = made_model(name)
     ids = cases[0].prompt[:200]
     floats, packed = (logits_of(folder, ids, kv, backend) for kv in (KvType("float32"), PACKED))
     spread = floats.std()
@@ -135,12 +120,12 @@ def test_twice_the_tokens_fit_and_each_type_can_be_chosen(default_model_path):
     assert tokens["auto"] == tokens["bfloat16"] and tokens["auto"] // 2 == tokens["float32"] and 1.85 < tokens["q8_0"] / tokens["auto"] < 1.9
 
 
-def test_heads_that_cannot_be_turned_stay_floats_and_the_log_or_an_error_says_so(made, caplog):
-    engine = engine_of(made("gemma4")[0], "--kv-cache-dtype", "q8_0", "--kv-cache-memory", "16M", "--dtype", "float32")
+def test_heads_that_cannot_be_turned_stay_floats_and_the_log_or_an_error_says_so(made_model, caplog):
+    engine = engine_of(made_model("gemma4")[0], "--kv-cache-dtype", "q8_0", "--kv-cache-memory", "16M", "--dtype", "float32")
     assert {*engine.transformer.layout.types} == {"q8_0", "float32"}
     assert "layers stay float32: their heads have a size of 16, and q8_0 needs heads whose size is a power of two, at least 32" in caplog.text
     with pytest.raises(ConfigError, match="--kv-cache-dtype q8_0: all layers have heads of 16; q8_0 needs"):
-        engine_of(made("llama2")[0], "--kv-cache-dtype", "q8_0")
+        engine_of(made_model("llama2")[0], "--kv-cache-dtype", "q8_0")
     with pytest.raises(ConfigError, match="invalid choice: .q4_0. .choose from .auto., .bfloat16., .float32., .q8_0.."):
         cli.parse_command_line(["serve", "--kv-cache-dtype", "q4_0"], {})
 

@@ -17,7 +17,7 @@ from chatlm.worker.engine.scheduler import Scheduler, Sequence
 from chatlm.worker.model.spec import group_layers
 from chatlm.worker.model.transformer import Transformer
 from engines import make_engine, pieces, propose_partly_right, run, tokens_of
-from families import clear_cases, load, make_model, save
+from families import load
 from nightly import by_day
 from works import assignment
 from integrity import check_sequences
@@ -25,21 +25,6 @@ from integrity import check_sequences
 WINDOWED = ["gemma3", "gemma2", "mistral", "qwen2"]     # 5 of 6 layers, half of them in turn, all, the last ones
 
 SHARED = ["gemma4", "gemma4moe"]        # whose layers differ in more, and some of which read others' keys
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    known = {}
-
-    def make(name):
-        if name not in known:
-            model = make_model(name)
-            known[name] = save(model, tmp_path_factory.mktemp(name)), clear_cases(model, lengths=(200, 90, 30))
-        return known[name]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make
-    torch.set_num_threads(threads)
 
 
 def works_of(cases):
@@ -67,8 +52,8 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", by_day(WINDOWED, "gemma3"))
-def test_pages_are_given_back_and_answers_stay_transformers(made, name, backend):
-    folder, cases = made(name)
+def test_pages_are_given_back_and_answers_stay_transformers(made_model, name, backend):
+    folder, cases = made_model(name)
     engine = make_engine(folder, num_pages=400, prefill_chunk=32, max_batch=4, reference=backend == "reference", apart=True)
     groups = engine.transformer.groups
     assert groups.holes and engine.kernels.row_invariant == (backend == "decode_core")
@@ -82,8 +67,8 @@ def test_pages_are_given_back_and_answers_stay_transformers(made, name, backend)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", by_day([*WINDOWED, *SHARED], "gemma2", "mistral"))
-def test_preempted_answers_stay_the_same_when_pages_are_few(made, name, backend):
-    folder, cases = made(name)
+def test_preempted_answers_stay_the_same_when_pages_are_few(made_model, name, backend):
+    folder, cases = made_model(name)
     windows = make_engine(folder, num_pages=400, prefill_chunk=32, apart=True).transformer.groups.windows
     prompts = sum(PagePool(0, windows).pages_for(len(case.prompt), 32) for case in cases[:2])      # the first two are admitted
     engine = make_engine(folder, num_pages=prompts + len(windows), prefill_chunk=32, max_batch=4, context_length=264,
@@ -94,8 +79,8 @@ def test_preempted_answers_stay_the_same_when_pages_are_few(made, name, backend)
 
 
 @pytest.mark.parametrize("name", by_day([*WINDOWED, *SHARED], *WINDOWED, "gemma4"))
-def test_alone_batched_and_cached_answers_are_the_same_to_the_bit(made, name):
-    folder, cases = made(name)
+def test_alone_batched_and_cached_answers_are_the_same_to_the_bit(made_model, name):
+    folder, cases = made_model(name)
     engine = make_engine(folder, num_pages=400, prefill_chunk=48, max_batch=8, apart=True)
     if not engine.kernels.row_invariant:
         pytest.skip("the promise is decode_core's")
@@ -107,8 +92,8 @@ def test_alone_batched_and_cached_answers_are_the_same_to_the_bit(made, name):
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_chunked_cached_drafted_and_preempted_answers_are_the_same_to_the_bit_where_layers_differ(made, name, monkeypatch):
-    folder, cases = made(name)
+def test_chunked_cached_drafted_and_preempted_answers_are_the_same_to_the_bit_where_layers_differ(made_model, name, monkeypatch):
+    folder, cases = made_model(name)
     works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=t, seed=i), 50, ignore_eos=True)
              for i, (case, t) in enumerate(zip(cases, (0.0, 0.6, 1.0)))]
     plain = make_engine(folder, num_pages=400, prefill_chunk=256, apart=True)
@@ -126,14 +111,14 @@ def test_chunked_cached_drafted_and_preempted_answers_are_the_same_to_the_bit_wh
     assert drafted > accepted > 50 and engine.scheduler.preemptions > 0
 
 
-def test_a_longer_context_fits_into_the_same_pages(made):
-    folder, _ = made("gemma3")
+def test_a_longer_context_fits_into_the_same_pages(made_model):
+    folder, _ = made_model("gemma3")
     few = make_engine(folder, num_pages=40, prefill_chunk=16, apart=True)
     windows = few.transformer.groups.windows
     assert len(windows) == 6 and few.pool.windows == windows
     assert few.context_length == (40 - 5 * (-(-(24 + 16) // PAGE_SIZE) + 1)) * PAGE_SIZE > 40 * PAGE_SIZE // 6
     assert few.pool.pages_for(few.context_length, 16) <= 40 < few.pool.pages_for(few.context_length + 1, 16)
-    mistral = make_engine(made("mistral")[0], num_pages=6, prefill_chunk=16, apart=True)
+    mistral = make_engine(made_model("mistral")[0], num_pages=6, prefill_chunk=16, apart=True)
     assert mistral.context_length == 512            # all that the model has: six pages last for ever
 
 
@@ -173,13 +158,13 @@ def test_random_traffic_with_few_pages_loses_and_leaks_nothing(windows):
 
 
 @pytest.mark.parametrize("name", by_day(["gemma2", "mistral"], "mistral"))
-def test_cuda_steps_give_pages_back_too(made, name, request, monkeypatch):
+def test_cuda_steps_give_pages_back_too(made_model, name, request, monkeypatch):
     """The kernels in their emulation, op by op and as graphs."""
     backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
     from decode_core import cuda_steps
     emulated = backends.Emulated(request.getfixturevalue("emulation_library"))
     monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
-    folder, cases = made(name)
+    folder, cases = made_model(name)
     model = load(folder)
     groups = group_layers(model.spec.by_layer, 512)
     kernels = emulated.kernels(model.spec)
