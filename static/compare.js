@@ -9,50 +9,78 @@ let compared = null;              // {node, columns: [{text, reasoning, end, dif
 function openCompare(node) {
   compared = {node, columns: [], controller: null};
   $("compare-columns").replaceChildren();
-  const {seed, parameters = {}, model} = node;
-  for (const each of [seed, seed + 1]) addColumn({...parameters, seed: each, model});
+  addColumn();
+  addColumn();
   updateCompare();
   $("compare-dialog").showModal();
 }
 
-function addColumn(values) {
+// One more column: as the answer was made, with the next seed.
+function addColumn() {
+  const {node: {parameters = {}, model, seed}, columns} = compared, values = {...parameters, seed: seed + columns.length};
   const column = {text: "", reasoning: "", end: null, differs: null}, controls = VARIED.map(name => {
     const {min, max, step} = PARAMETERS.find(each => each.name === name), usual = state.model.defaults[name];
     const field = element("input", {type: "number", min, max, step, value: values[name] ?? "", placeholder: usual ?? TEXT.default});
     return [name, field, element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field)];
   });
   column.fields = Object.fromEntries(controls);
-  column.model = element("select", {}, ...state.models.map(({id}) => element("option", {value: id, textContent: id})));
-  column.model.value = state.models.some(({id}) => id === values.model) ? values.model : state.model.name;
+  const bases = state.models.filter(each => baseOf(each) === each), chosen = state.models.find(({id}) => id === model) ?? chatModel();
+  column.model = element("select", {}, ...bases.map(optionOf));
+  column.model.value = baseOf(chosen)?.id;
+  column.adapter = element("select");
   column.body = element("div", {className: "compared", dir: "auto"});
   column.about = element("p", {className: "hint"});
   column.choose = element("button", {type: "button", className: "plain", textContent: TEXT.goOnWithThis, onclick: () => goOnWith(column)});
   column.remove = iconButton(TEXT.removeColumn, "close", () => { compared.columns = compared.columns.filter(each => each !== column); column.node.remove(); updateCompare(); });
-  const model = element("label", {hidden: state.models.length < 2}, element("span", {textContent: TEXT.model}), column.model);
-  column.node = element("section", {}, column.remove, model, stepsOf(column), element("div", {className: "grid"}, ...controls.map(each => each[2])),
+  const models = element("label", {hidden: bases.length < 2}, element("span", {textContent: TEXT.model}), column.model);
+  const [steps, showSteps] = stepsOf(column), [adapters, showAdapters] = adaptersOf(column);
+  column.model.onchange = () => { showSteps(); showAdapters(); };
+  showAdapters(chosen?.id);
+  column.node = element("section", {}, column.remove, models, steps, adapters, element("div", {className: "grid"}, ...controls.map(each => each[2])),
     column.about, column.body, column.choose);
+  // what differs by something else is drawn with the same noise, unless the reader says otherwise
+  column.node.oninput = ({target}) => {
+    column.ownSeed ||= target === column.fields.seed;
+    if (!column.ownSeed) column.fields.seed.value = seed;
+  };
   compared.columns.push(column);
   $("compare-columns").append(column.node);
 }
 
-// Of a model that is a step of a training run, a slider over the run's steps; else nothing.
+// The model that an adapter changes, where it is listed; else the model itself.
+const baseOf = model => model?.parent && state.models.find(({id, root, parent}) => !parent && [id, root].includes(model.parent)) || model;
+
+const optionOf = ({id, state: its}) => element("option", {value: id, textContent: id, disabled: its === "failed"});
+
+// A choice among the adapters of a model that has some: [label, function that shows it].
+function adaptersOf({model, adapter}) {
+  const label = element("label", {}, element("span", {textContent: TEXT.adapter}), adapter);
+  const show = (chosen = "") => {
+    const its = state.models.filter(each => baseOf(each) !== each && baseOf(each).id === model.value);
+    label.hidden = !its.length;
+    adapter.replaceChildren(element("option", {value: "", textContent: TEXT.none}), ...its.map(optionOf));
+    adapter.value = its.some(({id}) => id === chosen) ? chosen : "";
+  };
+  return [label, show];
+}
+
+// Of a model that is a step of a training run, a slider over the run's steps: [label, function that shows it].
 function stepsOf(column) {
   const slider = element("input", {type: "range", min: 0, step: 1}), label = element("label", {}, element("span", {textContent: TEXT.step}), slider);
   const run = () => {
     const its = state.models.find(({id}) => id === column.model.value)?.run;
-    return its ? state.models.filter(each => each.run === its).sort((a, b) => a.step - b.step).map(({id}) => id) : [];
+    return its ? state.models.filter(each => each.run === its && !each.now).sort((a, b) => a.step - b.step).map(({id}) => id) : [];
   };
   const show = () => {
     const steps = run();
     label.hidden = steps.length < 2;
     slider.max = steps.length - 1;
-    slider.value = steps.indexOf(column.model.value);
+    slider.value = steps.indexOf(state.models.find(({id}) => id === column.model.value)?.now ?? column.model.value);
     slider.setAttribute("aria-valuetext", column.model.value);
   };
   slider.oninput = () => { column.model.value = run()[slider.value]; show(); };
-  column.model.onchange = show;
   show();
-  return label;
+  return [label, show];
 }
 
 function updateCompare() {
@@ -84,7 +112,7 @@ async function startCompare() {
   setText($("compare-problem"), "");
   updateCompare();
   const {tools, response_format, seed, ...parameters} = node.parameters ?? {};
-  const variants = columns.map(({model, fields}) => ({...(state.models.length > 1 ? {model: model.value} : {}),
+  const variants = columns.map(({model, adapter, fields}) => ({...(state.models.length > 1 ? {model: adapter.value || model.value} : {}),
     ...Object.fromEntries(VARIED.filter(name => fields[name].value !== "").map(name => [name, Number(fields[name].value)]))}));
   try {
     const messages = messagesToSend(pathTo(state.nodes, node.parent), systemOf(node));
@@ -115,9 +143,8 @@ function hearCompared(columns, {index, differs, token = "", reasoning = "", fini
 function goOnWith({text, reasoning, end, fields}) {
   const {node} = compared, parameters = {...node.parameters};
   for (const name of VARIED) if (name !== "seed" && fields[name].value !== "") parameters[name] = Number(fields[name].value);
-  const made = addNode(node.parent, "assistant", text, {...madeBy({system: systemOf(node)}, {model: end.model, system: systemOf(node)}), parameters, seed: end.seed,
+  const made = addNode(node.parent, "assistant", text, {...madeBy({system: systemOf(node)}, {model: end.model, weights: weightsOf(end.model), system: systemOf(node)}), parameters, seed: end.seed,
     ...(reasoning ? {reasoning} : {}), timings: {...end.timings, ...end.usage, finish_reason: end.reason}});
-  if (end.model !== state.model.name) delete made.weights;
   $("compare-dialog").close();
   showLeaf(made.id);
 }

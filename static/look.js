@@ -7,7 +7,6 @@
 const BESIDE = 5;                 // tokens listed beside each
 const SHADES = [0.8, 0.5, 0.2, 0.05];         // a token below so many of these has this class: p1 .. p4
 const lenses = new Map();         // id of a node -> {tokens, at, text, controller}, while its lens is on
-const scored = new Map();         // id of a branched answer -> the tokens that it began with, as its lens shows them
 
 const canLook = node => Number.isSafeInteger(node.seed) && !node.edited && !isGrowing(node) && state.model.api !== "none" &&
   Boolean(state.model.can.token_ids);
@@ -15,6 +14,9 @@ const canLook = node => Number.isSafeInteger(node.seed) && !node.edited && !isGr
 // What made an answer, beside its parameters.
 const madeBy = (chat, more = {}) => ({model: state.model.name, ...(state.model.weights ? {weights: state.model.weights} : {}),
   ...(chat.system.trim() ? {system: chat.system} : {}), ...more});
+
+// The digest of a listed model's weights.
+const weightsOf = name => state.models.find(({id}) => id === name)?.weights_digest ?? state.model.weights;
 
 // The system prompt of an answer; those of older versions of the page do not say it.
 const systemOf = ({system, ids}) => system ?? (ids ? "" : state.chat.system);
@@ -45,10 +47,10 @@ async function replay(node, {more = {}, signal, onToken = () => {}}) {
   return made;
 }
 
-// The text of each token, of those that are no whole characters with the one that ends them: [{id, text, special}].
-async function piecesOf(ids) {
-  const found = await jsonOf(post("tokenize", {content: ids, with_pieces: true, ...modelOfSeveral()}));
-  return spelled(found?.tokens ?? []);
+// The text of each token, of those that are no whole characters with the one that ends them: [{id, text, special}]. Throws what postAnswer does.
+async function piecesOf(ids, model) {
+  const response = await accepted(await post("tokenize", {content: ids, with_pieces: true, ...modelOfSeveral(model)}));
+  return spelled((await response.json()).tokens);
 }
 
 function spelled(tokens) {
@@ -64,7 +66,7 @@ async function runAgain(view) {
   const tell = text => { node.verdict = text; setText(view.verdict, text); };
   try {
     const made = await replay(node, {signal: controller.signal, onToken: count => tell(TEXT.runningAgain(count))});
-    const at = await firstDifference(node, made), other = node.weights && node.weights !== state.model.weights ? TEXT.otherWeights : "";
+    const at = await firstDifference(node, made), other = node.weights && node.weights !== weightsOf(node.model) ? TEXT.otherWeights : "";
     tell([at === null ? TEXT.sameAgain(made.ids.length) : TEXT.differsAt(at), other].filter(Boolean).join(" "));
     if (at !== null && state.chat.id === chat.id) keepBeside(node, made);
   } catch (error) {
@@ -75,11 +77,11 @@ async function runAgain(view) {
 }
 
 // Where a replay leaves the answer: {at, was, is}, of which `at` counts from 1; null if it is the same.
-async function firstDifference({ids, content, reasoning = ""}, made) {
+async function firstDifference({ids, content, reasoning = "", model}, made) {
   if (!ids?.length) return content === made.text && reasoning === made.reasoning ? null : {at: 0, was: "", is: ""};
   const at = made.ids.findIndex((id, i) => id !== ids[i]), first = at < 0 ? made.ids.length : at;
   if (at < 0 && made.ids.length === ids.length) return null;
-  const [was, is] = await Promise.all([ids, made.ids].map(each => first < each.length ? piecesOf([each[first]]) : []));
+  const [was, is] = await Promise.all([ids, made.ids].map(each => first < each.length ? piecesOf([each[first]], model) : []));
   return {at: first + 1, was: was[0]?.text ?? "", is: is[0]?.text ?? ""};
 }
 
@@ -105,10 +107,10 @@ async function lookThrough(node) {
   const show = () => { const view = views.get(node.id); if (lenses.get(node.id) === lens && view?.complete) updateLens(view); };
   lenses.set(node.id, lens);
   try {
-    const made = await replay(node, {more: state.model.api === "text" ? {logprobs: BESIDE + 1} : {logprobs: true, top_logprobs: BESIDE + 1}, signal: lens.controller.signal,
+    const forced = forcedEntries(node), made = await replay(node, {more: state.model.api === "text" ? {logprobs: BESIDE + 1} : {logprobs: true, top_logprobs: BESIDE + 1}, signal: lens.controller.signal,
       onToken: count => { lens.text = TEXT.looking(count); show(); }});
     const at = node.ids?.length ? await firstDifference(node, made) : null;
-    lens.tokens = joined(await piecesOf(made.ids), made.entries, scored.get(node.id) ?? []);
+    lens.tokens = joined(await piecesOf(made.ids, node.model), [...await forced, ...made.entries]);
     lens.text = at ? TEXT.differsAt(at) : TEXT.lensHint;
   } catch (error) {
     if (error.name === "AbortError") return;
@@ -117,11 +119,19 @@ async function lookThrough(node) {
   show();
 }
 
-// Tokens with their probabilities and those beside them: of those that the model has drawn, and of a branch's beginning.
-function joined(tokens, entries, before) {
+// Log-probabilities of the tokens that an answer was made to begin with. Nothing was drawn there, so the model reads them as a prompt.
+async function forcedEntries(node) {
+  const {prefix = [], model} = node, {tokens} = prefix.length ? await promptOf(node) : {};
+  if (!tokens) return [];
+  const read = await jsonOf(post(ROUTES.text, {prompt: [...tokens.map(({id}) => id), ...prefix], max_tokens: 0, echo: true, logprobs: BESIDE + 1,
+    return_token_ids: true, ...modelOfSeveral(model)}));
+  return read?.choices?.[0]?.logprobs?.content?.slice(-prefix.length) ?? [];
+}
+
+// Tokens with their probabilities and those beside them. The server forces some without asking the model.
+function joined(tokens, entries) {
   let next = 0;
-  return tokens.map((token, i) => {
-    if (before[i]?.id === token.id) return {...before[i], ...token};
+  return tokens.map(token => {
     const entry = entries[next]?.id === token.id ? entries[next++] : null;
     if (!entry) return token;
     const beside = entry.top_logprobs.filter(({id}) => id !== token.id).slice(0, BESIDE);
@@ -179,6 +189,7 @@ function drawTokens({lens: {list, panel}, node}, lens) {
       className: `${shade ? `p${shade}` : ""}${special ? " special" : ""}`});
     option.dataset.at = i;
     option.setAttribute("aria-selected", "false");
+    if (!text.trim()) option.setAttribute("aria-label", quoted(text));
     return option;
   }));
   panel.replaceChildren();
@@ -203,31 +214,33 @@ function chooseToken(view, lens, at) {
 }
 
 // Another answer to the same question that has this token there, and is else made as this one.
-function branchAt(node, {tokens}, at, {id, text, share}) {
-  const question = state.nodes.get(node.parent), made = newId(), before = tokens.slice(0, at), {beside = [], ...instead} = tokens[at];
-  const prefix = [...before.map(token => token.id), id];
-  scored.set(made, [...before, {id, text, share, beside: [instead, ...beside.filter(other => other.id !== id)]}]);
-  const {parameters = {}, seed} = node;
-  answerAgain(question, {id: made, prefix, ids: [...prefix], parameters: {...parameters, seed}, system: systemOf(node)});
+function branchAt(node, {tokens}, at, {id}) {
+  const {parameters = {}, seed} = node, prefix = [...tokens.slice(0, at).map(token => token.id), id];
+  answerAgain(state.nodes.get(node.parent), {prefix, ids: [...prefix], parameters: {...parameters, seed}, system: systemOf(node)});
 }
 
 // the prompt ----------------------------------------------------------------------------------------------------------
 
-// What the model got for an answer: its tokens, and how many each message has.
-async function openPrompt(node) {
-  const {timings = {}, parameters = {}} = node, path = pathTo(state.nodes, node.parent);
+// What the model got for an answer: {messages, tokens}; no tokens if the server does not say.
+async function promptOf(node) {
+  const {timings = {}, parameters = {}, model} = node, path = pathTo(state.nodes, node.parent);
   const all = messagesToSend(path, systemOf(node)), dropped = Math.max(0, (timings.dropped_messages ?? 0) - all.dropped);
   const fixed = all[0]?.role === "system" ? 1 : 0, messages = [...all.slice(0, fixed), ...all.slice(fixed + dropped)];
+  const effort = parameters.reasoning_effort ? {reasoning_effort: parameters.reasoning_effort} : {};
+  const wanted = state.model.api === "text" ? ["tokenize", {content: textToContinue(messages), add_special: true}]
+    : ["apply-template", {messages, ...effort, ...(parameters.tools ? {tools: parameters.tools} : {})}];
+  const found = await jsonOf(post(wanted[0], {...wanted[1], with_pieces: true, ...modelOfSeveral(model)}));
+  return {messages, tokens: found?.tokens && spelled(found.tokens)};
+}
+
+async function openPrompt(node) {
   $("prompt-text").replaceChildren(TEXT.connecting);
   $("prompt-counts").replaceChildren();
   setText($("prompt-facts"), "");
   $("prompt-dialog").showModal();
-  const effort = parameters.reasoning_effort ? {reasoning_effort: parameters.reasoning_effort} : {};
-  const wanted = state.model.api === "text" ? ["tokenize", {content: textToContinue(messages), add_special: true}]
-    : ["apply-template", {messages, ...effort, ...(parameters.tools ? {tools: parameters.tools} : {})}];
-  const found = await jsonOf(post(wanted[0], {...wanted[1], with_pieces: true, ...modelOfSeveral(node.model)}));
-  if (!found?.tokens) return setText($("prompt-text"), TEXT.noPrompt);
-  const tokens = spelled(found.tokens), cached = timings.cached_tokens ?? 0, context = state.model.context;
+  const {messages, tokens} = await promptOf(node), {timings = {}} = node;
+  if (!tokens) return setText($("prompt-text"), TEXT.noPrompt);
+  const cached = timings.cached_tokens ?? 0, context = state.model.context;
   $("prompt-text").replaceChildren(...promptNodes(tokens, cached));
   $("prompt-counts").replaceChildren(...countsNodes(messages, tokens));
   setText($("prompt-facts"), TEXT.promptFacts({tokens: tokens.length, context, cached, dropped: timings.dropped_messages ?? 0}));

@@ -13,7 +13,6 @@ const composing = event => event.isComposing || event.keyCode === 229;
 function render() {
   const {chat, model, phase} = state, growing = isGrowing(lastNode());
   setText($("title"), chat.title || TEXT.newChat);
-  setText($("model"), model.name || TEXT.chat);
   renderModels();
   const completing = model.api === "text";
   document.body.classList.toggle("completing", completing);
@@ -45,21 +44,20 @@ function renderComposer(growing) {
   $("trouble").hidden = !store.trouble;
 }
 
-// The model's name, or where the server has several, a choice of them with the state and size of each.
+// A choice of the server's models; of several with the state and size of each.
 function renderModels() {
-  const {models, model} = state, select = $("models");
-  $("model").hidden = models.length > 1;
-  select.hidden = models.length < 2;
-  if (select.hidden) return;
+  const {model} = state, models = state.models.length || !model.name ? state.models : [{id: model.name}], select = $("models");
+  setText($("model"), models.length ? "" : TEXT.chat);
+  select.hidden = !models.length;
   const ids = models.map(({id}) => id).join("\n");
   if (select.ids !== ids) select.replaceChildren(...models.map(({id}) => element("option", {value: id})));
   select.ids = ids;
   const loading = models.find(({id}) => id === model.name)?.loading;
   $("model-loading").hidden = loading === undefined;
   $("model-loading").value = loading ?? 0;
-  models.forEach(({id, state: its, bytes, reason, loading}, i) => {
-    const option = select.options[i];
-    setText(option, TEXT.modelIs(id, its, bytes, loading));
+  models.forEach((each, i) => {
+    const {id, state: its, reason} = each, option = select.options[i];
+    setText(option, models.length > 1 ? TEXT.modelIs(each, baseOf(each).id) : id);
     Object.assign(option, {disabled: its === "failed", title: reason ?? ""});
   });
   select.value = model.name;
@@ -367,6 +365,7 @@ function nextTheme() {
   const theme = THEMES[(THEMES.indexOf(state.preferences.theme) + 1) % THEMES.length];
   changePreferences({theme});
   document.documentElement.dataset.theme = theme;
+  redrawCharts();
   announce(TEXT.themeIs(TEXT.themes[theme]));
 }
 
@@ -786,7 +785,7 @@ function takeServer(event) {
 function useServer(home) {
   const {servers} = state.preferences, server = home === PAGE_HOME ? "" : home;
   changePreferences({server, servers: server && !servers.includes(server) ? [...servers, server] : servers});
-  Object.assign(state, {phase: "connecting", reached: "", model: {...NO_MODEL}});
+  Object.assign(state, {phase: "connecting", reached: "", models: [], model: {...NO_MODEL}});
   render();
   watchServer();
 }
@@ -855,7 +854,7 @@ function bindPage() {
   };
   $("leave-status").onclick = () => openChat(state.chat.id);
   $("save-prompt").onclick = savePrompt;
-  $("add-column").onclick = () => { addColumn({}); updateCompare(); };
+  $("add-column").onclick = () => { addColumn(); updateCompare(); };
   $("start-compare").onclick = startCompare;
   $("compare-dialog").onclose = () => { compared?.controller?.abort(); compared = null; };
   $("menu").onclick = () => openMenu($("menu"), mainMenu());
@@ -868,6 +867,7 @@ function bindPage() {
   $("log").addEventListener("scroll", onScroll, {passive: true});
   document.addEventListener("keydown", onKey);
   addEventListener("beforeprint", () => views.forEach(complete));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawCharts);
   narrow.addEventListener("change", () => showSidebar(!narrow.matches && state.preferences.sidebar));
   new ResizeObserver(followEnd).observe($("log"));
 }

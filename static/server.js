@@ -174,12 +174,18 @@ async function describeServer(mine) {
 // Only ours says which of several models are to be had; of others' the first is used.
 const listedModels = models => {
   const listed = models?.data ?? [];
-  return listed.every(each => each.owned_by === "chat_server") ? listed : listed.slice(0, 1);
+  return listed.every(each => each.owned_by === "chat_server") ? listed.flatMap(withLatest) : listed.slice(0, 1);
 };
 
-// Makes the chat's model `state.model`: the one that it remembers, else the server's default.
+// The newest step of a training run is listed before itself by the name that follows the run.
+const withLatest = model => model.run && model.aliases?.includes(`${model.run}@latest`) ? [{...model, id: `${model.run}@latest`, now: model.id}, model] : [model];
+
+// The chat's model as it is listed: the one that the chat remembers, else the server's default.
+const chatModel = () => state.models.find(({id}) => id === state.chat.model) ?? state.models.find(each => each.default) ?? state.models[0];
+
+// Makes the chat's model `state.model`.
 function useModel(stats = state.stats, lists = true) {
-  const listed = state.models, its = listed.find(({id}) => id === state.chat.model) ?? listed.find(each => each.default) ?? listed[0] ?? {};
+  const listed = state.models, its = chatModel() ?? {};
   const devices = new Set((stats?.workers ?? []).map(worker => worker.device));
   const can = {continue_final_message: CONTINUING.includes(its.owned_by), ...its.capabilities};
   const api = !lists ? "native" : can.chat !== false ? "v1" : can.completion !== false ? "text" : "none";

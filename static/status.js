@@ -89,7 +89,9 @@ function showStatus(stats, {samples, looks}) {
     ["memory", TEXT.bytes(last.memory)], ["workers", `${ready} / ${workers.length}`], ["restarts", number(sum(workers, each => each.restarts))],
     ...(stats.delayed_answers === undefined ? [] : [["delayed", number(stats.delayed_answers)]])];
   $("status-facts").replaceChildren(...facts.map(([name, text]) => element("div", {}, element("dt", {textContent: TEXT.status[name]}), element("dd", {textContent: text}))));
-  fillTable("status-models", ["model", "state", "bytes"], models.map(({id, state: its, bytes}) => [id, its, bytes ? TEXT.bytes(bytes) : ""]));
+  const scored = models.some(each => typeof each.bits_per_byte === "number");
+  fillTable("status-models", ["model", "state", "bytes", ...(scored ? ["bits"] : [])], models.map(({id, state: its, bytes, bits_per_byte: bits}) =>
+    [id, its, bytes && its !== "unloaded" ? TEXT.bytes(bytes) : "", ...(scored ? [bits?.toFixed(3) ?? ""] : [])]));
   fillTable("status-workers", ["worker", "device", "state", "running", "restarts"], workers.map(each =>
     [each.gpu_id, each.node ? `${each.node} ${each.device}` : each.device, each.state, number(each.running ?? 0), number(each.restarts ?? 0)]));
   if (typeof uPlot === "function") { drawCharts(samples); drawRuns(models); }
@@ -127,13 +129,17 @@ function drawCharts(samples) {
   }
 }
 
+function redrawCharts() {
+  for (const {plot} of [...glanced?.charts ?? [], ...Object.values(glanced?.runs ?? {})]) plot.redraw();
+}
+
 function makeChart([name, write, values], lines, shownAt = at => new Date(1000 * at).toLocaleTimeString()) {
   const figure = element("div", {className: "chart"});
   figure.setAttribute("role", "img");
   $("status-charts").append(element("figure", {}, element("figcaption", {textContent: TEXT.status[name] ?? name}), figure));
-  const font = "11px system-ui, sans-serif", grid = {stroke: () => resolved("--line"), width: 1}, line = stroke => ({stroke: () => resolved(stroke), width: 1.5, points: {show: false}});
+  const font = "11px system-ui, sans-serif", grid = {stroke: () => resolved("--line"), width: 1}, line = stroke => ({stroke: () => resolved(stroke), width: 1.5, points: {show: !values, size: 5, fill: () => resolved(stroke)}});
   const axis = {stroke: () => resolved("--soft"), font, grid, ticks: {show: false}};
-  const plot = new uPlot({width: figure.clientWidth || 300, height: 120, legend: {show: false}, cursor: {show: false}, padding: [8, 4, 0, 0],
+  const plot = new uPlot({width: figure.clientWidth || 300, height: 120, legend: {show: false}, cursor: {show: false}, padding: [8, 12, 0, 0],
     scales: {x: {time: Boolean(values)}, y: {range: (_, low, high) => !values ? [low - (high - low) / 10, high + (high - low) / 10] : [0, high > 0 ? high * 1.1 : 1]}},
     axes: [{...axis, size: 24, space: 90, values: (_, ticks) => ticks.map(shownAt)}, {...axis, size: 62, space: 34, values: (_, ticks) => ticks.map(write)}],
     series: [{}, line("--accent"), line("--amber")].slice(0, 1 + lines)}, [[], [], []].slice(0, 1 + lines), figure);

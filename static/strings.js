@@ -15,7 +15,7 @@ const TEXT = {
 
   // header, list of chats
   model: "Model", modelStates: {unloaded: "", loading: "loading", ready: "loaded", failed: "failed"},
-  modelIs: (name, state, bytes, loaded) => [name, `${TEXT.modelStates[state] ?? state}${loaded ? ` ${Math.floor(100 * loaded)}\u00a0%` : ""}`, bytes ? TEXT.bytes(bytes) : ""].filter(Boolean).join(" · "),
+  modelIs: ({id, state, bytes, loading, now}, base) => [id, now ? `now ${now}` : id === base ? "" : `adapter of ${base}`, `${TEXT.modelStates[state] ?? state}${loading ? ` ${Math.floor(100 * loading)}\u00a0%` : ""}`, bytes ? TEXT.bytes(bytes) : ""].filter(Boolean).join(" · "),
   bytes: count => count < 1e9 ? `${number(Math.round(count / 1e6))} MB` : `${number(count / 1e9)} GB`,
   chat: "Chat", menu: "Menu", showChats: "Show or hide chats", untitled: "Untitled chat", title: "Title", pin: "Pin", more: "More",
   pinned: "Pinned", today: "Today", yesterday: "Yesterday", lastWeek: "Previous 7 days", lastMonth: "Previous 30 days",
@@ -75,7 +75,7 @@ const TEXT = {
 
   // compare
   compare: "Compare", compareHint: "The same question, answered at the same time. What differs from the first answer is marked where it begins.", addColumn: "Add a column",
-  removeColumn: "Remove the column", goOnWithThis: "Go on with this", step: "Step", column: place => `Answer ${place}`,
+  removeColumn: "Remove the column", goOnWithThis: "Go on with this", step: "Step", adapter: "Adapter", column: place => `Answer ${place}`,
   differsFrom: ({position, probabilities: [theirs, its] = []}) => `differs from token ${number(position + 1)} on (${[theirs, its].map(share => typeof share === "number" ? TEXT.share(share) : "its end").join(" / ")})`,
 
   // the server at a glance
@@ -84,7 +84,7 @@ const TEXT = {
     pages: "KV pages in use", memory: "Memory", workers: "Workers ready", restarts: "Restarts of workers", delayed: "Answers delayed by a worker's end"}, bitsOf: run => `Bits per byte of ${run}, by step`,
   statusAbout: ({model, uptime_s: seconds = 0, workers = []}) => [model, [...new Set(workers.map(({device}) => TEXT.device(device)))].join(", "),
     seconds ? `up for ${seconds < 5400 ? plural(Math.round(seconds / 60), "minute", "minutes") : plural(Math.round(seconds / 3600), "hour", "hours")}` : ""].filter(Boolean).join(" · "),
-  columns: {model: "Model", state: "State", bytes: "In memory", worker: "Worker", device: "Device", running: "Running", restarts: "Restarts"},
+  columns: {model: "Model", state: "State", bytes: "In memory", bits: "Bits per byte", worker: "Worker", device: "Device", running: "Running", restarts: "Restarts"},
 
   // what is happening
   connecting: "Connecting…", noServer: home => `No server at ${home} answers; still trying.`,

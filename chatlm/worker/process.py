@@ -40,8 +40,8 @@ from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.ranks.messages import RankDrew
 from chatlm.worker.ranks.ranks import OtherRank, gather_ranks
 from chatlm.worker.ranks.steps import DrawnTokens, RankSteps, Stage, follow, follow_stage
-from chatlm.worker.weights.digest import arithmetic_of, files_of, profile_of, stamp_of, whole_digest
-from chatlm.worker.weights.files import weights_digest
+from chatlm.worker.weights.digest import (arithmetic_of, files_of, profile_of, sampled_digest, stamp_of,
+                                          whole_digest)
 from chatlm.worker.weights.load import open_model
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, weights
         shapes.pop("head", None)
     return ModelFacts(model.family, files.get(source.kind, source.kind) if source else "",
                       sum(map(math.prod, shapes.values())), weights, weights_bytes, spec.width, spec.layers,
-                      weights_digest(source.path, config.settings.lora) if source else "")
+                      sampled_digest(source.path, config.settings.lora) if source else "")
 
 
 def gauges(engine: Engine) -> dict[str, float | None]:

@@ -595,7 +595,7 @@ def test_a_server_that_stops_in_between_can_be_asked_again_when_it_is_back(page,
 def test_a_server_that_has_only_nanochat_s_route_is_asked_there(page, stand_in):
     stand_in.model = None
     open_page(page, stand_in.url)
-    expect(page.locator("#model")).to_have_text("stand-in-135m")
+    expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("stand-in-135m")
     with page.expect_request(lambda request: request.method == "POST") as sent:
         ask(page, "hello")
     assert sent.value.url == stand_in.url + "chat/completions"

@@ -36,7 +36,8 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     expect(panel).to_contain_text(re.compile(r"· token \d+ · [<\d. ]+\s%"))
     expect(panel.get_by_role("button")).to_have_count(5)
     expect_accessible(page)
-    before = page.evaluate("lenses.get(lastNode().id).tokens.slice(0, 2).map(token => token.id)")
+    lens = page.evaluate("lenses.get(lastNode().id).tokens.map(({id, share, beside}) => [id, share, beside?.length])")
+    before = [token[0] for token in lens[:2]]
     tokens.press("ArrowDown")
     page.keyboard.press("Enter")
     expect(answers(page)).to_contain_text("2/2")
@@ -55,6 +56,12 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     brought = page.evaluate("({...lastNode()})")
     assert [brought[name] for name in ("ids", "prefix", "weights", "seed", "content")] == [node[name] for name in ("ids", "prefix", "weights", "seed", "content")]
     reload(page)
+    button(answers(page), "Token lens").click()
+    expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
+    seen = page.evaluate("lenses.get(lastNode().id).tokens.map(({id, share, beside}) => [id, share, beside?.length])")
+    assert [token[0] for token in seen] == node["ids"] and all(share > 0 and count == 5 for _, share, count in seen[:-1])
+    assert seen[:2] == lens[:2]                   # what was forced has the probability that it had when it was drawn
+    button(answers(page), "Token lens").click()
     page.evaluate("lastNode().ids[4]++")          # as if it had been made by another model
     button(answers(page), "Run again").click()
     expect(answers(page)).to_contain_text("it differs from token 5 on", timeout=SLOW_MS)

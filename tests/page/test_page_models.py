@@ -1,10 +1,17 @@
-"""The page of a server of many models: a choice of them, which a chat remembers."""
+"""The page of a server of many models: a choice of them, which a chat remembers, the steps of a training, adapters."""
 
+import json
 import re
+import shutil
+import urllib.request
 
 import pytest
 
-from browsing import SLOW_MS, answers, ask, button, chats, expect, needs_browser, open_page, said, started_server, visitor
+import tiny_training
+from browsing import (SLOW_MS, answers, ask, button, chats, command, expect, expect_accessible, expect_answered, needs_browser,
+                      open_page, said, started_server, visitor)
+from families import make_model, save
+from lora import random_adapter
 
 pytestmark = needs_browser
 
@@ -36,3 +43,86 @@ def test_a_chat_chooses_its_model_and_remembers_it(browser, nanochat_fixtures, t
         expect(choice).to_have_value("second")
         page.reload()
         expect(choice).to_have_value("second")
+
+
+@pytest.mark.slow
+def test_steps_of_a_training_stand_on_a_slider_and_their_bits_per_byte_on_a_curve(browser, nanochat_fixtures, tmp_path):
+    base, text = tmp_path / "base", tmp_path / "held_out.txt"
+    shutil.copytree(nanochat_fixtures / "gen1" / "tokenizer", base / "tokenizer")
+    text.write_text(tiny_training.TEXT)
+    run = tiny_training.train(base, 60, 20)
+    next(run)
+    with started_server("--watch", str(base), "--watch-text", str(text), "--nice", "0") as url, visitor(browser) as page:
+        open_page(page, url)
+        choice = page.get_by_role("combobox", name="Model", exact=True)
+        expect(choice.locator("option")).to_have_count(2, timeout=4 * SLOW_MS)
+        expect(choice).to_have_value("d2@latest")
+        for line in ("/temperature 1", "/seed 3", "/maxtokens 12"):
+            command(page, line)
+        ask(page, "hello")
+        expect_answered(page)
+        assert [step for step, _ in run] == [40, 60]                      # while the page is open
+        choice.focus()
+        expect(choice.locator("option").nth(2)).to_have_text(re.compile("^d2@latest · now d2@60"), timeout=4 * SLOW_MS)
+        ask(page, "hello again")
+        expect_answered(page, 2)
+        assert page.evaluate("state.path.filter(({role}) => role === 'assistant').map(({model}) => model)") == ["d2@20", "d2@60"]
+        button(answers(page).last, "Compare").click()
+        dialog = page.get_by_role("dialog", name="Compare")
+        slider, columns = dialog.get_by_role("slider", name="Step"), dialog.get_by_role("region")
+        expect(slider.nth(1)).to_have_attribute("aria-valuetext", "d2@60")
+        for key, step in (("Home", "d2@20"), ("ArrowRight", "d2@40")):
+            slider.nth(1).press(key)
+            expect(slider.nth(1)).to_have_attribute("aria-valuetext", step)
+        expect(columns.nth(1).get_by_role("spinbutton", name="Seed")).to_have_value("3")        # a fair comparison
+        button(dialog, "Compare").click()
+        expect(columns.get_by_role("button", name="Go on with this")).to_have_count(2, timeout=4 * SLOW_MS)
+        expect_accessible(page)
+        columns.nth(1).get_by_role("button", name="Go on with this").click()
+        button(answers(page).last, "Run again").click()
+        expect(answers(page).last).to_contain_text("Run again: the same 12 tokens.", timeout=4 * SLOW_MS)
+        expect(answers(page).last).not_to_contain_text("other weights")
+        page.evaluate("openStatus()")
+        curve = page.get_by_role("img", name=re.compile(r"^20: [\d.]+, 40: [\d.]+, 60: [\d.]+$"))
+        expect(curve).to_be_visible(timeout=4 * SLOW_MS)
+        shown = [float(part.split(": ")[1]) for part in curve.get_attribute("aria-label").split(", ")]
+        with urllib.request.urlopen(url + "v1/models") as response:
+            scores = [model["bits_per_byte"] for model in json.load(response)["data"]]
+        assert shown == pytest.approx(scores, abs=0.0006) and page.get_by_role("cell", name=f"{shown[2]:.3f}").count() == 1
+        assert curve.locator("canvas").evaluate("""canvas => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.some(Boolean)""")
+        expect_accessible(page)
+
+
+@pytest.mark.slow
+def test_columns_of_a_comparison_have_adapters(browser, tmp_path):
+    base = save(make_model("llama3.1"), tmp_path / "tiny")
+    config = json.loads((base / "config.json").read_text())
+    shape = (config["num_attention_heads"] * config["head_dim"], config["hidden_size"])
+    folders = [random_adapter(tmp_path / name, config["num_hidden_layers"], {"self_attn.q_proj": shape}, seed, size=0.3)
+               for seed, name in enumerate(("law", "tone"))]
+    flags = [flag for folder in folders for flag in ("--adapter", f"{folder.name}={folder}")]
+    with started_server(str(base), *flags) as url, visitor(browser) as page:
+        open_page(page, url)
+        choice = page.get_by_role("combobox", name="Model", exact=True)
+        expect(choice.locator("option")).to_have_text([re.compile("^tiny · loaded"), re.compile("^law · adapter of tiny · "), re.compile("^tone · adapter of tiny · ")])
+        choice.select_option("law")
+        command(page, "/maxtokens 8")
+        ask(page, "hello")
+        expect_answered(page)
+        button(answers(page), "Compare").click()
+        dialog = page.get_by_role("dialog", name="Compare")
+        adapters = dialog.get_by_role("combobox", name="Adapter")
+        expect(dialog.get_by_role("combobox", name="Model")).to_have_count(0)                    # there is one
+        expect(adapters.nth(0)).to_have_value("law")
+        adapters.nth(1).select_option("tone")
+        button(dialog, "Add a column").click()
+        adapters.nth(2).select_option("none")
+        button(dialog, "Compare").click()
+        expect(dialog.get_by_role("button", name="Go on with this")).to_have_count(3, timeout=SLOW_MS)
+        expect_accessible(page)
+        assert page.evaluate("compared.columns.map(({end}) => end.model)") == ["law", "tone", "tiny"]
+        assert len(set(page.evaluate("compared.columns.map(({end}) => end.seed)"))) == 1
+        dialog.get_by_role("button", name="Go on with this").nth(1).click()
+        button(answers(page), "Run again").click()
+        expect(answers(page)).to_contain_text("Run again: the same 8 tokens.", timeout=SLOW_MS)
+        assert page.evaluate("lastNode().weights") == page.evaluate("weightsOf('tone')") != page.evaluate("weightsOf('law')")

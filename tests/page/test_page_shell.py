@@ -492,7 +492,7 @@ def test_the_page_opens_from_a_file_and_says_which_server_it_wants(page, stand_i
     page.get_by_role("textbox", name="URL").fill(stand_in.url.removeprefix("http://").rstrip("/") + "/v1")
     page.get_by_label("API key").fill("secret")
     button(page, "Done").click()
-    expect(page.locator("#model")).to_have_text("stand-in-135m")
+    expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("stand-in-135m")
     with page.expect_request("**/chat/completions") as sent:
         ask(page, "hello")
     assert sent.value.headers["authorization"] == "Bearer secret"
@@ -518,13 +518,13 @@ def test_a_server_in_the_address_is_asked_about_before_it_gets_anything_and_neve
     assert not [request for request in requests if request.url.startswith(stand_in.url)]
     page.reload()
     button(page, "Use this server").click()
-    expect(page.locator("#model")).to_have_text("stand-in-135m")
+    expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("stand-in-135m")
     ask(page, "hello")
     expect_answered(page)
     theirs = [request for request in requests if request.url.startswith(stand_in.url)]
     assert theirs and not [request for request in theirs if "authorization" in request.headers]
     page.reload()                                               # now it is known
-    expect(page.locator("#model")).to_have_text("stand-in-135m")
+    expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("stand-in-135m")
     expect(page.get_by_role("dialog")).to_have_count(0)
 
 
@@ -552,9 +552,9 @@ def test_a_server_with_keys_asks_for_one_and_the_page_keeps_it(page):
         expect(answers(page)).to_contain_text("Hello, world!")
         expect(page.locator("#lamp.ready")).to_be_attached()
         button(page, "New chat").click()
-        expect(page.locator("#model")).to_have_text("fake-model")
+        expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("fake-model")
         page.reload()
-        expect(page.locator("#model")).to_have_text("fake-model")
+        expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("fake-model")
         ask(page, "hello")
         expect(answers(page)).to_contain_text("Hello, world!")
         expect(page.get_by_role("alert")).to_have_count(0)
@@ -568,7 +568,7 @@ def test_a_page_from_a_file_talks_to_a_server_that_admits_it(page):
         page.get_by_role("textbox", name="URL").fill(url)
         page.get_by_label("API key").fill("key")
         button(page, "Done").click()
-        expect(page.locator("#model")).to_have_text("fake-model")
+        expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("fake-model")
         ask(page, "hello")
         expect(answers(page)).to_contain_text("Hello, world!")
 

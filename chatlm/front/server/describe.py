@@ -61,7 +61,8 @@ A_MODEL = {"type": "object", "properties": {
     "loading": {"type": "number", "description": "how far it is loaded, from 0 to 1, while it loads"},
     "bytes": {"type": "integer", "description": "in memory; of one that is not loaded, what it will take"},
     "default": {"type": "boolean", "description": "it answers requests that name no model"},
-    "weights_digest": {"type": "string", "description": "the same for the same weights"},
+    "weights_digest": {"type": "string", "description":
+                       "of the sizes of the files of weights, and of 256 samples of each"},
     "run": {**A_TEXT, "description": "of a checkpoint: the training run, TAG of TAG@STEP"},
     "step": {"type": "integer", "description": "of a checkpoint"},
     "bits_per_byte": {"type": ["number", "null"],

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
     from chatlm.worker.model.transformer import Transformer
 
+SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file
 KNOWN_DIGESTS = "weights.json"  # in a store: stamps of files -> their digest
 
 
@@ -39,6 +40,22 @@ def stamp_of(files: Iterable[Path]) -> str:
     stats = [(path.name, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
              for path in files for status in [path.stat()]]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def sampled_digest(path: Path, adapters: Iterable[str] = ()) -> str:
+    """`weights_digest` of /v1/models: of the size of each file of a model's weights, and of samples all over
+    it. Also said of models that are only listed, and to hash all of these takes as long as to read them. It
+    tells models and trainings apart, the same wherever the files lie; it does not prove that none was
+    changed, so pages that outlive the server go by `whole_digest`."""
+    digest = hashlib.sha256()
+    for file in (*files_of_weights(path), *files_of_adapters(adapters)):
+        with file.open("rb") as opened:
+            size = opened.seek(0, os.SEEK_END)
+            digest.update(size.to_bytes(8, "little"))
+            for sample in range(SAMPLES):
+                opened.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                digest.update(opened.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def digest_of(files: Iterable[Path]) -> str:

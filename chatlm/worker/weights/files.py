@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import re
@@ -44,9 +43,6 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file
-
-
 def files_of_weights(path: Path) -> list[Path]:
     """All files that have a model's weights; ConfigError if one of a folder's is missing."""
     split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
@@ -57,20 +53,6 @@ def files_of_weights(path: Path) -> list[Path]:
 def files_of_adapters(folders: Iterable[str]) -> list[Path]:
     """The weights of adapters that are merged into the model's, folder by folder."""
     return [file for folder in folders for file in sorted(Path(folder).expanduser().glob("*.safetensors"))]
-
-
-def weights_digest(path: Path, adapters: Iterable[str] = ()) -> str:
-    """A hash that tells weights apart: of the size of each of a model's files, and of samples all over it,
-    since to hash the whole takes as long as to read the model. The same wherever the files lie."""
-    digest = hashlib.sha256()
-    for file in (*files_of_weights(path), *files_of_adapters(adapters)):
-        with file.open("rb") as opened:
-            size = opened.seek(0, os.SEEK_END)
-            digest.update(size.to_bytes(8, "little"))
-            for sample in range(SAMPLES):
-                opened.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                digest.update(opened.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def refuse_cut_checkpoint(path: Path):
