@@ -179,12 +179,12 @@ def test_an_answer_without_a_word_says_so_and_nothing_is_empty_below_a_question(
 
 def test_commands_are_completed_from_a_list(page, stand_in):
     open_page(page, stand_in.url)
-    box, options = message_box(page), page.get_by_role("option")
+    box, options = message_box(page), page.get_by_role("listbox", name="Commands").get_by_role("option")
     box.press_sequentially("/t")
     expect(options).to_have_text([re.compile("^/temperatureN"), re.compile("^/topkN"), re.compile("^/toppN")])
     for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowUp", "ArrowUp"):
         box.press(key)
-    expect(page.get_by_role("option", selected=True)).to_contain_text("/topk")
+    expect(options.and_(page.get_by_role("option", selected=True))).to_contain_text("/topk")
     assert box.get_attribute("aria-activedescendant") == "command-topk"
     box.press("Tab")
     expect(box).to_have_value("/topk ")
