@@ -38,10 +38,13 @@ namespace dc_device {
 constexpr uint32_t ALL_LANES = 0xffffffffu;
 
 // Element types as launchers receive them.
-enum Type : int64_t { F32 = 0, F16 = 1, BF16 = 2 };
+enum Type : int64_t { F32 = 0, F16 = 1, BF16 = 2, Q8 = 3 };     // Q8: of keys and values alone
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+struct q8 { int8_t code; };                             // of a head that a Hadamard matrix has turned; a scale for each Q8_BLOCK
+
+constexpr int Q8_BLOCK = 32;
 
 struct alignas(16) Bytes16 { uint32_t words[4]; };     // one 16-byte load
 
@@ -92,6 +95,24 @@ DC_DEVICE float load_fresh(const float *from) {
 #else
     return *from;
 #endif
+}
+
+// x of `size` values, a power of two from 32 on, becomes its product with the normalized Hadamard matrix. By a warp, which
+// meets before and after; x is shared memory. The order of additions depends on the size alone.
+DC_DEVICE void turn(float *x, int size, unsigned lane) {
+    __syncwarp();
+    for (int apart = 1; apart < size; apart *= 2) {
+        for (int i = lane; i < size / 2; i += 32) {
+            float *pair = x + i / apart * 2 * apart + i % apart;
+            const float a = pair[0], b = pair[apart];
+            pair[0] = a + b;
+            pair[apart] = a - b;
+        }
+        __syncwarp();
+    }
+    const float scale = 1.0f / sqrtf(static_cast<float>(size));
+    for (int d = lane; d < size; d += 32) x[d] *= scale;
+    __syncwarp();
 }
 
 // ln x to 1e-5 or better, for bounds only.

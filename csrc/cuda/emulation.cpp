@@ -233,6 +233,7 @@ extern "C" __attribute__((visibility("default"))) void dc_emulation_order(int64_
 #include "paged_attention.cu"
 #include "packed.cu"
 #include "experts.cu"
+#include "adapters.cu"
 
 // --- kernels with a fault each, to test the emulation itself -------------------------------------------------------
 

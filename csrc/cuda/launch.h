@@ -32,7 +32,8 @@ const char *dc_cuda_sample(int64_t logits, int64_t type, int64_t row_stride, int
 // qkv (rows, (heads + 2 kv_heads) * head_size) f32 or bf16 -> q_out (rows, heads, head_size) f32 and the pages. positions,
 // slots (rows) i64: slot = page * 16 + place; outside [0, num_slots) the row is left alone (padding: -1). cos, sin
 // (max_positions, half_rotated) f32. norm: 0 none, 1 before rope, 2 after it; q_norm, k_norm (head_size) f32 or 0. q and k are
-// multiplied by post_scale, q also by q_scale. value_embed (rows, kv_heads * head_size), gate (rows, kv_heads) in
+// multiplied by post_scale, q also by q_scale. cache_type 3 = q8: codes, and f16 scales of each 32 in k_scales and v_scales, in the
+// same order, so that strides are multiples of 32; q, k and v are turned by the Hadamard matrix; 0 for floats. value_embed (rows, kv_heads * head_size), gate (rows, kv_heads) in
 // qkv's type, or 0: v += gate_scale * sigmoid(gate) * value_embed. Strides count elements.
 const char *dc_cuda_rope_append(int64_t qkv, int64_t qkv_type, int64_t row_stride, int64_t rows, int64_t heads,
                                 int64_t kv_heads, int64_t head_size, int64_t positions, int64_t slots,
@@ -40,17 +41,20 @@ const char *dc_cuda_rope_append(int64_t qkv, int64_t qkv_type, int64_t row_strid
                                 int64_t norm, int64_t q_norm, int64_t k_norm,
                                 double epsilon, double post_scale, double q_scale, int64_t value_embed,
                                 int64_t value_stride, int64_t gate, int64_t gate_stride, double gate_scale, int64_t q_out,
-                                int64_t k_pages, int64_t v_pages, int64_t cache_type, int64_t page_stride,
-                                int64_t head_stride, int64_t slot_stride, int64_t stream);
+                                int64_t k_pages, int64_t v_pages, int64_t k_scales, int64_t v_scales, int64_t cache_type,
+                                int64_t page_stride, int64_t head_stride, int64_t slot_stride, int64_t stream);
+
+// x (heads, head_size) f32 times the normalized Hadamard matrix -> out, type 0 = f32 or 2 = bf16. head_size a power of two, 32 .. 256.
+const char *dc_cuda_turn(int64_t x, int64_t heads, int64_t head_size, int64_t out, int64_t out_type, int64_t stream);
 
 // Decode attention: q (rows, heads, head_size) f32, scaled already; block_table (rows, table_width) i32; lengths (rows) i32,
 // <= 0 = inactive: its output is left alone; window 0 = every key; softcap 0 = none; sinks (heads) f32 or 0. max_chunks: chunks
 // of 64 positions that a row can see; most_spans, up to 256: the parts that are computed side by side, of each row, whatever its
 // length. With S = min(max_chunks, most_spans) and G = S / 16 rounded up: states has rows * heads * (S + G) * (2 + head_size) f32,
 // any content; tickets rows * kv_heads * (1 + G) i32, zero before the first launch and after every one. out (rows, heads *
-// head_size), type 0 = f32 or 2 = bf16.
+// head_size), type 0 = f32 or 2 = bf16. Pages of q8 as dc_cuda_rope_append has them; q is turned then, and so is out.
 const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_size,
-                                    int64_t k_pages, int64_t v_pages, int64_t cache_type, int64_t num_pages,
+                                    int64_t k_pages, int64_t v_pages, int64_t k_scales, int64_t v_scales, int64_t cache_type, int64_t num_pages,
                                     int64_t page_stride, int64_t head_stride, int64_t slot_stride, int64_t block_table,
                                     int64_t table_stride, int64_t table_width, int64_t lengths, int64_t window, double softcap,
                                     int64_t sinks, int64_t max_chunks, int64_t most_spans, int64_t states, int64_t tickets, int64_t out, int64_t out_type,
@@ -92,4 +96,16 @@ const char *dc_cuda_multiply_experts(int64_t x, int64_t x_type, int64_t pairs_pe
                                      int64_t most_items, int64_t blocks, int64_t type, int64_t experts, int64_t outputs,
                                      int64_t columns, int64_t gate, int64_t bias, int64_t shares, int64_t out, int64_t out_type,
                                      int64_t out_stride, int64_t stream);
+
+// What adapters add to products. adapters (rows) i64: of each row 0, or the address of its adapter: a number of matrices, and then six
+// numbers of each matrix: the addresses of a (ranks, columns), of b transposed (ranks, outputs) and of scales (ranks) f32, the ranks, at
+// most most_ranks, the columns, and the type of a and b, 0 = f32, 1 = f16 or 2 = bf16. A matrix of no ranks, or beyond the number, adds nothing.
+// shrink: sums (rows, most_ranks) f32 = scales * (a times norm(x)), norm and x as in dc_cuda_multiply; expand: out (rows, outputs) = residual +
+// activation(y + b times sums), y f32, of 2 * outputs columns with a gate; the rest as in dc_cuda_multiply.
+const char *dc_cuda_shrink(int64_t adapters, int64_t matrix, int64_t x, int64_t x_type, int64_t x_stride, int64_t rows,
+                           int64_t norm, int64_t width, int64_t norm_weight, double epsilon, int64_t sums,
+                           int64_t most_ranks, int64_t stream);
+const char *dc_cuda_expand(int64_t adapters, int64_t matrix, int64_t rows, int64_t sums, int64_t most_ranks, int64_t y,
+                           int64_t y_stride, int64_t outputs, int64_t activation, int64_t residual, int64_t residual_stride,
+                           int64_t out, int64_t out_type, int64_t out_stride, int64_t stream);
 }

@@ -1,6 +1,6 @@
 // op       paged_attention of decode rows: softmax(q k) v, the scores capped if the job says so, over each row's own pages.
 //          With sinks, each query head has one more score, whose value is 0.
-// shapes   q (B, Hq, D) f32, scaled already; K and V pages of 16 slots, f32, f16 or bf16, strides as arguments; block_table
+// shapes   q (B, Hq, D) f32, scaled already; K and V pages of 16 slots, f32, f16, bf16 or q8, strides as arguments; block_table
 //          (B, W) i32; lengths (B) i32, the row itself included, <= 0 = inactive; sinks (Hq) f32 -> out (B, Hq * D) f32 or bf16.
 //          D a multiple of 16 up to 256, Hq / Hk up to 64.
 // mapping  A row's keys are chunks of 64 positions at absolute borders; a span is one chunk, or as many as it takes to have no
@@ -12,7 +12,8 @@
 // cost     2 * D * bytes per (position, kv head) read, once per group of up to 8 query heads; bound by memory bandwidth.
 // numerics Scores, softmax and sums in f32; every sum has an order fixed by lane, position and the row's length, so a row's
 //          bits depend on nothing but the row. Window W: a row at position i sees 0 <= i - j < W. Pages left of it are not
-//          read. A page id out of range is skipped like a masked one.
+//          read. A page id out of range is skipped like a masked one. Numbers of q8 are their code times their block's scale; q
+//          must be turned as K is, and the result is turned as V is (rope_append.cu).
 
 #include "launch.h"
 
@@ -44,8 +45,44 @@ struct AttentionJob {                       // by value into the kernel; strides
     int32_t *tickets;                       // (B, Hk, 1 + max_groups): of the groups together, of each; zero between launches
 };
 
+template <class Stored> constexpr int PACKED = 16 / sizeof(Stored);         // elements of one load
+template <> constexpr int PACKED<q8> = 8;                                   // so that 8 lanes have a load each of 64
+
+// K or V pages from some head on.
+template <class Stored> struct Pages {
+    const Stored *values;
+
+    DC_DEVICE void skip(int64_t elements) { values += elements; }
+
+    DC_DEVICE void load(int64_t at, float (&to)[PACKED<Stored>]) const {
+        union { Bytes16 bytes; Stored values[PACKED<Stored>]; } pack;
+        static_assert(sizeof pack == 16, "one load");
+        pack.bytes = *reinterpret_cast<const Bytes16 *>(values + at);
+        DC_UNROLL
+        for (int i = 0; i < PACKED<Stored>; i++) to[i] = to_float(pack.values[i]);
+    }
+};
+
+template <> struct Pages<q8> {
+    const q8 *values;
+    const f16 *scales;                      // as many as there are blocks, in the same order
+
+    DC_DEVICE void skip(int64_t elements) {
+        values += elements;
+        scales += elements / Q8_BLOCK;
+    }
+
+    DC_DEVICE void load(int64_t at, float (&to)[8]) const {
+        union { uint64_t bytes; q8 values[8]; } pack;
+        pack.bytes = *reinterpret_cast<const uint64_t *>(values + at);
+        const float scale = to_float(scales[at / Q8_BLOCK]);
+        DC_UNROLL
+        for (int i = 0; i < 8; i++) to[i] = static_cast<float>(pack.values[i].code) * scale;
+    }
+};
+
 template <class Stored, int MAX_SIZE, int HEADS> struct Shape {
-    static constexpr int PACK = 16 / sizeof(Stored);                        // elements of one load
+    static constexpr int PACK = PACKED<Stored>;
     static constexpr int KEY_PACKS = MAX_SIZE / (KEY_LANES * PACK);         // loads of a lane per key
     static constexpr int COLUMNS = MAX_SIZE / PACK;                         // threads that share a value row
     static constexpr int VALUE_ROWS = ATTENTION_THREADS / COLUMNS;
@@ -81,14 +118,6 @@ DC_DEVICE bool find_range(const AttentionJob &job, Range &range) {
     return true;
 }
 
-template <class T, int N> DC_DEVICE void load_pack(const T *from, float (&to)[N]) {
-    union { Bytes16 bytes; T values[N]; } pack;
-    static_assert(sizeof pack == 16, "one load");
-    pack.bytes = *reinterpret_cast<const Bytes16 *>(from);
-    DC_UNROLL
-    for (int i = 0; i < N; i++) to[i] = to_float(pack.values[i]);
-}
-
 // Sums over the 8 lanes of a key, for all heads at once: each step halves the heads a lane is responsible for. The
 // tree of additions is the same for every head and every HEADS. Returns the sum for head `lane * HEADS / 8`.
 template <int HEADS> DC_DEVICE float sum_over_lanes(float (&x)[HEADS], unsigned lane) {
@@ -113,7 +142,7 @@ template <int HEADS> DC_DEVICE float sum_over_lanes(float (&x)[HEADS], unsigned 
 
 // scores[h][p] = q_h k_p for the positions of the chunk that begins at `first`, -infinity where masked.
 template <class Stored, int MAX_SIZE, int HEADS>
-DC_DEVICE void score(const AttentionJob &job, const Range &range, int first, const Stored *k_pages, const float *q, int heads,
+DC_DEVICE void score(const AttentionJob &job, const Range &range, int first, const Pages<Stored> &k_pages, const float *q, int heads,
                      typename Shape<Stored, MAX_SIZE, HEADS>::Shared &shared) {
     using S = Shape<Stored, MAX_SIZE, HEADS>;
     const unsigned lane = threadIdx.x % KEY_LANES;
@@ -133,13 +162,13 @@ DC_DEVICE void score(const AttentionJob &job, const Range &range, int first, con
     for (int page = 0; page < CHUNK_PAGES; page++) {
         const int p = page * PAGE + slot, position = first + p;
         const bool seen = position >= range.begin && position < range.end && shared.pages[page] >= 0;
-        const Stored *key = k_pages + shared.pages[page] * job.page_stride + slot * job.slot_stride;
+        const int64_t key = shared.pages[page] * job.page_stride + slot * job.slot_stride;
         float dot[HEADS] = {};
         DC_UNROLL
         for (int i = 0; i < S::KEY_PACKS; i++) {
             const int d = (i * KEY_LANES + lane) * S::PACK;
             float k[S::PACK] = {};
-            if (seen && d < job.head_size) load_pack(key + d, k);
+            if (seen && d < job.head_size) k_pages.load(key + d, k);
             DC_UNROLL
             for (int h = 0; h < HEADS; h++) {
                 DC_UNROLL
@@ -180,7 +209,7 @@ template <class Shared> DC_DEVICE void soften(Shared &shared, int heads, bool fi
 
 // values[part][h] = sums of weight * v over a part of the positions; the parts' own sum is left to the reader.
 template <class Stored, int MAX_SIZE, int HEADS>
-DC_DEVICE void weigh(const AttentionJob &job, const Range &range, int first, const Stored *v_pages,
+DC_DEVICE void weigh(const AttentionJob &job, const Range &range, int first, const Pages<Stored> &v_pages,
                      typename Shape<Stored, MAX_SIZE, HEADS>::Shared &shared) {
     using S = Shape<Stored, MAX_SIZE, HEADS>;
     const int column = threadIdx.x % S::COLUMNS * S::PACK, row = threadIdx.x / S::COLUMNS;
@@ -190,7 +219,7 @@ DC_DEVICE void weigh(const AttentionJob &job, const Range &range, int first, con
         const int position = first + p, page = shared.pages[p / PAGE];
         if (position < range.begin || position >= range.end || page < 0 || column >= job.head_size) continue;
         float v[S::PACK];
-        load_pack(v_pages + page * job.page_stride + p % PAGE * job.slot_stride + column, v);
+        v_pages.load(page * job.page_stride + p % PAGE * job.slot_stride + column, v);
         DC_UNROLL
         for (int h = 0; h < HEADS; h++) {
             DC_UNROLL
@@ -272,7 +301,7 @@ template <class Shared> DC_DEVICE bool arrives_last(int32_t *ticket, int count, 
 }
 
 template <class Stored, int MAX_SIZE, int HEADS>
-DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, const Stored *k_pages, const Stored *v_pages) {
+DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, Pages<Stored> k_pages, Pages<Stored> v_pages) {
     using S = Shape<Stored, MAX_SIZE, HEADS>;
     DC_SHARED(typename S::Shared, shared);
     Range range;
@@ -281,8 +310,8 @@ DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, const Stored *k_
     const int group = job.heads / job.kv_heads, D = job.head_size;
     const int64_t first_head = row * job.heads + kv_head * group;
     const int64_t head_states = static_cast<int64_t>(job.max_spans + job.max_groups) * (2 + D);
-    k_pages += kv_head * job.head_stride;
-    v_pages += kv_head * job.head_stride;
+    k_pages.skip(kv_head * job.head_stride);
+    v_pages.skip(kv_head * job.head_stride);
 
     for (int done = 0; done < group; done += HEADS) {
         const int heads = group - done < HEADS ? group - done : HEADS;
@@ -346,20 +375,26 @@ DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, const Stored *k_
 struct AttentionLaunch {
     AttentionJob job;
     unsigned rows;
-    int64_t k_pages, v_pages, stream;
+    int64_t k_pages, v_pages, k_scales, v_scales, stream;
 };
+
+template <class Stored> Pages<Stored> pages_at(int64_t values, int64_t) { return {as_pointer<const Stored>(values)}; }
+
+template <> Pages<q8> pages_at<q8>(int64_t values, int64_t scales) { return {as_pointer<const q8>(values), as_pointer<const f16>(scales)}; }
 
 template <class Stored, int MAX_SIZE, int HEADS> const char *launch_instance(const AttentionLaunch &l) {
     const dim3 grid(static_cast<unsigned>(l.job.max_spans), static_cast<unsigned>(l.job.kv_heads), l.rows);
     const auto kernel = attention_kernel<Stored, MAX_SIZE, HEADS>;
-    return DC_LAUNCH(kernel, grid, ATTENTION_THREADS, as_pointer<void>(l.stream), l.job, as_pointer<const Stored>(l.k_pages),
-                     as_pointer<const Stored>(l.v_pages));
+    return DC_LAUNCH(kernel, grid, ATTENTION_THREADS, as_pointer<void>(l.stream), l.job, pages_at<Stored>(l.k_pages, l.k_scales),
+                     pages_at<Stored>(l.v_pages, l.v_scales));
 }
 
 template <class Stored, int MAX_SIZE> const char *launch_heads(const AttentionLaunch &l) {
     const int group = l.job.heads / l.job.kv_heads;
-    if (group == 1) return launch_instance<Stored, MAX_SIZE, 1>(l);
-    if (group == 2) return launch_instance<Stored, MAX_SIZE, 2>(l);
+    if constexpr (sizeof(Stored) > 1) {     // of q8, fewer instances to compile: heads that are not there cost little beside reading
+        if (group == 1) return launch_instance<Stored, MAX_SIZE, 1>(l);
+        if (group == 2) return launch_instance<Stored, MAX_SIZE, 2>(l);
+    }
     if constexpr (MAX_SIZE <= 128) {        // more would not fit the registers
         if (group > 4) return launch_instance<Stored, MAX_SIZE, 8>(l);
     }
@@ -375,7 +410,7 @@ template <class Stored> const char *launch_size(const AttentionLaunch &l) {
 }  // namespace
 
 const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_size,
-                                    int64_t k_pages, int64_t v_pages, int64_t cache_type, int64_t num_pages,
+                                    int64_t k_pages, int64_t v_pages, int64_t k_scales, int64_t v_scales, int64_t cache_type, int64_t num_pages,
                                     int64_t page_stride, int64_t head_stride, int64_t slot_stride, int64_t block_table,
                                     int64_t table_stride, int64_t table_width, int64_t lengths, int64_t window, double softcap,
                                     int64_t sinks, int64_t max_chunks, int64_t most_spans, int64_t states, int64_t tickets, int64_t out, int64_t out_type,
@@ -408,8 +443,11 @@ const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int6
     l.rows = static_cast<unsigned>(rows);
     l.k_pages = k_pages;
     l.v_pages = v_pages;
+    l.k_scales = k_scales;
+    l.v_scales = v_scales;
     l.stream = stream;
     if (cache_type == F32) return launch_size<float>(l);
     if (cache_type == F16) return launch_size<f16>(l);
+    if (cache_type == Q8) return launch_size<q8>(l);
     return launch_size<bf16>(l);
 }

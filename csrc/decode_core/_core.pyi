@@ -181,10 +181,11 @@ def cuda_rope_append(qkv: int, qkv_type: int, row_stride: int, rows: int, heads:
                      positions: int, slots: int, max_positions: int, num_slots: int, cos: int, sin: int,
                      half_rotated: int, norm: int, q_norm: int, k_norm: int, epsilon: float, post_scale: float,
                      q_scale: float, value_embed: int, value_stride: int, gate: int, gate_stride: int,
-                     gate_scale: float, q_out: int, k_pages: int, v_pages: int, cache_type: int, page_stride: int,
-                     head_stride: int, slot_stride: int, stream: int, /) -> str | None: ...
+                     gate_scale: float, q_out: int, k_pages: int, v_pages: int, k_scales: int, v_scales: int, cache_type: int,
+                     page_stride: int, head_stride: int, slot_stride: int, stream: int, /) -> str | None: ...
+def cuda_turn(x: int, heads: int, head_size: int, out: int, out_type: int, stream: int, /) -> str | None: ...
 def cuda_paged_attention(q: int, rows: int, heads: int, kv_heads: int, head_size: int, k_pages: int, v_pages: int,
-                         cache_type: int, num_pages: int, page_stride: int, head_stride: int, slot_stride: int,
+                         k_scales: int, v_scales: int, cache_type: int, num_pages: int, page_stride: int, head_stride: int, slot_stride: int,
                          block_table: int, table_stride: int, table_width: int, lengths: int, window: int,
                          softcap: float, sinks: int, max_chunks: int, most_spans: int, states: int, tickets: int,
                          out: int, out_type: int, stream: int, /) -> str | None: ...
@@ -199,3 +200,8 @@ def cuda_group(ids: int, pairs: int, experts: int, item_pairs: int, order: int, 
 def cuda_multiply_experts(x: int, x_type: int, pairs_per_row: int, order: int, items: int, most_items: int,
                           blocks: int, type: int, experts: int, outputs: int, columns: int, gate: int, bias: int,
                           shares: int, out: int, out_type: int, out_stride: int, stream: int, /) -> str | None: ...
+def cuda_shrink(adapters: int, matrix: int, x: int, x_type: int, x_stride: int, rows: int, norm: int, width: int,
+                norm_weight: int, epsilon: float, sums: int, most_ranks: int, stream: int, /) -> str | None: ...
+def cuda_expand(adapters: int, matrix: int, rows: int, sums: int, most_ranks: int, y: int, y_stride: int, outputs: int,
+                activation: int, residual: int, residual_stride: int, out: int, out_type: int, out_stride: int,
+                stream: int, /) -> str | None: ...

@@ -14,8 +14,10 @@ MAX_VOCABULARY, MAX_ROWS, MAX_HEAD_SIZE = 1 << 18, 65535, 256
 LEAST_CAPABILITY = 80                   # ten times the least that setup.py's NVCC_FLAGS compile for
 SAMPLE_THREADS = 1024                   # of a row's block; tests try others, which must give the same tokens
 SAMPLE_ROW_BYTES = 72                   # dc::SampleRow of csrc/contract.h
-CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
-SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1}
+CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}          # int8: of pages alone
+PACKED_BLOCK = 32                       # of which each has a scale in pages of int8
+MAX_RANKS = 1024                        # of an adapter on a matrix
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1, "int8": 1}
 NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
 # Of a quantized type, in the order of csrc/cuda/blocks.h: the columns and bytes of a block in a GGUF file
 BLOCKS = {"q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q4_k": (256, 144),
@@ -26,7 +28,7 @@ MAX_PRODUCT_ROWS = 8                    # of x in one multiply
 MAX_EXPERTS, FEW_PAIRS, MANY_PAIRS = 1024, 4, 64            # pairs: of one item, for x in float32 and in bfloat16
 GATES = {None: 0, "swiglu": 1, "geglu": 2, "clamped_swiglu": 3}
 ACTIVATIONS = GATES | {"relu2": 4}
-LOGITS, CACHES = ("float32", "bfloat16"), ("float32", "float16", "bfloat16")
+LOGITS, CACHES = ("float32", "bfloat16"), ("float32", "float16", "bfloat16", "int8")
 
 
 def attention_workspace(rows: int, heads: int, kv_heads: int, head_size: int, table_width: int) -> tuple[int, int]:
@@ -106,11 +108,34 @@ class CudaOps:
         per_load = 16 // SIZES[cache.dtype]
         if cache.shape[3] % 16 or not 0 < cache.shape[3] <= MAX_HEAD_SIZE:
             raise ValueError(f"{name}: must be (P, Hkv, 16, D), D a multiple of 16 up to 256, not {cache.shape}")
+        D, packed = cache.shape[3], cache.dtype == "int8"
+        if packed and (D < PACKED_BLOCK or D & (D - 1) or any(step % PACKED_BLOCK for step in cache.strides[:3])):
+            raise ValueError(f"{name}: of int8 must have a D that is a power of two from {PACKED_BLOCK}, not {D}")
         if cache.address % 16 or any(step % per_load for step in cache.strides[:3]):
             raise ValueError(f"{name}: pages, heads and slots must start at multiples of 16 bytes")
         if like and cache.strides != like.strides:
             raise ValueError(f"{name}: must have the strides of k_pages, {like.strides}, not {cache.strides}")
         return cache
+
+    def scales(self, name: str, scales, pages: SimpleNamespace) -> int:
+        """The address of the scales (P, Hkv, 16, D / 32) float16 of pages of int8, which lie as these do; 0 for floats."""
+        if (scales is None) != (pages.dtype != "int8"):
+            raise ValueError(f"{name}: must come with pages of int8, and with no others")
+        if scales is None:
+            return 0
+        *shape, D = pages.shape
+        blocks = self.tensor(name, scales, ("float16",), *shape, D // PACKED_BLOCK, loose=3)
+        if any(n > 1 and step * PACKED_BLOCK != apart for n, step, apart in zip(shape, blocks.strides, pages.strides)):
+            raise ValueError(f"{name}: must have the strides of the pages by {PACKED_BLOCK}, not {blocks.strides}")
+        return blocks.address
+
+    def turn(self, x, out, *, stream: int):
+        """x (B, H, D) float32 times the normalized Hadamard matrix -> out (B, H, D) float32 or bfloat16; D is a power of two."""
+        heads = self.tensor("x", x, ("float32",), None, None, None)
+        y, D = self.tensor("out", out, LOGITS, *heads.shape), heads.shape[2]
+        if not PACKED_BLOCK <= D <= MAX_HEAD_SIZE or D & (D - 1):
+            raise ValueError(f"x: must have a D that is a power of two from {PACKED_BLOCK} to {MAX_HEAD_SIZE}, not {D}")
+        call(self.core.cuda_turn, heads.address, heads.shape[0] * heads.shape[1], D, y.address, CODES[y.dtype], stream)
 
     def sample(self, logits, params, tokens, *, count_ids=None, counts=None, bias_ids=None, bias_values=None, stream: int):
         """One token for each row of logits (B, V) float32 or bfloat16 -> tokens (B,) int32.
@@ -146,11 +171,11 @@ class CudaOps:
 
     def rope_append(self, qkv, cos, sin, positions, slots, k_pages, v_pages, q_out, *, norm="none", q_norm=None, k_norm=None,
                     eps=1e-5, post_scale=1.0, q_scale=1.0, value_embed=None, gate=None,
-                    gate_scale=1.0, stream: int):
+                    gate_scale=1.0, k_scales=None, v_scales=None, stream: int):
         """Everything between the qkv product and attention: q -> q_out (B, H, D) float32, k and v -> pages.
 
         As decode_core.attention.rope_append, except the cache: k_pages, v_pages (P, Hkv, 16, D), two tensors or two views of
-        one. Rows with a slot or position out of range (padding: -1) are left alone.
+        one; of int8, with k_scales and v_scales (P, Hkv, 16, D / 32) float16, q, k and v are turned. Rows with a slot or position out of range (padding: -1) are left alone.
         """
         k = self.pages("k_pages", k_pages)
         v = self.pages("v_pages", v_pages, like=k)
@@ -178,18 +203,20 @@ class CudaOps:
             g = self.tensor("gate", gate, (x.dtype,), B, Hkv, loose=1)
             embeds = [e.address, e.strides[0], g.address, g.strides[0]]
         addresses = [self.tensor(name, t, ("int64",), B).address for name, t in (("positions", positions), ("slots", slots))]
+        scales = [self.scales(name, of, k) for name, of in (("k_scales", k_scales), ("v_scales", v_scales))]
         call(self.core.cuda_rope_append, x.address, CODES[x.dtype], x.strides[0], B, H, Hkv, D, *addresses, table.shape[0],
              P * PAGE_SIZE, table.address, sines.address, table.shape[1], NORMS[norm],
              *weights, float(eps), float(post_scale), float(q_scale * D**-0.5), *embeds,
-             float(gate_scale), q.address, k.address, v.address, CODES[k.dtype], *k.strides[:3], stream)
+             float(gate_scale), q.address, k.address, v.address, *scales, CODES[k.dtype], *k.strides[:3], stream)
 
     def paged_attention(self, q, k_pages, v_pages, block_table, lengths, states, tickets, out, *, window=0, softcap=0.0,
-                        sinks=None, stream: int):
+                        sinks=None, k_scales=None, v_scales=None, stream: int):
         """Attention of decode rows: q (B, H, D) float32, scaled already -> out (B, H * D) float32 or bfloat16.
 
         block_table (B, W) int32: each row's pages; lengths (B,) int32: its keys, its own included, 0 = inactive (its output
         is left alone); window: keys it sees, itself included, 0 = all; with a softcap c, scores become c * tanh(scores / c).
         sinks (H,) float32: one more score for each query head, neither scaled nor capped, whose value is 0.
+        Of pages of int8 with their scales, out is turned as q must be: `turn` follows.
         states (float32) and tickets (int32, zeros) are the workspace, see attention_workspace. Each row's bits depend on nothing else in the batch.
         """
         k = self.pages("k_pages", k_pages)
@@ -217,7 +244,8 @@ class CudaOps:
             raise ValueError(f"tickets: needs {integers} elements, has {ticket.shape[0]}")
         extra = 0 if sinks is None else self.tensor("sinks", sinks, ("float32",), H).address
         y = self.tensor("out", out, LOGITS, B, H * D)
-        call(self.core.cuda_paged_attention, query.address, B, H, Hkv, D, k.address, v.address, CODES[k.dtype], P,
+        scales = [self.scales(name, of, k) for name, of in (("k_scales", k_scales), ("v_scales", v_scales))]
+        call(self.core.cuda_paged_attention, query.address, B, H, Hkv, D, k.address, v.address, *scales, CODES[k.dtype], P,
              *k.strides[:3], table.address, table.strides[0], W, sizes.address, window, float(softcap), extra,
              max_chunks(W, window), MOST_SPANS, state.address, ticket.address, y.address, CODES[y.dtype], stream)
 
@@ -313,6 +341,40 @@ class CudaOps:
         call(self.core.cuda_multiply_experts, x_at.address, CODES[x_at.dtype], P // rows, pairs.address, made.address, made.shape[0],
              w.address, BLOCK_CODES[kind], w.shape[0] // N, y.shape[1], columns, GATES[gate], added, weights, y.address,
              CODES[y.dtype], y.strides[0], stream)
+
+    def shrink(self, adapters, matrix: int, x, sums, *, norm=None, stream: int):
+        """What adapters make of norm(x) for a matrix: sums (B, MAX_RANKS) float32, of which a row's first ranks are written.
+
+        adapters (B,) int64: of each row 0, or the address of its adapter's table, as csrc/cuda/launch.h says; x (B, K) float32 or
+        bfloat16; norm as in `multiply`.
+        """
+        x_at = self.tensor("x", x, LOGITS, None, None, loose=1)
+        B, width = x_at.shape
+        if B > MAX_ROWS:
+            raise ValueError(f"x: must have at most {MAX_ROWS} rows, not {B}")
+        tables, made = self.tensor("adapters", adapters, ("int64",), B), self.tensor("sums", sums, ("float32",), B, MAX_RANKS)
+        weight, eps = norm or (None, 0.0)
+        scale = 0 if weight is None else self.tensor("norm", weight, ("float32",), width).address
+        call(self.core.cuda_shrink, tables.address, matrix, x_at.address, CODES[x_at.dtype], x_at.strides[0], B, int(norm is not None),
+             width, scale, float(eps), made.address, MAX_RANKS, stream)
+
+    def expand(self, adapters, matrix: int, sums, y, out, *, activation=None, residual=None, stream: int):
+        """residual + activation(y + what adapters make of `sums`, which are shrink's) -> out (B, N) float32 or bfloat16.
+
+        y (B, N, or with a gate 2 N) float32: the product with its bias; residual (B, N) float32.
+        """
+        made, before = self.tensor("sums", sums, ("float32",), None, MAX_RANKS), self.tensor("y", y, ("float32",), None, None, loose=1)
+        B, tables = made.shape[0], self.tensor("adapters", adapters, ("int64",), *made.shape[:1])
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: must be one of {', '.join(map(str, ACTIVATIONS))}, not {activation!r}")
+        halves = 2 if GATES.get(activation) else 1
+        if before.shape[0] != B or B > MAX_ROWS or before.shape[1] % halves:
+            raise ValueError(f"y: must have {B} rows, at most {MAX_ROWS}, and gates and as many ups, not {before.shape}")
+        to = self.tensor("out", out, LOGITS, B, before.shape[1] // halves, loose=1)
+        added = self.tensor("residual", residual, ("float32",), *to.shape, loose=1) if residual is not None else None
+        call(self.core.cuda_expand, tables.address, matrix, B, made.address, MAX_RANKS, before.address, before.strides[0], to.shape[1],
+             ACTIVATIONS[activation], added.address if added else 0, added.strides[0] if added else 0, to.address, CODES[to.dtype],
+             to.strides[0], stream)
 
     def packed(self, blocks, kind: str, kinds=BLOCKS) -> tuple[SimpleNamespace, int]:
         """Rows of blocks of a type of `kinds`, and their columns."""

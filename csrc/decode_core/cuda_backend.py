@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from . import cuda
+from .cuda_adapters import AdapterOps
 from .cuda_experts import ExpertOps, fits_experts
+from .cuda_packed_kv import PackedPages, gathered, halves, turned
 from .cuda_prompts import PromptAttention, prompts_of
 from .cuda_references import CudaReferences
 from .cuda_weights import PackedMatrix, ProductOps, as_stored, padded, unpacked
@@ -33,13 +35,14 @@ class CudaBackend:
 
     A layer's cache is (2, P, Hkv, PAGE_SIZE, D), keys and values apart: what one block of the decode kernel
     reads of a page, and what a prompt gathers, are whole runs of PAGE_SIZE * D values. Queries are scaled by
-    1 / sqrt(D) as they are made. `ops` proves each kernel first, on `device`; `faults` tells which of them do
+    1 / sqrt(D) as they are made. Packed ones are PackedPages; queries are turned then, and what attention makes of them is
+    turned back. `ops` proves each kernel first, on `device`; `faults` tells which of them do
     not compute, and why.
     """
 
     name, row_invariant, quantizes, groups_layers = "decode_core/cuda", False, False, True
     join = None
-    activations, dtype, stored_dtype, short_floats, packs_kv = None, torch.bfloat16, torch.bfloat16, "", False
+    activations, dtype, stored_dtype, short_floats, packs_kv = None, torch.bfloat16, torch.bfloat16, "", True
     converted = staticmethod(converted)
 
     def __init__(self, spec: Any, script: SimpleNamespace, kernels: Any,
@@ -47,7 +50,8 @@ class CudaBackend:
         self.spec, self.script, self.kernels, self.stream = spec, script, kernels, stream
         self.device, self.references = device, CudaReferences(spec, script)
         self.prompts = PromptAttention(script, device)
-        self.products, self.mixture = ProductOps(kernels, script, stream), ExpertOps(kernels, script, stream)
+        self.adapters, self.mixture = AdapterOps(kernels, stream), ExpertOps(kernels, script, stream)
+        self.products = ProductOps(kernels, script, stream, self.adapters)
         self.as_stored = functools.partial(as_stored, script=script, device=device)
         self.held_bytes = functools.partial(held_bytes, row_bytes=file_row_bytes)
         self.faults: dict[str, str] = {}
@@ -83,7 +87,7 @@ class CudaBackend:
         """Whole steps are graphs, and make_steps' affair."""
 
     def pack_adapter(self, matrices: Mapping[str, Any], device: Any) -> dict[str, Any]:
-        return {name: type(matrix)(*(tensor.to(device) for tensor in matrix)) for name, matrix in matrices.items()}
+        return self.adapters.pack(matrices, device)
 
     def make_steps(self, transformer: Any, max_batch: int, context_length: int) -> GraphSteps:
         if "sample" in self.faults:         # a graph cannot draw on the host
@@ -104,16 +108,20 @@ class CudaBackend:
         """As the reference, but each layer's is (2, P, Hkv, 16, D), the same for all layers."""
         its = spec.attention(0)
         layers = layout.size // max(layout.own, 1)      # none in a stage whose layers all keep states
-        shape = (layers, 2, num_pages, its.kv_heads, self.script.PAGE_SIZE, its.head_size)
+        shape = (2, num_pages, its.kv_heads, self.script.PAGE_SIZE, its.head_size)
         dtype = next(filter(None, layout.types), "bfloat16")
-        memory = self.script.zeroed(shape, getattr(torch, dtype), device)
-        return memory, [attends and memory[offset // layout.own] for attends, offset in zip(spec.by_layer, layout.offset)]
+        if dtype == "q8_0":
+            memory = self.script.zeroed((layers, num_pages * self.script.PAGE_SIZE * layout.own), torch.uint8, device)
+            parts = [PackedPages.within(own, shape) for own in memory]
+        else:
+            memory = parts = self.script.zeroed((layers, *shape), getattr(torch, dtype), device)
+        return memory, [attends and parts[offset // layout.own] for attends, offset in zip(spec.by_layer, layout.offset)]
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options):
         """As rope_append_reference, but q comes scaled, and rows with slot -1 (padding) are left alone."""
-        heads = out.unflatten(1, (-1, self.spec.head_size))
-        self.kernels.rope_append(qkv, cos, sin, positions, slots, *cache, heads, stream=self.stream(),
-                                 **options)
+        heads, (pages, scales) = out.unflatten(1, (-1, self.spec.head_size)), halves(cache)
+        self.kernels.rope_append(qkv, cos, sin, positions, slots, *pages, heads, stream=self.stream(),
+                                 **options, **scales)
 
     def workspace(self, rows: int, width: int, device) -> tuple:
         """Decode attention's (states, tickets) for so many rows and pages; tickets are 0 between calls."""
@@ -147,15 +155,32 @@ class CudaBackend:
                 self.attend(heads[first], cache, table, lengths, *workspace, out[first], window, softcap, sinks)
         grouped_sinks = None if sinks is None else sinks.view(cache.shape[2], -1)       # (Hkv, H / Hkv)
         for prompt in plan.prompts[window]:
-            kv = torch.index_select(cache.transpose(1, 2), 2, prompt.pages)     # (2, Hkv, n, PAGE_SIZE, D)
+            kv = gathered(cache, prompt.pages)                                  # (2, Hkv, n, PAGE_SIZE, D)
             kv = kv.flatten(2, 3)[:, :, :prompt.end - prompt.first]
-            self.prompts.attend(heads[prompt.rows].to(cache.dtype), kv, prompt, out[prompt.rows], window, softcap, grouped_sinks)
+            own, packed = out[prompt.rows], isinstance(cache, PackedPages)
+            made = torch.empty_like(own, dtype=torch.float32) if packed else own
+            self.prompts.attend(heads[prompt.rows].to(cache.dtype), kv, prompt, made, window, softcap, grouped_sinks)
+            if packed:
+                self.turn_back(made, own)
 
     def attend(self, q, cache, table, lengths, states, tickets, out, window: int, softcap=0.0,
                sinks=None) -> None:
         """Decode rows: q (N, H, D) float32, scaled -> out (N, H * D)."""
-        self.kernels.paged_attention(q, *cache, table, lengths, states, tickets, out, window=window,
-                                     softcap=softcap, sinks=sinks, stream=self.stream())
+        (pages, scales), packed = halves(cache), isinstance(cache, PackedPages)
+        # zeros: rows of length 0 are left alone, and turned nevertheless
+        made = torch.zeros_like(out, dtype=torch.float32) if packed else out
+        self.kernels.paged_attention(q, *pages, table, lengths, states, tickets, made, window=window,
+                                     softcap=softcap, sinks=sinks, stream=self.stream(), **scales)
+        if packed:
+            self.turn_back(made, out)
+
+    def turn_back(self, x, out) -> None:
+        """x (T, H * D) float32, made of turned values -> out (T, H * D)."""
+        heads, own = (rows.unflatten(1, (-1, self.spec.head_size)) for rows in (x, out))
+        if "paged_attention" in self.faults:
+            own.copy_(turned(heads))
+        else:
+            self.kernels.turn(heads, own, stream=self.stream())
 
     def draw(self, logits, records, lists, tokens) -> None:
         """One token for each row of logits (R, V) -> tokens (R,) int32, on the device; rows with penalties

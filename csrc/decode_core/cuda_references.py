@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .cuda_packed_kv import PackedPages, gathered, packed, turned
+
 SCRATCH = 1 << 26           # elements of K and V that are gathered at once, or scores that are computed
 
 
@@ -22,16 +24,22 @@ class CudaReferences:
         """As CudaBackend.rope_append; qkv (T, (H + 2 Hkv) * D) is overwritten."""
         _, _, Hkv, page_size, D = cache.shape
         order = torch.arange(len(slots), device=slots.device)
-        rows = torch.empty(len(slots), 2, Hkv, D, dtype=cache.dtype, device=cache.device)
+        rows = torch.empty(len(slots), 2, Hkv, D, dtype=cache.dtype, device=slots.device)
         self.script.references["rope_append"](qkv, cos, sin, positions, order, rows, out, **options)
         out.mul_(D**-0.5)
+        kept = [(cache, rows)]
+        if isinstance(cache, PackedPages):
+            heads = out.view(len(slots), -1, D)
+            heads.copy_(turned(heads))
+            kept = list(zip(cache, packed(rows)))
         # padding (slot -1) writes what some other row writes, or if all rows are padding, what is there
         source = torch.where(slots < 0, slots.argmax(), order)
-        slots, rows = slots[source], rows[source]
+        slots = slots[source]
         pages, offsets = slots.clamp(min=0) // page_size, slots.clamp(min=0) % page_size
         written = (slots >= 0)[:, None, None, None]
-        before = cache[:, pages, :, offsets]                                                 # (T, 2, Hkv, D)
-        cache[:, pages, :, offsets] = torch.where(written, rows, before)
+        for memory, values in kept:
+            before = memory[:, pages, :, offsets]                                            # (T, 2, Hkv, D)
+            memory[:, pages, :, offsets] = torch.where(written, values[source], before)
 
     def attend(self, q, cache, table, lengths, out, window: int, softcap=0.0, sinks=None) -> None:
         """Decode rows: q (N, H, D) float32, scaled -> out (N, H * D); rows of length 0 get any finite values.
@@ -51,8 +59,8 @@ class CudaReferences:
             mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=q.device)
             mask.masked_fill_(hidden, -torch.inf)
             pages = table[some].clamp(0, num_pages - 1).flatten()
-            kv = torch.index_select(cache.transpose(1, 2), 2, pages)                # (2, Hkv, n * W, 16, D)
+            kv = gathered(cache, pages)                                             # (2, Hkv, n * W, 16, D)
             k, v = kv.view(2, Hkv, len(ends), -1, D).transpose(1, 2)                # (n, Hkv, S, D) each
             grouped = q[some].to(cache.dtype).unflatten(1, (Hkv, -1))               # (n, Hkv, H / Hkv, D)
             y = self.script.attend(grouped, k, v, mask[:, None, None], 1.0, softcap, sinks)
-            out[some].view(y.shape).copy_(y)
+            out[some].view(y.shape).copy_(turned(y) if isinstance(cache, PackedPages) else y)

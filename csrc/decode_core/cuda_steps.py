@@ -20,6 +20,7 @@ import numpy
 import torch
 
 from .cuda import MAX_PRODUCT_ROWS
+from .cuda_adapters import StepAdapters
 from .sampling import batch_of
 
 log = logging.getLogger("chat_server.decode_core")
@@ -29,7 +30,7 @@ LIST_CAPACITY = 1 << 14         # penalised tokens, and biases, of one step; a g
 STEP_FIELDS = (                 # a step's inputs as they lie in memory, in order: name, type, shape by letter
     ("token_ids", "int64", "T"), ("previous_token_ids", "int64", "T"), ("positions", "int64", "T"),
     ("slots", "int64", "GT"), ("logit_rows", "int64", "R"), ("records", "int64", "R9"),
-    ("state_reads", "int64", "N"), ("state_writes", "int64", "N"),
+    ("state_reads", "int64", "N"), ("state_writes", "int64", "N"), ("adapter_tables", "int64", "T"),
     ("lengths", "int32", "N"), ("table", "int32", "GNW"), ("count_ids", "int32", "C"),
     ("counts", "int32", "C"), ("bias_ids", "int32", "B"), ("bias_values", "float32", "B"))
 
@@ -82,9 +83,9 @@ def of_groups(batch: Any, count: int) -> list[Any]:
 
 
 def fill_step(fields: SimpleNamespace, batches: Sequence[Any], locations: Sequence[Sequence[Sequence[int]]],
-              sampling: Any) -> None:
+              sampling: Any, adapters: Sequence[int] = ()) -> None:
     """Write a batch (as `of_groups` has it), its tokens' positions and slots in each group, and the SampleBatch
-    of its rows (or None) into numpy `fields`.
+    of its rows (or None) into numpy `fields`; `adapters`: of each token the address of its adapter's table, or 0.
 
     What is left over is padding: a row with slot -1, so that nothing is stored, length 0, so that it attends
     to nothing, no states, and no position to draw at. The slots of states are those of decode rows: where
@@ -95,7 +96,7 @@ def fill_step(fields: SimpleNamespace, batches: Sequence[Any], locations: Sequen
     reads = [slot if length > 1 else -1 for slot, length in zip(batch.state_reads, batch.lengths)]
     for column, values, padding in (
             (fields.token_ids, batch.token_ids, 0), (fields.previous_token_ids, batch.previous_token_ids, -1),
-            (fields.positions, positions, 0),
+            (fields.positions, positions, 0), (fields.adapter_tables, adapters, 0),
             *((column, slots, -1) for column, (_, slots) in zip(fields.slots, locations)),
             (fields.state_reads, reads, -1),
             (fields.state_writes, [writes.get(row, -1) for row in range(len(reads))], -1),
@@ -178,6 +179,7 @@ class Staging:
         self.inputs, self.tokens = queue.pinned(size, torch.uint8), queue.pinned(max_rows, torch.int32)
         self.fields: dict[StepShape, SimpleNamespace] = {}      # numpy views, kept for the graphs' shapes
         self.done: Any = None                                   # of the step that used it last
+        self.adapters: Any = None                               # those of that step, which may have been dropped
 
     def send(self, inputs: Any, size: int) -> None:
         inputs[:size].copy_(self.inputs[:size], non_blocking=True)
@@ -197,8 +199,8 @@ class GraphSteps:
     start(batch, rows) -> ticket; finish(ticket) -> one token for each row. Where batch.token_ids holds ~i,
     that is the token that row i of the step before draws: it never leaves the device for that. `start` waits
     for nothing. A step of decode rows alone is a graph, of the next larger number of rows and of pages that
-    `prepare` has captured. Steps with prompts, those with adapters, and those whose penalties do not fit LIST_CAPACITY, run op by
-    op on the same stream. Penalties count row.tokens, so a row with penalties can be started only when all
+    `prepare` has captured; one with adapters has a graph that is captured when it is needed first. Steps with prompts, and those
+    whose penalties do not fit LIST_CAPACITY, run op by op on the same stream. Penalties count row.tokens, so a row with penalties can be started only when all
     its tokens are known.
     """
 
@@ -223,6 +225,7 @@ class GraphSteps:
             self.workspace = self.backend.workspace(self.max_rows, max_pages, transformer.device)
         self.staging = [Staging(self.queue, largest.bytes(), self.max_rows) for _ in range(2)]
         self.graphs: dict[tuple[int, int], Graph] = {}
+        self.adapted: dict[tuple[int, int], Graph | None] = {}      # the same of steps with adapters; None: cannot be captured
         self.sampling: Any = None           # the SampleBatch of the step before
 
     def prepare(self, progress: Callable[[float], None]) -> None:
@@ -243,7 +246,8 @@ class GraphSteps:
             self.backend.faults["graphs"] = fault
             log.warning("CUDA graphs: %s; their steps run op by op", fault)
 
-    def _capture(self, rows: int, pages: int) -> None:
+    def _padding(self, rows: int, pages: int) -> tuple[StepShape, SimpleNamespace]:
+        """The shape of a graph's steps and their fields on the device, which hold nothing but padding."""
         shape = StepShape(rows, rows, rows, pages, LIST_CAPACITY, LIST_CAPACITY, self.count)
         staging = self.staging[0]
         with torch.inference_mode():
@@ -254,8 +258,39 @@ class GraphSteps:
             fields.sequences = self.script.OneEach(fields.state_reads, fields.state_writes)
             fill_step(self._host_fields(staging, shape), [NO_TOKENS] * self.count, [((), ())] * self.count, None)
             self.queue.wait(self.queue.submit(lambda: staging.send(self.inputs, shape.bytes())))
+        return shape, fields
+
+    def _capture(self, rows: int, pages: int) -> None:
+        with torch.inference_mode():
+            shape, fields = self._padding(rows, pages)
             self.graphs[rows, pages] = Graph(shape, self.queue.capture(lambda: self._compute(fields)),
                                              self.queue.capture(lambda: self._draw(fields)))
+
+    def _adapted_graph(self, bucket: tuple[int, int]) -> Graph | None:
+        """The graph of steps with adapters, captured now if it is not there. It draws as the other does."""
+        if bucket not in self.adapted:
+            self.adapted[bucket] = None
+            self.queue.wait(self.queue.submit(lambda: None))            # of a step under way, whose memory is used here
+            try:
+                with torch.inference_mode():
+                    _, fields = self._padding(*bucket)
+                    self.adapted[bucket] = self.graphs[bucket]._replace(
+                        compute=self.queue.capture(lambda: self._compute(fields, on_device=True)))
+            except Exception as error:
+                self.queue.wait(self.queue.submit(lambda: None))        # raises where the device cannot go on
+                log.warning("the CUDA graph of %d rows with adapters cannot be captured (%s: %s); its steps run op by op",
+                            bucket[0], type(error).__name__, error)
+        return self.adapted[bucket]
+
+    def _adapter_tables(self, batch: Any) -> list[int] | None:
+        """Of each token the address of its adapter's table, 0 without one; None where torch must add what adapters add."""
+        adapters = self.transformer.adapters
+        mine = {slot: adapters[slot] for slot in {*batch.adapters} if slot in adapters}
+        if {"linear", "adapters"} & self.backend.faults.keys() or any(its.table is None for its in mine.values()):
+            return None
+        addresses = {slot: its.table.data_ptr() for slot, its in mine.items()}
+        return [addresses.get(slot, 0) for slot, (begin, end) in zip(batch.adapters, itertools.pairwise(batch.starts))
+                for _ in range(begin, end)]
 
     def start(self, batch: Any, rows: Sequence[Any]) -> Ticket:
         """Queue a step; `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
@@ -287,16 +322,19 @@ class GraphSteps:
                 inputs = inputs.new_empty(shape.bytes())
                 staging.fields.clear()
             host = self._host_fields(staging, shape, keep=graph is not None)
-            fill_step(host, batches, [self.script.token_places(own) for own in batches], sampling)
-
-            adapters = self.script.RowAdapters.of(batch, self.transformer.adapters) if any(batch.adapters) else None
+            adapted, adapters = any(batch.adapters), None
+            tables = self._adapter_tables(batch) if adapted else None
+            fill_step(host, batches, [self.script.token_places(own) for own in batches], sampling, tables or ())
+            if adapted and tables is None:
+                adapters = self.script.RowAdapters.of(batch, self.transformer.adapters)
+            staging.adapters = dict(self.transformer.adapters) if adapted else None
 
             def step() -> None:
                 staging.send(inputs, shape.bytes(lists=any(lists)))
                 if graph:
                     graph.compute()
                 else:
-                    self._run_ops(batches, shape.views(inputs), adapters)
+                    self._run_ops(batches, shape.views(inputs), adapters, on_device=tables is not None)
                 if graph and draws:
                     graph.draw()
                 if draws:
@@ -329,20 +367,22 @@ class GraphSteps:
     def _graph(self, batch: Any, sampling: Any) -> Graph | None:
         """The smallest graph that holds a step of decode rows; None for any other step."""
         rows, pages = len(batch.lengths), max(map(len, batch.tables)) // self.count
-        if not len(batch.token_ids) == len(batch.logit_rows) == rows or any(batch.adapters):
+        if not len(batch.token_ids) == len(batch.logit_rows) == rows:
             return None
         if sampling and max(len(sampling.count_ids), len(sampling.bias_ids)) > LIST_CAPACITY:
             return None
         fitting = [bucket for bucket in self.graphs if bucket[0] >= rows and bucket[1] >= pages]
-        return self.graphs[min(fitting)] if fitting else None
+        if not fitting or not any(batch.adapters):
+            return self.graphs[min(fitting)] if fitting else None
+        return None if self._adapter_tables(batch) is None else self._adapted_graph(min(fitting))
 
-    def _run_ops(self, batches: Sequence[Any], fields: SimpleNamespace, adapters: Any) -> None:
+    def _run_ops(self, batches: Sequence[Any], fields: SimpleNamespace, adapters: Any, on_device: bool) -> None:
         plans = [self.backend.plan(batch, self.windows, table, fields.lengths, self.workspace)
                  for batch, table in zip(batches, fields.table)]
         with_parts(fields, plans)
         fields.adapters = adapters
         fields.sequences = self.script.Sequences.of(batches[0])
-        self._compute(fields)
+        self._compute(fields, on_device)
         if len(fields.logit_rows):
             self._draw(fields)
 
@@ -355,11 +395,14 @@ class GraphSteps:
                 staging.fields[shape] = fields
         return fields
 
-    def _compute(self, fields: SimpleNamespace) -> None:
+    def _compute(self, fields: SimpleNamespace, on_device: bool = False) -> None:
         """The model: everything here is captured, so it reads tensors on the device and shapes only.
 
-        `fields` are what StepShape names, and `attention` and `sequences`, which make them Inputs.
+        `fields` are what StepShape names, and `attention` and `sequences`, which make them Inputs. on_device: the step has
+        adapters, of which adapter_tables speak.
         """
+        if on_device:
+            fields.adapters = StepAdapters(self.backend.adapters.numbers, fields.adapter_tables, fields.logit_rows)
         drawn = torch.index_select(self.tokens, 0, (~fields.token_ids).clamp(min=0))
         fields.token_ids.copy_(torch.where(fields.token_ids < 0, drawn, fields.token_ids))
         self.backend.mixture.slots = fields.slots

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import cuda, weights
+from .cuda_adapters import AdapterOps, RowsOfMatrix
 
 PANEL = 1 << 24         # weights that are dequantized at once for more rows than a kernel takes
 
@@ -79,8 +80,9 @@ class ProductOps:
     row's bits do not depend on the others. More are torch's product, of packed weights panel by panel.
     """
 
-    def __init__(self, kernels: Any, script: SimpleNamespace, stream: Callable[[], int]):
+    def __init__(self, kernels: Any, script: SimpleNamespace, stream: Callable[[], int], adapters: AdapterOps | None = None):
         self.kernels, self.script, self.stream = kernels, script, stream
+        self.adapters = adapters or AdapterOps(kernels, stream)
 
     def embed(self, table, ids, out, part=None) -> None:
         if not isinstance(table, PackedMatrix):
@@ -106,10 +108,12 @@ class ProductOps:
         y = self.many(x[:, :weight.shape[1]], weight)
         self.script.finish_linear(y if bias is None else y + bias.to(y.dtype), out, activation, residual)
 
-    def adapted(self, x, weight, out, norm, bias, activation, residual, adapted) -> None:
-        """The same where adapters add something to the products of some rows."""
+    def adapted(self, x, weight, out, norm=None, bias=None, activation=None, residual=None, adapted: Any = (), linear=None) -> None:
+        """The same where adapters add something to the products of some rows, which the device knows or this step."""
         y = torch.empty(len(x), weight.shape[0], device=x.device)
-        self.linear(x, weight, y, norm, bias)
+        (linear or self.linear)(x, weight, y, norm, bias)
+        if isinstance(adapted, RowsOfMatrix):
+            return self.adapters.finish(x, norm, y, adapted, out, activation, residual)
         if norm:
             x = torch.nn.functional.rms_norm(x.float(), x.shape[-1:], norm.weight, norm.eps)
         for rows, added in self.script.adapter_products(x, adapted):

@@ -14,12 +14,14 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 
 from . import cuda
+from .cuda_adapters import RowsOfMatrix
+from .cuda_packed_kv import PackedPages, gathered, packable, packed
 from .cuda_prompts import prompts_of
 from .cuda_weights import PackedMatrix, dequantized
 
@@ -83,6 +85,14 @@ def random_blocks(kind: str, rows: int, columns: int, seed: int = 0, scale: floa
     return blocks.reshape(rows, -1)
 
 
+class SimpleMatrix(NamedTuple):
+    """As chat_server's AdapterMatrix."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scales: torch.Tensor
+
+
 class Dice:
     """Random tensors on a device, the same on each."""
 
@@ -104,6 +114,20 @@ def cache_of(spec: Any, dice: Dice, dtype: torch.dtype, script: SimpleNamespace)
     return dice.normal(2, PAGES, spec.kv_heads, script.PAGE_SIZE, spec.head_size, dtype=dtype)
 
 
+def caches_of(spec: Any, dice: Dice, script: SimpleNamespace) -> Iterator[tuple[str, torch.dtype, Any, Any]]:
+    """(its type, that of activations, a cache, the same as the references read it) of each type that the model may have."""
+    for dtype in DTYPES:
+        cache = cache_of(spec, dice, dtype, script)
+        yield str(dtype)[6:], dtype, cache, copied(cache)
+    if packable(spec.head_size):
+        pages = PackedPages(*packed(cache_of(spec, dice, torch.float32, script)))
+        yield "q8_0", torch.bfloat16, pages, PackedPages(*(part.clone() for part in pages))
+
+
+def floats_of(cache: Any) -> torch.Tensor:
+    return gathered(cache, torch.arange(cache.shape[1], device=cache[0].device))
+
+
 def windows_of(spec: Any, most: int) -> set[int]:
     """The windows of a model, the large ones as `most`, so that each hides some keys of a proof; 0 sees all."""
     return {min(window, most) for window in spec.windows} or {0}
@@ -116,7 +140,8 @@ def prove_rope_append(backend: Any, device: torch.device) -> str:
     cos, sin = script.rope_tables(dataclasses.replace(spec, max_positions=64), device)
     positions = torch.tensor([0, 63, 7, 0, 30], device=device)
     slots = torch.tensor([17, 3, PAGES * script.PAGE_SIZE - 1, -1, 250], device=device)
-    for dtype in DTYPES:
+    of_cache = {str(dtype)[6:]: TOLERANCES[dtype] for dtype in DTYPES} | {"q8_0": 1.5 / 127}       # a step, where sums are on an edge
+    for kind, dtype, cache, want in caches_of(spec, dice, script):
         options: dict[str, Any] = dict(norm=spec.qk_norm, eps=spec.norm_eps, post_scale=spec.qk_scale,
                                        q_scale=spec.q_scale, gate_scale=spec.ve_gate_scale)
         if spec.qk_norm_weights:
@@ -125,15 +150,15 @@ def prove_rope_append(backend: Any, device: torch.device) -> str:
         if spec.value_embed_layers:
             embeds = {"value_embed": dice.normal(5, Hkv * D, dtype=dtype),
                       "gate": dice.normal(5, Hkv, dtype=dtype)}
-        qkv, cache = dice.normal(5, (H + 2 * Hkv) * D, dtype=dtype), cache_of(spec, dice, dtype, script)
+        qkv = dice.normal(5, (H + 2 * Hkv) * D, dtype=dtype)
         q, want_q = torch.empty(5, H * D, device=device), torch.empty(5, H * D, device=device)
-        want, wide = copied(cache), {name: tensor.float() for name, tensor in embeds.items()}
+        wide = {name: tensor.float() for name, tensor in embeds.items()}
         places = cos, sin, positions, slots
         backend.references.rope_append(copied(qkv), *places, want, want_q, **options, **wide)
         backend.rope_append(qkv, *places, cache, q, **options, **embeds)
         real = slots >= 0
-        if fault := differs(q[real], want_q[real], "q") or differs(cache, want, "the cache"):
-            return f"{fault} ({str(dtype)[6:]})"
+        if fault := differs(q[real], want_q[real], "q") or differs(floats_of(cache), floats_of(want), "the cache", of_cache[kind]):
+            return f"{fault} ({kind})"
     return ""
 
 
@@ -142,8 +167,8 @@ def prove_attention(backend: Any, device: torch.device) -> str:
     spec, script, dice = backend.spec, backend.script, Dice(device, 2)
     H, D = spec.heads, spec.head_size
     lengths = torch.tensor([1, 1100, 0, 33], dtype=torch.int32, device=device)
-    for dtype in DTYPES:
-        cache, q = cache_of(spec, dice, dtype, script), dice.normal(4, H, D) * D**-0.5
+    for kind, dtype, cache, wide in caches_of(spec, dice, script):
+        q = dice.normal(4, H, D) * D**-0.5
         table = torch.stack([dice.order(PAGES, torch.int32).repeat(2)[:70] for _ in range(4)])
         states, tickets = backend.workspace(*table.shape, device)
         sinks = [None, dice.normal(H)] if spec.sinks else [None]
@@ -151,11 +176,11 @@ def prove_attention(backend: Any, device: torch.device) -> str:
             options = window, spec.attention_softcap, extra
             out = torch.full((4, H * D), 7.0, dtype=dtype, device=device)
             want = torch.empty(4, H * D, device=device)
-            backend.references.attend(q, cache.float(), table, lengths, want, *options)
-            want[2] = 7.0           # padding is left alone
+            backend.references.attend(q, wide, table, lengths, want, *options)
+            want[2] = 0.0 if kind == "q8_0" else 7.0        # padding is left alone, and turned
             backend.attend(q, cache, table, lengths, states, tickets, out, *options)
             if fault := differs(out, want, "the output"):
-                return f"{fault} ({str(dtype)[6:]}, window {window}{'' if extra is None else ', sinks'})"
+                return f"{fault} ({kind}, window {window}{'' if extra is None else ', sinks'})"
             if int(tickets.abs().max()):
                 return "its tickets are not zero afterwards"
     return ""
@@ -276,6 +301,32 @@ def prove_experts(backend: Any, device: torch.device) -> str:
     return ""
 
 
-CUDA_PROOFS = {"linear": prove_linear, "experts": prove_experts, "rope_append": prove_rope_append, "paged_attention": prove_attention,
+def prove_adapters(backend: Any, device: torch.device) -> str:
+    """Rows of two adapters, of one that has not the matrix, and of none; in every type, before and after a norm."""
+    script, dice, N, K, B = backend.script, Dice(device, 7), 20, 96, 5
+    for kind, dtype in itertools.product((torch.float32, torch.float16, torch.bfloat16), DTYPES):
+        matrices = {}
+        for slot, (name, rank) in enumerate([("proof", 3), ("proof", 70), ("other", 2)], 1):
+            matrices[slot] = name, SimpleMatrix(dice.normal(rank, K, dtype=kind), dice.normal(N, rank, dtype=kind), dice.normal(rank))
+        packs = {slot: backend.adapters.pack({name: its}, device) for slot, (name, its) in matrices.items()}
+        owners = [2, 0, 1, 3, 2]
+        rows = torch.tensor([packs[slot].table.data_ptr() if slot else 0 for slot in owners], device=device)
+        x, y = dice.normal(B, K + 32, dtype=dtype), dice.normal(B, N)
+        norm, want = script.Norm(1 + dice.normal(K + 32) / 4, 1e-5), copied(y)
+        for row, slot in enumerate(owners):
+            name, its = matrices.get(slot, ("", None))
+            if name == "proof":
+                normed = torch.nn.functional.rms_norm(x[row].float(), (K + 32,), norm.weight, norm.eps)
+                want[row] += its.b.float() @ (its.scales * (its.a.float() @ normed[:K]))
+        activation, residual, out = "swiglu" if dtype == torch.float32 else None, dice.normal(B, N), torch.empty(B, N, device=device)
+        residual, out = (residual[:, :N // 2], out[:, :N // 2]) if activation else (residual, out)
+        script.finish_linear(want, ended := torch.empty_like(out), activation, residual)
+        backend.adapters.finish(x, norm, y, RowsOfMatrix(backend.adapters.numbers["proof"], rows), out, activation, residual)
+        if fault := differs(out, ended, "what is added"):
+            return f"{fault} ({str(kind)[6:]})"
+    return ""
+
+
+CUDA_PROOFS = {"linear": prove_linear, "adapters": prove_adapters, "experts": prove_experts, "rope_append": prove_rope_append, "paged_attention": prove_attention,
                "prompt_attention": prove_prompts,
                "sample": prove_sample}

@@ -25,7 +25,7 @@ from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler, Sequence
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
-from chatlm.worker.model.spec import Batch, DeltaRule, Mamba2, ModelSpec, ShortConv, expected_tensors
+from chatlm.worker.model.spec import Batch, DeltaRule, KvType, Mamba2, ModelSpec, ShortConv, expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import attend_prompt
 from chatlm.worker.ops.basic import AdapterMatrix
@@ -58,9 +58,9 @@ def backend(request, monkeypatch):
 
 
 @functools.cache
-def llama_like():
+def llama_like(head_size=16):
     """A small random model with every feature of llama files, and the tokenizer of a nanochat fixture."""
-    spec = ModelSpec(vocab_size=284, layers=2, width=48, heads=6, kv_heads=2, head_size=16, ffn_size=64, max_positions=512,
+    spec = ModelSpec(vocab_size=284, layers=2, width=48, heads=6, kv_heads=2, head_size=head_size, ffn_size=64, max_positions=512,
                      qkv_bias=True, tied_head=True, rope_size=8, qk_norm="before_rope", qk_norm_weights=True)
     random = torch.Generator().manual_seed(3)
     tensors = {name: torch.randn(shape, generator=random) * (0.15 if len(shape) > 1 else 1.0)
@@ -93,11 +93,11 @@ def model_of(name, fixtures):
     return spec, dict(tensors), open_tokenizer(fixture.text)
 
 
-def engine_on(kernels, model, device="cpu", *, num_pages=200, max_batch=6, prefill_chunk=64, context_length=512):
+def engine_on(kernels, model, device="cpu", *, num_pages=200, max_batch=6, prefill_chunk=64, context_length=512, kv=None):
     spec, tensors, tokenizer = model
     transformer = Transformer(spec, {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=num_pages,
                               device=device, dtype=torch.float32, max_tokens=prefill_chunk + max_batch, max_rows=max_batch,
-                              num_slots=max_batch + FREE_ROWS + 12)
+                              num_slots=max_batch + FREE_ROWS + 12, kv=kv)
     return Engine(transformer, tokenizer, kernels, num_pages=num_pages, max_batch=max_batch, context_length=context_length,
                   prefill_chunk=prefill_chunk)
 
@@ -169,7 +169,58 @@ def test_answers_of_adapters_and_of_their_base_are_the_reference_engines(backend
     engine = adapted(cuda_engine(backend, model, monkeypatch), model[0])
     same_answers(expected, answers(engine, works, [0, 2, 2, 5, 9, 9, 14]))
     same_answers(expected, answers(engine, works[1:2]))
-    assert engine.steps.queue.replays > 20
+    assert engine.steps.queue.replays > 20 and any(engine.steps.adapted.values())
+
+
+def logits_of(steps, rows, length=1, **more):
+    """Of the sequences with these numbers, which all have this length."""
+    batch = decode_batch([-1] * len(rows), [5 + i for i in rows], [length] * len(rows), [[3 + i, 9 + i] for i in rows])
+    return steps.forward(batch._replace(**more)).cpu().clone()
+
+
+@torch.inference_mode()
+def test_rows_with_adapters_are_graphs_with_the_bits_that_each_has_alone(nanochat_fixtures, emulation_library, monkeypatch):
+    """Adapters may come and go: the graphs stay. Where the kernels cannot, torch adds the same."""
+    model = model_of("llama", nanochat_fixtures)
+    engine = adapted(cuda_engine(backends.Emulated(emulation_library, products=True), model, monkeypatch, max_batch=2, context_length=64), model[0])
+    steps, adapters, by_op = engine.steps, engine.transformer.adapters, []
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "_run_ops", lambda *rest, **more: by_op.append(1))
+        together, plain = logits_of(steps, [0, 1], adapters=[1, 0]), logits_of(steps, [1])
+        assert torch.equal(together, torch.cat([logits_of(steps, [0], adapters=[1]), plain]))
+        adapters[3] = adapters.pop(1)
+        graphs = dict(steps.adapted)
+        assert torch.equal(logits_of(steps, [0, 1], adapters=[3, 1]), together) and steps.adapted == graphs     # slot 1 has gone
+        assert torch.equal(logits_of(steps, [1], adapters=[1]), plain) and (logits_of(steps, [1], adapters=[3]) - plain).abs().max() > 0.1
+        assert not by_op
+    adapters[3].table = None                            # of too many ranks
+    by_torch = logits_of(steps, [0, 1], adapters=[3, 0])
+    assert 0 < (by_torch - together).abs().max() < 1e-4 * together.abs().max()
+
+
+@torch.inference_mode()
+def test_a_graph_with_adapters_that_cannot_be_captured_is_tried_once_and_its_steps_run_op_by_op(
+        nanochat_fixtures, emulation_library, monkeypatch, caplog):
+    model, tries = model_of("llama", nanochat_fixtures), []
+    engine = adapted(cuda_engine(backends.Emulated(emulation_library), model, monkeypatch, max_batch=3), model[0])
+    monkeypatch.setattr(engine.steps.queue, "capture", lambda work: tries.append(1) or 1 / 0)
+    drawn = [engine.steps.finish(engine.steps.start(decode_batch([-1] * 3, [5, 6, 7], [1] * 3, [[3], [9], [7]])._replace(adapters=[1, 0, 2]),
+                                                    sampled_rows([1] * 3))) for _ in range(2)]
+    assert tries == [1] and drawn[0] == drawn[1]
+    assert "the CUDA graph of 3 rows with adapters cannot be captured (ZeroDivisionError: division by zero); its steps run op by op" in caplog.text
+
+
+@torch.inference_mode()
+def test_rows_over_packed_pages_are_graphs_with_the_bits_that_each_has_alone(nanochat_fixtures, emulation_library, monkeypatch):
+    spec, tensors = llama_like(32)
+    model = spec, dict(tensors), model_of("llama", nanochat_fixtures)[2]
+    options = dict(max_batch=2, context_length=64, kv=KvType("float32", packed=True))
+    steps = cuda_engine(backends.Emulated(emulation_library, products=True), model, monkeypatch, **options).steps
+    reference = engine_on(load_kernels("cpu"), (spec, dict(tensors), model[2]), **options).steps
+    for length in (1, 2):
+        together, want = logits_of(steps, [0, 1], length), logits_of(reference, [0, 1], length)
+        assert (together - want).norm() < 5e-3 * want.norm()
+    assert torch.equal(logits_of(steps, [1], length), together[1:]) and steps.queue.replays == 3
 
 
 @pytest.mark.parametrize("name", by_day(["gen1", "gen3", "gen5", "llama"], "llama"))
@@ -248,7 +299,7 @@ def test_drafts_change_no_token(backend, name, nanochat_fixtures, monkeypatch, r
         engine = cuda_engine(backend, model, monkeypatch, max_batch=8)
         assert engine.drafts and not engine.kernels.row_invariant
         engine.drafts, start, by_op = drafts, engine.steps._run_ops, []
-        engine.steps._run_ops = lambda batches, fields: by_op.append(len(batches[0].token_ids)) or start(batches, fields)
+        engine.steps._run_ops = lambda batches, *rest, **more: by_op.append(len(batches[0].token_ids)) or start(batches, *rest, **more)
         tokens[drafts] = answers(engine, works, [0, 0, 12])
         assert min(by_op) > 8 and (engine.drafted_tokens > 5) is drafts
     assert tokens[True] == tokens[False] and engine.accepted_tokens > 0

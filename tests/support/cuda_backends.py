@@ -169,7 +169,9 @@ class TorchProducts(CudaBackend):
         found = super().ops(*sizes)
         return found | ({"linear": self.linear} if "linear" in found else {})
 
-    def linear(self, x, weight, *rest, **more):
+    def linear(self, x, weight, *rest, adapted=(), **more):
+        if adapted:
+            return self.products.adapted(x, weight, *rest, adapted=adapted, linear=self.linear, **more)
         product = linear_reference if isinstance(weight, torch.Tensor) else self.products.linear
         product(x, weight, *rest, **more)
 

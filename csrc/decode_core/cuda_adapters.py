@@ -1,0 +1,76 @@
+"""What adapters add to products on CUDA: see csrc/cuda/adapters.cu.
+
+A step brings the address of each row's adapter, so that one graph serves whichever adapters its rows have, and those that come later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from . import cuda
+
+TYPES = torch.float32, torch.float16, torch.bfloat16        # by their codes in cuda.CODES
+
+
+class PackedAdapter(dict):
+    """An adapter's matrices by name, and on the device the table by which kernels find them; None: they are too large for these."""
+
+    table: torch.Tensor | None = None
+
+
+class RowsOfMatrix(NamedTuple):
+    """What rows have adapters for a matrix: only the device knows."""
+
+    matrix: int             # its number
+    rows: torch.Tensor      # (T,) int64: of each row the address of its adapter's table, or 0
+
+
+class StepAdapters:
+    """In the place of chat_server's RowAdapters, where the device knows which rows have which adapter."""
+
+    def __init__(self, numbers: dict[str, int], tokens: torch.Tensor, logit_rows: torch.Tensor):
+        self.numbers, self.tokens = numbers, tokens
+        self.logits = torch.index_select(tokens, 0, logit_rows)
+
+    def of_matrix(self, name: str) -> RowsOfMatrix:
+        number = self.numbers.setdefault(name, len(self.numbers))
+        return RowsOfMatrix(number, self.logits if name == "head" else self.tokens)
+
+
+class AdapterOps:
+    """Packs adapters, and adds what they add; `kernels` is a cuda.CudaOps."""
+
+    def __init__(self, kernels: Any, stream: Callable[[], int]):
+        self.kernels, self.stream = kernels, stream
+        # of matrices, in the order in which they were met: a table ends with the last that its adapter has
+        self.numbers: dict[str, int] = {}
+
+    def pack(self, matrices: Mapping[str, Any], device: Any) -> PackedAdapter:
+        adapter, places = PackedAdapter(), {}
+        for name, its in matrices.items():
+            a, b = its.a, its.b
+            if a.dtype != b.dtype or a.dtype not in TYPES:
+                a, b = a.float(), b.float()
+            a, turned, scales = a.to(device).contiguous(), b.T.to(device).contiguous(), its.scales.to(device, torch.float32).contiguous()
+            adapter[name] = type(its)(a, turned.T, scales)
+            number = self.numbers.setdefault(name, len(self.numbers))
+            places[number] = [a.data_ptr(), turned.data_ptr(), scales.data_ptr(), *a.shape, TYPES.index(a.dtype)]
+        if all(place[3] <= cuda.MAX_RANKS for place in places.values()):
+            count = max(places, default=-1) + 1
+            numbers = [count, *(word for number in range(count) for word in places.get(number, [0] * 6))]
+            adapter.table = torch.tensor(numbers, dtype=torch.int64).to(device)
+        return adapter
+
+    def finish(self, x: torch.Tensor, norm: Any, y: torch.Tensor, adapted: RowsOfMatrix, out: torch.Tensor, activation: str | None = None,
+               residual: torch.Tensor | None = None) -> None:
+        """residual + activation(y + what the rows' adapters make of norm(x)) -> out; x (T, >= K), y (T, N) float32."""
+        x = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+        sums = torch.empty(len(x), cuda.MAX_RANKS, device=x.device)
+        self.kernels.shrink(adapted.rows, adapted.matrix, x, sums, norm=norm and (norm.weight, norm.eps), stream=self.stream())
+        made = out if out.dtype in (torch.float32, torch.bfloat16) else torch.empty_like(out, dtype=torch.float32)
+        self.kernels.expand(adapted.rows, adapted.matrix, sums, y, made, activation=activation, residual=residual, stream=self.stream())
+        if made is not out:
+            out.copy_(made)
