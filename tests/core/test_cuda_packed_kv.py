@@ -115,7 +115,7 @@ def small_model(size=32, **changes):
     return spec, {name: torch.randn(shape, generator=random) * (0.15 if len(shape) > 1 else 1.0) for name, shape in expected_tensors(spec).items()}
 
 
-@pytest.mark.parametrize("changes", [{}, dict(sinks=True, attention_softcap=4.0)])
+@pytest.mark.parametrize("changes", by_day([{}, dict(sinks=True, attention_softcap=4.0)], dict(sinks=True, attention_softcap=4.0)))
 def test_logits_over_packed_pages_are_the_references(gpu, changes):
     """Prompts in chunks, beside decode rows, through windows; those of float pages are further away."""
     spec, tensors = small_model(**changes)
