@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatlm.common.errors import ConfigError, require_folder
+from chatlm.common.hub.adapters import CONFIG, WEIGHTS
 from chatlm.common.hub.local import NANOCHAT_FOLDERS
 
 MOST_DEPTH = 3  # folders below the watched one
@@ -28,6 +29,7 @@ class Step(NamedTuple):
     path: Path     # model_<step>.pt, or the folder checkpoint-<step>
     stamp: Stamp   # of each of its files: path, size, time of its last change in ns
     missing: str   # the name of a file that it lacks, "" if it has all
+    adapts: bool = False  # is it an adapter, as peft saves it?
 
     @property
     def changed_s(self) -> float:
@@ -55,10 +57,12 @@ def folders_within(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 def steps_in(place: Path, names: Seq[str]) -> Iterator[Step]:
     if re.fullmatch(r"checkpoint-\d{1,15}", place.name):
         weights = [name for name in names if name.endswith(".safetensors")]
-        files = sorted(weights + [name for name in names if name in HF_FILES])
-        missing = "config.json" if "config.json" not in names else "" if weights else "*.safetensors"
+        adapts = CONFIG in names and "config.json" not in names
+        files = sorted(weights + [name for name in names if name in HF_FILES or name == CONFIG])
+        needed = (WEIGHTS,) if adapts else ("config.json", *parts_of(weights))
+        missing = next((name for name in needed if name not in names), "" if weights else "*.safetensors")
         stamp = stamp_of(place / name for name in files)
-        yield Step(place.parent, int(place.name[11:]), place, stamp, missing)
+        yield Step(place.parent, int(place.name[11:]), place, stamp, missing, adapts)
     if place.parent.name in NANOCHAT_FOLDERS:
         tokenizers = [path for path in (place / "tokenizer.pkl", place / "tokenizer" / "tokenizer.pkl",
                                         place.parent.parent / "tokenizer" / "tokenizer.pkl") if path.exists()]
@@ -68,6 +72,14 @@ def steps_in(place: Path, names: Seq[str]) -> Iterator[Step]:
                 missing = "" if meta in names else meta
                 files = [place / name, *([] if missing else [place / meta]), *tokenizers[:1]]
                 yield Step(place, int(match[1]), place / name, stamp_of(files), missing)
+
+
+def parts_of(weights: Seq[str]) -> list[str]:
+    """All files of the numbered sets of which some are there."""
+    sets = {(match[1], match[2]) for name in weights
+            if (match := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name))}
+    return [f"{stem}-{number:05}-of-{count}.safetensors"
+            for stem, count in sorted(sets) for number in range(1, int(count) + 1)]
 
 
 def stamp_of(paths) -> Stamp:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
+from chatlm.common.hub.adapters import CONFIG, base_of
 from chatlm.common.hub.steps import find_steps
 from chatlm.common.log import log
 from chatlm.front.pool.score import read_scored, score_text
@@ -41,6 +42,7 @@ class RunWatch:
     IN_USE_S = 60.0  # a model that was asked so recently is followed by one that is loaded already
     AT_ONCE = 8      # checkpoints opened between two looks, the last ones first
     LEAVE_S = 30.0   # a step before the last leaves memory when nobody has asked for it so long
+    SURVEY_S = 20.0  # the process that reads headers lives so long after the last checkpoint
 
     def __init__(self, many: ManyModels):
         self.many, self.registry = many, many.registry
@@ -51,6 +53,7 @@ class RunWatch:
         self.refused: dict[Path, Step] = {}   # what was said to be broken
         self.tags: dict[Path, str] = {}       # of each run
         self.last: dict[Path, Model] = {}     # of each run: the model that is called `latest`
+        self.opened_s = 0.0                   # when a checkpoint was last opened
         self.unscorable: set[Step] = set()
         self.trouble = ""                     # what was wrong with the folder at the last look
         path = many.settings.watch_text
@@ -96,6 +99,8 @@ class RunWatch:
                    and self.refused.get(step.path) != step and self._settled(step)]
         self.before = there
         await self._open(settled[::-1][:self.AT_ONCE])
+        if time.monotonic() - self.opened_s > self.SURVEY_S:
+            await self.many.opener.survey.close()
 
     def _settled(self, step: Step) -> bool:
         """Have its files stood still?"""
@@ -111,16 +116,21 @@ class RunWatch:
                                    f"{step.missing} is missing")
                 continue
             await self._open_one(step, name)
+            self.opened_s = time.monotonic()
             self.follow()
-        await self.many.opener.survey.close()
 
     async def _open_one(self, step: Step, name: str):
         """Its last name is every step's in its settings, where a sandbox checks the name in a large body;
         which of them has it is said by `_give_names`."""
+        path, merged = str(step.path), {}
+        if step.adapts:  # a model of its own too: its base with the adapter merged
+            path, merged = base_of(step.path), {"lora": (str(step.path),)}
         name = self.registry.renamed(ModelChoice(str(step.path), name)).name
-        choice = ModelChoice(str(step.path), name, (self._latest(step.run),), changes={
-            "source": None, "model_tag": None, "step": None})
+        choice = ModelChoice(path, name, (self._latest(step.run),), changes={
+            "source": None, "model_tag": None, "step": None, **merged})
         try:
+            if not path:
+                raise ConfigError(f"it is an adapter, and its {CONFIG} names no base_model_name_or_path")
             model = await asyncio.to_thread(self.many.opener.resolve, choice, lambda *progress: None)
             if model.source:
                 model.source = replace(model.source, stamp=step.stamp)
