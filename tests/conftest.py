@@ -20,7 +20,7 @@ REPOSITORY = TESTS.parent
 sys.path[:0] = [os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY), str(TESTS / "support")]
 
 from browsing import browser, held_front, opened_page, page, server_url, stand_in  # noqa: E402, F401  fixtures of the page's tests
-from pools import start_pool  # noqa: E402, F401
+from pools import start_pool, started  # noqa: E402, F401
 
 
 shown = []      # the reports that the summary asks about again

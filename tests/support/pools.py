@@ -23,23 +23,35 @@ def tiny_settings(nanochat_fixtures, generation="gen5", **changes):
 
 
 @pytest.fixture
-async def start_pool(nanochat_fixtures):
-    """A function that starts a WorkerPool of tiny models; at the end every pool is closed, and its processes must be gone."""
+async def started():
+    """A function that starts a WorkerPool, or ManyModels; at the end all are closed, and their processes must be gone."""
     pools = []
 
-    async def start(worker_command=DYING, wait=True, **changes):
-        pools.append(pool := pool_of(tiny_settings(nanochat_fixtures, **changes), worker_command=worker_command))
+    async def start(pool, wait=True):
+        pools.append(pool)
         await pool.start()
         if wait:
             await pool.wait_ready()
-            await all_ready(pool)
         return pool
 
     yield start
     for pool in pools:
-        pids = [worker.process.pid for worker in pool.workers if worker.process]
+        parts = [model.pool for model in pool.registry.models if model.pool] if hasattr(pool, "registry") else [pool]
+        pids = [worker.process.pid for part in parts for worker in part.workers if worker.process]
         await pool.close()
         assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.fixture
+def start_pool(nanochat_fixtures, started):
+    """A function that starts a WorkerPool of tiny models."""
+    async def start(worker_command=DYING, wait=True, **changes):
+        pool = await started(pool_of(tiny_settings(nanochat_fixtures, **changes), worker_command=worker_command), wait)
+        if wait:
+            await all_ready(pool)
+        return pool
+
+    return start
 
 
 class PlayedWorker(Worker):

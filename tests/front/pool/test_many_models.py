@@ -6,7 +6,6 @@ import random
 import shutil
 from contextlib import asynccontextmanager
 
-import psutil
 import pytest
 
 import chat_server
@@ -28,22 +27,12 @@ def choices(nanochat_fixtures, *generations):
 
 
 @pytest.fixture
-async def start_models(nanochat_fixtures):
-    """A function that starts ManyModels; at the end all are closed, and their processes must be gone."""
-    started = []
-
+def start_models(nanochat_fixtures, started):
+    """A function that starts ManyModels."""
     async def start(*generations, command=DYING, **changes):
-        settings = Settings(**{"several": choices(nanochat_fixtures, *generations)} | TINY | changes)
-        started.append(models := ManyModels(settings, command))
-        await models.start()
-        await models.wait_ready()
-        return models
+        return await started(ManyModels(Settings(**{"several": choices(nanochat_fixtures, *generations)} | TINY | changes), command))
 
-    yield start
-    for models in started:
-        pids = [worker.process.pid for model in models.registry.models if model.pool for worker in model.pool.workers if worker.process]
-        await models.close()
-        assert not any(psutil.pid_exists(pid) for pid in pids)
+    return start
 
 
 @asynccontextmanager
@@ -85,7 +74,7 @@ async def listed(client, url, **headers):
 async def test_each_model_answers_as_it_does_alone_and_they_take_turns(start_models, nanochat_fixtures, client, monkeypatch):
     """The memory holds one of them. Meanwhile their requests wait in the queue, and hear how far the model is."""
     monkeypatch.setattr(Residency, "PLACE_S", 0.2)
-    models = await start_models("gen1", "gen5", models_memory=230 * MIB)
+    models = await start_models("gen1", "gen5", models_memory=230 * MIB, prefix_memory=0)
     async with served(models) as url:
         before = await listed(client, url)
         assert [(model["state"], model["context_length"] > 0, model["type"]) for model in before.values()] == [("unloaded", True, "chat")] * 2
@@ -208,8 +197,8 @@ async def test_what_cannot_be_served_ends_the_start_with_one_line(nanochat_fixtu
            (dict(several=(one, ModelChoice(other.path, "gen1"))), "two models are called gen1"),
            (dict(several=(one, ModelChoice(other.path, "b", ("gen1",)))), "two models are called gen1"),
            (dict(several=(one, ModelChoice(str(tmp_path / "missing")))), "no model at"),
-           (dict(several=(one, other), models_memory=MIB), r"takes [\d.]+ MB, and all models together may take 1.0 MB \(--models-memory\)"),
-           (dict(several=(ModelChoice(one.path, "a", pin=True), ModelChoice(other.path, "b", pin=True)), models_memory=300 * MIB), "pinned models")]
+           (dict(several=(one, other), models_memory=MIB, prefix_memory=0), r"takes [\d.]+ MB, and all models together may take 1.0 MB \(--models-memory\)"),
+           (dict(several=(ModelChoice(one.path, "a", pin=True), ModelChoice(other.path, "b", pin=True)), models_memory=300 * MIB, prefix_memory=0), "pinned models")]
     for settings, words in bad:
         with pytest.raises(ConfigError, match=words) as error:
             await outcome(**settings)
@@ -249,7 +238,7 @@ async def test_replicas_of_several_models_share_requests_and_take_turns(start_mo
     replicas = {"two": None, "one": 1, "most": 3}
     several = tuple(ModelChoice(str(path), name, replicas=replicas[name]) for name, path in paths.items())
     expected = {name: await alone(client, path, ["hello"]) for name, path in paths.items()}
-    models, assigned = await start_models(several=several, num_workers=2, models_memory=700 * MIB), set()
+    models, assigned = await start_models(several=several, num_workers=2, models_memory=700 * MIB, prefix_memory=0), set()
     monkeypatch.setattr(Worker, "assign", lambda worker, job, assign=Worker.assign: (assigned.add(worker.gpu), assign(worker, job)))
     sizes = [models.find(name).bytes for name in ("one", "two", "most")]
     assert [round(size / sizes[0]) for size in sizes] == [1, 2, 3] and sum(sizes[1:]) > 700 * MIB
@@ -274,7 +263,7 @@ async def test_replicas_of_several_models_share_requests_and_take_turns(start_mo
 async def test_models_of_several_ranks_answer_as_alone_are_counted_with_them_and_leave_whole(start_models, nanochat_fixtures, client, monkeypatch):
     """The KV pages of one would suffice, but its ranks cannot give them back alone."""
     monkeypatch.setattr(Residency, "PLACE_S", 0.0)
-    models = await start_models("gen1", "gen5", tensor_parallel_size=2, models_memory=900 * MIB)
+    models = await start_models("gen1", "gen5", tensor_parallel_size=2, models_memory=900 * MIB, prefix_memory=0)
     one, other = (models.find(name) for name in ("gen1", "gen5"))
     assert all(400 * MIB < model.bytes < 450 * MIB for model in (one, other))
     models.residency.budget = one.bytes + other.bytes - one.place.cache // 2
@@ -298,7 +287,7 @@ async def test_twelve_models_random_traffic_little_memory_and_killed_workers_los
         paths[name] = save(make_model(name), tmp_path / name)
     texts, drawn = ["hello", "a b c", "what is two plus two"], random.Random(38)
     expected = {name: await alone(client, path, texts) for name, path in paths.items()}
-    models = await start_models(several=tuple(ModelChoice(str(path), name) for name, path in paths.items()), models_memory=800 * MIB)
+    models = await start_models(several=tuple(ModelChoice(str(path), name) for name, path in paths.items()), models_memory=800 * MIB, prefix_memory=80 * MIB)
     ended = asyncio.Event()
     most = kills = 0
 

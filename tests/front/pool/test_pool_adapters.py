@@ -42,20 +42,12 @@ def adapter(base, folder, seed=0, **config):
 
 
 @pytest.fixture
-async def start(base):
-    """A function that starts a server of the tiny model with adapters; at the end its pool is closed."""
-    pools = []
-
+def start(base, started):
+    """A function that starts a server of the tiny model with adapters."""
     async def start(*adapters, **changes):
-        settings = Settings(model=str(base), adapter=adapters, **TINY | changes)
-        pools.append(pool := pool_of(settings, DYING))
-        await pool.start()
-        await pool.wait_ready()
-        return pool
+        return await started(pool_of(Settings(model=str(base), adapter=adapters, **TINY | changes), DYING))
 
-    yield start
-    for pool in pools:
-        await pool.close()
+    return start
 
 
 @asynccontextmanager

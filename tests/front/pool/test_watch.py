@@ -37,19 +37,12 @@ def run_folder(nanochat_fixtures, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-async def watching():
+def watching(started):
     """A function that starts a server of what is below --watch."""
-    started = []
-
     async def start(folder, **changes):
-        started.append(models := ManyModels(Settings(**TINY | {"watch": str(folder)} | changes), DYING))
-        await models.start()
-        await models.wait_ready()
-        return models
+        return await started(ManyModels(Settings(**TINY | {"watch": str(folder)} | changes), DYING))
 
-    yield start
-    for models in started:
-        await models.close()
+    return start
 
 
 async def until(condition):
@@ -192,7 +185,15 @@ def test_runs_are_found_three_folders_deep_and_links_are_not_followed(tmp_path):
     for folder in ("a/b/checkpoint-5", "checkpoint-7"):
         (tmp_path / folder / "config.json").write_text("{}")
     (tmp_path / "a" / "link").symlink_to(tmp_path / "checkpoint-7")
+    (tmp_path / "checkpoint-99").symlink_to(tmp_path / "checkpoint-7")
+    for folder, names in (("checkpoint-20", ["config.json", "model-00001-of-00002.safetensors"]), ("checkpoint-21", ["adapter_config.json"]),
+                          ("checkpoint-22", ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]),
+                          ("checkpoint-23", ["adapter_config.json", "adapter_model.safetensors"])):
+        (tmp_path / "parts" / folder).mkdir(parents=True)
+        for name in names:
+            (tmp_path / "parts" / folder / name).write_text("{}")
     found = {(str(step.run.relative_to(tmp_path)), step.step): step.missing for step in find_steps(tmp_path)}
+    assert [found.pop(("parts", step)) for step in (20, 21, 22, 23)] == ["model-00002-of-00002.safetensors", "adapter_model.safetensors", "", ""]
     assert found == {("a/b", 5): "", (".", 7): "", (".", 8): "config.json", ("base_checkpoints/d4", 10): "meta_000010.json"}
     for path, words in ((tmp_path / "none", "no such folder"), (tmp_path / "checkpoint-8" / "notes", "not a folder")):
         with pytest.raises(ConfigError, match=f"--watch .*{words}"):
@@ -218,7 +219,7 @@ async def test_old_steps_take_turns_where_memory_holds_one(run_folder, watching,
     from chatlm.front.pool.residency import Residency
     monkeypatch.setattr(Residency, "PLACE_S", 0.1)
     list(tiny_training.train(run_folder, 3, 1))
-    models = await watching(run_folder, models_memory=230 * MIB)
+    models = await watching(run_folder, models_memory=230 * MIB, prefix_memory=0)
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 3)
         answers = await asyncio.gather(*(ask(client, url, f"d2@{step}") for step in (1, 2, 3)))
@@ -228,13 +229,15 @@ async def test_old_steps_take_turns_where_memory_holds_one(run_folder, watching,
         assert models.residency.used <= 230 * MIB
 
 
-async def compared(client, url, **body):
+async def compared(client, url, struck=None, **body):
     body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 1, "seed": 5, "max_tokens": 24} | body
-    async with client.post(url + "/v1/compare", json=body) as response:
+    async with client.post(url + "/v1/compare", json=body, headers={"X-Request-Id": struck} if struck else {}) as response:
         return response.status, frames(await response.read()) if response.status == 200 else await response.json()
 
 
-async def test_steps_are_compared_with_the_same_noise_and_it_is_said_where_each_leaves_the_first(run_folder, watching, client):
+async def test_steps_are_compared_with_the_same_noise_and_it_is_said_where_each_leaves_the_first(run_folder, watching, client, tmp_path, monkeypatch):
+    (tmp_path / "struck").mkdir()
+    monkeypatch.setenv("STRUCK", str(tmp_path / "struck"))
     list(tiny_training.train(run_folder, 6, 2))
     models = await watching(run_folder)
     async with serving(models, models.settings) as url:
@@ -254,6 +257,11 @@ async def test_steps_are_compared_with_the_same_noise_and_it_is_said_where_each_
             assert differs["model"] == f"d2@{step}" and differs["position"] == at
             assert differs["probabilities"] == pytest.approx([2.718281828459045 ** line[at][1] for line in (first, logprobs)])
         assert len({end["seed"] for end in events[-1]["answers"]}) == 1
+        before = texts
+        status, events = await compared(client, url, steps=[2, 4, "latest"], struck="kill-decode")
+        assert status == 200 and len([*(tmp_path / "struck").iterdir()]) == 3       # each answer's worker died once
+        texts = ["".join(event["token"] for event in events if event.get("index") == index and "token" in event) for index in range(3)]
+        assert texts == before and [end["finish_reason"] for end in events[-1]["answers"]] == ["length"] * 3
         status, events = await compared(client, url, variants=[{"model": "d2@2"}, {"model": "d2@2"}, {"seed": 6}], model="d2@2")
         assert [event["differs"]["index"] for event in events if "differs" in event] == [2]
         body = {"messages": [{"role": "user", "content": "hello"}], "steps": [2, 4], "ignore_eos": True}
@@ -268,7 +276,10 @@ async def test_what_cannot_be_compared_is_refused_before_the_stream(run_folder, 
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 2)
         for body, words in (
-                ({}, "one of models, steps and variants"), ({"models": ["d2@1"]}, "models"), ({"models": ["d2@1"] * 9}, "2 to 8"),
+                ({}, "one of models, steps and variants"), ({"models": ["d2@1"]}, "models must be a list of 2 to 8"), ({"models": []}, "2 to 8"),
+                ({"variants": []}, "variants must be a list of 2 to 8"), ({"variants": [{}] * 9}, "2 to 8"), ({"steps": [1] * 9}, "2 to 8"), ({"variants": "d2@1"}, "2 to 8"),
+                ({"variants": [{"model": "d2@1"}, {"model": 3}]}, "variants[1].model"), ({"models": ["d2@1", "d2@2"], "variants": [{}, {}]}, "models and variants is here"),
+                ({"variants": [{}, {"max_tokens": 0}]}, "variants[1].max_tokens"), ({"models": ["d2@1"] * 9}, "2 to 8"),
                 ({"models": ["d2@1", "d2@2"], "steps": [1, 2]}, "models and steps is here"), ({"steps": [1, "x"]}, "steps"),
                 ({"models": ["d2@1", "d2@77"]}, "d2@77"), ({"steps": [1, 77]}, "d2@77"), ({"variants": [{}, {"temperature": 9}]}, r"variants[1].temperature"),
                 ({"variants": [{}, {"adapter": "pirate"}]}, "pirate"), ({"variants": [{}, 3]}, "variants"),
@@ -364,3 +375,33 @@ def test_a_server_that_watches_leaves_the_processor_to_the_training(run_folder):
         groups = [Path(f"/proc/{child.pid}/autogroup") for child in children]
         while not all(group.read_text().endswith("nice 15\n") for group in groups if group.exists()):
             time.sleep(0.05)        # it is the first thing that they do
+
+
+@pytest.mark.slow
+async def test_checkpoints_of_an_adapter_s_training_are_its_base_with_it_merged(tmp_path, watching, client, caplog):
+    from families import make_model, save
+    from lora import adapt
+    base = save(make_model("llama3.2"), tmp_path / "base")
+    for step in (5, 10):
+        adapt(make_model("llama3.2"), tmp_path / "runs" / "my-run" / f"checkpoint-{step}", size=step / 20)
+        config = tmp_path / "runs" / "my-run" / f"checkpoint-{step}" / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}))
+    shutil.copytree(config.parent, tmp_path / "runs" / "my-run" / "checkpoint-11")
+    (tmp_path / "runs" / "my-run" / "checkpoint-11" / "adapter_config.json").write_text(config.read_text().replace(str(base), str(tmp_path / "none")))
+    models = await watching(tmp_path / "runs")
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 2 and "my-run@11 is not served: no model at" in caplog.text)
+        texts = {}
+        for name in ("my-run@5", "my-run@latest"):
+            async with client.post(url + "/v1/completions", json={"model": name, "prompt": "hello", "temperature": 0, "max_tokens": 8}) as response:
+                texts[name] = (await response.json())["choices"][0]["text"]
+    for step, name in ((5, "my-run@5"), (10, "my-run@latest")):
+        settings = Settings(model=str(base), lora=(str(tmp_path / "runs" / "my-run" / f"checkpoint-{step}"),), **TINY)
+        pool = pool_of(settings, DYING)
+        await pool.start()
+        await pool.wait_ready()
+        async with serving(pool, settings) as url:
+            async with client.post(url + "/v1/completions", json={"prompt": "hello", "temperature": 0, "max_tokens": 8}) as response:
+                assert (await response.json())["choices"][0]["text"] == texts[name]
+        await pool.close()
+    assert texts["my-run@5"] != texts["my-run@latest"]
