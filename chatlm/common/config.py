@@ -259,13 +259,13 @@ class Settings:
     kv_cache_memory: int | None = flag(None, size, "bytes for KV pages per replica (suffixes K, M, G)")
     prefix_memory: int | None = flag(None, size,
         "bytes of memory for the cached beginnings of prompts that outlive the workers, 0 = none (default: "
-        "serve takes up to 1/10 of what is free; suffixes K, M, G)")
+        "serve takes up to 1/10 of what is free, or of --models-memory; suffixes K, M, G)")
     prefix_store: str | None = flag(None, store_text,
         "FOLDER[:SIZE] that keeps them beyond this server too, at most SIZE bytes (10G): it holds what "
         "people wrote, as token ids")
     models_memory: int | None = flag(None, size,
-        "bytes for the models that are loaded at a time, of several (default: 9/10 of what is free; suffixes "
-        "K, M, G)", "serve")
+        "bytes for the models that are loaded at a time, of several, and --prefix-memory (default: 9/10 of "
+        "what is free; suffixes K, M, G)", "serve")
     gpu_memory_utilization: float = flag(0.90, number(float, 0.05, 1.0),
         "share of device memory for weights and KV pages")
     max_batch: int = flag(64, number(int, 1, 1024), "sequences decoded together per replica")

@@ -253,6 +253,11 @@ class MemoryPlan(NamedTuple):
     mapped: int = 0       # bytes that stay in the file, see MappedRows
     kv: KvType = KvType()
 
+    @property
+    def prefixes(self) -> int:
+        """Bytes that prefixes which outlive the workers may come to take of the same memory."""
+        return (self.settings.prefix_memory or 0) if self.device.type == "cpu" else 0
+
     def memory(self) -> tuple[int, int]:
         """(free bytes, all bytes) of the device; a machine's memory is not counted as a whole: 0."""
         return torch.cuda.mem_get_info(self.device) if self.device.type == "cuda" else (available_memory(), 0)
@@ -266,7 +271,7 @@ class MemoryPlan(NamedTuple):
         elif self.device.type == "cuda":
             budget = int(free - taken - total * (1 - settings.gpu_memory_utilization))
         else:  # other programs want memory too: one full context or 1 GiB, at most an eighth of what is free
-            free = max(free // max(settings.num_workers, 1) - taken, 0)
+            free = max((free - self.prefixes) // max(settings.num_workers, 1) - taken, 0)
             budget = min(max(1 << 30, self.full * self.page_bytes), free // 8)
         if self.state_bytes:  # a quarter is for snapshots of states
             budget -= budget // 4
@@ -318,10 +323,11 @@ class MemoryPlan(NamedTuple):
         not."""
         settings, (free, total), cache = self.settings, self.memory(), self.cache_bytes(num_pages)
         running, snapshots = self.states(num_pages)
-        needed = self.weights + self.activations + cache
+        needed = self.weights + self.activations + cache + self.prefixes
+        kept = f" + prefixes {self.prefixes / 1e9:,.2f} GB" if self.prefixes else ""
         parts = f" with {running} states and {snapshots} snapshots" if self.state_bytes else ""
         line = (f"weights {self.weights / 1e9:,.2f} GB + activations {self.activations / 1e9:,.2f} GB + "
-                f"KV cache {cache / 1e9:,.2f} GB{parts} ({self.token_bytes:,} bytes a token) = "
+                f"KV cache {cache / 1e9:,.2f} GB{parts} ({self.token_bytes:,} bytes a token){kept} = "
                 f"{needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free on {self.device}")
         if self.mapped:
             line += (f"; the {self.mapped / 1e9:,.2f} GB of embeddings of each layer stay in the file, of "
@@ -334,8 +340,11 @@ class MemoryPlan(NamedTuple):
             ("--dtype bfloat16", settings.dtype == "float32"), ("--num-workers 1", settings.num_workers > 1),
             ("--quantize q4_0", self.quantizes)) if helps]
         line += self.grows
-        if needed - cache > free:
+        if self.weights + self.activations > free:
             raise ConfigError(f"the model does not fit: {line}. "
                               f"Try {' or '.join([*lighter, 'a smaller model'])}")
+        if needed - free <= self.prefixes:
+            room = free - needed + self.prefixes
+            return f"The model may not fit: {line}. --prefix-memory {room >> 20}M helps"
         return (f"The model may not fit: {line}. --kv-cache-memory {free - needed + cache >> 20}M or a "
                 "shorter --context-length helps")

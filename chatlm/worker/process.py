@@ -212,8 +212,7 @@ def gauges(engine: Engine) -> dict[str, float | None]:
     pids = engine.ranks.links.pids if engine.ranks else ("self",)
     used, total, utilization = device_use(engine.transformer.device, int(time.monotonic()), pids)
     mapped = engine.transformer.layer_embed
-    kept = engine.keeper.gauges() if engine.keeper else {}
-    return {**NO_GAUGES, **kept, "running": len(engine.scheduler.running),
+    return {**NO_GAUGES, **keeper_gauges(engine.keeper), "running": len(engine.scheduler.running),
             "queued": len(engine.scheduler.waiting), "max_batch": engine.scheduler.max_batch,
             "kv_pages_used": engine.pool.num_pages - engine.pool.available,
             "kv_pages_total": engine.pool.num_pages, "kv_token_bytes": kept_bytes(engine.transformer),
@@ -221,6 +220,11 @@ def gauges(engine: Engine) -> dict[str, float | None]:
             "preemptions": engine.scheduler.preemptions,
             "drafted_tokens": engine.drafted_tokens, "accepted_tokens": engine.accepted_tokens,
             "memory_used": used, "memory_total": total, "utilization": utilization}
+
+
+def keeper_gauges(keeper: Keeper | None) -> dict[str, float]:
+    return {**keeper.counts, "prefill_saved_s": round(keeper.saved_s, 3),
+            "keeping_s": round(keeper.spent_s, 3)} if keeper else {}
 
 
 def state_gauges(engine: Engine) -> dict[str, int]:
@@ -321,7 +325,7 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
         events = []
 
     while True:
-        for message in channel.receive(wait=not engine.busy):
+        for message in channel.receive(wait=not engine.busy and not (engine.keeper and engine.keeper.behind)):
             inbox.obey(message)
         try:
             if engine.ranks:

@@ -5,7 +5,7 @@ A request's id says what happens to its worker, and when: `kill-call-1` kills th
 a tool call open, `hang-decode-1` stops it. $STRUCK is a folder with a file for each request that has struck,
 so that each strikes once; `poison` always kills. A step with more than three requests `crowd-...` runs out of
 memory. If $STRUCK has a file `hang-load`, a process that loads stops. After every step the whole KV cache is
-checked; a wrong page table fails the step.
+checked; a wrong page table fails the step. Kept pages are always looked and waited for, however busy the machine is.
 """
 
 import os
@@ -18,6 +18,8 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 from chatlm.common.processes.start import run_role    # noqa: E402
 from chatlm.worker.engine.answer import Answer    # noqa: E402
 from chatlm.worker.engine.engine import Engine    # noqa: E402
+from chatlm.worker.engine.keeper import Keeper    # noqa: E402
+from chatlm.worker.engine.kept import KeptPages    # noqa: E402
 from chatlm.worker.weights import load    # noqa: E402
 from integrity import check_sequences
 from patching import replace_everywhere    # noqa: E402
@@ -93,5 +95,6 @@ def open_model(*arguments, original=load.open_model):
 
 if __name__ == "__main__":
     Engine.step, Engine._start, Answer.push = step, start, push
+    Keeper.GRACE_S, Keeper._worthwhile, KeptPages.LOOK_S = 60.0, lambda keeper, restoration: True, 0.0
     replace_everywhere(load, "open_model", open_model)
     sys.exit(run_role(*sys.argv[1:]))

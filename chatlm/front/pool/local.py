@@ -58,8 +58,11 @@ class LocalDevices:
             threads = max(1, threads // 2)
         worker.process, ours = start_child(self.command, "worker", process_environment(threads))
         reader, worker.writer = await asyncio.open_connection(sock=ours)
-        secretless = replace(self.settings, keys=(), api_key=())
-        shared, size = (self.prefixes.paths, self.prefixes.segment_bytes) if self.prefixes else ((), 0)
+        shared, size, more = (), 0, 0
+        if self.prefixes:
+            shared, size = self.prefixes.paths, self.prefixes.segment_bytes
+            more = self.prefixes.bytes - self.prefixes.used
+        secretless = replace(self.settings, keys=(), api_key=(), prefix_memory=more)
         return reader, WorkerConfig(secretless, self.source, worker.device, threads, shared, size)
 
     def end_in_words(self, worker: Worker) -> str:

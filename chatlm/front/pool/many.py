@@ -245,8 +245,9 @@ class ManyModels:
         models = self.registry.models
         default, states = self.default_of(models), Counter(model.state for model in models)
         failed = f", of which {states['failed']} cannot be served" if states["failed"] else ""
+        beside = " beside the prefixes" if self.opener.prefixes.bytes else ""
         lines = [f"{len(models)} models{failed}; those that are loaded may take "
-                 f"{shown_bytes(self.residency.budget)} (--models-memory)"]
+                 f"{shown_bytes(self.residency.budget)}{beside} (--models-memory)"]
         for model in models:
             words = [f"{shown_bytes(model.bytes)}, context {model.pool.context_length:,}" if model.pool else
                      f"failed: {model.reason}", *["default"] * (model is default),

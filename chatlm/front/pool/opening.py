@@ -45,7 +45,9 @@ class Opener:
         self.prefixes = Prefixes(settings)
         self.budget = settings.models_memory  # None: the survey finds out what a GPU has
         if self.budget is None and not self._on_gpus(settings):
-            self.budget = max(int(available_memory() * (1 - self.RESERVE)) - self.prefixes.bytes, 0)
+            self.budget = int(available_memory() * (1 - self.RESERVE))
+        if self.budget is not None:
+            self.budget = max(self.budget - self.prefixes.bytes, 0)
 
     @staticmethod
     def _on_gpus(settings: Settings) -> bool:

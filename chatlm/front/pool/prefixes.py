@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import ranks_per_replica, store_place
+from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.common.segments import (
@@ -44,6 +45,9 @@ class Prefixes:
         self.store, self.files = None, list[FileIO]()
         self.count = max(SEGMENTS, 4 * max(settings.num_workers, 1))
         self.bytes = memory_for(settings)
+        if settings.models_memory is not None and self.bytes >= settings.models_memory:
+            raise ConfigError(f"--prefix-memory {self.bytes:,}: it is part of --models-memory "
+                              f"{settings.models_memory:,} and must leave some of it to the models")
         if self.bytes and not may_open(8 * self.count):
             self.bytes = 0
         place = settings.prefix_store and store_place(settings.prefix_store)
@@ -54,6 +58,11 @@ class Prefixes:
     def paths(self) -> tuple[str, ...]:
         """Of the segments in memory, for processes that this one has started."""
         return tuple(f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in self.files)
+
+    @property
+    def used(self) -> int:
+        """Bytes of memory that it takes now."""
+        return sum(os.fstat(file.fileno()).st_size for file in self.files)
 
     @property
     def segment_bytes(self) -> int:
@@ -88,8 +97,7 @@ class Prefixes:
     def stats(self) -> dict:
         """What /stats shows of it."""
         store = self.store
-        used = sum(os.fstat(file.fileno()).st_size for file in self.files)
-        return {"memory_bytes": used, "memory_limit": self.bytes,
+        return {"memory_bytes": self.used, "memory_limit": self.bytes,
                 "stored_pages": store.pages if store else 0, "stored_bytes": store.bytes if store else 0}
 
 
@@ -100,18 +108,27 @@ def may_open(files: int) -> bool:
     return hard == resource.RLIM_INFINITY or hard >= files
 
 
-def memory_for(settings: Settings) -> int:
-    """Bytes of memory for prefixes: 0 where there is no way to keep any."""
+def why_none(settings: Settings) -> str:
+    """Why no prefix can outlive a worker, in words; "" where they can."""
     on_gpus = settings.device_type in ("auto", "cuda") and cuda_device_count() > 0
-    if (not hasattr(os, "memfd_create") or settings.ray_address or ranks_per_replica(settings) > 1
-            or on_gpus or settings.device_type == "mps"):
-        if settings.prefix_store:
-            log.warning("--prefix-store: nothing is kept on GPUs, with several ranks, on Ray, or outside of "
-                        "Linux")
+    return ("the replicas are on Ray" if settings.ray_address else
+            "a replica has several ranks (--tp, --pp)" if ranks_per_replica(settings) > 1 else
+            "the KV cache is in the memory of a GPU" if on_gpus or settings.device_type == "mps" else
+            "this is not Linux" if not hasattr(os, "memfd_create") else "")
+
+
+def memory_for(settings: Settings) -> int:
+    """Bytes of memory for prefixes, which are part of --models-memory: 0 where there is no way to keep
+    any."""
+    if reason := why_none(settings):
+        if settings.prefix_store or settings.prefix_memory:
+            flag = "--prefix-store" if settings.prefix_store else "--prefix-memory"
+            log.warning("%s: no prefix is kept beyond its worker, because %s", flag, reason)
         return 0
     wanted = settings.prefix_memory
     if wanted is None:
-        wanted = int(available_memory() * SHARE) if settings.command == "serve" else 0
+        whole = available_memory() if settings.models_memory is None else settings.models_memory
+        wanted = int(whole * SHARE) if settings.command == "serve" else 0
     return max(wanted, STAGING_BYTES if settings.prefix_store else 0)
 
 

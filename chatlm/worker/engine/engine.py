@@ -181,6 +181,8 @@ class Engine:
         if on_host or not self.steps.ahead or self.scheduler.stages == 1 and any(
                 c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
             self._finish()
+        if self.keeper and not self.busy:  # before anybody hears of the end
+            self.keeper.settle()
         events, self.events = self.events, []
         return events
 

@@ -9,10 +9,11 @@ scheduler finds it like anything else. The prompt waits as long as reading is ah
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ class Restoration:
     restores_state: bool
     began_s: float
     here: int = 0            # pages read so far, those that the cache had included
-    moved_s: float = 0.0     # when that was
+    moved_s: float = math.inf  # when reading began, or the last page came
     over: bool = False       # nobody waits for it any more
     slot: int | None = None  # with the state after its tokens
     room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(Keeper.BATCHES))
@@ -74,7 +75,6 @@ class Keeper:
     STUCK_S = 5.0         # without a page, a restoration is given up
     BATCHES, BATCH_BYTES = 32, 4 << 20  # read ahead of the engine
     STEP_BYTES = 64 << 20  # copied into or out of pages between two steps
-    MOST_WAITING, MOST = 4, 16  # prompts that wait for theirs at a time, and all restorations
     OVERHEAD_S = 0.0005   # of a restoration
     LEAST_READ_BYTES = 1 << 20  # from which the speed of reading is learned
 
@@ -96,6 +96,8 @@ class Keeper:
         self.restorations: list[Restoration] = []
         self.arrived: deque[tuple[Restoration, list[tuple[Record, memoryview]] | None]] = deque()
         self.news = threading.Event()
+        self.look: Future | None = None  # into the store, and when it began
+        self.looked_s = 0.0
         self.token_s = 0.0     # of computing a token of a prompt
         self.byte_s = 1e-9     # of reading a byte of the store, as far as is known
         self.retry_s, self.trouble = 0.0, ""
@@ -139,6 +141,11 @@ class Keeper:
                 log.warning("prefixes are not kept in memory for a while: %s", trouble)
         self.spent_s += time.thread_time() - began_s
 
+    @property
+    def behind(self) -> bool:
+        """Is there more to keep, and a place for it?"""
+        return bool(self.kept.profile and self.pool.fresh and not self.trouble)
+
     def _keep_page(self, serial: int, pages: list[int], tokens: tuple[int, ...]) -> int:
         """Returns the bytes that were copied."""
         address = self.pool.addresses and self.pool.addresses[serial]
@@ -170,10 +177,20 @@ class Keeper:
         if not self.kept.profile:
             return False
         if sequence.restoration is None:
-            if sum(map(self._leads, self.restorations)) >= self.MOST_WAITING:
+            if self._looking(sequence):
                 return True
             sequence.restoration = self._found(sequence)
         return self._leads(sequence.restoration)
+
+    def _looking(self, sequence: Sequence) -> bool:
+        """Look once for a sequence what others have stored by now, if that is due. Is it still worth the
+        wait?"""
+        due = self.kept.may_look and self.looked_s < sequence.added_s
+        if due and (self.look is None or self.look.done()):
+            self.looked_s, self.look = time.monotonic(), self.reader.submit(self.kept.look_at_store)
+            self.look.add_done_callback(lambda look: self.news.set())
+        return (self.look is not None and not self.look.done()
+                and time.monotonic() - self.looked_s < self.GRACE_S)
 
     def _leads(self, restoration: Restoration) -> bool:
         """Is reading ahead of what computing would have done by now?"""
@@ -192,8 +209,6 @@ class Keeper:
         begin, end, most = len(table) // pool.groups, 0, (len(tokens) - 1) // size
         address, addresses = owner_address(owner), []
         kept.look_at_memory()
-        if kept.store:
-            self.reader.submit(kept.look_at_store)
         for row in range(most):
             address = page_address(address, tokens[row * size:(row + 1) * size])
             if row >= begin and kept.key(PAGE, address) not in kept.index:
@@ -202,9 +217,9 @@ class Keeper:
             if not pool.states or kept.key(STATE, address) in kept.index:
                 end = row + 1
         found = Restoration(tokens[:end * size], addresses[:end], begin, serial, table, bool(pool.states),
-                            time.monotonic(), begin, time.monotonic())
+                            time.monotonic(), begin)
         self.counts["missed_pages"] += most - max(begin, end)
-        if end <= begin or len(self.restorations) >= self.MOST or not self._worthwhile(found):
+        if end <= begin or not self._worthwhile(found):
             found.over = True
             pool.release(table)
             return found
@@ -216,30 +231,33 @@ class Keeper:
         """Would computing take longer than reading?"""
         pages = len(restoration.addresses) - restoration.begin
         size = pages * self.page_bytes + restoration.restores_state * self.state_bytes
-        entry = self.kept.index.get(self.kept.key(PAGE, restoration.addresses[-1]))
-        stored = entry is None or entry[0].name in self.kept.stored
-        read_s = self.OVERHEAD_S + size * (self.byte_s if stored else 3e-10)
+        on_disk = self.kept.on_disk(self.kept.key(PAGE, restoration.addresses[-1]))
+        read_s = self.OVERHEAD_S + size * (self.byte_s if on_disk else 3e-10)
         return pages * self.pool.page_size * self.token_s >= read_s
 
     def _read(self, restoration: Restoration):
         """In a thread: read its records, in batches, as far as the engine has put them into pages."""
+        restoration.moved_s = time.monotonic()
         try:
-            batch, size, began_s, total = [], 0, time.monotonic(), 0
+            batch, size, disk_bytes, disk_s = [], 0, 0, 0.0
             keys = [self.kept.key(PAGE, address) for address in restoration.addresses[restoration.begin:]]
             if restoration.restores_state:  # first: without it the pages are of no use
                 keys.insert(0, self.kept.key(STATE, restoration.addresses[-1]))
             for key in keys:
+                on_disk, began_s = self.kept.on_disk(key), time.monotonic()
                 if restoration.over or (read := self.kept.read(key)) is None:
                     break
                 batch.append(read)
-                size, total = size + read[0].size, total + read[0].size
+                size += read[0].size
+                if on_disk:
+                    disk_bytes, disk_s = disk_bytes + read[0].size, disk_s + time.monotonic() - began_s
                 if size >= self.BATCH_BYTES:
                     self._hand_over(restoration, batch)
                     batch, size = [], 0
             if batch:
                 self._hand_over(restoration, batch)
-            if total >= self.LEAST_READ_BYTES:
-                self.byte_s += 0.3 * ((time.monotonic() - began_s) / total - self.byte_s)
+            if disk_bytes >= self.LEAST_READ_BYTES:
+                self.byte_s += 0.3 * (disk_s / disk_bytes - self.byte_s)
         except Exception:
             log.exception("failed to read kept pages")
         finally:
@@ -274,10 +292,10 @@ class Keeper:
                 self._end(restoration)
 
     def _give_up_stuck(self):
-        """Forget restorations whose disk does not answer."""
-        for restoration in [*self.restorations]:
-            if time.monotonic() - restoration.moved_s > self.STUCK_S:
-                log.warning("a kept prefix could not be read in %g s: it is computed", self.STUCK_S)
+        """Where the disk does not answer, forget all restorations: those that wait for their turn too."""
+        if any(time.monotonic() - its.moved_s > self.STUCK_S for its in self.restorations):
+            log.warning("a kept prefix could not be read in %g s: it is computed", self.STUCK_S)
+            for restoration in [*self.restorations]:
                 self._end(restoration)
 
     def _adopt_page(self, restoration: Restoration, record: Record, payload: memoryview):
@@ -332,10 +350,7 @@ class Keeper:
 
     def empty(self):
         """Before the memory of pages is given back: keep what is new, and forget what is on its way."""
-        while self.kept.profile and self.pool.fresh and not self.trouble:
+        while self.behind:
             self.settle()
         for restoration in [*self.restorations]:
             self._end(restoration)
-
-    def gauges(self) -> dict[str, float | None]:
-        return {**self.counts, "prefill_saved_s": round(self.saved_s, 3), "keeping_s": round(self.spent_s, 3)}

@@ -73,9 +73,14 @@ class KeptPages:
             if segment is not self.own:
                 self._look(segment)
 
+    @property
+    def may_look(self) -> bool:
+        """Is there a store, and was it last looked at LOOK_S ago?"""
+        return self.store is not None and time.monotonic() - self.looked_s >= self.LOOK_S
+
     def look_at_store(self):
         """The same of the store, at most once in LOOK_S."""
-        if self.store is None or time.monotonic() - self.looked_s < self.LOOK_S:
+        if self.store is None or not self.may_look:
             return
         self.looked_s = time.monotonic()
         with suppress(OSError):  # without the folder there is nothing in it
@@ -147,6 +152,9 @@ class KeptPages:
         write_whole(self.own.file.fileno(), data, self.own.end)
         self.own.end += len(data)
 
+    def on_disk(self, key: bytes) -> bool:
+        return (entry := self.index.get(key)) is not None and entry[0].name in self.stored
+
     def disk_byte_s(self) -> float | None:
         """Seconds that the store's disk takes for a byte, by reading some that it has in no cache."""
         with suppress(OSError, ValueError, AttributeError):
@@ -163,18 +171,29 @@ class KeptPages:
         if (entry := self.index.get(key)) is None:
             return None
         segment, place, size = entry
-        with suppress(OSError, ValueError):  # a disk that fails; a file closed meanwhile
+        read, damage = None, ""
+        try:
             read = segment.read(place, size)
-            if read and read[0].key == key and checksum(read[1]) == read[0].checksum:
+        except (OSError, ValueError) as error:  # a disk that fails; a file closed meanwhile
+            damage = getattr(error, "strerror", None) or str(error)
+        if read and read[0].key == key:  # else its writer has died over it, and another went on there
+            if checksum(read[1]) == read[0].checksum:
                 if time.monotonic() - self.touched_s.get(segment, -self.TOUCH_S) >= self.TOUCH_S:
                     self.touched_s[segment] = time.monotonic()
                     segment.touch()
                 return read
+            damage = "its checksum is another"
         self.index.pop(key, None)
-        if self.store and segment.name in self.stored:
-            log.warning("a page in %s is damaged: it is computed again, and the file is deleted",
-                        self.store / segment.name)
-            with suppress(OSError):  # a read-only folder
-                os.unlink(self.store / segment.name)
-            self._forget(segment)
+        if damage and self.store and segment.name in self.stored:
+            self._give_up(segment, damage)
         return None
+
+    def _give_up(self, segment: Segment, damage: str):
+        """Use nothing more of a segment in the store, and delete it: what fails once will fail again."""
+        assert self.store
+        self._forget(segment)
+        path, deleted = self.store / segment.name, ""
+        with suppress(OSError):  # a read-only folder
+            os.unlink(path)
+            deleted = ", and the file is deleted"
+        log.warning("a page in %s cannot be used (%s): it is computed again%s", path, damage, deleted)

@@ -182,6 +182,7 @@ class Scheduler:
         (self.running if sequence.pages else self.waiting).remove(sequence)
         sequence.finished = True
         self.tables.release(sequence)
+        self._end_restoration(sequence)
 
     def schedule(self) -> list[Chunk]:
         """Plan the next step: a one-token chunk for each decoding sequence, then chunks of prompts.
@@ -261,8 +262,14 @@ class Scheduler:
         self.running.remove(sequence)
         self.tables.release(sequence)
         self.waiting.appendleft(sequence)
-        sequence.restoration = None
+        self._end_restoration(sequence)
         self.preemptions += 1
+
+    @staticmethod
+    def _end_restoration(sequence: Sequence):
+        """Nobody waits for what is still being read for it."""
+        if sequence.restoration:
+            sequence.restoration.over, sequence.restoration = True, None
 
     def isolate(self) -> list[Sequence]:
         """After a failed step, send each running sequence back to be recomputed alone, now as a suspect.

@@ -15,8 +15,8 @@ import torch
 from chatlm.common.config import PAGE_SIZE, Settings
 from chatlm.common.core import decode_core
 from chatlm.common.hub.find import resolve_model
-from chatlm.common.messages.requests import SamplingParams
-from chatlm.common.segments import HEADER_BYTES, PAGE, STATE, Record, Segment, listed_store, prune, segment_paths
+from chatlm.common.messages.requests import Ended, SamplingParams
+from chatlm.common.segments import HEADER_BYTES, PAGE, STATE, Record, Segment, check_folder, listed_store, prune, segment_paths
 from chatlm.front.pool.prefixes import StoreWriter
 from chatlm.worker.engine.keeper import Keeper
 from chatlm.worker.engine.kept import KeptPages, checksum
@@ -25,6 +25,7 @@ from chatlm.worker.weights.digest import arithmetic_of, files_of, profile_of, st
 from engines import chat_work, make_engine, pieces, tokens_of
 from families import make_model, save
 from nightly import by_day
+from powerless import powerless
 from works import assignment, changed
 
 BACKENDS = [pytest.param("reference", marks=pytest.mark.slow), pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
@@ -302,6 +303,79 @@ def test_what_is_faster_computed_than_read_is_computed(stored, nanochat_fixtures
     assert 0 < engine.keeper.byte_s < 1e-3 and cached(engine, stored.work) == stored.pages * PAGE_SIZE
 
 
+@torch.inference_mode()
+def test_what_the_last_step_has_filled_is_kept_before_anybody_hears_of_the_end(nanochat_fixtures, memory):
+    [work] = conversations(4, 1)
+    engine, events = keep(make(nanochat_fixtures / "gen5", prefill_chunk=512), memory), []
+    engine.add(changed(work, logprobs=0, max_tokens=1))     # so the step that ends it is that of the prompt
+    while not any(isinstance(event, Ended) for event in events):
+        events = [event for _, event in engine.step()]
+    keys = {engine.keeper.kept.key(PAGE, engine.pool.addresses[content.serial]) for content in engine.pool.index.values()}
+    assert len(keys) == len(work.prompt_ids) // PAGE_SIZE > 0 and keys <= engine.keeper.kept.index.keys() and not engine.keeper.behind
+
+
+@torch.inference_mode()
+def test_a_prompt_of_which_nothing_is_kept_waits_for_no_other(stored, nanochat_fixtures, monkeypatch):
+    engine, answers = keep(make(nanochat_fixtures / "gen5", max_batch=8), Memory(), stored.folder), Event()
+    read, [fresh] = engine.keeper.kept.read, conversations(5, 1)
+    alone = tokens_of(make(nanochat_fixtures / "gen5"), [fresh])
+    monkeypatch.setattr(engine.keeper.kept, "read", lambda key: answers.wait(60) and read(key))
+    waiting = [changed(stored.work, id=f"kept {number}") for number in range(6)]
+    for work in (*waiting, fresh):
+        engine.add(work)
+    tokens = []
+    while len(tokens) < len(alone[fresh.id]):
+        tokens += [token for id_, event in engine.step() if id_ == fresh.id for token in getattr(event, "tokens", ())]
+    assert tokens == alone[fresh.id] and [sequence.work.id for sequence in engine.scheduler.waiting] == [work.id for work in waiting]
+    engine.cancel("kept 0")
+    answers.set()
+    left = {work.id: [] for work in waiting}
+    while engine.busy:
+        for id_, event in engine.step():
+            left.setdefault(id_, []).extend(getattr(event, "tokens", ()))
+    assert [left[work.id] for work in waiting] == [[]] + 5 * [stored.tokens[stored.work.id]]
+    assert engine.pool.available == engine.pool.num_pages
+
+
+@torch.inference_mode()
+def test_nothing_is_read_for_who_has_gone(stored, nanochat_fixtures, monkeypatch):
+    engine, answers = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder), Event()
+    read, keys = engine.keeper.kept.read, []
+    monkeypatch.setattr(engine.keeper.kept, "read", lambda key: keys.append(key) or answers.wait(60) and read(key))
+    engine.add(stored.work)
+    while not keys:
+        engine.step()
+    engine.cancel(stored.work.id)
+    answers.set()
+    engine.keeper.reader.shutdown()
+    engine.step()
+    assert len(keys) == 1 and not engine.keeper.restorations and engine.pool.available == engine.pool.num_pages
+
+
+@torch.inference_mode()
+def test_what_another_server_has_stored_meanwhile_is_found(stored, nanochat_fixtures):
+    """It is looked for when a prompt comes, which waits for that: 1 ms."""
+    [work], memory = conversations(6, 1), Memory()
+    engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
+    with writing(stored.folder, memory):
+        expected = tokens_of(keep(make(nanochat_fixtures / "gen5"), memory), [work])
+    engine.keeper.kept.looked_s = -1e9      # longer than LOOK_S ago
+    assert tokens_of(engine, [work]) == expected and engine.keeper.counts["restored_tokens"] > 0
+    memory.close()
+
+
+def test_what_lies_on_the_disk_is_told_from_what_is_in_memory(stored, memory):
+    kept = KeptPages(memory.paths, memory.size, stored.folder, "m")
+    kept.profile = b"p" * 16
+    kept.look_at_memory()
+    in_memory = [*kept.index]
+    assert in_memory and not any(map(kept.on_disk, in_memory))
+    kept = KeptPages([], 0, stored.folder, "m")
+    kept.profile = b"p" * 16
+    kept.look_at_store()
+    assert {*in_memory} == {*kept.index} and all(map(kept.on_disk, in_memory))
+
+
 def test_segments_in_memory_are_written_over_least_recently_used_first_and_by_one_worker_each(memory):
     kept = [KeptPages(memory.paths, memory.size, None, "m") for _ in range(2)]
     for its in kept:
@@ -425,6 +499,78 @@ def test_a_full_disk_costs_one_line_and_the_store_goes_on_when_there_is_room(tmp
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [record.getMessage() for record in caplog.records] == [f"prefixes are not stored in {tmp_path}: File too large"]
     assert stored_pages(tmp_path) == {*range(20)}
+
+
+@torch.inference_mode()
+def test_memory_that_is_not_there_costs_one_line_and_pages_are_kept_again_when_it_is(nanochat_fixtures, memory, caplog):
+    import resource
+    before, works = resource.getrlimit(resource.RLIMIT_FSIZE), conversations(8, 3)
+    alone = tokens_of(make(nanochat_fixtures / "gen5"), works)
+    engine = keep(make(nanochat_fixtures / "gen5"), memory)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        for work in works[:2]:
+            assert tokens_of(engine, [work])[work.id] == alone[work.id]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [record.getMessage() for record in caplog.records] == ["prefixes are not kept in memory for a while: File too large"]
+    kept, engine.keeper.retry_s = engine.keeper.counts["kept_pages"], 0.0
+    assert tokens_of(engine, [works[2]])[works[2].id] == alone[works[2].id] and engine.keeper.counts["kept_pages"] > kept
+
+
+@torch.inference_mode()
+def test_a_read_only_store_is_read_and_costs_one_line(stored, nanochat_fixtures, memory, caplog):
+    [path], [other] = segment_paths(stored.folder), conversations(9, 1)
+    path.chmod(0o400)
+    stored.folder.chmod(0o500)
+    try:
+        with powerless():
+            with pytest.raises(PermissionError):
+                (stored.folder / "x").touch()
+            assert check_folder(stored.folder) == stored.folder
+            engine = keep(make(nanochat_fixtures / "gen5"), big := Memory(), stored.folder)
+            with writing(stored.folder, big) as writer:
+                assert tokens_of(engine, [stored.work]) == stored.tokens and engine.keeper.counts["restored_tokens"] == stored.pages * PAGE_SIZE
+                tokens_of(engine, [other])
+                while not writer.trouble:
+                    writer.thread.join(0.01)
+            assert whole_digest([path], stamp_of([path]), stored.folder)
+            assert [record.getMessage() for record in caplog.records] == [f"prefixes are not stored in {stored.folder}: Permission denied"]
+            data, segment = bytearray(path.read_bytes()), Segment(path, path.name)
+            segment.restarted()
+            data[next(place for place, record in segment.news() if record.content == PAGE)] ^= 1
+            stored.folder.chmod(0o700)
+            path.unlink()
+            path.write_bytes(data)
+            stored.folder.chmod(0o500)
+            caplog.clear()
+            for _ in range(2):
+                again = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
+                assert tokens_of(again, [stored.work]) == stored.tokens
+            assert path.exists() and [record.getMessage() for record in caplog.records] == [
+                f"a page in {path} cannot be used (its checksum is another): it is computed again"] * 2
+    finally:
+        stored.folder.chmod(0o700)
+
+
+def test_a_file_that_its_writer_went_on_with_elsewhere_is_not_taken_for_damaged(tmp_path, memory, caplog):
+    """A server saw records before they were synced, and their writer took them back."""
+    fill(memory, 0, 3, size=1000)
+    with writing(tmp_path, memory):
+        pass
+    [path] = segment_paths(tmp_path)
+    reader = KeptPages([], 0, tmp_path, "")
+    reader.profile = b"p" * 16
+    reader.look_at_store()
+    writer = Segment(path, path.name, writable=True)
+    writer.restarted()
+    places = dict((record.key, place) for place, record in writer.news())
+    old = reader.key(PAGE, (2).to_bytes(16, "big"))
+    writer.end = places[old] - HEADER_BYTES
+    payload = numpy.full(1000, 9, numpy.uint8)
+    writer.append(Record(PAGE, 0, b"p" * 16, b"new".ljust(16), (0,) * PAGE_SIZE, 1000, checksum(payload)), payload)
+    assert reader.read(old) is None and path.exists() and not caplog.records
+    assert reader.read(reader.key(PAGE, bytes(16))) is not None
 
 
 def test_a_store_waits_while_answers_are_computed_unless_the_memory_fills(tmp_path):

@@ -1,6 +1,7 @@
 """Each family as transformers saves it, against transformers: tiny random models, float32, beyond their windows."""
 
 import json
+import re
 
 import gguf
 import numpy as np
@@ -322,6 +323,13 @@ def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(
     monkeypatch.undo()
     *_, line = built(caplog, default_model_path, 300 << 20, monkeypatch, kv_cache_memory=1 << 30)
     assert "The model may not fit: " in line and "M or a shorter --context-length helps" in line and "--kv-cache-memory 1" in line
+    *_, line = built(caplog, default_model_path, 4 << 30, monkeypatch, prefix_memory=500_000_000)
+    parts = [float(number) for number in re.findall(r"([\d.]+) GB", line)]
+    assert " + prefixes 0.50 GB = " in line and abs(sum(parts[:4]) - parts[4]) < 0.03
+    *_, line = built(caplog, default_model_path, 700 << 20, monkeypatch, prefix_memory=700 << 20)
+    assert re.search(r"The model may not fit: .* --prefix-memory [3-5]\d\dM helps$", line)
+    pages = [built(caplog, default_model_path, 2 << 30, monkeypatch, kv_cache_memory=None, prefix_memory=size)[1].pool.num_pages for size in (0, 1 << 30)]
+    assert 0 < pages[1] < pages[0]
 
 
 @pytest.mark.skipif(decode_core() is None, reason="only decode_core quantizes")
