@@ -819,6 +819,7 @@ function onKey(event) {
 
 function onEscape() {
   if (narrow.matches && withChats()) { showSidebar(false); $("chats-toggle").focus(); }
+  else if (glanced) $("leave-status").click();
   else stopAnswer();
 }
 
@@ -852,7 +853,7 @@ function bindPage() {
     else if (event.key === "ArrowDown" && first) { event.preventDefault(); first.focus(); }
     else if (event.key === "Escape" && event.target.value) { event.stopPropagation(); event.target.value = ""; search(""); }
   };
-  $("leave-status").onclick = () => openChat(state.chat.id);
+  $("leave-status").onclick = () => openChat(state.chat.id).then(focusAfterClick);
   $("save-prompt").onclick = savePrompt;
   $("add-column").onclick = () => { addColumn(); updateCompare(); };
   $("start-compare").onclick = startCompare;

@@ -171,6 +171,6 @@ const TEXT = {
   useIt: "Use this server", dontUseIt: "Stay here",
 
   keysTitle: "Keyboard shortcuts",
-  keys: [["Enter", "send"], ["Shift Enter", "new line"], ["Esc", "stop the answer"], ["↑", "in an empty message: what you asked before"],
+  keys: [["Enter", "send"], ["Shift Enter", "new line"], ["Esc", "stop the answer, leave a dialog or the server's status"], ["↑", "in an empty message: what you asked before"],
     ["← →", "in a token lens: from token to token; ↓ to what stood beside it"], ["Ctrl K", "search chats"], ["Ctrl Shift O", "new chat"], ["?", "this list"]],
 };

@@ -121,6 +121,69 @@ def test_answers_stand_side_by_side_and_one_is_chosen(asked):
     expect(answers(page)).to_contain_text("Run again: the same", timeout=SLOW_MS)
 
 
+FOCUSED = """() => { const its = document.activeElement;
+    return its.getAttribute("aria-label") ?? its.labels?.[0]?.textContent.trim() ?? its.textContent.trim(); }"""
+
+
+def go_to(page, name, key="Tab"):
+    """Presses a key until what has this name has the focus."""
+    names = []
+    while not names or names[-1] != name:
+        assert len(names) < 40, f"{name} is not among {names}"
+        page.keyboard.press(key)
+        names.append(page.evaluate(FOCUSED))
+
+
+def test_all_of_it_is_reached_and_used_with_the_keyboard_alone(asked):
+    page = asked
+    dialog = page.locator("dialog[open]")
+    go_to(page, "Token lens", "Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
+    go_to(page, "Tokens of the answer", "Shift+Tab")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_contain_text("2/2")
+    expect_answered(page)
+    page.keyboard.press("Escape")
+    message_box(page).focus()
+    go_to(page, "Run again", "Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_contain_text("Run again: the same", timeout=SLOW_MS)
+    go_to(page, "Prompt")
+    page.keyboard.press("Enter")
+    expect(dialog.locator("#prompt-facts")).to_contain_text("tokens")
+    page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    assert page.evaluate(FOCUSED) == "Prompt"
+    go_to(page, "Compare", "Shift+Tab")
+    page.keyboard.press("Enter")
+    go_to(page, "Seed")
+    page.keyboard.type("7")
+    go_to(page, "Compare")
+    page.keyboard.press("Enter")
+    expect(dialog.get_by_role("button", name="Go on with this")).to_have_count(2, timeout=SLOW_MS)
+    go_to(page, "Go on with this")
+    page.keyboard.press("Enter")
+    expect(dialog).to_have_count(0)
+    expect(answers(page)).to_contain_text("3/3")
+    message_box(page).focus()
+    go_to(page, "Model", "Shift+Tab")
+    go_to(page, "Menu")
+    page.keyboard.press("Enter")
+    go_to(page, "Server status", "ArrowDown")
+    page.keyboard.press("Enter")
+    region = page.get_by_role("region", name="Server status")
+    expect(region.get_by_role("cell", name="ready").first).to_be_visible(timeout=SLOW_MS)
+    go_to(page, "Back to the chat")
+    page.keyboard.press("Escape")
+    expect(region).to_be_hidden()
+    expect(message_box(page)).to_be_focused()
+
+
 def test_runs_are_drawn_by_step(opened_page):
     steps = [{"id": f"d4@{step}", "run": "d4", "step": step, "state": "ready", "bits_per_byte": 3 - step / 100} for step in (10, 20, 30)]
     found = opened_page.evaluate("""models => { openStatus(); addSample(glanced, {workers: []}, new Map()); showStatus({models}, glanced);
