@@ -5,6 +5,8 @@ const CALCULATOR = {type: "function", function: {name: "calculator", description
   parameters: {type: "object", properties: {expression: {type: "string"}}, required: ["expression"]}}};
 const BUDGETS = [0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, null];   // places of the slider; null: no limit
 
+const budgetPlace = budget => BUDGETS.findIndex(each => each === null || each >= (budget ?? Infinity));
+
 // What a text says as functions: {tools} or {problem}. Functions as OpenAI has them, or without what is around them.
 function readFunctions(text) {
   if (!text.trim()) return {tools: []};
@@ -40,7 +42,9 @@ function takeTools() {
   const {tools, problem: first} = readFunctions($("functions").value), {format, problem: second} = readSchema($("schema").value), {parameters} = state.chat;
   setText($("functions-problem"), first ?? "");
   setText($("schema-problem"), second ?? "");
-  const budget = BUDGETS[$("budget").value], kept = {tools: first ? parameters.tools : tools, response_format: second ? parameters.response_format : format};
+  const place = Number($("budget").value);
+  // a budget between two places, which /budget may set, stays until the slider is moved
+  const budget = place === budgetPlace(parameters.thinking_budget) ? parameters.thinking_budget ?? null : BUDGETS[place], kept = {tools: first ? parameters.tools : tools, response_format: second ? parameters.response_format : format};
   showBudget(budget);
   if (!first && !second && (tools.length || format)) checkTools({...(tools.length ? {tools} : {}), ...(format ? {response_format: format} : {})});
   return {...(kept.tools?.length ? {tools: kept.tools} : {}), ...(kept.response_format ? {response_format: kept.response_format} : {}),
@@ -56,7 +60,7 @@ async function checkTools(wanted) {
 }
 
 function showTools() {
-  const {parameters} = state.chat, {can, api} = state.model, at = BUDGETS.indexOf(parameters.thinking_budget ?? null);
+  const {parameters} = state.chat, {can, api} = state.model;
   $("functions").value = functionsText(parameters.tools);
   $("schema").value = schemaText(parameters.response_format);
   setText($("functions-problem"), "");
@@ -66,8 +70,8 @@ function showTools() {
   $("schema").closest("label").hidden = !can.json_schema;
   $("tools-settings").open = Boolean(parameters.tools || parameters.response_format);
   $("budget").closest("label").hidden = !can.reasoning_budget;
-  $("budget").value = at < 0 ? BUDGETS.findIndex(each => each === null || each >= parameters.thinking_budget) : at;
-  showBudget(BUDGETS[$("budget").value]);
+  $("budget").value = budgetPlace(parameters.thinking_budget);
+  showBudget(parameters.thinking_budget ?? null);
 }
 
 function showBudget(budget) {

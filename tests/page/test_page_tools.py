@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from browsing import (SLOW_MS, answers, ask, button, chats, expect, expect_accessible, expect_answered, menu, message_box,
+from browsing import (SLOW_MS, answers, ask, button, chats, command, expect, expect_accessible, expect_answered, menu, message_box,
                       needs_browser, open_page, said, settled)
 
 pytestmark = needs_browser
@@ -19,6 +19,7 @@ def open_tools(page):
 def test_a_call_is_a_card_whose_result_is_sent_back(page, stand_in):
     stand_in.model["capabilities"] |= {"tools": True, "json_schema": True, "reasoning_budget": True}
     open_page(page, stand_in.url)
+    command(page, "/budget 20")
     open_tools(page)
     functions = page.get_by_role("textbox", name="Functions that the model may call (JSON)")
     for text, problem in (("{", "This is not valid JSON"), ('[{"name": "a b"}]', "Function 1 needs a name")):
@@ -26,6 +27,8 @@ def test_a_call_is_a_card_whose_result_is_sent_back(page, stand_in):
         expect(page.locator("#functions-problem")).to_contain_text(problem)
     functions.fill('{"name": "look_up", "parameters": {"type": "object"}}')
     button(page, "Add a calculator").click()
+    expect(page.locator("#budget-text")).to_have_text("20 tokens")       # between two places
+    assert page.evaluate("state.chat.parameters.thinking_budget") == 20
     page.get_by_role("slider", name="Thinking budget").fill("2")
     expect(page.locator("#budget-text")).to_have_text("64 tokens")
     expect_accessible(page)
