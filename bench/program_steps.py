@@ -1,15 +1,21 @@
 """Whole steps of decode_core.Program on a model of random weights, without chat_server: tok/s and where each microsecond goes.
 
     python bench/program_steps.py [--batches 1,4,16] [--context 256] [--prompt 256] [--threads 1,2,0] [--pool 2] [--seconds 1] [--phases]
-                                   [--plain]
+                                   [--kv float16,q8_0] [--plain]
 
 The default is the default model's shape (SmolLM2-135M: Q4_1 layers, Q8_0 head). Thread counts alternate in
 short repeats. The best is printed beside the median, because the two CPUs of a virtual machine may be one
-core at one time and two at another. --plain also measures, in turn, 182 calls from Python: one for each op of
+core at one time and two at another. With several types of keys and values (the first is what `auto` is beside such
+weights) they take turns too. What a long context costs one stream:
+
+    python bench/program_steps.py --kv float16,q8_0 --context 16384 --batches 1 --threads 0 --prompt 0 --seconds 4
+
+--plain also measures, in turn, 182 calls from Python: one for each op of
 the step, with the same compiled ops and the same buffers.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from types import SimpleNamespace
@@ -47,7 +53,7 @@ def quantized(kind, rows, columns, generator):
 class Model:
     """The ops of a llama-like model, recorded as chat_server records them."""
 
-    def __init__(self, s, max_tokens, max_rows, pages, seed=0):
+    def __init__(self, s, max_tokens, max_rows, pages, kv="float16", seed=0):
         self.s, generator = s, np.random.default_rng(seed)
         self.program, self.sampler = decode_core.Program(max_tokens, max_rows), decode_core.Sampler()
         p = self.program
@@ -58,9 +64,14 @@ class Model:
                   for _ in range(s.layers)]
         self.head = head = random_matrix(arena, s.head, s.V, s.C, generator)
         self.bytes = sum(m.nbytes for layer in layers for m in layer.values()) + head.nbytes
-        self.cache = np.zeros((s.layers, pages, s.Hkv, 2, PAGE * s.D), np.float16)
-        self.cache[:] = generator.standard_normal((1, 1, s.Hkv, 2, PAGE * s.D))
-        angles = np.outer(np.arange(8192), 1e4 ** -(np.arange(0, s.D, 2) / s.D))
+        page = np.float16(generator.standard_normal((s.Hkv, 2, PAGE * s.D)))
+        if kv == "q8_0":
+            codes = generator.integers(1, 256, page.shape, np.uint8)
+            scales = np.full((s.Hkv, 2, PAGE * s.D // 32), 1 / 80, np.float16)
+            page = np.concatenate((codes ^ np.array([[0], [128]], np.uint8), scales.view(np.uint8)), -1)      # signed those of values
+        self.cache = np.empty((s.layers, pages, *page.shape), page.dtype if kv == "q8_0" else kv)
+        self.cache[:] = page
+        angles = np.outer(np.arange(pages * PAGE), 1e4 ** -(np.arange(0, s.D, 2) / s.D))
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         buffer = lambda columns, rows=max_tokens: np.zeros((rows, columns), np.float32)
         x, q, attended, hidden, ones = buffer(s.C), buffer(s.H * s.D), buffer(s.H * s.D), buffer(s.F), np.ones(s.C, np.float32)
@@ -187,6 +198,7 @@ def main():
     parser.add_argument("--pool", type=int, default=2, help="threads of the pool for --threads 0; may be more than CPUs")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--kv", default="float16", help="types of keys and values, of float16, float32 and q8_0")
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--phases", action="store_true", help="each phase's least time over many steps")
@@ -194,31 +206,36 @@ def main():
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     batches, threads = ([int(n) for n in text.split(",") if n] for text in (options.batches, options.threads))
-    model = Model(SMOLLM2, 512, 64, max(batches + [1]) * (options.context // PAGE + 64) + 64)
-    print(f"weights {model.bytes / 1e6:.1f} MB, {decode_core.info()['isa']}, context {options.context}")
+    pages = max(batches + [1]) * (options.context // PAGE + 64) + 64
+    models = {kv: Model(SMOLLM2, 512, 64, pages, kv) for kv in options.kv.split(",")}
+    first = next(iter(models))
+    print(f"weights {models[first].bytes / 1e6:.1f} MB, {decode_core.info()['isa']}, context {options.context}")
     steps = {b: max(8, int(options.seconds / options.repeats * 400 / (1 + b / 5))) for b in batches}
-    cases = [(f"B={b}", b, lambda n=0, b=b: decode(model, b, options.context, n or steps[b]) / b,
-              lambda b=b: decode_plain(model, b, options.context, steps[b]) / b) for b in batches]
+    cases = [(f"B={b}", b, lambda model, n=0, b=b: decode(model, b, options.context, n or steps[b]) / b,
+              lambda model, b=b: decode_plain(model, b, options.context, steps[b]) / b) for b in batches]
     if options.prompt:
-        cases.append(("prefill", options.prompt, lambda n=0: prefill(model, options.prompt, 0) / options.prompt,
-                      lambda: prefill_plain(model, options.prompt, 0) / options.prompt))
+        cases.append(("prefill", options.prompt, lambda model, n=0: prefill(model, options.prompt, 0) / options.prompt,
+                      lambda model: prefill_plain(model, options.prompt, 0) / options.prompt))
     for name, size, run, plain in cases:
-        figures, plain_figures = {n: [] for n in threads}, {n: [] for n in threads}
+        ways = list(itertools.product(threads, models))
+        figures, plain_figures = {way: [] for way in ways}, {way: [] for way in ways}
         for _ in range(options.repeats):
-            for n in threads:
+            for n, kv in ways:
                 set_schedule(n, options.pool)
-                figures[n].append(1e6 / run())
+                figures[n, kv].append(1e6 / run(models[kv]))
                 if options.plain and n:                 # plain calls have no width policy
-                    plain_figures[n].append(1e6 / plain())
-        for n in threads:
-            print(f"{name:>8} {f'{n} threads' if n else 'adaptive '}: median {statistics.median(figures[n]):7.0f} best {max(figures[n]):7.0f} tok/s")
-            if plain_figures[n]:
-                ratio = statistics.median(figures[n]) / statistics.median(plain_figures[n])
-                print(f"   plain calls: median {statistics.median(plain_figures[n]):7.0f} best {max(plain_figures[n]):7.0f} tok/s; Program is {ratio:.2f} times")
+                    plain_figures[n, kv].append(1e6 / plain(models[kv]))
+        for (n, kv), rates in figures.items():
+            median, usual, model = statistics.median(rates), statistics.median(figures[n, first]), models[kv]
+            beside = "" if kv == first else f", {median / usual:.2f} times {first}"
+            print(f"{name:>8} {f'{n} threads' if n else 'adaptive '} {kv}: median {median:7.0f} best {max(rates):7.0f} tok/s{beside}")
+            if plain_rates := plain_figures[n, kv]:
+                rate = statistics.median(plain_rates)
+                print(f"   plain calls: median {rate:7.0f} best {max(plain_rates):7.0f} tok/s; Program is {median / rate:.2f} times")
             if options.phases:
                 set_schedule(n, options.pool)
                 tokens = options.prompt if name == "prefill" else size
-                quiet = show_phases(model, lambda: run(16), tokens, options.rounds)
+                quiet = show_phases(model, lambda: run(model, 16), tokens, options.rounds)
                 print(f"    quiet: {1e6 * tokens / quiet:.0f} tok/s")
 
 

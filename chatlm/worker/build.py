@@ -150,15 +150,15 @@ def build_transformer(
 def layers_of_floats(spec: ModelSpec, kv: KvType) -> str:
     """Which layers stay floats though --kv-cache-dtype is q8_0, in words; "" if none do. ConfigError if all
     do."""
-    heads = {l: its.head_size for l, its in enumerate(spec.by_layer) if its}
-    floats = [l for l in heads if not kv.packs(spec.attention(l))]
+    layers = [its for its in spec.by_layer if its]
+    floats = [its for its in layers if not kv.packs(its)]
     if not kv.packed or not floats:
         return ""
-    sizes = ", ".join(map(str, sorted({heads[l] for l in floats})))
+    sizes = ", ".join(map(str, sorted({size for its in floats for size in kv.unpacked_sizes(its)})))
     rule = "q8_0 needs heads whose size is a power of two, at least 32"
-    if len(floats) == len(heads):
+    if len(floats) == len(layers):
         raise ConfigError(f"--kv-cache-dtype q8_0: all layers have heads of {sizes}; {rule}")
-    return (f"keys and values of {len(floats)} of {len(heads)} layers stay {kv.floats}: their heads have a "
+    return (f"keys and values of {len(floats)} of {len(layers)} layers stay {kv.floats}: their heads have a "
             f"size of {sizes}, and {rule}")
 
 

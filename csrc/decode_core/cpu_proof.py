@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,14 @@ PACKED_TOLERANCE = 3e-2         # x is int8 there, of which 1e-2 would be usual
 WINDOWS = (0, 20)
 T, R, PAGES = 32, 4, 40         # tokens and logit rows that the proof's buffers hold; pages of its cache
 SLOTS = 4                       # of states
+HEAD_SIZE, BLOCK = 64, 32       # q8_0 has a scale for each block of a head
+HADAMARD = functools.reduce(torch.kron, [torch.tensor([[1.0, 1], [1, -1]])] * 6) / HEAD_SIZE**0.5
 STATES = {"short_conv": 2, "delta_rule": 4, "mamba2": 4}     # which argument of an op they are
+
+
+def turned(heads: torch.Tensor) -> torch.Tensor:
+    """Heads (T, H * D) as q8_0 has them, or such ones as they were."""
+    return (heads.unflatten(1, (-1, HEAD_SIZE)) @ HADAMARD).flatten(1)
 
 
 class FileRows:
@@ -48,7 +56,7 @@ class Chain:
         self.script, self.dice = script, Dice(torch.device("cpu"), 4)
         self.program, self.calls, self.floats = Program(T, R), [], {}
         self.faults: dict[str, str | None] = {}         # by op: "" = as the reference, None = not proved
-        self.spec = script.ModelSpec(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2, head_size=64,
+        self.spec = script.ModelSpec(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2, head_size=HEAD_SIZE,
                                      ffn_size=512, max_positions=PAGES * script.PAGE_SIZE)
 
     def call(self, name: str, *arguments: Any, width: int, rows: int = T, label: str = "", **options: Any):
@@ -77,14 +85,10 @@ class Chain:
         qkv_weight, head = self.matrix("f32", "qkv", qkv_size), self.matrix("f32", "head", 5008)
         qkv = self.call("linear", x, qkv_weight, width=qkv_size, label="linear f32")
         cos, sin = self.script.rope_tables(spec, torch.device("cpu"))
-        shape = PAGES, spec.kv_heads, 2, self.script.PAGE_SIZE * spec.head_size
         for norm_at in ("before_rope", "none"):
-            cache = dice.normal(*shape, dtype=self.cache_type)
-            q = self.call("rope_append", qkv, cos, sin, p.positions, p.slots, cache, width=256, norm=norm_at)
-            for window in WINDOWS:
-                self.call("paged_attention", q, cache, p.attention, window, width=256)
-                self.call("paged_attention", q, cache, p.attention, window, width=256, sinks=dice.normal(spec.heads))
-            self.call("paged_attention", q, cache, p.attention, 0, width=256, softcap=2.0)
+            self.attention(qkv, cos, sin, self.float_cache(), "", norm_at)
+        for norm_at in ("before_rope", "after_rope"):       # rounded queries of any size would move large scores
+            self.attention(qkv, cos, sin, self.packed_cache(), " q8_0", norm_at)
         self.experts(x, norm)
         narrow = self.call("linear", x, self.matrix("f32", "input_gate", 48), width=48, label="linear f32")
         made = self.call("layer_inputs", x, previous, dice.normal(48), 1e-5, width=C)
@@ -118,6 +122,25 @@ class Chain:
         packed = pack(Arena(1 << 20), name, (source,), None, False)
         self.floats[packed] = weight.float()
         return packed
+
+    def attention(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: torch.Tensor, kept: str, norm_at: str) -> None:
+        p, options = self.program, {"width": 256, "label": f"paged_attention{kept}"}
+        q = self.call("rope_append", qkv, cos, sin, p.positions, p.slots, cache, width=256, label=f"rope_append{kept}", norm=norm_at)
+        for window in WINDOWS:
+            self.call("paged_attention", q, cache, p.attention, window, **options)
+            self.call("paged_attention", q, cache, p.attention, window, sinks=self.dice.normal(self.spec.heads), **options)
+        self.call("paged_attention", q, cache, p.attention, 0, softcap=2.0, **options)
+
+    def float_cache(self) -> torch.Tensor:
+        return self.dice.normal(PAGES, self.spec.kv_heads, 2, self.script.PAGE_SIZE * HEAD_SIZE, dtype=self.cache_type)
+
+    def packed_cache(self) -> torch.Tensor:
+        """Pages of q8_0, random values of about 1."""
+        shape, count, generator = (PAGES, self.spec.kv_heads, 2), self.script.PAGE_SIZE * HEAD_SIZE, self.dice.generator
+        codes = torch.randint(1, 256, (*shape, count), generator=generator, dtype=torch.uint8)      # those of keys are + 128
+        codes[:, :, 1] ^= 128
+        scales = (1 + torch.rand(*shape, count // BLOCK, generator=generator)) / 100
+        return torch.cat((codes, scales.half().view(torch.uint8)), -1)
 
     def experts(self, x: torch.Tensor, norm: Any) -> None:
         """Those of a layer, with everything before and after them, in floats: of packed weights the products are proved."""
@@ -213,8 +236,12 @@ class Chain:
         scale = self.spec.head_size**0.5            # our queries are scaled by 1 / this already
         if call.name == "rope_append":
             qkv, *tables, cache = arguments
-            pages = self.slot_major(before[id(cache)].float())
+            pages = self.as_kept(before[id(cache)])
             reference(copied(qkv), *tables, pages, want, **options)
+            if cache.dtype == torch.uint8:      # a code near the middle of two may be one more or less
+                fault = "".join(differs(ours.floats(), theirs.floats(), "the cache", 1e-2)
+                                for ours, theirs in zip(self.as_kept(cache), pages))
+                return fault or differs(turned(out) * scale, want, "q")
             fault = differs(self.slot_major(cache), pages, "the cache")
             return fault or differs(out * scale, want, "q")
         if (place := STATES.get(call.name)) is not None:
@@ -228,10 +255,27 @@ class Chain:
             reference(*arguments, out=want, **options | {"gates": (theirs := torch.empty_like(gates))})
             return differs(gates, theirs, "the gates") or differs(out, want, "the output")
         if call.name == "paged_attention":
-            arguments[:2] = arguments[0] * scale, self.slot_major(arguments[1].float())
+            q, cache = arguments[:2]
+            arguments[:2] = (turned(q) if cache.dtype == torch.uint8 else q) * scale, self.as_kept(cache)
         reference(*arguments, out=want, **options)
-        kind = call.label.removeprefix("linear ")
+        kind = call.label.rpartition(" ")[2]
         return differs(out, want, "the output", PACKED_TOLERANCE if kind in cuda.BLOCKS else 0.0)
+
+    def as_kept(self, cache: torch.Tensor) -> Any:
+        """A layer's cache as the references have it: floats, or the packed keys and values."""
+        if cache.dtype != torch.uint8:
+            return self.slot_major(cache.float())
+        Hkv, size, D = self.spec.kv_heads, self.script.PAGE_SIZE, HEAD_SIZE
+        slot_bytes = 2 * Hkv * (D + 2 * D // BLOCK)
+        layout = SimpleNamespace(size=slot_bytes, unit=1, types=("q8_0",), place=lambda layer, count: (0, slot_bytes))
+        _, [pages] = self.script.references["make_cache"](self.spec, layout, PAGES, cache.device)
+        codes, scales = cache[..., :size * D], cache[..., size * D:].view(torch.float16).unflatten(-1, (D // BLOCK, size))
+        keys = codes[:, :, 0].unflatten(-1, (D // 4, size, 4)).permute(0, 3, 1, 2, 4) ^ 128
+        values = codes[:, :, 1].unflatten(-1, (size, D)).permute(0, 2, 1, 3)
+        for part, (kept, its) in enumerate(zip(pages, (keys, values))):
+            kept.codes.copy_(its.reshape(-1, Hkv, D).view(torch.int8))
+            kept.scales.copy_(scales[:, :, part].permute(0, 3, 1, 2).flatten(0, 1))
+        return pages
 
     def slot_major(self, cache: torch.Tensor) -> torch.Tensor:
         """A layer's cache as the references have it: (P * PAGE_SIZE, 2, Hkv, D)."""

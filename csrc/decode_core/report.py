@@ -18,7 +18,7 @@ from .cpu_proof import prove_cpu
 from .proof import prove_cuda
 from .timing import LARGE, MIXTURE, Timed, copy_bandwidth, read_bandwidth, time_cpu, time_cuda
 
-LINE = "{:16} {:34} {:>10} {:>8} {:>6}  {}"
+LINE = "{:20} {:34} {:>10} {:>8} {:>6}  {}"
 CUDA_OPS = ("linear", "adapters", "experts", "rope_append", "paged_attention", "prompt_attention", "sample")
 
 

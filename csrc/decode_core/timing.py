@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -61,6 +62,7 @@ def time_cpu(script: SimpleNamespace) -> Iterator[Timed]:
         spec = script.ModelSpec(**sizes)
         yield from time_row_ops(spec, script)
         yield time_attention(spec, script)
+        yield time_attention(spec, script, packed=True)
         yield time_sample(spec, script)
         rows, columns = (2 * spec.ffn_size, spec.width) if spec.width < 1024 else (8192, spec.width)
         for kind in COLUMNS:
@@ -116,12 +118,13 @@ def time_row_ops(spec: Any, script: SimpleNamespace, times: int = 16) -> Iterato
         yield Timed(name, f"{ROWS} rows of {width}", seconds, ROWS * moved * 4)
 
 
-def time_attention(spec: Any, script: SimpleNamespace) -> Timed:
+def time_attention(spec: Any, script: SimpleNamespace, packed: bool = False) -> Timed:
     """A decode row over as many layers as are cold."""
-    size = spec.head_size
-    shape = CONTEXT // script.PAGE_SIZE, spec.kv_heads, 2, script.PAGE_SIZE * size
-    layer = CONTEXT * 2 * spec.kv_heads * size * 2
-    caches = torch.full((max(1, COLD // layer), *shape), 0.01, dtype=torch.float16)
+    size, block = spec.head_size, script.PAGE_SIZE * spec.head_size
+    block = block * 17 // 16 if packed else block           # bytes: with 2 of scale for each 32
+    shape, dtype = (CONTEXT // script.PAGE_SIZE, spec.kv_heads, 2, block), torch.uint8 if packed else torch.float16
+    layer = math.prod(shape) * dtype.itemsize
+    caches = torch.full((max(1, COLD // layer), *shape), 33 if packed else 0.01, dtype=dtype)      # scales of 0.01 too
     q, out = torch.zeros(1, spec.heads * size), torch.zeros(1, spec.heads * size)
     program = Program(1, 1)
     program.embed(torch.ones(1, spec.heads * size), program.token_ids, q)
@@ -129,7 +132,7 @@ def time_attention(spec: Any, script: SimpleNamespace) -> Timed:
         program.paged_attention(q, cache, program.attention, 0, out)
     seconds = phases(step_of(program, 1, CONTEXT, script), "attention") / len(caches)
     what = f"{CONTEXT} keys, {spec.heads}/{spec.kv_heads} heads of {size}"
-    return Timed("paged_attention", what, seconds, layer)
+    return Timed("paged_attention q8_0" if packed else "paged_attention", what, seconds, layer)
 
 
 def time_sample(spec: Any, script: SimpleNamespace) -> Timed:

@@ -20,7 +20,7 @@ from real_server import copy_program
 SCRIPT = Path(cs.__file__).resolve()
 needs_core = pytest.mark.skipif(core.decode_core() is None, reason="the compiled core is not installed")
 CPU_OPS = {"embed", "gather_rows", "rms_norm", "copy", "mix", "smear", "backout", "softcap", "rope_append",
-           "paged_attention", "sample"}
+           "paged_attention", "paged_attention q8_0", "sample"}
 
 
 def check(*arguments, script=SCRIPT, **environment):
@@ -32,7 +32,7 @@ def rows_of(report):
     """Op -> the lines of the report's tables about it."""
     rows = {}
     for line in report.splitlines():
-        rows.setdefault(line[:16].strip(), []).append(line)
+        rows.setdefault(line[:20].strip(), []).append(line)
     return rows
 
 
@@ -75,7 +75,7 @@ sys.exit(run_role("check"))
     pytest.param("rms_norm", "return original(self, x, None, rest[1], out)", {"rms_norm"}, marks=pytest.mark.slow),
     pytest.param("softcap", "return original(self, x, 14.0, out)", {"softcap"}, marks=pytest.mark.slow),
     pytest.param("linear", "return original(self, x, rest[0], out, **more | {'norm': None})", None, marks=pytest.mark.slow),
-    pytest.param("paged_attention", "return original(self, x, *rest[:2], 0, out, **more)", {"paged_attention"}, marks=pytest.mark.slow)])
+    pytest.param("paged_attention", "return original(self, x, *rest[:2], 0, out, **more)", {"paged_attention", "paged_attention q8_0"}, marks=pytest.mark.slow)])
 def test_an_op_that_is_wrong_is_named_and_the_status_is_1(op, body, found):
     run = subprocess.run([sys.executable, "-c", WRONG.format(folder=str(SCRIPT.parent), op=op, body=body)],
                          capture_output=True, text=True, timeout=300)
@@ -112,6 +112,7 @@ def test_a_type_without_the_gguf_package_is_not_proved_and_no_failure(monkeypatc
     monkeypatch.setitem(sys.modules, "gguf", None)
     faults = cpu_proof.prove_cpu(for_decode_core())
     assert {op for op, fault in faults.items() if fault is None} >= {"linear q4_k", "linear mxfp4"}
+    assert faults["rope_append q8_0"] == faults["paged_attention q8_0"] == ""
     assert faults["linear q8_0"] == faults["linear q4_0"] == faults["sample"] == ""
     lines = []
     done = report.Report(for_decode_core(), 1, lines.append)

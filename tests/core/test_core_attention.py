@@ -230,11 +230,14 @@ def bits(array):
 
 def a_batch(rng, kind="float16", H=9, Hkv=3, D=64, decode=32, chunks=(40, 7, 260)):
     """32 decode rows and three prompt chunks of different lengths: (cache, tables, lengths, starts, q)."""
-    cache = Cache(1200, Hkv, D, kind)
-    free = rng.permutation(1200).tolist()
+    return batch_over(Cache(1200, Hkv, D, kind), sequence, rng, H, decode, chunks, 900)
+
+
+def batch_over(cache, sequence, rng, H, decode, chunks, longest):
+    free = rng.permutation(len(cache.store)).tolist()
     tables, lengths, starts, queries = [], [], [0], []
     for rows in [1] * decode + list(chunks):
-        length = int(rng.integers(rows, 900))
+        length = int(rng.integers(rows, longest))
         pages, q = sequence(rng, cache, length, rows, H, free)
         tables.append(pages), lengths.append(length), starts.append(starts[-1] + rows), queries.append(q)
     return cache, tables, lengths, starts, numpy.concatenate(queries)
@@ -772,14 +775,7 @@ def test_packed_attention_is_float64s_on_what_is_kept(isa, H, Hkv, D):
 
 
 def packed_batch(rng, H=9, Hkv=3, D=64, decode=20, chunks=(40, 7, 260)):
-    cache = PackedCache(900, Hkv, D)
-    free = rng.permutation(900).tolist()
-    tables, lengths, starts, queries = [], [], [0], []
-    for rows in [1] * decode + list(chunks):
-        length = int(rng.integers(rows, 600))
-        pages, q = packed_sequence(rng, cache, length, rows, H, free)
-        tables.append(pages), lengths.append(length), starts.append(starts[-1] + rows), queries.append(q)
-    return cache, tables, lengths, starts, numpy.concatenate(queries)
+    return batch_over(PackedCache(900, Hkv, D), packed_sequence, rng, H, decode, chunks, 600)
 
 
 @pytest.mark.parametrize("window", [0, 100])

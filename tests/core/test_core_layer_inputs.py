@@ -16,14 +16,7 @@ from decode_core.tiles import COLUMNS  # noqa: E402
 ISAS = [*decode_core._core.offered_isas(), *decode_core._core.isas_for_tests()]
 ROWS, L, P = 40, 4, 64
 IDS = [3, 0, 39, 7, 7, 12]
-
-
-@pytest.fixture(autouse=True)
-def usual_settings():
-    before = decode_core.info()["isa"], decode_core.get_threads()
-    yield
-    decode_core.set_isa(before[0])
-    decode_core.set_threads(before[1])
+pytestmark = pytest.mark.usefixtures("usual_settings")
 
 
 def made(kind, ids):

@@ -5,14 +5,7 @@ import pytest
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from decode_core import _core  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def usual_settings():
-    before = decode_core.get_threads()
-    yield
-    _core.refuse_memory(0)
-    _core.force_schedule(0, False)
-    decode_core.set_threads(before)
+pytestmark = pytest.mark.usefixtures("usual_settings")
 
 
 def try_phase(threads, chunks, **options):

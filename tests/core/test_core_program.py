@@ -22,16 +22,7 @@ from row_ops import exp_negative, fma, gelu_tanh, rms_norm, route, route_sigmoid
 PAGE, MAX_TOKENS, MAX_ROWS, PAGES, SLOTS = 16, 128, 128, 64, 16
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
 ISAS = [*_core.offered_isas(), *_core.isas_for_tests()]
-
-
-@pytest.fixture(autouse=True)
-def usual_settings():
-    before = decode_core.info()["isa"], decode_core.get_threads()
-    yield
-    decode_core.set_isa(before[0])
-    decode_core.set_threads(before[1])
-    _core.force_schedule(0, False)
-    _core.refuse_memory(0)
+pytestmark = pytest.mark.usefixtures("usual_settings")
 
 
 class Eager:

@@ -193,9 +193,13 @@ class KvType(NamedTuple):
         """Bytes of what pages are measured in: of a number, or one byte where layers may differ."""
         return 1 if self.packed else FLOAT_BYTES[self.floats]
 
+    @staticmethod
+    def unpacked_sizes(its: Attention) -> set[int]:
+        """The sizes of a layer's keys and values that q8_0 does not allow."""
+        return {size for size in (its.head_size, its.value_size) if size < PACKED_BLOCK or size & (size - 1)}
+
     def packs(self, its: Attention) -> bool:
-        return self.packed and all(size >= PACKED_BLOCK and size & (size - 1) == 0
-                                   for size in (its.head_size, its.value_size))
+        return self.packed and not self.unpacked_sizes(its)
 
     def of(self, its: Attention) -> str:
         """The type of a layer's keys and values: "q8_0" or a type of floats."""

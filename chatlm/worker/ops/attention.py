@@ -210,6 +210,9 @@ def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=No
     sinks = sinks if sinks is None else sinks.view(Hkv, -1)
     for rows, pages, mask in plan[window]:
         k, v = (part[:, :, :mask.shape[-1]] for part in keys_and_values(cache, pages, len(mask), mask.dtype))
+        if isinstance(cache, tuple) and len(mask) > 1:  # beside longer ones: another type's bytes may be NaN
+            unseen = torch.isneginf(mask).all(2).unsqueeze(-1)
+            k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
         grouped = q[rows].to(k.dtype).unflatten(1, (Hkv, -1))    # (rows, Hkv, H / Hkv, D)
         if len(grouped) == len(mask):
             y = attend(grouped, k, v, mask, scale, softcap, sinks)

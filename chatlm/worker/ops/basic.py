@@ -262,7 +262,7 @@ def make_cache_reference(spec, layout, num_pages, device):
             continue
         memory = whole.view(getattr(torch, layout.types[l]))
         begin, stride = begin // memory.itemsize, stride // memory.itemsize
-        if its.value_size != its.head_size:
+        if its.value_size != its.head_size or "q8_0" in layout.types:
             begins = begin, begin + its.kv_heads * its.head_size
             layers.append(tuple(
                 memory.as_strided((slots, its.kv_heads, size), (stride, size, 1), start)

@@ -122,6 +122,34 @@ struct Visible {
     }
 };
 
+// Where a chunk's keys and values lie, and what is to be fetched meanwhile. `half`: elements from K to V of a page and kv head.
+template <class Stored>
+struct ChunkBlocks {
+    const AttentionJob& job;
+    const int64_t half;
+    const Stored* k[CHUNK_PAGES];
+    const Stored* v[CHUNK_PAGES];
+    const Stored* next[CHUNK_PAGES];                        // k of what comes after this one
+
+    ChunkBlocks(const AttentionJob& job, int64_t half) : job(job), half(half) {}
+
+    const Stored* block(const AttentionItem& of, int64_t page) const {
+        return static_cast<const Stored*>(job.cache) + of.pages[page] * job.page_stride + of.kv_head * 2 * half;
+    }
+
+    // The positions [first, last) of a chunk of `item`; chunk `next_chunk` of `following` (or null) is likely to be next.
+    void find(const AttentionItem& item, int chunk, int first, int last, const AttentionItem* following, int next_chunk) {
+        int next_pages = 0;
+        if (following && next_chunk < following->chunk_end)             // a padding row has no pages
+            next_pages = (following->position + following->rows - 1) / PAGE_SIZE + 1 - next_chunk * CHUNK_PAGES;
+        for (int p = first / PAGE_SIZE; p * PAGE_SIZE < last; p++) {
+            k[p] = block(item, int64_t(chunk) * CHUNK_PAGES + p);
+            v[p] = k[p] + half;
+            next[p] = p < next_pages ? block(*following, int64_t(next_chunk) * CHUNK_PAGES + p) : v[p];
+        }
+    }
+};
+
 // Work: what has add_chunk for some rows of an item, of one type of cache
 template <class Work>
 void attend_to(const AttentionJob& job, const AttentionItem& item, const AttentionItem* following, float* state) {

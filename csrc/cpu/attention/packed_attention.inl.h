@@ -99,11 +99,9 @@ struct PackedAttention {
     alignas(64) float s[MAX_QUERIES * CHUNK_SIZE];          // scores, then weights
     alignas(64) Weights scaled[WIDE_BLOCKS];
     alignas(64) float acc[MAX_QUERIES * MAX_HEAD_SIZE];
-    const uint8_t* k[CHUNK_PAGES];
-    const uint8_t* v[CHUNK_PAGES];
-    const uint8_t* next[CHUNK_PAGES];                       // k of what comes after this one, to be fetched meanwhile
+    ChunkBlocks<uint8_t> at;
 
-    PackedAttention(const AttentionJob& job, const AttentionItem& item) : job(job), item(item) {
+    PackedAttention(const AttentionJob& job, const AttentionItem& item) : job(job), item(item), at(job, block_bytes(Element::q8_0, D)) {
         for (int i = 0; i < queries; i++) {
             const float* from = job.q + (int64_t(item.row + i / G) * job.heads + item.kv_head * G + i % G) * D;
             for (int b = 0; b < D / PACKED_BLOCK; b++) {
@@ -114,29 +112,14 @@ struct PackedAttention {
         }
     }
 
-    const uint8_t* block(const AttentionItem& of, int64_t page) const {
-        return static_cast<const uint8_t*>(job.cache) + of.pages[page] * job.page_stride + int64_t(of.kv_head) * 2 * block_bytes(Element::q8_0, D);
-    }
-
-    void find_pages(int chunk, int first, int last, const AttentionItem* following, int next_chunk) {
-        int next_pages = 0;
-        if (following && next_chunk < following->chunk_end)             // a padding row has no pages
-            next_pages = (following->position + following->rows - 1) / PAGE_SIZE + 1 - next_chunk * CHUNK_PAGES;
-        for (int p = first / PAGE_SIZE; p * PAGE_SIZE < last; p++) {
-            k[p] = block(item, int64_t(chunk) * CHUNK_PAGES + p);
-            v[p] = k[p] + block_bytes(Element::q8_0, D);
-            next[p] = p < next_pages ? block(*following, int64_t(next_chunk) * CHUNK_PAGES + p) : v[p];
-        }
-    }
-
     // As Attention's.
     void add_chunk(int chunk, const AttentionItem* following, int next_chunk, float* m, float* l, float* total, bool& empty) {
         const Visible see(item, chunk, job.window);
         if (see.first >= see.last) return;
-        find_pages(chunk, see.first, see.last, following, next_chunk);
+        at.find(item, chunk, see.first, see.last, following, next_chunk);
         const int first = see.first / PAGE_SIZE, pages = (see.last + PAGE_SIZE - 1) / PAGE_SIZE - first;
         each_tile_of<FEW_QUERIES>(queries, [&](auto t, int i) {
-            score_packed_pages<t.queries>(q, i, k + first, v + first, pages, D, s + i * CHUNK_SIZE + first * PAGE_SIZE);
+            score_packed_pages<t.queries>(q, i, at.k + first, at.v + first, pages, D, s + i * CHUNK_SIZE + first * PAGE_SIZE);
         });
         if (job.softcap > 0.0f)
             for (int i = 0; i < queries; i++)
@@ -150,7 +133,7 @@ struct PackedAttention {
             const int r = i / G;
             largest[i] = LOWEST, sums[i] = 0.0f;
             if (see.begin[r] < see.end[r])
-                softmax(s + i * CHUNK_SIZE, see.begin[r], see.end[r], &largest[i], &sums[i], next, i * lines, lines);
+                softmax(s + i * CHUNK_SIZE, see.begin[r], see.end[r], &largest[i], &sums[i], at.next, i * lines, lines);
         }
         add_all_values(see, first, pages, empty ? total : acc);
         for (int i = 0; i < queries; i++) {
@@ -173,13 +156,13 @@ struct PackedAttention {
     void add_values_of(const Visible& see, int first, int pages, int d, float* sums) {
         for (int b = 0; b < Blocks; b++)
             for (int p = first; p < first + pages; p++) {
-                const Lanes scales = load(scales_of(v[p], D) + (d / PACKED_BLOCK + b) * PAGE_SIZE);
+                const Lanes scales = load(scales_of(at.v[p], D) + (d / PACKED_BLOCK + b) * PAGE_SIZE);
                 for (int i = p * PAGE_SIZE; i < queries * CHUNK_SIZE; i += CHUNK_SIZE) store(scaled[b] + i, load(s + i) * scales);
             }
         const auto add = [&](int from, int count, int begin, int end) {
             if (begin < end)
                 each_tile_of<FEW_QUERIES>(count, [&](auto t, int i) {
-                    add_packed_values<t.queries, Blocks>(scaled, from + i, v, next, begin, end, D, d, sums + (from + i) * D);
+                    add_packed_values<t.queries, Blocks>(scaled, from + i, at.v, at.next, begin, end, D, d, sums + (from + i) * D);
                 });
         };
         const int begin = see.common_begin, end = see.common_end;

@@ -122,30 +122,13 @@ struct Attention {
     alignas(64) float q[MAX_HEAD_SIZE / SCORE_SIZE][MAX_QUERIES][SCORE_SIZE];
     alignas(64) float s[MAX_QUERIES * CHUNK_SIZE];          // scores, then weights
     alignas(64) float acc[MAX_QUERIES * MAX_HEAD_SIZE];
-    const Stored* k[CHUNK_PAGES];                           // [D][16]
-    const Stored* v[CHUNK_PAGES];                           // [16][D]
-    const Stored* next[CHUNK_PAGES];                        // k of what comes after this one, to be fetched meanwhile
+    ChunkBlocks<Stored> at;
 
-    Attention(const AttentionJob& job, const AttentionItem& item) : job(job), item(item) {
+    Attention(const AttentionJob& job, const AttentionItem& item) : job(job), item(item), at(job, int64_t(PAGE_SIZE) * D) {
         for (int i = 0; i < queries; i++) {
             const int64_t row = item.row + i / G, head = item.kv_head * G + i % G;
             for (int d = 0; d < D; d += 16)
                 store(q[d / SCORE_SIZE][i] + d % SCORE_SIZE, load(job.q + (row * job.heads + head) * D + d));
-        }
-    }
-
-    const Stored* block(const AttentionItem& of, int64_t page) const {
-        return static_cast<const Stored*>(job.cache) + of.pages[page] * job.page_stride + int64_t(of.kv_head) * 2 * PAGE_SIZE * D;
-    }
-
-    void find_pages(int chunk, int first, int last, const AttentionItem* following, int next_chunk) {
-        int next_pages = 0;
-        if (following && next_chunk < following->chunk_end)             // a padding row has no pages
-            next_pages = (following->position + following->rows - 1) / PAGE_SIZE + 1 - next_chunk * CHUNK_PAGES;
-        for (int p = first / PAGE_SIZE; p * PAGE_SIZE < last; p++) {
-            k[p] = block(item, int64_t(chunk) * CHUNK_PAGES + p);
-            v[p] = k[p] + PAGE_SIZE * D;
-            next[p] = p < next_pages ? block(*following, int64_t(next_chunk) * CHUNK_PAGES + p) : v[p];
         }
     }
 
@@ -154,11 +137,11 @@ struct Attention {
     void add_chunk(int chunk, const AttentionItem* following, int next_chunk, float* m, float* l, float* total, bool& empty) {
         const Visible see(item, chunk, job.window);
         if (see.first >= see.last) return;
-        find_pages(chunk, see.first, see.last, following, next_chunk);
+        at.find(item, chunk, see.first, see.last, following, next_chunk);
         const int first = see.first / PAGE_SIZE, pages = (see.last + PAGE_SIZE - 1) / PAGE_SIZE - first;
         each_tile(queries, [&](auto t, int i) {
             for (int from = 0; from < D; from += SCORE_SIZE)
-                score_pages<Stored, t.queries>(q[from / SCORE_SIZE][i], k + first, v + first, pages, from, least(from + SCORE_SIZE, D),
+                score_pages<Stored, t.queries>(q[from / SCORE_SIZE][i], at.k + first, at.v + first, pages, from, least(from + SCORE_SIZE, D),
                                                s + i * CHUNK_SIZE + first * PAGE_SIZE);
         });
         if (job.softcap > 0.0f)
@@ -173,7 +156,7 @@ struct Attention {
             const int r = i / G;
             largest[i] = LOWEST, sums[i] = 0.0f;
             if (see.begin[r] < see.end[r])
-                softmax(s + i * CHUNK_SIZE, see.begin[r], see.end[r], &largest[i], &sums[i], next, i * lines, lines);
+                softmax(s + i * CHUNK_SIZE, see.begin[r], see.end[r], &largest[i], &sums[i], at.next, i * lines, lines);
         }
         add_all_values(see, empty ? total : acc);
         for (int i = 0; i < queries; i++) {
@@ -193,7 +176,7 @@ struct Attention {
         }
         for (int r = 0; r < item.rows; r++) add_row_values(r, see.begin[r], begin, sums);
         each_tile(queries, [&](auto t, int i) {
-            add_values<Stored, t.queries>(s + i * CHUNK_SIZE, v, next, begin, end, D, sums + i * D);
+            add_values<Stored, t.queries>(s + i * CHUNK_SIZE, at.v, at.next, begin, end, D, sums + i * D);
         });
         for (int r = 0; r < item.rows; r++) add_row_values(r, end, see.end[r], sums);
     }
@@ -202,7 +185,7 @@ struct Attention {
         if (begin < end)
             each_tile(G, [&](auto t, int i) {
                 i += row * G;
-                add_values<Stored, t.queries>(s + i * CHUNK_SIZE, v, next, begin, end, D, sums + i * D);
+                add_values<Stored, t.queries>(s + i * CHUNK_SIZE, at.v, at.next, begin, end, D, sums + i * D);
             });
     }
 };

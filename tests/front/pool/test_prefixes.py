@@ -21,6 +21,7 @@ from chatlm.front.pool.prefixes import STAGING_BYTES, Prefixes, memory_for
 from chatlm.front.pool.worker import State
 from answers import asked
 from fake_pool import serving
+import families
 from nightly import by_day
 from pools import all_ready, collect, idle
 from real_server import SCRIPT, ask, get, post, server
@@ -129,6 +130,18 @@ async def test_a_key_neither_reads_nor_notices_what_another_has_asked(start_pool
     shared = {"prefix_store": str(tmp_path / "shared"), "share_prefixes": True}
     assert await asked_by(start_pool, client, keys, ["alice"], **shared) == [False]
     assert await asked_by(start_pool, client, keys, ["bob"], **shared) == [True]
+
+
+async def test_pages_of_another_type_are_never_restored(start_pool, tmp_path):
+    (folder := tmp_path / "model").mkdir()
+    families.save(families.make_model("llama3.2"), folder)
+    question, texts = dict(prompts=(tuple(range(20, 250)),), messages=None, sampling=SamplingParams(temperature=0.0), max_tokens=8, ignore_eos=True), {}
+    for kind, found in (("q8_0", False), ("auto", False), ("q8_0", True)):
+        pool = await start_pool(model=str(folder), prefix_store=str(tmp_path / "store"), kv_cache_dtype=kind)
+        text, _, done = await collect(pool, asked(kind, **question))
+        assert texts.setdefault(kind, text) == text and done.usage.cached_tokens == (224 if found else 0)
+        assert ("; q8_0, " in " ".join(pool.describe())) == (kind == "q8_0")
+        await pool.close()
 
 
 async def test_without_memory_for_prefixes_nothing_is_kept(start_pool):

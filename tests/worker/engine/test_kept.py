@@ -21,6 +21,7 @@ from chatlm.front.pool.prefixes import StoreWriter
 from chatlm.worker.engine.keeper import Keeper
 from chatlm.worker.engine.kept import KeptPages, checksum
 from chatlm.worker.engine.states import StatePool
+from chatlm.worker.model.spec import KvType
 from chatlm.worker.weights.digest import arithmetic_of, files_of, profile_of, stamp_of, whole_digest
 from engines import chat_work, make_engine, pieces, tokens_of
 from families import make_model, save
@@ -28,6 +29,7 @@ from nightly import by_day
 from powerless import powerless
 from works import assignment, changed
 
+PACKED = KvType("float32", packed=True)
 BACKENDS = [pytest.param("reference", marks=pytest.mark.slow), pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
 
 
@@ -72,10 +74,11 @@ def writing(store, memory, limit=1 << 30, busy=lambda: False):
 
 
 def bits_of(engine):
-    """The digest of each page in the prefix index by its address, and of each snapshot."""
-    pool, keeper = engine.pool, engine.keeper
+    """The digest of each page in the prefix index by its address, but for those that their layers do not fill, and of each snapshot."""
+    pool, keeper, transformer = engine.pool, engine.keeper, engine.transformer
+    full = [sum(transformer.kv.slot_size(transformer.attentions[l]) for l in members) == transformer.layout.size for members in transformer.groups.members]
     pages = {(pool.addresses[content.serial], group): hashlib.sha256(keeper.rows[:, page].tobytes()).hexdigest()
-             for content in pool.index.values() for group, page in enumerate(content.pages) if page != pool.hole}
+             for content in pool.index.values() for group, page in enumerate(content.pages) if page != pool.hole and full[group]}
     states = pool.states or SimpleNamespace(passed={}, ends={})
     snapshots = {pool.addresses[serial]: hashlib.sha256(b"".join(state[slot].tobytes() for state in keeper.states)).hexdigest()
                  for known in (states.passed, states.ends) for serial, slot in known.items()}
@@ -122,14 +125,19 @@ def test_restored_pages_equal_computed_ones_to_the_bit_in_random_conversations(n
         other.close()
 
 
-@pytest.mark.parametrize("name", by_day(["lfm2", "qwen3.5", "granite4h", "gemma3", "gemma4", "mistral"], "lfm2", "gemma3"))
+KEPT = [*((name, None) for name in ("lfm2", "qwen3.5", "granite4h", "gemma3", "gemma4", "mistral")),
+        *((name, PACKED) for name in ("qwen3.5", "gemma3", "gemma4"))]
+
+
+@pytest.mark.parametrize("name, kv", by_day(KEPT, ("lfm2", None), ("gemma3", None), ("gemma4", PACKED)))
 @torch.inference_mode()
-def test_snapshots_of_states_and_pages_of_layers_with_windows_are_restored_too(name, tmp_path, memory, monkeypatch, one_thread):
+def test_snapshots_of_states_and_pages_of_layers_with_windows_are_restored_too(name, kv, tmp_path, memory, monkeypatch, one_thread):
     monkeypatch.setattr(StatePool, "INTERVAL", 64)
     folder = save(make_model(name), tmp_path / "model")
     works = conversations(7)
     def made():
-        return make(folder, "decode_core" if decode_core() else "reference", apart=True)
+        return make(folder, "decode_core" if decode_core() else "reference", apart=True, kv=kv)
+    assert ("q8_0" in made().transformer.layout.types) == (kv is PACKED)
     alone = {work.id: tokens_of(made(), [work])[work.id] for work in works}
     first = keep(made(), memory)
     assert tokens_of(first, works) == alone
@@ -165,8 +173,9 @@ def test_the_profile_changes_with_weights_types_kernels_and_context(nanochat_fix
     assert profile_of("a", same) == profile_of("a", arithmetic_of(make(nanochat_fixtures / "gen5").transformer, settings))
     changes = [Settings(model=settings.model, dtype="float32"), Settings(model=settings.model, quantize="q8_0")]
     profiles = {profile_of("a", same), profile_of("b", same), *(profile_of("a", arithmetic_of(engine.transformer, its)) for its in changes),
-                profile_of("a", arithmetic_of(make(nanochat_fixtures / "gen5", "reference").transformer, settings))}
-    assert len(profiles) == 4 + (decode_core() is not None)
+                *(profile_of("a", arithmetic_of(its.transformer, settings)) for its in (
+                   make(nanochat_fixtures / "gen5", "reference"), make(nanochat_fixtures / "gen5", kv=KvType("bfloat16"))))}
+    assert len(profiles) == 5 + (decode_core() is not None)
     other.write_bytes(source.path.read_bytes())
     before = whole_digest([other], stamp_of([other]), tmp_path)
     assert before == whole_digest([source.path], stamp_of([source.path]), tmp_path) and files[0] == source.path

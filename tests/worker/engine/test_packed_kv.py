@@ -1,6 +1,7 @@
 """Keys and values of 8 bits: answers have the same bits however they are computed, and logits are near those of floats."""
 
 import math
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -12,14 +13,14 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.build import build_engine
+from chatlm.worker.build import build_engine, layers_of_floats
 from chatlm.worker.engine.kvcache import PagePool
-from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.kernels import Kernels, load_kernels
 from chatlm.worker.model.spec import Attention, KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.packed_kv import PackedKv, turned
 from engines import make_batch, make_engine, propose_partly_right, tokens_of
-from families import load
+from families import load, save_packed
 from nightly import by_day
 from works import assignment
 
@@ -27,8 +28,8 @@ PACKED = KvType("float32", packed=True)
 BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
 
 
-# gemma2: windows and capped scores; gpt-oss: sinks; gemma4: some heads of 16, which stay floats, others of 32
-FAMILIES = ["gemma2", "gpt-oss", "gemma4", "qwen3"]
+# gemma2: windows and capped scores; gpt-oss: sinks; gemma4: some heads of 16, which stay floats, others of 32; qwen3.5: layers with states
+FAMILIES = ["gemma2", "gpt-oss", "gemma4", "qwen3", "qwen3.5"]
 
 
 @pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")
@@ -59,7 +60,8 @@ def logits_of(folder, ids, kv, backend):
     kernels = load_kernels("cpu", model.spec if backend == "decode_core" else None, **limits)
     groups = group_layers(model.spec.by_layer, 512, kernels.backend.groups_layers, kv)
     count = len(groups.windows)
-    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=20 * count, dtype=torch.float32, groups=groups, kv=kv, **limits)
+    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=20 * count, num_slots=20 * count,
+                              dtype=torch.float32, groups=groups, kv=kv, **limits)
     pages = numpy.random.default_rng(1).permutation(20 * count).tolist()
     return torch.cat([transformer.forward(make_batch((ids, done, count, pages))).clone() for done, count in ((0, 120), (120, 79), (199, 1))])
 
@@ -120,12 +122,50 @@ def test_twice_the_tokens_fit_and_each_type_can_be_chosen(default_model_path):
     assert tokens["auto"] == tokens["bfloat16"] and tokens["auto"] // 2 == tokens["float32"] and 1.85 < tokens["q8_0"] / tokens["auto"] < 1.9
 
 
+NUMBERS = {"Anna": 4718, "Boris": 9032, "Clara": 2756, "David": 6381}
+SAID_SINCE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "      # 23 tokens
+
+
+@pytest.mark.parametrize("ago", by_day([600, 3000], 600))
+def test_a_number_said_long_ago_is_told_as_with_floats(default_model_path, ago):
+    text = " ".join(f"The number of {name} is {number}." for name, number in NUMBERS.items()) + f" {SAID_SINCE * (ago // 23)}"
+    told = {}
+    for kind in ("auto", "q8_0"):
+        engine = engine_of(default_model_path, "--kv-cache-dtype", kind, "--kv-cache-memory", "128M")
+        prompts = {name: tuple(engine.tokenizer.encode(f"{text}What is the number of {name}? The number of {name} is")) for name in NUMBERS}
+        assert all(len(prompt) > ago for prompt in prompts.values())
+        works = [assignment(name, prompt, SamplingParams(temperature=0.0), 6, ignore_eos=True) for name, prompt in prompts.items()]
+        told[kind] = {work.id: engine.tokenizer.decode(tokens_of(engine, [work])[work.id]) for work in works}       # one by one: they share the text
+    assert told["q8_0"] == told["auto"]
+    assert [name for name, words in told["auto"].items() if str(NUMBERS[name]) in words] == ["Anna", "Boris", "Clara"]     # the model is small
+
+
+@pytest.mark.skipif(decode_core() is None, reason="the types and the promise are decode_core's")
+def test_beside_experts_of_mxfp4_answers_are_the_same_alone_and_together(tmp_path, one_thread):
+    save_packed(tmp_path)
+    engine = engine_of(tmp_path, "--kv-cache-dtype", "q8_0", "--kv-cache-memory", "16M")
+    assert engine.transformer.layout.types == ("q8_0",) * 4 and "mxfp4" in engine.transformer.matrix_types
+    works = [assignment(f"w{i}", tuple(range(i, 60 + 40 * i)), SamplingParams(temperature=0.0), 20, ignore_eos=True) for i in range(3)]
+    alone = {work.id: tokens_of(engine, [work])[work.id] for work in works}
+    assert tokens_of(engine, works[::-1]) == alone
+
+
+def test_kernels_that_do_not_read_it_are_named():
+    kernels = Kernels(backend=SimpleNamespace(name="decode_core/other", packs_kv=False, stored_dtype=None, short_floats=""))
+    with pytest.raises(ConfigError, match="^--kv-cache-dtype q8_0: decode_core/other has no kernels that read it; auto, bfloat16 and float32 are possible$"):
+        kernels.kv_type("q8_0", None)
+    assert kernels.kv_type("bfloat16", None) == KvType("bfloat16")
+
+
 def test_heads_that_cannot_be_turned_stay_floats_and_the_log_or_an_error_says_so(made_model, caplog):
     engine = engine_of(made_model("gemma4")[0], "--kv-cache-dtype", "q8_0", "--kv-cache-memory", "16M", "--dtype", "float32")
     assert {*engine.transformer.layout.types} == {"q8_0", "float32"}
     assert "layers stay float32: their heads have a size of 16, and q8_0 needs heads whose size is a power of two, at least 32" in caplog.text
     with pytest.raises(ConfigError, match="--kv-cache-dtype q8_0: all layers have heads of 16; q8_0 needs"):
         engine_of(made_model("llama2")[0], "--kv-cache-dtype", "q8_0")
+    wide = SimpleNamespace(by_layer=[None, Attention(8, 2, 64), Attention(8, 2, 96), Attention(8, 2, 128, own_value_size=80)])
+    assert layers_of_floats(wide, PACKED).startswith("keys and values of 2 of 3 layers stay float32: their heads have a size of 80, 96, and")
+    assert layers_of_floats(wide, KvType("float32")) == ""
     with pytest.raises(ConfigError, match="invalid choice: .q4_0. .choose from .auto., .bfloat16., .float32., .q8_0.."):
         cli.parse_command_line(["serve", "--kv-cache-dtype", "q4_0"], {})
 

@@ -1,0 +1,15 @@
+"""What tests of decode_core share."""
+
+import pytest
+
+
+@pytest.fixture
+def usual_settings():
+    """Afterwards decode_core's settings are those of before, and nothing is forced."""
+    import decode_core
+    isa, threads = decode_core.info()["isa"], decode_core.get_threads()
+    yield
+    decode_core.set_isa(isa)
+    decode_core.set_threads(threads)
+    decode_core._core.force_schedule(0, False)
+    decode_core._core.refuse_memory(0)
