@@ -14,6 +14,7 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE, size
 from chatlm.common.errors import ConfigError, require_library
+from chatlm.common.hub.adapters import bytes_of_adapters
 from chatlm.common.hub.local import no_progress
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
@@ -232,7 +233,8 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
                       page_bytes, full, fewest, model.grows and f". {model.grows}",
                       kernels.backend.quantizes and floats and not settings.quantize, state_bytes,
                       model.context_length, token_bytes,
-                      sum(getattr(tensor, "file_bytes", 0) for tensor in model.tensors.values()), kv)
+                      sum(getattr(tensor, "file_bytes", 0) for tensor in model.tensors.values()), kv,
+                      -(-copies * bytes_of_adapters(settings.adapter) // ranks.stages))
 
 
 class MemoryPlan(NamedTuple):
@@ -252,6 +254,12 @@ class MemoryPlan(NamedTuple):
     token_bytes: int = 0  # that all layers of the model keep of a token
     mapped: int = 0       # bytes that stay in the file, see MappedRows
     kv: KvType = KvType()
+    adapters: int = 0     # bytes of those that are served beside it, at most
+
+    @property
+    def taken(self) -> int:
+        """Bytes of all but the KV cache."""
+        return self.weights + self.adapters + self.activations
 
     @property
     def prefixes(self) -> int:
@@ -265,7 +273,7 @@ class MemoryPlan(NamedTuple):
     def pages(self) -> int:
         """KV pages to allocate: --kv-cache-memory, or a share of free memory once the weights have theirs;
         ConfigError below 64 tokens."""
-        settings, (free, total), taken = self.settings, self.memory(), self.weights + self.activations
+        settings, (free, total), taken = self.settings, self.memory(), self.taken
         if settings.kv_cache_memory is not None:
             budget = settings.kv_cache_memory
         elif self.device.type == "cuda":
@@ -312,7 +320,7 @@ class MemoryPlan(NamedTuple):
         operator has set one. It is set, so that a worker takes as much whatever is free by then."""
         if self.settings.kv_cache_memory is not None:
             return self
-        rest = budget - self.weights - self.activations
+        rest = budget - self.taken
         cache = min(max(1 << 30, self.full * self.page_bytes), budget // 8, rest)
         least = self.fewest * self.page_bytes
         cache = max(cache, 2 * least if self.state_bytes else least)
@@ -323,12 +331,14 @@ class MemoryPlan(NamedTuple):
         not."""
         settings, (free, total), cache = self.settings, self.memory(), self.cache_bytes(num_pages)
         running, snapshots = self.states(num_pages)
-        needed = self.weights + self.activations + cache + self.prefixes
+        needed = self.taken + cache + self.prefixes
         kept = f" + prefixes {self.prefixes / 1e9:,.2f} GB" if self.prefixes else ""
+        adapters = f" + adapters {self.adapters / 1e9:,.2f} GB" if self.adapters else ""
         parts = f" with {running} states and {snapshots} snapshots" if self.state_bytes else ""
-        line = (f"weights {self.weights / 1e9:,.2f} GB + activations {self.activations / 1e9:,.2f} GB + "
-                f"KV cache {cache / 1e9:,.2f} GB{parts} ({self.token_bytes:,} bytes a token){kept} = "
-                f"{needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free on {self.device}")
+        line = (f"weights {self.weights / 1e9:,.2f} GB{adapters} + "
+                f"activations {self.activations / 1e9:,.2f} GB + KV cache {cache / 1e9:,.2f} GB{parts} "
+                f"({self.token_bytes:,} bytes a token){kept} = {needed / 1e9:,.2f} GB, and "
+                f"{free / 1e9:,.2f} GB are free on {self.device}")
         if self.mapped:
             line += (f"; the {self.mapped / 1e9:,.2f} GB of embeddings of each layer stay in the file, of "
                      "which a token reads one row")

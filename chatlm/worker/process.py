@@ -217,6 +217,7 @@ def gauges(engine: Engine) -> dict[str, float | None]:
             "kv_pages_used": engine.pool.num_pages - engine.pool.available,
             "kv_pages_total": engine.pool.num_pages, "kv_token_bytes": kept_bytes(engine.transformer),
             **state_gauges(engine), "mapped_bytes": mapped.file_bytes if mapped else 0,
+            "adapter_bytes": sum(engine.adapters.sizes.values()),
             "preemptions": engine.scheduler.preemptions,
             "drafted_tokens": engine.drafted_tokens, "accepted_tokens": engine.accepted_tokens,
             "memory_used": used, "memory_total": total, "utilization": utilization}
@@ -275,6 +276,7 @@ class Inbox:
         self.params: dict[str, AnswerParams] = {}                 # by request
         self.prompts: dict[str, dict[int, tuple[int, ...]]] = {}  # by request, then by index
         self.empties_cache = False  # once nothing is computed
+        self.loading: dict[str, str] = {}  # adapters that are being read: id -> folder
 
     def obey(self, message):
         match message:
@@ -284,6 +286,7 @@ class Inbox:
                 self.prompts[id][index] = ids
             case NewAnswer(id, request, prompt, choice, max_tokens, resumed_ids, scored, thinking_ends, told):
                 ids, params = self.prompts[request][prompt], self.params[request]
+                self.end_loading(params.adapter)
                 self.engine.add(Assignment(id, ids, params, max_tokens, choice, resumed_ids, scored,
                                            thinking_ends, told))
             case EndThinking(id):
@@ -293,8 +296,10 @@ class Inbox:
             case EndOfRequest(id):
                 del self.params[id], self.prompts[id]
             case LoadAdapter(id, folder):
-                self.tell(self.load_adapter(id, folder))
+                self.loading[id] = folder
+                self.engine.adapters.begin(id, Path(folder))
             case DropAdapter(id):
+                self.end_loading(id)
                 drop_adapter(self.engine, id)
             case EmptyCache():
                 self.empties_cache = True
@@ -303,10 +308,19 @@ class Inbox:
             case _:
                 raise BadMessage(f"unexpected message from the front: {type(message).__name__}")
 
+    def tell_loaded(self, wait: bool):
+        """Tell the front which adapters have been read; or `wait` for all."""
+        for adapter_id in [*self.loading]:
+            if wait or self.engine.adapters.has_ended(adapter_id):
+                self.end_loading(adapter_id)
 
-    def load_adapter(self, adapter_id: str, folder: str) -> AdapterLoaded:
+    def end_loading(self, adapter_id: str):
+        if folder := self.loading.pop(adapter_id, None):
+            self.tell(self.loaded(adapter_id, folder))
+
+    def loaded(self, adapter_id: str, folder: str) -> AdapterLoaded:
         try:
-            return AdapterLoaded(adapter_id, "", *self.engine.adapters.load(adapter_id, Path(folder)))
+            return AdapterLoaded(adapter_id, "", *self.engine.adapters.end(adapter_id))
         except ConfigError as error:
             return AdapterLoaded(adapter_id, str(error))
         except Exception as error:  # of a file that is broken as nobody expected: no other answer minds
@@ -325,6 +339,7 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
         events = []
 
     while True:
+        inbox.tell_loaded(wait=not engine.busy)  # while nothing is computed, nobody minds waiting
         for message in channel.receive(wait=not engine.busy and not (engine.keeper and engine.keeper.behind)):
             inbox.obey(message)
         try:

@@ -89,6 +89,11 @@ DC_INLINE Lanes load(const Bfloat* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+DC_INLINE void load_pair(const Bfloat* p, Lanes& first, Lanes& second) {
+    const __m512i both = _mm512_loadu_si512(p);
+    first = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
+    second = {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000))))};
+}
 DC_INLINE void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
 DC_INLINE void store(Half* p, Lanes a) {
     __m256i narrowed = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -127,6 +132,12 @@ DC_INLINE __m256 widen8(const Bfloat* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load8(&p->bits)), 16));
 }
 DC_INLINE Lanes load(const Bfloat* p) { return {widen8(p), widen8(p + 8)}; }
+DC_INLINE void load_pair(const Bfloat* p, Lanes& first, Lanes& second) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)), upper = _mm256_set1_epi32(int(0xffff0000));
+    first = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+    second = {_mm256_castsi256_ps(_mm256_and_si256(low, upper)), _mm256_castsi256_ps(_mm256_and_si256(high, upper))};
+}
 DC_INLINE void store(float* p, Lanes a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
 DC_INLINE void store8(Half* p, __m256 a) {
     __m128i narrowed = _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -169,6 +180,9 @@ struct Lanes { float v[16]; };
     return r
 DC_INLINE Lanes all(float x) { DC_EACH(x); }
 template <class T> DC_INLINE Lanes load(const T* p) { DC_EACH(widen(p[i])); }
+DC_INLINE void load_pair(const Bfloat* p, Lanes& first, Lanes& second) {
+    for (int i = 0; i < 16; i++) first.v[i] = widen(p[2 * i]), second.v[i] = widen(p[2 * i + 1]);
+}
 DC_INLINE void store(float* p, Lanes a) { std::memcpy(p, a.v, sizeof a.v); }
 DC_INLINE void store(Half* p, Lanes a) { for (int i = 0; i < 16; i++) narrow(a.v[i], p + i); }
 #if defined(__SSE2__) && !defined(__FMA__)
@@ -222,6 +236,10 @@ DC_INLINE void store(Bfloat* p, Lanes a) {
     for (int i = 0; i < 16; i++) narrow(x[i], p + i);
 }
 
+// 16 numbers of a first and 16 of a second row; those of Bfloats alternate, so that they are widened by one instruction.
+template <class T>
+DC_INLINE void load_pair(const T* p, Lanes& first, Lanes& second) { first = load(p), second = load(p + 16); }
+
 // ---- over the lanes, always as the same tree: i with i + 8, then i + 4, i + 2, i + 1
 
 DC_INLINE float sum(Lanes a) {
@@ -230,6 +248,19 @@ DC_INLINE float sum(Lanes a) {
     for (int width = 8; width; width /= 2)
         for (int i = 0; i < width; i++) x[i] += x[i + width];
     return x[0];
+}
+// The sums of four, times `scales` -> out [4].
+DC_INLINE void scaled_sums(const Lanes (&a)[4], const float* scales, float* out) {
+#if defined(__AVX512F__)
+    const __m512 first = _mm512_add_ps(_mm512_shuffle_f32x4(a[0].v, a[1].v, 0x44), _mm512_shuffle_f32x4(a[0].v, a[1].v, 0xee));
+    const __m512 second = _mm512_add_ps(_mm512_shuffle_f32x4(a[2].v, a[3].v, 0x44), _mm512_shuffle_f32x4(a[2].v, a[3].v, 0xee));
+    const __m512 fours = _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd));
+    const __m512 twos = _mm512_add_ps(fours, _mm512_permute_ps(fours, 0x4e)), ones = _mm512_add_ps(twos, _mm512_permute_ps(twos, 0xb1));
+    const __m128 sums = _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, ones));
+    _mm_storeu_ps(out, _mm_mul_ps(_mm_loadu_ps(scales), sums));
+#else
+    for (int j = 0; j < 4; j++) out[j] = scales[j] * sum(a[j]);
+#endif
 }
 DC_INLINE float maximum(Lanes a) {
     float x[16];

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-import numpy
 
 from . import _core
 from .tiles import TILE_ROWS, Matrix
@@ -13,6 +11,7 @@ from .tiles import TILE_ROWS, Matrix
 if TYPE_CHECKING:
     import torch
 
+SHRUNK_RANKS = 4        # the kernel takes so many at once
 TYPES = {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2}       # Weight's float types
 
 
@@ -46,25 +45,36 @@ class AdaptedMatrices:
             a, b, scales = its.a.contiguous(), its.b, its.scales.float().contiguous()
             if a.dtype != b.dtype or str(a.dtype) not in TYPES:
                 a, b = a.float(), b.float()
+            a, b, scales = (pad(tensor, axis, SHRUNK_RANKS) for tensor, axis in ((a, 0), (b, 1), (scales, 0)))
             tiles, packed = packed_tiles(b, gated)
-            adapter.add(number, TYPES[str(a.dtype)], R, K, a.data_ptr(), scales.data_ptr(), packed.data_ptr(), packed.nbytes, tiles)
+            a = pairs(a.view(-1, 2, 2, K // 16, 16).movedim(3, 1)).contiguous()     # (R / 4, K / 16, 2, 32)
+            adapter.add(number, TYPES[str(a.dtype)], len(scales), K, a.data_ptr(), scales.data_ptr(), packed.data_ptr(), packed.nbytes, tiles)
         return adapter
 
 
-def packed_tiles(b: torch.Tensor, gated: bool) -> tuple[Sequence[tuple[int, int, int]], torch.Tensor]:
-    """(offset, first rank, ranks) of each tile of B (N, R), and their numbers, [ranks][16] of each. The tiles of gates and
-    ups alternate, of which b has all gates first."""
+def pad(tensor: torch.Tensor, axis: int, multiple: int) -> torch.Tensor:
+    """With zeros at the end of an axis, up to a multiple of a length."""
+    shape = [*tensor.shape]
+    shape[axis] += -shape[axis] % multiple
+    padded = tensor.new_zeros(shape)
+    padded.narrow(axis, 0, tensor.shape[axis]).copy_(tensor)
+    return padded
+
+
+def pairs(tensor: torch.Tensor) -> torch.Tensor:
+    """(..., 2, 16) -> (..., 32) as load_pair of csrc/cpu/lanes.h reads them: bfloat16's alternate."""
+    return (tensor.mT if str(tensor.dtype) == "torch.bfloat16" else tensor).flatten(-2)
+
+
+def packed_tiles(b: torch.Tensor, gated: bool) -> tuple[list[tuple[int, int, int]], torch.Tensor]:
+    """(offset, first rank, ranks) of each tile of B (N, R), and their numbers, (ranks / 2, 32) of each. The tiles of gates
+    and ups alternate, of which b has all gates first."""
     import torch        # the package does without
-    halves = b.chunk(2) if gated else (b,)
-    padded = [torch.nn.functional.pad(half, (0, 0, 0, -len(half) % TILE_ROWS)) for half in halves]
-    tiles = torch.stack([half.view(-1, TILE_ROWS, half.shape[1]) for half in padded], 1).flatten(0, 1)     # (tiles, 16, R)
-    places: list[tuple[int, int, int]] = []
-    pieces: list[torch.Tensor] = []
-    offset = 0
-    for tile, used in zip(tiles, (tiles != 0).any(1).numpy()):
-        ranks = numpy.flatnonzero(used)
-        first, count = (int(ranks[0]), int(ranks[-1] - ranks[0] + 1)) if len(ranks) else (0, 0)
-        places.append((offset, first, count))
-        pieces.append(tile[:, first:first + count].T.reshape(-1))
-        offset += count * TILE_ROWS
-    return places, torch.cat([*pieces, b.new_zeros(TILE_ROWS)])
+    halves = [pad(half, 0, TILE_ROWS) for half in (b.chunk(2) if gated else (b,))]
+    tiles = torch.stack([half.view(-1, TILE_ROWS, half.shape[1]) for half in halves], 1).flatten(0, 1)     # (tiles, 16, R)
+    by_pair = tiles.mT.unflatten(1, (-1, 2))        # (tiles, R / 2, 2, 16)
+    used = (by_pair != 0).any(-1).any(-1).int()
+    needed = used.cummax(1).values & used.flip(1).cummax(1).values.flip(1)      # from the first that is used to the last
+    counts = 2 * needed.sum(1)
+    offsets, firsts = (counts.cumsum(0) - counts) * TILE_ROWS, 2 * needed.argmax(1)
+    return [*zip(offsets.tolist(), firsts.tolist(), counts.tolist())], pairs(by_pair)[needed.bool()]

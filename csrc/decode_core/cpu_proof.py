@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -32,6 +32,14 @@ def turned(heads: torch.Tensor) -> torch.Tensor:
     return (heads.unflatten(1, (-1, HEAD_SIZE)) @ HADAMARD).flatten(1)
 
 
+class Changed(NamedTuple):
+    """What an adapter adds to a product, see AdaptedMatrices.pack."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scales: torch.Tensor
+
+
 class FileRows:
     """A table of random rows as a model file has them."""
 
@@ -56,6 +64,7 @@ class Chain:
         self.script, self.dice = script, Dice(torch.device("cpu"), 4)
         self.program, self.calls, self.floats = Program(T, R), [], {}
         self.faults: dict[str, str | None] = {}         # by op: "" = as the reference, None = not proved
+        self.adapters: list[dict[str, Changed]] = [{}, {}]
         self.spec = script.ModelSpec(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2, head_size=HEAD_SIZE,
                                      ffn_size=512, max_positions=PAGES * script.PAGE_SIZE)
 
@@ -90,6 +99,7 @@ class Chain:
         for norm_at in ("before_rope", "after_rope"):       # rounded queries of any size would move large scores
             self.attention(qkv, cos, sin, self.packed_cache(), " q8_0", norm_at)
         self.experts(x, norm)
+        self.adapted(x, norm)
         narrow = self.call("linear", x, self.matrix("f32", "input_gate", 48), width=48, label="linear f32")
         made = self.call("layer_inputs", x, previous, dice.normal(48), 1e-5, width=C)
         self.call("gate_input", narrow, made, 96, width=48)
@@ -155,6 +165,18 @@ class Chain:
             self.call("experts", x, logits, gate_up, down, width=self.spec.width, norm=norm, biases=biases, activation=activation, chosen=2,
                       **router)
 
+    def adapted(self, x: torch.Tensor, norm: Any) -> None:
+        """Products of floats to which adapters of every type add something, those of half of their ranks to half of the rows."""
+        N = 80
+        for kind, activation in (("f32", None), ("f16", "swiglu"), ("bf16", "relu2"), ("bf16", "geglu")):
+            name, gated = f"{kind} {activation}", activation in ("swiglu", "geglu")
+            rows, packed = (2 * N, "gate_up") if gated else (N, "output")
+            for ranks, adapter in zip((16, 5), self.adapters):
+                a, b = self.dice.normal(ranks, self.spec.width), self.dice.normal(rows, ranks)
+                b[:rows // 2, ranks // 2:] = 0
+                adapter[name] = Changed(a.to(FLOATS[kind]), b.to(FLOATS[kind]), 0.1 + self.dice.normal(ranks) / 20)
+            self.call("linear", x, self.matrix("f32", packed, rows), width=N, label="linear adapters", norm=norm, activation=activation, adapted=name)
+
     def delta_rule(self, x: torch.Tensor, alternating: bool, by_key: bool) -> None:
         """One of odd sizes, on the first columns of x."""
         mixer, dice = self.script.DeltaRule(4, 2, 4, 32, 48, alternating, by_key, by_key), self.dice
@@ -195,7 +217,9 @@ class Chain:
     # ---- running
 
     def step(self, batch: SimpleNamespace, sampled: list[Any]) -> None:
-        """Run a step, then every reference on what its op has read."""
+        """Run a step whose first two sequences have adapters, then every reference on what its op has read."""
+        adapters = self.adapters[:len(batch.lengths)]
+        packed = [self.program.adapters.pack(matrices) for matrices in adapters]
         inputs = self.inputs(batch)
         caches = [call.arguments[5] for call in self.calls if call.name == "rope_append"]
         caches += [state for call in self.calls if call.name in STATES for state in call.arguments[STATES[call.name]]]
@@ -203,10 +227,13 @@ class Chain:
         sampling = SampleBatch(sampled, self.capped.shape[1])
         tokens = self.program.finish(self.program.start(
             batch.token_ids, batch.previous_token_ids, batch.starts, batch.lengths, batch.tables,
-            batch.logit_rows, sampling, all_rows=True, states=(batch.state_reads, batch.write_rows, batch.write_slots)))
+            batch.logit_rows, sampling, all_rows=True, states=(batch.state_reads, batch.write_rows, batch.write_slots),
+            adapters=packed))
         for call in self.calls:
             arguments = [self.real(argument, inputs) for argument in call.arguments]
             options = {key: self.real(option, inputs) for key, option in call.options.items()}
+            if name := options.pop("adapted", None):
+                options["adapted"] = [(slice(*batch.starts[i:i + 2]), its[name]) for i, its in enumerate(adapters)]
             fault = self.compare(call, arguments, options, self.real(call.out, inputs), before)
             self.faults[call.label] = self.faults.get(call.label) or fault
         expected = self.script.references["sample"](self.capped[:len(sampled)], sampled)

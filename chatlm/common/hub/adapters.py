@@ -22,6 +22,11 @@ class AdapterFiles(NamedTuple):
     folder: Path
     stamp: tuple[tuple[str, int, int], ...]  # of each file: name, size, time of its last change in ns
 
+    @property
+    def nbytes(self) -> int:
+        """About what a worker needs for it."""
+        return sum(size for _, size, _ in self.stamp)
+
 
 def adapter_at(folder: Path, name: str = "") -> AdapterFiles | None:
     """The adapter in a folder; None where one of its files is missing, empty or unreadable."""
@@ -66,6 +71,17 @@ def named_adapters(words: Iterable[str]) -> tuple[list[AdapterFiles], list[Path]
         else:
             raise ConfigError(f"--adapter {word}: there is no {CONFIG} with an {WEIGHTS}")
     return [*adapters.values()], watched
+
+
+def bytes_of_adapters(words: Iterable[str]) -> int:
+    """About what a worker needs for those that --adapter names, as far as they are there."""
+    total = 0
+    for word in words:
+        name, equals, path = word.partition("=")
+        folder = Path(path if equals else word).expanduser()
+        there = [adapter_at(folder)] if equals else adapters_in(folder)
+        total += sum(files.nbytes for files in there if files)
+    return total
 
 
 def base_of(folder: Path) -> str:

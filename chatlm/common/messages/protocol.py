@@ -326,9 +326,9 @@ RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded
 
 NO_GAUGES = dict.fromkeys((  # of a worker that is not running
     "running", "queued", "max_batch", "kv_pages_used", "kv_pages_total", "kv_token_bytes", "states_used",
-    "states_total", "state_snapshots", "state_bytes", "mapped_bytes", "preemptions", "drafted_tokens",
-    "accepted_tokens", "memory_used", "memory_total", "restored_tokens", "restored_bytes", "kept_pages",
-    "kept_bytes", "missed_pages", "prefill_saved_s", "keeping_s"), 0) | {"utilization": None}
+    "states_total", "state_snapshots", "state_bytes", "mapped_bytes", "adapter_bytes", "preemptions",
+    "drafted_tokens", "accepted_tokens", "memory_used", "memory_total", "restored_tokens", "restored_bytes",
+    "kept_pages", "kept_bytes", "missed_pages", "prefill_saved_s", "keeping_s"), 0) | {"utilization": None}
 
 
 def accepted_names(model: str, settings: Settings) -> list[str]:

@@ -61,6 +61,7 @@ class PoolAdapters:
         named, self.folders = named_adapters(settings.adapter)
         self.all: dict[str, Adapter] = {}      # by id; those that a worker may still have
         self.serving: dict[str, Adapter] = {}  # by name
+        self.gone: set[str] = set()            # names of those that went with their files
         self.before: dict[str, tuple] = {}     # folder -> stamp of its files, at the last look
         self.numbers = itertools.count(1)
         self.started = False                   # then no problem ends the server
@@ -75,6 +76,11 @@ class PoolAdapters:
     def names(self) -> list[str]:
         return [*self.serving]
 
+    @property
+    def nbytes(self) -> int:
+        """About what all of them take in all workers."""
+        return len(self.workers) * sum(adapter.files.nbytes for adapter in self.all.values())
+
     def refuse_names(self):
         """ConfigError if an adapter is called as the model is."""
         for name in {*self.serving} & {*self.taken()}:
@@ -85,11 +91,11 @@ class PoolAdapters:
             self.retire(self.serving[name])
 
     def serve(self, files: AdapterFiles, required: bool = False, watched: bool = False):
-        """Have all workers load it; from then on answers that ask for its name take it."""
+        """Have all workers load it; answers take it once one has, so that they hold up no other."""
         adapter = Adapter(f"{files.name}#{next(self.numbers)}", files, required, watched)
         self.all[adapter.id] = adapter
         ready = [worker for worker in self.workers if worker.state is State.READY]
-        if files.name not in self.serving or not ready:
+        if not ready:
             self._switch(adapter)
         for worker in ready:
             worker.send(LoadAdapter(adapter.id, str(files.folder)))
@@ -98,6 +104,7 @@ class PoolAdapters:
         if older := self.serving.get(adapter.name):
             self.retire(older)
         self.serving[adapter.name] = adapter
+        self.gone.discard(adapter.name)
 
     def retire(self, adapter: Adapter):
         """No new answer takes it."""
@@ -141,6 +148,8 @@ class PoolAdapters:
         log.error("the adapter %s cannot be served%s: %s", adapter.name, stays, message.problem)
         if stays:
             self.retire(adapter)
+        elif not (older or adapter.retired):
+            self._switch(adapter)  # who asks for it is told why
         return None
 
     @property
@@ -164,6 +173,7 @@ class PoolAdapters:
             if str(adapter.files.folder) not in stamps:
                 log.info("the adapter %s has gone", adapter.name)
                 self.retire(adapter)
+                self.gone.add(adapter.name)
         latest = {str(adapter.files.folder): adapter.files.stamp for adapter in self.all.values()}
         for files in found:
             known, name = str(files.folder), files.name

@@ -125,7 +125,19 @@ class Model:
         return self.pool
 
 
+def gone_adapter(name: str, models: Seq[Model]) -> str:
+    """The adapter that a request of this name would have got while its files were there; "" if none."""
+    base, _, adapter = name.removesuffix(":latest").rpartition("@")
+    gone = any(model.pool and not model.adapter and adapter in model.pool.adapters.gone
+               and (not base or model.fits(base)) for model in models)
+    return adapter if gone else ""
+
+
 def unknown_model(name: str, models: Seq[Model]) -> RequestError:
+    if adapter := gone_adapter(name, models):
+        names = ", ".join(shown(model.name) for model in models[:8])
+        return RequestError(f"the adapter {shown(adapter)} is no longer served: its files have gone; this "
+                            f"server has {names}", status=404, code="model_not_found", param="model")
     names = {other.lower(): other for model in models for other in model.names}
     near = [other for other in names if name and name.lower() in other][:3]
     near = near or difflib.get_close_matches(name.lower(), names, 3)
@@ -206,7 +218,7 @@ class OneModel:
     @property
     def several(self) -> bool:
         """Has a request to be read to know which model it asks for?"""
-        return bool(self.pool.adapters.serving)
+        return bool(self.pool.adapters.serving or self.pool.adapters.gone)
 
     def find(self, name: str, bound: Seq[str] = ()) -> Model:
         """The model, or what an adapter makes of it; whether a request names the model right, the reader of
@@ -215,6 +227,8 @@ class OneModel:
         named = [model for model in models if model.adapter and model.fits(name)]
         if named and not self.only.fits(name):
             return named[0]
+        if not self.only.fits(name) and gone_adapter(name, models):
+            raise unknown_model(name, models)
         if models and models[0] is not self.only:  # the key is bound to adapters
             return named_among(name, models, models[0])
         return models[0] if models else named_among(name or "default", models, None)

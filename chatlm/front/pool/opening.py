@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, ConfigError
+from chatlm.common.hub.adapters import bytes_of_adapters
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import SurveyConfig
@@ -87,9 +88,11 @@ class Opener:
             self.budget = self.budget or surveyed.budget
             cache = replicas * surveyed.cache
             size = cache + replicas * (surveyed.weights + surveyed.activations + process_bytes)
-            if size > self.budget:
-                raise ConfigError(f"it takes {shown_bytes(size)}, and all models together may take "
-                                  f"{shown_bytes(self.budget)} (--models-memory)")
+            adapters = replicas * bytes_of_adapters(model.settings.adapter)
+            if size + adapters > self.budget:
+                beside = f" with its adapters ({shown_bytes(adapters)})" if adapters else ""
+                raise ConfigError(f"it takes {shown_bytes(size + adapters)}{beside}, and all models together "
+                                  f"may take {shown_bytes(self.budget)} (--models-memory)")
             model.pool = await self._pool(model, surveyed)
         except ChatServerError as error:
             model.pool, model.reason, model.failed_s = None, str(error), time.monotonic()

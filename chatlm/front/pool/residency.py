@@ -23,11 +23,11 @@ class Place:
     the bytes of its KV pages are enough for the others, an idle model gives up these alone: its workers
     forget the prefixes that they cached, and stay. Before it serves it waits for these bytes again."""
 
-    def __init__(self, name: str, pool: WorkerPool, size: int, *, cache: int = 0, pinned: bool = False,
+    def __init__(self, name: str, pool: WorkerPool, own_size: int, *, cache: int = 0, pinned: bool = False,
                  idle_s: float = 0.0):
-        """size: bytes, of which KV pages take `cache`; pinned: nothing but the operator makes it leave;
-        idle_s: it leaves after so many seconds without a request, 0 = never."""
-        self.name, self.pool, self.size, self.cache = name, pool, size, cache
+        """own_size: bytes without adapters, of which KV pages take `cache`; pinned: nothing but the operator
+        makes it leave; idle_s: it leaves after so many seconds without a request, 0 = never."""
+        self.name, self.pool, self.own_size, self.cache = name, pool, own_size, cache
         self.pinned, self.idle_s = pinned, idle_s
         self.taken = self.leaving = False
         self.emptying = self.emptied = False  # are its workers asked for the memory of their KV pages, and
@@ -35,6 +35,11 @@ class Place:
         self.asked = pinned  # to be loaded, by somebody other than a job
         self.taken_s = 0.0
         self.waits_since_s: float | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes with the adapters beside it, which come and go."""
+        return self.own_size + self.pool.adapters.nbytes
 
     @property
     def bytes(self) -> int:

@@ -10,8 +10,10 @@ from chatlm.common.errors import ConfigError, cannot_read
 from chatlm.common.files import check_regular
 from chatlm.common.hub.adapters import CONFIG, WEIGHTS
 from chatlm.worker.model.transformer import load_adapter
+from chatlm.worker.weights.adapters import reading_thread
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.ranks import RankZero
 
@@ -23,29 +25,56 @@ class AdapterSlots:
         self.transformer, self.ranks = transformer, ranks
         self.slots: dict[str, int] = {}      # by id
         self.digests: dict[int, str] = {}    # of their files, by slot
+        self.sizes: dict[int, int] = {}      # bytes, by slot
+        self.reading: dict[str, tuple[int, Future[tuple[int, str]]]] = {}  # by id: the slot it will have
+        self.thread = reading_thread()
         self.last = 0
 
     def load(self, adapter_id: str, folder: Path) -> tuple[int, str]:
-        """Take answers with an adapter from now on; returns its bytes and a digest of its files. ConfigError
-        if it cannot be served."""
-        digest = adapter_digest(folder)
-        nbytes = load_adapter(self.transformer, self.last + 1, folder)
-        if adapter_digest(folder) != digest:
-            del self.transformer.adapters[self.last + 1]
-            raise ConfigError(f"{folder} has changed while it was read")
-        self.last = self.slots[adapter_id] = self.last + 1
-        self.digests[self.last] = digest
+        """`begin` and `end`."""
+        self.begin(adapter_id, folder)
+        return self.end(adapter_id)
+
+    def begin(self, adapter_id: str, folder: Path):
+        """Read an adapter, in all ranks, while steps go on."""
+        self.last += 1
         if self.ranks:
             self.ranks.tell_adapter(self.last, str(folder))
+        self.reading[adapter_id] = self.last, self.thread.submit(self._read, self.last, folder)
+
+    def _read(self, slot: int, folder: Path) -> tuple[int, str]:
+        digest = adapter_digest(folder)
+        nbytes = load_adapter(self.transformer, slot, folder)
+        if adapter_digest(folder) != digest:
+            raise ConfigError(f"{folder} has changed while it was read")
+        return nbytes, digest
+
+    def has_ended(self, adapter_id: str) -> bool:
+        return self.reading[adapter_id][1].done()
+
+    def end(self, adapter_id: str) -> tuple[int, str]:
+        """Take answers with an adapter from now on, once it is read; returns its bytes and a digest of its
+        files. ConfigError if it cannot be served."""
+        slot, future = self.reading.pop(adapter_id)
+        try:
+            nbytes, digest = future.result()
+        except BaseException:
+            self._forget(slot)
+            raise
+        self.slots[adapter_id], self.digests[slot], self.sizes[slot] = slot, digest, nbytes
         return nbytes, digest
 
     def drop(self, adapter_id: str) -> int:
         """Forget an adapter; returns the slot that it had, 0 if it had none."""
         if slot := self.slots.pop(adapter_id, 0):
-            del self.transformer.adapters[slot], self.digests[slot]
-            if self.ranks:
-                self.ranks.tell_adapter(slot, "")
+            del self.digests[slot], self.sizes[slot]
+            self._forget(slot)
         return slot
+
+    def _forget(self, slot: int):
+        self.transformer.adapters.pop(slot, None)
+        if self.ranks:
+            self.ranks.tell_adapter(slot, "")
 
 
 def adapter_digest(folder: Path) -> str:

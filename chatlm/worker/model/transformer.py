@@ -389,7 +389,7 @@ def load_adapter(transformer: Transformer, slot: int, folder: Path) -> int:
     """Have a slot's rows computed with this adapter, from the next step on; returns its bytes. ConfigError
     if it is none for this model."""
     if transformer.read_adapter is None:
-        raise ConfigError(f"{folder}: this model takes no adapters; Hugging Face folders and GGUF files do")
+        raise ConfigError(f"{folder}: this model takes no adapters")
     matrices = transformer.read_adapter(folder)
     transformer.adapters[slot] = transformer.kernels.backend.pack_adapter(matrices, transformer.device)
     return sum(tensor.nbytes for matrix in matrices.values() for tensor in matrix)

@@ -44,7 +44,7 @@ class RankStep:
 
 @wire_message(1 << 16)
 class RankAdapter:
-    """Rank 0 to another: load your part of this adapter, or forget it, before the next step."""
+    """Rank 0 to another: load your part of this adapter beside the steps, or forget it."""
 
     slot: int
     folder: str  # "": forget it

@@ -23,6 +23,7 @@ from chatlm.common.messages.wire import receive_into
 from chatlm.common.processes.torchrun import RankStore
 from chatlm.worker.model.transformer import load_adapter
 from chatlm.worker.ranks.messages import RankAdapter, RankLogits, RankStep, RankTokens
+from chatlm.worker.weights.adapters import reading_thread
 
 if TYPE_CHECKING:
     from chatlm.common.messages.wire import Channel
@@ -189,17 +190,24 @@ class StagedSteps:
 
 
 def received_steps(channel: Channel, transformer: Transformer) -> Iterator[RankStep]:
-    """The steps that rank 0 sends, until it is gone; adapters come and go between them."""
+    """The steps that rank 0 sends, until it is gone. Adapters are read beside them, and are there for the
+    first step that has one."""
     same = functools.lru_cache(1024)(lambda params: params)  # so that decode_core knows the rows again
+    thread, reading = reading_thread(), dict[int, Future]()
     with suppress(EOFError, ConnectionError, TimeoutError):
         while True:
             [step] = channel.receive(wait=True, most=1)
             if isinstance(step, RankAdapter):
                 if step.folder:
-                    load_adapter(transformer, step.slot, Path(step.folder))
-                else:
-                    transformer.adapters.pop(step.slot, None)
+                    reading[step.slot] = thread.submit(load_adapter, transformer, step.slot,
+                                                       Path(step.folder))
+                    continue
+                if future := reading.pop(step.slot, None):
+                    future.exception()  # rank 0 says what is wrong
+                transformer.adapters.pop(step.slot, None)
                 continue
+            for slot in reading.keys() & {*step.batch.adapters}:
+                reading.pop(slot).result()
             rows = step.rows and [row._replace(params=same(row.params)) for row in step.rows]
             yield replace(step, rows=rows)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
@@ -116,3 +120,12 @@ def joined(parts: list[Part], cut: Cut) -> AdapterMatrix:
 def adapter_reader(model: LoadedModel) -> Callable[[Path], dict[str, AdapterMatrix]] | None:
     """What reads adapters for a rank's share of a model that is yet to be read; None where it takes none."""
     return AdapterReader(model, model.adaptable).read if model.adaptable else None
+
+
+def reading_thread() -> ThreadPoolExecutor:
+    """A thread for adapters' files. Steps come first: on Linux a thread has a niceness of its own."""
+    def yield_to_steps():
+        with suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+    return ThreadPoolExecutor(1, "adapters", yield_to_steps)

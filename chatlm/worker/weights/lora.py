@@ -75,12 +75,6 @@ LORA_INERT = set("""alpha_pattern auto_mapping base_model_name_or_path corda_con
     qalora_group_size rank_pattern revision target_modules task_type""".split())
 
 
-def refuse_adapters(settings: Settings, base: str):
-    if settings.lora:
-        raise ConfigError(f"--lora {settings.lora[0]}: {base}; adapters merge into Hugging Face folders and "
-                          "GGUF files")
-
-
 def fused_places(places: Mapping[str, list[Place]], shapes: Mapping[str, tuple],
                  fused: Iterable[tuple[str, tuple[str, ...]]], layers: int) -> dict[str, list[Place]]:
     """The `places` of matrices by Hugging Face's names, with those that are `fused` in the folder: each has

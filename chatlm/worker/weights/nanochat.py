@@ -20,9 +20,10 @@ from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.spec import ModelSpec
-from chatlm.worker.weights.assemble import assembled, check_names_and_shapes, tensor_sources
+from chatlm.worker.weights.adapters import Adaptable
+from chatlm.worker.weights.assemble import assembled, check_names_and_shapes, file_shapes, tensor_sources
 from chatlm.worker.weights.files import refuse_cut_checkpoint
-from chatlm.worker.weights.lora import refuse_adapters
+from chatlm.worker.weights.lora import Place, read_adapters
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_bytes,
     check_divides, checked, float_type)
@@ -68,11 +69,23 @@ def open_nanochat(source: ModelSource, settings: Settings, device) -> LoadedMode
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
     dtype = float_type(settings, choose_backend(device, spec))
-    refuse_adapters(settings, f"{source.path} is a nanochat checkpoint")
-    tensors = assembled(source.path, settings, sources, state, dtype)
+    matrices = {name: shape for name, shape in file_shapes(sources).items() if len(shape) == 2}
+    places = {theirs: [Place(name)] for name in matrices for theirs in (name, name_in_transformers(name))}
+    names = source.name, str(source.path)
+    added, adapted = read_adapters(settings, matrices, places, names)
+
+    def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        for change in added.get(name, ()):
+            tensor = change.on(tensor)
+        return tensor
+
+    tensors = assembled(source.path, settings, sources, state, dtype, changed)
     since = GENERATIONS[number].since
-    description = f"nanochat generation {number} ({since}), {spec.layers} layers, width {spec.width}"
-    return LoadedModel(spec, tensors, text, source.name, description, dtype, family="nanochat")
+    description = f"nanochat generation {number} ({since}), {spec.layers} layers, width {spec.width}{adapted}"
+    adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: places,
+                          lambda name, rows: rows, {})
+    return LoadedModel(spec, tensors, text, source.name, description, dtype, family="nanochat",
+                       adaptable=adaptable)
 
 
 NANOCHAT_KEYS = {  # of model_config
@@ -184,6 +197,16 @@ NANOCHAT_TENSORS = {  # our tensor (of layer {}) -> upstream's tensors whose row
     "down": ("transformer.h.{}.mlp.c_proj.weight",), "ve_gate": ("transformer.h.{}.attn.ve_gate.weight",),
     "value_embed": ("value_embeds.{}.weight",), "embed": ("transformer.wte.weight",),
     "head": ("lm_head.weight",), "smear_gate": ("smear_gate.weight",)}
+IN_TRANSFORMERS = {  # what transformers' NanoChat calls upstream's modules: adapters are made for either
+    "transformer.wte": "model.embed_tokens", "transformer.h": "model.layers", "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+
+
+def name_in_transformers(name: str) -> str:
+    for upstream, theirs in IN_TRANSFORMERS.items():
+        name = name.replace(upstream, theirs)
+    return name
 
 
 class TokenizerUnpickler(pickle._Unpickler):

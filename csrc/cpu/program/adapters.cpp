@@ -8,10 +8,8 @@
 namespace dc {
 
 const void* Adapter::keep(const void* from, int64_t bytes) {
-    constexpr uintptr_t LINE = 64;
-    owned.emplace_back(new char[size_t(bytes) + LINE]);
-    void* const to = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(owned.back().get()) + LINE - 1) / LINE * LINE);
-    std::memcpy(to, from, size_t(bytes));
+    void* const to = memory.allocate(size_t(bytes));
+    if (bytes) std::memcpy(to, from, size_t(bytes));
     return to;
 }
 

@@ -2,14 +2,14 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "cpu/tiles/tiles.h"
 
 namespace dc {
 
-// All matrices of an adapter, by their numbers in the program. It owns what they point to.
+// All matrices of an adapter, by their numbers in the program. It owns what they point to, in huge pages: many adapters would miss
+// the TLB at each tile.
 class Adapter {
 public:
     explicit Adapter(int64_t count) : all(size_t(count)) {}
@@ -21,7 +21,7 @@ public:
 
 private:
     std::vector<AdapterMatrix> all;
-    std::vector<std::unique_ptr<char[]>> owned;
+    Arena memory{1};
     const void* keep(const void* from, int64_t bytes);
 };
 

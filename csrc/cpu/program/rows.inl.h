@@ -180,35 +180,35 @@ void gated_add(const float* x, const float* added, float gate, int64_t columns, 
     for (int64_t c = 0; c < columns; c += 16) store(out + c, load(x + c) + share * load(added + c));
 }
 
-// RANKS ranks of A and ROWS rows of x at a time: each number that is read takes part in several products.
-template <int ROWS, int RANKS, class T>
-DC_INLINE void shrink_some(const T* a, int64_t columns, const float* const* x, const float* scales, float* const* u, int64_t first) {
-    Lanes sums[ROWS][RANKS];
+// Four ranks of A and ROWS rows of x at a time: each number that is read takes part in several products.
+template <int ROWS, class T>
+DC_INLINE void shrink_four(const T* a, int64_t columns, const float* const* x, const float* scales, float* const* u, int64_t rank) {
+    Lanes sums[ROWS][4];
     for (int r = 0; r < ROWS; r++)
-        for (int j = 0; j < RANKS; j++) sums[r][j] = all(0.0f);
-    for (int64_t c = 0; c < columns; c += 16)
-        for (int j = 0; j < RANKS; j++) {
-            const Lanes weights = load(a + j * columns + c);
-            for (int r = 0; r < ROWS; r++) sums[r][j] = fma(weights, load(x[r] + c), sums[r][j]);
+        for (int j = 0; j < 4; j++) sums[r][j] = all(0.0f);
+    for (int64_t c = 0; c < columns; c += 16, a += 64) {
+        Lanes weights[4];
+        load_pair(a, weights[0], weights[1]), load_pair(a + 32, weights[2], weights[3]);
+        for (int r = 0; r < ROWS; r++) {
+            const Lanes own = load(x[r] + c);
+            for (int j = 0; j < 4; j++) sums[r][j] = fma(weights[j], own, sums[r][j]);
         }
-    for (int r = 0; r < ROWS; r++)
-        for (int j = 0; j < RANKS; j++) u[r][first + j] = scales[first + j] * sum(sums[r][j]);
+    }
+    for (int r = 0; r < ROWS; r++) scaled_sums(sums[r], scales + rank, u[r] + rank);
 }
 
 template <int ROWS, class T>
-DC_INLINE void shrink_rows(const AdapterMatrix& m, const float* const* x, float* const* u) {
+void shrink_rows(const AdapterMatrix& m, const float* const* x, float* const* u) {
     const T* a = static_cast<const T*>(m.a);
-    int64_t j = 0;
-    for (; j + 4 <= m.ranks; j += 4) shrink_some<ROWS, 4>(a + j * m.columns, m.columns, x, m.scales, u, j);
-    for (; j < m.ranks; j++) shrink_some<ROWS, 1>(a + j * m.columns, m.columns, x, m.scales, u, j);
+    for (int64_t rank = 0; rank < m.ranks; rank += 4) shrink_four<ROWS>(a + rank * m.columns, m.columns, x, m.scales, u, rank);
 }
 
 template <class T>
 void shrink_of(const AdapterMatrix& m, const float* const* x, int64_t rows, float* const* u) {
-    if (rows == 4) return shrink_rows<4, T>(m, x, u);
-    if (rows == 3) return shrink_rows<2, T>(m, x, u), shrink_rows<1, T>(m, x + 2, u + 2);
-    if (rows == 2) return shrink_rows<2, T>(m, x, u);
-    shrink_rows<1, T>(m, x, u);
+    if constexpr (REGISTERS >= 32)                  // elsewhere the sums of two fill them
+        if (rows == 4) return shrink_rows<4, T>(m, x, u);
+    for (; rows >= 2; rows -= 2, x += 2, u += 2) shrink_rows<2, T>(m, x, u);
+    if (rows) shrink_rows<1, T>(m, x, u);
 }
 
 void shrink(const AdapterMatrix& m, const float* const* x, int64_t rows, float* const* u) {

@@ -119,7 +119,7 @@ private:
     int64_t token_of(const Op& op, int64_t row) const { return is_of_needed(index_of(op)) ? needed[size_t(row)] : row; }
     void find_adapters();
     void prepare_rows(const Op& op, int64_t begin, int64_t end, int64_t to, void* prepared, float* wide) const;
-    void shrink_rows(const Op& op, int64_t begin, int64_t end, float* wide) const;
+    void shrink_rows(const Op& op, int64_t begin, int64_t end, const float* normed) const;
     AdaptedRows adapted_rows(const Op& op, int64_t first) const;
     const std::vector<const AdapterMatrix*>& adapters_of(const Op& op) const {
         return op.on_logit_rows ? logit_adapters : is_of_needed(index_of(op)) ? needed_adapters : token_adapters;

@@ -12,7 +12,7 @@ namespace {
 
 const RowKernels& row_kernels_here() { return DC_CHOSEN(row_kernels); }
 
-size_t wide_bytes(const Op& op) { return size_t(SHRUNK_ROWS * op.x.columns) * sizeof(float); }
+size_t wide_bytes(const Op& op, int64_t rows) { return op.norm ? size_t(rows * op.x.columns) * sizeof(float) : 0; }
 
 // Of each head q and then its gate; then all that has no gates.
 void split_gates(const Op& op, int64_t row) {
@@ -29,22 +29,21 @@ void split_gates(const Op& op, int64_t row) {
 
 // ---- x made ready, and what adapters make of it
 
-// x's rows [begin, end) made ready as rows `to` ... of `prepared`; `wide` has room for SHRUNK_ROWS rows of x.
+// x's rows [begin, end) made ready as rows `to` ... of `prepared`; `wide` has wide_bytes.
 void Step::prepare_rows(const Op& op, int64_t begin, int64_t end, int64_t to, void* prepared, float* wide) const {
     const Tiles& w = op.tiles;
-    if (op.adapted >= 0 && !token_adapters.empty()) shrink_rows(op, begin, end, wide);
-    if (!op.norm || op.x.columns == w.columns) {
-        prepare(w.type, op.x.row(begin - to), op.x.columns, w.columns, to, to + end - begin, op.norm, op.weight, op.epsilon, prepared);
-        return;
-    }
-    for (int64_t row = begin; row < end; row++, to++) {         // the norm is of more columns than the product takes
-        row_kernels_here().rms_norm(op.x.row(row), op.weight, op.epsilon, op.x.columns, wide);
-        prepare(w.type, wide - to * op.x.columns, op.x.columns, w.columns, to, to + 1, false, nullptr, 0, prepared);
-    }
+    const int64_t rows = end - begin, columns = op.x.columns;
+    const bool adapted = op.adapted >= 0 && !token_adapters.empty();
+    const bool apart = op.norm && (adapted || columns != w.columns);    // others read it as well, or it is of more columns than the product takes
+    for (int64_t row = 0; apart && row < rows; row++)
+        row_kernels_here().rms_norm(op.x.row(begin + row), op.weight, op.epsilon, columns, wide + row * columns);
+    const float* const x = apart ? wide : op.x.row(begin);
+    if (adapted) shrink_rows(op, begin, end, x);
+    prepare(w.type, x - to * columns, columns, w.columns, to, to + rows, op.norm && !apart, op.weight, op.epsilon, prepared);
 }
 
-// Rows of one adapter go together, wherever they are among these.
-void Step::shrink_rows(const Op& op, int64_t begin, int64_t end, float* wide) const {
+// Rows [begin, end), whose x after the norm this is. Those of one adapter go together, wherever they are among these.
+void Step::shrink_rows(const Op& op, int64_t begin, int64_t end, const float* normed) const {
     const auto& adapters = adapters_of(op);
     const float* x[SHRUNK_ROWS];
     float* u[SHRUNK_ROWS];
@@ -56,12 +55,7 @@ void Step::shrink_rows(const Op& op, int64_t begin, int64_t end, float* wide) co
         if (before % SHRUNK_ROWS) continue;
         for (int64_t row = first; row < end && count < SHRUNK_ROWS; row++) {
             if (adapters[size_t(row)] != own) continue;
-            x[count] = op.x.row(row), u[count] = shrunk.data() + row * most_ranks;
-            if (op.norm) {
-                row_kernels_here().rms_norm(op.x.row(row), op.weight, op.epsilon, op.x.columns, wide + count * op.x.columns);
-                x[count] = wide + count * op.x.columns;
-            }
-            count++;
+            x[count] = normed + (row - begin) * op.x.columns, u[count++] = shrunk.data() + row * most_ranks;
         }
         row_kernels_here().shrink(own[op.adapted], x, count, u);
     }
@@ -70,7 +64,8 @@ void Step::shrink_rows(const Op& op, int64_t begin, int64_t end, float* wide) co
 AdaptedRows Step::adapted_rows(const Op& op, int64_t first) const {
     if (op.adapted < 0 || token_adapters.empty()) return {};
     const auto& adapters = adapters_of(op);
-    return {adapters.data() + first, op.adapted, shrunk.data() + first * most_ranks, most_ranks};
+    const auto next = std::find_if(ops.begin() + index_of(op) + 1, ops.end(), [](const Op& other) { return other.adapted >= 0; });
+    return {adapters.data() + first, op.adapted, shrunk.data() + first * most_ranks, most_ranks, next == ops.end() ? -1 : next->adapted};
 }
 
 // The product of `rows` rows, of which the first is `first`; its outputs begin at `out`.
@@ -115,7 +110,7 @@ void Step::do_rows(const Part& part, int64_t chunk) const {
     for (int i = part.first; i < part.end; i++) do_row_op(ops[size_t(i)], begin, end);
     if (part.prepares < 0) return;
     const Op& op = ops[size_t(part.prepares)];
-    prepare_rows(op, begin, end, begin, memory.prepared, static_cast<float*>(scratch(wide_bytes(op))));
+    prepare_rows(op, begin, end, begin, memory.prepared, static_cast<float*>(scratch(wide_bytes(op, end - begin))));
 }
 
 void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
@@ -262,7 +257,7 @@ int64_t DeltaRule::memory_floats() const {
 
 void Step::linear_of_rows(const Op& op, int64_t begin, int64_t end) const {
     const size_t bytes = (prepared_bytes(op, end - begin) + 63) / 64 * 64;
-    char* memory = static_cast<char*>(scratch(bytes + wide_bytes(op)));
+    char* memory = static_cast<char*>(scratch(bytes + wide_bytes(op, end - begin)));
     prepare_rows(op, begin, end, 0, memory, reinterpret_cast<float*>(memory + bytes));
     multiply(product_of(op, memory, begin, end - begin, product_row(op, begin)), 0, tile_count(op.tiles.rows), 0, group_count(end - begin));
 }

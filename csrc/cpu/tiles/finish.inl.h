@@ -14,6 +14,7 @@ constexpr int64_t GROUPS_BYTES = 256 << 10;         // of panels that pass by on
 constexpr int64_t AHEAD = 8 << 10;                  // bytes from what is read to what is prefetched; 4 KB cost 10 %, 16 KB nothing
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+DC_INLINE int64_t bytes_of_float(Weight type) { return type == Weight::f32 ? 4 : 2; }
 
 // `count` values, the other lanes 0; 16 or more: a plain load.
 template <class T>
@@ -72,29 +73,47 @@ void finish_gated_row(const Product& job, int64_t tile, int, int64_t row, int r,
 
 // Even and odd ranks have sums of their own: a chain of all would wait for each product.
 template <int ROWS, class T>
-DC_INLINE void grow_rows(const AdapterTile& tile, const void* b, const float* u, int64_t u_stride,
-                         float (*y)[16]) {
-    const T* ranks = static_cast<const T*>(b) + tile.offset;
+DC_INLINE void grow_rows(const AdapterTile& tile, const T* ranks, const float* u, int64_t u_stride, float (*y)[16]) {
     Lanes even[ROWS], odd[ROWS];
     for (int r = 0; r < ROWS; r++) even[r] = odd[r] = all(0.0f);
-    u += tile.first;
-    int32_t j = 0;
-    for (; j + 2 <= tile.count; j += 2, ranks += 32) {
-        const Lanes first = load(ranks), second = load(ranks + 16);
+    for (int32_t j = 0; j < tile.count; j += 2, ranks += 32) {
+        Lanes first, second;
+        load_pair(ranks, first, second);
         for (int r = 0; r < ROWS; r++) {
             even[r] = fma(all(u[r * u_stride + j]), first, even[r]);
             odd[r] = fma(all(u[r * u_stride + j + 1]), second, odd[r]);
         }
     }
-    if (j < tile.count)
-        for (int r = 0; r < ROWS; r++) even[r] = fma(all(u[r * u_stride + j]), load(ranks), even[r]);
     for (int r = 0; r < ROWS; r++) store(y[r], load(y[r]) + (even[r] + odd[r]));
 }
 
 template <class T>
 void grow(const AdapterTile& tile, const void* b, const float* u, int64_t u_stride, int rows, float (*y)[16]) {
-    if (rows == 4) return grow_rows<4, T>(tile, b, u, u_stride, y);
-    for (int r = 0; r < rows; r++) grow_rows<1, T>(tile, b, u + r * u_stride, u_stride, y + r);
+    const T* const ranks = static_cast<const T*>(b) + tile.offset;
+    u += tile.first;
+    if constexpr (REGISTERS >= 32)
+        if (rows == GROUP_ROWS) return grow_rows<GROUP_ROWS>(tile, ranks, u, u_stride, y);
+    for (; rows >= 4; rows -= 4, u += 4 * u_stride, y += 4) grow_rows<4>(tile, ranks, u, u_stride, y);
+    if (rows >= 2) grow_rows<2>(tile, ranks, u, u_stride, y), rows -= 2, u += 2 * u_stride, y += 2;
+    if (rows) grow_rows<1>(tile, ranks, u, u_stride, y);
+}
+
+DC_INLINE void fetch(const void* p, int64_t begin, int64_t end) {
+    fetch_once(static_cast<const uint8_t*>(p) + begin, end - begin);
+}
+
+// What an adapter's rows need after `tiles` tiles from `tile` on: B's part of the tiles that follow, and by and by all of the next A.
+DC_INLINE void fetch_next(const Product& job, const AdapterMatrix* own, int64_t tile, int tiles) {
+    const AdapterMatrix& matrix = own[job.adapted.number];
+    const int64_t first = tile + tiles, last = least(first + tiles, matrix.tile_count) - 1;
+    if (first <= last) {
+        const int64_t size = bytes_of_float(matrix.type);
+        fetch(matrix.b, matrix.tiles[first].offset * size, (matrix.tiles[last].offset + matrix.tiles[last].count * TILE_ROWS) * size);
+    }
+    if (job.adapted.next < 0) return;
+    const AdapterMatrix& next = own[job.adapted.next];
+    const int64_t lines = next.ranks * next.columns * bytes_of_float(next.type) / 64;
+    fetch(next.a, lines * tile / matrix.tile_count * 64, lines * first / matrix.tile_count * 64);
 }
 
 // Rows [row, row + rows) of the job, whose sums of some tiles these are; those of one adapter that follow each other go together.
@@ -102,7 +121,7 @@ void add_adapters(const Product& job, int64_t tile, int tiles, int64_t row, int 
     const AdaptedRows& its = job.adapted;
     for (int r = 0, n; r < rows; r += n) {
         const AdapterMatrix* const own = its.adapters[row + r];
-        for (n = 1; n < 4 && r + n < rows && its.adapters[row + r + n] == own;) n++;
+        for (n = 1; r + n < rows && its.adapters[row + r + n] == own;) n++;
         if (!own || !own[its.number].ranks) continue;
         const AdapterMatrix& matrix = own[its.number];
         const float* const u = its.u + (row + r) * its.u_stride;
@@ -114,6 +133,7 @@ void add_adapters(const Product& job, int64_t tile, int tiles, int64_t row, int 
             else if (matrix.type == Weight::f16) grow<Half>(place, matrix.b, u, its.u_stride, n, y);
             else grow<Bfloat>(place, matrix.b, u, its.u_stride, n, y);
         }
+        fetch_next(job, own, tile, tiles);
     }
 }
 

@@ -94,15 +94,18 @@ void prepare(Weight type, const float* x, int64_t stride, int64_t columns, int64
 
 // What an adapter adds to the products of some rows: B (scales * (A x)), x after the norm.
 //
-// shapes   A [R][K]; B in the tiles of the matrix: of a tile's 16 outputs, and the ranks that change any of them, [ranks][16]
+// shapes   R is a multiple of 4. A [R / 4][K / 16][2] pairs of ranks; B in the tiles of the matrix: of a tile's 16 outputs, and the
+//          pairs of ranks that change any of them. A pair is of 16 columns or outputs, as load_pair of lanes.h reads it
 // mapping  u = scales * (A x) is made by whoever makes x ready, of up to 4 rows of one adapter together (RowKernels::shrink); what
 //          B makes of it by whoever finishes a tile of a row
-// cost     R (K + N) multiply-adds for a row that has an adapter, nothing for any other; each number of A is read once for 4 rows
+// cost     R (K + N) multiply-adds for a row that has an adapter, nothing for any other; each number of A is read once for 4 rows.
+//          Of many adapters each is read anew from memory: while a tile is multiplied, B's of the next tile comes, and a part of the
+//          A that is needed next
 // numerics float32. A x in 16 lanes, then a fixed tree, then the scale; B u of a tile's even and odd ranks, one after another, then their
 //          sum; this is added to the product, before the bias. So a row's bits depend on nothing beside it.
 struct AdapterTile {
     int64_t offset;                     // in B, of the first rank's numbers
-    int32_t first, count;               // its ranks
+    int32_t first, count;               // its ranks, both even
 };
 
 struct AdapterMatrix {
@@ -119,6 +122,7 @@ struct AdaptedRows {                    // of the rows of a product
     int64_t number = 0;                 // of the product's matrix
     const float* u = nullptr;           // of each row, u_stride apart
     int64_t u_stride = 0;
+    int64_t next = -1;                  // the number of the matrix whose A the rows need next, if any
 };
 
 struct Product {

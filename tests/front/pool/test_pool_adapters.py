@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -98,7 +99,9 @@ async def test_an_adapter_is_a_model_of_two_names_beside_its_base(start, base, c
         status, body = await ask(client, url, "two", route="/api/chat", stream=False)
         assert (status, body["model"]) == (200, "two")
         async with client.get(url + "/stats") as response:
-            assert [model["id"] for model in (await response.json())["models"]] == ["tiny-llama", "one", "two"]
+            stats = await response.json()
+        assert [model["id"] for model in stats["models"]] == ["tiny-llama", "one", "two"]
+        assert stats["workers"][0]["adapter_bytes"] == models["one"]["bytes"] + models["two"]["bytes"]
     await merged.start()
     await merged.wait_ready()
     try:
@@ -188,7 +191,11 @@ async def test_adapters_come_change_and_go_with_their_folders(start, base, clien
         assert await text_of(client, url, "second")
         shutil.rmtree(watched / "first")
         await until(lambda: "first" not in pool.adapters.serving)
-        assert (await ask(client, url, "first"))[0] == 404
+        for name in ("first", "tiny-llama@first", "first:latest"):
+            status, body = await ask(client, url, name)
+            assert status == 404 and 'the adapter "first" is no longer served: its files have gone' in body["error"]["message"], body
+        status, body = await ask(client, url, "other@first")
+        assert status == 404 and "does not exist" in body["error"]["message"]
         await until(lambda: len(pool.adapters.all) == 1)            # the workers have forgotten the others
         bad = adapter(base, watched / "bad", 5, use_dora=True)
         await until(lambda: "bad" in pool.adapters.serving and pool.adapters.serving["bad"].problem)
@@ -247,13 +254,28 @@ async def test_of_several_models_each_has_its_adapters(base, client, tmp_path, m
             assert sorted(names) == ["blue", "on-red", "red"] and names["on-red"]["parent"] == "red"
             assert await text_of(client, url, "red@on-red") != await text_of(client, url, "red") == await text_of(client, url, "blue")
             assert (await ask(client, url, "blue@on-red"))[0] == 404
+            places = {model.name: model.place for model in models.registry.models}
+            sizes = [path.stat().st_size for path in (folder / "on-red").iterdir()]
+            assert places["red"].size == places["blue"].size + sum(sizes) and models.stats()["models_bytes"] == sum(place.bytes for place in places.values())
+            without_adapters = places["blue"].size
             adapter(base, folder / "on-blue", 1, base_model_name_or_path="blue")
             while "on-blue" not in await listed(client, url):
                 await asyncio.sleep(0.02)
             assert await text_of(client, url, "on-blue") == await text_of(client, url, "on-red")
+            shutil.rmtree(folder / "on-red")
+            while places["red"].size != without_adapters:
+                await asyncio.sleep(0.02)
+            status, body = await ask(client, url, "on-red")
+            assert status == 404 and 'the adapter "on-red" is no longer served' in body["error"]["message"], body
     finally:
         await models.close()
     choices = ModelChoice(str(folder / "red"), "red"), ModelChoice(str(folder / "blue"), "blue")
+    tight = replace(choices[0], changes={"adapter": (f"one={folder / 'on-blue'}",)})
+    models = ManyModels(Settings(several=(tight,), models_memory=without_adapters + 1, **TINY), DYING)
+    await models.start()
+    with pytest.raises(ConfigError, match=r"it takes .* with its adapters \(.*\(--models-memory\)"):
+        await models.wait_ready()
+    await models.close()
     for name, words in (("green", "names none of the models"), ("", "names none of the models")):
         other = adapter(base, tmp_path / "other", base_model_name_or_path=name)
         models = ManyModels(Settings(several=choices, adapter=(f"one={other}",), **TINY), DYING)

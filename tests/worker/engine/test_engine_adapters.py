@@ -1,14 +1,17 @@
 """Answers of several adapters and of their base in one engine: each has the bits that it has alone."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from chatlm.common.core import decode_core
+from chatlm.common.messages.protocol import DropAdapter, LoadAdapter
 from chatlm.common.messages.requests import Ended, Failed, Piece, SamplingParams
 from chatlm.worker.engine.engine import drop_adapter
 from chatlm.worker.model.spec import Batch
+from chatlm.worker.process import Inbox
 from engines import make_engine, run
 from lora import SMOLLM2, random_adapter
 from works import assignment
@@ -157,6 +160,32 @@ def test_loading_and_dropping_adapters_disturbs_no_other_answer(engine, alone, f
     engine.add(assignment("late", works[0].prompt_ids, GREEDY, 24, adapter="more"))
     assert engine.step() == [("late", Failed("its adapter is no longer there"))]
     assert sorted(engine.adapters.slots) == ["all", "attention", "down", "up"] and sorted(engine.transformer.adapters) == [1, 2, 3, 4]
+
+
+def test_answers_go_on_while_an_adapter_is_read(engine, alone, folders, monkeypatch, tmp_path):
+    """Until its files are read, all answers come to their ends; what needs it waits for it."""
+    engine.pool.forget_cached()
+    told, may_read, read = [], threading.Event(), engine.transformer.read_adapter
+    monkeypatch.setattr(engine.transformer, "read_adapter", lambda folder: may_read.wait() and read(folder))
+    inbox, tokens = Inbox(engine, told.append), {}
+    for work in works_of(engine):
+        engine.add(work)
+    inbox.obey(LoadAdapter("more", str(folders["down"])))
+    while engine.busy:
+        for name, event in engine.step():
+            if isinstance(event, Piece):
+                tokens.setdefault(name, []).extend(event.tokens)
+        inbox.tell_loaded(wait=False)
+    assert tokens == alone and not told
+    may_read.set()
+    inbox.tell_loaded(wait=True)
+    assert [(message.id, message.problem) for message in told] == [("more", "")] and engine.adapters.slots["more"] in engine.transformer.adapters
+    inbox.obey(LoadAdapter("broken", str(tmp_path)))
+    inbox.obey(LoadAdapter("another", str(folders["up"])))
+    for name in ("more", "another", "broken"):
+        inbox.obey(DropAdapter(name))
+    assert [message.id for message in told[1:]] == ["another", "broken"] and "cannot read" in told[2].problem
+    assert sorted(engine.transformer.adapters) == [1, 2, 3, 4] and sorted(engine.adapters.sizes) == [1, 2, 3, 4] and not inbox.loading
 
 
 def test_an_adapter_that_is_broken_takes_no_slot(engine, tmp_path):

@@ -31,6 +31,7 @@ from engines import make_batch, tensors_of
 from families import (CHAT, LONG, MODELS, TOLERANCE, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, save_packed, spec_of_changed_gguf, transformer,
                       with_exact_angles, write_tokenizer)
 from hub_configs import HUB_CONFIGS, LFM2_CONFIGS, LFM2_MOE, LFM2_MOE_TUNED
+from lora import SMOLLM2, random_adapter
 from nightly import by_day
 from patching import patch
 from real_server import ask, events, get, post, server
@@ -300,7 +301,7 @@ def built(caplog, path, free, monkeypatch, **settings):
     return model, engine, next(line for line in caplog.messages if line.startswith("The model"))
 
 
-def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(default_model_path, caplog, monkeypatch):
+def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(default_model_path, caplog, monkeypatch, tmp_path):
     settings = Settings(model=str(default_model_path))
     model = open_model(resolve_model(settings), settings)
     kernels = load_kernels("cpu", model.spec)
@@ -308,6 +309,9 @@ def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(
                        RankAlone(), settings, torch.device("cpu"), {"max_tokens": 256 + 64, "max_rows": 64})
     _, engine, line = built(caplog, default_model_path, 4 << 30, monkeypatch)
     held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
+    assert "adapters" not in line
+    one = random_adapter(tmp_path / "one", 30, SMOLLM2, rank=16)
+    assert " + adapters 0.02 GB + activations " in built(caplog, default_model_path, 4 << 30, monkeypatch, adapter=(f"one={one}",))[2]
     if decode_core():
         assert 0.97 < plan.weights / held < 1.03
     assert plan.activations == sum(buffer.nbytes for buffer in engine.transformer.buffers.values())

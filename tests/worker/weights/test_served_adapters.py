@@ -1,6 +1,7 @@
 """Adapters beside their base, unmerged: against peft's merged model, and against what --lora merges."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import not_compiled
 from chatlm.worker.model.transformer import load_adapter
+from chatlm.worker.weights import nanochat
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.shards import shard_model, stage_model
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
+from fp8 import SCHEMES, save_fp8
 from lora import OPTIONS, adapt
 from nightly import by_day
 
@@ -65,6 +68,51 @@ def test_beside_a_gguf_base_an_adapter_does_what_merging_it_does(name, tmp_path)
             beside = answers(WithAdapter(transformer(ours, kernels_of(backend, ours.spec)), tmp_path / "adapter"), cases, count=16)
             for (tokens, logits), (theirs, their_logits) in zip(beside, expected):
                 assert tokens == theirs and (logits - their_logits).abs().max() < 3e-4
+
+
+@pytest.mark.parametrize("scheme", by_day(SCHEMES, "deepseek", "fbgemm"))
+def test_beside_an_fp8_base_an_adapter_gives_what_peft_makes_of_the_weights_that_it_means(scheme, tmp_path):
+    model = make_model("qwen3")
+    folder = save_fp8(model, tmp_path / "base", scheme)
+    cases = clear_cases(adapt(model, tmp_path / "adapter", size=0.08), lengths=(9, 40), count=64)
+    ours = load(folder)
+    for backend in backends(ours):
+        check(answers(WithAdapter(transformer(ours, kernels_of(backend, ours.spec)), tmp_path / "adapter"), cases), cases)
+
+
+def nanochat_checkpoint(model, folder, fixture):
+    """transformers' NanoChat as upstream saves it, with the tokenizer of a fixture."""
+    shutil.copytree(fixture, folder)
+    [path] = folder.glob("*/*/model_*.pt")
+    state = torch.load(path)
+    theirs = model.state_dict()
+    torch.save({name: theirs[nanochat.name_in_transformers(name.removeprefix("_orig_mod."))].clone() for name in state}, path)
+    return folder
+
+
+@pytest.mark.parametrize("upstream", [False, True], ids=["transformers", "upstream"])
+def test_beside_a_nanochat_checkpoint_an_adapter_gives_the_logits_and_tokens_of_pefts_merged_model(upstream, tmp_path, nanochat_fixtures, monkeypatch):
+    """Of transformers' names and of upstream's; and so does what is merged at load. transformers rotates in float32, the first generation in bfloat16."""
+    monkeypatch.setitem(nanochat.GENERATIONS, 1, nanochat.GENERATIONS[1]._replace(fields={}))
+    model = make_model("nanochat", attention_bias=False, vocab_size=283, intermediate_size=256, rms_norm_eps=1.1920929e-07)
+    folder, adapter = nanochat_checkpoint(model, tmp_path / "base", nanochat_fixtures / "gen1"), tmp_path / "adapter"
+    cases = clear_cases(adapt(model, adapter, "all-linear", size=0.08), lengths=(9, 40), count=64)
+    if upstream:
+        names = {theirs: ours for ours in ("transformer.h", "attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+                 for theirs in (nanochat.IN_TRANSFORMERS[ours],)}
+        tensors = {}
+        for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
+            for theirs, ours in names.items():
+                name = name.replace(theirs, ours)
+            tensors[name] = tensor
+        save_file(tensors, adapter / "adapter_model.safetensors")
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["c_q", "c_k", "c_v", "c_proj", "c_fc", "lm_head"]}))
+    ours, merged = load(folder), load(folder, lora=(str(adapter),))
+    for backend in backends(ours):
+        kernels = kernels_of(backend, ours.spec)
+        check(answers(WithAdapter(transformer(ours, kernels), adapter), cases), cases)
+    check(answers(transformer(merged, kernels_of("reference", ours.spec)), cases), cases)
 
 
 @pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "qwen3.5", "lfm2", "granite4h"], "llama3.1", "qwen3.5"))
