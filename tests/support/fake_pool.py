@@ -58,7 +58,7 @@ class FakePool:
     model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, Letters()
     own_sampling, continues, ends_thinking, chats = ({}, ""), True, True, True
     supervisor = SimpleNamespace(card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30)))
-    adapters = SimpleNamespace(serving={})
+    adapters = SimpleNamespace(serving={}, gone=set(), nbytes=0)
     prompts = PromptMaker(tokenizer, context_length, run=run_in_thread_if_long)
 
     def __init__(self, pieces=("Hello", ", ", "world!"), *, reason="stop", stop_reason="eos", refuse=None, gate=None):

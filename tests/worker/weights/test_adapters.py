@@ -191,8 +191,7 @@ def test_whatever_is_wrong_with_an_adapter_is_one_line_that_names_it(tmp_path, n
     folder, adapter = save(make_model("llama2"), tmp_path / "base"), tmp_path / "adapter"
     adapt(make_model("llama2"), adapter, targets=["q_proj"])
     load(folder, lora=(str(adapter),))
-    with pytest.raises(ConfigError, match=r"layers.0.self_attn.q_proj has lora_A and lora_B of the shapes"):
-        load(nanochat_fixtures / "gen5", lora=(str(adapter),))
+    assert "merged into 4 matrices" in load(nanochat_fixtures / "gen5", lora=(str(adapter),)).description   # its q_proj have the same shapes
     for words in broken_adapters(adapter):
         with pytest.raises(ConfigError, match=words) as caught:
             load(folder, lora=(str(adapter),))
