@@ -49,6 +49,7 @@ class PagePool:
     ROOT = ""  # the serial before the first page; an owner who shares no pages uses their name instead
 
     page_size = PAGE_SIZE
+    MOST_BARE = 1 << 16  # contents without a page
 
     def __init__(self, num_pages: int, windows: Seq[int] = (0,), states: StatePool | None = None):
         self.states = states
@@ -59,6 +60,8 @@ class PagePool:
         self.keys: list[tuple[int, tuple[int | str, tuple[int, ...]]] | None] = [None] * num_pages
         self.index: dict[tuple[int | str, tuple[int, ...]], Content] = {}
         self.evictable: OrderedDict[int, None] = OrderedDict()
+        # of restored prefixes, before every window: as no page of theirs is evicted, they would stay for ever
+        self.bare: OrderedDict[tuple[int | str, tuple[int, ...]], None] = OrderedDict()
         self.last_serial = 0
         self.addresses: Addresses | None = None  # of contents, where these outlive the process
         self.fresh: deque[tuple[tuple[int | str, tuple[int, ...]], Content]] = deque(maxlen=1 << 16)
@@ -122,13 +125,23 @@ class PagePool:
         pages = self.index[key].pages
         pages[group] = self.hole
         if pages.count(self.hole) == len(pages):
-            serial = self.index.pop(key).serial
-            if self.addresses:
-                self.addresses.forget(serial)
-            if self.states:
-                self.states.forget(serial)
+            self._forget(key)
         self.keys[page] = None
         self.free.append(page)
+
+    def _forget(self, key: tuple[int | str, tuple[int, ...]]):
+        serial = self.index.pop(key).serial
+        if self.addresses:
+            self.addresses.forget(serial)
+        if self.states:
+            self.states.forget(serial)
+
+    def _forget_bare(self, most: int):
+        """Keep so many contents without a page at most."""
+        while len(self.bare) > most:
+            key, _ = self.bare.popitem(last=False)
+            if (content := self.index.get(key)) and content.pages.count(self.hole) == len(content.pages):
+                self._forget(key)
 
     def register(self, parent: int | str, tokens: Seq[int], pages: Seq[int]) -> int:
         """Add full, computed pages, one of each group, to the index below the content `parent`; returns the
@@ -147,6 +160,9 @@ class PagePool:
             if content.pages[group] == self.hole != page:
                 content.pages[group] = page
                 self.keys[page] = group, key
+        if content.pages.count(self.hole) == self.groups:
+            self.bare[key] = None
+            self._forget_bare(self.MOST_BARE)
         return content.serial
 
     def release(self, pages: Seq[int]):
@@ -171,6 +187,7 @@ class PagePool:
         """Free all cached pages: remove them from the prefix index (after warm-up)."""
         while self.evictable:
             self._evict()
+        self._forget_bare(0)
 
 
 class PageTables:

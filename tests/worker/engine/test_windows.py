@@ -178,3 +178,22 @@ def test_cuda_steps_give_pages_back_too(made_model, name, request, monkeypatch):
     for work, case in zip(works, cases[1:]):
         assert [token for piece in found[work.id] for token in piece.tokens] == case.tokens[:12]
     assert engine.steps.queue.replays > 3 and engine.pool.available == engine.pool.num_pages
+
+
+def test_contents_before_every_window_are_forgotten_oldest_first():
+    """They are restored without a page, so that no page's eviction ends them."""
+    pool, serial = PagePool(4, (16,)), PagePool.ROOT
+    pool.MOST_BARE = 3
+    keys = [(serial, (0,) * 16)]
+    for number in range(1, 6):
+        serial = pool.register(*keys[-1], [pool.hole])
+        keys.append((serial, (number,) * 16))
+    assert [*pool.index] == keys[2:5]
+    [page] = pool.allocate(1)
+    pool.register(*keys[3], [page])       # one of them gets a page after all
+    pool.release([page])
+    for number in range(6, 9):
+        pool.register(serial, (number,) * 16, [pool.hole])
+    assert keys[3] in pool.index and len(pool.index) == 4
+    pool.forget_cached()
+    assert not pool.index and not pool.bare
