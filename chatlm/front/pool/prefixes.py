@@ -126,10 +126,10 @@ def memory_for(settings: Settings) -> int:
             log.warning("%s: no prefix is kept beyond its worker, because %s", flag, reason)
         return 0
     wanted = settings.prefix_memory
-    if wanted is None:
+    if wanted is None and settings.command == "serve":
         whole = available_memory() if settings.models_memory is None else settings.models_memory
-        wanted = int(whole * SHARE) if settings.command == "serve" else 0
-    return max(wanted, STAGING_BYTES if settings.prefix_store else 0)
+        wanted = int(whole * SHARE)
+    return max(wanted or 0, STAGING_BYTES if settings.prefix_store else 0)
 
 
 class StoreWriter:
