@@ -1,7 +1,8 @@
 // The turns: one view of each node that is shown. `render` (page.js) calls `renderTurns`, a growing answer `paint`.
 //
 // A long chat opens fast because a turn far from the window is only plain text. It is drawn, with its
-// buttons, when it comes near (`complete`); until then the browser also skips its layout (.far in chat.css).
+// buttons, when it comes near (`complete`). While such a turn is out of sight, drawn or not, the browser
+// skips its layout and paint (.far in chat.css): else scrolling past hundreds of them is slow.
 "use strict";
 
 const AT_ONCE = 12;               // the last turns, drawn when a chat opens
@@ -70,7 +71,6 @@ function complete(view) {
   if (!view || view.complete) return;
   view.complete = true;
   near.unobserve(view.article);
-  view.article.classList.remove("far");
   view.body.textContent = "";
   (view.node.role === "user" ? completeQuestion : completeAnswer)(view);
   updateView(view);
