@@ -9,6 +9,7 @@ import torch
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from chatlm.worker.model.kernels import for_decode_core  # noqa: E402
 from chatlm.worker.ops.basic import gate_input_reference, layer_inputs_reference  # noqa: E402
+from core_settings import usual_settings  # noqa: E402, F401
 from decode_core.cpu_proof import FileRows  # noqa: E402
 from decode_core.proof import Dice  # noqa: E402
 from decode_core.tiles import COLUMNS  # noqa: E402

@@ -3,6 +3,7 @@
 import pytest
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+from core_settings import usual_settings  # noqa: E402, F401
 from decode_core import _core  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("usual_settings")

@@ -16,6 +16,7 @@ import pytest
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from decode_core import _core  # noqa: E402
 from decode_core.program import LOGIT_ROWS, TOKENS, Buffers  # noqa: E402
+from core_settings import usual_settings  # noqa: E402, F401
 from nightly import by_day  # noqa: E402
 from row_ops import exp_negative, fma, gelu_tanh, rms_norm, route, route_sigmoids, sigmoid, silu, softcap, softplus, tree  # noqa: E402
 

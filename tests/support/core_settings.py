@@ -1,4 +1,4 @@
-"""What tests of decode_core share."""
+"""A fixture of decode_core's tests. No conftest: the sanitizers run these tests without one."""
 
 import pytest
 
