@@ -170,6 +170,19 @@ def test_what_cannot_be_served_beside_the_base_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_an_adapter_of_routed_experts_is_refused_in_one_line(tmp_path):
+    model = make_model("qwen3moe")
+    folder = save(model, tmp_path / "base")
+    adapt(model, tmp_path / "adapter", targets=["q_proj"])
+    config, weights = (tmp_path / "adapter" / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    expert = "base_model.model.model.layers.0.mlp.experts.2.up_proj"
+    save_file(load_file(weights) | {f"{expert}.lora_A.weight": torch.zeros(4, 64), f"{expert}.lora_B.weight": torch.zeros(64, 4)}, weights)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": ["q_proj", "up_proj"]}))
+    with pytest.raises(ConfigError, match=r"it changes .*experts.*, which cannot be done beside the base; --lora merges it") as caught:
+        adapter_reader(load(folder))(tmp_path / "adapter")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_name_that_the_operator_gives_the_model_tells_that_an_adapter_fits(tmp_path):
     model = make_model("llama3.1")
     folder = save(model, tmp_path / "base")
