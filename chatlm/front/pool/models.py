@@ -38,6 +38,7 @@ class Model:
         self.run, self.step = "", 0          # of a checkpoint that --watch found: TAG and STEP
         self.score: Score | None = None      # of it, by --watch-text
         self.adapter: Adapter | None = None  # that computes it; then all else is its base's
+        self.base: Model | None = None       # of an adapter: beside which model it is served
 
     @property
     def adapted(self) -> list[Model]:
@@ -49,6 +50,7 @@ class Model:
         """As it is now, so nobody keeps it."""
         model = copy.copy(self)
         model.adapter, model.own_name, model.reason = adapter, adapter.name, adapter.problem
+        model.base = self
         bases = dict.fromkeys(filter(None, accepted_names(self.name, self.settings)))
         aliases = tuple(f"{base}@{adapter.name}" for base in bases)
         model.choice = ModelChoice(self.choice.path, adapter.name, aliases, self.choice.pin)

@@ -63,7 +63,7 @@ def name_of(variant: Mapping, base: Model) -> str:
                                code="no_run", param="steps")
         return f"{tag}@{step}"
     name, adapter = variant.get("model") or "", variant.get("adapter")
-    return f"{name or base.name}@{adapter}" if adapter else name
+    return f"{name or (base.base or base).name}@{adapter}" if adapter else name
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.many import FolderWatch, ManyModels
 from chatlm.front.pool.pool import pool_of
-from fake_pool import serving
+from fake_pool import frames, serving
 from families import make_model, save
 from forked import DYING
 from lora import random_adapter
@@ -109,6 +109,17 @@ async def test_an_adapter_is_a_model_of_two_names_beside_its_base(start, base, c
             assert await text_of(client, url, "") == first
     finally:
         await merged.close()
+
+
+async def test_a_comparison_below_an_adapter_names_other_adapters_of_its_base(start, base, client, tmp_path):
+    pool = await start(*(f"{name}={adapter(base, tmp_path / name, seed)}" for seed, name in enumerate(("one", "two"))))
+    async with served(pool) as url:
+        for model in ("one", "tiny-llama@one", "tiny-llama", ""):
+            body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "variants": [{}, {"adapter": "one"}, {"adapter": "two"}]}
+            async with client.post(url + "/v1/compare", json=body) as response:
+                assert response.status == 200, await response.text()
+                *_, end = frames(await response.read())
+            assert [answer["model"] for answer in end["answers"]] == ["one" if "one" in model else "tiny-llama", "one", "two"]
 
 
 async def test_a_key_may_be_bound_to_an_adapter(start, base, client, tmp_path):
