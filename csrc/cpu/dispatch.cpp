@@ -106,17 +106,19 @@ std::string amx_refusal_of(unsigned edx, unsigned long xcr0, int error) {
 const std::string& amx_refusal() {
     static const std::string wrong = "AMX gave wrong results here, so it is not used";
     static const std::string refusal = [] {
+#if defined(__x86_64__) && defined(__linux__)
         unsigned a = 0, b = 0, c = 0, d = 0, low = 0, high = 0;
         int error = ENOSYS;
-#if defined(__x86_64__) && defined(__linux__)
         if (!AMX_IS_COMPILED) return std::string("amx: the compiler of this decode_core did not know it");
         __builtin_cpu_init();
         if (!offers(Isa::avx512) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return amx_refusal_of(0, 0, 0);   // AVX-512: there is XGETBV
         asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
         constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
         if (amx_refusal_of(d, low, 0).empty()) error = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) ? errno : 0;
-#endif
         return amx_refusal_of(d, low, error);
+#else
+        return amx_refusal_of(0, 0, ENOSYS);
+#endif
     }();
     return amx_is_wrong.load(std::memory_order_relaxed) ? wrong : refusal;
 }

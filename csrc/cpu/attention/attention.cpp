@@ -28,8 +28,10 @@ constexpr int64_t NUMBERS_WORTH_TURNS = 512 << 10, ITEMS_PER_THREAD = 4;
 
 const AttentionKernels& attention_kernels_of(Element cache_type) {
     if (cache_type != Element::q8_0) return DC_CHOSEN(attention_kernels);
+#if defined(__x86_64__)
     static const bool vnni = cpu_has("avx512_vnni");
     if (chosen_isa() == Isa::avx512 && !vnni) return avx2::packed_attention_kernels;
+#endif
     return DC_CHOSEN(packed_attention_kernels);
 }
 

@@ -106,6 +106,11 @@ bool fill_q_tile(TilePlace to, int64_t columns, const uint8_t* source, Weight so
     return finite;
 }
 
+struct Turned {
+    int64_t columns = 0;
+    bool finite = true;
+};
+
 #if defined(__SSE2__)
 // 8 columns of 8 rows, 16 bits each -> 8 rows' side of 8 lines of TILE_ROWS. `seen` gets the sign of what all_finite looks for.
 void turn_8_by_8(const uint8_t* source, int64_t row_stride, uint16_t* out, __m128i carries, __m128i& seen) {
@@ -119,17 +124,10 @@ void turn_8_by_8(const uint8_t* source, int64_t row_stride, uint16_t* out, __m12
     for (int i = 0; i < 4; i++) b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]), b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
     for (int k = 0; k < 8; k++) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k * TILE_ROWS), b[k]);
 }
-#endif
-
-struct Turned {
-    int64_t columns = 0;
-    bool finite = true;
-};
 
 // Columns that need no conversion, as far as vectors of 16 bits take them.
 Turned turn_columns(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
     Turned done;
-#if defined(__SSE2__)
     if (to.type != source_type || to.type == Weight::f32 || rows != TILE_ROWS) return done;
     const __m128i carries = _mm_set1_epi16(short(to.type == Weight::f16 ? carries_of<uint16_t>(F16_INFINITE) : carries_of<uint16_t>(BF16_INFINITE)));
     __m128i seen = _mm_setzero_si128();
@@ -137,9 +135,11 @@ Turned turn_columns(TilePlace to, int64_t columns, const uint8_t* source, Weight
         for (int r = 0; r < TILE_ROWS; r += 8)
             turn_8_by_8(source + r * row_stride + 2 * k, row_stride, reinterpret_cast<uint16_t*>(to.memory) + k * TILE_ROWS + r, carries, seen);
     done.finite = !(_mm_movemask_epi8(seen) & 0xaaaa);          // the signs of 16 bits
-#endif
     return done;
 }
+#else
+Turned turn_columns(TilePlace, int64_t, const uint8_t*, Weight, int64_t, int) { return {}; }
+#endif
 
 template <class W>
 bool fill_float_tile(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
