@@ -90,7 +90,7 @@ function renderState() {
   renderGauge();
 }
 
-const loadingText = ({stage, fraction}) => TEXT.loading(stage || TEXT.starting, fraction);
+const loadingText = ({stage, fraction, waits}) => waits ? sentence(stage) : TEXT.loading(stage || TEXT.starting, fraction);
 
 // {used, guessed}: tokens of the path as the server last counted them, and about how many came after that.
 function usedTokens() {
@@ -132,7 +132,7 @@ function emptyPage() {
   page.append(element("p", {textContent: serverText() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
   if (model.api === "text") page.append(noticeOf(TEXT.completes));
   if (/^SmolLM2-135M/.test(model.name)) page.append(element("p", {className: "notice"}, ...TEXT.demonstration(text => element("code", {textContent: text}))));
-  if (phase === "loading") {
+  if (phase === "loading" && !loading.waits) {
     const bar = element("progress", loading.fraction ? {max: 1, value: loading.fraction} : {});
     bar.setAttribute("aria-label", TEXT.loadingLabel);
     page.append(bar);

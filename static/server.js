@@ -113,7 +113,8 @@ async function askHealth() {
     const response = await request("health", options);
     if (response.status !== 503) return {phase: "ready", loading};
     const {loading: its, status} = await response.json().catch(() => ({}));
-    return {phase: "loading", loading: {stage: its?.stage ?? status ?? "", fraction: its?.fraction ?? null}};
+    // nothing loads while a watched folder is empty
+    return {phase: "loading", loading: {stage: its?.stage ?? status ?? "", fraction: its?.fraction ?? null, waits: status === "waiting"}};
   } catch (error) {
     // an answer that a page may not read still shows that there is a server
     const runs = isElsewhere() && await fetch(serverUrl("livez"), {...options, mode: "no-cors"}).then(() => true, () => false);

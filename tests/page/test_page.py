@@ -575,6 +575,15 @@ def test_while_the_model_loads_the_page_says_so_and_then_wakes_up(page, stand_in
     expect(answers(page)).to_contain_text("You said: early")
 
 
+def test_the_page_says_that_a_watched_folder_has_no_checkpoint_yet_and_shows_no_progress(page, stand_in):
+    stand_in.status, stand_in.loading = "waiting", {"stage": "waiting for the first checkpoint in base", "fraction": 0.0}
+    page.goto(stand_in.url)
+    expect(page.get_by_text("Waiting for the first checkpoint in base.", exact=True)).to_have_count(1)
+    expect(page.get_by_role("progressbar")).to_have_count(0)
+    stand_in.loading = None
+    expect(page.locator("#lamp.ready")).to_be_visible()
+
+
 def test_a_server_that_stops_in_between_can_be_asked_again_when_it_is_back(page, stand_in):
     open_page(page, stand_in.url)
     stand_in.loading = {"stage": "reading weights", "fraction": None}

@@ -153,6 +153,7 @@ class StandIn:
 
     def __init__(self, prefix: str = "", port: int = 0):
         self.prefix, self.bodies, self.loading, self.refusals = prefix, [], None, 0
+        self.status = "loading"     # what it is doing while `loading` is set
         self.admits = False         # pages of other origins
         self.busy = False           # every question is refused
         self.model = {"id": "stand-in-135m", "context_length": 8192, "owned_by": "chat_server", "capabilities": {}, "defaults": {}}
@@ -226,7 +227,7 @@ class StandIn:
 
     async def _health(self, request):
         if self.loading:
-            return web.json_response({"status": "loading", "ready": False, "loading": self.loading}, status=503)
+            return web.json_response({"status": self.status, "ready": False, "loading": self.loading}, status=503)
         return web.json_response({"status": "ok", "ready": True, "num_gpus": 0, "available_workers": 1})
 
     async def _models(self, request):

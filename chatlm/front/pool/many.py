@@ -177,7 +177,7 @@ class ManyModels:
 
     def find(self, name: str, bound: Seq[str] = ()) -> Model:
         """The model that a request of a key with these bounds names. RequestError 404 if there is none."""
-        if self.settings.watch is not None and not self.registry.models:
+        if is_waiting(self.settings, self.registry):
             raise Overloaded("the watched training run has written no complete checkpoint yet",
                              retry_after_s=5)
         model = self.registry.find(name, bound)
@@ -217,12 +217,16 @@ class ManyModels:
         started = self.became_ready.is_set() and not self.failure
         ready = started and not self.draining and any(pool.ready for pool in self._pools)
         status = ("ok" if ready else "draining" if self.draining else
-                  "unavailable" if started else "loading")
+                  "loading" if not started else "waiting" if is_waiting(self.settings, self.registry)
+                  else "unavailable")
         bodies = [pool.health()[1] for pool in self._pools]
         body: dict = {"status": status, "ready": ready,
                       **{key: sum(one[key] for one in bodies) for key in ("num_gpus", "available_workers")}}
         if status == "loading":
             body["loading"] = {"stage": self.stage[0], "fraction": round(self.stage[1], 3)}
+        elif status == "waiting":  # only the folder's name: /health needs no key
+            body["loading"] = {"stage": "waiting for the first checkpoint in "
+                                        f"{Path(self.settings.watch or '').absolute().name}", "fraction": 0.0}
         if looping := [loop for one in bodies for loop in one.get("crash_loops", ())]:
             body["crash_loops"], body["status"] = looping, "degraded" if ready else status
         return 200 if ready else 503, body
@@ -256,6 +260,11 @@ class ManyModels:
         if prefixes := self.opener.prefixes.line:
             lines.append(prefixes)
         return lines
+
+
+def is_waiting(settings: Settings, registry: Registry) -> bool:
+    """Has the run below --watch written no checkpoint yet?"""
+    return settings.watch is not None and not registry.models
 
 
 def names_beside(model: Model, models: Seq[Model]) -> list[str]:

@@ -162,6 +162,21 @@ async def test_half_written_broken_replaced_and_deleted_checkpoints_are_told_onc
     assert len(lines("d2@4 was replaced")) == len(lines("d2@4 has gone")) == 1
 
 
+async def test_health_says_what_an_empty_watched_folder_waits_for_without_its_path(run_folder, watching, client):
+    models = await watching(run_folder)
+    async with serving(models, models.settings) as url:
+        async with client.get(url + "/health") as response:
+            status, body = response.status, await response.json()
+        assert status == 503 and body["status"] == "waiting"
+        assert body["loading"] == {"stage": "waiting for the first checkpoint in base", "fraction": 0.0}
+        async with client.get(url + "/readyz") as response:
+            assert await response.json() == {"ready": False, "reason": "waiting"}
+        list(tiny_training.train(run_folder, 2, 1))
+        await until(lambda: models.registry.models)
+        async with client.get(url + "/health") as response:
+            assert response.status == 200 and "loading" not in await response.json()
+
+
 async def test_a_worker_refuses_files_that_are_not_those_that_were_seen(run_folder, watching, client):
     """It dies while it answers, and its checkpoint was replaced meanwhile: the answer must not go on with other weights."""
     list(tiny_training.train(run_folder, 2, 1))
