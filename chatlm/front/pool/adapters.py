@@ -66,6 +66,8 @@ class PoolAdapters:
         self.numbers = itertools.count(1)
         self.started = False                   # then no problem ends the server
         self.taken: Callable[[], Seq[str]] = lambda: ()  # names that an adapter may not have
+        self.admit: Callable[[int], None] = lambda nbytes: None  # ConfigError: no room for so many more bytes
+        self.refused: dict[str, tuple] = {}    # folder -> stamp of the version for which there was no room
         for files in named:
             self.serve(files, required=True)
         for files in itertools.chain.from_iterable(map(adapters_in, self.folders)):
@@ -179,6 +181,21 @@ class PoolAdapters:
             known, name = str(files.folder), files.name
             same = self.serving.get(name)
             other = name in self.taken() or same is not None and str(same.files.folder) != known
-            if self.before.get(known) == files.stamp != latest.get(known) and not other:
+            if self.before.get(known) == files.stamp != latest.get(known) and not other and self._fits(files):
                 self.serve(files, watched=True)
         self.before = stamps
+
+    def _fits(self, files: AdapterFiles) -> bool:
+        """Is there room for it beside what is served? If not, that is logged once."""
+        folder = str(files.folder)
+        try:
+            self.admit(len(self.workers) * files.nbytes)
+        except ConfigError as error:
+            if self.refused.get(folder) != files.stamp:
+                stays = " (its older version stays)" if files.name in self.serving else ""
+                log.error("the adapter %s is not served%s: with it the model does not fit: %s",
+                          files.name, stays, error)
+            self.refused[folder] = files.stamp
+            return False
+        self.refused.pop(folder, None)
+        return True

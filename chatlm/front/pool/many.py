@@ -21,7 +21,7 @@ from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.aio import supervised
 from chatlm.front.pool.models import Registry, with_adapted
 from chatlm.front.pool.opening import Opener
-from chatlm.front.pool.residency import Residency, shown_bytes
+from chatlm.front.pool.residency import NoRoom, Residency, shown_bytes
 from chatlm.front.pool.watch import RunWatch
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class ManyModels:
                               "`aliases` in [[models]]")
         self.settings, self.registry = settings, Registry()
         self.listed, self.default_of = self.registry.listed, self.registry.default_of
-        self.opener, self.residency = Opener(settings, command), Residency(0)
+        self.residency = Residency(0)
+        self.opener = Opener(settings, command, self.residency)
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.became_ready, self.failure = asyncio.Event(), None
         self.stage = ("finding the models", 0.0)
@@ -102,17 +103,16 @@ class ManyModels:
             model.stamp = stamp
             self.registry.add(model)
         give_adapters(self.settings.adapter, self.registry.models)
-        for index, model in enumerate(self.registry.models):
+        pinned_first = sorted(self.registry.models, key=lambda model: not model.choice.pin)
+        for index, model in enumerate(pinned_first):
             report(f"reading what the files of {model.name} say", index / len(stamps))
-            await self.opener.open(model)
+            error = await self.opener.open(model)
+            if model.choice.pin and isinstance(error, NoRoom):
+                raise error
         await self.opener.survey.close()
-        self.residency.budget = self.opener.budget or 0
-        room = room_beside_pinned(self.registry.models, self.residency.budget) if stamps else 0
+        check_served(self.registry.models)
         for model in self.registry.models:
-            if model.pool and not model.choice.pin and model.bytes > room:
-                self.fail(model, ConfigError(f"it takes {shown_bytes(model.bytes)}, and the pinned models "
-                                             f"leave {shown_bytes(room)} of --models-memory"))
-            self.admit(model)
+            self.serve(model)
         self.run("giving models their turns", self.residency.run)
         if watch:
             for _ in range(2):  # files that stand still are taken at the second look
@@ -125,7 +125,7 @@ class ManyModels:
             self.run("scoring checkpoints", runs.score_steps)
         self.became_ready.set()
 
-    def admit(self, model: Model):
+    def serve(self, model: Model):
         """An opened model's requests are taken from now on."""
         if model.pool and model.place:
             pool = model.pool
@@ -134,8 +134,6 @@ class ManyModels:
             pool.dispatcher.wake = pool.dispatcher.changed = self.residency.changed.set
             pool.supervisor.gave_up = lambda: self.fail(model, pool.supervisor.failure)
             pool.draining = self.draining
-            self.residency.places.append(model.place)
-            self.residency.changed.set()
             self.run(f"starting the pool of {model.name}", pool.start)
 
     def fail(self, model: Model, error: ChatServerError | None):
@@ -187,9 +185,11 @@ class ManyModels:
         return model
 
     async def _try_again(self, model: Model):
-        await self.opener.open(model)
+        before, error = model.reason, await self.opener.open(model)
+        if error and str(error) != before:
+            log.error("the model %s cannot be served: %s", model.name, error)
+        self.serve(model)
         await self.opener.survey.close()
-        self.admit(model)
 
     def load(self, model: Model):
         """Have a model loaded as if a request waited for it."""
@@ -301,23 +301,15 @@ def made_for(folder: Path, models: Seq[Model]) -> list[Model]:
         base, [*model.names, model.source.name, str(model.source.path)])]
 
 
-def room_beside_pinned(models: Seq[Model], budget: int) -> int:
-    """How many bytes the pinned models leave to the others. ConfigError if they do not fit themselves, or if
-    no model can be served."""
+def check_served(models: Seq[Model]):
+    """Say which models cannot be served. ConfigError if none of them can."""
     for model in models:
         if model.reason:
             log.error("the model %s cannot be served: %s", model.name, model.reason)
-    if not any(model.pool for model in models):
+    if models and not any(model.pool for model in models):
         first = models[0]
         raise ConfigError(f"none of {len(models)} models can be served; {first.name}: {first.reason}"
                           if len(models) > 1 else first.reason)
-    pinned = [model for model in models if model.pool and model.choice.pin]
-    room = budget - sum(model.bytes for model in pinned)
-    if room < 0:
-        raise ConfigError(f"the pinned models ({', '.join(model.name for model in pinned)}) take "
-                          f"{shown_bytes(budget - room)}, and all models together may take "
-                          f"{shown_bytes(budget)} (--models-memory)")
-    return room
 
 
 class FolderWatch:
@@ -378,6 +370,6 @@ class FolderWatch:
                 await self.many.opener.open(model)
                 log.info("a new model: %s (%s)", model.name, model.reason or shown_bytes(model.bytes))
                 self.registry.add(model)
-                self.many.admit(model)
+                self.many.serve(model)
         self.before = stamps
         await self.many.opener.survey.close()

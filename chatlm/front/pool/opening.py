@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence as Seq
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, ConfigError
-from chatlm.common.hub.adapters import bytes_of_adapters
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import SurveyConfig
@@ -19,13 +19,14 @@ from chatlm.front.pool.local import LocalDevices, choose_devices, cuda_device_co
 from chatlm.front.pool.models import Model
 from chatlm.front.pool.pool import WorkerPool
 from chatlm.front.pool.prefixes import Prefixes
-from chatlm.front.pool.residency import Place, shown_bytes
+from chatlm.front.pool.residency import Place
 from chatlm.front.pool.survey import Survey
 
 if TYPE_CHECKING:
     from chatlm.common.config import ModelChoice, Settings
     from chatlm.common.messages.protocol import Surveyed
     from chatlm.front.pool.dispatcher import Dispatcher
+    from chatlm.front.pool.residency import Residency
 
 
 class Opener:
@@ -39,16 +40,16 @@ class Opener:
     # is not private are the libraries' files, which all processes share and the system can drop.
     PROCESS_BYTES, GPU_PROCESS_BYTES = 200 << 20, 600 << 20
 
-    def __init__(self, settings: Settings, command: Seq[str]):
-        self.settings, self.command = settings, command
+    def __init__(self, settings: Settings, command: Seq[str], residency: Residency):
+        self.settings, self.command, self.residency = settings, command, residency
         self.desk, self.survey, self.workers = Desk(), Survey(command), 0
         self.dispatchers: list[Dispatcher] = []
         self.prefixes = Prefixes(settings)
-        self.budget = settings.models_memory  # None: the survey finds out what a GPU has
-        if self.budget is None and not self._on_gpus(settings):
-            self.budget = int(available_memory() * (1 - self.RESERVE))
-        if self.budget is not None:
-            self.budget = max(self.budget - self.prefixes.bytes, 0)
+        budget = settings.models_memory  # None: the survey finds out what a GPU has
+        if budget is None and not self._on_gpus(settings):
+            budget = int(available_memory() * (1 - self.RESERVE))
+        if budget is not None:
+            residency.budget = max(budget - self.prefixes.bytes, 1)
 
     @staticmethod
     def _on_gpus(settings: Settings) -> bool:
@@ -76,30 +77,31 @@ class Opener:
         model.source = replace(source, name=model.name)
         return model
 
-    async def open(self, model: Model):
-        """Look at its files and make its pool, whose workers wait to be wanted; or it has failed."""
+    async def open(self, model: Model) -> ChatServerError | None:
+        """Look at its files and make its pool, whose workers wait to be wanted. Returns why it has failed."""
         if model.source is None:
-            return
+            return None
+        pool = None
         try:
             device = choose_devices(model.settings)[0]
             replicas, process_bytes = self._beside(model.settings, device)
             surveyed = await self.survey.of(SurveyConfig(
-                model.settings, model.source, device, self.budget, replicas, process_bytes))
-            self.budget = self.budget or surveyed.budget
+                model.settings, model.source, device, self.residency.budget or None, replicas, process_bytes))
+            self.residency.budget = self.residency.budget or surveyed.budget
             cache = replicas * surveyed.cache
             size = cache + replicas * (surveyed.weights + surveyed.activations + process_bytes)
-            adapters = replicas * bytes_of_adapters(model.settings.adapter)
-            if size + adapters > self.budget:
-                beside = f" with its adapters ({shown_bytes(adapters)})" if adapters else ""
-                raise ConfigError(f"it takes {shown_bytes(size + adapters)}{beside}, and all models together "
-                                  f"may take {shown_bytes(self.budget)} (--models-memory)")
-            model.pool = await self._pool(model, surveyed)
+            pool = await self._pool(model, surveyed)
+            place = Place(model.name, pool, size, cache=cache, pinned=model.choice.pin,
+                          idle_s=0.0 if model.choice.pin else model.settings.idle_unload)
+            self.residency.admit(place)
+            pool.adapters.admit = partial(self.residency.admit, place)
         except ChatServerError as error:
+            if pool:
+                await self.close_pool(pool)
             model.pool, model.reason, model.failed_s = None, str(error), time.monotonic()
-            return
-        model.reason, idle_s = "", model.settings.idle_unload
-        model.place = Place(model.name, model.pool, size, cache=cache, pinned=model.choice.pin,
-                            idle_s=0.0 if model.choice.pin else idle_s)
+            return error
+        model.pool, model.place, model.reason = pool, place, ""
+        return None
 
     async def _pool(self, model: Model, surveyed: Surveyed) -> WorkerPool:
         settings = replace(model.settings, kv_cache_memory=surveyed.kv_cache_memory, idle_unload=0.0)

@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.front.pool.worker import CacheState, State
 
@@ -134,17 +135,55 @@ class Place:
         return now - max(begin_s, self.taken_s) >= max(Residency.PLACE_S, supervisor.load_s)
 
 
+class NoRoom(ConfigError):
+    """A model that could never be loaded: requests would wait for it for ever."""
+
+
 class Residency:
     """Gives the bytes of memory to models that wait for them: first who waits longest. The least recently
     used idle model leaves first, or gives up its KV pages where those of the idle ones suffice; then, of
-    those with answers under way, who has been there longest leaves."""
+    those with answers under way, who has been there longest leaves.
+
+    So every model that was admitted is loaded in the end, because each fits beside the pinned ones, which
+    never leave."""
 
     PLACE_S = 10.0  # a model keeps its place so long, or as long as it took to load
     TICK_S = 0.1
 
     def __init__(self, budget: int):
+        """budget: 0 until it is known."""
         self.budget, self.places = budget, list[Place]()
         self.changed = asyncio.Event()
+
+    def room_beside_pinned(self, *places: Place) -> int:
+        """How many bytes the pinned models leave to these."""
+        return self.budget - sum(other.size for other in self.places if other.pinned and other not in places)
+
+    def admit(self, place: Place, more: int = 0):
+        """A new model's place is one of ours from now on; one of ours may grow by `more` bytes. NoRoom if the
+        model, or another one beside it, could never be loaded then."""
+        size, room = place.size + more, self.room_beside_pinned(place)
+        others = [other for other in self.places if other is not place]
+        largest = max((other for other in others if not other.pinned), key=lambda other: other.size,
+                      default=None)
+        together = f"all models together may take {shown_bytes(self.budget)} (--models-memory)"
+        adapters = size - place.own_size
+        takes = f"it takes {shown_bytes(size)}" + (
+            f" with its adapters ({shown_bytes(adapters)})" if adapters else "")
+        if size > room == self.budget:
+            raise NoRoom(f"{takes}, and {together}")
+        if size > room and place.pinned:
+            names = ", ".join(other.name for other in (*others, place) if other.pinned)
+            raise NoRoom(f"the pinned models ({names}) take {shown_bytes(self.budget - room + size)}, and "
+                         f"{together}")
+        if size > room:
+            raise NoRoom(f"{takes}, and the pinned models leave {shown_bytes(room)} of --models-memory")
+        if place.pinned and largest and largest.size > room - size:
+            raise NoRoom(f"{takes} and is pinned, which leaves {shown_bytes(room - size)} of "
+                         f"--models-memory, and {largest.name} takes {shown_bytes(largest.size)}")
+        if place not in self.places:
+            self.places.append(place)
+            self.changed.set()
 
     async def run(self):
         while True:

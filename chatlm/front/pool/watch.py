@@ -141,11 +141,10 @@ class RunWatch:
             return self._refuse(step, f"the checkpoint {name} is not served: {model.reason}")
         self._give_names(model, ())
         model.run, model.step = self._tag_of(step.run), step.step
-        self.many.residency.budget = self.many.opener.budget or 0
         self.registry.add(model)
         self.registry.models.sort(key=lambda model: (model.run, model.step))  # "": those of no run stay first
         self.models[step.path], self.steps[step.path] = model, step
-        self.many.admit(model)
+        self.many.serve(model)
         log.info("the checkpoint %s can be asked", model.name)
 
     def _refuse(self, step: Step, reason: str):
@@ -250,7 +249,8 @@ class RunWatch:
         if not (pool and place and place.taken):
             return False
         used_s = math.inf if pool.dispatcher.jobs else pool.dispatcher.used_s
-        return time.monotonic() - used_s < self.IN_USE_S and 2 * place.size <= self.many.residency.budget
+        room = self.many.residency.room_beside_pinned(place)
+        return time.monotonic() - used_s < self.IN_USE_S and 2 * place.size <= room
 
     def _mark_default(self):
         """Without another model, requests that name none are for the run that was written last."""
