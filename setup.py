@@ -7,7 +7,7 @@
                DECODE_CORE_SANITIZE=thread: the thread sanitizer
     by day     DECODE_CORE_QUICK=1, for CI where no GPU is: CUDA for one type of GPU and hardly optimized (5 s in place of 87 for
                the largest source), and without the sanitizers' checks of pointers, which double the time to compile;
-               those of addresses are calls, which halves it again
+               those of addresses are calls, which halves it again; for other CPUs than x86-64 (csrc/aarch64.sh) with -O1
 
 Without a compiler the installation still succeeds; `import decode_core` raises ImportError, and chat_server
 runs its reference ops. In a private folder:   python setup.py build --build-base build-x --build-lib
@@ -32,7 +32,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64") and os.name == "posix"
 
 SANITIZE = {"1": "address,undefined", "thread": "thread"}.get(os.environ.get("DECODE_CORE_SANITIZE", ""))
 COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wextra"]
-COMMON_FLAGS += ["-O1", "-g1"] if SANITIZE else ["-O3", "-g0"]
+COMMON_FLAGS += ["-O1", "-g1"] if SANITIZE else ["-O1" if QUICK and not X86 else "-O3", "-g0"]
 COMMON_FLAGS += ["-Werror"] if os.environ.get("DECODE_CORE_WERROR") == "1" else []
 LINK_FLAGS = ["-pthread"] + ([f"-fsanitize={SANITIZE}"] if SANITIZE else ["-Wl,-s"] if sys.platform == "linux" else [])
 # not with pybind11's flags

@@ -50,7 +50,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 15 more: contents before every window, restored without a page, are forgotten in their turn.
 # 120 more: adapters in the memory plan, read beside the steps, beside nanochat checkpoints, and proved by check.
 # 60 more: of many models, what can never fit beside the pinned ones is refused at any time, with both numbers.
-MOST_STATEMENTS = 20_505
+# 20 more: a decode_core that is there and does not load is told apart from none.
+MOST_STATEMENTS = 20_525
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

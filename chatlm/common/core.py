@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from chatlm.common.errors import named
 from chatlm.common.unpack import UnfitCore, load_bundled_core
 
 
@@ -33,10 +35,19 @@ def find_core() -> tuple[Any, str]:
         problem = f"the bundle's decode_core {error}"
     try:
         return importlib.import_module("decode_core"), problem
-    except ImportError as error:
+    except Exception as error:  # such as of a library for another machine
         if reason := re.search("isa: (.*)", str(error)):
             problem = f"DECODE_CORE_ISA={os.environ.get('DECODE_CORE_ISA')}: {reason[1]}"
+        elif compiled_half() or not isinstance(error, ImportError):
+            problem = f"the installed decode_core cannot be loaded ({named(error)})"
         return None, problem
+
+
+def compiled_half() -> list[Path]:
+    """The library of the decode_core that Python would import; none if it was installed without compiler."""
+    spec = importlib.util.find_spec("decode_core")
+    return [path for folder in (spec and spec.submodule_search_locations or ())
+            for path in Path(folder).glob("_core.*.so")]
 
 
 @functools.cache
@@ -55,6 +66,12 @@ def refused_isa() -> str:
     """Why decode_core cannot run with the instructions that DECODE_CORE_ISA asks for, "" if it can."""
     problem = "" if os.environ.get("CHAT_SERVER_KERNELS") == "reference" else find_core()[1]
     return problem if problem.startswith("DECODE_CORE_ISA=") else ""
+
+
+def unused_core() -> str:
+    """Why the compiled core that is there does not run; "" if it runs, is not wanted or there is none."""
+    wanted = os.environ.get("CHAT_SERVER_KERNELS") != "reference"
+    return kernels_line() if wanted and decode_core() is None and any(find_core()) else ""
 
 
 def kernels_line() -> str:

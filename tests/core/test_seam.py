@@ -119,6 +119,35 @@ def test_a_core_of_another_version_is_named_and_left_alone(text, said, tmp_path)
     assert "Traceback" not in refused.stderr
 
 
+BROKEN = "decode_core/_core.cpython-311-x86_64-linux-gnu.so: undefined symbol: _ZN2dc4avx2E"
+
+
+@pytest.mark.parametrize("text, half, said", [
+    ("import decode_core._core", "_core.abi3.so", "ImportError"),
+    *(pytest.param(*each, marks=pytest.mark.slow) for each in (
+        (f"raise ImportError({BROKEN!r})", "_core.cpython-399-sparc.so", BROKEN),
+        ("raise OSError('built for another numpy')", "", "OSError: built for another numpy")))])
+def test_a_core_that_is_there_and_does_not_load_is_an_error_in_the_log(text, half, said, tmp_path,
+                                                                       nanochat_fixtures):
+    env = foreign_core(tmp_path, text)
+    if half:
+        (tmp_path / "decode_core" / half).write_bytes(b"no library")
+    log = []
+    with server(nanochat_fixtures / "gen3", "--log-format", "json", env=env, log=log) as (_, url):
+        stats = get(url + "/stats")
+    (error,) = [json.loads(line)["message"] for line in log if '"level":"error"' in line.replace(" ", "")]
+    assert "the installed decode_core cannot be loaded (" in error and said in error
+    assert stats["decode_core"] == error
+    checked = subprocess.run([sys.executable, SCRIPT, "check"], capture_output=True, text=True, env=env, timeout=120)
+    assert checked.returncode == 1 and error in checked.stdout, checked
+
+
+def test_references_that_are_asked_for_are_no_error(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("CHAT_SERVER_KERNELS", "reference")
+    load_kernels("cpu", SPEC)
+    assert not caplog.records
+
+
 @needs_core
 def test_instructions_that_this_machine_lacks_end_the_start_with_one_line(nanochat_fixtures):
     line = "DECODE_CORE_ISA=sse2: amx, avx512, avx2 or portable, not sse2"

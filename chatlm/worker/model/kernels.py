@@ -19,7 +19,7 @@ import torch
 
 from chatlm import __version__
 from chatlm.common.config import PAGE_SIZE
-from chatlm.common.core import SEAM, decode_core, installed_core, kernels_line, refused_isa
+from chatlm.common.core import SEAM, decode_core, installed_core, kernels_line, refused_isa, unused_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.messages.requests import SamplingParams
@@ -214,6 +214,8 @@ def choose_backend(device, spec: ModelSpec | None, whole: ModelSpec | None = Non
     if refused := refused_isa():
         raise ConfigError(refused)
     core = decode_core() if spec else None
+    if says_why and (reason := unused_core()):
+        log.error("%s", reason)
     if core and spec and (features := not_compiled(whole or spec, device) or not_compiled(spec, device)):
         if says_why:
             log.warning("decode_core has no %s, which this model needs: torch computes instead", features)
@@ -300,10 +302,11 @@ def machine_report() -> str:
 
 
 def check_main(arguments: Seq[str]) -> int:
-    """The role `check`: a report to paste into an issue. 0, or 1 if an op differs from its reference."""
+    """The role `check`: a report to paste into an issue. 0, or 1 if an op differs from its reference, or
+    decode_core is there and does not load."""
     print(machine_report(), flush=True)
     if (core := decode_core()) is None:
         print("no compiled kernels here, so there is nothing to compare")
-        return 0
+        return 1 if unused_core() else 0
     say = partial(print, flush=True)
     return 0 if core.check(for_decode_core(), threads_per_worker(1), say) else 1
