@@ -128,7 +128,7 @@ from chatlm.common.errors import (
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import tune_gc
 from chatlm.common.messages.requests import PromptProgress
-from chatlm.common.processes.start import PROCESS_COMMAND, be_nice
+from chatlm.common.processes.start import PROCESS_COMMAND, check_nice
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
 from chatlm.common.segments import listed_store
@@ -517,7 +517,7 @@ def run_command(settings: Settings) -> int:
     if start and start.rank:
         return serve_rank(settings, start)
     if (nice := niceness(settings)) is not None:
-        be_nice(nice)
+        check_nice(nice)
     try:
         if settings.command == "serve":
             command = serve_forever

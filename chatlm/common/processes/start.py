@@ -48,11 +48,16 @@ def threads_per_worker(workers: int) -> int:
     return max(1, int(min(physical_cores(cpus), cpu_quota())) // workers)
 
 
-def process_environment(threads: int) -> dict[str, str]:
-    """OpenMP by default spins for milliseconds at each barrier: with one core taken by another program,
+NICENESS = "CHAT_SERVER_NICENESS"  # of a process that we start, and of those that it starts
+
+
+def process_environment(threads: int, nice: int | None = None) -> dict[str, str]:
+    """nice: None: as nice as this process.
+
+    OpenMP by default spins for milliseconds at each barrier: with one core taken by another program,
     decoding was 25 times slower (1.6, not 40 tok/s). One malloc arena saves 60 MB over one per thread."""
     return ({"GOMP_SPINCOUNT": "2000", "MALLOC_ARENA_MAX": "1"} | os.environ
-            | {"OMP_NUM_THREADS": str(threads)})
+            | {"OMP_NUM_THREADS": str(threads)} | ({} if nice is None else {NICENESS: str(nice)}))
 
 
 def die_with_parent(parent: int):
@@ -109,12 +114,15 @@ def run_role(role: str, *arguments: str) -> int:
 
 
 def join_parent(arguments: Seq[str], pipe: Pipe) -> Channel:
-    """The first thing a child process does: ignore signals, which are for the front, and die when it dies.
+    """The first thing a child process does: ignore signals, which are for the front, be as nice as it is to
+    be, and die when the front dies.
 
     Its arguments: the descriptor of its end of the pipe, or where to listen for the front; its parent."""
     descriptor, parent = arguments
     for stop in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd signals the whole group
         signal.signal(stop, signal.SIG_IGN)
+    if nice := os.environ.get(NICENESS):
+        os.setpriority(os.PRIO_PROCESS, 0, int(nice))
     share_niceness()
     die_with_parent(int(parent))
     return Channel(socket.socket(fileno=int(descriptor)) if descriptor.isdigit() else admit_front(descriptor),
@@ -129,13 +137,17 @@ def exit_in_words(status: int | None) -> str:
     return f"killed by {name}{', as the system does when memory runs out' if name == 'SIGKILL' else ''}"
 
 
-def be_nice(nice: int):
-    """Set the niceness of this process and its later children. ConfigError if that is not allowed."""
+def check_nice(nice: int):
+    """ConfigError if our processes may not have this niceness."""
+    now = os.getpriority(os.PRIO_PROCESS, 0)
+    if nice >= now:
+        return
     try:
         os.setpriority(os.PRIO_PROCESS, 0, nice)
+        os.setpriority(os.PRIO_PROCESS, 0, now)
     except OSError as error:
-        raise ConfigError(f"--nice {nice}: {error.strerror}; it is {os.getpriority(os.PRIO_PROCESS, 0)} now, "
-                          "and only root may lower it") from None
+        raise ConfigError(f"--nice {nice}: {error.strerror}; it is {now} now, and only root may lower it"
+                          ) from None
 
 
 def share_niceness():
@@ -147,10 +159,10 @@ def share_niceness():
             Path("/proc/self/autogroup").write_text(str(nice))
 
 
-def patient(seconds: float) -> float:
-    """A time limit for another of our processes. Beside a program that takes all it can, each step of
-    niceness leaves them 1.25 times less of the processor."""
-    return seconds * 1.25 ** max(os.getpriority(os.PRIO_PROCESS, 0), 0)
+def patient(seconds: float, nice: int | None = None) -> float:
+    """A time limit for another of our processes, of this niceness or of ours. Beside a program that takes
+    all it can, each step of niceness leaves it 1.25 times less of the processor."""
+    return seconds * 1.25 ** max(os.getpriority(os.PRIO_PROCESS, 0) if nice is None else nice, 0)
 
 
 def start_child(command: Seq[str], role: str,

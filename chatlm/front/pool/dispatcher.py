@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import operator
 import time
 import types
@@ -88,6 +89,7 @@ class Dispatcher:
         self.delayed = 0                # answers that went on after the end of their worker
         self.held = False               # do jobs wait although workers are ready?
         self.used_s = time.monotonic()  # when a request last came or was running
+        self.asked_s = -math.inf        # when one last came that is not of low priority
         self.changed: Callable[[], None] = lambda: None  # called when a job comes, ends or goes elsewhere
         self.wake = self._load_again    # called when a job comes and the model is unloaded
         self.loading: Callable[[], float | None] = lambda: None  # how far the model is loaded; None: it is
@@ -148,13 +150,21 @@ class Dispatcher:
             self.jobs[job.id] = job
             self.pending.append(job)
         self.used_s = time.monotonic()
+        if not all(job.request.low_priority for job in jobs):
+            self.asked_s = self.used_s
         if not self.wanted.is_set():
             self.wake()
         self.dispatch()
+        self.changed()
 
     def _load_again(self):
         log.info("a request came: loading the model again")
         self.wanted.set()
+
+    @property
+    def busy(self) -> bool:
+        """Has it jobs, other than those of low priority?"""
+        return not all(job.request.low_priority for job in self.jobs.values())
 
     @property
     def running(self) -> bool:
@@ -258,6 +268,7 @@ class Dispatcher:
             if job.failovers >= self.MAX_FAILOVERS:
                 self.fail(EngineFailure(f"{job.failovers} workers died while computing this answer"), job)
         self.dispatch()
+        self.changed()
 
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; its reader gets RequestError 'cancelled' instead of Finished."""

@@ -56,7 +56,9 @@ class LocalDevices:
         threads = threads_per_worker(len(self.workers) * ranks_here(self.settings))
         if self.settings.watch is not None:  # the others are the training's
             threads = max(1, threads // 2)
-        worker.process, ours = start_child(self.command, "worker", process_environment(threads))
+        worker.nice = niceness(self.settings)
+        environment = process_environment(threads, worker.nice)
+        worker.process, ours = start_child(self.command, "worker", environment)
         reader, worker.writer = await asyncio.open_connection(sock=ours)
         shared, size, more = (), 0, 0
         if self.prefixes:
@@ -99,7 +101,7 @@ def choose_devices(settings: Settings) -> list[str]:
 
 
 def niceness(settings: Settings) -> int | None:
-    """What --nice says; None: as the server was started."""
+    """Of workers, as --nice says; None: as the server was started."""
     watches = settings.watch is not None and choose_devices(settings)[0] == "cpu"
     return 19 if settings.nice is None and watches else settings.nice
 

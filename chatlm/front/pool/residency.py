@@ -140,9 +140,9 @@ class NoRoom(ConfigError):
 
 
 class Residency:
-    """Gives the bytes of memory to models that wait for them: first who waits longest. The least recently
-    used idle model leaves first, or gives up its KV pages where those of the idle ones suffice; then, of
-    those with answers under way, who has been there longest leaves.
+    """Gives the bytes of memory to models that wait for them: first who waits longest. A model that computes
+    for low priority alone leaves first; then the least recently used idle one, or it gives up its KV pages
+    where those of the idle ones suffice; then, of those with answers under way, who has been there longest.
 
     So every model that was admitted is loaded in the end, because each fits beside the pinned ones, which
     never leave."""
@@ -244,9 +244,10 @@ class Residency:
         return coming - place.missing
 
     @staticmethod
-    def _rank(place: Place) -> tuple[bool, float]:
+    def _rank(place: Place) -> tuple[bool, bool, float]:
         dispatcher = place.pool.dispatcher
-        return bool(dispatcher.jobs), place.taken_s if dispatcher.jobs else dispatcher.used_s
+        busy = dispatcher.busy
+        return busy, not dispatcher.jobs, place.taken_s if dispatcher.jobs else dispatcher.used_s
 
 
 def shown_bytes(count: int) -> str:

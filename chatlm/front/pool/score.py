@@ -6,7 +6,7 @@ import array
 import asyncio
 import math
 import secrets
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence as Seq
 from contextlib import aclosing
 from typing import NamedTuple, TYPE_CHECKING
 
@@ -68,12 +68,13 @@ def read_scored(path: str, flag: str) -> str:
     return text
 
 
-async def score_text(pool: WorkerPool, text: str, *, idle_rows: bool = False,
+async def score_text(pool: WorkerPool, text: str, *, yields: Callable[[], None] | None = None,
                      windows: int = WINDOWS) -> Score:
     """Score a text by a model. The text follows the token with which the model's texts begin, so that its
     first token is scored too; without such a token the bytes of the first one are not counted either.
 
-    idle_rows: whatever others ask comes first; windows: as many are computed at a time."""
+    yields: whatever others ask comes first; called before each request, and may raise to end the work.
+    windows: as many are computed at a time."""
     tokenizer, context = pool.tokenizer, pool.context_length
     assert tokenizer
     ids, spec = await asyncio.to_thread(tokenizer.encode, text), tokenizer.spec
@@ -85,10 +86,12 @@ async def score_text(pool: WorkerPool, text: str, *, idle_rows: bool = False,
     waiting = [*windows_of(ids, context)]
     while waiting:
         part, waiting = waiting[:windows], waiting[windows:]
+        if yields:
+            yields()
         try:
-            logprobs.extend(await _scored(pool, part, idle_rows))
+            logprobs.extend(await _scored(pool, part, low_priority=yields is not None))
         except Overloaded as error:
-            if not idle_rows or pool.draining:
+            if not yields or pool.draining:
                 raise
             waiting = part + waiting
             await asyncio.sleep(error.retry_after_s)
@@ -96,11 +99,11 @@ async def score_text(pool: WorkerPool, text: str, *, idle_rows: bool = False,
     return Score(-math.fsum(logprobs) / math.log(2), max(size, 1), len(logprobs))
 
 
-async def _scored(pool: WorkerPool, windows: Seq[Window], idle_rows: bool) -> list[float]:
+async def _scored(pool: WorkerPool, windows: Seq[Window], low_priority: bool) -> list[float]:
     """The log-probabilities of the tokens that these windows score."""
     params = AnswerParams(sampling=SamplingParams(temperature=0.0), prompt_logprobs=0)
     request = Request(id=secrets.token_hex(16), prompts=tuple(window.ids for window in windows),
-                      params=params, max_tokens=0, low_priority=idle_rows)
+                      params=params, max_tokens=0, low_priority=low_priority)
     logprobs, seen = list[float](), [0] * len(windows)
     async with aclosing(pool.answer(request)) as events:
         async for event in events:

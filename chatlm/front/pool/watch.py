@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Iterable, Sequence as Seq
 from dataclasses import replace
@@ -23,6 +22,10 @@ if TYPE_CHECKING:
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.pool import WorkerPool
+
+
+class Postponed(ChatServerError):
+    """A checkpoint is scored later."""
 
 
 class RunWatch:
@@ -210,6 +213,8 @@ class RunWatch:
                 self._give_names(holder, ())
                 if holder.place:
                     holder.place.idle_s = holder.place.idle_s or self.LEAVE_S
+                if holder.pool and newest.pool:  # who talked to it talks to the new one
+                    newest.pool.dispatcher.asked_s = holder.pool.dispatcher.asked_s
             self.last[run] = newest
             self._give_names(newest, (self._latest(run),))
             log.info("%s is %s now", self._latest(run), newest.name)
@@ -217,40 +222,50 @@ class RunWatch:
         return coming
 
     async def score_steps(self):
-        """Score one checkpoint after another, the last ones first, in rows that nobody else wants."""
+        """Score one checkpoint after another, the last ones first, in rows and memory that nobody else
+        wants."""
         while self.text is not None:
-            unscored = [path for path, model in self.models.items()
-                        if model.pool and not model.score and self.steps[path] not in self.unscorable]
+            unscored = [path for path, model in self.models.items() if model.pool and not model.score
+                        and self.steps[path] not in self.unscorable and self._may_load(model)]
             path = max(unscored, key=lambda path: self.steps[path].changed_s, default=None)
-            if path is None or not self._may_load(self.models[path]):
+            if path is None:
                 await asyncio.sleep(0.5)
-                continue
-            model, step = self.models[path], self.steps[path]
-            pool, was_loaded = model.serving(), model.state == "ready"
-            try:
-                model.score = await score_text(pool, self.text, idle_rows=True, windows=self.WINDOWS)
-                log.info("the checkpoint %s: %.4f bits per byte", model.name, model.score.bits_per_byte)
-            except ChatServerError as error:
-                self.unscorable.add(step)
-                log.warning("the checkpoint %s is not scored: %s", model.name, error)
-            if not was_loaded and not pool.dispatcher.jobs and model.place:
-                self.many.unload(model)
+            else:
+                await self._score(self.models[path], self.steps[path], self.text)
+
+    async def _score(self, model: Model, step: Step, text: str):
+        def check_room():
+            if not self._may_load(model):
+                raise Postponed("others need the memory")
+
+        pool, was_loaded = model.serving(), model.state == "ready"
+        try:
+            model.score = await score_text(pool, text, yields=check_room, windows=self.WINDOWS)
+            log.info("the checkpoint %s: %.4f bits per byte", model.name, model.score.bits_per_byte)
+        except Postponed:
+            return
+        except ChatServerError as error:
+            self.unscorable.add(step)
+            log.warning("the checkpoint %s is not scored: %s", model.name, error)
+        if not (was_loaded or pool.dispatcher.jobs or self._asked_lately(pool)):
+            self.many.unload(model)
 
     def _may_load(self, model: Model) -> bool:
-        """Is it loaded, or would it be without making a model leave that answers?"""
+        """Is it loaded, or is there memory for it that no model has and none waits for?"""
         place, residency = model.place, self.many.residency
         return place is not None and (
             place.serves or place.missing <= residency.budget - residency.used
-            or not any(dispatcher.jobs for dispatcher in self.many.opener.dispatchers))
+            and not any(other.waits for other in residency.places if other is not place))
+
+    def _asked_lately(self, pool: WorkerPool) -> bool:
+        return pool.dispatcher.busy or time.monotonic() - pool.dispatcher.asked_s < self.IN_USE_S
 
     def _in_use(self, model: Model) -> bool:
         """Is it in memory, has it been asked lately, and does memory hold another beside it?"""
         place, pool = model.place, model.pool
-        if not (pool and place and place.taken):
+        if not (pool and place and place.taken and self._asked_lately(pool)):
             return False
-        used_s = math.inf if pool.dispatcher.jobs else pool.dispatcher.used_s
-        room = self.many.residency.room_beside_pinned(place)
-        return time.monotonic() - used_s < self.IN_USE_S and 2 * place.size <= room
+        return 2 * place.size <= self.many.residency.room_beside_pinned(place)
 
     def _mark_default(self):
         """Without another model, requests that name none are for the run that was written last."""

@@ -247,6 +247,7 @@ class Worker:
         self.restarts = 0
         self.error = ""                      # the exception that ended it, if it said so
         self.crashes_in_row = 0              # 0 again after a finished answer or a minute of life
+        self.nice: int | None = None         # its niceness; None: as the front's
         self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
         self.awaited_s: float | None = None  # when the wait for its next message began; None: no wait
         self.recent: deque[tuple[float, int]] = deque()  # (time, tokens) of the last seconds
@@ -372,8 +373,8 @@ class Worker:
     @property
     def hung(self) -> bool:
         """Is a message overdue: a step, the answer to a ping or, while it loads, a progress report?"""
-        patience_s = (patient(self.LOAD_HANG_S) if self.state is State.LOADING else
-                      max(patient(self.HANG_S), 20 * self.slowest_step_s))
+        patience_s = (patient(self.LOAD_HANG_S, self.nice) if self.state is State.LOADING else
+                      max(patient(self.HANG_S, self.nice), 20 * self.slowest_step_s))
         return self.awaited_s is not None and time.monotonic() - self.awaited_s > patience_s
 
     def check_health(self):

@@ -52,10 +52,10 @@ class Models:
     def inside(self):
         return "".join(name for name, place in self.by_name.items() if place.taken)
 
-    def ask(self, name, request="r"):
+    def ask(self, name, request="r", **options):
         """A request comes, and waits; returns what its reader would iterate."""
         dispatcher = self.by_name[name].pool.dispatcher
-        job = Job(asked(request, prompts=((1, 2, 3),), max_tokens=4), (1, 2, 3), 4, asyncio.Queue(), self.clock.now)
+        job = Job(asked(request, prompts=((1, 2, 3),), max_tokens=4, **options), (1, 2, 3), 4, asyncio.Queue(), self.clock.now)
         dispatcher._submit([job])
         return job
 
@@ -297,6 +297,51 @@ async def test_a_model_that_dies_while_it_leaves_comes_back_for_its_answer(clock
     assert models.settle() == "a"
     models.load("a")
     assert job.worker is not None and job.failovers == 1
+
+
+async def test_a_request_for_a_model_that_gave_up_its_kv_pages_is_seen_at_once(clock):
+    """The clock stands still, so only what wakes the loop can."""
+    models = Models(clock, 10, {"a": 8, "c": 4}, a=PAGED["a"])
+    models.serve("a")
+    models.settle(12)
+    job = models.ask("c")
+    models.settle()
+    models.emptied("a")
+    models.settle()
+    models.load("c")
+    models.end("c", job)
+    models.by_name["c"].leave()
+    models.settle()
+    models.residency.changed.clear()
+    assert models.inside() == "a" and models.by_name["a"].emptied
+    turns = asyncio.create_task(models.residency.run())
+    await asyncio.sleep(0)
+    job = models.ask("a")
+    for _ in range(20):
+        await asyncio.sleep(0)
+    turns.cancel()
+    assert job.worker is not None
+
+
+async def test_an_answer_whose_worker_died_is_seen_at_once_by_who_gives_models_their_turns(clock):
+    models = Models(clock, 10, {"a": 8})
+    models.answering("a")
+    models.residency.changed.clear()
+    [worker] = models.by_name["a"].pool.workers
+    worker.become(State.DEAD)
+    models.by_name["a"].pool.dispatcher.requeue(worker)
+    assert models.residency.changed.is_set()
+
+
+async def test_a_model_that_only_computes_for_low_priority_leaves_before_an_idle_one_that_was_asked(clock):
+    models = Models(clock, 10, {"asked": 5, "scored": 5, "new": 5})
+    models.serve("asked")
+    models.serve("scored")
+    job = models.ask("scored", low_priority=True)
+    models.settle(12)
+    models.ask("new")
+    models.settle()
+    assert models.by_name["scored"].leaving and not models.by_name["asked"].leaving and job.worker is not None
 
 
 def test_bytes_are_shown_in_units_that_fit():

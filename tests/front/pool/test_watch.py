@@ -16,13 +16,15 @@ import tiny_training
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.steps import find_steps
+from chatlm.common.processes.start import check_nice
 from chatlm.front.pool.local import niceness
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.residency import Residency
 from chatlm.front.pool.watch import RunWatch
 from fake_pool import frames, serving
 from forked import DYING
-from real_server import server
+from real_server import get, post, server
 
 TINY = {"dtype": "float32", "kv_cache_memory": 4 << 20, "max_batch": 8}
 MIB = 1 << 20
@@ -231,7 +233,6 @@ async def test_of_two_runs_with_one_name_the_second_has_its_path_and_the_last_wr
 
 @pytest.mark.slow
 async def test_old_steps_take_turns_where_memory_holds_one(run_folder, watching, client, monkeypatch):
-    from chatlm.front.pool.residency import Residency
     monkeypatch.setattr(Residency, "PLACE_S", 0.1)
     list(tiny_training.train(run_folder, 3, 1))
     models = await watching(run_folder, models_memory=230 * MIB, prefix_memory=0)
@@ -324,6 +325,32 @@ async def test_each_checkpoint_is_scored_and_metrics_and_stats_have_the_number(r
         await until(lambda: all(model.state == "unloaded" for model in models.registry.models))     # nobody else has asked for them
 
 
+async def test_scoring_leaves_the_step_loaded_that_people_talk_to(run_folder, watching, client, tmp_path, monkeypatch, caplog):
+    """Memory holds one step; the others are scored once there is room."""
+    monkeypatch.setattr(Residency, "PLACE_S", 0.1)
+    caplog.set_level(logging.INFO, logger="chat_server")
+    (tmp_path / "text.txt").write_text(tiny_training.TEXT * 3)
+    list(tiny_training.train(run_folder, 1, 1))
+    models = await watching(run_folder, watch_text=str(tmp_path / "text.txt"), models_memory=230 * MIB, prefix_memory=0)
+    async with serving(models, models.settings) as url:
+        await until(lambda: models.registry.models)
+        assert (await ask(client, url, "d2@latest"))[1]["model"] == "d2@1"
+        await until(lambda: models.find("d2@1").score)      # by the worker that answers
+        first = models.find("d2@1")
+        for step in (2, 3):
+            shutil.copy(file_of(run_folder, 1), file_of(run_folder, 1).parent / f"model_{step:06d}.pt")
+            shutil.copy(file_of(run_folder, 1).parent / "meta_000001.json", file_of(run_folder, 1).parent / f"meta_{step:06d}.json")
+        await until(lambda: len(models.registry.models) == 3)
+        assert (await ask(client, url, "d2@latest"))[1]["model"] == "d2@3"
+        last = models.find("d2@3")
+        await until(lambda: last.score)
+        assert last.state == "ready" and not models.find("d2@2").score
+        models.residency.budget *= 2
+        await until(lambda: models.find("d2@2").score and models.find("d2@2").state == "unloaded")
+        assert last.state == "ready" and first.score
+    assert [line.split()[0] for line in caplog.messages if "leaves memory" in line] == ["d2@1", "d2@2"]
+
+
 def test_a_text_to_score_must_be_there(run_folder, tmp_path):
     (tmp_path / "empty").write_text("")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
@@ -381,15 +408,30 @@ async def test_checkpoints_of_a_trainer_are_watched_and_its_own_files_replace_no
         assert models.registry.models[:2] == known
 
 
-def test_a_server_that_watches_leaves_the_processor_to_the_training(run_folder):
-    """Its processes are as nice as --nice says, and so are their sessions, among which Linux divides the processor first."""
+def test_workers_of_a_server_that_watches_leave_the_processor_to_the_training(run_folder):
+    """Workers are as nice as --nice says, and so are their sessions, among which Linux divides the processor first. The
+    front, its sandboxes and the process that reads headers are as nice as the server was started: beside a training
+    that takes all cores they would list nothing."""
     assert [niceness(Settings(device_type="cpu", **flags)) for flags in ({}, {"watch": "x"}, {"watch": "x", "nice": 3}, {"nice": 5})] == [None, 19, 3, 5]
+    list(tiny_training.train(run_folder, 1, 1))
     with server("--watch", run_folder, "--nice", 15) as (process, url):
-        children = psutil.Process(process.pid).children(recursive=True)
-        assert children and {child.nice() for child in children} | {psutil.Process(process.pid).nice()} == {15}
-        groups = [Path(f"/proc/{child.pid}/autogroup") for child in children]
-        while not all(group.read_text().endswith("nice 15\n") for group in groups if group.exists()):
-            time.sleep(0.05)        # it is the first thing that they do
+        while not get(url + "/v1/models")["data"]:
+            time.sleep(0.05)
+        json.load(post(url + "/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}))
+        [worker] = get(url + "/stats")["workers"]
+        others = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True) if child.pid != worker["pid"])]
+        assert psutil.Process(worker["pid"]).nice() == 15 and Path(f"/proc/{worker['pid']}/autogroup").read_text().endswith("nice 15\n")
+        assert {psutil.Process(pid).nice() for pid in others} == {psutil.Process().nice()}
+
+
+def test_a_niceness_that_the_system_does_not_allow_ends_the_start(monkeypatch):
+    def refused(which, who, nice):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "setpriority", refused)
+    with pytest.raises(ConfigError, match="--nice -5: Permission denied; it is .* now, and only root may lower it"):
+        check_nice(-5)
+    check_nice(19)
 
 
 @pytest.mark.slow
