@@ -84,14 +84,14 @@ function showLeaf(id) {
   refresh();
 }
 
-let opening = 0;                  // only the newest request to open a chat counts
+const opening = newest();         // only the newest request to open a chat counts
 
 // `known` are the chat's nodes where they need not be read.
 async function openChat(id, known = null) {
-  const mine = ++opening, chat = state.chats.get(id);
+  const isMine = opening(), chat = state.chats.get(id);
   if (!chat) return newChat();
   const nodes = known ?? await store.read("nodes", id);
-  if (mine !== opening) return;
+  if (!isMine()) return;
   state.nodes = new Map(nodes.map(node => [node.id, state.runs.get(node.id)?.node ?? node]));
   for (const run of state.runs.values()) if (run.chat.id === id) state.nodes.set(run.node.id, run.node);
   showChat(chat, chat.leaf);
@@ -109,7 +109,7 @@ function showChat(chat, leaf) {
 }
 
 function newChat() {
-  opening++;
+  opening();
   state.nodes = new Map();
   showChat(newConversation({parameters: {...state.preferences.defaults.parameters}, system: state.preferences.defaults.system ?? "",
     ...(state.chat.model ? {model: state.chat.model} : {})}), null);
@@ -224,7 +224,7 @@ function branchFrom(node) {
 
 // drafts --------------------------------------------------------------------------------------------------------------
 
-const draftKey = () => isStored(state.chat) ? state.chat.id : "new";
+const draftKey = (chat = state.chat) => isStored(chat) ? chat.id : "new";
 
 let unread = null;                // {key} of the draft whose stored files are still being read: nothing is stored over them
 
@@ -247,6 +247,12 @@ async function loadDraft(key) {
   if (key !== draftKey()) return;
   const changed = state.draft !== shown;
   setDraft(changed ? state.draft.text : text ?? stored?.text ?? "", [...stored?.files ?? [], ...state.draft.files], changed);
+}
+
+// Keeps files in the draft of a chat that is not shown.
+async function addToDraft(key, files) {
+  const stored = (await store.read("drafts")).find(draft => draft.id === key);
+  store.change("drafts", key, {text: "", ...stored, id: key, files: [...stored?.files ?? [], ...files], created: Date.now()});
 }
 
 // asking --------------------------------------------------------------------------------------------------------------
@@ -646,8 +652,8 @@ function hearChat(id, record) {
   if (!record) {
     state.chats.delete(id);
     if (known && state.chat.id === id) { newChat(); state.notice = TEXT.deletedElsewhere; }
-  } else if (known) Object.assign(known, record);
-  else state.chats.set(id, record);
+  } else if (known && !(record.revision <= known.revision)) Object.assign(known, record);
+  else if (!known) state.chats.set(id, record);
 }
 
 // commands ------------------------------------------------------------------------------------------------------------

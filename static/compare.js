@@ -9,6 +9,7 @@ let compared = null;              // {node, columns: [{text, reasoning, end, dif
 function openCompare(node) {
   compared = {node, columns: [], controller: null};
   $("compare-columns").replaceChildren();
+  setText($("compare-problem"), "");
   addColumn();
   addColumn();
   updateCompare();
@@ -123,7 +124,7 @@ async function startCompare() {
       if (mine === compared) updateCompare();
     }
   } catch (error) {
-    if (error.name !== "AbortError") setText($("compare-problem"), error.message);
+    if (mine === compared && error.name !== "AbortError") setText($("compare-problem"), error.message);
   }
   mine.controller = null;
   if (mine === compared) updateCompare();

@@ -233,12 +233,16 @@ async function promptOf(node) {
   return {messages, tokens: found?.tokens && spelled(found.tokens)};
 }
 
+const promptAsked = newest();
+
 async function openPrompt(node) {
+  const isMine = promptAsked();
   $("prompt-text").replaceChildren(TEXT.connecting);
   $("prompt-counts").replaceChildren();
   setText($("prompt-facts"), "");
   $("prompt-dialog").showModal();
   const {messages, tokens} = await promptOf(node), {timings = {}} = node;
+  if (!isMine()) return undefined;
   if (!tokens) return setText($("prompt-text"), TEXT.noPrompt);
   const cached = timings.cached_tokens ?? 0, context = state.model.context;
   $("prompt-text").replaceChildren(...promptNodes(tokens, cached));

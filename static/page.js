@@ -271,18 +271,18 @@ function renameChat(row, chat) {
   field.select();
 }
 
-let searching = 0;
+const searching = newest();
 
 // Shows the chats that have all words of the query, in the title or in any message.
 async function search(query) {
-  const mine = ++searching;
+  const isMine = searching();
   words = query.toLowerCase().split(/\s+/).filter(Boolean);
   if (!words.length) { state.found = null; return render(); }
   const texts = new Map([...state.chats.values()].map(({id, title}) => [id, title.toLowerCase()]));
   for (const {conversation, content} of await store.read("nodes")) {
     if (texts.has(conversation)) texts.set(conversation, `${texts.get(conversation)}\n${content.toLowerCase()}`);
   }
-  if (mine !== searching) return;
+  if (!isMine()) return;
   state.found = new Set([...texts].filter(([, text]) => words.every(word => text.includes(word))).map(([id]) => id));
   render();
   announce(TEXT.found(state.found.size));
@@ -376,8 +376,12 @@ async function deleteAll() {
   }
 }
 
-// Asks in a dialog. Resolves to whether the reader agrees.
-function confirmed(title, body, no, yes) {
+let answered = Promise.resolve();  // the last question
+
+// Asks in a dialog, after what it asks already. Resolves to whether the reader agrees.
+const confirmed = (...question) => answered = answered.then(() => askInDialog(...question));
+
+function askInDialog(title, body, no, yes) {
   const dialog = $("ask-dialog");
   $("ask-body").replaceChildren(...body);
   for (const [name, text] of [["title", title], ["no", no], ["yes", yes]]) $(`ask-${name}`).textContent = text;
@@ -510,23 +514,23 @@ function fileChip(file) {
   return element("li", {className: "icon i-file"}, element("span", {textContent: file.name}), element("small", {textContent: size}), remove);
 }
 
-let counting = 0;
+const counting = newest();
 
 // Asks how many tokens the draft has, a moment after the last key.
 async function countDraft() {
-  const mine = ++counting, text = draftContent(), long = text.length > 400000;
+  const isMine = counting(), text = draftContent(), long = text.length > 400000;
   if (text) await wait(300);
-  if (mine !== counting) return;
+  if (!isMine()) return;
   const [tokens, around] = !text || state.model.api !== "v1" ? [0, 0] :
     await Promise.all([long ? Math.round(text.length / TOKEN_CHARACTERS) : countTokens(text), tokensAround(state.chat.system)]);
-  if (mine !== counting) return;
+  if (!isMine()) return;
   state.counted = {text, tokens: tokens ?? 0, around};
   renderGauge();
 }
 
 // Attaches a text file to the message; other files are refused with the reason.
 async function addFiles(list) {
-  const files = [];
+  const files = [], {chat} = state;
   state.refusal = "";
   for (const file of list) {
     try {
@@ -538,8 +542,9 @@ async function addFiles(list) {
       state.refusal = error.message;
     }
   }
+  if (draftKey(chat) !== draftKey()) return addToDraft(draftKey(chat), files);    // another chat is shown by now
   setDraft(state.draft.text, [...state.draft.files, ...files]);
-  $("message").focus();
+  return $("message").focus();
 }
 
 function onPaste(event) {
@@ -626,11 +631,16 @@ function focusAfterClick() { $(touch.matches ? "log" : "message").focus({prevent
 
 const settingsFields = () => [...$("settings-dialog").querySelectorAll("[data-parameter]")];
 
+const templateAsked = newest();
+
 function openSettings() {
+  const isMine = templateAsked();
   showSettings();
+  $("template").textContent = "";
   $("more-parameters").open = PARAMETERS.some(({name, folded}) => folded && state.chat.parameters[name] !== undefined);
   $("settings-dialog").showModal();
   templateText([{role: "user", content: "…"}]).then(text => {
+    if (!isMine()) return;
     $("template").parentElement.hidden = text === null;
     $("template").textContent = text ?? "";
   });
@@ -927,6 +937,7 @@ let started = false;
 
 // The stored chats come a moment later; the page is usable before.
 async function start() {
+  const isFirst = opening();
   loadPreferences();
   fillStrings();
   bindPage();
@@ -945,7 +956,7 @@ async function start() {
   if (!asking) watchServer();
   const atStatus = isStatus(), wanted = [location.hash.slice(1), lastPlace()].find(id => state.chats.has(id)) ?? "";
   const typed = $("message").value;                     // while the scripts were loading
-  await openChat(wanted);
+  await (isFirst() ? openChat(wanted) : loadDraft(draftKey()));         // the reader may have begun a chat
   if (atStatus) openStatus();
   if (typed && !state.draft.text) setDraft(typed);
   adoptAll();

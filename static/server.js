@@ -13,6 +13,22 @@ const FOREVER_MS = 2 ** 31 - 1;
 const CONTINUING = ["vllm", "sglang", "llamacpp"];     // these continue a last message, but their models do not say so
 const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
 
+// Guards what is shown against late responses. `const isMine = begin()` before the request; what it brings is shown
+// only if `isMine()`, which holds until the next one begins.
+function newest() {
+  let count = 0;
+  return () => { const mine = ++count; return () => mine === count; };
+}
+
+// The same for what is asked again and again: a response counts unless a later one has come already.
+function inOrder() {
+  let begun = 0, come = 0;
+  return () => {
+    const mine = ++begun;
+    return () => { const counts = mine > come; come = Math.max(come, mine); return counts; };
+  };
+}
+
 // where it is ---------------------------------------------------------------------------------------------------------
 
 const serverHome = () => state.preferences.server || PAGE_HOME;
@@ -46,15 +62,15 @@ class Refused extends Error {
 }
 
 async function request(path, options = {}) {
-  const headers = {...options.headers}, key = serverKey();
+  const headers = {...options.headers}, key = serverKey(), home = serverHome();
   if (key) headers.Authorization = `Bearer ${key}`;
   try {
-    const response = await fetch(serverUrl(path), {...options, headers});
-    if (response.status === 401 && key === serverKey()) wantKey(key);
+    const response = await fetch(home + path, {...options, headers});
+    if (response.status === 401 && home === serverHome() && key === serverKey()) wantKey(key);
     return response;
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error(TEXT.noAnswer(serverHome(), isElsewhere() && pageOrigin()));
+    throw new Error(TEXT.noAnswer(home, originOf(home) !== location.origin && pageOrigin()));
   }
 }
 
@@ -89,16 +105,18 @@ const sentence = text => text.replace(/^\p{Ll}[\p{L}-]*(?=[\s,;:]|$)/u, word => 
 const HEALTH_MS = 8000;           // a server that has not answered by then is away
 const GLANCE_MS = 15000;          // how often an idle page looks whether its server is still there
 
-let watch = 0;                    // only the newest watcher of /health continues
+const watching = newest();        // only the newest watcher of /health continues
+const healthAsked = inOrder(), listing = inOrder();
 const waiting = [];               // what calls when the server can be asked
 
 // Asks /health until the server is ready, and then what it is.
 async function watchServer() {
-  const mine = ++watch;
-  for (let pause = 400; mine === watch; pause = Math.min(pause * 1.4, 5000)) {
-    const found = await askHealth();
-    if (mine !== watch) return;
-    if (found.phase === "ready") return describeServer(mine);
+  const isMine = watching();
+  for (let pause = 400; isMine(); pause = Math.min(pause * 1.4, 5000)) {
+    const isNews = healthAsked(), found = await askHealth();
+    if (!isMine()) return;
+    isNews();
+    if (found.phase === "ready") return describeServer(isMine);
     const news = found.phase !== state.phase || JSON.stringify(found.loading) !== JSON.stringify(state.loading);
     Object.assign(state, found);
     if (news) render();
@@ -124,8 +142,10 @@ async function askHealth() {
 
 // Is the server not ready? Then it is watched from now on.
 async function isAway() {
-  const home = serverHome(), found = await askHealth();
-  if (found.phase === "ready" || home !== serverHome()) return false;
+  const home = serverHome(), isNews = healthAsked(), found = await askHealth();
+  if (home !== serverHome()) return false;
+  if (!isNews()) return state.phase !== "ready";        // a later one has been answered
+  if (found.phase === "ready") return false;
   Object.assign(state, found);
   render();
   watchServer();
@@ -160,13 +180,13 @@ function serverText() {
   }
 }
 
-async function describeServer(mine) {
-  const home = serverHome(), key = serverKey(), options = {signal: AbortSignal.timeout(HEALTH_MS)};
+async function describeServer(isMine) {
+  const home = serverHome(), key = serverKey(), options = {signal: AbortSignal.timeout(HEALTH_MS)}, isNews = listing();
   const [models, stats] = await Promise.all([jsonOf(request("v1/models", options)), jsonOf(request("stats", options))]);
-  if (mine !== watch) return;
+  if (!isMine()) return;
   if (models ?? stats) state.refusedKey = null;
   Object.assign(state, {phase: state.refusedKey === key ? "locked" : "ready", loading: {stage: "", fraction: null}, reached: home});
-  state.models = listedModels(models);
+  if (isNews()) state.models = listedModels(models);
   useModel(stats, Boolean(models?.data));
   render();
   if (state.phase === "ready") waiting.splice(0).forEach(resolve => resolve());
@@ -211,8 +231,8 @@ let looking = 0;
 async function lookAtModels() {
   clearTimeout(looking);
   if (state.models.length < 2 || state.phase !== "ready") return;
-  const home = serverHome(), models = await jsonOf(request("v1/models", {signal: AbortSignal.timeout(HEALTH_MS)}));
-  if (!models?.data || home !== serverHome()) return;
+  const home = serverHome(), isNews = listing(), models = await jsonOf(request("v1/models", {signal: AbortSignal.timeout(HEALTH_MS)}));
+  if (!models?.data || home !== serverHome() || !isNews()) return;
   state.models = listedModels(models);
   useModel();
   render();

@@ -22,7 +22,7 @@ const isStatus = () => location.hash === "#server";
 function openStatus() {
   if (!isStatus()) history.pushState(null, "", `${location.pathname}${location.search}#server`);
   if (glanced) return;
-  glanced = {samples: [], looks: [], charts: null, runs: {}, timer: setInterval(lookAtServer, STATUS_MS)};
+  glanced = {isNews: inOrder(), samples: [], looks: [], charts: null, runs: {}, timer: setInterval(lookAtServer, STATUS_MS)};
   render();
   $("status").focus({preventScroll: true});
   lookAtServer();
@@ -38,10 +38,10 @@ function closeStatus() {
 
 async function lookAtServer() {
   if (document.hidden && glanced?.samples.length) return;
-  const options = {signal: AbortSignal.timeout(HEALTH_MS)};
+  const mine = glanced, isNews = mine?.isNews(), options = {signal: AbortSignal.timeout(HEALTH_MS)};
   const [stats, metrics] = await Promise.all([jsonOf(request("stats", options)),
     request("metrics", options).then(response => response.ok ? response.text() : "").catch(() => "")]);
-  if (!glanced) return;
+  if (!mine || mine !== glanced || !isNews()) return;
   if (stats) addSample(glanced, stats, readMetrics(metrics));
   setText($("status-about"), stats ? TEXT.statusAbout(stats) : serverText() || TEXT.noStatus);
   if (stats) showStatus(stats, glanced);

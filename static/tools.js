@@ -35,7 +35,7 @@ function readJson(text) {
 const schemaText = format => format ? JSON.stringify(format.json_schema?.schema ?? format, null, 2) : "";
 const functionsText = tools => tools?.length ? JSON.stringify(tools.map(({function: its}) => its), null, 2) : "";
 
-let checking = 0;
+const checking = newest();
 
 // What is written in the settings as parameters. The server then checks what the page cannot: a schema that cannot be enforced.
 function takeTools() {
@@ -46,20 +46,23 @@ function takeTools() {
   // a budget between two places, which /budget may set, stays until the slider is moved
   const budget = place === budgetPlace(parameters.thinking_budget) ? parameters.thinking_budget ?? null : BUDGETS[place], kept = {tools: first ? parameters.tools : tools, response_format: second ? parameters.response_format : format};
   showBudget(budget);
+  checking();                                            // what is under way is about other words
   if (!first && !second && (tools.length || format)) checkTools({...(tools.length ? {tools} : {}), ...(format ? {response_format: format} : {})});
   return {...(kept.tools?.length ? {tools: kept.tools} : {}), ...(kept.response_format ? {response_format: kept.response_format} : {}),
     ...(budget === null ? {} : {thinking_budget: budget})};
 }
 
 async function checkTools(wanted) {
-  const mine = ++checking;
+  const isMine = checking();
   await wait(500);
-  if (mine !== checking || state.phase !== "ready") return;
+  if (!isMine() || state.phase !== "ready") return;
   const asked = await post(ROUTES.v1, {messages: [{role: "user", content: "a"}], max_tokens: 1, priority: "low", ...wanted, ...modelOfSeveral()}).catch(() => null);
-  if (mine === checking && asked?.status === 400) setText($(wanted.response_format ? "schema-problem" : "functions-problem"), (await errorOf(asked)).message);
+  const problem = asked?.status === 400 ? (await errorOf(asked)).message : "";
+  if (isMine() && problem) setText($(wanted.response_format ? "schema-problem" : "functions-problem"), problem);
 }
 
 function showTools() {
+  checking();
   const {parameters} = state.chat, {can, api} = state.model;
   $("functions").value = functionsText(parameters.tools);
   $("schema").value = schemaText(parameters.response_format);

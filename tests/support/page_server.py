@@ -153,6 +153,8 @@ class StandIn:
 
     def __init__(self, prefix: str = "", port: int = 0):
         self.prefix, self.bodies, self.loading, self.refusals = prefix, [], None, 0
+        self.several = []           # what /v1/models lists instead
+        self.restarts = 0           # of its worker
         self.status = "loading"     # what it is doing while `loading` is set
         self.admits = False         # pages of other origins
         self.busy = False           # every question is refused
@@ -233,7 +235,7 @@ class StandIn:
     async def _models(self, request):
         if self.model is None:
             raise web.HTTPNotFound
-        return web.json_response({"object": "list", "data": [self.model]})
+        return web.json_response({"object": "list", "data": self.several or [self.model]})
 
     async def _cancel(self, request):
         if request.query.get("reasoning") != "true":
@@ -252,7 +254,7 @@ class StandIn:
         return web.json_response({"prompt": f"<|system|>Be a stand-in.{said}"})
 
     async def _stats(self, request):
-        return web.json_response({"workers": [{"device": "cpu"}], "model": "stand-in-135m"})
+        return web.json_response({"workers": [{"device": "cpu", "restarts": self.restarts}], "model": "stand-in-135m"})
 
     async def _answer(self, request):
         if "v1" in request.path and self.model is None:
