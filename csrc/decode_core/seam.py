@@ -50,21 +50,19 @@ from types import SimpleNamespace
 from typing import Any
 
 from . import _core, cuda
-from .attention import MAX_HEAD_SIZE
-from .program import MAX_CHOSEN, MAX_EXPERTS
 
 SEAM = 22       # one more whenever a name, an argument or a meaning above, or of `script`, changes
 log = logging.getLogger("chat_server.decode_core")
 
 
 def backend_for(spec: Any, device: Any, script: SimpleNamespace) -> Any:
-    """The backend for a model on a torch device; None where there are no kernels for its shape."""
+    """The backend for a model, of which chat_server's `not_compiled` has nothing to say, on a torch device; None where it cannot run."""
     device_type, _, index = str(device).partition(":")
-    if device_type == "cpu" and fits_cpu(spec):
+    if device_type == "cpu":
         from . import cpu_backend
         slower = cpu_backend.slower_than_torch(spec.width)
         return say_once(slower) if slower else cpu_backend.CpuBackend(spec, script)
-    ops = cuda_ops(int(index or 0)) if device_type == "cuda" and fits_cuda(spec) else None
+    ops = cuda_ops(int(index or 0)) if device_type == "cuda" else None
     if ops is None:
         return None
     from .cuda_backend import CudaBackend
@@ -80,21 +78,6 @@ def check(script: SimpleNamespace, threads: int, say: Callable[[str], None]) -> 
 @functools.cache
 def say_once(reason: str) -> None:
     log.warning("%s: torch computes instead", reason)
-
-
-def fits_cpu(spec: Any) -> bool:
-    aligned = spec.width % 16 == spec.ffn_size % 16 == 0
-    experts = spec.experts <= MAX_EXPERTS and spec.experts_per_token <= MAX_CHOSEN
-    return aligned and experts and all(
-        its.head_size % 16 == 0 and its.head_size <= MAX_HEAD_SIZE and its.heads // its.kv_heads <= 16
-        for its in spec.by_layer if its)
-
-
-def fits_cuda(spec: Any) -> bool:
-    size, group = spec.head_size, spec.heads // spec.kv_heads
-    experts = not spec.experts or spec.experts <= cuda.MAX_EXPERTS and spec.width % 8 == spec.ffn_size % 8 == 0
-    return (experts and size % 16 == 0 and size <= cuda.MAX_HEAD_SIZE and group <= 64 and spec.heads % spec.kv_heads == 0
-            and spec.vocab_size <= cuda.MAX_VOCABULARY)
 
 
 def cuda_ops(device: int = 0) -> cuda.CudaOps | None:

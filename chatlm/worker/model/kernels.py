@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy
 import torch
@@ -239,14 +239,41 @@ def left_to_torch(spec: ModelSpec, device) -> list[str]:
     return list(ops) if torch.device(device).type != "cpu" else []
 
 
+class Most(NamedTuple):
+    """The largest sizes that decode_core's kernels take, as its `cpu` and `cuda` halves check them."""
+
+    head_size: int
+    group: int          # queries to a head of keys
+    experts: int
+    chosen: int         # of them for a token
+    vocabulary: int
+
+
+MOST_ON_CPU = Most(head_size=512, group=16, experts=4096, chosen=64, vocabulary=2**31)
+MOST_ON_GPU = Most(head_size=256, group=64, experts=1024, chosen=1024, vocabulary=2**18)
+
+
 def not_compiled(spec: ModelSpec, device="cpu") -> str:
-    """What of a model no op of decode_core computes on this device, in words: then torch computes it all."""
+    """What of a model no op of decode_core computes on this device, in words: then torch computes it all.
+
+    This is all that decode_core would refuse: tests/worker/model/test_odd_sizes.py tries every dimension."""
     on_gpu = torch.device(device).type != "cpu"
+    most, attentions = MOST_ON_GPU if on_gpu else MOST_ON_CPU, [its for its in spec.by_layer if its]
+    widths = {spec.dense_size, spec.shared_size} | ({spec.ffn_size} if not on_gpu else set())
     features = {
         "norm of all heads together": spec.qk_norm_sizes,
         "embedding of each layer on a GPU": spec.layer_input_size and on_gpu,
+        "embedding of each layer that is no multiple of 16 wide": spec.layer_input_size % 16 and not on_gpu,
         "scale of experts on a GPU": spec.expert_norms and on_gpu,
         "scale of queries by their position": spec.q_growth,
+        "width that is no multiple of 16": spec.width % 16 and not on_gpu,
+        "heads of such a size": any(
+            its.head_size % 16 or its.head_size > most.head_size for its in attentions),
+        "so many queries to a head of keys": any(
+            its.heads > most.group * its.kv_heads for its in attentions),
+        "so many experts": spec.experts > most.experts or spec.experts_per_token > most.chosen,
+        "experts of such a width": on_gpu and spec.experts and (spec.width % 8 or spec.ffn_size % 8),
+        "vocabulary of such a size": spec.vocab_size > most.vocabulary,
         "delta rule of heads that are no multiples of 16": not on_gpu and any(
             isinstance(mixer, DeltaRule) and (mixer.key_size % 16 or mixer.value_size % 16)
             for mixer in spec.mixers),
@@ -254,10 +281,10 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
             isinstance(mixer, Mamba2) and (mixer.head_size % 16 or mixer.parts[1] % 16)
             for mixer in spec.mixers),
         "attention whose keys and values differ in width": any(
-            its.value_size != its.head_size for its in spec.by_layer if its),
+            its.value_size != its.head_size for its in attentions),
         "attention of several kinds on a GPU": not uniform(spec) and on_gpu,
         f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2"),
-        "feed-forward of such a width": spec.dense_size % TILE_ROWS or spec.shared_size % TILE_ROWS}
+        "feed-forward of such a width": any(width % TILE_ROWS for width in widths)}
     return " and no ".join(feature for feature, needed in features.items() if needed)
 
 

@@ -655,6 +655,7 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
     if "num_experts" in config:
         ffn_size, experts = expert_fields(path, config)
         fields |= experts
+    checked(path, "the width of its feed-forward parts", ffn_size, HF_KEYS["intermediate_size"])
     spec = ModelSpec(
         vocab_size=config["vocab_size"], layers=layers, width=width, heads=heads,
         kv_heads=config["num_key_value_heads"], head_size=head_size, ffn_size=ffn_size,
@@ -689,6 +690,9 @@ def mixers_of(path: Path, row: Family, config: Mapping, types: Seq[str]) -> tupl
     if "mamba_n_heads" in config:
         heads, groups = config["mamba_n_heads"], config["mamba_n_groups"]
         check_divides(path, "mamba_n_heads", heads, groups, "mamba_n_groups")
+    if "linear_num_value_heads" in config:
+        heads, groups = config["linear_num_value_heads"], config["linear_num_key_heads"]
+        check_divides(path, "linear_num_value_heads", heads, groups, "linear_num_key_heads")
     return mixers
 
 

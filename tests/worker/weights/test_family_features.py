@@ -17,7 +17,7 @@ from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_referenc
 from chatlm.worker.ops.basic import RopePairs, gated_add_reference, unpermute_rope
 from chatlm.worker.weights.huggingface import hf_spec
 from families import GROWING, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, transformer, write_tokenizer
-from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B
+from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, LFM2_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,6 +90,15 @@ def test_what_is_wrong_in_a_config_with_mamba_layers_is_named(key, value, words,
     with pytest.raises(ConfigError) as caught:
         spec_of(tmp_path, GRANITE_H_TINY | {key: value})
     assert words in str(caught.value)
+
+
+def test_heads_that_share_no_whole_number_of_keys_and_a_feed_forward_part_without_width_are_named(tmp_path):
+    text = QWEN35_4B["text_config"]
+    with pytest.raises(ConfigError, match=r"linear_num_value_heads is 33; it must be a multiple of 16 \(linear_num_key_heads\)"):
+        spec_of(tmp_path, text | {"linear_num_key_heads": 16, "linear_num_value_heads": 33})
+    lfm2 = LFM2_CONFIGS["LFM2-350M"]
+    with pytest.raises(ConfigError, match="the width of its feed-forward parts is 0; it must be an integer from 1"):
+        spec_of(tmp_path, lfm2 | {"block_ff_dim": 1, "intermediate_size": 1, "block_auto_adjust_ff_dim": True})
 
 
 @pytest.mark.parametrize("published, billions", [(GRANITE_H_TINY, 6.9), (QWEN3_NEXT, 79.7), (QWEN35_4B, 4.2), (QWEN36_35B, 34.7)])

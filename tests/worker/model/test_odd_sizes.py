@@ -1,0 +1,111 @@
+"""Every dimension of every family at sizes that nobody publishes: decode_core computes the model, or `not_compiled` says why torch does."""
+
+import json
+import os
+import random
+import zlib
+
+import pytest
+import torch
+
+from chatlm.common.core import decode_core
+from chatlm.common.errors import ConfigError
+from chatlm.worker.model.kernels import MOST_ON_CPU, MOST_ON_GPU, load_kernels, not_compiled
+from chatlm.worker.model.spec import expected_tensors
+from chatlm.worker.model.tensors import MappedRows
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.ops.basic import AdapterMatrix
+from chatlm.worker.weights.huggingface import hf_spec
+from engines import make_batch
+from families import MODELS, TINY
+from nightly import by_day
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(decode_core() is None, reason="not built")]
+SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
+ODD = {1, 2, 3, 5, 8, 10, 17, 18, 20, 24, 40, 48}
+BEYOND = {"head_dim": 528, "experts": 1030, "experts_per_tok": 70, "top_k": 70, "attention_heads": 68}     # a part of a key -> beyond some kernel's limit
+NO_SIZES = ("_token_id", "num_hidden_layers", "max_position_embeddings", "chunk_size_feed_forward", "mamba_chunk_size")
+NOT_ADAPTED = ("embed", "head", "norm", "bias", "router", "taps", "layer_embed", "ve_gate", "expert_gate_up", "expert_down", "shared_gate", "input_gate", "input_out")
+
+
+def spec_of(folder, config):
+    (folder / "config.json").write_text(json.dumps(config))
+    return hf_spec(folder / "config.json", None)[1]
+
+
+def odd_configs(name):
+    """(the key that differs, a config) of a family, for all its integers and sizes, or by day for some."""
+    import transformers
+    kind, own = MODELS[name]
+    config = transformers.AutoConfig.for_model(kind, **{**TINY, **own}).to_dict() | {"model_type": kind}
+    dice = random.Random(zlib.crc32(name.encode()))
+    for key, value in config.items():
+        if type(value) is not int or key.endswith(NO_SIZES):
+            continue
+        sizes = ODD | {value + 1, 3 * value, *(size for part, size in BEYOND.items() if part in key)} - {value}
+        for size in sorted(sizes):
+            if dice.random() < max(SHARE, 0.15):
+                yield f"{key} = {size}", config | {key: size}
+
+
+def random_tensors(spec):
+    dice = torch.Generator().manual_seed(1)
+    found = {name: torch.randn(*shape, generator=dice) * 0.3 for name, shape in expected_tensors(spec).items()}
+    if "layer_embed" in found:
+        found["layer_embed"] = MappedRows(found["layer_embed"], "f32", lambda rows: rows)
+    return found
+
+
+def odd_adapter(spec):
+    """An adapter of the model's matrices, each of another rank."""
+    dice, ranks = torch.Generator().manual_seed(2), iter([1, 3, 17, 33, 5] * 1000)
+    shapes = {name: shape for name, shape in expected_tensors(spec).items() if len(shape) == 2 and "." in name and not name.endswith(NOT_ADAPTED)}
+    return {name: AdapterMatrix(torch.randn(rank, K, generator=dice) * 0.2, torch.randn(N, rank, generator=dice) * 0.2, torch.full((rank,), 0.5))
+            for (name, (N, K)), rank in zip(shapes.items(), ranks)}
+
+
+def logits(spec, kernels, chunks, adapted):
+    """Of the last of 20 tokens that come in such chunks."""
+    model = Transformer(spec, random_tensors(spec), kernels, num_pages=4, num_slots=4, max_tokens=24, max_rows=4, dtype=torch.float32)
+    if adapted:
+        model.adapters[1] = kernels.backend.pack_adapter(odd_adapter(spec), model.device)
+    ids, done = [7 * i % spec.vocab_size for i in range(20)], 0
+    for count in chunks:
+        found = model.forward(make_batch((ids, done, count, [0, 1]))._replace(adapters=[int(adapted)])).clone()
+        done += count
+    return found
+
+
+DAILY = "llama2", "gemma4", "qwen3.5moe", "granite4h", "lfm2moe", "gpt-oss", "qwen2moe", "nanochat"
+
+
+@pytest.mark.parametrize("name", by_day(MODELS, *DAILY))
+def test_odd_sizes_are_computed_by_decode_core_or_by_torch_with_a_line_in_the_log(name, tmp_path, caplog):
+    compiled = left = 0
+    for what, config in odd_configs(name):
+        try:
+            spec = spec_of(tmp_path, config)
+        except ConfigError:
+            continue            # no such model exists
+        caplog.clear()
+        kernels = load_kernels("cpu", spec, max_tokens=24, max_rows=4)
+        said = [line for line in caplog.messages if line.startswith("decode_core has no ") and line.endswith(": torch computes instead")]
+        if not kernels.row_invariant:
+            assert kernels.backend.name == "torch/reference" and said and not_compiled(spec) in said[0], what
+            left += 1
+        adapted = bool((compiled + left) % 2)
+        whole = logits(spec, kernels, (20,), adapted)
+        if kernels.row_invariant:
+            assert not said, what
+            apart, reference = logits(spec, load_kernels("cpu", spec, max_tokens=24, max_rows=4), (1, 18, 1), adapted), logits(
+                spec, load_kernels("cpu"), (20,), adapted)
+            assert torch.equal(whole, apart), what
+            assert (whole - reference).abs().max() <= 1e-4 * max(1, reference.abs().max()), what
+            compiled += 1
+    assert compiled + left
+
+
+def test_the_limits_are_those_that_decode_core_checks():
+    core = decode_core()
+    assert MOST_ON_CPU == (core.attention.MAX_HEAD_SIZE, 16, core.program.MAX_EXPERTS, core.program.MAX_CHOSEN, core.tiles.LIMIT)
+    assert MOST_ON_GPU == (core.cuda.MAX_HEAD_SIZE, 64, core.cuda.MAX_EXPERTS, core.cuda.MAX_EXPERTS, core.cuda.MAX_VOCABULARY)
