@@ -19,7 +19,8 @@ from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.score import read_scored, score_text
 from chatlm.front.server.compare import Comparison, asked_of, read_wanted, with_ids
 from chatlm.terminal.chat import duration, prompt_text
-from chatlm.terminal.remote import RemotePool, compared_at, open_pool
+from chatlm.terminal.remote import RemotePool, open_pool
+from chatlm.terminal.streams import compared_at
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

@@ -125,6 +125,13 @@ class Tokenizer:
         wanted, markers = {*(self.thoughts or ()), *calls}, self.markers
         return {markers[name]: MARKS[name] for name in wanted & markers.keys()}
 
+    def whole_text(self, token: int) -> str | None:
+        """A token's characters, or a special one's name; None if its bytes are not whole characters."""
+        try:
+            return self.shown_bytes(token).decode()
+        except UnicodeDecodeError:
+            return None
+
     def show(self, tokens: Iterable[int]) -> str:
         """Like `decode`, but shows special tokens by name."""
         return b"".join(map(self.shown_bytes, tokens)).decode("utf-8", "replace")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ from chatlm import __version__
 from chatlm.common.errors import EngineFailure
 from chatlm.common.jsontext import dump
 from chatlm.common.messages.requests import Delta, Piece, Usage
+from chatlm.common.text.reader import StreamDecoder
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
@@ -63,7 +63,7 @@ class Choice:
     """What an encoder keeps of one choice of an answer: its end, its blocks (of which OpenAI's streams keep
     the calls) and, for OpenAI's APIs, what is below."""
 
-    def __init__(self, index: int):
+    def __init__(self, index: int, tokenizer: Tokenizer):
         self.index = index
         self.done: Finished = None  # pyright: ignore[reportAttributeAccessIssue]  until it has ended
         self.blocks: list[Block] = []
@@ -72,7 +72,7 @@ class Choice:
         self.token_ids: list[int] = []              # for a whole body
         self.logprobs: dict[str, list[bytes]] = {}  # for a whole body, in JSON
         self.echoed = False                         # whether the prompt has been put before its text
-        self.utf8, self.offset = codecs.getincrementaldecoder("utf-8")("replace"), 0  # for text_offset
+        self.decoder, self.offset = StreamDecoder(tokenizer), 0  # for text_offset
 
     def block(self, delta: Delta) -> Block:
         """The block that grows: the last one or, for another kind or a call that begins, a new one."""
@@ -110,7 +110,8 @@ class Encoder:
         self.parsed, self.model, self.request = parsed, model, parsed.request
         self.tokenizer: Tokenizer = tokenizer  # pyright: ignore[reportAttributeAccessIssue]  who needs it has it
         self.repeated_bytes = len(parsed.repeated)
-        self.choices = [Choice(index) for index in range((len(self.request.prompts) or 1) * self.request.n)]
+        self.choices = [Choice(index, self.tokenizer) for index in
+                        range((len(self.request.prompts) or 1) * self.request.n)]
 
     def start(self, accepted: Accepted) -> bytes:
         return b""                     # the headers alone tell that the request was accepted

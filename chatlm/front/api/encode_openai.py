@@ -25,13 +25,10 @@ def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]
     """A token as log-probabilities show it, and its bytes.
 
     Special tokens show their name; a piece of a character is escaped as OpenAI does."""
-    if name := tokenizer.special_names.get(token):
-        return name, None
-    spelled = tokenizer.token_bytes(token)
-    try:
-        return spelled.decode(), list(spelled)
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled), list(spelled)
+    text, spelled = tokenizer.whole_text(token), tokenizer.token_bytes(token)
+    if text is None:
+        text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+    return text, None if token in tokenizer.special_names else list(spelled)
 
 
 NOTHING = Piece()
@@ -242,7 +239,7 @@ class CompletionEncoder(OpenAIEncoder):
             offsets.append(choice.offset)
             name = self.tokenizer.special_names.get(token)
             choice.offset += len(name) if name and written.startswith(name, choice.offset) else \
-                len(choice.utf8.decode(self.tokenizer.token_bytes(token)))
+                len(choice.decoder.push(token))
             tops.append(None if logprob is None else {
                 token_text(self.tokenizer, likely)[0]: logprob_number(its_logprob)
                 for likely, its_logprob in (*top, (token, logprob))})

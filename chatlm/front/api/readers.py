@@ -441,8 +441,5 @@ async def read_text(route: str, raw: bytes | bytearray, prompts: PromptMaker, kn
 
 def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
     """llama-server's `piece`: a string, or a list of bytes if they are not whole characters."""
-    spelled = tokenizer.shown_bytes(token)
-    try:
-        return spelled.decode()
-    except UnicodeDecodeError:
-        return list(spelled)
+    text = tokenizer.whole_text(token)
+    return list(tokenizer.shown_bytes(token)) if text is None else text

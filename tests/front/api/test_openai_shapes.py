@@ -9,6 +9,9 @@ import urllib.request
 
 import pytest
 
+from chatlm.front.api.encode_openai import token_text
+from chatlm.front.api.readers import piece_body
+from fake_pool import Letters
 from real_server import server
 
 HI = [{"role": "user", "content": "What is the capital of Japan?"}]
@@ -428,3 +431,11 @@ def test_the_template_s_text_is_what_a_chat_is_computed_from(url):
 def test_nonsense_to_the_tokenizer_is_400(url, path, body):
     status, _, answer = call(url, path, body)
     assert status == 400 and answer["error"]["param"]
+
+
+def test_a_token_has_the_same_characters_as_a_log_probability_and_as_a_piece():
+    tokenizer = Letters()
+    for token, text in ((97, "a"), (0xc3, None), (256, "<|end|>")):
+        spelled = tokenizer.shown_bytes(token)
+        assert tokenizer.whole_text(token) == text and piece_body(tokenizer, token) == (list(spelled) if text is None else text)
+        assert token_text(tokenizer, token) == (text or "bytes:\\xc3", None if token == 256 else list(spelled))

@@ -1,0 +1,231 @@
+"""The event streams of a server at --url: one reader for all routes, which resumes what breaks off."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
+from chatlm.common.messages.requests import Delta, Finished, Piece, PromptProgress, Usage
+from chatlm.front.api.encode import PROGRESS_FIELDS
+from chatlm.front.lazy import aiohttp
+
+if TYPE_CHECKING:
+    from chatlm.terminal.remote import RemotePool
+
+
+async def server_events(content) -> AsyncGenerator[tuple[int | None, dict], None]:
+    """The number, where the server numbers them, and the JSON object of each event up to [DONE].
+
+    An event counts once the empty line after it has come. ValueError for one that is no JSON object."""
+    number, data, rest = None, [], b""
+    async for chunk in content.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            name, _, value = line.removesuffix(b"\r").partition(b":")
+            value = value.removeprefix(b" ")
+            if name == b"id" and value.isdigit():
+                number = int(value)
+            elif name == b"data":
+                data.append(value)
+            elif not (name or value):
+                if data == [b"[DONE]"]:
+                    return
+                if data:
+                    if not isinstance(event := json.loads(b"\n".join(data)), dict):
+                        raise ValueError("an event is not a JSON object")
+                    yield number, event
+                number, data = None, []
+
+
+class EventStream:
+    """The answer of a server to one POST: its events, resumed if the connection breaks and the server can.
+
+    `ends` tells the event that ends the answer. One that is closed before is cancelled on the server."""
+
+    RESUME_S = (0.2, 0.5, 1, 2, 5, 5, 5, 5)  # pauses before each attempt to resume; GRACE_S is longer
+
+    def __init__(self, pool: RemotePool, ends: Callable[[dict], Any], request_id: str = ""):
+        self.pool, self.ends, self.request_id = pool, ends, request_id
+        self.response: Any = None
+        self.next: int | None = None  # number of the next event, if the server numbers them
+        self.whole = False            # has the event that ends it come?
+        self.pauses_s = iter(self.RESUME_S)  # those left until one more event has come
+
+    async def post(self, *routes: tuple[str, dict]) -> str:
+        """Ask the first of these routes that the server has, and return it. Raises the server's refusal."""
+        headers, last = {"X-Request-Id": self.request_id} if self.request_id else {}, routes[-1][0]
+        for path, body in routes:
+            self.response = await self.pool.ask("POST", path, json=body, headers=headers)
+            if self.response.status != 200:
+                error = await refusal(self.response)
+                if path == last or self.response.status not in (404, 405) or error.code == "model_not_found":
+                    raise error
+                continue
+            break
+        return path
+
+    async def events(self) -> AsyncGenerator[dict, None]:
+        while True:
+            try:
+                async with aclosing(server_events(self.response.content)) as events:
+                    async for number, event in events:
+                        if number is not None:
+                            self.next, self.pauses_s = number + 1, iter(self.RESUME_S)
+                        self.whole = self.whole or bool(self.ends(event))
+                        yield event
+                        if event.get("done"):
+                            return
+                if self.whole:
+                    return
+                raise aiohttp.ClientPayloadError("it ended early")
+            except connection_errors() as error:
+                self.response.close()
+                if not await self._resume():
+                    if self.whole:  # only figures are missing
+                        return
+                    raise broken(self.pool.url, error) from None
+
+    async def _resume(self) -> bool:
+        """Ask for the rest; False if the server does not have it."""
+        for pause_s in self.pauses_s if self.next is not None else ():
+            await asyncio.sleep(pause_s)
+            with suppress(ChatServerError):
+                self.response = await self.pool.ask("GET", f"v1/streams/{self.request_id}?from={self.next}")
+                if self.response.status == 200:
+                    return True
+                self.response.close()
+                if self.response.status < 500:
+                    break
+        return False
+
+    async def close(self):
+        self.response.close()
+        if self.request_id and not self.whole:
+            with suppress(ChatServerError):
+                timeout = aiohttp.ClientTimeout(total=5)
+                (await self.pool.ask("POST", f"v1/cancel/{self.request_id}", timeout=timeout)).close()
+
+
+class AnswerReader:
+    """Reads the events of an answer, of /v1 or of the native API."""
+
+    def __init__(self):
+        self.ending: dict = {}  # finish_reason, usage, timings ... as they come
+        self.pieces, self.begin_s, self.first_s = 0, time.monotonic(), 0.0
+
+    @staticmethod
+    def end_of(body: dict) -> dict:
+        """The finish_reason and stop_reason in an event; {} before the answer has ended."""
+        choice = (body.get("choices") or [{}])[0]
+        reason = body.get("finish_reason") or choice.get("finish_reason")
+        reason = reason or ("stop" if body.get("done") else "")
+        return {"finish_reason": reason,
+                "stop_reason": body.get("stop_reason", choice.get("stop_reason"))} if reason else {}
+
+    def read(self, body: dict) -> Piece | PromptProgress | None:
+        """What an event adds; None if nothing. Raises the server's error if it is one."""
+        if "error" in body:
+            raise remote_error(body, 500)
+        self.ending |= self.end_of(body)
+        self.ending |= {name: body[name] for name in ("usage", "timings", "gpu")
+                        if body.get(name) is not None}
+        if progress := object_in(body, "progress"):
+            counts: Any = {name: progress[name] if type(progress.get(name)) is int else 0
+                           for name in PROGRESS_FIELDS}
+            fraction = object_in(progress, "loading").get("fraction")
+            return PromptProgress(**counts, loading=fraction if type(fraction) in (int, float) else None)
+        choice = (body.get("choices") or [{}])[0]
+        delta = choice.get("delta") or choice
+        reasoning = body.get("reasoning") or delta.get("reasoning_content") or delta.get("reasoning")
+        text = body.get("token") or delta.get("content") or delta.get("text")
+        deltas = tuple(Delta(kind, str(new))
+                       for kind, new in (("reasoning", reasoning), ("text", text)) if new)
+        if not deltas:
+            return None
+        self.first_s = self.first_s or time.monotonic()
+        self.pieces += 1
+        return Piece(deltas=deltas, gpu=body.get("gpu", 0))
+
+    def finished(self) -> Finished:
+        """The server's final figures; those it left out are measured here, counting a piece as a token."""
+        done = self.ending
+        usage, timings = done.get("usage") or {}, done.get("timings") or {}
+        prompt, completion = (usage.get(f"{name}_tokens_details") or {} for name in ("prompt", "completion"))
+        since_first_s = time.monotonic() - self.first_s
+        speed = (self.pieces - 1) / since_first_s if self.pieces > 1 and since_first_s > 0.1 else None
+        ttft_ms = (self.first_s - self.begin_s) * 1e3 if self.first_s else 0.0
+        count = Usage(
+            usage.get("prompt_tokens", 0), usage.get("completion_tokens", self.pieces),
+            usage.get("cached_tokens") or prompt.get("cached_tokens") or 0,
+            usage.get("reasoning_tokens") or completion.get("reasoning_tokens") or 0,
+            timings.get("drafted_tokens", 0), timings.get("accepted_tokens", 0))
+        return Finished(
+            done["finish_reason"], done.get("stop_reason"), count, timings.get("queue_ms", 0.0),
+            timings.get("ttft_ms", ttft_ms), timings.get("tokens_per_second", speed),
+            done.get("gpu", timings.get("gpu", 0)), dropped_messages=timings.get("dropped_messages", 0))
+
+
+async def compared_at(pool: RemotePool, body: dict) -> AsyncGenerator[dict, None]:
+    """The events of the server's /v1/compare."""
+    stream = EventStream(pool, lambda event: "done" in event)
+    try:
+        await stream.post(("v1/compare", body))
+        async with aclosing(stream.events()) as events:
+            async for event in events:
+                if "error" in event and "index" not in event:  # of the whole comparison
+                    raise remote_error(event, 500)
+                yield event
+    finally:
+        if stream.response is not None:
+            await stream.close()
+
+
+def object_in(body: dict, name: str) -> dict:
+    """The JSON object in a member of `body`; {} if there is none."""
+    return member if isinstance(member := body.get(name), dict) else {}
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    return aiohttp.ClientError, asyncio.TimeoutError, OSError
+
+
+def reason_of(error: Exception) -> str:
+    """Why a connection failed, without aiohttp's internals."""
+    cause = getattr(error, "os_error", error)
+    code = getattr(cause, "errno", None) or 0
+    if code > 0:
+        return os.strerror(code)
+    return getattr(cause, "strerror", None) or str(cause) or "timed out"
+
+
+def broken(url: str, error: Exception) -> EngineFailure:
+    return EngineFailure(f"the connection to {url} broke: {reason_of(error)}")
+
+
+async def refusal(response) -> ChatServerError:
+    body = None
+    with suppress(ValueError):
+        body = await response.json(content_type=None)
+    response.close()
+    retry = response.headers.get("Retry-After", "")
+    return remote_error(body, response.status, int(retry) if retry.isdigit() else 1)
+
+
+def remote_error(body, status: int, retry_after_s: int = 1) -> ChatServerError:
+    """The server's error, from a body or a stream event, as the exception it was on the server."""
+    body = body if isinstance(body, dict) else {}
+    error = object_in(body, "error")
+    message = str(error.get("message") or body.get("detail") or body.get("error")
+                  or f"the server answered with {status}")
+    if status in (429, 503) or error.get("type") == Overloaded.type:
+        return Overloaded(message, retry_after_s=retry_after_s, status=429 if status == 429 else 503)
+    if status < 500 or error.get("type") == RequestError.type:
+        return RequestError(
+            message, status=min(status, 499), code=error.get("code"), param=error.get("param"))
+    return EngineFailure(message)
