@@ -17,7 +17,7 @@ from chatlm.common.errors import ConfigError, printable
 from chatlm.worker.model.tensors import Cut, Unread
 from chatlm.worker.ops.basic import AdapterMatrix
 from chatlm.worker.weights.assemble import file_shapes
-from chatlm.worker.weights.lora import Change, read_adapter, refuse_other_base
+from chatlm.worker.weights.lora import Change, read_adapter
 
 if TYPE_CHECKING:
     from chatlm.worker.weights.assemble import Sources
@@ -68,11 +68,11 @@ class AdapterReader:
         shapes = file_shapes(self.adaptable.sources) | unread
         whole = {theirs: (sum(shapes[place.name][0] for place in at), *shapes[at[0].name][1:])
                  for theirs, at in places.items()}
-        refuse_other_base(folder, self.adaptable.names)
         parts: dict[str, list[Part]] = {}  # by the whole model's names
         rows = {theirs: (ours, before) for ours, (_, all_of) in self.adaptable.sources.items()
                 for theirs, before in zip(all_of, rows_before(all_of.values()))}
-        for theirs, changes in read_adapter(folder, whole | unread).items():
+        added = read_adapter(folder, whole | unread, self.adaptable.names)
+        for theirs, changes in added.items():
             for change in changes if theirs not in unread else ():
                 if not isinstance(change, Change):
                     raise ConfigError(f"{folder}: it has a whole matrix {theirs.removesuffix('.weight')} "

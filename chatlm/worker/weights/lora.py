@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, named, printable, require_library, shown
-from chatlm.common.hub.adapters import is_other_base, wrong_base
+from chatlm.common.hub.adapters import is_other_base
 from chatlm.common.log import log
 from chatlm.worker.weights.assemble import read_safetensors_file
 from chatlm.worker.weights.finite import all_below
@@ -122,29 +122,38 @@ def add_adapters(settings: Settings, shapes: Mapping[str, tuple],
     return added, f"; LoRA {names} merged into {len(added)} matrices" if added else ""
 
 
-def refuse_other_base(folder: Path, names: Seq[str]):
-    """ConfigError if an adapter says that it is for a model of another name."""
-    path = folder / "adapter_config.json"
-    base = read_json(path).get("base_model_name_or_path")
-    if is_other_base(base, names):
-        raise wrong_base(path, base, names)
-
-
-def warn_of_other_base(path: Path, base, names: Iterable[str]):
-    """A line in the log if an adapter says that it is for a model of another name."""
-    if is_other_base(base, names := [*names]):
-        log.warning("%s: this adapter was made for %s (base_model_name_or_path), and the model is %s: unless "
-                    "they have the same weights, its answers will be wrong", path, shown(base),
-                    printable(next(iter(names))))
+def other_base(base, names: Iterable[str]) -> str:
+    """What to say of an adapter that was made for a model of another name; "" if it was not."""
+    if not is_other_base(base, names := [*names]):
+        return ""
+    return (f"this adapter was made for {shown(base)} (base_model_name_or_path), and the model is "
+            f"{printable(names[0])}")
 
 
 def read_adapter(folder: Path, shapes: Mapping[str, tuple],
                  names: Iterable[str] = ()) -> dict[str, list[Change | Copy]]:
-    """What one adapter changes in each matrix. See peft's tuners/lora: scaling is alpha / rank, or alpha /
-    sqrt(rank) with rslora."""
+    """What one adapter changes in each matrix. One that was made for a model of another name is refused if
+    it does not fit; else a warning says so, for the name may be a folder on another machine."""
+    path = folder / "adapter_config.json"
+    config = lora_config(path)
+    other = other_base(config.get("base_model_name_or_path"), names)
+    try:
+        changes = fitting_changes(folder, config, shapes)
+    except ConfigError as error:
+        if not other:
+            raise
+        raise ConfigError(f"{error}; {other}") from None
+    if other:
+        log.warning("%s: %s: unless they have the same weights, its answers will be wrong", path, other)
+    return changes
+
+
+def fitting_changes(folder: Path, config: dict,
+                    shapes: Mapping[str, tuple]) -> dict[str, list[Change | Copy]]:
+    """What an adapter with this config changes in matrices of these shapes. See peft's tuners/lora: scaling
+    is alpha / rank, or alpha / sqrt(rank) with rslora."""
     path, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    config, (modules, copies) = lora_config(path), lora_pairs(tensors)
-    warn_of_other_base(path, config.get("base_model_name_or_path"), names)
+    modules, copies = lora_pairs(tensors)
     config |= {key: fitted_values(path, config[key], modules) for key in ("rank_pattern", "alpha_pattern")}
     targets = config.get("target_modules")
     rule = Rule(str, many=True, optional=True)

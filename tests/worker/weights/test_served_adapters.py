@@ -147,7 +147,8 @@ def broken(folder):
         config.write_text(json.dumps(good | keys))
 
     yield (lambda: rewrite(use_dora=True)), "use_dora is true; adapters with it are not supported"
-    yield (lambda: rewrite(base_model_name_or_path="some/Llama-3.2-1B")), "was made for .*Llama-3.2-1B.* and the model is base"
+    yield (lambda: rewrite({first: tensors[first][:, :-1].clone()}, base_model_name_or_path="some/Llama-3.2-1B")), (
+        "of the shapes .* was made for .*Llama-3.2-1B.* and the model is base")
     yield (lambda: rewrite({first: tensors[first][:, :-1].clone()})), "of the shapes"
     yield (lambda: rewrite({"base_model.model.lm_head.weight": torch.zeros(288, 64)}, modules_to_save=["lm_head"])), (
         r"whole matrix lm_head \(modules_to_save\), which cannot be served beside the base; --lora merges it")
@@ -183,10 +184,14 @@ def test_an_adapter_of_routed_experts_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_that_the_operator_gives_the_model_tells_that_an_adapter_fits(tmp_path):
+def test_an_adapter_that_fits_but_names_another_base_is_served_with_a_warning_unless_the_operator_gives_the_model_that_name(tmp_path, caplog):
     model = make_model("llama3.1")
     folder = save(model, tmp_path / "base")
     adapt(model, tmp_path / "adapter", targets=["q_proj"])
     config = tmp_path / "adapter" / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "some/Llama-3.2-1B"}))
-    assert adapter_reader(load(folder, served_model_name=("llama-3.2-1b",)))(tmp_path / "adapter")
+    for name in ("some/Llama-3.2-1B", "/content/model"):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": name}))
+        assert adapter_reader(load(folder, served_model_name=(name,)))(tmp_path / "adapter") and "was made for" not in caplog.text
+        assert adapter_reader(load(folder))(tmp_path / "adapter")
+        assert f'this adapter was made for "{name}" (base_model_name_or_path), and the model is base: unless' in caplog.text
+        caplog.clear()
