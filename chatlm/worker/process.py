@@ -21,13 +21,13 @@ from chatlm.common.config import PAGE_SIZE, ranks_per_replica, store_place
 from chatlm.common.core import decode_core, kernels_line
 from chatlm.common.errors import ConfigError, RanksFailed, named
 from chatlm.common.hub.find import resolve_model
-from chatlm.common.hub.steps import refuse_changed
+from chatlm.common.hub.stamps import refuse_changed
 from chatlm.common.log import CalmLog, log
 from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import (
     AdapterLoaded, CacheEmptied, Cancel, DropAdapter, EmptyCache, EndOfRequest, EndThinking, LoadAdapter,
     Loading, ModelCard, NO_GAUGES, NewAnswer, NewPrompt, NewRequest, Ping, Ready, Stepped)
-from chatlm.common.messages.requests import Failed, ModelFacts
+from chatlm.common.messages.requests import Failed, ModelFacts, ThinkingEnds
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import threads_per_worker
 from chatlm.common.processes.torchrun import ranks_here
@@ -73,6 +73,7 @@ def run_rank(channel: Channel, config: RankConfig):
         channel.send(Ready({}))
         channel.receive(wait=True, most=1)  # all others have found theirs
     _, transformer, _, context, _ = build_transformer(model, source, settings, device, progress, ranks)
+    refuse_changed(source, settings.lora)
     steps = transformer.kernels.backend.make_steps(transformer, settings.max_batch, context)
     give_memory_back()
     channel.send(Ready({}))
@@ -92,7 +93,7 @@ def run_rank(channel: Channel, config: RankConfig):
 
 def run_worker(channel: Channel, config: WorkerConfig):
     source = config.source or resolve_model(config.settings, lambda *at: channel.send(Loading(*at)))
-    refuse_changed(source.path, source.stamp)
+    refuse_changed(source, config.settings.lora)
     threads = min(config.threads, threads_per_worker(ranks_here(config.settings)))
     config = replace(config, source=source, threads=threads)
     run_engine(channel, start_engine(channel, config), config)
@@ -115,7 +116,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     if ranks:
         ranks.wait_ready(progress)
     if config.source:
-        refuse_changed(config.source.path, config.source.stamp)  # while it was read
+        refuse_changed(config.source, settings.lora)  # while it was read
     engine.warm_up(partial(progress, "warming up"))
     if stamp and not ranks and device.type == "cpu":
         keep_prefixes(engine, config, files, stamp)
@@ -265,6 +266,7 @@ def device_use(device: torch.device, second: int, pids: tuple) -> tuple[int, int
     return used * page, os.sysconf("SC_PHYS_PAGES") * page, None
 
 
+LOADING_S = 0.05  # between two looks at adapters that are being read, while nothing is computed
 MAX_FAILURES = 3  # failed steps in a row that a worker survives; one more, and it is replaced
 
 
@@ -276,7 +278,9 @@ class Inbox:
         self.params: dict[str, AnswerParams] = {}                 # by request
         self.prompts: dict[str, dict[int, tuple[int, ...]]] = {}  # by request, then by index
         self.empties_cache = False  # once nothing is computed
+        self.dropped: set[str] = set()  # adapters to forget once they are read
         self.loading: dict[str, str] = {}  # adapters that are being read: id -> folder
+        self.waiting: dict[str, list[Assignment]] = {}  # answers that need them, by adapter
 
     def obey(self, message):
         match message:
@@ -286,20 +290,29 @@ class Inbox:
                 self.prompts[id][index] = ids
             case NewAnswer(id, request, prompt, choice, max_tokens, resumed_ids, scored, thinking_ends, told):
                 ids, params = self.prompts[request][prompt], self.params[request]
-                self.end_loading(params.adapter)
-                self.engine.add(Assignment(id, ids, params, max_tokens, choice, resumed_ids, scored,
-                                           thinking_ends, told))
+                work = Assignment(id, ids, params, max_tokens, choice, resumed_ids, scored, thinking_ends,
+                                  told)
+                if params.adapter in self.loading:
+                    self.waiting.setdefault(params.adapter, []).append(work)
+                else:
+                    self.engine.add(work)
+            case EndThinking(id) if self.waits(id):
+                self.engine.events.append((id, ThinkingEnds(None)))
             case EndThinking(id):
                 self.engine.end_thinking(id)
+            case Cancel(id) if self.waits(id):
+                self.waiting = {adapter: [work for work in works if work.id != id]
+                                for adapter, works in self.waiting.items()}
             case Cancel(id):
                 self.engine.cancel(id)
             case EndOfRequest(id):
                 del self.params[id], self.prompts[id]
-            case LoadAdapter(id, folder):
+            case LoadAdapter(id, folder, stamp, digest):
                 self.loading[id] = folder
-                self.engine.adapters.begin(id, Path(folder))
+                self.engine.adapters.begin(id, Path(folder), stamp, digest)
+            case DropAdapter(id) if id in self.loading:
+                self.dropped.add(id)
             case DropAdapter(id):
-                self.end_loading(id)
                 drop_adapter(self.engine, id)
             case EmptyCache():
                 self.empties_cache = True
@@ -308,15 +321,21 @@ class Inbox:
             case _:
                 raise BadMessage(f"unexpected message from the front: {type(message).__name__}")
 
-    def tell_loaded(self, wait: bool):
-        """Tell the front which adapters have been read; or `wait` for all."""
-        for adapter_id in [*self.loading]:
-            if wait or self.engine.adapters.has_ended(adapter_id):
-                self.end_loading(adapter_id)
+    def waits(self, answer_id: str) -> bool:
+        """Does this answer wait for its adapter to be read?"""
+        return any(work.id == answer_id for works in self.waiting.values() for work in works)
 
-    def end_loading(self, adapter_id: str):
-        if folder := self.loading.pop(adapter_id, None):
-            self.tell(self.loaded(adapter_id, folder))
+    def end_loading(self):
+        """Tell the front which adapters have been read, and begin the answers that waited for them."""
+        for adapter_id in [*self.loading]:
+            if not self.engine.adapters.has_ended(adapter_id):
+                break  # they are read one after the other
+            self.tell(self.loaded(adapter_id, self.loading.pop(adapter_id)))
+            if adapter_id in self.dropped:
+                self.dropped.remove(adapter_id)
+                drop_adapter(self.engine, adapter_id)
+            for work in self.waiting.pop(adapter_id, ()):
+                self.engine.add(work)
 
     def loaded(self, adapter_id: str, folder: str) -> AdapterLoaded:
         try:
@@ -339,8 +358,9 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
         events = []
 
     while True:
-        inbox.tell_loaded(wait=not engine.busy)  # while nothing is computed, nobody minds waiting
-        for message in channel.receive(wait=not engine.busy and not (engine.keeper and engine.keeper.behind)):
+        inbox.end_loading()
+        idle = not engine.busy and not (engine.keeper and engine.keeper.behind)
+        for message in channel.receive(wait=idle, patience_s=LOADING_S if inbox.loading else None):
             inbox.obey(message)
         try:
             if engine.ranks:

@@ -15,6 +15,25 @@ SHRUNK_RANKS = 4        # the kernel takes so many at once
 TYPES = {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2}       # Weight's float types
 
 
+class PackedAdapter(_core.Adapter):
+    """An adapter, and the bytes that it holds: its parts lie in huge pages, so a small one has one of these."""
+
+    HUGE_PAGE = 2 << 20         # as in tiles.cpp
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.nbytes = self.free = 0
+
+    def hold(self, *sizes: int) -> None:
+        """Parts of these sizes, one after the other: each goes to the last segment, or to a new one."""
+        for size in sizes:
+            size += -size % 64
+            if size > self.free:
+                self.free = size + -size % self.HUGE_PAGE
+                self.nbytes += self.free
+            self.free -= size
+
+
 class AdaptedMatrices:
     """The matrices of a Program that adapters may change, by name: in the place of a step's adapters when recording."""
 
@@ -31,10 +50,10 @@ class AdaptedMatrices:
         self.numbers[name] = len(self.numbers), matrix, gated
         return len(self.numbers) - 1
 
-    def pack(self, matrices: Mapping[str, Any]) -> _core.Adapter:
+    def pack(self, matrices: Mapping[str, Any]) -> PackedAdapter:
         """An adapter of matrices with `a` (R, K) and `b` (N, R), of one float type, and `scales` (R) float32. ValueError for a
         name or a shape that the program has not."""
-        adapter = _core.Adapter(len(self.numbers))
+        adapter = PackedAdapter(len(self.numbers))
         for name, its in matrices.items():
             if name not in self.numbers:
                 raise ValueError(f"{name}: the program has no such matrix")
@@ -49,6 +68,7 @@ class AdaptedMatrices:
             tiles, packed = packed_tiles(b, gated)
             a = pairs(a.view(-1, 2, 2, K // 16, 16).movedim(3, 1)).contiguous()     # (R / 4, K / 16, 2, 32)
             adapter.add(number, TYPES[str(a.dtype)], len(scales), K, a.data_ptr(), scales.data_ptr(), packed.data_ptr(), packed.nbytes, tiles)
+            adapter.hold(a.nbytes, packed.nbytes, scales.nbytes, 16 * len(tiles))
         return adapter
 
 

@@ -31,7 +31,7 @@ EXAMPLES = [
                                  stop=("\n", "ü\u2028"), stop_token_ids=(1,), grammar="start: x", client="alice")),
     NewRequest("s", AnswerParams()), NewPrompt("r", 127, tuple(range(3000))), NewPrompt("r", 0, ()),
     NewAnswer("r#3", "r", 0, 3, 2**40, (1, 2, 3), 5, 2), Cancel("r#3"), EndThinking("r#3"), EndOfRequest("r"), Ping(), EmptyCache(), CacheEmptied(True),
-    LoadAdapter("law#1", "/adapters/law"), DropAdapter("law#1"), AdapterLoaded("law#1", "no such file", 5, "00"), Loading("weights", 0.25),
+    LoadAdapter("law#1", "/adapters/law", (("/adapters/law/a", 5, 7),), "00"), DropAdapter("law#1"), AdapterLoaded("law#1", "no such file", 5, "00"), Loading("weights", 0.25),
     ModelCard(TEXT, "a", 4096, ("one", "two"), {"sample": "numpy"}, True), Ready({"running": 0}), Unusable("no such file"), Crashed("KeyError: 1", "Traceback ..."),
     SandboxConfig(Known(Settings(), "m", None), TEXT, 4096, 1.5, 1 << 30), Task("fill", [{"a": [1, None]}, "x"]), Begun(),
     Body(bytes(range(256)) * 3), Body(b""), Result(None), Result([1, {"a": "\ud800"}]), Refused("no", 400, None, "tools"),

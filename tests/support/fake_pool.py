@@ -72,6 +72,11 @@ class FakePool:
         self.failure = None
         self.on_progress = lambda stage, fraction: None
 
+    async def _current():
+        """Its files do not change."""
+
+    version = SimpleNamespace(number=0, current=_current)
+
     async def read_large(self, reader, body, client, owner, names=()):
         known = Known(Settings(), self.model_name, self.tokenizer.tool_format)
         return await asyncio.to_thread(read_answer, reader, body, known)

@@ -36,6 +36,13 @@ OPTIONS = {         # model -> the options of its adapter
     "gemma4": {"targets": [*LINEAR, "per_layer_model_projection", "per_layer_input_gate", "per_layer_projection"]}, "gemma4moe": {"targets": LINEAR}}
 
 
+def shapes_of(base):
+    """The layers of a tiny llama, and the shapes of some of its modules, as random_adapter takes them."""
+    config = json.loads((base / "config.json").read_text())
+    C, F, q = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"] * config["head_dim"]
+    return config["num_hidden_layers"], {"self_attn.q_proj": (q, C), "mlp.down_proj": (C, F), "mlp.up_proj": (F, C)}
+
+
 def random_adapter(folder, layers, shapes, seed=0, rank=4, size=0.05, dtype=torch.float32, **config):
     """An adapter as peft saves it, for modules of each layer with these shapes (out, in): name -> shape."""
     random, tensors = torch.Generator().manual_seed(seed), {}

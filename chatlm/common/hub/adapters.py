@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence as Seq
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from chatlm.common.config import ADAPTER_NAME
-from chatlm.common.errors import ConfigError, require_folder, shown
-from chatlm.common.hub.folder import folders_below, stamp_of
+from chatlm.common.errors import ConfigError, require_folder
+from chatlm.common.hub.folder import folders_below
+from chatlm.common.hub.stamps import ADAPTER_FILES, Stamp, adapter_stamp
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_FILES
+HUGE_PAGE = 2 << 20
 
 
 class AdapterFiles(NamedTuple):
@@ -20,17 +22,18 @@ class AdapterFiles(NamedTuple):
 
     name: str
     folder: Path
-    stamp: tuple[tuple[str, int, int], ...]  # of each file: name, size, time of its last change in ns
+    stamp: Stamp
 
     @property
     def nbytes(self) -> int:
-        """About what a worker needs for it."""
-        return sum(size for _, size, _ in self.stamp)
+        """About what a worker needs for it, until one has said it. decode_core gives each its own pages."""
+        size = sum(size for _, size, _ in self.stamp)
+        return size + -size % HUGE_PAGE
 
 
 def adapter_at(folder: Path, name: str = "") -> AdapterFiles | None:
     """The adapter in a folder; None where one of its files is missing, empty or unreadable."""
-    stamp = stamp_of(folder, (CONFIG, WEIGHTS))
+    stamp = adapter_stamp(folder)
     there = stamp and all(size for _, size, _ in stamp)
     return AdapterFiles(name or folder.name, folder, stamp) if there else None
 
@@ -110,8 +113,3 @@ def is_other_base(base, names: Iterable[str]) -> bool:
     wanted = short_name(base) if isinstance(base, str) else ""
     has = [short for name in names if (short := short_name(name))]
     return bool(wanted and has) and not any(wanted.endswith(name) or name.endswith(wanted) for name in has)
-
-
-def wrong_base(path: Path, base, names: Seq[str]) -> ConfigError:
-    return ConfigError(f"{path}: this adapter was made for {shown(base)} (base_model_name_or_path), and the "
-                       f"model is {names[0]}; if they have the same weights, --served-model-name may say so")

@@ -18,6 +18,7 @@ from chatlm.common.hub.huggingface import (
     SHORT_NAMES, SPLIT_GGUF, fetch_from_hub, hub_model, models_among, other_weights)
 from chatlm.common.hub.local import (
     choose_checkpoint, explicit_choice, find_checkpoints, home_folder, no_progress)
+from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.log import log
 from chatlm.common.messages.requests import ModelSource
 
@@ -37,9 +38,9 @@ def resolve_model(settings: Settings, progress: Progress = no_progress) -> Model
 
     Raises ConfigError if it is missing (the message lists what is there) or unreadable."""
     try:
-        if settings.model is None:
-            return find_default(settings, progress)
-        return find_model(settings.model, settings, progress)
+        source = (find_default(settings, progress) if settings.model is None else
+                  find_model(settings.model, settings, progress))
+        return replace(source, stamp=model_stamp(source.path, settings.lora))
     except (OSError, RuntimeError, ValueError) as error:  # no permission; ~nobody or a symlink loop; a NUL
         raise cannot_read(getattr(error, "filename", None) or settings.model or "the model", error) from None
 

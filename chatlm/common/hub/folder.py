@@ -13,6 +13,7 @@ from chatlm.common.config import ModelChoice
 from chatlm.common.errors import require_folder
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.common.hub.local import NANOCHAT_FOLDERS
+from chatlm.common.hub.stamps import Stamp, files_of, stamp_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -22,7 +23,7 @@ class Files(NamedTuple):
     """A model below a folder, and what tells whether its files have changed."""
 
     choice: ModelChoice
-    stamp: tuple[tuple[str, int, int], ...]  # of each file: name, size, time of its last change in ns
+    stamp: Stamp
 
 
 def find_models(folder: Path) -> list[Files]:
@@ -58,13 +59,13 @@ def folders_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 def models_in(place: Path, names: Seq[str]) -> Iterator[Files]:
     weights = [name for name in names if name.endswith(".safetensors")]
     if "config.json" in names and weights:
-        yield Files(ModelChoice(str(place), place.name), stamp_of(place, ["config.json", *weights]))
+        yield Files(ModelChoice(str(place), place.name), stamp_of(files_of(place)))
     parts: dict[str, list[str]] = {}
     for name in names:
         if name.lower().endswith(".gguf") and not name.lower().startswith("mmproj"):
             parts.setdefault(re.sub(SPLIT_GGUF, "", name).removesuffix(Path(name).suffix), []).append(name)
     for name, files in parts.items():
-        yield Files(ModelChoice(str(place / files[0]), name), stamp_of(place, files))
+        yield Files(ModelChoice(str(place / files[0]), name), stamp_of(place / file for file in files))
     source = NANOCHAT_FOLDERS.get(place.parent.name)
     steps = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"model_(\d+)\.pt", name)))
     for step in steps if source else ():
@@ -73,12 +74,4 @@ def models_in(place: Path, names: Seq[str]) -> Iterator[Files]:
         several, tag = len(steps) > 1, f"{place.name}@{step}"
         yield Files(ModelChoice(str(place / file), f"{name}@{step}" if several else name,
                                 (tag, *((f"{place.name}@latest",) if last else ()),
-                                 *((name,) if last and several else ()))), stamp_of(place, [file]))
-
-
-def stamp_of(place: Path, names: Seq[str]) -> tuple[tuple[str, int, int], ...]:
-    """() where a file has gone meanwhile."""
-    try:
-        return tuple((name, (status := (place / name).stat()).st_size, status.st_mtime_ns) for name in names)
-    except OSError:
-        return ()
+                                 *((name,) if last and several else ()))), stamp_of(files_of(place / file)))

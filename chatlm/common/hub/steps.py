@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Iterator, Sequence as Seq
 from pathlib import Path
 from typing import NamedTuple
 
-from chatlm.common.errors import ConfigError, require_folder
+from chatlm.common.errors import require_folder
 from chatlm.common.hub.adapters import CONFIG, WEIGHTS
 from chatlm.common.hub.local import NANOCHAT_FOLDERS
+from chatlm.common.hub.stamps import HF_FILES, Stamp, nanochat_tokenizers, stamp_of
 
 MOST_DEPTH = 3  # folders below the watched one
-# Of a Hugging Face folder, what a model is made of beside its weights. A trainer's own files come later.
-HF_FILES = frozenset((
-    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json"))
-Stamp = tuple[tuple[str, int, int], ...]
 
 
 class Step(NamedTuple):
@@ -61,17 +56,16 @@ def steps_in(place: Path, names: Seq[str]) -> Iterator[Step]:
         files = sorted(weights + [name for name in names if name in HF_FILES or name == CONFIG])
         needed = (WEIGHTS,) if adapts else ("config.json", *parts_of(weights))
         missing = next((name for name in needed if name not in names), "" if weights else "*.safetensors")
-        stamp = stamp_of(place / name for name in files)
+        stamp = unlinked_stamp([place / name for name in files])
         yield Step(place.parent, int(place.name[11:]), place, stamp, missing, adapts)
     if place.parent.name in NANOCHAT_FOLDERS:
-        tokenizers = [path for path in (place / "tokenizer.pkl", place / "tokenizer" / "tokenizer.pkl",
-                                        place.parent.parent / "tokenizer" / "tokenizer.pkl") if path.exists()]
+        tokenizers = [path for path in nanochat_tokenizers(place / "model_0.pt") if path.exists()]
         for name in names:
             if match := re.fullmatch(r"model_(\d{1,15})\.pt", name):
                 meta = f"meta_{match[1]}.json"
                 missing = "" if meta in names else meta
                 files = [place / name, *([] if missing else [place / meta]), *tokenizers[:1]]
-                yield Step(place, int(match[1]), place / name, stamp_of(files), missing)
+                yield Step(place, int(match[1]), place / name, unlinked_stamp(files), missing)
 
 
 def parts_of(weights: Seq[str]) -> list[str]:
@@ -82,22 +76,6 @@ def parts_of(weights: Seq[str]) -> list[str]:
             for stem, count in sorted(sets) for number in range(1, int(count) + 1)]
 
 
-def stamp_of(paths) -> Stamp:
-    """() where one of the files has gone meanwhile, or is no regular file but a link, say."""
-    stamp = []
-    for path in map(Path, paths):
-        try:
-            status = path.lstat()
-        except OSError:
-            return ()
-        if not stat.S_ISREG(status.st_mode):
-            return ()
-        stamp.append((str(path), status.st_size, status.st_mtime_ns))
-    return tuple(stamp)
-
-
-def refuse_changed(path: Path, stamp: Stamp):
-    """ConfigError if a checkpoint's files are not those any more that were seen complete: an answer that has
-    begun must not go on with other weights."""
-    if stamp and stamp_of(name for name, _, _ in stamp) != stamp:
-        raise ConfigError(f"{path} has changed or gone since it was found")
+def unlinked_stamp(files: Seq[Path]) -> Stamp:
+    """() also where one of the files is a link."""
+    return () if any(map(Path.is_symlink, files)) else stamp_of(files)

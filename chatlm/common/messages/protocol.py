@@ -127,6 +127,8 @@ class LoadAdapter:
 
     id: str      # new for each version of its files
     folder: str  # peft's
+    stamp: tuple[tuple[str, int, int], ...] = ()  # of these files; () where the front does not see them
+    digest: str = ""  # what another worker has told of them
 
 
 @wire_message(1 << 10)
@@ -143,7 +145,7 @@ class AdapterLoaded:
     id: str
     problem: str = ""
     nbytes: int = 0
-    digest: str = ""  # of its weights
+    digest: str = ""  # of its files
 
 
 @wire_message(1 << 16)

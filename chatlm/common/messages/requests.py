@@ -62,7 +62,7 @@ class ModelSource:
     name: str
     chosen: str             # one line for the start-up log
     alternatives: str = ""  # one line, "" when there were none
-    stamp: tuple[tuple[str, int, int], ...] = ()  # path, size and time in ns of files that must not change
+    stamp: tuple[tuple[str, int, int], ...] = ()  # of its files, which must not change: see model_stamp
 
 
 class ModelFacts(NamedTuple):
@@ -125,6 +125,7 @@ class Request:
     dropped_messages: int = 0      # how many were dropped so far
     resumable: bool = False        # a reader may leave its stream and come back
     unset: tuple[str, ...] = ()    # of the sampling, what a server at --url decides
+    version: int | None = None     # of the model's files, for which it was read
 
     def lasting(self) -> Request:
         """Without what nobody needs once the prompts are token ids: tools may take 25 times their JSON."""

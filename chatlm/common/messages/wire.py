@@ -156,11 +156,13 @@ class Channel:
     def send(self, message):
         self.connection.sendall(self.pipe.packed(message))
 
-    def receive(self, wait: bool, most: float = math.inf) -> list[Any]:
-        """Waiting messages, at most `most`; with `wait`, at least one. EOFError if the front is gone."""
-        messages = []
+    def receive(self, wait: bool, most: float = math.inf, patience_s: float | None = None) -> list[Any]:
+        """Waiting messages, at most `most`; with `wait`, at least one, unless none comes for `patience_s`.
+        EOFError if the front is gone."""
+        messages, patience_ms = [], None if patience_s is None else 1e3 * patience_s
         unread = getattr(self.connection, "pending", lambda: 0)  # what TLS has decrypted ahead
-        while len(messages) < most and (unread() or self.poll.poll(None if wait and not messages else 0)):
+        while len(messages) < most and (
+                unread() or self.poll.poll(patience_ms if wait and not messages else 0)):
             kind, size = self.pipe.kind_and_size(self._read(HEADER.size))
             messages.append(unpacked(kind, self._read(size)))
         return messages

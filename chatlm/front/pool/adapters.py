@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable, Sequence as Seq
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, without_folders
-from chatlm.common.hub.adapters import adapters_in, named_adapters
+from chatlm.common.hub.adapters import adapter_at, adapters_in, named_adapters
+from chatlm.common.hub.stamps import adapter_stamp
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import AdapterLoaded, DropAdapter, LoadAdapter
 from chatlm.front.pool.worker import State
@@ -30,13 +33,18 @@ class Adapter:
     watched: bool = False     # it goes when its folder does
     problems: dict[int, str] = field(default_factory=dict)  # worker's number -> why it cannot compute it
     loaded: set[int] = field(default_factory=set)  # workers' numbers
-    nbytes: int = 0
+    nbytes: int = 0           # as a worker told
     digest: str = ""          # of its weights
     retired: bool = False     # new answers do not take it any more
 
     @property
     def name(self) -> str:
         return self.files.name
+
+    @property
+    def bytes(self) -> int:
+        """In a worker; until one has read it, about so many."""
+        return self.nbytes or self.files.nbytes
 
     @property
     def problem(self) -> str:
@@ -57,17 +65,19 @@ class PoolAdapters:
 
     def __init__(self, settings: Settings, workers: Seq[Worker]):
         """ConfigError for what --adapter says, as far as that can be seen without reading weights."""
-        self.workers = workers
+        self.settings, self.workers = settings, workers
         named, self.folders = named_adapters(settings.adapter)
         self.all: dict[str, Adapter] = {}      # by id; those that a worker may still have
         self.serving: dict[str, Adapter] = {}  # by name
         self.gone: set[str] = set()            # names of those that went with their files
         self.before: dict[str, tuple] = {}     # folder -> stamp of its files, at the last look
+        self.refused: dict[str, tuple] = {}    # folder -> stamp of its files that cannot be served
+        self.held: Counter[str] = Counter()    # ids -> how many requests have them
         self.numbers = itertools.count(1)
         self.started = False                   # then no problem ends the server
         self.taken: Callable[[], Seq[str]] = lambda: ()  # names that an adapter may not have
         self.admit: Callable[[int], None] = lambda nbytes: None  # ConfigError: no room for so many more bytes
-        self.refused: dict[str, tuple] = {}    # folder -> stamp of the version for which there was no room
+        self.roomless: dict[str, tuple] = {}   # folder -> stamp of the version for which there was no room
         for files in named:
             self.serve(files, required=True)
         for files in itertools.chain.from_iterable(map(adapters_in, self.folders)):
@@ -80,8 +90,8 @@ class PoolAdapters:
 
     @property
     def nbytes(self) -> int:
-        """About what all of them take in all workers."""
-        return len(self.workers) * sum(adapter.files.nbytes for adapter in self.all.values())
+        """What all of them take in all workers."""
+        return len(self.workers) * sum(adapter.bytes for adapter in self.all.values())
 
     def refuse_names(self):
         """ConfigError if an adapter is called as the model is."""
@@ -93,14 +103,21 @@ class PoolAdapters:
             self.retire(self.serving[name])
 
     def serve(self, files: AdapterFiles, required: bool = False, watched: bool = False):
-        """Have all workers load it; answers take it once one has, so that they hold up no other."""
+        """Have all workers load it; answers take it once one has, unless none has an older version."""
         adapter = Adapter(f"{files.name}#{next(self.numbers)}", files, required, watched)
         self.all[adapter.id] = adapter
         ready = [worker for worker in self.workers if worker.state is State.READY]
-        if not ready:
+        older = self.serving.get(adapter.name)
+        if not ready or older and not any(worker.gpu in older.loaded for worker in ready):
             self._switch(adapter)
         for worker in ready:
-            worker.send(LoadAdapter(adapter.id, str(files.folder)))
+            worker.send(self._loading(adapter))
+
+    def _loading(self, adapter: Adapter) -> LoadAdapter:
+        """The nodes of Ray have files of their own, which are told by their digest alone."""
+        files = adapter.files
+        stamp = () if self.settings.ray_address else files.stamp
+        return LoadAdapter(adapter.id, str(files.folder), stamp, adapter.digest)
 
     def _switch(self, adapter: Adapter):
         if older := self.serving.get(adapter.name):
@@ -114,10 +131,21 @@ class PoolAdapters:
         if self.serving.get(adapter.name) is adapter:
             del self.serving[adapter.name]
 
-    def drop_unused(self, in_use: set[str]):
-        """Have the workers forget retired adapters whose ids no answer has."""
+    @contextmanager
+    def holding(self, adapter_id: str) -> Iterator[None]:
+        """A request has this version, from when its model is looked up until its answers have ended."""
+        self.held[adapter_id] += 1
+        try:
+            yield
+        finally:
+            self.held[adapter_id] -= 1
+            if not self.held[adapter_id]:
+                del self.held[adapter_id]
+
+    def drop_unused(self):
+        """Have the workers forget retired adapters that no request has."""
         retired = [adapter for adapter in self.all.values() if adapter.retired]
-        for adapter in (adapter for adapter in retired if adapter.id not in in_use):
+        for adapter in (adapter for adapter in retired if adapter.id not in self.held):
             del self.all[adapter.id]
             for worker in self.workers:
                 if worker.state is State.READY:
@@ -127,7 +155,14 @@ class PoolAdapters:
         """A worker is ready, and has no adapter yet."""
         for adapter in self.all.values():
             adapter.loaded.discard(worker.gpu)
-            worker.send(LoadAdapter(adapter.id, str(adapter.files.folder)))
+            worker.send(self._loading(adapter))
+
+    def able(self, worker: Worker, adapter_id: str) -> bool:
+        """Should a worker get answers with this adapter: has it the adapter, or has no other?"""
+        adapter = self.all.get(adapter_id)
+        if adapter is None or worker.gpu in adapter.loaded:
+            return True
+        return not any(other.gpu in adapter.loaded for other in self.workers if other.state is State.READY)
 
     def note(self, worker: Worker, message: AdapterLoaded) -> ConfigError | None:
         """What a worker says of an adapter; a ConfigError if the server cannot start with it."""
@@ -142,17 +177,42 @@ class PoolAdapters:
             log.info("the adapter %s: %.1f MB from %s", adapter.name, message.nbytes / 1e6,
                      adapter.files.folder)
             return None
+        adapter.loaded.discard(worker.gpu)
+        if not adapter.retired and self._follow(adapter):
+            return None
         adapter.problems[worker.gpu] = message.problem
         if adapter.required and not self.started:
             return ConfigError(f"--adapter {adapter.name}: {message.problem}")
-        older = self.serving.get(adapter.name)
-        stays = " (its older version stays)" if older and older is not adapter else ""
-        log.error("the adapter %s cannot be served%s: %s", adapter.name, stays, message.problem)
+        if not adapter.retired:
+            self._note_problem(adapter, message.problem)
+        return None
+
+    def _follow(self, adapter: Adapter) -> bool:
+        """Serve the files that an adapter's folder has now, if a worker did not find those of its version."""
+        now = adapter_at(adapter.files.folder, adapter.name)
+        if now is None or self.settings.ray_address or now.stamp in (
+                adapter.files.stamp, self.refused.get(str(now.folder))):
+            return False
+        if all(other.files.stamp != now.stamp for other in self.all.values()):
+            if not self._fits(now):
+                return False
+            log.info("the files of the adapter %s have changed: they are read again", adapter.name)
+            self.serve(now, adapter.required, adapter.watched)
+        return True
+
+    def _note_problem(self, adapter: Adapter, problem: str):
+        """One line, until its files change."""
+        folder, older = adapter.files.folder, self.serving.get(adapter.name)
+        stays = bool(older and older is not adapter and older.loaded)
+        if self.refused.get(str(folder)) != adapter.files.stamp:
+            log.error("the adapter %s cannot be served%s: %s", adapter.name,
+                      " (its older version stays)" if stays else "", problem)
+        if adapter_stamp(folder) == adapter.files.stamp:
+            self.refused[str(folder)] = adapter.files.stamp
         if stays:
             self.retire(adapter)
-        elif not (older or adapter.retired):
-            self._switch(adapter)  # who asks for it is told why
-        return None
+        elif older is not adapter:
+            self._switch(adapter)  # requests get the reason
 
     @property
     def settled(self) -> bool:
@@ -176,12 +236,15 @@ class PoolAdapters:
                 log.info("the adapter %s has gone", adapter.name)
                 self.retire(adapter)
                 self.gone.add(adapter.name)
-        latest = {str(adapter.files.folder): adapter.files.stamp for adapter in self.all.values()}
+        self.refused = {folder: stamp for folder, stamp in self.refused.items() if folder in stamps}
+        latest = {str(adapter.files.folder): adapter.files.stamp for adapter in self.all.values()
+                  if adapter.loaded or not adapter.problems}
         for files in found:
             known, name = str(files.folder), files.name
             same = self.serving.get(name)
             other = name in self.taken() or same is not None and str(same.files.folder) != known
-            if self.before.get(known) == files.stamp != latest.get(known) and not other and self._fits(files):
+            new = files.stamp not in (latest.get(known), self.refused.get(known))
+            if self.before.get(known) == files.stamp and new and not other and self._fits(files):
                 self.serve(files, watched=True)
         self.before = stamps
 
@@ -191,11 +254,11 @@ class PoolAdapters:
         try:
             self.admit(len(self.workers) * files.nbytes)
         except ConfigError as error:
-            if self.refused.get(folder) != files.stamp:
+            if self.roomless.get(folder) != files.stamp:
                 stays = " (its older version stays)" if files.name in self.serving else ""
                 log.error("the adapter %s is not served%s: with it the model does not fit: %s",
                           files.name, stays, error)
-            self.refused[folder] = files.stamp
+            self.roomless[folder] = files.stamp
             return False
-        self.refused.pop(folder, None)
+        self.roomless.pop(folder, None)
         return True

@@ -93,6 +93,7 @@ class Dispatcher:
         self.changed: Callable[[], None] = lambda: None  # called when a job comes, ends or goes elsewhere
         self.wake = self._load_again    # called when a job comes and the model is unloaded
         self.loading: Callable[[], float | None] = lambda: None  # how far the model is loaded; None: it is
+        self.able: Callable[[Worker, Job], bool] = lambda worker, job: True  # has a worker what a job needs?
 
     async def answer(self, request: Request, lengths: Seq[int],
                      arrived_s: float) -> AsyncGenerator[Event, None]:
@@ -202,7 +203,10 @@ class Dispatcher:
             rows = self._rows(self.workers)
             job = self.pending.first(rows if len(self.all_models) == 1 else self._rows(
                 worker for model in self.all_models for worker in model.workers))
-            if not job or not (free := self._free_workers() or self._make_room(job, rows)):
+            if job is None:
+                return
+            free = [worker for worker in self._free_workers() if self.able(worker, job)]
+            if not (free := free or self._make_room(job, rows)):
                 return
             worker = min(free, key=operator.methodcaller("cost", job))
             self.pending.take(job)
@@ -230,7 +234,8 @@ class Dispatcher:
         [(rich, most)] = rows.most_common(1) or [("", 0)]
         if job.request.low_priority or most < rows[job.request.client] + 2:
             return []
-        running = [other for worker in self.workers if worker.takes_jobs for other in worker.jobs.values()
+        running = [other for worker in self.workers if worker.takes_jobs and self.able(worker, job)
+                   for other in worker.jobs.values()
                    if other.request.client == rich and not other.failovers]
         if not running:
             return []

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.core import device_files
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
+from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.messages.protocol import WorkerConfig
 from chatlm.common.processes.start import exit_in_words, process_environment, start_child, threads_per_worker
 from chatlm.common.processes.torchrun import ranks_here
@@ -35,6 +36,7 @@ class LocalDevices:
         """source: the model's files, if they are known; first: the number of the first worker; prefixes:
         their memory, if they outlive workers."""
         self.settings, self.command, self.source, self.prefixes = settings, command, source, prefixes
+        self.renews = source is None  # else another pool serves files that have changed
         self.workers = [Worker(settings, self, gpu, device)
                         for gpu, device in enumerate(choose_devices(settings), first)]
 
@@ -66,6 +68,13 @@ class LocalDevices:
             more = self.prefixes.bytes - self.prefixes.used
         secretless = replace(self.settings, keys=(), api_key=(), prefix_memory=more)
         return reader, WorkerConfig(secretless, self.source, worker.device, threads, shared, size)
+
+    def now(self) -> ModelSource | None:
+        """Its source as its files are now; None if they have not changed, or cannot be seen."""
+        if not (self.source and self.source.stamp):
+            return None
+        stamp = model_stamp(self.source.path, self.settings.lora)
+        return replace(self.source, stamp=stamp) if stamp not in ((), self.source.stamp) else None
 
     def end_in_words(self, worker: Worker) -> str:
         return exit_in_words(getattr(worker.process, "returncode", None))

@@ -15,6 +15,7 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded
 from chatlm.common.hub.adapters import adapters_below, base_of, is_other_base, named_adapters
 from chatlm.common.hub.folder import find_models
+from chatlm.common.hub.stamps import Changed
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import accepted_names
 from chatlm.common.processes.start import PROCESS_COMMAND
@@ -141,7 +142,8 @@ class ManyModels:
         pool, place = model.pool, model.place
         if pool is None or self.closing:
             return
-        model.reason, model.failed_s, model.pool, model.place = str(error), time.monotonic(), None, None
+        again_s = -math.inf if isinstance(error, Changed) else time.monotonic()  # with its new files, at once
+        model.reason, model.failed_s, model.pool, model.place = str(error), again_s, None, None
         log.error("the model %s cannot be served: %s", model.name, model.reason)
         failure = EngineFailure(f"the model {model.name!r} cannot be served: {model.public_reason}")
         pool.dispatcher.fail(failure, *pool.dispatcher.jobs.values())

@@ -104,7 +104,7 @@ class Model:
     def bytes(self) -> int:
         """In memory; of one that is not loaded, what it will take."""
         if self.adapter:
-            return self.adapter.nbytes
+            return self.adapter.bytes
         return (self.place.bytes or self.place.size) if self.place else (
             self.pool.supervisor.card.facts.weights_bytes if self.pool else 0)
 

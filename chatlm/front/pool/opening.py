@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence as Seq
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, ConfigError
 from chatlm.common.hub.find import resolve_model
+from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import SurveyConfig
 from chatlm.common.processes.torchrun import ranks_here
@@ -83,6 +85,8 @@ class Opener:
             return None
         pool = None
         try:
+            stamp = await asyncio.to_thread(model_stamp, model.source.path, model.settings.lora)
+            model.source = replace(model.source, stamp=stamp)
             device = choose_devices(model.settings)[0]
             replicas, process_bytes = self._beside(model.settings, device)
             surveyed = await self.survey.of(SurveyConfig(

@@ -52,11 +52,12 @@ class WorkerPool:
         self.admission = Admission(self._check_capacity, desk)
         self.dispatcher = Dispatcher(settings, self.workers, dispatchers)
         self.adapters = PoolAdapters(settings, self.workers)
+        self.dispatcher.able = lambda worker, job: self.adapters.able(worker, job.request.params.adapter)
         self.adapters.taken = lambda: accepted_names(self.model_name, settings)
         self.supervisor = Supervisor(
             settings, self.workers, self.dispatcher, self.adapters, prepare=self._open_tokenizer,
             report=lambda stage, fraction: self.on_progress(stage, fraction))
-        self.dispatcher.loading = self.supervisor.load_fraction
+        self.dispatcher.loading, self.version = self.supervisor.load_fraction, self.supervisor.version
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.draining = False
         self.started_s, self.created = time.monotonic(), int(time.time())
@@ -109,14 +110,19 @@ class WorkerPool:
         Raises RequestError (the prompt does not fit, ...), Overloaded (not ready, draining, queue full) and
         EngineFailure (workers died too often, shutdown)."""
         arrived_s = time.monotonic()
-        if request.prompt_ids is None:
-            request = await self.admission.admit(request)
-        self._check_capacity(request.id, request.client)
-        prompts = self.admission.prompts
-        lengths = [prompts.answer_length(request, ids) for ids in request.prompt_ids or () if prompts]
-        async with aclosing(self.dispatcher.answer(request, lengths, arrived_s)) as events:
-            async for event in events:
-                yield event
+        version = self.version.number if request.version is None else request.version
+        with self.adapters.holding(request.params.adapter):
+            if request.prompt_ids is None:
+                request = await self.admission.admit(request)
+            if version != self.version.number:
+                raise Overloaded("the model's files have changed while this request was read",
+                                 retry_after_s=2)
+            self._check_capacity(request.id, request.client)
+            prompts = self.admission.prompts
+            lengths = [prompts.answer_length(request, ids) for ids in request.prompt_ids or () if prompts]
+            async with aclosing(self.dispatcher.answer(request, lengths, arrived_s)) as events:
+                async for event in events:
+                    yield event
 
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; its reader gets RequestError 'cancelled' instead of Finished."""
@@ -129,7 +135,8 @@ class WorkerPool:
     def _check_capacity(self, request_id: str, client: str):
         if self.draining:
             raise Overloaded("the server is shutting down", retry_after_s=10)
-        if self.tokenizer is None or not self.supervisor.became_ready.is_set():
+        opened = self.supervisor.became_ready.is_set() and self.supervisor.prepared
+        if self.tokenizer is None or not opened:
             raise Overloaded(f"the model is still loading ({self.supervisor.loading[0]})", retry_after_s=2)
         self.dispatcher.check_capacity(request_id, client, self.admission.preparing)
 
@@ -142,7 +149,8 @@ class WorkerPool:
     @property
     def ready(self) -> bool:
         """Would a request be served now?"""
-        return self.supervisor.ready and not self.draining
+        opened = self.supervisor.became_ready.is_set() and not self.supervisor.failure
+        return opened and self.supervisor.ready and not self.draining
 
     @property
     def source(self) -> ModelSource | None:

@@ -113,6 +113,7 @@ class RayNodes:
     CONNECT_S = 20.0
     RETRY_S, SILENT_S = 5.0, 10.0
     source: ModelSource | None = None  # the nodes find the model
+    renews = True
 
     def __init__(self, settings: Settings, command: Seq[str]):
         self.settings, self.command = settings, command
@@ -142,6 +143,9 @@ class RayNodes:
         worker.writer = actor.writer
         settings = replace(self.settings, keys=(), api_key=(), num_workers=1)
         return reader, WorkerConfig(settings, None, worker.device, share.threads)
+
+    def now(self) -> None:
+        """The nodes have the files: see `Supervisor.handle`."""
 
     def end_in_words(self, worker: Worker) -> str:
         return getattr(worker.process, "reason", "")

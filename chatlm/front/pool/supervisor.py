@@ -16,6 +16,7 @@ from chatlm.common.messages.requests import TextSpec
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import program_stamp
 from chatlm.front.aio import supervised
+from chatlm.front.pool.versions import Version, of_other_files
 from chatlm.front.pool.worker import CacheState, State, Worker
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Supervisor:
         self.dispatcher, self.adapters = dispatcher, adapters
         self.prepare, self.report, self.stamp = prepare, report, program_stamp()
         self.card, self.prepared, self.closing = NO_CARD, False, False
+        self.version = Version(self)
         self.asleep = False                  # True from unloading until the model is back
         self.loading = ("starting", 0.0)     # stage and fraction
         self.became_ready = asyncio.Event()  # also set when start-up failed
@@ -93,7 +95,8 @@ class Supervisor:
             worker.error = ""
             if self.closing or worker not in self.workers:  # its node is gone
                 return
-            await self._live(worker)
+            if await self.version.may_read(worker):
+                await self._live(worker)
             if worker.state is State.LEFT_OUT:
                 return
             if self.closing or worker.state is State.UNLOADED or worker not in self.workers:
@@ -145,6 +148,7 @@ class Supervisor:
                 if error := self.adapters.note(worker, message):
                     self.give_up(error)
                 self._check_ready()
+                self.dispatcher.dispatch()
             case CacheEmptied(able):
                 if worker.cache is CacheState.ASKED:  # else it may use them again
                     worker.cache = CacheState.EMPTY if able else CacheState.UNABLE
@@ -155,6 +159,8 @@ class Supervisor:
                     worker.spawned_s = time.monotonic()
             case ModelCard():
                 worker.place = message.place
+                if self.card.kernels and of_other_files(message, self.card):  # on a node of Ray's
+                    return self.version.refuse(worker)
                 if not self.card.kernels:  # nothing but what the model's files say is known so far
                     known, self.card = self.card, message
                     if not self.prepared or message.context_length != known.context_length:
@@ -192,6 +198,7 @@ class Supervisor:
     async def _prepare(self):
         await self.prepare(self.card)
         self.prepared = True
+        self.version.opened.set()
         self._check_ready()
 
     async def begin_unloaded(self, card: ModelCard):
@@ -214,7 +221,7 @@ class Supervisor:
             for worker in self.workers:
                 worker.check_health()
             self.unload_when_idle()
-            self.adapters.drop_unused({job.request.params.adapter for job in self.dispatcher.jobs.values()})
+            self.adapters.drop_unused()
             crashing = any(worker.crashes_in_row > 1 for worker in self.workers)
             patience_s = 2 * self.load_s + (self.CRASHING_S if crashing else self.ORPHAN_S)
             if self.asleep or self.ready_workers or not self.dispatcher.pending:

@@ -135,8 +135,6 @@ class RunWatch:
             if not path:
                 raise ConfigError(f"it is an adapter, and its {CONFIG} names no base_model_name_or_path")
             model = await asyncio.to_thread(self.many.opener.resolve, choice, lambda *progress: None)
-            if model.source:
-                model.source = replace(model.source, stamp=step.stamp)
             await self.many.opener.open(model)
         except ConfigError as error:  # it has gone
             return self._refuse(step, f"the checkpoint {name} is not served: {error}")

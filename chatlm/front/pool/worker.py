@@ -201,6 +201,7 @@ class Placement(typing.Protocol):
 
     workers: list[Worker]       # only the placement adds and removes; the others hold the same list
     source: ModelSource | None  # the model's files, if it has looked for them
+    renews: bool                # does the pool take files that have changed? Else it ends
 
     async def start(self, supervisor: Supervisor):
         """Have the supervisor keep the workers alive, as soon as each may start."""
@@ -209,6 +210,9 @@ class Placement(typing.Protocol):
         """Start a process and connect; sets the worker's process and writer. Returns what the process says,
         and what it must get first. Raises ConnectionError if it has ended meanwhile."""
         ...
+
+    def now(self) -> ModelSource | None:
+        """The source with the files that it has now; None if they are the same, or cannot be seen."""
 
     def end_in_words(self, worker: Worker) -> str:
         """Why its last process has ended."""

@@ -66,8 +66,9 @@ class Bodies:
             record.api = Api.OPENAI
         return body
 
-    async def model_of(self, body: bytes | bytearray) -> Model:
-        """The model that a body asks for. RequestError if there is none, or it has failed."""
+    async def model_of(self, body: bytes | bytearray, holding: Holding) -> Model:
+        """The model that a body asks for, of which `holding` then has the version of the adapter.
+        RequestError if there is none, or it has failed."""
         record, name = REQUEST_LOG.get(), ""
         if self.models.several and (b'"model"' in body or b'"name"' in body):
             if len(body) <= LIMITS.inline_bytes:
@@ -78,7 +79,10 @@ class Bodies:
                 admission = self.models.find("", record.models).serving().admission
                 name = await admission.named_model(body, record.client)
         model = self.models.find(name if isinstance(name, str) else "", record.models)
-        model.serving()
+        pool = model.serving()
+        if model.adapter:
+            holding.others.enter_context(pool.adapters.holding(model.adapter.id))
+        await pool.version.current()
         return model
 
     async def parse(self, http: web.Request, holding: Holding) -> tuple[Model, ParsedBody]:
@@ -86,8 +90,8 @@ class Bodies:
         record = REQUEST_LOG.get()
         with self.holding() as reading:
             body = await self._receive(http, reading)
-            model = await self.model_of(body)
-            pool = model.serving()
+            model = await self.model_of(body, holding)
+            pool, version = model.serving(), model.serving().version.number
             if len(body) <= LIMITS.inline_bytes:
                 parsed = read_answer(record.route.pattern, body, known_of(model))
             else:
@@ -95,7 +99,7 @@ class Bodies:
                 parsed = await pool.admission.read_large(
                     record.route.pattern, body, record.client, self.owners.of_pages(record.client),
                     model.adapter_names)
-        parsed = replace(parsed, request=computed_by(model, parsed.request))
+        parsed = replace(parsed, request=replace(computed_by(model, parsed.request), version=version))
         if parsed.request.prompt_ids is not None:
             holding.keep(parsed.size)
         if parsed.ignored_tools:
@@ -111,7 +115,7 @@ class Bodies:
         if not self.models.several:
             tokenizer_of(self.models.find("", record.models).serving())
         body = await self._receive(http, holding)
-        model = await self.model_of(body)
+        model = await self.model_of(body, holding)
         pool, admission = model.serving(), model.serving().admission
         if admission.prompts and len(body) <= LIMITS.inline_bytes:
             text = await read_text(record.route.pattern, body, admission.prompts,

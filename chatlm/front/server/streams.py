@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from chatlm.common.config import LIMITS, PING_S
 from chatlm.common.errors import Overloaded, RequestError
@@ -52,17 +52,19 @@ class Holding:
 
     def __init__(self, budget: Budget, client: str):
         self.budget, self.client, self.size, self.free = budget, client, 0, LIMITS.inline_bytes
+        self.others = ExitStack()  # what else is the request's until it ends
 
     def __enter__(self) -> Holding:
         return self
 
     def __exit__(self, *error):
         self.budget.give_back(self.client, self.size)
+        self.others.close()
 
     def handed_over(self) -> Holding:
         """Another that holds these bytes from now on."""
         other = Holding(self.budget, self.client)
-        other.size, self.size = self.size, 0
+        other.size, self.size, other.others = self.size, 0, self.others.pop_all()
         return other
 
     def _take(self, size: int) -> bool:

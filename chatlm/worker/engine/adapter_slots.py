@@ -6,14 +6,15 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, cannot_read
+from chatlm.common.errors import cannot_read
 from chatlm.common.files import check_regular
-from chatlm.common.hub.adapters import CONFIG, WEIGHTS
+from chatlm.common.hub.stamps import ADAPTER_FILES, Changed, adapter_stamp
 from chatlm.worker.model.transformer import load_adapter
 from chatlm.worker.weights.adapters import reading_thread
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+    from chatlm.common.hub.stamps import Stamp
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.ranks import RankZero
 
@@ -35,19 +36,21 @@ class AdapterSlots:
         self.begin(adapter_id, folder)
         return self.end(adapter_id)
 
-    def begin(self, adapter_id: str, folder: Path):
-        """Read an adapter, in all ranks, while steps go on."""
+    def begin(self, adapter_id: str, folder: Path, stamp: Stamp = (), digest: str = ""):
+        """Read an adapter, in all ranks, while steps go on. Its files must be those of the stamp and the
+        digest that are known: answers under way need them."""
         self.last += 1
         if self.ranks:
-            self.ranks.tell_adapter(self.last, str(folder))
-        self.reading[adapter_id] = self.last, self.thread.submit(self._read, self.last, folder)
+            self.ranks.tell_adapter(self.last, str(folder), stamp)
+        self.reading[adapter_id] = self.last, self.thread.submit(self._read, self.last, folder, stamp, digest)
 
-    def _read(self, slot: int, folder: Path) -> tuple[int, str]:
-        digest = adapter_digest(folder)
-        nbytes = load_adapter(self.transformer, slot, folder)
-        if adapter_digest(folder) != digest:
-            raise ConfigError(f"{folder} has changed while it was read")
-        return nbytes, digest
+    def _read(self, slot: int, folder: Path, stamp: Stamp, digest: str) -> tuple[int, str]:
+        stamp = stamp or adapter_stamp(folder)
+        found = adapter_digest(folder)
+        if digest not in ("", found):
+            raise Changed(folder)
+        nbytes = load_adapter(self.transformer, slot, folder, stamp)
+        return nbytes, found
 
     def has_ended(self, adapter_id: str) -> bool:
         return self.reading[adapter_id][1].done()
@@ -80,7 +83,7 @@ class AdapterSlots:
 def adapter_digest(folder: Path) -> str:
     """A hash of all that an adapter is. ConfigError where its files cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in (CONFIG, WEIGHTS):
+    for name in ADAPTER_FILES:
         try:
             check_regular(folder / name)
             with (folder / name).open("rb") as file:

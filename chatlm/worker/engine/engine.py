@@ -69,6 +69,9 @@ class Drafter:
             self.right, self.silent_until = 0.4, len(self.tokens) + self.PATIENCE
 
 
+ADAPTER_GONE = "the adapter's files have changed or gone since this answer began: ask again"
+
+
 class StepUnderWay(NamedTuple):
     """A started step and what it draws, in row order."""
 
@@ -124,7 +127,7 @@ class Engine:
         """Queue an answer; its prompt must fit the context (the front has checked this)."""
         slot = self.adapters.slots.get(work.params.adapter, 0)
         if work.params.adapter and not slot:
-            self.events.append((work.id, Failed("its adapter is no longer there")))
+            self.events.append((work.id, Failed(ADAPTER_GONE)))
             return
         # of a prompt that is only scored, and may fill the context, a token is drawn too
         most = max(self.context_length, len(work.prompt_ids) + min(work.max_tokens, 1))
@@ -393,7 +396,7 @@ def drop_adapter(engine: Engine, adapter_id: str):
     for sequence in [*engine.scheduler.running, *engine.scheduler.waiting]:
         if slot and sequence.adapter == slot:
             engine.cancel(sequence.work.id)
-            engine.events.append((sequence.work.id, Failed("its adapter is no longer there")))
+            engine.events.append((sequence.work.id, Failed(ADAPTER_GONE)))
 
 
 def failure_text(error: Exception) -> str:

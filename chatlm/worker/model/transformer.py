@@ -12,6 +12,7 @@ import numpy
 import torch
 
 from chatlm.common.errors import ConfigError
+from chatlm.common.hub.stamps import refuse_changed_adapter
 from chatlm.worker.model.spec import (
     DeltaRule, Inputs, Mamba2, PageLayout, RowAdapters, Sequences, ShortConv, expected_tensors, group_layers,
     token_places)
@@ -20,6 +21,7 @@ from chatlm.worker.ops.attention import query_scales, rope_frequencies, rope_tab
 from chatlm.worker.ops.basic import Norm, zeroed
 
 if TYPE_CHECKING:
+    from chatlm.common.hub.stamps import Stamp
     from chatlm.common.hub.local import Progress
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.spec import Attention, Batch, KvType, LayerGroups, ModelSpec
@@ -385,14 +387,18 @@ class Transformer:
         k.mix(residual, b.added, 1.0, 1.0, out=out)
 
 
-def load_adapter(transformer: Transformer, slot: int, folder: Path) -> int:
+def load_adapter(transformer: Transformer, slot: int, folder: Path, stamp: Stamp = ()) -> int:
     """Have a slot's rows computed with this adapter, from the next step on; returns its bytes. ConfigError
-    if it is none for this model."""
+    if it is none for this model, or its files are not those of the stamp."""
     if transformer.read_adapter is None:
         raise ConfigError(f"{folder}: this model takes no adapters")
+    refuse_changed_adapter(folder, stamp)
     matrices = transformer.read_adapter(folder)
-    transformer.adapters[slot] = transformer.kernels.backend.pack_adapter(matrices, transformer.device)
-    return sum(tensor.nbytes for matrix in matrices.values() for tensor in matrix)
+    refuse_changed_adapter(folder, stamp)
+    packed = transformer.kernels.backend.pack_adapter(matrices, transformer.device)
+    transformer.adapters[slot] = packed
+    held = sum(tensor.nbytes for matrix in matrices.values() for tensor in matrix)
+    return getattr(packed, "nbytes", held)  # decode_core leaves zeros out, and has pages of its own
 
 
 def adapted_linear(k: Kernels, b: SimpleNamespace, x, weights: dict, name: str, layer: int | None = None,

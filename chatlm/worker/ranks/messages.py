@@ -48,6 +48,7 @@ class RankAdapter:
 
     slot: int
     folder: str  # "": forget it
+    stamp: tuple[tuple[str, int, int], ...] = ()  # of its files; () on another machine
 
 
 @wire_message(64)

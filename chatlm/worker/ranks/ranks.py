@@ -35,6 +35,7 @@ from chatlm.worker.ranks.steps import RankSteps, Stage, StagedSteps, join_ranks,
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.hub.local import Progress
+    from chatlm.common.hub.stamps import Stamp
     from chatlm.common.messages.protocol import WorkerConfig
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.model.kernels import Steps
@@ -137,9 +138,9 @@ class RankZero(RankAlone):
             except OSError:
                 raise self.links.failure(rank) from None
 
-    def tell_adapter(self, slot: int, folder: str):
+    def tell_adapter(self, slot: int, folder: str, stamp: Stamp = ()):
         """Have the other ranks load an adapter, or forget it ("")."""
-        self.broadcast(RankAdapter(slot, folder))
+        self.broadcast(RankAdapter(slot, folder, () if self.links.finds_models else stamp))
 
     def _receive_from_all(self, expected: type, progress: Progress = no_progress) -> list:
         """The next message of this type of each other rank."""

@@ -200,7 +200,7 @@ def received_steps(channel: Channel, transformer: Transformer) -> Iterator[RankS
             if isinstance(step, RankAdapter):
                 if step.folder:
                     reading[step.slot] = thread.submit(load_adapter, transformer, step.slot,
-                                                       Path(step.folder))
+                                                       Path(step.folder), step.stamp)
                     continue
                 if future := reading.pop(step.slot, None):
                     future.exception()  # rank 0 says what is wrong

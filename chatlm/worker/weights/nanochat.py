@@ -16,6 +16,7 @@ import torch
 
 from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named, shown
 from chatlm.common.files import check_regular, parse_json, read_small, truncated
+from chatlm.common.hub.stamps import nanochat_tokenizers
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
 from chatlm.worker.model.kernels import choose_backend
@@ -245,8 +246,7 @@ def read_encoding(data: bytes) -> tuple[str, dict[bytes, int], dict[str, int]]:
 
 def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
     """The TextSpec from tokenizer.pkl, which is beside the checkpoint or in <base>/tokenizer."""
-    candidates = [model_path.parent / "tokenizer.pkl", model_path.parent / "tokenizer" / "tokenizer.pkl",
-              model_path.parent.parent.parent / "tokenizer" / "tokenizer.pkl"]
+    candidates = nanochat_tokenizers(model_path)
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
         raise ConfigError(f"the tokenizer of {model_path} is missing; "

@@ -74,6 +74,11 @@ async def test_a_dispatcher_moves_an_answer_from_a_dead_worker_to_another():
 class PlayedPlacement:
     """A worker whose process is played: it says these messages, and ends when `reader` does."""
 
+    source, renews = None, True
+
+    def now(self):
+        return None
+
     def __init__(self, *messages):
         self.messages, self.workers, self.killed = messages, [Worker(Settings(), self, 0)], 0
         self.process = SimpleNamespace(pid=7, kill=self.kill, wait=lambda timeout=None: None)

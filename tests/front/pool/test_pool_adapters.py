@@ -19,7 +19,7 @@ from chatlm.front.pool.pool import pool_of
 from fake_pool import frames, serving
 from families import make_model, save
 from forked import DYING
-from lora import random_adapter
+from lora import random_adapter, shapes_of
 from nightly import by_day
 
 TINY = {"dtype": "float32", "kv_cache_memory": 8 << 20, "max_batch": 8}
@@ -29,12 +29,6 @@ TINY = {"dtype": "float32", "kv_cache_memory": 8 << 20, "max_batch": 8}
 def base(tmp_path_factory):
     """A tiny llama."""
     return save(make_model("llama3.1"), tmp_path_factory.mktemp("models") / "tiny-llama")
-
-
-def shapes_of(base):
-    config = json.loads((base / "config.json").read_text())
-    C, F, q = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"] * config["head_dim"]
-    return config["num_hidden_layers"], {"self_attn.q_proj": (q, C), "mlp.down_proj": (C, F), "mlp.up_proj": (F, C)}
 
 
 def adapter(base, folder, seed=0, **config):
@@ -231,7 +225,8 @@ async def test_a_server_does_not_start_with_an_adapter_that_it_cannot_serve(star
     good = adapter(base, tmp_path / "good")
     for words, message in (
             ([f"one={good}", f"one={good}"], "is called one too"), ([f"tiny-llama={good}"], "the model is called tiny-llama"),
-            ([f"one={adapter(base, tmp_path / 'other', base_model_name_or_path='some/Qwen3-8B')}"], "this adapter was made for .*Qwen3-8B"),
+            ([f"one={random_adapter(tmp_path / 'other', 1, {'self_attn.q_proj': (64, 32)}, base_model_name_or_path='some/Qwen3-8B')}"],
+             "of the shapes .* this adapter was made for .*Qwen3-8B"),
             ([f"good={good}", f"one={adapter(base, tmp_path / 'dora', use_dora=True)}"], "--adapter one: .*use_dora is true")):
         with pytest.raises(ConfigError, match=message):
             await start(*words)
@@ -266,8 +261,8 @@ async def test_of_several_models_each_has_its_adapters(base, client, tmp_path, m
             assert await text_of(client, url, "red@on-red") != await text_of(client, url, "red") == await text_of(client, url, "blue")
             assert (await ask(client, url, "blue@on-red"))[0] == 404
             places = {model.name: model.place for model in models.registry.models}
-            sizes = [path.stat().st_size for path in (folder / "on-red").iterdir()]
-            assert places["red"].size == places["blue"].size + sum(sizes) and models.stats()["models_bytes"] == sum(place.bytes for place in places.values())
+            names = await listed(client, url)
+            assert places["red"].size == places["blue"].size + names["on-red"]["bytes"] and models.stats()["models_bytes"] == sum(place.bytes for place in places.values())
             without_adapters = places["blue"].size
             adapter(base, folder / "on-blue", 1, base_model_name_or_path="blue")
             while "on-blue" not in await listed(client, url):

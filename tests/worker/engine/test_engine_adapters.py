@@ -1,15 +1,20 @@
 """Answers of several adapters and of their base in one engine: each has the bits that it has alone."""
 
+import os
+import shutil
 import threading
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
 import torch
 
 from chatlm.common.core import decode_core
-from chatlm.common.messages.protocol import DropAdapter, LoadAdapter
-from chatlm.common.messages.requests import Ended, Failed, Piece, SamplingParams
-from chatlm.worker.engine.engine import drop_adapter
+from chatlm.common.hub.stamps import adapter_stamp
+from chatlm.common.messages.protocol import Cancel, DropAdapter, EndThinking, LoadAdapter, NewAnswer, NewPrompt, NewRequest
+from chatlm.common.messages.requests import AnswerParams, Ended, Failed, Piece, SamplingParams, ThinkingEnds
+from chatlm.worker.engine.adapter_slots import adapter_digest
+from chatlm.worker.engine.engine import ADAPTER_GONE, drop_adapter
 from chatlm.worker.model.spec import Batch
 from chatlm.worker.process import Inbox
 from engines import make_engine, run
@@ -156,9 +161,9 @@ def test_loading_and_dropping_adapters_disturbs_no_other_answer(engine, alone, f
             engine.adapters.load("another", folders["up"])
             drop_adapter(engine, "more")
     drop_adapter(engine, "another")
-    assert failed == [("gone", "its adapter is no longer there")] and {name: tokens[name] for name in alone} == alone
+    assert failed == [("gone", ADAPTER_GONE)] and {name: tokens[name] for name in alone} == alone
     engine.add(assignment("late", works[0].prompt_ids, GREEDY, 24, adapter="more"))
-    assert engine.step() == [("late", Failed("its adapter is no longer there"))]
+    assert engine.step() == [("late", Failed(ADAPTER_GONE))]
     assert sorted(engine.adapters.slots) == ["all", "attention", "down", "up"] and sorted(engine.transformer.adapters) == [1, 2, 3, 4]
 
 
@@ -175,17 +180,79 @@ def test_answers_go_on_while_an_adapter_is_read(engine, alone, folders, monkeypa
         for name, event in engine.step():
             if isinstance(event, Piece):
                 tokens.setdefault(name, []).extend(event.tokens)
-        inbox.tell_loaded(wait=False)
+        inbox.end_loading()
     assert tokens == alone and not told
     may_read.set()
-    inbox.tell_loaded(wait=True)
+    until_read(inbox)
     assert [(message.id, message.problem) for message in told] == [("more", "")] and engine.adapters.slots["more"] in engine.transformer.adapters
     inbox.obey(LoadAdapter("broken", str(tmp_path)))
     inbox.obey(LoadAdapter("another", str(folders["up"])))
     for name in ("more", "another", "broken"):
         inbox.obey(DropAdapter(name))
-    assert [message.id for message in told[1:]] == ["another", "broken"] and "cannot read" in told[2].problem
-    assert sorted(engine.transformer.adapters) == [1, 2, 3, 4] and sorted(engine.adapters.sizes) == [1, 2, 3, 4] and not inbox.loading
+    until_read(inbox)
+    assert [message.id for message in told[1:]] == ["broken", "another"] and "cannot read" in told[1].problem
+    assert sorted(engine.transformer.adapters) == [1, 2, 3, 4] and sorted(engine.adapters.sizes) == [1, 2, 3, 4] and not inbox.dropped
+
+
+def until_read(inbox):
+    """Until all adapters are read."""
+    while inbox.loading:
+        wait([future for _, future in inbox.engine.adapters.reading.values()])
+        inbox.end_loading()
+
+
+def texts_of(engine):
+    """Of each answer its tokens, and how it ended."""
+    tokens, ends = {}, {}
+    while engine.busy or engine.events:
+        for name, event in engine.step():
+            if isinstance(event, Piece):
+                tokens.setdefault(name, []).extend(event.tokens)
+            elif isinstance(event, (Ended, Failed, ThinkingEnds)):
+                ends[name] = event
+    return tokens, ends
+
+
+def test_while_an_adapter_is_read_the_base_answers_and_answers_with_the_adapter_wait_for_it_alone(engine, folders, monkeypatch):
+    told, may_read, read = [], threading.Event(), engine.transformer.read_adapter
+    monkeypatch.setattr(engine.transformer, "read_adapter", lambda folder: may_read.wait() and read(folder))
+    inbox = Inbox(engine, told.append)
+    inbox.obey(LoadAdapter("slow", str(folders["down"])))
+    for name, adapter in (("base", ""), ("one", "slow"), ("left", "slow"), ("other", "down")):
+        inbox.obey(NewRequest(name, AnswerParams(sampling=GREEDY, adapter=adapter)))
+        inbox.obey(NewPrompt(name, 0, prompt(engine, "The capital of France")))
+        inbox.obey(NewAnswer(name, name, 0, 0, 8))
+    inbox.obey(Cancel("left"))
+    inbox.obey(EndThinking("one"))
+    inbox.end_loading()
+    tokens, ends = texts_of(engine)
+    assert {*tokens} == {"base", "other"} and ends["one"] == ThinkingEnds(None) and not told
+    may_read.set()
+    until_read(inbox)
+    late, ends = texts_of(engine)
+    assert late == {"one": tokens["other"]} and isinstance(ends["one"], Ended)
+    engine.adapters.drop("slow")
+
+
+def test_an_adapter_whose_files_are_not_those_that_were_seen_is_refused(engine, folders, tmp_path, monkeypatch):
+    told = []
+    folder = shutil.copytree(folders["down"], tmp_path / "down")
+    stamp, digest = adapter_stamp(folder), adapter_digest(folder)
+    read = engine.transformer.read_adapter
+    inbox = Inbox(engine, told.append)
+    inbox.obey(LoadAdapter("same", str(folder), stamp, digest))
+    until_read(inbox)
+    inbox.obey(LoadAdapter("other digest", str(folder), stamp, "00"))
+    until_read(inbox)
+    monkeypatch.setattr(engine.transformer, "read_adapter", lambda place: (read(place), os.utime(folder / "adapter_config.json"))[0])
+    inbox.obey(LoadAdapter("touched while it was read", str(folder), stamp))
+    until_read(inbox)
+    inbox.obey(LoadAdapter("touched before", str(folder), stamp))
+    until_read(inbox)
+    assert [(message.id, "changed or gone" in message.problem) for message in told] == [
+        ("same", False), ("other digest", True), ("touched while it was read", True), ("touched before", True)]
+    engine.adapters.drop("same")
+    assert sorted(engine.transformer.adapters) == [1, 2, 3, 4]
 
 
 def test_an_adapter_that_is_broken_takes_no_slot(engine, tmp_path):
@@ -209,3 +276,16 @@ def test_cached_pages_belong_to_an_adapters_files_whatever_its_slot_and_id(engin
     assert root("again") == root("down") and len({root(""), root("down"), root("other"), root("all")}) == 4
     drop_adapter(engine, "again")
     drop_adapter(engine, "other")
+
+
+def test_the_bytes_of_an_adapter_are_those_that_it_holds(engine, folders):
+    """In memory, not in its file, nor with the zeros between the parts of a matrix; a small one has a whole page of its own."""
+    held = []
+    for name in ("all", "up"):
+        nbytes, _ = engine.adapters.load(f"{name} again", folders[name])
+        size = sum(path.stat().st_size for path in folders[name].iterdir())
+        packed = engine.transformer.adapters[engine.adapters.slots[f"{name} again"]]
+        assert nbytes == engine.adapters.sizes[engine.adapters.slots[f"{name} again"]]
+        held.append((nbytes, size, hasattr(packed, "nbytes")))
+        engine.adapters.drop(f"{name} again")
+    assert all(nbytes % (2 << 20) == 0 and size <= nbytes + (1 << 20) and nbytes < 1.1 * size + (4 << 20) for nbytes, size, exact in held if exact)

@@ -1,0 +1,93 @@
+"""Which files a model or an adapter is made of, and whether they are still the same."""
+
+from __future__ import annotations
+
+import glob
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import ModelSource
+
+
+# Of each file its path, size and time of its last change in ns. A file of the same size and another time
+# counts as changed: to compare bytes would take as long as to read a model.
+Stamp = tuple[tuple[str, int, int], ...]
+
+ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors"  # as peft saves one
+# Of a Hugging Face folder, what a model is made of beside its weights. A trainer's own files come later.
+HF_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
+            "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+HF_PATTERNS = "*.safetensors", "additional_chat_templates/*.jinja"
+
+
+def stamp_of(paths: Iterable[Path]) -> Stamp:
+    """() where one of the files is gone, or is no regular file."""
+    stamp = []
+    try:
+        for path in paths:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                return ()
+            stamp.append((str(path), status.st_size, status.st_mtime_ns))
+    except OSError:
+        return ()
+    return tuple(stamp)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a model: all parts of a GGUF file; of a Hugging Face folder its weights, tokenizer,
+    template and configuration; of a nanochat checkpoint also its meta file and tokenizer."""
+    if path.is_dir():
+        named = [path / name for name in HF_FILES if (path / name).exists()]
+        return named + [file for pattern in HF_PATTERNS for file in sorted(path.glob(pattern))]
+    if step := re.fullmatch(r"model_(\d+)\.pt", path.name):
+        tokenizers = [place for place in nanochat_tokenizers(path) if place.exists()]
+        return [path, path.with_name(f"meta_{step[1]}.json"), *tokenizers[:1]]
+    if split := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name):
+        return sorted(path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf"))
+    return [path]
+
+
+def nanochat_tokenizers(checkpoint: Path) -> list[Path]:
+    """Where the tokenizer of a nanochat checkpoint may be: the first that exists is used."""
+    folder = checkpoint.parent
+    return [folder / "tokenizer.pkl", folder / "tokenizer" / "tokenizer.pkl",
+            folder.parent.parent / "tokenizer" / "tokenizer.pkl"]
+
+
+def model_stamp(path: Path, merged: Iterable[str] = ()) -> Stamp:
+    """The stamp of a model's files and of those of the adapters that are `merged` into it (--lora)."""
+    adapters = [Path(folder).expanduser() / name for folder in merged for name in ADAPTER_FILES]
+    try:
+        return stamp_of([*files_of(path), *adapters])
+    except OSError:  # no permission to list its folder
+        return ()
+
+
+def adapter_stamp(folder: Path) -> Stamp:
+    return stamp_of(folder / name for name in ADAPTER_FILES)
+
+
+def refuse_changed_adapter(folder: Path, stamp: Stamp):
+    if stamp and adapter_stamp(folder) != stamp:
+        raise Changed(folder)
+
+
+class Changed(ConfigError):
+    """The files of a model or an adapter are not those any more that were found."""
+
+    def __init__(self, path: Path):
+        super().__init__(f"{path} has changed or gone since it was found")
+
+
+def refuse_changed(source: ModelSource, merged: Iterable[str] = ()):
+    """ConfigError if a model's files are not those of its stamp any more: an answer that has begun must not
+    go on with other weights."""
+    if source.stamp and model_stamp(source.path, merged) != source.stamp:
+        raise Changed(source.path)

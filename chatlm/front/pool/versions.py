@@ -1,0 +1,98 @@
+"""The version of a model's files: one for all workers of a pool, and for the front's tokenizer and template."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError, EngineFailure, Overloaded
+from chatlm.common.hub.stamps import Changed
+from chatlm.common.log import log
+from chatlm.front.pool.worker import State
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import ModelCard
+    from chatlm.common.messages.requests import ModelSource
+    from chatlm.front.pool.supervisor import Supervisor
+    from chatlm.front.pool.worker import Worker
+
+
+class Version:
+    """Files may change while a model is served. An answer never goes on with other weights, and no prompt is
+    rendered for other files than those that the workers have. So before a worker reads the model, its files
+    are compared with those that the others have. The others go on with the old version until no answer is
+    left; then all workers and the front take the new one. If no worker has the old version any more, its
+    answers end with an error.
+
+    Of several models, one whose files have changed gets a new pool instead, for it may need more memory."""
+
+    LOOK_S = 0.5       # between two looks whether others still need the old version
+    PATIENCE_S = 60.0  # how long a request waits for a new version
+
+    def __init__(self, supervisor: Supervisor):
+        self.supervisor, self.number = supervisor, 0
+        self.opened = asyncio.Event()  # set when there is a tokenizer for this version
+
+    async def may_read(self, worker: Worker) -> bool:
+        """Wait until a worker may read the files as they are now. False if this pool does not serve them."""
+        supervisor, waits = self.supervisor, False
+        while not supervisor.closing and (source := await asyncio.to_thread(worker.placement.now)):
+            holders = [other for other in supervisor.workers if other is not worker
+                       and other.state in (State.LOADING, State.READY)]
+            if not worker.placement.renews:
+                supervisor.leave_out(worker, Changed(source.path))
+                return False
+            if not (holders and supervisor.dispatcher.jobs):
+                self.renew(source)
+                break
+            if not waits:
+                log.warning("%s waits: the model's files have changed, and the other workers go on with the "
+                            "old ones until no answer is left", worker.where)
+            waits = True
+            await asyncio.sleep(self.LOOK_S)
+        return True
+
+    def renew(self, source: ModelSource | None):
+        """Have all workers, and the front, take the files as they are now."""
+        supervisor = self.supervisor
+        log.warning("the model's files have changed: they are read again")
+        self.number += 1
+        self.opened.clear()
+        supervisor.card, supervisor.prepared = replace(supervisor.card, kernels={}), False
+        supervisor.dispatcher.fail(
+            EngineFailure("the model's files have changed since this answer began, and no worker has the old "
+                          "ones: ask again"), *supervisor.dispatcher.jobs.values())
+        for worker in supervisor.workers:
+            worker.placement.source = source
+            if worker.state in (State.LOADING, State.READY):
+                worker.become(State.UNLOADED)
+                worker.kill()
+
+    def refuse(self, worker: Worker):
+        """A worker says that its files are others, which only it can see: it is on a node of Ray's."""
+        if self.supervisor.ready_workers:
+            self.supervisor.leave_out(worker, ConfigError("the model's files there are not those of the "
+                                                          "other workers"))
+            worker.kill()
+        else:
+            self.renew(None)
+
+    async def current(self):
+        """Wait until there is a tokenizer for the version that the workers have, or will read. Overloaded if
+        that takes long."""
+        supervisor = self.supervisor
+        for worker in supervisor.workers[:1] if supervisor.asleep and supervisor.prepared else ():
+            if worker.placement.renews and (source := await asyncio.to_thread(worker.placement.now)):
+                self.renew(source)
+                supervisor.dispatcher.wake()
+        if supervisor.became_ready.is_set() and not supervisor.prepared:
+            try:
+                await asyncio.wait_for(self.opened.wait(), self.PATIENCE_S)
+            except asyncio.TimeoutError:
+                raise Overloaded("the model's files have changed, and it is still loading "
+                                 f"({supervisor.loading[0]})", retry_after_s=10) from None
+
+
+def of_other_files(card: ModelCard, known: ModelCard) -> bool:
+    return (card.text, card.facts.digest) != (known.text, known.facts.digest)
