@@ -53,7 +53,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 20 more: a decode_core that is there and does not load is told apart from none.
 # 40 more: the terminal reads event streams as the standard says, and resumes whatever it reads.
 # 240 more: a model and its adapters are of one version of their files, and held until answers end; adapters' bytes as they are held.
-MOST_STATEMENTS = 20_805
+# 50 more: models trained for embeddings are told from others, by metadata and by what sentence-transformers writes.
+MOST_STATEMENTS = 20_855
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

@@ -49,7 +49,8 @@ SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"  # of one part of a model in several 
 BESIDE_MODEL = r"(?i).*(?<![a-z])(mmproj|imatrix)(?![a-z])[^/]*"  # encoders of images, and of quantizers
 FOLDER_FILES = {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
                 "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
-                "additional_chat_templates/tool_use.jinja"}
+                "additional_chat_templates/tool_use.jinja", "modules.json", "1_Pooling/config.json",
+                "config_sentence_transformers.json", "sentence_bert_config.json"}
 
 
 def hub_model(text: str) -> tuple[str, str] | None:

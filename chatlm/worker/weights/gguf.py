@@ -32,6 +32,7 @@ from chatlm.worker.ops.basic import RopePairs, dequantize, dequantized, unpermut
 from chatlm.worker.weights.assemble import (
     as_rows, check_names_and_shapes, cut_stored, file_shapes, mapped_rows, packed_together, tensor_sources,
     unread_keys, without_shared)
+from chatlm.worker.weights.embedders import refuse_gguf_embedder
 from chatlm.worker.weights.families import (
     FAMILIES, HF_DEFAULTS, HF_TENSORS, LAYER_TYPES, complete_heads, family_spec, growing_queries,
     scaled_rope, unsupported)
@@ -159,6 +160,7 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     own = f"{gguf_value(path, metadata, 'general.architecture')}."
     if own[:-1] not in GGUF_FAMILIES:
         raise ConfigError(f"{path}: {unsupported(own[:-1])}")
+    refuse_gguf_embedder(path, own, metadata)
     metadata, hybrid = hybrid_layers(path, own, metadata, stored)
     value = partial(gguf_value, path, metadata)
 

@@ -174,7 +174,7 @@ GGUF_OWN = {  # the same of keys that only some families have
     "num_dense_layers": "leading_dense_block_count",
     "routed_scaling_factor": "expert_weights_scale"}
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
-              "tensor_data_layout", "rope.dimension_sections", "n_deepstack_layers"}
+              "attention.causal", "tensor_data_layout", "rope.dimension_sections", "n_deepstack_layers"}
 GGUF_OF_ONE = {"attention.temperature_scale": "ministral3", "expert_gating_func": "lfm2_moe",
                "expert_weights_norm": "lfm2_moe", **dict.fromkeys((  # keys of one family alone
                    "attention.key_length_swa", "attention.value_length_swa", "attention.shared_kv_layers",

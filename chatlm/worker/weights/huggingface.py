@@ -22,6 +22,7 @@ from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import (
     Mxfp4, assembled, check_names_and_shapes, file_shapes, fp8_block, read_safetensors, tensor_sources,
     unread_keys, unscaled, without_shared)
+from chatlm.worker.weights.embedders import refuse_folder_embedder
 from chatlm.worker.weights.families import (
     FAMILIES, HF_KEYS, HF_TENSORS, LAYER_TYPES, complete_heads, family_config, family_spec,
     growing_queries, scaled_rope)
@@ -200,5 +201,6 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
     bos, eos, adds = ids("bos"), ids("eos"), options.get("add_bos_token")
     if not isinstance(adds, bool):
         adds = pipeline.encode("").ids[:1] == bos[:1] != []
+    refuse_folder_embedder(folder, pipeline.encode("").ids[-1:] not in ([], bos[:1]))
     return TextSpec("hf", payload, template, stop_tokens=frozenset(eos), bos_token=bos[0] if bos else None,
                     eos_token=eos[0] if eos else None, add_bos=adds, chat_bos=False)

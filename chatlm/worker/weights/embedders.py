@@ -1,0 +1,67 @@
+"""Models that were trained for embeddings: refused where /v1/embeddings would make other vectors of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from chatlm.common.errors import ConfigError, shown
+from chatlm.common.files import parse_json, read_small
+from chatlm.worker.weights.rules import read_json
+
+POOLING_TYPES = "none", "mean", "cls", "last", "rank"  # a GGUF file's pooling_type
+OURS = ("this server's are the mean over an input's tokens, which see those before them, without an end "
+        "token, so they would differ from what the model was trained for")
+
+
+def refuse_gguf_embedder(path: Path, own: str, metadata: Mapping):
+    """ConfigError for a GGUF file whose metadata say that its vectors are made otherwise than ours.
+
+    `own` is the architecture and a dot. llama.cpp's default, without the key, is none: a chat model."""
+    number = metadata.get(f"{own}pooling_type", 0)
+    known = type(number) is int and 0 <= number < len(POOLING_TYPES)
+    pooling = POOLING_TYPES[number] if known else "unknown"
+    said = {}
+    if pooling not in ("none", "mean"):
+        said[f"{own}pooling_type"] = f"{shown(number)} ({pooling})"
+    if metadata.get(f"{own}attention.causal") is False:
+        said[f"{own}attention.causal"] = "false"
+    if pooling == "mean" and metadata.get("tokenizer.ggml.add_eos_token"):
+        said["tokenizer.ggml.add_eos_token"] = "true"
+    for key, value in said.items():
+        refuse(path, key, value)
+
+
+def refuse(path: Path, key: str, value: str):
+    raise ConfigError(f"{path}: {key} is {value}: such embeddings are not made here; {OURS}")
+
+
+def refuse_folder_embedder(folder: Path, ends: bool):
+    """The same of a folder that sentence-transformers wrote: modules.json, and what it names. `ends`: does
+    its tokenizer add a token at the end of a text?"""
+    path = folder / "modules.json"
+    if not path.exists():
+        return
+    modules = parse_json(path, read_small(path))
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise ConfigError(f"{path} holds {shown(modules)}; it must hold a list of objects")
+    for index, module in enumerate(modules):
+        kind = str(module.get("type")).rpartition(".")[2]
+        if kind == "Pooling":
+            where = folder / str(module.get("path")) / "config.json"
+            config = read_json(where)
+            modes = config.get("pooling_mode")
+            modes = modes if isinstance(modes, list) else [modes] if modes else [
+                key.removeprefix("pooling_mode_") for key, value in config.items()
+                if key.startswith("pooling_mode_") and value]
+            if modes not in (["mean"], ["mean_tokens"]):
+                refuse(where, "pooling_mode", shown(modes[0] if len(modes) == 1 else modes))
+        elif kind not in ("Transformer", "Normalize"):
+            refuse(path, f"[{index}].type", shown(module.get("type")))
+    for name, key in (("config_sentence_transformers", "default_prompt_name"),
+                      ("sentence_bert_config", "do_lower_case")):
+        where = folder / f"{name}.json"
+        if value := read_json(where, needed=False).get(key):
+            refuse(where, key, shown(value))
+    if ends:
+        refuse(folder / "tokenizer.json", "the end of its post_processor", "a token")
