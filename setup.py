@@ -26,7 +26,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in CSRC.rglob(pattern))
+HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh", "*.def") for path in CSRC.rglob(pattern))
 QUICK = os.environ.get("DECODE_CORE_QUICK") == "1"
 X86 = platform.machine().lower() in ("x86_64", "amd64") and os.name == "posix"
 

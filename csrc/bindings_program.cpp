@@ -3,6 +3,9 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <set>
+#include <string>
+#include <type_traits>
 
 #include "cpu/pool/pool.h"
 #include "cpu/program/program.h"
@@ -22,186 +25,84 @@ T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 dc::Rows rows_of(const Buffer& buffer) { return {at<float>(buffer.first), buffer.second}; }
 
-dc::Op make_op(dc::OpKind kind, bool on_logit_rows, const Buffer& x, const Buffer& out) {
-    dc::Op op;
-    op.kind = kind, op.on_logit_rows = on_logit_rows, op.x = rows_of(x), op.out = rows_of(out);
-    return op;
+// What Python gives for an op's fields, by their names in ops.def.
+class Fields {
+    const std::string op;
+    const py::dict given;
+    std::set<std::string> taken;
+
+    [[noreturn]] void refuse(const std::string& why) const { throw py::type_error(op + ": " + why); }
+
+    template <class T> static T read(py::handle value) {
+        if constexpr (std::is_same_v<T, dc::Rows>) return rows_of(value.cast<Buffer>());
+        else if constexpr (std::is_enum_v<T>) return T(value.cast<int>());
+        else if constexpr (std::is_same_v<T, const void*> || std::is_same_v<T, const float*> || std::is_same_v<T, float*>)
+            return reinterpret_cast<T>(value.cast<uintptr_t>());
+        else return value.cast<T>();
+    }
+
+public:
+    Fields(const std::string& op, const py::dict& given) : op(op), given(given) {}
+
+    template <class T> bool take_if_given(const char* name, T& to) {
+        if (!given.contains(name)) return false;
+        taken.insert(name);
+        try {
+            to = read<T>(given[name]);
+        } catch (const py::cast_error&) {
+            refuse(std::string(name) + " is of another type");
+        }
+        return true;
+    }
+
+    template <class T> void take(const char* name, T& to) {
+        if (!take_if_given(name, to)) refuse(std::string("no ") + name);
+    }
+
+    void check_no_more() const {
+        for (const auto& [name, value] : given)
+            if (!taken.count(name.cast<std::string>())) refuse("has no " + name.cast<std::string>());
+    }
+};
+
+dc::Op op_of(const std::string& kind, bool on_logit_rows, const py::dict& given) {
+    Fields fields(kind, given);
+#define READS(name, columns) fields.take(#name, its.name);
+#define WRITES(name, columns) fields.take(#name, its.name);
+#define WEIGHTS(name, columns) fields.take(#name, its.name);
+#define WEIGHTS_OR_NONE(name, columns) fields.take(#name, its.name);
+#define STATES(name) fields.take(#name, its.name);
+#define FIELD(type, name) fields.take(#name, its.name);
+#define OPTION(type, name, value) fields.take_if_given(#name, its.name);
+#define OP(name, runs, has, ...)            \
+    if (kind == #name) {                    \
+        dc::op::name its;                   \
+        its.on_logit_rows = on_logit_rows;  \
+        __VA_ARGS__                         \
+        fields.check_no_more();             \
+        return {std::move(its)};            \
+    }
+#include "ops.def"
+    throw py::type_error("record: no op " + kind);
 }
 
-void embed(dc::Program& program, const py::object& tiles, uintptr_t table, int type, int64_t rows, int64_t first, int64_t vocabulary,
-           bool previous, const Buffer& out) {
-    dc::Op op = make_op(dc::OpKind::embed, false, {}, out);
-    if (!tiles.is_none()) op.tiles = tiles.cast<const dc::Tiles&>();
-    op.table = at<const void>(table), op.table_type = dc::Element(type), op.previous_ids = previous;
-    op.table_rows = rows, op.first_row = first, op.vocabulary = vocabulary;
-    program.record(op);
-}
-
-// A table in a file: rows of GGUF blocks.
-void look_up(dc::Program& program, uintptr_t table, int type, int64_t rows, const Buffer& out) {
-    dc::Op op = make_op(dc::OpKind::embed, false, {}, out);
-    op.table = at<const void>(table), op.tiles.type = dc::Weight(type), op.file_row_bytes = dc::row_bytes(dc::Weight(type), out.second);
-    op.table_rows = op.vocabulary = rows;
-    program.record(op);
-}
-
-void layer_inputs(dc::Program& program, const Buffer& projected, const Buffer& rows, uintptr_t weight, int64_t part, float epsilon, const Buffer& out) {
-    dc::Op op = make_op(dc::OpKind::layer_inputs, false, projected, out);
-    op.other = rows_of(rows), op.weight = at<const float>(weight), op.channels = part, op.epsilon = epsilon;
-    op.a = __builtin_sqrtf(0.5f), op.b = __builtin_sqrtf(0.5f * float(part));
-    program.record(op);
-}
-
-void gate_input(dc::Program& program, const Buffer& gate, const Buffer& inputs, int64_t first, const Buffer& out) {
-    dc::Op op = make_op(dc::OpKind::gate_input, false, gate, out);
-    op.other = rows_of(inputs), op.channels = first;
-    program.record(op);
-}
-
-void rms_norm(dc::Program& program, bool on_logit_rows, const Buffer& x, uintptr_t weight, float epsilon, const Buffer& out) {
-    dc::Op op = make_op(dc::OpKind::rms_norm, on_logit_rows, x, out);
-    op.weight = at<const float>(weight), op.epsilon = epsilon;
-    program.record(op);
-}
-
-void linear(dc::Program& program, bool on_logit_rows, const Buffer& x, const dc::Tiles& tiles, const Buffer& out, bool norm, uintptr_t weight,
-            float epsilon, uintptr_t bias, int activation, const Buffer& residual, int64_t adapted) {
-    dc::Op op = make_op(dc::OpKind::linear, on_logit_rows, x, out);
-    op.adapted = adapted;
-    op.tiles = tiles, op.norm = norm, op.weight = at<const float>(weight), op.epsilon = epsilon;
-    op.bias = at<const float>(bias), op.activation = dc::Activation(activation), op.other = rows_of(residual);
-    program.record(op);
-}
-
-void mix(dc::Program& program, bool on_logit_rows, const Buffer& x, float a, const Buffer& y, float b, const Buffer& out) {
-    dc::Op op = make_op(dc::OpKind::mix, on_logit_rows, x, out);
-    op.other = rows_of(y), op.a = a, op.b = b;
-    program.record(op);
-}
-
-void smear(dc::Program& program, const Buffer& x, const Buffer& previous, uintptr_t gate, int64_t channels, float lambda, const Buffer& out) {
-    dc::Op op = make_op(dc::OpKind::smear, false, x, out);
-    op.other = rows_of(previous), op.weight = at<const float>(gate), op.channels = channels, op.a = lambda;
-    program.record(op);
-}
-
-void softcap(dc::Program& program, bool on_logit_rows, const Buffer& x, float cap, const Buffer& out) {
-    dc::Op op = make_op(dc::OpKind::softcap, on_logit_rows, x, out);
-    op.a = cap;
-    program.record(op);
-}
-
-void rope_append(dc::Program& program, const dc::RopeJob& job, int64_t max_positions, int64_t num_pages, int group) {
-    dc::Op op = make_op(dc::OpKind::rope_append, false, {}, {});
-    op.x = {const_cast<float*>(job.qkv), job.row_stride}, op.out = {job.q_out, job.heads * int64_t(job.head_size)};
-    op.rope = job, op.max_positions = max_positions, op.num_pages = num_pages, op.page_group = group;
-    program.record(op);
-}
-
-void paged_attention(dc::Program& program, const Buffer& q, uintptr_t cache, int cache_type, int64_t num_pages, int heads, int kv_heads,
-                     int head_size, int window, float softcap, uintptr_t sinks, const Buffer& out, int group, int64_t page_stride) {
-    dc::Op op = make_op(dc::OpKind::paged_attention, false, q, out);
-    op.attention = {at<const float>(q.first), at<const void>(cache), dc::Element(cache_type), at<float>(out.first),
-                    heads, kv_heads, head_size, window, softcap, at<const float>(sinks), page_stride};
-    op.num_pages = num_pages, op.page_group = group;
-    program.record(op);
-}
-
-void experts(dc::Program& program, const Buffer& x, const Buffer& logits, const dc::Tiles& gate_up, const dc::Tiles& down, const Buffer& out,
-             uintptr_t weight, float epsilon, uintptr_t up_bias, uintptr_t down_bias, int activation, int64_t chosen, bool sum_to_one,
-             bool residual, bool sigmoids, uintptr_t choice_bias, uintptr_t scales) {
-    const auto routing = std::make_shared<dc::Routing>(logits.second, chosen, sum_to_one, sigmoids, program.max_tokens);
-    const auto record = [&](dc::OpKind kind, const Buffer& from, const Buffer& to, const dc::Tiles* tiles, uintptr_t bias) {
-        dc::Op op = make_op(kind, false, from, to);
-        op.routing = routing, op.bias = at<const float>(bias);
-        if (tiles) op.tiles = *tiles;
-        if (kind == dc::OpKind::gate_up)
-            op.activation = dc::Activation(activation), op.norm = true, op.weight = at<const float>(weight), op.epsilon = epsilon;
-        if (kind == dc::OpKind::route) op.weight = at<const float>(scales);
-        program.record(op);
-    };
-    record(dc::OpKind::route, logits, {}, nullptr, choice_bias);
-    record(dc::OpKind::group, {}, {}, nullptr, 0);
-    record(dc::OpKind::gate_up, x, {0, down.columns}, &gate_up, up_bias);
-    record(dc::OpKind::down, {0, down.columns}, {0, out.second}, &down, down_bias);
-    record(dc::OpKind::combine, residual ? x : Buffer{0, x.second}, out, nullptr, 0);
-}
-
-void short_conv(dc::Program& program, const Buffer& x, uintptr_t taps, int64_t size, uintptr_t bias, uintptr_t states, int64_t num_slots,
-                const Buffer& out) {
-    dc::Op op = make_op(dc::OpKind::short_conv, false, x, out);
-    op.weight = at<const float>(taps), op.channels = size, op.bias = at<const float>(bias);
-    op.states = at<float>(states), op.num_slots = num_slots;
-    program.record(op);
-}
-
-// sizes: H, P, N, G, the first head, the heads of a group; weights: decay, dt_bias, skip, mix_norm or 0: without a norm; u has room
-// for what the convolution makes of p
-void mamba2(dc::Program& program, const Buffer& x, uintptr_t taps, int64_t size, uintptr_t taps_bias, const std::array<int64_t, 6>& sizes,
-            const std::array<uintptr_t, 4>& weights, float epsilon, const std::array<uintptr_t, 2>& states, int64_t num_slots, const Buffer& u,
-            const Buffer& out) {
-    dc::Op convolve = make_op(dc::OpKind::convolve, false, {x.first + uintptr_t(out.second) * sizeof(float), x.second}, u);
-    convolve.weight = at<const float>(taps), convolve.channels = size, convolve.bias = at<const float>(taps_bias);
-    convolve.states = at<float>(states[0]), convolve.num_slots = num_slots;
-    program.record(convolve);
-    dc::Op op = make_op(dc::OpKind::mamba2, false, x, out);
-    op.other = rows_of(u), op.num_slots = num_slots;
-    op.mamba = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], at<const float>(weights[0]), at<const float>(weights[1]), at<const float>(weights[2]),
-                at<float>(states[1])};
-    program.record(op);
-    if (!weights[3]) return;
-    dc::Op norm = make_op(dc::OpKind::rms_norm, false, out, out);
-    norm.weight = at<const float>(weights[3]), norm.epsilon = epsilon, norm.channels = sizes[3];
-    program.record(norm);
-}
-
-// sizes: H, P, the first head, the heads of a group
-dc::Op of_groups(dc::OpKind kind, const Buffer& x, const std::array<int64_t, 4>& sizes, const Buffer& out) {
-    dc::Op op = make_op(kind, false, x, out);
-    op.mamba.heads = sizes[0], op.mamba.head_size = sizes[1], op.mamba.first_head = sizes[2], op.mamba.group_heads = sizes[3];
-    return op;
-}
-
-void group_squares(dc::Program& program, const Buffer& x, const std::array<int64_t, 4>& sizes, const Buffer& out) {
-    program.record(of_groups(dc::OpKind::group_squares, x, sizes, out));
-}
-
-void norm_groups(dc::Program& program, const Buffer& x, uintptr_t weight, const Buffer& squares, const std::array<int64_t, 4>& sizes, float epsilon,
-                 const Buffer& out) {
-    dc::Op op = of_groups(dc::OpKind::norm_groups, x, sizes, out);
-    op.weight = at<const float>(weight), op.gates = rows_of(squares), op.epsilon = epsilon;
-    program.record(op);
-}
-
-// sizes: taps, Hk, Hv, Dk, Dv; order: alternating, gates_by_key, heads_by_key; weights: taps, decay, dt_bias, norm
-void delta_rule(dc::Program& program, const Buffer& x, const std::array<int64_t, 5>& sizes, const std::array<bool, 3>& order,
-                const std::array<uintptr_t, 4>& weights, float epsilon, const std::array<uintptr_t, 2>& states, int64_t num_slots, const Buffer& out) {
-    dc::Op op = make_op(dc::OpKind::delta_rule, false, x, out);
-    op.delta = std::make_shared<const dc::DeltaRule>(dc::DeltaRule{
-        sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], order[0], order[1], order[2], at<const float>(weights[0]), at<const float>(weights[1]),
-        at<const float>(weights[2]), at<const float>(weights[3]), epsilon, at<float>(states[0]), at<float>(states[1])});
-    op.num_slots = num_slots;
-    program.record(op);
-}
-
-void split_gates(dc::Program& program, bool on_logit_rows, const Buffer& x, int64_t head_size, const Buffer& gates, const Buffer& out) {
-    dc::Op op = make_op(dc::OpKind::split_gates, on_logit_rows, x, out);
-    op.channels = head_size, op.gates = rows_of(gates);
-    program.record(op);
-}
-
-// gate, or gated_add where something is added
-void gated(dc::Program& program, bool on_logit_rows, const Buffer& x, const Buffer& gates, const Buffer& out, const Buffer& added) {
-    dc::Op op = make_op(added.first ? dc::OpKind::gated_add : dc::OpKind::gate, on_logit_rows, x, out);
-    op.gates = rows_of(gates), op.other = rows_of(added);
-    program.record(op);
-}
-
-void exchange(dc::Program& program, dc::OpKind kind, bool on_logit_rows, const Buffer& x, const std::shared_ptr<dc::Ranks>& ranks,
-              const Buffer& out, const Buffer& residual) {
-    dc::Op op = make_op(kind, on_logit_rows, x, out);
-    op.ranks = ranks, op.other = rows_of(residual);
-    program.record(op);
+py::dict ops() {                            // what ops.def says: {name: (has, [(role, field, columns or type)])}
+    py::dict all;
+#define READS(name, columns) fields.append(py::make_tuple("reads", #name, #columns));
+#define WRITES(name, columns) fields.append(py::make_tuple("writes", #name, #columns));
+#define WEIGHTS(name, columns) fields.append(py::make_tuple("weights", #name, #columns));
+#define WEIGHTS_OR_NONE(name, columns) fields.append(py::make_tuple("weights or none", #name, #columns));
+#define STATES(name) fields.append(py::make_tuple("states", #name, ""));
+#define FIELD(type, name) fields.append(py::make_tuple("field", #name, #type));
+#define OPTION(type, name, value) fields.append(py::make_tuple("option", #name, #type));
+#define OP(name, runs, has, ...)                    \
+    {                                               \
+        py::list fields;                            \
+        __VA_ARGS__                                 \
+        all[#name] = py::make_tuple(#has, fields);  \
+    }
+#include "ops.def"
+    return all;
 }
 
 // At once, on the caller's thread.
@@ -280,12 +181,6 @@ py::list times(const dc::Program& program) {
 
 void bind_program(py::module_& m) {
     using dc::Program;
-    using dc::OpKind;
-    const auto simple = [](OpKind kind) {
-        return [kind](Program& program, bool on_logit_rows, const Buffer& x, const Buffer& out) {
-            program.record(make_op(kind, on_logit_rows, x, out));
-        };
-    };
     struct Delete {                                 // waits for the step under way, so without the GIL
         void operator()(Program* program) const {
             Gil released;
@@ -309,37 +204,17 @@ void bind_program(py::module_& m) {
         .def_readonly("count", &dc::Ranks::count)
         .def_readonly("part_bytes", &dc::Ranks::part_bytes)
         .def_readonly("moves", &dc::Ranks::moves);
+    m.attr("OPS") = ops();
+    py::class_<dc::Routing>(m, "Routing")
+        .def(py::init<int64_t, int64_t, bool, bool, int64_t>());
     py::class_<dc::Adapter, std::shared_ptr<dc::Adapter>>(m, "Adapter")
         .def(py::init<int64_t>())
         .def("add", &add_to_adapter);
     py::class_<Program, std::unique_ptr<Program, Delete>>(m, "Program")
         .def(py::init([](int64_t max_tokens, int64_t max_rows) { return std::unique_ptr<Program, Delete>(new Program(max_tokens, max_rows)); }))
-        .def("embed", &embed)
-        .def("gather_rows", simple(OpKind::gather_rows))
-        .def("copy", simple(OpKind::copy))
-        .def("rms_norm", &rms_norm)
-        .def("linear", &linear)
-        .def("experts", &experts)
-        .def("look_up", &look_up)
-        .def("layer_inputs", &layer_inputs)
-        .def("gate_input", &gate_input)
-        .def("mix", &mix)
-        .def("smear", &smear)
-        .def("softcap", &softcap)
-        .def("short_conv", &short_conv)
-        .def("delta_rule", &delta_rule)
-        .def("mamba2", &mamba2)
-        .def("group_squares", &group_squares)
-        .def("norm_groups", &norm_groups)
-        .def("split_gates", &split_gates)
-        .def("gated", &gated)
-        .def("rope_append", &rope_append)
-        .def("paged_attention", &paged_attention)
-        .def("all_reduce", [](Program& p, bool logit_rows, const Buffer& x, const std::shared_ptr<dc::Ranks>& ranks, const Buffer& out,
-                              const Buffer& residual) { exchange(p, OpKind::all_reduce, logit_rows, x, ranks, out, residual); })
-        .def("all_gather", [](Program& p, bool logit_rows, const Buffer& x, const std::shared_ptr<dc::Ranks>& ranks,
-                              const Buffer& out) { exchange(p, OpKind::all_gather, logit_rows, x, ranks, out, {}); })
-        .def("sample", simple(OpKind::sample))
+        .def("record", [](Program& program, const std::string& op, bool on_logit_rows, const py::kwargs& fields) {
+            program.record(op_of(op, on_logit_rows, fields));
+        })
         .def("start", &start)
         .def("finish", &Program::finish, py::call_guard<Gil>())
         .def("times", &times)

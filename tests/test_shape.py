@@ -54,7 +54,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 40 more: the terminal reads event streams as the standard says, and resumes whatever it reads.
 # 240 more: a model and its adapters are of one version of their files, and held until answers end; adapters' bytes as they are held.
 # 50 more: models trained for embeddings are told from others, by metadata and by what sentence-transformers writes.
-MOST_STATEMENTS = 20_855
+# 15 more: ops are recorded by their rows in csrc/ops.def, and fields have names.
+MOST_STATEMENTS = 20_870
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

@@ -18,10 +18,6 @@ from .sampling import Sampler, batch_of
 from .tiles import KINDS, Arena, Matrix, multiply
 from .weights import as_stored, converted, held_bytes, pack, tile_row_bytes
 
-RECORDED = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap",
-            "rope_append", "paged_attention", "experts", "short_conv", "delta_rule", "mamba2", "group_squares", "norm_groups", "split_gates",
-            "gate", "gated_add", "look_up", "layer_inputs", "gate_input")
-
 
 @functools.cache
 def slower_than_torch(width: int) -> str:
@@ -89,7 +85,8 @@ class CpuBackend:
         _core.set_threads(torch.get_num_threads())
         program = self.program = Program(max_tokens, max_rows)
         arena = Arena(64 << 20)
-        return {name: getattr(program, name) for name in RECORDED} | {
+        recorded = {name: getattr(program, name) for name in self.script.references if hasattr(program, name)}
+        return recorded | {
             "pack": lambda name, *parts: pack(arena, name, parts, quantize, self.spec.tied_head),
             "look_up": self.look_up, "make_cache": self.make_cache, "plan_attention": lambda *_: program.attention,
             "sample": Sampler()}

@@ -1,5 +1,7 @@
 """Program: a model's step recorded once as a list of ops over fixed buffers, then run by compiled threads alone.
 
+csrc/ops.def lists the ops. The methods here check what a row there cannot say; other ops get their methods from their rows.
+
     program = Program(max_tokens=512, max_rows=64)
     program.embed(table, program.token_ids, x)                          # x (512, C) float32: numpy or torch CPU, contiguous
     program.linear(x, qkv_matrix, qkv, norm=(weight, 1e-5)); ...        # see each method
@@ -16,7 +18,10 @@ threads or the instruction set. A wrong argument is a ValueError that names it, 
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import numpy
 
@@ -131,16 +136,16 @@ class Program:
         if ids not in (self.token_ids, self.previous_token_ids):
             raise ValueError(f"ids: must be program.token_ids or program.previous_token_ids, not {ids!r}")
         if isinstance(table, Matrix):
-            tiles, address, code, shape = table.tiles, 0, 0, (table.rows, table.columns)
+            own, shape = {"tiles": table.tiles}, (table.rows, table.columns)
         else:
             address, dtype, shape, _ = look_at("table", table, tuple(CODES), None, None)
-            tiles, code = None, CODES[dtype]
+            own = {"table": address, "table_type": CODES[dtype]}
         first, vocabulary = part or (0, shape[0])
         if not 0 <= first < vocabulary:
             raise ValueError(f"part: must be a row and a larger number of rows, not {part!r}")
-        buffer = self._buffers.written("out", out, TOKENS, shape[1])
-        self._buffers.keep(table, out)
-        self._program.embed(tiles, address, code, shape[0], first, vocabulary, ids is self.previous_token_ids, buffer)
+        out_at = self._buffers.written("out", out, TOKENS, shape[1])
+        self._record("embed", TOKENS, (table, out), table_rows=shape[0], first_row=first, vocabulary=vocabulary,
+                     previous_ids=ids is self.previous_token_ids, out=out_at, **own)
 
     def look_up(self, table, ids, out) -> None:
         """Rows `ids` (token_ids) of a table that stays in its file -> out (max_tokens, K); a negative id: row 0.
@@ -152,12 +157,13 @@ class Program:
         if table.kind not in KINDS:
             raise ValueError(f"table: must be of a type among {', '.join(KINDS)}, not {table.kind!r}")
         _is_marker("ids", ids, self.token_ids)
-        buffer = self._buffers.written("out", out, TOKENS)
-        if buffer[1] % COLUMNS[table.kind]:
-            raise ValueError(f"out: must have a multiple of {COLUMNS[table.kind]} columns for {table.kind}, not {buffer[1]}")
-        address, _, (rows, _), _ = look_at("table", table.table, ("uint8",), None, _core.row_bytes(KINDS[table.kind], buffer[1]))
-        self._buffers.keep(table.table, out)
-        self._program.look_up(address, KINDS[table.kind], rows, buffer)
+        out_at = self._buffers.written("out", out, TOKENS)
+        if out_at[1] % COLUMNS[table.kind]:
+            raise ValueError(f"out: must have a multiple of {COLUMNS[table.kind]} columns for {table.kind}, not {out_at[1]}")
+        row_bytes = _core.row_bytes(KINDS[table.kind], out_at[1])
+        address, _, (rows, _), _ = look_at("table", table.table, ("uint8",), None, row_bytes)
+        self._record("embed", TOKENS, (table.table, out), table=address, file_type=KINDS[table.kind], file_row_bytes=row_bytes, table_rows=rows,
+                     first_row=0, vocabulary=rows, previous_ids=False, out=out_at)
 
     def layer_inputs(self, projected, rows, weight, eps: float, out) -> None:
         """(weight * rms(each part of projected) + sqrt(P) * rows) / sqrt(2) -> out, which may be projected, all (max_tokens, L * P).
@@ -173,8 +179,8 @@ class Program:
         out_at = self._buffers.written("out", out, TOKENS, x_at[1])
         if out_at[0] == other_at[0]:
             raise ValueError("out: may not be rows")
-        self._buffers.keep(projected, rows, weight, out)
-        self._program.layer_inputs(x_at, other_at, weight_at, part, float(eps), out_at)
+        self._record("layer_inputs", TOKENS, (projected, rows, weight, out), projected=x_at, rows=other_at, weight=weight_at, part=part, eps=float(eps),
+                     out=out_at)
 
     def gate_input(self, gate, inputs, first: int, out) -> None:
         """gelu(gate) * inputs[:, first:first + P] -> out, which may be gate, both (max_tokens, P); gelu by its tanh."""
@@ -182,8 +188,7 @@ class Program:
         if rows_of != TOKENS or its_rows != TOKENS or first % 16 or not 0 <= first <= inputs_at[1] - x_at[1]:
             raise ValueError(f"first: must be a multiple of 16 that leaves {x_at[1]} of {inputs_at[1]} columns of tokens, not {first!r}")
         out_at = self._buffers.written("out", out, TOKENS, x_at[1])
-        self._buffers.keep(gate, inputs, out)
-        self._program.gate_input(x_at, inputs_at, first, out_at)
+        self._record("gate_input", TOKENS, (gate, inputs, out), gate=x_at, inputs=inputs_at, first=first, out=out_at)
 
     def given(self, x) -> None:
         """x (max_tokens, C): whoever starts a step has written its rows, and no earlier step is under way then."""
@@ -196,14 +201,7 @@ class Program:
         x_at, rows_of = self._buffers.read("x", x)
         if rows_of != TOKENS:
             raise ValueError("x: was gathered already")
-        self._record(self._program.gather_rows, True, x_at, self._buffers.written("out", out, LOGIT_ROWS, x_at[1]), keep=(x, out))
-
-    def rms_norm(self, x, weight, eps: float, out) -> None:
-        """x / its root mean square (* weight (C,) or None) -> out, which may be x."""
-        x_at, rows_of = self._buffers.read("x", x, 16)
-        weight_at = 0 if weight is None else vector("weight", weight, "float32", x_at[1])
-        out_at = self._buffers.written("out", out, rows_of, x_at[1])
-        self._record(self._program.rms_norm, rows_of == LOGIT_ROWS, x_at, weight_at, float(eps), out_at, keep=(x, weight, out))
+        self._record("gather_rows", LOGIT_ROWS, (x, out), x=x_at, out=self._buffers.written("out", out, LOGIT_ROWS, x_at[1]))
 
     def linear(self, x, matrix, out, norm=None, bias=None, activation=None, residual=None, adapted=None) -> None:
         """out = residual + activation(norm(x) W^T + bias + what the rows' adapters add); residual may be out, x may not.
@@ -227,8 +225,9 @@ class Program:
             raise ValueError("out: may not be x")
         residual_at = NONE if residual is None else self._buffers.read_like("residual", residual, rows_of, out_at[1])
         number = -1 if adapted is None or matrix.columns % 16 else self.adapters.record(adapted, matrix, activation in GATES)
-        self._record(self._program.linear, rows_of == LOGIT_ROWS, x_at, matrix.tiles, out_at, *before, code, residual_at, number,
-                     keep=(x, matrix, out, norm and norm[0], bias, residual))
+        has_norm, norm_at, eps, bias_at = before
+        self._record("linear", rows_of, (x, matrix, out, norm and norm[0], bias, residual), x=x_at, tiles=matrix.tiles, norm=has_norm,
+                     norm_weight=norm_at, eps=eps, bias=bias_at, activation=code, residual=residual_at, adapted=number, out=out_at)
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen: int, sum_to_one: bool,
                 residual: bool = True, sigmoids: bool = False, choice_bias=None, scales=None) -> None:
@@ -259,26 +258,18 @@ class Program:
         choice_bias_at = 0 if choice_bias is None else vector("choice_bias", choice_bias, "float32", E)
         scales_at = 0 if scales is None else vector("scales", scales, "float32", E)
         out_at = self._buffers.written("out", out, TOKENS, C)
-        self._buffers.keep(x, logits, gate_up, down, out, norm[0], *biases, choice_bias, scales)
-        self._program.experts(x_at, logits_at, gate_up.tiles, down.tiles, out_at, norm_at, float(norm[1]), up_bias_at, down_bias_at,
-                              ACTIVATIONS[activation], chosen, bool(sum_to_one), bool(residual), bool(sigmoids), choice_bias_at,
-                              scales_at)
-
-    def copy(self, x, out) -> None:
-        """x -> out."""
-        x_at, rows_of = self._buffers.read("x", x)
-        self._record(self._program.copy, rows_of == LOGIT_ROWS, x_at, self._buffers.written("out", out, rows_of, x_at[1]), keep=(x, out))
-
-    def mix(self, x, x0, resid_lambda, x0_lambda, out) -> None:
-        """resid_lambda * x + x0_lambda * x0 -> out, which may be x; the lambdas are numbers or arrays of one."""
-        x_at, rows_of = self._buffers.read("x", x, 16)
-        x0_at = self._buffers.read_like("x0", x0, rows_of, x_at[1])
-        self._record(self._program.mix, rows_of == LOGIT_ROWS, x_at, float(resid_lambda), x0_at, float(x0_lambda),
-                     self._buffers.written("out", out, rows_of, x_at[1]), keep=(x, x0, out))
+        routing = _core.Routing(E, chosen, bool(sum_to_one), bool(sigmoids), self._buffers.limits[TOKENS])
+        kept = x, logits, gate_up, down, out, norm[0], *biases, choice_bias, scales, routing
+        self._record("route", TOKENS, kept, logits=logits_at, routing=routing, bias=choice_bias_at, scales=scales_at)
+        self._record("group", TOKENS, routing=routing)
+        self._record("gate_up", TOKENS, x=x_at, routing=routing, tiles=gate_up.tiles, norm_weight=norm_at, eps=float(norm[1]), bias=up_bias_at,
+                     activation=ACTIVATIONS[activation], columns=F)
+        self._record("down", TOKENS, routing=routing, tiles=down.tiles, bias=down_bias_at, columns=C)
+        self._record("combine", TOKENS, x=x_at if residual else NONE, routing=routing, out=out_at)
 
     def backout(self, x, middle, backout_lambda, out) -> None:
         """x - backout_lambda * middle -> out, which may be x."""
-        self.mix(x, middle, 1.0, -float(backout_lambda), out)
+        self._record_row("mix", {"x": x, "x0": middle, "resid_lambda": 1.0, "x0_lambda": -float(backout_lambda), "out": out})
 
     def smear(self, x, previous, previous_ids, gate, smear_lambda, out) -> None:
         """x + lambda * sigmoid(x[:, :channels] . gate) * previous -> out, which may be x; gate (1, channels) float32."""
@@ -289,15 +280,16 @@ class Program:
         if rows_of != TOKENS or not 0 < channels <= x_at[1]:
             raise ValueError(f"gate: must be (1, channels) for rows of tokens, not {(1, channels)}")
         out_at = self._buffers.written("out", out, rows_of, x_at[1])
-        self._buffers.keep(x, previous, gate, out)
-        self._program.smear(x_at, previous_at, gate_at, channels, float(smear_lambda), out_at)
+        self._record("smear", TOKENS, (x, previous, gate, out), x=x_at, previous=previous_at, gate=gate_at, channels=channels,
+                     smear_lambda=float(smear_lambda), out=out_at)
 
     def softcap(self, logits, cap: float, out) -> None:
         """cap * tanh(logits / cap) -> out, which may be logits."""
         x_at, rows_of = self._buffers.read("logits", logits)
         if not float(cap) > 0:
             raise ValueError(f"cap: must be positive, not {cap}")
-        self._record(self._program.softcap, rows_of == LOGIT_ROWS, x_at, float(cap), self._buffers.written("out", out, rows_of, x_at[1]), keep=(logits, out))
+        out_at = self._buffers.written("out", out, rows_of, x_at[1])
+        self._record("softcap", rows_of, (logits, out), logits=x_at, cap=float(cap), out=out_at)
 
     def short_conv(self, x, taps, states, sequences, out, bias=None) -> None:
         """x (max_tokens, 3 C) = b, c, u;  s = b * u;  c_t * (sum over j of taps[j] * s[t - K + 1 + j] + bias) -> out (max_tokens, C).
@@ -315,7 +307,8 @@ class Program:
             raise ValueError(f"states: must be (slots, 1 to {MAX_TAPS - 1}, a third of x's columns, a multiple of 16), not {(slots, before, C)}")
         taps_at, bias_at = vector("taps", taps, "float32", (before + 1) * C), 0 if bias is None else vector("bias", bias, "float32", C)
         out_at = self._buffers.written("out", out, TOKENS, C)
-        self._record(self._program.short_conv, x_at, taps_at, before + 1, bias_at, address, slots, out_at, keep=(x, taps, state, out, bias))
+        self._record("short_conv", TOKENS, (x, taps, state, out, bias), x=x_at, taps=taps_at, size=before + 1, bias=bias_at, states=address,
+                     num_slots=slots, out=out_at)
 
     def delta_rule(self, x, weights, mixer, eps: float, states, sequences, out) -> None:
         """x (max_tokens, p and z and b and a) -> out (max_tokens, Hv * Dv), token by token: see chat_server's DeltaRule, which `mixer` is.
@@ -325,7 +318,7 @@ class Program:
                     as in short_conv
         """
         _is_marker("sequences", sequences, self.sequences)
-        sizes = K, Hk, Hv, Dk, Dv = mixer.size, mixer.key_heads, mixer.value_heads, mixer.key_size, mixer.value_size
+        K, Hk, Hv, Dk, Dv = mixer.size, mixer.key_heads, mixer.value_heads, mixer.key_size, mixer.value_size
         if not 2 <= K <= MAX_TAPS or min(Hk, Dk, Dv) < 1 or Hv < 1 or Hv % Hk or Dk % 16 or Dv % 16:
             raise ValueError(f"mixer: must have 2 to {MAX_TAPS} taps, heads of multiples of 16, value heads a multiple of key heads, not {mixer}")
         past, S = states
@@ -336,10 +329,11 @@ class Program:
         if rows_of != TOKENS or x_at[1] != channels + Hv * Dv + 2 * Hv or not slots:
             raise ValueError(f"x: must be (max_tokens, {channels + Hv * Dv + 2 * Hv}), and states have a slot, not {x_at[1]} columns and {slots} slots")
         sized = {"taps": K * channels, "decay": Hv, "dt_bias": Hv, "mix_norm": Dv}
-        weights_at = [vector(name, weights[name], "float32", size) for name, size in sized.items()]
+        taps, decay, dt_bias, mix_norm = (vector(name, weights[name], "float32", size) for name, size in sized.items())
         out_at = self._buffers.written("out", out, TOKENS, Hv * Dv)
-        self._record(self._program.delta_rule, x_at, sizes, (mixer.alternating, mixer.gates_by_key, mixer.heads_by_key), weights_at, float(eps),
-                     (past_at, S_at), slots, out_at, keep=(x, past, S, out, *(weights[name] for name in sized)))
+        self._record("delta_rule", TOKENS, (x, past, S, out, *(weights[name] for name in sized)), x=x_at, size=K, key_heads=Hk, value_heads=Hv,
+                     key_size=Dk, value_size=Dv, alternating=mixer.alternating, gates_by_key=mixer.gates_by_key, heads_by_key=mixer.heads_by_key,
+                     taps=taps, decay=decay, dt_bias=dt_bias, norm=mix_norm, epsilon=float(eps), past=past_at, states=S_at, num_slots=slots, out=out_at)
 
     def mamba2(self, x, weights, mixer, eps: float, states, sequences, out) -> None:
         """x (max_tokens, z and p and dt) -> out (max_tokens, H * P), token by token: see chat_server's Mamba2,
@@ -370,13 +364,16 @@ class Program:
         if mixer.taps_bias:
             sized["taps_bias"] = channels
         at = {name: vector(name, weights[name], "float32", size) for name, size in sized.items()}
-        own = [at[name] for name in ("decay", "dt_bias", "skip")] + [0 if mixer.of_heads else at["mix_norm"]]
         if (u := self._convolved.get(channels)) is None:
             u = self._convolved[channels] = numpy.empty((self._buffers.limits[TOKENS], channels), numpy.float32)
         out_at = self._buffers.written("out", out, TOKENS, inner)
-        self._record(self._program.mamba2, x_at, at["taps"], K, at.get("taps_bias", 0), (*sizes, mixer.first_head, all_heads // G), own, float(eps),
-                     (past_at, S_at), slots, (u.ctypes.data, channels), out_at,
-                     keep=(x, past, S, out, *(weights[name] for name in sized)))
+        u_at, p_at = (u.ctypes.data, channels), (x_at[0] + inner * u.itemsize, x_at[1])
+        self._record("convolve", TOKENS, (x, past, S, out, *(weights[name] for name in sized)), x=p_at, taps=at["taps"], size=K,
+                     bias=at.get("taps_bias", 0), states=past_at, num_slots=slots, out=u_at)
+        self._record("mamba2", TOKENS, x=x_at, u=u_at, heads=H, head_size=P, state_size=N, groups=G, first_head=mixer.first_head,
+                     group_heads=all_heads // G, decay=at["decay"], dt_bias=at["dt_bias"], skip=at["skip"], states=S_at, num_slots=slots, out=out_at)
+        if not mixer.of_heads:
+            self._record("rms_norm", TOKENS, x=out_at, weight=at["mix_norm"], eps=float(eps), groups=G, out=out_at)
 
     def group_squares(self, x, mixer, out) -> None:
         """The sums of the squares of each group's columns in x (max_tokens, H * P), which mamba2 left without
@@ -385,7 +382,7 @@ class Program:
         out_at = self._buffers.written("out", out, TOKENS)
         if out_at[1] < mixer.groups:
             raise ValueError(f"out: must have at least {mixer.groups} columns, not {out_at[1]}")
-        self._record(self._program.group_squares, x_at, sizes, out_at, keep=(x, out))
+        self._record("group_squares", TOKENS, (x, out), x=x_at, out=out_at, **sizes)
 
     def norm_groups(self, x, weight, squares, mixer, eps: float, out) -> None:
         """weight (H * P) * x over the root mean square of its group -> out, which may be x; squares as
@@ -395,15 +392,15 @@ class Program:
         if rows_of != TOKENS or squares_at[1] < mixer.groups:
             raise ValueError(f"squares: must be (max_tokens, at least {mixer.groups}), not {squares_at[1]} columns")
         weight_at, out_at = vector("weight", weight, "float32", x_at[1]), self._buffers.written("out", out, TOKENS, x_at[1])
-        self._record(self._program.norm_groups, x_at, weight_at, squares_at, sizes, float(eps), out_at, keep=(x, weight, squares, out))
+        self._record("norm_groups", TOKENS, (x, weight, squares, out), x=x_at, weight=weight_at, squares=squares_at, eps=float(eps), out=out_at, **sizes)
 
-    def _of_groups(self, name: str, x, mixer) -> tuple[tuple[int, int], tuple[int, ...]]:
+    def _of_groups(self, name: str, x, mixer) -> tuple[tuple[int, int], dict[str, int]]:
         """A buffer of a Mamba layer's heads, and what says to which groups these belong."""
         x_at, rows_of = self._buffers.read(name, x)
         H, P, all_heads = mixer.heads, mixer.head_size, mixer.of_heads or mixer.heads
         if rows_of != TOKENS or x_at[1] != H * P or P % 16 or all_heads % mixer.groups or not 0 <= mixer.first_head <= all_heads - H:
             raise ValueError(f"{name}: must be (max_tokens, {H * P}), of heads of a multiple of 16, in whole groups, not {x_at[1]} columns of {mixer}")
-        return x_at, (H, P, mixer.first_head, all_heads // mixer.groups)
+        return x_at, {"heads": H, "head_size": P, "first_head": mixer.first_head, "group_heads": all_heads // mixer.groups}
 
     def split_gates(self, x, head_size: int, gates, out) -> None:
         """x (max_tokens, 2 * H * D + the rest), of each head D columns and then those of its gate -> gates (max_tokens, H * D)
@@ -415,22 +412,7 @@ class Program:
         out_at = self._buffers.written("out", out, rows_of, x_at[1] - gates_at[1])
         if x_at[0] in (gates_at[0], out_at[0]):
             raise ValueError("out: may not be x")
-        self._record(self._program.split_gates, rows_of == LOGIT_ROWS, x_at, head_size, gates_at, out_at, keep=(x, gates, out))
-
-    def gate(self, x, gates, out) -> None:
-        """x * sigmoid(gates) -> out, which may be x."""
-        x_at, rows_of = self._buffers.read("x", x, 16)
-        gates_at = self._buffers.read_like("gates", gates, rows_of, x_at[1])
-        out_at = self._buffers.written("out", out, rows_of, x_at[1])
-        self._record(self._program.gated, rows_of == LOGIT_ROWS, x_at, gates_at, out_at, NONE, keep=(x, gates, out))
-
-    def gated_add(self, x, added, gate, out) -> None:
-        """x + sigmoid(gate) * added -> out, which may be x; gate has one column."""
-        x_at, rows_of = self._buffers.read("x", x, 16)
-        added_at, gate_at = (self._buffers.read_like(name, array, rows_of, columns)
-                             for name, array, columns in (("added", added, x_at[1]), ("gate", gate, 1)))
-        out_at = self._buffers.written("out", out, rows_of, x_at[1])
-        self._record(self._program.gated, rows_of == LOGIT_ROWS, x_at, gate_at, out_at, added_at, keep=(x, added, gate, out))
+        self._record("split_gates", rows_of, (x, gates, out), x=x_at, head_size=head_size, gates=gates_at, out=out_at)
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, value_embed=None, gate=None, **options) -> None:
         """decode_core.rope_append with the step's positions and slots: qkv -> out (max_tokens, H * D) and one layer's cache.
@@ -453,8 +435,8 @@ class Program:
         gate_at = NONE if gate is None else self._buffers.read_like("gate", gate, rows_of, Hkv)
         job, max_positions = rope_job(layer, qkv_at, (out_at[0], 0, H), cos, sin, (0, 0),
                                       value_at, gate_at, appends, **options)
-        self._buffers.keep(qkv, cos, sin, cache, out, value_embed, gate, options.get("q_norm"), options.get("k_norm"))
-        self._program.rope_append(job, max_positions, pages, slots.group)
+        kept = qkv, cos, sin, cache, out, value_embed, gate, options.get("q_norm"), options.get("k_norm")
+        self._record("rope_append", TOKENS, kept, qkv=qkv_at, job=job, max_positions=max_positions, num_pages=pages, group=slots.group, out=out_at)
 
     def paged_attention(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None) -> None:
         """softmax(q k) v of each row over its own pages: q (max_tokens, H * D) as rope_append left it -> out, as wide."""
@@ -467,8 +449,9 @@ class Program:
         if not isinstance(window, int) or not -1 <= window < 2**31:
             raise ValueError(f"window: must be a number of keys, 0 or -1, not {window!r}")
         out_at = self._buffers.written("out", out, rows_of, q_at[1])
-        self._record(self._program.paged_attention, q_at, cache_at, cache_kind, pages, H, Hkv, D, max(window, 0),
-                     check_softcap(softcap), sinks_at(sinks, H), out_at, attention.group, apart, keep=(q, cache, out, sinks))
+        self._record("paged_attention", TOKENS, (q, cache, out, sinks), q=q_at, cache=cache_at, cache_type=cache_kind, num_pages=pages, heads=H,
+                     kv_heads=Hkv, head_size=D, window=max(window, 0), softcap=check_softcap(softcap), sinks=sinks_at(sinks, H),
+                     group=attention.group, page_stride=apart, out=out_at)
 
     def all_reduce(self, x, ranks, out, residual=None) -> None:
         """residual + the sum of all ranks' x -> out; both may be out. Every rank's program has it at the same place.
@@ -477,7 +460,7 @@ class Program:
         x_at, rows_of = self._buffers.read("x", x, 16)
         residual_at = NONE if residual is None else self._buffers.read_like("residual", residual, rows_of, x_at[1])
         handle, out_at = handle_of(ranks), self._buffers.written("out", out, rows_of, x_at[1])
-        self._record(self._program.all_reduce, rows_of == LOGIT_ROWS, x_at, handle, out_at, residual_at, keep=(x, ranks, out, residual))
+        self._record("all_reduce", rows_of, (x, handle, out, residual), x=x_at, ranks=handle, residual=residual_at, out=out_at)
         if x_at[0] != out_at[0]:
             self._buffers.lose(x_at)
 
@@ -488,7 +471,7 @@ class Program:
         check_gathered(out_at[1], x_at[1], ranks.count)
         if out_at[0] == x_at[0]:
             raise ValueError("out: may not be x")
-        self._record(self._program.all_gather, rows_of == LOGIT_ROWS, x_at, handle, out_at, keep=(x, ranks, out))
+        self._record("all_gather", rows_of, (x, handle, out), x=x_at, ranks=handle, out=out_at)
         self._buffers.lose(x_at)
 
     def sample(self, logits) -> None:
@@ -496,7 +479,7 @@ class Program:
         x_at, rows_of = self._buffers.read("logits", logits)
         if rows_of != LOGIT_ROWS:
             raise ValueError("logits: must come from rows that were gathered")
-        self._record(self._program.sample, True, x_at, NONE, keep=(logits,))
+        self._record("sample", LOGIT_ROWS, (logits,), logits=x_at)
         self.logits = logits
 
     # ---- running
@@ -537,9 +520,58 @@ class Program:
         """The recorded ops, a line each."""
         return self._program.describe()
 
-    def _record(self, method, *arguments, keep) -> None:
+    def _record(self, op: str, rows_of: str, keep: tuple = (), **fields) -> None:
+        """Record an op of csrc/ops.def, whose fields have been checked."""
         self._buffers.keep(*keep)
-        method(*arguments)
+        self._program.record(op, rows_of == LOGIT_ROWS, **fields)
+
+    def _record_row(self, op: str, given: Mapping[str, Any]) -> None:
+        """Record one whose row says all that must be checked."""
+        rows_of, widths, fields = "", {}, {}
+        for role, name, columns in fields_of(op):
+            value = given[name]
+            if role == "field":
+                fields[name] = float(value)
+            elif role == "writes":
+                fields[name] = self._buffers.written(name, value, rows_of, widths[columns])
+            elif role != "reads":
+                fields[name] = 0 if value is None and role == "weights or none" else vector(name, value, "float32", widths[columns])
+            elif rows_of:
+                fields[name] = self._buffers.read_like(name, value, rows_of, widths.get(columns) or int(columns))
+            else:
+                fields[name], rows_of = self._buffers.read(name, value, 16 if columns.endswith("16") else 1)
+                widths[columns] = fields[name][1]
+        self._record(op, rows_of, tuple(given.values()), **fields)
+
+
+def fields_of(op: str) -> list[tuple[str, str, str]]:
+    """(role, name, columns or type) of each field in an op's row that must be recorded."""
+    _, fields = _core.OPS[op]
+    return [field for field in fields if field[0] != "option"]
+
+
+def says_all(op: str) -> bool:
+    """Does its row say all that must be checked: buffers and weights of so many columns, and floats?"""
+    fields = fields_of(op)
+    return fields[0][0] == "reads" and all(what == "float" if role == "field" else role != "states" and what != "any" for role, _, what in fields)
+
+
+def recorder(op: str) -> Callable[..., None]:
+    """The method of Program that records such an op."""
+    names = ["self", *(name for _, name, _ in fields_of(op))]
+    signature = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+
+    def record(*given, **named) -> None:
+        arguments = signature.bind(*given, **named).arguments
+        arguments.pop("self")._record_row(op, arguments)
+    record.__name__, record.__doc__ = op, f"See its reference, {op}_reference of chat_server."
+    setattr(record, "__signature__", signature)
+    return record
+
+
+for _op in _core.OPS:
+    if says_all(_op) and not hasattr(Program, _op):
+        setattr(Program, _op, recorder(_op))
 
 
 Program.parts = (Program, *(SimpleNamespace(token_ids=Program.token_ids, positions=Program.positions, slots=Marker("slots", group),

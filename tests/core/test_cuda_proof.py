@@ -22,7 +22,7 @@ from pools import collect, greedy
 from works import assignment
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
-from decode_core import cuda, cuda_steps, proof  # noqa: E402
+from decode_core import _core, cuda, cuda_steps, proof  # noqa: E402
 from integrity import check_sequences
 
 MARGIN = 2e-3           # as in tests/worker/engine/test_engine.py
@@ -99,9 +99,8 @@ def test_a_kernel_that_is_wrong_or_raises_is_replaced_by_its_reference_and_named
         patching.patch(patch, model_kernels, "choose_backend", lambda device, spec, *ranks: emulated.backend(spec))
         kernels = load_kernels("cuda", fixture.spec)
     assert kernels.names[op] == ("numpy/reference" if op == "sample" else "torch/reference")
-    assert {name for name, by in kernels.names.items() if by == "decode_core/cuda"} == {
-        "pack", "linear", "embed", "make_cache", "rope_append", "plan_attention", "paged_attention", "sample"
-    } - ({"linear", "embed"} if op == "linear" else {op})
+    ours = {"pack", "make_cache", "plan_attention"} | {name for name, (has, _) in _core.OPS.items() if has == "CUDA"}
+    assert {name for name, by in kernels.names.items() if by == "decode_core/cuda"} == ours - ({"linear", "embed"} if op == "linear" else {op})
     [fault] = kernels.backend.faults.values()
     assert f"decode_core's {op} on cpu: {fault}; torch's reference computes instead" in caplog.text
     assert fault.startswith(said) if said else "differs by" in fault or "draws the tokens" in fault

@@ -5,19 +5,21 @@
 #include <cstdint>
 
 #include "cpu/cpu.h"
+#include "cpu/program/recorded.h"
 #include "cpu/program/rows.h"
 
 namespace dc {
 
-struct DeltaRule {
-    int64_t size;                               // taps of the convolution
-    int64_t key_heads, value_heads;             // Hk, Hv, a multiple of Hk
-    int64_t key_size, value_size;               // Dk, Dv, multiples of 16
-    bool alternating;                           // value head j reads key head j % Hk, else j / (Hv / Hk)
-    bool gates_by_key, heads_by_key;            // x has b and a side by side for each key head; so its q, k, v and z
-    const float *taps, *decay, *dt_bias, *norm; // [size][channels], [Hv], [Hv], [Dv]
-    float epsilon;
-    float *past, *states;                       // [slots][size - 1][channels], the oldest token first; [slots][Hv][Dk][Dv]
+// Its fields (ops.def):
+//     size                        taps of the convolution
+//     key_heads, value_heads      Hk, Hv, a multiple of Hk
+//     key_size, value_size        Dk, Dv, multiples of 16
+//     alternating                 value head j reads key head j % Hk, else j / (Hv / Hk)
+//     gates_by_key, heads_by_key  x has b and a side by side for each key head; so its q, k, v and z
+//     taps, decay, dt_bias, norm  [size][channels], [Hv], [Hv], [Dv]
+//     past, states                [slots][size - 1][channels], the oldest token first; [slots][Hv][Dk][Dv]
+struct DeltaRule : op::delta_rule {
+    explicit DeltaRule(const op::delta_rule& recorded) : op::delta_rule(recorded) {}
 
     int64_t channels() const { return 2 * key_heads * key_size + values(); }
     int64_t values() const { return value_heads * value_size; }

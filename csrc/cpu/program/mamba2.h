@@ -8,16 +8,19 @@
 #include <cstdint>
 
 #include "cpu/cpu.h"
+#include "cpu/program/recorded.h"
 #include "cpu/program/rows.h"
 
 namespace dc {
 
-struct Mamba2 {
-    int64_t heads, head_size;                   // H, P, a multiple of 16
-    int64_t state_size, groups;                 // N, G
-    int64_t first_head, group_heads;            // head j is the model's head first_head + j, of whose heads so many form a group
-    const float *decay, *dt_bias, *skip;        // [H]
-    float* states;                              // [slots][H][N][P]
+// Its fields (ops.def):
+//     heads, head_size         H, P, a multiple of 16
+//     state_size, groups       N, G
+//     first_head, group_heads  head j is the model's head first_head + j, of whose heads so many form a group
+//     decay, dt_bias, skip     [H]
+//     states                   [slots][H][N][P]
+struct Mamba2 : op::mamba2 {
+    explicit Mamba2(const op::mamba2& recorded) : op::mamba2(recorded) {}
 
     int64_t inner() const { return heads * head_size; }
     int64_t channels() const { return inner() + 2 * groups * state_size; }          // of u: v, B, C

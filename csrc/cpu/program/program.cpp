@@ -148,13 +148,43 @@ public:
     }
 };
 
+// ---- of an op what describe() says beside its name
+
+std::string words(Activation activation) {
+    static const char* const names[] = {"", " swiglu", " relu2", " geglu", " clamped_swiglu"};
+    return names[int(activation)];
+}
+
+std::string words(const float* bias) { return bias ? " bias" : ""; }
+
+std::string shape(const Tiles& tiles) { return std::to_string(tiles.rows) + "x" + std::to_string(tiles.columns); }
+
+std::string shape(const Routing& routing, const Tiles& tiles) {
+    return " " + std::to_string(routing.experts) + "x" + std::to_string(tiles.rows / routing.experts) + "x" + std::to_string(tiles.columns);
+}
+
+template <class T> std::string details(const T&) { return ""; }
+std::string details(const op::route& op) { return words(op.bias); }
+std::string details(const op::gate_up& op) { return shape(*op.routing, op.tiles) + words(op.activation) + words(op.bias); }
+std::string details(const op::down& op) { return shape(*op.routing, op.tiles) + words(op.bias); }
+std::string details(const op::short_conv& op) { return words(op.bias); }
+std::string details(const op::convolve& op) { return words(op.bias); }
+
+std::string details(const op::linear& op) {
+    return " " + shape(op.tiles) + (op.norm ? " norm" : "") + words(op.activation) + words(op.bias) + (op.residual.at ? " residual" : "");
+}
+
+std::string details(const op::paged_attention& op) {
+    return (op.window ? " window " + std::to_string(op.window) : "") + (op.softcap ? " softcap" : "") + (op.sinks ? " sinks" : "");
+}
+
 }  // namespace
 
 const char* name_of(OpKind kind) {
-    static const char* const names[] = {"embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "softcap",
-                                        "rope_append", "paged_attention", "sample", "route", "group", "gate_up", "down", "combine",
-                                        "all_reduce", "all_gather", "short_conv", "delta_rule", "split_gates", "gate", "gated_add", "convolve", "mamba2",
-                                        "layer_inputs", "gate_input", "group_squares", "norm_groups"};
+    static const char* const names[] = {
+#define OP(name, runs, has, ...) #name,
+#include "ops.def"
+    };
     return names[int(kind)];
 }
 
@@ -168,6 +198,50 @@ struct Program::Inside {
     std::vector<bool> draws;                            // for each logit row of the step started last: does it draw a token?
     std::unique_ptr<Leader> leader;                     // changed under `starting`; another one only in a forked child
     std::mutex starting;
+
+    // What a program must know of an op, of which a step has at most so many rows.
+    template <class T>
+    void note(const T& op, int64_t) {
+        if constexpr (keeps_states<T>) num_slots = std::min(num_slots, op.num_slots);
+    }
+
+    void note(const op::embed& op, int64_t) {
+        vocab = std::min(vocab, op.vocabulary);
+        if (op.tiles.memory) measure_for(op.tiles);
+    }
+
+    void note(const op::rope_append& op, int64_t) { max_positions = std::min(max_positions, op.max_positions); }
+    void note(const op::sample& op, int64_t) { sampled_vocab = op.logits.columns; }
+
+    void note(const op::paged_attention& op, int64_t) {
+        for (const Op& recorded : ops) {
+            const auto* const other = recorded.as<op::paged_attention>();
+            require(!other || other->cache_type == op.cache_type || other->cache_type == Element::q8_0 || op.cache_type == Element::q8_0,
+                    "q: every attention of a program must have the same type of floats in its cache");
+        }
+    }
+
+    void note(const op::linear& op, int64_t most_rows) {
+        prepared_size = std::max(prepared_size, prepared_bytes(op, op.on_logit_rows ? most_rows : std::min(most_rows, MOST_TOKENS_BY_TILES)));
+        measure_for(op.tiles);
+    }
+
+    void note(const op::gate_up& op, int64_t most_rows) { note_experts(*op.routing, op.tiles, most_rows, op.columns, hidden_size); }
+    void note(const op::down& op, int64_t most_rows) { note_experts(*op.routing, op.tiles, most_rows, op.columns, added_size); }
+
+    void note_experts(const Routing& routing, const Tiles& tiles, int64_t most_rows, int64_t columns, size_t& size) {
+        const int64_t pairs = most_rows * routing.chosen, panels = Routing::most_panels(routing.experts, pairs);
+        panels_size = std::max(panels_size, size_t(panels * panel_bytes(tiles.type, tiles.columns)));
+        size = std::max(size, size_t(pairs * columns) * sizeof(float));
+        measure_for(tiles);
+    }
+
+    void note(const op::all_reduce& op, int64_t most_rows) { check_part(*op.ranks, op.x, most_rows); }
+    void note(const op::all_gather& op, int64_t most_rows) { check_part(*op.ranks, op.x, most_rows); }
+
+    static void check_part(const Ranks& ranks, const Rows& x, int64_t most_rows) {
+        require(most_rows * x.columns * int64_t(sizeof(float)) <= ranks.part_bytes, "x: is more than the ranks' memory file has for a part");
+    }
 
     Leader* leader_here() {                             // null: none in this process
         std::lock_guard<std::mutex> lock(starting);
@@ -221,10 +295,11 @@ struct Program::Inside {
         require(in.adapters.empty() || in.adapters.size() == in.lengths.size(), "adapters: must be one, or None, for each of lengths");
         for (const auto& adapter : in.adapters)
             for (const Op& op : ops) {
-                if (!adapter || op.adapted < 0) continue;
-                require(op.adapted < adapter->count(), "adapters: one is of another program");
-                const AdapterMatrix& its = adapter->matrices()[op.adapted];
-                require(!its.ranks || (its.columns == op.tiles.columns && its.tile_count == tile_count(op.tiles.rows)),
+                const auto* const product = op.as<op::linear>();
+                if (!adapter || !product || product->adapted < 0) continue;
+                require(product->adapted < adapter->count(), "adapters: one is of another program");
+                const AdapterMatrix& its = adapter->matrices()[product->adapted];
+                require(!its.ranks || (its.columns == product->tiles.columns && its.tile_count == tile_count(product->tiles.rows)),
                         "adapters: one has a matrix of another shape");
             }
     }
@@ -253,36 +328,13 @@ Program::~Program() {
     if (inside->leader && inside->leader->generation != fork_generation()) inside->leader.release();    // its thread is the parent's
 }
 
-void Program::record(const Op& op) {
+void Program::record(Op op) {
     Inside& in = *inside;
     require(in.tickets == 0, "program: nothing can be recorded after the first step");
     require(in.sampled_vocab == 0, "program: sample is the last op");
-    if (op.kind == OpKind::paged_attention)
-        for (const Op& other : in.ops)
-            require(other.kind != OpKind::paged_attention ||
-                        other.attention.cache_type == op.attention.cache_type ||
-                        other.attention.cache_type == Element::q8_0 || op.attention.cache_type == Element::q8_0,
-                    "q: every attention of a program must have the same type of floats in its cache");
-    if (op.kind == OpKind::embed) in.vocab = std::min(in.vocab, op.vocabulary);
-    if (op.kind == OpKind::rope_append) in.max_positions = std::min(in.max_positions, op.max_positions);
-    if (op.kind == OpKind::sample) in.sampled_vocab = op.x.columns;
-    if (keeps_states(op.kind)) in.num_slots = std::min(in.num_slots, op.num_slots);
-    if (op.kind == OpKind::linear) {
-        const int64_t rows = op.on_logit_rows ? max_rows : std::min(max_tokens, MOST_TOKENS_BY_TILES);
-        in.prepared_size = std::max(in.prepared_size, prepared_bytes(op, rows));
-    }
-    if (op.ranks)
-        require(int64_t(op.on_logit_rows ? max_rows : max_tokens) * op.x.columns * int64_t(sizeof(float)) <= op.ranks->part_bytes,
-                "x: is more than the ranks' memory file has for a part");
-    if (op.kind == OpKind::gate_up || op.kind == OpKind::down) {
-        const int64_t pairs = max_tokens * op.routing->chosen;
-        const int64_t panels = Routing::most_panels(op.routing->experts, pairs);
-        in.panels_size = std::max(in.panels_size, size_t(panels * panel_bytes(op.tiles.type, op.tiles.columns)));
-        size_t& size = op.kind == OpKind::down ? in.added_size : in.hidden_size;
-        size = std::max(size, size_t(pairs * op.out.columns) * sizeof(float));
-    }
-    if (op.tiles.memory) measure_for(op.tiles);
-    in.ops.push_back(op);
+    op.any().index = int(in.ops.size());
+    std::visit([&](const auto& its) { in.note(its, its.on_logit_rows ? max_rows : max_tokens); }, op.is);
+    in.ops.push_back(std::move(op));
 }
 
 int64_t Program::start(StepInput input) {
@@ -319,22 +371,9 @@ std::vector<StepTimes> Program::times() const {
 
 std::vector<std::string> Program::describe() const {
     std::vector<std::string> lines;
-    for (const Op& op : inside->ops) {
-        std::string line = name_of(op.kind);
-        if (op.kind == OpKind::linear) line += " " + std::to_string(op.tiles.rows) + "x" + std::to_string(op.tiles.columns);
-        if (op.norm && op.kind == OpKind::linear) line += " norm";
-        if (op.routing && op.tiles.rows)
-            line += " " + std::to_string(op.routing->experts) + "x" + std::to_string(op.tiles.rows / op.routing->experts) + "x" +
-                    std::to_string(op.tiles.columns);
-        static const char* const activations[] = {"", " swiglu", " relu2", " geglu", " clamped_swiglu"};
-        line += activations[int(op.activation)];
-        if (op.bias) line += " bias";
-        if (op.kind == OpKind::linear && op.other.at) line += " residual";
-        if (op.kind == OpKind::paged_attention && op.attention.window) line += " window " + std::to_string(op.attention.window);
-        if (op.kind == OpKind::paged_attention && op.attention.softcap) line += " softcap";
-        if (op.kind == OpKind::paged_attention && op.attention.sinks) line += " sinks";
-        lines.push_back(line + (op.on_logit_rows ? " (logit rows)" : ""));
-    }
+    for (const Op& op : inside->ops)
+        lines.push_back(name_of(op.kind()) + std::visit([](const auto& its) { return details(its); }, op.is) +
+                        (op.any().on_logit_rows ? " (logit rows)" : ""));
     return lines;
 }
 

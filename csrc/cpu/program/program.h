@@ -11,64 +11,30 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
-#include "cpu/attention/attention.h"
-#include "cpu/tiles/tiles.h"
 #include "cpu/program/adapters.h"
-#include "cpu/program/delta_rule.h"
 #include "cpu/program/experts.h"
-#include "cpu/program/mamba2.h"
+#include "cpu/program/recorded.h"
 #include "cpu/ranks/ranks.h"
 #include "ops.h"
 
 namespace dc {
 
-enum class OpKind { embed, gather_rows, rms_norm, linear, copy, mix, smear, softcap, rope_append, paged_attention, sample, route, group,
-                    gate_up, down, combine, all_reduce, all_gather, short_conv, delta_rule, split_gates, gate, gated_add,
-                    convolve, mamba2, layer_inputs, gate_input, group_squares, norm_groups };
-const char* name_of(OpKind kind);
-static inline bool is_convolution(OpKind kind) { return kind == OpKind::short_conv || kind == OpKind::convolve; }
-static inline bool keeps_states(OpKind kind) { return is_convolution(kind) || kind == OpKind::delta_rule || kind == OpKind::mamba2; }
-
-struct Rows {                           // a buffer: contiguous rows of `columns`
-    float* at = nullptr;
-    int64_t columns = 0;
-    float* row(int64_t i) const { return at + i * columns; }
-};
+template <class, class... T> using VariantOf = std::variant<T...>;
+using OpOfAnyKind = VariantOf<void
+#define OP(name, runs, has, ...) , op::name
+#include "ops.def"
+>;
 
 struct Op {
-    OpKind kind{};
-    bool on_logit_rows = false;         // runs over the R rows that have logits, else over the T tokens
-    Rows x, out;
-    Rows other;                         // linear: residual; mix: x0 (or backout's middle); smear: previous; all_reduce: residual; gated_add: what is added;
-                                        // mamba2: what a convolution made of p; layer_inputs: the tokens' rows; gate_input: from column `channels` on
-    bool norm = false;                  // linear: of x first; weight and epsilon are the norm's
-    const float* weight = nullptr;      // smear: the gate; a convolution: the taps; route: the experts' scales
-    float epsilon = 0;
-    Tiles tiles{};                      // linear; embed unless memory is null
-    const float* bias = nullptr;
-    Activation activation = Activation::none;
-    const void* table = nullptr;        // embed: (table_rows, columns), plain unless there are tiles
-    Element table_type{};
-    int64_t file_row_bytes = 0;         // embed: > 0: the table has rows of GGUF blocks, so long, of type tiles.type
-    int64_t table_rows = 0, first_row = 0, vocabulary = 0;      // its rows are those from first_row on, of so many ids
-    bool previous_ids = false;          // embed: of the tokens before
-    int64_t channels = 0;               // smear; a convolution: how many taps; split_gates: of a head; rms_norm: groups of columns, 0: one; layer_inputs: of a layer's part
-    float* states = nullptr;            // a convolution: (num_slots, taps - 1, columns)
-    int64_t num_slots = 0;              // of any op that keeps states
-    std::shared_ptr<const DeltaRule> delta;
-    Mamba2 mamba{};                     // of group_squares and norm_groups its heads alone
-    Rows gates;                         // split_gates: written; gate, gated_add (one column): read; norm_groups: the sums of squares
-    float a = 0, b = 0;                 // mix: a x + b other; smear: lambda; softcap: cap
-    RopeJob rope{};                     // positions and slots come with the step
-    int64_t max_positions = 0;          // of the tables cos and sin
-    AttentionJob attention{};
-    int64_t num_pages = 0;              // of rope's and attention's cache
-    int page_group = 0;                 // rope, attention: which of a table's pages are theirs, see StepInput
-    std::shared_ptr<Routing> routing;   // route (x: logits), group, gate_up (x), down, combine (x: what is added to, or nothing): see experts.h
-    std::shared_ptr<Ranks> ranks;       // all_reduce, all_gather
-    int64_t adapted = -1;               // linear: the number of its matrix in adapters; -1: no adapter changes it
+    OpOfAnyKind is;
+
+    OpKind kind() const { return OpKind(is.index()); }
+    template <class T> const T* as() const { return std::get_if<T>(&is); }      // null: it is another one
+    const AnyOp& any() const { return std::visit([](const AnyOp& its) -> const AnyOp& { return its; }, is); }
+    AnyOp& any() { return std::visit([](AnyOp& its) -> AnyOp& { return its; }, is); }
 };
 
 // What a step brings. Ids below 0: token_ids ~i (-1 - i) is the token that row i of the step before draws; previous_ids
@@ -102,7 +68,8 @@ public:
     Program(const Program&) = delete;
     Program& operator=(const Program&) = delete;
 
-    void record(const Op& op);          // std::invalid_argument after the first start
+    // What it points to outlives the program. std::invalid_argument after the first start.
+    void record(Op op);
     int64_t start(StepInput input);     // a ticket; std::invalid_argument that names what is wrong, and then nothing has happened
     std::vector<int32_t> finish(int64_t ticket);
     std::vector<StepTimes> times() const;                       // the last steps, oldest first

@@ -33,6 +33,8 @@
 #include <vector>
 
 #include "cpu/pool/pool.h"
+#include "cpu/program/delta_rule.h"
+#include "cpu/program/mamba2.h"
 #include "cpu/program/program.h"
 
 namespace dc {
@@ -40,13 +42,16 @@ namespace dc {
 constexpr int64_t MANY_ROWS = 32;               // chunks of rows are long from here on, as a prompt's are
 constexpr int64_t CAP_COLUMNS = 8192;           // of a chunk of softcap
 
-static inline int64_t unit_of(const Op& op) { return is_gate(op.activation) ? 2 : 1; }     // tiles that stay together
+static inline int64_t unit_of(Activation activation) { return is_gate(activation) ? 2 : 1; }     // tiles that stay together
 
 // From so many tokens on a step's rows are divided: each thread has the 8 rows that kernels take through a tile together.
 constexpr int64_t MOST_TOKENS_BY_TILES = 128;
 static inline int64_t tokens_by_rows(int threads) { return std::min(GROUP_ROWS * int64_t(std::max(2, threads)), MOST_TOKENS_BY_TILES); }
 
-size_t prepared_bytes(const Op& op, int64_t rows);      // a linear's x, made ready
+size_t prepared_bytes(const op::linear& op, int64_t rows);      // its x, made ready
+static inline AttentionJob job_of(const op::paged_attention& op) {
+    return {op.q.at, op.cache, op.cache_type, op.out.at, op.heads, op.kv_heads, op.head_size, op.window, op.softcap, op.sinks, op.page_stride};
+}
 
 struct StepMemory {
     void* prepared;                             // of any linear over MOST_TOKENS_BY_TILES or the most logit rows
@@ -86,8 +91,8 @@ private:
     // Attention of equal group, window, heads, kv_heads and head size, of all tokens or of the needed ones only, is one run.
     using Shape = std::array<int, 4>;           // group, heads, kv_heads, needed ones only?: what a plan is made for
     using Key = std::tuple<Shape, int, int>;
-    Shape shape_of(const Op& op) const { return {op.page_group, op.attention.heads, op.attention.kv_heads, is_of_needed(index_of(op))}; }
-    Key key_of(const Op& op) const { return {shape_of(op), op.attention.window, op.attention.head_size}; }
+    Shape shape_of(const op::paged_attention& op) const { return {op.group, op.heads, op.kv_heads, is_of_needed(op)}; }
+    Key key_of(const op::paged_attention& op) const { return {shape_of(op), op.window, op.head_size}; }
     using Body = void (Step::*)(const Part&, int64_t chunk) const;
     using StagedBody = void (Step::*)(const Part&, int64_t chunk, float* staged) const;
     using Put = void (Step::*)(const Part&, int64_t chunk, const float* staged) const;
@@ -98,10 +103,9 @@ private:
     template <Body body> void add_plain(Part part);
     template <StagedBody body, Put put> void add_staged(Part part, size_t staged_bytes);
     void add_rows(int first, int end, int prepares, int64_t rows);
-    void add_product(int op);
-    void add_attention(int op);
-    void add_experts(int op);
-    void add_exchange(int op);
+    template <class T> void add_convolution(const T& op);
+    void add_experts(const AnyOp& op);
+    void add_exchange(const AnyOp& op);
     void make_phases();
     void find_slots(const std::vector<int32_t>& pages, const std::vector<int64_t>& offsets);
     struct Sequences {                          // some rows of a step, by the positions they have
@@ -114,17 +118,17 @@ private:
     void find_live();
     bool by_rows(int64_t rows) const { return rows >= tokens_by_rows(threads); }
     static bool many_rows(int64_t rows) { return rows >= MANY_ROWS; }
-    int index_of(const Op& op) const { return int(&op - ops.data()); }
-    bool is_of_needed(int op) const { return op > last_append && !ops[size_t(op)].on_logit_rows; }
-    int64_t token_of(const Op& op, int64_t row) const { return is_of_needed(index_of(op)) ? needed[size_t(row)] : row; }
+    template <class T> const T& op_of(const Part& part) const { return std::get<T>(ops[size_t(part.first)].is); }
+    bool is_of_needed(const AnyOp& op) const { return op.index > last_append && !op.on_logit_rows; }
+    int64_t token_of(const AnyOp& op, int64_t row) const { return is_of_needed(op) ? needed[size_t(row)] : row; }
     void find_adapters();
-    void prepare_rows(const Op& op, int64_t begin, int64_t end, int64_t to, void* prepared, float* wide) const;
-    void shrink_rows(const Op& op, int64_t begin, int64_t end, const float* normed) const;
-    AdaptedRows adapted_rows(const Op& op, int64_t first) const;
-    const std::vector<const AdapterMatrix*>& adapters_of(const Op& op) const {
-        return op.on_logit_rows ? logit_adapters : is_of_needed(index_of(op)) ? needed_adapters : token_adapters;
+    void prepare_rows(const op::linear& op, int64_t begin, int64_t end, int64_t to, void* prepared, float* wide) const;
+    void shrink_rows(const op::linear& op, int64_t begin, int64_t end, const float* normed) const;
+    AdaptedRows adapted_rows(const op::linear& op, int64_t first) const;
+    const std::vector<const AdapterMatrix*>& adapters_of(const AnyOp& op) const {
+        return op.on_logit_rows ? logit_adapters : is_of_needed(op) ? needed_adapters : token_adapters;
     }
-    Product product_of(const Op& op, const void* prepared, int64_t first, int64_t rows, float* out) const;
+    Product product_of(const op::linear& op, const void* prepared, int64_t first, int64_t rows, float* out) const;
 
     void do_rows(const Part& part, int64_t chunk) const;
     void do_product(const Part& part, int64_t chunk, float* staged) const;
@@ -133,13 +137,24 @@ private:
     Range columns_of(const Part& part, int64_t chunk) const;
     void do_attention(const Part& part, int64_t chunk, float* staged) const;
     void put_attention(const Part& part, int64_t chunk, const float* staged) const;
-    const AttentionRun& attention_of(const Part& part) const;
     void do_softcap(const Part& part, int64_t chunk) const;
-    void do_convolution(const Part& part, int64_t chunk) const;
+    template <class T> void do_convolution(const Part& part, int64_t chunk) const;
     void do_delta_rule(const Part& part, int64_t chunk) const;
     void do_mamba2(const Part& part, int64_t chunk) const;
     void do_move_needed(const Part& part, int64_t chunk) const;
     void do_group(const Part& part, int64_t chunk) const;
+    struct ExpertProduct {                      // gate_up or down
+        const Routing& routing;
+        const Tiles& tiles;
+        const float* bias;
+        Activation activation;
+        Rows x;                                 // of tokens, or of pairs
+        bool of_pairs, norm;
+        const float* norm_weight;
+        float eps;
+        float* out;                             // of pairs
+    };
+    ExpertProduct experts_of(const AnyOp& op) const;
     void do_gather(const Part& part, int64_t chunk) const;
     void do_experts(const Part& part, int64_t chunk, float* staged) const;
     void put_experts(const Part& part, int64_t chunk, const float* staged) const;
@@ -149,24 +164,36 @@ private:
     void do_offer(const Part& part, int64_t chunk) const;
     void do_meet(const Part& part, int64_t chunk) const;
     void do_join(const Part& part, int64_t chunk) const;
+    struct Exchanged { Ranks* ranks; bool sums; Rows x, residual, out; };       // ranks null: this op exchanges nothing
+    Exchanged exchanged_of(int index) const;
     Exchange exchange_of(const Part& part) const;
-    bool is_offered(int64_t index) const;
-    float* product_row(const Op& op, int64_t row) const;
+    bool is_offered(int index) const;
+    float* product_row(const AnyOp& op, const Rows& out, int64_t row) const;
     void do_exchange(const Part& part, int64_t chunk) const;
 
-    void do_row_op(const Op& op, int64_t begin, int64_t end) const;
-    void embed(const Op& op, int64_t row) const;
-    void append(const Op& op, int64_t begin, int64_t end) const;
-    void linear_of_rows(const Op& op, int64_t begin, int64_t end) const;
-    void combine(const Op& op, int64_t row) const;
     template <class Visit> void each_sequence(Visit visit) const;
-    void rms_norm(const Op& op, int64_t row) const;
-    void group_squares(const Op& op, int64_t row) const;
-    void norm_groups(const Op& op, int64_t row) const;
-    void convolve(const Op& op, int64_t first, int64_t last) const;
+    template <class T> void convolve(const T& op, int64_t first, int64_t last) const;
 
-    int64_t count_of(const Op& op) const {
-        return op.on_logit_rows ? logit_rows : is_of_needed(index_of(op)) ? int64_t(needed.size()) : tokens;
+    // What each op needs, by how it runs (ops.def): step_run.cpp and step_plan.cpp define what has no body here.
+#define DO_ROWS(T) void do_rows(const T& op, int64_t begin, int64_t end) const
+#define ROW(T)                                       \
+    void do_row(const T& op, int64_t row) const;     \
+    DO_ROWS(T) { for (int64_t row = begin; row < end; row++) do_row(op, row); } NO_PHASES(T)
+#define ROWS(T) DO_ROWS(T); NO_PHASES(T)
+#define PHASES(T) void do_rows(const T&, int64_t, int64_t) const {} bool in_phases(const T&, int64_t) const { return true; } void add_phases(const T& op);
+#define EITHER(T) DO_ROWS(T); bool in_phases(const T& op, int64_t rows) const; void add_phases(const T& op);
+#define NO_PHASES(T) bool in_phases(const T&, int64_t) const { return false; } void add_phases(const T&) {}
+#define OP(name, runs, has, ...) runs(op::name)
+#include "ops.def"
+#undef DO_ROWS
+#undef ROW
+#undef ROWS
+#undef PHASES
+#undef EITHER
+#undef NO_PHASES
+
+    int64_t count_of(const AnyOp& op) const {
+        return op.on_logit_rows ? logit_rows : is_of_needed(op) ? int64_t(needed.size()) : tokens;
     }
 
     const std::vector<Op>& ops;

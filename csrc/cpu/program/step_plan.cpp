@@ -19,9 +19,16 @@ constexpr int64_t CONV_VALUES = 16 << 10;       // of a chunk of a convolution: 
 constexpr int64_t MAMBA_VALUES = 32 << 10;      // of states that a chunk of a Mamba layer goes through: estimated 1 us in the cache, 7 in memory
 constexpr int64_t SMALL_CHUNK_ROWS = 4;         // rows of a chunk between two products: 0.7 us of prepare, 2 us of rope
 
+// visit(rows, does it write them?) for each buffer of an op
+#define READS(name, columns) visit(op.name, false);
+#define WRITES(name, columns) visit(op.name, true);
+#define OP(name, runs, has, ...) \
+    template <class Visit> void each_buffer([[maybe_unused]] const op::name& op, [[maybe_unused]] const Visit& visit) { __VA_ARGS__ }
+#include "ops.def"
+
 }  // namespace
 
-size_t prepared_bytes(const Op& op, int64_t rows) { return prepared_bytes(op.tiles.type, op.tiles.columns, rows); }
+size_t prepared_bytes(const op::linear& op, int64_t rows) { return prepared_bytes(op.tiles.type, op.tiles.columns, rows); }
 
 Step::Step(const std::vector<Op>& ops, StepInput given, const StepMemory& memory, int threads, int64_t vocab)
     : tokens(int64_t(given.token_ids.size())), logit_rows(int64_t(given.logit_rows.size())), ops(ops), input(std::move(given)),
@@ -53,10 +60,12 @@ void Step::find_slots(const std::vector<int32_t>& all, const std::vector<int64_t
 void Step::plan_attention() {
     int groups = 1;
     int64_t num_pages = INT32_MAX;
-    for (const Op& op : ops) {
-        groups = std::max(groups, op.page_group + 1);
-        if (op.num_pages) num_pages = std::min(num_pages, op.num_pages);
-    }
+    const auto note = [&](const auto* op) {
+        if (!op) return;
+        groups = std::max(groups, op->group + 1);
+        if (op->num_pages) num_pages = std::min(num_pages, op->num_pages);
+    };
+    for (const Op& op : ops) note(op.as<op::rope_append>()), note(op.as<op::paged_attention>());
     Sequences all{{}, input.offsets, input.lengths, input.starts};
     for (int64_t& offset : all.offsets) require(offset % groups == 0, "tables: a page of each group for every 16 tokens"), offset /= groups;
     for (int group = 0; group < groups; group++) {
@@ -67,20 +76,22 @@ void Step::plan_attention() {
             if (!plans.count(shape)) plans.try_emplace(shape, of.pages, of.offsets, of.lengths, of.starts, shape[1], shape[2], num_pages);
         };
         const auto plan_ops = [&](bool of_needed, const Sequences& of) {
-            for (const Op& op : ops)
-                if (op.kind == OpKind::paged_attention && op.page_group == group && count_of(op) && shape_of(op)[3] == of_needed) plan(shape_of(op), of);
+            for (const Op& one : ops)
+                if (const auto* op = one.as<op::paged_attention>(); op && op->group == group && count_of(*op) && shape_of(*op)[3] == of_needed)
+                    plan(shape_of(*op), of);
         };
         plan_ops(false, all);
         if (plans.empty() || plans.rbegin()->first[0] != group) plan({group, 1, 1, false}, all);        // checks them without any attention too
         find_slots(all.pages, all.offsets);
         if (!needed.empty() && last_append < INT32_MAX) plan_ops(true, of_needed(all));
     }
-    for (const Op& op : ops) {
-        if (op.kind != OpKind::paged_attention || !count_of(op) || attention.count(key_of(op))) continue;
-        const AttentionPlan::Work& work = plans.at(shape_of(op)).work(op.attention.window, op.attention.head_size);
+    for (const Op& one : ops) {
+        const auto* const op = one.as<op::paged_attention>();
+        if (!op || !count_of(*op) || attention.count(key_of(*op))) continue;
+        const AttentionPlan::Work& work = plans.at(shape_of(*op)).work(op->window, op->head_size);
         attention_memory.emplace_back();
-        void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, op.attention.head_size) + 64);
-        attention.emplace(key_of(op), AttentionRun(work, memory, threads));
+        void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, op->head_size) + 64);
+        attention.emplace(key_of(*op), AttentionRun(work, memory, threads));
     }
 }
 
@@ -98,7 +109,8 @@ void Step::find_adapters() {
 
 void Step::find_needed() {
     const auto append = std::find_if(ops.rbegin(), ops.rend(), [](const Op& op) {
-        return (op.kind == OpKind::rope_append && op.rope.kv_heads > 0) || keeps_states(op.kind);
+        const auto* const rope = op.as<op::rope_append>();
+        return rope ? rope->job.kv_heads > 0 : std::visit([](const auto& its) { return keeps_states<std::decay_t<decltype(its)>>; }, op.is);
     });
     gathered = input.logit_rows;
     if (append == ops.rend() || input.all_rows) return;
@@ -118,13 +130,11 @@ void Step::find_live() {
         if (!rows.at || std::find(seen.begin(), seen.end(), rows.at) != seen.end()) return false;
         return seen.push_back(rows.at), true;
     };
+    const auto each = [](const Op& op, const auto& visit) { std::visit([&](const auto& its) { each_buffer(its, visit); }, op.is); };
     for (size_t i = size_t(last_append) + 1; i < ops.size(); i++) {
-        const Op& op = ops[i];
-        if (op.on_logit_rows && op.kind != OpKind::gather_rows) continue;
-        for (const Rows& rows : {op.x, op.other, op.kind == OpKind::split_gates ? Rows() : op.gates})
-            if (is_new(rows)) live.push_back(rows);
-        is_new(op.out);
-        if (op.kind == OpKind::split_gates) is_new(op.gates);
+        if (ops[i].any().on_logit_rows && !ops[i].as<op::gather_rows>()) continue;
+        each(ops[i], [&](const Rows& rows, bool written) { if (!written && is_new(rows)) live.push_back(rows); });
+        each(ops[i], [&](const Rows& rows, bool written) { if (written) is_new(rows); });
     }
 }
 
@@ -196,89 +206,114 @@ void Step::add_rows(int first, int end, int prepares, int64_t rows) {
     add_plain<&Step::do_rows>({nullptr, first, end, prepares, rows, per_chunk, (rows + per_chunk - 1) / per_chunk});
 }
 
-void Step::add_product(int index) {
-    const Op& op = ops[size_t(index)];
-    const int64_t rows = count_of(op), tiles = tile_count(op.tiles.rows), units = tiles / unit_of(op);
+bool Step::in_phases(const op::linear& op, int64_t rows) const { return op.on_logit_rows || !by_rows(rows); }
+
+void Step::add_phases(const op::linear& op) {
+    const int64_t rows = count_of(op), tiles = tile_count(op.tiles.rows), units = tiles / unit_of(op.activation);
     const int64_t bytes = bytes_of(op.tiles), work = bytes * std::max(rows, FREE_ROWS) / FREE_ROWS;
     int64_t chunks = work < CHUNK_BYTES / 2 ? 1 : (work / CHUNK_BYTES / threads + 1) * threads;
     chunks = std::min({chunks, units, MAX_CHUNKS});
     const size_t staged_bytes = size_t(rows * ((units + chunks - 1) / chunks) * TILE_ROWS) * sizeof(float);
-    add_staged<&Step::do_product, &Step::put_product>({nullptr, index, index + 1, -1, rows, rows, chunks}, staged_bytes);
+    add_staged<&Step::do_product, &Step::put_product>({nullptr, op.index, op.index + 1, -1, rows, rows, chunks}, staged_bytes);
     phases.back().weights = op.tiles.memory, phases.back().weight_bytes = bytes;
 }
 
-void Step::add_attention(int index) {
-    const int64_t rows = count_of(ops[size_t(index)]);
-    Part part{nullptr, index, index + 1, -1, rows, rows, 0};
-    const AttentionRun& run = attention_of(part);
-    part.chunks = run.chunks();
-    if (part.chunks) add_staged<&Step::do_attention, &Step::put_attention>(part, run.staged_bytes(ops[size_t(index)].attention));
-    if (many_rows(rows) && part.chunks) phases.back().put = nullptr;      // long chunks: one that is only slow would be done twice
+void Step::add_phases(const op::paged_attention& op) {
+    const int64_t rows = count_of(op);
+    const AttentionRun& run = attention.at(key_of(op));
+    if (!run.chunks()) return;
+    add_staged<&Step::do_attention, &Step::put_attention>({nullptr, op.index, op.index + 1, -1, rows, rows, run.chunks()}, run.staged_bytes(job_of(op)));
+    if (many_rows(rows)) phases.back().put = nullptr;       // long chunks: one that is only slow would be done twice
 }
 
+template <class T>
+void Step::add_convolution(const T& op) {
+    const int64_t rows = count_of(op), chunks = std::min(op.out.columns / 16, rows * op.out.columns / CONV_VALUES + 1);
+    add_plain<&Step::do_convolution<T>>({nullptr, op.index, op.index + 1, -1, rows, rows, chunks});
+}
+
+bool Step::in_phases(const op::short_conv&, int64_t rows) const { return rows > SMALL_CHUNK_ROWS; }
+bool Step::in_phases(const op::convolve&, int64_t rows) const { return rows > SMALL_CHUNK_ROWS; }
+void Step::add_phases(const op::short_conv& op) { add_convolution(op); }
+void Step::add_phases(const op::convolve& op) { add_convolution(op); }
+
+void Step::add_phases(const op::delta_rule& op) {
+    const int64_t rows = count_of(op);
+    add_plain<&Step::do_delta_rule>({nullptr, op.index, op.index + 1, -1, rows, rows, op.key_heads});
+}
+
+void Step::add_phases(const op::mamba2& op) {
+    const int64_t rows = count_of(op), values = rows * op.heads * Mamba2(op).head_values();
+    add_plain<&Step::do_mamba2>({nullptr, op.index, op.index + 1, -1, rows, rows, std::min(op.heads, values / MAMBA_VALUES + 1)});
+}
+
+void Step::add_phases(const op::group& op) {
+    const int64_t rows = count_of(op);
+    add_plain<&Step::do_group>({nullptr, op.index, op.index + 1, -1, rows, rows, 1});
+}
+
+void Step::add_phases(const op::gate_up& op) { add_experts(op); }
+void Step::add_phases(const op::down& op) { add_experts(op); }
+
 // Routing decides how much there is to do: at most what `most` experts take.
-void Step::add_experts(int index) {
-    const Op& op = ops[size_t(index)];
-    const int64_t rows = count_of(op), E = op.routing->experts, pairs = rows * op.routing->chosen, most = std::min(E, pairs);
+void Step::add_experts(const AnyOp& op) {
+    const ExpertProduct its = experts_of(op);
+    const int64_t rows = count_of(op), E = its.routing.experts, pairs = rows * its.routing.chosen, most = std::min(E, pairs);
     const int64_t per_chunk = many_rows(rows) ? 4 * GROUP_ROWS : SMALL_CHUNK_ROWS;
-    add_plain<&Step::do_gather>({nullptr, index, index, index, rows, rows, (pairs + per_chunk - 1) / per_chunk});
-    const int64_t units = tile_count(op.tiles.rows) / unit_of(op) / E * most, bytes = bytes_of(op.tiles) / E * most;
+    add_plain<&Step::do_gather>({nullptr, op.index, op.index, op.index, rows, rows, (pairs + per_chunk - 1) / per_chunk});
+    const int64_t units = tile_count(its.tiles.rows) / unit_of(its.activation) / E * most, bytes = bytes_of(its.tiles) / E * most;
     const int64_t each = (pairs + most - 1) / most, work = bytes * std::max(each, FREE_ROWS) / FREE_ROWS;
     int64_t chunks = ((many_rows(rows) ? bytes / EXPERT_BYTES : work / CHUNK_BYTES) / threads + 1) * threads;
     chunks = std::min({chunks, units, MAX_CHUNKS});
     const size_t staged_bytes = size_t(rows * (units / chunks + 1) * TILE_ROWS) * sizeof(float);
-    add_staged<&Step::do_experts, &Step::put_experts>({nullptr, index, index + 1, -1, rows, rows, chunks}, staged_bytes);
-    if (many_rows(rows)) phases.back().put = nullptr;                   // as in add_attention
+    add_staged<&Step::do_experts, &Step::put_experts>({nullptr, op.index, op.index + 1, -1, rows, rows, chunks}, staged_bytes);
+    if (many_rows(rows)) phases.back().put = nullptr;                   // as for paged_attention
 }
 
+void Step::add_phases(const op::all_reduce& op) { add_exchange(op); }
+void Step::add_phases(const op::all_gather& op) { add_exchange(op); }
+
 // The meeting is in a phase of one chunk: one thread waits for the other ranks.
-void Step::add_exchange(int index) {
-    const Op& op = ops[size_t(index)];
-    const int64_t rows = count_of(op), bytes = rows * op.x.columns * int64_t(sizeof(float));
+void Step::add_exchange(const AnyOp& op) {
+    const int64_t rows = count_of(op), bytes = rows * exchanged_of(op.index).x.columns * int64_t(sizeof(float));
     const int64_t chunks = threads == 1 ? 1 : std::min({rows, bytes / EXCHANGED_BYTES, MAX_CHUNKS});
-    Part part{nullptr, index, index + 1, -1, rows, rows, 1};
+    Part part{nullptr, op.index, op.index + 1, -1, rows, rows, 1};
     if (chunks <= 1) return add_plain<&Step::do_exchange>(part);
-    if (!is_offered(index - 1)) part.chunks = chunks, add_plain<&Step::do_offer>(part);
+    if (!is_offered(op.index - 1)) part.chunks = chunks, add_plain<&Step::do_offer>(part);
     part.chunks = 1, add_plain<&Step::do_meet>(part);
     part.chunks = chunks, add_plain<&Step::do_join>(part);
+}
+
+void Step::add_phases(const op::softcap& op) {
+    const int64_t rows = count_of(op), segments = (op.logits.columns + CAP_COLUMNS - 1) / CAP_COLUMNS;
+    add_plain<&Step::do_softcap>({nullptr, op.index, op.index + 1, -1, rows, segments, rows * segments});
+}
+
+void Step::add_phases(const op::sample& op) {
+    const int64_t rows = count_of(op);
+    if (input.samples) add_plain<&Step::do_sample>({nullptr, op.index, op.index + 1, -1, rows, 1, rows});
 }
 
 void Step::make_phases() {
     int first = 0;                              // ops [first, i) are of the rows' phase that is being collected
     const auto flush = [&](int i, int prepares, int next) {
-        if (first < i || prepares >= 0) add_rows(first, i, prepares, count_of(ops[size_t(prepares >= 0 ? prepares : first)]));
+        if (first < i || prepares >= 0) add_rows(first, i, prepares, count_of(ops[size_t(prepares >= 0 ? prepares : first)].any()));
         first = next;
     };
-    const int count = int(ops.size());
-    for (int i = 0; i < count; i++) {
-        const Op& op = ops[size_t(i)];
+    for (const Op& one : ops) {
+        const AnyOp& op = one.any();
+        const int i = op.index;
         const int64_t rows = count_of(op);
-        if (first < i && ops[size_t(i - 1)].on_logit_rows != op.on_logit_rows) flush(i, -1, i);
+        if (first < i && ops[size_t(i - 1)].any().on_logit_rows != op.on_logit_rows) flush(i, -1, i);
         if (i - 1 == last_append) {
             flush(i, -1, i);
             if (!needed.empty() && !live.empty()) add_plain<&Step::do_move_needed>({nullptr, i, i, -1, tokens, tokens, int64_t(live.size())});
         }
-        if (rows == 0) flush(i, -1, i + 1);
-        else if (op.kind == OpKind::linear && (op.on_logit_rows || !by_rows(rows))) flush(i, i, i + 1), add_product(i);
-        else if (op.kind == OpKind::paged_attention) flush(i, -1, i + 1), add_attention(i);
-        else if (is_convolution(op.kind) && rows > SMALL_CHUNK_ROWS) {
-            const int64_t units = op.out.columns / 16;
-            flush(i, -1, i + 1), add_plain<&Step::do_convolution>({nullptr, i, i + 1, -1, rows, rows, std::min(units, rows * op.out.columns / CONV_VALUES + 1)});
-        } else if (op.kind == OpKind::delta_rule) flush(i, -1, i + 1), add_plain<&Step::do_delta_rule>({nullptr, i, i + 1, -1, rows, rows, op.delta->key_heads});
-        else if (op.kind == OpKind::mamba2) {
-            const int64_t chunks = std::min(op.mamba.heads, rows * op.mamba.heads * op.mamba.head_values() / MAMBA_VALUES + 1);
-            flush(i, -1, i + 1), add_plain<&Step::do_mamba2>({nullptr, i, i + 1, -1, rows, rows, chunks});
-        } else if (op.kind == OpKind::group) flush(i, -1, i + 1), add_plain<&Step::do_group>({nullptr, i, i + 1, -1, rows, rows, 1});
-        else if (op.kind == OpKind::gate_up || op.kind == OpKind::down) flush(i, -1, i + 1), add_experts(i);
-        else if (op.ranks) flush(i, -1, i + 1), add_exchange(i);
-        else if (op.kind == OpKind::softcap) {
-            const int64_t segments = (op.x.columns + CAP_COLUMNS - 1) / CAP_COLUMNS;
-            flush(i, -1, i + 1), add_plain<&Step::do_softcap>({nullptr, i, i + 1, -1, rows, segments, rows * segments});
-        } else if (op.kind == OpKind::sample) {
-            flush(i, -1, i + 1);
-            if (input.samples) add_plain<&Step::do_sample>({nullptr, i, i + 1, -1, rows, 1, rows});
-        }
+        const bool apart = rows && std::visit([&](const auto& its) { return in_phases(its, rows); }, one.is);
+        if (!rows || apart) flush(i, apart && one.as<op::linear>() ? i : -1, i + 1);
+        if (apart) std::visit([&](const auto& its) { add_phases(its); }, one.is);
     }
+    const int count = int(ops.size());
     flush(count, -1, count);
     const Phase* ahead = nullptr;
     for (size_t i = phases.size(); i-- > 0;) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <type_traits>
 
 #include "cpu/program/rows.h"
 
@@ -12,38 +13,29 @@ namespace {
 
 const RowKernels& row_kernels_here() { return DC_CHOSEN(row_kernels); }
 
-size_t wide_bytes(const Op& op, int64_t rows) { return op.norm ? size_t(rows * op.x.columns) * sizeof(float) : 0; }
+size_t wide_bytes(const op::linear& op, int64_t rows) { return op.norm ? size_t(rows * op.x.columns) * sizeof(float) : 0; }
 
-// Of each head q and then its gate; then all that has no gates.
-void split_gates(const Op& op, int64_t row) {
-    const float* x = op.x.row(row);
-    const int64_t size = op.gates.columns, bytes = op.channels * int64_t(sizeof(float));
-    for (int64_t c = 0; c < size; c += op.channels) {
-        std::memcpy(op.out.row(row) + c, x + 2 * c, size_t(bytes));
-        std::memcpy(op.gates.row(row) + c, x + 2 * c + op.channels, size_t(bytes));
-    }
-    std::memcpy(op.out.row(row) + size, x + 2 * size, size_t(op.out.columns - size) * sizeof(float));
-}
+void copy_row(float* out, const float* x, int64_t columns) { std::memcpy(out, x, size_t(columns) * sizeof(float)); }
 
 }  // namespace
 
 // ---- x made ready, and what adapters make of it
 
 // x's rows [begin, end) made ready as rows `to` ... of `prepared`; `wide` has wide_bytes.
-void Step::prepare_rows(const Op& op, int64_t begin, int64_t end, int64_t to, void* prepared, float* wide) const {
+void Step::prepare_rows(const op::linear& op, int64_t begin, int64_t end, int64_t to, void* prepared, float* wide) const {
     const Tiles& w = op.tiles;
     const int64_t rows = end - begin, columns = op.x.columns;
     const bool adapted = op.adapted >= 0 && !token_adapters.empty();
     const bool apart = op.norm && (adapted || columns != w.columns);    // others read it as well, or it is of more columns than the product takes
     for (int64_t row = 0; apart && row < rows; row++)
-        row_kernels_here().rms_norm(op.x.row(begin + row), op.weight, op.epsilon, columns, wide + row * columns);
+        row_kernels_here().rms_norm(op.x.row(begin + row), op.norm_weight, op.eps, columns, wide + row * columns);
     const float* const x = apart ? wide : op.x.row(begin);
     if (adapted) shrink_rows(op, begin, end, x);
-    prepare(w.type, x - to * columns, columns, w.columns, to, to + rows, op.norm && !apart, op.weight, op.epsilon, prepared);
+    prepare(w.type, x - to * columns, columns, w.columns, to, to + rows, op.norm && !apart, op.norm_weight, op.eps, prepared);
 }
 
 // Rows [begin, end), whose x after the norm this is. Those of one adapter go together, wherever they are among these.
-void Step::shrink_rows(const Op& op, int64_t begin, int64_t end, const float* normed) const {
+void Step::shrink_rows(const op::linear& op, int64_t begin, int64_t end, const float* normed) const {
     const auto& adapters = adapters_of(op);
     const float* x[SHRUNK_ROWS];
     float* u[SHRUNK_ROWS];
@@ -61,31 +53,43 @@ void Step::shrink_rows(const Op& op, int64_t begin, int64_t end, const float* no
     }
 }
 
-AdaptedRows Step::adapted_rows(const Op& op, int64_t first) const {
+AdaptedRows Step::adapted_rows(const op::linear& op, int64_t first) const {
     if (op.adapted < 0 || token_adapters.empty()) return {};
     const auto& adapters = adapters_of(op);
-    const auto next = std::find_if(ops.begin() + index_of(op) + 1, ops.end(), [](const Op& other) { return other.adapted >= 0; });
-    return {adapters.data() + first, op.adapted, shrunk.data() + first * most_ranks, most_ranks, next == ops.end() ? -1 : next->adapted};
+    int64_t next = -1;                          // the adapted product that comes after this one
+    for (size_t i = size_t(op.index) + 1; i < ops.size() && next < 0; i++)
+        if (const auto* other = ops[i].as<op::linear>()) next = other->adapted;
+    return {adapters.data() + first, op.adapted, shrunk.data() + first * most_ranks, most_ranks, next};
 }
 
 // The product of `rows` rows, of which the first is `first`; its outputs begin at `out`.
-Product Step::product_of(const Op& op, const void* prepared, int64_t first, int64_t rows, float* out) const {
-    return {op.tiles, prepared, rows, op.bias, op.other.at ? op.other.row(first) : nullptr, op.other.columns, op.activation,
+Product Step::product_of(const op::linear& op, const void* prepared, int64_t first, int64_t rows, float* out) const {
+    return {op.tiles, prepared, rows, op.bias, op.residual.at ? op.residual.row(first) : nullptr, op.residual.columns, op.activation,
             out, op.out.columns, op.out.columns, adapted_rows(op, first)};
 }
 
-// Does the op after this one exchange the product or embedding that this one gives? Then it is written where the other ranks read it.
-bool Step::is_offered(int64_t index) const {
-    if (index < 0 || index + 1 >= int64_t(ops.size())) return false;
-    if (ops[size_t(index)].kind != OpKind::linear && ops[size_t(index)].kind != OpKind::embed) return false;
-    const Op &op = ops[size_t(index)], &next = ops[size_t(index + 1)];
-    return next.ranks && next.on_logit_rows == op.on_logit_rows && next.x.at == op.out.at && next.x.columns == op.out.columns &&
-           next.other.at != op.out.at;
+Step::Exchanged Step::exchanged_of(int index) const {
+    if (index < 0 || index >= int(ops.size())) return {};
+    if (const auto* op = ops[size_t(index)].as<op::all_reduce>()) return {op->ranks, true, op->x, op->residual, op->out};
+    if (const auto* op = ops[size_t(index)].as<op::all_gather>()) return {op->ranks, false, op->x, {}, op->out};
+    return {};
 }
 
-float* Step::product_row(const Op& op, int64_t row) const {
-    const int64_t index = &op - ops.data();
-    return is_offered(index) ? ops[size_t(index + 1)].ranks->next() + row * op.out.columns : op.out.row(row);
+// Does the op after this one exchange the product or embedding that this one gives? Then it is written where the other ranks read it.
+bool Step::is_offered(int index) const {
+    const Exchanged next = exchanged_of(index + 1);
+    if (index < 0 || !next.ranks) return false;
+    const Op& op = ops[size_t(index)];
+    const auto *product = op.as<op::linear>();
+    const auto *embedding = op.as<op::embed>();
+    if (!product && !embedding) return false;
+    const Rows& out = product ? product->out : embedding->out;
+    return ops[size_t(index) + 1].any().on_logit_rows == op.any().on_logit_rows && next.x.at == out.at && next.x.columns == out.columns &&
+           next.residual.at != out.at;
+}
+
+float* Step::product_row(const AnyOp& op, const Rows& out, int64_t row) const {
+    return is_offered(op.index) ? exchanged_of(op.index + 1).ranks->next() + row * out.columns : out.row(row);
 }
 
 void Step::resolve_ids(const std::vector<int32_t>& before) {
@@ -107,95 +111,114 @@ void Step::run(int width, const std::function<void()>& begun) {
 
 void Step::do_rows(const Part& part, int64_t chunk) const {
     const int64_t begin = chunk * part.rows_per_chunk, end = std::min(begin + part.rows_per_chunk, part.rows);
-    for (int i = part.first; i < part.end; i++) do_row_op(ops[size_t(i)], begin, end);
+    for (int i = part.first; i < part.end; i++) std::visit([&](const auto& op) { do_rows(op, begin, end); }, ops[size_t(i)].is);
     if (part.prepares < 0) return;
-    const Op& op = ops[size_t(part.prepares)];
+    const auto& op = *ops[size_t(part.prepares)].as<op::linear>();
     prepare_rows(op, begin, end, begin, memory.prepared, static_cast<float*>(scratch(wide_bytes(op, end - begin))));
 }
 
-void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
-    const RowKernels& use = row_kernels_here();
-    if (op.kind == OpKind::linear) return linear_of_rows(op, begin, end);
-    if (op.kind == OpKind::rope_append) return append(op, begin, end);
-    if (is_convolution(op.kind)) return convolve(op, 0, op.out.columns);            // all rows are here
-    for (int64_t row = begin; row < end; row++) {
-        float* out = op.out.row(row);
-        const int64_t columns = op.out.columns;
-        switch (op.kind) {
-            case OpKind::embed: embed(op, row); break;
-            case OpKind::gather_rows: std::memcpy(out, op.x.row(gathered[size_t(row)]), size_t(columns) * sizeof(float)); break;
-            case OpKind::copy: std::memcpy(out, op.x.row(row), size_t(columns) * sizeof(float)); break;
-            case OpKind::rms_norm: rms_norm(op, row); break;
-            case OpKind::mix: use.mix(op.x.row(row), op.a, op.other.row(row), op.b, columns, out); break;
-            case OpKind::smear: {
-                const float* previous = input.previous_ids[size_t(token_of(op, row))] >= 0 ? op.other.row(row) : nullptr;
-                use.smear(op.x.row(row), previous, op.weight, op.channels, op.a, columns, out);
-                break;
-            }
-            case OpKind::route: {
-                Routing& to = *op.routing;
-                const size_t first = size_t(row * to.chosen);
-                if (to.sigmoids) use.route_sigmoids(op.x.row(row), op.bias, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
-                else use.route(op.x.row(row), to.experts, to.chosen, to.sum_to_one, &to.ids[first], &to.shares[first]);
-                for (int64_t j = 0; op.weight && j < to.chosen; j++) to.shares[first + size_t(j)] *= op.weight[to.ids[first + size_t(j)]];
-                break;
-            }
-            case OpKind::combine: combine(op, row); break;
-            case OpKind::split_gates: split_gates(op, row); break;
-            case OpKind::gate: use.gate(op.x.row(row), op.gates.row(row), columns, out); break;
-            case OpKind::group_squares: group_squares(op, row); break;
-            case OpKind::norm_groups: norm_groups(op, row); break;
-            case OpKind::gated_add: use.gated_add(op.x.row(row), op.other.row(row), *op.gates.row(row), columns, out); break;
-            case OpKind::layer_inputs: {                // sqrt(1/2) (norm of each part + sqrt(P) other)
-                const int64_t part = op.channels;
-                for (int64_t c = 0; c < columns; c += part) use.rms_norm(op.x.row(row) + c, op.weight, op.epsilon, part, out + c);
-                use.mix(out, op.a, op.other.row(row), op.b, columns, out);
-                break;
-            }
-            case OpKind::gate_input: use.gate_input(op.x.row(row), op.other.row(row) + op.channels, columns, out); break;
-            default: break;
-        }
-    }
-}
+// ---- ops of single rows
 
-void Step::rms_norm(const Op& op, int64_t row) const {
-    const int64_t size = op.out.columns / std::max<int64_t>(op.channels, 1);
-    for (int64_t c = 0; c < op.out.columns; c += size)
-        row_kernels_here().rms_norm(op.x.row(row) + c, op.weight ? op.weight + c : nullptr, op.epsilon, size, op.out.row(row) + c);
-}
-
-// Of each group what the heads here add to it.
-void Step::group_squares(const Op& op, int64_t row) const {
-    const int64_t P = op.mamba.head_size;
-    float* const out = op.out.row(row);
-    std::fill_n(out, op.out.columns, 0.0f);
-    for (int64_t head = 0; head < op.mamba.heads; head++) out[op.mamba.group_of(head)] += row_kernels_here().squares(op.x.row(row) + head * P, P);
-}
-
-void Step::norm_groups(const Op& op, int64_t row) const {
-    const int64_t P = op.mamba.head_size;
-    for (int64_t head = 0; head < op.mamba.heads; head++) {
-        const float mean = op.gates.row(row)[op.mamba.group_of(head)] / float(op.mamba.group_heads * P);
-        row_kernels_here().scale(op.x.row(row) + head * P, 1.0f / __builtin_sqrtf(mean + op.epsilon), op.weight + head * P, P, op.out.row(row) + head * P);
-    }
-}
-
-void Step::embed(const Op& op, int64_t row) const {
+void Step::do_row(const op::embed& op, int64_t row) const {
     const int64_t id = std::max<int64_t>((op.previous_ids ? input.previous_ids : input.token_ids)[size_t(token_of(op, row))], 0) - op.first_row;
-    float* const out = product_row(op, row);
+    float* const out = product_row(op, op.out, row);
     if (id < 0 || id >= op.table_rows) return std::fill_n(out, op.out.columns, -0.0f), void();      // another rank has it
     if (op.file_row_bytes)
-        return read_file_row(op.tiles.type, static_cast<const uint8_t*>(op.table) + id * op.file_row_bytes, op.out.columns, out);
+        return read_file_row(op.file_type, static_cast<const uint8_t*>(op.table) + id * op.file_row_bytes, op.out.columns, out);
     if (op.tiles.memory) return embed_row(op.tiles, id, out);
     const char* from = static_cast<const char*>(op.table) + id * op.out.columns * bytes_of(op.table_type);
     row_kernels_here().widen(op.table_type, from, op.out.columns, out);
 }
 
-void Step::append(const Op& op, int64_t begin, int64_t end) const {
-    RopeJob job = op.rope;
-    const int64_t* const places = slots[size_t(op.page_group)].data();
+void Step::do_row(const op::gather_rows& op, int64_t row) const { copy_row(op.out.row(row), op.x.row(gathered[size_t(row)]), op.out.columns); }
+void Step::do_row(const op::copy& op, int64_t row) const { copy_row(op.out.row(row), op.x.row(row), op.out.columns); }
+
+void Step::do_row(const op::rms_norm& op, int64_t row) const {
+    const int64_t size = op.out.columns / op.groups;
+    for (int64_t c = 0; c < op.out.columns; c += size)
+        row_kernels_here().rms_norm(op.x.row(row) + c, op.weight ? op.weight + c : nullptr, op.eps, size, op.out.row(row) + c);
+}
+
+void Step::do_row(const op::mix& op, int64_t row) const {
+    row_kernels_here().mix(op.x.row(row), op.resid_lambda, op.x0.row(row), op.x0_lambda, op.out.columns, op.out.row(row));
+}
+
+void Step::do_row(const op::smear& op, int64_t row) const {
+    const float* previous = input.previous_ids[size_t(token_of(op, row))] >= 0 ? op.previous.row(row) : nullptr;
+    row_kernels_here().smear(op.x.row(row), previous, op.gate, op.channels, op.smear_lambda, op.out.columns, op.out.row(row));
+}
+
+void Step::do_row(const op::route& op, int64_t row) const {
+    Routing& to = *op.routing;
+    const size_t first = size_t(row * to.chosen);
+    if (to.sigmoids) row_kernels_here().route_sigmoids(op.logits.row(row), op.bias, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
+    else row_kernels_here().route(op.logits.row(row), to.experts, to.chosen, to.sum_to_one, &to.ids[first], &to.shares[first]);
+    for (int64_t j = 0; op.scales && j < to.chosen; j++) to.shares[first + size_t(j)] *= op.scales[to.ids[first + size_t(j)]];
+}
+
+void Step::do_row(const op::combine& op, int64_t row) const {
+    const Routing& routing = *op.routing;
+    const int64_t first = row * routing.chosen;
+    const float* added[MAX_CHOSEN];
+    for (int64_t j = 0; j < routing.chosen; j++) added[j] = memory.added + routing.pair_of[size_t(first + j)] * op.out.columns;
+    row_kernels_here().combine(op.x.at ? op.x.row(row) : nullptr, added, &routing.shares[size_t(first)], routing.chosen, op.out.columns, op.out.row(row));
+}
+
+// Of each head its columns and then its gate's; then all that has no gates.
+void Step::do_row(const op::split_gates& op, int64_t row) const {
+    const float* x = op.x.row(row);
+    const int64_t size = op.gates.columns;
+    for (int64_t c = 0; c < size; c += op.head_size) {
+        copy_row(op.out.row(row) + c, x + 2 * c, op.head_size);
+        copy_row(op.gates.row(row) + c, x + 2 * c + op.head_size, op.head_size);
+    }
+    copy_row(op.out.row(row) + size, x + 2 * size, op.out.columns - size);
+}
+
+void Step::do_row(const op::gate& op, int64_t row) const {
+    row_kernels_here().gate(op.x.row(row), op.gates.row(row), op.out.columns, op.out.row(row));
+}
+
+void Step::do_row(const op::gated_add& op, int64_t row) const {
+    row_kernels_here().gated_add(op.x.row(row), op.added.row(row), *op.gate.row(row), op.out.columns, op.out.row(row));
+}
+
+// sqrt(1/2) (norm of each part + sqrt(P) rows)
+void Step::do_row(const op::layer_inputs& op, int64_t row) const {
+    float* const out = op.out.row(row);
+    for (int64_t c = 0; c < op.out.columns; c += op.part)
+        row_kernels_here().rms_norm(op.projected.row(row) + c, op.weight, op.eps, op.part, out + c);
+    row_kernels_here().mix(out, __builtin_sqrtf(0.5f), op.rows.row(row), __builtin_sqrtf(0.5f * float(op.part)), op.out.columns, out);
+}
+
+void Step::do_row(const op::gate_input& op, int64_t row) const {
+    row_kernels_here().gate_input(op.gate.row(row), op.inputs.row(row) + op.first, op.out.columns, op.out.row(row));
+}
+
+// Of each group what the heads here add to it.
+void Step::do_row(const op::group_squares& op, int64_t row) const {
+    const int64_t P = op.head_size;
+    float* const out = op.out.row(row);
+    std::fill_n(out, op.out.columns, 0.0f);
+    for (int64_t head = 0; head < op.heads; head++)
+        out[(op.first_head + head) / op.group_heads] += row_kernels_here().squares(op.x.row(row) + head * P, P);
+}
+
+void Step::do_row(const op::norm_groups& op, int64_t row) const {
+    const int64_t P = op.head_size;
+    for (int64_t head = 0; head < op.heads; head++) {
+        const float mean = op.squares.row(row)[(op.first_head + head) / op.group_heads] / float(op.group_heads * P);
+        row_kernels_here().scale(op.x.row(row) + head * P, 1.0f / __builtin_sqrtf(mean + op.eps), op.weight + head * P, P, op.out.row(row) + head * P);
+    }
+}
+
+// ---- ops of some rows
+
+void Step::do_rows(const op::rope_append& op, int64_t begin, int64_t end) const {
+    RopeJob job = op.job;
+    const int64_t* const places = slots[size_t(op.group)].data();
     job.rows = tokens, job.positions = positions.data(), job.slots = places;
-    if (!is_of_needed(index_of(op))) return attention_kernels_of(job.cache_type).rope_rows(job, begin, end);
+    if (!is_of_needed(op)) return attention_kernels_of(job.cache_type).rope_rows(job, begin, end);
     for (int64_t row = begin; row < end; row++) {
         const int64_t token = needed[size_t(row)];
         job.positions = positions.data() + token - row, job.slots = places + token - row;
@@ -203,17 +226,18 @@ void Step::append(const Op& op, int64_t begin, int64_t end) const {
     }
 }
 
+void Step::do_rows(const op::linear& op, int64_t begin, int64_t end) const {
+    const size_t bytes = (prepared_bytes(op, end - begin) + 63) / 64 * 64;
+    char* memory = static_cast<char*>(scratch(bytes + wide_bytes(op, end - begin)));
+    prepare_rows(op, begin, end, 0, memory, reinterpret_cast<float*>(memory + bytes));
+    multiply(product_of(op, memory, begin, end - begin, product_row(op, op.out, begin)), 0, tile_count(op.tiles.rows), 0, group_count(end - begin));
+}
+
 // Each needed row to its place among them; they ascend, so it overwrites none that has yet to move.
 void Step::do_move_needed(const Part&, int64_t chunk) const {
     const Rows& rows = live[size_t(chunk)];
     for (size_t i = 0; i < needed.size(); i++)
         if (needed[i] != int64_t(i)) std::memcpy(rows.row(int64_t(i)), rows.row(needed[i]), size_t(rows.columns) * sizeof(float));
-}
-
-void Step::do_convolution(const Part& part, int64_t chunk) const {
-    const Op& op = ops[size_t(part.first)];
-    const int64_t units = op.out.columns / 16;
-    convolve(op, units * chunk / part.chunks * 16, units * (chunk + 1) / part.chunks * 16);
 }
 
 // visit() gets the rows of each sequence and what they read and write.
@@ -230,62 +254,72 @@ void Step::each_sequence(Visit visit) const {
 }
 
 // All rows, in columns [first, last).
-void Step::convolve(const Op& op, int64_t first, int64_t last) const {
-    const auto kernel = op.kind == OpKind::convolve ? row_kernels_here().convolve : row_kernels_here().short_conv;
+template <class T>
+void Step::convolve(const T& op, int64_t first, int64_t last) const {
+    const auto kernel = std::is_same_v<T, op::convolve> ? row_kernels_here().convolve : row_kernels_here().short_conv;
     each_sequence([&](const StateRows& rows) {
-        kernel({op.x.at, op.x.columns, op.out.at, op.weight, op.bias, op.out.columns, op.channels, op.states, rows}, first, last);
+        kernel({op.x.at, op.x.columns, op.out.at, op.taps, op.bias, op.out.columns, op.size, op.states, rows}, first, last);
     });
 }
 
+void Step::do_rows(const op::short_conv& op, int64_t, int64_t) const { convolve(op, 0, op.out.columns); }      // all rows are here
+void Step::do_rows(const op::convolve& op, int64_t, int64_t) const { convolve(op, 0, op.out.columns); }
+
+template <class T>
+void Step::do_convolution(const Part& part, int64_t chunk) const {
+    const T& op = op_of<T>(part);
+    const int64_t units = op.out.columns / 16;
+    convolve(op, units * chunk / part.chunks * 16, units * (chunk + 1) / part.chunks * 16);
+}
+template void Step::do_convolution<op::short_conv>(const Part&, int64_t) const;
+template void Step::do_convolution<op::convolve>(const Part&, int64_t) const;
+
 void Step::do_delta_rule(const Part& part, int64_t chunk) const {
-    const Op& op = ops[size_t(part.first)];
-    float* const memory = static_cast<float*>(scratch(size_t(op.delta->memory_floats()) * sizeof(float)));
-    each_sequence([&](const StateRows& rows) { DC_CHOSEN(delta_rule)({op.delta.get(), op.x.at, op.out.at, rows, chunk, memory}); });
+    const DeltaRule rule(op_of<op::delta_rule>(part));
+    float* const memory = static_cast<float*>(scratch(size_t(rule.memory_floats()) * sizeof(float)));
+    each_sequence([&](const StateRows& rows) { DC_CHOSEN(delta_rule)({&rule, rule.x.at, rule.out.at, rows, chunk, memory}); });
 }
 
 void Step::do_mamba2(const Part& part, int64_t chunk) const {
-    const Op& op = ops[size_t(part.first)];
-    const Mamba2& layer = op.mamba;
+    const Mamba2 layer(op_of<op::mamba2>(part));
     float* const memory = static_cast<float*>(scratch(size_t(layer.head_values()) * sizeof(float)));
     for (int64_t head = layer.heads * chunk / part.chunks; head < layer.heads * (chunk + 1) / part.chunks; head++)
-        each_sequence([&](const StateRows& rows) { DC_CHOSEN(mamba2)({&layer, op.x.at, op.other.at, op.out.at, rows, head, memory}); });
+        each_sequence([&](const StateRows& rows) { DC_CHOSEN(mamba2)({&layer, layer.x.at, layer.u.at, layer.out.at, rows, head, memory}); });
 }
 
 int64_t DeltaRule::memory_floats() const {
     return heads_of_key() * (key_size * value_size + 2 * TILE) + (size - 1 + TILE) * head_columns();
 }
 
-void Step::linear_of_rows(const Op& op, int64_t begin, int64_t end) const {
-    const size_t bytes = (prepared_bytes(op, end - begin) + 63) / 64 * 64;
-    char* memory = static_cast<char*>(scratch(bytes + wide_bytes(op, end - begin)));
-    prepare_rows(op, begin, end, 0, memory, reinterpret_cast<float*>(memory + bytes));
-    multiply(product_of(op, memory, begin, end - begin, product_row(op, begin)), 0, tile_count(op.tiles.rows), 0, group_count(end - begin));
-}
-
 // ---- experts
 
-void Step::do_group(const Part& part, int64_t) const {
-    ops[size_t(part.first)].routing->group(part.rows);
+void Step::do_group(const Part& part, int64_t) const { op_of<op::group>(part).routing->group(part.rows); }
+
+Step::ExpertProduct Step::experts_of(const AnyOp& op) const {
+    if (const auto* its = ops[size_t(op.index)].as<op::gate_up>())
+        return {*its->routing, its->tiles, its->bias, its->activation, its->x, false, true, its->norm_weight, its->eps, memory.hidden};
+    const auto& its = std::get<op::down>(ops[size_t(op.index)].is);
+    return {*its.routing, its.tiles, its.bias, Activation::none, {memory.hidden, its.tiles.columns}, true, false, nullptr, 0, memory.added};
 }
 
 void Step::do_gather(const Part& part, int64_t chunk) const {
-    const Op& op = ops[size_t(part.first)];
-    const Routing& routing = *op.routing;
-    const int64_t begin = routing.pairs() * chunk / part.chunks, end = routing.pairs() * (chunk + 1) / part.chunks, K = op.tiles.columns;
+    const ExpertProduct its = experts_of(ops[size_t(part.first)].any());
+    const Routing& routing = its.routing;
+    const int64_t begin = routing.pairs() * chunk / part.chunks, end = routing.pairs() * (chunk + 1) / part.chunks, K = its.tiles.columns;
     for (const Routing::Expert& expert : routing.active)
         for (int64_t i = std::max<int64_t>(begin, expert.first); i < std::min<int64_t>(end, expert.first + expert.count); i++) {
-            const float* x = op.kind == OpKind::down ? memory.hidden + i * K : op.x.row(routing.row_of[size_t(i)]);
+            const float* x = its.x.row(its.of_pairs ? i : routing.row_of[size_t(i)]);
             const int64_t to = expert.panel * int64_t(PANEL_ROWS) + i - expert.first;
-            prepare(op.tiles.type, x - to * K, K, K, to, to + 1, op.norm, op.weight, op.epsilon, memory.panels);
+            prepare(its.tiles.type, x - to * K, K, K, to, to + 1, its.norm, its.norm_weight, its.eps, memory.panels);
         }
 }
 
 // The chunk's part of the tiles of all experts that were chosen.
 template <class Visit>
 void Step::each_piece(const Part& part, int64_t chunk, Visit visit) const {
-    const Op& op = ops[size_t(part.first)];
-    const Routing& routing = *op.routing;
-    const int64_t unit = unit_of(op), each = tile_count(op.tiles.rows) / unit / routing.experts;
+    const ExpertProduct its = experts_of(ops[size_t(part.first)].any());
+    const Routing& routing = its.routing;
+    const int64_t unit = unit_of(its.activation), each = tile_count(its.tiles.rows) / unit / routing.experts;
     const int64_t all = each * int64_t(routing.active.size()), end = all * (chunk + 1) / part.chunks;
     for (int64_t at = all * chunk / part.chunks, next; at < end; at = next) {
         const Routing::Expert& expert = routing.active[size_t(at / each)];
@@ -297,13 +331,12 @@ void Step::each_piece(const Part& part, int64_t chunk, Visit visit) const {
 }
 
 void Step::do_experts(const Part& part, int64_t chunk, float* staged) const {
-    const Op& op = ops[size_t(part.first)];
-    float* const pairs = op.kind == OpKind::down ? memory.added : memory.hidden;
-    const int64_t panel = panel_bytes(op.tiles.type, op.tiles.columns);
+    const ExpertProduct its = experts_of(ops[size_t(part.first)].any());
+    const int64_t panel = panel_bytes(its.tiles.type, its.tiles.columns);
     each_piece(part, chunk, [&](const Piece& piece) {
         const int64_t columns = piece.column_end - piece.column_begin, before = piece.expert.id * piece.width;  // other experts' columns
-        Product product{op.tiles, static_cast<char*>(memory.panels) + piece.expert.panel * panel, piece.expert.count, op.bias,
-                        nullptr, 0, op.activation, pairs + piece.expert.first * piece.width - before, piece.width, before + piece.width};
+        Product product{its.tiles, static_cast<char*>(memory.panels) + piece.expert.panel * panel, piece.expert.count, its.bias,
+                        nullptr, 0, its.activation, its.out + piece.expert.first * piece.width - before, piece.width, before + piece.width};
         if (staged) product.out = staged - before - piece.column_begin, product.out_stride = columns;
         multiply(product, piece.tile_begin, piece.tile_end, 0, group_count(piece.expert.count));
         if (staged) staged += columns * piece.expert.count;
@@ -311,7 +344,7 @@ void Step::do_experts(const Part& part, int64_t chunk, float* staged) const {
 }
 
 void Step::put_experts(const Part& part, int64_t chunk, const float* staged) const {
-    float* const pairs = ops[size_t(part.first)].kind == OpKind::down ? memory.added : memory.hidden;
+    float* const pairs = experts_of(ops[size_t(part.first)].any()).out;
     each_piece(part, chunk, [&](const Piece& piece) {
         const int64_t columns = piece.column_end - piece.column_begin;
         for (int64_t i = piece.expert.first; i < piece.expert.first + piece.expert.count; i++, staged += columns)
@@ -319,33 +352,26 @@ void Step::put_experts(const Part& part, int64_t chunk, const float* staged) con
     });
 }
 
-void Step::combine(const Op& op, int64_t row) const {
-    const Routing& routing = *op.routing;
-    const int64_t first = row * routing.chosen;
-    const float* added[MAX_CHOSEN];
-    for (int64_t j = 0; j < routing.chosen; j++) added[j] = memory.added + routing.pair_of[size_t(first + j)] * op.out.columns;
-    row_kernels_here().combine(op.x.at ? op.x.row(row) : nullptr, added, &routing.shares[size_t(first)], routing.chosen, op.out.columns, op.out.row(row));
-}
-
 // ---- products and attention
 
 Step::Range Step::tiles_of(const Part& part, int64_t chunk) const {
-    const Op& op = ops[size_t(part.first)];
-    const int64_t unit = unit_of(op), units = tile_count(op.tiles.rows) / unit;
+    const auto& op = op_of<op::linear>(part);
+    const int64_t unit = unit_of(op.activation), units = tile_count(op.tiles.rows) / unit;
     return {units * chunk / part.chunks * unit, units * (chunk + 1) / part.chunks * unit};
 }
 
 Step::Range Step::columns_of(const Part& part, int64_t chunk) const {
-    const Op& op = ops[size_t(part.first)];
+    const auto& op = op_of<op::linear>(part);
+    const int64_t unit = unit_of(op.activation);
     const Range tiles = tiles_of(part, chunk);
-    return {tiles.begin / unit_of(op) * TILE_ROWS, std::min(tiles.end / unit_of(op) * TILE_ROWS, op.out.columns)};
+    return {tiles.begin / unit * TILE_ROWS, std::min(tiles.end / unit * TILE_ROWS, op.out.columns)};
 }
 
 // `staged` is (rows, the chunk's columns), or null.
 void Step::do_product(const Part& part, int64_t chunk, float* staged) const {
     const Range tiles = tiles_of(part, chunk), columns = columns_of(part, chunk);
-    const Op& op = ops[size_t(part.first)];
-    Product product = product_of(op, memory.prepared, 0, part.rows, product_row(op, 0));
+    const auto& op = op_of<op::linear>(part);
+    Product product = product_of(op, memory.prepared, 0, part.rows, product_row(op, op.out, 0));
     if (staged) product.out = staged - columns.begin, product.out_stride = columns.end - columns.begin;
     multiply(product, tiles.begin, tiles.end, 0, group_count(part.rows));
 }
@@ -353,34 +379,32 @@ void Step::do_product(const Part& part, int64_t chunk, float* staged) const {
 void Step::put_product(const Part& part, int64_t chunk, const float* staged) const {
     const Range columns = columns_of(part, chunk);
     const int64_t width = columns.end - columns.begin;
-    for (int64_t row = 0; row < part.rows; row++)
-        std::memcpy(product_row(ops[size_t(part.first)], row) + columns.begin, staged + row * width, size_t(width) * sizeof(float));
-}
-
-const AttentionRun& Step::attention_of(const Part& part) const {
-    return attention.at(key_of(ops[size_t(part.first)]));
+    const auto& op = op_of<op::linear>(part);
+    for (int64_t row = 0; row < part.rows; row++) copy_row(product_row(op, op.out, row) + columns.begin, staged + row * width, width);
 }
 
 void Step::do_attention(const Part& part, int64_t chunk, float* staged) const {
-    attention_of(part).run(ops[size_t(part.first)].attention, chunk, staged);
+    const auto& op = op_of<op::paged_attention>(part);
+    attention.at(key_of(op)).run(job_of(op), chunk, staged);
 }
 
 void Step::put_attention(const Part& part, int64_t chunk, const float* staged) const {
-    attention_of(part).put(ops[size_t(part.first)].attention, chunk, staged);
+    const auto& op = op_of<op::paged_attention>(part);
+    attention.at(key_of(op)).put(job_of(op), chunk, staged);
 }
 
 void Step::do_softcap(const Part& part, int64_t chunk) const {
-    const Op& op = ops[size_t(part.first)];
+    const auto& op = op_of<op::softcap>(part);
     const int64_t segments = part.rows_per_chunk, all = part.rows * segments, end = all * (chunk + 1) / part.chunks;
     for (int64_t i = all * chunk / part.chunks; i < end; i++) {
         const int64_t row = i / segments, begin = i % segments * CAP_COLUMNS;
-        const int64_t columns = std::min(CAP_COLUMNS, op.x.columns - begin);
-        row_kernels_here().soft_cap(op.x.row(row) + begin, op.a, columns, op.out.row(row) + begin);
+        const int64_t columns = std::min(CAP_COLUMNS, op.logits.columns - begin);
+        row_kernels_here().soft_cap(op.logits.row(row) + begin, op.cap, columns, op.out.row(row) + begin);
     }
 }
 
 void Step::do_sample(const Part& part, int64_t row) const {
-    const Rows& logits = ops[size_t(part.first)].x;
+    const Rows& logits = op_of<op::sample>(part).logits;
     const SampleArgs args{logits.at, logit_rows, logits.columns, logits.columns, input.sample_rows.data(),
                           input.count_ids.data(), input.counts.data(), input.bias_ids.data(), input.bias_values.data(),
                           const_cast<int32_t*>(drawn.data())};
@@ -390,9 +414,9 @@ void Step::do_sample(const Part& part, int64_t row) const {
 // ---- what ranks exchange
 
 Exchange Step::exchange_of(const Part& part) const {
-    const Op& op = ops[size_t(part.first)];
-    const float* x = is_offered(part.first - 1) ? op.ranks->next() : op.x.at;
-    return {op.ranks.get(), op.kind == OpKind::all_reduce, part.rows, op.x.columns, x, op.other.at, op.out.columns, op.out.at};
+    const Exchanged its = exchanged_of(part.first);
+    const float* x = is_offered(part.first - 1) ? its.ranks->next() : its.x.at;
+    return {its.ranks, its.sums, part.rows, its.x.columns, x, its.residual.at, its.out.columns, its.out.at};
 }
 
 void Step::do_offer(const Part& part, int64_t chunk) const {
@@ -413,8 +437,8 @@ void Step::do_exchange(const Part& part, int64_t) const {
 }
 
 void Step::poison_ranks() const {
-    for (const Op& op : ops)
-        if (op.ranks) return op.ranks->poison();
+    for (int i = 0; i < int(ops.size()); i++)
+        if (Ranks* const ranks = exchanged_of(i).ranks) return ranks->poison();
 }
 
 // ---- after it
@@ -425,11 +449,13 @@ StepTimes Step::times() const {
     for (size_t i = 0; i < phases.size(); i++) {
         std::string what;
         for (int j = parts[i].first; j < parts[i].end; j++) {
-            const std::string name = name_of(ops[size_t(j)].kind);
+            const std::string name = name_of(ops[size_t(j)].kind());
             if (what.find(name) == std::string::npos) what += (what.empty() ? "" : "+") + name;
         }
-        if (const Op& op = ops[size_t(parts[i].first)]; what == "linear")
-            what += " " + std::to_string(op.tiles.rows) + "x" + std::to_string(op.tiles.columns);
+        if (what == "linear") {
+            const Tiles& tiles = op_of<op::linear>(parts[i]).tiles;
+            what += " " + std::to_string(tiles.rows) + "x" + std::to_string(tiles.columns);
+        }
         if (parts[i].prepares >= 0) what += what.empty() ? "prepare" : "+prepare";
         if (what.empty()) what = "move";
         all.phases.emplace_back(what, double(stamps[i + 1] - stamps[i]) * tick);
