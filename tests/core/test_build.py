@@ -1,6 +1,7 @@
 """setup.py with compilers that only say what they were asked for."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,12 @@ def test_an_nvcc_that_fails_costs_the_cuda_half_alone(tmp_path):
     assert any(part.endswith("/bindings_tiles.cpp.o") for part in objects) and "cudart" not in linked
     made = {line.split()[-1]: line for line in (tmp_path / "log").read_text().splitlines()}
     assert not [part for part in objects if "DECODE_CORE_CUDA" in made[part] or "/cuda/" in part]
+
+
+def test_where_no_apt_is_the_trial_on_aarch64_says_so_and_ends_well(tmp_path):
+    for name in ("bash", "dirname", "uname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    done = subprocess.run([tmp_path / "bash", "csrc/aarch64.sh"], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          env={"PATH": str(tmp_path), "DECODE_CORE_AARCH64_BUILD": str(tmp_path / "built")})
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout in (
+        f"decode_core was not tried on aarch64: {why}\n" for why in ("there is no apt here", "this machine is one, so all tests run there"))

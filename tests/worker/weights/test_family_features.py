@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compil
 from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, ShortConv, expected_tensors
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, query_scales, rope_append_reference, rope_frequencies
 from chatlm.worker.ops.basic import RopePairs, gated_add_reference, unpermute_rope
+from chatlm.worker.weights.families import OTHERS_AFFAIR
 from chatlm.worker.weights.huggingface import hf_spec
 from families import GROWING, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, transformer, write_tokenizer
 from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, LFM2_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B
@@ -51,6 +53,32 @@ def test_keys_that_change_nothing_are_ignored_and_named_in_one_line(caplog, tmp_
             if "text_config" not in config:
                 spec_of(tmp_path, config)
     assert [line for line in caplog.messages if "change nothing" in line] == []
+
+
+VALUES = {"attn_implementation": "sdpa", "attn_impl": "flash", "experts_implementation": "grouped_mm", "license": "mit", "language": ["en"],
+          "loss_type": "ForCausalLMLoss", "padding_side": "left", "pad_token": "<pad>", "name_or_path": "a/b", "tokenizer_name": "a/b",
+          "base_model_name_or_path": "a/b", "keys_to_ignore_at_inference": ["past_key_values"], "pruned_heads": {"0": []},
+          "exponential_decay_length_penalty": [4, 1.5]} | dict.fromkeys((
+              "max_seq_len", "max_sequence_length", "model_max_length", "n_ctx", "seq_length", "num_logits_to_keep", "num_labels", "ignore_index",
+              "cls_token_id", "mask_token_id", "unk_token_id"), 4) | dict.fromkeys((
+                  key for key in OTHERS_AFFAIR if re.search("dropout|coef|smoothing|layerdrop|init_std|initializer_factor", key)), 0.1)
+
+
+def test_keys_of_others_code_and_of_training_change_neither_a_llama_here_nor_one_by_transformers(tmp_path):
+    import transformers
+    keys = {key: VALUES.get(key, True) for key in OTHERS_AFFAIR}
+    expected, text = spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"]), torch.arange(20)[None]
+    assert spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | keys) == expected
+    for key in ("no_such_key", "attn_factor", "use_fused_bias"):
+        with pytest.raises(ConfigError, match=f"{key} is true; this key is not supported"):
+            spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | keys | {key: True})
+    model = make_model("llama2")
+    save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | keys | {"attn_implementation": "eager", "experts_implementation": None}))
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, return_dict=True).eval()
+        assert torch.equal(theirs(text).logits, model(text).logits)
 
 
 @pytest.mark.parametrize("more", [
