@@ -17,6 +17,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import Message, SamplingParams
 from chatlm.common.segments import check_folder, segment_paths
 from chatlm.front.pool.opening import Opener
+from chatlm.front.pool.residency import Residency
 from chatlm.front.pool.prefixes import STAGING_BYTES, Prefixes, memory_for
 from chatlm.front.pool.worker import State
 from answers import asked
@@ -162,10 +163,11 @@ def test_how_much_memory_prefixes_get():
 def test_the_memory_of_prefixes_is_part_of_models_memory(nanochat_fixtures):
     several = ModelChoice(str(nanochat_fixtures / "gen1")), ModelChoice(str(nanochat_fixtures / "gen5"))
     for prefix_memory, kept in ((None, 10 << 20), (30 << 20, 30 << 20), (0, 0)):
-        opener = Opener(Settings(several=several, models_memory=100 << 20, prefix_memory=prefix_memory, device_type="cpu"), ["none"])
-        assert (opener.prefixes.bytes, opener.budget) == (kept, (100 << 20) - kept)
+        residency = Residency(0)
+        opener = Opener(Settings(several=several, models_memory=100 << 20, prefix_memory=prefix_memory, device_type="cpu"), ["none"], residency)
+        assert (opener.prefixes.bytes, residency.budget) == (kept, (100 << 20) - kept)
     with pytest.raises(ConfigError, match="--prefix-memory 209,715,200: it is part of --models-memory 104,857,600"):
-        Opener(Settings(several=several, models_memory=100 << 20, prefix_memory=200 << 20), ["none"])
+        Opener(Settings(several=several, models_memory=100 << 20, prefix_memory=200 << 20), ["none"], Residency(0))
 
 
 @pytest.mark.parametrize("flags, why", [
