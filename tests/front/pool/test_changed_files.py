@@ -19,6 +19,7 @@ from fake_pool import serving
 from families import make_model, save
 from forked import DYING
 from lora import random_adapter, shapes_of
+from nightly import by_day
 from pools import all_ready, played_pool
 
 pytestmark = pytest.mark.timeout(120)
@@ -106,7 +107,7 @@ def template(model, versions):
 WEIGHTS = by_rename, in_place
 
 
-@pytest.mark.parametrize("change", [by_rename, in_place, touched, tokenizer, template])
+@pytest.mark.parametrize("change", by_day([by_rename, in_place, touched, tokenizer, template], in_place, template))
 async def test_an_answer_whose_worker_dies_after_its_files_have_changed_ends_with_an_error_and_the_next_one_is_of_the_new_files(
         change, start, model, versions, client):
     pool = await start()
@@ -189,7 +190,7 @@ async def test_an_adapter_that_is_merged_belongs_to_the_models_files(start, mode
         assert await text_of(client, url) != before
 
 
-@pytest.mark.parametrize("change", [in_place, template])
+@pytest.mark.parametrize("change", by_day([in_place, template], in_place))
 async def test_of_several_models_one_whose_files_change_ends_its_answers_and_is_opened_anew(change, started, start, model, versions, client):
     models = await started(ManyModels(Settings(several=(ModelChoice(str(model), "one"), ModelChoice(str(versions[1]), "two")), **TINY), DYING))
     async with served(models) as url:
@@ -229,7 +230,7 @@ def adapter_config(model, folder):
     (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3 * config["lora_alpha"]}))
 
 
-@pytest.mark.parametrize("change", [adapter_by_rename, adapter_in_place, adapter_touched, adapter_config])
+@pytest.mark.parametrize("change", by_day([adapter_by_rename, adapter_in_place, adapter_touched, adapter_config], adapter_in_place))
 async def test_an_answer_of_an_adapter_whose_files_have_changed_ends_with_an_error_when_its_worker_dies_and_the_base_goes_on(
         change, start, model, client, tmp_path):
     folder = adapter(model, tmp_path / "ad0", 1)
