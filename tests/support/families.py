@@ -85,6 +85,8 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "olmo3": ("olmo3", dict(sliding_window=24, num_key_value_heads=4, rope_parameters={
         "full_attention": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=128, rope_theta=500_000.0),
         "sliding_attention": dict(rope_type="default", rope_theta=500_000.0)})),
+    "olmoe": ("olmoe", dict(intermediate_size=48, num_experts=6, num_experts_per_tok=3)),
+    "olmoe-normed": ("olmoe", dict(intermediate_size=32, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True, attention_bias=True, num_key_value_heads=4)),
     "glm4": ("glm4", dict(head_dim=32)),
     "exaone4": ("exaone4", dict(sliding_window=24)),
     "ernie4.5": ("ernie4_5", dict(head_dim=32)),

@@ -357,6 +357,10 @@ FAMILIES = {  # by config.json's model_type
                    "rope_theta": 500_000.0, "rope_local_base_freq": 500_000.0},
         NORMS_AFTER | {"qk_norm": "whole", "qk_norm_weights": True}, AFTER_TENSORS,
         lambda config, layer: (layer + 1) % 4),
+    "olmoe": Family(
+        "OLMoE", QWEN_EXPERTS | {"num_experts": 64, "num_experts_per_tok": 8, "attention_bias": False,
+                                 "rms_norm_eps": 1e-5},
+        {"qk_norm": "whole", "qk_norm_weights": True}, expert_tensors("experts.{}", "gate")),
     "glm4": Family(
         "GLM-4-0414", {"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5,
                        "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7},

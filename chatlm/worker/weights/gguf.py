@@ -212,7 +212,7 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
         largest = layers == {"gemma2": 46, "gemma3_text": 62}[family]
         config["query_pre_attn_scalar"] = (width // config["num_attention_heads"] if largest else head_size)
     if "norm_topk_prob" in config:         # nor this
-        config["norm_topk_prob"] = number("expert_weights_norm", family != "qwen2_moe")
+        config["norm_topk_prob"] = number("expert_weights_norm", family not in ("qwen2_moe", "olmoe"))
     if "use_expert_bias" in config:
         number("expert_gating_func", 2)  # sigmoids
     if "attention_multiplier" in config:

@@ -23,8 +23,8 @@ from chatlm.worker.weights.splits import PRE_TOKENIZERS
 
 # general.architecture -> row of FAMILIES; mistral's files say llama
 GGUF_FAMILIES = {name: name for name in (
-    "llama", "qwen2", "qwen3", "smollm3", "gemma2", "phi3", "granite", "olmo2", "glm4", "exaone4", "ernie4_5",
-    "seed_oss", "lfm2")} | {
+    "llama", "qwen2", "qwen3", "smollm3", "gemma2", "phi3", "granite", "olmo2", "olmoe", "glm4", "exaone4",
+    "ernie4_5", "seed_oss", "lfm2")} | {
     "gemma4": "gemma4_text",
     "lfm2moe": "lfm2_moe",
     "gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",

@@ -63,7 +63,7 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 
 OLDER = [name for name in [*MODELS][:[*MODELS].index("granite")] if not name.startswith("gemma4")]    # these have tests of their own by day
-BY_DAY = "granite4", "olmo3", "glm4", "lfm2", "lfm2moe", "granite4h", "hunyuan"       # which bring what no other had
+BY_DAY = "granite4", "olmo3", "glm4", "lfm2", "lfm2moe", "granite4h", "hunyuan", "olmoe"       # which bring what no other had
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -165,7 +165,7 @@ GGUF_MODELS = {             # what of MODELS a file of each architecture can say
     **{name: {} for name in ("llama2", "llama3.1", "llama3.2", "mistral", "qwen2.5", "phi3", "phi3-long")},
     "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
     "qwen3moe": {"norm_topk_prob": True}, "gpt-oss": {},
-    **dict.fromkeys(("granite", "granite-moe", "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan"), {}),
+    **dict.fromkeys(("granite", "granite-moe", "granite4", "olmo2", "olmo3", "olmoe", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan"), {}),
     "gemma4": {}, "gemma4moe": {}, "gemma4-even": {},
     "lfm2": {}, "lfm2moe": {}, "granite4h": {}, "granite4h-dense": {"position_embedding_type": None}, "lfm2moe-plain": {"conv_bias": False, "tie_word_embeddings": True}, "qwen3next": {},
      "qwen3.5": {}, "qwen3.5moe": {}, "mixtral": {"sliding_window": None}, "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
