@@ -55,7 +55,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 240 more: a model and its adapters are of one version of their files, and held until answers end; adapters' bytes as they are held.
 # 50 more: models trained for embeddings are told from others, by metadata and by what sentence-transformers writes.
 # 15 more: ops are recorded by their rows in csrc/ops.def, and fields have names.
-MOST_STATEMENTS = 20_870
+# 150 more: a folder of models whose names, replaced files and odd files are followed; scoring that makes no model leave.
+MOST_STATEMENTS = 21_020
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

@@ -274,8 +274,8 @@ class Settings:
     drafts: bool = flag(True, None,
         "check several tokens per step where text repeats itself; --no-drafts: one (same answers)")
     nice: int | None = flag(None, number(int, -20, 19),
-        "niceness of the workers, from -20 to 19: how readily they leave the processor to others (default: 19 "
-        "with --watch on a CPU, else as the server was started, as its other processes are)")
+        "niceness of the workers, from -20 to 19: how readily they leave the processor to others (default: "
+        "19 with --watch on a CPU, else as the server was started, as its other processes are)")
     idle_unload: float = flag(0.0, number(float, 0),
         "seconds without a request before the model is unloaded until the next one, 0 = never", "serve")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
+from dataclasses import replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
@@ -24,54 +27,141 @@ class Files(NamedTuple):
 
     choice: ModelChoice
     stamp: Stamp
+    step: int | None = None  # of a nanochat checkpoint
+    trouble: str = ""        # why it has no stamp
+
+    @property
+    def run(self) -> Path | None:
+        """The folder of its steps."""
+        return None if self.step is None else Path(self.choice.path).parent
 
 
-def find_models(folder: Path) -> list[Files]:
-    """The GGUF files, Hugging Face folders and nanochat checkpoints below a folder, by name. Of models with
-    the same name each is called by its path. ConfigError if it is no folder."""
+# Links to folders that are followed on one path: more of them among many folders make paths without end.
+MOST_LINKS = 2
+
+
+def find_models(folder: Path, going_on: Callable[[], None] = lambda: None) -> list[Files]:
+    """The GGUF files, Hugging Face folders and nanochat checkpoints below a folder, by name and step. One
+    that cannot be read has no stamp. ConfigError if it is no folder.
+
+    going_on: called at each folder, and may raise to end the search."""
     require_folder(f"--models {folder}", folder)
-    found = [files for place, names in folders_below(folder) for files in models_in(place, names)]
-    found.sort(key=lambda files: (files.choice.name.lower(), files.choice.path))
-    counts = Counter(files.choice.name for files in found)
-    aliases = Counter(alias for files in found for alias in files.choice.aliases)
-    taken = {*counts, *(alias for alias, count in aliases.items() if count > 1)}
-    return [Files(ModelChoice(
-        choice.path, choice.name if counts[choice.name] == 1 else path_name(folder, Path(choice.path)),
-        tuple(alias for alias in choice.aliases if alias not in taken)), stamp) for choice, stamp in found]
+    found = []
+    for place, names in folders_below(folder):
+        going_on()
+        found += models_in(place, names)
+    return sorted(found, key=lambda files: (files.choice.name.lower(), str(files.run or ""), files.step or 0,
+                                            files.choice.path))
+
+
+def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
+                 taken: Container[str] = ()) -> list[ModelChoice]:
+    """What the models of a folder are called, in their order. Of several steps of a run each has its number,
+    and the last one that is able to answer is also called as the run is. Of models with the same name each
+    is called by its path. unable: paths of models that cannot be served; taken: names of other models."""
+    last: dict[Path, Files] = {}
+    for files in found:
+        if files.run and (files.run not in last or files.choice.path not in unable):
+            last[files.run] = files
+    steps = Counter(files.run for files in found)
+    choices = [numbered(files, last[files.run] is files, steps[files.run] > 1) if files.run else files.choice
+               for files in found]
+    names = Counter(choice.name for choice in choices)
+    aliases = Counter(alias for choice in choices for alias in choice.aliases)
+    used = {*names, *(alias for alias, count in aliases.items() if count > 1)}
+    named = []
+    for choice in choices:
+        name, number = choice.name, 2
+        if names[name] > 1 or name in taken:
+            name = path_name(folder, Path(choice.path))
+        while name in taken or any(name == other.name for other in named):  # odd characters are left out
+            name, number = f"{choice.name}-{number}", number + 1
+        named.append(replace(choice, name=name, aliases=tuple(
+            alias for alias in choice.aliases if alias not in used and alias not in taken)))
+    return named
+
+
+def numbered(files: Files, last: bool, several: bool) -> ModelChoice:
+    """A step of a run of nanochat's."""
+    name, tag = files.choice.name, shown_name(Path(files.choice.path).parent.name)
+    aliases = [f"{tag}@{files.step}", *[f"{tag}@latest"] * last, *[name] * (last and several)]
+    return replace(files.choice, name=f"{name}@{files.step}" if several else name,
+                   aliases=tuple(aliases))
+
+
+def shown_name(name: str) -> str:
+    """A file's name as a model's, which clients send and terminals show: bytes that are no text, and
+    characters that control a terminal or the direction of writing, are replaced."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
 
 
 def path_name(folder: Path, path: Path) -> str:
-    return re.sub(SPLIT_GGUF, "", str(path.relative_to(folder))).removesuffix(".gguf")
+    return shown_name(re.sub(SPLIT_GGUF, "", str(path.relative_to(folder))).removesuffix(".gguf"))
 
 
 def folders_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder with the names of its files. Those of a Hugging Face folder, and hidden ones, have none."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        names.sort()
-        whole = "config.json" in names and any(name.endswith(".safetensors") for name in names)
-        here = Path(place).resolve()
-        folders[:] = [] if whole else sorted(
-            name for name in folders if not name.startswith(".")
-            and not here.is_relative_to(Path(place, name).resolve()))  # no link to a folder above
-        yield Path(place), names
+    """Each folder with the names of its files. Those of a Hugging Face folder, and hidden ones, have none.
+    Links to folders are followed, but none to a folder that the path goes through, or one above it."""
+    above = frozenset(identity(place.stat()) for place in folder.resolve().parents)
+    waiting = [(folder, identity(folder.stat()), above, MOST_LINKS)]
+    while waiting:
+        place, here, above, links = waiting.pop()
+        try:
+            with os.scandir(place) as entries:
+                found = sorted(entries, key=operator.attrgetter("name"))
+        except OSError:
+            continue
+        folders = {entry.name: status for entry in found if (status := folder_status(entry))}
+        names = [entry.name for entry in found if entry.name not in folders]
+        yield place, names
+        if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+            continue
+        above = above | {here}
+        for entry in reversed(found):  # the first of them is the next
+            if entry.name in folders and not entry.name.startswith("."):
+                there, left = identity(folders[entry.name]), links - entry.is_symlink()
+                if there not in above and left >= 0:
+                    waiting.append((place / entry.name, there, above, left))
+
+
+def identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def folder_status(entry: os.DirEntry) -> os.stat_result | None:
+    """None if it is no folder."""
+    try:
+        return entry.stat() if entry.is_dir() else None
+    except OSError:  # a link to itself; one that has gone
+        return None
 
 
 def models_in(place: Path, names: Seq[str]) -> Iterator[Files]:
-    weights = [name for name in names if name.endswith(".safetensors")]
-    if "config.json" in names and weights:
-        yield Files(ModelChoice(str(place), place.name), stamp_of(files_of(place)))
-    parts: dict[str, list[str]] = {}
+    def model(path: Path, name: str, files: Seq[Path], step: int | None = None) -> Files:
+        stamp = stamp_of(files)
+        trouble = "" if stamp else next(filter(None, map(trouble_with, files)), "")
+        return Files(ModelChoice(str(path), shown_name(name)), stamp, step, trouble)
+
+    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+        yield model(place, place.name, [place / "config.json", *files_of(place)])
+    parts: dict[str, list[Path]] = {}
     for name in names:
         if name.lower().endswith(".gguf") and not name.lower().startswith("mmproj"):
-            parts.setdefault(re.sub(SPLIT_GGUF, "", name).removesuffix(Path(name).suffix), []).append(name)
+            stem = re.sub(SPLIT_GGUF, "", name).removesuffix(Path(name).suffix)
+            parts.setdefault(stem, []).append(place / name)
     for name, files in parts.items():
-        yield Files(ModelChoice(str(place / files[0]), name), stamp_of(place / file for file in files))
+        yield model(files[0], name, files)
     source = NANOCHAT_FOLDERS.get(place.parent.name)
-    steps = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"model_(\d+)\.pt", name)))
-    for step in steps if source else ():
-        file = next(name for name in names if re.fullmatch(rf"model_0*{step}\.pt", name))
-        name, last = f"nanochat-{place.name}-{source}", step == steps[-1]
-        several, tag = len(steps) > 1, f"{place.name}@{step}"
-        yield Files(ModelChoice(str(place / file), f"{name}@{step}" if several else name,
-                                (tag, *((f"{place.name}@latest",) if last else ()),
-                                 *((name,) if last and several else ()))), stamp_of(files_of(place / file)))
+    steps = {int(match[1]): name for name in names if (match := re.fullmatch(r"model_(\d{1,15})\.pt", name))}
+    for step, name in steps.items() if source else ():
+        yield model(place / name, f"nanochat-{place.name}-{source}", files_of(place / name), step)
+
+
+def trouble_with(path: Path) -> str:
+    """Why a file cannot be read; "" if it can."""
+    try:
+        return "" if S_ISREG(path.stat().st_mode) else f"{path} is no regular file"
+    except FileNotFoundError:
+        return f"{path} is {'a link to a file that is not there' if path.is_symlink() else 'missing'}"
+    except OSError as error:
+        return f"{path}: {error.strerror}"

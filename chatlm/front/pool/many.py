@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded
-from chatlm.common.hub.adapters import adapters_below, base_of, is_other_base, named_adapters
-from chatlm.common.hub.folder import find_models
+from chatlm.common.hub.adapters import named_adapters
 from chatlm.common.hub.stamps import Changed
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import accepted_names
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.aio import supervised
+from chatlm.front.pool.folder_watch import FolderWatch, made_for
 from chatlm.front.pool.models import Registry, with_adapted
 from chatlm.front.pool.opening import Opener
 from chatlm.front.pool.residency import NoRoom, Residency, shown_bytes
@@ -27,8 +27,6 @@ from chatlm.front.pool.watch import RunWatch
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.hub.adapters import AdapterFiles
-    from chatlm.common.hub.folder import Files
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.residency import Place
@@ -93,25 +91,24 @@ class ManyModels:
             loop.call_soon_threadsafe(self.on_progress, stage, fraction)
 
         await self.opener.desk.sandboxes["templates"].start()
+        for choice in self.settings.several:
+            self.registry.add(await asyncio.to_thread(self.opener.resolve, choice, report))
         watch = FolderWatch(self) if self.settings.models is not None else None
-        found = await watch.look() if watch else []
-        if watch and not (found or self.settings.several or self.settings.watch):
+        found = await watch.begin() if watch else []
+        if watch and not (self.registry.models or self.settings.watch):
             raise ConfigError(f"--models {self.settings.models}: there is no GGUF file, Hugging Face folder "
                               "or nanochat checkpoint below it")
-        stamps = [*((choice, ()) for choice in self.settings.several), *found]
-        for choice, stamp in stamps:
-            model = await asyncio.to_thread(self.opener.resolve, choice, report)
-            model.stamp = stamp
-            self.registry.add(model)
         give_adapters(self.settings.adapter, self.registry.models)
         pinned_first = sorted(self.registry.models, key=lambda model: not model.choice.pin)
         for index, model in enumerate(pinned_first):
-            report(f"reading what the files of {model.name} say", index / len(stamps))
+            report(f"reading what the files of {model.name} say", index / len(pinned_first))
             error = await self.opener.open(model)
             if model.choice.pin and isinstance(error, NoRoom):
                 raise error
         await self.opener.survey.close()
         check_served(self.registry.models)
+        if watch:
+            watch.name_models(found)
         for model in self.registry.models:
             self.serve(model)
         self.run("giving models their turns", self.residency.run)
@@ -181,7 +178,8 @@ class ManyModels:
             raise Overloaded("the watched training run has written no complete checkpoint yet",
                              retry_after_s=5)
         model = self.registry.find(name, bound)
-        if not model.pool and model.source and time.monotonic() - model.failed_s > self.RETRY_S:
+        failed = not model.pool and model.reason and model.source
+        if failed and time.monotonic() - model.failed_s > self.RETRY_S:
             model.failed_s = math.inf  # until it has failed again
             self.run(f"trying {model.name} again", partial(self._try_again, model))
         return model
@@ -190,7 +188,10 @@ class ManyModels:
         before, error = model.reason, await self.opener.open(model)
         if error and str(error) != before:
             log.error("the model %s cannot be served: %s", model.name, error)
-        self.serve(model)
+        if model in self.registry.models:
+            self.serve(model)
+        elif model.pool:  # its files have changed again meanwhile
+            await self.remove(model.pool, model.place)
         await self.opener.survey.close()
 
     def load(self, model: Model):
@@ -256,7 +257,7 @@ class ManyModels:
                  f"{shown_bytes(self.residency.budget)}{beside} (--models-memory)"]
         for model in models:
             words = [f"{shown_bytes(model.bytes)}, context {model.pool.context_length:,}" if model.pool else
-                     f"failed: {model.reason}", *["default"] * (model is default),
+                     "cannot be served, as said above", *["default"] * (model is default),
                      *["pinned"] * model.choice.pin]
             lines.append(f"  {model.name}: {', '.join(words)}")
         if prefixes := self.opener.prefixes.line:
@@ -296,82 +297,12 @@ def give_adapters(words: Seq[str], models: Seq[Model]):
         bases[0].settings = replace(settings, adapter=(*settings.adapter, word))
 
 
-def made_for(folder: Path, models: Seq[Model]) -> list[Model]:
-    """Those of some models that an adapter's config names."""
-    base = base_of(folder)
-    return [model for model in models if base and model.source and not is_other_base(
-        base, [*model.names, model.source.name, str(model.source.path)])]
-
-
 def check_served(models: Seq[Model]):
     """Say which models cannot be served. ConfigError if none of them can."""
     for model in models:
-        if model.reason:
-            log.error("the model %s cannot be served: %s", model.name, model.reason)
+        if model.reason:  # a line for each, as lines of one kind in a second are counted
+            log.error(f"the model {model.name} cannot be served: {model.reason}")
     if models and not any(model.pool for model in models):
         first = models[0]
         raise ConfigError(f"none of {len(models)} models can be served; {first.name}: {first.reason}"
                           if len(models) > 1 else first.reason)
-
-
-class FolderWatch:
-    """Sees which models come to be below --models, which change and which go."""
-
-    WATCH_S = 3.0    # between two looks
-
-    def __init__(self, many: ManyModels):
-        self.many, self.registry = many, many.registry
-        self.before: dict[str, tuple] = {}  # path -> stamp of its files, at the last look
-        self.unshared: set[Path] = set()    # folders of adapters whose base is unknown; each is told once
-
-    async def look(self) -> list[Files]:
-        folder = Path(self.many.settings.models or "").expanduser()
-        return await asyncio.to_thread(find_models, folder)
-
-    async def run(self):
-        while True:
-            await asyncio.sleep(self.WATCH_S)
-            try:
-                await self.update(await self.look())
-                await self.share_adapters()
-            except (ConfigError, OSError) as error:  # the folder has gone
-                log.error("%s", error)
-
-    async def share_adapters(self):
-        """Give each adapter below the folder to the model that it was made for."""
-        found = await asyncio.to_thread(adapters_below, Path(self.many.settings.models or "").expanduser())
-        shared: dict[int, list[AdapterFiles]] = {}
-        for files in found:
-            bases = await asyncio.to_thread(made_for, files.folder, self.registry.models)
-            if len(bases) == 1:
-                shared.setdefault(id(bases[0]), []).append(files)
-            elif files.folder not in self.unshared:
-                self.unshared.add(files.folder)
-                log.error("the adapter %s is not served: its base_model_name_or_path names %s of the models",
-                          files.name, "several" if bases else "none")
-        for model in self.registry.models:
-            if model.pool and not model.pool.adapters.folders:  # which it watches itself
-                model.pool.adapters.update(shared.get(id(model), ()))
-
-    async def update(self, found: Seq[Files]):
-        """A file that still grows is left alone, and so is a model that is loaded."""
-        stamps = {files.choice.path: files.stamp for files in found}
-        for model in [model for model in self.registry.models if model.stamp]:
-            loaded = model.pool and model.place and (model.place.taken or model.pool.dispatcher.jobs)
-            if stamps.get(model.choice.path) != model.stamp and not loaded:
-                log.info("the model %s has changed or gone", model.name)
-                self.registry.models.remove(model)
-                if model.pool:
-                    await self.many.remove(model.pool, model.place)
-        known = {model.choice.path for model in self.registry.models}
-        for choice, stamp in found:
-            if choice.path not in known and stamp and self.before.get(choice.path) == stamp:
-                choice = self.registry.renamed(choice)
-                model = await asyncio.to_thread(self.many.opener.resolve, choice, lambda *progress: None)
-                model.stamp = stamp
-                await self.many.opener.open(model)
-                log.info("a new model: %s (%s)", model.name, model.reason or shown_bytes(model.bytes))
-                self.registry.add(model)
-                self.many.serve(model)
-        self.before = stamps
-        await self.many.opener.survey.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
-from chatlm.common.errors import ConfigError, RequestError, shown, without_folders
+from chatlm.common.errors import ConfigError, Overloaded, RequestError, shown, without_folders
 from chatlm.common.messages.protocol import accepted_names
 from chatlm.front.aio import supervised
 
@@ -38,6 +38,7 @@ class Model:
         self.run, self.step = "", 0          # of a checkpoint that --watch found: TAG and STEP
         self.score: Score | None = None      # of it, by --watch-text
         self.adapter: Adapter | None = None  # that computes it; then all else is its base's
+        self.unseen: tuple[str, ...] = ()    # of an adapter: names by its base's path, which are not shown
         self.base: Model | None = None       # of an adapter: beside which model it is served
 
     @property
@@ -51,10 +52,15 @@ class Model:
         model = copy.copy(self)
         model.adapter, model.own_name, model.reason = adapter, adapter.name, adapter.problem
         model.base = self
-        bases = dict.fromkeys(filter(None, accepted_names(self.name, self.settings)))
-        aliases = tuple(f"{base}@{adapter.name}" for base in bases)
+        aliases = tuple(f"{base}@{adapter.name}" for base in dict.fromkeys(self.names))
+        model.unseen = tuple(f"{base}@{adapter.name}" for base in accepted_names(self.name, self.settings))
         model.choice = ModelChoice(self.choice.path, adapter.name, aliases, self.choice.pin)
         return model
+
+    @property
+    def is_read(self) -> bool:
+        """Is it still to be read what its files say, at the start or since they have changed?"""
+        return self.pool is None and not self.reason
 
     @property
     def failed(self) -> bool:
@@ -62,8 +68,22 @@ class Model:
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """What its readers accept beside the base's names."""
-        return tuple(self.names) if self.adapter else ()
+        """What its readers accept beside the names that its pool began with."""
+        return *self.names, *self.unseen
+
+    def rename(self, name: str, aliases: tuple[str, ...]):
+        """It has other names now, as a step of a training has when the next one is there."""
+        if (name, aliases) == (self.name, self.choice.aliases):
+            return
+        self.own_name, self.choice = name, replace(self.choice, name=name, aliases=aliases)
+        self.settings = replace(self.settings, served_model_name=aliases)
+        if self.source:
+            self.source = replace(self.source, name=name)
+        if self.place:
+            self.place.name = name
+        if self.pool:
+            self.pool.placement.source = self.source
+            self.pool.supervisor.card = replace(self.pool.supervisor.card, name=name)
 
     @property
     def name(self) -> str:
@@ -87,12 +107,14 @@ class Model:
     def fits(self, name: str) -> bool:
         """May a request call it so?"""
         if self.adapter:
-            return bool({name, name.removesuffix(":latest")} & {*self.names})
+            return bool({name, name.removesuffix(":latest")} & {*self.names, *self.unseen})
         return bool({name, name.removesuffix(":latest")} & {*accepted_names(self.name, self.settings)})
 
     @property
     def state(self) -> str:
         """unloaded, loading, ready or failed."""
+        if self.is_read:
+            return "loading"
         if self.failed or not self.pool:
             return "failed"
         if self.place:
@@ -120,7 +142,9 @@ class Model:
         return without_folders(text)
 
     def serving(self) -> WorkerPool:
-        """Its pool. RequestError 503 if it has failed."""
+        """Its pool. RequestError 503 if it has failed, Overloaded while its files are read."""
+        if self.is_read:
+            raise Overloaded(f"the files of the model {self.name!r} are being read", retry_after_s=3)
         if self.failed or not self.pool:
             raise RequestError(f"the model {self.name!r} cannot be served: {self.public_reason}", status=503,
                                code="model_failed", param="model")

@@ -15,6 +15,7 @@ from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
 from chatlm.common.hub.adapters import CONFIG, base_of
 from chatlm.common.hub.steps import find_steps
 from chatlm.common.log import log
+from chatlm.front.pool.folder_watch import Troubles
 from chatlm.front.pool.score import read_scored, score_text
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class RunWatch:
         self.last: dict[Path, Model] = {}     # of each run: the model that is called `latest`
         self.opened_s = 0.0                   # when a checkpoint was last opened
         self.unscorable: set[Step] = set()
-        self.trouble = ""                     # what was wrong with the folder at the last look
+        self.troubles = Troubles()            # with the folder
         path = many.settings.watch_text
         self.text = None if path is None else read_scored(path, "--watch-text")
 
@@ -74,11 +75,9 @@ class RunWatch:
         while True:
             try:
                 await self.update(await self._look())
-                self.trouble = ""
+                self.troubles.note({})
             except (ConfigError, OSError) as error:  # the folder has gone
-                if str(error) != self.trouble:
-                    log.error("%s", error)
-                self.trouble = str(error)
+                self.troubles.note({"": str(error)})
             next_s = time.monotonic() + self.WATCH_S
             while (left_s := next_s - time.monotonic()) > 0:
                 await asyncio.sleep(min(left_s, 0.1) if self.follow() else left_s)
@@ -245,7 +244,7 @@ class RunWatch:
         except ChatServerError as error:
             self.unscorable.add(step)
             log.warning("the checkpoint %s is not scored: %s", model.name, error)
-        if not (was_loaded or pool.dispatcher.jobs or self._asked_lately(pool)):
+        if not (was_loaded or pool.dispatcher.jobs or asked_lately(pool, self.IN_USE_S)):
             self.many.unload(model)
 
     def _may_load(self, model: Model) -> bool:
@@ -255,13 +254,10 @@ class RunWatch:
             place.serves or place.missing <= residency.budget - residency.used
             and not any(other.waits for other in residency.places if other is not place))
 
-    def _asked_lately(self, pool: WorkerPool) -> bool:
-        return pool.dispatcher.busy or time.monotonic() - pool.dispatcher.asked_s < self.IN_USE_S
-
     def _in_use(self, model: Model) -> bool:
         """Is it in memory, has it been asked lately, and does memory hold another beside it?"""
         place, pool = model.place, model.pool
-        if not (pool and place and place.taken and self._asked_lately(pool)):
+        if not (pool and place and place.taken and asked_lately(pool, self.IN_USE_S)):
             return False
         return 2 * place.size <= self.many.residency.room_beside_pinned(place)
 
@@ -274,3 +270,8 @@ class RunWatch:
             step.changed_s for step in self.steps.values() if step.run == run))
         for run in by_time:
             self._give_names(self.last[run], (self._latest(run),), is_default=run == by_time[-1])
+
+
+def asked_lately(pool: WorkerPool, seconds: float) -> bool:
+    """Does somebody talk to it, other than with low priority?"""
+    return pool.dispatcher.busy or time.monotonic() - pool.dispatcher.asked_s < seconds

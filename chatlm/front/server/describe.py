@@ -84,7 +84,7 @@ def model_body(model: Model, is_default: bool = True) -> dict:
     """A served model as /v1/models describes it. Overloaded while the only one loads."""
     if model.failed or not model.pool:
         return {"id": model.name, "object": "model", "created": int(time.time()), "owned_by": "chat_server",
-                "state": "failed", "reason": model.public_reason, "aliases": [*model.choice.aliases]}
+                "state": model.state, "reason": model.public_reason, "aliases": [*model.choice.aliases]}
     pool, settings, tokenizer = model.pool, model.settings, model.pool.tokenizer
     if tokenizer is None or not pool.ready and not model.place:
         raise Overloaded("the model is not ready")

@@ -181,6 +181,32 @@ async def test_a_broken_file_among_good_ones_says_why_and_new_files_are_seen(sta
             await asyncio.sleep(0.05)
 
 
+async def test_while_headers_are_still_read_a_request_is_told_to_come_again(nanochat_fixtures, started, client, tmp_path, monkeypatch, caplog):
+    """Its model has not failed. What has failed is said once, when the server starts."""
+    (tmp_path / "bad.gguf").write_bytes(b"garbage, which is no model")
+    several = (*choices(nanochat_fixtures, "gen1"), ModelChoice(str(tmp_path / "bad.gguf"), "bad"))
+    models, read = ManyModels(Settings(several=several, **TINY), DYING), asyncio.Event()
+
+    async def open_later(model, original=models.opener.open):
+        await read.wait()
+        return await original(model)
+
+    monkeypatch.setattr(models.opener, "open", open_later)
+    await started(models, wait=False)
+    async with serving(models, models.settings) as url:
+        while not models.registry.models:
+            await asyncio.sleep(0.01)
+        async with client.post(url + "/v1/chat/completions", json={"model": "gen1", "messages": [{"role": "user", "content": "hello"}]}) as response:
+            error = (await response.json())["error"]
+            assert (response.status, response.headers["Retry-After"], error["code"]) == (503, "3", "overloaded") and "are being read" in error["message"]
+        assert (await listed(client, url))["gen1"]["state"] == "loading"
+        read.set()
+        await models.wait_ready()
+        assert content(await ask(client, url, "gen1"))
+    shown = [*caplog.messages, *models.describe()]
+    assert len([line for line in shown if "garb" in line]) == 1 and "  bad: cannot be served, as said above" in shown
+
+
 async def outcome(**settings):
     models = ManyModels(Settings(**TINY | settings), DYING)
     await models.start()

@@ -128,6 +128,24 @@ async def test_a_key_may_be_bound_to_an_adapter(start, base, client, tmp_path):
         assert status == 404
 
 
+async def test_no_name_of_an_adapter_that_is_shown_has_the_path_of_its_base(start, base, client, tmp_path):
+    """Which a request may use all the same."""
+    folder = adapter(base, tmp_path / "one")
+    keys = ApiKey.hashed("all", "all"), ApiKey.hashed("bound", "bound", ("one",))
+    pool = await start(f"one={folder}", keys=keys, served_model_name=("llama", "small"))
+    async with served(pool) as url:
+        bound, other = {"Authorization": "Bearer bound"}, {"Authorization": "Bearer all"}
+        assert (await listed(client, url, other))["one"]["aliases"] == ["tiny-llama@one", "llama@one", "small@one"]
+        for headers in bound, other:
+            for name in ("llama@on", f"{base}@on", "tiny", str(base.parent)):
+                status, body = await ask(client, url, name, headers=headers)
+                if status != 200:
+                    assert status == 404 and str(base.parent) not in body["error"]["message"].replace(json.dumps(name), ""), body
+            assert await text_of(client, url, f"{base}@one", headers=headers) == await text_of(client, url, "small@one", headers=headers)
+            long = "word " * 20_000          # read in a sandbox
+            assert (await ask(client, url, f"{base}@one", long, headers=headers, max_tokens=1))[1]["error"]["code"] == "context_length_exceeded"
+
+
 async def test_an_answer_of_an_adapter_goes_on_after_its_worker_has_died(start, base, client, tmp_path):
     folder = adapter(base, tmp_path / "one")
     pool = await start(f"one={folder}", num_workers=2)
