@@ -19,7 +19,7 @@ from forked import DYING
 from lora import random_adapter
 from pools import played_pool
 
-TINY = {"dtype": "float32", "kv_cache_memory": 4 << 20, "max_batch": 8, "prefix_memory": 0}
+TINY = {"dtype": "float32", "kv_cache_memory": 4 << 20, "max_batch": 8, "prefix_memory": 0, "nice": 0}
 MIB = 1 << 20
 BOTH = r"it takes [\d.]+ MB, and the pinned models leave [\d.]+ MB of --models-memory"
 

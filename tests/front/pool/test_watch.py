@@ -26,7 +26,7 @@ from fake_pool import frames, serving
 from forked import DYING
 from real_server import get, post, server
 
-TINY = {"dtype": "float32", "kv_cache_memory": 4 << 20, "max_batch": 8}
+TINY = {"dtype": "float32", "kv_cache_memory": 4 << 20, "max_batch": 8, "nice": 0}      # other tests take all cores
 MIB = 1 << 20
 
 
@@ -414,13 +414,13 @@ def test_workers_of_a_server_that_watches_leave_the_processor_to_the_training(ru
     that takes all cores they would list nothing."""
     assert [niceness(Settings(device_type="cpu", **flags)) for flags in ({}, {"watch": "x"}, {"watch": "x", "nice": 3}, {"nice": 5})] == [None, 19, 3, 5]
     list(tiny_training.train(run_folder, 1, 1))
-    with server("--watch", run_folder, "--nice", 15) as (process, url):
+    with server("--watch", run_folder, "--nice", 3) as (process, url):
         while not get(url + "/v1/models")["data"]:
             time.sleep(0.05)
         json.load(post(url + "/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}))
         [worker] = get(url + "/stats")["workers"]
         others = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True) if child.pid != worker["pid"])]
-        assert psutil.Process(worker["pid"]).nice() == 15 and Path(f"/proc/{worker['pid']}/autogroup").read_text().endswith("nice 15\n")
+        assert psutil.Process(worker["pid"]).nice() == 3 and Path(f"/proc/{worker['pid']}/autogroup").read_text().endswith("nice 3\n")
         assert {psutil.Process(pid).nice() for pid in others} == {psutil.Process().nice()}
 
 
