@@ -168,7 +168,8 @@ class PoolAdapters:
         """What a worker says of an adapter; a ConfigError if the server cannot start with it."""
         if (adapter := self.all.get(message.id)) is None:
             return None
-        if not message.problem:
+        problem = message.problem or self._outgrown(adapter, message.nbytes)
+        if not problem:
             adapter.problems.pop(worker.gpu, None)
             adapter.loaded.add(worker.gpu)
             adapter.nbytes, adapter.digest = message.nbytes, message.digest
@@ -180,12 +181,23 @@ class PoolAdapters:
         adapter.loaded.discard(worker.gpu)
         if not adapter.retired and self._follow(adapter):
             return None
-        adapter.problems[worker.gpu] = message.problem
+        adapter.problems[worker.gpu] = problem
         if adapter.required and not self.started:
-            return ConfigError(f"--adapter {adapter.name}: {message.problem}")
+            return ConfigError(f"--adapter {adapter.name}: {problem}")
+        if not message.problem:
+            worker.send(DropAdapter(adapter.id))
         if not adapter.retired:
-            self._note_problem(adapter, message.problem)
+            self._note_problem(adapter, problem)
         return None
+
+    def _outgrown(self, adapter: Adapter, nbytes: int) -> str:
+        """What is wrong with an adapter that takes so many bytes in each worker; "" if there is room."""
+        if (more := nbytes - adapter.bytes) > 0:
+            try:
+                self.admit(len(self.workers) * more)
+            except ConfigError as error:
+                return f"with it the model does not fit: {error}"
+        return ""
 
     def _follow(self, adapter: Adapter) -> bool:
         """Serve the files that an adapter's folder has now, if a worker did not find those of its version."""

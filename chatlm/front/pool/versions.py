@@ -1,4 +1,4 @@
-"""The version of a model's files: one for all workers of a pool, and for the front's tokenizer and template."""
+"""The version of a model's files: one for a pool's workers and for the front's tokenizer and template."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ import pytest
 import tiny_training
 from chatlm.common.config import ModelChoice, Settings
 from chatlm.common.errors import ConfigError
+from chatlm.common.hub.adapters import adapter_at
+from chatlm.common.messages.protocol import AdapterLoaded, DropAdapter
 from chatlm.front.pool.many import FolderWatch, ManyModels
 from chatlm.front.pool.residency import Place, Residency
 from chatlm.front.pool.watch import RunWatch
@@ -105,6 +107,26 @@ async def test_an_adapter_that_grows_beyond_the_memory_is_refused_and_its_base_a
         assert "its older version stays" in next(line for line in lines if "law" in line)
         random_adapter(folder, 1, {"self_attn.q_proj": (64, 64)}, rank=4, seed=9, base_model_name_or_path="base")
         await until(lambda: place.pool.adapters.serving["law"] is not old)      # a smaller one fits
+
+
+def test_an_adapter_that_takes_more_in_a_worker_than_it_seemed_to_is_refused_when_that_is_known(tmp_path, caplog):
+    """The worker drops it; its older version goes on."""
+    files = [adapter_at(random_adapter(tmp_path / name, 1, {"self_attn.q_proj": (64, 64)}), "law") for name in ("old", "new")]
+    pool = played_pool()
+    [worker], adapters, [old, new] = pool.workers, pool.adapters, files
+    place = Place("base", pool, 10 << 20)
+    residency = Residency(place.size + 3 * old.nbytes)
+    residency.admit(place)
+    adapters.admit = lambda more: residency.admit(place, more)
+    for version, nbytes in ((old, 1000), (new, old.nbytes), (new, 4 * old.nbytes)):
+        adapters.serve(version)
+        [adapter] = [adapter for adapter in adapters.all.values() if not adapter.loaded]
+        adapters.note(worker, AdapterLoaded(adapter.id, "", nbytes, "d"))
+        fits = nbytes <= old.nbytes
+        assert (adapters.serving["law"] is adapter) == fits
+        adapters.drop_unused()
+    assert "the adapter law cannot be served (its older version stays): with it the model does not fit: it takes" in caplog.text
+    assert isinstance(worker.sent[-1], DropAdapter) and worker.sent[-1].id == adapter.id and place.size <= residency.budget
 
 
 class Places:
