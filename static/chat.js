@@ -6,6 +6,8 @@
 // and calls `render` (page.js).
 "use strict";
 
+{
+
 const NO_MODEL = {name: "", context: 0, devices: [], workers: 0, can: {}, defaults: {}, ours: false, api: "v1"};
 
 const state = {
@@ -100,7 +102,7 @@ async function openChat(id, known = null) {
 }
 
 function showChat(chat, leaf) {
-  closeStatus();
+  closeViews();
   Object.assign(state, {chat, leaf, notice: "", refusal: "", editing: null, following: true});
   if (state.models.length > 1) useModel();
   state.toasts = state.toasts.filter(toast => toast.chat !== chat.id);
@@ -656,38 +658,6 @@ function hearChat(id, record) {
   else if (!known) state.chats.set(id, record);
 }
 
-// commands ------------------------------------------------------------------------------------------------------------
-
-const COMMANDS = {
-  ...Object.fromEntries(PARAMETERS.map(parameter => [parameter.command, value => setParameter(parameter, value)])),
-  system: value => { changeChat(state.chat, {system: value}); say(value ? TEXT.systemIs(value) : TEXT.systemIsEmpty); },
-  clear: () => newChat(),
-  help: () => say(TEXT.help(Object.keys(COMMANDS).map(name => [`/${name}`, valueOf(name)].join(" ").trim()))),
-};
-
-// What a command takes, in words; "" if nothing.
-const valueOf = name => name === "system" ? TEXT.aText : PARAMETERS.find(({command}) => command === name)?.choices?.join(" | ") ??
-  (PARAMETERS.some(({command}) => command === name) ? TEXT.aNumber : "");
-
-// Without a value, the server's default again. Returns a message if something is wrong.
-function setParameter(parameter, text) {
-  const {name, command, min, max, choices} = parameter, value = parameterValue(parameter, text);
-  if (text && value === undefined) return choices ? TEXT.badChoice(command, text, choices) : TEXT.badParameter(command, text, min, max);
-  const {[name]: old, ...others} = state.chat.parameters;
-  changeChat(state.chat, {parameters: text ? {...others, [name]: value} : others});
-  return say(TEXT.parameterIs(TEXT.parameters[name], value));
-}
-
-// Runs "/name value". False, with the reason in state.refusal, if it cannot.
-function runCommand(text) {
-  const [, name, value] = /^\/(\S*)\s*([^]*)$/.exec(text.trim());
-  const problem = Object.hasOwn(COMMANDS, name) ? COMMANDS[name](value.trim()) : TEXT.noCommand(name);
-  if (problem) state.refusal = problem;
-  return !problem;
-}
-
-// keeping and sharing -------------------------------------------------------------------------------------------------
-
 function say(text) {
   state.notice = text;
   state.following = true;
@@ -695,63 +665,31 @@ function say(text) {
   announce(text);
 }
 
-// Shows what a file brings, and stores it if the reader wants that.
-async function importFile(file) {
-  try {
-    const text = await file.text(), chats = importOf(text, file.name);
-    for (const each of chats) each.twin = await twinOf(each);
-    if (!await showImport(chats, file.name)) return;
-    importAll(chats, file.name);
-    takePrompts(text);
-  } catch (error) {
-    say(error.message);
-  }
-}
+register({
+  bind() {
+    Object.assign(store, {onNews: hearNews, onMessage: hearTab, onTrouble: render});
+    addEventListener("pagehide", () => {
+      for (const run of state.runs.values()) saveGrown(run);
+      store.leave();
+      if (state.runs.size) store.tell({left: true});
+    });
+    addEventListener("popstate", () => {
+      const view = viewAt(location.hash);
+      if (view) view.open();
+      else if (openView() || location.hash.slice(1) !== state.chat.id) openChat(location.hash.slice(1));
+    });
+    addEventListener("storage", event => {
+      if (event.key !== PREFERENCES) return;
+      loadPreferences();
+      document.documentElement.dataset.theme = state.preferences.theme;
+      render();
+    });
+    setInterval(adoptOrphans, 5000);
+  },
+});
 
-// The stored chat that an imported one once was: begun in the same millisecond with the same words. {chat, count} or null.
-async function twinOf({conversation, nodes}) {
-  for (const chat of state.chats.values()) {
-    if (chat.created !== conversation.created) continue;
-    const its = await store.read("nodes", chat.id), first = list => list.find(({parent}) => parent === null)?.content;
-    if (first(its) === first(nodes)) return {chat, count: its.length};
-  }
-  return null;
-}
-
-// Stores chats. A `twin` with `replace` gives way.
-async function importAll(chats, name) {
-  const messages = countMessages(chats), text = TEXT.imported(chats.length, messages, name);
-  for (const {conversation, nodes} of chats) addChat(conversation, nodes);
-  const opened = openChat(chats[0]?.conversation.id, chats[0]?.nodes);
-  const gone = await removeChats(chats.filter(({twin}) => twin?.replace).map(({twin}) => twin.chat));
-  await opened;
-  say(text);
-  if (!gone.length) return;
-  offerUndo(TEXT.replaced(gone.length), async () => {
-    await removeChats(chats.map(({conversation}) => conversation));
-    bringBack(gone);
-  });
-  render();
-}
-
-const countMessages = chats => chats.reduce((count, {nodes}) => count + nodes.length, 0);
-
-// Imports the one chat of an older version of the page, and deletes it there once it is stored here.
-async function takeOverOldChat() {
-  let old = null;
-  try { old = JSON.parse(localStorage.getItem(STORE)); } catch (error) { /* there is none */ }
-  if (!Array.isArray(old?.turns)) return;
-  const {system, ...parameters} = old.settings ?? {};
-  for (const [i, turns] of [old.previous, old.turns].entries()) {
-    if (!Array.isArray(turns) || !turns.length) continue;
-    const {conversation, nodes} = importOf(JSON.stringify({messages: turns, system, parameters, updated: Date.now() + i}))[0];
-    turns.forEach((turn, i) => { if (turn.stream?.id) Object.assign(nodes[i], {stream: turn.stream}); });
-    addChat(conversation, nodes);
-  }
-  const {url, key} = old.server ?? {};
-  const home = url ? serverAddress(url) : PAGE_HOME;
-  if (url && home) changePreferences({server: home, servers: [...state.preferences.servers, home]});
-  if (key && home) changePreferences({keys: {...state.preferences.keys, [originOf(home)]: key}});
-  await store.flushing;
-  if (!store.trouble) localStorage.removeItem(STORE);
+share({NO_MODEL, state, STORE, store, lastNode, canAsk, loadPreferences, changePreferences, changeChat, showLeaf, opening,
+  openChat, newChat, lastPlace, deleteChats, removeChats, bringBack, addChat, deleteNode, offerUndo, branchFrom,
+  draftKey, saveDraft, loadDraft, addToDraft, addNode, ask, removeNodes, regenerate, answerAgain, answer,
+  messagesToSend, canGoOn, goOn, editQuestion, editAnswer, countsOf, liveSpeed, stopAnswer, answerNow, adoptAll, say});
 }

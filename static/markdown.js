@@ -9,6 +9,8 @@
 // from HTML text. Only KaTeX's output is HTML, and goes through DOMPurify.
 "use strict";
 
+{
+
 // characters parsed, nodes made or replaced: the tests read them
 const markdownWork = {characters: 0, nodes: 0};
 
@@ -757,3 +759,14 @@ const expandTabs = space => {
   for (const char of space) width = char === "\t" ? width + 4 - width % 4 : width + 1;
   return " ".repeat(width);
 };
+
+register({
+  bind() {
+    for (const [name, drawIt] of [["highlight", drawCode], ["katex", drawFormulas]]) {
+      document.querySelector(`script[src*="${name}"]`).addEventListener("load", drawIt);
+    }
+  },
+});
+
+share({markdownWork, DRAWN_STYLE, element, mathNode, codeBox, CodeText, MarkdownView});
+}

@@ -5,6 +5,8 @@
 // knows the difference.
 "use strict";
 
+{
+
 const PAGE_HOME = location.protocol === "file:" ? "http://127.0.0.1:8000/"
   // keeps a path prefix; see <base> in index.html
   : location.origin + location.pathname.replace(/(\/static)?\/[^/]*$/, "/");
@@ -369,4 +371,29 @@ function readProgress({progress, prompt_progress: theirs}) {
   if (loading) return {loading};
   if (total > 0 && Number.isFinite(done)) return {read: Math.min(1, done / total)};
   return Number.isInteger(queued) && queued > 0 ? {queued} : null;
+}
+
+const loadingText = ({stage, fraction, waits}) => waits ? sentence(stage) : TEXT.loading(stage || TEXT.starting, fraction);
+
+register({
+  strings: {
+    connecting: "Connecting…", noServer: home => `No server at ${home} answers; still trying.`,
+    serverLost: home => `The server at ${home} no longer answers; still trying.`,
+    refusesPage: (home, origin) => `The server at ${home} runs, but does not allow this page. Start it with --cors-origin ${origin}.`,
+    noAnswer: (home, origin) => `No answer from ${home}: is the server running` + (origin ? `, and does it allow this page (--cors-origin ${origin})?` : "?"),
+    refused: "The server refused", retryIn: seconds => `, try again in ${seconds} s`, gaveUp: "The server gave up",
+    connectionLost: "The connection to the server was lost.", connectionBroke: why => `The connection broke: ${why}.`,
+    endedEarly: "The connection ended before the answer did.",
+  },
+  bind() {
+    setInterval(glance, GLANCE_MS);
+    document.addEventListener("visibilitychange", () => { if (!document.hidden) { state.ended = 0; render(); } glance(); });
+    for (const event of ["online", "offline", "focus"]) addEventListener(event, glance);
+  },
+});
+
+share({PAGE_HOME, SILENCE_MS, FOREVER_MS, wait, newest, inOrder, serverHome, originOf, serverKey, serverAddress, Lost,
+  Refused, request, post, jsonOf, errorOf, errorText, sentence, HEALTH_MS, watchServer, isAway, untilReady, serverText,
+  chatModel, useModel, loadModel, lookAtModels, countTokens, tokensAround, templateText, ROUTES, modelOfSeveral,
+  modelNamed, postAnswer, textToContinue, accepted, reconnected, serverEvents, readEvent});
 }

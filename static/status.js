@@ -1,6 +1,10 @@
 // The server at a glance, at /#server: drawn from /stats and /metrics since the page was opened.
 "use strict";
 
+let glanced = null;                // {samples, looks: the histograms of the first and the last looks, charts, timer} while the view is open
+
+{
+
 const STATUS_MS = 2000;           // between two looks at the server
 const WINDOW = 15;                // looks over which the percentiles of a point are taken
 const MOST_SAMPLES = 1800;        // an hour of them
@@ -15,12 +19,8 @@ const CHARTS = [                  // name, how its values are written, and the v
 ];
 const SHARES = [0.5, 0.95];       // the percentiles that are shown
 
-let glanced = null;                // {samples, looks: the histograms of the first and the last looks, charts, timer} while the view is open
-
-const isStatus = () => location.hash === "#server";
-
 function openStatus() {
-  if (!isStatus()) history.pushState(null, "", `${location.pathname}${location.search}#server`);
+  if (location.hash !== "#server") history.pushState(null, "", `${location.pathname}${location.search}#server`);
   if (glanced) return;
   glanced = {isNews: inOrder(), samples: [], looks: [], charts: null, runs: {}, timer: setInterval(lookAtServer, STATUS_MS)};
   render();
@@ -150,4 +150,25 @@ function makeChart([name, write, values], lines, shownAt = at => new Date(1000 *
 function resolved(variable) {
   $("status").style.setProperty("outline-color", `var(${variable})`);
   return getComputedStyle($("status")).outlineColor;
+}
+
+register({
+  strings: {
+    serverStatus: "Server status", backToChat: "Back to the chat", noStatus: "The server does not say how it is.", milliseconds: ms => ms < 999.5 ? `${ms < 9.95 ? ms.toFixed(1) : Math.round(ms)} ms` : TEXT.seconds(ms / 1000),
+    status: {throughput: "Tokens per second", firstToken: "First token (median / 95 %)", interToken: "Between tokens (median / 95 %)", requests: "Running / waiting",
+      pages: "KV pages in use", memory: "Memory", workers: "Workers ready", restarts: "Restarts of workers", delayed: "Answers delayed by a worker's end"}, bitsOf: run => `Bits per byte of ${run}, by step`,
+    statusAbout: ({model, uptime_s: seconds = 0, workers = []}) => [model, [...new Set(workers.map(({device}) => TEXT.device(device)))].join(", "),
+      seconds ? `up for ${seconds < 5400 ? plural(Math.round(seconds / 60), "minute", "minutes") : plural(Math.round(seconds / 3600), "hour", "hours")}` : ""].filter(Boolean).join(" · "),
+    columns: {model: "Model", state: "State", bytes: "In memory", bits: "Bits per byte", worker: "Worker", device: "Device", running: "Running", restarts: "Restarts"},
+  },
+  bind() {
+    $("leave-status").onclick = () => openChat(state.chat.id).then(focusAfterClick);
+  },
+  menu: () => state.model.ours ? [[TEXT.serverStatus, "chart", openStatus]] : [],
+  view: {hash: "#server", open: openStatus, isOpen: () => Boolean(glanced), close: closeStatus},
+  render() { $("status").hidden = !glanced; },
+  recoloured: redrawCharts,
+});
+
+share({openStatus, closeStatus, lookAtServer, addSample, showStatus});
 }

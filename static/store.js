@@ -6,6 +6,8 @@
 // is read from there, and is tried again with the next change.
 "use strict";
 
+{
+
 const KINDS = ["conversations", "nodes", "drafts"];
 
 const promised = request => new Promise((resolve, reject) => {
@@ -149,4 +151,7 @@ class Store {
     this.trouble = trouble;
     this.onTrouble();
   }
+}
+
+share({Store});
 }

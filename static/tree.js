@@ -14,6 +14,8 @@
 // list of those.
 "use strict";
 
+{
+
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), byte => byte.toString(16).padStart(2, "0")).join("");
 
 function newConversation(more = {}) {
@@ -348,4 +350,9 @@ function checkedParameters(given) {
   if (isObject(given.response_format)) checked.response_format = given.response_format;
   if (Array.isArray(given.stop) && given.stop.every(isText)) checked.stop = given.stop.filter(Boolean).slice(0, 4);
   return checked;
+}
+
+share({newId, newConversation, newNode, childrenOf, pathTo, leafBelow, withDescendants, failed, isGrowing, messagesOf,
+  newestMessages, titleOf, ThoughtTags, composeMessage, textOf, languageOf, partsOf, isText, isObject, exportOf,
+  importOf, untagged, PARAMETERS, parameterValue, checkedParameters});
 }

@@ -5,6 +5,8 @@
 // skips its layout and paint (.far in chat.css): else scrolling past hundreds of them is slow.
 "use strict";
 
+{
+
 const AT_ONCE = 12;               // the last turns, drawn when a chat opens
 const views = new Map();          // id of a node -> its view
 let viewsOf = null;               // the chat they belong to
@@ -181,15 +183,11 @@ function completeAnswer(view) {
   view.nothing = element("p", {className: "nothing"});
   view.speed = element("span", {className: "speed"});
   view.copy = iconButton(TEXT.copy, "copy", clicked => copyRich(view, clicked));
-  view.lensButton = iconButton(TEXT.lens, "lens", () => toggleLens(view));
-  view.again = iconButton(TEXT.again, "play", () => runAgain(view));
-  view.prompt = iconButton(TEXT.prompt, "prompt", () => openPrompt(view.node));
-  view.compare = iconButton(TEXT.compare, "columns", () => openCompare(view.node));
-  view.verdict = element("p", {className: "nothing"});
-  view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, view.lensButton, view.again, view.compare, view.prompt, view.goOn,
+  const brought = parts.flatMap(({answer}) => answer?.buttons?.(view) ?? []);
+  view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, ...brought, view.goOn,
     iconButton(TEXT.more, "more", clicked => openMenu(clicked, answerMenu(view), factsText(view.node))), view.speed);
   view.article.prepend(view.thinking);
-  view.article.append(view.nothing, view.status, view.alert, view.verdict, view.actions);
+  view.article.append(view.nothing, view.status, view.alert, view.actions);
   view.body.onclick = event => clickToAct(event,() => regenerate(view.node));
 }
 
@@ -206,9 +204,7 @@ function updateAnswer(view) {
   view.actions.classList.toggle("growing", growing);
   view.retry.disabled = view.goOn.disabled = !canAsk();
   view.copy.hidden = !node.content;
-  view.prompt.hidden = !state.model.can.token_ids || node.edited;
-  updateLens(view);
-  updateCalls(view, growing);
+  for (const {answer} of parts) answer?.update?.(view, growing);
   view.goOn.hidden = growing || !canGoOn(node) || node !== lastNode() || !(view.plain || node.error || node.edited ||
     ["stopped", "interrupted"].includes(node.note) || node.timings?.finish_reason === "length");
   setText(view.nothing, nothingText(node));
@@ -401,4 +397,39 @@ function copied(clicked) {
   announce(TEXT.copied);
   clicked.classList.add("done");
   clicked.addEventListener("animationend", () => clicked.classList.remove("done"), {once: true});
+}
+
+register({
+  strings: {
+    copied: "Copied", copyMarkdown: "Copy as Markdown", branch: "Branch into a new chat", deleteMessage: "Delete from here on",
+    editedText: "Edited text", cancel: "Cancel", update: "Update", save: "Save", edited: "edited",
+    wrap: "Wrap lines", downloadCode: "Download code", codeIn: language => `Code${language ? ` in ${language}` : ""}`, enterKey: "Enter the key", tryAgain: "Try again",
+    pleaseContinue: "Please continue.",
+    sentThen: "Your message will then be sent.", lost: "The connection is lost; trying again…",
+    endedIn: title => `The answer in “${title}” is finished.`, endedBadly: title => `The answer in “${title}” failed.`, show: "Show", endedMark: "✓ ",
+    waiting: "Waiting for the answer", answering: "Answering", answerFinished: "Answer finished", answerStopped: "Answer stopped",
+    waitingForFirst: "Waiting for the first token…", queued: place => `In the queue, place ${place}`,
+    loadingModel: (name, share) => `Loading ${name}${share ? `, ${Math.floor(100 * share)}\u00a0%` : "…"}`,
+    reading: share => `Reading the prompt, ${Math.floor(100 * share)}\u00a0%`, thinkingNow: "Thinking", writing: "Writing",
+    resumed: "Resumed", inOtherTab: "Another tab receives this answer…",
+    speed: speed => `${speed.toFixed(1)} tok/s`, aboutSpeed: speed => `about ${speed.toFixed(1)} tok/s`,
+    firstToken: ms => `first token after ${ms < 999.5 ? `${Math.round(ms)} ms` : TEXT.seconds(ms / 1000)}`, tokens: count => plural(count, "token", "tokens"),
+    seconds: seconds => `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`, worker: gpu => `worker ${gpu}`,
+    nothing: "The model answered nothing.", thoughtNothing: "The model thought about it, but answered nothing.",
+    onlyThoughts: "The model was still thinking when it reached the length limit.",
+    nothingBefore: note => `The answer was ${note} before its first word.`,
+    cut: "cut at the length limit", dropped: count => `without the ${plural(count, "oldest message", "oldest messages")}, which no longer fit`,
+    notes: {stopped: "stopped", interrupted: "interrupted"},
+    details: ({prompt_tokens: prompt, cached_tokens: cached, queue_ms: queued, ttft_ms: first}) => [
+      `Prompt of ${plural(prompt, "token", "tokens")}${cached === undefined ? "" : `, ${plural(cached, "token", "tokens")} remembered`}`,
+      ...(queued === undefined ? [] : [`queued for ${Math.round(queued)} ms`]),
+      ...(first === undefined ? [] : [`first token after ${Math.round(first)} ms`])].join("; ") + ".",
+  },
+  bind() {
+    addEventListener("beforeprint", () => views.forEach(complete));
+  },
+});
+
+share({views, button, iconButton, renderTurns, complete, questionNodes, codeBlock, updateAnswer, growingText, liveSpeedText,
+  paint, mouse, copyText, copied});
 }

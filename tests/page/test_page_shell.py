@@ -587,7 +587,9 @@ def test_every_word_of_the_page_is_in_the_table_of_strings():
     body = re.sub(r"<!--.*?-->|<noscript>.*?</noscript>", "", page[page.index("<body>"):], flags=re.S)
     assert re.findall(r">\s*([^<>\s][^<>]*)<", body) == []
     named = set(re.findall(r'data-(?:text|label|hint)="(\w+)"', page))
-    table = (ROOT / "static" / "strings.js").read_text()
+    scripts = "".join(path.read_text() for path in (ROOT / "static").glob("*.js"))
+    registered = "".join(re.findall(r"^  strings: \{\n(.*?)^  \},$", scripts, re.M | re.S))
+    table = (ROOT / "static" / "strings.js").read_text() + re.sub("^  ", "", registered, flags=re.M)
     assert [name for name in named if not re.search(rf"\b{name}:", table)] == []
     used = set(re.findall(r"\bTEXT\.(\w+)", "".join(path.read_text() for path in (ROOT / "static").glob("*.js"))))
     assert [name for name in used if not re.search(rf"\b{name}:", table)] == []

@@ -1,0 +1,375 @@
+// The list of chats with the search in them, and chats that leave and come as files.
+"use strict";
+
+{
+
+const rows = new Map();           // id of a chat -> its row
+let listed = "";                  // what the list shows, so that it is rebuilt only when that changes
+
+function renderChats() {
+  const chats = [...state.chats.values()].filter(({id}) => !state.found || state.found.has(id))
+    .sort((a, b) => b.pinned - a.pinned || b.updated - a.updated);
+  const today = new Date().setHours(0, 0, 0, 0);
+  const key = JSON.stringify([today, state.chat.id, state.found !== null, chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, dayOf(chat, today)])]);
+  if (key === listed) return;
+  listed = key;
+  for (const id of rows.keys()) if (!state.chats.has(id)) rows.delete(id);
+  const groups = new Map();
+  for (const chat of chats) {
+    const day = dayOf(chat, today);
+    if (!groups.has(day)) groups.set(day, []);
+    groups.get(day).push(rowOf(chat));
+  }
+  keepFocus(() => $("chats").replaceChildren(
+    ...[...groups].flatMap(([day, its]) => [element("h2", {textContent: day}), element("ul", {}, ...its)]),
+    ...(chats.length ? [] : [element("p", {className: "hint", textContent: state.found ? TEXT.nothingFound : TEXT.noChats})])));
+}
+
+// Rows that move in the document lose the focus, so it is given back.
+function keepFocus(change) {
+  const focused = document.activeElement;
+  change();
+  if (focused !== document.activeElement && focused.isConnected) focused.focus({preventScroll: true});
+}
+
+const DAY_MS = 86400000;
+
+function dayOf({pinned, updated}, today) {
+  const days = Math.ceil((today - updated) / DAY_MS);
+  return pinned ? TEXT.pinned : days <= 0 ? TEXT.today : days <= 1 ? TEXT.yesterday : days <= 7 ? TEXT.lastWeek : days <= 30 ? TEXT.lastMonth
+    : new Intl.DateTimeFormat(undefined, {month: "long", year: "numeric"}).format(updated);
+}
+
+function rowOf(chat) {
+  let row = rows.get(chat.id);
+  if (!row) rows.set(chat.id, row = newRow(chat.id));
+  row.link.textContent = chat.title || TEXT.untitled;
+  row.link.title = row.link.textContent;
+  row.link.classList.toggle("running", Boolean(chat.running));
+  if (chat.id === state.chat.id) row.link.setAttribute("aria-current", "page");
+  else row.link.removeAttribute("aria-current");
+  row.pin.setAttribute("aria-pressed", chat.pinned);
+  return row.item;
+}
+
+function newRow(id) {
+  const chat = () => state.chats.get(id);
+  const row = {link: element("a", {href: `${location.pathname}${location.search}#${id}`, dir: "auto"})};
+  row.link.onclick = event => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return;      // opens in another tab or window
+    event.preventDefault();
+    openChat(id).then(focusAfterClick).then(showFound);
+    showSidebar(!narrow.matches);
+  };
+  row.pin = iconButton(TEXT.pin, "pin", () => { changeChat(chat(), {pinned: !chat().pinned}); render(); });
+  row.rename = iconButton(TEXT.rename, "edit", () => renameChat(row, chat()));
+  row.item = element("li", {}, row.link, element("div", {className: "row-actions"}, row.pin, row.rename,
+    iconButton(TEXT.delete, "delete", () => { deleteChats([chat()], TEXT.deleted(chat().title)); $("search").focus(); })));
+  return row;
+}
+
+function renameChat(row, chat) {
+  const field = element("input", {type: "text", value: chat.title, dir: "auto"});
+  field.setAttribute("aria-label", TEXT.title);
+  const end = title => {
+    if (!field.isConnected) return;
+    field.onblur = null;
+    field.replaceWith(row.link);
+    if (title.trim()) changeChat(chat, {title: title.trim()});
+    render();
+  };
+  field.onblur = () => end(field.value);
+  field.onkeydown = event => {
+    if (composing(event)) return;
+    if (event.key === "Enter") end(field.value);
+    else if (event.key === "Escape") { event.stopPropagation(); end(chat.title); }
+    else return;
+    event.preventDefault();           // otherwise Enter would press the button that now has the focus
+    row.rename.focus();
+  };
+  row.link.replaceWith(field);
+  field.select();
+}
+
+const searching = newest();
+
+// Shows the chats that have all words of the query, in the title or in any message.
+async function search(query) {
+  const isMine = searching();
+  words = query.toLowerCase().split(/\s+/).filter(Boolean);
+  if (!words.length) { state.found = null; return render(); }
+  const texts = new Map([...state.chats.values()].map(({id, title}) => [id, title.toLowerCase()]));
+  for (const {conversation, content} of await store.read("nodes")) {
+    if (texts.has(conversation)) texts.set(conversation, `${texts.get(conversation)}\n${content.toLowerCase()}`);
+  }
+  if (!isMine()) return;
+  state.found = new Set([...texts].filter(([, text]) => words.every(word => text.includes(word))).map(([id]) => id));
+  render();
+  announce(TEXT.found(state.found.size));
+}
+
+const withChats = () => document.documentElement.classList.contains("with-chats");
+
+// A column on wide screens, a drawer over the conversation on narrow ones.
+function showSidebar(shown) {
+  document.documentElement.classList.toggle("with-chats", shown);        // theme.js does so before the first picture
+  $("chats-toggle").setAttribute("aria-expanded", shown);
+  const drawer = shown && narrow.matches;
+  for (const each of [document.querySelector("main"), document.querySelector("footer")]) each.inert = drawer;
+  $("sidebar").inert = !shown;
+  $("shade").hidden = !drawer;
+}
+
+function toggleSidebar() {
+  const shown = !withChats();
+  showSidebar(shown);
+  if (!narrow.matches) changePreferences({sidebar: shown});
+  if (shown && narrow.matches) $("new").focus();
+}
+
+// the words of a search ---------------------------------------------------------------------------------------------------
+
+let words = [];                   // that were searched for, in lower case
+let marking = 0;
+
+function markWords() {
+  if (typeof Highlight !== "function" || !words.length && !CSS.highlights.size) return;
+  cancelAnimationFrame(marking);
+  marking = requestAnimationFrame(() => {
+    const ranges = words.length ? [...$("chats").querySelectorAll("a"), ...$("log").querySelectorAll(".turn > .body")].flatMap(rangesOf) : [];
+    CSS.highlights.set("found", new Highlight(...ranges));
+  });
+}
+
+function rangesOf(place) {
+  const found = [], walker = document.createTreeWalker(place, NodeFilter.SHOW_TEXT);
+  for (let node; (node = walker.nextNode());) {
+    const text = node.data.toLowerCase();
+    for (const word of words) {
+      for (let at = text.indexOf(word); at >= 0; at = text.indexOf(word, at + word.length)) found.push(new StaticRange({startContainer: node, startOffset: at, endContainer: node, endOffset: at + word.length}));
+    }
+  }
+  return found;
+}
+
+// Shows the first message of a found chat that has a word of the search, on whichever branch it is.
+function showFound() {
+  const has = ({content}) => words.some(word => content.toLowerCase().includes(word));
+  if (!words.length) return;
+  if (!state.path.some(has)) {
+    const elsewhere = [...state.nodes.values()].find(has);
+    if (!elsewhere) return;
+    showLeaf(leafBelow(state.children, elsewhere.id));
+  }
+  state.following = false;
+  complete(views.get(state.path.find(has).id));
+  views.get(state.path.find(has).id).article.scrollIntoView({block: "center"});
+  markWords();
+}
+
+function startNewChat() {
+  newChat();
+  announce(TEXT.newChat);
+  showSidebar(!narrow.matches && withChats());
+  focusAfterClick();
+}
+
+async function deleteAll() {
+  const count = state.chats.size, body = [element("p", {textContent: TEXT.deleteAllHint})];
+  if (await confirmed(TEXT.deleteAllTitle(count), body, TEXT.keepThem, TEXT.deleteAll)) {
+    await deleteChats([...state.chats.values()], TEXT.deletedChats(count));
+  }
+}
+
+register({
+  strings: {
+    chat: "Chat", menu: "Menu", showChats: "Show or hide chats", untitled: "Untitled chat", title: "Title", pin: "Pin", more: "More",
+    pinned: "Pinned", today: "Today", yesterday: "Yesterday", lastWeek: "Previous 7 days", lastMonth: "Previous 30 days",
+    noChats: "Your chats will appear here.", nothingFound: "No chat has all of these words.",
+    found: count => plural(count, "chat found", "chats found"),
+    deleteAll: "Delete all chats", deleteAllTitle: count => `Delete ${count === 1 ? "the only chat" : `all ${number(count)} chats`}?`,
+    deleteAllHint: "They are only in this browser. Export keeps a copy.", keepThem: "Keep them",
+    deletedChats: count => `Deleted ${plural(count, "chat", "chats")}.`, deleted: title => `Deleted “${title}”.`, deletedMessages: count => `Deleted ${plural(count, "message", "messages")}.`,
+  },
+  bind() {
+    $("new").onclick = startNewChat;
+    $("chats-toggle").onclick = toggleSidebar;
+    $("shade").onclick = () => showSidebar(false);
+    $("search").oninput = ({target}) => search(target.value);
+    $("search").onkeydown = event => {
+      const first = $("chats").querySelector("a");
+      if (event.key === "Enter" && !composing(event)) first?.click();
+      else if (event.key === "ArrowDown" && first) { event.preventDefault(); first.focus(); }
+      else if (event.key === "Escape" && event.target.value) { event.stopPropagation(); event.target.value = ""; search(""); }
+    };
+    narrow.addEventListener("change", () => showSidebar(!narrow.matches && state.preferences.sidebar));
+    showSidebar(!narrow.matches && state.preferences.sidebar);
+  },
+  render() {
+    renderChats();
+    markWords();
+  },
+});
+
+// import and export ----------------------------------------------------------------------------------------------------
+
+const exportMenu = () => [
+  [TEXT.thisChat, "export", () => exportChats([state.chat])],
+  [TEXT.allChats, "export", () => exportChats([...state.chats.values()])],
+  [TEXT.asMarkdown, "export", () => download(markdownOf(state.chat, state.path), `${fileName(state.chat)}.md`, "text/markdown")],
+  [TEXT.asPage, "export", () => download(pageOf(state.chat, state.path), `${fileName(state.chat)}.html`, "text/html")],
+];
+
+// Shows what a file would bring. Of a chat that is here already, the older one gives way unless the reader keeps both.
+function showImport(chats, name) {
+  const size = (count, time) => `${TEXT.messages(count)} · ${new Intl.DateTimeFormat(undefined, {dateStyle: "medium"}).format(time)}`;
+  const rows = chats.map(({conversation: {title, updated}, nodes, twin}) => {
+    const row = element("li", {}, element("span", {dir: "auto", textContent: title || TEXT.untitled}),
+      element("small", {textContent: size(nodes.length, updated)}));
+    if (!twin) return row;
+    twin.replace = updated >= twin.chat.updated && nodes.length >= twin.count;
+    const box = element("input", {type: "checkbox", checked: twin.replace, onchange: () => { twin.replace = box.checked; }});
+    row.append(element("label", {className: "check"}, box, element("span", {textContent: TEXT.replace(size(twin.count, twin.chat.updated))})));
+    return row;
+  });
+  return confirmed(TEXT.importTitle(name), [element("p", {textContent: TEXT.brings(chats.length, countMessages(chats))}),
+    element("ul", {className: "imports"}, ...rows)], TEXT.leaveIt, TEXT.import);
+}
+
+async function exportChats(chats) {
+  const nodes = new Map();
+  for (const chat of chats) nodes.set(chat.id, chat.id === state.chat.id ? [...state.nodes.values()] : await store.read("nodes", chat.id));
+  const file = exportOf(chats, chat => nodes.get(chat.id), chats.length === state.chats.size ? ownPrompts() : []);
+  const name = chats.length === 1 ? fileName(chats[0]) : `chats-${file.exported.slice(0, 10)}`;
+  download(JSON.stringify(file, null, 2), `${name}.json`, "application/json");
+}
+
+const fileName = ({title}) => (title || TEXT.chat).replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) || "chat";
+
+function download(text, name, type) {
+  const link = element("a", {href: URL.createObjectURL(new Blob([text], {type: `${type};charset=utf-8`})), download: name});
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}
+
+function markdownOf({title, system}, path) {
+  const parts = [`# ${title || TEXT.chat}`, ...(system.trim() ? [`> ${system.trim().replace(/\n/g, "\n> ")}`] : [])];
+  for (const {role, content, model} of path) parts.push(`## ${role === "user" ? TEXT.you : model || TEXT.assistant}`, content);
+  return parts.join("\n\n") + "\n";
+}
+
+// The colours that DRAWN_STYLE and PAGE_STYLE use.
+const PAGE_COLOURS = ["ink", "page", "soft", "line", "sunken", "accent", "keyword", "string", "number", "comment", "title", "danger"];
+const PAGE_STYLE = `body{max-width:48rem;margin:2rem auto;padding:0 1rem;font:16px/1.6 system-ui,sans-serif;color:var(--ink);background:var(--page)}
+.speaker{margin:2.5rem 0 .5rem;padding-top:.5rem;border-top:1px solid var(--line);font-size:.9rem;font-weight:600;color:var(--soft)}
+:is(h1,h2,h3,h4,h5,h6){line-height:1.3}.said :is(h1,h2,h3,h4,h5,h6){margin:1.3em 0 .5em}.said>:first-child{margin-top:0}
+.said h1{font-size:1.4rem}.said h2{font-size:1.22rem}.said :is(h3,h4,h5,h6){font-size:1.06rem}a{color:var(--accent)}
+code,.code{background:var(--sunken);border-radius:.4rem}code{padding:.1em .35em;font:.875em/1.5 ui-monospace,monospace}
+.code{margin:.8em 0;white-space:normal}.code-bar{padding:.4rem .8rem 0;font-size:.8rem;color:var(--soft)}
+pre{margin:0;padding:.2rem .8rem .8rem;overflow:auto;tab-size:4;font:.875rem/1.5 ui-monospace,monospace}
+pre code{padding:0;background:none;font:inherit}
+table{border-collapse:collapse}:is(td,th){border:1px solid #8888;padding:.3rem .7rem;text-align:left}li p{margin:.2rem 0}
+blockquote{margin-inline:0;padding-left:1em;border-left:3px solid var(--line);color:var(--soft)}
+.question{white-space:pre-wrap}:is(.table,math){overflow:auto hidden}
+@media print{pre{white-space:pre-wrap;overflow-wrap:anywhere}}`;
+
+// A self-contained page without scripts.
+function pageOf({title}, path) {
+  const body = element("body", {}, element("h1", {textContent: title || TEXT.chat}));
+  for (const {role, content, model} of path) {
+    const said = element("div", {className: role === "user" ? "said question" : "said"});
+    if (role === "user") said.append(...questionNodes(content));
+    else new MarkdownView(said).update(content, true);
+    said.querySelectorAll("button").forEach(button => button.remove());
+    body.append(element("h2", {className: "speaker", textContent: role === "user" ? TEXT.you : model || TEXT.assistant}), said);
+  }
+  const colours = getComputedStyle(document.documentElement);
+  const root = PAGE_COLOURS.map(name => `--${name}:${colours.getPropertyValue(`--${name}`)}`);
+  return `<!doctype html>\n<html lang="${document.documentElement.lang}"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width">${element("title", {textContent: title || TEXT.chat}).outerHTML}
+<style>:root{color-scheme:light dark;${root.join(";")}}\n${PAGE_STYLE}${DRAWN_STYLE}</style></head>\n${body.outerHTML}</html>\n`;
+}
+
+// Shows what a file brings, and stores it if the reader wants that.
+async function importFile(file) {
+  try {
+    const text = await file.text(), chats = importOf(text, file.name);
+    for (const each of chats) each.twin = await twinOf(each);
+    if (!await showImport(chats, file.name)) return;
+    importAll(chats, file.name);
+    takePrompts(text);
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+// The stored chat that an imported one once was: begun in the same millisecond with the same words. {chat, count} or null.
+async function twinOf({conversation, nodes}) {
+  for (const chat of state.chats.values()) {
+    if (chat.created !== conversation.created) continue;
+    const its = await store.read("nodes", chat.id), first = list => list.find(({parent}) => parent === null)?.content;
+    if (first(its) === first(nodes)) return {chat, count: its.length};
+  }
+  return null;
+}
+
+// Stores chats. A `twin` with `replace` gives way.
+async function importAll(chats, name) {
+  const messages = countMessages(chats), text = TEXT.imported(chats.length, messages, name);
+  for (const {conversation, nodes} of chats) addChat(conversation, nodes);
+  const opened = openChat(chats[0]?.conversation.id, chats[0]?.nodes);
+  const gone = await removeChats(chats.filter(({twin}) => twin?.replace).map(({twin}) => twin.chat));
+  await opened;
+  say(text);
+  if (!gone.length) return;
+  offerUndo(TEXT.replaced(gone.length), async () => {
+    await removeChats(chats.map(({conversation}) => conversation));
+    bringBack(gone);
+  });
+  render();
+}
+
+const countMessages = chats => chats.reduce((count, {nodes}) => count + nodes.length, 0);
+
+// Imports the one chat of an older version of the page, and deletes it there once it is stored here.
+async function takeOverOldChat() {
+  let old = null;
+  try { old = JSON.parse(localStorage.getItem(STORE)); } catch (error) { /* there is none */ }
+  if (!Array.isArray(old?.turns)) return;
+  const {system, ...parameters} = old.settings ?? {};
+  for (const [i, turns] of [old.previous, old.turns].entries()) {
+    if (!Array.isArray(turns) || !turns.length) continue;
+    const {conversation, nodes} = importOf(JSON.stringify({messages: turns, system, parameters, updated: Date.now() + i}))[0];
+    turns.forEach((turn, i) => { if (turn.stream?.id) Object.assign(nodes[i], {stream: turn.stream}); });
+    addChat(conversation, nodes);
+  }
+  const {url, key} = old.server ?? {};
+  const home = url ? serverAddress(url) : PAGE_HOME;
+  if (url && home) changePreferences({server: home, servers: [...state.preferences.servers, home]});
+  if (key && home) changePreferences({keys: {...state.preferences.keys, [originOf(home)]: key}});
+  await store.flushing;
+  if (!store.trouble) localStorage.removeItem(STORE);
+}
+
+register({
+  strings: {
+    notJson: name => `${name} is not a conversation: it is not valid JSON.`,
+    notAChat: name => `${name} is not a conversation: it must be JSON with "conversations", or with a list "messages" of {role, content}.`,
+    badMessage: (name, chat, i) => `${name} is not a conversation: message ${i + 1} of chat ${chat + 1} lacks a role or a text.`,
+    sameIds: name => `${name} is not a conversation: two messages have the same id.`,
+    messages: count => plural(count, "message", "messages"), importTitle: name => `Import ${name}?`, leaveIt: "Leave it",
+    brings: (chats, messages) => `It brings ${plural(chats, "chat", "chats")} with ${plural(messages, "message", "messages")}.`,
+    replace: what => `Replace the one that is here (${what})`,
+    imported: (chats, messages, name) => `Imported ${plural(chats, "chat", "chats")} with ${plural(messages, "message", "messages")} from ${name}.`,
+    replaced: count => `Replaced ${plural(count, "chat", "chats")}.`,
+  },
+  bind() {
+    $("import-file").onchange = async ({target}) => { if (target.files[0]) await importFile(target.files[0]); target.value = ""; };
+  },
+  menu: () => [[TEXT.export, "export", () => openMenu($("menu"), exportMenu())], [TEXT.import, "import", () => $("import-file").click()],
+    ...(state.chats.size ? [[TEXT.deleteAll, "delete", deleteAll]] : [])],
+});
+
+share({withChats, showSidebar, startNewChat, download, importAll, takeOverOldChat});
+}

@@ -1,0 +1,494 @@
+// The settings of a chat and of the page: parameters, functions and formats, prompts that are kept, and the server.
+"use strict";
+
+{
+
+const settingsFields = () => [...$("settings-dialog").querySelectorAll("[data-parameter]")];
+
+const templateAsked = newest();
+
+function openSettings() {
+  const isMine = templateAsked();
+  showSettings();
+  $("template").textContent = "";
+  $("more-parameters").open = PARAMETERS.some(({name, folded}) => folded && state.chat.parameters[name] !== undefined);
+  $("settings-dialog").showModal();
+  templateText([{role: "user", content: "…"}]).then(text => {
+    if (!isMine()) return;
+    $("template").parentElement.hidden = text === null;
+    $("template").textContent = text ?? "";
+  });
+}
+
+function showSettings() {
+  const {chat: {system, parameters}, model: {defaults}, preferences} = state;
+  $("system").value = system;
+  $("stop-strings").value = (parameters.stop ?? []).join("\n");
+  for (const field of settingsFields()) {
+    const name = field.dataset.parameter, usual = defaults[name];
+    field.value = parameters[name] ?? "";
+    if (name === "reasoning_effort") field.parentElement.hidden = state.model.can.reasoning === false && !field.value;
+    field.placeholder = name === "seed" ? TEXT.random : usual !== undefined && usual !== null ? String(usual)
+      : name === "max_tokens" && state.model.api === "v1" ? TEXT.restOfContext : TEXT.default;
+  }
+  showTools();
+  for (const name of SWITCHES) $(name).checked = preferences[name];
+  const own = Object.keys(preferences.presets);
+  $("preset").replaceChildren(element("option", {value: "", textContent: TEXT.choosePreset}),
+    ...Object.keys(TEXT.presets).map(name => element("option", {value: `=${name}`, textContent: TEXT.presets[name]})),
+    ...own.map(name => element("option", {value: name, textContent: name})));
+  $("delete-preset").hidden = true;
+}
+
+function takeSettings() {
+  const parameters = {};
+  for (const parameter of PARAMETERS.filter(({apart}) => !apart)) {
+    const field = settingsFields().find(each => each.dataset.parameter === parameter.name);
+    const value = parameterValue(parameter, field.value);
+    if (value !== undefined) parameters[parameter.name] = value;
+  }
+  const stop = $("stop-strings").value.split("\n").filter(Boolean).slice(0, 4);
+  if (stop.length) parameters.stop = stop;
+  Object.assign(parameters, takeTools());
+  changeChat(state.chat, {system: $("system").value, parameters});
+}
+
+const PRESETS = {precise: {temperature: 0.2, top_p: 0.9}, creative: {temperature: 1.1, min_p: 0.05}, repeatable: {temperature: 0}};
+
+function choosePreset(name) {
+  const {presets} = state.preferences;
+  const preset = name.startsWith("=") ? {parameters: PRESETS[name.slice(1)], system: state.chat.system} : presets[name];
+  if (!preset) return;
+  changeChat(state.chat, {parameters: checkedParameters(preset.parameters ?? {}), system: preset.system ?? ""});
+  showSettings();
+  $("preset").value = name;
+  $("delete-preset").hidden = name.startsWith("=");
+}
+
+function savePreset() {
+  const name = $("preset-name").value.trim().replace(/^=+/, "");
+  if (!name) return $("preset-name").focus();
+  const {system, parameters} = state.chat;
+  changePreferences({presets: {...state.preferences.presets, [name]: {system, parameters}}});
+  $("preset-name").value = "";
+  showSettings();
+  $("preset").value = name;
+  announce(TEXT.presetSaved(name));
+}
+
+function deletePreset() {
+  const {[$("preset").value]: gone, ...presets} = state.preferences.presets;
+  changePreferences({presets});
+  showSettings();
+}
+
+const SWITCHES = ["clicks", "titles", "notify"];      // preferences that are on or off
+
+async function changeSwitch(box) {
+  if (box.id === "notify" && box.checked && await Notification.requestPermission() !== "granted") {
+    box.checked = false;
+    setText($("notify-refused"), TEXT.notifyRefused);
+  }
+  changePreferences({[box.id]: box.checked});
+}
+
+// servers -------------------------------------------------------------------------------------------------------------
+
+function openServer() {
+  if ($("server-dialog").open) return;
+  $("server-url").value = state.preferences.server;
+  $("server-url").placeholder = PAGE_HOME;
+  $("server-key").value = serverKey();
+  $("server-dialog").showModal();
+  showProblems("", state.phase === "locked" ? keyText() : "");
+}
+
+// What is wrong with the address and with the key, each below its field.
+function showProblems(address, key) {
+  for (const [name, text] of [["url", address], ["key", key]]) {
+    setText($(`${name}-problem`), text);
+    $(`server-${name}`).setAttribute("aria-invalid", Boolean(text));
+  }
+  if (key) $("server-key").focus();
+}
+
+const keyText = () => state.refusedKey ? TEXT.wrongKey : TEXT.keyWanted;
+
+// Opens the Server dialog for a key, once for each refused key: the reader may close it unchanged.
+function wantKey(key) {
+  const news = state.refusedKey !== key;
+  Object.assign(state, {phase: "locked", refusedKey: key});
+  render();
+  if (news) openServer();
+}
+
+// The fields of the dialog. A key typed for another server does not count for this one.
+function takeServer(event) {
+  const typed = $("server-url").value.trim(), home = typed ? serverAddress(typed) : "";
+  if (home === null) {
+    event.preventDefault();
+    return showProblems(TEXT.noAddress(typed), "");
+  }
+  const key = $("server-key").value, origin = originOf(home || PAGE_HOME), {[origin]: old, ...keys} = state.preferences.keys;
+  changePreferences({keys: key ? {...keys, [origin]: key} : keys});
+  useServer(home);
+  return undefined;
+}
+
+function useServer(home) {
+  const {servers} = state.preferences, server = home === PAGE_HOME ? "" : home;
+  changePreferences({server, servers: server && !servers.includes(server) ? [...servers, server] : servers});
+  Object.assign(state, {phase: "connecting", reached: "", models: [], model: {...NO_MODEL}});
+  render();
+  watchServer();
+}
+
+// ?server= names a server for this page to use. An unknown one is sent nothing until the reader agrees.
+function wantedServer() {
+  const given = new URLSearchParams(location.search).get("server");
+  const home = given ? serverAddress(given) : null;
+  if (!home || home === serverHome()) return false;
+  if (home === PAGE_HOME || state.preferences.servers.includes(home)) { changePreferences({server: home === PAGE_HOME ? "" : home}); return false; }
+  confirmed(TEXT.askTitle, [element("p", {textContent: TEXT.askServer(home)})], TEXT.dontUseIt, TEXT.useIt)
+    .then(yes => yes ? useServer(home) : watchServer());
+  return true;
+}
+
+// its models ----------------------------------------------------------------------------------------------------------
+
+// A choice of the server's models; of several with the state and size of each.
+function renderModels() {
+  const {model} = state, models = state.models.length || !model.name ? state.models : [{id: model.name}], select = $("models");
+  setText($("model"), models.length ? "" : TEXT.chat);
+  select.hidden = !models.length;
+  const ids = models.map(({id}) => id).join("\n");
+  if (select.ids !== ids) select.replaceChildren(...models.map(({id}) => element("option", {value: id})));
+  select.ids = ids;
+  const loading = models.find(({id}) => id === model.name)?.loading;
+  $("model-loading").hidden = loading === undefined;
+  $("model-loading").value = loading ?? 0;
+  models.forEach((each, i) => {
+    const {id, state: its, reason} = each, option = select.options[i];
+    setText(option, models.length > 1 ? TEXT.modelIs(each, baseOf(each).id) : id);
+    Object.assign(option, {disabled: its === "failed", title: reason ?? ""});
+  });
+  select.value = model.name;
+}
+
+function chooseModel(name) {
+  changeChat(state.chat, {model: name});
+  useModel();
+  render();
+  loadModel();
+}
+
+register({
+  strings: {
+    settingsChat: "This chat", settingsPage: "This page", settingsHint: "An empty field leaves the choice to the server.",
+    systemPrompt: "System prompt", systemHint: "none", templateAdds: "How the model's template renders a message “…”", preset: "Preset",
+    choosePreset: "Choose…", presets: {precise: "Precise", creative: "Creative", repeatable: "Repeatable"}, presetName: "Name of the preset",
+    savePreset: "Save as preset", deletePreset: "Delete preset", presetSaved: name => `Saved as “${name}”`,
+    parameters: {temperature: "Temperature", top_k: "Top-k", top_p: "Top-p", min_p: "Min-p", repetition_penalty: "Repetition penalty",
+      presence_penalty: "Presence penalty", frequency_penalty: "Frequency penalty", reasoning_effort: "Thinking effort", thinking_budget: "Thinking budget", max_tokens: "Max tokens", seed: "Seed"},
+    moreParameters: "Penalties and thinking effort", default: "default", random: "random", restOfContext: "rest of context", stopStrings: "Stop strings, one per line", none: "none",
+    clicks: "Click a message to edit it, or to answer it again", titles: "Let the model name new chats",
+    titleRequest: (question, answer) => `Question: ${question}\n\nAnswer: ${answer}\n\nWrite a title of two to six words for this conversation. Write nothing else.`,
+    notify: "Notify me when an answer ends in the background", notifyRefused: "The browser does not allow notifications of this page.",
+    defaults: "Defaults", forNewChats: "Use for new chats",
+    usedForNew: "New chats begin with these", done: "Done",
+    serverHint: "For a page opened from a file, or to talk to another machine. That server must allow this page (--cors-origin; null for a file).",
+    url: "URL", apiKey: "API key", keyWanted: "This server needs an API key.", wrongKey: "The server does not know this API key.",
+    noAddress: text => `“${text}” is not an address such as http://gpu-box:8000.`, askTitle: "Use another server?",
+    askServer: home => `The address of this page asks it to use the server ${home}. Your messages would be sent there.`,
+    useIt: "Use this server", dontUseIt: "Stay here",
+
+    model: "Model", modelStates: {unloaded: "", loading: "loading", ready: "loaded", failed: "failed"},
+    modelIs: ({id, state, bytes, loading, now}, base) => [id, now ? `now ${now}` : id === base ? "" : `adapter of ${base}`, `${TEXT.modelStates[state] ?? state}${loading ? ` ${Math.floor(100 * loading)}\u00a0%` : ""}`, bytes ? TEXT.bytes(bytes) : ""].filter(Boolean).join(" · "),
+    bytes: count => count < 1e9 ? `${number(Math.round(count / 1e6))} MB` : `${number(count / 1e9)} GB`,
+  },
+  bind() {
+    $("settings").onclick = openSettings;
+    const dialog = $("settings-dialog");
+    const inGrid = PARAMETERS.filter(({apart}) => !apart), labels = inGrid.map(({name, min, max, step, choices}) => {
+      const field = choices ? element("select", {}, ...["", ...choices].map(value => element("option", {value, textContent: value || TEXT.default})))
+        : element("input", {type: "number", min, max, step, inputMode: step === 1 ? "numeric" : "decimal"});
+      field.dataset.parameter = name;
+      return element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field);
+    });
+    const fold = folded => labels.filter((label, i) => Boolean(inGrid[i].folded) === folded);
+    $("parameters").append(...fold(false));
+    $("more-parameters").lastElementChild.append(...fold(true));
+    dialog.addEventListener("input", ({target}) => {
+      if (SWITCHES.includes(target.id)) changeSwitch(target);
+      else if (!["preset", "preset-name"].includes(target.id)) takeSettings();
+    });
+    dialog.addEventListener("close", render);
+    $("notify").parentElement.hidden = typeof Notification === "undefined" || !isSecureContext;
+    $("preset").onchange = ({target}) => choosePreset(target.value);
+    $("save-preset").onclick = savePreset;
+    $("delete-preset").onclick = deletePreset;
+    $("preset-name").onkeydown = event => { if (event.key === "Enter") { event.preventDefault(); savePreset(); } };
+    $("settings-reset").onclick = () => { changeChat(state.chat, {system: "", parameters: {}}); showSettings(); };
+    $("for-new-chats").onclick = () => {
+      const {system, parameters} = state.chat;
+      changePreferences({defaults: {system, parameters}});
+      announce(TEXT.usedForNew);
+      copied($("for-new-chats"));
+    };
+    $("server-dialog").querySelector("form").onsubmit = takeServer;
+    $("enter-key").onclick = openServer;
+    $("server-reset").onclick = () => { $("server-url").value = $("server-key").value = ""; };
+    $("models").onchange = () => chooseModel($("models").value);
+    for (const event of ["pointerdown", "focus"]) $("models").addEventListener(event, lookAtModels);
+  },
+  menu: () => [[TEXT.prompts, "prompt", openPrompts], [TEXT.server, "server", () => openServer()]],
+  render: renderModels,
+});
+
+// functions and formats ------------------------------------------------------------------------------------------------
+
+const CALCULATOR = {type: "function", function: {name: "calculator", description: "Works out + - * / and parentheses.",
+  parameters: {type: "object", properties: {expression: {type: "string"}}, required: ["expression"]}}};
+const BUDGETS = [0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, null];   // places of the slider; null: no limit
+
+const budgetPlace = budget => BUDGETS.findIndex(each => each === null || each >= (budget ?? Infinity));
+
+// What a text says as functions: {tools} or {problem}. Functions as OpenAI has them, or without what is around them.
+function readFunctions(text) {
+  if (!text.trim()) return {tools: []};
+  const found = readJson(text), listed = found.value === undefined ? [] : [found.value].flat();
+  const tools = listed.map(each => isObject(each?.function) ? {...each, type: "function"} : {type: "function", function: each});
+  const wrong = tools.findIndex(({function: its}) => !isObject(its) || !/^[\w.-]{1,64}$/.test(its.name ?? "") || !isObject(its.parameters ?? {}));
+  return found.problem ? found : wrong >= 0 ? {problem: TEXT.badFunction(wrong + 1)} : {tools};
+}
+
+// What a text says as a format: {format}, undefined for none, or {problem}.
+function readSchema(text) {
+  if (!text.trim()) return {};
+  const {value, problem} = readJson(text);
+  return problem ? {problem} : !isObject(value) ? {problem: TEXT.badSchema}
+    : {format: value.type === "json_object" || value.type === "json_schema" ? value : {type: "json_schema", json_schema: {name: "answer", schema: value}}};
+}
+
+function readJson(text) {
+  try {
+    return {value: JSON.parse(text)};
+  } catch (error) {
+    return {problem: TEXT.notValidJson(error.message)};
+  }
+}
+
+const schemaText = format => format ? JSON.stringify(format.json_schema?.schema ?? format, null, 2) : "";
+const functionsText = tools => tools?.length ? JSON.stringify(tools.map(({function: its}) => its), null, 2) : "";
+
+const checking = newest();
+
+// What is written in the settings as parameters. The server then checks what the page cannot: a schema that cannot be enforced.
+function takeTools() {
+  const {tools, problem: first} = readFunctions($("functions").value), {format, problem: second} = readSchema($("schema").value), {parameters} = state.chat;
+  setText($("functions-problem"), first ?? "");
+  setText($("schema-problem"), second ?? "");
+  const place = Number($("budget").value);
+  // a budget between two places, which /budget may set, stays until the slider is moved
+  const budget = place === budgetPlace(parameters.thinking_budget) ? parameters.thinking_budget ?? null : BUDGETS[place], kept = {tools: first ? parameters.tools : tools, response_format: second ? parameters.response_format : format};
+  showBudget(budget);
+  checking();                                            // what is under way is about other words
+  if (!first && !second && (tools.length || format)) checkTools({...(tools.length ? {tools} : {}), ...(format ? {response_format: format} : {})});
+  return {...(kept.tools?.length ? {tools: kept.tools} : {}), ...(kept.response_format ? {response_format: kept.response_format} : {}),
+    ...(budget === null ? {} : {thinking_budget: budget})};
+}
+
+async function checkTools(wanted) {
+  const isMine = checking();
+  await wait(500);
+  if (!isMine() || state.phase !== "ready") return;
+  const asked = await post(ROUTES.v1, {messages: [{role: "user", content: "a"}], max_tokens: 1, priority: "low", ...wanted, ...modelOfSeveral()}).catch(() => null);
+  const problem = asked?.status === 400 ? (await errorOf(asked)).message : "";
+  if (isMine() && problem) setText($(wanted.response_format ? "schema-problem" : "functions-problem"), problem);
+}
+
+function showTools() {
+  checking();
+  const {parameters} = state.chat, {can, api} = state.model;
+  $("functions").value = functionsText(parameters.tools);
+  $("schema").value = schemaText(parameters.response_format);
+  setText($("functions-problem"), "");
+  setText($("schema-problem"), "");
+  $("tools-settings").hidden = api !== "v1" || !can.tools && !can.json_schema;
+  $("functions").closest("label").hidden = $("add-calculator").hidden = !can.tools;
+  $("schema").closest("label").hidden = !can.json_schema;
+  $("tools-settings").open = Boolean(parameters.tools || parameters.response_format);
+  $("budget").closest("label").hidden = !can.reasoning_budget;
+  $("budget").value = budgetPlace(parameters.thinking_budget);
+  showBudget(parameters.thinking_budget ?? null);
+}
+
+function showBudget(budget) {
+  const text = budget === null ? TEXT.noLimit : TEXT.tokens(budget);
+  setText($("budget-text"), text);
+  $("budget").setAttribute("aria-valuetext", text);
+}
+
+function addCalculator() {
+  const {tools = []} = readFunctions($("functions").value);
+  $("functions").value = functionsText([...tools.filter(each => each.function.name !== "calculator"), CALCULATOR]);
+  $("functions").dispatchEvent(new Event("input", {bubbles: true}));
+}
+
+// calls -----------------------------------------------------------------------------------------------------------------
+
+// Adds what an event says of calls to those of an answer.
+function growCalls(node, news) {
+  for (const {index = 0, id, function: its = {}} of news) {
+    const calls = node.calls ??= [], call = calls[index] ??= {id: id ?? newId(), name: "", arguments: ""};
+    call.name ||= its.name ?? "";
+    call.arguments += its.arguments ?? "";
+  }
+}
+
+// Calls whose results are not sent yet hold the chat up only for the model: a new question goes without them.
+const isAnswered = ({calls}) => Boolean(calls?.every(({result}) => result !== undefined));
+
+function messagesOfCalls({content, calls}) {
+  return [{role: "assistant", content, tool_calls: calls.map(({id, name, arguments: its}) => ({id, type: "function", function: {name, arguments: its}}))},
+    ...calls.map(({id, result}) => ({role: "tool", tool_call_id: id, content: result}))];
+}
+
+function updateCalls(view, growing) {
+  const {node} = view, key = JSON.stringify([node.calls ?? [], growing]);
+  if (view.callsDrawn === key) return;
+  view.callsDrawn = key;
+  view.calls ??= element("div", {className: "calls"});
+  if (!view.calls.isConnected) view.nothing.before(view.calls);
+  const calls = node.calls ?? [], cards = calls.map(call => cardOf(call, growing)), fields = cards.map(card => card.field);
+  view.calls.replaceChildren(...cards.map(card => card.node));
+  if (growing || !calls.length || isAnswered(node)) return;
+  view.calls.append(element("button", {type: "button", className: "primary", textContent: TEXT.sendResults, onclick: () => {
+    calls.forEach((call, i) => { call.result = fields[i].value; });
+    store.change("nodes", node.id, {calls});
+    answer(node, (error, made) => { removeNodes([made.id], node.id); state.refusal = error.message; return true; });
+    focusAfterClick();
+  }}));
+}
+
+function cardOf(call, growing) {
+  let shownArguments = call.arguments;
+  try { shownArguments = JSON.stringify(JSON.parse(call.arguments), null, 2); } catch (error) { /* not complete */ }
+  const node = element("section", {className: "card"}, element("p", {className: "icon i-function", textContent: call.name}), codeBlock("json", shownArguments));
+  node.setAttribute("aria-label", TEXT.callOf(call.name));
+  if (growing) return {node};
+  if (call.result !== undefined) {
+    node.append(element("p", {className: "hint", textContent: TEXT.result}), element("pre", {textContent: call.result, tabIndex: 0}));
+    return {node};
+  }
+  const field = element("textarea", {rows: 2, value: call.name === "calculator" ? calculated(call.arguments) : ""});
+  node.append(element("label", {}, element("span", {textContent: TEXT.result}), field));
+  return {node, field};
+}
+
+// The value of {"expression": "2 * (3 + 4)"}; "" if it is none.
+function calculated(text) {
+  const {value} = readJson(text), parts = String(value?.expression ?? "").replace(/,/g, "").match(/\d+\.?\d*(?:e[+-]?\d+)?|\.\d+|[-+*/()]|\S/gi) ?? [];
+  let at = 0;
+  const factor = () => {
+    const part = parts[at++];
+    if (part === "-" || part === "+") return (part === "-" ? -1 : 1) * factor();
+    if (part !== "(") return Number(part ?? NaN);
+    const inner = whole();
+    return parts[at++] === ")" ? inner : NaN;
+  };
+  const term = () => {
+    let found = factor();
+    while ("*/".includes(parts[at] ?? " ")) found = parts[at++] === "*" ? found * factor() : found / factor();
+    return found;
+  };
+  const whole = () => {
+    let found = term();
+    while ("+-".includes(parts[at] ?? " ")) found = parts[at++] === "+" ? found + term() : found - term();
+    return found;
+  };
+  const found = whole();
+  return at === parts.length && Number.isFinite(found) ? String(found) : "";
+}
+
+register({
+  strings: {
+    toolsAndFormat: "Functions and answer format", functions: "Functions that the model may call (JSON)", addCalculator: "Add a calculator",
+    schema: "JSON schema of answers", budget: "Thinking budget", noLimit: "no limit", notValidJson: why => `This is not valid JSON: ${why}.`,
+    badFunction: place => `Function ${place} needs a name of letters, digits, _, - and ., and parameters that are a JSON schema.`,
+    badSchema: "A JSON schema is an object, such as {\"type\": \"object\", \"properties\": {...}}.", callOf: name => `Call of ${name}`, result: "Result", sendResults: "Send results",
+  },
+  bind() {
+    $("add-calculator").onclick = addCalculator;
+  },
+  answer: {update: updateCalls},
+});
+
+// prompts --------------------------------------------------------------------------------------------------------------
+
+// A prompt is {name, text, starter}: a text to begin a message with, or else a system prompt.
+const isPrompt = value => isObject(value) && isText(value.name) && isText(value.text) && Boolean(value.name.trim() && value.text.trim());
+const ownPrompts = () => state.preferences.prompts.filter(isPrompt);
+
+function openPrompts() {
+  showPrompts();
+  $("prompts-dialog").showModal();
+}
+
+function showPrompts() {
+  const prompts = ownPrompts();
+  $("prompts").replaceChildren(...prompts.map(prompt => {
+    const use = element("button", {type: "button", className: "plain", textContent: TEXT.usePrompt, onclick: () => usePrompt(prompt)});
+    use.setAttribute("aria-label", `${TEXT.usePrompt}: ${prompt.name}`);
+    return element("li", {}, element("b", {textContent: prompt.name}), element("span", {textContent: prompt.text}),
+      element("small", {textContent: prompt.starter ? TEXT.starter : TEXT.systemPrompt}), use,
+      iconButton(`${TEXT.delete}: ${prompt.name}`, "delete", () => { keepPrompts(ownPrompts().filter(({name}) => name !== prompt.name)); $("prompt-name").focus(); }));
+  }), ...(prompts.length ? [] : [element("li", {className: "hint", textContent: TEXT.noPrompts})]));
+}
+
+function keepPrompts(prompts) {
+  changePreferences({prompts});
+  showPrompts();
+  render();
+}
+
+function usePrompt({text, starter}) {
+  $("prompts-dialog").close();
+  if (starter) setDraft(text);
+  else { changeChat(state.chat, {system: text}); say(TEXT.systemIs(text)); }
+  focusAfterClick();
+}
+
+function savePrompt() {
+  const prompt = {name: $("prompt-name").value.trim(), text: $("prompt-words").value, starter: $("prompt-use").value === "starter"};
+  if (!isPrompt(prompt)) return $(prompt.name ? "prompt-words" : "prompt-name").focus();
+  keepPrompts([...ownPrompts().filter(({name}) => name !== prompt.name), prompt]);
+  $("prompt-name").value = $("prompt-words").value = "";
+  return announce(TEXT.presetSaved(prompt.name));
+}
+
+// Those of a file that are not here yet; one with a name that is taken gets another.
+function takePrompts(text) {
+  const here = ownPrompts(), brought = [readJson(text).value?.prompts ?? []].flat().filter(isPrompt).filter(({text: its}) => !here.some(own => own.text === its));
+  const names = new Set(here.map(({name}) => name));
+  for (const {name, text: its, starter} of brought) {
+    const free = [name, ...Array.from({length: 1000}, (_, i) => `${name} (${i + 2})`)].find(each => !names.has(each));
+    names.add(free);
+    here.push({name: free, text: its, starter: Boolean(starter)});
+  }
+  if (brought.length) keepPrompts(here);
+}
+
+register({
+  strings: {
+    prompts: "Prompts", promptName: "Name of the prompt", promptUse: "What it is", promptText: "Text of the prompt", starter: "Starter", usePrompt: "Use",
+    savePrompt: "Save prompt", noPrompts: "None yet.", promptsHint: "A system prompt is told to the model first. A starter begins a message, and stands on the empty page.",
+  },
+  bind() {
+    $("save-prompt").onclick = savePrompt;
+  },
+});
+
+share({openServer, keyText, wantKey, useServer, wantedServer, growCalls, isAnswered, messagesOfCalls, calculated,
+  ownPrompts, keepPrompts, usePrompt, takePrompts});
+}
