@@ -400,7 +400,7 @@ def as_gguf(path, model, quantized=False, metadata=None):
     if arch == "qwen3next":
         state = qwen3next_apart(state, config)
     if arch.startswith("granitemoe"):
-        hybrid, arch = "linear_attention" in config.layer_types, "granitemoe" if config.num_local_experts else "granite"
+        hybrid, arch = "linear_attention" in getattr(config, "layer_types", ()), "granitemoe" if config.num_local_experts else "granite"
         state = granite_apart(state, config.num_local_experts)
         if hybrid:
             arch, state = "granitehybrid", granite_mamba(state, config)

@@ -41,6 +41,7 @@ class Family(NamedTuple):
     complete: Callable[[dict], dict] = lambda config: {}    # what a folder's checked config means
     fields_of: Callable[[Path, Mapping], dict] | None = None  # of ModelSpec, what such a config says of them
     gguf: dict[str, tuple[str, ...]] = {}  # names in a GGUF file that do not follow from the folder's
+    unsaid: Callable[[Mapping], dict] = lambda config: {}  # what its GGUF files mean and do not say
     fused: Seq[tuple[str, tuple[str, ...]]] = ()  # (a matrix that `repack` divides, what its rows become)
 
 
@@ -266,6 +267,15 @@ def repack_qwen35(state: Mapping) -> dict:
     return repacked
 
 
+def gemma_scale(largest: int) -> Callable[[Mapping], dict]:
+    """What llama.cpp divides scores by, which its files do not say: another number in the largest model."""
+    def unsaid(config: Mapping) -> dict:
+        width = config["hidden_size"] // config["num_attention_heads"]
+        is_largest = config["num_hidden_layers"] == largest
+        return {"query_pre_attn_scalar": width if is_largest else config["head_dim"]}
+    return unsaid
+
+
 def qwen_window(config: Mapping, layer: int) -> bool:
     return config["use_sliding_window"] and layer >= config["max_window_layers"]
 
@@ -291,7 +301,8 @@ FAMILIES = {  # by config.json's model_type
     "qwen3_moe": Family(
         "Qwen3-MoE", QWEN | QWEN_EXPERTS | {"num_experts_per_tok": 8, "attention_bias": False},
         HEAD_NORMS, expert_tensors("experts.{}", "gate"),
-        lambda config, layer: config["use_sliding_window"]),
+        lambda config, layer: config["use_sliding_window"],
+        unsaid=lambda config: {"norm_topk_prob": True}),
     "qwen2_moe": Family(
         "Qwen1.5- and Qwen2-MoE", QWEN | QWEN_EXPERTS | {
             "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
@@ -317,12 +328,14 @@ FAMILIES = {  # by config.json's model_type
             config["use_sliding_window"] and not config["no_rope_layers"][layer])),
     "gemma2": Family(
         "Gemma 2", GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        {"post_norms": True}, GEMMA_TENSORS, lambda config, layer: layer % 2 == 0, one_more=True),
+        {"post_norms": True}, GEMMA_TENSORS, lambda config, layer: layer % 2 == 0, one_more=True,
+        unsaid=gemma_scale(46)),
     "gemma3_text": Family(
         "Gemma 3", GEMMA | {
             "vocab_size": 262_208, "max_position_embeddings": 131_072, "sliding_window_pattern": 6,
             "rope_theta": 1e6, "rope_local_base_freq": 10_000.0}, {"post_norms": True} | HEAD_NORMS,
-        GEMMA_TENSORS, lambda config, layer: (layer + 1) % config["sliding_window_pattern"], one_more=True),
+        GEMMA_TENSORS, lambda config, layer: (layer + 1) % config["sliding_window_pattern"], one_more=True,
+        unsaid=gemma_scale(62)),
     "gemma4_text": Family(
         "Gemma 4", gemma4.CONFIG, {"post_norms": True, "layer_scalars": True} | HEAD_NORMS, gemma4.TENSORS,
         repack=gemma4.repack, aliases={"top_k_experts": "num_experts_per_tok"}, complete=gemma4.complete,

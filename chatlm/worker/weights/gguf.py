@@ -187,7 +187,7 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     config |= {ours: number(theirs, config[ours]) or None for ours, theirs in GGUF_OWN.items()
                if ours in config}
     complete_heads(path, config, {ours: own + theirs for ours, theirs in GGUF_SIZES.items()})
-    layers, width, head_size = config["num_hidden_layers"], config["hidden_size"], config["head_dim"]
+    layers, head_size = config["num_hidden_layers"], config["head_dim"]
     number("attention.value_length", head_size, low=head_size, high=head_size)  # no other is supported
     tokens = len(value("tokenizer.ggml.tokens"))
     embedding = stored["token_embd.weight"].shape if "token_embd.weight" in stored else ()
@@ -208,11 +208,9 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     if "full_attention_interval" in config or FAMILIES[family].fields_of:
         config |= {"vocab_size": vocab_size, "vocab_size_per_layer_input": vocab_size}
         config |= FAMILIES[family].complete(config)
-    if "query_pre_attn_scalar" in config:  # not in the metadata: what llama.cpp assumes, by size
-        largest = layers == {"gemma2": 46, "gemma3_text": 62}[family]
-        config["query_pre_attn_scalar"] = (width // config["num_attention_heads"] if largest else head_size)
-    if "norm_topk_prob" in config:         # nor this
-        config["norm_topk_prob"] = number("expert_weights_norm", family not in ("qwen2_moe", "olmoe"))
+    config |= FAMILIES[family].unsaid(config)
+    if "norm_topk_prob" in config:
+        config["norm_topk_prob"] = number("expert_weights_norm", config["norm_topk_prob"])
     if "use_expert_bias" in config:
         number("expert_gating_func", 2)  # sigmoids
     if "attention_multiplier" in config:
