@@ -121,7 +121,7 @@ def test_each_package_says_what_it_is_for():
 
 def test_the_layers_are_those_that_the_linter_checks():
     linter = configparser.ConfigParser()
-    linter.read(ROOT / "importlinter.ini")
+    linter.read(ROOT / ".importlinter")
     contracts = {section["containers"]: " > ".join(section["layers"].split("\n")[1:])
                  for section in linter.values() if section.get("type") == "layers"}
     assert dict(re.findall(r"^(chatlm[.a-z]*) +(\S.*)$", SECTIONS["What may import what"], re.MULTILINE)) == contracts

@@ -1,4 +1,4 @@
-"""The walls between the houses: what import-linter refuses (importlinter.ini), and what it cannot see, imports by name."""
+"""The walls between the houses: what import-linter refuses (.importlinter), and what it cannot see, imports by name."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 from real_server import ask, post, server
 
 ROOT = Path(__file__).resolve().parent.parent
-LINT = "import sys; from importlinter.cli import lint_imports_command; lint_imports_command(['--no-cache', '--config', 'importlinter.ini'])"
+LINT = "import sys; from importlinter.cli import lint_imports_command; lint_imports_command(['--no-cache'])"
 
 
 def lint(folder):
@@ -44,7 +44,7 @@ PLANTED = [     # module, import, the contract that it breaks
 def test_each_kind_of_forbidden_import_is_found(tmp_path):
     """All are planted at once: a run of the linter takes a second."""
     shutil.copytree(ROOT / "chatlm", tmp_path / "chatlm", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("chat_server.py", "importlinter.ini"):
+    for name in ("chat_server.py", ".importlinter"):
         shutil.copy(ROOT / name, tmp_path)
     for module, line, _ in PLANTED:
         with open(tmp_path / "chatlm" / f"{module}.py", "a") as file:
