@@ -88,7 +88,8 @@ class AnswerParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None         # likeliest tokens to list beside each; None: no logprobs
-    prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens; then a token that ends the answer
+                                        # has its own too, since evaluations drop the last one
     grammar: str = ""                   # the answer, after its reasoning, must match it
     grammar_param: str = ""             # the field that the grammar comes from
     tool_names: tuple[str, ...] = ()    # functions whose calls are read from it
@@ -211,7 +212,8 @@ class Piece(NamedTuple):
 
     tokens: tuple[int, ...] = ()
     deltas: tuple[Delta, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()  # of the drawn tokens, except one that ended the answer
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the drawn tokens; of one that ended the answer
+                                             # only beside those of the prompt
     choice: int = 0
     gpu: int = 0                             # the worker that made it; set by the front
     type: str = "piece"

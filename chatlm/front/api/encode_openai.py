@@ -57,12 +57,14 @@ class OpenAIEncoder(Encoder):
                 if part.logprobs else None)
 
     def take(self, choice: Choice, event: Piece | PromptScores | Finished) -> Piece:
-        """What to send, with the log-probabilities of its tokens, but not those of a stop string's."""
+        """What to send, with the log-probabilities of its tokens, but not those of a stop string's, unless
+        the prompt has some too."""
         held, choice.held = choice.held, ()
         ids, choice.held_ids = choice.held_ids, ()
         if isinstance(event, Finished):
             choice.done = event
-            by_text = event.stop_reason in self.request.params.stop
+            params = self.request.params
+            by_text = event.stop_reason in params.stop and params.prompt_logprobs is None
             return NOTHING._replace(tokens=ids, logprobs=() if by_text else held)
         if isinstance(event, PromptScores):  # before any piece, so none are held
             return NOTHING._replace(logprobs=event.logprobs)

@@ -342,8 +342,10 @@ class Engine:
         elif sequence.drafter:
             room = 2 * len(self.scheduler.running) <= FREE_ROWS  # else a draft only delays the next step
             sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
-        ended_it = answer.reason == "stop" and token in answer.stop_tokens
-        logprobs = () if sequence.logprob is None or ended_it or token not in added else (sequence.logprob,)
+        # A client that has its prompt scored too expects an entry for every drawn token (see AnswerParams).
+        unshown = (sequence.work.params.prompt_logprobs is None and answer.reason == "stop"
+                   and token in answer.stop_tokens)
+        logprobs = () if sequence.logprob is None or unshown or token not in added else (sequence.logprob,)
         if answer.reason == "refused":
             return [Failed(answer.stop_reason or "", refused=True)]
         piece = Piece(tuple(tokens[known:]), answer.take(), logprobs)

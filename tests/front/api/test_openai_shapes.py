@@ -376,6 +376,37 @@ def test_echo_with_logprobs_scores_the_prompt(url):
         assert abs(ours - theirs) < 0.05
 
 
+@pytest.mark.parametrize("ending", [{"stop_token_ids": [0]}, {"stop": " To"}, {"stop": "kyo"}, {"stop": "."}, {"logit_bias": {"2": 100}}, {}])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_echo_has_an_entry_for_every_token_of_the_prompt_and_every_drawn_one(url, ending, streamed):
+    """Also for one that ended the answer and is not in its text, as vLLM has it: lm-eval drops the last entry of each choice, and without
+    it would drop a token of the continuation that it scores."""
+    ids = call(url, "/tokenize", {"content": "The capital of Japan is"})[2]["tokens"]
+    drawn = ask(url, COMPLETIONS, prompt=ids, max_tokens=1, return_token_ids=True)["choices"][0]["token_ids"]
+    ending = {name: drawn if name == "stop_token_ids" else value for name, value in ending.items()}
+    for most in (1, 3):
+        wanted = dict(prompt=[ids, ids], n=2, echo=True, logprobs=1, max_tokens=most, **ending)
+        if streamed:
+            choices, ends = {}, []
+            for chunk in stream(url, COMPLETIONS, **wanted):
+                for choice in chunk["choices"]:
+                    lists = choices.setdefault(choice["index"], {})
+                    for name, values in (choice["logprobs"] or {}).items():
+                        lists.setdefault(name, []).extend(values)
+                    ends += [choice["finish_reason"]] if choice["finish_reason"] else []
+            found, count = list(choices.values()), most if set(ends) == {"length"} else None
+        else:
+            answer = ask(url, COMPLETIONS, **wanted)
+            found = [choice["logprobs"] for choice in answer["choices"]]
+            count = answer["usage"]["completion_tokens"] / 4
+        assert len(found) == 4
+        for lists in found:
+            sizes = {len(values) for values in lists.values()}
+            assert sizes == {len(found[0]["tokens"])} and min(sizes) > len(ids)
+            assert count is None or sizes == {len(ids) + count}
+            assert lists["text_offset"] == sorted(lists["text_offset"]) and lists["token_logprobs"][-1] <= 0
+
+
 def test_offsets_count_special_tokens_where_the_prompt_spells_them(url):
     choice = ask(url, COMPLETIONS, prompt="<|im_start|>user\nOne é<|im_end|>\ntwo", echo=True, logprobs=0, max_tokens=2)["choices"][0]
     tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]

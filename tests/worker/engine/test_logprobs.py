@@ -60,6 +60,22 @@ def test_each_drawn_token_comes_with_how_likely_it_was(engine, ahead):
         check(entries, logits, tokens, top)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_token_that_ends_an_answer_is_scored_where_the_prompt_is_too(engine, ahead, scored):
+    """Evaluations take the last entry of an echoed prompt for the drawn token's."""
+    plain = assignment("a", PROMPT, SamplingParams(0.0), 4, ignore_eos=True)
+    drawn = [token for piece in pieces(engine, [plain])["a"] for token in piece.tokens]
+    stops = [assignment(f"s{at}", PROMPT, SamplingParams(0.0), 4, ignore_eos=True, logprobs=1, stop_token_ids=(drawn[at],),
+                        prompt_logprobs=1 if scored else None) for at in (0, 3)]
+    found = pieces(engine, stops, ahead)
+    for work in stops:
+        tokens, end = [token for piece in found[work.id] for token in piece.tokens], found[work.id].end
+        entries = [entry.token for piece in found[work.id] for entry in piece.logprobs]
+        assert end.reason == "stop" and tokens == drawn[:len(tokens)] and tokens[-1] == work.params.stop_token_ids[0]
+        assert entries == (tokens if scored else tokens[:-1])
+
+
 def test_looking_at_logits_changes_no_answer(engine):
     work = assignment("a", PROMPT, SamplingParams(1.0, seed=5, top_k=0), 24, ignore_eos=True)
     plain = [token for piece in pieces(engine, [work])["a"] for token in piece.tokens]
