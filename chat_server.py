@@ -145,7 +145,7 @@ from chatlm.front.pool.models import OneModel
 from chatlm.front.pool.pool import WorkerPool, pool_of
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.bodies import Bodies, tokenizer_of
-from chatlm.front.server.compare import Comparison, asked_of, read_wanted, with_ids
+from chatlm.front.server.compare import Comparison, read_asked, with_ids
 from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.describe import (
     A_MODEL, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models, ollama_running,
@@ -176,13 +176,14 @@ class Front:
         self.bodies = Bodies(self.served, self.owners)
         self.models, self.page = ModelRoutes(self.served, self.bodies, self.access), Page(page_files())
         self.running: dict[str, str] = {}       # id of each running answer -> its owner
+        self.compared: dict[str, list[str]] = {}  # id of each running comparison -> those of its answers
         self.recordings = Recordings()
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(pool)
 
     def taken(self, request_id: str) -> bool:
-        return request_id in self.running or request_id in self.recordings
+        return request_id in self.running or request_id in self.recordings or request_id in self.compared
 
     def identified(self, request: Request) -> Request:
         """The request with its client and owner, and a new id if its own was taken while the body arrived."""
@@ -245,11 +246,15 @@ class Front:
         """POST /v1/compare: several models answer the same question, in one stream."""
         record = REQUEST_LOG.get()
         with self.bodies.holding() as holding:
-            base, text = await self.bodies.read_text(http, holding)
-        asked = with_ids(asked_of(self.served, base, read_wanted(text), record.models), self.identified)
-        async with Comparison(asked, self.answering) as comparison, EventStream(http, record.id) as stream:
-            async for body in comparison.events():
-                await stream.send(frame(body))
+            asked = with_ids(await read_asked(self.bodies, http, holding, record.models), self.identified)
+            self.compared[request_id := record.id] = [one.request.id for one in asked]
+            try:
+                async with (Comparison(asked, self.answering) as comparison,
+                            EventStream(http, request_id) as stream):
+                    async for event in comparison.events():
+                        await stream.send(frame(event))
+            finally:
+                del self.compared[request_id]
         return stream.response
 
     async def stream(self, http: web.Request, answering: AbstractAsyncContextManager, encoder: Encoder,
@@ -337,15 +342,16 @@ class Front:
                            status=404, code="not_found", param="id")
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
-        """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks. With
-        ?reasoning=true it only stops thinking."""
-        request_id = bare_id(http.match_info["id"])
-        owner = self.owners.of_answer(request_id, REQUEST_LOG.get().client)
+        """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks; that of
+        a comparison means all of its answers. With ?reasoning=true they only stop thinking."""
+        request_id, client = bare_id(http.match_info["id"]), REQUEST_LOG.get().client
         only_thinking = ONLY_THINKING.read(http.query.get("reasoning", "false"))
-        if self.running.get(request_id) != owner or not (only_thinking or self.pool.cancel(request_id)):
+        ids = [one for one in self.compared.get(request_id, [request_id])
+               if self.running.get(one) == self.owners.of_answer(one, client)]
+        if not ids or not (only_thinking or any([self.pool.cancel(one) for one in ids])):
             raise RequestError("no answer with this id is running", status=404, code="not_running",
                                param="id")
-        if only_thinking and not await self.pool.end_thinking(request_id):
+        if only_thinking and not any([await self.pool.end_thinking(one) for one in ids]):
             raise RequestError("the answer is not thinking now", status=409, code="not_thinking", param="id")
         return json_response({"id": request_id, "cancelled": "reasoning" if only_thinking else True})
 

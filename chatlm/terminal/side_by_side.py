@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence as Seq
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS, ModelChoice
 from chatlm.common.errors import ConfigError
 from chatlm.common.jsontext import as_json
 from chatlm.common.log import ProgressDisplay
-from chatlm.front.api.readers import read_compare
+from chatlm.front.api.readers import read_compare, read_variants
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.score import read_scored, score_text
-from chatlm.front.server.compare import Comparison, asked_of, read_wanted, with_ids
+from chatlm.front.server.bodies import known_of
+from chatlm.front.server.compare import Comparison, asked_of, with_ids
 from chatlm.terminal.chat import duration, prompt_text
 from chatlm.terminal.remote import RemotePool, open_pool
 from chatlm.terminal.streams import compared_at
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.front.pool.models import Model
 
 SENT = "temperature", "top_k", "top_p", "min_p", "max_tokens", "seed"  # flags that a server at --url is told
 
@@ -116,14 +120,18 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
         await models.start()
         await models.wait_ready()
         progress.close()
-        wanted = read_wanted(await read_compare(body))
-        asked = with_ids(asked_of(models, models.find(""), wanted), lambda request: request)
+        asked = await asked_of(models, models.find(""), await read_compare(body), partial(read_here, body))
+        asked = with_ids(asked, lambda request: request)
         async with Comparison(asked) as comparison:
             async for event in comparison.events():
                 yield event
     finally:
         progress.close()
         await models.close()
+
+
+async def read_here(body: dict, model: Model, indices: Seq[int], seed: int) -> list[ParsedBody]:
+    return read_variants(body, indices, seed, known_of(model))
 
 
 async def score(settings: Settings) -> int:

@@ -299,14 +299,24 @@ class Admission:
                          names: Seq[str] = ()) -> ParsedBody:
         """Read a large body of a route that answers, which may ask for an adapter of these `names`, and check
         its grammar."""
+        [parsed] = await self._read(client, owner, body, "read_body", reader, list(names))
+        return parsed
+
+    async def read_variants(self, body: bytes | bytearray, client: str, owner: str, indices: Seq[int],
+                            seed: int) -> list[ParsedBody]:
+        """Read what these of the answers that a large body of /v1/compare asks for are asked."""
+        return await self._read(client, owner, body, "read_variants", list(indices), seed)
+
+    async def _read(self, client: str, owner: str, body: bytes | bytearray, task: str,
+                    *arguments) -> list[ParsedBody]:
         with self._prepare(client):
-            values: Any = await self.sandboxes["bodies"].perform(
-                client, "read_body", reader, list(names), body=body)
+            packed: Any = await self.sandboxes["bodies"].perform(client, task, *arguments, body=body)
             vocab_size = self.prompts.tokenizer.vocab_size  # pyright: ignore[reportOptionalMemberAccess]  as _prepare says
-            parsed = await asyncio.to_thread(unpacked_body, values, vocab_size)
-            del values
-            await self._check_grammar(parsed.request.params, client, owner)
-            return parsed
+            read = [await asyncio.to_thread(unpacked_body, values, vocab_size) for values in packed]
+            del packed
+            for parsed in read:
+                await self._check_grammar(parsed.request.params, client, owner)
+            return read
 
     async def answer_text(self, route: str, body: bytes | bytearray, client: str,
                           names: Seq[str] = ()) -> bytes:

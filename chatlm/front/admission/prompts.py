@@ -40,12 +40,14 @@ class PromptMaker:
     async def _fill_here(self, arguments: dict, client: str) -> str:
         return fill_template(self.tokenizer.template, arguments)
 
-    async def admit(self, request: Request) -> Request:
+    async def admit(self, request: Request, rendered: dict | None = None) -> Request:
+        """rendered: what requests of the same conversation have rendered of it so far."""
         if request.messages is None:
             encode = partial(self._encode_prompts, request)
             prompts, dropped = await self.run(encode, sum(map(len, request.prompts))), 0
         else:
-            prompts, dropped = await self._cut_to_fit(request, request.messages)
+            prompts, dropped = await self._cut_to_fit(
+                request, request.messages, {} if rendered is None else rendered)
         if request.params.thinking_budget == 0:
             prompts = tuple(self._without_thinking(ids, request) for ids in prompts)
         for ids in prompts:
@@ -92,15 +94,16 @@ class PromptMaker:
 
         return tuple(await self.run(encode, len(text)))
 
-    async def _cut_to_fit(self, request: Request,
-                          messages: Seq[Message]) -> tuple[tuple[tuple[int, ...], ...], int]:
+    async def _cut_to_fit(self, request: Request, messages: Seq[Message],
+                          rendered: dict) -> tuple[tuple[tuple[int, ...], ...], int]:
         """The prompt of a conversation, and how many messages `truncate` dropped to make it fit: as few of
-        the oldest turns as possible, never a system message or the last turn."""
+        the oldest turns as possible, never a system message or the last turn. rendered: turns dropped ->
+        the prompt without them, and how many messages these are."""
         if len(messages) > self.context_length:  # refused unrendered: each is at least one token
             raise RequestError(f"the conversation has {len(messages):,} messages, but the context holds "
                                f"{self.context_length:,} tokens",
                                code="context_length_exceeded", param="messages")
-        starts, rendered = turn_starts([message.role for message in messages]), {}
+        starts = turn_starts([message.role for message in messages])
 
         async def without(turns: int) -> tuple[tuple[int, ...], int]:
             if turns not in rendered:

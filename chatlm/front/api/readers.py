@@ -28,10 +28,10 @@ from chatlm.front.api.fields import (
 from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget
 from chatlm.front.api.ignored import ignored_fields, unread
 from chatlm.front.api.tables import (
-    BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS,
-    MANAGED_FIELDS, MESSAGES_FIELDS, MODEL, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS,
-    OLLAMA_EMBEDDINGS_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS,
-    RESPONSES_FIELDS, TEMPLATE_FIELDS, TOKENIZE_FIELDS, VARIANT_FIELDS)
+    BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, DRAWING_FIELDS,
+    EMBEDDING_FIELDS, MANAGED_FIELDS, MESSAGES_FIELDS, MODEL, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
+    OLLAMA_EMBED_FIELDS, OLLAMA_EMBEDDINGS_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS,
+    OPENAI_FIELDS, RESPONSES_FIELDS, TEMPLATE_FIELDS, TOKENIZE_FIELDS, VARIANT_FIELDS)
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known
@@ -355,11 +355,13 @@ async def read_managed(body: dict, prompts: PromptMaker, client: str = "") -> by
 
 
 WHO_ANSWERS = ("models", "steps", "variants")
+WHO = ("model", "adapter", "step")
 
 
 async def read_compare(body: dict, prompts: PromptMaker | None = None, client: str = "") -> bytes:
-    """The body of /v1/compare, checked, as JSON: `variants` has an object for each answer, `step` or `model`
-    in it says who gives it; the rest holds for all."""
+    """Who answers the body of /v1/compare, as JSON: `variants` has an object for each answer, in which `step`
+    or `model` and `adapter` say who gives it, and `seed` is for all that have none of their own. What they
+    are asked, `read_variants` reads, for each model."""
     values = parse_answer(body, COMPARE_FIELDS)
     chosen = [name for name in WHO_ANSWERS if name in values]
     if len(chosen) != 1:
@@ -371,18 +373,24 @@ async def read_compare(body: dict, prompts: PromptMaker | None = None, client: s
                      [field._replace(name=f"variants[{index}].{field.name}") for field in VARIANT_FIELDS])
     variants = variants or [{"model": name} for name in values.get("models", ())]
     variants = variants or [{"step": step} for step in values.get("steps", ())]
-    names = {field.name for field in COMPARE_FIELDS} - {"model", *WHO_ANSWERS}
-    shared = {name: value for name, value in body.items() if name in names}
-    shared["seed"] = sampling_params(values, Settings()).seed  # one for all that have none of their own
-    return dump(shared | {"variants": variants})
+    # the start of a very long name is as unknown as all of it
+    who = [{name: value[:1000] if is_text(value := variant[name]) else value
+            for name in WHO if name in variant} for variant in variants]
+    return dump({"seed": sampling_params(values, Settings()).seed, "variants": who})
 
 
-def compared_request(shared: Mapping, variant: Mapping, known: Known) -> Request:
-    """One answer of /v1/compare. Its log-probabilities say how likely the token was that is another."""
-    own = {name: value for name, value in variant.items() if value is not None and name not in (
-        "model", "step", "adapter")}
-    request = read_chat_body({**shared, **own}, known).request
-    return replace(request, params=replace(request.params, logprobs=0))
+def read_variants(body: dict, indices: Seq[int], seed: int, known: Known) -> list[ParsedBody]:
+    """What these of the answers of a body of /v1/compare are asked, all by one model. They share the messages
+    that are read here; log-probabilities say how likely the token was that is another."""
+    values = {"seed": seed} | parse_answer(body, COMPARE_FIELDS)
+    messages = openai_messages(values["messages"], known.tool_format is not None)
+    values["template_options"] = template_options(values)
+    variants, read = values.get("variants", ()), []
+    for index in indices:
+        own = parse_fields(variants[index] if variants else {}, DRAWING_FIELDS)
+        request = parse_openai_request(values | own, known.settings, known.tool_format, messages)
+        read.append(ParsedBody(replace(request, params=replace(request.params, logprobs=0)), api="chat"))
+    return read
 
 
 async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> bytes:

@@ -24,10 +24,13 @@ from chatlm.common.text.tokenizer import compile_chat_template, fill_template
 from chatlm.front.admission.admission import Sandbox, packed_body
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.fields import json_object
-from chatlm.front.api.readers import read_answer, read_text
+from chatlm.front.api.readers import read_answer, read_text, read_variants
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import ParsedBody
 
 
-TASKS_OF_BODIES = "named_model", "read_body", "answer_text"
+TASKS_OF_BODIES = "named_model", "read_body", "read_variants", "answer_text"
 PREPARE_S = 5.0  # processor seconds a sandbox may take to compile a template or open a tokenizer
 
 
@@ -72,13 +75,20 @@ class Tasks:
         return replace(self.config.server, adapters=tuple(names))
 
     def read_body(self, reader: str, names: Seq[str], body: bytes) -> Result:
-        parsed = read_answer(reader, body, self.server(names))
-        admitted, lasting = asyncio.run(self.prompts.admit(parsed.request)), parsed.lasting()
+        return Result([self.admitted(read_answer(reader, body, self.server(names)), {})])
+
+    def read_variants(self, indices: Seq[int], seed: int, body: bytes) -> Result:
+        read, rendered = read_variants(json_object(body), indices, seed, self.config.server), {}
+        return Result([self.admitted(parsed, rendered) for parsed in read])
+
+    def admitted(self, parsed: ParsedBody, rendered: dict) -> list:
+        """A body whose prompts fit, packed."""
+        admitted, lasting = asyncio.run(self.prompts.admit(parsed.request, rendered)), parsed.lasting()
         request = replace(lasting.request, dropped_messages=admitted.dropped_messages)
         if self.config.server.settings.log_conversations and request.messages is not None:
             texts = tuple(Message(message.role, message.content) for message in parsed.request.messages or ())
             request = replace(request, messages=texts)
-        return Result(packed_body(replace(lasting, request=request), admitted.prompt_ids or ()))
+        return packed_body(replace(lasting, request=request), admitted.prompt_ids or ())
 
     def answer_text(self, route: str, names: Seq[str], body: bytes) -> Body:
         return Body(asyncio.run(read_text(route, body, self.prompts, self.server(names))))

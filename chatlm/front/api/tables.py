@@ -237,10 +237,17 @@ TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", requir
                    Field("tools", TOOLS, "functions"), MODEL, WITH_PIECES, *TEMPLATE_OPTIONS)
 MANAGED_FIELDS = (MODEL,)
 
+STEP = Field("step", FieldType('a number of a step, or "latest"',
+                               {"anyOf": [{"type": "integer", "minimum": 0}, {"enum": ["latest"]}]}),
+             "one of the checkpoints of the run of `model`")
+DRAWING_FIELDS = tuple(field for field in OPENAI_FIELDS if field.name in (  # what draws tokens, ends answers
+    "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "max_tokens",
+    "max_completion_tokens", "min_tokens", "ignore_eos", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "logit_bias"))
 VARIANT_FIELDS = (
     Field("model", TEXT, "one of the served models; absent: the default one"),
     Field("adapter", TEXT, "one of the model's adapters"),
-    *(field for field in OPENAI_FIELDS if field.name in ("temperature", "top_k", "seed", "max_tokens")),
+    STEP, *DRAWING_FIELDS,
 )
 SOME_ANSWERS = {"minItems": 2, "maxItems": LIMITS.compared}
 COMPARE_FIELDS = (
@@ -249,17 +256,14 @@ COMPARE_FIELDS = (
                               list_schema(A_TEXT, **SOME_ANSWERS)), "the models that answer"),
     Field("steps", FieldType(
         f'a list of 2 to {LIMITS.compared} numbers of steps, or "latest"',
-        list_schema({"anyOf": [{"type": "integer", "minimum": 0}, {"enum": ["latest"]}]}, **SOME_ANSWERS)),
+        list_schema(STEP.schema, **SOME_ANSWERS)),
         "the checkpoints that answer, of the run of `model`"),
     Field("variants", FieldType(
         f"a list of 2 to {LIMITS.compared} objects", list_schema({"type": "object"}, **SOME_ANSWERS),
         details=list_schema({"type": "object", "properties": {
             field.name: field.described for field in VARIANT_FIELDS}})),
         "what differs from answer to answer; each may have a model of its own"),
-    *(field for field in OPENAI_FIELDS if field.name in (
-        "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "max_tokens",
-        "max_completion_tokens", "min_tokens", "ignore_eos", "presence_penalty", "frequency_penalty",
-        "repetition_penalty", "logit_bias", "truncate", "priority")),
+    *DRAWING_FIELDS, *(field for field in OPENAI_FIELDS if field.name in ("truncate", "priority")),
     *TEMPLATE_OPTIONS,
 )
 

@@ -136,8 +136,10 @@ class Owners:
 
     def of_answer(self, request_id: str, client: str) -> str:
         """The client's key. Without keys, whoever knows the answer's id if that cannot be guessed; otherwise
-        the client's address, which comes last because a phone's changes with the network."""
-        return "" if not self.settings.keys and re.fullmatch("[0-9a-f]{32}", request_id) else client
+        the client's address, which comes last because a phone's changes with the network. Of a comparison's
+        answers, each has the number of its own behind the id."""
+        unguessable = re.fullmatch("[0-9a-f]{32}(-[0-9])?", request_id)
+        return "" if not self.settings.keys and unguessable else client
 
     def of_pages(self, client: str) -> str:
         """Clients of one owner share KV pages and checked grammars; share_prefixes gives all keys one. A

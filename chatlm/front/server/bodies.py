@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from chatlm.common.errors import Overloaded
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import Known
 from chatlm.front.api.fields import json_object
-from chatlm.front.api.readers import read_answer, read_text
+from chatlm.front.api.readers import read_answer, read_text, read_variants
 from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.server.routes import Api
 from chatlm.front.server.streams import Budget, Holding, read_bytes
@@ -79,11 +80,15 @@ class Bodies:
                 admission = self.models.find("", record.models).serving().admission
                 name = await admission.named_model(body, record.client)
         model = self.models.find(name if isinstance(name, str) else "", record.models)
+        await self.hold(model, holding)
+        return model
+
+    async def hold(self, model: Model, holding: Holding):
+        """Have `holding` keep the version of a model's adapter; then wait until its files are known."""
         pool = model.serving()
         if model.adapter:
             holding.others.enter_context(pool.adapters.holding(model.adapter.id))
         await pool.version.current()
-        return model
 
     async def parse(self, http: web.Request, holding: Holding) -> tuple[Model, ParsedBody]:
         """Read a body with one of ANSWER_READERS. `holding` then holds what stays of a large one."""
@@ -111,10 +116,16 @@ class Bodies:
 
     async def read_text(self, http: web.Request, holding: Holding) -> tuple[Model, bytes]:
         """What one of TEXT_READERS makes of a body."""
-        record = REQUEST_LOG.get()
+        return await self.text_of(await self.receive(http, holding), holding)
+
+    async def receive(self, http: web.Request, holding: Holding) -> bytearray:
+        """A body for one of TEXT_READERS; Overloaded before there is a tokenizer."""
         if not self.models.several:
-            tokenizer_of(self.models.find("", record.models).serving())
-        body = await self._receive(http, holding)
+            tokenizer_of(self.models.find("", REQUEST_LOG.get().models).serving())
+        return await self._receive(http, holding)
+
+    async def text_of(self, body: bytes | bytearray, holding: Holding) -> tuple[Model, bytes]:
+        record = REQUEST_LOG.get()
         model = await self.model_of(body, holding)
         pool, admission = model.serving(), model.serving().admission
         if admission.prompts and len(body) <= LIMITS.inline_bytes:
@@ -126,3 +137,15 @@ class Bodies:
         if ignored:
             record.headers["X-Ignored-Fields"] = ignored.decode()[:1000]
         return model, text
+
+    async def read_variants(self, body: bytes | bytearray, holding: Holding, model: Model,
+                            indices: Seq[int], seed: int) -> list[ParsedBody]:
+        """What one model is asked by a body of /v1/compare. `holding` then holds what stays of a large
+        one."""
+        client = REQUEST_LOG.get().client
+        if len(body) * LIMITS.compared <= LIMITS.inline_bytes:  # each of its models reads it
+            return read_variants(json_object(body), indices, seed, known_of(model))
+        read = await model.serving().admission.read_variants(
+            body, client, self.owners.of_pages(client), indices, seed)
+        holding.keep(sum(parsed.size for parsed in read))
+        return read

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence as Seq
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence as Seq
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,15 +15,21 @@ from chatlm.common.errors import ChatServerError, EngineFailure, RequestError, l
 from chatlm.common.messages.requests import Finished, Piece
 from chatlm.front.aio import supervised
 from chatlm.front.api.encode import NativeEncoder, error_body, timings_body, usage_body
-from chatlm.front.api.readers import compared_request
 from chatlm.front.server.bodies import computed_by, known_of, tokenizer_of
 
 if TYPE_CHECKING:
+    from aiohttp import web
+    from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event, Request
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model, OneModel
     from chatlm.front.pool.pool import WorkerPool
+    from chatlm.front.server.bodies import Bodies
+    from chatlm.front.server.streams import Holding
 
+# A model and some of the answers that are compared, by number, with the seed of those that have none of their
+# own: what the model is asked
+VariantReader = Callable[["Model", "Seq[int]", int], "Awaitable[Seq[ParsedBody]]"]
 Answering = Callable[["WorkerPool", "Request"],
                      "AbstractAsyncContextManager[tuple[Accepted, AsyncGenerator[Event, None]]]"]
 
@@ -36,21 +42,36 @@ class Asked(NamedTuple):
     request: Request
 
 
-def asked_of(served: OneModel | ManyModels, base: Model, wanted: Mapping,
-             bound: Seq[str] = ()) -> list[Asked]:
-    """Who answers what `read_compare` made of a body whose own `model` is `base`. bound: the models that the
-    client's key may see. RequestError if one of them is not there, or refuses the question."""
-    shared, asked = {name: value for name, value in wanted.items() if name != "variants"}, []
+async def asked_of(served: OneModel | ManyModels, base: Model, text: bytes, read: VariantReader,
+                   bound: Seq[str] = ()) -> list[Asked]:
+    """Who answers what, where `read_compare` has made `text` of a body whose own `model` is `base`. `read`
+    reads the body for each of the models, once. bound: the models that the client's key may see. RequestError
+    if one of them is not there, or refuses the question."""
+    wanted = json.loads(text)  # small: the names of at most LIMITS.compared answers
+    models: list[Model] = []
     for variant in wanted["variants"]:
         name = name_of(variant, base)
-        model = served.find(name, bound) if name else base
-        pool = model.serving()
-        tokenizer_of(pool)
-        known = known_of(model)
-        known.check_model(name)
-        request = computed_by(model, compared_request(shared, variant, known))
-        asked.append(Asked(model.name, pool, request))
-    return asked
+        models.append(model := served.find(name, bound) if name else base)
+        tokenizer_of(model.serving())
+        known_of(model).check_model(name)
+    indices: dict[WorkerPool, list[int]] = {}
+    for index, model in enumerate(models):
+        indices.setdefault(model.serving(), []).append(index)
+    requests: dict[int, Request] = {}
+    for its in indices.values():
+        bodies = await read(models[its[0]], its, wanted["seed"])
+        requests |= {index: parsed.request for index, parsed in zip(its, bodies)}
+    return [Asked(model.name, model.serving(), computed_by(model, requests[index]))
+            for index, model in enumerate(models)]
+
+
+async def read_asked(bodies: Bodies, http: web.Request, holding: Holding,
+                     bound: Seq[str] = ()) -> list[Asked]:
+    """Who answers what a client asks. `holding` then holds what stays of a large body."""
+    with bodies.holding() as reading:
+        body = await bodies.receive(http, reading)
+        base, text = await bodies.text_of(body)
+        return await asked_of(bodies.models, base, text, partial(bodies.read_variants, body, holding), bound)
 
 
 def name_of(variant: Mapping, base: Model) -> str:
@@ -83,6 +104,7 @@ class Progress:
         self.tokens = list[tuple[bytes, float]]()  # of each its spelling and its probability
         self.end: dict | None = None               # its last event
         self.stopped = self.differs = False        # did it end by itself? Has it left the first answer?
+        self.equal = 0                             # tokens from the start that it shares with the first answer
 
     def told(self, **members) -> dict:
         return {"index": self.index, "model": self.asked.model, **members}
@@ -114,14 +136,15 @@ class Progress:
         """Where it leaves the first answer, once both have come so far."""
         if self.differs:
             return None
-        both = min(len(self.tokens), len(first.tokens))
-        position = next((at for at in range(both) if self.tokens[at][0] != first.tokens[at][0]), both)
-        mine, theirs = self.at(position), first.at(position)
+        while ((mine := self.at(self.equal)) and (theirs := first.at(self.equal))
+               and mine[0] == theirs[0]):
+            self.equal += 1
+        mine, theirs = self.at(self.equal), first.at(self.equal)
         ended = mine is None and self.stopped or theirs is None and first.stopped
         if (mine is None or theirs is None) and not (ended and (mine or theirs)):
             return None
         self.differs = True
-        return {"differs": self.told(position=position,
+        return {"differs": self.told(position=self.equal,
                                      probabilities=[token and token[1] for token in (theirs, mine)])}
 
 
@@ -179,11 +202,6 @@ class Comparison:
                 if other is not first and (body := other.leaves(first)):
                     yield body
         yield {"done": True, "answers": [answer.end for answer in self.answers]}
-
-
-def read_wanted(text: bytes) -> dict:
-    """What `read_compare` has written."""
-    return json.loads(text)
 
 
 def with_ids(asked: Seq[Asked], identified: Callable[[Request], Request]) -> list[Asked]:

@@ -12,8 +12,8 @@ from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Known
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.api.readers import ANSWER_READERS, read_answer, read_text
-from chatlm.front.api.tables import BODY_FIELDS, OLLAMA_OPTIONS
+from chatlm.front.api.readers import ANSWER_READERS, read_answer, read_text, read_variants
+from chatlm.front.api.tables import BODY_FIELDS, DRAWING_FIELDS, OLLAMA_OPTIONS
 from fake_pool import FakePool, Letters, serving
 
 KNOWN = Known(Settings(seed=7), "fake-model", "tagged", template="{{ reasoning_effort }} {{ city }} </think>")
@@ -87,6 +87,9 @@ def parsed(route, body):
         answer = read_answer(route, raw, KNOWN)
         return replace(answer, ignored_fields=()), answer.ignored_fields
     ignored, _, text = asyncio.run(read_text(route, raw, PromptMaker(Teller(), 4096), KNOWN)).partition(b"\n")
+    if route == "/v1/compare":          # what its models are asked, they read themselves
+        wanted = json.loads(text)
+        text = wanted, read_variants(json.loads(raw), range(len(wanted["variants"])), wanted["seed"], KNOWN)
     return text, tuple(filter(None, ignored.decode().split(", ")))
 
 
@@ -110,6 +113,14 @@ def test_an_option_of_ollama_s_changes_the_request(name):
     (before, _), body = parsed("/api/chat", BASE["/api/chat"]), {"options": {name: (VALUES | OPTIONS)[name]}}
     after, ignored = parsed("/api/chat", BASE["/api/chat"] | body)
     assert before != after and ignored == ()
+
+
+@pytest.mark.parametrize("name", [field.name for field in DRAWING_FIELDS])
+def test_a_field_of_a_variant_changes_its_own_request_alone(name):
+    body = {"messages": HI, "seed": 7, "variants": [{}, {name: VALUES[name]}, {}]}
+    (first, second, third), of_all = (read_variants(asked, range(3), 7, KNOWN) for asked in (body, body | {"variants": [{}] * 3, name: VALUES[name]}))
+    assert first == third != second == of_all[1]
+    assert read_variants(body, [1], 7, KNOWN) == [second]
 
 
 def test_each_route_with_a_body_is_in_the_tables():

@@ -515,6 +515,45 @@ async def test_an_answer_is_cancelled_by_the_id_of_its_header(client, path):
         assert (await client.post(url + "/v1/cancel/myid1")).status == 404
 
 
+@pytest.mark.parametrize("path, body, answers", [
+    ("/v1/compare", conversation() | {"variants": [{}, {"seed": 1}, {"seed": 2}]}, 3), (OPENAI, conversation() | {"n": 3, "stream": True}, 1),
+    ("/v1/completions", {"prompt": ["a", "b"], "n": 2, "stream": True}, 1)])
+async def test_all_answers_of_a_request_are_cancelled_by_the_id_of_its_header(client, path, body, answers):
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool) as url:
+        async with client.post(url + path, json=body) as response:
+            request_id = response.headers["X-Request-Id"]
+            await pool.until_open(answers)
+            ended = await client.post(f"{url}/v1/cancel/{request_id}?reasoning=true")
+            assert ended.status == 200 and len(pool.hurried) == answers
+            cancelled = await client.post(f"{url}/v1/cancel/{request_id}")
+            assert (cancelled.status, await cancelled.json()) == (200, {"id": request_id, "cancelled": True})
+            last = frames(await response.read())[-1]
+            assert {end["error"]["code"] for end in last.get("answers", [last])} == {"cancelled"}
+        await pool.until_open(0)
+        assert (await client.post(f"{url}/v1/cancel/{request_id}")).status == 404
+
+
+async def test_one_answer_of_a_comparison_is_cancelled_alone_and_a_client_that_leaves_cancels_all(client):
+    pool = FakePool(gate=asyncio.Event())
+    body = conversation() | {"variants": [{}, {"seed": 1}]}
+    async with serving(pool) as url:
+        async with client.post(url + "/v1/compare", json=body, headers={"X-Request-Id": "mine"}) as response:
+            assert (await client.post(f"{url}/v1/cancel/mine-1")).status == 200
+            await pool.until_open(1)
+            again = await client.post(url + "/v1/compare", json=body, headers={"X-Request-Id": "mine"})    # its id is taken
+            assert again.status == 200 and again.headers["X-Request-Id"] != "mine"
+            again.close()
+            await pool.until_open(1)
+            pool.gate.set()
+            first, second = frames(await response.read())[-1]["answers"]
+            assert first["finish_reason"] == "stop" and second["error"]["code"] == "cancelled"
+        pool.gate.clear()
+        async with client.post(url + "/v1/compare", json=body) as response:
+            await pool.until_open(2)
+        await pool.until_open(0)
+
+
 async def test_an_answer_stops_thinking_and_goes_on(client):
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:

@@ -71,6 +71,11 @@ async def test_only_its_own_key_stops_an_answer(client):
             assert (await client.post(url + "/v1/cancel/mine?reasoning=true", headers=ALICE)).status == 200
             assert (await client.post(url + "/v1/cancel/mine", headers=BOB)).status == 404
             assert (await client.post(url + "/v1/cancel/mine", headers=ALICE)).status == 200
+        body = conversation() | {"variants": [{}, {"seed": 1}]}
+        async with client.post(url + "/v1/compare", json=body, headers=ALICE | {"X-Request-Id": "both"}):
+            for name in ("both", "both-0", "both?reasoning=true"):
+                assert (await client.post(url + "/v1/cancel/" + name, headers=BOB)).status == 404
+            assert (await client.post(url + "/v1/cancel/both", headers=ALICE)).status == 200
 
 
 def test_keys_come_from_flags_files_and_the_environment_and_only_hashes_stay(tmp_path):
