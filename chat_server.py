@@ -124,7 +124,7 @@ from chatlm.cli import asks_for_json, hide_api_keys, parse_bundle_words, parse_c
 from chatlm.common.bundle import write_bundle
 from chatlm.common.config import Settings
 from chatlm.common.errors import (
-    ChatServerError, ConfigError, RequestError, bad_value, lack_of_memory, require_library, shown)
+    ChatServerError, ConfigError, RequestError, bad_value, lack_of_memory, require_library, shown, visible)
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import tune_gc
 from chatlm.common.messages.requests import PromptProgress
@@ -548,11 +548,11 @@ def main(argv: Seq[str] | None = None) -> int:
     repair_streams()
     try:
         if argv[:1] == ["bundle"]:
-            print(write_bundle(*parse_bundle_words(argv[1:])))
+            print(visible(write_bundle(*parse_bundle_words(argv[1:]))))
             return 0
         if argv[:1] == ["store"]:
             for line in listed_store(*parse_store_words(argv[1:])):
-                print(line)
+                print(visible(line))
             return 0
         settings = parse_command_line(argv, os.environ)
         os.environ.pop("CHAT_SERVER_API_KEY", None)  # no process of ours needs it, nor any that they start

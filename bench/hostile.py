@@ -51,7 +51,7 @@ from chatlm.common.program import page_files    # noqa: E402
 
 CHAT, OPENAI, COMPLETIONS = "/chat/completions", "/v1/chat/completions", "/v1/completions"
 TOKENIZE, DETOKENIZE, APPLY_TEMPLATE = "/tokenize", "/detokenize", "/apply-template"
-RESPONSES, SHOW = "/v1/responses", "/api/show"
+RESPONSES, SHOW, COMPARE = "/v1/responses", "/api/show", "/v1/compare"
 MIB = 1 << 20
 SETTLE_S = 30.0             # after an attack; a server that does not serve by then counts as broken
 TEMPLATE = """{%- if tools %}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}{% endif -%}
@@ -445,6 +445,8 @@ LARGE_BODIES = (    # route, name; a body in which * is repeated as often as fit
     (OPENAI, "no JSON", "*", "{", "", ""),
     (OPENAI, "quotation marks", HI_AND + '"*"}', '\\"', "", ""),
     (OPENAI, "the word model", HI_AND + "[*]}", '"model"', ",", ""),
+    (COMPARE, "a message", '{"variants":[{},{},{},{},{},{},{},{}],"messages":[{"role":"user","content":"*"}]}', "a b", "", ""),
+    (COMPARE, "names of adapters", '{"messages":[{"role":"user","content":"a"}],"variants":[{},{"adapter":"*"}]}', "a", "", ""),
     (RESPONSES, "metadata of line ends", RESPOND + '"metadata": {"a": "*"}}', "\u2028", "", ""),
     (RESPONSES, "a user of line ends", RESPOND + '"user": "*"}', "\u2028", "", ""),
     (RESPONSES, "instructions of spaces", RESPOND + '"instructions": "*"}', " ", "", ""),
@@ -492,6 +494,14 @@ async def pieces(attacker):
     """A text as long as /tokenize allows."""
     text = "a b" * attacker.many(LIMITS.tokenized_characters // 3)
     await attacker.post(TOKENIZE, {"content": text, "with_pieces": True})
+
+
+async def comparisons(attacker):
+    """Each answer's request could be read from the body anew, and by clients that leave."""
+    body = {"messages": HI["messages"] * attacker.many(200_000), "variants": [{"seed": seed} for seed in range(8)]}
+    await attacker.post(COMPARE, body)
+    await attacker.posts(4, COMPARE, body, leave_after_s=1)
+    await attacker.posts(attacker.many(50), COMPARE, body | {"messages": HI["messages"] * 1500})
 
 
 async def biases(attacker):
@@ -681,6 +691,7 @@ ATTACKS = {
     f"4 x 15 MB to {SHOW}": shows,
     **{f"streams that hold {name}": functools.partial(staying, body) for name, body in STAYING.items()},
     "500,000 characters to /tokenize, with pieces": pieces,
+    "200,000 messages to /v1/compare, 8 variants": comparisons,
     "245,000 spellings in logit_bias, n: 128": biases,
     "3,000 idle connections": idle,
     "5,000 connections that come and go": come_and_go,

@@ -25,6 +25,7 @@ from chatlm.common.memory import tune_gc    # noqa: E402
 from chatlm.common.config import LIMITS, Settings    # noqa: E402
 
 NATIVE, CHAT, COMPLETIONS, TOKENIZE = "/chat/completions", "/v1/chat/completions", "/v1/completions", "/tokenize"
+COMPARE = "/v1/compare"
 HI = '"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2'
 
 
@@ -66,6 +67,10 @@ def bodies(size):
     yield "/detokenize", "ids", filled('{"tokens": [', "9", "]}", min(size, 2 * LIMITS.tokenized_characters))
     yield "/detokenize", "too many ids", filled('{"tokens": [', "9", "]}", size)
     yield "/apply-template", "messages", filled('{"messages": [', user + 'a"}', "]}", size)
+    variants = '{"max_tokens": 2, "variants": [{}, {}, {}, {}, {}, {}, {}, {}], "messages": ['
+    yield COMPARE, "messages", filled(variants, user + 'a"}', "]}", size)
+    yield COMPARE, "messages of an eighth", filled(variants, user + 'a"}', "]}", size // 8)
+    yield COMPARE, "one text", filled(variants + user, "word and, more ", '"}]}', size, "")
     for route in (NATIVE, COMPLETIONS, TOKENIZE):
         yield route, "nested lists", b'{"messages": ' + b"[" * (size // 2) + b"]" * (size // 2 - 20) + b"}"
         yield route, "no JSON", b"\xff" * size

@@ -34,9 +34,21 @@ class RequestError(ChatServerError):
         self.status, self.code, self.param = status, code, param
 
 
+# What moves a terminal's cursor, changes its colours, turns the direction of reading or breaks a line where none
+# is meant, and surrogates: bytes of a file's name that are not UTF-8
+UNSEEN = (r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff"
+          r"\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Text of which some may be foreign, such as the name of a file, for a terminal or a log: what is unseen
+    but acts is shown as an escape. Tabs and line ends stay."""
+    return re.sub(UNSEEN, lambda found: ascii(found[0])[1:-1], text)
+
+
 def printable(text: str) -> str:
     """Text from a file or a library, on one line that a terminal can show; names without end are cut."""
-    line = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text[:1 << 16])
+    line = visible(re.sub(r"[\t-\r\x1c-\x1f\x85]+", " ", text[:1 << 16]))
     return re.sub(r"([^\s/]{200})[^\s/]+", r"\1...", line)[:4000]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
+from chatlm.common.errors import UNSEEN, printable, visible
 from chatlm.common.jsontext import dump
 from chatlm.common.streams import Unfailing
 
@@ -28,6 +30,17 @@ def utc(at_s: float | None = None) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_s))
 
 
+class TextLines(logging.Formatter):
+    """--log-format text. Lines after the first of a record are indented, so that the name of a file cannot
+    look like a record of its own."""
+
+    def __init__(self):
+        super().__init__("%(asctime)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record)).replace("\n", "\n    ")
+
+
 class JsonLines(logging.Formatter):
     """--log-format json: one object per line, including the record's `fields`."""
 
@@ -38,7 +51,7 @@ class JsonLines(logging.Formatter):
                 **getattr(record, "fields", {})}
         if record.exc_info:
             body["traceback"] = self.formatException(record.exc_info)
-        return dump(body).decode()
+        return re.sub(UNSEEN, lambda found: f"\\u{ord(found[0]):04x}", dump(body).decode())
 
 
 class CalmLog(logging.StreamHandler):
@@ -80,8 +93,7 @@ class CalmLog(logging.StreamHandler):
 
 def start_logging(settings: Settings):
     handler = CalmLog()
-    handler.setFormatter(
-        JsonLines() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
     logging.basicConfig(
         handlers=[handler], level=logging.INFO if settings.command == "serve" else logging.WARNING)
     logging.captureWarnings(True)
@@ -137,7 +149,7 @@ def tell(text: str, level: int = logging.INFO, file: TextIO | None = None):
     if json_handler():
         log.log(level, text.strip())
     else:
-        print(text, file=file or sys.stderr, flush=True)
+        print(visible(text), file=file or sys.stderr, flush=True)
 
 
 class ProgressDisplay:
@@ -147,6 +159,7 @@ class ProgressDisplay:
         self.stage, self.bar = "", sys.stderr.isatty()
 
     def __call__(self, stage: str, fraction: float):
+        stage = printable(stage)
         if self.bar:
             done = round(30 * min(max(fraction, 0.0), 1.0))
             print(f"{CLEAR}{stage} [{'#' * done:30}] {fraction:4.0%}", end="", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS, ModelChoice
-from chatlm.common.errors import ConfigError
+from chatlm.common.errors import ConfigError, visible
 from chatlm.common.jsontext import as_json
 from chatlm.common.log import ProgressDisplay
 from chatlm.front.api.readers import read_compare, read_variants
@@ -94,11 +94,12 @@ def show(column: Column, name: str) -> bool:
     """Print what is new of an answer; True once it is whole."""
     new = column.parts["token"][column.shown:]
     if not column.shown and (new or column.end):
-        print(f"== {name}", flush=True)
+        print(f"== {visible(name)}", flush=True)
     column.shown += len(new)
+    new = visible(new) if sys.stdout.isatty() else new
     print(new, end="" if not column.end else "\n", flush=True)
     if column.end:
-        print(column.note(), file=sys.stderr)
+        print(visible(column.note()), file=sys.stderr)
     return bool(column.end)
 
 
@@ -148,7 +149,7 @@ async def score(settings: Settings) -> int:
         if settings.json:
             print(json.dumps({"model": name, **scored.as_json()}), flush=True)
         else:
-            print(f"{scored.bits_per_byte:.4f} bits per byte: {name}", flush=True)
+            print(f"{scored.bits_per_byte:.4f} bits per byte: {visible(name)}", flush=True)
         print(f"{scored.tokens:,} tokens of {scored.bytes:,} bytes in "
               f"{duration(time.monotonic() - began_s)}", file=sys.stderr)
     return 0

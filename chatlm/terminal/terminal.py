@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
+from chatlm.common.errors import visible
 from chatlm.front.aio import interruptible, supervised
 
 if TYPE_CHECKING:
@@ -264,9 +265,9 @@ class Terminal:
     def note(self, text: str, style: str = "dim"):
         """Our own lines: among the messages on a terminal, else on stderr, as stdout carries only answers."""
         if self.console:
-            self.console.print(text.translate(TERMINAL_CONTROLS), style=style, markup=False, emoji=False)
+            self.console.print(visible(text), style=style, markup=False, emoji=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(visible(text), file=sys.stderr, flush=True)
 
     def writer(self, before: str, hint: bool) -> MarkdownWriter | PlainWriter:
         return MarkdownWriter(self.console, before, hint) if self.console else PlainWriter(self.as_json)
