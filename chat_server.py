@@ -342,8 +342,8 @@ class Front:
                            status=404, code="not_found", param="id")
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
-        """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks; that of
-        a comparison means all of its answers. With ?reasoning=true they only stop thinking."""
+        """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks; a
+        comparison's means all of its answers. With ?reasoning=true they only stop thinking."""
         request_id, client = bare_id(http.match_info["id"]), REQUEST_LOG.get().client
         only_thinking = ONLY_THINKING.read(http.query.get("reasoning", "false"))
         ids = [one for one in self.compared.get(request_id, [request_id])

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm import __version__
-from chatlm.common.config import FLAGS, PROGRAM_COMMANDS, ModelChoice, Settings, number, read_api_keys, size
+from chatlm.common.config import (
+    FLAGS, PROGRAM_COMMANDS, ModelChoice, Settings, file_name, read_api_keys, size)
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, did_you_mean, require_library
 from chatlm.common.files import read_operators
@@ -107,40 +108,59 @@ SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True,
                 "0": False, "false": False, "no": False, "off": False}
 
 
-def as_words(value) -> list[str]:
-    return [str(item) for item in (value if isinstance(value, list) else [value])]
+def as_words(value, place: str, flag: Flag | None = None, many: bool = False) -> list[str]:
+    """A value of a --config file as the words of a flag, or of a key that has none and takes texts.
+    ConfigError if it is of another type."""
+    many, text = many or flag is not None and flag.many, flag is None or flag.is_text
+    types = (str,) if text else (bool, int, str) if flag.parse is None else (int, float, str)
+    words = value if many and isinstance(value, list) else [value]
+    if not all(type(word) in types for word in words):
+        allowed = ("a text in quotes" if text else "true or false" if flag.parse is None else
+                   "a number or a text")
+        raise ConfigError(f"{place} must be {allowed}{', or a list of these' * many}")
+    return [str(word) for word in words]
 
 
-def words_of_table(table: Mapping) -> list[str]:
+def named_path(text: str, place: str):
+    """ConfigError if no file can have this name."""
+    try:
+        file_name(text)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def words_of_table(table: Mapping, place: str) -> list[str]:
     """A table of adapters, NAME = "FOLDER", as the words of --adapter."""
-    return [f"{name}={folder}" for name, folder in table.items()]
+    return [f"{name}={as_words(folder, f'{place}.{name}')[0]}" for name, folder in table.items()]
 
 
-def read_config(path: str | None) -> tuple[dict[str, list[str]], list[dict]]:
+def read_config(file: str | None) -> tuple[dict[str, list[str]], list[dict]]:
     """The flags of a --config TOML file, as words by field name, and its [[models]] tables. ConfigError for
     unknown names."""
-    if path is None:
+    if file is None:
         return {}, []
     tomllib = require_library("tomllib" if sys.version_info >= (3, 11) else "tomli", "--config")
-    fields = {name: flag.field for flag in FLAGS for name in flag.names} | {"model": "model"}
+    flags = {name: flag for flag in FLAGS for name in flag.names}
     words, tables = {}, []
     try:
-        for name, value in tomllib.loads(read_operators(path)).items():
+        for name, value in tomllib.loads(read_operators(file)).items():
             if name == "models" and isinstance(value, list) and all(isinstance(item, dict) for item in value):
                 tables = value
                 continue
             if name == "models" and isinstance(value, dict):
                 raise ValueError("[models] must be [[models]], a table for each model")
             if isinstance(value, dict) and name == "adapter":
-                value = words_of_table(value)
+                value = words_of_table(value, f"--config {file}: {name}")
             if isinstance(value, dict):
                 raise ValueError(f"[{name}] is a table, but flags stand outside tables: `port = 8000`, "
                                  "or for one that may repeat `served-model-name = [\"a\", \"b\"]`")
-            if (spelled := name.replace("_", "-")) not in fields:
-                raise ValueError(f"there is no flag --{name}{did_you_mean(spelled, fields, '--')}")
-            words[fields[spelled]] = as_words(value)
+            if (spelled := name.replace("_", "-")) not in (*flags, "model"):
+                raise ValueError(f"there is no flag --{name}{did_you_mean(spelled, flags, '--')}")
+            flag = flags.get(spelled)
+            words[flag.field if flag else "model"] = as_words(
+                value, f"--config {file}: {name}", flag, many=flag is None)
     except (OSError, RuntimeError, ValueError, RecursionError) as error:  # str() refuses 5,000-digit ints
-        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(f"--config {file}: {getattr(error, 'strerror', None) or error}") from None
     return words, tables
 
 
@@ -160,24 +180,27 @@ def read_table(parser: CommandLine, table: dict, place: str) -> ModelChoice:
             names = [*TABLE_KEYS, *(known.replace("_", "-") for known in TABLE_FLAGS)]
             raise ConfigError(f"{place}: {name} is no key of a model{did_you_mean(name, names)}"
                               f" (they are {', '.join(names)})")
-    words = {field: words_of_table(table[name]) if field == "adapter" and isinstance(table[name], dict) else
-             as_words(table[name]) for field, name in spelled.items()}
-    for name in ("name", "path"):
-        if name in words and not (isinstance(table[name], str) and table[name].strip()):
-            raise ConfigError(f"{place}: {name} must be a text")
-    if "path" not in words:
+    words = {field: words_of_table(table[name], f"{place}: {name}")
+             if field == "adapter" and isinstance(table[name], dict) else
+             as_words(table[name], f"{place}: {name}", flag)
+             for field, flag in TABLE_FLAGS.items() if (name := spelled.get(field))}
+    texts = {name: as_words(table[name], f"{place}: {name}", many=name == "aliases")
+             for name in ("name", "path", "aliases") if name in table}
+    if empty := [name for name, values in texts.items() if not all(map(str.strip, values))]:
+        raise ConfigError(f"{place}: {empty[0]} must not be empty")
+    if "path" not in texts:
         raise ConfigError(f"{place}: path is missing, the MODEL that it is")
     for name in ("pin", "default"):
         if not isinstance(table.get(name, False), bool):
             raise ConfigError(f"{place}: {name} must be true or false")
-    try:
-        replicas = number(int, 1, 256)(" ".join(words["replicas"])) if "replicas" in words else None
-    except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"{place}: replicas: {error}") from None
-    return ModelChoice(words["path"][0], table.get("name", ""), tuple(words.get("aliases", ())),
+    replicas = table.get("replicas")
+    if replicas is not None and not (type(replicas) is int and 1 <= replicas <= 256):
+        raise ConfigError(f"{place}: replicas must be a whole number from 1 to 256")
+    named_path(texts["path"][0], f"{place}: path")
+    return ModelChoice(texts["path"][0], table.get("name", ""), tuple(texts.get("aliases", ())),
                        table.get("pin", False), table.get("default", False), replicas,
-                       {field: parsed_words(parser, flag, f"{place}: {spelled[field]}", words[field])
-                        for field, flag in TABLE_FLAGS.items() if field in words})
+                       {field: parsed_words(parser, TABLE_FLAGS[field], f"{place}: {spelled[field]}",
+                                            words[field]) for field in words})
 
 
 def chosen_models(parser: CommandLine, names: Seq[str], tables: Seq[dict], in_folder: bool,
@@ -265,6 +288,8 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     config, tables = read_config(config_file)
     words = values["model"] or environment.get("CHAT_SERVER_MODEL") or config.get("model") or []
     models = [words] if isinstance(words, str) else words
+    for word in models:
+        named_path(word, "MODEL")
     values["model"] = models[0] if models else None
     for name, flag in flags.items():
         if values[name] is None:
@@ -294,24 +319,24 @@ def parse_bundle_words(words: Seq[str]) -> tuple[Path, bool]:
     parser = CommandLine(prog="chat_server.py bundle", allow_abbrev=False, description=(
         "Write the program into one file, with the page and the compiled core of this platform: "
         "`python FILE` runs it on any machine that has the libraries."))
-    parser.add_argument("file", metavar="FILE", nargs="?", default="chat_server.pyz", type=Path,
+    parser.add_argument("file", metavar="FILE", nargs="?", default="chat_server.pyz", type=file_name,
                         help="a new file, or a bundle to replace (default: chat_server.pyz)")
     parser.add_argument("--without-core", action="store_true",
                         help="leave out decode_core: a tenth of the size, and it runs on other platforms too")
     values = parser.parse_args(words)
-    return values.file, values.without_core
+    return Path(values.file), values.without_core
 
 
 def parse_store_words(words: Seq[str]) -> tuple[Path, int | None]:
     """(FOLDER, the bytes of --prune or None) of the command `store`, which has no Settings."""
     parser = CommandLine(prog="chat_server.py store", allow_abbrev=False, description=(
         "List what lies in a folder of --prefix-store: the tokens of each model, as pages of its KV cache."))
-    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    parser.add_argument("folder", metavar="FOLDER", type=file_name)
     parser.add_argument("--prune", metavar="SIZE", type=size,
                         help="first delete what was used least recently until SIZE is left, 0 = all; what a "
                              "running server writes to stays")
     values = parser.parse_args(words)
-    return values.folder.expanduser(), values.prune
+    return Path(values.folder).expanduser(), values.prune
 
 
 def hide_api_keys() -> bool:

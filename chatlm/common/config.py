@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -80,6 +82,22 @@ def size(text: str) -> int:
     return int(size)
 
 
+def file_name(text: str) -> str:
+    """An argparse type: what may be the name of a file or a folder, whether or not there is one."""
+    try:
+        os.stat(Path(text).expanduser())
+    except ValueError as error:  # with a NUL
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no name of a file: {error}") from None
+    except RuntimeError:  # of expanduser
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no name of a file: the home directory of this user "
+                                         "is unknown") from None
+    except OSError as error:  # others are told by those who open it
+        if error.errno == errno.ENAMETOOLONG:
+            raise argparse.ArgumentTypeError(
+                f"{shown(text)} is no name of a file: of {len(text):,} characters, it is too long") from None
+    return text
+
+
 def store_place(text: str) -> tuple[Path, int]:
     """(folder, bytes) of `FOLDER[:SIZE]`, split at the last colon if a size follows."""
     folder, colon, limit = text.rpartition(":")
@@ -91,6 +109,7 @@ def store_place(text: str) -> tuple[Path, int]:
 
 def store_text(text: str) -> str:
     """An argparse type: FOLDER or FOLDER:SIZE."""
+    file_name(text.rpartition(":")[0] or text)
     _, limit = store_place(text)
     if not text.strip() or limit < LEAST_STORE_BYTES:
         raise argparse.ArgumentTypeError(f"{text!r} is not FOLDER or FOLDER:SIZE of at least "
@@ -115,6 +134,11 @@ def number(type_: type[N], low: float, high: float = math.inf) -> Callable[[str]
 def worker_count(text: str) -> int:
     """An argparse type: how many workers, 0 for `auto`."""
     return 0 if text == "auto" else number(int, 1, 256)(text)
+
+
+def gpu_count(text: str) -> str:
+    """An argparse type: how many GPUs, or `auto`; how many there are, only where the model runs is known."""
+    return text
 
 
 def origin(text: str) -> str:
@@ -145,6 +169,7 @@ def adapter(text: str) -> str:
             "neither `latest` nor a number")
     if not (folder if equals else name).strip():
         raise argparse.ArgumentTypeError(f"{shown(text)} names no folder; an adapter is NAME=FOLDER")
+    file_name(folder if equals else name)
     return text
 
 
@@ -166,6 +191,11 @@ class Flag(NamedTuple):
     def names(self) -> list[str]:
         """Its spellings, the first of which is shown."""
         return [self.field.rstrip("_").replace("_", "-"), *self.also.split()]
+
+    @property
+    def is_text(self) -> bool:
+        """Is its value a text, so that a number in a --config file is a mistake?"""
+        return self.parse in (str, str.lower, file_name, store_text, url_prefix, origin, adapter)
 
     @property
     def variable(self) -> str:
@@ -208,35 +238,35 @@ class Settings:
 
     source: str | None = flag(None, str, "nanochat checkpoint folder", short="i",
         choices=("sft", "rl", "mid", "base"), heading="Model and where it runs")
-    model_tag: str | None = flag(None, str,
+    model_tag: str | None = flag(None, file_name,
         "nanochat model tag, such as d20 (default: the largest)", short="g")
     step: int | None = flag(None, number(int, 0), "nanochat checkpoint step (default: the last)", short="s")
     softcap: float | None = flag(None, number(float, 0.1, 1000),
         "override a nanochat model's logit softcap (15; 20 for one week of generation 3)")
-    lora: tuple[str, ...] = flag((), str,
+    lora: tuple[str, ...] = flag((), file_name,
         "peft's folder of a LoRA adapter to merge into the weights at load, may repeat", many=True)
     adapter: tuple[str, ...] = flag((), adapter,
         "NAME=FOLDER of a LoRA adapter (peft's) to serve beside the model, as NAME and MODEL@NAME, may "
         "repeat; or a FOLDER whose adapters are served by their folders' names, also those that come to be "
         "there", "serve", many=True)
-    models: str | None = flag(None, str,
+    models: str | None = flag(None, file_name,
         "serve every model below this folder, and those that come to be there: GGUF files, Hugging Face "
         "folders, nanochat checkpoints", "serve")
-    watch: str | None = flag(None, str,
+    watch: str | None = flag(None, file_name,
         "serve each checkpoint of the training runs in this folder as TAG@STEP, the last as TAG@latest, and "
         "those that come to be there: a nanochat base folder, or Hugging Face folders checkpoint-N", "serve")
-    watch_text: str | None = flag(None, str,
+    watch_text: str | None = flag(None, file_name,
         "score each checkpoint of --watch by how well it predicts this file, in bits per byte, while nobody "
         "asks", "serve")
     served_model_name: tuple[str, ...] = flag((), str, "extra names for the model, may repeat", "serve",
         many=True)
-    num_gpus: str | None = flag(None, str,
+    num_gpus: str | None = flag(None, gpu_count,
         "model replicas, one per GPU; `auto` = all (default: one)", short="n")
     num_workers: int = flag(1, worker_count,
         "model replicas on CPU, each its own process; `auto` = one per node of a Ray cluster")
     ray_address: str | None = flag(None, str,
         "put the replicas on this Ray cluster, one per GPU (`auto` = the one that runs here)")
-    ray_tls: str | None = flag(None, str,
+    ray_tls: str | None = flag(None, file_name,
         "folder of ca.pem, cert.pem and key.pem on every node: TLS to the replicas on Ray")
     device_type: str = flag("auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps"))
     tensor_parallel_size: int = flag(1, number(int, 1, 64),
@@ -303,7 +333,7 @@ class Settings:
     prompt: str | None = flag(None, str, "one prompt, one answer; `-` reads stdin",
         "chat generate compare",
         short="p")
-    text: str | None = flag(None, str, "file to score: how many bits a byte of it takes", "score")
+    text: str | None = flag(None, file_name, "file to score: how many bits a byte of it takes", "score")
 
     url: str | None = flag(None, str,
         "talk to a running server instead of loading a model", "chat generate compare",
@@ -321,7 +351,7 @@ class Settings:
     api_key: tuple[str, ...] = flag((), str,
         "key that requests must have, may repeat; chat and generate send it to --url; other users can see "
         "it in `ps`, so prefer CHAT_SERVER_API_KEY or --api-key-file", many=True)
-    api_key_file: str | None = flag(None, str,
+    api_key_file: str | None = flag(None, file_name,
         "file of more keys, one per line: `name: key` or `key`", "serve")
     allowed_host: tuple[str, ...] = flag((), str.lower,
         "host name of this server, may repeat: its pages may use the server, and requests for other names "
@@ -340,7 +370,7 @@ class Settings:
         "serve")
     drain_timeout: float = flag(30.0, number(float, 0),
         "seconds that running answers get after SIGTERM", "serve")
-    config: str | None = flag(None, str,
+    config: str | None = flag(None, file_name,
         "TOML file of flags: `max-batch = 8`; flags and environment variables override it")
     log_format: str = flag("text", str, "format of log lines", "serve", choices=("text", "json"))
     log_conversations: bool = flag(False, None, "log the texts of messages too, not only metadata", "serve")

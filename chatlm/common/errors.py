@@ -34,10 +34,10 @@ class RequestError(ChatServerError):
         self.status, self.code, self.param = status, code, param
 
 
-# What moves a terminal's cursor, changes its colours, turns the direction of reading or breaks a line where none
-# is meant, and surrogates: bytes of a file's name that are not UTF-8
-UNSEEN = (r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff"
-          r"\ud800-\udfff]")
+# What moves a terminal's cursor, changes its colours, turns the direction of reading or breaks a line where
+# none is meant, and surrogates: bytes of a file's name that are not UTF-8
+UNSEEN = (r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+          r"\ufeff\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
@@ -48,7 +48,9 @@ def visible(text: str) -> str:
 
 def printable(text: str) -> str:
     """Text from a file or a library, on one line that a terminal can show; names without end are cut."""
-    line = visible(re.sub(r"[\t-\r\x1c-\x1f\x85]+", " ", text[:1 << 16]))
+    if len(text) > 1 << 16:  # what is said of a long name comes after it
+        text = text[:1 << 15] + text[-1 << 15:]
+    line = visible(re.sub(r"[\t-\r\x1c-\x1f\x85]+", " ", text))
     return re.sub(r"([^\s/]{200})[^\s/]+", r"\1...", line)[:4000]
 
 

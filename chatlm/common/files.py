@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
 import stat
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from chatlm.common.errors import ConfigError, cannot_read, named
 
+WRITER_S = 5.0          # seconds that a named pipe may have no writer
 MOST_BYTES = 256 << 20  # the largest tokenizer.json of a published model has 33 MB
 
 
@@ -72,13 +77,32 @@ def refuse_cut_json(path: Path, data: bytes):
 
 
 def read_operators(path: str) -> str:
-    """The text of a file that the operator names, which may be a pipe, as in `--config <(command)`.
-    ValueError above MOST_BYTES, which /dev/zero has."""
-    with open(Path(path).expanduser(), "rb") as file:
-        data = file.read(MOST_BYTES + 1)
+    """The text of a file that the operator names, which may be a pipe, as in `--config <(command)`. OSError
+    for a pipe that nobody opens to write, ValueError above MOST_BYTES, which /dev/zero has."""
+    opened = os.open(Path(path).expanduser(), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(opened, "rb", buffering=0) as file:
+        data = first_of_pipe(opened) if stat.S_ISFIFO(os.fstat(opened).st_mode) else b""
+        os.set_blocking(opened, True)
+        data += io.BufferedReader(file).read(MOST_BYTES + 1 - len(data))
     if len(data) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
     return data.decode()
+
+
+def first_of_pipe(opened: int) -> bytes:
+    """What a pipe has first. A pipe of the shell's has its writer from the start, and may be empty; for the
+    writer of one with a name we wait WRITER_S."""
+    shells, deadline_s = False, time.monotonic() + WRITER_S
+    with suppress(OSError):  # where there is no /proc, both are waited for
+        shells = os.readlink(f"/proc/self/fd/{opened}").startswith("pipe:")
+    try:
+        while not (data := os.read(opened, 1 << 16)) and not shells:  # nobody has it open
+            if time.monotonic() > deadline_s:
+                raise OSError(errno.ENXIO, f"it is a pipe that nobody has opened to write for {WRITER_S:g} s")
+            time.sleep(0.02)
+    except BlockingIOError:  # somebody has, and is not ready
+        return b""
+    return data
 
 
 def check_regular(path: Path):

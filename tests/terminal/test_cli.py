@@ -93,7 +93,7 @@ def test_what_cannot_be_is_a_config_error_that_names_it(line, environment, words
 @pytest.mark.parametrize("number", ["0x" + "f" * 6000, "1" + "0" * 6000, "[1, 0o" + "7" * 9000 + "]"])
 def test_a_number_of_thousands_of_digits_in_a_config_file_is_a_config_error(tmp_path, number):
     (tmp_path / "config.toml").write_text(f"port = {number}\n")
-    with pytest.raises(ConfigError, match="config.toml: Exceeds the limit"):
+    with pytest.raises(ConfigError, match="config.toml: (Exceeds the limit|port must be a number)"):
         parse_command_line(["serve", "--config", str(tmp_path / "config.toml")], {})
 
 
@@ -118,7 +118,7 @@ def test_a_config_error_is_one_line_and_status_2_and_the_version_is_printed():
     ("/none/x", "No such file"), ("~nobody-here/x", "home directory"), ("a\0b", "null"),
     ("/dev/null/x", "Not a directory")])
 def test_a_file_that_cannot_be_opened_is_named(flag, path, words):
-    with pytest.raises(ConfigError, match=f"{flag} .*{words}"):
+    with pytest.raises(ConfigError, match=f"{flag}:? .*{words}"):
         parse_command_line(["serve", flag, path], {})
 
 

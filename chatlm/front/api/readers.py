@@ -382,7 +382,7 @@ async def read_compare(body: dict, prompts: PromptMaker | None = None, client: s
 def read_variants(body: dict, indices: Seq[int], seed: int, known: Known) -> list[ParsedBody]:
     """What these of the answers of a body of /v1/compare are asked, all by one model. They share the messages
     that are read here; log-probabilities say how likely the token was that is another."""
-    values = {"seed": seed} | parse_answer(body, COMPARE_FIELDS)
+    values: dict[str, Any] = {"seed": seed, **parse_answer(body, COMPARE_FIELDS)}
     messages = openai_messages(values["messages"], known.tool_format is not None)
     values["template_options"] = template_options(values)
     variants, read = values.get("variants", ()), []

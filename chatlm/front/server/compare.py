@@ -104,7 +104,7 @@ class Progress:
         self.tokens = list[tuple[bytes, float]]()  # of each its spelling and its probability
         self.end: dict | None = None               # its last event
         self.stopped = self.differs = False        # did it end by itself? Has it left the first answer?
-        self.equal = 0                             # tokens from the start that it shares with the first answer
+        self.equal = 0                             # tokens from its start on that the first answer has too
 
     def told(self, **members) -> dict:
         return {"index": self.index, "model": self.asked.model, **members}

@@ -1,0 +1,139 @@
+"""What the operator names: values of a --config file have the types of their keys, and a name that is no file, or never ends, is refused
+with one line that says so, whichever flag has it."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import chat_server
+from chatlm.cli import parse_command_line
+from chatlm.common import files
+from chatlm.common.config import FLAGS, Settings
+from chatlm.common.errors import ConfigError
+from chatlm.common.files import read_operators
+
+TYPED = [   # a line of a --config file, and what its refusal says
+    ("[[models]]\npath = 'a'\naliases = [1, 2]", "[[models]] 1: aliases must be a text in quotes, or a list of these"),
+    ("[[models]]\npath = 'a'\naliases = 3", "aliases must be a text"), ("[[models]]\npath = 'a'\naliases = ['']", "aliases must not be empty"),
+    ("[[models]]\npath = 'a'\naliases = [['b']]", "aliases must be a text"), ("[[models]]\npath = 'a'\naliases = {b = 'c'}", "aliases must be a text"),
+    ("[[models]]\npath = 5", "path must be a text"), ("[[models]]\npath = ['a']", "path must be a text"), ("[[models]]\npath = ' '", "path must not be empty"),
+    ("[[models]]\npath = 'a'\nname = true", "name must be a text"), ("[[models]]\npath = 'a'\npin = 1", "pin must be true or false"),
+    ("[[models]]\npath = 'a'\nreplicas = true", "replicas must be a whole number"), ("[[models]]\npath = 'a'\nreplicas = [2]", "replicas must be a whole number"),
+    ("[[models]]\npath = 'a'\nreplicas = 0", "replicas must be a whole number"), ("[[models]]\npath = 'a'\nlora = [1]", "lora must be a text"),
+    ("[[models]]\npath = 'a'\nadapter = {one = 1}", "adapter.one must be a text"), ("[[models]]\npath = 'a'\nmax-batch = true", "max-batch must be a number or a text"),
+    ("[[models]]\npath = 'a'\nquantize = 8", "quantize must be a text"), ("[[models]]\npath = 'a'\ndrafts = 'maybe'", "drafts"),
+    ("served-model-name = [1]", "served-model-name must be a text in quotes, or a list"), ("served-model-name = 1.5", "served-model-name must be a text"),
+    ("api-key = 12345678", "api-key must be a text"), ("host = 127", "host must be a text"), ("model-tag = 20", "model-tag must be a text"),
+    ("models = ['a']", "models must be a text"), ("models = 3", "models must be a text"), ("model = [3]", "model must be a text"), ("prefix-store = 5", "prefix-store must be a text"),
+    ("max-batch = [8]", "max-batch must be a number or a text"), ("port = true", "port must be a number"), ("port = 1979-05-27", "port must be a number"),
+    ("share-prefixes = 'x'", "share_prefixes"), ("share-prefixes = [true]", "share-prefixes must be true or false"), ("adapter = {one = ['a']}", "adapter.one must be a text"),
+    ("cors-origin = [['*']]", "cors-origin must be a text"), ("temperature = [0.5]", "temperature must be a number")]
+
+
+@pytest.mark.parametrize("line, words", TYPED)
+def test_a_value_of_another_type_than_its_key_s_is_refused_and_named(tmp_path, line, words):
+    (tmp_path / "c.toml").write_text(line)
+    with pytest.raises(ConfigError) as caught:
+        parse_command_line(["--config", str(tmp_path / "c.toml")], {})
+    assert words in str(caught.value) and "12345678" not in str(caught.value)
+
+
+def test_values_of_the_right_types_are_taken(tmp_path):
+    (tmp_path / "c.toml").write_text(
+        "port = 8001\nkv-cache-memory = '64M'\nmax_batch = '8'\ndrafts = false\nshare-prefixes = 'yes'\ntemperature = 1\nnum-gpus = 2\nserved-model-name = 'a'\n"
+        "adapter = {one = 'b'}\n[[models]]\npath = 'x'\naliases = 'y'\nreplicas = 2\nstep = 3\nlora = ['c', 'd']\ntemperature = 0.5\n"
+        "[[models]]\npath = 'z'\naliases = ['v', 'w']\nmax-batch = 4\ndrafts = true\n")
+    settings = parse_command_line(["--config", str(tmp_path / "c.toml")], {})
+    assert (settings.port, settings.kv_cache_memory, settings.max_batch, settings.drafts, settings.share_prefixes) == (8001, 64 << 20, 8, False, True)
+    assert (settings.temperature, settings.num_gpus, settings.served_model_name, settings.adapter) == (1.0, "2", ("a",), ("one=b",))
+    first, second = settings.several
+    assert (first.aliases, first.replicas, first.changes) == (("y",), 2, {"step": 3, "lora": ("c", "d"), "temperature": 0.5})
+    assert (second.aliases, second.changes) == (("v", "w"), {"max_batch": 4, "drafts": True})
+
+
+# Which flags name files or folders: every flag that takes a text is in one of these, so a new one has to be placed
+PATHS = {
+    "config": ["serve", "--config=*"], "api_key_file": ["serve", "--api-key-file=*"], "text": ["score", "--text=*"],
+    "watch_text": ["serve", "--watch=/nowhere", "--watch-text=*"], "models": ["serve", "--models=*"], "watch": ["serve", "--watch=*"],
+    "lora": ["generate", "gpt2", "--lora=*", "-p", "x"], "adapter": ["serve", "gpt2", "--adapter=a=*"], "prefix_store": ["serve", "gpt2", "--prefix-store=*"],
+    "ray_tls": ["serve", "gpt2", "--ray-address=127.0.0.1:1", "--ray-tls=*"], "model_tag": ["generate", "--source=base", "--model-tag=*", "-p", "x"],
+    "MODEL": ["generate", "*", "-p", "x"], "MODELs": ["score", "*", "*", "--text=/nowhere"], "bundle": ["bundle", "*"], "store": ["store", "*"]}
+OTHERS = {"served_model_name", "ray_address", "reasoning_budget_message", "system", "prompt", "url", "host", "prefix", "api_key", "allowed_host", "cors_origin"}
+
+
+def test_every_flag_that_takes_a_text_is_known_to_name_a_path_or_not():
+    texts = {flag.field for flag in FLAGS if flag.is_text and not flag.choices}
+    assert texts == OTHERS | {name for name in PATHS if name.islower() and name not in ("bundle", "store")}
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("path", ["x" * 100_000, "x/" * 20_000, "~nobody" + "y" * 3000])
+def test_a_name_without_end_is_refused_with_one_short_line_whichever_flag_has_it(name, path, capsys):
+    words = [word.replace("*", path) for word in PATHS[name]]
+    assert chat_server.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and len(err) < 1000 and ("home directory" in err if path[0] == "~" else "is too long" in err), err
+
+
+def test_a_long_or_impossible_name_in_a_config_file_is_refused_too(tmp_path):
+    for line in (f"models = '{'x' * 5000}'", f"model = '{'x' * 5000}'", f"[[models]]\npath = '{'x' * 5000}'", f"[[models]]\npath = 'a'\nlora = '{'x' * 5000}'",
+                 'watch = "a\\u0000b"', 'model = "a\\u0000b"', f"adapter = {{one = '{'x' * 5000}'}}"):
+        (tmp_path / "c.toml").write_text(line)
+        with pytest.raises(ConfigError, match="is no name of a file"):
+            parse_command_line(["--config", str(tmp_path / "c.toml")], {})
+    for variable in ("CONFIG", "MODEL", "MODELS", "API_KEY_FILE", "WATCH_TEXT"):
+        with pytest.raises(ConfigError, match="is no name of a file|File name too long"):
+            parse_command_line(["serve"], {f"CHAT_SERVER_{variable}": "x" * 5000})
+
+
+@pytest.mark.parametrize("name", ["config", "api_key_file", "text", "watch_text", "models", "watch", "lora", "adapter", "prefix_store", "MODEL", "bundle", "store"])
+def test_a_pipe_that_nobody_writes_to_ends_the_start_with_a_line(name, tmp_path, nanochat_fixtures):
+    """A process each: they must end by themselves."""
+    os.mkfifo(tmp_path / "fifo")
+    words = [word.replace("*", str(tmp_path / "fifo")).replace("gpt2", str(nanochat_fixtures / "gen5")) for word in PATHS[name]]
+    words = [word.replace("/nowhere", str(tmp_path)) for word in words] + ["--port=0"] * (words[0] == "serve")
+    waits = f"import sys; sys.path[:0] = {sys.path!r}; from chatlm.common import files; files.WRITER_S = 0.2; import chat_server; sys.exit(chat_server.main({words!r}))"
+    ended = subprocess.run([sys.executable, "-c", waits], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, cwd=tmp_path)
+    assert ended.returncode == 2 and "fifo" in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr, ended.stderr
+
+
+def test_a_pipe_with_a_writer_is_read_whole_however_late_it_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WRITER_S", 30)
+    os.mkfifo(tmp_path / "fifo")
+    text, half, opened = "port = 8002\n" + "# x\n" * 100_000, threading.Event(), threading.Event()
+
+    def write():
+        with open(tmp_path / "fifo", "w") as file:
+            opened.set()
+            half.wait(20)
+            file.write(text)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    reader = threading.Thread(target=lambda: found.append(read_operators(str(tmp_path / "fifo"))))
+    found = []
+    reader.start()
+    assert opened.wait(20)
+    half.set()
+    reader.join(20)
+    writer.join(20)
+    assert found == [text]
+
+
+@pytest.mark.parametrize("data", ["", "port = 8003\n"])
+def test_a_pipe_of_the_shell_s_may_be_empty(data):
+    reading, writing = os.pipe()
+    os.write(writing, data.encode())
+    os.close(writing)
+    assert read_operators(f"/dev/fd/{reading}") == data
+    os.close(reading)
+
+
+def test_devices_folders_and_sockets_are_no_files_of_the_operator_s(tmp_path):
+    for path, words in (("/dev/zero", "more than"), (str(tmp_path), "Is a directory"), (str(tmp_path / "none"), "No such file")):
+        with pytest.raises(ConfigError, match=words):
+            parse_command_line(["--config", path], {})
+    assert read_operators("/dev/null") == ""
