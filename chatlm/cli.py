@@ -111,12 +111,14 @@ SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True,
 def as_words(value, place: str, flag: Flag | None = None, many: bool = False) -> list[str]:
     """A value of a --config file as the words of a flag, or of a key that has none and takes texts.
     ConfigError if it is of another type."""
-    many, text = many or flag is not None and flag.many, flag is None or flag.is_text
-    types = (str,) if text else (bool, int, str) if flag.parse is None else (int, float, str)
+    types, allowed = (int, float, str), "a number or a text"
+    if flag is None or flag.is_text:
+        types, allowed = (str,), "a text in quotes"
+    elif flag.parse is None:
+        types, allowed = (bool, int, str), "true or false"
+    many = many or flag is not None and flag.many
     words = value if many and isinstance(value, list) else [value]
     if not all(type(word) in types for word in words):
-        allowed = ("a text in quotes" if text else "true or false" if flag.parse is None else
-                   "a number or a text")
         raise ConfigError(f"{place} must be {allowed}{', or a list of these' * many}")
     return [str(word) for word in words]
 

@@ -149,8 +149,10 @@ def check_ours(status: os.stat_result, path: Path):
 
 
 def check_library(path: Path, about: AboutCore):
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        check_ours(os.fstat(file.fileno()), path)
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        check_ours(status := os.fstat(file.fileno()), path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for a writer, a device may never end
+            raise OSError(f"{path} is no regular file")
         check_digest(file.read(), about)
 
 

@@ -328,6 +328,19 @@ def test_a_cache_that_cannot_be_used_or_trusted_is_replaced_by_a_private_folder_
 
 
 @needs_core
+@pytest.mark.parametrize("trouble", ["a pipe", "a pipe as the folder", "a folder"])
+def test_a_pipe_or_a_folder_in_the_place_of_the_unpacked_library_holds_nothing_up(trouble, bundled, tmp_path, cache):
+    version(bundled, XDG_CACHE_HOME=cache)
+    (library,) = cache.rglob("*.so")
+    place = library.parent if "the folder" in trouble else library
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    place.mkdir() if trouble == "a folder" else os.mkfifo(place)
+    line = version(bundled, XDG_CACHE_HOME=cache, TMPDIR=tmp_path)
+    assert "decode_core runs with" in line and "because" not in line
+    assert library.is_file() == (trouble == "a pipe")      # a pipe is replaced; beside the others the core runs from a private folder
+
+
+@needs_core
 def test_without_any_folder_that_can_be_written_references_run(bundled, tmp_path, monkeypatch):
     monkeypatch.setattr(unpack, "cache_folder", lambda: tmp_path / "file" / "core")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))

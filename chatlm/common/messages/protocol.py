@@ -350,6 +350,7 @@ class Known:
     template: str = ""       # its chat template
     chats: bool = True       # False: it has none, and continues texts
     adapters: tuple[str, ...] = ()  # what requests may call the adapters beside the model
+    never_written: frozenset[int] = frozenset()  # tokens that no grammar allows
 
     def check_model(self, name: str):
         known = {"", "default", *accepted_names(self.model, self.settings), *self.adapters}

@@ -108,6 +108,11 @@ class Tokenizer:
     def call_format(self) -> CallFormat:
         return CALL_FORMATS[self.tool_format] if self.tool_format else NO_CALLS
 
+    @cached_property
+    def never_written(self) -> frozenset[int]:
+        """The tokens that no grammar allows: special ones, but for the marks of thoughts and calls."""
+        return frozenset(self.special_names) - frozenset(self.markers.values())
+
     @property
     def markers(self) -> dict[str, int]:
         """The tokens among MARKS: where the vocabulary has a marker, the same spelled out is mere text."""

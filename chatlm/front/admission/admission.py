@@ -244,8 +244,9 @@ class Admission:
 
     async def open(self, card: ModelCard, settings: Settings):
         """Get ready for a model's requests; ConfigError if its tokenizer or chat template is broken."""
+        tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
         known = Known(replace(settings, keys=(), api_key=()), card.name, calls_of(card.text)[0],
-                      template=card.text.chat_template or "")
+                      template=card.text.chat_template or "", never_written=tokenizer.never_written)
         limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
                   "bodies": (self.BODY_S, 1 << 30, 5)}
         for name, (cpu_s, memory, nice) in limits.items():
@@ -254,7 +255,6 @@ class Admission:
                                                         self.number)
         if not card.text.chat_template:
             await self.sandboxes["templates"].stop()
-        tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
         prompts = PromptMaker(
             tokenizer, card.context_length, run=run_in_thread_if_long, fill=lambda arguments, client:
             self.sandboxes["templates"].perform(client, "fill_template", arguments))

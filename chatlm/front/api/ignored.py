@@ -45,6 +45,11 @@ def knows_of_thinking(template: str) -> bool:
 IDLE = (
     # the grammar alone decides where the answer ends
     Idle(("ignore_eos", "min_tokens"), lambda parsed, known: parsed.request.params.grammar),
+    Idle(("stop_token_ids",), lambda parsed, known: parsed.request.params.grammar
+         and known.never_written.issuperset(parsed.request.params.stop_token_ids)),
+    # required calls have no content beside them, in which alone stop strings are looked for
+    Idle(("stop", "stop_sequences", "options.stop"), lambda parsed, known:
+         parsed.request.params.grammar and parsed.request.params.grammar_param == "tools"),
     Idle(("resumable", "progress", "stream_options"), lambda parsed, known: not parsed.stream),
     Idle(BUDGETS, lambda parsed, known: not thoughts_of(known.template)),
     Idle((*EFFORT_BUDGETS, "thinking.type"), lambda parsed, known: not (

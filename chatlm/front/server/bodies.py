@@ -32,7 +32,8 @@ def known_of(model: Model) -> Known:
     pool, tokenizer = model.serving(), model.serving().tokenizer
     tool_format, template = (tokenizer.tool_format, tokenizer.spec.chat_template) if tokenizer else (None, "")
     return Known(with_own_sampling(model.settings, pool), pool.model_name, tool_format, pool.ready,
-                 template or "", tokenizer is None or tokenizer.has_chat_template, model.adapter_names)
+                 template or "", tokenizer is None or tokenizer.has_chat_template, model.adapter_names,
+                 tokenizer.never_written if tokenizer else frozenset())
 
 
 def computed_by(model: Model, request: Request) -> Request:

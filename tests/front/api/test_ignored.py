@@ -16,7 +16,7 @@ from chatlm.front.api.readers import ANSWER_READERS, read_answer, read_text, rea
 from chatlm.front.api.tables import BODY_FIELDS, DRAWING_FIELDS, OLLAMA_OPTIONS
 from fake_pool import FakePool, Letters, serving
 
-KNOWN = Known(Settings(seed=7), "fake-model", "tagged", template="{{ reasoning_effort }} {{ city }} </think>")
+KNOWN = Known(Settings(seed=7), "fake-model", "tagged", template="{{ reasoning_effort }} {{ city }} </think>", never_written=frozenset({256}))
 HI = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -167,7 +167,14 @@ MEMBERS = [     # (route, what is added to the body, the members that are named)
     ("/api/chat", {"options": {"num_ctx": 9, "temperature": 1, "mirostat": 2, "stop": None}}, ["options.num_ctx", "options.mirostat"])]
 BESIDE_OTHERS = [       # (route, body, the fields that have no effect in it)
     ("/v1/chat/completions", {"response_format": FORM, "ignore_eos": True, "min_tokens": 5, "stop": ["x"]}, ["ignore_eos", "min_tokens"]),
-    ("/v1/chat/completions", {"tools": [TOOL], "tool_choice": "required", "min_tokens": 5, "stop": ["x"]}, ["min_tokens"]),
+    ("/v1/chat/completions", {"tools": [TOOL], "tool_choice": "required", "min_tokens": 5, "stop": ["x"]}, ["min_tokens", "stop"]),
+    ("/v1/messages", {"tools": [{"name": "add", "input_schema": SCHEMA}], "tool_choice": {"type": "any"}, "stop_sequences": ["x"]}, ["stop_sequences"]),
+    ("/v1/responses", {"tools": [FLAT_TOOL], "tool_choice": "required", "stop": "x", "stop_token_ids": [256]}, ["stop_token_ids", "stop"]),
+    ("/v1/chat/completions", {"tools": [TOOL], "stop": ["x"], "stop_token_ids": [256]}, []),        # it may call no function
+    ("/v1/chat/completions", {"response_format": FORM, "stop_token_ids": [256]}, ["stop_token_ids"]),
+    ("/v1/chat/completions", {"guided_regex": "a+", "stop_token_ids": [256, 97]}, []),              # a letter may be drawn, and ends it
+    ("/v1/completions", {"guided_choice": ["a"], "stop_token_ids": [256], "stop": "x"}, ["stop_token_ids"]),
+    ("/v1/completions", {"stop_token_ids": [256]}, []),
     ("/v1/chat/completions", {"resumable": True, "progress": "true", "stream_options": {"include_usage": True}},
      ["resumable", "progress", "stream_options"]),
     ("/v1/chat/completions", {"resumable": False, "progress": "false", "ignore_eos": False, "reasoning_effort": "none"}, []),
