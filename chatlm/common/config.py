@@ -89,8 +89,8 @@ def file_name(text: str) -> str:
     except ValueError as error:  # with a NUL
         raise argparse.ArgumentTypeError(f"{shown(text)} is no name of a file: {error}") from None
     except RuntimeError:  # of expanduser
-        raise argparse.ArgumentTypeError(f"{shown(text)} is no name of a file: the home directory of this user "
-                                         "is unknown") from None
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is no name of a file: the home directory of this user is unknown") from None
     except OSError as error:  # others are told by those who open it
         if error.errno == errno.ENAMETOOLONG:
             raise argparse.ArgumentTypeError(
