@@ -22,7 +22,7 @@ A value is taken from the first of these places that has one:
 
 1. the flag: `--max-tokens 512`
 2. the environment variable of the same name: `CHAT_SERVER_MAX_TOKENS=512`. For a flag that may repeat, values are separated by commas
-3. the file that `--config` or `CHAT_SERVER_CONFIG` names, in TOML: `max-tokens = 512`, `served-model-name = ["a", "b"]`
+3. the file that `--config` or `CHAT_SERVER_CONFIG` names, in TOML: `max-tokens = 512`, `served-model-name = ["a", "b"]`; texts stand in quotes
 4. the default
 
 MODEL is `CHAT_SERVER_MODEL` and `model = "model.gguf"`; of several models, `[[models]]` has a table for each
