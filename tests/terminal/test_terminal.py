@@ -548,7 +548,7 @@ def test_a_loaded_chat_is_shown_without_control_sequences(front, tmp_path):
         start = len(pty.raw)
         pty.type(f"/load {tmp_path}/chat.json\r")
         pty.expect("Loaded")
-        assert r"a\x1b]0;evil\x07b" in pty.raw[start:] and "c[2Jd" in pty.raw[start:]
+        assert r"a\x1b]0;evil\x07b" in pty.raw[start:] and r"c\x1b[2Jd" in pty.raw[start:]
         assert "\x1b]0;evil" not in pty.raw[start:] and "\x1b[2J" not in pty.raw[start:]
 
 
