@@ -131,8 +131,8 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
         await models.close()
 
 
-async def read_here(body: dict, model: Model, indices: Seq[int], seed: int) -> list[ParsedBody]:
-    return read_variants(body, indices, seed, known_of(model))
+async def read_here(body: dict, models: Seq[Model], indices: Seq[int], seed: int) -> list[ParsedBody]:
+    return read_variants(body, indices, seed, known_of(models[0]))
 
 
 async def score(settings: Settings) -> int:

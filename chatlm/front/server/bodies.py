@@ -139,14 +139,18 @@ class Bodies:
             record.headers["X-Ignored-Fields"] = ignored.decode()[:1000]
         return model, text
 
-    async def read_variants(self, body: bytes | bytearray, holding: Holding, model: Model,
+    async def read_variants(self, body: bytes | bytearray, holding: Holding, models: Seq[Model],
                             indices: Seq[int], seed: int) -> list[ParsedBody]:
-        """What one model is asked by a body of /v1/compare. `holding` then holds what stays of a large
-        one."""
-        client = REQUEST_LOG.get().client
+        """What a body of /v1/compare asks of one model, or of its adapters; `indices` are the numbers of
+        their answers. `holding` then holds what stays of a large body."""
+        for model in models:
+            await self.hold(model, holding)
+        pool, client = models[0].serving(), REQUEST_LOG.get().client
+        version = pool.version.number
         if len(body) * LIMITS.compared <= LIMITS.inline_bytes:  # each of its models reads it
-            return read_variants(json_object(body), indices, seed, known_of(model))
-        read = await model.serving().admission.read_variants(
-            body, client, self.owners.of_pages(client), indices, seed)
-        holding.keep(sum(parsed.size for parsed in read))
-        return read
+            read = read_variants(json_object(body), indices, seed, known_of(models[0]))
+        else:
+            read = await pool.admission.read_variants(
+                body, client, self.owners.of_pages(client), indices, seed)
+            holding.keep(sum(parsed.size for parsed in read))
+        return [replace(parsed, request=replace(parsed.request, version=version)) for parsed in read]

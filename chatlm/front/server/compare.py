@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.streams import Holding
 
-# A model and some of the answers that are compared, by number, with the seed of those that have none of their
-# own: what the model is asked
-VariantReader = Callable[["Model", "Seq[int]", int], "Awaitable[Seq[ParsedBody]]"]
+# Who gives those of the answers that one model computes, the numbers of these, and the seed of those that have
+# none of their own: what each is asked
+VariantReader = Callable[["Seq[Model]", "Seq[int]", int], "Awaitable[Seq[ParsedBody]]"]
 Answering = Callable[["WorkerPool", "Request"],
                      "AbstractAsyncContextManager[tuple[Accepted, AsyncGenerator[Event, None]]]"]
 
@@ -59,7 +59,7 @@ async def asked_of(served: OneModel | ManyModels, base: Model, text: bytes, read
         indices.setdefault(model.serving(), []).append(index)
     requests: dict[int, Request] = {}
     for its in indices.values():
-        bodies = await read(models[its[0]], its, wanted["seed"])
+        bodies = await read([models[index] for index in its], its, wanted["seed"])
         requests |= {index: parsed.request for index, parsed in zip(its, bodies)}
     return [Asked(model.name, model.serving(), computed_by(model, requests[index]))
             for index, model in enumerate(models)]
@@ -70,7 +70,7 @@ async def read_asked(bodies: Bodies, http: web.Request, holding: Holding,
     """Who answers what a client asks. `holding` then holds what stays of a large body."""
     with bodies.holding() as reading:
         body = await bodies.receive(http, reading)
-        base, text = await bodies.text_of(body)
+        base, text = await bodies.text_of(body, holding)
         return await asked_of(bodies.models, base, text, partial(bodies.read_variants, body, holding), bound)
 
 
