@@ -22,7 +22,7 @@ BODIES = {  # of each route; what makes one large comes to it
     "/v1/messages": {"messages": HI, "max_tokens": 2}, "/v1/messages/count_tokens": {"messages": HI}, "/api/chat": {"messages": HI, "options": {"num_predict": 2}},
     "/api/generate": {"prompt": "hello", "options": {"num_predict": 2}}, "/api/embed": {"input": "hello"}, "/api/embeddings": {"prompt": "hello"},
     "/api/show": {}, "/tokenize": {"content": "hello"}, "/detokenize": {"tokens": [1, 2]}, "/apply-template": {"messages": HI},
-    "/models/load": {}, "/models/unload": {}, "/v1/compare": {"messages": HI, "max_tokens": 2, "variants": [{"model": name} for name in ("one", "two") * 4]}}
+    "/models/load": {}, "/models/unload": {}, "/v1/compare": {"messages": HI, "max_tokens": 2, "ignore_eos": True, "variants": [{"model": name} for name in ("one", "two") * 4]}}
 MANY = {"messages": HI * 30_001, "prompt": "hello " * 50_000, "input": "hello " * 50_000, "content": "hello " * 50_000, "tokens": [1] * 50_000}
 
 
