@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.streams import Holding
 
-# Who gives those of the answers that one model computes, the numbers of these, and the seed of those that have
-# none of their own: what each is asked
+# Who gives those of the answers that one model computes, the numbers of these, and the seed of those that
+# have none of their own: what each is asked
 VariantReader = Callable[["Seq[Model]", "Seq[int]", int], "Awaitable[Seq[ParsedBody]]"]
 Answering = Callable[["WorkerPool", "Request"],
                      "AbstractAsyncContextManager[tuple[Accepted, AsyncGenerator[Event, None]]]"]
