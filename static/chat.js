@@ -33,7 +33,7 @@ const state = {
   model: {...NO_MODEL},           // that of the chat
   refusedKey: null,               // the API key that the server refused last, "" if none was sent
   following: true,                // the log scrolls along while an answer grows
-  preferences: {theme: "", clicks: true, sidebar: true, server: "", servers: [], keys: {}, presets: {}, prompts: [], defaults: {}, titles: false,
+  preferences: {theme: "", actOnClick: false, sidebar: true, server: "", servers: [], keys: {}, presets: {}, prompts: [], defaults: {}, titles: false,
     notify: false},
 };
 
@@ -499,7 +499,7 @@ async function readEvents(run, response) {
     run.progress = news.progress ?? (news.text || news.reasoning ? null : run.progress);
     if (news.prompt) run.prompt = news.prompt;
     if (news.ids.length) (node.ids ??= []).push(...news.ids);
-    if (news.usage?.completion_tokens) run.tokens = news.usage.completion_tokens;
+    run.tokens = news.usage?.completion_tokens || run.tokens + news.ids.length;
     growCalls(node, news.calls);
     const grown = news.text || news.reasoning || news.moved || news.calls.length;
     if (grown) grow(run, news);
@@ -535,7 +535,7 @@ function grow(run, {text, reasoning, moved = false}) {
     Object.assign(node, {reasoning: node.content, content: ""});
     paint(node);                                         // once without it: a view only ever grows
   }
-  if (!run.chunks++) { run.firstAt = now; announce(TEXT.answering); }
+  if (!run.chunks++) { Object.assign(run, {firstAt: now, first: run.tokens || 1}); announce(TEXT.answering); }
   run.lastAt = now;
   if (reasoning) Object.assign(node, {reasoning: (node.reasoning ?? "") + reasoning, thought: Math.round(now - run.firstAt)});
   node.content += text;
@@ -557,8 +557,8 @@ function saveGrown(run) {
 // The tokens of a growing answer and its prompt as far as they are known; null without the prompt's.
 const countsOf = run => run?.prompt ? {prompt_tokens: run.prompt, completion_tokens: run.tokens || run.chunks} : null;
 
-// Tokens per second so far: as counted by the server, otherwise about one for each event.
-const liveSpeed = run => ((run.tokens || run.chunks) - 1) / Math.max(0.001, (run.lastAt - run.firstAt) / 1000);
+// Tokens per second since the first event, which drafts may fill with several; where none are counted, one for each event.
+const liveSpeed = run => ((run.tokens || run.chunks) - run.first) / Math.max(0.001, (run.lastAt - run.firstAt) / 1000);
 
 const takeUp = run => reconnected(run.node.stream, run.controller.signal, lost => {
   Object.assign(run, {lost, resumed: !lost});

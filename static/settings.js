@@ -82,7 +82,7 @@ function deletePreset() {
   showSettings();
 }
 
-const SWITCHES = ["clicks", "titles", "notify"];      // preferences that are on or off
+const SWITCHES = ["actOnClick", "titles", "notify"];      // preferences that are on or off
 
 async function changeSwitch(box) {
   if (box.id === "notify" && box.checked && await Notification.requestPermission() !== "granted") {

@@ -323,13 +323,13 @@ function answerMenu(view) {
     ...messageMenu(view)];
 }
 
-// A plain mouse click on a question edits it, and on an answer asks again, as in nanochat's page. A click
+// Where the reader wants it, a mouse click on a question edits it, and on an answer asks again. A click
 // that ends a selection does not, nor one on an element with a use of its own.
 const mouse = matchMedia("(hover: hover) and (pointer: fine)");
 
 function clickToAct(event, act) {
   const own = event.target.closest("a, button, summary, pre, input, textarea, details");
-  if (!state.preferences.clicks || !mouse.matches || own || event.detail > 1 || String(getSelection()) || !canAsk()) return;
+  if (!state.preferences.actOnClick || !mouse.matches || own || event.detail > 1 || String(getSelection()) || !canAsk()) return;
   act();
 }
 

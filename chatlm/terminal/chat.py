@@ -317,7 +317,7 @@ class Chat:
         """/edit TEXT: change the last message and send it again"""
         question = self._question()
         if not value and self.terminal.session:
-            value = await self.terminal.read(question["content"]) or ""
+            value = await self.terminal.read(question["content"], leaves=False) or ""
         if not value.strip():
             raise ValueError("/edit TEXT: the new text of your last message")
         await self.ask(value, question["parent"])
@@ -337,7 +337,7 @@ class Chat:
         text = read_text(name)
         if not question and self.terminal.interactive:
             self.note(f"Your question about {name}; Enter sends its text alone, Ctrl-C nothing.")
-            if (typed := await self.terminal.read()) is None:
+            if (typed := await self.terminal.read(leaves=False)) is None:
                 return
             question = whole_unicode(typed).strip()
         await self.ask(f"{text.rstrip()}\n\n{question}" if question else text)
@@ -366,7 +366,7 @@ KEYS = (  # what else one can type
     ("Alt-Enter", "begin a new line"),
     ('""" ... """', "a message of several lines"),
     ("Tab", "complete a command; while it thinks: answer now"),
-    ("Ctrl-C", "stop the answer; else clear the line; at an empty one leave"),
+    ("Ctrl-C", "stop the answer; else clear the line; twice at an empty one: leave"),
     ("Ctrl-D", "leave"),
 )
 LAST_CHAT = "last-chat.json"

@@ -241,14 +241,22 @@ class Terminal:
                 put(line.removesuffix("\n"))
             put(None)
 
-    async def read(self, default: str = "") -> str | None:
-        """The next message; None if the user leaves (end of file, Ctrl-C)."""
-        try:
-            if self.session:
-                return await self.session.prompt_async([("bold", "> ")], default=default)
-            return await self._read_block()
-        except (EOFError, KeyboardInterrupt):
-            return None
+    async def read(self, default: str = "", leaves: bool = True) -> str | None:
+        """The next message; None if the user leaves: end of file, or Ctrl-C, which hints first if that ends
+        the chat."""
+        hints = leaves and self.interactive
+        while True:
+            try:
+                if self.session:
+                    return await self.session.prompt_async([("bold", "> ")], default=default)
+                return await self._read_block()
+            except EOFError:
+                return None
+            except KeyboardInterrupt:
+                if not hints:
+                    return None
+                hints = False
+                self.note("Ctrl-C again leaves the chat, as Ctrl-D does")
 
     async def _read_block(self) -> str | None:
         """One line, or several between \"""."""

@@ -137,6 +137,17 @@ def test_stop_closes_the_request_so_that_the_server_can_cancel_it(page, stand_in
     assert stand_in.cancelled.wait(10)
 
 
+def test_live_figures_count_tokens_where_events_bring_several(page, stand_in):
+    stand_in.model["capabilities"] |= {"token_ids": True}
+    open_page(page, stand_in.url)
+    ask(page, "drafts")
+    expect(page.locator("#state")).to_have_text(re.compile(r"^Writing · [\d.]+ tok/s · 15 tokens$"))
+    run = page.evaluate("(run => ({tokens: run.tokens, first: run.first, speed: liveSpeed(run), s: (run.lastAt - run.firstAt) / 1000}))([...state.runs.values()][0])")
+    assert run["speed"] == pytest.approx((15 - 3) / run["s"])           # those of the first event took no time that is known
+    stand_in.release()
+    expect(answers(page)).to_contain_text("15 tokens")
+
+
 def test_an_answer_goes_on_in_its_chat_while_another_chat_is_shown(page, held_front):
     ask_for_two_words(page, held_front)
     button(page, "New chat").click()

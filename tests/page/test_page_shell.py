@@ -431,11 +431,27 @@ def test_the_keyboard_opens_what_the_mouse_opens(page, stand_in):
     expect(button(page, "Export")).to_have_count(0)
 
 
+def test_a_click_on_a_message_does_nothing_unless_the_reader_wants_it(page, stand_in):
+    page.add_init_script("""localStorage.setItem("chat_server preferences", JSON.stringify({clicks: true}))""")      # as it used to be
+    open_page(page, stand_in.url)
+    ask(page, "one")
+    expect_answered(page)
+    said(answers(page)).click()
+    said(questions(page)).click()
+    expect(page.get_by_role("textbox", name="Edited text")).to_have_count(0)
+    assert len(stand_in.bodies) == 1
+    button(page, "Settings").click()
+    expect(page.get_by_role("checkbox", name="Click a message")).not_to_be_checked()
+
+
 @pytest.mark.slow
 def test_a_plain_click_on_a_message_acts_as_it_used_to_and_can_be_switched_off(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)
+    button(page, "Settings").click()
+    page.get_by_role("checkbox", name="Click a message").check()
+    button(page, "Done").click()
     said(answers(page)).select_text()
     said(answers(page)).click()                                 # ends a selection
     said(questions(page)).dblclick()                            # selects a word

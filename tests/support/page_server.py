@@ -380,6 +380,15 @@ async def progress(server, question):
     yield done(1, gpu=1)
 
 
+async def drafts(server, question):
+    """Five events of three tokens each, held before the end."""
+    for i in range(5):
+        yield frame({"choices": [{"index": 0, "delta": {"content": "one two three "}, "token_ids": [3 * i, 3 * i + 1, 3 * i + 2]}]})
+        await asyncio.sleep(0.01)
+    await server.hold()
+    yield done(15)
+
+
 async def nothing(server, question):
     """An answer without a word."""
     yield done(1)
@@ -429,7 +438,7 @@ async def call(server, question):
     yield done(9, "tool_calls")
 
 
-SCRIPTS = {"call": call, "nothing": nothing, "only thoughts": only_thoughts, "tags": tags, "closing tag": closing_tag,
+SCRIPTS = {"call": call, "drafts": drafts, "nothing": nothing, "only thoughts": only_thoughts, "tags": tags, "closing tag": closing_tag,
            "half a thought": half_a_thought, "thoughts": thoughts, "progress": progress, "half": half, "story": story, "markdown": markdown, "held markdown": held_markdown, "paragraphs": paragraphs,
            "silence": silence, "world": world, "hostile": hostile, "broken": broken, "cut off": cut_off}
 

@@ -460,6 +460,8 @@ def test_ctrl_c_stops_the_answer_then_clears_the_line_then_leaves(tmp_path):
             pty.expect("five")
             pty.expect("> ")
             pty.type("\x03")
+            pty.expect("Ctrl-C again leaves the chat.*> ")
+            pty.type("\x03")
             assert pty.leave() == 0
         assert asked(front) == ["Hello", "Again"]
         assert [m.content for m in front.pool.requests[1].messages] == ["Hello", "one two ", "Again"]
