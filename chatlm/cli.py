@@ -49,9 +49,10 @@ HELP = {
   python chat_server.py chat                                a nanochat checkpoint or a small model
   python chat_server.py chat --continue                     go on with the last chat
   python chat_server.py chat --url http://127.0.0.1:8000    with a server that runs already"""),
-    "generate": Help("python chat_server.py generate [MODEL] [flags]",
-        "Answer one prompt: the answer goes to stdout, all else to stderr.", """
-  python chat_server.py generate -p "Why is the sky blue?"
+    "generate": Help("python chat_server.py generate [MODEL] [PROMPT] [flags]",
+        "Answer one prompt: the answer goes to stdout, all else to stderr. A PROMPT of one word "
+        "needs --prompt.", """
+  python chat_server.py generate "Why is the sky blue?"
   python chat_server.py generate -p - --system "Summarize this letter." < letter.txt
   python chat_server.py generate model.gguf -p "Name a color." --json --seed 1"""),
     "compare": Help("python chat_server.py compare MODEL MODEL ... --prompt TEXT [flags]",
@@ -268,8 +269,9 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     parser = CommandLine(prog="chat_server.py", usage=usage, allow_abbrev=False, formatter_class=help_lines,
                          description="\n\n".join(textwrap.fill(part, 96) for part in about),
                          epilog=examples and f"Examples:\n{examples[1:]}")
+    several_words = command in (*SEVERAL, "generate")
     if command != "check":
-        parser.add_argument("model", metavar="MODEL", nargs="*" if command in SEVERAL else "?", default=None,
+        parser.add_argument("model", metavar="MODEL", nargs="*" if several_words else "?", default=None,
                             help=argparse.SUPPRESS)
     parser.add_argument("--version", action="store_true", help="print the version and which kernels run")
     flags = {flag.field: flag for flag in FLAGS if command in flag.commands.split()}
@@ -280,12 +282,14 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         if flag.field in flags:
             add_flag(group, flag)
     # intermixed: MODEL --port 8080 MODEL
-    values = vars((parser.parse_intermixed_args if command in SEVERAL else parser.parse_args)(words))
+    values = vars((parser.parse_intermixed_args if several_words else parser.parse_args)(words))
     if values.pop("version"):
         print(f"chat_server {__version__}; {kernels_line()}")
         raise SystemExit(0)
     if command == "check":  # it has no flags
         return Settings(command=command)
+    if command == "generate":
+        values["model"], values["prompt"] = with_prompt(parser, values["model"] or [], values["prompt"])
     config_file = values["config"] or environment.get("CHAT_SERVER_CONFIG") or None
     config, tables = read_config(config_file)
     words = values["model"] or environment.get("CHAT_SERVER_MODEL") or config.get("model") or []
@@ -308,6 +312,18 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     elif command in SEVERAL and models:  # of `compare` and `score` each word is a MODEL
         values["model"], values["several"] = None, tuple(ModelChoice(name, name) for name in models)
     return Settings(command=command, **values)
+
+
+def with_prompt(parser: CommandLine, words: Seq[str], prompt: str | None) -> tuple[Seq[str], str | None]:
+    """The MODEL and the prompt of `generate`: a word with white space is the prompt, unless it is a file."""
+    asked = [word for word in words
+             if re.search(r"\S\s+\S", word) and not os.path.exists(os.path.expanduser(word))]
+    models = [word for word in words if word not in asked]
+    if len(asked) + (prompt is not None) > 1:
+        parser.error(f"one prompt, please, and here is another: {asked[-1]!r}")
+    if models[1:]:
+        parser.error(f"unrecognized arguments: {' '.join(models[1:])}")
+    return models, asked[0] if asked else prompt
 
 
 def asks_for_json(words: Seq[str], environment: Mapping[str, str]) -> bool:

@@ -43,6 +43,30 @@ def parsed(line="", **environment):
 # flags
 
 
+@pytest.mark.parametrize("words, model, prompt", [
+    (["Why is the sky blue?"], None, "Why is the sky blue?"), (["m.gguf", "Why is it?"], "m.gguf", "Why is it?"),
+    (["Why\nnot?", "-t", "0", "m.gguf"], "m.gguf", "Why\nnot?"), (["m.gguf"], "m.gguf", None), (["m.gguf", "-p", "two words"], "m.gguf", "two words"),
+    (["word "], "word ", None)])
+def test_a_word_with_white_space_is_the_prompt_of_generate(words, model, prompt):
+    settings = parse_command_line(["generate", *words], {})
+    assert (settings.model, settings.prompt) == (model, prompt)
+
+
+def test_a_model_whose_path_has_a_space_stays_the_model_of_generate(tmp_path):
+    path = tmp_path / "my model.gguf"
+    path.write_bytes(b"GGUF")
+    settings = parse_command_line(["generate", str(path), "Why is it?"], {"CHAT_SERVER_MODEL": "other"})
+    assert (settings.model, settings.prompt) == (str(path), "Why is it?")
+
+
+@pytest.mark.parametrize("words, error", [
+    (["Why is it?", "-p", "What is it?"], "one prompt, please, and here is another: 'Why is it?'"),
+    (["Why is it?", "What is it?"], "one prompt, please, and here is another: 'What is it?'"), (["a.gguf", "b.gguf"], "unrecognized arguments: b.gguf")])
+def test_generate_takes_one_prompt_and_one_model(words, error):
+    with pytest.raises(ConfigError, match=re.escape(error)):
+        parse_command_line(["generate", *words], {})
+
+
 def test_no_words_serve_with_the_table_s_defaults():
     assert parsed() == Settings()
 
@@ -399,7 +423,7 @@ async def test_a_pasted_text_is_one_message(local_pool, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
         keys.send_text("\x1b[200~first line\nsecond line\x1b[201~\r")
-        keys.send_text("\x03")                  # Ctrl-C at an empty prompt
+        keys.send_text("\x03\x03")              # Ctrl-C at an empty prompt hints, and then leaves
         assert await chat(Settings(command="chat")) == 0
     assert [m.content for m in local_pool.requests[0].messages] == ["first line\nsecond line"]
 
