@@ -88,7 +88,7 @@ class Engine:
     become text: it reads them where they were drawn. A sequence that has ended wastes one row. The exception:
     a step that draws for a sequence whose tokens must be known first is finished at once."""
 
-    TIMED_TOKENS = 64  # a step of fewer says little of how long a prompt takes
+    TIMED_TOKENS = 64  # a step of fewer says little of how long a prompt takes, where larger ones come
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True,
@@ -118,6 +118,13 @@ class Engine:
         self.drafted_tokens = self.accepted_tokens = 0
         self.keeper: Keeper | None = None  # where pages outlive the process
         self.token_s = self.finished_s = 0.0  # of a prompt's token, as measured; when the last step ended
+        # at most what warm_up computes in a step, so that a time is known before the first prompt
+        self.timed_tokens = min(self.TIMED_TOKENS, self.first_chunk)
+
+    @property
+    def first_chunk(self) -> int:
+        """Tokens of the prompt that warm_up computes in one step."""
+        return min(self.scheduler.prefill_chunk, self.context_length // 2)
 
     @property
     def busy(self) -> bool:
@@ -297,7 +304,7 @@ class Engine:
         step = self.under_way.popleft()
         tokens = iter(step.finish())
         began_s, self.finished_s = max(step.began_s, self.finished_s), time.monotonic()
-        if step.tokens >= self.TIMED_TOKENS:
+        if step.tokens >= self.timed_tokens:
             token_s = (self.finished_s - began_s) / step.tokens
             self.token_s += (token_s - self.token_s) * (0.2 if self.token_s else 1.0)
             if self.keeper:
@@ -368,8 +375,7 @@ class Engine:
     def warm_up(self, progress: Callable[[float], None]):
         """Run a full prefill chunk and a step of each decode batch size, so no user pays for first calls."""
         max_batch = self.scheduler.max_batch
-        chunk = min(self.scheduler.prefill_chunk, self.context_length // 2)
-        shapes = [(1, chunk), *((1 << n, 1) for n in range(10) if 1 << n < max_batch), (max_batch, 1)]
+        shapes = [(1, self.first_chunk), *((1 << n, 1) for n in range(10) if 1 << n < max_batch), (max_batch, 1)]
         self.steps.prepare(lambda fraction: progress(fraction / 2))
         for done, (rows, length) in enumerate(shapes):
             progress(0.5 + done / len(shapes) / 2)

@@ -62,7 +62,7 @@ class Restoration:
     restores_state: bool
     began_s: float
     here: int = 0            # pages read so far, those that the cache had included
-    moved_s: float = math.inf  # when reading began, or the last page came
+    moved_s: float = math.inf  # when the disk last gave something, while it is waited for
     over: bool = False       # nobody waits for it any more
     slot: int | None = None  # with the state after its tokens
     room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(Keeper.BATCHES))
@@ -237,7 +237,6 @@ class Keeper:
 
     def _read(self, restoration: Restoration):
         """In a thread: read its records, in batches, as far as the engine has put them into pages."""
-        restoration.moved_s = time.monotonic()
         try:
             batch, size, disk_bytes, disk_s = [], 0, 0, 0.0
             keys = [self.kept.key(PAGE, address) for address in restoration.addresses[restoration.begin:]]
@@ -245,6 +244,7 @@ class Keeper:
                 keys.insert(0, self.kept.key(STATE, restoration.addresses[-1]))
             for key in keys:
                 on_disk, began_s = self.kept.on_disk(key), time.monotonic()
+                restoration.moved_s = began_s
                 if restoration.over or (read := self.kept.read(key)) is None:
                     break
                 batch.append(read)
@@ -261,10 +261,12 @@ class Keeper:
         except Exception:
             log.exception("failed to read kept pages")
         finally:
+            restoration.moved_s = math.inf
             self.arrived.append((restoration, None))
             self.news.set()
 
     def _hand_over(self, restoration: Restoration, batch: list[tuple[Record, memoryview]]):
+        restoration.moved_s = math.inf  # the engine is waited for, whose steps may be long
         while not restoration.room.acquire(timeout=1.0):
             if restoration.over:
                 return
@@ -319,7 +321,6 @@ class Keeper:
             table[group] = page
         restoration.serial = pool.register(restoration.serial, tokens, table)
         restoration.pages += table
-        restoration.moved_s = time.monotonic()
         self.counts["restored_tokens"] += size
         self.counts["restored_bytes"] += len(payload)
         self.saved_s += size * self.token_s

@@ -1,6 +1,9 @@
 """Pages that outlive the process: restored ones equal computed ones to the bit, and no fault of a store is more than a recomputation."""
 
+import dataclasses
 import hashlib
+import itertools
+import math
 import os
 import random
 from concurrent.futures import wait
@@ -57,7 +60,7 @@ def keep(engine, memory, store=None, profile=b"p" * 16, token_s=1.0):
     kept = KeptPages(memory.paths, memory.size, store, "the model")
     engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept))
     keeper.begin(lambda: profile, 60)
-    keeper.token_s, keeper.GRACE_S, engine.TIMED_TOKENS = token_s, 60.0, 1 << 30
+    keeper.token_s, keeper.GRACE_S, engine.timed_tokens = token_s, 60.0, 1 << 30
     return engine
 
 
@@ -269,6 +272,48 @@ def test_a_disk_that_does_not_answer_holds_a_prompt_up_no_longer_than_its_grace(
     engine.keeper.reader.shutdown()
     engine.step()
     assert engine.pool.available == engine.pool.num_pages and engine.keeper.counts["restored_tokens"] == 0
+
+
+@pytest.mark.parametrize("ahead", [1, 32])
+@torch.inference_mode()
+def test_a_long_step_is_not_taken_for_a_disk_that_does_not_answer(stored, nanochat_fixtures, monkeypatch, caplog, ahead):
+    """All that the disk is asked for comes while the engine computes: as much as is read ahead of it, or the whole prompt."""
+    monkeypatch.setattr(Keeper, "BATCHES", ahead)
+    monkeypatch.setattr(Keeper, "BATCH_BYTES", 1)
+    engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
+    engine.add(stored.work)
+    engine.step()
+    engine.keeper.STUCK_S = 0.0
+    [restoration] = engine.keeper.restorations
+    while len(engine.keeper.arrived) < min(ahead, stored.pages) or restoration.moved_s < math.inf:
+        engine.keeper.wait(0.01)
+    engine.keeper.settle()                      # the step is over, long after the first page came
+    engine.keeper.STUCK_S = 60.0
+    assert engine.keeper.restorations == [restoration] and not caplog.records
+    tokens = []
+    while engine.busy:
+        tokens += [token for _, event in engine.step() for token in getattr(event, "tokens", ())]
+    assert tokens == stored.tokens[stored.work.id] and engine.keeper.counts["restored_tokens"] == stored.pages * PAGE_SIZE
+
+
+@pytest.mark.parametrize("prefill_chunk, max_batch, context", [
+    *itertools.product((1, 16, 48, 256), (1, 3, 16), (None,)), (256, 3, 96), (48, 1, 64)])
+@torch.inference_mode()
+def test_whatever_the_steps_are_like_the_speed_of_computing_is_known_before_the_first_prompt(
+        nanochat_fixtures, memory, tmp_path, prefill_chunk, max_batch, context):
+    """Else nothing would seem worth reading."""
+    flags = {"prefill_chunk": prefill_chunk, "max_batch": max_batch, "context_length": context}
+    engine = keep(make(nanochat_fixtures / "gen5", **flags), memory)
+    engine.timed_tokens = make(nanochat_fixtures / "gen5", **flags).timed_tokens
+    engine.keeper.token_s = 0.0
+    engine.warm_up(lambda fraction: None)
+    assert engine.keeper.token_s == engine.token_s > 0
+    [work] = conversations(11, 1, most=60)
+    work = dataclasses.replace(work, max_tokens=2)
+    tokens_of(keep(engine, memory), [work])
+    again = keep(make(nanochat_fixtures / "gen5", **flags), memory, token_s=engine.token_s)
+    again.keeper._worthwhile, worthwhile = lambda restoration: again.keeper.token_s > 0, again.keeper._worthwhile
+    assert cached(again, work) == (len(work.prompt_ids) - 1) // PAGE_SIZE * PAGE_SIZE > 0
 
 
 @torch.inference_mode()
