@@ -131,8 +131,8 @@ from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.start import PROCESS_COMMAND, check_nice
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
-from chatlm.common.segments import listed_store
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
+from chatlm.common.tiers import listed_store
 from chatlm.front.aio import first_of, stop_signals
 from chatlm.front.api.encode import frame, usage_body
 from chatlm.front.api.encoders import ENCODERS

@@ -58,7 +58,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 150 more: a folder of models whose names, replaced files and odd files are followed; scoring that makes no model leave.
 # 140 more: comparisons are read by their models' sandboxes, foreign text in logs, types of values in --config, names and pipes of the operator's.
 # 18 more: the prompt of `generate` as a word, Ctrl-C that hints before it leaves.
-MOST_STATEMENTS = 21_172
+# 190 more: kept prefixes go from the ends of their chains: tiers of segments, their forest, chains that are kept whole.
+MOST_STATEMENTS = 21_378
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

@@ -3,9 +3,13 @@
     segment = head, record, record, ..       record = header, payload
     head    = magic, random id               header = Record: what the payload is, its checksum, its own guard
 
-A segment has one writer, which holds its lock (flock) and only appends; anybody else reads. A reader believes
-nothing: a record counts once it is there whole and its header has the right guard, and its payload once
-that has the right checksum. So a writer may end anywhere, and a file may be cut, changed or deleted.
+The pages of a segment are one chain: each continues the page before it, and the first one begins a prefix or
+continues a page of another segment. So a segment may be cut anywhere, and what is left is still of use.
+
+Whoever holds a segment's lock (flock) may append, or cut its end and give it another id. Anybody else reads,
+and believes nothing: a record counts once it is there whole and its header has the right guard,
+and its payload once that has the right checksum. So a writer may end anywhere, and a file may be cut, changed
+or deleted.
 
 Files are read (pread), not mapped: where a mapped file is cut, or its disk fails, the process dies by
 SIGBUS."""
@@ -14,15 +18,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import secrets
 import stat
 import struct
-import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -31,11 +32,13 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
 
 HEAD = struct.Struct("<8s8s")   # magic, id
-MAGIC = b"cskv0001"
-HEADER = struct.Struct(f"<4sHH16s16s{PAGE_SIZE}IQ16s")
+MAGIC = b"cskv0002"
+MOST_GROUPS = 256               # of layers, as bits
+HEADER = struct.Struct(f"<4sH{MOST_GROUPS // 8}s16s16s16s{PAGE_SIZE}IQ16s")
 GUARD_BYTES = 8
 HEADER_BYTES = HEADER.size + GUARD_BYTES
 PAGE, STATE, MODEL = 0, 1, 2    # contents of a record: KV pages, a snapshot of states, the name of a model
+ROOT = bytes(16)                # the parent of the first page of a prefix
 SUFFIX = ".pages"
 
 
@@ -46,13 +49,14 @@ class Record(NamedTuple):
     groups: int              # bits: the groups of layers whose page of these tokens is in the payload
     profile: bytes           # 16 bytes: which weights, and which arithmetic
     address: bytes           # 16 bytes: which tokens before and in it, whose
+    parent: bytes            # 16 bytes: the address of the page before; of a state, of the page it follows
     tokens: tuple[int, ...]  # the page's own; without any, zeros
     size: int                # bytes of the payload
     checksum: bytes          # 16 bytes, of the payload
 
     def pack(self) -> bytes:
-        header = HEADER.pack(b"CSKV", self.content, self.groups, self.profile, self.address, *self.tokens,
-                             self.size, self.checksum)
+        header = HEADER.pack(b"CSKV", self.content, self.groups.to_bytes(MOST_GROUPS // 8, "little"),
+                             self.profile, self.address, self.parent, *self.tokens, self.size, self.checksum)
         return header + guard(header)
 
     @classmethod
@@ -61,13 +65,23 @@ class Record(NamedTuple):
         header = data[:HEADER.size]
         if len(data) < HEADER_BYTES or guard(header) != data[HEADER.size:HEADER_BYTES]:
             return None
-        _, content, groups, profile, address, *tokens, size, checksum = HEADER.unpack(header)
-        return cls(content, groups, profile, address, tuple(tokens), size, checksum)
+        _, content, groups, profile, address, parent, *tokens, size, checksum = HEADER.unpack(header)
+        return cls(content, int.from_bytes(groups, "little"), profile, address, parent, tuple(tokens), size,
+                   checksum)
 
     @property
     def key(self) -> bytes:
         """What tells it from all other records."""
-        return bytes([self.content]) + self.profile + self.address
+        return key_of(self.content, self.profile, self.address)
+
+    @property
+    def parent_key(self) -> bytes:
+        """The key of the page that it continues; b"" if it continues none."""
+        return b"" if self.parent == ROOT else key_of(PAGE, self.profile, self.parent)
+
+
+def key_of(content: int, profile: bytes, address: bytes) -> bytes:
+    return bytes([content]) + profile + address
 
 
 def guard(header: bytes) -> bytes:
@@ -77,96 +91,152 @@ def guard(header: bytes) -> bytes:
 def model_record(profile: bytes, name: str) -> bytes:
     """A whole record that names the model of a profile."""
     payload = name.encode()[:1000]
-    return Record(MODEL, 0, profile, profile, (0,) * PAGE_SIZE, len(payload),
+    return Record(MODEL, 0, profile, profile, ROOT, (0,) * PAGE_SIZE, len(payload),
                   hashlib.blake2b(payload, digest_size=16).digest()).pack() + payload
 
 
+class Entry(NamedTuple):
+    """A record that was seen in a segment."""
+
+    segment: Segment
+    key: bytes
+    parent: bytes  # Record.parent_key
+    begin: int     # of its header
+    size: int      # of its payload
+
+    @property
+    def end(self) -> int:
+        return self.begin + HEADER_BYTES + self.size
+
+
 class Segment:
-    """An open segment, and how far its records have been looked at."""
+    """A file of records, and what was seen in it."""
 
-    def __init__(self, path: str | Path, name: str, writable: bool = False):
-        """OSError if it cannot be opened, or is another user's."""
-        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
-        self.file = FileIO(os.open(path, flags), "r+b" if writable else "rb")
-        self.name, self.id, self.end = name, b"", 0
-        status = os.fstat(self.file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise OSError(f"{path} is not a file of this user's")
+    def __init__(self, path: str | Path, name: str, file: FileIO | None = None):
+        """file: one in memory, which is open. Those of a store are opened when they are used, so that what is
+        deleted is gone."""
+        self.path, self.name, self.file = path, name, file
+        self.size = self.used_ns = 0       # at the last look
+        self.entries: list[Entry] = []     # all but those that name models
+        self.last = b""                    # the key of its last page
+        self.forget()
+
+    def forget(self):
+        """Know nothing of its content."""
+        self.id, self.end, self.entries, self.last = b"", 0, [], b""
+
+    @contextmanager
+    def opened(self, writable: bool = False) -> Iterator[int]:
+        """Its descriptor."""
+        if self.file:
+            yield self.file.fileno()
+        else:
+            with open_file(self.path, writable) as file:
+                yield file.fileno()
 
     @property
-    def size(self) -> int:
-        return os.fstat(self.file.fileno()).st_size
+    def parent(self) -> bytes:
+        """The key of the page that its first record continues, or b""."""
+        return self.entries[0].parent if self.entries else b""
 
     @property
-    def used_s(self) -> float:
-        """When something was last read from it or written to it."""
-        return os.fstat(self.file.fileno()).st_mtime
+    def has_its_id(self) -> bool:
+        """Of one in memory: is it the one that was last looked at?"""
+        return self.file is None or os.pread(self.file.fileno(), HEAD.size, 0)[len(MAGIC):] == self.id
 
-    def touch(self):
-        with suppress(OSError):  # a read-only file system
-            os.utime(self.file.fileno())
+    def continues(self, record: Record) -> bool:
+        """May a record be appended? A page must continue its last page; a state follows any of its pages."""
+        return not self.entries or self.last == record.parent_key != b"" or record.content == STATE and any(
+            record.parent_key == entry.key for entry in self.entries)
 
-    def lock(self) -> bool:
-        """Become its writer, unless it has one."""
-        with suppress(OSError):
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        return False
-
-    def unlock(self):
-        fcntl.flock(self.file, fcntl.LOCK_UN)
-
-    def restart(self):
-        """As its writer: forget all that is in it."""
-        os.ftruncate(self.file.fileno(), 0)
+    def restart(self, descriptor: int):
+        """With its lock: forget all that is in it."""
+        os.ftruncate(descriptor, 0)
+        self.forget()
         self.id = secrets.token_bytes(8)
-        os.pwrite(self.file.fileno(), HEAD.pack(MAGIC, self.id), 0)
+        write_whole(descriptor, HEAD.pack(MAGIC, self.id), 0)
         self.end = HEAD.size
 
-    def restarted(self) -> bool:
-        """Has its writer forgotten what was in it when it was last looked at? It is then looked at anew."""
-        head = os.pread(self.file.fileno(), HEAD.size, 0)
+    def restarted(self, descriptor: int) -> bool:
+        """Was it cut or begun anew since it was last looked at? It is then looked at from its beginning."""
+        head = os.pread(descriptor, HEAD.size, 0)
         magic, id_ = HEAD.unpack(head) if len(head) == HEAD.size else (b"", b"")
-        if magic == MAGIC and id_ == self.id:
+        if magic == MAGIC and id_ == self.id and self.end <= os.fstat(descriptor).st_size:
             return False
-        self.id, self.end = (id_, HEAD.size) if magic == MAGIC else (b"", 0)
+        self.forget()
+        if magic == MAGIC:
+            self.id, self.end = id_, HEAD.size
         return True
 
-    def news(self) -> Iterator[tuple[int, Record]]:
-        """The records that were added since, each with the place of its payload."""
-        descriptor, size = self.file.fileno(), self.size
+    def news(self, descriptor: int) -> Iterator[tuple[Record, Entry]]:
+        """The records that were added since."""
+        size = os.fstat(descriptor).st_size
         while self.end and self.end + HEADER_BYTES <= size:
             record = Record.unpack(os.pread(descriptor, HEADER_BYTES, self.end))
             if record is None or self.end + HEADER_BYTES + record.size > size:
                 return
-            place = self.end + HEADER_BYTES
-            self.end = place + record.size
-            yield place, record
+            yield record, self.note(record)
 
-    def append(self, record: Record, payload) -> int:
-        """As its writer: add a record; returns the place of its payload. OSError if there is no room, and
-        then it is as before."""
-        descriptor, header = self.file.fileno(), record.pack()
+    def note(self, record: Record) -> Entry:
+        """A record lies at its end."""
+        return self.add(Entry(self, record.key, record.parent_key, self.end, record.size))
+
+    def add(self, entry: Entry) -> Entry:
+        """The same record as in another segment lies at its end."""
+        entry = entry._replace(segment=self, begin=self.end)
+        self.end = entry.end
+        if entry.key[0] != MODEL:
+            self.entries.append(entry)
+        if entry.key[0] == PAGE:
+            self.last = entry.key
+        return entry
+
+    def append(self, descriptor: int, record: Record, payload) -> Entry:
+        """With its lock: add a record. OSError if there is no room, and then it is as before."""
         try:
-            for place, data in ((self.end, header), (self.end + HEADER_BYTES, payload)):
-                write_whole(descriptor, data, place)
+            write_whole(descriptor, record.pack(), self.end)
+            write_whole(descriptor, payload, self.end + HEADER_BYTES)
         except OSError:
             os.ftruncate(descriptor, self.end)
             raise
-        place = self.end + HEADER_BYTES
-        self.end = place + record.size
-        return place
+        return self.note(record)
 
-    def read(self, place: int, size: int) -> tuple[Record, memoryview] | None:
-        """What is there: a record whose payload begins at this place and has so many bytes, or None. Whether
-        it is the right one, its key and its checksum say."""
-        view, done = memoryview(bytearray(HEADER_BYTES + size)), 0
-        while done < len(view):
-            if not (count := os.preadv(self.file.fileno(), [view[done:]], place - HEADER_BYTES + done)):
-                return None
-            done += count
+    def read(self, entry: Entry) -> tuple[Record, memoryview] | None:
+        """What is there: a record whose payload has as many bytes, or None. Whether it is the right one, its
+        key and its checksum say."""
+        view, done = memoryview(bytearray(HEADER_BYTES + entry.size)), 0
+        with self.opened() as descriptor:
+            while done < len(view):
+                if not (count := os.preadv(descriptor, [view[done:]], entry.begin + done)):
+                    return None
+                done += count
         record = Record.unpack(bytes(view[:HEADER_BYTES]))
-        return (record, view[HEADER_BYTES:]) if record and record.size == size else None
+        return (record, view[HEADER_BYTES:]) if record and record.size == entry.size else None
+
+
+def open_file(path: str | Path, writable: bool) -> FileIO:
+    """OSError if it is no file of this user's; nobody waits for a FIFO."""
+    mode, flags = ("r+b", os.O_RDWR) if writable else ("rb", os.O_RDONLY)
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+        os.close(descriptor)
+        raise PermissionError(f"{path} is not a file of this user's")
+    return FileIO(descriptor, mode)
+
+
+@contextmanager
+def locked(descriptor: int, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock of an open segment; False if somebody else does, who is not waited for."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def write_whole(descriptor: int, data, place: int):
@@ -199,65 +269,7 @@ def check_folder(path: Path) -> Path:
 
 
 def segment_paths(folder: Path) -> list[Path]:
-    """OSError if the folder cannot be read."""
-    return [Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(SUFFIX)]
-
-
-def prune(folder: Path, most_bytes: int, most_files: int = 1 << 30) -> int:
-    """Delete the least recently used segments that nobody writes until the others have at most so many bytes;
-    returns how many were deleted."""
-    sizes = {}
-    for path in segment_paths(folder):
-        with suppress(OSError):
-            status = path.stat()
-            sizes[path] = status.st_mtime, status.st_size
-    total, deleted = sum(size for _, size in sizes.values()), 0
-    for path in sorted(sizes, key=sizes.__getitem__):
-        if total <= most_bytes and len(sizes) - deleted <= most_files:
-            break
-        with suppress(OSError):
-            segment = Segment(path, path.name)
-            with segment.file:
-                if segment.lock():
-                    path.unlink()
-                    total, deleted = total - sizes[path][1], deleted + 1
-    return deleted
-
-
-def listed_store(folder: Path, most_bytes: int | None = None) -> list[str]:
-    """What lies in a store, in lines; before that it is pruned to so many bytes, if told. ConfigError if it
-    cannot be read."""
-    if most_bytes is not None:
-        try:
-            pruned = prune(folder, most_bytes)
-        except OSError as error:
-            raise ConfigError(f"{folder}: {error.strerror or error}") from None
-        return [f"{pruned:,} segments deleted", *listed_store(folder)]
-    names, pages, states, sizes = {}, Counter(), Counter(), Counter()
-    used, total, count = {}, 0, 0
-    try:
-        for path in segment_paths(folder):
-            with suppress(FileNotFoundError):
-                segment = Segment(path, path.name)
-                with segment.file:
-                    total, count = total + segment.size, count + 1
-                    segment.restarted()
-                    for place, record in segment.news():
-                        if record.content == MODEL:
-                            text = os.pread(segment.file.fileno(), record.size, place)
-                            names[record.profile] = text.decode(errors="replace")
-                        counted = pages if record.content == PAGE else states
-                        counted[record.profile] += record.content < MODEL
-                        sizes[record.profile] += HEADER_BYTES + record.size
-                        used[record.profile] = max(used.get(record.profile, 0.0), segment.used_s)
-    except OSError as error:
-        raise ConfigError(f"{folder}: {error.strerror or error}") from None
-    lines = [f"{folder}: {count:,} segments, {total / 1e6:,.1f} MB"]
-    for profile in sorted(used, key=used.__getitem__, reverse=True):
-        snapshots = f" and {states[profile]:,} snapshots of states" if states[profile] else ""
-        at = time.strftime("%Y-%m-%d %H:%M", time.localtime(used[profile]))
-        name = json.dumps(names.get(profile, "an unnamed model"), ensure_ascii=False)[1:-1]
-        lines.append(
-            f"  {name}: {pages[profile] * PAGE_SIZE:,} tokens in {pages[profile]:,} pages{snapshots}, "
-            f"{sizes[profile] / 1e6:,.1f} MB, last used {at}, profile {profile.hex()[:12]}")
-    return lines
+    """Its files. OSError if the folder cannot be read."""
+    with os.scandir(folder) as entries:
+        return [Path(entry.path) for entry in entries
+                if entry.name.endswith(SUFFIX) and entry.is_file(follow_symlinks=False)]

@@ -31,6 +31,7 @@ from chatlm.common.messages.requests import Failed, ModelFacts, ThinkingEnds
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import threads_per_worker
 from chatlm.common.processes.torchrun import ranks_here
+from chatlm.common.segments import MOST_GROUPS
 from chatlm.worker.build import build_engine, build_transformer, lack_of_gpu_memory, prepare_device
 from chatlm.worker.engine.engine import drop_adapter, failure_text
 from chatlm.worker.engine.keeper import Keeper
@@ -139,8 +140,11 @@ def keep_prefixes(engine: Engine, config: WorkerConfig, files: list[Path], stamp
     """From now on pages outlive this process, and those of earlier ones come back."""
     settings = config.settings
     store = store_place(settings.prefix_store)[0] if settings.prefix_store else None
+    if len(engine.pool.windows) > MOST_GROUPS:
+        return log.warning("no prefix is kept: the layers of this model are in %d groups, of which at most "
+                           "%d can be kept", len(engine.pool.windows), MOST_GROUPS)
     try:
-        kept = KeptPages(config.prefix_memory, config.segment_bytes, store,
+        kept = KeptPages(config.prefix_memory, config.prefix_bytes, store,
                          config.source.name if config.source else "")
     except OSError as error:
         return log.warning("no prefix is kept: %s", error)
@@ -226,7 +230,7 @@ def gauges(engine: Engine) -> dict[str, float | None]:
 
 def keeper_gauges(keeper: Keeper | None) -> dict[str, float]:
     return {**keeper.counts, "prefill_saved_s": round(keeper.saved_s, 3),
-            "keeping_s": round(keeper.spent_s, 3)} if keeper else {}
+            "keeping_s": round(keeper.copier.spent_s, 3)} if keeper else {}
 
 
 def state_gauges(engine: Engine) -> dict[str, int]:
@@ -359,7 +363,7 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
 
     while True:
         inbox.end_loading()
-        idle = not engine.busy and not (engine.keeper and engine.keeper.behind)
+        idle = not engine.busy and not (engine.keeper and engine.keeper.copier.behind)
         for message in channel.receive(wait=idle, patience_s=LOADING_S if inbox.loading else None):
             inbox.obey(message)
         try:

@@ -105,11 +105,13 @@ def number(connection):
 # In the template
 
 def serve(orders, ends):
-    running = {}
+    running, poll = {}, select.poll()      # select() takes no descriptor above 1,023
+    poll.register(orders, select.POLLIN)
     while True:
-        for ready in select.select([orders, *running], [], [])[0]:
-            if ready is not orders:
+        for ready, _ in poll.poll():
+            if ready != orders.fileno():
                 pid = running.pop(ready)
+                poll.unregister(ready)
                 os.close(ready)
                 ends.sendall(NUMBER.pack(pid) + NUMBER.pack(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
                 continue
@@ -122,7 +124,8 @@ def serve(orders, ends):
                 for each in (orders.fileno(), ends.fileno(), *running):
                     os.close(each)
                 become(*order, template, descriptors)
-            running[os.pidfd_open(pid)] = pid
+            running[end := os.pidfd_open(pid)] = pid
+            poll.register(end, select.POLLIN)
             orders.sendall(NUMBER.pack(pid))
             for each in descriptors:
                 os.close(each)

@@ -22,7 +22,7 @@ class WorkerConfig:
     device: str         # for torch
     threads: int        # at most
     prefix_memory: tuple[str, ...] = ()  # paths of segments that it shares with others
-    segment_bytes: int = 0  # of each
+    prefix_bytes: int = 0  # that these may take
 
 
 @wire_message(8 << 20)

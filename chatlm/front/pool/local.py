@@ -64,7 +64,7 @@ class LocalDevices:
         reader, worker.writer = await asyncio.open_connection(sock=ours)
         shared, size, more = (), 0, 0
         if self.prefixes:
-            shared, size = self.prefixes.paths, self.prefixes.segment_bytes
+            shared, size = self.prefixes.paths, self.prefixes.bytes
             more = self.prefixes.bytes - self.prefixes.used
         secretless = replace(self.settings, keys=(), api_key=(), prefix_memory=more)
         return reader, WorkerConfig(secretless, self.source, worker.device, threads, shared, size)

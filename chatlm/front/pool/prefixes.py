@@ -11,7 +11,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Sequence as Seq
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -21,17 +21,16 @@ from chatlm.common.config import ranks_per_replica, store_place
 from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
-from chatlm.common.segments import (
-    HEADER_BYTES, MODEL, SUFFIX, Segment, check_folder, model_record, prune, segment_paths, write_whole)
+from chatlm.common.segments import HEADER_BYTES, SUFFIX, Entry, Record, Segment, check_folder, locked
+from chatlm.common.tiers import Tier
 from chatlm.front.pool.local import cuda_device_count
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.segments import Record
 
 SHARE = 0.1             # of the free memory is for prefixes, unless --prefix-memory says otherwise
 STAGING_BYTES = 64 << 20  # at least, where they are stored
-SEGMENTS = 32             # in memory
+LEAST_SEGMENTS, SEGMENTS = 32, 256  # in memory, where as many conversations are kept at most
 
 
 class Prefixes:
@@ -43,12 +42,12 @@ class Prefixes:
     def __init__(self, settings: Settings):
         """ConfigError if the store's folder cannot be used."""
         self.store, self.files = None, list[FileIO]()
-        self.count = max(SEGMENTS, 4 * max(settings.num_workers, 1))
+        self.count = segments_in_memory()
         self.bytes = memory_for(settings)
         if settings.models_memory is not None and self.bytes >= settings.models_memory:
             raise ConfigError(f"--prefix-memory {self.bytes:,}: it is part of --models-memory "
                               f"{settings.models_memory:,} and must leave some of it to the models")
-        if self.bytes and not may_open(8 * self.count):
+        if self.count < LEAST_SEGMENTS:  # connections come first
             self.bytes = 0
         place = settings.prefix_store and store_place(settings.prefix_store)
         if place and self.bytes:
@@ -64,17 +63,14 @@ class Prefixes:
         """Bytes of memory that it takes now."""
         return sum(os.fstat(file.fileno()).st_size for file in self.files)
 
-    @property
-    def segment_bytes(self) -> int:
-        return self.bytes // self.count
-
     def start(self, busy: Callable[[], bool]):
         """Before the workers: get the memory, and begin to store; `busy` says whether answers are computed
         now."""
         if self.bytes and not self.files:
             self.files = [FileIO(os.memfd_create(f"prefixes {number}"), "r+") for number in range(self.count)]
         if self.store and not self.store.thread:
-            self.store.start([Segment(path, path) for path in self.paths], self.segment_bytes, busy)
+            self.store.start([Segment(path, path, file) for path, file in zip(self.paths, self.files)],
+                             self.bytes, busy)
 
     async def close(self):
         """Store what is not yet stored, for at most END_S, and give the memory back."""
@@ -101,11 +97,11 @@ class Prefixes:
                 "stored_pages": store.pages if store else 0, "stored_bytes": store.bytes if store else 0}
 
 
-def may_open(files: int) -> bool:
-    """Whether this process may have so many files open: connections come first."""
+def segments_in_memory() -> int:
+    """How many there may be: each takes a descriptor."""
     import resource
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return hard == resource.RLIM_INFINITY or hard >= files
+    return SEGMENTS if hard == resource.RLIM_INFINITY else min(SEGMENTS, hard // 16)
 
 
 def why_none(settings: Settings) -> str:
@@ -133,7 +129,8 @@ def memory_for(settings: Settings) -> int:
 
 
 class StoreWriter:
-    """Appends to a segment of its own in the store's folder what is new in the segments in memory.
+    """Copies what is new in the segments in memory to segments in the store's folder, what was used least
+    recently first: the last to go, where there is no room, is then what was used last.
 
     A record is written once; it is synced to the disk before anything relies on it. What fails costs the
     pages and a line in the log, and is tried again later."""
@@ -141,24 +138,32 @@ class StoreWriter:
     LOOK_S = 0.5              # between two looks at the memory
     RETRY_S = 60.0            # after a failure
     BATCH_BYTES = 8 << 20     # synced together
-    MOST_SEGMENTS = 512
+    MOST_SEGMENTS = 4096
+    HEAD_BYTES = 2048         # of a segment, its model's name included
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
-        self.segment_bytes = max(min(64 << 20, limit // 8), 1 << 20)
-        self.known: dict[bytes, str] = {}    # key of a stored record -> name of its segment
-        self.names: dict[bytes, str] = {}    # profile -> name of the model
-        self.named: set[bytes] = set()       # those that the current segment names
-        self.others: dict[str, Segment] = {}  # segments that were looked at
-        self.segment: Segment | None = None  # the one it writes
+        self.memory = Tier(0, 0, 0)
+        self.tier = self._unseen()
+        # of segments in memory: the first key, and how many entries are done with
+        self.seen: dict[Segment, tuple[bytes, int]] = {}
         self.thread: threading.Thread | None = None
         self.stopping, self.deadline_s = threading.Event(), 0.0
         self.trouble, self.retry_s = "", 0.0
         self.pages = self.bytes = 0          # written so far
 
-    def start(self, memory: list[Segment], memory_bytes: int, busy: Callable[[], bool]):
-        """memory_bytes: of each segment in memory."""
-        self.memory, self.memory_bytes, self.busy = memory, memory_bytes, busy
+    def _unseen(self) -> Tier:
+        """The store, of which nothing is known."""
+        tier = Tier(self.limit, max(min(64 << 20, self.limit // 8), 1 << 20), self.MOST_SEGMENTS)
+        tier.names = self.memory.names
+        return tier
+
+    def start(self, memory: Seq[Segment], memory_bytes: int, busy: Callable[[], bool]):
+        """memory_bytes: of all segments in memory together."""
+        self.memory, self.busy = Tier(memory_bytes, 0, len(memory)), busy
+        for segment in memory:
+            self.memory.add(segment)
+        self.tier = self._unseen()
         self.thread = threading.Thread(target=self._run, name="prefix store", daemon=True)
         self.thread.start()
 
@@ -185,138 +190,127 @@ class StoreWriter:
                 if reason != self.trouble:
                     log.warning("prefixes are not stored in %s: %s", self.folder, reason)
                 self.trouble, self.retry_s = reason, time.monotonic() + self.RETRY_S
-                self._leave_segment()
-        self._leave_segment()
+                self.tier = self._unseen()
 
-    @property
-    def _may_write(self) -> bool:
+    def _may_write(self, news: Iterable[Segment]) -> bool:
         """Is nobody computing, or is half of the memory not stored yet, or is this the end?"""
         if self.stopping.is_set():
             return time.monotonic() < self.deadline_s
-        behind = sum(segment.size - segment.end for segment in self.memory)
-        return not self.busy() or 2 * behind > self.memory_bytes * len(self.memory)
+        behind = sum(entry.size for segment in news for entry in segment.entries[self._done(segment):])
+        return not self.busy() or 2 * behind > self.memory.limit
+
+    def _done(self, segment: Segment) -> int:
+        """How many of its entries need no look any more."""
+        first, count = self.seen.get(segment, (b"", 0))
+        return min(count, len(segment.entries)) if segment.entries and segment.entries[0].key == first else 0
 
     def _copy_news(self):
-        looked = False
-        for source in self.memory:
-            source.restarted()
-            batch: list[tuple[int, Record]] = []
-            while self._may_write:
-                if not looked:
-                    self._look_at_others()
-                    looked = True
-                begin, size = source.end, 0
-                for place, record in source.news():
-                    if record.content == MODEL:
-                        name = os.pread(source.file.fileno(), record.size, place)
-                        self.names[record.profile] = name.decode(errors="replace")
-                    elif record.key not in self.known:
-                        batch.append((place, record))
-                        size += record.size
-                    if size >= self.BATCH_BYTES:
-                        break
-                if source.end == begin:
-                    break
-                try:
-                    self._store(source, batch)
-                except OSError:
-                    source.end = begin  # it is tried again
-                    raise
-                batch = []
+        self.memory.look_at_all()
+        news = [its for its in self.memory.segments.values() if self._done(its) < len(its.entries)]
+        if news and self._may_write(news):
+            self.tier.look_at_folder(self.folder)
+        for source in sorted(news, key=lambda its: its.used_ns):
+            while self._done(source) < len(source.entries) and self._may_write(news):
+                done = self._done(source)
+                count = self._store_some(source.entries[done:])
+                self.seen[source] = source.entries[0].key, done + count
+                self.memory.look(source)
 
-    def _look_at_others(self):
-        """Know what this and other servers have stored by now, and what is gone."""
-        paths = {path.name: path for path in segment_paths(self.folder)}
-        for name in self.others.keys() - paths.keys():
-            self.others.pop(name).file.close()
-            self.known = {key: where for key, where in self.known.items() if where != name}
-            if self.segment and self.segment.name == name:
-                self._leave_segment()
-        for name, path in paths.items():
-            try:
-                segment = self.others.get(name) or Segment(path, name)
-            except OSError:  # another server has deleted it, or it is not ours
-                continue
-            self.others[name] = segment
-            segment.restarted()
-            self.known |= {record.key: name for _, record in segment.news()}
+    def _store_some(self, entries: Seq[Entry]) -> int:
+        """Store about a batch of them, after what they continue; returns how many are done with."""
+        wanted: list[Entry] = []
+        known, size, count = set[bytes](), 0, 0
+        for entry in entries:
+            chain = self._missing(entry, known)
+            wanted += chain
+            known |= {each.key for each in chain}
+            size, count = size + sum(each.size for each in chain), count + 1
+            if size >= self.BATCH_BYTES:
+                break
+        while wanted:
+            self._store(run := next_run(wanted))
+            del wanted[:len(run)]
+        return count
 
-    def _store(self, source: Segment, batch: list[tuple[int, Record]]):
-        """Append records of a segment in memory and sync them, unless it is written anew meanwhile."""
-        largest = max((HEADER_BYTES + record.size for _, record in batch), default=1)
-        count = max(min(64, self.segment_bytes // largest), 1)  # of records that fit into a segment together
-        for first in range(0, len(batch), count):
-            part = batch[first:first + count]
-            target = self._writable(sum(HEADER_BYTES + record.size for _, record in part))
-            before, written = target.end, False
-            try:
-                for profile in {record.profile for _, record in part} - self.named:
-                    if name := self.names.get(profile):
-                        data = model_record(profile, name)
-                        write_whole(target.file.fileno(), data, target.end)
-                        target.end += len(data)
-                        self.named.add(profile)
-                for place, record in part:
-                    send_whole(target, source, place - HEADER_BYTES, HEADER_BYTES + record.size)
-                if written := not source.restarted():
-                    os.fdatasync(target.file.fileno())
-            except EOFError:
-                pass
-            finally:
-                if not written:
-                    target.end = before
-                    os.ftruncate(target.file.fileno(), before)
-            if not written:
+    def _missing(self, entry: Entry, known: Container[bytes]) -> list[Entry]:
+        """A record and those before it that the store lacks; none if it lacks them for good."""
+        chain, key = list[Entry](), entry.key
+        while key and key not in self.tier.index and key not in known:
+            if key not in self.memory.index:  # it may have come after the look at its segment
+                self.memory.look_at_all()
+            if (found := self.memory.index.get(key)) is None:
+                return []
+            chain.insert(0, found)
+            key = found.parent
+        return chain
+
+    def _store(self, run: list[Entry]):
+        """Append a run of records of a segment in memory to one in the store, and sync them."""
+        source = run[0].segment
+        header = Record.unpack(os.pread(descriptor_of(source), HEADER_BYTES, run[0].begin))
+        if header is None or header.key != run[0].key or (
+                header.parent_key and header.parent_key not in self.tier.index):
+            return  # it was cut off; what it continues was deleted, or could not be stored
+        size = run[-1].end - run[0].begin
+        target = self.tier.continued_by(header, size)
+        while not self.tier.make_room(size + self.HEAD_BYTES, header, target):
+            if len(run) == 1:
                 return
-            self.known |= {record.key: target.name for _, record in part}
-            self.pages += len(part)
-            self.bytes += target.end - before
+            size, run[:] = size - (run[-1].end - run[-1].begin), run[:-1]
+        for segment in (*([target] if target else []), None):
+            segment = segment or self._new()
+            with self.tier.writing(segment, header) as descriptor:
+                if descriptor is None:
+                    continue  # another server writes it
+                self._copy(source, run, segment, descriptor)
+            return
 
-    def _writable(self, more: int) -> Segment:
-        """The segment to append so many bytes to."""
-        if self.segment and self.segment.end + more > self.segment_bytes and self.segment.end > 1024:
-            self._leave_segment()
-        if self.segment is None:
-            prune(self.folder, max(self.limit - self.segment_bytes, 0), self.MOST_SEGMENTS - 1)
-            self.segment, self.named = self._begun(more) or self._new(), set()
-        return self.segment
-
-    def _begun(self, more: int) -> Segment | None:
-        """A segment with room that another writer has left."""
-        for path in segment_paths(self.folder):
-            with suppress(OSError):
-                if path.stat().st_size + more < self.segment_bytes // 2:
-                    segment = Segment(path, path.name, writable=True)
-                    if segment.lock() and path.exists():
-                        segment.restarted()
-                        for _ in segment.news():
-                            pass
-                        if segment.end:
-                            os.ftruncate(segment.file.fileno(), segment.end)  # what its writer died over
-                            return segment
-                    segment.file.close()
-        return None
+    def _copy(self, source: Segment, run: list[Entry], segment: Segment, descriptor: int):
+        before, count = segment.end, 0
+        try:
+            # while it is locked nobody cuts it: who sees a record in the store may take it for whole
+            with locked(descriptor_of(source), wait=True):
+                self.memory.look(source)
+                for entry in run:
+                    if entry not in source.entries:
+                        break
+                    send_whole(descriptor, segment.end, source, entry)
+                    self.tier.index[entry.key] = segment.add(entry)
+                    count += 1
+            os.fdatasync(descriptor)
+            os.utime(descriptor, ns=(source.used_ns, source.used_ns))
+            self.pages, self.bytes = self.pages + count, self.bytes + segment.end - before
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
 
     def _new(self) -> Segment:
         name = f"{time.time_ns():x}-{secrets.token_hex(4)}{SUFFIX}"
         os.close(os.open(self.folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        segment = Segment(self.folder / name, name, writable=True)
-        segment.lock()
-        segment.restart()
+        self.tier.add(segment := Segment(self.folder / name, name))
         return segment
 
-    def _leave_segment(self):
-        if self.segment:
-            with suppress(OSError):  # what is not whole would be lost anyway
-                os.ftruncate(self.segment.file.fileno(), self.segment.end)
-            self.segment.file.close()
-            self.segment = None
+
+def next_run(entries: Seq[Entry]) -> list[Entry]:
+    """The first of these records, and those that follow them in their segment: each page continues the one
+    before it."""
+    run = [entries[0]]
+    for entry in entries[1:]:
+        if entry.segment is not run[-1].segment or entry.begin != run[-1].end:
+            break
+        run.append(entry)
+    return run
 
 
-def send_whole(target: Segment, source: Segment, place: int, size: int):
-    """Append bytes of another segment, which never pass through Python."""
-    os.lseek(target.file.fileno(), target.end, os.SEEK_SET)
-    while size:
-        if not (count := os.sendfile(target.file.fileno(), source.file.fileno(), place, size)):
-            raise EOFError("a segment in memory was written anew")
-        place, size, target.end = place + count, size - count, target.end + count
+def descriptor_of(segment: Segment) -> int:
+    """Of a segment in memory."""
+    assert segment.file
+    return segment.file.fileno()
+
+
+def send_whole(target: int, place: int, source: Segment, entry: Entry):
+    """Copy a record to a place in a file. It never passes through Python."""
+    begin = entry.begin
+    os.lseek(target, place, os.SEEK_SET)
+    while begin < entry.end:
+        begin += os.sendfile(target, descriptor_of(source), begin, entry.end - begin)

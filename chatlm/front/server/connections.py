@@ -14,6 +14,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.log import log
 from chatlm.front.lazy import web
+from chatlm.front.pool.prefixes import segments_in_memory
 from chatlm.front.server.access import BACKLOG, network_of
 from chatlm.front.server.responses import early_response, public_error
 
@@ -179,7 +180,8 @@ def room_for_connections(settings: Settings) -> int:
     Each takes one descriptor. Some are reserved for pipes, surplus connections, connections being accepted or
     closed, and whatever else the process opens."""
     import resource
-    kept = 128 + 2 * settings.num_workers + ConnectionTable.SURPLUS + 2 * ACCEPTED_AT_ONCE
+    kept = (128 + 2 * settings.num_workers + ConnectionTable.SURPLUS + 2 * ACCEPTED_AT_ONCE
+            + segments_in_memory())
     wanted, limits = kept + LIMITS.connections, resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (wanted if limit == resource.RLIM_INFINITY else min(limit, wanted) for limit in limits)
     with suppress(OSError, ValueError):

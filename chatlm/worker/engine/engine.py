@@ -118,13 +118,8 @@ class Engine:
         self.drafted_tokens = self.accepted_tokens = 0
         self.keeper: Keeper | None = None  # where pages outlive the process
         self.token_s = self.finished_s = 0.0  # of a prompt's token, as measured; when the last step ended
-        # at most what warm_up computes in a step, so that a time is known before the first prompt
-        self.timed_tokens = min(self.TIMED_TOKENS, self.first_chunk)
-
-    @property
-    def first_chunk(self) -> int:
-        """Tokens of the prompt that warm_up computes in one step."""
-        return min(self.scheduler.prefill_chunk, self.context_length // 2)
+        self.first_chunk = min(prefill_chunk, self.context_length // 2)  # of a prompt, in warm_up
+        self.timed_tokens = min(self.TIMED_TOKENS, self.first_chunk)  # so that a time is known after it
 
     @property
     def busy(self) -> bool:
@@ -193,6 +188,8 @@ class Engine:
             self._finish()
         if self.keeper and not self.busy:  # before anybody hears of the end
             self.keeper.settle()
+            if self.keeper.copier.waits and not self.events:
+                self.keeper.wait(0.02)
         events, self.events = self.events, []
         return events
 
@@ -375,7 +372,8 @@ class Engine:
     def warm_up(self, progress: Callable[[float], None]):
         """Run a full prefill chunk and a step of each decode batch size, so no user pays for first calls."""
         max_batch = self.scheduler.max_batch
-        shapes = [(1, self.first_chunk), *((1 << n, 1) for n in range(10) if 1 << n < max_batch), (max_batch, 1)]
+        shapes = [(1, self.first_chunk), *((1 << n, 1) for n in range(10) if 1 << n < max_batch),
+                  (max_batch, 1)]
         self.steps.prepare(lambda fraction: progress(fraction / 2))
         for done, (rows, length) in enumerate(shapes):
             progress(0.5 + done / len(shapes) / 2)

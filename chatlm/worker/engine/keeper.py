@@ -1,9 +1,6 @@
-"""Keeps the pages of the KV cache beyond this process, and brings them back for prompts that begin with them.
+"""Brings back pages of the KV cache that an earlier process has computed, for prompts that begin with them.
 
-Kept: once the step that filled a page is over, the page is copied into a segment in memory, in the engine's
-thread, since that is a copy in memory and no more; so are snapshots of states.
-
-Restored: a prompt that waits is looked up by the addresses of its pages. What is kept of it beyond the prefix
+A prompt that waits is looked up by the addresses of its pages. What is kept of it beyond the prefix
 cache is read by a thread, and the engine puts what was read into free pages and the prefix index, where the
 scheduler finds it like anything else. The prompt waits as long as reading is ahead of computing it."""
 
@@ -22,6 +19,7 @@ import torch
 
 from chatlm.common.log import log
 from chatlm.common.segments import PAGE, STATE
+from chatlm.worker.engine.copier import Addresses, Copier
 from chatlm.worker.engine.kept import owner_address, page_address
 
 if TYPE_CHECKING:
@@ -31,23 +29,6 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.kvcache import PagePool
     from chatlm.worker.engine.scheduler import Sequence
     from chatlm.worker.model.transformer import Transformer
-
-
-class Addresses:
-    """The address of each content of the prefix index, by its serial."""
-
-    def __init__(self):
-        self.of: dict[int | str, bytes] = {}
-
-    def __getitem__(self, serial: int | str) -> bytes | None:
-        return owner_address(serial) if isinstance(serial, str) else self.of.get(serial)
-
-    def note(self, parent: int | str, tokens: tuple[int, ...], serial: int):
-        if (address := self[parent]) is not None:
-            self.of[serial] = page_address(address, tokens)
-
-    def forget(self, serial: int):
-        self.of.pop(serial, None)
 
 
 @dataclass(eq=False)
@@ -100,10 +81,10 @@ class Keeper:
         self.looked_s = 0.0
         self.token_s = 0.0     # of computing a token of a prompt
         self.byte_s = 1e-9     # of reading a byte of the store, as far as is known
-        self.retry_s, self.trouble = 0.0, ""
-        self.counts = dict.fromkeys(("restored_tokens", "restored_bytes", "kept_pages", "kept_bytes",
-                                     "missed_pages"), 0)
-        self.saved_s = self.spent_s = 0.0  # of computing; of the processor
+        self.counts: dict[str, int] = dict.fromkeys(
+            ("restored_tokens", "restored_bytes", "kept_pages", "kept_bytes", "missed_pages"), 0)
+        self.saved_s = 0.0     # of computing
+        self.copier = Copier(pool, kept, self.rows, self.states, self.counts, self._look_at_store)
 
     def begin(self, profile: Callable[[], bytes], patience_s: float):
         """Learn in a thread what weights these are and what is kept, and wait for it, but not for long."""
@@ -117,58 +98,10 @@ class Keeper:
 
         wait([self.reader.submit(learn)], patience_s)
 
-    # keeping
-
     def settle(self):
         """Keep what the steps so far have filled: none of them is under way."""
-        pool, states, now, began_s = self.pool, self.pool.states, time.monotonic(), time.thread_time()
         self._give_up_stuck()
-        if not self.kept.profile or now < self.retry_s:
-            return
-        left = self.STEP_BYTES
-        try:
-            while pool.fresh and left > 0:
-                key, content = pool.fresh.popleft()
-                if pool.index.get(key) is content:
-                    left -= self._keep_page(content.serial, content.pages, key[1])
-            while states and states.fresh and left > 0:
-                left -= self._keep_state(states.fresh.popleft())
-            self.trouble = ""
-        except OSError as error:
-            self.retry_s = now + 60.0
-            if self.trouble != (trouble := error.strerror or str(error)):
-                self.trouble = trouble
-                log.warning("prefixes are not kept in memory for a while: %s", trouble)
-        self.spent_s += time.thread_time() - began_s
-
-    @property
-    def behind(self) -> bool:
-        """Is there more to keep, and a place for it?"""
-        return bool(self.kept.profile and self.pool.fresh and not self.trouble)
-
-    def _keep_page(self, serial: int, pages: list[int], tokens: tuple[int, ...]) -> int:
-        """Returns the bytes that were copied."""
-        address = self.pool.addresses and self.pool.addresses[serial]
-        if address is None or self.kept.key(PAGE, address) in self.kept.index:
-            return 0
-        there = [page for page in pages if page != self.pool.hole]
-        groups = sum(1 << group for group, page in enumerate(pages) if page != self.pool.hole)
-        payload = numpy.concatenate([self.rows[:, page].ravel() for page in there])
-        if self.kept.add(PAGE, address, payload, groups, tokens):
-            self.counts["kept_pages"] += 1
-            self.counts["kept_bytes"] += len(payload)
-        return len(payload)
-
-    def _keep_state(self, serial: int | str) -> int:
-        states, address = self.pool.states, self.pool.addresses and self.pool.addresses[serial]
-        if (states is None or address is None or serial not in states
-                or self.kept.key(STATE, address) in self.kept.index):
-            return 0
-        slot = (states.ends if serial in states.ends else states.passed)[serial]
-        payload = numpy.concatenate([state[slot] for state in self.states])
-        if self.kept.add(STATE, address, payload):
-            self.counts["kept_bytes"] += len(payload)
-        return len(payload)
+        self.copier.copy()
 
     # restoring
 
@@ -185,12 +118,16 @@ class Keeper:
     def _looking(self, sequence: Sequence) -> bool:
         """Look once for a sequence what others have stored by now, if that is due. Is it still worth the
         wait?"""
-        due = self.kept.may_look and self.looked_s < sequence.added_s
-        if due and (self.look is None or self.look.done()):
-            self.looked_s, self.look = time.monotonic(), self.reader.submit(self.kept.look_at_store)
-            self.look.add_done_callback(lambda look: self.news.set())
+        if self.looked_s < sequence.added_s:
+            self._look_at_store()
         return (self.look is not None and not self.look.done()
                 and time.monotonic() - self.looked_s < self.GRACE_S)
+
+    def _look_at_store(self):
+        """Begin to look, if that is due."""
+        if self.kept.may_look and (self.look is None or self.look.done()):
+            self.looked_s, self.look = time.monotonic(), self.reader.submit(self.kept.look_at_store)
+            self.look.add_done_callback(lambda look: self.news.set())
 
     def _leads(self, restoration: Restoration) -> bool:
         """Is reading ahead of what computing would have done by now?"""
@@ -211,11 +148,13 @@ class Keeper:
         kept.look_at_memory()
         for row in range(most):
             address = page_address(address, tokens[row * size:(row + 1) * size])
-            if row >= begin and kept.key(PAGE, address) not in kept.index:
+            if row >= begin and kept.key(PAGE, address) not in kept:
                 break
             addresses.append(address)
-            if not pool.states or kept.key(STATE, address) in kept.index:
+            if not pool.states or kept.key(STATE, address) in kept:
                 end = row + 1
+        if addresses:
+            kept.use(kept.key(PAGE, addresses[-1]))
         found = Restoration(tokens[:end * size], addresses[:end], begin, serial, table, bool(pool.states),
                             time.monotonic(), begin)
         self.counts["missed_pages"] += most - max(begin, end)
@@ -351,7 +290,8 @@ class Keeper:
 
     def empty(self):
         """Before the memory of pages is given back: keep what is new, and forget what is on its way."""
-        while self.behind:
+        self.settle()
+        while self.copier.behind and not self.copier.waits:
             self.settle()
         for restoration in [*self.restorations]:
             self._end(restoration)

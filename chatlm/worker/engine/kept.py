@@ -14,11 +14,12 @@ import numpy
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
-from chatlm.common.segments import (
-    HEADER_BYTES, MODEL, Record, Segment, model_record, segment_paths, write_whole)
+from chatlm.common.segments import HEADER_BYTES, ROOT, Record, Segment, key_of, open_file
+from chatlm.common.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence as Seq
+    from chatlm.common.segments import Entry
 
 
 def page_address(parent: bytes, tokens: Iterable[int]) -> bytes:
@@ -47,153 +48,110 @@ def checksum(payload) -> bytes:
 
 
 class KeptPages:
-    """An index of the records of one profile: in segments in memory, which all workers of this machine share,
-    and in those of the store. Only memory is written here, to a segment that no other worker writes."""
+    """The records of one profile: in memory, which all workers of this machine share, and in the store. Only
+    memory is written here."""
 
     TRIAL_BYTES = 4 << 20
-    LOOK_S, TOUCH_S = 1.0, 30.0  # between two looks into the store, and two notes that a segment is used
+    SEGMENTS = 16         # that a chain takes, which is all there is in memory
+    LOOK_S = 1.0          # between two looks into the store, and at the memory that is free
+    SPARE = 8             # a share of the memory's limit, which stays free of what the system has
 
-    def __init__(self, memory: Seq[str], segment_bytes: int, store: Path | None, name: str):
-        """memory: paths of segments, of so many bytes each; name: the model's."""
-        self.memory = [Segment(path, path, writable=True) for path in memory]
-        self.segment_bytes, self.store, self.name, self.profile = segment_bytes, store, name, b""
-        self.index: dict[bytes, tuple[Segment, int, int]] = {}  # key -> segment, place and size of a payload
-        self.inside: dict[Segment, list[bytes]] = {}            # the keys of a segment
-        self.stored: dict[str, Segment] = {}                    # segments of the store
-        self.touched_s: dict[Segment, float] = {}
-        self.own: Segment | None = None
-        self.looked_s = -self.LOOK_S
+    def __init__(self, memory: Seq[str], memory_bytes: int, store: Path | None, name: str):
+        """memory: paths of segments, which may take so many bytes; name: the model's."""
+        self.folder, self.name, self.profile = store, name, b""
+        self.store = Tier(0, 0, 0)
+        self.memory = Tier(memory_bytes, memory_bytes // self.SEGMENTS, len(memory), self.store.index)
+        for path in memory:
+            self.memory.add(Segment(path, path, open_file(path, writable=True)))
+        self.most_bytes = memory_bytes
+        self.looked_s = self.measured_s = -self.LOOK_S
 
     def key(self, content: int, address: bytes) -> bytes:
-        return bytes([content]) + self.profile + address
+        return key_of(content, self.profile, address)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.memory.index or key in self.store.index
 
     def look_at_memory(self):
-        """Know what other workers have written, and what the one before this."""
-        for segment in self.memory:
-            if segment is not self.own:
-                self._look(segment)
+        """Know what other workers have written and given up, and what the one before this."""
+        self.memory.look_at_all()
 
     @property
     def may_look(self) -> bool:
         """Is there a store, and was it last looked at LOOK_S ago?"""
-        return self.store is not None and time.monotonic() - self.looked_s >= self.LOOK_S
+        return self.folder is not None and time.monotonic() - self.looked_s >= self.LOOK_S
 
     def look_at_store(self):
         """The same of the store, at most once in LOOK_S."""
-        if self.store is None or not self.may_look:
-            return
-        self.looked_s = time.monotonic()
-        with suppress(OSError):  # without the folder there is nothing in it
-            paths = {path.name: path for path in segment_paths(self.store)}
-            for name in self.stored.keys() - paths.keys():
-                self._forget(self.stored.pop(name))
-            for name, path in paths.items():
-                with suppress(OSError):  # deleted by now, or another user's
-                    if name not in self.stored:
-                        self.stored[name] = Segment(path, name)
-                    self._look(self.stored[name])
-
-    def _look(self, segment: Segment):
-        if segment.restarted():
-            self._forget(segment)
-        for place, record in segment.news():
-            if record.profile == self.profile and record.content != MODEL and record.key not in self.index:
-                self._note(segment, place, record)
-
-    def _note(self, segment: Segment, place: int, record: Record):
-        self.index[record.key] = segment, place, record.size
-        self.inside.setdefault(segment, []).append(record.key)
-
-    def _forget(self, segment: Segment):
-        for key in self.inside.pop(segment, ()):
-            if (entry := self.index.get(key)) and entry[0] is segment:
-                del self.index[key]
+        if self.folder and self.may_look:
+            self.looked_s, self.store.only = time.monotonic(), self.profile
+            with suppress(OSError):  # without the folder there is nothing in it
+                self.store.look_at_folder(self.folder)
 
     def add(self, content: int, address: bytes, payload: numpy.ndarray, groups: int = 0,
-            tokens: Seq[int] = (0,) * PAGE_SIZE) -> bool:
+            tokens: Seq[int] = (0,) * PAGE_SIZE, parent: bytes = ROOT) -> bool:
         """Keep a payload in memory, bytes in one dimension. False if it does not fit there. OSError if the
         system has no memory for it."""
-        if (size := HEADER_BYTES + len(payload)) > self.segment_bytes // 2:
+        if HEADER_BYTES + len(payload) > self.most_bytes // 2:
             return False
-        if (self.own is None or self.own.end + size > self.segment_bytes) and not self._begin_segment():
-            return False
-        assert self.own
-        record = Record(content, groups, self.profile, address, tuple(tokens), len(payload),
+        self._measure()
+        self.memory.names[self.profile] = self.name
+        record = Record(content, groups, self.profile, address, parent, tuple(tokens), len(payload),
                         checksum(payload))
-        self._note(self.own, self.own.append(record, payload), record)
-        return True
+        return self.memory.append(record, payload)
 
-    def _begin_segment(self) -> bool:
-        """Write to an empty segment while memory is free, else over the least recently used one."""
-        before, self.own = self.own, None
-        for segment in self.memory:  # one that a worker has left with room
-            roomy = HEADER_BYTES < segment.size < self.segment_bytes // 2
-            if segment is not before and roomy and segment.lock():
-                self._look(segment)
-                os.ftruncate(segment.file.fileno(), segment.end)  # what that worker died over
-                self.own = segment
-                self._name_model()
-                break
-        free = available_memory() > 4 * self.segment_bytes
-        for segment in sorted(self.memory, key=lambda its: (bool(its.size) if free else not its.size,
-                                                            its.used_s)):
-            if self.own is None and segment is not before and segment.lock():
-                self._forget(segment)
-                segment.restart()
-                self.own = segment
-                self._name_model()
-        if before:
-            before.unlock()
-        return self.own is not None
+    def _measure(self):
+        """Take no more memory than the system can spare."""
+        if time.monotonic() - self.measured_s >= self.LOOK_S:
+            self.measured_s = time.monotonic()
+            free = available_memory() - self.most_bytes // self.SPARE
+            self.memory.limit = min(self.most_bytes, self.memory.bytes + max(free, 0))
 
-    def _name_model(self):
-        assert self.own
-        data = model_record(self.profile, self.name)
-        write_whole(self.own.file.fileno(), data, self.own.end)
-        self.own.end += len(data)
+    def use(self, key: bytes):
+        """A chain was used up to this record: where it ends there, it was not used least recently."""
+        for tier in (self.memory, self.store):
+            if (entry := tier.index.get(key)) and entry.segment.last == key:
+                with suppress(OSError):  # a read-only file system
+                    os.utime(entry.segment.path)
 
     def on_disk(self, key: bytes) -> bool:
-        return (entry := self.index.get(key)) is not None and entry[0].name in self.stored
+        return key not in self.memory.index and key in self.store.index
 
     def disk_byte_s(self) -> float | None:
         """Seconds that the store's disk takes for a byte, by reading some that it has in no cache."""
         with suppress(OSError, ValueError, AttributeError):
-            segment = max(self.stored.values(), key=lambda its: its.size)
-            descriptor, size = segment.file.fileno(), min(segment.size, self.TRIAL_BYTES)
-            os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
-            began_s = time.monotonic()
-            if len(os.pread(descriptor, size, 0)) == size > 0:
-                return (time.monotonic() - began_s) / size
+            segment = max(self.store.segments.values(), key=lambda its: its.size)
+            size = min(segment.size, self.TRIAL_BYTES)
+            with segment.opened() as descriptor:
+                os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
+                began_s = time.monotonic()
+                if len(os.pread(descriptor, size, 0)) == size > 0:
+                    return (time.monotonic() - began_s) / size
         return None
 
     def read(self, key: bytes) -> tuple[Record, memoryview] | None:
         """A record and its payload, or None: it is gone, or damaged. Waits for the disk."""
-        if (entry := self.index.get(key)) is None:
+        tier = self.memory if key in self.memory.index else self.store
+        if (entry := tier.index.get(key)) is None:
             return None
-        segment, place, size = entry
         read, damage = None, ""
         try:
-            read = segment.read(place, size)
+            read = entry.segment.read(entry)
+        except FileNotFoundError:
+            pass
         except (OSError, ValueError) as error:  # a disk that fails; a file closed meanwhile
             damage = getattr(error, "strerror", None) or str(error)
-        if read and read[0].key == key:  # else its writer has died over it, and another went on there
+        if read and read[0].key == key:  # else somebody has cut it off, and something else may lie there
             if checksum(read[1]) == read[0].checksum:
-                if time.monotonic() - self.touched_s.get(segment, -self.TOUCH_S) >= self.TOUCH_S:
-                    self.touched_s[segment] = time.monotonic()
-                    segment.touch()
                 return read
             damage = "its checksum is another"
-        self.index.pop(key, None)
-        if damage and self.store and segment.name in self.stored:
-            self._give_up(segment, damage)
+        tier.index.pop(key, None)
+        if damage and tier is self.store:
+            self._give_up(entry, damage)
         return None
 
-    def _give_up(self, segment: Segment, damage: str):
-        """Use nothing more of a segment in the store, and delete it: what fails once will fail again."""
-        assert self.store
-        self._forget(segment)
-        path, deleted = self.store / segment.name, ""
-        with suppress(OSError):  # a read-only folder
-            os.unlink(path)
-            deleted = ", and the file is deleted"
-        log.warning("a page in %s cannot be used (%s): it is computed again%s", path, damage, deleted)
+    def _give_up(self, entry: Entry, damage: str):
+        """Cut a damaged record off, with what continues it: what fails once will fail again."""
+        path = entry.segment.path
+        cut = ", and cut off with what follows" if self.store.cut(entry.segment, entry.begin) else ""
+        log.warning("a page in %s cannot be used (%s): it is computed again%s", path, damage, cut)

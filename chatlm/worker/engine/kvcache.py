@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.states import StatePool
 
 
+Key = tuple[int | str, tuple[int, ...]]  # in the prefix index: the serial of the content before, 16 tokens
+
+
 @dataclass(eq=False)
 class Content:
     """What the prefix index knows of 16 tokens after a prefix: the page that each group has of them."""
@@ -57,14 +60,14 @@ class PagePool:
         self.hole = num_pages  # in tables, where there is no page (any more)
         self.free = list(range(num_pages - 1, -1, -1))
         self.refs = [0] * num_pages
-        self.keys: list[tuple[int, tuple[int | str, tuple[int, ...]]] | None] = [None] * num_pages
-        self.index: dict[tuple[int | str, tuple[int, ...]], Content] = {}
+        self.keys: list[tuple[int, Key] | None] = [None] * num_pages
+        self.index: dict[Key, Content] = {}
         self.evictable: OrderedDict[int, None] = OrderedDict()
         # of restored prefixes, before every window: as no page of theirs is evicted, they would stay for ever
-        self.bare: OrderedDict[tuple[int | str, tuple[int, ...]], None] = OrderedDict()
+        self.bare: OrderedDict[Key, None] = OrderedDict()
         self.last_serial = 0
         self.addresses: Addresses | None = None  # of contents, where these outlive the process
-        self.fresh: deque[tuple[tuple[int | str, tuple[int, ...]], Content]] = deque(maxlen=1 << 16)
+        self.fresh: deque[tuple[Key, Content]] = deque(maxlen=1 << 16)
 
     @property
     def available(self) -> int:
@@ -129,7 +132,7 @@ class PagePool:
         self.keys[page] = None
         self.free.append(page)
 
-    def _forget(self, key: tuple[int | str, tuple[int, ...]]):
+    def _forget(self, key: Key):
         serial = self.index.pop(key).serial
         if self.addresses:
             self.addresses.forget(serial)
@@ -154,7 +157,7 @@ class PagePool:
             self.last_serial += 1
             content = self.index[key] = Content(self.last_serial, [self.hole] * self.groups)
             if self.addresses:
-                self.addresses.note(parent, key[1], content.serial)
+                self.addresses.note(key, content.serial)
                 self.fresh.append((key, content))
         for group, page in enumerate(pages):
             if content.pages[group] == self.hole != page:

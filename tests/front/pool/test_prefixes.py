@@ -213,7 +213,7 @@ def test_a_server_that_ends_stores_its_prefixes_and_the_command_store_lists_them
         process.wait(30)
     assert re.search(r"The model fits: .* \+ prefixes \d+\.\d\d GB = ", "".join(log))
     listing = subprocess.run([sys.executable, SCRIPT, "store", tmp_path], capture_output=True, text=True, check=True).stdout
-    assert "1 segments" in listing and " tokens in " in listing and "nanochat-d4-sft" in listing
+    assert "4 segments" in listing and " tokens in " in listing and "nanochat-d4-sft" in listing
     with server(*flags) as (process, url):
         again = [answered(url, long_question(number)) for number in range(4)]
         metrics = dict(line.split() for line in get_text(f"{url}/metrics").splitlines() if line.startswith("chat_server_") and "{" not in line)

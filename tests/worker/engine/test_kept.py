@@ -18,13 +18,17 @@ import torch
 from chatlm.common.config import PAGE_SIZE, Settings
 from chatlm.common.core import decode_core
 from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.protocol import WorkerConfig
 from chatlm.common.messages.requests import Ended, SamplingParams
-from chatlm.common.segments import HEADER_BYTES, PAGE, STATE, Record, Segment, check_folder, listed_store, prune, segment_paths
+from chatlm.common.segments import HEADER_BYTES, MOST_GROUPS, PAGE, ROOT, STATE, Record, Segment, check_folder, locked, open_file, segment_paths
+from chatlm.common.tiers import listed_store, prune
 from chatlm.front.pool.prefixes import StoreWriter
 from chatlm.worker.engine.keeper import Keeper
 from chatlm.worker.engine.kept import KeptPages, checksum
 from chatlm.worker.engine.states import StatePool
+from chatlm.worker.model import spec
 from chatlm.worker.model.spec import KvType
+from chatlm.worker.process import keep_prefixes
 from chatlm.worker.weights.digest import arithmetic_of, files_of, profile_of, stamp_of, whole_digest
 from engines import chat_work, make_engine, pieces, tokens_of
 from families import make_model, save
@@ -39,7 +43,7 @@ BACKENDS = [pytest.param("reference", marks=pytest.mark.slow), pytest.param("dec
 class Memory:
     """Segments in memory, as the front holds them."""
 
-    def __init__(self, count=8, size=4 << 20):
+    def __init__(self, count=64, size=32 << 20):
         self.descriptors, self.size = [os.memfd_create("test") for _ in range(count)], size
         self.paths = [f"/proc/self/fd/{number}" for number in self.descriptors]
 
@@ -68,7 +72,7 @@ def keep(engine, memory, store=None, profile=b"p" * 16, token_s=1.0):
 def writing(store, memory, limit=1 << 30, busy=lambda: False):
     writer = StoreWriter(store, limit)
     writer.LOOK_S = 0.01
-    writer.start([Segment(path, path) for path in memory.paths], memory.size, busy)
+    writer.start([Segment(path, path, open_file(path, writable=True)) for path in memory.paths], memory.size, busy)
     try:
         yield writer
     finally:
@@ -248,12 +252,12 @@ def test_a_store_that_was_tampered_with_costs_a_recomputation_and_never_a_wrong_
 @torch.inference_mode()
 def test_a_store_that_is_deleted_while_a_server_uses_it_is_no_more_than_empty(stored, nanochat_fixtures, memory):
     engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
-    assert len(engine.keeper.kept.index) >= stored.pages
+    assert len(engine.keeper.kept.store.index) >= stored.pages
     for path in segment_paths(stored.folder):
         path.unlink()
     engine.keeper.kept.looked_s = -1e9
     engine.keeper.kept.look_at_store()
-    assert not engine.keeper.kept.index and tokens_of(engine, [stored.work]) == stored.tokens
+    assert not engine.keeper.kept.store.index and tokens_of(engine, [stored.work]) == stored.tokens
 
 
 @torch.inference_mode()
@@ -365,7 +369,7 @@ def test_what_the_last_step_has_filled_is_kept_before_anybody_hears_of_the_end(n
     while not any(isinstance(event, Ended) for event in events):
         events = [event for _, event in engine.step()]
     keys = {engine.keeper.kept.key(PAGE, engine.pool.addresses[content.serial]) for content in engine.pool.index.values()}
-    assert len(keys) == len(work.prompt_ids) // PAGE_SIZE > 0 and keys <= engine.keeper.kept.index.keys() and not engine.keeper.behind
+    assert len(keys) == len(work.prompt_ids) // PAGE_SIZE > 0 and keys <= engine.keeper.kept.memory.index.keys() and not engine.keeper.copier.behind
 
 
 @torch.inference_mode()
@@ -422,53 +426,91 @@ def test_what_lies_on_the_disk_is_told_from_what_is_in_memory(stored, memory):
     kept = KeptPages(memory.paths, memory.size, stored.folder, "m")
     kept.profile = b"p" * 16
     kept.look_at_memory()
-    in_memory = [*kept.index]
+    in_memory = [*kept.memory.index]
     assert in_memory and not any(map(kept.on_disk, in_memory))
     kept = KeptPages([], 0, stored.folder, "m")
     kept.profile = b"p" * 16
     kept.look_at_store()
-    assert {*in_memory} == {*kept.index} and all(map(kept.on_disk, in_memory))
+    assert {*in_memory} == {*kept.store.index} and all(map(kept.on_disk, in_memory))
 
 
-def test_segments_in_memory_are_written_over_least_recently_used_first_and_by_one_worker_each(memory):
-    kept = [KeptPages(memory.paths, memory.size, None, "m") for _ in range(2)]
-    for its in kept:
-        its.profile = b"p" * 16
-    payload, most = numpy.arange(1 << 20, dtype=numpy.uint64).view(numpy.uint8)[:1 << 20], 3 * 8
-    for number in range(most):
-        assert kept[number % 2].add(PAGE, number.to_bytes(16, "big"), payload + numpy.uint8(number))
-    assert kept[0].own.name != kept[1].own.name
-    for its in kept:
-        its.look_at_memory()
-    both = [its.read(its.key(PAGE, (most - 1).to_bytes(16, "big"))) for its in kept]
-    assert all(bytes(read[1]) == bytes(payload + numpy.uint8(most - 1)) for read in both)
-    for number in range(most, 3 * most):
-        assert kept[0].add(PAGE, number.to_bytes(16, "big"), payload)
-    kept[1].look_at_memory()
-    assert kept[1].read(kept[1].key(PAGE, bytes(16))) is None           # written over
-    assert sum(os.fstat(number).st_size for number in memory.descriptors) <= 8 * memory.size
-    assert not kept[0].add(PAGE, b"x" * 16, numpy.zeros(memory.size, numpy.uint8))      # larger than a segment
+def address(number):
+    return b"n" + number.to_bytes(15, "big")
+
+
+def keep_chain(kept, numbers, size=100_000, begin=ROOT):
+    """Keep a chain of pages with these numbers; returns how many there was room for."""
+    for done, number in enumerate(numbers):
+        if not kept.add(PAGE, address(number), numpy.full(size, number % 251, numpy.uint8), parent=begin):
+            return done
+        begin = address(number)
+    return len(numbers)
+
+
+def opened(memory, store=None, profile=b"p" * 16):
+    kept = KeptPages(memory.paths, memory.size, store, "the model")
+    kept.profile = profile
+    kept.look_at_memory()
+    return kept
+
+
+def length_of(kept, numbers):
+    """How many of a chain's first pages can be read."""
+    return next((done for done, number in enumerate(numbers) if kept.read(kept.key(PAGE, address(number))) is None), len(numbers))
+
+
+def test_in_memory_ends_of_chains_go_least_recently_used_first_whichever_worker_kept_them(memory):
+    workers = [opened(memory) for _ in range(2)]
+    chains = [range(1000 * number, 1000 * number + 50) for number in range(1, 61)]     # 5 MB each: ten times what there is room for
+    for number, chain in enumerate(chains):
+        assert keep_chain(workers[number % 2], chain) == len(chain)
+        for kept in workers:
+            kept.look_at_memory()
+        assert sum(os.fstat(descriptor).st_size for descriptor in memory.descriptors) <= memory.size + 200_000
+        assert length_of(kept, chain) == len(chain)
+    lengths = [length_of(opened(memory), chain) for chain in chains]
+    assert lengths[-6:] == [50] * 6 and not any(lengths[:-7]), lengths
+    kept = workers[0]
+    kept.use(kept.key(PAGE, address(chains[-6][-1])))
+    assert keep_chain(kept, range(1, 51)) == 50
+    lengths = [length_of(opened(memory), chain) for chain in chains[-6:]]
+    assert lengths == [50, lengths[1], 50, 50, 50, 50] and lengths[1] < 50        # the one that was used stays, the next one goes from its end
+    assert not kept.add(PAGE, b"x" * 16, numpy.zeros(memory.size, numpy.uint8))
+
+
+def test_a_beginning_stays_as_long_as_chains_go_on_from_it(memory):
+    kept = opened(memory)
+    keep_chain(kept, range(1, 100))             # ten pages of a system prompt, and the first conversation after it
+    for number in range(2, 40):
+        assert keep_chain(kept, range(1000 * number, 1000 * number + 90), begin=address(10)) == 90
+    assert length_of(opened(memory), range(1, 100)) == 10
+    assert all(length_of(opened(memory), range(1000 * number, 1000 * number + 90)) == 90 for number in (38, 39))
+
+
+def test_of_a_chain_that_is_longer_than_memory_the_beginning_is_kept_and_nothing_without_one(memory):
+    kept = opened(memory)
+    keep_chain(kept, range(1, 50))
+    assert 300 < keep_chain(kept, range(1000, 2000)) < 335
+    assert length_of(kept, range(1, 50)) == 0 and length_of(opened(memory), range(1000, 2000)) > 300
+
+
+def test_as_many_ends_of_chains_are_kept_as_there_are_segments(memory):
+    kept = opened(memory)
+    for number in range(1, 200):
+        assert keep_chain(kept, range(10 * number, 10 * number + 3), size=100) == 3
+    assert [length_of(opened(memory), range(10 * number, 10 * number + 3)) for number in range(1, 200)] == [0] * 135 + [3] * 64
 
 
 def test_a_worker_that_died_over_a_record_leaves_the_others_and_a_segment_to_go_on_with(memory):
-    kept = KeptPages(memory.paths, memory.size, None, "m")
-    kept.profile = b"p" * 16
-    for number in range(3):
-        kept.add(PAGE, number.to_bytes(16, "big"), numpy.full(1000, number, numpy.uint8))
-    size = kept.own.size
-    os.ftruncate(kept.own.file.fileno(), size - 1)
-    path = kept.own.name
-    kept.own.unlock()
-    after = KeptPages(memory.paths, memory.size, None, "m")
-    after.profile = b"p" * 16
-    after.look_at_memory()
-    assert len(after.index) == 2
-    after.add(PAGE, b"new".ljust(16), numpy.zeros(10, numpy.uint8))
-    assert after.own.name == path
-    third = KeptPages(memory.paths, memory.size, None, "m")
-    third.profile = b"p" * 16
-    third.look_at_memory()
-    assert third.index.keys() == after.index.keys() and len(third.index) == 3
+    kept = opened(memory)
+    keep_chain(kept, range(1, 4), size=1000)
+    [segment] = [segment for segment in kept.memory.segments.values() if segment.entries]
+    os.ftruncate(segment.file.fileno(), segment.end - 1)
+    after = opened(memory)
+    assert len(after.memory.index) == 2
+    keep_chain(after, [7], begin=address(2), size=10)
+    assert after.memory.index[after.key(PAGE, address(7))].segment.name == segment.name
+    assert opened(memory).memory.index.keys() == after.memory.index.keys() and len(after.memory.index) == 3
 
 
 def test_a_checksum_tells_every_byte_and_sectors_that_are_exchanged():
@@ -487,24 +529,22 @@ def test_a_checksum_tells_every_byte_and_sectors_that_are_exchanged():
             sums.add(checksum(other))
         assert len(sums) > 1 or not size
         assert checksum(data) == checksum(memoryview(data.tobytes()))
-    header = Record(STATE, 3, b"p" * 16, b"a" * 16, (1,) * PAGE_SIZE, 7, b"c" * 16)
+    header = Record(STATE, 3 << MOST_GROUPS - 2, b"p" * 16, b"a" * 16, b"b" * 16, (1,) * PAGE_SIZE, 7, b"c" * 16)
     assert Record.unpack(header.pack()) == header and len(header.pack()) == HEADER_BYTES
     assert Record.unpack(flip(bytearray(header.pack()), dice)) is None and Record.unpack(b"") is None
 
 
-def fill(memory, first, count, size=100_000, profile=b"p" * 16):
-    kept = KeptPages(memory.paths, memory.size, None, "the model")
-    kept.profile = profile
-    for number in range(first, first + count):
-        kept.add(PAGE, number.to_bytes(16, "big"), numpy.full(size, number % 251, numpy.uint8))
-    kept.own.unlock()
+def fill(memory, first, count, size=100_000, begin=None):
+    """Keep a chain, which continues the one that ended before its first number unless it has another beginning."""
+    begin = begin or (address(first - 1) if first else ROOT)
+    assert keep_chain(opened(memory), range(first, first + count), size, begin) == count
 
 
 def stored_pages(folder):
     kept = KeptPages([], 0, folder, "")
     kept.profile = b"p" * 16
     kept.look_at_store()
-    return {int.from_bytes(key[17:], "big") for key in kept.index if kept.read(key)}
+    return {int.from_bytes(key[18:], "big") for key in [*kept.store.index] if kept.read(key)}
 
 
 def test_a_store_keeps_to_its_size_and_two_servers_write_to_it(tmp_path):
@@ -512,15 +552,147 @@ def test_a_store_keeps_to_its_size_and_two_servers_write_to_it(tmp_path):
     with writing(tmp_path, memories[0], limit) as one, writing(tmp_path, memories[1], limit) as two:
         for first in range(0, 400, 40):
             for number, memory in enumerate(memories):
-                fill(memory, 1000 * number + first, 40)
+                fill(memory, 1000 * number + first, 40, begin=ROOT)
             for writer in (one, two):
                 while writer.pages < first + 40:
                     writer.thread.join(0.01)
                     assert not writer.trouble and writer.thread.is_alive()
-    assert sum(path.stat().st_size for path in segment_paths(tmp_path)) <= limit + one.segment_bytes
+    assert sum(path.stat().st_size for path in segment_paths(tmp_path)) <= limit + 2 * StoreWriter.BATCH_BYTES
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in segment_paths(tmp_path))
     pages = stored_pages(tmp_path)
     assert {399, 1399} <= pages and 0 not in pages and len(pages) > 100
+
+
+@pytest.mark.parametrize("shared", [0, 7])
+def test_a_store_that_was_filled_ten_times_over_has_the_newest_conversations_that_fit_whole(tmp_path, shared):
+    """Conversations of 5 MB in 16 MB, which may have a beginning in common; each one's second half comes after another's first half."""
+    limit, memory, begin, expected = 16 << 20, Memory(), ROOT, shared
+    with writing(tmp_path, memory, limit) as writer:
+        if shared:
+            fill(memory, 0, shared)
+            begin = address(shared - 1)
+        for number, half in [(number, half) for newest in range(1, 33) for number, half in ((newest, 0), (newest - 1, 1)) if number]:
+            fill(memory, 1000 * number + 25 * half, 25, begin=None if half else begin)
+            expected += 25
+            while writer.pages < expected:
+                writer.thread.join(0.01)
+                assert not writer.trouble and writer.thread.is_alive()
+            assert sum(path.stat().st_size for path in segment_paths(tmp_path)) <= limit
+    kept = opened(Memory(), tmp_path)
+    kept.look_at_store()
+    assert length_of(kept, range(shared)) == shared
+    lengths = {number: length_of(kept, range(1000 * number, 1000 * number + 50)) for number in range(1, 33)}
+    assert lengths[32] == 25 and lengths[31] == lengths[30] == 50 and not any(lengths[number] for number in range(1, 28)), lengths
+    sizes = sum(path.stat().st_size for path in segment_paths(tmp_path))
+    assert sizes > 0.9 * limit
+    memory.close()
+
+
+def test_what_is_too_long_for_a_store_keeps_its_beginning_and_the_next_one_comes_whole(tmp_path):
+    memory = Memory()
+    with writing(tmp_path, memory, 8 << 20):
+        fill(memory, 0, 200)
+    with writing(tmp_path, memory, 8 << 20):
+        fill(memory, 1000, 40, begin=ROOT)
+    kept = opened(Memory(), tmp_path)
+    kept.look_at_store()
+    assert 30 < length_of(kept, range(200)) < 45 and length_of(kept, range(1000, 1040)) == 40
+    memory.close()
+
+
+def test_a_conversation_that_is_longer_than_memory_reaches_the_store_through_it(tmp_path):
+    memory = Memory(size=8 << 20)
+    with writing(tmp_path, memory):
+        kept, begin = opened(memory, tmp_path), ROOT
+        for number in range(400):       # 40 MB
+            while not keep_chain(kept, [number], begin=begin):      # until the store has what was kept first
+                kept.looked_s = -1e9
+                kept.look_at_store()
+            begin = address(number)
+            assert sum(os.fstat(descriptor).st_size for descriptor in memory.descriptors) <= memory.size
+    kept = opened(Memory(), tmp_path)
+    kept.look_at_store()
+    assert length_of(kept, range(400)) == 400
+    memory.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_segment_cut_at_any_byte_has_left_is_a_beginning_and_it_goes_on_from_there(tmp_path, seed):
+    """As kill -9 leaves it, in the middle of a record, of a header, of the head of a segment."""
+    dice, memory = random.Random(seed), Memory()
+    with writing(tmp_path, memory):
+        fill(memory, 0, 12, size=3000)
+    memory.close()
+    [path] = segment_paths(tmp_path)
+    entries = [*(kept := opened(Memory(), tmp_path)).store.segments.values()] or kept.look_at_store() or [*kept.store.segments.values()][0].entries
+    end = dice.choice([dice.randrange(path.stat().st_size), dice.choice(entries).begin + dice.randrange(HEADER_BYTES), dice.randrange(20)])
+    os.truncate(path, end)
+    whole, memory = sum(entry.end <= end for entry in entries), Memory()
+    kept = opened(Memory(), tmp_path)
+    kept.look_at_store()
+    assert length_of(kept, range(12)) == whole
+    fill(memory, 0, 20, size=3000)              # the conversation is computed anew, and goes on
+    with writing(tmp_path, memory):
+        pass
+    kept.looked_s = -1e9
+    kept.look_at_store()
+    assert length_of(kept, range(20)) == 20
+    memory.close()
+
+
+def test_pages_that_a_server_deletes_leave_no_file_open_in_another_ones_workers(tmp_path):
+    memory = Memory()
+    with writing(tmp_path, memory):
+        for number in range(20):
+            fill(memory, 1000 * number, 3, begin=ROOT)
+    kept, before = opened(Memory(), tmp_path), {*os.listdir("/proc/self/fd")}
+    kept.look_at_store()
+    assert length_of(kept, range(3)) == 3 and {*os.listdir("/proc/self/fd")} == before
+    assert prune(tmp_path, 0) == 20 and {*os.listdir("/proc/self/fd")} == before and length_of(kept, range(1000, 1003)) == 0
+    kept.looked_s = -1e9
+    kept.look_at_store()
+    assert not kept.store.index and not kept.store.bytes
+    memory.close()
+
+
+def test_what_is_no_file_of_a_store_is_left_alone(tmp_path, memory, caplog):
+    """A FIFO for which nobody is heard, a folder, a link to nowhere, files of other versions."""
+    os.mkfifo(tmp_path / "a.pages")
+    (tmp_path / "b.pages").mkdir()
+    (tmp_path / "c.pages").symlink_to("/nowhere")
+    (tmp_path / "d.pages").write_bytes(b"cskv0001" + bytes(5 << 20))
+    (tmp_path / "e.pages").touch()
+    fill(memory, 0, 5)
+    with writing(tmp_path, memory, 4 << 20) as writer:
+        while writer.pages < 5:
+            writer.thread.join(0.01)
+            assert writer.thread.is_alive() and not writer.trouble
+    assert stored_pages(tmp_path) == {*range(5)} and not caplog.records
+    assert {path.name for path in tmp_path.iterdir()} >= {"a.pages", "b.pages", "c.pages"} and not (tmp_path / "d.pages").exists()
+    assert "the model: 80 tokens in 5 pages" in listed_store(tmp_path)[1]
+
+
+@pytest.mark.parametrize("groups", [17, 33, 66])
+@torch.inference_mode()
+def test_a_model_with_many_groups_of_layers_keeps_and_restores_its_pages(tmp_path, memory, monkeypatch, groups):
+    monkeypatch.setattr(spec, "MOST_GROUPS", groups - 1)
+    layers = 32 if groups == 17 else groups - 1
+    folder = save(make_model("gemma3", num_hidden_layers=layers, layer_types=["sliding_attention"] * (layers - 1) + ["full_attention"]), tmp_path)
+    def made():
+        return make(folder, "reference", apart=True, num_pages=40 * groups)
+    assert len(made().pool.windows) == (groups if groups == 17 else groups - 1)
+    [work] = conversations(12, 1, most=100)
+    work = dataclasses.replace(work, max_tokens=4)
+    first = keep(made(), memory)
+    expected = tokens_of(first, [work])
+    again = keep(made(), memory)
+    assert tokens_of(again, [work]) == expected and again.keeper.counts["restored_tokens"] == (len(work.prompt_ids) - 1) // PAGE_SIZE * PAGE_SIZE > 0
+
+
+def test_a_model_with_more_groups_than_a_record_names_keeps_nothing_and_says_so(caplog, nanochat_fixtures):
+    engine = SimpleNamespace(pool=SimpleNamespace(windows=(8,) * (MOST_GROUPS + 1)), keeper=None)
+    keep_prefixes(engine, WorkerConfig(Settings(), None, "cpu", 1, ("/nowhere",), 1 << 20), [], "stamp")
+    assert [record.getMessage() for record in caplog.records] == ["no prefix is kept: the layers of this model are in 257 groups, of which at most 256 can be kept"]
 
 
 def test_a_writer_goes_on_in_a_segment_that_another_has_left_torn(tmp_path, memory):
@@ -568,7 +740,7 @@ def test_memory_that_is_not_there_costs_one_line_and_pages_are_kept_again_when_i
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [record.getMessage() for record in caplog.records] == ["prefixes are not kept in memory for a while: File too large"]
-    kept, engine.keeper.retry_s = engine.keeper.counts["kept_pages"], 0.0
+    kept, engine.keeper.copier.retry_s = engine.keeper.counts["kept_pages"], 0.0
     assert tokens_of(engine, [works[2]])[works[2].id] == alone[works[2].id] and engine.keeper.counts["kept_pages"] > kept
 
 
@@ -590,9 +762,8 @@ def test_a_read_only_store_is_read_and_costs_one_line(stored, nanochat_fixtures,
                     writer.thread.join(0.01)
             assert whole_digest([path], stamp_of([path]), stored.folder)
             assert [record.getMessage() for record in caplog.records] == [f"prefixes are not stored in {stored.folder}: Permission denied"]
-            data, segment = bytearray(path.read_bytes()), Segment(path, path.name)
-            segment.restarted()
-            data[next(place for place, record in segment.news() if record.content == PAGE)] ^= 1
+            data = bytearray(path.read_bytes())
+            data[next(entry.end for entry in engine.keeper.kept.store.index.values()) - 1] ^= 1
             stored.folder.chmod(0o700)
             path.unlink()
             path.write_bytes(data)
@@ -616,15 +787,14 @@ def test_a_file_that_its_writer_went_on_with_elsewhere_is_not_taken_for_damaged(
     reader = KeptPages([], 0, tmp_path, "")
     reader.profile = b"p" * 16
     reader.look_at_store()
-    writer = Segment(path, path.name, writable=True)
-    writer.restarted()
-    places = dict((record.key, place) for place, record in writer.news())
-    old = reader.key(PAGE, (2).to_bytes(16, "big"))
-    writer.end = places[old] - HEADER_BYTES
+    old = reader.store.index[reader.key(PAGE, address(2))]
     payload = numpy.full(1000, 9, numpy.uint8)
-    writer.append(Record(PAGE, 0, b"p" * 16, b"new".ljust(16), (0,) * PAGE_SIZE, 1000, checksum(payload)), payload)
+    with path.open("r+b") as file:
+        file.seek(old.begin)
+        file.write(Record(PAGE, 0, b"p" * 16, b"new".ljust(16), address(1), (0,) * PAGE_SIZE, 1000, checksum(payload)).pack() + payload.tobytes())
+    old = old.key
     assert reader.read(old) is None and path.exists() and not caplog.records
-    assert reader.read(reader.key(PAGE, bytes(16))) is not None
+    assert reader.read(reader.key(PAGE, address(0))) is not None
 
 
 def test_a_store_waits_while_answers_are_computed_unless_the_memory_fills(tmp_path):
@@ -649,9 +819,8 @@ def test_the_listing_names_models_and_pruning_leaves_what_is_written(tmp_path, m
     lines = listed_store(tmp_path)
     assert len(lines) == 2 and "the model: 480 tokens in 30 pages, 3.0 MB" in lines[1]
     path = segment_paths(tmp_path)[0]
-    writer = Segment(path, path.name)
-    assert writer.lock() and prune(tmp_path, 0) == len(segment_paths(tmp_path)) - 1 == 0
-    writer.unlock()
+    with path.open("rb") as file, locked(file.fileno()):
+        assert prune(tmp_path, 0) == len(segment_paths(tmp_path)) - 1 == 0
     assert listed_store(tmp_path, 0) == ["1 segments deleted", f"{tmp_path}: 0 segments, 0.0 MB"]
 
 
@@ -659,7 +828,7 @@ def test_the_listing_names_models_and_pruning_leaves_what_is_written(tmp_path, m
 def test_the_default_model_restores_a_prompt_to_the_bit(default_model_path, memory, tmp_path):
     if decode_core() is None:
         pytest.skip("the promise is decode_core's")
-    first = keep(make_engine(default_model_path, num_pages=100, max_batch=4, as_stored=True), big := Memory(size=64 << 20), tmp_path)
+    first = keep(make_engine(default_model_path, num_pages=100, max_batch=4, as_stored=True), big := Memory(size=256 << 20), tmp_path)
     work = chat_work(first, "a", "Tell me of the sea, of its tides, its winds and what lives in it. " * 20, 16)
     with writing(tmp_path, big):
         expected = tokens_of(first, [work])

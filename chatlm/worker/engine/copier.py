@@ -1,0 +1,145 @@
+"""Copies pages of the KV cache, and snapshots of states, into memory that outlives this process.
+
+That is done once the step that filled a page is over, in the engine's thread, since it is a copy in memory
+and no more. A page is of no use without those before it: where these are no longer kept, they are copied
+again."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy
+
+from chatlm.common.log import log
+from chatlm.common.segments import PAGE, ROOT, STATE
+from chatlm.worker.engine.kept import owner_address, page_address
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence as Seq
+    from chatlm.worker.engine.kept import KeptPages
+    from chatlm.worker.engine.kvcache import Content, Key, PagePool
+
+
+class Addresses:
+    """The address of each content of the prefix index, and its key there, by its serial."""
+
+    def __init__(self):
+        self.of: dict[int | str, bytes] = {}
+        self.keys: dict[int | str, Key] = {}
+
+    def __getitem__(self, serial: int | str) -> bytes | None:
+        return owner_address(serial) if isinstance(serial, str) else self.of.get(serial)
+
+    def note(self, key: Key, serial: int):
+        if (address := self[key[0]]) is not None:
+            self.of[serial], self.keys[serial] = page_address(address, key[1]), key
+
+    def forget(self, serial: int):
+        self.of.pop(serial, None)
+        self.keys.pop(serial, None)
+
+
+class Copier:
+    """Copies contents of the prefix index to kept pages."""
+
+    STEP_BYTES = 64 << 20  # copied between two steps
+    LOOK_S = 0.25          # between two looks at what other workers have given up
+    STORED_S = 5.0         # the longest wait for the store to take what memory has no room for
+
+    def __init__(self, pool: PagePool, kept: KeptPages, rows: numpy.ndarray, states: Seq[numpy.ndarray],
+                 counts: dict[str, int], look_at_store: Callable[[], None]):
+        self.pool, self.kept, self.rows, self.states, self.counts = pool, kept, rows, states, counts
+        self.look_at_store = look_at_store
+        self.retry_s, self.trouble = 0.0, ""
+        self.full_s = 0.0   # since when memory has had no room; 0: it has
+        self.looked_s = -self.LOOK_S
+        self.waits = False  # for the store, to take what is in memory
+        self.copied = 0     # bytes, since the last step
+        self.spent_s = 0.0  # of the processor
+
+    def copy(self):
+        """Keep what the steps so far have filled: none of them is under way."""
+        pool, states, now, began_s = self.pool, self.pool.states, time.monotonic(), time.thread_time()
+        if not self.kept.profile or now < self.retry_s or not (pool.fresh or states and states.fresh):
+            return
+        left, self.copied = self.STEP_BYTES, 0
+        if now - self.looked_s > self.LOOK_S:
+            self.looked_s = now
+            self.kept.look_at_memory()
+        try:
+            while pool.fresh and self.copied < left:
+                key, content = pool.fresh[0]
+                self.waits = (pool.index.get(key) is content and not self._keep_chain(content.serial)
+                              and self._may_fit_soon(now))
+                if self.waits:
+                    break
+                pool.fresh.popleft()
+            while states and states.fresh and not pool.fresh and self.copied < left:
+                self._keep_state(states.fresh.popleft())
+            self.trouble = ""
+        except OSError as error:
+            self.retry_s = now + 60.0
+            if self.trouble != (trouble := error.strerror or str(error)):
+                self.trouble = trouble
+                log.warning("prefixes are not kept in memory for a while: %s", trouble)
+        self.spent_s += time.thread_time() - began_s
+
+    @property
+    def behind(self) -> bool:
+        """Is there more to keep, and a place for it?"""
+        return bool(self.kept.profile and self.pool.fresh and not self.trouble)
+
+    def _may_fit_soon(self, now: float) -> bool:
+        """Memory has no room for a page. Is it worth the wait for what is there to be stored?"""
+        self.full_s = self.full_s or now
+        if self.kept.folder is None or now - self.full_s > self.STORED_S:
+            return False
+        self.look_at_store()
+        return True
+
+    def _keep_chain(self, serial: int | str) -> bool:
+        """Keep a page, and those before it that are no longer kept. False if there is no room."""
+        chain, addresses = [], self.pool.addresses
+        while addresses and not isinstance(serial, str):
+            address, key = addresses[serial], addresses.keys.get(serial)
+            if address is None or key is None:
+                return True
+            if self.kept.key(PAGE, address) in self.kept:
+                break
+            chain.append((key, address))
+            serial = key[0]
+        for (serial, tokens), address in reversed(chain):
+            content, parent = self.pool.index.get((serial, tokens)), addresses and addresses[serial]
+            if content is None or not self._is_whole(content) or parent is None:
+                return True
+            if not self._keep_page(content, address, ROOT if isinstance(serial, str) else parent, tokens):
+                return False
+            self.full_s = 0.0
+        return True
+
+    def _is_whole(self, content: Content) -> bool:
+        """Has it a page in all layers that see every token?"""
+        return all(window or page != self.pool.hole for page, window in zip(content.pages, self.pool.windows))
+
+    def _keep_page(self, content: Content, address: bytes, parent: bytes, tokens: tuple[int, ...]) -> bool:
+        there = [page for page in content.pages if page != self.pool.hole]
+        groups = sum(1 << group for group, page in enumerate(content.pages) if page != self.pool.hole)
+        payload = numpy.concatenate([self.rows[:0].ravel(), *(self.rows[:, page].ravel() for page in there)])
+        if not self.kept.add(PAGE, address, payload, groups, tokens, parent):
+            return False
+        self.counts["kept_pages"] += 1
+        self.counts["kept_bytes"] += len(payload)
+        self.copied += len(payload)
+        return True
+
+    def _keep_state(self, serial: int | str):
+        states, address = self.pool.states, self.pool.addresses and self.pool.addresses[serial]
+        if (states is None or address is None or serial not in states
+                or self.kept.key(STATE, address) in self.kept or not self._keep_chain(serial)):
+            return
+        slot = (states.ends if serial in states.ends else states.passed)[serial]
+        payload = numpy.concatenate([state[slot] for state in self.states])
+        if self.kept.add(STATE, address, payload, parent=address):
+            self.counts["kept_bytes"] += len(payload)
+            self.copied += len(payload)
