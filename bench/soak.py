@@ -1,6 +1,7 @@
 """Everything goes wrong for ten minutes: workers are killed and hang, clients vanish, connections break.
 
     python bench/soak.py [--seconds 600] [--model FOLDER] [--clients 12] [--workers 2] [--seed 1]
+    python bench/soak.py --changing [--seconds 600]        # many models whose files change: soak_changing.py
 
 Runs the server as a user would, by default with a tiny nanochat model. Its clients read to the end, vanish,
 cancel, or lose their connection and resume the stream. In the last fifth nothing is killed, so that pages
@@ -20,6 +21,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -209,4 +211,10 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--log", help="the server's log goes into this file")
-    sys.exit(asyncio.run(soak(parser.parse_args())))
+    parser.add_argument("--changing", action="store_true", help="models and adapters that come, change and go, and the server is restarted")
+    options = parser.parse_args()
+    if options.changing:
+        from soak_changing import soak_changing
+        with tempfile.TemporaryDirectory() as folder:
+            sys.exit(asyncio.run(soak_changing(options, Path(folder))))
+    sys.exit(asyncio.run(soak(options)))

@@ -1,4 +1,4 @@
-"""bench/soak.py for two minutes: workers die, clients vanish, connections break, and nothing is lost."""
+"""bench/soak.py for two minutes: workers die, clients vanish, connections break, models change, and nothing is lost."""
 
 import json
 import os
@@ -21,3 +21,15 @@ def test_two_minutes_of_kills_and_vanishing_clients_loses_no_answer_and_no_page(
     found = json.loads(ended.stdout.splitlines()[-1])
     assert found["lost"] == found["leaked_pages"] == 0
     assert found["killed"] > 0 and found["restarts"] > 0 and found["vanished"] > 0 and found["resumed"] > 0 and found["answers"] > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_minutes_of_changing_models_killed_workers_and_restarts_give_no_wrong_text(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, SCRIPT, "--changing", "--seconds", "120", "--clients", "6", "--log", tmp_path / "log"], env=environment,
+                           capture_output=True, text=True, timeout=570)
+    assert ended.returncode == 0, ended.stdout + ended.stderr + (tmp_path / "log").read_text()[-3000:]
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["lost"] == found["leaked_pages"] == 0 and found["restarts of the server"] == 2
+    assert found["killed"] > 0 and found["changes of files"] > 5 and found["comparisons"] > 0 and found["answers"] > 20
