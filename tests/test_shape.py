@@ -59,7 +59,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 140 more: comparisons are read by their models' sandboxes, foreign text in logs, types of values in --config, names and pipes of the operator's.
 # 18 more: the prompt of `generate` as a word, Ctrl-C that hints before it leaves.
 # 190 more: kept prefixes go from the ends of their chains: tiers of segments, their forest, chains that are kept whole.
-MOST_STATEMENTS = 21_378
+# 20 more: a place in memory is an enum with a table.
+MOST_STATEMENTS = 21_379
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import math
 import time
 from contextlib import suppress
@@ -16,8 +17,32 @@ if TYPE_CHECKING:
     from chatlm.front.pool.pool import WorkerPool
 
 
+class Stay(enum.Enum):
+    """What a model has of the memory, and what it is about to give back."""
+
+    OUT = enum.auto()             # nothing: its workers' processes are gone, or were never there
+    IN = enum.auto()              # all that it needs: it loads or serves
+    EMPTYING = enum.auto()        # all; its workers were asked for the bytes of their KV pages
+    EMPTIED = enum.auto()         # all but its KV pages
+    LEAVING = enum.auto()         # all, until the answers on its workers, and then these, have ended
+    LEAVING_EMPTIED = enum.auto()  # the same without its KV pages
+
+
+# What may follow, and who has it follow.
+NEXT_STAYS = {
+    Stay.OUT: {Stay.IN: "the residency, for a request or the operator"},
+    Stay.IN: {Stay.EMPTYING: "the residency, for another model",
+              Stay.LEAVING: "the residency, for another model or after idle_s; the operator"},
+    Stay.EMPTYING: {Stay.EMPTIED: "its workers, all of which have given them back",
+                    Stay.LEAVING: "its workers, one of which cannot; the operator"},
+    Stay.EMPTIED: {Stay.IN: "the residency, for a request or the operator",
+                   Stay.LEAVING_EMPTIED: "the residency, for another model or after idle_s; the operator"},
+    Stay.LEAVING: {Stay.OUT: "its workers, whose processes are gone"},
+    Stay.LEAVING_EMPTIED: {Stay.OUT: "its workers, whose processes are gone"}}
+
+
 class Place:
-    """A model's place in memory: whether it has one, and whether it waits for one.
+    """A model's place in memory: what it has of it, and whether it waits for it.
 
     It takes its place when it begins to load. It leaves when others need the bytes: then its jobs are held,
     those on workers end, its workers are ended, and the place is free once their processes are gone. Where
@@ -30,12 +55,33 @@ class Place:
         makes it leave; idle_s: it leaves after so many seconds without a request, 0 = never."""
         self.name, self.pool, self.own_size, self.cache = name, pool, own_size, cache
         self.pinned, self.idle_s = pinned, idle_s
-        self.taken = self.leaving = False
-        self.emptying = self.emptied = False  # are its workers asked for the memory of their KV pages, and
-        self.empties = True                   # have they given it back? Can they?
+        self.stay = Stay.OUT
+        self.empties = True  # can its workers give back the memory of KV pages alone?
         self.asked = pinned  # to be loaded, by somebody other than a job
         self.taken_s = 0.0
         self.waits_since_s: float | None = None
+
+    def become(self, stay: Stay):
+        """All changes of its stay. Jobs wait while it has less than it needs, or is about to."""
+        assert stay in NEXT_STAYS[self.stay], f"{self.name}: {self.stay.name} -> {stay.name}"
+        self.stay = stay
+        self.pool.dispatcher.held = stay not in (Stay.OUT, Stay.IN)
+
+    @property
+    def taken(self) -> bool:
+        return self.stay is not Stay.OUT
+
+    @property
+    def leaving(self) -> bool:
+        return self.stay in (Stay.LEAVING, Stay.LEAVING_EMPTIED)
+
+    @property
+    def emptying(self) -> bool:
+        return self.stay is Stay.EMPTYING
+
+    @property
+    def emptied(self) -> bool:
+        return self.stay in (Stay.EMPTIED, Stay.LEAVING_EMPTIED)
 
     @property
     def size(self) -> int:
@@ -45,9 +91,7 @@ class Place:
     @property
     def bytes(self) -> int:
         """Those it has now."""
-        if not self.taken:
-            return 0
-        return self.size - (self.cache if self.emptied else 0)
+        return self.size - (self.cache if self.emptied else 0) if self.taken else 0
 
     @property
     def missing(self) -> int:
@@ -63,15 +107,15 @@ class Place:
     def spare(self) -> int:
         """Those it could give up and stay: while it is idle, those of its KV pages."""
         idle = self.loaded and not self.pool.dispatcher.jobs
-        return self.cache if idle and self.empties and not (self.emptying or self.emptied) else 0
+        return self.cache if idle and self.empties and self.serves else 0
 
     @property
     def serves(self) -> bool:
-        return self.taken and not (self.leaving or self.emptying or self.emptied)
+        return self.stay is Stay.IN
 
     @property
     def waits(self) -> bool:
-        may_take = not self.taken or self.emptied and not self.leaving
+        may_take = Stay.IN in NEXT_STAYS[self.stay]
         return may_take and bool(self.asked or len(self.pool.dispatcher.pending))
 
     @property
@@ -80,14 +124,14 @@ class Place:
 
     def take(self):
         """It gets the bytes that it misses."""
-        self.asked, self.taken_s, dispatcher = False, time.monotonic(), self.pool.dispatcher
-        if not self.emptied:
-            log.info("loading %s (%s)", self.name, shown_bytes(self.size))
-            self.taken = True
+        before, dispatcher = self.stay, self.pool.dispatcher
+        log.info("loading %s (%s)" if before is Stay.OUT else "%s takes its KV pages again (%s)", self.name,
+                 shown_bytes(self.missing))
+        self.become(Stay.IN)
+        self.asked, self.taken_s = False, time.monotonic()
+        if before is Stay.OUT:
             dispatcher.wanted.set()
             return
-        log.info("%s takes its KV pages again (%s)", self.name, shown_bytes(self.cache))
-        self.emptied = dispatcher.held = False
         for worker in self.pool.workers:
             worker.cache = CacheState.HELD
         dispatcher.dispatch()
@@ -95,12 +139,26 @@ class Place:
     def empty_cache(self):
         """Give up the bytes of its KV pages."""
         log.info("%s gives up its KV pages (%s)", self.name, shown_bytes(self.cache))
-        self.emptying = self.pool.dispatcher.held = True
-        self.go_on_emptying()
+        self.become(Stay.EMPTYING)
+        self.go_on()
 
-    def go_on_emptying(self):
-        if self.leaving or not (self.emptying or self.emptied):
-            return
+    def leave(self):
+        """Give up all bytes, once the answers under way have ended."""
+        if self.taken and not self.leaving:
+            log.info("%s leaves memory (%s)", self.name, shown_bytes(self.bytes))
+            self.become(Stay.LEAVING_EMPTIED if self.emptied else Stay.LEAVING)
+            self.go_on()
+
+    def go_on(self):
+        """Do what can be done now of what has begun."""
+        if self.stay in (Stay.EMPTYING, Stay.EMPTIED):
+            self._go_on_emptying()
+        if self.leaving and not self.pool.dispatcher.running:
+            self.pool.supervisor.unload()
+            if self.pool.supervisor.gone:
+                self.become(Stay.OUT)
+
+    def _go_on_emptying(self):
         for worker in self.pool.workers:  # also one that has died and come back
             worker.empty_cache()
         states = {worker.cache for worker in self.pool.workers if worker.state is State.READY}
@@ -109,25 +167,11 @@ class Place:
             self.empties = False
             self.leave()
         elif self.emptying and states <= {CacheState.EMPTY}:
-            self.emptying, self.emptied = False, True
-
-    def leave(self):
-        if self.taken and not self.leaving:
-            log.info("%s leaves memory (%s)", self.name, shown_bytes(self.bytes))
-            self.leaving = self.pool.dispatcher.held = True
-            self.go_on_leaving()
-
-    def go_on_leaving(self):
-        dispatcher, supervisor = self.pool.dispatcher, self.pool.supervisor
-        if self.leaving and not dispatcher.running:
-            supervisor.unload()
-            if supervisor.gone:
-                self.taken = self.leaving = dispatcher.held = False
-                self.emptying = self.emptied = False
+            self.become(Stay.EMPTIED)
 
     def may_leave(self, now: float) -> bool:
         """May others have its bytes? Not while it loads, nor in the time that every model has for itself."""
-        if not self.taken or self.leaving or self.emptying or self.pinned:
+        if self.stay not in (Stay.IN, Stay.EMPTIED) or self.pinned:
             return False
         workers, supervisor = self.pool.workers, self.pool.supervisor
         begin_s = min((worker.ready_s for worker in workers if worker.state is State.READY), default=(
@@ -203,8 +247,7 @@ class Residency:
     def settle(self, now: float):
         """Do what can be done now."""
         for place in self.places:
-            place.go_on_emptying()
-            place.go_on_leaving()
+            place.go_on()
             idle = place.taken and place.loaded and not place.pool.dispatcher.jobs
             if place.idle_s and idle and now - place.pool.dispatcher.used_s > place.idle_s:
                 place.leave()
