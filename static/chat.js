@@ -558,7 +558,7 @@ function saveGrown(run) {
 const countsOf = run => run?.prompt ? {prompt_tokens: run.prompt, completion_tokens: run.tokens || run.chunks} : null;
 
 // Tokens per second since the first event, which drafts may fill with several; where none are counted, one for each event.
-const liveSpeed = run => ((run.tokens || run.chunks) - run.first) / Math.max(0.001, (run.lastAt - run.firstAt) / 1000);
+const liveSpeed = run => Math.max(1, (run.tokens || run.chunks) - run.first) / Math.max(0.001, (run.lastAt - run.firstAt) / 1000);
 
 const takeUp = run => reconnected(run.node.stream, run.controller.signal, lost => {
   Object.assign(run, {lost, resumed: !lost});

@@ -489,5 +489,5 @@ register({
   },
 });
 
-share({lenses, madeBy, baseOf});
+share({lenses, weightsOf, madeBy, baseOf});
 }
