@@ -1,5 +1,6 @@
 """Installs chatlm, its page and decode_core, the compiled core, which `pip install .` builds with gcc (or clang) alone, without torch.
 
+    seam       the digest of what chatlm beside it expects of decode_core, chatlm/common/seam.py, is compiled in
     sources    csrc/*.cpp, csrc/cpu/**/*.cpp; the end of a name gives its instruction set (ISA_FLAGS); never -march=native
     CUDA       csrc/cuda/*.cu and csrc/cuda/bindings*.cpp if nvcc is found; DECODE_CORE_CUDA=0 leaves it out, =1 requires it
     emulation  csrc/cuda/emulation*.cpp as a second module, decode_core._emulation, when DECODE_CORE_EMULATION=1 (for tests)
@@ -16,9 +17,11 @@ build-x/lib;  PYTHONPATH=build-x/lib python ...
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -97,8 +100,9 @@ class BuildCore(build_ext):
                       f"mend {'nvcc' if compiler else 'or install g++'} and run pip again for the fast ones.\n", file=sys.stderr)
 
     def build_core(self, extension, nvcc):
+        macros = [f"-DDECODE_CORE_SEAM={seam()}", *(["-DDECODE_CORE_CUDA=1"] if nvcc else [])]
         sources = [Path(source) for source in extension.sources] + (sorted(CSRC.glob("cuda/bindings*.cpp")) if nvcc else [])
-        jobs = [(self.compile_cpp, source, "-DDECODE_CORE_CUDA=1" if nvcc and source.stem == "bindings" else "") for source in sources]
+        jobs = [(self.compile_cpp, source, macros if source.stem == "bindings" else []) for source in sources]
         jobs += [(self.compile_cuda, source, nvcc) for source in sorted(CSRC.glob("cuda/*.cu"))] if nvcc else []
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
             # nvcc's jobs and tiles_*.cpp take longest and are last; start them first, link in order
@@ -107,15 +111,15 @@ class BuildCore(build_ext):
         cuda = [f"-L{cudart_folder(nvcc)}", "-lcudart_static", "-ldl", "-lrt"] if nvcc else []
         self.compiler.link_shared_object(objects, target, extra_postargs=LINK_FLAGS + cuda, target_lang="c++")
 
-    def object_of(self, source: Path, macro: str = "") -> tuple[Path, bool]:
-        """The object of a source compiled with a macro, and whether it is up to date."""
-        target = Path(self.build_temp) / source.with_suffix(f"{source.suffix}{macro}{'-quick' if QUICK else ''}.o")
+    def object_of(self, source: Path, macros: Sequence[str] = ()) -> tuple[Path, bool]:
+        """The object of a source compiled with these macros, and whether it is up to date."""
+        target = Path(self.build_temp) / source.with_suffix(f"{source.suffix}{''.join(macros)}{'-quick' if QUICK else ''}.o")
         target.parent.mkdir(parents=True, exist_ok=True)
         newest = max(os.path.getmtime(path) for path in (source, __file__, *HEADERS))
         return target, target.exists() and target.stat().st_mtime > newest
 
-    def compile_cpp(self, source: Path, macro: str) -> str:
-        target, fresh = self.object_of(source, macro)
+    def compile_cpp(self, source: Path, macros: Sequence[str]) -> str:
+        target, fresh = self.object_of(source, macros)
         if not fresh:
             import pybind11
             ending = next((ending for ending in ISA_FLAGS if source.stem.endswith(ending)), "")
@@ -125,7 +129,7 @@ class BuildCore(build_ext):
             command = [part for part in self.compiler.compiler_so if not part.startswith(("-O", "-g", "-W", "-march", "-mtune"))]
             command = [*(self.compiler_cxx() or command), "-fPIC", *COMMON_FLAGS, *isa, f"-I{CSRC}", f"-isystem{pybind11.get_include()}"]
             command += [f"-isystem{folder}" for folder in self.compiler.include_dirs]
-            self.call([*command, *filter(None, [macro]), "-c", str(source), "-o", str(target)])
+            self.call([*command, *macros, "-c", str(source), "-o", str(target)])
         return str(target)
 
     def compile_cuda(self, source: Path, nvcc: str) -> str:
@@ -145,6 +149,11 @@ class BuildCore(build_ext):
         sys.stderr.write(done.stdout + done.stderr)
         if done.returncode:
             raise RuntimeError(f"{command[0]} failed on {command[-3]}: {(done.stderr or done.stdout).strip()[:2000]}")
+
+
+def seam() -> str:
+    """The digest of the seam, off the modules of chatlm beside this file; no library is needed for that."""
+    return runpy.run_path("chatlm/common/seam.py")["seam_digest"](lambda name: Path(name).read_text(encoding="utf-8"))
 
 
 def widest_here() -> list[str]:

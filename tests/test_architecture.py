@@ -70,6 +70,11 @@ def test_what_a_change_touches_is_where_the_table_says(what):
     assert len(named(CHANGES[what])) > 3 and wrong(CHANGES[what]) == []
 
 
+def test_an_op_touches_three_places_of_chatlm_at_most_and_csrc_has_its_list():
+    places = {place for place, _ in named(CHANGES["an op"])}
+    assert len({place for place in places if not place.endswith(".md")}) <= 3 and "csrc/README.md" in places
+
+
 def test_the_table_has_a_row_for_each_usual_change():
     assert [*CHANGES][1:] == ["a route", "a field", "a flag", "a family", "a call format", "an op", "a message", "a metric", "an error",
                               "a page element", "a rank's shard", "a weight type"]

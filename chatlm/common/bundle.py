@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from chatlm.common.core import SEAM, find_core
+from chatlm.common.core import find_core, seam
 from chatlm.common.errors import ConfigError
 from chatlm.common.program import SCRIPT, archive, in_program, page_files, program_root, program_sources
 from chatlm.common.unpack import ABOUT, FOLDER, PLATFORM, AboutCore, about_core
@@ -92,8 +92,8 @@ def core_files() -> tuple[dict[str, bytes], str]:
     core, problem = find_core()
     if core is None:
         return {}, problem or "which is not installed (`pip install .` in a checkout builds it)"
-    if core.SEAM != SEAM:
-        return {}, f"because the installed one has another version (seam {core.SEAM} instead of {SEAM})"
+    if core.SEAM != seam():
+        return {}, f"because the installed one has another version (seam {core.SEAM} instead of {seam()})"
     library = Path(core._core.__file__)
     paths = library, *Path(core.__file__).parent.glob("*.py")
     files = {f"{FOLDER}/decode_core/{path.name}": path.read_bytes() for path in paths}
@@ -106,7 +106,7 @@ def own_core_files() -> dict[str, bytes]:
     """The files of the core in the bundle that runs, if it is for this platform."""
     if program_root().is_file():
         with zipfile.ZipFile(program_root()) as bundle:
-            if (about := about_core(bundle)) and (about.platform, about.seam) == (PLATFORM, SEAM):
+            if (about := about_core(bundle)) and (about.platform, about.seam) == (PLATFORM, seam()):
                 return {name: bundle.read(name) for name in bundle.namelist()
                         if name.startswith(f"{FOLDER}/") and not name.endswith(".pyc")}
     return {}

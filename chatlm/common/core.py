@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from chatlm.common.errors import named
+from chatlm.common.program import in_program, program_root
+from chatlm.common.seam import seam_digest
 from chatlm.common.unpack import UnfitCore, load_bundled_core
 
 
-SEAM = 22  # version of Backend and for_decode_core; a core with another version is not used
+@functools.cache
+def seam() -> str:
+    """Of this program; a core that was made for another is not used."""
+    return seam_digest(lambda name: in_program(program_root(), name).read_text(encoding="utf-8"))
 
 
 def device_files() -> int:
@@ -29,7 +34,7 @@ def find_core() -> tuple[Any, str]:
     one that `pip install .` in a checkout builds and installs; of any version."""
     problem = ""
     try:
-        if core := load_bundled_core(SEAM):
+        if core := load_bundled_core(seam()):
             return core, ""
     except UnfitCore as error:
         problem = f"the bundle's decode_core {error}"
@@ -57,9 +62,9 @@ def installed_core():
 
 
 def decode_core():
-    """The compiled core, or None if there is none or its SEAM differs from ours."""
+    """The compiled core, or None if there is none or its seam differs from ours."""
     core = installed_core()
-    return core if getattr(core, "SEAM", None) == SEAM else None
+    return core if getattr(core, "SEAM", None) == seam() else None
 
 
 def refused_isa() -> str:
@@ -94,5 +99,5 @@ def kernels_line() -> str:
         return f"{problem}, so slower reference ops run"
     if core := installed_core():
         version = getattr(core, "SEAM", "unknown")
-        return f"decode_core has another version (seam {version} instead of {SEAM}), {build} again"
+        return f"decode_core has another version (seam {version} instead of {seam()}), {build} again"
     return f"decode_core is not installed, {build}"

@@ -37,7 +37,7 @@ class AboutCore(NamedTuple):
     library: str             # the compiled half: its name in the bundle
     sha256: str
     platform: str
-    seam: int
+    seam: str
 
 
 class UnfitCore(Exception):
@@ -49,7 +49,7 @@ def about_core(bundle: zipfile.ZipFile) -> AboutCore | None:
     return AboutCore(*json.loads(bundle.read(ABOUT))) if ABOUT in bundle.namelist() else None
 
 
-def load_bundled_core(seam: int):
+def load_bundled_core(seam: str):
     """Import the decode_core of the bundle that runs; None if that has none. UnfitCore: it cannot be used."""
     root = program_root()
     if not root.is_file():

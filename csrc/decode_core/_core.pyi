@@ -16,6 +16,7 @@ MAX_CHOSEN: int
 MAX_TAPS: int
 OPS: dict[str, tuple[str, list[tuple[str, str, str]]]]       # csrc/ops.def: {name: (has, [(role, field, columns or type)])}
 cuda_compiled: bool
+SEAM: str       # see seam.py
 
 # --- the pool of threads, and what the processor has ---
 def look_at_buffer(array: object, /) -> tuple[int, str, int, bool, tuple[int, ...], tuple[int, ...]] | None: ...

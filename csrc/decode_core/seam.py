@@ -1,5 +1,5 @@
-"""The seam between chat_server and this package. Both state its version; where those differ, chat_server
-runs its references.
+"""The seam between chat_server and this package. SEAM is the digest of chat_server's side (chatlm/common/seam.py), from which
+setup.py compiles it in; where the chat_server that runs has another, it runs its references.
 
 `backend_for(spec, device, script)` returns None, or a backend: what computes a model's steps in chat_server's
 place.
@@ -51,7 +51,7 @@ from typing import Any
 
 from . import _core, cuda
 
-SEAM = 22       # one more whenever a name, an argument or a meaning above, or of `script`, changes
+SEAM = _core.SEAM
 log = logging.getLogger("chat_server.decode_core")
 
 

@@ -12,7 +12,7 @@ import chat_server as cs
 from chatlm import __version__
 from chatlm.cli import parse_command_line
 from chatlm.common import core
-from chatlm.common.core import SEAM
+from chatlm.common.core import seam
 from chatlm.worker.model.kernels import for_decode_core
 from chatlm.worker.model.spec import ModelSpec
 from real_server import copy_program
@@ -43,7 +43,7 @@ def test_the_report_proves_and_measures_every_op_of_the_cpu():
     from decode_core import tiles
     run = check()
     assert (run.returncode, run.stderr) == (0, "")
-    for words in (f"chat_server {__version__} (seam {SEAM}), decode_core (seam {SEAM})",
+    for words in (f"chat_server {__version__} (seam {seam()}), decode_core (seam {seam()})",
                   f"torch {torch.__version__}", f"Python {sys.version.split()[0]}", "CUDA of torch: ", "driver: ", decode_core.info()["isa"],
                   "threads read", "no op is wrong"):
         assert words in run.stdout

@@ -1,6 +1,7 @@
 """The seam between chat_server.py and decode_core: what crosses it, and a core of another version."""
 
 import ast
+import inspect
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import torch
 import chat_server as cs
 from chatlm.common import core
 from chatlm.common.errors import ConfigError
+from chatlm.common.seam import seam_digest
 from chatlm.worker.model.kernels import Backend, EagerSteps, Steps, choose_backend, for_decode_core, load_kernels
 from chatlm.worker.model.spec import ModelSpec
 from real_server import ask, events, get, post, server
@@ -93,6 +95,51 @@ def test_portable_kernels_compute_where_they_are_no_slower_than_torch(monkeypatc
 def test_the_measurement_of_portable_kernels_runs():
     from decode_core import cpu_backend
     assert min(cpu_backend.answer_seconds(48, rows=32)) > 0
+
+
+def read_checkout(name):
+    return (SCRIPT.parent / name).read_text(encoding="utf-8")
+
+
+KERNELS, BASIC = "chatlm/worker/model/kernels.py", "chatlm/worker/ops/basic.py"
+
+
+@pytest.mark.parametrize("module, before, after", [
+    (KERNELS, "    packs_kv = True ", "    packs_keys = True "), (KERNELS, "def pack_adapter(self, matrices:", "def pack_adapter(self, tensors:"),
+    (KERNELS, "def forward(self, batch: Batch) -> torch.Tensor:", "def run(self, batch: Batch) -> torch.Tensor:"), (KERNELS, "    gated_add: Callable =", "    add_gated: Callable ="),
+    (KERNELS, "zeroed=zeroed,", "nulls=zeroed,"), (KERNELS, "    mix: Callable = mix_reference\n", ""), (BASIC, "def mix_reference(x, x0,", "def mix_reference(x, y,"),
+    (BASIC, "def look_up_reference(table, ids, out)", "def look_up_reference(table, ids, out, part=None)"), (BASIC, "def zeroed(shape:", "def zeroed(size:"),
+    (BASIC, "def routes(logits, ", "def routes(scores, ")])
+def test_another_name_at_the_seam_is_another_seam(module, before, after):
+    text = read_checkout(module)
+    assert text.count(before) == 1, before
+    changed = seam_digest(lambda name: text.replace(before, after) if name == module else read_checkout(name))
+    assert changed != seam_digest(read_checkout) == core.seam()
+
+
+def test_bodies_comments_types_and_helpers_are_no_part_of_the_seam():
+    kernels = read_checkout(KERNELS).replace("    packs_kv = True ", "    # comment\n    packs_kv = False ").replace('"""Choose each op', '"""Pick each op')
+    basic = read_checkout(BASIC).replace("def mix_reference(", 'def helper(x):\n    return x\n\n\ndef mix_reference(').replace(
+        "def mix_reference(x, x0, ", "def mix_reference(x: object, x0: object, ")
+    changed = {KERNELS: kernels, BASIC: basic}
+    assert all(text != read_checkout(name) for name, text in changed.items()) and "x0: object" in basic
+    assert seam_digest(lambda name: changed.get(name) or read_checkout(name)) == core.seam()
+
+
+@needs_core
+def test_ops_are_recorded_with_the_parameters_of_their_references():
+    from decode_core import Program
+    other_names = {"weight": "matrix", "plan": "attention"}
+    for name, reference in for_decode_core().references.items():
+        if not hasattr(Program, name) or name == "sample":              # which is no op of a batch, but a step's last
+            continue
+        _, *ours = inspect.signature(getattr(Program, name)).parameters
+        theirs = [*inspect.signature(reference).parameters]
+        if name in ("linear", "paged_attention"):
+            theirs = [other_names.get(each, each) for each in theirs]
+        if ours[-1] == "options":                                       # passed on to rope_job
+            theirs = [each for each in theirs if each in ours] + ["options"]
+        assert ours == theirs, name
 
 
 def foreign_core(folder, text):

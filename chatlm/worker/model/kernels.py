@@ -19,7 +19,7 @@ import torch
 
 from chatlm import __version__
 from chatlm.common.config import PAGE_SIZE
-from chatlm.common.core import SEAM, decode_core, installed_core, kernels_line, refused_isa, unused_core
+from chatlm.common.core import decode_core, installed_core, kernels_line, refused_isa, seam, unused_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.messages.requests import SamplingParams
@@ -317,11 +317,12 @@ def machine_report() -> str:
                     return line.partition(":")[2].strip()
         return ""
 
-    seam, info = getattr(installed_core(), "SEAM", "none"), (core.info() if (core := decode_core()) else {})
+    theirs = getattr(installed_core(), "SEAM", "none")
+    info = core.info() if (core := decode_core()) else {}
     isa = " ".join([info.get("isa") or torch.backends.cpu.get_cpu_capability(), *info.get("features", ())])
     cpu = line_of("/proc/cpuinfo", "model name") or os.uname().machine
     return "\n".join((
-        f"chat_server {__version__} (seam {SEAM}), decode_core (seam {seam}); {kernels_line()}",
+        f"chat_server {__version__} (seam {seam()}), decode_core (seam {theirs}); {kernels_line()}",
         f"torch {torch.__version__}, numpy {numpy.__version__}, Python {sys.version.split()[0]}",
         f"CUDA of torch: {torch.version.cuda or 'none'}; "
         f"driver: {line_of('/proc/driver/nvidia/version', 'NVRM') or 'none'}",

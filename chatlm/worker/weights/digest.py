@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from chatlm.common.core import SEAM, decode_core
+from chatlm.common.core import decode_core, seam
 from chatlm.common.program import program_sources
 from chatlm.worker.weights.files import files_of_adapters, files_of_weights
 
@@ -99,7 +99,7 @@ def arithmetic_of(transformer: Transformer, settings: Settings) -> list[str]:
     if compiled := getattr(getattr(core, "_core", None), "__file__", None):
         code.update(Path(compiled).read_bytes())
     kernels = transformer.kernels
-    return [code.hexdigest(), torch.__version__, str(SEAM), str(sorted(kernels.names.items())),
+    return [code.hexdigest(), torch.__version__, seam(), str(sorted(kernels.names.items())),
             str(transformer.device.type), str(transformer.dtype), str(settings.dtype), str(settings.quantize),
             transformer.weight_types, repr(transformer.spec), repr(transformer.groups),
             repr(transformer.layout)]

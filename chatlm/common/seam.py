@@ -1,0 +1,70 @@
+"""The seam to decode_core as a digest: where it differs, decode_core was made for another chat_server.
+
+chat_server's side states all of it: what a backend has (`Backend`, `Steps`), the ops (`Kernels`) with their
+parameters, and what decode_core gets (`for_decode_core`). chat_server reads the digest off its own modules.
+setup.py reads the same modules beside it, and compiles the digest into decode_core. Only names count: a
+meaning that changes gets another name. The fields of the classes that cross are not counted, since they grow
+with every family: those that decode_core reads keep their names.
+"""
+
+import ast
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+
+KERNELS = "chatlm/worker/model/kernels.py"
+
+
+def seam_digest(read: Callable[[str], str]) -> str:
+    """Of the modules whose text `read` gives, by their paths."""
+    return hashlib.sha256("\n".join(sorted(seam_names(read))).encode()).hexdigest()[:12]
+
+
+def seam_names(read: Callable[[str], str]) -> Iterator[str]:
+    body = ast.parse(read(KERNELS)).body
+    classes = {node.name: node.body for node in body if isinstance(node, ast.ClassDef)}
+    for name in ("Backend", "Steps"):
+        named = (each for node in classes[name] for each in names_in(node))
+        yield from (f"{name}.{each}" for each in named if not each.startswith("__"))
+    ops = {node.target.id: node.value for node in classes["Kernels"]
+           if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    [given] = (node for node in body
+               if isinstance(node, ast.FunctionDef) and node.name == "for_decode_core")
+    handed = [keyword for node in ast.walk(given) if isinstance(node, ast.Call) for keyword in node.keywords]
+    yield from (f"Kernels.{name}" for name in ops)
+    yield from (f"for_decode_core.{keyword.arg}" for keyword in handed)
+    values = *ops.values(), *(keyword.value for keyword in handed)
+    wanted = {value.id for value in values if isinstance(value, ast.Name)}
+    for node in body:
+        if isinstance(node, ast.ImportFrom) and (names := wanted & {alias.name for alias in node.names}):
+            yield from functions(read(f"{(node.module or '').replace('.', '/')}.py"), names)
+
+
+def names_in(node: ast.stmt) -> Iterator[str]:
+    """What a statement of a class defines: attributes, or a method with its parameters."""
+    if isinstance(node, ast.FunctionDef):
+        yield signature(node)
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    for target in filter(None, targets):
+        yield from (each.id for each in ast.walk(target) if isinstance(each, ast.Name))
+
+
+def functions(text: str, names: set[str]) -> Iterator[str]:
+    """Those of these names, with their parameters. Their heads alone are parsed: all would take 20 ms."""
+    head = r"^def (\w+)(\(.*?\))(?: ->[^\n]*)?:\n"
+    for name, parameters in re.findall(head, text, re.MULTILINE | re.DOTALL):
+        if name in names:
+            [node] = ast.parse(f"def {name}{parameters}: ...").body
+            assert isinstance(node, ast.FunctionDef)
+            yield signature(node)
+
+
+def signature(node: ast.FunctionDef) -> str:
+    """Its name and its parameters': * before those given by name alone, = after those with a default."""
+    given = node.args
+    by_place = [each.arg for each in (*given.posonlyargs, *given.args)]
+    optional = {*by_place[len(by_place) - len(given.defaults):],
+                *(each.arg for each, default in zip(given.kwonlyargs, given.kw_defaults) if default)}
+    words = [*by_place, *(f"*{each.arg}" for each in (*given.kwonlyargs, given.vararg) if each),
+             *(f"**{each.arg}" for each in (given.kwarg,) if each)]
+    return f"{node.name}({', '.join(word + '=' * (word.lstrip('*') in optional) for word in words)})"
