@@ -61,7 +61,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 190 more: kept prefixes go from the ends of their chains: tiers of segments, their forest, chains that are kept whole.
 # 20 more: a place in memory is an enum with a table.
 # 45 more: the seam to decode_core is a digest of its names, which nobody has to count.
-MOST_STATEMENTS = 21_425
+# 2 more: where adapters come to a loaded model, others leave.
+MOST_STATEMENTS = 21_427
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

@@ -238,7 +238,8 @@ class Residency:
 
     @property
     def _unsettled(self) -> bool:
-        return any(place.leaving or place.emptying or place.waits for place in self.places)
+        return self.used > self.budget or any(
+            place.leaving or place.emptying or place.waits for place in self.places)
 
     @property
     def used(self) -> int:
@@ -252,6 +253,8 @@ class Residency:
             if place.idle_s and idle and now - place.pool.dispatcher.used_s > place.idle_s:
                 place.leave()
             place.waits_since_s = (place.waits_since_s or now) if place.waits else None
+        if self.used > self.budget:  # adapters have come to a model that is loaded
+            self._make_room(0, now)
         spare = None  # bytes beside those that the first in line without room will get; None: it has room
         for place in sorted(self.places, key=lambda place: place.waits_since_s or math.inf):
             if not place.waits:
@@ -261,30 +264,30 @@ class Residency:
                 place.take()
                 spare = spare and spare - missing
             elif spare is None:
-                spare = self._make_room(place, free, now)
+                spare = self._make_room(missing, now, place)
                 if missing <= self.budget - self.used:  # who left had no process any more
                     place.take()
 
-    def _make_room(self, place: Place, free: int, now: float) -> float:
-        """Have others leave, if they may and that is enough. Returns the bytes that others may take now:
-        those that will be left over, or any number where it is not enough."""
-        coming = free + sum(other.coming for other in self.places)
+    def _make_room(self, missing: int, now: float, place: Place | None = None) -> float:
+        """Have others than `place` leave, if they may and so many bytes are free then. Returns the bytes that
+        others may take now: those that will be left over, or any number where it is not enough."""
+        coming = self.budget - self.used + sum(other.coming for other in self.places)
         others = sorted((other for other in self.places if other is not place and other.may_leave(now)),
                         key=self._rank)
         spare, leave = sum(other.spare for other in others), list[Place]()
         for other in others:
-            if coming + spare < place.missing:
+            if coming + spare < missing:
                 leave.append(other)
                 coming, spare = coming + other.bytes, spare - other.spare
-        if coming + spare < place.missing:
+        if coming + spare < missing:
             return math.inf
         for other in others:
             if other in leave:
                 other.leave()
-            elif coming < place.missing and other.spare:
+            elif coming < missing and other.spare:
                 coming += other.spare
                 other.empty_cache()
-        return coming - place.missing
+        return coming - missing
 
     @staticmethod
     def _rank(place: Place) -> tuple[bool, bool, float]:

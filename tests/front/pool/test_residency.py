@@ -269,5 +269,19 @@ async def test_a_model_that_only_computes_for_low_priority_leaves_before_an_idle
     assert models.by_name["scored"].leaving and not models.by_name["asked"].leaving and job.worker is not None
 
 
+async def test_where_an_adapter_comes_to_a_loaded_model_others_leave_until_the_bytes_suffice(clock):
+    models = Models(clock, 10, {"a": 5, "b": 5}, **PAGED)
+    models.serve("a"), models.serve("b")
+    models.settle(12)
+    models.by_name["b"].own_size += 1
+    assert models.residency.used == 11 and models.settle() == "ab" and models.by_name["a"].emptying
+    models.emptied("a")
+    assert models.settle() == "ab" and models.residency.used == 8
+    job = models.ask("b")
+    models.by_name["b"].own_size += 3
+    models.settle()
+    assert models.settle() == "b" and models.residency.used == 9 and job.worker is not None
+
+
 def test_bytes_are_shown_in_units_that_fit():
     assert residency.shown_bytes(225_882_296) == "225.9 MB" and residency.shown_bytes(16_208_175_513) == "16.21 GB"

@@ -34,6 +34,7 @@ class Walk(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.clock, self.monotonic, self.jobs, self.requests = Clock(), time.monotonic, [], 0
+        self.grown = 0      # bytes of adapters that have come to models in memory
         time.monotonic = self.clock.monotonic
 
     def teardown(self):
@@ -128,6 +129,17 @@ class Walk(RuleBasedStateMachine):
             worker.cache = CacheState.EMPTY if able else CacheState.UNABLE
             self.settle()
 
+    @rule(number=strategies.integers(0, 3), more=strategies.integers(1, 2))
+    def an_adapter_comes(self, number, more):
+        place = self.place(number)
+        try:
+            self.models.residency.admit(place, more)
+        except ConfigError:     # it is refused
+            return
+        place.own_size += more
+        self.grown += more if place.taken else 0
+        self.settle()
+
     @rule()
     def killed_processes_exit(self):
         for place in self.models.by_name.values():
@@ -139,10 +151,11 @@ class Walk(RuleBasedStateMachine):
     @invariant()
     def the_bytes_are_within_the_budget(self):
         if hasattr(self, "models"):
-            assert self.models.residency.used <= BUDGET
+            self.grown = self.grown if self.models.residency.used > BUDGET else 0     # till others have left
+            assert self.models.residency.used <= BUDGET + self.grown
             held = [place.size - (place.cache if worker.cache is CacheState.EMPTY else 0) for place in self.models.by_name.values()
                     for worker in place.pool.workers if worker.process and not worker.process.gone]
-            assert sum(held) <= BUDGET, "processes hold more than the places count"
+            assert sum(held) <= BUDGET + self.grown, "processes hold more than the places count"
 
     @invariant()
     def no_answer_was_cut(self):
@@ -161,6 +174,7 @@ class Walk(RuleBasedStateMachine):
             for job in [job for job in self.jobs if job.worker is not None]:
                 self.end(job)
             self.settle(10.0)
+        assert self.models.residency.used <= BUDGET
         assert not self.jobs, f"requests that wait for ever: {[(job.id, place.stay) for job in self.jobs for place in self.models.by_name.values()]}"
 
 
