@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import secrets
 import threading
 import time
@@ -99,7 +100,6 @@ class Prefixes:
 
 def segments_in_memory() -> int:
     """How many there may be: each takes a descriptor."""
-    import resource
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return SEGMENTS if hard == resource.RLIM_INFINITY else min(SEGMENTS, hard // 16)
 
