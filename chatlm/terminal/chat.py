@@ -366,7 +366,7 @@ KEYS = (  # what else one can type
     ("Alt-Enter", "begin a new line"),
     ('""" ... """', "a message of several lines"),
     ("Tab", "complete a command; while it thinks: answer now"),
-    ("Ctrl-C", "stop the answer; else clear the line; twice at an empty one: leave"),
+    ("Ctrl-C", "stop the answer or clear the line; twice if empty: leave"),
     ("Ctrl-D", "leave"),
 )
 LAST_CHAT = "last-chat.json"

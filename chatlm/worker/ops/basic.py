@@ -50,10 +50,16 @@ def pack_reference(name, *parts):
     """
     weight = parts[0] if len(parts) == 1 else torch.cat(parts)
     x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    able = (x86 and torch.backends.mkldnn.is_available()
-            and (weight.dtype == torch.float32 or mkldnn_bfloat16()))
+    able = x86 and torch.backends.mkldnn.is_available() and mkldnn_takes(weight.dtype)
     plain = name == "embed" or "expert" in name or weight.ndim != 2
     return weight if plain or not able else torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+
+def mkldnn_takes(dtype: torch.dtype) -> bool:
+    """On this processor: few have float16, and some not even bfloat16."""
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32 or mkldnn_bfloat16()
 
 
 def mkldnn_bfloat16() -> bool:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -139,11 +140,14 @@ async def test_half_written_broken_replaced_and_deleted_checkpoints_are_told_onc
         first, last = [(await ask(client, url, name))[1]["choices"][0]["message"]["content"] for name in ("d2@1", "d2@latest")]
         assert first != last
         # one that answers now is replaced by another, in place: the answer ends on the old one
-        long = asyncio.ensure_future(ask(client, url, "d2@4", max_tokens=100, ignore_eos=True))
-        await until(lambda: models.find("d2@4").pool.dispatcher.running)
         old = models.find("d2@4")
+        [worker] = old.pool.workers
+        os.kill(worker.process.pid, signal.SIGSTOP)      # or the answer might have ended before anybody looked
+        long = asyncio.ensure_future(ask(client, url, "d2@4", max_tokens=100, ignore_eos=True))
+        await until(lambda: old.pool.dispatcher.running)
         replaced = torch.load(file_of(run_folder, 1), weights_only=True)
         torch.save(replaced, file_of(run_folder, 4))
+        os.kill(worker.process.pid, signal.SIGCONT)
         await until(lambda: old not in models.registry.models and "d2@4" in known() and models.find("d2@latest").name == "d2@4")
         status, body = await long
         assert status == 200 and body["choices"][0]["message"]["content"].startswith(last[:8])
@@ -186,6 +190,8 @@ async def test_a_worker_refuses_files_that_are_not_those_that_were_seen(run_fold
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 2)
         model = models.find("d2@2")
+        assert (await ask(client, url, "d2@2"))[0] == 200
+        os.kill(model.pool.workers[0].process.pid, signal.SIGSTOP)      # or the answer might have ended before anybody looked
         asked = asyncio.ensure_future(ask(client, url, "d2@2", max_tokens=100, ignore_eos=True))
         await until(lambda: model.pool.dispatcher.running)
         shutil.copy(file_of(run_folder, 1), file_of(run_folder, 2))
