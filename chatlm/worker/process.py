@@ -363,7 +363,7 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
 
     while True:
         inbox.end_loading()
-        idle = not engine.busy and not (engine.keeper and engine.keeper.copier.behind)
+        idle = not (engine.busy or engine.events or engine.keeper and engine.keeper.copier.behind)
         for message in channel.receive(wait=idle, patience_s=LOADING_S if inbox.loading else None):
             inbox.obey(message)
         try:

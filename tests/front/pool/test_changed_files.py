@@ -315,6 +315,7 @@ async def test_an_adapter_whose_folder_goes_and_comes_back_is_served_again(start
         while (answer := await ask(client, url, "ad0"))[0] != 200:
             await asyncio.sleep(0.02)
         assert answer[1]["choices"][0]["message"]["content"] == before
+        assert pool.workers[0].restarts <= 1, "a worker did not say what it knew, and was taken for a hung one"
 
 
 async def test_a_request_has_the_version_of_its_adapter_that_was_served_when_it_came(start, model, client, tmp_path, monkeypatch):
