@@ -139,10 +139,15 @@ class ManyModels:
         pool, place = model.pool, model.place
         if pool is None or self.closing:
             return
-        again_s = -math.inf if isinstance(error, Changed) else time.monotonic()  # with its new files, at once
-        model.reason, model.failed_s, model.pool, model.place = str(error), again_s, None, None
-        log.error("the model %s cannot be served: %s", model.name, model.reason)
-        failure = EngineFailure(f"the model {model.name!r} cannot be served: {model.public_reason}")
+        changed = isinstance(error, Changed) and not model.run  # the next request has its new files
+        model.reason, model.pool, model.place = str(error), None, None
+        model.failed_s = -math.inf if changed else time.monotonic()
+        if changed:
+            log.info("the files of the model %s have changed: it is read again when it is asked", model.name)
+            failure = Overloaded(f"the files of the model {model.name!r} have changed", retry_after_s=1)
+        else:
+            log.error("the model %s cannot be served: %s", model.name, model.reason)
+            failure = EngineFailure(f"the model {model.name!r} cannot be served: {model.public_reason}")
         pool.dispatcher.fail(failure, *pool.dispatcher.jobs.values())
         self.run(f"ending the workers of {model.name}", partial(self.remove, pool, place))
 

@@ -182,7 +182,7 @@ NEXT_STATES = {
                     State.LEFT_OUT},
     State.READY: {State.DEAD, State.UNLOADED},
     State.DEAD: {State.AWAITING_NODE, State.LOADING, State.UNLOADED, State.LEFT_OUT},
-    State.UNLOADED: {State.AWAITING_NODE, State.LOADING},
+    State.UNLOADED: {State.AWAITING_NODE, State.LOADING, State.LEFT_OUT},  # its model's files have changed
     State.LEFT_OUT: set()}
 
 

@@ -207,6 +207,19 @@ async def test_of_several_models_one_whose_files_change_ends_its_answers_and_is_
         assert change is template or after == other
 
 
+async def test_of_several_models_one_whose_files_change_before_it_is_loaded_again_is_opened_anew(started, model, versions, client):
+    models = await started(ManyModels(Settings(several=(ModelChoice(str(model), "one"), ModelChoice(str(versions[1]), "two")), **TINY), DYING))
+    async with served(models) as url:
+        before, other = await text_of(client, url, "one"), await text_of(client, url, "two")
+        by_rename(model, versions)
+        async with client.post(url + "/models/unload", json={"model": "one"}) as response:
+            assert response.status == 200
+        async with asyncio.timeout(60):
+            while (answer := await ask(client, url, "one"))[0] == 503:
+                await asyncio.sleep(0.05)
+        assert answer[1]["choices"][0]["message"]["content"] == other != before
+
+
 # adapters that are served beside the model
 
 def adapter_by_rename(model, folder):
