@@ -76,6 +76,11 @@ class LocalDevices:
         stamp = model_stamp(self.source.path, self.settings.lora)
         return replace(self.source, stamp=stamp) if stamp not in ((), self.source.stamp) else None
 
+    def gone(self) -> bool:
+        """Are its files no longer there?"""
+        return bool(self.source and self.source.stamp) and not model_stamp(
+            self.source.path, self.settings.lora)
+
     def end_in_words(self, worker: Worker) -> str:
         return exit_in_words(getattr(worker.process, "returncode", None))
 

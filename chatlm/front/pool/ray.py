@@ -147,6 +147,9 @@ class RayNodes:
     def now(self) -> None:
         """The nodes have the files: see `Supervisor.handle`."""
 
+    def gone(self) -> bool:
+        return False
+
     def end_in_words(self, worker: Worker) -> str:
         return getattr(worker.process, "reason", "")
 

@@ -36,11 +36,14 @@ class Version:
 
     async def may_read(self, worker: Worker) -> bool:
         """Wait until a worker may read the files as they are now. False if this pool does not serve them."""
-        supervisor, waits = self.supervisor, False
-        while not supervisor.closing and (source := await asyncio.to_thread(worker.placement.now)):
+        supervisor, waits, placement = self.supervisor, False, worker.placement
+        if not placement.renews and placement.source and await asyncio.to_thread(placement.gone):
+            supervisor.leave_out(worker, Changed(placement.source.path))
+            return False
+        while not supervisor.closing and (source := await asyncio.to_thread(placement.now)):
             holders = [other for other in supervisor.workers if other is not worker
                        and other.state in (State.LOADING, State.READY)]
-            if not worker.placement.renews:
+            if not placement.renews:
                 supervisor.leave_out(worker, Changed(source.path))
                 return False
             if not (holders and supervisor.dispatcher.jobs):

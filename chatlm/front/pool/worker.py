@@ -214,6 +214,10 @@ class Placement(typing.Protocol):
     def now(self) -> ModelSource | None:
         """The source with the files that it has now; None if they are the same, or cannot be seen."""
 
+    def gone(self) -> bool:
+        """Are the files of its source no longer there?"""
+        ...
+
     def end_in_words(self, worker: Worker) -> str:
         """Why its last process has ended."""
         ...

@@ -220,6 +220,20 @@ async def test_of_several_models_one_whose_files_change_before_it_is_loaded_agai
         assert answer[1]["choices"][0]["message"]["content"] == other != before
 
 
+async def test_of_several_models_one_whose_files_are_gone_refuses_requests_at_once(started, model, versions, client):
+    models = await started(ManyModels(Settings(several=(ModelChoice(str(model), "one"), ModelChoice(str(versions[1]), "two")), **TINY), DYING))
+    async with served(models) as url:
+        assert await text_of(client, url, "one")
+        other = await text_of(client, url, "two")
+        [worker] = models.find("one").pool.workers
+        model.rename(model.with_name("away"))
+        async with client.post(url + "/models/unload", json={"model": "one"}) as response:
+            assert response.status == 200
+        status, body = await ask(client, url, "one")
+        assert status == 503 and "changed" in body["error"]["message"] and worker.restarts == 0, body
+        assert await text_of(client, url, "two") == other
+
+
 # adapters that are served beside the model
 
 def adapter_by_rename(model, folder):
