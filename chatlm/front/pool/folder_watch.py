@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from chatlm.common.hub.folder import Files
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model
+    from chatlm.front.pool.pool import WorkerPool
+    from chatlm.front.pool.residency import Place
 
 
 class Troubles:
@@ -87,9 +89,12 @@ class FolderWatch:
         stamps = {files.choice.path: files.stamp for files in found}
         settled = {path for path, stamp in stamps.items() if self.before.get(path) == stamp}
         self.before = stamps
-        for path, model in self._mine.items():
-            if stamps.get(path) != model.stamp and not in_memory(model):
-                await self._let_go(model, path in stamps)
+        leaving = [self._let_go(model, path in stamps) for path, model in self._mine.items()
+                   if stamps.get(path) != model.stamp and not in_memory(model)]
+        self.name_models(found)  # before anything is waited for: a name may go from one model to another
+        for pool, place in leaving:
+            if pool:
+                await self.many.remove(pool, place)
         known = self._mine
         shown = [files for files in found if files.choice.path in known or files.choice.path in settled]
         able = {path for path, model in known.items() if model.pool}
@@ -102,8 +107,8 @@ class FolderWatch:
         self.name_models(found)
         await self.many.opener.survey.close()
 
-    async def _let_go(self, model: Model, there: bool):
-        """The files of a model that is not in memory have changed or gone."""
+    def _let_go(self, model: Model, there: bool) -> tuple[WorkerPool | None, Place | None]:
+        """The files of a model that is not in memory have changed or gone. Returns what it had."""
         if not there:
             log.info("the model %s has gone", model.name)
             self.registry.models.remove(model)
@@ -111,8 +116,7 @@ class FolderWatch:
             log.info("the files of the model %s have changed", model.name)
         pool, place = model.pool, model.place
         model.pool, model.place, model.source, model.reason = None, None, None, ""
-        if pool:
-            await self.many.remove(pool, place)
+        return pool, place
 
     async def _open(self, choice: ModelChoice, files: Files, old: Model | None):
         """Serve new files, or what they are now."""

@@ -78,8 +78,8 @@ class LocalDevices:
 
     def gone(self) -> bool:
         """Are its files no longer there?"""
-        return bool(self.source and self.source.stamp) and not model_stamp(
-            self.source.path, self.settings.lora)
+        source = self.source
+        return bool(source and source.stamp and not model_stamp(source.path, self.settings.lora))
 
     def end_in_words(self, worker: Worker) -> str:
         return exit_in_words(getattr(worker.process, "returncode", None))
