@@ -73,8 +73,12 @@ class Version:
                 worker.kill()
 
     def refuse(self, worker: Worker):
-        """A worker says that its files are others, which only it can see: it is on a node of Ray's."""
-        if self.supervisor.ready_workers:
+        """A worker says that its files are others: they changed meanwhile, or are on a node of Ray's."""
+        placement = worker.placement
+        if not placement.renews and placement.source:
+            self.supervisor.leave_out(worker, Changed(placement.source.path))
+            worker.kill()
+        elif self.supervisor.ready_workers:
             self.supervisor.leave_out(worker, ConfigError("the model's files there are not those of the "
                                                           "other workers"))
             worker.kill()
