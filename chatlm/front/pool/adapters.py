@@ -244,7 +244,8 @@ class PoolAdapters:
         found = [*found]
         stamps = {str(files.folder): files.stamp for files in found}
         for adapter in [adapter for adapter in self.serving.values() if adapter.watched]:
-            if str(adapter.files.folder) not in stamps:
+            written = str(adapter.files.folder) in stamps or adapter_stamp(adapter.files.folder)  # or empty yet
+            if not written:
                 log.info("the adapter %s has gone", adapter.name)
                 self.retire(adapter)
                 self.gone.add(adapter.name)

@@ -305,6 +305,10 @@ async def test_a_broken_version_of_an_adapter_is_told_once_and_read_again_when_i
     monkeypatch.setattr(pool.adapters, "update", lambda found: (looks.append(1), update(found)))
     async with served(pool) as url:
         before = await text_of(client, url, "ad0")
+        (folder / "adapter_config.json").write_text("")  # as a writer has it for a moment
+        count = len(looks)
+        while len(looks) < count + 3:
+            assert await text_of(client, url, "ad0") == before
         (folder / "adapter_config.json").write_text("{")
         while not lines() or len(pool.adapters.all) > 1:
             await asyncio.sleep(0.02)
