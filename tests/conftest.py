@@ -1,5 +1,6 @@
 """The code under test and the models every module may use."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -52,6 +53,10 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     order = {module: number for number, module in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.split("::")[0], len(LONGEST)))
+
+
+def pytest_collection_finish():
+    gc.freeze()         # what collecting the tests has made stays; workers that run in this process collect garbage often
 
 
 @pytest.fixture(scope="session")
