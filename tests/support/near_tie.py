@@ -38,7 +38,7 @@ def draw_gap(logits, row) -> float:
     scores = z + noise[ids]
     order = numpy.argsort(scores)
     winner = order[-1]
-    dropped = numpy.setdiff1d(everything, ids)
+    dropped = numpy.delete(everything, ids)
     gaps = [float(scores[winner] - scores[order[-2]])] if len(ids) > 1 else []
     if len(dropped):
         gaps.append(float(z[winner] - all_z[dropped].max()))
