@@ -14,12 +14,17 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
 
 from .cuda_references import SCRATCH
 
 HALVES = (torch.float16, torch.bfloat16)
-causal = functools.lru_cache(64)(causal_lower_right)        # of two lengths; it holds no mask
+
+
+@functools.lru_cache(64)
+def causal(rows: int, keys: int):
+    """The bias of these lengths; it holds no mask."""
+    from torch.nn.attention.bias import causal_lower_right      # here, because it imports torch's compiler: two seconds
+    return causal_lower_right(rows, keys)
 
 
 class Prompt(NamedTuple):
