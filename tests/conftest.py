@@ -66,14 +66,16 @@ def default_model_path():
     return fetch_default_model()
 
 
-@pytest.fixture(autouse=True)
-def forked_processes(monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def forked_processes():
     """Workers and sandboxes of the pools that a test starts in this process are forked."""
-    if sys.platform == "linux":
-        from chatlm.common.processes import start
-        from patching import patch
-        import forked
-        patch(monkeypatch, start, "start_child", forked.start_child)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if sys.platform == "linux":
+            from chatlm.common.processes import start
+            from patching import patch
+            import forked
+            patch(monkeypatch, start, "start_child", forked.start_child)
+        yield
 
 
 @pytest.fixture

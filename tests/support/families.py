@@ -1,6 +1,7 @@
 """Tiny random models of each family, made and saved by transformers: what a Hugging Face folder and a GGUF must compute."""
 
 import json
+import os
 import re
 from types import SimpleNamespace
 
@@ -161,6 +162,10 @@ def with_exact_angles(model):
     return model
 
 
+# of an answer that is compared, by day and by night: three pages, or five
+TOKENS = 64 if os.environ.get("DECODE_CORE_TEST_SHARE") == "1" else 32
+
+
 @torch.no_grad()
 def greedy(model, prompts, count):
     """(tokens (B, count), logits (B, count, V)) of prompts of one length, by transformers with its own cache."""
@@ -173,7 +178,7 @@ def greedy(model, prompts, count):
     return torch.stack(tokens, 1), torch.stack(logits, 1)
 
 
-def clear_cases(model, lengths=(9, 40, 300), count=64, tried=8, seed=1, margin=0.01):
+def clear_cases(model, lengths=(9, 40, 300), count=TOKENS, tried=8, seed=1, margin=0.01):
     """One case for each prompt length in which the two likeliest tokens are never closer than `margin`."""
     random, cases = np.random.default_rng(seed), []
     for length in lengths:
@@ -200,7 +205,7 @@ def transformer(model, kernels, max_tokens=128, device="cpu"):
                        dtype=torch.float32, device=device, read_adapter=adapter_reader(model))
 
 
-def answers(model, cases, chunk=100, count=64):
+def answers(model, cases, chunk=100, count=TOKENS):
     """Prompts in chunks and side by side, then all sequences decoded together -> (tokens, logits) of each."""
     pages = [list(range(first, 80, len(cases))) for first in range(len(cases))]         # interleaved
     texts, found = [list(case.prompt) for case in cases], [[] for _ in cases]
@@ -215,7 +220,7 @@ def answers(model, cases, chunk=100, count=64):
     return [(text[-count:], torch.stack(rows)) for text, rows in zip(texts, found)]
 
 
-def check(found, cases, count=64, tolerance=TOLERANCE):
+def check(found, cases, count=TOKENS, tolerance=TOLERANCE):
     for (tokens, logits), case in zip(found, cases):
         assert (logits - case.logits[:count]).abs().max() < tolerance
         assert tokens == case.tokens[:count]

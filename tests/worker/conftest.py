@@ -22,7 +22,7 @@ def made_model(tmp_path_factory):
     def make(name):
         if name not in known:
             model = make_model(name)
-            known[name] = save(model, tmp_path_factory.mktemp(name)), clear_cases(model, lengths=(200, 90, 30))
+            known[name] = save(model, tmp_path_factory.mktemp(name)), clear_cases(model, lengths=(200, 90, 30), count=64)
         return known[name]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -30,7 +30,7 @@ def made(tmp_path_factory, request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = make_model(request.param)
-    yield save(model, tmp_path_factory.mktemp(request.param)), clear_cases(model, lengths=(200, 90, 30), tried=4)
+    yield save(model, tmp_path_factory.mktemp(request.param)), clear_cases(model, lengths=(200, 90, 30), count=64, tried=4)
     torch.set_num_threads(threads)
 
 

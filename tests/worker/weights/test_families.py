@@ -77,7 +77,7 @@ def test_a_folder_computes_what_transformers_computes(made, name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_longrope_takes_its_short_factors_where_the_context_is_no_longer_than_the_original(made, backend, tmp_path):
     model = make_model("phi3-long")
-    cases = clear_cases(model, lengths=(9, 40))         # 64 tokens more: transformers stays with the short ones
+    cases = clear_cases(model, lengths=(9, 40))         # and at most 64 tokens more: transformers stays with the short ones
     short = load(save(model, tmp_path), context_length=128)
     check(answers(transformer(short, kernels_of(backend, short.spec)), cases), cases)
     long = load(tmp_path, context_length=129)

@@ -47,7 +47,7 @@ def backends(model):
 def test_an_adapter_beside_its_base_gives_the_logits_and_tokens_of_pefts_merged_model(name, tmp_path):
     model = make_model(name)
     folder = save(model, tmp_path / "base")
-    cases = clear_cases(adapt(model, tmp_path / "adapter", size=0.08, **SERVED[name]), lengths=(9, 40), count=64)
+    cases = clear_cases(adapt(model, tmp_path / "adapter", size=0.08, **SERVED[name]), lengths=(9, 40))
     ours = load(folder)
     for backend in backends(ours):
         check(answers(WithAdapter(transformer(ours, kernels_of(backend, ours.spec)), tmp_path / "adapter"), cases), cases,
@@ -74,7 +74,7 @@ def test_beside_a_gguf_base_an_adapter_does_what_merging_it_does(name, tmp_path)
 def test_beside_an_fp8_base_an_adapter_gives_what_peft_makes_of_the_weights_that_it_means(scheme, tmp_path):
     model = make_model("qwen3")
     folder = save_fp8(model, tmp_path / "base", scheme)
-    cases = clear_cases(adapt(model, tmp_path / "adapter", size=0.08), lengths=(9, 40), count=64)
+    cases = clear_cases(adapt(model, tmp_path / "adapter", size=0.08), lengths=(9, 40))
     ours = load(folder)
     for backend in backends(ours):
         check(answers(WithAdapter(transformer(ours, kernels_of(backend, ours.spec)), tmp_path / "adapter"), cases), cases)
@@ -96,7 +96,7 @@ def test_beside_a_nanochat_checkpoint_an_adapter_gives_the_logits_and_tokens_of_
     monkeypatch.setitem(nanochat.GENERATIONS, 1, nanochat.GENERATIONS[1]._replace(fields={}))
     model = make_model("nanochat", attention_bias=False, vocab_size=283, intermediate_size=256, rms_norm_eps=1.1920929e-07)
     folder, adapter = nanochat_checkpoint(model, tmp_path / "base", nanochat_fixtures / "gen1"), tmp_path / "adapter"
-    cases = clear_cases(adapt(model, adapter, "all-linear", size=0.08), lengths=(9, 40), count=64)
+    cases = clear_cases(adapt(model, adapter, "all-linear", size=0.08), lengths=(9, 40))
     if upstream:
         names = {theirs: ours for ours in ("transformer.h", "attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
                  for theirs in (nanochat.IN_TRANSFORMERS[ours],)}
