@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -18,13 +19,8 @@ import torch
 from .cuda_references import SCRATCH
 
 HALVES = (torch.float16, torch.bfloat16)
-
-
-@functools.lru_cache(64)
-def causal(rows: int, keys: int):
-    """The bias of these lengths; it holds no mask."""
-    from torch.nn.attention.bias import causal_lower_right      # here, because it imports torch's compiler: two seconds
-    return causal_lower_right(rows, keys)
+# of two lengths; it holds no mask. Imported when it is used, since it brings torch's compiler: three seconds
+causal = functools.lru_cache(64)(lambda rows, keys: import_module("torch.nn.attention.bias").causal_lower_right(rows, keys))
 
 
 class Prompt(NamedTuple):
@@ -54,8 +50,7 @@ def flash() -> Callable | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    able = {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
-    return varlen_attn if able else None
+    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys() else None
 
 
 class PromptAttention:
