@@ -59,7 +59,7 @@ def look_at_the_server(page):
 def compare(page):
     button(page, "Compare").click()
     button(page.get_by_role("dialog", name="Compare"), "Compare").click()
-    expect(button(page, "Go on with this")).to_have_count(2, timeout=SLOW_MS)
+    expect(button(page, "Continue with this")).to_have_count(2, timeout=SLOW_MS)
 
 
 def look_at_the_prompt(page):

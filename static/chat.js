@@ -15,24 +15,24 @@ const state = {
   chat: newConversation(),        // the one that is shown; stored with its first message
   nodes: new Map(),               // its nodes
   children: new Map(),            // childrenOf(nodes)
-  leaf: null,                     // id of the last node shown in this tab; chat.leaf is for the next visit
+  leaf: null,                     // id of the last node shown in this tab; chat.leaf is restored on the next visit
   path: [],                       // the nodes that are shown
-  runs: new Map(),                // id of a node -> the answer that this tab reads into it, in any chat
+  runs: new Map(),                // id of a node -> the answer that this tab is receiving into it, in any chat
   draft: {text: "", files: []},   // what is in the composer
-  counted: {text: "", tokens: 0, around: 0},          // tokens of the draft as the server counted them, and those around it
-  refusal: "",                    // why the composer's text was refused
-  notice: "",                     // a notice of the page below the turns
+  counted: {text: "", tokens: 0, around: 0},          // tokens of the draft as counted by the server, and of the template around it
+  refusal: "",                    // why the server refused the message
+  notice: "",                     // the page's own notice below the turns
   toasts: [],                     // {text, label, act, undo, chat} above the composer: the last deletion, answers of other chats
-  ended: 0,                       // answers that ended while nobody looked at this tab
-  editing: null,                  // id of the node that is being edited
-  found: null,                    // ids of the chats that match the search; null without one
+  ended: 0,                       // answers that ended while this tab was hidden
+  editing: null,                  // id of the node being edited
+  found: null,                    // ids of the chats that match the search; null without a search
   phase: "connecting",            // connecting, loading, ready, unreachable, refusing (this page), locked (without a key)
-  reached: "",                    // the server that was ready last
+  reached: "",                    // the last server that was ready
   loading: {stage: "", fraction: null},
-  models: [],                     // what the server serves, as /v1/models lists it
-  model: {...NO_MODEL},           // that of the chat
-  refusedKey: null,               // the API key that the server refused last, "" if none was sent
-  following: true,                // the log scrolls along while an answer grows
+  models: [],                     // the server's models, from /v1/models
+  model: {...NO_MODEL},           // the chat's model
+  refusedKey: null,               // the API key that the server last refused, "" if none was sent
+  following: true,                // the log scrolls as an answer grows
   preferences: {theme: "", actOnClick: false, sidebar: true, server: "", servers: [], keys: {}, presets: {}, prompts: [], defaults: {}, titles: false,
     notify: false},
 };
@@ -42,7 +42,7 @@ const store = new Store(STORE);
 const SAVE_MS = 500;              // a growing answer is stored this often
 
 const lastNode = () => state.path.at(-1);
-// a question waits for a server that is away; one that is still loading may yet turn out to be another model
+// a question waits for an unreachable server, but not for a loading one, which may turn out to serve another model
 const canAsk = () => !isGrowing(lastNode()) && !["connecting", "loading"].includes(state.phase) && state.model.api !== "none";
 const isStored = chat => state.chats.has(chat.id);
 
@@ -56,11 +56,11 @@ function loadPreferences() {
     for (const [name, value] of Object.entries(stored ?? {})) {
       if (typeof value === typeof state.preferences[name]) state.preferences[name] = value;
     }
-  } catch (error) { /* storage is off or damaged: the defaults */ }
+  } catch (error) { /* storage is off or damaged: use defaults */ }
 }
 
 function changePreferences(changes) {
-  loadPreferences();                                  // another tab may have changed others
+  loadPreferences();                                  // another tab may have changed some
   Object.assign(state.preferences, changes);
   try { localStorage.setItem(PREFERENCES, JSON.stringify(state.preferences)); } catch (error) { /* for this visit only */ }
 }
@@ -88,7 +88,7 @@ function showLeaf(id) {
 
 const opening = newest();         // only the newest request to open a chat counts
 
-// `known` are the chat's nodes where they need not be read.
+// `known`: the chat's nodes, if they need not be read.
 async function openChat(id, known = null) {
   const isMine = opening(), chat = state.chats.get(id);
   if (!chat) return newChat();
@@ -118,7 +118,7 @@ function newChat() {
   loadDraft("new");
 }
 
-// The address names the chat that is shown, so that a reload, a bookmark and the back button find it.
+// The address names the chat shown, so that a reload, a bookmark and the back button find it.
 function rememberPlace() {
   const hash = isStored(state.chat) ? `#${state.chat.id}` : "";
   if (location.hash !== hash) history.pushState(null, "", location.pathname + location.search + hash);
@@ -190,7 +190,7 @@ function showToast(toast) {
 
 const dropUndo = () => { state.toasts = state.toasts.filter(({undo}) => !undo); };
 
-// Says that an answer has ended, if its reader looks at something else.
+// Announces that an answer has ended, if its reader is looking at something else.
 function noticeEnd({node, chat}, failed) {
   const away = document.hidden || !document.hasFocus(), text = (failed ? TEXT.endedBadly : TEXT.endedIn)(chat.title);
   if (chat.id !== state.chat.id) showToast({text, label: TEXT.show, act: () => openChat(chat.id), chat: chat.id});
@@ -200,10 +200,10 @@ function noticeEnd({node, chat}, failed) {
   try {
     const notice = new Notification(text, {body: node.content.slice(0, 200), tag: node.id});
     notice.onclick = () => { window.focus(); openChat(chat.id); notice.close(); };
-  } catch (error) { /* some browsers have none for pages */ }
+  } catch (error) { /* some browsers allow none from pages */ }
 }
 
-// A title that no chat has: with the next number after it.
+// A title that no chat has: the base with the next free number.
 function numbered(title) {
   const titles = new Set([...state.chats.values()].map(chat => chat.title)), base = (title || TEXT.untitled).replace(/ \(\d+\)$/, "");
   for (let count = 2; ; count++) if (!titles.has(`${base} (${count})`)) return `${base} (${count})`;
@@ -228,16 +228,16 @@ function branchFrom(node) {
 
 const draftKey = (chat = state.chat) => isStored(chat) ? chat.id : "new";
 
-let unread = null;                // {key} of the draft whose stored files are still being read: nothing is stored over them
+let unread = null;                // {key} of the draft whose stored files are still being read: they must not be overwritten
 
-// The text also goes into this tab's own storage, which is written at once and which no other tab touches.
+// The text also goes into this tab's own storage, which is synchronous and which no other tab touches.
 function saveDraft() {
   const {text, files} = state.draft, key = draftKey();
   try { sessionStorage.setItem(`${STORE} draft ${key}`, text); } catch (error) { /* the other storage has it */ }
   if (key !== unread?.key) store.change("drafts", key, text || files.length ? {id: key, text, files, created: Date.now()} : null);
 }
 
-// Shows this tab's text at once and the rest when it has been read; what was typed in between stays.
+// Shows this tab's text at once and the rest once it is read; text typed in between stays.
 async function loadDraft(key) {
   let text = null;
   try { text = sessionStorage.getItem(`${STORE} draft ${key}`); } catch (error) { /* the other storage has it */ }
@@ -303,12 +303,12 @@ function removeNodes(ids, leaf) {
   state.leaf = leaf;
   changeChat(chat, {leaf});
   if (state.nodes.size) return;
-  state.chats.delete(chat.id);                          // it never began
+  state.chats.delete(chat.id);                          // its first message was refused
   store.change("conversations", chat.id, null);
   rememberPlace();
 }
 
-// Puts the text back into the composer, before what has been typed since.
+// Puts the text back into the composer, before anything typed since.
 function giveBack(text, files, reason) {
   state.refusal = reason;
   setDraft([text, state.draft.text].filter(each => each.trim()).join("\n\n"), [...files, ...state.draft.files]);
@@ -324,7 +324,7 @@ function regenerate(node) {
   answerAgain(question, {}, () => { if (failed(node)) forget(node); });
 }
 
-// An answer beside those that there are. It goes away if the server refuses it.
+// An additional answer. It is removed if the server refuses the request.
 function answerAgain(question, more, onAccepted = () => {}) {
   const before = state.leaf;
   answer(question, (error, made) => {
@@ -340,7 +340,7 @@ function forget(node) {
   refresh();
 }
 
-// A new answer below `question`. `onRefusal(error, node)` may undo it and then returns true; `onAccepted`
+// A new answer below `question`. `onRefusal(error, node)` returns true if it has undone it; `onAccepted`
 // runs when the server accepts.
 function answer(question, onRefusal, onAccepted = () => {}, more = {}) {
   const {chat} = state, made = madeBy(chat, {parameters: {...chat.parameters}, ...more});
@@ -361,7 +361,7 @@ function messagesToSend(path, system) {
 async function connect(run, messages, onAccepted, goOn = false) {
   const {node, controller: {signal}} = run;
   run.dropped = messages.dropped;
-  const model = state.model.name;                       // the chat's, whatever is shown by then
+  const model = state.model.name;                       // this chat's, even if another is shown later
   const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : node.prefix ? {prefix_token_ids: node.prefix} : {};
   const response = await onceReady(run, () =>
     postAnswer({messages, parameters: {...seed, ...node.parameters}, id: node.stream.id, signal, model, goOn}));
@@ -371,7 +371,7 @@ async function connect(run, messages, onAccepted, goOn = false) {
   return response;
 }
 
-// Posts; if the server is away or wants a key, again when that has changed. Stop ends the wait.
+// Posts; if the server is unreachable or wants a key, posts again once that has changed. Stop ends the wait.
 async function onceReady(run, post) {
   for (;;) {
     if (state.phase === "locked") openServer();
@@ -390,14 +390,14 @@ async function onceReady(run, post) {
 
 const canGoOn = node => Boolean(node.content || node.reasoning && !node.error && state.model.can.reasoning_history && state.model.can.continue_final_message);
 
-// Continues an answer that was cut: in the same node if the server can, otherwise by asking for more.
+// Continues an answer that was cut off: in the same node if the server can, otherwise by asking for more.
 function goOn(node) {
   if (!canAsk()) return;
   if (!state.model.can.continue_final_message) return ask(TEXT.pleaseContinue);
   const before = {note: node.note, error: node.error, timings: node.timings, parameters: node.parameters};
   Object.assign(node, {stream: {id: newId(), next: 0}, note: null, error: null, timings: null, continued: true, parameters: state.chat.parameters});
   const messages = messagesToSend(pathTo(state.nodes, node.id), state.chat.system);
-  if (!node.content) messages.push({role: "assistant", content: "", reasoning_content: node.reasoning});      // cut in its thoughts
+  if (!node.content) messages.push({role: "assistant", content: "", reasoning_content: node.reasoning});      // cut off while thinking
   runAnswer(node, state.chat, run => connect(run, messages, () => {}, true), error => {
     Object.assign(node, before);
     state.refusal = error.message;
@@ -409,7 +409,7 @@ function editQuestion(node, text) {
   return ask(text, partsOf(node).files, node.parent);
 }
 
-// The edited answer stands beside the old one.
+// The edited answer becomes a sibling of the old one.
 function editAnswer(node, text) {
   const {reasoning, model, parameters} = node;
   addNode(node.parent, "assistant", text, {reasoning, model, parameters, edited: true});
@@ -419,7 +419,7 @@ function editAnswer(node, text) {
 
 // answers being written ---------------------------------------------------------------------------------------------------
 
-// Shows an answer growing until it ends in one way or another. `connecting(run)` gives the response with its
+// Shows an answer growing until it ends in any way. `connecting(run)` resolves to the response with its
 // next events, or null if there are no more.
 async function runAnswer(node, chat, connecting, onRefusal = () => false) {
   const run = {node, chat, controller: new AbortController(), progress: null, chunks: 0, prompt: 0, tokens: 0, firstAt: 0, lastAt: 0,
@@ -436,7 +436,7 @@ async function runAnswer(node, chat, connecting, onRefusal = () => false) {
     else node.note = "interrupted";
   } catch (error) {
     failure = error;
-    run.controller.abort();                              // the rest of the stream, if any, is not needed
+    run.controller.abort();                              // the rest of the stream is not needed
   }
   endRun(run, failure, !response && failure && !run.stopped ? onRefusal : () => false);
 }
@@ -450,7 +450,7 @@ function endRun(run, failure, onRefusal) {
   if (run.stopped || failure?.code === "cancelled") node.note = "stopped";
   else if (failure) Object.assign(node, {error: failure.message, remedy: failure.status === 401 ? "key" : "again"});
   if (!node.timings) node.timings = {...countsOf(run), ...(run.chunks > 1 ? {measured: liveSpeed(run)} : {})};
-  if (!state.nodes.has(node.id) && state.chat.id === chat.id) return render();       // deleted meanwhile
+  if (!state.nodes.has(node.id) && state.chat.id === chat.id) return render();       // deleted in the meantime
   if (!failure || state.chat.id !== chat.id || !onRefusal(failure, node)) saveGrown(run);
   if (state.chat.id === chat.id) refresh();
   else render();
@@ -460,9 +460,9 @@ function endRun(run, failure, onRefusal) {
   render();
 }
 
-const TITLE_TOKENS = 24, TITLE_CHARACTERS = 1500;      // of the title, and of each message to make it from
+const TITLE_TOKENS = 24, TITLE_CHARACTERS = 1500;      // limits: the title, and each message it is made from
 
-// Lets the model name a chat after its first answer, when the server has nothing else to do.
+// Lets the model title a chat after its first answer, when the server is otherwise idle.
 async function nameChat(chat, node) {
   if (!state.preferences.titles || state.model.api !== "v1" || !node.content) return;
   const nodes = await store.read("nodes", chat.id), question = nodes.find(({id}) => id === node.parent), before = chat.title;
@@ -510,13 +510,13 @@ async function readEvents(run, response) {
   if (!ended) throw new Lost(TEXT.endedEarly);
 }
 
-// Other servers may leave thoughts in the text, between tags.
+// Other servers may leave reasoning in the text, between tags.
 function untaggedNews(run, news) {
   if (state.model.ours || news.reasoning) run.tags = null;
   return run.tags && news.text ? {...news, ...run.tags.push(news.text)} : news;
 }
 
-// What the server says about an answer, mostly in its last events.
+// Records the server's facts about an answer, most of them in its last events.
 function noteFacts({node, dropped}, {gpu, model, seed, timings, usage, reason}, ended) {
   if (model) node.model = model;
   if (Number.isSafeInteger(seed)) node.seed = seed;
@@ -533,7 +533,7 @@ function grow(run, {text, reasoning, moved = false}) {
   const {node} = run, now = performance.now();
   if (moved) {
     Object.assign(node, {reasoning: node.content, content: ""});
-    paint(node);                                         // once without it: a view only ever grows
+    paint(node);                                         // once with no text: a view only ever grows
   }
   if (!run.chunks++) { Object.assign(run, {firstAt: now, first: run.tokens || 1}); announce(TEXT.answering); }
   run.lastAt = now;
@@ -546,7 +546,7 @@ function paintSoon(run) {
   run.frame ||= requestAnimationFrame(() => { run.frame = 0; paint(run.node); });
 }
 
-// Only what grows, so that the rest of the node is not written again.
+// Stores only the growing fields, so that the rest of the node is not rewritten.
 function saveGrown(run) {
   const {content, reasoning, thought, stream, ended, note, error, remedy, timings, model, seed, ids, continued, calls} = run.node;
   clearTimeout(run.saving);
@@ -554,10 +554,10 @@ function saveGrown(run) {
   store.change("nodes", run.node.id, {content, reasoning, thought, stream, ended, note, error, remedy, timings, model, seed, ids, continued, calls});
 }
 
-// The tokens of a growing answer and its prompt as far as they are known; null without the prompt's.
+// The token counts so far of a growing answer and its prompt; null if the prompt's is unknown.
 const countsOf = run => run?.prompt ? {prompt_tokens: run.prompt, completion_tokens: run.tokens || run.chunks} : null;
 
-// Tokens per second since the first event, which drafts may fill with several; where none are counted, one for each event.
+// Tokens per second since the first event, which may hold several (drafts); where the server counts none, each event counts as one.
 const liveSpeed = run => Math.max(1, (run.tokens || run.chunks) - run.first) / Math.max(0.001, (run.lastAt - run.firstAt) / 1000);
 
 const takeUp = run => reconnected(run.node.stream, run.controller.signal, lost => {
@@ -565,7 +565,7 @@ const takeUp = run => reconnected(run.node.stream, run.controller.signal, lost =
   render();
 });
 
-// Closing the connection is not enough: the server would wait for this page to come back.
+// Closing the connection is not enough: the server would wait for the page to reconnect.
 function stopRun(id) {
   const run = state.runs.get(id);
   if (!run) return false;
@@ -575,7 +575,7 @@ function stopRun(id) {
   return true;
 }
 
-// Stops the growing answer that is shown, even if another tab reads it.
+// Stops the growing answer on screen, even if another tab is receiving it.
 function stopAnswer() {
   const node = lastNode();
   if (!isGrowing(node) || stopRun(node.id)) return;
@@ -583,15 +583,15 @@ function stopAnswer() {
   request(`v1/cancel/${node.stream.id}`, {method: "POST"}).catch(() => {});
 }
 
-// Ends the thinking of a growing answer, which goes on with its content. False if the server did not.
+// Ends the thinking of a growing answer, which continues with its content. False if the server did not do so.
 const answerNow = node => request(`v1/cancel/${node.stream.id}?reasoning=true`, {method: "POST"}).then(response => response.ok, () => false);
 
 // other tabs ----------------------------------------------------------------------------------------------------------
 
-const ANSWER_MS = 300;            // time for a tab to say that it reads an answer
-const claimed = new Set();        // ids of nodes that another tab just said it reads
+const ANSWER_MS = 300;            // time for a tab to claim an answer
+const claimed = new Set();        // ids of nodes that another tab has just claimed
 
-// Resumes an answer that no tab reads: the page was left, or the tab that read it was closed.
+// Resumes an answer that no tab is receiving: the page was left, or the receiving tab was closed.
 async function adopt(node, chat) {
   if (!isGrowing(node) || state.runs.has(node.id)) return;
   if (store.channel) {
@@ -614,7 +614,7 @@ function adoptOrphans() {
   for (const node of state.nodes.values()) if (isGrowing(node)) adopt(node, state.chat);
 }
 
-// When the page opens: the answers in chats that are not shown.
+// When the page opens: resumes the answers in the other chats.
 async function adoptAll() {
   for (const chat of state.chats.values()) {
     if (!chat.running || chat.id === state.chat.id) continue;
@@ -623,7 +623,7 @@ async function adoptAll() {
   }
 }
 
-// Records that another tab has stored, or deleted (null): a list of [kind, id, record].
+// Applies what another tab has stored or deleted (null): a list of [kind, id, record].
 function hearNews(news) {
   let leaf = null;                                      // a new one below the leaf that is shown
   for (const [kind, id, record] of news) {
@@ -634,7 +634,7 @@ function hearNews(news) {
   refresh();
 }
 
-// Takes over what another tab says of a node; true if it is a new one below the leaf.
+// Applies another tab's version of a node; true if it is a new one below the leaf.
 function hearNode(id, record) {
   const known = state.nodes.get(id);
   if (state.runs.has(id) && record) return false;

@@ -1,10 +1,10 @@
-// The list of chats with the search in them, and chats that leave and come as files.
+// The list of chats, their search, and export and import of chats as files.
 "use strict";
 
 {
 
 const rows = new Map();           // id of a chat -> its row
-let listed = "";                  // what the list shows, so that it is rebuilt only when that changes
+let listed = "";                  // a key of what the list shows, which is rebuilt only when it changes
 
 function renderChats() {
   const chats = [...state.chats.values()].filter(({id}) => !state.found || state.found.has(id))
@@ -21,11 +21,11 @@ function renderChats() {
     groups.get(day).push(rowOf(chat));
   }
   keepFocus(() => $("chats").replaceChildren(
-    ...[...groups].flatMap(([day, its]) => [element("h2", {textContent: day}), element("ul", {}, ...its)]),
+    ...[...groups].flatMap(([day, rows]) => [element("h2", {textContent: day}), element("ul", {}, ...rows)]),
     ...(chats.length ? [] : [element("p", {className: "hint", textContent: state.found ? TEXT.nothingFound : TEXT.noChats})])));
 }
 
-// Rows that move in the document lose the focus, so it is given back.
+// Rows that move in the document lose the focus, so it is restored.
 function keepFocus(change) {
   const focused = document.activeElement;
   change();
@@ -93,7 +93,7 @@ function renameChat(row, chat) {
 
 const searching = newest();
 
-// Shows the chats that have all words of the query, in the title or in any message.
+// Shows the chats that contain all words of the query, in the title or in any message.
 async function search(query) {
   const isMine = searching();
   words = query.toLowerCase().split(/\s+/).filter(Boolean);
@@ -112,7 +112,7 @@ const withChats = () => document.documentElement.classList.contains("with-chats"
 
 // A column on wide screens, a drawer over the conversation on narrow ones.
 function showSidebar(shown) {
-  document.documentElement.classList.toggle("with-chats", shown);        // theme.js does so before the first picture
+  document.documentElement.classList.toggle("with-chats", shown);        // theme.js does so before the first paint
   $("chats-toggle").setAttribute("aria-expanded", shown);
   const drawer = shown && narrow.matches;
   for (const each of [document.querySelector("main"), document.querySelector("footer")]) each.inert = drawer;
@@ -127,9 +127,9 @@ function toggleSidebar() {
   if (shown && narrow.matches) $("new").focus();
 }
 
-// the words of a search ---------------------------------------------------------------------------------------------------
+// highlighting matches ----------------------------------------------------------------------------------------------------
 
-let words = [];                   // that were searched for, in lower case
+let words = [];                   // of the search, in lower case
 let marking = 0;
 
 function markWords() {
@@ -141,8 +141,8 @@ function markWords() {
   });
 }
 
-function rangesOf(place) {
-  const found = [], walker = document.createTreeWalker(place, NodeFilter.SHOW_TEXT);
+function rangesOf(root) {
+  const found = [], walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   for (let node; (node = walker.nextNode());) {
     const text = node.data.toLowerCase();
     for (const word of words) {
@@ -152,7 +152,7 @@ function rangesOf(place) {
   return found;
 }
 
-// Shows the first message of a found chat that has a word of the search, on whichever branch it is.
+// Shows the first message of a found chat that contains a word of the search, on whichever branch it is.
 function showFound() {
   const has = ({content}) => words.some(word => content.toLowerCase().includes(word));
   if (!words.length) return;
@@ -185,10 +185,10 @@ register({
   strings: {
     chat: "Chat", menu: "Menu", showChats: "Show or hide chats", untitled: "Untitled chat", title: "Title", pin: "Pin", more: "More",
     pinned: "Pinned", today: "Today", yesterday: "Yesterday", lastWeek: "Previous 7 days", lastMonth: "Previous 30 days",
-    noChats: "Your chats will appear here.", nothingFound: "No chat has all of these words.",
+    noChats: "Your chats will appear here.", nothingFound: "No chat contains all of these words.",
     found: count => plural(count, "chat found", "chats found"),
     deleteAll: "Delete all chats", deleteAllTitle: count => `Delete ${count === 1 ? "the only chat" : `all ${number(count)} chats`}?`,
-    deleteAllHint: "They are only in this browser. Export keeps a copy.", keepThem: "Keep them",
+    deleteAllHint: "They exist only in this browser. Export them to keep a copy.", keepThem: "Keep them",
     deletedChats: count => `Deleted ${plural(count, "chat", "chats")}.`, deleted: title => `Deleted “${title}”.`, deletedMessages: count => `Deleted ${plural(count, "message", "messages")}.`,
   },
   bind() {
@@ -220,7 +220,7 @@ const exportMenu = () => [
   [TEXT.asPage, "export", () => download(pageOf(state.chat, state.path), `${fileName(state.chat)}.html`, "text/html")],
 ];
 
-// Shows what a file would bring. Of a chat that is here already, the older one gives way unless the reader keeps both.
+// Shows what a file contains. If a chat is here already, the newer version replaces it unless the reader keeps both.
 function showImport(chats, name) {
   const size = (count, time) => `${TEXT.messages(count)} · ${new Intl.DateTimeFormat(undefined, {dateStyle: "medium"}).format(time)}`;
   const rows = chats.map(({conversation: {title, updated}, nodes, twin}) => {
@@ -291,7 +291,7 @@ function pageOf({title}, path) {
 <style>:root{color-scheme:light dark;${root.join(";")}}\n${PAGE_STYLE}${DRAWN_STYLE}</style></head>\n${body.outerHTML}</html>\n`;
 }
 
-// Shows what a file brings, and stores it if the reader wants that.
+// Shows what a file contains, and stores it if the reader agrees.
 async function importFile(file) {
   try {
     const text = await file.text(), chats = importOf(text, file.name);
@@ -304,17 +304,17 @@ async function importFile(file) {
   }
 }
 
-// The stored chat that an imported one once was: begun in the same millisecond with the same words. {chat, count} or null.
+// The stored copy of an imported chat: begun in the same millisecond with the same message. {chat, count} or null.
 async function twinOf({conversation, nodes}) {
   for (const chat of state.chats.values()) {
     if (chat.created !== conversation.created) continue;
-    const its = await store.read("nodes", chat.id), first = list => list.find(({parent}) => parent === null)?.content;
-    if (first(its) === first(nodes)) return {chat, count: its.length};
+    const stored = await store.read("nodes", chat.id), first = list => list.find(({parent}) => parent === null)?.content;
+    if (first(stored) === first(nodes)) return {chat, count: stored.length};
   }
   return null;
 }
 
-// Stores chats. A `twin` with `replace` gives way.
+// Stores chats. A `twin` marked `replace` is deleted.
 async function importAll(chats, name) {
   const messages = countMessages(chats), text = TEXT.imported(chats.length, messages, name);
   for (const {conversation, nodes} of chats) addChat(conversation, nodes);
@@ -335,7 +335,7 @@ const countMessages = chats => chats.reduce((count, {nodes}) => count + nodes.le
 // Imports the one chat of an older version of the page, and deletes it there once it is stored here.
 async function takeOverOldChat() {
   let old = null;
-  try { old = JSON.parse(localStorage.getItem(STORE)); } catch (error) { /* there is none */ }
+  try { old = JSON.parse(localStorage.getItem(STORE)); } catch (error) { /* none */ }
   if (!Array.isArray(old?.turns)) return;
   const {system, ...parameters} = old.settings ?? {};
   for (const [i, turns] of [old.previous, old.turns].entries()) {
@@ -356,11 +356,11 @@ register({
   strings: {
     notJson: name => `${name} is not a conversation: it is not valid JSON.`,
     notAChat: name => `${name} is not a conversation: it must be JSON with "conversations", or with a list "messages" of {role, content}.`,
-    badMessage: (name, chat, i) => `${name} is not a conversation: message ${i + 1} of chat ${chat + 1} lacks a role or a text.`,
+    badMessage: (name, chat, i) => `${name} is not a conversation: message ${i + 1} of chat ${chat + 1} lacks a role or text.`,
     sameIds: name => `${name} is not a conversation: two messages have the same id.`,
     messages: count => plural(count, "message", "messages"), importTitle: name => `Import ${name}?`, leaveIt: "Leave it",
-    brings: (chats, messages) => `It brings ${plural(chats, "chat", "chats")} with ${plural(messages, "message", "messages")}.`,
-    replace: what => `Replace the one that is here (${what})`,
+    brings: (chats, messages) => `It contains ${plural(chats, "chat", "chats")} with ${plural(messages, "message", "messages")}.`,
+    replace: what => `Replace the existing chat (${what})`,
     imported: (chats, messages, name) => `Imported ${plural(chats, "chat", "chats")} with ${plural(messages, "message", "messages")} from ${name}.`,
     replaced: count => `Replaced ${plural(count, "chat", "chats")}.`,
   },

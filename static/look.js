@@ -1,6 +1,6 @@
-// Looking inside an answer: the probability of each token, the same answer made again, others beside it, and the prompt behind it.
+// Looking inside an answer: the probability of each token, replays, comparisons, and the prompt behind it.
 //
-// An answer keeps what made it (seed, parameters, system prompt, weights, token ids), so that the same request can be sent
+// An answer stores its inputs (seed, parameters, system prompt, weights, token ids), so that the same request can be sent
 // again: a replay. The token lens is a replay that asks for log-probabilities; "Run again" compares its tokens.
 "use strict";
 
@@ -8,26 +8,26 @@ let compared = null;              // {node, columns: [{text, reasoning, end, dif
 
 {
 
-const BESIDE = 5;                 // tokens listed beside each
-const SHADES = [0.8, 0.5, 0.2, 0.05];         // a token below so many of these has this class: p1 .. p4
+const BESIDE = 5;                 // alternatives listed for each token
+const SHADES = [0.8, 0.5, 0.2, 0.05];         // class p1 .. p4: how many of these exceed a token's probability
 const lenses = new Map();         // id of a node -> {tokens, at, text, controller}, while its lens is on
 
 const canLook = node => Number.isSafeInteger(node.seed) && !node.edited && !isGrowing(node) && state.model.api !== "none" &&
   Boolean(state.model.can.token_ids);
 
-// What made an answer, beside its parameters.
+// The inputs of an answer besides its parameters.
 const madeBy = (chat, more = {}) => ({model: state.model.name, ...(state.model.weights ? {weights: state.model.weights} : {}),
   ...(chat.system.trim() ? {system: chat.system} : {}), ...more});
 
 // The digest of a listed model's weights.
 const weightsOf = name => state.models.find(({id}) => id === name)?.weights_digest ?? state.model.weights;
 
-// The system prompt of an answer; those of older versions of the page do not say it.
+// An answer's system prompt; answers from older versions of the page lack it.
 const systemOf = ({system, ids}) => system ?? (ids ? "" : state.chat.system);
 
 // replays -------------------------------------------------------------------------------------------------------------
 
-// Makes an answer again as it was made: {ids, entries, text, reasoning}. An answer that was stopped ends where it ended then.
+// Generates an answer again with the same inputs: {ids, entries, text, reasoning}. A stopped answer ends where it was stopped.
 async function replay(node, {more = {}, signal, onToken = () => {}}) {
   const {parameters = {}, continued, prefix, seed, model, note, ids: before} = node, {max_tokens: most, ...others} = parameters;
   const messages = messagesToSend(pathTo(state.nodes, node.parent), systemOf(node));
@@ -51,7 +51,7 @@ async function replay(node, {more = {}, signal, onToken = () => {}}) {
   return made;
 }
 
-// The text of each token, of those that are no whole characters with the one that ends them: [{id, text, special}]. Throws what postAnswer does.
+// The text of each token; a character split across tokens goes to its last one: [{id, text, special}]. Throws what postAnswer does.
 async function piecesOf(ids, model) {
   const response = await accepted(await post("tokenize", {content: ids, with_pieces: true, ...modelOfSeveral(model)}));
   return spelled((await response.json()).tokens);
@@ -63,24 +63,24 @@ function spelled(tokens) {
     text: decoder.decode(isText(piece) ? encoder.encode(piece) : new Uint8Array(piece), {stream: true})}));
 }
 
-// Makes the answer again and says whether its tokens are the same; another one is kept beside it.
+// Replays the answer and reports whether its tokens are the same; a different answer is kept as a sibling.
 async function runAgain(view) {
   const {node} = view, {chat} = state, controller = new AbortController();
   view.again.disabled = true;
-  const tell = text => { node.verdict = text; setText(view.verdict, text); };
+  const report = text => { node.verdict = text; setText(view.verdict, text); };
   try {
-    const made = await replay(node, {signal: controller.signal, onToken: count => tell(TEXT.runningAgain(count))});
+    const made = await replay(node, {signal: controller.signal, onToken: count => report(TEXT.runningAgain(count))});
     const at = await firstDifference(node, made), other = node.weights && node.weights !== weightsOf(node.model) ? TEXT.otherWeights : "";
-    tell([at === null ? TEXT.sameAgain(made.ids.length) : TEXT.differsAt(at), other].filter(Boolean).join(" "));
+    report([at === null ? TEXT.sameAgain(made.ids.length) : TEXT.differsAt(at), other].filter(Boolean).join(" "));
     if (at !== null && state.chat.id === chat.id) keepBeside(node, made);
   } catch (error) {
-    tell(error.message);
+    report(error.message);
   }
   announce(node.verdict);
   view.again.disabled = false;
 }
 
-// Where a replay leaves the answer: {at, was, is}, of which `at` counts from 1; null if it is the same.
+// Where a replay first differs from the answer: {at, was, is}, `at` counted from 1; null if it is the same.
 async function firstDifference({ids, content, reasoning = "", model}, made) {
   if (!ids?.length) return content === made.text && reasoning === made.reasoning ? null : {at: 0, was: "", is: ""};
   const at = made.ids.findIndex((id, i) => id !== ids[i]), first = at < 0 ? made.ids.length : at;
@@ -123,7 +123,7 @@ async function lookThrough(node) {
   show();
 }
 
-// Log-probabilities of the tokens that an answer was made to begin with. Nothing was drawn there, so the model reads them as a prompt.
+// Log-probabilities of an answer's forced first tokens. They were not sampled, so the model reads them as a prompt.
 async function forcedEntries(node) {
   const {prefix = [], model} = node, {tokens} = prefix.length ? await promptOf(node) : {};
   if (!tokens) return [];
@@ -132,7 +132,7 @@ async function forcedEntries(node) {
   return read?.choices?.[0]?.logprobs?.content?.slice(-prefix.length) ?? [];
 }
 
-// Tokens with their probabilities and those beside them. The server forces some without asking the model.
+// Tokens with their probabilities and alternatives. The server forces some without asking the model.
 function joined(tokens, entries) {
   let next = 0;
   return tokens.map(token => {
@@ -201,7 +201,7 @@ function drawTokens({lens: {list, panel}, node}, lens) {
 
 const quoted = text => `“${text.replace(/\n/g, "↵")}”`;
 
-// Shows a token's id and probability, and those that stood beside it; each of these begins another answer.
+// Shows a token's id, its probability and its alternatives; each alternative starts another answer.
 function chooseToken(view, lens, at) {
   const {list, panel} = view.lens, {id, text, share, beside = []} = lens.tokens[at];
   list.children[lens.at]?.setAttribute("aria-selected", "false");
@@ -217,7 +217,7 @@ function chooseToken(view, lens, at) {
   }));
 }
 
-// Another answer to the same question that has this token there, and is else made as this one.
+// Starts another answer to the same question, with this token at this position and otherwise the same inputs.
 function branchAt(node, {tokens}, at, {id}) {
   const {parameters = {}, seed} = node, prefix = [...tokens.slice(0, at).map(token => token.id), id];
   answerAgain(state.nodes.get(node.parent), {prefix, ids: [...prefix], parameters: {...parameters, seed}, system: systemOf(node)});
@@ -227,12 +227,12 @@ register({
   strings: {
     lens: "Token lens", again: "Run again", prompt: "Prompt", tokensOf: "Tokens of the answer", tokenId: id => `token ${id}`,
     share: share => `${share >= 0.0995 ? (100 * share).toFixed(0) : share >= 0.00095 ? (100 * share).toFixed(1) : "< 0.1"}\u00a0%`,
-    notDrawn: "not drawn by the model", goOnWith: (text, share) => `Go on with ${text}, ${share}`,
-    looking: count => `Making the answer again to see its probabilities: ${plural(count, "token", "tokens")}`,
-    lensHint: "Choose a token to see what else stood there; one of these begins another answer.",
+    notDrawn: "not sampled by the model", goOnWith: (text, share) => `Continue with ${text}, ${share}`,
+    looking: count => `Running again to get the probabilities: ${plural(count, "token", "tokens")}`,
+    lensHint: "Choose a token to see its alternatives; choosing one of these starts another answer.",
     runningAgain: count => `Running again: ${plural(count, "token", "tokens")}`, sameAgain: count => `Run again: the same ${plural(count, "token", "tokens")}.`,
-    differsAt: ({at, was, is}) => `Run again, it differs${at ? ` from token ${number(at)} on: ${is ? `“${is}”` : "its end"} instead of ${was ? `“${was}”` : "its end"}` : ""}.`,
-    otherWeights: "The model has other weights now.", noPrompt: "The server does not say what the prompt is.", template: "Template",
+    differsAt: ({at, was, is}) => `Run again, it differs${at ? ` from token ${number(at)} on: ${is ? `“${is}”` : "the end"} instead of ${was ? `“${was}”` : "the end"}` : ""}.`,
+    otherWeights: "The model's weights have changed since.", noPrompt: "The server does not show the prompt.", template: "Template",
   },
   answer: {
     buttons(view) {
@@ -248,7 +248,7 @@ register({
 // compare --------------------------------------------------------------------------------------------------------------
 
 const MOST_COLUMNS = 4;
-const VARIED = ["temperature", "top_k", "seed"];      // what a column may have of its own, beside its model
+const VARIED = ["temperature", "top_k", "seed"];      // what each column may vary, besides its model
 
 function openCompare(node) {
   compared = {node, columns: [], controller: null};
@@ -260,7 +260,7 @@ function openCompare(node) {
   $("compare-dialog").showModal();
 }
 
-// One more column: as the answer was made, with the next seed.
+// Adds a column with the answer's own parameters and the next seed.
 function addColumn() {
   const {node: {parameters = {}, model, seed}, columns} = compared, values = {...parameters, seed: seed + columns.length};
   const column = {text: "", reasoning: "", end: null, differs: null}, controls = VARIED.map(name => {
@@ -283,7 +283,7 @@ function addColumn() {
   showAdapters(chosen?.id);
   column.node = element("section", {}, column.remove, models, steps, adapters, element("div", {className: "grid"}, ...controls.map(each => each[2])),
     column.about, column.body, column.choose);
-  // what differs by something else is drawn with the same noise, unless the reader says otherwise
+  // columns that differ otherwise share the seed, unless the reader changes it
   column.node.oninput = ({target}) => {
     column.ownSeed ||= target === column.fields.seed;
     if (!column.ownSeed) column.fields.seed.value = seed;
@@ -292,38 +292,38 @@ function addColumn() {
   $("compare-columns").append(column.node);
 }
 
-// The model that an adapter changes, where it is listed; else the model itself.
+// An adapter's base model, if it is listed; else the model itself.
 const baseOf = model => model?.parent && state.models.find(({id, root, parent}) => !parent && [id, root].includes(model.parent)) || model;
 
-const optionOf = ({id, state: its}) => element("option", {value: id, textContent: id, disabled: its === "failed"});
+const optionOf = ({id, state: loaded}) => element("option", {value: id, textContent: id, disabled: loaded === "failed"});
 
-// A choice among the adapters of a model that has some: [label, function that shows it].
+// A list of the model's adapters, if it has any: [label, function that shows it].
 function adaptersOf({model, adapter}) {
   const label = element("label", {}, element("span", {textContent: TEXT.adapter}), adapter);
   const show = (chosen = "") => {
-    const its = state.models.filter(each => baseOf(each) !== each && baseOf(each).id === model.value);
-    label.hidden = !its.length;
-    adapter.replaceChildren(element("option", {value: "", textContent: TEXT.none}), ...its.map(optionOf));
-    adapter.value = its.some(({id}) => id === chosen) ? chosen : "";
+    const listed = state.models.filter(each => baseOf(each) !== each && baseOf(each).id === model.value);
+    label.hidden = !listed.length;
+    adapter.replaceChildren(element("option", {value: "", textContent: TEXT.none}), ...listed.map(optionOf));
+    adapter.value = listed.some(({id}) => id === chosen) ? chosen : "";
   };
   return [label, show];
 }
 
-// Of a model that is a step of a training run, a slider over the run's steps: [label, function that shows it].
+// For a step of a training run, a slider over the run's steps: [label, function that shows it].
 function stepsOf(column) {
   const slider = element("input", {type: "range", min: 0, step: 1}), label = element("label", {}, element("span", {textContent: TEXT.step}), slider);
-  const run = () => {
-    const its = state.models.find(({id}) => id === column.model.value)?.run;
-    return its ? state.models.filter(each => each.run === its && !each.now).sort((a, b) => a.step - b.step).map(({id}) => id) : [];
+  const stepsOfRun = () => {
+    const run = state.models.find(({id}) => id === column.model.value)?.run;
+    return run ? state.models.filter(each => each.run === run && !each.now).sort((a, b) => a.step - b.step).map(({id}) => id) : [];
   };
   const show = () => {
-    const steps = run();
+    const steps = stepsOfRun();
     label.hidden = steps.length < 2;
     slider.max = steps.length - 1;
     slider.value = steps.indexOf(state.models.find(({id}) => id === column.model.value)?.now ?? column.model.value);
     slider.setAttribute("aria-valuetext", column.model.value);
   };
-  slider.oninput = () => { column.model.value = run()[slider.value]; show(); };
+  slider.oninput = () => { column.model.value = stepsOfRun()[slider.value]; show(); };
   show();
   return [label, show];
 }
@@ -341,7 +341,7 @@ function updateCompare() {
   $("start-compare").textContent = controller ? TEXT.stop : TEXT.compare;
 }
 
-// A column's text; where it leaves the first one's, its next word is marked.
+// Draws a column's text; the first word that differs from the first column is marked.
 function drawCompared({body, text, reasoning, differs}, first) {
   const all = [reasoning, text].filter(Boolean).join("\n\n"), other = [first.reasoning, first.text].filter(Boolean).join("\n\n");
   let at = 0;
@@ -384,7 +384,7 @@ function hearCompared(columns, {index, differs, token = "", reasoning = "", fini
   if (reason) column.end = {...end, reason};
 }
 
-// Makes a column an answer of the chat, beside the one that was compared.
+// Turns a column into an answer of the chat, a sibling of the one compared.
 function goOnWith({text, reasoning, end, fields}) {
   const {node} = compared, parameters = {...node.parameters};
   for (const name of VARIED) if (name !== "seed" && fields[name].value !== "") parameters[name] = Number(fields[name].value);
@@ -396,9 +396,9 @@ function goOnWith({text, reasoning, end, fields}) {
 
 register({
   strings: {
-    compare: "Compare", compareHint: "The same question, answered at the same time. What differs from the first answer is marked where it begins.", addColumn: "Add a column",
-    removeColumn: "Remove the column", goOnWithThis: "Go on with this", step: "Step", adapter: "Adapter", column: place => `Answer ${place}`,
-    differsFrom: ({position, probabilities: [theirs, its] = []}) => `differs from token ${number(position + 1)} on (${[theirs, its].map(share => typeof share === "number" ? TEXT.share(share) : "its end").join(" / ")})`,
+    compare: "Compare", compareHint: "The same question, answered at the same time. A mark shows where an answer starts to differ from the first.", addColumn: "Add a column",
+    removeColumn: "Remove the column", goOnWithThis: "Continue with this", step: "Step", adapter: "Adapter", column: count => `Answer ${count}`,
+    differsFrom: ({position, probabilities: [first, own] = []}) => `differs from token ${number(position + 1)} on (${[first, own].map(share => typeof share === "number" ? TEXT.share(share) : "the end").join(" / ")})`,
   },
   bind() {
     $("add-column").onclick = () => { addColumn(); updateCompare(); };
@@ -415,7 +415,7 @@ register({
 
 // the prompt -----------------------------------------------------------------------------------------------------------
 
-// What the model got for an answer: {messages, tokens}; no tokens if the server does not say.
+// The prompt of an answer: {messages, tokens}; no tokens if the server does not show them.
 async function promptOf(node) {
   const {timings = {}, parameters = {}, model} = node, path = pathTo(state.nodes, node.parent);
   const all = messagesToSend(path, systemOf(node)), dropped = Math.max(0, (timings.dropped_messages ?? 0) - all.dropped);
@@ -446,7 +446,7 @@ async function openPrompt(node) {
   return undefined;
 }
 
-// Runs of tokens as text, special ones by themselves.
+// Draws runs of tokens as text, special ones separately.
 function promptNodes(tokens, cached) {
   const nodes = [];
   let last = null;
@@ -458,7 +458,7 @@ function promptNodes(tokens, cached) {
   return nodes;
 }
 
-// How many tokens the words of each message have; what stands around them is the template's.
+// Counts the tokens of each message's text; the rest belong to the template.
 function countsNodes(messages, tokens) {
   const text = tokens.map(token => token.text).join("");
   let at = 0, token = 0, offset = 0;

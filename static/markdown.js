@@ -3,10 +3,10 @@
 // Blocks are found line by line, as CommonMark describes: a stack of open containers (quotes, lists, items)
 // and one open leaf (paragraph, code, table ...). A line is classified once, as soon as its first characters
 // decide what it is; after that only its text grows. The part of an open paragraph that no later text can
-// change is settled, and so is highlighted code up to a place where the language's state is the initial one.
+// change is settled, and so is highlighted code up to a point where the highlighter is in its initial state.
 // Settled nodes are never touched again; only the short unsettled rest of the open leaf is redrawn, so a
-// reader's selection stays. Within lines marked's tokenizer decides; elements are made from its tokens, never
-// from HTML text. Only KaTeX's output is HTML, and goes through DOMPurify.
+// reader's selection stays. Within lines, marked's tokenizer decides; elements are made from its tokens, never
+// from HTML text. Only KaTeX's output is HTML, and it goes through DOMPurify.
 "use strict";
 
 {
@@ -14,16 +14,16 @@
 // characters parsed, nodes made or replaced: the tests read them
 const markdownWork = {characters: 0, nodes: 0};
 
-const SETTLE = 200;               // characters of a paragraph's rest before a part of it is settled
-// beyond this some are settled anyway, and the paragraph is redrawn when it ends
+const SETTLE = 200;               // unsettled characters of a paragraph before part of them is settled
+// beyond this, some are settled anyway, and the paragraph is redrawn when it ends
 const MOST_UNSETTLED = 2000;
 const CODE_STEP = 150;            // characters of code highlighted together
-const MOST_CODE = 6000;           // highlighted together at most, if the state is never the initial one
-const MOST_NESTED = 60;           // elements inside each other; thousands crash the tab, and again whenever the chat is opened
+const MOST_CODE = 6000;           // most characters highlighted together, if the state is never the initial one
+const MOST_NESTED = 60;           // nesting depth; thousands crash the tab, and again whenever the chat is opened
 const MOST_TEX = 5000;            // characters of a formula
 
-// How code, formulas and the cells of tables look, here and in an exported page, which has no other style sheet of the page.
-// KaTeX says left and right of a table's lines at its top and bottom, and the other way round.
+// Styles of code, formulas and table cells, here and in an exported page, which gets none of chat.css.
+// For the lines of a table, KaTeX swaps left and right with top and bottom.
 const DRAWN_STYLE = `
 .hljs-keyword, .hljs-literal, .hljs-selector-tag, .hljs-type, .hljs-tag .hljs-name { color: var(--keyword); }
 .hljs-string, .hljs-regexp, .hljs-addition, .hljs-template-tag { color: var(--string); }
@@ -129,11 +129,11 @@ function closeTag(levels) {
   levels.at(-1).nodes.push(element(tag, {}, ...nodes));
 }
 
-// Formulas already made, the latest last: the unsettled rest of a growing line is drawn again for each frame.
+// Cached formulas, the latest last: the unsettled rest of a growing line is redrawn in each frame.
 const formulas = new Map();
 const MOST_FORMULAS = 100;
 
-// Formulas that come before KaTeX is loaded show their source until then, and those that are too large always do.
+// Formulas show their source until KaTeX is loaded; those that are too large always do.
 function mathNode(tex, display) {
   const key = `${display} ${tex}`, made = formulas.get(key) ?? newFormula(tex, display);
   if (made) {
@@ -154,7 +154,7 @@ function newFormula(tex, display) {
 
 const LINED = ["solid", "dashed"];
 
-// Browsers ignore most attributes of MathML tables, so classes say how cells are aligned, joined to the next and ruled off.
+// Browsers ignore most attributes of MathML tables, so classes align, join and rule the cells.
 function withClasses(formula) {
   for (const table of formula.querySelectorAll("mtable")) {
     const [aligns, spaces, lines, rowLines] = ["columnalign", "columnspacing", "columnlines", "rowlines"]
@@ -162,7 +162,7 @@ function withClasses(formula) {
     if (table.getAttribute("width") === "100%") table.setAttribute("displaystyle", "true");            // of a formula with a \tag
     for (const [i, row] of [...table.children].entries()) {
       row.classList.toggle("ruled", LINED.includes(rowLines[i]));
-      [...row.children].filter(cell => !cell.className).forEach((cell, i) => {                           // others stand for KaTeX's numbers
+      [...row.children].filter(cell => !cell.className).forEach((cell, i) => {                           // the others hold KaTeX's equation numbers
         cell.classList.add(aligns[i] ?? "center");
         cell.classList.toggle("joined", parseFloat(spaces[i] ?? spaces.at(-1)) === 0);
         cell.classList.toggle("ruled", LINED.includes(lines[i]));
@@ -180,7 +180,7 @@ const LINES = /\\begin\{(?:align|alignat|gather|equation)\*?\}/;
 const TAGS = /\\tag(\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}/g;
 const tagged = tex => LINES.test(tex) ? tex.replace(TAGS, (_, star, text) => `\\qquad\\text{${star ? text : `(${text})`}}`) : tex;
 
-// Chromium sets n \log n as nlogn: a function's name gets its thin spaces here.
+// Chromium sets n \log n as nlogn: this adds the thin spaces around a function's name.
 const NAMED = "(?:<m(?:sub|sup|subsup|under|underover)><mrow>)?<mi[^>]*>[^<]{2,}</mi><mo>\u2061";
 const BEFORE_NAME = new RegExp(`</m(?:i|n|sup|sub|frac|row)>(?=${NAMED})`, "g");
 const AFTER_NAME = new RegExp("<mo>\u2061</mo>(?:</mrow>(?:(?!</?m(?:sub|sup|under)).)*</m(?:sub|sup|subsup|under|underover)>)?" +
@@ -237,7 +237,7 @@ function settledLength(tokens) {
 }
 
 // leaves --------------------------------------------------------------------------------------------------------------
-// Each has: set(content, whole) with the text of its current line, draw() for the next frame, end() when it is closed.
+// Each has set(content, whole) for the text of its current line, draw() for the next frame, and end() for when it closes.
 
 class Leaf {
   constructor(view) { Object.assign(this, {view, parent: view.stack.at(-1).element, drawn: null}); }
@@ -417,7 +417,7 @@ class MathBlock extends Leaf {
       markdownWork.nodes++;
       this.done = true;
       this.view.leaf = null;
-    // text follows the formula, so it is part of a line
+    // text follows the formula, so it is inline
     } else if (/\$\$|\\\]/.test(text.slice(2))) this.end();
   }
   draw() { if (!this.done) this.element.textContent = this.text; }
@@ -453,12 +453,12 @@ function codeBox(language, code) {
     element("div", {className: "code-bar"}, element("span", {textContent: language || "text"}), wrap, save, copy), pre);
 }
 
-// Names of files for languages that are not called like them.
+// File extensions that differ from the language's name.
 const EXTENSIONS = {python: "py", javascript: "js", typescript: "ts", bash: "sh", shell: "sh", ruby: "rb", rust: "rs", markdown: "md", perl: "pl",
   haskell: "hs", kotlin: "kt", csharp: "cs", "c++": "cpp", text: "txt", plaintext: "txt"};
 
-// The text of a growing code block: highlighted and settled in steps that end where the language's state is
-// the initial one, then an unsettled rest. (highlight.js keeps the state in `_top`; without it, code is
+// The text of a growing code block: highlighted and settled in steps that end where the highlighter is in its
+// initial state, then an unsettled rest. (highlight.js keeps the state in `_top`; without it, code is
 // highlighted when it ends.)
 class CodeText {
   constructor(language) {
@@ -476,7 +476,7 @@ class CodeText {
     if (final && typeof hljs === "undefined") plainCode.push(this);
   }
 
-  // Whole lines become parts, which are blocks: what comes after them lays none of them out again.
+  // Whole lines become parts, which are blocks: later text does not lay them out again.
   settle(text, known) {
     for (let end; ; ) {
       end = text.indexOf("\n", Math.max(this.settled + CODE_STEP, this.tried)) + 1;
@@ -516,7 +516,7 @@ class CodeText {
 
 const ESCAPES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#x27;": "'"};
 
-// highlight.js's HTML as nodes: spans with classes and escaped text, nothing else.
+// Converts highlight.js's HTML to nodes: spans with classes and escaped text, nothing else.
 function spansOf(html) {
   const levels = [new DocumentFragment()];
   for (const part of html.split(/(<span class="[^"]*">|<\/span>)/)) {
@@ -546,7 +546,7 @@ const FENCE = /^ {0,3}(?:(`{3,})([^`]*)|(~{3,})(.*))$/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( +|\t|$)/;
 const DELIMITER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
 
-// Can an incomplete line still become something else? Yes if it consists of marks only, or opens a fence.
+// An incomplete line can still become something else if it consists only of marks, or opens a fence.
 const UNDECIDED = /^[\s>*+\-_=#|~`:$\\.\d)([]*$/;
 const OPENS_FENCE = /^[\s>]*(?:(?:[-*+]|\d{1,9}[.)])\s+)*(?:`{3,}[^`]*|~{3,}.*)$/;
 
@@ -559,7 +559,7 @@ class MarkdownView {
     this.root.replaceChildren();
   }
 
-  // Draws a text that begins with the one drawn before. `finished`: nothing follows, so open blocks end here.
+  // Draws text that extends what was drawn before. `finished`: nothing follows, so open blocks end here.
   update(text, finished = false) {
     if (text.length < this.length || this.finished) this.restart();
     this.length = text.length;
@@ -573,7 +573,7 @@ class MarkdownView {
     this.closeTo(1);
     this.finished = true;
     if (!this.defined || !/\]:/.test(text)) return;
-    this.restart({...this.links});            // definitions below their use change the text above
+    this.restart({...this.links});            // a definition can follow its use
     this.defined = false;
     this.again = true;
     for (const line of text.split("\n")) this.takeLine(line, true);
@@ -593,8 +593,8 @@ class MarkdownView {
     if (this.contentAt !== null) this.leaf?.set(line.slice(this.contentAt), whole);
   }
 
-  // Classifies a line, and opens and closes blocks. Returns where its text for the leaf begins; null for no
-  // text.
+  // Classifies a line, and opens and closes blocks. Returns where the leaf's text begins; null if it has
+  // none.
   beginLine(line) {
     let [depth, at] = this.matchContainers(line);
     const rest = () => line.slice(at);
@@ -616,7 +616,7 @@ class MarkdownView {
     return at;
   }
 
-  // How many open containers a line continues, and how many of its characters they take.
+  // [how many open containers a line continues, how many of its characters they consume].
   matchContainers(line) {
     let depth = 1, at = 0;
     for (; depth < this.stack.length; depth++) {
@@ -653,7 +653,7 @@ class MarkdownView {
     return null;
   }
 
-  // Opens a quote or an item that begins here, closing what it is not part of. Returns its length, or 0.
+  // Opens a quote or an item that begins here, closing whatever it ends. Returns its length, or 0.
   openContainer(rest, depth) {
     if (depth > MOST_NESTED) return 0;          // the rest is text
     const indented = indentOf(rest) >= 4;
@@ -694,8 +694,8 @@ class MarkdownView {
     return this.stack.at(-1);
   }
 
-  // Opens a leaf other than a paragraph if one begins here. Returns where its text begins, null for no text,
-  // undefined for no leaf.
+  // Opens a leaf other than a paragraph if one begins here. Returns where its text begins, null if it has none,
+  // undefined if no leaf begins.
   openLeaf(rest, depth, paragraph) {
     if (indentOf(rest) >= 4) return undefined;
     const heading = /^ {0,3}(#{1,6})(?:[ \t]+|$)/.exec(rest);
@@ -742,7 +742,7 @@ class MarkdownView {
   }
 
   closeLeaf() {
-    for (let leaf; (leaf = this.leaf);) {             // a formula without end becomes a paragraph, which then ends
+    for (let leaf; (leaf = this.leaf);) {             // an unclosed formula becomes a paragraph, which then ends
       this.leaf = null;
       leaf.end();
     }

@@ -1,4 +1,4 @@
-// The page around the turns: what is drawn when, menus, composer, keys, and the start. What other scripts bring, they register
+// The page around the turns: rendering, menus, composer, keys, and the start. Other scripts register their parts
 // (strings.js).
 "use strict";
 
@@ -8,7 +8,7 @@ let started = false;
 
 // rendering -----------------------------------------------------------------------------------------------------------
 
-// Makes the page show `state`; touches only what differs.
+// Makes the page show `state`; changes only what differs.
 function render() {
   const {chat, model, phase} = state;
   setText($("title"), chat.title || TEXT.newChat);
@@ -74,10 +74,10 @@ function renderToasts() {
 
 function announce(text) { $("announcer").textContent = text; }
 
-// The log scrolls along until the reader scrolls up, and again once they are back at the end.
+// The log follows the answer until the reader scrolls up, and again once they are back at the end.
 let lastTop = 0;
 
-// The empty page is read from its top.
+// The empty page stays at its top.
 const hasEnd = () => state.path.length > 0 || state.notice !== "";
 const atEnd = slack => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight <= slack;
 
@@ -96,15 +96,15 @@ function onScroll() {
   $("latest").hidden = state.following || !hasEnd() || atEnd(40);
 }
 
-// What stands in place of the chat, or undefined.
+// The view shown instead of the chat, or undefined.
 const openView = () => parts.find(({view}) => view?.isOpen())?.view;
 const viewAt = hash => parts.find(({view}) => view?.hash === hash)?.view;
 const closeViews = () => parts.forEach(({view}) => view?.close());
 
 // menus ---------------------------------------------------------------------------------------------------------------
 
-// A menu of [label, icon, act, value] below a button, with a text at its end. Arrow keys move in it, Escape and a click
-// elsewhere close it.
+// Opens a menu of [label, icon, act, value] below a button, with optional text at its end. Arrow keys move in it; Escape or a click
+// elsewhere closes it.
 function openMenu(anchor, items, text = "") {
   const buttons = items.map(([label, icon, act, value]) => {
     const made = button(label, icon, () => { menu.hidePopover(); act(anchor); });
@@ -144,7 +144,7 @@ function moveInMenu(event, buttons) {
 
 let answered = Promise.resolve();  // the last question
 
-// Asks in a dialog, after what it asks already. Resolves to whether the reader agrees.
+// Asks in a dialog, once earlier questions are answered. Resolves to whether the reader agrees.
 const confirmed = (...question) => answered = answered.then(() => askInDialog(...question));
 
 function askInDialog(title, body, no, yes) {
@@ -176,7 +176,7 @@ const recolour = () => parts.forEach(({recoloured}) => recoloured?.());
 
 const LONG_PASTE = 4000;          // characters from which a paste becomes a file
 const MOST_FILE = 1 << 20;        // bytes
-const TOKEN_CHARACTERS = 4;       // about as many, where nobody has counted
+const TOKEN_CHARACTERS = 4;       // estimate, where tokens are not counted
 
 // Calls `act` on Enter, except while composing, with Shift, and on touch keyboards, where Enter is a new line.
 function onEnter(field, act) {
@@ -218,7 +218,7 @@ function fileChip(file) {
 
 const counting = newest();
 
-// Asks how many tokens the draft has, a moment after the last key.
+// Counts the draft's tokens, a moment after the last keystroke.
 async function countDraft() {
   const isMine = counting(), text = draftContent(), long = text.length > 400000;
   if (text) await wait(300);
@@ -244,7 +244,7 @@ async function addFiles(list) {
       state.refusal = error.message;
     }
   }
-  if (draftKey(chat) !== draftKey()) return addToDraft(draftKey(chat), files);    // another chat is shown by now
+  if (draftKey(chat) !== draftKey()) return addToDraft(draftKey(chat), files);    // another chat is shown now
   setDraft(state.draft.text, [...state.draft.files, ...files]);
   return $("message").focus();
 }
@@ -257,7 +257,7 @@ function onPaste(event) {
   event.preventDefault();
 }
 
-// The commands that begin like the draft, above it.
+// The commands that match the draft, listed above it.
 const offered = {names: [], at: 0, closed: ""};       // `closed`: the text for which Escape has closed the list
 
 function offerCommands() {
@@ -326,7 +326,7 @@ function submitDraft() {
   renderComposer(isGrowing(lastNode()));
 }
 
-// Back to typing, except on a touch screen, where the keyboard would cover the answer.
+// Returns to typing, except on a touch screen, where the keyboard would cover the answer.
 function focusAfterClick() { $(touch.matches ? "log" : "message").focus({preventScroll: true}); }
 
 // commands ------------------------------------------------------------------------------------------------------------
@@ -338,11 +338,11 @@ const COMMANDS = {
   help: () => say(TEXT.help(Object.keys(COMMANDS).map(name => [`/${name}`, valueOf(name)].join(" ").trim()))),
 };
 
-// What a command takes, in words; "" if nothing.
+// A command's argument, in words; "" if it takes none.
 const valueOf = name => name === "system" ? TEXT.aText : PARAMETERS.find(({command}) => command === name)?.choices?.join(" | ") ??
   (PARAMETERS.some(({command}) => command === name) ? TEXT.aNumber : "");
 
-// Without a value, the server's default again. Returns a message if something is wrong.
+// Sets a parameter; without a value, back to the server's default. Returns a message if the value is invalid.
 function setParameter(parameter, text) {
   const {name, command, min, max, choices} = parameter, value = parameterValue(parameter, text);
   if (text && value === undefined) return choices ? TEXT.badChoice(command, text, choices) : TEXT.badParameter(command, text, min, max);
@@ -351,7 +351,7 @@ function setParameter(parameter, text) {
   return say(TEXT.parameterIs(TEXT.parameters[name], value));
 }
 
-// Runs "/name value". False, with the reason in state.refusal, if it cannot.
+// Runs "/name value". Returns false, with the reason in state.refusal, if it fails.
 function runCommand(text) {
   const [, name, value] = /^\/(\S*)\s*([^]*)$/.exec(text.trim());
   const problem = Object.hasOwn(COMMANDS, name) ? COMMANDS[name](value.trim()) : TEXT.noCommand(name);
@@ -359,7 +359,7 @@ function runCommand(text) {
   return !problem;
 }
 
-// below it ------------------------------------------------------------------------------------------------------------
+// below the composer --------------------------------------------------------------------------------------------------
 
 function renderComposer(growing) {
   const sent = document.activeElement === $("send") || document.activeElement === $("stop");
@@ -373,17 +373,17 @@ function renderComposer(growing) {
   $("trouble").hidden = !store.trouble;
 }
 
-// The line below the composer, with how full the context is.
+// The line below the composer, with the gauge of the context.
 function renderState() {
   const last = lastNode(), run = state.runs.get(last?.id);
   const shownInTurn = isGrowing(last) && !last.content && !run?.lost;
   setText($("state"), shownInTurn ? "" : isGrowing(last) ? growingText(last, run) + (run ? liveSpeedText(run) : "")
-    : state.path.length ? serverText() : "");             // the empty page says it itself
+    : state.path.length ? serverText() : "");             // the empty page shows it itself
   $("enter-key").hidden = state.phase !== "locked";
   renderGauge();
 }
 
-// {used, guessed}: tokens of the path as the server last counted them, and about how many came after that.
+// {used, guessed}: the path's tokens when the server last counted them, and an estimate of those added since.
 function usedTokens() {
   let guessed = 0;
   for (const node of state.path.toReversed()) {
@@ -399,7 +399,7 @@ function renderGauge() {
   const {used: known, guessed} = usedTokens(), used = known + guessed;
   const current = counted.text && counted.text === draftContent(), draft = current ? counted.tokens : 0;
   const alone = draft && draft + counted.around;
-  // ours keeps this much for the answer when it chooses what to leave out; others may refuse instead
+  // our server reserves this much for the answer when it drops messages; others may refuse instead
   const kept = ours ? Math.min(parameters.max_tokens ?? Infinity, Math.floor(context / 4)) : 0;
   $("gauge").hidden = !context || !used && !draft;
   setText($("warning"), !context ? "" : alone >= context ? TEXT.tooLong(alone, context, state.draft.files.length)
@@ -418,20 +418,20 @@ register({
     stopFirst: "An answer is being written: stop it first.", notReady: "The model is not ready yet.",
     encodings: {"windows-1252": ", read as Latin-1", "utf-16le": ", read as UTF-16", "utf-16be": ", read as UTF-16"},
     used: (used, draft, context, about) => `${about ? "about " : ""}${number(used)}${draft ? ` + ${number(draft)}` : ""} of ${number(context)} tokens`,
-    tooLong: (tokens, context, files) => `This message has ${number(tokens)} tokens, and the model takes ${number(context)} for question and answer together. Shorten it${files ? " or remove a file" : ""}.`,
+    tooLong: (tokens, context, files) => `This message has ${number(tokens)} tokens, but the model's limit is ${number(context)} for question and answer together. Shorten it${files ? " or remove a file" : ""}.`,
     willDrop: "The context is full: the oldest messages will be left out.",
     full: "The context is full: this server may refuse the next message.",
-    trouble: {missing: "This browser stores nothing for this page: chats last until it is closed. Export keeps them.",
-      full: "This browser's storage is full: new chats last until the page is closed. Export keeps it; deleting chats makes room."},
-    help: commands => `${commands.join(" · ")}. Without a value: the server's default. //… sends a text that begins with a slash.`,
+    trouble: {missing: "This browser stores nothing for this page: chats last until it is closed. Export them to keep them.",
+      full: "This browser's storage is full: new chats last until the page is closed. Export them, or delete chats to free space."},
+    help: commands => `${commands.join(" · ")}. Without a value: the server's default. //… sends text that begins with a slash.`,
     aNumber: "N", aText: "TEXT", commandList: "Commands",
-    commands: {system: "what the model is told first", clear: "begin a new chat", help: "list the commands", seed: "the same seed draws the same answer",
-      temperature: "how freely to choose words", topk: "choose among so many tokens", topp: "choose among the likeliest tokens of this share",
-      minp: "leave out tokens less likely than this share of the likeliest", repetition: "divide the odds of what was already written",
-      presence: "lower the odds of what occurs in the answer", frequency: "the same for each time it occurs", effort: "how much to think", budget: "most tokens to think",
+    commands: {system: "instructions for the model", clear: "begin a new chat", help: "list the commands", seed: "the same seed gives the same answer",
+      temperature: "how random the answer is", topk: "choose among the N likeliest tokens", topp: "choose among the likeliest tokens up to this total",
+      minp: "drop tokens below this share of the likeliest one", repetition: "make tokens that already occurred less likely",
+      presence: "make tokens of the answer less likely", frequency: "the same, for each occurrence", effort: "how much to think", budget: "most tokens to think",
       maxtokens: "longest answer"},
     badChoice: (name, text, choices) => `/${name} takes ${choices.slice(0, -1).join(", ")} or ${choices.at(-1)}, not “${text}”.`,
-    noCommand: name => `There is no command /${name}. /help lists them; // sends a text that begins with a slash.`,
+    noCommand: name => `There is no command /${name}. /help lists them; // sends text that begins with a slash.`,
     badParameter: (name, text, min, max) => `/${name} takes a number from ${min} to ${max}, not “${text}”.`,
     parameterIs: (name, text) => text !== undefined ? `${name} is now ${text}.` : `${name} is the server's default again.`,
     systemIs: text => `The system prompt is now “${text}”.`, systemIsEmpty: "The system prompt is now empty.",
@@ -487,7 +487,7 @@ function onEscape() {
 
 // start ---------------------------------------------------------------------------------------------------------------
 
-// All words of the page are in TEXT: data-text names a node's text, data-label its accessible name, data-hint its placeholder.
+// All texts of the page are in TEXT: data-text names a node's text, data-label its accessible name, data-hint its placeholder.
 function fillStrings() {
   for (const node of document.querySelectorAll("[data-text]")) node.textContent = TEXT[node.dataset.text];
   for (const node of document.querySelectorAll("[data-label]")) node.setAttribute("aria-label", TEXT[node.dataset.label]);
@@ -497,7 +497,7 @@ function fillStrings() {
     element("dd", {textContent: what}))));
 }
 
-// The stored chats come a moment later; the page is usable before.
+// The stored chats load a moment later; the page is usable before that.
 async function start() {
   const isFirst = opening();
   loadPreferences();
@@ -525,18 +525,18 @@ register({
     welcome: "What would you like to know?", welcomeText: "How should the text begin?",
     device: name => name === "cpu" ? "the CPU" : name === "cuda" || name === "mps" ? "the GPU" : name.replace(/^cuda:/, "GPU "),
     running: (devices, context) => `Running${devices.length ? ` on ${devices.join(", ")}` : ""}${context ? ` with ${number(context)} tokens of context` : ""}.`,
-    completes: "This model was not made to chat: it continues the text that you type, which grows in place.",
-    onlyEmbeds: name => `${name} makes embeddings of texts, and no answers.`,
-    statuses: {draining: "the server is stopping", unavailable: "no worker of the server runs"}, loadingLabel: "Loading", starting: "starting",
+    completes: "This is not a chat model: it continues the text that you type, in place.",
+    onlyEmbeds: name => `${name} is an embedding model; it cannot chat.`,
+    statuses: {draining: "the server is stopping", unavailable: "the server has no running worker"}, loadingLabel: "Loading", starting: "starting",
     loading: (stage, fraction) => `The model is not ready: ${TEXT.statuses[stage] ?? stage}${fraction ? ` ${Math.round(fraction * 100)}\u00a0%` : ""}.`,
-    demonstration: code => ["This is a very small demonstration model, which is often wrong. Give the server another with ",
-      code("python chat_server.py MODEL"), ": a .gguf file, a Hugging Face model's folder or name, or a nanochat checkpoint."],
+    demonstration: code => ["This is a very small demonstration model, which is often wrong. To serve another, run ",
+      code("python chat_server.py MODEL"), " with a .gguf file, a Hugging Face model's folder or name, or a nanochat checkpoint."],
     examples: ["What is the capital of Japan?", "Explain why the sky is blue to a ten-year-old",
       "Give three tips for a good night's sleep", "Show me a Python function that reverses a string"],
     themes: {"": "System", light: "Light", dark: "Dark"}, themeIs: theme => `Theme: ${theme}`, shortcuts: "Keyboard shortcuts",
     keysTitle: "Keyboard shortcuts",
-    keys: [["Enter", "send"], ["Shift Enter", "new line"], ["Esc", "stop the answer, leave a dialog or the server's status"], ["↑", "in an empty message: what you asked before"],
-      ["← →", "in a token lens: from token to token; ↓ to what stood beside it"], ["Ctrl K", "search chats"], ["Ctrl Shift O", "new chat"], ["?", "this list"]],
+    keys: [["Enter", "send"], ["Shift Enter", "new line"], ["Esc", "stop the answer, leave a dialog or the server's status"], ["↑", "in an empty message: your previous questions"],
+      ["← →", "in a token lens: previous or next token; ↓ its alternatives"], ["Ctrl K", "search chats"], ["Ctrl Shift O", "new chat"], ["?", "this list"]],
   },
   bind() {
     $("menu").onclick = () => openMenu($("menu"), mainMenu());

@@ -12,17 +12,17 @@ const PAGE_HOME = location.protocol === "file:" ? "http://127.0.0.1:8000/"
   : location.origin + location.pathname.replace(/(\/static)?\/[^/]*$/, "/");
 const SILENCE_MS = 30000;         // the server pings every 10 s
 const FOREVER_MS = 2 ** 31 - 1;
-const CONTINUING = ["vllm", "sglang", "llamacpp"];     // these continue a last message, but their models do not say so
+const CONTINUING = ["vllm", "sglang", "llamacpp"];     // can continue a last message, but do not list it as a capability
 const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
 
-// Guards what is shown against late responses. `const isMine = begin()` before the request; what it brings is shown
+// Guards the page against late responses. `const isMine = begin()` before a request; its response counts
 // only if `isMine()`, which holds until the next one begins.
 function newest() {
   let count = 0;
   return () => { const mine = ++count; return () => mine === count; };
 }
 
-// The same for what is asked again and again: a response counts unless a later one has come already.
+// The same for polling: a response counts unless a later one has already arrived.
 function inOrder() {
   let begun = 0, come = 0;
   return () => {
@@ -31,7 +31,7 @@ function inOrder() {
   };
 }
 
-// where it is ---------------------------------------------------------------------------------------------------------
+// address -------------------------------------------------------------------------------------------------------------
 
 const serverHome = () => state.preferences.server || PAGE_HOME;
 const serverUrl = path => serverHome() + path;
@@ -39,7 +39,7 @@ const originOf = url => new URL(url).origin;
 const pageOrigin = () => location.protocol === "file:" ? "null" : location.origin;
 const isElsewhere = () => originOf(serverHome()) !== location.origin;
 
-// A key is sent only to the origin for which it was given.
+// A key is sent only to the origin it was entered for.
 const serverKey = () => state.preferences.keys[originOf(serverHome())] ?? "";
 
 // "host:8000", "http://host/chat" ... as a base address that ends in a slash; null if it is not an address.
@@ -99,19 +99,19 @@ function errorText(body) {
   return typeof found === "string" ? found : JSON.stringify(found);
 }
 
-// A server's words as a sentence. A first word that is the name of a field, such as max_tokens, stays.
+// A server's message as a sentence. A first word that is a field's name, such as max_tokens, keeps its case.
 const sentence = text => text.replace(/^\p{Ll}[\p{L}-]*(?=[\s,;:]|$)/u, word => word[0].toUpperCase() + word.slice(1)).replace(/[^.!?…]$/, "$&.");
 
-// how it is -----------------------------------------------------------------------------------------------------------
+// health and models ---------------------------------------------------------------------------------------------------
 
-const HEALTH_MS = 8000;           // a server that has not answered by then is away
-const GLANCE_MS = 15000;          // how often an idle page looks whether its server is still there
+const HEALTH_MS = 8000;           // a server that takes longer counts as unreachable
+const GLANCE_MS = 15000;          // how often an idle page checks its server
 
 const watching = newest();        // only the newest watcher of /health continues
 const healthAsked = inOrder(), listing = inOrder();
-const waiting = [];               // what calls when the server can be asked
+const waiting = [];               // resolvers, called when the server is ready
 
-// Asks /health until the server is ready, and then what it is.
+// Polls /health until the server is ready, then reads its models.
 async function watchServer() {
   const isMine = watching();
   for (let pause = 400; isMine(); pause = Math.min(pause * 1.4, 5000)) {
@@ -132,21 +132,21 @@ async function askHealth() {
   try {
     const response = await request("health", options);
     if (response.status !== 503) return {phase: "ready", loading};
-    const {loading: its, status} = await response.json().catch(() => ({}));
+    const {loading: stated, status} = await response.json().catch(() => ({}));
     // nothing loads while a watched folder is empty
-    return {phase: "loading", loading: {stage: its?.stage ?? status ?? "", fraction: its?.fraction ?? null, waits: status === "waiting"}};
+    return {phase: "loading", loading: {stage: stated?.stage ?? status ?? "", fraction: stated?.fraction ?? null, waits: status === "waiting"}};
   } catch (error) {
-    // an answer that a page may not read still shows that there is a server
+    // even a response that this page may not read shows that a server runs
     const runs = isElsewhere() && await fetch(serverUrl("livez"), {...options, mode: "no-cors"}).then(() => true, () => false);
     return {phase: runs ? "refusing" : "unreachable", loading};
   }
 }
 
-// Is the server not ready? Then it is watched from now on.
+// Whether the server is not ready. If so, starts watching it.
 async function isAway() {
   const home = serverHome(), isNews = healthAsked(), found = await askHealth();
   if (home !== serverHome()) return false;
-  if (!isNews()) return state.phase !== "ready";        // a later one has been answered
+  if (!isNews()) return state.phase !== "ready";        // a later check has finished
   if (found.phase === "ready") return false;
   Object.assign(state, found);
   render();
@@ -154,21 +154,21 @@ async function isAway() {
   return true;
 }
 
-// Looks whether the server is still there, while nothing is asked of it.
+// Checks the server while the page is idle.
 function glance() {
   if (state.phase !== "ready" || document.hidden) return;
   isAway();
   lookAtModels();
 }
 
-// Resolves when the server can be asked; rejects when the signal aborts.
+// Resolves when the server is ready; rejects when the signal aborts.
 const untilReady = signal => new Promise((resolve, reject) => {
   if (state.phase === "ready") return resolve();
   waiting.push(resolve);
   return signal.addEventListener("abort", () => reject(signal.reason));
 });
 
-// Why the server cannot be asked; "" if it can.
+// Why the server cannot be used; "" if it can.
 function serverText() {
   if (state.phase === "ready" && state.model.api === "none") return TEXT.onlyEmbeds(state.model.name);
   const home = serverHome();
@@ -194,39 +194,39 @@ async function describeServer(isMine) {
   if (state.phase === "ready") waiting.splice(0).forEach(resolve => resolve());
 }
 
-// Only ours says which of several models are to be had; of others' the first is used.
+// Only our own server's list is a choice of models; of another's list, the first is used.
 const listedModels = models => {
   const listed = models?.data ?? [];
   return listed.every(each => each.owned_by === "chat_server") ? listed.flatMap(withLatest) : listed.slice(0, 1);
 };
 
-// The newest step of a training run is listed before itself by the name that follows the run.
+// The newest step of a training run is listed twice: first by the name that follows the run.
 const withLatest = model => model.run && model.aliases?.includes(`${model.run}@latest`) ? [{...model, id: `${model.run}@latest`, now: model.id}, model] : [model];
 
-// The chat's model as it is listed: the one that the chat remembers, else the server's default.
+// The list's entry for the chat's model: the one stored in the chat, else the server's default.
 const chatModel = () => state.models.find(({id}) => id === state.chat.model) ?? state.models.find(each => each.default) ?? state.models[0];
 
 // Makes the chat's model `state.model`.
 function useModel(stats = state.stats, lists = true) {
-  const listed = state.models, its = chatModel() ?? {};
+  const listed = state.models, entry = chatModel() ?? {};
   const devices = new Set((stats?.workers ?? []).map(worker => worker.device));
-  const can = {continue_final_message: CONTINUING.includes(its.owned_by), ...its.capabilities};
+  const can = {continue_final_message: CONTINUING.includes(entry.owned_by), ...entry.capabilities};
   const api = !lists ? "native" : can.chat !== false ? "v1" : can.completion !== false ? "text" : "none";
   if (api === "text") can.continue_final_message = true;
   state.stats = stats;
-  state.model = {name: its.id ?? stats?.model ?? "", context: its.context_length ?? stats?.context_length ?? 0,
+  state.model = {name: entry.id ?? stats?.model ?? "", context: entry.context_length ?? stats?.context_length ?? 0,
     devices: [...devices], workers: listed.length > 1 ? 1 : stats?.workers?.length ?? 0, can,
-    defaults: its.defaults ?? {}, weights: its.weights_digest ?? "", ours: its.owned_by === "chat_server", api};
+    defaults: entry.defaults ?? {}, weights: entry.weights_digest ?? "", ours: entry.owned_by === "chat_server", api};
 }
 
-// Has a model loaded that the reader has chosen, where that is allowed; a question would load it too.
+// Asks the server to load the chosen model, if it allows that; a question would load it too.
 async function loadModel() {
   if (state.models.find(({id}) => id === state.model.name)?.state !== "unloaded") return;
   await jsonOf(post("models/load", {model: state.model.name}));
   lookAtModels();
 }
 
-const LOADING_MS = 1000;          // how often the page looks while a model loads
+const LOADING_MS = 1000;          // how often the page polls while a model loads
 let looking = 0;
 
 // The states of several models change all the time.
@@ -238,7 +238,7 @@ async function lookAtModels() {
   state.models = listedModels(models);
   useModel();
   render();
-  if (state.models.some(({state: its}) => its === "loading")) looking = setTimeout(lookAtModels, LOADING_MS);
+  if (state.models.some(each => each.state === "loading")) looking = setTimeout(lookAtModels, LOADING_MS);
 }
 
 // The number of tokens of a text; null if the server does not count them.
@@ -247,7 +247,7 @@ async function countTokens(content) {
   return Array.isArray(counted?.tokens) ? counted.tokens.length : null;
 }
 
-// How many tokens the model's template puts around a message after this system prompt; 0 if the server does not say.
+// How many tokens the model's template adds around a message, with this system prompt; 0 if unknown.
 const around = new Map();
 function tokensAround(system) {
   const messages = [...(system.trim() ? [{role: "system", content: system}] : []), {role: "user", content: "a"}];
@@ -256,7 +256,7 @@ function tokensAround(system) {
   return around.get(key);
 }
 
-// What the model's template puts around a single message; null if the server does not say.
+// Messages as the model's template renders them; null if the server cannot render them.
 async function templateText(messages) {
   const applied = await jsonOf(post("apply-template", {messages, ...modelOfSeveral()}));
   return typeof applied?.prompt === "string" ? applied.prompt : null;
@@ -268,7 +268,7 @@ const ROUTES = {v1: "v1/chat/completions", native: "chat/completions", text: "v1
 
 const modelOfSeveral = (name = state.model.name) => state.models.length > 1 ? {model: name || state.model.name} : {};
 
-// Others want to be told which model.
+// Other servers require the model's name.
 const modelNamed = name => state.model.ours || !state.model.name ? modelOfSeveral(name) : {model: state.model.name};
 
 // Asks for an answer and returns its response once the server has accepted. Throws Refused, Lost, or what
@@ -293,7 +293,7 @@ async function postAnswer({messages, parameters, id, signal, model, goOn = false
   return accepted(await post(ROUTES.native, body, {headers, signal}));
 }
 
-// What a model without a chat template goes on with: all of the text, whoever wrote it.
+// The prompt for a model without a chat template: all of the text, whoever wrote it.
 const textToContinue = messages => messages.map(({content}) => content).join("");
 
 async function accepted(response) {
@@ -301,7 +301,7 @@ async function accepted(response) {
   return response;
 }
 
-// The rest of an answer whose connection was lost, once the server can be reached again; tries for about two
+// The rest of an answer whose connection was lost, once the server is reachable again; tries for about two
 // minutes.
 async function reconnected(stream, signal, onState) {
   const aborted = new Promise((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
@@ -321,7 +321,7 @@ async function reconnected(stream, signal, onState) {
 }
 
 // Yields {id, event} of each `data:` frame; the id is "" if it has none. Comments (": ping") carry no data;
-// characters may be split over chunks. Throws Lost if the connection breaks, or if not even a ping came for
+// characters may be split across chunks. Throws Lost if the connection breaks, or if not even a ping arrives for
 // `patience` ms: after the computer has slept, nothing reports that a connection is dead.
 async function* serverEvents(body, patience) {
   const reader = body.getReader(), decoder = new TextDecoder();
@@ -353,7 +353,7 @@ async function readChunk(reader, patience) {
   }
 }
 
-// An event of either API in one shape. Throws the server's error if it is one.
+// Converts an event of either API to one shape. Throws if it is the server's error.
 function readEvent(event) {
   if (event.error || event.detail) throw new Refused(sentence(errorText(event) || TEXT.gaveUp), {status: 0, code: event.error?.code ?? ""});
   const choice = event.choices?.[0], delta = choice?.delta ?? {};
@@ -363,7 +363,7 @@ function readEvent(event) {
     usage: event.usage ?? null, timings: event.timings ?? null, reason: event.finish_reason ?? choice?.finish_reason ?? (event.done ? "stop" : null)};
 }
 
-// {queued: place in the queue}, {read: 0..1 of the prompt} or {loading: {model, fraction}}; null if the event has neither. Also for
+// {queued: position}, {read: 0..1 of the prompt} or {loading: {model, fraction}}; null if the event has none. Also reads
 // llama-server's events.
 function readProgress({progress, prompt_progress: theirs}) {
   const {queue_position: queued, prompt_tokens: total, prompt_tokens_done: done, loading} =
@@ -377,9 +377,9 @@ const loadingText = ({stage, fraction, waits}) => waits ? sentence(stage) : TEXT
 
 register({
   strings: {
-    connecting: "Connecting…", noServer: home => `No server at ${home} answers; still trying.`,
+    connecting: "Connecting…", noServer: home => `No server answers at ${home}; still trying.`,
     serverLost: home => `The server at ${home} no longer answers; still trying.`,
-    refusesPage: (home, origin) => `The server at ${home} runs, but does not allow this page. Start it with --cors-origin ${origin}.`,
+    refusesPage: (home, origin) => `The server at ${home} does not allow this page. Start it with --cors-origin ${origin}.`,
     noAnswer: (home, origin) => `No answer from ${home}: is the server running` + (origin ? `, and does it allow this page (--cors-origin ${origin})?` : "?"),
     refused: "The server refused", retryIn: seconds => `, try again in ${seconds} s`, gaveUp: "The server gave up",
     connectionLost: "The connection to the server was lost.", connectionBroke: why => `The connection broke: ${why}.`,

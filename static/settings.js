@@ -1,4 +1,4 @@
-// The settings of a chat and of the page: parameters, functions and formats, prompts that are kept, and the server.
+// The settings of a chat and of the page: parameters, functions and formats, saved prompts, and the server.
 "use strict";
 
 {
@@ -103,7 +103,7 @@ function openServer() {
   showProblems("", state.phase === "locked" ? keyText() : "");
 }
 
-// What is wrong with the address and with the key, each below its field.
+// Shows the problems with the address and the key, each below its field.
 function showProblems(address, key) {
   for (const [name, text] of [["url", address], ["key", key]]) {
     setText($(`${name}-problem`), text);
@@ -114,7 +114,7 @@ function showProblems(address, key) {
 
 const keyText = () => state.refusedKey ? TEXT.wrongKey : TEXT.keyWanted;
 
-// Opens the Server dialog for a key, once for each refused key: the reader may close it unchanged.
+// Opens the Server dialog, once for each refused key: the reader may close it unchanged.
 function wantKey(key) {
   const news = state.refusedKey !== key;
   Object.assign(state, {phase: "locked", refusedKey: key});
@@ -122,7 +122,7 @@ function wantKey(key) {
   if (news) openServer();
 }
 
-// The fields of the dialog. A key typed for another server does not count for this one.
+// Applies the dialog's fields. A key typed for another server does not count for this one.
 function takeServer(event) {
   const typed = $("server-url").value.trim(), home = typed ? serverAddress(typed) : "";
   if (home === null) {
@@ -143,7 +143,7 @@ function useServer(home) {
   watchServer();
 }
 
-// ?server= names a server for this page to use. An unknown one is sent nothing until the reader agrees.
+// ?server= names a server for this page to use. Nothing is sent to an unknown one until the reader agrees.
 function wantedServer() {
   const given = new URLSearchParams(location.search).get("server");
   const home = given ? serverAddress(given) : null;
@@ -154,9 +154,9 @@ function wantedServer() {
   return true;
 }
 
-// its models ----------------------------------------------------------------------------------------------------------
+// models --------------------------------------------------------------------------------------------------------------
 
-// A choice of the server's models; of several with the state and size of each.
+// The list of the server's models; if there are several, with each one's state and size.
 function renderModels() {
   const {model} = state, models = state.models.length || !model.name ? state.models : [{id: model.name}], select = $("models");
   setText($("model"), models.length ? "" : TEXT.chat);
@@ -168,9 +168,9 @@ function renderModels() {
   $("model-loading").hidden = loading === undefined;
   $("model-loading").value = loading ?? 0;
   models.forEach((each, i) => {
-    const {id, state: its, reason} = each, option = select.options[i];
+    const {id, state: loaded, reason} = each, option = select.options[i];
     setText(option, models.length > 1 ? TEXT.modelIs(each, baseOf(each).id) : id);
-    Object.assign(option, {disabled: its === "failed", title: reason ?? ""});
+    Object.assign(option, {disabled: loaded === "failed", title: reason ?? ""});
   });
   select.value = model.name;
 }
@@ -184,22 +184,22 @@ function chooseModel(name) {
 
 register({
   strings: {
-    settingsChat: "This chat", settingsPage: "This page", settingsHint: "An empty field leaves the choice to the server.",
+    settingsChat: "This chat", settingsPage: "This page", settingsHint: "Empty fields use the server's defaults.",
     systemPrompt: "System prompt", systemHint: "none", templateAdds: "How the model's template renders a message “…”", preset: "Preset",
     choosePreset: "Choose…", presets: {precise: "Precise", creative: "Creative", repeatable: "Repeatable"}, presetName: "Name of the preset",
     savePreset: "Save as preset", deletePreset: "Delete preset", presetSaved: name => `Saved as “${name}”`,
     parameters: {temperature: "Temperature", top_k: "Top-k", top_p: "Top-p", min_p: "Min-p", repetition_penalty: "Repetition penalty",
       presence_penalty: "Presence penalty", frequency_penalty: "Frequency penalty", reasoning_effort: "Thinking effort", thinking_budget: "Thinking budget", max_tokens: "Max tokens", seed: "Seed"},
     moreParameters: "Penalties and thinking effort", default: "default", random: "random", restOfContext: "rest of context", stopStrings: "Stop strings, one per line", none: "none",
-    clicks: "Click a message to edit it, or to answer it again", titles: "Let the model name new chats",
+    clicks: "Click a message to edit it, an answer to regenerate it", titles: "Let the model name new chats",
     titleRequest: (question, answer) => `Question: ${question}\n\nAnswer: ${answer}\n\nWrite a title of two to six words for this conversation. Write nothing else.`,
-    notify: "Notify me when an answer ends in the background", notifyRefused: "The browser does not allow notifications of this page.",
+    notify: "Notify me when an answer ends in the background", notifyRefused: "The browser does not allow notifications from this page.",
     defaults: "Defaults", forNewChats: "Use for new chats",
-    usedForNew: "New chats begin with these", done: "Done",
+    usedForNew: "New chats use these settings", done: "Done",
     serverHint: "For a page opened from a file, or to talk to another machine. That server must allow this page (--cors-origin; null for a file).",
-    url: "URL", apiKey: "API key", keyWanted: "This server needs an API key.", wrongKey: "The server does not know this API key.",
+    url: "URL", apiKey: "API key", keyWanted: "This server needs an API key.", wrongKey: "The server does not accept this API key.",
     noAddress: text => `“${text}” is not an address such as http://gpu-box:8000.`, askTitle: "Use another server?",
-    askServer: home => `The address of this page asks it to use the server ${home}. Your messages would be sent there.`,
+    askServer: home => `The address of this page names the server ${home}. Your messages would be sent there.`,
     useIt: "Use this server", dontUseIt: "Stay here",
 
     model: "Model", modelStates: {unloaded: "", loading: "loading", ready: "loaded", failed: "failed"},
@@ -249,20 +249,20 @@ register({
 
 const CALCULATOR = {type: "function", function: {name: "calculator", description: "Works out + - * / and parentheses.",
   parameters: {type: "object", properties: {expression: {type: "string"}}, required: ["expression"]}}};
-const BUDGETS = [0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, null];   // places of the slider; null: no limit
+const BUDGETS = [0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, null];   // positions of the slider; null: no limit
 
-const budgetPlace = budget => BUDGETS.findIndex(each => each === null || each >= (budget ?? Infinity));
+const budgetIndex = budget => BUDGETS.findIndex(each => each === null || each >= (budget ?? Infinity));
 
-// What a text says as functions: {tools} or {problem}. Functions as OpenAI has them, or without what is around them.
+// Parses functions: {tools} or {problem}. In OpenAI's format, or without its wrapper.
 function readFunctions(text) {
   if (!text.trim()) return {tools: []};
   const found = readJson(text), listed = found.value === undefined ? [] : [found.value].flat();
   const tools = listed.map(each => isObject(each?.function) ? {...each, type: "function"} : {type: "function", function: each});
-  const wrong = tools.findIndex(({function: its}) => !isObject(its) || !/^[\w.-]{1,64}$/.test(its.name ?? "") || !isObject(its.parameters ?? {}));
+  const wrong = tools.findIndex(({function: each}) => !isObject(each) || !/^[\w.-]{1,64}$/.test(each.name ?? "") || !isObject(each.parameters ?? {}));
   return found.problem ? found : wrong >= 0 ? {problem: TEXT.badFunction(wrong + 1)} : {tools};
 }
 
-// What a text says as a format: {format}, undefined for none, or {problem}.
+// Parses an answer format: {format}, undefined for none, or {problem}.
 function readSchema(text) {
   if (!text.trim()) return {};
   const {value, problem} = readJson(text);
@@ -279,20 +279,20 @@ function readJson(text) {
 }
 
 const schemaText = format => format ? JSON.stringify(format.json_schema?.schema ?? format, null, 2) : "";
-const functionsText = tools => tools?.length ? JSON.stringify(tools.map(({function: its}) => its), null, 2) : "";
+const functionsText = tools => tools?.length ? JSON.stringify(tools.map(tool => tool.function), null, 2) : "";
 
 const checking = newest();
 
-// What is written in the settings as parameters. The server then checks what the page cannot: a schema that cannot be enforced.
+// The parameters from these fields. The server then checks what the page cannot: whether a schema can be enforced.
 function takeTools() {
   const {tools, problem: first} = readFunctions($("functions").value), {format, problem: second} = readSchema($("schema").value), {parameters} = state.chat;
   setText($("functions-problem"), first ?? "");
   setText($("schema-problem"), second ?? "");
-  const place = Number($("budget").value);
-  // a budget between two places, which /budget may set, stays until the slider is moved
-  const budget = place === budgetPlace(parameters.thinking_budget) ? parameters.thinking_budget ?? null : BUDGETS[place], kept = {tools: first ? parameters.tools : tools, response_format: second ? parameters.response_format : format};
+  const index = Number($("budget").value);
+  // a budget between two positions, which /budget may set, stays until the slider is moved
+  const budget = index === budgetIndex(parameters.thinking_budget) ? parameters.thinking_budget ?? null : BUDGETS[index], kept = {tools: first ? parameters.tools : tools, response_format: second ? parameters.response_format : format};
   showBudget(budget);
-  checking();                                            // what is under way is about other words
+  checking();                                            // a pending check is about older text
   if (!first && !second && (tools.length || format)) checkTools({...(tools.length ? {tools} : {}), ...(format ? {response_format: format} : {})});
   return {...(kept.tools?.length ? {tools: kept.tools} : {}), ...(kept.response_format ? {response_format: kept.response_format} : {}),
     ...(budget === null ? {} : {thinking_budget: budget})};
@@ -319,7 +319,7 @@ function showTools() {
   $("schema").closest("label").hidden = !can.json_schema;
   $("tools-settings").open = Boolean(parameters.tools || parameters.response_format);
   $("budget").closest("label").hidden = !can.reasoning_budget;
-  $("budget").value = budgetPlace(parameters.thinking_budget);
+  $("budget").value = budgetIndex(parameters.thinking_budget);
   showBudget(parameters.thinking_budget ?? null);
 }
 
@@ -337,20 +337,20 @@ function addCalculator() {
 
 // calls -----------------------------------------------------------------------------------------------------------------
 
-// Adds what an event says of calls to those of an answer.
+// Adds an event's call deltas to an answer's calls.
 function growCalls(node, news) {
-  for (const {index = 0, id, function: its = {}} of news) {
+  for (const {index = 0, id, function: delta = {}} of news) {
     const calls = node.calls ??= [], call = calls[index] ??= {id: id ?? newId(), name: "", arguments: ""};
-    call.name ||= its.name ?? "";
-    call.arguments += its.arguments ?? "";
+    call.name ||= delta.name ?? "";
+    call.arguments += delta.arguments ?? "";
   }
 }
 
-// Calls whose results are not sent yet hold the chat up only for the model: a new question goes without them.
+// Calls without results are left out of what the model gets; the reader may ask a new question instead.
 const isAnswered = ({calls}) => Boolean(calls?.every(({result}) => result !== undefined));
 
 function messagesOfCalls({content, calls}) {
-  return [{role: "assistant", content, tool_calls: calls.map(({id, name, arguments: its}) => ({id, type: "function", function: {name, arguments: its}}))},
+  return [{role: "assistant", content, tool_calls: calls.map(({id, name, arguments: args}) => ({id, type: "function", function: {name, arguments: args}}))},
     ...calls.map(({id, result}) => ({role: "tool", tool_call_id: id, content: result}))];
 }
 
@@ -373,7 +373,7 @@ function updateCalls(view, growing) {
 
 function cardOf(call, growing) {
   let shownArguments = call.arguments;
-  try { shownArguments = JSON.stringify(JSON.parse(call.arguments), null, 2); } catch (error) { /* not complete */ }
+  try { shownArguments = JSON.stringify(JSON.parse(call.arguments), null, 2); } catch (error) { /* incomplete */ }
   const node = element("section", {className: "card"}, element("p", {className: "icon i-function", textContent: call.name}), codeBlock("json", shownArguments));
   node.setAttribute("aria-label", TEXT.callOf(call.name));
   if (growing) return {node};
@@ -386,7 +386,7 @@ function cardOf(call, growing) {
   return {node, field};
 }
 
-// The value of {"expression": "2 * (3 + 4)"}; "" if it is none.
+// The value of {"expression": "2 * (3 + 4)"}; "" if it has none.
 function calculated(text) {
   const {value} = readJson(text), parts = String(value?.expression ?? "").replace(/,/g, "").match(/\d+\.?\d*(?:e[+-]?\d+)?|\.\d+|[-+*/()]|\S/gi) ?? [];
   let at = 0;
@@ -415,7 +415,7 @@ register({
   strings: {
     toolsAndFormat: "Functions and answer format", functions: "Functions that the model may call (JSON)", addCalculator: "Add a calculator",
     schema: "JSON schema of answers", budget: "Thinking budget", noLimit: "no limit", notValidJson: why => `This is not valid JSON: ${why}.`,
-    badFunction: place => `Function ${place} needs a name of letters, digits, _, - and ., and parameters that are a JSON schema.`,
+    badFunction: count => `Function ${count} needs a name of letters, digits, _, - and ., and parameters that are a JSON schema.`,
     badSchema: "A JSON schema is an object, such as {\"type\": \"object\", \"properties\": {...}}.", callOf: name => `Call of ${name}`, result: "Result", sendResults: "Send results",
   },
   bind() {
@@ -426,7 +426,7 @@ register({
 
 // prompts --------------------------------------------------------------------------------------------------------------
 
-// A prompt is {name, text, starter}: a text to begin a message with, or else a system prompt.
+// A prompt is {name, text, starter}: a starter begins a message, any other is a system prompt.
 const isPrompt = value => isObject(value) && isText(value.name) && isText(value.text) && Boolean(value.name.trim() && value.text.trim());
 const ownPrompts = () => state.preferences.prompts.filter(isPrompt);
 
@@ -467,14 +467,14 @@ function savePrompt() {
   return announce(TEXT.presetSaved(prompt.name));
 }
 
-// Those of a file that are not here yet; one with a name that is taken gets another.
+// Imports the prompts that are new; one whose name is taken gets another.
 function takePrompts(text) {
-  const here = ownPrompts(), brought = [readJson(text).value?.prompts ?? []].flat().filter(isPrompt).filter(({text: its}) => !here.some(own => own.text === its));
+  const here = ownPrompts(), brought = [readJson(text).value?.prompts ?? []].flat().filter(isPrompt).filter(each => !here.some(own => own.text === each.text));
   const names = new Set(here.map(({name}) => name));
-  for (const {name, text: its, starter} of brought) {
+  for (const {name, text: words, starter} of brought) {
     const free = [name, ...Array.from({length: 1000}, (_, i) => `${name} (${i + 2})`)].find(each => !names.has(each));
     names.add(free);
-    here.push({name: free, text: its, starter: Boolean(starter)});
+    here.push({name: free, text: words, starter: Boolean(starter)});
   }
   if (brought.length) keepPrompts(here);
 }
@@ -482,7 +482,7 @@ function takePrompts(text) {
 register({
   strings: {
     prompts: "Prompts", promptName: "Name of the prompt", promptUse: "What it is", promptText: "Text of the prompt", starter: "Starter", usePrompt: "Use",
-    savePrompt: "Save prompt", noPrompts: "None yet.", promptsHint: "A system prompt is told to the model first. A starter begins a message, and stands on the empty page.",
+    savePrompt: "Save prompt", noPrompts: "None yet.", promptsHint: "A system prompt is sent to the model first. A starter begins a message and is offered on the empty page.",
   },
   bind() {
     $("save-prompt").onclick = savePrompt;

@@ -1,15 +1,15 @@
-// The server at a glance, at /#server: drawn from /stats and /metrics since the page was opened.
+// The server at a glance, at /#server: /stats and /metrics, drawn since the view was opened.
 "use strict";
 
-let glanced = null;                // {samples, looks: the histograms of the first and the last looks, charts, timer} while the view is open
+let glanced = null;                // {samples, looks: histograms of the first and the latest polls, charts, timer} while the view is open
 
 {
 
-const STATUS_MS = 2000;           // between two looks at the server
-const WINDOW = 15;                // looks over which the percentiles of a point are taken
-const MOST_SAMPLES = 1800;        // an hour of them
+const STATUS_MS = 2000;           // between two polls of the server
+const WINDOW = 15;                // polls that a point's percentiles cover
+const MOST_SAMPLES = 1800;        // an hour's worth
 
-const CHARTS = [                  // name, how its values are written, and the values of a sample: a line each
+const CHARTS = [                  // name, formatter, and a sample's values, one for each line
   ["throughput", value => TEXT.speed(value), sample => [sample.speed]],
   ["firstToken", value => TEXT.milliseconds(value), sample => sample.firstToken],
   ["interToken", value => TEXT.milliseconds(value), sample => sample.interToken],
@@ -17,7 +17,7 @@ const CHARTS = [                  // name, how its values are written, and the v
   ["pages", value => number(value), sample => [sample.pages]],
   ["memory", value => TEXT.bytes(value), sample => [sample.memory]],
 ];
-const SHARES = [0.5, 0.95];       // the percentiles that are shown
+const SHARES = [0.5, 0.95];       // the percentiles shown
 
 function openStatus() {
   if (location.hash !== "#server") history.pushState(null, "", `${location.pathname}${location.search}#server`);
@@ -51,7 +51,7 @@ const sum = (list, value) => list.reduce((total, each) => total + (value(each) ?
 
 function addSample({samples, looks}, {workers = [], queue_depth: queued = 0}, metrics) {
   looks.push(metrics);
-  if (looks.length > WINDOW) looks.splice(1, 1);        // the first one stays
+  if (looks.length > WINDOW) looks.splice(1, 1);        // the first stays
   const before = looks[looks.length < WINDOW ? 0 : 1];
   if (samples.length === MOST_SAMPLES) samples.shift();
   samples.push({at: Date.now() / 1000, queued, firstToken: percentiles(metrics, before, "time_to_first_token"),
@@ -59,7 +59,7 @@ function addSample({samples, looks}, {workers = [], queue_depth: queued = 0}, me
     pages: sum(workers, each => each.kv_pages_used), memory: sum(workers, each => each.memory_used)});
 }
 
-// Map: name of a histogram -> [[upper bound, count up to it]] of Prometheus' text.
+// Map: name of a histogram -> [[upper bound, count up to it]], from Prometheus text.
 function readMetrics(text) {
   const found = new Map();
   for (const [, name, bound, count] of text.matchAll(/^chat_server_(\w+)_seconds_bucket\{le="([^"]+)"\} (\S+)$/gm)) {
@@ -69,7 +69,7 @@ function readMetrics(text) {
   return found;
 }
 
-// Milliseconds below which these shares of what came between two looks lie; null without any.
+// The percentiles in milliseconds of what was counted between two polls; null if nothing was.
 function percentiles(metrics, before, name) {
   const earlier = before.get(name) ?? [], buckets = (metrics.get(name) ?? []).map(([bound, count], i) => [bound, count - (earlier[i]?.[1] ?? 0)]);
   const all = buckets.at(-1)?.[1] ?? 0;
@@ -90,23 +90,23 @@ function showStatus(stats, {samples, looks}) {
     ...(stats.delayed_answers === undefined ? [] : [["delayed", number(stats.delayed_answers)]])];
   $("status-facts").replaceChildren(...facts.map(([name, text]) => element("div", {}, element("dt", {textContent: TEXT.status[name]}), element("dd", {textContent: text}))));
   const scored = models.some(each => typeof each.bits_per_byte === "number");
-  fillTable("status-models", ["model", "state", "bytes", ...(scored ? ["bits"] : [])], models.map(({id, state: its, bytes, bits_per_byte: bits}) =>
-    [id, its, bytes && its !== "unloaded" ? TEXT.bytes(bytes) : "", ...(scored ? [bits?.toFixed(3) ?? ""] : [])]));
+  fillTable("status-models", ["model", "state", "bytes", ...(scored ? ["bits"] : [])], models.map(({id, state: loaded, bytes, bits_per_byte: bits}) =>
+    [id, loaded, bytes && loaded !== "unloaded" ? TEXT.bytes(bytes) : "", ...(scored ? [bits?.toFixed(3) ?? ""] : [])]));
   fillTable("status-workers", ["worker", "device", "state", "running", "restarts"], workers.map(each =>
     [each.gpu_id, each.node ? `${each.node} ${each.device}` : each.device, each.state, number(each.running ?? 0), number(each.restarts ?? 0)]));
   if (typeof uPlot === "function") { drawCharts(samples); drawRuns(models); }
 }
 
-// Of training runs: how well their checkpoints predict a text, by step.
+// Training runs: how well their checkpoints predict a text, by step.
 function drawRuns(models) {
   const steps = models.filter(({run, bits_per_byte: bits}) => run && typeof bits === "number").sort((a, b) => a.step - b.step);
   for (const run of new Set(steps.map(each => each.run))) {
-    const its = steps.filter((each, i) => each.run === run && steps.findIndex(other => other.run === run && other.step === each.step) === i);
-    if (its.length < 2) continue;
+    const points = steps.filter((each, i) => each.run === run && steps.findIndex(other => other.run === run && other.step === each.step) === i);
+    if (points.length < 2) continue;
     const chart = glanced.runs[run] ??= makeChart([TEXT.bitsOf(run), value => value.toFixed(3)], 1, step => number(step));
-    const bits = its.map(each => each.bits_per_byte);
-    chart.plot.setData([its.map(({step}) => step), bits]);
-    chart.figure.setAttribute("aria-label", its.map(({step, bits_per_byte: each}) => `${number(step)}: ${each.toFixed(3)}`).join(", "));
+    const bits = points.map(each => each.bits_per_byte);
+    chart.plot.setData([points.map(({step}) => step), bits]);
+    chart.figure.setAttribute("aria-label", points.map(({step, bits_per_byte: each}) => `${number(step)}: ${each.toFixed(3)}`).join(", "));
   }
 }
 
@@ -146,7 +146,7 @@ function makeChart([name, write, values], lines, shownAt = at => new Date(1000 *
   return {name, write, values, plot, figure};
 }
 
-// A colour of the page's as the canvas understands it: light-dark() is resolved by an element's own style.
+// One of the page's colours in a form that canvas accepts: an element's computed style resolves light-dark().
 function resolved(variable) {
   $("status").style.setProperty("outline-color", `var(${variable})`);
   return getComputedStyle($("status")).outlineColor;
@@ -154,9 +154,9 @@ function resolved(variable) {
 
 register({
   strings: {
-    serverStatus: "Server status", backToChat: "Back to the chat", noStatus: "The server does not say how it is.", milliseconds: ms => ms < 999.5 ? `${ms < 9.95 ? ms.toFixed(1) : Math.round(ms)} ms` : TEXT.seconds(ms / 1000),
+    serverStatus: "Server status", backToChat: "Back to the chat", noStatus: "Server status is unavailable.", milliseconds: ms => ms < 999.5 ? `${ms < 9.95 ? ms.toFixed(1) : Math.round(ms)} ms` : TEXT.seconds(ms / 1000),
     status: {throughput: "Tokens per second", firstToken: "First token (median / 95 %)", interToken: "Between tokens (median / 95 %)", requests: "Running / waiting",
-      pages: "KV pages in use", memory: "Memory", workers: "Workers ready", restarts: "Restarts of workers", delayed: "Answers delayed by a worker's end"}, bitsOf: run => `Bits per byte of ${run}, by step`,
+      pages: "KV pages in use", memory: "Memory", workers: "Workers ready", restarts: "Worker restarts", delayed: "Answers delayed by a worker's end"}, bitsOf: run => `Bits per byte of ${run}, by step`,
     statusAbout: ({model, uptime_s: seconds = 0, workers = []}) => [model, [...new Set(workers.map(({device}) => TEXT.device(device)))].join(", "),
       seconds ? `up for ${seconds < 5400 ? plural(Math.round(seconds / 60), "minute", "minutes") : plural(Math.round(seconds / 3600), "hour", "hours")}` : ""].filter(Boolean).join(" · "),
     columns: {model: "Model", state: "State", bytes: "In memory", bits: "Bits per byte", worker: "Worker", device: "Device", running: "Running", restarts: "Restarts"},

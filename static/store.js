@@ -1,9 +1,9 @@
 // Storage: conversations, nodes and drafts in IndexedDB, shared by the tabs of this browser.
 //
-// A change is a patch: in one transaction it is laid over the stored record and raises the record's revision,
-// so tabs never overwrite each other's fields. Other tabs are told which records changed and read them again.
-// Without IndexedDB everything stays in memory. If it is full, what could not be written stays in `waiting`,
-// is read from there, and is tried again with the next change.
+// A change is a patch: one transaction merges it into the stored record and raises the record's revision,
+// so tabs never overwrite each other's fields. Other tabs are notified of changed records and read them again.
+// Without IndexedDB everything stays in memory. If it is full, unwritten changes stay in `waiting`,
+// are read from there, and are tried again with the next change.
 "use strict";
 
 {
@@ -15,7 +15,7 @@ const promised = request => new Promise((resolve, reject) => {
   request.onerror = () => reject(request.error);
 });
 
-// A record with a patch laid over it; null to delete it. A patch of a missing record makes one only if it is
+// A record with a patch merged in; null to delete it. A patch of a missing record creates it only if it is
 // complete (`created`): otherwise another tab has deleted the record. If two tabs follow one stream, the one
 // ahead wins. Late parts of a stream that has ended (`ended`) are dropped.
 function patched(record, patch) {
@@ -62,7 +62,7 @@ class Store {
     return [...records.values()];
   }
 
-  // Lays `patch` over a record, or deletes it (null).
+  // Merges `patch` into a record, or deletes it (null).
   change(kind, id, patch) {
     if (!this.db) return this.remember(kind, id, patch);
     const key = `${kind} ${id}`, earlier = this.waiting.get(key)?.patch;
@@ -115,15 +115,15 @@ class Store {
     });
   }
 
-  // When the page closes, a transaction may not end in time: what is not yet written goes where writing is
-  // immediate.
+  // When the page closes, a transaction may not finish in time: unwritten changes go to localStorage, which is
+  // synchronous.
   leave() {
     const changes = [...this.writing.values(), ...this.waiting.values()];
     if (!changes.length || !this.db) return;
-    try { localStorage.setItem(`${this.name} left ${newId()}`, JSON.stringify(changes)); } catch (error) { /* too much for there */ }
+    try { localStorage.setItem(`${this.name} left ${newId()}`, JSON.stringify(changes)); } catch (error) { /* too large */ }
   }
 
-  // Writes what closed pages have left there.
+  // Writes the changes that closed pages left there.
   recover() {
     for (const key of this.db ? Object.keys(localStorage) : []) {
       if (!key.startsWith(`${this.name} left `)) continue;
@@ -143,7 +143,7 @@ class Store {
     }));
   }
 
-  // Tells the other tabs something that is not stored.
+  // Sends the other tabs a message that is not stored.
   tell(message) { this.channel?.postMessage(message); }
 
   setTrouble(trouble) {

@@ -1,5 +1,5 @@
-// What all scripts use: the words that several of them need or other programs know, and `register`. Other words stand in the script that uses them,
-// which registers them. A translation is a last script that gives TEXT other words.
+// Shared by all scripts: `register`, and the texts that several scripts or other programs need. Each script registers the rest of its texts
+// itself. A translation is a final script that replaces the texts in TEXT.
 "use strict";
 
 const number = value => new Intl.NumberFormat(undefined, {maximumFractionDigits: 1}).format(value);
@@ -16,15 +16,15 @@ const TEXT = {
   undo: "Undo", dismiss: "Dismiss", deletedElsewhere: "This chat was deleted in another tab.",
 };
 
-// what each script brings -----------------------------------------------------------------------------------------------
+// registration ----------------------------------------------------------------------------------------------------------
 
-// Nothing else names a script: a new one is a tag in index.html. Its names are its own, but for those that it shares.
+// Nothing else lists the scripts: a new one is a tag in index.html. Its names are private unless it shares them.
 const share = names => Object.assign(globalThis, names);
 
-// `strings`: its words, which join TEXT. `bind`: what it does once, when the page starts. `menu`: makes its entries of the
-// header's menu, [label, icon, act, value]. `render`: draws what it shows of `state`. `answer`: {buttons(view), update(view,
-// growing)}, what it adds to each answer. `view`: {hash, open, isOpen, close}, what it shows in place of the chat at an address of
-// its own. `recoloured`: called when the colours of the page have changed. All may be absent; their order is that of the tags.
+// `strings`: texts added to TEXT. `bind`: runs once, when the page starts. `menu`: returns entries for the header's
+// menu, [label, icon, act, value]. `render`: draws its part of `state`. `answer`: {buttons(view), update(view,
+// growing)}, additions to each answer. `view`: {hash, open, isOpen, close}, shown instead of the chat, with an address of
+// its own. `recoloured`: called when the page's colours have changed. All are optional; scripts register in the order of their tags.
 const parts = [];
 
 function register(part) {
@@ -34,12 +34,12 @@ function register(part) {
   parts.push(part);
 }
 
-// what they all use ---------------------------------------------------------------------------------------------------
+// shared helpers ------------------------------------------------------------------------------------------------------
 
 const $ = id => document.getElementById(id);
 const touch = matchMedia("(pointer: coarse)");
 const narrow = matchMedia("(max-width: 860px)");
-// then Enter confirms an input method's word
+// while true, Enter confirms a word of an input method
 const composing = event => event.isComposing || event.keyCode === 229;
 
 const setText = (node, text) => { if (node.textContent !== text) node.textContent = text; };

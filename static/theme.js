@@ -1,4 +1,4 @@
-// Applies what decides the page's first picture, its theme and whether the chats are shown; the only script that is not deferred.
+// Sets what the first paint depends on: the theme and whether the chats are shown. The only script that is not deferred.
 "use strict";
 
 {

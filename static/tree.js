@@ -2,16 +2,16 @@
 //
 // A conversation is {id, title, created, updated, pinned, system, parameters, leaf, model}. A node is one message of
 // it: {id, conversation, parent, role: "user" | "assistant", content, created} and, where there is one,
-// attachments, reasoning, model, weights, system, parameters, seed, prefix, ids, continued, calls, timings, note, error, edited, stream: `ids` are
-// the tokens of an answer, of which `prefix` were chosen, and `continued` says that several requests made it; `calls` are [{id, name, arguments, result}]. `parent` is a node's
+// attachments, reasoning, model, weights, system, parameters, seed, prefix, ids, continued, calls, timings, note, error, edited, stream. `ids` are
+// an answer's tokens; the reader chose the first ones, `prefix`. `continued`: several requests made it. `calls`: [{id, name, arguments, result}]. `parent` is a node's
 // id, null for a first message. Nodes with the same parent are siblings: versions of a question, or answers
 // to the same one. `stream` ({id, next}) marks an answer that is being written: the id of its stream and the
 // number of the next event. attachments are [{name, at, length}], ranges of content.
 //
 // Export format, version 2 (chat_server.py's terminal reads and writes it too):
 //   {"format": "chat_server chats", "version": 2, "exported": ISO time, "conversations": [conversation + "nodes": [node, ...]]}
-// and, with all chats, "prompts": [{name, text, starter}]; with times in milliseconds since 1970. Import also reads {"messages": [{role, content}, ...]} and a bare
-// list of those.
+// and, with all chats, "prompts": [{name, text, starter}]. Times are milliseconds since 1970. Import also reads {"messages": [{role, content}, ...]} or just
+// the list.
 "use strict";
 
 {
@@ -46,7 +46,7 @@ function pathTo(nodes, leaf) {
   return path.reverse();
 }
 
-// The end of the branch through `id` (null: any branch) that was written last.
+// The leaf of the newest branch through `id` (null: any branch).
 function leafBelow(children, id) {
   for (let below; (below = children.get(id)); id = below.at(-1).id) if (!below.length) break;
   return id;
@@ -61,8 +61,8 @@ function withDescendants(children, id) {
 const failed = node => node?.role === "assistant" && Boolean(node.error) && !node.content;
 const isGrowing = node => Boolean(node?.stream);
 
-// The messages to send for a path: the system prompt, then all messages with text, except questions that only
-// got an error. Adjacent messages of one role are joined, because chat formats want roles to alternate.
+// The messages to send for a path: the system prompt, then all messages with text, except questions whose only
+// answer is an error. Adjacent messages of one role are joined, because chat formats expect alternating roles.
 function messagesOf(path, system = "", withReasoning = false) {
   const messages = system.trim() ? [{role: "system", content: system}] : [];
   for (const [i, {role, content, reasoning}] of path.entries()) {
@@ -74,7 +74,7 @@ function messagesOf(path, system = "", withReasoning = false) {
   return messages;
 }
 
-const MOST_CHARACTERS = 4e6;      // of a request, if the context is not known
+const MOST_CHARACTERS = 4e6;      // in a request, if the context length is unknown
 
 // The newest messages that could fit into a context of this many tokens: {messages, dropped}. The server
 // counts tokens and drops the rest; this only avoids sending the whole of a very long chat each time.
@@ -92,31 +92,31 @@ function titleOf(text) {
   return line.length > 60 ? line.slice(0, 60).replace(/\s+\S*$/, "") + "…" : line;
 }
 
-// Tells thoughts from the answer where a server leaves their tags in the text: <think> at its start, or only </think> on a
-// line of its own if the template has opened it. `push` returns {reasoning, text, moved} of a piece of text; `moved`:
-// what came as text until now was thoughts too. What may become a tag is held back for the next piece or `finish`.
+// Separates reasoning from the answer where a server leaves its tags in the text: <think> at its start, or only </think> on a
+// line of its own if the template has opened it. `push` splits a piece of text into {reasoning, text, moved}; `moved`:
+// all text so far was reasoning too. What may become a tag is held back for the next piece or `finish`.
 class ThoughtTags {
-  constructor() { Object.assign(this, {place: "start", thought: false, held: "", last: "\n"}); }
+  constructor() { Object.assign(this, {state: "start", thought: false, held: "", last: "\n"}); }
 
   push(piece) {
     const news = {reasoning: "", text: "", moved: false};
     let rest = this.held + piece;
     this.held = "";
-    while (rest) rest = this[this.place](rest, news);
+    while (rest) rest = this[this.state](rest, news);
     return news;
   }
 
-  // The beginning, and what follows thoughts: there may be more of them.
+  // At the start, and after reasoning, which more may follow.
   start(rest, news) {
     const begin = rest.trimStart(), opened = /^<think(ing)?>/.exec(begin);
     if (!opened && ["<think>", "<thinking>"].some(tag => tag.startsWith(begin))) return this.hold(rest);
-    this.place = opened ? "opened" : "answer";
+    this.state = opened ? "opened" : "answer";
     return opened ? begin.slice(opened[0].length) : this.thought ? begin : rest;
   }
 
   opened(rest) {
     const begin = rest.trimStart();
-    if (begin) this.place = "thinking";
+    if (begin) this.state = "thinking";
     return begin;
   }
 
@@ -134,12 +134,12 @@ class ThoughtTags {
     return after;
   }
 
-  // What is before the closing tag, and what comes after it. Without one, what may begin it is held back.
+  // [text before the closing tag, text after it, found]. Without one, a possible beginning of it is held back.
   cut(rest, ownLine = false) {
     const closing = /<\/think(ing)?>/g;
     for (let found; (found = closing.exec(rest));) {
       if (ownLine && (rest[found.index - 1] ?? this.last) !== "\n") continue;
-      Object.assign(this, {place: "start", thought: true});
+      Object.assign(this, {state: "start", thought: true});
       return [rest.slice(0, found.index), rest.slice(closing.lastIndex), true];
     }
     const at = rest.lastIndexOf("<"), open = at >= 0 && "</thinking>".startsWith(rest.slice(at));
@@ -152,11 +152,11 @@ class ThoughtTags {
     return "";
   }
 
-  // What is still held, when nothing more comes.
+  // The held text, once nothing more will come.
   finish() {
-    const {held, place} = this;
+    const {held, state} = this;
     this.held = "";
-    return place === "thinking" ? {reasoning: held, text: ""} : {reasoning: "", text: this.thought ? held.trimStart() : held};
+    return state === "thinking" ? {reasoning: held, text: ""} : {reasoning: "", text: this.thought ? held.trimStart() : held};
   }
 }
 
@@ -176,20 +176,20 @@ function composeMessage(text, files) {
   return {content, ...(attachments.length ? {attachments} : {})};
 }
 
-// The text of a file's bytes as {text, encoding}; null if it is none. UTF-8 or UTF-16, which is told by its mark or its
-// zeros, else Latin-1 as Windows has it.
+// Decodes a file's bytes to {text, encoding}; null if they are not text. UTF-8, UTF-16 (detected by its BOM or its
+// zeros), else Windows' Latin-1.
 function textOf(bytes) {
   for (const encoding of [...utf16Of(bytes), "utf-8", "windows-1252"]) {
     try {
       const text = new TextDecoder(encoding, {fatal: true}).decode(bytes);
       const foreign = encoding === "windows-1252" ? /[\0-\x08\x0e-\x19\x1c-\x1f\x7f-\x9f]/ : /[\0-\x08\x0e-\x19\x1c-\x1f]/;
       if (!foreign.test(text)) return {text, encoding};
-    } catch (error) { /* it is in none of that encoding */ }
+    } catch (error) { /* not in this encoding */ }
   }
   return null;
 }
 
-// Without a mark, most characters must be ASCII's: then every second byte of them is zero.
+// Without a BOM, most characters must be ASCII: then every second byte is zero.
 function utf16Of(bytes) {
   const start = bytes.subarray(0, 4096), zeros = [0, 1].map(odd => start.filter((byte, i) => i % 2 === odd && !byte).length);
   const most = odd => zeros[odd] > start.length / 4 && !zeros[1 - odd];
@@ -199,7 +199,7 @@ function utf16Of(bytes) {
 
 const languageOf = name => /\.([a-z0-9]{1,8})$/i.exec(name)?.[1].toLowerCase() ?? "";
 
-// The reverse: the typed text and the files.
+// The reverse of composeMessage: the typed text and the files.
 function partsOf({content, attachments = []}) {
   const files = attachments.map(({name, at, length}) => {
     const lines = content.slice(at, at + length).split("\n");
@@ -210,7 +210,7 @@ function partsOf({content, attachments = []}) {
 
 // export and import ---------------------------------------------------------------------------------------------------
 
-// The fields of conversations and nodes in a file, and what they may be; anything else in the file is
+// The fields of conversations and nodes in a file, each with its check; anything else in the file is
 // ignored.
 const isText = value => typeof value === "string";
 const isObject = value => typeof value === "object" && value !== null && !Array.isArray(value);
@@ -279,7 +279,7 @@ function importedList(chat, name) {
   return {conversation, nodes};
 }
 
-// A file of version 1 had the system prompt and the parameters in `settings`.
+// Version 1 files had the system prompt and the parameters in `settings`.
 function checkedChat(chat) {
   const found = pick({...(isObject(chat.settings) ? {system: chat.settings.system, parameters: chat.settings} : {}), ...chat},
     CONVERSATION_FIELDS);
@@ -297,7 +297,7 @@ function checkedNode(node) {
   return fields.role === "assistant" ? {...fields, ...untagged(fields)} : fields;
 }
 
-// Other programs keep thoughts in the text of an answer.
+// Other programs keep reasoning in the text of an answer.
 function untagged({content, reasoning: earlier = ""}) {
   if (!/^\s*<think(ing)?>/.test(content)) return {};
   const tags = new ThoughtTags(), {reasoning, text} = tags.push(content), rest = tags.finish();
@@ -333,7 +333,7 @@ const PARAMETERS = [
   {name: "seed", command: "seed", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1},
 ];
 
-// What a text says as a value of this parameter; undefined if it does not fit.
+// Parses text as a value of this parameter; undefined if it is not valid.
 function parameterValue({min, max, step, choices}, text) {
   if (choices) return choices.find(choice => choice === String(text).trim().toLowerCase());
   const value = Number(text);

@@ -2,7 +2,7 @@
 //
 // A long chat opens fast because a turn far from the window is only plain text. It is drawn, with its
 // buttons, when it comes near (`complete`). While such a turn is out of sight, drawn or not, the browser
-// skips its layout and paint (.far in chat.css): else scrolling past hundreds of them is slow.
+// skips its layout and paint (.far in chat.css): otherwise scrolling past hundreds of them is slow.
 "use strict";
 
 {
@@ -16,7 +16,7 @@ const near = new IntersectionObserver(entries => {
   drawing ||= requestAnimationFrame(completeSome);
 }, {root: document.getElementById("log"), rootMargin: "1000px 0px"});
 
-// Turns that came near are drawn for a few milliseconds a frame, so that scrolling stays smooth.
+// Turns that come near are drawn for a few milliseconds per frame, so that scrolling stays smooth.
 const DRAW_MS = 3;
 const came = new Set();           // their ids, the nearest first
 let drawing = 0;
@@ -98,8 +98,8 @@ function siblingsBar(view) {
   const question = view.node.role === "user";
   view.previous = iconButton(question ? TEXT.previousVersion : TEXT.previousAnswer, "left", () => step(-1));
   view.next = iconButton(question ? TEXT.nextVersion : TEXT.nextAnswer, "right", () => step(1));
-  view.place = element("span");
-  return view.siblings = element("div", {className: "siblings"}, view.previous, view.place, view.next);
+  view.position = element("span");
+  return view.siblings = element("div", {className: "siblings"}, view.previous, view.position, view.next);
 }
 
 function siblingsOf(node) {
@@ -110,7 +110,7 @@ function siblingsOf(node) {
 function updateSiblings(view) {
   const {siblings, at} = siblingsOf(view.node);
   view.siblings.hidden = siblings.length < 2;
-  view.place.textContent = `${at + 1}/${siblings.length}`;
+  view.position.textContent = `${at + 1}/${siblings.length}`;
   view.previous.disabled = at <= 0;
   view.next.disabled = at === siblings.length - 1;
 }
@@ -253,7 +253,7 @@ function updateAlert(view, growing) {
   if (act) act.disabled = !canAsk() && node.remedy !== "key";
 }
 
-// What an answer is waiting for or doing.
+// What an answer is doing or waiting for.
 function growingText(node, run) {
   if (!run) return TEXT.inOtherTab;
   if (run.waiting) return `${serverText()} ${TEXT.sentThen}`;
@@ -267,7 +267,7 @@ function growingText(node, run) {
 const liveSpeedText = run => run.chunks > 1 && !run.lost
   ? ` · ${TEXT.speed(liveSpeed(run))} · ${TEXT.tokens(run.tokens || run.chunks)}` : "";
 
-// What to say of an answer without a word.
+// The note shown for an answer without text.
 function nothingText(node) {
   const {content, error, note, reasoning, timings} = node;
   if (isGrowing(node) || error || content.trim() || node.calls?.length) return "";
@@ -275,7 +275,7 @@ function nothingText(node) {
     : timings?.finish_reason === "length" ? TEXT.onlyThoughts : TEXT.thoughtNothing;
 }
 
-// {words, figures} about an answer that has ended. A narrow window shows the words, and the figures in the menu.
+// {words, figures} about an answer that has ended. A narrow window shows only the words, and the figures in the menu.
 function speedOf({timings, note, edited, error}) {
   const words = note ? [TEXT.notes[note] ?? note] : edited ? [TEXT.edited] : [], figures = [], facts = timings ?? {};
   const {tokens_per_second: speed = facts.predicted_per_second, ttft_ms: first, completion_tokens: count} = facts;
@@ -323,8 +323,8 @@ function answerMenu(view) {
     ...messageMenu(view)];
 }
 
-// Where the reader wants it, a mouse click on a question edits it, and on an answer asks again. A click
-// that ends a selection does not, nor one on an element with a use of its own.
+// If enabled, a mouse click on a question edits it, and one on an answer regenerates it; but not a click that
+// ends a selection or hits an interactive element.
 const mouse = matchMedia("(hover: hover) and (pointer: fine)");
 
 function clickToAct(event, act) {
@@ -408,20 +408,20 @@ register({
     sentThen: "Your message will then be sent.", lost: "The connection is lost; trying again…",
     endedIn: title => `The answer in “${title}” is finished.`, endedBadly: title => `The answer in “${title}” failed.`, show: "Show", endedMark: "✓ ",
     waiting: "Waiting for the answer", answering: "Answering", answerFinished: "Answer finished", answerStopped: "Answer stopped",
-    waitingForFirst: "Waiting for the first token…", queued: place => `In the queue, place ${place}`,
+    waitingForFirst: "Waiting for the first token…", queued: position => `Number ${position} in the queue`,
     loadingModel: (name, share) => `Loading ${name}${share ? `, ${Math.floor(100 * share)}\u00a0%` : "…"}`,
     reading: share => `Reading the prompt, ${Math.floor(100 * share)}\u00a0%`, thinkingNow: "Thinking", writing: "Writing",
-    resumed: "Resumed", inOtherTab: "Another tab receives this answer…",
+    resumed: "Resumed", inOtherTab: "Another tab is receiving this answer…",
     speed: speed => `${speed.toFixed(1)} tok/s`, aboutSpeed: speed => `about ${speed.toFixed(1)} tok/s`,
     firstToken: ms => `first token after ${ms < 999.5 ? `${Math.round(ms)} ms` : TEXT.seconds(ms / 1000)}`, tokens: count => plural(count, "token", "tokens"),
     seconds: seconds => `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`, worker: gpu => `worker ${gpu}`,
-    nothing: "The model answered nothing.", thoughtNothing: "The model thought about it, but answered nothing.",
+    nothing: "The model gave no answer.", thoughtNothing: "The model thought about it but gave no answer.",
     onlyThoughts: "The model was still thinking when it reached the length limit.",
     nothingBefore: note => `The answer was ${note} before its first word.`,
     cut: "cut at the length limit", dropped: count => `without the ${plural(count, "oldest message", "oldest messages")}, which no longer fit`,
     notes: {stopped: "stopped", interrupted: "interrupted"},
     details: ({prompt_tokens: prompt, cached_tokens: cached, queue_ms: queued, ttft_ms: first}) => [
-      `Prompt of ${plural(prompt, "token", "tokens")}${cached === undefined ? "" : `, ${plural(cached, "token", "tokens")} remembered`}`,
+      `Prompt of ${plural(prompt, "token", "tokens")}${cached === undefined ? "" : `, ${plural(cached, "token", "tokens")} cached`}`,
       ...(queued === undefined ? [] : [`queued for ${Math.round(queued)} ms`]),
       ...(first === undefined ? [] : [`first token after ${Math.round(first)} ms`])].join("; ") + ".",
   },

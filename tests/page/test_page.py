@@ -281,7 +281,7 @@ def test_waiting_is_shown_and_pings_are_no_text(page, stand_in):
 def test_the_queue_and_the_reading_of_the_prompt_are_shown(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "progress")
-    expect(answers(page)).to_contain_text("In the queue, place 3")
+    expect(answers(page)).to_contain_text("Number 3 in the queue")
     stand_in.release()
     expect(answers(page)).to_contain_text("Reading the prompt, 43\u00a0%")
     stand_in.release()
@@ -445,7 +445,7 @@ def test_the_page_goes_on_with_texts_of_a_model_that_cannot_chat_and_asks_nothin
         page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": "vectors-1", "capabilities": able}]}))
         open_page(page, url)
         button(page, "New chat").click()
-        expect(page.locator(".empty")).to_contain_text("vectors-1 makes embeddings of texts, and no answers.")
+        expect(page.locator(".empty")).to_contain_text("vectors-1 is an embedding model; it cannot chat.")
         expect(page.locator(".examples button")).to_have_count(0)
 
 

@@ -45,12 +45,12 @@ def test_a_question_to_a_server_that_was_lost_waits_and_sends_itself(page):
 def test_a_server_that_refuses_the_page_is_told_from_one_that_is_not_there(page, stand_in):
     page.route("http://127.0.0.1:8000/**", lambda route: route.abort())
     page.goto((ROOT / "static" / "index.html").as_uri())
-    expect(page.get_by_text("No server at http://127.0.0.1:8000/ answers; still trying.")).to_be_visible()
+    expect(page.get_by_text("No server answers at http://127.0.0.1:8000/; still trying.")).to_be_visible()
     with fake_front() as url:
         menu(page, "Server")
         page.get_by_role("textbox", name="URL").fill(url)
         button(page, "Done").click()
-        expect(page.get_by_text(f"The server at {url} runs, but does not allow this page. Start it with --cors-origin null.")).to_be_visible()
+        expect(page.get_by_text(f"The server at {url} does not allow this page. Start it with --cors-origin null.")).to_be_visible()
         expect(page.locator("#lamp.refusing")).to_be_visible()
 
 
@@ -64,7 +64,7 @@ def test_files_of_several_encodings_are_read_and_the_gauge_goes_on_after_stop_an
     open_page(page, stand_in.url)
     gauge = page.locator("#context")
     ask(page, "progress")
-    expect(answers(page)).to_contain_text("In the queue")
+    expect(answers(page)).to_contain_text("in the queue")
     expect(gauge).to_have_text("about 2 of 8,192 tokens")                   # nobody has counted it yet
     stand_in.release()
     expect(gauge).to_have_text("2,000 of 8,192 tokens")
@@ -107,7 +107,7 @@ def test_the_real_server_refuses_an_attachment_that_the_page_said_is_too_long(pa
     ask(page, "Say yes.")
     expect(answers(page)).to_contain_text("token", timeout=SLOW_MS)
     pick(page, "long.txt", b"one two three four " * 2400)
-    expect(page.locator("#warning")).to_contain_text(re.compile(r"This message has 9,6\d\d tokens, and the model takes 8,192 .* Shorten it or remove a file\."))
+    expect(page.locator("#warning")).to_contain_text(re.compile(r"This message has 9,6\d\d tokens, but the model's limit is 8,192 .* Shorten it or remove a file\."))
     button(page, "Send").click()
     expect(page.get_by_role("alert")).to_have_text(re.compile(r"The prompt has 9,6\d\d tokens, but the context holds 8,192 .*\(HTTP 400\)\."))
     expect(button(page, "Remove long.txt")).to_be_visible()
@@ -154,7 +154,7 @@ def test_our_server_s_text_keeps_its_tags_and_imported_thoughts_are_folded(page,
 
 def test_an_answer_without_a_word_says_so_and_nothing_is_empty_below_a_question(page, stand_in):
     open_page(page, stand_in.url)
-    for question, text in (("nothing", "The model answered nothing."), ("only thoughts", "The model thought about it, but answered nothing."),
+    for question, text in (("nothing", "The model gave no answer."), ("only thoughts", "The model thought about it but gave no answer."),
                            ("half a thought", "The model was still thinking when it reached the length limit.")):
         ask(page, question)
         expect_answered(page)
@@ -162,7 +162,7 @@ def test_an_answer_without_a_word_says_so_and_nothing_is_empty_below_a_question(
         if question != "half a thought":
             button(page, "New chat").click()
     button(answers(page), "More").click()                  # all figures, also where the line has no room for them
-    expect(page.get_by_role("group", name="More")).to_contain_text("Prompt of 12 tokens, 4 tokens remembered; queued for 0 ms; first token after 81 ms.")
+    expect(page.get_by_role("group", name="More")).to_contain_text("Prompt of 12 tokens, 4 tokens cached; queued for 0 ms; first token after 81 ms.")
     page.keyboard.press("Escape")
     button(page, "New chat").click()
     ask(page, "a long question " * 20)
@@ -281,7 +281,7 @@ def test_an_answer_that_ends_in_the_background_is_told(page, stand_in):
     button(page, "Settings").click()
     box = page.get_by_role("checkbox", name="Notify me when an answer ends in the background")
     box.click()
-    expect(page.get_by_role("alert")).to_have_text("The browser does not allow notifications of this page.")
+    expect(page.get_by_role("alert")).to_have_text("The browser does not allow notifications from this page.")
     expect(box).not_to_be_checked()
     page.evaluate("window.permission = 'granted'")
     box.check()

@@ -46,7 +46,7 @@ def test_chats_are_listed_opened_renamed_pinned_and_found(page, stand_in):
     search.fill("said RED")                             # words of the messages, in any order and case
     expect(chats(page)).to_have_text(["Fruit", "cherries are red too"])
     search.fill("nowhere")
-    expect(page.get_by_text("No chat has all of these words.")).to_be_visible()
+    expect(page.get_by_text("No chat contains all of these words.")).to_be_visible()
     search.press("Escape")
     reload(page)
     expect(chats(page)).to_have_text(["Fruit", "cherries are red too", "bananas are yellow"])
@@ -434,9 +434,9 @@ def test_all_chats_go_out_together(page, stand_in, tmp_path):
     assert sorted(chat["title"] for chat in file["conversations"]) == ["one", "two"]
     page.locator("#import-file").set_input_files(path)
     dialog = page.get_by_role("dialog", name=f"Import {path.name}?")
-    expect(dialog).to_contain_text("It brings 2 chats with 4 messages.")
+    expect(dialog).to_contain_text("It contains 2 chats with 4 messages.")
     expect(dialog.get_by_role("listitem")).to_contain_text(["one2 messages", "two2 messages"])
-    boxes = dialog.get_by_role("checkbox", name="Replace the one that is here")
+    boxes = dialog.get_by_role("checkbox", name="Replace the existing chat")
     expect(boxes).to_have_count(2)
     button(dialog, "Leave it").click()
     settled(page)
@@ -444,7 +444,7 @@ def test_all_chats_go_out_together(page, stand_in, tmp_path):
     button(page, "Regenerate").click()                                  # now the one that is here is newer than the file
     expect(answers(page)).to_contain_text("2/2")
     page.locator("#import-file").set_input_files(path)
-    expect(dialog).to_contain_text("Replace the one that is here (3 messages")
+    expect(dialog).to_contain_text("Replace the existing chat (3 messages")
     assert [box.is_checked() for box in boxes.all()] == [True, False]
     button(dialog, "Import").click()
     expect(page.locator(".toast")).to_have_text("Replaced 1 chat.Undo")

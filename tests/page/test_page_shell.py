@@ -77,7 +77,7 @@ SCREENS = {
     "keys": lambda page: menu(page, "Keyboard shortcuts"),
     "status": lambda page: menu(page, "Server status"),
     "search": lambda page: (ask(page, "one"), expect_answered(page), page.get_by_role("textbox", name="Search chats").fill("nowhere"),
-                            expect(page.get_by_text("No chat has all")).to_be_visible()),
+                            expect(page.get_by_text("No chat contains all")).to_be_visible()),
 }
 
 
@@ -308,7 +308,7 @@ def test_what_is_too_long_is_said_before_it_is_sent(page, stand_in):
     message_box(page).fill("word " * 60)
     expect(page.locator("#context")).to_have_text("0 + 60 of 100 tokens")
     message_box(page).fill("word " * 120)
-    expect(page.locator("#warning")).to_contain_text("This message has 122 tokens, and the model takes 100")
+    expect(page.locator("#warning")).to_contain_text("This message has 122 tokens, but the model's limit is 100")
 
 
 # commands, settings, keys ---------------------------------------------------------------------------------------------
@@ -499,7 +499,7 @@ def page_file():
 def test_the_page_opens_from_a_file_and_says_which_server_it_wants(page, stand_in):
     page.route("http://127.0.0.1:8000/**", lambda route: route.abort())
     page.goto(page_file())
-    expect(page.get_by_text("No server at http://127.0.0.1:8000/ answers; still trying.")).to_be_visible()
+    expect(page.get_by_text("No server answers at http://127.0.0.1:8000/; still trying.")).to_be_visible()
     stand_in.admits = True
     menu(page, "Server")
     page.get_by_role("textbox", name="URL").fill("not a server!")
@@ -530,7 +530,7 @@ def test_a_server_in_the_address_is_asked_about_before_it_gets_anything_and_neve
     page.goto(page_file() + f"?server={stand_in.url}")
     expect(page.get_by_role("dialog")).to_contain_text(stand_in.url)
     button(page, "Stay here").click()
-    expect(page.get_by_text("No server at http://127.0.0.1:8000/ answers; still trying.")).to_be_visible()
+    expect(page.get_by_text("No server answers at http://127.0.0.1:8000/; still trying.")).to_be_visible()
     assert not [request for request in requests if request.url.startswith(stand_in.url)]
     page.reload()
     button(page, "Use this server").click()
@@ -551,13 +551,13 @@ def test_a_server_with_keys_asks_for_one_and_the_page_keeps_it(page):
         expect(page.get_by_role("alert")).to_have_text("This server needs an API key.")
         page.keyboard.type("wrong")             # the field has the focus
         page.keyboard.press("Enter")
-        expect(page.get_by_role("alert")).to_have_text("The server does not know this API key.")
+        expect(page.get_by_role("alert")).to_have_text("The server does not accept this API key.")
         expect(page.locator("#lamp.locked")).to_be_attached()
         field = page.get_by_label("API key")
-        expect(field).to_have_accessible_description("The server does not know this API key.")
+        expect(field).to_have_accessible_description("The server does not accept this API key.")
         assert field.bounding_box()["y"] < page.get_by_role("alert").bounding_box()["y"] < button(page, "Done").bounding_box()["y"]
         page.keyboard.press("Escape")
-        expect(page.get_by_text("The server does not know this API key.").first).to_be_visible()
+        expect(page.get_by_text("The server does not accept this API key.").first).to_be_visible()
         button(page, "Enter the key").click()
         page.keyboard.press("Escape")
         ask(page, "early")                      # waits for the key, and is sent with it
