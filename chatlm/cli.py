@@ -1,4 +1,4 @@
-"""Words on the command line, environment variables and --config become `Settings`."""
+"""Parses the command line, environment variables and --config into `Settings`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Help(NamedTuple):
-    """What the --help of a command has beside its flags."""
+    """What --help shows for a command in addition to its flags."""
 
     usage: str
     opening: str
@@ -35,42 +35,42 @@ HELP = {
     "serve": Help("""python chat_server.py [serve|chat|generate|compare|score|check] [MODEL] [flags]
        python chat_server.py bundle [FILE] [--without-core]
        python chat_server.py store FOLDER [--prune SIZE]""",
-        "Serve a model: a page to chat on, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is "
-        "what runs without a command. The others are: chat, which talks in the terminal; generate, which "
-        "answers one prompt; compare, which asks several models the same; score, which says how well a model "
-        "predicts a text; check, which proves and measures the compiled kernels; bundle, which writes all "
-        "into one file to copy; store, which lists what --prefix-store has kept. Each has a --help. Several "
-        "MODELs are loaded as they are asked for.", """
+        "Serve a model: a chat page, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is the "
+        "default command. The others are: chat, in the terminal; generate, which answers one prompt; "
+        "compare, which asks several models the same question; score, which measures how well a model "
+        "predicts a text; check, which verifies and times the compiled kernels; bundle, which packs the "
+        "program into one file; store, which lists the contents of --prefix-store. Each has a --help. If "
+        "there are several MODELs, each is loaded when a request names it.", """
   python chat_server.py                                     a nanochat checkpoint or a small model
   python chat_server.py qwen3:0.6b --host 127.0.0.1         for this machine only; downloaded once
   python chat_server.py model.gguf -p 8080 --api-key-file keys.txt"""),
     "chat": Help("python chat_server.py chat [MODEL] [flags]",
-        "Chat with a model in the terminal. Ctrl-C stops an answer; /help lists what one can type.", """
+        "Chat with a model in the terminal. Ctrl-C stops an answer; /help lists the commands.", """
   python chat_server.py chat                                a nanochat checkpoint or a small model
-  python chat_server.py chat --continue                     go on with the last chat
-  python chat_server.py chat --url http://127.0.0.1:8000    with a server that runs already"""),
+  python chat_server.py chat --continue                     continue the last chat
+  python chat_server.py chat --url http://127.0.0.1:8000    use a server that is already running"""),
     "generate": Help("python chat_server.py generate [MODEL] [PROMPT] [flags]",
-        "Answer one prompt: the answer goes to stdout, all else to stderr. A PROMPT of one word "
+        "Answer one prompt: the answer goes to stdout, everything else to stderr. A one-word PROMPT "
         "needs --prompt.", """
   python chat_server.py generate "Why is the sky blue?"
   python chat_server.py generate -p - --system "Summarize this letter." < letter.txt
   python chat_server.py generate model.gguf -p "Name a color." --json --seed 1"""),
     "compare": Help("python chat_server.py compare MODEL MODEL ... --prompt TEXT [flags]",
-        "Ask several models the same, with the same noise: what each answers, and where it leaves the answer "
-        "of the first. With --url the MODELs are those of a server, such as the checkpoints of --watch.", """
+        "Ask several models the same question with the same seed, and show where each answer first differs "
+        "from the first one. With --url, the MODELs are a server's, such as the checkpoints of --watch.", """
   python chat_server.py compare a.gguf b.gguf -p "Name a color." --seed 1
   python chat_server.py compare qwen3:0.6b llama3.2-1b -p - --json < question.txt
   python chat_server.py compare d20@12000 d20@14000 -p "Hello" --url http://127.0.0.1:8000"""),
     "score": Help("python chat_server.py score MODEL ... --text FILE [flags]",
-        "How well models predict a text: bits per byte, fewer are better. The text is read in windows of the "
-        "context, half a context apart, and each token is scored once.", """
+        "Measure how well models predict a text, in bits per byte (lower is better). The text is read in "
+        "windows of one context, half a context apart, and each token is scored once.", """
   python chat_server.py score model.gguf --text book.txt
   python chat_server.py score a.gguf b.gguf --text book.txt --context-length 1024
   python chat_server.py score ~/.cache/nanochat -g d20 -s 12000 --text book.txt --json"""),
     "check": Help("python chat_server.py check",
-        "Prove the compiled kernels and measure them: each op is compared with its reference in torch, and "
-        "timed. The report can be pasted into an issue; the exit status is 1 if an op is wrong. It takes a "
-        "minute, needs no model and has no flags."),
+        "Verify and time the compiled kernels: each op is compared with its reference in torch. The report "
+        "can be pasted into an issue; the exit status is 1 if an op is wrong. This takes about a minute, "
+        "and needs no model and no flags."),
 }
 SEVERAL = "serve", "compare", "score"  # the commands that take several MODELs
 ABOUT_MODELS = f"MODEL may be: {SUPPORTED_MODELS}."
@@ -81,7 +81,7 @@ ABOUT_FLAGS = ("Each flag has an environment variable: --max-tokens is CHAT_SERV
 class CommandLine(argparse.ArgumentParser):
     """An argparse parser that raises ConfigError: one line, exit status 2."""
 
-    origin = ""  # of the words, if not the command line
+    origin = ""  # where the words come from, if not from the command line
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: -"):
@@ -93,7 +93,7 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def help_lines(prog: str) -> argparse.HelpFormatter:
-    """argparse's formatter, but as its newer versions do it: a flag's value once, after all its names."""
+    """argparse's formatter, which shows a flag's value once, after all its names, as newer versions do."""
     formatter = argparse.RawDescriptionHelpFormatter(prog)
 
     def spelled(action: argparse.Action) -> str:
@@ -109,32 +109,32 @@ SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True,
                 "0": False, "false": False, "no": False, "off": False}
 
 
-def as_words(value, place: str, flag: Flag | None = None, many: bool = False) -> list[str]:
-    """A value of a --config file as the words of a flag, or of a key that has none and takes texts.
-    ConfigError if it is of another type."""
-    types, allowed = (int, float, str), "a number or a text"
+def as_words(value, key: str, flag: Flag | None = None, many: bool = False) -> list[str]:
+    """A --config value as the words of a flag, or of a key that has no flag and takes text.
+    ConfigError if it has the wrong type."""
+    types, allowed = (int, float, str), "a number or text"
     if flag is None or flag.is_text:
-        types, allowed = (str,), "a text in quotes"
+        types, allowed = (str,), "text in quotes"
     elif flag.parse is None:
         types, allowed = (bool, int, str), "true or false"
     many = many or flag is not None and flag.many
     words = value if many and isinstance(value, list) else [value]
     if not all(type(word) in types for word in words):
-        raise ConfigError(f"{place} must be {allowed}{', or a list of these' * many}")
+        raise ConfigError(f"{key} must be {allowed}{', or a list of these' * many}")
     return [str(word) for word in words]
 
 
-def named_path(text: str, place: str):
+def check_path(text: str, key: str):
     """ConfigError if no file can have this name."""
     try:
         file_name(text)
     except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"{place}: {error}") from None
+        raise ConfigError(f"{key}: {error}") from None
 
 
-def words_of_table(table: Mapping, place: str) -> list[str]:
+def words_of_table(table: Mapping, key: str) -> list[str]:
     """A table of adapters, NAME = "FOLDER", as the words of --adapter."""
-    return [f"{name}={as_words(folder, f'{place}.{name}')[0]}" for name, folder in table.items()]
+    return [f"{name}={as_words(folder, f'{key}.{name}')[0]}" for name, folder in table.items()]
 
 
 def read_config(file: str | None) -> tuple[dict[str, list[str]], list[dict]]:
@@ -151,12 +151,12 @@ def read_config(file: str | None) -> tuple[dict[str, list[str]], list[dict]]:
                 tables = value
                 continue
             if name == "models" and isinstance(value, dict):
-                raise ValueError("[models] must be [[models]], a table for each model")
+                raise ValueError("[models] must be [[models]], one table per model")
             if isinstance(value, dict) and name == "adapter":
                 value = words_of_table(value, f"--config {file}: {name}")
             if isinstance(value, dict):
-                raise ValueError(f"[{name}] is a table, but flags stand outside tables: `port = 8000`, "
-                                 "or for one that may repeat `served-model-name = [\"a\", \"b\"]`")
+                raise ValueError(f"[{name}] is a table, but flags belong outside tables: `port = 8000`, "
+                                 "or `served-model-name = [\"a\", \"b\"]` for a flag that may repeat")
             if (spelled := name.replace("_", "-")) not in (*flags, "model"):
                 raise ValueError(f"there is no flag --{name}{did_you_mean(spelled, flags, '--')}")
             flag = flags.get(spelled)
@@ -167,7 +167,7 @@ def read_config(file: str | None) -> tuple[dict[str, list[str]], list[dict]]:
     return words, tables
 
 
-# The flags that a [[models]] table may have, beside name, path, aliases, pin, default and replicas
+# The flags that a [[models]] table may have, in addition to TABLE_KEYS
 TABLE_FLAGS = {flag.field: flag for flag in FLAGS if flag.field in (
     "source", "model_tag", "step", "softcap", "lora", "adapter", "dtype", "quantize", "context_length",
     "kv_cache_dtype", "kv_cache_memory", "max_batch", "prefill_chunk", "drafts", "idle_unload",
@@ -175,40 +175,41 @@ TABLE_FLAGS = {flag.field: flag for flag in FLAGS if flag.field in (
 TABLE_KEYS = ("name", "path", "aliases", "pin", "default", "replicas")
 
 
-def read_table(parser: CommandLine, table: dict, place: str) -> ModelChoice:
-    """A [[models]] table. ConfigError for what is missing, unknown or no value of its key."""
+def read_table(parser: CommandLine, table: dict, key: str) -> ModelChoice:
+    """Parse a [[models]] table. ConfigError for missing or unknown keys and invalid values."""
     spelled = {name.replace("-", "_"): name for name in table}
     for field, name in spelled.items():
         if field not in (*TABLE_KEYS, *TABLE_FLAGS):
             names = [*TABLE_KEYS, *(known.replace("_", "-") for known in TABLE_FLAGS)]
-            raise ConfigError(f"{place}: {name} is no key of a model{did_you_mean(name, names)}"
-                              f" (they are {', '.join(names)})")
-    words = {field: words_of_table(table[name], f"{place}: {name}")
+            raise ConfigError(f"{key}: {name} is not a key of a model{did_you_mean(name, names)}"
+                              f" (allowed: {', '.join(names)})")
+    words = {field: words_of_table(table[name], f"{key}: {name}")
              if field == "adapter" and isinstance(table[name], dict) else
-             as_words(table[name], f"{place}: {name}", flag)
+             as_words(table[name], f"{key}: {name}", flag)
              for field, flag in TABLE_FLAGS.items() if (name := spelled.get(field))}
-    texts = {name: as_words(table[name], f"{place}: {name}", many=name == "aliases")
+    texts = {name: as_words(table[name], f"{key}: {name}", many=name == "aliases")
              for name in ("name", "path", "aliases") if name in table}
     if empty := [name for name, values in texts.items() if not all(map(str.strip, values))]:
-        raise ConfigError(f"{place}: {empty[0]} must not be empty")
+        raise ConfigError(f"{key}: {empty[0]} must not be empty")
     if "path" not in texts:
-        raise ConfigError(f"{place}: path is missing, the MODEL that it is")
+        raise ConfigError(f"{key}: path is missing; it names the MODEL")
     for name in ("pin", "default"):
         if not isinstance(table.get(name, False), bool):
-            raise ConfigError(f"{place}: {name} must be true or false")
+            raise ConfigError(f"{key}: {name} must be true or false")
     replicas = table.get("replicas")
     if replicas is not None and not (type(replicas) is int and 1 <= replicas <= 256):
-        raise ConfigError(f"{place}: replicas must be a whole number from 1 to 256")
-    named_path(texts["path"][0], f"{place}: path")
+        raise ConfigError(f"{key}: replicas must be a whole number from 1 to 256")
+    check_path(texts["path"][0], f"{key}: path")
     return ModelChoice(texts["path"][0], table.get("name", ""), tuple(texts.get("aliases", ())),
                        table.get("pin", False), table.get("default", False), replicas,
-                       {field: parsed_words(parser, TABLE_FLAGS[field], f"{place}: {spelled[field]}",
+                       {field: parsed_words(parser, TABLE_FLAGS[field], f"{key}: {spelled[field]}",
                                             words[field]) for field in words})
 
 
 def chosen_models(parser: CommandLine, names: Seq[str], tables: Seq[dict], in_folder: bool,
                   config: str | None) -> tuple[ModelChoice, ...]:
-    """What `serve` serves if it is more than one MODEL, or may come to be: also those `in_folder`."""
+    """The models of `serve`, if there are or may be several; () for a single one. `in_folder`: --models or
+    --watch finds more."""
     if len(names) < 2 and not tables and not in_folder:
         return ()
     choices = [*map(ModelChoice, names), *(
@@ -232,7 +233,7 @@ def unflagged_value(parser: CommandLine, flag: Flag, environment: Mapping[str, s
 
 
 def parsed_words(parser: CommandLine, flag: Flag, origin: str, words: list[str]):
-    """The value of a flag from words of that origin. ConfigError if they are none."""
+    """The value of a flag from words of that origin. ConfigError if they are invalid."""
     if len(words) != 1 and not flag.many:
         raise ConfigError(f"{origin} must be one value")
     if flag.parse is None:
@@ -273,7 +274,7 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     if command != "check":
         parser.add_argument("model", metavar="MODEL", nargs="*" if several_words else "?", default=None,
                             help=argparse.SUPPRESS)
-    parser.add_argument("--version", action="store_true", help="print the version and which kernels run")
+    parser.add_argument("--version", action="store_true", help="print the version and the kernels in use")
     flags = {flag.field: flag for flag in FLAGS if command in flag.commands.split()}
     group: argparse._ActionsContainer = parser
     for flag in FLAGS:
@@ -295,13 +296,13 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     words = values["model"] or environment.get("CHAT_SERVER_MODEL") or config.get("model") or []
     models = [words] if isinstance(words, str) else words
     for word in models:
-        named_path(word, "MODEL")
+        check_path(word, "MODEL")
     values["model"] = models[0] if models else None
     for name, flag in flags.items():
         if values[name] is None:
             values[name] = unflagged_value(parser, flag, environment, config)
     values |= {name: tuple(values[name] or ()) for name in flags if flags[name].many}
-    if command == "serve":  # from here on we keep only the hashes
+    if command == "serve":  # only the hashes are kept from here on
         values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
         in_folder = values["models"] is not None or values["watch"] is not None
         values["several"] = chosen_models(parser, models, tables, in_folder, config_file)
@@ -309,7 +310,7 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
             values["model"] = None
         if values["watch_text"] is not None and values["watch"] is None:
             raise ConfigError("--watch-text scores the checkpoints of --watch: give that folder too")
-    elif command in SEVERAL and models:  # of `compare` and `score` each word is a MODEL
+    elif command in SEVERAL and models:  # each word of `compare` and `score` is a MODEL
         values["model"], values["several"] = None, tuple(ModelChoice(name, name) for name in models)
     return Settings(command=command, **values)
 
@@ -320,39 +321,39 @@ def with_prompt(parser: CommandLine, words: Seq[str], prompt: str | None) -> tup
              if re.search(r"\S\s+\S", word) and not os.path.exists(os.path.expanduser(word))]
     models = [word for word in words if word not in asked]
     if len(asked) + (prompt is not None) > 1:
-        parser.error(f"one prompt, please, and here is another: {asked[-1]!r}")
+        parser.error(f"only one prompt is allowed; this is another: {asked[-1]!r}")
     if models[1:]:
         parser.error(f"unrecognized arguments: {' '.join(models[1:])}")
     return models, asked[0] if asked else prompt
 
 
 def asks_for_json(words: Seq[str], environment: Mapping[str, str]) -> bool:
-    """Does a command line, which may be wrong, ask for a log in JSON?"""
+    """Whether a command line, which may be invalid, asks for a JSON log."""
     text = " ".join(words).replace("=", " ").lower()
     return "--log-format json" in text or environment.get("CHAT_SERVER_LOG_FORMAT", "").lower() == "json"
 
 
 def parse_bundle_words(words: Seq[str]) -> tuple[Path, bool]:
-    """(FILE, whether to leave out the core) of the command `bundle`, which has no Settings."""
+    """Parse `bundle`, which has no Settings: (FILE, whether to leave out the core)."""
     parser = CommandLine(prog="chat_server.py bundle", allow_abbrev=False, description=(
-        "Write the program into one file, with the page and the compiled core of this platform: "
+        "Pack the program into one file, with the page and the compiled core of this platform: "
         "`python FILE` runs it on any machine that has the libraries."))
     parser.add_argument("file", metavar="FILE", nargs="?", default="chat_server.pyz", type=file_name,
                         help="a new file, or a bundle to replace (default: chat_server.pyz)")
     parser.add_argument("--without-core", action="store_true",
-                        help="leave out decode_core: a tenth of the size, and it runs on other platforms too")
+                        help="leave out decode_core: a tenth of the size, and runs on other platforms too")
     values = parser.parse_args(words)
     return Path(values.file), values.without_core
 
 
 def parse_store_words(words: Seq[str]) -> tuple[Path, int | None]:
-    """(FOLDER, the bytes of --prune or None) of the command `store`, which has no Settings."""
+    """Parse `store`, which has no Settings: (FOLDER, the bytes of --prune or None)."""
     parser = CommandLine(prog="chat_server.py store", allow_abbrev=False, description=(
-        "List what lies in a folder of --prefix-store: the tokens of each model, as pages of its KV cache."))
+        "List the contents of a --prefix-store folder: the tokens stored for each model, as KV pages."))
     parser.add_argument("folder", metavar="FOLDER", type=file_name)
     parser.add_argument("--prune", metavar="SIZE", type=size,
-                        help="first delete what was used least recently until SIZE is left, 0 = all; what a "
-                             "running server writes to stays")
+                        help="first delete the least recently used until SIZE is left, 0 = all; what a "
+                             "running server is writing to is kept")
     values = parser.parse_args(words)
     return Path(values.folder).expanduser(), values.prune
 

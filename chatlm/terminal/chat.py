@@ -1,4 +1,4 @@
-"""The commands `chat` and `generate`: what the user types, and what happens then."""
+"""The commands `chat` and `generate`: what the user types, and how it is handled."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def summary(done: Finished, seconds: float) -> str:
     return ", ".join(parts)
 
 
-CONTINUES_TEXTS = ("This model has no chat template: it continues the text that you type, each by itself and "
-                   "without a system message")
+CONTINUES_TEXTS = ("This model has no chat template: it continues the text that you type, without earlier "
+                   "messages or a system message")
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 
 
 def new_request(settings: Settings, parameters: Mapping | None = None, progress: bool = False,
                 **source) -> Request:
-    """A Request. Its answer may fill the context; a raw prompt's may never end, so its length is capped."""
+    """A Request. Its answer may fill the context; a completion may never end, so its length is capped."""
     parameters = parameters or {}
     unset = tuple(name for name in SAMPLING_DEFAULTS
                   if name not in parameters and getattr(settings, name, None) is None)
@@ -78,7 +78,7 @@ def new_request(settings: Settings, parameters: Mapping | None = None, progress:
 
 @dataclass
 class Reply:
-    """An answer as far as it has arrived."""
+    """The part of an answer that has arrived."""
 
     text: str = ""
     reasoning: str = ""
@@ -98,7 +98,7 @@ def usage_of(done: Finished) -> dict[str, int]:
 
 
 async def receive(pool: Pool, request: Request, reply: Reply, writer):
-    """Show an answer as it arrives; `reply` keeps what came, even if the answer fails or is cancelled."""
+    """Show an answer as it arrives; `reply` keeps what arrived, even if the answer fails or is cancelled."""
     began_s = time.monotonic()
     try:
         async with aclosing(pool.answer(request)) as events:
@@ -116,7 +116,7 @@ async def receive(pool: Pool, request: Request, reply: Reply, writer):
 
 
 class Chat:
-    """The `chat` command. The user types messages, or one of COMMANDS; each command is a method here."""
+    """The `chat` command. The user types messages or COMMANDS; each command is a method here."""
 
     def __init__(self, pool: Pool, settings: Settings, conversation: Conversation | None = None):
         self.pool, self.settings = pool, settings
@@ -126,12 +126,12 @@ class Chat:
         self.conversation = conversation or Conversation(settings.system or "")
         self.kept = settings.history and (self.terminal.interactive or settings.continue_)
         self.files: set[Path] = set()  # files that hold only this conversation: /save may overwrite them
-        self.draft = ""                # the text that the next prompt starts with
+        self.draft = ""                # the initial text of the next prompt
         self.failed = self.left = False
         self.answers = self.tokens = 0
 
     async def run(self) -> int:
-        """Run until the user leaves. Returns the exit status: 1 if any message from a pipe failed."""
+        """Run until the user leaves. Returns the exit status: 1 if a message from a pipe failed."""
         about = [] if self.pool.chats else [CONTINUES_TEXTS]
         about.append("/help lists the commands; Ctrl-C stops the answer")
         self.note("\n".join([*self.pool.describe(), *about, *self.conversation.lines()]))
@@ -161,14 +161,14 @@ class Chat:
             if (command := COMMANDS.get(name.lower())) is None:
                 near = did_you_mean(name, COMMANDS, "/")
                 raise ValueError(f"there is no command /{name}{near}; /help lists them, "
-                                 "and // sends a text that begins with a slash")
+                                 "and // sends text that begins with a slash")
             if asyncio.iscoroutine(work := command(self, value.strip())):
                 await work
         elif text:
             await self.ask(text)
 
     async def ask(self, text: str, parent: str | None = ""):
-        """Send a message below the leaf, or below `parent`. It is dropped if no answer comes."""
+        """Send a message below the leaf, or below `parent`. It is dropped if there is no answer."""
         chat, before = self.conversation, self.conversation.leaf
         parent = before if parent == "" else parent
         question = chat.add({"role": "user", "content": text, "parent": parent})
@@ -180,7 +180,7 @@ class Chat:
                 chat.leaf = before
 
     async def answer(self, last: dict):
-        """Answer a question, or continue an answer. If that is stopped or fails, what came of it is kept."""
+        """Answer a question, or continue an answer. If this stops or fails, what arrived is kept."""
         chat, reply, before = self.conversation, Reply(), self.conversation.leaf
         chat.leaf, cut = last["id"], last["role"] == "assistant"
         seed = {"seed": last["seed"]} if cut and type(last.get("seed")) is int else {}
@@ -227,7 +227,7 @@ class Chat:
                 self.conversation.write(state_file(LAST_CHAT), 0o600)
             except OSError as error:
                 self.kept = False
-                self.note(f"--continue will not find this chat: {error}")
+                self.note(f"this chat is not kept for --continue: {error}")
 
     # commands
 
@@ -237,13 +237,13 @@ class Chat:
         self.note("\n".join(f"{name:19} {help}" for name, help in [*rows, *KEYS]))
 
     def slash_clear(self, value: str):
-        """/clear: forget the conversation"""
+        """/clear: start a new conversation"""
         self.conversation = Conversation(self.conversation.system, self.conversation.parameters)
         self.files = set()
-        self.note("The conversation is forgotten.")
+        self.note("The conversation has been cleared.")
 
     def slash_system(self, value: str):
-        """/system TEXT: set the system message; without TEXT there is none"""
+        """/system TEXT: set the system message; no TEXT: none"""
         self.conversation.system = value
         self.note(f"The system message is now {shown(value) if value else 'empty'}.")
 
@@ -275,7 +275,7 @@ class Chat:
         self.note("\n".join(f"{name:12} {'-' if row in (None, '') else row}" for name, row in rows.items()))
 
     def slash_save(self, value: str):
-        """/save FILE: keep the conversation; the page can import it"""
+        """/save FILE: save the conversation; the page can import it"""
         title = re.sub(r"\W+", "-", self.conversation.title).strip("-") or "chat"
         path = Path(value or f"{title}.json").expanduser()
         if path.exists() and path.resolve() not in self.files:
@@ -285,10 +285,10 @@ class Chat:
         except OSError as error:  # of this file, not of stdout
             raise ValueError(f"cannot write {path}: {error.strerror}") from None
         self.files.add(path.resolve())
-        self.note(f"Saved as {path}; the page's Import and /load read it.")
+        self.note(f"Saved as {path}; /load and the page's Import can read it.")
 
     def slash_load(self, value: str):
-        """/load FILE: continue a saved chat, or the page's; FILE N: its N-th one"""
+        """/load FILE: continue a chat saved here or by the page; FILE N: its Nth chat"""
         [(name, number)] = re.findall(r"\A(.*?)(?:\s+(\d+))?\Z", value, re.DOTALL)
         name, number = (value, "") if Path(value).expanduser().exists() else (name, number)
         try:
@@ -310,7 +310,7 @@ class Chat:
         return question
 
     async def slash_retry(self, value: str):
-        """/retry: another answer to the last message"""
+        """/retry: get another answer to the last message"""
         await self.answer(self._question())
 
     async def slash_edit(self, value: str):
@@ -323,7 +323,7 @@ class Chat:
         await self.ask(value, question["parent"])
 
     async def slash_continue(self, value: str):
-        """/continue: continue an answer that was cut"""
+        """/continue: continue an answer that was cut off"""
         if not (path := self.conversation.path()) or path[-1]["role"] != "assistant":
             raise ValueError("there is no answer to continue")
         if path[-1]["content"] and (self.pool.continues or not self.pool.chats):
@@ -332,11 +332,11 @@ class Chat:
             await self.ask("Please continue.")
 
     async def slash_read(self, value: str):
-        """/read FILE TEXT: send a file's text, and a question about it"""
+        """/read FILE TEXT: send a file's text with a question about it"""
         name, question = file_and_rest(value)
         text = read_text(name)
         if not question and self.terminal.interactive:
-            self.note(f"Your question about {name}; Enter sends its text alone, Ctrl-C nothing.")
+            self.note(f"Your question about {name}? Enter sends only its text, Ctrl-C sends nothing.")
             if (typed := await self.terminal.read(leaves=False)) is None:
                 return
             question = whole_unicode(typed).strip()
@@ -361,9 +361,9 @@ class Chat:
 COMMANDS = {name.removeprefix("slash_"): run for name, run in vars(Chat).items() if name.startswith("slash_")}
 
 
-KEYS = (  # what else one can type
-    ("// ...", "send a text that begins with a slash"),
-    ("Alt-Enter", "begin a new line"),
+KEYS = (  # what else can be typed
+    ("// ...", "send text that begins with a slash"),
+    ("Alt-Enter", "start a new line"),
     ('""" ... """', "a message of several lines"),
     ("Tab", "complete a command; while it thinks: answer now"),
     ("Ctrl-C", "stop the answer or clear the line; twice if empty: leave"),
@@ -373,7 +373,7 @@ LAST_CHAT = "last-chat.json"
 
 
 def last_chat(settings: Settings) -> Conversation:
-    """What `chat` kept of the chat before this one. ConfigError if there is none."""
+    """The previous chat, as `chat` stored it. ConfigError if there is none."""
     path = None
     try:
         path = state_file(LAST_CHAT)
@@ -382,13 +382,13 @@ def last_chat(settings: Settings) -> Conversation:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--continue: cannot read {path or 'the last chat'}: {error}") from None
     if chat is None:
-        raise ConfigError("--continue: there is no chat to go on with (--no-history keeps none)")
+        raise ConfigError("--continue: there is no chat to continue (--no-history keeps none)")
     chat.system = chat.system if settings.system is None else settings.system
     return chat
 
 
 def file_and_rest(value: str) -> tuple[str, str]:
-    """The name of a file, which may have spaces, and the words after it: the longest name that is a file's,
+    """A file's name, which may have spaces, and the words after it: the longest name of an existing file,
     else the first word."""
     ends = [match.start() for match in itertools.islice(re.finditer(r"\s+|\Z", value), 64)]
     names = [value[:end] for end in ends if os.path.isfile(os.path.expanduser(value[:end]))]
@@ -398,7 +398,7 @@ def file_and_rest(value: str) -> tuple[str, str]:
 
 def read_text(name: str) -> str:
     if not name:
-        raise ValueError("the name of a file is missing")
+        raise ValueError("the file name is missing")
     try:
         return read_small(Path(name).expanduser()).decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError:
@@ -409,7 +409,7 @@ async def chat(settings: Settings) -> int:
     """The `chat` command: answer messages until the user leaves; with `-p`, answer once."""
     if settings.prompt is not None:
         if settings.continue_:
-            raise ConfigError("--continue takes its messages from the terminal or a pipe: leave out --prompt")
+            raise ConfigError("--continue reads messages from the terminal or a pipe: leave out --prompt")
         return await generate(settings)
     conversation = last_chat(settings) if settings.continue_ else None
     async with open_pool(settings) as pool:
@@ -419,7 +419,7 @@ async def chat(settings: Settings) -> int:
 def prompt_text(settings: Settings) -> str:
     """--prompt, or stdin for `-` and for a pipe. ConfigError if there is no text."""
     if settings.prompt is None and sys.stdin.isatty():
-        raise ConfigError("nothing to answer: give --prompt TEXT, or text on stdin")
+        raise ConfigError("nothing to answer: give --prompt TEXT, or pipe text to stdin")
     text = settings.prompt if settings.prompt not in (None, "-") else sys.stdin.read().removesuffix("\n")
     if not text.strip():
         raise ConfigError("nothing to answer: the prompt is empty")
@@ -437,7 +437,7 @@ async def generate(settings: Settings) -> int:
         request = (new_request(settings, messages=(*turns, Message("user", text))) if pool.chats else
                    new_request(settings, prompts=(text,)))
         await receive(pool, request, reply, writer)
-    assert reply.done  # an answer that does not fail says how it ended
+    assert reply.done  # an answer that does not fail ends with Finished
     if settings.json:
         print(reply.as_json(request, reply.done), flush=True)
     print(summary(reply.done, reply.seconds), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Conversations, in the format that the page exports and imports (static/tree.js)."""
+"""Conversations in the page's export format (static/tree.js)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def title_of(text: str) -> str:
 
 
 def known_parameters(parameters) -> dict:
-    """Those of the parameters in a file that exist and whose values are valid."""
+    """The parameters of a file that are known and have valid values."""
     parameters, known = parameters if isinstance(parameters, dict) else {}, {}
     for name, parse in PARAMETERS.items():
         with suppress(ValueError, TypeError, argparse.ArgumentTypeError):
@@ -49,7 +49,7 @@ def known_parameters(parameters) -> dict:
 
 
 class Conversation:
-    """The tree of a chat's messages. The path to `leaf` is current; other answers and versions branch off."""
+    """A chat's tree of messages. The path to `leaf` is current; other answers and versions branch off."""
 
     def __init__(self, system: str = "", parameters: Mapping | None = None, fields=None):
         self.fields = {"title": "", "created": now_ms(), "pinned": False, **(fields or {})}
@@ -58,7 +58,7 @@ class Conversation:
         self.leaf: str | None = None
 
     def path(self) -> list[dict]:
-        """The nodes from the first message to the leaf; in a file, their parents may form a cycle."""
+        """The nodes from the first message to the leaf; a file's parents may form a cycle."""
         path, node = {}, self.nodes.get(self.leaf or "")
         while node and node["id"] not in path:
             path[node["id"]] = node
@@ -79,7 +79,7 @@ class Conversation:
         return next((node for node in reversed(self.path()) if node["role"] == role), None)
 
     def messages(self) -> tuple[Message, ...]:
-        """What is sent. Empty messages are dropped and neighbours of one role joined: templates alternate."""
+        """The messages to send: no empty ones, and adjacent ones of a role joined: templates alternate."""
         messages = [Message("system", self.system)] if self.system.strip() else []
         texts = (node for node in self.path() if node["content"])
         for role, nodes in itertools.groupby(texts, key=lambda node: node["role"]):
@@ -87,7 +87,7 @@ class Conversation:
         return tuple(messages)
 
     def last_text(self) -> str:
-        """The last message of the user and what follows it, for a model that continues texts."""
+        """The user's last message and what follows it, for a completion model."""
         texts = [node["content"] for node in self.path()]
         begins = [index for index, node in enumerate(self.path()) if node["role"] == "user"]
         return "".join(texts[begins[-1] if begins else 0:])
@@ -105,13 +105,13 @@ class Conversation:
         part.replace(path)
 
     def lines(self) -> list[str]:
-        """What a terminal shows of it."""
+        """The lines that a terminal shows."""
         return [f"> {node['content']}" if node["role"] == "user" else node["content"] + "\n"
                 for node in self.path()]
 
 
 def read_chats(text: str) -> list[Conversation]:
-    """The conversations in an exported file, or in a list of messages. ValueError says what is wrong."""
+    """The conversations in an exported file, or in a list of messages. ValueError if it is neither."""
     try:
         file = json.loads(text)
     except (ValueError, RecursionError):
@@ -126,7 +126,7 @@ def read_chat(chat, index: int) -> Conversation:
     chat = dict(chat) if isinstance(chat, dict) else {}
     listed, leaf = chat.pop("nodes", chat.pop("messages", None)), chat.pop("leaf", None)
     if not isinstance(listed, list):
-        raise ValueError('there is no list "messages" of {role, content}, and no "nodes", in it')
+        raise ValueError('it has no list "messages" of {role, content}, and no "nodes"')
     old = chat.pop("settings", None)  # format version 1
     system = chat.pop("system", old.get("system") if isinstance(old, dict) else None)
     parameters = known_parameters(chat.pop("parameters", old))
@@ -135,12 +135,12 @@ def read_chat(chat, index: int) -> Conversation:
         message = {"parent": conversation.leaf, **message} if isinstance(message, dict) else {}
         message["content"] = text = message.get("content") or ""
         if message.get("role") not in ("user", "assistant", "system") or not is_text(text):
-            raise ValueError(f"message {number} of chat {index} lacks a role or a text")
+            raise ValueError(f"message {number} of chat {index} lacks a role or text")
         if message["role"] == "system":
             conversation.system = text
         elif is_text(message.get("id", "")) and message.get("id") not in conversation.nodes:
             conversation.add(message if is_text(message["parent"]) else message | {"parent": None})
         else:
-            raise ValueError(f"message {number} of chat {index} has no id, or the id of another")
+            raise ValueError(f"message {number} of chat {index} has no id, or a duplicate one")
     conversation.leaf = leaf if is_text(leaf) and leaf in conversation.nodes else conversation.leaf
     return conversation

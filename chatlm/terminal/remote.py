@@ -1,4 +1,4 @@
-"""A server at --url behind the same interface as a pool here."""
+"""A server at --url, with the interface of a local pool."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ NATIVE_ROUTE = "chat/completions"
 
 
 class RemotePool:
-    """A running server (--url) behind the same `answer` as WorkerPool.
+    """A running server (--url) with the same `answer` as WorkerPool.
 
     Requests go to /v1, or to nanochat's /chat/completions if the server has only that. A broken stream is
-    resumed if the server kept it; an answer that nobody reads any more is cancelled on the server."""
+    resumed if the server kept it; an answer without a reader is cancelled on the server."""
 
-    CONTINUING = "vllm", "sglang", "llamacpp"  # continue a last message, but their models do not say so
+    CONTINUING = "vllm", "sglang", "llamacpp"  # can continue a last message, but do not list it
     ready = True
 
     def __init__(self, settings: Settings):
         if choice := explicit_choice(settings) or " ".join(f"--lora {folder}" for folder in settings.lora):
-            raise ConfigError(f"{choice}: only for a model that is loaded here, and --url names a server")
+            raise ConfigError(f"{choice}: only for a model that is loaded here, but --url names a server")
         self.own_sampling: tuple[dict, str] = {}, ""
         url = (settings.url or "").rstrip("/").removesuffix("/v1")
-        self.wanted = settings.model  # a model there
+        self.wanted = settings.model  # one of the server's
         self.url = url if "://" in url else f"http://{url}"
         self.headers = {"Authorization": f"Bearer {key}" for key in settings.api_key[:1]}
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.client: Any = None
         self.model: dict = {}  # its entry in /v1/models
-        self.native = self.reached = False  # does it have only nanochat's route? has it answered yet?
+        self.native = self.reached = False  # has it only nanochat's route? has it answered yet?
 
     async def start(self):
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=6 * PING_S)
@@ -72,17 +72,17 @@ class RemotePool:
         self.own_sampling = numbers, "the server"
 
     async def _choose(self, models: list[dict]) -> dict:
-        """The first of the server's models, or the one that MODEL names; ConfigError if it has no such."""
+        """The server's first model, or the one that MODEL names; ConfigError if it has none."""
         name, ids = self.wanted, [str(model.get("id")) for model in models]
         if name is None or name in ids:
             return models[ids.index(name) if name else 0] if models else {}
-        if (model := await self.get(f"v1/models/{quote(name)}")).get("id"):  # another of its names
+        if (model := await self.get(f"v1/models/{quote(name)}")).get("id"):  # an alias
             return model
-        has = f"it has {', '.join(ids)}{did_you_mean(name, ids)}" if ids else "it does not say what it has"
+        has = f"it has {', '.join(ids)}{did_you_mean(name, ids)}" if ids else "it does not list its models"
         raise ConfigError(f"MODEL {name}: the server at {self.url} has no such model; {has}")
 
     async def ask(self, method: str, path: str, **options):
-        """A response. ConfigError if no server answers, EngineFailure if one that did breaks off."""
+        """Send a request. ConfigError if no server answers, EngineFailure if it stops responding."""
         try:
             response = await self.client.request(method, f"{self.url}/{path}", **options)
             self.reached = True
@@ -93,7 +93,7 @@ class RemotePool:
             raise ConfigError(f"no server answers at {self.url}: {reason_of(error)}") from None
 
     async def get(self, path: str, *statuses: int) -> dict:
-        """The JSON object that a route returns with status 200 or one of these; {} for anything else."""
+        """The JSON object of a route's response with status 200 or one of these; {} for anything else."""
         body: Any = None
         async with await self.ask("GET", path) as response:
             with suppress(ValueError, *connection_errors()):
@@ -123,7 +123,7 @@ class RemotePool:
         return object_in(self.model, "capabilities").get("reasoning_budget") is True
 
     async def end_thinking(self, request_id: str) -> bool:
-        """End the reasoning of a running request, if the server can: another would end the whole answer."""
+        """End the reasoning of a request, if supported: other servers would end the whole answer."""
         if not self.ends_thinking:
             return False
         with suppress(ChatServerError):
@@ -152,7 +152,7 @@ class RemotePool:
             await stream.close()
 
     def _routes(self, request: Request) -> list[tuple[str, dict]]:
-        """The routes to ask, the better one first, each with its body."""
+        """The routes to try, the preferred one first, each with its body."""
         native = NATIVE_ROUTE, native_body(request)
         route = "v1/completions" if request.messages is None else "v1/chat/completions"
         return [native] if self.native else [(route, self._body(request)), native]

@@ -1,4 +1,4 @@
-"""The commands `compare` and `score`: several models, the same question or the same text."""
+"""The commands `compare` and `score`: several models with the same question or text."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.front.pool.models import Model
 
-SENT = "temperature", "top_k", "top_p", "min_p", "max_tokens", "seed"  # flags that a server at --url is told
+SENT = "temperature", "top_k", "top_p", "min_p", "max_tokens", "seed"  # flags sent to a server at --url
 
 
 class Column:
-    """An answer that is compared, as far as it has arrived."""
+    """One of the compared answers, as far as it has arrived."""
 
     def __init__(self):
         self.parts = {"token": "", "reasoning": ""}
@@ -42,16 +42,16 @@ class Column:
         self.differs: dict | None = None
 
     def note(self) -> str:
-        """What is said of it below its text."""
+        """The note below its text."""
         if "error" in self.end:
             return f"failed: {self.end['error']['message']}"
         count = self.end["usage"]["completion_tokens"]
         words = [f"{count} tokens, {self.end['finish_reason']}"]
         if self.differs:
-            theirs, mine = ("its end" if value is None else f"{value:.1%}"
-                            for value in self.differs["probabilities"])
-            words.append(f"leaves the first answer at token {self.differs['position']}: "
-                         f"there {theirs}, here {mine}")
+            first, own = ("the end" if value is None else f"{value:.1%}"
+                          for value in self.differs["probabilities"])
+            words.append(f"differs from the first answer from token {self.differs['position']} on: "
+                         f"{first} there, {own} here")
         return "; ".join(words)
 
     def as_json(self) -> str:
@@ -61,12 +61,12 @@ class Column:
 
 
 async def compare(settings: Settings) -> int:
-    """The `compare` command: the answers on stdout, one below the other; 1 if one failed."""
+    """The `compare` command: prints the answers one below the other; returns 1 if one failed."""
     names = [choice.path for choice in settings.several]
     if not 2 <= len(names) <= LIMITS.compared:
-        raise ConfigError(f"compare takes 2 to {LIMITS.compared} MODELs, and here are {len(names)}")
+        raise ConfigError(f"compare takes 2 to {LIMITS.compared} MODELs, not {len(names)}")
     if len({*names}) < len(names):
-        raise ConfigError("compare: each MODEL must be another; /v1/compare has `variants` of one model")
+        raise ConfigError("compare: each MODEL must be different; /v1/compare takes `variants` of one")
     text, columns, turn = prompt_text(settings), [Column() for _ in names], 0
     system = [{"role": "system", "content": settings.system}] if settings.system else []
     body = {"models": names, "messages": [*system, {"role": "user", "content": text}],
@@ -75,10 +75,10 @@ async def compare(settings: Settings) -> int:
         async for event in events:
             if "done" in event:
                 break
-            its = event.get("differs", event)
-            column = columns[its["index"]]
+            content = event.get("differs", event)
+            column = columns[content["index"]]
             if "differs" in event:
-                column.differs = its
+                column.differs = content
             elif "finish_reason" in event:
                 column.end = {name: value for name, value in event.items() if name != "index"}
             for name in column.parts.keys() & event.keys():
@@ -91,7 +91,7 @@ async def compare(settings: Settings) -> int:
 
 
 def show(column: Column, name: str) -> bool:
-    """Print what is new of an answer; True once it is whole."""
+    """Print the new part of an answer; True once it is complete."""
     new = column.parts["token"][column.shown:]
     if not column.shown and (new or column.end):
         print(f"== {visible(name)}", flush=True)
@@ -104,7 +104,7 @@ def show(column: Column, name: str) -> bool:
 
 
 async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, None]:
-    """The events of /v1/compare, from the server at --url or from models that are loaded here."""
+    """The events of /v1/compare, from the server at --url or from models loaded here."""
     if settings.url:
         remote = RemotePool(replace(settings, model=None))
         try:
@@ -136,13 +136,13 @@ async def read_here(body: dict, models: Seq[Model], indices: Seq[int], seed: int
 
 
 async def score(settings: Settings) -> int:
-    """The `score` command: a line for each model."""
+    """The `score` command: prints a line for each model."""
     if settings.text is None:
         raise ConfigError("score needs --text FILE, the text to score")
     text = read_scored(settings.text, "--text")
     for choice in settings.several or (ModelChoice(""),):
-        its = replace(settings, model=choice.path or None, several=())
-        async with open_pool(its) as pool:
+        one_model = replace(settings, model=choice.path or None, several=())
+        async with open_pool(one_model) as pool:
             assert not isinstance(pool, RemotePool)  # the command has no --url
             name, began_s = choice.path or pool.model_name, time.monotonic()
             scored = await score_text(pool, text)

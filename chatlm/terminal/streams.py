@@ -1,4 +1,4 @@
-"""The event streams of a server at --url: one reader for all routes, which resumes what breaks off."""
+"""The event streams of a server at --url: one reader for all routes, which resumes broken streams."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 async def server_events(content) -> AsyncGenerator[tuple[int | None, dict], None]:
-    """The number, where the server numbers them, and the JSON object of each event up to [DONE].
+    """(number, if the server numbers them, JSON object) of each event up to [DONE].
 
-    An event counts once the empty line after it has come. ValueError for one that is no JSON object."""
+    An event is complete at the empty line after it. ValueError if one is not a JSON object."""
     number, data, rest = None, [], b""
     async for chunk in content.iter_any():
         *lines, rest = (rest + chunk).split(b"\n")
@@ -44,9 +44,9 @@ async def server_events(content) -> AsyncGenerator[tuple[int | None, dict], None
 
 
 class EventStream:
-    """The answer of a server to one POST: its events, resumed if the connection breaks and the server can.
+    """A server's answer to one POST: its events, resumed if the connection breaks and the server supports it.
 
-    `ends` tells the event that ends the answer. One that is closed before is cancelled on the server."""
+    `ends` recognizes the last event of an answer. Closing earlier cancels the answer on the server."""
 
     RESUME_S = (0.2, 0.5, 1, 2, 5, 5, 5, 5)  # pauses before each attempt to resume; GRACE_S is longer
 
@@ -54,11 +54,11 @@ class EventStream:
         self.pool, self.ends, self.request_id = pool, ends, request_id
         self.response: Any = None
         self.next: int | None = None  # number of the next event, if the server numbers them
-        self.whole = False            # has the event that ends it come?
-        self.pauses_s = iter(self.RESUME_S)  # those left until one more event has come
+        self.whole = False            # whether the last event has arrived
+        self.pauses_s = iter(self.RESUME_S)  # those left; each new event restores them
 
     async def post(self, *routes: tuple[str, dict]) -> str:
-        """Ask the first of these routes that the server has, and return it. Raises the server's refusal."""
+        """Post to the first of these routes that the server has; returns its path. Raises its error."""
         headers, last = {"X-Request-Id": self.request_id} if self.request_id else {}, routes[-1][0]
         for path, body in routes:
             self.response = await self.pool.ask("POST", path, json=body, headers=headers)
@@ -87,12 +87,12 @@ class EventStream:
             except connection_errors() as error:
                 self.response.close()
                 if not await self._resume():
-                    if self.whole:  # only figures are missing
+                    if self.whole:  # only statistics are missing
                         return
                     raise broken(self.pool.url, error) from None
 
     async def _resume(self) -> bool:
-        """Ask for the rest; False if the server does not have it."""
+        """Request the rest; False if the server does not have it."""
         for pause_s in self.pauses_s if self.next is not None else ():
             await asyncio.sleep(pause_s)
             with suppress(ChatServerError):
@@ -113,10 +113,10 @@ class EventStream:
 
 
 class AnswerReader:
-    """Reads the events of an answer, of /v1 or of the native API."""
+    """Reads the events of an answer from /v1 or the native API."""
 
     def __init__(self):
-        self.ending: dict = {}  # finish_reason, usage, timings ... as they come
+        self.ending: dict = {}  # finish_reason, usage, timings ... as they arrive
         self.pieces, self.begin_s, self.first_s = 0, time.monotonic(), 0.0
 
     @staticmethod
@@ -129,7 +129,7 @@ class AnswerReader:
                 "stop_reason": body.get("stop_reason", choice.get("stop_reason"))} if reason else {}
 
     def read(self, body: dict) -> Piece | PromptProgress | None:
-        """What an event adds; None if nothing. Raises the server's error if it is one."""
+        """The new part in an event; None if it has none. Raises if it is the server's error."""
         if "error" in body:
             raise remote_error(body, 500)
         self.ending |= self.end_of(body)
@@ -153,7 +153,7 @@ class AnswerReader:
         return Piece(deltas=deltas, gpu=body.get("gpu", 0))
 
     def finished(self) -> Finished:
-        """The server's final figures; those it left out are measured here, counting a piece as a token."""
+        """The server's final statistics; missing ones are measured here, counting a piece as a token."""
         done = self.ending
         usage, timings = done.get("usage") or {}, done.get("timings") or {}
         prompt, completion = (usage.get(f"{name}_tokens_details") or {} for name in ("prompt", "completion"))
@@ -178,7 +178,7 @@ async def compared_at(pool: RemotePool, body: dict) -> AsyncGenerator[dict, None
         await stream.post(("v1/compare", body))
         async with aclosing(stream.events()) as events:
             async for event in events:
-                if "error" in event and "index" not in event:  # of the whole comparison
+                if "error" in event and "index" not in event:  # the whole comparison failed
                     raise remote_error(event, 500)
                 yield event
     finally:

@@ -1,4 +1,4 @@
-"""What an answer looks like on a terminal, and reading lines from it."""
+"""Drawing answers on a terminal, and reading lines from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TERMINAL_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if ch
 
 @functools.cache
 def markdown_library() -> tuple[Any, Any]:
-    """(parser, rich's class) for Markdown as models write it: HTML, LaTeX and line breaks stay."""
+    """(parser, rich's class) for models' Markdown: HTML, LaTeX and line breaks are kept as typed."""
     from markdown_it import MarkdownIt
     from rich import markdown
     from rich.text import Text
@@ -40,7 +40,7 @@ def markdown_library() -> tuple[Any, Any]:
 
     class Code(markdown.CodeBlock):
         def __rich_console__(self, console, options) -> Iterator[Any]:
-            whole = options.max_width == console.width  # not in a list: long lines stay, fit to copy
+            whole = options.max_width == console.width  # not in a list: long lines stay whole, for copying
             code, overflow = str(self.text).rstrip("\n"), "ignore" if whole else "fold"
             yield Text(code, "cyan", no_wrap=whole, overflow=overflow)
 
@@ -52,7 +52,7 @@ def markdown_library() -> tuple[Any, Any]:
 
 
 def markdown_blocks(text: str, style: str) -> list[tuple[int, Any]]:
-    """[(the line where a block begins, what rich can draw)]."""
+    """[(line where a block begins, its rich renderable)]."""
     parser, renderer = markdown_library()
     blocks: list[tuple[int, Any]] = []
     for token in parser.parse(text):
@@ -68,9 +68,9 @@ def markdown_blocks(text: str, style: str) -> list[tuple[int, Any]]:
 
 
 class MarkdownWriter:
-    """Draws an answer as it arrives. A block is written once; only the last one is redrawn as it grows.
+    """Draws an answer as it arrives. Finished blocks are written once; only the last one is redrawn.
 
-    An answer that continues the text `before` begins with its last block."""
+    An answer that continues the text `before` starts with the last block of that text."""
 
     def __init__(self, console, before: str = "", hint: bool = False):
         from rich import live, segment
@@ -86,7 +86,7 @@ class MarkdownWriter:
     def progress(self, event: PromptProgress):
         share = min(1.0, event.prompt_tokens_done / max(1, event.prompt_tokens))
         self.waiting = (f"loading the model, {event.loading:.0%}" if event.loading is not None else
-                        f"in the queue, place {event.queue_position}" if event.queue_position else
+                        f"number {event.queue_position} in the queue" if event.queue_position else
                         f"reading the prompt, {share:.0%}")
         self.live.refresh()
 
@@ -102,7 +102,7 @@ class MarkdownWriter:
                 self._write(blocks, self.text.split("\n", line)[-1])
 
     def _write(self, blocks: list[tuple[int, Any]], rest: str):
-        """Write blocks for good; `rest` is the text after them."""
+        """Write blocks permanently; `rest` is the text after them."""
         self.text, lines = rest, self._lines(blocks)
         if lines:
             self.begun = True
@@ -119,7 +119,7 @@ class MarkdownWriter:
         return separated
 
     def __rich_console__(self, console, options) -> Iterator[Any]:
-        """The last lines, as many as fit on the screen: what has scrolled away is never drawn again."""
+        """The last lines that fit on the screen: lines that have scrolled away are never redrawn."""
         lines = self._lines(markdown_blocks(self.text, self.style))
         if self.hint and self.style == "dim" and (lines or self.begun):
             lines.append([self.segment.Segment(self.hint, console.get_style("cyan"))])
@@ -134,7 +134,7 @@ class MarkdownWriter:
 
 
 class PlainWriter:
-    """Writes an answer as it arrives; a model's control characters never reach a terminal."""
+    """Prints an answer as it arrives; a model's control characters never reach a terminal."""
 
     def __init__(self, silent: bool):
         self.silent, self.last = silent, "\n"
@@ -154,13 +154,13 @@ class PlainWriter:
 
 
 def block_is_open(text: str) -> bool:
-    """Is a message in \""" still open? Enter then starts a new line."""
+    """Whether a message in \""" is still open: Enter then starts a new line."""
     text = text.strip()
     return text.startswith('"""') and (len(text) < 6 or not text.endswith('"""'))
 
 
 def state_file(name: str) -> Path:
-    """A file that only its owner can read, and that outlives this chat. OSError if it cannot be created."""
+    """A persistent file that only its owner can read. OSError if it cannot be created."""
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     path = state / "chat_server" / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ class Terminal:
         self.session = self.console = None
         self.as_json = settings.json
         self.lines: asyncio.Queue[str | None] = asyncio.Queue()
-        self.work: asyncio.Future | None = None  # of a key that was pressed during an answer
+        self.work: asyncio.Future | None = None  # started by a key pressed during an answer
         if self.interactive and all(map(importlib.util.find_spec, ("prompt_toolkit", "rich"))):
             self.console = importlib.import_module("rich.console").Console(highlight=False)
             self.session = self._open_session(settings, words)
@@ -202,7 +202,7 @@ class Terminal:
             try:
                 past = history.FileHistory(str(state_file("history")))
             except OSError as error:
-                self.note(f"no history will be kept: {error}")
+                self.note(f"history will not be kept: {error}")
         return PromptSession(
             history=past, key_bindings=self._keys(), multiline=True,
             completer=Completer(), complete_while_typing=False,
@@ -210,7 +210,7 @@ class Terminal:
 
     @staticmethod
     def _keys():
-        """Enter sends, except in an open block; Alt-Enter breaks a line; Ctrl-C clears the input or exits."""
+        """Enter sends, except in an open block; Alt-Enter starts a line; Ctrl-C clears the input or exits."""
         keys = importlib.import_module("prompt_toolkit.key_binding").KeyBindings()
 
         @keys.add("enter")
@@ -232,9 +232,9 @@ class Terminal:
         return keys
 
     def _read_lines(self, loop: asyncio.AbstractEventLoop):
-        """Runs in a daemon thread: stdin may be a file, a pipe or a terminal, and must not delay the exit."""
+        """Runs in a daemon thread: stdin may be a file, a pipe or a terminal, and must not delay exiting."""
         put = partial(loop.call_soon_threadsafe, self.lines.put_nowait)
-        # not sys.stdin itself: at its exit, Python waits for a thread that reads from it
+        # not sys.stdin itself: at exit, Python waits for a thread that reads from it
         own = partial(open, sys.stdin.fileno(), encoding="utf-8", errors="replace", newline="\n")
         with suppress(OSError, RuntimeError), own(closefd=False) as lines:  # RuntimeError: the loop has ended
             for line in lines:
@@ -242,8 +242,8 @@ class Terminal:
             put(None)
 
     async def read(self, default: str = "", leaves: bool = True) -> str | None:
-        """The next message; None if the user leaves: end of file, or Ctrl-C, which hints first if that ends
-        the chat."""
+        """The next message; None if the user leaves, by end of file or Ctrl-C. Where Ctrl-C would end the
+        chat, the first one only shows a hint."""
         hints = leaves and self.interactive
         while True:
             try:
@@ -256,7 +256,7 @@ class Terminal:
                 if not hints:
                     return None
                 hints = False
-                self.note("Ctrl-C again leaves the chat, as Ctrl-D does")
+                self.note("Press Ctrl-C again or Ctrl-D to leave the chat")
 
     async def _read_block(self) -> str | None:
         """One line, or several between \"""."""
@@ -271,7 +271,7 @@ class Terminal:
         return text
 
     def note(self, text: str, style: str = "dim"):
-        """Our own lines: among the messages on a terminal, else on stderr, as stdout carries only answers."""
+        """Print our own lines: between messages on a terminal, else on stderr, as stdout has only answers."""
         if self.console:
             self.console.print(visible(text), style=style, markup=False, emoji=False)
         else:
@@ -281,13 +281,13 @@ class Terminal:
         return MarkdownWriter(self.console, before, hint) if self.console else PlainWriter(self.as_json)
 
     def _run_soon(self, work: Callable[[], Awaitable]):
-        self.work = asyncio.ensure_future(supervised("what a key asked for", work))
+        self.work = asyncio.ensure_future(supervised("the action of a key", work))
 
     @contextmanager
     def unechoed(self, on_tab: Callable[[], Awaitable]) -> Iterator[None]:
-        """Keep what is typed during an answer out of it; the input waits for the next prompt. Tab is a key.
+        """Do not echo what is typed during an answer: it stays queued for the next prompt. Tab acts at once.
 
-        Nothing may read it, since the next prompt wants the rest; so the terminal makes a signal of it."""
+        Reading input here would take it from the next prompt, so the terminal turns Tab into a signal."""
         import termios
         try:
             before = termios.tcgetattr(descriptor := sys.stdin.fileno())
@@ -295,7 +295,7 @@ class Terminal:
             yield
             return
         silent, loop = copy.deepcopy(before), asyncio.get_running_loop()
-        silent[3] = silent[3] & ~termios.ECHO | termios.NOFLSH  # else a signal drops what was typed
+        silent[3] = silent[3] & ~termios.ECHO | termios.NOFLSH  # otherwise a signal drops typed input
         silent[6][termios.VQUIT] = b"\t"
         loop.add_signal_handler(signal.SIGQUIT, self._run_soon, on_tab)
         termios.tcsetattr(descriptor, termios.TCSADRAIN, silent)

@@ -16,21 +16,21 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.files import read_operators
 
 TYPED = [   # a line of a --config file, and what its refusal says
-    ("[[models]]\npath = 'a'\naliases = [1, 2]", "[[models]] 1: aliases must be a text in quotes, or a list of these"),
-    ("[[models]]\npath = 'a'\naliases = 3", "aliases must be a text"), ("[[models]]\npath = 'a'\naliases = ['']", "aliases must not be empty"),
-    ("[[models]]\npath = 'a'\naliases = [['b']]", "aliases must be a text"), ("[[models]]\npath = 'a'\naliases = {b = 'c'}", "aliases must be a text"),
-    ("[[models]]\npath = 5", "path must be a text"), ("[[models]]\npath = ['a']", "path must be a text"), ("[[models]]\npath = ' '", "path must not be empty"),
-    ("[[models]]\npath = 'a'\nname = true", "name must be a text"), ("[[models]]\npath = 'a'\npin = 1", "pin must be true or false"),
+    ("[[models]]\npath = 'a'\naliases = [1, 2]", "[[models]] 1: aliases must be text in quotes, or a list of these"),
+    ("[[models]]\npath = 'a'\naliases = 3", "aliases must be text"), ("[[models]]\npath = 'a'\naliases = ['']", "aliases must not be empty"),
+    ("[[models]]\npath = 'a'\naliases = [['b']]", "aliases must be text"), ("[[models]]\npath = 'a'\naliases = {b = 'c'}", "aliases must be text"),
+    ("[[models]]\npath = 5", "path must be text"), ("[[models]]\npath = ['a']", "path must be text"), ("[[models]]\npath = ' '", "path must not be empty"),
+    ("[[models]]\npath = 'a'\nname = true", "name must be text"), ("[[models]]\npath = 'a'\npin = 1", "pin must be true or false"),
     ("[[models]]\npath = 'a'\nreplicas = true", "replicas must be a whole number"), ("[[models]]\npath = 'a'\nreplicas = [2]", "replicas must be a whole number"),
-    ("[[models]]\npath = 'a'\nreplicas = 0", "replicas must be a whole number"), ("[[models]]\npath = 'a'\nlora = [1]", "lora must be a text"),
-    ("[[models]]\npath = 'a'\nadapter = {one = 1}", "adapter.one must be a text"), ("[[models]]\npath = 'a'\nmax-batch = true", "max-batch must be a number or a text"),
-    ("[[models]]\npath = 'a'\nquantize = 8", "quantize must be a text"), ("[[models]]\npath = 'a'\ndrafts = 'maybe'", "drafts"),
-    ("served-model-name = [1]", "served-model-name must be a text in quotes, or a list"), ("served-model-name = 1.5", "served-model-name must be a text"),
-    ("api-key = 12345678", "api-key must be a text"), ("host = 127", "host must be a text"), ("model-tag = 20", "model-tag must be a text"),
-    ("models = ['a']", "models must be a text"), ("models = 3", "models must be a text"), ("model = [3]", "model must be a text"), ("prefix-store = 5", "prefix-store must be a text"),
-    ("max-batch = [8]", "max-batch must be a number or a text"), ("port = true", "port must be a number"), ("port = 1979-05-27", "port must be a number"),
-    ("share-prefixes = 'x'", "share_prefixes"), ("share-prefixes = [true]", "share-prefixes must be true or false"), ("adapter = {one = ['a']}", "adapter.one must be a text"),
-    ("cors-origin = [['*']]", "cors-origin must be a text"), ("temperature = [0.5]", "temperature must be a number")]
+    ("[[models]]\npath = 'a'\nreplicas = 0", "replicas must be a whole number"), ("[[models]]\npath = 'a'\nlora = [1]", "lora must be text"),
+    ("[[models]]\npath = 'a'\nadapter = {one = 1}", "adapter.one must be text"), ("[[models]]\npath = 'a'\nmax-batch = true", "max-batch must be a number or text"),
+    ("[[models]]\npath = 'a'\nquantize = 8", "quantize must be text"), ("[[models]]\npath = 'a'\ndrafts = 'maybe'", "drafts"),
+    ("served-model-name = [1]", "served-model-name must be text in quotes, or a list"), ("served-model-name = 1.5", "served-model-name must be text"),
+    ("api-key = 12345678", "api-key must be text"), ("host = 127", "host must be text"), ("model-tag = 20", "model-tag must be text"),
+    ("models = ['a']", "models must be text"), ("models = 3", "models must be text"), ("model = [3]", "model must be text"), ("prefix-store = 5", "prefix-store must be text"),
+    ("max-batch = [8]", "max-batch must be a number or text"), ("port = true", "port must be a number"), ("port = 1979-05-27", "port must be a number"),
+    ("share-prefixes = 'x'", "share_prefixes"), ("share-prefixes = [true]", "share-prefixes must be true or false"), ("adapter = {one = ['a']}", "adapter.one must be text"),
+    ("cors-origin = [['*']]", "cors-origin must be text"), ("temperature = [0.5]", "temperature must be a number")]
 
 
 @pytest.mark.parametrize("line, words", TYPED)

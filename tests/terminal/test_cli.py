@@ -60,8 +60,8 @@ def test_a_model_whose_path_has_a_space_stays_the_model_of_generate(tmp_path):
 
 
 @pytest.mark.parametrize("words, error", [
-    (["Why is it?", "-p", "What is it?"], "one prompt, please, and here is another: 'Why is it?'"),
-    (["Why is it?", "What is it?"], "one prompt, please, and here is another: 'What is it?'"), (["a.gguf", "b.gguf"], "unrecognized arguments: b.gguf")])
+    (["Why is it?", "-p", "What is it?"], "only one prompt is allowed; this is another: 'Why is it?'"),
+    (["Why is it?", "What is it?"], "only one prompt is allowed; this is another: 'What is it?'"), (["a.gguf", "b.gguf"], "unrecognized arguments: b.gguf")])
 def test_generate_takes_one_prompt_and_one_model(words, error):
     with pytest.raises(ConfigError, match=re.escape(error)):
         parse_command_line(["generate", *words], {})
@@ -122,7 +122,7 @@ def test_a_number_of_thousands_of_digits_in_a_config_file_is_a_config_error(tmp_
 
 
 @pytest.mark.parametrize("text, words", [
-    ("[serve]\nport = 1", "[serve] is a table, but flags stand outside tables: `port = 8000`"),
+    ("[serve]\nport = 1", "[serve] is a table, but flags belong outside tables: `port = 8000`"),
     ("max-tokesn = 1", "there is no flag --max-tokesn; did you mean --max-tokens?")])
 def test_a_config_file_that_is_wrong_says_how_it_is_right(tmp_path, text, words):
     (tmp_path / "config.toml").write_text(text)
@@ -543,14 +543,14 @@ async def test_model_beside_url_chooses_there_or_is_refused(capsys):
         return web.json_response({"status": "ok", "ready": True})
 
     async with answering([web.get("/health", health)]) as url:
-        with pytest.raises(ConfigError, match="has no such model; it does not say what it has"):
+        with pytest.raises(ConfigError, match="has no such model; it does not list its models"):
             await generate(Settings(command="generate", prompt="Hi", url=url, model="d20"))
 
 
 def test_flags_that_choose_a_model_here_are_refused_beside_url(capsys):
     for words in ("-g d20", "-s 100", "--lora folder"):
         assert run_main("generate", "--prompt", "Hi", "--url", "localhost:1", *words.split()) == 2
-        assert capsys.readouterr().err == f"chat_server: {words}: only for a model that is loaded here, and --url names a server\n"
+        assert capsys.readouterr().err == f"chat_server: {words}: only for a model that is loaded here, but --url names a server\n"
 
 
 async def test_a_server_that_has_only_nanochat_s_route_is_asked_there(capsys):

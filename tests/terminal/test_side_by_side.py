@@ -30,7 +30,7 @@ def command(line):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("compare a -p x", "takes 2 to 8 MODELs, and here are 1"), (f"compare {'a b c ' * 3} -p x", "here are 9"), ("compare a a -p x", "must be another"),
+    ("compare a -p x", "takes 2 to 8 MODELs, not 1"), (f"compare {'a b c ' * 3} -p x", "not 9"), ("compare a a -p x", "must be different"),
     ("score a", "needs --text"), ("score a --text /nowhere", "No such file"), ("score a --text /dev/null", "it is empty")])
 def test_what_cannot_be_compared_or_scored_is_one_line_and_status_2(line, words, capsys):
     assert chat_server.main(shlex.split(line)) == 2
@@ -67,7 +67,7 @@ async def test_two_models_are_compared_here_and_at_a_server_with_equal_answers(n
             assert await compare(command(f"compare {names[0]} {names[1]} {flags} --url {url}")) == 0
             out, err = capsys.readouterr()
             assert out == f"== {names[0]}\n{here[0]['text']}\n== {names[1]}\n{here[1]['text']}\n"
-            assert f"leaves the first answer at token {here[1]['differs']['position']}: there " in err
+            assert f"differs from the first answer from token {here[1]['differs']['position']} on: " in err
     finally:
         await models.close()
 

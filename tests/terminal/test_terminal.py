@@ -175,7 +175,7 @@ def test_save_replaces_no_file_but_the_chat_s_own(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("text, words", [
     ("not json", "not valid JSON"), ("[1]", "lacks a role"), ("{}", "no list"), ("[" * 9000, "not valid JSON"),
     ('{"messages": [{"role": "tool", "content": "x"}]}', "lacks a role"),
-    ('{"conversations": [{"nodes": [{"id": "a", "role": "user", "content": "x"}, {"id": "a", "role": "user", "content": "y"}]}]}', "id of another")])
+    ('{"conversations": [{"nodes": [{"id": "a", "role": "user", "content": "x"}, {"id": "a", "role": "user", "content": "y"}]}]}', "a duplicate one")])
 def test_a_file_that_is_no_conversation_is_refused_with_the_reason(text, words):
     with pytest.raises(ValueError, match=words):
         read_chats(text)
@@ -215,7 +215,7 @@ def test_each_command_does_what_help_says_and_an_unknown_one_is_an_error(tmp_pat
     out, err = capsys.readouterr()
     assert out == "Hello, world!\n" * 4
     for words in ("/save FILE", "there is no command /hlep; did you mean /help?", "temperature  0.6", "answers 4, tokens 12",
-                  "/set temperature: '9' is not a number from 0 to 2", "one of temperature", "No such file", "the name of a file is missing"):
+                  "/set temperature: '9' is not a number from 0 to 2", "one of temperature", "No such file", "the file name is missing"):
         assert words in err
     listed = err.partition("/help  ")[2].partition("\nerror")[0].splitlines()
     assert len(listed) > 15 and max(map(len, listed)) < 80
@@ -234,7 +234,7 @@ def test_a_question_may_follow_the_name_of_the_file_that_read_sends(tmp_path, mo
 
 def test_the_last_chat_is_gone_on_with(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match="--continue: there is no chat to go on with"):
+    with pytest.raises(ConfigError, match="--continue: there is no chat to continue"):
         chat_with(FakePool(), monkeypatch, ["One"], continue_=True)
     assert chat_with(FakePool(), monkeypatch, ["One"]) == 0 and not (tmp_path / "chat_server/last-chat.json").read_text()      # a pipe's are not kept
     pool, kept = FakePool(), Conversation("Be brief", {"top_k": 7})
@@ -460,7 +460,7 @@ def test_ctrl_c_stops_the_answer_then_clears_the_line_then_leaves(tmp_path):
             pty.expect("five")
             pty.expect("> ")
             pty.type("\x03")
-            pty.expect("Ctrl-C again leaves the chat.*> ")
+            pty.expect("Press Ctrl-C again.*> ")
             pty.type("\x03")
             assert pty.leave() == 0
         assert asked(front) == ["Hello", "Again"]
@@ -577,7 +577,7 @@ def test_the_queue_and_the_reading_of_the_prompt_are_shown_where_the_answer_will
         pty.type("Go\r")
         pty.expect("first token after")
     shown = pty.raw[start:]
-    assert shown.index("...") < shown.index("in the queue, place 3") < shown.index("reading the prompt, 42%") < shown.index("Hello.")
+    assert shown.index("...") < shown.index("number 3 in the queue") < shown.index("reading the prompt, 42%") < shown.index("Hello.")
     assert [line for line in screen(shown[shown.index("Go"):], 40) if "prompt" in line] == []
 
 

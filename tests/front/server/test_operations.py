@@ -302,7 +302,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("prot = 1", "no flag --prot"), ("port = 99999", "config: port"), ("port = [1, 2]", "port must be a number or a text"), ("[port]\nx = 1", "flags stand outside tables"),
+    ("prot = 1", "no flag --prot"), ("port = 99999", "config: port"), ("port = [1, 2]", "port must be a number or text"), ("[port]\nx = 1", "flags belong outside tables"),
     ("port =", "server.toml"), ("source = 'moon'", "config: source: argument -i/--source: invalid choice"), ("log-conversations = 'perhaps'", "true, yes"), ("temperature = nan", "temperature")])
 def test_a_wrong_config_file_is_one_clear_error(tmp_path, text, words):
     with pytest.raises(ConfigError, match=re.escape(words)):

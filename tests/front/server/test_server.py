@@ -318,5 +318,5 @@ def test_chat_with_a_running_server_remembers_clears_and_quits(smollm_url):
     assert said.returncode == 0
     japan, france, forgotten = said.stdout.split("\n", 2)
     assert "The capital of Japan is Tokyo." in japan and "The capital of France is Paris." in france
-    assert "Paris" not in forgotten and "The conversation is forgotten." in said.stderr
+    assert "Paris" not in forgotten and "The conversation has been cleared." in said.stderr
     assert "tok/s" not in said.stdout and said.stderr.count("first token after") == 3
