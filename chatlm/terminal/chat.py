@@ -288,7 +288,7 @@ class Chat:
         self.note(f"Saved as {path}; /load and the page's Import can read it.")
 
     def slash_load(self, value: str):
-        """/load FILE: continue a chat saved here or by the page; FILE N: its Nth chat"""
+        """/load FILE: continue a saved or exported chat; FILE N: its Nth chat"""
         [(name, number)] = re.findall(r"\A(.*?)(?:\s+(\d+))?\Z", value, re.DOTALL)
         name, number = (value, "") if Path(value).expanduser().exists() else (name, number)
         try:

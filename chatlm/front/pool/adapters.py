@@ -244,7 +244,7 @@ class PoolAdapters:
         found = [*found]
         stamps = {str(files.folder): files.stamp for files in found}
         for adapter in [adapter for adapter in self.serving.values() if adapter.watched]:
-            written = str(adapter.files.folder) in stamps or adapter_stamp(adapter.files.folder)  # or empty yet
+            written = str(adapter.files.folder) in stamps or adapter_stamp(adapter.files.folder)  # or empty
             if not written:
                 log.info("the adapter %s has gone", adapter.name)
                 self.retire(adapter)
