@@ -37,13 +37,14 @@ def pytest_report_teststatus(report, config):
 
 # The modules that take longest, the longest first: two processes then end together.
 LONGEST = [f"tests/{name}.py" for name in (
-    "page/test_page", "worker/ranks/test_ranks", "page/test_page_shell", "front/server/test_server", "worker/weights/test_weights",
-    "worker/weights/test_families", "page/test_page_chats", "front/pool/test_failover", "core/test_cuda_experts",
-    "worker/engine/test_grammar", "worker/engine/test_engine", "core/test_cuda_steps", "core/test_check", "front/pool/test_ray",
-    "page/test_page_markdown", "front/api/test_apis", "common/test_tools", "worker/weights/test_bad_models", "front/pool/test_sandbox",
-    "core/test_core_sample", "front/server/test_hostile", "common/test_hub", "common/test_bundle", "peers/test_peers",
-    "front/pool/test_workers", "front/server/test_connections", "terminal/test_terminal", "core/test_cuda_packed", "common/test_reasoning",
-    "core/test_cuda_proof", "core/test_core_attention", "core/test_core_cuda", "core/test_core_tiles", "front/api/test_openai_shapes")]
+    "worker/weights/test_families", "front/server/test_server", "front/pool/test_failover", "page/test_page", "worker/weights/test_weights",
+    "page/test_page_shell", "worker/engine/test_engine", "worker/engine/test_grammar", "page/test_page_chats", "core/test_cuda_steps",
+    "common/test_bundle", "test_types", "front/pool/test_changed_files", "front/pool/test_watch", "front/pool/test_ray",
+    "page/test_page_markdown", "core/test_core_tiles", "worker/engine/test_kept", "worker/weights/test_bad_models", "common/test_tools",
+    "front/api/test_apis", "front/pool/test_sandbox", "common/test_hub", "front/pool/test_history", "core/test_core_attention",
+    "front/pool/test_workers", "front/pool/test_prefixes", "front/pool/test_pool_adapters", "page/test_page_look",
+    "front/server/test_hostile", "core/test_cuda_experts", "front/api/test_openai_shapes", "terminal/test_terminal",
+    "core/test_core_program", "common/test_reasoning", "front/server/test_connections")]
 
 
 def pytest_configure(config):

@@ -260,8 +260,10 @@ def adapter(folder, good, **config):
     ({"target_modules": 7}, "target_modules is 7; it must be"), ({"target_modules": [7]}, "target_modules[0] is 7; it must be a text"),
     ({"rank_pattern": {"q_proj": "x"}}, 'rank_pattern.q_proj is "x"'), ({"rank_pattern": [1]}, "rank_pattern is a list of 1; it must be an object"),
     ({"target_modules": "v_.*"}, "is not among the target_modules"), ({"target_modules": "x" * 5000}, "is not among the target_modules"),
-    ({"rank_pattern": {"(.*)*(.*)*(.*)*x!": 4}}, "takes more than 5 s or too much memory")])
-def test_patterns_of_adapters_are_checked_and_bounded_in_time(folder, good, tmp_path, config, words):
+    ({"rank_pattern": {"(.*)*(.*)*(.*)*x!": 4}}, "takes more than 1 s or too much memory")])
+def test_patterns_of_adapters_are_checked_and_bounded_in_time(folder, good, tmp_path, monkeypatch, config, words):
+    if "takes" in words:
+        patch(monkeypatch, lora, "PATTERN_SECONDS", 1)
     assert words in refusal(folder, lora=[adapter(tmp_path / "lora", good, **config)])
 
 
