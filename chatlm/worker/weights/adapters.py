@@ -1,4 +1,4 @@
-"""LoRA adapters that are served beside their base: their matrices as the base's products need them."""
+"""LoRA adapters that are served alongside their base model, in the form that the base's products need."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.lora import Place
     from chatlm.worker.weights.rules import LoadedModel
 
-# What Transformer computes with the adapters of rows
+# The products to which Transformer can add adapters
 ADAPTED = ("qkv", "output", "gate_up", "up", "down", "mix_in", "mix_out", "shared_gate_up", "shared_down",
            "head")
 MERGE = "--lora merges it into the weights at load"
@@ -32,12 +32,12 @@ MERGE = "--lora merges it into the weights at load"
 
 @dataclass(frozen=True)
 class Adaptable:
-    """How a model's files name and place the matrices of an adapter, whose names are Hugging Face's."""
+    """A model's file names and layout of the matrices in an adapter, which uses Hugging Face's names."""
 
-    names: tuple[str, ...]  # what the model is called
+    names: tuple[str, ...]  # the model's names
     sources: Sources        # see tensor_sources
     places: Callable[[], Mapping[str, list[Place]]]  # by Hugging Face's names; see gguf_places
-    turned: Callable[[str, torch.Tensor], torch.Tensor]  # rows of a file's matrix as ours has them
+    turned: Callable[[str, torch.Tensor], torch.Tensor]  # a file's rows in our order
     ignored: dict[str, tuple[int, ...]]  # matrices that no layer reads: see unread_keys
     first_layer: int = 0    # of a stage
 
@@ -50,10 +50,10 @@ class Part(NamedTuple):
 
 
 class AdapterReader:
-    """Reads folders of peft's as one rank of a model needs them."""
+    """Reads adapter folders written by peft, as one rank of a model needs them."""
 
     def __init__(self, model: LoadedModel, adaptable: Adaptable):
-        """The model's tensors may be read and gone afterwards."""
+        """Keeps no tensor of the model: they may be read and discarded afterwards."""
         self.adaptable, first = adaptable, adaptable.first_layer
         self.cuts: dict[str, tuple[str, Cut]] = {}  # ours -> the whole model's name, the rank's part
         for own, tensor in model.tensors.items():
@@ -62,8 +62,8 @@ class AdapterReader:
                 self.cuts[own] = f"{int(layer) + first}.{part}" if dot else own, tensor.cut
 
     def read(self, folder: Path) -> dict[str, AdapterMatrix]:
-        """Our matrices' names -> what the adapter adds to their products. ConfigError if it cannot be served
-        so."""
+        """Our matrices' names -> what the adapter adds to their products. ConfigError if this adapter can
+        only be merged."""
         places, unread = self.adaptable.places(), self.adaptable.ignored
         shapes = file_shapes(self.adaptable.sources) | unread
         whole = {theirs: (sum(shapes[place.name][0] for place in at), *shapes[at[0].name][1:])
@@ -75,8 +75,8 @@ class AdapterReader:
         for theirs, changes in added.items():
             for change in changes if theirs not in unread else ():
                 if not isinstance(change, Change):
-                    raise ConfigError(f"{folder}: it has a whole matrix {theirs.removesuffix('.weight')} "
-                                      f"(modules_to_save), which cannot be served beside the base; {MERGE}")
+                    raise ConfigError(f"{folder} contains a whole matrix {theirs.removesuffix('.weight')} "
+                                      f"(modules_to_save), which cannot be served without merging; {MERGE}")
                 for place in places[theirs]:
                     ours, before = rows[place.name]
                     self._refuse_part(folder, theirs, ours, change)
@@ -89,11 +89,11 @@ class AdapterReader:
         part = ours.rpartition(".")[2]
         if change.embedding or part not in ADAPTED:
             module = printable(theirs.removesuffix(".weight"))
-            raise ConfigError(f"{folder}: it changes {module}, which cannot be done beside the base; {MERGE}")
+            raise ConfigError(f"{folder} changes {module}, which cannot be done without merging; {MERGE}")
 
 
 def rows_before(shapes: Iterable[tuple[int, ...]]) -> list[int]:
-    """How many rows of a matrix come before each of the parts that it is made of."""
+    """For each of the parts that make up a matrix, how many rows precede it."""
     rows, before = 0, []
     for shape in shapes:
         before.append(rows)
@@ -102,7 +102,7 @@ def rows_before(shapes: Iterable[tuple[int, ...]]) -> list[int]:
 
 
 def joined(parts: list[Part], cut: Cut) -> AdapterMatrix:
-    """The parts of one matrix side by side, as much of them as a rank has."""
+    """The parts of one matrix combined, as far as a rank has them."""
     dtypes = {tensor.dtype for part in parts for tensor in (part.change.a, part.change.b)}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     a = torch.cat([part.change.a for part in parts]).to(dtype)
@@ -118,12 +118,12 @@ def joined(parts: list[Part], cut: Cut) -> AdapterMatrix:
 
 
 def adapter_reader(model: LoadedModel) -> Callable[[Path], dict[str, AdapterMatrix]] | None:
-    """What reads adapters for a rank's share of a model that is yet to be read; None where it takes none."""
+    """The reader of adapters for a rank's share of a model not yet read; None if the model accepts none."""
     return AdapterReader(model, model.adaptable).read if model.adaptable else None
 
 
 def reading_thread() -> ThreadPoolExecutor:
-    """A thread for adapters' files. Steps come first: on Linux a thread has a niceness of its own."""
+    """A thread that reads adapters' files at low priority, so that steps come first (on Linux)."""
     def yield_to_steps():
         with suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

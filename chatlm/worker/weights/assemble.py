@@ -1,4 +1,4 @@
-"""Which of a file's tensors make up ours, and reading them: safetensors, FP8, MXFP4, packed blocks."""
+"""Builds our tensors from those of a file: safetensors, FP8, MXFP4, packed blocks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_names_and_shapes(path: Path, state: Mapping[str, tuple], sources: Sour
                  for name in expected if name in state and state[name] != expected[name]]
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ConfigError(f"{path}: the tensors do not fit this model: {'; '.join(problems[:20])}{more}")
+        raise ConfigError(f"{path}: the tensors do not match this model: {'; '.join(problems[:20])}{more}")
 
 
 Sources = dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]
@@ -48,8 +48,8 @@ def file_shapes(sources: Sources) -> dict[str, tuple[int, ...]]:
 def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded: int) -> Sources:
     """Our tensor -> (its shape, {the file's tensors whose rows it is made of: their shapes}).
 
-    The file's vocabulary tensors have `padded` rows. Of experts a file has either a tensor each, in whose
-    name a second {} of the `table` stands for the expert, or one of all (experts, rows of each, ...)."""
+    The file's vocabulary tensors have `padded` rows. Experts have either a tensor each, where a second {} in
+    the name in `table` stands for the expert, or one tensor for all (experts, rows of each, ...)."""
     E, vocabulary = spec.experts, (padded,)
     split: dict[str, tuple[int, ...]] = {
         name: vocabulary for name in ("embed", "head", "value_embed", "layer_embed")}
@@ -73,23 +73,23 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
                     name.format(layer, expert): all_of_one[1:] if name.count("{}") > 1 else all_of_one
                     for name in theirs for expert in range(E)}
                 continue
-            if part == "taps":  # a vector, for it is no matrix to be multiplied by
+            if part == "taps":  # flattened, since no product uses it as a matrix
                 size = mixer.size if mixer else 1
                 sources[ours] = shape, {theirs[0].format(layer): (shape[0] // size, size)}
                 continue
-            rows = rows if len(rows) == len(theirs) else shape[:1]  # phi3 has them in one
+            rows = rows if len(rows) == len(theirs) else shape[:1]  # phi3 has one tensor for all
             sources[ours] = shape, {name.format(layer): (count, *shape[1:])
                                     for name, count in zip(theirs, rows)}
     return sources
 
 
-# not of the text
+# not part of the text model
 IMAGES = ("vision_tower|vision_model|visual|multi_modal_projector|connector|image_newline|embed_vision"
           "|audio_tower|embed_audio")
 
 
 def without_shared(spec: ModelSpec, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a file without keys and values of layers that read another's; some have them."""
+    """A file's tensors without the keys and values that some files have for layers that read another's."""
     layers = {str(l) for l in range(spec.layers) if (its := spec.by_layer[l]) and its.source is not None}
     return {name: tensor for name, tensor in state.items() if not layers or not (
         match := re.match(r"(?:model\.layers|blk)\.(\d+)\.(?:self_attn\.|attn_)[kv](?:_proj|_norm)?\.", name))
@@ -97,17 +97,17 @@ def without_shared(spec: ModelSpec, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unread_keys(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Hugging Face's matrices of keys and values in layers that read another's: an adapter may have them."""
+    """Hugging Face's key and value matrices of layers that read another's; an adapter may contain them."""
     return {f"model.layers.{l}.self_attn.{part}_proj.weight": (its.kv_heads * size, spec.width)
             for l, its in enumerate(spec.by_layer) if its and its.source is not None
             for part, size in (("k", its.head_size), ("v", its.value_size))}
 
 
 class Mxfp4:
-    """A safetensors file's experts (experts, rows, columns) as if they were a GGUF's tensor of type MXFP4.
+    """A safetensors file's experts (experts, rows, columns) presented as a GGUF tensor of type MXFP4.
 
-    `blocks` (experts, rows, columns / 32, 16) has the codes of two columns side by side in each byte, where
-    GGUF has those of column i and i + 16; `scales` (experts, rows, columns / 32) are exponents + 127."""
+    `blocks` (experts, rows, columns / 32, 16) holds the codes of two adjacent columns in each byte, where
+    GGUF has columns i and i + 16; `scales` (experts, rows, columns / 32) are exponents + 127."""
 
     tensor_type = SimpleNamespace(name="MXFP4")
 
@@ -123,7 +123,7 @@ class Mxfp4:
         """(experts * rows, columns / 32 * 17) uint8: for each block its scale, then the codes."""
         made = torch.empty(*self.scales.shape, 17, dtype=torch.uint8)
         made[..., 0] = self.scales
-        for blocks, to in zip(self.blocks, made):  # each expert: no large matrices in between
+        for blocks, to in zip(self.blocks, made):  # one expert at a time avoids large temporaries
             first, second = blocks.split(8, -1)    # columns 0 to 15, 16 to 31
             to[..., 1::2] = first & 15 | second << 4
             to[..., 2::2] = first >> 4 | second & 240
@@ -131,13 +131,12 @@ class Mxfp4:
 
 
 def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A folder's tensors, mapped from its files, and the scales of those in FP8; an image encoder's are left
-    out."""
+    """A folder's tensors, mapped from its files, and the scales of those in FP8. Skips image encoders."""
     require_library("safetensors", "a Hugging Face folder")
     state = {}
     for path in weight_files(folder):
         state |= read_safetensors_file(path)
-    # files with images name the text model apart; some old llama files hold rotary frequencies
+    # image models prefix the text model's names; some old llama files hold rotary frequencies
     state = {re.sub(r"(language|text)_model\.", "", name, count=1): tensor for name, tensor in state.items()
              if not re.match(rf"(model\.)?({IMAGES})\b|.*\.rotary_emb\.", name)}
     scales = {name: state.pop(of) for name in list(state) for of in (f"{name}_scale_inv", f"{name}_scale")
@@ -146,7 +145,7 @@ def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, t
         floats = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
         mxfp4 = tensor.dtype == torch.uint8 and name.endswith(("_blocks", "_scales"))
         if scales and re.search(r"\.(input|output|[kqv])_scale(_inv)?$", name):
-            del state[name]  # of activations and cached keys and values, which have other types here
+            del state[name]  # for activations and cached keys and values, whose types differ here
         elif not (floats or mxfp4 or name in scales):
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ConfigError(f"{folder}: {shown(name)} is of type {dtype}; it must be float32, float16 or "
@@ -172,10 +171,10 @@ def read_safetensors_file(path: Path) -> dict[str, torch.Tensor]:
 def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, dtype: torch.dtype,
               changed: Callable[[str, Any], Any] = lambda name, tensor: tensor,
               as_stored: Callable | None = None) -> dict[str, Unread | MappedRows]:
-    """Our tensors, to be made of the rows of theirs after each is `changed`: matrices as `dtype`, vectors as
-    float32.
+    """Our tensors, yet to be read from rows of the file's, each passed through `changed`: matrices as
+    `dtype`, vectors as float32.
 
-    `as_stored`, if given, makes those of packed weights."""
+    `as_stored`, if given, builds those with packed weights."""
     def read(target: torch.dtype, theirs: Iterable[str], cut: Cut):
         stacked = (changed(name, state[name]) for name in theirs)
         stacked = (tensor.flatten(0, tensor.ndim - len(cut.shape)) for tensor in stacked)
@@ -209,8 +208,8 @@ FP8 = ("torch.float8_e4m3fn", "torch.float8_e5m2")
 
 
 def fp8_block(path: Path, config: Mapping) -> list[int]:
-    """Rows and columns that share a scale where FP8 weights have one for each block; ConfigError if the
-    config.json tells of another quantization."""
+    """The rows and columns that share a scale in FP8 weights that are scaled by blocks. ConfigError if
+    config.json specifies another quantization."""
     packing = config.get("quantization_config")
     if packing is None:
         return [128, 128]
@@ -220,15 +219,15 @@ def fp8_block(path: Path, config: Mapping) -> list[int]:
             (group.get("type"), group.get("num_bits")) != ("float", 8) for group in weights):
         layout = f" of format {shown(packing['format'])}" if packing.get("format") else ""
         raise ConfigError(f"{path}: quantization_config.quant_method is {shown(method)}{layout}; only FP8 is "
-                          "supported (fp8, fbgemm_fp8, and compressed-tensors with 8-bit floats): take the "
-                          "unquantized model, or a GGUF file of it")
+                          "supported (fp8, fbgemm_fp8, and compressed-tensors with 8-bit floats): use the "
+                          "unquantized model or a GGUF file of it")
     block = packing.get("weight_block_size") or weights[0].get("block_structure") or [128, 128]
     return checked(path, "quantization_config.weight_block_size", block,
                    Rule(int, 1, MOST_CHANNELS, many=True), 2)
 
 
 def groups_of_weights(path: Path, groups) -> list[dict]:
-    """How each of compressed-tensors' groups has its weights; at least one, which may say nothing."""
+    """The `weights` of each compressed-tensors group; at least one, possibly empty."""
     name, groups = "quantization_config.config_groups", {} if groups is None else groups
     if not isinstance(groups, dict):
         raise ConfigError(f"{path}: {name} is {shown(groups)}; it must be an object")
@@ -236,8 +235,8 @@ def groups_of_weights(path: Path, groups) -> list[dict]:
     for key, group in groups.items():
         layout = group.get("weights") or {} if isinstance(group, dict) else group
         if not isinstance(layout, dict):
-            raise ConfigError(f"{path}: {name}.{key} is {shown(group)}; it must be an object whose `weights` "
-                              "is one")
+            raise ConfigError(f"{path}: {name}.{key} is {shown(group)}; it must be an object, and so must "
+                              "its `weights`")
         layouts.append(layout)
     return layouts or [{}]
 
@@ -260,21 +259,21 @@ def unscaled(path: Path, scales: Mapping[str, torch.Tensor], block: Seq[int], na
     if scale.shape != (-(-N // block[0]), -(-K // block[1])):
         raise ConfigError(f"{path.parent}: the scales of {name} {(N, K)} are {tuple(scale.shape)}; there "
                           f"must be 1, one for each row, or one for each block of {block[0]} x {block[1]}")
-    for first in range(0, N, block[0]):  # in place, by bands: no second matrix of float32
+    for first in range(0, N, block[0]):  # in place, band by band, to avoid a second float32 matrix
         band = scale[first // block[0]].repeat_interleave(block[1])[:K]
         values[first:first + block[0]] *= band
     return values
 
 
 def as_rows(tensor, shape: tuple[int, ...]):
-    """A gguf.ReaderTensor as rows of a tensor of this shape: the matrices of experts become one."""
+    """A gguf.ReaderTensor as rows of a tensor of this shape; the experts' matrices become one."""
     data = tensor.data.reshape(-1, *tensor.data.shape[-1:] * (len(shape) - 1))
     return SimpleNamespace(tensor_type=tensor.tensor_type, data=data)
 
 
 def cut_stored(parts: Seq[tuple[Any, RopePairs | None]], cut: Cut) -> list[tuple[Any, RopePairs | None]]:
-    """The cut of some (gguf.ReaderTensor, pairs to unpermute or None). Where it divides blocks they become
-    Q8_0 or floats."""
+    """Cut parts, each (gguf.ReaderTensor, pairs to unpermute or None). Those whose blocks the cut divides
+    become Q8_0 or floats."""
     if cut == Cut.whole(cut.full):
         return list(parts)
     edges = {edge for span in cut.ranges for edge in (span.start, span.stop)}

@@ -1,4 +1,4 @@
-"""What tells a model's weights and arithmetic from all others: the profile of the pages that they compute."""
+"""The profile of KV pages: identifies the weights and arithmetic that computed them."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ if TYPE_CHECKING:
     from chatlm.worker.model.transformer import Transformer
 
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file
-KNOWN_DIGESTS = "weights.json"  # in a store: stamps of files -> their digest
+KNOWN_DIGESTS = "weights.json"  # in a store: a stamp of files -> their digest
 
 
 def files_of(source: ModelSource, settings: Settings) -> list[Path]:
-    """All files that decide what a model computes. OSError or ConfigError if one is gone."""
+    """All files that decide what a model computes. OSError or ConfigError if one is missing."""
     files = [*files_of_weights(source.path), *files_of_adapters(settings.lora)]
     for folder in (source.path, *(Path(folder).expanduser() for folder in settings.lora)):
-        # none are below a file
+        # finds nothing if it is a file
         files += [*folder.glob("*.json"), *folder.glob("*.bin")]
     return sorted(files)
 
 
 def stamp_of(files: Iterable[Path]) -> str:
-    """Changes whenever a file does: a change of its content sets its ctime, which no program can set back."""
+    """Changes whenever a file does: a change of its content sets its ctime, which no program can reset."""
     stats = [(path.name, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
              for path in files for status in [path.stat()]]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def sampled_digest(path: Path, adapters: Iterable[str] = ()) -> str:
-    """`weights_digest` of /v1/models: of the size of each file of a model's weights, and of samples all over
-    it. Also said of models that are only listed, and to hash all of these takes as long as to read them. It
-    tells models and trainings apart, the same wherever the files lie; it does not prove that none was
-    changed, so pages that outlive the server go by `whole_digest`."""
+    """`weights_digest` in /v1/models: a hash of each weight file's size and of samples spread over it. Listed
+    models have it too, and hashing all of them in full would take as long as reading them. It distinguishes
+    models and training runs, wherever the files lie; it does not prove that a file is unchanged, so pages
+    that outlive the server use `whole_digest`."""
     digest = hashlib.sha256()
     for file in (*files_of_weights(path), *files_of_adapters(adapters)):
         with file.open("rb") as opened:
@@ -59,7 +59,7 @@ def sampled_digest(path: Path, adapters: Iterable[str] = ()) -> str:
 
 
 def digest_of(files: Iterable[Path]) -> str:
-    """Of all that the files have; half a second for each GB."""
+    """A hash of the files' entire contents; takes half a second per GB."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
@@ -70,13 +70,13 @@ def digest_of(files: Iterable[Path]) -> str:
 
 
 def whole_digest(files: list[Path], stamp: str, store: Path | None) -> str:
-    """The stamp, where nothing outlives the server; else the files' digest, which the store remembers.
-    OSError if the files are not those of the stamp any more."""
+    """The stamp if nothing outlives the server (no `store`), else the files' digest, which the store caches.
+    OSError if the files no longer match the stamp."""
     if store is None:
         return stamp
-    known, place = {}, store / KNOWN_DIGESTS
+    known, path = {}, store / KNOWN_DIGESTS
     with suppress(OSError, ValueError):
-        known = dict(json.loads(place.read_text()))
+        known = dict(json.loads(path.read_text()))
     if not isinstance(digest := known.get(stamp), str):
         digest = digest_of(files)
         if stamp_of(files) != stamp:
@@ -86,12 +86,12 @@ def whole_digest(files: list[Path], stamp: str, store: Path | None) -> str:
             descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             with open(descriptor, "w") as file:
                 json.dump(dict([*known.items()][-100:]) | {stamp: digest}, file)
-            new.replace(place)
+            new.replace(path)
     return digest
 
 
 def arithmetic_of(transformer: Transformer, settings: Settings) -> list[str]:
-    """All beside the weights that may change a bit of a page, or where it lies in it."""
+    """Everything but the weights that may change the bits of a page, or their layout."""
     code, core = hashlib.sha256(), decode_core()
     for name, text in program_sources().items():
         if name.startswith(("chatlm/worker/model/", "chatlm/worker/ops/", "chatlm/worker/weights/")):
@@ -106,6 +106,6 @@ def arithmetic_of(transformer: Transformer, settings: Settings) -> list[str]:
 
 
 def profile_of(digest: str, arithmetic: list[str]) -> bytes:
-    """16 bytes: pages of equal profiles, tokens and owners are equal to the bit."""
+    """16 bytes: pages with equal profiles, tokens and owners are equal bit for bit."""
     text = json.dumps([digest, *arithmetic])
     return hashlib.blake2b(text.encode(), digest_size=16, person=b"profile").digest()

@@ -1,4 +1,4 @@
-"""Models that were trained for embeddings: refused where /v1/embeddings would make other vectors of them."""
+"""Refuses embedding models for which /v1/embeddings would return other vectors than they were trained for."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from chatlm.common.files import parse_json, read_small
 from chatlm.worker.weights.rules import read_json
 
 POOLING_TYPES = "none", "mean", "cls", "last", "rank"  # a GGUF file's pooling_type
-OURS = ("this server's are the mean over an input's tokens, which see those before them, without an end "
-        "token, so they would differ from what the model was trained for")
+OURS = ("this server averages over an input's tokens, with causal attention and no end token, so the vectors "
+        "would differ from those the model was trained for")
 
 
 def refuse_gguf_embedder(path: Path, own: str, metadata: Mapping):
-    """ConfigError for a GGUF file whose metadata say that its vectors are made otherwise than ours.
+    """ConfigError for a GGUF file whose metadata describe vectors computed differently from ours.
 
-    `own` is the architecture and a dot. llama.cpp's default, without the key, is none: a chat model."""
+    `own` is the architecture and a dot. Without the key, llama.cpp's default is none: a chat model."""
     number = metadata.get(f"{own}pooling_type", 0)
     known = type(number) is int and 0 <= number < len(POOLING_TYPES)
     pooling = POOLING_TYPES[number] if known else "unknown"
@@ -33,12 +33,12 @@ def refuse_gguf_embedder(path: Path, own: str, metadata: Mapping):
 
 
 def refuse(path: Path, key: str, value: str):
-    raise ConfigError(f"{path}: {key} is {value}: such embeddings are not made here; {OURS}")
+    raise ConfigError(f"{path}: {key} is {value}: such embeddings are not supported; {OURS}")
 
 
 def refuse_folder_embedder(folder: Path, ends: bool):
-    """The same of a folder that sentence-transformers wrote: modules.json, and what it names. `ends`: does
-    its tokenizer add a token at the end of a text?"""
+    """The same for a folder written by sentence-transformers: modules.json, and the files it names. `ends`:
+    does its tokenizer add a token at the end of a text?"""
     path = folder / "modules.json"
     if not path.exists():
         return
@@ -64,4 +64,4 @@ def refuse_folder_embedder(folder: Path, ends: bool):
         if value := read_json(where, needed=False).get(key):
             refuse(where, key, shown(value))
     if ends:
-        refuse(folder / "tokenizer.json", "the end of its post_processor", "a token")
+        refuse(folder / "tokenizer.json", "the last item of its post_processor", "a token")

@@ -24,25 +24,25 @@ from chatlm.worker.weights.rules import (
 
 
 class Family(NamedTuple):
-    """How a family differs from llama, as transformers' modeling_<name>.py has it: a row of FAMILIES."""
+    """How a family differs from llama(see transformers' modeling_<name>.py): a row of FAMILIES."""
 
-    title: str         # its models, as people name them
-    config: dict       # its own keys of config.json, and what a missing one means
+    title: str         # the common names of its models
+    config: dict       # its own config.json keys and their defaults
     fields: dict = {}  # of ModelSpec
     tensors: dict[str, tuple[str, ...]] = {}  # where its files differ from HF_TENSORS
     has_window: Callable[[Mapping, int], Any] = lambda config, layer: config.get("sliding_window")
     one_more: bool = False  # its norms multiply by 1 + w
     repack: Callable[[dict], dict] = lambda state: state  # a folder's tensors as `tensors` expects them
-    interleaved: bool = False  # rotary pairs lie side by side, in a folder too
-    needed: tuple[str, ...] = ()  # keys without which transformers would take another model
+    interleaved: bool = False  # rotary pairs are adjacent, in a folder too
+    needed: tuple[str, ...] = ()  # keys without which transformers would run another model
     windows_rotate: bool = False  # layers without a window are not rotated if others have one
     mixers: Mapping[str, Callable[[Mapping], Mixer]] = {}  # layer types besides attention
-    aliases: dict[str, str] = {}  # its own keys -> those that they replace
-    complete: Callable[[dict], dict] = lambda config: {}    # what a folder's checked config means
-    fields_of: Callable[[Path, Mapping], dict] | None = None  # of ModelSpec, what such a config says of them
+    aliases: dict[str, str] = {}  # its own keys -> the keys they replace
+    complete: Callable[[dict], dict] = lambda config: {}    # keys derived from a folder's checked config
+    fields_of: Callable[[Path, Mapping], dict] | None = None  # of ModelSpec, from such a config
     gguf: dict[str, tuple[str, ...]] = {}  # names in a GGUF file that do not follow from the folder's
-    unsaid: Callable[[Mapping], dict] = lambda config: {}  # what its GGUF files mean and do not say
-    fused: Seq[tuple[str, tuple[str, ...]]] = ()  # (a matrix that `repack` divides, what its rows become)
+    unsaid: Callable[[Mapping], dict] = lambda config: {}  # what its GGUF files imply but do not state
+    fused: Seq[tuple[str, tuple[str, ...]]] = ()  # (a matrix that `repack` splits, what its rows become)
 
 
 HF_TENSORS = {  # our tensor (of layer {}) -> the folder's tensors whose rows it is made of
@@ -60,7 +60,7 @@ HF_TENSORS = {  # our tensor (of layer {}) -> the folder's tensors whose rows it
                             ("shared_down", "mlp.shared_expert.down"))}}
 HF_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
                   "gelu": "gelu", "relu2": "reglu2"}
-HF_DEFAULTS = {  # of every family; None: must be given, or follows from others
+HF_DEFAULTS = {  # of every family; None: required, or derived from other keys
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                      "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
                      "rope_scaling", "rope_parameters", "partial_rotary_factor")),
@@ -83,12 +83,12 @@ GRANITE = {"attention_bias": False} | dict.fromkeys(
 GRANITE_EXPERTS = GRANITE | EXPERTS | {"num_local_experts": 8, "num_experts_per_tok": 2}
 MAMBA = {"mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_head": None,
          "mamba_d_conv": 4, "mamba_expand": 2, "mamba_conv_bias": True, "mamba_proj_bias": False,
-         "time_step_limit": None} | dict.fromkeys(  # and what is of no arithmetic
+         "time_step_limit": None} | dict.fromkeys(  # and keys without effect on the arithmetic
              ("mamba_chunk_size", "time_step_min", "time_step_max", "time_step_floor"))
 NO_LIMITS = None, [0, math.inf], [0, {"__float__": "Infinity"}]  # the last as transformers saves it
 HUNYUAN_OTHER = dict.fromkeys("""attention_head_dim cla_share_factor class_num dense_list eod_token_id
     im_end_id im_newline_id im_start_id mask_init_id org_vocab_size pad_id pool_type text_end_id
-    text_start_id""".split())  # of what its relatives have: experts, classes, images
+    text_start_id""".split())  # features of related models: experts, classes, images
 MINISTRAL_ROPE = {"rope_type": "yarn", "factor": 16.0, "mscale": 1.0, "mscale_all_dim": 1.0,
                   "rope_theta": 1e6, "original_max_position_embeddings": 16_384, "llama_4_scaling_beta": 0.1}
 GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -105,7 +105,7 @@ def expert_tensors(experts: str, router: str, parts: Seq[str] = ("weight",)) -> 
 
 
 def repack_gpt_oss(state: Mapping) -> dict:
-    """Its folders alternate the rows of gate and up, and have matrices as (experts, in, out) or in MXFP4."""
+    """Its folders interleave the rows of gate and up, and store matrices (experts, in, out) or in MXFP4."""
     repacked = dict(state)
     for name, tensor in state.items():
         stem, _, ending = name.rpartition("_proj")
@@ -116,7 +116,7 @@ def repack_gpt_oss(state: Mapping) -> dict:
                 and tensor.dtype == scales.dtype == torch.uint8):
             tensor = Mxfp4(tensor, repacked.pop(f"{stem}_proj_scales"))
         elif tensor.ndim != {"": 3, "_bias": 2}.get(ending):
-            continue  # check_names_and_shapes names it
+            continue  # check_names_and_shapes reports it
         elif not ending:
             tensor = tensor.mT
         del repacked[name]
@@ -144,14 +144,14 @@ def mamba2_of(config: Mapping) -> Mamba2:
 
 
 def of_mixer(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A folder's tensor as GGUF has it: convolutions (C, 1, taps) as (C, taps), and the decay."""
+    """A folder's tensor in GGUF's form: convolutions (C, 1, taps) as (C, taps), and the decay."""
     if re.search(r"\.(conv|conv1d)\.weight$", name) and tensor.ndim == 3:
         return tensor.squeeze(1)
     return -tensor.float().exp() if name.endswith(".A_log") else tensor
 
 
 def repack_granite(state: Mapping) -> dict:
-    """Its folders have gate and up in one. What is a feed-forward part alone is an expert beside others."""
+    """Its folders fuse gate and up. A feed-forward part becomes a shared expert if there are others."""
     shared = "mlp.shared_expert." if any(".block_sparse_moe." in name for name in state) else "mlp."
     repacked = {}
     for name, tensor in state.items():
@@ -165,7 +165,7 @@ def repack_granite(state: Mapping) -> dict:
     return repacked
 
 
-GRANITE_FUSED = [  # beside experts, and without
+GRANITE_FUSED = [  # with experts, and without
     (f"model.layers.{{}}.shared_mlp.{theirs}_linear.weight",
      tuple(f"model.layers.{{}}.mlp.{stem}{part}_proj.weight" for part in parts))
     for stem in ("shared_expert.", "")
@@ -202,7 +202,7 @@ LFM2_MOE_GGUF = {
 
 
 def complete_lfm2(config: Mapping) -> dict:
-    """The width of its feed-forward part and its layers' types, where older files say them otherwise."""
+    """The width of its feed-forward part and its layers' types, which older files state differently."""
     layers, width = range(config["num_hidden_layers"]), config["intermediate_size"]
     attention = layers if config["full_attn_idxs"] is None else config["full_attn_idxs"]
     types = config["layer_types"] or [LAYER_TYPES[0] if layer in attention else "conv" for layer in layers]
@@ -243,7 +243,7 @@ def rule_of_qwen3_next(config: Mapping) -> DeltaRule:
 
 
 def complete_qwen35(config: Mapping) -> dict:
-    """Its layers' types, and the rotary parameters of text: positions of images turn no pair of it."""
+    """Its layers' types, and the rotary parameters of text: image positions do not rotate its pairs."""
     rope = {key: value for key, value in (config["rope_parameters"] or {}).items() if "mrope" not in key}
     every = config["full_attention_interval"]
     types = config["layer_types"] or [LAYER_TYPES[0] if (layer + 1) % every == 0 else "linear_attention"
@@ -252,13 +252,13 @@ def complete_qwen35(config: Mapping) -> dict:
 
 
 def repack_qwen35(state: Mapping) -> dict:
-    """A folder without its draft head, with the decay as GGUF has it, and each expert apart."""
+    """A folder's tensors without the draft head, the decay in GGUF's form, with separate experts."""
     repacked = {}
     for name, tensor in state.items():
         if name.startswith("mtp."):
             continue
         stem, _, part = name.rpartition(".")
-        if stem.endswith(".mlp.experts") and tensor.ndim == 3:  # all experts' in one
+        if stem.endswith(".mlp.experts") and tensor.ndim == 3:  # one tensor for all experts
             halves = {"gate": tensor.chunk(2, 1)[0], "up": tensor.chunk(2, 1)[1]}
             for which, all_of in (halves if part == "gate_up_proj" else {"down": tensor}).items():
                 repacked |= {f"{stem}.{e}.{which}_proj.weight": one for e, one in enumerate(all_of)}
@@ -268,7 +268,7 @@ def repack_qwen35(state: Mapping) -> dict:
 
 
 def gemma_scale(largest: int) -> Callable[[Mapping], dict]:
-    """What llama.cpp divides scores by, which its files do not say: another number in the largest model."""
+    """What llama.cpp divides scores by, which its files do not state; the largest model differs."""
     def unsaid(config: Mapping) -> dict:
         width = config["hidden_size"] // config["num_attention_heads"]
         is_largest = config["num_hidden_layers"] == largest
@@ -437,7 +437,7 @@ FAMILIES = {  # by config.json's model_type
         HEAD_NORMS | {"sigmoid_router": True}, LFM2_MOE_TENSORS, lambda config, layer: False,
         repack=repack_lfm2, mixers=LFM2_MIXERS, needed=("layer_types",), gguf=LFM2_MOE_GGUF,
         aliases={"norm_eps": "rms_norm_eps", "tie_embedding": "tie_word_embeddings"})}
-VISION = {  # model_type of a model with images, which are not read -> its text model's, if it does not say
+VISION = {  # model_type of an image model, read as text only -> its text model's default
     "gemma3": "gemma3_text", "gemma4": "gemma4_text", "mistral3": "mistral", "llava": "llama",
     "smolvlm": "llama", "idefics3": "llama",
     "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "lfm2_vl": "lfm2",
@@ -500,8 +500,8 @@ GENERATION = set("""bad_words_ids begin_suppress_tokens chunk_size_feed_forward 
     eta_cutoff finetuning_task forced_bos_token_id forced_eos_token_id id2label label2id length_penalty
     max_new_tokens min_length min_new_tokens min_p no_repeat_ngram_size num_beam_groups num_beams
     num_return_sequences penalty_alpha prefix problem_type renormalize_logits repetition_penalty
-    suppress_tokens task_specific_params top_k typical_p""".split())  # and the like: of no arithmetic
-# by which code others compute a model, how it was trained, what it is called: of no arithmetic
+    suppress_tokens task_specific_params top_k typical_p""".split())  # and the like: no arithmetic
+# other programs' implementations, training and names: no effect on the arithmetic
 OTHERS_AFFAIR = set("""attention_probs_dropout_prob attention_softmax_in_fp32 attn_impl attn_implementation
     attn_implementation_autoset base_model_name_or_path classifier_dropout cls_token_id dropout
     embedding_dropout experts_implementation exponential_decay_length_penalty ffn_dropout flash_attn
@@ -524,13 +524,13 @@ HF_ONLY = {  # the only value these may have, unless the family has them
 
 
 def unsupported(name: str) -> str:
-    """What to say of a family that is no row of FAMILIES."""
+    """The error text for a family that has no row in FAMILIES."""
     return (f"this server cannot run {printable(name)[:60]} yet; it runs: "
             f"{', '.join(row.title for row in FAMILIES.values() if row.title)}")
 
 
 def changes_nothing(key: str, raw: Mapping) -> bool:
-    """Whether a key that no row has is of generation, others' code or training, or switches something off."""
+    """Whether a key in no row only concerns generation, training or other programs, or disables something."""
     windows = key in ("sliding_window", "max_window_layers") and not (
         raw.get("sliding_window") and raw.get("use_sliding_window", True))
     return key not in HF_ONLY and (
@@ -538,7 +538,7 @@ def changes_nothing(key: str, raw: Mapping) -> bool:
 
 
 def refuse_unknown(path: Path, family: str, raw: Mapping, known: Mapping):
-    """ConfigError for a key that would change the arithmetic; the log names those that are new and do not."""
+    """ConfigError for a key that would change the arithmetic; unknown ones that would not are logged."""
     ignored = []
     for key, value in raw.items():
         if key in known or key in HF_INERT or value in (None, HF_ONLY.get(key)):
@@ -546,14 +546,14 @@ def refuse_unknown(path: Path, family: str, raw: Mapping, known: Mapping):
         if not changes_nothing(key, raw):
             raise ConfigError(f"{path}: {key} is {shown(value)}; " + (
                 f"in a {family} model it must be {json.dumps(HF_ONLY[key])}" if key in HF_ONLY else
-                f"this key is not supported in a {family} model. Supported are {', '.join(sorted(known))}"))
+                f"this key is not supported in a {family} model. Supported: {', '.join(sorted(known))}"))
         ignored.append(printable(key))
     if ignored:
-        log.info("%s: %s: ignored, for here they change nothing", path, ", ".join(ignored))
+        log.info("%s: %s: ignored, since they have no effect here", path, ", ".join(ignored))
 
 
 def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
-    """The family of a config.json, and all that its row and HF_DEFAULTS list, checked."""
+    """The family of a config.json, and the checked values of the keys in its row and HF_DEFAULTS."""
     family = checked(path, "model_type", raw.get("model_type"), Rule(str))
     if "quantization_config" not in FAMILIES.get(family, FAMILIES["llama"]).config:
         fp8_block(path, raw)
@@ -563,7 +563,7 @@ def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
         raise ConfigError(f"{path}: {unsupported(family)}")
     row, raw = FAMILIES[family], with_layers_of_now(raw)
     defaults = HF_DEFAULTS | row.config
-    for own, theirs in row.aliases.items():  # of both its own key counts, as transformers has it
+    for own, theirs in row.aliases.items():  # its own key wins, as in transformers
         raw = {**raw, own: raw[own] if raw.get(own) is not None else raw.get(theirs)}
     refuse_unknown(path, family, raw, defaults)
     config = {key: raw.get(key, default) for key, default in defaults.items()}
@@ -588,7 +588,7 @@ def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
 
 
 def with_layers_of_now(raw: Mapping) -> Mapping:
-    """A config whose keys say of layers what transformers says today."""
+    """A config whose keys describe its layers in transformers' current form."""
     types, pattern = raw.get("layer_types"), raw.get("sliding_window_pattern")
     if raw.get("sliding_window", False) is not False and not raw["sliding_window"]:
         raw = {**raw, "sliding_window": None}  # 0
@@ -602,9 +602,9 @@ def with_layers_of_now(raw: Mapping) -> Mapping:
 
 
 def text_part(path: Path, family: str, raw: Mapping) -> tuple[str, Mapping]:
-    """The family and the config of the text model in one with images, whose encoder is not loaded.
+    """The family and the config of an image model's text model; the image encoder is not loaded.
 
-    Some keys stand beside text_config, and the oldest files have all of them there."""
+    Some keys lie outside text_config, in the oldest files all of them."""
     text = raw.get("text_config", raw if family.startswith("qwen2") else None)
     if not isinstance(text, dict):
         raise ConfigError(f"{path}: text_config is {shown(text)}; it must be an object")
@@ -615,14 +615,14 @@ def text_part(path: Path, family: str, raw: Mapping) -> tuple[str, Mapping]:
         outer = LLAMA_SIZES | outer
     inner = {key: value for key, value in text.items() if key not in BESIDE_TEXT}
     for name in ("rope_scaling", "rope_parameters"):
-        if isinstance(rope := inner.get(name), dict):  # images have positions along three axes, text one
+        if isinstance(rope := inner.get(name), dict):  # image positions have three axes, text positions one
             rope = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
             inner[name] = rope | {key: "default" for key in ("type", "rope_type") if rope.get(key) == "mrope"}
     return kind, outer | inner
 
 
 def complete_heads(path: Path, config: dict, names: Mapping[str, str] = {}):
-    """Fill in how many key-value heads and how large a head, checked; `names` are the file's for the keys."""
+    """Fill in the number of key-value heads and the head size, checked; `names`: key -> the file's name."""
     heads = config["num_attention_heads"]
     own = {key: names.get(key, key) for key in HF_DEFAULTS}
     config["num_key_value_heads"] = config["num_key_value_heads"] or heads
@@ -636,8 +636,8 @@ def complete_heads(path: Path, config: dict, names: Mapping[str, str] = {}):
 
 
 def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSpec:
-    """The spec of a checked config; `rope` has max_positions and the fields that begin with rope_, and
-    perhaps local_rope_base: of layers with a window, which have no factors then."""
+    """The spec of a checked config; `rope` has max_positions, the fields that begin with rope_, and perhaps
+    local_rope_base, the base of layers with a window, which then have no factors."""
     row, layers = FAMILIES[family], config["num_hidden_layers"]
     width, heads, head_size = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
     fields = {"ffn_bias": config.get("mlp_bias", False),
@@ -698,7 +698,7 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
 
 def with_kinds(spec: ModelSpec, windows: Seq[int], unrotated: set[int],
                local_base: float | None) -> ModelSpec:
-    """As the spec, with these windows, and the rotary base of layers that have one; some layers unrotated."""
+    """The spec with these windows, a rotary base for layers with a window, and some layers unrotated."""
     def attention(layer: int) -> Attention:
         own = replace(spec.attention(layer), window=windows[layer])
         if windows[layer] and local_base:
@@ -728,15 +728,15 @@ def mixers_of(path: Path, row: Family, config: Mapping, types: Seq[str]) -> tupl
 
 
 def expert_fields(path: Path, config: Mapping) -> tuple[int, dict]:
-    """F, and a spec's other fields of a model with experts; of one that could have some, but has not, too."""
+    """F and the spec's expert fields, also for a model that could have experts but has none."""
     layers, chosen = config["num_hidden_layers"], "num_experts_per_tok"
     numbers = config["num_experts"], config["num_local_experts"]
-    experts = next((number for number in numbers if number is not None), 128)  # as transformers has it
+    experts = next((number for number in numbers if number is not None), 128)  # as in transformers
     shared = config.get("shared_intermediate_size") or config.get("shared_expert_intermediate_size") or 0
     if not experts:
         return shared or config["intermediate_size"], {}
     if "use_expert_bias" in config and not config["norm_topk_prob"]:
-        raise ConfigError(f"{path}: norm_topk_prob is false; with a router of sigmoids it must be true")
+        raise ConfigError(f"{path}: norm_topk_prob is false; with a sigmoid router it must be true")
     dense = config.get("mlp_only_layers") or range(config.get("num_dense_layers") or 0)
     dense = tuple(layer for layer in range(layers)
                   if layer in dense or (layer + 1) % config.get("decoder_sparse_step", 1))
@@ -749,7 +749,7 @@ def expert_fields(path: Path, config: Mapping) -> tuple[int, dict]:
 
 
 def growing_queries(fields: Mapping, beta: float | None, original: int, context: int | None) -> dict:
-    """max_positions, and q_growth if the server's `context` is so long that Ministral 3's queries grow."""
+    """max_positions, and q_growth if the server's `context` makes Ministral 3's queries grow."""
     if beta and (context or 0) > original:
         return {"q_growth": (beta, original)}
     return {"max_positions": min(fields["max_positions"], original if beta else MOST_POSITIONS)}
@@ -769,11 +769,11 @@ ROPE_KEYS = {  # all others are positive numbers
 
 def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, positions: int,
                 context: int | None) -> dict:
-    """max_positions and the fields that begin with rope_, as transformers' modeling_rope_utils.py has them.
+    """max_positions and the fields that begin with rope_, as in transformers' modeling_rope_utils.py.
 
-    `rope` is a rope_scaling or rope_parameters object. longrope takes its long factors for all positions if
-    the server's `context` (None: the model's) is longer than the original one, and dynamic scaling that of
-    the `context`."""
+    `rope` is a rope_scaling or rope_parameters object. longrope uses its long factors for all positions if
+    the server's `context` (None: the model's) is longer than the original one; dynamic scaling uses the
+    factor for the `context`."""
     rope_type = checked(path, f"{name}.rope_type", rope.get("rope_type", rope.get("type", "default")),
                    Rule(str, choices=tuple(ROPE_TYPES)))
     known = [*ROPE_TYPES[rope_type].split(), "rope_type", "type", "rope_theta", "partial_rotary_factor"]

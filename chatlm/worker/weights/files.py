@@ -17,8 +17,8 @@ from chatlm.worker.weights.rules import read_json
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Those that the index names, or model.safetensors, or without both a numbered set. ConfigError if one
-    is missing."""
+    """The files that the index names, or model.safetensors, or without either a numbered set. ConfigError
+    if one is missing."""
     index, there = folder / "model.safetensors.index.json", sorted(
         path.name for path in folder.glob("*.safetensors"))
     names, origin = ["model.safetensors"], "it must have"
@@ -28,12 +28,12 @@ def weight_files(folder: Path) -> list[Path]:
         files, origin = read_json(index).get("weight_map"), f"{index.name} names"
         if not isinstance(files, dict) or not files or not all(
                 isinstance(name, str) and Path(name).name == name for name in files.values()):
-            raise ConfigError(f"{index}: weight_map must give each tensor the name of a file beside it")
+            raise ConfigError(f"{index}: weight_map must map each tensor to a file name in this folder")
         names = sorted(set(files.values()))
     elif names[0] not in there and numbered:
         stem, count = numbered.groups()
         names = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
-        origin = f"by the name of {numbered[0]} it must have"
+        origin = f"according to the name of {numbered[0]} it must have"
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         has = f"it has {', '.join(there[:8])}" if there else "it has no *.safetensors"
@@ -44,25 +44,25 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def files_of_weights(path: Path) -> list[Path]:
-    """All files that have a model's weights; ConfigError if one of a folder's is missing."""
+    """All files with a model's weights; ConfigError if a folder lacks one."""
     split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
     return weight_files(path) if path.is_dir() else sorted(
         path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf")) if split else [path]
 
 
 def files_of_adapters(folders: Iterable[str]) -> list[Path]:
-    """The weights of adapters that are merged into the model's, folder by folder."""
+    """The weight files of adapters merged into the model, folder by folder."""
     return [file for folder in folders for file in sorted(Path(folder).expanduser().glob("*.safetensors"))]
 
 
 def refuse_cut_checkpoint(path: Path):
-    """ConfigError if a zip archive of torch's lacks the table at its end, or the file is only a pointer."""
+    """ConfigError if a torch zip archive lacks the table at its end, or the file is only a pointer."""
     begin, size = beginning(path)
     if b"PK\3\4".startswith(begin[:4]) and not zipfile.is_zipfile(path):
         raise truncated(path, size, "and the table of contents at its end is missing")
 
 
-MOST_HEADER_BYTES = 100_000_000  # of a safetensors file; its library takes no more
+MOST_HEADER_BYTES = 100_000_000  # of a safetensors file; its library accepts no more
 
 
 def refuse_cut_safetensors(path: Path):
@@ -85,7 +85,7 @@ def refuse_cut_safetensors(path: Path):
 
 
 def beginning(path: Path) -> tuple[bytes, int]:
-    """Some of a file's first bytes, and its size; ConfigError if it cannot be read or is only a pointer."""
+    """A file's first bytes, and its size; ConfigError if it cannot be read or is only a pointer."""
     try:
         with open(path, "rb") as file:
             begin, size = file.read(1000), os.fstat(file.fileno()).st_size

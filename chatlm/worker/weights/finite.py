@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SCALES = {"q4_0": (18, 0, 2), "q4_1": (20, 0, 4), "q5_0": (22, 0, 2), "q5_1": (24, 0, 4), "q8_0": (34, 0, 2),
           "q4_k": (144, 0, 4), "q5_k": (176, 0, 4), "q6_k": (210, 208, 2), "iq4_nl": (18, 0, 2),
           "iq4_xs": (136, 0, 2)}
-MOST_QUANTIZED = 65_520.0  # as a scale or minimum of a block, a float16, it becomes infinite
+MOST_QUANTIZED = 65_520.0  # a block's scale or minimum, a float16, becomes infinite there
 
 
 def all_below(values: torch.Tensor, most: float = math.inf) -> bool:
@@ -42,8 +42,8 @@ def all_below(values: torch.Tensor, most: float = math.inf) -> bool:
 
 
 def scales_are_finite(packing: str, rows) -> bool:
-    """Of packed rows (n, bytes of a row) uint8, torch or numpy."""
-    if packing == "mxfp4":  # exponents: 255 is NaN, and the largest code times 253 or 254 leaves float32
+    """Whether all scales of packed rows (n, bytes of a row) uint8, torch or numpy, are finite."""
+    if packing == "mxfp4":  # exponents: 255 is NaN, and with 253 or 254 the largest code overflows
         return bool(torch.as_tensor(rows).reshape(-1, 17)[:, 0].max() < 253)
     size, first, count = SCALES[packing]
     whole, exponents = (torch.int16, 0x7C00) if count == 2 else (torch.int32, 0x7C007C00)
@@ -68,14 +68,14 @@ def fault_of(made, most: float = math.inf) -> str:
 
 def refuse_faults(path: Path, settings: Settings, theirs: Mapping[str, tuple[int, ...]],
                   read: Callable[[Iterable[str], Cut], Any], cut: Cut, made, packed: bool):
-    """A ConfigError if what `read` made of `theirs`, the file's tensors and their shapes, has NaN or
-    infinity, or will when it is `packed`. It names the first tensor that has.
+    """ConfigError if what `read` made of `theirs`, the file's tensors and their shapes, has NaN or infinity,
+    or will when `packed`. It names the first such tensor.
 
-    Only the rank's part is looked at; rows that fill up a file's vocabulary are not."""
+    Only the rank's part is checked, without the rows that pad a file's vocabulary."""
     most = MOST_QUANTIZED if packed and settings.quantize else math.inf
     fault, names = fault_of(made, most), list(theirs)
     if not fault and packed:
-        fault = "a value that becomes infinite when it is packed"
+        fault = "a value that becomes infinite when packed"
     for name in names if fault and len(names) > 1 else ():
         shape, axes = theirs[name], len(cut.shape)
         rows = math.prod(shape[:len(shape) - axes + 1])  # of all experts

@@ -57,17 +57,17 @@ GGUF_TENSORS: dict[str, tuple[str, ...]] = {
 
 
 def complete(config: Mapping) -> dict:
-    """What a checked config means in other families' words."""
+    """A checked config, expressed in other families' keys."""
     layers, experts = config["num_hidden_layers"], config["enable_moe_block"]
     types = config["layer_types"] or [LAYER_TYPES[(layer + 1) % 6 > 0] for layer in range(layers)]
-    return {"layer_types": [*types[:-1], FULL],  # whatever the file says of the last one
+    return {"layer_types": [*types[:-1], FULL],  # whatever the file says about the last one
             "rope_parameters": config["rope_parameters"] or ROPE,
             "num_experts": (config["num_experts"] or 0) if experts else 0,
             "shared_intermediate_size": config["intermediate_size"] if experts else 0}
 
 
 def sizes_of_full_layers(path: Path, config: Mapping, types: Seq[str]) -> tuple[int, int]:
-    """Head size and number of KV heads of layers with full attention. transformers writes them layer by
+    """Head size and number of KV heads of layers with full attention. transformers writes them for each
     layer since 5.23, before that once."""
     names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
     rules = {"head_dim": KEYS["global_head_dim"], "num_key_value_heads": KEYS["num_global_key_value_heads"]}
@@ -80,12 +80,12 @@ def sizes_of_full_layers(path: Path, config: Mapping, types: Seq[str]) -> tuple[
         own = {}
     else:
         full = [str(layer) for layer, type_ in enumerate(types) if type_ == FULL]
-        if isinstance(listed, dict):  # whose layers have as many digits
+        if isinstance(listed, dict):  # whose layer numbers are padded with zeros
             listed = {re.sub("^0+(?=[0-9])", "", layer): sizes for layer, sizes in listed.items()}
         if not isinstance(listed, dict) or sorted(listed) != sorted(full) or any(
                 sizes != listed[full[0]] or not isinstance(sizes, dict) for sizes in listed.values()):
-            raise ConfigError(f"{path}: {key} is {shown(listed)}; it must have the same sizes for each layer "
-                              f"with {FULL}, which are {', '.join(full)}, and for no other")
+            raise ConfigError(f"{path}: {key} is {shown(listed)}; it must give the same sizes for each layer "
+                              f"with {FULL} ({', '.join(full)}) and for no other")
         own = listed[full[0]]
         if unknown := sorted(own.keys() - names.keys()):
             raise ConfigError(f"{path}: {key} has the key {shown(unknown[0])}; known are {', '.join(names)}")
@@ -96,7 +96,7 @@ def sizes_of_full_layers(path: Path, config: Mapping, types: Seq[str]) -> tuple[
 
 
 def rope_of(path: Path, name: str, rope: Any, size: int) -> dict:
-    """The fields of Attention that begin with rope_, of one type's entry in rope_parameters."""
+    """The fields of Attention that begin with rope_, from one type's entry in rope_parameters."""
     if not isinstance(rope, dict):
         raise ConfigError(f"{path}: {name} is {shown(rope)}; it must be an object")
     type_ = checked(path, f"{name}.rope_type", rope.get("rope_type", "default"),
@@ -115,14 +115,14 @@ def rope_of(path: Path, name: str, rope: Any, size: int) -> dict:
 
 
 def fields_of(path: Path, config: Mapping) -> dict:
-    """The fields of ModelSpec that no other family has: how each layer attends, and what it adds besides.
+    """The fields of ModelSpec that no other family has: how each layer attends, and what else it adds.
 
     `config` is complete; its `rope_of_types`, if there, has rope_of's result for each type of layer."""
     layers, types = config["num_hidden_layers"], config["layer_types"]
     for key in ("rope_scaling", "partial_rotary_factor"):
         if config[key] is not None:
             raise ConfigError(f"{path}: {key} is {shown(config[key])}; in a gemma4_text model "
-                              "rope_parameters say this for each type of layer")
+                              "rope_parameters gives this for each type of layer")
     if not isinstance(ropes := config["rope_parameters"], dict):
         raise ConfigError(f"{path}: rope_parameters is {shown(ropes)}; it must be an object")
     key = "num_kv_shared_layers"
@@ -150,12 +150,12 @@ def fields_of(path: Path, config: Mapping) -> dict:
             source = len(own) - 1 - own[::-1].index(type_)
             attentions.append(replace(kinds[type_], values_from_keys=False, source=source))
         else:
-            raise ConfigError(f"{path}: layer_types[{layer}] is {shown(type_)}, which none of the first "
-                              f"{len(own)} layers is, and only these have keys ({key} is {shared})")
+            raise ConfigError(f"{path}: layer_types[{layer}] is {shown(type_)}, but none of the first "
+                              f"{len(own)} layers is, and the others have no keys ({key} is {shared})")
     P, vocabulary = config["hidden_size_per_layer_input"], config["vocab_size_per_layer_input"]
     if P and vocabulary != config["vocab_size"]:
         raise ConfigError(f"{path}: vocab_size_per_layer_input is {shown(vocabulary)}; it must be "
-                          f"{config['vocab_size']}, as vocab_size")
+                          f"{config['vocab_size']}, like vocab_size")
     return {"attentions": tuple(attentions), "layer_input_size": P,
             "double_layers": tuple(range(len(own), layers)) if config["use_double_wide_mlp"] else (),
             "embedding_scale": config["hidden_size"]**0.5,
@@ -163,7 +163,7 @@ def fields_of(path: Path, config: Mapping) -> dict:
 
 
 def repack(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A folder's tensors with each expert apart."""
+    """A folder's tensors with separate experts."""
     repacked = {}
     for name, tensor in state.items():
         stem, _, part = name.rpartition(".")

@@ -56,11 +56,11 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.splits import PreTokenizer
 
 
-# architectures whose q and k have rotary pairs side by side, though a folder's have not
+# architectures whose q and k have adjacent rotary pairs, unlike a folder's
 PERMUTED = ("llama", "smollm3", "granite", "granitemoe", "granitehybrid", "mistral3")
 
 
-BIASES = {  # a key of config.json that says whether there are any -> whose they are
+BIASES = {  # a key of config.json that says whether there are any -> the matrices they belong to
     "use_expert_bias": "exp_probs_b", "mamba_conv_bias": "ssm_conv1d", "mamba_proj_bias": "ssm_in"}
 
 
@@ -76,13 +76,13 @@ def file_shape(name: str, tensor) -> tuple[int, ...]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """What goes wrong inside, while a GGUF file is read, as ConfigError."""
+    """Turns the errors of reading a GGUF file into ConfigError."""
     try:
         yield
     except OSError as error:
         raise cannot_read(error.filename or path, error) from None
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
-        reason = "a tensor's shape does not fit its bytes" if "reshape" in str(error) else named(error)
+        reason = "a tensor's shape does not match its bytes" if "reshape" in str(error) else named(error)
         raise ConfigError(f"{path} is not a readable GGUF file: {reason}") from None
 
 
@@ -93,7 +93,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         family, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
         architecture = metadata["general.architecture"]
         check_gguf_types(source.path, stored)
-        if metadata.get(f"{architecture}.nextn_predict_layers"):  # a draft head, which is not run
+        if metadata.get(f"{architecture}.nextn_predict_layers"):  # a draft head, which is not used
             stored = {name: tensor for name, tensor in stored.items()
                       if not (layer := re.match(r"blk\.(\d+)\.", name)) or int(layer[1]) < spec.layers}
         stored = without_shared(spec, stored)
@@ -138,7 +138,7 @@ END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|
 
 
 def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """A table like HF_TENSORS in the names of GGUF, as far as the architecture has them."""
+    """A table like HF_TENSORS with GGUF names, for the tensors that the architecture has."""
     table = {}
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known[architecture], 1)
@@ -153,10 +153,10 @@ def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dic
 
 
 def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
-    """The row of FAMILIES and the spec, made as from a config.json that says what the metadata does."""
+    """The row of FAMILIES and the spec, built as if from a config.json with the metadata's values."""
     if metadata.get("general.type", "model") != "model":
-        raise ConfigError(f"{path} is no model: its general.type is {shown(metadata['general.type'])}. Give "
-                          "the GGUF file of the model itself")
+        raise ConfigError(f"{path} is not a model: its general.type is {shown(metadata['general.type'])}. "
+                          "Give the GGUF file of the model itself")
     own = f"{gguf_value(path, metadata, 'general.architecture')}."
     if own[:-1] not in GGUF_FAMILIES:
         raise ConfigError(f"{path}: {unsupported(own[:-1])}")
@@ -225,8 +225,8 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
 
 
 def hybrid_layers(path: Path, own: str, metadata: Mapping, stored: Mapping) -> tuple[Mapping, dict]:
-    """The metadata as that of a model whose layers are all attention, without a draft head; and what a
-    config.json would say of those that are not: {} in families that have none."""
+    """The metadata as if all layers were attention and there were no draft head; and what a config.json would
+    say about the other layers: {} in families without any."""
     others = FAMILIES[GGUF_FAMILIES[own[:-1]]].mixers
     if own == "gemma4.":
         return gemma4_layers(path, metadata, stored)
@@ -236,7 +236,7 @@ def hybrid_layers(path: Path, own: str, metadata: Mapping, stored: Mapping) -> t
     layers: int = value(own + "block_count") - value(own + "nextn_predict_layers", 0)
     metadata = {**metadata, own + "block_count": layers}
     heads, recurrent = metadata.get(key), value(own + "attention.recurrent_layers")
-    if isinstance(heads, list) and not all(heads):  # 0 of layers of the other type
+    if isinstance(heads, list) and not all(heads):  # 0 for layers of the other type
         recurrent = [not count for count in heads]
         full = next(filter(None, heads), 0)
         metadata = {**metadata, key: [count or full for count in heads[:layers]]}
@@ -247,7 +247,7 @@ def hybrid_layers(path: Path, own: str, metadata: Mapping, stored: Mapping) -> t
         more |= {"mamba_d_head": value(own + "ssm.inner_size") // value(own + "ssm.time_step_rank"),
                  "num_local_experts": value(own + "expert_count", 0, low=0),
                  "shared_intermediate_size": value(own + "expert_shared_feed_forward_length", 0)}
-    if own.startswith(("qwen35", "qwen3next")):  # in Qwen3.5, if value heads are more, their order is another
+    if own.startswith(("qwen35", "qwen3next")):  # Qwen3.5 reorders value heads if they are more
         width = metadata.get(own + "expert_feed_forward_length")
         more |= {"alternating": own != "qwen3next.", "heads_by_key": False,
                  "linear_value_head_dim": value(own + "ssm.inner_size") // value(own + "ssm.time_step_rank")}
@@ -256,8 +256,8 @@ def hybrid_layers(path: Path, own: str, metadata: Mapping, stored: Mapping) -> t
 
 
 def gemma4_layers(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Mapping, dict]:
-    """As hybrid_layers, of Gemma 4: the metadata as that of a model whose layers are all sliding ones, and
-    what a config.json would say of the others."""
+    """Like hybrid_layers, for Gemma 4: the metadata as if all layers were sliding, and what a config.json
+    would say about the others."""
     own, value = "gemma4.", partial(gguf_value, path, metadata)
     layers: int = value(f"{own}block_count")
     pattern = f"{own}attention.sliding_window_pattern"
@@ -266,7 +266,7 @@ def gemma4_layers(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Mappi
     full = [l for l in range(layers) if not local[l]]
 
     def sizes(key: str, *groups: list[int]) -> list[int]:
-        """Of each group of layers the number that this key has for all of them."""
+        """For each group of layers, the number that this key gives all of them."""
         said = metadata.get(own + key)
         numbers: list[Any] = said if isinstance(said, list) and len(said) == layers else [said] * layers
         for group in groups:
@@ -307,7 +307,7 @@ def gemma4_layers(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Mappi
 
 
 def experts_apart(stored: Mapping) -> dict:
-    """The tensors with a matrix for each expert's gates and ups, which a file has in one or two of all."""
+    """The tensors with separate gate and up matrices for each expert; a file has one or two for all."""
     found = {}
     for name, tensor in stored.items():
         match = re.fullmatch(r"(blk\.\d+\.ffn_)(gate_up|gate|up)_exps\.weight", name)
@@ -324,14 +324,14 @@ def experts_apart(stored: Mapping) -> dict:
     return found
 
 
-# llama.cpp's converter leaves mscale and mscale_all_dim out, and llama.cpp too computes the usual factor
-MSCALE_UNKNOWN = ("%s: yarn multiplies queries and keys by %.3f, as usual: if the config.json that the file "
-                  "was made of has mscale_all_dim, it should not, which the file cannot say; take the folder")
+# llama.cpp's converter omits mscale and mscale_all_dim, and llama.cpp also computes the usual factor
+MSCALE_UNKNOWN = ("%s: yarn multiplies queries and keys by %.3f, as usual. This is wrong if the original "
+                  "config.json has mscale_all_dim, which the file cannot state; use the folder then")
 
 
 def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Mapping,
               context: int | None) -> dict:
-    """As hf_rope: the scaling's keys, phi3's two lists of factors, and llama 3's baked into one."""
+    """Like hf_rope, from the scaling's keys, phi3's two lists of factors, or llama 3's single one."""
     head_size, row = config["head_dim"], FAMILIES[GGUF_FAMILIES[own[:-1]]]
     if row.fields_of:
         return {"max_positions": config["max_position_embeddings"]}
@@ -378,7 +378,7 @@ def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Ma
 
 def gguf_places(spec: ModelSpec, family: str, names: Mapping[str, tuple],
                 sources: Sources) -> dict[str, list[Place]]:
-    """Where a GGUF file has the matrices of the model's folder; `names` is like HF_TENSORS."""
+    """Where a GGUF file stores the matrices of the model's folder; `names` is like HF_TENSORS."""
     table = HF_TENSORS | FAMILIES[family].tensors
     places = {name: [Place(name)] for name in unread_keys(spec)}
     shapes = file_shapes(sources)
@@ -397,8 +397,8 @@ def gguf_places(spec: ModelSpec, family: str, names: Mapping[str, tuple],
 
 
 def linear_places(mixer: DeltaRule, theirs: Seq[str], own: Seq[str]) -> dict[str, list[Place]]:
-    """Where a GGUF file has a folder's matrices of linear attention: Qwen3.5's heads of values have another
-    order there, and Qwen3-Next's rows do not lie by heads of keys."""
+    """Where a GGUF file stores a folder's linear attention matrices: Qwen3.5's value heads are in another
+    order there, and Qwen3-Next's rows are not grouped by key head."""
     Hk, D, Dv, r = mixer.key_heads, mixer.key_size, mixer.value_size, mixer.value_heads // mixer.key_heads
     p, z, *_ = mixer.parts
     if mixer.gates_by_key and len(own) > len(theirs):
@@ -420,7 +420,7 @@ def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sourc
     """Our tensors as `dtype`; None: the backend's `as_stored` makes the matrices, in the file's type or one
     close to it."""
     as_stored = backend.as_stored if dtype is None else None
-    held_bytes = getattr(backend, "held_bytes", file_bytes)  # which an older build of decode_core lacks
+    held_bytes = getattr(backend, "held_bytes", file_bytes)  # older builds of decode_core lack it
     pairs = RopePairs(spec.head_size, spec.rope_size or spec.head_size)
 
     def read(theirs: Iterable[str], cut: Cut):
@@ -458,7 +458,7 @@ def mapped_table(tensor) -> MappedRows:
 
 def merged(tensor, pairs: RopePairs | None, changes: Iterable[Change | Copy], own_pairs: RopePairs | None,
            packed: bool) -> tuple[Any, None]:
-    """A part of a matrix after the changes of its adapters, which have `own_pairs`; a `packed` one becomes
+    """Part of a matrix with its adapters' changes, whose rows have `own_pairs`; a `packed` one becomes
     Q8_0."""
     rows, columns = reversed(tensor.shape.tolist())
     values = dequantized((rows, columns), [(tensor, pairs)], torch.float32)
@@ -475,27 +475,26 @@ def merged_type(tensor, packed: bool) -> gguf.GGMLQuantizationType:
 
 
 def file_bytes(tensors: Seq) -> int:
-    """What the tensors take in a GGUF file."""
+    """The tensors' size in a GGUF file."""
     sizes = [gguf.GGML_QUANT_SIZES[tensor.tensor_type] for tensor in tensors]
     return sum(math.prod(tensor.shape.tolist()) // block * size
                for tensor, (block, size) in zip(tensors, sizes))
 
 
-MIXED_BYTES = 0.6  # of a weight in a usual file of type Q4_K_M
+MIXED_BYTES = 0.6  # per weight in a typical Q4_K_M file
 
 
 def growth(tensors: Mapping[str, Unread | MappedRows], stored: Mapping, packed: bool) -> str:
-    """What to say if the weights take much more memory than in the file, of which `stored` does not stay
-    there; "" if not."""
+    """A note if the weights take much more memory than `stored`, the file's tensors to be read; "" if not."""
     held, on_disk = sum(tensor.nbytes for tensor in tensors.values()), sum(
         tensor.n_bytes for tensor in stored.values())
     if held < 1.1 * on_disk:
         return ""
     small = MIXED_BYTES * sum(tensor.n_elements for tensor in stored.values())
     reason = "types that have no kernels here become Q8_0" if packed else (
-        "torch multiplies its matrices out, which decode_core would hold as they are")
+        "torch dequantizes its matrices, which decode_core would keep packed")
     smaller = f"; a file of type Q4_K_M would take about {small / 1e9:,.2f} GB" if packed else ""
-    return (f"The file's {on_disk / 1e9:,.2f} GB of weights take {held / 1e9:,.2f} GB in memory, for "
+    return (f"The file's {on_disk / 1e9:,.2f} GB of weights take {held / 1e9:,.2f} GB in memory: "
             f"{reason}{smaller if small < 0.9 * held else ''}")
 
 
@@ -509,7 +508,7 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
     last = len(tokens) - 1
     bos, eos, *ends = (value(f"ggml.{name}_token_id", high=last) for name in ("bos", "eos", "eot", "eom"))
     pre = PRE_TOKENIZERS[value("ggml.pre", "default")] if model == "gpt2" else None
-    of_gemma = model == "gemma4"  # sentencepiece's letters, with the merges written down
+    of_gemma = model == "gemma4"  # sentencepiece's alphabet with explicit merges
     if pre:
         pipeline = byte_level_pipeline(tokens, value("ggml.merges"), pre)
     else:
@@ -518,7 +517,7 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
         unknown = tokens[value("ggml.unknown_token_id", 0, high=last)]
         space = value("ggml.add_space_prefix", not of_gemma)
         pipeline = sentencepiece_pipeline(tokens, merges, unknown, space)
-    spaces = metadata.get("general.architecture") == "phi3" and not pre  # swallowed after these tokens
+    spaces = metadata.get("general.architecture") == "phi3" and not pre  # dropped after these tokens
     pipeline["added_tokens"] = [
         {"id": i, "content": token, "special": token_type == CONTROL, "normalized": False,
          "single_word": False, "lstrip": False,
@@ -527,7 +526,7 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
         if token and token_type in (CONTROL, USER_DEFINED)]
     ends = {eos, *ends} - {None}
     ends |= {entry["id"] for entry in pipeline["added_tokens"] if entry["content"] in END_TOKENS}
-    add_bos = of_gemma or value("ggml.add_bos_token", pre is None or pre.add_bos)  # as llama.cpp has it
+    add_bos = of_gemma or value("ggml.add_bos_token", pre is None or pre.add_bos)  # as in llama.cpp
     template = template_of(value("chat_template"), metadata.get("tokenizer.chat_template.tool_use"))
     if not template:
         warn_of_templates(path, [key.removeprefix("tokenizer.chat_template.") for key in metadata

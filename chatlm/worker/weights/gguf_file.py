@@ -1,4 +1,4 @@
-"""What a GGUF file may say: its metadata and tensors, checked; the tables of keys and pre-tokenizers."""
+"""Reads GGUF files: their metadata and tensors, checked; the table of keys."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def read_gguf(path: Path) -> tuple[dict, dict]:
 
 
 def read_gguf_file(path: Path, size: int = 0) -> tuple[dict, dict]:
-    """As read_gguf, of one file. With its `size` where only its beginning is here: then its tensors have
-    shapes and types alone."""
+    """Like read_gguf, for one file. `size`: of the whole file, if only its beginning is here; its tensors
+    then have only shapes and types."""
     ARRAY, STRING = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
 
     class Reader(gguf.GGUFReader):
@@ -107,23 +107,23 @@ def read_gguf_file(path: Path, size: int = 0) -> tuple[dict, dict]:
 
 def check_end(path: Path, size: int, end: int, what: str = "its header goes on to"):
     """ConfigError if something ends beyond the `size` bytes of a file."""
-    if end > 1 << 50:  # a petabyte: no file was ever so long
+    if end > 1 << 50:  # a petabyte: no real file is that long
         raise ValueError(f"{what} byte {end:,}")
     if end > size:
         raise truncated(path, size, f"and {what} byte {end:,}")
 
 
 def tensor_end(path: Path, name, _, sizes, gguf_type, offset) -> int:
-    """Where a tensor ends, from the start of all. ValueError if it is impossible, ConfigError if its type is
-    too new.
+    """Where a tensor ends, counted from the start of the first. ValueError if it is impossible, ConfigError
+    if its type is too new.
 
     The arguments are arrays from gguf's reader: name in bytes, sizes (columns first), type, offset."""
     name, sizes, number = shown(str(bytes(name), "utf-8", "replace")), sizes.tolist(), int(gguf_type[0])
     if not 1 <= len(sizes) <= 4 or min(sizes) < 1:
         raise ValueError(f"the tensor {name} has the sizes {sizes[:8]}; it must have 1 to 4, none below 1")
     if number not in gguf.GGML_QUANT_SIZES:
-        raise ConfigError(f"{path}: the tensor {name} is of type {number}, which the gguf package here does "
-                          f"not know; a newer one may: {sys.executable} -m pip install --upgrade gguf")
+        raise ConfigError(f"{path}: the tensor {name} is of type {number}, which the installed gguf package "
+                          f"does not know; a newer one may: {sys.executable} -m pip install --upgrade gguf")
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)]
     if sizes[0] % block:
         raise ValueError(f"the tensor {name} has rows of {sizes[0]:,}; its type needs a multiple of {block}")
@@ -141,7 +141,7 @@ def check_gguf_types(path: Path, stored: Mapping):
 
 
 def gguf_strings(path: Path, buffer: memoryview, offset: int, count: int) -> tuple[list[str], int]:
-    """Read `count` strings, each after its length as u64; as check_end if one passes the end of the file."""
+    """Read `count` strings, each preceded by its length (u64); errors as in check_end if one is cut off."""
     values, length_at, size = [], struct.Struct("<Q").unpack_from, len(buffer)
     check_end(path, size, offset + 8 * count)
     for _ in range(count):
@@ -153,12 +153,12 @@ def gguf_strings(path: Path, buffer: memoryview, offset: int, count: int) -> tup
     return values, offset
 
 
-GGUF_SIZES = {  # a key of config.json -> the metadata's, after the architecture
+GGUF_SIZES = {  # a config.json key -> the metadata's, after the architecture
     "num_hidden_layers": "block_count", "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
     "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
     "head_dim": "attention.key_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon"}
-GGUF_OWN = {  # the same of keys that only some families have
+GGUF_OWN = {  # the same for keys that only some families have
     "sliding_window": "attention.sliding_window", "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping", "rope_local_base_freq": "rope.freq_base_swa",
     "num_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
@@ -176,10 +176,10 @@ GGUF_OWN = {  # the same of keys that only some families have
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
               "attention.causal", "tensor_data_layout", "rope.dimension_sections", "n_deepstack_layers"}
 GGUF_OF_ONE = {"attention.temperature_scale": "ministral3", "expert_gating_func": "lfm2_moe",
-               "expert_weights_norm": "lfm2_moe", **dict.fromkeys((  # keys of one family alone
+               "expert_weights_norm": "lfm2_moe", **dict.fromkeys((  # keys of only one family
                    "attention.key_length_swa", "attention.value_length_swa", "attention.shared_kv_layers",
                    "rope.dimension_count_swa", "embedding_length_per_layer_input"), "gemma4_text")}
-# what llama.cpp's converter says of Mamba layers, in granite's files too, which have none
+# what llama.cpp's converter writes about Mamba layers, even in granite files without any
 GGUF_MAMBA = {f"ssm.{part}" for part in ("conv_kernel", "state_size", "group_count", "inner_size",
                                          "time_step_rank")} | {"expert_shared_feed_forward_length"}
 GGUF_KEYS = {  # * stands for the architecture

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 
 def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> dict:
-    """`scaled_rope` of a config.json, which has rope_scaling, or rope_parameters by layer type or for all."""
-    if FAMILIES[family].fields_of:  # which say how each layer turns its heads
+    """`scaled_rope` for a config.json with rope_scaling, or rope_parameters by layer type or for all."""
+    if FAMILIES[family].fields_of:  # they give each layer's rotation
         return {"max_positions": config["max_position_embeddings"]}
     name = "rope_scaling" if config["rope_scaling"] else "rope_parameters"
     rope, local = config[name] or {}, {}
@@ -63,7 +63,7 @@ def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> di
     growth = ("llama_4_scaling_beta", "max_position_embeddings") if family == "ministral3" else ()
     beta = rope.get("llama_4_scaling_beta") if growth else None
     rope = {key: setting for key, setting in rope.items() if key not in growth}
-    part = checked(path, "partial_rotary_factor",  # other families' code does not look at it
+    part = checked(path, "partial_rotary_factor",  # other families ignore it
                    rope.get("partial_rotary_factor", config["partial_rotary_factor"]),
                    Rule(float, 0.01 if "partial_rotary_factor" in FAMILIES[family].config else 1, 1,
                         optional=True))
@@ -96,8 +96,8 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     sources = tensor_sources(spec, HF_TENSORS | FAMILIES[family].tensors, spec.vocab_size)
     state, scales = (without_shared(spec, tensors) for tensors in (FAMILIES[family].repack(state), scales))
     if lost := sorted(set(scales) - set(state)):
-        raise ConfigError(f"{source.path}: {lost[0]} is in FP8, which is not supported for such a tensor of "
-                          f"a {family} model: take the unquantized model, or a GGUF file of it")
+        raise ConfigError(f"{source.path}: {lost[0]} is in FP8, which is not supported for this tensor of "
+                          f"a {family} model: use the unquantized model or a GGUF file of it")
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
     backend = choose_backend(device, spec)
@@ -145,7 +145,7 @@ def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
 
 def hf_template(folder: Path, options: Mapping) -> str | None:
     """The chat template: chat_template.jinja, else chat_template.json or the one in the tokenizer's
-    `options`. Of several that have names it is `default`, with `tool_use` for chats with tools."""
+    `options`. Of several named ones it is `default`, with `tool_use` for chats with tools."""
     path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     others = {other.stem: other for other in sorted(folder.glob("additional_chat_templates/*.jinja"))}
     if path.exists():
@@ -176,7 +176,7 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
     refuse_endless(path, TextSpec("hf", payload))
     try:
         if (tokenizer := open_tokenizer(TextSpec("hf", payload))).vocab_size > vocab_size:
-            # gemma3 has a token for images, of which its text model knows nothing
+            # gemma3 has an image token that its text model does not know
             content = json.loads(payload)
             content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
             payload = json.dumps(content, ensure_ascii=False).encode()

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """Where a file has a matrix that lies otherwise in Hugging Face's folder: in which of its own, and which
-    of the folder's rows and columns these are, in the file's order."""
+    """Where a file stores part of a matrix of Hugging Face's folder: in which of its own matrices, and which
+    rows and columns of the folder's it has, in the file's order."""
 
     name: str
     rows: Any = slice(None)     # or indices
@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What an adapter adds to a weight (N, K): scaling * b @ a, in the order of Hugging Face's rows."""
+    """What an adapter adds to a weight (N, K): scaling * b @ a, with the rows in Hugging Face's order."""
 
     a: Any           # (rank, K)
     b: Any           # (N, rank)
@@ -46,17 +46,17 @@ class Change(NamedTuple):
         return product.T if self.embedding else product
 
     def at(self, place: Place) -> Change:
-        """What of it changes the file's matrix at a place; an embedding lies nowhere else."""
+        """The part that changes the file's matrix at a place; an embedding is never split."""
         return self if self.embedding else self._replace(a=self.a[:, place.columns], b=self.b[place.rows])
 
     def on(self, weight: torch.Tensor, turned: Callable = lambda rows: rows) -> torch.Tensor:
-        """The weight with the change, whose rows are `turned` first."""
+        """The weight plus the change, whose rows are `turned` (reordered) first."""
         return weight.float() + turned(self.delta())
 
 
 class Copy(NamedTuple):
-    """A whole matrix (N, K) that takes the place of the model's. peft saves the embedding and the head where
-    it cannot know whether they are still the base's, and what modules_to_save names."""
+    """A whole matrix (N, K) that replaces the model's. peft saves the embedding and the head if it
+    cannot tell whether they are still the base's, and what modules_to_save names."""
 
     weight: Any
 
@@ -77,8 +77,8 @@ LORA_INERT = set("""alpha_pattern auto_mapping base_model_name_or_path corda_con
 
 def fused_places(places: Mapping[str, list[Place]], shapes: Mapping[str, tuple],
                  fused: Iterable[tuple[str, tuple[str, ...]]], layers: int) -> dict[str, list[Place]]:
-    """The `places` of matrices by Hugging Face's names, with those that are `fused` in the folder: each has
-    the rows of several. `shapes` are by the file's names."""
+    """`places` by Hugging Face's names, and those of matrices `fused` in the folder, each with the rows of
+    several. `shapes` are by the file's names."""
     more = {}
     for theirs, parts in ((name.format(layer), [part.format(layer) for part in parts])
                           for name, parts in fused for layer in range(layers)):
@@ -91,7 +91,7 @@ def fused_places(places: Mapping[str, list[Place]], shapes: Mapping[str, tuple],
 
 def read_adapters(settings: Settings, shapes: Mapping[str, tuple], places: Mapping[str, list[Place]],
                   names: Iterable[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
-    """What the folders of --lora change in each matrix of a file, copies first, and a description.
+    """What the --lora folders change in each matrix of a file, copies first, and a description.
 
     `shapes` are by the file's names, `places` by Hugging Face's; `names` are the model's own, as far as
     known."""
@@ -107,15 +107,15 @@ def read_adapters(settings: Settings, shapes: Mapping[str, tuple], places: Mappi
 
 def add_adapters(settings: Settings, shapes: Mapping[str, tuple],
                  names: Iterable[str]) -> tuple[dict[str, list[Change | Copy]], str]:
-    """As read_adapters, by Hugging Face's names."""
+    """Like read_adapters, by Hugging Face's names."""
     added: dict[str, list[Change | Copy]] = {}
     folders = [Path(folder).expanduser() for folder in settings.lora]
     for folder in folders:
         for name, changes in read_adapter(folder, shapes, names).items():
             copies = [change for change in (*added.get(name, ()), *changes) if isinstance(change, Copy)]
             if any(not copy.weight.equal(copies[0].weight) for copy in copies):
-                raise ConfigError(f"--lora {folder}: it has its own {name}, and so has an adapter before it; "
-                                  "they cannot both be the model's")
+                raise ConfigError(f"--lora {folder} has its own {name}, and so does an earlier adapter; "
+                                  "they cannot both replace the model's")
             products = [change for change in (*added.get(name, ()), *changes) if isinstance(change, Change)]
             added[name] = [*copies[:1], *products]
     names = ", ".join(printable(folder.name) for folder in folders)
@@ -123,17 +123,17 @@ def add_adapters(settings: Settings, shapes: Mapping[str, tuple],
 
 
 def other_base(base, names: Iterable[str]) -> str:
-    """What to say of an adapter that was made for a model of another name; "" if it was not."""
+    """A note on an adapter that was made for a model with another name; "" if it was not."""
     if not is_other_base(base, names := [*names]):
         return ""
-    return (f"this adapter was made for {shown(base)} (base_model_name_or_path), and the model is "
+    return (f"this adapter was made for {shown(base)} (base_model_name_or_path), but the model is "
             f"{printable(names[0])}")
 
 
 def read_adapter(folder: Path, shapes: Mapping[str, tuple],
                  names: Iterable[str] = ()) -> dict[str, list[Change | Copy]]:
-    """What one adapter changes in each matrix. One that was made for a model of another name is refused if
-    it does not fit; else a warning says so, for the name may be a folder on another machine."""
+    """What one adapter changes in each matrix. One made for a model with another name is refused if it does
+    not fit; if it does, a warning says so, since the name may be a folder on another machine."""
     path = folder / "adapter_config.json"
     config = lora_config(path)
     other = other_base(config.get("base_model_name_or_path"), names)
@@ -159,13 +159,13 @@ def fitting_changes(folder: Path, config: dict,
     rule = Rule(str, many=True, optional=True)
     for name in checked(path, "modules_to_save", config.get("modules_to_save"), rule) or ():
         if not any(f".{copy}".endswith(f".{name}") for copy in copies):
-            raise ConfigError(f"{tensors}: {shown(name)} of modules_to_save is not in it")
+            raise ConfigError(f"{tensors}: {shown(name)} of modules_to_save is missing")
     targeted, changes = targeted_modules(path, targets, modules), fitting_copies(tensors, copies, shapes)
     for module, pair in modules.items():
         name = f"{module}.weight"
         if name not in shapes:
             known = ", ".join(name.removesuffix(".weight") for name in list(shapes)[:12])
-            raise ConfigError(f"{tensors}: {module} is no weight matrix of this model; it has {known} ..")
+            raise ConfigError(f"{tensors}: {module} is not a weight matrix of this model; it has {known} ..")
         if module not in targeted:
             words = targets if isinstance(targets, str) else ", ".join(targets or ())
             raise ConfigError(f"{tensors}: {module} is not among the target_modules of {path.name}, which "
@@ -176,35 +176,34 @@ def fitting_changes(folder: Path, config: dict,
 
 def fitting_copies(path: Path, copies: Mapping[str, torch.Tensor],
                    shapes: Mapping[str, tuple]) -> dict[str, list[Change | Copy]]:
-    """Whole matrices of an adapter's file, checked; a head that the model shares with its embedding is it."""
+    """Whole matrices of an adapter's file, checked; a tied head counts as the embedding."""
     fitting: dict[str, list[Change | Copy]] = {}
     for module, tensor in sorted(copies.items()):  # lm_head first
         name = f"{module}.weight"
         if name == "lm_head.weight" and name not in shapes:
             name = "model.embed_tokens.weight"
         if shapes.get(name) != tuple(tensor.shape):
-            has = f"is {shapes[name]}" if name in shapes else "is not there"
-            raise ConfigError(f"{path}: it has a whole matrix {module} {tuple(tensor.shape)}, which in this "
-                              f"model {has}: it was made for another one")
+            has = f"is {shapes[name]}" if name in shapes else "does not exist"
+            raise ConfigError(f"{path} contains a whole matrix {module} {tuple(tensor.shape)}, which in this "
+                              f"model {has}: it was made for another")
         if name in fitting and not tensor.equal(copies["lm_head"]):
-            raise ConfigError(f"{path}: lm_head differs from embed_tokens, which are the same in this model")
+            raise ConfigError(f"{path}: lm_head differs from embed_tokens, but this model ties them")
         fitting[name] = [Copy(tensor)]
     return fitting
 
 
 def lora_pairs(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """module -> its matrices A and B, of an adapter's file; and module -> the whole matrix that it has
-    there."""
+    """From an adapter's file: module -> its matrices A and B; and module -> its whole matrix."""
     require_library("safetensors", "a LoRA adapter")
     modules: dict[str, dict[str, torch.Tensor]] = {}
     copies: dict[str, torch.Tensor] = {}
     for name, tensor in read_safetensors_file(path).items():
-        if name.endswith(".original_module.weight"):  # the base's, beside the one of modules_to_save
+        if name.endswith(".original_module.weight"):  # the base's, next to that of modules_to_save
             continue
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
         whole = re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer|\.modules_to_save)?\.weight", name)
         if not (match or whole and tensor.is_floating_point()) or tensor.ndim != 2:
-            raise ConfigError(f"{path}: {shown(name)} is not a matrix lora_A or lora_B, nor one of the model")
+            raise ConfigError(f"{path}: {shown(name)} is neither lora_A nor lora_B nor a model's matrix")
         if tensor.numel() and not all_below(tensor):
             raise ConfigError(f"{path}: {printable(name)} has a value that is NaN or infinite")
         if match:
@@ -218,7 +217,7 @@ def lora_pairs(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
 
 
 def lora_config(path: Path) -> dict:
-    """An adapter_config.json that asks for nothing but the sum of the weights and a product."""
+    """An adapter_config.json that only asks for a product to be added to the weights, checked."""
     config = read_json(path)
     checked(path, "peft_type", config.get("peft_type"), Rule(str, choices=("LORA",)))
     for key, rule in LORA_KEYS.items():
@@ -226,7 +225,7 @@ def lora_config(path: Path) -> dict:
     for key, value in config.items():
         usual = value in (None, False, "none", {}, [])
         if key not in LORA_INERT and not usual and key not in LORA_KEYS:
-            raise ConfigError(f"{path}: {key} is {shown(value)}; adapters with it are not supported")
+            raise ConfigError(f"{path}: {key} is {shown(value)}; such adapters are not supported")
     start = config.get("init_lora_weights", True)
     if not isinstance(start, bool) and start not in ("gaussian", "eva", "orthogonal"):
         raise ConfigError(f"{path}: init_lora_weights is {shown(start)}, which changed the base model too; "
@@ -248,9 +247,9 @@ for pattern in patterns:
 
 
 def matching(path: Path, patterns: Seq[str], texts: Iterable[str], before: str = "") -> list[set[str]]:
-    """For each regular expression from a file, which of the texts `before` and then it match as a whole.
-    Where one repeats anything, another process looks, for some expressions would take years: then, and for
-    what is none, a ConfigError."""
+    """For each regular expression from a file, the texts that `before` and then it match in full. If any of
+    them repeats something, another process does this, since some expressions would take years. ConfigError
+    for these, and for invalid ones."""
     texts, wholes, pattern = list(texts), [f"{before}(?:{pattern})" for pattern in patterns], ""
     try:
         for pattern in patterns:
@@ -258,7 +257,7 @@ def matching(path: Path, patterns: Seq[str], texts: Iterable[str], before: str =
         if not re.search(r"[*+?{]", "".join(patterns)):
             return [{text for text in texts if re.fullmatch(whole, text)} for whole in wholes]
     except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{path}: {shown(pattern)} is no regular expression: {named(error)}") from None
+        raise ConfigError(f"{path}: {shown(pattern)} is not a regular expression: {named(error)}") from None
     try:
         done = subprocess.run([sys.executable, "-I", "-c", MATCH], input=json.dumps([wholes, texts]).encode(),
                               capture_output=True, timeout=PATTERN_SECONDS)
@@ -273,7 +272,7 @@ def matching(path: Path, patterns: Seq[str], texts: Iterable[str], before: str =
 
 
 def fitted_values(path: Path, patterns: Mapping[str, float], modules: Iterable[str]) -> dict[str, float]:
-    """module -> the value of the first pattern that matches an end of its name, as in peft."""
+    """module -> the value of the first pattern that matches the end of its name, as in peft."""
     values: dict[str, float] = {}
     for names, value in zip(matching(path, [*patterns], modules, r"(?:.*\.)?"), patterns.values()):
         values = dict.fromkeys(names, value) | values

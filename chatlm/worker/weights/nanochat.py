@@ -102,7 +102,7 @@ def read_nanochat_config(model_path: Path) -> dict:
     try:
         data = read_small(path)
     except ConfigError as error:
-        raise ConfigError(f"{error}; it must be beside {model_path.name}") from None
+        raise ConfigError(f"{error}; it must be next to {model_path.name}") from None
     try:
         stated = dict(parse_json(path, data)["model_config"])
     except (ValueError, KeyError, TypeError) as error:
@@ -198,7 +198,7 @@ NANOCHAT_TENSORS = {  # our tensor (of layer {}) -> upstream's tensors whose row
     "down": ("transformer.h.{}.mlp.c_proj.weight",), "ve_gate": ("transformer.h.{}.attn.ve_gate.weight",),
     "value_embed": ("value_embeds.{}.weight",), "embed": ("transformer.wte.weight",),
     "head": ("lm_head.weight",), "smear_gate": ("smear_gate.weight",)}
-IN_TRANSFORMERS = {  # what transformers' NanoChat calls upstream's modules: adapters are made for either
+IN_TRANSFORMERS = {  # upstream's modules -> their names in transformers' NanoChat; adapters use either
     "transformer.wte": "model.embed_tokens", "transformer.h": "model.layers", "attn.c_q": "self_attn.q_proj",
     "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
     "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
@@ -217,7 +217,7 @@ class TokenizerUnpickler(pickle._Unpickler):
     and 12 s."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
-    del dispatch[pickle.BYTEARRAY8[0]]  # it too allocates any length it is told
+    del dispatch[pickle.BYTEARRAY8[0]]  # it, too, allocates any length it is given
 
     def find_class(self, module: str, name: str):
         if (module, name) == ("tiktoken.core", "Encoding"):

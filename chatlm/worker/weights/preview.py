@@ -1,4 +1,4 @@
-"""What can be said of a model before its weights are here: the role `preview`, which the download starts."""
+"""Checks of a model before its weights are downloaded: the role `preview`, which the download starts."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from chatlm.worker.weights.huggingface import hf_spec, hf_text
 
 
 def preview_folder(folder: Path):
-    """ConfigError if no server can run the model of a folder that has no weights yet."""
+    """ConfigError if the server could not run the model in a folder without weights."""
     _, spec = hf_spec(folder / "config.json", None)
     if (folder / "tokenizer.json").exists():
         hf_text(folder, spec.vocab_size)
 
 
 def preview_gguf(path: Path, size: int):
-    """The same of the beginning of a GGUF file of `size` bytes. Truncated if its header goes on."""
+    """The same for the beginning of a GGUF file of `size` bytes. Truncated if the header is longer."""
     with readable(path):
         metadata, stored = read_gguf_file(path, size)
         known = metadata.get("general.architecture") in GGUF_FAMILIES
         elsewhere = metadata.get("split.count", 1) != 1 or set(ROPE_TENSORS) & stored.keys()
-        if not known or not elsewhere:  # what it says of its tensors may need more of them
+        if not known or not elsewhere:  # what it states about tensors may need all of them
             gguf_spec(path, metadata, stored, None)
         check_gguf_types(path, stored)
         gguf_text(path, metadata)
 
 
 def preview_main(arguments: Seq[str]) -> int:
-    """The role `preview PATH SIZE`, or `preview FOLDER`. Exit status 1: stdout has what is wrong; 2: it
-    cannot be told yet."""
+    """The role `preview PATH SIZE`, or `preview FOLDER`. Exit status 1: stdout says what is wrong; 2: not
+    known yet."""
     path, *size = arguments
     try:
         if size:

@@ -1,4 +1,4 @@
-"""What a model's files may say, checked key by key, and `LoadedModel`."""
+"""Checks of the values in a model's files, key by key, and `LoadedModel`."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class LoadedModel:
     sampling_origin: str = ""    # where they come from
     notes: tuple[str, ...] = ()  # more lines for the start-up log
     family: str = ""
-    grows: str = ""              # in words, where they take more memory than their file
-    block: int = TILE_ROWS       # so many columns of `down` are packed together
-    adaptable: "Adaptable | None" = None  # where it takes adapters beside its weights
+    grows: str = ""              # a note if the weights outgrow their file
+    block: int = TILE_ROWS       # columns of `down` that are packed together
+    adaptable: "Adaptable | None" = None  # if it accepts adapters without merging
 
     @property
     def context_length(self) -> int:
@@ -55,7 +55,7 @@ class LoadedModel:
 
 
 def float_type(settings: Settings, backend) -> torch.dtype:
-    """What matrices become that do not stay as stored: the type the user names, else the fastest one here."""
+    """The type of matrices that do not stay as stored: the one the user names, else the fastest one here."""
     return getattr(torch, settings.dtype) if settings.dtype else backend.dtype
 
 
@@ -113,7 +113,7 @@ def checked(path: Path, key: str, value: V | None, rule: Rule, length: int | Non
     raise ConfigError(f"{path}: {key} is {'missing' if value is None else shown(value)}; it must be {must}")
 
 
-SAMPLING_KEYS = {  # ours -> in generation_config.json, in a GGUF's general.sampling, what is allowed
+SAMPLING_KEYS = {  # ours -> the names in generation_config.json and GGUF's general.sampling, the rule
     "temperature": ("temperature", "temp", Rule(float, 0, 2)),
     "top_k": ("top_k", "top_k", Rule(int, 0, 2**31 - 1)),
     "top_p": ("top_p", "top_p", Rule(float, 0, 1)), "min_p": ("min_p", "min_p", Rule(float, 0, 1)),
@@ -141,9 +141,9 @@ def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
 
 
 def warn_of_templates(path: Path, names: Iterable[str]):
-    """A line in the log, where a model has chat templates of which none is the one for all chats."""
+    """Log a warning if a model has chat templates, but none for all chats."""
     if names := printable(", ".join(map(shown, names))):
-        log.warning("%s has chat templates of the names %s and none of the name \"default\": they are not "
+        log.warning("%s has chat templates named %s, but none named \"default\": they are not "
                     "used", path, names)
 
 
@@ -155,7 +155,7 @@ def check_divides(path: Path, key: str, size: int, divisor: int, of: str = ""):
 
 
 def check_bytes(path: Path, sizes: Mapping[str, int]):
-    """ConfigError if tensors need more bytes than their file has: some share memory, but copies would not."""
+    """ConfigError if tensors need more bytes than their file has: some share it, but copies would not."""
     if (total := sum(sizes.values())) > path.stat().st_size:
         largest = max(sizes, key=sizes.__getitem__)
         raise ConfigError(f"{path} has {path.stat().st_size:,} bytes, but its tensors would take {total:,} "

@@ -1,4 +1,4 @@
-"""What each of several ranks holds of a model."""
+"""How a model is divided among ranks and stages."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 class MixerShare(NamedTuple):
-    """What a rank has of a layer that keeps a state: the mixer of its part; and of each tensor that is
-    divided the axis, and the ranges of it."""
+    """A rank's share of a layer that keeps a state: the mixer of its part, and the axis and ranges of each
+    tensor that is divided."""
 
     own: Mixer
     parts: dict[str, tuple[int, list[range]]]
 
 
 class RankShare(NamedTuple):
-    """What a rank has: of the vocabulary, of the heads, and of the F of each feed-forward part or expert.
+    """A rank's share of the vocabulary, of the heads, and of the F of each feed-forward part or expert.
 
-    Where there are more ranks than kv heads, several have the same one, and each some of its query heads.
+    If there are more ranks than kv heads, several share one, each with some of its query heads.
     """
 
     rank: int
@@ -40,12 +40,12 @@ class RankShare(NamedTuple):
     ffn: range
     dense: range   # of the F of layers without experts, where others have some
     shared: range  # of the F of the expert that every token takes
-    own_rows: int  # of it, with those that the last ranks have too few of: as many for every rank
+    own_rows: int  # of the vocabulary, padded on the last ranks: the same for every rank
     mixers: dict[Mixer, MixerShare]
 
 
 def divide(spec: ModelSpec, rank: int, tp: int, block: int) -> RankShare:
-    """The share of a rank, in smaller blocks where there are too few for all; ConfigError if that fails."""
+    """The share of a rank, in smaller blocks if there are too few for all; ConfigError if that fails."""
     for smaller in (256, 32, TILE_ROWS):
         if smaller <= block and spec.ffn_size % smaller == 0 and spec.ffn_size // smaller >= tp:
             return share_of(spec, rank, tp, smaller)
@@ -53,16 +53,16 @@ def divide(spec: ModelSpec, rank: int, tp: int, block: int) -> RankShare:
 
 
 def share_of(spec: ModelSpec, rank: int, tp: int, block: int = 1) -> RankShare:
-    """The share of one of `tp` ranks, or ConfigError where some rank would get nothing.
+    """The share of one of `tp` ranks, or ConfigError if some rank would get nothing.
 
-    `block`: so many columns of `down` are packed together. Blocks that do not divide are given out so that
-    the first ranks have one more. Of the vocabulary each rank has ceil(V / tp), the last ones what remains.
+    `block` columns of `down` are packed together. If blocks cannot be divided evenly, the first ranks have
+    one more. Each rank has ceil(V / tp) rows of the vocabulary, the last ones what remains.
     """
     heads, kv_heads = heads_of(spec.attention(0), rank, tp)
     blocks = -(-spec.ffn_size // block)
     if spec.qk_norm_sizes and tp > spec.kv_heads:
-        raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {spec.kv_heads} heads of "
-                          "keys, and no rank may share one, because all are normalized together")
+        raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {spec.kv_heads} key "
+                          "heads, which ranks cannot share because all are normalized together")
     if tp > min(most := min((its.heads for its in spec.by_layer if its), default=spec.heads), blocks):
         raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {most} query heads, "
                           f"and its feed-forward part {blocks} blocks of {block} columns")
@@ -76,10 +76,10 @@ def share_of(spec: ModelSpec, rank: int, tp: int, block: int = 1) -> RankShare:
 
 
 def refuse_heads(spec: ModelSpec, tp: int, most: int):
-    """ConfigError where the heads of a layer that keeps a state cannot be given to `tp` ranks, as many to
-    each; all else of the model can be divided among up to `most`."""
+    """ConfigError if the heads of a layer that keeps a state cannot be divided evenly among `tp` ranks; all
+    else in the model can be divided among up to `most`."""
     for mixer in filter(None, spec.mixers):
-        count, heads = ((mixer.key_heads, "heads of keys in its linear attention")
+        count, heads = ((mixer.key_heads, "key heads in its linear attention")
                         if isinstance(mixer, DeltaRule) else
                         (mixer.heads, "heads in its Mamba layers") if isinstance(mixer, Mamba2) else (0, ""))
         if count % tp:
@@ -89,7 +89,7 @@ def refuse_heads(spec: ModelSpec, tp: int, most: int):
 
 
 def heads_of(attention: Attention, rank: int, tp: int) -> tuple[range, range]:
-    """The query heads and the kv heads of a rank in such a layer."""
+    """The query heads and kv heads that a rank has in a layer."""
     kv_heads = attention.kv_heads
     group, firsts = attention.heads // kv_heads, [n * kv_heads // tp for n in range(tp)]
     first, sharing = firsts[rank], firsts.count(firsts[rank])
@@ -100,13 +100,13 @@ def heads_of(attention: Attention, rank: int, tp: int) -> tuple[range, range]:
 
 
 def attention_share(attention: Attention, rank: int, tp: int) -> Attention:
-    """What a rank has of such a layer."""
+    """A rank's share of a layer's attention."""
     heads, kv_heads = heads_of(attention, rank, tp)
     return replace(attention, heads=len(heads), kv_heads=len(kv_heads))
 
 
 def qkv_rows(s: ModelSpec, its: Attention, heads: range, kv_heads: range) -> list[range]:
-    """A rank's rows of q, of k and of v, of those that the layer has."""
+    """A rank's rows of q, k and v, as far as the layer has them."""
     (q, k, v), D, Dv = its.parts, its.head_size, its.value_size
     return [rows_of(heads, D * (1 + s.output_gate)),
             *([rows_of(kv_heads, D, q * (1 + s.output_gate))] if k else []),
@@ -114,7 +114,7 @@ def qkv_rows(s: ModelSpec, its: Attention, heads: range, kv_heads: range) -> lis
 
 
 def blocks_of(size: int, rank: int, tp: int, block: int) -> range:
-    """The columns of a rank, in smaller blocks where there are too few; the first ranks may have one more."""
+    """The columns of a rank, in smaller blocks if there are too few; the first ranks may have one more."""
     block = next(smaller for smaller in (block, 32, TILE_ROWS, 1) if smaller == 1 or size >= smaller * tp)
     all_have, more = divmod(-(-size // block), tp)
     return range(size)[slice(*(block * (n * all_have + min(n, more)) for n in (rank, rank + 1)))]
@@ -126,7 +126,7 @@ def rows_of(heads: range, size: int, before: int = 0) -> range:
 
 
 def mixer_share(mixer: Mixer, C: int, rank: int, tp: int, block: int) -> MixerShare:
-    """A rank's channels of a short convolution, its heads of other layers that keep a state."""
+    """A rank's channels of a short convolution, or its heads of another layer that keeps a state."""
     if isinstance(mixer, DeltaRule):
         return delta_share(mixer, rank, tp)
     if isinstance(mixer, Mamba2):
@@ -139,7 +139,7 @@ def mixer_share(mixer: Mixer, C: int, rank: int, tp: int, block: int) -> MixerSh
 
 
 def delta_share(mixer: DeltaRule, rank: int, tp: int) -> MixerShare:
-    """Some heads of keys, and all heads of values that read these."""
+    """Some key heads, and all value heads that read them."""
     Hk, D, Dv, r = mixer.key_heads, mixer.key_size, mixer.value_size, mixer.value_heads // mixer.key_heads
     keys = range(rank * Hk // tp, (rank + 1) * Hk // tp)
     values = [rows_of(keys, 1, n * Hk) for n in range(r)] if mixer.alternating else [rows_of(keys, r)]
@@ -159,8 +159,8 @@ def delta_share(mixer: DeltaRule, rank: int, tp: int) -> MixerShare:
 
 
 def mamba_share(mixer: Mamba2, rank: int, tp: int) -> MixerShare:
-    """Some heads, with the B and C of their groups; of all groups, where these cannot be given out whole:
-    then ranks share their norm."""
+    """Some heads with the B and C of their groups, or of all groups if whole groups cannot be distributed:
+    ranks then share the norms."""
     G, P, N, count = mixer.groups, mixer.head_size, mixer.state_size, mixer.heads // tp
     heads, inner = range(rank * count, (rank + 1) * count), mixer.parts[0]
     groups, own = range(G), replace(mixer, heads=count, of_heads=mixer.heads, first_head=heads.start)
@@ -178,7 +178,7 @@ def mamba_share(mixer: Mamba2, rank: int, tp: int) -> MixerShare:
 
 
 SPLITS: dict[str, tuple[int, Callable[[ModelSpec, RankShare], list[range]]]] = {
-    # our tensor -> (its axis that is divided, what of that a rank has); of all others it has everything
+    # our tensor -> (the axis that is divided, what a rank has of it); all others are not divided
     "embed": (0, lambda s, my: [my.vocabulary]), "head": (0, lambda s, my: [my.vocabulary]),
     "up": (0, lambda s, my: [my.ffn]), "down": (1, lambda s, my: [my.dense if s.experts else my.ffn]),
     "gate_up": (0, lambda s, my: [rows_of(my.dense, 1, n * s.dense_size) if s.experts else
@@ -189,7 +189,7 @@ SPLITS: dict[str, tuple[int, Callable[[ModelSpec, RankShare], list[range]]]] = {
     "expert_down": (1, lambda s, my: [my.ffn]),
     "mix_out": (1, lambda s, my: [])}  # as its mixer's share says
 ATTENTION_SPLITS: dict[str, tuple[int, Callable[[ModelSpec, Attention, range, range], list[range]]]] = {
-    # likewise, by the heads that a rank has of the layer, of queries and of keys
+    # likewise, from the query heads and kv heads that a rank has in the layer
     "qkv": (0, qkv_rows), "sinks": (0, lambda s, its, heads, kv_heads: [heads]),
     "q_norm": (0, lambda s, its, heads, kv_heads: [rows_of(heads, its.head_size)] if s.qk_norm_sizes else []),
     "k_norm": (0, lambda s, its, heads, kv_heads: (
@@ -200,9 +200,9 @@ ATTENTION_SPLITS: dict[str, tuple[int, Callable[[ModelSpec, Attention, range, ra
 
 
 def shard_of(name: str, spec: ModelSpec, share: RankShare) -> tuple[int, list[range]] | None:
-    """(an axis of the tensor, ranges of it that together are the rank's); no ranges: all of it is.
+    """(an axis of the tensor, the ranges of it that the rank has); no ranges: the whole tensor.
 
-    None: nothing is. Where the columns of a matrix are divided, rank 0 alone adds the bias.
+    None: nothing. If the columns of a matrix are divided, only rank 0 adds the bias.
     """
     layer, _, part = name.rpartition(".")
     matrix, bias, _ = part.partition("_bias")
@@ -225,7 +225,7 @@ def shard_of(name: str, spec: ModelSpec, share: RankShare) -> tuple[int, list[ra
 
 
 def shard_spec(spec: ModelSpec, share: RankShare) -> ModelSpec:
-    """The sizes of what a rank has; embeddings are added up over the ranks, logits put side by side."""
+    """The spec of a rank's share; embeddings are summed over the ranks, logits concatenated."""
     attentions = tuple(attention_share(its, share.rank, share.tp) for its in spec.attentions)
     return replace(spec, heads=len(share.heads), kv_heads=len(share.kv_heads), attentions=attentions,
                    ffn_size=len(share.ffn),
@@ -235,7 +235,7 @@ def shard_spec(spec: ModelSpec, share: RankShare) -> ModelSpec:
 
 
 def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = None) -> LoadedModel:
-    """What one of `tp` ranks has of a model that is yet to be read, as --quantize packs it."""
+    """The share of one of `tp` ranks of a model not yet read, packed as --quantize says."""
     if tp == 1:
         return model
     spec, shapes = model.spec, expected_tensors(model.spec)
@@ -252,8 +252,8 @@ def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = N
 
 
 def layers_of(spec: ModelSpec, stage: int, stages: int) -> range:
-    """The layers of a stage, with those whose keys they share. The head counts as as many layers as have its
-    weights."""
+    """The layers of a stage; layers that share keys stay together. The head counts as the number of layers
+    that have as many weights."""
     its = next(filter(None, spec.by_layer))
     layer = spec.width * (2 * (its.heads + its.kv_heads) * its.head_size
                           + 3 * (spec.ffn_size * max(spec.experts_per_token, 1) + spec.shared_size))
@@ -262,8 +262,8 @@ def layers_of(spec: ModelSpec, stage: int, stages: int) -> range:
     firsts = [l for l in range(1, spec.layers)
               if all(source >= l for reader, source in sources.items() if reader >= l)]
     if len(firsts) < stages - 1:
-        raise ConfigError(f"the model cannot be divided into {stages} stages: its last layers read the keys "
-                          f"of others, which are in one stage with them; {len(firsts) + 1} are possible")
+        raise ConfigError(f"the model cannot be divided into {stages} stages: its last layers read keys "
+                          f"of others, which must be in their stage; at most {len(firsts) + 1} are possible")
     places = [min(max(bisect.bisect(firsts, round(n * total / stages)), n), len(firsts) - stages + 1 + n)
               for n in range(1, stages)]
     ends = [0, *(firsts[place - 1] for place in places), spec.layers]
@@ -271,7 +271,7 @@ def layers_of(spec: ModelSpec, stage: int, stages: int) -> range:
 
 
 def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
-    """What one of several stages, each of some layers, has of a model that is yet to be read."""
+    """The share of one of several stages, each with some layers, of a model not yet read."""
     spec = model.spec
     if stages == 1:
         return model

@@ -49,7 +49,7 @@ PRE_TOKENIZERS = {name: row for names, row in {  # by tokenizer.ggml.pre
     for name in names.split()}
 NANOCHAT_SPLITS = [rf"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{{L}}\p{{N}}]?+\p{{L}}+|\p{{N}}{{1,{digits}}}"
                    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+" for digits in (2, 3)]
-# Published ones need no trial. A tokenizer.json may spell their line breaks as such.
+# Published ones need no trial. A tokenizer.json may contain their line breaks unescaped.
 KNOWN_SPLITS = {spelled for pattern in (*NANOCHAT_SPLITS, *(
     pattern for row in PRE_TOKENIZERS.values() for pattern in row.splits))
     for spelled in (pattern, pattern.replace(r"\r", "\r").replace(r"\n", "\n"))}

@@ -1,5 +1,5 @@
-"""A tokenizer with regular expressions of its own is tried on short texts before this process opens it: some
-take years, or any memory. The trial is in a process with limits on both."""
+"""Tries a tokenizer with unpublished regular expressions on short texts before this process opens it: some
+would take years, or any amount of memory. The trial runs in a process with limits on both."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
 
 
-MOST_SPLITS = 8          # more would take long, however good each is
+MOST_SPLITS = 8          # more would take too long, however fast each is
 OPEN_S, TRIAL_S = 60, 5  # processor seconds to open a tokenizer, which may be large, and for the texts
 MEMORY = 2 << 30         # bytes
-WALL_S = 600             # on a machine that has no processor for it
+WALL_S = 600             # on a machine too busy to run it
 
 
 def refuse_endless(path: Path, spec: TextSpec):
-    """ConfigError if a tokenizer with expressions that are not published ones cannot be opened, or fails at
-    short texts or takes too long."""
+    """ConfigError if a tokenizer with unpublished expressions cannot be opened, or fails or takes too long
+    on short texts."""
     if has_known_splits(spec):
         return
     environment = os.environ | {"RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
@@ -68,7 +68,7 @@ def try_text(tokenizer: Tokenizer, text: str):
     try:
         tokenizer.encode(text)
     except RequestError:
-        raise ConfigError("its regular expressions give up at a short text") from None
+        raise ConfigError("its regular expressions give up on a short text") from None
     except Exception:  # the vocabulary may lack these characters
         pass
 
@@ -78,12 +78,12 @@ def has_known_splits(spec: TextSpec) -> bool:
     parse one of 8 MB takes nearly as long as to try it."""
     if spec.kind != "hf":
         return KNOWN_SPLITS.issuperset(patterns_of(spec))
-    if re.search(rb"\\u00(52|65|67|78)", spec.payload):  # letters of a key that spells Regex otherwise
+    if re.search(rb"\\u00(52|65|67|78)", spec.payload):  # escaped letters in a key that may spell Regex
         return False
     texts = [match[1] for match in re.finditer(rb'"Regex"\s*:\s*("(?:[^"\\]|\\.)*")', spec.payload)]
     try:
         return len(texts) <= MOST_SPLITS and KNOWN_SPLITS.issuperset(map(json.loads, texts))
-    except ValueError:  # whoever opens it says what is wrong
+    except ValueError:  # opening it reports what is wrong
         return False
 
 
@@ -91,7 +91,7 @@ def patterns_of(spec: TextSpec) -> list[str]:
     """The regular expressions of a tokenizer."""
     patterns = []
 
-    def collect(pairs: list[tuple]):  # of a key that is there twice too
+    def collect(pairs: list[tuple]):  # duplicate keys included
         patterns.extend(text for key, text in pairs if key == "Regex" and isinstance(text, str))
 
     content = json.loads(spec.payload, object_pairs_hook=collect)
@@ -102,9 +102,8 @@ MOST_TEXTS = 400
 
 
 def short_texts(patterns: Seq[str]) -> Iterator[str]:
-    """Each character of the expressions, and each pair of neighbours there, many times over, then what none
-    expects, and on another line what they ask for: one that tries every way to divide a text has the most to
-    try in these."""
+    """Each character of the expressions and each pair of adjacent ones, repeated many times, then a character
+    that none expects, and on another line what they do: the worst texts for expressions that backtrack."""
     characters = "a1 .\n\u00e9\u65e5" + "".join(patterns)
     runs = dict.fromkeys([*characters, *map("".join, zip(characters, characters[1:]))])
     asked = "".join(re.sub(r"[()\[\]{}*+?.^$|\\]", "", pattern) + pattern for pattern in patterns)[:1000]

@@ -126,9 +126,9 @@ def test_whole_matrices_that_do_not_fit_are_refused(tmp_path):
     tensors = load_file(weights)
     for change, loaded, words in (
             ({embed: tensors[embed][:-3].clone()}, adapters[1:], r"whole matrix model.embed_tokens \(285, 64\), which in this model is \(288, 64\)"),
-            ({embed: tensors[embed] + 1}, adapters[1:], "lm_head differs from embed_tokens, which are the same in this model"),
+            ({embed: tensors[embed] + 1}, adapters[1:], "lm_head differs from embed_tokens, but this model ties them"),
             ({embed: tensors[embed] + 1, "base_model.model.lm_head.weight": tensors[embed] + 1}, adapters,
-             "it has its own model.embed_tokens.weight, and so has an adapter before it")):
+             "has its own model.embed_tokens.weight, and so does an earlier adapter")):
         save_file(tensors | change, weights)
         with pytest.raises(ConfigError, match=words):
             load(folder, lora=tuple(map(str, loaded)))
@@ -160,9 +160,9 @@ def broken_adapters(folder):
     config, tensors, good = json.loads(path.read_text()), load_file(weights), weights.read_bytes()
     for change, words in (
             ({"peft_type": "IA3"}, 'peft_type is "IA3"; it must be one of LORA'), ({"r": 8}, r"shapes \[\(4, 64\), \(64, 4\)\]; with rank 8 they must"),
-            ({"r": 0}, "r is 0; it must be an integer from 1"), ({"r": None}, "r is missing"), ({"use_dora": True}, "use_dora is true; adapters with it"),
-            ({"modules_to_save": ["lm_head"]}, "lm_head\" of modules_to_save is not in it"), ({"bias": "all"}, 'bias is "all"'),
-            ({"layer_replication": [[0, 2]]}, "layer_replication is"), ({"a_new_key": 0.5}, "a_new_key is 0.5; adapters with it are not supported"),
+            ({"r": 0}, "r is 0; it must be an integer from 1"), ({"r": None}, "r is missing"), ({"use_dora": True}, "use_dora is true; such adapters"),
+            ({"modules_to_save": ["lm_head"]}, "lm_head\" of modules_to_save is missing"), ({"bias": "all"}, 'bias is "all"'),
+            ({"layer_replication": [[0, 2]]}, "layer_replication is"), ({"a_new_key": 0.5}, "a_new_key is 0.5; such adapters are not supported"),
             ({"init_lora_weights": "pissa"}, 'init_lora_weights is "pissa", which changed the base model too'),
             ({"target_modules": ["k_proj"]}, "layers.0.self_attn.q_proj is not among the target_modules of adapter_config.json, which are k_proj"),
             ({"rank_pattern": {"q_proj": "x"}}, 'rank_pattern.q_proj is "x"; it must be'), ({"rank_pattern": [1]}, "rank_pattern is a list of 1")):
@@ -173,8 +173,8 @@ def broken_adapters(folder):
     for change, words in (({first: tensors[first][:, :5].clone()}, r"q_proj has lora_A and lora_B of the shapes"),
                           ({first: None}, "q_proj has lora_A and lora_B of the shapes"),
                           ({first.replace("layers.0", "layers.9").replace("_A", f"_{end}"): torch.zeros(4, 64) for end in "AB"},
-                           "layers.9.self_attn.q_proj is no weight matrix of this model; it has model.embed_tokens, "),
-                          ({first.replace("lora_A", "lora_magnitude_vector"): torch.zeros(4)}, "is not a matrix lora_A or lora_B"),
+                           "layers.9.self_attn.q_proj is not a weight matrix of this model; it has model.embed_tokens, "),
+                          ({first.replace("lora_A", "lora_magnitude_vector"): torch.zeros(4)}, "is neither lora_A nor lora_B nor a model's matrix"),
                           (dict.fromkeys(tensors), "has no tensors")):
         save_file({name: tensor for name, tensor in (tensors | change).items() if tensor is not None}, weights)
         yield words
@@ -221,7 +221,7 @@ INT8 = {"quant_method": "compressed-tensors", "format": "int-quantized", "config
 
 
 @pytest.mark.parametrize("config, words", [
-    ({"quant_method": "awq", "bits": 4}, 'quant_method is "awq"; only FP8 is supported .*take the unquantized model, or a GGUF'),
+    ({"quant_method": "awq", "bits": 4}, 'quant_method is "awq"; only FP8 is supported .*use the unquantized model or a GGUF'),
     ({"quant_method": "gptq", "bits": 4}, 'quant_method is "gptq"'), ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 'is "bitsandbytes"'),
     ({"load_in_4bit": True}, "quant_method is null"), ([1], "quant_method is null"),
     (INT8, 'quant_method is "compressed-tensors" of format "int-quantized"'),

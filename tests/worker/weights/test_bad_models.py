@@ -165,7 +165,7 @@ NAME = "blk.0.ffn_up.weight"        # (512, 256) float32, which is type 0
     ((0, 256), 0, 0, "has the sizes [256, 0]; it must have 1 to 4, none below 1"),
     ((), 0, 0, "has the sizes []"), ((1,) * 5, 0, 0, "has the sizes [1, 1, 1, 1, 1]"),
     ((512, 250), 2, 0, "has rows of 250; its type needs a multiple of 32"),
-    ((512, 256), 200, 0, "is of type 200, which the gguf package here does not know"),
+    ((512, 256), 200, 0, "is of type 200, which the installed gguf package does not know"),
     ((512, 256), 24, 0, NAME + " is of type I8, which the gguf package cannot dequantize"),
     ((256, 512), 0, 0, NAME + " is (256, 512) instead of (512, 256)"),
     ((131072,), 0, 0, NAME + " is (131072,) instead of (512, 256)")])

@@ -15,7 +15,7 @@ MODULES = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.mo
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"qwen3.pooling_type": 2}, r"qwen3\.pooling_type is 2 \(cls\): such embeddings are not made here; this server's are the mean"),
+    ({"qwen3.pooling_type": 2}, r"qwen3\.pooling_type is 2 \(cls\): such embeddings are not supported; this server averages"),
     ({"qwen3.pooling_type": 3, "tokenizer.ggml.add_eos_token": True}, r"qwen3\.pooling_type is 3 \(last\)"),       # as Qwen3-Embedding's are
     ({"qwen3.pooling_type": 4}, r"pooling_type is 4 \(rank\)"), ({"qwen3.pooling_type": 9}, r"pooling_type is 9 \(unknown\)"),
     ({"qwen3.pooling_type": True}, r"pooling_type is true \(unknown\)"), ({"qwen3.pooling_type": -1}, r"is -1 \(unknown\)"),
@@ -54,7 +54,7 @@ def embedder(folder, modules=MODULES, pooling=POOLING | {"pooling_mode_mean_toke
     ({"modules": {"a": 1}}, "modules.json holds an object of 1; it must hold a list of objects"),
     ({"config_sentence_transformers": {"default_prompt_name": "query"}}, 'default_prompt_name is "query"'),
     ({"sentence_bert_config": {"do_lower_case": True}}, "do_lower_case is true"),
-    ({"ends": True}, "tokenizer.json: the end of its post_processor is a token")])
+    ({"ends": True}, "tokenizer.json: the last item of its post_processor is a token")])
 def test_a_folder_whose_vectors_are_made_otherwise_is_refused(changes, words, tmp_path):
     with pytest.raises(ConfigError, match=words) as caught:
         hf_text(embedder(tmp_path, **changes), 288)

@@ -438,7 +438,7 @@ def test_the_published_config_of_lfm2_moe_means_what_transformers_takes_it_to_me
 
 
 @pytest.mark.parametrize("key, value, words", [
-    ("norm_topk_prob", False, "norm_topk_prob is false; with a router of sigmoids it must be true"),
+    ("norm_topk_prob", False, "norm_topk_prob is false; with a sigmoid router it must be true"),
     ("routed_scaling_factor", 2.5, "routed_scaling_factor is 2.5; it must be 1"), ("num_dense_layers", -1, "num_dense_layers is -1; it must be an integer from 0"),
     ("layer_types", None, "layer_types is missing"), ("num_experts_per_tok", 33, "num_experts_per_tok is 33; it must be an integer from 1 to 32")])
 def test_what_is_wrong_in_a_config_of_lfm2_moe_is_named(key, value, words, tmp_path):
@@ -489,7 +489,7 @@ def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
     ("Llama-3.2-1B", "model_type", "mamba2", "this server cannot run mamba2 yet; it runs: Llama 2 and 3, SmolLM2, Mistral 7B"),
     ("gemma-3-4b, with images", "text_config", {"model_type": "gemma3n_text"}, "this server cannot run gemma3n_text yet; it runs: Llama"),
     ("Llama-3.2-1B", "model_type", None, "model_type is missing"),
-    ("Llama-3.2-1B", "residual_multiplier", 0.22, "residual_multiplier is 0.22; this key is not supported in a llama model. Supported are "),
+    ("Llama-3.2-1B", "residual_multiplier", 0.22, "residual_multiplier is 0.22; this key is not supported in a llama model. Supported: "),
     ("Llama-3.2-1B", "is_causal", False, "is_causal is false; in a llama model it must be true"),
     ("Llama-3.2-1B", "quantization_config", {"quant_method": "gptq", "bits": 4}, 'quantization_config.quant_method is "gptq"; only FP8 is supported'),
     ("Llama-3.2-1B", "sliding_window", 4096, "sliding_window is 4096; this key is not supported in a llama"),

@@ -45,7 +45,7 @@ def test_keys_that_change_nothing_are_ignored_and_named_in_one_line(caplog, tmp_
         assert spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | INERT) == expected
     (line,) = caplog.messages
     assert line.startswith(f"{tmp_path / 'config.json'}: logit_scale, embedding_multiplier, ")
-    assert line.endswith("ignored, for here they change nothing")
+    assert line.endswith("ignored, since they have no effect here")
     assert all(key in line for key in INERT if INERT[key] is not None)
     caplog.clear()
     with caplog.at_level("INFO", logger="chat_server"):

@@ -76,13 +76,13 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, billi
     ({"vocab_size_per_layer_input": 1000}, "vocab_size_per_layer_input is 1000; it must be 262144"),
     ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_attention_heads is 3; it must be a multiple of 2"),
     ({"global_head_dim": "512"}, 'global_head_dim is "512"; it must be an integer'),
-    ({"per_layer_config": {"4": {"head_dim": 512}}}, "must have the same sizes for each layer with full_attention, which are 4, 9, 14"),
+    ({"per_layer_config": {"4": {"head_dim": 512}}}, "must give the same sizes for each layer with full_attention (4, 9, 14"),
     ({"per_layer_config": {str(l): {"head_dim": 512, "sliding_window": 3} for l in range(4, 35, 5)}}, 'has the key "sliding_window"; known are head_dim'),
     ({"rope_parameters": [1]}, "rope_parameters is a list of 1; it must be an object"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters.sliding_attention is null; it must be an object"),
     ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {}}}, 'rope_type is "yarn"; it must be one of default, proportional'),
     ({"rope_parameters": {"full_attention": {"factor": 2.0}, "sliding_attention": {}}}, 'has the key "factor"; known are rope_type'),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "in a gemma4_text model rope_parameters say this"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "in a gemma4_text model rope_parameters gives this"),
     ({"enable_moe_block": True, "num_experts": 4}, "num_experts_per_tok is missing; it must be an integer from 1 to 4"),
     ({"query_pre_attn_scalar": 256}, "query_pre_attn_scalar is 256; this key is not supported in a gemma4_text")])
 def test_what_is_wrong_in_a_config_is_named(change, words, tmp_path):

@@ -146,15 +146,15 @@ def broken(folder):
         save_file(tensors | (change or {}), weights)
         config.write_text(json.dumps(good | keys))
 
-    yield (lambda: rewrite(use_dora=True)), "use_dora is true; adapters with it are not supported"
+    yield (lambda: rewrite(use_dora=True)), "use_dora is true; such adapters are not supported"
     yield (lambda: rewrite({first: tensors[first][:, :-1].clone()}, base_model_name_or_path="some/Llama-3.2-1B")), (
-        "of the shapes .* was made for .*Llama-3.2-1B.* and the model is base")
+        "of the shapes .* was made for .*Llama-3.2-1B.*, but the model is base")
     yield (lambda: rewrite({first: tensors[first][:, :-1].clone()})), "of the shapes"
     yield (lambda: rewrite({"base_model.model.lm_head.weight": torch.zeros(288, 64)}, modules_to_save=["lm_head"])), (
-        r"whole matrix lm_head \(modules_to_save\), which cannot be served beside the base; --lora merges it")
+        r"whole matrix lm_head \(modules_to_save\), which cannot be served without merging; --lora merges it")
     yield (lambda: rewrite({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 288),
                             "base_model.model.model.embed_tokens.lora_embedding_B": torch.zeros(64, 4)},
-                           target_modules=[*good["target_modules"], "embed_tokens"])), "it changes model.embed_tokens, which cannot be done beside"
+                           target_modules=[*good["target_modules"], "embed_tokens"])), "changes model.embed_tokens, which cannot be done without merging"
     yield weights.unlink, "cannot read|No such file"
 
 
@@ -179,7 +179,7 @@ def test_an_adapter_of_routed_experts_is_refused_in_one_line(tmp_path):
     expert = "base_model.model.model.layers.0.mlp.experts.2.up_proj"
     save_file(load_file(weights) | {f"{expert}.lora_A.weight": torch.zeros(4, 64), f"{expert}.lora_B.weight": torch.zeros(64, 4)}, weights)
     config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": ["q_proj", "up_proj"]}))
-    with pytest.raises(ConfigError, match=r"it changes .*experts.*, which cannot be done beside the base; --lora merges it") as caught:
+    with pytest.raises(ConfigError, match=r"changes .*experts.*, which cannot be done without merging; --lora merges it") as caught:
         adapter_reader(load(folder))(tmp_path / "adapter")
     assert "\n" not in str(caught.value)
 
@@ -193,5 +193,5 @@ def test_an_adapter_that_fits_but_names_another_base_is_served_with_a_warning_un
         config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": name}))
         assert adapter_reader(load(folder, served_model_name=(name,)))(tmp_path / "adapter") and "was made for" not in caplog.text
         assert adapter_reader(load(folder))(tmp_path / "adapter")
-        assert f'this adapter was made for "{name}" (base_model_name_or_path), and the model is base: unless' in caplog.text
+        assert f'this adapter was made for "{name}" (base_model_name_or_path), but the model is base: unless' in caplog.text
         caplog.clear()

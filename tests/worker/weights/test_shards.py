@@ -90,7 +90,7 @@ def test_shards_of_layers_that_keep_states_cover_each_tensor_once(name, tp):
     assert parts <= 1.1 * whole / tp or name == "lfm2" and parts * 8 == whole * -(-8 // tp)        # eight blocks of 256 columns
 
 
-@pytest.mark.parametrize("name, words", [("qwen3.5", "24 heads of keys in its linear attention, so --tp must be one of 1, 2, 3, 4, 6, 8, 12, 24"),
+@pytest.mark.parametrize("name, words", [("qwen3.5", "24 key heads in its linear attention, so --tp must be one of 1, 2, 3, 4, 6, 8, 12, 24"),
                                          ("groups", "48 heads in its Mamba layers, so --tp must be one of 1, 2, 3, 4, 6, 8, 12, 16, 24")])
 def test_heads_of_states_that_ranks_cannot_share_are_one_line_with_what_is_allowed(name, words):
     with pytest.raises(ConfigError) as caught:
@@ -204,7 +204,7 @@ def check_model(model):
     for tp in (2, 4):
         heads = [getattr(mixer, "key_heads", getattr(mixer, "heads", tp)) for mixer in model.spec.mixers if mixer]
         if any(count % tp for count in heads):
-            with pytest.raises(ConfigError, match="heads of keys in its linear attention, so --tp must be one of 1, 2"):
+            with pytest.raises(ConfigError, match="key heads in its linear attention, so --tp must be one of 1, 2"):
                 shard_model(model, 0, tp)
             continue
         check_every_part_is_given_out_once(model.spec, tp)

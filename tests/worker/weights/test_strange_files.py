@@ -64,8 +64,8 @@ def rewrite(path, change):
 
 @pytest.mark.parametrize("groups, words", [
     ([1], "config_groups is a list of 1; it must be an object"), (7, "config_groups is 7; it must be an object"),
-    ({"a": 1}, "config_groups.a is 1; it must be an object whose `weights` is one"),
-    ({"a": {"weights": [1]}}, "config_groups.a is an object of 1; it must be an object whose `weights` is one"),
+    ({"a": 1}, "config_groups.a is 1; it must be an object, and so must its `weights`"),
+    ({"a": {"weights": [1]}}, "config_groups.a is an object of 1; it must be an object, and so must its `weights`"),
     ({}, 'quant_method is "compressed-tensors"; only FP8 is supported'), ({"a": {}}, "only FP8 is supported"),
     ({"a": {"weights": {"type": "float", "num_bits": 8, "block_structure": [1 << 40, 1]}}}, "weight_block_size[0] is 1099511627776; it must be"),
     ({"a": {"weights": {"type": "float", "num_bits": 8, "block_structure": "128x128"}}}, "weight_block_size is \"128x128\"; it must be a list of 2")])
@@ -184,7 +184,7 @@ def splitting(pattern):
     {"normalizer": {"type": "Replace", "pattern": {"Regex": "( *)*,"}, "content": ","}}])
 def test_a_tokenizer_whose_expressions_take_years_is_refused(folder, change):
     rewrite(folder / "tokenizer.json", change)
-    assert f"{folder / 'tokenizer.json'}: its regular expressions give up at a short text" in refusal(folder)
+    assert f"{folder / 'tokenizer.json'}: its regular expressions give up on a short text" in refusal(folder)
 
 
 def test_an_expression_that_gives_up_at_a_client_s_text_refuses_that_text(folder):
@@ -237,7 +237,7 @@ def test_a_checkpoint_s_own_expression_is_tried_too(nanochat_fixtures, tmp_path)
         state = {"name": "x", "pat_str": other, "mergeable_ranks": ranks, "special_tokens": specials}
         path.write_bytes(b"\x80\x04\x8c\x0dtiktoken.core\x8c\x08Encoding\x93)\x81" + pickle.dumps(state, 4)[2:-1] + b"b.")
         if fault:
-            assert f"{path}: its regular expressions give up at a short text" in refusal(tmp_path / "base")
+            assert f"{path}: its regular expressions give up on a short text" in refusal(tmp_path / "base")
         else:
             read(tmp_path / "base")
 
@@ -255,8 +255,8 @@ def adapter(folder, good, **config):
 
 
 @pytest.mark.parametrize("config, words", [
-    ({"rank_pattern": {"[": 4}}, '"[" is no regular expression'), ({"alpha_pattern": {"(": 4}}, '"(" is no regular expression'),
-    ({"target_modules": "*"}, '"*" is no regular expression'), ({"target_modules": "(?P<a"}, "is no regular expression"),
+    ({"rank_pattern": {"[": 4}}, '"[" is not a regular expression'), ({"alpha_pattern": {"(": 4}}, '"(" is not a regular expression'),
+    ({"target_modules": "*"}, '"*" is not a regular expression'), ({"target_modules": "(?P<a"}, "is not a regular expression"),
     ({"target_modules": 7}, "target_modules is 7; it must be"), ({"target_modules": [7]}, "target_modules[0] is 7; it must be a text"),
     ({"rank_pattern": {"q_proj": "x"}}, 'rank_pattern.q_proj is "x"'), ({"rank_pattern": [1]}, "rank_pattern is a list of 1; it must be an object"),
     ({"target_modules": "v_.*"}, "is not among the target_modules"), ({"target_modules": "x" * 5000}, "is not among the target_modules"),
@@ -416,7 +416,7 @@ def test_a_shard_that_is_missing_is_named_once(shards):
     has = f"which is missing; it has {names[0]}, {names[2]}"
     assert refusal(folder) == f"{folder}: model.safetensors.index.json names {names[1]}, {has}"
     (folder / "model.safetensors.index.json").unlink()
-    assert refusal(folder) == f"{folder}: by the name of {names[0]} it must have {names[1]}, {has}"
+    assert refusal(folder) == f"{folder}: according to the name of {names[0]} it must have {names[1]}, {has}"
     (folder / names[0]).rename(folder / "other.safetensors")
     (folder / names[2]).unlink()
     assert refusal(folder) == f"{folder}: it must have model.safetensors, which is missing; it has other.safetensors"
@@ -447,7 +447,7 @@ def test_a_type_newer_than_the_library_is_not_called_truncated(tmp_path):
     path = tmp_path / "new.gguf"
     path.write_bytes(gguf_bytes(LLAMA_NUMBERS | small_gguf_metadata("gpt-2"), random_llama(),
                                 infos={"blk.0.ffn_up.weight": tensor_info("blk.0.ffn_up.weight", (512, 256), 200, 0)}))
-    assert 'the tensor "blk.0.ffn_up.weight" is of type 200, which the gguf package here does not know; a newer one may' in refusal(path)
+    assert 'the tensor "blk.0.ffn_up.weight" is of type 200, which the installed gguf package does not know; a newer one may' in refusal(path)
 
 
 # --- templates -----------------------------------------------------------------------------------------
@@ -459,7 +459,7 @@ def test_a_template_is_found_in_chat_template_json_too_and_a_list_without_a_defa
     assert load(folder).text.chat_template == "{{ messages }}"
     rewrite(folder / "tokenizer_config.json", {"chat_template": [{"name": "rag", "template": "x"}, {"name": "other", "template": "y"}]})
     assert load(folder).text.chat_template is None
-    assert 'tokenizer_config.json has chat templates of the names "rag", "other" and none of the name "default": they are not used' in caplog.text
+    assert 'tokenizer_config.json has chat templates named "rag", "other", but none named "default": they are not used' in caplog.text
     (folder / "chat_template.jinja").write_text("{{ 1 }}")
     assert load(folder).text.chat_template == "{{ 1 }}"
     (folder / "additional_chat_templates").mkdir()
@@ -468,7 +468,7 @@ def test_a_template_is_found_in_chat_template_json_too_and_a_list_without_a_defa
     metadata = small_gguf_metadata("gpt-2") | {"tokenizer.chat_template.rag": "x"}
     metadata.pop("tokenizer.chat_template", None)
     gguf_text(Path("a.gguf"), metadata)
-    assert 'a.gguf has chat templates of the names "rag" and none of the name "default"' in caplog.text
+    assert 'a.gguf has chat templates named "rag", but none named "default"' in caplog.text
 
 
 def test_a_model_without_a_template_says_at_start_that_it_cannot_chat(folder):
@@ -481,7 +481,7 @@ def test_a_model_without_a_template_says_at_start_that_it_cannot_chat(folder):
 def test_a_gguf_that_is_no_model_says_what_it_is(tmp_path):
     path = tmp_path / "mmproj-x.gguf"
     path.write_bytes(gguf_bytes(LLAMA_NUMBERS | small_gguf_metadata("gpt-2") | {"general.type": "mmproj"}, random_llama()))
-    assert 'is no model: its general.type is "mmproj"' in refusal(path)
+    assert 'is not a model: its general.type is "mmproj"' in refusal(path)
 
 
 def test_a_template_that_does_not_parse_is_refused_before_weights_are_read(folder, monkeypatch):
