@@ -1,14 +1,14 @@
-"""Installs chatlm, its page and decode_core, the compiled core, which `pip install .` builds with gcc (or clang) alone, without torch.
+"""Installs chatlm, its page and decode_core, the compiled core, which `pip install .` builds with gcc or clang alone, without torch.
 
-    seam       the digest of what chatlm beside it expects of decode_core, chatlm/common/seam.py, is compiled in
-    sources    csrc/*.cpp, csrc/cpu/**/*.cpp; the end of a name gives its instruction set (ISA_FLAGS); never -march=native
+    seam       the digest of what this chatlm expects of decode_core (chatlm/common/seam.py) is compiled in
+    sources    csrc/*.cpp, csrc/cpu/**/*.cpp; the suffix of a name gives its instruction set (ISA_FLAGS); never -march=native
     CUDA       csrc/cuda/*.cu and csrc/cuda/bindings*.cpp if nvcc is found; DECODE_CORE_CUDA=0 leaves it out, =1 requires it
     emulation  csrc/cuda/emulation*.cpp as a second module, decode_core._emulation, when DECODE_CORE_EMULATION=1 (for tests)
     checks     DECODE_CORE_WERROR=1: warnings are errors; DECODE_CORE_SANITIZE=1: address and undefined-behaviour sanitizers,
                DECODE_CORE_SANITIZE=thread: the thread sanitizer
-    by day     DECODE_CORE_QUICK=1, for CI where no GPU is: CUDA for one type of GPU and hardly optimized (5 s in place of 87 for
-               the largest source), and without the sanitizers' checks of pointers, which double the time to compile;
-               those of addresses are calls, which halves it again; for other CPUs than x86-64 (csrc/aarch64.sh) with -O1
+    by day     DECODE_CORE_QUICK=1, for CI without a GPU: CUDA for one type of GPU and hardly optimized (5 s instead of 87 for
+               the largest source), and without the sanitizers' pointer checks, which double the compile time;
+               address checks are calls, which halves it again; -O1 for CPUs other than x86-64 (csrc/aarch64.sh)
 
 Without a compiler the installation still succeeds; `import decode_core` raises ImportError, and chat_server
 runs its reference ops. In a private folder:   python setup.py build --build-base build-x --build-lib
@@ -38,21 +38,21 @@ COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-
 COMMON_FLAGS += ["-O1", "-g1"] if SANITIZE else ["-O1" if QUICK and not X86 else "-O3", "-g0"]
 COMMON_FLAGS += ["-Werror"] if os.environ.get("DECODE_CORE_WERROR") == "1" else []
 LINK_FLAGS = ["-pthread"] + ([f"-fsanitize={SANITIZE}"] if SANITIZE else ["-Wl,-s"] if sys.platform == "linux" else [])
-# not with pybind11's flags
+# not together with pybind11's flags
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer",
-                  # by day the checks of an address are calls, which tiles_*.cpp compile with in half the time
+                  # by day address checks are calls, which halves the compile time of tiles_*.cpp
                   *(["-fno-sanitize=null,alignment,object-size,pointer-overflow,vptr",
                      "--param=asan-instrumentation-with-call-threshold=0"] if QUICK else [])]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
-                "-Wno-maybe-uninitialized"]             # GCC 12's intrinsics headers cause it
-# end of a source's stem -> instructions it may use; dispatch.cpp checks that the CPU has them
+                "-Wno-maybe-uninitialized"]             # caused by GCC 12's intrinsics headers
+# suffix of a source's stem -> instructions it may use; dispatch.cpp checks that the CPU has them
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": AVX512_FLAGS,
     "_vnni": [*AVX512_FLAGS, "-mavx512vnni"],           # tiles.cpp checks for VNNI
     "_amx": [*AVX512_FLAGS, "-mavx512vnni"],            # dispatch.cpp checks for AMX; its instructions need no flag
 }
-# The lanes of portable kernels are loops: -O3 unrolls them, for four times the compile time, before they can become vectors
+# The lanes of portable kernels are loops: -O3 unrolls them before they can be vectorized, and takes four times as long to compile
 PORTABLE_FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model=unlimited"] if X86 and not SANITIZE else []
 CPU_NAMES = {"_avx2": "avx2", "_avx512": "avx512f", "_vnni": "avx512_vnni"}        # in /proc/cpuinfo
 
@@ -68,7 +68,7 @@ def find_nvcc() -> str | None:
               "/usr/local/cuda/bin/nvcc"]
     nvcc = next((place for place in places if place and os.access(place, os.X_OK)), None)
     if wanted == "1" and not nvcc:
-        raise SystemExit("DECODE_CORE_CUDA=1, but there is no nvcc on the PATH, in CUDA_HOME or in /usr/local/cuda")
+        raise SystemExit("DECODE_CORE_CUDA=1, but nvcc was not found on the PATH, in CUDA_HOME or in /usr/local/cuda")
     return None if wanted == "0" or SANITIZE or not list(CSRC.glob("cuda/*.cu")) else nvcc
 
 
@@ -82,13 +82,13 @@ def cudart_folder(nvcc: str) -> str:
 
 
 class BuildCore(build_ext):
-    """build_ext with flags for each source and two compilers; keeps objects until something that they include
+    """build_ext with flags for each source and two compilers; keeps objects until something they include
     changes."""
 
     def build_extension(self, extension):
         nvcc = find_nvcc() if extension.name == "decode_core._core" else None
         insist = os.environ.get("DECODE_CORE_WERROR") == "1" or SANITIZE or os.environ.get("DECODE_CORE_CUDA") == "1"
-        # if nvcc does not work, only the CUDA half is lost
+        # if nvcc fails, only the CUDA half is lost
         for compiler in dict.fromkeys((nvcc, None)):
             try:
                 return self.build_core(extension, compiler)
@@ -97,7 +97,7 @@ class BuildCore(build_ext):
                     raise
                 half = "decode_core's CUDA half" if compiler else "decode_core"
                 print(f"\n*** {half} was not compiled ({failure}).\n*** chat_server still works, with slower kernels; "
-                      f"mend {'nvcc' if compiler else 'or install g++'} and run pip again for the fast ones.\n", file=sys.stderr)
+                      f"{'repair nvcc' if compiler else 'install g++'} and run pip again for the fast ones.\n", file=sys.stderr)
 
     def build_core(self, extension, nvcc):
         macros = [f"-DDECODE_CORE_SEAM={seam()}", *(["-DDECODE_CORE_CUDA=1"] if nvcc else [])]
@@ -105,7 +105,7 @@ class BuildCore(build_ext):
         jobs = [(self.compile_cpp, source, macros if source.stem == "bindings" else []) for source in sources]
         jobs += [(self.compile_cuda, source, nvcc) for source in sorted(CSRC.glob("cuda/*.cu"))] if nvcc else []
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
-            # nvcc's jobs and tiles_*.cpp take longest and are last; start them first, link in order
+            # nvcc's jobs and tiles_*.cpp take longest and come last: start them first, link in order
             objects = list(pool.map(lambda job: job[0](*job[1:]), reversed(jobs)))[::-1]
         target = self.get_ext_fullpath(extension.name)
         cuda = [f"-L{cudart_folder(nvcc)}", "-lcudart_static", "-ldl", "-lrt"] if nvcc else []
@@ -152,13 +152,13 @@ class BuildCore(build_ext):
 
 
 def seam() -> str:
-    """The digest of the seam, off the modules of chatlm beside this file; no library is needed for that."""
+    """The digest of the seam, read from the chatlm modules next to this file; needs no library."""
     return runpy.run_path("chatlm/common/seam.py")["seam_digest"](lambda name: Path(name).read_text(encoding="utf-8"))
 
 
 def widest_here() -> list[str]:
-    """The endings of the sources with the widest instructions that this CPU has. Sanitizers check these and the plain ones: to
-    compile a narrower set as well takes a minute."""
+    """The suffixes of the sources with the widest instructions that this CPU has. Sanitizers check these and the plain ones:
+    compiling a narrower set as well takes a minute."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else CPU_NAMES.values()
     return [ending for ending, flag in CPU_NAMES.items() if flag in flags and (ending != "_avx2" or "avx512f" not in flags)]

@@ -74,12 +74,12 @@ def check_gpu(device: torch.device):
             raise ConfigError("{} ({}) is too old: its compute capability is {}.{}, this torch needs {}.{}"
                               .format(device, name, *has, *needs))
         torch.zeros(1, device=device)
-    except RuntimeError as error:  # in exclusive use by another program, off the bus, ...
+    except RuntimeError as error:  # used exclusively by another program, off the bus, ...
         raise ConfigError(f"{device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def lack_of_gpu_memory(error: Exception, config: WorkerConfig) -> ConfigError | None:
-    """Where torch ran out of a GPU's memory: which flag and value leave room. None for other errors."""
+    """If torch ran out of GPU memory: the flag and value that leave room. None for other errors."""
     match = re.search(r"CUDA out of memory. Tried to allocate ([\d.]+ [KMGT]?i?B)", str(error))
     if not match:
         return None
@@ -91,7 +91,7 @@ def lack_of_gpu_memory(error: Exception, config: WorkerConfig) -> ConfigError | 
     remedy = ("The model needs a larger GPU" if (lacking >= cache if cache else share < 0.05) else
               f"--kv-cache-memory {cache - lacking >> 20}M would leave it free" if cache else
               f"--gpu-memory-utilization {share:.2f} would leave it free")
-    return ConfigError(f"{config.device} is out of memory: {wanted / 1e9:,.2f} GB more were needed, and of "
+    return ConfigError(f"{config.device} is out of memory: {wanted / 1e9:,.2f} GB more were needed; of "
                        f"its {total / 1e9:,.2f} GB {free / 1e9:,.2f} are free. {remedy}")
 
 
@@ -111,7 +111,7 @@ def build_engine(source: ModelSource, settings: Settings, device: torch.device,
     try:
         tokenizer = open_tokenizer(model.text)
         if model.text.chat_template:
-            compile_chat_template(model.text.chat_template, whole=False)  # the front does it whole
+            compile_chat_template(model.text.chat_template, whole=False)  # the front compiles it completely
     except ConfigError as error:
         raise ConfigError(f"{source.path}: {error}") from None
     if not tokenizer.has_chat_template:
@@ -128,14 +128,14 @@ def build_engine(source: ModelSource, settings: Settings, device: torch.device,
 def build_transformer(
         model: LoadedModel, source: ModelSource, settings: Settings, device: torch.device, progress: Progress,
         ranks: RankAlone | None) -> tuple[LoadedModel, Transformer, int, int, int]:
-    """Load the weights, or a rank's shards of them, and allocate the KV pages. Returns also the number of
-    pages, the longest context that they hold, and how many sequences may run at once."""
+    """Load the weights, or a rank's shards of them, and allocate the KV pages. Also returns the number of
+    pages, the longest context they hold, and how many sequences may run at once."""
     ranks = ranks or RankAlone()
     whole, model = model.spec, share_of_rank(model, ranks, settings)
     kernels, groups, limits, plan = plan_model(model, whole, settings, device, ranks)
     num_pages = ranks.min_over_ranks(plan.pages())
     context = plan.context(num_pages, groups)
-    if context < model.context_length and model.spec.rope_factors:  # longrope's depend on the context
+    if context < model.context_length and model.spec.rope_factors:  # longrope's factors depend on the context
         model = open_model(source, replace(settings, context_length=context), device)
         model = share_of_rank(model, ranks, settings)
     log.info("%s", plan.line(num_pages))
@@ -149,7 +149,7 @@ def build_transformer(
 
 
 def layers_of_floats(spec: ModelSpec, kv: KvType) -> str:
-    """Which layers stay floats though --kv-cache-dtype is q8_0, in words; "" if none do. ConfigError if all
+    """Which layers stay floats although --kv-cache-dtype is q8_0, in words; "" if none. ConfigError if all
     do."""
     layers = [its for its in spec.by_layer if its]
     floats = [its for its in layers if not kv.packs(its)]
@@ -164,15 +164,15 @@ def layers_of_floats(spec: ModelSpec, kv: KvType) -> str:
 
 
 def share_of_rank(model: LoadedModel, ranks: RankAlone, settings: Settings) -> LoadedModel:
-    """What a rank has of a model that is yet to be read. ConfigError if it cannot be divided so."""
+    """A rank's share of a model not yet read. ConfigError if it cannot be divided that way."""
     model = stage_model(model, ranks.rank // ranks.tp, ranks.stages)  # the same for all ranks of a stage
     return shard_model(model, ranks.rank % ranks.tp, ranks.tp, settings.quantize)
 
 
 def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device: torch.device,
                ranks: RankAlone) -> tuple[Kernels, LayerGroups, dict[str, int], MemoryPlan]:
-    """How a rank will compute its shard of a model, whose `whole` spec is given too: the kernels, the layers
-    that share pages, the limits of a step, and what of it takes memory. No weight is read."""
+    """How a rank will compute its shard of a model whose `whole` spec is given too: the kernels, the layers
+    that share pages, the limits of a step, and the memory needed. No weight is read."""
     spec, rows = model.spec, max(settings.max_batch, FREE_ROWS)
     limits = {"max_tokens": prefill_chunk(settings, device) + rows, "max_rows": rows}
     kernels = load_kernels(
@@ -188,7 +188,7 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
 
 
 def weight_bytes(model: LoadedModel, quantize: str | None) -> int:
-    """About how many bytes a model's weights will take; --quantize is for matrices of floats."""
+    """About how many bytes a model's weights will take; --quantize applies to float matrices."""
     shapes, total = expected_tensors(model.spec), 0
     for name, tensor in model.tensors.items():
         count = math.prod(shapes[name])
@@ -246,39 +246,39 @@ class MemoryPlan(NamedTuple):
     activations: int  # bytes
     page_bytes: int   # of one KV page
     full: int         # pages of a sequence that has the longest context
-    fewest: int       # pages of one of 64 tokens: fewer are of no use
+    fewest: int       # pages of one of 64 tokens: fewer are useless
     grows: str = ""   # a sentence, see LoadedModel
     quantizes: bool = False  # would --quantize make the weights smaller?
     state_bytes: int = 0  # of a sequence's state, where layers keep one
     longest: int = 0      # tokens of the longest context
-    token_bytes: int = 0  # that all layers of the model keep of a token
+    token_bytes: int = 0  # that all layers of the model cache per token
     mapped: int = 0       # bytes that stay in the file, see MappedRows
     kv: KvType = KvType()
-    adapters: int = 0     # bytes of those that are served beside it, at most
+    adapters: int = 0     # bytes of adapters served with it, at most
 
     @property
     def taken(self) -> int:
-        """Bytes of all but the KV cache."""
+        """Bytes of everything but the KV cache."""
         return self.weights + self.adapters + self.activations
 
     @property
     def prefixes(self) -> int:
-        """Bytes that prefixes which outlive the workers may come to take of the same memory."""
+        """Bytes of the same memory that prefixes which outlive the workers may take."""
         return (self.settings.prefix_memory or 0) if self.device.type == "cpu" else 0
 
     def memory(self) -> tuple[int, int]:
-        """(free bytes, all bytes) of the device; a machine's memory is not counted as a whole: 0."""
+        """(free bytes, all bytes) of the device; for a machine's memory the total is not counted: 0."""
         return torch.cuda.mem_get_info(self.device) if self.device.type == "cuda" else (available_memory(), 0)
 
     def pages(self) -> int:
-        """KV pages to allocate: --kv-cache-memory, or a share of free memory once the weights have theirs;
+        """KV pages to allocate: --kv-cache-memory, or a share of the memory left by the weights;
         ConfigError below 64 tokens."""
         settings, (free, total), taken = self.settings, self.memory(), self.taken
         if settings.kv_cache_memory is not None:
             budget = settings.kv_cache_memory
         elif self.device.type == "cuda":
             budget = int(free - taken - total * (1 - settings.gpu_memory_utilization))
-        else:  # other programs want memory too: one full context or 1 GiB, at most an eighth of what is free
+        else:  # other programs want memory too: one full context or 1 GiB, up to an eighth of free memory
             free = max((free - self.prefixes) // max(settings.num_workers, 1) - taken, 0)
             budget = min(max(1 << 30, self.full * self.page_bytes), free // 8)
         if self.state_bytes:  # a quarter is for snapshots of states
@@ -298,26 +298,26 @@ class MemoryPlan(NamedTuple):
                           f"{remedy}")
 
     def states(self, num_pages: int) -> tuple[int, int]:
-        """(sequences that may run at once, snapshots). Beside so many KV pages each of the two has a quarter
-        of the cache for its states; --max-batch is the most of the first, which are at least 8. A stage that
-        has no states, or nothing else, leaves it to the others."""
+        """(sequences that may run at once, snapshots). With this many KV pages, the states of each of the two
+        get a quarter of the cache; the first are at most --max-batch and at least 8. A stage without states,
+        or with nothing else, leaves the choice to the others."""
         if not (self.state_bytes and self.page_bytes):
             return self.settings.max_batch, num_pages
         quarter = num_pages * self.page_bytes // 3 // self.state_bytes
         return min(self.settings.max_batch, max(FREE_ROWS, quarter)), min(quarter, num_pages)
 
     def cache_bytes(self, num_pages: int) -> int:
-        """Bytes of so many KV pages and of the states beside them."""
+        """Bytes of this many KV pages and of the states that go with them."""
         return num_pages * self.page_bytes + self.state_bytes * (sum(self.states(num_pages)) + FREE_ROWS)
 
     def context(self, num_pages: int, groups: LayerGroups) -> int:
-        """The longest context that fits in so many pages."""
+        """The longest context that fits in this many pages."""
         return longest_context(PagePool(num_pages, groups.windows), self.longest,
                                prefill_chunk(self.settings, self.device))
 
     def within(self, budget: int) -> MemoryPlan:
-        """With a size of the KV cache that leaves room for other models in `budget` bytes, unless the
-        operator has set one. It is set, so that a worker takes as much whatever is free by then."""
+        """The plan with a KV cache size that leaves room for other models in `budget` bytes, unless the
+        operator has set one. A fixed size makes a worker take as much whatever is free by then."""
         if self.settings.kv_cache_memory is not None:
             return self
         rest = budget - self.taken
@@ -327,8 +327,8 @@ class MemoryPlan(NamedTuple):
         return self._replace(settings=replace(self.settings, kv_cache_memory=cache))
 
     def line(self, num_pages: int) -> str:
-        """Whether the model fits, in words, with the flag that helps; ConfigError if its weights alone do
-        not."""
+        """Whether the model fits, in words, with the flag that helps; ConfigError if the weights alone do not
+        fit."""
         settings, (free, total), cache = self.settings, self.memory(), self.cache_bytes(num_pages)
         running, snapshots = self.states(num_pages)
         needed = self.taken + cache + self.prefixes

@@ -1,4 +1,4 @@
-"""The first code of a worker or a rank: it joins its parent before it imports torch."""
+"""The entry point of a worker or a rank: it joins its parent before it imports torch."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def run_configured(channel: Channel, config: WorkerConfig | RankConfig):
-    """Be a replica or rank 0 of one, or another rank, as the config says."""
-    from chatlm.worker.process import run_rank, run_worker  # torch is there by now
+    """Run as a replica or its rank 0, or as another rank, depending on the config."""
+    from chatlm.worker.process import run_rank, run_worker  # torch is imported by now
     if isinstance(config, RankConfig):
         run_rank(channel, config)
     else:
@@ -39,15 +39,15 @@ def run_survey(channel: Channel, config: SurveyConfig):
 
 
 def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
-    """Join the parent, import torch, and `run` until the other end is gone."""
+    """Join the parent, import torch, and `run` until the other end hangs up."""
     channel = join_parent(arguments, pipe)
-    reserve = mmap.mmap(-1, 32 << 20)  # address space kept back to report that memory ran out
+    reserve = mmap.mmap(-1, 32 << 20)  # address space reserved for reporting that memory ran out
     try:
         [config] = channel.receive(wait=True, most=1)
         if type(config) is not pipe.kinds[0]:
             raise BadMessage(f"its first message is {type(config).__name__}")
         start_logging(config.settings)
-        CalmLog.over_bar = True  # the front shows how far this process is
+        CalmLog.over_bar = True  # the front shows this process's progress
         channel.send(Loading("importing torch", 0.0))
         require_library("numpy", "chat_server")  # without it torch would only warn
         torch = require_library("torch", "chat_server")
@@ -56,11 +56,11 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
     except (EOFError, ConnectionError, TimeoutError, ssl.SSLError):
         pass
     except BadMessage as error:
-        log.error("the other end of the connection sends no messages of ours: %s", error)
+        log.error("the other end of the connection sends messages that are not ours: %s", error)
         return 1
     except RanksFailed as error:
         log.error("%s", error)
-        os._exit(1)  # a thread may still wait for another rank
+        os._exit(1)  # a thread may still be waiting for another rank
     except Exception as error:
         reserve.close()
         error = gpu_memory_error(error, config) or lack_of_memory(error) or error
@@ -76,7 +76,7 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
 
 
 def line_of(error: Exception) -> str:
-    """The file and line that raised it."""
+    """The file and line that raised the error."""
     *_, frame = traceback.extract_tb(error.__traceback__)
     return f"{os.path.basename(frame.filename)}:{frame.lineno}"
 

@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 
 
 def run_rank(channel: Channel, config: RankConfig):
-    """A rank's life: load the shard, then compute the steps that rank 0 tells, until that is gone."""
-    log.setLevel(logging.ERROR)  # rank 0 has said it
+    """A rank's life: load the shard, then compute the steps that rank 0 sends, until it hangs up."""
+    log.setLevel(logging.ERROR)  # rank 0 logs the rest
     os.environ.update({name: value for name, value in config.environment.items() if value})
     if (isa := os.environ.get("DECODE_CORE_ISA")) and decode_core() is None:
         raise ConfigError(f"rank 0 computes by decode_core with {isa} instructions, and this machine cannot: "
@@ -72,7 +72,7 @@ def run_rank(channel: Channel, config: RankConfig):
     model = open_model(source, settings, device)
     if not config.source:
         channel.send(Ready({}))
-        channel.receive(wait=True, most=1)  # all others have found theirs
+        channel.receive(wait=True, most=1)  # all others have loaded theirs
     _, transformer, _, context, _ = build_transformer(model, source, settings, device, progress, ranks)
     refuse_changed(source, settings.lora)
     steps = transformer.kernels.backend.make_steps(transformer, settings.max_batch, context)
@@ -117,7 +117,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     if ranks:
         ranks.wait_ready(progress)
     if config.source:
-        refuse_changed(config.source, settings.lora)  # while it was read
+        refuse_changed(config.source, settings.lora)  # while they were read
     engine.warm_up(partial(progress, "warming up"))
     if stamp and not ranks and device.type == "cpu":
         keep_prefixes(engine, config, files, stamp)
@@ -128,20 +128,20 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
 
 
 def stamped_files(config: WorkerConfig) -> tuple[list[Path], str]:
-    """The model's files and their stamp before they are read; "" where no prefix is kept."""
+    """The model's files and their stamp before they are read; "" if no prefixes are kept."""
     if config.prefix_memory and config.source:
-        with suppress(OSError, ConfigError):  # loading will say what is wrong
+        with suppress(OSError, ConfigError):  # loading will report what is wrong
             files = files_of(config.source, config.settings)
             return files, stamp_of(files)
     return [], ""
 
 
 def keep_prefixes(engine: Engine, config: WorkerConfig, files: list[Path], stamp: str):
-    """From now on pages outlive this process, and those of earlier ones come back."""
+    """From now on pages outlive this process, and those of earlier processes are restored."""
     settings = config.settings
     store = store_place(settings.prefix_store)[0] if settings.prefix_store else None
     if len(engine.pool.windows) > MOST_GROUPS:
-        return log.warning("no prefix is kept: the layers of this model are in %d groups, of which at most "
+        return log.warning("no prefix is kept: the layers of this model are in %d groups, and at most "
                            "%d can be kept", len(engine.pool.windows), MOST_GROUPS)
     try:
         kept = KeptPages(config.prefix_memory, config.prefix_bytes, store,
@@ -186,7 +186,7 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
 
 
 def token_bytes(transformer: Transformer) -> str:
-    """What the layers of this rank keep of a token, and what of it outlasts the windows, in words."""
+    """The bytes that this rank's layers cache per token, and how many outlast the windows, in words."""
     kept, lasting = kept_bytes(transformer), kept_bytes(transformer, lasting=True)
     types = " and ".join(dict.fromkeys(filter(None, transformer.layout.types)))
     once = f", {lasting:,} once out of all windows" if lasting < kept else ""
@@ -194,7 +194,7 @@ def token_bytes(transformer: Transformer) -> str:
 
 
 def kept_bytes(transformer: Transformer, lasting: bool = False) -> int:
-    """Bytes that the layers of this rank keep of a token; `lasting`: while it is out of all windows."""
+    """Bytes that this rank's layers cache per token; `lasting`: once it is outside all windows."""
     kv, layout = transformer.kv, transformer.layout
     return layout.unit * sum(
         kv.slot_size(its) for l, its in enumerate(transformer.attentions)
@@ -206,7 +206,7 @@ def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, weights
     """weights: the commonest type of its matrices in memory."""
     spec, files, source = model.spec, {"hf": "safetensors"}, config.source
     shapes = expected_tensors(spec)
-    if spec.tied_head:  # it is the embedding
+    if spec.tied_head:  # the head is the embedding
         shapes.pop("head", None)
     return ModelFacts(model.family, files.get(source.kind, source.kind) if source else "",
                       sum(map(math.prod, shapes.values())), weights, weights_bytes, spec.width, spec.layers,
@@ -234,7 +234,7 @@ def keeper_gauges(keeper: Keeper | None) -> dict[str, float]:
 
 
 def state_gauges(engine: Engine) -> dict[str, int]:
-    """Of the states that layers keep of sequences; all 0 where all layers are attention."""
+    """Gauges of the states that layers keep for sequences; all 0 if all layers are attention."""
     if (states := engine.pool.states) is None:
         return dict.fromkeys(("states_used", "states_total", "state_snapshots", "state_bytes"), 0)
     return {"states_used": states.num_slots - len(states.free), "states_total": states.num_slots,
@@ -243,14 +243,14 @@ def state_gauges(engine: Engine) -> dict[str, int]:
 
 @functools.cache
 def busy_share(device: torch.device) -> Callable[[], float | None]:
-    """How to read the share of time in which a GPU computed; without nvidia-ml-py it always says None."""
+    """A function that returns the share of time a GPU was busy, or None without nvidia-ml-py."""
     try:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
         uuid = torch.cuda.get_device_properties(device).uuid
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         nvml.nvmlDeviceGetUtilizationRates(handle)
-    except Exception as error:  # not installed, a driver without it, a slice of a GPU (MIG)
+    except Exception as error:  # not installed, a driver without support, a slice of a GPU (MIG)
         log.info("no utilization of %s, which needs nvidia-ml-py and a whole GPU: %s", device, error)
         return lambda: None
     return lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
@@ -258,8 +258,8 @@ def busy_share(device: torch.device) -> Callable[[], float | None]:
 
 @functools.lru_cache(1)
 def device_use(device: torch.device, second: int, pids: tuple) -> tuple[int, int, float | None]:
-    """(used bytes, total bytes, share of time busy) of the GPU; else these processes' resident sets, the
-    machine's memory and None. Cached by `second`, so read at most once a second, not every step."""
+    """(used bytes, total bytes, share of time busy) of the GPU; otherwise these processes' resident sets, the
+    machine's memory and None. Cached by `second`, so it is read at most once a second, not every step."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free, total, busy_share(device)()
@@ -270,19 +270,19 @@ def device_use(device: torch.device, second: int, pids: tuple) -> tuple[int, int
     return used * page, os.sysconf("SC_PHYS_PAGES") * page, None
 
 
-LOADING_S = 0.05  # between two looks at adapters that are being read, while nothing is computed
-MAX_FAILURES = 3  # failed steps in a row that a worker survives; one more, and it is replaced
+LOADING_S = 0.05  # between checks of adapters that are being read, while nothing is computed
+MAX_FAILURES = 3  # failed steps in a row that a worker survives; after one more it is replaced
 
 
 class Inbox:
-    """What the answers of each request share, kept until the front says no more answers will come."""
+    """What the answers of each request share, kept until the front announces that no more will come."""
 
     def __init__(self, engine: Engine, tell: Callable[[AdapterLoaded], None] = lambda message: None):
         self.engine, self.tell = engine, tell
         self.params: dict[str, AnswerParams] = {}                 # by request
         self.prompts: dict[str, dict[int, tuple[int, ...]]] = {}  # by request, then by index
-        self.empties_cache = False  # once nothing is computed
-        self.dropped: set[str] = set()  # adapters to forget once they are read
+        self.empties_cache = False  # as soon as nothing is computed
+        self.dropped: set[str] = set()  # adapters to drop once they are read
         self.loading: dict[str, str] = {}  # adapters that are being read: id -> folder
         self.waiting: dict[str, list[Assignment]] = {}  # answers that need them, by adapter
 
@@ -330,10 +330,10 @@ class Inbox:
         return any(work.id == answer_id for works in self.waiting.values() for work in works)
 
     def end_loading(self):
-        """Tell the front which adapters have been read, and begin the answers that waited for them."""
+        """Report to the front which adapters have been read, and start the answers that waited for them."""
         for adapter_id in [*self.loading]:
             if not self.engine.adapters.has_ended(adapter_id):
-                break  # they are read one after the other
+                break  # they are read one at a time
             self.tell(self.loaded(adapter_id, self.loading.pop(adapter_id)))
             if adapter_id in self.dropped:
                 self.dropped.remove(adapter_id)
@@ -346,7 +346,7 @@ class Inbox:
             return AdapterLoaded(adapter_id, "", *self.engine.adapters.end(adapter_id))
         except ConfigError as error:
             return AdapterLoaded(adapter_id, str(error))
-        except Exception as error:  # of a file that is broken as nobody expected: no other answer minds
+        except Exception as error:  # a file broken in an unexpected way affects no other answer
             log.exception("an adapter could not be loaded")
             return AdapterLoaded(adapter_id, f"{folder}: {named(error)}")
 

@@ -1,4 +1,4 @@
-"""The role `survey`: what models are and how much memory they take, before any weight is read."""
+"""The role `survey`: describes models and the memory they take, before any weight is read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def survey_models(channel: Channel, config: SurveyConfig):
-    """Answer each SurveyConfig, until the front hangs up. A model that is broken ends nothing."""
+    """Answer each SurveyConfig until the front hangs up. A broken model does not end the process."""
     while True:
         try:
             channel.send(surveyed(config))
@@ -59,7 +59,7 @@ def surveyed(config: SurveyConfig) -> Surveyed:
 def plan_of_stage(model: LoadedModel, stage: int, settings: Settings,
                   device: torch.device) -> tuple[MemoryPlan, LayerGroups]:
     """The plan of the first rank of a stage, whose shard is the largest; without --tp and --pp, of the model.
-    ConfigError if the model cannot be divided so."""
+    ConfigError if the model cannot be divided that way."""
     rank = PlannedRank(settings, stage * settings.tensor_parallel_size)
     _, groups, _, plan = plan_model(
         share_of_rank(model, rank, settings), model.spec, settings, device, rank)

@@ -103,12 +103,12 @@ class Backend:
     activations = None   # dtype of every activation buffer; None: _allocate chooses
     faults: Mapping[str, str] = {}  # compiled ops that their references replace -> why
     as_stored: Callable | None = None  # loads a GGUF matrix in the file's type; None: all are dequantized
-    stored_dtype = None  # of activations and pages beside such matrices; None: float16
-    short_floats = ""    # of keys and values beside weights of any type below float32; "": as activations
+    stored_dtype = None  # of activations and pages with such matrices; None: float16
+    short_floats = ""    # of keys and values if weights are shorter than float32; "": as activations
     packs_kv = True      # does it read keys and values of the type q8_0?
-    converted: Callable[[Mapping, Mapping], str]  # beside as_stored: which change their type
-    held_bytes: Callable[[Seq], int]  # beside as_stored: of the GGUF tensors that form a matrix
-    join = None          # how ranks exchange through shared memory; None: through torch.distributed
+    converted: Callable[[Mapping, Mapping], str]  # with as_stored: which matrices change their type
+    held_bytes: Callable[[Seq], int]  # with as_stored: of the GGUF tensors that form a matrix
+    join = None          # makes ranks exchange through shared memory; None: through torch.distributed
 
     def __init__(self, device):
         self.dtype = fastest_dtype(device)  # of float weights, unless the user names one
@@ -123,7 +123,7 @@ class Backend:
         return EagerSteps(transformer)
 
     def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: torch.device) -> Any:
-        """What the ops read of an adapter, whose matrices have the names of those that they change."""
+        """The form in which ops read an adapter, whose matrices are named after those they change."""
         return {name: AdapterMatrix(*(tensor.to(device) for tensor in matrix))
                 for name, matrix in matrices.items()}
 
@@ -163,9 +163,9 @@ class Kernels:
     sample: Callable = sample_on_host
     # Where a model has several ranks, and only there:
     # (x, out, residual=None): residual + the sum of all ranks' x -> out
-    all_reduce: Callable = None  # pyright: ignore[reportAssignmentType]  as said above
-    # (x, out): all ranks' x side by side -> out, which may lack some
-    all_gather: Callable = None  # pyright: ignore[reportAssignmentType]  as said above
+    all_reduce: Callable = None  # pyright: ignore[reportAssignmentType]  as stated above
+    # (x, out): all ranks' x concatenated -> out, which may be shorter
+    all_gather: Callable = None  # pyright: ignore[reportAssignmentType]  as stated above
     names: Mapping[str, str] = field(default_factory=dict)  # what computes each op, for /stats
     backend: Any = field(default_factory=lambda: Backend("cpu"))
 
@@ -175,13 +175,13 @@ class Kernels:
         return self.backend.row_invariant
 
     def activation_dtype(self, weights: torch.dtype | None) -> torch.dtype:
-        """The type of activations that may be short, beside matrices of this type; None: as their file has
-        them."""
+        """The type of activations that may be short, for matrices of this type; None: those stay as in
+        their file."""
         return weights or self.backend.stored_dtype or torch.float16
 
     def kv_type(self, choice: str, weights: torch.dtype | None) -> KvType:
-        """How keys and values are kept beside such matrices if --kv-cache-dtype has this `choice`.
-        ConfigError where no kernel reads it."""
+        """How keys and values are kept with such matrices if --kv-cache-dtype is `choice`. ConfigError if
+        no kernel reads them."""
         own = str(self.activation_dtype(weights)).removeprefix("torch.")
         floats = "float16" if self.backend.short_floats == "float16" and own != "float32" else own
         if choice == "q8_0" and not self.backend.packs_kv:
@@ -209,8 +209,8 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
 
 def choose_backend(device, spec: ModelSpec | None, whole: ModelSpec | None = None, says_why: bool = False):
     """decode_core's backend if it runs this model on this device, else torch's (always without a spec). All
-    stages of a `whole` model have the same. One of those that ask about a model `says_why` torch computes it,
-    or some ops of it."""
+    stages of a `whole` model have the same. If `says_why`, a model or op left to torch is logged; only one
+    of the callers for a model asks for that."""
     if refused := refused_isa():
         raise ConfigError(refused)
     core = decode_core() if spec else None
@@ -231,7 +231,7 @@ TORCH_ALONE = "mean_squares", "norm_qk"
 
 
 def left_to_torch(spec: ModelSpec, device) -> list[str]:
-    """What torch computes of a model whose other ops are decode_core's on this device, in words."""
+    """The ops that torch computes of a model whose others are decode_core's on this device, in words."""
     words = {ShortConv: "short convolution", DeltaRule: "delta rule", Mamba2: "Mamba layer"}
     ops = dict.fromkeys(words[type(mixer)] for mixer in spec.mixers if mixer)
     if spec.sigmoid_router:
@@ -245,7 +245,7 @@ class Most(NamedTuple):
     head_size: int
     group: int          # queries to a head of keys
     experts: int
-    chosen: int         # of them for a token
+    chosen: int         # experts of a token
     vocabulary: int
 
 
@@ -254,7 +254,7 @@ MOST_ON_GPU = Most(head_size=256, group=64, experts=1024, chosen=1024, vocabular
 
 
 def not_compiled(spec: ModelSpec, device="cpu") -> str:
-    """What of a model no op of decode_core computes on this device, in words: then torch computes it all.
+    """What decode_core cannot compute of a model on this device, in words: torch then computes all of it.
 
     This is all that decode_core would refuse: tests/worker/model/test_odd_sizes.py tries every dimension."""
     on_gpu = torch.device(device).type != "cpu"
@@ -289,14 +289,14 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
 
 
 def uniform(spec: ModelSpec) -> bool:
-    """Do all layers that attend keep as much of each token, of what each makes itself?"""
+    """Does every attention layer keep the same of each token, all of it its own?"""
     kinds = {(its.heads, its.kv_heads, its.head_size, its.value_norm, its.values_from_keys, its.source)
              for its in spec.by_layer if its}
     return all(kind[3:] == (False, False, None) for kind in kinds) and len(kinds) <= 1
 
 
 def for_decode_core() -> SimpleNamespace:
-    """The parts of the program that decode_core uses; it does not import chatlm."""
+    """The parts of chat_server that decode_core uses, since it does not import chatlm."""
     references = {op.name: op.default for op in dataclasses.fields(Kernels) if callable(op.default)}
     return SimpleNamespace(
         PAGE_SIZE=PAGE_SIZE, zeroed=zeroed, token_places=token_places, page_table=page_table,
@@ -330,8 +330,8 @@ def machine_report() -> str:
 
 
 def check_main(arguments: Seq[str]) -> int:
-    """The role `check`: a report to paste into an issue. 0, or 1 if an op differs from its reference, or
-    decode_core is there and does not load."""
+    """The role `check`: a report to paste into an issue. Returns 0, or 1 if an op differs from its reference
+    or decode_core is installed but does not load."""
     print(machine_report(), flush=True)
     if (core := decode_core()) is None:
         print("no compiled kernels here, so there is nothing to compare")

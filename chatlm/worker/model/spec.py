@@ -13,30 +13,30 @@ from chatlm.common.config import PACKED_BLOCK, PAGE_SIZE
 
 @dataclass(frozen=True)
 class ShortConv:
-    """A gated convolution over the last tokens, in attention's place (LFM2).
+    """A gated convolution over the last tokens, instead of attention (LFM2).
 
     b, c, u = the thirds of mix_in x;  s = b * u;  y_t = c_t * (sum over j of taps[j] * s[t - size + 1 + j]);
-    mix_out y. What it keeps of the tokens before is s of the last size - 1 of them.
+    mix_out y. Its state is s of the last size - 1 tokens.
 
-    The mixer of another kind has the same attributes; what it keeps is data as here."""
+    Mixers of other kinds have the same attributes; their state is data too."""
 
     size: int           # tokens that y_t depends on, its own included
     bias: bool = False  # of mix_in, the taps and mix_out
-    channels: int = 0   # of b, c and u each, where one of several ranks has some; 0: C
+    channels: int = 0   # of b, c and u each, if one of several ranks has some; 0: C
 
     def widths(self, C: int) -> tuple[int, int]:
-        """Of what mix_in gives, and of what mix_out takes."""
+        """The output width of mix_in, and the input width of mix_out."""
         own = self.channels or C
         return 3 * own, own
 
     def tensors(self, C: int) -> dict[str, tuple[int, ...]]:
-        """Its tensors in a model of this width; a file has the taps as (C, size)."""
+        """Its tensors in a model of this width; files store the taps as (C, size)."""
         wide, own = self.widths(C)
         biases = {"mix_in_bias": (wide,), "taps_bias": (own,), "mix_out_bias": (C,)} if self.bias else {}
         return {"mix_in": (wide, C), "taps": (own * self.size,), "mix_out": (C, own)} | biases
 
     def states(self, C: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the float32 arrays that a sequence's state has in such a layer."""
+        """Shapes of the float32 arrays of a sequence's state in this layer."""
         return ((self.size - 1, self.channels or C),)
 
 
@@ -47,9 +47,9 @@ class DeltaRule:
     p, z, b, a = mix_in x;  u = silu of a convolution of p over the last `size` tokens;  q, k, v = u, in
     heads, q and k of length 1, q / sqrt(Dk);  S = exp(decay * softplus(a + dt_bias)) * S;
     S = S + k (sigmoid(b) * (v - S^T k))^T;  mix_out (mix_norm * rms(S^T q) * silu(z)).
-    It keeps S (Hv, Dk, Dv) and p of the last size - 1 tokens. Value head j reads the key head j // (Hv / Hk),
-    or j % Hk if `alternating`. In Qwen3-Next rows of mix_in lie side by side for each key head: those of its
-    b and a, and of its q, k, v, z."""
+    Its state is S (Hv, Dk, Dv) and p of the last size - 1 tokens. Value head j reads key head j // (Hv / Hk),
+    or j % Hk if `alternating`. In Qwen3-Next the rows of mix_in are grouped by key head: those of b and a,
+    and those of q, k, v, z."""
 
     size: int
     key_heads: int
@@ -57,8 +57,8 @@ class DeltaRule:
     key_size: int
     value_size: int
     alternating: bool = False
-    gates_by_key: bool = False    # b and a lie so
-    heads_by_key: bool = False    # q, k, v, z do
+    gates_by_key: bool = False    # b and a are grouped so
+    heads_by_key: bool = False    # q, k, v, z are
 
     @property
     def parts(self) -> tuple[int, int, int, int]:
@@ -68,7 +68,7 @@ class DeltaRule:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The rows of the tensors of a file that mix_in is made of."""
+        """The rows of the file's tensors that make up mix_in."""
         p, z, b, a = self.parts
         return *((p + z,) if self.heads_by_key else (p, z)), *((b + a,) if self.gates_by_key else (b, a))
 
@@ -91,7 +91,7 @@ class Mamba2:
     z, p, dt = mix_in x;  v, B, C = silu of a convolution of p over the last `size` tokens;
     dt = softplus(dt + dt_bias);  S = exp(decay * dt) * S + (dt * v) B^T;  y = S C + skip * v;
     mix_out (mix_norm * rms(y * silu(z))), the rms over each group. Head j reads the group's B and C, which
-    is j // (heads / groups). It keeps S, as (heads, N, P), and p of the last size - 1 tokens.
+    is j // (heads / groups). Its state is S, as (heads, N, P), and p of the last size - 1 tokens.
 
     One of several ranks that share groups has its heads, all groups' B and C, and parts of their rms."""
 
@@ -102,8 +102,8 @@ class Mamba2:
     groups: int = 1
     taps_bias: bool = True     # of the convolution
     bias: bool = False         # of mix_in and mix_out
-    of_heads: int = 0          # > 0: of so many, where ranks share groups, these are the heads
-    first_head: int = 0        # from this one on
+    of_heads: int = 0          # > 0: all ranks' heads, if they share groups; this rank's begin
+    first_head: int = 0        # at this one
 
     @property
     def group_size(self) -> int:
@@ -136,10 +136,10 @@ Mixer = ShortConv | DeltaRule | Mamba2
 
 @dataclass(frozen=True)
 class Attention:
-    """How a layer attends: what it keeps of each token, and what its queries see of that.
+    """How a layer attends: what it caches for each token, and which of that its queries see.
 
-    Of a token it keeps, for each of Hkv heads, a key of D numbers and a value of Dv. A layer that has a
-    `source` keeps nothing: its queries read the pages of that layer, whose sizes are its own."""
+    For each token it caches, for each of Hkv heads, a key of D numbers and a value of Dv. A layer with a
+    `source` caches nothing: its queries read the pages of that layer, whose sizes are its own."""
 
     heads: int                        # H, of queries
     kv_heads: int                     # Hkv
@@ -150,7 +150,7 @@ class Attention:
     rope_size: int | None = None      # rotated dims of each head; None = all D, 0 = none
     rope_factors: tuple[float, ...] | None = None  # divides each of the rope_size/2 frequencies; inf stops it
     rope_scale: float = 1.0           # multiplies cos and sin (yarn, longrope)
-    q_scale: float = 1.0              # multiplies q, besides 1 / sqrt(D)
+    q_scale: float = 1.0              # multiplies q, in addition to 1 / sqrt(D)
     value_norm: bool = False          # RMS norm (without weight) of each head of v
     values_from_keys: bool = False    # v is the product that k is made of, before its norm; no rows for v
     source: int | None = None         # the earlier layer whose keys and values it reads; no rows for k and v
@@ -162,7 +162,7 @@ class Attention:
 
     @property
     def slot_size(self) -> int:
-        """Numbers that it keeps of a token."""
+        """Numbers that it caches per token."""
         return 0 if self.source is not None else self.kv_heads * (self.head_size + self.value_size)
 
     @property
@@ -179,18 +179,18 @@ PACKED_BYTES = PACKED_BLOCK + 2  # with their scale
 
 
 class KvType(NamedTuple):
-    """How layers keep keys and values: as floats, or packed, which is the type q8_0.
+    """How layers keep keys and values: as floats, or packed as q8_0.
 
-    Of q8_0 each head is kept as its product with the normalized Hadamard matrix, so that large numbers spread
-    over all of it, in integers of 8 bits with a float16 scale for each 32. Heads whose size is no power of
-    two, or below 32, stay floats."""
+    With q8_0, each head is multiplied by the normalized Hadamard matrix, which spreads large numbers over
+    all of it, and kept as 8-bit integers with a float16 scale for each 32. Heads whose size is not a power
+    of two, or is below 32, stay floats."""
 
     floats: str = "float16"  # of FLOAT_BYTES
     packed: bool = False
 
     @property
     def unit(self) -> int:
-        """Bytes of what pages are measured in: of a number, or one byte where layers may differ."""
+        """The unit of page sizes in bytes: that of a number, or 1 if layers may differ."""
         return 1 if self.packed else FLOAT_BYTES[self.floats]
 
     @staticmethod
@@ -206,7 +206,7 @@ class KvType(NamedTuple):
         return "q8_0" if self.packs(its) else self.floats
 
     def slot_size(self, its: Attention) -> int:
-        """Units that a layer keeps of a token."""
+        """Units that a layer caches per token."""
         if self.packs(its):
             return its.slot_size // PACKED_BLOCK * PACKED_BYTES
         return its.slot_size * FLOAT_BYTES[self.floats] // self.unit
@@ -215,27 +215,27 @@ class KvType(NamedTuple):
 class LayerGroups(NamedTuple):
     """Which layers share pages. All pages have the same bytes, so that any group may take any of them."""
 
-    members: tuple[tuple[int, ...], ...]  # of each group its layers, of those that keep keys and values
-    windows: tuple[int, ...] = (0,)  # of each group the keys that a token sees, its own included; 0 = all
+    members: tuple[tuple[int, ...], ...]  # the layers of each group, among those that keep keys and values
+    windows: tuple[int, ...] = (0,)  # for each group, the keys that a token sees, including its own; 0 = all
 
     @property
     def holes(self) -> bool:
-        """May a table have holes? Then the cache has one page more, which stands for them."""
+        """May a table have holes? The cache then has one more page, which stands for them."""
         return any(self.windows)
 
     @property
     def depth(self) -> int:
-        """The most layers of a page."""
+        """The largest number of layers in a page."""
         return max(map(len, self.members), default=0)
 
 
-MOST_GROUPS = 16  # more would make long tables
+MOST_GROUPS = 16  # more would make tables long
 
 
 def group_layers(attentions: Seq[Attention | None], context: int, apart: bool = True,
                  kv: KvType = KvType()) -> LayerGroups:
-    """The groups of a model for contexts of so many tokens; one group unless they may be `apart`. None is a
-    layer that keeps a state instead of keys and values."""
+    """The groups of a model for contexts of this length; one group unless they may be `apart`. None: a layer
+    that keeps a state instead of keys and values."""
     readers: dict[int, list[int]] = {l: [] for l, its in enumerate(attentions) if its and its.source is None}
     for l, its in enumerate(attentions):
         if its:
@@ -255,7 +255,7 @@ def group_layers(attentions: Seq[Attention | None], context: int, apart: bool = 
                    for size in itertools.accumulate(sizes[l] for l in alike) if size >= max(sizes.values())]
     packed = {size: [pack_layers(alike, sizes, size) for alike in (full, local)] for size in choices}
 
-    def held(size: int) -> tuple[int, int]:  # by a sequence of the longest context, as near as it matters
+    def held(size: int) -> tuple[int, int]:  # by a sequence of the longest context, approximately
         whole, limited = map(len, packed[size])
         return size * (whole * context + limited * max(reach.values())), whole + limited
 
@@ -265,7 +265,7 @@ def group_layers(attentions: Seq[Attention | None], context: int, apart: bool = 
 
 
 def pack_layers(layers: Seq[int], sizes: Mapping[int, int], most: int) -> list[tuple[int, ...]]:
-    """The layers in runs whose sizes together are at most so much."""
+    """The layers in runs whose total sizes are at most `most`."""
     runs: list[tuple[int, ...]] = []
     for l in layers:
         if runs and sum(sizes[other] for other in (*runs[-1], l)) <= most:
@@ -276,22 +276,22 @@ def pack_layers(layers: Seq[int], sizes: Mapping[int, int], most: int) -> list[t
 
 
 class PageLayout(NamedTuple):
-    """Where each layer's keys and values lie in the pages, in units of their type for each token. Pages of
-    equal layouts mean the same, those of others do not.
+    """Where each layer's keys and values are in the pages, in units of their type, per token. Pages are only
+    compatible if their layouts are equal.
 
-    Where all layers keep as many, the pages of a layer lie together, after those of the layers before it in
-    the page; else the layers of a page do."""
+    If all layers cache the same size, each layer's part of all pages is contiguous, in the order of the
+    layers; otherwise each page is."""
 
     group: tuple[int, ...]   # of each layer
     offset: tuple[int, ...]  # of each layer in a page of its group
     size: int                # of a page
-    own: int                 # of each layer, where all keep as many; else 0
+    own: int                 # of each layer, if all are equal; else 0
     types: tuple[str, ...]   # of each layer's keys and values, see KvType; "" has none
     unit: int                # bytes
 
     @classmethod
     def of(cls, groups: LayerGroups, attentions: Seq[Attention | None], kv: KvType = KvType()) -> PageLayout:
-        """The layout of those attentions that are a rank's; the groups are the whole model's."""
+        """The layout for a rank's attentions; the groups are the whole model's."""
         places, size, sizes = {}, 0, [kv.slot_size(its) if its else 0 for its in attentions]
         for group, members in enumerate(groups.members):
             starts = itertools.accumulate((sizes[l] for l in members), initial=0)
@@ -309,14 +309,14 @@ class PageLayout(NamedTuple):
         return self.size * self.unit * PAGE_SIZE
 
     def place(self, layer: int, count: int) -> tuple[int, int]:
-        """Where a layer's part begins in `count` pages, or slots, and how far apart its parts are."""
+        """The offset of a layer's part in `count` pages or slots, and the distance between its parts."""
         offset = self.offset[layer]
         return (offset * count, self.own) if self.own else (offset, self.size)
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All that distinguishes one model from another; a loader makes it, `Transformer.forward` reads it.
+    """Everything that distinguishes one model from another; made by a loader, read by `Transformer.forward`.
 
     Sizes by letter: V vocab_size, L layers, C width, H heads, Hkv kv_heads, D head_size, F ffn_size.
     The loader crops padded vocabularies to V rows and un-permutes interleaved rotary pairs to half-split."""
@@ -331,7 +331,7 @@ class ModelSpec:
     max_positions: int                # length of the rotary tables; the context cannot be longer
     norm_eps: float = 1e-5
     norm_weights: bool = True         # attention_norm, ffn_norm, final_norm have weights
-    pre_norms: bool = True            # False: blocks read x as it is, without attention_norm and ffn_norm
+    pre_norms: bool = True            # False: blocks read x itself, without attention_norm and ffn_norm
     post_norms: bool = False          # output_norm, down_norm: of what each block adds to x
     embedding_norm: bool = False      # RMS norm (without weight) right after the embedding
     embedding_scale: float = 1.0      # multiplies the embedding; itself rounded to the weights' type
@@ -351,26 +351,26 @@ class ModelSpec:
     qk_norm_weights: bool = False
     qk_norm_sizes: tuple[int, ...] = ()  # (H * D, Hkv * D): q and k are normalized whole, before rope
     qk_scale: float = 1.0             # multiplies q and k, after norm and rope
-    q_scale: float = 1.0              # multiplies q alone, besides 1 / sqrt(D)
+    q_scale: float = 1.0              # multiplies q alone, in addition to 1 / sqrt(D)
     attentions: tuple[Attention, ...] = ()  # of each layer, where they differ; see `attention`
     q_growth: tuple[float, ...] = ()  # (beta, n): and 1 + beta * ln(1 + position // n)
     attention_softcap: float = 0.0    # scores = c * tanh(scores / c), before the mask; 0 = none
     activation: str = "swiglu"        # one of GATES, or "relu2" (without a gate)
     experts: int = 0                  # of each layer, F wide; 0: its feed-forward part is one dense one
-    dense_layers: tuple[int, ...] = ()  # those that have none all the same
-    dense_size: int = 0               # as wide is the feed-forward part of these
-    shared_size: int = 0              # > 0: beside its experts a layer has one so wide that every token takes
-    shared_gate: bool = False         # whose output is multiplied by the sigmoid of one product more
+    dense_layers: tuple[int, ...] = ()  # layers that have none nonetheless
+    dense_size: int = 0               # width of the feed-forward part of these
+    shared_size: int = 0              # > 0: width of an additional expert that every token takes
+    shared_gate: bool = False         # its output is multiplied by the sigmoid of another product
     expert_norms: bool = False        # router, experts and shared expert have norms of their own
     double_layers: tuple[int, ...] = ()  # whose feed-forward part is 2 F wide
     experts_per_token: int = 0        # those with the largest of the router's logits
     shares_sum_to_one: bool = True    # softmax over the chosen experts' logits; else over all experts'
     router_bias: bool = False
     sigmoid_router: bool = False      # shares are the chosen experts' sigmoids, divided by their sum
-    choice_bias: bool = False         # which counts where a sigmoid_router chooses, and not in the shares
-    output_gate: bool = False         # beside each head's q, qkv has as many rows for a gate of its output
+    choice_bias: bool = False         # added when a sigmoid_router chooses, but not in the shares
+    output_gate: bool = False         # after each head's q, qkv has as many rows for a gate of its output
     sinks: bool = False               # a logit for each query head, which attends to no value
-    mixers: tuple[Mixer | None, ...] = ()  # of each layer, in attention's place; None, () = attention
+    mixers: tuple[Mixer | None, ...] = ()  # of each layer, instead of attention; None, () = attention
     softcap: float = 0.0              # logits = c * tanh(logits / c); 0 = none
     residual_lambdas: bool = False    # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
     layer_scalars: bool = False       # x = scalar * x after each layer
@@ -381,13 +381,13 @@ class ModelSpec:
     ve_gate_channels: int = 32
     smear_channels: int = 0           # > 0: add the previous embedding, gated by this many channels
     backout_layer: int | None = None  # subtract backout_lambda * (x after it) before the final norm
-    own_rows: int = 0                 # > 0: of embedding and head, those that this one of several ranks has,
+    own_rows: int = 0                 # > 0: of embedding and head, the rows of this rank,
     first_row: int = 0                # from this one on
     opens: bool = True                # False: another stage computes the layers before these,
     closes: bool = True               # and here those after them
 
     def attention(self, layer: int) -> Attention:
-        """How a layer attends, if it has no mixer: as `attentions` say, else as the spec's own fields do."""
+        """How a layer attends, if it has no mixer: from `attentions`, else from the spec's own fields."""
         return self.attentions[layer] if self.attentions else Attention(
             self.heads, self.kv_heads, self.head_size, rope_base=self.rope_base, rope_size=self.rope_size,
             rope_factors=self.rope_factors, rope_scale=self.rope_scale, q_scale=self.q_scale)
@@ -400,22 +400,22 @@ class ModelSpec:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Of each layer the keys that a token sees, its own included; 0 = all."""
+        """For each layer, the keys that a token sees, including its own; 0 = all."""
         return tuple(its.window if its else 0 for its in self.by_layer)
 
     def with_windows(self, windows: Seq[int]) -> ModelSpec:
-        """As this, with such a window in each layer."""
+        """This spec with these windows, one for each layer."""
         return replace(self, attentions=tuple(
             replace(self.attention(l), window=window) for l, window in enumerate(windows)))
 
     @property
     def all_layers(self) -> int:
-        """Those of the whole model, of which this may be a stage."""
+        """The number of layers of the whole model, of which this may be a stage."""
         return self.layer_inputs[1] or self.layers
 
     @property
     def unpaged_layers(self) -> tuple[int, ...]:
-        """Those that keep a state for each sequence instead of keys and values for each token."""
+        """The layers that keep a state for each sequence instead of keys and values for each token."""
         return tuple(l for l, mixer in enumerate(self.mixers) if mixer)
 
     @property
@@ -437,7 +437,7 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         shapes["head"] = spec.own_rows or V, C
     if spec.norm_weights:
         shapes["final_norm"] = (C,)
-    if spec.layer_input_size and spec.opens:  # those of all layers, which other stages get from this one
+    if spec.layer_input_size and spec.opens:  # for all layers; other stages get them from this one
         P, rows = spec.layer_input_size, spec.all_layers * spec.layer_input_size
         shapes |= {"layer_embed": (V, rows), "layer_project": (rows, C), "layer_project_norm": (P,)}
     if spec.residual_lambdas:
@@ -501,17 +501,17 @@ class Batch(NamedTuple):
     previous_token_ids: list[int]  # (T); -1 at position 0
     starts: list[int]              # (N + 1): tokens starts[i] .. starts[i + 1] - 1 belong to sequence i
     lengths: list[int]             # (N): number of keys of sequence i after this step
-    tables: list[list[int]]        # (N): pages of sequence i, in order; of each group of layers in turn
+    tables: list[list[int]]        # (N): pages of sequence i, in order; for each group of layers in turn
     logit_rows: list[int]          # (R): which of the T rows need logits
     states: bool = False           # are the hidden states of all T rows needed?
     state_reads: list[int] = []    # (N): the slot with the state before the new tokens; any at position 0
-    write_rows: list[int] = []     # rows, ascending, after each of which the state is written
-    write_slots: list[int] = []    # into a slot, these
+    write_rows: list[int] = []     # rows after which the state is written, ascending
+    write_slots: list[int] = []    # the slot for each
     adapters: list[int] = []       # (N): the slot of each sequence's adapter, 0: none; []: none has one
 
 
 class Sequences(NamedTuple):
-    """What a step's layers with states are told of its sequences; lists as in Batch."""
+    """What layers with states need to know of a step's sequences; lists as in Batch."""
 
     starts: list[int]
     firsts: list[int]              # (N): the position of each sequence's first new token
@@ -528,7 +528,7 @@ class Sequences(NamedTuple):
 class Inputs(NamedTuple):
     """A Batch as the ops read it: int64 tensors on the device, and attention's plan.
 
-    `parts[group]` has the slots and the plan of a group of layers; those of group 0 are also here."""
+    `parts[group]` has a group's slots and plan; those of group 0 are also here."""
 
     token_ids: Any           # (T,)
     previous_token_ids: Any  # (T,)
@@ -542,8 +542,8 @@ class Inputs(NamedTuple):
 
 
 class RowAdapters(NamedTuple):
-    """Which rows of a step have which adapter: (its matrices by name, the rows) of each. The head's rows are
-    those that have logits."""
+    """Which rows of a step have which adapter: (its matrices by name, the rows) of each. For the head, rows
+    are logit rows."""
 
     tokens: Seq[tuple[Mapping[str, Any], list[int]]] = ()
     logits: Seq[tuple[Mapping[str, Any], list[int]]] = ()

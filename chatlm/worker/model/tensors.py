@@ -1,4 +1,4 @@
-"""Weights that are not read yet: cut, read ahead and given back."""
+"""Weights that are not read yet: cutting them, reading them ahead, releasing them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Cut(NamedTuple):
         return cls(shape, shape, 0, (range(shape[0]),))
 
     def apply(self, stacked: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """Cut a tensor whose rows come as several, torch or numpy: (index of one, the part of it), .."""
+        """Cut a tensor given as several with its rows, torch or numpy: (index of one, the part of it), .."""
         begin = rows = 0
         for index, tensor in enumerate(stacked):
             if self.axis:  # packed columns take less than one byte each
@@ -64,15 +64,15 @@ class Unread(NamedTuple):
     check: Callable[[Cut, Any, bool], None] = lambda *_: None  # see `refuse_faults`
 
     def read(self):
-        with numpy.errstate(all="ignore"):  # of what overflows `refuse_faults` tells
+        with numpy.errstate(all="ignore"):  # `refuse_faults` reports overflows
             return self.made(self.cut)
 
     def refuse_faults(self, tensor, packed: bool):
-        """A ConfigError if what was read has NaN or infinity, or will when it is `packed`."""
+        """ConfigError if what was read has NaN or infinity, or will when it is `packed`."""
         self.check(self.cut, tensor, packed)
 
     def less(self, cut: Cut) -> Unread:
-        """As much of it as the cut says."""
+        """The part of it that the cut selects."""
         mapped = self.mapped
         if not cut.axis and all(tensor.shape[1:] == cut.full[1:] for tensor in mapped):
             mapped = tuple(part for _, part in cut.apply(mapped))
@@ -82,9 +82,9 @@ class Unread(NamedTuple):
 
 class MappedRows:
     """A table (N, K) that stays in its file, because few of its rows are ever needed: each is read when it is
-    looked up. The system drops rows that nobody reads when it wants the memory back.
+    looked up. The system drops unused rows when it needs the memory.
 
-    `table` has N rows as they lie in the file, of type `kind` ("q8_0", "bf16"), `values` makes float rows
+    `table` has N rows as stored in the file, of type `kind` ("q8_0", "bf16"), `values` makes float rows
     (.., K) of some of them."""
 
     nbytes = 0  # of memory
@@ -99,7 +99,7 @@ class MappedRows:
         return self.table.nbytes
 
     def less(self, cut: Cut) -> MappedRows:
-        """Itself: whatever part a rank has of a model, it may read the whole table."""
+        """Itself: every rank may read the whole table."""
         return self
 
     def look_up(self, ids: torch.Tensor, out: torch.Tensor):
@@ -108,7 +108,7 @@ class MappedRows:
         out.copy_(self.values(rows))
 
     def will_need(self, ids: Iterable[int]):
-        """Have the system read these rows ahead, while others are computed."""
+        """Ask the system to read these rows ahead while others are computed."""
         if not hasattr(mmap, "MADV_WILLNEED"):
             return
         start, size, page = self.table.data_ptr(), self.table[0].nbytes, mmap.PAGESIZE
@@ -125,7 +125,7 @@ READ_AHEAD = 1 << 28  # bytes that are read from the disk while others are packe
 
 
 def read_ahead(tensors: dict, names: Iterable[str]) -> Iterator[tuple[str, Any, Any]]:
-    """Pop each tensor, or Unread one -> (name, it, what its `read` returns).
+    """Pop each tensor, read or Unread -> (name, it, what its `read` returns).
 
     A thread reads the next ones meanwhile, on one core: torch's own threads cost more than they gain here."""
     def read(tensor):
@@ -149,8 +149,8 @@ def read_ahead(tensors: dict, names: Iterable[str]) -> Iterator[tuple[str, Any, 
 
 
 def advise(mapped: Iterable[Any], advice: str):
-    """Tell the system about the pages of files in which these tensors lie: MADV_WILLNEED reads them ahead,
-    MADV_DONTNEED gives their memory back (whoever reads them again gets them from the file)."""
+    """Advise the system about the file pages of these tensors: MADV_WILLNEED reads them ahead, MADV_DONTNEED
+    releases their memory (later accesses read the file again)."""
     if hasattr(mmap, advice):
         for tensor in mapped:
             begin, steps = tensor.data_ptr(), zip(tensor.shape, tensor.stride())  # or every other row

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 class Transformer:
-    """A model's packed weights, KV pages, slots of states and activation buffers, all allocated once, here.
+    """A model's packed weights, KV pages, state slots and activation buffers, all allocated here, once.
 
     `tensors` has the names and shapes of `expected_tensors`. It is emptied as weights are packed, so that
     each is held once, in the kernels' layout. A step has at most `max_tokens` tokens, `max_rows` logit rows.
-    Matrices become `dtype`; None: they stay as they are read, in their file's types or close ones. Keys and
-    values are kept as `kv` says; None: as activations are.
+    Matrices become `dtype`; None: they stay in their file's types or close ones. Keys and
+    values have the type `kv`; None: that of activations.
     """
 
     def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
@@ -43,12 +43,12 @@ class Transformer:
                  read_adapter: Callable[[Path], dict[str, AdapterMatrix]] | None = None,
                  progress=lambda activity, fraction: None):
         self.spec, self.kernels = spec, kernels
-        self.read_adapter = read_adapter   # a folder's matrices, by the names of those that they change
+        self.read_adapter = read_adapter   # a folder's matrices, named after those they change
         self.adapters: dict[int, Any] = {}  # by slot, from 1 on: as the kernels read them
         self.attentions = spec.by_layer
         self.device, self.dtype = torch.device(device), kernels.activation_dtype(dtype)
         self.kv = kv or kernels.kv_type("auto", dtype)
-        # in which references attend; packed keys have more than 8 bits of precision
+        # the type in which references attend; packed keys have more than 8 bits of precision
         self.kv_dtype = torch.float32 if self.kv.packed else getattr(torch, self.kv.floats)
         self.groups = groups or group_layers(self.attentions, 0, apart=False, kv=self.kv)
         self.layout = PageLayout.of(self.groups, self.attentions, self.kv)
@@ -90,7 +90,7 @@ class Transformer:
         if self.spec.tied_head:
             names.remove("head")
             tensors.pop("head", None)
-        if "layer_embed" in names:  # the file has it
+        if "layer_embed" in names:  # it stays in the file
             names.remove("layer_embed")
             self.layer_embed = tensors.pop("layer_embed")
         for name, tensor, read in read_ahead(tensors, names):
@@ -105,14 +105,14 @@ class Transformer:
                 "shared_down", "shared_gate", "mix_in", "mix_out", "layer_project", "input_gate",
                 "input_out")
             weights[name] = weight = self.kernels.pack(name, *moved) if matrix else moved[0]
-            if isinstance(tensor, Unread) and not getattr(weight, "finite", False):  # or nobody has looked
+            if isinstance(tensor, Unread) and not getattr(weight, "finite", False):  # or it was never checked
                 tensor.refuse_faults(read, packed=hasattr(weight, "finite"))
             if weight is parts[0] and isinstance(weight, torch.Tensor) and any(
                     part.data_ptr() == weight.data_ptr() for part in getattr(tensor, "mapped", ())):
                 weights[name] = weight.clone()  # a file in use may change
             if name.endswith(".router_norm"):
                 weights[name] = weight * self.spec.width**-0.5
-            if name.endswith(".taps"):  # the columns lie side by side for each tap
+            if name.endswith(".taps"):  # the columns of each tap are contiguous
                 mixer = self.mixers[int(name.partition(".")[0])]
                 weights[name] = weight.view(-1, mixer.size).T.flatten() if mixer else weight
         if self.spec.tied_head:
@@ -183,7 +183,7 @@ class Transformer:
     def hidden_states(self, first: int, last: int) -> numpy.ndarray:
         """The rows [first, last) of the last step, whose batch had `states`, after the final norm.
 
-        (rows, C) float64. The norm is computed here, row by row: the same in any batch and for all kernels.
+        (rows, C) float64. The norm is computed here, row by row: identical in any batch and with all kernels.
         """
         x = self.buffers["x"][first:last].cpu().double().numpy()
         x = x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + self.norm_eps)
@@ -237,13 +237,13 @@ class Transformer:
         logits = b.own_logits if spec.own_rows else b.logits
         norm = Norm(self.logit_norm, self.norm_eps)
         adapted_linear(k, b, b.last, w, "head", norm=norm, out=logits)  # (R, V)
-        if spec.own_rows:  # those of other ranks lie beside them
+        if spec.own_rows:  # joined with those of other ranks
             k.all_gather(logits, out=b.logits)
         if spec.softcap:
             k.softcap(b.logits, spec.softcap, out=b.logits)
 
     def _embed(self, inputs: Inputs, b: SimpleNamespace):
-        """x = what the first layer reads (T, C)."""
+        """x = the first layer's input (T, C)."""
         spec, k, w = self.spec, self.kernels, self.weights
         self._look_up(inputs.token_ids, out=b.x)
         if self.embedding_scale != 1:
@@ -263,7 +263,7 @@ class Transformer:
             k.copy(b.x, out=b.x0)
 
     def _look_up(self, ids, out):
-        """The embeddings (T, C) of some ids, of which each of several ranks has its rows' alone."""
+        """The embeddings (T, C) of some ids; each of several ranks only has those of its rows."""
         spec, k, table = self.spec, self.kernels, self.weights["embed"]
         if not spec.own_rows:
             return k.embed(table, ids, out=out)
@@ -271,7 +271,7 @@ class Transformer:
         k.all_reduce(out, out=out)
 
     def passed_on(self, layer: int) -> list[str]:
-        """The buffers that the layers from `layer` need of those before them."""
+        """The buffers that layers from `layer` on need from earlier ones."""
         spec = self.spec
         needed = {"x": True, "x0": spec.residual_lambdas,
                   "layer_inputs": bool(spec.layer_input_size),
@@ -324,7 +324,7 @@ class Transformer:
             k.short_conv(mixed, layer["taps"], states, inputs.sequences, out=out, bias=layer.get("taps_bias"))
         else:
             op = k.delta_rule if isinstance(mixer, DeltaRule) else k.mamba2
-            shared = isinstance(mixer, Mamba2) and mixer.of_heads  # its groups, by several ranks
+            shared = isinstance(mixer, Mamba2) and mixer.of_heads  # several ranks share its groups
             op(mixed, layer, mixer, self.spec.norm_eps, states, inputs.sequences,
                out=b.unnormed if shared else out)
             if shared:
@@ -334,7 +334,7 @@ class Transformer:
         self._add(b, out, layer, l, "mix_out", b.x, out=b.residual)
 
     def _feed_forward(self, b: SimpleNamespace, layer: dict, l: int):
-        """x = residual + down(activation(up(norm(residual)))), or the sum of several such by experts."""
+        """x = residual + down(activation(up(norm(residual)))), or a sum over experts."""
         spec, k = self.spec, self.kernels
         norm = Norm(layer.get("ffn_norm"), self.norm_eps) if spec.pre_norms else None
         if "experts_norm" in layer:
@@ -348,7 +348,7 @@ class Transformer:
         self._add(b, hidden, layer, l, "down", b.residual, out=b.x)
 
     def _experts(self, b: SimpleNamespace, layer: dict, l: int, norm: Norm | None):
-        """x = residual + what the experts of each row add to it, those of all rows among them."""
+        """x = residual + what each row's experts add to it, including shared ones."""
         spec, k = self.spec, self.kernels
         alone = k.all_reduce is None
         total = b.x if alone else b.added
@@ -372,9 +372,9 @@ class Transformer:
             k.all_reduce(b.added, out=b.x, residual=b.residual)
 
     def _add(self, b: SimpleNamespace, x, layer: dict, l: int, name: str, residual, out):
-        """out = residual + x @ layer[name].T + bias (T, C), or a norm of what is added in some families.
+        """out = residual + x @ layer[name].T + bias (T, C), in some families with a norm of what is added.
 
-        Each of several ranks has some columns of the matrix, so they add up their products."""
+        Each of several ranks has some columns of the matrix, so they sum their products."""
         k, bias, norm = self.kernels, layer.get(f"{name}_bias"), layer.get(f"{name}_norm")
         if norm is None and not k.all_reduce:
             return adapted_linear(k, b, x, layer, name, l, bias=bias, residual=residual, out=out)
@@ -388,22 +388,22 @@ class Transformer:
 
 
 def load_adapter(transformer: Transformer, slot: int, folder: Path, stamp: Stamp = ()) -> int:
-    """Have a slot's rows computed with this adapter, from the next step on; returns its bytes. ConfigError
-    if it is none for this model, or its files are not those of the stamp."""
+    """Compute a slot's rows with this adapter from the next step on; returns its bytes. ConfigError if it
+    does not fit this model, or if its files no longer match the stamp."""
     if transformer.read_adapter is None:
-        raise ConfigError(f"{folder}: this model takes no adapters")
+        raise ConfigError(f"{folder}: this model does not support adapters")
     refuse_changed_adapter(folder, stamp)
     matrices = transformer.read_adapter(folder)
     refuse_changed_adapter(folder, stamp)
     packed = transformer.kernels.backend.pack_adapter(matrices, transformer.device)
     transformer.adapters[slot] = packed
     held = sum(tensor.nbytes for matrix in matrices.values() for tensor in matrix)
-    return getattr(packed, "nbytes", held)  # decode_core leaves zeros out, and has pages of its own
+    return getattr(packed, "nbytes", held)  # decode_core omits zeros and has its own pages
 
 
 def adapted_linear(k: Kernels, b: SimpleNamespace, x, weights: dict, name: str, layer: int | None = None,
                    **options):
-    """The op linear with weights[name], and what the adapters of rows add to their products."""
+    """The op linear with weights[name], plus what each row's adapter adds to its product."""
     adapted = b.adapters and b.adapters.of_matrix(name if layer is None else f"{layer}.{name}")
     if adapted:
         options["adapted"] = adapted
@@ -411,14 +411,14 @@ def adapted_linear(k: Kernels, b: SimpleNamespace, x, weights: dict, name: str, 
 
 
 def narrow(buffer: torch.Tensor, columns: int) -> torch.Tensor:
-    """A buffer (T, at least so many columns) as one that has so many, in the same memory."""
+    """A buffer (T, columns or more) as one with so many columns, in the same memory."""
     if buffer.shape[1] == columns:
         return buffer
     return buffer.flatten()[:len(buffer) * columns].view(-1, columns)
 
 
 def add_layer_input(spec: ModelSpec, k: Kernels, b: SimpleNamespace, layer: dict, l: int):
-    """x = x + norm(input_out(gelu(input_gate x) * the layer's part of what _embed made)).
+    """x = x + norm(input_out(gelu(input_gate x) * the layer's part of the output of _embed)).
 
     Every rank computes all of it."""
     P = spec.layer_input_size
@@ -432,8 +432,8 @@ def add_layer_input(spec: ModelSpec, k: Kernels, b: SimpleNamespace, layer: dict
 
 def add_experts_and_dense(spec: ModelSpec, k: Kernels, b: SimpleNamespace, layer: dict, l: int,
                           norm: Norm | None):
-    """x = residual + norm(norm(shared expert of norm(residual)) + norm(experts of norm(residual))): each
-    norm has its own weight, and so has the router's."""
+    """x = residual + norm(norm(shared expert of norm(residual)) + norm(experts of norm(residual))). Each
+    norm has its own weight, and so does the router's."""
     def normed(x, name: str):
         if k.all_reduce:
             k.all_reduce(x, out=x)

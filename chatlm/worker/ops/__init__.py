@@ -1,2 +1,2 @@
-"""The reference of each op: slow, obviously right, in torch or numpy; what decode_core compiles must agree
-with it."""
+"""The reference of each op: slow, obviously right, in torch or numpy. The ops that decode_core compiles must
+agree with it."""

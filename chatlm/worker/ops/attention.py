@@ -1,6 +1,6 @@
 """Reference ops: rotary embedding and attention over paged keys and values.
 
-A layer's KV cache is (P * PAGE_SIZE, 2, Hkv, D): a slot's keys and values lie side by side. Where these
+A layer's KV cache is (P * PAGE_SIZE, 2, Hkv, D): a slot's keys and values are adjacent. If they
 differ in width, it is a pair, of keys (P * PAGE_SIZE, Hkv, D) and values (P * PAGE_SIZE, Hkv, Dv); where they
 are packed, a pair of PackedKv."""
 
@@ -96,13 +96,13 @@ def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="
 
 
 def slots_of(cache) -> tuple[torch.Tensor | PackedKv, torch.Tensor | PackedKv]:
-    """The keys (slots, Hkv, D) and the values (slots, Hkv, Dv) of a layer."""
+    """A layer's keys (slots, Hkv, D) and values (slots, Hkv, Dv)."""
     return cache if isinstance(cache, tuple) else cache.unbind(1)
 
 
 def keys_and_values(cache, pages, count: int, dtype):
     """Those in some pages of each of `count` sequences, (count, Hkv, S, D) and (count, Hkv, S, Dv) of type
-    `dtype`, packed ones turned as they are kept."""
+    `dtype`; packed ones stay turned."""
     def taken(part):
         return torch.index_select(part.unflatten(0, (-1, PAGE_SIZE)), 0, pages).flatten(0, 1)
 
@@ -245,7 +245,7 @@ def attend_prompt(q, k, v, mask, scale, softcap=0.0, sinks=None):
 
     sinks: (Hkv, G) or None."""
     q = q.permute(1, 2, 0, 3)
-    if not softcap and sinks is None:  # a stride of 0 lets all query heads of a kv head share its keys
+    if not softcap and sinks is None:  # with a stride of 0 all query heads of a kv head share its keys
         k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
     sinks = sinks if sinks is None else sinks.unsqueeze(-1)
     return attend(q, k, v, mask, scale, softcap, sinks, shared_product).permute(2, 0, 1, 3)

@@ -22,8 +22,8 @@ from chatlm.worker.ops.packed_kv import PackedKv
 def embed_reference(table, ids, out, part=None):
     """Rows `ids` (T,) of table (V, C) -> out (T, C); a negative id gives row 0, which the caller ignores.
 
-    `part`: (first, V), if the table has only the rows from `first` on. All other ids give -0.0, which changes
-    nothing it is added to: so the sum over ranks has the bits of the whole table's row."""
+    `part`: (first, V), if the table only has the rows from `first` on. Other ids give -0.0, which changes
+    nothing it is added to, so the sum over ranks equals the whole table's row bit for bit."""
     ids = ids.clamp(min=0)
     if part is None:
         out.copy_(torch.index_select(table, 0, ids))
@@ -43,7 +43,7 @@ def rms_norm_reference(x, weight, eps, out):
 
 
 def pack_reference(name, *parts):
-    """The matrix `name` (N, K), its rows those of all `parts`, in the layout that `linear` reads fastest.
+    """The matrix `name` (N, K), the rows of all `parts`, in the layout that `linear` reads fastest.
 
     On x86 that is oneDNN's blocked layout: 2.4 times faster than plain at one row (bfloat16, SmolLM2-135M's
     layers, 2 threads: 4.7 ms, not 11.1), 1.2 times at 256 rows. `embed` and `experts` need the plain layout.
@@ -56,7 +56,7 @@ def pack_reference(name, *parts):
 
 
 def mkldnn_takes(dtype: torch.dtype) -> bool:
-    """On this processor: few have float16, and some not even bfloat16."""
+    """Whether oneDNN supports it on this processor: few have float16, and some not even bfloat16."""
     if dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return dtype == torch.float32 or mkldnn_bfloat16()
@@ -98,17 +98,17 @@ class AdapterMatrix(NamedTuple):
     """What an adapter adds to the product of a matrix (N, K) with x: b @ (scales * (a @ x)). R is the sum of
     the ranks of the parts that the matrix is made of; `b` is zero where a part has no rows."""
 
-    a: torch.Tensor       # (R, K), as its file has it
+    a: torch.Tensor       # (R, K), as in its file
     b: torch.Tensor       # (N, R)
     scales: torch.Tensor  # (R,) float32
 
 
-Adapted = Seq[tuple[Any, AdapterMatrix]]  # (rows of the step, what their adapter adds) of each adapter
+Adapted = Seq[tuple[Any, AdapterMatrix]]  # for each adapter: (rows of the step, what it adds to them)
 
 
 def adapter_products(x, adapted: Adapted):
-    """(rows, float32 (rows, N) that their adapter adds) of each, x (T, >= K) after the norm; row by row, so
-    that a row's bits depend on nothing beside it."""
+    """For each adapter: (rows, what it adds to them, float32 (rows, N)); x (T, >= K) after the norm. Computed
+    row by row, so that a row's bits depend on no other row."""
     for rows, (a, b, scales) in adapted:
         yield rows, torch.stack([
             b.float() @ (scales * (a.float() @ row)) for row in x[rows, :a.shape[1]].float()])
@@ -116,9 +116,9 @@ def adapter_products(x, adapted: Adapted):
 
 def linear_reference(x, weight, out, norm=None, bias=None, activation=None, residual=None,
                      adapted: Adapted = ()):
-    """residual + activation(norm(x) @ weight.T + bias + what adapters add to their rows) -> out.
+    """residual + activation(norm(x) @ weight.T + bias + what adapters add) -> out.
 
-    weight (N, K) is packed or plain; x (T, >= K), of which the first K columns are read. activation is None,
+    weight (N, K) is packed or plain; x (T, >= K), whose first K columns are read. activation is None,
     "relu2", or one of GATES, whose weight holds the gate rows first and whose output is (T, N / 2)."""
     if norm:
         x = norm(x)
@@ -198,7 +198,7 @@ def mix_reference(x, x0, resid_lambda, x0_lambda, out):
 
 
 def look_up_reference(table, ids, out):
-    """The rows `ids` (T,) of a MappedRows -> out (T, K); a negative id gives row 0, which nobody reads."""
+    """The rows `ids` (T,) of a MappedRows -> out (T, K); a negative id gives row 0, which is never used."""
     table.look_up(ids, out)
 
 
@@ -251,9 +251,9 @@ def zeroed(shape: tuple[int, ...], dtype, device):
 
 
 def make_cache_reference(spec, layout, num_pages, device):
-    """KV pages of all layers: their memory, and of each layer what rope_append and paged_attention get.
+    """KV pages of all layers: their memory, and for each layer what rope_append and paged_attention receive.
 
-    `layout` is the PageLayout. A layer that reads another's pages gets these, one with a mixer None."""
+    `layout` is the PageLayout. A layer that reads another's pages gets those, one with a mixer gets None."""
     slots, layers = num_pages * PAGE_SIZE, []
     whole = zeroed((slots * layout.size * layout.unit,), torch.uint8, device)
     for l, its in enumerate(spec.by_layer):
@@ -280,7 +280,7 @@ def make_cache_reference(spec, layout, num_pages, device):
     return whole, layers
 
 
-DEQUANTIZE_ELEMENTS = 1 << 19  # at a time, to stay in cache and need no second copy of a large matrix
+DEQUANTIZE_ELEMENTS = 1 << 19  # at a time, fits in the cache and avoids a second copy of a large matrix
 
 
 def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, RopePairs | None]],
@@ -307,7 +307,7 @@ class RopePairs(NamedTuple):
 
 
 def unpermute_rope(rows, pairs: RopePairs | None):
-    """Reorder each head's rows so that its pairs are (0, rotated / 2), .. and all others stay."""
+    """Reorder each head's rows so that its pairs are (0, rotated / 2), .. and the others stay in place."""
     if not pairs:
         return rows
     order = numpy.arange(pairs.head_size)
@@ -321,7 +321,7 @@ MXFP4_DOUBLED = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0,
 
 
 def dequantize(gguf_type, data: torch.Tensor) -> torch.Tensor:
-    """The values of some rows of a gguf.ReaderTensor's data, which has this type.
+    """The values of some rows of a gguf.ReaderTensor's data of this type.
 
     Float types stay as they are; all others become float32."""
     if gguf_type.name in ("F32", "F16", "BF16"):
@@ -330,7 +330,7 @@ def dequantize(gguf_type, data: torch.Tensor) -> torch.Tensor:
         blocks = data.view(-1, 17)
         codes, power = torch.cat((blocks[:, 1:] & 15, blocks[:, 1:] >> 4), -1), blocks[:, :1].int()
         bits = torch.where(power < 2, (1 << 21) << power, (power - 1) << 23)  # of 2^(power - 128)
-        bits.masked_fill_(power == 255, 0x7FC00000)  # NaN; the gguf package makes 2^127 of it
+        bits.masked_fill_(power == 255, 0x7FC00000)  # NaN; the gguf package returns 2^127
         return torch.tensor(MXFP4_DOUBLED)[codes.int()] * bits.view(torch.float32)
     if gguf_type.name not in BLOCK_BYTES:
         gguf = require_library("gguf", "packed weights")

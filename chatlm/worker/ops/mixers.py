@@ -1,6 +1,6 @@
-"""Reference ops of layers that keep a state of each sequence instead of keys and values.
+"""Reference ops of layers that keep a state for each sequence instead of keys and values.
 
-A layer's `states` are float32 tensors (slots, ...), of the shapes that its mixer names; `sequences` is the
+A layer's `states` are float32 tensors (slots, ...), with the shapes that its mixer gives; `sequences` is the
 step's spec.Sequences, or OneEach. Before a sequence's first token its state is zero, so a slot need not be
 cleared."""
 
@@ -15,8 +15,8 @@ from torch.nn import functional
 
 
 class OneEach(NamedTuple):
-    """The sequences of a step whose T rows are one of each, as tensors: nothing of it is asked on the host,
-    so that a CUDA graph can hold the step."""
+    """The sequences of a step whose T rows are one of each, as tensors: nothing is read on the host, so that
+    a CUDA graph can contain the step."""
 
     reads: torch.Tensor   # (T,) int64 slots; -1: the row is the sequence's first
     writes: torch.Tensor  # (T,) int64 slots; -1: padding, which writes nothing
@@ -27,8 +27,8 @@ class OneEach(NamedTuple):
         return state[self.reads.clamp(min=0)].masked_fill(first, 0.0)
 
     def write(self, state, after):
-        """Write the states after the rows, (T, ...), where they are to go."""
-        # padding writes what some other row writes, or if all rows are padding, what is there
+        """Write the states after the rows, (T, ...), to their slots."""
+        # padding writes the same as some other row, or if all rows are padding, what was there
         rows = torch.arange(len(self.writes), device=state.device)
         source = torch.where(self.writes < 0, self.writes.argmax(), rows)
         slots = self.writes[source].clamp(min=0)
@@ -40,8 +40,8 @@ def short_conv_reference(x, taps, states, sequences, out, bias=None):
     """x (T, 3 C) = b, c, u;  s = b * u;  c_t * (sum over j of taps[j] * s[t - K + 1 + j] + bias) -> out
 
     taps (K * C) has the oldest tap first; `states` one tensor (slots, K - 1, C): s of the last tokens, oldest
-    first. The sum begins with the oldest, and each product and sum is rounded: how a prompt is cut changes no
-    bit."""
+    first. The sum starts with the oldest, and each product and sum is rounded, so that the bits do not depend
+    on how a prompt is divided."""
     b, c, u = x.float().split(out.shape[1], 1)
     total = convolve(b * u, taps, states[0], sequences)
     out.copy_(c * (total if bias is None else total + bias))
@@ -68,8 +68,8 @@ def convolve(s, taps, state, sequences):
 
 
 def recur(state, sequences, advance: Callable):
-    """`advance(S, rows)` gives the state after a row (...), or after each of some rows (T, ...) of different
-    sequences, from the one before, S; state (slots, ...)."""
+    """Writes the states: `advance(S, rows)` gives those after a row (...), or after each of some rows
+    (T, ...) of different sequences, from the ones before, S; state (slots, ...)."""
     if isinstance(sequences, OneEach):
         return sequences.write(state, advance(sequences.before(state), slice(None)))
     for begin, end, S, writes in spans_of(sequences, state):
@@ -80,7 +80,7 @@ def recur(state, sequences, advance: Callable):
 
 
 def spans_of(sequences, state):
-    """(first row, end, its state before, row -> the slot that is written after it) of each sequence."""
+    """For each sequence: (first row, end, its state before, row -> the slot written after it)."""
     spans = itertools.pairwise(sequences.starts)
     for (begin, end), first, slot in zip(spans, sequences.firsts, sequences.reads):
         before = state[slot].clone() if first else torch.zeros_like(state[slot])
@@ -135,7 +135,7 @@ def mamba2_reference(x, weights, mixer, eps, states, sequences, out):
     """A spec.Mamba2's x (T, its first width) -> out (T, its second), token by token.
 
     `weights` has taps, decay, dt_bias, skip, mix_norm and perhaps taps_bias; `states` are
-    (slots, K - 1, channels) and (slots, H, N, P). Where ranks share groups, out is what is to be normed."""
+    (slots, K - 1, channels) and (slots, H, N, P). If ranks share groups, out is not yet normalized."""
     inner, _, H = mixer.parts
     G, N = mixer.groups, mixer.state_size
     z, p, dt = x.float().split(mixer.parts, 1)
@@ -167,8 +167,8 @@ def groups_of_heads(mixer, device):
 
 
 def group_squares_reference(x, mixer, out):
-    """The sum of the squares of each group's channels in x (T, H * P) -> out (T, groups) float32; 0 of groups
-    none of whose heads is here."""
+    """The sum of the squares of each group's channels in x (T, H * P) -> out (T, groups) float32; 0 for
+    groups without a head here."""
     squares = x.float().square().unflatten(1, (mixer.heads, -1)).sum(-1)  # (T, H)
     out.zero_().index_add_(1, groups_of_heads(mixer, x.device), squares)
 

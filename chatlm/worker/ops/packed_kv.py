@@ -1,6 +1,6 @@
 """Keys and values of the type q8_0: turned by a Hadamard matrix, then 8 bits each and a scale for each 32.
 
-Turned, a head has no number far larger than the others, which would leave these few steps of the scale."""
+Once turned, a head has no number far above the others, which would leave them few steps of the scale."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def hadamard(size: int, device) -> torch.Tensor:
 
 
 def turned(heads: torch.Tensor) -> torch.Tensor:
-    """Heads (..., D) times the Hadamard matrix, float32; twice is what it was."""
+    """Heads (..., D) times the Hadamard matrix, float32; applied twice it is the identity."""
     return heads.float() @ hadamard(heads.shape[-1], heads.device)
 
 
@@ -38,7 +38,7 @@ class PackedKv(NamedTuple):
 
     @classmethod
     def within(cls, memory: torch.Tensor, slots: int, heads: int, size: int, begin: int, stride: int):
-        """Those in some bytes of a cache, a slot's `stride` apart, and where the next begin."""
+        """The view of some bytes of a cache, its slots `stride` apart, and where the next one begins."""
         blocks, end = size // PACKED_BLOCK, begin + heads * size
         codes = memory.view(torch.int8).as_strided((slots, heads, size), (stride, size, 1), begin)
         scales = memory.view(torch.float16).as_strided(

@@ -1,4 +1,4 @@
-"""What a draw needs to know of a row."""
+"""What a draw needs to know about a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference of sampling, which compiled samplers equal to the bit.
+"""The reference of sampling, which compiled samplers match bit for bit.
 
 Order: repetition, frequency and presence penalties, bias -> temperature -> top-k -> top-p over what top-k
 kept -> min-p -> one draw. Precision: logits, penalties and z = (l - max) * (1/T) are float32. Weights e^z
@@ -163,7 +163,7 @@ def keep_top_p(ids, z, weights, top_p, logits):
     """The shortest prefix, sorted by logit and then id, whose weights reach top_p of the sum."""
     total = int(weights.sum())
     target = max(1, total * round(top_p * 2**32) >> 32)  # exact: needs a 128-bit product
-    # all ids lighter than this together weigh less than what may be dropped
+    # all ids lighter than this together weigh less than may be dropped
     heavy = weights >= max(1, -(-(total - target) // len(ids)))
     ids, z, weights = ids[heavy], z[heavy], weights[heavy]
     order = numpy.lexsort((ids, -logits[ids]))

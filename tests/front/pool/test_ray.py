@@ -322,7 +322,7 @@ def test_a_worker_refuses_a_first_frame_of_garbage_in_one_line(frame):
             front.sendall(frame)
             assert process.wait(30) == 1
         [line] = process.stderr.read().splitlines()
-        assert line.startswith(b"the other end of the connection sends no messages of ours: ")
+        assert line.startswith(b"the other end of the connection sends messages that are not ours: ")
 
 
 def test_a_folder_without_certificates_is_a_config_error(tmp_path):

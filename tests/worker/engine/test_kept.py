@@ -692,7 +692,7 @@ def test_a_model_with_many_groups_of_layers_keeps_and_restores_its_pages(tmp_pat
 def test_a_model_with_more_groups_than_a_record_names_keeps_nothing_and_says_so(caplog, nanochat_fixtures):
     engine = SimpleNamespace(pool=SimpleNamespace(windows=(8,) * (MOST_GROUPS + 1)), keeper=None)
     keep_prefixes(engine, WorkerConfig(Settings(), None, "cpu", 1, ("/nowhere",), 1 << 20), [], "stamp")
-    assert [record.getMessage() for record in caplog.records] == ["no prefix is kept: the layers of this model are in 257 groups, of which at most 256 can be kept"]
+    assert [record.getMessage() for record in caplog.records] == ["no prefix is kept: the layers of this model are in 257 groups, and at most 256 can be kept"]
 
 
 def test_a_writer_goes_on_in_a_segment_that_another_has_left_torn(tmp_path, memory):

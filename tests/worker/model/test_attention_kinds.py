@@ -173,7 +173,7 @@ def test_a_layer_lives_in_the_stage_whose_keys_it_reads():
     spec, tensors = kinds_model("gemma 4")
     assert [layers_of(spec, stage, 2) for stage in range(2)] == [range(2), range(2, 7)]
     assert [layers_of(spec, stage, 3) for stage in range(3)] == [range(1), range(1, 2), range(2, 7)]
-    with pytest.raises(ConfigError, match="cannot be divided into 4 stages: .*; 3 are possible"):
+    with pytest.raises(ConfigError, match="cannot be divided into 4 stages: .*; at most 3 are possible"):
         layers_of(spec, 0, 4)
     last = stage_model(loaded(spec, tensors), 1, 2)
     assert [its.source for its in last.spec.attentions] == [None, None, 0, 0, 1]

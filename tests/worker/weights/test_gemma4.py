@@ -72,7 +72,7 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, billi
 @pytest.mark.parametrize("change, words", [
     ({"use_bidirectional_attention": "all"}, 'use_bidirectional_attention is "all"; it must be one of vision'),
     ({"num_kv_shared_layers": 35}, "num_kv_shared_layers is 35; it must be an integer from 0 to 34"),
-    ({"num_kv_shared_layers": 32}, 'layer_types[4] is "full_attention", which none of the first 3 layers is'),
+    ({"num_kv_shared_layers": 32}, 'layer_types[4] is "full_attention", but none of the first 3 layers is'),
     ({"vocab_size_per_layer_input": 1000}, "vocab_size_per_layer_input is 1000; it must be 262144"),
     ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_attention_heads is 3; it must be a multiple of 2"),
     ({"global_head_dim": "512"}, 'global_head_dim is "512"; it must be an integer'),
