@@ -9,7 +9,7 @@
 namespace dc {
 
 // Weights go by once in a step and are more than any cache holds: nothing that will be read again should make room
-// for them. AMD's prefetchnta does that: beside ordinary prefetches (Zen 5) 3 to 7 % more at 1 row, 4 % at 16, 3 % of a
+// for them. AMD's prefetchnta does that: compared with ordinary prefetches (Zen 5) 3 to 7 % more at 1 row, 4 % at 16, 3 % of a
 // prompt. Intel's goes past the second cache, whose buffers alone hold enough lines under way: on a server of 2023 one
 // thread then reads 6 GB/s instead of 15, and from the third cache 6 instead of 32. So there a line goes to that cache.
 extern const bool fetches_past_caches;
@@ -23,8 +23,8 @@ __attribute__((always_inline)) static inline void fetch_once(const unsigned char
 
 enum class Isa { portable, avx2, avx512 };
 
-// What multiplies many rows beside the kernels of an Isa. measured: AMX, where it was measured to be faster; always: for any number of
-// rows (tests); emulated: its kernels for any number of rows on emulated registers (tests), beside AVX-512 or in portable code.
+// What multiplies many rows in addition to the kernels of an Isa. measured: AMX, where it was measured to be faster; always: for any number of
+// rows (tests); emulated: its kernels for any number of rows on emulated registers (tests), with AVX-512 or in portable code.
 enum class Amx { none, measured, always, emulated, emulated_portable };
 
 Isa chosen_isa();                       // the best that the CPU offers, or what DECODE_CORE_ISA or set_isa names

@@ -81,7 +81,7 @@ struct ExpandJob {
     const float *sums;
     int64_t most_ranks;
     const float *y;                         // the product alone, with its bias
-    int64_t y_stride, outputs;              // of `out`; with a gate, y and b have as many ups further down
+    int64_t y_stride, outputs;              // of `out`; with a gate, y and b have as many ups after the gates
     int64_t activation;
     const float *residual;                  // or null
     int64_t residual_stride;

@@ -3,7 +3,7 @@
 //     COLUMNS, BYTES   of a block; a row of K columns is K / COLUMNS blocks, one after another
 //     unpack           8 weights of a block in f32, columns 8 * piece on: the bits that the gguf package gives
 //
-// Blocks lie as in the file, so that a matrix is copied to the device as it is: of rows, most blocks begin at any even
+// Blocks lie as in the file, so that a matrix is copied to the device unchanged: of rows, most blocks begin at any even
 // address (MXFP4's at any), therefore all loads are of two bytes. The lanes of a warp read pieces side by side.
 // csrc/cpu/tiles/formats.h has the same blocks for the CPU's tiles.
 #pragma once

@@ -149,7 +149,7 @@ DC_DEVICE Item item_of(const ExpertJob &job) {
     return Item{item[0], item[1], item[2]};
 }
 
-// W's row for an output of an expert, or for the up beside a gate.
+// W's row for an output of an expert, or for the up that belongs to a gate.
 DC_DEVICE int64_t weight_row(const ExpertJob &job, int64_t expert, int64_t output, bool up) {
     return ((up ? job.experts : 0) + expert) * job.outputs + output;
 }

@@ -391,7 +391,7 @@ template <class Stored, int MAX_SIZE, int HEADS> const char *launch_instance(con
 
 template <class Stored, int MAX_SIZE> const char *launch_heads(const AttentionLaunch &l) {
     const int group = l.job.heads / l.job.kv_heads;
-    if constexpr (sizeof(Stored) > 1) {     // of q8, fewer instances to compile: heads that are not there cost little beside reading
+    if constexpr (sizeof(Stored) > 1) {     // of q8, fewer instances to compile: absent heads cost little compared with reading
         if (group == 1) return launch_instance<Stored, MAX_SIZE, 1>(l);
         if (group == 2) return launch_instance<Stored, MAX_SIZE, 2>(l);
     }

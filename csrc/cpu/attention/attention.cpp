@@ -16,10 +16,10 @@ namespace {
 constexpr int64_t ROWS_AT_ONCE = 16;            // of rope_append: a page, so that few cache lines of K have two writers
 constexpr int64_t RUNS_PER_THREAD = 2, LONGEST_RUN = 2;     // of paged_attention's items, 2 us or more each
 // Less work than about 7 us stays with the caller: it gains little from a helper, and loses much where the helper sleeps or
-// another process has its CPU (measured beside one: 32 rows took 24 us for 3.5, attention to 128 positions 9 for 4).
+// another process has its CPU (measured next to one: 32 rows took 24 us instead of 3.5, attention to 128 positions 9 instead of 4).
 constexpr int64_t ROWS_WORTH_SHARING = 64;
 constexpr int64_t BYTES_WORTH_SHARING = 256 << 10;          // of cache, counted again for each row of an item
-// Rows that see so many numbers of a head's keys take turns at each chunk: with the values these are 2 MB in float16, as much as a
+// Rows that see this many numbers of a head's keys take turns at each chunk: with the values these are 2 MB in float16, as much as a
 // second cache may hold (60 rows of 8,060 positions, one thread, Xeon: 0.77 of the time for 8 heads of 512, 0.93 for 4 of 128;
 // 1.03 for 3 of 64 at 4,096 positions, which the cache holds).
 constexpr int64_t NUMBERS_WORTH_TURNS = 512 << 10, ITEMS_PER_THREAD = 4;

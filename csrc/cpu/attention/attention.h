@@ -1,4 +1,4 @@
-// rope_append and paged_attention on CPU: what their kernels are told, and who offers them.
+// rope_append and paged_attention on CPU: what their kernels receive, and which sets offer them.
 //
 // KV cache of one layer, on CPU: [P][Hk][2][16 * D] elements of float32, float16 or bfloat16; P pages of 16 positions, which
 // may be apart: between them is what other layers keep.
@@ -22,7 +22,7 @@ constexpr int MAX_HEAD_SIZE = 512;
 constexpr int SCORE_SIZE = 256;             // of a head's D: the scores of larger ones take one such part after another
 constexpr int MAX_GROUP = 16;               // query heads of one kv head
 constexpr int WANTED_QUERIES = 12;          // (row, head) pairs that share each load of K and V in a prompt's chunk
-constexpr int MAX_PARTS = 8;                // so many times these go through a chunk one after the other, while it is in the second cache
+constexpr int MAX_PARTS = 8;                // multiples of these go through a chunk one after the other, while it is in the second cache
 static inline int rows_together(int heads, int kv_heads) { return heads / kv_heads < WANTED_QUERIES ? WANTED_QUERIES / (heads / kv_heads) : 1; }
 
 constexpr int PACKED_BLOCK = 32;            // values of a head that share a scale in q8_0

@@ -92,7 +92,7 @@ void write_out(const AttentionJob& job, const AttentionItem& item, int i, float 
     const int D = job.head_size, G = job.heads / job.kv_heads;
     const int64_t head = int64_t(item.row + i / G) * job.heads + item.kv_head * G + i % G;
     float* out = job.out + head * D;
-    if (l == 0.0f) {                        // it saw nothing, and nobody wrote its acc
+    if (l == 0.0f) {                        // it saw nothing, and its acc was never written
         for (int d = 0; d < D; d += 16) store(out + d, all(0.0f));
         return;
     }

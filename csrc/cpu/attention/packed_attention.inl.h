@@ -59,7 +59,7 @@ __attribute__((noinline)) void score_packed_pages(const PackedQueries& q, int fi
 
 using Weights = float[MAX_QUERIES * CHUNK_SIZE];            // of positions, times their scales
 
-// acc[query][d ..] += the sum over positions [begin, end) of weights[block][query][position] * code, for so many blocks of 32
+// acc[query][d ..] += the sum over positions [begin, end) of weights[block][query][position] * code, for `Blocks` blocks of 32
 template <int Queries, int Blocks>
 __attribute__((noinline)) void add_packed_values(const Weights* weights, int first, const uint8_t* const* v, const uint8_t* const* ahead,
                                                  int begin, int end, int D, int d, float* acc) {

@@ -52,7 +52,7 @@ DC_INLINE void score_tile(const float* q, const Stored* const* k, const Stored* 
         for (int p = 0; p < Pages; p++) store(s + i * CHUNK_SIZE + p * PAGE_SIZE, sums[i][p]);
 }
 
-// Pages of keys, or vectors of values, whose sums for so many queries stay in registers.
+// Pages of keys, or vectors of values, whose sums for this many queries stay in registers.
 constexpr int in_registers(int queries) {
     return REGISTERS >= 32 ? (queries > 6 ? 2 : queries > 2 ? 4 : 8) : queries > 3 ? 1 : queries > 1 ? 2 : 4;
 }

@@ -10,8 +10,8 @@
 //
 // Why it is safe to do a chunk twice:
 //   1. A chunk with `put` writes to memory of its thread's own only. So two threads that run it never write the same bytes.
-//   2. The output belongs to whoever first sets the chunk's word in `written` from an earlier phase's number to 2 n; when it is
-//      in place the word becomes 2 n + 1. Everyone else drops what it made. So each chunk is put in place once.
+//   2. The output belongs to the thread that first sets the chunk's word in `written` from an earlier phase's number to 2 n; when it is
+//      in place the word becomes 2 n + 1. All others discard theirs. So each chunk is put in place once.
 //   3. A phase ends when every word says 2 n + 1, or when every chunk is counted, and a chunk is counted after its put. So
 //      nothing that a later phase reads is still being written.
 //   4. A late thread reads what later phases already overwrite, and makes nonsense of it: that is dropped by rule 2. It must
@@ -126,7 +126,7 @@ struct alignas(64) Member {
 
 class Pool {
     const int threads;
-    std::unique_ptr<Member[]> members;          // 0: whoever runs the phases
+    std::unique_ptr<Member[]> members;          // 0: the thread that runs the phases
     std::unique_ptr<std::atomic<uint64_t>[]> written{new std::atomic<uint64_t>[MAX_CHUNKS]()};      // by chunk
     std::unique_ptr<std::atomic<uint64_t>[]> redoing{new std::atomic<uint64_t>[MAX_CHUNKS]()};      // the last phase that redid it
     alignas(64) std::atomic<uint64_t> longest{0};       // number << 32 | us of the phase's longest chunk, the mean of a share's
@@ -242,7 +242,7 @@ class Pool {
         return false;
     }
 
-    // `all`: whoever did the rest, it is done.
+    // `all`: the rest is done, whichever thread did it.
     void count_done(int me, int64_t index, int64_t count, Coming& coming, bool all = false) {
         const Phase& phase = current->phases[index];
         coming = Coming(phase.ahead, me, width.load(std::memory_order_relaxed));
@@ -255,8 +255,8 @@ class Pool {
         if (last) advance(me, index + 1);
     }
 
-    // Nothing is left to take, and some chunks are long in coming: this thread does those that no other does again. False: it
-    // cannot do anything.
+    // Nothing is left to take, and some chunks are late: this thread repeats those that no other is repeating. False: it
+    // cannot do any.
     bool redo(int me, Coming& coming) {
         const Active here(*this, me);
         const uint64_t number = shared_out.load();

@@ -4,10 +4,10 @@
 //     run_phases(run);                                    // a list of phases, each begun when the one before has ended
 //
 // A phase's chunks are divided into one contiguous share per thread, so that a thread reads straight through the weights (and
-// keeps its rows in a long prompt); whoever has finished its own takes from the ends of the others'. A phase ends when its
+// keeps its rows in a long prompt); a thread that has finished its own takes from the ends of the others'. A phase ends when its
 // *chunks are done*, not when threads arrive. Where the operating system stops a thread inside a chunk whose output is staged,
 // one other does that chunk again, and all go on without it until the run ends: on two CPUs that Python, the front and a client
-// share, a thread is stopped several times in a step of 2 ms. Why that is safe: pool.cpp. Whoever does the last chunk begins the
+// share, a thread is stopped several times in a step of 2 ms. Why that is safe: pool.cpp. The thread that does the last chunk begins the
 // next phase, and runs phases of one chunk itself, without waking anyone. Waiting threads fetch the weights they will need, spin
 // for a while and then sleep. What a chunk throws is thrown to the caller when the loop or the list of phases has ended.
 // The pool starts with the first loop that needs it (per process: a forked child starts its own). A loop inside a loop, or
@@ -44,7 +44,7 @@ void force_schedule(int width, bool steal_first, int redo_us);
 int forced_width();
 int64_t redone_chunks();                // of this process's pool so far: staged chunks that were done in another thread's stead
 int64_t patience_us();                  // how long a thread would wait now before it does a staged chunk again
-void refuse_memory(size_t beyond);      // for tests: Memory does not grow beyond so many bytes; 0: as far as the system lets it
+void refuse_memory(size_t beyond);      // for tests: Memory does not grow beyond this many bytes; 0: as far as the system allows
 
 struct Phase {
     void (*run)(const void* context, int64_t chunk, void* staged);
@@ -63,7 +63,7 @@ struct Phase {
 struct Run {
     const Phase* phases;
     int64_t count;
-    int width;                          // at most so many threads
+    int width;                          // most threads
     int spin_us;                        // how long a thread waits for the others before it sleeps
     uint64_t* stamps;                   // [count + 1] ticks() at each phase's begin and at the end, or null
     std::function<void()> begun = nullptr;      // called once by the caller, when others can go on without it

@@ -17,7 +17,7 @@ namespace DC_ISA {
 namespace {
 
 constexpr int64_t TILE = DeltaRule::TILE;
-constexpr int WIDE = REGISTERS >= 32 ? 4 : 1;   // lanes of the state's columns that are kept beside each other
+constexpr int WIDE = REGISTERS >= 32 ? 4 : 1;   // lanes of the state's columns that are kept side by side
 
 // Where a chunk keeps what it computes between its steps.
 struct Chunk {

@@ -37,7 +37,7 @@ struct Routing {
     std::vector<int32_t> pair_of;       // [T][chosen]: which pair this is
 
     int64_t pairs() const { return int64_t(row_of.size()); }
-    static int64_t most_panels(int64_t experts, int64_t pairs);     // that so many pairs can take
+    static int64_t most_panels(int64_t experts, int64_t pairs);     // that this many pairs can take
 
 private:
     std::vector<int32_t> place;         // [experts + 1]

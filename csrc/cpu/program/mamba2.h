@@ -16,7 +16,7 @@ namespace dc {
 // Its fields (ops.def):
 //     heads, head_size         H, P, a multiple of 16
 //     state_size, groups       N, G
-//     first_head, group_heads  head j is the model's head first_head + j, of whose heads so many form a group
+//     first_head, group_heads  head j is the model's head first_head + j, group_heads of which form a group
 //     decay, dt_bias, skip     [H]
 //     states                   [slots][H][N][P]
 struct Mamba2 : op::mamba2 {

@@ -14,7 +14,7 @@ namespace dc {
 namespace DC_ISA {
 namespace {
 
-constexpr int WIDE = REGISTERS >= 32 ? 4 : 2;   // lanes of the state's columns that are kept beside each other
+constexpr int WIDE = REGISTERS >= 32 ? 4 : 2;   // lanes of the state's columns that are kept side by side
 
 // What one row does to 16 * COUNT columns of a state from `from` to `to`, which may be the same, and their part of out.
 template <int COUNT>

@@ -24,7 +24,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr size_t STEPS_AT_ONCE = 2, STEPS_REMEMBERED = 16;
 constexpr int PROBE_STEPS = 6;
-constexpr double MOST_GAP_US = 10000;           // after more nobody was waiting for a token
+constexpr double MOST_GAP_US = 10000;           // after a longer one nobody was waiting for a token
 
 double us_since(Clock::time_point begin) { return std::chrono::duration<double, std::micro>(Clock::now() - begin).count(); }
 
@@ -58,7 +58,7 @@ class Leader {
     void run(Step& step, const std::function<void()>& begun) {
         const int threads = get_threads(), width = step.many_rows() ? threads : decoding.choose(threads);
         step.resolve_ids(drawn);
-        if (step.by_rows()) begun();            // its first phase is long, and nobody does a stopped thread's part of it
+        if (step.by_rows()) begun();            // its first phase is long, and no other thread does a stopped one's part of it
         const auto begin = Clock::now();
         step.run(width, begun);
         step.us = us_since(begin);
@@ -69,8 +69,8 @@ class Leader {
         decoding.learn(step.tokens * (MAX_CHUNKS + 1) + step.logit_rows, step.us + (step.gap_us < MOST_GAP_US ? step.gap_us : 0), step.outcome.stalled);
     }
 
-    // Whoever waits for a step often wakes up on this thread's CPU and takes it for 200 us; so the end of a step is told when
-    // the next one, if it is there already, has begun, and the helpers go on with it.
+    // The thread that waits for a step often wakes up on this thread's CPU and takes it for 200 us; so the end is announced when
+    // the next step, if already queued, has begun and the helpers continue with it.
     void lead() {
         std::shared_ptr<Step> untold;
         for (;;) {
@@ -148,7 +148,7 @@ public:
     }
 };
 
-// ---- of an op what describe() says beside its name
+// ---- what describe() says about an op in addition to its name
 
 std::string words(Activation activation) {
     static const char* const names[] = {"", " swiglu", " relu2", " geglu", " clamped_swiglu"};
@@ -199,7 +199,7 @@ struct Program::Inside {
     std::unique_ptr<Leader> leader;                     // changed under `starting`; another one only in a forked child
     std::mutex starting;
 
-    // What a program must know of an op, of which a step has at most so many rows.
+    // What a program must know about an op with at most this many rows in a step.
     template <class T>
     void note(const T& op, int64_t) {
         if constexpr (keeps_states<T>) num_slots = std::min(num_slots, op.num_slots);

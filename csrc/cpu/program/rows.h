@@ -1,4 +1,4 @@
-// What stands between two products besides attention, one row at a time: norm, mixing, the logits' cap, the plain embedding, the
+// What comes between two products other than attention, one row at a time: norm, mixing, the logits' cap, the plain embedding, the
 // choice of experts and the sum of what they give, and the sum over ranks.
 #pragma once
 

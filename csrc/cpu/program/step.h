@@ -16,9 +16,9 @@
 // Logit rows are always treated the first way: the head is too large to be read again for each chunk.
 // A convolution of more than 4 rows is a phase whose chunks take columns: each row of a sequence needs those before it.
 // A delta rule or a Mamba layer is one whose chunks take heads: its states are megabytes, even for one row.
-// After the last op that appends keys or keeps states only tokens with logits are computed on: nothing else reads the others (a
+// After the last op that appends keys or keeps states, only tokens with logits are computed: nothing reads the others (a
 // thirtieth of a prompt; nearly half where the last layers read the keys of others). One phase moves their rows to the front of
-// every buffer that is still to be read, and from there on the step is one of so many rows.
+// every buffer that is still to be read, and from there on the step has only these rows.
 // The bits of a row are the same either way (tiles.h, attention.h).
 #pragma once
 
@@ -44,7 +44,7 @@ constexpr int64_t CAP_COLUMNS = 8192;           // of a chunk of softcap
 
 static inline int64_t unit_of(Activation activation) { return is_gate(activation) ? 2 : 1; }     // tiles that stay together
 
-// From so many tokens on a step's rows are divided: each thread has the 8 rows that kernels take through a tile together.
+// From this many tokens on, a step's rows are divided: each thread has the 8 rows that kernels take through a tile together.
 constexpr int64_t MOST_TOKENS_BY_TILES = 128;
 static inline int64_t tokens_by_rows(int threads) { return std::min(GROUP_ROWS * int64_t(std::max(2, threads)), MOST_TOKENS_BY_TILES); }
 

@@ -11,7 +11,7 @@ namespace {
 // A chunk of a product is 64 KB of weights: 1.5 to 3 us at 20 to 40 GB/s. Less than half of that is not worth a hand-over
 // (0.1 to 0.4 us, measured). Chosen by this estimate; other sizes were not tried.
 constexpr int64_t CHUNK_BYTES = 64 << 10;
-constexpr int64_t FREE_ROWS = 4;                // so many rows take the time of one: beyond, chunks take fewer tiles
+constexpr int64_t FREE_ROWS = 4;                // this many rows take the time of one: with more, chunks take fewer tiles
 // A chunk of an expert's product in a prompt: its weights stay in the second cache while all of the expert's rows pass by.
 constexpr int64_t EXPERT_BYTES = 384 << 10;
 constexpr int64_t EXCHANGED_BYTES = 32 << 10;   // of a rank's part, copied or joined by a chunk: estimated 3 us

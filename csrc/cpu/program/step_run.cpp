@@ -1,4 +1,4 @@
-// What a chunk of each phase does, and what remains to be told of a step that has run.
+// What a chunk of each phase does, and what is reported about a step that has run.
 #include "cpu/program/step.h"
 
 #include <algorithm>
@@ -62,7 +62,7 @@ AdaptedRows Step::adapted_rows(const op::linear& op, int64_t first) const {
     return {adapters.data() + first, op.adapted, shrunk.data() + first * most_ranks, most_ranks, next};
 }
 
-// The product of `rows` rows, of which the first is `first`; its outputs begin at `out`.
+// The product of `rows` rows from `first` on; its outputs begin at `out`.
 Product Step::product_of(const op::linear& op, const void* prepared, int64_t first, int64_t rows, float* out) const {
     return {op.tiles, prepared, rows, op.bias, op.residual.at ? op.residual.row(first) : nullptr, op.residual.columns, op.activation,
             out, op.out.columns, op.out.columns, adapted_rows(op, first)};

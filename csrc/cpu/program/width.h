@@ -2,13 +2,13 @@
 //
 // Why: the weights stream through one thread at 80 % of the speed of two on two cores of one cache, at all of it on two
 // hardware threads of one core, at half of it on two chips; and a second thread whose CPU another program takes costs more
-// than it gives: 172 tok/s with two threads beside a busy loop, 435 with one (measured). Which of these holds changes
+// than it gives: 172 tok/s with two threads next to a busy loop, 435 with one (measured). Which of these holds changes
 // within seconds, and nothing reports it; so measured times of steps of the same shape decide, stalls included:
 //   - now and then a few steps run with the other width, and the faster one stays. A probe that changes nothing doubles the
 //     time to the next: at first 64 steps, at most 2,048, so that by this estimate probes cost 0.1 to 0.3 % in the long run;
 //   - a stall (a thread waited 100 us for another's chunk) brings the probe forward if steps have become slower since the
 //     last one. The step that stalled keeps its width: going on alone lost 10 % at 16 rows, where Python and the front stop
-//     a helper now and then, and gained nothing beside a busy loop.
+//     a helper now and then, and gained nothing next to a busy loop.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ class Width {
 public:
     static constexpr int FIRST_INTERVAL = 64, LONGEST_INTERVAL = 2048, LEAST_INTERVAL = 32;
     static constexpr double GAIN = 0.97;            // the other width must take less than this part of the time;
-    static constexpr double HOPELESS = 1.25;        // and is not tried to the end where it takes so much more
+    static constexpr double HOPELESS = 1.25;        // and its trial ends early where it takes this much more
 
     explicit Width(int probe_steps) : probe_steps(probe_steps) {}
 

@@ -165,7 +165,7 @@ void Ranks::meet(int64_t bytes) {
 }
 
 // Linux wakes a thread where its waker runs, and then often leaves both on that CPU for seconds while another one is idle: sums
-// of 8 KB took 130 us instead of 5. So who has waited in vain for a rank that was on the same CPU goes to another one.
+// of 8 KB took 130 us instead of 5. So a rank that waited in vain for one on the same CPU moves to another CPU.
 void Ranks::wait_for(int other) {
     if (spins_until_come(other)) return;
     Line& its = line(other);

@@ -4,13 +4,13 @@
 //     copy to ranks.next();  ranks.meet(bytes);  read ranks.part(r)      // a phase; all ranks run the same phases
 //
 // A phase: each rank copies its part to memory of its own, says so, and waits until all have said so. Memory for parts is there
-// twice, and phases take turns. So one wait for each other rank is enough: who begins phase n + 1 may overwrite the parts of n - 1,
+// twice, and phases take turns. So one wait for each other rank is enough: a rank that begins phase n + 1 may overwrite the parts of n - 1,
 // because everyone who has come to phase n has read them.
-// Who waits spins for SPIN_US, since entering a futex costs 40-50 us, and then sleeps until the other one has come: another program
-// may have its CPU, and Linux moves it to one that is idle. Two ranks on one CPU part. Where there are more ranks than CPUs nobody
+// A waiting rank spins for SPIN_US, since entering a futex costs 40-50 us, and then sleeps until the other one has come: another program
+// may have its CPU, and Linux moves it to one that is idle. Two ranks on one CPU separate. If there are more ranks than CPUs, none
 // spins.
-// Nobody waits for ever: a wait ends with std::runtime_error when someone has poisoned the file (the parent, or a rank whose step
-// failed), when the other process has ended (looked at every LOOK_MS), or after `patience_s`. Whoever notices one of the latter
+// No wait is endless: it ends with std::runtime_error when someone has poisoned the file (the parent, or a rank whose step
+// failed), when the other process has ended (checked every LOOK_MS), or after `patience_s`. A rank that notices one of the latter
 // poisons the file, so all ranks leave, and every later phase fails at once. A new file begins anew.
 // One thread of a rank at a time may use it: the pool's phase of one chunk does, see Step::add_exchange.
 #pragma once
@@ -39,7 +39,7 @@ public:
     Ranks& operator=(const Ranks&) = delete;
 
     float* next() const { return part_of(rank, phase + 1); }            // where this rank's part of the coming phase goes
-    void meet(int64_t bytes);                                           // with so many there; std::runtime_error, see above
+    void meet(int64_t bytes);                                           // with this many bytes there; std::runtime_error, see above
     const float* part(int of) const { return part_of(of, phase); }      // of the phase that all have come to; until the next meet
 
     void poison();                      // all ranks leave their waits

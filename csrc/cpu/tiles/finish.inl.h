@@ -9,7 +9,7 @@ namespace dc {
 namespace DC_ISA {
 namespace {
 
-constexpr int PAIR = 2;                             // tiles at once: gate and up, or floats, of which one tile would wait for its sums
+constexpr int PAIR = 2;                             // tiles at once: gate and up, or floats, where a single tile would wait for its sums
 constexpr int64_t GROUPS_BYTES = 256 << 10;         // of panels that pass by one tile: a quarter of the L2 cache
 constexpr int64_t AHEAD = 8 << 10;                  // bytes from what is read to what is prefetched; 4 KB cost 10 %, 16 KB nothing
 

@@ -1,10 +1,10 @@
-// What there is to know of each quantized type of weights: one struct Format<TYPE> a type. tiles.h has the layout in words.
+// Everything about each quantized type of weights: one struct Format<TYPE> per type. tiles.h describes the layout.
 //
-//     name                     as Python and GGUF call it
-//     FILE_COLUMNS, FILE_BYTES a block as GGUF has it: `codes` reads its unsigned codes, one a column
+//     name                     its name in Python and GGUF
+//     FILE_COLUMNS, FILE_BYTES a block in GGUF: `codes` reads its unsigned codes, one a column
 //     BITS                     of a code; `Quants<BITS>` says how the codes of 16 rows x 32 columns lie in a tile
-//     BLOCKS, SCALE_BYTES      so many blocks of 32 columns lie together in a tile, their scales first: `put_scales` writes a row's
-//     HALVES                   so many float16, scales and minimums, begin them; 0: they are exponents, a byte each
+//     BLOCKS, SCALE_BYTES      blocks of 32 columns that lie together in a tile, their scales first: `put_scales` writes a row's
+//     HALVES                   the float16 numbers (scales and minimums) they begin with; 0: they are exponents, a byte each
 //     PARTS                    1: a scale for 32 columns; 2: one for each 16
 //     OFFSET_SHIFT             weight = scale * (code - 2^OFFSET_SHIFT); NO_OFFSET: weight = scale * code + minimum
 //     TABLE                    of codes, in place of the nibbles in a tile, where there is one

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t COLUMNS[] = {576, 2048, 8192};                        // stand for up to 1024, 4096, and more
 constexpr int64_t ROWS[] = {9, 10, 11, 12, 13, 14, 15, 16, 24, 32, 48};
 constexpr int64_t MOST_ROWS = 48, TILES = 4, REPEATS = 7;
-constexpr double MARGIN = 0.97;                                         // so much of the time, or it is no gain
+constexpr double MARGIN = 0.97;                                         // at most this share of the time, or it is no gain
 
 // x like a model's: of every 256 columns one is large in all rows, and one elsewhere in each row.
 std::vector<float> make_x(int64_t columns) {

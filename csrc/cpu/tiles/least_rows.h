@@ -8,7 +8,7 @@ namespace dc {
 const TileKernels& narrow_kernels();    // the chosen Isa's
 WideMultiply wide_kernel(Amx amx);
 
-// From so many rows on `wide` is at no measured number of rows slower than `narrow`, in one thread, with weights in the cache; 0: never.
+// From this many rows on, `wide` is not slower than `narrow` at any measured number of rows, in one thread, with weights in the cache; 0: never.
 // -1: their results differ. It takes some milliseconds.
 int64_t measure_least_rows(Weight type, int64_t columns, WideMultiply wide, const TileKernels& narrow);
 

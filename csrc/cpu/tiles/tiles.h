@@ -96,20 +96,20 @@ void prepare(Weight type, const float* x, int64_t stride, int64_t columns, int64
 //
 // shapes   R is a multiple of 4. A [R / 4][K / 16][2] pairs of ranks; B in the tiles of the matrix: of a tile's 16 outputs, and the
 //          pairs of ranks that change any of them. A pair is of 16 columns or outputs, as load_pair of lanes.h reads it
-// mapping  u = scales * (A x) is made by whoever makes x ready, of up to 4 rows of one adapter together (RowKernels::shrink); what
-//          B makes of it by whoever finishes a tile of a row
+// mapping  u = scales * (A x) is computed by the thread that prepares x, of up to 4 rows of one adapter together (RowKernels::shrink); what
+//          B makes of it by the thread that finishes a tile of a row
 // cost     R (K + N) multiply-adds for a row that has an adapter, nothing for any other; each number of A is read once for 4 rows.
 //          Of many adapters each is read anew from memory: while a tile is multiplied, B's of the next tile comes, and a part of the
 //          A that is needed next
 // numerics float32. A x in 16 lanes, then a fixed tree, then the scale; B u of a tile's even and odd ranks, one after another, then their
-//          sum; this is added to the product, before the bias. So a row's bits depend on nothing beside it.
+//          sum; this is added to the product, before the bias. So a row's bits depend on that row alone.
 struct AdapterTile {
     int64_t offset;                     // in B, of the first rank's numbers
     int32_t first, count;               // its ranks, both even
 };
 
 struct AdapterMatrix {
-    int64_t ranks = 0, columns = 0;     // R; K, a multiple of 16. No ranks: the adapter leaves this matrix as it is
+    int64_t ranks = 0, columns = 0;     // R; K, a multiple of 16. No ranks: the adapter does not change this matrix
     Weight type{};                      // of A and B: a float type
     const void *a = nullptr, *b = nullptr;
     const float* scales = nullptr;      // [R]

@@ -2,7 +2,7 @@
 // shapes   x f32 -> panels of 16 rows (int8 per 32 + scale, or f32); W (N, K) of any type in formats.h, or floats; out f32
 // mapping  16 lanes = the 16 rows of a tile; a kernel holds the sums of one tile (float types: two) and up to 8 rows of x in
 //          registers, so a tile is unpacked once for 8 rows. The first group to meet a tile streams it from memory, prefetching;
-//          then it stays in the L1 cache while as many groups as a quarter of the L2 cache holds pass by it
+//          then it stays in the L1 cache while as many groups pass by as a quarter of the L2 cache holds
 // cost     decoding: a tile's bytes, read once for up to 8 rows; bound by memory up to 4 rows. Prefill: bound by the multipliers,
 //          11 of their instructions for each row and 16 x 32 block of q4_1, and 8 more where one of 4 rows has a fine plane: every
 //          third block, a quarter of the time. (As lists of each row, after the others, it is more for Q8_0

@@ -1,4 +1,4 @@
-// Products through AMX, with the instructions of avx512 and its VNNI beside it. A compiler that does not know AMX leaves it out.
+// Products through AMX, together with avx512 and its VNNI. A compiler without AMX leaves it out.
 #define DC_ISA amx
 #if (defined(__clang__) && __clang_major__ >= 11) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11)
 #include "cpu/tiles/tiles_amx.inl.h"

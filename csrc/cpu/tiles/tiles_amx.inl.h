@@ -3,8 +3,8 @@
 // shapes   a unit = 16 rows of x, 16 rows of weights, a block of 32 columns: A = x8 or fine [16][32], B = codes [8][64], C = sums
 //          int32 [16][16]. A block in which a row has a fine plane is two units
 // mapping  as tiles.inl.h: a tile's weights meet one panel after another; the totals of 16 rows stay in 16 registers
-// cost     a unit takes 16 cycles of the tile registers and 47 of vector instructions, of which beside tiles only one a cycle of
-//          the dear ones (fma, mul, conversions) runs: hence sums become floats by an addition (to_floats_cheaply). A sum is
+// cost     a unit takes 16 cycles of the tile registers and 47 of vector instructions, of which, next to tiles, only one per cycle of
+//          the expensive ones (fma, mul, conversions) runs; hence sums become floats by an addition (to_floats_cheaply). A sum is
 //          stored LAG units after its product and scaled a unit later; nibbles become bytes a block before their product
 // numerics those of every instruction set (tiles.h): integer sums are exact, and each row's floats are added in the same order
 #include "cpu/lanes.h"
@@ -32,7 +32,7 @@ namespace DC_ISA {
 namespace {
 
 constexpr int LEAD = 3, LAG = 2, RING = 4;      // units: from product to scaling, from product to store; sums that are kept
-constexpr int UNROLLED = 4;                     // units; their registers repeat after so many
+constexpr int UNROLLED = 4;                     // units; their registers repeat after this many
 constexpr int CODES = 8;                        // blocks of codes as bytes that are kept
 constexpr int64_t MOST_BLOCKS = 1024;           // of a row, that the list of units has room for
 constexpr int32_t MAGIC_BITS = 0x4B400000;      // of MAGIC as a float; a small integer added to them is added to the float
@@ -293,7 +293,7 @@ void multiply_panels(const WideMeeting& m, const Panels& panels, void (*finish)(
     }
 }
 
-// From how many rows on some tiles go through AMX: as many as each of their types wants; NEVER for types without kernels.
+// The number of rows from which some tiles go through AMX, as their types require; NEVER for types without kernels.
 constexpr int64_t NEVER = INT64_MAX;
 
 int64_t rows_wanted(const Tiles& w, int64_t tile, int64_t tiles, LeastRows least_rows) {

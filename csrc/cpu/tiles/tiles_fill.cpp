@@ -3,7 +3,7 @@
 // mapping  one item = a run of tiles; a tile is filled a GGUF block or a value (floats) of one row at a time
 // cost     source read and tiles written once; what quantizing adds says quantize.cpp. NaN and infinity are looked for while a
 //          tile is in the cache
-// numerics a GGUF block's scales and codes are kept as they are; floats are rounded to nearest, ties to even, or become GGUF blocks
+// numerics a GGUF block's scales and codes are kept unchanged; floats are rounded to nearest, ties to even, or become GGUF blocks
 //          first (quantize.cpp)
 #include "cpu/tiles/tiles.h"
 
