@@ -11,7 +11,7 @@ from .tiles import TILE_ROWS, Matrix
 if TYPE_CHECKING:
     import torch
 
-SHRUNK_RANKS = 4        # the kernel takes so many at once
+SHRUNK_RANKS = 4        # the kernel takes this many at once
 TYPES = {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2}       # Weight's float types
 
 
@@ -35,10 +35,10 @@ class PackedAdapter(_core.Adapter):
 
 
 class AdaptedMatrices:
-    """The matrices of a Program that adapters may change, by name: in the place of a step's adapters when recording."""
+    """The matrices of a Program that adapters may change, by name; it stands for a step's adapters when recording."""
 
     def __init__(self) -> None:
-        self.numbers: dict[str, tuple[int, Matrix, bool]] = {}      # name -> its number, the matrix, is it a gate's?
+        self.numbers: dict[str, tuple[int, Matrix, bool]] = {}      # name -> its number, the matrix, whether it has gates
 
     def of_matrix(self, name: str) -> str:
         return name

@@ -28,7 +28,7 @@ def check_cache(cache) -> tuple:
 
 
 def appended(columns: int, H: int, Hkv: int, D: int) -> tuple[int, bool] | None:
-    """Of a qkv of so many columns: the kv heads that go into the cache, and is v made of what k is? None: it is no such qkv."""
+    """For a qkv of this many columns: the kv heads written to the cache, and whether v is made from k. None: it is not such a qkv."""
     return {0: (0, False), Hkv * D: (Hkv, True), 2 * Hkv * D: (Hkv, False)}.get(columns - H * D)
 
 

@@ -64,7 +64,7 @@ def answer_seconds(width: int, rows: int = 1024) -> tuple[float, float]:
 class CpuBackend:
     """See seam.py. Weights lie in tiles in the order of use; activations are float32.
 
-    A layer's cache is (P, Hkv, 2, 16 * D), keys transposed, by itself in float16 beside 16-bit and quantized weights,
+    A layer's cache is (P, Hkv, 2, 16 * D), keys transposed, by default in float16 with 16-bit and quantized weights,
     else float32; packed, it is (P, Hkv, 2, 17 * D) bytes.
     """
 

@@ -18,7 +18,7 @@ from .tiles import COLUMNS, Arena, Matrix
 from .weights import KINDS, QuantizedMatrix, pack
 
 FLOATS = {name: dtype for dtype, name in KINDS.items()}
-PACKED_TOLERANCE = 3e-2         # x is int8 there, of which 1e-2 would be usual
+PACKED_TOLERANCE = 3e-2         # x is int8 there; 1e-2 is the usual error
 WINDOWS = (0, 20)
 T, R, PAGES = 32, 4, 40         # tokens and logit rows that the proof's buffers hold; pages of its cache
 SLOTS = 4                       # of states
@@ -57,7 +57,7 @@ class FileRows:
 
 class Chain:
     """A Program of every op, each with an output of its own, so that afterwards each reference can be given
-    just what its op has read."""
+    exactly what its op has read."""
 
     def __init__(self, script: SimpleNamespace, cache_type: torch.dtype):
         self.cache_type = cache_type
@@ -69,7 +69,7 @@ class Chain:
                                      ffn_size=512, max_positions=PAGES * script.PAGE_SIZE)
 
     def call(self, name: str, *arguments: Any, width: int, rows: int = T, label: str = "", **options: Any):
-        """Record an op with a new output of so many columns, and return that."""
+        """Record an op with a new output of this many columns, and return the output."""
         out = torch.zeros(rows, width)
         getattr(self.program, name)(*arguments, out=out, **options)
         self.calls.append(SimpleNamespace(name=name, label=label or name, arguments=arguments, out=out,
@@ -122,7 +122,7 @@ class Chain:
         p.sample(self.capped)
 
     def matrix(self, kind: str, name: str, rows: int, columns: int = 0) -> Matrix:
-        """A matrix as a model has it; `floats` remembers what its reference multiplies with."""
+        """A matrix in a model's form; `floats` remembers what its reference multiplies with."""
         if kind in FLOATS:
             source = weight = self.dice.normal(rows, columns or self.spec.width).to(FLOATS[kind])
         else:
@@ -217,7 +217,7 @@ class Chain:
     # ---- running
 
     def step(self, batch: SimpleNamespace, sampled: list[Any]) -> None:
-        """Run a step whose first two sequences have adapters, then every reference on what its op has read."""
+        """Run a step whose first two sequences have adapters, then every reference on what its op read."""
         adapters = self.adapters[:len(batch.lengths)]
         packed = [self.program.adapters.pack(matrices) for matrices in adapters]
         inputs = self.inputs(batch)
@@ -323,7 +323,7 @@ def prove_cpu(script: SimpleNamespace) -> dict[str, str | None]:
         with torch.inference_mode():
             chain = Chain(script, cache_type)
             chain.record()
-            # a decode row beside a prompt's chunk, then a decode row alone
+            # a decode row together with a prompt's chunk, then a decode row alone
             chain.step(SimpleNamespace(
                 token_ids=[7, *prompt], previous_token_ids=[3, -1, *prompt[:-1]], starts=[0, 1, 22],
                 lengths=[300, 31], tables=[list(range(19)), [30, 25]], logit_rows=[0, 21], state_reads=[2, 1],

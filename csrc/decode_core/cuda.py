@@ -15,7 +15,7 @@ LEAST_CAPABILITY = 80                   # ten times the least that setup.py's NV
 SAMPLE_THREADS = 1024                   # of a row's block; tests try others, which must give the same tokens
 SAMPLE_ROW_BYTES = 72                   # dc::SampleRow of csrc/contract.h
 CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}          # int8: of pages alone
-PACKED_BLOCK = 32                       # of which each has a scale in pages of int8
+PACKED_BLOCK = 32                       # numbers that share a scale in pages of int8
 MAX_RANKS = 1024                        # of an adapter on a matrix
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1, "int8": 1}
 NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
@@ -48,7 +48,7 @@ def max_chunks(table_width: int, window: int) -> int:
 
 
 def most_items(experts: int, pairs: int, item_pairs: int) -> int:
-    """How many items `group` can need for so many pairs, each of which may have any of the experts."""
+    """The most items that `group` can need for this many pairs, each of which may have any of the experts."""
     active = min(experts, pairs)
     return active + (pairs - active) // item_pairs
 
@@ -74,7 +74,7 @@ class CudaOps:
     def tensor(self, name: str, tensor, dtypes: tuple, *shape, loose=0) -> SimpleNamespace:
         """`tensor` as (address, dtype, shape, strides), on the current device; None in `shape` admits any size.
 
-        Contiguous, but for the `loose` first axes, whose strides the kernels are told.
+        Contiguous, but for the `loose` first axes, whose strides are passed to the kernels.
         """
         try:
             on_device, dtype, size = tensor.is_cuda, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
@@ -253,7 +253,7 @@ class CudaOps:
                  stream: int):
         """residual + activation(norm(x) W^T + bias) -> out (B, N) float32 or bfloat16, B up to MAX_PRODUCT_ROWS.
 
-        x (B, >= K) float32 or bfloat16, of which the first K columns are multiplied. blocks: W's rows, N or with a gate 2 N, uint8: as
+        x (B, >= K) float32 or bfloat16, whose first K columns are multiplied. blocks: W's rows, N or with a gate 2 N, uint8: as
         a GGUF file of the type `kind` has them, or floats; see `packed`. norm: (weight float32 or None, eps), the RMS norm of
         all columns of x. bias: float32, of each row of W; residual (B, N) float32.
         """
@@ -343,9 +343,9 @@ class CudaOps:
              CODES[y.dtype], y.strides[0], stream)
 
     def shrink(self, adapters, matrix: int, x, sums, *, norm=None, stream: int):
-        """What adapters make of norm(x) for a matrix: sums (B, MAX_RANKS) float32, of which a row's first ranks are written.
+        """What adapters make of norm(x) for a matrix: sums (B, MAX_RANKS) float32, where each row's first ranks are written.
 
-        adapters (B,) int64: of each row 0, or the address of its adapter's table, as csrc/cuda/launch.h says; x (B, K) float32 or
+        adapters (B,) int64: for each row 0, or the address of its adapter's table, see csrc/cuda/launch.h; x (B, K) float32 or
         bfloat16; norm as in `multiply`.
         """
         x_at = self.tensor("x", x, LOGITS, None, None, loose=1)

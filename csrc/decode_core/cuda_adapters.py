@@ -1,6 +1,6 @@
 """What adapters add to products on CUDA: see csrc/cuda/adapters.cu.
 
-A step brings the address of each row's adapter, so that one graph serves whichever adapters its rows have, and those that come later.
+A step brings the address of each row's adapter, so that one graph serves any adapters its rows have, including later ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RowsOfMatrix(NamedTuple):
     """What rows have adapters for a matrix: only the device knows."""
 
     matrix: int             # its number
-    rows: torch.Tensor      # (T,) int64: of each row the address of its adapter's table, or 0
+    rows: torch.Tensor      # (T,) int64: for each row the address of its adapter's table, or 0
 
 
 class StepAdapters:
@@ -45,7 +45,7 @@ class AdapterOps:
 
     def __init__(self, kernels: Any, stream: Callable[[], int]):
         self.kernels, self.stream = kernels, stream
-        # of matrices, in the order in which they were met: a table ends with the last that its adapter has
+        # of matrices, in the order of their first use: a table ends with the last one its adapter has
         self.numbers: dict[str, int] = {}
 
     def pack(self, matrices: Mapping[str, Any], device: Any) -> PackedAdapter:

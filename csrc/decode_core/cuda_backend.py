@@ -124,7 +124,7 @@ class CudaBackend:
                                  **options, **scales)
 
     def workspace(self, rows: int, width: int, device) -> tuple:
-        """Decode attention's (states, tickets) for so many rows and pages; tickets are 0 between calls."""
+        """Decode attention's (states, tickets) for this many rows and pages; tickets are 0 between calls."""
         spec = self.spec
         floats, integers = cuda.attention_workspace(rows, spec.heads, spec.kv_heads, spec.head_size, width)
         return (torch.empty(floats, dtype=torch.float32, device=device),

@@ -2,7 +2,7 @@
 
     route > group > multiply by gates and ups > multiply by downs > add
 
-Nothing is read back: a graph holds these calls as they are, and a prompt does not wait for its routing.
+Nothing is read back: a graph can hold these calls, and a prompt does not wait for its routing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def fits_experts(name: str, matrix: PackedMatrix) -> bool:
 
 
 class ExpertOps:
-    """`experts` as its reference is, also for packed matrices; `kernels` is a cuda.CudaOps."""
+    """`experts` with its reference's interface, also for packed matrices; `kernels` is a cuda.CudaOps."""
 
     def __init__(self, kernels: Any, script: SimpleNamespace, stream: Callable[[], int]):
         self.kernels, self.script, self.stream = kernels, script, stream

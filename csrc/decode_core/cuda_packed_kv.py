@@ -11,7 +11,7 @@ from .cuda import PACKED_BLOCK
 
 
 class PackedPages(NamedTuple):
-    """A layer's cache, in the place of a tensor (2, P, Hkv, PAGE_SIZE, D) of floats."""
+    """A layer's cache, instead of a tensor (2, P, Hkv, PAGE_SIZE, D) of floats."""
 
     codes: torch.Tensor     # (2, P, Hkv, PAGE_SIZE, D) int8
     scales: torch.Tensor    # (2, P, Hkv, PAGE_SIZE, D / 32) float16

@@ -1,4 +1,4 @@
-"""The ops of CudaBackend in torch: what its kernels are held to, and what replaces one that fails."""
+"""The ops of CudaBackend in torch: the standard for its kernels, and the replacement of one that fails."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from .sampling import batch_of
 
 log = logging.getLogger("chat_server.decode_core")
 LISTS = ("count_ids", "counts", "bias_ids", "bias_values")      # of a SampleBatch: what changes logits
-LIST_CAPACITY = 1 << 14         # penalised tokens, and biases, of one step; a graph has room for so many
+LIST_CAPACITY = 1 << 14         # penalised tokens, and biases, of one step; a graph has room for this many
 
 STEP_FIELDS = (                 # a step's inputs as they lie in memory, in order: name, type, shape by letter
     ("token_ids", "int64", "T"), ("previous_token_ids", "int64", "T"), ("positions", "int64", "T"),
@@ -38,7 +38,7 @@ STEP_FIELDS = (                 # a step's inputs as they lie in memory, in orde
 class CudaPlan(NamedTuple):
     """Where a step's keys lie, on the device: the same tensors in every step where the step is a graph."""
 
-    decode: int             # so many first sequences have one token each: decode_core's rows
+    decode: int             # the first sequences, with one token each: decode_core's rows
     table: Any              # (N, W) int32 page ids of each sequence
     lengths: Any            # (N,) int32 keys of each, its new ones included; 0 = padding
     prompts: Mapping[int, Sequence[Any]]            # {window: the other sequences}
@@ -84,8 +84,8 @@ def of_groups(batch: Any, count: int) -> list[Any]:
 
 def fill_step(fields: SimpleNamespace, batches: Sequence[Any], locations: Sequence[Sequence[Sequence[int]]],
               sampling: Any, adapters: Sequence[int] = ()) -> None:
-    """Write a batch (as `of_groups` has it), its tokens' positions and slots in each group, and the SampleBatch
-    of its rows (or None) into numpy `fields`; `adapters`: of each token the address of its adapter's table, or 0.
+    """Write a batch (as from `of_groups`), its tokens' positions and slots in each group, and the SampleBatch
+    of its rows (or None) into numpy `fields`; `adapters`: for each token the address of its adapter's table, or 0.
 
     What is left over is padding: a row with slot -1, so that nothing is stored, length 0, so that it attends
     to nothing, no states, and no position to draw at. The slots of states are those of decode rows: where
@@ -129,7 +129,7 @@ def with_parts(fields: SimpleNamespace, plans: Sequence[CudaPlan]) -> None:
 
 
 class CudaQueue:
-    """What only CUDA has: a stream whose work runs in order beside the caller, and graphs of such work."""
+    """What only CUDA has: a stream whose work runs in order, concurrently with the caller, and graphs of such work."""
 
     def __init__(self, device):
         self.device, self.stream = device, torch.cuda.Stream(device)
@@ -283,7 +283,7 @@ class GraphSteps:
         return self.adapted[bucket]
 
     def _adapter_tables(self, batch: Any) -> list[int] | None:
-        """Of each token the address of its adapter's table, 0 without one; None where torch must add what adapters add."""
+        """For each token the address of its adapter's table, 0 without one; None if torch must add the adapters' products."""
         adapters = self.transformer.adapters
         mine = {slot: adapters[slot] for slot in {*batch.adapters} if slot in adapters}
         if {"linear", "adapters"} & self.backend.faults.keys() or any(its.table is None for its in mine.values()):

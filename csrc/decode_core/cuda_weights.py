@@ -1,4 +1,4 @@
-"""Weights on a CUDA device, a GGUF file's blocks as they are or floats, and the products with them."""
+"""Weights on a CUDA device, a GGUF file's blocks unchanged, or floats, and the products with them."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class Buffers:
 
 
 class Marker:
-    """A step's own data, in the place of an array when recording; slots and attention are those of one group of layers."""
+    """A step's own data, standing for an array when recording; slots and attention are those of one group of layers."""
 
     def __init__(self, name: str, group: int = 0):
         self.name, self.group = name, group
@@ -191,7 +191,7 @@ class Program:
         self._record("gate_input", TOKENS, (gate, inputs, out), gate=x_at, inputs=inputs_at, first=first, out=out_at)
 
     def given(self, x) -> None:
-        """x (max_tokens, C): whoever starts a step has written its rows, and no earlier step is under way then."""
+        """x (max_tokens, C): the caller that starts a step has written its rows, while no earlier step is running."""
         self._buffers.keep(x)
         self._buffers.written("x", x, TOKENS)
 
@@ -454,7 +454,7 @@ class Program:
                      group=attention.group, page_stride=apart, out=out_at)
 
     def all_reduce(self, x, ranks, out, residual=None) -> None:
-        """residual + the sum of all ranks' x -> out; both may be out. Every rank's program has it at the same place.
+        """residual + the sum of all ranks' x -> out; both may be out. Every rank's program must have it in the same position.
 
         After it, or an all_gather, x must be written again before it is read: a product writes where other ranks read it."""
         x_at, rows_of = self._buffers.read("x", x, 16)
@@ -465,7 +465,7 @@ class Program:
             self._buffers.lose(x_at)
 
     def all_gather(self, x, ranks, out) -> None:
-        """All ranks' x side by side -> out, which may lack some at its end and is not x."""
+        """All ranks' x concatenated -> out, which may be shorter and is not x."""
         x_at, rows_of = self._buffers.read("x", x)
         handle, out_at = handle_of(ranks), self._buffers.written("out", out, rows_of)
         check_gathered(out_at[1], x_at[1], ranks.count)
@@ -551,7 +551,7 @@ def fields_of(op: str) -> list[tuple[str, str, str]]:
 
 
 def says_all(op: str) -> bool:
-    """Does its row say all that must be checked: buffers and weights of so many columns, and floats?"""
+    """Does its row say all that must be checked: buffers and weights of known widths, and floats?"""
     fields = fields_of(op)
     return fields[0][0] == "reads" and all(what == "float" if role == "field" else role != "states" and what != "any" for role, _, what in fields)
 

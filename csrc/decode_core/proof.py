@@ -1,7 +1,7 @@
 """Whether compiled ops compute what chat_server's references compute, on the device that they are to run on.
 
 At the start of a model on a GPU, `prove_cuda` runs each op once in the model's own shapes, and CudaBackend
-lets the reference compute in the place of one that raises or differs. `check` (report.py) proves the ops of a
+lets the reference compute instead of one that raises or differs. `check` (report.py) proves the ops of a
 CPU too.
 A tolerance counts from the largest value of a tensor and is that of rounding to the tensor's type.
 """
@@ -36,7 +36,7 @@ SCALES = {"q4_1": (0, -7.5), "q5_1": (0, -15.5), "q4_k": (0, 7.5), "q5_k": (0, 1
 
 
 def differs(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: float = 0.0) -> str:
-    """In words, how far `got` is from `want`; "" where it is within the tolerance of its type. NaN is not."""
+    """In words, how far `got` is from `want`; "" if within the tolerance of its type. NaN is not."""
     want = want.to(torch.float32)
     scale, error = float(want.abs().max()), float((got.to(torch.float32) - want).abs().max())
     if error <= max(tolerance, TOLERANCES[got.dtype]) * scale:
@@ -45,9 +45,9 @@ def differs(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: float =
 
 
 def prove_cuda(backend: Any, device: Any, ops: Iterable[str] = ()) -> dict[str, str]:
-    """What is wrong with each op (or: of `ops`) of a CudaBackend that is not as its reference; {} where all are right.
+    """What is wrong with each op (or: of `ops`) of a CudaBackend that differs from its reference; {} if all are right.
 
-    ConfigError where an op leaves the device unusable: its process cannot go on even without the op.
+    ConfigError where an op leaves the device unusable: its process cannot continue even without the op.
     """
     faults = {}
     for op in ops or CUDA_PROOFS:

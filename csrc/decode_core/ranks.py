@@ -5,9 +5,9 @@
     program.all_reduce(partial, ranks, x, residual=x)                   # recorded; or at once: ranks.all_reduce(...)
     memory.poison()                                                     # all ranks leave their waits with a RuntimeError
 
-A sum is added in the order of the ranks, so its bits depend on their number alone. Nobody waits for ever: a rank that waits
+A sum is added in the order of the ranks, so its bits depend on their number alone. No wait is endless: a rank that waits
 sees within a moment that another's process has ended or that the memory is poisoned, and gives up after `patience_s`. From
-then on every exchange fails at once; whoever goes on begins anew, with new processes and a new memory.
+then on every exchange fails at once; to continue, start again with new processes and a new memory.
 """
 
 import os
@@ -20,7 +20,7 @@ PATIENCE_S = 60.0           # more than the longest that a rank computes between
 
 
 class RankMemory:
-    """The parent's end: a file in memory that goes with the last process that has it open."""
+    """The parent's end: a file in memory that vanishes with the last process that has it open."""
 
     def __init__(self, count: int, part_bytes: int):
         if hasattr(os, "memfd_create"):
@@ -37,7 +37,7 @@ class RankMemory:
             raise
 
     def poison(self) -> None:
-        """Make every rank leave its wait, and fail from now on."""
+        """Make every rank stop waiting, and fail from now on."""
         self._ranks.poison()
 
     def why(self) -> str:

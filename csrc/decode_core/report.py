@@ -1,4 +1,4 @@
-"""`chat_server.py check`: every op that can run on this machine beside its reference, and how fast it is.
+"""`chat_server.py check`: compares every op that can run on this machine with its reference, and measures its speed.
 
 A line tells of an op what was measured, microseconds, GB/s of the bytes that it must move, and their share of
 the limit, which is measured first: on a CPU the same threads read memory, on a GPU a copy reads and writes
@@ -37,7 +37,7 @@ class Report:
         return not self.wrong
 
     def on_cpu(self) -> None:
-        torch.set_num_threads(1)            # the references' threads would spin beside ours
+        torch.set_num_threads(1)            # the references' threads would spin and compete with ours
         _core.set_threads(self.threads)
         limit = read_bandwidth()
         self.say(f"\nCPU: {self.threads} threads read {limit / 1e9:.1f} GB/s")
@@ -72,7 +72,7 @@ class Report:
             self.say(f"{gpu}: WRONG: {type(error).__name__}: {error}")
 
     def table(self, faults: Mapping[str, str | None], times: Iterable[Timed], limit: float) -> None:
-        """`faults`: of every op, "" where it is as its reference, None where that could not be proved."""
+        """`faults`: for every op, "" if it matches its reference, None if that could not be proved."""
         self.wrong += sum(map(bool, faults.values()))
         said = {None: "not proved: the gguf package is missing", "": "as its reference"}
         self.say(LINE.format("op", "measured", "us", "GB/s", "limit", "").rstrip())

@@ -10,8 +10,8 @@ place.
                                   drafts among them
     activations                   torch dtype of every activation buffer; None: chat_server's own choice
     dtype                         torch dtype of float weights whose user names none
-    stored_dtype                  of activations and cache beside matrices as stored; None: the backend's affair
-    short_floats                  name of the type of keys and values beside weights of any type below float32; "": as activations
+    stored_dtype                  of activations and cache with matrices as stored; None: the backend decides
+    short_floats                  name of the type of keys and values with weights of any type below float32; "": as activations
     packs_kv                      does it read keys and values of the type q8_0?
     groups_layers                 may pages hold some layers only, each group with a table of its own? (a step's tables then
                                   list a page of each group in turn)
@@ -20,7 +20,7 @@ place.
                                   together are its rows; None: always dequantized
     converted(sources, stored)    which matrices cannot stay in the file's type, in words
     held_bytes(tensors)           what the GGUF tensors that form one matrix will take
-    ops(max_tokens, max_rows, quantize)     {name: op} in the place of chat_server's references; what `pack` returns may say in
+    ops(max_tokens, max_rows, quantize)     {name: op} replacing chat_server's references; what `pack` returns may say in
                                   `finite` whether neither the weights nor what they became has a NaN or an infinity
     join(path, rank, patience_s)  the ops all_reduce and all_gather of a rank whose model others of this host share, through
                                   the memory of a RankMemory; join is None: torch.distributed's are used
@@ -56,7 +56,7 @@ log = logging.getLogger("chat_server.decode_core")
 
 
 def backend_for(spec: Any, device: Any, script: SimpleNamespace) -> Any:
-    """The backend for a model, of which chat_server's `not_compiled` has nothing to say, on a torch device; None where it cannot run."""
+    """The backend for a model that chat_server's `not_compiled` accepts, on a torch device; None if it cannot run."""
     device_type, _, index = str(device).partition(":")
     if device_type == "cpu":
         from . import cpu_backend
@@ -81,7 +81,7 @@ def say_once(reason: str) -> None:
 
 
 def cuda_ops(device: int = 0) -> cuda.CudaOps | None:
-    """The CUDA ops, where they were compiled and the device and its driver can run them."""
+    """The CUDA ops, if they were compiled and the device and its driver can run them."""
     ops = cuda.CudaOps(_core) if _core.cuda_compiled else None
     if ops and (refusal := ops.refusal(device)):
         return say_once(refusal) if _core.cuda_devices() else None      # without any GPU there is nothing to say

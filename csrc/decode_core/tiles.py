@@ -126,7 +126,7 @@ def embed(matrix: Matrix, ids, out) -> None:
 
 
 def check_linear(matrix, width: int, norm, bias, activation) -> tuple[tuple[bool, int, float, int], int, int]:
-    """What a product takes besides its arrays, of x with `width` columns.
+    """What a product takes besides its arrays, for x with `width` columns.
 
     -> (has it a norm, address of its weight, eps, address of the bias), the activation's code, the most columns of out
     """

@@ -119,7 +119,7 @@ def time_row_ops(spec: Any, script: SimpleNamespace, times: int = 16) -> Iterato
 
 
 def time_attention(spec: Any, script: SimpleNamespace, packed: bool = False) -> Timed:
-    """A decode row over as many layers as are cold."""
+    """A decode row over enough layers to be cold."""
     size, block = spec.head_size, script.PAGE_SIZE * spec.head_size
     block = block * 17 // 16 if packed else block           # bytes: with 2 of scale for each 32
     shape, dtype = (CONTEXT // script.PAGE_SIZE, spec.kv_heads, 2, block), torch.uint8 if packed else torch.float16
@@ -202,7 +202,7 @@ def time_cuda(backend: Any, queue: Any, ops: Iterable[str], cold: int = 1 << 30,
 
 
 def cuda_layers(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> torch.Tensor:
-    """As many layers of pages for so many rows of CONTEXT keys as are cold."""
+    """Enough layers of pages to be cold, for this many rows of CONTEXT keys."""
     spec, size = backend.spec, backend.script.PAGE_SIZE
     shape = 2, rows * CONTEXT // size, spec.kv_heads, size, spec.head_size
     layers = min(calls, max(1, cold // (4 * rows * CONTEXT * spec.kv_heads * spec.head_size)))

@@ -18,7 +18,7 @@ from .tiles import COLUMNS, KINDS as KIND_CODES, TILE_ROWS, Arena, Matrix
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.bfloat16}      # of GGUF, and as what they stay
 KEPT_TYPES = tuple(kind.upper() for kind in COLUMNS if kind not in ("f32", "f16", "bf16"))
-CONVERTED = "Q8_0"          # what all other types become: its error is small beside the one that they have
+CONVERTED = "Q8_0"          # what all other types become: its error is small compared with theirs
 KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}       # of tiles.py
 # What takes the place of a type where a width is no multiple of 256
 NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
@@ -26,7 +26,7 @@ NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """Weights (N, K) as GGUF files have them, in rows of blocks; its parts, one upon the other, may differ in type."""
+    """Weights (N, K) as in GGUF files, in rows of blocks; its parts, one upon the other, may differ in type."""
 
     parts: tuple[tuple[str, Any], ...]      # (kind, rows (n, bytes of a row) uint8, numpy)
     columns: int                            # K
@@ -80,7 +80,7 @@ def converted(sources: Mapping[str, tuple], stored: Mapping[str, Any]) -> str:
 
 
 def held_bytes(tensors: Sequence[Any], row_bytes: Callable[[str, int], int]) -> int:
-    """What the GGUF tensors that form one matrix will take; `row_bytes` is of a row of a kind with so many columns."""
+    """The bytes that the GGUF tensors forming one matrix will take; `row_bytes`: of a row of a kind with this many columns."""
     rows = [rows_in_file(tensor) for tensor in tensors]
     return sum(count * row_bytes(kind.lower(), int(tensor.shape[0]))
                for tensor, kind, count in zip(tensors, becomes(tensors, rows), rows))
