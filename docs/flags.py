@@ -15,28 +15,28 @@ INTRODUCTION = """\
 # Flags
 
 `python docs/flags.py` makes this file from `Settings` in `chatlm/common/config.py`, and a test compares the two. `python chat_server.py
---help` shows the same, and `chat --help` and `generate --help` show what these commands take. `check` has no flags,
-`bundle` has `--without-core` alone, and `store` has `--prune SIZE`.
+--help` shows the same, and `chat --help` and `generate --help` show the flags of these commands. `check` has no flags,
+`bundle` has only `--without-core`, and `store` has `--prune SIZE`.
 
-A value is taken from the first of these places that has one:
+A value comes from the first of these that sets it:
 
 1. the flag: `--max-tokens 512`
 2. the environment variable of the same name: `CHAT_SERVER_MAX_TOKENS=512`. For a flag that may repeat, values are separated by commas
-3. the file that `--config` or `CHAT_SERVER_CONFIG` names, in TOML: `max-tokens = 512`, `served-model-name = ["a", "b"]`; texts stand in quotes
+3. the file that `--config` or `CHAT_SERVER_CONFIG` names, in TOML: `max-tokens = 512`, `served-model-name = ["a", "b"]`; text is in quotes
 4. the default
 
-MODEL is `CHAT_SERVER_MODEL` and `model = "model.gguf"`; of several models, `[[models]]` has a table for each
+MODEL is `CHAT_SERVER_MODEL` and `model = "model.gguf"`; for several models, `[[models]]` has a table for each
 ([models](models.md#many-models)). A switch is turned off by `no` before its name, as in `--no-drafts`, or by `false`
-in the other two places. Sizes have the suffixes K, M, G and T. A flag belongs to `serve`, `chat`, `generate`, `compare` and `score`
+in the other two. Sizes have the suffixes K, M, G and T. A flag belongs to `serve`, `chat`, `generate`, `compare` and `score`
 unless its row names its commands.
 
 `-p` has two meanings, as in nanochat: the port for `serve`, the prompt for `chat`, `generate` and `compare`.
 """
 
 SAMPLING = """
-Without a sampling flag the model's makers decide, if they say something: in the `general.sampling` keys of a GGUF file, or in the
-`generation_config.json` of a folder (`do_sample: false` is temperature 0). For the default model they say temperature 0.2 and top-p 0.9.
-The log and `/stats` say which values hold and where each comes from.
+Without a sampling flag the model's authors decide, if they specify values: in the `general.sampling` keys of a GGUF file, or in the
+`generation_config.json` of a folder (`do_sample: false` is temperature 0). For the default model these are temperature 0.2 and top-p 0.9.
+The log and `/stats` say which values apply and where each comes from.
 """
 ALL_COMMANDS = "serve chat generate compare score"
 

@@ -19,12 +19,12 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.program import SCRIPT, archive, in_program, page_files, program_root, program_sources
 from chatlm.common.unpack import ABOUT, FOLDER, PLATFORM, AboutCore, about_core
 
-# Python looks for a zip at the end of the file. If that is gone, it reads the file as a script, and all it
-# can tell is that it does not know the second line's encoding.
+# Python looks for a zip at the end of the file. If that is missing, it reads the file as a script, and its
+# only message is that it does not know the second line's encoding.
 FIRST_LINES = b"#!/usr/bin/env python3\n# coding: damaged-bundle--copy-chat_server.pyz-again\n"
 
-# The first code of a bundle, in words that every Python knows: an old one could not read the script, and a
-# damaged script could not say so. The library is checked when it is unpacked.
+# The first code of a bundle, in syntax that every Python knows: an old Python could not parse the script, and
+# a damaged script could not report it. The library is checked when it is unpacked.
 MAIN = b'''\
 import sys
 
@@ -35,7 +35,7 @@ def stop(reason):
 
 
 if sys.version_info < (3, 10):
-    stop("needs Python 3.10 or newer, and this is %d.%d" % sys.version_info[:2])
+    stop("needs Python 3.10 or newer, but this is %d.%d" % sys.version_info[:2])
 
 import os
 import zipfile
@@ -56,8 +56,8 @@ sys.exit(main())
 
 
 # Compiles the sources on stdin. Bytecode depends on what else a process has loaded and on its hash seed:
-# equal bytes need a fresh process with a fixed one. Python uses only bytecode of its own version, and only if
-# the source beside it has not changed.
+# equal bytes need a fresh process with a fixed seed. Python uses bytecode only of its own version, and only
+# if the source next to it has not changed.
 COMPILE = """
 import importlib.util, json, marshal, sys
 checked = importlib.util.MAGIC_NUMBER + b"\\3\\0\\0\\0"
@@ -69,7 +69,7 @@ marshal.dump(made, sys.stdout.buffer)
 
 
 def compiled(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The bytecode of these files that are modules: without it, the page comes twice as late."""
+    """The bytecode of the modules in these files: without it, the page takes twice as long to appear."""
     sources = {name: files[name].decode() for name in sorted(files) if name.endswith(".py")}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
@@ -86,7 +86,7 @@ def bundle_files() -> dict[str, bytes]:
 
 
 def core_files() -> tuple[dict[str, bytes], str]:
-    """(The files of the core for a bundle, by name; why there are none, or "")."""
+    """(the core's files for a bundle, by name; why there are none, or "")."""
     if files := own_core_files():  # a bundle makes another
         return files, ""
     core, problem = find_core()
@@ -103,7 +103,7 @@ def core_files() -> tuple[dict[str, bytes], str]:
 
 
 def own_core_files() -> dict[str, bytes]:
-    """The files of the core in the bundle that runs, if it is for this platform."""
+    """The core's files in the running bundle, if they are for this platform."""
     if program_root().is_file():
         with zipfile.ZipFile(program_root()) as bundle:
             if (about := about_core(bundle)) and (about.platform, about.seam) == (PLATFORM, seam()):
@@ -113,7 +113,7 @@ def own_core_files() -> dict[str, bytes]:
 
 
 def write_bundle(path: Path, without_core: bool) -> str:
-    """Write the bundle, under another name until it is whole. Returns what to tell the operator."""
+    """Write the bundle, under another name until it is complete. Returns the line to print."""
     target = Path(os.path.realpath(path))
     part = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     try:
@@ -135,11 +135,12 @@ def write_bundle(path: Path, without_core: bool) -> str:
 
 
 def check_target(path: Path):
-    """Only a bundle is replaced: the word after `bundle` may be the name of something else, by mistake."""
+    """OSError unless the target is new or a bundle: the word after `bundle` may name another file by
+    mistake."""
     if not path.parent.is_dir():
         raise NotADirectoryError(f"there is no folder {path.parent}")
     if path.is_dir() or path.exists() and not (path.is_file() and zipfile.is_zipfile(path)):
-        raise FileExistsError("it exists and is no bundle; name another file, or remove it first")
+        raise FileExistsError("it exists and is not a bundle; name another file, or remove it first")
 
 
 def current_umask() -> int:

@@ -24,14 +24,14 @@ V = TypeVar("V")
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_MAX_TOKENS = 512  # without -m; /v1 goes up to the context
 PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "compare", "score", "check")
-ANSWERING = "serve chat generate compare"  # the commands that draw tokens
-# What holds where neither the request, a flag nor the model says otherwise
+ANSWERING = "serve chat generate compare"  # the commands that generate tokens
+# Used where neither the request, a flag nor the model sets a value
 SAMPLING_DEFAULTS = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-CHAT_TEMPERATURE = 0.6    # the same for the chat command
+CHAT_TEMPERATURE = 0.6    # the default of the chat command
 PAGE_SIZE = 16            # KV slots in a page
 STORE_BYTES = 10 << 30    # of --prefix-store
 LEAST_STORE_BYTES = 16 << 20
-PACKED_BLOCK = 32         # numbers of a head that share a scale in pages of the type q8_0
+PACKED_BLOCK = 32         # numbers of a head that share a scale in q8_0 pages
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Limits:
     compared: int = 8               # answers side by side
     grammar_characters: int = 1 << 16  # of a JSON schema: compiling this much takes up to 0.3 s
     parameter_characters: int = 200    # of a parameter's name, in calls whose arguments are in tags
-    tool_name_bytes: int = 1 << 20     # of all names of functions and parameters: workers are told them
-    grammar_bytes: int = 16 << 20      # memory of a compiled grammar; 65,536 usual characters take 8 MB
+    tool_name_bytes: int = 1 << 20     # of all names of functions and parameters: they are sent to workers
+    grammar_bytes: int = 16 << 20      # memory of a compiled grammar; 65,536 ordinary characters take 8 MB
     body_bytes: int = 16 << 20
     held_bytes: int = 256 << 20     # total of large bodies and of answers sent whole
     inline_bytes: int = 1 << 16     # larger bodies are read in a sandbox
-    repeated_bytes: int = 1 << 19   # of a request, as JSON, in its response: three events of a stream have it
+    repeated_bytes: int = 1 << 19   # of a request repeated in its response as JSON: three stream events do so
     inline_characters: int = 4_000  # longer texts are tokenized in a thread
     rendered_characters: int = 1 << 22   # of a conversation rendered by the chat template
     tokenized_characters: int = 1 << 19  # by /tokenize and /apply-template; each may take 3 KB of memory
@@ -78,23 +78,23 @@ def size(text: str) -> int:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 2G")
     if (size := float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is more memory than any machine has")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is more than any machine has")
     return int(size)
 
 
 def file_name(text: str) -> str:
-    """An argparse type: what may be the name of a file or a folder, whether or not there is one."""
+    """An argparse type: a possible name of a file or folder, which need not exist."""
     try:
         os.stat(Path(text).expanduser())
     except ValueError as error:  # with a NUL
-        raise argparse.ArgumentTypeError(f"{shown(text)} is no name of a file: {error}") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a file name: {error}") from None
     except RuntimeError:  # of expanduser
         raise argparse.ArgumentTypeError(
-            f"{shown(text)} is no name of a file: the home directory of this user is unknown") from None
-    except OSError as error:  # others are told by those who open it
+            f"{shown(text)} is not a file name: this user's home directory is unknown") from None
+    except OSError as error:  # other errors are reported when it is opened
         if error.errno == errno.ENAMETOOLONG:
             raise argparse.ArgumentTypeError(
-                f"{shown(text)} is no name of a file: of {len(text):,} characters, it is too long") from None
+                f"{shown(text)} is not a file name: with {len(text):,} characters it is too long") from None
     return text
 
 
@@ -123,7 +123,7 @@ def number(type_: type[N], low: float, high: float = math.inf) -> Callable[[str]
     allowed = f"from {low:g} to {high:.20g}" if high < math.inf else f"of at least {low:g}"
 
     def parse(text: str) -> N:
-        with suppress(ValueError, OverflowError):  # the latter: 400 digits are no float
+        with suppress(ValueError, OverflowError):  # OverflowError: 400 digits do not fit a float
             value = type_(text)
             if low <= value <= high and math.isfinite(value):
                 return value
@@ -132,12 +132,12 @@ def number(type_: type[N], low: float, high: float = math.inf) -> Callable[[str]
 
 
 def worker_count(text: str) -> int:
-    """An argparse type: how many workers, 0 for `auto`."""
+    """An argparse type: the number of workers, 0 for `auto`."""
     return 0 if text == "auto" else number(int, 1, 256)(text)
 
 
 def gpu_count(text: str) -> str:
-    """An argparse type: how many GPUs, or `auto`; how many there are, only where the model runs is known."""
+    """An argparse type: a number of GPUs, or `auto`; only the machine with the model knows how many exist."""
     return text
 
 
@@ -161,11 +161,11 @@ ADAPTER_NAME = r"(?!latest$|\d+$)[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"  # TAG@STEP a
 
 
 def adapter(text: str) -> str:
-    """An argparse type: NAME=FOLDER of an adapter, or the FOLDER of several."""
+    """An argparse type: NAME=FOLDER for one adapter, or a FOLDER of several."""
     name, equals, folder = text.partition("=")
     if equals and not re.fullmatch(ADAPTER_NAME, name):
         raise argparse.ArgumentTypeError(
-            f"an adapter may not be called {shown(name)}: a name has letters, digits, - _ + and dots, and is "
+            f"an adapter may not be called {shown(name)}: names have letters, digits, - _ + and dots and are "
             "neither `latest` nor a number")
     if not (folder if equals else name).strip():
         raise argparse.ArgumentTypeError(f"{shown(text)} names no folder; an adapter is NAME=FOLDER")
@@ -185,16 +185,16 @@ class Flag(NamedTuple):
     also: str                           # other spellings
     choices: tuple[str, ...]
     many: bool
-    heading: str                        # of the group that begins here, in --help and the documents
+    heading: str                        # of the group that starts here, in --help and the documents
 
     @property
     def names(self) -> list[str]:
-        """Its spellings, the first of which is shown."""
+        """Its spellings; the first is shown."""
         return [self.field.rstrip("_").replace("_", "-"), *self.also.split()]
 
     @property
     def is_text(self) -> bool:
-        """Is its value a text, so that a number in a --config file is a mistake?"""
+        """Whether its value is text, so that a number in a --config file is a mistake."""
         return self.parse in (str, str.lower, file_name, store_text, url_prefix, origin, adapter)
 
     @property
@@ -205,29 +205,29 @@ class Flag(NamedTuple):
 def flag(default: V, parse: Callable[[str], object] | None, help: str, commands: str = f"{ANSWERING} score",
          short: str | None = None, also: str = "", choices: tuple[str, ...] = (), many: bool = False,
          heading: str = "") -> V:
-    """A field of `Settings` that a flag sets: all about it in one row."""
+    """A field of `Settings` with its flag: everything about it in one row."""
     row = Flag("", default, parse, help, commands, short, also, choices, many, heading)
     return field(default=default, metadata={"flag": row})
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """One of several models to serve: a MODEL of the command line, a [[models]] table of --config, or what
-    --models found."""
+    """One of several models to serve: a MODEL on the command line, a [[models]] table in --config, or one
+    that --models found."""
 
     path: str                # a MODEL
-    name: str = ""           # "": what its files are called
+    name: str = ""           # "": named after its files
     aliases: tuple[str, ...] = ()
-    pin: bool = False        # it is loaded at the start, and stays
-    default: bool = False    # it answers requests that name no model
+    pin: bool = False        # loaded at start, never unloaded
+    default: bool = False    # answers requests that name no model
     replicas: int | None = None
-    changes: dict = field(default_factory=dict)  # fields of `Settings` of which it has its own
+    changes: dict = field(default_factory=dict)  # its own values of fields of `Settings`
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The value of every flag, the command, MODEL or several, the hashed API keys, and once a model is loaded
-    its own sampling parameters and where they come from."""
+    """The values of all flags, the command, one or several MODELs, the hashed API keys, and, once a model is
+    loaded, its own sampling parameters and where they come from."""
 
     command: str = "serve"
     model: str | None = None
@@ -244,20 +244,20 @@ class Settings:
     softcap: float | None = flag(None, number(float, 0.1, 1000),
         "override a nanochat model's logit softcap (15; 20 for one week of generation 3)")
     lora: tuple[str, ...] = flag((), file_name,
-        "peft's folder of a LoRA adapter to merge into the weights at load, may repeat", many=True)
+        "folder of a LoRA adapter (peft format) to merge into the weights at load, may repeat", many=True)
     adapter: tuple[str, ...] = flag((), adapter,
-        "NAME=FOLDER of a LoRA adapter (peft's) to serve beside the model, as NAME and MODEL@NAME, may "
-        "repeat; or a FOLDER whose adapters are served by their folders' names, also those that come to be "
-        "there", "serve", many=True)
+        "NAME=FOLDER of a LoRA adapter (peft format) to serve alongside the model, as NAME and MODEL@NAME, "
+        "may repeat; or a FOLDER of adapters, each served under its folder's name, including those added "
+        "later", "serve", many=True)
     models: str | None = flag(None, file_name,
-        "serve every model below this folder, and those that come to be there: GGUF files, Hugging Face "
+        "serve every model below this folder, including those added later: GGUF files, Hugging Face "
         "folders, nanochat checkpoints", "serve")
     watch: str | None = flag(None, file_name,
-        "serve each checkpoint of the training runs in this folder as TAG@STEP, the last as TAG@latest, and "
-        "those that come to be there: a nanochat base folder, or Hugging Face folders checkpoint-N", "serve")
+        "serve each checkpoint of the training runs in this folder as TAG@STEP, the last as TAG@latest, "
+        "including those added later: a nanochat base folder, or Hugging Face folders checkpoint-N", "serve")
     watch_text: str | None = flag(None, file_name,
-        "score each checkpoint of --watch by how well it predicts this file, in bits per byte, while nobody "
-        "asks", "serve")
+        "score each checkpoint of --watch by how well it predicts this file, in bits per byte, while the "
+        "server is idle", "serve")
     served_model_name: tuple[str, ...] = flag((), str, "extra names for the model, may repeat", "serve",
         many=True)
     num_gpus: str | None = flag(None, gpu_count,
@@ -265,9 +265,9 @@ class Settings:
     num_workers: int = flag(1, worker_count,
         "model replicas on CPU, each its own process; `auto` = one per node of a Ray cluster")
     ray_address: str | None = flag(None, str,
-        "put the replicas on this Ray cluster, one per GPU (`auto` = the one that runs here)")
+        "run the replicas on this Ray cluster, one per GPU (`auto` = the one running here)")
     ray_tls: str | None = flag(None, file_name,
-        "folder of ca.pem, cert.pem and key.pem on every node: TLS to the replicas on Ray")
+        "folder with ca.pem, cert.pem and key.pem on every node: use TLS to the replicas on Ray")
     device_type: str = flag("auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps"))
     tensor_parallel_size: int = flag(1, number(int, 1, 64),
         "ranks that compute each layer of a replica together, each with a shard of its weights", also="tp")
@@ -285,27 +285,27 @@ class Settings:
         "tokens per sequence (default: the model's)", heading="Memory and speed")
     kv_cache_dtype: str = flag("auto", str,
         "type of keys and values in the KV pages; q8_0: 8 bits, half the bytes of 16 (auto: 16 bits, or "
-        "float32 beside float32 weights)", choices=("auto", "bfloat16", "float32", "q8_0"))
+        "float32 with float32 weights)", choices=("auto", "bfloat16", "float32", "q8_0"))
     kv_cache_memory: int | None = flag(None, size, "bytes for KV pages per replica (suffixes K, M, G)")
     prefix_memory: int | None = flag(None, size,
-        "bytes of memory for the cached beginnings of prompts that outlive the workers, 0 = none (default: "
-        "serve takes up to 1/10 of what is free, or of --models-memory; suffixes K, M, G)")
+        "bytes of memory for cached prompt prefixes that outlive the workers, 0 = none (default: serve takes "
+        "up to 1/10 of what is free, or of --models-memory; suffixes K, M, G)")
     prefix_store: str | None = flag(None, store_text,
-        "FOLDER[:SIZE] that keeps them beyond this server too, at most SIZE bytes (10G): it holds what "
-        "people wrote, as token ids")
+        "FOLDER[:SIZE] that also keeps them after this server ends, at most SIZE bytes (10G): it contains "
+        "what people wrote, as token ids")
     models_memory: int | None = flag(None, size,
-        "bytes for the models that are loaded at a time, of several, and --prefix-memory (default: 9/10 of "
-        "what is free; suffixes K, M, G)", "serve")
+        "with several models, bytes for those loaded at a time and --prefix-memory (default: 9/10 of what is "
+        "free; suffixes K, M, G)", "serve")
     gpu_memory_utilization: float = flag(0.90, number(float, 0.05, 1.0),
         "share of device memory for weights and KV pages")
     max_batch: int = flag(64, number(int, 1, 1024), "sequences decoded together per replica")
     prefill_chunk: int | None = flag(None, number(int, 16, 32768),
         "prompt tokens computed in one step (default: 2048 on CUDA, else 256)")
     drafts: bool = flag(True, None,
-        "check several tokens per step where text repeats itself; --no-drafts: one (same answers)")
+        "check several tokens per step where text repeats itself; --no-drafts: one (answers are the same)")
     nice: int | None = flag(None, number(int, -20, 19),
-        "niceness of the workers, from -20 to 19: how readily they leave the processor to others (default: "
-        "19 with --watch on a CPU, else as the server was started, as its other processes are)")
+        "niceness of the workers, from -20 to 19: how readily they yield the processor (default: 19 with "
+        "--watch on a CPU, else the server's own, which its other processes always have)")
     idle_unload: float = flag(0.0, number(float, 0),
         "seconds without a request before the model is unloaded until the next one, 0 = never", "serve")
 
@@ -322,10 +322,10 @@ class Settings:
         "default answer length in tokens (512; chat, generate, compare and /v1: up to the context)",
         ANSWERING, short="m", also="max-new-tokens")
     reasoning_budget: int = flag(-1, number(int, -1),
-        "most tokens that a model thinks before it answers, 0 = it does not think, -1 = any number",
+        "most tokens that a model may think before it answers, 0 = no thinking, -1 = no limit",
         ANSWERING)
     reasoning_budget_message: str = flag("", str,
-        "what is written at the end of a thinking that the budget, or \"Answer now\", ends",
+        "text to end the thinking with where the budget, or \"Answer now\", cuts it off",
         ANSWERING)
     seed: int | None = flag(None, number(int, 0, 2**64 - 1),
         "fixed seed (default: random per answer; compare: one for all)", "chat generate compare")
@@ -333,7 +333,7 @@ class Settings:
     prompt: str | None = flag(None, str, "one prompt, one answer; `-` reads stdin",
         "chat generate compare",
         short="p")
-    text: str | None = flag(None, file_name, "file to score: how many bits a byte of it takes", "score")
+    text: str | None = flag(None, file_name, "file to score, in bits per byte", "score")
 
     url: str | None = flag(None, str,
         "talk to a running server instead of loading a model", "chat generate compare",
@@ -341,7 +341,7 @@ class Settings:
     json: bool = flag(False, None,
         "answers as JSON, one object per line with text, usage and timings",
         "chat generate compare score")
-    continue_: bool = flag(False, None, "go on with the last chat", "chat")
+    continue_: bool = flag(False, None, "continue the last chat", "chat")
     history: bool = flag(True, None,
         "keep typed lines and the last chat in ~/.local/state/chat_server", "chat")
 
@@ -349,10 +349,10 @@ class Settings:
     port: int = flag(8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve", short="p")
     prefix: str = flag("", url_prefix, "path to serve under, such as /chat", "serve")
     api_key: tuple[str, ...] = flag((), str,
-        "key that requests must have, may repeat; chat and generate send it to --url; other users can see "
-        "it in `ps`, so prefer CHAT_SERVER_API_KEY or --api-key-file", many=True)
+        "key required of requests, may repeat; chat and generate send it to --url; other users can see it "
+        "in `ps`, so prefer CHAT_SERVER_API_KEY or --api-key-file", many=True)
     api_key_file: str | None = flag(None, file_name,
-        "file of more keys, one per line: `name: key` or `key`", "serve")
+        "file with more keys, one per line: `name: key` or `key`", "serve")
     allowed_host: tuple[str, ...] = flag((), str.lower,
         "host name of this server, may repeat: its pages may use the server, and requests for other names "
         "are refused (addresses and names without a dot only if --host is loopback)", "serve", many=True)
@@ -360,24 +360,24 @@ class Settings:
         "web origin whose pages may use the server, may repeat; `null` = pages opened from files, "
         "`*` = any", "serve", many=True)
     share_prefixes: bool = flag(False, None,
-        "API keys share the cached beginnings of prompts, so the holder of one may notice what another "
-        "asked (without keys, everybody shares)", "serve")
+        "API keys share cached prompt prefixes, so the holder of one may detect what another asked (without "
+        "keys, everybody shares)", "serve")
 
     max_queue: int = flag(256, number(int, 0),
-        "requests that may wait, in the whole server; any more get 429", "serve", heading="Operation")
+        "requests that may wait, in the whole server; others get 429", "serve", heading="Operation")
     max_concurrent_per_key: int = flag(0, number(int, 0),
-        "requests of one API key (without keys: of one address) at a time, 0 = any number; more get 429",
+        "requests of one API key (without keys: of one address) at a time, 0 = no limit; others get 429",
         "serve")
     drain_timeout: float = flag(30.0, number(float, 0),
-        "seconds that running answers get after SIGTERM", "serve")
+        "seconds that running answers have to finish after SIGTERM", "serve")
     config: str | None = flag(None, file_name,
         "TOML file of flags: `max-batch = 8`; flags and environment variables override it")
     log_format: str = flag("text", str, "format of log lines", "serve", choices=("text", "json"))
-    log_conversations: bool = flag(False, None, "log the texts of messages too, not only metadata", "serve")
+    log_conversations: bool = flag(False, None, "log message texts, not only metadata", "serve")
 
     @property
     def serves_many(self) -> bool:
-        """Does it serve more than one MODEL, or may it come to?"""
+        """Whether it serves more than one MODEL, or may do so later."""
         return bool(self.several) or self.models is not None or self.watch is not None
 
 
@@ -390,7 +390,7 @@ def ranks_per_replica(settings: Settings) -> int:
 
 
 def sampling_defaults(settings: Settings) -> dict[str, tuple[float, str]]:
-    """Each sampling parameter of a request that sets none, and where its value comes from."""
+    """The default of each sampling parameter, and where it comes from."""
     usual = SAMPLING_DEFAULTS | ({"temperature": CHAT_TEMPERATURE} if settings.command == "chat" else {})
     values = {name: (value, "usual") for name, value in usual.items()}
     values |= {name: (value, settings.own_origin) for name, value in settings.own_sampling.items()}
@@ -399,11 +399,11 @@ def sampling_defaults(settings: Settings) -> dict[str, tuple[float, str]]:
 
 
 class ApiKey(NamedTuple):
-    """A key that gives access to the server; only its hash is kept."""
+    """A key that grants access to the server; only its hash is kept."""
 
     name: str  # shown in the access log
     digest: bytes
-    models: tuple[str, ...] = ()  # it sees only these, if any are named
+    models: tuple[str, ...] = ()  # if any are named, it can use only these
 
     @classmethod
     def hashed(cls, key: str, name: str, models: tuple[str, ...] = ()) -> ApiKey:
@@ -411,7 +411,7 @@ class ApiKey(NamedTuple):
 
 
 def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
-    """The keys of --api-key and --api-key-file (lines `name: key` or `key`, and after it maybe
+    """The keys of --api-key and --api-key-file (lines `name: key` or `key`, optionally followed by
     `models=a,b`). No ConfigError shows a key."""
     named_keys = [(f"key-{index}", key.strip(), ()) for index, key in enumerate(keys, 1) if key.strip()]
     try:
@@ -427,7 +427,7 @@ def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
             name, colon, key = line.partition(":")
             name, key = (name.strip(), key.strip()) if colon else ("", line)
             if not key:  # an empty key would match every request without one
-                raise ConfigError(f"--api-key-file {path}: line {index} has a name and no key")
+                raise ConfigError(f"--api-key-file {path}: line {index} has a name but no key")
             if bound and not models:
                 raise ConfigError(f"--api-key-file {path}: line {index} names no model after models=")
             named_keys.append((name or f"line-{index}", key, models))
@@ -437,9 +437,9 @@ def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
 
 
 def with_own_sampling(settings: Settings, pool) -> Settings:
-    """Settings that know the loaded model's own sampling parameters, and where those come from."""
+    """Settings with the loaded model's own sampling parameters, and where those come from."""
     own, origin = pool.own_sampling
     return replace(settings, own_sampling=own, own_origin=origin)
 
 
-PING_S = 10.0   # a silent stream carries a comment this often
+PING_S = 10.0   # an idle stream sends a comment this often

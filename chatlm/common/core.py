@@ -1,4 +1,4 @@
-"""Which decode_core there is, in a bundle or installed, and what it says of itself."""
+"""Finds decode_core, in a bundle or installed, and describes it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from chatlm.common.unpack import UnfitCore, load_bundled_core
 
 @functools.cache
 def seam() -> str:
-    """Of this program; a core that was made for another is not used."""
+    """This program's seam; a core built for another one is not used."""
     return seam_digest(lambda name: in_program(program_root(), name).read_text(encoding="utf-8"))
 
 
@@ -30,8 +30,8 @@ def device_files() -> int:
 
 @functools.cache
 def find_core() -> tuple[Any, str]:
-    """(the compiled core or None, why the bundle's is not it or ""). Of a bundle the one it carries, else the
-    one that `pip install .` in a checkout builds and installs; of any version."""
+    """(the compiled core or None, why the bundle's is not used or ""). A bundle's own core comes first, then
+    the one that `pip install .` in a checkout builds and installs; of any version."""
     problem = ""
     try:
         if core := load_bundled_core(seam()):
@@ -40,7 +40,7 @@ def find_core() -> tuple[Any, str]:
         problem = f"the bundle's decode_core {error}"
     try:
         return importlib.import_module("decode_core"), problem
-    except Exception as error:  # such as of a library for another machine
+    except Exception as error:  # for example from a library for another machine
         if reason := re.search("isa: (.*)", str(error)):
             problem = f"DECODE_CORE_ISA={os.environ.get('DECODE_CORE_ISA')}: {reason[1]}"
         elif compiled_half() or not isinstance(error, ImportError):
@@ -49,7 +49,7 @@ def find_core() -> tuple[Any, str]:
 
 
 def compiled_half() -> list[Path]:
-    """The library of the decode_core that Python would import; none if it was installed without compiler."""
+    """The library of the decode_core that Python would import; none if it was built without a compiler."""
     spec = importlib.util.find_spec("decode_core")
     return [path for folder in (spec and spec.submodule_search_locations or ())
             for path in Path(folder).glob("_core.*.so")]
@@ -68,13 +68,13 @@ def decode_core():
 
 
 def refused_isa() -> str:
-    """Why decode_core cannot run with the instructions that DECODE_CORE_ISA asks for, "" if it can."""
+    """Why decode_core cannot run with the instructions that DECODE_CORE_ISA requests; "" if it can."""
     problem = "" if os.environ.get("CHAT_SERVER_KERNELS") == "reference" else find_core()[1]
     return problem if problem.startswith("DECODE_CORE_ISA=") else ""
 
 
 def unused_core() -> str:
-    """Why the compiled core that is there does not run; "" if it runs, is not wanted or there is none."""
+    """Why an existing compiled core is not used; "" if it is used or not wanted, or if there is none."""
     wanted = os.environ.get("CHAT_SERVER_KERNELS") != "reference"
     return kernels_line() if wanted and decode_core() is None and any(find_core()) else ""
 

@@ -25,7 +25,7 @@ class ChatServerError(Exception):
 
 
 class RequestError(ChatServerError):
-    """The client's fault: a 4xx status, a machine-readable code, and the name of the wrong parameter."""
+    """The client's fault: a 4xx status, a machine-readable code, and the name of the invalid parameter."""
 
     type = "invalid_request_error"
 
@@ -34,21 +34,21 @@ class RequestError(ChatServerError):
         self.status, self.code, self.param = status, code, param
 
 
-# What moves a terminal's cursor, changes its colours, turns the direction of reading or breaks a line where
-# none is meant, and surrogates: bytes of a file's name that are not UTF-8
+# Characters that move a terminal's cursor, change its colours, the text direction or the line breaks, and
+# surrogates: bytes of file names that are not UTF-8
 UNSEEN = (r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"
           r"\ufeff\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """Text of which some may be foreign, such as the name of a file, for a terminal or a log: what is unseen
-    but acts is shown as an escape. Tabs and line ends stay."""
+    """Text that may be partly untrusted, such as a file name, for a terminal or a log: control characters are
+    shown as escapes, except tabs and line ends."""
     return re.sub(UNSEEN, lambda found: ascii(found[0])[1:-1], text)
 
 
 def printable(text: str) -> str:
-    """Text from a file or a library, on one line that a terminal can show; names without end are cut."""
-    if len(text) > 1 << 16:  # what is said of a long name comes after it
+    """Text from a file or a library, on one line that a terminal can show; very long names are cut."""
+    if len(text) > 1 << 16:  # the reason follows the long name
         text = text[:1 << 15] + text[-1 << 15:]
     line = visible(re.sub(r"[\t-\r\x1c-\x1f\x85]+", " ", text))
     return re.sub(r"([^\s/]{200})[^\s/]+", r"\1...", line)[:4000]
@@ -88,18 +88,18 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def named(error: BaseException) -> str:
-    """An exception in words, with its type where the text alone says too little, as for a KeyError."""
+    """An exception in words, with its type where the text alone is unclear, as for a KeyError."""
     says_enough = type(error) in (Exception, ValueError, RuntimeError)
     return f"{'' if says_enough else type(error).__name__}: {error}".strip(": ")
 
 
 def without_folders(text: str) -> str:
-    """A text for clients, in which a path of this machine is its last part."""
+    """Text for clients: paths of this machine are shortened to their last part."""
     return re.sub(r"(?<![\w:/])~?(?:/[^/\s:;,'\"()]+)*/([^/\s:;,'\"()]+)", r"\1", text)
 
 
 def require_folder(flag: str, folder: Path):
-    """ConfigError if what a flag names is no folder."""
+    """ConfigError unless a flag names a folder."""
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "there is no such folder"
         raise ConfigError(f"{flag}: {what}")
@@ -137,7 +137,7 @@ def cannot_read(path: Path | str, error: Exception) -> ConfigError:
 
 
 def lack_of_memory(error: BaseException) -> ConfigError | None:
-    """What to tell the operator where an exception means "out of memory"; None for any other.
+    """The operator's message for an exception that means "out of memory"; None for any other.
 
     Python (a SystemError if it cannot even say that), the system, torch, C++ and the dynamic loader each word
     it differently."""
@@ -148,7 +148,7 @@ def lack_of_memory(error: BaseException) -> ConfigError | None:
         return None
     reason, free = named(error).splitlines()[0], available_memory() >> 20
     return ConfigError(f"not enough memory ({reason}): {free:,} MiB are free within this process's limits "
-                       "(ulimit -v, cgroup). Raise them, or give a smaller model, --context-length, "
+                       "(ulimit -v, cgroup). Raise them, or choose a smaller model, --context-length, "
                        "--kv-cache-memory or, on a GPU, --gpu-memory-utilization")
 
 

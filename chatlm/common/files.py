@@ -1,4 +1,4 @@
-"""Reading small files (configurations, templates, tokenizers), and what is said of those that are cut."""
+"""Reading small files (configurations, templates, tokenizers), and the errors for truncated ones."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pathlib import Path
 
 from chatlm.common.errors import ConfigError, cannot_read, named
 
-WRITER_S = 5.0          # seconds that a named pipe may have no writer
+WRITER_S = 5.0          # how long a named pipe may have no writer
 MOST_BYTES = 256 << 20  # the largest tokenizer.json of a published model has 33 MB
 
 
 def read_small(path: Path) -> bytes:
-    """A regular file, whole. A pipe would wait for a writer and a device never end: both are a ConfigError,
-    as is a file above MOST_BYTES or one that cannot be read."""
+    """Read a whole regular file. ConfigError for a pipe, which would wait for a writer, a device, which may
+    never end, a file above MOST_BYTES, and one that cannot be read."""
     try:
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError(f"{path} is {kind_of(status.st_mode)}; it must be a regular file")
             if status.st_size > MOST_BYTES:
-                raise ConfigError(f"{path} has {status.st_size:,} bytes; such a file may have at most "
+                raise ConfigError(f"{path} has {status.st_size:,} bytes; the limit for such files is "
                                   f"{MOST_BYTES:,}")
             data = file.read(MOST_BYTES)
     except OSError as error:
@@ -41,12 +41,12 @@ class Truncated(ConfigError):
 
 
 def truncated(path: Path, size: int, lack: str) -> Truncated:
-    """What to tell of a file of `size` bytes that ends too early; `lack` says how that is known."""
+    """The error for a file of `size` bytes that ends too early; `lack` is the evidence."""
     return Truncated(f"{path} is truncated: it has {size:,} bytes, {lack}; copy or download it again")
 
 
 def refuse_pointer(path: Path, data: bytes):
-    """ConfigError for what git has in the place of a large file that was not fetched."""
+    """ConfigError for a Git LFS pointer: the large file itself was not fetched."""
     if data.startswith(b"version https://git-lfs"):
         size = re.search(rb"\nsize (\d{1,18})\n", data[:1000])
         file = f"a file of {int(size[1]):,} bytes" if size else "a file"
@@ -54,7 +54,7 @@ def refuse_pointer(path: Path, data: bytes):
 
 
 def parse_json(path: Path, data: bytes):
-    """The value that a JSON file's bytes mean; ConfigError if they are none, or only the start of one."""
+    """Parse a JSON file; ConfigError if it is invalid or truncated."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -77,8 +77,8 @@ def refuse_cut_json(path: Path, data: bytes):
 
 
 def read_operators(path: str) -> str:
-    """The text of a file that the operator names, which may be a pipe, as in `--config <(command)`. OSError
-    for a pipe that nobody opens to write, ValueError above MOST_BYTES, which /dev/zero has."""
+    """The text of a file that the operator names; it may be a pipe, as in `--config <(command)`. OSError for
+    a pipe without a writer, ValueError above MOST_BYTES, as for /dev/zero."""
     opened = os.open(Path(path).expanduser(), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(opened, "rb", buffering=0) as file:
         data = first_of_pipe(opened) if stat.S_ISFIFO(os.fstat(opened).st_mode) else b""
@@ -90,36 +90,36 @@ def read_operators(path: str) -> str:
 
 
 def first_of_pipe(opened: int) -> bytes:
-    """What a pipe has first. A pipe of the shell's has its writer from the start, and may be empty; for the
-    writer of one with a name we wait WRITER_S."""
+    """The first bytes of a pipe. A shell's pipe has its writer from the start, and may be empty; a named
+    pipe's writer may take up to WRITER_S to open it."""
     shells, deadline_s = False, time.monotonic() + WRITER_S
-    with suppress(OSError):  # where there is no /proc, both are waited for
+    with suppress(OSError):  # without /proc, we wait for both kinds
         shells = os.readlink(f"/proc/self/fd/{opened}").startswith("pipe:")
     try:
-        while not (data := os.read(opened, 1 << 16)) and not shells:  # nobody has it open
+        while not (data := os.read(opened, 1 << 16)) and not shells:  # it has no writer
             if time.monotonic() > deadline_s:
-                raise OSError(errno.ENXIO, f"it is a pipe that nobody has opened to write for {WRITER_S:g} s")
+                raise OSError(errno.ENXIO, f"it is a pipe, and no writer opened it within {WRITER_S:g} s")
             time.sleep(0.02)
-    except BlockingIOError:  # somebody has, and is not ready
+    except BlockingIOError:  # it has one, which has written nothing yet
         return b""
     return data
 
 
 def check_regular(path: Path):
-    """ConfigError unless this is a regular file; a missing one is opened and named elsewhere."""
+    """ConfigError unless this is a regular file; a missing one is reported where it is opened."""
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is {kind_of(path.stat().st_mode)}; it must be a regular file")
 
 
 def kind_of(mode: int) -> str:
-    """A file that is not a regular one, in words."""
+    """The kind of a file that is not a regular one."""
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
              stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
     return kinds.get(stat.S_IFMT(mode), "no file")
 
 
 def read_text(path: Path) -> str:
-    """read_small, as UTF-8."""
+    """read_small, decoded as UTF-8."""
     try:
         return read_small(path).decode()
     except UnicodeDecodeError as error:

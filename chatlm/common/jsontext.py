@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
-as_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per call: 2 us a token
+as_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per call: 2 us per token
 
 
 def dump(value) -> bytes:
-    """JSON on one line for every reader: some also split lines at U+0085, U+2028 and U+2029."""
+    """JSON on one line for any reader: some also break lines at U+0085, U+2028 and U+2029."""
     text = as_json(value)
     for character, escaped in ("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"):
         text = text.replace(character, escaped)
@@ -22,7 +22,7 @@ def dump(value) -> bytes:
 
 
 def whole_unicode(text: str) -> str:
-    """Replace lone surrogates, which JSON can carry and UTF-8 cannot, with U+FFFD."""
+    """Replace lone surrogates, which JSON allows but UTF-8 does not, with U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Lanes:
-    """A queue with a lane per client. Clients take turns, so nobody's backlog holds up the others."""
+    """A queue with a lane per client. Clients take turns, so no client's backlog delays the others."""
 
     def __init__(self):
         self.by_client: OrderedDict[Any, deque] = OrderedDict()  # by name, or rank and name
@@ -30,7 +30,7 @@ class Lanes:
         return self.take(next(iter(self.by_client)))
 
     def take(self, client):
-        """Remove and return a client's first thing; the client goes to the end of the line."""
+        """Remove and return a client's first item; the client goes to the end of the queue."""
         things = self.by_client[client]
         self.by_client.move_to_end(client)
         self.remove(client, thing := things[0])

@@ -1,4 +1,4 @@
-"""The log's formats, lines for the operator, and loading progress on stderr."""
+"""Log formats, lines for the operator, and loading progress on stderr."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def utc(at_s: float | None = None) -> str:
 
 
 class TextLines(logging.Formatter):
-    """--log-format text. Lines after the first of a record are indented, so that the name of a file cannot
+    """--log-format text. A record's later lines are indented, so that a file name with line breaks cannot
     look like a record of its own."""
 
     def __init__(self):
@@ -58,7 +58,7 @@ class CalmLog(logging.StreamHandler):
     """The log. A repeated warning or error is written once per second, followed by its count, because clients
     can trigger some as often as they like."""
 
-    over_bar = False  # is the terminal's last line a bar of progress? The next line of the log replaces it
+    over_bar = False  # whether the terminal's last line is a progress bar, which the next log line replaces
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ class CalmLog(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord):
         if int(record.created) != self.second:
-            self._tell_repeats()
+            self._log_repeats()
             self.second = int(record.created)
         if record.levelno >= logging.WARNING:
             error = record.exc_info and record.exc_info[0]
@@ -80,14 +80,14 @@ class CalmLog(logging.StreamHandler):
             self.stream.write(CLEAR)
         super().emit(record)
 
-    def _tell_repeats(self):
+    def _log_repeats(self):
         for (name, level, *_), (line, count) in self.repeats.items():
             if count:
-                super().emit(logging.LogRecord(name, level, "", 0, "%d times more: %s", (count, line), None))
+                super().emit(logging.LogRecord(name, level, "", 0, "%d more times: %s", (count, line), None))
         self.repeats = {}
 
     def close(self):
-        self._tell_repeats()
+        self._log_repeats()
         super().close()
 
 
@@ -100,7 +100,7 @@ def start_logging(settings: Settings):
 
 
 def json_handler() -> CalmLog | None:
-    """The handler of a log that is JSON; None where it is text."""
+    """The log's handler if it writes JSON, else None."""
     for handler in logging.root.handlers:
         if isinstance(handler, CalmLog) and isinstance(handler.formatter, JsonLines):
             return handler
@@ -108,8 +108,8 @@ def json_handler() -> CalmLog | None:
 
 @contextmanager
 def output_as_log() -> Iterator[None]:
-    """Where the log is JSON, all that this process and its children write meanwhile to stdout or stderr is a
-    part of it: their JSON lines as they are, each other line as a warning."""
+    """With a JSON log, everything that this process and its children write to stdout or stderr becomes part
+    of it: JSON lines unchanged, any other line as a warning."""
     if not (handler := json_handler()):
         yield
         return
@@ -131,7 +131,7 @@ def output_as_log() -> Iterator[None]:
 
 
 def read_output(reading: int, handler: CalmLog):
-    """Pass on the lines from a pipe, up to its end."""
+    """Pass on the lines of a pipe until it ends."""
     with open(reading, "rb") as pipe:
         for line in iter(partial(pipe.readline, 1 << 24), b""):
             text = line.decode("utf-8", "replace").rstrip()
@@ -145,7 +145,7 @@ def read_output(reading: int, handler: CalmLog):
 
 
 def tell(text: str, level: int = logging.INFO, file: TextIO | None = None):
-    """A line for the operator: of the log where that is JSON, else of stderr or another `file`."""
+    """Print a line for the operator: to a JSON log, else to stderr or another `file`."""
     if json_handler():
         log.log(level, text.strip())
     else:

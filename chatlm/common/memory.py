@@ -1,4 +1,4 @@
-"""Free memory, and giving back what is no longer used."""
+"""Measuring, limiting and releasing memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 
 def available_memory() -> int:
-    """Bytes this process may still take: what the machine has free (without Linux: all it has), within the
-    limits of its cgroup, of the enclosing cgroups, and of the process (ulimit -v)."""
+    """Bytes this process may still allocate: the machine's free memory (all of it if not on Linux), within
+    the limits of its cgroup, the enclosing cgroups, and the process (ulimit -v)."""
     import resource
     page = os.sysconf("SC_PAGE_SIZE")
     free, (limit, _) = os.sysconf("SC_PHYS_PAGES") * page, resource.getrlimit(resource.RLIMIT_AS)
@@ -31,7 +31,7 @@ def available_memory() -> int:
 
 
 def cgroup_memory(folder: Path) -> float:
-    """Bytes a cgroup (v2, v1) may still take, counting its file cache as free; infinity without a limit."""
+    """Bytes a cgroup (v2, v1) may still use, counting its file cache as free; infinity without a limit."""
     for limit, used, prefix in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):
         with suppress(OSError, ValueError):
             most, now, stat = ((folder / f"memory.{name}").read_text() for name in (limit, used, "stat"))
@@ -51,7 +51,7 @@ def heap_bytes() -> int:
 
 
 def give_memory_back():
-    """Return to the system what loading freed: file metadata, tokenizer parts, copies of weights."""
+    """Return memory freed after loading to the system: file metadata, tokenizer parts, copies of weights."""
     gc.collect()
     trim_heap()
 
@@ -62,8 +62,8 @@ def trim_heap():
 
 
 def empty_pages(address: int, size: int) -> bool:
-    """Give the memory of a shared anonymous mapping (mmap.mmap(-1, size)) back to the system. Pointers into
-    it stay valid: it reads as zeros, and takes memory again as it is written. False if the system cannot."""
+    """Return the memory of a shared anonymous mapping (mmap.mmap(-1, size)) to the system. Pointers into it
+    stay valid: it reads as zeros, and uses memory again once written. False if the system cannot do this."""
     with suppress(OSError, AttributeError):  # no MADV_REMOVE: not Linux
         return ctypes.CDLL(None).madvise(
             ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_REMOVE) == 0
@@ -79,7 +79,7 @@ def tune_gc():
 
 
 def limit_memory(more: int):
-    """Limit this process to `more` bytes of address space beyond what it has now; Linux only."""
+    """Limit this process to `more` bytes of address space beyond its current size; Linux only."""
     import resource
     with suppress(OSError, ValueError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -1,4 +1,4 @@
-"""Which program this is: its sources and its page, in a checkout, an installation or a bundle."""
+"""The program itself: its sources and its page, in a checkout, an installation or a bundle."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-FIXED_DATE = 1980, 1, 1, 0, 0, 0  # the first that a zip can have: equal files make equal archives
+FIXED_DATE = 1980, 1, 1, 0, 0, 0  # the earliest in a zip: equal files make equal archives
 SCRIPT = "chat_server.py"
 
 
 def program_root() -> Path:
-    """The folder that has the package chatlm (a checkout, or site-packages), or the bundle."""
+    """The folder that contains the package chatlm (a checkout, or site-packages), or the bundle."""
     return Path(__file__).resolve().parents[2]
 
 
 def in_program(root: Path, name: str):
-    """A file or folder of a program: its path on disk, or its place in a bundle."""
+    """A file or folder of a program: its path on disk or in a bundle."""
     return (zipfile.Path(root) if root.is_file() else root) / name
 
 
 def files_below(folder, prefix: str = "") -> Iterator[tuple[str, bytes]]:
-    """(name, content) of each file below a folder, on disk or in an archive, in the order of names."""
+    """(name, content) of each file below a folder, on disk or in an archive, sorted by name."""
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.is_dir() and entry.name != "__pycache__":
             yield from files_below(entry, f"{prefix}{entry.name}/")
@@ -37,14 +37,13 @@ def files_below(folder, prefix: str = "") -> Iterator[tuple[str, bytes]]:
 
 
 def program_sources(root: Path | None = None) -> dict[str, bytes]:
-    """The modules of chatlm, by their names in an archive; of this program unless told otherwise."""
+    """The modules of chatlm in this program or in `root`, by their names in an archive."""
     package = in_program(root or program_root(), "chatlm")
     return {name: text for name, text in files_below(package, "chatlm/") if name.endswith(".py")}
 
 
 def archive(files: Mapping[str, bytes], first_lines: bytes = b"") -> bytes:
-    """A zip of these files, after the first lines if it is to be a program; the same files give the same
-    bytes."""
+    """A zip of these files, after `first_lines` if it is a program; equal files give equal bytes."""
     data = io.BytesIO()
     data.write(first_lines)
     with zipfile.ZipFile(data, "w") as target:
@@ -54,14 +53,14 @@ def archive(files: Mapping[str, bytes], first_lines: bytes = b"") -> bytes:
 
 
 def program_bytes() -> bytes:
-    """What another machine needs to run one of our roles: the bundle, or an archive of chatlm's modules."""
+    """All that another machine needs to run one of our roles: the bundle, or an archive of our modules."""
     root = program_root()
     return root.read_bytes() if root.is_file() else archive(program_sources())
 
 
 @functools.cache
 def program_digest(root: Path | None = None) -> str:
-    """Tells one version of the sources from another, on any machine, bundled or not."""
+    """A digest of the sources, the same on any machine, bundled or not."""
     root, digest = root or program_root(), hashlib.sha256()
     script = in_program(root, SCRIPT)
     sources = program_sources(root) | ({SCRIPT: script.read_bytes()} if script.is_file() else {})
@@ -71,8 +70,8 @@ def program_digest(root: Path | None = None) -> str:
 
 
 def other_program() -> Path | None:
-    """Where else a chatlm is that differs from ours: installed while a checkout runs, or in the current
-    folder while the installation runs. None in a bundle, which is alone on purpose."""
+    """The root of another chatlm that differs from ours: installed while a checkout runs, or in the current
+    folder while the installation runs. None in a bundle, which is self-contained."""
     ours = program_root()
     if ours.is_file():
         return None
@@ -86,7 +85,7 @@ def other_program() -> Path | None:
 
 
 def program_stamp() -> tuple:
-    """Changes when the sources do that another process of ours would read now."""
+    """A stamp of the sources on disk, which a newly started process would read."""
     root, stamps = program_root(), []
     for path in [root] if root.is_file() else sorted((root / "chatlm").rglob("*.py")):
         with suppress(OSError):
@@ -96,7 +95,7 @@ def program_stamp() -> tuple:
 
 
 def page_files() -> dict[str, bytes]:
-    """The files of the page by name, such as "chat.js" or "vendor/katex.min.js"; none without a page."""
+    """The page's files by name, such as "chat.js" or "vendor/katex.min.js"; none without a page."""
     for name in ("chatlm/static", "static"):  # where pip installs it; a checkout or a bundle
         if (folder := in_program(program_root(), name)).is_dir():
             return dict(files_below(folder))

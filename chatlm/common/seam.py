@@ -1,10 +1,10 @@
-"""The seam to decode_core as a digest: where it differs, decode_core was made for another chat_server.
+"""The seam to decode_core as a digest: if it differs, decode_core was built for another chat_server.
 
 chat_server's side states all of it: what a backend has (`Backend`, `Steps`), the ops (`Kernels`) with their
 parameters, and what decode_core gets (`for_decode_core`). chat_server reads the digest off its own modules.
-setup.py reads the same modules beside it, and compiles the digest into decode_core. Only names count: a
-meaning that changes gets another name. The fields of the classes that cross are not counted, since they grow
-with every family: those that decode_core reads keep their names.
+setup.py reads the same modules next to it, and compiles the digest into decode_core. Only names count, so a
+changed meaning needs a new name. The fields of the classes passed across do not count, since they grow with
+every family: those that decode_core reads keep their names.
 """
 
 import ast
@@ -16,7 +16,7 @@ KERNELS = "chatlm/worker/model/kernels.py"
 
 
 def seam_digest(read: Callable[[str], str]) -> str:
-    """Of the modules whose text `read` gives, by their paths."""
+    """The digest of the modules; `read` returns the text at a path."""
     return hashlib.sha256("\n".join(sorted(seam_names(read))).encode()).hexdigest()[:12]
 
 
@@ -41,7 +41,7 @@ def seam_names(read: Callable[[str], str]) -> Iterator[str]:
 
 
 def names_in(node: ast.stmt) -> Iterator[str]:
-    """What a statement of a class defines: attributes, or a method with its parameters."""
+    """The names that a statement of a class defines: attributes, or a method with its parameters."""
     if isinstance(node, ast.FunctionDef):
         yield signature(node)
     targets = getattr(node, "targets", [getattr(node, "target", None)])
@@ -50,7 +50,7 @@ def names_in(node: ast.stmt) -> Iterator[str]:
 
 
 def functions(text: str, names: set[str]) -> Iterator[str]:
-    """Those of these names, with their parameters. Their heads alone are parsed: all would take 20 ms."""
+    """The functions with these names, with their parameters. Only heads are parsed: all would take 20 ms."""
     head = r"^def (\w+)(\(.*?\))(?: ->[^\n]*)?:\n"
     for name, parameters in re.findall(head, text, re.MULTILINE | re.DOTALL):
         if name in names:
@@ -60,11 +60,11 @@ def functions(text: str, names: set[str]) -> Iterator[str]:
 
 
 def signature(node: ast.FunctionDef) -> str:
-    """Its name and its parameters': * before those given by name alone, = after those with a default."""
+    """Its name and parameters: * before keyword-only ones, = after those with a default."""
     given = node.args
-    by_place = [each.arg for each in (*given.posonlyargs, *given.args)]
-    optional = {*by_place[len(by_place) - len(given.defaults):],
+    positional = [each.arg for each in (*given.posonlyargs, *given.args)]
+    optional = {*positional[len(positional) - len(given.defaults):],
                 *(each.arg for each, default in zip(given.kwonlyargs, given.kw_defaults) if default)}
-    words = [*by_place, *(f"*{each.arg}" for each in (*given.kwonlyargs, given.vararg) if each),
+    words = [*positional, *(f"*{each.arg}" for each in (*given.kwonlyargs, given.vararg) if each),
              *(f"**{each.arg}" for each in (given.kwarg,) if each)]
     return f"{node.name}({', '.join(word + '=' * (word.lstrip('*') in optional) for word in words)})"

@@ -4,14 +4,13 @@
     head    = magic, random id               header = Record: what the payload is, its checksum, its own guard
 
 The pages of a segment are one chain: each continues the page before it, and the first one begins a prefix or
-continues a page of another segment. So a segment may be cut anywhere, and what is left is still of use.
+continues a page of another segment. So a segment may be cut anywhere, and the rest remains usable.
 
-Whoever holds a segment's lock (flock) may append, or cut its end and give it another id. Anybody else reads,
-and believes nothing: a record counts once it is there whole and its header has the right guard,
-and its payload once that has the right checksum. So a writer may end anywhere, and a file may be cut, changed
-or deleted.
+The holder of a segment's lock (flock) may append, or cut its end and give it another id. Others only read,
+and trust nothing: a record counts once it is complete and its header has the right guard, and its payload
+once that has the right checksum. So a writer may die at any point, and a file may be cut, changed or deleted.
 
-Files are read (pread), not mapped: where a mapped file is cut, or its disk fails, the process dies by
+Files are read (pread), not mapped: if a mapped file is cut, or its disk fails, the process dies of
 SIGBUS."""
 
 from __future__ import annotations
@@ -47,10 +46,10 @@ class Record(NamedTuple):
 
     content: int             # PAGE, STATE or MODEL
     groups: int              # bits: the groups of layers whose page of these tokens is in the payload
-    profile: bytes           # 16 bytes: which weights, and which arithmetic
-    address: bytes           # 16 bytes: which tokens before and in it, whose
+    profile: bytes           # 16 bytes: identifies the weights and the arithmetic
+    address: bytes           # 16 bytes: identifies the tokens up to its end, and their owner
     parent: bytes            # 16 bytes: the address of the page before; of a state, of the page it follows
-    tokens: tuple[int, ...]  # the page's own; without any, zeros
+    tokens: tuple[int, ...]  # the page's own; zeros if it has none
     size: int                # bytes of the payload
     checksum: bytes          # 16 bytes, of the payload
 
@@ -61,7 +60,7 @@ class Record(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> Record | None:
-        """None if it is no header."""
+        """None if it is not a valid header."""
         header = data[:HEADER.size]
         if len(data) < HEADER_BYTES or guard(header) != data[HEADER.size:HEADER_BYTES]:
             return None
@@ -71,7 +70,7 @@ class Record(NamedTuple):
 
     @property
     def key(self) -> bytes:
-        """What tells it from all other records."""
+        """Identifies it among all records."""
         return key_of(self.content, self.profile, self.address)
 
     @property
@@ -89,19 +88,19 @@ def guard(header: bytes) -> bytes:
 
 
 def model_record(profile: bytes, name: str) -> bytes:
-    """A whole record that names the model of a profile."""
+    """A complete record that names the model of a profile."""
     payload = name.encode()[:1000]
     return Record(MODEL, 0, profile, profile, ROOT, (0,) * PAGE_SIZE, len(payload),
                   hashlib.blake2b(payload, digest_size=16).digest()).pack() + payload
 
 
 class Entry(NamedTuple):
-    """A record that was seen in a segment."""
+    """A record seen in a segment."""
 
     segment: Segment
     key: bytes
     parent: bytes  # Record.parent_key
-    begin: int     # of its header
+    begin: int     # offset of its header
     size: int      # of its payload
 
     @property
@@ -110,19 +109,19 @@ class Entry(NamedTuple):
 
 
 class Segment:
-    """A file of records, and what was seen in it."""
+    """A file of records, and the records seen in it."""
 
     def __init__(self, path: str | Path, name: str, file: FileIO | None = None):
-        """file: one in memory, which is open. Those of a store are opened when they are used, so that what is
-        deleted is gone."""
+        """file: an open file in memory. A store's files are opened only for use, so that a deleted one is
+        gone."""
         self.path, self.name, self.file = path, name, file
-        self.size = self.used_ns = 0       # at the last look
-        self.entries: list[Entry] = []     # all but those that name models
+        self.size = self.used_ns = 0       # when last looked at
+        self.entries: list[Entry] = []     # all but MODEL records
         self.last = b""                    # the key of its last page
         self.forget()
 
     def forget(self):
-        """Know nothing of its content."""
+        """Forget its content."""
         self.id, self.end, self.entries, self.last = b"", 0, [], b""
 
     @contextmanager
@@ -141,16 +140,16 @@ class Segment:
 
     @property
     def has_its_id(self) -> bool:
-        """Of one in memory: is it the one that was last looked at?"""
+        """Whether one in memory is unchanged since it was last looked at."""
         return self.file is None or os.pread(self.file.fileno(), HEAD.size, 0)[len(MAGIC):] == self.id
 
     def continues(self, record: Record) -> bool:
-        """May a record be appended? A page must continue its last page; a state follows any of its pages."""
+        """Whether a record may be appended. A page must continue its last page; a state, any of its pages."""
         return not self.entries or self.last == record.parent_key != b"" or record.content == STATE and any(
             record.parent_key == entry.key for entry in self.entries)
 
     def restart(self, descriptor: int):
-        """With its lock: forget all that is in it."""
+        """Holding its lock: erase its content."""
         os.ftruncate(descriptor, 0)
         self.forget()
         self.id = secrets.token_bytes(8)
@@ -158,7 +157,7 @@ class Segment:
         self.end = HEAD.size
 
     def restarted(self, descriptor: int) -> bool:
-        """Was it cut or begun anew since it was last looked at? It is then looked at from its beginning."""
+        """Whether it was cut or restarted since it was last looked at; reading then starts over."""
         head = os.pread(descriptor, HEAD.size, 0)
         magic, id_ = HEAD.unpack(head) if len(head) == HEAD.size else (b"", b"")
         if magic == MAGIC and id_ == self.id and self.end <= os.fstat(descriptor).st_size:
@@ -169,7 +168,7 @@ class Segment:
         return True
 
     def news(self, descriptor: int) -> Iterator[tuple[Record, Entry]]:
-        """The records that were added since."""
+        """The records added since then."""
         size = os.fstat(descriptor).st_size
         while self.end and self.end + HEADER_BYTES <= size:
             record = Record.unpack(os.pread(descriptor, HEADER_BYTES, self.end))
@@ -178,11 +177,11 @@ class Segment:
             yield record, self.note(record)
 
     def note(self, record: Record) -> Entry:
-        """A record lies at its end."""
+        """Note a record at its end."""
         return self.add(Entry(self, record.key, record.parent_key, self.end, record.size))
 
     def add(self, entry: Entry) -> Entry:
-        """The same record as in another segment lies at its end."""
+        """Note a record at its end that is a copy of another segment's."""
         entry = entry._replace(segment=self, begin=self.end)
         self.end = entry.end
         if entry.key[0] != MODEL:
@@ -192,7 +191,7 @@ class Segment:
         return entry
 
     def append(self, descriptor: int, record: Record, payload) -> Entry:
-        """With its lock: add a record. OSError if there is no room, and then it is as before."""
+        """Holding its lock: add a record. OSError if there is no room; the segment is then unchanged."""
         try:
             write_whole(descriptor, record.pack(), self.end)
             write_whole(descriptor, payload, self.end + HEADER_BYTES)
@@ -202,8 +201,8 @@ class Segment:
         return self.note(record)
 
     def read(self, entry: Entry) -> tuple[Record, memoryview] | None:
-        """What is there: a record whose payload has as many bytes, or None. Whether it is the right one, its
-        key and its checksum say."""
+        """The record at an entry's offset, if its payload has the entry's size, else None. The caller checks
+        its key and checksum."""
         view, done = memoryview(bytearray(HEADER_BYTES + entry.size)), 0
         with self.opened() as descriptor:
             while done < len(view):
@@ -215,7 +214,7 @@ class Segment:
 
 
 def open_file(path: str | Path, writable: bool) -> FileIO:
-    """OSError if it is no file of this user's; nobody waits for a FIFO."""
+    """OSError unless it is a regular file of this user; opening a FIFO does not block."""
     mode, flags = ("r+b", os.O_RDWR) if writable else ("rb", os.O_RDONLY)
     descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
     status = os.fstat(descriptor)
@@ -227,7 +226,7 @@ def open_file(path: str | Path, writable: bool) -> FileIO:
 
 @contextmanager
 def locked(descriptor: int, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock of an open segment; False if somebody else does, who is not waited for."""
+    """Hold the lock of an open segment; yields False, without waiting, if another process holds it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
@@ -239,18 +238,18 @@ def locked(descriptor: int, wait: bool = False) -> Iterator[bool]:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
-def write_whole(descriptor: int, data, place: int):
+def write_whole(descriptor: int, data, offset: int):
     view = memoryview(data).cast("B")
     while len(view):
-        count = os.pwrite(descriptor, view, place)
-        view, place = view[count:], place + count
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
 
 
 # The store: a folder of segments
 
 def check_folder(path: Path) -> Path:
-    """The folder of a store, made if it is missing; only its user may look into it. ConfigError if it cannot
-    be trusted."""
+    """The folder of a store, created if missing, with access for its user only. ConfigError if it cannot be
+    trusted."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
@@ -264,12 +263,12 @@ def check_folder(path: Path) -> Path:
         with suppress(OSError):  # a read-only file system
             path.chmod(0o700)
     if path.stat().st_mode & 0o022:
-        raise ConfigError(f"--prefix-store {path}: other users may write into the folder (chmod 700)")
+        raise ConfigError(f"--prefix-store {path}: other users can write to the folder (chmod 700)")
     return path
 
 
 def segment_paths(folder: Path) -> list[Path]:
-    """Its files. OSError if the folder cannot be read."""
+    """The segment files in a store's folder. OSError if it cannot be read."""
     with os.scandir(folder) as entries:
         return [Path(entry.path) for entry in entries
                 if entry.name.endswith(SUFFIX) and entry.is_file(follow_symlinks=False)]

@@ -1,4 +1,4 @@
-"""stdin, stdout and stderr as a program can use them, whatever it was started with."""
+"""Makes stdin, stdout and stderr usable, whatever the program was started with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chatlm.common.errors import ConfigError
 
 
 class Unfailing(io.TextIOWrapper):
-    """A stream for what may be lost: what a full disk or a reader that is gone does not take is dropped."""
+    """A stream whose output may be lost: on a full disk, or without a reader, it is dropped."""
 
     def write(self, text: str, /) -> int:
         with suppress(OSError):
@@ -25,8 +25,8 @@ class Unfailing(io.TextIOWrapper):
 
 
 def repair_streams():
-    """Closed ones lead to /dev/null, for a file that is opened later must not take their number; characters
-    that the encoding lacks become `?`; writing to stderr never fails."""
+    """Open closed streams on /dev/null, so that no file opened later gets their number; make characters that
+    the encoding lacks `?`, and writing to stderr never fail."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -42,16 +42,16 @@ def repair_streams():
 
 
 def never_fail(name: str):
-    """Writing to sys.stdout or sys.stderr fails no more: what cannot be written is lost."""
+    """Make writing to sys.stdout or sys.stderr never fail: what cannot be written is lost."""
     stream = getattr(sys, name)
-    if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):  # else it is another's
+    if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):  # not replaced
         encoding = stream.encoding
         setattr(sys, name, Unfailing(stream.detach(), encoding, "replace", line_buffering=True))
 
 
 def lack_of_space(error: BaseException) -> ConfigError | None:
-    """What to tell the operator where stdout could not be written; None for other errors. The rest of what
-    would be written is lost."""
+    """The operator's message if stdout could not be written; None for other errors. The rest of the output
+    is lost."""
     number = getattr(error, "errno", None)
     if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         return None

@@ -1,8 +1,8 @@
-"""Tiers: the segments that share one limit of bytes, in memory or in a store, and which record lies where.
+"""Tiers: segments that share one limit of bytes, in memory or in a store, and the location of each record.
 
-The chains of all segments form a forest: a segment hangs on the page that its first record continues. Where
-there is no room, ends of chains go, the least recently used first: of a segment, what lies behind the last
-page on which another segment hangs. So no page of the chain that was used last goes before all others."""
+The chains of all segments form a forest: a segment hangs on the page that its first record continues. To make
+room, ends of chains are cut, the least recently used first: in a segment, everything after the last page on
+which another segment hangs. So the most recently used chain loses pages only after all others."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from chatlm.common.segments import (
 class Tier:
     """Segments, and an index of their records. Each process has its own view of them, which `look` renews."""
 
-    SHARE = 64  # of the limit, goes at a time: as much is cut from the end of one segment
+    SHARE = 64  # 1/SHARE of the limit is cut from the end of a segment at a time
 
     def __init__(self, limit: int, segment_bytes: int, most_segments: int, elsewhere: Container[bytes] = ()):
-        """elsewhere: keys of records that lie in another tier too, and may go from this one in any order."""
+        """elsewhere: keys of records that another tier also has; they may leave this one in any order."""
         self.limit, self.segment_bytes, self.most_segments = limit, segment_bytes, most_segments
         self.elsewhere = elsewhere
-        self.only: bytes | None = None       # a profile: records of others are not noted
+        self.only: bytes | None = None       # a profile; records of others are ignored
         self.segments: dict[str, Segment] = {}
         self.index: dict[bytes, Entry] = {}
         self.names: dict[bytes, str] = {}    # profile -> name of the model
         self.bytes = 0                       # of all segments
-        self.changing = threading.RLock()    # what is known of segments
+        self.changing = threading.RLock()    # guards all of the above
 
     # looking
 
@@ -47,7 +47,7 @@ class Tier:
         self.look(segment)
 
     def drop(self, segment: Segment):
-        """It is no longer there."""
+        """Remove a segment that is gone."""
         with self.changing:
             self._forget(segment)
             self._resize(segment, 0)
@@ -58,7 +58,7 @@ class Tier:
             self.look(segment)
 
     def look_at_folder(self, folder: Path):
-        """Look at the segments in a folder, as far as they may be read. OSError if it cannot be read."""
+        """Look at a folder's segments, skipping unreadable ones. OSError if the folder cannot be read."""
         paths = {path.name: path for path in segment_paths(folder)}
         for name in self.segments.keys() - paths.keys():
             self.drop(self.segments[name])
@@ -70,11 +70,11 @@ class Tier:
                     self.add(Segment(path, name))
 
     def look(self, segment: Segment):
-        """Note what others have changed in a segment. OSError if it is gone."""
+        """Note what other processes changed in a segment. OSError if it is gone."""
         with self.changing:
             status = os.fstat(segment.file.fileno()) if segment.file else os.stat(segment.path)
             if (status.st_size, status.st_mtime_ns) == (segment.size, segment.used_ns) and (
-                    segment.has_its_id):  # within 4 ms it may have been filled anew
+                    segment.has_its_id):  # it may have been refilled within 4 ms
                 return
             self._resize(segment, status.st_size)
             segment.used_ns, before = status.st_mtime_ns, segment.entries
@@ -102,7 +102,7 @@ class Tier:
     # writing
 
     def continued_by(self, record: Record, size: int) -> Segment | None:
-        """The segment to which so many bytes, of which the first are this record, may be appended."""
+        """The segment to which `size` bytes that start with this record may be appended."""
         entry = self.index.get(record.parent_key)
         if entry and entry.segment.continues(record) and entry.segment.end + size <= self.segment_bytes:
             return entry.segment
@@ -110,12 +110,12 @@ class Tier:
 
     @property
     def empty(self) -> list[Segment]:
-        """Those in memory that have no record."""
+        """The segments in memory without records."""
         return [segment for segment in self.segments.values() if segment.file and not segment.entries]
 
     @contextmanager
     def writing(self, segment: Segment, record: Record) -> Iterator[int | None]:
-        """A segment's descriptor, as its only writer, who may append a record; None if that cannot be."""
+        """Yields a segment's descriptor, to append a record as its only writer; None if impossible."""
         with self.changing, segment.opened(writable=True) as descriptor, locked(descriptor) as mine:
             with suppress(FileNotFoundError):
                 self.look(segment)
@@ -126,7 +126,7 @@ class Tier:
                         data = model_record(record.profile, name)
                         write_whole(descriptor, data, segment.end)
                         segment.end += len(data)
-                elif mine and segment.size > segment.end:  # what is behind was never whole
+                elif mine and segment.size > segment.end:  # a record that was never completed
                     os.ftruncate(descriptor, segment.end)
                 try:
                     yield descriptor if mine else None
@@ -139,7 +139,7 @@ class Tier:
             yield None
 
     def append(self, record: Record, payload) -> bool:
-        """Add a record in memory. False if there is no room. OSError if the system has none."""
+        """Add a record in memory. False if there is no room; OSError if the system has no memory."""
         size = HEADER_BYTES + len(payload)
         onto = self.continued_by(record, size)
         if not self.make_room(size, record, onto):
@@ -156,13 +156,13 @@ class Tier:
     # making room
 
     def make_room(self, needed: int, record: Record | None = None, onto: Segment | None = None) -> bool:
-        """Have room for so many bytes, of which a record is the first, in a segment or a new one. The chain
-        that they continue stays."""
+        """Make room for `needed` bytes that start with a record, in the segment `onto` or a new one, without
+        cutting the chain that they continue. False if that is impossible."""
         with self.changing:
             crowded = record is not None and onto is None and self._used >= self.most_segments
             if self.bytes + needed <= self.limit and not crowded:
                 return True
-            # what hangs on a segment, and on how much of it; None is the record
+            # segment -> the segments that hang on it, and up to where each needs it; None is the record
             hanging: dict[Segment, dict[Segment | None, int]] = {}
             for segment in self.segments.values():
                 if on := self.index.get(segment.parent):
@@ -182,7 +182,7 @@ class Tier:
                 wanted = max(missing, self.limit // self.SHARE, segment.size if crowded and not floor else 0)
                 if self._cut(segment, floor, wanted) and not segment.entries:
                     crowded = False
-                    if on:  # the one that it hung on may end there now
+                    if on:  # the segment that it hung on may be cut further now
                         hanging[on.segment].pop(segment)
                         heapq.heappush(queue, (on.segment.used_ns, on.segment.name))
             self._empty_stored(needed, onto)
@@ -194,20 +194,20 @@ class Tier:
                    for segment in self.segments.values())
 
     def _empty_stored(self, needed: int, spared: Segment | None):
-        """Where a single chain has no room, its beginning may go, if that lies elsewhere too."""
-        for segment in sorted(self.segments.values(), key=lambda its: its.used_ns):
+        """If one chain alone exceeds the limit, its beginning may go, if another tier has it too."""
+        for segment in sorted(self.segments.values(), key=lambda segment: segment.used_ns):
             if (self.bytes + needed > self.limit and segment is not spared and segment.entries
                     and all(entry.key in self.elsewhere for entry in segment.entries)):
                 self._cut(segment, 0, segment.size)
 
     def _cut(self, segment: Segment, floor: int, wanted: int) -> bool:
-        """Cut so many bytes from the end of a segment, but nothing before `floor`, unless others write it."""
+        """Cut `wanted` bytes from a segment's end, none before `floor`, unless another process writes it."""
         ends = [entry.begin for entry in segment.entries if entry.begin <= segment.size - wanted]
         return self.cut(segment, max([floor, *ends[-1:]]), segment.used_ns)
 
     def cut(self, segment: Segment, end: int, used_ns: int | None = None) -> bool:
-        """Cut a segment where a record ends; without any left, its file goes, or in memory what is in it.
-        False if that cannot be, or it was used since `used_ns`."""
+        """Cut a segment at the end of a record; if none is left, delete its file, or empty it in memory.
+        False if that is impossible, or it was used since `used_ns`."""
         with self.changing, suppress(OSError), segment.opened(writable=True) as descriptor, locked(
                 descriptor) as mine:
             if not mine:
@@ -229,15 +229,15 @@ class Tier:
                 return True
             write_whole(descriptor, HEAD.pack(MAGIC, secrets.token_bytes(8)), 0)
             os.ftruncate(descriptor, end)
-            os.utime(descriptor, ns=(segment.used_ns, segment.used_ns))  # it was not used for that
+            os.utime(descriptor, ns=(segment.used_ns, segment.used_ns))  # cutting is not use
             self.look(segment)
             return True
         return False
 
 
 def prune(folder: Path, most_bytes: int) -> int:
-    """Delete what was used least recently and is not being written until the segments of a store have at most
-    so many bytes; returns how many were deleted. OSError if it cannot be read."""
+    """Delete the least recently used segments of a store, except those being written, until `most_bytes` are
+    left; returns how many were deleted. OSError if it cannot be read."""
     tier = Tier(most_bytes, 0, 1 << 30)
     tier.look_at_folder(folder)
     before = len(tier.segments)
@@ -246,7 +246,7 @@ def prune(folder: Path, most_bytes: int) -> int:
 
 
 def listed_store(folder: Path, most_bytes: int | None = None) -> list[str]:
-    """What lies in a store, in lines; before that it is pruned to so many bytes, if told. ConfigError if it
+    """Lines that list a store's contents, after pruning it to `most_bytes`, if given. ConfigError if it
     cannot be read."""
     tier, pages, states, sizes, used_s = Tier(0, 0, 0), Counter(), Counter(), Counter(), {}
     try:

@@ -1,5 +1,5 @@
-"""The decode_core that a bundle carries. Python reads its modules from the bundle, but the system loads a
-compiled library from a file only: it is unpacked once, into the user's cache."""
+"""The decode_core in a bundle. Python reads its modules from the bundle, but the system loads a compiled
+library only from a file: it is unpacked once, into the user's cache."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from typing import NamedTuple
 
 from chatlm.common.program import program_root
 
-FOLDER = "core"              # of the bundle: the package decode_core, and what it was made for
+FOLDER = "core"              # of the bundle: the package decode_core, and its platform and seam
 ABOUT = f"{FOLDER}/about.json"
-UNUSED_S = 30 * 86400        # then an unpacked library is removed when another one comes
-# A library loads only there: the system, the processor, and the Python
+UNUSED_S = 30 * 86400        # an older unpacked library is removed when a new one is unpacked
+# A library loads only on this system, processor and Python
 PLATFORM = " ".join((os.uname().sysname, os.uname().machine,
                      importlib.machinery.EXTENSION_SUFFIXES[0].strip(".").partition(".")[0]))
 
 
 class AboutCore(NamedTuple):
-    """What a bundle says of its core, so that nothing need be loaded to see whether it fits."""
+    """A bundle's description of its core: whether it fits is known without loading anything."""
 
     library: str             # the compiled half: its name in the bundle
     sha256: str
@@ -41,16 +41,16 @@ class AboutCore(NamedTuple):
 
 
 class UnfitCore(Exception):
-    """Why the bundle's core is not used, as the end of a sentence about it."""
+    """Why the bundle's core is not used; completes a sentence about it."""
 
 
 def about_core(bundle: zipfile.ZipFile) -> AboutCore | None:
-    """What the bundle says of its core; None if it has none."""
+    """The bundle's description of its core; None if it has none."""
     return AboutCore(*json.loads(bundle.read(ABOUT))) if ABOUT in bundle.namelist() else None
 
 
 def load_bundled_core(seam: str):
-    """Import the decode_core of the bundle that runs; None if that has none. UnfitCore: it cannot be used."""
+    """Import the running bundle's decode_core; None if it has none. UnfitCore if it cannot be used."""
     root = program_root()
     if not root.is_file():
         return None
@@ -65,13 +65,13 @@ def load_bundled_core(seam: str):
             return load_anywhere(root, about, lambda: bundle.read(about.library))
     except UnfitCore:
         raise
-    except Exception as error:  # whatever zipfile, zlib, json and the system say of damaged files
+    except Exception as error:  # whatever zipfile, zlib, json and the system raise for damaged files
         raise UnfitCore(f"cannot be read ({type(error).__name__}: {error}); copy the bundle again") from None
 
 
 def load_anywhere(root: Path, about: AboutCore, read: Callable[[], bytes]):
-    """Import the core with its library from the cache; from a private folder, which goes at once, where the
-    cache cannot be written, may be written by others, or where nothing may be executed in it."""
+    """Import the core with its library from the cache; or from a private folder, deleted at once, if the
+    cache cannot be written, is writable by others, or does not allow executables."""
     reasons = {}
     for open_library in (cached_library, private_library):
         try:
@@ -83,7 +83,7 @@ def load_anywhere(root: Path, about: AboutCore, read: Callable[[], bytes]):
 
 
 def import_core(library: Path, modules: str):
-    """Import the package decode_core from the archive `modules`, its compiled half from a file.
+    """Import the package decode_core from the archive `modules`, and its compiled half from a file.
 
     Loaded first, the library is what `import decode_core._core` finds."""
     name = "decode_core._core"
@@ -104,7 +104,7 @@ def import_core(library: Path, modules: str):
 
 @contextmanager
 def cached_library(about: AboutCore, read: Callable[[], bytes]) -> Iterator[Path]:
-    """The library in the cache, of which its SHA-256 is checked each time, and whether only we can change it.
+    """The library in the cache. Each time, we check its SHA-256, and that nobody else can change it.
 
     Processes that start together may each write it: the last rename wins, with the same bytes."""
     folder = cache_folder() / about.sha256
@@ -127,8 +127,8 @@ def cached_library(about: AboutCore, read: Callable[[], bytes]) -> Iterator[Path
 
 @contextmanager
 def private_library(about: AboutCore, read: Callable[[], bytes]) -> Iterator[Path]:
-    """The library in a folder of this process. Once loaded it needs no file, so none is left, however the
-    process ends."""
+    """The library in this process's own folder. Once loaded it needs no file, so none is left behind, however
+    the process ends."""
     with tempfile.TemporaryDirectory(prefix="chat_server-") as folder:
         path = Path(folder, Path(about.library).name)
         write_library(path, about, read)
@@ -145,14 +145,14 @@ def cache_folder() -> Path:
 
 def check_ours(status: os.stat_result, path: Path):
     if status.st_uid != os.geteuid() or stat.S_ISLNK(status.st_mode) or status.st_mode & 0o022:
-        raise PermissionError(f"{path} belongs to another user, or others may write there")
+        raise PermissionError(f"{path} belongs to another user, or others can write to it")
 
 
 def check_library(path: Path, about: AboutCore):
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         check_ours(status := os.fstat(file.fileno()), path)
         if not stat.S_ISREG(status.st_mode):  # a pipe would wait for a writer, a device may never end
-            raise OSError(f"{path} is no regular file")
+            raise OSError(f"{path} is not a regular file")
         check_digest(file.read(), about)
 
 
@@ -168,7 +168,7 @@ def write_library(path: Path, about: AboutCore, read: Callable[[], bytes]):
 
 
 def remove_unused(folder: Path):
-    """Remove the libraries of other versions. One that still runs is in memory, and comes back if needed."""
+    """Remove the libraries of other versions. One in use stays in memory, and is unpacked again if needed."""
     with suppress(OSError):
         for other in folder.parent.iterdir():
             if other != folder and other.lstat().st_mtime < time.time() - UNUSED_S:

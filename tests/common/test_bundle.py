@@ -173,8 +173,8 @@ def test_a_core_of_another_seam_is_not_bundled(monkeypatch):
 
 
 @pytest.mark.parametrize("target, words", [
-    ("missing/x.pyz", "there is no folder"), ("/proc/x.pyz", "No such file"), ("model.gguf", "exists and is no bundle"),
-    ("folder", "exists and is no bundle"), ("/dev/null", "exists and is no bundle"), ("x" * 300, "name too long")])
+    ("missing/x.pyz", "there is no folder"), ("/proc/x.pyz", "No such file"), ("model.gguf", "exists and is not a bundle"),
+    ("folder", "exists and is not a bundle"), ("/dev/null", "exists and is not a bundle"), ("x" * 300, "name too long")])
 def test_a_file_that_cannot_be_written_or_is_something_else_is_one_line(target, words, tmp_path):
     (tmp_path / "model.gguf").write_text("GGUF")
     (tmp_path / "folder").mkdir()

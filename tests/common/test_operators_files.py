@@ -82,10 +82,10 @@ def test_a_long_or_impossible_name_in_a_config_file_is_refused_too(tmp_path):
     for line in (f"models = '{'x' * 5000}'", f"model = '{'x' * 5000}'", f"[[models]]\npath = '{'x' * 5000}'", f"[[models]]\npath = 'a'\nlora = '{'x' * 5000}'",
                  'watch = "a\\u0000b"', 'model = "a\\u0000b"', f"adapter = {{one = '{'x' * 5000}'}}"):
         (tmp_path / "c.toml").write_text(line)
-        with pytest.raises(ConfigError, match="is no name of a file"):
+        with pytest.raises(ConfigError, match="is not a file name"):
             parse_command_line(["--config", str(tmp_path / "c.toml")], {})
     for variable in ("CONFIG", "MODEL", "MODELS", "API_KEY_FILE", "WATCH_TEXT"):
-        with pytest.raises(ConfigError, match="is no name of a file|File name too long"):
+        with pytest.raises(ConfigError, match="is not a file name|File name too long"):
             parse_command_line(["serve"], {f"CHAT_SERVER_{variable}": "x" * 5000})
 
 

@@ -1,1 +1,1 @@
-"""Starting our own processes and connecting with them: socket pairs here, TCP under torchrun and on Ray."""
+"""Starting our own processes and connecting to them: socket pairs here, TCP under torchrun and on Ray."""

@@ -1,4 +1,4 @@
-"""TCP between our processes on several machines: both ends prove to know a secret."""
+"""TCP between our processes on several machines: both ends prove that they know a secret."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 def tls_context(folder: str | None, server: bool) -> ssl.SSLContext | None:
-    """--ray-tls: each side shows its certificate, and must have one of the folder's authority."""
+    """--ray-tls: each side must present a certificate issued by the folder's authority."""
     if not folder:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version, context.check_hostname = ssl.TLSVersion.TLSv1_3, False  # nodes have addresses
+    context.minimum_version, context.check_hostname = ssl.TLSVersion.TLSv1_3, False  # nodes have no names
     context.verify_mode = ssl.CERT_REQUIRED
     if server:
-        context.num_tickets = 0  # else the worker could find bytes to read that are no message
+        context.num_tickets = 0  # otherwise the worker could read bytes that are not a message
     try:
         context.load_verify_locations(Path(folder, "ca.pem"))
         context.load_cert_chain(Path(folder, "cert.pem"), Path(folder, "key.pem"))
@@ -40,20 +40,20 @@ def tls_context(folder: str | None, server: bool) -> ssl.SSLContext | None:
     return context
 
 
-TRANSIT_BYTES = 1 << 17  # of a worker's messages in each socket; by default megabytes would wait there
+TRANSIT_BYTES = 1 << 17  # of a worker's messages in each socket; megabytes could queue there by default
 
 
 def proof(secret: bytes, side: str, nonces: bytes | bytearray) -> bytes:
-    """Shows that a side of a connection knows the secret; good for these nonces (32 bytes of each side)."""
+    """Proves that a side of a connection knows the secret, for these nonces (32 bytes from each side)."""
     return hmac.digest(secret, side.encode() + nonces, "sha256")
 
 
 def admit_front(where: str) -> socket.socket:
-    """A worker on another machine: listen, tell port and secret on stdout, and return the connection of the
-    first that knows the secret."""
+    """In a worker on another machine: listen, print port and secret to stdout, and return the first
+    connection that knows the secret."""
     host, _, folder = where.partition(",")
     secret, context, calm = secrets.token_bytes(32), tls_context(folder, True), CalmLog()
-    log.addHandler(calm)  # for as long as anybody can connect: the front's settings have not come yet
+    log.addHandler(calm)  # while anybody can connect: the front's settings have not arrived yet
     try:
         with listen(host) as listener, Door(listener, secret, context) as door:
             print(json.dumps([listener.getsockname()[1], secret.hex()]), flush=True)
@@ -63,35 +63,35 @@ def admit_front(where: str) -> socket.socket:
     finally:
         log.removeHandler(calm)
         calm.close()
-    raise SystemExit("the front did not come within a minute")
+    raise SystemExit("the front did not connect within a minute")
 
 
 def listen(host: str) -> socket.socket:
-    """A listening socket with any free port."""
+    """A listening socket on any free port."""
     return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
 class Newcomer(NamedTuple):
-    """Who has connected, and has not proven yet to know the secret."""
+    """A peer that has connected but not yet proven that it knows the secret."""
 
-    proof: Generator[None, None, Any]  # goes on when bytes have come; returns the first message
+    proof: Generator[None, None, Any]  # continues when bytes arrive; returns the first message
     host: str
     deadline_s: float
 
 
 class Door:
-    """Where processes come in that know a secret: a listening socket, and those who are still proving it.
+    """Admits processes that know a secret: a listening socket, and the peers still proving it.
 
-    They prove it side by side, each with one deadline for all of it, so that nobody keeps others waiting by
-    sending nothing, or a byte now and then. Where they crowd, the address with the most gives up its oldest.
-    Nothing has been decoded of what came from those who are not admitted."""
+    They prove it concurrently, each with one deadline for the whole proof, so that no peer delays others by
+    sending nothing, or a byte now and then. If there are too many, the address with the most loses its
+    oldest. Nothing from peers that are not admitted is decoded."""
 
     PROOF_S, MOST = 5.0, 256
 
     def __init__(self, listener: socket.socket, secret: bytes, context: ssl.SSLContext | None = None,
                  first: Pipe | None = None):
         self.listener, self.secret, self.context = listener, secret, context
-        self.first = first  # of this pipe a message has to follow the proof, within the same time
+        self.first = first  # a message of this pipe must follow the proof, within the same time
         self.newcomers: dict[socket.socket, Newcomer] = {}  # the oldest first
         self.selector = selectors.DefaultSelector()
         listener.setblocking(False)
@@ -106,7 +106,7 @@ class Door:
         self.selector.close()
 
     def admit(self, wait_s: float) -> tuple[socket.socket, Any] | None:
-        """The next who has proven it, with its first message, if somebody does so within `wait_s`."""
+        """The next peer to prove it, with its first message; None if none does within `wait_s`."""
         end_s = time.monotonic() + wait_s
         while (now_s := time.monotonic()) < end_s:
             until_s = min([end_s, *(newcomer.deadline_s for newcomer in self.newcomers.values())])
@@ -122,12 +122,12 @@ class Door:
     def _welcome(self) -> socket.socket | None:
         try:
             connection, (host, *_) = self.listener.accept()
-        except OSError:  # it has left again
+        except OSError:  # it has already left
             return None
         if len(self.newcomers) >= self.MOST:
             [(crowd, _)] = Counter(newcomer.host for newcomer in self.newcomers.values()).most_common(1)
             oldest = next(peer for peer, newcomer in self.newcomers.items() if newcomer.host == crowd)
-            self._refuse(oldest, "a crowd")
+            self._refuse(oldest, "too many connections")
         try:
             watch_peer(connection)
             connection.setblocking(False)
@@ -143,7 +143,7 @@ class Door:
         return connection
 
     def _hear(self, connection: socket.socket) -> tuple[socket.socket, Any] | None:
-        """Go on with its proof; what `admit` returns, once that is complete."""
+        """Continue a peer's proof; returns the result of `admit` once it is complete."""
         try:
             next(self.newcomers[connection].proof)
         except StopIteration as end:
@@ -180,7 +180,7 @@ class Door:
 
 
 def patiently(read: Callable[[], Any]) -> Generator[None, None, Any]:
-    """What `read` returns once all bytes that it needs have come; yields until then."""
+    """Returns the result of `read` once all the bytes that it needs have arrived; yields until then."""
     while True:
         try:
             return read()
@@ -198,7 +198,7 @@ def receive_patiently(connection: socket.socket, size: int) -> Generator[None, N
 
 
 def dial(host: str, port: int, secret: bytes) -> socket.socket:
-    """A connection to the Door of a process that knows the secret too."""
+    """A connection to the Door of a process that also knows the secret."""
     deadline_s = time.monotonic() + 20
     connection = socket.create_connection((host, port), timeout=20)
     try:
@@ -217,12 +217,12 @@ def dial(host: str, port: int, secret: bytes) -> socket.socket:
 
 
 def watch_peer(connection: socket.socket):
-    """Send small messages at once, and notice that the other machine is gone: within 30 s, or within
-    minutes while it has not acknowledged what was sent. One that is slow to read does not either."""
+    """Send small messages at once, and detect that the other machine is gone: within 30 s, or within minutes
+    while sent data is unacknowledged, as it also is by a slow reader."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4),
                         ("TCP_USER_TIMEOUT", 300_000)):
-        if hasattr(socket, name):  # not all systems have all
+        if hasattr(socket, name):  # some systems lack some
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
@@ -236,7 +236,7 @@ def has_hung_up(connection: socket.socket) -> bool:
 
 
 def address_towards(host: str, port: int) -> str:
-    """This machine's address on the way to another."""
+    """The address that this machine uses to reach another."""
     with socket.socket(socket.getaddrinfo(host, port)[0][0], socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))
         return probe.getsockname()[0]

@@ -1,4 +1,4 @@
-"""The Ray process: starts workers on a cluster and tells the front how they are."""
+"""The Ray process: starts workers on a cluster and reports their state to the front."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def replica_actor() -> type:
-    """The class of the actors. Ray sends it by value, so that a node needs Ray and the model's libraries, but
-    no copy of the program: hence the imports inside."""
+    """The actors' class. Ray sends it by value, so that a node needs Ray and the model's libraries, but no
+    copy of the program: hence the imports inside."""
     class Replica:
         def __init__(self, program: bytes, code: str, tls: str):
             import contextlib
@@ -39,11 +39,11 @@ def replica_actor() -> type:
             import ray  # pyright: ignore[reportMissingImports]  on nodes of Ray
             self.host = getattr(ray, "util").get_node_ip_address()
             home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-            # one folder for each version, used again: an actor that is killed could not remove its own
+            # one folder per version, reused: a killed actor could not remove its own
             folders = pathlib.Path(home, "chat_server", "ray").expanduser()
             folder = folders / hashlib.sha256(program).hexdigest()[:16]
             folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(OSError):  # another actor may remove the same
+            with contextlib.suppress(OSError):  # another actor may be removing it
                 for old in folders.iterdir():
                     if old != folder and old.stat().st_mtime < time.time() - 7 * 86400:
                         shutil.rmtree(old, ignore_errors=True)
@@ -57,7 +57,7 @@ def replica_actor() -> type:
             assert self.process.stdout
             self.port, self.secret = json.loads(self.process.stdout.readline())
 
-            def end():  # nobody else ends a detached actor
+            def end():  # nothing else ends a detached actor
                 self.process.wait()
                 time.sleep(5)
                 os._exit(0)
@@ -72,7 +72,7 @@ def replica_actor() -> type:
 
 
 def ray_main(arguments: Seq[str]) -> int:
-    """The role `ray FD PARENT`: start workers on a Ray cluster and tell the front how they are.
+    """The role `ray FD PARENT`: start workers on a Ray cluster and report their state to the front.
 
     It is a process of its own because Ray ends processes that have lost the cluster's head; the front and its
     connections must outlive that. The actors are detached for the same reason, and end with their workers."""
@@ -84,13 +84,13 @@ def ray_main(arguments: Seq[str]) -> int:
         ray.init(config.address, namespace="chat_server", log_to_driver=False, logging_level=logging.ERROR)
         RayCluster(ray, channel, config.tls).run()
     except Exception as error:
-        with suppress(OSError):  # the front may be what is gone
+        with suppress(OSError):  # the front itself may be gone
             channel.send(Unusable(f"--ray-address {config.address}: {str(error).strip() or named(error)}"))
     return 1
 
 
 class RayCluster:
-    """In the Ray process: what the front wants of the cluster."""
+    """In the Ray process: carries out the front's requests to the cluster."""
 
     def __init__(self, ray, channel: Channel, tls: str):
         self.ray, self.channel, self.tls, self.listed_s = ray, channel, tls, 0.0

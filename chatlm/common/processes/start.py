@@ -1,4 +1,4 @@
-"""Starting our other processes by role, and connections that admit who knows a secret."""
+"""Starting our other processes by role, and what each of them does first."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def threads_per_worker(workers: int) -> int:
     return max(1, int(min(physical_cores(cpus), cpu_quota())) // workers)
 
 
-NICENESS = "CHAT_SERVER_NICENESS"  # of a process that we start, and of those that it starts
+NICENESS = "CHAT_SERVER_NICENESS"  # inherited by the processes that we start
 
 
 def process_environment(threads: int, nice: int | None = None) -> dict[str, str]:
@@ -65,11 +65,11 @@ def die_with_parent(parent: int):
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent died before the call above
+    if os.getppid() != parent:  # the parent had died before the call above
         os._exit(1)
 
 
-# What our other processes run: the module and its function. By name, so that neither house imports the other.
+# The module and function that each of our other processes runs; by name, so that no house imports another.
 ROLES = {
     "worker": "chatlm.worker.entry:worker_role",
     "rank": "chatlm.worker.entry:rank_role",
@@ -83,8 +83,8 @@ ROLES = {
 
 # Their command: `python -c PROCESS_CODE ROOT ROLE ARGUMENTS`. The root of the program, a folder or a bundle,
 # replaces the current folder in sys.path, so that modules there cannot shadow anything. The root of an
-# installation stays in its place: other packages there must not shadow Python's own. A worker maps torch's
-# largest library (0.3 s) meanwhile.
+# installation keeps its position: other packages there must not shadow Python's own. Meanwhile, a worker maps
+# torch's largest library (0.3 s).
 PROCESS_CODE = """
 import sys
 root = sys.argv.pop(1)
@@ -114,10 +114,11 @@ def run_role(role: str, *arguments: str) -> int:
 
 
 def join_parent(arguments: Seq[str], pipe: Pipe) -> Channel:
-    """The first thing a child process does: ignore signals, which are for the front, be as nice as it is to
-    be, and die when the front dies.
+    """A child process's first step: ignore signals, which are for the front, set its niceness, and die when
+    the front dies.
 
-    Its arguments: the descriptor of its end of the pipe, or where to listen for the front; its parent."""
+    arguments: the descriptor of its end of the pipe, or the address where to listen for the front; the
+    parent's process id."""
     descriptor, parent = arguments
     for stop in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd signals the whole group
         signal.signal(stop, signal.SIG_IGN)
@@ -138,7 +139,7 @@ def exit_in_words(status: int | None) -> str:
 
 
 def check_nice(nice: int):
-    """ConfigError if our processes may not have this niceness."""
+    """ConfigError if our processes are not allowed this niceness."""
     now = os.getpriority(os.PRIO_PROCESS, 0)
     if nice >= now:
         return
@@ -151,8 +152,8 @@ def check_nice(nice: int):
 
 
 def share_niceness():
-    """Make the session of one of our processes as nice as the process. Linux first divides the processor
-    among sessions (sched(7), autogroups), and each of ours has its own."""
+    """Give this process's session the niceness of the process. Linux first divides the processor among
+    sessions (sched(7), autogroups), and each of our processes has its own."""
     nice = os.getpriority(os.PRIO_PROCESS, 0)
     if nice > 0:
         with suppress(OSError):  # no such file: not Linux, or without this feature
@@ -160,8 +161,8 @@ def share_niceness():
 
 
 def patient(seconds: float, nice: int | None = None) -> float:
-    """A time limit for another of our processes, of this niceness or of ours. Beside a program that takes
-    all it can, each step of niceness leaves it 1.25 times less of the processor."""
+    """A time limit for another of our processes, with this niceness or ours. Next to a program that uses all
+    of the processor, each step of niceness leaves it 1.25 times less."""
     return seconds * 1.25 ** max(os.getpriority(os.PRIO_PROCESS, 0) if nice is None else nice, 0)
 
 

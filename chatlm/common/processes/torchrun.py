@@ -1,4 +1,4 @@
-"""Processes that torchrun started: which rank each is, and how they meet."""
+"""Processes started by torchrun: the rank of each, and how they connect."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Torchrun(NamedTuple):
-    """What torchrun tells a process: which of a replica's ranks it is, and where all of them meet."""
+    """What torchrun passes to a process: its rank in the replica, and the address where all ranks meet."""
 
     rank: int
     local_rank: int
@@ -41,7 +41,7 @@ class Torchrun(NamedTuple):
 
 
 def torchrun(settings: Settings) -> Torchrun | None:
-    """How torchrun started this process, as one rank of a replica; None if it did not."""
+    """torchrun's variables, if it started this process as one rank of a replica; else None."""
     ranks, count = ranks_per_replica(settings), os.environ.get("WORLD_SIZE", "1")
     elastic, wanted = "TORCHELASTIC_RUN_ID", [name.upper() for name in Torchrun._fields]
     if settings.url or count == "1" or ranks == 1 and elastic not in os.environ:
@@ -68,7 +68,7 @@ def ranks_here(settings: Settings) -> int:
 
 @wire_message(1 << 10)
 class RankArrival:
-    """A rank that torchrun started to rank 0, first: where it is."""
+    """The first message from a rank started by torchrun to rank 0: its location."""
 
     rank: int
     host: str
@@ -82,12 +82,12 @@ class RankArrival:
             raise TypeError("not all of rank, local_rank and threads are integers")
 
 
-ARRIVAL_PIPE = Pipe(RankArrival)  # what comes before a RankConfig; afterwards it is a RANK_PIPE
+ARRIVAL_PIPE = Pipe(RankArrival)  # until the RankConfig; then it is a RANK_PIPE
 
 
 class RankStore:
     """torchrun's store, where the ranks of a replica find each other. `life` counts the workers so far: each
-    has keys of its own, and a new secret."""
+    has its own keys and a new secret."""
 
     def __init__(self):
         distributed = importlib.import_module("torch.distributed")
@@ -109,8 +109,8 @@ class RankStore:
         return json.loads(self.store.get(key) if self.store.check([key]) else "null")
 
     def wait(self, life: int, look: Callable[[], Any], say: Callable[[], Any] = lambda: None):
-        """What `look`, which may wait a moment, returns once that is not None. EOFError if another life has
-        begun."""
+        """The first result of `look`, which may wait a moment, that is not None. EOFError if another life
+        has begun."""
         while (result := look()) is None:
             if self.life != life:
                 raise EOFError("rank 0 has ended")
@@ -126,8 +126,8 @@ def same_on_all_nodes(settings: Settings) -> str:
 
 
 def serve_rank(settings: Settings, start: Torchrun) -> int:
-    """A process of torchrun's that is not rank 0: be this rank for one worker after another, each time in a
-    process of its own, until the front ends. Returns its exit status."""
+    """In a process of torchrun that is not rank 0: act as this rank for one worker after another, each time
+    in a new process, until the front ends. Returns the front's exit status."""
     life, problem = 0, None
     if os.environ.get("GROUP_RANK") == "0":  # torchrun also signals the front, which ends after its answers
         for ending in (signal.SIGINT, signal.SIGTERM):
@@ -135,7 +135,7 @@ def serve_rank(settings: Settings, start: Torchrun) -> int:
     try:
         store = RankStore()
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        over = store.look("over") if again else None  # of the front before; the first one's may have ended
+        over = store.look("over") if again else None  # the previous front's, which may have ended
         while (ended := store.look("over")) == over:
             if (coming := store.life) != life and store.look(f"{coming}/0"):
                 try:
@@ -143,20 +143,20 @@ def serve_rank(settings: Settings, start: Torchrun) -> int:
                     life, problem = coming, None
                 except (EOFError, OSError) as error:  # rank 0 may have ended: wait for the next one
                     if problem != (problem := str(error)):
-                        log.warning("rank %d does not reach the others: %s", start.rank, problem)
+                        log.warning("rank %d cannot reach the others: %s", start.rank, problem)
             time.sleep(0.2)
         return ended[1]
     except RuntimeError as error:
-        log.error("torchrun's store on %s:%d is gone, and with it the node of rank 0: %s", start.master_addr,
+        log.error("torchrun's store on %s:%d is gone, so the node of rank 0 is too: %s", start.master_addr,
                   start.master_port, str(error).splitlines()[0])
         return 1
 
 
 def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: int):
-    """Connect with rank 0 and the stages before and after, and compute in another process until it ends."""
+    """Connect to rank 0 and the stages before and after, and compute in another process until it ends."""
     (host, port, secret, theirs), rank = store.look(f"{life}/0"), start.rank
     if theirs != (own := same_on_all_nodes(settings)):
-        raise ConfigError(f"rank 0 has {theirs}, and rank {rank} {own}: all nodes need the same")
+        raise ConfigError(f"rank 0 has {theirs}, but rank {rank} has {own}: all nodes need the same")
     secret, next_rank = bytes.fromhex(secret), rank + settings.tensor_parallel_size
     before = after = None
     with contextlib.ExitStack() as stack:

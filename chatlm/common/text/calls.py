@@ -1,4 +1,4 @@
-"""Calls of functions in an answer's text: in JSON, or with their arguments in tags."""
+"""Function calls in an answer's text: in JSON, or with their arguments in tags."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def typed_value(text: str, types: str) -> str:
 
 
 def in_json_string(text: str) -> bool | None:
-    """Does the text end inside a string of a JSON list or object? None if it does not begin as JSON does."""
+    """Whether the text ends inside a string of a JSON list or object; None if it does not begin like JSON."""
     try:
         json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -38,7 +38,7 @@ def in_json_string(text: str) -> bool | None:
 
 
 def whole_calls(text: str, names: Seq[str]) -> list[tuple[str, str]]:
-    """The names and arguments of the calls that the text is in JSON: one, or a list. [] if it is neither."""
+    """The (name, arguments) of a text that is one call in JSON, or a list of calls; [] if it is neither."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -55,7 +55,7 @@ def whole_calls(text: str, names: Seq[str]) -> list[tuple[str, str]]:
 
 
 class Opening:
-    """Reads how calls begin. What looks like a call but is none stays text."""
+    """Reads the beginnings of calls. What only looks like a call stays text."""
 
     def __init__(self, scanner: Scanner, deltas: Deltas, names: Seq[str]):
         self.scanner, self.deltas, self.names = scanner, deltas, names
@@ -115,8 +115,8 @@ class JsonCalls:
             rf"(?:{'|'.join(name_ends)})\s*(?={{|\Z)")
 
     def read(self, begin: str) -> Iterator[None]:
-        """Read calls up to what ends them, or while there are more; `begin` was before them, or "" if they
-        are the whole answer."""
+        """Read calls up to the marker that ends them, or while more follow; `begin` was before them, or "" if
+        they are the whole answer."""
         scanner, end = self.scanner, self.end if begin else ""
 
         def head(text: str) -> re.Match | bool:
@@ -142,15 +142,15 @@ class JsonCalls:
                 return self.deltas.begin("text")
 
     def _may_be_call(self, text: str) -> bool:
-        """May this text become a call in JSON?"""
+        """Whether this text may become a call in JSON."""
         beginning = self.BEGINNING.fullmatch(text)
         key, quote = beginning.groups() if beginning else ("", "")
         return beginning is not None and (key is None or (
             key in self.KEYS if quote else any(known.startswith(key) for known in self.KEYS)))
 
     def _copy_object(self, write: Callable[[str], None], depth: int, end: str) -> Iterator[None]:
-        """Write text to the end of a JSON object, `depth` brackets from it. A token that ends the call ends
-        even what is not complete."""
+        """Write text up to the end of a JSON object, `depth` brackets away. A token that ends the call also
+        ends an incomplete object."""
         quoted = escaped = False
         while True:
             length = 0
@@ -193,7 +193,7 @@ class TaggedCalls:
         most, end = LIMITS.parameter_characters, re.escape(self.end)
         key = re.escape(scanner.signs(parameter).strip()).replace("\\\n", r"\s*")
         key = key.replace(r"\{name\}", rf"([^<>\ud800-\udfff]{{1,{most}}})")
-        # a value's own line break before it is dropped
+        # the line break before a value is dropped
         own_line = value_end.startswith("\n")
         key += r"(?:\n|(?=[^\n]))" if own_line else ""
         value_end = scanner.signs(value_end).strip()

@@ -1,4 +1,4 @@
-"""How families of models mark reasoning and write calls of functions: a row of CALL_FORMATS each."""
+"""How model families mark reasoning and write function calls: a row of CALL_FORMATS each."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
             ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|channel>", "<channel|>"))
-HEADINGS = {"<|channel>": "thought"}  # what the first line of reasoning is, after its marker
+HEADINGS = {"<|channel>": "thought"}  # the first line of reasoning, after its marker
 HARMONY = tuple(f"<|{name}|>" for name in (
     "start", "channel", "constrain", "message", "end", "return", "call"))
 
 
 class Tags(NamedTuple):
-    """How arguments are written that are no JSON: a parameter after the other, with its {name} in a tag."""
+    """Arguments that are not JSON: one parameter after the other, each with its {name} in a tag."""
 
     parameter: str             # before its value
     value_end: str             # after it
-    loose_lines: bool = False  # may models leave out line breaks? GLM-4.7 writes none
+    loose_lines: bool = False  # models may omit line breaks; GLM-4.7 writes none
 
 
 def described(function: Mapping) -> Mapping:
-    """A function with a description, which a client may leave out."""
+    """A function with a description, which clients may omit."""
     return {"description": "", **function}
 
 
 def typed(function: Mapping) -> Mapping:
-    """A function whose parameters have types, however its schema says them."""
+    """A function whose parameters have types, however its schema expresses them."""
     if not (parameters := function.get("parameters")):
         return function
     return {**function, "parameters": {"type": "object", **plain_schema(parameters, SchemaForms(parameters))}}
@@ -48,7 +48,7 @@ def typed(function: Mapping) -> Mapping:
 
 @dataclass(frozen=True, kw_only=True)
 class CallFormat:
-    """How models of some families write calls of functions.
+    """How the models of some families write function calls.
 
     The grammar that makes a model write calls is built from `call` and `calls`, in which {name}, {quoted},
     {arguments} and {digit} stand for the function's name, its name as a JSON string, its arguments, and any
@@ -61,7 +61,7 @@ class CallFormat:
     marks: tuple[str, ...] = ("", "")   # what begins a call, what ends it, what may enclose all calls
     inside: tuple[str, ...] = ()        # markers in a call
     name_end: str = ""                  # what comes after a name that is not in JSON
-    untagged: bool = False              # may calls be the whole answer, with nothing before them?
+    untagged: bool = False              # calls may be the whole answer, with nothing before them
     tags: Tags | None = None            # if the arguments are not JSON: each in a tag,
     notation: Notation | None = None    # or values in brackets
     thoughts: tuple[str, str] | None = None  # encloses reasoning, where all of an answer is in this format
@@ -78,12 +78,12 @@ class CallFormat:
 
     @property
     def typed(self) -> bool:
-        """Do the readers need the parameters' types and names?"""
+        """Whether the readers need the parameters' types and names."""
         return bool(self.tags or self.notation)
 
     @property
     def lead(self) -> str:
-        """What comes between the marker that begins a call and its name."""
+        """The text between the marker that begins a call and its name."""
         text = self.calls.replace("{calls}", self.call).partition(self.marks[0] or "{calls}")[2]
         return re.split(r'"|\{(?:name|quoted)\}', text)[0].strip()
 
@@ -159,12 +159,11 @@ CALL_FORMATS = {  # a template has the first one that fits
         call='<tool_call>\n{"name": {quoted}, "arguments": {arguments}}\n</tool_call>'),
     "json": CallFormat(  # Llama 3
         marks=("<|python_tag|>", ""), untagged=True, call='{"name": {quoted}, "parameters": {arguments}}')}
-NO_CALLS = CallFormat()  # of a model that cannot chat
-GENERIC_FORMAT = "tagged"  # of calls where the template knows no tools
+NO_CALLS = CallFormat()  # for a model that cannot chat
+GENERIC_FORMAT = "tagged"  # for templates without tools
 
-# Where a marker is a token of the vocabulary, a character of its own, a lone surrogate, stands for that token
-# in the text of an answer: no decoded text has these, so the same marker spelled out in ordinary tokens stays
-# text.
+# If a marker is a token of the vocabulary, a lone surrogate of its own stands for that token in an answer's
+# text: no decoded text contains these, so the same marker spelled out in ordinary tokens stays text.
 MARKS = {name: chr(0xd800 + index) for index, name in enumerate(dict.fromkeys(itertools.chain(
     *THOUGHTS, *(row.markers for row in CALL_FORMATS.values()))))}
 MARKERS = {mark: name for name, mark in MARKS.items()}

@@ -41,7 +41,7 @@ def schema_grammar(schemas: Mapping[str, dict], param: str, start: str,
 
 
 def lark_grammar(grammar: str, param: str) -> str:
-    """The grammar; RequestError if it is too large or no whole Unicode, or nothing can enforce it."""
+    """The grammar; RequestError if it is too large, not valid Unicode, or impossible to enforce."""
     if importlib.util.find_spec("llguidance") is None:
         raise RequestError(
             "this server cannot constrain answers: the Python package llguidance is not installed there",

@@ -1,4 +1,4 @@
-"""Conversations as chat templates take them: how earlier calls and their results look to the model."""
+"""Conversations in the form that chat templates expect: how earlier calls and their results are shown."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ You then get what it returns in <tool_response>. Where no function helps, answer
 
 
 def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: bool = True) -> list[Message]:
-    """A conversation for a template that knows no tools: the system message describes them (the first
-    message, if the model has no system role), and calls and what they return are text in tags."""
+    """A conversation for a template without tools: the system message (or, if the model has no system role,
+    the first message) describes them, and calls and their results are text in tags."""
     turns: list[Message] = []
     for message in messages:
         role, content, more = message.role, message.content, {**(message.more or {})}
@@ -51,7 +51,7 @@ def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: boo
 
 
 def single_calls(dialogue: list[dict]) -> list[dict]:
-    """The same conversation with one call in each message of the assistant, followed by its result."""
+    """The conversation with one call in each assistant message, followed by its result."""
     results = {message["tool_call_id"]: message for message in dialogue if message.get("tool_call_id")}
     split, placed = [], set()
     for message in dialogue:
@@ -89,7 +89,7 @@ def with_tool_responses(dialogue: list[dict], mark: str) -> list[dict]:
 
 
 def object_or_text(text: str):
-    """The object that the text is in JSON, or the text."""
+    """The text parsed as a JSON object, or else the text."""
     with suppress(ValueError, RecursionError):
         if isinstance(value := json.loads(text), dict):
             return value
@@ -107,8 +107,8 @@ def nine_character_ids(dialogue: list[dict]):
         holder[key] = re.sub("[^A-Za-z0-9]", "", holder.get(key) or "")[-9:].rjust(9, "0")
 
 
-# What a row of CALL_FORMATS does with a conversation: changes it in place. `mark` is text that no client can
-# type, to find a place again in the rendered template.
+# The functions of CALL_FORMATS below change a conversation in place. `mark` is text that no client can type,
+# which marks a position in the rendered template.
 
 
 def before_call(mark: str) -> str:
@@ -169,7 +169,7 @@ def calls_as_content(dialogue: list[dict], mark: str):
 
 
 def arguments_of(function: dict, notation: Notation) -> str:
-    """The arguments of an earlier call; a client may send some that are no JSON object."""
+    """The arguments of an earlier call; a client may send ones that are not a JSON object."""
     arguments = function["arguments"]
     return notation.arguments(arguments) if isinstance(arguments, dict) else str(arguments)
 

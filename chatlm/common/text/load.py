@@ -31,8 +31,8 @@ NANOCHAT_CHAT_TOKENS = (
 
 @contextmanager
 def refused_panics():
-    """RequestError for a text at which a tokenizer's regular expressions give up: 1 MB of spaces overflows
-    tiktoken's, and those of `tokenizers` panic, which is no Exception."""
+    """RequestError for text on which a tokenizer's regular expressions fail: 1 MB of spaces overflows
+    tiktoken's, and those of `tokenizers` panic, which is not an Exception."""
     try:
         yield
     except BaseException as error:
@@ -99,7 +99,7 @@ def byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-MOST_GROWTH = 64  # a normalizer may write so many characters for one; Unicode's own forms need 18
+MOST_GROWTH = 64  # characters that a normalizer may write for one; Unicode's own forms need 18
 
 
 def check_growth(part):
@@ -176,7 +176,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def no_space_before(self) -> re.Pattern:
-        """What gets no space before it: a space, and text that is a token by itself."""
+        """Matches what gets no space before it: a space, and text that is a token by itself."""
         return re.compile("|".join(map(re.escape, (" ", "\u2581", *map(bytes.decode, self.added.values())))))
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -225,19 +225,19 @@ class HuggingFaceTokenizer(Tokenizer):
             raise RequestError("messages or tools are nested too deeply", param="messages") from None
 
     def thinking_options(self, options: Mapping) -> dict:
-        """What a request tells the template about thinking: families have different names for it."""
+        """The template's arguments about thinking: families have different names for them."""
         effort, budget, thinks = options.get("reasoning_effort"), options.get("thinking_budget"), {}
         if effort:
             thinks = {"reasoning_effort": self.call_format.efforts.get(effort, effort),
                       "enable_thinking": effort != "none", "thinking": effort != "none"}
-        if budget is not None:  # Seed-OSS tells the model
+        if budget is not None:  # Seed-OSS shows it to the model
             thinks |= {"thinking_budget": budget} | ({} if budget else {"enable_thinking": False,
                                                                         "thinking": False})
         return thinks | dict(options.get("chat_template_kwargs", {}))
 
     def history(self, dialogue: list[dict]) -> list[dict]:
-        """Messages as this template takes them: reasoning under its name, calls as many and with such ids as
-        it accepts."""
+        """Messages as this template expects them: reasoning under its name, and calls in the number and with
+        the ids that it accepts."""
         template = self.spec.chat_template or ""
         if "length != 9" in template:
             nine_character_ids(dialogue)

@@ -188,7 +188,7 @@ def test_a_folder_that_cannot_be_trusted_is_refused(tmp_path):
     assert check_folder(tmp_path / "open").stat().st_mode & 0o777 == 0o700      # it was empty
     (tmp_path / "open/letter.txt").touch()
     (tmp_path / "open").chmod(0o777)
-    with pytest.raises(ConfigError, match="other users may write into the folder"):
+    with pytest.raises(ConfigError, match="other users can write to the folder"):
         check_folder(tmp_path / "open")
     if os.geteuid() == 0:
         os.chown(tmp_path / "open", 12345, -1)

@@ -307,7 +307,7 @@ log.error("once")
     assert len(re.findall(r" line \d+\n", log)) == 10_000 and log.count(" once\n") == 1
     for words in (r"socket\.accept\(\) out of system resource", r"a request from \d+ is not HTTP"):
         written = len(re.findall(rf"^\S+ \S+ {words}$", log, re.MULTILINE))
-        left_out = [int(number) for number in re.findall(rf"(\d+) times more: {words}$", log, re.MULTILINE)]
+        left_out = [int(number) for number in re.findall(rf"(\d+) more times: {words}$", log, re.MULTILINE)]
         assert written + sum(left_out) == 10_000 and len(left_out) <= written < 100
     assert log.count("socket: <fd=7>") == log.count("OSError: [Errno 24]") < 100
 
