@@ -52,5 +52,5 @@ def test_the_flags_routes_and_files_that_it_names_exist():
     for name in re.findall(r"`([a-z_/]+\.py)`", TEXT):
         assert (ROOT / name).exists(), name
     open_ = {route.pattern for route in chat_server.ROUTES if route.open} - {"/", "/static/{name}"}
-    (row,) = re.findall(r"^\| anybody who reaches the port, keys set \| ([^|]+) \|", TEXT, re.MULTILINE)
+    (row,) = re.findall(r"^\| anyone who reaches the port, keys set \| ([^|]+) \|", TEXT, re.MULTILINE)
     assert set(re.findall(r"`([^`]+)`", row)) == open_
