@@ -151,11 +151,11 @@ def build_transformer(
 def layers_of_floats(spec: ModelSpec, kv: KvType) -> str:
     """Which layers stay floats although --kv-cache-dtype is q8_0, in words; "" if none. ConfigError if all
     do."""
-    layers = [its for its in spec.by_layer if its]
-    floats = [its for its in layers if not kv.packs(its)]
+    layers = [attn for attn in spec.by_layer if attn]
+    floats = [attn for attn in layers if not kv.packs(attn)]
     if not kv.packed or not floats:
         return ""
-    sizes = ", ".join(map(str, sorted({size for its in floats for size in kv.unpacked_sizes(its)})))
+    sizes = ", ".join(map(str, sorted({size for attn in floats for size in kv.unpacked_sizes(attn)})))
     rule = "q8_0 needs heads whose size is a power of two, at least 32"
     if len(floats) == len(layers):
         raise ConfigError(f"--kv-cache-dtype q8_0: all layers have heads of {sizes}; {rule}")
@@ -214,7 +214,7 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
     shared, state_bytes = device.type != "cuda", model.spec.state_bytes
     page_bytes = PageLayout.of(groups, model.spec.by_layer, kv).page_bytes
     if shared:
-        each = [its and replace(its, kv_heads=max(its.kv_heads, ranks.tp)) for its in whole.by_layer]
+        each = [attn and replace(attn, kv_heads=max(attn.kv_heads, ranks.tp)) for attn in whole.by_layer]
         together = groups if ranks.stages == 1 else group_layers(each, 0, apart=False, kv=kv)
         page_bytes = PageLayout.of(together, each, kv).page_bytes
         page_bytes, state_bytes = (-(-size * ranks.here // (ranks.tp * ranks.stages))
@@ -223,7 +223,7 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
         model.spec, limits["max_tokens"], limits["max_rows"], torch.float32).values()
     activations = sum(rows * columns * dtype.itemsize for rows, columns, dtype in buffers)
     copies, pool = ranks.here if shared else 1, PagePool(0, groups.windows)
-    token_bytes = kv.unit * sum(kv.slot_size(its) for its in whole.by_layer if its)
+    token_bytes = kv.unit * sum(kv.slot_size(attn) for attn in whole.by_layer if attn)
     shapes = expected_tensors(model.spec)
     floats = any(len(shapes[name]) > 1 and is_float(tensor, shapes[name])
                  for name, tensor in model.tensors.items())

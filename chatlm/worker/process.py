@@ -197,8 +197,8 @@ def kept_bytes(transformer: Transformer, lasting: bool = False) -> int:
     """Bytes that this rank's layers cache per token; `lasting`: once it is outside all windows."""
     kv, layout = transformer.kv, transformer.layout
     return layout.unit * sum(
-        kv.slot_size(its) for l, its in enumerate(transformer.attentions)
-        if its and not (lasting and transformer.groups.windows[layout.group[l]]))
+        kv.slot_size(attn) for l, attn in enumerate(transformer.attentions)
+        if attn and not (lasting and transformer.groups.windows[layout.group[l]]))
 
 
 def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, weights: str,

@@ -258,7 +258,7 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
 
     This is all that decode_core would refuse: tests/worker/model/test_odd_sizes.py tries every dimension."""
     on_gpu = torch.device(device).type != "cpu"
-    most, attentions = MOST_ON_GPU if on_gpu else MOST_ON_CPU, [its for its in spec.by_layer if its]
+    most, attentions = MOST_ON_GPU if on_gpu else MOST_ON_CPU, [attn for attn in spec.by_layer if attn]
     widths = {spec.dense_size, spec.shared_size} | ({spec.ffn_size} if not on_gpu else set())
     features = {
         "norm of all heads together": spec.qk_norm_sizes,
@@ -268,9 +268,9 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
         "scale of queries by their position": spec.q_growth,
         "width that is no multiple of 16": spec.width % 16 and not on_gpu,
         "heads of such a size": any(
-            its.head_size % 16 or its.head_size > most.head_size for its in attentions),
+            attn.head_size % 16 or attn.head_size > most.head_size for attn in attentions),
         "so many queries to a head of keys": any(
-            its.heads > most.group * its.kv_heads for its in attentions),
+            attn.heads > most.group * attn.kv_heads for attn in attentions),
         "so many experts": spec.experts > most.experts or spec.experts_per_token > most.chosen,
         "experts of such a width": on_gpu and spec.experts and (spec.width % 8 or spec.ffn_size % 8),
         "vocabulary of such a size": spec.vocab_size > most.vocabulary,
@@ -281,7 +281,7 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
             isinstance(mixer, Mamba2) and (mixer.head_size % 16 or mixer.parts[1] % 16)
             for mixer in spec.mixers),
         "attention whose keys and values differ in width": any(
-            its.value_size != its.head_size for its in attentions),
+            attn.value_size != attn.head_size for attn in attentions),
         "attention of several kinds on a GPU": not uniform(spec) and on_gpu,
         f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2"),
         "feed-forward of such a width": any(width % TILE_ROWS for width in widths)}
@@ -290,8 +290,8 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
 
 def uniform(spec: ModelSpec) -> bool:
     """Does every attention layer keep the same of each token, all of it its own?"""
-    kinds = {(its.heads, its.kv_heads, its.head_size, its.value_norm, its.values_from_keys, its.source)
-             for its in spec.by_layer if its}
+    kinds = {(attn.heads, attn.kv_heads, attn.head_size, attn.value_norm, attn.values_from_keys, attn.source)
+             for attn in spec.by_layer if attn}
     return all(kind[3:] == (False, False, None) for kind in kinds) and len(kinds) <= 1
 
 

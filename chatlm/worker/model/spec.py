@@ -194,22 +194,23 @@ class KvType(NamedTuple):
         return 1 if self.packed else FLOAT_BYTES[self.floats]
 
     @staticmethod
-    def unpacked_sizes(its: Attention) -> set[int]:
+    def unpacked_sizes(attn: Attention) -> set[int]:
         """The sizes of a layer's keys and values that q8_0 does not allow."""
-        return {size for size in (its.head_size, its.value_size) if size < PACKED_BLOCK or size & (size - 1)}
+        return {size for size in (attn.head_size, attn.value_size)
+                if size < PACKED_BLOCK or size & (size - 1)}
 
-    def packs(self, its: Attention) -> bool:
-        return self.packed and not self.unpacked_sizes(its)
+    def packs(self, attn: Attention) -> bool:
+        return self.packed and not self.unpacked_sizes(attn)
 
-    def of(self, its: Attention) -> str:
+    def of(self, attn: Attention) -> str:
         """The type of a layer's keys and values: "q8_0" or a type of floats."""
-        return "q8_0" if self.packs(its) else self.floats
+        return "q8_0" if self.packs(attn) else self.floats
 
-    def slot_size(self, its: Attention) -> int:
+    def slot_size(self, attn: Attention) -> int:
         """Units that a layer caches per token."""
-        if self.packs(its):
-            return its.slot_size // PACKED_BLOCK * PACKED_BYTES
-        return its.slot_size * FLOAT_BYTES[self.floats] // self.unit
+        if self.packs(attn):
+            return attn.slot_size // PACKED_BLOCK * PACKED_BYTES
+        return attn.slot_size * FLOAT_BYTES[self.floats] // self.unit
 
 
 class LayerGroups(NamedTuple):
@@ -236,12 +237,14 @@ def group_layers(attentions: Seq[Attention | None], context: int, apart: bool = 
                  kv: KvType = KvType()) -> LayerGroups:
     """The groups of a model for contexts of this length; one group unless they may be `apart`. None: a layer
     that keeps a state instead of keys and values."""
-    readers: dict[int, list[int]] = {l: [] for l, its in enumerate(attentions) if its and its.source is None}
-    for l, its in enumerate(attentions):
-        if its:
-            readers[l if its.source is None else its.source].append(its.window if its.window < context else 0)
+    readers: dict[int, list[int]] = {
+        l: [] for l, attn in enumerate(attentions) if attn and attn.source is None}
+    for l, attn in enumerate(attentions):
+        if attn:
+            readers[l if attn.source is None else attn.source].append(
+                attn.window if attn.window < context else 0)
     reach = {l: 0 if 0 in windows else max(windows) for l, windows in readers.items()}
-    sizes = {l: kv.slot_size(its) for l in readers if (its := attentions[l])}
+    sizes = {l: kv.slot_size(attn) for l in readers if (attn := attentions[l])}
     full, local = ([l for l in readers if bool(reach[l]) == limited] for limited in (False, True))
     if not (apart and local):
         return LayerGroups((tuple(readers),))
@@ -292,16 +295,16 @@ class PageLayout(NamedTuple):
     @classmethod
     def of(cls, groups: LayerGroups, attentions: Seq[Attention | None], kv: KvType = KvType()) -> PageLayout:
         """The layout for a rank's attentions; the groups are the whole model's."""
-        places, size, sizes = {}, 0, [kv.slot_size(its) if its else 0 for its in attentions]
+        offsets, size, sizes = {}, 0, [kv.slot_size(attn) if attn else 0 for attn in attentions]
         for group, members in enumerate(groups.members):
             starts = itertools.accumulate((sizes[l] for l in members), initial=0)
-            places |= {l: (group, start) for l, start in zip(members, starts)}
+            offsets |= {l: (group, start) for l, start in zip(members, starts)}
             size = max(size, sum(sizes[l] for l in members))
-        found = [places.get(l if its is None or its.source is None else its.source, (0, 0))
-                 for l, its in enumerate(attentions)]
+        found = [offsets.get(l if attn is None or attn.source is None else attn.source, (0, 0))
+                 for l, attn in enumerate(attentions)]
         group, offset = zip(*found)
         kept = {size for size in sizes if size}
-        types = tuple(kv.of(its) if its else "" for its in attentions)
+        types = tuple(kv.of(attn) if attn else "" for attn in attentions)
         return cls(group, offset, size, kept.pop() if len(kept) == 1 else 0, types, kv.unit)
 
     @property
@@ -401,7 +404,7 @@ class ModelSpec:
     @property
     def windows(self) -> tuple[int, ...]:
         """For each layer, the keys that a token sees, including its own; 0 = all."""
-        return tuple(its.window if its else 0 for its in self.by_layer)
+        return tuple(attn.window if attn else 0 for attn in self.by_layer)
 
     def with_windows(self, windows: Seq[int]) -> ModelSpec:
         """This spec with these windows, one for each layer."""
@@ -448,8 +451,8 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         shapes["backout_lambda"] = (1,)
     for l in range(spec.layers):
         mixer = spec.mixers[l] if spec.mixers else None
-        its = spec.attention(l)
-        (q, k, v), values = its.parts, its.heads * its.value_size
+        attn = spec.attention(l)
+        (q, k, v), values = attn.parts, attn.heads * attn.value_size
         if mixer:
             shapes |= {f"{l}.{name}": shape for name, shape in mixer.tensors(C).items()}
         else:
@@ -485,12 +488,12 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             if biased and f"{l}.{part}" in shapes:
                 shapes[f"{l}.{part}_bias"] = shapes[f"{l}.{part}"][:1]
         if spec.qk_norm_weights and not mixer:
-            q_size, k_size = (q, k) if spec.qk_norm_sizes else (its.head_size,) * 2
+            q_size, k_size = (q, k) if spec.qk_norm_sizes else (attn.head_size,) * 2
             shapes |= {f"{l}.q_norm": (q_size,)} | ({f"{l}.k_norm": (k_size,)} if k else {})
         if spec.sinks and not mixer:
-            shapes[f"{l}.sinks"] = (its.heads,)
+            shapes[f"{l}.sinks"] = (attn.heads,)
         if l in spec.value_embed_layers:
-            shapes |= {f"{l}.value_embed": (V, v), f"{l}.ve_gate": (its.kv_heads, spec.ve_gate_channels)}
+            shapes |= {f"{l}.value_embed": (V, v), f"{l}.ve_gate": (attn.kv_heads, spec.ve_gate_channels)}
     return shapes
 
 
@@ -555,7 +558,7 @@ class RowAdapters(NamedTuple):
         slots = [slot for slot in dict.fromkeys(batch.adapters) if slot]
 
         def rows_of(owners: Seq[int]) -> list[tuple[Mapping[str, Any], list[int]]]:
-            return [(adapters.get(slot, {}), [row for row, its in enumerate(owners) if its == slot])
+            return [(adapters.get(slot, {}), [row for row, owner in enumerate(owners) if owner == slot])
                     for slot in slots]
 
         return cls(rows_of(owner), rows_of([owner[row] for row in batch.logit_rows]))

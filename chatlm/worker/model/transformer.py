@@ -123,9 +123,9 @@ class Transformer:
     def buffer_sizes(spec: ModelSpec, T: int, R: int, dtype) -> dict:
         """One buffer per activation: residual stream, q and logits float32, the rest of type `dtype`."""
         C, F, f32 = spec.width, spec.ffn_size, torch.float32
-        attentions = [its for its in spec.by_layer if its]
-        sizes = [(sum(its.parts), its.parts[0], its.heads * its.value_size, its.kv_heads,
-                  its.kv_heads * its.value_size) for its in attentions]
+        attentions = [attn for attn in spec.by_layer if attn]
+        sizes = [(sum(attn.parts), attn.parts[0], attn.heads * attn.value_size, attn.kv_heads,
+                  attn.kv_heads * attn.value_size) for attn in attentions]
         qkv, q, attended, kv_heads, values = map(max, zip(*sizes)) if sizes else (0,) * 5
         wide, narrow = (max((mixer.widths(C)[side] for mixer in spec.mixers if mixer), default=0)
                         for side in range(2))
@@ -199,8 +199,8 @@ class Transformer:
             if count > 1:
                 mine = batch._replace(tables=[pages[group::count] for pages in batch.tables])
                 tensors[3] = torch.tensor(token_places(mine)[1], dtype=torch.int64, device=self.device)
-            windows = {self.windows[l] for l, its in enumerate(self.attentions)
-                       if its and self.layout.group[l] == group}
+            windows = {self.windows[l] for l, attn in enumerate(self.attentions)
+                       if attn and self.layout.group[l] == group}
             plan = self.kernels.plan_attention(mine, tensors[2], windows, self.kv_dtype)
             parts.append(Inputs(*tensors, attention=plan))
         adapters = RowAdapters.of(batch, self.adapters) if any(batch.adapters) else RowAdapters()
@@ -280,18 +280,18 @@ class Transformer:
 
     def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, l: int):
         """residual = x + output(attention(norm(x))), once new keys and values are in the layer's pages."""
-        spec, k, its, cache, value, gate = (
+        spec, k, attn, cache, value, gate = (
             self.spec, self.kernels, self.spec.attention(l), self.layer_caches[l], None, None)
         norms = {"q_norm": layer.get("q_norm"), "k_norm": layer.get("k_norm")}
         norm = Norm(layer.get("attention_norm"), self.norm_eps) if spec.pre_norms else None
-        queries, columns = its.parts[0], sum(its.parts)
+        queries, columns = attn.parts[0], sum(attn.parts)
         qkv, q, attended = (narrow(buffer, width) for buffer, width in (
-            (b.qkv, columns), (b.q, queries), (b.attended, its.heads * its.value_size)))
+            (b.qkv, columns), (b.q, queries), (b.attended, attn.heads * attn.value_size)))
         product = narrow(b.gated, queries + columns) if spec.output_gate else qkv
         adapted_linear(k, b, b.x, layer, "qkv", l, norm=norm, bias=layer.get("qkv_bias"),
                        out=product)  # (T, rows of parts)
         if spec.output_gate:
-            k.split_gates(product, its.head_size, gates=narrow(b.gates, queries), out=qkv)
+            k.split_gates(product, attn.head_size, gates=narrow(b.gates, queries), out=qkv)
         if "value_embed" in layer:
             value, gate = b.value, b.gate
             k.embed(layer["value_embed"], inputs.token_ids, out=value)  # (T, Hkv * Dv)
@@ -302,12 +302,12 @@ class Transformer:
                 k.all_reduce(b.means, out=b.means)
             k.norm_qk(qkv, **norms, means=b.means, eps=spec.norm_eps)
             norms = {}
-        more = {"value_norm": True} if its.value_norm else {}
+        more = {"value_norm": True} if attn.value_norm else {}
         k.rope_append(qkv, *self.rope_tables[l], inputs.positions, inputs.slots, cache, out=q,
                       norm=spec.qk_norm, **norms, eps=spec.norm_eps, post_scale=spec.qk_scale,
-                      q_scale=its.q_scale if self.q_scale is None else self.q_scale, value_embed=value,
+                      q_scale=attn.q_scale if self.q_scale is None else self.q_scale, value_embed=value,
                       gate=gate, gate_scale=spec.ve_gate_scale, **more)   # (T, H * D)
-        k.paged_attention(q, cache, inputs.attention, its.window, out=attended,
+        k.paged_attention(q, cache, inputs.attention, attn.window, out=attended,
                           softcap=spec.attention_softcap, sinks=layer.get("sinks"))  # (T, H * Dv)
         if spec.output_gate:
             k.gate(attended, narrow(b.gates, queries), out=attended)

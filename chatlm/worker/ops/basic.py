@@ -256,26 +256,26 @@ def make_cache_reference(spec, layout, num_pages, device):
     `layout` is the PageLayout. A layer that reads another's pages gets those, one with a mixer gets None."""
     slots, layers = num_pages * PAGE_SIZE, []
     whole = zeroed((slots * layout.size * layout.unit,), torch.uint8, device)
-    for l, its in enumerate(spec.by_layer):
+    for l, attn in enumerate(spec.by_layer):
         begin, stride = (places * layout.unit for places in layout.place(l, slots))  # bytes
-        if its is None:
+        if attn is None:
             layers.append(None)
             continue
         if layout.types[l] == "q8_0":
-            keys, begin = PackedKv.within(whole, slots, its.kv_heads, its.head_size, begin, stride)
-            values, _ = PackedKv.within(whole, slots, its.kv_heads, its.value_size, begin, stride)
+            keys, begin = PackedKv.within(whole, slots, attn.kv_heads, attn.head_size, begin, stride)
+            values, _ = PackedKv.within(whole, slots, attn.kv_heads, attn.value_size, begin, stride)
             layers.append((keys, values))
             continue
         memory = whole.view(getattr(torch, layout.types[l]))
         begin, stride = begin // memory.itemsize, stride // memory.itemsize
-        if its.value_size != its.head_size or "q8_0" in layout.types:
-            begins = begin, begin + its.kv_heads * its.head_size
+        if attn.value_size != attn.head_size or "q8_0" in layout.types:
+            begins = begin, begin + attn.kv_heads * attn.head_size
             layers.append(tuple(
-                memory.as_strided((slots, its.kv_heads, size), (stride, size, 1), start)
-                for start, size in zip(begins, (its.head_size, its.value_size))))
+                memory.as_strided((slots, attn.kv_heads, size), (stride, size, 1), start)
+                for start, size in zip(begins, (attn.head_size, attn.value_size))))
         else:
-            shape = slots, 2, its.kv_heads, its.head_size
-            steps = stride, its.kv_heads * its.head_size, its.head_size, 1
+            shape = slots, 2, attn.kv_heads, attn.head_size
+            steps = stride, attn.kv_heads * attn.head_size, attn.head_size, 1
             layers.append(memory.as_strided(shape, steps, begin))
     return whole, layers
 

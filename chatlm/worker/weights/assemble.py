@@ -90,7 +90,7 @@ IMAGES = ("vision_tower|vision_model|visual|multi_modal_projector|connector|imag
 
 def without_shared(spec: ModelSpec, state: Mapping[str, Any]) -> dict[str, Any]:
     """A file's tensors without the keys and values that some files have for layers that read another's."""
-    layers = {str(l) for l in range(spec.layers) if (its := spec.by_layer[l]) and its.source is not None}
+    layers = {str(l) for l in range(spec.layers) if (attn := spec.by_layer[l]) and attn.source is not None}
     return {name: tensor for name, tensor in state.items() if not layers or not (
         match := re.match(r"(?:model\.layers|blk)\.(\d+)\.(?:self_attn\.|attn_)[kv](?:_proj|_norm)?\.", name))
         or match[1] not in layers}
@@ -98,9 +98,9 @@ def without_shared(spec: ModelSpec, state: Mapping[str, Any]) -> dict[str, Any]:
 
 def unread_keys(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Hugging Face's key and value matrices of layers that read another's; an adapter may contain them."""
-    return {f"model.layers.{l}.self_attn.{part}_proj.weight": (its.kv_heads * size, spec.width)
-            for l, its in enumerate(spec.by_layer) if its and its.source is not None
-            for part, size in (("k", its.head_size), ("v", its.value_size))}
+    return {f"model.layers.{l}.self_attn.{part}_proj.weight": (attn.kv_heads * size, spec.width)
+            for l, attn in enumerate(spec.by_layer) if attn and attn.source is not None
+            for part, size in (("k", attn.head_size), ("v", attn.value_size))}
 
 
 class Mxfp4:

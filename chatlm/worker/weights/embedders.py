@@ -21,14 +21,14 @@ def refuse_gguf_embedder(path: Path, own: str, metadata: Mapping):
     number = metadata.get(f"{own}pooling_type", 0)
     known = type(number) is int and 0 <= number < len(POOLING_TYPES)
     pooling = POOLING_TYPES[number] if known else "unknown"
-    said = {}
+    stated = {}
     if pooling not in ("none", "mean"):
-        said[f"{own}pooling_type"] = f"{shown(number)} ({pooling})"
+        stated[f"{own}pooling_type"] = f"{shown(number)} ({pooling})"
     if metadata.get(f"{own}attention.causal") is False:
-        said[f"{own}attention.causal"] = "false"
+        stated[f"{own}attention.causal"] = "false"
     if pooling == "mean" and metadata.get("tokenizer.ggml.add_eos_token"):
-        said["tokenizer.ggml.add_eos_token"] = "true"
-    for key, value in said.items():
+        stated["tokenizer.ggml.add_eos_token"] = "true"
+    for key, value in stated.items():
         refuse(path, key, value)
 
 

@@ -267,8 +267,8 @@ def gemma4_layers(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Mappi
 
     def sizes(key: str, *groups: list[int]) -> list[int]:
         """For each group of layers, the number that this key gives all of them."""
-        said = metadata.get(own + key)
-        numbers: list[Any] = said if isinstance(said, list) and len(said) == layers else [said] * layers
+        found = metadata.get(own + key)
+        numbers: list[Any] = found if isinstance(found, list) and len(found) == layers else [found] * layers
         for group in groups:
             if any(numbers[l] != numbers[group[0]] for l in group):
                 raise ConfigError(f"{path}: {own}{key} is {shown(numbers)}; it must be the same in layers "
@@ -286,9 +286,9 @@ def gemma4_layers(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Mappi
                           f"{width} or {2 * width}")
     size = value(f"{own}attention.key_length")
     local_size: int = value(f"{own}attention.key_length_swa", size)
-    for ending, its in (("", size), ("_swa", local_size)):
+    for ending, expected in (("", size), ("_swa", local_size)):
         for key in ("attention.value_length", "rope.dimension_count"):
-            value(f"{own}{key}{ending}", its, low=its, high=its)
+            value(f"{own}{key}{ending}", expected, low=expected, high=expected)
     value(f"{own}rope.scaling.type", "none", choices=("none",))
     rope: dict[str, dict] = {type_: {"rope_base": float(value(f"{own}rope.freq_base{ending}", base))}
                              for type_, ending, base in zip(LAYER_TYPES, ("", "_swa"), (1e6, 1e4))}

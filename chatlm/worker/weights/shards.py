@@ -63,7 +63,7 @@ def share_of(spec: ModelSpec, rank: int, tp: int, block: int = 1) -> RankShare:
     if spec.qk_norm_sizes and tp > spec.kv_heads:
         raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {spec.kv_heads} key "
                           "heads, which ranks cannot share because all are normalized together")
-    if tp > min(most := min((its.heads for its in spec.by_layer if its), default=spec.heads), blocks):
+    if tp > min(most := min((attn.heads for attn in spec.by_layer if attn), default=spec.heads), blocks):
         raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {most} query heads, "
                           f"and its feed-forward part {blocks} blocks of {block} columns")
     refuse_heads(spec, tp, min(spec.heads, blocks))
@@ -105,9 +105,9 @@ def attention_share(attention: Attention, rank: int, tp: int) -> Attention:
     return replace(attention, heads=len(heads), kv_heads=len(kv_heads))
 
 
-def qkv_rows(s: ModelSpec, its: Attention, heads: range, kv_heads: range) -> list[range]:
+def qkv_rows(s: ModelSpec, attn: Attention, heads: range, kv_heads: range) -> list[range]:
     """A rank's rows of q, k and v, as far as the layer has them."""
-    (q, k, v), D, Dv = its.parts, its.head_size, its.value_size
+    (q, k, v), D, Dv = attn.parts, attn.head_size, attn.value_size
     return [rows_of(heads, D * (1 + s.output_gate)),
             *([rows_of(kv_heads, D, q * (1 + s.output_gate))] if k else []),
             *([rows_of(kv_heads, Dv, q * (1 + s.output_gate) + k)] if v else [])]
@@ -190,13 +190,14 @@ SPLITS: dict[str, tuple[int, Callable[[ModelSpec, RankShare], list[range]]]] = {
     "mix_out": (1, lambda s, my: [])}  # as its mixer's share says
 ATTENTION_SPLITS: dict[str, tuple[int, Callable[[ModelSpec, Attention, range, range], list[range]]]] = {
     # likewise, from the query heads and kv heads that a rank has in the layer
-    "qkv": (0, qkv_rows), "sinks": (0, lambda s, its, heads, kv_heads: [heads]),
-    "q_norm": (0, lambda s, its, heads, kv_heads: [rows_of(heads, its.head_size)] if s.qk_norm_sizes else []),
-    "k_norm": (0, lambda s, its, heads, kv_heads: (
-        [rows_of(kv_heads, its.head_size)] if s.qk_norm_sizes else [])),
-    "output": (1, lambda s, its, heads, kv_heads: [rows_of(heads, its.value_size)]),
-    "value_embed": (1, lambda s, its, heads, kv_heads: [rows_of(kv_heads, its.value_size)]),
-    "ve_gate": (0, lambda s, its, heads, kv_heads: [kv_heads])}
+    "qkv": (0, qkv_rows), "sinks": (0, lambda s, attn, heads, kv_heads: [heads]),
+    "q_norm": (0, lambda s, attn, heads, kv_heads: (
+        [rows_of(heads, attn.head_size)] if s.qk_norm_sizes else [])),
+    "k_norm": (0, lambda s, attn, heads, kv_heads: (
+        [rows_of(kv_heads, attn.head_size)] if s.qk_norm_sizes else [])),
+    "output": (1, lambda s, attn, heads, kv_heads: [rows_of(heads, attn.value_size)]),
+    "value_embed": (1, lambda s, attn, heads, kv_heads: [rows_of(kv_heads, attn.value_size)]),
+    "ve_gate": (0, lambda s, attn, heads, kv_heads: [kv_heads])}
 
 
 def shard_of(name: str, spec: ModelSpec, share: RankShare) -> tuple[int, list[range]] | None:
@@ -211,8 +212,8 @@ def shard_of(name: str, spec: ModelSpec, share: RankShare) -> tuple[int, list[ra
         return parts[part]
     if matrix in ATTENTION_SPLITS:
         axis, ranges_of = ATTENTION_SPLITS[matrix]
-        its = spec.attention(int(layer))
-        ranges = ranges_of(spec, its, *heads_of(its, share.rank, share.tp))
+        attn = spec.attention(int(layer))
+        ranges = ranges_of(spec, attn, *heads_of(attn, share.rank, share.tp))
     else:
         axis, ranges_of = SPLITS.get(matrix, (0, lambda spec, share: []))
         if layer and int(layer) in spec.double_layers:
@@ -226,7 +227,7 @@ def shard_of(name: str, spec: ModelSpec, share: RankShare) -> tuple[int, list[ra
 
 def shard_spec(spec: ModelSpec, share: RankShare) -> ModelSpec:
     """The spec of a rank's share; embeddings are summed over the ranks, logits concatenated."""
-    attentions = tuple(attention_share(its, share.rank, share.tp) for its in spec.attentions)
+    attentions = tuple(attention_share(attn, share.rank, share.tp) for attn in spec.attentions)
     return replace(spec, heads=len(share.heads), kv_heads=len(share.kv_heads), attentions=attentions,
                    ffn_size=len(share.ffn),
                    dense_size=len(share.dense), shared_size=len(share.shared),
@@ -254,19 +255,19 @@ def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = N
 def layers_of(spec: ModelSpec, stage: int, stages: int) -> range:
     """The layers of a stage; layers that share keys stay together. The head counts as the number of layers
     that have as many weights."""
-    its = next(filter(None, spec.by_layer))
-    layer = spec.width * (2 * (its.heads + its.kv_heads) * its.head_size
+    attn = next(filter(None, spec.by_layer))
+    layer = spec.width * (2 * (attn.heads + attn.kv_heads) * attn.head_size
                           + 3 * (spec.ffn_size * max(spec.experts_per_token, 1) + spec.shared_size))
     total = spec.layers + spec.vocab_size * spec.width / layer
-    sources = {l: its.source for l, its in enumerate(spec.by_layer) if its and its.source is not None}
+    sources = {l: attn.source for l, attn in enumerate(spec.by_layer) if attn and attn.source is not None}
     firsts = [l for l in range(1, spec.layers)
               if all(source >= l for reader, source in sources.items() if reader >= l)]
     if len(firsts) < stages - 1:
         raise ConfigError(f"the model cannot be divided into {stages} stages: its last layers read keys "
                           f"of others, which must be in their stage; at most {len(firsts) + 1} are possible")
-    places = [min(max(bisect.bisect(firsts, round(n * total / stages)), n), len(firsts) - stages + 1 + n)
-              for n in range(1, stages)]
-    ends = [0, *(firsts[place - 1] for place in places), spec.layers]
+    cuts = [min(max(bisect.bisect(firsts, round(n * total / stages)), n), len(firsts) - stages + 1 + n)
+            for n in range(1, stages)]
+    ends = [0, *(firsts[cut - 1] for cut in cuts), spec.layers]
     return range(ends[stage], ends[stage + 1])
 
 
@@ -282,8 +283,8 @@ def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
     own = replace(
         spec, layers=len(mine), mixers=spec.mixers[kept], opens=stage == 0, closes=stage == stages - 1,
         layer_inputs=(first, spec.layers) if spec.layer_input_size else (0, 0), tied_head=False,
-        attentions=tuple(replace(its, source=None if its.source is None else its.source - first)
-                         for its in spec.attentions[kept]),
+        attentions=tuple(replace(attn, source=None if attn.source is None else attn.source - first)
+                         for attn in spec.attentions[kept]),
         backout_layer=None if spec.backout_layer is None else spec.backout_layer - first,
         **{name: tuple(layer - first for layer in getattr(spec, name) if layer in mine)
            for name in ("value_embed_layers", "dense_layers", "double_layers")})
