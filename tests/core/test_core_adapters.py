@@ -1,4 +1,4 @@
-"""What adapters add to products in a recorded step: against float64, with equal bits wherever and beside whatever it is computed."""
+"""What adapters add to products in a recorded step: against float64, with equal bits wherever and next to whatever rows it is computed."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def adapter(seed, ranks, dtype="f32", names=("qkv", "gate_up", "head"), parts=True):
-    """Matrices of so many ranks, whose B has no rows in some of its ranks, as where q, k and v have adapters of their own."""
+    """Matrices of this many ranks, whose B has no rows for some of them, as when q, k and v have adapters of their own."""
     random, matrices = torch.Generator().manual_seed(seed), {}
     for name, (rows, columns) in {"qkv": (N, C), "gate_up": (2 * F, C), "head": (V, F)}.items():
         if name in names:
@@ -85,7 +85,7 @@ def test_what_an_adapter_adds_is_what_float64_says(ranks, dtype):
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_1", "f16"])
-def test_a_row_has_the_same_bits_beside_any_others_on_any_threads_and_instructions(kind):
+def test_a_row_has_the_same_bits_with_any_others_on_any_threads_and_instructions(kind):
     model, isa, threads = Model(kind), _core.isa(), decode_core.get_threads()
     adapters = [None, *(model.program.adapters.pack(adapter(seed, ranks, dtype, names)) for seed, (ranks, dtype, names) in enumerate([
         (16, "bf16", ("qkv", "gate_up", "head")), (3, "f16", ("gate_up",)), (5, "f32", ("qkv", "head"))]))]

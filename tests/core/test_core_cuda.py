@@ -206,7 +206,7 @@ def test_tokens_ignore_the_row_index_the_batch_and_how_far_rows_lie_apart(backen
         assert got.tolist() == [expected[i] for i in order]
 
 
-def test_a_row_without_a_position_gets_no_token_and_disturbs_nobody(backend):
+def test_a_row_without_a_position_gets_no_token_and_disturbs_no_other(backend):
     rng = np.random.default_rng(4)
     logits, rows = random_logits(rng, 3, 500), random_rows(rng, 3, 500)
     expected = sample_reference(logits, rows).tolist()
@@ -292,7 +292,7 @@ def test_rope_append_is_within_rounding_of_float64(backend, heads, kv_heads, siz
     qkv = narrow(rng.normal(0, 2, (rows, (heads + 2 * kv_heads) * size + 24)), qkv_type)[:, :-24]
     angles = np.outer(np.arange(max_positions), 1 / 10000.0 ** (np.arange(0, rot, 2) / rot))
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    # the last one has no angles and stays as it is
+    # the last one has no angles and does not change
     positions = np.array([0, 1, 17, 4095, 99, 5, 4096])
     slots = np.array([3, 79, 16, 0, -1, 80, 20])                        # padding, and one outside the cache
     weights = [rng.normal(1, 0.3, size).astype(np.float32) if weighted else None for _ in range(2)]

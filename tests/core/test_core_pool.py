@@ -34,7 +34,7 @@ def test_short_chunks_are_waited_for_as_long_as_it_takes_to_notice():
 
 
 @pytest.mark.parametrize("schedule", [(16, False), (16, True), (16, False, 0), (16, True, 0)])
-def test_sixteen_threads_of_which_one_is_slow_do_every_chunk_once(schedule):
+def test_sixteen_threads_with_a_slow_one_do_every_chunk_once(schedule):
     _core.force_schedule(*schedule)
     for chunks in (2, 16, 100):
         runs, puts, _ = try_phase(16, chunks, chunk_us=20, slowdown=50)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("usual_settings")
 
 
 class Eager:
-    """The methods of Program, each of which computes at once on the first T (or R) rows of its buffers."""
+    """The methods of Program, each computing at once on the first T (or R) rows of its buffers."""
 
     token_ids, previous_token_ids, positions, slots, attention, logit_rows = "ids", "previous", "positions", "slots", "plan", "rows"
     sequences = "sequences"
@@ -242,8 +242,8 @@ class Eager:
 
 
 # ---- small models: a llama, one with every feature of nanochat checkpoints, one with experts and sinks, one with convolutions,
-# two with delta rules: value heads beside their key heads, and alternating; three with Mamba-2 layers, one of them a rank's part; and
-# one whose layers have inputs of their own and of which the last two read the keys of the first
+# two with delta rules: value heads next to their key heads, and alternating; three with Mamba-2 layers, one of them a rank's part; and
+# one whose layers have inputs of their own and whose last two read the keys of the first
 
 RULES = {"deltas": SimpleNamespace(size=4, key_heads=2, value_heads=6, key_size=16, value_size=80, alternating=False, gates_by_key=True, heads_by_key=True),
          "alternating deltas": SimpleNamespace(size=3, key_heads=3, value_heads=6, key_size=32, value_size=16, alternating=True, gates_by_key=False,
@@ -682,7 +682,7 @@ def test_wrong_groups_of_a_part_of_a_mamba_layer_are_a_value_error():
 
 
 def run_thousands(name, threads, *schedule):
-    """Steps of changing shapes, each of which must give the tokens and logits of one thread."""
+    """Steps of changing shapes; each must give the tokens and logits of one thread."""
     model, recorded = MODELS[name], Recorded(name)
     shapes = [MIXES[1], MIXES[2], MIXES[5], MIXES[33], [(0, 4)], [(9, 1)] * 6]
     steps = [make_step(model, shape, "all", seed) for seed, shape in enumerate(shapes)]
@@ -855,7 +855,7 @@ def test_a_wrong_step_is_a_value_error_and_changes_nothing(complaint):
     assert recorded.run(good_step()) == Recorded("llama").run(good_step())
 
 
-def test_ids_that_nobody_draws_are_refused():
+def test_ids_that_cannot_be_drawn_are_refused():
     recorded, step = Recorded("llama"), good_step()
     step.sampling.positions[:] = -1
     ticket = recorded.start(step)
@@ -1140,7 +1140,7 @@ def test_the_faster_width_is_found_and_probes_become_rare():
 
 
 def test_a_stall_brings_the_probe_forward_and_a_freed_core_is_found_again():
-    hog = range(1000, 5000)                     # beside a busy program two threads stall and take four times as long
+    hog = range(1000, 5000)                     # next to a busy program two threads stall and take four times as long
     wide = simulate(12_000, lambda wide, step: (4.0 if step in hog else 1.0) if wide else 1.5, lambda step: step in hog)
     assert wide[1000:5000].count(True) < 400 and wide[1000:1100].count(False) > 40
     assert wide[8000:].count(True) > 3900

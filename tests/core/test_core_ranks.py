@@ -265,7 +265,7 @@ EXACT = """
 
 
 PRODUCTS = """
-    def steps(summed):                              # what two products give, of which each rank has a part of the columns
+    def steps(summed):                              # what two products give, each rank having some of the columns
         program = decode_core.Program(T, T)
         program.embed(tables[rank], program.token_ids, x)
         program.rms_norm(x, None, 1e-5, sums)

@@ -146,7 +146,7 @@ def test_blocks_that_stand_out_of_their_row_have_16_bits(isa, kind):
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_a_row_keeps_its_bits_beside_rows_whose_blocks_are_fine(settings, kind):
+def test_a_row_keeps_its_bits_next_to_rows_whose_blocks_are_fine(settings, kind):
     K = fitting(kind, 576)
     matrix, plain = make_matrix(kind, random(48, K, seed=1)), random(16, K, seed=2)
     # nearly underflowing, nearly overflowing
@@ -282,7 +282,7 @@ def test_integer_sums_are_exact_at_their_extremes(isa, kind):
     # bytes of q: codes all zeros or all ones
     least, most = (-128, 127) if kind == "q8_0" else (0, 255)
     generator, K = np.random.default_rng(0), fitting(kind, 96)
-    scales = {"d": 1, "m": 0, "s": {"mxfp4": 128, "q6_k": 1}.get(kind, 0x41)}       # of which every product here is exact
+    scales = {"d": 1, "m": 0, "s": {"mxfp4": 128, "q6_k": 1}.get(kind, 0x41)}       # with which every product here is exact
     fields = {name: value for name, value in scales.items() if name in np.dtype(LAYOUT[kind]).names}
     for low, high in [(least, least), (most, most), (least, most)]:
         q = generator.choice([low, high], (32, K // block_columns(kind), *np.dtype(LAYOUT[kind])["q"].shape))
@@ -321,7 +321,7 @@ def test_a_row_that_is_not_finite_spoils_itself_only(isa, kind, bad):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("N, K", [(16, 32), (49, 96), (160, 576)])
-def test_a_files_blocks_are_kept_as_they_are(kind, N, K):
+def test_a_files_blocks_are_kept_unchanged(kind, N, K):
     quants = pytest.importorskip("gguf.quants")
     K = fitting(kind, K)
     matrix, raw = decode_core.Matrix(decode_core.Arena(1 << 20), kind, N, K), raw_blocks(kind, N, K, seed=K)

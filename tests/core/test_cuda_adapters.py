@@ -1,4 +1,4 @@
-"""What adapters add to products on CUDA: in the emulation (and on a GPU) against float64, with the same bits beside whatever rows."""
+"""What adapters add to products on CUDA: in the emulation (and on a GPU) against float64, with the same bits next to any other rows."""
 
 import pytest
 import torch

@@ -238,7 +238,7 @@ def opened(path, monkeypatch, backend=None, dtype=None):
 @pytest.mark.parametrize("name, kind", [
     pytest.param("qwen3moe", "q8_0", marks=pytest.mark.slow), pytest.param("gpt-oss", "mxfp4", marks=pytest.mark.slow), ("folder", "mxfp4")])
 def test_a_files_experts_stay_packed_and_logits_are_those_of_its_weights(emulated, expert_files, monkeypatch, name, kind):
-    """Chunks of 8 rows, of which all products are in float32, and two sequences' decode rows, beyond gpt-oss' window of 24."""
+    """Chunks of 8 rows, whose products are all in float32, and two sequences' decode rows, beyond gpt-oss' window of 24."""
     # a folder's floats are bfloat16 for both
     exact = opened(expert_files[name], monkeypatch, dtype="bfloat16" if name == "folder" else "float32")
     model = opened(expert_files[name], monkeypatch, emulated.backend)

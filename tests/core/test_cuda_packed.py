@@ -46,7 +46,7 @@ def wild_blocks(kind, rows, columns, seed=0):
     cut = blocks.reshape(rows, -1, cuda.BLOCKS[kind][1])
     if kind == "mxfp4":
         cut[:, :, 0] = generator.integers(0, 240, cut.shape[:2])
-        cut[0, 0, 0], cut[-1, -1, 0] = 0, 1             # of which the values are denormal
+        cut[0, 0, 0], cut[-1, -1, 0] = 0, 1             # with these the values are denormal
     else:
         at = proof.SCALES.get(kind, (0, 0))[0]
         for place in (at, at + 2) if proof.SCALES.get(kind, (0, 0))[1] else (at,):

@@ -1,4 +1,4 @@
-"""Keys and values of the type q8_0 on CUDA: in the emulation (and on a GPU) beside chat_server's reference."""
+"""Keys and values of the type q8_0 on CUDA: in the emulation (and on a GPU), compared with chat_server's reference."""
 
 import numpy as np
 import pytest
@@ -117,7 +117,7 @@ def small_model(size=32, **changes):
 
 @pytest.mark.parametrize("changes", by_day([{}, dict(sinks=True, attention_softcap=4.0)], dict(sinks=True, attention_softcap=4.0)))
 def test_logits_over_packed_pages_are_the_references(gpu, changes):
-    """Prompts in chunks, beside decode rows, through windows; those of float pages are further away."""
+    """Prompts in chunks, together with decode rows, through windows; float pages differ more."""
     spec, tensors = small_model(**changes)
     if changes:
         spec, tensors = spec.with_windows((24, 0)), tensors | {f"{l}.sinks": torch.linspace(-2, 3, 4) for l in range(2)}

@@ -289,7 +289,7 @@ def test_graphs_give_what_the_ops_one_by_one_give(backend, nanochat_fixtures, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("gen1", marks=pytest.mark.slow), pytest.param("gen4", marks=pytest.mark.slow), "llama"])
 def test_drafts_change_no_token(backend, name, nanochat_fixtures, monkeypatch, request):
-    """Prompts that repeat themselves; steps of up to 8 rows are graphs, drafts among them, and none runs beside a prompt."""
+    """Prompts that repeat themselves; steps of up to 8 rows are graphs, drafts among them, and none runs together with a prompt."""
     if backend.name == "emulation":
         backend = backends.Emulated(request.getfixturevalue("emulation_library"), products=True)
     model, tokens, rng = model_of(name, nanochat_fixtures), {}, np.random.default_rng(2)
@@ -352,7 +352,7 @@ def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures
 
 
 def test_steps_whose_logits_are_looked_at_replay_graphs_without_the_draw(backend, nanochat_fixtures, monkeypatch):
-    """Log-probabilities, with penalties too, and a grammar beside an answer that needs none of it: only prompts run op by op."""
+    """Log-probabilities, with penalties too, and a grammar next to an answer that needs none of these: only prompts run op by op."""
     model = model_of("gen5", nanochat_fixtures)
     schema = json_grammar({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}, "response_format")
     works = [assignment("looked at", tuple(range(20, 60)), SamplingParams(0.9, seed=1, repetition_penalty=1.3), 14, ignore_eos=True, logprobs=3),
@@ -467,7 +467,7 @@ def test_start_leaves_all_work_to_the_device_and_two_steps_may_wait_there(backen
 
 
 def test_rows_may_change_places_and_number_between_steps_that_are_begun_ahead(backend, nanochat_fixtures, monkeypatch):
-    """Row 2 of a step becomes row 0 of the next, in another graph, and runs beside a prompt in the one after
+    """Row 2 of a step becomes row 0 of the next, in another graph, and runs together with a prompt in the one after
     that."""
     model = model_of("gen5", nanochat_fixtures)
     results = []

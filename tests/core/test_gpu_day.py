@@ -79,7 +79,7 @@ def test_tests_that_all_skip_have_not_held(tmp_path, monkeypatch):
     assert told["steps"][0]["status"] == "failed" and told["steps"][0]["note"] == "1 skipped"
 
 
-def test_the_figures_of_the_decode_bench_stand_beside_their_goal():
+def test_the_figures_of_the_decode_bench_stand_next_to_their_goal():
     log = "NVIDIA H200: copies 3.90 TB/s\nd32 batch 1 context 1024: step 1.100 ms, graph 0.990 ms, floor 0.900 ms: 1.22 and 1.10 times the floor; the draw's graph 9.5 us\n" \
           "llama-8b batch 8 context 1024: step 6.100 ms, graph 6.000 ms, floor 4.500 ms: 1.36 and 1.33 times the floor; the draw's graph 12.0 us\n"
     assert [(each["value"], each["met"]) for each in gpu_day.decode_figures(log)] == [

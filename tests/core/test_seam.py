@@ -209,7 +209,7 @@ def test_instructions_that_this_machine_lacks_end_the_start_with_one_line(nanoch
 
 
 @pytest.mark.parametrize("model", ["gen3", pytest.param("default", marks=pytest.mark.slow)])
-def test_a_server_beside_another_version_says_so_and_runs_references(model, tmp_path, nanochat_fixtures,
+def test_a_server_with_another_version_of_decode_core_says_so_and_runs_references(model, tmp_path, nanochat_fixtures,
                                                                      default_model_path):
     log = []
     path = default_model_path if model == "default" else nanochat_fixtures / model

@@ -49,7 +49,7 @@ def test_a_model_that_cannot_be_divided_so_says_why(folder):
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
-def test_the_pages_of_all_replicas_fit_beside_weights_and_processes(folder, replicas):
+def test_the_pages_of_all_replicas_fit_next_to_weights_and_processes(folder, replicas):
     settings, process_bytes = Settings(model=str(folder), dtype="float32", max_batch=8), 3 << 20
     own = survey(settings)
     room = 200 << 10    # that is left to the pages of each, less than an eighth of it all

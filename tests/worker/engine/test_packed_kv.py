@@ -141,7 +141,7 @@ def test_a_number_said_long_ago_is_told_as_with_floats(default_model_path, ago):
 
 
 @pytest.mark.skipif(decode_core() is None, reason="the types and the promise are decode_core's")
-def test_beside_experts_of_mxfp4_answers_are_the_same_alone_and_together(tmp_path, one_thread):
+def test_with_experts_of_mxfp4_answers_are_the_same_alone_and_together(tmp_path, one_thread):
     save_packed(tmp_path)
     engine = engine_of(tmp_path, "--kv-cache-dtype", "q8_0", "--kv-cache-memory", "16M")
     assert engine.transformer.layout.types == ("q8_0",) * 4 and "mxfp4" in engine.transformer.matrix_types

@@ -125,7 +125,7 @@ def test_a_layer_that_reads_anothers_keys_has_neither_pages_nor_rows_for_keys():
     assert PageLayout.of(whole, spec.by_layer, KvType("bfloat16")).page_bytes == 2 * PAGE_SIZE * 256
 
 
-def test_what_decode_core_lacks_is_said():
+def test_what_decode_core_lacks_is_logged():
     spec, _ = kinds_model("gemma 4")
     assert not_compiled(spec) == "" and not_compiled(spec, "cuda") == "attention of several kinds on a GPU"
     assert not_compiled(kinds_model("all")[0]) == "attention whose keys and values differ in width"

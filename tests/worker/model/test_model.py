@@ -89,7 +89,7 @@ def test_chunks_batches_and_page_placement_do_not_change_logits(which, nanochat_
 
     mixed = transformer(spec, tensors)
     mixed.forward(make_batch((b, 0, 44, pb)))
-    logits = mixed.forward(make_batch((b, 44, 1, pb), (a, 0, 300, pa), (c, 0, 8, pc)))  # a decode row beside prompts
+    logits = mixed.forward(make_batch((b, 44, 1, pb), (a, 0, 300, pa), (c, 0, 8, pc)))  # a decode row together with prompts
     for row, whole in zip(logits, (expected[1], expected[0], expected[2])):
         assert (row - whole).abs().max() < 1e-4 * whole.abs().max()
 

@@ -1,4 +1,4 @@
-"""Every dimension of every family at sizes that nobody publishes: decode_core computes the model, or `not_compiled` says why torch does."""
+"""Every dimension of every family at unpublished sizes: decode_core computes the model, or `not_compiled` says why torch does."""
 
 import json
 import os

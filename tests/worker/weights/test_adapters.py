@@ -138,7 +138,7 @@ def test_whole_matrices_that_do_not_fit_are_refused(tmp_path):
     ("Qwen/Qwen2.5-0.5B", "Qwen2.5-0.5B-Instruct", True), ("Qwen/Qwen2.5-0.5B-Instruct", "qwen2.5-0.5b-instruct-q4_k_m", False),
     ("unsloth/meta-llama-3.1-8b-instruct-unsloth-bnb-4bit", "Llama-3.1-8B-Instruct-IQ4_XS", False), ("./base/", "base", False),
     ("org/other", "models--org--name/snapshots/12ab", True), ("org/name", "/x/models--org--name/snapshots/12ab", False), (None, "name", False)])
-def test_an_adapter_of_another_model_is_told(wanted, has, told):
+def test_an_adapter_of_another_model_is_reported(wanted, has, told):
     assert ("this adapter was made for" in other_base(wanted, (has,))) == told
 
 

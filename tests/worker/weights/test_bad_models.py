@@ -391,7 +391,7 @@ needs_core = pytest.mark.skipif(decode_core() is None, reason="weights stay pack
 
 @pytest.fixture(params=[pytest.param("decode_core", marks=needs_core), "reference"])
 def kernels(request, monkeypatch):
-    """Both ways to compute: weights in tiles as they are stored, and torch's matrices."""
+    """Both ways to compute: weights in tiles as stored, and torch's matrices."""
     monkeypatch.setenv("CHAT_SERVER_KERNELS", request.param)
     installed_core.cache_clear()
     yield request.param
@@ -629,7 +629,7 @@ def test_a_gguf_s_floats_with_nan_or_infinity_are_named(tmp_path, kind, name, ke
 
 def test_what_becomes_another_type_in_loading_and_overflows_there_is_refused(tmp_path, kernels):
     path, q4, tensors = tmp_path / "tiny.gguf", gguf.GGMLQuantizationType["Q4_0"], random_llama()
-    tensors["blk.0.attn_v.weight"][3, 5] = 1e8      # a float32 matrix beside packed ones becomes Q8_0
+    tensors["blk.0.attn_v.weight"][3, 5] = 1e8      # a float32 matrix among packed ones becomes Q8_0
     for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight"):
         tensors[name] = gguf.quantize(tensors[name], q4), q4
     write_gguf(path, tensors, LLAMA_NUMBERS)

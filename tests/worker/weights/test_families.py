@@ -292,7 +292,7 @@ def test_metadata_that_would_change_the_arithmetic_is_named(name, key, value, wo
 
 
 def built(caplog, path, free, monkeypatch, **settings):
-    """What the log says about memory when this model is built with so many bytes free."""
+    """What the log says about memory when this model is built with this many bytes free."""
     patch(monkeypatch, memory, "available_memory", lambda: free)
     settings = Settings(model=str(path), **{"kv_cache_memory": 16 << 20, **settings})
     caplog.clear()
@@ -574,7 +574,7 @@ def text_of(folder, vocab_size=288):
     return hf_text(folder, vocab_size)
 
 
-def test_the_files_beside_the_weights_say_how_to_render_and_when_to_stop(tmp_path):
+def test_the_files_next_to_the_weights_determine_how_to_render_and_when_to_stop(tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"eos_token_id": 3, "bos_token_id": 7}')
     text = text_of(tmp_path)

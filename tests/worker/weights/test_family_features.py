@@ -1,4 +1,4 @@
-"""What some families have alone: keys without effect, text models beside images, queries that grow, rotary embeddings of a part."""
+"""What only some families have: keys without effect, text models of image models, queries that grow, partial rotary embeddings."""
 
 import json
 import math
@@ -101,7 +101,7 @@ def test_keys_that_change_the_arithmetic_are_still_refused(more, words, tmp_path
 
 
 @pytest.mark.parametrize("name", ["falcon_h1", "lfm3", "x\ny"])
-def test_a_family_that_is_not_run_is_named_with_those_that_are(name, tmp_path):
+def test_an_unsupported_family_is_named_with_the_supported_ones(name, tmp_path):
     words = f"this server cannot run {' '.join(name.split())} yet; it runs: Llama 2 and 3, SmolLM2, Mistral"
     with pytest.raises(ConfigError, match=words):
         spec_of(tmp_path, {"model_type": name})
@@ -140,7 +140,7 @@ def test_published_hybrids_have_as_many_weights_as_transformers_and_their_cards_
     assert [mixer is None for mixer in spec.mixers] == [kind == "full_attention" for kind in config.layer_types]
 
 
-def test_published_sizes_of_qwen_3_5_make_states_of_so_many_mebibytes(tmp_path):
+def test_published_sizes_of_qwen_3_5_make_states_of_this_many_mebibytes(tmp_path):
     assert [spec_of(tmp_path, config).state_bytes / 2**20 for config in (QWEN35_4B, QWEN36_35B)] == [50.25, 62.8125]
     with pytest.raises(ConfigError, match="attn_output_gate is false; in a qwen3_5_text model it must be true"):
         spec_of(tmp_path, QWEN35_4B | {"text_config": QWEN35_4B["text_config"] | {"attn_output_gate": False}})
@@ -237,7 +237,7 @@ def test_dynamic_scaling_is_transformers_at_the_length_of_the_context(context, t
 
 @pytest.mark.parametrize("backend", ["reference", "decode_core"])
 def test_a_llama_that_rotates_a_part_of_its_heads_computes_what_phi3_does(backend, tmp_path):
-    """transformers' llama rotates all of a head; phi3 is a llama with matrices in one, and rotates as much as it is told."""
+    """transformers' llama rotates all of a head; phi3 is a llama with fused matrices, and rotates as much as configured."""
     model = make_model("phi3", sliding_window=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
     cases = clear_cases(model, lengths=(9, 40))
     save(model, tmp_path)
@@ -274,7 +274,7 @@ def test_ministral_s_queries_grow_where_the_context_is_longer_than_the_original(
     assert load(tmp_path / "tiny.gguf").context_length == 128
 
 
-# --- text models beside images -----------------------------------------------------------------------------------
+# --- text models of image models ---------------------------------------------------------------------------------
 
 
 IMAGES = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8, num_channels=3)

@@ -1,4 +1,4 @@
-"""What is told of a model whose weights are not here yet."""
+"""What is reported about a model whose weights are not here yet."""
 
 import pytest
 

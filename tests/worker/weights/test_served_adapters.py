@@ -1,4 +1,4 @@
-"""Adapters beside their base, unmerged: against peft's merged model, and against what --lora merges."""
+"""Adapters served with their base, unmerged: against peft's merged model, and against what --lora merges."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def backends(model):
 
 
 @pytest.mark.parametrize("name", by_day(SERVED, "llama3.1", "gemma3", "phi3", "qwen2"))
-def test_an_adapter_beside_its_base_gives_the_logits_and_tokens_of_pefts_merged_model(name, tmp_path):
+def test_an_adapter_served_with_its_base_gives_the_logits_and_tokens_of_pefts_merged_model(name, tmp_path):
     model = make_model(name)
     folder = save(model, tmp_path / "base")
     cases = clear_cases(adapt(model, tmp_path / "adapter", size=0.08, **SERVED[name]), lengths=(9, 40))
@@ -55,7 +55,7 @@ def test_an_adapter_beside_its_base_gives_the_logits_and_tokens_of_pefts_merged_
 
 
 @pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "glm4", "gemma3", "qwen3.5", "granite4h"], "llama3.1", "phi3"))
-def test_beside_a_gguf_base_an_adapter_does_what_merging_it_does(name, tmp_path):
+def test_an_adapter_served_with_a_gguf_base_does_what_merging_it_does(name, tmp_path):
     """Floats and packed weights; the rows of q and k lie otherwise in some of the files."""
     model = make_model(name, **{"gemma3": {"query_pre_attn_scalar": 32}, "granite4h": {"shared_intermediate_size": 64}}.get(name, {}))
     paths = [as_gguf(tmp_path / f"{name}{q}.gguf", model, quantized=q) for q in (False, True)]
@@ -71,7 +71,7 @@ def test_beside_a_gguf_base_an_adapter_does_what_merging_it_does(name, tmp_path)
 
 
 @pytest.mark.parametrize("scheme", by_day(SCHEMES, "deepseek", "fbgemm"))
-def test_beside_an_fp8_base_an_adapter_gives_what_peft_makes_of_the_weights_that_it_means(scheme, tmp_path):
+def test_an_adapter_served_with_an_fp8_base_gives_what_peft_computes_with_the_weights_it_stands_for(scheme, tmp_path):
     model = make_model("qwen3")
     folder = save_fp8(model, tmp_path / "base", scheme)
     cases = clear_cases(adapt(model, tmp_path / "adapter", size=0.08), lengths=(9, 40))
@@ -91,7 +91,7 @@ def nanochat_checkpoint(model, folder, fixture):
 
 
 @pytest.mark.parametrize("upstream", [False, True], ids=["transformers", "upstream"])
-def test_beside_a_nanochat_checkpoint_an_adapter_gives_the_logits_and_tokens_of_pefts_merged_model(upstream, tmp_path, nanochat_fixtures, monkeypatch):
+def test_an_adapter_served_with_a_nanochat_checkpoint_gives_the_logits_and_tokens_of_pefts_merged_model(upstream, tmp_path, nanochat_fixtures, monkeypatch):
     """Of transformers' names and of upstream's; and so does what is merged at load. transformers rotates in float32, the first generation in bfloat16."""
     monkeypatch.setitem(nanochat.GENERATIONS, 1, nanochat.GENERATIONS[1]._replace(fields={}))
     model = make_model("nanochat", attention_bias=False, vocab_size=283, intermediate_size=256, rms_norm_eps=1.1920929e-07)
@@ -137,7 +137,7 @@ def test_ranks_and_stages_have_the_parts_of_an_adapter_that_fit_their_parts_of_t
 
 
 def broken(folder):
-    """(how to break a good adapter, what is told of it)"""
+    """(how to break a good adapter, what the error says)"""
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     tensors, good = load_file(weights), json.loads(config.read_text())
     first = next(iter(tensors))
@@ -158,7 +158,7 @@ def broken(folder):
     yield weights.unlink, "cannot read|No such file"
 
 
-def test_what_cannot_be_served_beside_the_base_is_one_line(tmp_path):
+def test_what_cannot_be_served_without_merging_is_one_line(tmp_path):
     model = make_model("llama3.1")
     folder = save(model, tmp_path / "base")
     adapt(model, tmp_path / "adapter", targets=["q_proj"])

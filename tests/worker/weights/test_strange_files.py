@@ -108,7 +108,7 @@ def test_a_block_that_no_matrix_has_is_refused(folder, block):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"])
-def test_pipes_devices_and_folders_are_named_and_nobody_waits_for_them(folder, name):
+def test_pipes_devices_and_folders_are_named_without_waiting_for_them(folder, name):
     path = folder / name
     for make, words in ((os.mkfifo, "a pipe"), (lambda path: path.symlink_to("/dev/zero"), "a device"), (os.mkdir, "a folder")):
         path.unlink(missing_ok=True)
@@ -376,7 +376,7 @@ def test_a_pointer_of_git_s_is_named_with_the_size_of_what_it_stands_for(good, n
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model_000650.pt", "tiny.gguf"])
-def test_nobody_waits_for_weights_that_are_a_pipe(good, nanochat_fixtures, tmp_path, name):
+def test_weights_that_are_a_pipe_are_not_waited_for(good, nanochat_fixtures, tmp_path, name):
     folder = shutil.copytree(nanochat_fixtures / "gen5" if name == "model_000650.pt" else good, tmp_path / "model")
     path = next(folder.rglob(name), folder / name)
     path.unlink(missing_ok=True)
@@ -453,7 +453,7 @@ def test_a_type_newer_than_the_library_is_not_called_truncated(tmp_path):
 # --- templates -----------------------------------------------------------------------------------------
 
 
-def test_a_template_is_found_in_chat_template_json_too_and_a_list_without_a_default_is_told(folder, caplog):
+def test_a_template_is_found_in_chat_template_json_too_and_a_list_without_a_default_is_logged(folder, caplog):
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     assert load(folder).text.chat_template == "{{ messages }}"

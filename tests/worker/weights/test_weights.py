@@ -91,7 +91,7 @@ def test_source_tag_and_step_are_chosen_as_upstream_does(base, flags, expected):
         assert "sft/d4/9" in source.alternatives and expected not in source.alternatives.split(", ")
 
 
-def test_without_sft_the_next_source_is_taken_and_it_is_said(base):
+def test_without_sft_the_next_source_is_used_and_it_is_logged(base):
     shutil.rmtree(base / "chatsft_checkpoints")
     source = resolve_model(Settings())
     assert "rl/d4/100" in source.chosen and "no sft checkpoint" in source.chosen
@@ -336,7 +336,7 @@ def test_a_default_model_that_cannot_be_noted_as_checked_is_checked_each_time(in
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A function that mounts a file system of so many bytes."""
+    """A function that mounts a file system of this many bytes."""
     mounted = []
 
     def mount(size):
@@ -447,7 +447,7 @@ def test_paths_that_cannot_be_are_one_line(tmp_path):
             resolve_model(Settings(model=str(model)))
 
 
-def test_a_user_without_a_home_or_who_may_not_write_there_is_told_so(tmp_path):
+def test_a_user_without_a_home_or_who_may_not_write_there_gets_an_error(tmp_path):
     (tmp_path / "mine").mkdir(mode=0o500)
     (tmp_path / "locked").mkdir(mode=0)
     nanochat = {"NANOCHAT_BASE_DIR": str(tmp_path)}
@@ -460,7 +460,7 @@ def test_a_user_without_a_home_or_who_may_not_write_there_is_told_so(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user whom nobody knows")
-def test_a_user_whom_the_system_does_not_know_is_told_that_there_is_no_home():
+def test_a_user_unknown_to_the_system_learns_that_there_is_no_home():
     unknown = "import pwd\nos.setuid(54321)\ndel os.environ['HOME']\nsys.exit(c.main(sys.argv[1:]))"
     one_line(generate(code=unknown), "no home folder", "set HOME", "give MODEL")
 
@@ -609,7 +609,7 @@ def test_a_cut_tokenizer_is_refused_and_a_missing_one_says_where_it_was_looked_f
     assert str(broken.pickle) in broken.error() and str(broken.model.parent / "tokenizer.pkl") in broken.error()
 
 
-def test_a_tokenizer_beside_the_checkpoint_is_found(broken):
+def test_a_tokenizer_next_to_the_checkpoint_is_found(broken):
     shutil.move(broken.pickle, broken.model.parent / "tokenizer.pkl")
     assert load(broken.path).text.kind == "nanochat"
 
@@ -699,7 +699,7 @@ def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name)
 
 @pytest.mark.skipif(decode_core() is None, reason="weights stay as stored only where decode_core runs")
 def test_a_file_of_many_types_computes_what_its_dequantized_weights_say(tmp_path):
-    """As llama-quantize mixes them: q, k and v of one matrix differ, and so do gate and up; logits beside float32's."""
+    """Mixed as by llama-quantize: q, k and v of one matrix differ, and so do gate and up; logits beside float32's."""
     dice, plain = numpy.random.default_rng(2), random_llama(numbers=LLAMA_NUMBERS | {"llama.block_count": 2})
     kinds = {"attn_q": "Q4_K", "attn_k": "IQ4_XS", "attn_v": "Q6_K", "attn_output": "Q5_K", "ffn_gate": "Q4_K", "ffn_up": "Q5_K",
              "ffn_down": "MXFP4", "token_embd": "Q6_K"}
