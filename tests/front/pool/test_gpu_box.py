@@ -88,7 +88,7 @@ async def test_a_prefill_that_runs_out_of_gpu_memory_fails_alone_and_the_flag_is
     _, tokens, _ = await long
     assert len(tokens) == 200 and pool.workers[0].restarts == 0
     # 8 GiB are lacking, and 1 % more: 0.90 - 0.1 - 0.01
-    assert "needed, and of its 85.90 GB 1.07 are free. --gpu-memory-utilization 0.79 would leave it free" in "".join(capfd.readouterr())
+    assert "needed; of its 85.90 GB 1.07 are free. --gpu-memory-utilization 0.79 would leave it free" in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("words, why, visible, told", [

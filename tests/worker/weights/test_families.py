@@ -635,9 +635,9 @@ def broken_folders(folder):
     weights.unlink()
     (folder / "other.safetensors").write_bytes(good)
     yield "it must have model.safetensors, which is missing; it has other.safetensors"
-    for content, words in (("{}", "weight_map must give"), ("[1]", "holds a list of 1; it must hold an object"), ("{", "is truncated: it has 1 bytes"),
-                           ('{"weight_map": {"a": "../other.safetensors"}}', "the name of a file beside it"),
-                           ('{"weight_map": {"a": 3}}', "weight_map must give"),
+    for content, words in (("{}", "weight_map must map"), ("[1]", "holds a list of 1; it must hold an object"), ("{", "is truncated: it has 1 bytes"),
+                           ('{"weight_map": {"a": "../other.safetensors"}}', "to a file name in this folder"),
+                           ('{"weight_map": {"a": 3}}', "weight_map must map"),
                            ('{"weight_map": {"a": "lost.safetensors"}}', "index.json names lost.safetensors, which is missing; it has other.safetensors")):
         index.write_text(content)
         yield words
