@@ -80,7 +80,9 @@ class Forked:
 
     def wait(self, timeout=None):
         if self.returncode is None:
-            if not select.select([self.end], [], [], timeout)[0]:
+            waiting = select.poll()         # select() takes no descriptor above 1,023
+            waiting.register(self.end, select.POLLIN)
+            if not waiting.poll(None if timeout is None else 1000 * timeout):
                 raise subprocess.TimeoutExpired(str(self.pid), timeout)
             self.returncode = self.template.status(self.pid)
         return self.returncode
@@ -106,7 +108,7 @@ def number(connection):
 # In the template
 
 def serve(orders, ends):
-    running, poll = {}, select.poll()      # select() takes no descriptor above 1,023
+    running, poll = {}, select.poll()
     poll.register(orders, select.POLLIN)
     while True:
         for ready, _ in poll.poll():
