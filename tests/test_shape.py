@@ -63,7 +63,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 45 more: the seam to decode_core is a digest of its names, which nobody has to count.
 # 2 more: where adapters come to a loaded model, others leave.
 # 21 more: models whose files change, or go, while they are not loaded.
-MOST_STATEMENTS = 21_452
+# 17 more: what is seen below a folder is told from what cannot be read now; three watchers look through one class.
+MOST_STATEMENTS = 21_469
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

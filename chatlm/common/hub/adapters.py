@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence as Seq
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from chatlm.common.config import ADAPTER_NAME
 from chatlm.common.errors import ConfigError, require_folder
-from chatlm.common.hub.folder import folders_below
-from chatlm.common.hub.stamps import ADAPTER_FILES, Stamp, adapter_stamp
+from chatlm.common.hub.folder import seen_below
+from chatlm.common.hub.stamps import ADAPTER_FILES, Sighting, adapter_stamp
 
 CONFIG, WEIGHTS = ADAPTER_FILES
 HUGE_PAGE = 2 << 20
 
 
-class AdapterFiles(NamedTuple):
-    """An adapter below a folder, and what tells whether its files have changed."""
+@dataclass(frozen=True)
+class AdapterFiles(Sighting):
+    """An adapter below a folder."""
 
-    name: str
-    folder: Path
-    stamp: Stamp
+    name: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -31,27 +31,31 @@ class AdapterFiles(NamedTuple):
         return size + -size % HUGE_PAGE
 
 
-def adapter_at(folder: Path, name: str = "") -> AdapterFiles | None:
-    """The adapter in a folder; None where one of its files is missing, empty or unreadable."""
+def adapter_at(folder: Path, name: str = "") -> AdapterFiles:
+    """The adapter in a folder; without a stamp where one of its files is missing, empty or unreadable."""
     stamp = adapter_stamp(folder)
-    there = stamp and all(size for _, size, _ in stamp)
-    return AdapterFiles(name or folder.name, folder, stamp) if there else None
+    return AdapterFiles(folder, stamp if all(size for _, size, _ in stamp) else (), name=name or folder.name)
 
 
-def adapters_in(folder: Path) -> list[AdapterFiles]:
-    """The adapters in the folders of a folder, by name; without those whose names an adapter may not have."""
-    try:
-        places = sorted(place for place in folder.iterdir() if re.fullmatch(ADAPTER_NAME, place.name))
-    except OSError:
-        return []
-    return [files for place in places if (files := adapter_at(place))]
+def adapters_below(*folders: Path, **limits: int) -> list[AdapterFiles]:
+    """All adapters below some folders whose names an adapter may have; of equal names the first."""
+    def adapter_in(place: Path, names: Seq[str]) -> list[AdapterFiles]:
+        there = {*ADAPTER_FILES} <= {*names} and re.fullmatch(ADAPTER_NAME, place.name)
+        return [adapter_at(place)] if there else []
+
+    first = {}
+    for folder in folders:
+        for files in seen_below(folder, AdapterFiles, adapter_in, **limits):
+            first.setdefault(files.name or files.path, files)
+    return [*first.values()]
 
 
-def adapters_below(folder: Path) -> list[AdapterFiles]:
-    """All adapters below a folder whose names an adapter may have; of equal names the first."""
-    found = [files for place, names in folders_below(folder) if CONFIG in names
-             and re.fullmatch(ADAPTER_NAME, place.name) and (files := adapter_at(place))]
-    return [*{files.name: files for files in reversed(found)}.values()][::-1]
+def adapters_in(*folders: Path) -> list[AdapterFiles]:
+    """The adapters in the folders of some folders. ConfigError where one of these is none."""
+    for folder in folders:
+        require_folder(f"--adapter {folder}", folder)
+    found = adapters_below(*folders, depth=1, into_models=True)
+    return [files for files in found if not files.name or files.path not in folders]
 
 
 def named_adapters(words: Iterable[str]) -> tuple[list[AdapterFiles], list[Path]]:
@@ -63,13 +67,13 @@ def named_adapters(words: Iterable[str]) -> tuple[list[AdapterFiles], list[Path]
         name, equals, path = word.partition("=")
         folder = Path(path if equals else word).expanduser()
         if name in adapters:
-            raise ConfigError(f"--adapter {word}: {adapters[name].folder} is called {name} too")
+            raise ConfigError(f"--adapter {word}: {adapters[name].path} is called {name} too")
         require_folder(f"--adapter {word}", folder)
         if not equals and (folder / CONFIG).exists():
             raise ConfigError(f"--adapter {word}: an adapter needs a name: {folder.name}={word}")
         if not equals:
             watched.append(folder)
-        elif files := adapter_at(folder, name):
+        elif (files := adapter_at(folder, name)).stamp:
             adapters[name] = files
         else:
             raise ConfigError(f"--adapter {word}: there is no {CONFIG} with an {WEIGHTS}")
@@ -80,10 +84,9 @@ def bytes_of_adapters(words: Iterable[str]) -> int:
     """About what a worker needs for those that --adapter names, as far as they are there."""
     total = 0
     for word in words:
-        name, equals, path = word.partition("=")
-        folder = Path(path if equals else word).expanduser()
-        there = [adapter_at(folder)] if equals else adapters_in(folder)
-        total += sum(files.nbytes for files in there if files)
+        with suppress(ConfigError, OSError):
+            named, watched = named_adapters([word])
+            total += sum(files.nbytes for files in named + adapters_in(*watched))
     return total
 
 

@@ -6,34 +6,39 @@ import operator
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
-from typing import NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import require_folder
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.common.hub.local import NANOCHAT_FOLDERS
-from chatlm.common.hub.stamps import Stamp, files_of, stamp_of
+from chatlm.common.hub.stamps import Sighting, files_of, stamp_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
+T = TypeVar("T", bound=Sighting)
 
-class Files(NamedTuple):
-    """A model below a folder, and what tells whether its files have changed."""
 
-    choice: ModelChoice
-    stamp: Stamp
+@dataclass(frozen=True)
+class Files(Sighting):
+    """A model below a folder."""
+
+    name: str = ""
     step: int | None = None  # of a nanochat checkpoint
-    trouble: str = ""        # why it has no stamp
+
+    @property
+    def choice(self) -> ModelChoice:
+        return ModelChoice(str(self.path), self.name)
 
     @property
     def run(self) -> Path | None:
         """The folder of its steps."""
-        return None if self.step is None else Path(self.choice.path).parent
+        return None if self.step is None else self.path.parent
 
 
 # Links to folders that are followed on one path: more of them among many folders make paths without end.
@@ -41,17 +46,17 @@ MOST_LINKS = 2
 
 
 def find_models(folder: Path, going_on: Callable[[], None] = lambda: None) -> list[Files]:
-    """The GGUF files, Hugging Face folders and nanochat checkpoints below a folder, by name and step. One
-    that cannot be read has no stamp. ConfigError if it is no folder.
+    """The GGUF files, Hugging Face folders and nanochat checkpoints below a folder, by name and step.
+    ConfigError if it is no folder.
 
     going_on: called at each folder, and may raise to end the search."""
-    require_folder(f"--models {folder}", folder)
-    found = []
-    for place, names in folders_below(folder):
+    def models_here(place: Path, names: Seq[str]) -> Iterator[Files]:
         going_on()
-        found += models_in(place, names)
-    return sorted(found, key=lambda files: (files.choice.name.lower(), str(files.run or ""), files.step or 0,
-                                            files.choice.path))
+        return models_in(place, names)
+
+    require_folder(f"--models {folder}", folder)
+    return sorted(seen_below(folder, Files, models_here), key=lambda files: (
+        files.name.lower(), str(files.run or ""), files.step or 0, str(files.path)))
 
 
 def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
@@ -83,7 +88,7 @@ def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
 
 def numbered(files: Files, last: bool, several: bool) -> ModelChoice:
     """A step of a run of nanochat's."""
-    name, tag = files.choice.name, shown_name(Path(files.choice.path).parent.name)
+    name, tag = files.name, shown_name(files.path.parent.name)
     aliases = [f"{tag}@{files.step}", *[f"{tag}@latest"] * last, *[name] * (last and several)]
     return replace(files.choice, name=f"{name}@{files.step}" if several else name,
                    aliases=tuple(aliases))
@@ -99,29 +104,49 @@ def path_name(folder: Path, path: Path) -> str:
     return shown_name(re.sub(SPLIT_GGUF, "", str(path.relative_to(folder))).removesuffix(".gguf"))
 
 
-def folders_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder with the names of its files. Those of a Hugging Face folder, and hidden ones, have none.
-    Links to folders are followed, but none to a folder that the path goes through, or one above it."""
+def seen_below(folder: Path, kind: type[T], seen_in: Callable[[Path, list[str]], Iterable[T]],
+               **limits: int) -> Iterator[T]:
+    """What is seen in each folder, by the names of its files. A folder that cannot be read is one of this
+    kind itself, without a stamp."""
+    for place, names in folders_below(folder, **limits):
+        if isinstance(names, OSError):
+            yield kind(place, trouble=f"{place} cannot be read: {names.strerror}")
+        else:
+            yield from seen_in(place, names)
+
+
+def folders_below(folder: Path, links: int = MOST_LINKS, depth: int = 1000,
+                  into_models: int = False) -> Iterator[tuple[Path, list[str] | OSError]]:
+    """Each folder with the names of its files, or why it cannot be read. Those of a Hugging Face folder
+    (unless into_models), and hidden ones, have none. `links` to folders are followed on a path, but none to
+    a folder that the path goes through, or one above it."""
     above = frozenset(identity(place.stat()) for place in folder.resolve().parents)
-    waiting = [(folder, identity(folder.stat()), above, MOST_LINKS)]
+    waiting = [(folder, identity(folder.stat()), above, links, depth)]
     while waiting:
-        place, here, above, links = waiting.pop()
+        place, here, above, links, depth = waiting.pop()
         try:
             with os.scandir(place) as entries:
                 found = sorted(entries, key=operator.attrgetter("name"))
-        except OSError:
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            yield place, error
             continue
         folders = {entry.name: status for entry in found if (status := folder_status(entry))}
         names = [entry.name for entry in found if entry.name not in folders]
         yield place, names
-        if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+        if depth == 0 or not into_models and is_hugging_face(names):
             continue
         above = above | {here}
         for entry in reversed(found):  # the first of them is the next
             if entry.name in folders and not entry.name.startswith("."):
                 there, left = identity(folders[entry.name]), links - entry.is_symlink()
                 if there not in above and left >= 0:
-                    waiting.append((place / entry.name, there, above, left))
+                    waiting.append((place / entry.name, there, above, left, depth - 1))
+
+
+def is_hugging_face(names: Seq[str]) -> bool:
+    return "config.json" in names and any(name.endswith(".safetensors") for name in names)
 
 
 def identity(status: os.stat_result) -> tuple[int, int]:
@@ -138,11 +163,11 @@ def folder_status(entry: os.DirEntry) -> os.stat_result | None:
 
 def models_in(place: Path, names: Seq[str]) -> Iterator[Files]:
     def model(path: Path, name: str, files: Seq[Path], step: int | None = None) -> Files:
-        stamp = stamp_of(files)
+        stamp, name = stamp_of(files), shown_name(name)
         trouble = "" if stamp else next(filter(None, map(trouble_with, files)), "")
-        return Files(ModelChoice(str(path), shown_name(name)), stamp, step, trouble)
+        return Files(path, stamp, trouble and f"{name} is not served: {trouble}", name, step)
 
-    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+    if is_hugging_face(names):
         yield model(place, place.name, [place / "config.json", *files_of(place)])
     parts: dict[str, list[Path]] = {}
     for name in names:

@@ -6,6 +6,7 @@ import glob
 import re
 import stat
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,19 @@ ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors"  # as peft sa
 HF_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
             "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 HF_PATTERNS = "*.safetensors", "additional_chat_templates/*.jinja"
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A model, a checkpoint or an adapter below a folder, as a look finds it."""
+
+    path: Path
+    stamp: Stamp = ()  # (): it is being written, or cannot be read now
+    trouble: str = ""  # why it cannot be read
+
+    @property
+    def changed_s(self) -> float:
+        return max((time_ns for _, _, time_ns in self.stamp), default=0) / 1e9
 
 
 def stamp_of(paths: Iterable[Path]) -> Stamp:

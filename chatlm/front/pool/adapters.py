@@ -15,11 +15,13 @@ from chatlm.common.hub.adapters import adapter_at, adapters_in, named_adapters
 from chatlm.common.hub.stamps import adapter_stamp
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import AdapterLoaded, DropAdapter, LoadAdapter
+from chatlm.front.pool.sightings import Sightings
 from chatlm.front.pool.worker import State
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.hub.adapters import AdapterFiles
+    from chatlm.common.hub.stamps import Stamp
     from chatlm.front.pool.worker import Worker
 
 
@@ -61,8 +63,6 @@ class PoolAdapters:
     an answer may follow at once. A new version of an adapter takes the old one's place once it is loaded;
     answers under way end on the old one, which is dropped when the last of them has ended."""
 
-    WATCH_S = 3.0  # between two looks at a folder
-
     def __init__(self, settings: Settings, workers: Seq[Worker]):
         """ConfigError for what --adapter says, as far as that can be seen without reading weights."""
         self.settings, self.workers = settings, workers
@@ -70,23 +70,14 @@ class PoolAdapters:
         self.all: dict[str, Adapter] = {}      # by id; those that a worker may still have
         self.serving: dict[str, Adapter] = {}  # by name
         self.gone: set[str] = set()            # names of those that went with their files
-        self.before: dict[str, tuple] = {}     # folder -> stamp of its files, at the last look
-        self.refused: dict[str, tuple] = {}    # folder -> stamp of its files that cannot be served
         self.held: Counter[str] = Counter()    # ids -> how many requests have them
         self.numbers = itertools.count(1)
         self.started = False                   # then no problem ends the server
         self.taken: Callable[[], Seq[str]] = lambda: ()  # names that an adapter may not have
         self.admit: Callable[[int], None] = lambda nbytes: None  # ConfigError: no room for so many more bytes
-        self.roomless: dict[str, tuple] = {}   # folder -> stamp of the version for which there was no room
         for files in named:
             self.serve(files, required=True)
-        for files in itertools.chain.from_iterable(map(adapters_in, self.folders)):
-            if files.name not in self.serving:
-                self.before[str(files.folder)] = files.stamp
-                self.serve(files, watched=True)
-
-    def names(self) -> list[str]:
-        return [*self.serving]
+        self.watch = AdapterWatch(self)
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +88,7 @@ class PoolAdapters:
         """ConfigError if an adapter is called as the model is."""
         for name in {*self.serving} & {*self.taken()}:
             if self.serving[name].required:
-                folder = self.serving[name].files.folder
+                folder = self.serving[name].files.path
                 raise ConfigError(f"--adapter {name}={folder}: the model is called {name}")
             log.error("the adapter %s is not served: the model is called so too", name)
             self.retire(self.serving[name])
@@ -117,7 +108,7 @@ class PoolAdapters:
         """The nodes of Ray have files of their own, which are told by their digest alone."""
         files = adapter.files
         stamp = () if self.settings.ray_address else files.stamp
-        return LoadAdapter(adapter.id, str(files.folder), stamp, adapter.digest)
+        return LoadAdapter(adapter.id, str(files.path), stamp, adapter.digest)
 
     def _switch(self, adapter: Adapter):
         if older := self.serving.get(adapter.name):
@@ -168,7 +159,8 @@ class PoolAdapters:
         """What a worker says of an adapter; a ConfigError if the server cannot start with it."""
         if (adapter := self.all.get(message.id)) is None:
             return None
-        problem = message.problem or self._outgrown(adapter, message.nbytes)
+        more = message.nbytes - adapter.bytes
+        problem = message.problem or more > 0 and self.no_room(more)
         if not problem:
             adapter.problems.pop(worker.gpu, None)
             adapter.loaded.add(worker.gpu)
@@ -176,10 +168,10 @@ class PoolAdapters:
             if not adapter.retired and self.serving.get(adapter.name) is not adapter:
                 self._switch(adapter)
             log.info("the adapter %s: %.1f MB from %s", adapter.name, message.nbytes / 1e6,
-                     adapter.files.folder)
+                     adapter.files.path)
             return None
         adapter.loaded.discard(worker.gpu)
-        if not adapter.retired and self._follow(adapter):
+        if not adapter.retired and self.watch.follow(adapter):
             return None
         adapter.problems[worker.gpu] = problem
         if adapter.required and not self.started:
@@ -190,37 +182,22 @@ class PoolAdapters:
             self._note_problem(adapter, problem)
         return None
 
-    def _outgrown(self, adapter: Adapter, nbytes: int) -> str:
-        """What is wrong with an adapter that takes so many bytes in each worker; "" if there is room."""
-        if (more := nbytes - adapter.bytes) > 0:
-            try:
-                self.admit(len(self.workers) * more)
-            except ConfigError as error:
-                return f"with it the model does not fit: {error}"
+    def no_room(self, nbytes: int) -> str:
+        """Why an adapter may not take so many more bytes in each worker; "" if it may."""
+        try:
+            self.admit(len(self.workers) * nbytes)
+        except ConfigError as error:
+            return f"with it the model does not fit: {error}"
         return ""
-
-    def _follow(self, adapter: Adapter) -> bool:
-        """Serve the files that an adapter's folder has now, if a worker did not find those of its version."""
-        now = adapter_at(adapter.files.folder, adapter.name)
-        if now is None or self.settings.ray_address or now.stamp in (
-                adapter.files.stamp, self.refused.get(str(now.folder))):
-            return False
-        if all(other.files.stamp != now.stamp for other in self.all.values()):
-            if not self._fits(now):
-                return False
-            log.info("the files of the adapter %s have changed: they are read again", adapter.name)
-            self.serve(now, adapter.required, adapter.watched)
-        return True
 
     def _note_problem(self, adapter: Adapter, problem: str):
         """One line, until its files change."""
-        folder, older = adapter.files.folder, self.serving.get(adapter.name)
+        folder, older = adapter.files.path, self.serving.get(adapter.name)
         stays = bool(older and older is not adapter and older.loaded)
-        if self.refused.get(str(folder)) != adapter.files.stamp:
+        stamp = adapter.files.stamp
+        if self.watch.sightings.refuse(stamp, for_good=adapter_stamp(folder) == stamp):
             log.error("the adapter %s cannot be served%s: %s", adapter.name,
                       " (its older version stays)" if stays else "", problem)
-        if adapter_stamp(folder) == adapter.files.stamp:
-            self.refused[str(folder)] = adapter.files.stamp
         if stays:
             self.retire(adapter)
         elif older is not adapter:
@@ -231,47 +208,59 @@ class PoolAdapters:
         """Has a worker said of each whether it can be served?"""
         return all(adapter.loaded or adapter.problems for adapter in self.serving.values())
 
-    # a watched folder
 
-    async def watch(self):
-        while True:
-            await asyncio.sleep(self.WATCH_S)
-            self.update(await asyncio.to_thread(lambda: [*itertools.chain.from_iterable(
-                map(adapters_in, self.folders))]))
+class AdapterWatch:
+    """Has a pool serve the adapters below a folder as they are there now: its own, or the share in --models
+    that was made for its model."""
 
-    def update(self, found: Iterable[AdapterFiles]):
-        """Serve the watched adapters that are there now. One whose files still change is left alone."""
-        found = [*found]
-        stamps = {str(files.folder): files.stamp for files in found}
-        for adapter in [adapter for adapter in self.serving.values() if adapter.watched]:
-            written = str(adapter.files.folder) in stamps or adapter_stamp(adapter.files.folder)  # or empty
-            if not written:
+    WATCH_S = 3.0  # between two looks
+
+    def __init__(self, adapters: PoolAdapters):
+        self.adapters = adapters
+        self.sightings = Sightings(lambda: adapters_in(*adapters.folders), self._versions, self.WATCH_S)
+        if adapters.folders:
+            self.sightings.compare(adapters_in(*adapters.folders))
+        for files in self.sightings.there.values():
+            if files.name not in adapters.serving:
+                adapters.serve(files, watched=True)
+
+    def _versions(self) -> list[Stamp]:
+        return [adapter.files.stamp for adapter in self.adapters.all.values()
+                if not adapter.retired and (adapter.loaded or not adapter.problems)]
+
+    async def run(self):
+        await self.sightings.run(self.update)
+
+    async def update(self, settled: Iterable[AdapterFiles]):
+        adapters, there = self.adapters, self.sightings.there
+        for adapter in [adapter for adapter in adapters.serving.values() if adapter.watched]:
+            if adapter.files.path not in there:
                 log.info("the adapter %s has gone", adapter.name)
-                self.retire(adapter)
-                self.gone.add(adapter.name)
-        self.refused = {folder: stamp for folder, stamp in self.refused.items() if folder in stamps}
-        latest = {str(adapter.files.folder): adapter.files.stamp for adapter in self.all.values()
-                  if adapter.loaded or not adapter.problems}
-        for files in found:
-            known, name = str(files.folder), files.name
-            same = self.serving.get(name)
-            other = name in self.taken() or same is not None and str(same.files.folder) != known
-            new = files.stamp not in (latest.get(known), self.refused.get(known))
-            if self.before.get(known) == files.stamp and new and not other and self._fits(files):
-                self.serve(files, watched=True)
-        self.before = stamps
+                adapters.retire(adapter)
+                adapters.gone.add(adapter.name)
+        for files in settled:
+            same = adapters.serving.get(files.name)
+            free = files.name not in adapters.taken() and (not same or same.files.path == files.path)
+            if free and self.fits(files):
+                adapters.serve(files, watched=True)
 
-    def _fits(self, files: AdapterFiles) -> bool:
-        """Is there room for it beside what is served? If not, that is logged once."""
-        folder = str(files.folder)
-        try:
-            self.admit(len(self.workers) * files.nbytes)
-        except ConfigError as error:
-            if self.roomless.get(folder) != files.stamp:
-                stays = " (its older version stays)" if files.name in self.serving else ""
-                log.error("the adapter %s is not served%s: with it the model does not fit: %s",
-                          files.name, stays, error)
-            self.roomless[folder] = files.stamp
+    def follow(self, adapter: Adapter) -> bool:
+        """Serve the files that an adapter's folder has now, if a worker did not find those of its version."""
+        adapters, now = self.adapters, adapter_at(adapter.files.path, adapter.name)
+        if (not now.stamp or adapters.settings.ray_address or now.stamp == adapter.files.stamp
+                or self.sightings.refused.get(now.stamp)):
             return False
-        self.roomless.pop(folder, None)
+        if all(other.files.stamp != now.stamp for other in adapters.all.values()):
+            if not self.fits(now):
+                return False
+            log.info("the files of the adapter %s have changed: they are read again", adapter.name)
+            adapters.serve(now, adapter.required, adapter.watched)
         return True
+
+    def fits(self, files: AdapterFiles) -> bool:
+        """Is there room for it beside what is served? If not, that is logged once."""
+        problem = self.adapters.no_room(files.nbytes)
+        if problem and self.sightings.refuse(files.stamp, for_good=False):
+            stays = " (its older version stays)" if files.name in self.adapters.serving else ""
+            log.error("the adapter %s is not served%s: %s", files.name, stays, problem)
+        return not problem

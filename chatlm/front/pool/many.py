@@ -94,7 +94,8 @@ class ManyModels:
         for choice in self.settings.several:
             self.registry.add(await asyncio.to_thread(self.opener.resolve, choice, report))
         watch = FolderWatch(self) if self.settings.models is not None else None
-        found = await watch.begin() if watch else []
+        if watch:
+            await watch.begin()
         if watch and not (self.registry.models or self.settings.watch):
             raise ConfigError(f"--models {self.settings.models}: there is no GGUF file, Hugging Face folder "
                               "or nanochat checkpoint below it")
@@ -108,7 +109,7 @@ class ManyModels:
         await self.opener.survey.close()
         check_served(self.registry.models)
         if watch:
-            watch.name_models(found)
+            watch.name_models()
         for model in self.registry.models:
             self.serve(model)
         self.run("giving models their turns", self.residency.run)
@@ -120,7 +121,7 @@ class ManyModels:
             runs = RunWatch(self)
             await runs.begin()
             self.run("watching --watch", runs.run)
-            self.run("scoring checkpoints", runs.score_steps)
+            self.run("scoring checkpoints", runs.scores.run)
         self.became_ready.set()
 
     def serve(self, model: Model):
@@ -291,14 +292,14 @@ def give_adapters(words: Seq[str], models: Seq[Model]):
                           "adapter = {NAME = \"FOLDER\"} into the base's table of [[models]], or serve a "
                           "folder of both with --models")
     for files in named:
-        bases = made_for(files.folder, models)
+        bases = made_for(files.path, models)
         if len(bases) != 1:
             which = "several" if bases else "none"
-            raise ConfigError(f"--adapter {files.name}={files.folder}: base_model_name_or_path in its "
+            raise ConfigError(f"--adapter {files.name}={files.path}: base_model_name_or_path in its "
                               f"adapter_config.json names {which} of the models; put adapter = {{NAME = "
                               "\"FOLDER\"}} into the table of its base in [[models]]")
         settings = bases[0].settings
-        word = f"{files.name}={files.folder}"
+        word = f"{files.name}={files.path}"
         bases[0].settings = replace(settings, adapter=(*settings.adapter, word))
 
 

@@ -68,7 +68,7 @@ class WorkerPool:
         self.supervisor.run("finding the model", self._start_workers)
         self.supervisor.run("watching the workers", self.supervisor.watch)
         if self.adapters.folders:
-            self.supervisor.run("watching the adapters", self.adapters.watch)
+            self.supervisor.run("watching the adapters", self.adapters.watch.run)
 
     async def _start_workers(self):
         await self.placement.start(self.supervisor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence as Seq
+from collections.abc import Iterable, Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,18 @@ from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
 from chatlm.common.hub.adapters import CONFIG, base_of
 from chatlm.common.hub.steps import find_steps
 from chatlm.common.log import log
-from chatlm.front.pool.folder_watch import Troubles
 from chatlm.front.pool.score import read_scored, score_text
+from chatlm.front.pool.sightings import Sightings
 
 if TYPE_CHECKING:
     from chatlm.common.hub.steps import Step
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.pool import WorkerPool
+    from chatlm.front.pool.residency import Residency
+
+
+IN_USE_S = 60.0  # a model that was asked so recently is followed by one that is loaded already
 
 
 class Postponed(ChatServerError):
@@ -41,9 +45,6 @@ class RunWatch:
     is overwritten becomes a new model, and the old one ends with its answers."""
 
     WATCH_S = 2.0    # between two looks
-    SETTLED_S = 5.0  # files that were changed longer ago are complete at the first look
-    WINDOWS = 2      # of --watch-text, computed at a time
-    IN_USE_S = 60.0  # a model that was asked so recently is followed by one that is loaded already
     AT_ONCE = 8      # checkpoints opened between two looks, the last ones first
     LEAVE_S = 30.0   # a step before the last leaves memory when nobody has asked for it so long
     SURVEY_S = 20.0  # the process that reads headers lives so long after the last checkpoint
@@ -51,66 +52,43 @@ class RunWatch:
     def __init__(self, many: ManyModels):
         self.many, self.registry = many, many.registry
         self.folder = Path(many.settings.watch or "").expanduser().absolute()
-        self.models: dict[Path, Model] = {}   # those served, by path
-        self.steps: dict[Path, Step] = {}     # what each of them is
-        self.before: dict[Path, Step] = {}    # what was there at the last look
-        self.refused: dict[Path, Step] = {}   # what was said to be broken
-        self.tags: dict[Path, str] = {}       # of each run
-        self.last: dict[Path, Model] = {}     # of each run: the model that is called `latest`
-        self.opened_s = 0.0                   # when a checkpoint was last opened
-        self.unscorable: set[Step] = set()
-        self.troubles = Troubles()            # with the folder
-        path = many.settings.watch_text
-        self.text = None if path is None else read_scored(path, "--watch-text")
+        self.models: dict[Step, Model] = {}  # those served
+        self.sightings = Sightings(  # a folder that has no file of a checkpoint yet is nothing
+            lambda: [step for step in find_steps(self.folder) if step.stamp or not step.missing],
+            lambda: [step.stamp for step in self.models], self.WATCH_S)
+        self.tags: dict[Path, str] = {}      # of each run
+        self.last: dict[Path, Model] = {}    # of each run: the model that is called `latest`
+        self.opened_s = 0.0                  # when a checkpoint was last opened
+        self.scores = StepScores(many, self.models)
 
     async def begin(self):
         """Open the last step of each run; the others follow while requests are served."""
-        steps = await self._look()
-        runs = {step.run: step for step in steps if self._settled(step)}
-        await self._open([*runs.values()])
+        last = {step.run: step for step in await self.sightings.look()}
+        await self._open([*last.values()])
         if not self.models:
             log.info("--watch %s: there is no complete checkpoint yet", self.folder)
 
     async def run(self):
-        while True:
-            try:
-                await self.update(await self._look())
-                self.troubles.note({})
-            except (ConfigError, OSError) as error:  # the folder has gone
-                self.troubles.note({"": str(error)})
-            next_s = time.monotonic() + self.WATCH_S
-            while (left_s := next_s - time.monotonic()) > 0:
-                await asyncio.sleep(min(left_s, 0.1) if self.follow() else left_s)
+        await self.sightings.run(self.update, self._pause)
 
-    async def _look(self) -> list[Step]:
-        steps = await asyncio.to_thread(find_steps, self.folder)
-        for step in steps:  # names do not depend on what is complete first
-            self._tag_of(step.run)
-        return steps
+    async def _pause(self, seconds: float):
+        next_s = time.monotonic() + seconds
+        while (left_s := next_s - time.monotonic()) > 0:
+            await asyncio.sleep(min(left_s, 0.1) if self.follow() else left_s)
 
-    async def update(self, steps: Seq[Step]):
+    async def update(self, settled: Seq[Step]):
         """Serve what has become complete, and stop to serve what is not the same any more."""
-        there = {step.path: step for step in steps}
-        for path, step in [*self.steps.items()]:
-            now = there.get(path)
+        for step in [*self.models]:
+            now = self.sightings.there.get(step.path)
             if not now or now.stamp != step.stamp:
-                self._dismiss(path, "was replaced" if now and now.stamp and not now.missing else "has gone")
-        for path in [path for path in self.refused if path not in there]:
-            del self.refused[path]
-        settled = [step for step in steps if step.path not in self.models
-                   and self.refused.get(step.path) != step and self._settled(step)]
-        self.before = there
+                self._dismiss(step, "was replaced" if now and not now.missing else "has gone")
         await self._open(settled[::-1][:self.AT_ONCE])
         if time.monotonic() - self.opened_s > self.SURVEY_S:
             await self.many.opener.survey.close()
 
-    def _settled(self, step: Step) -> bool:
-        """Have its files stood still?"""
-        before = self.before.get(step.path)
-        return bool(step.stamp) and (
-            before.stamp == step.stamp if before else time.time() - step.changed_s > self.SETTLED_S)
-
     async def _open(self, steps: Iterable[Step]):
+        for step in self.sightings.there.values():  # names do not depend on what is complete first
+            self._tag_of(step.run)
         for step in steps:
             name = f"{self._tag_of(step.run)}@{step.step}"
             if step.missing:
@@ -143,12 +121,12 @@ class RunWatch:
         model.run, model.step = self._tag_of(step.run), step.step
         self.registry.add(model)
         self.registry.models.sort(key=lambda model: (model.run, model.step))  # "": those of no run stay first
-        self.models[step.path], self.steps[step.path] = model, step
+        self.models[step] = model
         self.many.serve(model)
         log.info("the checkpoint %s can be asked", model.name)
 
     def _refuse(self, step: Step, reason: str):
-        self.refused[step.path] = step
+        self.sightings.refuse(step.stamp)
         log.warning("%s", reason)
 
     def _tag_of(self, run: Path) -> str:
@@ -167,9 +145,9 @@ class RunWatch:
         model.choice = replace(model.choice, aliases=names, default=is_default)
         model.settings = replace(model.settings, served_model_name=names)
 
-    def _dismiss(self, path: Path, why: str):
+    def _dismiss(self, step: Step, why: str):
         """Take no more requests for a checkpoint; those it has may end."""
-        model, step = self.models.pop(path), self.steps.pop(path)
+        model = self.models.pop(step)
         log.info("the checkpoint %s %s", model.name, why)
         self.registry.models.remove(model)
         if self.last.get(step.run) is model:
@@ -193,15 +171,14 @@ class RunWatch:
     def follow(self) -> bool:
         """Have `latest` of each run be its last step. Returns whether one of them is still loading."""
         coming = False
-        for run in {step.run for step in self.steps.values()}:
-            able = [path for path, step in self.steps.items() if step.run == run and self.models[path].pool]
+        for run in {step.run for step in self.models}:
+            able = {step.step: model for step, model in self.models.items() if step.run == run and model.pool}
             if not able:
                 continue
-            newest = self.models[max(able, key=lambda path: self.steps[path].step)]
-            holder = self.last.get(run)
+            newest, holder = able[max(able)], self.last.get(run)
             if newest is holder:
                 continue
-            if holder and self._in_use(holder) and not (newest.place and newest.place.loaded):
+            if holder and in_use(holder, self.many.residency) and not (newest.place and newest.place.loaded):
                 coming = True
                 if newest.state == "unloaded":
                     self.many.load(newest)
@@ -218,17 +195,36 @@ class RunWatch:
             self._mark_default()
         return coming
 
-    async def score_steps(self):
-        """Score one checkpoint after another, the last ones first, in rows and memory that nobody else
-        wants."""
+    def _mark_default(self):
+        """Without another model, requests that name none are for the run that was written last."""
+        if any(model not in self.models.values() for model in self.registry.models):
+            return
+        by_time = sorted(self.last, key=lambda run: max(
+            step.changed_s for step in self.models if step.run == run))
+        for run in by_time:
+            self._give_names(self.last[run], (self._latest(run),), is_default=run == by_time[-1])
+
+
+class StepScores:
+    """Scores one checkpoint after another by --watch-text, the last ones first, in rows and memory that
+    nobody else wants."""
+
+    WINDOWS = 2  # computed at a time
+
+    def __init__(self, many: ManyModels, models: Mapping[Step, Model]):
+        path = many.settings.watch_text
+        self.text = None if path is None else read_scored(path, "--watch-text")
+        self.many, self.models = many, models
+        self.unscorable: set[Step] = set()
+
+    async def run(self):
         while self.text is not None:
-            unscored = [path for path, model in self.models.items() if model.pool and not model.score
-                        and self.steps[path] not in self.unscorable and self._may_load(model)]
-            path = max(unscored, key=lambda path: self.steps[path].changed_s, default=None)
-            if path is None:
-                await asyncio.sleep(0.5)
+            unscored = [step for step, model in self.models.items() if model.pool and not model.score
+                        and step not in self.unscorable and self._may_load(model)]
+            if step := max(unscored, key=lambda step: step.changed_s, default=None):
+                await self._score(self.models[step], step, self.text)
             else:
-                await self._score(self.models[path], self.steps[path], self.text)
+                await asyncio.sleep(0.5)
 
     async def _score(self, model: Model, step: Step, text: str):
         def check_room():
@@ -244,7 +240,7 @@ class RunWatch:
         except ChatServerError as error:
             self.unscorable.add(step)
             log.warning("the checkpoint %s is not scored: %s", model.name, error)
-        if not (was_loaded or pool.dispatcher.jobs or asked_lately(pool, self.IN_USE_S)):
+        if not (was_loaded or pool.dispatcher.jobs or asked_lately(pool)):
             self.many.unload(model)
 
     def _may_load(self, model: Model) -> bool:
@@ -254,24 +250,15 @@ class RunWatch:
             place.serves or place.missing <= residency.budget - residency.used
             and not any(other.waits for other in residency.places if other is not place))
 
-    def _in_use(self, model: Model) -> bool:
-        """Is it in memory, has it been asked lately, and does memory hold another beside it?"""
-        place, pool = model.place, model.pool
-        if not (pool and place and place.taken and asked_lately(pool, self.IN_USE_S)):
-            return False
-        return 2 * place.size <= self.many.residency.room_beside_pinned(place)
 
-    def _mark_default(self):
-        """Without another model, requests that name none are for the run that was written last."""
-        if any(model not in self.last.values() and model not in self.models.values()
-               for model in self.registry.models):
-            return
-        by_time = sorted(self.last, key=lambda run: max(
-            step.changed_s for step in self.steps.values() if step.run == run))
-        for run in by_time:
-            self._give_names(self.last[run], (self._latest(run),), is_default=run == by_time[-1])
+def in_use(model: Model, residency: Residency) -> bool:
+    """Is it in memory, has it been asked lately, and does memory hold another beside it?"""
+    place, pool = model.place, model.pool
+    if not (pool and place and place.taken and asked_lately(pool)):
+        return False
+    return 2 * place.size <= residency.room_beside_pinned(place)
 
 
-def asked_lately(pool: WorkerPool, seconds: float) -> bool:
+def asked_lately(pool: WorkerPool) -> bool:
     """Does somebody talk to it, other than with low priority?"""
-    return pool.dispatcher.busy or time.monotonic() - pool.dispatcher.asked_s < seconds
+    return pool.dispatcher.busy or time.monotonic() - pool.dispatcher.asked_s < IN_USE_S

@@ -11,7 +11,7 @@ import pytest
 from chatlm.common.config import ModelChoice, Settings
 from chatlm.common.hub.adapters import adapter_at
 from chatlm.common.messages.protocol import AdapterLoaded
-from chatlm.front.pool.adapters import PoolAdapters
+from chatlm.front.pool.adapters import AdapterWatch
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.pool.versions import Version
@@ -297,12 +297,12 @@ async def test_an_answer_of_an_old_version_of_an_adapter_goes_on_where_another_w
 
 
 async def test_a_broken_version_of_an_adapter_is_told_once_and_read_again_when_it_changes(start, model, client, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(PoolAdapters, "WATCH_S", 0.02)
+    monkeypatch.setattr(AdapterWatch, "WATCH_S", 0.02)
     folder = adapter(model, tmp_path / "all" / "ad0", 1)
     pool = await start(adapter=(str(tmp_path / "all"),))
     lines = lambda: [record for record in caplog.records if "cannot be served" in record.getMessage()]
-    looks, update = [], pool.adapters.update
-    monkeypatch.setattr(pool.adapters, "update", lambda found: (looks.append(1), update(found)))
+    looks, look = [], pool.adapters.watch.sightings.look
+    monkeypatch.setattr(pool.adapters.watch.sightings, "look", lambda: (looks.append(1), look())[1])
     async with served(pool) as url:
         before = await text_of(client, url, "ad0")
         (folder / "adapter_config.json").write_text("")  # as a writer has it for a moment
@@ -333,7 +333,7 @@ async def test_a_broken_version_of_an_adapter_is_told_once_and_read_again_when_i
 
 
 async def test_an_adapter_whose_folder_goes_and_comes_back_is_served_again(start, model, client, tmp_path, monkeypatch):
-    monkeypatch.setattr(PoolAdapters, "WATCH_S", 0.02)
+    monkeypatch.setattr(AdapterWatch, "WATCH_S", 0.02)
     folder = adapter(model, tmp_path / "all" / "ad0", 1)
     pool = await start(adapter=(str(tmp_path / "all"),))
     async with served(pool) as url:

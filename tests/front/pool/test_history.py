@@ -17,7 +17,7 @@ import pytest
 
 import tiny_training
 from chatlm.common.config import Settings
-from chatlm.front.pool.adapters import PoolAdapters
+from chatlm.front.pool.adapters import AdapterWatch
 from chatlm.front.pool.folder_watch import FolderWatch
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.residency import Residency
@@ -81,7 +81,7 @@ class History:
 @pytest.fixture
 def history(monkeypatch, tmp_path, client, started, caplog):
     """A function that plays a scene against a server with these settings, and compares what was seen."""
-    for watch in (FolderWatch, RunWatch, PoolAdapters):
+    for watch in (FolderWatch, RunWatch, AdapterWatch):
         monkeypatch.setattr(watch, "WATCH_S", 0.1)
     monkeypatch.setattr(Residency, "PLACE_S", 0.1)
     caplog.set_level(logging.INFO)

@@ -13,7 +13,7 @@ import pytest
 from chatlm.cli import parse_command_line
 from chatlm.common.config import ApiKey, ModelChoice, Settings
 from chatlm.common.errors import ConfigError, shown
-from chatlm.front.pool.adapters import PoolAdapters
+from chatlm.front.pool.adapters import AdapterWatch
 from chatlm.front.pool.many import FolderWatch, ManyModels
 from chatlm.front.pool.pool import pool_of
 from fake_pool import frames, serving
@@ -186,7 +186,7 @@ async def test_ranks_give_each_adapter_the_same_text_alone_beside_others_and_aft
 
 
 async def test_adapters_come_change_and_go_with_their_folders(start, base, client, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(PoolAdapters, "WATCH_S", 0.05)
+    monkeypatch.setattr(AdapterWatch, "WATCH_S", 0.05)
     watched = tmp_path / "adapters"
     adapter(base, watched / "first", 1)
     (watched / "latest").mkdir(parents=True)
