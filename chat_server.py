@@ -140,9 +140,9 @@ from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
 from chatlm.front.lazy import web
 from chatlm.front.pool.local import niceness
+from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.models import OneModel
-from chatlm.front.pool.pool import WorkerPool, pool_of
+from chatlm.front.pool.pool import pool_of
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.bodies import Bodies, tokenizer_of
 from chatlm.front.server.compare import Comparison, read_asked, with_ids
@@ -154,14 +154,15 @@ from chatlm.front.server.metrics import Metrics
 from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
 from chatlm.front.server.responses import (
-    REQUEST_LOG, errors_to_responses, json_response, logged, public_error, send_whole)
+    REQUEST_LOG, bound_of, errors_to_responses, json_response, logged, public_error, send_whole)
 from chatlm.front.server.routes import Api, Route, RouteTable
 from chatlm.front.server.streams import EventStream
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Event, Request
     from chatlm.front.api.encode import Encoder
-    from chatlm.front.pool.models import Model
+    from chatlm.front.pool.models import Served
+    from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.recordings import Recording
     from chatlm.front.server.streams import Holding
 
@@ -169,18 +170,17 @@ if TYPE_CHECKING:
 class Front:
     """The HTTP side of a pool and its handlers of routes; `errors_to_responses` answers every error."""
 
-    def __init__(self, pool: WorkerPool | ManyModels, settings: Settings):
-        self.pool, self.settings = pool, settings
-        self.served = pool if isinstance(pool, ManyModels) else OneModel(pool, settings)
+    def __init__(self, catalogue: Catalogue, settings: Settings):
+        self.catalogue, self.settings = catalogue, settings
         self.access, self.owners = Access(settings), Owners(settings)
-        self.bodies = Bodies(self.served, self.owners)
-        self.models, self.page = ModelRoutes(self.served, self.bodies, self.access), Page(page_files())
+        self.bodies = Bodies(catalogue, self.owners)
+        self.models, self.page = ModelRoutes(catalogue, self.bodies, self.access), Page(page_files())
         self.running: dict[str, str] = {}       # id of each running answer -> its owner
         self.compared: dict[str, list[str]] = {}  # id of each running comparison -> those of its answers
         self.recordings = Recordings()
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
-            self.metrics = Metrics(pool)
+            self.metrics = Metrics(catalogue)
 
     def taken(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.recordings or request_id in self.compared
@@ -217,15 +217,14 @@ class Front:
 
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
         with self.bodies.holding() as holding:
-            model, parsed = await self.bodies.parse(http, holding)
-            pool, parsed = model.serving(), replace(parsed, request=self.identified(parsed.request))
+            served, parsed = await self.bodies.parse(http, holding)
+            pool, parsed = served.pool, replace(parsed, request=self.identified(parsed.request))
             # the whole request, with its messages and tools, ends when it is admitted
             answering, parsed = self.answering(pool, parsed.request), parsed.lasting()
-            encoder = ENCODERS[parsed.api](parsed, model.name,
+            encoder = ENCODERS[parsed.api](parsed, served.name,
                                            None if parsed.api == "native" else tokenizer_of(pool))
             if "done_reason" in parsed.details:  # without a question, Ollama only loads the model
-                if self.served.several:
-                    self.served.load(model)
+                self.catalogue.load(served.model)
                 return web.Response(body=encoder.line(encoder.members(), done=True, **parsed.details),
                                     content_type="application/json")
             if parsed.stream:
@@ -244,10 +243,9 @@ class Front:
 
     async def handle_compare(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/compare: several models answer the same question, in one stream."""
-        record = REQUEST_LOG.get()
         with self.bodies.holding() as holding:
-            asked = with_ids(await read_asked(self.bodies, http, holding, record.models), self.identified)
-            self.compared[request_id := record.id] = [one.request.id for one in asked]
+            asked = with_ids(await read_asked(self.bodies, http, holding), self.identified)
+            self.compared[request_id := REQUEST_LOG.get().id] = [one.request.id for one in asked]
             try:
                 async with (Comparison(asked, self.answering) as comparison,
                             EventStream(http, request_id) as stream):
@@ -303,7 +301,7 @@ class Front:
             recording.followers -= 1
             if not recording.ended:
                 asyncio.get_running_loop().call_later(GRACE_S, lambda: (
-                    recording.followers or recording.ended or self.pool.cancel(request_id)))
+                    recording.followers or recording.ended or self.catalogue.cancel(request_id)))
 
     async def handle_stream(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/streams/{id}: from event ?from=N, or after a reconnecting EventSource's Last-Event-ID."""
@@ -327,13 +325,10 @@ class Front:
         record.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
         record.counts = counts | {"reason": reasons}
 
-    def seen(self) -> list[Model]:
-        """The models that the client's key may see."""
-        return self.served.listed(REQUEST_LOG.get().models)
-
-    async def show(self, body: Callable[[Front], Any], http: web.Request) -> web.Response:
-        """The routes that need nothing of their request: `body` makes the JSON, maybe after a status."""
-        value = body(self)
+    async def show(self, body: Callable[[Front, Seq[Served]], Any], http: web.Request) -> web.Response:
+        """The routes that need nothing of their request: `body` makes the JSON, maybe after a status, from
+        the models that the client's key may see."""
+        value = body(self, self.catalogue.registry.listed(bound_of(http)))
         status, value = value if isinstance(value, tuple) else (200, value)
         return json_response(value, status)
 
@@ -348,15 +343,15 @@ class Front:
         only_thinking = ONLY_THINKING.read(http.query.get("reasoning", "false"))
         ids = [one for one in self.compared.get(request_id, [request_id])
                if self.running.get(one) == self.owners.of_answer(one, client)]
-        if not ids or not (only_thinking or any([self.pool.cancel(one) for one in ids])):
+        if not ids or not (only_thinking or any([self.catalogue.cancel(one) for one in ids])):
             raise RequestError("no answer with this id is running", status=404, code="not_running",
                                param="id")
-        if only_thinking and not any([await self.pool.end_thinking(one) for one in ids]):
+        if only_thinking and not any([await self.catalogue.end_thinking(one) for one in ids]):
             raise RequestError("the answer is not thinking now", status=409, code="not_thinking", param="id")
         return json_response({"id": request_id, "cancelled": "reasoning" if only_thinking else True})
 
-    def readiness(self) -> tuple[int, dict]:
-        status, body = self.pool.health()
+    def readiness(self, seen: Seq[Served]) -> tuple[int, dict]:
+        status, body = self.catalogue.health()
         return status, {"ready": True} if status == 200 else {"ready": False, "reason": body.get("status")}
 
     async def handle_metrics(self, http: web.Request) -> web.Response:
@@ -400,12 +395,12 @@ ROUTES = (
     Route("POST", "/api/embeddings", Api.OLLAMA, "handle_answer",
           "one embedding, for older clients of Ollama"),
     Route("GET", "/api/tags", Api.OLLAMA,
-          lambda front: ollama_models(front.seen()), "the served models in Ollama's format"),
+          lambda front, seen: ollama_models(seen), "the served models in Ollama's format"),
     Route("GET", "/api/ps", Api.OLLAMA,
-          lambda front: ollama_running(front.seen()),
+          lambda front, seen: ollama_running(seen),
           "those that are in memory, with how much they take"),
     Route("POST", "/api/show", Api.OLLAMA, "models.handle_ollama_show", "more of it"),
-    Route("GET", "/api/version", Api.OLLAMA, lambda front: {"version": __version__},
+    Route("GET", "/api/version", Api.OLLAMA, lambda front, seen: {"version": __version__},
           "this server's version in Ollama's format"),
     Route("POST", "/v1/compare", Api.OPENAI, "handle_compare",
           "answers of several models to one question, streamed, and where each leaves the first one"),
@@ -414,7 +409,7 @@ ROUTES = (
     Route("POST", "/apply-template", Api.OPENAI, "handle_text",
           "a conversation to the text of its prompt"),
     *(Route("GET", path, Api.OPENAI,
-            lambda front: listed_body(front.served), "the served models, what each can do and its state",
+            lambda front, seen: listed_body(seen), "the served models, what each can do and its state",
             returns=MODELS) for path in ("/v1/models", "/models")),
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
           "a served model, by one of its names", returns=A_MODEL),
@@ -425,22 +420,22 @@ ROUTES = (
           "stop an answer by the X-Request-Id of its response", query=(ONLY_THINKING,)),
     Route("GET", "/v1/streams/{id}", Api.OPENAI, "handle_stream",
           "a resumable stream, from event ?from=N or after Last-Event-ID", query=(FIRST_EVENT,)),
-    Route("GET", "/health", Api.NANOCHAT, lambda front: front.pool.health(),
+    Route("GET", "/health", Api.NANOCHAT, lambda front, seen: front.catalogue.health(),
           "200 when ready, else 503 with the stage", open=True, polled=True),
-    Route("GET", "/livez", Api.NANOCHAT, lambda front: alive_body(),
+    Route("GET", "/livez", Api.NANOCHAT, lambda front, seen: alive_body(),
           "200 as long as the event loop runs", open=True, polled=True),
     Route("GET", "/readyz", Api.NANOCHAT, Front.readiness,
           "200 when a request would be served now, else 503 with the reason", open=True, polled=True),
-    Route("GET", "/stats", Api.NANOCHAT, lambda front: stats_body(front.served),
+    Route("GET", "/stats", Api.NANOCHAT, lambda front, seen: stats_body(front.catalogue, seen),
           "models, workers, KV pages, speed, kernels, queue", polled=True),
     Route("GET", "/metrics", Api.NANOCHAT, "handle_metrics", "Prometheus metrics", polled=True),
-    Route("GET", "/openapi.json", Api.NANOCHAT, lambda front: openapi_document(ROUTES, front.settings),
+    Route("GET", "/openapi.json", Api.NANOCHAT, lambda front, seen: openapi_document(ROUTES, front.settings),
           "this description"),
 )
 
 
-def create_app(pool: WorkerPool | ManyModels, settings: Settings) -> web.Application:
-    front = Front(pool, settings)
+def create_app(catalogue: Catalogue, settings: Settings) -> web.Application:
+    front = Front(catalogue, settings)
     access_log = AccessLog(RouteTable(ROUTES, settings.prefix), front.taken, front.metrics)
     middlewares: list[Any] = [partial(access_log.log), errors_to_responses, partial(front.access.guard)]
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
@@ -459,9 +454,9 @@ def create_app(pool: WorkerPool | ManyModels, settings: Settings) -> web.Applica
     return app
 
 
-def announce(pool: WorkerPool | ManyModels, settings: Settings, port: int):
+def announce(catalogue: Catalogue, settings: Settings, port: int):
     urls = [f"  {url}{settings.prefix and settings.prefix + '/'}" for url in server_urls(settings.host, port)]
-    for line in [*pool.describe(), "Application startup complete", *urls]:
+    for line in [*catalogue.describe(), "Application startup complete", *urls]:
         tell(line, file=sys.stdout)
     if not settings.keys and not is_loopback(settings.host):
         tell("Warning: anyone who can reach this port can use the server; --api-key KEY or --host 127.0.0.1 "
@@ -475,31 +470,32 @@ def warn_of_another_program():
             log.warning("the chatlm in %s runs; the one in %s differs", program_root(), other)
 
 
-async def serve_forever(settings: Settings, pool: WorkerPool | ManyModels | None = None) -> int:
+async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) -> int:
     """Listen, load, serve until a signal, drain, stop; return the exit status. ConfigError: cannot start."""
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()
-        pool = pool or (ManyModels if settings.serves_many else pool_of)(settings)
-        pool.on_progress = progress = ProgressDisplay()
+        catalogue = catalogue or (ManyModels(settings) if settings.serves_many else
+                                  Catalogue(settings, pool_of(settings)))
+        catalogue.report_to(progress := ProgressDisplay())
         try:  # the workers start while a thread imports aiohttp (0.2 s)
-            await pool.start()
+            await catalogue.start()
             await asyncio.to_thread(require_library, "aiohttp.web", "chat_server")
         except Exception:
-            await pool.close()
+            await catalogue.close()
             raise
         room, routes = room_for_connections(settings), RouteTable(ROUTES, settings.prefix)
-        async with serving(create_app(pool, settings), listener, room, routes.is_polled):
+        async with serving(create_app(catalogue, settings), listener, room, routes.is_polled):
             try:
-                if await first_of(pool.wait_ready(), drain.wait()) == 0:
+                if await first_of(catalogue.wait_ready(), drain.wait()) == 0:
                     progress.close()
-                    announce(pool, settings, listener.getsockname()[1])
+                    announce(catalogue, settings, listener.getsockname()[1])
                     await asyncio.to_thread(warn_of_another_program)
                     await drain.wait()
                     tell("Stopping: running answers may finish; a second signal stops now.")
-                    await first_of(pool.drain(settings.drain_timeout), now.wait())
+                    await first_of(catalogue.drain(settings.drain_timeout), now.wait())
             finally:
                 progress.close()
-                await pool.close()
+                await catalogue.close()
     return 0
 
 

@@ -27,7 +27,7 @@ from chatlm.terminal.streams import compared_at
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
-    from chatlm.front.pool.models import Model
+    from chatlm.front.pool.models import Served
 
 SENT = "temperature", "top_k", "top_p", "min_p", "max_tokens", "seed"  # flags sent to a server at --url
 
@@ -116,12 +116,16 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
             await remote.close()
         return
     models = ManyModels(settings)
-    models.on_progress = progress = ProgressDisplay()
+    models.report_to(progress := ProgressDisplay())
     try:
         await models.start()
         await models.wait_ready()
         progress.close()
-        asked = await asked_of(models, models.find(""), await read_compare(body), partial(read_here, body))
+
+        async def find(name: str) -> Served:
+            return models.find(name)
+
+        asked = await asked_of(find, models.find(""), await read_compare(body), partial(read_here, body))
         asked = with_ids(asked, lambda request: request)
         async with Comparison(asked) as comparison:
             async for event in comparison.events():
@@ -131,8 +135,8 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
         await models.close()
 
 
-async def read_here(body: dict, models: Seq[Model], indices: Seq[int], seed: int) -> list[ParsedBody]:
-    return read_variants(body, indices, seed, known_of(models[0]))
+async def read_here(body: dict, served: Served, indices: Seq[int], seed: int) -> list[ParsedBody]:
+    return read_variants(body, indices, seed, known_of(served))
 
 
 async def score(settings: Settings) -> int:

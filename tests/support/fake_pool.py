@@ -14,7 +14,9 @@ from chatlm.common.text.grammar import check_grammar
 from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
+from chatlm.front.api.fields import json_object
 from chatlm.front.api.readers import read_answer, read_text
+from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.server import access, connections
 from chatlm.front.server.routes import RouteTable
 from answers import said
@@ -59,6 +61,7 @@ class FakePool:
     own_sampling, continues, ends_thinking, chats = ({}, ""), True, True, True
     supervisor = SimpleNamespace(card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30)))
     adapters = SimpleNamespace(serving={}, gone=set(), nbytes=0)
+    dispatcher = SimpleNamespace(wanted=SimpleNamespace(is_set=lambda: True))
     prompts = PromptMaker(tokenizer, context_length, run=run_in_thread_if_long)
 
     def __init__(self, pieces=("Hello", ", ", "world!"), *, reason="stop", stop_reason="eos", refuse=None, gate=None):
@@ -77,12 +80,15 @@ class FakePool:
 
     version = SimpleNamespace(number=0, current=_current)
 
-    async def read_large(self, reader, body, client, owner, names=()):
-        known = Known(Settings(), self.model_name, self.tokenizer.tool_format)
-        return await asyncio.to_thread(read_answer, reader, body, known)
+    async def named_model(self, body, client):
+        return json_object(body).get("model") or ""
 
-    async def answer_text(self, route, body, client, names=()):
-        return await read_text(route, body, self.prompts, Known(Settings(), self.model_name, self.tokenizer.tool_format))
+    async def read_large(self, reader, body, client, owner):
+        known = Known(Settings(), self.tokenizer.tool_format)
+        return await asyncio.to_thread(lambda: read_answer(reader, json_object(body), known))
+
+    async def answer_text(self, route, body, client):
+        return await read_text(route, json_object(body), self.prompts)
 
     async def answer(self, request):
         for source in filter(None, (request.params.grammar, *request.params.call_grammars)):
@@ -182,13 +188,17 @@ class FakePool:
             self.cancel(request_id)
 
 
+def catalogue_of(pool, settings):
+    return pool if isinstance(pool, Catalogue) else Catalogue(settings, pool)
+
+
 @contextlib.asynccontextmanager
 async def serving(pool, settings=None, **limits):
     """`pool` behind the real routes on a port of 127.0.0.1, run as `serve_forever` runs them; yields the base URL."""
     with access.listen_on("127.0.0.1", 0) as listener:
         settings = settings or Settings()
         is_polled = RouteTable(chat_server.ROUTES, settings.prefix).is_polled
-        async with connections.serving(chat_server.create_app(pool, settings), listener, is_polled=is_polled, **limits):
+        async with connections.serving(chat_server.create_app(catalogue_of(pool, settings), settings), listener, is_polled=is_polled, **limits):
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 

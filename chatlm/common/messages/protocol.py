@@ -333,30 +333,15 @@ NO_GAUGES = dict.fromkeys((  # of a worker that is not running
     "kept_pages", "kept_bytes", "missed_pages", "prefill_saved_s", "keeping_s"), 0) | {"utilization": None}
 
 
-def accepted_names(model: str, settings: Settings) -> list[str]:
-    """The names that a request may call a model by; of a path also the last part."""
-    names = [model, *settings.served_model_name, settings.model or ""]
-    return [*names, *(name.rstrip("/").rsplit("/", 1)[-1] for name in names if name)]
-
-
 @dataclass(frozen=True)
 class Known:
     """What you must know about the server to read a request body."""
 
     settings: Settings
-    model: str               # the served model's name
     tool_format: str | None  # see tool_format_of
-    ready: bool = True       # False: the model's names are not known yet
     template: str = ""       # its chat template
     chats: bool = True       # False: it has none, and continues texts
-    adapters: tuple[str, ...] = ()  # what requests may call the adapters beside the model
     never_written: frozenset[int] = frozenset()  # tokens that no grammar allows
-
-    def check_model(self, name: str):
-        known = {"", "default", *accepted_names(self.model, self.settings), *self.adapters}
-        if self.ready and not {name, name.removesuffix(":latest")} & known:  # Ollama's word for no tag
-            raise RequestError(f"the model {shown(name)} does not exist; this server has {self.model!r}",
-                               status=404, code="model_not_found", param="model")
 
 
 @dataclass(frozen=True)

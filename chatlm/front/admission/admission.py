@@ -245,7 +245,7 @@ class Admission:
     async def open(self, card: ModelCard, settings: Settings):
         """Get ready for a model's requests; ConfigError if its tokenizer or chat template is broken."""
         tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
-        known = Known(replace(settings, keys=(), api_key=()), card.name, calls_of(card.text)[0],
+        known = Known(replace(settings, keys=(), api_key=()), calls_of(card.text)[0],
                       template=card.text.chat_template or "", never_written=tokenizer.never_written)
         limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
                   "bodies": (self.BODY_S, 1 << 30, 5)}
@@ -295,11 +295,9 @@ class Admission:
         while len(self.valid_grammars) > self.VALID_GRAMMARS:
             self.valid_grammars.popitem(last=False)
 
-    async def read_large(self, reader: str, body: bytes | bytearray, client: str, owner: str,
-                         names: Seq[str] = ()) -> ParsedBody:
-        """Read a large body of a route that answers, which may ask for an adapter of these `names`, and check
-        its grammar."""
-        [parsed] = await self._read(client, owner, body, "read_body", reader, list(names))
+    async def read_large(self, reader: str, body: bytes | bytearray, client: str, owner: str) -> ParsedBody:
+        """Read a large body of a route that answers, and check its grammar."""
+        [parsed] = await self._read(client, owner, body, "read_body", reader)
         return parsed
 
     async def read_variants(self, body: bytes | bytearray, client: str, owner: str, indices: Seq[int],
@@ -318,11 +316,9 @@ class Admission:
                 await self._check_grammar(parsed.request.params, client, owner)
             return read
 
-    async def answer_text(self, route: str, body: bytes | bytearray, client: str,
-                          names: Seq[str] = ()) -> bytes:
+    async def answer_text(self, route: str, body: bytes | bytearray, client: str) -> bytes:
         with self._prepare(client):
-            text: Any = await self.sandboxes["bodies"].perform(
-                client, "answer_text", route, list(names), body=body)
+            text: Any = await self.sandboxes["bodies"].perform(client, "answer_text", route, body=body)
             return text
 
     async def named_model(self, body: bytes | bytearray, client: str) -> str:

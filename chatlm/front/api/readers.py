@@ -235,7 +235,6 @@ def anthropic_options(messages: Seq[Message]) -> dict:
 
 def parsed_body(api: str, values: Mapping, known: Known, request: Request, details: Mapping | None = None,
                 ignored_tools: tuple[str, ...] = ()) -> ParsedBody:
-    known.check_model(values.get("model", ""))
     return ParsedBody(
         request, stream=values.get("stream", False), echo=values.get("echo", False), api=api,
         include_usage=values.get("stream_options", {}).get("include_usage") is True,
@@ -429,22 +428,17 @@ TEXT_READERS: dict[str, Callable] = {
 }
 
 
-def read_answer(route: str, raw: bytes | bytearray, known: Known) -> ParsedBody:
+def read_answer(route: str, body: dict, known: Known) -> ParsedBody:
     """What the reader of a route that answers makes of a body."""
-    body = json_object(raw)
     parsed = ANSWER_READERS[route](body, known)
     return replace(parsed, ignored_fields=ignored_fields(route, body, parsed, known))
 
 
-async def read_text(route: str, raw: bytes | bytearray, prompts: PromptMaker, known: Known,
-                    client: str = "") -> bytes:
+async def read_text(route: str, body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     """A line with the fields of a body that have no effect, and what the reader of another route makes of
     it."""
-    body, fields = json_object(raw), BODY_FIELDS[route]
     text = await TEXT_READERS[route](body, prompts, client)
-    if MODEL in fields:
-        known.check_model(body.get("model") or "")
-    return b"%s\n%s" % (", ".join(header_words(unread(body, fields))).encode(), text)
+    return b"%s\n%s" % (", ".join(header_words(unread(body, BODY_FIELDS[route]))).encode(), text)
 
 
 def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:

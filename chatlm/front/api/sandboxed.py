@@ -15,7 +15,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError
 from chatlm.common.memory import give_memory_back, limit_memory
 from chatlm.common.messages.protocol import (
-    SANDBOX_MODELS, SANDBOX_PIPE, Begun, Body, Known, Refused, Result, SandboxConfig)
+    SANDBOX_MODELS, SANDBOX_PIPE, Begun, Body, Refused, Result, SandboxConfig)
 from chatlm.common.messages.requests import Message
 from chatlm.common.processes.start import join_parent
 from chatlm.common.text.grammar import check_grammar
@@ -70,12 +70,8 @@ class Tasks:
         name = json_object(body).get("model")
         return Result(name[:1000] if isinstance(name, str) else "")
 
-    def server(self, names: Seq[str]) -> Known:
-        """What a reader knows, if the body may ask for an adapter of these names."""
-        return replace(self.config.server, adapters=tuple(names))
-
-    def read_body(self, reader: str, names: Seq[str], body: bytes) -> Result:
-        return Result([self.admitted(read_answer(reader, body, self.server(names)), {})])
+    def read_body(self, reader: str, body: bytes) -> Result:
+        return Result([self.admitted(read_answer(reader, json_object(body), self.config.server), {})])
 
     def read_variants(self, indices: Seq[int], seed: int, body: bytes) -> Result:
         read, rendered = read_variants(json_object(body), indices, seed, self.config.server), {}
@@ -90,8 +86,8 @@ class Tasks:
             request = replace(request, messages=texts)
         return packed_body(replace(lasting, request=request), admitted.prompt_ids or ())
 
-    def answer_text(self, route: str, names: Seq[str], body: bytes) -> Body:
-        return Body(asyncio.run(read_text(route, body, self.prompts, self.server(names))))
+    def answer_text(self, route: str, body: bytes) -> Body:
+        return Body(asyncio.run(read_text(route, json_object(body), self.prompts)))
 
 
 def sandbox_main(arguments: Seq[str]) -> int:

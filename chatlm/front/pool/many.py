@@ -16,30 +16,30 @@ from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Ov
 from chatlm.common.hub.adapters import named_adapters
 from chatlm.common.hub.stamps import Changed
 from chatlm.common.log import log
-from chatlm.common.messages.protocol import accepted_names
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.aio import supervised
+from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.folder_watch import FolderWatch, made_for
-from chatlm.front.pool.models import Registry, with_adapted
+from chatlm.front.pool.models import Registry, of_model
+from chatlm.front.pool.names import default_among
 from chatlm.front.pool.opening import Opener
 from chatlm.front.pool.residency import NoRoom, Residency, shown_bytes
 from chatlm.front.pool.watch import RunWatch
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.front.pool.models import Model
+    from chatlm.front.pool.models import Model, Served
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.residency import Place
 
 
-class ManyModels:
-    """Many models behind one URL, in the interface of a pool. The headers of their files say before the first
+class ManyModels(Catalogue):
+    """Many models behind one URL. The headers of their files say before the first
     request what each is and takes (`Survey`), so requests are read and queued whether or not their model is
     loaded; `Residency` has the models that are asked for take turns in memory. Each has its own pool,
     tokenizer, template and prefix cache; the queue's limits, the turns of clients and the sandboxes are
     shared."""
 
-    several = True
     RETRY_S = 30.0   # a model whose worker could not start is tried again after this, when it is asked for
 
     def __init__(self, settings: Settings, command: Seq[str] = PROCESS_COMMAND):
@@ -49,10 +49,9 @@ class ManyModels:
             raise ConfigError("--served-model-name names one model; of several, each has its own: "
                               "`aliases` in [[models]]")
         self.settings, self.registry = settings, Registry()
-        self.listed, self.default_of = self.registry.listed, self.registry.default_of
         self.residency = Residency(0)
         self.opener = Opener(settings, command, self.residency)
-        self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
+        self.report: Callable[[str, float], None] = lambda stage, fraction: None
         self.became_ready, self.failure = asyncio.Event(), None
         self.stage = ("finding the models", 0.0)
         self.draining = self.closing = False
@@ -73,8 +72,11 @@ class ManyModels:
         self.tasks.add(task := asyncio.create_task(supervised(what, work, failed)))
         task.add_done_callback(self.tasks.discard)
 
+    def report_to(self, report: Callable[[str, float], None]):
+        self.report = report
+
     async def start(self):
-        self.opener.prefixes.start(lambda: any(pool.dispatcher.jobs for pool in self._pools))
+        self.opener.prefixes.start(lambda: any(pool.dispatcher.jobs for pool in self.pools))
         self.run("finding the models", self._open_all)
 
     async def wait_ready(self):
@@ -88,7 +90,7 @@ class ManyModels:
 
         def report(stage: str, fraction: float):
             self.stage = (stage, fraction)
-            loop.call_soon_threadsafe(self.on_progress, stage, fraction)
+            loop.call_soon_threadsafe(self.report, stage, fraction)
 
         await self.opener.desk.sandboxes["templates"].start()
         for choice in self.settings.several:
@@ -158,37 +160,32 @@ class ManyModels:
             self.residency.places.remove(place)
         self.residency.changed.set()
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for the admitted ones; False if some still run after `timeout_s`."""
-        self.draining = True
-        return all(await asyncio.gather(*(pool.drain(timeout_s) for pool in self._pools)))
-
     async def close(self):
         self.draining = self.closing = True
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        await asyncio.gather(*(pool.close() for pool in self._pools), self.opener.survey.close(),
+        await asyncio.gather(*(pool.close() for pool in self.pools), self.opener.survey.close(),
                              self.opener.desk.close())
         await self.opener.prefixes.close()
 
     @property
-    def _pools(self) -> list[WorkerPool]:
+    def pools(self) -> list[WorkerPool]:
         return [*(model.pool for model in self.registry.models if model.pool), *self.leaving]
 
     # requests
 
-    def find(self, name: str, bound: Seq[str] = ()) -> Model:
-        """The model that a request of a key with these bounds names. RequestError 404 if there is none."""
+    def find(self, name: str, bound: Seq[str] = ()) -> Served:
         if is_waiting(self.settings, self.registry):
             raise Overloaded("the watched training run has written no complete checkpoint yet",
                              retry_after_s=5)
-        model = self.registry.find(name, bound)
+        served = self.registry.find(name, bound)
+        model = served.model
         failed = not model.pool and model.reason and model.source
         if failed and time.monotonic() - model.failed_s > self.RETRY_S:
             model.failed_s = math.inf  # until it has failed again
             self.run(f"trying {model.name} again", partial(self._try_again, model))
-        return model
+        return served
 
     async def _try_again(self, model: Model):
         before, error = model.reason, await self.opener.open(model)
@@ -213,22 +210,16 @@ class ManyModels:
             model.place.leave()
             self.residency.changed.set()
 
-    def cancel(self, request_id: str) -> bool:
-        return any([pool.cancel(request_id) for pool in self._pools])
-
-    async def end_thinking(self, request_id: str) -> bool:
-        return any([await pool.end_thinking(request_id) for pool in self._pools])
-
     # what the server shows
 
     def health(self) -> tuple[int, dict]:
         """Ready when a request would be admitted, whether or not its model is loaded."""
         started = self.became_ready.is_set() and not self.failure
-        ready = started and not self.draining and any(pool.ready for pool in self._pools)
+        ready = started and not self.draining and any(pool.ready for pool in self.pools)
         status = ("ok" if ready else "draining" if self.draining else
                   "loading" if not started else "waiting" if is_waiting(self.settings, self.registry)
                   else "unavailable")
-        bodies = [pool.health()[1] for pool in self._pools]
+        bodies = [pool.health()[1] for pool in self.pools]
         body: dict = {"status": status, "ready": ready,
                       **{key: sum(one[key] for one in bodies) for key in ("num_gpus", "available_workers")}}
         if status == "loading":
@@ -240,13 +231,14 @@ class ManyModels:
             body["crash_loops"], body["status"] = looping, "degraded" if ready else status
         return 200 if ready else 503, body
 
-    def stats(self, bound: Seq[str] = ()) -> dict:
+    def stats(self, seen: Seq[Served] = ()) -> dict:
         """As for one model, with sums; what only one model has is the default one's."""
-        models = self.listed(bound)
-        default, stats = self.default_of(models), [model.pool.stats() for model in models if model.pool]
+        models = [*dict.fromkeys(one.model for one in seen)]
+        stats = [model.pool.stats() for model in models if model.pool]
         sums = {key: sum(one[key] for one in stats) for key in (
             "total_workers", "available_workers", "busy_workers", "queue_depth", "delayed_answers")}
-        own = default.pool.stats() if default and default.pool else {}
+        default = default_among(seen)
+        own = default.model.pool.stats() if default and default.model.pool else {}
         return {**own, **sums, "model": default.name if default else "",
                 "workers": [worker for one in stats for worker in one["workers"]],
                 "uptime_s": round(time.monotonic() - self.started_s, 1),
@@ -256,7 +248,8 @@ class ManyModels:
 
     def describe(self) -> list[str]:
         models = self.registry.models
-        default, states = self.default_of(models), Counter(model.state for model in models)
+        default, states = default_among(self.registry.listed()), Counter(model.state for model in models)
+        default = default and default.model
         failed = f", of which {states['failed']} cannot be served" if states["failed"] else ""
         beside = " beside the prefixes" if self.opener.prefixes.bytes else ""
         lines = [f"{len(models)} models{failed}; those that are loaded may take "
@@ -278,9 +271,8 @@ def is_waiting(settings: Settings, registry: Registry) -> bool:
 
 def names_beside(model: Model, models: Seq[Model]) -> list[str]:
     """What other models, and adapters of others, are called, and the model itself."""
-    others = [other for other in models if other is not model]
-    return [*accepted_names(model.name, model.settings),
-            *(name for other in with_adapted(others) for name in other.names)]
+    others = [served for other in models if other is not model for served in of_model(other)]
+    return [*model.accepted_names, *(name for served in others for name in served.names)]
 
 
 def give_adapters(words: Seq[str], models: Seq[Model]):

@@ -72,10 +72,10 @@ class Opener:
             path = Path(choice.path).expanduser()
             if not path.exists():
                 raise
-            model = Model(settings, None, choice.name or path.stem, choice)
+            model = Model(settings, None, replace(choice, name=choice.name or path.stem))
             model.reason, model.failed_s = str(error), time.monotonic()
             return model
-        model = Model(settings, None, choice.name or source.name, choice)
+        model = Model(settings, None, replace(choice, name=choice.name or source.name))
         model.source = replace(source, name=model.name)
         return model
 

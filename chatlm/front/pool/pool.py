@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.config import sampling_defaults, with_own_sampling
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded
-from chatlm.common.messages.protocol import accepted_names
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.admission.admission import Admission
 from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local import LocalDevices, cuda_device_count
+from chatlm.front.pool.names import accepted_names
 from chatlm.front.pool.prefixes import Prefixes
 from chatlm.front.pool.ray import RayNodes
 from chatlm.front.pool.supervisor import NO_CARD, Supervisor
@@ -53,7 +53,8 @@ class WorkerPool:
         self.dispatcher = Dispatcher(settings, self.workers, dispatchers)
         self.adapters = PoolAdapters(settings, self.workers)
         self.dispatcher.able = lambda worker, job: self.adapters.able(worker, job.request.params.adapter)
-        self.adapters.taken = lambda: accepted_names(self.model_name, settings)
+        self.adapters.taken = lambda: accepted_names(
+            [self.model_name, *settings.served_model_name], settings.model)
         self.supervisor = Supervisor(
             settings, self.workers, self.dispatcher, self.adapters, prepare=self._open_tokenizer,
             report=lambda stage, fraction: self.on_progress(stage, fraction))

@@ -15,6 +15,7 @@ from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
 from chatlm.common.hub.adapters import CONFIG, base_of
 from chatlm.common.hub.steps import find_steps
 from chatlm.common.log import log
+from chatlm.front.pool.models import Served
 from chatlm.front.pool.score import read_scored, score_text
 from chatlm.front.pool.sightings import Sightings
 
@@ -100,13 +101,11 @@ class RunWatch:
             self.follow()
 
     async def _open_one(self, step: Step, name: str):
-        """Its last name is every step's in its settings, where a sandbox checks the name in a large body;
-        which of them has it is said by `_give_names`."""
         path, merged = str(step.path), {}
         if step.adapts:  # a model of its own too: its base with the adapter merged
             path, merged = base_of(step.path), {"lora": (str(step.path),)}
         name = self.registry.renamed(ModelChoice(str(step.path), name)).name
-        choice = ModelChoice(path, name, (self._latest(step.run),), changes={
+        choice = ModelChoice(path, name, changes={
             "source": None, "model_tag": None, "step": None, **merged})
         try:
             if not path:
@@ -117,7 +116,6 @@ class RunWatch:
             return self._refuse(step, f"the checkpoint {name} is not served: {error}")
         if model.pool is None:
             return self._refuse(step, f"the checkpoint {name} is not served: {model.reason}")
-        self._give_names(model, ())
         model.run, model.step = self._tag_of(step.run), step.step
         self.registry.add(model)
         self.registry.models.sort(key=lambda model: (model.run, model.step))  # "": those of no run stay first
@@ -143,7 +141,6 @@ class RunWatch:
     @staticmethod
     def _give_names(model: Model, names: tuple[str, ...], is_default: bool = False):
         model.choice = replace(model.choice, aliases=names, default=is_default)
-        model.settings = replace(model.settings, served_model_name=names)
 
     def _dismiss(self, step: Step, why: str):
         """Take no more requests for a checkpoint; those it has may end."""
@@ -231,7 +228,7 @@ class StepScores:
             if not self._may_load(model):
                 raise Postponed("others need the memory")
 
-        pool, was_loaded = model.serving(), model.state == "ready"
+        pool, was_loaded = Served(model).pool, model.state == "ready"
         try:
             model.score = await score_text(pool, text, yields=check_room, windows=self.WINDOWS)
             log.info("the checkpoint %s: %.4f bits per byte", model.name, model.score.bits_per_byte)

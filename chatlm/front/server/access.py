@@ -19,7 +19,7 @@ from chatlm.common.config import ApiKey
 from chatlm.common.errors import ConfigError, RequestError, shown
 from chatlm.common.log import log
 from chatlm.front.lazy import web
-from chatlm.front.server.responses import REQUEST_LOG, SECURITY_HEADERS, RequestLog
+from chatlm.front.server.responses import REQUEST_LOG, SECURITY_HEADERS, RequestLog, bound_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -47,13 +47,13 @@ class Access:
         if self.settings.keys and not keys and not REQUEST_LOG.get().route.open:
             raise RequestError("this server needs an API key: Authorization: Bearer KEY" if not key else
                                "this server does not know the API key", status=401, code="invalid_api_key")
-        REQUEST_LOG.get().models = keys[0].models if keys else ()
+        http["models"] = keys[0].models if keys else ()
         return keys[0].name if keys else client_at(http.remote)
 
     def check_operator(self, http: web.Request):
         """Who may load and unload models: keys that are bound to none; without keys, this machine alone, but
         not for others (a proxy)."""
-        if self.settings.keys and REQUEST_LOG.get().models:
+        if self.settings.keys and bound_of(http):
             raise RequestError("an API key that is bound to models may not load or unload any", status=403,
                                code="key_bound_to_models")
         forwarded = any(name in http.headers for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP"))

@@ -15,21 +15,22 @@ from chatlm.common.errors import ChatServerError, EngineFailure, RequestError, l
 from chatlm.common.messages.requests import Finished, Piece
 from chatlm.front.aio import supervised
 from chatlm.front.api.encode import NativeEncoder, error_body, timings_body, usage_body
-from chatlm.front.server.bodies import computed_by, known_of, tokenizer_of
+from chatlm.front.server.bodies import tokenizer_of
+from chatlm.front.server.responses import bound_of
 
 if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event, Request
-    from chatlm.front.pool.many import ManyModels
-    from chatlm.front.pool.models import Model, OneModel
+    from chatlm.front.pool.models import Served
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.streams import Holding
 
-# Who gives those of the answers that one model computes, the numbers of these, and the seed of those that
-# have none of their own: what each is asked
-VariantReader = Callable[["Seq[Model]", "Seq[int]", int], "Awaitable[Seq[ParsedBody]]"]
+Finder = Callable[[str], "Awaitable[Served]"]  # a name -> what it names
+# Who gives some of the answers, the numbers of these, and the seed of those that have none of their own
+# -> what each is asked
+VariantReader = Callable[["Served", "Seq[int]", int], "Awaitable[Seq[ParsedBody]]"]
 Answering = Callable[["WorkerPool", "Request"],
                      "AbstractAsyncContextManager[tuple[Accepted, AsyncGenerator[Event, None]]]"]
 
@@ -42,39 +43,35 @@ class Asked(NamedTuple):
     request: Request
 
 
-async def asked_of(served: OneModel | ManyModels, base: Model, text: bytes, read: VariantReader,
-                   bound: Seq[str] = ()) -> list[Asked]:
+async def asked_of(find: Finder, base: Served, text: bytes, read: VariantReader) -> list[Asked]:
     """Who answers what, where `read_compare` has made `text` of a body whose own `model` is `base`. `read`
-    reads the body for each of the models, once. bound: the models that the client's key may see. RequestError
-    if one of them is not there, or refuses the question."""
+    reads the body for each of the models, once. RequestError if one of them is not there, or refuses the
+    question."""
     wanted = json.loads(text)  # small: the names of at most LIMITS.compared answers
-    models: list[Model] = []
-    for variant in wanted["variants"]:
-        name = name_of(variant, base)
-        models.append(model := served.find(name, bound) if name else base)
-        tokenizer_of(model.serving())
-        known_of(model).check_model(name)
+    names = [name_of(variant, base) for variant in wanted["variants"]]
+    all_served = [await find(name) if name else base for name in names]
     indices: dict[WorkerPool, list[int]] = {}
-    for index, model in enumerate(models):
-        indices.setdefault(model.serving(), []).append(index)
+    for index, served in enumerate(all_served):
+        tokenizer_of(served.pool)
+        indices.setdefault(served.pool, []).append(index)
     requests: dict[int, Request] = {}
-    for its in indices.values():
-        bodies = await read([models[index] for index in its], its, wanted["seed"])
-        requests |= {index: parsed.request for index, parsed in zip(its, bodies)}
-    return [Asked(model.name, model.serving(), computed_by(model, requests[index]))
-            for index, model in enumerate(models)]
+    for same in indices.values():
+        bodies = await read(all_served[same[0]], same, wanted["seed"])
+        requests |= {index: parsed.request for index, parsed in zip(same, bodies)}
+    return [Asked(served.name, served.pool, served.asked(requests[index]))
+            for index, served in enumerate(all_served)]
 
 
-async def read_asked(bodies: Bodies, http: web.Request, holding: Holding,
-                     bound: Seq[str] = ()) -> list[Asked]:
+async def read_asked(bodies: Bodies, http: web.Request, holding: Holding) -> list[Asked]:
     """Who answers what a client asks. `holding` then holds what stays of a large body."""
     with bodies.holding() as reading:
-        body = await bodies.receive(http, reading)
-        base, text = await bodies.text_of(body, holding)
-        return await asked_of(bodies.models, base, text, partial(bodies.read_variants, body, holding), bound)
+        body, bound = await bodies.receive(http, reading), bound_of(http)
+        base, text = await bodies.text_of(body, bound, holding)
+        return await asked_of(lambda name: bodies.resolve(name, bound, holding), base, text,
+                              partial(bodies.read_variants, body, holding))
 
 
-def name_of(variant: Mapping, base: Model) -> str:
+def name_of(variant: Mapping, base: Served) -> str:
     """The model that a variant names; "" if it names none."""
     if (step := variant.get("step")) is not None:
         tag, at, _ = base.name.rpartition("@")
@@ -84,7 +81,7 @@ def name_of(variant: Mapping, base: Model) -> str:
                                code="no_run", param="steps")
         return f"{tag}@{step}"
     name, adapter = variant.get("model") or "", variant.get("adapter")
-    return f"{name or (base.base or base).name}@{adapter}" if adapter else name
+    return f"{name or base.model.name}@{adapter}" if adapter else name
 
 
 @asynccontextmanager

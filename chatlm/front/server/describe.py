@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm import __version__
@@ -14,15 +14,16 @@ from chatlm.common.errors import Overloaded
 from chatlm.common.log import utc
 from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.api.fields import A_TEXT
+from chatlm.front.pool.names import default_among
 from chatlm.front.pool.pool import sampling_of
-from chatlm.front.server.bodies import known_of, tokenizer_of
-from chatlm.front.server.responses import REQUEST_LOG, json_response
+from chatlm.front.server.bodies import tokenizer_of
+from chatlm.front.server.responses import REQUEST_LOG, bound_of, json_response
 
 if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.config import Settings
-    from chatlm.front.pool.many import ManyModels
-    from chatlm.front.pool.models import Model, OneModel
+    from chatlm.front.pool.catalogue import Catalogue
+    from chatlm.front.pool.models import Model, Served
     from chatlm.front.server.access import Access
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.routes import Route
@@ -73,19 +74,18 @@ A_MODEL = {"type": "object", "properties": {
 MODELS = {"type": "object", "properties": {"data": {"type": "array", "items": A_MODEL}}}
 
 
-def listed_body(served: OneModel | ManyModels) -> dict:
-    """The response of /v1/models: those that the client's key may see."""
-    models = served.listed(REQUEST_LOG.get().models)
-    default = served.default_of(models)
-    return {"object": "list", "data": [model_body(model, model is default) for model in models]}
+def listed_body(seen: Seq[Served]) -> dict:
+    """The response of /v1/models."""
+    default = default_among(seen)
+    return {"object": "list", "data": [model_body(served, served == default) for served in seen]}
 
 
-def model_body(model: Model, is_default: bool = True) -> dict:
+def model_body(served: Served, is_default: bool = True) -> dict:
     """A served model as /v1/models describes it. Overloaded while the only one loads."""
-    if model.failed or not model.pool:
-        return {"id": model.name, "object": "model", "created": int(time.time()), "owned_by": "chat_server",
-                "state": model.state, "reason": model.public_reason, "aliases": [*model.choice.aliases]}
-    pool, settings, tokenizer = model.pool, model.settings, model.pool.tokenizer
+    if served.failed:
+        return {"id": served.name, "object": "model", "created": int(time.time()), "owned_by": "chat_server",
+                "state": served.state, "reason": served.public_reason, "aliases": served.aliases}
+    model, pool, adapter, tokenizer = served.model, served.pool, served.adapter, served.pool.tokenizer
     if tokenizer is None or not pool.ready and not model.place:
         raise Overloaded("the model is not ready")
     able = {"chat": tokenizer.has_chat_template, "completion": True, "completions": True, "embedding": True,
@@ -98,33 +98,32 @@ def model_body(model: Model, is_default: bool = True) -> dict:
             "compare": tokenizer.has_chat_template,
             "json_schema": importlib.util.find_spec("llguidance") is not None}
     facts = pool.supervisor.card.facts
-    aliases = model.choice.aliases if model.adapter else model.settings.served_model_name
-    return {"id": model.name, "object": "model", "created": pool.created,
-            "state": model.state,
-            **({"loading": pool.supervisor.load_fraction()} if model.state == "loading" else {}),
-            "bytes": model.bytes, "aliases": [*aliases],
+    return {"id": served.name, "object": "model", "created": pool.created,
+            "state": served.state,
+            **({"loading": pool.supervisor.load_fraction()} if served.state == "loading" else {}),
+            "bytes": served.bytes, "aliases": served.aliases,
             "type": "chat" if able["chat"] else "completion", "family": facts.family, "format": facts.format,
             "default": is_default, "pinned": model.choice.pin,
-            "weights_digest": facts.digest + (f"+{model.adapter.digest}" if model.adapter else ""),
+            "weights_digest": facts.digest + (f"+{adapter.digest}" if adapter else ""),
             **model.of_run, "owned_by": "chat_server", "root": pool.model_name,
-            "parent": pool.model_name if model.adapter else None, "tools": tools_of(tokenizer),
+            "parent": pool.model_name if adapter else None, "tools": tools_of(tokenizer),
             "context_length": pool.context_length, "max_model_len": pool.context_length,
             "capabilities": able,
-            "defaults": {"max_tokens": settings.max_tokens, **{
-                name: value for name, (value, _) in sampling_of(pool, settings).items()}},
+            "defaults": {"max_tokens": model.settings.max_tokens, **{
+                name: value for name, (value, _) in sampling_of(pool, model.settings).items()}},
             "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": pool.context_length}}
 
 
-def ollama_model(model: Model) -> dict:
+def ollama_model(served: Served) -> dict:
     """A model as Ollama's routes describe one. Its clients expect a tag in the name."""
-    pool = model.serving()
-    card, name, facts = model_body(model), model.name, pool.supervisor.card.facts
+    pool = served.pool
+    card, name, facts = model_body(served), served.name, pool.supervisor.card.facts
     name = name if ":" in name else name + ":latest"
     count = facts.parameters
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
     return {"name": name, "model": name, "modified_at": utc(card["created"]), "size": facts.weights_bytes,
             "digest": hashlib.sha256(name.encode()).hexdigest(),
-            "details": {"parent_model": pool.model_name if model.adapter else "", "format": facts.format,
+            "details": {"parent_model": pool.model_name if served.adapter else "", "format": facts.format,
                         "family": facts.family,
                         "families": [facts.family], "parameter_size": size,
                         "quantization_level": facts.weights.upper()}}
@@ -133,81 +132,78 @@ def ollama_model(model: Model) -> dict:
 CENTURY_S = 3e9
 
 
-def ollama_models(models: Iterable[Model]) -> dict:
+def ollama_models(seen: Iterable[Served]) -> dict:
     """The response of /api/tags. Ollama has no word for a model that has failed."""
-    return {"models": [ollama_model(model) | {"state": model.state} for model in models if not model.failed]}
+    return {"models": [ollama_model(served) | {"state": served.state}
+                       for served in seen if not served.failed]}
 
 
-def ollama_running(models: Iterable[Model]) -> dict:
+def ollama_running(seen: Iterable[Served]) -> dict:
     """The response of /api/ps."""
-    return {"models": [body for model in models if not model.failed for body in ollama_loaded(model)]}
+    return {"models": [body for served in seen if not served.failed for body in ollama_loaded(served)]}
 
 
-def ollama_loaded(model: Model) -> list[dict]:
+def ollama_loaded(served: Served) -> list[dict]:
     """A model as Ollama's /api/ps describes one that is in memory; [] while it is not."""
-    pool, settings = model.serving(), model.settings
+    pool, settings = served.pool, served.model.settings
     workers = [worker for worker in pool.stats()["workers"] if worker["state"] == "ready"]
     if not workers:
         return []
     on_gpus = sum(worker["memory_used"] for worker in workers if not worker["device"].startswith("cpu"))
-    return [ollama_model(model) | {
+    return [ollama_model(served) | {
         "size": sum(worker["memory_used"] for worker in workers), "size_vram": on_gpus,
         "expires_at": utc(time.time() + (settings.idle_unload or CENTURY_S)),  # if no request comes
         "context_length": pool.context_length}]
 
 
-def stats_body(models: OneModel | ManyModels) -> dict:
+def stats_body(catalogue: Catalogue, seen: Seq[Served]) -> dict:
     """The response of /stats: of the models that the client's key may see."""
-    bound = REQUEST_LOG.get().models
-    default = models.default_of(models.listed(bound))
-    return {**models.stats(bound), "models": [
-        {"id": model.name, "state": model.state, "bytes": model.bytes,
-         **({"reason": model.public_reason} if model.failed or not model.pool else {
-             "context_length": model.pool.context_length, "running": sum(
-                 worker["running"] for worker in model.pool.stats()["workers"]),
-             "queue_depth": model.pool.stats()["queue_depth"]}),
-         **model.of_run, "default": model is default, "pinned": model.choice.pin}
-        for model in models.listed(bound)]}
+    default = default_among(seen)
+    return {**catalogue.stats(seen), "models": [
+        {"id": served.name, "state": served.state, "bytes": served.bytes,
+         **({"reason": served.public_reason} if served.failed else {
+             "context_length": served.pool.context_length, "running": sum(
+                 worker["running"] for worker in served.pool.stats()["workers"]),
+             "queue_depth": served.pool.stats()["queue_depth"]}),
+         **served.model.of_run, "default": served == default, "pinned": served.model.choice.pin}
+        for served in seen]}
 
 
 class ModelRoutes:
     """The handlers of routes about models that depend on what is asked."""
 
-    def __init__(self, models: OneModel | ManyModels, bodies: Bodies, access: Access):
-        self.models, self.bodies, self.access = models, bodies, access
+    def __init__(self, catalogue: Catalogue, bodies: Bodies, access: Access):
+        self.catalogue, self.bodies, self.access = catalogue, bodies, access
 
     async def handle_model(self, http: web.Request) -> web.Response:
-        name, bound = http.match_info["name"], REQUEST_LOG.get().models
-        model = self.models.find(name, bound)
-        body = model_body(model, model is self.models.default_of(self.models.listed(bound)))
-        if not model.failed:
-            known_of(model).check_model(name)
-        return json_response(body)
+        bound = bound_of(http)
+        served = self.catalogue.find(http.match_info["name"], bound)
+        default = default_among(self.catalogue.registry.listed(bound))
+        return json_response(model_body(served, served == default))
 
     async def handle_load(self, http: web.Request) -> web.Response:
         """POST /models/load, as llama-server's router: it begins, and /v1/models says how far it is."""
-        return await self._managed(http, self.models.load)
+        return await self._managed(http, self.catalogue.load)
 
     async def handle_unload(self, http: web.Request) -> web.Response:
         """POST /models/unload: once the answers under way have ended."""
-        return await self._managed(http, self.models.unload)
+        return await self._managed(http, self.catalogue.unload)
 
     async def _managed(self, http: web.Request, manage: Callable[[Model], None]) -> web.Response:
         self.access.check_operator(http)
         with self.bodies.holding() as holding:
-            model, _ = await self.bodies.read_text(http, holding)
-        manage(model)
-        return json_response({"success": True, "model": model.name, "state": model.state})
+            served, _ = await self.bodies.read_text(http, holding)
+        manage(served.model)
+        return json_response({"success": True, "model": served.name, "state": served.state})
 
     async def handle_ollama_show(self, http: web.Request) -> web.Response:
         with self.bodies.holding() as holding:
-            served, text = await self.bodies.read_text(http, holding)
-        pool = served.serving()
-        model, tokenizer = ollama_model(served), tokenizer_of(pool)
-        known_of(served).check_model(text.decode("utf-8"))
+            served, _ = await self.bodies.read_text(http, holding)
+        pool = served.pool
+        tokenizer, model = tokenizer_of(pool), ollama_model(served)
         able, facts = model_body(served)["capabilities"], pool.supervisor.card.facts
         capabilities = {"completion": True, "tools": able["tools"], "thinking": able["reasoning"]}
-        sampling = sampling_of(pool, served.settings)
+        sampling = sampling_of(pool, served.model.settings)
         names = {"repetition_penalty": "repeat_penalty"}
         return json_response({name: model[name] for name in ("modified_at", "details")} | {
             "template": tokenizer.spec.chat_template or "", "modelfile": "", "license": "",

@@ -12,8 +12,7 @@ from chatlm.common.messages.requests import Finished, Piece
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event
-    from chatlm.front.pool.many import ManyModels
-    from chatlm.front.pool.pool import WorkerPool
+    from chatlm.front.pool.catalogue import Catalogue
 
 
 class Metrics:
@@ -22,8 +21,8 @@ class Metrics:
     SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
     REASONS = ("stop", "length", "cancelled", "refused", "error")
 
-    def __init__(self, pool: WorkerPool | ManyModels):
-        self.pool, self.library = pool, require_library("prometheus_client", "/metrics")
+    def __init__(self, catalogue: Catalogue):
+        self.catalogue, self.library = catalogue, require_library("prometheus_client", "/metrics")
         self.library.disable_created_metrics()  # else each counter also exports its start time
         self.registry = self.library.CollectorRegistry()
         self.registry.register(self)
@@ -42,7 +41,8 @@ class Metrics:
 
     def collect(self) -> Iterator[Any]:
         """prometheus_client calls this on each scrape; it returns what the pool counts."""
-        stats, families = self.pool.stats(), self.library.metrics_core
+        stats = self.catalogue.stats(self.catalogue.registry.listed())
+        families = self.library.metrics_core
         workers = stats["workers"]
         totals = {name: sum(worker[name] for worker in workers)
                   for name in ("running", "kv_pages_used", "kv_pages_total", "restarts")}

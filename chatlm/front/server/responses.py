@@ -80,10 +80,14 @@ class RequestLog:
     client: str     # its address (see client_at), or the name of its API key once it has shown one
     route: Route    # its row of ROUTES
     api: Api        # of that row, but OpenAI's for a body of OpenAI on nanochat's route
-    models: tuple[str, ...] = ()  # that its API key is bound to; () = any
     note: str = ""  # goes into the access log line
     headers: dict[str, str] = field(default_factory=dict)  # more headers of the response
     counts: dict = field(default_factory=dict)  # goes into its JSON form
+
+
+def bound_of(http: web.Request) -> tuple[str, ...]:
+    """The models that the API key of a request is bound to; () = any."""
+    return http.get("models", ())
 
 
 REQUEST_LOG: contextvars.ContextVar[RequestLog] = contextvars.ContextVar("REQUEST_LOG")  # of this task

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os.path
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from enum import Enum
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from aiohttp import web
     from chat_server import Front
     from chatlm.front.api.fields import Field
+    from chatlm.front.pool.models import Served
 
 
 NO_SCHEMA: Mapping = types.MappingProxyType({})
@@ -35,7 +36,7 @@ class Route(NamedTuple):
     method: str
     path: str
     api: Api
-    handler: str | Callable[[Front], Any]  # a method, or what makes the JSON body (see Front.show)
+    handler: str | Callable[[Front, Seq[Served]], Any]  # a method, or what makes the JSON (see Front.show)
     doc: str
     query: tuple[Field, ...] = ()   # of the address, after the question mark
     returns: Mapping = NO_SCHEMA    # the schema of the body that it answers with, where one is described

@@ -59,7 +59,7 @@ WHOLE = {path: {"input": [HI, "Tokyo"]} for path in (EMBEDDINGS, OLLAMA_EMBED)} 
 every_api = pytest.mark.parametrize("path", BODIES)
 every_route = pytest.mark.parametrize("path", [*BODIES, *WHOLE])
 LOG = []            # of the module's server, up to its URL
-KNOWN = Known(Settings(), "fake-model", "tagged")
+KNOWN = Known(Settings(), "tagged")
 
 
 def text_of(event):
@@ -155,7 +155,10 @@ async def test_no_route_reads_a_large_body_on_the_event_loop(client, route, monk
         sent.append((path, len(body)))
         raise RequestError("read elsewhere", status=418)
 
-    pool.read_large = pool.answer_text = in_sandbox
+    async def named_in_sandbox(body, client):
+        return ""
+
+    pool.read_large, pool.answer_text, pool.named_model = in_sandbox, in_sandbox, named_in_sandbox
     decode, payload = json.loads, json.dumps({"model": "default", "x": [1] * 40_000}).encode()
     monkeypatch.setattr(json, "loads", lambda text, **how: read.append(len(text)) or decode(text, **how))
     async with serving(pool) as url:
@@ -298,9 +301,9 @@ async def test_the_same_conversation_and_seed_give_the_same_text_whole_streamed_
 
 
 def test_of_a_model_without_a_chat_template_api_generate_continues_the_prompt():
-    body = json.dumps({"prompt": "Once", "system": "Be brief."}).encode()
+    body = {"prompt": "Once", "system": "Be brief."}
     for chats, prompts, ignored in ((False, ("Once",), ("system",)), (True, None, ())):
-        parsed = read_answer("/api/generate", body, Known(Settings(), "m", None, chats=chats))
+        parsed = read_answer("/api/generate", body, Known(Settings(), None, chats=chats))
         assert (parsed.request.prompts or None, parsed.ignored_fields) == (prompts, ignored)
 
 
@@ -562,7 +565,7 @@ def follow(grammar, tokenizer, drawn):
 
 def read_check_and_follow(path, body, tool_format, drawn):
     """What the front, a sandbox and a worker do with a body, up to its first tokens. RequestError if it is refused."""
-    parsed = ANSWER_READERS[path](json_object(json.dumps(body).encode()), Known(Settings(), "m", tool_format))
+    parsed = ANSWER_READERS[path](json_object(json.dumps(body).encode()), Known(Settings(), tool_format))
     request = restorer(ParsedBody)(json.loads(as_plain_json(parsed))).request
     encoder = ENCODERS[parsed.api](parsed, "m", tokenizers(tool_format)[0])
     encoder.collect(finished(["a"]))

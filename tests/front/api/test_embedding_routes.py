@@ -167,7 +167,7 @@ def test_a_whole_context_is_one_input(url):
 async def test_many_inputs_leave_room_in_the_queue_for_others():
     """At most LIMITS.choices of a request wait or run at a time."""
     pool = played_pool(max_batch=4)
-    parsed = read_embedding_body({"input": ["a"] * 1000}, Known(Settings(), "fake", None))
+    parsed = read_embedding_body({"input": ["a"] * 1000}, Known(Settings(), None))
     events = pool.answer(replace(parsed.request, id="many", params=replace(parsed.request.params, client="a")))
     await anext(events)
     assert len(pool.dispatcher.jobs) == LIMITS.choices

@@ -16,7 +16,7 @@ from chatlm.front.api.readers import ANSWER_READERS, read_answer, read_text, rea
 from chatlm.front.api.tables import BODY_FIELDS, DRAWING_FIELDS, OLLAMA_OPTIONS
 from fake_pool import FakePool, Letters, serving
 
-KNOWN = Known(Settings(seed=7), "fake-model", "tagged", template="{{ reasoning_effort }} {{ city }} </think>", never_written=frozenset({256}))
+KNOWN = Known(Settings(seed=7), "tagged", template="{{ reasoning_effort }} {{ city }} </think>", never_written=frozenset({256}))
 HI = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

@@ -225,7 +225,7 @@ async def test_of_several_models_one_whose_files_are_gone_refuses_requests_at_on
     async with served(models) as url:
         assert await text_of(client, url, "one")
         other = await text_of(client, url, "two")
-        [worker] = models.find("one").pool.workers
+        [worker] = models.find("one").model.pool.workers
         model.rename(model.with_name("away"))
         async with client.post(url + "/models/unload", json={"model": "one"}) as response:
             assert response.status == 200

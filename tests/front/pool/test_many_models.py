@@ -106,14 +106,14 @@ async def test_two_models_with_room_for_the_kv_pages_of_one_stay_loaded_and_answ
     monkeypatch.setattr(Residency, "PLACE_S", 0.0)
     models = await start_models("gen1", "gen5", models_memory=10 * MIB << 10, prefix_memory=0)     # so that what is emptied is gone
     sizes = {name: models.find(name).bytes for name in ("gen1", "gen5")}
-    models.residency.budget = sum(sizes.values()) - min(models.find(name).place.cache for name in sizes) // 2
+    models.residency.budget = sum(sizes.values()) - min(models.find(name).model.place.cache for name in sizes) // 2
     async with served(models) as url:
         found, pids = {}, {}
         for name in ("gen1", "gen5", "gen1"):
             answer = await ask(client, url, name, "what is two plus two? " * 10)
-            models.find(name).pool.supervisor.load_s = 0.0   # its time is over at once
+            models.find(name).model.pool.supervisor.load_s = 0.0   # its time is over at once
             assert found.setdefault(name, content(answer)) == content(answer)
-            [worker] = models.find(name).pool.workers
+            [worker] = models.find(name).model.pool.workers
             assert pids.setdefault(name, worker.process.pid) == worker.process.pid
             assert answer[1]["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0) == 0
             assert models.residency.used <= models.residency.budget
@@ -270,7 +270,7 @@ async def test_replicas_of_several_models_share_requests_and_take_turns(start_mo
     assert [round(size / sizes[0]) for size in sizes] == [1, 2, 3] and sum(sizes[1:]) > 700 * MIB
     async with served(models) as url:
         for name in ("two", "most", "one", "two"):
-            workers = models.find(name).pool.workers
+            workers = models.find(name).model.pool.workers
             assert content(await ask(client, url, name)) == expected[name]["hello"]
             while any(worker.state is not State.READY for worker in workers):
                 await asyncio.sleep(0.02)
@@ -290,7 +290,7 @@ async def test_models_of_several_ranks_answer_as_alone_are_counted_with_them_and
     """The KV pages of one would suffice, but its ranks cannot give them back alone."""
     monkeypatch.setattr(Residency, "PLACE_S", 0.0)
     models = await start_models("gen1", "gen5", tensor_parallel_size=2, models_memory=900 * MIB, prefix_memory=0)
-    one, other = (models.find(name) for name in ("gen1", "gen5"))
+    one, other = (models.find(name).model for name in ("gen1", "gen5"))
     assert all(400 * MIB < model.bytes < 450 * MIB for model in (one, other))
     models.residency.budget = one.bytes + other.bytes - one.place.cache // 2
     async with served(models) as url:

@@ -69,7 +69,7 @@ async def test_latest_and_the_name_without_a_step_follow_the_steps_of_a_folder(s
         assert [*names()] == ["nanochat-d4-sft"]
         assert (await ask(client, url, "d4@latest"))[1]["model"] == "nanochat-d4-sft"
         checkpoint(nanochat_fixtures, base, step + 1)
-        await until(lambda: len(names()) == 2 and models.registry.find("d4@latest").choice.path.endswith(f"{step + 1:06d}.pt"))
+        await until(lambda: len(names()) == 2 and models.registry.find("d4@latest").model.choice.path.endswith(f"{step + 1:06d}.pt"))
         assert [*names()] == [f"nanochat-d4-sft@{step}", f"nanochat-d4-sft@{step + 1}"]
         large = "x" * 70_000        # read in a sandbox
         for name, end in (("d4@latest", step + 1), ("nanochat-d4-sft", step + 1), (f"d4@{step}", step), (f"nanochat-d4-sft@{step}", step)):
@@ -80,9 +80,9 @@ async def test_latest_and_the_name_without_a_step_follow_the_steps_of_a_folder(s
         broken.write_bytes(b"garbage")
         await until(lambda: len(names()) == 3)
         assert models.registry.find("d4@latest").name == f"nanochat-d4-sft@{step + 1}"      # which can answer
-        models.unload(models.find("d4@latest"))
+        models.unload(models.find("d4@latest").model)
         await until(lambda: models.find("d4@latest").state == "unloaded")
-        Path(models.find("d4@latest").choice.path).unlink()
+        Path(models.find("d4@latest").model.choice.path).unlink()
         await until(lambda: len(names()) == 2)
         await until(lambda: models.registry.find("d4@latest").name == f"nanochat-d4-sft@{step}")
         assert (await ask(client, url, "d4@latest"))[0] == 200
@@ -103,13 +103,13 @@ async def test_a_file_that_is_replaced_while_its_model_is_unloaded_is_waited_for
             while True:
                 status, body, headers = await ask(client, url, name)
                 seen.append((status, headers.get("Retry-After"), body.get("error", {}).get("message")))
-                if settled(models.registry.find(name)):
+                if settled(models.registry.find(name).model):
                     return seen
                 await asyncio.sleep(0.02)
 
         before = (await ask(client, url, name))[1]["choices"][0]["message"]["content"]
         for content in (whole[:1000], whole):
-            old = models.registry.find(name)
+            old = models.registry.find(name).model
             models.unload(old)
             await until(lambda: old.state in ("unloaded", "failed"))
             weights.write_bytes(content)
@@ -118,7 +118,7 @@ async def test_a_file_that_is_replaced_while_its_model_is_unloaded_is_waited_for
             seen = await outcomes(lambda model: model is not old and model.stamp != stamp and (model.pool or model.reason))
             assert {status for status, _, _ in seen} <= {503, 200, 500}, seen
             assert all(after and "being read" in message for status, after, message in seen if status == 503 and "cannot be served" not in message), seen
-            assert [model.name for model in models.registry.models] == names and models.default_of(models.listed()).name == names[0]
+            assert [model.name for model in models.registry.models] == names and models.find("").name == names[0]
         assert (await ask(client, url, name))[1]["choices"][0]["message"]["content"] == before
 
 

@@ -58,7 +58,7 @@ async def test_a_model_that_does_not_fit_beside_a_pinned_one_is_refused_again_wh
         for _ in range(3):
             status, body = await ask(client, url, "other")
             assert status == 503 and "the pinned models leave" in body["error"]["message"]
-            await until(lambda: models.registry.find("other").failed_s < float("inf"))
+            await until(lambda: models.registry.find("other").model.failed_s < float("inf"))
         assert (await ask(client, url, "pinned"))[0] == 200
         assert [place.name for place in models.residency.places] == ["pinned"]
     assert len([line for line in caplog.messages if "other cannot be served" in line]) == 1
@@ -182,7 +182,7 @@ async def test_a_pinned_model_that_could_not_be_read_at_first_may_not_displace_w
     weights.write_bytes(whole)
     async with serving(models, models.settings) as url:
         await ask(client, url, "late")
-        await until(lambda: models.registry.find("late").failed_s < float("inf"))
+        await until(lambda: models.registry.find("late").model.failed_s < float("inf"))
         status, body = await ask(client, url, "late")
         assert status == 503 and "the pinned models (pinned, late) take" in body["error"]["message"]
         assert (await ask(client, url, "pinned"))[0] == 200

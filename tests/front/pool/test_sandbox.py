@@ -344,7 +344,7 @@ async def test_a_refused_body_is_freed_without_the_garbage_collector(open_pool):
     gc.disable()
     try:
         try:
-            await pool.admission.sandboxes["bodies"].perform("a", "answer_text", "/detokenize", [], body=b"no JSON")
+            await pool.admission.sandboxes["bodies"].perform("a", "answer_text", "/detokenize", body=b"no JSON")
         except RequestError as error:
             refusal = weakref.ref(error)
         await asyncio.sleep(0)      # the loop lets go of the task that ended
@@ -373,13 +373,13 @@ async def test_a_client_that_leaves_costs_no_process_and_mixes_up_no_replies(ope
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["bodies"]
     large = json.dumps({"content": "x " * 100_000}).encode()
-    leaving = [asyncio.ensure_future(sandbox.perform("a", "answer_text", "/tokenize", [], body=large)) for _ in range(4)]
+    leaving = [asyncio.ensure_future(sandbox.perform("a", "answer_text", "/tokenize", body=large)) for _ in range(4)]
     while not sandbox.process:
         await asyncio.sleep(0)
     for task in leaving:
         task.cancel()
     pid = sandbox.process.pid
-    assert b'"tokens"' in await sandbox.perform("b", "answer_text", "/tokenize", [], body=b'{"content": "x"}')
+    assert b'"tokens"' in await sandbox.perform("b", "answer_text", "/tokenize", body=b'{"content": "x"}')
     assert sandbox.process.pid == pid
 
 
@@ -427,10 +427,10 @@ async def test_a_sandbox_that_dies_while_it_is_told_its_task_is_replaced_and_the
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["bodies"]
     small, large = (json.dumps({"tokens": [5] * count}).encode() for count in (1, 100_000))
-    expected = [answered(await sandbox.perform("a", "answer_text", "/detokenize", [], body=body)) for body in (small, large)]
+    expected = [answered(await sandbox.perform("a", "answer_text", "/detokenize", body=body)) for body in (small, large)]
     for body, text in zip((small, large), expected):
         os.kill(sandbox.process.pid, signal.SIGSTOP)
-        task = asyncio.ensure_future(sandbox.perform("a", "answer_text", "/detokenize", [], body=body))
+        task = asyncio.ensure_future(sandbox.perform("a", "answer_text", "/detokenize", body=body))
         for _ in range(20):     # until it has sent what the pipe holds; the rest waits
             await asyncio.sleep(0)
         assert sandbox.turns.held and (body is small or sandbox.writer.transport.get_write_buffer_size())
@@ -447,13 +447,13 @@ class Impatient(Sandbox):
 
 @pytest.mark.parametrize("count", [1, 200_000])
 async def test_a_sandbox_that_hangs_before_it_has_read_its_task_is_replaced_and_the_task_done(chat_text, count):
-    sandbox = Impatient(PROCESS_COMMAND, SandboxConfig(Known(Settings(), "m", None), chat_text, 64, 5.0, 1 << 30))
+    sandbox = Impatient(PROCESS_COMMAND, SandboxConfig(Known(Settings(), None), chat_text, 64, 5.0, 1 << 30))
     sandbox.waits, body = iter(()), json.dumps({"tokens": [5] * count}).encode()
-    expected = await sandbox.perform("a", "answer_text", "/detokenize", [], body=body)
+    expected = await sandbox.perform("a", "answer_text", "/detokenize", body=body)
     hangs = sandbox.process
     os.kill(hangs.pid, signal.SIGSTOP)
     sandbox.waits = iter([0.1])
-    assert await sandbox.perform("a", "answer_text", "/detokenize", [], body=body) == expected and hangs.returncode == -signal.SIGKILL
+    assert await sandbox.perform("a", "answer_text", "/detokenize", body=body) == expected and hangs.returncode == -signal.SIGKILL
     await sandbox.close()
 
 
@@ -482,7 +482,7 @@ async def test_a_sandbox_that_is_killed_while_it_works_is_not_asked_again(open_p
 
 
 async def test_a_task_too_large_for_its_sandbox_to_read_is_refused_at_once(chat_text, started):
-    known = Known(Settings(), "m", None)
+    known = Known(Settings(), None)
     sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(known, replace(chat_text, payload=b""), 64, 5.0, 32 << 20))
     for task in (["check_grammar", "x" * (40 << 20), "a"], ["check_grammar", "\ud800" * (6 << 20), "a"]):
         with pytest.raises(RequestError, match="too complex"):
@@ -492,7 +492,7 @@ async def test_a_task_too_large_for_its_sandbox_to_read_is_refused_at_once(chat_
 
 
 async def test_a_sandbox_that_never_begins_is_given_up(chat_text, started):
-    known = Known(Settings(), "m", None)
+    known = Known(Settings(), None)
     sandbox = Sandbox((sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"), SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
     with pytest.raises(EngineFailure, match="before it began, as 2 before it .*-9"):
         await sandbox.perform("a", "check_grammar", "x", "a")
@@ -507,9 +507,9 @@ async def test_a_task_that_is_broken_is_an_honest_500(open_pool):
 
 
 async def test_a_sandbox_ends_with_its_front(chat_text):
-    known = Known(Settings(), "m", None)
+    known = Known(Settings(), None)
     sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
-    assert json.loads(await sandbox.perform("a", "answer_text", "/detokenize", [], body=b'{"tokens": [1]}'))
+    assert json.loads(await sandbox.perform("a", "answer_text", "/detokenize", body=b'{"tokens": [1]}'))
     process = psutil.Process(sandbox.process.pid)
     sandbox.writer.close()
     await asyncio.to_thread(process.wait, 20)

@@ -140,7 +140,7 @@ async def test_half_written_broken_replaced_and_deleted_checkpoints_are_told_onc
         first, last = [(await ask(client, url, name))[1]["choices"][0]["message"]["content"] for name in ("d2@1", "d2@latest")]
         assert first != last
         # one that answers now is replaced by another, in place: the answer ends on the old one
-        old = models.find("d2@4")
+        old = models.find("d2@4").model
         [worker] = old.pool.workers
         os.kill(worker.process.pid, signal.SIGSTOP)      # or the answer might have ended before anybody looked
         long = asyncio.ensure_future(ask(client, url, "d2@4", max_tokens=100, ignore_eos=True))
@@ -189,7 +189,7 @@ async def test_a_worker_refuses_files_that_are_not_those_that_were_seen(run_fold
     models = await watching(run_folder)
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 2)
-        model = models.find("d2@2")
+        model = models.find("d2@2").model
         assert (await ask(client, url, "d2@2"))[0] == 200
         os.kill(model.pool.workers[0].process.pid, signal.SIGSTOP)      # or the answer might have ended before anybody looked
         asked = asyncio.ensure_future(ask(client, url, "d2@2", max_tokens=100, ignore_eos=True))
@@ -317,7 +317,7 @@ async def test_each_checkpoint_is_scored_and_metrics_and_stats_have_the_number(r
     models = await watching(run_folder, watch_text=str(tmp_path / "text.txt"))
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 2 and all(model.score for model in models.registry.models))
-        tokenizer = models.find("d2@30").pool.tokenizer
+        tokenizer = models.find("d2@30").model.pool.tokenizer
         ids = [tokenizer.spec.bos_token, *tokenizer.encode(tiny_training.TEXT * 3)]
         async with client.get(url + "/metrics") as response:
             text = await response.text()
@@ -341,18 +341,18 @@ async def test_scoring_leaves_the_step_loaded_that_people_talk_to(run_folder, wa
     async with serving(models, models.settings) as url:
         await until(lambda: models.registry.models)
         assert (await ask(client, url, "d2@latest"))[1]["model"] == "d2@1"
-        await until(lambda: models.find("d2@1").score)      # by the worker that answers
-        first = models.find("d2@1")
+        await until(lambda: models.find("d2@1").model.score)      # by the worker that answers
+        first = models.find("d2@1").model
         for step in (2, 3):
             shutil.copy(file_of(run_folder, 1), file_of(run_folder, 1).parent / f"model_{step:06d}.pt")
             shutil.copy(file_of(run_folder, 1).parent / "meta_000001.json", file_of(run_folder, 1).parent / f"meta_{step:06d}.json")
         await until(lambda: len(models.registry.models) == 3)
         assert (await ask(client, url, "d2@latest"))[1]["model"] == "d2@3"
-        last = models.find("d2@3")
+        last = models.find("d2@3").model
         await until(lambda: last.score)
-        assert last.state == "ready" and not models.find("d2@2").score
+        assert last.state == "ready" and not models.find("d2@2").model.score
         models.residency.budget *= 2
-        await until(lambda: models.find("d2@2").score and models.find("d2@2").state == "unloaded")
+        await until(lambda: models.find("d2@2").model.score and models.find("d2@2").state == "unloaded")
         assert last.state == "ready" and first.score
     assert [line.split()[0] for line in caplog.messages if "leaves memory" in line] == ["d2@1", "d2@2"]
 

@@ -28,6 +28,7 @@ from chatlm.front.api.fields import parse_fields
 from chatlm.front.api.readers import parse_openai_request, read_native_body
 from chatlm.front.api.tables import OPENAI_FIELDS
 from chatlm.front.lazy import web
+from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.server import access
 from chatlm.front.server.access import server_urls
 from answers import said
@@ -223,7 +224,7 @@ def test_no_json_object_breaks_the_parsers(body):
     for with_messages in (body, body | conversation()):
         raw = json.loads(json.dumps(with_messages))
         try:
-            read_native_body(raw, Known(Settings(), "m", "tagged"))
+            read_native_body(raw, Known(Settings(), "tagged"))
         except RequestError as error:
             assert error.status == 400 and str(error)
         try:
@@ -708,7 +709,7 @@ class Server:
 
     def __init__(self, pool, capsys, **settings):
         self.pool, self.capsys, self.text = pool, capsys, ""
-        self.task = asyncio.ensure_future(chat_server.serve_forever(Settings(host="127.0.0.1", port=0, **settings), pool))
+        self.task = asyncio.ensure_future(chat_server.serve_forever(Settings(host="127.0.0.1", port=0, **settings), Catalogue(Settings(**settings), pool)))
 
     async def printed(self, pattern):
         """Wait until `pattern` has been printed; returns the match."""

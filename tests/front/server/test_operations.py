@@ -23,6 +23,7 @@ from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, Request
 from chatlm.common.log import CalmLog, JsonLines, ProgressDisplay
 from chatlm.common.messages.requests import Finished
 from chatlm.common.program import program_root
+from chatlm.front.pool.catalogue import Catalogue
 from fake_pool import FakePool, conversation, frames, serving
 from real_server import server
 
@@ -271,7 +272,7 @@ async def test_bytes_that_are_no_http_are_not_logged(caplog):
 
 async def test_answers_that_outlast_the_drain_time_out_end_with_an_error_event(client, capsys):
     pool = FakePool(["one"], gate=asyncio.Event())
-    server = asyncio.ensure_future(chat_server.serve_forever(Settings(host="127.0.0.1", port=0, drain_timeout=0.01), pool))
+    server = asyncio.ensure_future(chat_server.serve_forever(Settings(host="127.0.0.1", port=0, drain_timeout=0.01), Catalogue(Settings(), pool)))
     printed = ""
     while not (found := re.search(r"  (http://\S+)\n", printed)):
         await asyncio.sleep(0)

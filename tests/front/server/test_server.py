@@ -22,6 +22,7 @@ import pytest
 import chat_server
 from chatlm.common.config import Settings
 from chatlm.common.core import decode_core
+from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.server.access import listen_on
 from chatlm.front.server.connections import serving
@@ -144,7 +145,7 @@ async def served(settings):
     """A WorkerPool behind the real HTTP front in this process: (pool, url)."""
     pool = pool_of(settings, worker_command=DYING)
     with listen_on("127.0.0.1", 0) as listener:
-        async with serving(chat_server.create_app(pool, settings), listener):
+        async with serving(chat_server.create_app(Catalogue(settings, pool), settings), listener):
             try:
                 await pool.start()
                 await pool.wait_ready()

@@ -10,7 +10,7 @@ import pytest
 import chat_server
 from chatlm.common.config import LIMITS, ApiKey, Settings
 from chatlm.common.errors import EngineFailure, Overloaded, RequestError
-from chatlm.front.pool.models import OneModel
+from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.server.access import Access, AccessLog, Owners
 from chatlm.front.server.bodies import Bodies
 from chatlm.front.server.describe import ModelRoutes
@@ -24,12 +24,13 @@ TABLE = RouteTable(chat_server.ROUTES, "/chat")
 ROW = {route.path: route for route in chat_server.ROUTES}
 
 
-class Arriving:
+class Arriving(dict):
     """A request with a body that arrives in one piece, for the route whose pattern is `resource`."""
 
     method, remote, content_length = "POST", "192.0.2.7", None
 
     def __init__(self, path="/", resource=None, body=b"", **headers):
+        super().__init__()
         self.path, self.headers, self.parts = path, headers, [body, b""]
         self.rel_url, self.content = SimpleNamespace(raw_path=path), self
         self.match_info = SimpleNamespace(route=SimpleNamespace(resource=resource and SimpleNamespace(canonical=resource)))
@@ -108,7 +109,7 @@ async def test_the_log_notes_row_and_id_of_a_request_and_an_id_of_another_is_not
 @pytest.mark.parametrize("body, api", [
     (conversation() | {"model": "fake-model"}, Api.OPENAI), (conversation(), Api.NANOCHAT), (conversation('"model": 1'), Api.NANOCHAT)])
 async def test_a_body_is_read_by_the_reader_of_its_route_and_may_be_of_openai_on_nanochat_s(body, api):
-    bodies, record = Bodies(OneModel(FakePool(), Settings()), Owners(Settings())), logged("/chat/completions")
+    bodies, record = Bodies(Catalogue(Settings(), FakePool()), Owners(Settings())), logged("/chat/completions")
     with bodies.holding() as holding:
         _, parsed = await bodies.parse(Arriving(body=json.dumps(body).encode()), holding)
     assert record.api is api and parsed.api == {Api.OPENAI: "chat", Api.NANOCHAT: "native"}[api] and parsed.request.messages
@@ -123,16 +124,16 @@ async def test_a_large_body_is_read_in_a_sandbox_for_its_owner():
 
     pool.read_large = read_large
     settings = Settings(keys=KEYS)
-    bodies, _ = Bodies(OneModel(pool, settings), Owners(settings)), logged("/v1/messages")
+    bodies, _ = Bodies(Catalogue(settings, pool), Owners(settings)), logged("/v1/messages")
     with Holding(bodies.budget, "alice") as holding:
         with pytest.raises(RequestError, match="elsewhere"):
             await bodies.parse(Arriving(body=b"x" * (LIMITS.inline_bytes + 1)), holding)
-    assert sent == [("/v1/messages", LIMITS.inline_bytes + 1, "alice", Owners(settings).of_pages("alice"), ("fake-model",))] and not bodies.budget.used
+    assert sent == [("/v1/messages", LIMITS.inline_bytes + 1, "alice", Owners(settings).of_pages("alice"))] and not bodies.budget.used
 
 
 async def test_the_model_is_described_to_who_asks_for_one_of_its_names():
     pool = FakePool()
-    only = OneModel(pool, Settings())
+    only = Catalogue(Settings(), pool)
     models = ModelRoutes(only, Bodies(only, Owners(Settings())), Access(Settings()))
     logged("/api/show")
     shown = json.loads((await models.handle_ollama_show(Arriving(body=b'{"model": "fake-model"}'))).body)
