@@ -7,8 +7,9 @@ Runs the server as a user would, by default with a tiny nanochat model. Its clie
 cancel, or lose their connection and resume the stream. In the last fifth nothing is killed, so that pages
 which only a kill would free show up as leaked. Prints memory as time passes, then lost answers, leaked pages
 and the growth of the front. An answer is lost if a client that stayed got an error, an early end, or, where
-/stats promises equal texts, another text than undisturbed. Exits with 1 if an answer was lost, a page leaked,
-or the front grew by more than a tenth and 16 MB.
+/stats promises equal texts, another text than undisturbed. Workers check the integrity of their engines whenever
+they are idle. Exits with 1 if an answer was lost, a page leaked, a check found a fault, no check ran, or the front
+grew by more than a tenth and 16 MB.
 """
 
 import argparse
@@ -19,7 +20,6 @@ import random
 import re
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -168,11 +168,23 @@ class Soak:
             await asyncio.sleep(0.2)
         early, late = (statistics.median(mb for share, mb in self.memory if low <= share < high)
                        for low, high in ((0.2, 0.5), (0.8, 1.1)))
-        failed = self.counts["lost"] or leaked != 0 or late - early > max(16, early / 10)
-        print(json.dumps({"lost": self.counts["lost"], "leaked_pages": leaked, "front_mb": [round(early, 1), round(late, 1)],
+        checks = integrity_checks(self.options.log)
+        failed = self.counts["lost"] or leaked != 0 or late - early > max(16, early / 10) or not checks["passed"] or checks["faults"]
+        print(json.dumps({"lost": self.counts["lost"], "leaked_pages": leaked, "integrity_checks": checks, "front_mb": [round(early, 1), round(late, 1)],
                           **{name: count for name, count in self.counts.items() if name != "lost"},
                           "restarts": sum(worker["restarts"] for worker in stats["workers"]), "ok": not failed}), flush=True)
         return int(bool(failed))
+
+
+ENVIRONMENT = os.environ | {"CHAT_SERVER_CHECK_INTEGRITY": "1"}
+
+
+def integrity_checks(log):
+    """How many checks have passed and how many found faults, by the server's log; prints the faults."""
+    lines = Path(log).read_text(errors="replace").splitlines()
+    faults = [line for line in lines if "IntegrityError:" in line]
+    print(*faults, sep="\n", end="\n" * bool(faults), flush=True)
+    return {"passed": sum("integrity check: no faults" in line for line in lines), "faults": len(faults)}
 
 
 def read_event(data):
@@ -189,8 +201,7 @@ def read_event(data):
 async def soak(options):
     command = [sys.executable, ROOT / "chat_server.py", options.model, "--port", "0", "--host", "127.0.0.1", "--dtype", "float32",
                "--num-workers", str(options.workers), "--max-batch", "4", "--kv-cache-memory", "512K"]
-    log = open(options.log, "w") if options.log else subprocess.DEVNULL
-    server = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log)
+    server = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=open(options.log, "w"), env=ENVIRONMENT)
     try:
         while not (found := re.search(rb"http://127\.0\.0\.1:\d+", line := await server.stdout.readline())):
             if not line:
@@ -213,8 +224,9 @@ if __name__ == "__main__":
     parser.add_argument("--log", help="the server's log goes into this file")
     parser.add_argument("--changing", action="store_true", help="models and adapters that come, change and go, and the server is restarted")
     options = parser.parse_args()
-    if options.changing:
-        from soak_changing import soak_changing
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        options.log = options.log or Path(folder) / "log"
+        if options.changing:
+            from soak_changing import soak_changing
             sys.exit(asyncio.run(soak_changing(options, Path(folder))))
-    sys.exit(asyncio.run(soak(options)))
+        sys.exit(asyncio.run(soak(options)))

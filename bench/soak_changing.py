@@ -4,7 +4,7 @@ Five tiny models share a memory for three, with a prefix store: two that stay, o
 that comes and goes, and an adapter with two versions. Clients ask each of them, read, vanish, and compare two at a time. Workers are
 killed, and the whole server is ended and started again. Each text that a client reads must be, from its first character to its last, what
 one version of that model answers when nothing disturbs it. An answer may end with an error where its model was replaced or has gone, and
-only there. No request may take longer than 120 s.
+only there. No request may take longer than 120 s. Idle workers check their integrity, as in soak.py.
 """
 
 import asyncio
@@ -23,6 +23,8 @@ from pathlib import Path
 
 import aiohttp
 import psutil
+
+from soak import ENVIRONMENT, integrity_checks
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
@@ -79,7 +81,7 @@ class Server:
     """The server's process, which may be another later at the same address."""
 
     def __init__(self, options, folder):
-        self.log = open(options.log, "w") if options.log else subprocess.DEVNULL
+        self.log = open(options.log, "w")
         self.words = ["--models", folder / "models", "--prefix-store", f"{folder / 'store'}:64M", "--models-memory", "760M",
                       "--prefix-memory", "16M", "--dtype", "float32", "--max-batch", "4", "--kv-cache-memory", "512K", "--host", "127.0.0.1"]
         self.url, self.process = "", None
@@ -88,7 +90,7 @@ class Server:
     async def start(self):
         port = self.url.rpartition(":")[2] or "0"
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, ROOT / "chat_server.py", *map(str, self.words), "--port", port, stdout=subprocess.PIPE, stderr=self.log)
+            sys.executable, ROOT / "chat_server.py", *map(str, self.words), "--port", port, stdout=subprocess.PIPE, stderr=self.log, env=ENVIRONMENT)
         while not (found := re.search(rb"http://127\.0\.0\.1:\d+", line := await self.process.stdout.readline())):
             if not line:
                 raise SystemExit("the server did not start")
@@ -309,9 +311,9 @@ class ChangingSoak:
         third = max(1, len(last) // 3)
         early, late = (max(rows) for rows in (last[:third], last[-third:]))
         grown = late[0] - early[0] > max(16, early[0] / 10) or late[1] > early[1] + 8
-        late_ones = self.oldest_s > MOST_S
-        failed = self.counts["lost"] or leaked != 0 or grown or late_ones
-        print(json.dumps({"lost": self.counts["lost"], "leaked_pages": leaked, "front_mb": [round(early[0], 1), round(late[0], 1)],
+        late_ones, checks = self.oldest_s > MOST_S, integrity_checks(self.options.log)
+        failed = self.counts["lost"] or leaked != 0 or grown or late_ones or not checks["passed"] or checks["faults"]
+        print(json.dumps({"lost": self.counts["lost"], "leaked_pages": leaked, "integrity_checks": checks, "front_mb": [round(early[0], 1), round(late[0], 1)],
                           "front_files": [early[1], late[1]], "oldest_request_s": round(self.oldest_s, 1),
                           **{name: count for name, count in self.counts.items() if name != "lost"}, "ok": not failed}), flush=True)
         return int(bool(failed))

@@ -14,10 +14,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from chatlm.common.config import PAGE_SIZE    # noqa: E402
 from chatlm.common.messages.requests import AnswerParams    # noqa: E402
+from chatlm.worker.engine.integrity import scheduler_faults    # noqa: E402
 from chatlm.worker.engine.kvcache import PagePool    # noqa: E402
 from chatlm.worker.engine.scheduler import Assignment, Scheduler, Sequence    # noqa: E402
 from chatlm.worker.model.spec import Attention, group_layers    # noqa: E402
-from integrity import check_sequences  # noqa: E402
 
 MODELS = {              # layers, kv heads, head size, window, every n-th layer has none, context
     "Gemma 3 1B": (26, 1, 256, 512, 6, 32768), "Gemma 3 4B": (34, 4, 256, 1024, 6, 32768), "Gemma 3 12B": (48, 8, 256, 1024, 6, 32768),
@@ -34,7 +34,7 @@ def most_held(windows, context, chunk=256):
             most = max(most, scheduler.tables.held(sequence))
             scheduler.advance(planned)
             sequence.tokens += [0] * planned.draws
-    check_sequences(scheduler)
+    assert scheduler_faults(scheduler) == []
     assert most <= scheduler.pool.pages_for(context, chunk)
     return most
 

@@ -54,6 +54,16 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     order = {module: number for number, module in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.split("::")[0], len(LONGEST)))
+    if "chatlm.worker.engine.engine" in sys.modules:        # some test makes engines in this process
+        import checked      # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def integrity():
+    """After each test, everything that its engines count is owned once."""
+    yield
+    if checked := sys.modules.get("checked"):
+        assert checked.take_faults() == []
 
 
 def pytest_collection_finish():

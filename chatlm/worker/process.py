@@ -34,6 +34,7 @@ from chatlm.common.processes.torchrun import ranks_here
 from chatlm.common.segments import MOST_GROUPS
 from chatlm.worker.build import build_engine, build_transformer, lack_of_gpu_memory, prepare_device
 from chatlm.worker.engine.engine import drop_adapter, failure_text
+from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.keeper import Keeper
 from chatlm.worker.engine.kept import KeptPages
 from chatlm.worker.engine.scheduler import Assignment
@@ -355,6 +356,7 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
     """The worker's loop: handle messages, step, report, sleep when idle. EOFError when the front is gone."""
     failures, events = 0, []  # failed steps in a row; events not yet reported
     inbox = Inbox(engine, channel.send)
+    checks_integrity = os.environ.get("CHAT_SERVER_CHECK_INTEGRITY") == "1"  # slow: for soaks
 
     def report():
         nonlocal events
@@ -387,3 +389,6 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
                 inbox.empties_cache = False
                 channel.send(CacheEmptied(engine.empty_cache()))
             report()
+            if checks_integrity:
+                check_integrity(engine)
+                log.info("integrity check: no faults")

@@ -13,6 +13,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
+from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.model import kernels as model_kernels
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
 from chatlm.worker.model.transformer import Transformer
@@ -23,7 +24,6 @@ from works import assignment
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
 from decode_core import _core, cuda, cuda_steps, proof  # noqa: E402
-from integrity import check_sequences
 
 MARGIN = 2e-3           # as in tests/worker/engine/test_engine.py
 FAULTY = (sys.executable, str(Path(__file__).parents[1] / "support" / "faulty_worker.py"))
@@ -79,7 +79,7 @@ def assert_reference_answers(engine, fixture, monkeypatch):
         while engine.busy:
             for name, piece in engines.step_pieces(engine):
                 tokens[name] += piece.tokens
-            check_sequences(engine.scheduler)
+            check_integrity(engine)
     for name, got in tokens.items():
         traced = expected.traced(name)
         assert len(got) == 12

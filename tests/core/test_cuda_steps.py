@@ -22,6 +22,7 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
+from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler, Sequence
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
@@ -41,7 +42,6 @@ backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="th
 decode_core = backends.decode_core
 from decode_core import cuda_backend, cuda_prompts, cuda_steps, proof, seam  # noqa: E402
 from decode_core.proof import prove_prompts  # noqa: E402
-from integrity import check_sequences
 
 MARGIN = 2e-3           # as in tests/worker/engine/test_engine.py
 
@@ -122,7 +122,7 @@ def answers(engine, works, arrivals=None, on_step=lambda: None):
             engine.add(work)
         for name, piece in step_pieces(engine):
             tokens[name] += piece.tokens
-        check_sequences(engine.scheduler)
+        check_integrity(engine)
         on_step()
         step += 1
     assert engine.pool.available == engine.pool.num_pages

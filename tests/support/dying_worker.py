@@ -18,10 +18,10 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 from chatlm.common.processes.start import run_role    # noqa: E402
 from chatlm.worker.engine.answer import Answer    # noqa: E402
 from chatlm.worker.engine.engine import Engine    # noqa: E402
+from chatlm.worker.engine.integrity import check_integrity    # noqa: E402
 from chatlm.worker.engine.keeper import Keeper    # noqa: E402
 from chatlm.worker.engine.kept import KeptPages    # noqa: E402
 from chatlm.worker.weights import load    # noqa: E402
-from integrity import check_sequences
 from patching import replace_everywhere    # noqa: E402
 
 OUTPUT_END = 283
@@ -68,7 +68,7 @@ def step(engine, report=lambda: None, original=Engine.step):
     pieces = original(engine, report_and_strike)
     # the pieces of this step are lost
     strike(engine, {"unsent": MOMENTS["decode"], "lost": MOMENTS["result"]})
-    check_sequences(engine.scheduler)
+    check_integrity(engine)
     return pieces
 
 

@@ -11,6 +11,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import Ended, Failed, Message, Piece, SamplingParams
 from chatlm.common.text import load as text_load
 from chatlm.worker.engine.engine import Drafter, Engine
+from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import EagerSteps, load_kernels
 from chatlm.worker.model.spec import Batch, group_layers
@@ -21,7 +22,6 @@ from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.load import open_model
 from near_tie import Traced, draw_gap
 from works import assignment
-from integrity import check_sequences
 
 
 @functools.cache
@@ -118,7 +118,7 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
                 elif isinstance(event, (Ended, Failed)):
                     result.end[name] = event
             if check:
-                check_sequences(engine.scheduler)
+                check_integrity(engine)
     finally:
         engine.steps, engine.scheduler.schedule = steps, schedule
     assert engine.pool.available == engine.pool.num_pages
@@ -192,7 +192,7 @@ def pieces(engine, works, ahead=False):
     while engine.busy:
         for name, event in engine.step():
             found[name].add(event)
-        check_sequences(engine.scheduler)
+        check_integrity(engine)
     return found
 
 

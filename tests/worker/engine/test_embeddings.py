@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from chatlm.common.messages.requests import Failed, SamplingParams
+from chatlm.worker.engine.integrity import check_integrity
 from engines import Pieces, load, make_engine, pieces, tensors_of
 import families
-from integrity import check_sequences
 from works import assignment
 
 TOLERANCE = 1e-5        # of a vector of length 1
@@ -130,7 +130,7 @@ def test_it_starts_over_when_its_pages_are_taken_or_a_step_failed(nanochat_fixtu
             for name, event in engine.step():
                 if name == "a":
                     found.add(event)
-            check_sequences(engine.scheduler)
+            check_integrity(engine)
     assert np.abs(vector(found) - wanted).max() <= (0 if engine.kernels.row_invariant else TOLERANCE)
 
 

@@ -15,11 +15,11 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import Ended, Message, SamplingParams
+from chatlm.worker.engine.integrity import check_integrity
 from engines import TracedSteps, chat_work, load, make_engine, run, step_pieces
 from near_tie import assert_same_tokens_or_near_tie
 from nightly import by_day
 from works import assignment, changed
-from integrity import check_sequences
 
 # far above float32 rounding errors of a logit here (1e-4), far below a typical gap (0.1 .. 5)
 MARGIN = 2e-3
@@ -58,7 +58,7 @@ def answers(engine, works):
     while engine.busy:
         for name, piece in step_pieces(engine):
             tokens[name] += piece.tokens
-        check_sequences(engine.scheduler)
+        check_integrity(engine)
     return tokens
 
 
@@ -304,7 +304,7 @@ def test_nanochats_calculator_is_forced_into_the_answer(gen5, expression, answer
                 text += piece.text
     assert tokens == expected
     assert text == expression + (answer or "") + "ok"
-    check_sequences(gen5.scheduler)
+    check_integrity(gen5)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -324,7 +324,7 @@ def test_requests_that_come_and_go_at_random_moments_leave_nothing_behind(gen5, 
                 gone = generator.choice(sorted(alive))
                 assert gen5.cancel(gone)
                 alive.discard(gone)
-            check_sequences(gen5.scheduler)
+            check_integrity(gen5)
         for name in alive:
             gen5.cancel(name)
     gen5.step()         # what is under way

@@ -20,11 +20,11 @@ from chatlm.front.api.tables import OPENAI_FIELDS
 from chatlm.front.pool.worker import Job
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.grammar import FairThread, Grammar
+from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.scheduler import Sequence
 from engines import make_engine, pieces, step_pieces
 from pools import work_of
 from works import assignment, changed
-from integrity import check_sequences
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 130},
                                            "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3}},
@@ -202,7 +202,7 @@ def test_others_go_on_while_a_grammar_is_made_and_cancelling_does_not_wait_for_i
     assert {name for name, _ in found} == {"f"} and len(found) >= 9
     assert engine.cancel("b") and engine.cancel("f") and engine.busy
     assert engine.step() == engine.step() == []
-    check_sequences(engine.scheduler)
+    check_integrity(engine)
     gate.set()
     found = []
     while engine.busy:
@@ -274,7 +274,7 @@ def test_others_go_on_while_a_mask_is_computed_and_the_answer_is_the_same(engine
     while sum(len(piece.tokens) for name, piece in found if name == "f") < 30:
         found += step_pieces(engine)
     assert 1 <= [name for name, _ in found].count("a") < 3          # it waits for its second mask
-    check_sequences(engine.scheduler)
+    check_integrity(engine)
     slow.set()
     while engine.busy:
         found += step_pieces(engine)

@@ -10,10 +10,10 @@ import pytest
 import chat_server
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.engine.integrity import scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool, PageTables
 from chatlm.worker.engine.scheduler import Scheduler, Sequence
 from works import assignment
-from integrity import check_sequences
 
 
 def scheduler(num_pages=64, max_batch=8, prefill_chunk=64):
@@ -36,7 +36,7 @@ def step(s, next_token=1):
         s.advance(chunk)
         if samples:
             chunk.sequence.tokens.append(next_token)
-    check_sequences(s)
+    assert scheduler_faults(s) == []
     return {chunk.sequence.work.id: chunk.count for chunk in plan}
 
 
@@ -140,7 +140,7 @@ def test_cancel_frees_pages_wherever_the_request_is():
     step(s)
     for name in ("decoding", "prefilling", "queued"):
         assert len(s.cancel(name)) == 1
-        check_sequences(s)
+        assert scheduler_faults(s) == []
     assert s.cancel("queued") == []
     assert s.pool.available == s.pool.num_pages
 

@@ -12,6 +12,7 @@ from chatlm.common.core import decode_core
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
+from chatlm.worker.engine.integrity import scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.scheduler import Scheduler, Sequence
 from chatlm.worker.model.spec import group_layers
@@ -20,7 +21,6 @@ from engines import make_engine, pieces, propose_partly_right, run, tokens_of
 from families import load
 from nightly import by_day
 from works import assignment
-from integrity import check_sequences
 
 WINDOWED = ["gemma3", "gemma2", "mistral", "qwen2"]     # 5 of 6 layers, half of them in turn, all, the last ones
 
@@ -147,13 +147,13 @@ def test_random_traffic_with_few_pages_loses_and_leaks_nothing(windows):
             s.advance(chunk)
             if chunk.draws:
                 chunk.sequence.tokens.append(generator.randrange(50))
-        check_sequences(s)
+        assert scheduler_faults(s) == []
         for key, each in list(alive.items()):
             if len(each.tokens) > len(each.work.prompt_ids) + 300 or generator.random() < 0.01:
                 s.remove(each)
                 del alive[key]
                 ended += 1
-                check_sequences(s)
+                assert scheduler_faults(s) == []
     assert ended > 20 and (s.preemptions > 0 or 0 not in windows)      # without such layers sequences soon stop growing
 
 

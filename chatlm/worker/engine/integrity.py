@@ -1,0 +1,183 @@
+"""Is everything that an engine counts owned exactly once? Tests and soaks ask.
+
+    a page          is free, cached or referenced, and referenced as often as tables list it
+    the index       points to pages that know it, and whose owners have the same tokens
+    a state's slot  is free or referenced, as often as sequences, restorations and snapshots hold it
+    an adapter      has a slot of its own, with a digest, a size and tensors, and no other slot has any
+
+A fault is one line that names what is wrong, the count, and who was found."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence as Seq
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chatlm.worker.engine.adapter_slots import AdapterSlots
+    from chatlm.worker.engine.engine import Engine
+    from chatlm.worker.engine.kvcache import PagePool
+    from chatlm.worker.engine.scheduler import Scheduler, Sequence
+    from chatlm.worker.engine.states import StatePool
+
+
+class IntegrityError(AssertionError):
+    """What an engine counts is not what it has: our own bug. `faults` has a line for each."""
+
+    def __init__(self, faults: list[str]):
+        super().__init__("; ".join(faults))
+        self.faults = faults
+
+
+def check_integrity(engine: Engine):
+    """IntegrityError if a count of an engine is wrong. Call it between two steps."""
+    if faults := integrity_faults(engine):
+        raise IntegrityError(faults)
+
+
+def integrity_faults(engine: Engine) -> list[str]:
+    return scheduler_faults(engine.scheduler) + adapter_faults(engine)
+
+
+def count_faults(kind: str, refs: Seq[int], free: Seq[int], cached: Iterable[int],
+                 holdings: Iterable[tuple[str, Iterable[int]]]) -> list[str]:
+    """Of pages or slots, which are numbered: those whose references are not their holders, and those that
+    are not in exactly one state. holdings: (name, its numbers) of each holder; names are unique."""
+    holders, faults = defaultdict(list), []
+    for name, numbers in holdings:
+        for number in numbers:
+            holders[number].append(name)
+    times, cached = Counter(free), {*cached}
+    for number, counted in enumerate(refs):
+        found = holders[number]
+        if counted != len(found):
+            faults.append(f"{kind} {number}: references counted: {counted}, found: {len(found)} "
+                          f"({', '.join(found) or 'nobody holds it'})")
+        faults += [f"{kind} {number} is held {held} times by {name}"
+                   for name, held in Counter(found).items() if held > 1]
+        if times[number] > 1:
+            faults.append(f"{kind} {number} is in the free list {times[number]} times")
+        states = [state for state, holds in (("free", number in times), ("cached", number in cached),
+                                             ("referenced", counted > 0 or found)) if holds]
+        if len(states) != 1:
+            faults.append(f"{kind} {number} is {' and '.join(states) or 'lost: not free, cached or held'}")
+    unknown = sorted((times.keys() | cached | holders.keys()) - {*range(len(refs))})
+    return faults + [f"{kind} {number} does not exist ({', '.join(holders[number]) or 'nobody holds it'})"
+                     for number in unknown]
+
+
+def page_faults(pool: PagePool, tables: Iterable[tuple[str, Seq[int]]]) -> list[str]:
+    """Faults of the pages and of the prefix index. tables: (name, table) of each owner; names are unique."""
+    owned = [(name, [page for page in table if page != pool.hole]) for name, table in tables]
+    faults = count_faults("page", pool.refs, pool.free, pool.evictable, owned)
+    return faults + index_faults(pool)
+
+
+def index_faults(pool: PagePool) -> list[str]:
+    """Of the prefix index: entries and pages that do not name each other, and what belongs to no entry."""
+    faults, free, serials = [], {*pool.free}, set()
+    for page, key in enumerate(pool.keys):
+        if key is None and page in pool.evictable:
+            faults.append(f"page {page} is cached, but has no entry in the prefix index")
+        elif key is None and pool.refs[page] > 1:
+            faults.append(f"page {page} is shared, but has no entry in the prefix index")
+        elif key and (key[1] not in pool.index or pool.index[key[1]].pages[key[0]] != page):
+            faults.append(f"page {page} has the key of an entry that does not have this page")
+    for key, content in pool.index.items():
+        name = f"the index entry {content.serial}"
+        if content.serial in serials or not 0 < content.serial <= pool.last_serial:
+            faults.append(f"{name} has a serial that is not its own")
+        serials.add(content.serial)
+        if {*content.pages} == {pool.hole} and key not in pool.bare:
+            faults.append(f"{name} has no page, and will never be forgotten")
+        for group, page in enumerate(content.pages):
+            if page == pool.hole:
+                continue
+            if page in free:
+                faults.append(f"{name} points to page {page}, which is free")
+            if page not in range(pool.num_pages) or pool.keys[page] != (group, key):
+                faults.append(f"{name} points to page {page}, which does not have its key")
+    addresses = pool.addresses.of.keys() | pool.addresses.keys.keys() if pool.addresses else set()
+    return faults + [f"the prefix index has no entry {serial}, but its address is known"
+                     for serial in sorted({*addresses} - serials, key=str)]
+
+
+def state_faults(pool: PagePool, states: StatePool,
+                 holdings: Iterable[tuple[str, Iterable[int]]]) -> list[str]:
+    """Faults of the slots of states and of the snapshots. holdings: (name, slots) of each other holder."""
+    snapshots = [(f"the {kind} of entry {serial}", [slot]) for kind, known in
+                 (("snapshot", states.passed), ("end-of-prompt snapshot", states.ends))
+                 for serial, slot in known.items()]
+    faults = count_faults("state slot", states.refs, states.free, (), [*holdings, *snapshots])
+    indexed = {content.serial for content in pool.index.values()}
+    faults += [f"the prefix index has no entry {serial}, but a snapshot of it is kept"
+               for serial in sorted({*states.passed, *states.ends} - indexed, key=str)]
+    faults += [f"entry {serial} has two snapshots" for serial in states.passed.keys() & states.ends.keys()]
+    if states.snapshots > states.most_snapshots:
+        faults.append(f"{states.snapshots} snapshots are kept, at most {states.most_snapshots} may be")
+    return faults
+
+
+def scheduler_faults(scheduler: Scheduler) -> list[str]:
+    """Faults of the sequences, and of the pages and states that they and restorations hold."""
+    pool, faults = scheduler.pool, []
+    everyone = [*scheduler.running, *scheduler.waiting]
+    for sequence, times in Counter(everyone).items():
+        if times > 1:
+            faults.append(f"answer {sequence.work.id} is scheduled {times} times")
+        if sequence.finished:
+            faults.append(f"answer {sequence.work.id} has ended, but is still scheduled")
+    faults += [f"answer {s.work.id} is running, but has no pages" for s in scheduler.running if not s.pages]
+    faults += [f"answer {s.work.id} is waiting, but has {kind}" for s in scheduler.waiting for kind, held in (
+        ("pages", s.pages), ("states", s.states), ("computed tokens", s.computed)) if held]
+    restorations = scheduler.keeper.restorations if scheduler.keeper else []
+    awaited = {id(sequence.restoration) for sequence in everyone}
+    faults += [f"restoration {number} goes on, but no answer waits for it" for number, each
+               in enumerate(restorations) if not each.over and id(each) not in awaited]
+    holders = [*((f"answer {s.work.id}", s.pages, s.states.values()) for s in everyone),
+               *((f"restoration {number}", each.pages, () if each.slot is None else (each.slot,))
+                 for number, each in enumerate(restorations))]
+    faults += page_faults(pool, [(name, pages) for name, pages, _ in holders])
+    if pool.states:
+        faults += state_faults(pool, pool.states, [(name, slots) for name, _, slots in holders])
+    return faults + [fault for sequence in everyone for fault in table_faults(pool, sequence)]
+
+
+def table_faults(pool: PagePool, sequence: Sequence) -> list[str]:
+    """Of a sequence's table: pages that the prefix index knows by another group or by other tokens."""
+    faults, size, name = [], pool.page_size, f"the table of answer {sequence.work.id}"
+    if len(sequence.pages) % pool.groups:
+        faults.append(f"{name} has {len(sequence.pages)} entries in {pool.groups} groups")
+    for index, page in enumerate(sequence.pages):
+        row, group = divmod(index, pool.groups)
+        if page not in range(pool.num_pages) or (known := pool.keys[page]) is None:
+            continue
+        tokens = tuple(sequence.tokens[row * size:(row + 1) * size])
+        if known[0] != group or known[1][1] != tokens or (row + 1) * size > sequence.computed:
+            faults.append(f"{name} has page {page} in row {row}, which is indexed with other tokens")
+    return faults
+
+
+def adapter_faults(engine: Engine) -> list[str]:
+    """Faults of the slots of adapters, in this rank."""
+    known: AdapterSlots = engine.adapters
+    tensors, reading = {*engine.transformer.adapters}, {slot for slot, _ in known.reading.values()}
+    owners = defaultdict(list)
+    for adapter_id, slot in [*known.slots.items(), *((id, slot) for id, (slot, _) in known.reading.items())]:
+        owners[slot].append(adapter_id)
+    faults = [f"adapter slot {slot} belongs to {len(names)} adapters: {', '.join(names)}"
+              for slot, names in owners.items() if len(names) > 1]
+    faults += [f"adapter slot {slot} of {names[0]} was never given out" for slot, names in owners.items()
+               if not 0 < slot <= known.last]
+    loaded = {*known.slots.values()}
+    for what, slots, most in (("a digest", known.digests, loaded), ("a size", known.sizes, loaded),
+                              ("tensors", tensors, loaded | reading)):
+        faults += [f"adapter slot {slot} has {what}, but no adapter has the slot"
+                   for slot in sorted({*slots} - most)]
+        faults += [f"adapter slot {slot} of {owners[slot][0]} lacks {what}"
+                   for slot in sorted(loaded - {*slots})]
+    for sequence in (*engine.scheduler.running, *engine.scheduler.waiting):
+        if sequence.adapter and known.digests.get(sequence.adapter) != sequence.adapter_digest:
+            faults.append(f"answer {sequence.work.id} has adapter slot {sequence.adapter}, which no adapter "
+                          "with its digest has")
+    return faults

@@ -1,0 +1,286 @@
+"""check_integrity names each fault that is planted in an engine, and finds none while answers come and go."""
+
+import re
+
+import pytest
+import torch
+
+import checked
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.messages.protocol import NewAnswer, NewPrompt, NewRequest, Ping
+from chatlm.common.messages.requests import AnswerParams, SamplingParams
+from chatlm.worker.engine.integrity import IntegrityError, check_integrity, integrity_faults
+from chatlm.worker.engine.keeper import Restoration
+from chatlm.worker.engine.kvcache import Content
+from chatlm.worker.process import run_engine
+from engines import make_engine
+from families import make_model, save
+from lora import random_adapter
+from works import assignment
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model with an adapter, and one whose layers keep states."""
+    root, llama = tmp_path_factory.mktemp("models"), make_model("llama3.1")
+    config = llama.config
+    shapes = {"mlp.down_proj": (config.hidden_size, config.intermediate_size)}
+    return {"llama": save(llama, root / "llama"), "lfm2": save(make_model("lfm2"), root / "lfm2"),
+            "adapter": random_adapter(root / "adapter", config.num_hidden_layers, shapes, 1)}
+
+
+def work(name, first, adapter="", length=50):
+    """The prompts of two works with equal `first` begin with the same two pages."""
+    ids = [(first + i) % 200 for i in range(2 * PAGE_SIZE)] + [(ord(name[0]) + 3 * i) % 200 for i in range(length - 2 * PAGE_SIZE)]
+    return assignment(name, tuple(ids), SamplingParams(temperature=0.0), 40, ignore_eos=True, adapter=adapter)
+
+
+@torch.inference_mode()
+def busy_engine(folder, adapter=None):
+    """Answers a and b run and share pages; c has ended, and its pages are cached."""
+    engine = make_engine(folder, num_pages=100, max_batch=4, prefill_chunk=64)
+    if adapter:
+        engine.adapters.load("ad", adapter)
+    engine.add(work("c", 100))
+    while engine.busy:
+        engine.step()
+    for name, owner in (("a", "ad" if adapter else ""), ("b", "")):
+        engine.add(work(name, 7, owner))
+        for _ in range(4):
+            engine.step()
+    engine.add(work("d", 7))
+    for _ in range(3):
+        engine.step()
+    assert [s.work.id for s in engine.scheduler.running] == ["a", "b", "d"]
+    check_integrity(engine)
+    return engine
+
+
+@pytest.fixture
+def engine(folders):
+    engine = busy_engine(folders["llama"], folders["adapter"])
+    yield engine
+    checked.made.discard(engine)
+
+
+@pytest.fixture
+def stateful(folders):
+    engine = busy_engine(folders["lfm2"])
+    yield engine
+    checked.made.discard(engine)
+
+
+def found(engine):
+    """The faults, as one text; check_integrity raises them."""
+    with pytest.raises(IntegrityError) as raised:
+        check_integrity(engine)
+    assert raised.value.faults == integrity_faults(engine) and str(raised.value) == "; ".join(raised.value.faults)
+    return "\n".join(raised.value.faults)
+
+
+def own_page(engine, answer=0):
+    """A page that one answer alone has, and that is not in the prefix index."""
+    return engine.scheduler.running[answer].pages[-1]
+
+
+def shared_page(engine):
+    [page] = {*engine.scheduler.running[1].pages[:1]} & {*engine.scheduler.running[2].pages}
+    assert engine.pool.refs[page] == 2
+    return page
+
+
+def test_a_leaked_page_is_named(engine):
+    [page] = engine.pool.allocate(1)
+    assert found(engine) == f"page {page}: references counted: 1, found: 0 (nobody holds it)"
+
+
+def test_a_page_that_is_in_no_list_is_named(engine):
+    page = engine.pool.free.pop()
+    assert found(engine) == f"page {page} is lost: not free, cached or held"
+
+
+def test_a_page_that_was_freed_twice_is_named(engine):
+    page = engine.pool.free[3]
+    engine.pool.free.append(page)
+    assert found(engine) == f"page {page} is in the free list 2 times"
+
+
+def test_a_page_that_is_freed_while_an_answer_has_it_is_named(engine):
+    page = own_page(engine)
+    engine.pool.release([page])
+    assert f"page {page}: references counted: 0, found: 1 (answer a)" in found(engine)
+    assert f"page {page} is free and referenced" in found(engine)
+
+
+def test_a_page_that_two_answers_own_is_named_with_both(engine):
+    page = own_page(engine)
+    engine.scheduler.running[1].pages.append(page)
+    assert f"page {page}: references counted: 1, found: 2 (answer a, answer b)" in found(engine)
+    engine.pool.refs[page] = 2
+    assert f"page {page} is shared, but has no entry in the prefix index" in found(engine)
+
+
+def test_a_page_that_is_twice_in_one_table_is_named(engine):
+    page = shared_page(engine)
+    engine.scheduler.running[1].pages.append(page)
+    engine.pool.refs[page] += 1
+    assert f"page {page} is held 2 times by answer b" in found(engine)
+
+
+@pytest.mark.parametrize("change", [1, -1])
+def test_a_reference_count_that_is_too_high_or_too_low_is_named(engine, change):
+    page = shared_page(engine)
+    engine.pool.refs[page] += change
+    assert found(engine) == f"page {page}: references counted: {2 + change}, found: 2 (answer b, answer d)"
+
+
+def test_a_page_that_is_cached_and_held_is_named(engine):
+    page = shared_page(engine)
+    engine.pool.evictable[page] = None
+    assert found(engine) == f"page {page} is cached and referenced"
+
+
+def test_a_page_that_does_not_exist_is_named(engine):
+    engine.scheduler.running[0].pages.append(12345)
+    assert "page 12345 does not exist (answer a)" in found(engine)
+
+
+def test_an_index_entry_that_points_to_a_freed_page_is_named(engine):
+    page, _ = engine.pool.evictable.popitem()
+    serial = engine.pool.index[engine.pool.keys[page][1]].serial
+    engine.pool.free.append(page)
+    assert found(engine) == f"the index entry {serial} points to page {page}, which is free"
+    engine.pool.keys[page] = None
+    assert f"the index entry {serial} points to page {page}, which does not have its key" in found(engine)
+
+
+def test_a_cached_page_without_an_index_entry_is_named(engine):
+    page = next(iter(engine.pool.evictable))
+    del engine.pool.index[engine.pool.keys[page][1]]
+    assert found(engine) == f"page {page} has the key of an entry that does not have this page"
+    engine.pool.keys[page] = None
+    assert found(engine) == f"page {page} is cached, but has no entry in the prefix index"
+
+
+def test_an_index_entry_without_a_page_that_nobody_would_forget_is_named(engine):
+    engine.pool.last_serial += 1
+    engine.pool.index["", (1,) * PAGE_SIZE] = Content(engine.pool.last_serial, [engine.pool.hole])
+    assert found(engine) == f"the index entry {engine.pool.last_serial} has no page, and will never be forgotten"
+    engine.pool.index["", (1,) * PAGE_SIZE].serial = 1
+    assert "the index entry 1 has a serial that is not its own" in found(engine)
+
+
+def test_a_page_that_is_indexed_with_other_tokens_than_its_owner_has_is_named(engine):
+    engine.scheduler.running[1].tokens[3] += 1
+    page = engine.scheduler.running[1].pages[0]
+    assert found(engine) == f"the table of answer b has page {page} in row 0, which is indexed with other tokens"
+
+
+def test_an_answer_that_ended_or_waits_with_pages_is_named(engine):
+    sequence = engine.scheduler.running.pop()
+    engine.scheduler.waiting.append(sequence)
+    assert found(engine).splitlines() == ["answer d is waiting, but has pages", "answer d is waiting, but has computed tokens"]
+    engine.scheduler.running.append(sequence)
+    sequence.finished = True
+    assert {"answer d is scheduled 2 times", "answer d has ended, but is still scheduled"} <= {*found(engine).splitlines()}
+    engine.scheduler.waiting.clear()
+    sequence.finished, pages, sequence.pages = False, sequence.pages, []
+    assert "answer d is running, but has no pages" in found(engine) and f"page {pages[-1]}: references counted: 1, found: 0" in found(engine)
+
+
+def test_a_restoration_that_nobody_waits_for_is_named(engine):
+    class Restoring:
+        restorations = [Restoration([], [], 0, "", engine.pool.allocate(1), False, 0.0)]
+
+    engine.scheduler.keeper = Restoring
+    assert found(engine) == "restoration 0 goes on, but no answer waits for it"
+    engine.scheduler.running[0].restoration = Restoring.restorations[0]
+    check_integrity(engine)
+
+
+def test_a_leaked_slot_of_a_state_is_named(stateful):
+    slot = stateful.pool.states.allocate(evict=False)
+    assert found(stateful) == f"state slot {slot}: references counted: 1, found: 0 (nobody holds it)"
+
+
+def test_a_slot_of_a_state_that_is_freed_or_counted_wrongly_is_named_with_its_holder(stateful):
+    states, [slot] = stateful.pool.states, {*stateful.scheduler.running[0].states.values()}
+    states.refs[slot] += 1
+    counted = states.refs[slot]
+    assert re.fullmatch(rf"state slot {slot}: references counted: {counted}, found: {counted - 1} \(answer a.*\)", found(stateful))
+    states.refs[slot] -= 1
+    states.free.append(slot)
+    assert found(stateful) == f"state slot {slot} is free and referenced"
+
+
+def test_a_snapshot_of_nothing_is_named(stateful):
+    states, slot = stateful.pool.states, stateful.pool.states.allocate(evict=False)
+    states.passed[9999] = slot
+    assert found(stateful) == "the prefix index has no entry 9999, but a snapshot of it is kept"
+    states.most_snapshots = states.snapshots - 1
+    assert f"{states.snapshots} snapshots are kept, at most {states.snapshots - 1} may be" in found(stateful)
+
+
+def test_a_slot_that_no_adapter_has_is_named(engine):
+    engine.transformer.adapters[7] = engine.transformer.adapters[1]
+    assert found(engine) == "adapter slot 7 has tensors, but no adapter has the slot"
+
+
+def test_an_adapter_that_is_dropped_under_an_answer_is_named(engine):
+    engine.adapters.drop("ad")
+    assert found(engine) == "answer a has adapter slot 1, which no adapter with its digest has"
+
+
+def test_an_adapter_that_was_loaded_over_another_or_lacks_a_part_is_named(engine, folders):
+    engine.adapters.load("ad", folders["adapter"])
+    assert {f"adapter slot 1 has {what}, but no adapter has the slot" for what in ("a digest", "a size", "tensors")} == {*found(engine).splitlines()}
+    engine.adapters.slots |= {"ad": 1, "other": 1}
+    del engine.adapters.sizes[1]
+    assert {"adapter slot 1 lacks a size", "adapter slot 1 belongs to 2 adapters: ad, other"} <= {
+        fault.replace(" of ad", "") for fault in found(engine).splitlines()}
+
+
+def test_engines_are_checked_after_each_test_and_the_fixture_finds_a_leak(engine):
+    assert engine in checked.made
+    [page] = engine.pool.allocate(1)
+    assert checked.take_faults() == [f"page {page}: references counted: 1, found: 0 (nobody holds it)"]
+    assert engine not in checked.made
+
+
+class Front:
+    """The worker's channel to a front that sends these batches of messages, each when the worker is idle, and goes."""
+
+    def __init__(self, *batches):
+        self.batches, self.sent = [*batches], []
+
+    def send(self, message):
+        self.sent.append(message)
+
+    def receive(self, wait, patience_s=None):
+        if not wait:
+            return []
+        if not self.batches:
+            raise EOFError
+        return self.batches.pop(0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("switch, checks", [("1", True), ("", False), (None, False)])
+def test_a_worker_checks_itself_whenever_it_is_idle_if_that_is_switched_on(folders, monkeypatch, caplog, switch, checks):
+    monkeypatch.setenv("CHAT_SERVER_CHECK_INTEGRITY", switch) if switch is not None else monkeypatch.delenv("CHAT_SERVER_CHECK_INTEGRITY", False)
+    caplog.set_level("INFO")
+    engine = make_engine(folders["llama"], num_pages=100, max_batch=4)
+    messages = [NewRequest("r", AnswerParams(sampling=SamplingParams(temperature=0.0))), NewPrompt("r", 0, work("a", 7).prompt_ids),
+                NewAnswer("a", "r", 0, 0, 8)]
+    with pytest.raises(EOFError):
+        run_engine(Front([Ping()], messages, [Ping()]), engine, None)
+    assert caplog.messages.count("integrity check: no faults") == 3 * checks
+    engine.pool.allocate(1)
+    checked.made.discard(engine)
+    front = Front([Ping()], [Ping()])
+    with pytest.raises(IntegrityError if checks else EOFError, match="nobody holds it" if checks else ""):
+        run_engine(front, engine, None)
+    assert len(front.batches) == (1 if checks else 0)
+    assert len(front.sent) == (2 if checks else 4)         # the front has heard of the answers that ended
