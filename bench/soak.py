@@ -140,6 +140,7 @@ class Soak:
         """The front's memory; a line now and then."""
         pause_s = max(0.5, self.options.seconds / 120)
         while self.share < 1:
+            exit_on_faults(self.options.log)
             self.memory.append((self.share, self.front.memory_info().rss / 2**20))
             if len(self.memory) % 6 == 1:
                 workers = sum(process.memory_info().rss for process in self.front.children()) / 2**20
@@ -185,6 +186,12 @@ def integrity_checks(log):
     faults = [line for line in lines if "IntegrityError:" in line]
     print(*faults, sep="\n", end="\n" * bool(faults), flush=True)
     return {"passed": sum("integrity check: no faults" in line for line in lines), "faults": len(faults)}
+
+
+def exit_on_faults(log):
+    """A worker with a fault ends at its next idle moment, again and again: then nothing else is worth waiting for."""
+    if integrity_checks(log)["faults"]:
+        sys.exit("a worker's integrity check found faults")
 
 
 def read_event(data):

@@ -24,7 +24,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-from soak import ENVIRONMENT, integrity_checks
+from soak import ENVIRONMENT, exit_on_faults, integrity_checks
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
@@ -284,6 +284,7 @@ class ChangingSoak:
     async def watch(self):
         while self.share < 1:
             await asyncio.sleep(max(0.5, self.options.seconds / 120))
+            exit_on_faults(self.options.log)
             with suppress(psutil.Error):
                 front = self.server.front
                 self.fronts.append((self.server.life, front.memory_info().rss / 2**20, front.num_fds()))

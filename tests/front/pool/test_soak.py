@@ -20,6 +20,7 @@ def test_two_minutes_of_kills_and_vanishing_clients_loses_no_answer_and_no_page(
     assert ended.returncode == 0, ended.stdout + ended.stderr + (tmp_path / "log").read_text()[-3000:]
     found = json.loads(ended.stdout.splitlines()[-1])
     assert found["lost"] == found["leaked_pages"] == 0
+    assert found["integrity_checks"]["passed"] > 100 and found["integrity_checks"]["faults"] == 0
     assert found["killed"] > 0 and found["restarts"] > 0 and found["vanished"] > 0 and found["resumed"] > 0 and found["answers"] > 20
 
 
@@ -32,4 +33,5 @@ def test_two_minutes_of_changing_models_killed_workers_and_restarts_give_no_wron
     assert ended.returncode == 0, ended.stdout + ended.stderr + (tmp_path / "log").read_text()[-3000:]
     found = json.loads(ended.stdout.splitlines()[-1])
     assert found["lost"] == found["leaked_pages"] == 0 and found["restarts of the server"] == 2
+    assert found["integrity_checks"]["passed"] > 20 and found["integrity_checks"]["faults"] == 0
     assert found["killed"] > 0 and found["changes of files"] > 5 and found["comparisons"] > 0 and found["answers"] > 20
