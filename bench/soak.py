@@ -183,7 +183,7 @@ ENVIRONMENT = os.environ | {"CHAT_SERVER_CHECK_INTEGRITY": "1"}
 def integrity_checks(log):
     """How many checks have passed and how many found faults, by the server's log; prints the faults."""
     lines = Path(log).read_text(errors="replace").splitlines()
-    faults = [line for line in lines if "IntegrityError:" in line]
+    faults = [line for line in lines if "integrity.IntegrityError:" in line]
     print(*faults, sep="\n", end="\n" * bool(faults), flush=True)
     return {"passed": sum("integrity check: no faults" in line for line in lines), "faults": len(faults)}
 
