@@ -1,4 +1,4 @@
-"""What adapters cost: steps of 32 rows of which 1, 8 and 32 have adapters of their own, beside the base alone. Without front and HTTP.
+"""The cost of adapters: steps of 32 rows with 1, 8 and 32 different adapters, compared with the base alone. Without front and HTTP.
 
     python bench/adapters.py [MODEL] [--rows 32] [--rank 16] [--adapters 1,8,32] [--context 200] [--rounds 40] [--dtype bfloat16]
 

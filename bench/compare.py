@@ -1,4 +1,4 @@
-"""chat_server beside llama-server: the same GGUF file, the same machine, one run; medians, ranges and ratios.
+"""chat_server compared with llama-server: the same GGUF file, the same machine, one run; medians, ranges and ratios.
 
     python bench/compare.py --llama-server PATH [--ik-llama-server PATH] [--ik-llama-bench PATH] [--model FILE.gguf] [--rounds 5]
                             [--only single,16,...] [--json FILE]

@@ -1,8 +1,8 @@
-"""How fast a server embeds inputs, beside how fast it reads the same token ids as prompts (answers of one token).
+"""How fast a server embeds inputs, compared with reading the same token ids as prompts (answers of one token).
 
     python bench/embeddings.py [MODEL] [--inputs 8] [--tokens 256] [--rounds 5]
 
-The two take turns; each round has ids of its own, so that no prefix is cached. The medians are printed.
+The two take turns; each round has new ids, so that no prefix is cached. The medians are printed.
 """
 
 import argparse

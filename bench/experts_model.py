@@ -1,4 +1,4 @@
-"""Random models with gpt-oss-20b's and Qwen3-30B-A3B's shapes at 4 layers, and our server beside llama-server on them.
+"""Random models with gpt-oss-20b's and Qwen3-30B-A3B's shapes at 4 layers, and our server compared with llama-server on them.
 
     python bench/experts_model.py FOLDER                        # writes gpt-oss.gguf and qwen3moe.gguf there
     python bench/experts_model.py FOLDER --compare --llama-server PATH [--only single,16,prefill-600] [flags of compare.py]

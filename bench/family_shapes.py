@@ -1,4 +1,4 @@
-"""Random models in the published shapes of hybrids and of Gemma 4, at four layers, and our server beside others on them.
+"""Random models in the published shapes of hybrids and of Gemma 4, at four layers, and our server compared with others on them.
 
     python bench/family_shapes.py FOLDER --llama-quantize PATH [--shapes qwen3.5-4b,...] [--type Q4_K_M]
     python bench/family_shapes.py FOLDER --compare --llama-server PATH [--ik-llama-server PATH] [--shapes ...] [flags of bench/compare.py]

@@ -1,11 +1,11 @@
-"""One command that tells whether chat_server works on the GPUs of a box, and how fast.
+"""One command that tests whether chat_server works on a machine's GPUs, and how fast.
 
     python bench/gpu_day.py [--minutes 40] [--out gpu-day] [--only check,models]
     python bench/gpu_day.py --dry-run           without a GPU: the emulation and the CPU stand in, and the report says so
 
 Run it from a fresh clone after the README's first command. Each step is a process of its own, bounded in time; its result is
 written at once to report.md and report.json in the folder --out, made to be pasted into bench/RESULTS.md, and its output to
-NAME.log there. A step that fails does not stop the next. What is left of --minutes when a step's turn comes may leave it out.
+NAME.log there. A step that fails does not stop the next. A step is left out if too little of --minutes remains for it.
 
 Nothing is written outside the folder but what the README's first command writes too (the default model). No process is left, and
 no setting of a GPU is changed. The exit status is 0 if every step that ran held, else 1.

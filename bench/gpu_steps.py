@@ -2,7 +2,7 @@
 
     python bench/gpu_steps.py machine|models|server|ranks|memory|load|prefill|vllm --device cuda --out FOLDER
 
-It prints lines for the report: `FIGURE {json}`, `NOTE text` and `LEFT OUT reason`. A step that does not hold raises.
+It prints lines for the report: `FIGURE {json}`, `NOTE text` and `LEFT OUT reason`. A step that fails raises.
 --device cpu is for a dry run: the CPU's kernels and processes stand in for a GPU's.
 """
 

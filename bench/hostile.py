@@ -5,7 +5,7 @@
     python bench/hostile.py --list
 
 The server that it starts has the default model, a chat template with tools, and two keys: one for the
-attacker, one for everybody else. An attack ends after --seconds. The other clients run in a process of their
+attacker, one for everyone else. An attack ends after --seconds. The other clients run in a process of their
 own. They poll /livez, and ask in turn for short answers, streamed answers and JSON that fits a schema. They
 also kill the server if it takes more than --memory. If the server has died, or does not serve within 30 s
 after an attack, a new one is started.

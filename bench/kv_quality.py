@@ -1,4 +1,4 @@
-"""What KV pages of 8 bits cost in quality, beside what they cost llama-server.
+"""The quality cost of 8-bit KV pages, compared with their cost in llama-server.
 
     python bench/kv_quality.py [MODEL.gguf] [--llama-server PATH] [--tokens 4096] [--judged 64] [--text FILE ...]
 

@@ -1,4 +1,4 @@
-"""A random llama of 1.1 billion parameters as GGUF files, and our server beside llama-server on each of them.
+"""A random llama of 1.1 billion parameters as GGUF files, and our server compared with llama-server on each of them.
 
     python bench/large_model.py FOLDER --llama-quantize PATH [--types Q4_K_M,Q6_K,...]
     python bench/large_model.py FOLDER --compare --llama-server PATH [--ik-llama-server PATH] [--types ...] [flags of bench/compare.py]

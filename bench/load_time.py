@@ -1,4 +1,4 @@
-"""How long a large model takes to load, beside the time that its disk takes, and the memory at the peak.
+"""How long a large model takes to load, compared with reading it from disk, and the peak memory.
 
     python bench/load_time.py FOLDER [--gigabytes 10] [--rounds 3] [flags of serve]
     python bench/load_time.py MODEL.gguf

@@ -1,4 +1,4 @@
-"""A replica on Ray beside a local one, in turns, with the default model: first tokens, and tokens a second of 1 and 16 streams.
+"""A replica on Ray compared with a local one, in turns, with the default model: first tokens, and tokens a second of 1 and 16 streams.
 
     python bench/ray_replica.py [--rounds 5] [--tokens 64] [--streams 1,16]
 

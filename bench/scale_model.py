@@ -1,4 +1,4 @@
-"""How much 1 to 64 GPUs would deliver, reckoned from what was measured on one: throughput by tp, pp and replicas.
+"""How much 1 to 64 GPUs would deliver, estimated from measurements of one: throughput by tp, pp and replicas.
 
     python bench/scale_model.py measure > box.json                        step times on this machine's CPUs
     python bench/scale_model.py predict box.json --clients 256            a table for 1 to 64 GPUs

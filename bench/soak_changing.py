@@ -1,4 +1,4 @@
-"""The scene of `bench/soak.py --changing`: everything below --models changes while it is asked, compared, killed and restarted.
+"""The scene of `bench/soak.py --changing`: everything below --models changes while it is queried, compared, killed and restarted.
 
 Five tiny models share a memory for three, with a prefix store: two that stay, one whose file is replaced by another version and back, one
 that comes and goes, and an adapter with two versions. Clients ask each of them, read, vanish, and compare two at a time. Workers are

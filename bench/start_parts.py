@@ -1,4 +1,4 @@
-"""What a server's start and memory consist of: a worker's start part by part, and each process's memory by what is mapped.
+"""What a server's startup and memory consist of: a worker's startup part by part, and each process's memory by kind of mapping.
 
     python bench/start_parts.py [--rounds 3] [--server-args="--no-drafts"]
 

@@ -1,4 +1,4 @@
-"""bench/load.py against the real server, its arithmetic on times that are known, and bench/scale_model.py on a made-up box."""
+"""bench/load.py against the real server, its arithmetic on known times, and bench/scale_model.py on an invented machine."""
 
 import json
 import subprocess

@@ -2,9 +2,9 @@
 
     python bench/watch.py [--rounds 8] [--seconds 15] [--text FILE] [--asked] [--nice 19]
 
-A training with torch, on all cores, writes a checkpoint every --every seconds. Beside it runs the server, by turns awake and stopped
-(SIGSTOP), so that what else the machine does falls on both alike. Printed: steps per second of the training in each turn, the medians, and
-by how much the one beside the server is slower. --asked: one client asks `latest` all the time, answer after answer.
+A training with torch, on all cores, writes a checkpoint every --every seconds. Beside it runs the server, alternately awake and stopped
+(SIGSTOP), so that other load on the machine affects both alike. Printed: steps per second of the training in each turn, the medians, and
+by how much the one next to the server is slower. --asked: one client asks `latest` all the time, one answer after another.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The KV pages that one sequence holds at most where layers have a sliding window, beside what it would take if none were given back.
+"""The most KV pages that one sequence holds if layers have a sliding window, compared with never releasing any.
 
     python bench/windows.py
 

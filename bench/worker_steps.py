@@ -1,4 +1,4 @@
-"""Where the time of a worker's decoding steps goes: its Python, its compiled phases, its threads. Without front and HTTP.
+"""Where a worker's decoding steps spend their time: its Python, its compiled phases, its threads. Without front and HTTP.
 
     python bench/worker_steps.py [--streams 16] [--tokens 128] [--rounds 5] [--width 2] [--threads 2]
 
