@@ -142,7 +142,7 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
         if weights:
             return sorted(FOLDER_FILES & names) + sorted(weights)
     end = (file or "q4_k_m").lower().removesuffix(".gguf")
-    chosen = [name for name, its in parts.items() if file in (name, *its)] or \
+    chosen = [name for name, files in parts.items() if file in (name, *files)] or \
              [name for name in ggufs if name.lower().removesuffix(".gguf").endswith(end)] or \
              ([] if file else ggufs)
     if len(chosen) != 1:
@@ -259,8 +259,8 @@ def download_from_hub(hub, repository: str, name: str, progress: Callable[[int],
             self.n += count
             progress(self.n)
             if part.exists() and (written := part.stat().st_size) >= Bar.look_at:
-                told = refuse_early(f"{repository}:{name}", part, remote.size)
-                Bar.look_at = sys.maxsize if told else 2 * written
+                checked = refuse_early(f"{repository}:{name}", part, remote.size)
+                Bar.look_at = sys.maxsize if checked else 2 * written
 
         def __exit__(self, *_):
             pass

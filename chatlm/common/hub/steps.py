@@ -59,7 +59,7 @@ def steps_in(place: Path, names: Seq[str]) -> Iterator[Step]:
 
 
 def parts_of(weights: Seq[str]) -> list[str]:
-    """All files of the numbered sets of which some are there."""
+    """All files of each numbered set that has at least one file here."""
     sets = {(match[1], match[2]) for name in weights
             if (match := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name))}
     return [f"{stem}-{number:05}-of-{count}.safetensors"

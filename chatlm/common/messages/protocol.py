@@ -53,8 +53,8 @@ class NewAnswer:
     max_tokens: int
     resumed_ids: tuple[int, ...] = ()
     scored: int = 0  # prompt tokens whose log-probabilities were already sent
-    thinking_ends: int | None = None  # its reasoning ends after so many tokens, as ThinkingEnds said
-    told: bool = True  # has the text of `resumed_ids` gone out? Not of those that its client has chosen
+    thinking_ends: int | None = None  # its reasoning ends after this many tokens, see ThinkingEnds
+    told: bool = True  # was the text of `resumed_ids` sent? Not if its client chose them
 
 
 @wire_message(1 << 20)
@@ -78,7 +78,7 @@ class Surveyed:
     weights: int
     activations: int
     cache: int            # KV pages, and what else sequences keep
-    kv_cache_memory: int  # that a worker is told, so that it takes as much
+    kv_cache_memory: int  # what each worker will allocate
     budget: int  # bytes for all models
 
 
@@ -128,7 +128,7 @@ class LoadAdapter:
     id: str      # new for each version of its files
     folder: str  # peft's
     stamp: tuple[tuple[str, int, int], ...] = ()  # of these files; () where the front does not see them
-    digest: str = ""  # what another worker has told of them
+    digest: str = ""  # as reported by another worker
 
 
 @wire_message(1 << 10)

@@ -97,7 +97,7 @@ class AnswerParams:
                                         # any type where it is "" or the parameter is not in it
     call_grammars: tuple[str, ...] = ()  # of each: what its arguments must match; "" if it is not strict
     parallel_calls: bool = True         # False: the answer ends where a second call would begin
-    chat: bool = False                  # reasoning and calls are told apart from its content
+    chat: bool = False                  # reasoning and calls are separate from its content
     thinking_budget: int | None = None  # tokens of reasoning after which it is ended; None: no limit
     last_thought: str = ""              # what is then written before the mark that ends it
     progress: bool = False              # send progress events until the first token

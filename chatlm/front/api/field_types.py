@@ -113,7 +113,7 @@ OBJECT = FieldType("an object", {"type": "object"})
 
 
 def object_of(*members: str) -> FieldType:
-    """An object of which these members are read."""
+    """An object with these members; others are ignored."""
     return OBJECT._replace(details={"properties": dict.fromkeys(members, {})})
 
 

@@ -49,7 +49,7 @@ TEMPLATE_OPTIONS = (  # how a conversation becomes a prompt
     Field("add_generation_prompt", SWITCH, "false: do not begin an answer after the last message"),
     Field("reasoning_effort", EFFORT,
           "how much the model thinks, if its template knows that; a number means thinking_budget"),
-    Field("chat_template_kwargs", OBJECT, "what else the template is told, such as `enable_thinking`; "
+    Field("chat_template_kwargs", OBJECT, "further variables for the template, such as `enable_thinking`; "
                                           "`thinking_budget` in it means the field"),
     Field("thinking_budget", INTEGER, "most tokens that the model thinks, at most max_tokens; 0: it does not",
           0, math.inf),

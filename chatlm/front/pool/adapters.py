@@ -35,7 +35,7 @@ class Adapter:
     watched: bool = False     # it goes when its folder does
     problems: dict[int, str] = field(default_factory=dict)  # worker's number -> why it cannot compute it
     loaded: set[int] = field(default_factory=set)  # workers' numbers
-    nbytes: int = 0           # as a worker told
+    nbytes: int = 0           # as reported by a worker
     digest: str = ""          # of its weights
     retired: bool = False     # new answers do not take it any more
 
@@ -45,7 +45,7 @@ class Adapter:
 
     @property
     def bytes(self) -> int:
-        """In a worker; until one has read it, about so many."""
+        """In a worker; an estimate until one has read it."""
         return self.nbytes or self.files.nbytes
 
     @property
@@ -59,8 +59,8 @@ class Adapter:
 
 
 class PoolAdapters:
-    """The adapters of a pool. All workers are told of each, and of all when they begin; pipes keep order, so
-    an answer may follow at once. A new version of an adapter takes the old one's place once it is loaded;
+    """The adapters of a pool. Every worker loads each of them, and all when it starts; pipes keep order,
+    so an answer may follow at once. A new version of an adapter takes the old one's place once it is loaded;
     answers under way end on the old one, which is dropped when the last of them has ended."""
 
     def __init__(self, settings: Settings, workers: Seq[Worker]):
@@ -74,7 +74,7 @@ class PoolAdapters:
         self.numbers = itertools.count(1)
         self.started = False                   # then no problem ends the server
         self.taken: Callable[[], Seq[str]] = lambda: ()  # names that an adapter may not have
-        self.admit: Callable[[int], None] = lambda nbytes: None  # ConfigError: no room for so many more bytes
+        self.admit: Callable[[int], None] = lambda nbytes: None  # ConfigError: no room for more
         for files in named:
             self.serve(files, required=True)
         self.watch = AdapterWatch(self)
@@ -90,7 +90,7 @@ class PoolAdapters:
             if self.serving[name].required:
                 folder = self.serving[name].files.path
                 raise ConfigError(f"--adapter {name}={folder}: the model is called {name}")
-            log.error("the adapter %s is not served: the model is called so too", name)
+            log.error("the adapter %s is not served: the model has this name", name)
             self.retire(self.serving[name])
 
     def serve(self, files: AdapterFiles, required: bool = False, watched: bool = False):
@@ -105,7 +105,7 @@ class PoolAdapters:
             worker.send(self._loading(adapter))
 
     def _loading(self, adapter: Adapter) -> LoadAdapter:
-        """The nodes of Ray have files of their own, which are told by their digest alone."""
+        """Nodes of Ray have their own copies of the files, which are compared by digest alone."""
         files = adapter.files
         stamp = () if self.settings.ray_address else files.stamp
         return LoadAdapter(adapter.id, str(files.path), stamp, adapter.digest)
@@ -183,7 +183,7 @@ class PoolAdapters:
         return None
 
     def no_room(self, nbytes: int) -> str:
-        """Why an adapter may not take so many more bytes in each worker; "" if it may."""
+        """Why an adapter may not take that many more bytes in each worker; "" if it may."""
         try:
             self.admit(len(self.workers) * nbytes)
         except ConfigError as error:

@@ -27,7 +27,7 @@ class FolderWatch:
     """Serves the models below --models as they are there now.
 
     Files that still grow are left alone, and so is a model that is in memory: when it has left, it is read
-    again if its files have changed. Until they stand still its requests are told to come again."""
+    again if its files have changed. Until its files stand still, its requests get 503 with Retry-After."""
 
     WATCH_S = 3.0  # between two looks
 

@@ -250,7 +250,7 @@ class ManyModels(Catalogue):
         models = self.registry.models
         default, states = default_among(self.registry.listed()), Counter(model.state for model in models)
         default = default and default.model
-        failed = f", of which {states['failed']} cannot be served" if states["failed"] else ""
+        failed = f", {states['failed']} of them failed" if states["failed"] else ""
         beside = " beside the prefixes" if self.opener.prefixes.bytes else ""
         lines = [f"{len(models)} models{failed}; those that are loaded may take "
                  f"{shown_bytes(self.residency.budget)}{beside} (--models-memory)"]

@@ -173,8 +173,9 @@ class WorkerPool:
     def describe(self) -> list[str]:
         sampling = ", ".join(f"{name} {value:g} ({origin})"
                              for name, (value, origin) in sampling_of(self, self.settings).items())
-        tools = {"native": "Tools: native, as its chat template tells them",
-                 "generic": "Tools: generic, told by a system prompt because its chat template knows none"}
+        tools = {"native": "Tools: native, described by its chat template",
+                 "generic": "Tools: described in a system prompt, since the chat template has no place "
+                            "for them"}
         here = any(worker.device == "cuda:0" and not worker.node for worker in self.workers)
         gpus = cuda_device_count() if here else 1
         source = (self.source.chosen, self.source.alternatives) if self.source else ()

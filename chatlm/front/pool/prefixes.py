@@ -153,7 +153,7 @@ class StoreWriter:
         self.pages = self.bytes = 0          # written so far
 
     def _unseen(self) -> Tier:
-        """The store, of which nothing is known."""
+        """The store, before it is read."""
         tier = Tier(self.limit, max(min(64 << 20, self.limit // 8), 1 << 20), self.MOST_SEGMENTS)
         tier.names = self.memory.names
         return tier

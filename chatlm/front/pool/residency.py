@@ -51,8 +51,8 @@ class Place:
 
     def __init__(self, name: str, pool: WorkerPool, own_size: int, *, cache: int = 0, pinned: bool = False,
                  idle_s: float = 0.0):
-        """own_size: bytes without adapters, of which KV pages take `cache`; pinned: nothing but the operator
-        makes it leave; idle_s: it leaves after so many seconds without a request, 0 = never."""
+        """own_size: bytes without adapters, `cache` of them KV pages; pinned: only the operator unloads it;
+        idle_s: it is unloaded after that many seconds without a request, 0 = never."""
         self.name, self.pool, self.own_size, self.cache = name, pool, own_size, cache
         self.pinned, self.idle_s = pinned, idle_s
         self.stay = Stay.OUT
@@ -269,7 +269,7 @@ class Residency:
                     place.take()
 
     def _make_room(self, missing: int, now: float, place: Place | None = None) -> float:
-        """Have others than `place` leave, if they may and so many bytes are free then. Returns the bytes that
+        """Unload models other than that of `place` if that frees enough bytes. Returns the bytes that
         others may take now: those that will be left over, or any number where it is not enough."""
         coming = self.budget - self.used + sum(other.coming for other in self.places)
         others = sorted((other for other in self.places if other is not place and other.may_leave(now)),

@@ -121,14 +121,14 @@ class RunWatch:
         self.registry.models.sort(key=lambda model: (model.run, model.step))  # "": those of no run stay first
         self.models[step] = model
         self.many.serve(model)
-        log.info("the checkpoint %s can be asked", model.name)
+        log.info("the checkpoint %s is available", model.name)
 
     def _refuse(self, step: Step, reason: str):
         self.sightings.refuse(step.stamp)
         log.warning("%s", reason)
 
     def _tag_of(self, run: Path) -> str:
-        """A run is called as its folder is; of two that are called so, the second has its path."""
+        """A run has the name of its folder; if another run has that name already, its path."""
         if run not in self.tags:
             inside = run.is_relative_to(self.folder) and run != self.folder
             path = str(run.relative_to(self.folder)) if inside else run.name

@@ -103,24 +103,24 @@ class Progress:
         self.stopped = self.differs = False        # did it end by itself? Has it left the first answer?
         self.equal = 0                             # tokens from its start on that the first answer has too
 
-    def told(self, **members) -> dict:
+    def message(self, **members) -> dict:
         return {"index": self.index, "model": self.asked.model, **members}
 
     def take(self, event: Event | ChatServerError) -> list[dict]:
-        """What a client hears of an event."""
+        """The messages that a client gets for an event."""
         if isinstance(event, Piece):
             self.tokens += [(self.tokenizer.shown_bytes(scored.token), math.exp(scored.logprob or 0.0))
                             for scored in event.logprobs]
             members = NativeEncoder.MEMBERS
-            return [self.told(**{members[delta.kind]: delta.text})
+            return [self.message(**{members[delta.kind]: delta.text})
                     for delta in event.deltas if delta.kind in members]
         if isinstance(event, Finished):
             self.stopped = event.reason != "length"
-            self.end = self.told(
+            self.end = self.message(
                 finish_reason=event.reason, stop_reason=event.stop_reason, usage=usage_body(event.usage),
                 timings=timings_body(event), seed=self.asked.request.params.sampling.seed)
         elif isinstance(event, ChatServerError):
-            self.end = self.told(finish_reason="error", **error_body(event))
+            self.end = self.message(finish_reason="error", **error_body(event))
         else:
             return []
         return [self.end]
@@ -141,7 +141,7 @@ class Progress:
         if (mine is None or theirs is None) and not (ended and (mine or theirs)):
             return None
         self.differs = True
-        return {"differs": self.told(position=self.equal,
+        return {"differs": self.message(position=self.equal,
                                      probabilities=[token and token[1] for token in (theirs, mine)])}
 
 

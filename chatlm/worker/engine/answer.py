@@ -95,7 +95,7 @@ class RepeatedCalls:
         self.holding = self.complete = False  # complete: all of them have
 
     def push(self, more: Delta) -> Delta:
-        """What can be told of the calls now that there is more."""
+        """What is new in the calls and can be sent."""
         if more.name:
             self.before, self.name, self.parts = (self.name, "".join(self.parts)), more.name, []
             self.repeated, self.holding = 0, self.name == self.before[0]
@@ -123,7 +123,7 @@ class Answer:
         self.work, self.grammar, params = work, grammar, work.params
         self.compiled = compiled       # makes a grammar of its source
         self.closes = bool(params.grammar) and params.grammar_param != "tools"  # see `_closing`
-        self.closing_room = sys.maxsize  # with room for so many more tokens it looks for its end
+        self.closing_room = sys.maxsize  # with room for this many more tokens it looks for its end
         self.way_to_end: list[int] | None = None  # tokens with which it could end now, if it looked
         self.call_grammars = {name: with_markers(source, tokenizer.markers) for name, source in zip(
             params.tool_names, params.call_grammars) if source}
@@ -134,7 +134,7 @@ class Answer:
         self.calls = 0
         self.reasoning_tokens = self.count = 0  # count: all tokens so far
         self.thoughts = 0              # those of reasoning without its markers
-        self.thinking_ends = work.thinking_ends  # its reasoning ends after so many tokens; None: nobody asked
+        self.thinking_ends = work.thinking_ends  # its reasoning ends after this many tokens; None: no limit
         self.thinking_ended = False    # by `_end_of_thinking`
         self.tool = CalculatorTool(tokenizer, tokenizer.tool_tokens) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if params.ignore_eos else tokenizer.stop_tokens

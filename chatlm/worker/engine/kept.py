@@ -57,7 +57,7 @@ class KeptPages:
     SPARE = 8             # a share of the memory's limit, which stays free of what the system has
 
     def __init__(self, memory: Seq[str], memory_bytes: int, store: Path | None, name: str):
-        """memory: paths of segments, which may take so many bytes; name: the model's."""
+        """memory: paths of segments; memory_bytes: the most they may take; name: the model's."""
         self.folder, self.name, self.profile = store, name, b""
         self.store = Tier(0, 0, 0)
         self.memory = Tier(memory_bytes, memory_bytes // self.SEGMENTS, len(memory), self.store.index)

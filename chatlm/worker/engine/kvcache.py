@@ -78,7 +78,7 @@ class PagePool:
         return max(0, position + 1 - window) // self.page_size if window else 0
 
     def pages_for(self, length: int, chunk: int) -> int:
-        """The most pages that a sequence of so many tokens holds, if computed in such chunks."""
+        """The most pages that a sequence of this many tokens holds if it is computed in such chunks."""
         whole, size = -(-length // self.page_size), self.page_size
         return sum(min(whole, -(-(window + chunk) // size) + 1) if window else whole
                    for window in self.windows)
@@ -140,7 +140,7 @@ class PagePool:
             self.states.forget(serial)
 
     def _forget_bare(self, most: int):
-        """Keep so many contents without a page at most."""
+        """Keep at most this many contents without a page."""
         while len(self.bare) > most:
             key, _ = self.bare.popitem(last=False)
             if (content := self.index.get(key)) and content.pages.count(self.hole) == len(content.pages):

@@ -60,7 +60,7 @@ class RankAlone:
 
 
 class PlannedRank(RankAlone):
-    """A rank of which only is asked what it will take."""
+    """A rank that is only asked how much memory it needs."""
 
     def __init__(self, settings: Settings, rank: int):
         self.rank = rank
@@ -161,7 +161,7 @@ class RankZero(RankAlone):
             raise self.links.failure(rank) from None
 
     def note(self, rank: int, checksum: int):
-        """Compare what the ranks drew, once all have told."""
+        """Compare what the ranks drew, once all have reported."""
         self.checksums[rank].append(checksum)
         if all(self.checksums) and len({checksums.popleft() for checksums in self.checksums}) > 1:
             raise RanksFailed("the ranks drew different tokens from the same logits")

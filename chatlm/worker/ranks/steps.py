@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 RANK_PATIENCE_S = 20.0  # how long a rank waits for another; the front gives up a worker later than that
-COMPARED_STEPS = 64     # after so many the ranks compare what they drew
+COMPARED_STEPS = 64     # the ranks compare once in this many what they drew
 ROWS_SENT = 16          # rows of logits in a message: 16 MB where the vocabulary has 262,144 tokens
 
 
