@@ -169,6 +169,14 @@ async def test_no_route_reads_a_large_body_on_the_event_loop(client, route, monk
     assert bool(route.fields) == reads
 
 
+@pytest.mark.parametrize("size", [1, config.LIMITS.inline_bytes])
+@pytest.mark.parametrize("route", [*ANSWER_READERS, *TEXT_READERS])
+async def test_an_unknown_model_is_not_found_whatever_route_a_body_comes_to(client, route, size):
+    async with serving(FakePool()) as url:
+        async with client.post(url + route, json={"model": "nope", "x": "x" * size}) as response:
+            assert response.status == 404 and "nope" in await response.text() and "fake-model" in await response.text()
+
+
 def test_every_route_that_answers_is_tested():
     assert {*BODIES, *WHOLE} == {route.path for route in chat_server.ROUTES if route.handler == "handle_answer"}
 

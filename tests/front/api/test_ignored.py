@@ -82,25 +82,25 @@ class Teller(Letters):
 
 def parsed(route, body):
     """What becomes of a body, without what it says of fields that have no effect; and those fields."""
-    raw = json.dumps(body).encode()
     if route in ANSWER_READERS:
-        answer = read_answer(route, raw, KNOWN)
+        answer = read_answer(route, body, KNOWN)
         return replace(answer, ignored_fields=()), answer.ignored_fields
-    ignored, _, text = asyncio.run(read_text(route, raw, PromptMaker(Teller(), 4096), KNOWN)).partition(b"\n")
+    ignored, _, text = asyncio.run(read_text(route, body, PromptMaker(Teller(), 4096))).partition(b"\n")
     if route == "/v1/compare":          # what its models are asked, they read themselves
         wanted = json.loads(text)
-        text = wanted, read_variants(json.loads(raw), range(len(wanted["variants"])), wanted["seed"], KNOWN)
+        text = wanted, read_variants(body, range(len(wanted["variants"])), wanted["seed"], KNOWN)
     return text, tuple(filter(None, ignored.decode().split(", ")))
 
 
-@pytest.mark.parametrize("route, name", [(route, field.name) for route, fields in BODY_FIELDS.items() for field in fields])
+@pytest.mark.parametrize("route, name", [
+    (route, field.name) for route, fields in BODY_FIELDS.items() for field in fields if field.name != "model"])     # which `Bodies.resolve` reads
 def test_a_field_of_the_tables_changes_the_request_or_is_refused(route, name):
     without, body = sent(route, name)
     before, _ = parsed(route, without)
     try:
         after, ignored = parsed(route, body)
     except RequestError as error:
-        assert name in str(error) or name == "model", error
+        assert name in str(error), error
         return
     if route == "/v1/responses" and name not in ("metadata", "user"):   # to come back in the response is not all that the others do
         before, after = replace(before, repeated=b""), replace(after, repeated=b"")
@@ -208,7 +208,7 @@ def test_what_has_no_effect_beside_other_fields_is_named(route, more, names):
 
 @pytest.mark.parametrize("route, more, name", THINKING)
 def test_an_effort_is_named_where_the_template_knows_of_none(route, more, name):
-    body = json.dumps(BASE[route] | more).encode()
+    body = BASE[route] | more
     assert read_answer(route, body, KNOWN).ignored_fields == ()
     assert read_answer(route, body, replace(KNOWN, template="{{ messages }}")).ignored_fields == (name,)
 
