@@ -325,10 +325,14 @@ class Front:
         record.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
         record.counts = counts | {"reason": reasons}
 
-    async def show(self, body: Callable[[Front, Seq[Served]], Any], http: web.Request) -> web.Response:
-        """The routes that need nothing of their request: `body` makes the JSON, maybe after a status, from
-        the models that the client's key may see."""
-        value = body(self, self.catalogue.registry.listed(bound_of(http)))
+    def seen(self, bound: Seq[str]) -> list[Served]:
+        """The models that a client whose key has these bounds may see."""
+        return self.catalogue.registry.listed(bound)
+
+    async def show(self, body: Callable[[Front, Seq[str]], Any], http: web.Request) -> web.Response:
+        """The routes that need nothing of their request but the bounds of its key: `body` makes the JSON,
+        maybe after a status."""
+        value = body(self, bound_of(http))
         status, value = value if isinstance(value, tuple) else (200, value)
         return json_response(value, status)
 
@@ -350,7 +354,7 @@ class Front:
             raise RequestError("the answer is not thinking now", status=409, code="not_thinking", param="id")
         return json_response({"id": request_id, "cancelled": "reasoning" if only_thinking else True})
 
-    def readiness(self, seen: Seq[Served]) -> tuple[int, dict]:
+    def readiness(self, bound: Seq[str]) -> tuple[int, dict]:
         status, body = self.catalogue.health()
         return status, {"ready": True} if status == 200 else {"ready": False, "reason": body.get("status")}
 
@@ -395,12 +399,12 @@ ROUTES = (
     Route("POST", "/api/embeddings", Api.OLLAMA, "handle_answer",
           "one embedding, for older clients of Ollama"),
     Route("GET", "/api/tags", Api.OLLAMA,
-          lambda front, seen: ollama_models(seen), "the served models in Ollama's format"),
+          lambda front, bound: ollama_models(front.seen(bound)), "the served models in Ollama's format"),
     Route("GET", "/api/ps", Api.OLLAMA,
-          lambda front, seen: ollama_running(seen),
+          lambda front, bound: ollama_running(front.seen(bound)),
           "those that are in memory, with how much they take"),
     Route("POST", "/api/show", Api.OLLAMA, "models.handle_ollama_show", "more of it"),
-    Route("GET", "/api/version", Api.OLLAMA, lambda front, seen: {"version": __version__},
+    Route("GET", "/api/version", Api.OLLAMA, lambda front, bound: {"version": __version__},
           "this server's version in Ollama's format"),
     Route("POST", "/v1/compare", Api.OPENAI, "handle_compare",
           "answers of several models to one question, streamed, and where each leaves the first one"),
@@ -409,7 +413,8 @@ ROUTES = (
     Route("POST", "/apply-template", Api.OPENAI, "handle_text",
           "a conversation to the text of its prompt"),
     *(Route("GET", path, Api.OPENAI,
-            lambda front, seen: listed_body(seen), "the served models, what each can do and its state",
+            lambda front, bound: listed_body(front.seen(bound)),
+            "the served models, what each can do and its state",
             returns=MODELS) for path in ("/v1/models", "/models")),
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
           "a served model, by one of its names", returns=A_MODEL),
@@ -420,16 +425,16 @@ ROUTES = (
           "stop an answer by the X-Request-Id of its response", query=(ONLY_THINKING,)),
     Route("GET", "/v1/streams/{id}", Api.OPENAI, "handle_stream",
           "a resumable stream, from event ?from=N or after Last-Event-ID", query=(FIRST_EVENT,)),
-    Route("GET", "/health", Api.NANOCHAT, lambda front, seen: front.catalogue.health(),
+    Route("GET", "/health", Api.NANOCHAT, lambda front, bound: front.catalogue.health(),
           "200 when ready, else 503 with the stage", open=True, polled=True),
-    Route("GET", "/livez", Api.NANOCHAT, lambda front, seen: alive_body(),
+    Route("GET", "/livez", Api.NANOCHAT, lambda front, bound: alive_body(),
           "200 as long as the event loop runs", open=True, polled=True),
     Route("GET", "/readyz", Api.NANOCHAT, Front.readiness,
           "200 when a request would be served now, else 503 with the reason", open=True, polled=True),
-    Route("GET", "/stats", Api.NANOCHAT, lambda front, seen: stats_body(front.catalogue, seen),
+    Route("GET", "/stats", Api.NANOCHAT, lambda front, bound: stats_body(front.catalogue, front.seen(bound)),
           "models, workers, KV pages, speed, kernels, queue", polled=True),
     Route("GET", "/metrics", Api.NANOCHAT, "handle_metrics", "Prometheus metrics", polled=True),
-    Route("GET", "/openapi.json", Api.NANOCHAT, lambda front, seen: openapi_document(ROUTES, front.settings),
+    Route("GET", "/openapi.json", Api.NANOCHAT, lambda front, bound: openapi_document(ROUTES, front.settings),
           "this description"),
 )
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from chatlm.common.config import Settings
-from chatlm.common.errors import RequestError, shown
 from chatlm.common.messages.requests import (
     AnswerParams, ModelFacts, ModelSource, Request, TextSpec, WorkerEvent)
 from chatlm.common.messages.wire import Pipe, wire_message

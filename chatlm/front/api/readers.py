@@ -23,13 +23,13 @@ from chatlm.front.api.conversation import (
     SentMessage, anthropic_messages, chat_messages, joined_turns, native_messages, openai_messages, part_text,
     response_messages, sent_messages, template_options)
 from chatlm.front.api.fields import (
-    A_FUNCTION, ToolChoice, allowed_tools, header_words, json_object, known_tools, matches, no_tools,
+    A_FUNCTION, ToolChoice, allowed_tools, header_words, known_tools, matches, no_tools,
     parse_fields, within_limit)
 from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget
 from chatlm.front.api.ignored import ignored_fields, unread
 from chatlm.front.api.tables import (
     BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, DRAWING_FIELDS,
-    EMBEDDING_FIELDS, MANAGED_FIELDS, MESSAGES_FIELDS, MODEL, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
+    EMBEDDING_FIELDS, MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
     OLLAMA_EMBED_FIELDS, OLLAMA_EMBEDDINGS_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS,
     OPENAI_FIELDS, RESPONSES_FIELDS, TEMPLATE_FIELDS, TOKENIZE_FIELDS, VARIANT_FIELDS)
 

@@ -86,7 +86,7 @@ class Catalogue:
     def health(self) -> tuple[int, dict]:
         return self.pool.health()
 
-    def stats(self, seen: Seq[Served] = ()) -> dict:
+    def stats(self, seen: Seq[Served]) -> dict:
         """Of the models that a client may see."""
         return self.pool.stats()
 

@@ -231,7 +231,7 @@ class ManyModels(Catalogue):
             body["crash_loops"], body["status"] = looping, "degraded" if ready else status
         return 200 if ready else 503, body
 
-    def stats(self, seen: Seq[Served] = ()) -> dict:
+    def stats(self, seen: Seq[Served]) -> dict:
         """As for one model, with sums; what only one model has is the default one's."""
         models = [*dict.fromkeys(one.model for one in seen)]
         stats = [model.pool.stats() for model in models if model.pool]

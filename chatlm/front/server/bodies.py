@@ -18,7 +18,6 @@ from chatlm.front.server.streams import Budget, Holding, read_bytes
 
 if TYPE_CHECKING:
     from aiohttp import web
-    from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.pool.catalogue import Catalogue

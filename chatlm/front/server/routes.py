@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from aiohttp import web
     from chat_server import Front
     from chatlm.front.api.fields import Field
-    from chatlm.front.pool.models import Served
 
 
 NO_SCHEMA: Mapping = types.MappingProxyType({})
@@ -36,7 +35,7 @@ class Route(NamedTuple):
     method: str
     path: str
     api: Api
-    handler: str | Callable[[Front, Seq[Served]], Any]  # a method, or what makes the JSON (see Front.show)
+    handler: str | Callable[[Front, Seq[str]], Any]  # a method, or what makes the JSON (see Front.show)
     doc: str
     query: tuple[Field, ...] = ()   # of the address, after the question mark
     returns: Mapping = NO_SCHEMA    # the schema of the body that it answers with, where one is described

@@ -10,7 +10,7 @@ A fault is one line that names what is wrong, the count, and who was found."""
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence as Seq
+from collections.abc import Iterable, Sequence as Seq
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
