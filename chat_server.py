@@ -224,7 +224,7 @@ class Front:
             encoder = ENCODERS[parsed.api](parsed, served.name,
                                            None if parsed.api == "native" else tokenizer_of(pool))
             if "done_reason" in parsed.details:  # without a question, Ollama only loads the model
-                self.catalogue.load(served.model)
+                served.model.load()
                 return web.Response(body=encoder.line(encoder.members(), done=True, **parsed.details),
                                     content_type="application/json")
             if parsed.stream:
@@ -481,7 +481,7 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
         drain, now = stop_signals()
         catalogue = catalogue or (ManyModels(settings) if settings.serves_many else
                                   Catalogue(settings, pool_of(settings)))
-        catalogue.report_to(progress := ProgressDisplay())
+        catalogue.on_progress = progress = ProgressDisplay()
         try:  # the workers start while a thread imports aiohttp (0.2 s)
             await catalogue.start()
             await asyncio.to_thread(require_library, "aiohttp.web", "chat_server")

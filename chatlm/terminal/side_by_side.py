@@ -116,7 +116,7 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
             await remote.close()
         return
     models = ManyModels(settings)
-    models.report_to(progress := ProgressDisplay())
+    models.on_progress = progress = ProgressDisplay()
     try:
         await models.start()
         await models.wait_ready()

@@ -1,4 +1,4 @@
-"""Folders of adapters, as peft saves them: which there are, and for which model."""
+"""Folders of adapters, as peft saves them: where they are, and for which model they were made."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class AdapterFiles(Sighting):
 
     @property
     def nbytes(self) -> int:
-        """About what a worker needs for it, until one has said it. decode_core gives each its own pages."""
+        """About how many bytes a worker needs for it, until one has reported it. decode_core gives each its
+        own huge pages."""
         size = sum(size for _, size, _ in self.stamp)
         return size + -size % HUGE_PAGE
 
@@ -38,7 +39,7 @@ def adapter_at(folder: Path, name: str = "") -> AdapterFiles:
 
 
 def adapters_below(*folders: Path, **limits: int) -> list[AdapterFiles]:
-    """All adapters below some folders whose names an adapter may have; of equal names the first."""
+    """All adapters below some folders whose names are valid; the first if two have the same name."""
     def adapter_in(place: Path, names: Seq[str]) -> list[AdapterFiles]:
         there = {*ADAPTER_FILES} <= {*names} and re.fullmatch(ADAPTER_NAME, place.name)
         return [adapter_at(place)] if there else []
@@ -51,7 +52,7 @@ def adapters_below(*folders: Path, **limits: int) -> list[AdapterFiles]:
 
 
 def adapters_in(*folders: Path) -> list[AdapterFiles]:
-    """The adapters in the folders of some folders. ConfigError where one of these is none."""
+    """The adapters in subfolders of some folders. ConfigError if one of these is not a folder."""
     for folder in folders:
         require_folder(f"--adapter {folder}", folder)
     found = adapters_below(*folders, depth=1, into_models=True)
@@ -59,15 +60,15 @@ def adapters_in(*folders: Path) -> list[AdapterFiles]:
 
 
 def named_adapters(words: Iterable[str]) -> tuple[list[AdapterFiles], list[Path]]:
-    """What --adapter says: the adapters that it names, and the folders to watch. ConfigError for a name
-    twice, and where no adapter is."""
+    """The adapters that --adapter names, and the folders that it has watched. ConfigError for a duplicate
+    name and where there is no adapter."""
     adapters: dict[str, AdapterFiles] = {}
     watched: list[Path] = []
     for word in words:
         name, equals, path = word.partition("=")
         folder = Path(path if equals else word).expanduser()
         if name in adapters:
-            raise ConfigError(f"--adapter {word}: {adapters[name].path} is called {name} too")
+            raise ConfigError(f"--adapter {word}: {adapters[name].path} has the name {name} too")
         require_folder(f"--adapter {word}", folder)
         if not equals and (folder / CONFIG).exists():
             raise ConfigError(f"--adapter {word}: an adapter needs a name: {folder.name}={word}")
@@ -81,7 +82,7 @@ def named_adapters(words: Iterable[str]) -> tuple[list[AdapterFiles], list[Path]
 
 
 def bytes_of_adapters(words: Iterable[str]) -> int:
-    """About what a worker needs for those that --adapter names, as far as they are there."""
+    """About how many bytes a worker needs for the adapters of --adapter that exist."""
     total = 0
     for word in words:
         with suppress(ConfigError, OSError):
@@ -91,11 +92,11 @@ def bytes_of_adapters(words: Iterable[str]) -> int:
 
 
 def base_of(folder: Path) -> str:
-    """The name of the model that an adapter was made for, as its config says; "" if it says none."""
+    """The name of the model that an adapter was made for, from its config; "" if it has none."""
     try:
         base = json.loads((folder / CONFIG).read_bytes()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError, RecursionError):
-        return ""  # the worker says what is wrong with it
+        return ""  # the worker reports what is wrong with it
     return base if isinstance(base, str) else ""
 
 
@@ -103,8 +104,8 @@ QUANTIZED = r"[-_. ]((unsloth|bnb|awq|gguf|bf16|[48]bit|gptq|fp8|f16|f32|(ud-)?i
 
 
 def short_name(name: str) -> str:
-    """A model's name without its owner, its quantization and what is between letters and digits."""
-    cached = re.search(r"models--.+?--(.+?)/snapshots/", f"{name}/")  # in huggingface_hub's cache
+    """A model's name without its owner, its quantization, and anything but letters and digits."""
+    cached = re.search(r"models--.+?--(.+?)/snapshots/", f"{name}/")  # a path in huggingface_hub's cache
     name = cached[1] if cached else name.rstrip("/").rpartition("/")[2]
     while (shorter := re.sub(QUANTIZED, "", name.lower())) != name:
         name = shorter
@@ -112,7 +113,7 @@ def short_name(name: str) -> str:
 
 
 def is_other_base(base, names: Iterable[str]) -> bool:
-    """Does an adapter whose base_model_name_or_path is `base` say that it is for a model of another name?"""
+    """Was an adapter whose base_model_name_or_path is `base` made for a model with another name?"""
     wanted = short_name(base) if isinstance(base, str) else ""
     has = [short for name in names if (short := short_name(name))]
     return bool(wanted and has) and not any(wanted.endswith(name) or name.endswith(wanted) for name in has)

@@ -1,4 +1,4 @@
-"""Every model below a folder."""
+"""Finds the models below a folder."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Files(Sighting):
 
     @property
     def run(self) -> Path | None:
-        """The folder of its steps."""
+        """The folder with the steps of its run."""
         return None if self.step is None else self.path.parent
 
 
-# Links to folders that are followed on one path: more of them among many folders make paths without end.
+# Links to folders that are followed on one path. With more, many linked folders would make endless paths.
 MOST_LINKS = 2
 
 
@@ -49,7 +49,7 @@ def find_models(folder: Path, going_on: Callable[[], None] = lambda: None) -> li
     """The GGUF files, Hugging Face folders and nanochat checkpoints below a folder, by name and step.
     ConfigError if it is no folder.
 
-    going_on: called at each folder, and may raise to end the search."""
+    going_on: called for each folder; it may raise an exception to end the search."""
     def models_here(place: Path, names: Seq[str]) -> Iterator[Files]:
         going_on()
         return models_in(place, names)
@@ -61,9 +61,9 @@ def find_models(folder: Path, going_on: Callable[[], None] = lambda: None) -> li
 
 def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
                  taken: Container[str] = ()) -> list[ModelChoice]:
-    """What the models of a folder are called, in their order. Of several steps of a run each has its number,
-    and the last one that is able to answer is also called as the run is. Of models with the same name each
-    is called by its path. unable: paths of models that cannot be served; taken: names of other models."""
+    """The names of a folder's models, in order. Each of several steps of a run has its number, and the last
+    one that can be served also has the run's name. Models with the same name are named by their paths.
+    unable: paths of models that cannot be served; taken: names of other models."""
     last: dict[Path, Files] = {}
     for files in found:
         if files.run and (files.run not in last or files.choice.path not in unable):
@@ -79,7 +79,7 @@ def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
         name, number = choice.name, 2
         if names[name] > 1 or name in taken:
             name = path_name(folder, Path(choice.path))
-        while name in taken or any(name == other.name for other in named):  # odd characters are left out
+        while name in taken or any(name == other.name for other in named):  # odd characters were replaced
             name, number = f"{choice.name}-{number}", number + 1
         named.append(replace(choice, name=name, aliases=tuple(
             alias for alias in choice.aliases if alias not in used and alias not in taken)))
@@ -87,7 +87,7 @@ def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
 
 
 def numbered(files: Files, last: bool, several: bool) -> ModelChoice:
-    """A step of a run of nanochat's."""
+    """A step of a nanochat run."""
     name, tag = files.name, shown_name(files.path.parent.name)
     aliases = [f"{tag}@{files.step}", *[f"{tag}@latest"] * last, *[name] * (last and several)]
     return replace(files.choice, name=f"{name}@{files.step}" if several else name,
@@ -95,7 +95,7 @@ def numbered(files: Files, last: bool, several: bool) -> ModelChoice:
 
 
 def shown_name(name: str) -> str:
-    """A file's name as a model's, which clients send and terminals show: bytes that are no text, and
+    """A file name as a model's name, which clients send and terminals show: bytes that are not text, and
     characters that control a terminal or the direction of writing, are replaced."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
 
@@ -106,43 +106,43 @@ def path_name(folder: Path, path: Path) -> str:
 
 def seen_below(folder: Path, kind: type[T], seen_in: Callable[[Path, list[str]], Iterable[T]],
                **limits: int) -> Iterator[T]:
-    """What is seen in each folder, by the names of its files. A folder that cannot be read is one of this
-    kind itself, without a stamp."""
-    for place, names in folders_below(folder, **limits):
+    """What `seen_in` finds in each folder, from the names of its files. A folder that cannot be read gives
+    an entry for itself, without a stamp."""
+    for path, names in folders_below(folder, **limits):
         if isinstance(names, OSError):
-            yield kind(place, trouble=f"{place} cannot be read: {names.strerror}")
+            yield kind(path, trouble=f"{path} cannot be read: {names.strerror}")
         else:
-            yield from seen_in(place, names)
+            yield from seen_in(path, names)
 
 
 def folders_below(folder: Path, links: int = MOST_LINKS, depth: int = 1000,
                   into_models: int = False) -> Iterator[tuple[Path, list[str] | OSError]]:
-    """Each folder with the names of its files, or why it cannot be read. Those of a Hugging Face folder
-    (unless into_models), and hidden ones, have none. `links` to folders are followed on a path, but none to
-    a folder that the path goes through, or one above it."""
-    above = frozenset(identity(place.stat()) for place in folder.resolve().parents)
+    """Each folder with the names of its files, or the error if it cannot be read. Hidden folders are left
+    out, and so are the folders in a Hugging Face folder (unless into_models). At most `links` links to
+    folders are followed on a path, and none to a folder on the path or above it."""
+    above = frozenset(identity(parent.stat()) for parent in folder.resolve().parents)
     waiting = [(folder, identity(folder.stat()), above, links, depth)]
     while waiting:
-        place, here, above, links, depth = waiting.pop()
+        path, here, above, links, depth = waiting.pop()
         try:
-            with os.scandir(place) as entries:
+            with os.scandir(path) as entries:
                 found = sorted(entries, key=operator.attrgetter("name"))
         except FileNotFoundError:
             continue
         except OSError as error:
-            yield place, error
+            yield path, error
             continue
         folders = {entry.name: status for entry in found if (status := folder_status(entry))}
         names = [entry.name for entry in found if entry.name not in folders]
-        yield place, names
+        yield path, names
         if depth == 0 or not into_models and is_hugging_face(names):
             continue
         above = above | {here}
-        for entry in reversed(found):  # the first of them is the next
+        for entry in reversed(found):  # so that the first is popped next
             if entry.name in folders and not entry.name.startswith("."):
                 there, left = identity(folders[entry.name]), links - entry.is_symlink()
                 if there not in above and left >= 0:
-                    waiting.append((place / entry.name, there, above, left, depth - 1))
+                    waiting.append((path / entry.name, there, above, left, depth - 1))
 
 
 def is_hugging_face(names: Seq[str]) -> bool:
@@ -154,39 +154,39 @@ def identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def folder_status(entry: os.DirEntry) -> os.stat_result | None:
-    """None if it is no folder."""
+    """None if it is not a folder."""
     try:
         return entry.stat() if entry.is_dir() else None
-    except OSError:  # a link to itself; one that has gone
+    except OSError:  # a link to itself; removed meanwhile
         return None
 
 
-def models_in(place: Path, names: Seq[str]) -> Iterator[Files]:
+def models_in(folder: Path, names: Seq[str]) -> Iterator[Files]:
     def model(path: Path, name: str, files: Seq[Path], step: int | None = None) -> Files:
         stamp, name = stamp_of(files), shown_name(name)
         trouble = "" if stamp else next(filter(None, map(trouble_with, files)), "")
         return Files(path, stamp, trouble and f"{name} is not served: {trouble}", name, step)
 
     if is_hugging_face(names):
-        yield model(place, place.name, [place / "config.json", *files_of(place)])
+        yield model(folder, folder.name, [folder / "config.json", *files_of(folder)])
     parts: dict[str, list[Path]] = {}
     for name in names:
         if name.lower().endswith(".gguf") and not name.lower().startswith("mmproj"):
             stem = re.sub(SPLIT_GGUF, "", name).removesuffix(Path(name).suffix)
-            parts.setdefault(stem, []).append(place / name)
+            parts.setdefault(stem, []).append(folder / name)
     for name, files in parts.items():
         yield model(files[0], name, files)
-    source = NANOCHAT_FOLDERS.get(place.parent.name)
+    source = NANOCHAT_FOLDERS.get(folder.parent.name)
     steps = {int(match[1]): name for name in names if (match := re.fullmatch(r"model_(\d{1,15})\.pt", name))}
     for step, name in steps.items() if source else ():
-        yield model(place / name, f"nanochat-{place.name}-{source}", files_of(place / name), step)
+        yield model(folder / name, f"nanochat-{folder.name}-{source}", files_of(folder / name), step)
 
 
 def trouble_with(path: Path) -> str:
     """Why a file cannot be read; "" if it can."""
     try:
-        return "" if S_ISREG(path.stat().st_mode) else f"{path} is no regular file"
+        return "" if S_ISREG(path.stat().st_mode) else f"{path} is not a regular file"
     except FileNotFoundError:
-        return f"{path} is {'a link to a file that is not there' if path.is_symlink() else 'missing'}"
+        return f"{path} is {'a link to a missing file' if path.is_symlink() else 'missing'}"
     except OSError as error:
         return f"{path}: {error.strerror}"

@@ -1,4 +1,4 @@
-"""Which files a model or an adapter is made of, and whether they are still the same."""
+"""The files of a model or an adapter, and whether they have changed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
 
 
-# Of each file its path, size and time of its last change in ns. A file of the same size and another time
-# counts as changed: to compare bytes would take as long as to read a model.
+# The path, size and modification time in ns of each file. A file with the same size and another time counts
+# as changed, since comparing bytes would take as long as reading the model.
 Stamp = tuple[tuple[str, int, int], ...]
 
 ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors"  # as peft saves one
-# Of a Hugging Face folder, what a model is made of beside its weights. A trainer's own files come later.
+# The files of a model in a Hugging Face folder, apart from its weights and from the trainer's own files.
 HF_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
             "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 HF_PATTERNS = "*.safetensors", "additional_chat_templates/*.jinja"
@@ -29,7 +29,7 @@ HF_PATTERNS = "*.safetensors", "additional_chat_templates/*.jinja"
 
 @dataclass(frozen=True)
 class Sighting:
-    """A model, a checkpoint or an adapter below a folder, as a look finds it."""
+    """A model, a checkpoint or an adapter below a folder, as a scan finds it."""
 
     path: Path
     stamp: Stamp = ()  # (): it is being written, or cannot be read now
@@ -41,7 +41,7 @@ class Sighting:
 
 
 def stamp_of(paths: Iterable[Path]) -> Stamp:
-    """() where one of the files is gone, or is no regular file."""
+    """() if one of the files is missing or is not a regular file."""
     stamp = []
     try:
         for path in paths:
@@ -55,13 +55,13 @@ def stamp_of(paths: Iterable[Path]) -> Stamp:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of a model: all parts of a GGUF file; of a Hugging Face folder its weights, tokenizer,
-    template and configuration; of a nanochat checkpoint also its meta file and tokenizer."""
+    """The files of a model: all parts of a GGUF file; the weights, tokenizer, template and configuration of a
+    Hugging Face folder; a nanochat checkpoint with its meta file and tokenizer."""
     if path.is_dir():
         named = [path / name for name in HF_FILES if (path / name).exists()]
         return named + [file for pattern in HF_PATTERNS for file in sorted(path.glob(pattern))]
     if step := re.fullmatch(r"model_(\d+)\.pt", path.name):
-        tokenizers = [place for place in nanochat_tokenizers(path) if place.exists()]
+        tokenizers = [file for file in nanochat_tokenizers(path) if file.exists()]
         return [path, path.with_name(f"meta_{step[1]}.json"), *tokenizers[:1]]
     if split := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name):
         return sorted(path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf"))
@@ -69,14 +69,14 @@ def files_of(path: Path) -> list[Path]:
 
 
 def nanochat_tokenizers(checkpoint: Path) -> list[Path]:
-    """Where the tokenizer of a nanochat checkpoint may be: the first that exists is used."""
+    """Where the tokenizer of a nanochat checkpoint may be. The first that exists is used."""
     folder = checkpoint.parent
     return [folder / "tokenizer.pkl", folder / "tokenizer" / "tokenizer.pkl",
             folder.parent.parent / "tokenizer" / "tokenizer.pkl"]
 
 
 def model_stamp(path: Path, merged: Iterable[str] = ()) -> Stamp:
-    """The stamp of a model's files and of those of the adapters that are `merged` into it (--lora)."""
+    """The stamp of a model's files and of the files of adapters that are `merged` into it (--lora)."""
     adapters = [Path(folder).expanduser() / name for folder in merged for name in ADAPTER_FILES]
     try:
         return stamp_of([*files_of(path), *adapters])
@@ -94,14 +94,14 @@ def refuse_changed_adapter(folder: Path, stamp: Stamp):
 
 
 class Changed(ConfigError):
-    """The files of a model or an adapter are not those any more that were found."""
+    """The files of a model or an adapter have changed since they were found."""
 
     def __init__(self, path: Path):
-        super().__init__(f"{path} has changed or gone since it was found")
+        super().__init__(f"{path} was changed or removed since it was found")
 
 
 def refuse_changed(source: ModelSource, merged: Iterable[str] = ()):
-    """ConfigError if a model's files are not those of its stamp any more: an answer that has begun must not
-    go on with other weights."""
+    """ConfigError if a model's files no longer match its stamp: an answer that has begun must not continue
+    with other weights."""
     if source.stamp and model_stamp(source.path, merged) != source.stamp:
         raise Changed(source.path)

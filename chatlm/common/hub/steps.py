@@ -1,4 +1,4 @@
-"""The checkpoints of training runs below a folder, step by step, while they are written."""
+"""Finds the checkpoints of training runs below a folder while they are being written."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ MOST_DEPTH = 3  # folders below the watched one
 
 @dataclass(frozen=True)
 class Step(Sighting):
-    """A checkpoint as its files are now, whole or not."""
+    """A checkpoint as its files are now, complete or not."""
 
     step: int = 0
-    missing: str = ""     # the name of a file that it lacks, "" if it has all
+    missing: str = ""     # the name of a missing file, "" if it is complete
     adapts: bool = False  # is it an adapter, as peft saves it?
 
     @property
     def run(self) -> Path:
-        """nanochat's <tag> folder, or that of `checkpoint-N`."""
+        """nanochat's <tag> folder, or the folder that contains `checkpoint-N`."""
         return self.path.parent
 
 
 def find_steps(folder: Path) -> list[Step]:
-    """nanochat's checkpoints and Hugging Face folders `checkpoint-N` below a folder, MOST_DEPTH deep, by run
-    and step. Links are not followed. ConfigError if it is no folder."""
+    """nanochat's checkpoints and Hugging Face folders `checkpoint-N` at most MOST_DEPTH below a folder, by
+    run and step. Links are not followed. ConfigError if it is not a folder."""
     require_folder(f"--watch {folder}", folder)
     steps = seen_below(folder, Step, steps_in, links=0, depth=MOST_DEPTH, into_models=True)
     order = [*NANOCHAT_FOLDERS][::-1]  # as they are trained: base, mid, rl, sft
@@ -40,26 +40,26 @@ def find_steps(folder: Path) -> list[Step]:
         order.index(step.run.parent.name) if step.run.parent.name in order else -1, str(step.run), step.step))
 
 
-def steps_in(place: Path, names: Seq[str]) -> Iterator[Step]:
-    if re.fullmatch(r"checkpoint-\d{1,15}", place.name):
+def steps_in(folder: Path, names: Seq[str]) -> Iterator[Step]:
+    if re.fullmatch(r"checkpoint-\d{1,15}", folder.name):
         weights = [name for name in names if name.endswith(".safetensors")]
         adapts = CONFIG in names and "config.json" not in names
         files = sorted(weights + [name for name in names if name in HF_FILES or name == CONFIG])
-        needed = (WEIGHTS,) if adapts else ("config.json", *parts_of(weights))
+        needed = (WEIGHTS,) if adapts else ("config.json", *names_of_parts(weights))
         missing = next((name for name in needed if name not in names), "" if weights else "*.safetensors")
-        yield from unlinked(place, int(place.name[11:]), [place / name for name in files], missing, adapts)
-    if place.parent.name in NANOCHAT_FOLDERS:
-        tokenizers = [path for path in nanochat_tokenizers(place / "model_0.pt") if path.exists()]
+        yield from unlinked(folder, int(folder.name[11:]), [folder / name for name in files], missing, adapts)
+    if folder.parent.name in NANOCHAT_FOLDERS:
+        tokenizers = [path for path in nanochat_tokenizers(folder / "model_0.pt") if path.exists()]
         for name in names:
             if match := re.fullmatch(r"model_(\d{1,15})\.pt", name):
                 meta = f"meta_{match[1]}.json"
                 missing = "" if meta in names else meta
-                files = [place / name, *([] if missing else [place / meta]), *tokenizers[:1]]
-                yield from unlinked(place / name, int(match[1]), files, missing)
+                files = [folder / name, *([] if missing else [folder / meta]), *tokenizers[:1]]
+                yield from unlinked(folder / name, int(match[1]), files, missing)
 
 
-def parts_of(weights: Seq[str]) -> list[str]:
-    """All files of each numbered set that has at least one file here."""
+def names_of_parts(weights: Seq[str]) -> list[str]:
+    """The names of all files of each numbered set of which at least one file exists."""
     sets = {(match[1], match[2]) for name in weights
             if (match := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name))}
     return [f"{stem}-{number:05}-of-{count}.safetensors"
@@ -67,6 +67,6 @@ def parts_of(weights: Seq[str]) -> list[str]:
 
 
 def unlinked(path: Path, step: int, files: Seq[Path], missing: str, adapts: bool = False) -> list[Step]:
-    """None where one of the files is a link."""
+    """No step if one of its files is a link."""
     linked = any(map(Path.is_symlink, files))
     return [] if linked else [Step(path, stamp_of(files), "", step, missing, adapts)]

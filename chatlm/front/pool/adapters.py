@@ -1,4 +1,4 @@
-"""The adapters that are served beside a model, in all its workers."""
+"""The adapters that are served along with a model, in all its workers."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Adapter:
 
     id: str
     files: AdapterFiles
-    required: bool            # by the command line: without it the server does not start
-    watched: bool = False     # it goes when its folder does
-    problems: dict[int, str] = field(default_factory=dict)  # worker's number -> why it cannot compute it
+    required: bool            # named on the command line: the server does not start without it
+    watched: bool = False     # removed when its folder is
+    problems: dict[int, str] = field(default_factory=dict)  # worker's number -> why it cannot use it
     loaded: set[int] = field(default_factory=set)  # workers' numbers
     nbytes: int = 0           # as reported by a worker
     digest: str = ""          # of its weights
-    retired: bool = False     # new answers do not take it any more
+    retired: bool = False     # new answers no longer use it
 
     @property
     def name(self) -> str:
@@ -44,7 +44,7 @@ class Adapter:
 
     @property
     def bytes(self) -> int:
-        """In a worker; an estimate until one has read it."""
+        """Bytes in each worker; an estimate until one has read it."""
         return self.nbytes or self.files.nbytes
 
     @property
@@ -58,42 +58,43 @@ class Adapter:
 
 
 class PoolAdapters:
-    """The adapters of a pool. Every worker loads each of them, and all when it starts; pipes keep order,
-    so an answer may follow at once. A new version of an adapter takes the old one's place once it is loaded;
-    answers under way end on the old one, which is dropped when the last of them has ended."""
+    """The adapters of a pool. Every worker loads all of them: when it starts, and each new one as it comes.
+    Pipes keep their order, so an answer may follow at once. A new version of an adapter replaces the old one
+    once it is loaded; running answers finish on the old one, which is then dropped."""
 
     def __init__(self, settings: Settings, workers: Seq[Worker]):
-        """ConfigError for what --adapter says, as far as that can be seen without reading weights."""
+        """ConfigError for faults of --adapter that show without reading weights."""
         self.settings, self.workers = settings, workers
         named, self.folders = named_adapters(settings.adapter)
-        self.all: dict[str, Adapter] = {}      # by id; those that a worker may still have
+        self.all: dict[str, Adapter] = {}      # by id: all that a worker may still have
         self.serving: dict[str, Adapter] = {}  # by name
-        self.gone: set[str] = set()            # names of those that went with their files
-        self.held: Counter[str] = Counter()    # ids -> how many requests have them
+        self.gone: set[str] = set()            # names of adapters whose files were removed
+        self.held: Counter[str] = Counter()    # id -> number of requests that use it
         self.numbers = itertools.count(1)
-        self.started = False                   # then no problem ends the server
+        self.started = False                   # from then on, no problem ends the server
         self.taken: Callable[[], Seq[str]] = lambda: ()  # names that an adapter may not have
-        self.admit: Callable[[int], None] = lambda nbytes: None  # ConfigError: no room for more
+        self.admit: Callable[[int], None] = lambda nbytes: None  # ConfigError: no room for that much more
         for files in named:
             self.serve(files, required=True)
         self.watch = AdapterWatch(self)
 
     @property
     def nbytes(self) -> int:
-        """What all of them take in all workers."""
+        """Bytes of all adapters in all workers."""
         return len(self.workers) * sum(adapter.bytes for adapter in self.all.values())
 
     def refuse_names(self):
-        """ConfigError if an adapter is called as the model is."""
+        """ConfigError if a required adapter has the model's name; others with that name are not served."""
         for name in {*self.serving} & {*self.taken()}:
             if self.serving[name].required:
                 folder = self.serving[name].files.path
-                raise ConfigError(f"--adapter {name}={folder}: the model is called {name}")
+                raise ConfigError(f"--adapter {name}={folder}: the model has the name {name}")
             log.error("the adapter %s is not served: the model has this name", name)
             self.retire(self.serving[name])
 
     def serve(self, files: AdapterFiles, required: bool = False, watched: bool = False):
-        """Have all workers load it; answers take it once one has, unless none has an older version."""
+        """Have all workers load it. Answers use it once a worker has it, or at once if there is no older
+        version that they could use."""
         adapter = Adapter(f"{files.name}#{next(self.numbers)}", files, required, watched)
         self.all[adapter.id] = adapter
         ready = [worker for worker in self.workers if worker.state is State.READY]
@@ -104,7 +105,7 @@ class PoolAdapters:
             worker.send(self._loading(adapter))
 
     def _loading(self, adapter: Adapter) -> LoadAdapter:
-        """Nodes of Ray have their own copies of the files, which are compared by digest alone."""
+        """Ray nodes have their own copies of the files, which are compared only by digest."""
         files = adapter.files
         stamp = () if self.settings.ray_address else files.stamp
         return LoadAdapter(adapter.id, str(files.path), stamp, adapter.digest)
@@ -116,14 +117,14 @@ class PoolAdapters:
         self.gone.discard(adapter.name)
 
     def retire(self, adapter: Adapter):
-        """No new answer takes it."""
+        """New answers no longer use it."""
         adapter.retired = True
         if self.serving.get(adapter.name) is adapter:
             del self.serving[adapter.name]
 
     @contextmanager
     def holding(self, adapter_id: str) -> Iterator[None]:
-        """A request has this version, from when its model is looked up until its answers have ended."""
+        """A request uses this version, from when its model is looked up until its answers have ended."""
         self.held[adapter_id] += 1
         try:
             yield
@@ -133,7 +134,7 @@ class PoolAdapters:
                 del self.held[adapter_id]
 
     def drop_unused(self):
-        """Have the workers forget retired adapters that no request has."""
+        """Have the workers drop retired adapters that no request uses."""
         retired = [adapter for adapter in self.all.values() if adapter.retired]
         for adapter in (adapter for adapter in retired if adapter.id not in self.held):
             del self.all[adapter.id]
@@ -142,20 +143,20 @@ class PoolAdapters:
                     worker.send(DropAdapter(adapter.id))
 
     def greet(self, worker: Worker):
-        """A worker is ready, and has no adapter yet."""
+        """Send all adapters to a worker that has just become ready."""
         for adapter in self.all.values():
             adapter.loaded.discard(worker.gpu)
             worker.send(self._loading(adapter))
 
     def able(self, worker: Worker, adapter_id: str) -> bool:
-        """Should a worker get answers with this adapter: has it the adapter, or has no other?"""
+        """Should a worker get answers with this adapter? Yes if it has the adapter, or if no other has it."""
         adapter = self.all.get(adapter_id)
         if adapter is None or worker.gpu in adapter.loaded:
             return True
         return not any(other.gpu in adapter.loaded for other in self.workers if other.state is State.READY)
 
     def note(self, worker: Worker, message: AdapterLoaded) -> ConfigError | None:
-        """What a worker says of an adapter; a ConfigError if the server cannot start with it."""
+        """Note what a worker reports about an adapter. Returns a ConfigError if the server cannot start."""
         if (adapter := self.all.get(message.id)) is None:
             return None
         more = message.nbytes - adapter.bytes
@@ -182,7 +183,7 @@ class PoolAdapters:
         return None
 
     def no_room(self, nbytes: int) -> str:
-        """Why an adapter may not take that many more bytes in each worker; "" if it may."""
+        """Why adapters may not take that many more bytes in each worker; "" if they may."""
         try:
             self.admit(len(self.workers) * nbytes)
         except ConfigError as error:
@@ -190,7 +191,7 @@ class PoolAdapters:
         return ""
 
     def _note_problem(self, adapter: Adapter, problem: str):
-        """One line, until its files change."""
+        """Log the problem once, until the files change."""
         folder, older = adapter.files.path, self.serving.get(adapter.name)
         stays = bool(older and older is not adapter and older.loaded)
         stamp = adapter.files.stamp
@@ -204,15 +205,15 @@ class PoolAdapters:
 
     @property
     def settled(self) -> bool:
-        """Has a worker said of each whether it can be served?"""
+        """Has a worker reported about each whether it can be served?"""
         return all(adapter.loaded or adapter.problems for adapter in self.serving.values())
 
 
 class AdapterWatch:
-    """Has a pool serve the adapters below a folder as they are there now: its own, or the share in --models
-    that was made for its model."""
+    """Has a pool serve the adapters that a folder contains now: a folder of --adapter, or the adapters below
+    --models that were made for the pool's model."""
 
-    WATCH_S = 3.0  # between two looks
+    WATCH_S = 3.0  # between two scans
 
     def __init__(self, adapters: PoolAdapters):
         self.adapters = adapters
@@ -234,7 +235,7 @@ class AdapterWatch:
         adapters, there = self.adapters, self.sightings.there
         for adapter in [adapter for adapter in adapters.serving.values() if adapter.watched]:
             if adapter.files.path not in there:
-                log.info("the adapter %s has gone", adapter.name)
+                log.info("the adapter %s was removed", adapter.name)
                 adapters.retire(adapter)
                 adapters.gone.add(adapter.name)
         for files in settled:
@@ -244,7 +245,8 @@ class AdapterWatch:
                 adapters.serve(files, watched=True)
 
     def follow(self, adapter: Adapter) -> bool:
-        """Serve the files that an adapter's folder has now, if a worker did not find those of its version."""
+        """Serve an adapter's current files, if they are not the version that a worker was to load. Returns
+        whether they are served."""
         adapters, now = self.adapters, adapter_at(adapter.files.path, adapter.name)
         if (not now.stamp or adapters.settings.ray_address or now.stamp == adapter.files.stamp
                 or self.sightings.refused.get(now.stamp)):
@@ -252,12 +254,12 @@ class AdapterWatch:
         if all(other.files.stamp != now.stamp for other in adapters.all.values()):
             if not self.fits(now):
                 return False
-            log.info("the files of the adapter %s have changed: they are read again", adapter.name)
+            log.info("the files of the adapter %s have changed; reading them again", adapter.name)
             adapters.serve(now, adapter.required, adapter.watched)
         return True
 
     def fits(self, files: AdapterFiles) -> bool:
-        """Is there room for it beside what is served? If not, that is logged once."""
+        """Is there room for it in addition to what is served? If not, that is logged once."""
         problem = self.adapters.no_room(files.nbytes)
         if problem and self.sightings.refuse(files.stamp, for_good=False):
             stays = " (its older version stays)" if files.name in self.adapters.serving else ""

@@ -1,4 +1,4 @@
-"""What a server serves: models by name, and their life. Most servers have one model."""
+"""What a server serves: models by name. Most servers have one model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
-from chatlm.front.aio import supervised
 from chatlm.front.pool.models import Model, Registry
 
 if TYPE_CHECKING:
@@ -17,21 +16,19 @@ if TYPE_CHECKING:
 
 
 class Catalogue:
-    """A catalogue of one model, whose pool answers for the server. `ManyModels` is the one of several."""
+    """The catalogue of one model, whose pool speaks for the server. `ManyModels` is the one for several."""
 
-    def __init__(self, settings: Settings, pool: WorkerPool):
-        self.settings, self.pool = settings, pool
-        self.registry = Registry(Model(settings, pool, ModelChoice("", aliases=settings.served_model_name)))
-        self.unloading: asyncio.Task | None = None
-        self.draining = False
-
-    def report_to(self, report: Callable[[str, float], None]):
-        """How far start-up has come goes to `report` from now on: a stage and a fraction of it."""
-        self.pool.on_progress = report
+    def __init__(self, settings: Settings, *pools: WorkerPool):
+        self.settings, self.draining = settings, False
+        self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None  # stage, share
+        self.registry = Registry(*(
+            Model(settings, pool, ModelChoice("", aliases=settings.served_model_name)) for pool in pools))
+        for self.pool in pools:
+            self.pool.on_progress = lambda stage, fraction: self.on_progress(stage, fraction)
 
     @property
     def pools(self) -> list[WorkerPool]:
-        return [self.pool]
+        return [model.pool for model in self.registry.models if model.pool]
 
     async def start(self):
         await self.pool.start()
@@ -51,29 +48,9 @@ class Catalogue:
     # requests
 
     def find(self, name: str, bound: Seq[str] = ()) -> Served:
-        """What a request of a key with these bounds names. RequestError 404 if there is nothing."""
+        """The model or adapter that a request asks for, with a key limited to the models in `bound`.
+        RequestError 404 if there is none."""
         return self.registry.find(name, bound)
-
-    def load(self, model: Model):
-        """Load a model as if a request waited for it."""
-        if not self.pool.dispatcher.wanted.is_set():
-            self.pool.dispatcher.wake()
-
-    def unload(self, model: Model):
-        """Unload a model when the answers under way have ended; a request brings it back."""
-        if self.unloading is None or self.unloading.done():
-            self.unloading = asyncio.create_task(supervised("unloading the model", self._unload))
-
-    async def _unload(self):
-        dispatcher = self.pool.dispatcher
-        dispatcher.held = True
-        while dispatcher.running:
-            await asyncio.sleep(0.05)
-        if self.pool.supervisor.prepared:
-            self.pool.supervisor.unload()
-        dispatcher.held = False
-        if len(dispatcher.pending):
-            dispatcher.wake()
 
     def cancel(self, request_id: str) -> bool:
         return any([pool.cancel(request_id) for pool in self.pools])
@@ -87,7 +64,7 @@ class Catalogue:
         return self.pool.health()
 
     def stats(self, seen: Seq[Served]) -> dict:
-        """Of the models that a client may see."""
+        """The counts of /stats, for the models that a client may see."""
         return self.pool.stats()
 
     def describe(self) -> list[str]:

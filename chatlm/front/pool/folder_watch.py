@@ -1,4 +1,4 @@
-"""The models below a folder, which come, change and go while others are served."""
+"""Models below a folder, which may appear, change and disappear while the server runs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class FolderWatch:
-    """Serves the models below --models as they are there now.
+    """Serves the models that --models contains now.
 
-    Files that still grow are left alone, and so is a model that is in memory: when it has left, it is read
-    again if its files have changed. Until its files stand still, its requests get 503 with Retry-After."""
+    Files that are still being written are left alone. If the files of a model in memory change, they are read
+    again once it has left memory. Until they stop changing, its requests get 503 with Retry-After."""
 
-    WATCH_S = 3.0  # between two looks
+    WATCH_S = 3.0  # between two scans
 
     def __init__(self, many: ManyModels):
         self.many, self.registry = many, many.registry
@@ -38,11 +38,11 @@ class FolderWatch:
                                    lambda: [model.stamp for model in self._mine.values()], self.WATCH_S)
 
     def _going_on(self):
-        if self.many.closing:  # raised in the thread, for whose end the server would wait
+        if self.many.closing:  # ends the thread, which the server would otherwise wait for
             raise InterruptedError
 
     async def begin(self):
-        """Find the models at the start; they are opened with those that are named."""
+        """Find the models at the start; the caller opens them."""
         await self.sightings.look()
         found = [*self.sightings.there.values()]
         for files, choice in zip(found, named_models(self.folder, found, taken=self._taken())):
@@ -54,14 +54,14 @@ class FolderWatch:
 
     @property
     def _mine(self) -> dict[Path, Model]:
-        """The models that were found below the folder."""
+        """The models found below the folder."""
         return {Path(model.choice.path): model for model in self.registry.models if model.stamp}
 
     async def update(self, settled: Seq[Files]):
         there = self.sightings.there
         leaving = [self._let_go(model, path in there) for path, model in self._mine.items()
                    if (path not in there or there[path].stamp != model.stamp) and not in_memory(model)]
-        self.name_models()  # before anything is waited for: a name may go from one model to another
+        self.name_models()  # before the first await: a name may move from one model to another
         for pool, place in leaving:
             if pool:
                 await self.many.remove(pool, place)
@@ -75,9 +75,10 @@ class FolderWatch:
         await self.share_adapters()
 
     def _let_go(self, model: Model, there: bool) -> tuple[WorkerPool | None, Place | None]:
-        """The files of a model that is not in memory have changed or gone. Returns what it had."""
+        """Forget what was read of a model whose files changed or, if not `there`, were removed. Returns the
+        pool and the place that it had."""
         if not there:
-            log.info("the model %s has gone", model.name)
+            log.info("the model %s was removed", model.name)
             self.registry.models.remove(model)
         elif model.pool or model.reason:
             log.info("the files of the model %s have changed", model.name)
@@ -86,17 +87,17 @@ class FolderWatch:
         return pool, place
 
     async def _open(self, choice: ModelChoice, files: Files, old: Model | None):
-        """Serve new files, or what they are now."""
+        """Serve a new model, or the new version of an old one."""
         if model := await self._resolve(choice, files):
             await self.many.opener.open(model)
-            log.info("%s %s (%s)", "the model was read again:" if old else "a new model:", model.name,
+            log.info("%s %s (%s)", "read again:" if old else "new model:", model.name,
                      model.reason or shown_bytes(model.bytes))
             at = self.registry.models.index(old) if old else len(self.registry.models)
             self.registry.models[at:at + bool(old)] = [model]
             self.many.serve(model)
 
     async def _resolve(self, choice: ModelChoice, files: Files) -> Model | None:
-        """None if it has gone meanwhile."""
+        """None if it was removed meanwhile."""
         try:
             model = await asyncio.to_thread(self.many.opener.resolve, choice, lambda *progress: None)
         except ConfigError:
@@ -105,39 +106,38 @@ class FolderWatch:
         return model
 
     def _taken(self, there: Container[Path] = ()) -> set[str]:
-        """Names of models that are not below the folder, or not any more."""
+        """Names of models that are not, or no longer, below the folder."""
         others = [model for model in self.registry.models
                   if not model.stamp or Path(model.choice.path) not in there]
         return {name for model in others for name in (model.name, *model.choice.aliases)}
 
     def name_models(self):
-        """Give the models the names that their files have now: `latest` goes to the last step that can
-        answer."""
+        """Name the models after their current files: `latest` goes to the newest step that can be served."""
         there, mine = self.sightings.there, self._mine
-        for path in mine.keys() - there.keys():  # it leaves when it is no longer in memory
+        for path in mine.keys() - there.keys():  # dropped once it is no longer in memory
             mine[path].rename(mine[path].name, ())
         for files, choice in self._named():
             mine[files.path].rename(choice.name, choice.aliases)
 
     def _named(self, new: Seq[Files] = ()) -> Iterator[tuple[Files, ModelChoice]]:
-        """What is served and these new ones, as they are to be called."""
+        """What is served, and these new files, with the names that they should have."""
         there, mine = self.sightings.there, self._mine
         shown = [files for files in there.values() if files.path in mine or files in new]
         unable = {str(files.path) for files in shown if files.path not in mine or not mine[files.path].pool}
         return zip(shown, named_models(self.folder, shown, unable, self._taken(there)))
 
     async def share_adapters(self):
-        """Give each adapter below the folder to the model that it was made for. One whose base cannot be
-        told stays where it is."""
+        """Give each adapter below the folder to the model it was made for. An adapter whose base cannot be
+        determined now stays where it is."""
         models = [*self.registry.models]
         found = await asyncio.to_thread(lambda: [
             (files, made_for(files.path, models)) for files in adapters_below(self.folder)])
         self.sightings.note("adapters", {
-            files.path: f"the adapter {files.name} is not served: its base_model_name_or_path names "
+            files.path: f"the adapter {files.name} is not served: its base_model_name_or_path matches "
                         f"{'several' if bases else 'none'} of the models"
             for files, bases in found if files.stamp and len(bases) != 1})
         for model in models:
-            if model.pool and not model.pool.adapters.folders:  # which it watches itself
+            if model.pool and not model.pool.adapters.folders:  # it watches those itself
                 watch = model.pool.adapters.watch
                 await watch.update(watch.sightings.compare(
                     files if bases == [model] else AdapterFiles(files.path)
@@ -145,12 +145,12 @@ class FolderWatch:
 
 
 def in_memory(model: Model) -> bool:
-    """Is it there, or does a request wait for it?"""
+    """Is it in memory, or does a request wait for it?"""
     return bool(model.pool and model.place and (model.place.taken or model.pool.dispatcher.jobs))
 
 
 def made_for(folder: Path, models: Seq[Model]) -> list[Model]:
-    """Those of some models that an adapter's config names."""
+    """The models that match the base in an adapter's config."""
     base = base_of(folder)
     return [model for model in models if base and model.source and not is_other_base(
         base, [*model.names, model.source.name, str(model.source.path)])]

@@ -34,33 +34,31 @@ if TYPE_CHECKING:
 
 
 class ManyModels(Catalogue):
-    """Many models behind one URL. The headers of their files say before the first
-    request what each is and takes (`Survey`), so requests are read and queued whether or not their model is
-    loaded; `Residency` has the models that are asked for take turns in memory. Each has its own pool,
-    tokenizer, template and prefix cache; the queue's limits, the turns of clients and the sandboxes are
-    shared."""
+    """The catalogue of several models. `Survey` reads the headers of their files before the first request, so
+    requests are read and queued whether or not their model is loaded; `Residency` loads and unloads models
+    as requests ask for them. Each model has its own pool, tokenizer, template and prefix cache; all share the
+    sandboxes, the limits of the queue and the order in which clients are served."""
 
-    RETRY_S = 30.0   # a model whose worker could not start is tried again after this, when it is asked for
+    RETRY_S = 30.0   # a request for a model that failed longer ago than this has it tried again
 
     def __init__(self, settings: Settings, command: Seq[str] = PROCESS_COMMAND):
         if settings.ray_address:
             raise ConfigError("several models with --ray-address: a Ray cluster serves one model")
         if settings.served_model_name:
-            raise ConfigError("--served-model-name names one model; of several, each has its own: "
-                              "`aliases` in [[models]]")
-        self.settings, self.registry = settings, Registry()
+            raise ConfigError("--served-model-name names a single model; with several, use `aliases` in "
+                              "[[models]]")
+        super().__init__(settings)
         self.residency = Residency(0)
         self.opener = Opener(settings, command, self.residency)
-        self.report: Callable[[str, float], None] = lambda stage, fraction: None
         self.became_ready, self.failure = asyncio.Event(), None
         self.stage = ("finding the models", 0.0)
-        self.draining = self.closing = False
-        self.leaving: list[WorkerPool] = []  # of models that no request can find any more
+        self.closing = False
+        self.leaving: list[WorkerPool] = []  # of models that requests can no longer find
         self.started_s = time.monotonic()
         self.tasks: set[asyncio.Task] = set()
 
     def run(self, what: str, work: Callable[[], Any]):
-        """Run work in the background: again if it fails, unless that ends start-up."""
+        """Run work in the background, and again if it fails. A failure during start-up ends the server."""
         def failed(error: Exception) -> bool:
             if not self.became_ready.is_set():
                 known = isinstance(error, ChatServerError)
@@ -71,9 +69,6 @@ class ManyModels(Catalogue):
 
         self.tasks.add(task := asyncio.create_task(supervised(what, work, failed)))
         task.add_done_callback(self.tasks.discard)
-
-    def report_to(self, report: Callable[[str, float], None]):
-        self.report = report
 
     async def start(self):
         self.opener.prefixes.start(lambda: any(pool.dispatcher.jobs for pool in self.pools))
@@ -90,7 +85,7 @@ class ManyModels(Catalogue):
 
         def report(stage: str, fraction: float):
             self.stage = (stage, fraction)
-            loop.call_soon_threadsafe(self.report, stage, fraction)
+            loop.call_soon_threadsafe(self.on_progress, stage, fraction)
 
         await self.opener.desk.sandboxes["templates"].start()
         for choice in self.settings.several:
@@ -99,12 +94,12 @@ class ManyModels(Catalogue):
         if watch:
             await watch.begin()
         if watch and not (self.registry.models or self.settings.watch):
-            raise ConfigError(f"--models {self.settings.models}: there is no GGUF file, Hugging Face folder "
-                              "or nanochat checkpoint below it")
+            raise ConfigError(f"--models {self.settings.models} contains no GGUF file, Hugging Face folder "
+                              "or nanochat checkpoint")
         give_adapters(self.settings.adapter, self.registry.models)
         pinned_first = sorted(self.registry.models, key=lambda model: not model.choice.pin)
         for index, model in enumerate(pinned_first):
-            report(f"reading what the files of {model.name} say", index / len(pinned_first))
+            report(f"reading the headers of {model.name}", index / len(pinned_first))
             error = await self.opener.open(model)
             if model.choice.pin and isinstance(error, NoRoom):
                 raise error
@@ -114,9 +109,9 @@ class ManyModels(Catalogue):
             watch.name_models()
         for model in self.registry.models:
             self.serve(model)
-        self.run("giving models their turns", self.residency.run)
+        self.run("scheduling models", self.residency.run)
         if watch:
-            for _ in range(2):  # files that stand still are taken at the second look
+            for _ in range(2):  # the second scan accepts files that have not changed since the first
                 await watch.share_adapters()
             self.run("watching --models", watch.run)
         if self.settings.watch is not None:
@@ -127,7 +122,7 @@ class ManyModels(Catalogue):
         self.became_ready.set()
 
     def serve(self, model: Model):
-        """An opened model's requests are taken from now on."""
+        """Accept requests for a model that has been opened."""
         if model.pool and model.place:
             pool = model.pool
             pool.adapters.taken = partial(names_beside, model, self.registry.models)
@@ -138,15 +133,15 @@ class ManyModels(Catalogue):
             self.run(f"starting the pool of {model.name}", pool.start)
 
     def fail(self, model: Model, error: ChatServerError | None):
-        """A worker could not start: the requests of its model fail, and others get the place."""
+        """A worker of the model could not start: fail its requests and free its memory."""
         pool, place = model.pool, model.place
         if pool is None or self.closing:
             return
-        changed = isinstance(error, Changed) and not model.run  # the next request has its new files
+        changed = isinstance(error, Changed) and not model.run  # the next request reads the new files
         model.reason, model.pool, model.place = str(error), None, None
         model.failed_s = -math.inf if changed else time.monotonic()
         if changed:
-            log.info("the files of the model %s have changed: it is read again when it is asked", model.name)
+            log.info("the files of the model %s have changed; the next request reads them again", model.name)
             failure = Overloaded(f"the files of the model {model.name!r} have changed", retry_after_s=1)
         else:
             log.error("the model %s cannot be served: %s", model.name, model.reason)
@@ -171,7 +166,7 @@ class ManyModels(Catalogue):
 
     @property
     def pools(self) -> list[WorkerPool]:
-        return [*(model.pool for model in self.registry.models if model.pool), *self.leaving]
+        return [*super().pools, *self.leaving]
 
     # requests
 
@@ -183,7 +178,7 @@ class ManyModels(Catalogue):
         model = served.model
         failed = not model.pool and model.reason and model.source
         if failed and time.monotonic() - model.failed_s > self.RETRY_S:
-            model.failed_s = math.inf  # until it has failed again
+            model.failed_s = math.inf  # until it fails again
             self.run(f"trying {model.name} again", partial(self._try_again, model))
         return served
 
@@ -193,27 +188,14 @@ class ManyModels(Catalogue):
             log.error("the model %s cannot be served: %s", model.name, error)
         if model in self.registry.models:
             self.serve(model)
-        elif model.pool:  # its files have changed again meanwhile
+        elif model.pool:  # its files changed again meanwhile
             await self.remove(model.pool, model.place)
         await self.opener.survey.close()
-
-    def load(self, model: Model):
-        """Have a model loaded as if a request waited for it."""
-        if model.place:
-            model.place.asked = not model.place.serves
-            self.residency.changed.set()
-
-    def unload(self, model: Model):
-        """Have a model leave memory when its answers have ended; a request brings it back."""
-        if model.place:
-            model.place.asked = False
-            model.place.leave()
-            self.residency.changed.set()
 
     # what the server shows
 
     def health(self) -> tuple[int, dict]:
-        """Ready when a request would be admitted, whether or not its model is loaded."""
+        """Ready if a request would be admitted, whether or not its model is loaded."""
         started = self.became_ready.is_set() and not self.failure
         ready = started and not self.draining and any(pool.ready for pool in self.pools)
         status = ("ok" if ready else "draining" if self.draining else
@@ -232,7 +214,7 @@ class ManyModels(Catalogue):
         return 200 if ready else 503, body
 
     def stats(self, seen: Seq[Served]) -> dict:
-        """As for one model, with sums; what only one model has is the default one's."""
+        """The fields of one model's stats: sums where they can be added, else the default model's."""
         models = [*dict.fromkeys(one.model for one in seen)]
         stats = [model.pool.stats() for model in models if model.pool]
         sums = {key: sum(one[key] for one in stats) for key in (
@@ -251,12 +233,12 @@ class ManyModels(Catalogue):
         default, states = default_among(self.registry.listed()), Counter(model.state for model in models)
         default = default and default.model
         failed = f", {states['failed']} of them failed" if states["failed"] else ""
-        beside = " beside the prefixes" if self.opener.prefixes.bytes else ""
-        lines = [f"{len(models)} models{failed}; those that are loaded may take "
+        beside = " in addition to the prefixes" if self.opener.prefixes.bytes else ""
+        lines = [f"{len(models)} models{failed}; loaded models may take "
                  f"{shown_bytes(self.residency.budget)}{beside} (--models-memory)"]
         for model in models:
             words = [f"{shown_bytes(model.bytes)}, context {model.pool.context_length:,}" if model.pool else
-                     "cannot be served, as said above", *["default"] * (model is default),
+                     "cannot be served (see above)", *["default"] * (model is default),
                      *["pinned"] * model.choice.pin]
             lines.append(f"  {model.name}: {', '.join(words)}")
         if prefixes := self.opener.prefixes.line:
@@ -265,30 +247,30 @@ class ManyModels(Catalogue):
 
 
 def is_waiting(settings: Settings, registry: Registry) -> bool:
-    """Has the run below --watch written no checkpoint yet?"""
+    """Is there nothing to serve until the watched run writes its first checkpoint?"""
     return settings.watch is not None and not registry.models
 
 
 def names_beside(model: Model, models: Seq[Model]) -> list[str]:
-    """What other models, and adapters of others, are called, and the model itself."""
+    """Names that an adapter of this model may not have: the model's own, those of other models and of their
+    adapters."""
     others = [served for other in models if other is not model for served in of_model(other)]
     return [*model.accepted_names, *(name for served in others for name in served.names)]
 
 
 def give_adapters(words: Seq[str], models: Seq[Model]):
-    """Give each adapter that --adapter names to the model that it was made for. ConfigError if that is none
-    of them, or one of several."""
+    """Give each adapter of --adapter to the model it was made for. ConfigError unless exactly one fits."""
     named, folders = named_adapters(words)
     if folders:
-        raise ConfigError(f"--adapter {folders[0]}: of several models, it needs a name and a base: put "
-                          "adapter = {NAME = \"FOLDER\"} into the base's table of [[models]], or serve a "
-                          "folder of both with --models")
+        raise ConfigError(f"--adapter {folders[0]}: with several models, an adapter needs a name and a base: "
+                          "put adapter = {NAME = \"FOLDER\"} into the base's table of [[models]], or put "
+                          "models and adapters in one folder for --models")
     for files in named:
         bases = made_for(files.path, models)
         if len(bases) != 1:
             which = "several" if bases else "none"
             raise ConfigError(f"--adapter {files.name}={files.path}: base_model_name_or_path in its "
-                              f"adapter_config.json names {which} of the models; put adapter = {{NAME = "
+                              f"adapter_config.json matches {which} of the models; put adapter = {{NAME = "
                               "\"FOLDER\"}} into the table of its base in [[models]]")
         settings = bases[0].settings
         word = f"{files.name}={files.path}"
@@ -296,9 +278,9 @@ def give_adapters(words: Seq[str], models: Seq[Model]):
 
 
 def check_served(models: Seq[Model]):
-    """Say which models cannot be served. ConfigError if none of them can."""
+    """Log which models cannot be served. ConfigError if none can."""
     for model in models:
-        if model.reason:  # a line for each, as lines of one kind in a second are counted
+        if model.reason:  # an f-string: the log merges lines with equal format strings
             log.error(f"the model {model.name} cannot be served: {model.reason}")
     if models and not any(model.pool for model in models):
         first = models[0]

@@ -1,9 +1,11 @@
-"""The models of a server, and what a request can name: each of them, alone or with an adapter."""
+"""The models of a server, and what a request can ask for: a model, alone or with an adapter."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
@@ -24,15 +26,15 @@ class Model:
     """Files with names, and the pool that computes them."""
 
     def __init__(self, settings: Settings, pool: WorkerPool | None, choice: ModelChoice = ModelChoice("")):
-        """settings: its own; pool: None while it cannot be served. Without a name in `choice` it has its
-        pool's."""
+        """settings: this model's own; pool: None while it cannot be served. If `choice` has no name, the
+        pool's is used."""
         self.settings, self.pool, self.choice = settings, pool, choice
-        self.place: Place | None = None      # in memory, where it is one of many
+        self.place: Place | None = None      # its share of memory, if it is one of several models
         self.reason, self.failed_s = "", 0.0  # why and when it failed, for the operator
         self.source: ModelSource | None = None
         self.stamp: tuple = ()               # of its files, if --models found it
-        self.run, self.step = "", 0          # of a checkpoint that --watch found: TAG and STEP
-        self.score: Score | None = None      # of it, by --watch-text
+        self.run, self.step = "", 0          # TAG and STEP of a checkpoint that --watch found
+        self.score: Score | None = None      # by --watch-text, of a checkpoint
 
     @property
     def name(self) -> str:
@@ -40,12 +42,12 @@ class Model:
 
     @property
     def names(self) -> list[str]:
-        """Those that clients see."""
+        """The names that clients see."""
         return [self.name, *self.choice.aliases]
 
     @property
     def accepted_names(self) -> list[str]:
-        """All that a request may use."""
+        """All names that a request may use."""
         return accepted_names(self.names, self.settings.model)
 
     def fits(self, name: str) -> bool:
@@ -53,7 +55,7 @@ class Model:
         return is_among(name, self.accepted_names)
 
     def rename(self, name: str, aliases: tuple[str, ...]):
-        """Give it other names, as a step of a training run gets when the next one is there."""
+        """Change its names, as happens to a step of a training run when the next step arrives."""
         self.choice = replace(self.choice, aliases=aliases)
         if name == self.name:
             return
@@ -66,13 +68,29 @@ class Model:
             self.pool.placement.source = self.source
             self.pool.supervisor.card = replace(self.pool.supervisor.card, name=name)
 
+    def load(self):
+        """Load it as if a request waited for it."""
+        if self.place:
+            self.place.asked = not self.place.serves
+        if self.pool and (self.place or not self.pool.dispatcher.wanted.is_set()):
+            self.pool.dispatcher.wake()
+
+    def unload(self):
+        """Unload it once its running answers have ended; the next request loads it again."""
+        if self.place and self.pool:
+            self.place.asked = False
+            self.place.leave()
+            self.pool.dispatcher.wake()
+        elif self.pool and not self.pool.dispatcher.held:
+            self.pool.supervisor.run("unloading the model", partial(unload_after_answers, self.pool))
+
     @property
     def is_unnamed(self) -> bool:
         return self.place is None and self.pool is not None and not self.pool.ready
 
     @property
     def is_read(self) -> bool:
-        """Is it still to be read what its files say, at the start or since they have changed?"""
+        """Are the headers of its files still to be read, at the start or after a change?"""
         return self.pool is None and not self.reason
 
     @property
@@ -87,7 +105,7 @@ class Model:
 
     @property
     def bytes(self) -> int:
-        """In memory; of one that is not loaded, what it will take."""
+        """Bytes in memory; what it will need if it is not loaded."""
         return (self.place.bytes or self.place.size) if self.place else (
             self.pool.supervisor.card.facts.weights_bytes if self.pool else 0)
 
@@ -102,19 +120,32 @@ class Model:
 
     @property
     def of_run(self) -> dict:
-        """What is shown of a checkpoint beside what every model has; {} of other models."""
+        """The additional fields of a checkpoint; {} for other models."""
         if not self.run:
             return {}
         return {"run": self.run, "step": self.step,
                 "bits_per_byte": self.score and round(self.score.bits_per_byte, 6)}
 
 
+async def unload_after_answers(pool: WorkerPool):
+    """Unload the only model of a server; its queue is held meanwhile."""
+    dispatcher = pool.dispatcher
+    dispatcher.held = True
+    while dispatcher.running:
+        await asyncio.sleep(0.05)
+    if pool.supervisor.prepared:
+        pool.supervisor.unload()
+    dispatcher.held = False
+    if len(dispatcher.pending):
+        dispatcher.wake()
+
+
 class Served(NamedTuple):
-    """What a request can name: a model, or what one of its adapters makes of it."""
+    """What a request can ask for: a model, or a model with one of its adapters."""
 
     model: Model
     adapter: Adapter | None = None
-    version: int | None = None  # of the model's files, where a request holds it
+    version: int | None = None  # of the model's files, if a request holds it
 
     @property
     def name(self) -> str:
@@ -128,7 +159,7 @@ class Served(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Those that clients see."""
+        """The names that clients see."""
         return [self.name, *self.aliases]
 
     def fits(self, name: str) -> bool:
@@ -149,7 +180,7 @@ class Served(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """In memory; of one that is not loaded, what it will take."""
+        """Bytes in memory; what it will need if it is not loaded."""
         return self.adapter.bytes if self.adapter else self.model.bytes
 
     @property
@@ -159,7 +190,7 @@ class Served(NamedTuple):
 
     @property
     def pool(self) -> WorkerPool:
-        """RequestError 503 if it has failed, Overloaded while its files are read."""
+        """RequestError 503 if it has failed, Overloaded while its files are being read."""
         if self.model.is_read:
             raise Overloaded(f"the files of the model {self.name!r} are being read", retry_after_s=3)
         if self.failed or not self.model.pool:
@@ -168,24 +199,24 @@ class Served(NamedTuple):
         return self.model.pool
 
     def asked(self, request: Request) -> Request:
-        """The request, for the version of the files and of the adapter that it holds."""
+        """The request with the versions of the files and of the adapter that it holds."""
         adapter = self.adapter.id if self.adapter else ""
         return replace(request, version=self.version, params=replace(request.params, adapter=adapter))
 
 
 class Registry:
-    """The models of a server by name. The one model of most servers is a registry of one."""
+    """The models of a server by name. Most servers have one."""
 
     def __init__(self, *models: Model):
         self.models = [*models]
 
     def listed(self, bound: Seq[str] = ()) -> list[Served]:
-        """Each model, followed by its adapters, that a key with these bounds may use."""
+        """What a key limited to `bound` may use: each model, followed by its adapters."""
         return bound_among(bound, [served for model in self.models for served in of_model(model)])
 
     def find(self, name: str, bound: Seq[str] = ()) -> Served:
-        """What a request of a key with these bounds names. RequestError 404 if there is nothing. While the
-        only model loads, its name may not be known yet: any name means it."""
+        """What a request asks for, with a key limited to `bound`. RequestError 404 if there is no such model.
+        While the only model loads, its name may not be known yet, so any name stands for it."""
         served = self.listed(bound)
         if len(self.models) == 1 and self.models[0].is_unnamed and not any(one.fits(name) for one in served):
             return Served(self.models[0])
@@ -196,18 +227,18 @@ class Registry:
         for other in self.models:
             both = {*model.names} & {*other.names}
             if both:
-                raise ConfigError(f"two models are called {min(both)}: {other.choice.path} and "
-                                  f"{model.choice.path}; give them names of their own in [[models]]")
+                raise ConfigError(f"two models have the name {min(both)}: {other.choice.path} and "
+                                  f"{model.choice.path}; give them different names in [[models]]")
         self.models.append(model)
 
     def renamed(self, choice: ModelChoice) -> ModelChoice:
-        """A model with no names that another has."""
+        """The choice without names that another model has."""
         taken = {name for model in self.models for name in model.names}
         name = choice.path if choice.name in taken else choice.name
         return replace(choice, name=name, aliases=tuple(set(choice.aliases) - taken))
 
 
 def of_model(model: Model) -> list[Served]:
-    """The model, and what each of its adapters makes of it."""
+    """The model alone, and with each of its adapters."""
     adapters = model.pool.adapters.serving.values() if model.pool else ()
     return [Served(model), *(Served(model, adapter) for adapter in adapters)]

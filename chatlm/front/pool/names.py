@@ -1,4 +1,4 @@
-"""Which model a request means by a name."""
+"""Which model a name in a request stands for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def accepted_names(names: Iterable[str], path: str | None) -> list[str]:
-    """The names of a model, the path that it was given by, and the last part of each."""
+    """The names of a model, the path given for it, and the last part of each."""
     names = [*names, path or ""]
     return [*names, *(name.rstrip("/").rsplit("/", 1)[-1] for name in names if name)]
 
@@ -23,30 +23,30 @@ def is_among(name: str, names: Iterable[str]) -> bool:
 
 
 def bound_among(bound: Seq[str], served: Iterable[Served]) -> list[Served]:
-    """Those that an API key with these bounds may use; all of them if it has none."""
+    """What an API key limited to `bound` may use; everything if it has no limits."""
     return [one for one in served if not bound or any(map(one.fits, bound))]
 
 
 def default_among(served: Seq[Served]) -> Served | None:
-    """Which of these answers requests that name no model: the marked one, else the first that can."""
+    """Which of these answers requests without a model: the one marked as default, else the first that can."""
     marked = [one for one in served if one.model.choice.default and not one.adapter]
     return next((one for one in [*marked, *served] if one.model.pool), served[0] if served else None)
 
 
 def named_among(name: str, served: Seq[Served]) -> Served:
-    """The one with this name; "" and `default` name the default one. RequestError 404 if there is none."""
+    """The one with this name; "" and `default` stand for the default. RequestError 404 if there is none."""
     default = default_among(served)
     if name in ("", "default") and default:
         return default
     exact = [one for one in served if name in one.names]
     fitting = exact or [one for one in served if one.fits(name)]
-    if not exact and len(fitting) != 1:  # the last part of several paths names none of them
+    if not exact and len(fitting) != 1:  # the last part of a path must be unique
         raise unknown_model(name, served)
     return fitting[0]
 
 
 def gone_adapter(name: str, models: Iterable[Model]) -> str:
-    """The adapter that this name meant before its files were removed; "" if it meant none."""
+    """The adapter that had this name before its files were removed; "" if there was none."""
     base, _, adapter = name.removesuffix(":latest").rpartition("@")
     gone = any(model.pool and adapter in model.pool.adapters.gone and (not base or model.fits(base))
                for model in models)
@@ -61,8 +61,8 @@ def unknown_model(name: str, served: Seq[Served]) -> RequestError:
     near = [other for other in names if name and name.lower() in other][:3]
     near = near or difflib.get_close_matches(name.lower(), names, 3)
     others = ", ".join(shown(one.name) for one in served[:8]) + ", ..." * (len(served) > 8)
-    has = f"this server has {others}" if served else "this server has none for you"
+    has = f"this server has {others}" if served else "this server has no model for you"
     if adapter := gone_adapter(name, [one.model for one in served if not one.adapter]):
-        return refusal(f"the adapter {shown(adapter)} is no longer served: its files have gone", has)
+        return refusal(f"the adapter {shown(adapter)} is no longer served: its files were removed", has)
     return refusal(f"the model {shown(name)} does not exist",
                    f"did you mean {' or '.join(shown(names[other]) for other in near)}?" if near else has)

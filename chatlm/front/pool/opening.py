@@ -1,4 +1,4 @@
-"""A MODEL becomes a model that can be asked, before its weights are read."""
+"""Makes a MODEL ready for requests before its weights are read."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 
 class Opener:
-    """Makes the pools of many models: each with its own settings and workers, and what all share."""
+    """Makes the pools of several models: each with its own settings and workers, plus what they share."""
 
-    RESERVE = 0.1    # of the free memory is left to others, unless --models-memory says otherwise
-    # What a worker's process takes beside its model: torch and its buffers, on a GPU also CUDA's. Measured on
-    # x86-64 Linux with two models of 6 MB, after an answer of each, by
-    #     grep -E "^(Rss|Pss|Private_Dirty)" /proc/PID/smaps_rollup    (pid: of workers in /stats)
-    # with decode_core 239, 181 and 154 MiB; without it, CHAT_SERVER_KERNELS=reference, 279, 225 and 180. What
-    # is not private are the libraries' files, which all processes share and the system can drop.
+    RESERVE = 0.1    # share of the free memory left to other programs, without --models-memory
+    # What a worker's process takes in addition to its model: torch and its buffers, on a GPU also CUDA's.
+    # Measured on x86-64 Linux with two models of 6 MB, after an answer from each, by
+    #     grep -E "^(Rss|Pss|Private_Dirty)" /proc/PID/smaps_rollup    (pid: from workers in /stats)
+    # with decode_core 239, 181 and 154 MiB; without it, CHAT_SERVER_KERNELS=reference, 279, 225 and 180. The
+    # part that is not private is the libraries' files, which processes share and the system can drop.
     PROCESS_BYTES, GPU_PROCESS_BYTES = 200 << 20, 600 << 20
 
     def __init__(self, settings: Settings, command: Seq[str], residency: Residency):
@@ -47,7 +47,7 @@ class Opener:
         self.desk, self.survey, self.workers = Desk(), Survey(command), 0
         self.dispatchers: list[Dispatcher] = []
         self.prefixes = Prefixes(settings)
-        budget = settings.models_memory  # None: the survey finds out what a GPU has
+        budget = settings.models_memory  # None on a GPU: the survey reads how much it has
         if budget is None and not self._on_gpus(settings):
             budget = int(available_memory() * (1 - self.RESERVE))
         if budget is not None:
@@ -58,7 +58,7 @@ class Opener:
         return settings.device_type in ("auto", "cuda") and cuda_device_count() > 0
 
     def resolve(self, choice: ModelChoice, report: Callable[[str, float], None]) -> Model:
-        """ConfigError if nothing is there; a broken file becomes a model that has failed."""
+        """ConfigError if the path does not exist; a broken file becomes a failed model."""
         changes = {"adapter": (), **choice.changes}
         if choice.replicas and self._on_gpus(self.settings):
             changes["num_gpus"] = str(choice.replicas)
@@ -80,7 +80,8 @@ class Opener:
         return model
 
     async def open(self, model: Model) -> ChatServerError | None:
-        """Look at its files and make its pool, whose workers wait to be wanted. Returns why it has failed."""
+        """Read the headers of its files and make its pool, whose workers start when they are wanted. Returns
+        the error if that fails."""
         if model.source is None:
             return None
         pool = None
@@ -120,8 +121,8 @@ class Opener:
         return pool
 
     def _beside(self, settings: Settings, device: str) -> tuple[int, int]:
-        """How many replicas share a memory, and what the processes of one take of it beside the model. Each
-        rank has a GPU of its own; in this machine's memory are all of them."""
+        """How many replicas share one memory, and how much of it a replica's processes take in addition to
+        the model. Each rank has its own GPU; on CPUs all ranks share the machine's memory."""
         if device.startswith("cuda"):
             return 1, self.GPU_PROCESS_BYTES
         return max(settings.num_workers, 1), ranks_here(settings) * self.PROCESS_BYTES

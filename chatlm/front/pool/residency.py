@@ -1,4 +1,4 @@
-"""Which of several models are in memory: by bytes, in turns, and never cutting an answer."""
+"""Which of several models are in memory. No answer is ever cut short to free memory."""
 
 from __future__ import annotations
 
@@ -18,51 +18,51 @@ if TYPE_CHECKING:
 
 
 class Stay(enum.Enum):
-    """What a model has of the memory, and what it is about to give back."""
+    """How much memory a model holds, and whether it is about to release some."""
 
-    OUT = enum.auto()             # nothing: its workers' processes are gone, or were never there
-    IN = enum.auto()              # all that it needs: it loads or serves
-    EMPTYING = enum.auto()        # all; its workers were asked for the bytes of their KV pages
-    EMPTIED = enum.auto()         # all but its KV pages
-    LEAVING = enum.auto()         # all, until the answers on its workers, and then these, have ended
-    LEAVING_EMPTIED = enum.auto()  # the same without its KV pages
+    OUT = enum.auto()             # none: its workers have not started, or their processes have ended
+    IN = enum.auto()              # everything: it is loading or serving
+    EMPTYING = enum.auto()        # everything; its workers were asked to release their KV pages
+    EMPTIED = enum.auto()         # everything but its KV pages
+    LEAVING = enum.auto()         # everything, until its running answers, then its workers, have ended
+    LEAVING_EMPTIED = enum.auto()  # likewise, without its KV pages
 
 
-# What may follow, and who has it follow.
+# Which transitions are allowed, and who requests them.
 NEXT_STAYS = {
     Stay.OUT: {Stay.IN: "the residency, for a request or the operator"},
     Stay.IN: {Stay.EMPTYING: "the residency, for another model",
               Stay.LEAVING: "the residency, for another model or after idle_s; the operator"},
-    Stay.EMPTYING: {Stay.EMPTIED: "its workers, all of which have given them back",
-                    Stay.LEAVING: "its workers, one of which cannot; the operator"},
+    Stay.EMPTYING: {Stay.EMPTIED: "its workers, when all have released them",
+                    Stay.LEAVING: "its workers, when one cannot; the operator"},
     Stay.EMPTIED: {Stay.IN: "the residency, for a request or the operator",
                    Stay.LEAVING_EMPTIED: "the residency, for another model or after idle_s; the operator"},
-    Stay.LEAVING: {Stay.OUT: "its workers, whose processes are gone"},
-    Stay.LEAVING_EMPTIED: {Stay.OUT: "its workers, whose processes are gone"}}
+    Stay.LEAVING: {Stay.OUT: "its workers, when their processes have ended"},
+    Stay.LEAVING_EMPTIED: {Stay.OUT: "its workers, when their processes have ended"}}
 
 
 class Place:
-    """A model's place in memory: what it has of it, and whether it waits for it.
+    """A model's share of memory: how many bytes it holds, and whether it waits for them.
 
-    It takes its place when it begins to load. It leaves when others need the bytes: then its jobs are held,
-    those on workers end, its workers are ended, and the place is free once their processes are gone. Where
-    the bytes of its KV pages are enough for the others, an idle model gives up these alone: its workers
-    forget the prefixes that they cached, and stay. Before it serves it waits for these bytes again."""
+    A model holds its bytes from when it begins to load. When others need them, its queued jobs are held, the
+    running ones end, its workers are ended, and the bytes are free once their processes are gone. If the
+    bytes of its KV pages are enough for the others, an idle model releases only these: its workers forget
+    the cached prefixes and stay alive. Before the model serves again, it waits to get those bytes back."""
 
     def __init__(self, name: str, pool: WorkerPool, own_size: int, *, cache: int = 0, pinned: bool = False,
                  idle_s: float = 0.0):
-        """own_size: bytes without adapters, `cache` of them KV pages; pinned: only the operator unloads it;
-        idle_s: it is unloaded after that many seconds without a request, 0 = never."""
+        """own_size: bytes without adapters; cache: how many of these are KV pages; pinned: only the operator
+        unloads it; idle_s: unload it after this many seconds without a request, 0 = never."""
         self.name, self.pool, self.own_size, self.cache = name, pool, own_size, cache
         self.pinned, self.idle_s = pinned, idle_s
         self.stay = Stay.OUT
-        self.empties = True  # can its workers give back the memory of KV pages alone?
-        self.asked = pinned  # to be loaded, by somebody other than a job
+        self.empties = True  # can its workers release KV pages alone?
+        self.asked = pinned  # was loading requested other than by a job?
         self.taken_s = 0.0
         self.waits_since_s: float | None = None
 
     def become(self, stay: Stay):
-        """All changes of its stay. Jobs wait while it has less than it needs, or is about to."""
+        """Every transition goes through here. Jobs are held while the model lacks memory or is about to."""
         assert stay in NEXT_STAYS[self.stay], f"{self.name}: {self.stay.name} -> {stay.name}"
         self.stay = stay
         self.pool.dispatcher.held = stay not in (Stay.OUT, Stay.IN)
@@ -85,27 +85,27 @@ class Place:
 
     @property
     def size(self) -> int:
-        """Bytes with the adapters beside it, which come and go."""
+        """Bytes that it needs to serve, its current adapters included."""
         return self.own_size + self.pool.adapters.nbytes
 
     @property
     def bytes(self) -> int:
-        """Those it has now."""
+        """Bytes that it holds now."""
         return self.size - (self.cache if self.emptied else 0) if self.taken else 0
 
     @property
     def missing(self) -> int:
-        """Those it needs to serve, beside what it has."""
+        """Bytes that it needs to serve and does not hold."""
         return self.size - self.bytes
 
     @property
     def coming(self) -> int:
-        """Those that it is about to give up."""
+        """Bytes that it is about to release."""
         return self.bytes if self.leaving else self.cache if self.emptying else 0
 
     @property
     def spare(self) -> int:
-        """Those it could give up and stay: while it is idle, those of its KV pages."""
+        """Bytes that it could release without being unloaded: those of its KV pages while it is idle."""
         idle = self.loaded and not self.pool.dispatcher.jobs
         return self.cache if idle and self.empties and self.serves else 0
 
@@ -123,9 +123,9 @@ class Place:
         return any(worker.state is State.READY for worker in self.pool.workers)
 
     def take(self):
-        """It gets the bytes that it misses."""
+        """Take the missing bytes: load, or get the KV pages back."""
         before, dispatcher = self.stay, self.pool.dispatcher
-        log.info("loading %s (%s)" if before is Stay.OUT else "%s takes its KV pages again (%s)", self.name,
+        log.info("loading %s (%s)" if before is Stay.OUT else "%s gets its KV pages back (%s)", self.name,
                  shown_bytes(self.missing))
         self.become(Stay.IN)
         self.asked, self.taken_s = False, time.monotonic()
@@ -137,20 +137,20 @@ class Place:
         dispatcher.dispatch()
 
     def empty_cache(self):
-        """Give up the bytes of its KV pages."""
-        log.info("%s gives up its KV pages (%s)", self.name, shown_bytes(self.cache))
+        """Release the KV pages."""
+        log.info("%s releases its KV pages (%s)", self.name, shown_bytes(self.cache))
         self.become(Stay.EMPTYING)
         self.go_on()
 
     def leave(self):
-        """Give up all bytes, once the answers under way have ended."""
+        """Release all bytes once the running answers have ended."""
         if self.taken and not self.leaving:
             log.info("%s leaves memory (%s)", self.name, shown_bytes(self.bytes))
             self.become(Stay.LEAVING_EMPTIED if self.emptied else Stay.LEAVING)
             self.go_on()
 
     def go_on(self):
-        """Do what can be done now of what has begun."""
+        """Advance whatever transition is under way."""
         if self.stay in (Stay.EMPTYING, Stay.EMPTIED):
             self._go_on_emptying()
         if self.leaving and not self.pool.dispatcher.running:
@@ -159,39 +159,38 @@ class Place:
                 self.become(Stay.OUT)
 
     def _go_on_emptying(self):
-        for worker in self.pool.workers:  # also one that has died and come back
+        for worker in self.pool.workers:  # including one that died and was restarted
             worker.empty_cache()
         states = {worker.cache for worker in self.pool.workers if worker.state is State.READY}
         if CacheState.UNABLE in states:
-            log.info("the workers of %s cannot give up KV pages alone", self.name)
+            log.info("the workers of %s cannot release KV pages alone", self.name)
             self.empties = False
             self.leave()
         elif self.emptying and states <= {CacheState.EMPTY}:
             self.become(Stay.EMPTIED)
 
     def may_leave(self, now: float) -> bool:
-        """May others have its bytes? Not while it loads, nor in the time that every model has for itself."""
+        """May others have its bytes? Not while it loads, nor in the first seconds after that."""
         if self.stay not in (Stay.IN, Stay.EMPTIED) or self.pinned:
             return False
         workers, supervisor = self.pool.workers, self.pool.supervisor
         begin_s = min((worker.ready_s for worker in workers if worker.state is State.READY), default=(
             self.taken_s if any(worker.crashes_in_row for worker in workers) else math.inf))
-        return now - max(begin_s, self.taken_s) >= max(Residency.PLACE_S, supervisor.load_s)
+        return now - max(begin_s, self.taken_s) >= max(Residency.KEEP_S, supervisor.load_s)
 
 
 class NoRoom(ConfigError):
-    """A model that could never be loaded: requests would wait for it for ever."""
+    """A model that could never be loaded, so that its requests would wait for ever."""
 
 
 class Residency:
-    """Gives the bytes of memory to models that wait for them: first who waits longest. A model that computes
-    for low priority alone leaves first; then the least recently used idle one, or it gives up its KV pages
-    where those of the idle ones suffice; then, of those with answers under way, who has been there longest.
+    """Gives memory to the models that wait for it, the longest waiting first. To make room it unloads first
+    models that only run low-priority requests; then idle ones, least recently used first, or takes only
+    their KV pages if those are enough; then, of the busy ones, whichever was loaded first.
 
-    So every model that was admitted is loaded in the end, because each fits beside the pinned ones, which
-    never leave."""
+    Every admitted model is eventually loaded, because each fits next to the pinned ones, which stay."""
 
-    PLACE_S = 10.0  # a model keeps its place so long, or as long as it took to load
+    KEEP_S = 10.0  # a model stays at least this long, or as long as it took to load
     TICK_S = 0.1
 
     def __init__(self, budget: int):
@@ -200,31 +199,31 @@ class Residency:
         self.changed = asyncio.Event()
 
     def room_beside_pinned(self, *places: Place) -> int:
-        """How many bytes the pinned models leave to these."""
+        """How many bytes the pinned models leave for these places."""
         return self.budget - sum(other.size for other in self.places if other.pinned and other not in places)
 
     def admit(self, place: Place, more: int = 0):
-        """A new model's place is one of ours from now on; one of ours may grow by `more` bytes. NoRoom if the
-        model, or another one beside it, could never be loaded then."""
+        """Add a model, or allow a known one to grow by `more` bytes. NoRoom if it, or another model next to
+        it, could then never be loaded."""
         size, room = place.size + more, self.room_beside_pinned(place)
         others = [other for other in self.places if other is not place]
         largest = max((other for other in others if not other.pinned), key=lambda other: other.size,
                       default=None)
         together = f"all models together may take {shown_bytes(self.budget)} (--models-memory)"
         adapters = size - place.own_size
-        takes = f"it takes {shown_bytes(size)}" + (
+        takes = f"it needs {shown_bytes(size)}" + (
             f" with its adapters ({shown_bytes(adapters)})" if adapters else "")
         if size > room == self.budget:
             raise NoRoom(f"{takes}, and {together}")
         if size > room and place.pinned:
             names = ", ".join(other.name for other in (*others, place) if other.pinned)
-            raise NoRoom(f"the pinned models ({names}) take {shown_bytes(self.budget - room + size)}, and "
+            raise NoRoom(f"the pinned models ({names}) need {shown_bytes(self.budget - room + size)}, and "
                          f"{together}")
         if size > room:
             raise NoRoom(f"{takes}, and the pinned models leave {shown_bytes(room)} of --models-memory")
         if place.pinned and largest and largest.size > room - size:
             raise NoRoom(f"{takes} and is pinned, which leaves {shown_bytes(room - size)} of "
-                         f"--models-memory, and {largest.name} takes {shown_bytes(largest.size)}")
+                         f"--models-memory, and {largest.name} needs {shown_bytes(largest.size)}")
         if place not in self.places:
             self.places.append(place)
             self.changed.set()
@@ -246,16 +245,16 @@ class Residency:
         return sum(place.bytes for place in self.places)
 
     def settle(self, now: float):
-        """Do what can be done now."""
+        """Advance all transitions, and load what fits, in order of waiting."""
         for place in self.places:
             place.go_on()
             idle = place.taken and place.loaded and not place.pool.dispatcher.jobs
             if place.idle_s and idle and now - place.pool.dispatcher.used_s > place.idle_s:
                 place.leave()
             place.waits_since_s = (place.waits_since_s or now) if place.waits else None
-        if self.used > self.budget:  # adapters have come to a model that is loaded
+        if self.used > self.budget:  # a loaded model was given adapters
             self._make_room(0, now)
-        spare = None  # bytes beside those that the first in line without room will get; None: it has room
+        spare = None  # bytes left over once the first in line that has to wait is served; None: none waits
         for place in sorted(self.places, key=lambda place: place.waits_since_s or math.inf):
             if not place.waits:
                 continue
@@ -265,12 +264,12 @@ class Residency:
                 spare = spare and spare - missing
             elif spare is None:
                 spare = self._make_room(missing, now, place)
-                if missing <= self.budget - self.used:  # who left had no process any more
+                if missing <= self.budget - self.used:  # freed at once: the unloaded ones had no process
                     place.take()
 
     def _make_room(self, missing: int, now: float, place: Place | None = None) -> float:
-        """Unload models other than that of `place` if that frees enough bytes. Returns the bytes that
-        others may take now: those that will be left over, or any number where it is not enough."""
+        """Unload models other than `place`'s if that frees enough bytes. Returns how many bytes others may
+        take now: what will be left over, or infinity if unloading does not free enough."""
         coming = self.budget - self.used + sum(other.coming for other in self.places)
         others = sorted((other for other in self.places if other is not place and other.may_leave(now)),
                         key=self._rank)

@@ -1,4 +1,4 @@
-"""What lies below a watched folder, from one look to the next."""
+"""What a watched folder contains, from one scan to the next."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ T = TypeVar("T", bound=Sighting)
 
 
 class Sightings(Generic[T]):
-    """The models, checkpoints or adapters below a folder. A stamp is a version of one's files, and a version
-    that stands still is offered at each look until its caller has taken or refused it.
+    """The models, checkpoints or adapters below a folder. A stamp identifies a version of an entry's files. A
+    version that has not changed between two scans is offered at each scan until the caller has accepted or
+    refused it.
 
-    What is seen without a stamp is being written, or cannot be read now: nobody knows which version it is. It
-    has not gone, and neither has anything below it: the last version seen stays in `there`. So does
-    everything if the look itself fails."""
+    An entry without a stamp is being written or cannot be read now, so its version is unknown. It is not
+    treated as removed, and neither is anything below it: the last version seen stays in `there`. If a scan
+    fails as a whole, everything stays."""
 
-    OLD_S = 5.0  # files that were changed longer ago stand still at the first look
+    OLD_S = 5.0  # files older than this are offered at the first scan
 
     def __init__(self, find: Callable[[], Iterable[T]], taken: Callable[[], Collection[Stamp]],
                  watch_s: float):
-        """find: runs in a thread; ConfigError or OSError if the folder cannot be read. taken: the versions
-        that the caller has. watch_s: between two looks."""
+        """find: runs in a thread; ConfigError or OSError if the folder cannot be read. taken: returns the
+        versions that the caller serves. watch_s: seconds between two scans."""
         self.find, self.taken, self.watch_s = find, taken, watch_s
-        self.there: dict[Path, T] = {}         # as last seen, in their order
+        self.there: dict[Path, T] = {}         # as last seen, in order
         self.looked = False
-        self.refused: dict[Stamp, bool] = {}   # versions that cannot be served; True: nor ever
-        self.troubles: dict[str, Mapping] = {}  # by what they are about
+        self.refused: dict[Stamp, bool] = {}   # versions that cannot be served; True: for good
+        self.troubles: dict[str, Mapping] = {}  # by topic
 
     async def run(self, update: Callable[[list[T]], Awaitable], pause=asyncio.sleep):
-        """Look again and again. update: takes what is offered."""
+        """Scan for ever. update: is called with what each scan offers."""
         while True:
             await pause(self.watch_s)
             try:
@@ -49,8 +50,8 @@ class Sightings(Generic[T]):
         return self.compare(await asyncio.to_thread(self.find))
 
     def compare(self, found: Iterable[T]) -> list[T]:
-        """Take what a look has found. Returns what is offered: the versions that stand still, and are neither
-        taken nor refused for good."""
+        """Compare the result of a scan with the last one. Returns what is offered: versions that have not
+        changed since and are neither served nor refused for good."""
         found, before = [*found], self.there.values()
         self.note("files", {each.path: each.trouble for each in found if each.trouble})
         seen = [each for each in found if each.stamp]
@@ -64,16 +65,16 @@ class Sightings(Generic[T]):
         return [each for each in seen if each.stamp in still - done]
 
     def refuse(self, stamp: Stamp, for_good: bool = True) -> bool:
-        """A version cannot be served: it is not offered again, unless that may change. Returns whether this
-        is news, which the caller logs."""
+        """Note that a version cannot be served. If that is for good, it is not offered again. Returns whether
+        this is news, for the caller to log."""
         news = self.refused.get(stamp) != for_good
         self.refused[stamp] = for_good
         return news
 
     def note(self, about: str, troubles: Mapping):
-        """All that is wrong now with what this is about. Each is logged once, and again when it changes."""
+        """Set all current troubles of a topic. Each is logged once, and again when it changes."""
         known = self.troubles.get(about, {})
         for what, trouble in troubles.items():
             if known.get(what) != trouble:
-                log.error(trouble)  # whole, as lines of one kind in a second are counted
+                log.error(trouble)  # no format string: the log merges lines with equal ones
         self.troubles[about] = troubles

@@ -53,7 +53,7 @@ class Supervisor:
         self.gave_up: Callable[[], None] = lambda: None  # called when there is a failure
         self.served_s = time.monotonic()     # when a worker was last ready, or nothing waited for one
         self.load_s = 0.0                    # how long the last worker took from start to ready
-        self.tasks: list[asyncio.Task] = []
+        self.tasks: set[asyncio.Task] = set()
 
     def run(self, what: str, work: Callable[[], Any]):
         """Run a part of the pool in the background. A failure before the pool is ready ends start-up; after
@@ -64,7 +64,8 @@ class Supervisor:
                 self.give_up(error if known else EngineFailure(f"{what} failed: {error}"))
             return not self.closing
 
-        self.tasks.append(asyncio.create_task(supervised(what, work, failed)))
+        self.tasks.add(task := asyncio.create_task(supervised(what, work, failed)))
+        task.add_done_callback(self.tasks.discard)
 
     def give_up(self, error: ChatServerError):
         """Start-up has failed."""
@@ -260,8 +261,9 @@ class Supervisor:
         processes = [worker.process for worker in self.workers if worker.process]
         for process in processes:
             process.kill()
-        for task in self.tasks:
+        tasks = [*self.tasks]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for process in processes:
             await asyncio.to_thread(process.wait)  # harmless if its task has waited for it already

@@ -1,4 +1,4 @@
-"""The version of a model's files: one for a pool's workers and for the front's tokenizer and template."""
+"""Keeps a pool's workers and the front's tokenizer and template on one version of the model's files."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class Version:
-    """Files may change while a model is served. An answer never goes on with other weights, and no prompt is
-    rendered for other files than those that the workers have. So before a worker reads the model, its files
-    are compared with those that the others have. The others go on with the old version until no answer is
-    left; then all workers and the front take the new one. If no worker has the old version any more, its
+    """Files may change while a model is served. No answer ever continues with other weights, and no prompt is
+    rendered for files other than those that the workers have. So before a worker reads the model, its files
+    are compared with the version of the other workers. These keep the old version until no answer is left;
+    then all workers and the front switch to the new one. If no worker has the old version any more, its
     answers end with an error.
 
-    Of several models, one whose files have changed gets a new pool instead, for it may need more memory."""
+    One of several models gets a new pool instead when its files change, since it may need more memory."""
 
-    LOOK_S = 0.5       # between two looks whether others still need the old version
+    LOOK_S = 0.5       # between two checks whether other workers still need the old version
     PATIENCE_S = 60.0  # how long a request waits for a new version
 
     def __init__(self, supervisor: Supervisor):
@@ -35,7 +35,7 @@ class Version:
         self.opened = asyncio.Event()  # set when there is a tokenizer for this version
 
     async def may_read(self, worker: Worker) -> bool:
-        """Wait until a worker may read the files as they are now. False if this pool does not serve them."""
+        """Wait until a worker may read the current files. False if this pool may not serve them."""
         supervisor, waits, placement = self.supervisor, False, worker.placement
         if not placement.renews and placement.source and await asyncio.to_thread(placement.gone):
             supervisor.leave_out(worker, Changed(placement.source.path))
@@ -50,22 +50,22 @@ class Version:
                 self.renew(source)
                 break
             if not waits:
-                log.warning("%s waits: the model's files have changed, and the other workers go on with the "
-                            "old ones until no answer is left", worker.where)
+                log.warning("%s waits: the model's files have changed, and the other workers keep the old "
+                            "version until no answer is left", worker.where)
             waits = True
             await asyncio.sleep(self.LOOK_S)
         return True
 
     def renew(self, source: ModelSource | None):
-        """Have all workers, and the front, take the files as they are now."""
+        """Switch all workers and the front to the current files."""
         supervisor = self.supervisor
-        log.warning("the model's files have changed: they are read again")
+        log.warning("the model's files have changed; reading them again")
         self.number += 1
         self.opened.clear()
         supervisor.card, supervisor.prepared = replace(supervisor.card, kernels={}), False
         supervisor.dispatcher.fail(
             EngineFailure("the model's files have changed since this answer began, and no worker has the old "
-                          "ones: ask again"), *supervisor.dispatcher.jobs.values())
+                          "version: ask again"), *supervisor.dispatcher.jobs.values())
         for worker in supervisor.workers:
             worker.placement.source = source
             if worker.state in (State.LOADING, State.READY):
@@ -73,21 +73,21 @@ class Version:
                 worker.kill()
 
     def refuse(self, worker: Worker):
-        """A worker says that its files are others: they changed meanwhile, or are on a node of Ray's."""
+        """A worker has read another version: the files changed meanwhile, or a Ray node has other files."""
         placement = worker.placement
         if not placement.renews and placement.source:
             self.supervisor.leave_out(worker, Changed(placement.source.path))
             worker.kill()
         elif self.supervisor.ready_workers:
-            self.supervisor.leave_out(worker, ConfigError("the model's files there are not those of the "
-                                                          "other workers"))
+            self.supervisor.leave_out(worker, ConfigError("its model files differ from those of the other "
+                                                          "workers"))
             worker.kill()
         else:
             self.renew(None)
 
     async def current(self):
-        """Wait until there is a tokenizer for the version that the workers have, or will read. Overloaded if
-        that takes long."""
+        """Wait until the tokenizer belongs to the version that the workers have or will read. Overloaded if
+        that takes too long."""
         supervisor = self.supervisor
         for worker in supervisor.workers[:1] if supervisor.asleep and supervisor.prepared else ():
             if worker.placement.renews and (source := await asyncio.to_thread(worker.placement.now)):

@@ -1,4 +1,4 @@
-"""A training run as models: each checkpoint that is complete can be asked, `latest` is the last of them."""
+"""A training run as models: each complete checkpoint can be chosen, and `latest` is the newest."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ if TYPE_CHECKING:
     from chatlm.front.pool.residency import Residency
 
 
-IN_USE_S = 60.0  # a model that was asked so recently is followed by one that is loaded already
+IN_USE_S = 60.0  # after a request, the next step is loaded before it replaces this one for so long
 
 
 class Postponed(ChatServerError):
-    """A checkpoint is scored later."""
+    """The checkpoint will be scored later."""
 
 
 class RunWatch:
     """Serves the checkpoints below --watch while they are written.
 
-    A checkpoint is a model of its own, `TAG@STEP`, with workers of its own. So nothing is ever swapped under
-    an answer: `TAG@latest` is a name that goes from one model to the next. While the old one answers, the new
-    one is loaded first, if memory holds both; else requests wait for it. The old one leaves memory when its
-    answers have ended and nobody has asked for it for a while.
+    Each checkpoint is a separate model, `TAG@STEP`, with its own workers, so weights never change during an
+    answer: `TAG@latest` is a name that moves from one model to the next. While the old model is in use, the
+    new one is loaded first if memory holds both; otherwise requests wait for it. The old one leaves memory
+    once its answers have ended and it has had no request for a while.
 
-    A model belongs to its files as they were seen complete: their stamp. Workers refuse other files, so what
-    is overwritten becomes a new model, and the old one ends with its answers."""
+    A model belongs to the version of its files that was complete: their stamp. Workers refuse other
+    versions, so an overwritten checkpoint becomes a new model, and the old one ends with its answers."""
 
-    WATCH_S = 2.0    # between two looks
-    AT_ONCE = 8      # checkpoints opened between two looks, the last ones first
-    LEAVE_S = 30.0   # a step before the last leaves memory when nobody has asked for it so long
-    SURVEY_S = 20.0  # the process that reads headers lives so long after the last checkpoint
+    WATCH_S = 2.0    # between two scans
+    AT_ONCE = 8      # checkpoints opened between two scans, newest first
+    LEAVE_S = 30.0   # a step that is not the latest leaves memory this long after its last request
+    SURVEY_S = 20.0  # the process that reads headers ends this long after the last checkpoint
 
     def __init__(self, many: ManyModels):
         self.many, self.registry = many, many.registry
         self.folder = Path(many.settings.watch or "").expanduser().absolute()
-        self.models: dict[Step, Model] = {}  # those served
-        self.sightings = Sightings(  # a folder that has no file of a checkpoint yet is nothing
+        self.models: dict[Step, Model] = {}  # being served
+        self.sightings = Sightings(  # folders without any file of a checkpoint are ignored
             lambda: [step for step in find_steps(self.folder) if step.stamp or not step.missing],
             lambda: [step.stamp for step in self.models], self.WATCH_S)
-        self.tags: dict[Path, str] = {}      # of each run
-        self.last: dict[Path, Model] = {}    # of each run: the model that is called `latest`
+        self.tags: dict[Path, str] = {}      # by run
+        self.last: dict[Path, Model] = {}    # by run: the model that has the name `latest`
         self.opened_s = 0.0                  # when a checkpoint was last opened
         self.scores = StepScores(many, self.models)
 
@@ -67,7 +67,7 @@ class RunWatch:
         last = {step.run: step for step in await self.sightings.look()}
         await self._open([*last.values()])
         if not self.models:
-            log.info("--watch %s: there is no complete checkpoint yet", self.folder)
+            log.info("--watch %s: no complete checkpoint yet", self.folder)
 
     async def run(self):
         await self.sightings.run(self.update, self._pause)
@@ -78,17 +78,17 @@ class RunWatch:
             await asyncio.sleep(min(left_s, 0.1) if self.follow() else left_s)
 
     async def update(self, settled: Seq[Step]):
-        """Serve what has become complete, and stop to serve what is not the same any more."""
+        """Serve checkpoints that have become complete, and stop serving those that changed or went."""
         for step in [*self.models]:
             now = self.sightings.there.get(step.path)
             if not now or now.stamp != step.stamp:
-                self._dismiss(step, "was replaced" if now and not now.missing else "has gone")
+                self._dismiss(step, "was replaced" if now and not now.missing else "was removed")
         await self._open(settled[::-1][:self.AT_ONCE])
         if time.monotonic() - self.opened_s > self.SURVEY_S:
             await self.many.opener.survey.close()
 
     async def _open(self, steps: Iterable[Step]):
-        for step in self.sightings.there.values():  # names do not depend on what is complete first
+        for step in self.sightings.there.values():  # so tags do not depend on which step is complete first
             self._tag_of(step.run)
         for step in steps:
             name = f"{self._tag_of(step.run)}@{step.step}"
@@ -102,23 +102,23 @@ class RunWatch:
 
     async def _open_one(self, step: Step, name: str):
         path, merged = str(step.path), {}
-        if step.adapts:  # a model of its own too: its base with the adapter merged
+        if step.adapts:  # served as its base with the adapter merged
             path, merged = base_of(step.path), {"lora": (str(step.path),)}
         name = self.registry.renamed(ModelChoice(str(step.path), name)).name
         choice = ModelChoice(path, name, changes={
             "source": None, "model_tag": None, "step": None, **merged})
         try:
             if not path:
-                raise ConfigError(f"it is an adapter, and its {CONFIG} names no base_model_name_or_path")
+                raise ConfigError(f"it is an adapter whose {CONFIG} has no base_model_name_or_path")
             model = await asyncio.to_thread(self.many.opener.resolve, choice, lambda *progress: None)
             await self.many.opener.open(model)
-        except ConfigError as error:  # it has gone
+        except ConfigError as error:  # it was removed
             return self._refuse(step, f"the checkpoint {name} is not served: {error}")
         if model.pool is None:
             return self._refuse(step, f"the checkpoint {name} is not served: {model.reason}")
         model.run, model.step = self._tag_of(step.run), step.step
         self.registry.add(model)
-        self.registry.models.sort(key=lambda model: (model.run, model.step))  # "": those of no run stay first
+        self.registry.models.sort(key=lambda model: (model.run, model.step))  # models of no run come first
         self.models[step] = model
         self.many.serve(model)
         log.info("the checkpoint %s is available", model.name)
@@ -128,7 +128,7 @@ class RunWatch:
         log.warning("%s", reason)
 
     def _tag_of(self, run: Path) -> str:
-        """A run has the name of its folder; if another run has that name already, its path."""
+        """A run is named after its folder; by its path if another run already has that name."""
         if run not in self.tags:
             inside = run.is_relative_to(self.folder) and run != self.folder
             path = str(run.relative_to(self.folder)) if inside else run.name
@@ -143,7 +143,7 @@ class RunWatch:
         model.choice = replace(model.choice, aliases=names, default=is_default)
 
     def _dismiss(self, step: Step, why: str):
-        """Take no more requests for a checkpoint; those it has may end."""
+        """Stop accepting requests for a checkpoint; those that it has may end."""
         model = self.models.pop(step)
         log.info("the checkpoint %s %s", model.name, why)
         self.registry.models.remove(model)
@@ -154,19 +154,19 @@ class RunWatch:
             self.many.run(f"ending {model.name}", partial(self._end, model, model.pool))
 
     async def _end(self, model: Model, pool: WorkerPool):
-        """Close the pool of a model that no request can find any more, once its answers have ended."""
-        await asyncio.sleep(self.WATCH_S)  # those who have found it just now are still being read
+        """Close the pool of a model that requests can no longer find, once its answers have ended."""
+        await asyncio.sleep(self.WATCH_S)  # requests that just found it are still being read
         while jobs := [*pool.dispatcher.jobs.values()]:
-            if not pool.supervisor.ready_workers:  # nor can any come: its files are others now
+            if not pool.supervisor.ready_workers:  # and no worker can start, since the files changed
                 pool.dispatcher.fail(EngineFailure(
-                    f"the checkpoint {model.name!r} has changed or gone before it was loaded"), *jobs)
+                    f"the checkpoint {model.name!r} was changed or removed before it was loaded"), *jobs)
             await asyncio.sleep(0.1)
         self.many.leaving.remove(pool)
         if model.pool:
             await self.many.remove(pool, model.place)
 
     def follow(self) -> bool:
-        """Have `latest` of each run be its last step. Returns whether one of them is still loading."""
+        """Move each run's `latest` to its newest step. Returns whether one of these is still loading."""
         coming = False
         for run in {step.run for step in self.models}:
             able = {step.step: model for step, model in self.models.items() if step.run == run and model.pool}
@@ -178,22 +178,22 @@ class RunWatch:
             if holder and in_use(holder, self.many.residency) and not (newest.place and newest.place.loaded):
                 coming = True
                 if newest.state == "unloaded":
-                    self.many.load(newest)
+                    newest.load()
                 continue
             if holder:
                 self._give_names(holder, ())
                 if holder.place:
                     holder.place.idle_s = holder.place.idle_s or self.LEAVE_S
-                if holder.pool and newest.pool:  # who talked to it talks to the new one
+                if holder.pool and newest.pool:  # its users now use the new one
                     newest.pool.dispatcher.asked_s = holder.pool.dispatcher.asked_s
             self.last[run] = newest
             self._give_names(newest, (self._latest(run),))
-            log.info("%s is %s now", self._latest(run), newest.name)
+            log.info("%s is now %s", self._latest(run), newest.name)
             self._mark_default()
         return coming
 
     def _mark_default(self):
-        """Without another model, requests that name none are for the run that was written last."""
+        """If only runs are served, the most recently written one answers requests without a model."""
         if any(model not in self.models.values() for model in self.registry.models):
             return
         by_time = sorted(self.last, key=lambda run: max(
@@ -203,10 +203,10 @@ class RunWatch:
 
 
 class StepScores:
-    """Scores one checkpoint after another by --watch-text, the last ones first, in rows and memory that
-    nobody else wants."""
+    """Scores one checkpoint after another on --watch-text, newest first, with rows and memory that nothing
+    else needs."""
 
-    WINDOWS = 2  # computed at a time
+    WINDOWS = 2  # computed at once
 
     def __init__(self, many: ManyModels, models: Mapping[Step, Model]):
         path = many.settings.watch_text
@@ -226,7 +226,7 @@ class StepScores:
     async def _score(self, model: Model, step: Step, text: str):
         def check_room():
             if not self._may_load(model):
-                raise Postponed("others need the memory")
+                raise Postponed("other models need the memory")
 
         pool, was_loaded = Served(model).pool, model.state == "ready"
         try:
@@ -236,12 +236,12 @@ class StepScores:
             return
         except ChatServerError as error:
             self.unscorable.add(step)
-            log.warning("the checkpoint %s is not scored: %s", model.name, error)
+            log.warning("the checkpoint %s cannot be scored: %s", model.name, error)
         if not (was_loaded or pool.dispatcher.jobs or asked_lately(pool)):
-            self.many.unload(model)
+            model.unload()
 
     def _may_load(self, model: Model) -> bool:
-        """Is it loaded, or is there memory for it that no model has and none waits for?"""
+        """Is it loaded, or is there free memory for it that no other model waits for?"""
         place, residency = model.place, self.many.residency
         return place is not None and (
             place.serves or place.missing <= residency.budget - residency.used
@@ -249,7 +249,7 @@ class StepScores:
 
 
 def in_use(model: Model, residency: Residency) -> bool:
-    """Is it in memory, has it been asked lately, and does memory hold another beside it?"""
+    """Is it in memory and recently used, and is there memory for a second one like it?"""
     place, pool = model.place, model.pool
     if not (pool and place and place.taken and asked_lately(pool)):
         return False
@@ -257,5 +257,5 @@ def in_use(model: Model, residency: Residency) -> bool:
 
 
 def asked_lately(pool: WorkerPool) -> bool:
-    """Does somebody talk to it, other than with low priority?"""
+    """Has it running or recent requests, other than with low priority?"""
     return pool.dispatcher.busy or time.monotonic() - pool.dispatcher.asked_s < IN_USE_S

@@ -183,11 +183,11 @@ class ModelRoutes:
 
     async def handle_load(self, http: web.Request) -> web.Response:
         """POST /models/load, as llama-server's router: it begins, and /v1/models says how far it is."""
-        return await self._managed(http, self.catalogue.load)
+        return await self._managed(http, lambda model: model.load())
 
     async def handle_unload(self, http: web.Request) -> web.Response:
         """POST /models/unload: once the answers under way have ended."""
-        return await self._managed(http, self.catalogue.unload)
+        return await self._managed(http, lambda model: model.unload())
 
     async def _managed(self, http: web.Request, manage: Callable[[Model], None]) -> web.Response:
         self.access.check_operator(http)

@@ -83,7 +83,7 @@ def history(monkeypatch, tmp_path, client, started, caplog):
     """A function that plays a scene against a server with these settings, and compares what was seen."""
     for watch in (FolderWatch, RunWatch, AdapterWatch):
         monkeypatch.setattr(watch, "WATCH_S", 0.1)
-    monkeypatch.setattr(Residency, "PLACE_S", 0.1)
+    monkeypatch.setattr(Residency, "KEEP_S", 0.1)
     caplog.set_level(logging.INFO)
 
     async def play(name, scene, **settings):
@@ -152,11 +152,11 @@ async def test_the_history_of_a_folder_of_models_and_adapters(history, tmp_path)
         (models / "broken.gguf").unlink()
         await seen.step("the broken file goes", lambda found: "broken" not in found, ("broken",))
         moved_in(kept / "other", models / "third.gguf")
-        await seen.step("a third model", lambda found: "third" in found, ("third",), line="a new model")
+        await seen.step("a third model", lambda found: "third" in found, ("third",), line="new model")
         (models / "third.gguf").unlink()
         async with seen.client.post(seen.url + "/models/unload", json={"model": "third"}) as response:
             assert response.status == 200
-        await seen.step("the third model goes", lambda found: "third" not in found, ("third",), line="the model third has gone")
+        await seen.step("the third model goes", lambda found: "third" not in found, ("third",), line="the model third was removed")
 
     await history("models", scene, models=str(models))
 
@@ -179,7 +179,7 @@ async def test_the_history_of_a_watched_run(history, nanochat_fixtures, tmp_path
         shutil.copyfile(with_meta, with_meta.with_name("meta_000020.json"))
         await seen.step("a broken step", asked=("d2@20", "d2@latest"), line="d2@20")
         (base / "base_checkpoints" / "d2" / "model_000010.pt").unlink()
-        await seen.step("the first step goes", lambda found: "d2@10" not in found, ("d2@10", "d2@latest"), line="d2@10 has gone")
+        await seen.step("the first step goes", lambda found: "d2@10" not in found, ("d2@10", "d2@latest"), line="d2@10 was removed")
 
     (base / "base_checkpoints").mkdir()
     await history("watch", scene, watch=str(base))

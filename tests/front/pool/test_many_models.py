@@ -73,7 +73,7 @@ async def listed(client, url, **headers):
 
 async def test_each_model_answers_as_it_does_alone_and_they_take_turns(start_models, nanochat_fixtures, client, monkeypatch):
     """The memory holds one of them. Meanwhile their requests wait in the queue, and hear how far the model is."""
-    monkeypatch.setattr(Residency, "PLACE_S", 0.2)
+    monkeypatch.setattr(Residency, "KEEP_S", 0.2)
     models = await start_models("gen1", "gen5", models_memory=230 * MIB, prefix_memory=0)
     async with served(models) as url:
         before = await listed(client, url)
@@ -103,7 +103,7 @@ async def test_each_model_answers_as_it_does_alone_and_they_take_turns(start_mod
 
 
 async def test_two_models_with_room_for_the_kv_pages_of_one_stay_loaded_and_answer_as_before(start_models, client, nanochat_fixtures, monkeypatch):
-    monkeypatch.setattr(Residency, "PLACE_S", 0.0)
+    monkeypatch.setattr(Residency, "KEEP_S", 0.0)
     models = await start_models("gen1", "gen5", models_memory=10 * MIB << 10, prefix_memory=0)     # so that what is emptied is gone
     sizes = {name: models.find(name).bytes for name in ("gen1", "gen5")}
     models.residency.budget = sum(sizes.values()) - min(models.find(name).model.place.cache for name in sizes) // 2
@@ -204,7 +204,7 @@ async def test_while_headers_are_still_read_a_request_is_told_to_come_again(nano
         await models.wait_ready()
         assert content(await ask(client, url, "gen1"))
     shown = [*caplog.messages, *models.describe()]
-    assert len([line for line in shown if "garb" in line]) == 1 and "  bad: cannot be served, as said above" in shown
+    assert len([line for line in shown if "garb" in line]) == 1 and "  bad: cannot be served (see above)" in shown
 
 
 async def outcome(**settings):
@@ -219,11 +219,11 @@ async def outcome(**settings):
 async def test_what_cannot_be_served_ends_the_start_with_one_line(nanochat_fixtures, tmp_path):
     one, other = choices(nanochat_fixtures, "gen1", "gen2")
     (tmp_path / "empty").mkdir()
-    bad = [(dict(models=str(tmp_path / "empty")), "there is no GGUF file"), (dict(models=str(tmp_path / "none")), "there is no such folder"),
-           (dict(several=(one, ModelChoice(other.path, "gen1"))), "two models are called gen1"),
-           (dict(several=(one, ModelChoice(other.path, "b", ("gen1",)))), "two models are called gen1"),
+    bad = [(dict(models=str(tmp_path / "empty")), "contains no GGUF file"), (dict(models=str(tmp_path / "none")), "there is no such folder"),
+           (dict(several=(one, ModelChoice(other.path, "gen1"))), "two models have the name gen1"),
+           (dict(several=(one, ModelChoice(other.path, "b", ("gen1",)))), "two models have the name gen1"),
            (dict(several=(one, ModelChoice(str(tmp_path / "missing")))), "no model at"),
-           (dict(several=(one, other), models_memory=MIB, prefix_memory=0), r"takes [\d.]+ MB, and all models together may take 1.0 MB \(--models-memory\)"),
+           (dict(several=(one, other), models_memory=MIB, prefix_memory=0), r"needs [\d.]+ MB, and all models together may take 1.0 MB \(--models-memory\)"),
            (dict(several=(ModelChoice(one.path, "a", pin=True), ModelChoice(other.path, "b", pin=True)), models_memory=300 * MIB, prefix_memory=0), "pinned models")]
     for settings, words in bad:
         with pytest.raises(ConfigError, match=words) as error:
@@ -259,7 +259,7 @@ async def test_a_model_whose_worker_cannot_start_fails_alone_and_is_tried_again(
 @pytest.mark.slow
 async def test_replicas_of_several_models_share_requests_and_take_turns(start_models, nanochat_fixtures, client, monkeypatch):
     """A model leaves with all its replicas; the one that has more is counted so."""
-    monkeypatch.setattr(Residency, "PLACE_S", 0.2)
+    monkeypatch.setattr(Residency, "KEEP_S", 0.2)
     paths = {"two": nanochat_fixtures / "gen1", "one": nanochat_fixtures / "gen5", "most": nanochat_fixtures / "gen2"}
     replicas = {"two": None, "one": 1, "most": 3}
     several = tuple(ModelChoice(str(path), name, replicas=replicas[name]) for name, path in paths.items())
@@ -288,7 +288,7 @@ async def test_replicas_of_several_models_share_requests_and_take_turns(start_mo
 @pytest.mark.slow
 async def test_models_of_several_ranks_answer_as_alone_are_counted_with_them_and_leave_whole(start_models, nanochat_fixtures, client, monkeypatch):
     """The KV pages of one would suffice, but its ranks cannot give them back alone."""
-    monkeypatch.setattr(Residency, "PLACE_S", 0.0)
+    monkeypatch.setattr(Residency, "KEEP_S", 0.0)
     models = await start_models("gen1", "gen5", tensor_parallel_size=2, models_memory=900 * MIB, prefix_memory=0)
     one, other = (models.find(name).model for name in ("gen1", "gen5"))
     assert all(400 * MIB < model.bytes < 450 * MIB for model in (one, other))
@@ -307,7 +307,7 @@ async def test_models_of_several_ranks_answer_as_alone_are_counted_with_them_and
 async def test_twelve_models_random_traffic_little_memory_and_killed_workers_lose_no_answer(
         start_models, nanochat_fixtures, client, tmp_path, monkeypatch):
     from families import make_model, save
-    monkeypatch.setattr(Residency, "PLACE_S", 1.0)
+    monkeypatch.setattr(Residency, "KEEP_S", 1.0)
     paths = {name: nanochat_fixtures / name for name in ("gen1", "gen2", "gen3", "gen4", "gen5")}
     for name in ("llama3.2", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "smollm3"):
         paths[name] = save(make_model(name), tmp_path / name)

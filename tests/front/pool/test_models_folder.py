@@ -80,7 +80,7 @@ async def test_latest_and_the_name_without_a_step_follow_the_steps_of_a_folder(s
         broken.write_bytes(b"garbage")
         await until(lambda: len(names()) == 3)
         assert models.registry.find("d4@latest").name == f"nanochat-d4-sft@{step + 1}"      # which can answer
-        models.unload(models.find("d4@latest").model)
+        models.find("d4@latest").model.unload()
         await until(lambda: models.find("d4@latest").state == "unloaded")
         Path(models.find("d4@latest").model.choice.path).unlink()
         await until(lambda: len(names()) == 2)
@@ -110,7 +110,7 @@ async def test_a_file_that_is_replaced_while_its_model_is_unloaded_is_waited_for
         before = (await ask(client, url, name))[1]["choices"][0]["message"]["content"]
         for content in (whole[:1000], whole):
             old = models.registry.find(name).model
-            models.unload(old)
+            old.unload()
             await until(lambda: old.state in ("unloaded", "failed"))
             weights.write_bytes(content)
             await until(lambda: old.pool is None and not old.reason)        # it has been seen
@@ -166,8 +166,8 @@ async def test_odd_files_below_models_stop_nothing_and_each_is_said_once(start_f
         shutil.move(tmp_path / "moved", tmp_path / "models")
         (tmp_path / "models" / "gen5" / "later.gguf").symlink_to(tmp_path / "none")
         await until(lambda: said("later.gguf"))
-    for words in ("dangling.gguf is a link to a file that is not there", "itself.gguf: Too many levels", "late.gguf is a link to a file that is not there",
-                  "later.gguf is a link to a file that is not there", "pipe.gguf is no regular file", "there is no such folder"):
+    for words in ("dangling.gguf is a link to a missing file", "itself.gguf: Too many levels", "late.gguf is a link to a missing file",
+                  "later.gguf is a link to a missing file", "pipe.gguf is not a regular file", "there is no such folder"):
         assert len(said(words)) == 1, (words, caplog.messages)
 
 

@@ -216,7 +216,7 @@ async def test_adapters_come_change_and_go_with_their_folders(start, base, clien
         await until(lambda: "first" not in pool.adapters.serving)
         for name in ("first", "tiny-llama@first", "first:latest"):
             status, body = await ask(client, url, name)
-            assert status == 404 and 'the adapter "first" is no longer served: its files have gone' in body["error"]["message"], body
+            assert status == 404 and 'the adapter "first" is no longer served: its files were removed' in body["error"]["message"], body
         status, body = await ask(client, url, "other@first")
         assert status == 404 and "does not exist" in body["error"]["message"]
         await until(lambda: len(pool.adapters.all) == 1)            # the workers have forgotten the others
@@ -242,7 +242,7 @@ def test_what_is_wrong_with_the_flag_is_one_line(word, message, base, tmp_path):
 async def test_a_server_does_not_start_with_an_adapter_that_it_cannot_serve(start, base, tmp_path):
     good = adapter(base, tmp_path / "good")
     for words, message in (
-            ([f"one={good}", f"one={good}"], "is called one too"), ([f"tiny-llama={good}"], "the model is called tiny-llama"),
+            ([f"one={good}", f"one={good}"], "has the name one too"), ([f"tiny-llama={good}"], "the model has the name tiny-llama"),
             ([f"one={random_adapter(tmp_path / 'other', 1, {'self_attn.q_proj': (64, 32)}, base_model_name_or_path='some/Qwen3-8B')}"],
              "of the shapes .* this adapter was made for .*Qwen3-8B"),
             ([f"good={good}", f"one={adapter(base, tmp_path / 'dora', use_dora=True)}"], "--adapter one: .*use_dora is true")):
@@ -297,10 +297,10 @@ async def test_of_several_models_each_has_its_adapters(base, client, tmp_path, m
     tight = replace(choices[0], changes={"adapter": (f"one={folder / 'on-blue'}",)})
     models = ManyModels(Settings(several=(tight,), models_memory=without_adapters + 1, **TINY), DYING)
     await models.start()
-    with pytest.raises(ConfigError, match=r"it takes .* with its adapters \(.*\(--models-memory\)"):
+    with pytest.raises(ConfigError, match=r"it needs .* with its adapters \(.*\(--models-memory\)"):
         await models.wait_ready()
     await models.close()
-    for name, words in (("green", "names none of the models"), ("", "names none of the models")):
+    for name, words in (("green", "matches none of the models"), ("", "matches none of the models")):
         other = adapter(base, tmp_path / "other", base_model_name_or_path=name)
         models = ManyModels(Settings(several=choices, adapter=(f"one={other}",), **TINY), DYING)
         await models.start()

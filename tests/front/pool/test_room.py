@@ -23,7 +23,7 @@ from pools import played_pool
 
 TINY = {"dtype": "float32", "kv_cache_memory": 4 << 20, "max_batch": 8, "prefix_memory": 0, "nice": 0}
 MIB = 1 << 20
-BOTH = r"it takes [\d.]+ MB, and the pinned models leave [\d.]+ MB of --models-memory"
+BOTH = r"it needs [\d.]+ MB, and the pinned models leave [\d.]+ MB of --models-memory"
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_an_adapter_that_takes_more_in_a_worker_than_it_seemed_to_is_refused_whe
         fits = nbytes <= old.nbytes
         assert (adapters.serving["law"] is adapter) == fits
         adapters.drop_unused()
-    assert "the adapter law cannot be served (its older version stays): with it the model does not fit: it takes" in caplog.text
+    assert "the adapter law cannot be served (its older version stays): with it the model does not fit: it needs" in caplog.text
     assert isinstance(worker.sent[-1], DropAdapter) and worker.sent[-1].id == adapter.id and place.size <= residency.budget
 
 
@@ -148,9 +148,9 @@ def test_every_model_that_is_admitted_fits_beside_the_pinned_ones_in_whatever_or
     places.admit("b", 40)
     places.admit("c", 40)       # b and c take turns
     for name, size, options, words in (
-            ("d", 41, {}, r"it takes 0.0 MB, and the pinned models leave 0.0 MB of --models-memory"),
-            ("e", 41, {"pinned": True}, r"the pinned models \(a, e\) take 0.0 MB, and all models together may take"),
-            ("f", 1, {"pinned": True}, r"it takes 0.0 MB and is pinned, which leaves 0.0 MB of --models-memory, and b takes 0.0 MB")):
+            ("d", 41, {}, r"it needs 0.0 MB, and the pinned models leave 0.0 MB of --models-memory"),
+            ("e", 41, {"pinned": True}, r"the pinned models \(a, e\) need 0.0 MB, and all models together may take"),
+            ("f", 1, {"pinned": True}, r"it needs 0.0 MB and is pinned, which leaves 0.0 MB of --models-memory, and b needs 0.0 MB")):
         with pytest.raises(ConfigError, match=words):
             places.admit(name, size, **options)
     assert [place.name for place in places.residency.places] == ["a", "b", "c"]
@@ -184,5 +184,5 @@ async def test_a_pinned_model_that_could_not_be_read_at_first_may_not_displace_w
         await ask(client, url, "late")
         await until(lambda: models.registry.find("late").model.failed_s < float("inf"))
         status, body = await ask(client, url, "late")
-        assert status == 503 and "the pinned models (pinned, late) take" in body["error"]["message"]
+        assert status == 503 and "the pinned models (pinned, late) need" in body["error"]["message"]
         assert (await ask(client, url, "pinned"))[0] == 200

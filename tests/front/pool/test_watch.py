@@ -165,7 +165,7 @@ async def test_half_written_broken_replaced_and_deleted_checkpoints_are_told_onc
         assert status == 503 and "no complete checkpoint" in body["error"]["message"]
     assert len(lines("model_000005")) == len(lines("d2@6 is not served")) == 1
     assert "meta_000005.json is missing" in lines("model_000005")[0] and not lines("d2@7")
-    assert len(lines("d2@4 was replaced")) == len(lines("d2@4 has gone")) == 1
+    assert len(lines("d2@4 was replaced")) == len(lines("d2@4 was removed")) == 1
 
 
 async def test_health_says_what_an_empty_watched_folder_waits_for_without_its_path(run_folder, watching, client):
@@ -197,7 +197,7 @@ async def test_a_worker_refuses_files_that_are_not_those_that_were_seen(run_fold
         shutil.copy(file_of(run_folder, 1), file_of(run_folder, 2))
         model.pool.workers[0].kill()
         status, body = await asked
-        assert status == 500 and "changed or gone" in body["error"]["message"]
+        assert status == 500 and "changed or removed" in body["error"]["message"]
 
 
 def test_runs_are_found_three_folders_deep_and_links_are_not_followed(tmp_path):
@@ -239,7 +239,7 @@ async def test_of_two_runs_with_one_name_the_second_has_its_path_and_the_last_wr
 
 @pytest.mark.slow
 async def test_old_steps_take_turns_where_memory_holds_one(run_folder, watching, client, monkeypatch):
-    monkeypatch.setattr(Residency, "PLACE_S", 0.1)
+    monkeypatch.setattr(Residency, "KEEP_S", 0.1)
     list(tiny_training.train(run_folder, 3, 1))
     models = await watching(run_folder, models_memory=230 * MIB, prefix_memory=0)
     async with serving(models, models.settings) as url:
@@ -333,7 +333,7 @@ async def test_each_checkpoint_is_scored_and_metrics_and_stats_have_the_number(r
 
 async def test_scoring_leaves_the_step_loaded_that_people_talk_to(run_folder, watching, client, tmp_path, monkeypatch, caplog):
     """Memory holds one step; the others are scored once there is room."""
-    monkeypatch.setattr(Residency, "PLACE_S", 0.1)
+    monkeypatch.setattr(Residency, "KEEP_S", 0.1)
     caplog.set_level(logging.INFO, logger="chat_server")
     (tmp_path / "text.txt").write_text(tiny_training.TEXT * 3)
     list(tiny_training.train(run_folder, 1, 1))

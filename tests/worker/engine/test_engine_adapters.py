@@ -249,7 +249,7 @@ def test_an_adapter_whose_files_are_not_those_that_were_seen_is_refused(engine, 
     until_read(inbox)
     inbox.obey(LoadAdapter("touched before", str(folder), stamp))
     until_read(inbox)
-    assert [(message.id, "changed or gone" in message.problem) for message in told] == [
+    assert [(message.id, "changed or removed" in message.problem) for message in told] == [
         ("same", False), ("other digest", True), ("touched while it was read", True), ("touched before", True)]
     engine.adapters.drop("same")
     assert sorted(engine.transformer.adapters) == [1, 2, 3, 4]
