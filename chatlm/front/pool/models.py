@@ -99,7 +99,8 @@ class Model:
         if self.pool is None:
             return "loading" if self.is_read else "failed"
         if self.place:
-            return "unloaded" if not self.place.taken else "ready" if self.place.loaded else "loading"
+            loaded = "ready" if self.pool.supervisor.ready_workers else "loading"
+            return loaded if self.place.taken else "unloaded"
         asleep = getattr(self.pool.supervisor, "asleep", False) and not self.pool.dispatcher.wanted.is_set()
         return "unloaded" if asleep else "ready" if self.pool.ready else "loading"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
-from chatlm.front.pool.worker import CacheState, State
+from chatlm.front.pool.worker import CacheState
 
 if TYPE_CHECKING:
     from chatlm.front.pool.pool import WorkerPool
@@ -99,17 +99,6 @@ class Place:
         return self.size - self.bytes
 
     @property
-    def coming(self) -> int:
-        """Bytes that it is about to release."""
-        return self.bytes if self.leaving else self.cache if self.emptying else 0
-
-    @property
-    def spare(self) -> int:
-        """Bytes that it could release without being unloaded: those of its KV pages while it is idle."""
-        idle = self.loaded and not self.pool.dispatcher.jobs
-        return self.cache if idle and self.empties and self.serves else 0
-
-    @property
     def serves(self) -> bool:
         return self.stay is Stay.IN
 
@@ -117,10 +106,6 @@ class Place:
     def waits(self) -> bool:
         may_take = Stay.IN in NEXT_STAYS[self.stay]
         return may_take and bool(self.asked or len(self.pool.dispatcher.pending))
-
-    @property
-    def loaded(self) -> bool:
-        return any(worker.state is State.READY for worker in self.pool.workers)
 
     def take(self):
         """Take the missing bytes: load, or get the KV pages back."""
@@ -151,32 +136,20 @@ class Place:
 
     def go_on(self):
         """Advance whatever transition is under way."""
+        ready = self.pool.supervisor.ready_workers
         if self.stay in (Stay.EMPTYING, Stay.EMPTIED):
-            self._go_on_emptying()
+            for worker in self.pool.workers:  # including one that died and was restarted
+                worker.empty_cache()
+            if any(worker.cache is CacheState.UNABLE for worker in ready):
+                log.info("the workers of %s cannot release KV pages alone", self.name)
+                self.empties = False
+                self.leave()
+            elif self.emptying and all(worker.cache is CacheState.EMPTY for worker in ready):
+                self.become(Stay.EMPTIED)
         if self.leaving and not self.pool.dispatcher.running:
             self.pool.supervisor.unload()
             if self.pool.supervisor.gone:
                 self.become(Stay.OUT)
-
-    def _go_on_emptying(self):
-        for worker in self.pool.workers:  # including one that died and was restarted
-            worker.empty_cache()
-        states = {worker.cache for worker in self.pool.workers if worker.state is State.READY}
-        if CacheState.UNABLE in states:
-            log.info("the workers of %s cannot release KV pages alone", self.name)
-            self.empties = False
-            self.leave()
-        elif self.emptying and states <= {CacheState.EMPTY}:
-            self.become(Stay.EMPTIED)
-
-    def may_leave(self, now: float) -> bool:
-        """May others have its bytes? Not while it loads, nor in the first seconds after that."""
-        if self.stay not in (Stay.IN, Stay.EMPTIED) or self.pinned:
-            return False
-        workers, supervisor = self.pool.workers, self.pool.supervisor
-        begin_s = min((worker.ready_s for worker in workers if worker.state is State.READY), default=(
-            self.taken_s if any(worker.crashes_in_row for worker in workers) else math.inf))
-        return now - max(begin_s, self.taken_s) >= max(Residency.KEEP_S, supervisor.load_s)
 
 
 class NoRoom(ConfigError):
@@ -248,8 +221,8 @@ class Residency:
         """Advance all transitions, and load what fits, in order of waiting."""
         for place in self.places:
             place.go_on()
-            idle = place.taken and place.loaded and not place.pool.dispatcher.jobs
-            if place.idle_s and idle and now - place.pool.dispatcher.used_s > place.idle_s:
+            idle_s = now - place.pool.dispatcher.used_s if place.taken and is_idle(place) else 0.0
+            if place.idle_s and idle_s > place.idle_s:
                 place.leave()
             place.waits_since_s = (place.waits_since_s or now) if place.waits else None
         if self.used > self.budget:  # a loaded model was given adapters
@@ -270,29 +243,53 @@ class Residency:
     def _make_room(self, missing: int, now: float, place: Place | None = None) -> float:
         """Unload models other than `place`'s if that frees enough bytes. Returns how many bytes others may
         take now: what will be left over, or infinity if unloading does not free enough."""
-        coming = self.budget - self.used + sum(other.coming for other in self.places)
-        others = sorted((other for other in self.places if other is not place and other.may_leave(now)),
+        free = self.budget - self.used + sum(coming(other) for other in self.places)
+        others = sorted((other for other in self.places if other is not place and may_leave(other, now)),
                         key=self._rank)
-        spare, leave = sum(other.spare for other in others), list[Place]()
+        spare, leave = sum(spare_of(other) for other in others), list[Place]()
         for other in others:
-            if coming + spare < missing:
+            if free + spare < missing:
                 leave.append(other)
-                coming, spare = coming + other.bytes, spare - other.spare
-        if coming + spare < missing:
+                free, spare = free + other.bytes, spare - spare_of(other)
+        if free + spare < missing:
             return math.inf
         for other in others:
             if other in leave:
                 other.leave()
-            elif coming < missing and other.spare:
-                coming += other.spare
+            elif free < missing and spare_of(other):
+                free += spare_of(other)
                 other.empty_cache()
-        return coming - missing
+        return free - missing
 
     @staticmethod
     def _rank(place: Place) -> tuple[bool, bool, float]:
         dispatcher = place.pool.dispatcher
         busy = dispatcher.busy
         return busy, not dispatcher.jobs, place.taken_s if dispatcher.jobs else dispatcher.used_s
+
+
+def is_idle(place: Place) -> bool:
+    return bool(place.pool.supervisor.ready_workers) and not place.pool.dispatcher.jobs
+
+
+def coming(place: Place) -> int:
+    """Bytes that it is about to release."""
+    return place.bytes if place.leaving else place.cache if place.emptying else 0
+
+
+def spare_of(place: Place) -> int:
+    """Bytes that it could release without being unloaded: those of its KV pages while it is idle."""
+    return place.cache if place.serves and place.empties and is_idle(place) else 0
+
+
+def may_leave(place: Place, now: float) -> bool:
+    """May others have its bytes? Not while it loads, nor in the first seconds after that."""
+    if place.stay not in (Stay.IN, Stay.EMPTIED) or place.pinned:
+        return False
+    workers, supervisor = place.pool.workers, place.pool.supervisor
+    begin_s = min((worker.ready_s for worker in supervisor.ready_workers), default=(
+        place.taken_s if any(worker.crashes_in_row for worker in workers) else math.inf))
+    return now - max(begin_s, place.taken_s) >= max(Residency.KEEP_S, supervisor.load_s)
 
 
 def shown_bytes(count: int) -> str:

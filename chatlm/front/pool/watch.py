@@ -175,7 +175,7 @@ class RunWatch:
             newest, holder = able[max(able)], self.last.get(run)
             if newest is holder:
                 continue
-            if holder and in_use(holder, self.many.residency) and not (newest.place and newest.place.loaded):
+            if holder and in_use(holder, self.many.residency) and newest.state != "ready":
                 coming = True
                 if newest.state == "unloaded":
                     newest.load()
