@@ -52,8 +52,8 @@ class Adapter:
         return next(iter(self.problems.values()), "")
 
     @property
-    def public_problem(self) -> str:
-        """Without the paths of this machine."""
+    def public_reason(self) -> str:
+        """Why it cannot be served, without the paths of this machine."""
         return without_folders(self.problem)
 
 

@@ -99,7 +99,7 @@ class FolderWatch:
     async def _resolve(self, choice: ModelChoice, files: Files) -> Model | None:
         """None if it was removed meanwhile."""
         try:
-            model = await asyncio.to_thread(self.many.opener.resolve, choice, lambda *progress: None)
+            model = await self.many.opener.resolve(choice)
         except ConfigError:
             return None
         model.stamp = files.stamp

@@ -89,7 +89,7 @@ class ManyModels(Catalogue):
 
         await self.opener.desk.sandboxes["templates"].start()
         for choice in self.settings.several:
-            self.registry.add(await asyncio.to_thread(self.opener.resolve, choice, report))
+            self.registry.add(await self.opener.resolve(choice, report))
         watch = FolderWatch(self) if self.settings.models is not None else None
         if watch:
             await watch.begin()

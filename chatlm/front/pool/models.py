@@ -149,8 +149,12 @@ class Served(NamedTuple):
     version: int | None = None  # of the model's files, if a request holds it
 
     @property
+    def _one(self) -> Model | Adapter:
+        return self.adapter or self.model
+
+    @property
     def name(self) -> str:
-        return self.adapter.name if self.adapter else self.model.name
+        return self._one.name
 
     @property
     def aliases(self) -> list[str]:
@@ -182,12 +186,12 @@ class Served(NamedTuple):
     @property
     def bytes(self) -> int:
         """Bytes in memory; what it will need if it is not loaded."""
-        return self.adapter.bytes if self.adapter else self.model.bytes
+        return self._one.bytes
 
     @property
     def public_reason(self) -> str:
         """Why it failed, without the paths of this machine."""
-        return self.adapter.public_problem if self.adapter else self.model.public_reason
+        return self._one.public_reason
 
     @property
     def pool(self) -> WorkerPool:

@@ -57,7 +57,8 @@ class Opener:
     def _on_gpus(settings: Settings) -> bool:
         return settings.device_type in ("auto", "cuda") and cuda_device_count() > 0
 
-    def resolve(self, choice: ModelChoice, report: Callable[[str, float], None]) -> Model:
+    async def resolve(self, choice: ModelChoice,
+                      report: Callable[[str, float], None] = lambda stage, fraction: None) -> Model:
         """ConfigError if the path does not exist; a broken file becomes a failed model."""
         changes = {"adapter": (), **choice.changes}
         if choice.replicas and self._on_gpus(self.settings):
@@ -67,7 +68,7 @@ class Opener:
         settings = replace(self.settings, model=choice.path, models=None, several=(),
                            served_model_name=choice.aliases, **changes)
         try:
-            source = resolve_model(settings, report)
+            source = await asyncio.to_thread(resolve_model, settings, report)
         except ConfigError as error:
             path = Path(choice.path).expanduser()
             if not path.exists():

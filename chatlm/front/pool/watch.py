@@ -110,7 +110,7 @@ class RunWatch:
         try:
             if not path:
                 raise ConfigError(f"it is an adapter whose {CONFIG} has no base_model_name_or_path")
-            model = await asyncio.to_thread(self.many.opener.resolve, choice, lambda *progress: None)
+            model = await self.many.opener.resolve(choice)
             await self.many.opener.open(model)
         except ConfigError as error:  # it was removed
             return self._refuse(step, f"the checkpoint {name} is not served: {error}")
