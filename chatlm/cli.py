@@ -18,6 +18,7 @@ from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, did_you_mean, require_library
 from chatlm.common.files import read_operators
 from chatlm.common.hub.find import SUPPORTED_MODELS
+from chatlm.common.messages.requests import SAMPLING_FLAGS
 
 if TYPE_CHECKING:
     from chatlm.common.config import Flag
@@ -171,7 +172,8 @@ def read_config(file: str | None) -> tuple[dict[str, list[str]], list[dict]]:
 TABLE_FLAGS = {flag.field: flag for flag in FLAGS if flag.field in (
     "source", "model_tag", "step", "softcap", "lora", "adapter", "dtype", "quantize", "context_length",
     "kv_cache_dtype", "kv_cache_memory", "max_batch", "prefill_chunk", "drafts", "idle_unload",
-    "temperature", "top_k", "top_p", "min_p", "max_tokens", "reasoning_budget", "reasoning_budget_message")}
+    "max_tokens", "reasoning_budget", "reasoning_budget_message", *SAMPLING_FLAGS)
+    and "serve" in flag.commands}
 TABLE_KEYS = ("name", "path", "aliases", "pin", "default", "replicas")
 
 

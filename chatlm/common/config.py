@@ -25,8 +25,6 @@ DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_MAX_TOKENS = 512  # without -m; /v1 goes up to the context
 PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "compare", "score", "check")
 ANSWERING = "serve chat generate compare"  # the commands that generate tokens
-# Used where neither the request, a flag nor the model sets a value
-SAMPLING_DEFAULTS = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 CHAT_TEMPERATURE = 0.6    # the default of the chat command
 PAGE_SIZE = 16            # KV slots in a page
 STORE_BYTES = 10 << 30    # of --prefix-store
@@ -387,15 +385,6 @@ FLAGS: tuple[Flag, ...] = tuple(row.metadata["flag"]._replace(field=row.name)
 
 def ranks_per_replica(settings: Settings) -> int:
     return settings.tensor_parallel_size * settings.pipeline_parallel_size
-
-
-def sampling_defaults(settings: Settings) -> dict[str, tuple[float, str]]:
-    """The default of each sampling parameter, and where it comes from."""
-    usual = SAMPLING_DEFAULTS | ({"temperature": CHAT_TEMPERATURE} if settings.command == "chat" else {})
-    values = {name: (value, "usual") for name, value in usual.items()}
-    values |= {name: (value, settings.own_origin) for name, value in settings.own_sampling.items()}
-    return values | {name: (value, f"--{name.replace('_', '-')}") for name in usual
-                     if (value := getattr(settings, name, None)) is not None}
 
 
 class ApiKey(NamedTuple):

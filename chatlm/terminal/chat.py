@@ -18,12 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlm.common.config import DEFAULT_MAX_TOKENS, SAMPLING_DEFAULTS, with_own_sampling
+from chatlm.common.config import DEFAULT_MAX_TOKENS, with_own_sampling
 from chatlm.common.core import decode_core, kernels_line
 from chatlm.common.errors import ChatServerError, ConfigError, did_you_mean, shown
 from chatlm.common.files import read_small
 from chatlm.common.jsontext import as_json, whole_unicode
-from chatlm.common.messages.requests import AnswerParams, Finished, Message, Piece, PromptProgress, Request
+from chatlm.common.messages.requests import (
+    SAMPLING_DEFAULTS, AnswerParams, Finished, Message, Piece, PromptProgress, Request)
 from chatlm.common.streams import lack_of_space
 from chatlm.front.aio import interruptible
 from chatlm.front.api.encode import timings_body

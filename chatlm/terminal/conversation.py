@@ -17,12 +17,12 @@ from pathlib import Path
 from chatlm.common.config import FLAGS, LIMITS
 from chatlm.common.jsontext import is_text
 from chatlm.common.log import utc
-from chatlm.common.messages.requests import Message
+from chatlm.common.messages.requests import SAMPLING_FLAGS, Message
 
 
 CHAT_FORMAT = {"format": "chat_server chats", "version": 2}
-DRAWING = "temperature", "top_k", "top_p", "min_p", "max_tokens", "seed"
-PARAMETERS = {flag.field: flag.parse for flag in FLAGS if flag.parse and flag.field in DRAWING}
+PARAMETERS = {flag.field: flag.parse for flag in FLAGS
+              if flag.parse and flag.field in (*SAMPLING_FLAGS, "max_tokens")}
 SETTABLE = (*PARAMETERS, "stop")
 
 

@@ -8,11 +8,11 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TYPE_CHECKING
 from urllib.parse import quote
 
-from chatlm.common.config import PING_S, SAMPLING_DEFAULTS
+from chatlm.common.config import PING_S
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, did_you_mean
 from chatlm.common.hub.local import explicit_choice
 from chatlm.common.log import ProgressDisplay
-from chatlm.common.messages.requests import Accepted, Message
+from chatlm.common.messages.requests import SAMPLING_DEFAULTS, SAMPLING_FLAGS, Accepted, Message
 from chatlm.front.lazy import aiohttp
 from chatlm.front.pool.pool import WorkerPool, pool_of
 from chatlm.terminal.streams import AnswerReader, EventStream, broken, connection_errors, object_in, reason_of
@@ -178,8 +178,7 @@ def native_body(request: Request) -> dict:
             "truncate": "oldest", "resumable": True, "stop": list(params.stop),
             "ignore_eos": params.ignore_eos, "progress": params.progress, **request.template_options,
             **({} if request.max_tokens is None else {"max_tokens": request.max_tokens}),
-            **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")
-               if name not in request.unset}}
+            **{name: getattr(sampling, name) for name in SAMPLING_FLAGS if name not in request.unset}}
 
 
 Pool = WorkerPool | RemotePool

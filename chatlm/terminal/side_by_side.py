@@ -21,6 +21,7 @@ from chatlm.front.pool.score import read_scored, score_text
 from chatlm.front.server.bodies import known_of
 from chatlm.front.server.compare import Comparison, asked_of, with_ids
 from chatlm.terminal.chat import duration, prompt_text
+from chatlm.terminal.conversation import PARAMETERS
 from chatlm.terminal.remote import RemotePool, open_pool
 from chatlm.terminal.streams import compared_at
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.front.pool.models import Served
-
-SENT = "temperature", "top_k", "top_p", "min_p", "max_tokens", "seed"  # flags sent to a server at --url
 
 
 class Column:
@@ -70,7 +69,7 @@ async def compare(settings: Settings) -> int:
     text, columns, turn = prompt_text(settings), [Column() for _ in names], 0
     system = [{"role": "system", "content": settings.system}] if settings.system else []
     body = {"models": names, "messages": [*system, {"role": "user", "content": text}],
-            **{name: value for name in SENT if (value := getattr(settings, name)) is not None}}
+            **{name: value for name in PARAMETERS if (value := getattr(settings, name)) is not None}}
     async with aclosing(answers_of(settings, body)) as events:
         async for event in events:
             if "done" in event:

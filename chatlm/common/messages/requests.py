@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from chatlm.common.config import CHAT_TEMPERATURE, FLAGS, Settings
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,21 @@ class TextSpec:
     chat_bos: bool = True                      # with add_bos, a chat too if its template writes none
 
 
+OWN = {"own": True}  # of a sampling parameter: a model's files may set it
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw tokens. Off: top_k 0, top_p 1, min_p 0. Temperature 0 is greedy."""
+    """How to draw tokens; a parameter has one name everywhere. Off: top_k 0, top_p 1, min_p 0. Temperature 0
+    is greedy."""
 
-    temperature: float = 0.8
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float = field(default=0.8, metadata=OWN)
+    top_k: int = field(default=50, metadata=OWN)
+    top_p: float = field(default=1.0, metadata=OWN)
+    min_p: float = field(default=0.0, metadata=OWN)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = field(default=1.0, metadata=OWN)
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0    # 64 bits
     choice: int = 0  # index among the `n` answers: each has its own noise
@@ -51,6 +57,22 @@ class SamplingParams:
     def counts_tokens(self) -> bool:
         """Do the text's tokens so far change what is drawn?"""
         return bool(self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty)
+
+
+SAMPLING_NAMES = tuple(row.name for row in fields(SamplingParams) if row.name != "choice")
+SAMPLING_FLAGS = tuple(flag.field for flag in FLAGS if flag.field in SAMPLING_NAMES)
+# Used where neither the request, a flag nor the model sets a value
+SAMPLING_DEFAULTS: dict[str, Any] = {
+    row.name: row.default for row in fields(SamplingParams) if row.metadata}
+
+
+def sampling_defaults(settings: Settings) -> dict[str, tuple[float, str]]:
+    """The default of each parameter that a model or a flag may set, and where it comes from."""
+    usual = SAMPLING_DEFAULTS | ({"temperature": CHAT_TEMPERATURE} if settings.command == "chat" else {})
+    values = {name: (value, "usual") for name, value in usual.items()}
+    values |= {name: (value, settings.own_origin) for name, value in settings.own_sampling.items()}
+    return values | {name: (value, f"--{name.replace('_', '-')}") for name in usual
+                     if (value := getattr(settings, name, None)) is not None}
 
 
 @dataclass(frozen=True)

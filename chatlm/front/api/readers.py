@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.config import DEFAULT_MAX_TOKENS, LIMITS, Settings, sampling_defaults
+from chatlm.common.config import DEFAULT_MAX_TOKENS, LIMITS, Settings
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.protocol import ParsedBody
-from chatlm.common.messages.requests import AnswerParams, Message, Request, SamplingParams
+from chatlm.common.messages.requests import (
+    SAMPLING_NAMES, AnswerParams, Message, Request, SamplingParams, sampling_defaults)
 from chatlm.common.messages.wire import as_plain_json
 from chatlm.common.text.formats import CALL_FORMATS
 from chatlm.common.text.grammar import unusable_schema
@@ -50,8 +50,7 @@ def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
     seed = settings.seed if settings.seed is not None else secrets.randbits(53)  # exact in JavaScript
     chosen: dict[str, Any] = {"seed": seed} | {
         name: value for name, (value, _) in sampling_defaults(settings).items()}
-    names = {field.name for field in dataclasses.fields(SamplingParams)}
-    return SamplingParams(**chosen | {name: value for name, value in values.items() if name in names})
+    return SamplingParams(**chosen | among(values, *SAMPLING_NAMES))
 
 
 def make_request(values: Mapping, settings: Settings, params: AnswerParams = AnswerParams(),

@@ -6,6 +6,7 @@ import math
 from functools import partial
 
 from chatlm.common.config import LIMITS
+from chatlm.common.messages.requests import SAMPLING_FLAGS, SAMPLING_NAMES
 from chatlm.front.api.fields import (
     A_TEXT, TEXT_OR_NULL, Field, FieldType, list_schema, object_schema, prompt_list, refused)
 from chatlm.front.api.field_types import (
@@ -59,18 +60,7 @@ PREFIX = Field("prefix_token_ids", TOKENS, "token ids with which the answer begi
                                            "drawn; their text comes first, and max_tokens counts them")
 TOKEN_IDS = Field("return_token_ids", SWITCH, "`token_ids` beside each choice: those behind its text")
 
-NATIVE_FIELDS = (
-    Field("messages", NATIVE_MESSAGES, "the conversation", required=True),
-    Field("temperature", NUMBER, "0 = greedy", *LIMITS.temperature, clamp=True),
-    Field("max_tokens", INTEGER, "most tokens of the answer", *LIMITS.max_tokens, clamp=True),
-    Field("top_k", TOP_K, "0 = whole vocabulary", *LIMITS.top_k, clamp=True),
-    Field("top_p", NUMBER, "1 = off", 0, 1, clamp=True),
-    Field("min_p", NUMBER, "0 = off", 0, 1, clamp=True),
-    Field("seed", SEED, "same seed, same answer; random when absent"),
-    *TEMPLATE_OPTIONS, PREFIX, *COMMON_FIELDS,
-)
-
-SAMPLING_FIELDS = (  # for all but nanochat's route
+SAMPLING_FIELDS = (  # for all but nanochat's route, which has those that are flags
     MODEL,
     Field("stream", SWITCH, "server-sent events"),
     Field("temperature", NUMBER, "0 = greedy", 0, 2),
@@ -86,6 +76,16 @@ SAMPLING_FIELDS = (  # for all but nanochat's route
     Field("repetition_penalty", NUMBER, "1 = off", 0.01, 10),
     Field("logit_bias", LOGIT_BIAS, "token id -> bias"),
     *COMMON_FIELDS,
+)
+SAMPLED = {field.name: field for field in SAMPLING_FIELDS if field.name in SAMPLING_NAMES}
+
+NATIVE_FIELDS = (
+    Field("messages", NATIVE_MESSAGES, "the conversation", required=True),
+    Field("max_tokens", INTEGER, "most tokens of the answer", *LIMITS.max_tokens, clamp=True),
+    *(field._replace(low=-math.inf, high=math.inf) if name == "seed" else
+      field._replace(**dict(zip(("low", "high"), getattr(LIMITS, name, ()))), clamp=True)
+      for name, field in SAMPLED.items() if name in SAMPLING_FLAGS),
+    *TEMPLATE_OPTIONS, PREFIX, *COMMON_FIELDS,
 )
 
 SHARED_FIELDS = (  # for Completions and Chat Completions
@@ -176,10 +176,11 @@ MESSAGES_FIELDS = (
           "`format`: json_schema; `effort`: how much the model thinks", means="response_format"),
 )
 
+OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty"}
 OLLAMA_OPTIONS = (
-    *(field for field in SAMPLING_FIELDS if field.name in (
-        "temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")),
-    Field("repeat_penalty", NUMBER, "1 = off", 0.01, 10, means="repetition_penalty"),
+    *(field._replace(name=OLLAMA_NAMES[name], means=name) if name in OLLAMA_NAMES else field
+      for name, field in SAMPLED.items()),
+    COMMON_FIELDS[0],
     Field("num_predict", INTEGER._replace(convert=lambda value: int(value) if value > 0 else -1),
           "most tokens of the answer; -1 and -2 = up to the context", -2, math.inf, means="max_tokens"),
 )
@@ -241,9 +242,7 @@ STEP = Field("step", FieldType('a number of a step, or "latest"',
                                {"anyOf": [{"type": "integer", "minimum": 0}, {"enum": ["latest"]}]}),
              "one of the checkpoints of the run of `model`")
 DRAWING_FIELDS = tuple(field for field in OPENAI_FIELDS if field.name in (  # what draws tokens, ends answers
-    "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "max_tokens",
-    "max_completion_tokens", "min_tokens", "ignore_eos", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "logit_bias"))
+    *SAMPLED, "stop", "stop_token_ids", "max_tokens", "max_completion_tokens", "min_tokens", "ignore_eos"))
 VARIANT_FIELDS = (
     Field("model", TEXT, "one of the served models; absent: the default one"),
     Field("adapter", TEXT, "one of the model's adapters"),

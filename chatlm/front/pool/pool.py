@@ -8,8 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence as Seq
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from chatlm.common.config import sampling_defaults, with_own_sampling
+from chatlm.common.config import with_own_sampling
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded
+from chatlm.common.messages.requests import sampling_defaults
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.admission.admission import Admission

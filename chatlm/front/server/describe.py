@@ -14,6 +14,7 @@ from chatlm.common.errors import Overloaded
 from chatlm.common.log import utc
 from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.api.fields import A_TEXT
+from chatlm.front.api.tables import OLLAMA_NAMES
 from chatlm.front.pool.names import default_among
 from chatlm.front.pool.pool import sampling_of
 from chatlm.front.server.bodies import tokenizer_of
@@ -204,10 +205,9 @@ class ModelRoutes:
         able, facts = model_body(served)["capabilities"], pool.supervisor.card.facts
         capabilities = {"completion": True, "tools": able["tools"], "thinking": able["reasoning"]}
         sampling = sampling_of(pool, served.model.settings)
-        names = {"repetition_penalty": "repeat_penalty"}
         return json_response({name: model[name] for name in ("modified_at", "details")} | {
             "template": tokenizer.spec.chat_template or "", "modelfile": "", "license": "",
-            "parameters": "\n".join(f"{names.get(name, name):30} {value:g}"
+            "parameters": "\n".join(f"{OLLAMA_NAMES.get(name, name):30} {value:g}"
                                     for name, (value, _) in sampling.items()),
             "model_info": {"general.architecture": facts.family,
                            "general.parameter_count": facts.parameters,

@@ -6,15 +6,18 @@ import os
 
 import pytest
 import real_server
-from chatlm.cli import parse_command_line
-from chatlm.common.config import Settings, sampling_defaults
+from chatlm.cli import TABLE_FLAGS, parse_command_line
+from chatlm.common.config import FLAGS, Settings
 from chatlm.common.hub.find import resolve_model
-from chatlm.common.messages.requests import Message
+from chatlm.common.messages.requests import (
+    SAMPLING_DEFAULTS, SAMPLING_FLAGS, SAMPLING_NAMES, Message, SamplingParams, sampling_defaults)
 from chatlm.front.api.readers import sampling_params
+from chatlm.front.api.tables import DRAWING_FIELDS, NATIVE_FIELDS, OLLAMA_OPTIONS, SAMPLED
 from chatlm.terminal.chat import Chat, new_request
+from chatlm.terminal.conversation import PARAMETERS
 from chatlm.terminal.remote import RemotePool
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.rules import own_sampling
+from chatlm.worker.weights.rules import SAMPLING_KEYS, own_sampling
 from fake_pool import FakePool, serving
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
 
@@ -144,3 +147,13 @@ async def test_show_in_a_terminal_names_the_values_of_the_server(monkeypatch, ca
         Chat(pool, settings).slash_show("")
         await pool.close()
     assert "temperature  0.3" in capsys.readouterr().err
+
+
+def test_every_list_of_sampling_parameters_is_that_of_sampling_params():
+    fields = {field.name for field in dataclasses.fields(SamplingParams)} - {"choice"}
+    assert set(SAMPLED) == set(SAMPLING_NAMES) == fields                        # a row for each, and no row without
+    assert set(SAMPLING_KEYS) == set(SAMPLING_DEFAULTS) == set(USUAL)           # what files of models may set
+    native = {field.name for field in NATIVE_FIELDS} & fields
+    assert native == set(SAMPLING_FLAGS) == set(PARAMETERS) - {"max_tokens"} == {flag.field for flag in FLAGS} & fields
+    assert set(TABLE_FLAGS) & fields == native - {"seed"}
+    assert {field.means or field.name for field in OLLAMA_OPTIONS} >= fields <= {field.name for field in DRAWING_FIELDS}
