@@ -31,7 +31,7 @@ def command(line):
 
 @pytest.mark.parametrize("line, words", [
     ("compare a -p x", "takes 2 to 8 MODELs, not 1"), (f"compare {'a b c ' * 3} -p x", "not 9"), ("compare a a -p x", "must be different"),
-    ("score a", "needs --text"), ("score a --text /nowhere", "No such file"), ("score a --text /dev/null", "it is empty")])
+    ("score a", "needs --text"), ("score a --text /nowhere", "No such file"), ("score a --text /dev/null", "the file is empty")])
 def test_what_cannot_be_compared_or_scored_is_one_line_and_status_2(line, words, capsys):
     assert chat_server.main(shlex.split(line)) == 2
     assert re.search(words, capsys.readouterr().err) and capsys.readouterr().out == ""

@@ -1,4 +1,4 @@
-"""The queue before the workers: which answer runs where, and what its reader hears."""
+"""The queue in front of the workers: which answer runs where, and which events its reader gets."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 class WaitingQueue:
-    """Jobs that wait for a row. First come those whose worker died; then those of the client with the fewest
-    rows, where clients with equally many take turns; last, in the same order, those of low priority."""
+    """Jobs that wait for a row. Jobs whose worker died come first; then those of the client with the fewest
+    rows, with clients that have equally many taking turns; low-priority jobs last, in the same order."""
 
     def __init__(self):
         self.lanes = Lanes()
@@ -43,7 +43,7 @@ class WaitingQueue:
 
     @staticmethod
     def _lane_of(job: Job) -> tuple[int, str]:
-        """A job's rank and client; jobs whose worker died share one line."""
+        """A job's rank and client; jobs whose worker died share one lane."""
         return (0, "") if job.failovers else (1 + job.request.low_priority, job.request.client)
 
     def append(self, job: Job):
@@ -66,46 +66,47 @@ class WaitingQueue:
 
 
 class Dispatcher:
-    """Answers over a list of workers that others fill and keep alive.
+    """Distributes answers over a list of workers, which the placement fills and the supervisor keeps alive.
 
     A job waits in `pending` until a ready worker has a free row. It then goes to the worker with the fewest
-    outstanding tokens, unless another has more of the prompt cached than it has extra to compute. The jobs of
-    a worker that died go to the front of the queue."""
+    outstanding tokens, unless another one has so much of the prompt cached that it would finish earlier. The
+    jobs of a worker that died go to the front of the queue."""
 
-    MAX_FAILOVERS = 3   # give up a request after this many worker deaths without a token in between
+    MAX_FAILOVERS = 3   # fail a request after this many worker deaths without a token in between
     POSITION_S = 0.25   # seconds between updates of a waiting client's position in the queue
-    TURN_S = 0.005      # one request's events are handled for this long before others get their turn
-    PREFIXES = 10_000   # remembered per worker
+    TURN_S = 0.005      # how long one request's events are handled before others get their turn
+    PREFIXES = 10_000   # remembered for each worker
 
     def __init__(self, settings: Settings, workers: Seq[Worker], all_models: list[Dispatcher] | None = None):
-        """all_models: those of a server's models, to which this is added; limits and turns hold for all."""
+        """all_models: the dispatchers of a server's models, to which this one is added; they share limits
+        and turns."""
         self.settings, self.workers = settings, workers
         self.all_models = [] if all_models is None else all_models
         self.all_models.append(self)
-        self.jobs: dict[str, Job] = {}  # those that wait and those that run
+        self.jobs: dict[str, Job] = {}  # waiting and running
         self.pending = WaitingQueue()
         self.wanted = asyncio.Event()   # cleared: workers stay unloaded until the next request
         self.wanted.set()
-        self.delayed = 0                # answers that went on after the end of their worker
-        self.held = False               # do jobs wait although workers are ready?
-        self.used_s = time.monotonic()  # when a request last came or was running
-        self.asked_s = -math.inf        # when one last came that is not of low priority
-        self.changed: Callable[[], None] = lambda: None  # called when a job comes, ends or goes elsewhere
-        self.wake = self._load_again    # called when a job comes and the model is unloaded
-        self.loading: Callable[[], float | None] = lambda: None  # how far the model is loaded; None: it is
-        self.able: Callable[[Worker, Job], bool] = lambda worker, job: True  # has a worker what a job needs?
+        self.delayed = 0                # answers that outlived their worker
+        self.held = False               # do jobs wait even if workers are ready?
+        self.used_s = time.monotonic()  # when a request last arrived or was running
+        self.asked_s = -math.inf        # when a request last arrived, other than with low priority
+        self.changed: Callable[[], None] = lambda: None  # called when a job arrives, ends or is moved
+        self.wake = self._load_again    # called when a job arrives and the model is unloaded
+        self.loading: Callable[[], float | None] = lambda: None  # share of the model loaded; None: all
+        self.able: Callable[[Worker, Job], bool] = lambda worker, job: True  # may a worker run a job?
 
     async def answer(self, request: Request, lengths: Seq[int],
                      arrived_s: float) -> AsyncGenerator[Event, None]:
         """Accepted, then pieces, then Finished of each answer to an admitted request; closing the iterator at
-        any point cancels it. lengths: tokens at most for an answer to each of its prompts.
+        any point cancels it. lengths: the most tokens for an answer to each of its prompts.
 
         Raises EngineFailure (workers died too often, shutdown) and RequestError (cancelled)."""
         events, prompts = asyncio.Queue(), request.prompt_ids or ()
         jobs = [Job(request, ids, length, events, arrived_s, choice, [*request.prefix_token_ids])
                 for choice, (ids, length) in
                 enumerate(pair for pair in zip(prompts, lengths) for _ in range(request.n))]
-        heads = deque(jobs[::request.n])  # no request has more prompts than this in the queue at a time
+        heads = deque(jobs[::request.n])  # the first job of each prompt
         try:
             self._submit([heads.popleft() for _ in range(min(len(heads), LIMITS.choices))])
             yield Accepted(sum(map(len, prompts)))
@@ -123,14 +124,14 @@ class Dispatcher:
                 if isinstance(event, Exception):
                     raise event
                 if event.choice in others and not isinstance(event, (PromptProgress, PromptScores)):
-                    self._submit(others.pop(event.choice))  # they can share the prompt's pages now
+                    self._submit(others.pop(event.choice))  # now they can share the prompt's pages
                 yield event
                 if isinstance(event, Finished):
                     left -= 1
                     if heads:
                         self._submit([heads.popleft()])
         finally:
-            event = None  # break the cycle: an exception refers to this frame and the frame to it
+            event = None  # breaks a cycle: an exception refers to this frame, and the frame to it
             self._abandon(*jobs)
             for worker in self.workers:
                 worker.end_request(request.id)
@@ -159,12 +160,12 @@ class Dispatcher:
         self.changed()
 
     def _load_again(self):
-        log.info("a request came: loading the model again")
+        log.info("a request arrived: loading the model again")
         self.wanted.set()
 
     @property
     def busy(self) -> bool:
-        """Has it jobs, other than those of low priority?"""
+        """Are there jobs other than low-priority ones?"""
         return not all(job.request.low_priority for job in self.jobs.values())
 
     @property
@@ -172,8 +173,8 @@ class Dispatcher:
         return any(worker.jobs for worker in self.workers)
 
     def check_capacity(self, request_id: str, client: str, preparing: Mapping[str, str]):
-        """Raise Overloaded if the queue is full or the client has its share, RequestError if the id is taken.
-        preparing: id -> client of the requests that are being read: they count as waiting."""
+        """Raise Overloaded if the queue is full or the client has reached its limit, RequestError if the id
+        is in use. preparing: id -> client of the requests being read, which count as waiting."""
         waiting = sum(len(model.pending) for model in self.all_models) + len(preparing)
         free_rows = sum(batch_of(worker) - len(worker.jobs) for worker in self._free_workers())
         if waiting >= self.settings.max_queue + free_rows and not self._may_exceed_queue(client, preparing):
@@ -190,15 +191,16 @@ class Dispatcher:
                                status=409, code="duplicate_id")
 
     def _may_exceed_queue(self, client: str, preparing: Mapping[str, str]) -> bool:
-        """May a client's request wait in a full queue? Yes, while the client's own are under a quarter of its
-        limit, so that no other client's pile keeps it out. The queue never exceeds twice its limit."""
+        """May a client's request wait although the queue is full? Yes, while the client itself has less than
+        a quarter of the limit waiting, so that another client's backlog cannot keep it out. The queue never
+        exceeds twice its limit."""
         waiting = [job for model in self.all_models for job in model.pending]
         mine = sum(job.request.client == client for job in waiting) + list(preparing.values()).count(client)
         limit = self.settings.max_queue
         return mine < limit // 4 and len(waiting) + len(preparing) < 2 * limit
 
     def dispatch(self):
-        """Hand waiting jobs to workers that have a free row, or a row that another client can spare."""
+        """Assign waiting jobs to workers with a free row, or with one that another client can spare."""
         while self.pending and not self.held:
             rows = self._rows(self.workers)
             job = self.pending.first(rows if len(self.all_models) == 1 else self._rows(
@@ -220,17 +222,17 @@ class Dispatcher:
 
     @staticmethod
     def _rows(workers: Iterable[Worker]) -> Counter[str]:
-        """How many rows each client has there."""
+        """How many rows each client has on these workers."""
         return Counter(job.request.client for worker in workers for job in worker.jobs.values())
 
     def _free_workers(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.can_take]
 
     def _make_room(self, job: Job, rows: Counter[str]) -> list[Worker]:
-        """Set aside the youngest answer of the client with the most rows, if that leaves it at least as many
-        as the job's client gets; return the worker whose row is now free.
+        """Set aside the youngest answer of the client with the most rows, if that client keeps at least as
+        many rows as the job's client then has. Returns the worker with the freed row.
 
-        Otherwise one client's pile of long answers would keep all rows until they end."""
+        Otherwise one client's long answers could occupy all rows until they end."""
         [(rich, most)] = rows.most_common(1) or [("", 0)]
         if job.request.low_priority or most < rows[job.request.client] + 2:
             return []
@@ -247,7 +249,7 @@ class Dispatcher:
         return [worker] if worker else []
 
     def deliver(self, worker: Worker, events: Seq[tuple[str, WorkerEvent]]):
-        """Pass on what a step of a worker added to its answers, each event with the id of its answer."""
+        """Pass on the events of a worker's step, each with the id of its answer."""
         now = time.monotonic()
         worker.recent.append((now, sum(len(event.tokens) for _, event in events if isinstance(event, Piece))))
         while worker.recent[0][0] < now - RECENT_S:
@@ -282,7 +284,7 @@ class Dispatcher:
         return bool(jobs)
 
     async def end_thinking(self, request_id: str) -> bool:
-        """End the reasoning of a request's answers, which go on; False if none is thinking now."""
+        """End the reasoning of a request's answers, which then continue; False if none is thinking now."""
         jobs = [job for job in self.jobs.values() if job.request.id == request_id]
         return any(await asyncio.gather(*(job.end_thinking() for job in jobs)))
 
@@ -292,7 +294,7 @@ class Dispatcher:
         self._abandon(*jobs)
 
     def _abandon(self, *jobs: Job):
-        """The reader has gone or the jobs failed: free their rows and pages within one step."""
+        """The reader left or the jobs failed: free their rows and pages within one step."""
         for job in jobs:
             if self.jobs.get(job.id) is job:
                 if job.worker:

@@ -33,15 +33,15 @@ class LocalDevices:
 
     def __init__(self, settings: Settings, command: Seq[str], source: ModelSource | None = None,
                  first: int = 0, prefixes: Prefixes | None = None):
-        """source: the model's files, if they are known; first: the number of the first worker; prefixes:
-        their memory, if they outlive workers."""
+        """source: the model's files, if known; first: the number of the first worker; prefixes: memory for
+        prefixes that outlive workers."""
         self.settings, self.command, self.source, self.prefixes = settings, command, source, prefixes
-        self.renews = source is None  # else another pool serves files that have changed
+        self.renews = source is None  # else changed files get a new pool
         self.workers = [Worker(settings, self, gpu, device)
                         for gpu, device in enumerate(choose_devices(settings), first)]
 
     async def start(self, supervisor: Supervisor):
-        """Find the model, or download it; then the workers begin to live."""
+        """Find or download the model, then start the workers."""
         loop = asyncio.get_running_loop()
 
         def report(stage: str, fraction: float):
@@ -56,7 +56,7 @@ class LocalDevices:
     async def open(self, worker: Worker) -> tuple[asyncio.StreamReader, WorkerConfig]:
         worker.become(State.LOADING)
         threads = threads_per_worker(len(self.workers) * ranks_here(self.settings))
-        if self.settings.watch is not None:  # the others are the training's
+        if self.settings.watch is not None:  # leave half to the training
             threads = max(1, threads // 2)
         worker.nice = niceness(self.settings)
         environment = process_environment(threads, worker.nice)
@@ -70,14 +70,14 @@ class LocalDevices:
         return reader, WorkerConfig(secretless, self.source, worker.device, threads, shared, size)
 
     def now(self) -> ModelSource | None:
-        """Its source as its files are now; None if they have not changed, or cannot be seen."""
+        """The source with the current version of its files; None if unchanged, or if they cannot be read."""
         if not (self.source and self.source.stamp):
             return None
         stamp = model_stamp(self.source.path, self.settings.lora)
         return replace(self.source, stamp=stamp) if stamp not in ((), self.source.stamp) else None
 
     def gone(self) -> bool:
-        """Are its files no longer there?"""
+        """Do its files no longer exist?"""
         source = self.source
         return bool(source and source.stamp and not model_stamp(source.path, self.settings.lora))
 
@@ -115,24 +115,25 @@ def choose_devices(settings: Settings) -> list[str]:
 
 
 def niceness(settings: Settings) -> int | None:
-    """Of workers, as --nice says; None: as the server was started."""
+    """The niceness of workers, from --nice; None: the server's own."""
     watches = settings.watch is not None and choose_devices(settings)[0] == "cpu"
     return 19 if settings.nice is None and watches else settings.nice
 
 
 def cuda_device_count() -> int:
-    """How many GPUs this process may use: CUDA_VISIBLE_DEVICES, else device files (the driver takes 1 s)."""
+    """How many GPUs this process may use: from CUDA_VISIBLE_DEVICES and device files, since asking the driver
+    takes 1 s."""
     files, visible = device_files(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return files
-    # the driver shows those before the first that is not there: -1, nothing, 9 where there are 8
+    # the driver ignores an invalid entry and all after it: -1, an empty one, 9 of 8
     there = itertools.takewhile(lambda entry: int(entry) < files if entry.isdigit() else entry[:1].isalpha(),
                                 map(str.strip, visible.split(",")))
     return min(files, len([*there]))
 
 
 def shown_gpus(count: int) -> str:
-    """For errors: how many GPUs there are, and whether it is CUDA_VISIBLE_DEVICES that hides the others."""
+    """How many GPUs there are, for errors, and whether CUDA_VISIBLE_DEVICES hides others."""
     visible, files = os.environ.get("CUDA_VISIBLE_DEVICES"), device_files()
     if visible is not None and files > count:
         return f"CUDA_VISIBLE_DEVICES={visible} shows {count} of {files} GPU(s)"

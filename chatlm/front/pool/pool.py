@@ -1,4 +1,4 @@
-"""The pool: workers, wherever they run, behind one `answer`."""
+"""The pool: the workers of a model, wherever they run, behind one `answer`."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
 
 
 class WorkerPool:
-    """The replicas of this server behind one `answer`. A placement decides where they run, the supervisor
-    keeps them alive, the dispatcher hands them requests. Here: admission, the order of start and end, and
-    what /health, /stats and the first lines on the terminal say."""
+    """The replicas of a model behind one `answer`. A placement decides where they run, the supervisor keeps
+    them alive, the dispatcher distributes requests to them. This class has admission, the order of start and
+    end, and what /health, /stats and the start-up lines show."""
 
     continues = True  # can it continue the last message of a conversation?
     ends_thinking = True
-    chats = True  # has the model a chat template? Else it continues texts
+    chats = True  # does the model have a chat template? Else it continues texts
 
     def __init__(self, settings: Settings, placement: Placement, desk: Desk | None = None,
                  dispatchers: list[Dispatcher] | None = None, prefixes: Prefixes | None = None):
-        """desk, dispatchers: what a server's models share, if it has several. prefixes: what outlives its
-        workers; of several models they begin and end it together."""
+        """desk, dispatchers: shared by the models of a server with several. prefixes: memory that outlives
+        the workers; several models share it, and their catalogue starts and closes it."""
         self.prefixes, self.alone = prefixes, desk is None
         self.settings, self.placement, self.workers = settings, placement, placement.workers
         self.admission = Admission(self._check_capacity, desk)
@@ -131,7 +131,7 @@ class WorkerPool:
         return self.dispatcher.cancel(request_id)
 
     async def end_thinking(self, request_id: str) -> bool:
-        """End the reasoning of a running request, which goes on; False if it is not thinking now."""
+        """End the reasoning of a running request, which then continues; False if it is not thinking now."""
         return await self.dispatcher.end_thinking(request_id)
 
     def _check_capacity(self, request_id: str, client: str):

@@ -1,8 +1,8 @@
-"""What outlives workers of the prefixes that they cached: segments in memory, and a thread that stores them.
+"""Cached prefixes that outlive the workers: segments in memory, and a thread that stores them on disk.
 
-Workers append to segments in memory, which this process holds: they end with it, however it ends, and with
-no worker. A thread copies what is new in them to --prefix-store, record by record as it is, while no answer
-is computed, or where the memory would otherwise be written over. No worker ever waits for a disk to write."""
+Workers append to segments in memory. This process owns the segments, so they survive any worker and end with
+the server, however it ends. A thread copies new records unchanged to --prefix-store while no answer is being
+computed, or before the memory would be overwritten. No worker ever waits for a disk write."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from chatlm.front.pool.local import cuda_device_count
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
 
-SHARE = 0.1             # of the free memory is for prefixes, unless --prefix-memory says otherwise
-STAGING_BYTES = 64 << 20  # at least, where they are stored
-LEAST_SEGMENTS, SEGMENTS = 32, 256  # in memory, where as many conversations are kept at most
+SHARE = 0.1             # share of the free memory for prefixes, without --prefix-memory
+STAGING_BYTES = 64 << 20  # the least memory when prefixes are stored on disk
+LEAST_SEGMENTS, SEGMENTS = 32, 256  # in memory, which is also the most conversations kept there
 
 
 class Prefixes:
-    """The memory of a server's prefixes, and their store. All models of a server share it: the address of a
-    page says which model's it is."""
+    """The memory for a server's prefixes, and their store. All models of a server share it: a page's address
+    identifies its model."""
 
-    END_S = 5.0  # the longest that the end of the server waits for the store
+    END_S = 5.0  # how long the end of the server waits for the store
 
     def __init__(self, settings: Settings):
         """ConfigError if the store's folder cannot be used."""
@@ -46,27 +46,26 @@ class Prefixes:
         self.count = segments_in_memory()
         self.bytes = memory_for(settings)
         if settings.models_memory is not None and self.bytes >= settings.models_memory:
-            raise ConfigError(f"--prefix-memory {self.bytes:,}: it is part of --models-memory "
-                              f"{settings.models_memory:,} and must leave some of it to the models")
-        if self.count < LEAST_SEGMENTS:  # connections come first
+            raise ConfigError(f"--prefix-memory {self.bytes:,} is taken from --models-memory "
+                              f"{settings.models_memory:,} and must leave room for the models")
+        if self.count < LEAST_SEGMENTS:  # few descriptors: connections need them more
             self.bytes = 0
-        place = settings.prefix_store and store_place(settings.prefix_store)
-        if place and self.bytes:
-            self.store = StoreWriter(check_folder(place[0]), place[1])
+        store = settings.prefix_store and store_place(settings.prefix_store)
+        if store and self.bytes:
+            self.store = StoreWriter(check_folder(store[0]), store[1])
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Of the segments in memory, for processes that this one has started."""
+        """Paths of the segments in memory, for child processes."""
         return tuple(f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in self.files)
 
     @property
     def used(self) -> int:
-        """Bytes of memory that it takes now."""
+        """Bytes of memory in use."""
         return sum(os.fstat(file.fileno()).st_size for file in self.files)
 
     def start(self, busy: Callable[[], bool]):
-        """Before the workers: get the memory, and begin to store; `busy` says whether answers are computed
-        now."""
+        """Allocate the memory and begin to store, before workers start. busy: are answers being computed?"""
         if self.bytes and not self.files:
             self.files = [FileIO(os.memfd_create(f"prefixes {number}"), "r+") for number in range(self.count)]
         if self.store and not self.store.thread:
@@ -74,7 +73,7 @@ class Prefixes:
                              self.bytes, busy)
 
     async def close(self):
-        """Store what is not yet stored, for at most END_S, and give the memory back."""
+        """Store the rest, for at most END_S, and release the memory."""
         if self.store:
             await asyncio.to_thread(self.store.close, self.END_S)
         for file in self.files:
@@ -83,7 +82,7 @@ class Prefixes:
 
     @property
     def line(self) -> str:
-        """For the start-up log; "" without any."""
+        """The line for the start-up log; "" if no prefixes are kept."""
         if not self.bytes:
             return ""
         stored = self.store and (f"; {self.store.folder} stores them, at most "
@@ -92,20 +91,20 @@ class Prefixes:
                 f"(--prefix-memory){stored or ''}")
 
     def stats(self) -> dict:
-        """What /stats shows of it."""
+        """Its part of /stats."""
         store = self.store
         return {"memory_bytes": self.used, "memory_limit": self.bytes,
                 "stored_pages": store.pages if store else 0, "stored_bytes": store.bytes if store else 0}
 
 
 def segments_in_memory() -> int:
-    """How many there may be: each takes a descriptor."""
+    """How many segments there may be, since each takes a descriptor."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return SEGMENTS if hard == resource.RLIM_INFINITY else min(SEGMENTS, hard // 16)
 
 
 def why_none(settings: Settings) -> str:
-    """Why no prefix can outlive a worker, in words; "" where they can."""
+    """Why prefixes cannot outlive a worker; "" if they can."""
     on_gpus = settings.device_type in ("auto", "cuda") and cuda_device_count() > 0
     return ("the replicas are on Ray" if settings.ray_address else
             "a replica has several ranks (--tp, --pp)" if ranks_per_replica(settings) > 1 else
@@ -114,12 +113,11 @@ def why_none(settings: Settings) -> str:
 
 
 def memory_for(settings: Settings) -> int:
-    """Bytes of memory for prefixes, which are part of --models-memory: 0 where there is no way to keep
-    any."""
+    """Bytes of memory for prefixes, taken from --models-memory; 0 if none can be kept."""
     if reason := why_none(settings):
         if settings.prefix_store or settings.prefix_memory:
             flag = "--prefix-store" if settings.prefix_store else "--prefix-memory"
-            log.warning("%s: no prefix is kept beyond its worker, because %s", flag, reason)
+            log.warning("%s: prefixes do not outlive their worker, because %s", flag, reason)
         return 0
     wanted = settings.prefix_memory
     if wanted is None and settings.command == "serve":
@@ -129,23 +127,23 @@ def memory_for(settings: Settings) -> int:
 
 
 class StoreWriter:
-    """Copies what is new in the segments in memory to segments in the store's folder, what was used least
-    recently first: the last to go, where there is no room, is then what was used last.
+    """Copies new records from segments in memory to segments in the store's folder, the least recently used
+    ones first. So if the store is full, the most recently used ones are deleted last.
 
-    A record is written once; it is synced to the disk before anything relies on it. What fails costs the
-    pages and a line in the log, and is tried again later."""
+    A record is written once, and synced to disk before anything relies on it. A failure loses pages, logs a
+    line, and is retried later."""
 
-    LOOK_S = 0.5              # between two looks at the memory
+    LOOK_S = 0.5              # between two scans of the memory
     RETRY_S = 60.0            # after a failure
     BATCH_BYTES = 8 << 20     # synced together
     MOST_SEGMENTS = 4096
-    HEAD_BYTES = 2048         # of a segment, its model's name included
+    HEAD_BYTES = 2048         # of a segment, including its model's name
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
         self.memory = Tier(0, 0, 0)
         self.tier = self._unseen()
-        # of segments in memory: the first key, and how many entries are done with
+        # by segment in memory: its first key, and how many of its entries are finished
         self.seen: dict[Segment, tuple[bytes, int]] = {}
         self.thread: threading.Thread | None = None
         self.stopping, self.deadline_s = threading.Event(), 0.0
@@ -153,13 +151,13 @@ class StoreWriter:
         self.pages = self.bytes = 0          # written so far
 
     def _unseen(self) -> Tier:
-        """The store, before it is read."""
+        """The store before its first scan."""
         tier = Tier(self.limit, max(min(64 << 20, self.limit // 8), 1 << 20), self.MOST_SEGMENTS)
         tier.names = self.memory.names
         return tier
 
     def start(self, memory: Seq[Segment], memory_bytes: int, busy: Callable[[], bool]):
-        """memory_bytes: of all segments in memory together."""
+        """memory_bytes: limit of all segments in memory together."""
         self.memory, self.busy = Tier(memory_bytes, 0, len(memory)), busy
         for segment in memory:
             self.memory.add(segment)
@@ -168,14 +166,14 @@ class StoreWriter:
         self.thread.start()
 
     def close(self, timeout_s: float):
-        """Store the rest, for so long at most."""
+        """Store the rest, for at most this long."""
         self.deadline_s = time.monotonic() + timeout_s
         self.stopping.set()
         if self.thread:
             self.thread.join(timeout_s + 0.5)
 
     def _run(self):
-        with suppress(OSError):  # it yields to whoever computes
+        with suppress(OSError):  # the workers come first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         ended = False
         while not ended:
@@ -193,23 +191,24 @@ class StoreWriter:
                 self.tier = self._unseen()
 
     def _may_write(self, news: Iterable[Segment]) -> bool:
-        """Is nobody computing, or is half of the memory not stored yet, or is this the end?"""
+        """Is no answer being computed, is half of the memory still unstored, or is the server ending?"""
         if self.stopping.is_set():
             return time.monotonic() < self.deadline_s
         behind = sum(entry.size for segment in news for entry in segment.entries[self._done(segment):])
         return not self.busy() or 2 * behind > self.memory.limit
 
     def _done(self, segment: Segment) -> int:
-        """How many of its entries need no look any more."""
+        """How many of its entries are finished."""
         first, count = self.seen.get(segment, (b"", 0))
         return min(count, len(segment.entries)) if segment.entries and segment.entries[0].key == first else 0
 
     def _copy_news(self):
         self.memory.look_at_all()
-        news = [its for its in self.memory.segments.values() if self._done(its) < len(its.entries)]
+        news = [segment for segment in self.memory.segments.values()
+                if self._done(segment) < len(segment.entries)]
         if news and self._may_write(news):
             self.tier.look_at_folder(self.folder)
-        for source in sorted(news, key=lambda its: its.used_ns):
+        for source in sorted(news, key=lambda segment: segment.used_ns):
             while self._done(source) < len(source.entries) and self._may_write(news):
                 done = self._done(source)
                 count = self._store_some(source.entries[done:])
@@ -217,7 +216,7 @@ class StoreWriter:
                 self.memory.look(source)
 
     def _store_some(self, entries: Seq[Entry]) -> int:
-        """Store about a batch of them, after what they continue; returns how many are done with."""
+        """Store about one batch, each record after those that it continues. Returns how many are finished."""
         wanted: list[Entry] = []
         known, size, count = set[bytes](), 0, 0
         for entry in entries:
@@ -233,10 +232,10 @@ class StoreWriter:
         return count
 
     def _missing(self, entry: Entry, known: Container[bytes]) -> list[Entry]:
-        """A record and those before it that the store lacks; none if it lacks them for good."""
+        """A record and its predecessors that are not in the store; none if a predecessor is lost."""
         chain, key = list[Entry](), entry.key
         while key and key not in self.tier.index and key not in known:
-            if key not in self.memory.index:  # it may have come after the look at its segment
+            if key not in self.memory.index:  # newer than the last scan?
                 self.memory.look_at_all()
             if (found := self.memory.index.get(key)) is None:
                 return []
@@ -250,7 +249,7 @@ class StoreWriter:
         header = Record.unpack(os.pread(descriptor_of(source), HEADER_BYTES, run[0].begin))
         if header is None or header.key != run[0].key or (
                 header.parent_key and header.parent_key not in self.tier.index):
-            return  # it was cut off; what it continues was deleted, or could not be stored
+            return  # it was cut off, or its predecessor was deleted or could not be stored
         size = run[-1].end - run[0].begin
         target = self.tier.continued_by(header, size)
         while not self.tier.make_room(size + self.HEAD_BYTES, header, target):
@@ -268,7 +267,7 @@ class StoreWriter:
     def _copy(self, source: Segment, run: list[Entry], segment: Segment, descriptor: int):
         before, count = segment.end, 0
         try:
-            # while it is locked nobody cuts it: who sees a record in the store may take it for whole
+            # the lock keeps others from cutting it: every record that is in the store must be complete
             with locked(descriptor_of(source), wait=True):
                 self.memory.look(source)
                 for entry in run:
@@ -292,8 +291,8 @@ class StoreWriter:
 
 
 def next_run(entries: Seq[Entry]) -> list[Entry]:
-    """The first of these records, and those that follow them in their segment: each page continues the one
-    before it."""
+    """The first of these records and those that directly follow it in its segment, where each page continues
+    the one before it."""
     run = [entries[0]]
     for entry in entries[1:]:
         if entry.segment is not run[-1].segment or entry.begin != run[-1].end:
@@ -303,14 +302,14 @@ def next_run(entries: Seq[Entry]) -> list[Entry]:
 
 
 def descriptor_of(segment: Segment) -> int:
-    """Of a segment in memory."""
+    """The descriptor of a segment in memory."""
     assert segment.file
     return segment.file.fileno()
 
 
-def send_whole(target: int, place: int, source: Segment, entry: Entry):
-    """Copy a record to a place in a file. It never passes through Python."""
+def send_whole(target: int, offset: int, source: Segment, entry: Entry):
+    """Copy a record to an offset in a file, within the kernel."""
     begin = entry.begin
-    os.lseek(target, place, os.SEEK_SET)
+    os.lseek(target, offset, os.SEEK_SET)
     while begin < entry.end:
         begin += os.sendfile(target, descriptor_of(source), begin, entry.end - begin)

@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster: they follow its nodes."""
+"""Workers on the nodes of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from chatlm.front.pool.supervisor import Supervisor
 
 
-MANY_THREADS = 1 << 10  # more than a node has: a worker takes as many as there are cores
+MANY_THREADS = 1 << 10  # more than any node has: the worker uses all its cores
 
 
 class NodeShare(NamedTuple):
-    """What a worker gets of a node."""
+    """A worker's share of a node."""
 
     node: Node
     cpus: float
@@ -46,14 +46,14 @@ class NodeShare(NamedTuple):
 
 
 def node_shares(settings: Settings, nodes: Seq[Node]) -> tuple[int, list[NodeShare]]:
-    """How many replicas are wanted, and the shares for replicas that the nodes have, spread over them."""
+    """How many replicas are wanted, and the shares that the nodes offer, spread evenly over them."""
     ranks = ranks_per_replica(settings)
     if settings.device_type in ("auto", "cuda") and any(node.gpus for node in nodes):
         wanted = 0 if settings.num_gpus in (None, "auto") else int(settings.num_gpus)
         rows = [[NodeShare(node, 0.0, ranks, MANY_THREADS)] * (node.gpus // ranks) for node in nodes]
     else:
         nodes, wanted = [node for node in nodes if node.cpus >= ranks], settings.num_workers
-        count = max(-(-wanted // max(len(nodes), 1)), 1)  # of replicas per node
+        count = max(-(-wanted // max(len(nodes), 1)), 1)  # replicas per node
         rows = [[NodeShare(node, node.cpus // count, 0, max(int(node.cpus) // (count * ranks), 1))] * count
                 for node in nodes]
     shares = [share for round_ in itertools.zip_longest(*rows) for share in round_ if share]
@@ -61,15 +61,15 @@ def node_shares(settings: Settings, nodes: Seq[Node]) -> tuple[int, list[NodeSha
 
 
 class RayActor:
-    """One process of a worker on a node: a Ray actor. The front speaks with it over TCP, in the messages that
-    pass a pipe elsewhere, once both have proven to know the secret of this actor."""
+    """A worker's process on a node: a Ray actor. The front talks to it over TCP, in the same messages that
+    local workers get through a pipe, after both sides have proven that they know the actor's secret."""
 
     pid = None
 
     def __init__(self, share: NodeShare, tell: Callable[[Any], None]):
         """tell: sends a message to the Ray process."""
         self.request = StartActor(secrets.token_hex(16), share.node.id, share.cpus, share.gpus)
-        self.tell, self.reason = tell, ""  # why it has ended
+        self.tell, self.reason = tell, ""  # why it ended
         self.address: asyncio.Future[ActorAddress] = asyncio.get_running_loop().create_future()
         self.writer: asyncio.StreamWriter | None = None
 
@@ -85,7 +85,7 @@ class RayActor:
         return reader
 
     def poll(self) -> int | None:
-        """None until it has ended, as of a process here."""
+        """None until it has ended, like `Popen.poll`."""
         return 1 if self.reason else None
 
     def kill(self):
@@ -93,7 +93,7 @@ class RayActor:
         self.ended("its connection ended")
 
     def ended(self, reason: str):
-        """It has ended, or there will be none."""
+        """The actor has ended, or could not be started."""
         self.reason = self.reason or reason
         if not self.address.done():
             self.address.set_exception(ConnectionError(reason))
@@ -105,10 +105,10 @@ class RayActor:
 
 
 class RayNodes:
-    """The placement on a Ray cluster: a worker for each share of a node. They come and go with the nodes.
+    """The placement on a Ray cluster: a worker for each share of a node, added and removed with the nodes.
 
-    Ray runs in a process of its own (`ray_main`). When that ends, workers that run go on, and those that have
-    no actor yet wait until it is back."""
+    Ray runs in a separate process (`ray_main`). If that ends, running workers continue, and workers without
+    an actor wait until it is back."""
 
     CONNECT_S = 20.0
     RETRY_S, SILENT_S = 5.0, 10.0
@@ -120,18 +120,18 @@ class RayNodes:
         self.workers: list[Worker] = []
         self.shares: dict[Worker, NodeShare] = {}
         self.numbers = itertools.count()
-        self.nodes: Seq[Node] | None = None  # None: Ray has not listed them yet
+        self.nodes: Seq[Node] | None = None  # None until Ray has listed them
         self.writer: asyncio.StreamWriter | None = None  # to the Ray process
         self.problem, self.heard_s = "", 0.0  # when it last listed the nodes
 
     async def start(self, supervisor: Supervisor):
-        supervisor.run("speaking with Ray", partial(self._follow, supervisor))
+        supervisor.run("talking to Ray", partial(self._follow, supervisor))
 
     async def open(self, worker: Worker) -> tuple[asyncio.StreamReader, WorkerConfig]:
         share = self.shares[worker]
         worker.become(State.AWAITING_NODE)
         worker.process = actor = RayActor(share, self.tell)
-        worker.writer = None  # the one of its former process
+        worker.writer = None  # belonged to its previous process
         self.tell(actor.request)
         address = await actor.address
         worker.become(State.LOADING)
@@ -145,7 +145,7 @@ class RayNodes:
         return reader, WorkerConfig(settings, None, worker.device, share.threads)
 
     def now(self) -> None:
-        """The nodes have the files: see `Supervisor.handle`."""
+        """None: the nodes have the files (see `Supervisor.handle`)."""
 
     def gone(self) -> bool:
         return False
@@ -163,7 +163,7 @@ class RayNodes:
         return self.problem or ("its head does not answer" if self.heard_s else "connecting")
 
     def tell(self, message):
-        """Send a message to the Ray process, if there is one; the next one gets what still counts."""
+        """Send a message to the Ray process, if it runs; the next one gets whatever still matters."""
         if self.writer:
             self.writer.write(RAY_PIPE.packed(message))
 
@@ -171,7 +171,7 @@ class RayNodes:
         return [(worker, worker.process) for worker in self.workers if isinstance(worker.process, RayActor)]
 
     async def _follow(self, supervisor: Supervisor):
-        """Speak with one Ray process after another, each until it ends."""
+        """Start Ray processes one after another, and handle the messages of each until it ends."""
         while not supervisor.closing:
             process, ours = start_child(self.command, "ray", os.environ)
             try:
@@ -190,11 +190,11 @@ class RayNodes:
                 self.writer = None
                 process.kill()
                 await asyncio.to_thread(process.wait)
-            log.error("Ray: %s; what runs goes on, new replicas wait", self.problem)
+            log.error("Ray: %s; running replicas continue, new ones wait", self.problem)
             await asyncio.sleep(self.RETRY_S)
 
     def _handle(self, message, supervisor: Supervisor):
-        """What the Ray process reports."""
+        """Handle a message from the Ray process."""
         actors = {actor.request.actor: actor for _, actor in self._actors()}
         match message:
             case Nodes(nodes):
@@ -219,14 +219,14 @@ class RayNodes:
                 raise BadMessage(f"unexpected message from Ray's process: {type(message).__name__}")
 
     def _match_nodes(self, nodes: Seq[Node], supervisor: Supervisor):
-        """Give each new share of a node a worker, and forget the workers of nodes that are gone."""
+        """Add a worker for each new share of a node, and drop the workers of nodes that have left."""
         alive = {node.id for node in nodes}
         for worker, share in list(self.shares.items()):
             if share.node.id not in alive:
                 self.workers.remove(worker)
                 del self.shares[worker]
                 if isinstance(worker.process, RayActor):
-                    worker.process.ended("its node is gone")
+                    worker.process.ended("its node has left")
         taken = Counter(share.node.id for share in self.shares.values())
         wanted, shares = node_shares(self.settings, nodes)
         for share in shares:

@@ -26,7 +26,7 @@ class Score(NamedTuple):
 
     bits: float
     bytes: int   # of the text, in UTF-8
-    tokens: int  # that were scored
+    tokens: int  # scored
 
     @property
     def bits_per_byte(self) -> float:
@@ -38,15 +38,16 @@ class Score(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A part of a text, at most as long as the context, of which the tokens from `first` on are scored."""
+    """A part of a text that fits the context. Its tokens from `first` on are scored."""
 
     ids: tuple[int, ...]
     first: int
 
 
 def windows_of(ids: Seq[int], context: int) -> Iterator[Window]:
-    """Windows that begin half a context apart. The first token of all is not scored, for nothing precedes it;
-    every other one is, once, in the first window that has it: after at least half a context of others."""
+    """Windows that begin half a context apart. The very first token is not scored, since nothing precedes it.
+    Every other token is scored once, in the first window that contains it; from the second window on, at
+    least half a context precedes it."""
     stride, scored = max(context // 2, 1), 1
     for begin in range(0, len(ids), stride):
         end = min(begin + context, len(ids))
@@ -61,20 +62,20 @@ def read_scored(path: str, flag: str) -> str:
         text = read_operators(path)
     except (OSError, RuntimeError, ValueError) as error:  # unreadable; unknown ~user; not text
         no_text = isinstance(error, UnicodeDecodeError)
-        reason = "not a text in UTF-8" if no_text else getattr(error, "strerror", None) or error
+        reason = "not UTF-8 text" if no_text else getattr(error, "strerror", None) or error
         raise ConfigError(f"{flag} {path}: {reason}") from None
     if not text:
-        raise ConfigError(f"{flag} {path}: it is empty, so there is nothing to score")
+        raise ConfigError(f"{flag} {path}: the file is empty")
     return text
 
 
 async def score_text(pool: WorkerPool, text: str, *, yields: Callable[[], None] | None = None,
                      windows: int = WINDOWS) -> Score:
-    """Score a text by a model. The text follows the token with which the model's texts begin, so that its
-    first token is scored too; without such a token the bytes of the first one are not counted either.
+    """Score a text with a model. The model's begin-of-text token precedes the text, so that the text's first
+    token is scored too. A model without such a token skips that first token, and its bytes are not counted.
 
-    yields: whatever others ask comes first; called before each request, and may raise to end the work.
-    windows: as many are computed at a time."""
+    yields: if given, other requests come first; it is called before each request, and may raise to end the
+    work. windows: how many are computed at a time."""
     tokenizer, context = pool.tokenizer, pool.context_length
     assert tokenizer
     ids, spec = await asyncio.to_thread(tokenizer.encode, text), tokenizer.spec

@@ -30,29 +30,29 @@ NO_CARD = ModelCard(TextSpec("", b""), "loading", 0, (), {}, False)
 
 
 class Supervisor:
-    """Keeps workers alive and hears what they report: progress and the model's card while they load, then the
-    steps, which are the dispatcher's. It knows whether a request would find a worker."""
+    """Keeps workers alive and handles their messages: progress and the model's card while they load, then the
+    steps, which it passes to the dispatcher. It knows whether a request would find a worker."""
 
-    ORPHAN_S = 300.0     # requests wait this long, plus twice the load time, when no worker is ready;
+    ORPHAN_S = 300.0     # requests wait this long, plus twice the load time, while no worker is ready;
     CRASHING_S = 60.0    # this long if a worker is in a crash loop
 
     def __init__(self, settings: Settings, workers: Seq[Worker], dispatcher: Dispatcher,
                  adapters: PoolAdapters, *, prepare: Callable[[ModelCard], Awaitable[None]],
                  report: Callable[[str, float], None]):
         """prepare: awaited once, with the card of the first worker that has read the model.
-        report: called with the stage and fraction of loading."""
+        report: called with the stage and share of loading."""
         self.settings, self.workers = settings, workers
         self.dispatcher, self.adapters = dispatcher, adapters
         self.prepare, self.report, self.stamp = prepare, report, program_stamp()
         self.card, self.prepared, self.closing = NO_CARD, False, False
         self.version = Version(self)
-        self.asleep = False                  # True from unloading until the model is back
-        self.loading = ("starting", 0.0)     # stage and fraction
+        self.asleep = False                  # from unloading until the model is loaded again
+        self.loading = ("starting", 0.0)     # stage and share
         self.became_ready = asyncio.Event()  # also set when start-up failed
         self.failure: ChatServerError | None = None
-        self.gave_up: Callable[[], None] = lambda: None  # called when there is a failure
-        self.served_s = time.monotonic()     # when a worker was last ready, or nothing waited for one
-        self.load_s = 0.0                    # how long the last worker took from start to ready
+        self.gave_up: Callable[[], None] = lambda: None  # called after a failure
+        self.served_s = time.monotonic()     # when a worker was last ready, or no request waited for one
+        self.load_s = 0.0                    # seconds from start to ready of the last worker
         self.tasks: set[asyncio.Task] = set()
 
     def run(self, what: str, work: Callable[[], Any]):
@@ -79,18 +79,18 @@ class Supervisor:
 
     @property
     def ready(self) -> bool:
-        """Would a request be served now? An unloaded model comes back for it."""
+        """Would a request be served now? An unloaded model is loaded for it."""
         return self.prepared and bool(self.asleep or self.ready_workers)
 
     def load_fraction(self) -> float | None:
-        """How far the model is loaded; None if it is. One that leaves has to be loaded anew."""
+        """Which share of the model is loaded; None if all. One that is being unloaded counts as 0."""
         if self.dispatcher.held:
             return 0.0
         return None if self.ready_workers else round(self.loading[1], 3)
 
     async def keep_alive(self, worker: Worker):
-        """Restart the worker whenever it dies, after a longer wait for each crash in a row."""
-        before = ""  # how the last life ended
+        """Restart the worker whenever it dies, after a wait that grows with each crash in a row."""
+        before = ""  # how the previous process ended
         while True:
             await self.dispatcher.wanted.wait()
             worker.error = ""
@@ -105,7 +105,7 @@ class Supervisor:
             self.asleep = False
             worker.crashes_in_row += 1
             how = ending = worker.error or worker.placement.end_in_words(worker)
-            if self.stamp != program_stamp():  # another version's messages may be others
+            if self.stamp != program_stamp():  # its messages may differ from ours
                 how += "; the program has changed since this server started: restart the server"
             if not worker.ready_s and (ending == before or worker.crashes_in_row >= 3):
                 return self.leave_out(worker, EngineFailure(
@@ -119,7 +119,7 @@ class Supervisor:
             worker.restarts += 1
 
     async def _live(self, worker: Worker):
-        """One life of a worker's process; at the end its jobs are others', and it has ended."""
+        """One life of a worker's process; afterwards it has ended, and its jobs are back in the queue."""
         try:
             await worker.listen(self.handle)
         except BadMessage as error:
@@ -132,7 +132,7 @@ class Supervisor:
                 await worker.end()
 
     def leave_out(self, worker: Worker, error: ChatServerError):
-        """A worker cannot start on its device. The others serve; without any, start-up has failed."""
+        """A worker cannot start on its device. The others serve; if there are none, start-up has failed."""
         worker.become(State.LEFT_OUT, str(error))
         if all(other.state is State.LEFT_OUT for other in self.workers):
             self.give_up(error)
@@ -140,7 +140,7 @@ class Supervisor:
             log.error("%s", worker.left_out)
 
     def handle(self, worker: Worker, message):
-        """What a worker reports."""
+        """Handle a message from a worker."""
         match message:
             case Stepped(events, gauges):
                 worker.gauges = gauges
@@ -151,7 +151,7 @@ class Supervisor:
                 self._check_ready()
                 self.dispatcher.dispatch()
             case CacheEmptied(able):
-                if worker.cache is CacheState.ASKED:  # else it may use them again
+                if worker.cache is CacheState.ASKED:  # else it may use the pages again
                     worker.cache = CacheState.EMPTY if able else CacheState.UNABLE
                 self.dispatcher.changed()
             case Loading(stage, fraction):
@@ -162,7 +162,7 @@ class Supervisor:
                 worker.place = message.place
                 if self.card.kernels and of_other_files(message, self.card):  # on a node of Ray's
                     return self.version.refuse(worker)
-                if not self.card.kernels:  # nothing but what the model's files say is known so far
+                if not self.card.kernels:  # so far only the headers of the model's files were read
                     known, self.card = self.card, message
                     if not self.prepared or message.context_length != known.context_length:
                         # build our tokenizer while the workers warm up
@@ -203,7 +203,7 @@ class Supervisor:
         self._check_ready()
 
     async def begin_unloaded(self, card: ModelCard):
-        """Before the first load: `card` has what the model's files say, so that requests can be admitted."""
+        """Begin without workers: `card` has what the headers of the files say, enough to admit requests."""
         self.dispatcher.wanted.clear()
         self.card, self.asleep = card, True
         for worker in self.workers:
@@ -232,7 +232,7 @@ class Supervisor:
                                      *self.dispatcher.pending)
 
     def unload_when_idle(self):
-        """--idle-unload: end the workers when no request came for that long; /health polls do not count."""
+        """--idle-unload: end the workers after that long without a request; /health polls do not count."""
         now, idle_s = time.monotonic(), self.settings.idle_unload
         if self.dispatcher.jobs:
             self.dispatcher.used_s = now
@@ -252,11 +252,11 @@ class Supervisor:
 
     @property
     def gone(self) -> bool:
-        """Do no processes of workers hold memory?"""
+        """Have all processes of workers ended, so that they hold no memory?"""
         return not any(worker.process and worker.process.poll() is None for worker in self.workers)
 
     async def close(self):
-        """Make sure that every worker has ended."""
+        """End every worker, and wait until it has ended."""
         self.closing = True
         processes = [worker.process for worker in self.workers if worker.process]
         for process in processes:

@@ -1,4 +1,4 @@
-"""What a model is and takes, asked of a process that reads the headers of its files."""
+"""Finds out what a model is and needs, in a process that reads the headers of its files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class Survey:
-    """One process for several models, one after another; it is started for the first, and anew if one of them
-    ended it."""
+    """One process that surveys several models, one after another. It is started for the first, and again if
+    a model crashed it."""
 
     PATIENCE_S = 300.0
 
@@ -39,7 +39,7 @@ class Survey:
             except (asyncio.IncompleteReadError, asyncio.TimeoutError, ConnectionError, BadMessage) as error:
                 status = await self._end()
                 late = isinstance(error, asyncio.TimeoutError)
-                raise ConfigError(f"{source.path}: reading what its files say "
+                raise ConfigError(f"{source.path}: reading its headers "
                                   f"{'takes too long' if late else 'ended with ' + exit_in_words(status)}"
                                   ) from None
         match message:
@@ -70,6 +70,6 @@ class Survey:
         return await asyncio.to_thread(process.wait)
 
     async def close(self):
-        """End the process, until it is needed again."""
+        """End the process; it is started again when needed."""
         async with self.turn:
             await self._end()

@@ -1,4 +1,4 @@
-"""A worker as the front sees it, and the jobs it computes."""
+"""A worker as the front sees it, and the jobs that it computes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TIMEABLE_S = 0.001  # report no speed for an answer whose tokens took less time 
 
 @dataclass(eq=False)
 class Job:
-    """One answer of a request, as the front keeps it: its reader's queue, and what another worker needs to
+    """One answer of a request in the front: the queue to its reader, and what another worker would need to
     continue it."""
 
     request: Request
@@ -53,10 +53,10 @@ class Job:
     dispatched_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float = 0.0
-    failovers: int = 0  # how many workers died with it since its last token
-    set_aside: int = 0  # how often it gave up its row to another client
+    failovers: int = 0  # workers that died with it since its last token
+    set_aside: int = 0  # how often it lost its row to another client
     thinking: bool = False            # did its last piece end in reasoning?
-    thinking_ends: int | None = None  # as ThinkingEnds told
+    thinking_ends: int | None = None  # from ThinkingEnds
     asked: asyncio.Future[bool] | None = None  # waits for ThinkingEnds
 
     @property
@@ -66,12 +66,12 @@ class Job:
 
     @property
     def worker_id(self) -> str:
-        """Its name in a worker: new after each set-aside, so that late pieces of the old run do not match."""
+        """Its id in a worker, new after each set-aside, so that late pieces of the old run are ignored."""
         return f"{self.id}##{self.set_aside}" if self.set_aside else self.id
 
     @cached_property
     def prefixes(self) -> dict[int, int]:
-        """hash -> length of the prompt's first 64, 128, 256 .. tokens, to find a worker that caches them."""
+        """hash -> length of the prompt's first 64, 128, 256 .. tokens, to find a worker with them cached."""
         owner, ids = (self.request.params.owner, self.request.params.adapter), self.prompt_ids
         return {hash((owner, ids[:64 << n])): 64 << n for n in range(16) if 64 << n <= len(ids)}
 
@@ -92,7 +92,7 @@ class Job:
                         told=self.first_token_s is not None)
 
     def end_thinking(self) -> asyncio.Future[bool]:
-        """Have its reasoning end; the future says whether it was thinking."""
+        """End its reasoning. The future's result says whether it was thinking."""
         if self.asked is None or self.asked.done():
             self.asked = asyncio.get_running_loop().create_future()
             if self.worker:
@@ -102,7 +102,7 @@ class Job:
         return self.asked
 
     def leave_worker(self):
-        """It waits for another worker, which goes on where this one was heard last."""
+        """Wait for another worker, which continues after the last event of this one."""
         self.worker = None
         self.note_thinking_ends(len(self.output_ids) + 1 if self.thinking else None)
 
@@ -112,7 +112,7 @@ class Job:
             self.thinking_ends = position if self.thinking_ends is None else self.thinking_ends
 
     def take(self, event: WorkerEvent, gpu: int):
-        """Note what a worker tells of the answer, and queue what its reader wants to hear."""
+        """Note an event from a worker, and queue what the reader gets of it."""
         if (news := self._noted(event, gpu)) is not None:
             self.events.put_nowait(news)
 
@@ -126,7 +126,7 @@ class Job:
             case Piece(tokens, deltas):
                 self._note_time()
                 self.thinking = deltas[-1].kind == "reasoning" if deltas else self.thinking
-                if self.request.max_tokens == 0:  # only the prompt is wanted, but the worker draws a token
+                if self.request.max_tokens == 0:  # scoring only; the worker draws a token all the same
                     event, tokens = Piece(), ()
                 self.output_ids += tokens
                 return event._replace(choice=self.choice, gpu=gpu)
@@ -166,14 +166,14 @@ class Job:
 
 
 class State(str, enum.Enum):
-    """What a worker's process does. /stats shows the words."""
+    """The state of a worker's process. /stats shows the words."""
 
     AWAITING_NODE = "waiting for Ray"
     LOADING = "loading"    # also before its first process
     READY = "ready"
-    DEAD = "dead"          # its process ended by itself, or hung: the next one follows
-    UNLOADED = "unloaded"  # ended because nobody asked anything: the next one follows a request
-    LEFT_OUT = "left out"  # it cannot start on its device, and is not tried again
+    DEAD = "dead"          # its process crashed or hung; another is started
+    UNLOADED = "unloaded"  # ended to free memory; the next request starts another
+    LEFT_OUT = "left out"  # it cannot start on its device and is not tried again
 
 
 NEXT_STATES = {
@@ -187,56 +187,56 @@ NEXT_STATES = {
 
 
 class CacheState(enum.Enum):
-    """What has become of a worker's KV pages since the residency of models wanted their memory."""
+    """Whether a worker has released the memory of its KV pages."""
 
-    HELD = enum.auto()      # it did not want it, or the worker may use them again
-    ASKED = enum.auto()     # the worker has not answered
-    EMPTY = enum.auto()
-    UNABLE = enum.auto()    # the worker cannot give it back
+    HELD = enum.auto()      # it was not asked to, or may use the pages again
+    ASKED = enum.auto()     # it has not answered yet
+    EMPTY = enum.auto()     # it has
+    UNABLE = enum.auto()    # it cannot
 
 
 class Placement(typing.Protocol):
     """Where workers run: on this machine's devices (`LocalDevices`) or on the nodes of a Ray cluster
     (`RayNodes`). It makes the workers and starts their processes."""
 
-    workers: list[Worker]       # only the placement adds and removes; the others hold the same list
-    source: ModelSource | None  # the model's files, if it has looked for them
-    renews: bool                # does the pool take files that have changed? Else it ends
+    workers: list[Worker]       # shared with others; only the placement adds and removes
+    source: ModelSource | None  # the model's files, once they were found
+    renews: bool                # does the pool switch to files that have changed? Else it ends
 
     async def start(self, supervisor: Supervisor):
-        """Have the supervisor keep the workers alive, as soon as each may start."""
+        """Have the supervisor keep each worker alive as soon as it may start."""
 
     async def open(self, worker: Worker) -> tuple[asyncio.StreamReader, WorkerConfig]:
-        """Start a process and connect; sets the worker's process and writer. Returns what the process says,
-        and what it must get first. Raises ConnectionError if it has ended meanwhile."""
+        """Start a process and connect to it; sets the worker's process and writer. Returns the stream of its
+        messages, and the first message to send. Raises ConnectionError if it ended meanwhile."""
         ...
 
     def now(self) -> ModelSource | None:
-        """The source with the files that it has now; None if they are the same, or cannot be seen."""
+        """The source with the current version of its files; None if unchanged, or if they cannot be read."""
 
     def gone(self) -> bool:
-        """Are the files of its source no longer there?"""
+        """Do the files of its source no longer exist?"""
         ...
 
     def end_in_words(self, worker: Worker) -> str:
-        """Why its last process has ended."""
+        """Why its last process ended."""
         ...
 
     def stats(self) -> dict:
-        """What /stats shows of it."""
+        """Its part of /stats."""
         ...
 
 
 def batch_of(worker: Worker) -> int:
-    """How many jobs it computes at once: fewer than --max-batch if there is no room for more states."""
+    """How many jobs it runs at once: fewer than --max-batch if memory holds fewer states."""
     return int(worker.gauges.get("max_batch") or worker.settings.max_batch)
 
 
 class Worker:
     """The front's handle on one worker process: its pipe, its state, and the jobs it holds."""
 
-    HANG_S = 30.0           # a step or ping hangs if it takes longer than this and 20 x the slowest step;
-    LOAD_HANG_S = 300.0     # a load, if it reports no tensor for so long: GBs from a slow disk or network
+    HANG_S = 30.0           # a step or ping that takes longer than this and 20 x the slowest step hangs;
+    LOAD_HANG_S = 300.0     # so does a load without a new tensor for this long (slow disk or network)
     STABLE_S = 60.0         # a worker that lives this long is not in a crash loop
     OUTBOX_BYTES = 4 << 20  # a worker with this many unread bytes gets no more answers for now
     EXIT_S = 2.0            # a process that has closed its pipe is killed if it has not exited by then
@@ -244,8 +244,8 @@ class Worker:
     def __init__(self, settings: Settings, placement: Placement, gpu: int, device: str = "cpu",
                  node: str = ""):
         self.settings, self.placement = settings, placement
-        self.gpu, self.device, self.node = gpu, device, node  # node: the machine it is on, if it is on Ray
-        self.state, self.problem = State.LOADING, ""  # the problem: why it is left out
+        self.gpu, self.device, self.node = gpu, device, node  # node: its machine, if it runs on Ray
+        self.state, self.problem = State.LOADING, ""  # problem: why it is left out
         self.place = ""                      # in words: its device and what it holds there
         self.jobs: dict[str, Job] = {}
         self.process: subprocess.Popen | RayActor | None = None
@@ -253,14 +253,14 @@ class Worker:
         self.gauges: Mapping[str, float | None] = NO_GAUGES
         self.kernel_faults: dict[str, str] = {}
         self.restarts = 0
-        self.error = ""                      # the exception that ended it, if it said so
-        self.crashes_in_row = 0              # 0 again after a finished answer or a minute of life
-        self.nice: int | None = None         # its niceness; None: as the front's
+        self.error = ""                      # the exception that ended it, if it reported one
+        self.crashes_in_row = 0              # reset by a finished answer or a minute of life
+        self.nice: int | None = None         # its niceness; None: the front's
         self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
         self.awaited_s: float | None = None  # when the wait for its next message began; None: no wait
         self.recent: deque[tuple[float, int]] = deque()  # (time, tokens) of the last seconds
-        self.prefixes: dict[int, int] = {}   # Job.prefixes of the jobs it was given
-        self.known: dict[str, set[int]] = {}  # the requests it knows, and which of their prompts
+        self.prefixes: dict[int, int] = {}   # Job.prefixes of the jobs assigned to it
+        self.known: dict[str, set[int]] = {}  # the requests sent to it, and which of their prompts
         self.cache = CacheState.HELD
 
     def kill(self):
@@ -268,7 +268,7 @@ class Worker:
             self.process.kill()
 
     def become(self, state: State, problem: str = ""):
-        """All changes of its state. A process that was ended on purpose leaves no dead worker behind."""
+        """Every transition goes through here. A worker ended on purpose does not become DEAD."""
         if state is State.DEAD and self.state in (State.UNLOADED, State.LEFT_OUT):
             return
         assert state in NEXT_STATES[self.state], f"{self.where}: {self.state.value} -> {state.value}"
@@ -279,7 +279,7 @@ class Worker:
             self.ready_s = now
 
     async def listen(self, handle: Callable[[Worker, Any], None]):
-        """One life of its process: start it and pass on what it says, until its pipe breaks."""
+        """One life of its process: start it and pass on its messages until its pipe breaks."""
         with suppress(asyncio.IncompleteReadError, ConnectionError):
             reader, config = await self.placement.open(self)
             self.send(config)
@@ -302,7 +302,7 @@ class Worker:
         if self.process is None:
             return
         try:
-            with suppress(subprocess.TimeoutExpired):  # its own status tells more
+            with suppress(subprocess.TimeoutExpired):  # its own exit status is worth a wait
                 await asyncio.to_thread(self.process.wait, self.EXIT_S)
         finally:
             self.process.kill()
@@ -319,14 +319,14 @@ class Worker:
         return f"{self.where} is left out: {self.problem}"
 
     def send(self, message):
-        """Queue a message, for which the worker owes at least one back; never blocks."""
+        """Queue a message, which the worker answers with at least one; never blocks."""
         if self.awaited_s is None:
             self.awaited_s = time.monotonic()
         assert self.writer
         self.writer.write(WORKER_PIPE.packed(message))
 
     def assign(self, job: Job):
-        """Have it compute an answer; send only what it does not know about the request yet."""
+        """Have it compute an answer; send only the parts of the request that it does not have yet."""
         self.jobs[job.worker_id] = job
         for message in job.messages(self.known.get(job.request.id)):
             self.send(message)
@@ -340,7 +340,7 @@ class Worker:
         job.leave_worker()
 
     def empty_cache(self):
-        """Have it give the memory of its KV pages back, unless it has been asked; it has no jobs."""
+        """Have it release the memory of its KV pages, unless it was already asked; it has no jobs."""
         if self.state is State.READY and self.cache is CacheState.HELD:
             self.cache = CacheState.ASKED
             self.prefixes.clear()
@@ -351,7 +351,7 @@ class Worker:
             self.send(EndOfRequest(request_id))
 
     def forget_process(self) -> list[Job]:
-        """Its process has ended, with all that it knew. Returns the jobs that it held."""
+        """Reset everything that its process knew, after its end. Returns the jobs that it held."""
         jobs, self.jobs = list(self.jobs.values()), {}
         self.gauges, self.awaited_s, self.cache = NO_GAUGES, None, CacheState.HELD
         self.prefixes.clear()
@@ -360,9 +360,9 @@ class Worker:
 
     @property
     def takes_jobs(self) -> bool:
-        """Is it ready, and has it read its messages? (If not, we ask again after its next step.)
+        """Is it ready, and has it read its messages? (If not, this is checked again after its next step.)
 
-        A job with which two workers in a row died may be the cause: until it advances, none joins it."""
+        A job that two workers in a row died with may be the cause: until it advances, no other joins it."""
         unread = self.writer.transport.get_write_buffer_size() if self.writer else 0
         return (self.state is State.READY and unread < self.OUTBOX_BYTES
                 and not any(job.failovers > 1 for job in self.jobs.values()))
@@ -372,7 +372,7 @@ class Worker:
         return len(self.jobs) < batch_of(self) and self.takes_jobs
 
     def cost(self, job: Job) -> int:
-        """Most tokens it still has to compute, minus those of the job's prompt that its cache may hold."""
+        """The most tokens that it still has to compute, minus those of the job's prompt in its cache."""
         spared = max((length for key, length in job.prefixes.items() if key in self.prefixes), default=0)
         return sum(other.max_tokens - len(other.output_ids)
                    + (0 if other.output_ids else len(other.prompt_ids))
@@ -380,13 +380,13 @@ class Worker:
 
     @property
     def hung(self) -> bool:
-        """Is a message overdue: a step, the answer to a ping or, while it loads, a progress report?"""
+        """Is a message overdue: a step, the answer to a ping or, while loading, a progress report?"""
         patience_s = (patient(self.LOAD_HANG_S, self.nice) if self.state is State.LOADING else
                       max(patient(self.HANG_S, self.nice), 20 * self.slowest_step_s))
         return self.awaited_s is not None and time.monotonic() - self.awaited_s > patience_s
 
     def check_health(self):
-        """Once a second: kill it if it hangs, ping it if it is idle, forget crashes that are long past."""
+        """Once a second: kill it if it hangs, ping it if it is idle, forget old crashes."""
         if self.hung:
             log.error("worker %d has made no progress while %s; killing it", self.gpu,
                       "loading" if self.state is State.LOADING else "answering" if self.jobs else "idle")

@@ -214,7 +214,7 @@ async def test_workers_on_ray_follow_the_nodes_and_an_actor_that_nobody_awaits_i
     placement._handle(ActorAddress("unknown", "127.0.0.1", 1, "00"), supervisor)
     assert sent[1:] == [EndActor("unknown")]
     placement._handle(Nodes([Node("a", "host of a", 4.0, 0)]), supervisor)
-    with pytest.raises(ConnectionError, match="its node is gone"):
+    with pytest.raises(ConnectionError, match="its node has left"):
         await opening
-    assert placement.workers == [first] and placement.end_in_words(second) == "its node is gone"
+    assert placement.workers == [first] and placement.end_in_words(second) == "its node has left"
     assert placement.stats() == {"ray": {"state": "connected", "nodes": ["host of a"]}}

@@ -166,13 +166,13 @@ def test_the_memory_of_prefixes_is_part_of_models_memory(nanochat_fixtures):
         residency = Residency(0)
         opener = Opener(Settings(several=several, models_memory=100 << 20, prefix_memory=prefix_memory, device_type="cpu"), ["none"], residency)
         assert (opener.prefixes.bytes, residency.budget) == (kept, (100 << 20) - kept)
-    with pytest.raises(ConfigError, match="--prefix-memory 209,715,200: it is part of --models-memory 104,857,600"):
+    with pytest.raises(ConfigError, match="--prefix-memory 209,715,200 is taken from --models-memory 104,857,600"):
         Opener(Settings(several=several, models_memory=100 << 20, prefix_memory=200 << 20), ["none"], Residency(0))
 
 
 @pytest.mark.parametrize("flags, why", [
-    ({"tensor_parallel_size": 2, "prefix_store": "/nowhere/x"}, "--prefix-store: no prefix .* several ranks"),
-    ({"device_type": "mps", "prefix_memory": 5}, "--prefix-memory: no prefix .* a GPU"), ({"ray_address": "auto", "prefix_memory": 5}, "Ray"),
+    ({"tensor_parallel_size": 2, "prefix_store": "/nowhere/x"}, "--prefix-store: prefixes .* several ranks"),
+    ({"device_type": "mps", "prefix_memory": 5}, "--prefix-memory: prefixes .* a GPU"), ({"ray_address": "auto", "prefix_memory": 5}, "Ray"),
     ({"tensor_parallel_size": 2}, None)])
 def test_where_nothing_can_outlive_a_worker_the_log_says_why_if_it_was_asked_for(flags, why, caplog):
     assert Prefixes(Settings(**flags)).bytes == 0

@@ -360,7 +360,7 @@ async def test_scoring_leaves_the_step_loaded_that_people_talk_to(run_folder, wa
 def test_a_text_to_score_must_be_there(run_folder, tmp_path):
     (tmp_path / "empty").write_text("")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    for name, words in (("none", "No such file"), ("empty", "it is empty"), ("bytes", "UTF-8")):
+    for name, words in (("none", "No such file"), ("empty", "the file is empty"), ("bytes", "UTF-8")):
         with pytest.raises(ConfigError, match=f"--watch-text .*{words}"):
             RunWatch(ManyModels(Settings(watch=str(run_folder), watch_text=str(tmp_path / name))))
 
