@@ -141,7 +141,7 @@ function makeChart([name, write, values], lines, shownAt = at => new Date(1000 *
   const axis = {stroke: () => resolved("--soft"), font, grid, ticks: {show: false}};
   const plot = new uPlot({width: figure.clientWidth || 300, height: 120, legend: {show: false}, cursor: {show: false}, padding: [8, 12, 0, 0],
     scales: {x: {time: Boolean(values)}, y: {range: (_, low, high) => !values ? [low - (high - low) / 10, high + (high - low) / 10] : [0, high > 0 ? high * 1.1 : 1]}},
-    axes: [{...axis, size: 24, space: 90, values: (_, ticks) => ticks.map(shownAt)}, {...axis, size: 62, space: 34, values: (_, ticks) => ticks.map(write)}],
+    axes: [{...axis, size: 24, space: 90, values: (_, ticks) => ticks.map(shownAt)}, {...axis, size: (_, texts) => 12 + 6.5 * Math.max(8, ...(texts ?? []).map(text => text.length)), space: 34, values: (_, ticks) => ticks.map(write)}],
     series: [{}, line("--accent"), line("--amber")].slice(0, 1 + lines)}, [[], [], []].slice(0, 1 + lines), figure);
   return {name, write, values, plot, figure};
 }

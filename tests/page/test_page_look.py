@@ -192,6 +192,22 @@ def test_runs_are_drawn_by_step(opened_page):
     opened_page.evaluate("closeStatus()")
 
 
+@pytest.mark.parametrize("speed", [7, 12_345])
+def test_the_labels_beside_a_chart_are_whole(opened_page, speed):
+    rooms = opened_page.evaluate("""async speed => {
+        const workers = [{gpu_id: 0, device: "cpu", state: "ready", tokens_per_second: speed, memory_used: 987e9, kv_pages_used: 4e6, kv_pages_total: 5e6}];
+        openStatus();
+        for (const queued of [0, 98765]) addSample(glanced, {workers, queue_depth: queued}, new Map());
+        showStatus({workers}, glanced);
+        await new Promise(requestAnimationFrame);
+        const canvas = document.createElement("canvas").getContext("2d");
+        canvas.font = "11px system-ui, sans-serif";
+        return glanced.charts.map(({plot: {axes: [, axis]}}) => axis._size - Math.max(...axis._values.map(text => canvas.measureText(text).width)));
+    }""", speed)
+    assert len(rooms) > 4 and min(rooms) >= 5, rooms      # uPlot leaves 5 pixels between labels and chart
+    opened_page.evaluate("closeStatus()")
+
+
 def test_all_of_the_page_but_the_font_of_formulas_takes_250_kb():
     files = [path for pattern in ("*.*", "vendor/*.js", "vendor/*.css") for path in (ROOT / "static").glob(pattern)]
     assert 100_000 < sum(len(gzip.compress(path.read_bytes())) for path in files) < 250_000

@@ -136,7 +136,7 @@ def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
         sampling = {"temperature": 0.0}
     origin = (prefix.rstrip(".") or path.name) if sampling else ""
     if not sampling and path.name == DEFAULT_FILE:
-        sampling, origin = {"temperature": 0.2, "top_p": 0.9}, "recommended by its makers"
+        sampling, origin = {"temperature": 0.2, "top_p": 0.9}, "recommended by its authors"
     return {"sampling": sampling, "sampling_origin": origin, "notes": tuple(notes)}
 
 
