@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.messages.requests import Usage
 from chatlm.worker.engine.kvcache import PagePool, PageTables
+from chatlm.worker.ops.sampling import drawn_on_host
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import AnswerParams, SamplingParams, TokenLogprob
@@ -42,7 +43,8 @@ class Assignment:
     def needs_logits(self) -> bool:
         """Does the host have to see its logits?"""
         params = self.params
-        return params.logprobs is not None or params.prompt_logprobs is not None or bool(params.grammar)
+        return (params.logprobs is not None or params.prompt_logprobs is not None or bool(params.grammar)
+                or drawn_on_host(params.sampling))
 
     @cached_property
     def needs_tokens(self) -> bool:

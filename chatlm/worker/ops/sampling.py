@@ -1,7 +1,8 @@
 """The reference of sampling, which compiled samplers match bit for bit.
 
 Order: repetition, frequency and presence penalties, bias -> temperature -> top-k -> top-p over what top-k
-kept -> min-p -> one draw. Precision: logits, penalties and z = (l - max) * (1/T) are float32. Weights e^z
+kept -> min-p -> one draw. Between these come the steps that no compiled sampler has, `ON_HOST`; the engine
+draws here what needs one of them. Precision: logits, penalties and z = (l - max) * (1/T) are float32. Weights e^z
 are fixed-point integers, 2^40 at the maximum, summed in uint64, so the order of the sum does not matter.
 Noise and z + noise are float64. Each multiplication and addition is rounded separately (no fma), and no
 library exp or log is used."""
@@ -9,8 +10,8 @@ library exp or log is used."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence as Seq
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence as Seq
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy
 
@@ -111,7 +112,8 @@ def penalize(logits: numpy.ndarray, row: SampleRow) -> numpy.ndarray:
     Repetition applies to prompt and answer tokens (positive logits * (1/r), others * r); then frequency *
     count and presence are subtracted for the answer's tokens; then the bias is added."""
     p, f32 = row.params, numpy.float32
-    if not (p.logit_bias or p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1):
+    steps = host_steps(p, PENALTY)
+    if not (p.logit_bias or p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1 or steps):
         return logits
     logits = logits.copy()
     with numpy.errstate(over="ignore", invalid="ignore"):  # clean_logits repairs overflow at the end
@@ -127,7 +129,53 @@ def penalize(logits: numpy.ndarray, row: SampleRow) -> numpy.ndarray:
             logits[ids] -= f32(p.presence_penalty)
         for token, bias in p.logit_bias:
             logits[token] += f32(bias)
+        for step in steps:
+            step(logits, row)
     return clean_logits(logits)
+
+
+# What a step of ON_HOST comes after
+PENALTY, VOCABULARY, TOP_K, MIN_P = "penalty", "vocabulary", "top-k", "min-p"
+
+
+class HostStep(NamedTuple):
+    """A part of the draw that compiled samplers lack. One after PENALTY changes the logits of a row in place:
+    (logits (V,), row). The others say which to keep: (logits (N,), params, position) -> (N,) bool, at least
+    one of them; among equal logits the lower id comes first.
+
+    What they call the probability of a token is that at temperature 1 among the N, as llama.cpp has it."""
+
+    after: str
+    acts: Callable[[SamplingParams], object]
+    function: Callable[..., Any]
+
+
+def host_steps(params: SamplingParams, after: str) -> list[Callable]:
+    return [step.function for step in ON_HOST if step.after == after and step.acts(params)]
+
+
+def drawn_on_host(params: SamplingParams) -> bool:
+    """Does the draw need a step that compiled samplers lack?"""
+    return any(step.acts(params) for step in ON_HOST)
+
+
+def in_order(values: numpy.ndarray) -> float:
+    """Their sum, added one after the other: unlike `sum`, with the same bits on every machine."""
+    return float(numpy.cumsum(values)[-1])
+
+
+def keep_top_n_sigma(logits: numpy.ndarray, params: SamplingParams, position: int) -> numpy.ndarray:
+    """Those at most n standard deviations below the largest (Tang et al., "Top-nsigma: not all logits are you
+    need", 2024), of the logits that are not -inf."""
+    possible = logits[logits > -math.inf].astype(numpy.float64)
+    mean = in_order(possible) / len(possible)
+    deviation = math.sqrt(in_order((possible - mean) ** 2) / len(possible))
+    return logits >= possible.max() - params.top_n_sigma * deviation
+
+
+ON_HOST = (
+    HostStep(VOCABULARY, lambda p: p.top_n_sigma > 0, keep_top_n_sigma),
+)
 
 
 def top_ids(logits: numpy.ndarray, k: int) -> numpy.ndarray:
@@ -137,16 +185,23 @@ def top_ids(logits: numpy.ndarray, k: int) -> numpy.ndarray:
     return ids[numpy.argsort(-logits[ids], kind="stable")[:k]]
 
 
-def survivors(logits: numpy.ndarray, params: SamplingParams) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """The ids that top-k, top-p and min-p keep, ascending, and their z (float32).
+def survivors(logits: numpy.ndarray, params: SamplingParams, position: int = 0) -> tuple[
+        numpy.ndarray, numpy.ndarray]:
+    """The ids that top-k, top-p, min-p and the steps of ON_HOST keep, ascending, and their z (float32).
 
-    `logits` have been cleaned and penalized."""
+    `logits` have been cleaned and penalized. The position, with the seed, decides what a step does that acts
+    now and then."""
     f32, top = numpy.float32, logits.max()
     if top == -math.inf:
         return numpy.zeros(1, dtype=numpy.int64), numpy.zeros(1, dtype=f32)
-    inverse_temperature = f32(min(1 / params.temperature, FLOAT_MAX))
+    inverse_temperature = f32(min(1 / params.temperature, FLOAT_MAX) if params.temperature > 0 else 1)
+    for step in host_steps(params, VOCABULARY):
+        logits = numpy.where(step(logits, params, position), logits, f32(-math.inf))
     limited = 0 < params.top_k < len(logits)
     ids = top_ids(logits, params.top_k) if limited else numpy.arange(len(logits))
+    for step in host_steps(params, TOP_K):
+        ids = ids[step(logits[ids], params, position)]
+        top = logits[ids].max()
     with numpy.errstate(over="ignore"):  # z may be -inf far below the maximum
         z = (logits[ids] - top) * inverse_temperature
     weights = exp_weights(z)
@@ -155,8 +210,12 @@ def survivors(logits: numpy.ndarray, params: SamplingParams) -> tuple[numpy.ndar
     keep = weights > 0
     if params.min_p > 0:
         keep &= z >= f32(math.log(min(params.min_p, 1.0)))
-    order = numpy.argsort(ids[keep])
-    return ids[keep][order], z[keep][order]
+    ids, z = ids[keep], z[keep]
+    for step in host_steps(params, MIN_P):
+        keep = step(logits[ids], params, position)
+        ids, z = ids[keep], z[keep]
+    order = numpy.argsort(ids)
+    return ids[order], z[order]
 
 
 def keep_top_p(ids, z, weights, top_p, logits):
@@ -190,9 +249,12 @@ def sample_reference(logits: numpy.ndarray, rows: Seq[SampleRow]) -> numpy.ndarr
     few = {}  # rows with few survivors are drawn together: numpy's calls cost more than the arithmetic
     for i, row in enumerate(rows):
         line = penalize(clean_logits(logits[i]), row)
-        if row.params.temperature <= 0:
+        if row.params.temperature <= 0 and not drawn_on_host(row.params):
             tokens[i] = line.argmax()
-        elif len((kept := survivors(line, row.params))[0]) > 1000:
+        elif row.params.temperature <= 0:
+            ids, _ = survivors(line, row.params, row.position)
+            tokens[i] = ids[line[ids].argmax()]  # the lower id wins a tie
+        elif len((kept := survivors(line, row.params, row.position))[0]) > 1000:
             tokens[i] = draw([kept], [row])[0]
         else:
             few[i] = kept

@@ -67,6 +67,7 @@ PLAIN = dict(sampling=SamplingParams(temperature=1.0, seed=5), max_tokens=60)
 LONG_PROMPT = dict(prompts=(tuple(range(100, 220)),), max_tokens=40, ignore_eos=True, sampling=SamplingParams(temperature=0.0))
 GRAMMAR = json_grammar({"type": "array", "items": {"enum": ["ab", "c"]}, "minItems": 9}, "")
 PENALTIES = SamplingParams(temperature=0.7, seed=5, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.3)
+ON_HOST = SamplingParams(temperature=0.9, seed=5, top_k=0, top_n_sigma=2.0)
 PYTHON_START, PYTHON_END, OUTPUT_START = 280, 281, 282
 CALLS = drawn_from([PYTHON_START, PYTHON_END, *b"12+"], max_tokens=100)
 CASES = {       # moment and request: the state that another worker must rebuild from the ids alone
@@ -77,6 +78,7 @@ CASES = {       # moment and request: the state that another worker must rebuild
     "prefill": LONG_PROMPT | dict(messages=None),
     "decode": PLAIN,
     "decode with penalties": PLAIN | dict(sampling=PENALTIES),
+    "decode with draws on the host": PLAIN | dict(sampling=ON_HOST),
     "decode before min_tokens": drawn_from([*b"abc"], min_tokens=30, stop_token_ids=(97,)),
     "decode of the third of three": PLAIN | dict(n=3),
     "decode in a grammar": dict(sampling=SamplingParams(temperature=1.0, seed=3), max_tokens=60, grammar=GRAMMAR),
@@ -90,7 +92,7 @@ CASES = {       # moment and request: the state that another worker must rebuild
     "result of a call": CALLS,
     "lost result of a call": CALLS,
 }
-FEW = ["queued with a chosen beginning", "queued for a grammar", "prefill of a scored prompt", "decode of the third of three", "character", "lost result of a call"]
+FEW = ["queued with a chosen beginning", "decode with draws on the host", "queued for a grammar", "prefill of a scored prompt", "decode of the third of three", "character", "lost result of a call"]
 
 
 async def answers(pool, request):

@@ -1,0 +1,77 @@
+"""The sampling parameters of llama-server's users, asked of a real server."""
+
+import concurrent.futures
+import json
+import urllib.error
+import urllib.request
+
+import pytest
+
+from real_server import server
+
+CHAT = "/v1/chat/completions"
+HI = [{"role": "user", "content": "Tell me a story about a dog. " * 3}]
+
+
+@pytest.fixture(scope="module")
+def url(default_model_path):
+    with server(default_model_path, "--context-length", "1024") as (_, url):
+        yield url
+
+
+def call(url, path, body):
+    """(status, headers, body) of one request."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url + path, data, {"Content-Type": "application/json"}), timeout=120)
+    except urllib.error.HTTPError as error:
+        response = error
+    with response:
+        return response.status, response.headers, json.loads(response.read())
+
+
+def content(url, **changes):
+    body = {"messages": HI, "seed": 7, "max_tokens": 40, "temperature": 1, "top_k": 0, "top_p": 1, "ignore_eos": True} | changes
+    status, headers, answer = call(url, CHAT, body)
+    assert status == 200 and "X-Ignored-Fields" not in headers, answer
+    return answer["choices"][0]["message"]["content"]
+
+
+# (what changes the answer, what of the same fields leaves it as it is)
+EFFECTS = [({"top_n_sigma": 0.5}, {"top_n_sigma": -1})]
+
+
+@pytest.mark.parametrize("acts, is_off", EFFECTS)
+def test_a_parameter_changes_the_answer_and_off_it_changes_nothing(url, acts, is_off):
+    plain = content(url)
+    assert content(url, **is_off) == plain != content(url, **acts)
+
+
+def test_answers_at_once_are_those_of_one_at_a_time(url):
+    asked = [acts for acts, _ in EFFECTS] + [{}, {"min_p": 0.1}]
+    alone = [content(url, **changes) for changes in asked]
+    with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
+        together = list(pool.map(lambda changes: content(url, **changes), asked))
+    if json.loads(urllib.request.urlopen(url + "/stats").read())["row_invariant"]:
+        assert together == alone
+
+
+REFUSED = [("top_n_sigma", -1.5, "from -1 to 1000"), ("top_n_sigma", "1", "a finite number"), ("top_n_sigma", True, "a finite number"),
+           ("top_n_sigma", [1], "a finite number"), ("top_n_sigma", 1e400, "a finite number")]
+
+
+@pytest.mark.parametrize("name, value, allowed", REFUSED)
+def test_a_bad_value_is_refused_and_the_error_says_what_is_allowed(url, name, value, allowed):
+    status, _, answer = call(url, CHAT, {"messages": HI, name: value})
+    assert status == 400 and answer["error"]["param"] == name and allowed in answer["error"]["message"], answer
+    assert len(answer["error"]["message"]) < 500
+
+
+def test_nan_is_no_json(url):
+    for name in dict.fromkeys(name for name, *_ in REFUSED):
+        status, _, answer = call(url, CHAT, b'{"messages": [{"role": "user", "content": "x"}], "%s": NaN}' % name.encode())
+        assert status == 400, answer
+
+
+def test_mirostat_is_ignored_and_named(url):
+    assert call(url, CHAT, {"messages": HI, "max_tokens": 1, "mirostat": 2})[1]["X-Ignored-Fields"] == "mirostat"

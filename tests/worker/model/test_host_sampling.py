@@ -1,0 +1,79 @@
+"""The steps of a draw that only the reference has, against their definitions in plain numpy, in the order of llama.cpp."""
+
+import math
+
+import numpy as np
+import pytest
+
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.ops.rows import SampleRow
+from chatlm.worker.ops.sampling import clean_logits, drawn_on_host, penalize, sample_reference, survivors
+
+NEG_INF = np.float32(-np.inf)
+
+
+def softmax(logits):
+    weights = np.exp(np.asarray(logits, np.float64) - max(logits))
+    return weights / weights.sum()
+
+
+def sigma(ids, logits, p):
+    """Of the logits that are not -inf: those at most n standard deviations below the largest."""
+    possible = np.float64([logits[i] for i in ids if logits[i] > NEG_INF])
+    return [i for i in ids if logits[i] >= possible.max() - p.top_n_sigma * possible.std()]
+
+
+def kept(logits, p, acts=True):
+    """The ids that llama.cpp's chain would leave, at temperature 1. `acts`: does XTC?"""
+    ids = list(range(len(logits)))
+    if p.top_n_sigma > 0:
+        ids = sigma(ids, logits, p)
+    ids = sorted(ids, key=lambda i: (-logits[i], i))[:p.top_k or None]
+    return sorted(i for i in ids if logits[i] > max(logits) - 27)
+
+
+def lines(seed, V, count=12):
+    rng = np.random.default_rng(seed)
+    for scale in rng.choice([0.3, 1, 3, 6], count):
+        line = (rng.standard_normal(V) * scale).astype(np.float32)
+        line[rng.random(V) < rng.choice([0, 0, 0.4])] = NEG_INF
+        line[0] = rng.standard_normal()
+        yield line
+
+
+SETTINGS = [dict(top_n_sigma=1.0), dict(top_n_sigma=0.3), dict(top_n_sigma=2.5, top_k=20)]
+
+
+@pytest.mark.parametrize("V", [2, 5, 64, 3000])
+def test_the_survivors_are_those_of_the_definitions(V):
+    for chosen in SETTINGS:
+        params = SamplingParams(**(dict(temperature=1.0, top_k=0) | chosen))
+        assert drawn_on_host(params)
+        for line in lines(V, V):
+            assert survivors(line, params)[0].tolist() == kept(line, params), chosen
+
+
+def test_what_is_off_leaves_the_draw_to_compiled_samplers():
+    for off in (dict(), dict(top_n_sigma=0.0), dict(top_n_sigma=-1.0)):
+        assert not drawn_on_host(SamplingParams(**off)), off
+
+
+HOPELESS = [[-np.inf] * 5, [np.nan] * 5, [-np.inf, -np.inf, -7, np.nan, -np.inf], [1.0, np.inf, 3e38, 5, -3e38], [0] * 5, [3]]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8, 1e-30])
+def test_hopeless_rows_give_defined_tokens(temperature):
+    for chosen in SETTINGS:
+        for line, token in zip(HOPELESS, (0, 0, 2, None, None, 0)):
+            params = SamplingParams(**chosen | dict(temperature=temperature))
+            (drawn,) = sample_reference(np.float32([line]), [SampleRow(params, 7, [0, 1, 0], 1)])
+            assert token in (None, drawn) and 0 <= drawn < len(line)
+
+
+def test_a_row_draws_the_same_token_alone_and_in_any_batch():
+    rng = np.random.default_rng(7)
+    logits = (rng.standard_normal((40, 800)) * 3).astype(np.float32)
+    rows = [SampleRow(SamplingParams(**(SETTINGS[i % len(SETTINGS)] | dict(seed=i, temperature=float(rng.choice([0, 0.5, 1, 1.4]))))),
+                      int(rng.integers(5000)), rng.integers(0, 30, 99).tolist(), 4) for i in range(40)]
+    together = sample_reference(logits, rows).tolist()
+    assert together == [int(sample_reference(logits[i:i + 1], rows[i:i + 1])[0]) for i in range(40)]
