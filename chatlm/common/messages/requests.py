@@ -50,6 +50,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = field(default=1.0, metadata=OWN)
     logit_bias: tuple[tuple[int, float], ...] = ()
+    typical_p: float = 1.0
     top_n_sigma: float = -1.0  # off at 0 and below
     seed: int = 0    # 64 bits
     choice: int = 0  # index among the `n` answers: each has its own noise

@@ -75,6 +75,7 @@ SAMPLING_FIELDS = (  # for all but nanochat's route, which has those that are fl
     Field("frequency_penalty", NUMBER, "penalty for each time they occur", -2, 2),
     Field("repetition_penalty", NUMBER, "1 = off", 0.01, 10),
     Field("logit_bias", LOGIT_BIAS, "token id -> bias"),
+    Field("typical_p", NUMBER, "share of locally typical tokens to keep; 1 = off", 0, 1),
     Field("top_n_sigma", NUMBER, "keep tokens within this many standard deviations of the largest logit; 0 or "
                                  "-1 = off", -1, 1000),
     *COMMON_FIELDS,

@@ -164,6 +164,32 @@ def in_order(values: numpy.ndarray) -> float:
     return float(numpy.cumsum(values)[-1])
 
 
+def probability_weights(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray, int]:
+    """z (float32) and weights (uint64) at temperature 1, and the sum of the weights: what 1 is of them."""
+    with numpy.errstate(over="ignore"):
+        z = logits - logits.max()
+    weights = exp_weights(z)
+    return z, weights, int(weights.sum())
+
+
+def keep_typical(logits: numpy.ndarray, params: SamplingParams, position: int) -> numpy.ndarray:
+    """Locally typical sampling (Meister et al., 2022): the tokens whose surprise is nearest to the entropy,
+    until their probabilities add up to more than typical_p.
+
+    |-log p - H| is |z - E[z]|, since both terms have the same log of the sum. Ties: as before, see HostStep."""
+    z, weights, total = probability_weights(logits)
+    alive = numpy.flatnonzero(weights)
+    alive = alive[numpy.argsort(-logits[alive], kind="stable")]
+    z, weights = z[alive].astype(numpy.float64), weights[alive]
+    mean = in_order(z * weights.astype(numpy.float64)) / total
+    order = numpy.argsort(numpy.abs(z - mean), kind="stable")
+    most = numpy.uint64(total * round(params.typical_p * 2**32) >> 32)  # exact, as in keep_top_p
+    count = int(numpy.searchsorted(numpy.cumsum(weights[order]), most, side="right")) + 1
+    keep = numpy.zeros(len(logits), dtype=bool)
+    keep[alive[order[:count]]] = True
+    return keep
+
+
 def keep_top_n_sigma(logits: numpy.ndarray, params: SamplingParams, position: int) -> numpy.ndarray:
     """Those at most n standard deviations below the largest (Tang et al., "Top-nsigma: not all logits are you
     need", 2024), of the logits that are not -inf."""
@@ -175,6 +201,7 @@ def keep_top_n_sigma(logits: numpy.ndarray, params: SamplingParams, position: in
 
 ON_HOST = (
     HostStep(VOCABULARY, lambda p: p.top_n_sigma > 0, keep_top_n_sigma),
+    HostStep(TOP_K, lambda p: p.typical_p < 1, keep_typical),
 )
 
 

@@ -23,13 +23,29 @@ def sigma(ids, logits, p):
     return [i for i in ids if logits[i] >= possible.max() - p.top_n_sigma * possible.std()]
 
 
+def typical(ids, logits, p):
+    """By |-log p - H|, until more than typical_p of the probability is there."""
+    probability = softmax([logits[i] for i in ids])
+    surprise = [-math.log(each) if each else math.inf for each in probability]
+    entropy = sum(each * s for each, s in zip(probability, surprise) if each)
+    total, chosen = 0.0, []
+    for place in sorted(range(len(ids)), key=lambda place: abs(surprise[place] - entropy)):
+        chosen.append(ids[place])
+        total += probability[place]
+        if total > p.typical_p:
+            break
+    return chosen
+
+
 def kept(logits, p, acts=True):
     """The ids that llama.cpp's chain would leave, at temperature 1. `acts`: does XTC?"""
     ids = list(range(len(logits)))
     if p.top_n_sigma > 0:
         ids = sigma(ids, logits, p)
     ids = sorted(ids, key=lambda i: (-logits[i], i))[:p.top_k or None]
-    return sorted(i for i in ids if logits[i] > max(logits) - 27)
+    if p.typical_p < 1:
+        ids = typical(ids, logits, p)
+    return sorted(i for i in ids if logits[i] > max(logits[i] for i in ids) - 27)
 
 
 def lines(seed, V, count=12):
@@ -41,7 +57,8 @@ def lines(seed, V, count=12):
         yield line
 
 
-SETTINGS = [dict(top_n_sigma=1.0), dict(top_n_sigma=0.3), dict(top_n_sigma=2.5, top_k=20)]
+SETTINGS = [dict(typical_p=0.9), dict(typical_p=0.2), dict(typical_p=0.0), dict(typical_p=0.5, top_k=10), dict(typical_p=0.7, top_n_sigma=1.5),
+            dict(top_n_sigma=1.0), dict(top_n_sigma=0.3), dict(top_n_sigma=2.5, top_k=20)]
 
 
 @pytest.mark.parametrize("V", [2, 5, 64, 3000])
@@ -54,8 +71,16 @@ def test_the_survivors_are_those_of_the_definitions(V):
 
 
 def test_what_is_off_leaves_the_draw_to_compiled_samplers():
-    for off in (dict(), dict(top_n_sigma=0.0), dict(top_n_sigma=-1.0)):
+    for off in (dict(), dict(top_n_sigma=0.0), dict(top_n_sigma=-1.0), dict(typical_p=1.0)):
         assert not drawn_on_host(SamplingParams(**off)), off
+
+
+def test_temperature_zero_takes_the_likeliest_survivor():
+    for chosen in SETTINGS:
+        params = SamplingParams(**(dict(top_k=0) | chosen | dict(temperature=0.0)))
+        for line in lines(3, 200):
+            best = max(kept(line, params), key=lambda i: line[i])
+            assert sample_reference(line[None], [SampleRow(params, 3)])[0] == best, chosen
 
 
 HOPELESS = [[-np.inf] * 5, [np.nan] * 5, [-np.inf, -np.inf, -7, np.nan, -np.inf], [1.0, np.inf, 3e38, 5, -3e38], [0] * 5, [3]]
