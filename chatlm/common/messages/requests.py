@@ -52,6 +52,8 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     typical_p: float = 1.0
     top_n_sigma: float = -1.0  # off at 0 and below
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     seed: int = 0    # 64 bits
     choice: int = 0  # index among the `n` answers: each has its own noise
 

@@ -35,6 +35,7 @@ LOG_TERMS = (  # (log(1 + t) / t - 1) / t on [sqrt(1/2) - 1, sqrt(2) - 1], highe
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 FLOAT_MAX = 3.4028234663852886e38
+XTC_LANE = 2**34 - 4  # no token's id: the noise that decides whether XTC acts
 
 
 def philox(counters: Iterable[numpy.ndarray], keys: Iterable[numpy.ndarray]) -> numpy.ndarray:
@@ -199,9 +200,23 @@ def keep_top_n_sigma(logits: numpy.ndarray, params: SamplingParams, position: in
     return logits >= possible.max() - params.top_n_sigma * deviation
 
 
+def keep_xtc(logits: numpy.ndarray, params: SamplingParams, position: int) -> numpy.ndarray:
+    """Exclude top choices (by p-e-w, 2024): with xtc_probability, all but the least likely of the tokens whose
+    probability is at least xtc_threshold are left out."""
+    keep = numpy.ones(len(logits), dtype=bool)
+    if uniform_noise(numpy.array([XTC_LANE]), params.seed, position, params.choice)[0] > params.xtc_probability:
+        return keep
+    _, weights, total = probability_weights(logits)
+    least = -(-total * round(params.xtc_threshold * 2**32) >> 32)  # rounded up; exact
+    top = numpy.flatnonzero(weights >= numpy.uint64(least))
+    keep[top[numpy.argsort(-logits[top], kind="stable")][:-1]] = False
+    return keep
+
+
 ON_HOST = (
     HostStep(VOCABULARY, lambda p: p.top_n_sigma > 0, keep_top_n_sigma),
     HostStep(TOP_K, lambda p: p.typical_p < 1, keep_typical),
+    HostStep(MIN_P, lambda p: p.xtc_probability > 0 and p.xtc_threshold <= 0.5, keep_xtc),
 )
 
 

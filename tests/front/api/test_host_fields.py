@@ -38,7 +38,8 @@ def content(url, **changes):
 
 
 # (what changes the answer, what of the same fields leaves it as it is)
-EFFECTS = [({"typical_p": 0.2}, {"typical_p": 1}), ({"top_n_sigma": 0.5}, {"top_n_sigma": -1})]
+EFFECTS = [({"xtc_probability": 1}, {"xtc_probability": 0, "xtc_threshold": 0.2}), ({"xtc_probability": 0.5}, {"xtc_probability": 1, "xtc_threshold": 0.6}),
+           ({"typical_p": 0.2}, {"typical_p": 1}), ({"top_n_sigma": 0.5}, {"top_n_sigma": -1})]
 
 
 @pytest.mark.parametrize("acts, is_off", EFFECTS)
@@ -56,7 +57,8 @@ def test_answers_at_once_are_those_of_one_at_a_time(url):
         assert together == alone
 
 
-REFUSED = [("typical_p", 1.01, "from 0 to 1"), ("typical_p", -0.1, "from 0 to 1"), ("top_n_sigma", -1.5, "from -1 to 1000"), ("top_n_sigma", "1", "a finite number"), ("top_n_sigma", True, "a finite number"),
+REFUSED = [("xtc_probability", 2, "from 0 to 1"), ("xtc_threshold", -1, "from 0 to 1"), ("xtc_threshold", "x" * 10**6, "a finite number"),
+           ("typical_p", 1.01, "from 0 to 1"), ("typical_p", -0.1, "from 0 to 1"), ("top_n_sigma", -1.5, "from -1 to 1000"), ("top_n_sigma", "1", "a finite number"), ("top_n_sigma", True, "a finite number"),
            ("top_n_sigma", [1], "a finite number"), ("top_n_sigma", 1e400, "a finite number")]
 
 

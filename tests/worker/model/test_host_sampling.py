@@ -37,6 +37,12 @@ def typical(ids, logits, p):
     return chosen
 
 
+def without_top_choices(ids, logits, p):
+    """All but the least likely of those that are at least xtc_threshold likely."""
+    likely = [i for i, each in zip(ids, softmax([logits[i] for i in ids])) if each >= p.xtc_threshold]
+    return [i for i in ids if i not in sorted(likely, key=lambda i: (-logits[i], i))[:-1]]
+
+
 def kept(logits, p, acts=True):
     """The ids that llama.cpp's chain would leave, at temperature 1. `acts`: does XTC?"""
     ids = list(range(len(logits)))
@@ -45,7 +51,13 @@ def kept(logits, p, acts=True):
     ids = sorted(ids, key=lambda i: (-logits[i], i))[:p.top_k or None]
     if p.typical_p < 1:
         ids = typical(ids, logits, p)
-    return sorted(i for i in ids if logits[i] > max(logits[i] for i in ids) - 27)
+    best = max(logits[i] for i in ids)
+    ids = [i for i in ids if logits[i] - best >= np.float32(-27.7)]      # what weighs less is nothing
+    if p.min_p:
+        ids = [i for i in ids if logits[i] >= best + math.log(p.min_p)]
+    if acts and p.xtc_probability and p.xtc_threshold <= 0.5:
+        ids = without_top_choices(ids, logits, p)
+    return sorted(ids)
 
 
 def lines(seed, V, count=12):
@@ -57,7 +69,9 @@ def lines(seed, V, count=12):
         yield line
 
 
-SETTINGS = [dict(typical_p=0.9), dict(typical_p=0.2), dict(typical_p=0.0), dict(typical_p=0.5, top_k=10), dict(typical_p=0.7, top_n_sigma=1.5),
+SETTINGS = [dict(xtc_probability=1.0), dict(xtc_probability=1.0, xtc_threshold=0.01), dict(xtc_probability=1.0, xtc_threshold=0.0, min_p=0.05),
+            dict(xtc_probability=1.0, xtc_threshold=0.5, top_k=5), dict(xtc_probability=1.0, xtc_threshold=0.05, typical_p=0.9, top_n_sigma=2.0),
+            dict(typical_p=0.9), dict(typical_p=0.2), dict(typical_p=0.0), dict(typical_p=0.5, top_k=10), dict(typical_p=0.7, top_n_sigma=1.5),
             dict(top_n_sigma=1.0), dict(top_n_sigma=0.3), dict(top_n_sigma=2.5, top_k=20)]
 
 
@@ -71,7 +85,7 @@ def test_the_survivors_are_those_of_the_definitions(V):
 
 
 def test_what_is_off_leaves_the_draw_to_compiled_samplers():
-    for off in (dict(), dict(top_n_sigma=0.0), dict(top_n_sigma=-1.0), dict(typical_p=1.0)):
+    for off in (dict(), dict(top_n_sigma=0.0), dict(top_n_sigma=-1.0), dict(typical_p=1.0), dict(xtc_probability=0.0), dict(xtc_probability=1.0, xtc_threshold=0.51)):
         assert not drawn_on_host(SamplingParams(**off)), off
 
 
@@ -81,6 +95,18 @@ def test_temperature_zero_takes_the_likeliest_survivor():
         for line in lines(3, 200):
             best = max(kept(line, params), key=lambda i: line[i])
             assert sample_reference(line[None], [SampleRow(params, 3)])[0] == best, chosen
+
+
+def test_xtc_acts_as_often_as_it_should_and_apart_from_the_draw():
+    line, often = np.float32([3, 2.5, 0, -1]), 0.3
+    acted = [0 not in survivors(line, SamplingParams(temperature=1.0, xtc_probability=often, seed=5), position)[0] for position in range(20_000)]
+    assert abs(sum(acted) / 20_000 - often) < 5 * math.sqrt(often * (1 - often) / 20_000)      # a false alarm in 1.7 million
+    drawn = [sample_reference(line[None], [SampleRow(SamplingParams(temperature=1.0, seed=5), position)])[0] for position in range(20_000)]
+    first = [token == 0 for token in drawn]
+    together, apart = np.mean([a and b for a, b in zip(acted, first)]), np.mean(acted) * np.mean(first)
+    assert abs(together - apart) < 5 * math.sqrt(apart / 20_000)
+    choices = [[0 in survivors(line, SamplingParams(xtc_probability=0.5, seed=5, choice=choice), position)[0] for position in range(64)] for choice in (0, 1)]
+    assert choices[0] != choices[1]
 
 
 HOPELESS = [[-np.inf] * 5, [np.nan] * 5, [-np.inf, -np.inf, -7, np.nan, -np.inf], [1.0, np.inf, 3e38, 5, -3e38], [0] * 5, [3]]
