@@ -77,10 +77,10 @@ SAMPLING_FIELDS = (  # for all but nanochat's route, which has those that are fl
     Field("logit_bias", LOGIT_BIAS, "token id -> bias"),
     Field("typical_p", NUMBER, "share of locally typical tokens to keep; 1 = off", 0, 1),
     Field("xtc_probability", NUMBER, "how often top choices are left out; 0 = off", 0, 1),
-    Field("xtc_threshold", NUMBER, "of tokens at least this likely XTC leaves the least likely; above 0.5 = off",
-          0, 1),
-    Field("top_n_sigma", NUMBER, "keep tokens within this many standard deviations of the largest logit; 0 or "
-                                 "-1 = off", -1, 1000),
+    Field("xtc_threshold", NUMBER,
+          "of tokens at least this likely XTC leaves the least likely; above 0.5 = off", 0, 1),
+    Field("top_n_sigma", NUMBER,
+          "keep tokens within this many standard deviations of the largest logit; 0 or -1 = off", -1, 1000),
     *COMMON_FIELDS,
 )
 SAMPLED = {field.name: field for field in SAMPLING_FIELDS if field.name in SAMPLING_NAMES}

@@ -29,7 +29,7 @@ from chatlm.worker.engine.scheduler import FREE_ROWS, Assignment, Chunk, Schedul
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.spec import Batch
 from chatlm.worker.ops.rows import SampleRow
-from chatlm.worker.ops.sampling import clean_logits, drawn_on_host, penalize, sample_on_host, top_ids
+from chatlm.worker.ops.sampling import clean_logits, penalize, sample_each, top_ids
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import WorkerEvent
@@ -264,21 +264,10 @@ class Engine:
         for line, owner in zip(logits, owners):
             if owner.text and (grammar := owner.text.grammar):
                 line.masked_fill_(~torch.from_numpy(grammar.allowed(len(line))).to(line.device), -math.inf)
-        tokens = self._drawn(logits, rows)
+        tokens = sample_each(self.kernels.sample, logits, rows)
         for i, line in lines.items():
             owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], params[i].logprobs or 0)
         return tokens
-
-    def _drawn(self, logits, rows: Seq[SampleRow]) -> list[int]:
-        """The tokens of rows of logits (R, V): the reference draws those that compiled samplers cannot."""
-        apart = [i for i, row in enumerate(rows) if drawn_on_host(row.params)]
-        if not apart:
-            return self.kernels.sample(logits, rows)
-        others = [i for i in range(len(rows)) if i not in apart]
-        tokens = dict(zip(apart, sample_on_host(logits[apart], [rows[i] for i in apart])))
-        if others:
-            tokens |= zip(others, self.kernels.sample(logits[others], [rows[i] for i in others]))
-        return [tokens[i] for i in range(len(rows))]
 
     def keep(self, keeper: Keeper):
         """From now on, pages outlive the process."""

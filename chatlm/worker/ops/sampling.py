@@ -1,8 +1,8 @@
 """The reference of sampling, which compiled samplers match bit for bit.
 
 Order: repetition, frequency and presence penalties, bias -> temperature -> top-k -> top-p over what top-k
-kept -> min-p -> one draw. Between these come the steps that no compiled sampler has, `ON_HOST`; the engine
-draws here what needs one of them. Precision: logits, penalties and z = (l - max) * (1/T) are float32. Weights e^z
+kept -> min-p -> one draw. Between these come the steps that no compiled sampler has, `ON_HOST`; what needs
+one of them is drawn here. Precision: logits, penalties and z = (l - max) * (1/T) are float32. Weights e^z
 are fixed-point integers, 2^40 at the maximum, summed in uint64, so the order of the sum does not matter.
 Noise and z + noise are float64. Each multiplication and addition is rounded separately (no fma), and no
 library exp or log is used."""
@@ -177,7 +177,8 @@ def keep_typical(logits: numpy.ndarray, params: SamplingParams, position: int) -
     """Locally typical sampling (Meister et al., 2022): the tokens whose surprise is nearest to the entropy,
     until their probabilities add up to more than typical_p.
 
-    |-log p - H| is |z - E[z]|, since both terms have the same log of the sum. Ties: as before, see HostStep."""
+    |-log p - H| is |z - E[z]|, since both terms have the same log of the sum. Of a tie, the likelier and
+    then the lower id is first."""
     z, weights, total = probability_weights(logits)
     alive = numpy.flatnonzero(weights)
     alive = alive[numpy.argsort(-logits[alive], kind="stable")]
@@ -201,10 +202,11 @@ def keep_top_n_sigma(logits: numpy.ndarray, params: SamplingParams, position: in
 
 
 def keep_xtc(logits: numpy.ndarray, params: SamplingParams, position: int) -> numpy.ndarray:
-    """Exclude top choices (by p-e-w, 2024): with xtc_probability, all but the least likely of the tokens whose
-    probability is at least xtc_threshold are left out."""
+    """Exclude top choices (by p-e-w, 2024): with xtc_probability, all but the least likely of the tokens
+    whose probability is at least xtc_threshold are left out."""
     keep = numpy.ones(len(logits), dtype=bool)
-    if uniform_noise(numpy.array([XTC_LANE]), params.seed, position, params.choice)[0] > params.xtc_probability:
+    (chance,) = uniform_noise(numpy.array([XTC_LANE]), params.seed, position, params.choice)
+    if chance > params.xtc_probability:
         return keep
     _, weights, total = probability_weights(logits)
     least = -(-total * round(params.xtc_threshold * 2**32) >> 32)  # rounded up; exact
@@ -308,3 +310,15 @@ def sample_reference(logits: numpy.ndarray, rows: Seq[SampleRow]) -> numpy.ndarr
 def sample_on_host(logits, rows: Seq[SampleRow]) -> list[int]:
     """`sample_reference` for logits (R, V) on any device."""
     return sample_reference(logits.float().cpu().numpy(), rows).tolist()
+
+
+def sample_each(sample: Callable, logits, rows: Seq[SampleRow]) -> list[int]:
+    """The tokens of rows of logits (R, V): by `sample`, except of rows that it cannot draw."""
+    apart = [i for i, row in enumerate(rows) if drawn_on_host(row.params)]
+    if not apart:
+        return sample(logits, rows)
+    others = [i for i in range(len(rows)) if i not in apart]
+    tokens = dict(zip(apart, sample_on_host(logits[apart], [rows[i] for i in apart])))
+    if others:
+        tokens |= zip(others, sample(logits[others], [rows[i] for i in others]))
+    return [tokens[i] for i in range(len(rows))]
