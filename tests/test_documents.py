@@ -15,8 +15,7 @@ from chatlm.common.config import FLAGS
 from chatlm.common.errors import ConfigError
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
 from chatlm.common.hub.huggingface import SHORT_NAMES
-from chatlm.worker.weights.families import FAMILIES, VISION
-from chatlm.worker.weights.gguf_file import GGUF_FAMILIES
+from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION
 
 ROOT = Path(__file__).resolve().parent.parent
 HISTORY = sorted((ROOT / "bench" / "history").glob("*.md"))

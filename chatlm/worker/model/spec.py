@@ -432,69 +432,67 @@ class ModelSpec:
         return 4 * sum(map(math.prod, shapes))
 
 
-def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+Shapes = dict[str, tuple[int, ...]]
+
+
+def expected_tensors(spec: ModelSpec) -> Shapes:
     """Name -> shape of every tensor in a model of this spec, and no others (weights are (out, in))."""
-    V, C, F = spec.vocab_size, spec.width, spec.ffn_size
-    shapes: dict[str, tuple[int, ...]] = {"embed": (spec.own_rows or V, C)} if spec.opens else {}
-    if spec.closes:
-        shapes["head"] = spec.own_rows or V, C
-    if spec.norm_weights:
-        shapes["final_norm"] = (C,)
-    if spec.layer_input_size and spec.opens:  # for all layers; other stages get them from this one
-        P, rows = spec.layer_input_size, spec.all_layers * spec.layer_input_size
-        shapes |= {"layer_embed": (V, rows), "layer_project": (rows, C), "layer_project_norm": (P,)}
-    if spec.residual_lambdas:
-        shapes |= {"resid_lambdas": (spec.layers,), "x0_lambdas": (spec.layers,)}
-    if spec.smear_channels and spec.opens:
-        shapes |= {"smear_gate": (1, spec.smear_channels), "smear_lambda": (1,)}
-    if spec.backout_layer is not None and spec.closes:
-        shapes["backout_lambda"] = (1,)
-    for l in range(spec.layers):
-        mixer = spec.mixers[l] if spec.mixers else None
-        attn = spec.attention(l)
-        (q, k, v), values = attn.parts, attn.heads * attn.value_size
-        if mixer:
-            shapes |= {f"{l}.{name}": shape for name, shape in mixer.tensors(C).items()}
-        else:
-            shapes |= {f"{l}.qkv": (q * (1 + spec.output_gate) + k + v, C), f"{l}.output": (C, values)}
-        E, shared = spec.experts if l not in spec.dense_layers else 0, spec.shared_size
-        size = F * (1 + (l in spec.double_layers)) if E or not spec.experts else spec.dense_size
-        up, down, rows = ("up", "down", size) if spec.activation == "relu2" else ("gate_up", "down", 2 * size)
-        if E:  # one matrix: the rows of all experts' gates, then of their ups
-            up, down = "expert_gate_up", "expert_down"
-            shapes |= {f"{l}.router": (E, C), f"{l}.{up}": (E * rows, C), f"{l}.{down}": (E * C, F)}
-        else:
-            shapes |= {f"{l}.{up}": (rows, C), f"{l}.{down}": (C, size)}
-        if E and shared:
-            shapes |= {f"{l}.shared_gate_up": (2 * shared, C), f"{l}.shared_down": (C, shared)}
-        if E and spec.choice_bias:
-            shapes[f"{l}.choice_bias"] = (E,)
-        if E and spec.shared_gate:
-            shapes[f"{l}.shared_gate"] = (1, C)
-        if E and spec.expert_norms:
-            shapes |= {f"{l}.experts_scale": (E,)} | {
-                f"{l}.{part}_norm": (C,) for part in ("router", "experts", "experts_down", "shared_down")}
-        if spec.layer_input_size:
-            shapes |= {f"{l}.input_gate": (spec.layer_input_size, C), f"{l}.input_norm": (C,),
-                       f"{l}.input_out": (C, spec.layer_input_size)}
-        if spec.layer_scalars:
-            shapes[f"{l}.scalar"] = (1,)
-        if spec.norm_weights and spec.pre_norms:
-            shapes |= {f"{l}.attention_norm": (C,), f"{l}.ffn_norm": (C,)}
-        if spec.post_norms:
-            shapes |= {f"{l}.output_norm": (C,), f"{l}.down_norm": (C,)}
-        for part, biased in {"qkv": spec.qkv_bias, "output": spec.output_bias, "router": spec.router_bias,
-                             up: spec.ffn_bias, down: spec.ffn_bias}.items():
-            if biased and f"{l}.{part}" in shapes:
-                shapes[f"{l}.{part}_bias"] = shapes[f"{l}.{part}"][:1]
-        if spec.qk_norm_weights and not mixer:
-            q_size, k_size = (q, k) if spec.qk_norm_sizes else (attn.head_size,) * 2
-            shapes |= {f"{l}.q_norm": (q_size,)} | ({f"{l}.k_norm": (k_size,)} if k else {})
-        if spec.sinks and not mixer:
-            shapes[f"{l}.sinks"] = (attn.heads,)
-        if l in spec.value_embed_layers:
-            shapes |= {f"{l}.value_embed": (V, v), f"{l}.ve_gate": (attn.kv_heads, spec.ve_gate_channels)}
-    return shapes
+    V, C, P, rows = spec.vocab_size, spec.width, spec.layer_input_size, spec.own_rows or spec.vocab_size
+    shapes = present(
+        (spec.opens, {"embed": (rows, C)}), (spec.closes, {"head": (rows, C)}),
+        (spec.norm_weights, {"final_norm": (C,)}),
+        (P and spec.opens, {  # for all layers; other stages get them from this one
+            "layer_embed": (V, spec.all_layers * P), "layer_project": (spec.all_layers * P, C),
+            "layer_project_norm": (P,)}),
+        (spec.residual_lambdas, {"resid_lambdas": (spec.layers,), "x0_lambdas": (spec.layers,)}),
+        (spec.smear_channels and spec.opens, {"smear_gate": (1, spec.smear_channels), "smear_lambda": (1,)}),
+        (spec.backout_layer is not None and spec.closes, {"backout_lambda": (1,)}))
+    return shapes | {f"{l}.{name}": shape for l in range(spec.layers)
+                     for name, shape in layer_tensors(spec, l).items()}
+
+
+def present(*rows: tuple[object, Shapes]) -> Shapes:
+    """The tensors of the rows whose condition holds."""
+    return {name: shape for holds, tensors in rows if holds for name, shape in tensors.items()}
+
+
+def layer_tensors(spec: ModelSpec, l: int) -> Shapes:
+    C, P, attn = spec.width, spec.layer_input_size, spec.attention(l)
+    (q, k, v), D = attn.parts, attn.head_size
+    mixer = spec.mixers[l] if spec.mixers else None
+    matrices = mixer.tensors(C) if mixer else {
+        "qkv": (q * (1 + spec.output_gate) + k + v, C), "output": (C, attn.heads * attn.value_size)}
+    matrices |= feed_forward_tensors(spec, l) | present(
+        (P, {"input_gate": (P, C), "input_norm": (C,), "input_out": (C, P)}),
+        (spec.layer_scalars, {"scalar": (1,)}),
+        (spec.norm_weights and spec.pre_norms, {"attention_norm": (C,), "ffn_norm": (C,)}),
+        (spec.post_norms, {"output_norm": (C,), "down_norm": (C,)}))
+    biased = {"qkv": spec.qkv_bias, "output": spec.output_bias, "router": spec.router_bias} | dict.fromkeys(
+        ("up", "gate_up", "down", "expert_gate_up", "expert_down"), spec.ffn_bias)
+    biases: Shapes = {f"{name}_bias": shape[:1] for name, shape in matrices.items() if biased.get(name)}
+    q_size, k_size = (q, k) if spec.qk_norm_sizes else (D, D)
+    return matrices | biases | present(
+        (spec.qk_norm_weights and not mixer, {"q_norm": (q_size,)}),
+        (spec.qk_norm_weights and not mixer and k, {"k_norm": (k_size,)}),
+        (spec.sinks and not mixer, {"sinks": (attn.heads,)}),
+        (l in spec.value_embed_layers, {
+            "value_embed": (spec.vocab_size, v), "ve_gate": (attn.kv_heads, spec.ve_gate_channels)}))
+
+
+def feed_forward_tensors(spec: ModelSpec, l: int) -> Shapes:
+    """Those of a layer's experts, or of its dense part."""
+    C, F, shared = spec.width, spec.ffn_size, spec.shared_size
+    E = spec.experts if l not in spec.dense_layers else 0
+    size = F * (1 + (l in spec.double_layers)) if E or not spec.experts else spec.dense_size
+    up, rows = ("up", size) if spec.activation == "relu2" else ("gate_up", 2 * size)
+    if not E:
+        return {up: (rows, C), "down": (C, size)}
+    return present(  # one matrix: the rows of all experts' gates, then of their ups
+        (E, {"router": (E, C), "expert_gate_up": (E * rows, C), "expert_down": (E * C, F)}),
+        (shared, {"shared_gate_up": (2 * shared, C), "shared_down": (C, shared)}),
+        (spec.choice_bias, {"choice_bias": (E,)}), (spec.shared_gate, {"shared_gate": (1, C)}),
+        (spec.expert_norms, {"experts_scale": (E,)} | {
+            f"{part}_norm": (C,) for part in ("router", "experts", "experts_down", "shared_down")}))
 
 
 class Batch(NamedTuple):

@@ -20,7 +20,7 @@ from chatlm.worker.model.tensors import Cut, MappedRows, Unread
 from chatlm.worker.ops.basic import RopePairs, dequantized
 from chatlm.worker.weights.files import refuse_cut_safetensors, weight_files
 from chatlm.worker.weights.finite import refuse_faults
-from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked, read_json
+from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

@@ -1,7 +1,8 @@
-"""Gemma 4: how each of its layers attends, and its tensors."""
+"""Gemma 4: how each of its layers attends, and its tensors, in a folder and in a GGUF file."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence as Seq
@@ -9,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.model.spec import Attention
+from chatlm.worker.weights.family import HEAD_NORMS, Family, Gguf, Header, separate_experts
 from chatlm.worker.weights.rules import (
-    LAYER_TYPES, MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, Rule, check_divides, checked)
+    LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Rule, check_divides, checked)
 
 FULL, LOCAL = LAYER_TYPES
 ROPE = {LOCAL: {"rope_type": "default", "rope_theta": 10_000.0},
@@ -33,6 +36,7 @@ KEYS = {
     "global_head_dim": Rule(int, 2, MOST_CHANNELS), "num_kv_shared_layers": Rule(int, 0, MOST_LAYERS),
     "num_global_key_value_heads": Rule(int, 1, MOST_HEADS, optional=True),
     "hidden_size_per_layer_input": Rule(int, 0, MOST_CHANNELS),
+    "top_k_experts": Rule(int, 1, MOST_EXPERTS, optional=True),
     "use_bidirectional_attention": Rule(str, choices=("vision",), optional=True)}
 TENSORS: dict[str, tuple[str, ...]] = {
     "layer_embed": ("model.embed_tokens_per_layer.weight",),
@@ -56,7 +60,7 @@ GGUF_TENSORS: dict[str, tuple[str, ...]] = {
     "expert_gate_up": ("blk.{}.ffn_gate_exps.{}.weight", "blk.{}.ffn_up_exps.{}.weight")}
 
 
-def complete(config: Mapping) -> dict:
+def complete(path: Path, config: Mapping) -> dict:
     """A checked config, expressed in other families' keys."""
     layers, experts = config["num_hidden_layers"], config["enable_moe_block"]
     types = config["layer_types"] or [LAYER_TYPES[(layer + 1) % 6 > 0] for layer in range(layers)]
@@ -164,13 +168,86 @@ def fields_of(path: Path, config: Mapping) -> dict:
 
 def repack(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A folder's tensors with separate experts."""
-    repacked = {}
-    for name, tensor in state.items():
-        stem, _, part = name.rpartition(".")
-        if not stem.endswith(".experts") or tensor.ndim != 3:
-            repacked[name] = tensor
+    return {ours: part for name, tensor in state.items()
+            for ours, part in separate_experts(name, tensor).items()}
+
+
+def gguf_layers(header: Header) -> tuple[dict, dict]:
+    """The metadata become those of sliding layers alone; the others are in what a config.json would say."""
+    path, own, value, stored = header.path, header.own, header.value, header.stored
+    layers: int = value("block_count")
+    pattern = "attention.sliding_window_pattern"
+    shared: int = value("attention.shared_kv_layers", 0, high=layers - 1)
+    local = checked(path, own + pattern, header.raw(pattern), Rule(bool, many=True), layers)
+    full = [l for l in range(layers) if not local[l]]
+
+    def sizes(key: str, *groups: list[int]) -> list[int]:
+        """For each group of layers, the number that this key gives all of them."""
+        found = header.raw(key)
+        numbers: list[Any] = found if isinstance(found, list) and len(found) == layers else [found] * layers
+        for group in groups:
+            if any(numbers[l] != numbers[group[0]] for l in group):
+                raise ConfigError(f"{path}: {own}{key} is {shown(numbers)}; it must be the same in layers "
+                                  f"{', '.join(map(str, group))}")
+        firsts = [numbers[group[0]] if group else numbers[0] for group in groups]
+        for first in firsts:
+            header.check(own + key, first)
+        return firsts
+
+    kv_heads, full_kv_heads = sizes("attention.head_count_kv", [l for l in range(layers) if local[l]], full)
+    width, last_width = sizes("feed_forward_length", list(range(layers - shared)),
+                              list(range(layers - shared, layers)) or [0])
+    if last_width not in (width, 2 * width):
+        raise ConfigError(f"{path}: {own}feed_forward_length is {last_width} in the last layers; it must be "
+                          f"{width} or {2 * width}")
+    size = value("attention.key_length")
+    local_size: int = value("attention.key_length_swa", size)
+    for ending, expected in (("", size), ("_swa", local_size)):
+        for key in ("attention.value_length", "rope.dimension_count"):
+            value(f"{key}{ending}", expected, low=expected, high=expected)
+    value("rope.scaling.type", "none", choices=("none",))
+    rope: dict[str, dict] = {type_: {"rope_base": float(value(f"rope.freq_base{ending}", base))}
+                             for type_, ending, base in zip(LAYER_TYPES, ("", "_swa"), (1e6, 1e4))}
+    if (name := "rope_freqs.weight") in stored:
+        factors = header.check(name, stored[name].data.tolist(), size // 2, high=1e31)
+        rope[LAYER_TYPES[0]]["rope_factors"] = tuple(
+            math.inf if factor > 1e29 else factor for factor in factors)
+    more = {"global_head_dim": size, "num_global_key_value_heads": full_kv_heads, "rope_of_types": rope,
+            "attention_k_eq_v": not any(
+                f"blk.{l}.attn_v.weight" in stored for l in full if l < layers - shared),
+            "num_kv_shared_layers": shared, "use_double_wide_mlp": last_width > width,
+            "hidden_size_per_layer_input": value("embedding_length_per_layer_input", 0),
+            "enable_moe_block": value("expert_count", 0, low=0) > 0}
+    return {"attention.head_count_kv": kv_heads, "feed_forward_length": width,
+            **{f"attention.{part}_length": local_size for part in ("key", "value")}}, more
+
+
+def experts_apart(stored: Mapping) -> dict:
+    """The tensors with separate gate and up matrices for each expert; a file has one or two for all."""
+    found = {}
+    for name, tensor in stored.items():
+        match = re.fullmatch(r"(blk\.\d+\.ffn_)(gate_up|gate|up)_exps\.weight", name)
+        if not match or len(tensor.shape) != 3:
+            found[name] = tensor
             continue
-        halves = zip(("gate", "up"), tensor.chunk(2, 1)) if part == "gate_up_proj" else [("down", tensor)]
-        repacked |= {f"{stem}.{e}.{which}_proj.weight": one
-                     for which, all_of in halves for e, one in enumerate(all_of)}
-    return repacked
+        columns, rows, count = tensor.shape.tolist()
+        parts = match[2].split("_")
+        rows //= len(parts)
+        for expert, (index, part) in itertools.product(range(count), enumerate(parts)):
+            data = tensor.data[expert, index * rows:(index + 1) * rows]
+            found[f"{match[1]}{part}_exps.{expert}.weight"] = tensor._replace(
+                shape=numpy.array([columns, rows]), n_elements=rows * columns, n_bytes=data.nbytes, data=data)
+    return found
+
+
+GGUF_KEYS = {
+    "attention.key_length_swa": Rule(int, 2, MOST_CHANNELS, optional=True),
+    "attention.value_length_swa": Rule(int), "attention.shared_kv_layers": KEYS["num_kv_shared_layers"],
+    "rope.dimension_count_swa": Rule(int), "rope.freq_base_swa": Rule(float, 2, 10**15),
+    "embedding_length_per_layer_input": KEYS["hidden_size_per_layer_input"]}
+FAMILIES = {"gemma4_text": Family(
+    "Gemma 4", CONFIG, {"post_norms": True, "layer_scalars": True} | HEAD_NORMS, TENSORS, keys=KEYS,
+    repack=repack, aliases={"top_k_experts": "num_experts_per_tok"}, complete=complete, fields_of=fields_of,
+    own_attentions=True, gguf=Gguf(
+        "gemma4", names=GGUF_TENSORS, keys=GGUF_KEYS, layers=gguf_layers, repack=experts_apart,
+        unsaid=lambda config: {"vocab_size_per_layer_input": config["vocab_size"]}))}

@@ -9,7 +9,7 @@ import operator
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence as Seq
+from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any, TYPE_CHECKING
 
 import gguf
-import numpy
 import torch
 
 from chatlm.common.errors import ConfigError, cannot_read, named, shown
@@ -33,17 +32,17 @@ from chatlm.worker.weights.assemble import (
     as_rows, check_names_and_shapes, cut_stored, file_shapes, mapped_rows, packed_together, tensor_sources,
     unread_keys, without_shared)
 from chatlm.worker.weights.embedders import refuse_gguf_embedder
-from chatlm.worker.weights.families import (
-    FAMILIES, HF_DEFAULTS, HF_TENSORS, LAYER_TYPES, complete_heads, family_spec, growing_queries,
-    scaled_rope, unsupported)
+from chatlm.worker.weights.configs import (
+    HF_DEFAULTS, complete_heads, family_spec, growing_queries, scaled_rope, unsupported)
+from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
+from chatlm.worker.weights.family import Family, Header
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.gguf_file import (
-    GGUF_FAMILIES, GGUF_INERT, GGUF_KEYS, GGUF_MAMBA, GGUF_OF_ONE, GGUF_OWN, GGUF_SIZES, ROPE_TENSORS,
-    check_gguf_types, gguf_value, read_gguf)
+    GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, check_gguf_types, gguf_value, read_gguf, refuse_unknown)
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.lora import Place, fused_places, read_adapters
 from chatlm.worker.weights.rules import (
-    LoadedModel, Rule, check_divides, checked, float_type, own_sampling, warn_of_templates)
+    LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling, warn_of_templates)
 from chatlm.worker.weights.splits import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
@@ -54,14 +53,6 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.lora import Change, Copy
     from chatlm.worker.weights.splits import PreTokenizer
-
-
-# architectures whose q and k have adjacent rotary pairs, unlike a folder's
-PERMUTED = ("llama", "smollm3", "granite", "granitemoe", "granitehybrid", "mistral3")
-
-
-BIASES = {  # a key of config.json that says whether there are any -> the matrices they belong to
-    "use_expert_bias": "exp_probs_b", "mamba_conv_bias": "ssm_conv1d", "mamba_proj_bias": "ssm_in"}
 
 
 def file_shape(name: str, tensor) -> tuple[int, ...]:
@@ -97,9 +88,8 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
             stored = {name: tensor for name, tensor in stored.items()
                       if not (layer := re.match(r"blk\.(\d+)\.", name)) or int(layer[1]) < spec.layers}
         stored = without_shared(spec, stored)
-        if family == "gemma4_text":
-            stored = experts_apart(stored)
-        names = gguf_names(architecture, HF_TENSORS | FAMILIES[family].tensors) | FAMILIES[family].gguf
+        stored, row = FAMILIES[family].gguf.repack(stored), FAMILIES[family]
+        names = gguf_names(architecture, row.all_tensors) | row.gguf.names
         sources = tensor_sources(spec, names, spec.vocab_size)
         check_names_and_shapes(
             source.path, {name: file_shape(name, tensor) for name, tensor in stored.items()
@@ -113,7 +103,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         added, adapted = read_adapters(settings, file_shapes(sources) | unread_keys(spec),
                                        places() if settings.lora else {}, called)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
-                               architecture in PERMUTED, FAMILIES[family].interleaved, added)
+                               row.gguf.permuted, row.interleaved, added)
         text = gguf_text(source.path, metadata)
     description = f"{architecture}, {spec.layers} layers, width {spec.width}, " + \
         ", ".join(f"{count} {name}" for name, count in types.most_common())
@@ -124,7 +114,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     mapped = sources["layer_embed"][1] if "layer_embed" in sources else ()
     held = {name: tensor for name, tensor in stored.items() if name not in mapped}
     pairs = RopePairs(spec.head_size, spec.rope_size or spec.head_size)
-    own_pairs = pairs if FAMILIES[family].interleaved else None
+    own_pairs = pairs if row.interleaved else None
     adaptable = Adaptable((*settings.served_model_name, *called), sources, places, lambda name, rows: (
         unpermute_rope(rows, own_pairs if re.search(r"attn_[qk]\.", name) else None)), unread_keys(spec))
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=max(block, TILE_ROWS),
@@ -154,174 +144,70 @@ def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dic
 
 def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
     """The row of FAMILIES and the spec, built as if from a config.json with the metadata's values."""
-    if metadata.get("general.type", "model") != "model":
-        raise ConfigError(f"{path} is not a model: its general.type is {shown(metadata['general.type'])}. "
-                          "Give the GGUF file of the model itself")
-    own = f"{gguf_value(path, metadata, 'general.architecture')}."
-    if own[:-1] not in GGUF_FAMILIES:
-        raise ConfigError(f"{path}: {unsupported(own[:-1])}")
-    refuse_gguf_embedder(path, own, metadata)
-    metadata, hybrid = hybrid_layers(path, own, metadata, stored)
-    value = partial(gguf_value, path, metadata)
-
-    def number(key: str, *default, **bounds):
-        return value(own + key, *default, **bounds)
-
-    family = GGUF_FAMILIES[own[:-1]]
-    if family == "llama" and metadata.get(own + "expert_count"):
-        family = "mixtral"
-    elif number("attention.sliding_window"):
-        family = {"llama": "mistral", "olmo2": "olmo3"}.get(family, family)
-    config = HF_DEFAULTS | FAMILIES[family].config
-    unknown = {own + theirs for theirs in GGUF_OWN.values()} - {
-        own + theirs for ours, theirs in GGUF_OWN.items() if ours in config}
-    unknown |= {key for key in metadata if key.startswith(own) and f"*.{key[len(own):]}" not in GGUF_KEYS}
-    unknown |= {own + key for key, only in GGUF_OF_ONE.items() if family != only}
-    unknown -= {own + key for key in (GGUF_INERT | GGUF_MAMBA if own.startswith("granite") else GGUF_INERT)}
-    unknown -= {own + "rope.freq_base_swa"} if FAMILIES[family].fields_of else set()
-    for key in (key for key in metadata if key in unknown and metadata[key]):
-        raise ConfigError(f"{path}: {key} is {shown(metadata[key])}; this key is not supported in a "
-                          f"{own[:-1]} model")
-    config |= {ours: number(theirs, 1e-5 if ours == "rms_norm_eps" else None)
+    header, family = family_of(path, metadata, stored)
+    row = FAMILIES[family]
+    changes, instead = row.gguf.layers(header)
+    changed = {header.own + key: value for key, value in changes.items()}
+    header = header._replace(metadata={**metadata, **changed})
+    family = next((name for key, name in row.gguf.variants.items() if header.value(key, 0, low=0)), family)
+    row = FAMILIES[family]
+    config = HF_DEFAULTS | row.config
+    refuse_unknown(header, row, config)
+    config |= {ours: header.value(theirs, 1e-5 if ours == "rms_norm_eps" else None)
                for ours, theirs in GGUF_SIZES.items()}
-    config |= {ours: number(theirs, config[ours]) or None for ours, theirs in GGUF_OWN.items()
+    config |= {ours: header.value(theirs, config[ours]) or None for ours, theirs in GGUF_OWN.items()
                if ours in config}
-    complete_heads(path, config, {ours: own + theirs for ours, theirs in GGUF_SIZES.items()})
-    layers, head_size = config["num_hidden_layers"], config["head_dim"]
-    number("attention.value_length", head_size, low=head_size, high=head_size)  # no other is supported
-    tokens = len(value("tokenizer.ggml.tokens"))
-    embedding = stored["token_embd.weight"].shape if "token_embd.weight" in stored else ()
-    vocab_size = int(embedding[1]) if len(embedding) > 1 else tokens
-    if not 1 <= tokens <= vocab_size:
-        raise ConfigError(f"{path}: tokenizer.ggml.tokens has {tokens:,} entries; it must have 1 to "
-                          f"{vocab_size:,}, the number of rows of token_embd.weight")
-    pattern = metadata.get(own + "attention.sliding_window_pattern")
-    if pattern is not None:  # every n-th layer without a window, or which layers have one
-        rule = Rule(bool, many=True) if isinstance(pattern, list) else Rule(int, 1)
-        pattern = checked(path, own + "attention.sliding_window_pattern", pattern, rule, layers)
-        config["layer_types"] = [LAYER_TYPES[pattern[layer] if isinstance(pattern, list) else
-                                             (layer + 1) % pattern > 0] for layer in range(layers)]
-    elif "layer_types" in config and "sliding_window" in config and not config["sliding_window"]:
-        config["layer_types"] = [LAYER_TYPES[0]] * layers
-    config |= hybrid | {key: any(name.endswith(f".{part}.bias") for name in stored)
-                        for key, part in BIASES.items() if key in config}
-    if "full_attention_interval" in config or FAMILIES[family].fields_of:
-        config |= {"vocab_size": vocab_size, "vocab_size_per_layer_input": vocab_size}
-        config |= FAMILIES[family].complete(config)
-    config |= FAMILIES[family].unsaid(config)
+    complete_heads(path, config, {ours: header.own + theirs for ours, theirs in GGUF_SIZES.items()})
+    head_size = config["head_dim"]
+    header.value("attention.value_length", head_size, low=head_size, high=head_size)  # no other is supported
+    config |= {"vocab_size": vocabulary_of(header), "tie_word_embeddings": "output.weight" not in stored}
+    config |= layer_types_of(header, config) | instead
+    config |= row.complete(path, config)
+    config |= row.gguf.unsaid(config)
     if "norm_topk_prob" in config:
-        config["norm_topk_prob"] = number("expert_weights_norm", config["norm_topk_prob"])
-    if "use_expert_bias" in config:
-        number("expert_gating_func", 2)  # sigmoids
-    if "attention_multiplier" in config:
-        config["attention_multiplier"] = number("attention.scale", None)
-    if own in ("granite.", "granitehybrid.") and metadata.get(own + "rope.scaling.finetuned") is False:
-        config["position_embedding_type"] = "nope"
-    config |= {"vocab_size": vocab_size, "tie_word_embeddings": "output.weight" not in stored}
-    spec = family_spec(path, family, config, gguf_rope(path, own, value, config, stored, context))
+        config["norm_topk_prob"] = header.value("expert_weights_norm", config["norm_topk_prob"])
+    spec = family_spec(path, family, config, gguf_rope(header, config, context))
     return family, replace(spec, **{field: f"blk.0.{name}.bias" in stored for field, name in (
         ("qkv_bias", "attn_q"), ("output_bias", "attn_output"),
         ("ffn_bias", "ffn_down_exps" if spec.experts else "ffn_down"))})
 
 
-def hybrid_layers(path: Path, own: str, metadata: Mapping, stored: Mapping) -> tuple[Mapping, dict]:
-    """The metadata as if all layers were attention and there were no draft head; and what a config.json would
-    say about the other layers: {} in families without any."""
-    others = FAMILIES[GGUF_FAMILIES[own[:-1]]].mixers
-    if own == "gemma4.":
-        return gemma4_layers(path, metadata, stored)
-    if not others:
-        return metadata, {}
-    key, more, value = own + "attention.head_count_kv", {}, partial(gguf_value, path, metadata)
-    layers: int = value(own + "block_count") - value(own + "nextn_predict_layers", 0)
-    metadata = {**metadata, own + "block_count": layers}
-    heads, recurrent = metadata.get(key), value(own + "attention.recurrent_layers")
-    if isinstance(heads, list) and not all(heads):  # 0 for layers of the other type
-        recurrent = [not count for count in heads]
-        full = next(filter(None, heads), 0)
-        metadata = {**metadata, key: [count or full for count in heads[:layers]]}
-    if recurrent:
-        types = LAYER_TYPES[0], next(iter(others))
-        more["layer_types"] = [types[other] for other in recurrent[:layers]]
-    if own == "granitehybrid.":
-        more |= {"mamba_d_head": value(own + "ssm.inner_size") // value(own + "ssm.time_step_rank"),
-                 "num_local_experts": value(own + "expert_count", 0, low=0),
-                 "shared_intermediate_size": value(own + "expert_shared_feed_forward_length", 0)}
-    if own.startswith(("qwen35", "qwen3next")):  # Qwen3.5 reorders value heads if they are more
-        width = metadata.get(own + "expert_feed_forward_length")
-        more |= {"alternating": own != "qwen3next.", "heads_by_key": False,
-                 "linear_value_head_dim": value(own + "ssm.inner_size") // value(own + "ssm.time_step_rank")}
-        metadata = {own + "feed_forward_length": width, **metadata}
-    return metadata, more
+def family_of(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, str]:
+    """The header, and the row of FAMILIES of its architecture. ConfigError if this is no model for it."""
+    if metadata.get("general.type", "model") != "model":
+        raise ConfigError(f"{path} is not a model: its general.type is {shown(metadata['general.type'])}. "
+                          "Give the GGUF file of the model itself")
+    architecture = gguf_value(path, metadata, "general.architecture")
+    if architecture not in GGUF_FAMILIES:
+        raise ConfigError(f"{path}: {unsupported(architecture)}")
+    header = Header(path, metadata, stored, gguf_value)
+    refuse_gguf_embedder(path, header.own, metadata)
+    return header, GGUF_FAMILIES[architecture]
 
 
-def gemma4_layers(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Mapping, dict]:
-    """Like hybrid_layers, for Gemma 4: the metadata as if all layers were sliding, and what a config.json
-    would say about the others."""
-    own, value = "gemma4.", partial(gguf_value, path, metadata)
-    layers: int = value(f"{own}block_count")
-    pattern = f"{own}attention.sliding_window_pattern"
-    shared: int = value(f"{own}attention.shared_kv_layers", 0, high=layers - 1)
-    local = checked(path, pattern, metadata.get(pattern), Rule(bool, many=True), layers)
-    full = [l for l in range(layers) if not local[l]]
-
-    def sizes(key: str, *groups: list[int]) -> list[int]:
-        """For each group of layers, the number that this key gives all of them."""
-        found = metadata.get(own + key)
-        numbers: list[Any] = found if isinstance(found, list) and len(found) == layers else [found] * layers
-        for group in groups:
-            if any(numbers[l] != numbers[group[0]] for l in group):
-                raise ConfigError(f"{path}: {own}{key} is {shown(numbers)}; it must be the same in layers "
-                                  f"{', '.join(map(str, group))}")
-        rule, firsts = GGUF_KEYS[f"*.{key}"], [numbers[group[0]] if group else numbers[0] for group in groups]
-        for first in firsts:
-            checked(path, own + key, first, rule)
-        return firsts
-
-    kv_heads, full_kv_heads = sizes("attention.head_count_kv", [l for l in range(layers) if local[l]], full)
-    width, last_width = sizes("feed_forward_length", list(range(layers - shared)),
-                              list(range(layers - shared, layers)) or [0])
-    if last_width not in (width, 2 * width):
-        raise ConfigError(f"{path}: {own}feed_forward_length is {last_width} in the last layers; it must be "
-                          f"{width} or {2 * width}")
-    size = value(f"{own}attention.key_length")
-    local_size: int = value(f"{own}attention.key_length_swa", size)
-    for ending, expected in (("", size), ("_swa", local_size)):
-        for key in ("attention.value_length", "rope.dimension_count"):
-            value(f"{own}{key}{ending}", expected, low=expected, high=expected)
-    value(f"{own}rope.scaling.type", "none", choices=("none",))
-    rope: dict[str, dict] = {type_: {"rope_base": float(value(f"{own}rope.freq_base{ending}", base))}
-                             for type_, ending, base in zip(LAYER_TYPES, ("", "_swa"), (1e6, 1e4))}
-    if (name := "rope_freqs.weight") in stored:
-        factors = value(name, stored[name].data.tolist(), size // 2, high=1e31)
-        rope[LAYER_TYPES[0]]["rope_factors"] = tuple(
-            math.inf if factor > 1e29 else factor for factor in factors)
-    more = {"global_head_dim": size, "num_global_key_value_heads": full_kv_heads, "rope_of_types": rope,
-            "attention_k_eq_v": not any(
-                f"blk.{l}.attn_v.weight" in stored for l in full if l < layers - shared),
-            "num_kv_shared_layers": shared, "use_double_wide_mlp": last_width > width,
-            "hidden_size_per_layer_input": value(f"{own}embedding_length_per_layer_input", 0),
-            "enable_moe_block": value(f"{own}expert_count", 0, low=0) > 0}
-    return {**metadata, f"{own}attention.head_count_kv": kv_heads, f"{own}feed_forward_length": width,
-            **{f"{own}attention.{part}_length": local_size for part in ("key", "value")}}, more
+def vocabulary_of(header: Header) -> int:
+    """The rows of the embedding, which may be padded."""
+    tokens = len(gguf_value(header.path, header.metadata, "tokenizer.ggml.tokens"))
+    embedding = header.stored["token_embd.weight"].shape if "token_embd.weight" in header.stored else ()
+    size = int(embedding[1]) if len(embedding) > 1 else tokens
+    if not 1 <= tokens <= size:
+        raise ConfigError(f"{header.path}: tokenizer.ggml.tokens has {tokens:,} entries; it must have 1 to "
+                          f"{size:,}, the number of rows of token_embd.weight")
+    return size
 
 
-def experts_apart(stored: Mapping) -> dict:
-    """The tensors with separate gate and up matrices for each expert; a file has one or two for all."""
-    found = {}
-    for name, tensor in stored.items():
-        match = re.fullmatch(r"(blk\.\d+\.ffn_)(gate_up|gate|up)_exps\.weight", name)
-        if not match or len(tensor.shape) != 3:
-            found[name] = tensor
-            continue
-        columns, rows, count = tensor.shape.tolist()
-        parts = match[2].split("_")
-        rows //= len(parts)
-        for expert, (index, part) in itertools.product(range(count), enumerate(parts)):
-            data = tensor.data[expert, index * rows:(index + 1) * rows]
-            found[f"{match[1]}{part}_exps.{expert}.weight"] = tensor._replace(
-                shape=numpy.array([columns, rows]), n_elements=rows * columns, n_bytes=data.nbytes, data=data)
-    return found
+def layer_types_of(header: Header, config: Mapping) -> dict:
+    """The layer_types of a config.json, if the metadata say which layers have a window."""
+    key, layers = "attention.sliding_window_pattern", config["num_hidden_layers"]
+    pattern = header.raw(key)
+    if pattern is None:
+        none = "layer_types" in config and "sliding_window" in config and not config["sliding_window"]
+        return {"layer_types": [LAYER_TYPES[0]] * layers} if none else {}
+    listed = isinstance(pattern, list)  # else every n-th layer has none
+    pattern = checked(header.path, header.own + key, pattern,
+                      Rule(bool, many=True) if listed else Rule(int, 1), layers)
+    return {"layer_types": [LAYER_TYPES[pattern[layer] if listed else (layer + 1) % pattern > 0]
+                            for layer in range(layers)]}
 
 
 # llama.cpp's converter omits mscale and mscale_all_dim, and llama.cpp also computes the usual factor
@@ -329,57 +215,61 @@ MSCALE_UNKNOWN = ("%s: yarn multiplies queries and keys by %.3f, as usual. This 
                   "config.json has mscale_all_dim, which the file cannot state; use the folder then")
 
 
-def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Mapping,
-              context: int | None) -> dict:
+def gguf_rope(header: Header, config: Mapping, context: int | None) -> dict:
     """Like hf_rope, from the scaling's keys, phi3's two lists of factors, or llama 3's single one."""
-    head_size, row = config["head_dim"], FAMILIES[GGUF_FAMILIES[own[:-1]]]
-    if row.fields_of:
+    head_size, row = config["head_dim"], FAMILIES[GGUF_FAMILIES[header.own[:-1]]]
+    if row.own_attentions:
         return {"max_positions": config["max_position_embeddings"]}
-    partial = "partial_rotary_factor" in row.config
-    lists = {name: value(name, stored[name].data.tolist()) for name in ROPE_TENSORS if name in stored}
-    scaling = value(f"{own}rope.scaling.type", "none")
-    rope = {"original_max_position_embeddings": value(f"{own}rope.scaling.original_context_length")}
-    size = value(f"{own}rope.dimension_count", head_size, low=2 if partial else head_size, high=head_size)
-    check_divides(path, f"{own}rope.dimension_count", size, 2)
-    if "rope_factors_long.weight" in lists:
-        rope |= {"rope_type": "longrope", "attention_factor": value(f"{own}rope.scaling.attn_factor", 1.0),
-                 "short_factor": lists.get("rope_factors_short.weight"),
-                 "long_factor": lists["rope_factors_long.weight"]}
-    elif scaling in ("linear", "yarn"):
-        value(f"{own}rope.scaling.attn_factor", 1.0, low=1.0, high=1.0)
-        rope = {"rope_type": scaling, "factor": value(f"{own}rope.scaling.factor", 1.0)} | (rope | {
-            beta: value(f"{own}rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow")
-            } if scaling == "yarn" else {})
-        factor = value(f"{own}rope.scaling.yarn_attn_factor")
-        if scaling == "yarn" and (over := value(f"{own}rope.scaling.yarn_log_multiplier")):
-            rope |= {"mscale": 1.0, "mscale_all_dim": over}
-        elif scaling == "yarn" and factor:
-            rope["attention_factor"] = factor
-        elif scaling == "yarn" and own == "llama.":
-            log.info(MSCALE_UNKNOWN, path, 0.1 * math.log(max(rope["factor"], 1)) + 1)
-        if own == "gpt-oss.":  # its makers do not round; the metadata cannot say so
-            rope["truncate"] = False
-    else:
-        rope = {}
-    base = float(value(f"{own}rope.freq_base", 10_000.0))
-    fields = scaled_rope(path, f"{own}rope.scaling", rope, base, size, config["max_position_embeddings"],
-                         context)
-    if "rope_freqs.weight" in lists:
-        factors = value("rope_freqs.weight", lists["rope_freqs.weight"], size // 2)
+    partial, value, own = "partial_rotary_factor" in row.config, header.value, header.own
+    lists = {name: header.check(name, header.stored[name].data.tolist())
+             for name in ROPE_TENSORS if name in header.stored}
+    size = value("rope.dimension_count", head_size, low=2 if partial else head_size, high=head_size)
+    check_divides(header.path, f"{own}rope.dimension_count", size, 2)
+    rope = gguf_scaling(header, row, config, lists)
+    base = float(value("rope.freq_base", 10_000.0))
+    fields = scaled_rope(header.path, f"{own}rope.scaling", rope, base, size,
+                         config["max_position_embeddings"], context)
+    if (name := "rope_freqs.weight") in lists:
+        factors = header.check(name, lists[name], size // 2)
         scaled = fields.get("rope_factors", itertools.repeat(1.0))
         fields["rope_factors"] = tuple(map(operator.mul, factors, scaled))
     if "rope_local_base_freq" in config:
-        local = base if own == "olmo2." else config["rope_local_base_freq"]
-        fields["local_rope_base"] = float(value(f"{own}rope.freq_base_swa", local))
-    if beta := value(f"{own}attention.temperature_scale"):
+        fields["local_rope_base"] = float(value("rope.freq_base_swa", config["rope_local_base_freq"] or base))
+    if beta := value("attention.temperature_scale"):
         fields |= growing_queries(fields, beta, rope["original_max_position_embeddings"], context)
     return fields
+
+
+def gguf_scaling(header: Header, row: Family, config: Mapping, lists: Mapping[str, Seq[float]]) -> dict:
+    """The rope_scaling of a config.json; `lists`: those of ROPE_TENSORS that the file has."""
+    value, scaling = header.value, header.value("rope.scaling.type", "none")
+    rope = {"original_max_position_embeddings": value("rope.scaling.original_context_length")}
+    if "rope_factors_long.weight" in lists:
+        return rope | {"rope_type": "longrope", "attention_factor": value("rope.scaling.attn_factor", 1.0),
+                       "short_factor": lists.get("rope_factors_short.weight"),
+                       "long_factor": lists["rope_factors_long.weight"]}
+    if scaling not in ("linear", "yarn"):
+        return {}
+    value("rope.scaling.attn_factor", 1.0, low=1.0, high=1.0)
+    factor = value("rope.scaling.factor", 1.0)
+    if scaling == "linear":
+        return {"rope_type": scaling, "factor": factor}
+    rope |= {"rope_type": scaling, "factor": factor,  # the metadata cannot say whether to round
+             "truncate": (config["rope_parameters"] or {}).get("truncate")}
+    rope |= {beta: value(f"rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow")}
+    if over := value("rope.scaling.yarn_log_multiplier"):
+        rope |= {"mscale": 1.0, "mscale_all_dim": over}
+    elif attention_factor := value("rope.scaling.yarn_attn_factor"):
+        rope["attention_factor"] = attention_factor
+    elif row.gguf.mscale_unknown:
+        log.info(MSCALE_UNKNOWN, header.path, 0.1 * math.log(max(factor, 1)) + 1)
+    return rope
 
 
 def gguf_places(spec: ModelSpec, family: str, names: Mapping[str, tuple],
                 sources: Sources) -> dict[str, list[Place]]:
     """Where a GGUF file stores the matrices of the model's folder; `names` is like HF_TENSORS."""
-    table = HF_TENSORS | FAMILIES[family].tensors
+    table = FAMILIES[family].all_tensors
     places = {name: [Place(name)] for name in unread_keys(spec)}
     shapes = file_shapes(sources)
     for ours in sources:
@@ -517,7 +407,8 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
         unknown = tokens[value("ggml.unknown_token_id", 0, high=last)]
         space = value("ggml.add_space_prefix", not of_gemma)
         pipeline = sentencepiece_pipeline(tokens, merges, unknown, space)
-    spaces = metadata.get("general.architecture") == "phi3" and not pre  # dropped after these tokens
+    family = GGUF_FAMILIES.get(str(metadata.get("general.architecture")), "llama")
+    spaces = FAMILIES[family].gguf.strips_specials and not pre  # dropped after these tokens
     pipeline["added_tokens"] = [
         {"id": i, "content": token, "special": token_type == CONTROL, "normalized": False,
          "single_word": False, "lstrip": False,

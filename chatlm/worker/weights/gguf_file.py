@@ -16,22 +16,13 @@ import numpy
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import check_regular, truncated
 from chatlm.common.hub.huggingface import SPLIT_GGUF
-from chatlm.worker.weights.families import HF_KEYS
-from chatlm.worker.weights.rules import MOST_POSITIONS, MOST_TENSORS, MOST_TOKENS, Rule, check_bytes, checked
+from chatlm.worker.weights.configs import HF_KEYS
+from chatlm.worker.weights.families import FAMILIES
+from chatlm.worker.weights.family import Family, Header
+from chatlm.worker.weights.rules import (
+    MOST_POSITIONS, MOST_TENSORS, MOST_TOKENS, ROPE_BASE, Rule, check_bytes, checked)
 from chatlm.worker.weights.splits import PRE_TOKENIZERS
 
-
-# general.architecture -> row of FAMILIES; mistral's files say llama
-GGUF_FAMILIES = {name: name for name in (
-    "llama", "qwen2", "qwen3", "smollm3", "gemma2", "phi3", "granite", "olmo2", "olmoe", "glm4", "exaone4",
-    "ernie4_5", "seed_oss", "lfm2")} | {
-    "gemma4": "gemma4_text",
-    "lfm2moe": "lfm2_moe",
-    "gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
-    "granitemoe": "granitemoeshared", "granitehybrid": "granitemoehybrid",
-    "hunyuan-dense": "hunyuan_v1_dense",
-    "mistral3": "ministral3", "qwen2vl": "qwen2", "qwen3vl": "qwen3",
-    "qwen3next": "qwen3_next", "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text"}
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -175,32 +166,20 @@ GGUF_OWN = {  # the same for keys that only some families have
     "routed_scaling_factor": "expert_weights_scale"}
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
               "attention.causal", "tensor_data_layout", "rope.dimension_sections", "n_deepstack_layers"}
-GGUF_OF_ONE = {"attention.temperature_scale": "ministral3", "expert_gating_func": "lfm2_moe",
-               "expert_weights_norm": "lfm2_moe", **dict.fromkeys((  # keys of only one family
-                   "attention.key_length_swa", "attention.value_length_swa", "attention.shared_kv_layers",
-                   "rope.dimension_count_swa", "embedding_length_per_layer_input"), "gemma4_text")}
-# what llama.cpp's converter writes about Mamba layers, even in granite files without any
-GGUF_MAMBA = {f"ssm.{part}" for part in ("conv_kernel", "state_size", "group_count", "inner_size",
-                                         "time_step_rank")} | {"expert_shared_feed_forward_length"}
+OF_FAMILIES = {key: rule for row in FAMILIES.values() for key, rule in row.gguf.keys.items()}
 GGUF_KEYS = {  # * stands for the architecture
     "*.ssm.inner_size": Rule(int, 1), "*.nextn_predict_layers": Rule(int, 0, 100),
     "*.attention.recurrent_layers": Rule(bool, many=True, optional=True),
     "general.architecture": Rule(str),
+    **{f"*.{key}": rule for key, rule in OF_FAMILIES.items()},
     **{f"*.{theirs}": HF_KEYS[ours] for ours, theirs in (GGUF_SIZES | GGUF_OWN).items()},
     "*.attention.sliding_window": Rule(int, 0, MOST_POSITIONS, optional=True),
-    **dict.fromkeys(("*.attention.value_length", "*.attention.value_length_swa",
-                     "*.rope.dimension_count_swa"), Rule(int)),
-    "*.attention.key_length_swa": HF_KEYS["head_dim"],
-    "*.attention.shared_kv_layers": HF_KEYS["num_kv_shared_layers"],
-    "*.embedding_length_per_layer_input": HF_KEYS["hidden_size_per_layer_input"],
-    "*.rope.dimension_count": Rule(int), "*.rope.freq_base": Rule(float, 2, 10**15),
+    "*.attention.value_length": Rule(int), "*.rope.dimension_count": Rule(int), "*.rope.freq_base": ROPE_BASE,
     **dict.fromkeys(("*.rope.scaling.yarn_beta_fast", "*.rope.scaling.yarn_beta_slow"),
                     Rule(float, 0.01, 10**6, optional=True)),
     "*.rope.scaling.type": Rule(str, choices=("none", "linear", "yarn", "longrope")),
     "*.rope.scaling.factor": Rule(float, 0.01, 10**6),
     "*.rope.scaling.yarn_log_multiplier": Rule(float, 0, 10**3, optional=True),
-    "*.expert_gating_func": Rule(int, 2, 2), "*.expert_weights_norm": Rule(bool),
-    "*.attention.temperature_scale": Rule(float, 0, 10, optional=True),
     **dict.fromkeys(("*.rope.scaling.attn_factor", "*.rope.scaling.yarn_attn_factor"),
                     Rule(float, 0.01, 10**3, optional=True)),
     "*.rope.scaling.original_context_length": Rule(int, 2, MOST_POSITIONS, optional=True),
@@ -227,3 +206,14 @@ def gguf_value(path: Path, metadata: Mapping, key: str, default=None, length: in
         if value.count(value[0]) == len(value) == metadata.get(f"{key.partition('.')[0]}.block_count"):
             value = value[0]
     return checked(path, key, value, rule, length)
+
+
+def refuse_unknown(header: Header, family: Family, config: Mapping):
+    """ConfigError for a key that would change the arithmetic of a model with this config."""
+    known = {key.removeprefix("*.") for key in GGUF_KEYS} - {*GGUF_OWN.values(), *OF_FAMILIES}
+    known |= {theirs for ours, theirs in GGUF_OWN.items() if ours in config}
+    known |= {*family.gguf.keys, *family.gguf.ignored, *GGUF_INERT}
+    for key, value in header.metadata.items():
+        if key.startswith(header.own) and value and key.removeprefix(header.own) not in known:
+            raise ConfigError(f"{header.path}: {key} is {shown(value)}; this key is not supported in a "
+                              f"{header.own[:-1]} model")

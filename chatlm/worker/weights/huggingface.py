@@ -23,12 +23,13 @@ from chatlm.worker.weights.assemble import (
     Mxfp4, assembled, check_names_and_shapes, file_shapes, fp8_block, read_safetensors, tensor_sources,
     unread_keys, unscaled, without_shared)
 from chatlm.worker.weights.embedders import refuse_folder_embedder
-from chatlm.worker.weights.families import (
-    FAMILIES, HF_KEYS, HF_TENSORS, LAYER_TYPES, complete_heads, family_config, family_spec,
-    growing_queries, scaled_rope)
+from chatlm.worker.weights.configs import (
+    HF_KEYS, complete_heads, family_config, family_spec, growing_queries, scaled_rope)
+from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.lora import Place, fused_places, read_adapters
 from chatlm.worker.weights.rules import (
-    LoadedModel, Rule, check_divides, checked, float_type, own_sampling, read_json, warn_of_templates)
+    LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling, read_json,
+    warn_of_templates)
 from chatlm.worker.weights.trial import refuse_endless
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 
 def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> dict:
     """`scaled_rope` for a config.json with rope_scaling, or rope_parameters by layer type or for all."""
-    if FAMILIES[family].fields_of:  # they give each layer's rotation
+    row = FAMILIES[family]
+    if row.own_attentions:
         return {"max_positions": config["max_position_embeddings"]}
     name = "rope_scaling" if config["rope_scaling"] else "rope_parameters"
     rope, local = config[name] or {}, {}
@@ -51,21 +53,13 @@ def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> di
                 "rope_type", "default") != "default":
             raise ConfigError(f"{path}: {name} is {shown(scaling)}; it must be an object, with the rope_type "
                               "default for sliding_attention")
-    rope_types = [rope[key] for key in ("rope_type", "type") if rope.get(key) is not None]
-    if family == "phi3" and rope_types and rope_types[0] != "default":  # older files call it su or yarn
-        rope = rope | {"original_max_position_embeddings": config["original_max_position_embeddings"],
-                       "rope_type": "longrope" if rope_types[0] in ("su", "yarn") else rope_types[0]}
-    if family == "hunyuan_v1_dense" and rope.get("alpha") and rope_types[:1] == ["dynamic"]:
-        size, alpha = config["head_dim"], checked(path, f"{name}.alpha", rope["alpha"], Rule(float, 1, 10**6))
-        theta = rope.get("rope_theta", config["rope_theta"])
-        checked(path, "rope_theta", theta, HF_KEYS["rope_theta"])
-        rope = {"rope_theta": theta * alpha**(size / max(size - 2, 1))}  # whatever the length
-    growth = ("llama_4_scaling_beta", "max_position_embeddings") if family == "ministral3" else ()
+    rope = row.rope_of(path, name, config, rope)
+    growth = ("llama_4_scaling_beta", "max_position_embeddings") if row.queries_grow else ()
     beta = rope.get("llama_4_scaling_beta") if growth else None
     rope = {key: setting for key, setting in rope.items() if key not in growth}
     part = checked(path, "partial_rotary_factor",  # other families ignore it
                    rope.get("partial_rotary_factor", config["partial_rotary_factor"]),
-                   Rule(float, 0.01 if "partial_rotary_factor" in FAMILIES[family].config else 1, 1,
+                   Rule(float, 0.01 if "partial_rotary_factor" in row.config else 1, 1,
                         optional=True))
     size = int(config["head_dim"] * (part or 1))
     check_divides(path, "the number of rotated dimensions", size, 2)
@@ -93,8 +87,9 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     state, scales = read_safetensors(source.path)
     if spec.tied_head:
         state.pop("lm_head.weight", None)  # some files have it twice
-    sources = tensor_sources(spec, HF_TENSORS | FAMILIES[family].tensors, spec.vocab_size)
-    state, scales = (without_shared(spec, tensors) for tensors in (FAMILIES[family].repack(state), scales))
+    row = FAMILIES[family]
+    sources = tensor_sources(spec, row.all_tensors, spec.vocab_size)
+    state, scales = (without_shared(spec, tensors) for tensors in (row.repack(state), scales))
     if lost := sorted(set(scales) - set(state)):
         raise ConfigError(f"{source.path}: {lost[0]} is in FP8, which is not supported for this tensor of "
                           f"a {family} model: use the unquantized model or a GGUF file of it")
@@ -105,13 +100,12 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     mapped = sources.get("layer_embed", ((), ()))[1]
     matrices = {name: shape for name, shape in file_shapes(sources).items()
                 if len(shape) == 2 and name not in mapped} | unread_keys(spec)
-    places = fused_places({name: [Place(name)] for name in matrices}, matrices, FAMILIES[family].fused,
-                          spec.layers)
+    places = fused_places({name: [Place(name)] for name in matrices}, matrices, row.fused, spec.layers)
     added, adapted = read_adapters(settings, matrices, places, names)
     scale_block = fp8_block(config, read_json(config)) if scales else []
 
     def turned(name: str, rows: torch.Tensor) -> torch.Tensor:
-        if FAMILIES[family].interleaved and re.search(r"\.[qk]_proj\.", name):
+        if row.interleaved and re.search(r"\.[qk]_proj\.", name):
             return unpermute_rope(rows, RopePairs(spec.head_size, spec.rope_size or spec.head_size))
         return rows
 
@@ -120,7 +114,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         for change in added.get(name, ()):
             tensor = change.on(tensor)
         tensor = turned(name, tensor)
-        one_more = FAMILIES[family].one_more and re.search(r"(?<!linear_attn\.)norm\.weight$", name)
+        one_more = row.one_more and re.search(r"(?<!linear_attn\.)norm\.weight$", name)
         return tensor + 1 if one_more else tensor
 
     tensors = assembled(source.path, settings, sources, state, dtype, changed, as_stored)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from chatlm.common.errors import ConfigError, printable
 from chatlm.common.files import Truncated
+from chatlm.worker.weights.families import GGUF_FAMILIES
 from chatlm.worker.weights.gguf import gguf_spec, gguf_text, readable
-from chatlm.worker.weights.gguf_file import GGUF_FAMILIES, ROPE_TENSORS, check_gguf_types, read_gguf_file
+from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf_file
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
 
 

@@ -113,6 +113,7 @@ def checked(path: Path, key: str, value: V | None, rule: Rule, length: int | Non
     raise ConfigError(f"{path}: {key} is {'missing' if value is None else shown(value)}; it must be {must}")
 
 
+ROPE_BASE = Rule(float, 2, 10**15)
 SAMPLING_KEYS = {  # ours -> the names in generation_config.json and GGUF's general.sampling, the rule
     "temperature": ("temperature", "temp", Rule(float, 0, 2)),
     "top_k": ("top_k", "top_k", Rule(int, 0, 2**31 - 1)),

@@ -10,7 +10,7 @@ from typing import NamedTuple, TYPE_CHECKING
 import torch
 
 from chatlm.common.errors import ConfigError
-from chatlm.worker.model.spec import DeltaRule, Mamba2, ShortConv, expected_tensors
+from chatlm.worker.model.spec import DeltaRule, Mamba2, expected_tensors
 from chatlm.worker.model.tensors import TILE_ROWS, Cut
 
 if TYPE_CHECKING:

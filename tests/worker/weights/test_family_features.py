@@ -16,7 +16,7 @@ from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compil
 from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, ShortConv, expected_tensors
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, query_scales, rope_append_reference, rope_frequencies
 from chatlm.worker.ops.basic import RopePairs, gated_add_reference, unpermute_rope
-from chatlm.worker.weights.families import OTHERS_AFFAIR
+from chatlm.worker.weights.configs import OTHERS_AFFAIR
 from chatlm.worker.weights.huggingface import hf_spec
 from families import GROWING, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, transformer, write_tokenizer
 from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, LFM2_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B

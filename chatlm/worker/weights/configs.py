@@ -1,0 +1,367 @@
+"""A config.json's values, checked key by key, become a ModelSpec; rotary frequencies for longer contexts."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence as Seq
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from chatlm.common.errors import ConfigError, printable, shown
+from chatlm.common.log import log
+from chatlm.worker.model.spec import Attention, Mixer, ModelSpec
+from chatlm.worker.weights.assemble import fp8_block
+from chatlm.worker.weights.families import FAMILIES, TEXT_TYPES, VISION
+from chatlm.worker.weights.family import Family
+from chatlm.worker.weights.rules import (
+    LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, ROPE_BASE,
+    Rule, check_divides, checked)
+
+
+HF_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
+                  "gelu": "gelu", "relu2": "reglu2"}
+HF_DEFAULTS = {  # of every family; None: required, or derived from other keys
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+                     "rope_scaling", "rope_parameters", "partial_rotary_factor")),
+    "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 10_000.0}
+HF_KEYS = {  # of a config.json; all others are bool
+    **dict.fromkeys(("hidden_size", "intermediate_size"), Rule(int, 1, MOST_CHANNELS)),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), ROPE_BASE),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"),
+                    Rule(float, 0.01, 10**6, optional=True)),
+    "vocab_size": Rule(int, 1, MOST_TOKENS), "num_hidden_layers": Rule(int, 1, MOST_LAYERS),
+    "num_attention_heads": Rule(int, 1, MOST_HEADS), "rms_norm_eps": Rule(float, 0, 1),
+    "num_key_value_heads": Rule(int, 1, MOST_HEADS, optional=True),
+    "head_dim": Rule(int, 2, MOST_CHANNELS, optional=True),
+    "max_position_embeddings": Rule(int, 16, MOST_POSITIONS),
+    "sliding_window_pattern": Rule(int, 1, optional=True),
+    "original_max_position_embeddings": Rule(int, 2, MOST_POSITIONS),
+    "sliding_window": Rule(int, 1, MOST_POSITIONS, optional=True), "max_window_layers": Rule(int, 0),
+    "layer_types": Rule(str, choices=LAYER_TYPES, many=True, optional=True),
+    "num_experts": Rule(int, 1, MOST_EXPERTS, optional=True),
+    "num_experts_per_tok": Rule(int, 0, MOST_EXPERTS),
+    "num_local_experts": Rule(int, 0, MOST_EXPERTS, optional=True),
+    "moe_intermediate_size": Rule(int, 1, MOST_CHANNELS, optional=True),
+    **dict.fromkeys(("shared_intermediate_size", "shared_expert_intermediate_size"),
+                    Rule(int, 0, MOST_CHANNELS)), "decoder_sparse_step": Rule(int, 1),
+    "mlp_only_layers": Rule(int, 0, MOST_LAYERS, many=True, optional=True)}
+HF_KEYS = HF_KEYS | {key: rule for row in FAMILIES.values() for key, rule in row.keys.items()}
+LLAMA_SIZES = {  # what a text_config may leave out
+    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048}
+BESIDE_TEXT = set("""image_token_id video_token_id vision_config vision_end_token_id vision_start_token_id
+    vision_token_id perceiver_config pixel_shuffle_factor""".split())
+HF_INERT = set("""architectures attention_dropout auto_map bos_token_id cache_implementation dtype embd_pdrop
+    do_sample eos_token_id init_method initializer_range is_llama_config mamba_ssm_dtype max_length
+    model_type mtp_num_hidden_layers mtp_use_dedicated_embeddings neftune_noise_alpha output_attentions
+    output_hidden_states output_router_logits pad_token_id pretraining_tp quantization_config
+    resid_pdrop return_dict router_aux_loss_coef sep_token_id temperature tokenizer_class top_p torch_dtype
+    transformers.js_config transformers_version model_name unsloth_fixed unsloth_version use_cache
+    _attn_implementation _attn_implementation_autoset _name_or_path
+    _sliding_window_pattern""".split())
+GENERATION = set("""bad_words_ids begin_suppress_tokens chunk_size_feed_forward decoder_start_token_id
+    diversity_penalty early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff
+    eta_cutoff finetuning_task forced_bos_token_id forced_eos_token_id id2label label2id length_penalty
+    max_new_tokens min_length min_new_tokens min_p no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences penalty_alpha prefix problem_type renormalize_logits repetition_penalty
+    suppress_tokens task_specific_params top_k typical_p""".split())  # and the like: no arithmetic
+# other programs' implementations, training and names: no effect on the arithmetic
+OTHERS_AFFAIR = set("""attention_probs_dropout_prob attention_softmax_in_fp32 attn_impl attn_implementation
+    attn_implementation_autoset base_model_name_or_path classifier_dropout cls_token_id dropout
+    embedding_dropout experts_implementation exponential_decay_length_penalty ffn_dropout flash_attn
+    fuse_cross_entropy fused_cross_entropy gradient_checkpointing hidden_dropout hidden_dropout_prob
+    ignore_index init_std initializer_factor is_decoder keys_to_ignore_at_inference label_smoothing language
+    layerdrop license loss_type mask_token_id max_seq_len max_sequence_length mlp_dropout model_max_length
+    n_ctx name_or_path num_labels num_logits_to_keep output_past output_scores padding_side pad_token
+    pruned_heads remove_invalid_values return_dict_in_generate router_z_loss_coef seq_length
+    tf_legacy_loss tokenizer_name torchscript training trust_remote_code unk_token_id use_bfloat16
+    use_cache_kernel use_cache_quantization use_flash_attention use_flash_attention_2 use_flash_attn
+    use_fused_mlp use_fused_rms_norm use_fused_rope use_fused_swiglu use_memory_efficient_attention
+    z_loss_coef""".split())
+HF_ONLY = {  # the only value these may have, unless the family has them
+    **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias", "rope_interleaved", "use_bias",
+                     "use_mrope", "use_bidirectional_attention", "use_cla",
+                     "add_classification_head"), False),
+    "full_attn_mod": 1, "interpolate_factor": 1, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "num_experts": 1, "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "output_gate_type": "swish",
+    **dict.fromkeys(("is_causal", "use_rope", "use_rotary", "attn_output_gate"), True)}
+
+
+def unsupported(name: str) -> str:
+    """The error text for a family that has no row in FAMILIES."""
+    return (f"this server cannot run {printable(name)[:60]} yet; it runs: "
+            f"{', '.join(row.title for row in FAMILIES.values() if row.title)}")
+
+
+def changes_nothing(key: str, raw: Mapping) -> bool:
+    """Whether a key in no row only concerns generation, training or other programs, or disables something."""
+    windows = key in ("sliding_window", "max_window_layers") and not (
+        raw.get("sliding_window") and raw.get("use_sliding_window", True))
+    return key not in HF_ONLY and (
+        key.startswith("_") or key in GENERATION | OTHERS_AFFAIR or not raw[key] or windows)
+
+
+def refuse_unknown(path: Path, family: str, raw: Mapping, known: Mapping):
+    """ConfigError for a key that would change the arithmetic; unknown ones that would not are logged."""
+    ignored = []
+    for key, value in raw.items():
+        if key in known or key in HF_INERT or value in (None, HF_ONLY.get(key)):
+            continue
+        if not changes_nothing(key, raw):
+            raise ConfigError(f"{path}: {key} is {shown(value)}; " + (
+                f"in a {family} model it must be {json.dumps(HF_ONLY[key])}" if key in HF_ONLY else
+                f"this key is not supported in a {family} model. Supported: {', '.join(sorted(known))}"))
+        ignored.append(printable(key))
+    if ignored:
+        log.info("%s: %s: ignored, since they have no effect here", path, ", ".join(ignored))
+
+
+def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
+    """The family of a config.json, and the checked values of the keys in its row and HF_DEFAULTS."""
+    family = checked(path, "model_type", raw.get("model_type"), Rule(str))
+    if "quantization_config" not in FAMILIES.get(family, FAMILIES["llama"]).config:
+        fp8_block(path, raw)
+    if family in VISION:
+        family, raw = text_part(path, family, raw)
+    if family not in FAMILIES:
+        raise ConfigError(f"{path}: {unsupported(family)}")
+    row, raw = FAMILIES[family], with_layers_of_now(raw)
+    defaults = HF_DEFAULTS | row.config
+    for own, theirs in row.aliases.items():  # its own key wins, as in transformers
+        raw = {**raw, own: raw[own] if raw.get(own) is not None else raw.get(theirs)}
+    refuse_unknown(path, family, raw, defaults)
+    config = {key: raw.get(key, default) for key, default in defaults.items()}
+    for key, default in defaults.items():
+        rule = HF_KEYS.get(key, Rule(bool) if isinstance(default, bool) else None)
+        if key in row.aliases.values():
+            continue  # checked under its own name
+        if key == "layer_types" and row.mixers:
+            rule = HF_KEYS[key]._replace(choices=(LAYER_TYPES[0], *row.mixers))
+        if key.startswith("hidden_act"):
+            any_gate = default == "silu" and "activation" not in row.fields
+            rule = Rule(str, choices=tuple(HF_ACTIVATIONS) if any_gate else (str(default),))
+        if rule and config[key] is None and not rule.optional:
+            config[key] = default
+        if rule:
+            checked(path, key, config[key], rule._replace(optional=rule.optional and key not in row.needed))
+    if packed := config.get("quantization_config"):
+        method = packed.get("quant_method") if isinstance(packed, dict) else None
+        checked(path, "quantization_config.quant_method", method, Rule(str, choices=("mxfp4",)))
+    config |= {theirs: config[own] for own, theirs in row.aliases.items()}
+    return family, config | row.complete(path, config)
+
+
+def with_layers_of_now(raw: Mapping) -> Mapping:
+    """A config whose keys describe its layers in transformers' current form."""
+    types, pattern = raw.get("layer_types"), raw.get("sliding_window_pattern")
+    if raw.get("sliding_window", False) is not False and not raw["sliding_window"]:
+        raw = {**raw, "sliding_window": None}  # 0
+    if raw.get("mamba_d_head") == "auto":
+        raw = {**raw, "mamba_d_head": None}
+    if isinstance(types, list):
+        raw = {**raw, "layer_types": [LAYER_TYPES[0] if kind == "attention" else kind for kind in types]}
+    if isinstance(pattern, str) and re.fullmatch("L+G", pattern):  # EXAONE: LLLG
+        raw = {**raw, "sliding_window_pattern": len(pattern)}
+    return raw
+
+
+def text_part(path: Path, family: str, raw: Mapping) -> tuple[str, Mapping]:
+    """The family and the config of an image model's text model; the image encoder is not loaded.
+
+    Some keys lie outside text_config, in the oldest files all of them."""
+    text = raw.get("text_config", raw if family.startswith("qwen2") else None)
+    if not isinstance(text, dict):
+        raise ConfigError(f"{path}: text_config is {shown(text)}; it must be an object")
+    kind: str = checked(path, "text_config.model_type", text.get("model_type", VISION[family]), Rule(str))
+    kind = VISION[family] if kind == family else TEXT_TYPES.get(kind, kind)
+    outer = {key: raw[key] for key in ("tie_word_embeddings", "vocab_size") if key in raw}
+    if family == "llava" and kind == "llama":
+        outer = LLAMA_SIZES | outer
+    inner = {key: value for key, value in text.items() if key not in BESIDE_TEXT}
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(rope := inner.get(name), dict):  # image positions have three axes, text positions one
+            rope = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
+            inner[name] = rope | {key: "default" for key in ("type", "rope_type") if rope.get(key) == "mrope"}
+    return kind, outer | inner
+
+
+def complete_heads(path: Path, config: dict, names: Mapping[str, str] = {}):
+    """Fill in the number of key-value heads and the head size, checked; `names`: key -> the file's name."""
+    heads = config["num_attention_heads"]
+    own = {key: names.get(key, key) for key in HF_DEFAULTS}
+    config["num_key_value_heads"] = config["num_key_value_heads"] or heads
+    check_divides(path, own["num_attention_heads"], heads, config["num_key_value_heads"],
+                  own["num_key_value_heads"])
+    if not config["head_dim"]:
+        check_divides(path, own["hidden_size"], config["hidden_size"], 2 * heads,
+                      f"2 * {own['num_attention_heads']}")
+        config["head_dim"] = config["hidden_size"] // heads
+    check_divides(path, own["head_dim"], config["head_dim"], 2)
+
+
+def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSpec:
+    """The spec of a checked config; `rope` has max_positions, the fields that begin with rope_, and perhaps
+    local_rope_base, the base of layers with a window, which then have no factors."""
+    row, layers = FAMILIES[family], config["num_hidden_layers"]
+    types = config.get("layer_types") or [
+        LAYER_TYPES[bool(row.has_window(config, layer))] for layer in range(layers)]
+    checked(path, "layer_types", types,
+            HF_KEYS["layer_types"]._replace(choices=(*LAYER_TYPES, *row.mixers)), layers)
+    windows = (0,) * layers if row.own_attentions else windows_of(path, config, types)
+    ffn_size, experts = feed_forward_fields(path, config)
+    fields: dict[str, Any] = {
+        "ffn_bias": config.get("mlp_bias", False), "activation": HF_ACTIVATIONS[config["hidden_act"]],
+        "mixers": mixers_of(path, row, config, types), **row.fields, **rope, **experts}
+    local_base, unrotated = fields.pop("local_rope_base", None), row.unrotated(config, windows)
+    if config.get("attention_bias"):
+        fields |= {"qkv_bias": True, "output_bias": config.get("attention_out_bias",
+                                                               row.fields.get("output_bias", True))}
+    fields |= row.fields_of(path, config)
+    spec = ModelSpec(
+        vocab_size=config["vocab_size"], layers=layers, width=config["hidden_size"],
+        heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"],
+        head_size=config["head_dim"], ffn_size=ffn_size,
+        norm_eps=config["rms_norm_eps"], tied_head=config["tie_word_embeddings"],
+        softcap=config.get("final_logit_softcapping") or 0.0,
+        attention_softcap=config.get("attn_logit_softcapping") or 0.0, **fields)
+    return with_kinds(spec, windows, unrotated, local_base) if any(windows) or unrotated else spec
+
+
+def windows_of(path: Path, config: Mapping, types: Seq[str]) -> tuple[int, ...]:
+    """The window of each layer of these types; 0: none."""
+    if "sliding_attention" not in types:
+        return (0,) * len(types)
+    window = None if config.get("use_sliding_window") is False else config.get("sliding_window")
+    checked(path, "sliding_window in use", window, HF_KEYS["sliding_window"]._replace(optional=False))
+    return tuple(window or 0 if type_ == "sliding_attention" else 0 for type_ in types)
+
+
+def with_kinds(spec: ModelSpec, windows: Seq[int], unrotated: set[int],
+               local_base: float | None) -> ModelSpec:
+    """The spec with these windows, a rotary base for layers with a window, and some layers unrotated."""
+    def attention(layer: int) -> Attention:
+        own = replace(spec.attention(layer), window=windows[layer])
+        if windows[layer] and local_base:
+            own = replace(own, rope_base=local_base, rope_factors=None, rope_scale=1.0)
+        return replace(own, rope_size=0) if layer in unrotated else own
+
+    return replace(spec, attentions=tuple(map(attention, range(spec.layers))))
+
+
+def mixers_of(path: Path, row: Family, config: Mapping, types: Seq[str]) -> tuple[Mixer | None, ...]:
+    """The mixer of each layer of these types; () where all are attention."""
+    makers = [row.mixers.get(type_) for type_ in types]
+    if not any(makers):
+        return ()
+    if all(makers):
+        raise ConfigError(f"{path}: none of its layers is {LAYER_TYPES[0]}; this server needs one")
+    return tuple(make(path, config) if make else None for make in makers)
+
+
+def feed_forward_fields(path: Path, config: Mapping) -> tuple[int, dict]:
+    """F, checked, and the spec's expert fields: none without experts."""
+    size, fields = config["intermediate_size"], {}
+    if "num_experts" in config:
+        size, fields = expert_fields(path, config)
+    checked(path, "the width of its feed-forward parts", size, HF_KEYS["intermediate_size"])
+    return size, fields
+
+
+def expert_fields(path: Path, config: Mapping) -> tuple[int, dict]:
+    """F and the spec's expert fields, also for a model that could have experts but has none."""
+    layers, chosen = config["num_hidden_layers"], "num_experts_per_tok"
+    numbers = config["num_experts"], config["num_local_experts"]
+    experts = next((number for number in numbers if number is not None), 128)  # as in transformers
+    shared = config.get("shared_intermediate_size") or config.get("shared_expert_intermediate_size") or 0
+    if not experts:
+        return shared or config["intermediate_size"], {}
+    dense = config.get("mlp_only_layers") or range(config.get("num_dense_layers") or 0)
+    dense = tuple(layer for layer in range(layers)
+                  if layer in dense or (layer + 1) % config.get("decoder_sparse_step", 1))
+    return config["moe_intermediate_size"] or config["intermediate_size"], {
+        "experts": experts, "shared_size": shared, "dense_layers": dense,
+        "experts_per_token": checked(path, chosen, config[chosen], Rule(int, 1, experts)),
+        "dense_size": config["intermediate_size"] if dense else 0,
+        "shares_sum_to_one": config.get("norm_topk_prob", True)}
+
+
+def growing_queries(fields: Mapping, beta: float | None, original: int, context: int | None) -> dict:
+    """max_positions, and q_growth if the server's `context` makes Ministral 3's queries grow."""
+    if beta and (context or 0) > original:
+        return {"q_growth": (beta, original)}
+    return {"max_positions": min(fields["max_positions"], original if beta else MOST_POSITIONS)}
+
+
+ROPE_TYPES = {  # rope_type -> its parameters
+    "default": "", "linear": "factor", "dynamic": "factor",
+    "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
+    "yarn": "factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale "
+            "mscale_all_dim truncate",
+    "longrope": "short_factor long_factor original_max_position_embeddings factor attention_factor"}
+ROPE_KEYS = {  # all others are positive numbers
+    "original_max_position_embeddings": HF_KEYS["original_max_position_embeddings"], "truncate": Rule(bool),
+    **dict.fromkeys(("short_factor", "long_factor"), Rule(float, 0.01, 10**6, many=True)),
+    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), Rule(float, 0, 10**3, optional=True))}
+
+
+def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, positions: int,
+                context: int | None) -> dict:
+    """max_positions and the fields that begin with rope_, as in transformers' modeling_rope_utils.py.
+
+    `rope` is a rope_scaling or rope_parameters object. longrope uses its long factors for all positions if
+    the server's `context` (None: the model's) is longer than the original one; dynamic scaling uses the
+    factor for the `context`."""
+    rope_type = checked(path, f"{name}.rope_type", rope.get("rope_type", rope.get("type", "default")),
+                   Rule(str, choices=tuple(ROPE_TYPES)))
+    known = [*ROPE_TYPES[rope_type].split(), "rope_type", "type", "rope_theta", "partial_rotary_factor"]
+    if unknown := [key for key in rope if key not in known and rope[key] is not None]:
+        raise ConfigError(f"{path}: {name} has the key {shown(unknown[0])}; known for the type {rope_type} "
+                          f"are {', '.join(known)}")
+
+    def value(key: str, default=None, length: int | None = None) -> Any:
+        setting = default if rope.get(key) is None else rope[key]
+        return checked(path, f"{name}.{key}", setting, ROPE_KEYS.get(key, Rule(float, 0.01, 10**6)), length)
+
+    fields = {"max_positions": positions, "rope_base": base, "rope_size": size}
+    if rope_type == "default":
+        return fields
+    if rope_type == "dynamic":
+        factor = value("factor")
+        length = min(max(context or 0, positions), int(max(factor, 1) * positions))
+        stretched = base * (factor * length / positions - (factor - 1))**(size / max(size - 2, 1))
+        return fields | {"max_positions": length, "rope_base": stretched}
+    original, half = value("original_max_position_embeddings", positions), size // 2
+    factor = value("factor", positions / original if rope_type in ("yarn", "longrope") else None)
+    growth = math.log(max(factor, 1))
+    frequencies = base ** -(numpy.arange(0, size, 2) / size)
+    if rope_type == "linear":
+        factors = numpy.full(half, factor)
+    elif rope_type == "longrope":
+        factors = [numpy.asarray(value(key, None, half)) for key in ("short_factor", "long_factor")][
+            (context or positions) > original]
+        fields["rope_scale"] = value("attention_factor") or math.sqrt(1 + growth / math.log(original))
+    else:  # 1 keeps a frequency, 0 divides it by the factor
+        if rope_type == "llama3":
+            low, high = value("low_freq_factor"), value("high_freq_factor")
+            kept = (original * frequencies / (2 * math.pi) - low) / (high - low or 1e-3)
+        else:
+            low, high = (size * math.log(original / (2 * math.pi * value(key, turns))) / (2 * math.log(base))
+                         for key, turns in (("beta_fast", 32.0), ("beta_slow", 1.0)))
+            if value("truncate", True):
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, size - 1)
+            kept = 1 - (numpy.arange(half) - low) / (high - low or 1e-3)
+            over, under = value("mscale"), value("mscale_all_dim")
+            over, under = (over, under) if over and under else (1, 0)
+            fields["rope_scale"] = value("attention_factor") or (
+                (0.1 * over * growth + 1) / (0.1 * under * growth + 1))
+            fields["max_positions"] = max(positions, int(factor * original))
+        kept = numpy.clip(kept, 0, 1)
+        factors = 1 / (kept + (1 - kept) / factor)
+    return fields | {"rope_factors": tuple(factors.tolist())}

@@ -1,0 +1,153 @@
+"""`Family`: all that may differ between families of models, on the side of a folder and of a GGUF file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence as Seq
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from chatlm.worker.model.spec import Mixer
+from chatlm.worker.weights.rules import LAYER_TYPES, Rule
+
+
+class Header(NamedTuple):
+    """A GGUF file's metadata and tensors; `key` is one of its architecture's, without that name."""
+
+    path: Path
+    metadata: Mapping
+    stored: Mapping[str, Any]  # name -> gguf.ReaderTensor
+    read: Callable             # gguf_value
+
+    @property
+    def own(self) -> str:
+        """What its architecture's keys begin with."""
+        return f"{self.metadata['general.architecture']}."
+
+    def raw(self, key: str, default=None) -> Any:
+        return self.metadata.get(self.own + key, default)
+
+    def value(self, key: str, *default, **bounds) -> Any:
+        return self.read(self.path, self.metadata, self.own + key, *default, **bounds)
+
+    def check(self, name: str, value: Any, *length: int, **bounds) -> Any:
+        """A value from elsewhere if the rule for this key or tensor allows it."""
+        return self.read(self.path, {}, name, value, *length, **bounds)
+
+    def has(self, ending: str) -> bool:
+        """Does any layer have a tensor of this name?"""
+        return any(name.endswith(f".{ending}") for name in self.stored)
+
+
+class Gguf(NamedTuple):
+    """What is unusual about a family's GGUF files."""
+
+    architectures: str = ""  # its names in general.architecture
+    permuted: bool = False   # q and k have adjacent rotary pairs, unlike a folder's
+    variants: dict[str, str] = {}  # metadata that makes it another row: expert_count -> mixtral
+    names: dict[str, tuple[str, ...]] = {}  # of tensors, where they do not follow from the folder's
+    keys: Mapping[str, Rule] = {}           # metadata that no other family may have
+    ignored: frozenset[str] = frozenset()   # metadata that converters write in vain
+    # changes that make the metadata those of plain layers, and what a config.json would say instead
+    layers: Callable[[Header], tuple[dict, dict]] = lambda header: ({}, {})
+    unsaid: Callable[[Mapping], dict] = lambda config: {}  # what files imply but do not state
+    repack: Callable[[dict], dict] = lambda stored: stored  # a file's tensors as `names` expects them
+    mscale_unknown: bool = False     # with yarn, see MSCALE_UNKNOWN
+    strips_specials: bool = False    # spaces after special tokens are dropped, in a sentencepiece vocabulary
+
+
+class Family(NamedTuple):
+    """How a family differs from llama (see transformers' modeling_<name>.py): a row of FAMILIES.
+
+    A `config` is a config.json with all defaults filled in; of a GGUF file it has the metadata's values."""
+
+    title: str         # the common names of its models
+    config: dict       # its own config.json keys and their defaults
+    fields: dict = {}  # of ModelSpec
+    tensors: dict[str, tuple[str, ...]] = {}  # where its files differ from HF_TENSORS
+    has_window: Callable[[Mapping, int], Any] = lambda config, layer: config.get("sliding_window")
+    gguf: Gguf = Gguf()
+    keys: Mapping[str, Rule] = {}  # rules for keys of its own in `config` that are not bool
+    one_more: bool = False  # its norms multiply by 1 + w
+    repack: Callable[[dict], dict] = lambda state: state  # a folder's tensors as `tensors` expects them
+    interleaved: bool = False  # rotary pairs are adjacent, in a folder too
+    needed: tuple[str, ...] = ()  # keys without which transformers would run another model
+    mixers: Mapping[str, Callable[[Path, Mapping], Mixer]] = {}  # layer types besides attention
+    aliases: dict[str, str] = {}  # its own keys -> the keys they replace
+    complete: Callable[[Path, dict], dict] = lambda path, config: {}  # keys derived from a config
+    fields_of: Callable[[Path, Mapping], dict] = lambda path, config: {}  # of ModelSpec, from a config
+    own_attentions: bool = False  # these have `attentions`, with windows and rotation
+    # layers that are not rotated, from a config and their windows
+    unrotated: Callable[[Mapping, Seq[int]], set[int]] = lambda config, windows: set()
+    # a folder's rotary parameters, which its config has under this name, in the terms of ROPE_TYPES
+    rope_of: Callable[[Path, str, Mapping, dict], dict] = lambda path, name, config, rope: rope
+    queries_grow: bool = False  # by llama_4_scaling_beta among the rotary parameters
+    fused: Seq[tuple[str, tuple[str, ...]]] = ()  # (a matrix that `repack` splits, what its rows become)
+
+    @property
+    def all_tensors(self) -> dict[str, tuple[str, ...]]:
+        return HF_TENSORS | self.tensors
+
+
+HF_TENSORS = {  # our tensor (of layer {}) -> the folder's tensors whose rows it is made of
+    "embed": ("model.embed_tokens.weight",), "head": ("lm_head.weight",),
+    "final_norm": ("model.norm.weight",),
+    "attention_norm": ("model.layers.{}.input_layernorm.weight",),
+    "ffn_norm": ("model.layers.{}.post_attention_layernorm.weight",),
+    **{name: (f"model.layers.{{}}.self_attn.{name}.weight",) for name in ("q_norm", "k_norm")},
+    "sinks": ("model.layers.{}.self_attn.sinks",),
+    **{ours + ending: tuple(f"model.layers.{{}}.{module}_proj.{part}" for module in theirs.split())
+       for ending, part in (("", "weight"), ("_bias", "bias"))
+       for ours, theirs in (("qkv", "self_attn.q self_attn.k self_attn.v"), ("output", "self_attn.o"),
+                            ("gate_up", "mlp.gate mlp.up"), ("down", "mlp.down"),
+                            ("shared_gate_up", "mlp.shared_expert.gate mlp.shared_expert.up"),
+                            ("shared_down", "mlp.shared_expert.down"))}}
+HEAD_NORMS = {"qk_norm": "before_rope", "qk_norm_weights": True}
+EXPERTS = dict.fromkeys(("num_experts", "num_local_experts", "moe_intermediate_size"))
+QWEN_EXPERTS = EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": None, "decoder_sparse_step": 1}
+SHARED_GATE = {"shared_gate": ("model.layers.{}.mlp.shared_expert_gate.weight",)}
+
+
+def expert_tensors(experts: str, router: str, parts: Seq[str] = ("weight",)) -> dict[str, tuple[str, ...]]:
+    """Rows of HF_TENSORS for a family's router and experts; `experts` has {} if each has its own tensors."""
+    names = {"router": router, "expert_gate_up": f"{experts}.gate_proj {experts}.up_proj",
+             "expert_down": f"{experts}.down_proj"}
+    return {f"{ours}_bias" if part == "bias" else ours: tuple(
+        f"model.layers.{{}}.mlp.{module}.{part}" for module in theirs.split())
+        for ours, theirs in names.items() for part in parts}
+
+
+def of_mixer(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A folder's tensor in GGUF's form: convolutions (C, 1, taps) as (C, taps), and the decay."""
+    if re.search(r"\.(conv|conv1d)\.weight$", name) and tensor.ndim == 3:
+        return tensor.squeeze(1)
+    return -tensor.float().exp() if name.endswith(".A_log") else tensor
+
+
+def separate_experts(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A folder's tensor; if it has the matrices of all experts, one of each."""
+    stem, _, part = name.rpartition(".")
+    if not stem.endswith(".experts") or tensor.ndim != 3:
+        return {name: tensor}
+    halves = zip(("gate", "up"), tensor.chunk(2, 1)) if part == "gate_up_proj" else [("down", tensor)]
+    return {f"{stem}.{e}.{which}_proj.weight": one
+            for which, all_of in halves for e, one in enumerate(all_of)}
+
+
+def layers_of_kinds(header: Header, other: str) -> tuple[dict, dict]:
+    """`Gguf.layers` of a family in which some layers have type `other` instead of attention.
+
+    The metadata become those of a model of attention alone, without a draft head."""
+    key, more = "attention.head_count_kv", {}
+    layers: int = header.value("block_count") - header.value("nextn_predict_layers", 0)
+    changes: dict[str, Any] = {"block_count": layers}
+    heads, recurrent = header.raw(key), header.value("attention.recurrent_layers")
+    if isinstance(heads, list) and not all(heads):  # 0 for layers of the other type
+        recurrent = [not count for count in heads]
+        full = next(filter(None, heads), 0)
+        changes[key] = [count or full for count in heads[:layers]]
+    if recurrent:
+        more["layer_types"] = [other if is_other else LAYER_TYPES[0] for is_other in recurrent[:layers]]
+    return changes, more
