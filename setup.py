@@ -45,16 +45,19 @@ SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined", "
                      "--param=asan-instrumentation-with-call-threshold=0"] if QUICK else [])]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
                 "-Wno-maybe-uninitialized"]             # caused by GCC 12's intrinsics headers
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 # suffix of a source's stem -> instructions it may use; dispatch.cpp checks that the CPU has them
 ISA_FLAGS = {
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx2": AVX2_FLAGS,
+    "_avxvnni": AVX2_FLAGS,                             # dispatch.cpp checks for AVX-VNNI; its instruction needs no flag
+    "_evex": [*AVX2_FLAGS, "-O1"],                      # the same with AVX-512's, for tests alone
     "_avx512": AVX512_FLAGS,
     "_vnni": [*AVX512_FLAGS, "-mavx512vnni"],           # tiles.cpp checks for VNNI
     "_amx": [*AVX512_FLAGS, "-mavx512vnni"],            # dispatch.cpp checks for AMX; its instructions need no flag
 }
 # The lanes of portable kernels are loops: -O3 unrolls them before they can be vectorized, and takes four times as long to compile
 PORTABLE_FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model=unlimited"] if X86 and not SANITIZE else []
-CPU_NAMES = {"_avx2": "avx2", "_avx512": "avx512f", "_vnni": "avx512_vnni"}        # in /proc/cpuinfo
+CPU_NAMES = {"_avx2": "avx2", "_avx512": "avx512f", "_vnni": "avx512_vnni", "_avxvnni": "avx_vnni"}    # in /proc/cpuinfo
 
 NVCC_FLAGS = [*(["-Ofc=max", "-gencode=arch=compute_90,code=sm_90"] if QUICK else
                 ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]), "-std=c++17", "-O3",

@@ -10,8 +10,8 @@
 namespace dc {
 
 const char* chosen_name();                          // of chosen_isa and chosen_amx together
-std::vector<const char*> offered_names();           // the best first: amx, avx512, avx2, portable
-std::vector<const char*> names_for_tests();         // amx-always where AMX is; amx-emulated, amx-emulated-portable
+std::vector<const char*> offered_names();           // the best first: amx, avx512, avxvnni, avx2, portable
+std::vector<const char*> names_for_tests();         // amx-always where AMX is; amx-emulated, amx-emulated-portable; avxvnni-evex
 void set_isa(const std::string& name);              // std::invalid_argument for an unknown name or one this CPU lacks
 void set_isa_from_environment();                    // DECODE_CORE_ISA: a name, or several by commas: the first that is offered
 
@@ -20,6 +20,6 @@ const std::string& amx_refusal();
 void give_up_amx();                                 // its results were wrong
 // The same of a machine: cpuid 7's EDX, the XCR0 register, and errno of the request for permission.
 std::string amx_refusal_of(unsigned edx, unsigned long xcr0, int error);
-extern const bool AMX_IS_COMPILED;
+extern const bool AMX_IS_COMPILED, AVXVNNI_IS_COMPILED;
 
 }  // namespace dc

@@ -27,10 +27,15 @@ enum class Isa { portable, avx2, avx512 };
 // rows (tests); emulated: its kernels for any number of rows on emulated registers (tests), with AVX-512 or in portable code.
 enum class Amx { none, measured, always, emulated, emulated_portable };
 
+// The dot product of bytes in integer products with Isa::avx2: AVX2's own (several instructions), AVX-VNNI's, or, for tests on CPUs without
+// AVX-VNNI, AVX-512's in registers of 256 bits.
+enum class Dot256 { own, vex, evex };
+
 Isa chosen_isa();                       // the best that the CPU offers, or what DECODE_CORE_ISA or set_isa names
 Amx chosen_amx();
+Dot256 chosen_dot256();
 bool offers(Isa isa);
-bool cpu_has(const char* feature);      // "avx512_vnni", "avx512_bf16", "amx_int8": for info()
+bool cpu_has(const char* feature);      // "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8": for info()
 
 }  // namespace dc
 

@@ -24,19 +24,24 @@ struct Choice {
     Isa isa;
     Amx amx;
     bool for_tests;
+    Dot256 dot = Dot256::own;
 };
 
+constexpr Choice PORTABLE = {"portable", Isa::portable, Amx::none, false};
 constexpr Choice CHOICES[] = {          // the best first; tests' own with the best Isa
-    {"amx", Isa::avx512, Amx::measured, false}, {"avx512", Isa::avx512, Amx::none, false}, {"avx2", Isa::avx2, Amx::none, false},
-    {"portable", Isa::portable, Amx::none, false}, {"amx-always", Isa::avx512, Amx::always, true},
-    {"amx-emulated", Isa::avx512, Amx::emulated, true}, {"amx-emulated-portable", Isa::portable, Amx::emulated_portable, true}};
+    {"amx", Isa::avx512, Amx::measured, false}, {"avx512", Isa::avx512, Amx::none, false},
+    {"avxvnni", Isa::avx2, Amx::none, false, Dot256::vex}, {"avx2", Isa::avx2, Amx::none, false}, PORTABLE,
+    {"amx-always", Isa::avx512, Amx::always, true}, {"amx-emulated", Isa::avx512, Amx::emulated, true},
+    {"amx-emulated-portable", Isa::portable, Amx::emulated_portable, true}, {"avxvnni-evex", Isa::avx2, Amx::none, true, Dot256::evex}};
 
 std::atomic<const Choice*> chosen{nullptr};
 std::atomic<bool> amx_is_wrong{false};
 
 // Why a choice cannot be taken; "" if it can.
 std::string refusal_of(const Choice& choice) {
-    if (!offers(choice.isa)) return std::string("this CPU does not offer ") + choice.name;
+    const char* dot = choice.dot == Dot256::vex ? "avx_vnni" : choice.dot == Dot256::evex ? "avx512_vnni" : nullptr;
+    if (!offers(choice.isa) || (dot && !cpu_has(dot))) return std::string("this CPU does not offer ") + choice.name;
+    if (dot && !AVXVNNI_IS_COMPILED) return std::string(choice.name) + ": the compiler of this decode_core did not know it";
     if (choice.amx == Amx::none || choice.amx == Amx::emulated_portable) return "";
     if (!cpu_has("avx512_vnni")) return std::string(choice.name) + " needs AVX-512 VNNI, which this CPU does not offer";
     return choice.amx == Amx::emulated ? "" : amx_refusal();
@@ -45,7 +50,7 @@ std::string refusal_of(const Choice& choice) {
 const Choice& best() {
     for (const Choice& choice : CHOICES)
         if (!choice.for_tests && refusal_of(choice).empty()) return choice;
-    return CHOICES[3];
+    return PORTABLE;
 }
 
 const Choice& choice_now() {
@@ -63,7 +68,7 @@ std::vector<const char*> names(bool for_tests) {
 const Choice& named(const std::string& name) {
     for (const Choice& choice : CHOICES)
         if (name == choice.name) return choice;
-    throw std::invalid_argument("isa: amx, avx512, avx2 or portable, not " + name);
+    throw std::invalid_argument("isa: amx, avx512, avxvnni, avx2 or portable, not " + name);
 }
 
 }  // namespace
@@ -92,6 +97,8 @@ bool cpu_has(const char* feature) {
     if (!std::strcmp(feature, "avx512_vnni")) return __builtin_cpu_supports("avx512vnni");
     if (!std::strcmp(feature, "avx512_bf16")) return __builtin_cpu_supports("avx512bf16");
     if (!std::strcmp(feature, "amx_int8")) return amx_refusal().empty();
+    unsigned a = 0, b = 0, c = 0, d = 0;        // a name for __builtin_cpu_supports is younger than the compilers we take
+    if (!std::strcmp(feature, "avx_vnni")) return offers(Isa::avx2) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
 #endif
     (void)feature;
     return false;
@@ -131,6 +138,8 @@ void give_up_amx() {
 Isa chosen_isa() { return choice_now().isa; }
 
 Amx chosen_amx() { return choice_now().amx; }
+
+Dot256 chosen_dot256() { return choice_now().dot; }
 
 const char* chosen_name() { return choice_now().name; }
 

@@ -197,7 +197,7 @@ def test_references_that_are_asked_for_are_no_error(tmp_path, monkeypatch, caplo
 
 @needs_core
 def test_instructions_that_this_machine_lacks_end_the_start_with_one_line(nanochat_fixtures):
-    line = "DECODE_CORE_ISA=sse2: amx, avx512, avx2 or portable, not sse2"
+    line = "DECODE_CORE_ISA=sse2: amx, avx512, avxvnni, avx2 or portable, not sse2"
     code = "from chatlm.common.core import kernels_line; print(kernels_line())"
     command = [sys.executable, SCRIPT, nanochat_fixtures / "gen3", "--port", "0", "--host", "127.0.0.1"]
     said, ended = (

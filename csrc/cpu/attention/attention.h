@@ -105,6 +105,8 @@ struct AttentionKernels {
 
 DC_EACH_ISA(extern const AttentionKernels attention_kernels)
 DC_EACH_ISA(extern const AttentionKernels packed_attention_kernels)     // of q8_0
+namespace avxvnni { extern const AttentionKernels packed_attention_kernels; }   // see Dot256
+namespace evex { extern const AttentionKernels packed_attention_kernels; }
 const AttentionKernels& attention_kernels_of(Element cache_type);
 
 }  // namespace dc

@@ -7,6 +7,7 @@
 // HALFWAY: a sum holds half of a block's chunks at most; `add` adds the halves' ends.
 //
 //     avx512 (VNNI)   u8 x i8 with x broadcast from memory; a sum begins with what takes the codes' offset back
+//     avxvnni, evex   the same instruction in registers of 256 bits: of avx512's definitions, with avx2's registers
 //     avx2            nibbles: pairs in int16, at most 8 * 2 * 15 * 127 = 30,480; five bits: as nibbles, at most
 //                     4 * 2 * 31 * 127 = 31,496 halfway; unsigned: pairs at most 2 * 63 * 127 = 16,002, widened at once; signed: |w| times x with w's sign, at most 2 * 128 * 127 = 32,512, widened at once (u8 x i8
 //                     with the offset still in would reach 64,770)
@@ -14,6 +15,11 @@
 #pragma once
 
 #include "cpu/lanes.h"
+
+// The instruction of a file whose DC_ISA is avxvnni or evex, as the assembler is told it. Compilers that may not know it leave such files out.
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11)
+#define DC_KNOWS_AVXVNNI
+#endif
 
 namespace dc {
 namespace DC_ISA {
@@ -114,6 +120,28 @@ DC_INLINE __m256i offset_of(int32_t minus) {
     else return _mm256_set1_epi32(minus * (1 << SHIFT));
 }
 
+#if defined(DC_DOT_256)
+
+struct UnsignedDot {
+    static constexpr bool HALFWAY = false;
+    using Weights = Words;
+    DC_INLINE Weights weights(Words codes) { return codes; }
+    template <int SHIFT>
+    DC_INLINE Sum begin(int32_t minus) { return {offset_of<SHIFT>(minus), offset_of<SHIFT>(minus)}; }
+    DC_INLINE void dot(Sum& sum, Words w, const int8_t* x) {
+        const __m256i shared = four(x);
+        asm(DC_DOT_256 " %2, %1, %0" : "+x"(sum.lo) : "x"(w.lo), "x"(shared));
+        asm(DC_DOT_256 " %2, %1, %0" : "+x"(sum.hi) : "x"(w.hi), "x"(shared));
+    }
+    template <int SHIFT>
+    DC_INLINE Whole end(Sum sum, int32_t) { return sum; }
+};
+using NibbleDot = UnsignedDot;
+using FiveBitDot = UnsignedDot;
+using SignedDot = UnsignedDot;
+
+#else
+
 struct NibbleDot {
     static constexpr bool HALFWAY = false;
     using Weights = Words;
@@ -173,6 +201,8 @@ struct SignedDot {
     template <int SHIFT>
     DC_INLINE Whole end(Sum sum, int32_t) { return sum; }
 };
+
+#endif
 
 DC_INLINE Words look_up(Words codes, const uint8_t* table) {
     const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));

@@ -27,6 +27,7 @@ const TileKernels& narrow_kernels() {
 #if defined(__x86_64__)
     static const bool vnni = cpu_has("avx512_vnni");
     if (chosen_isa() == Isa::portable) return portable::tile_kernels;
+    if (chosen_dot256() != Dot256::own) return chosen_dot256() == Dot256::vex ? avxvnni::tile_kernels : evex::tile_kernels;
     return chosen_isa() == Isa::avx512 && vnni ? avx512::tile_kernels : avx2::tile_kernels;
 #else
     return portable::tile_kernels;
@@ -93,9 +94,9 @@ WideMultiply wide_kernel(Amx amx) {
 }
 
 #if defined(__x86_64__)
-const bool AMX_IS_COMPILED = amx::wide_multiply;
+const bool AMX_IS_COMPILED = amx::wide_multiply, AVXVNNI_IS_COMPILED = avxvnni::tile_kernels.multiply;
 #else
-const bool AMX_IS_COMPILED = false;
+const bool AMX_IS_COMPILED = false, AVXVNNI_IS_COMPILED = false;
 #endif
 
 // ---- memory

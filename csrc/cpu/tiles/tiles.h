@@ -176,6 +176,8 @@ struct TileKernels {
 };
 
 DC_EACH_ISA(extern const TileKernels tile_kernels)
+namespace avxvnni { extern const TileKernels tile_kernels; }    // avx2 with another dot product (Dot256); null where the compiler does not
+namespace evex { extern const TileKernels tile_kernels; }       // know AVX-VNNI
 
 // Kernels for 16 rows at a time (tiles_amx.inl.h). They leave to `narrow` what they have no kernel for, and a range of fewer rows
 // than `least_rows` says of a type and a number of columns; 0: all.
