@@ -84,7 +84,7 @@ def start_by_parts():
         tokenizer = build.open_tokenizer(model.text)
         build.compile_chat_template(model.text.chat_template or "", whole=False)
         parts.note("tokenizer and template")
-        model, transformer, pages, context = build.build_transformer(model, source, settings, device, no_progress, None)
+        model, transformer, pages, context, _ = build.build_transformer(model, source, settings, device, no_progress, None)
         parts.note("weights into tiles, KV pages, buffers")
         engine = build.Engine(transformer, tokenizer, transformer.kernels, num_pages=pages, max_batch=settings.max_batch,
                               context_length=context, prefill_chunk=build.prefill_chunk(settings, device), drafts=settings.drafts)

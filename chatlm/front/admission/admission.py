@@ -24,6 +24,7 @@ from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, Request
 from chatlm.common.jsontext import is_text
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
+from chatlm.common.memory import trim_heap
 from chatlm.common.messages.protocol import (
     SANDBOX_MODELS, SANDBOX_PIPE, Begun, Body, Known, ParsedBody, Refused, Result, SandboxConfig, Task)
 from chatlm.common.messages.requests import Message
@@ -245,6 +246,7 @@ class Admission:
     async def open(self, card: ModelCard, settings: Settings):
         """Get ready for a model's requests; ConfigError if its tokenizer or chat template is broken."""
         tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
+        await asyncio.to_thread(trim_heap)  # of what it was built from
         known = Known(replace(settings, keys=(), api_key=()), calls_of(card.text)[0],
                       template=card.text.chat_template or "", never_written=tokenizer.never_written)
         limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
