@@ -293,7 +293,7 @@ class Chat:
         [(name, number)] = re.findall(r"\A(.*?)(?:\s+(\d+))?\Z", value, re.DOTALL)
         name, number = (value, "") if Path(value).expanduser().exists() else (name, number)
         try:
-            chats = read_chats(read_text(name))
+            chats = read_chats(read_user_file(name))
         except ValueError as error:
             raise ValueError(f"{name} is not a conversation: {error}") from None
         if len(chats) > 1 and not number:
@@ -335,7 +335,7 @@ class Chat:
     async def slash_read(self, value: str):
         """/read FILE TEXT: send a file's text with a question about it"""
         name, question = file_and_rest(value)
-        text = read_text(name)
+        text = read_user_file(name)
         if not question and self.terminal.interactive:
             self.note(f"Your question about {name}? Enter sends only its text, Ctrl-C sends nothing.")
             if (typed := await self.terminal.read(leaves=False)) is None:
@@ -397,7 +397,7 @@ def file_and_rest(value: str) -> tuple[str, str]:
     return name, value[len(name):].strip()
 
 
-def read_text(name: str) -> str:
+def read_user_file(name: str) -> str:
     if not name:
         raise ValueError("the file name is missing")
     try:

@@ -42,7 +42,7 @@ from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.ranks.messages import RankDrew
 from chatlm.worker.ranks.ranks import OtherRank, gather_ranks
 from chatlm.worker.ranks.steps import DrawnTokens, RankSteps, Stage, follow, follow_stage
-from chatlm.worker.weights.digest import (arithmetic_of, files_of, profile_of, sampled_digest, stamp_of,
+from chatlm.worker.weights.digest import (arithmetic_of, files_of, fingerprint_of, profile_of, sampled_digest,
                                           whole_digest)
 from chatlm.worker.weights.load import open_model
 
@@ -129,15 +129,15 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
 
 
 def stamped_files(config: WorkerConfig) -> tuple[list[Path], str]:
-    """The model's files and their stamp before they are read; "" if no prefixes are kept."""
+    """The model's files and their fingerprint before they are read; "" if no prefixes are kept."""
     if config.prefix_memory and config.source:
         with suppress(OSError, ConfigError):  # loading will report what is wrong
             files = files_of(config.source, config.settings)
-            return files, stamp_of(files)
+            return files, fingerprint_of(files)
     return [], ""
 
 
-def keep_prefixes(engine: Engine, config: WorkerConfig, files: list[Path], stamp: str):
+def keep_prefixes(engine: Engine, config: WorkerConfig, files: list[Path], fingerprint: str):
     """From now on pages outlive this process, and those of earlier processes are restored."""
     settings = config.settings
     store = store_place(settings.prefix_store)[0] if settings.prefix_store else None
@@ -150,7 +150,7 @@ def keep_prefixes(engine: Engine, config: WorkerConfig, files: list[Path], stamp
     except OSError as error:
         return log.warning("no prefix is kept: %s", error)
     engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept))
-    keeper.begin(lambda: profile_of(whole_digest(files, stamp, store),
+    keeper.begin(lambda: profile_of(whole_digest(files, fingerprint, store),
                                     arithmetic_of(engine.transformer, settings)), patience_s=2.0)
 
 
@@ -293,10 +293,9 @@ class Inbox:
                 self.params[id], self.prompts[id] = params, {}
             case NewPrompt(id, index, ids):
                 self.prompts[id][index] = ids
-            case NewAnswer(id, request, prompt, choice, max_tokens, resumed_ids, scored, thinking_ends, told):
+            case NewAnswer(id, request, prompt, choice, max_tokens, resumed_ids, scored, ends, sent):
                 ids, params = self.prompts[request][prompt], self.params[request]
-                work = Assignment(id, ids, params, max_tokens, choice, resumed_ids, scored, thinking_ends,
-                                  told)
+                work = Assignment(id, ids, params, max_tokens, choice, resumed_ids, scored, ends, sent)
                 if params.adapter in self.loading:
                     self.waiting.setdefault(params.adapter, []).append(work)
                 else:

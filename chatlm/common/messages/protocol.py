@@ -53,7 +53,7 @@ class NewAnswer:
     resumed_ids: tuple[int, ...] = ()
     scored: int = 0  # prompt tokens whose log-probabilities were already sent
     thinking_ends: int | None = None  # its reasoning ends after this many tokens, see ThinkingEnds
-    told: bool = True  # was the text of `resumed_ids` sent? Not if its client chose them
+    resumed_sent: bool = True  # was the text of `resumed_ids` sent? Not if its client chose them
 
 
 @wire_message(1 << 20)

@@ -89,7 +89,7 @@ class Job:
             yield NewPrompt(request.id, self.prompt, self.prompt_ids)
         yield NewAnswer(self.worker_id, request.id, self.prompt, self.choice % request.n, self.max_tokens,
                         tuple(self.output_ids), self.scored, self.thinking_ends,
-                        told=self.first_token_s is not None)
+                        resumed_sent=self.first_token_s is not None)
 
     def end_thinking(self) -> asyncio.Future[bool]:
         """End its reasoning. The future's result says whether it was thinking."""

@@ -146,7 +146,7 @@ class Answer:
         for count, token in enumerate(work.resumed_ids, 1):
             if self.tool:
                 self.tool.feed(token)  # the resumed ids already contain what it forced
-            if self.grammar and not self.grammar.feed(token) and not work.told:
+            if self.grammar and not self.grammar.feed(token) and not work.resumed_sent:
                 self.misfit, self.grammar = True, None
             if self.grammar:
                 self._closing(token, (work.max_tokens if most is None else most) - count)
@@ -154,7 +154,7 @@ class Answer:
             self._end_of_thinking()    # here too
             if self.awaits_grammar:
                 self.hold_call()
-        if work.told:
+        if work.resumed_sent:
             self.take()                # it went out together with the ids
 
     def _read(self, token: int):

@@ -234,7 +234,7 @@ class Keeper:
 
     def _give_up_stuck(self):
         """Where the disk does not answer, forget all restorations: those that wait for their turn too."""
-        if any(time.monotonic() - its.moved_s > self.STUCK_S for its in self.restorations):
+        if any(time.monotonic() - each.moved_s > self.STUCK_S for each in self.restorations):
             log.warning("a kept prefix could not be read in %g s: it is computed", self.STUCK_S)
             for restoration in [*self.restorations]:
                 self._end(restoration)

@@ -120,7 +120,7 @@ class KeptPages:
     def disk_byte_s(self) -> float | None:
         """Seconds that the store's disk takes for a byte, by reading some that it has in no cache."""
         with suppress(OSError, ValueError, AttributeError):
-            segment = max(self.store.segments.values(), key=lambda its: its.size)
+            segment = max(self.store.segments.values(), key=lambda segment: segment.size)
             size = min(segment.size, self.TRIAL_BYTES)
             with segment.opened() as descriptor:
                 os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)

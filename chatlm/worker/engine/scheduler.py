@@ -33,7 +33,7 @@ class Assignment:
     resumed_ids: tuple[int, ...] = ()
     scored: int = 0       # prompt tokens whose log-probabilities were already sent
     thinking_ends: int | None = None  # see Answer.thinking_ends
-    told: bool = True     # was the text of `resumed_ids` sent?
+    resumed_sent: bool = True  # was the text of `resumed_ids` sent?
 
     @cached_property
     def sampling(self) -> SamplingParams:

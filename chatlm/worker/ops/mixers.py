@@ -93,7 +93,7 @@ def delta_rule_reference(x, weights, mixer, eps, states, sequences, out):
     `weights` has taps, decay, dt_bias and mix_norm; `states` are (slots, K - 1, channels) and
     (slots, Hv, Dk, Dv)."""
     H, D, Hk = mixer.value_heads, mixer.key_size, mixer.key_heads
-    p, z, b, a = parts_of(x.float(), mixer)
+    p, z, b, a = split_projections(x.float(), mixer)
     u = functional.silu(convolve(p, weights["taps"], states[0], sequences))
     q, k, v = u.split((Hk * D, Hk * D, mixer.parts[1]), 1)
     q, k = (part.unflatten(1, (Hk, D)) for part in (q, k))
@@ -116,7 +116,7 @@ def delta_rule_reference(x, weights, mixer, eps, states, sequences, out):
     recur(states[1], sequences, advance)
 
 
-def parts_of(x, mixer):
+def split_projections(x, mixer):
     """A DeltaRule's p, z, b and a, (T, mixer.parts) each."""
     Hk, D, r = mixer.key_heads, mixer.key_size, mixer.value_heads // mixer.key_heads
     p, z, b, a = x.split(mixer.parts, 1)

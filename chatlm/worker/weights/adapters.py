@@ -21,7 +21,7 @@ from chatlm.worker.weights.lora import Change, read_adapter
 
 if TYPE_CHECKING:
     from chatlm.worker.weights.assemble import Sources
-    from chatlm.worker.weights.lora import Place
+    from chatlm.worker.weights.lora import FileSlice
     from chatlm.worker.weights.rules import LoadedModel
 
 # The products to which Transformer can add adapters
@@ -36,7 +36,7 @@ class Adaptable:
 
     names: tuple[str, ...]  # the model's names
     sources: Sources        # see tensor_sources
-    places: Callable[[], Mapping[str, list[Place]]]  # by Hugging Face's names; see gguf_places
+    slices: Callable[[], Mapping[str, list[FileSlice]]]  # by Hugging Face's names; see gguf_slices
     turned: Callable[[str, torch.Tensor], torch.Tensor]  # a file's rows in our order
     ignored: dict[str, tuple[int, ...]]  # matrices that no layer reads: see unread_keys
     first_layer: int = 0    # of a stage
@@ -64,10 +64,10 @@ class AdapterReader:
     def read(self, folder: Path) -> dict[str, AdapterMatrix]:
         """Our matrices' names -> what the adapter adds to their products. ConfigError if this adapter can
         only be merged."""
-        places, unread = self.adaptable.places(), self.adaptable.ignored
+        slices, unread = self.adaptable.slices(), self.adaptable.ignored
         shapes = file_shapes(self.adaptable.sources) | unread
-        whole = {theirs: (sum(shapes[place.name][0] for place in at), *shapes[at[0].name][1:])
-                 for theirs, at in places.items()}
+        whole = {theirs: (sum(shapes[file_slice.name][0] for file_slice in at), *shapes[at[0].name][1:])
+                 for theirs, at in slices.items()}
         parts: dict[str, list[Part]] = {}  # by the whole model's names
         rows = {theirs: (ours, before) for ours, (_, all_of) in self.adaptable.sources.items()
                 for theirs, before in zip(all_of, rows_before(all_of.values()))}
@@ -77,11 +77,11 @@ class AdapterReader:
                 if not isinstance(change, Change):
                     raise ConfigError(f"{folder} contains a whole matrix {theirs.removesuffix('.weight')} "
                                       f"(modules_to_save), which cannot be served without merging; {MERGE}")
-                for place in places[theirs]:
-                    ours, before = rows[place.name]
+                for file_slice in slices[theirs]:
+                    ours, before = rows[file_slice.name]
                     self._refuse_part(folder, theirs, ours, change)
-                    moved = change.at(place)
-                    moved = moved._replace(b=self.adaptable.turned(place.name, moved.b))
+                    moved = change.at(file_slice)
+                    moved = moved._replace(b=self.adaptable.turned(file_slice.name, moved.b))
                     parts.setdefault(ours, []).append(Part(before, moved))
         return {own: joined(parts[ours], cut) for own, (ours, cut) in self.cuts.items() if ours in parts}
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from chatlm.worker.model.transformer import Transformer
 
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file
-KNOWN_DIGESTS = "weights.json"  # in a store: a stamp of files -> their digest
+KNOWN_DIGESTS = "weights.json"  # in a store: fingerprint of files -> their digest
 
 
 def files_of(source: ModelSource, settings: Settings) -> list[Path]:
@@ -35,7 +35,7 @@ def files_of(source: ModelSource, settings: Settings) -> list[Path]:
     return sorted(files)
 
 
-def stamp_of(files: Iterable[Path]) -> str:
+def fingerprint_of(files: Iterable[Path]) -> str:
     """Changes whenever a file does: a change of its content sets its ctime, which no program can reset."""
     stats = [(path.name, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
              for path in files for status in [path.stat()]]
@@ -69,23 +69,23 @@ def digest_of(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def whole_digest(files: list[Path], stamp: str, store: Path | None) -> str:
-    """The stamp if nothing outlives the server (no `store`), else the files' digest, which the store caches.
-    OSError if the files no longer match the stamp."""
+def whole_digest(files: list[Path], fingerprint: str, store: Path | None) -> str:
+    """The fingerprint if nothing outlives the server (no `store`), else the files' digest, which the store
+    caches. OSError if the files no longer match the fingerprint."""
     if store is None:
-        return stamp
+        return fingerprint
     known, path = {}, store / KNOWN_DIGESTS
     with suppress(OSError, ValueError):
         known = dict(json.loads(path.read_text()))
-    if not isinstance(digest := known.get(stamp), str):
+    if not isinstance(digest := known.get(fingerprint), str):
         digest = digest_of(files)
-        if stamp_of(files) != stamp:
+        if fingerprint_of(files) != fingerprint:
             raise OSError("the model's files have changed since they were loaded")
         new = store / f".{secrets.token_hex(8)}.json"
         with suppress(OSError):  # a read-only folder
             descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             with open(descriptor, "w") as file:
-                json.dump(dict([*known.items()][-100:]) | {stamp: digest}, file)
+                json.dump(dict([*known.items()][-100:]) | {fingerprint: digest}, file)
             new.replace(path)
     return digest
 

@@ -40,7 +40,7 @@ from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.gguf_file import (
     GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, check_gguf_types, gguf_value, read_gguf, refuse_unknown)
 from chatlm.worker.weights.adapters import Adaptable
-from chatlm.worker.weights.lora import Place, fused_places, read_adapters
+from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling, warn_of_templates)
 from chatlm.worker.weights.splits import PRE_TOKENIZERS
@@ -99,9 +99,9 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         as_stored = None if settings.dtype else backend.as_stored
         dtype = None if as_stored else float_type(settings, backend)
         called = source.name, str(metadata.get("general.name") or "")
-        places = partial(gguf_places, spec, family, names, sources)
+        slices = partial(gguf_slices, spec, family, names, sources)
         added, adapted = read_adapters(settings, file_shapes(sources) | unread_keys(spec),
-                                       places() if settings.lora else {}, called)
+                                       slices() if settings.lora else {}, called)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                row.gguf.permuted, row.interleaved, added)
         text = gguf_text(source.path, metadata)
@@ -115,7 +115,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     held = {name: tensor for name, tensor in stored.items() if name not in mapped}
     pairs = RopePairs(spec.head_size, spec.rope_size or spec.head_size)
     own_pairs = pairs if row.interleaved else None
-    adaptable = Adaptable((*settings.served_model_name, *called), sources, places, lambda name, rows: (
+    adaptable = Adaptable((*settings.served_model_name, *called), sources, slices, lambda name, rows: (
         unpermute_rope(rows, own_pairs if re.search(r"attn_[qk]\.", name) else None)), unread_keys(spec))
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=max(block, TILE_ROWS),
                        family=architecture, adaptable=adaptable, grows=growth(tensors, held, dtype is None),
@@ -266,11 +266,11 @@ def gguf_scaling(header: Header, row: Family, config: Mapping, lists: Mapping[st
     return rope
 
 
-def gguf_places(spec: ModelSpec, family: str, names: Mapping[str, tuple],
-                sources: Sources) -> dict[str, list[Place]]:
+def gguf_slices(spec: ModelSpec, family: str, names: Mapping[str, tuple],
+                sources: Sources) -> dict[str, list[FileSlice]]:
     """Where a GGUF file stores the matrices of the model's folder; `names` is like HF_TENSORS."""
     table = FAMILIES[family].all_tensors
-    places = {name: [Place(name)] for name in unread_keys(spec)}
+    slices = {name: [FileSlice(name)] for name in unread_keys(spec)}
     shapes = file_shapes(sources)
     for ours in sources:
         layer, _, part = ours.rpartition(".")
@@ -280,13 +280,13 @@ def gguf_places(spec: ModelSpec, family: str, names: Mapping[str, tuple],
             continue
         mixer = spec.mixers[int(layer)] if layer and spec.mixers else None
         if isinstance(mixer, DeltaRule) and part in ("mix_in", "mix_out"):
-            places |= linear_places(mixer, theirs, own)
+            slices |= linear_slices(mixer, theirs, own)
         else:
-            places |= {name: [Place(at)] for name, at in zip(theirs, own) if len(shapes.get(at, ())) == 2}
-    return fused_places(places, shapes, FAMILIES[family].fused, spec.layers)
+            slices |= {name: [FileSlice(at)] for name, at in zip(theirs, own) if len(shapes.get(at, ())) == 2}
+    return fused_slices(slices, shapes, FAMILIES[family].fused, spec.layers)
 
 
-def linear_places(mixer: DeltaRule, theirs: Seq[str], own: Seq[str]) -> dict[str, list[Place]]:
+def linear_slices(mixer: DeltaRule, theirs: Seq[str], own: Seq[str]) -> dict[str, list[FileSlice]]:
     """Where a GGUF file stores a folder's linear attention matrices: Qwen3.5's value heads are in another
     order there, and Qwen3-Next's rows are not grouped by key head."""
     Hk, D, Dv, r = mixer.key_heads, mixer.key_size, mixer.value_size, mixer.value_heads // mixer.key_heads
@@ -294,14 +294,14 @@ def linear_places(mixer: DeltaRule, theirs: Seq[str], own: Seq[str]) -> dict[str
     if mixer.gates_by_key and len(own) > len(theirs):
         *qkv, gates = torch.arange(p + z).view(Hk, -1).split((D, D, r * Dv, r * Dv), 1)
         rows = torch.cat([part.flatten() for part in qkv]), gates.flatten()
-        return {theirs[0]: [*map(Place, own, rows)], theirs[1]: [Place(own[2])]}
+        return {theirs[0]: [*map(FileSlice, own, rows)], theirs[1]: [FileSlice(own[2])]}
     heads = torch.arange(Hk * r)
     heads = heads.view(Hk, r).T.flatten() if mixer.alternating else heads
     values = (heads[:, None] * Dv + torch.arange(Dv)).flatten()
     if len(own) == 1:
-        return {theirs[0]: [Place(own[0], columns=values)]}
+        return {theirs[0]: [FileSlice(own[0], columns=values)]}
     rows = torch.cat((torch.arange(p - z), p - z + values)), values, heads, heads
-    return {name: [place] for name, place in zip(theirs, map(Place, own, rows))}
+    return {name: [file_slice] for name, file_slice in zip(theirs, map(FileSlice, own, rows))}
 
 
 def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sources, stored: Mapping,

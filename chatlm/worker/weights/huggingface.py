@@ -26,7 +26,7 @@ from chatlm.worker.weights.embedders import refuse_folder_embedder
 from chatlm.worker.weights.configs import (
     HF_KEYS, complete_heads, family_config, family_spec, growing_queries, scaled_rope)
 from chatlm.worker.weights.families import FAMILIES
-from chatlm.worker.weights.lora import Place, fused_places, read_adapters
+from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling, read_json,
     warn_of_templates)
@@ -100,8 +100,8 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     mapped = sources.get("layer_embed", ((), ()))[1]
     matrices = {name: shape for name, shape in file_shapes(sources).items()
                 if len(shape) == 2 and name not in mapped} | unread_keys(spec)
-    places = fused_places({name: [Place(name)] for name in matrices}, matrices, row.fused, spec.layers)
-    added, adapted = read_adapters(settings, matrices, places, names)
+    slices = fused_slices({name: [FileSlice(name)] for name in matrices}, matrices, row.fused, spec.layers)
+    added, adapted = read_adapters(settings, matrices, slices, names)
     scale_block = fp8_block(config, read_json(config)) if scales else []
 
     def turned(name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     description = f"{family}, {spec.layers} layers, width {spec.width}{origin}{adapted}"
     path = source.path / "generation_config.json"
     block = 32 if any(isinstance(tensor, Mxfp4) for tensor in state.values()) else TILE_ROWS
-    adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: places, turned,
+    adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices, turned,
                           unread_keys(spec))
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=block, family=family,
                        adaptable=adaptable,

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
 
 
-class Place(NamedTuple):
-    """Where a file stores part of a matrix of Hugging Face's folder: in which of its own matrices, and which
-    rows and columns of the folder's it has, in the file's order."""
+class FileSlice(NamedTuple):
+    """The part of a Hugging Face matrix that a file stores in its matrix `name`: which rows and columns, in
+    the file's order."""
 
     name: str
     rows: Any = slice(None)     # or indices
@@ -45,9 +45,11 @@ class Change(NamedTuple):
         product = self.b.float() @ self.a.float() * self.scaling
         return product.T if self.embedding else product
 
-    def at(self, place: Place) -> Change:
-        """The part that changes the file's matrix at a place; an embedding is never split."""
-        return self if self.embedding else self._replace(a=self.a[:, place.columns], b=self.b[place.rows])
+    def at(self, file_slice: FileSlice) -> Change:
+        """The part that changes one of the file's matrices; an embedding is never split."""
+        if self.embedding:
+            return self
+        return self._replace(a=self.a[:, file_slice.columns], b=self.b[file_slice.rows])
 
     def on(self, weight: torch.Tensor, turned: Callable = lambda rows: rows) -> torch.Tensor:
         """The weight plus the change, whose rows are `turned` (reordered) first."""
@@ -60,8 +62,8 @@ class Copy(NamedTuple):
 
     weight: Any
 
-    def at(self, place: Place) -> Copy:
-        return Copy(self.weight[place.rows][:, place.columns])
+    def at(self, file_slice: FileSlice) -> Copy:
+        return Copy(self.weight[file_slice.rows][:, file_slice.columns])
 
     def on(self, weight: torch.Tensor, turned: Callable = lambda rows: rows) -> torch.Tensor:
         return turned(self.weight.float())
@@ -75,33 +77,33 @@ LORA_INERT = set("""alpha_pattern auto_mapping base_model_name_or_path corda_con
     qalora_group_size rank_pattern revision target_modules task_type""".split())
 
 
-def fused_places(places: Mapping[str, list[Place]], shapes: Mapping[str, tuple],
-                 fused: Iterable[tuple[str, tuple[str, ...]]], layers: int) -> dict[str, list[Place]]:
-    """`places` by Hugging Face's names, and those of matrices `fused` in the folder, each with the rows of
+def fused_slices(slices: Mapping[str, list[FileSlice]], shapes: Mapping[str, tuple],
+                 fused: Iterable[tuple[str, tuple[str, ...]]], layers: int) -> dict[str, list[FileSlice]]:
+    """`slices` by Hugging Face's names, and those of matrices `fused` in the folder, each with the rows of
     several. `shapes` are by the file's names."""
     more = {}
     for theirs, parts in ((name.format(layer), [part.format(layer) for part in parts])
                           for name, parts in fused for layer in range(layers)):
-        if all(part in places for part in parts):
-            at = [place.name for part in parts for place in places[part]]
+        if all(part in slices for part in parts):
+            at = [file_slice.name for part in parts for file_slice in slices[part]]
             ends = list(itertools.accumulate((shapes[name][0] for name in at), initial=0))
-            more[theirs] = [Place(name, slice(*rows)) for name, rows in zip(at, itertools.pairwise(ends))]
-    return {**places, **more}
+            more[theirs] = [FileSlice(name, slice(*rows)) for name, rows in zip(at, itertools.pairwise(ends))]
+    return {**slices, **more}
 
 
-def read_adapters(settings: Settings, shapes: Mapping[str, tuple], places: Mapping[str, list[Place]],
+def read_adapters(settings: Settings, shapes: Mapping[str, tuple], slices: Mapping[str, list[FileSlice]],
                   names: Iterable[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
     """What the --lora folders change in each matrix of a file, copies first, and a description.
 
-    `shapes` are by the file's names, `places` by Hugging Face's; `names` are the model's own, as far as
+    `shapes` are by the file's names, `slices` by Hugging Face's; `names` are the model's own, as far as
     known."""
-    whole = {theirs: (sum(shapes[place.name][0] for place in at), *shapes[at[0].name][1:])
-             for theirs, at in places.items()}
+    whole = {theirs: (sum(shapes[file_slice.name][0] for file_slice in at), *shapes[at[0].name][1:])
+             for theirs, at in slices.items()}
     added, described = add_adapters(settings, whole, names)
     placed: dict[str, list[Change | Copy]] = {}
     for theirs, changes in added.items():
-        for place in places[theirs]:
-            placed.setdefault(place.name, []).extend(change.at(place) for change in changes)
+        for file_slice in slices[theirs]:
+            placed.setdefault(file_slice.name, []).extend(change.at(file_slice) for change in changes)
     return placed, described
 
 

@@ -24,7 +24,7 @@ from chatlm.worker.model.spec import ModelSpec
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import assembled, check_names_and_shapes, file_shapes, tensor_sources
 from chatlm.worker.weights.files import refuse_cut_checkpoint
-from chatlm.worker.weights.lora import Place, read_adapters
+from chatlm.worker.weights.lora import FileSlice, read_adapters
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_bytes,
     check_divides, checked, float_type)
@@ -71,9 +71,9 @@ def open_nanochat(source: ModelSource, settings: Settings, device) -> LoadedMode
                            sources)
     dtype = float_type(settings, choose_backend(device, spec))
     matrices = {name: shape for name, shape in file_shapes(sources).items() if len(shape) == 2}
-    places = {theirs: [Place(name)] for name in matrices for theirs in (name, name_in_transformers(name))}
+    slices = {theirs: [FileSlice(name)] for name in matrices for theirs in (name, name_in_transformers(name))}
     names = source.name, str(source.path)
-    added, adapted = read_adapters(settings, matrices, places, names)
+    added, adapted = read_adapters(settings, matrices, slices, names)
 
     def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
         for change in added.get(name, ()):
@@ -83,7 +83,7 @@ def open_nanochat(source: ModelSource, settings: Settings, device) -> LoadedMode
     tensors = assembled(source.path, settings, sources, state, dtype, changed)
     since = GENERATIONS[number].since
     description = f"nanochat generation {number} ({since}), {spec.layers} layers, width {spec.width}{adapted}"
-    adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: places,
+    adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices,
                           lambda name, rows: rows, {})
     return LoadedModel(spec, tensors, text, source.name, description, dtype, family="nanochat",
                        adaptable=adaptable)

@@ -29,7 +29,7 @@ from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model import spec
 from chatlm.worker.model.spec import KvType
 from chatlm.worker.process import keep_prefixes
-from chatlm.worker.weights.digest import arithmetic_of, files_of, profile_of, stamp_of, whole_digest
+from chatlm.worker.weights.digest import arithmetic_of, files_of, fingerprint_of, profile_of, whole_digest
 from engines import chat_work, make_engine, pieces, tokens_of
 from families import make_model, save
 from nightly import by_day
@@ -184,15 +184,15 @@ def test_the_profile_changes_with_weights_types_kernels_and_context(nanochat_fix
                    make(nanochat_fixtures / "gen5", "reference"), make(nanochat_fixtures / "gen5", kv=KvType("bfloat16"))))}
     assert len(profiles) == 5 + (decode_core() is not None)
     other.write_bytes(source.path.read_bytes())
-    before = whole_digest([other], stamp_of([other]), tmp_path)
-    assert before == whole_digest([source.path], stamp_of([source.path]), tmp_path) and files[0] == source.path
+    before = whole_digest([other], fingerprint_of([other]), tmp_path)
+    assert before == whole_digest([source.path], fingerprint_of([source.path]), tmp_path) and files[0] == source.path
     data = bytearray(other.read_bytes())
     data[len(data) // 2] ^= 1
     os.utime(source.path)
     other.write_bytes(data)
-    assert whole_digest([other], stamp_of([other]), tmp_path) != before
+    assert whole_digest([other], fingerprint_of([other]), tmp_path) != before
     assert oct((tmp_path / "weights.json").stat().st_mode)[-3:] == "600"
-    stamp = stamp_of([other])
+    stamp = fingerprint_of([other])
     other.write_bytes(data + b"x")
     (tmp_path / "weights.json").unlink()
     with pytest.raises(OSError, match="changed since"):
@@ -760,7 +760,7 @@ def test_a_read_only_store_is_read_and_costs_one_line(stored, nanochat_fixtures,
                 tokens_of(engine, [other])
                 while not writer.trouble:
                     writer.thread.join(0.01)
-            assert whole_digest([path], stamp_of([path]), stored.folder)
+            assert whole_digest([path], fingerprint_of([path]), stored.folder)
             assert [record.getMessage() for record in caplog.records] == [f"prefixes are not stored in {stored.folder}: Permission denied"]
             data = bytearray(path.read_bytes())
             data[next(entry.end for entry in engine.keeper.kept.store.index.values()) - 1] ^= 1
