@@ -110,7 +110,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     if ranks_per_replica(settings) > 1:
         ranks = gather_ranks(config, progress)
     device = prepare_device(config)
-    files, stamp = stamped_files(config)
+    files, fingerprint = fingerprinted_files(config)
     model, engine = build_engine(
         config.source, settings, device, progress, ranks)  # pyright: ignore[reportArgumentType]  run_worker has found it
     channel.send(describe_model(model, engine, config))
@@ -120,15 +120,15 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     if config.source:
         refuse_changed(config.source, settings.lora)  # while they were read
     engine.warm_up(partial(progress, "warming up"))
-    if stamp and not ranks and device.type == "cpu":
-        keep_prefixes(engine, config, files, stamp)
+    if fingerprint and not ranks and device.type == "cpu":
+        keep_prefixes(engine, config, files, fingerprint)
     give_memory_back()
     CalmLog.over_bar = False
     channel.send(Ready(gauges(engine), engine.kernels.backend.faults))
     return engine
 
 
-def stamped_files(config: WorkerConfig) -> tuple[list[Path], str]:
+def fingerprinted_files(config: WorkerConfig) -> tuple[list[Path], str]:
     """The model's files and their fingerprint before they are read; "" if no prefixes are kept."""
     if config.prefix_memory and config.source:
         with suppress(OSError, ConfigError):  # loading will report what is wrong
@@ -142,13 +142,13 @@ def keep_prefixes(engine: Engine, config: WorkerConfig, files: list[Path], finge
     settings = config.settings
     store = store_place(settings.prefix_store)[0] if settings.prefix_store else None
     if len(engine.pool.windows) > MOST_GROUPS:
-        return log.warning("no prefix is kept: the layers of this model are in %d groups, and at most "
+        return log.warning("prefixes are not kept: the layers of this model are in %d groups, and at most "
                            "%d can be kept", len(engine.pool.windows), MOST_GROUPS)
     try:
         kept = KeptPages(config.prefix_memory, config.prefix_bytes, store,
                          config.source.name if config.source else "")
     except OSError as error:
-        return log.warning("no prefix is kept: %s", error)
+        return log.warning("prefixes are not kept: %s", error)
     engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept))
     keeper.begin(lambda: profile_of(whole_digest(files, fingerprint, store),
                                     arithmetic_of(engine.transformer, settings)), patience_s=2.0)

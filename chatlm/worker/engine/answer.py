@@ -85,17 +85,17 @@ class CalculatorTool:
 
 
 class RepeatedCalls:
-    """Holds back a call as long as it says the same as the one before it. Where a model must call functions
-    and may call several, one that has nothing more to say repeats itself."""
+    """Holds back a call as long as it repeats the one before it: a model that must call functions, and may
+    call several, repeats itself when it has nothing to add."""
 
     def __init__(self):
-        self.before = ("", "")     # the name and the arguments of the call before
+        self.before = ("", "")     # the name and the arguments of the previous call
         self.name, self.parts = "", []
-        self.repeated = 0          # characters of the call before that have come again
-        self.holding = self.complete = False  # complete: all of them have
+        self.repeated = 0          # how many characters of the previous call were repeated
+        self.holding = self.complete = False  # complete: all of them were
 
     def push(self, more: Delta) -> Delta:
-        """What is new in the calls and can be sent."""
+        """What can be sent now."""
         if more.name:
             self.before, self.name, self.parts = (self.name, "".join(self.parts)), more.name, []
             self.repeated, self.holding = 0, self.name == self.before[0]
@@ -112,19 +112,19 @@ class RepeatedCalls:
 class Answer:
     """The text side of a sequence: token ids in, deltas out, and the decision to stop.
 
-    Rebuilt from the ids alone when a sequence is resumed after a worker died. Stop strings are looked for in
-    the content, not in reasoning or calls. `most`: how many tokens it may have, where the context has no room
-    for max_tokens."""
+    Rebuilt from the ids alone when a sequence is resumed after a worker died. Stop strings are searched for
+    only in the content, not in reasoning or calls. `most`: the most tokens it may have, if the context has no
+    room for max_tokens."""
 
-    NEAR = 32  # tokens: where an answer in a format has fewer to spare, it looks for its end after each
+    NEAR = 32  # spare tokens below which an answer in a format computes its way to an end after every token
 
     def __init__(self, work: Assignment, tokenizer: Tokenizer, grammar: Grammar | None = None,
                  compiled: Callable[[str], Grammar] | None = None, most: int | None = None):
         self.work, self.grammar, params = work, grammar, work.params
-        self.compiled = compiled       # makes a grammar of its source
+        self.compiled = compiled       # makes a grammar from its source
         self.closes = bool(params.grammar) and params.grammar_param != "tools"  # see `_closing`
-        self.closing_room = sys.maxsize  # with room for this many more tokens it looks for its end
-        self.way_to_end: list[int] | None = None  # tokens with which it could end now, if it looked
+        self.closing_room = sys.maxsize  # room left at which it next computes its way to an end
+        self.way_to_end: list[int] | None = None  # tokens with which it could end now, if computed
         self.call_grammars = {name: with_markers(source, tokenizer.markers) for name, source in zip(
             params.tool_names, params.call_grammars) if source}
         self.reader = answer_reader(tokenizer, params, work.prompt_ids)
@@ -133,16 +133,16 @@ class Answer:
         self.unsent: list[Delta] = []
         self.calls = 0
         self.reasoning_tokens = self.count = 0  # count: all tokens so far
-        self.thoughts = 0              # those of reasoning without its markers
+        self.thoughts = 0              # tokens of reasoning, without its markers
         self.thinking_ends = work.thinking_ends  # its reasoning ends after this many tokens; None: no limit
-        self.thinking_ended = False    # by `_end_of_thinking`
+        self.thinking_ended = False    # did `_end_of_thinking` end it?
         self.tool = CalculatorTool(tokenizer, tokenizer.tool_tokens) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if params.ignore_eos else tokenizer.stop_tokens
         self.stop_tokens = self.eos_tokens | frozenset(params.stop_token_ids)
         self.reason: str | None = None  # finish_reason; stop_reason is its cause
         self.stop_reason: str | None = None
         self.repeated = RepeatedCalls() if params.grammar and params.grammar_param == "tools" else None
-        self.misfit = False            # do the tokens that its client has chosen break the grammar?
+        self.misfit = False            # do the tokens that its client chose break the grammar?
         for count, token in enumerate(work.resumed_ids, 1):
             if self.tool:
                 self.tool.feed(token)  # the resumed ids already contain what it forced
@@ -151,23 +151,23 @@ class Answer:
             if self.grammar:
                 self._closing(token, (work.max_tokens if most is None else most) - count)
             self._read(token)
-            self._end_of_thinking()    # here too
+            self._end_of_thinking()    # only sets thinking_ended
             if self.awaits_grammar:
                 self.hold_call()
         if work.resumed_sent:
-            self.take()                # it went out together with the ids
+            self.take()                # it was sent together with the ids
 
     def _read(self, token: int):
-        """Turn a token into reasoning, content or calls; counts those of reasoning and of its markers."""
+        """Turn a token into reasoning, content or calls; counts those of reasoning and its markers."""
         text, thinking = self.decoder.push(token), self.reader and self.reader.thinking
         self.count += 1
-        if not self.reader:  # all is text
+        if not self.reader:  # everything is content
             return self._add_text(text)
         self.reader.push(text)
         self.thoughts += bool(thinking)
         self.reasoning_tokens += thinking or self.reader.thinking
         if self.grammar and self.call_grammars:
-            self.reader.deltas.begun_call = None  # its own call
+            self.reader.deltas.begun_call = None  # that call is within this grammar
             if self.grammar.complete:
                 self.grammar = None
         return self._add_read()
@@ -179,7 +179,7 @@ class Answer:
         return bool(begun and begun.name in self.call_grammars)
 
     def hold_call(self):
-        """Hold the arguments that begin to their grammar, unless one token began the call and broke it."""
+        """Hold the arguments that begin here to their grammar, unless their first token already broke it."""
         assert self.reader and self.reader.deltas.begun_call and self.compiled
         (_, read, name), self.reader.deltas.begun_call = self.reader.deltas.begun_call, None
         grammar = self.compiled(self.call_grammars[name])
@@ -187,8 +187,8 @@ class Answer:
             self.grammar = grammar
 
     def end_thinking(self) -> int | None:
-        """End its reasoning with the next token. Returns the number of that token; None if it does not think
-        now. With this number in its assignment, another worker ends it at the same place."""
+        """End its reasoning with the next token. Returns the number of that token; None if it is not
+        reasoning now. With this number in the assignment, another worker ends it at the same position."""
         if not (self.reader and self.reader.thinking):
             return None
         if self.thinking_ends is None:
@@ -196,8 +196,8 @@ class Answer:
         return self.thinking_ends
 
     def _end_of_thinking(self) -> list[int]:
-        """The tokens that end its reasoning here, if it has used up its budget, or somebody asked for the
-        answer; usually none. A character is finished first."""
+        """The tokens that end its reasoning here, if it has used up its budget or the client asked to end it;
+        usually none. Never in the middle of a character."""
         reader, params = self.reader, self.work.params
         if not (reader and reader.thinking) or self.decoder.utf8.getstate()[0]:
             return []
@@ -207,12 +207,12 @@ class Answer:
         again = self.thinking_ended
         tokens = reader.end_of_thinking("" if again else params.last_thought, again)
         if self.grammar and self.grammar.matcher.validate_tokens(tokens) < len(tokens):
-            return []  # it wants no content after its reasoning
+            return []  # the grammar allows no end of reasoning here
         self.thinking_ended = True
         return tokens
 
     def _add_read(self):
-        """Add what the reader has read, up to a stop string."""
+        """Add the reader's new deltas, up to a stop string."""
         for delta in self.reader.take() if self.reader else ():
             self.calls += bool(delta.name)
             if self.over_calls or self.repeated and self.repeated.complete:
@@ -222,23 +222,23 @@ class Answer:
             if delta.kind == "text":
                 self._add_text(delta.text)
                 continue
-            self._add(Delta("text", self.stops.finish()))  # no stop string goes on across it
+            self._add(Delta("text", self.stops.finish()))  # no stop string spans reasoning or a call
             if self.stops.stopped_by is None:
                 self._add(delta)
 
     @property
     def over_calls(self) -> bool:
-        """Has a call begun that is one too many?"""
+        """Has a second call begun although only one is allowed?"""
         return self.calls > 1 and not self.work.params.parallel_calls
 
     def _add_text(self, text: str):
-        """Add text up to a stop string; the first `min_tokens` tokens may have them."""
+        """Add text up to a stop string; stop strings in the first `min_tokens` tokens are ignored."""
         if self.count > self.work.params.min_tokens:
             text = self.stops.push(text)
         self._add(Delta("text", text))
 
     def _add(self, delta: Delta):
-        """Add to what is unsent, to the last delta if it is of the same kind; calls come as they are read."""
+        """Append to the unsent deltas, merging with the last one of the same kind; calls are not merged."""
         if not delta.text and not delta.name:
             return
         if self.unsent and self.unsent[-1].kind == delta.kind != "call":
@@ -246,16 +246,16 @@ class Answer:
         self.unsent.append(delta)
 
     def take(self) -> tuple[Delta, ...]:
-        """What is new since the last time."""
+        """What is new since the last call."""
         unsent, self.unsent = tuple(self.unsent), []
         return unsent
 
     def _closing(self, token: int, room: int) -> list[int] | None:
-        """What to write instead of this token to end the answer as its format wants it, if after the token
-        the `room` tokens that are left are too few for that; None if the token may stay.
+        """The tokens to write in place of this one to complete the format, if the `room` tokens left after it
+        would be too few to do so; None if the token may stay.
 
-        So an answer in a format ends in it, though the model would go on and on. Calls do not: half a call is
-        not to be made."""
+        So an answer in a format is complete even if the model would never end it. Calls are not completed
+        this way: a truncated call must not be made."""
         if not self.closes or not self.grammar or token in self.grammar.ends:
             return None
         before, self.way_to_end = self.way_to_end, None
@@ -271,7 +271,7 @@ class Answer:
 
     def push(self, token: int, generated: int, room: int) -> list[int]:
         """Add the `generated`-th token and its text, with room for `room` more; it may end the answer.
-        Returns what is added: it, and the tokens forced after it or, near the last one, in its place."""
+        Returns the tokens added: it and any forced after it; near the limit, those forced in its place."""
         last = "max_tokens" if generated + room >= self.work.max_tokens else "context_length"
         if self.misfit:
             self._end("refused", f"prefix_token_ids do not follow {self.work.params.grammar_param}")

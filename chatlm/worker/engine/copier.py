@@ -1,8 +1,7 @@
 """Copies pages of the KV cache, and snapshots of states, into memory that outlives this process.
 
-That is done once the step that filled a page is over, in the engine's thread, since it is a copy in memory
-and no more. A page is of no use without those before it: where these are no longer kept, they are copied
-again."""
+A page is copied after the step that filled it, in the engine's thread, since it is only a copy in memory. A
+page is useless without those before it, so any of them that are no longer kept are copied again."""
 
 from __future__ import annotations
 
@@ -44,22 +43,22 @@ class Copier:
     """Copies contents of the prefix index to kept pages."""
 
     STEP_BYTES = 64 << 20  # copied between two steps
-    LOOK_S = 0.25          # between two looks at what other workers have given up
-    STORED_S = 5.0         # the longest wait for the store to take what memory has no room for
+    LOOK_S = 0.25          # between two looks at what other workers have dropped
+    STORED_S = 5.0         # while memory is full: the longest wait for its pages to be stored
 
     def __init__(self, pool: PagePool, kept: KeptPages, rows: numpy.ndarray, states: Seq[numpy.ndarray],
                  counts: dict[str, int], look_at_store: Callable[[], None]):
         self.pool, self.kept, self.rows, self.states, self.counts = pool, kept, rows, states, counts
         self.look_at_store = look_at_store
         self.retry_s, self.trouble = 0.0, ""
-        self.full_s = 0.0   # since when memory has had no room; 0: it has
+        self.full_s = 0.0   # since when memory has been full; 0: it is not
         self.looked_s = -self.LOOK_S
-        self.waits = False  # for the store, to take what is in memory
+        self.waits = False  # for the store, to take pages out of memory
         self.copied = 0     # bytes, since the last step
         self.spent_s = 0.0  # of the processor
 
     def copy(self):
-        """Keep what the steps so far have filled: none of them is under way."""
+        """Keep the pages filled so far. Call it while no step is under way."""
         pool, states, now, began_s = self.pool, self.pool.states, time.monotonic(), time.thread_time()
         if not self.kept.profile or now < self.retry_s or not (pool.fresh or states and states.fresh):
             return
@@ -87,11 +86,11 @@ class Copier:
 
     @property
     def behind(self) -> bool:
-        """Is there more to keep, and a place for it?"""
+        """Are there pages to keep, and no failure that prevents it?"""
         return bool(self.kept.profile and self.pool.fresh and not self.trouble)
 
     def _may_fit_soon(self, now: float) -> bool:
-        """Memory has no room for a page. Is it worth the wait for what is there to be stored?"""
+        """Memory is full. Is it worth waiting until the store has taken some of it?"""
         self.full_s = self.full_s or now
         if self.kept.folder is None or now - self.full_s > self.STORED_S:
             return False
@@ -99,7 +98,7 @@ class Copier:
         return True
 
     def _keep_chain(self, serial: int | str) -> bool:
-        """Keep a page, and those before it that are no longer kept. False if there is no room."""
+        """Keep a page, and any before it that are no longer kept. False if there is no room."""
         chain, addresses = [], self.pool.addresses
         while addresses and not isinstance(serial, str):
             address, key = addresses[serial], addresses.keys.get(serial)
@@ -119,13 +118,13 @@ class Copier:
         return True
 
     def _is_whole(self, content: Content) -> bool:
-        """Has it a page in all layers that see every token?"""
+        """Does it have a page in every group of layers that see all tokens?"""
         return all(window or page != self.pool.hole for page, window in zip(content.pages, self.pool.windows))
 
     def _keep_page(self, content: Content, address: bytes, parent: bytes, tokens: tuple[int, ...]) -> bool:
-        there = [page for page in content.pages if page != self.pool.hole]
+        held = [page for page in content.pages if page != self.pool.hole]
         groups = sum(1 << group for group, page in enumerate(content.pages) if page != self.pool.hole)
-        payload = numpy.concatenate([self.rows[:0].ravel(), *(self.rows[:, page].ravel() for page in there)])
+        payload = numpy.concatenate([self.rows[:0].ravel(), *(self.rows[:, page].ravel() for page in held)])
         if not self.kept.add(PAGE, address, payload, groups, tokens, parent):
             return False
         self.counts["kept_pages"] += 1

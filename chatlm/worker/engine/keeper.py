@@ -1,8 +1,8 @@
-"""Brings back pages of the KV cache that an earlier process has computed, for prompts that begin with them.
+"""Restores KV pages that an earlier process computed, for prompts that begin with the same tokens.
 
-A prompt that waits is looked up by the addresses of its pages. What is kept of it beyond the prefix
-cache is read by a thread, and the engine puts what was read into free pages and the prefix index, where the
-scheduler finds it like anything else. The prompt waits as long as reading is ahead of computing it."""
+A waiting prompt is looked up by the addresses of its pages. A thread reads the kept pages that the prefix
+cache lacks; the engine copies them into free pages and adds them to the prefix index, where the scheduler
+finds them like any others. The prompt waits for as long as reading is ahead of computing it."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 class Restoration:
     """The kept pages of a prompt, on their way into the prefix cache."""
 
-    tokens: list[int]        # as many as it brings, from the prompt's first
+    tokens: list[int]        # the prompt's tokens, as far as its pages are kept
     addresses: list[bytes]   # of their pages
-    begin: int               # pages that the prefix cache has
-    serial: int | str        # of the last of these
-    pages: list[int]         # that are held for it: those, and what it brought
+    begin: int               # how many of these pages the prefix cache had
+    serial: int | str        # of the last content restored so far
+    pages: list[int]         # held for it: those from the prefix cache, then the restored ones
     restores_state: bool
     began_s: float
-    here: int = 0            # pages read so far, those that the cache had included
-    moved_s: float = math.inf  # when the disk last gave something, while it is waited for
+    pages_read: int = 0      # so far, including those that the prefix cache had
+    read_began_s: float = math.inf  # when the current read began; infinite while none is under way
     over: bool = False       # nobody waits for it any more
     slot: int | None = None  # with the state after its tokens
     room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(Keeper.BATCHES))
@@ -52,19 +52,19 @@ class Restoration:
 class Keeper:
     """Copies contents of the prefix index to kept pages, and back."""
 
-    GRACE_S, GRACE_SHARE = 0.03, 0.05  # a prompt waits so long, or such a share of what it may save
-    STUCK_S = 5.0         # without a page, a restoration is given up
+    GRACE_S, GRACE_SHARE = 0.03, 0.05  # a prompt waits this long, or this share of what it may save
+    STUCK_S = 5.0         # a restoration is abandoned if one read takes longer
     BATCHES, BATCH_BYTES = 32, 4 << 20  # read ahead of the engine
     STEP_BYTES = 64 << 20  # copied into or out of pages between two steps
     OVERHEAD_S = 0.0005   # of a restoration
-    LEAST_READ_BYTES = 1 << 20  # from which the speed of reading is learned
+    LEAST_READ_BYTES = 1 << 20  # a smaller read does not update the measured speed
 
     def __init__(self, pool: PagePool, transformer: Transformer, kept: KeptPages):
         layout, memory = transformer.layout, transformer.cache
         depth = layout.size // layout.own if layout.own else 1
         pages = pool.num_pages + transformer.groups.holes
-        # (layers of a page, pages, bytes): a page is a column, where its layers lie apart. As numpy's arrays:
-        # torch copies with threads, which wait for each other while a step has all cores
+        # (layers of a page, pages, bytes): a page is a column if its layers are not contiguous. These are
+        # numpy's arrays: torch copies with threads, which wait for each other while a step has all cores.
         self.rows = (memory.view(torch.uint8).numpy().reshape(depth, pages, -1) if layout.size else
                      numpy.empty((1, pages, 0), numpy.uint8))
         self.states = [state.view(torch.uint8).numpy().reshape(len(state), -1)
@@ -77,69 +77,69 @@ class Keeper:
         self.restorations: list[Restoration] = []
         self.arrived: deque[tuple[Restoration, list[tuple[Record, memoryview]] | None]] = deque()
         self.news = threading.Event()
-        self.look: Future | None = None  # into the store, and when it began
-        self.looked_s = 0.0
-        self.token_s = 0.0     # of computing a token of a prompt
-        self.byte_s = 1e-9     # of reading a byte of the store, as far as is known
+        self.look: Future | None = None  # the last scan of the store
+        self.looked_s = 0.0    # when it began
+        self.token_s = 0.0     # to compute a token of a prompt
+        self.byte_s = 1e-9     # to read a byte of the store, as measured so far
         self.counts: dict[str, int] = dict.fromkeys(
             ("restored_tokens", "restored_bytes", "kept_pages", "kept_bytes", "missed_pages"), 0)
-        self.saved_s = 0.0     # of computing
+        self.saved_s = 0.0     # computing time
         self.copier = Copier(pool, kept, self.rows, self.states, self.counts, self._look_at_store)
 
     def begin(self, profile: Callable[[], bytes], patience_s: float):
-        """Learn in a thread what weights these are and what is kept, and wait for it, but not for long."""
+        """Identify the weights and scan what is kept, in a thread; wait for it at most `patience_s`."""
         def learn():
             try:
                 self.kept.profile = profile()
                 self.kept.look_at_store()
                 self.byte_s = self.kept.disk_byte_s() or self.byte_s
             except Exception as error:
-                log.warning("no prefix is kept or restored: %s", error)
+                log.warning("prefixes are neither kept nor restored: %s", error)
 
         wait([self.reader.submit(learn)], patience_s)
 
     def settle(self):
-        """Keep what the steps so far have filled: none of them is under way."""
-        self._give_up_stuck()
+        """Keep the pages filled so far. Call it while no step is under way."""
+        self._abandon_stuck()
         self.copier.copy()
 
     # restoring
 
     def awaits(self, sequence: Sequence) -> bool:
-        """Should a sequence that may run wait a little for pages of its prompt?"""
+        """Should a sequence that is ready to run wait for kept pages of its prompt?"""
         if not self.kept.profile:
             return False
         if sequence.restoration is None:
             if self._looking(sequence):
                 return True
-            sequence.restoration = self._found(sequence)
-        return self._leads(sequence.restoration)
+            sequence.restoration = self._start_restoring(sequence)
+        return self._reads_faster(sequence.restoration)
 
     def _looking(self, sequence: Sequence) -> bool:
-        """Look once for a sequence what others have stored by now, if that is due. Is it still worth the
-        wait?"""
+        """Scan the store once for each sequence, if a scan is due: other workers may have added pages.
+        Should it wait for the scan?"""
         if self.looked_s < sequence.added_s:
             self._look_at_store()
         return (self.look is not None and not self.look.done()
                 and time.monotonic() - self.looked_s < self.GRACE_S)
 
     def _look_at_store(self):
-        """Begin to look, if that is due."""
+        """Start a scan of the store, if one is due."""
         if self.kept.may_look and (self.look is None or self.look.done()):
             self.looked_s, self.look = time.monotonic(), self.reader.submit(self.kept.look_at_store)
             self.look.add_done_callback(lambda look: self.news.set())
 
-    def _leads(self, restoration: Restoration) -> bool:
-        """Is reading ahead of what computing would have done by now?"""
+    def _reads_faster(self, restoration: Restoration) -> bool:
+        """Has reading brought more pages than computing would have by now?"""
         if restoration.over:
             return False
         pages_s = self.token_s * self.pool.page_size * (len(restoration.addresses) - restoration.begin)
         elapsed_s = time.monotonic() - restoration.began_s - max(self.GRACE_S, self.GRACE_SHARE * pages_s)
         computed = elapsed_s / self.token_s / self.pool.page_size if self.token_s else 0.0
-        return elapsed_s < 0 or restoration.here - restoration.begin > computed
+        return elapsed_s < 0 or restoration.pages_read - restoration.begin > computed
 
-    def _found(self, sequence: Sequence) -> Restoration:
-        """Begin to restore what is kept of a sequence's tokens; it is over where nothing is worth it."""
+    def _start_restoring(self, sequence: Sequence) -> Restoration:
+        """Start to restore the kept pages of a sequence; it is over at once if that would not pay."""
         pool, kept, size = self.pool, self.kept, self.pool.page_size
         tokens, owner = sequence.tokens, sequence.root
         table, serial = pool.match_prefix(tokens, owner)
@@ -167,7 +167,7 @@ class Keeper:
         return found
 
     def _worthwhile(self, restoration: Restoration) -> bool:
-        """Would computing take longer than reading?"""
+        """Would computing the pages take longer than reading them?"""
         pages = len(restoration.addresses) - restoration.begin
         size = pages * self.page_bytes + restoration.restores_state * self.state_bytes
         on_disk = self.kept.on_disk(self.kept.key(PAGE, restoration.addresses[-1]))
@@ -175,15 +175,15 @@ class Keeper:
         return pages * self.pool.page_size * self.token_s >= read_s
 
     def _read(self, restoration: Restoration):
-        """In a thread: read its records, in batches, as far as the engine has put them into pages."""
+        """In a thread: read its records in batches, at most BATCHES ahead of the engine."""
         try:
             batch, size, disk_bytes, disk_s = [], 0, 0, 0.0
             keys = [self.kept.key(PAGE, address) for address in restoration.addresses[restoration.begin:]]
-            if restoration.restores_state:  # first: without it the pages are of no use
+            if restoration.restores_state:  # first: the pages are useless without it
                 keys.insert(0, self.kept.key(STATE, restoration.addresses[-1]))
             for key in keys:
                 on_disk, began_s = self.kept.on_disk(key), time.monotonic()
-                restoration.moved_s = began_s
+                restoration.read_began_s = began_s
                 if restoration.over or (read := self.kept.read(key)) is None:
                     break
                 batch.append(read)
@@ -200,16 +200,16 @@ class Keeper:
         except Exception:
             log.exception("failed to read kept pages")
         finally:
-            restoration.moved_s = math.inf
+            restoration.read_began_s = math.inf
             self.arrived.append((restoration, None))
             self.news.set()
 
     def _hand_over(self, restoration: Restoration, batch: list[tuple[Record, memoryview]]):
-        restoration.moved_s = math.inf  # the engine is waited for, whose steps may be long
+        restoration.read_began_s = math.inf  # now it waits for the engine, whose steps may be long
         while not restoration.room.acquire(timeout=1.0):
             if restoration.over:
                 return
-        restoration.here += sum(record.content == PAGE for record, _ in batch)
+        restoration.pages_read += sum(record.content == PAGE for record, _ in batch)
         self.arrived.append((restoration, batch))
         self.news.set()
 
@@ -219,7 +219,7 @@ class Keeper:
         self.news.clear()
 
     def adopt(self):
-        """Put what has arrived into pages: no step is under way, which might still write to one of these."""
+        """Copy arrived records into pages. No step may be under way: it might still write to these pages."""
         left = self.STEP_BYTES
         while self.arrived and left > 0:
             restoration, batch = self.arrived.popleft()
@@ -232,10 +232,10 @@ class Keeper:
             if batch is None:
                 self._end(restoration)
 
-    def _give_up_stuck(self):
-        """Where the disk does not answer, forget all restorations: those that wait for their turn too."""
-        if any(time.monotonic() - each.moved_s > self.STUCK_S for each in self.restorations):
-            log.warning("a kept prefix could not be read in %g s: it is computed", self.STUCK_S)
+    def _abandon_stuck(self):
+        """If the disk does not answer, abandon all restorations, since the queued ones wait for it too."""
+        if any(time.monotonic() - each.read_began_s > self.STUCK_S for each in self.restorations):
+            log.warning("a kept prefix could not be read within %g s and is computed instead", self.STUCK_S)
             for restoration in [*self.restorations]:
                 self._end(restoration)
 
@@ -243,20 +243,20 @@ class Keeper:
         pool, size = self.pool, self.pool.page_size
         row = len(restoration.pages) // pool.groups
         tokens = tuple(restoration.tokens[row * size:(row + 1) * size])
-        there = [group for group in range(pool.groups) if record.groups >> group & 1]
+        present = [group for group in range(pool.groups) if record.groups >> group & 1]
         length = len(restoration.addresses) * size
         needed = [group for group, window in enumerate(pool.windows)
                   if row >= pool.first_seen(length, window)]
-        if (record.tokens != tokens or len(payload) != len(there) * self.page_bytes
-                or not set(needed) <= set(there)
+        if (record.tokens != tokens or len(payload) != len(present) * self.page_bytes
+                or not set(needed) <= set(present)
                 or (pages := pool.allocate(len(needed))) is None):
-            restoration.over = True  # what it has brought so far may still be used
+            restoration.over = True  # the pages restored so far remain usable
             return
         parts = numpy.asarray(payload, numpy.uint8).reshape(
-            len(there), self.rows.shape[0], self.rows.shape[2])
+            len(present), self.rows.shape[0], self.rows.shape[2])
         table = [pool.hole] * pool.groups
         for group, page in zip(needed, pages):
-            self.rows[:, page] = parts[there.index(group)]
+            self.rows[:, page] = parts[present.index(group)]
             table[group] = page
         restoration.serial = pool.register(restoration.serial, tokens, table)
         restoration.pages += table
@@ -265,7 +265,7 @@ class Keeper:
         self.saved_s += size * self.token_s
 
     def _adopt_state(self, restoration: Restoration, record: Record, payload: memoryview):
-        """Into a slot that becomes a snapshot once the pages are here."""
+        """Copy a state into a slot, which becomes a snapshot once all pages have arrived."""
         states = self.pool.states
         if states is None or len(payload) != self.state_bytes or (slot := states.allocate()) is None:
             restoration.over = True
@@ -277,7 +277,7 @@ class Keeper:
         restoration.slot = slot
 
     def _end(self, restoration: Restoration):
-        """All of it has arrived, or it is given up: the prefix cache keeps what came."""
+        """End a restoration, complete or abandoned; what has arrived stays in the prefix cache."""
         if restoration not in self.restorations:
             return
         self.restorations.remove(restoration)
@@ -289,7 +289,7 @@ class Keeper:
         self.pool.release(restoration.pages)
 
     def empty(self):
-        """Before the memory of pages is given back: keep what is new, and forget what is on its way."""
+        """Keep new pages and abandon restorations, before the memory of the pages is freed."""
         self.settle()
         while self.copier.behind and not self.copier.waits:
             self.settle()

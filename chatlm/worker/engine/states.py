@@ -1,13 +1,14 @@
-"""Who owns which slot of the states that layers keep of a sequence in the place of keys and values.
+"""Who owns which slot of the states that some layers keep for a sequence instead of keys and values.
 
     a slot is free   in `free`, content meaningless
-            | held   by `refs` >= 1 of the sequences that run and of the snapshots
+            | held   by `refs` >= 1 running sequences and snapshots
 
-A slot has the state after some number of tokens, in all such layers. A running sequence has one; while a
-draft is verified it has one for each of its tokens, of which one is kept. A snapshot is the state at the end
-of a content of the prefix index: it is found with the content's serial, and shared without a copy, for a slot
-that others hold too is never written. Snapshots are taken at the end of a prompt, every so many tokens, and
-at the last full page of an answer, from where a conversation goes on unless a template changes the answer."""
+A slot holds the state after some number of tokens, in all such layers. A running sequence has one; while a
+draft is verified it has one for each token of the draft and then keeps one of them. A snapshot is the state
+at the end of a content of the prefix index. It is found by the content's serial and shared without a copy,
+since a slot with several holders is never written. Snapshots are taken at the end of a prompt, every INTERVAL
+tokens, and at the last full page of an answer, where a conversation continues unless its template rewrites
+the answer."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 class StatePool:
     """Allocator of slots, and the snapshots among them, at most `most_snapshots`. No tensors here.
 
-    The least recently used snapshot is evicted first, but ends of prompts after all others: a conversation
-    goes on from the last one it has."""
+    The least recently used snapshot is evicted first, but ends of prompts only after all others: a
+    conversation continues from the last one it has."""
 
     INTERVAL = 1024  # tokens between snapshots
 
@@ -31,8 +32,8 @@ class StatePool:
         self.free = list(range(num_slots - 1, -1, -1))
         self.refs = [0] * num_slots
         self.passed: OrderedDict[int | str, int] = OrderedDict()  # serial of a content -> slot
-        self.ends: OrderedDict[int | str, int] = OrderedDict()    # the same of ends of prompts
-        self.fresh: deque[int | str] = deque(maxlen=1 << 12)      # those that are to outlive the process
+        self.ends: OrderedDict[int | str, int] = OrderedDict()    # the same for ends of prompts
+        self.fresh: deque[int | str] = deque(maxlen=1 << 12)      # serials of those to copy to kept pages
 
     def __contains__(self, serial: int | str) -> bool:
         """Is there a snapshot after this content?"""
@@ -58,7 +59,7 @@ class StatePool:
             self.free.append(slot)
 
     def share(self, serial: int | str) -> int:
-        """The slot of a snapshot, with a reference for a sequence."""
+        """The slot of a snapshot, with one more reference."""
         snapshots = self.ends if serial in self.ends else self.passed
         snapshots.move_to_end(serial)
         slot = snapshots[serial]
@@ -66,8 +67,8 @@ class StatePool:
         return slot
 
     def keep(self, serial: int | str, slot: int, before: int | str | None):
-        """Make the state in a slot the snapshot of a content, unless it has one. `before`: where the content
-        is the end of a prompt, the end of the prompt before in the conversation; else None."""
+        """Make the state in a slot the snapshot of a content, unless it has one. `before`: if the content is
+        the end of a prompt, the end of the previous prompt of the conversation; else None."""
         if before is not None and before in self.ends:
             self.passed[before] = self.ends.pop(before)
         if serial in self:
@@ -91,13 +92,13 @@ class StatePool:
 
 
 class StateTables:
-    """The states of the sequences that run: `Sequence.states` has the slot of each number of tokens."""
+    """The states of running sequences: `Sequence.states` maps a number of tokens to a slot."""
 
     def __init__(self, pool: StatePool, page_size: int):
         self.pool, self.page_size = pool, page_size
 
     def end_of_prompt(self, sequence: Sequence) -> int:
-        """The end of the last page that a prompt that goes on as this one can share."""
+        """The end of the last page that a prompt continuing this one can share."""
         return (len(sequence.work.prompt_ids) - 1) // self.page_size * self.page_size
 
     def begin(self, sequence: Sequence, computed: int):
@@ -107,10 +108,10 @@ class StateTables:
             sequence.states[computed] = self.pool.share(sequence.serial)
 
     def prepare(self, chunk: Chunk) -> Chunk | None:
-        """The chunk with the slots that its step reads and writes, its draft as long as there are some; None
-        if there is none for it now.
+        """The chunk with the slots that its step reads and writes; its draft is cut if slots run out. None if
+        there is no slot for it now.
 
-        It writes where it reads unless others hold the slot, or the step may have to be repeated."""
+        It writes to the slot it reads, unless the slot has other holders or the step may be repeated."""
         sequence, states, pool = chunk.sequence, chunk.sequence.states, self.pool
         begin, end = sequence.computed, sequence.computed + chunk.count
         for tokens in [tokens for tokens in states if tokens != begin]:
@@ -135,8 +136,8 @@ class StateTables:
                               writes=tuple((tokens - begin - 1, slot) for tokens, slot in later))
 
     def pass_content(self, sequence: Sequence, end: int):
-        """A content has been filled up to `end`, which is sequence.serial: keep the state there if it is one
-        of those that are kept, or the last in the answer so far."""
+        """A content, sequence.serial, has been filled up to `end`. Keep the state there if a snapshot is due,
+        or if it is the last in the answer so far."""
         pool, serial = self.pool, sequence.serial
         is_end = end == self.end_of_prompt(sequence)
         if (slot := sequence.states.get(end)) is None:
@@ -148,7 +149,7 @@ class StateTables:
         elif end > len(sequence.work.prompt_ids) and serial not in pool:
             if sequence.answered in pool.passed:
                 pool.forget(sequence.answered)
-            if pool.passed or pool.snapshots < pool.most_snapshots:  # no end of a prompt is evicted for it
+            if pool.passed or pool.snapshots < pool.most_snapshots:  # never evict an end of a prompt
                 pool.keep(serial, slot, None)
                 sequence.answered = serial
 
@@ -160,6 +161,6 @@ class StateTables:
     def release(self, sequence: Sequence):
         for slot in sequence.states.values():
             self.pool.release(slot)
-        if sequence.answered in self.pool:  # the last one of an answer, of which each page had one
+        if sequence.answered in self.pool:  # each page of an answer had one; copy only the last
             self.pool.fresh.append(sequence.answered)
         sequence.states = {}

@@ -45,11 +45,9 @@ class Change(NamedTuple):
         product = self.b.float() @ self.a.float() * self.scaling
         return product.T if self.embedding else product
 
-    def at(self, file_slice: FileSlice) -> Change:
+    def at(self, part: FileSlice) -> Change:
         """The part that changes one of the file's matrices; an embedding is never split."""
-        if self.embedding:
-            return self
-        return self._replace(a=self.a[:, file_slice.columns], b=self.b[file_slice.rows])
+        return self if self.embedding else self._replace(a=self.a[:, part.columns], b=self.b[part.rows])
 
     def on(self, weight: torch.Tensor, turned: Callable = lambda rows: rows) -> torch.Tensor:
         """The weight plus the change, whose rows are `turned` (reordered) first."""
@@ -62,8 +60,8 @@ class Copy(NamedTuple):
 
     weight: Any
 
-    def at(self, file_slice: FileSlice) -> Copy:
-        return Copy(self.weight[file_slice.rows][:, file_slice.columns])
+    def at(self, part: FileSlice) -> Copy:
+        return Copy(self.weight[part.rows][:, part.columns])
 
     def on(self, weight: torch.Tensor, turned: Callable = lambda rows: rows) -> torch.Tensor:
         return turned(self.weight.float())

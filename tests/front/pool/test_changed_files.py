@@ -268,7 +268,7 @@ async def test_an_answer_of_an_adapter_whose_files_have_changed_ends_with_an_err
         assert await text_of(client, url, "ad0") == before
         base = asyncio.create_task(text_of(client, url, max_tokens=200))
         status, body = await ask(client, url, "ad0", "kill-decode-1")
-        assert status == 500 and "adapter's files have changed or gone" in body["error"]["message"], body
+        assert status == 500 and "adapter's files have changed or been removed" in body["error"]["message"], body
         assert (await base).startswith(plain)
         after = await text_of(client, url, "ad0")
         assert (after == before) == (change is adapter_touched)

@@ -289,7 +289,7 @@ def test_a_long_step_is_not_taken_for_a_disk_that_does_not_answer(stored, nanoch
     engine.step()
     engine.keeper.STUCK_S = 0.0
     [restoration] = engine.keeper.restorations
-    while len(engine.keeper.arrived) < min(ahead, stored.pages) or restoration.moved_s < math.inf:
+    while len(engine.keeper.arrived) < min(ahead, stored.pages) or restoration.read_began_s < math.inf:
         engine.keeper.wait(0.01)
     engine.keeper.settle()                      # the step is over, long after the first page came
     engine.keeper.STUCK_S = 60.0
@@ -692,7 +692,7 @@ def test_a_model_with_many_groups_of_layers_keeps_and_restores_its_pages(tmp_pat
 def test_a_model_with_more_groups_than_a_record_names_keeps_nothing_and_says_so(caplog, nanochat_fixtures):
     engine = SimpleNamespace(pool=SimpleNamespace(windows=(8,) * (MOST_GROUPS + 1)), keeper=None)
     keep_prefixes(engine, WorkerConfig(Settings(), None, "cpu", 1, ("/nowhere",), 1 << 20), [], "stamp")
-    assert [record.getMessage() for record in caplog.records] == ["no prefix is kept: the layers of this model are in 257 groups, and at most 256 can be kept"]
+    assert [record.getMessage() for record in caplog.records] == ["prefixes are not kept: the layers of this model are in 257 groups, and at most 256 can be kept"]
 
 
 def test_a_writer_goes_on_in_a_segment_that_another_has_left_torn(tmp_path, memory):
@@ -773,7 +773,7 @@ def test_a_read_only_store_is_read_and_costs_one_line(stored, nanochat_fixtures,
                 again = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
                 assert tokens_of(again, [stored.work]) == stored.tokens
             assert path.exists() and [record.getMessage() for record in caplog.records] == [
-                f"a page in {path} cannot be used (its checksum is another): it is computed again"] * 2
+                f"a page in {path} is unusable (its checksum does not match) and is computed again"] * 2
     finally:
         stored.folder.chmod(0o700)
 
