@@ -238,7 +238,7 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
 
 
 class MemoryPlan(NamedTuple):
-    """What a model takes of a device's memory, and how many KV pages there is room for."""
+    """How much of a device's memory a model takes, and how many KV pages fit."""
 
     settings: Settings
     device: torch.device
@@ -267,7 +267,7 @@ class MemoryPlan(NamedTuple):
         return (self.settings.prefix_memory or 0) if self.device.type == "cpu" else 0
 
     def memory(self) -> tuple[int, int]:
-        """(free bytes, all bytes) of the device; for a machine's memory the total is not counted: 0."""
+        """(free bytes, total bytes) of the device; the total of a machine's memory is not needed: 0."""
         return torch.cuda.mem_get_info(self.device) if self.device.type == "cuda" else (available_memory(), 0)
 
     def pages(self) -> int:
@@ -317,7 +317,7 @@ class MemoryPlan(NamedTuple):
 
     def within(self, budget: int) -> MemoryPlan:
         """The plan with a KV cache size that leaves room for other models in `budget` bytes, unless the
-        operator has set one. A fixed size makes a worker take as much whatever is free by then."""
+        operator has set one. With a fixed size a worker takes that much, whatever is free by then."""
         if self.settings.kv_cache_memory is not None:
             return self
         rest = budget - self.taken

@@ -1,2 +1,2 @@
-"""One replica: `Engine.step` schedules, runs and postprocesses. KV pages, drafts, grammars, the text of
-answers."""
+"""One replica: `Engine.step` schedules, runs and postprocesses. Also KV pages, drafts, grammars and the text
+of answers."""

@@ -1,4 +1,4 @@
-"""The adapters that an engine computes answers with."""
+"""The adapters of an engine."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
 
 class AdapterSlots:
-    """A slot for each adapter, in all ranks: what batches call it. No other adapter ever gets it."""
+    """A slot number for each adapter, the same in all ranks; batches use it. It is never reused."""
 
     def __init__(self, transformer: Transformer, ranks: RankZero | None):
         self.transformer, self.ranks = transformer, ranks
         self.slots: dict[str, int] = {}      # by id
         self.digests: dict[int, str] = {}    # of their files, by slot
         self.sizes: dict[int, int] = {}      # bytes, by slot
-        self.reading: dict[str, tuple[int, Future[tuple[int, str]]]] = {}  # by id: the slot it will have
+        self.reading: dict[str, tuple[int, Future[tuple[int, str]]]] = {}  # by id, with their slots
         self.thread = reading_thread()
         self.last = 0
 
     def load(self, adapter_id: str, folder: Path) -> tuple[int, str]:
-        """`begin` and `end`."""
+        """`begin`, then `end`."""
         self.begin(adapter_id, folder)
         return self.end(adapter_id)
 
     def begin(self, adapter_id: str, folder: Path, stamp: Stamp = (), digest: str = ""):
-        """Read an adapter, in all ranks, while steps go on. Its files must be those of the stamp and the
-        digest that are known: answers under way need them."""
+        """Start reading an adapter, in all ranks, while steps continue. Its files must match the stamp and
+        the digest, if given: unfinished answers depend on them."""
         self.last += 1
         if self.ranks:
             self.ranks.tell_adapter(self.last, str(folder), stamp)
@@ -56,7 +56,7 @@ class AdapterSlots:
         return self.reading[adapter_id][1].done()
 
     def end(self, adapter_id: str) -> tuple[int, str]:
-        """Take answers with an adapter from now on, once it is read; returns its bytes and a digest of its
+        """Wait until an adapter is read, then accept answers with it; returns its bytes and a digest of its
         files. ConfigError if it cannot be served."""
         slot, future = self.reading.pop(adapter_id)
         try:
@@ -68,7 +68,7 @@ class AdapterSlots:
         return nbytes, digest
 
     def drop(self, adapter_id: str) -> int:
-        """Forget an adapter; returns the slot that it had, 0 if it had none."""
+        """Forget an adapter; returns the slot it had, or 0."""
         if slot := self.slots.pop(adapter_id, 0):
             del self.digests[slot], self.sizes[slot]
             self._forget(slot)
@@ -81,7 +81,7 @@ class AdapterSlots:
 
 
 def adapter_digest(folder: Path) -> str:
-    """A hash of all that an adapter is. ConfigError where its files cannot be read."""
+    """A hash of an adapter's files. ConfigError if they cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     for name in ADAPTER_FILES:
         try:

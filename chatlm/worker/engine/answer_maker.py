@@ -1,4 +1,4 @@
-"""The text side of sequences, made in threads where a grammar has to be compiled; masks of grammars."""
+"""Makes the text side of sequences, in a thread if a grammar must be compiled, and the masks of grammars."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class AnswerMaker:
     """Makes the Answer of each sequence, and computes the masks of its grammar.
 
-    What takes long happens in threads, in turn for all clients: `sequence.preparing` is then what it waits
-    for before it may run."""
+    Slow work happens in threads that serve clients in turn; `sequence.preparing` is then the future that the
+    sequence must wait for before it may run."""
 
     KEPT_GRAMMARS, KEPT_GRAMMAR_BYTES = 16, 64 << 20
     MASK_PATIENCE_S = 0.004  # how long a step waits for the masks of its rows
@@ -34,8 +34,8 @@ class AnswerMaker:
         self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # LRU, by owner and source
 
     def make(self, sequence: Sequence):
-        """Set `sequence.text`; in a thread, so that no other answer waits, if it needs a grammar (whose first
-        one takes the vocabulary's preparation too)."""
+        """Set `sequence.text`; if it needs a grammar, in a thread, so that no other answer waits (the first
+        grammar also prepares the vocabulary)."""
         work = sequence.work
         if work.params.grammar or work.resumed_ids and any(work.params.call_grammars):
             self.remake(sequence)
@@ -43,7 +43,7 @@ class AnswerMaker:
             self._prepare(sequence)
 
     def remake(self, sequence: Sequence):
-        """The same in the thread, also where a call's arguments are to be held to a grammar from here on."""
+        """Do it in the thread; also for an answer whose call now needs a grammar for its arguments."""
         sequence.preparing = self.compiling.submit(sequence.work.params.client, self._prepare, sequence)
 
     def start_mask(self, sequence: Sequence, grammar: Grammar):
@@ -67,12 +67,12 @@ class AnswerMaker:
         return False
 
     def grammar(self, owner: str, source: str) -> Grammar:
-        """A grammar, compiled once; answers copy it. Runs only on the `compiling` thread."""
+        """A copy of a grammar, which is compiled only once. Runs only on the `compiling` thread."""
         key = owner, source
         if key in self.grammars:
             self.grammars.move_to_end(key)
             return self.grammars[key].copy()
-        self.tokenizer.grammar_vocabulary     # build it first: its memory belongs to no single grammar
+        self.tokenizer.grammar_vocabulary     # build it first: its memory belongs to no one grammar
         before = heap_bytes()
         self.grammars[key] = grammar = Grammar(self.tokenizer, source)
         grammar.matcher.compute_bitmask()     # makes it allocate all its memory
@@ -83,7 +83,7 @@ class AnswerMaker:
         return grammar.copy()
 
     def _prepare(self, sequence: Sequence):
-        """Make the answer, or give the one there is the grammar that it needs now."""
+        """Make the answer, or give an existing one the grammar that it needs now."""
         work, answer = sequence.work, sequence.text
         try:
             compiled = partial(self.grammar, work.params.owner)

@@ -1,4 +1,4 @@
-"""The engine of a replica: schedule, run, postprocess; also drafts, scores of prompts and embeddings."""
+"""The engine of a replica: schedule, run, postprocess; also drafts, prompt scores and embeddings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Drafter:
-    """Prompt lookup: proposes what followed the last tokens when they occurred before; pauses if often wrong.
+    """Prompt lookup: proposes what followed the last tokens when they last occurred; pauses if often wrong.
 
     (Saxena, "Prompt Lookup Decoding", 2023.) Costs one dictionary entry per token; no model."""
 
@@ -52,7 +52,7 @@ class Drafter:
         self.tokens = tokens                        # the sequence's own list
         self.ends: dict[tuple[int, ...], int] = {}  # LENGTH tokens -> where they last ended
         self.seen = self.LENGTH                     # tokens already in `ends`
-        self.right, self.silent_until = 0.5, 0  # moving average: proposals whose first token was right
+        self.right, self.silent_until = 0.5, 0  # right: share of proposals with a right first token
 
     def propose(self) -> list[int]:
         """Tokens that may come next; call it after every token."""
@@ -69,7 +69,7 @@ class Drafter:
             self.right, self.silent_until = 0.4, len(self.tokens) + self.PATIENCE
 
 
-ADAPTER_GONE = "the adapter's files have changed or gone since this answer began: ask again"
+ADAPTER_GONE = "the adapter's files have changed or been removed during this answer: send the request again"
 
 
 class StepUnderWay(NamedTuple):
@@ -77,18 +77,18 @@ class StepUnderWay(NamedTuple):
 
     finish: Callable[[], list[int]]  # waits for its tokens
     drawing: list[tuple[Sequence | None, tuple[int, ...]]]  # (None if ended or given forced tokens, draft)
-    tokens: int     # that it computes
+    tokens: int     # how many it computes
     began_s: float
 
 
 class Engine:
     """One model replica: sequences in, events out, one `step` at a time.
 
-    Where the device works beside Python (`steps.ahead`), the next step starts before the last one's tokens
-    become text: it reads them where they were drawn. A sequence that has ended wastes one row. The exception:
-    a step that draws for a sequence whose tokens must be known first is finished at once."""
+    If the device works in parallel with Python (`steps.ahead`), the next step starts before the tokens
+    of the previous one become text; it reads them where they were drawn. A sequence that has ended wastes one
+    row. Exception: a step that draws for a sequence whose tokens must be known first is finished at once."""
 
-    TIMED_TOKENS = 64  # a step of fewer says little of how long a prompt takes, where larger ones come
+    TIMED_TOKENS = 64  # a smaller step says little about the speed of prefill
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True,
@@ -96,7 +96,7 @@ class Engine:
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         slots, states = transformer.num_slots, None
         own_bytes = transformer.spec.state_bytes
-        self.state_bytes = own_bytes if state_bytes is None else state_bytes  # of a sequence, in all ranks
+        self.state_bytes = own_bytes if state_bytes is None else state_bytes  # per sequence, in all ranks
         if transformer.spec.mixers:
             states = StatePool(slots, max(slots - max_batch - FREE_ROWS, 0))
         self.pool = PagePool(num_pages, transformer.groups.windows, states)
@@ -110,16 +110,16 @@ class Engine:
             self.steps = ranks.steps(self.steps, transformer)
         self.answers = AnswerMaker(tokenizer)
         self.adapters = AdapterSlots(transformer, ranks)
-        self.under_way: deque[StepUnderWay] = deque()  # one, or as many as there are other stages
-        # `step` returns these, each with its answer's id, even if the step that made them failed
+        self.under_way: deque[StepUnderWay] = deque()  # at most one, or one for each other stage
+        # `step` returns these, each with its answer's id, even if the step that produced them failed
         self.events: list[tuple[str, WorkerEvent]] = []
         exact = kernels.row_invariant or kernels.backend.few_rows_invariant and not ranks
-        self.drafts = drafts and exact  # else a drafted row may differ from it alone
+        self.drafts = drafts and exact  # else a drafted row could differ from the same row computed alone
         self.drafted_tokens = self.accepted_tokens = 0
-        self.keeper: Keeper | None = None  # where pages outlive the process
-        self.token_s = self.finished_s = 0.0  # of a prompt's token, as measured; when the last step ended
-        self.first_chunk = min(prefill_chunk, self.context_length // 2)  # of a prompt, in warm_up
-        self.timed_tokens = min(self.TIMED_TOKENS, self.first_chunk)  # so that a time is known after it
+        self.keeper: Keeper | None = None  # set if pages outlive the process
+        self.token_s = self.finished_s = 0.0  # measured seconds per prompt token; when the last step ended
+        self.first_chunk = min(prefill_chunk, self.context_length // 2)  # length of the prompt in warm_up
+        self.timed_tokens = min(self.TIMED_TOKENS, self.first_chunk)  # so that warm_up yields a time
 
     @property
     def busy(self) -> bool:
@@ -131,7 +131,7 @@ class Engine:
         if work.params.adapter and not slot:
             self.events.append((work.id, Failed(ADAPTER_GONE)))
             return
-        # of a prompt that is only scored, and may fill the context, a token is drawn too
+        # a prompt that is only scored may fill the context, yet a token is drawn for it too
         most = max(self.context_length, len(work.prompt_ids) + min(work.max_tokens, 1))
         limit = min(len(work.prompt_ids) + work.max_tokens, most)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, adapter=slot,
@@ -151,14 +151,14 @@ class Engine:
         return bool(gone)
 
     def end_thinking(self, answer_id: str):
-        """End the reasoning of an answer with its next token, and tell where that is."""
+        """End the reasoning of an answer with its next token, and emit the position of that token."""
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             if sequence.work.id == answer_id:
                 self._emit(sequence, ThinkingEnds(sequence.text.end_thinking() if sequence.text else None))
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[tuple[str, WorkerEvent]]:
-        """Start the next step, call `meanwhile`, finish the previous step; returns what that added to
-        answers, each event with the id of its answer."""
+        """Start the next step, call `meanwhile`, finish the previous step; returns the new events, each with
+        the id of its answer."""
         if self.keeper and self.keeper.arrived:
             while self.under_way:
                 self._finish()
@@ -171,7 +171,7 @@ class Engine:
             preparing = [s.preparing for s in self.scheduler.unready if s.preparing]
             if preparing or not self.keeper:
                 wait(preparing, 0.02, FIRST_COMPLETED)
-            elif self.scheduler.waiting:  # for kept pages
+            elif self.scheduler.waiting:  # they await kept pages
                 self.keeper.wait(0.02)
         several = len(self.under_way) >= self.scheduler.stages - 1 or not plan
         for _ in range(len(self.under_way) if on_host else several):
@@ -186,7 +186,7 @@ class Engine:
         if on_host or not self.steps.ahead or self.scheduler.stages == 1 and any(
                 c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
             self._finish()
-        if self.keeper and not self.busy:  # before anybody hears of the end
+        if self.keeper and not self.busy:  # before the last answer's end is reported
             self.keeper.settle()
             if self.keeper.copier.waits and not self.events:
                 self.keeper.wait(0.02)
@@ -197,7 +197,7 @@ class Engine:
         self.events += [(sequence.work.id, event) for event in events]
 
     def _start(self, plan: Seq[Chunk]) -> Callable[[], list[int]]:
-        """Start a step; returns what waits for its tokens."""
+        """Start a step; returns a function that waits for its tokens."""
         return partial(self.steps.finish, self.steps.start(make_batch(plan), self._sample_rows(plan)))
 
     def _sample_rows(self, plan: Seq[Chunk]) -> list[SampleRow]:
@@ -205,8 +205,8 @@ class Engine:
                 for chunk in plan for i in range(chunk.draws)]
 
     def _run_on_host(self, plan: Seq[Chunk]) -> tuple[list[Chunk], Callable[[], list[int]]]:
-        """Run a step whose logits or hidden states are needed here: the chunks that advanced, what returns
-        the tokens drawn. No other step may be under way."""
+        """Run a step whose logits or hidden states the host needs; returns the chunks that advanced and a
+        function that returns the drawn tokens. No other step may be under way."""
         batch = make_batch(plan)
         logits = self.steps.forward(batch)
         if logits.is_cuda:  # the next step may run on another stream
@@ -225,8 +225,8 @@ class Engine:
         return [chunk for chunk, _ in spans], lambda: tokens
 
     def _pool(self, chunk: Chunk, first: int, last: int):
-        """Pool the hidden states of a chunk, the rows [first, last) of the step. They are added one by one:
-        the sum has the same bits however the prompt was cut."""
+        """Pool the hidden states of a chunk, the rows [first, last) of the step. They are added one by one,
+        so that the sum has the same bits however the prompt was split."""
         sequence, mean = chunk.sequence, chunk.sequence.pooling == "mean"
         if not mean or sequence.computed == 0:  # a sequence that was preempted starts over
             sequence.pooled = 0.0
@@ -234,7 +234,7 @@ class Engine:
             sequence.pooled = sequence.pooled + row
 
     def _embed(self, sequence: Sequence):
-        """End a sequence with its embedding: what was pooled, scaled to the length 1."""
+        """End a sequence with its embedding: the pooled hidden states, scaled to length 1."""
         self.scheduler.remove(sequence)
         vector = (sequence.pooled / numpy.linalg.norm(sequence.pooled)).astype("<f4")
         if numpy.isfinite(vector).all():
@@ -270,12 +270,12 @@ class Engine:
         return tokens
 
     def keep(self, keeper: Keeper):
-        """From now on, pages outlive the process."""
+        """Keep pages beyond the life of this process from now on."""
         self.keeper = self.scheduler.keeper = keeper
         keeper.token_s = self.token_s
 
     def _advance(self, plan: Seq[Chunk], finish: Callable[[], list[int]], began_s: float):
-        """Update sequences for the started step: slots count as computed, the last token is being drawn."""
+        """Update the sequences of a started step: slots count as computed, last tokens as being drawn."""
         drawing, row = [], 0
         for chunk in plan:
             sequence = chunk.sequence
@@ -295,7 +295,7 @@ class Engine:
         self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s))
 
     def _finish(self):
-        """Wait for the step under way, replace the marks with its tokens, and turn them into text."""
+        """Wait for the oldest step under way, replace its marks with tokens, and turn them into text."""
         if not self.under_way:
             return
         step = self.under_way.popleft()
@@ -311,17 +311,17 @@ class Engine:
             if sequence and not sequence.finished:
                 try:
                     self._emit(sequence, *self._accept(sequence, draft, drawn))
-                except Exception as error:  # in its text, tool or grammar: fails this answer alone
+                except Exception as error:  # in its text, tool or grammar: only this answer fails
                     log.exception("failed to continue an answer")
                     self._emit(sequence, Failed(failure_text(error)))
                     self.scheduler.remove(sequence)
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[WorkerEvent]:
-        """Add the drawn tokens and their text until one ends the answer, brings others or differs from the
-        draft (the rest are then void), and propose the next draft."""
+        """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
+        draft, which makes the rest void; then propose the next draft."""
         answer, tokens, right = sequence.text, sequence.tokens, 0
         if not answer:
-            raise RuntimeError("its text could not be prepared")
+            raise RuntimeError("the text of this answer could not be prepared")
         tokens.pop()  # the mark of the token being drawn
         known, sequence.suspect = len(tokens), False
         for token, guess in zip(drawn, (*draft, None)):
@@ -346,7 +346,7 @@ class Engine:
         elif sequence.drafter:
             room = 2 * len(self.scheduler.running) <= FREE_ROWS  # else a draft only delays the next step
             sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
-        # A client that has its prompt scored too expects an entry for every drawn token (see AnswerParams).
+        # A client that also has its prompt scored expects an entry for every drawn token (see AnswerParams).
         unshown = (sequence.work.params.prompt_logprobs is None and answer.reason == "stop"
                    and token in answer.stop_tokens)
         logprobs = () if sequence.logprob is None or unshown or token not in added else (sequence.logprob,)
@@ -359,9 +359,9 @@ class Engine:
         return [piece, Ended(answer.reason, answer.stop_reason, usage, sequence.queued_s or 0.0)]
 
     def give_up(self) -> list[str]:
-        """After a failed step: forget all it may have written; returns the ids of the dropped answers."""
+        """After a failed step: forget what it may have written; returns the ids of the dropped answers."""
         if self.under_way:
-            with suppress(Exception):  # the step before the failed one is repeated too
+            with suppress(Exception):  # the step before the failed one will be repeated too
                 self.under_way[0].finish()
         self.under_way.clear()
         blamed = self.scheduler.isolate()
@@ -385,9 +385,9 @@ class Engine:
         self.pool.forget_cached()
 
     def empty_cache(self) -> bool:
-        """While nothing is computed: forget all cached prefixes, and give the memory of KV pages and states
-        back to the system, which gives it again as they are written; they stay where they are. False if that
-        cannot be: on a GPU, and with several ranks."""
+        """While nothing is computed: forget all cached prefixes and return the memory of KV pages and states
+        to the system, which provides it again as they are written; their addresses stay. False if impossible:
+        on a GPU, and with several ranks."""
         if self.keeper:
             self.keeper.empty()
         self.pool.forget_cached()
@@ -397,7 +397,7 @@ class Engine:
 
 
 def drop_adapter(engine: Engine, adapter_id: str):
-    """Forget an adapter, with the answers that it still has."""
+    """Forget an adapter, and fail the answers that still use it."""
     slot = engine.adapters.drop(adapter_id)
     for sequence in [*engine.scheduler.running, *engine.scheduler.waiting]:
         if slot and sequence.adapter == slot:
@@ -446,8 +446,8 @@ def logprob_of(logits: numpy.ndarray, token: int, top: int) -> TokenLogprob:
 
 
 def score_prompt(chunk: Chunk, logits) -> tuple[TokenLogprob, ...]:
-    """Log-probabilities of the prompt tokens after the chunk's own, from logits (rows of the chunk, V). Skips
-    those already scored: a sequence that was preempted, or whose worker died, starts over."""
+    """Log-probabilities of the prompt tokens one after the chunk's own, from logits (rows of the chunk, V).
+    Skips those already scored: a sequence that was preempted, or whose worker died, starts over."""
     sequence, first = chunk.sequence, chunk.sequence.computed
     ids, top = sequence.work.prompt_ids, sequence.work.params.prompt_logprobs
     scores = [TokenLogprob(ids[0], None)] if sequence.scored == 0 else []

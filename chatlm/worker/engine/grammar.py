@@ -1,4 +1,4 @@
-"""Which tokens a grammar allows next, worked out in threads."""
+"""Which tokens a grammar allows next, computed in threads."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
 
 
-LONGEST_WAY = 2048        # bytes that are tried to end an answer
-TEXT_ENDS = b'" @:0'      # in text its end comes first, then what text of a format may lack
-VALUE_ENDS = b'}]n",0'    # elsewhere the end of a list, then null, then other short values
+LONGEST_WAY = 2048        # the most bytes tried to end an answer
+TEXT_ENDS = b'" @:0'      # tried first in text: its end, then characters that a format may still require
+VALUE_ENDS = b'}]n",0'    # tried first elsewhere: the end of an object or list, null, other short values
 ANY_BYTE = (*range(0x20, 0x100), *range(0x20))
-CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a character that has begun before
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a character that began earlier
 
 
 class Grammar:
     """Which tokens may come next. A thread computes the next token's mask in the background.
 
-    Copies share the states of a lexer, whose number is limited: what answers of hours have added to it may
-    break another's grammar, which then starts over once with a lexer of its own (`renew`)."""
+    Copies share a lexer, whose number of states is limited: the states that hours of answers added may break
+    another answer's grammar, which then starts over once with a new lexer (`renew`)."""
 
     def __init__(self, tokenizer: Tokenizer, source: str):
         llguidance = require_library("llguidance", "constrained decoding")
@@ -55,7 +55,7 @@ class Grammar:
         return twin
 
     def renew(self, fresh: Grammar) -> Grammar:
-        """A copy of the same grammar brought to where this one is."""
+        """Bring `fresh`, a new copy of the same grammar, to the state of this one."""
         fresh.renewed, fresh.fed = True, self.fed
         fresh.matcher.consume_tokens(fresh.fed)
         return fresh
@@ -73,7 +73,7 @@ class Grammar:
         return self.matcher.consume_token(token)
 
     def feed_text(self, text: str) -> bool:
-        """The same for text, in which some characters are marks of tokens."""
+        """Feed text, in which some characters stand for marker tokens."""
         marks = {MARKS[name]: [token] for name, token in self.tokenizer.markers.items()}
         tokenize = self.tokenizer.grammar_vocabulary.greedy_tokenize
         parts = (marks.get(part) or tokenize(part) for part in re.split(f"({A_MARK.pattern})", text))
@@ -86,9 +86,8 @@ class Grammar:
         self.matcher.rollback(1)
 
     def way_to_end(self, most: int) -> list[int] | None:
-        """The tokens of a short way from here to a place where the answer may end; None if it needs more
-        than `most`. It tries bytes (3 us each), those first that end something. LookupError if it finds
-        none."""
+        """The tokens of a short way from here to where the answer may end; None if it takes more than `most`.
+        Tries bytes (3 us each), beginning with those that end something. LookupError if there is no way."""
         matcher, way, one = self.matcher.deep_copy(), bytearray(), self.bytes
 
         def fitting(several: Iterable[int]) -> Iterator[int]:
@@ -99,7 +98,7 @@ class Grammar:
                 first = TEXT_ENDS if any(fitting(b"aA")) else VALUE_ENDS
                 more = bytes(itertools.islice(fitting((*first, *ANY_BYTE)), 1))
             if matcher.is_error() or not more or not all(byte in one for byte in more):
-                raise LookupError("only markers lead on, or its lexer is full")
+                raise LookupError("only markers can follow, or the lexer is full")
             if len(way) > LONGEST_WAY:
                 return None
             matcher.consume_tokens([one[byte] for byte in more])
@@ -115,13 +114,13 @@ class Grammar:
 
 
 def lower_priority(nice: int):
-    """Lower this thread's priority, on Linux: elsewhere threads have no niceness of their own."""
+    """Lower this thread's priority, on Linux only: elsewhere threads have no niceness of their own."""
     if nice and sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + nice)
 
 
 class FairThread:
-    """A thread that works for clients in turn."""
+    """A thread that serves clients in turn."""
 
     def __init__(self, name: str, nice: int = 0):
         self.thread, self.lock, self.lanes = (

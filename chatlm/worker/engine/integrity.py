@@ -1,11 +1,11 @@
-"""Is everything that an engine counts owned exactly once? Tests and soaks ask.
+"""Does everything that an engine counts have the right owners? For tests and soaks.
 
-    a page          is free, cached or referenced, and referenced as often as tables list it
-    the index       points to pages that know it, and whose owners have the same tokens
-    a state's slot  is free or referenced, as often as sequences, restorations and snapshots hold it
-    an adapter      has a slot of its own, with a digest, a size and tensors, and no other slot has any
+    a page          is free, cached or referenced, and its references equal its entries in tables
+    the index       points to pages that point back, and whose owners have the same tokens
+    a state's slot  is free, or referenced once by each sequence, restoration and snapshot that holds it
+    an adapter      has a slot of its own, with a digest, a size and tensors; no other slot has these
 
-A fault is one line that names what is wrong, the count, and who was found."""
+A fault is one line: what is wrong, the count, and the holders found."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class IntegrityError(AssertionError):
-    """What an engine counts is not what it has: our own bug. `faults` has a line for each."""
+    """An engine's counts do not match what it has: a bug of ours. `faults` has one line for each."""
 
     def __init__(self, faults: list[str]):
         super().__init__("; ".join(faults))
@@ -41,8 +41,8 @@ def integrity_faults(engine: Engine) -> list[str]:
 
 def count_faults(kind: str, refs: Seq[int], free: Seq[int], cached: Iterable[int],
                  holdings: Iterable[tuple[str, Iterable[int]]]) -> list[str]:
-    """Of pages or slots, which are numbered: those whose references are not their holders, and those that
-    are not in exactly one state. holdings: (name, its numbers) of each holder; names are unique."""
+    """Faults of numbered pages or slots: those whose reference count is not their number of holders, and
+    those not in exactly one state. holdings: (name, its numbers) of each holder; names are unique."""
     holders, faults = defaultdict(list), []
     for name, numbers in holdings:
         for number in numbers:
@@ -74,7 +74,7 @@ def page_faults(pool: PagePool, tables: Iterable[tuple[str, Seq[int]]]) -> list[
 
 
 def index_faults(pool: PagePool) -> list[str]:
-    """Of the prefix index: entries and pages that do not name each other, and what belongs to no entry."""
+    """Faults of the prefix index: entries and pages that do not point to each other, and leftovers."""
     faults, free, serials = [], {*pool.free}, set()
     for page, key in enumerate(pool.keys):
         if key is None and page in pool.evictable:
@@ -144,7 +144,7 @@ def scheduler_faults(scheduler: Scheduler) -> list[str]:
 
 
 def table_faults(pool: PagePool, sequence: Sequence) -> list[str]:
-    """Of a sequence's table: pages that the prefix index knows by another group or by other tokens."""
+    """Faults of a sequence's table: pages indexed under another group or other tokens."""
     faults, size, name = [], pool.page_size, f"the table of answer {sequence.work.id}"
     if len(sequence.pages) % pool.groups:
         faults.append(f"{name} has {len(sequence.pages)} entries in {pool.groups} groups")

@@ -6,11 +6,11 @@
 
 Only full pages, with every slot computed, enter the index, so sharing needs no copy-on-write.
 
-Layers with a window need few pages of a long sequence. So where some layers have one and others do not,
-the layers form groups, and a page holds 16 tokens' keys and values in the layers of one group; all pages
-have the same bytes, so layers that keep more of a token share a page with fewer others. All groups' pages
-come from one pool. A sequence's table lists a page of each group in turn; a page that its window has passed
-goes back to the pool, and the table has a hole there."""
+Layers with a window need only a few pages of a long sequence. If some layers have a window and others do not,
+the layers form groups, and a page holds the keys and values of 16 tokens in the layers of one group. All
+pages have the same size, so layers that store more per token share a page with fewer others. The pages of all
+groups come from one pool. Each row of a sequence's table lists a page of each group; a page that the window
+has passed returns to the pool and leaves a hole in the table."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.states import StatePool
 
 
-Key = tuple[int | str, tuple[int, ...]]  # in the prefix index: the serial of the content before, 16 tokens
+Key = tuple[int | str, tuple[int, ...]]  # of the prefix index: serial of the parent's content, 16 tokens
 
 
 @dataclass(eq=False)
 class Content:
-    """What the prefix index knows of 16 tokens after a prefix: the page that each group has of them."""
+    """An entry of the prefix index: 16 tokens after a prefix, and the page of each group that has them."""
 
     serial: int
     pages: list[int]
@@ -43,30 +43,30 @@ class Content:
 class PagePool:
     """Allocator of KV pages with reference counts and a prefix index over full pages. No tensors here.
 
-    Where layers keep `states`, a prefix is of use only up to the last of its contents that has a snapshot.
+    If layers keep `states`, a prefix is usable only up to its last content that has a snapshot.
 
     The index maps (serial of the parent's content, 16 tokens) to their Content. A serial names one content
     and is never reused, so a chain of keys determines the whole prefix. The dictionary compares the tokens
     themselves, so a hash collision can never confuse two prefixes."""
 
-    ROOT = ""  # the serial before the first page; an owner who shares no pages uses their name instead
+    ROOT = ""  # the serial before the first page; an owner who shares no pages has their name instead
 
     page_size = PAGE_SIZE
-    MOST_BARE = 1 << 16  # contents without a page
+    MOST_BARE = 1 << 16  # contents without a page that are kept
 
     def __init__(self, num_pages: int, windows: Seq[int] = (0,), states: StatePool | None = None):
         self.states = states
         self.num_pages, self.windows, self.groups = num_pages, tuple(windows), len(windows)
-        self.hole = num_pages  # in tables, where there is no page (any more)
+        self.hole = num_pages  # stands in tables for a page that is missing or was released
         self.free = list(range(num_pages - 1, -1, -1))
         self.refs = [0] * num_pages
         self.keys: list[tuple[int, Key] | None] = [None] * num_pages
         self.index: dict[Key, Content] = {}
         self.evictable: OrderedDict[int, None] = OrderedDict()
-        # of restored prefixes, before every window: as no page of theirs is evicted, they would stay for ever
+        # contents of restored prefixes outside every window: without a page to evict they would stay forever
         self.bare: OrderedDict[Key, None] = OrderedDict()
         self.last_serial = 0
-        self.addresses: Addresses | None = None  # of contents, where these outlive the process
+        self.addresses: Addresses | None = None  # of contents, if these outlive the process
         self.fresh: deque[tuple[Key, Content]] = deque(maxlen=1 << 16)
 
     @property
@@ -74,20 +74,20 @@ class PagePool:
         return len(self.free) + len(self.evictable)
 
     def first_seen(self, position: int, window: int) -> int:
-        """The index of the first page that the token at `position` sees in layers of this window."""
+        """The index of the first page that the token at `position` sees in layers with this window."""
         return max(0, position + 1 - window) // self.page_size if window else 0
 
     def pages_for(self, length: int, chunk: int) -> int:
-        """The most pages that a sequence of this many tokens holds if it is computed in such chunks."""
+        """The most pages that a sequence of `length` tokens holds if computed in chunks of `chunk`."""
         whole, size = -(-length // self.page_size), self.page_size
         return sum(min(whole, -(-(window + chunk) // size) + 1) if window else whole
                    for window in self.windows)
 
     def match_prefix(self, tokens: Seq[int], root: str = ROOT) -> tuple[list[int], int | str]:
-        """Find the longest indexed prefix of `tokens` below `root`; reference the pages seen by later tokens.
+        """Find the longest indexed prefix of `tokens` below `root` and reference the pages later tokens see.
 
         The match never includes the last token, since its logits must be computed.
-        Returns its table and the serial of its last content."""
+        Returns the prefix's table and the serial of its last content."""
         chain, begins, matched, serial, size = [], [0] * self.groups, 0, root, self.page_size
         for start in range(0, len(tokens) - size, size):
             content = self.index.get((serial, tuple(tokens[start:start + size])))
@@ -124,7 +124,7 @@ class PagePool:
 
     def _evict(self):
         page, _ = self.evictable.popitem(last=False)
-        group, key = self.keys[page]  # pyright: ignore[reportGeneralTypeIssues]  what may be evicted has a key
+        group, key = self.keys[page]  # pyright: ignore[reportGeneralTypeIssues]  an evictable page has a key
         pages = self.index[key].pages
         pages[group] = self.hole
         if pages.count(self.hole) == len(pages):
@@ -150,8 +150,7 @@ class PagePool:
         """Add full, computed pages, one of each group, to the index below the content `parent`; returns the
         content's serial.
 
-        Where the same prefix is already indexed, that entry stays and the page remains private to its owner.
-        """
+        If the same prefix is already indexed, its entry stays and the page remains private to its owner."""
         key = (parent, tuple(tokens))
         if (content := self.index.get(key)) is None:
             self.last_serial += 1
@@ -169,7 +168,8 @@ class PagePool:
         return content.serial
 
     def release(self, pages: Seq[int]):
-        """Drop one reference to each; at 0, indexed pages turn evictable (chain's end first), others free."""
+        """Drop one reference to each; at 0, indexed pages become evictable (end of the chain first), others
+        free."""
         for page in reversed(pages):
             if page == self.hole:
                 continue
@@ -187,15 +187,15 @@ class PagePool:
         self.release(own)
 
     def forget_cached(self):
-        """Free all cached pages: remove them from the prefix index (after warm-up)."""
+        """Free all cached pages and remove them from the prefix index."""
         while self.evictable:
             self._evict()
         self._forget_bare(0)
 
 
 class PageTables:
-    """The tables of the sequences that run: row r of a table has the pages of the tokens from 16 r on, one of
-    each group of layers."""
+    """The tables of running sequences: row r has the pages of tokens 16 r to 16 r + 15, one of each group of
+    layers."""
 
     def __init__(self, pool: PagePool):
         self.pool = pool
@@ -203,7 +203,7 @@ class PageTables:
         self.states = StateTables(pool.states, pool.page_size) if pool.states else None
 
     def missing(self, sequence: Sequence, whole: int, near: int) -> list[int]:
-        """The entries of a sequence's table that lack a page, up to row `whole`; with a window, to `near`."""
+        """The entries of a sequence's table without a page, up to row `whole`; with a window, to `near`."""
         groups, have = self.pool.groups, len(sequence.pages) // self.pool.groups
         if have >= whole and (sequence.filled >= near or not self.holes):
             return []
@@ -211,7 +211,7 @@ class PageTables:
                 for index in (range(sequence.filled, near) if window else range(have, whole))]
 
     def fill(self, sequence: Sequence, entries: Seq[int], pages: Seq[int], near: int):
-        """Put pages into entries of a sequence's table, in layers with a window up to the row `near`."""
+        """Put pages into entries of a sequence's table; in layers with a window, up to row `near`."""
         table, groups = sequence.pages, self.pool.groups
         rows = max(entries, default=-1) // groups + 1
         table += [self.pool.hole] * (rows * groups - len(table))
@@ -225,7 +225,7 @@ class PageTables:
 
     def advance(self, sequence: Sequence, count: int):
         """Count its next `count` tokens as computed: add the pages that they fill to the prefix index, and
-        give back those that no later token sees."""
+        release those that no later token sees."""
         size, groups = self.pool.page_size, self.pool.groups
         before, sequence.computed = sequence.computed, sequence.computed + count
         for index in range(before // size, sequence.computed // size):
@@ -244,7 +244,7 @@ class PageTables:
             sequence.pages[passed] = [self.pool.hole] * len(sequence.pages[passed])
 
     def release(self, sequence: Sequence):
-        """Take all its pages: it would have to be computed again."""
+        """Release all its pages and states; its tokens would have to be computed again."""
         self.pool.release(sequence.pages)
         if self.states:
             self.states.release(sequence)
@@ -253,7 +253,7 @@ class PageTables:
 
 
 def longest_context(pool: PagePool, most: int, chunk: int) -> int:
-    """How many tokens, of `most`, one sequence may have in the pool's pages."""
+    """How many tokens one sequence may have in the pool's pages, at most `most`."""
     pages = range(-(-most // PAGE_SIZE) + 1)
     fit = bisect.bisect_right(pages, pool.num_pages, key=lambda n: pool.pages_for(n * PAGE_SIZE, chunk)) - 1
     return min(most, fit * PAGE_SIZE)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Assignment:
-    """One answer to compute, as sent to a worker. `resumed_ids` are those of its tokens that are there
-    already: a worker that died had generated them, or its client has chosen them."""
+    """One answer to compute, as sent to a worker. `resumed_ids` are the tokens it already has: a worker that
+    died had generated them, or its client chose them."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -41,7 +41,7 @@ class Assignment:
 
     @cached_property
     def needs_logits(self) -> bool:
-        """Does the host have to see its logits?"""
+        """Does the host need its logits?"""
         params = self.params
         return (params.logprobs is not None or params.prompt_logprobs is not None or bool(params.grammar)
                 or drawn_on_host(params.sampling))
@@ -54,37 +54,37 @@ class Assignment:
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens being decoded: slots [0, computed) of its pages hold keys and values; the rest are pending."""
+    """Tokens being decoded: the first `computed` have keys and values in its pages; the rest are pending."""
 
     work: Assignment
     tokens: list[int]                    # prompt and everything generated; ~row for one still being drawn
     limit: int                           # maximum length of `tokens`
     adapter: int = 0                     # the slot of its adapter; 0: it has none
-    adapter_digest: str = ""             # of that one's files
+    adapter_digest: str = ""             # of the adapter's files
     computed: int = 0
     finished: bool = False               # it ended or was cancelled
     suspect: bool = False                # was in a failed step: runs alone until it produces a token
     draft: list[int] = field(default_factory=list)  # guessed next tokens, verified in the same step
-    pages: list[int] = field(default_factory=list)  # its table: a page of each group in turn
-    filled: int = 0                      # table rows for which layers with a window have had pages
+    pages: list[int] = field(default_factory=list)  # its table: in each row, one page of each group
+    filled: int = 0                      # table rows in which layers with a window have been given pages
     serial: int | str = PagePool.ROOT    # content serial of its last full page, as in the prefix index
     states: dict[int, int] = field(default_factory=dict)  # number of tokens -> slot with the state after them
-    began: int | str = PagePool.ROOT     # content serial of its last end of a prompt with a snapshot
+    began: int | str = PagePool.ROOT     # content serial of the last end of a prompt that has a snapshot
     answered: int | str = PagePool.ROOT  # content serial of the snapshot in its answer
-    usage: Usage = Usage()               # its tokens here so far: cached at first admission, drafted ones
+    usage: Usage = Usage()               # here so far: tokens cached at first admission, drafted ones
     added_s: float = 0.0
     queued_s: float | None = None        # seconds it waited here before it first ran
     logprob: TokenLogprob | None = None  # of the last token drawn, if requested
     scored: int = 0                      # prompt tokens whose log-probabilities were sent, by any worker
     pooled: Any = 0.0                    # float64 (C,): sum of its hidden states, or only the last one
-    text: Answer | None = None           # the engine's state of the answer's text
+    text: Answer | None = None           # turns its tokens into text
     drafter: Drafter | None = None       # proposes its drafts
-    preparing: Future | None = None      # a thread's work that it must wait for
-    restoration: Restoration | None = None  # of kept pages of its prompt, once it was looked up
+    preparing: Future | None = None      # work of a thread that it must wait for
+    restoration: Restoration | None = None  # of kept pages of its prompt, once they were looked up
 
     @property
     def root(self) -> str:
-        """Who shares its KV pages, in this worker or a later one: nobody who computes with other weights."""
+        """Who may share its KV pages, in this worker or a later one: only those with the same weights."""
         owner = self.work.params.owner
         return f"{owner}\0{self.adapter_digest}" if self.adapter else owner
 
@@ -94,7 +94,7 @@ class Sequence:
 
     @property
     def needs_logits(self) -> bool:
-        """Does the host have to see its logits for its next token?"""
+        """Does the host need the logits of its next token?"""
         return self.work.needs_logits or self.text is not None and self.text.grammar is not None
 
     @property
@@ -107,7 +107,7 @@ class Sequence:
 
     @property
     def scoring(self) -> bool:
-        """Does its whole prompt need log-probabilities?"""
+        """Are the log-probabilities of its whole prompt needed?"""
         return self.work.params.prompt_logprobs is not None and not self.generated
 
     @property
@@ -122,13 +122,13 @@ class Sequence:
 class Chunk(NamedTuple):
     """Compute `count` pending tokens of `sequence`; if none are left after these, draw the next token.
 
-    A draft's tokens are computed too, as if all were right, and the token after each is drawn."""
+    The draft's tokens are computed too, as if all were right, and the token after each is drawn."""
 
     sequence: Sequence
     count: int
     draws: int = 0  # tokens to draw: 0 before the prompt's end, then 1 + len(draft)
     draft: tuple[int, ...] = ()
-    reads: int = 0  # the slot with its state, where layers keep one
+    reads: int = 0  # the slot of its state, if layers keep one
     writes: tuple[tuple[int, int], ...] = ()  # (token of the chunk, slot for the state after it)
 
     @property
@@ -138,31 +138,31 @@ class Chunk(NamedTuple):
 
     @property
     def on_host(self) -> bool:
-        """Does the host have to see the logits, or the hidden states?"""
+        """Does the host need the logits or the hidden states?"""
         return bool(self.sequence.pooling) or self.sequence.needs_logits and self.rows > 0
 
 
 def is_uncached(sequence: Sequence) -> bool:
-    """Must every token be computed here, as scores and means need it?"""
+    """Must every token be computed here, because scores or a mean need it?"""
     return sequence.scoring or sequence.pooling == "mean"
 
 
-FREE_ROWS = 8  # rows in a decode_core step that take hardly longer than one on a CPU; no GPU was measured
+FREE_ROWS = 8  # in a decode_core step take hardly longer than one row on a CPU; not measured on a GPU
 
 
 class Scheduler:
     """Continuous batching: which tokens of which sequences the next step computes.
 
-    Clients share pages fairly: the one with the fewest is admitted first, the one with the most is preempted.
-    Decode rows come first. Half of `prefill_chunk` goes to the oldest prompt, so that it never starves;
-    the rest goes to the shortest prompts, so that a long one never stalls them."""
+    Clients share pages fairly: the one with the fewest is admitted first, the one with the most is preempted
+    first. Decode rows come before prefill. Half of `prefill_chunk` goes to the oldest prompt, so that it
+    never starves; the rest goes to the shortest prompts, so that a long one never stalls them."""
 
     def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None,
                  stages: int = 1, mixes_drafts: bool = True):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
         self.tables = PageTables(pool)
-        self.mixes_drafts = mixes_drafts       # may a step have drafts and prompts?
-        self.stages = stages                   # of the model: as many batches are under way
+        self.mixes_drafts = mixes_drafts       # may a step have both drafts and prompts?
+        self.stages = stages                   # of the model, and batches under way
         self.max_rows = max_rows or max_batch  # rows of logits in a step
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []      # in order of admission
@@ -207,13 +207,14 @@ class Scheduler:
         return plan
 
     def _may_run(self, sequence: Sequence) -> bool:
-        """Is it prepared, and with several stages its last token known?"""
+        """Is it prepared and, with several stages, is its last token known?"""
         return sequence.ready and (self.stages == 1 or sequence.tokens[-1] >= 0)
 
     def _grow(self, sequence: Sequence, computed: int | None = None) -> bool:
-        """Give a running sequence pages for all its tokens, preempting others; False if it was preempted.
+        """Give a running sequence pages for all its tokens, preempting others if needed; False if it was
+        itself preempted.
 
-        Layers with a window get theirs only for the first `computed` tokens, which are all by default."""
+        Layers with a window get pages only for the first `computed` tokens (default: all)."""
         size = self.pool.page_size
         whole = -(-len(sequence.tokens) // size)
         near = whole if computed is None else min(whole, -(-computed // size))
@@ -226,7 +227,7 @@ class Scheduler:
         return bool(sequence.pages)
 
     def _holdings(self) -> Counter[str]:
-        """How many pages each client's sequences hold; the youngest sequence's client comes first."""
+        """How many pages each client's sequences hold; the client of the youngest sequence comes first."""
         holdings = Counter()
         for sequence in reversed(self.running):
             holdings[sequence.work.params.client] += self.tables.held(sequence)
@@ -238,7 +239,7 @@ class Scheduler:
     def _give_up_pages(self, client: str, needed: int) -> bool:
         """Preempt the youngest sequence of the client with the most pages.
 
-        Done only if it would still hold at least as many as `client` then does. Returns whether it was done.
+        Only if that client would still hold at least as many as `client` would then. Returns whether it did.
         """
         holdings = self._holdings()
         rich = max(holdings, key=holdings.__getitem__, default=client)
@@ -269,7 +270,7 @@ class Scheduler:
 
     @staticmethod
     def _end_restoration(sequence: Sequence):
-        """Nobody waits for what is still being read for it."""
+        """End the restoration of its pages: nobody waits for them any more."""
         if sequence.restoration:
             sequence.restoration.over, sequence.restoration = True, None
 
@@ -306,8 +307,8 @@ class Scheduler:
             whole, near = -(-length // size), -(-min(length, cached * size + self.prefill_chunk) // size)
             sequence.pages, sequence.filled = matched, cached
             missing = self.tables.missing(sequence, whole, near)
-            # a page of each group for each running one, so that a newcomer does not preempt at once; what the
-            # newcomer will hold in the end may be more than what it takes now
+            # headroom: a page of each group for each running sequence, so that a new one does not preempt at
+            # once; needed: it may later hold more pages than it takes now
             headroom = len(self.running) * self.pool.groups
             needed = max(len(missing),
                          self.pool.pages_for(length, self.prefill_chunk) - self.tables.held(sequence))
@@ -332,7 +333,7 @@ class Scheduler:
     def _share_prefill(self, prefilling: list[Sequence], rows: int) -> list[Chunk]:
         """Split the step's prefill budget: at least half to the oldest, the rest shortest first.
 
-        Each may need one of the `rows` rows of logits; prompts being scored share the rows that are left."""
+        Each may need one of the `rows` rows of logits; prompts being scored share the remaining rows."""
         oldest, *others = prefilling
         others.sort(key=lambda sequence: sequence.pending)
         wanted = sum(sequence.pending for sequence in others)
@@ -351,7 +352,7 @@ class Scheduler:
         return chunks
 
     def _catch_up(self, sequence: Sequence):
-        """Go on after pages that have come into the prefix index since the sequence was admitted."""
+        """Skip tokens whose pages have entered the prefix index since the sequence was admitted."""
         pool, size, groups, row = self.pool, self.pool.page_size, self.pool.groups, 0
         if self.tables.holes or pool.states or sequence.computed % size or is_uncached(sequence):
             return

@@ -1,2 +1,2 @@
-"""One model in several processes: rank 0 tells the others each step, and they share its work by shards and
+"""One model in several processes: rank 0 sends each step to the others, and they divide it into shards and
 stages."""

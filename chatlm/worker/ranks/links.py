@@ -1,9 +1,9 @@
-"""How rank 0 reaches the other ranks: processes that it starts here, or under torchrun those that come by
+"""How rank 0 reaches the other ranks: processes that it starts, or under torchrun processes that connect by
 TCP.
 
-Both classes have, of the ranks 1, 2, ..: `arrivals`, where they are, and `channels` to them; `after`, a
-socket to the same rank of the next stage; `pids` of the processes on this machine that belong to this worker;
-and `finds_models`: does each rank find the model's files itself?"""
+Both classes have, for ranks 1, 2, ..: `arrivals`, which describe them, and `channels` to them. Both also have
+`after`, a socket to the same rank of the next stage; `pids` of this worker's processes on this machine; and
+`finds_models`: does each rank find the model's files itself?"""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class ProcessLinks:
-    """Links to ranks on this machine: processes that this one starts, and that die with it."""
+    """Links to ranks on this machine: processes that this one starts and that end with it."""
 
     finds_models = False
 
@@ -65,14 +65,14 @@ class ProcessLinks:
         return "self", *(process.pid for process in self.processes)
 
     def open_meeting(self) -> tempfile.TemporaryDirectory:
-        """Its name is where ranks meet that exchange by torch.distributed: a folder, or a prefix of keys."""
+        """Where ranks that use torch.distributed meet: its `name` is a folder, or a prefix of keys."""
         return tempfile.TemporaryDirectory(prefix="chat_server-")
 
     def has_ended(self, rank: int) -> bool:
         return self.processes[rank - 1].poll() is not None
 
     def failure(self, rank: int) -> RanksFailed:
-        """That this rank has ended, in words."""
+        """The error that this rank has ended."""
         process = self.processes[rank - 1]
         with suppress(subprocess.TimeoutExpired):
             process.wait(2)
@@ -80,7 +80,7 @@ class ProcessLinks:
 
 
 class TcpLinks:
-    """Links under torchrun: the other ranks come by TCP, from this machine or others."""
+    """Links under torchrun: the other ranks connect by TCP, from this machine or others."""
 
     finds_models, pids = True, ("self",)
 
@@ -91,15 +91,15 @@ class TcpLinks:
         self.arrived: dict[int, tuple[RankArrival, Channel]] = {}
         self.after: socket.socket | None = None
         if ranks_here(self.settings) < self.count and self.tp > 1 and config.device == "cpu":
-            log.warning("A replica on several nodes sums through Gloo, with slower reference ops, also among "
-                        "the ranks of one node: decode_core needs all ranks on one machine")
+            log.warning("A replica on several nodes uses Gloo and the slower reference ops, even between "
+                        "ranks of one node: decode_core needs all ranks on one machine")
             os.environ["CHAT_SERVER_KERNELS"] = "reference"
             installed_core.cache_clear()
         self._gather(os.environ["MASTER_ADDR"])
         self.arrivals, self.channels = map(list, zip(*(self.arrived[rank] for rank in range(1, self.count))))
 
     def _gather(self, host: str):
-        """Wait until all are here. If one of them leaves, all come again and meet in a new life."""
+        """Wait until all ranks have connected. If one leaves, all connect again, in a new life."""
         with listen_as_master(host) as listener:
             together = False
             while not together:
@@ -109,16 +109,16 @@ class TcpLinks:
                 self.store.put(f"{self.life}/0", [host, listener.getsockname()[1], self.secret.hex(),
                                                   same_on_all_nodes(self.settings)])
                 with Door(listener, self.secret, first=ARRIVAL_PIPE) as door:
-                    together = self.store.wait(self.life, partial(self._admit, door), self._say_who_lacks)
+                    together = self.store.wait(self.life, partial(self._admit, door), self._report_missing)
 
     def _connections(self) -> list[socket.socket]:
         connections = [channel.connection for _, channel in self.arrived.values()]
         return [*connections, self.after] if self.after else connections
 
     def _admit(self, door: Door) -> bool | None:
-        """Let one more in. Whether all are here: None, not yet; False, one of them has left."""
+        """Admit one more rank. Returns True once all are here, None before, False if one has left."""
         in_stages = self.count > self.tp
-        with suppress(EOFError, OSError):  # it may come again
+        with suppress(EOFError, OSError):  # it may connect again
             if in_stages and not self.after and (address := self.store.look(f"{self.life}/{self.tp}")):
                 self.after = dial(address[0], address[1], self.secret)
             if newcomer := door.admit(0.2):
@@ -132,7 +132,7 @@ class TcpLinks:
             return False
         return len(self.arrived) == self.count - 1 and bool(self.after or not in_stages) or None
 
-    def _say_who_lacks(self):
+    def _report_missing(self):
         missing = sorted({*range(1, self.count)} - {*self.arrived})
         self.progress(f"waiting for rank {', '.join(map(str, missing))} of torchrun",
                       len(self.arrived) / self.count)
@@ -151,8 +151,8 @@ Links = ProcessLinks | TcpLinks
 
 
 def listen_as_master(host: str) -> socket.socket:
-    try:  # a name may mean another address to other machines
+    try:  # a name may resolve to a different address on other machines
         return listen(host if re.fullmatch(r"[0-9.]+|.*:.*", host) else "")
     except OSError as error:
-        raise ConfigError(f"MASTER_ADDR {host} is no address of this machine, which has rank 0: "
+        raise ConfigError(f"MASTER_ADDR {host} is not an address of this machine, which has rank 0: "
                           f"{error.strerror or error}") from None

@@ -12,31 +12,31 @@ from chatlm.worker.ops.rows import SampleRow
 
 @wire_message(1 << 20)
 class RankConfig:
-    """Rank 0 to another, first: load your shard."""
+    """Rank 0 to another, as the first message: load your shard."""
 
     settings: Settings
     source: ModelSource | None  # None: find it on this machine
     device: str
     threads: int
     rank: int
-    address: str                # of decode_core's RankMemory, or a file or keys of torchrun's store, where
-                                # torch.distributed meets
+    address: str                # of decode_core's RankMemory; for torch.distributed a file, or a prefix of
+                                # keys in torchrun's store
     environment: dict[str, str]
-    before: int | None = None   # descriptors of the sockets to the stages before and
-    after: int | None = None    # after this one
+    before: int | None = None   # descriptor of the socket to the previous stage,
+    after: int | None = None    # and to the next one
 
 
 @wire_message(64)
 class RankPages:
-    """A rank to rank 0: the KV pages it has room for, then states of sequences, then snapshots of them; back,
-    each time: how many all have."""
+    """A rank to rank 0: the KV pages it has room for, then states of sequences, then snapshots of them;
+    rank 0 replies to each with the minimum over all ranks."""
 
     count: int
 
 
 @wire_message(256 << 20)
 class RankStep:
-    """Rank 0 to another: compute this batch and draw; without `rows`, rank 0 alone uses the logits."""
+    """Rank 0 to another: compute this batch and draw; without `rows`, only rank 0 uses the logits."""
 
     batch: Batch
     rows: list[SampleRow] | None
@@ -44,7 +44,7 @@ class RankStep:
 
 @wire_message(1 << 16)
 class RankAdapter:
-    """Rank 0 to another: load your part of this adapter beside the steps, or forget it."""
+    """Rank 0 to another: load your part of this adapter while steps continue, or forget it."""
 
     slot: int
     folder: str  # "": forget it
@@ -53,22 +53,22 @@ class RankAdapter:
 
 @wire_message(64)
 class RankDrew:
-    """A rank to rank 0: a checksum of the tokens that all steps so far have drawn."""
+    """A rank to rank 0: a checksum of all tokens drawn so far."""
 
     checksum: int
 
 
 @wire_message(64 << 20)
 class RankTokens:
-    """The last stage to rank 0: what a step drew."""
+    """The last stage to rank 0: the tokens that a step drew."""
 
     tokens: list[int]
 
 
 @wire_message(256 << 20)
 class RankLogits:
-    """The last stage to rank 0: some rows of the float32 logits of a step without rows, or once they are all
-    sent some of its hidden states, if needed."""
+    """The last stage to rank 0, for a step without `rows`: some rows of its logits in float32; after all of
+    these, some of its hidden states, if needed."""
 
     RAW = True
     data: bytes

@@ -1,18 +1,17 @@
 """One model in several processes.
 
-Rank 0 is the worker process: it alone has the engine, the text and the pipe to the front. It starts the
-others and tells them each step just before it starts the step itself. Every rank computes the step on its
-shard, exchanges sums and logits with the others, and draws the tokens for itself: a draw depends on the
-logits, the request and the position alone. A rank that ends or hangs takes the whole replica with it; the
-front starts another.
+Rank 0 is the worker process: only it has the engine, the text and the pipe to the front. It starts the
+others and sends them each step just before it starts the step itself. Every rank computes the step on its
+shard, exchanges sums and logits with the others, and draws the tokens itself: a draw depends only on the
+logits, the request and the position. A rank that ends or hangs takes down the whole replica; the front starts
+another.
 
-With stages, rank s * tp + t has shard t of the layers of stage s. A batch passes through the stages one
-after the other, from each rank to the same one of the next stage; the last stage draws and tells rank 0.
+With stages, rank s * tp + t has shard t of the layers of stage s. A batch passes through the stages in order,
+from each rank to the same rank of the next stage; the last stage draws and sends the tokens to rank 0.
 Batches of different sequences follow each other, so that all stages are busy.
 
-Under torchrun, which starts a process for each rank on one or several nodes, the process of rank 0 is the
-front, and its worker starts no ranks: those of the other processes come by TCP (`TcpLinks`,
-`serve_rank`)."""
+torchrun starts a process for each rank, on one or several nodes. The process of rank 0 is then the front, and
+its worker starts no ranks: the other processes connect by TCP (`TcpLinks`, `serve_rank`)."""
 
 from __future__ import annotations
 
@@ -44,10 +43,10 @@ if TYPE_CHECKING:
 
 
 class RankAlone:
-    """The ranks of a model that one process computes."""
+    """The ranks of a model in a single process."""
 
-    rank, tp, stages, here = 0, 1, 1, 1  # here: how many of them are on this machine
-    join: Any = None  # makes the ops that exchange with other ranks of the stage
+    rank, tp, stages, here = 0, 1, 1, 1  # here: how many of the ranks are on this machine
+    join: Any = None  # makes the ops that communicate with the other ranks of the stage
     before: socket.socket | None = None
     after: socket.socket | None = None
 
@@ -60,7 +59,7 @@ class RankAlone:
 
 
 class PlannedRank(RankAlone):
-    """A rank that is only asked how much memory it needs."""
+    """A rank that exists only to estimate its memory."""
 
     def __init__(self, settings: Settings, rank: int):
         self.rank = rank
@@ -68,7 +67,7 @@ class PlannedRank(RankAlone):
 
 
 class OtherRank(RankAlone):
-    """The ranks as one sees them that is not rank 0."""
+    """The ranks as seen by one other than rank 0."""
 
     def __init__(self, channel: Channel, config: RankConfig):
         self.channel, self.config, self.rank = channel, config, config.rank
@@ -86,17 +85,17 @@ class OtherRank(RankAlone):
 
 
 class RankZero(RankAlone):
-    """The ranks as rank 0 sees them."""
+    """The ranks as seen by rank 0."""
 
     def __init__(self, config: WorkerConfig, links: Links, progress: Progress = no_progress):
         self.config, self.links, self.progress = config, links, progress
         self.divide(config.settings)
         self.checksums: list[deque[int]] = [deque() for _ in range(self.tp)]  # of the ranks that draw
         self.channels, self.after = links.channels, links.after
-        self.meeting: Any = None  # where the ranks of each stage meet
+        self.meeting: Any = None  # what the ranks of each stage meet in: memory, a folder or keys
 
     def join(self, backend, part_bytes: int) -> dict[str, Callable]:
-        """Prepare where the ranks of each stage meet, and tell them what to load."""
+        """Prepare what the ranks of each stage meet in, and send them their RankConfig."""
         config, environment = self.config, {"CHAT_SERVER_KERNELS": os.environ.get("CHAT_SERVER_KERNELS", "")}
         if core := decode_core():
             isa = core.info()["isa"]
@@ -128,7 +127,7 @@ class RankZero(RankAlone):
     def wait_ready(self, progress: Progress):
         """Wait until all ranks have loaded their shards."""
         self._receive_from_all(Ready, progress)
-        self.meeting = None  # memory stays while a rank has it
+        self.meeting = None  # its memory stays as long as a rank has it
 
     def broadcast(self, message):
         frame = RANK_PIPE.packed(message)
@@ -143,7 +142,7 @@ class RankZero(RankAlone):
         self.broadcast(RankAdapter(slot, folder, () if self.links.finds_models else stamp))
 
     def _receive_from_all(self, expected: type, progress: Progress = no_progress) -> list:
-        """The next message of this type of each other rank."""
+        """The next message of this type from each other rank."""
         messages = []
         for rank, arrival in enumerate(self.links.arrivals, 1):
             while not isinstance(message := self._receive(rank, wait=True)[0], expected):
@@ -157,11 +156,11 @@ class RankZero(RankAlone):
     def _receive(self, rank: int, wait: bool) -> list:
         try:
             return self.channels[rank - 1].receive(wait, most=1)
-        except (EOFError, OSError):  # also a timeout, where a machine is gone
+        except (EOFError, OSError):  # including a timeout, if a machine is gone
             raise self.links.failure(rank) from None
 
     def note(self, rank: int, checksum: int):
-        """Compare what the ranks drew, once all have reported."""
+        """Note a rank's checksum; once all have reported, compare what they drew."""
         self.checksums[rank].append(checksum)
         if all(self.checksums) and len({checksums.popleft() for checksums in self.checksums}) > 1:
             raise RanksFailed("the ranks drew different tokens from the same logits")
@@ -171,13 +170,13 @@ class RankZero(RankAlone):
         for rank in range(1, len(self.channels) + 1):
             if self.links.has_ended(rank):
                 raise self.links.failure(rank)
-            if rank != self.speaker:  # which speaks when it is asked
+            if rank != self.speaker:  # its messages are read by from_last_stage
                 for message in self._receive(rank, wait=False):
                     self.note(rank % self.tp, message.checksum)
 
     @property
     def speaker(self) -> int:
-        """The rank that tells rank 0 what the last stage has computed."""
+        """The rank that sends rank 0 the results of the last stage."""
         return self.tp * (self.stages - 1)
 
     def steps(self, steps: Steps, transformer: Transformer) -> RankSteps | StagedSteps:
@@ -186,10 +185,10 @@ class RankZero(RankAlone):
                 StagedSteps(Stage(steps, transformer, self), self, note))
 
     def from_last_stage(self, expected: type):
-        """The last stage's next message of the oldest step under way."""
+        """The last stage's next message about the oldest step under way."""
         [message] = self._receive(self.speaker, wait=True)
         if not isinstance(message, expected):
-            raise RanksFailed(f"rank {self.speaker} said {type(message).__name__} instead of "
+            raise RanksFailed(f"rank {self.speaker} sent {type(message).__name__} instead of "
                               f"{expected.__name__}")
         return message
 

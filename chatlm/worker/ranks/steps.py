@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from chatlm.worker.ranks.ranks import RankAlone, RankZero
 
 
-RANK_PATIENCE_S = 20.0  # how long a rank waits for another; the front gives up a worker later than that
-COMPARED_STEPS = 64     # the ranks compare once in this many what they drew
+RANK_PATIENCE_S = 20.0  # how long a rank waits for another; the front gives up on a worker only later
+COMPARED_STEPS = 64     # the ranks compare what they drew every this many steps
 ROWS_SENT = 16          # rows of logits in a message: 16 MB where the vocabulary has 262,144 tokens
 
 
 def rank_device(device: str, rank: int) -> str:
-    """The device of a rank, where rank 0 has `device`: the GPUs of a replica follow each other."""
+    """The device of a rank if rank 0 has `device`: the GPUs of a replica are numbered consecutively."""
     device_type, _, index = device.partition(":")
     return f"{device_type}:{int(index or 0) + rank}" if device_type == "cuda" else device
 
@@ -77,7 +77,7 @@ def join_ranks(backend, address: str, rank: int, count: int, device: str) -> dic
 
 
 class DrawnTokens:
-    """What the steps of a rank drew; `note` gets a checksum of it now and then."""
+    """A checksum of what a rank's steps drew; `note` receives it every COMPARED_STEPS steps."""
 
     def __init__(self, note: Callable[[int], None]):
         self.note, self.checksum, self.steps = note, 0, 0
@@ -90,7 +90,7 @@ class DrawnTokens:
 
 
 def rank_step(batch: Batch, rows: Seq[SampleRow]) -> RankStep:
-    """A step without what its draws do not depend on."""
+    """A step to send: without tokens that its draws do not depend on."""
     return RankStep(batch, [row if row.params.counts_tokens else row._replace(tokens=()) for row in rows])
 
 
@@ -116,8 +116,8 @@ class RankSteps:
 
 
 class Stage:
-    """A rank's part of a step where the layers are divided: it takes what the stage before has computed, and
-    passes on what it computes, or draws."""
+    """A rank's part of a step if the layers are divided into stages: it receives what the previous stage
+    computed, and passes its own result on; the last stage draws."""
 
     def __init__(self, steps: Steps, transformer: Transformer, ranks: RankAlone):
         self.steps, self.transformer, self.ranks = steps, transformer, ranks
@@ -130,7 +130,7 @@ class Stage:
         except BaseException:
             for link in filter(None, (self.ranks.before, self.ranks.after)):
                 with suppress(OSError):
-                    link.shutdown(socket.SHUT_RDWR)  # the stages there end too
+                    link.shutdown(socket.SHUT_RDWR)  # so that those stages end too
             raise
 
     def _compute(self, batch: Batch, rows: Seq[SampleRow] | None):
@@ -153,14 +153,14 @@ def bytes_of(rows) -> bytes:
 
 
 def receive_rows(link: socket.socket, rows):
-    """Fill some rows of a buffer with what the stage before has sent. EOFError if that is gone."""
+    """Fill some rows of a buffer with what the previous stage sent. EOFError if it is gone."""
     received = torch.empty(rows.shape)
     receive_into(link, received.numpy())
     rows.copy_(received)
 
 
 class StagedSteps:
-    """Rank 0's steps where the layers are divided: a thread computes the first stage of each."""
+    """Rank 0's steps if the layers are divided into stages: a thread computes the first stage of each."""
 
     ahead = True
 
@@ -190,9 +190,9 @@ class StagedSteps:
 
 
 def received_steps(channel: Channel, transformer: Transformer) -> Iterator[RankStep]:
-    """The steps that rank 0 sends, until it is gone. Adapters are read beside them, and are there for the
-    first step that has one."""
-    same = functools.lru_cache(1024)(lambda params: params)  # so that decode_core knows the rows again
+    """The steps that rank 0 sends, until it is gone. Adapters are read in a thread meanwhile; the first step
+    that uses one waits for it."""
+    same = functools.lru_cache(1024)(lambda params: params)  # decode_core compares them by identity
     thread, reading = reading_thread(), dict[int, Future]()
     with suppress(EOFError, ConnectionError, TimeoutError):
         while True:
@@ -203,7 +203,7 @@ def received_steps(channel: Channel, transformer: Transformer) -> Iterator[RankS
                                                        Path(step.folder), step.stamp)
                     continue
                 if future := reading.pop(step.slot, None):
-                    future.exception()  # rank 0 says what is wrong
+                    future.exception()  # rank 0 reports it
                 transformer.adapters.pop(step.slot, None)
                 continue
             for slot in reading.keys() & {*step.batch.adapters}:
@@ -213,7 +213,7 @@ def received_steps(channel: Channel, transformer: Transformer) -> Iterator[RankS
 
 
 def follow(channel: Channel, steps: RankSteps):
-    """Compute what rank 0 sends, one step ahead as it does."""
+    """Compute the steps that rank 0 sends, starting one ahead as it does."""
     finish = None
     for batch, rows in map(operator.attrgetter("batch", "rows"), received_steps(channel, steps.transformer)):
         following = None if rows is None else functools.partial(steps.finish, steps.start(batch, rows))
@@ -225,7 +225,7 @@ def follow(channel: Channel, steps: RankSteps):
 
 
 def follow_stage(channel: Channel, stage: Stage, drawn: DrawnTokens):
-    """Compute this stage of what rank 0 sends; one rank of the last stage answers."""
+    """Compute this stage of the steps that rank 0 sends; one rank of the last stage replies."""
     closes, speaks = stage.transformer.spec.closes, stage.ranks.rank % stage.ranks.tp == 0
     for step in received_steps(channel, stage.transformer):
         computed: Any = stage.compute(step.batch, step.rows)

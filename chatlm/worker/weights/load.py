@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def open_model(source: ModelSource, settings: Settings,
                device: str | torch.device = "cpu") -> LoadedModel:
-    """All of a model but its weights, which are read later: as --dtype, else as the fastest type here.
+    """Everything of a model but its weights, which are read later, as --dtype or else the fastest type here.
 
     Norms and per-layer scalars stay float32. Raises ConfigError naming file, keys and shapes when the files
     are not a complete model of a known kind."""
