@@ -13,6 +13,7 @@ from chatlm.common.memory import heap_bytes
 from chatlm.common.text.reader import answer_reader
 from chatlm.worker.engine.answer import Answer
 from chatlm.worker.engine.grammar import FairThread, Grammar
+from chatlm.worker.ops.sampling import preparation
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
@@ -34,10 +35,11 @@ class AnswerMaker:
         self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # LRU, by owner and source
 
     def make(self, sequence: Sequence):
-        """Set `sequence.text`; if it needs a grammar, in a thread, so that no other answer waits (the first
-        grammar also prepares the vocabulary)."""
+        """Set `sequence.text`; if it needs a grammar, or its draws a preparation, in a thread, so that
+        no other answer waits (the first grammar also prepares the vocabulary)."""
         work = sequence.work
-        if work.params.grammar or work.resumed_ids and any(work.params.call_grammars):
+        if (work.params.grammar or preparation(work.sampling)
+                or work.resumed_ids and any(work.params.call_grammars)):
             self.remake(sequence)
         else:
             self._prepare(sequence)
@@ -86,6 +88,8 @@ class AnswerMaker:
         """Make the answer, or give an existing one the grammar that it needs now."""
         work, answer = sequence.work, sequence.text
         try:
+            if sequence.kept is None and (prepare := preparation(work.sampling)):
+                sequence.kept = prepare(work.sampling, self.tokenizer, sequence.tokens)
             compiled = partial(self.grammar, work.params.owner)
             if answer and answer.awaits_grammar:
                 answer.hold_call()

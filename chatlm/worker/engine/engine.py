@@ -465,4 +465,5 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
     if sequence.generated + offset < params.min_tokens and not params.ignore_eos:
         banned = tuple((token, -math.inf) for token in sorted(eos_tokens | set(params.stop_token_ids)))
         sampling = replace(sampling, logit_bias=sampling.logit_bias + banned)
-    return SampleRow(sampling, len(sequence.tokens) + offset, sequence.tokens, len(work.prompt_ids))
+    return SampleRow(sampling, len(sequence.tokens) + offset, sequence.tokens, len(work.prompt_ids),
+                     sequence.kept)

@@ -75,6 +75,7 @@ class Sequence:
     added_s: float = 0.0
     queued_s: float | None = None        # seconds it waited here before it first ran
     logprob: TokenLogprob | None = None  # of the last token drawn, if requested
+    kept: Any = None                     # see SampleRow.kept
     scored: int = 0                      # prompt tokens whose log-probabilities were sent, by any worker
     pooled: Any = 0.0                    # float64 (C,): sum of its hidden states, or only the last one
     text: Answer | None = None           # turns its tokens into text

@@ -149,6 +149,8 @@ class HostStep(NamedTuple):
     after: str
     acts: Callable[[SamplingParams], object]
     function: Callable[..., Any]
+    # (params, tokenizer, tokens so far) -> SampleRow.kept; in a thread, since it may take 0.1 s
+    prepare: Callable[..., Any] | None = None
 
 
 def host_steps(params: SamplingParams, after: str) -> list[Callable]:
@@ -158,6 +160,11 @@ def host_steps(params: SamplingParams, after: str) -> list[Callable]:
 def drawn_on_host(params: SamplingParams) -> bool:
     """Does the draw need a step that compiled samplers lack?"""
     return any(step.acts(params) for step in ON_HOST)
+
+
+def preparation(params: SamplingParams) -> Callable[..., Any] | None:
+    """What makes SampleRow.kept, if the draws need that."""
+    return next((step.prepare for step in ON_HOST if step.prepare and step.acts(params)), None)
 
 
 def in_order(values: numpy.ndarray) -> float:
