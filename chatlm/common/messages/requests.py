@@ -54,6 +54,11 @@ class SamplingParams:
     top_n_sigma: float = -1.0  # off at 0 and below
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64  # -1: all tokens
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
     seed: int = 0    # 64 bits
     choice: int = 0  # index among the `n` answers: each has its own noise
 

@@ -8,7 +8,7 @@ from functools import partial
 from chatlm.common.config import LIMITS
 from chatlm.common.messages.requests import SAMPLING_FLAGS, SAMPLING_NAMES
 from chatlm.front.api.fields import (
-    A_TEXT, TEXT_OR_NULL, Field, FieldType, list_schema, object_schema, prompt_list, refused)
+    A_TEXT, TEXT_OR_NULL, Field, FieldType, list_schema, listed, object_schema, prompt_list, refused)
 from chatlm.front.api.field_types import (
     CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INPUTS, INTEGER, LIST,
     LOGIT_BIAS, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT,
@@ -60,6 +60,8 @@ PREFIX = Field("prefix_token_ids", TOKENS, "token ids with which the answer begi
                                            "drawn; their text comes first, and max_tokens counts them")
 TOKEN_IDS = Field("return_token_ids", SWITCH, "`token_ids` beside each choice: those behind its text")
 
+BREAKERS = FieldType("a list of at most 64 strings, none above 40 characters",
+                     list_schema(A_TEXT | {"maxLength": 40}, maxItems=64), lambda value: tuple(listed(value)))
 SAMPLING_FIELDS = (  # for all but nanochat's route, which has those that are flags
     MODEL,
     Field("stream", SWITCH, "server-sent events"),
@@ -79,6 +81,12 @@ SAMPLING_FIELDS = (  # for all but nanochat's route, which has those that are fl
     Field("xtc_probability", NUMBER, "how often top choices are left out; 0 = off", 0, 1),
     Field("xtc_threshold", NUMBER,
           "of tokens at least this likely XTC leaves the least likely; above 0.5 = off", 0, 1),
+    Field("dry_multiplier", NUMBER, "DRY's penalty for tokens that continue a repetition; 0 = off", 0, 100),
+    Field("dry_base", NUMBER, "by what it grows with each token of the repetition", 1, 100),
+    Field("dry_allowed_length", INTEGER, "tokens of a repetition without a penalty", 0, 2**31 - 1),
+    Field("dry_penalty_last_n", INTEGER, "tokens in which DRY looks for repetitions; 0 = off, -1 = all",
+          -1, 2**31 - 1),
+    Field("dry_sequence_breakers", BREAKERS, "texts that no repetition goes past"),
     Field("top_n_sigma", NUMBER,
           "keep tokens within this many standard deviations of the largest logit; 0 or -1 = off", -1, 1000),
     *COMMON_FIELDS,

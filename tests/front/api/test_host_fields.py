@@ -38,7 +38,9 @@ def content(url, **changes):
 
 
 # (what changes the answer, what of the same fields leaves it as it is)
-EFFECTS = [({"xtc_probability": 1}, {"xtc_probability": 0, "xtc_threshold": 0.2}), ({"xtc_probability": 0.5}, {"xtc_probability": 1, "xtc_threshold": 0.6}),
+EFFECTS = [({"dry_multiplier": 5, "dry_allowed_length": 1}, {"dry_multiplier": 0, "dry_base": 3, "dry_sequence_breakers": ["x"]}),
+           ({"dry_multiplier": 5, "dry_penalty_last_n": -1, "dry_allowed_length": 0, "dry_sequence_breakers": []}, {"dry_multiplier": 5, "dry_penalty_last_n": 0}),
+           ({"xtc_probability": 1}, {"xtc_probability": 0, "xtc_threshold": 0.2}), ({"xtc_probability": 0.5}, {"xtc_probability": 1, "xtc_threshold": 0.6}),
            ({"typical_p": 0.2}, {"typical_p": 1}), ({"top_n_sigma": 0.5}, {"top_n_sigma": -1})]
 
 
@@ -57,7 +59,11 @@ def test_answers_at_once_are_those_of_one_at_a_time(url):
         assert together == alone
 
 
-REFUSED = [("xtc_probability", 2, "from 0 to 1"), ("xtc_threshold", -1, "from 0 to 1"), ("xtc_threshold", "x" * 10**6, "a finite number"),
+REFUSED = [("dry_multiplier", -1, "from 0 to 100"), ("dry_base", 0.5, "from 1 to 100"), ("dry_allowed_length", 1.5, "an integer"),
+           ("dry_allowed_length", -1, "from 0 to 2147483647"), ("dry_penalty_last_n", -2, "from -1 to 2147483647"),
+           *(("dry_sequence_breakers", value, "a list of at most 64 strings, none above 40 characters")
+             for value in ("x", [1], ["x" * 10**6], ["x"] * 10**5, {"a": 1}, [["x"]], [None])),
+           ("xtc_probability", 2, "from 0 to 1"), ("xtc_threshold", -1, "from 0 to 1"), ("xtc_threshold", "x" * 10**6, "a finite number"),
            ("typical_p", 1.01, "from 0 to 1"), ("typical_p", -0.1, "from 0 to 1"), ("top_n_sigma", -1.5, "from -1 to 1000"), ("top_n_sigma", "1", "a finite number"), ("top_n_sigma", True, "a finite number"),
            ("top_n_sigma", [1], "a finite number"), ("top_n_sigma", 1e400, "a finite number")]
 

@@ -40,7 +40,8 @@ VALUES = {      # a value of each field that differs from what holds without it
     "continue_final_message": True, "add_generation_prompt": False, "reasoning_effort": "low", "chat_template_kwargs": {"city": "Rome"}, "thinking_budget": 5,
     "stop": "x", "ignore_eos": True, "priority": "low", "truncate": "oldest", "resumable": True, "progress": True, "stop_token_ids": [5],
     "min_tokens": 3, "presence_penalty": 1, "frequency_penalty": 1, "repetition_penalty": 1.5, "logit_bias": {"5": 3}, "top_n_sigma": 1, "typical_p": 0.9,
-    "xtc_probability": 0.5, "xtc_threshold": 0.2,
+    "xtc_probability": 0.5, "xtc_threshold": 0.2, "dry_multiplier": 0.8, "dry_base": 2, "dry_allowed_length": 3,
+    "dry_penalty_last_n": 9, "dry_sequence_breakers": ["x"],
     "stream_options": {"include_usage": True}, "n": 2, "max_completion_tokens": 7, "modalities": ["audio"], "logprobs": True, "top_logprobs": 2,
     "tools": [TOOL], "tool_choice": "none", "parallel_tool_calls": False, "functions": [TOOL["function"]], "function_call": "none",
     "response_format": FORM, "guided_json": SCHEMA, "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": 'start: "a"',
@@ -129,7 +130,7 @@ def test_each_route_with_a_body_is_in_the_tables():
 
 
 # What the clients of the five APIs, and those of vLLM and llama-server, may send and this server does not read.
-SAMPLERS = {"mirostat": 2, "mirostat_tau": 5, "mirostat_eta": 0.1, "tfs_z": 0.5, "dry_multiplier": 0.8,
+SAMPLERS = {"mirostat": 2, "mirostat_tau": 5, "mirostat_eta": 0.1, "tfs_z": 0.5,
             "dynatemp_range": 0.5, "top_a": 0.1, "repeat_last_n": 64, "samplers": ["top_k"], "smoothing_factor": 0.2}
 VLLM = {"use_beam_search": True, "length_penalty": 1.2, "include_stop_str_in_output": True, "skip_special_tokens": False,
         "spaces_between_special_tokens": False, "truncate_prompt_tokens": 5, "allowed_token_ids": [1], "bad_words": ["x"], "prompt_logprobs": 1,

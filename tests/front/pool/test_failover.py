@@ -67,7 +67,8 @@ PLAIN = dict(sampling=SamplingParams(temperature=1.0, seed=5), max_tokens=60)
 LONG_PROMPT = dict(prompts=(tuple(range(100, 220)),), max_tokens=40, ignore_eos=True, sampling=SamplingParams(temperature=0.0))
 GRAMMAR = json_grammar({"type": "array", "items": {"enum": ["ab", "c"]}, "minItems": 9}, "")
 PENALTIES = SamplingParams(temperature=0.7, seed=5, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.3)
-ON_HOST = SamplingParams(temperature=0.9, seed=5, top_k=0, top_n_sigma=2.0, typical_p=0.8, xtc_probability=0.5)
+ON_HOST = SamplingParams(temperature=0.9, seed=5, top_k=0, top_n_sigma=2.0, typical_p=0.8, xtc_probability=0.5,
+                         dry_multiplier=2.0, dry_allowed_length=1, dry_penalty_last_n=-1)
 PYTHON_START, PYTHON_END, OUTPUT_START = 280, 281, 282
 CALLS = drawn_from([PYTHON_START, PYTHON_END, *b"12+"], max_tokens=100)
 CASES = {       # moment and request: the state that another worker must rebuild from the ids alone

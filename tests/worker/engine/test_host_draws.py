@@ -6,7 +6,8 @@ from chatlm.common.messages.requests import SamplingParams
 from engines import make_engine, run, tokens_of
 from works import assignment
 
-ON_HOST = {"xtc": dict(xtc_probability=0.5), "typical": dict(typical_p=0.5), "sigma": dict(top_n_sigma=1.0)}
+ON_HOST = {"dry": dict(dry_multiplier=2.0, dry_penalty_last_n=-1),
+           "xtc": dict(xtc_probability=0.5), "typical": dict(typical_p=0.5), "sigma": dict(top_n_sigma=1.0)}
 
 
 @pytest.fixture

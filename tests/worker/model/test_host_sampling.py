@@ -7,7 +7,7 @@ import pytest
 
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.ops.rows import SampleRow
-from chatlm.worker.ops.sampling import clean_logits, drawn_on_host, penalize, sample_reference, survivors
+from chatlm.worker.ops.sampling import Repetition, drawn_on_host, penalize, sample_reference, survivors
 
 NEG_INF = np.float32(-np.inf)
 
@@ -69,6 +69,92 @@ def lines(seed, V, count=12):
         yield line
 
 
+class Words:
+    """A tokenizer of these words, which always takes the longest."""
+
+    def __init__(self, words):
+        self.words, self.vocab_size = [word.encode() for word in words], len(words)
+        self.byte_tokens = {word[0]: token for token, word in enumerate(self.words) if len(word) == 1}
+
+    def shown_bytes(self, token):
+        return self.words[token]
+
+    def encode(self, text, begins=True):
+        rest, tokens = text.encode(), []
+        while rest:
+            tokens.append(max((token for token, word in enumerate(self.words) if word and rest.startswith(word)), key=lambda token: len(self.words[token])))
+            rest = rest[len(self.words[tokens[-1]]):]
+        return tokens
+
+
+WORDS = Words(["a", "b", "c", "d", "ab", "", "aab", "\n", "a\n", "cd", "bcd", ":", "é", "dd", "<|end|>"])
+BREAKERS = [(), ("\n", ":"), ("bc",), ("abc", "\n"), ("aaaa",), ("é", "d"), ("<|end|>b", "cdc")]
+
+
+def dry_penalties(tokens, p):
+    """{token: penalty}, by comparing everything with everything."""
+    window = tokens[-p.dry_penalty_last_n:] if p.dry_penalty_last_n > 0 else tokens
+    sequences = set()
+    for breaker in map(str.encode, p.dry_sequence_breakers):
+        for token, word in enumerate(WORDS.words):
+            if breaker in word:
+                sequences.add((token,))
+            else:
+                sequences |= {(token, *WORDS.encode(breaker[i:].decode())) for i in range(1, len(breaker))
+                              if word.endswith(breaker[:i]) and breaker != "é".encode()}
+    limit, n = len(window), len(window)
+    for start in range(n - 1, -1, -1):
+        if found := [len(each) for each in sequences if tuple(window[start:start + len(each)]) == each]:
+            limit = n - start - max(found)
+            break
+    if n <= p.dry_allowed_length:
+        return {}
+    longest = {}
+    for i in range(n - 1):
+        length = 0
+        while length <= i and window[i - length] == window[n - 1 - length]:
+            length += 1
+        if min(length, limit) >= p.dry_allowed_length and (window[i + 1],) not in sequences:
+            longest[window[i + 1]] = max(longest.get(window[i + 1], 0), min(length, limit))
+    return {token: p.dry_multiplier * p.dry_base ** (length - p.dry_allowed_length) for token, length in longest.items()}
+
+
+@pytest.mark.parametrize("breakers", BREAKERS)
+def test_dry_subtracts_what_a_naive_search_finds_token_by_token_and_from_scratch(breakers):
+    rng = np.random.default_rng(len(breakers))
+    for case in range(40):
+        p = SamplingParams(dry_multiplier=0.8, dry_base=float(rng.choice([1.0, 1.75, 2])), dry_allowed_length=int(rng.choice([0, 1, 2, 4])),
+                           dry_penalty_last_n=int(rng.choice([-1, 5, 16, 64])), dry_sequence_breakers=breakers)
+        few = rng.choice(WORDS.vocab_size, rng.integers(1, 6)).tolist()
+        tokens = rng.choice(few, 90).tolist()
+        begin = int(rng.integers(0, 30))
+        kept = Repetition(p, WORDS, tokens[:begin])
+        for count in range(begin, len(tokens) + 1):
+            expected = np.zeros(WORDS.vocab_size, np.float32)
+            for token, penalty in dry_penalties(tokens[:count], p).items():
+                expected[token] -= np.float32(penalty)
+            row = SampleRow(p, count, tokens[:count], begin)
+            found = penalize(np.zeros(WORDS.vocab_size, np.float32), row._replace(kept=kept))
+            assert np.allclose(found, expected, rtol=1e-6), (case, count)
+            scratch = penalize(np.zeros(WORDS.vocab_size, np.float32), row._replace(kept=Repetition(p, WORDS, row.tokens)))
+            assert (scratch == found).all(), (case, count)
+
+
+def test_dry_knows_ids_without_a_token_and_text_that_changed():
+    p = SamplingParams(dry_multiplier=1.0, dry_penalty_last_n=-1, dry_sequence_breakers=("a",))
+    kept, far = Repetition(p, WORDS), WORDS.vocab_size + 30
+    for tokens in ([3, far, 3, 3, far, 3, 3, far, 3], [3, far, 3, far, far, far], [1] * 600, [1] * 601, [2, 1], []):
+        row = SampleRow(p, 5, tokens, 0, kept)
+        fresh = penalize(np.zeros(99, np.float32), row._replace(kept=Repetition(p, WORDS, tokens)))
+        assert (penalize(np.zeros(99, np.float32), row) == fresh).all()
+
+
+def test_the_penalty_of_a_long_repetition_is_finite():
+    p = SamplingParams(dry_multiplier=100.0, dry_base=100.0, dry_penalty_last_n=-1)
+    penalized = penalize(np.zeros(5, np.float32), SampleRow(p, 5, [1] * 5000))
+    assert np.isfinite(penalized).all() and penalized[1] < -1e38 and not penalized[[0, 2, 3, 4]].any()
+
+
 SETTINGS = [dict(xtc_probability=1.0), dict(xtc_probability=1.0, xtc_threshold=0.01), dict(xtc_probability=1.0, xtc_threshold=0.0, min_p=0.05),
             dict(xtc_probability=1.0, xtc_threshold=0.5, top_k=5), dict(xtc_probability=1.0, xtc_threshold=0.05, typical_p=0.9, top_n_sigma=2.0),
             dict(typical_p=0.9), dict(typical_p=0.2), dict(typical_p=0.0), dict(typical_p=0.5, top_k=10), dict(typical_p=0.7, top_n_sigma=1.5),
@@ -85,7 +171,7 @@ def test_the_survivors_are_those_of_the_definitions(V):
 
 
 def test_what_is_off_leaves_the_draw_to_compiled_samplers():
-    for off in (dict(), dict(top_n_sigma=0.0), dict(top_n_sigma=-1.0), dict(typical_p=1.0), dict(xtc_probability=0.0), dict(xtc_probability=1.0, xtc_threshold=0.51)):
+    for off in (dict(), dict(top_n_sigma=0.0), dict(top_n_sigma=-1.0), dict(typical_p=1.0), dict(dry_base=2.0), dict(dry_multiplier=1.0, dry_penalty_last_n=0), dict(xtc_probability=0.0), dict(xtc_probability=1.0, xtc_threshold=0.51)):
         assert not drawn_on_host(SamplingParams(**off)), off
 
 
