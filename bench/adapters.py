@@ -2,9 +2,9 @@
 
     python bench/adapters.py [MODEL] [--rows 32] [--rank 16] [--adapters 1,8,32] [--context 200] [--rounds 40] [--dtype bfloat16]
 
-The default model unless MODEL names another. Every linear layer of each adapter is changed. With N adapters each has 32 / N rows of
-the step; "one row" is a step in which one of 32 rows has one. All kinds of steps take turns; the least and the median time of each
-are shown, and beside the base alone. A prompt of 256 tokens with one adapter is measured likewise.
+The default model unless MODEL names another. Each adapter changes every linear layer. With N adapters each has 32 / N rows of
+the step; "one row" is a step in which one of 32 rows has an adapter. All kinds of steps take turns; the least and the median time
+of each are shown, also relative to the base alone. A prompt of 256 tokens with one adapter is measured in the same way.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PAGE, PROMPT = 16, 256
 
 
 def random_adapter(folder, spec, rank, dtype, seed):
-    """peft's folder of an adapter for every linear layer of a llama."""
+    """A peft folder of an adapter for every linear layer of a llama."""
     C, F, D, random = spec.width, spec.ffn_size, spec.head_size, torch.Generator().manual_seed(seed)
     q, kv = spec.heads * D, spec.kv_heads * D
     shapes = {"self_attn.q_proj": (q, C), "self_attn.k_proj": (kv, C), "self_attn.v_proj": (kv, C), "self_attn.o_proj": (C, q),

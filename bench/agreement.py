@@ -1,28 +1,28 @@
-"""Whether three load generators agree about one server: bench/load.py, guidellm, aiperf, and the server's own /metrics.
+"""Do three load generators agree about one server? bench/load.py, guidellm, aiperf, and the server's own /metrics.
 
     python -m venv G && G/bin/pip install guidellm          # the two cannot share one environment
     python -m venv A && A/bin/pip install aiperf
     python bench/agreement.py --guidellm G --aiperf A [--streams 1,4,10] [--rounds 3] [--questions 3]
 
-It starts our server with the default model, without drafts, on the first half of the CPUs (--same-cpus: on all), and the tools
-on the others: guidellm and aiperf take more CPU time than the server of a small model. They take turns, in another order in each round.
-Each gets as many new questions of the same length, streams, tokens and sampling; --questions times the streams, at least 8. A turn in
-which other programs took more than a tenth of a CPU is told and repeated, --retries times at most.
+It starts our server with the default model, without drafts, on the first half of the CPUs (--same-cpus: on all), and the tools on
+the others: guidellm and aiperf take more CPU time than the server of a small model. The tools take turns, in a different order in
+each round. Each asks the same number of new questions (--questions times the streams, at least 8), with the same length, streams,
+tokens and sampling. A turn in which other programs took more than a tenth of a CPU is reported and repeated, at most --retries times.
 
-The rows, with what each tool calls them:
+The rows, with each tool's name for them:
 
     TTFT             time_to_first_token_ms (guidellm), time_to_first_token (aiperf); /metrics: time_to_first_token_seconds
-    TPOT             inter_token_latency_ms, inter_token_latency: of an answer, first text to last, by its tokens less one.
-                     guidellm's time_per_output_token_ms is something else: it contains TTFT. /metrics: inter_token_latency_seconds
+    TPOT             inter_token_latency_ms, inter_token_latency: of an answer, from first text to last, divided by tokens - 1.
+                     guidellm's time_per_output_token_ms is something else: it includes TTFT. /metrics: inter_token_latency_seconds
     chunk gap        load.py's ITL, aiperf's inter_chunk_latency; guidellm has none
-    seconds          of a message, from its sending to its end
-    tok/s            output tokens of all answers by the seconds of the run
-    tool's CPU s     of the tool itself, with its start
-    by /metrics'     beside what the server's histograms gained meanwhile: what is left of the tool, whatever the machine does
+    seconds          of a message, from sending it to the end of its answer
+    tok/s            output tokens of all answers, divided by the seconds of the run
+    tool's CPU s     of the tool itself, including its startup
+    by /metrics'     relative to what the server's histograms gained meanwhile: this isolates the tool from the machine
 
-Where they differ by definition: load.py and aiperf begin with the request, and so with opening the connection, which load.py does for each
-question; guidellm begins when the connection is there and the request's head goes out. All three take text that is
-reasoning as text; an event without text (the role, the usage) is no first token.
+Their definitions differ: load.py and aiperf count from the start of the request, which includes opening the connection (load.py
+opens one for each question); guidellm counts from when the connection is open and the request's head is sent. All three count
+reasoning as text; an event without text (the role, the usage) does not count as a first token.
 """
 
 import argparse
@@ -51,7 +51,7 @@ ROWS = ("TTFT mean, ms", "TTFT p50, ms", "TPOT mean, ms", "TPOT p50, ms", "chunk
 
 
 def write_tokenizer(model, folder):
-    """The model's tokenizer as a Hugging Face folder: both tools want one, though they take the server's counts."""
+    """The model's tokenizer as a Hugging Face folder: both tools require one, though they use the server's counts."""
     from chatlm.common.config import Settings
     from chatlm.common.hub.default_model import fetch_default_model
     from chatlm.common.hub.find import resolve_model
@@ -69,7 +69,7 @@ def children_cpu_s():
 
 
 def run_tool(command, folder):
-    """Run it to its end; returns the CPU time that it took."""
+    """Run a command to its end; returns the CPU time that it took."""
     before = children_cpu_s()
     done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=300,
                           env={name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"})     # aiperf then refuses a folder
@@ -139,7 +139,7 @@ def check_answers(name, lengths, texts, tokens):
 
 
 def server_times(url):
-    """(sum, count) of the server's histograms of TTFT, time between tokens and of a whole answer."""
+    """(sum, count) of the server's histograms of TTFT, of the time between tokens and of whole answers."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
         lines = [line.rsplit(" ", 1) for line in response.read().decode().splitlines() if not line.startswith("#")]
     return [[sum(float(value) for name, value in lines if name.startswith(f"chat_server_{stem}_seconds_{part}")) for part in ("sum", "count")]
@@ -147,7 +147,7 @@ def server_times(url):
 
 
 def busy_s(*servers):
-    """(CPU time that everything took, that the servers and we took)"""
+    """(CPU time of everything, CPU time of the servers and us)"""
     with open("/proc/stat") as file:
         user, nice, system, _, _, irq, softirq, *_ = map(int, file.readline().split()[1:])
     own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -164,7 +164,7 @@ def wait_for_quiet(patience_s=60):
 
 
 def undisturbed(turn, server, retries, name):
-    """What `turn` returns, of the first try in which nobody else took a tenth of a CPU, or of the last."""
+    """What `turn` returns on the first try in which other programs took under a tenth of a CPU, or on the last."""
     for left in reversed(range(retries + 1)):
         wait_for_quiet()
         before, began_s = busy_s(server), time.monotonic()
@@ -178,7 +178,7 @@ def undisturbed(turn, server, retries, name):
 
 
 def beside_server(values, before, after):
-    """The same means as the server measured them meanwhile: TTFT over it in ms, TPOT and seconds by it."""
+    """The means relative to what the server measured meanwhile: TTFT minus its TTFT in ms, TPOT and seconds divided by its own."""
     ttft_s, between_s, whole_s = ((now - then) / (later - earlier) for (then, earlier), (now, later) in zip(before, after))
     return values[0] - 1e3 * ttft_s, values[2] / 1e3 / between_s, values[6] / whole_s
 
@@ -190,7 +190,7 @@ def shown(values):
 
 
 def table(found, streams):
-    """Markdown: medians of the rounds, least and most."""
+    """Markdown: medians of the rounds, with least and most."""
     lines = [f"| {streams} streams | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
     return "\n".join(lines + [f"| {row} | " + " | ".join(shown([each[index] for each in rounds]) for rounds in found.values()) + " |"
                               for index, row in enumerate(ROWS)])

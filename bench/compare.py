@@ -10,17 +10,17 @@ cores sends them `/v1/chat/completions` requests over HTTP: streamed, temperatur
 is new, so the caches, though on, do not help. Tokens are the servers' own usage figures, times are this
 process's. Tokens per second include the time for the prompt, except where a context is stated. llama-server
 runs with -t 1, with -t 2 (--threads), and with its own defaults under GOMP_SPINCOUNT=1000 (OpenMP's long spinning is
-slow beside a busy program). Ratios are to the better of the first two. It gets as many slots and as much context
-as a scenario needs.
+slow while another program is busy). Ratios are to the better of the first two. It gets as many slots and as much
+context as a scenario needs.
 
 Contestants alternate within a round, and the order is reversed in every other round. Before each measurement
 a short probe compares two threads with one: 2.0 means two free cores; 1.0 means that the host runs both CPUs
 on one core, or that something else was running. If the probe is far from 2, a figure for two threads says
 little about the contestant.
 
-ik_llama.cpp is a second rival, by its own server or, where that dies, by its llama-bench: one stream and the prompt
-of `single` and `prefill-600` without HTTP, template and sampling, which favours it. Both interleave rows when they
-load a model (--ik-args), its fastest on a CPU; ratios are then to the best of all rivals.
+ik_llama.cpp is a second rival, through its own server or, if that crashes, its llama-bench: one stream and the
+prompt of `single` and `prefill-600` without HTTP, template and sampling, which favours it. Both interleave rows when
+they load a model (--ik-args), which is its fastest mode on a CPU; ratios are then to the best of all rivals.
 """
 
 import argparse
@@ -65,7 +65,7 @@ TEMPLATE_TOKENS = 19        # of the chat template around the words, about
 
 
 def prompt(tokens, seed):
-    """Messages of about `tokens` tokens; the seed's digits are at their very beginning, so no two share a page."""
+    """Messages of about `tokens` tokens; they begin with the seed's digits, so no two share a page."""
     words = random.Random(seed).choices(WORDS, k=max(tokens - TEMPLATE_TOKENS, 1))
     return [{"role": "system", "content": f"{seed}"}, {"role": "user", "content": " ".join(words)}]
 
@@ -87,7 +87,7 @@ async def ask(session, url, messages, tokens):
 
 
 async def stream(session, url, messages, tokens, **more):
-    """(seconds to the first text, to the end, the bytes); parsing waits, as it would take time from the servers."""
+    """(seconds to the first text, to the end, the bytes); parsed only later, as parsing would take time from the servers."""
     body = {"messages": messages, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
             "stream_options": {"include_usage": True}, **more}
     received, started, first_s = bytearray(), time.perf_counter(), None
@@ -129,14 +129,14 @@ async def first_token_ms(session, url, tokens, seed):
 
 
 async def decode_speed(session, url, context, seed):
-    """Tokens per second after the first one; the last of 64 is at position `context`, about."""
+    """Tokens per second after the first one; the last of 64 is at about position `context`."""
     answer = await ask(session, url, prompt(context - 64, seed), 64)
     return (answer.tokens - 1) / (answer.total_s - answer.first_s)
 
 
 @functools.cache
 def words_alone(model):
-    """A logit_bias by which an answer has only WORDS, each a token: so its text comes back as the tokens that it was."""
+    """A logit_bias that limits an answer to WORDS, each of one token, so that its text tokenizes to the same tokens again."""
     sys.path.insert(0, str(ROOT))
     from chatlm.worker.weights.gguf_file import read_gguf
     tokens = read_gguf(Path(model))[0]["tokenizer.ggml.tokens"]
@@ -147,7 +147,7 @@ def words_alone(model):
 async def later_turns_ms(session, server, cached, turns, seed):
     """The median time to the first text of the turns after one of `cached` tokens; each is the chat so far and 40 tokens more.
 
-    What a server still knows of the chat is its own affair; how many tokens it says so of is printed."""
+    What a server keeps of the chat is its own choice; the number of cached tokens that it reports is printed."""
     messages, times, known = prompt(cached, seed), [], []
     for turn in range(turns + 1):
         first_s, _, body = await stream(session, server.url, messages, 32, logit_bias=words_alone(server.model))
@@ -176,7 +176,7 @@ async def beside_a_hog(session, url, seed):
 
 
 def probe(seconds=0.05):
-    """Products per second of two threads over those of one: 2.0 on two free cores, 1.0 where they share one."""
+    """Products per second of two threads over those of one: 2.0 on two free cores, 1.0 if they share one."""
     matrix = numpy.full((256, 256), 0.5, numpy.float32)
 
     def count(until):
@@ -194,7 +194,7 @@ def probe(seconds=0.05):
 
 
 def proportional_set_size(pid):
-    """MB (10**6 bytes) of a process and its descendants; what processes share is divided among them."""
+    """MB (10**6 bytes) of a process and its descendants; shared memory is divided among the sharers."""
     processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     texts = [Path(f"/proc/{process.pid}/smaps_rollup").read_text() for process in processes]
     return sum(int(re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[1]) for text in texts) * 1024 / 1e6
@@ -204,7 +204,7 @@ def proportional_set_size(pid):
 
 
 class Layout(NamedTuple):
-    """Answers at once and tokens of context for each, as llama-server must be told at its start."""
+    """Concurrent answers and tokens of context for each, which llama-server needs to know at startup."""
 
     slots: int
     context: int
@@ -248,7 +248,7 @@ def contestants(arguments):
 
 
 def with_values(flags):
-    """llama-bench wants a value after each flag that a server takes alone."""
+    """llama-bench needs a value after each flag that a server takes without one."""
     following = [*flags[1:], "-"]
     return [word for flag, after in zip(flags, following)
             for word in ((flag, "1") if flag.startswith("-") and after.startswith("-") else (flag,))]
@@ -282,7 +282,7 @@ class Server:
         return self.log.read().decode("utf-8", "replace")[-3000:]
 
     async def kv_capacity(self, session):
-        """Tokens that its key-value cache holds, by its own account."""
+        """How many tokens its key-value cache holds, as it reports."""
         route = "/stats" if self.contestant.ours else "/props"
         async with session.get(self.url + route) as response:
             said = await response.json()
@@ -307,7 +307,7 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def running(contestants_, model, layout, extra, session):
-    """Servers of one layout, ready and past their first request."""
+    """Servers of one layout, ready, with one request answered."""
     servers = []
     try:
         for contestant in contestants_:
@@ -373,25 +373,25 @@ STARTUP = "startup"         # also memory: those servers run alone
 
 
 class Figures:
-    """Values of every (title, unit, contestant), each with the probe that came before it."""
+    """Values of every (title, unit, contestant), each with the probe taken before it."""
 
     def __init__(self):
         self.values = {}
 
     def add(self, title, unit, contestant, value, two_threads=None):
-        """One measurement; the value None: it ran into the time limit."""
+        """Add one measurement; a value of None means that it hit the time limit."""
         self.values.setdefault((title, unit), {}).setdefault(contestant.name, []).append((value, two_threads))
         print(f"  {title}: {contestant.name}: " + (f"{value:.1f} {unit}" if value else "time limit")
               + (f" (probe {two_threads:.2f})" if two_threads else ""), file=sys.stderr, flush=True)
 
     def medians(self, title, unit):
-        """Contestant -> median of what was measured."""
+        """Contestant -> median of its values."""
         measured = {name: [value for value, _ in pairs if value] for name, pairs in self.values[title, unit].items()}
         return {name: statistics.median(values) for name, values in measured.items() if values}
 
 
 def in_turn(things, turn):
-    """The things, beginning with another one every second time, and backwards every other time."""
+    """The things in a new order each round: reversed every other time, starting with another one every second time."""
     at = turn // 2 % len(things)
     return [*things[at:], *things[:at]][::-1 if turn % 2 else 1]
 
@@ -413,7 +413,7 @@ BENCHED = {"single": ("-p", "0", "-n", str(ANSWER_TOKENS)), "prefill-600": ("-p"
 
 
 def compare_benches(figures, benches, scenarios, arguments):
-    """What llama-bench says of the scenarios that it has, as the servers' figures: tokens per second, or ms for the prompt."""
+    """llama-bench's results for the scenarios it can run, in the servers' units: tokens per second, or ms for the prompt."""
     for turn, scenario in itertools.product(range(arguments.rounds if benches else 0), [s for s in scenarios if s.name in BENCHED]):
         for bench in in_turn(benches, turn):
             two_threads = probe()
@@ -443,7 +443,7 @@ async def compare_starts(figures, competing, arguments, session):
 
 
 async def fill(session, server):
-    """Use every slot of the KV cache once, nearly."""
+    """Use nearly every slot of the KV cache once."""
     await asyncio.gather(*(ask(session, server.url, prompt(FILLED.context - 30, 700_000 + 1000 * i), 8)
                            for i in range(FILLED.slots)))
 
@@ -452,19 +452,19 @@ async def fill(session, server):
 
 
 def advantage(unit, ours, theirs):
-    """How much better ours is: times as fast, or MB more."""
+    """How much better ours is: times as fast, or how many MB more the other takes."""
     return f"{ours - theirs:+.0f} MB" if unit == "MB" else f"{ours / theirs if unit == 'tok/s' else theirs / ours:.2f}"
 
 
 def spread(values, digits):
-    """`median (least .. most)`, and how many measurements have no value."""
+    """`median (least .. most)`, and how many measurements lack a value."""
     found, missing = [value for value in values if value], sum(value is None for value in values)
     text = f"{statistics.median(found):.{digits}f} ({min(found):.{digits}f} .. {max(found):.{digits}f})" if found else ""
     return text + (f", {missing} beyond the time limit" if missing else "")
 
 
 def table(figures, competing):
-    """Markdown: medians (least .. most), the probe beside them, and what ours is to each; to the best rival in bold."""
+    """Markdown: medians (least .. most), the probes, and our ratio to each; in bold the ratio to the best rival."""
     rivals = [contestant.name for contestant in competing if contestant.rival]
     lines = ["| figure | contestant | median (least .. most) | probe | ours against it |", "|---|---|---|---|---|"]
     for (title, unit), results in figures.values.items():
@@ -479,7 +479,7 @@ def table(figures, competing):
 
 
 def summary(figures, competing):
-    """Markdown: one line for each figure with every contestant's median."""
+    """Markdown: one line per figure, with every contestant's median."""
     names = [contestant.name for contestant in competing]
     rivals = [contestant.name for contestant in competing if contestant.rival]
     lines = [f"| figure | {' | '.join(names)} | ours to the best of {' and '.join(rivals)} |", "|---" * (len(names) + 2) + "|"]

@@ -5,8 +5,8 @@
 For each shape and batch it prints five things. `step`: the median over blocks of 20 steps, each started
 before the previous one is finished, as the engine does. `graph`: the same graphs replayed without Python in
 between. The floor: (weights + KV bytes) / copy bandwidth of the same device, measured first (bytes read and
-written by copying 1 GiB). The ratios of the first two to the floor. And what the second graph of a step adds,
-which draws: both graphs less the first alone.
+written by copying 1 GiB). The ratios of the first two to the floor. And what the second graph of a step, which
+draws, adds: the time of both graphs minus that of the first alone.
 """
 
 import argparse
@@ -81,7 +81,7 @@ class Decoding:
 
 
 def seconds_per_step(decoding, steps, block=20):
-    """The median over blocks of steps; a first block is not counted."""
+    """The median over blocks of steps, without the first block."""
     times = []
     for _ in range(max(2, steps // block)):
         begin = time.perf_counter()

@@ -2,7 +2,7 @@
 
     python bench/embeddings.py [MODEL] [--inputs 8] [--tokens 256] [--rounds 5]
 
-The two take turns; each round has new ids, so that no prefix is cached. The medians are printed.
+The two take turns; each round has new ids, so that no prefix is cached. Medians are printed.
 """
 
 import argparse

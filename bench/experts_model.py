@@ -4,9 +4,9 @@
     python bench/experts_model.py FOLDER --compare --llama-server PATH [--only single,16,prefill-600] [flags of compare.py]
     python bench/experts_model.py --sizes                       # bytes of the whole models, from their tensors' shapes
 
-gpt-oss has its experts in MXFP4 and the rest in Q8_0; Qwen3-MoE is Q4_K with Q6_K where llama.cpp's Q4_K_M has it.
-Blocks are random bits under scales that give each matrix a sensible size, so the files are written in seconds and
-experts are chosen about evenly. No text means anything to such a model, so speeds are without drafts.
+gpt-oss has its experts in MXFP4 and the rest in Q8_0; Qwen3-MoE is Q4_K, with Q6_K where llama.cpp's Q4_K_M uses it.
+Blocks are random bits with scales that give each matrix sensible values, so the files are written in seconds and
+experts are chosen about evenly. Text is meaningless to such a model, so speeds are without drafts.
 """
 
 import argparse
@@ -32,7 +32,7 @@ FLOATS = ("norm", "sinks", "bias", "gate_inp")          # in names of what stays
 
 
 def shapes(model, layers=LAYERS):
-    """{a GGUF tensor's name: its shape} of a model."""
+    """{name of a GGUF tensor: its shape} of a model."""
     m = SHAPES[model]
     C, F, E, V, query, key = m["width"], m["ffn"], m["experts"], m["vocab"], m["heads"] * m["head_size"], m["kv_heads"] * m["head_size"]
     each = {"attn_norm.weight": (C,), "attn_q.weight": (query, C), "attn_k.weight": (key, C), "attn_v.weight": (key, C),
@@ -120,7 +120,7 @@ def write(path, model):
 
 
 def print_sizes(context=32768):
-    """What whole models take, in bytes of their tensors and of the keys and values of one context."""
+    """What whole models take: bytes of their tensors, and of the keys and values of one context."""
     import gguf
     for model, m in SHAPES.items():
         total = {}

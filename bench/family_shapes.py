@@ -3,17 +3,17 @@
     python bench/family_shapes.py FOLDER --llama-quantize PATH [--shapes qwen3.5-4b,...] [--type Q4_K_M]
     python bench/family_shapes.py FOLDER --compare --llama-server PATH [--ik-llama-server PATH] [--shapes ...] [flags of bench/compare.py]
 
-The first writes FOLDER/SHAPE-Q4_K_M.gguf of each shape, by way of float16, which it deletes; --compare runs bench/compare.py
-on each. Each has a whole model's kinds of layers in four: three delta rules and one full attention of Qwen3.5, a sliding and
-a full layer of Gemma-4-E4B before one of each that reads their keys, three sliding and one full of 26B-A4B.
+The first command writes FOLDER/SHAPE-Q4_K_M.gguf for each shape, from a float16 file that it then deletes; --compare runs
+bench/compare.py on each. Their four layers have the whole model's kinds: for Qwen3.5 three delta rules and one full attention;
+for Gemma-4-E4B a sliding and a full layer, then one of each that reads their keys; for 26B-A4B three sliding and one full.
 
-The vocabulary is the default model's (49,152 tokens), so that the head has about the share of a step that it has in the
+The vocabulary is the default model's (49,152 tokens), so that the head takes about the same share of a step as in the
 whole model (a head of 248,320 rows would be two thirds of four layers) and Gemma's table of per-layer embeddings stays
-small. Of many experts all are copies of 16, each in a place of its own. Weights are normal; decays and time steps are
-spread as Mamba-2 begins its training with: such a state forgets within 1 to 1,000 tokens. Embeddings are small beside
-what the blocks add: with a tied head an answer would else repeat its last token, and so its experts. Logits deviate by
-about 2.5. No text means anything, so speeds are without drafts.
-llama.cpp knows all of these; ik_llama.cpp (September 2026) knows neither lfm2 nor granitehybrid.
+small. Where there are many experts, all are copies of 16, each stored separately. Weights are normal; decays and time steps
+are distributed as at the start of Mamba-2's training: such a state forgets within 1 to 1,000 tokens. Embeddings are small
+compared with what the blocks add: otherwise, with a tied head, an answer would repeat its last token, and so its experts.
+Logits have a deviation of about 2.5. Text is meaningless to these models, so speeds are without drafts.
+llama.cpp supports all of these; ik_llama.cpp (September 2026) supports neither lfm2 nor granitehybrid.
 """
 
 import argparse
@@ -88,7 +88,7 @@ SHAPES = {
 
 
 def attention(n, layer, *, size="attention.key_length", gate=1, norms=True, keys=True, values=True):
-    """{name: shape} of a layer's attention; `gate` 2: each head's query is followed by its gate."""
+    """{name: shape} of a layer's attention; with `gate` 2, each head's query is followed by its gate."""
     C, D, heads, own = n["embedding_length"], n[size], n["attention.head_count"], n["attention.head_count_kv"]
     rows = (own[layer] if isinstance(own, list) else own) * D
     return ({"attn_q.weight": (gate * heads * D, C), "attn_output.weight": (C, heads * D)}
@@ -152,7 +152,7 @@ def feed_forward(shape):
 
 
 def tensors(shape, vocab):
-    """{a GGUF tensor's name: its shape} of the file."""
+    """{name of a GGUF tensor: its shape} of the file."""
     n, layers = shape.numbers, len(shape.layers)
     C, per_layer = n["embedding_length"], n.get("embedding_length_per_layer_input", 0)
     found = {"token_embd.weight": (vocab, C), "token_embd_norm.weight" if shape.arch == "lfm2" else "output_norm.weight": (C,)}
@@ -177,7 +177,7 @@ def tensors(shape, vocab):
 
 
 def embedding_scale(shape):
-    """What x is times its token's row."""
+    """The factor by which a token's row is multiplied to give x."""
     return shape.numbers["embedding_length"]**0.5 if shape.arch == "gemma4" else shape.numbers.get("embedding_scale", 1.0)
 
 
@@ -212,7 +212,7 @@ def deviation(shape, name, columns):
 
 
 def type_of(name, size):
-    """float32 of what llama.cpp's converter leaves so, else float16."""
+    """float32 if llama.cpp's converter keeps it, else float16."""
     return numpy.dtype(numpy.float32 if len(size) == 1 or name.endswith(FLOATS) else numpy.float16)
 
 
@@ -239,7 +239,7 @@ def numbers_of(shape):
 
 
 def write(path, name, shape, source):
-    """The file of float16 that a quantized one is made from; the GGUF file `source` has the tokenizer."""
+    """Write the float16 file that a quantized one is made from; the GGUF file `source` has the tokenizer."""
     import gguf
     writer = gguf.GGUFWriter(path, shape.arch)
     vocab = copy_metadata(gguf.GGUFReader(source), writer, "tokenizer.")
@@ -256,7 +256,7 @@ def write(path, name, shape, source):
 
 
 def write_all(writer, arrays):
-    """The file of a writer that knows of its tensors, which come one at a time: some are 1 GB."""
+    """Write the file of a writer that has its tensors' shapes; tensors come one at a time, since some are 1 GB."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -266,7 +266,7 @@ def write_all(writer, arrays):
 
 
 def write_with_all_experts(path, shape, few):
-    """The file `few`, which has FEW experts a layer, with as many as the shape: copies of these, under a router of its own."""
+    """The file `few`, with FEW experts a layer, expanded to as many as the shape has: copies of these, with a new router."""
     import gguf
     reader, dice = gguf.GGUFReader(few), numpy.random.default_rng(3)
     writer, sizes = gguf.GGUFWriter(path, shape.arch), tensors(shape, 0)
@@ -285,7 +285,7 @@ def write_with_all_experts(path, shape, few):
 
 
 def write_quantized(path, kind, name, llama_quantize):
-    """One shape's file. Of many experts llama-quantize makes FEW, which takes a minute in place of ten."""
+    """Make one shape's file. If it has many experts, llama-quantize makes only FEW, which takes one minute instead of ten."""
     shape, plain, part = SHAPES[name], path.with_suffix(".float"), path.with_suffix(".part")
     many = shape.numbers.get("expert_count", 0) > FEW
     try:

@@ -3,12 +3,12 @@
     python bench/gpu_day.py [--minutes 40] [--out gpu-day] [--only check,models]
     python bench/gpu_day.py --dry-run           without a GPU: the emulation and the CPU stand in, and the report says so
 
-Run it from a fresh clone after the README's first command. Each step is a process of its own, bounded in time; its result is
-written at once to report.md and report.json in the folder --out, made to be pasted into bench/RESULTS.md, and its output to
-NAME.log there. A step that fails does not stop the next. A step is left out if too little of --minutes remains for it.
+Run it from a fresh clone after the README's first command. Each step is a process of its own with a time limit; its result is
+written at once to report.md and report.json in the folder --out, ready to be pasted into bench/RESULTS.md, and its output to
+NAME.log there. A step that fails does not stop the next. A step is skipped if too little of --minutes remains for it.
 
-Nothing is written outside the folder but what the README's first command writes too (the default model). No process is left, and
-no setting of a GPU is changed. The exit status is 0 if every step that ran held, else 1.
+Nothing is written outside the folder except what the README's first command also writes (the default model). No process is left
+running, and no setting of a GPU is changed. The exit status is 0 if every step that ran held, else 1.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Day:
 
 @dataclass(frozen=True)
 class Step:
-    """A process and what its success means; `command` gives its arguments after `python`, or a text: why it is left out."""
+    """A process and what its success means; `command` returns its arguments after `python`, or a text: why it is skipped."""
 
     name: str
     title: str
@@ -71,7 +71,7 @@ class Result:
 
 
 def tests(*paths: str, on_gpu: str = "not emulation and not nvcc", dry: str = "emulation", more: tuple[str, ...] = ()) -> Callable[[Day], list[str]]:
-    """pytest on `paths`: the cases of the GPU, or those of the emulation that `dry` selects."""
+    """pytest on `paths`: the GPU's cases, or those of the emulation that `dry` selects."""
     def command(day: Day) -> list[str]:
         return ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", "--durations=5",
                 "-m", "not slow" if day.dry else "", *more, *paths, "-k", dry if day.dry else on_gpu]
@@ -88,7 +88,7 @@ def own(name: str, *arguments: str, least_gpus: int = 1) -> Callable[[Day], list
 
 
 def gpu_only(*command: str) -> Callable[[Day], list[str] | str]:
-    return lambda day: "needs a GPU: nothing stands in for its speed" if day.dry else [*command]
+    return lambda day: "needs a GPU: its speed has no stand-in" if day.dry else [*command]
 
 
 STEPS = (
@@ -121,7 +121,7 @@ STEPS = (
 
 
 def printed_figures(log: str) -> list[dict]:
-    """What gpu_steps.py says: lines FIGURE {"name": .., "value": .., "unit": .., "goal": .., "met": ..}."""
+    """The output of gpu_steps.py: lines FIGURE {"name": .., "value": .., "unit": .., "goal": .., "met": ..}."""
     return [json.loads(line.removeprefix("FIGURE ")) for line in log.splitlines() if line.startswith("FIGURE ")]
 
 
@@ -153,7 +153,7 @@ def op_figures(path: Path) -> list[dict]:
 
 
 def environment(day: Day) -> dict[str, str]:
-    """What a step's process is told: every cache and temporary file goes to the folder."""
+    """The environment of a step's process: every cache and temporary file goes to the folder."""
     scratch = day.out / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
     folders = {name: str(scratch) for name in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "VLLM_CACHE_ROOT",
@@ -162,7 +162,7 @@ def environment(day: Day) -> dict[str, str]:
 
 
 def processes_of(mark: str) -> list[int]:
-    """The processes whose environment has the mark of a step."""
+    """The processes whose environment has a step's mark."""
     found = []
     for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
         try:
@@ -189,14 +189,14 @@ def end_all(mark: str) -> int:
 
 
 def first_of_error(log: str) -> list[str]:
-    """The first lines of what went wrong in a step's output, or its last lines."""
+    """The first error lines of a step's output, or its last lines."""
     lines = log.splitlines()
     begin = next((i for i, line in enumerate(lines) if re.match(r"Traceback|=+ (FAILURES|ERRORS)|FAILED|\S*(Error|Exception):|E   ", line)), None)
     return lines[begin:begin + ERROR_LINES] if begin is not None else lines[-ERROR_LINES:]
 
 
 def run_step(day: Day, step: Step) -> Result:
-    """Run it, bounded by its own seconds and by what is left of the day."""
+    """Run a step, limited by its own seconds and by what is left of the day."""
     result = Result(step.name, step.title, LEFT_OUT)
     command, seconds = step.command(day), min(step.seconds, day.ends_s - time.monotonic())
     if isinstance(command, str):
@@ -266,16 +266,16 @@ def report(day: Day, results: list[Result], started: str) -> str:
 
 
 def write(day: Day, results: list[Result], started: str) -> None:
-    """Both files, each whole at any time."""
-    told = {"started": started, "commit": commit(), "dry_run": day.dry, "steps": [asdict(each) for each in results]}
-    for name, text in (("report.json", json.dumps(told, indent=1) + "\n"), ("report.md", report(day, results, started))):
+    """Write both files; each is complete at any time."""
+    described = {"started": started, "commit": commit(), "dry_run": day.dry, "steps": [asdict(each) for each in results]}
+    for name, text in (("report.json", json.dumps(described, indent=1) + "\n"), ("report.md", report(day, results, started))):
         new = day.out / f"{name}.new"
         new.write_text(text)
         new.replace(day.out / name)
 
 
 def gpu_count() -> int:
-    """Of CUDA devices that torch sees, asked in a process of its own: this one never touches a GPU."""
+    """How many CUDA devices torch sees, asked in a separate process: this one never touches a GPU."""
     asked = [sys.executable, "-c", "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"]
     done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
     return int(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.strip() else 0

@@ -39,7 +39,7 @@ def leave_out(reason):
 
 
 def said_by(*command, seconds=60):
-    """What a command prints; "" if it is not here or fails."""
+    """What a command prints; "" if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired):
@@ -87,7 +87,7 @@ def greedy_works(engine, count):
 
 
 def logits_of(engine, ids):
-    """(V,) after a prompt, of an engine that does nothing else; its pages are free again afterwards."""
+    """Logits (V,) after a prompt, from an engine that does nothing else; its pages are free again afterwards."""
     from chatlm.common.config import PAGE_SIZE
     from engines import make_batch
     tables = list(range(len(engine.transformer.groups.windows) * -(-len(ids) // PAGE_SIZE)))
@@ -97,7 +97,7 @@ def logits_of(engine, ids):
 
 
 def compare(name, path, device, count):
-    """The GPU's logits and greedy answers against the CPU's in float32; an answer's first difference must be a near tie."""
+    """The GPU's logits and greedy answers against the CPU's in float32; where an answer first differs, the logits must nearly tie."""
     import engines
     exact = engines.make_engine(path)
     works = greedy_works(exact, count)
@@ -121,7 +121,7 @@ def compare(name, path, device, count):
 
 
 def tiny_families(folder):
-    """Models of random weights in each family's structure, made here; {} without transformers."""
+    """Models with random weights in each family's structure, made here; {} without transformers."""
     try:
         import families
         import transformers  # noqa: F401
@@ -213,7 +213,7 @@ def server(arguments):
 
 
 def ranks(arguments):
-    """Two ranks of one replica: on two GPUs, or both on one if NCCL allows it, which is told."""
+    """Two ranks of one replica: on two GPUs, or both on one if NCCL allows it, which is reported."""
     import torch
     import real_server
     dry = arguments.device == "cpu"
@@ -315,7 +315,7 @@ def prefill(arguments):
 
 
 def vllm(arguments):
-    """vLLM and this server on the same folder, in turns, by bench/load.py. Where it is not on the PATH, pip installs it into the folder."""
+    """vLLM and this server on the same folder, in turns, by bench/load.py. If vLLM is not on the PATH, pip installs it into the folder."""
     import real_server
     if arguments.device == "cpu":
         leave_out("needs a GPU")

@@ -158,7 +158,7 @@ class Server:
 
 
 class Elsewhere:
-    """A server that somebody else runs; less of it can be seen."""
+    """A server that is already running; less of it can be observed."""
 
     process = pause_s = None
     alive, log_bytes = True, 0
@@ -223,7 +223,7 @@ class Others:
             await asyncio.sleep(0.05)
 
     def note(self, what):
-        """Note that something has come. The part after a colon names the client."""
+        """Note that something has arrived. The part after a colon names the client."""
         name, waited_ms = what.partition(":")[0], 1e3 * (time.monotonic() - self.since[what])
         self.worst[name] = max(self.worst[name], round(waited_ms, 1))
 
@@ -541,7 +541,7 @@ async def unread(attacker):
 
 
 async def drip(begin, attacker):
-    """1,000 requests that begin like this and then send a byte now and then."""
+    """1,000 requests that begin like this and then send one byte at a time."""
     writers = [(await attacker.connect())[1] for _ in range(attacker.many(1000))]
     for writer in writers:
         writer.write(begin(attacker))
@@ -730,7 +730,7 @@ async def look(server):
 
 
 async def aftermath(server, attacker, before):
-    """What shows only when all is quiet again."""
+    """What shows only once all is quiet again."""
     deadline_s = time.monotonic() + SETTLE_S
     while (after := await look(server))[1] and time.monotonic() < deadline_s:
         await asyncio.sleep(0.05)

@@ -2,9 +2,9 @@
 
     python bench/kv_quality.py [MODEL.gguf] [--llama-server PATH] [--tokens 4096] [--judged 64] [--text FILE ...]
 
-The last positions of a long text: mean KL(float32 KV || measured) of the next-token distributions, each program against itself with
-a float32 KV cache, over the tokens that are the likeliest 2,000 of either. llama-server reads each position's prompt from its cache,
-with flash attention; ours computes the text in chunks of 256 tokens, which changes no bit.
+At the last positions of a long text: mean KL(float32 KV || measured) of the next-token distributions, each program compared with
+itself with a float32 KV cache, over the tokens among the likeliest 2,000 of either. llama-server reads each position's prompt from
+its cache, with flash attention; ours computes the text in chunks of 256 tokens, which changes no bit.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def post(url, body):
 
 
 def theirs(program, model, kind, ids, judged, vocabulary, port):
-    """Logprobs (judged, V) of llama-server with this type of KV cache, -inf but for the likeliest."""
+    """Logprobs (judged, V) of llama-server with this type of KV cache; -inf for all but the likeliest."""
     command = [program, "-m", str(model), "--port", str(port), "-c", str(len(ids) + 16), "-np", "1", "-ctk", kind, "-ctv", kind, "-fa", "on"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -61,7 +61,7 @@ def theirs(program, model, kind, ids, judged, vocabulary, port):
 
 
 def divergence(p, q):
-    """KL(p || q) of each row in nats, from logprobs (N, V), over the tokens that both have among their likeliest."""
+    """KL(p || q) of each row in nats, from logprobs (N, V), over the tokens that are among the likeliest of both."""
     kept = (p >= p.topk(KEPT).values[:, -1:]) & (q >= q.topk(KEPT).values[:, -1:]) & p.isfinite() & q.isfinite()
     p, q = p.masked_fill(~kept, 0), q.masked_fill(~kept, 0)
     return (p.exp() * (p - q) - p.exp() + q.exp()).sum(1)

@@ -5,15 +5,15 @@
     python bench/large_model.py FOLDER --quality --types q4_k,q6_k,...
     python bench/large_model.py FOLDER --products
 
-The first writes FOLDER/large-F16.gguf and from it one file a type; --compare runs bench/compare.py on each.
---quality gives the KL from float32 on the weights as `--quantize TYPE` makes them of the F16 file to our
-arithmetic on them. --products times every type's product alone on one thread, by the CPU time of that thread,
-which other programs disturb less than the clock on the wall.
+The first command writes FOLDER/large-F16.gguf and from it one file per type; --compare runs bench/compare.py on each.
+--quality prints the KL from float32 to our arithmetic, both on the weights that `--quantize TYPE` makes from the F16
+file. --products times every type's product alone on one thread, by the CPU time of that thread, which other
+programs disturb less than wall-clock time.
 
 16 layers, width 2048, 32 query and 8 key heads, feed-forward 8192, the default model's tokenizer (49,152
-tokens, head tied). At this size one stream is bound by the bytes of the weights. Weights are normal, scaled so
-that logits deviate by more than 2 from their mean: errors of quantized arithmetic show as in a trained model.
-No text means anything to it, so speeds are without drafts.
+tokens, head tied). At this size one stream is limited by the bytes of the weights. Weights are normal, scaled so
+that logits have a deviation of more than 2: errors of quantized arithmetic show as in a trained model.
+Text is meaningless to it, so speeds are without drafts.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TYPES = ["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS"]
 
 
 def copy_metadata(reader, writer, prefix, changes=None):
-    """What one GGUF file says under a prefix, with some values changed, into another -> how many tokens it has."""
+    """Copy one GGUF file's metadata under a prefix into another, with some values changed -> its number of tokens."""
     for name, field in reader.fields.items():
         if name.startswith(prefix) and not name.startswith(("GGUF.", "general.architecture")):     # which the writer says itself
             kinds = field.types
@@ -43,7 +43,7 @@ def copy_metadata(reader, writer, prefix, changes=None):
 
 
 def write_f16(path):
-    """The file that all others are made from."""
+    """Write the file that all others are made from."""
     import gguf
     writer, dice = gguf.GGUFWriter(path, "llama"), numpy.random.default_rng(1)
     vocab = copy_metadata(gguf.GGUFReader(fetch_default_model()), writer, "tokenizer.")

@@ -1,4 +1,4 @@
-"""How fast an OpenAI-compatible server answers, as its users feel it: latency, throughput and goodput under four loads.
+"""How fast an OpenAI-compatible server answers, as its users experience it: latency, throughput and goodput under four loads.
 
     python bench/load.py http://127.0.0.1:8000 [--svg load.svg] [--json load.json]
     python bench/load.py ours=http://127.0.0.1:8000 llama=http://127.0.0.1:8080 --only interactive,batch
@@ -6,10 +6,10 @@
 
 The loads:
 
-    interactive   one person, who asks again when the answer is there
+    interactive   one person, who asks again once the answer has arrived
     batch         ten questions at once
-    high          --clients people, who each ask again when their answer is there, three questions each
-    open          questions arrive at random (Poisson) at each of --rates a second, however slow the answers are
+    high          --clients people, who each ask again once their answer has arrived, three questions each
+    open          questions arrive at random (Poisson) at each of --rates per second, however slow the answers are
 
 Several servers take turns, load by load. All get the same questions at the same times; each question is new, so
 no cache helps. --prompts writes them as JSON lines, as guidellm and aiperf read them.
@@ -18,14 +18,13 @@ What the figures mean:
 
     TTFT          from the moment at which a question was due to its first text; open: waiting to be sent counts
     ITL           between two pieces of text of one answer; over all such gaps of all answers
-    TPOT          of one answer: from its first text to its last, divided by its tokens less one
-    per user      tokens a second of one answer after its first text: 1 / TPOT; the median
+    TPOT          of one answer: from its first text to its last, divided by its tokens minus one
+    per user      tokens per second of one answer after its first text: 1 / TPOT; the median
     total         all tokens, divided by the seconds from the first question to the end of the last answer
-    goodput       answers a second whose TTFT and TPOT both meet the goal; and what share of all that is
+    goodput       answers per second whose TTFT and TPOT both meet the goal, and their share of all answers
 
 Tokens are the server's own usage figures. A piece may carry several tokens, so ITL may exceed TPOT. What arrives is
-only stamped with the time; it is parsed after the load, so that the parsing takes nothing from a server on the same
-cores.
+only timestamped; it is parsed after the load, so that parsing takes no time from a server on the same cores.
 """
 
 import argparse
@@ -59,7 +58,7 @@ def prompt(tokens, seed):
 
 @dataclass(frozen=True)
 class Answer:
-    """What one question got. Times are seconds since the load began; `pieces` those of its pieces of text."""
+    """The answer to one question. Times are seconds since the load began; `pieces` has those of its pieces of text."""
 
     due_s: float
     end_s: float
@@ -116,7 +115,7 @@ class Server:
 
 
 def read_answer(got):
-    """An Answer from the bytes that came and their times."""
+    """An Answer from the received bytes and their times."""
     if isinstance(got, Answer):
         return got
     due_s, end_s, stamped = got
@@ -140,7 +139,7 @@ def read_answer(got):
 
 
 async def in_turn(clock, ask, texts, clients):
-    """`clients` people, who share the questions and each ask again when their answer is there."""
+    """`clients` people, who share the questions; each asks again once their answer has arrived."""
     left = iter(texts)
 
     async def client():
@@ -181,7 +180,7 @@ class Load:
 
 
 def planned_loads(arguments):
-    """The loads that were asked for, with all their questions."""
+    """The requested loads, with all their questions."""
     seeds = iter(range(arguments.seed, 1 << 40))
 
     def texts(count):
@@ -203,7 +202,7 @@ def planned_loads(arguments):
 
 
 def percentile(values, share):
-    """Between the two nearest values, in proportion; None of nothing."""
+    """Interpolated between the two nearest values; None if there are none."""
     if not values:
         return None
     values, at = sorted(values), share * (len(values) - 1)
@@ -212,7 +211,7 @@ def percentile(values, share):
 
 
 def figures(answers, goal):
-    """Name -> value of one load at one server. Times are in ms where the name says so, None where nothing was measured."""
+    """Name -> value of one load at one server. Times are in ms if the name says so; None if nothing was measured."""
     good, seconds = [each for each in answers if not each.error], max(each.end_s for each in answers)
     tokens = sum(each.tokens for each in good)
     met = sum(each.meets(goal) for each in answers)
@@ -259,7 +258,7 @@ def ticks(low, high):
 
 
 def panel(title, lines, left, goal_ms):
-    """SVG: which share of the values (y) is below so many ms (x, logarithmic). `lines`: (values, colour, dash)."""
+    """SVG: the share of values (y) below a number of ms (x, logarithmic). `lines`: (values, colour, dash)."""
     values = [value for line, *_ in lines for value in line if value > 0] + [goal_ms]
     low, high = min(values) * 0.9, max(values) * 1.1
 
@@ -284,7 +283,7 @@ def panel(title, lines, left, goal_ms):
 
 
 def plot(results, goal):
-    """SVG: distributions of TTFT, ITL and TPOT; a colour for each load, a kind of dash for each server."""
+    """SVG: distributions of TTFT, ITL and TPOT; one colour per load, one dash pattern per server."""
     loads, servers = (list(dict.fromkeys(names)) for names in zip(*results))
     styles = {key: (COLOURS[loads.index(key[0]) % len(COLOURS)], DASHES[servers.index(key[1]) % len(DASHES)]) for key in results}
     measures = (("TTFT, ms", lambda each: [each.ttft_s], goal.ttft_s), ("ITL, ms", lambda each: each.gaps_s, goal.tpot_s),
@@ -340,7 +339,7 @@ def parse_command_line(argv=None):
 
 
 async def open_server(address, session, arguments):
-    """A server by its address, past its first request."""
+    """The server at an address, with one request answered."""
     name, has_name, url = address.partition("=")
     name, url = (name, url) if has_name and "/" not in name else (address.split("://")[-1], address)
     url, model = url.rstrip("/"), arguments.model

@@ -6,8 +6,8 @@ nothing.
     python bench/load_front.py --ray                  the fake workers are on a Ray cluster of this machine (needs Ray)
 
 The front has a core to itself; the fake workers and the clients share the others. The text of each piece is
-the time at which its worker sent it, so a client measures all the delay that pipe, front, socket and client
-add. Every stream must get every piece. Readers that do not read must be dropped without a cost to the others.
+the time at which its worker sent it, so a client measures the whole delay that pipe, front, socket and client
+add. Every stream must get every piece. Clients that do not read must be dropped at no cost to the others.
 Prints delays, losses and the front's memory.
 """
 

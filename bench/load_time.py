@@ -3,11 +3,11 @@
     python bench/load_time.py FOLDER [--gigabytes 10] [--rounds 3] [flags of serve]
     python bench/load_time.py MODEL.gguf
 
-makes FOLDER (random bfloat16 weights of Llama 8B's shape, as many layers as make up the size) unless it is there, then, in each
-round: takes the files out of the page cache, reads them with read(2), takes them out again, loads the model in a fresh process;
-and with the files now in the page cache reads and loads once more. The peak is the process's VmHWM, mapped files included; of it
-the memory of its own (RssAnon, looked at every 10 ms). First it writes as much new memory as the files have bytes, in huge pages:
-what the system takes to hand that out, no loader can save. Delete FOLDER afterwards.
+makes FOLDER unless it exists (random bfloat16 weights in Llama 8B's shape, with as many layers as the size allows). Then, in each
+round, it drops the files from the page cache, reads them with read(2), drops them again, and loads the model in a fresh process;
+with the files now in the page cache, it reads and loads once more. The peak is the process's VmHWM, including mapped files; its own
+memory (RssAnon, sampled every 10 ms) is shown too. It first writes as much new memory as the files have bytes, in huge pages:
+no loader can avoid the time that the system takes to provide that. Delete FOLDER afterwards.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def make(folder, size):
 
 
 def drop(files):
-    """Take the files out of the page cache."""
+    """Drop the files from the page cache."""
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -72,7 +72,7 @@ def read(files):
 
 
 def new_memory(size):
-    """Seconds to write `size` bytes of memory that this process never had, on one core."""
+    """Seconds to write `size` bytes of memory new to this process, on one core."""
     import numpy
     memory, begin = mmap.mmap(-1, size), time.perf_counter()
     memory.madvise(mmap.MADV_HUGEPAGE)
@@ -81,7 +81,7 @@ def new_memory(size):
 
 
 def memory(pid, name):
-    """A line of /proc/PID/status in bytes; 0 where the process has ended."""
+    """A line of /proc/PID/status in bytes; 0 if the process has ended."""
     try:
         found = re.search(rf"^{name}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     except OSError:

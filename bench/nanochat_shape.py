@@ -2,8 +2,8 @@
 
     python bench/nanochat_shape.py [--depth 12] [--threads 2] [--rounds 5]
 
-Speed does not depend on the weights' values, so they are random. The engine alone, without HTTP; settings
-alternate; medians. Upstream's own engine gives 38 tok/s for d12 in float32 on two virtual Zen 5 CPUs.
+Speed does not depend on the weights' values, so they are random. Only the engine runs, without HTTP; settings
+alternate; figures are medians. Upstream's own engine gives 38 tok/s for d12 in float32 on two virtual Zen 5 CPUs.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python bench/page.py [--chromium PATH] [--rate 200]
 
-A server with played answers (tests/support/page_server.py) streams at `--rate` tokens a second into a headless Chromium; the
-numbers are from Chromium's own trace: all tasks of the page's main thread, put down to the frame that they end in. The first
+A server with scripted answers (tests/support/page_server.py) streams at `--rate` tokens per second into a headless Chromium; the
+numbers are from Chromium's own trace: all tasks of the page's main thread, attributed to the frame in which they end. The first
 paint and the bytes are those of the real server's page without a model.
 """
 

@@ -2,10 +2,10 @@
 
     python bench/prefixes.py MODEL --tokens 4000,16000 --rounds 3      MODEL must have such a context; one that is 1.1 B wide is meant
 
-starts servers one after another. A round has a prompt of random tokens: cold, it is computed; warm, asked again; restored, asked of
-a server that was started anew, with the store's files in the page cache. It prints the best of all rounds, then the bytes stored for a
-token, and the share of all processors' time, while it is computed, that keeping takes: copies to memory in the worker, and what the
-front uses until all is stored.
+starts servers one after another. Each round has a prompt of random tokens: cold, when it is computed; warm, when sent again; restored,
+when sent to a newly started server, with the store's files in the page cache. It prints the best of all rounds, then the bytes stored
+per token, and the share of all processors' time, while the prompt is computed, that keeping takes: copies to memory in the worker, and
+what the front uses until everything is stored.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from real_server import server    # noqa: E402
 
 
 def first_token_s(url, ids):
-    """(seconds until an answer of one token, tokens of the prompt that were cached)."""
+    """(seconds to an answer of one token, cached tokens of the prompt)."""
     body = json.dumps({"prompt": ids, "max_tokens": 1, "temperature": 0}).encode()
     began_s = time.monotonic()
     request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
@@ -43,7 +43,7 @@ def stats(url):
 
 
 def measure(flags, count, dice, folder):
-    """Seconds cold, warm and restored, bytes stored of a token, and the share of processor time that keeping took."""
+    """Seconds cold, warm and restored, bytes stored per token, and the share of processor time that keeping took."""
     ids, store = [dice.randrange(100, 1000) for _ in range(count)], ("--prefix-store", folder, "--context-length", count + 64)
     with server(*flags, *store) as (process, url):
         front = psutil.Process(process.pid)

@@ -1,15 +1,15 @@
-"""Is one decode_core's product slower than another's at any number of rows? One thread, weights in the cache.
+"""Is one build or ISA of decode_core's products slower than another at any number of rows? One thread, weights in the cache.
 
-    python bench/product_rows.py avx512 amx                       # AMX beside VNNI, on a machine that has both
-    python bench/product_rows.py avx512@/before/lib avx512        # another build (`setup.py build --build-lib`) beside this one
+    python bench/product_rows.py avx512 amx                       # AMX against VNNI, on a machine that has both
+    python bench/product_rows.py avx512@/before/lib avx512        # another build (`setup.py build --build-lib`) against this one
     python bench/product_rows.py avx512 amx-emulated              # anywhere; emulated tiles are slow
 
 [--kinds q8_0,q4_0] [--columns 576,2048,8192] [--rows 1,2,4] [--turns 8] [--slower 1.05]
 
-The two run in processes of their own, in turn; each figure is the least of many repeats, since other programs only add
-time. A line a type and number of columns: rows, the first one's microseconds, the second's share of them, and an
-asterisk where that is above --slower. The status is 1 if there is one. With amx, each line ends with the rows from
-which on tiles were chosen here.
+The two run in separate processes, taking turns; each figure is the least of many repeats, since other programs only add
+time. There is a line for each type and number of columns: rows, microseconds of the first, time of the second relative
+to it, and an asterisk if that is above --slower. The exit status is 1 if there is one. With amx, each line ends with
+the number of rows from which tiles were chosen here.
 """
 
 import argparse

@@ -4,9 +4,9 @@
                                    [--kv float16,q8_0] [--plain]
 
 The default is the default model's shape (SmolLM2-135M: Q4_1 layers, Q8_0 head). Thread counts alternate in
-short repeats. The best is printed beside the median, because the two CPUs of a virtual machine may be one
-core at one time and two at another. With several types of keys and values (the first is what `auto` is beside such
-weights) they take turns too. What a long context costs one stream:
+short repeats. The best is printed along with the median, because the two CPUs of a virtual machine may share a
+core at one time and not at another. Several types of keys and values take turns too (the first is what `auto`
+means with such weights). What a long context costs one stream:
 
     python bench/program_steps.py --kv float16,q8_0 --context 16384 --batches 1 --threads 0 --prompt 0 --seconds 4
 
@@ -38,7 +38,7 @@ def random_matrix(arena, kind, rows, columns, generator):
 
 
 def quantized(kind, rows, columns, generator):
-    """Random GGUF blocks with values small enough for a sane forward pass."""
+    """Random GGUF blocks with values small enough for a sensible forward pass."""
     blocks = columns // 32
     halves = lambda scale: (generator.random((rows, blocks, 1), np.float32) * scale).astype(np.float16).view(np.uint8)
     if kind == "q4_1":
@@ -149,7 +149,7 @@ def prefill(model, tokens, context):
 
 
 def decode_plain(model, batch, context, steps):
-    """us per step with a call for each op."""
+    """us per step with one call per op."""
     pages = -(-(context + steps + 1) // PAGE)
     tables = [list(range(i * pages, (i + 1) * pages)) for i in range(batch)]
     rows, token_ids, begin = sampling_rows(batch, context), [5] * batch, time.perf_counter()

@@ -10,9 +10,9 @@ measured) with their standard errors, largest KL, perplexity. For a GGUF file th
 float32 on the dequantized weights; for a nanochat checkpoint it is our reference ops in float32.
 `--own-weights` adds a second judge: the reference ops in float32 on the weights that the server holds,
 rounded to bfloat16 or by `--server-args "--quantize q8_0"`. The KL from the first judge to the second is the
-cost of rounding the weights; the KL from the second to ours is the cost of the arithmetic.
+cost of rounding the weights; the KL from the second to our server is the cost of the arithmetic.
 
-llama.cpp's logits come from `llama-perplexity --save-all-logits`, since llama-server gives no prompt
+llama.cpp's logits come from `llama-perplexity --save-all-logits`, since llama-server returns no prompt
 logprobs. It saves them in 65,536 steps over the 16 below the largest: the error is at most 1.2e-4, which adds
 2e-9 to a KL. Tokens more than 16 below the largest are left out for every contestant. `--ubatch 1` makes it
 use its one-row (decode) kernels instead of its prefill. Our rows do not depend on the batch; `--rows 1` shows
@@ -97,14 +97,14 @@ class ReferenceOps:
 
 
 def on_checkpoint(model, flags):
-    """The judge of the nanochat checkpoint that these flags choose: its weights as they are in the file."""
+    """The judge for the nanochat checkpoint that these flags choose: its weights as stored in the file."""
     settings = replace(cli.parse_command_line(["serve", model, *flags], os.environ), dtype="float32")
     loaded = open_model(resolve_model(settings), settings)
     return ReferenceOps("float32", loaded.spec, loaded.tensors)
 
 
 def on_own_weights(transformer):
-    """The judge whose weights are what `transformer` holds, in decode_core's tiles or beside them."""
+    """The judge whose weights are those that `transformer` holds, in decode_core's tiles or outside them."""
     def held(name, weight):
         if isinstance(weight, torch.Tensor):
             return weight.float()
@@ -134,7 +134,7 @@ class Transformers:
 
 
 class LlamaCpp:
-    """What llama-perplexity saved; `ids` are the text's tokens by its own tokenizer.
+    """The logprobs that llama-perplexity saved; `ids` are the text's tokens from its own tokenizer.
 
     The file: "_logits_", context, vocabulary and chunks (int32 each), the tokens (int32), and for each judged position
     float32 scale and least logprob, then a uint16 for each token; logprob = least + scale * value.

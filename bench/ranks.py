@@ -1,12 +1,12 @@
-"""How long an all_reduce takes between processes of one thread each, without checks of its arguments: medians over blocks of 200, as rank 0 sees them.
-Its input is copied to where the other ranks read, or written there at once, as a recorded product does; both ways in turns.
+"""How long an all_reduce takes between processes of one thread each, without checks of its arguments: medians over blocks of 200, measured by rank 0.
+Its input is copied to the memory that the other ranks read, or written there directly, as a recorded product does; the two alternate.
 
     python bench/ranks.py [--ranks 2] [--bytes 4096,8192,65536,1048576] [--blocks 40] [--hog]
     python bench/ranks.py --model FILE [--layouts 1x1,2x1] [--streams 1,16] [--tokens 48] [--rounds 5]
 
---hog: one more process takes a CPU all the time.
---model: tokens per second of a whole replica in each layout (tp x pp) of the machine's threads, in turns; medians over rounds,
-         and over those during which other programs, and other guests of the host, took less than --others of the CPUs' time.
+--hog: one more process keeps a CPU busy.
+--model: tokens per second of a whole replica in each layout (tp x pp) of the machine's threads, taking turns; medians over all rounds,
+         and over those in which other programs and other guests of the host took less than --others of the CPUs' time.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def run_rank(path: str, rank: int, sizes: list[int], blocks: int) -> None:
 
 
 async def streams_per_second(pool, count: int, tokens: int) -> float:
-    """Tokens per second of so many answers, from the moment when each has its first token."""
+    """Tokens per second of `count` concurrent answers, from the moment when each has its first token."""
     from chatlm.common.messages.requests import AnswerParams, Piece, Request, SamplingParams
     firsts, ends = [], []
 
@@ -82,7 +82,7 @@ async def streams_per_second(pool, count: int, tokens: int) -> float:
 
 
 class Others:
-    """The share of the CPUs' time that goes to programs that are not ours, or that the host takes."""
+    """The share of the CPUs' time that other programs or the host take."""
 
     def __init__(self):
         self.me = psutil.Process()

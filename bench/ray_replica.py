@@ -1,9 +1,9 @@
-"""A replica on Ray compared with a local one, in turns, with the default model: first tokens, and tokens a second of 1 and 16 streams.
+"""A replica on Ray compared with a local one, in turns, with the default model: first tokens, and tokens per second of 1 and 16 streams.
 
     python bench/ray_replica.py [--rounds 5] [--tokens 64] [--streams 1,16]
 
 It needs Ray (tests/peers/ray.txt). The cluster is a head and one node at 127.0.0.1 with all CPUs of this machine, so that both
-replicas have equally many threads; both are in memory, and one computes at a time. What differs is the way of the messages: a
+replicas have the same number of threads; both are in memory, and one computes at a time. They differ in how messages travel: a
 socket pair to the local one, TCP to the one on Ray. Goals: the first token at most 3 ms later, throughput at least 0.95.
 """
 
@@ -37,7 +37,7 @@ async def answer(pool, name, tokens):
 
 
 async def turn(pool, name, streams, tokens):
-    """(median ms to the first token, tokens a second of all from the first to the last)"""
+    """(median ms to the first token, tokens per second of all streams from the first token to the last)"""
     got = await asyncio.gather(*(answer(pool, f"{name} {stream}", tokens) for stream in range(streams)))
     first, last = min(times[0] for _, times, _ in got), max(times[-1] for _, times, _ in got)
     return 1e3 * statistics.median(ttft_s for ttft_s, *_ in got), (sum(count for *_, count in got) - streams) / (last - first)

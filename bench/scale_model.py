@@ -3,29 +3,29 @@
     python bench/scale_model.py measure > box.json                        step times on this machine's CPUs
     python bench/scale_model.py predict box.json --clients 256            a table for 1 to 64 GPUs
     python bench/scale_model.py check --clients 1,16                      one replica, two, and one of --tp 2, of the real server,
-                                                                          beside what the model says of them; each round measures again
+                                                                          compared with the model's figures; each round measures again
 
-The JSON file says what was measured; for a box of GPUs, write it from bench/cuda_decode.py and the links' figures:
+The JSON file has what was measured; for a box of GPUs, write it from the figures of bench/cuda_decode.py and of the links:
 
     layers, hidden, vocabulary       of the model
     step_ms       rows -> ms of a decode step on one rank (one GPU; here one thread)
-    serial_ms     rows -> the part of it that no second rank shortens: scheduling, text, launches, draws
-    told_ms       rows -> ms in which rank 0 tells the others what to compute
-    together      by how much a step is longer when the machine's other ranks are busy too (GPUs: 1)
-    uneven        tp -> by how much the rank with most weights has more than its share (KV heads are not cut); may be left out
+    serial_ms     rows -> the part of it that more ranks do not shorten: scheduling, text, launches, draws
+    broadcast_ms  rows -> ms in which rank 0 sends the step to the others
+    together      factor by which a step is longer when the machine's other ranks are busy too (GPUs: 1)
+    uneven        tp -> factor by which the rank with most weights exceeds its share (KV heads are not divided); optional
     links         "node" within a machine, "net" between machines: latency_us of one exchange, GB_per_s
     ranks_per_node
-    front_ms      rows -> ms of the front's one core for one step of a replica; it bounds the sum of all replicas
-    beside_ms     rows -> ms of CPU that front and clients take for such a step where the ranks are CPUs and leave them none; may be left out
+    front_ms      rows -> ms of the front's one core for one step of a replica; it limits the sum of all replicas
+    overhead_ms   rows -> ms of CPU that front and clients take for such a step if the ranks occupy all CPUs; optional
 
 The model. A replica has tp x pp ranks and serves its share of the clients in pp batches, one in each stage. A stage takes
 
-    serial + (step - serial) x uneven x together / (tp x pp) + told + tensor / pp + hop + beside
+    serial + (step - serial) x uneven x together / (tp x pp) + broadcast + tensor / pp + hop + overhead
 
-where tensor = 2 all_reduces (hidden, float32) a layer and a gather of the logits, each latency + bytes x 2 (tp - 1) / tp / bandwidth,
+where tensor = 2 all_reduces (hidden, float32) per layer and a gather of the logits, each latency + bytes x 2 (tp - 1) / tp / bandwidth,
 and hop = latency + the rows of hidden states in 16 bits / bandwidth. Every stage's time yields one token for each row of a batch. Times
-between measured rows are interpolated, beyond them extrapolated by the last slope. It leaves out prefill, which delays steps by as
-much as prompts are long, and uneven arrivals: it is a bound for answers that are long beside their prompts.
+between measured rows are interpolated; beyond them they are extrapolated with the last slope. The model ignores prefill, which delays
+steps in proportion to the prompts, and uneven arrivals: it is a bound for answers that are long compared with their prompts.
 """
 
 import argparse
@@ -55,7 +55,7 @@ import real_server      # noqa: E402
 
 
 def at(rows, points):
-    """The line through measured (rows -> value), straight between them and beyond the last; constant before the first."""
+    """Measured (rows -> value), interpolated linearly, extrapolated beyond the last, constant before the first."""
     known = sorted((int(each), value) for each, value in points.items())
     if rows <= known[0][0] or len(known) == 1:
         return known[0][1]
@@ -64,18 +64,18 @@ def at(rows, points):
 
 
 def exchange_ms(link, count, share):
-    """One exchange of `count` bytes, of which each rank sends `share`."""
+    """The time of one exchange of `count` bytes, of which each rank sends `share`."""
     return link["latency_us"] / 1e3 + count * share / link["GB_per_s"] / 1e6
 
 
 def stage_ms(box, rows, tp, pp):
-    """What one batch of `rows` takes in one stage of a replica."""
+    """The time that one batch of `rows` takes in one stage of a replica."""
     links = box["links"]
     within = links["node" if tp <= box["ranks_per_node"] else "net"]
     between = links["node" if tp * pp <= box["ranks_per_node"] else "net"]
     step, serial = at(rows, box["step_ms"]), at(rows, box["serial_ms"])
     together = box["together"] if tp * pp > 1 else 1
-    told = at(rows, box["told_ms"]) if tp * pp > 1 else 0.0
+    broadcast = at(rows, box["broadcast_ms"]) if tp * pp > 1 else 0.0
     tensor = hop = 0.0
     if tp > 1:
         ring = 2 * (tp - 1) / tp
@@ -84,11 +84,11 @@ def stage_ms(box, rows, tp, pp):
     if pp > 1:
         hop = exchange_ms(between, 2 * rows * box["hidden"], 1)
     shared = max(step - serial, 0) * box.get("uneven", {}).get(str(tp), 1) / (tp * pp)
-    return serial + shared * together + told + tensor / pp + hop
+    return serial + shared * together + broadcast + tensor / pp + hop
 
 
 def predicted(box, gpus, tp, pp, clients):
-    """(tokens a second in all, tokens a second of one client, ms between two tokens) of gpus / (tp pp) replicas."""
+    """(total tokens per second, tokens per second of one client, ms between two tokens) of gpus / (tp pp) replicas."""
     replicas = gpus // (tp * pp)
     shares = [clients // replicas + (replica < clients % replicas) for replica in range(replicas)]
     busy = sum(map(bool, shares))       # one without clients delays nobody
@@ -99,7 +99,7 @@ def predicted(box, gpus, tp, pp, clients):
         if tp * pp == 1 and min(busy, box["ranks_per_node"]) > 1:
             stage += max(at(batch, box["step_ms"]) - at(batch, box["serial_ms"]), 0) * (box["together"] - 1)
         if busy * tp * pp >= box["ranks_per_node"]:     # no CPU is left for others
-            stage += at(batch, box.get("beside_ms", {1: 0.0}))
+            stage += at(batch, box.get("overhead_ms", {1: 0.0}))
         total += share / (pp * stage) * 1e3
         slowest = max(slowest, pp * stage)
         front += at(batch, box["front_ms"]) / (pp * stage) * pp
@@ -128,7 +128,7 @@ ROWS = (1, 2, 4, 8, 16, 32)
 
 
 def measured_steps(model, threads, rows, context, steps):
-    """rows -> median ms of Engine.step: scheduling, computing, drawing, text; and of telling such a step to another rank."""
+    """rows -> median ms of Engine.step: scheduling, computing, drawing, text; and of sending such a step to another rank."""
     from chatlm.common.config import Settings
     from chatlm.common.hub.default_model import fetch_default_model
     from chatlm.common.hub.find import resolve_model
@@ -147,7 +147,7 @@ def measured_steps(model, threads, rows, context, steps):
     def noted(batch, each):
         orders[len(each)] = RANK_PIPE.packed(rank_step(batch, each)), batch, each
         return start(batch, each)
-    found, told = {}, {}
+    found, broadcast = {}, {}
     for count in rows:
         params = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True)
         for row in range(count):
@@ -164,13 +164,13 @@ def measured_steps(model, threads, rows, context, steps):
         engine.steps.start = start
         while engine.busy:
             engine.step()
-        found[count], told[count] = round(statistics.median(times[2:]), 3), round(telling_ms(*orders[count][1:]), 3)
-    return {"step_ms": found, "told_ms": told, "layers": model.spec.layers, "hidden": model.spec.width, "vocabulary": model.spec.vocab_size,
+        found[count], broadcast[count] = round(statistics.median(times[2:]), 3), round(telling_ms(*orders[count][1:]), 3)
+    return {"step_ms": found, "broadcast_ms": broadcast, "layers": model.spec.layers, "hidden": model.spec.width, "vocabulary": model.spec.vocab_size,
             "uneven": {str(tp): round(unevenness(model.spec, tp), 3) for tp in (2, 4, 8)}}
 
 
 def telling_ms(batch, rows):
-    """Median ms from rank 0's packing of a step to another rank's having read it, without the waking of its process."""
+    """Median ms from when rank 0 packs a step until another rank has read it, without the time to wake that process."""
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.ranks.messages import RANK_PIPE
     from chatlm.worker.ranks.steps import rank_step
@@ -186,14 +186,14 @@ def telling_ms(batch, rows):
 
 
 def unevenness(spec, tp):
-    """What the rank with most of the KV heads computes, over an even share, by weights."""
+    """The weights of the rank with the most KV heads, divided by an even share."""
     attention = 2 * spec.width * spec.head_size * (spec.heads + spec.kv_heads) * spec.layers
     even = 3 * spec.width * spec.ffn_size * spec.layers + spec.width * spec.vocab_size
     return (attention * max(-(-spec.kv_heads // tp), 1) / spec.kv_heads * tp + even) / (attention + even)
 
 
 def in_processes(count, threads, arguments):
-    """The same in `count` processes at once; of each figure the mean."""
+    """The same in `count` processes at once; the mean of each figure."""
     command = [sys.executable, __file__, "steps", "--threads", str(threads), "--rows", ",".join(map(str, arguments.rows)),
                "--context", str(arguments.context), "--steps", str(arguments.steps), "--model", arguments.model]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "2000"}
@@ -206,7 +206,7 @@ WAYS = ((1, 1), (2, 1), (1, 2))     # processes, threads of each
 
 
 def measured_link():
-    """The exchanges between two ranks, as bench/ranks.py measures those of a recorded step: the medians."""
+    """Medians of the exchanges between two ranks, measured by bench/ranks.py as in a recorded step."""
     printed = subprocess.run([sys.executable, Path(__file__).with_name("ranks.py"), "--bytes", "4096,1048576"],
                              capture_output=True, text=True, check=True).stdout
     small, large = (float(line.split("median")[1].split(" us")[0]) for line in printed.splitlines() if "copied" in line and "written" not in line)
@@ -214,7 +214,7 @@ def measured_link():
 
 
 def box_of(one, both, two, link):
-    """What the model needs, of this machine, where one thread is one rank: steps alone, beside another's, with two threads."""
+    """The model's inputs on this machine, with one thread as one rank: steps alone, next to another's, with two threads."""
     serial = {rows: max(2 * two["step_ms"][rows] - ms, 0.0) for rows, ms in one["step_ms"].items()}  # Amdahl's law
     ratios = [both["step_ms"][rows] / ms for rows, ms in one["step_ms"].items()]
     return one | {"serial_ms": serial, "two_threads_ms": two["step_ms"], "together": round(statistics.median(ratios), 3),
@@ -236,12 +236,12 @@ LAYOUTS = ((1, 1), (2, 1), (1, 2))      # replicas, tp
 
 
 def thread_ms(process):
-    """CPU time of its main thread, in which the front has its event loop."""
+    """CPU time of a process's main thread, where the front runs its event loop."""
     return int(Path(f"/proc/{process}/schedstat").read_text().split()[0]) / 1e6
 
 
 async def delivered(server, front, texts):
-    """(tokens a second of decoding while all clients' answers run, ms of CPU a step: of the front, of front and clients)."""
+    """(tokens per second of decoding while all clients' answers run, ms of CPU per step: of the front, of front and clients)."""
     used = []
 
     async def watch(clock):
@@ -263,7 +263,7 @@ async def delivered(server, front, texts):
 
 
 def at_time(at_s, times, values):
-    """Straight between the samples."""
+    """Interpolated between the samples."""
     index = min(max(bisect.bisect(times, at_s), 1), len(times) - 1)
     (before, after), (low, high) = times[index - 1:index + 1], values[index - 1:index + 1]
     return low + (high - low) * (at_s - before) / (after - before)
@@ -271,7 +271,7 @@ def at_time(at_s, times, values):
 
 @contextlib.contextmanager
 def layout_server(model, replicas, tp, most):
-    """(url, process id) of a real server with one thread for each rank. Its front may use every CPU: so it has one where a rank leaves it one."""
+    """(url, process id) of a real server with one thread for each rank. Its front may use every CPU, so it gets one if a rank leaves one free."""
     command = ("serve", *filter(None, [model]), "--num-workers", replicas, "--tp", tp, "--no-drafts", "--max-batch", most,
                "--device-type", "cpu", "--kv-cache-memory", "512M")
     cpus = sorted(os.sched_getaffinity(0))
@@ -283,8 +283,8 @@ def layout_server(model, replicas, tp, most):
 
 
 async def check(arguments):
-    """Prints predicted and delivered throughput. Each round measures steps and links anew, in turns with what the servers deliver;
-    rounds in which other programs took a tenth of a CPU do not count, unless there are no others."""
+    """Prints predicted and delivered throughput. Each round measures steps and links anew, alternating with the servers' throughput;
+    rounds in which other programs took a tenth of a CPU do not count, unless all are like that."""
     seeds, ratios = itertools.count(1), {}
     with contextlib.ExitStack() as stack:
         servers = {layout: stack.enter_context(layout_server(arguments.model, *layout, max(arguments.clients))) for layout in LAYOUTS}
@@ -300,7 +300,7 @@ async def check(arguments):
                     for count in arguments.clients:
                         got[*layout, count] = await delivered(*opened[layout], [load.prompt(32, next(seeds)) for _ in range(count)])
                 box = box_of(*steps, await asyncio.to_thread(measured_link))
-                box |= {name: {count: got[1, 1, count][column] for count in arguments.clients} for name, column in (("front_ms", 1), ("beside_ms", 2))}
+                box |= {name: {count: got[1, 1, count][column] for count in arguments.clients} for name, column in (("front_ms", 1), ("overhead_ms", 2))}
                 everything, ours = (now - then for then, now in zip(before, agreement.busy_s(*processes)))
                 others = (everything - ours) / (time.monotonic() - began_s)
                 if arguments.box:
@@ -310,7 +310,7 @@ async def check(arguments):
                     ratios.setdefault((replicas, tp, count), []).append((others, said, rate))
                     print(f"round {turn}: replicas {replicas}, tp {tp}, {count} clients: predicted {said:,.1f} tok/s, delivered {rate:,.1f}, "
                           f"ratio {rate / said:.2f}", flush=True)
-                print(f"  other programs took {others:.2f} CPUs; together {box['together']}, exchange {box['links']['node']}, told {box['told_ms']}, beside {box['beside_ms']}, "
+                print(f"  other programs took {others:.2f} CPUs; together {box['together']}, exchange {box['links']['node']}, broadcast {box['broadcast_ms']}, overhead {box['overhead_ms']}, "
                       f"step {box['step_ms']}, two threads {box['two_threads_ms']}", flush=True)
     for (replicas, tp, count), rounds in ratios.items():
         pairs = [pair for others, *pair in rounds if others < 0.1] or [pair for _, *pair in rounds]

@@ -5,11 +5,11 @@
 
 Runs the server as a user would, by default with a tiny nanochat model. Its clients read to the end, vanish,
 cancel, or lose their connection and resume the stream. In the last fifth nothing is killed, so that pages
-which only a kill would free show up as leaked. Prints memory as time passes, then lost answers, leaked pages
-and the growth of the front. An answer is lost if a client that stayed got an error, an early end, or, where
-/stats promises equal texts, another text than undisturbed. Workers check the integrity of their engines whenever
-they are idle. Exits with 1 if an answer was lost, a page leaked, a check found a fault, no check ran, or the front
-grew by more than a tenth and 16 MB.
+which only a kill would free show up as leaked. Prints memory over time, then lost answers, leaked pages and the
+growth of the front. An answer is lost if a client that stayed got an error, an early end, or, if /stats promises
+equal texts, a text other than the undisturbed one. Workers check the integrity of their engines whenever they are
+idle. Exits with 1 if an answer was lost, a page leaked, a check found a fault, no check ran, or the front grew by
+more than a tenth and 16 MB.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Soak:
             return await response.json()
 
     async def answer(self, path, body, leave_after=None, drop_after=None):
-        """The text of a whole answer; None if the client left after so many events. A dropped stream is
+        """The text of a whole answer; None if the client left after a number of events. A dropped stream is
         resumed."""
         text, seen, last = "", 0, -1
         post = self.session.post(self.url + path, json=body)
@@ -127,7 +127,7 @@ class Soak:
         self.counts["vanished"] += 1
 
     async def killer(self):
-        """Every few seconds kill a worker that is ready, or in long runs stop it."""
+        """Every few seconds kill a ready worker, or in long runs suspend it."""
         while self.share < 0.8:
             await asyncio.sleep(self.random.uniform(1, 8))
             ready = [worker for worker in (await self.get("/stats"))["workers"] if worker["state"] == "ready"]
@@ -137,7 +137,7 @@ class Soak:
                 os.kill(self.random.choice(ready)["pid"], signal.SIGSTOP if hang else signal.SIGKILL)
 
     async def watch(self):
-        """The front's memory; a line now and then."""
+        """The front's memory; prints a line now and then."""
         pause_s = max(0.5, self.options.seconds / 120)
         while self.share < 1:
             exit_on_faults(self.options.log)
@@ -181,7 +181,7 @@ ENVIRONMENT = os.environ | {"CHAT_SERVER_CHECK_INTEGRITY": "1"}
 
 
 def integrity_checks(log):
-    """How many checks have passed and how many found faults, by the server's log; prints the faults."""
+    """How many checks passed and how many found faults, from the server's log; prints the faults."""
     lines = Path(log).read_text(errors="replace").splitlines()
     faults = [line for line in lines if "integrity.IntegrityError:" in line]
     print(*faults, sep="\n", end="\n" * bool(faults), flush=True)
@@ -189,7 +189,7 @@ def integrity_checks(log):
 
 
 def exit_on_faults(log):
-    """A worker with a fault ends at its next idle moment, again and again: then nothing else is worth waiting for."""
+    """Exit if a check found a fault: the worker would end at its next idle moment, again and again."""
     if integrity_checks(log)["faults"]:
         sys.exit("a worker's integrity check found faults")
 

@@ -1,10 +1,10 @@
-"""The scene of `bench/soak.py --changing`: everything below --models changes while it is queried, compared, killed and restarted.
+"""The scenario of `bench/soak.py --changing`: everything below --models changes while it is queried, compared, killed and restarted.
 
-Five tiny models share a memory for three, with a prefix store: two that stay, one whose file is replaced by another version and back, one
-that comes and goes, and an adapter with two versions. Clients ask each of them, read, vanish, and compare two at a time. Workers are
-killed, and the whole server is ended and started again. Each text that a client reads must be, from its first character to its last, what
-one version of that model answers when nothing disturbs it. An answer may end with an error where its model was replaced or has gone, and
-only there. No request may take longer than 120 s. Idle workers check their integrity, as in soak.py.
+Five tiny models share memory for three, with a prefix store: two that stay, one whose file is replaced by another version and back, one
+that appears and disappears, and an adapter with two versions. Clients ask each of them, read, vanish, and compare two at a time. Workers
+are killed, and the whole server is stopped and started again. Each text that a client reads must be, from its first character to its
+last, what one version of that model answers undisturbed. An answer may end with an error only if its model was replaced or removed.
+No request may take longer than 120 s. Idle workers check their integrity, as in soak.py.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class Lost(Exception):
 
 
 class Folder:
-    """The models below --models, and the versions that take each other's place."""
+    """The models below --models, and the versions that replace each other."""
 
     def __init__(self, path):
         from families import as_gguf, make_model, save
@@ -65,7 +65,7 @@ class Folder:
         self.put("guest", "a")
 
     def put(self, name, version):
-        """Have a version be the one that is served, by one rename, as a trainer writes it."""
+        """Make a version the one that is served, by one rename, as a trainer would."""
         inside = "adapter_model.safetensors" if name == "ad" else ""
         source = self.kept / f"{name}-{version}" / inside
         target = self.models / "ad" / inside if inside else self.models / f"{name}.gguf"
@@ -78,7 +78,7 @@ class Folder:
 
 
 class Server:
-    """The server's process, which may be another later at the same address."""
+    """The server's process; after a restart it is a new one at the same address."""
 
     def __init__(self, options, folder):
         self.log = open(options.log, "w")
@@ -126,8 +126,8 @@ class ChangingSoak:
             return await response.json()
 
     async def post(self, path, body, read):
-        """What `read` makes of a response with status 200, asked again where the server was restarted meanwhile or says 503; None if it
-        refuses with 404. Lost for everything else."""
+        """What `read` makes of a response with status 200; asks again if the server was restarted meanwhile or replies with 503. None
+        for a 404. Lost for everything else."""
         began_s = time.monotonic()
         while True:
             life, asked_s = self.server.life, time.monotonic()
@@ -155,7 +155,7 @@ class ChangingSoak:
                 yield json.loads(line[6:])
 
     async def answer(self, name, number, leave_after=None):
-        """The text of an answer; None if the client left or the model is not there."""
+        """The text of an answer; None if the client left or the model does not exist."""
         async def read(response):
             text, seen = "", 0
             async for event in self.events(response):
@@ -173,7 +173,7 @@ class ChangingSoak:
         return await self.post("/v1/chat/completions", {**QUESTIONS[number], "model": name, "stream": True}, read)
 
     def excused(self, name, error):
-        """An answer ended with an error: Lost, unless its model's files change."""
+        """For an answer that ended with an error: Lost, unless its model's files change."""
         if name not in CHANGING or not re.search(EXCUSES, error):
             raise Lost(f"{name}: {error}")
         self.counts["ended because files changed"] += 1
@@ -220,7 +220,7 @@ class ChangingSoak:
                 print(f"LOST after {time.monotonic() - self.began_s:.1f} s: {error}", flush=True)
 
     async def learn(self):
-        """What each version of each model answers undisturbed."""
+        """Record what each version of each model answers undisturbed."""
         for name in NAMES:
             await self.learn_version(name)
         for name in ("changing", "ad"):
@@ -238,7 +238,7 @@ class ChangingSoak:
         return False
 
     async def unload(self, name):
-        """Have a loaded model be the new version at its next request; until then the old one answers."""
+        """Replace a loaded model by the new version from its next request on; until then the old one answers."""
         async with self.session.post(self.server.url + "/models/unload", json={"model": name}):
             pass
 
@@ -248,7 +248,7 @@ class ChangingSoak:
         assert None not in set().union(*self.texts[name]), f"{name} did not answer"
 
     async def change(self):
-        """Files come, change and go."""
+        """Add, change and remove files."""
         version, there = {"changing": "b", "ad": "b"}, True
         while self.share < 0.8:
             await asyncio.sleep(self.random.uniform(2, 12))
@@ -275,7 +275,7 @@ class ChangingSoak:
                     self.counts["killed"] += 1
 
     async def restart(self):
-        """The whole server, twice: at a quarter and at half of the time."""
+        """Restart the whole server twice: after a quarter and after half of the time."""
         for share in (0.25, 0.5):
             await asyncio.sleep(max(0.0, (share - self.share) * self.options.seconds))
             await self.server.restart()

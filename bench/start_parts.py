@@ -2,10 +2,10 @@
 
     python bench/start_parts.py [--rounds 3] [--server-args="--no-drafts"]
 
-A worker's start is done again in a fresh process, one part after another, `rounds` times: the least time on the wall and of the
-CPU of each part, and what the process holds more after it (RSS). Then a server is started as a user would start it, and once it has
-answered: the memory of its processes by the sort of mapping, PSS (what processes share is divided among them, also others that use
-the same libraries) and RSS. MB are 10**6 bytes. The default model, from the page cache.
+A worker's startup is repeated `rounds` times in a fresh process, one part after another: the least wall-clock and CPU time of each
+part, and by how much the process grows in it (RSS). Then a server is started as a user would start it; once it has answered, the
+memory of its processes is shown by kind of mapping: PSS (shared memory is divided among all processes that share it, including
+others with the same libraries) and RSS. MB are 10**6 bytes. The default model, from the page cache.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SORTS = (                   # of mappings, by their path; the first that fits
 
 
 def memory_by_sort(pid, field="Pss"):
-    """A process's memory by the sort of mapping, MB."""
+    """A process's memory by kind of mapping, in MB."""
     sums, sort = Counter(), ""
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if match := re.match(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \S+\s*(.*)", line):
@@ -42,7 +42,7 @@ def memory_by_sort(pid, field="Pss"):
 
 
 class Parts:
-    """Times what was done since the last call, and what the process holds more."""
+    """Measures the time since the last call, and by how much the process has grown."""
 
     def __init__(self):
         self.rows = []
@@ -57,7 +57,7 @@ class Parts:
 
 
 def start_by_parts():
-    """The parts of a worker's start, in its order; prints their rows as JSON."""
+    """The parts of a worker's startup, in order; prints their rows as JSON."""
     parts = Parts()
     sys.path.insert(0, str(ROOT))
     from chatlm.common.config import Settings

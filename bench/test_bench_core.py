@@ -100,7 +100,7 @@ def test_sample(benchmark, setting, name, V, B):
 
 @pytest.mark.parametrize("B", [1, 32])
 def test_preparing_a_batch(benchmark, B):
-    """The cost of a change in the batch: the parameters of every row are packed anew."""
+    """The cost when the batch changes: the parameters of every row are packed anew."""
     logits, rows = make_case("top_k", 49152, B)
     benchmark.group = "sample, preparing"
     benchmark(lambda: core.SampleBatch(rows, logits.shape[1]))

@@ -105,7 +105,7 @@ def test_sample(benchmark, ops, copy_bandwidth, setting, V, B):
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
 @pytest.mark.parametrize("kind", list(core.cuda.BLOCKS))
 def test_multiply(benchmark, ops, copy_bandwidth, kind, rows, outputs=8192, columns=4096):
-    """Packed weights, as many copies as are 1 GiB."""
+    """Packed weights, in enough copies to fill 1 GiB."""
     benchmark.group = f"CUDA: multiply {outputs} x {columns}, {rows} rows"
     block, size = core.cuda.BLOCKS[kind]
     count = (1 << 30) // (outputs * columns // block * size)
@@ -122,7 +122,7 @@ def test_multiply(benchmark, ops, copy_bandwidth, kind, rows, outputs=8192, colu
 @pytest.mark.parametrize("rows", [1, 8, 32, 512])
 @pytest.mark.parametrize("name, kind, E, chosen, C, F", [("gpt-oss-20b", "mxfp4", 32, 4, 2880, 2880), ("Qwen3-30B-A3B", "q4_k", 128, 8, 2048, 768)])
 def test_experts(benchmark, ops, copy_bandwidth, name, kind, E, chosen, C, F, rows):
-    """Other experts in every call, together larger than the L2 cache; GB_per_s counts each chosen one once."""
+    """Different experts in every call, together larger than the L2 cache; GB_per_s counts each chosen one once."""
     benchmark.group = f"CUDA: experts of {name}, {rows} rows"
     block, size = core.cuda.BLOCKS[kind]
     gate_up, down = (PackedMatrix([(kind, torch.full((n, k // block * size), 0x22, dtype=torch.uint8, device="cuda"))], k)

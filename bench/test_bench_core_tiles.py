@@ -1,7 +1,7 @@
 """decode_core's tiles: `pytest bench/test_bench_core_tiles.py --benchmark-enable` (one thread).
 
-Decoding: the weights are cold, parts of 4 MB in turn out of more than 256 MB. extra_info: GB_per_s of
-weights, and share_of_read, that over what read_memory reads of the same memory in the same way. Prefill: the
+Decoding: the weights are cold, since parts of 4 MB take turns out of more than 256 MB. extra_info: GB_per_s of
+weights, and share_of_read, its ratio to what read_memory reads of the same memory in the same way. Prefill: the
 weights are in the L2 cache; GMAC_per_s. Each figure is the 5th percentile of many short runs (0.1 to 1 ms),
 so that a busy machine matters little.
 """
@@ -68,7 +68,7 @@ def seconds(benchmark):
 
 
 def in_turn(benchmark, parts, run, rounds=400):
-    """Times run(part) on one part after another."""
+    """Time run(part) on one part after another."""
     turn = iter(range(1 << 60))
     benchmark.pedantic(lambda: run(parts[next(turn) % len(parts)]), rounds=rounds, warmup_rounds=len(parts))
     return seconds(benchmark) if benchmark.stats else None
@@ -112,7 +112,7 @@ def test_prefill(benchmark, kind, isa, B):
 
 @pytest.mark.parametrize("source, kind", [("q4_1", "q4_1"), ("q8_0", "q8_0"), ("bf16", "bf16"), ("f32", "q8_0"), ("f32", "q4_0")])
 def test_filling(benchmark, source, kind):
-    """What loading costs: 1024 x 576 weights."""
+    """The cost of loading 1024 x 576 weights."""
     matrix = core.Matrix(core.Arena(4 << 20), kind, 1024, 576)
     rows = random(1024, 576) if source == "f32" else np.zeros((1024, core._core.row_bytes(core.tiles.KINDS[source], 576)), np.uint8)
     benchmark.group = "tiles, filling"

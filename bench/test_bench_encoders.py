@@ -1,4 +1,4 @@
-"""What it costs to encode a streamed answer of 500 tokens in the format of each API, and 100 embeddings."""
+"""The cost of encoding a streamed answer of 500 tokens in the format of each API, and 100 embeddings."""
 
 import base64
 import struct

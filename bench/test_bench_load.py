@@ -1,4 +1,4 @@
-"""bench/load.py against the real server, its arithmetic on known times, and bench/scale_model.py on an invented machine."""
+"""bench/load.py against the real server, its arithmetic on known times, and bench/scale_model.py on a made-up machine."""
 
 import json
 import subprocess
@@ -67,7 +67,7 @@ def test_every_load_against_the_real_server(tmp_path):
     assert "goodput" in done.stdout and tree.fromstring(files["svg"].read_text()).tag.endswith("svg")
 
 
-BOX = {"step_ms": {"1": 10.0, "11": 20.0}, "serial_ms": {"1": 0.0}, "told_ms": {"1": 0.0}, "layers": 4, "hidden": 1000, "vocabulary": 0, "together": 1.0,
+BOX = {"step_ms": {"1": 10.0, "11": 20.0}, "serial_ms": {"1": 0.0}, "broadcast_ms": {"1": 0.0}, "layers": 4, "hidden": 1000, "vocabulary": 0, "together": 1.0,
        "links": {"node": {"latency_us": 0, "GB_per_s": 1e9}, "net": {"latency_us": 1000, "GB_per_s": 1e9}}, "ranks_per_node": 8, "front_ms": {"1": 1e-6}}
 
 
@@ -91,10 +91,10 @@ def test_what_cannot_be_shared_and_the_links_bound_it():
 
 
 def test_what_else_takes_time_from_the_ranks():
-    told, uneven = BOX | {"told_ms": {"1": 3.0}}, BOX | {"uneven": {"2": 1.2}}
+    told, uneven = BOX | {"broadcast_ms": {"1": 3.0}}, BOX | {"uneven": {"2": 1.2}}
     assert [scale_model.predicted(told, 2, tp, pp, 1)[2] for tp, pp in ((1, 1), (2, 1))] == pytest.approx([10, 8])
     assert [scale_model.predicted(uneven, 4, tp, 1, 1)[2] for tp in (2, 4)] == pytest.approx([6, 2.5])
-    shared = BOX | {"ranks_per_node": 2, "beside_ms": {"1": 4.0}}      # only where no CPU is left
+    shared = BOX | {"ranks_per_node": 2, "overhead_ms": {"1": 4.0}}      # only where no CPU is left
     assert [scale_model.predicted(shared, gpus, tp, 1, clients)[2] for gpus, tp, clients in ((1, 1, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1))] \
         == pytest.approx([10, 10, 14, 9])
 

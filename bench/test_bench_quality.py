@@ -1,4 +1,4 @@
-"""bench/quality.py, small: what the compiled arithmetic costs in quality, without the rounding of weights."""
+"""bench/quality.py, small: the quality cost of the compiled arithmetic, without the rounding of weights."""
 
 from pathlib import Path
 

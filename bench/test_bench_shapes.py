@@ -1,4 +1,4 @@
-"""bench/family_shapes.py: each of its shapes, made small, is a file that opens and computes; and the turns of bench/compare.py."""
+"""bench/family_shapes.py: each of its shapes, scaled down, is a file that opens and computes; and the turns of bench/compare.py."""
 
 import os
 import re
@@ -27,7 +27,7 @@ SMALL = {"embedding_length": 64, "feed_forward_length": 96, "attention.head_coun
 
 
 def reduced(shape):
-    """The same model with small sizes: what is 0, 1, a switch or one of several keeps its sense."""
+    """The same model with small sizes: 0, 1, switches and choices keep their meaning."""
     def size(key, value):
         if isinstance(value, list) and key in SMALL:
             return [count and SMALL[key] // (1 + (count < max(value))) for count in value]

@@ -2,9 +2,9 @@
 
     python bench/watch.py [--rounds 8] [--seconds 15] [--text FILE] [--asked] [--nice 19]
 
-A training with torch, on all cores, writes a checkpoint every --every seconds. Beside it runs the server, alternately awake and stopped
-(SIGSTOP), so that other load on the machine affects both alike. Printed: steps per second of the training in each turn, the medians, and
-by how much the one next to the server is slower. --asked: one client asks `latest` all the time, one answer after another.
+A training run with torch, on all cores, writes a checkpoint every --every seconds. The server runs next to it, alternately awake and
+stopped (SIGSTOP), so that other load on the machine affects both states alike. Printed: the training's steps per second in each turn,
+the medians, and by how much it is slower next to the server. --asked: one client asks `latest` all the time, one answer after another.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def tell(server, number):
 
 
 def processor_s(server):
-    """Seconds of the processor that the server's processes have taken, also those that have ended and were waited for."""
+    """Processor seconds of the server's processes, including those that have ended and were waited for."""
     total = 0.0
     for process in processes_of(server):
         with suppress(psutil.NoSuchProcess):

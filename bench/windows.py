@@ -2,8 +2,8 @@
 
     python bench/windows.py
 
-runs the scheduler alone, without tensors, over a prompt of the whole context but 100 tokens and those 100 tokens after it. Sizes are
-those of the published configs; keys and values have 16 bits.
+runs only the scheduler, without tensors, over a prompt 100 tokens shorter than the context and then those 100 tokens. Sizes are those
+of the published configs; keys and values have 16 bits.
 """
 
 import sys

@@ -2,11 +2,11 @@
 
     python bench/worker_steps.py [--streams 16] [--tokens 128] [--rounds 5] [--width 2] [--threads 2]
 
-The engine of the default model as a worker runs it, greedy, without drafts, its messages written to a pipe that somebody reads.
-Written for machines on which other programs run: of each phase the least time over many steps counts, since no phase is longer
-than the system lets a thread run, and of Python the CPU time of its thread in the best round. --width forces the number of threads
-that compute a step, as `0` the policy decides; with more than one, what the phases' sum is above its share of one thread's sum is
-what threads wait for each other, and what they fetch from each other's caches.
+The engine of the default model as a worker runs it, greedy, without drafts, writing its messages to a pipe that is being read.
+Made for machines on which other programs run: a phase counts with its least time over many steps, since no phase is longer than
+the system lets a thread run, and Python with the CPU time of its thread in the best round. --width forces the number of threads
+that compute a step (0: the policy decides); with more than one, the excess of the phases' sum over its share of one thread's sum is
+the time that threads wait for each other and fetch from each other's caches.
 """
 
 import argparse
@@ -61,7 +61,7 @@ class PythonParts:
 
 
 class Phases:
-    """The least time of each phase over all steps of so many rows, us."""
+    """The least time of each phase, in us, over all steps with this many rows."""
 
     def __init__(self, rows):
         self.rows, self.names, self.least, self.whole = rows, [], [], []
@@ -87,7 +87,7 @@ class Phases:
 
 
 def run_round(engine, channel, streams, tokens, dice, phases):
-    """The decoding steps of so many answers at once -> their number and the main thread's CPU time, s."""
+    """The decoding steps of several concurrent answers -> their number and the main thread's CPU time in s."""
     params, events = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), []
     for _ in range(streams):
         ids = tuple(dice.randrange(1000, engine.tokenizer.vocab_size - 1000) for _ in range(40))
