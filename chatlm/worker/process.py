@@ -61,7 +61,7 @@ def run_rank(channel: Channel, config: RankConfig):
     log.setLevel(logging.ERROR)  # rank 0 logs the rest
     os.environ.update({name: value for name, value in config.environment.items() if value})
     if (isa := os.environ.get("DECODE_CORE_ISA")) and decode_core() is None:
-        raise ConfigError(f"rank 0 computes by decode_core with {isa} instructions, and this machine cannot: "
+        raise ConfigError(f"rank 0 uses decode_core with {isa} instructions, but this machine cannot: "
                           "install it here, or set DECODE_CORE_ISA or CHAT_SERVER_KERNELS for rank 0")
     device, ranks = prepare_device(config), OtherRank(channel, config)
 
@@ -276,7 +276,7 @@ MAX_FAILURES = 3  # failed steps in a row that a worker survives; after one more
 
 
 class Inbox:
-    """What the answers of each request share, kept until the front announces that no more will come."""
+    """What the answers of each request share, kept until the front announces that it has no more of them."""
 
     def __init__(self, engine: Engine, tell: Callable[[AdapterLoaded], None] = lambda message: None):
         self.engine, self.tell = engine, tell

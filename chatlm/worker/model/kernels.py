@@ -123,7 +123,7 @@ class Backend:
         return EagerSteps(transformer)
 
     def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: torch.device) -> Any:
-        """The form in which ops read an adapter, whose matrices are named after those they change."""
+        """An adapter in the form that ops read; its matrices are named after those they change."""
         return {name: AdapterMatrix(*(tensor.to(device) for tensor in matrix))
                 for name, matrix in matrices.items()}
 
@@ -161,7 +161,7 @@ class Kernels:
     split_gates: Callable = split_gates_reference
     gate: Callable = gate_reference
     sample: Callable = sample_on_host
-    # Where a model has several ranks, and only there:
+    # Only if a model has several ranks:
     # (x, out, residual=None): residual + the sum of all ranks' x -> out
     all_reduce: Callable = None  # pyright: ignore[reportAssignmentType]  as stated above
     # (x, out): all ranks' x concatenated -> out, which may be shorter
@@ -210,7 +210,7 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
 def choose_backend(device, spec: ModelSpec | None, whole: ModelSpec | None = None, says_why: bool = False):
     """decode_core's backend if it runs this model on this device, else torch's (always without a spec). All
     stages of a `whole` model have the same. If `says_why`, a model or op left to torch is logged; only one
-    of the callers for a model asks for that."""
+    caller per model asks for that."""
     if refused := refused_isa():
         raise ConfigError(refused)
     core = decode_core() if spec else None
@@ -218,11 +218,12 @@ def choose_backend(device, spec: ModelSpec | None, whole: ModelSpec | None = Non
         log.error("%s", reason)
     if core and spec and (features := not_compiled(whole or spec, device) or not_compiled(spec, device)):
         if says_why:
-            log.warning("decode_core has no %s, which this model needs: torch computes instead", features)
+            log.warning("decode_core has no kernels for %s, which this model needs: torch computes instead",
+                        features)
         core = None
     backend = core and core.backend_for(spec, device, for_decode_core())
     if backend and spec and says_why and (ops := left_to_torch(whole or spec, device)):
-        log.warning("%s has no %s: torch computes these alone", backend.name, " and no ".join(ops))
+        log.warning("%s has no kernels for %s: torch computes only these", backend.name, " and ".join(ops))
     return backend or Backend(device)
 
 
@@ -231,7 +232,7 @@ TORCH_ALONE = "mean_squares", "norm_qk"
 
 
 def left_to_torch(spec: ModelSpec, device) -> list[str]:
-    """The ops that torch computes of a model whose others are decode_core's on this device, in words."""
+    """The ops, in words, that torch computes on this device while decode_core computes the others."""
     words = {ShortConv: "short convolution", DeltaRule: "delta rule", Mamba2: "Mamba layer"}
     ops = dict.fromkeys(words[type(mixer)] for mixer in spec.mixers if mixer)
     if spec.sigmoid_router:
@@ -240,12 +241,12 @@ def left_to_torch(spec: ModelSpec, device) -> list[str]:
 
 
 class Most(NamedTuple):
-    """The largest sizes that decode_core's kernels take, as its `cpu` and `cuda` halves check them."""
+    """The largest sizes that decode_core's kernels accept, as its `cpu` and `cuda` halves check them."""
 
     head_size: int
-    group: int          # queries to a head of keys
+    group: int          # query heads per KV head
     experts: int
-    chosen: int         # experts of a token
+    chosen: int         # experts per token
     vocabulary: int
 
 
@@ -263,33 +264,34 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
     features = {
         "norm of all heads together": spec.qk_norm_sizes,
         "embedding of each layer on a GPU": spec.layer_input_size and on_gpu,
-        "embedding of each layer that is no multiple of 16 wide": spec.layer_input_size % 16 and not on_gpu,
+        "embedding of each layer with a width not a multiple of 16": (
+            spec.layer_input_size % 16 and not on_gpu),
         "scale of experts on a GPU": spec.expert_norms and on_gpu,
         "scale of queries by their position": spec.q_growth,
-        "width that is no multiple of 16": spec.width % 16 and not on_gpu,
-        "heads of such a size": any(
+        "width that is not a multiple of 16": spec.width % 16 and not on_gpu,
+        "heads of this size": any(
             attn.head_size % 16 or attn.head_size > most.head_size for attn in attentions),
-        "so many queries to a head of keys": any(
+        "this many query heads per KV head": any(
             attn.heads > most.group * attn.kv_heads for attn in attentions),
-        "so many experts": spec.experts > most.experts or spec.experts_per_token > most.chosen,
-        "experts of such a width": on_gpu and spec.experts and (spec.width % 8 or spec.ffn_size % 8),
-        "vocabulary of such a size": spec.vocab_size > most.vocabulary,
-        "delta rule of heads that are no multiples of 16": not on_gpu and any(
+        "this many experts": spec.experts > most.experts or spec.experts_per_token > most.chosen,
+        "experts of this width": on_gpu and spec.experts and (spec.width % 8 or spec.ffn_size % 8),
+        "vocabulary of this size": spec.vocab_size > most.vocabulary,
+        "delta rule with head sizes that are not multiples of 16": not on_gpu and any(
             isinstance(mixer, DeltaRule) and (mixer.key_size % 16 or mixer.value_size % 16)
             for mixer in spec.mixers),
-        "Mamba layer whose heads or channels are no multiples of 16": not on_gpu and any(
+        "Mamba layer whose heads or channels are not multiples of 16": not on_gpu and any(
             isinstance(mixer, Mamba2) and (mixer.head_size % 16 or mixer.parts[1] % 16)
             for mixer in spec.mixers),
         "attention whose keys and values differ in width": any(
             attn.value_size != attn.head_size for attn in attentions),
         "attention of several kinds on a GPU": not uniform(spec) and on_gpu,
         f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2"),
-        "feed-forward of such a width": any(width % TILE_ROWS for width in widths)}
-    return " and no ".join(feature for feature, needed in features.items() if needed)
+        "feed-forward of this width": any(width % TILE_ROWS for width in widths)}
+    return " and ".join(feature for feature, needed in features.items() if needed)
 
 
 def uniform(spec: ModelSpec) -> bool:
-    """Does every attention layer keep the same of each token, all of it its own?"""
+    """Does every attention layer store the same for each token, and nothing from other layers?"""
     kinds = {(attn.heads, attn.kv_heads, attn.head_size, attn.value_norm, attn.values_from_keys, attn.source)
              for attn in spec.by_layer if attn}
     return all(kind[3:] == (False, False, None) for kind in kinds) and len(kinds) <= 1

@@ -413,7 +413,7 @@ class ModelSpec:
 
     @property
     def all_layers(self) -> int:
-        """The number of layers of the whole model, of which this may be a stage."""
+        """The number of layers of the whole model, even if this is only one of its stages."""
         return self.layer_inputs[1] or self.layers
 
     @property

@@ -411,7 +411,7 @@ def adapted_linear(k: Kernels, b: SimpleNamespace, x, weights: dict, name: str, 
 
 
 def narrow(buffer: torch.Tensor, columns: int) -> torch.Tensor:
-    """A buffer (T, columns or more) as one with so many columns, in the same memory."""
+    """A buffer (T, columns or more) viewed as (T, columns), in the same memory."""
     if buffer.shape[1] == columns:
         return buffer
     return buffer.flatten()[:len(buffer) * columns].view(-1, columns)

@@ -55,7 +55,7 @@ def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="
                           gate_scale=1.0, value_norm=False):
     """All work between the qkv product and attention: q -> out (T, H * D), k and v -> the cache.
 
-    qkv (T, H * D + Hkv * (D + Dv)) is overwritten. Without the columns of v, v is made of what k is; without
+    qkv (T, H * D + Hkv * (D + Dv)) is overwritten. Without the columns of v, v is made from k's; without
     those of k and v, nothing goes into the cache, which is another layer's. q and k are normalized (`norm` is
     a ModelSpec's qk_norm), rotated by the rows `positions` (T,) of cos and sin, and scaled, q also by
     `q_scale`, a number or a table of one for each position. v is normalized without weights if `value_norm`.
@@ -101,8 +101,8 @@ def slots_of(cache) -> tuple[torch.Tensor | PackedKv, torch.Tensor | PackedKv]:
 
 
 def keys_and_values(cache, pages, count: int, dtype):
-    """Those in some pages of each of `count` sequences, (count, Hkv, S, D) and (count, Hkv, S, Dv) of type
-    `dtype`; packed ones stay turned."""
+    """The keys and values in some pages of each of `count` sequences, (count, Hkv, S, D) and
+    (count, Hkv, S, Dv), as `dtype`; packed ones stay turned."""
     def taken(part):
         return torch.index_select(part.unflatten(0, (-1, PAGE_SIZE)), 0, pages).flatten(0, 1)
 
@@ -116,8 +116,8 @@ def keys_and_values(cache, pages, count: int, dtype):
 def mean_squares_reference(qkv, q_norm, k_norm, sizes, out):
     """The squares of all q and of all k of each row of qkv (T, (H + 2 Hkv) * D), over `sizes` -> out (T, 2).
 
-    `sizes` are the whole widths, (H * D, Hkv * D) of all ranks, of which each has some heads, with their part
-    of the weights: the ranks' sums are the means."""
+    `sizes` are the whole widths (H * D, Hkv * D) of all ranks; each rank has some of the heads and their part
+    of the weights, so the sums over all ranks are the means."""
     parts = qkv[:, :len(q_norm)], qkv[:, len(q_norm):len(q_norm) + len(k_norm)]
     torch.stack([part.float().square().sum(1) / size for part, size in zip(parts, sizes)], 1, out=out)
 
@@ -210,7 +210,7 @@ def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=No
     sinks = sinks if sinks is None else sinks.view(Hkv, -1)
     for rows, pages, mask in plan[window]:
         k, v = (part[:, :, :mask.shape[-1]] for part in keys_and_values(cache, pages, len(mask), mask.dtype))
-        if isinstance(cache, tuple) and len(mask) > 1:  # beside longer ones: another type's bytes may be NaN
+        if isinstance(cache, tuple) and len(mask) > 1:  # another type's bytes in padding may be NaN
             unseen = torch.isneginf(mask).all(2).unsqueeze(-1)
             k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
         grouped = q[rows].to(k.dtype).unflatten(1, (Hkv, -1))    # (rows, Hkv, H / Hkv, D)

@@ -97,7 +97,7 @@ NANOCHAT_KEYS = {  # of model_config
 
 
 def read_nanochat_config(model_path: Path) -> dict:
-    """`model_config` of meta_<step>.json beside the checkpoint."""
+    """`model_config` of meta_<step>.json next to the checkpoint."""
     path = model_path.with_name(model_path.name.replace("model_", "meta_").replace(".pt", ".json"))
     try:
         data = read_small(path)
@@ -245,7 +245,7 @@ def read_encoding(data: bytes) -> tuple[str, dict[bytes, int], dict[str, int]]:
 
 
 def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
-    """The TextSpec from tokenizer.pkl, which is beside the checkpoint or in <base>/tokenizer."""
+    """The TextSpec from tokenizer.pkl, which is next to the checkpoint or in <base>/tokenizer."""
     candidates = nanochat_tokenizers(model_path)
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
