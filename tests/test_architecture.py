@@ -14,7 +14,7 @@ SECTIONS = {part.split("\n")[0]: part for part in TEXT.split("\n## ")[1:]}
 CHANGES = dict(re.findall(r"^\| (an? [^|]+|what) \| (.*) \|$", SECTIONS["Where do I change ..."], re.MULTILINE))
 MANUAL = ast.get_docstring(ast.parse((ROOT / "chat_server.py").read_text(encoding="utf-8")), clean=False)
 MODULES = [ROOT / "chat_server.py", *sorted((ROOT / "chatlm").rglob("*.py"))]
-FILE = re.compile(r"[\w./-]+(?:/|\.(?:py|md|js|css|html|h|cpp|ini|toml))")
+FILE = re.compile(r"[\w./-]+(?:/|\.(?:py|md|js|css|html|h|def|cpp|ini|toml))")
 
 
 @cache
@@ -75,15 +75,17 @@ def test_an_op_touches_three_places_of_chatlm_at_most_and_csrc_has_its_list():
     assert len({place for place in places if not place.endswith(".md")}) <= 3 and "csrc/README.md" in places
 
 
-@pytest.mark.parametrize("what", ["a family", "a new computation", "a layer with a state", "a short name, a cut of words", "a sampling parameter"])
-def test_a_family_or_sampling_parameter_touches_three_source_files_at_most(what):
+@pytest.mark.parametrize("what", ["a family", "a new computation", "a layer with a state", "a short name, a cut of words",
+                                  "a sampling parameter", "a flag", "a rank's shard", "a weight type", "a weight type in files",
+                                  "a KV type"])
+def test_a_change_touches_three_source_files_at_most(what):
     assert len({place for place, _ in named(CHANGES[what]) if not place.endswith(".md")}) <= 3
 
 
 def test_the_table_has_a_row_for_each_usual_change():
     assert [*CHANGES][1:] == ["a route", "a field", "a sampling parameter", "a model's own parameter", "a flag", "a family", "a new computation",
                               "a layer with a state", "a short name, a cut of words", "a call format", "an op", "a message", "a metric", "an error",
-                              "a page element", "a rank's shard", "a weight type"]
+                              "a page element", "a rank's shard", "a weight type", "a weight type in files", "a KV type"]
 
 
 def test_a_name_that_is_not_there_is_found():

@@ -1,6 +1,6 @@
 // What a kernel knows of each quantized type of weights: one struct a type, over a row as a GGUF file has it.
 //
-//     COLUMNS, BYTES   of a block; a row of K columns is K / COLUMNS blocks, one after another
+//     COLUMNS, BYTES   of a block, from its row in weights.def; a row of K columns is K / COLUMNS blocks, one after another
 //     unpack           8 weights of a block in f32, columns 8 * piece on: the bits that the gguf package gives
 //
 // Blocks lie as in the file, so that a matrix is copied to the device unchanged: of rows, most blocks begin at any even
@@ -12,9 +12,12 @@
 
 namespace dc_device {
 
-// As cuda.py numbers the types; the last are floats, as a matrix that no file has packed.
-enum BlockType : int64_t { Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4,
-                           FLOATS_BF16, FLOATS_F16, FLOATS_F32 };
+// As weights.def and cuda.py number the types; the last are floats, as a matrix that no file has packed.
+enum BlockType : int64_t {
+#define QUANTIZED_WEIGHTS(name, NAME, ...) NAME,
+#include "weights.def"
+    FLOATS_BF16, FLOATS_F16, FLOATS_F32
+};
 
 DC_DEVICE uint32_t two_bytes(const uint8_t *even) { return *reinterpret_cast<const uint16_t *>(even); }
 DC_DEVICE uint32_t four_bytes(const uint8_t *even) { return two_bytes(even) | two_bytes(even + 2) << 16; }
@@ -48,9 +51,12 @@ DC_DEVICE Eight nibbles(const uint8_t *even, int piece) {
 }
 
 template <int TYPE> struct Block;
+template <int TYPE> struct FileBlock;
+#define QUANTIZED_WEIGHTS(name, NAME, columns, bytes) \
+    template <> struct FileBlock<NAME> { static constexpr int COLUMNS = columns, BYTES = bytes; };
+#include "weights.def"
 
-template <> struct Block<Q8_0> {
-    static constexpr int COLUMNS = 32, BYTES = 34;
+template <> struct Block<Q8_0> : FileBlock<Q8_0> {
     DC_DEVICE static void unpack(const uint8_t *block, int piece, float *w) {
         const float scale = half_at(block);
         const Eight codes = eight_bytes(block + 2 + 8 * piece);
@@ -59,8 +65,7 @@ template <> struct Block<Q8_0> {
     }
 };
 
-template <> struct Block<Q4_0> {
-    static constexpr int COLUMNS = 32, BYTES = 18;
+template <> struct Block<Q4_0> : FileBlock<Q4_0> {
     DC_DEVICE static void unpack(const uint8_t *block, int piece, float *w) {
         const float scale = half_at(block);
         const Eight codes = nibbles(block + 2, piece);
@@ -69,8 +74,7 @@ template <> struct Block<Q4_0> {
     }
 };
 
-template <> struct Block<Q4_1> {
-    static constexpr int COLUMNS = 32, BYTES = 20;
+template <> struct Block<Q4_1> : FileBlock<Q4_1> {
     DC_DEVICE static void unpack(const uint8_t *block, int piece, float *w) {
         const float scale = half_at(block), minimum = half_at(block + 2);
         const Eight codes = nibbles(block + 4, piece);
@@ -81,8 +85,7 @@ template <> struct Block<Q4_1> {
 
 DC_DEVICE uint32_t five_bits(const Eight &codes, uint32_t fifth, int i) { return codes[i] | (fifth >> i & 1u) << 4; }
 
-template <> struct Block<Q5_0> {
-    static constexpr int COLUMNS = 32, BYTES = 22;
+template <> struct Block<Q5_0> : FileBlock<Q5_0> {
     DC_DEVICE static void unpack(const uint8_t *block, int piece, float *w) {
         const float scale = half_at(block);
         const uint32_t fifth = four_bytes(block + 2) >> 8 * piece;
@@ -92,8 +95,7 @@ template <> struct Block<Q5_0> {
     }
 };
 
-template <> struct Block<Q5_1> {
-    static constexpr int COLUMNS = 32, BYTES = 24;
+template <> struct Block<Q5_1> : FileBlock<Q5_1> {
     DC_DEVICE static void unpack(const uint8_t *block, int piece, float *w) {
         const float scale = half_at(block), minimum = half_at(block + 2);
         const uint32_t fifth = four_bytes(block + 4) >> 8 * piece;
@@ -116,8 +118,7 @@ struct KScale {
     }
 };
 
-template <> struct Block<Q4_K> {
-    static constexpr int COLUMNS = 256, BYTES = 144;
+template <> struct Block<Q4_K> : FileBlock<Q4_K> {
     DC_DEVICE static void unpack(const uint8_t *block, int piece, float *w) {
         const int j = piece / 4;                // each 32 bytes hold the nibbles of two times 32 columns
         const KScale k(block, j);
@@ -127,8 +128,7 @@ template <> struct Block<Q4_K> {
     }
 };
 
-template <> struct Block<Q5_K> {
-    static constexpr int COLUMNS = 256, BYTES = 176;
+template <> struct Block<Q5_K> : FileBlock<Q5_K> {
     DC_DEVICE static void unpack(const uint8_t *block, int piece, float *w) {
         const int j = piece / 4;
         const KScale k(block, j);
@@ -142,8 +142,7 @@ template <> struct Block<Q5_K> {
     }
 };
 
-template <> struct Block<Q6_K> {
-    static constexpr int COLUMNS = 256, BYTES = 210;
+template <> struct Block<Q6_K> : FileBlock<Q6_K> {
     DC_DEVICE static void unpack(const uint8_t *block, int piece, float *w) {
         const int half = piece / 16, column = 8 * (piece % 16);     // 128 columns: nibbles in 64 bytes, pairs of bits in 32
         const int8_t sub = static_cast<int8_t>(block[192 + piece / 2]);
@@ -158,8 +157,7 @@ template <> struct Block<Q6_K> {
     }
 };
 
-template <> struct Block<IQ4_NL> {
-    static constexpr int COLUMNS = 32, BYTES = 18;
+template <> struct Block<IQ4_NL> : FileBlock<IQ4_NL> {
     DC_DEVICE static void unpack(const uint8_t *block, int piece, float *w) {
         const float scale = half_at(block);
         const Eight codes = nibbles(block + 2, piece);
@@ -168,8 +166,7 @@ template <> struct Block<IQ4_NL> {
     }
 };
 
-template <> struct Block<IQ4_XS> {
-    static constexpr int COLUMNS = 256, BYTES = 136;
+template <> struct Block<IQ4_XS> : FileBlock<IQ4_XS> {
     DC_DEVICE static void unpack(const uint8_t *block, int piece, float *w) {
         const int j = piece / 4;                // a scale of 6 bits for 32 columns
         const uint32_t low = block[4 + j / 2] >> j % 2 * 4 & 15u, high = two_bytes(block + 2) >> 2 * j & 3u;
@@ -180,8 +177,7 @@ template <> struct Block<IQ4_XS> {
     }
 };
 
-template <> struct Block<MXFP4> {
-    static constexpr int COLUMNS = 32, BYTES = 17;
+template <> struct Block<MXFP4> : FileBlock<MXFP4> {
     DC_DEVICE static void unpack(const uint8_t *block, int piece, float *w) {
         union { uint32_t bits; float value; } scale;        // 2^(exponent - 128), which may be denormal
         scale.bits = block[0] < 2 ? 0x00200000u << block[0] : (block[0] - 1u) << 23;
@@ -209,17 +205,8 @@ template <> struct Block<FLOATS_F32> : FloatBlock<float> {};
 // visit(Block<TYPE>()) of a packed type's number, on the host.
 template <class Visit> const char *with_block(int64_t type, Visit visit) {
     switch (type) {
-        case Q8_0: return visit(Block<Q8_0>());
-        case Q4_0: return visit(Block<Q4_0>());
-        case Q4_1: return visit(Block<Q4_1>());
-        case Q5_0: return visit(Block<Q5_0>());
-        case Q5_1: return visit(Block<Q5_1>());
-        case Q4_K: return visit(Block<Q4_K>());
-        case Q5_K: return visit(Block<Q5_K>());
-        case Q6_K: return visit(Block<Q6_K>());
-        case IQ4_NL: return visit(Block<IQ4_NL>());
-        case IQ4_XS: return visit(Block<IQ4_XS>());
-        case MXFP4: return visit(Block<MXFP4>());
+#define QUANTIZED_WEIGHTS(name, NAME, ...) case NAME: return visit(Block<NAME>());
+#include "weights.def"
         default: return "there is no such type of weights";
     }
 }

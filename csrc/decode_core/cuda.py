@@ -19,7 +19,7 @@ PACKED_BLOCK = 32                       # numbers that share a scale in pages of
 MAX_RANKS = 1024                        # of an adapter on a matrix
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1, "int8": 1}
 NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
-# Of a quantized type, in the order of csrc/cuda/blocks.h: the columns and bytes of a block in a GGUF file
+# Of a quantized type, in the order of csrc/weights.def, which a test compares: the columns and bytes of a block in a GGUF file
 BLOCKS = {"q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q4_k": (256, 144),
           "q5_k": (256, 176), "q6_k": (256, 210), "iq4_nl": (32, 18), "iq4_xs": (256, 136), "mxfp4": (32, 17)}
 FLOATS = {"bfloat16": (8, 16), "float16": (8, 16), "float32": (8, 32)}          # of matrices that no file has packed

@@ -591,3 +591,9 @@ def test_no_rows_are_no_work():
     decode_core.multiply(np.empty((0, 64), np.float32), matrix, out=np.empty((0, 32), np.float32))
     decode_core.embed(matrix, np.empty(0, np.int64), np.empty((0, 64), np.float32))
     matrix.fill(np.empty((0, 64), np.float32), "f32")
+
+
+def test_cuda_numbers_the_types_of_blocks_as_the_list_of_weights_does():
+    from decode_core import _core, cuda
+    assert [*cuda.BLOCKS.items()] == [(kind, (columns, _core.row_bytes(code, columns)))
+                                      for code, (kind, columns) in enumerate(_core.weight_types()) if columns > 1]

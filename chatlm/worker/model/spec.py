@@ -174,8 +174,8 @@ class Attention:
         return self.heads * self.head_size, keys, 0 if self.values_from_keys else values
 
 
-FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-PACKED_BYTES = PACKED_BLOCK + 2  # with their scale
+KV_BLOCKS = {  # how keys and values are kept -> (numbers, their bytes): in a float, in a block with its scale
+    "float32": (1, 4), "float16": (1, 2), "bfloat16": (1, 2), "q8_0": (PACKED_BLOCK, PACKED_BLOCK + 2)}
 
 
 class KvType(NamedTuple):
@@ -185,13 +185,13 @@ class KvType(NamedTuple):
     all of it, and kept as 8-bit integers with a float16 scale for each 32. Heads whose size is not a power
     of two, or is below 32, stay floats."""
 
-    floats: str = "float16"  # of FLOAT_BYTES
+    floats: str = "float16"
     packed: bool = False
 
     @property
     def unit(self) -> int:
         """The unit of page sizes in bytes: that of a number, or 1 if layers may differ."""
-        return 1 if self.packed else FLOAT_BYTES[self.floats]
+        return 1 if self.packed else KV_BLOCKS[self.floats][1]
 
     @staticmethod
     def unpacked_sizes(attn: Attention) -> set[int]:
@@ -208,9 +208,8 @@ class KvType(NamedTuple):
 
     def slot_size(self, attn: Attention) -> int:
         """Units that a layer caches per token."""
-        if self.packs(attn):
-            return attn.slot_size // PACKED_BLOCK * PACKED_BYTES
-        return attn.slot_size * FLOAT_BYTES[self.floats] // self.unit
+        numbers, block_bytes = KV_BLOCKS[self.of(attn)]
+        return attn.slot_size // numbers * block_bytes // self.unit
 
 
 class LayerGroups(NamedTuple):

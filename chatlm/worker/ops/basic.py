@@ -16,7 +16,7 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import require_library
-from chatlm.worker.ops.packed_kv import PackedKv
+from chatlm.worker.ops.packed_kv import PACKED
 
 
 def embed_reference(table, ids, out, part=None):
@@ -261,14 +261,14 @@ def make_cache_reference(spec, layout, num_pages, device):
         if attn is None:
             layers.append(None)
             continue
-        if layout.types[l] == "q8_0":
-            keys, begin = PackedKv.within(whole, slots, attn.kv_heads, attn.head_size, begin, stride)
-            values, _ = PackedKv.within(whole, slots, attn.kv_heads, attn.value_size, begin, stride)
+        if packed := PACKED.get(layout.types[l]):
+            keys, begin = packed.within(whole, slots, attn.kv_heads, attn.head_size, begin, stride)
+            values, _ = packed.within(whole, slots, attn.kv_heads, attn.value_size, begin, stride)
             layers.append((keys, values))
             continue
         memory = whole.view(getattr(torch, layout.types[l]))
         begin, stride = begin // memory.itemsize, stride // memory.itemsize
-        if attn.value_size != attn.head_size or "q8_0" in layout.types:
+        if attn.value_size != attn.head_size or PACKED.keys() & set(layout.types):
             begins = begin, begin + attn.kv_heads * attn.head_size
             layers.append(tuple(
                 memory.as_strided((slots, attn.kv_heads, size), (stride, size, 1), start)
@@ -315,8 +315,18 @@ def unpermute_rope(rows, pairs: RopePairs | None):
     return rows.reshape(-1, pairs.head_size, *rows.shape[1:])[:, order].reshape(rows.shape)
 
 
-# bytes per block of 32 weights: float16 scale, float16 minimum (Q4_1 only), the weights
-BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+class Block(NamedTuple):
+    """A packed type's block of weights in a GGUF file: their codes, and what these are multiplied by."""
+
+    bytes: int
+    scale_bytes: int = 2  # a float16; 4: a minimum follows it; 1: an exponent
+    scale: int = 0        # the offset of these
+
+
+BLOCKS = {
+    "q4_0": Block(18), "q4_1": Block(20, 4), "q5_0": Block(22), "q5_1": Block(24, 4), "q8_0": Block(34),
+    "q4_k": Block(144, 4), "q5_k": Block(176, 4), "q6_k": Block(210, 2, 208), "iq4_nl": Block(18),
+    "iq4_xs": Block(136), "mxfp4": Block(17, 1)}
 MXFP4_DOUBLED = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
 
 
@@ -327,15 +337,15 @@ def dequantize(gguf_type, data: torch.Tensor) -> torch.Tensor:
     if gguf_type.name in ("F32", "F16", "BF16"):
         return data.view(torch.bfloat16) if gguf_type.name == "BF16" else data
     if gguf_type.name == "MXFP4":
-        blocks = data.view(-1, 17)
+        blocks = data.view(-1, BLOCKS["mxfp4"].bytes)
         codes, power = torch.cat((blocks[:, 1:] & 15, blocks[:, 1:] >> 4), -1), blocks[:, :1].int()
         bits = torch.where(power < 2, (1 << 21) << power, (power - 1) << 23)  # of 2^(power - 128)
         bits.masked_fill_(power == 255, 0x7FC00000)  # NaN; the gguf package returns 2^127
         return torch.tensor(MXFP4_DOUBLED)[codes.int()] * bits.view(torch.float32)
-    if gguf_type.name not in BLOCK_BYTES:
+    if gguf_type.name not in ("Q4_0", "Q4_1", "Q8_0"):  # torch is faster with these
         gguf = require_library("gguf", "packed weights")
         return torch.from_numpy(gguf.dequantize(data.numpy(), gguf_type))
-    blocks = data.view(-1, BLOCK_BYTES[gguf_type.name])
+    blocks = data.view(-1, BLOCKS[gguf_type.name.lower()].bytes)
     scale, minimum = blocks[:, :4].contiguous().view(torch.float16).float().split(1, dim=1)  # (B, 1) each
     if gguf_type.name == "Q8_0":
         return blocks[:, 2:].view(torch.int8).float().mul_(scale)

@@ -58,3 +58,6 @@ class PackedKv(NamedTuple):
         """(slots, Hkv, D) float32, still turned."""
         blocks = self.codes.unflatten(-1, (-1, PACKED_BLOCK)).float()
         return (blocks * self.scales.float().unsqueeze(-1)).flatten(-2)
+
+
+PACKED = {"q8_0": PackedKv}  # of spec.py's KV_BLOCKS, those that are no floats

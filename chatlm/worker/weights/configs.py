@@ -266,9 +266,8 @@ def mixers_of(path: Path, row: Family, config: Mapping, types: Seq[str]) -> tupl
 
 def feed_forward_fields(path: Path, config: Mapping) -> tuple[int, dict]:
     """F, checked, and the spec's expert fields: none without experts."""
-    size, fields = config["intermediate_size"], {}
-    if "num_experts" in config:
-        size, fields = expert_fields(path, config)
+    size, fields = expert_fields(path, config) if "num_experts" in config else (
+        config["intermediate_size"], {})
     checked(path, "the width of its feed-forward parts", size, HF_KEYS["intermediate_size"])
     return size, fields
 

@@ -12,15 +12,12 @@ import torch
 
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.tensors import Cut
+from chatlm.worker.ops.basic import BLOCKS
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
 
 
-# packed type -> bytes of a block, of what precedes its float16 scale, of the scale (and minimum, if any)
-SCALES = {"q4_0": (18, 0, 2), "q4_1": (20, 0, 4), "q5_0": (22, 0, 2), "q5_1": (24, 0, 4), "q8_0": (34, 0, 2),
-          "q4_k": (144, 0, 4), "q5_k": (176, 0, 4), "q6_k": (210, 208, 2), "iq4_nl": (18, 0, 2),
-          "iq4_xs": (136, 0, 2)}
 MOST_QUANTIZED = 65_520.0  # a block's scale or minimum, a float16, becomes infinite there
 
 
@@ -44,10 +41,11 @@ def all_below(values: torch.Tensor, most: float = math.inf) -> bool:
 def scales_are_finite(packing: str, rows) -> bool:
     """Whether all scales of packed rows (n, bytes of a row) uint8, torch or numpy, are finite."""
     if packing == "mxfp4":  # exponents: 255 is NaN, and with 253 or 254 the largest code overflows
-        return bool(torch.as_tensor(rows).reshape(-1, 17)[:, 0].max() < 253)
-    size, first, count = SCALES[packing]
-    whole, exponents = (torch.int16, 0x7C00) if count == 2 else (torch.int32, 0x7C007C00)
-    scales = torch.as_tensor(rows).reshape(-1, size)[:, first:first + count].view(whole) & exponents
+        return bool(torch.as_tensor(rows).reshape(-1, BLOCKS[packing].bytes)[:, 0].max() < 253)
+    block = BLOCKS[packing]
+    whole, exponents = (torch.int16, 0x7C00) if block.scale_bytes == 2 else (torch.int32, 0x7C007C00)
+    blocks = torch.as_tensor(rows).reshape(-1, block.bytes)
+    scales = blocks[:, block.scale:block.scale + block.scale_bytes].view(whole) & exponents
     return bool(scales.view(torch.int16).max() < 0x7C00)
 
 

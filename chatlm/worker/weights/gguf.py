@@ -145,11 +145,11 @@ def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dic
 def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
     """The row of FAMILIES and the spec, built as if from a config.json with the metadata's values."""
     header, family = family_of(path, metadata, stored)
-    row = FAMILIES[family]
-    changes, instead = row.gguf.layers(header)
+    changes, instead = FAMILIES[family].gguf.layers(header)
     changed = {header.own + key: value for key, value in changes.items()}
     header = header._replace(metadata={**metadata, **changed})
-    family = next((name for key, name in row.gguf.variants.items() if header.value(key, 0, low=0)), family)
+    family = next((name for key, name in FAMILIES[family].gguf.variants.items()
+                   if header.value(key, 0, low=0)), family)
     row = FAMILIES[family]
     config = HF_DEFAULTS | row.config
     refuse_unknown(header, row, config)

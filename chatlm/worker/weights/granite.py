@@ -88,8 +88,8 @@ def gguf_multipliers(header: Header) -> tuple[dict, dict]:
 
 
 def gguf_dense(header: Header) -> tuple[dict, dict]:
-    nope = header.raw("rope.scaling.finetuned") is False
-    return {}, gguf_multipliers(header)[1] | ({"position_embedding_type": "nope"} if nope else {})
+    rotates = header.raw("rope.scaling.finetuned") is not False
+    return {}, gguf_multipliers(header)[1] | ({} if rotates else {"position_embedding_type": "nope"})
 
 
 def gguf_hybrid(header: Header) -> tuple[dict, dict]:

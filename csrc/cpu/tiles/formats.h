@@ -1,7 +1,6 @@
 // Everything about each quantized type of weights: one struct Format<TYPE> per type. tiles.h describes the layout.
 //
-//     name                     its name in Python and GGUF
-//     FILE_COLUMNS, FILE_BYTES a block in GGUF: `codes` reads its unsigned codes, one a column
+//     FILE_COLUMNS, FILE_BYTES a block in GGUF, from its row in weights.def: `codes` reads its unsigned codes, one a column
 //     BITS                     of a code; `Quants<BITS>` says how the codes of 16 rows x 32 columns lie in a tile
 //     BLOCKS, SCALE_BYTES      blocks of 32 columns that lie together in a tile, their scales first: `put_scales` writes a row's
 //     HALVES                   the float16 numbers (scales and minimums) they begin with; 0: they are exponents, a byte each
@@ -12,9 +11,11 @@
 //     Dot                      which of dots.h's dot products
 //     FINE_APART               see tiles.h, numerics
 //
-// Adding a type: a struct here, its line in `with_format` and in enum Weight, its quantizer in quantize.cpp, and its name in
-// decode_core/weights.py. A file that includes this defines DC_ISA.
+// Adding a type: its row in weights.def, a struct here, and its quantizer in quantize.cpp.
+// A file that includes this defines DC_ISA.
 #pragma once
+
+#include <cstdlib>
 
 #include "cpu/tiles/dots.h"
 #include "cpu/tiles/tiles.h"
@@ -192,10 +193,16 @@ static inline void nibble_codes_of_pairs(const uint8_t* from, uint8_t* codes) { 
 template <Weight TYPE>
 struct Format;
 
+template <Weight TYPE>
+struct FileBlock;
+#define QUANTIZED_WEIGHTS(name, NAME, columns, bytes) \
+    template <> \
+    struct FileBlock<Weight::name> { static constexpr int64_t FILE_COLUMNS = columns, FILE_BYTES = bytes; };
+#include "weights.def"
+
 template <>
-struct Format<Weight::q8_0> : Plain<8, 7, SignedDot> {
-    static constexpr const char* name = "q8_0";
-    static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 34, BLOCKS = 2, SCALE_BYTES = 64;
+struct Format<Weight::q8_0> : FileBlock<Weight::q8_0>, Plain<8, 7, SignedDot> {
+    static constexpr int64_t BLOCKS = 2, SCALE_BYTES = 64;
     static constexpr bool FINE_APART = false;
 
     static void codes(const uint8_t* block, uint8_t* codes) {
@@ -206,9 +213,8 @@ struct Format<Weight::q8_0> : Plain<8, 7, SignedDot> {
 };
 
 template <>
-struct Format<Weight::q4_0> : Plain<4, 3, NibbleDot> {
-    static constexpr const char* name = "q4_0";
-    static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 18, BLOCKS = 1, SCALE_BYTES = 32;
+struct Format<Weight::q4_0> : FileBlock<Weight::q4_0>, Plain<4, 3, NibbleDot> {
+    static constexpr int64_t BLOCKS = 1, SCALE_BYTES = 32;
     static constexpr int HALVES = 16;
     static constexpr bool FINE_APART = false;
 
@@ -218,9 +224,8 @@ struct Format<Weight::q4_0> : Plain<4, 3, NibbleDot> {
 };
 
 template <>
-struct Format<Weight::q4_1> : Plain<4, NO_OFFSET, NibbleDot> {
-    static constexpr const char* name = "q4_1";
-    static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 20, BLOCKS = 1, SCALE_BYTES = 64;
+struct Format<Weight::q4_1> : FileBlock<Weight::q4_1>, Plain<4, NO_OFFSET, NibbleDot> {
+    static constexpr int64_t BLOCKS = 1, SCALE_BYTES = 64;
     static constexpr bool FINE_APART = false;
 
     static void codes(const uint8_t* block, uint8_t* codes) { nibble_codes(block + 4, codes); }
@@ -232,9 +237,8 @@ struct Format<Weight::q4_1> : Plain<4, NO_OFFSET, NibbleDot> {
 };
 
 template <>
-struct Format<Weight::q5_0> : Plain<5, 4, FiveBitDot> {
-    static constexpr const char* name = "q5_0";
-    static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 22, BLOCKS = 2, SCALE_BYTES = 64;
+struct Format<Weight::q5_0> : FileBlock<Weight::q5_0>, Plain<5, 4, FiveBitDot> {
+    static constexpr int64_t BLOCKS = 2, SCALE_BYTES = 64;
     static constexpr bool FINE_APART = true;
 
     static void codes(const uint8_t* block, uint8_t* codes) { nibble_codes(block + 6, codes), fifth_bits(block + 2, codes); }
@@ -243,9 +247,8 @@ struct Format<Weight::q5_0> : Plain<5, 4, FiveBitDot> {
 };
 
 template <>
-struct Format<Weight::q5_1> : Plain<5, NO_OFFSET, FiveBitDot> {
-    static constexpr const char* name = "q5_1";
-    static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 24, BLOCKS = 1, SCALE_BYTES = 64;
+struct Format<Weight::q5_1> : FileBlock<Weight::q5_1>, Plain<5, NO_OFFSET, FiveBitDot> {
+    static constexpr int64_t BLOCKS = 1, SCALE_BYTES = 64;
     static constexpr bool FINE_APART = true;
 
     static void codes(const uint8_t* block, uint8_t* codes) { nibble_codes(block + 8, codes), fifth_bits(block + 4, codes); }
@@ -257,9 +260,8 @@ struct Format<Weight::q5_1> : Plain<5, NO_OFFSET, FiveBitDot> {
 };
 
 template <>
-struct Format<Weight::q4_k> : Plain<4, NO_OFFSET, NibbleDot>, KScales {
-    static constexpr const char* name = "q4_k";
-    static constexpr int64_t FILE_COLUMNS = 256, FILE_BYTES = 144, BLOCKS = 8;
+struct Format<Weight::q4_k> : FileBlock<Weight::q4_k>, Plain<4, NO_OFFSET, NibbleDot>, KScales {
+    static constexpr int64_t BLOCKS = 8;
     static constexpr bool FINE_APART = true;
     using KScales::minimum;
 
@@ -267,9 +269,8 @@ struct Format<Weight::q4_k> : Plain<4, NO_OFFSET, NibbleDot>, KScales {
 };
 
 template <>
-struct Format<Weight::q5_k> : Plain<5, NO_OFFSET, FiveBitDot>, KScales {
-    static constexpr const char* name = "q5_k";
-    static constexpr int64_t FILE_COLUMNS = 256, FILE_BYTES = 176, BLOCKS = 8;
+struct Format<Weight::q5_k> : FileBlock<Weight::q5_k>, Plain<5, NO_OFFSET, FiveBitDot>, KScales {
+    static constexpr int64_t BLOCKS = 8;
     static constexpr bool FINE_APART = true;
     using KScales::minimum;
 
@@ -281,9 +282,8 @@ struct Format<Weight::q5_k> : Plain<5, NO_OFFSET, FiveBitDot>, KScales {
 };
 
 template <>
-struct Format<Weight::q6_k> : Plain<6, 5, UnsignedDot> {
-    static constexpr const char* name = "q6_k";
-    static constexpr int64_t FILE_COLUMNS = 256, FILE_BYTES = 210, BLOCKS = 8, SCALE_BYTES = 320;   // d f16 [16], 32 B, i8 [16][16]
+struct Format<Weight::q6_k> : FileBlock<Weight::q6_k>, Plain<6, 5, UnsignedDot> {
+    static constexpr int64_t BLOCKS = 8, SCALE_BYTES = 320;   // d f16 [16], 32 B, i8 [16][16]
     static constexpr int PARTS = 2, HALVES = 16;
     static constexpr bool FINE_APART = true;
 
@@ -305,9 +305,8 @@ struct Format<Weight::q6_k> : Plain<6, 5, UnsignedDot> {
 };
 
 template <>
-struct Format<Weight::iq4_nl> : Tabled<IQ4_VALUES, 7, SignedDot> {
-    static constexpr const char* name = "iq4_nl";
-    static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 18, BLOCKS = 2, SCALE_BYTES = 64;
+struct Format<Weight::iq4_nl> : FileBlock<Weight::iq4_nl>, Tabled<IQ4_VALUES, 7, SignedDot> {
+    static constexpr int64_t BLOCKS = 2, SCALE_BYTES = 64;
     static constexpr bool FINE_APART = true;
 
     static void codes(const uint8_t* block, uint8_t* codes) { nibble_codes(block + 2, codes); }
@@ -316,9 +315,8 @@ struct Format<Weight::iq4_nl> : Tabled<IQ4_VALUES, 7, SignedDot> {
 };
 
 template <>
-struct Format<Weight::iq4_xs> : Tabled<IQ4_VALUES, 7, SignedDot> {
-    static constexpr const char* name = "iq4_xs";
-    static constexpr int64_t FILE_COLUMNS = 256, FILE_BYTES = 136, BLOCKS = 8, SCALE_BYTES = 192;   // d f16 [16], 32 B, i8 [8][16]
+struct Format<Weight::iq4_xs> : FileBlock<Weight::iq4_xs>, Tabled<IQ4_VALUES, 7, SignedDot> {
+    static constexpr int64_t BLOCKS = 8, SCALE_BYTES = 192;   // d f16 [16], 32 B, i8 [8][16]
     static constexpr int HALVES = 16;
     static constexpr bool FINE_APART = true;
 
@@ -336,9 +334,8 @@ struct Format<Weight::iq4_xs> : Tabled<IQ4_VALUES, 7, SignedDot> {
 };
 
 template <>
-struct Format<Weight::mxfp4> : Tabled<MXFP4_VALUES, 4, FiveBitDot> {
-    static constexpr const char* name = "mxfp4";
-    static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 17, BLOCKS = 4, SCALE_BYTES = 64;
+struct Format<Weight::mxfp4> : FileBlock<Weight::mxfp4>, Tabled<MXFP4_VALUES, 4, FiveBitDot> {
+    static constexpr int64_t BLOCKS = 4, SCALE_BYTES = 64;
     static constexpr int HALVES = 0;
     static constexpr bool FINE_APART = true;
 
@@ -355,17 +352,9 @@ struct Format<Weight::mxfp4> : Tabled<MXFP4_VALUES, 4, FiveBitDot> {
 template <class Visit>
 static inline auto with_format(Weight type, Visit visit) {
     switch (type) {
-        case Weight::q8_0: return visit(Format<Weight::q8_0>());
-        case Weight::q4_0: return visit(Format<Weight::q4_0>());
-        case Weight::q4_1: return visit(Format<Weight::q4_1>());
-        case Weight::q5_0: return visit(Format<Weight::q5_0>());
-        case Weight::q5_1: return visit(Format<Weight::q5_1>());
-        case Weight::q4_k: return visit(Format<Weight::q4_k>());
-        case Weight::q5_k: return visit(Format<Weight::q5_k>());
-        case Weight::q6_k: return visit(Format<Weight::q6_k>());
-        case Weight::iq4_nl: return visit(Format<Weight::iq4_nl>());
-        case Weight::iq4_xs: return visit(Format<Weight::iq4_xs>());
-        default: return visit(Format<Weight::mxfp4>());
+#define QUANTIZED_WEIGHTS(name, ...) case Weight::name: return visit(Format<Weight::name>());
+#include "weights.def"
+        default: std::abort();              // of floats
     }
 }
 

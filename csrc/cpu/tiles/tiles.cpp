@@ -40,10 +40,7 @@ int64_t tile_count(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
 static int64_t float_bytes(Weight type) { return type == Weight::f32 ? 4 : 2; }
 
-const char* name_of(Weight type) {
-    if (is_float(type)) return type == Weight::f32 ? "f32" : type == Weight::f16 ? "f16" : "bf16";
-    return with_format(type, [](auto format) { return decltype(format)::name; });
-}
+const char* name_of(Weight type) { return WEIGHT_NAMES[int(type)]; }
 
 int64_t file_columns(Weight type) {
     return is_float(type) ? 1 : with_format(type, [](auto format) { return decltype(format)::FILE_COLUMNS; });

@@ -44,8 +44,17 @@
 
 namespace dc {
 
-enum class Weight : int { f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, mxfp4 };
-constexpr int WEIGHT_TYPES = int(Weight::mxfp4) + 1;
+enum class Weight : int {
+#define FLOAT_WEIGHTS(name) name,
+#define QUANTIZED_WEIGHTS(name, ...) name,
+#include "weights.def"
+};
+constexpr const char* WEIGHT_NAMES[] = {
+#define FLOAT_WEIGHTS(name) #name,
+#define QUANTIZED_WEIGHTS(name, ...) #name,
+#include "weights.def"
+};
+constexpr int WEIGHT_TYPES = sizeof WEIGHT_NAMES / sizeof *WEIGHT_NAMES;
 // Gates: tiles alternate gate, up; columns 16 i.. from tiles 2 i, 2 i + 1. clamped_swiglu, with g = min(gate, 7) and
 // u = up within +-7: g * sigmoid(1.702 g) * (u + 1).
 enum class Activation : int { none, swiglu, relu2, geglu, clamped_swiglu };
