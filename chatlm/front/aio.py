@@ -1,10 +1,10 @@
-"""Tasks that are watched, and awaiting the first of several."""
+"""Tasks that are watched, awaiting the first of several, and ending them."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from chatlm.common.errors import ChatServerError, lack_of_memory
@@ -29,6 +29,20 @@ async def supervised(what: str, work: Callable[[], Any],
         await asyncio.sleep(1)
 
 
+async def end_tasks(tasks: Iterable[asyncio.Future]):
+    """Cancel tasks, and wait until all have ended, however they do.
+
+    Before Python 3.12 asyncio.wait_for loses a cancellation that arrives just as its own work ends. Such a
+    task would run on, and be awaited for ever: it is cancelled again."""
+    running = {*tasks}
+    while running:
+        for task in running:
+            task.cancel()
+        ended, running = await asyncio.wait(running, timeout=1.0)
+        for task in ended:
+            task.cancelled() or task.exception()  # else Python would log it as never retrieved
+
+
 async def first_of(*works) -> int:
     """Run awaitables until the first ends, then cancel the others; return its index or raise its error."""
     tasks = [asyncio.ensure_future(work) for work in works]
@@ -38,9 +52,7 @@ async def first_of(*works) -> int:
         tasks[first].result()
         return first
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(tasks)
 
 
 async def interruptible(work):

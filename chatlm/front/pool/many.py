@@ -17,7 +17,7 @@ from chatlm.common.hub.adapters import named_adapters
 from chatlm.common.hub.stamps import Changed
 from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND
-from chatlm.front.aio import supervised
+from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.folder_watch import FolderWatch, made_for
 from chatlm.front.pool.models import Registry, of_model
@@ -157,9 +157,7 @@ class ManyModels(Catalogue):
 
     async def close(self):
         self.draining = self.closing = True
-        for task in list(self.tasks):
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await end_tasks(self.tasks)
         await asyncio.gather(*(pool.close() for pool in self.pools), self.opener.survey.close(),
                              self.opener.desk.close())
         await self.opener.prefixes.close()
@@ -234,7 +232,8 @@ class ManyModels(Catalogue):
         default = default and default.model
         failed = f", {states['failed']} of them failed" if states["failed"] else ""
         beside = " in addition to the prefixes" if self.opener.prefixes.bytes else ""
-        lines = [f"{len(models)} models{failed}; loaded models may take "
+        count = "1 model" if len(models) == 1 else f"{len(models)} models"
+        lines = [f"{count}{failed}; loaded models may take "
                  f"{shown_bytes(self.residency.budget)}{beside} (--models-memory)"]
         for model in models:
             words = [f"{shown_bytes(model.bytes)}, context {model.pool.context_length:,}" if model.pool else

@@ -99,8 +99,9 @@ class Model:
         if self.pool is None:
             return "loading" if self.is_read else "failed"
         if self.place:
-            loaded = "ready" if self.pool.supervisor.ready_workers else "loading"
-            return loaded if self.place.taken else "unloaded"
+            if self.pool.supervisor.ready_workers:
+                return "ready"
+            return "loading" if self.place.taken and not self.place.leaving else "unloaded"
         asleep = getattr(self.pool.supervisor, "asleep", False) and not self.pool.dispatcher.wanted.is_set()
         return "unloaded" if asleep else "ready" if self.pool.ready else "loading"
 

@@ -15,7 +15,7 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import program_stamp
-from chatlm.front.aio import supervised
+from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.versions import Version, of_other_files
 from chatlm.front.pool.worker import CacheState, State, Worker
 
@@ -261,9 +261,6 @@ class Supervisor:
         processes = [worker.process for worker in self.workers if worker.process]
         for process in processes:
             process.kill()
-        tasks = [*self.tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(self.tasks)
         for process in processes:
             await asyncio.to_thread(process.wait)  # harmless if its task has waited for it already

@@ -13,7 +13,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, EngineFailure, RequestError, lack_of_memory, named
 from chatlm.common.messages.requests import Finished, Piece
-from chatlm.front.aio import supervised
+from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.encode import NativeEncoder, error_body, timings_body, usage_body
 from chatlm.front.server.bodies import tokenizer_of
 from chatlm.front.server.responses import bound_of
@@ -172,9 +172,7 @@ class Comparison:
         return self
 
     async def __aexit__(self, *error):
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await end_tasks(self.tasks)
 
     async def _follow(self, answer: Progress):
         try:

@@ -11,7 +11,7 @@ from functools import partial
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import EngineFailure, RequestError
-from chatlm.front.aio import supervised
+from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.encode import error_body, frame
 
 
@@ -176,8 +176,5 @@ class Recordings:
         self._resize(recording.client, -recording.size)
 
     async def close(self):
-        tasks = [recording.task for recording in self.all.values()
-                 if recording.task and not recording.ended]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(recording.task for recording in self.all.values()
+                        if recording.task and not recording.ended)

@@ -213,7 +213,7 @@ async def test_of_several_models_one_whose_files_change_before_it_is_loaded_agai
         before, other = await text_of(client, url, "one"), await text_of(client, url, "two")
         by_rename(model, versions)
         async with client.post(url + "/models/unload", json={"model": "one"}) as response:
-            assert response.status == 200
+            assert response.status == 200 and (await response.json())["state"] == "unloaded"
         async with asyncio.timeout(60):
             while (answer := await ask(client, url, "one"))[0] == 503:
                 await asyncio.sleep(0.05)

@@ -66,7 +66,7 @@ async def test_latest_and_the_name_without_a_step_follow_the_steps_of_a_folder(s
     models = await start_folder()
     names = lambda: {model.name: model.names for model in models.registry.models}
     async with serving(models, models.settings) as url:
-        assert [*names()] == ["nanochat-d4-sft"]
+        assert [*names()] == ["nanochat-d4-sft"] and models.describe()[0].startswith("1 model; ")
         assert (await ask(client, url, "d4@latest"))[1]["model"] == "nanochat-d4-sft"
         checkpoint(nanochat_fixtures, base, step + 1)
         await until(lambda: len(names()) == 2 and models.registry.find("d4@latest").model.choice.path.endswith(f"{step + 1:06d}.pt"))
