@@ -211,6 +211,7 @@ REQUESTS = {
     "drawn": dict(sampling=SamplingParams(seed=7)),
     "repeated": dict(question="Repeat: " + 12 * "one two three ", sampling=SamplingParams(temperature=0.0)),
     "counted": dict(sampling=SamplingParams(seed=3, repetition_penalty=1.3, presence_penalty=0.4)),
+    "drawn on the host": dict(sampling=SamplingParams(seed=3, dry_multiplier=1.0, xtc_probability=0.5, typical_p=0.9, top_n_sigma=2.0)),
     "grammar": dict(sampling=SamplingParams(seed=5), grammar=json_grammar({"type": "array", "items": {"enum": ["ab", "c"]}}, "")),
     "long": dict(question="Summarize. " + "The fox jumps over the dog. " * 60, sampling=SamplingParams(seed=9))}
 
