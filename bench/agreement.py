@@ -226,9 +226,9 @@ def main():
                     order = [*tools][index % len(tools):] + [*tools][:index % len(tools)]
                     for name in order:
                         def turn(name=name, streams=streams):
-                            place = Path(tempfile.mkdtemp(dir=folder))
+                            scratch = Path(tempfile.mkdtemp(dir=folder))
                             texts = [load.prompt(arguments.input_tokens, next(seeds)) for _ in range(max(8, arguments.questions * streams))]
-                            before, values = tools[name](url, texts, streams, tokens, place)
+                            before, values = tools[name](url, texts, streams, tokens, scratch)
                             return values + beside_server(values, before, server_times(url))
                         values = undisturbed(turn, psutil.Process(process.pid), arguments.retries, name)
                         found[name].append(values)

@@ -61,7 +61,7 @@ ANSWER_TOKENS = 128
 # 1. prompts ------------------------------------------------------------------------------------------------------
 
 WORDS = "the river carried small boats past gardens and markets where people talked about weather bread and music".split()
-TEMPLATE_TOKENS = 19        # of the chat template around the words, about
+TEMPLATE_TOKENS = 19        # about what the chat template adds around the words
 
 
 def prompt(tokens, seed):
@@ -222,7 +222,7 @@ class Contestant:
 
     def command(self, model, port, layout):
         listen = ["--host", "127.0.0.1", "--port", str(port)]
-        if not self.ours:       # the cache of prompts is as large as our pages; its default of 8 GiB fills the machine
+        if not self.ours:       # a prompt cache as large as our pages; its default of 8 GiB would fill the machine
             return [*self.program, "-m", str(model), *listen, "-np", str(layout.slots),
                     "-c", str(layout.slots * layout.context), "--cache-ram", "1024"]
         limits = ["--max-batch", str(layout.slots), "--context-length", str(layout.context)] if layout.bounded else []
@@ -369,7 +369,7 @@ SCENARIOS = (
     turn_scenario(8000, 3, Layout(1, 9216)),
     *(clients_scenario(clients, asked=clients == 8) for clients in (4, 8, 16, 32)),
 )
-STARTUP = "startup"         # also memory: those servers run alone
+STARTUP = "startup"         # and memory: there each server runs alone
 
 
 class Figures:
@@ -544,7 +544,7 @@ def parse_command_line():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--llama-server", help="the binary to compare with")
     parser.add_argument("--ik-llama-server", help="ik_llama.cpp's, a second rival")
-    parser.add_argument("--ik-llama-bench", help="its llama-bench, for where its server does not live")
+    parser.add_argument("--ik-llama-bench", help="its llama-bench, in case its server crashes")
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2], help="of the rivals, in turn")
     parser.add_argument("--ik-args", type=shlex.split, default=["-rtr"], help="flags of both, in one string")
     parser.add_argument("--model", help="a GGUF file (default: the server's default model)")

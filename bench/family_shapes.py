@@ -30,10 +30,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
 from large_model import copy_metadata    # noqa: E402
 
-X = 0.15            # what a channel of x deviates by before the first block
-SPREAD = 2.5        # what logits deviate by
-DRAWN = 1 << 22     # numbers of which all matrices are pieces, since billions would take minutes
-FEW = 16            # experts that are quantized; 8 would be Mixtral to llama-quantize, which gives it other types
+X = 0.15            # deviation of a channel of x before the first block
+SPREAD = 2.5        # deviation of the logits
+DRAWN = 1 << 22     # random numbers that all matrices are cut from, since drawing billions would take minutes
+FEW = 16            # experts that are quantized; llama-quantize would take 8 for Mixtral and choose other types
 FLOATS = ("ssm_a", "ssm_d", "norm.weight", "ssm_conv1d.weight", "shortconv.conv.weight", "ffn_gate_inp.weight")
 
 

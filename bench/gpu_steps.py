@@ -47,7 +47,7 @@ def said_by(*command, seconds=60):
     return done.stdout if done.returncode == 0 else ""
 
 
-# ---- what is there ------------------------------------------------------------------------------------------------
+# ---- the machine ---------------------------------------------------------------------------------------------------
 
 
 def machine(arguments):
@@ -147,7 +147,7 @@ def models(arguments):
         with torch.inference_mode():
             try:
                 wrong += compare(name, path, arguments.device, 8 if dry else 64)
-            except Exception as error:      # the next model is tried all the same
+            except Exception as error:      # the next model is tried anyway
                 wrong.append(f"{name}: {type(error).__name__}: {error}")
                 print(wrong[-1])
     shutil.rmtree(scratch, ignore_errors=True)
@@ -219,7 +219,7 @@ def ranks(arguments):
     dry = arguments.device == "cpu"
     count, layout = (40 if dry else 200), (["--tp", str(arguments.tp)] if arguments.tp > 1 else ["--pp", str(arguments.pp)])
     if not dry and torch.cuda.device_count() < 2:
-        leave_out("one GPU: NCCL puts no two ranks on one GPU, and chat_server gives each rank its own")
+        leave_out("one GPU: NCCL does not put two ranks on one GPU, and chat_server gives each rank its own")
     with real_server.server(*flags_of(arguments)) as (_, url):
         expected = text_of(read_events(asked(url, LONG, count)))
     if arguments.torchrun:
@@ -256,7 +256,7 @@ def memory(arguments):
             worker = real_server.get(url + "/stats")["workers"][0]
             assert text_of(read_events(asked(url, QUESTIONS[0], 8)))
             note(f"utilization {share}: {json.dumps({name: worker[name] for name in worker if 'memory' in name or 'page' in name})}")
-    cache = "4000G" if arguments.device == "cuda" else "1K"     # the CPU's memory is handed out when it is used
+    cache = "4000G" if arguments.device == "cuda" else "1K"     # the CPU's memory is only allocated when it is used
     done = subprocess.run([sys.executable, ROOT / "chat_server.py", "generate", "--prompt", "x", "--device-type", arguments.device, "--kv-cache-memory", cache],
                           capture_output=True, text=True, timeout=120)
     said = done.stderr.strip().splitlines()

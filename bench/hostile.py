@@ -53,7 +53,7 @@ CHAT, OPENAI, COMPLETIONS = "/chat/completions", "/v1/chat/completions", "/v1/co
 TOKENIZE, DETOKENIZE, APPLY_TEMPLATE = "/tokenize", "/detokenize", "/apply-template"
 RESPONSES, SHOW, COMPARE = "/v1/responses", "/api/show", "/v1/compare"
 MIB = 1 << 20
-SETTLE_S = 30.0             # after an attack; a server that does not serve by then counts as broken
+SETTLE_S = 30.0             # after an attack; a server that does not serve by then counts as dead
 TEMPLATE = """{%- if tools %}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}{% endif -%}
 {%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + (message.content or '') -}}
 {%- for call in message.tool_calls or [] %}{{ '<tool_call>\n{"name": ' + (call.function.name | tojson) -}}
@@ -351,7 +351,7 @@ class Attacker:
             nonlocal status, answer
             writer.write(self.request(path, body, method, Connection="close", **headers))
             with contextlib.suppress(ConnectionError):
-                with contextlib.suppress(ConnectionError):      # the answer may have come all the same
+                with contextlib.suppress(ConnectionError):      # the answer may have arrived anyway
                     await writer.drain()
                 status = await status_of(reader)
                 while data := await reader.read(MIB):
@@ -533,7 +533,7 @@ async def unread(attacker):
     for number, writer in enumerate(writers):
         writer.write(requests[number % len(requests)])
     await asyncio.sleep(35 * attacker.scale)
-    for _ in range(2):                  # the first is answered with a reset, which the second runs into
+    for _ in range(2):                  # the first is answered with a reset, which the second hits
         for writer in writers:
             writer.write(b"x")
         await asyncio.sleep(0.1)

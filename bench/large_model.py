@@ -36,7 +36,7 @@ TYPES = ["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS"]
 def copy_metadata(reader, writer, prefix, changes=None):
     """Copy one GGUF file's metadata under a prefix into another, with some values changed -> its number of tokens."""
     for name, field in reader.fields.items():
-        if name.startswith(prefix) and not name.startswith(("GGUF.", "general.architecture")):     # which the writer says itself
+        if name.startswith(prefix) and not name.startswith(("GGUF.", "general.architecture")):     # which the writer writes itself
             kinds = field.types
             writer.add_key_value(name, (changes or {}).get(name, field.contents()), kinds[0], kinds[-1] if len(kinds) > 1 else None)
     return len(reader.fields["tokenizer.ggml.tokens"].data)
@@ -62,7 +62,7 @@ def write_f16(path):
         writer.add_tensor(name, values.astype(numpy.float16))
 
     ones = numpy.ones(WIDTH, numpy.float32)
-    add("token_embd.weight", vocab, WIDTH, 2.5 / WIDTH**0.5)    # x of norm 1 a channel: logits deviate by 2.5
+    add("token_embd.weight", vocab, WIDTH, 2.5 / WIDTH**0.5)    # channels of x with norm 1: the logits' deviation is 2.5
     writer.add_tensor("output_norm.weight", ones)
     for layer in range(LAYERS):
         key = KV_HEADS * WIDTH // HEADS

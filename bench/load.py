@@ -44,7 +44,7 @@ import aiohttp
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the river carried small boats past gardens and markets where people talked about weather bread and music".split()
-TEMPLATE_TOKENS = 12        # of the chat template around the words, about
+TEMPLATE_TOKENS = 12        # about what the chat template adds around the words
 
 
 def prompt(tokens, seed):

@@ -75,7 +75,7 @@ def worker_role(arguments):
             if not left[name]:
                 events.append((name, Ended("length", "max_tokens", Usage(), 0.0)))
                 del left[name]
-        channel.send(Stepped(events, gauges))       # a ping wants an answer too
+        channel.send(Stepped(events, gauges))       # a ping needs an answer too
 
 
 def front(port, workers, parent):
@@ -176,7 +176,7 @@ def main():
         from ray.cluster_utils import Cluster
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": args.workers})
         os.environ["FAKE_RAY"] = cluster.address
-        for _ in range(10):     # its dashboard and agents start for many seconds, on the clients' core
+        for _ in range(10):     # its dashboard and agents take many seconds to start, on the clients' core
             if psutil.cpu_percent(2.0) < 20:
                 break
     server = subprocess.Popen([sys.executable, __file__, "front", str(port), str(args.workers), str(os.getpid())],

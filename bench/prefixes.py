@@ -47,7 +47,7 @@ def measure(flags, count, dice, folder):
     ids, store = [dice.randrange(100, 1000) for _ in range(count)], ("--prefix-store", folder, "--context-length", count + 64)
     with server(*flags, *store) as (process, url):
         front = psutil.Process(process.pid)
-        first_token_s(url, ids[:64][::-1])     # what first answers alone pay
+        first_token_s(url, ids[:64][::-1])     # one-time costs of the first answers
         cold_s, cached = first_token_s(url, ids)
         assert cached == 0
         busy_s = sum(front.cpu_times()[:2])

@@ -31,7 +31,7 @@ def run_rank(path: str, rank: int, sizes: list[int], blocks: int) -> None:
     for size in sizes:
         count = size // 4
         x, out = np.full(count, 1.0, np.float32), np.empty(count, np.float32)
-        shared = {}                                 # where the other ranks read: two places, in turns
+        shared = {}                                 # what the other ranks read: two buffers, alternating
         for _ in range(2):
             shared[ranks.handle.next] = np.ctypeslib.as_array((ctypes.c_float * count).from_address(ranks.handle.next))
             ranks.handle.exchange(True, 1, (x.ctypes.data, count), (out.ctypes.data, count), (0, 0))

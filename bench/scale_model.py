@@ -91,7 +91,7 @@ def predicted(box, gpus, tp, pp, clients):
     """(total tokens per second, tokens per second of one client, ms between two tokens) of gpus / (tp pp) replicas."""
     replicas = gpus // (tp * pp)
     shares = [clients // replicas + (replica < clients % replicas) for replica in range(replicas)]
-    busy = sum(map(bool, shares))       # one without clients delays nobody
+    busy = sum(map(bool, shares))       # a replica without clients delays nobody
     total = slowest = front = 0.0
     for share in filter(None, shares):
         batch = -(-share // pp)

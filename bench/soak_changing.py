@@ -28,7 +28,7 @@ from soak import ENVIRONMENT, exit_on_faults, integrity_checks
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
-MOST_S = 120.0                              # a request may take so long
+MOST_S = 120.0                              # the longest that a request may take
 CHANGING = ("changing", "guest", "ad")      # whose files change
 NAMES = ("steady", "other", *CHANGING)
 QUESTIONS = [{"messages": [{"role": "user", "content": f"Question {number}: " + "why? " * (9 * number)}], "max_tokens": 24 + 12 * number,
@@ -85,7 +85,7 @@ class Server:
         self.words = ["--models", folder / "models", "--prefix-store", f"{folder / 'store'}:64M", "--models-memory", "760M",
                       "--prefix-memory", "16M", "--dtype", "float32", "--max-batch", "4", "--kv-cache-memory", "512K", "--host", "127.0.0.1"]
         self.url, self.process = "", None
-        self.life = 0       # one more whenever it ends and whenever it has started again: odd while it runs
+        self.life = 0       # counts each end and each restart: odd while it runs
 
     async def start(self):
         port = self.url.rpartition(":")[2] or "0"
@@ -113,8 +113,8 @@ class ChangingSoak:
     def __init__(self, options, server, folder, session):
         self.options, self.server, self.folder, self.session = options, server, folder, session
         self.random, self.counts, self.oldest_s = random.Random(options.seed), Counter(), 0.0
-        self.texts = {name: [set() for _ in QUESTIONS] for name in NAMES}    # what an answer may be
-        self.fronts = []     # (life, memory of the front in MB, its open files) as time passes
+        self.texts = {name: [set() for _ in QUESTIONS] for name in NAMES}    # the texts that an answer may have
+        self.fronts = []     # (life, memory of the front in MB, its open files) over time
         self.began_s = time.monotonic()
 
     @property

@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SORTS = (                   # of mappings, by their path; the first that fits
+SORTS = (                   # of mappings, by path; the first match counts
     ("torch's libraries", r"/torch/|libgomp"), ("decode_core", r"/decode_core/"), ("numpy's libraries", r"/numpy"),
     ("the model's file", r"\.gguf$"), ("tokenizers and other extensions", r"\.so(\.|$)"), ("Python", r"/python"),
     ("stacks and heap", r"^\[(heap|stack)"), ("shared without a file", r"^/dev/zero"), ("anonymous: weights, KV, objects", r"^$"))

@@ -129,8 +129,8 @@ def test_experts(benchmark, ops, copy_bandwidth, name, kind, E, chosen, C, F, ro
                      for n, k in ((2 * E * F, C), (E * C, F)))
     experts = cuda_experts.ExpertOps(ops, for_decode_core(), stream).experts
     x, out, calls = torch.randn(rows, C, device="cuda"), torch.empty(rows, C, device="cuda"), E // chosen
-    places = torch.arange(rows * chosen, device="cuda").view(rows, chosen)
-    logits = [torch.zeros(rows, E, device="cuda").scatter_(1, (places + call * rows * chosen) % E, 1.0) for call in range(calls)]
+    positions = torch.arange(rows * chosen, device="cuda").view(rows, chosen)
+    logits = [torch.zeros(rows, E, device="cuda").scatter_(1, (positions + call * rows * chosen) % E, 1.0) for call in range(calls)]
     more = dict(norm=Norm(None, 1e-5), biases=(None, None), activation="swiglu", chosen=chosen, sum_to_one=True)
     read = (gate_up.nbytes + down.nbytes) * min(E, rows * chosen) // E
     measure(benchmark, lambda: [experts(x, each, gate_up, down, out, **more) for each in logits], calls, read, copy_bandwidth)

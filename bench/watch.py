@@ -49,7 +49,7 @@ class Training:
     def __init__(self, base, every):
         code = TRAINING.format(support=str(ROOT / "tests" / "support"), base=str(base), every=every)
         self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True,
-                                        env=os.environ | {"GOMP_SPINCOUNT": "1000"})    # or other programs slow it down 20 times
+                                        env=os.environ | {"GOMP_SPINCOUNT": "1000"})    # otherwise other programs slow it down 20-fold
         self.steps = 0
         threading.Thread(target=self.count, daemon=True).start()
 

@@ -19,7 +19,7 @@ from chatlm.worker.engine.kvcache import PagePool    # noqa: E402
 from chatlm.worker.engine.scheduler import Assignment, Scheduler, Sequence    # noqa: E402
 from chatlm.worker.model.spec import Attention, group_layers    # noqa: E402
 
-MODELS = {              # layers, kv heads, head size, window, every n-th layer has none, context
+MODELS = {              # layers, kv heads, head size, window, every n-th layer has no window, context
     "Gemma 3 1B": (26, 1, 256, 512, 6, 32768), "Gemma 3 4B": (34, 4, 256, 1024, 6, 32768), "Gemma 3 12B": (48, 8, 256, 1024, 6, 32768),
     "Gemma 3 27B": (62, 16, 128, 1024, 6, 32768), "Gemma 2 9B": (42, 8, 256, 4096, 2, 8192)}
 
