@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.messages.requests import Usage
 from chatlm.worker.engine.kvcache import PagePool, PageTables
-from chatlm.worker.ops.sampling import drawn_on_host
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import AnswerParams, SamplingParams, TokenLogprob
@@ -42,6 +41,7 @@ class Assignment:
     @cached_property
     def needs_logits(self) -> bool:
         """Does the host need its logits?"""
+        from chatlm.worker.ops.sampling import drawn_on_host  # imports numpy, which scheduling does not need
         params = self.params
         return (params.logprobs is not None or params.prompt_logprobs is not None or bool(params.grammar)
                 or drawn_on_host(params.sampling))
