@@ -51,14 +51,14 @@ class Access:
         return keys[0].name if keys else client_at(http.remote)
 
     def check_operator(self, http: web.Request):
-        """Who may load and unload models: keys that are bound to none; without keys, this machine alone, but
-        not for others (a proxy)."""
+        """Refuse whoever may not load and unload models. Keys that are not limited to some models may;
+        without keys, only this machine may, unless it is a proxy for others."""
         if self.settings.keys and bound_of(http):
-            raise RequestError("an API key that is bound to models may not load or unload any", status=403,
-                               code="key_bound_to_models")
+            raise RequestError("an API key that is limited to some models may not load or unload any",
+                               status=403, code="key_bound_to_models")
         forwarded = any(name in http.headers for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP"))
         if not self.settings.keys and (network_of(http.remote or "::1") or forwarded):
-            raise RequestError("without API keys, models are loaded and unloaded from this machine alone "
+            raise RequestError("without API keys, only this machine may load and unload models "
                                "(--api-key-file)", status=403, code="not_local")
 
     def check_host(self, http: web.Request):
@@ -135,16 +135,16 @@ class Owners:
         self.settings = settings
 
     def of_answer(self, request_id: str, client: str) -> str:
-        """The client's key. Without keys, whoever knows the answer's id if that cannot be guessed; otherwise
-        the client's address, which comes last because a phone's changes with the network. Of a comparison's
-        answers, each has the number of its own behind the id."""
+        """The client's key. Without keys, whoever knows the answer's id, if it cannot be guessed; otherwise
+        the client's address, the last choice because a phone's changes with the network. The ids of a
+        comparison's answers end in their numbers."""
         unguessable = re.fullmatch("[0-9a-f]{32}(-[0-9])?", request_id)
         return "" if not self.settings.keys and unguessable else client
 
     def of_pages(self, client: str) -> str:
-        """Clients of one owner share KV pages and checked grammars; share_prefixes gives all keys one. A
-        key's name may be another's tomorrow, and pages may last longer: an owner is the key itself, hashed.
-        """
+        """The owner of a client's KV pages and checked grammars, which clients of one owner share;
+        share_prefixes gives all keys the same. It is a hash of the key itself, since pages may outlast the
+        time for which a name belongs to one key."""
         if not self.settings.keys or self.settings.share_prefixes:
             return ""
         keys = sorted(key.digest for key in self.settings.keys if key.name == client)

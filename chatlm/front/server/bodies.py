@@ -1,4 +1,4 @@
-"""The JSON bodies of requests: read here or, where large, in a sandbox."""
+"""The JSON bodies of requests: read here or, if large, in a sandbox."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ def tokenizer_of(pool: WorkerPool) -> Tokenizer:
 
 
 class Bodies:
-    """Reads the bodies of requests, within a budget of memory. Each has the reader of its route."""
+    """Reads the bodies of requests within a memory budget, each with its route's reader."""
 
     def __init__(self, catalogue: Catalogue, owners: Owners):
         self.catalogue, self.owners = catalogue, owners
         self.budget = Budget(LIMITS.held_bytes)
 
     def holding(self) -> Holding:
-        """What the request of this task holds of the budget."""
+        """The share of the budget that the request of this task holds."""
         return Holding(self.budget, REQUEST_LOG.get().client)
 
     async def receive(self, http: web.Request, holding: Holding) -> bytearray:
         body, record = await read_bytes(http, holding), REQUEST_LOG.get()
-        # A client of OpenAI whose base URL lacks /v1, see read_native_body. In JSON, a quote within a text
-        # has a backslash before it.
+        # An OpenAI client whose base URL lacks /v1 (see read_native_body). In JSON, a quote within a string
+        # follows a backslash, so this is a key.
         if record.api is Api.NANOCHAT and b'"model"' in body:
             record.api = Api.OPENAI
         return body
 
     async def resolve(self, name: str, bound: Seq[str], holding: Holding) -> Served:
-        """What a request names. `holding` then keeps the version of its adapter, and what is returned has
-        that of its files. RequestError if there is nothing, or it has failed."""
+        """The model or adapter that a request asks for, with the version of its files. `holding` keeps the
+        version of the adapter. RequestError if there is none, or if it has failed."""
         served = self.catalogue.find(name, bound)
         pool = served.pool
         if served.adapter:
@@ -71,7 +71,7 @@ class Bodies:
 
     async def _read(self, body: bytes | bytearray, bound: Seq[str],
                     holding: Holding) -> tuple[Served, dict | None]:
-        """What a body names, and its fields; None if it is so large that a sandbox must read it."""
+        """What a body asks for, and its fields; None if a sandbox must read them because it is large."""
         if len(body) <= LIMITS.inline_bytes:
             fields = json_object(body)
             older = fields.get("name") if REQUEST_LOG.get().route.pattern == "/api/show" else None
@@ -84,7 +84,7 @@ class Bodies:
         return await self.resolve(name, bound, holding), None
 
     async def parse(self, http: web.Request, holding: Holding) -> tuple[Served, ParsedBody]:
-        """Read a body with one of ANSWER_READERS. `holding` then holds what stays of a large one."""
+        """Read a body with one of ANSWER_READERS. `holding` then accounts for what is kept of a large one."""
         record = REQUEST_LOG.get()
         with self.holding() as reading:
             body = await self.receive(http, reading)
@@ -106,7 +106,7 @@ class Bodies:
         return served, parsed
 
     async def read_text(self, http: web.Request, holding: Holding) -> tuple[Served, bytes]:
-        """What one of TEXT_READERS makes of a body."""
+        """The result of one of TEXT_READERS for a body."""
         return await self.text_of(await self.receive(http, holding), bound_of(http), holding)
 
     async def text_of(self, body: bytes | bytearray, bound: Seq[str],
@@ -125,10 +125,10 @@ class Bodies:
 
     async def read_variants(self, body: bytes | bytearray, holding: Holding, served: Served,
                             indices: Seq[int], seed: int) -> list[ParsedBody]:
-        """What a body of /v1/compare asks of one model, with or without adapters; `indices` are the numbers
-        of its answers. `holding` then holds what stays of a large body."""
+        """Read what a body of /v1/compare asks of one model, with or without adapters. indices: the numbers
+        of its answers. `holding` then accounts for what is kept of a large body."""
         client = REQUEST_LOG.get().client
-        if len(body) * LIMITS.compared <= LIMITS.inline_bytes:  # each of its models reads it
+        if len(body) * LIMITS.compared <= LIMITS.inline_bytes:  # it is read once for each of its models
             return read_variants(json_object(body), indices, seed, known_of(served))
         read = await served.pool.admission.read_variants(
             body, client, self.owners.of_pages(client), indices, seed)

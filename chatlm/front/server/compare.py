@@ -1,4 +1,4 @@
-"""The same question to several models, side by side: where does each leave the first one's answer?"""
+"""The same question to several models, side by side: where does each answer diverge from the first?"""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ if TYPE_CHECKING:
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.streams import Holding
 
-Finder = Callable[[str], "Awaitable[Served]"]  # a name -> what it names
-# Who gives some of the answers, the numbers of these, and the seed of those that have none of their own
-# -> what each is asked
+Finder = Callable[[str], "Awaitable[Served]"]  # name -> what it stands for
+# (model, numbers of its answers, seed for those without their own) -> the question of each
 VariantReader = Callable[["Served", "Seq[int]", int], "Awaitable[Seq[ParsedBody]]"]
 Answering = Callable[["WorkerPool", "Request"],
                      "AbstractAsyncContextManager[tuple[Accepted, AsyncGenerator[Event, None]]]"]
 
 
 class Asked(NamedTuple):
-    """One of the answers that are compared."""
+    """One of the answers to compare."""
 
     model: str
     pool: WorkerPool
@@ -44,8 +43,8 @@ class Asked(NamedTuple):
 
 
 async def asked_of(find: Finder, base: Served, text: bytes, read: VariantReader) -> list[Asked]:
-    """Who answers what, where `read_compare` has made `text` of a body whose own `model` is `base`. `read`
-    reads the body for each of the models, once. RequestError if one of them is not there, or refuses the
+    """The answers to compute, from the `text` that `read_compare` returned for a body whose own `model` is
+    `base`. `read` reads the body once for each model. RequestError if a model does not exist or refuses the
     question."""
     wanted = json.loads(text)  # small: the names of at most LIMITS.compared answers
     names = [name_of(variant, base) for variant in wanted["variants"]]
@@ -63,7 +62,7 @@ async def asked_of(find: Finder, base: Served, text: bytes, read: VariantReader)
 
 
 async def read_asked(bodies: Bodies, http: web.Request, holding: Holding) -> list[Asked]:
-    """Who answers what a client asks. `holding` then holds what stays of a large body."""
+    """The answers that a client wants compared. `holding` then accounts for what is kept of a large body."""
     with bodies.holding() as reading:
         body, bound = await bodies.receive(http, reading), bound_of(http)
         base, text = await bodies.text_of(body, bound, holding)
@@ -72,12 +71,12 @@ async def read_asked(bodies: Bodies, http: web.Request, holding: Holding) -> lis
 
 
 def name_of(variant: Mapping, base: Served) -> str:
-    """The model that a variant names; "" if it names none."""
+    """The name of a variant's model; "" if it has none."""
     if (step := variant.get("step")) is not None:
         tag, at, _ = base.name.rpartition("@")
         if not at:
-            raise RequestError(f"steps are those of a training run, and the model {base.name!r} is of none: "
-                               "name one that --watch serves as `model`, or use `models`",
+            raise RequestError(f"`steps` needs a training run, and the model {base.name!r} belongs to none: "
+                               "choose one that --watch serves as `model`, or use `models`",
                                code="no_run", param="steps")
         return f"{tag}@{step}"
     name, adapter = variant.get("model") or "", variant.get("adapter")
@@ -87,27 +86,27 @@ def name_of(variant: Mapping, base: Served) -> str:
 @asynccontextmanager
 async def plain_answering(pool: WorkerPool, request: Request) -> AsyncIterator[
         tuple[Accepted, AsyncGenerator[Event, None]]]:
-    """An answer's first event and the others, without a server around them."""
+    """An answer's first event, and the stream of the others, without a server."""
     async with aclosing(pool.answer(request)) as events:
         accepted = await anext(events)
         yield accepted, events  # pyright: ignore[reportReturnType]  the first event of every answer
 
 
 class Progress:
-    """How far one of the answers has come."""
+    """The state of one of the answers."""
 
     def __init__(self, index: int, asked: Asked):
         self.index, self.asked, self.tokenizer = index, asked, tokenizer_of(asked.pool)
-        self.tokens = list[tuple[bytes, float]]()  # of each its spelling and its probability
+        self.tokens = list[tuple[bytes, float]]()  # spelling and probability of each
         self.end: dict | None = None               # its last event
-        self.stopped = self.differs = False        # did it end by itself? Has it left the first answer?
-        self.equal = 0                             # tokens from its start on that the first answer has too
+        self.stopped = self.differs = False        # did it end by itself? Does it differ from the first?
+        self.equal = 0                             # length of the prefix that it shares with the first
 
     def message(self, **members) -> dict:
         return {"index": self.index, "model": self.asked.model, **members}
 
     def take(self, event: Event | ChatServerError) -> list[dict]:
-        """The messages that a client gets for an event."""
+        """The messages to the client for an event."""
         if isinstance(event, Piece):
             self.tokens += [(self.tokenizer.shown_bytes(scored.token), math.exp(scored.logprob or 0.0))
                             for scored in event.logprobs]
@@ -126,11 +125,11 @@ class Progress:
         return [self.end]
 
     def at(self, position: int) -> tuple[bytes, float] | None:
-        """The token there and its probability; None if the answer ended before it, or has none yet."""
+        """The token at a position and its probability; None if the answer has none there, or not yet."""
         return self.tokens[position] if position < len(self.tokens) else None
 
     def leaves(self, first: Progress) -> dict | None:
-        """Where it leaves the first answer, once both have come so far."""
+        """Where it diverges from the first answer, once both are long enough to tell."""
         if self.differs:
             return None
         while ((mine := self.at(self.equal)) and (theirs := first.at(self.equal))
@@ -146,8 +145,8 @@ class Progress:
 
 
 class Comparison:
-    """Several answers at the same time, as events for one reader. Where memory does not hold all of their
-    models, some wait until others have ended."""
+    """Several answers at once, as one stream of events. If memory does not hold all of their models, some
+    wait until others have ended."""
 
     def __init__(self, asked: Seq[Asked], answering: Answering = plain_answering):
         self.answers = [Progress(index, one) for index, one in enumerate(asked)]
@@ -155,7 +154,8 @@ class Comparison:
         self.early: list[tuple[Progress, Event | ChatServerError]] = []
 
     async def __aenter__(self) -> Comparison:
-        """Once every answer is accepted. RequestError, Overloaded: one is refused, and none is given."""
+        """Wait until every answer is accepted. RequestError or Overloaded if one is refused: then none is
+        computed."""
         self.tasks = [asyncio.create_task(supervised("comparing", partial(self._follow, answer)))
                       for answer in self.answers]
         try:
@@ -186,8 +186,8 @@ class Comparison:
             self.news.put_nowait((answer, error if known else EngineFailure(named(error))))
 
     async def events(self) -> AsyncIterator[dict]:
-        """{"index", "model", "token"} as each answer comes, {"differs"} where one leaves the first, the end
-        of each, and at last {"done"} with all of their ends."""
+        """{"index", "model", "token"} as answers grow, {"differs"} where one diverges from the first, the end
+        of each, and finally {"done"} with all ends."""
         first, *others = self.answers
         while any(answer.end is None for answer in self.answers):
             answer, event = self.early.pop(0) if self.early else await self.news.get()
@@ -200,7 +200,7 @@ class Comparison:
 
 
 def with_ids(asked: Seq[Asked], identified: Callable[[Request], Request]) -> list[Asked]:
-    """Each with an id of its own: that of the request, and after it the number of the answer."""
+    """The answers with ids: that of the request, followed by the number of the answer."""
     requests = [identified(one.request) for one in asked]
     return [one._replace(request=replace(request, id=f"{requests[0].id}-{index}"))
             for index, (one, request) in enumerate(zip(asked, requests))]

@@ -1,4 +1,4 @@
-"""What the server says of itself: models, routes, fields."""
+"""Descriptions of the server for its clients: models, routes, fields."""
 
 from __future__ import annotations
 
@@ -36,39 +36,39 @@ def bare_id(shown_id: str) -> str:
 
 
 def alive_body() -> dict:
-    """The response of /livez. A page of another origin may not read it either, but may learn that a server
-    runs: it then says that --cors-origin is missing."""
+    """The response of /livez. A page of another origin cannot read it either, but can see that a server runs,
+    and then tell its user that --cors-origin is missing."""
     REQUEST_LOG.get().headers["Cross-Origin-Resource-Policy"] = "cross-origin"
     return {"alive": True}
 
 
 ABILITIES = {  # as /openapi.json describes them
-    "chat": "it has a chat template: /v1/chat/completions and the other routes of conversations",
+    "chat": "it has a chat template: /v1/chat/completions and the other chat routes",
     "completion": "it continues texts: /v1/completions",
     "completions": "the same as completion",
     "embedding": "/v1/embeddings",
     "logprobs": "log-probabilities of tokens",
-    "tools": "it may call functions; the model's member `tools` says how they are described to it",
+    "tools": "it can call functions; the model's field `tools` says how they are described to it",
     "reasoning": "its reasoning is separate from its content",
-    "reasoning_history": "its template has the reasoning of earlier answers",
+    "reasoning_history": "its template includes the reasoning of earlier answers",
     "reasoning_budget": "its reasoning can be ended",
     "continue_final_message": "it can continue the last message",
     "token_ids": "return_token_ids and prefix_token_ids",
     "compare": "/v1/compare",
-    "json_schema": "answers in a format"}
+    "json_schema": "answers that follow a JSON schema or grammar"}
 A_MODEL = {"type": "object", "properties": {
     "id": A_TEXT, "parent": {"type": ["string", "null"], "description":
-                             "of an adapter, the model beside which it is served; its alias is MODEL@NAME"},
+                             "of an adapter, its base model; the adapter's alias is MODEL@NAME"},
     "state": {"enum": ["unloaded", "loading", "ready", "failed"]}, "reason": A_TEXT,
-    "loading": {"type": "number", "description": "how far it is loaded, from 0 to 1, while it loads"},
-    "bytes": {"type": "integer", "description": "in memory; of one that is not loaded, what it will take"},
-    "default": {"type": "boolean", "description": "it answers requests that name no model"},
+    "loading": {"type": "number", "description": "share that is loaded, from 0 to 1, while it loads"},
+    "bytes": {"type": "integer", "description": "in memory; what it will need if it is not loaded"},
+    "default": {"type": "boolean", "description": "it answers requests without a model"},
     "weights_digest": {"type": "string", "description":
-                       "of the sizes of the files of weights, and of 256 samples of each"},
+                       "a hash of the sizes of the weight files and of 256 samples of each"},
     "run": {**A_TEXT, "description": "of a checkpoint: the training run, TAG of TAG@STEP"},
     "step": {"type": "integer", "description": "of a checkpoint"},
     "bits_per_byte": {"type": ["number", "null"],
-                      "description": "of a checkpoint: how well it predicts --watch-text, once it is scored"},
+                      "description": "of a checkpoint: how well it predicts --watch-text, once scored"},
     "context_length": {"type": "integer"}, "tools": {"enum": ["native", "generic", None]},
     "capabilities": {"type": "object", "description": "what the model can do here", "properties": {
         name: {"type": "boolean", "description": doc} for name, doc in ABILITIES.items()}}}}
@@ -82,7 +82,7 @@ def listed_body(seen: Seq[Served]) -> dict:
 
 
 def model_body(served: Served, is_default: bool = True) -> dict:
-    """A served model as /v1/models describes it. Overloaded while the only one loads."""
+    """A served model as /v1/models describes it. Overloaded while the only model loads."""
     if served.failed:
         return {"id": served.name, "object": "model", "created": int(time.time()), "owned_by": "chat_server",
                 "state": served.state, "reason": served.public_reason, "aliases": served.aliases}
@@ -134,7 +134,7 @@ CENTURY_S = 3e9
 
 
 def ollama_models(seen: Iterable[Served]) -> dict:
-    """The response of /api/tags. Ollama has no word for a model that has failed."""
+    """The response of /api/tags. Ollama has no state for a failed model."""
     return {"models": [ollama_model(served) | {"state": served.state}
                        for served in seen if not served.failed]}
 
@@ -145,7 +145,7 @@ def ollama_running(seen: Iterable[Served]) -> dict:
 
 
 def ollama_loaded(served: Served) -> list[dict]:
-    """A model as Ollama's /api/ps describes one that is in memory; [] while it is not."""
+    """A model as Ollama's /api/ps describes it if it is in memory; [] otherwise."""
     pool, settings = served.pool, served.model.settings
     workers = [worker for worker in pool.stats()["workers"] if worker["state"] == "ready"]
     if not workers:
@@ -158,7 +158,7 @@ def ollama_loaded(served: Served) -> list[dict]:
 
 
 def stats_body(catalogue: Catalogue, seen: Seq[Served]) -> dict:
-    """The response of /stats: of the models that the client's key may see."""
+    """The response of /stats, limited to the models that the client's key may see."""
     default = default_among(seen)
     return {**catalogue.stats(seen), "models": [
         {"id": served.name, "state": served.state, "bytes": served.bytes,
@@ -171,7 +171,7 @@ def stats_body(catalogue: Catalogue, seen: Seq[Served]) -> dict:
 
 
 class ModelRoutes:
-    """The handlers of routes about models that depend on what is asked."""
+    """The handlers of routes about models."""
 
     def __init__(self, catalogue: Catalogue, bodies: Bodies, access: Access):
         self.catalogue, self.bodies, self.access = catalogue, bodies, access
@@ -183,11 +183,11 @@ class ModelRoutes:
         return json_response(model_body(served, served == default))
 
     async def handle_load(self, http: web.Request) -> web.Response:
-        """POST /models/load, as llama-server's router: it begins, and /v1/models says how far it is."""
+        """POST /models/load, as llama-server's router does: loading begins, and /v1/models shows progress."""
         return await self._managed(http, lambda model: model.load())
 
     async def handle_unload(self, http: web.Request) -> web.Response:
-        """POST /models/unload: once the answers under way have ended."""
+        """POST /models/unload: the model is unloaded once its running answers have ended."""
         return await self._managed(http, lambda model: model.unload())
 
     async def _managed(self, http: web.Request, manage: Callable[[Model], None]) -> web.Response:
@@ -231,7 +231,7 @@ def openapi_operation(route: Route) -> dict:
                   "properties": {field.name: field.described for field in route.fields}}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
         operation["responses"]["200"]["headers"] = {
-            "X-Ignored-Fields": {"schema": A_TEXT, "description": "fields of the body that had no effect"}}
+            "X-Ignored-Fields": {"schema": A_TEXT, "description": "fields of the body without effect"}}
     if route.returns:
         operation["responses"]["200"]["content"] = {"application/json": {"schema": route.returns}}
     return operation | ({"security": []} if route.open else {})

@@ -1,4 +1,4 @@
-"""Resumable answers: recorded, so that a reader may leave and come back."""
+"""Resumable answers: recorded, so that a reader may disconnect and return."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Recording:
         while self.tail:
             self._pack()
         self.news.set()
-        # thousands may be kept, so free what nobody needs
+        # thousands may be kept, so free what is no longer needed
         self.news = self.task = None  # pyright: ignore[reportAttributeAccessIssue]  nobody waits for news now
 
     def _pack(self):

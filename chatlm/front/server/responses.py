@@ -1,4 +1,4 @@
-"""JSON and error responses, and what is noted of each request."""
+"""JSON and error responses, and the record of each request."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ async def logged(request: Request, events: AsyncGenerator[Event, None]) -> Async
 
 @dataclass
 class RequestLog:
-    """What the front knows about one HTTP request that aiohttp does not."""
+    """What the front knows about an HTTP request beyond what aiohttp does."""
 
-    id: str         # X-Request-Id of the response: the request's, unless another answer has it
-    client: str     # its address (see client_at), or the name of its API key once it has shown one
+    id: str         # X-Request-Id of the response: the request's own, unless another answer has it
+    client: str     # its address (see client_at), or the name of its API key once that was checked
     route: Route    # its row of ROUTES
     api: Api        # of that row, but OpenAI's for a body of OpenAI on nanochat's route
     note: str = ""  # goes into the access log line
@@ -86,7 +86,7 @@ class RequestLog:
 
 
 def bound_of(http: web.Request) -> tuple[str, ...]:
-    """The models that the API key of a request is bound to; () = any."""
+    """The models that the API key of a request is limited to; () = all."""
     return http.get("models", ())
 
 

@@ -1,4 +1,4 @@
-"""A table of routes: its rows, and by which of them a request came."""
+"""The table of routes: its rows, and which row a request matches."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Route(NamedTuple):
     api: Api
     handler: str | Callable[[Front, Seq[str]], Any]  # a method, or what makes the JSON (see Front.show)
     doc: str
-    query: tuple[Field, ...] = ()   # of the address, after the question mark
-    returns: Mapping = NO_SCHEMA    # the schema of the body that it answers with, where one is described
+    query: tuple[Field, ...] = ()   # parameters after the question mark
+    returns: Mapping = NO_SCHEMA    # the schema of the response's body, if described
     open: bool = False              # needs no API key
-    quiet: bool = False             # logged only at level debug if all is well
-    polled: bool = False            # the same, and served on surplus connections too
+    quiet: bool = False             # successes are logged only at level debug
+    polled: bool = False            # likewise, and also served on surplus connections
 
     @property
     def pattern(self) -> str:
@@ -49,19 +49,19 @@ class Route(NamedTuple):
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """Of the body, which ANSWER_READERS or TEXT_READERS has a reader for."""
+        """The fields of the body, for which ANSWER_READERS or TEXT_READERS has a reader."""
         return BODY_FIELDS.get(self.pattern, ())
 
 
 class RouteTable:
-    """Finds the row of a request. The paths of requests begin with `prefix`, those of rows do not."""
+    """Finds the row of a request. Paths of requests begin with `prefix`, paths of rows do not."""
 
     def __init__(self, rows: Iterable[Route], prefix: str = ""):
         self.prefix, self.rows = prefix, {row.pattern: row for row in rows}
 
     def row_of(self, http: web.Request) -> Route:
-        """The row whose handler answers. For a request without a handler, an unnamed row of the API whose
-        path begins most like the request's."""
+        """The row whose handler answers. For a request without one, an unnamed row of the API whose path
+        shares the longest beginning with the request's."""
         if resource := http.match_info.route.resource:
             return self.rows[resource.canonical.removeprefix(self.prefix).rstrip("/") or "/"]
         words = http.path.removeprefix(self.prefix).split("/")
@@ -70,5 +70,5 @@ class RouteTable:
         return Route("", "", nearest.api, "", "no route")
 
     def is_polled(self, path: str) -> bool:
-        """For a request that has not been matched with a row yet."""
+        """Is the path polled? For requests that have not been matched with a row yet."""
         return any(row.polled and path.rstrip("/") == self.prefix + row.path for row in self.rows.values())

@@ -1,4 +1,4 @@
-"""Bodies in and streams out, within a budget of memory."""
+"""Bodies in and streams out, within a memory budget."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ BODY_BYTES_PER_S = 32_768  # a body may not be slower than this for longer than 
 
 
 class Budget:
-    """Bytes that requests hold in this process: large bodies while they are read, what stays of them until
-    they are answered, and whole answers being collected.
+    """Bytes that requests hold in this process: large bodies while they are read, what is kept of them until
+    they are answered, and answers that are collected to be sent whole.
 
     One client may hold a quarter of them."""
 
@@ -46,13 +46,13 @@ class Budget:
 
 
 class Holding:
-    """The bytes one request holds of a budget; leaving the block gives them all back.
+    """The bytes of a budget that one request holds; leaving the block releases them all.
 
     The first LIMITS.inline_bytes of an answer are free."""
 
     def __init__(self, budget: Budget, client: str):
         self.budget, self.client, self.size, self.free = budget, client, 0, LIMITS.inline_bytes
-        self.others = ExitStack()  # what else is the request's until it ends
+        self.others = ExitStack()  # whatever else the request holds until it ends
 
     def __enter__(self) -> Holding:
         return self
@@ -62,7 +62,7 @@ class Holding:
         self.others.close()
 
     def handed_over(self) -> Holding:
-        """Another that holds these bytes from now on."""
+        """Move these bytes to another Holding, which is returned."""
         other = Holding(self.budget, self.client)
         other.size, self.size, other.others = self.size, 0, self.others.pop_all()
         return other
