@@ -58,7 +58,7 @@ class NewAnswer:
 
 @wire_message(1 << 20)
 class SurveyConfig:
-    """Front to survey: tell what this model is and takes, by its files' headers."""
+    """Front to survey: describe this model and its needs from the headers of its files."""
 
     settings: Settings  # of the model, without API keys
     source: ModelSource
@@ -70,8 +70,8 @@ class SurveyConfig:
 
 @wire_message(256 << 20)
 class Surveyed:
-    """Survey to front: the model as far as its files say, and the bytes of a replica of it: on a GPU those of
-    a rank, in a machine's memory those of all its ranks."""
+    """Survey to front: the model as its files describe it, and the bytes of a replica: on a GPU those of one
+    rank, in a machine's memory those of all its ranks."""
 
     card: ModelCard
     weights: int
@@ -83,21 +83,21 @@ class Surveyed:
 
 @wire_message(1 << 10)
 class Cancel:
-    """Front to worker: nobody wants this answer any more."""
+    """Front to worker: stop computing this answer."""
 
     id: str
 
 
 @wire_message(1 << 10)
 class EndThinking:
-    """Front to worker: this answer shall end its reasoning now, and go on. `ThinkingEnds` comes back."""
+    """Front to worker: end the reasoning of this answer now. `ThinkingEnds` comes back."""
 
     id: str
 
 
 @wire_message(1 << 10)
 class EndOfRequest:
-    """Front to worker: this request has no more answers to come."""
+    """Front to worker: no more answers of this request will follow."""
 
     id: str
 
@@ -114,15 +114,14 @@ class EmptyCache:
 
 @wire_message(1 << 10)
 class CacheEmptied:
-    """Worker to front: whether it has given back the memory of its KV pages. It takes it again as it serves.
-    """
+    """Worker to front: whether it released the memory of its KV pages. It uses memory again as it serves."""
 
     able: bool
 
 
 @wire_message(1 << 16)
 class LoadAdapter:
-    """Front to worker: serve an adapter beside the model. `AdapterLoaded` comes back."""
+    """Front to worker: serve an adapter along with the model. `AdapterLoaded` comes back."""
 
     id: str      # new for each version of its files
     folder: str  # peft's
@@ -139,7 +138,7 @@ class DropAdapter:
 
 @wire_message(1 << 16)
 class AdapterLoaded:
-    """Worker to front: an adapter can be asked, or why not."""
+    """Worker to front: an adapter is loaded, or why not."""
 
     id: str
     problem: str = ""
@@ -157,7 +156,7 @@ class Loading:
 
 @wire_message(256 << 20)
 class ModelCard:
-    """Worker to front: what the front must know about a loaded model."""
+    """Worker to front: the description of a loaded model."""
 
     text: TextSpec
     name: str
@@ -198,7 +197,7 @@ class Unusable:
 
 @wire_message(1 << 20)
 class Crashed:
-    """Worker to front: an exception that nobody expected ends it."""
+    """Worker to front: it ends with an unexpected exception."""
 
     error: str
     traceback: str
@@ -230,7 +229,7 @@ class Nodes:
 
 @wire_message(1 << 12)
 class StartActor:
-    """Front to Ray process: start a worker on this node, with so much of it."""
+    """Front to Ray process: start a worker on this node, with these resources."""
 
     actor: str  # its name, new for each process of a worker
     node: str
@@ -240,7 +239,7 @@ class StartActor:
 
 @wire_message(1 << 12)
 class ActorAddress:
-    """Ray process to front: where the worker waits for the front, and what both then prove to know."""
+    """Ray process to front: where the worker waits for the front, and the secret that both prove to know."""
 
     actor: str
     host: str
@@ -265,8 +264,8 @@ class ActorEnded:
 
 @wire_message(256 << 20)
 class SandboxConfig:
-    """Front to sandbox, first, and again before the first task for another model: what its tasks need to
-    know. It keeps the last SANDBOX_MODELS."""
+    """Front to sandbox, first, and again before the first task for another model: the settings of its tasks.
+    It keeps the last SANDBOX_MODELS of these."""
 
     server: Known
     text: TextSpec
@@ -288,7 +287,7 @@ class Task:
 
 @wire_message(16)
 class Begun:
-    """Sandbox to front: it has read the task. If it ends from now on, the task is why."""
+    """Sandbox to front: it has read the task. If it ends from now on, the task is the cause."""
 
 
 @wire_message(64 << 20)
@@ -334,7 +333,7 @@ NO_GAUGES = dict.fromkeys((  # of a worker that is not running
 
 @dataclass(frozen=True)
 class Known:
-    """What you must know about the server to read a request body."""
+    """All that is needed of the server to read a request body."""
 
     settings: Settings
     tool_format: str | None  # see tool_format_of
@@ -345,7 +344,7 @@ class Known:
 
 @dataclass(frozen=True)
 class ParsedBody:
-    """The parsed body of a route that answers: what it asks, and how to write the answer."""
+    """The parsed body of a route that answers: the request, and how to write the answer."""
 
     request: Request
     stream: bool = True
@@ -365,7 +364,7 @@ class ParsedBody:
 
     @property
     def size(self) -> int:
-        """Roughly how many bytes it takes here until its answer ends, if it was read in a sandbox."""
+        """Roughly how many bytes it holds here until its answer ends, if it was read in a sandbox."""
         request, params = self.request, self.request.params
         texts = [*[prompt for prompt in request.prompts if isinstance(prompt, str)], params.grammar,
                  *[message.content for message in request.messages or ()], *params.call_grammars]

@@ -20,7 +20,7 @@ class Message:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """What it takes to render and tokenize, as plain data read once from the model. `payload` is
+    """All that is needed to render and tokenize, as plain data read once from the model. `payload` is
     tokenizer.json (kind "hf"), or tiktoken's pattern, ranks (bytes as Latin-1) and specials in JSON
     ("nanochat")."""
 
@@ -86,7 +86,7 @@ def sampling_defaults(settings: Settings) -> dict[str, tuple[float, str]]:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which files make up the model, and in words what was chosen and what else was available."""
+    """The files of a model, and a description of what was chosen and what else was available."""
 
     kind: str               # "nanochat" | "gguf" | "hf"
     path: Path              # model_<step>.pt, .gguf, or a Hugging Face folder
@@ -97,7 +97,7 @@ class ModelSource:
 
 
 class ModelFacts(NamedTuple):
-    """What there is to know about a loaded model beside its name."""
+    """Facts about a loaded model."""
 
     family: str = ""       # as its files call it
     format: str = ""       # gguf, safetensors or nanochat
@@ -111,7 +111,7 @@ class ModelFacts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerParams:
-    """What a request wants of each of its answers. In a worker they share one of these."""
+    """The parameters of each answer to a request. In a worker the answers share one of these."""
 
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
@@ -140,7 +140,7 @@ class AnswerParams:
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asked, parsed and checked: either `messages` or `prompts` is set."""
+    """A client's request, parsed and checked: either `messages` or `prompts` is set."""
 
     id: str = ""
     messages: tuple[Message, ...] | None = None
@@ -160,7 +160,7 @@ class Request:
     version: int | None = None     # of the model's files, for which it was read
 
     def lasting(self) -> Request:
-        """Without what nobody needs once the prompts are token ids: tools may take 25 times their JSON."""
+        """Without what is not needed once the prompts are token ids: tools may take 25 times their JSON."""
         return replace(self, messages=self.messages and (), prompts=("",) * len(self.prompts), tools=(),
                        template_options={})
 
@@ -176,8 +176,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """How many tokens an answer took. A worker counts those of its own work; prompt and answer are counted by
-    the front, which knows them whole."""
+    """How many tokens an answer took. A worker counts the tokens of its own work; the front counts prompt and
+    answer, which it knows as a whole."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -206,16 +206,16 @@ class TokenLogprob(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """What is new in an answer. A call begins with a delta that names its function; its arguments follow as
-    JSON text."""
+    """New text of an answer. A call begins with a delta that names its function; its arguments follow as JSON
+    text."""
 
     kind: str  # reasoning, text or call
     text: str
     name: str = ""
 
 
-# What is new in one answer, as its worker tells it and, with `choice` set by the front, as its reader gets
-# it. The choice is the answer's number in its request: prompt * n + index. A pipe tells them apart by `type`.
+# Events of one answer, as its worker sends them and, with `choice` set by the front, as its reader gets
+# them. The choice is the answer's number in its request: prompt * n + index. `type` tells them apart.
 
 
 class PromptProgress(NamedTuple):
@@ -266,8 +266,8 @@ class Embedding(NamedTuple):
 
 
 class ThinkingEnds(NamedTuple):
-    """Worker to front: the reasoning ends after the answer's `position`-th token, because somebody asked for
-    that; None: it does not think now."""
+    """Worker to front: the reasoning was asked to end, and does so after the answer's `position`-th token;
+    None: it is not thinking now."""
 
     position: int | None
     type: str = "thinking_ends"

@@ -157,8 +157,8 @@ class Channel:
         self.connection.sendall(self.pipe.packed(message))
 
     def receive(self, wait: bool, most: float = math.inf, patience_s: float | None = None) -> list[Any]:
-        """Waiting messages, at most `most`; with `wait`, at least one, unless none comes for `patience_s`.
-        EOFError if the front is gone."""
+        """The waiting messages, at most `most`; with `wait`, at least one, unless none arrives within
+        `patience_s`. EOFError if the front has ended."""
         messages, patience_ms = [], None if patience_s is None else 1e3 * patience_s
         unread = getattr(self.connection, "pending", lambda: 0)  # what TLS has decrypted ahead
         while len(messages) < most and (

@@ -85,10 +85,10 @@ async def next_message(reader: asyncio.StreamReader, pipe: Pipe):
 
 
 class Sandbox:
-    """A process for tasks that a client can make slow: one at a time, clients in turn.
+    """A process for tasks that a client can make slow. It runs one at a time, with clients taking turns.
 
-    A task that exceeds its processor time or memory is refused; it ends the process, and the next gets a new
-    one. A process that ends before it has begun a task is replaced, and the task done."""
+    A task that exceeds its processor time or memory is refused. It ends the process, and the next task gets
+    a new one. If a process ends before it has begun a task, another one runs that task."""
 
     PATIENCE_S = 60.0  # longest wait for a reply: a busy machine may give the task no processor
     EXIT_S = 2.0       # longest wait for a process that has closed its pipe to exit
@@ -109,8 +109,8 @@ class Sandbox:
 
     async def perform(self, client: str, task: str, *arguments, body: bytes | bytearray | None = None,
                       config: SandboxConfig | None = None):
-        """Run a task, maybe for another model than the usual, and return its value. RequestError if it
-        refuses or exceeds a limit."""
+        """Run a task, by default for the usual model, and return its value. RequestError if it refuses or
+        exceeds a limit."""
         await self.turns.take(client)
         config = config or self.config
         messages = [Task(task, list(arguments), config.number), *([] if body is None else [Body(body)])]
@@ -148,7 +148,7 @@ class Sandbox:
                     when = "" if self.begun else f" before it began, as {process - 1} before it"
                     raise EngineFailure(
                         f"the process that reads requests ended{when} (exit status {code})") from error
-                log.warning("a sandbox ended before it began its task: another takes it (%s)",
+                log.warning("a sandbox ended before it began its task, which another one runs (%s)",
                             exit_in_words(code))
         match reply:
             case Result(value):
@@ -225,9 +225,9 @@ class Desk:
 
 
 class Admission:
-    """What happens to requests before they are queued: large bodies are read, schemas checked, prompts made.
+    """Prepares requests for the queue: reads large bodies, checks schemas, makes prompts.
 
-    Meanwhile they count as waiting; `check_capacity` refuses those for which there is no room."""
+    Meanwhile they count as waiting, and `check_capacity` refuses those that do not fit."""
 
     TEMPLATE_S = 0.5      # processor seconds for filling in a chat template,
     SCHEMA_S = 1.0        # for checking a JSON schema,
@@ -235,7 +235,7 @@ class Admission:
     VALID_GRAMMARS = 256  # remember this many valid grammars, to check none of them twice
 
     def __init__(self, check_capacity: Callable[[str, str], None], shared: Desk | None = None):
-        """shared: by the models of a server, if it has several."""
+        """shared: the desk that a server's models share, if it has several."""
         desk = shared or Desk()
         self.check_capacity, self.number = check_capacity, next(desk.numbers)
         self.prompts: PromptMaker | None = None  # set once there is a tokenizer
@@ -269,10 +269,10 @@ class Admission:
 
     @contextmanager
     def _prepare(self, client: str, request_id: str = "") -> Iterator[None]:
-        """Reserve room for a request while it is read and rendered: it counts as waiting. Overloaded before
-        there is a tokenizer, and with it `prompts`.
+        """Reserve room for a request while it is read and rendered: it counts as waiting. Overloaded while
+        there is no tokenizer, and so no `prompts`.
 
-        The id of one in a large body is not known yet, so another request may take it."""
+        The id in a large body is not known yet, so another request may take it."""
         request_id = request_id or secrets.token_hex(16)
         self.check_capacity(request_id, client)
         self.preparing[request_id] = client
@@ -304,7 +304,7 @@ class Admission:
 
     async def read_variants(self, body: bytes | bytearray, client: str, owner: str, indices: Seq[int],
                             seed: int) -> list[ParsedBody]:
-        """Read what these of the answers that a large body of /v1/compare asks for are asked."""
+        """Read the questions of some of the answers from a large body of /v1/compare."""
         return await self._read(client, owner, body, "read_variants", list(indices), seed)
 
     async def _read(self, client: str, owner: str, body: bytes | bytearray, task: str,
@@ -324,7 +324,7 @@ class Admission:
             return text
 
     async def named_model(self, body: bytes | bytearray, client: str) -> str:
-        """Which model a large body asks for; "" if it says none."""
+        """The name of the model in a large body; "" if it has none."""
         with self._prepare(client):
             name: Any = await self.sandboxes["bodies"].perform(client, "named_model", body=body)
             return name

@@ -26,7 +26,7 @@ async def run_here(work: Callable[[], Any], size: float):
 
 
 class PromptMaker:
-    """Turns a request's prompts into token ids that fit the context, or refuses it and says why.
+    """Turns a request's prompts into token ids that fit the context, or refuses it with a reason.
 
     `fill` fills in the model's chat template; `run` does work that grows with the text, maybe in a thread."""
 
@@ -41,7 +41,7 @@ class PromptMaker:
         return fill_template(self.tokenizer.template, arguments)
 
     async def admit(self, request: Request, rendered: dict | None = None) -> Request:
-        """rendered: what requests of the same conversation have rendered of it so far."""
+        """rendered: shared by requests of the same conversation, what was already rendered of it."""
         if request.messages is None:
             encode = partial(self._encode_prompts, request)
             prompts, dropped = await self.run(encode, sum(map(len, request.prompts))), 0
@@ -67,12 +67,12 @@ class PromptMaker:
             raise invalid(name, f"{name} has the token id {ending[0]}, which ends the answer")
 
     def _without_thinking(self, ids: tuple[int, ...], request: Request) -> tuple[int, ...]:
-        """A prompt after which the answer does not begin in reasoning, whatever the template wrote."""
+        """The prompt, changed so that the answer does not begin in reasoning whatever the template wrote."""
         reader = answer_reader(self.tokenizer, request.params, ids)
         return (*ids, *reader.end_of_thinking()) if reader and reader.thinking else ids
 
     def _encode_prompts(self, request: Request) -> tuple[tuple[int, ...], ...]:
-        """With `truncate`, which only embeddings have here, a prompt loses what is beyond the context."""
+        """With `truncate`, which only embeddings use here, a prompt is cut at the end of the context."""
         most = self.context_length if request.truncate else None
         starts = [self._start_of(prompt, request.source, request.truncate) for prompt in request.prompts]
         return tuple(tuple(self.tokenizer.encode_prompt(start) if isinstance(start, str) else start)[:most]
@@ -133,8 +133,8 @@ class PromptMaker:
         return (ids,), dropped
 
     def _start_of(self, text: str | Seq[int], param: str, cut: bool = False) -> str | Seq[int]:
-        """The text; of one that has over twice the context's tokens its start, with `cut`, else RequestError
-        400. Counts in slices: tokenizing the whole takes about 700 bytes a token, 2.5 GB for a 15 MB body."""
+        """The text. If it has over twice the context's tokens: its start with `cut`, else RequestError 400.
+        Counts in slices: tokenizing the whole takes about 700 bytes a token, 2.5 GB for a 15 MB body."""
         if not isinstance(text, str) or len(text) <= self.SLICE_CHARACTERS:
             return text
         count = 0

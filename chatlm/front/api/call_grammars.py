@@ -38,8 +38,8 @@ def parameters_of(function: Mapping) -> Mapping:
 
 
 def parameter_types(tool: dict, steps: Iterator | None = None) -> dict[str, str]:
-    """The JSON types of each of a function's parameters, and under "" of all others; "" where its schema does
-    not say them, or no `steps` (see SchemaForms) are left."""
+    """The JSON types of each of a function's parameters, with those of all others under "". A type is "" if
+    the schema does not say it, or if no `steps` (see SchemaForms) are left."""
     types = {}
     with suppress(ValueError, LookupError, RecursionError):
         schemas = SchemaForms(parameters_of(tool["function"]), steps)
@@ -132,7 +132,7 @@ def tag_grammar(start: str, functions: Seq[Mapping], call_format: CallFormat) ->
 
 
 def arguments_schema(function: Mapping) -> dict:
-    """The schema of a function's arguments; where it does not say so, they are an object too."""
+    """The schema of a function's arguments, which are an object even if the schema does not say so."""
     parameters = parameters_of(function)
     return {**parameters, "type": parameters.get("type") or "object"}
 

@@ -1,4 +1,4 @@
-"""Messages of five APIs, as ours."""
+"""Converts the messages of five APIs to ours."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sent_messages(messages: list, roles: Seq[str]) -> Iterator[SentMessage]:
 
 
 def template_options(values: Mapping) -> dict:
-    """The TEMPLATE_OPTIONS of a body whose messages are checked. RequestError if they do not go together."""
+    """The TEMPLATE_OPTIONS of a body whose messages were checked. RequestError if they contradict."""
     *earlier, last = values["messages"]
     for index, message in enumerate(earlier):
         if message.get("prefix"):
@@ -169,8 +169,8 @@ def response_messages(values: Mapping) -> Iterator[SentMessage]:
 
 
 def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """One message for each turn of the assistant, whose reasoning, text and calls are items of their own, and
-    one for the system messages that begin the conversation; an empty question if there is none."""
+    """One message for each turn of the assistant, whose reasoning, text and calls are separate items, and one
+    for the system messages at the beginning. An empty question if there are no messages."""
     turns: list[Message] = []
     for message in messages:
         last = turns[-1] if turns and turns[-1].role == message.role else Message("", "")

@@ -60,8 +60,8 @@ def usage_body(usage: Usage) -> dict[str, int]:
 
 
 class Choice:
-    """What an encoder keeps of one choice of an answer: its end, its blocks (of which OpenAI's streams keep
-    the calls) and, for OpenAI's APIs, what is below."""
+    """An encoder's state for one choice of an answer: its end, its blocks (OpenAI's streams keep only calls)
+    and, for OpenAI's APIs, the fields below."""
 
     def __init__(self, index: int, tokenizer: Tokenizer):
         self.index = index
@@ -117,7 +117,7 @@ class Encoder:
         return b""                     # the headers alone tell that the request was accepted
 
     def failed(self, error: ChatServerError) -> bytes:
-        """What ends a stream that has begun."""
+        """The frames that end a stream after an error."""
         return frame(error_body(error))
 
     def encode(self, event: Event) -> bytes:

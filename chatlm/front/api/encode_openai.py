@@ -35,7 +35,7 @@ NOTHING = Piece()
 
 
 class OpenAIEncoder(Encoder):
-    """Turns events into chunks of a stream, or all of them into one body: what both OpenAI routes share."""
+    """Turns events into chunks of a stream, or into one body. Both OpenAI routes share this."""
 
     id_prefix = chunk_object = whole_object = ""
     logprobs_beside: Mapping = {}  # fields of `logprobs` besides those of logprobs_body
@@ -57,8 +57,8 @@ class OpenAIEncoder(Encoder):
                 if part.logprobs else None)
 
     def take(self, choice: Choice, event: Piece | PromptScores | Finished) -> Piece:
-        """What to send, with the log-probabilities of its tokens, but not those of a stop string's, unless
-        the prompt has some too."""
+        """What to send, with the log-probabilities of its tokens. Those of a stop string are left out, unless
+        the prompt was scored too."""
         held, choice.held = choice.held, ()
         ids, choice.held_ids = choice.held_ids, ()
         if isinstance(event, Finished):
@@ -186,7 +186,7 @@ class ChatEncoder(OpenAIEncoder):
                 "function": {"name": call.name, "arguments": arguments}}
 
     def call_delta(self, choice: Choice, delta: Delta) -> dict:
-        """What a chunk says about a call: all of it when it begins, then only more arguments."""
+        """A call in a chunk: the whole call when it begins, then only more arguments."""
         call, more = choice.block(delta), {"function": {"arguments": delta.text}}
         return {"index": call.index} | (self.call_body(call, delta.text) if delta.name else more)
 

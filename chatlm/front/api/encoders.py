@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ResponsesEncoder(BlockEncoder):
-    """`/v1/responses`: every block is an item; its text, unless it is a call, is the one part of the item."""
+    """`/v1/responses`: every block is an item. Unless it is a call, its text is the only part of the item."""
 
     # kind of block -> its item's type and id, the part's type, and what its events' names begin with
     ITEMS = {"text": ("message", "msg_", "output_text", "response.output_text"),

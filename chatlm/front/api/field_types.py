@@ -19,7 +19,7 @@ from chatlm.front.api.fields import (
 
 
 def response_grammar(value: dict, param: str = "response_format") -> tuple[str, str]:
-    """The grammar for a format of answers ("" for plain text), and the field that asks for it."""
+    """The grammar for a response format ("" for plain text), and the field that asks for it."""
     format_type = value.get("type")
     if format_type == "text":
         return "", param
@@ -217,7 +217,7 @@ CONSTRAINT_FIELDS = (  # as vLLM and llama-server have them; a request may have 
 
 
 def thinking(effort) -> dict:
-    """The template options for an effort, or for whether to think; None leaves it to the template."""
+    """The template options for an effort or an on/off switch; None leaves it to the template."""
     if isinstance(effort, bool):
         return {"chat_template_kwargs": {"enable_thinking": effort, "thinking": effort}}
     return {"reasoning_effort": effort} if effort in EFFORTS else {}
@@ -230,8 +230,8 @@ EFFORT_BUDGETS = "reasoning_effort", "reasoning.effort", "output_config.effort",
 
 
 def thinking_budget(body: Mapping, fields: Iterable[Field]) -> dict[str, int]:
-    """How many tokens the model may think, by the name of the field that says so; {} if none does.
-    RequestError if two differ."""
+    """The limit of tokens for thinking, under the name of the field that sets it; {} if there is none.
+    RequestError if two fields differ."""
     known, chosen = {field.name for field in fields}, {}
     for path in (*BUDGETS, *EFFORT_BUDGETS):
         value = member_of(body, path) if path.partition(".")[0] in known else None

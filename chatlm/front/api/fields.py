@@ -76,7 +76,7 @@ class Field(NamedTuple):
 
     @property
     def members(self) -> Mapping:
-        """What is read of an object; nothing where all of it is."""
+        """The members of an object that are read; empty if all are."""
         return (self.type.schema | self.type.details).get("properties", {})
 
     @property
@@ -169,7 +169,7 @@ def known_tools(tools: Seq[dict], types: Seq[str | None],
 
 
 def member_of(body: Mapping, path: str):
-    """What a body has at a path like `reasoning.effort`; None if it has nothing there."""
+    """The value at a path like `reasoning.effort` in a body; None if there is none."""
     value = body
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -177,7 +177,7 @@ def member_of(body: Mapping, path: str):
 
 
 def header_words(names: Iterable[str]) -> tuple[str, ...]:
-    """Names that clients chose, as a header may have them: each once, and not too many."""
+    """Names chosen by clients, made safe for a header: each once, and not too many."""
     words = (re.sub(r"[^A-Za-z0-9_.-]", "", name[:200])[:60] for name in itertools.islice(names, 64))
     return tuple(dict.fromkeys(filter(None, words)))
 

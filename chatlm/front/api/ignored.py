@@ -1,4 +1,4 @@
-"""Which fields of a body have no effect; the response names them in the header X-Ignored-Fields."""
+"""Finds the fields of a body that have no effect, for the response's header X-Ignored-Fields."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def unread(body: Mapping, fields: Seq[Field]) -> Iterator[str]:
 
 
 class Idle(NamedTuple):
-    """Fields that are read and, in some requests, change nothing."""
+    """Fields that are read but have no effect in some requests."""
 
     names: tuple[str, ...]
     when: Callable[[ParsedBody, Known], object]

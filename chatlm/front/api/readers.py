@@ -1,4 +1,4 @@
-"""The body of each route becomes a `ParsedBody`."""
+"""Readers of the routes' bodies. Those of routes that answer return a `ParsedBody`."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 
 
 def parse_answer(body: dict, fields: Seq[Field]) -> dict:
-    """The checked fields of a body that asks for an answer to a conversation."""
+    """The checked fields of a body with a conversation to answer."""
     return parse_fields(body, fields) | {"budget": thinking_budget(body, fields)}
 
 
 def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
-    """The request's values, else those that hold without; the seed is random if nobody sets one."""
+    """The request's values, else the defaults; the seed is random if none is set."""
     seed = settings.seed if settings.seed is not None else secrets.randbits(53)  # exact in JavaScript
     chosen: dict[str, Any] = {"seed": seed} | {
         name: value for name, (value, _) in sampling_defaults(settings).items()}
@@ -83,7 +83,7 @@ def among(values: Mapping, *names: str) -> dict:
 
 
 def openai_request(values: Mapping, settings: Settings, params: AnswerParams, **source) -> Request:
-    """A Request from what all routes but nanochat's share."""
+    """A Request from the fields that all routes except nanochat's share."""
     cap = values.get("max_tokens", settings.max_tokens)
     if params.grammar:  # it alone decides whether the answer may go on
         values = {name: value for name, value in values.items() if name not in ("ignore_eos", "min_tokens")}
@@ -91,7 +91,8 @@ def openai_request(values: Mapping, settings: Settings, params: AnswerParams, **
 
 
 def functions_among(values: Mapping) -> tuple[dict, ...]:
-    """The tools of a body, all functions. The schema lets other types pass, so that they are named here."""
+    """The tools of a body, which must be functions. The schema lets other types pass, so that this error can
+    name them."""
     tools = values.get("tools", ())
     if strange := [tool["type"] for tool in tools if not matches(A_FUNCTION, tool)]:
         raise RequestError(f"tools of type {shown(strange[0])} are not supported here, only functions",
@@ -342,7 +343,7 @@ async def rendered(prompts: PromptMaker, messages: Seq[Message], tools: Seq[dict
 
 
 async def read_ollama_show(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    """The model's name; the start of a very long one is as unknown as all of it."""
+    """The model's name. Of a very long one the start is enough, which is just as unknown."""
     return parse_fields(body, OLLAMA_SHOW_FIELDS).get("model", "")[:1000].encode()
 
 
@@ -357,9 +358,9 @@ WHO = ("model", "adapter", "step")
 
 
 async def read_compare(body: dict, prompts: PromptMaker | None = None, client: str = "") -> bytes:
-    """Who answers the body of /v1/compare, as JSON: `variants` has an object for each answer, in which `step`
-    or `model` and `adapter` say who gives it, and `seed` is for all that have none of their own. What they
-    are asked, `read_variants` reads, for each model."""
+    """The models that answer a body of /v1/compare, as JSON: `variants` has an object for each answer, whose
+    `step`, or `model` and `adapter`, choose the model; `seed` is for those without their own. The questions
+    are read by `read_variants`, for each model."""
     values = parse_answer(body, COMPARE_FIELDS)
     chosen = [name for name in WHO_ANSWERS if name in values]
     if len(chosen) != 1:
@@ -378,8 +379,8 @@ async def read_compare(body: dict, prompts: PromptMaker | None = None, client: s
 
 
 def read_variants(body: dict, indices: Seq[int], seed: int, known: Known) -> list[ParsedBody]:
-    """What these of the answers of a body of /v1/compare are asked, all by one model. They share the messages
-    that are read here; log-probabilities say how likely the token was that is another."""
+    """The questions of some answers of a body of /v1/compare, all by one model. They share the messages that
+    are read here. Log-probabilities are requested to show how likely a differing token was."""
     values: dict[str, Any] = {"seed": seed, **parse_answer(body, COMPARE_FIELDS)}
     messages = openai_messages(values["messages"], known.tool_format is not None)
     values["template_options"] = template_options(values)
@@ -428,14 +429,14 @@ TEXT_READERS: dict[str, Callable] = {
 
 
 def read_answer(route: str, body: dict, known: Known) -> ParsedBody:
-    """What the reader of a route that answers makes of a body."""
+    """The result of the route's reader for a body, on routes that answer."""
     parsed = ANSWER_READERS[route](body, known)
     return replace(parsed, ignored_fields=ignored_fields(route, body, parsed, known))
 
 
 async def read_text(route: str, body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    """A line with the fields of a body that have no effect, and what the reader of another route makes of
-    it."""
+    """A line with the fields of a body that have no effect, followed by the result of the route's reader, on
+    other routes."""
     text = await TEXT_READERS[route](body, prompts, client)
     return b"%s\n%s" % (", ".join(header_words(unread(body, BODY_FIELDS[route]))).encode(), text)
 

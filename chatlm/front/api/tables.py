@@ -32,8 +32,8 @@ WHETHER_TO_THINK = {"enum": ["enabled", "adaptive", "disabled"]}
 A_BUDGET = {"type": ["integer", "null"], "minimum": 0}
 
 COMMON_FIELDS = (  # for every route that generates
-    Field("stop", STOP, "strings that end the answer; they are looked for in its content, not in calls"),
-    Field("ignore_eos", SWITCH, "do not let the model end the answer before max_tokens; ignored where a "
+    Field("stop", STOP, "strings that end the answer; searched for in its content, not in calls"),
+    Field("ignore_eos", SWITCH, "do not let the model end the answer before max_tokens; ignored if a "
                                 "format or a required call decides where it ends"),
     Field("priority", PRIORITY, "`low`: wait until no other request does"),
     Field("truncate", FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, "oldest".__eq__),
@@ -49,7 +49,7 @@ TEMPLATE_OPTIONS = (  # how a conversation becomes a prompt
           "answering; `prefix: true` in that message means the same"),
     Field("add_generation_prompt", SWITCH, "false: do not begin an answer after the last message"),
     Field("reasoning_effort", EFFORT,
-          "how much the model thinks, if its template knows that; a number means thinking_budget"),
+          "how much the model thinks, if its template supports that; a number means thinking_budget"),
     Field("chat_template_kwargs", OBJECT, "further variables for the template, such as `enable_thinking`; "
                                           "`thinking_budget` in it means the field"),
     Field("thinking_budget", INTEGER, "most tokens that the model thinks, at most max_tokens; 0: it does not",
