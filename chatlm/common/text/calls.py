@@ -16,8 +16,8 @@ from chatlm.common.text.scanner import Deltas, Scanner, skip
 
 
 def typed_value(text: str, types: str) -> str:
-    """The JSON of a parameter's value whose tags do not say its type: of one of these JSON types ("": of any)
-    if it can be read so, else a string."""
+    """The JSON of a parameter's value whose tags do not give its type: a value of one of these JSON types
+    ("": of any) if it can be read as one, else a string."""
     # templates write Python's True and None too; reading 450 KB of it takes 0.6 s
     python = len(text) < 10_000 and re.search("True|False|None|'", text)
     for read in (json.loads, ast.literal_eval) if python else (json.loads,):
@@ -55,7 +55,7 @@ def whole_calls(text: str, names: Seq[str]) -> list[tuple[str, str]]:
 
 
 class Opening:
-    """Reads the beginnings of calls. What only looks like a call stays text."""
+    """Reads the beginnings of calls. Text that only looks like a call stays text."""
 
     def __init__(self, scanner: Scanner, deltas: Deltas, names: Seq[str]):
         self.scanner, self.deltas, self.names = scanner, deltas, names
@@ -115,8 +115,8 @@ class JsonCalls:
             rf"(?:{'|'.join(name_ends)})\s*(?={{|\Z)")
 
     def read(self, begin: str) -> Iterator[None]:
-        """Read calls up to the marker that ends them, or while more follow; `begin` was before them, or "" if
-        they are the whole answer."""
+        """Read calls up to the marker that ends them, or while more follow. begin: the marker before them, or
+        "" if they are the whole answer."""
         scanner, end = self.scanner, self.end if begin else ""
 
         def head(text: str) -> re.Match | bool:
@@ -203,7 +203,7 @@ class TaggedCalls:
         self.stop = re.compile((r"\n?" if own_line else "") + rf"({re.escape(value_end)}|(?={end}))")
 
     def read(self, begin: str) -> Iterator[None]:
-        """Read calls up to what ends them; `begin` was before them, or what begins a call without a tag."""
+        """Read calls up to their end. begin: the text before them, or the beginning of a call without tag."""
         scanner, end, bare, tagged = self.scanner, self.end, self.bare, begin == self.begin
         scanner.held = scanner.held if tagged else bare + scanner.held
 
@@ -232,8 +232,8 @@ class TaggedCalls:
         self.deltas.begin("text")
 
     def _parameters(self, types: Mapping[str, str]) -> Iterator[None]:
-        """Read parameters up to what follows the last, which is removed, or the end of the call, which is
-        not. Strings are written as they arrive, other values once they are complete."""
+        """Read parameters up to the text after the last, which is removed, or up to the end of the call,
+        which is kept. Strings are written as they arrive, other values once they are complete."""
         scanner, deltas, before = self.scanner, self.deltas, "{"
         while True:
             while not (match := self.step.search(scanner.held)):
@@ -258,8 +258,8 @@ class TaggedCalls:
                 deltas.arguments(key + typed_value(value, wanted))
 
     def _find_end(self) -> Generator[None, None, tuple[int, int]]:
-        """Where a value ends, and where the sign that ends it does: the first that is not spelled out inside
-        a string of JSON, or the first of all if this string never ends."""
+        """The ends of a value and of the sign that ends it: the first sign outside of JSON strings, or the
+        very first if a string never ends."""
         scanner, first, searched = self.scanner, None, 0
         longest = max(map(len, self.stops))
         while True:

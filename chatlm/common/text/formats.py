@@ -48,7 +48,7 @@ def typed(function: Mapping) -> Mapping:
 
 @dataclass(frozen=True, kw_only=True)
 class CallFormat:
-    """How the models of some families write function calls.
+    """How models of some families write function calls.
 
     The grammar that makes a model write calls is built from `call` and `calls`, in which {name}, {quoted},
     {arguments} and {digit} stand for the function's name, its name as a JSON string, its arguments, and any
@@ -172,29 +172,28 @@ A_MARKER = re.compile(f"({'|'.join(map(re.escape, sorted(MARKS, key=len, reverse
 
 
 def tool_format_of(template: str) -> str | None:
-    """How a chat template makes the model call functions, a row of CALL_FORMATS; None if it does not support
-    them."""
+    """The row of CALL_FORMATS for a chat template: how its model calls functions. None if it cannot."""
     has_tools = re.search(r"{[{%][^{}%]*\btools\b", template)
     return next((name for name, row in CALL_FORMATS.items()
                  if (has_tools or row.thoughts) and all(sign in template for sign in row.template_has)), None)
 
 
 def calls_of(spec: TextSpec) -> tuple[str | None, bool]:
-    """How a model calls functions (see tool_format_of), and whether its template knows them."""
+    """How a model calls functions (see tool_format_of), and whether its template supports them."""
     native = tool_format_of(spec.chat_template or "")
     can_chat = spec.kind == "nanochat" or spec.chat_template
     return native or (GENERIC_FORMAT if can_chat else None), native is not None
 
 
 def thoughts_of(template: str) -> tuple[str, str] | None:
-    """What encloses the reasoning of a model with this chat template; None if it does not think."""
+    """The markers around the reasoning of a model with this chat template; None if it does not think."""
     if (name := tool_format_of(template)) and CALL_FORMATS[name].thoughts:
         return CALL_FORMATS[name].thoughts
     return next((thoughts for thoughts in THOUGHTS if thoughts[1] in template), None)
 
 
 def template_of(default: str | None, with_tools: str | None) -> str | None:
-    """One template that is `with_tools` for a chat with tools, where a model has such a second one."""
+    """One template from two, if a model has a second one, `with_tools`, for chats with tools."""
     if not isinstance(default, str) or not isinstance(with_tools, str):
         return default
     first, second = (text.removesuffix("\n") for text in (with_tools, default))

@@ -68,8 +68,8 @@ def single_calls(dialogue: list[dict]) -> list[dict]:
 
 
 def with_tool_responses(dialogue: list[dict], mark: str) -> list[dict]:
-    """The same conversation for Gemma 4's first templates: a message that calls has the results of its calls,
-    and the text after them."""
+    """The conversation for Gemma 4's first templates: a message with calls also has their results and the
+    text after them."""
     marked_for_gemma(dialogue, mark)
     turns: list[dict] = []
     for message in dialogue:
@@ -112,12 +112,12 @@ def nine_character_ids(dialogue: list[dict]):
 
 
 def before_call(mark: str) -> str:
-    """What encloses text before a call, put before the function's name."""
+    """The marks around text before a call, put before the function's name."""
     return mark + "\ue002"
 
 
 def result_of_call(mark: str) -> str:
-    """What encloses the result of a call."""
+    """The marks around the result of a call."""
     return mark + "\ue003"
 
 
@@ -153,15 +153,15 @@ def marked_for_gemma(dialogue: list[dict], mark: str):
 
 
 def as_gemma(text: str, mark: str) -> str:
-    """Put texts before the calls whose names say them; results of calls repeat the names."""
+    """Put texts before the calls whose names contain them; results of calls repeat the names."""
     said, sign = f"{before_call(mark)}(.*?){before_call(mark)}", re.escape("<|tool_call>call:")
     text = re.sub(sign + said, r"\1<|tool_call>call:", text, flags=re.DOTALL)
     return re.sub(said, "", text, flags=re.DOTALL)
 
 
 def calls_as_content(dialogue: list[dict], mark: str):
-    """LFM2's first templates show the content of a message, but not its calls, which the model writes before
-    it."""
+    """Move calls into the content: LFM2's first templates show only content, and the model writes its calls
+    before it."""
     for message in dialogue:
         if calls := [call["function"] for call in message.pop("tool_calls", ())]:
             written = ", ".join(f"{call['name']}({arguments_of(call, PYTHON)})" for call in calls)
@@ -175,7 +175,7 @@ def arguments_of(function: dict, notation: Notation) -> str:
 
 
 def marked_for_harmony(dialogue: list[dict], mark: str):
-    """Mark what gpt-oss's template would lose or quote, for as_harmony to mend."""
+    """Mark what gpt-oss's template would lose or quote, so that as_harmony can restore it."""
     preamble, result = before_call(mark), result_of_call(mark)
     for message in dialogue:
         if message["role"] == "tool":
@@ -187,8 +187,8 @@ def marked_for_harmony(dialogue: list[dict], mark: str):
 
 
 def as_harmony(text: str, mark: str) -> str:
-    """Mend where gpt-oss's template writes a conversation otherwise than OpenAI's renderer: results of calls
-    in quotes, text before a call as reasoning or not at all, blank lines after instructions."""
+    """Correct gpt-oss's template where it differs from OpenAI's renderer: results of calls in quotes, text
+    before a call as reasoning or not at all, blank lines after instructions."""
     preamble, result = before_call(mark), result_of_call(mark)
     resolve = partial(re.sub, flags=re.DOTALL)
     text = resolve(f'"{result}(.*?){result}"', lambda quoted: json.loads(f'"{quoted[1]}"'), text)

@@ -103,8 +103,8 @@ MOST_GROWTH = 64  # characters that a normalizer may write for one; Unicode's ow
 
 
 def check_growth(part):
-    """ConfigError if a normalizer or decoder of `tokenizers` could make a text more than MOST_GROWTH times as
-    long: 40 replacements of a letter by two would fill any memory."""
+    """ConfigError if a normalizer or decoder of `tokenizers` could make a text over MOST_GROWTH times as
+    long: 40 replacements of one letter by two would fill any memory."""
     def growth(step: dict) -> float:
         steps = step.get("normalizers") or step.get("decoders") or ()
         if step.get("type") == "Prepend":
@@ -176,7 +176,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def no_space_before(self) -> re.Pattern:
-        """Matches what gets no space before it: a space, and text that is a token by itself."""
+        """Matches text that gets no space before it: a space, and text that is a token by itself."""
         return re.compile("|".join(map(re.escape, (" ", "\u2581", *map(bytes.decode, self.added.values())))))
 
     def decode(self, tokens: Iterable[int]) -> str:

@@ -1,4 +1,4 @@
-"""An answer's tokens become characters; stop strings, reasoning and calls are told apart as they arrive."""
+"""Turns an answer's tokens into characters, and separates stop strings, reasoning and calls."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class StopMatcher:
 
 
 class StopFinder:
-    """Looks for stop strings in text that arrives in pieces; holds back at most the beginning of one. After a
-    match `stopped_by` names the string; its text and all that follows is dropped."""
+    """Searches for stop strings in text that arrives in pieces; holds back at most the beginning of one.
+    After a match, `stopped_by` is the string; the string and all text after it are dropped."""
 
     def __init__(self, stop: Seq[str] = ()):
         self.matchers = [StopMatcher(text) for text in sorted(set(stop), key=len, reverse=True) if text]
@@ -66,7 +66,7 @@ class StopFinder:
         return text[:keep]
 
     def finish(self) -> str:
-        """Release the text held back: no stop string goes on from here."""
+        """Release the text held back, since no stop string continues here."""
         text, self.held = self.held, ""
         for matcher in self.matchers:
             matcher.matched = 0
@@ -102,7 +102,7 @@ class Prose:
         self.call_marks = (calls.begin,) if calls.lead and calls.begin in MARKERS else ()
 
     def after_prompt(self, text: str) -> str:
-        """The end of the prompt that an answer goes on with: it may begin inside reasoning."""
+        """The end of the prompt, which an answer continues and which may be inside reasoning."""
         begin, end = text.rfind(self.think), text.rfind(self.end)
         self.thought = self.deltas.stripping = end > begin
         return text[begin:] if begin > end else ""

@@ -13,11 +13,10 @@ if TYPE_CHECKING:
 
 
 class Scanner:
-    """The text of an answer that is not read yet.
+    """The unread text of an answer.
 
-    Readers are generators over it that yield where they need more text, once also where the answer is over
-    and they have nothing left to do. Where a marker is a token of the vocabulary, its mark stands for it (see
-    MARKS)."""
+    Readers are generators over it. They yield when they need more text, and once when the answer is over and
+    nothing is left to do. If a marker is a token of the vocabulary, its mark stands for it (see MARKS)."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.markers = tokenizer, tokenizer.markers
@@ -26,7 +25,7 @@ class Scanner:
         self.over = self.cut = False  # no more text comes; cut: there was no room for more
 
     def finish(self, cut: bool):
-        """No more text comes. What is open is closed, or dropped if the answer was cut."""
+        """The text is complete. Whatever is open is closed, or dropped if the answer was cut."""
         self.over, self.cut = True, cut
         if self.closing:
             self.held = "" if cut else self.held + self.closing
@@ -40,19 +39,19 @@ class Scanner:
         return A_MARKER.sub(lambda marker: self.sign(marker[0]), text)
 
     def spelled(self, text: str) -> str:
-        """Text in which markers turned out to mark nothing: special tokens have no text."""
+        """Text whose markers turned out to mark nothing, without its special tokens, which have no text."""
         return A_MARK.sub(
             lambda mark: self.tokenizer.token_bytes(self.markers[MARKERS[mark[0]]]).decode(), text)
 
     def take(self, length: int) -> str:
-        """The next `length` characters, which are read now."""
+        """Read the next `length` characters."""
         text, self.held = self.spelled(self.held[:length]), self.held[length:]
         return text
 
     def until(self, write: Callable[[str], None], *signs: str,
               dropped: tuple[str, ...] = ()) -> Generator[None, None, str]:
-        """Write text up to the first of these signs; removes and returns the sign. Where an answer ends
-        before, its last text may be the beginning of one of `dropped`: this is not written if it was cut."""
+        """Write text up to the first of these signs; removes and returns the sign. If a cut answer ends
+        earlier, the beginning of one of `dropped` at its end is not written."""
         while True:
             if found := [(place, sign) for sign in signs if (place := self.held.find(sign)) >= 0]:
                 place, sign = min(found)
@@ -72,7 +71,7 @@ def skip(text: str):
 
 
 class Deltas:
-    """What has been read of an answer, in order.
+    """The parts of an answer read so far, in order.
 
     White space around reasoning and before the content after it is left out; a blank line separates two parts
     of one kind, unless a call does."""
@@ -104,14 +103,14 @@ class Deltas:
         self._add(self.part, text)
 
     def begin_call(self, name: str, text: str):
-        """A call begins, and its arguments with this text, which is not read yet. It ends reasoning."""
+        """Begin a call, whose arguments begin with this unread text. It ends reasoning."""
         if self.part == "reasoning":
             self.begin("text")
         self.arguments("", name)
         self.begun_call = Delta("call", text, name)
 
     def arguments(self, text: str, name: str = ""):
-        """More of the arguments of the last call, as JSON text; or with a name another call."""
+        """More of the last call's arguments, as JSON text; with a name, the beginning of another call."""
         self._add("call", text, name)
 
     def _add(self, kind: str, text: str, name: str = ""):
@@ -124,10 +123,10 @@ class Deltas:
         self.unread.append(Delta(kind, text, name))
 
     def take(self) -> list[Delta]:
-        """What is new since the last time."""
+        """The parts added since the last time."""
         unread, self.unread = self.unread, []
         return unread
 
     def forget(self):
-        """What was read so far belongs to the prompt."""
+        """Drop what was read so far, which belongs to the prompt."""
         self.unread, self.kinds, self.space = [], [], ""

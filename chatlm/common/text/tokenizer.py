@@ -115,17 +115,18 @@ class Tokenizer:
 
     @property
     def markers(self) -> dict[str, int]:
-        """The tokens among MARKS: where the vocabulary has a marker, the same spelled out is mere text."""
+        """The tokens among MARKS. If the vocabulary has a marker, the same characters spelled out are just
+        text."""
         tokens = self.named_tokens
         return {name: tokens[name] for name in MARKS.keys() & tokens.keys()}
 
     @property
     def named_tokens(self) -> dict[str, int]:
-        """The special tokens and those with text of their own: which is which, files see differently."""
+        """The special tokens and those with text of their own, which files do not distinguish alike."""
         return self.specials | {text.decode(): token for token, text in self.added.items()}
 
     def marks(self, with_calls: bool) -> dict[int, str]:
-        """The tokens that tell the parts of an answer apart, and the characters that stand for them."""
+        """The tokens that separate the parts of an answer, and the characters that stand for them."""
         calls = self.call_format.markers if with_calls or self.call_format.thoughts else ()
         wanted, markers = {*(self.thoughts or ()), *calls}, self.markers
         return {markers[name]: MARKS[name] for name in wanted & markers.keys()}
@@ -217,5 +218,5 @@ def fill_template(template, arguments: dict) -> str:
 
 
 def tools_of(tokenizer: Tokenizer) -> str | None:
-    """How the model is told of functions that it may call."""
+    """How functions are described to the model: "native", "generic" or None."""
     return ("native" if tokenizer.native_tools else "generic") if tokenizer.tool_format else None

@@ -1,4 +1,4 @@
-"""Calls with values in a notation of their own: name(city="Rome") or name{city:<|"|>Rome<|"|>}."""
+"""Calls with values that are not in JSON: name(city="Rome") or name{city:<|"|>Rome<|"|>}."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def unquoted(text: str, types: str) -> str:
 
 
 def unescaped(escape: re.Match) -> str:
-    """What an escape of a Python or JSON string is inside of a JSON string."""
+    """An escape of a Python or JSON string, as a JSON string writes it."""
     if code := escape[1] or escape[2] or escape[3]:
         number = int(code, 16)  # half of a pair stays an escape: no text has one
         return f"\\u{number:04x}" if 0xd800 <= number < 0xe000 else as_json(chr(number))[1:-1]
@@ -49,7 +49,7 @@ def unescaped(escape: re.Match) -> str:
 
 @dataclass
 class Bracket:
-    """An open list or object, and how many values of it have begun."""
+    """An open list or object, and how many of its values have begun."""
 
     closing: str
     is_list: bool
@@ -59,9 +59,9 @@ class Bracket:
 class ValueCalls:
     """Reads calls whose arguments are values in brackets, and writes them as JSON while they arrive.
 
-    What is open when the call ends is closed. A value without a name is of the parameter at its place; one
-    without quotes is a string if it is no word or number. A quote is part of its string if no string can end
-    there: LFM2.5's template writes earlier calls as say='it's late'."""
+    Whatever is open when the call ends is closed. A value without a name belongs to the parameter at its
+    position; one without quotes is a string unless it is a word or number. A quote is part of its string if
+    no string can end there: LFM2.5's template writes earlier calls as say='it's late'."""
 
     untagged = False
 
@@ -88,7 +88,7 @@ class ValueCalls:
         self.call_end = re.compile("|".join(map(re.escape, (self.end, self.over, self.begin))))
 
     def read(self, begin: str) -> Iterator[None]:
-        """Read calls up to what ends them; `begin` was before them."""
+        """Read calls up to their end. begin: the text before them."""
         scanner = self.scanner
 
         def head(text: str) -> re.Match | bool:
@@ -198,7 +198,7 @@ class ValueCalls:
         return "" if rest.startswith((self.end, *self.ends)) else rest[0]
 
     def _until(self, end: re.Pattern) -> Generator[None, None, str]:
-        """Read text up to what ends it, which stays."""
+        """Read text up to its end mark, which stays unread."""
         scanner, searched = self.scanner, 0
         while not (match := end.search(scanner.held, searched)):
             searched = max(0, len(scanner.held) - len(self.end))
