@@ -94,7 +94,22 @@ def test_a_name_that_is_not_there_is_found():
         "`static/strings.js`: `ROUTES`") and wrong("`csrc/cpu/tiles/tiles.h`: `Nothing`") and wrong("`test_nothing.py`")
 
 
-@pytest.mark.parametrize("title", ["In short", "Houses and rooms", "Processes", "One answer, by room", "Exactness and failover"])
+CHECKED = ["In short", "Houses and rooms", "Processes", "One answer, by room", "Exactness and failover"]
+PROSE = ["The catalogue", "Versions", "Adapters", "Prefixes that outlive their worker"]
+
+
+@pytest.mark.parametrize("title", PROSE)
+def test_names_in_prose_are_in_one_of_the_modules_that_it_names(title):
+    text = re.sub("`linear`", "", SECTIONS[title])      # an op
+    places = {path_of(place) for place, _ in named(text)}
+    assert len(places) > 1 and [name for _, name in named(text) if name and not any(defines(place, name) for place in places)] == []
+
+
+def test_every_section_is_checked():
+    assert SECTIONS.keys() == {*PROSE, *CHECKED, "Where do I change ...", "What may import what", "The life of a request"}
+
+
+@pytest.mark.parametrize("title", CHECKED)
 def test_the_other_sections_name_what_is_there(title):
     text = re.sub("`(Settings|row_invariant|chat|generate)`", "", SECTIONS[title])      # words of users, a name said in passing
     assert named(text) and wrong(text) == []
