@@ -151,7 +151,7 @@ ROW = np.dtype([
 def pack_rows(rows):
     """SampleRows packed as dc::SampleRow[] with their lists."""
     packed, count_ids, counts, bias_ids, biases = np.zeros(len(rows), ROW), [], [], [], []
-    for i, (p, position, tokens, prompt_tokens) in enumerate(rows):
+    for i, (p, position, tokens, prompt_tokens, _) in enumerate(rows):
         begin = len(count_ids), len(bias_ids)
         if p.repetition_penalty != 1 or p.frequency_penalty or p.presence_penalty:
             answer = list(tokens[prompt_tokens:])
