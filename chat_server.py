@@ -259,7 +259,7 @@ class Front:
                      holding: Holding) -> web.StreamResponse:
         """Send an answer as it comes; record a resumable one, with this client as its first follower.
 
-        `holding` holds its request, which a recording keeps when its client leaves."""
+        `holding` accounts for its request, which a recording keeps after its client has left."""
         request = encoder.request
         async with contextlib.AsyncExitStack() as work:
             work.enter_context(holding.handed_over())
@@ -326,12 +326,12 @@ class Front:
         record.counts = counts | {"reason": reasons}
 
     def seen(self, bound: Seq[str]) -> list[Served]:
-        """The models that a client whose key has these bounds may see."""
+        """The models that a client may see whose key is limited to `bound`."""
         return self.catalogue.registry.listed(bound)
 
     async def show(self, body: Callable[[Front, Seq[str]], Any], http: web.Request) -> web.Response:
-        """The routes that need nothing of their request but the bounds of its key: `body` makes the JSON,
-        maybe after a status."""
+        """The handler of a route that depends only on the limits of the key: `body` returns the JSON, or a
+        status and the JSON."""
         value = body(self, bound_of(http))
         status, value = value if isinstance(value, tuple) else (200, value)
         return json_response(value, status)
@@ -402,12 +402,12 @@ ROUTES = (
           lambda front, bound: ollama_models(front.seen(bound)), "the served models in Ollama's format"),
     Route("GET", "/api/ps", Api.OLLAMA,
           lambda front, bound: ollama_running(front.seen(bound)),
-          "those that are in memory, with how much they take"),
+          "the models in memory, and how much they take"),
     Route("POST", "/api/show", Api.OLLAMA, "models.handle_ollama_show", "more of it"),
     Route("GET", "/api/version", Api.OLLAMA, lambda front, bound: {"version": __version__},
           "this server's version in Ollama's format"),
     Route("POST", "/v1/compare", Api.OPENAI, "handle_compare",
-          "answers of several models to one question, streamed, and where each leaves the first one"),
+          "answers of several models to one question, streamed, and where each diverges from the first"),
     Route("POST", "/tokenize", Api.OPENAI, "handle_text", "text to token ids"),
     Route("POST", "/detokenize", Api.OPENAI, "handle_text", "token ids to text"),
     Route("POST", "/apply-template", Api.OPENAI, "handle_text",
@@ -418,9 +418,9 @@ ROUTES = (
             returns=MODELS) for path in ("/v1/models", "/models")),
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
           "a served model, by one of its names", returns=A_MODEL),
-    Route("POST", "/models/load", Api.OPENAI, "models.handle_load", "have a model loaded"),
+    Route("POST", "/models/load", Api.OPENAI, "models.handle_load", "load a model"),
     Route("POST", "/models/unload", Api.OPENAI, "models.handle_unload",
-          "have a model leave memory once its answers have ended; a request brings it back"),
+          "unload a model once its answers have ended; the next request loads it again"),
     Route("POST", "/v1/cancel/{id}", Api.OPENAI, "handle_cancel",
           "stop an answer by the X-Request-Id of its response", query=(ONLY_THINKING,)),
     Route("GET", "/v1/streams/{id}", Api.OPENAI, "handle_stream",
@@ -469,7 +469,7 @@ def announce(catalogue: Catalogue, settings: Settings, port: int):
 
 
 def warn_of_another_program():
-    """Tell which of two chatlm runs, if they differ: half of an edit may be in each."""
+    """Log which of two chatlm packages runs, if they differ: half of an edit may be in each."""
     with suppress(OSError):
         if other := other_program():
             log.warning("the chatlm in %s runs; the one in %s differs", program_root(), other)
