@@ -81,6 +81,8 @@ class Model:
             self.place.asked = False
             self.place.leave()
             self.pool.dispatcher.wake()
+        elif self.pool and not self.pool.dispatcher.running:
+            unload_now(self.pool)
         elif self.pool and not self.pool.dispatcher.held:
             self.pool.supervisor.run("unloading the model", partial(unload_after_answers, self.pool))
 
@@ -135,11 +137,15 @@ async def unload_after_answers(pool: WorkerPool):
     dispatcher.held = True
     while dispatcher.running:
         await asyncio.sleep(0.05)
+    unload_now(pool)
+
+
+def unload_now(pool: WorkerPool):
     if pool.supervisor.prepared:
         pool.supervisor.unload()
-    dispatcher.held = False
-    if len(dispatcher.pending):
-        dispatcher.wake()
+    pool.dispatcher.held = False
+    if len(pool.dispatcher.pending):
+        pool.dispatcher.wake()
 
 
 class Served(NamedTuple):

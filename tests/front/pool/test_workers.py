@@ -20,6 +20,7 @@ from chatlm.common.processes.start import cpu_quota, physical_cores, threads_per
 from chatlm.common.text import load
 from chatlm.front.admission import prompts
 from chatlm.front.pool import local
+from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.local import choose_devices
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.pool.worker import Worker
@@ -76,6 +77,24 @@ async def test_an_idle_model_leaves_memory_and_comes_back_for_the_next_request(s
     after, also = await asyncio.gather(collect(pool, greedy("b")), collect(pool, greedy("c")))
     assert after[:2] == also[:2] == before[:2]
     assert worker.restarts == 0 and worker.crashes_in_row == 0 and worker.process.pid != pid
+
+
+async def test_the_operator_unloads_the_only_model_after_its_answers_and_a_request_brings_it_back(start_pool):
+    pool = await start_pool()
+    model, (worker,) = Catalogue(pool.settings, pool).registry.models[0], pool.workers
+    before = await collect(pool, greedy("a"))
+    model.unload()
+    assert model.state == "unloaded" and worker.state == "unloaded"
+    stream = pool.answer(greedy("b"))
+    events = [await anext(stream)]
+    while worker.state != "ready":
+        await asyncio.sleep(0.02)
+    model.unload(), model.unload()      # while it answers, or just before
+    events += [event async for event in stream]
+    assert isinstance(events[-1], Finished) and not pool.dispatcher.jobs
+    while model.state != "unloaded" or pool.dispatcher.held:
+        await asyncio.sleep(0.02)
+    assert (await collect(pool, greedy("c")))[:2] == before[:2] and worker.restarts == 0
 
 
 async def test_a_running_answer_keeps_the_model_loaded(start_pool):
