@@ -269,7 +269,7 @@ function offerCommands() {
   list.hidden = !names.length;
   list.replaceChildren(...names.map((name, i) => {
     const option = element("div", {id: `command-${name}`, onclick: () => completeCommand(name)}, element("span", {textContent: `/${name}`}),
-      element("small", {textContent: [valueOf(name), TEXT.commands[name] ?? ""].filter(Boolean).join(" · ")}));
+      element("small", {textContent: [valueOf(name), hintOf(name)].filter(Boolean).join(" · ")}));
     option.setAttribute("role", "option");
     option.setAttribute("aria-selected", i === offered.at);
     return option;
@@ -338,9 +338,13 @@ const COMMANDS = {
   help: () => say(TEXT.help(Object.keys(COMMANDS).map(name => [`/${name}`, valueOf(name)].join(" ").trim()))),
 };
 
+const parameterOf = name => PARAMETERS.find(({command}) => command === name);
+
 // A command's argument, in words; "" if it takes none.
-const valueOf = name => name === "system" ? TEXT.aText : PARAMETERS.find(({command}) => command === name)?.choices?.join(" | ") ??
-  (PARAMETERS.some(({command}) => command === name) ? TEXT.aNumber : "");
+const valueOf = name => name === "system" ? TEXT.aText : parameterOf(name)?.choices?.join(" | ") ?? (parameterOf(name) ? TEXT.aNumber : "");
+
+// What a command is for.
+const hintOf = name => TEXT.commands[name] ?? TEXT.parameterHints[parameterOf(name)?.name];
 
 // Sets a parameter; without a value, back to the server's default. Returns a message if the value is invalid.
 function setParameter(parameter, text) {
@@ -425,11 +429,7 @@ register({
       full: "This browser's storage is full: new chats last until the page is closed. Export them, or delete chats to free space."},
     help: commands => `${commands.join(" · ")}. Without a value: the server's default. //… sends text that begins with a slash.`,
     aNumber: "N", aText: "TEXT", commandList: "Commands",
-    commands: {system: "instructions for the model", clear: "begin a new chat", help: "list the commands", seed: "the same seed gives the same answer",
-      temperature: "how random the answer is", topk: "choose among the N likeliest tokens", topp: "choose among the likeliest tokens up to this total",
-      minp: "drop tokens below this share of the likeliest one", repetition: "make tokens that already occurred less likely",
-      presence: "make tokens of the answer less likely", frequency: "the same, for each occurrence", effort: "how much to think", budget: "most tokens to think",
-      maxtokens: "longest answer"},
+    commands: {system: "instructions for the model", clear: "begin a new chat", help: "list the commands"},
     badChoice: (name, text, choices) => `/${name} takes ${choices.slice(0, -1).join(", ")} or ${choices.at(-1)}, not “${text}”.`,
     noCommand: name => `There is no command /${name}. /help lists them; // sends text that begins with a slash.`,
     badParameter: (name, text, min, max) => `/${name} takes a number from ${min} to ${max}, not “${text}”.`,

@@ -188,9 +188,7 @@ register({
     systemPrompt: "System prompt", systemHint: "none", templateAdds: "How the model's template renders a message “…”", preset: "Preset",
     choosePreset: "Choose…", presets: {precise: "Precise", creative: "Creative", repeatable: "Repeatable"}, presetName: "Name of the preset",
     savePreset: "Save as preset", deletePreset: "Delete preset", presetSaved: name => `Saved as “${name}”`,
-    parameters: {temperature: "Temperature", top_k: "Top-k", top_p: "Top-p", min_p: "Min-p", repetition_penalty: "Repetition penalty",
-      presence_penalty: "Presence penalty", frequency_penalty: "Frequency penalty", reasoning_effort: "Thinking effort", thinking_budget: "Thinking budget", max_tokens: "Max tokens", seed: "Seed"},
-    moreParameters: "Penalties and thinking effort", default: "default", random: "random", restOfContext: "rest of context", stopStrings: "Stop strings, one per line", none: "none",
+    moreParameters: "More parameters", default: "default", random: "random", restOfContext: "rest of context", stopStrings: "Stop strings, one per line", none: "none",
     clicks: "Click a message to edit it, an answer to regenerate it", titles: "Let the model name new chats",
     titleRequest: (question, answer) => `Question: ${question}\n\nAnswer: ${answer}\n\nWrite a title of two to six words for this conversation. Write nothing else.`,
     notify: "Notify me when an answer ends in the background", notifyRefused: "The browser does not allow notifications from this page.",
@@ -213,7 +211,7 @@ register({
       const field = choices ? element("select", {}, ...["", ...choices].map(value => element("option", {value, textContent: value || TEXT.default})))
         : element("input", {type: "number", min, max, step, inputMode: step === 1 ? "numeric" : "decimal"});
       field.dataset.parameter = name;
-      return element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field);
+      return element("label", {title: TEXT.parameterHints[name]}, element("span", {textContent: TEXT.parameters[name]}), field);
     });
     const fold = folded => labels.filter((label, i) => Boolean(inGrid[i].folded) === folded);
     $("parameters").append(...fold(false));

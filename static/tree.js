@@ -318,21 +318,6 @@ function breakCircles(nodes) {
 
 // parameters ----------------------------------------------------------------------------------------------------------
 
-// What can be set for a chat; "" or absent is the server's default. `command` is the word after a slash.
-const PARAMETERS = [
-  {name: "temperature", command: "temperature", min: 0, max: 2, step: "any"},
-  {name: "top_k", command: "topk", min: 0, max: 1000, step: 1},
-  {name: "top_p", command: "topp", min: 0, max: 1, step: "any"},
-  {name: "min_p", command: "minp", min: 0, max: 1, step: "any"},
-  {name: "repetition_penalty", command: "repetition", min: 0.01, max: 10, step: "any", folded: true},
-  {name: "presence_penalty", command: "presence", min: -2, max: 2, step: "any", folded: true},
-  {name: "frequency_penalty", command: "frequency", min: -2, max: 2, step: "any", folded: true},
-  {name: "reasoning_effort", command: "effort", folded: true, choices: ["none", "low", "medium", "high"]},
-  {name: "thinking_budget", command: "budget", min: 0, max: 1048576, step: 1, apart: true},
-  {name: "max_tokens", command: "maxtokens", min: 1, max: 1048576, step: 1},
-  {name: "seed", command: "seed", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1},
-];
-
 // Parses text as a value of this parameter; undefined if it is not valid.
 function parameterValue({min, max, step, choices}, text) {
   if (choices) return choices.find(choice => choice === String(text).trim().toLowerCase());
@@ -354,5 +339,5 @@ function checkedParameters(given) {
 
 share({newId, newConversation, newNode, childrenOf, pathTo, leafBelow, withDescendants, failed, isGrowing, messagesOf,
   newestMessages, titleOf, ThoughtTags, composeMessage, textOf, languageOf, partsOf, isText, isObject, exportOf,
-  importOf, untagged, PARAMETERS, parameterValue, checkedParameters});
+  importOf, untagged, parameterValue, checkedParameters});
 }

@@ -13,7 +13,9 @@ import chat_server
 from chatlm.cli import parse_bundle_words, parse_command_line, parse_store_words
 from chatlm.common.config import FLAGS
 from chatlm.common.errors import ConfigError
+from chatlm.common.messages.requests import SAMPLING_FLAGS
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
+from chatlm.front.api.tables import OPENAI_FIELDS, SAMPLED
 from chatlm.common.hub.huggingface import SHORT_NAMES
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION
 
@@ -122,11 +124,24 @@ def test_a_command_that_is_wrong_is_found(monkeypatch):
             test_commands_that_are_shown_are_understood(path)
 
 
-def test_the_page_of_flags_is_made_from_the_table():
-    made = importlib.util.spec_from_file_location("flags", ROOT / "docs" / "flags.py")
+def script_of_docs(name):
+    made = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(made)
     made.loader.exec_module(module)
-    assert text_of(ROOT / "docs/flags.md") == module.page()
+    return module
+
+
+def test_the_page_has_the_parameters_of_the_table():
+    module = script_of_docs("parameters")
+    assert text_of(ROOT / "static/parameters.js") == module.script(), "run python docs/parameters.py"
+    rows = [module.row(field) for field in OPENAI_FIELDS if field.name in (*SAMPLED, "max_tokens")]
+    assert {"xtc_probability", "dry_multiplier", "typical_p", "top_n_sigma", *SAMPLING_FLAGS} <= {each["name"] for each in rows}
+    assert len({each["command"] for each in rows}) == len(rows)
+
+
+def test_the_page_of_flags_is_made_from_the_table():
+    module = script_of_docs("flags")
+    assert text_of(ROOT / "docs/flags.md") == module.page(), "run python docs/flags.py"
     assert all(f"| `--{flag.names[0]}`" in module.page() for flag in FLAGS)
 
 

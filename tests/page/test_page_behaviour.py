@@ -181,7 +181,8 @@ def test_commands_are_completed_from_a_list(page, stand_in):
     open_page(page, stand_in.url)
     box, options = message_box(page), page.get_by_role("listbox", name="Commands").get_by_role("option")
     box.press_sequentially("/t")
-    expect(options).to_have_text([re.compile("^/temperatureN"), re.compile("^/topkN"), re.compile("^/toppN")])
+    expect(options).to_have_text([re.compile("^/temperatureN"), re.compile("^/topkN"), re.compile("^/toppN"), re.compile("^/typicalpN"),
+                                   re.compile("^/topnsigmaN")])
     for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowUp", "ArrowUp"):
         box.press(key)
     expect(options.and_(page.get_by_role("option", selected=True))).to_contain_text("/topk")
@@ -213,7 +214,7 @@ def test_commands_are_completed_from_a_list(page, stand_in):
 def test_penalties_and_effort_are_set_and_sent(page, stand_in):
     open_page(page, stand_in.url)
     button(page, "Settings").click()
-    page.get_by_text("Penalties and thinking effort").click()
+    page.get_by_text("More parameters").click()
     for name, value in (("Repetition penalty", "1.1"), ("Presence penalty", "-0.5"), ("Frequency penalty", "0.25")):
         page.get_by_role("spinbutton", name=name).fill(value)
     page.get_by_role("combobox", name="Thinking effort").select_option("low")

@@ -359,7 +359,7 @@ def test_settings_and_slash_commands_reach_the_server(page, stand_in):
 def test_a_command_that_is_wrong_is_an_error_and_stays_in_the_composer(page, stand_in):
     open_page(page, stand_in.url)
     wrong = [("/temprature 1", "There is no command /temprature."), ("/etc/passwd is what?", "no command /etc/passwd"),
-             ("/topk many", "takes a number from 0 to 1000"), ("/temperature 3", "takes a number"), ("/topk 1.5", "takes a number"),
+             ("/topk many", "takes a number from 0 to 2147483647"), ("/temperature 3", "takes a number"), ("/topk 1.5", "takes a number"),
              ("/constructor", "no command /constructor")]
     for count, (text, reason) in enumerate(wrong, 1):
         command(page, text)

@@ -23,7 +23,6 @@ from chatlm.worker.weights.rules import SAMPLING_KEYS, own_sampling
 from fake_pool import FakePool, serving
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
 
-STATIC = Path(__file__).resolve().parents[3] / "static"
 USUAL = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -160,13 +159,3 @@ def test_every_list_of_sampling_parameters_is_that_of_sampling_params():
     assert native == set(SAMPLING_FLAGS) == set(PARAMETERS) - {"max_tokens"} == {flag.field for flag in FLAGS} & fields
     assert set(TABLE_FLAGS) & fields == native - {"seed"}
     assert {field.means or field.name for field in OLLAMA_OPTIONS} >= fields <= {field.name for field in DRAWING_FIELDS}
-
-
-def test_the_page_and_the_table_agree_on_names_and_bounds():
-    """The page has rows of its own, since it reads stored chats before it knows a server."""
-    rows = re.findall(r'\{name: "(\w+)", command: "\w+", min: ([-\d.]+), max: ([-\d.]+|Number.MAX_SAFE_INTEGER)', (STATIC / "tree.js").read_text())
-    assert set(SAMPLING_FLAGS) <= {name for name, *_ in rows}
-    for name, low, high in rows:
-        if name in SAMPLED:
-            assert SAMPLED[name].low <= float(low), name
-            assert float(high.replace("Number.MAX_SAFE_INTEGER", str(2**53 - 1))) <= SAMPLED[name].high, name

@@ -1,0 +1,73 @@
+"""Makes static/parameters.js, what the page can set for a chat, from the tables of the fields of bodies.
+
+    python docs/parameters.py
+"""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from chatlm.front.api.field_types import EFFORT, INTEGER, NUMBER, SEED, TOP_K      # noqa: E402
+from chatlm.front.api.tables import OPENAI_FIELDS, SAMPLED      # noqa: E402
+
+OTHERS = ("reasoning_effort", "thinking_budget", "max_tokens", "seed")      # besides the sampling parameters that are numbers
+UNFOLDED = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")
+SAFE_INTEGER = 2**53 - 1        # the largest in JavaScript
+HEAD = """\
+// Made by `python docs/parameters.py` from chatlm/front/api/tables.py; a test compares the two.
+//
+// What can be set for a chat; "" or absent is the server's default. `command` is the word after a slash. `folded`: shown under
+// "More parameters"; `apart`: not among the settings.
+"use strict";
+
+{
+
+const PARAMETERS = [
+"""
+
+
+def label(name: str) -> str:
+    """For people: "Top-n sigma" of top_n_sigma."""
+    words = re.sub(r"^(top|min|typical)_(\w)(?=_|$)", r"\1-\2", name).replace("reasoning", "thinking").replace("_", " ").capitalize()
+    return re.sub(r"^(Xtc|Dry)\b", lambda word: word[0].upper(), words)
+
+
+def hint(field) -> str:
+    """What it does; of a field that other clients may send otherwise, only its first part."""
+    return field.doc.partition(";")[0] if field.name in OTHERS else field.doc
+
+
+def row(field) -> dict:
+    """What the page must know of a field."""
+    low, high = (max(field.low, 0 if field is SAMPLED.get("seed") else -SAFE_INTEGER), min(field.high, SAFE_INTEGER))
+    whole = field.type in (INTEGER, SEED, TOP_K) or field.name == "max_tokens"
+    bounds = {"choices": ["none", "low", "medium", "high"]} if field.type is EFFORT else {
+        "min": 1 if field.name == "max_tokens" else 0 if field.type is TOP_K else low, "max": high if high < math.inf else SAFE_INTEGER,
+        "step": 1 if whole else "any"}
+    places = {"apart": True} if field.name == "thinking_budget" else {} if field.name in UNFOLDED else {"folded": True}
+    return {"name": field.name, "command": re.sub("_penalty$|^reasoning_|^thinking_|_", "", field.name), **bounds, **places}
+
+
+def script() -> str:
+    """static/parameters.js."""
+    fields = {field.name: field for field in OPENAI_FIELDS}
+    names = [name for name, field in SAMPLED.items() if field.type in (NUMBER, INTEGER, TOP_K)]
+    chosen = [fields[name] for name in (*names, *OTHERS)]
+
+    def written(value) -> str:      # keys as the page's other scripts have them
+        return re.sub(r'"(\w+)": ', r"\1: ", json.dumps(value))
+
+    rows = "".join(f"  {written(row(field))},\n" for field in chosen)
+    strings = {"parameters": {field.name: label(field.name) for field in chosen}, "parameterHints": {field.name: hint(field) for field in chosen}}
+    texts = ",\n".join(f"    {key}: {{\n" + "".join(f"      {name}: {json.dumps(text)},\n" for name, text in each.items()) + "    }"
+                       for key, each in strings.items())
+    return f"{HEAD}{rows}];\n\nregister({{\n  strings: {{\n{texts},\n  }},\n}});\n\nshare({{PARAMETERS}});\n}}\n"
+
+
+if __name__ == "__main__":
+    (ROOT / "static/parameters.js").write_text(script(), encoding="utf-8")
