@@ -134,7 +134,7 @@ def measured_steps(model, threads, rows, context, steps):
     from chatlm.common.hub.find import resolve_model
     from chatlm.common.messages.requests import AnswerParams, SamplingParams
     from chatlm.worker.build import build_engine
-    from chatlm.worker.engine.scheduler import Assignment
+    from chatlm.worker.engine.sequence import Assignment
     from chatlm.worker.ranks.messages import RANK_PIPE
     from chatlm.worker.ranks.steps import rank_step
     import torch

@@ -16,7 +16,8 @@ from chatlm.common.config import PAGE_SIZE    # noqa: E402
 from chatlm.common.messages.requests import AnswerParams    # noqa: E402
 from chatlm.worker.engine.integrity import scheduler_faults    # noqa: E402
 from chatlm.worker.engine.kvcache import PagePool    # noqa: E402
-from chatlm.worker.engine.scheduler import Assignment, Scheduler, Sequence    # noqa: E402
+from chatlm.worker.engine.scheduler import Scheduler    # noqa: E402
+from chatlm.worker.engine.sequence import Assignment, Sequence    # noqa: E402
 from chatlm.worker.model.spec import Attention, group_layers    # noqa: E402
 
 MODELS = {              # layers, kv heads, head size, window, every n-th layer has no window, context

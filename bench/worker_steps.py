@@ -34,7 +34,7 @@ from chatlm.common.messages.requests import AnswerParams, SamplingParams    # no
 from chatlm.common.messages.wire import Channel    # noqa: E402
 from chatlm.worker.build import build_engine    # noqa: E402
 from chatlm.worker.engine import engine as engine_module    # noqa: E402
-from chatlm.worker.engine.scheduler import Assignment    # noqa: E402
+from chatlm.worker.engine.sequence import Assignment    # noqa: E402
 from chatlm.worker.process import gauges    # noqa: E402
 
 
@@ -54,8 +54,8 @@ class PythonParts:
         return run
 
     def watch(self, engine, channel):
-        for owner, names in ((engine.scheduler, ("schedule",)), (engine_module, ("make_batch",)), (engine.steps, ("start", "finish")),
-                             (engine, ("_sample_rows", "_advance", "_accept")), (channel, ("send",))):
+        for owner, names in ((engine.scheduler, ("schedule",)), (engine_module, ("make_batch", "sample_rows")), (engine.steps, ("start", "finish")),
+                             (engine, ("_advance", "_accept")), (channel, ("send",))):
             for name in names:
                 setattr(owner, name, self.timed(name, getattr(owner, name)))
 

@@ -37,7 +37,7 @@ from chatlm.worker.engine.engine import drop_adapter, failure_text
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.keeper import Keeper
 from chatlm.worker.engine.kept import KeptPages
-from chatlm.worker.engine.scheduler import Assignment
+from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.ranks.messages import RankDrew
 from chatlm.worker.ranks.ranks import OtherRank, gather_ranks

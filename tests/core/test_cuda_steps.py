@@ -24,7 +24,8 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.kvcache import PagePool
-from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler, Sequence
+from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
+from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
 from chatlm.worker.model.spec import Batch, DeltaRule, KvType, Mamba2, ModelSpec, ShortConv, expected_tensors
 from chatlm.worker.model.transformer import Transformer

@@ -4,7 +4,7 @@ import dataclasses
 
 from chatlm.common.messages.requests import AnswerParams, SamplingParams
 from chatlm.worker.engine.answer import Answer
-from chatlm.worker.engine.scheduler import Assignment
+from chatlm.worker.engine.sequence import Assignment
 
 PARAMS = {each.name for each in dataclasses.fields(AnswerParams)}
 

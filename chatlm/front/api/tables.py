@@ -73,11 +73,11 @@ SAMPLING_FIELDS = (  # for all but nanochat's route, which has those that are fl
     Field("stop_token_ids", STOP_TOKENS, "tokens that end the answer"),
     Field("min_tokens", INTEGER, "do not end the answer before it has this many tokens; ignored where "
                                  "ignore_eos is", 0, math.inf),
-    Field("presence_penalty", NUMBER, "lowers the logit of a token that occurs in the answer; 0 = off", -2, 2),
+    Field("presence_penalty", NUMBER, "lowers the logits of tokens of the answer; 0 = off", -2, 2),
     Field("frequency_penalty", NUMBER, "the same, for each time it occurs", -2, 2),
     Field("repetition_penalty", NUMBER, "makes tokens less likely that already occurred; 1 = off", 0.01, 10),
     Field("logit_bias", LOGIT_BIAS, "token id -> bias"),
-    Field("typical_p", NUMBER, "keep the locally most typical tokens up to this total probability; 1 = off", 0, 1),
+    Field("typical_p", NUMBER, "keep the most typical tokens up to this total probability; 1 = off", 0, 1),
     Field("xtc_probability", NUMBER, "how often XTC leaves out top choices; 0 = off", 0, 1),
     Field("xtc_threshold", NUMBER,
           "of tokens at least this likely XTC leaves the least likely; above 0.5 = off", 0, 1),

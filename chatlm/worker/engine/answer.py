@@ -16,7 +16,7 @@ from chatlm.common.text.reader import StopFinder, StreamDecoder, answer_reader
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer, ToolTokens
     from chatlm.worker.engine.grammar import Grammar
-    from chatlm.worker.engine.scheduler import Assignment
+    from chatlm.worker.engine.sequence import Assignment
 
 
 CALCULATOR_CHARACTERS = 1_000  # also bounds the digits of an integer and the length of a text

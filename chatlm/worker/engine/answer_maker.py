@@ -17,13 +17,13 @@ from chatlm.worker.ops.sampling import preparation
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.worker.engine.scheduler import Sequence
+    from chatlm.worker.engine.sequence import Sequence
 
 
 class AnswerMaker:
     """Makes the Answer of each sequence, and computes the masks of its grammar.
 
-    Slow work happens in threads that serve clients in turn; `sequence.preparing` is then the future that the
+    Slow work happens in threads that serve clients in turn; `Output.preparing` is then the future that the
     sequence must wait for before it may run."""
 
     KEPT_GRAMMARS, KEPT_GRAMMAR_BYTES = 16, 64 << 20
@@ -35,7 +35,7 @@ class AnswerMaker:
         self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # LRU, by owner and source
 
     def make(self, sequence: Sequence):
-        """Set `sequence.text`; if it needs a grammar, or its draws a preparation, in a thread, so that
+        """Set `Output.text`; if it needs a grammar, or its draws a preparation, in a thread, so that
         no other answer waits (the first grammar also prepares the vocabulary)."""
         work = sequence.work
         if (work.params.grammar or preparation(work.sampling)
@@ -46,22 +46,23 @@ class AnswerMaker:
 
     def remake(self, sequence: Sequence):
         """Do it in the thread; also for an answer whose call now needs a grammar for its arguments."""
-        sequence.preparing = self.compiling.submit(sequence.work.params.client, self._prepare, sequence)
+        client = sequence.work.params.client
+        sequence.output.preparing = self.compiling.submit(client, self._prepare, sequence)
 
     def start_mask(self, sequence: Sequence, grammar: Grammar):
         """Start computing the next token's mask; if the queue is long, sit out steps until it is ready."""
         behind_s = self.masking.behind_s
         grammar.mask = self.masking.submit(sequence.work.params.client, grammar.matcher.compute_bitmask)
         if behind_s > self.MASK_PATIENCE_S:
-            sequence.preparing = grammar.mask
+            sequence.output.preparing = grammar.mask
 
     def masked(self, sequence: Sequence, deadline_s: float) -> bool:
         """Is the next mask ready by the deadline, or not needed? If not, sit out steps until it is."""
-        grammar = sequence.text and sequence.text.grammar
+        grammar = sequence.output.grammar
         if not grammar:
             return True
         if not wait([grammar.mask], max(0.0, deadline_s - time.monotonic())).done:
-            sequence.preparing = grammar.mask
+            sequence.output.preparing = grammar.mask
         elif grammar.renewed or not grammar.matcher.is_error():
             return True
         else:
@@ -86,10 +87,10 @@ class AnswerMaker:
 
     def _prepare(self, sequence: Sequence):
         """Make the answer, or give an existing one the grammar that it needs now."""
-        work, answer = sequence.work, sequence.text
+        work, answer = sequence.work, sequence.output.text
         try:
-            if sequence.kept is None and (prepare := preparation(work.sampling)):
-                sequence.kept = prepare(work.sampling, self.tokenizer, sequence.tokens)
+            if sequence.output.kept is None and (prepare := preparation(work.sampling)):
+                sequence.output.kept = prepare(work.sampling, self.tokenizer, sequence.tokens)
             compiled = partial(self.grammar, work.params.owner)
             if answer and answer.awaits_grammar:
                 answer.hold_call()
@@ -105,7 +106,7 @@ class AnswerMaker:
                                 sequence.limit - len(work.prompt_ids))
             if answer.grammar:
                 answer.grammar.mask.set_result(answer.grammar.matcher.compute_bitmask())
-            sequence.text = answer
+            sequence.output.text = answer
         except Exception:
-            sequence.text = None  # so the answer fails when its next token is drawn
+            sequence.output.text = None  # so the answer fails when its next token is drawn
             log.exception("failed to prepare an answer")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence as Seq
@@ -14,26 +12,23 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
 
-import numpy
-import torch
-
 from chatlm.common.log import log
 from chatlm.common.memory import empty_pages
 from chatlm.common.messages.requests import (
-    AnswerParams, Embedding, Ended, Failed, Piece, PromptProgress, PromptScores, ThinkingEnds, TokenLogprob,
-    Usage)
+    AnswerParams, Ended, Failed, Piece, PromptProgress, ThinkingEnds, Usage)
 from chatlm.worker.engine.adapter_slots import AdapterSlots
 from chatlm.worker.engine.answer_maker import AnswerMaker
+from chatlm.worker.engine.batch import make_batch, sample_rows
+from chatlm.worker.engine.host import HostSteps, embedding_events
 from chatlm.worker.engine.kvcache import PagePool, longest_context
-from chatlm.worker.engine.scheduler import FREE_ROWS, Assignment, Chunk, Scheduler, Sequence
+from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
+from chatlm.worker.engine.sequence import Assignment, Chunk, Output, Sequence
 from chatlm.worker.engine.states import StatePool
-from chatlm.worker.model.spec import Batch
-from chatlm.worker.ops.rows import SampleRow
-from chatlm.worker.ops.sampling import clean_logits, penalize, sample_each, top_ids
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import WorkerEvent
     from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.worker.engine.answer import Answer
     from chatlm.worker.engine.keeper import Keeper
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.transformer import Transformer
@@ -109,6 +104,7 @@ class Engine:
         if ranks:
             self.steps = ranks.steps(self.steps, transformer)
         self.answers = AnswerMaker(tokenizer)
+        self.host = HostSteps(transformer, self.steps, self.answers, self._emit)
         self.adapters = AdapterSlots(transformer, ranks)
         self.under_way: deque[StepUnderWay] = deque()  # at most one, or one for each other stage
         # `step` returns these, each with its answer's id, even if the step that produced them failed
@@ -135,7 +131,8 @@ class Engine:
         most = max(self.context_length, len(work.prompt_ids) + min(work.max_tokens, 1))
         limit = min(len(work.prompt_ids) + work.max_tokens, most)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, adapter=slot,
-                            adapter_digest=self.adapters.digests.get(slot, ""), scored=work.scored)
+                            adapter_digest=self.adapters.digests.get(slot, ""),
+                            output=Output(scored=work.scored))
         self.answers.make(sequence)
         free = not work.needs_logits and not work.sampling.counts_tokens
         sequence.drafter = Drafter(sequence.tokens) if self.drafts and free else None
@@ -146,46 +143,37 @@ class Engine:
     def cancel(self, answer_id: str) -> bool:
         gone = self.scheduler.cancel(answer_id)
         for sequence in gone:
-            if sequence.preparing:
-                sequence.preparing.cancel()
+            if sequence.output.preparing:
+                sequence.output.preparing.cancel()
         return bool(gone)
 
     def end_thinking(self, answer_id: str):
         """End the reasoning of an answer with its next token, and emit the position of that token."""
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             if sequence.work.id == answer_id:
-                self._emit(sequence, ThinkingEnds(sequence.text.end_thinking() if sequence.text else None))
+                text = sequence.output.text
+                self._emit(sequence, ThinkingEnds(text.end_thinking() if text else None))
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[tuple[str, WorkerEvent]]:
-        """Start the next step, call `meanwhile`, finish the previous step; returns the new events, each with
-        the id of its answer."""
+        """Start the next step, call `meanwhile`, finish older steps; returns the new events, each with the id
+        of its answer."""
         if self.keeper and self.keeper.arrived:
-            while self.under_way:
-                self._finish()
+            self._finish_until(0)
             self.keeper.adopt()
         began_s, plan = time.monotonic(), self.scheduler.schedule()
         on_host = any(chunk.on_host for chunk in plan)
         finish = self._start(plan) if plan and not on_host else None
         meanwhile()
-        if not plan and not self.under_way:  # every sequence here is still being prepared
-            preparing = [s.preparing for s in self.scheduler.unready if s.preparing]
-            if preparing or not self.keeper:
-                wait(preparing, 0.02, FIRST_COMPLETED)
-            elif self.scheduler.waiting:  # they await kept pages
-                self.keeper.wait(0.02)
-        several = len(self.under_way) >= self.scheduler.stages - 1 or not plan
-        for _ in range(len(self.under_way) if on_host else several):
-            self._finish()
+        if not plan and not self.under_way:
+            self._wait()
+        self._finish_until(self._most_under_way(plan, on_host) - 1)
         if on_host:
-            plan = [chunk for chunk in plan if not chunk.sequence.finished]
-            plan, finish = self._run_on_host(plan) if plan else ([], None)
+            plan, finish = self.host.run([chunk for chunk in plan if not chunk.sequence.finished])
         if self.keeper and not self.under_way:
             self.keeper.settle()
         if plan and finish:
             self._advance(plan, finish, began_s)
-        if on_host or not self.steps.ahead or self.scheduler.stages == 1 and any(
-                c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
-            self._finish()
+        self._finish_until(self._most_under_way(plan, on_host))
         if self.keeper and not self.busy:  # before the last answer's end is reported
             self.keeper.settle()
             if self.keeper.copier.waits and not self.events:
@@ -193,81 +181,36 @@ class Engine:
         events, self.events = self.events, []
         return events
 
+    def _most_under_way(self, plan: Seq[Chunk], on_host: bool) -> int:
+        """How many steps may be under way once this one has started: one or, with several stages, one for
+        each other stage; none if its tokens must be known first. Without a plan, the oldest is finished."""
+        if not plan:
+            return len(self.under_way)
+        stages = self.scheduler.stages
+        awaited = on_host or not self.steps.ahead or stages == 1 and any(
+            chunk.sequence.draft or chunk.sequence.work.needs_tokens for chunk in plan if chunk.draws)
+        return 0 if awaited else max(1, stages - 1)
+
+    def _finish_until(self, most: int):
+        """Finish the oldest steps, until at most this many are under way."""
+        while self.under_way and len(self.under_way) > most:
+            self._finish()
+
+    def _wait(self):
+        """Every sequence here is still being prepared, or awaits kept pages: wait a little for one."""
+        preparing = [s.output.preparing for s in self.scheduler.unready if s.output.preparing]
+        if preparing or not self.keeper:
+            wait(preparing, 0.02, FIRST_COMPLETED)
+        elif self.scheduler.waiting:
+            self.keeper.wait(0.02)
+
     def _emit(self, sequence: Sequence, *events: WorkerEvent):
         self.events += [(sequence.work.id, event) for event in events]
 
     def _start(self, plan: Seq[Chunk]) -> Callable[[], list[int]]:
         """Start a step; returns a function that waits for its tokens."""
-        return partial(self.steps.finish, self.steps.start(make_batch(plan), self._sample_rows(plan)))
-
-    def _sample_rows(self, plan: Seq[Chunk]) -> list[SampleRow]:
-        return [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i)
-                for chunk in plan for i in range(chunk.draws)]
-
-    def _run_on_host(self, plan: Seq[Chunk]) -> tuple[list[Chunk], Callable[[], list[int]]]:
-        """Run a step whose logits or hidden states the host needs; returns the chunks that advanced and a
-        function that returns the drawn tokens. No other step may be under way."""
-        batch = make_batch(plan)
-        logits = self.steps.forward(batch)
-        if logits.is_cuda:  # the next step may run on another stream
-            torch.cuda.current_stream(logits.device).synchronize()
-        for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
-            if chunk.sequence.pooling:
-                self._pool(chunk, first, last)
-        late, deadline_s = [], time.monotonic() + self.answers.MASK_PATIENCE_S
-        for chunk in plan:
-            if chunk.draws and not self.answers.masked(chunk.sequence, deadline_s):
-                late.append(chunk)  # computed again once its mask is ready
-        rows = list(itertools.accumulate((chunk.rows for chunk in plan), initial=0))
-        spans = [(chunk, range(first, last))
-                 for chunk, (first, last) in zip(plan, itertools.pairwise(rows)) if chunk not in late]
-        tokens = self._draw_on_host(spans, logits)
-        return [chunk for chunk, _ in spans], lambda: tokens
-
-    def _pool(self, chunk: Chunk, first: int, last: int):
-        """Pool the hidden states of a chunk, the rows [first, last) of the step. They are added one by one,
-        so that the sum has the same bits however the prompt was split."""
-        sequence, mean = chunk.sequence, chunk.sequence.pooling == "mean"
-        if not mean or sequence.computed == 0:  # a sequence that was preempted starts over
-            sequence.pooled = 0.0
-        for row in self.transformer.hidden_states(first if mean else last - 1, last):
-            sequence.pooled = sequence.pooled + row
-
-    def _embed(self, sequence: Sequence):
-        """End a sequence with its embedding: the pooled hidden states, scaled to length 1."""
-        self.scheduler.remove(sequence)
-        vector = (sequence.pooled / numpy.linalg.norm(sequence.pooled)).astype("<f4")
-        if numpy.isfinite(vector).all():
-            self._emit(sequence, Embedding(base64.b64encode(vector.tobytes()).decode()),
-                       Ended("stop", None, sequence.usage, sequence.queued_s or 0.0))
-        else:
-            self._emit(sequence, Failed("the model's hidden states are not finite"))
-
-    def _draw_on_host(self, spans: Seq[tuple[Chunk, range]], logits) -> list[int]:
-        """Score prompts, ban tokens the grammars reject, draw, and record logprobs.
-
-        spans: chunks and their rows of the logits (R, V)."""
-        drawn, plan = [], [chunk for chunk, _ in spans]
-        for chunk, mine in spans:
-            if chunk.sequence.scoring:
-                if scores := score_prompt(chunk, logits[mine.start:mine.stop]):
-                    # Sent at once: the scores of a long prompt take 100 MB.
-                    self._emit(chunk.sequence, PromptScores(scores))
-            drawn += mine[len(mine) - chunk.draws:]
-        rows = self._sample_rows(plan)
-        if not rows:
-            return []
-        logits = logits if len(drawn) == len(logits) else logits[drawn]  # (len(rows), V)
-        owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
-        params = [owner.work.params for owner in owners]
-        lines = {i: host_row(logits[i]) for i, own in enumerate(params) if own.logprobs is not None}
-        for line, owner in zip(logits, owners):
-            if owner.text and (grammar := owner.text.grammar):
-                line.masked_fill_(~torch.from_numpy(grammar.allowed(len(line))).to(line.device), -math.inf)
-        tokens = sample_each(self.kernels.sample, logits, rows)
-        for i, line in lines.items():
-            owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], params[i].logprobs or 0)
-        return tokens
+        rows = sample_rows(plan, self.tokenizer.stop_tokens)
+        return partial(self.steps.finish, self.steps.start(make_batch(plan), rows))
 
     def keep(self, keeper: Keeper):
         """Keep pages beyond the life of this process from now on."""
@@ -288,7 +231,8 @@ class Engine:
                     sequence.tokens.append(~row)
                 row += chunk.draws
             elif sequence.pooling and not sequence.pending:
-                self._embed(sequence)
+                self.scheduler.remove(sequence)
+                self._emit(sequence, *embedding_events(sequence.output))
             elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
                 length = len(sequence.work.prompt_ids)
                 self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
@@ -296,8 +240,6 @@ class Engine:
 
     def _finish(self):
         """Wait for the oldest step under way, replace its marks with tokens, and turn them into text."""
-        if not self.under_way:
-            return
         step = self.under_way.popleft()
         tokens = iter(step.finish())
         began_s, self.finished_s = max(step.began_s, self.finished_s), time.monotonic()
@@ -318,8 +260,8 @@ class Engine:
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[WorkerEvent]:
         """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
-        draft, which makes the rest void; then propose the next draft."""
-        answer, tokens, right = sequence.text, sequence.tokens, 0
+        draft, which makes the rest void."""
+        answer, tokens, right = sequence.output.text, sequence.tokens, 0
         if not answer:
             raise RuntimeError("the text of this answer could not be prepared")
         tokens.pop()  # the mark of the token being drawn
@@ -333,9 +275,18 @@ class Engine:
             self.scheduler.advance(Chunk(sequence, 1))  # the step has computed this token too
         if draft and sequence.drafter:
             sequence.drafter.judge(right)
-            sequence.usage += Usage(drafted_tokens=len(draft), accepted_tokens=right)
+            sequence.output.usage += Usage(drafted_tokens=len(draft), accepted_tokens=right)
             self.drafted_tokens += len(draft)
             self.accepted_tokens += right
+        self._go_on(sequence, answer)
+        # A client that also has its prompt scored expects an entry for every drawn token (see AnswerParams).
+        unshown = (sequence.work.params.prompt_logprobs is None and answer.reason == "stop"
+                   and token in answer.stop_tokens)
+        return events_of(sequence.output, answer, tokens[known:], token in added and not unshown)
+
+    def _go_on(self, sequence: Sequence, answer: Answer):
+        """End the sequence if its answer has ended; else begin what its next token needs: a grammar, a mask,
+        or a draft."""
         sequence.draft = []
         if answer.reason is not None:
             self.scheduler.remove(sequence)
@@ -346,17 +297,6 @@ class Engine:
         elif sequence.drafter:
             room = 2 * len(self.scheduler.running) <= FREE_ROWS  # else a draft only delays the next step
             sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
-        # A client that also has its prompt scored expects an entry for every drawn token (see AnswerParams).
-        unshown = (sequence.work.params.prompt_logprobs is None and answer.reason == "stop"
-                   and token in answer.stop_tokens)
-        logprobs = () if sequence.logprob is None or unshown or token not in added else (sequence.logprob,)
-        if answer.reason == "refused":
-            return [Failed(answer.stop_reason or "", refused=True)]
-        piece = Piece(tuple(tokens[known:]), answer.take(), logprobs)
-        if answer.reason is None:
-            return [piece]
-        usage = replace(sequence.usage, reasoning_tokens=answer.reasoning_tokens)
-        return [piece, Ended(answer.reason, answer.stop_reason, usage, sequence.queued_s or 0.0)]
 
     def give_up(self) -> list[str]:
         """After a failed step: forget what it may have written; returns the ids of the dropped answers."""
@@ -405,65 +345,17 @@ def drop_adapter(engine: Engine, adapter_id: str):
             engine.events.append((sequence.work.id, Failed(ADAPTER_GONE)))
 
 
+def events_of(output: Output, answer: Answer, tokens: Seq[int], shown: bool) -> list[WorkerEvent]:
+    """What is sent of new tokens. shown: with the log-probability of the last one drawn, if requested."""
+    if answer.reason == "refused":
+        return [Failed(answer.stop_reason or "", refused=True)]
+    logprobs = (output.logprob,) if output.logprob is not None and shown else ()
+    piece = Piece(tuple(tokens), answer.take(), logprobs)
+    if answer.reason is None:
+        return [piece]
+    usage = replace(output.usage, reasoning_tokens=answer.reasoning_tokens)
+    return [piece, Ended(answer.reason, answer.stop_reason, usage, output.queued_s or 0.0)]
+
+
 def failure_text(error: Exception) -> str:
     return f"the model failed while computing this answer ({type(error).__name__})"
-
-
-def make_batch(plan: Seq[Chunk]) -> Batch:
-    """Flatten the plan into one forward pass, sequence after sequence."""
-    adapters = [chunk.sequence.adapter for chunk in plan]
-    batch = Batch([], [], [0], [], [], [], any(chunk.sequence.pooling for chunk in plan), [], [], [],
-                  adapters if any(adapters) else [])
-    token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _, reads, *writes, _ = batch
-    for chunk in plan:
-        first, tokens = chunk.sequence.computed, chunk.sequence.tokens
-        ids = [*tokens[first:first + chunk.count], *chunk.draft]
-        reads.append(chunk.reads)
-        writes[0].extend(len(token_ids) + token for token, _ in chunk.writes)
-        writes[1].extend(slot for _, slot in chunk.writes)
-        token_ids += ids
-        previous_token_ids += [tokens[first - 1] if first else -1, *ids[:-1]]
-        starts.append(len(token_ids))
-        lengths.append(first + len(ids))
-        tables.append(chunk.sequence.pages)
-        logit_rows += range(len(token_ids) - chunk.rows, len(token_ids))
-    return batch
-
-
-def host_row(logits) -> numpy.ndarray:
-    """A cleaned copy of one row of logits (V,), float32."""
-    return clean_logits(numpy.array(logits.float().cpu().numpy()))
-
-
-def logprob_of(logits: numpy.ndarray, token: int, top: int) -> TokenLogprob:
-    """A token's log-probability in its row of clean logits (V,), and the `top` most likely tokens."""
-    with numpy.errstate(over="ignore"):
-        weights = numpy.exp(logits - logits.max())
-    total = float(logits.max()) + math.log(float(weights.sum(dtype=numpy.float64)))
-    ids = top_ids(logits, top).tolist() if top else []
-    return TokenLogprob(token, float(logits[token]) - total,
-                        tuple((id_, float(logits[id_]) - total) for id_ in ids))
-
-
-def score_prompt(chunk: Chunk, logits) -> tuple[TokenLogprob, ...]:
-    """Log-probabilities of the prompt tokens one after the chunk's own, from logits (rows of the chunk, V).
-    Skips those already scored: a sequence that was preempted, or whose worker died, starts over."""
-    sequence, first = chunk.sequence, chunk.sequence.computed
-    ids, top = sequence.work.prompt_ids, sequence.work.params.prompt_logprobs
-    scores = [TokenLogprob(ids[0], None)] if sequence.scored == 0 else []
-    for position, line in enumerate(logits, first + 1):
-        if max(1, sequence.scored) <= position < len(ids):
-            scores.append(logprob_of(host_row(line), ids[position], top or 0))
-    sequence.scored += len(scores)
-    return tuple(scores)
-
-
-def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) -> SampleRow:
-    """How to draw a sequence's next token, or the one `offset` after it: parameters, absolute position, and
-    the tokens that penalties count."""
-    work, params, sampling = sequence.work, sequence.work.params, sequence.work.sampling
-    if sequence.generated + offset < params.min_tokens and not params.ignore_eos:
-        banned = tuple((token, -math.inf) for token in sorted(eos_tokens | set(params.stop_token_ids)))
-        sampling = replace(sampling, logit_bias=sampling.logit_bias + banned)
-    return SampleRow(sampling, len(sequence.tokens) + offset, sequence.tokens, len(work.prompt_ids),
-                     sequence.kept)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.adapter_slots import AdapterSlots
     from chatlm.worker.engine.engine import Engine
     from chatlm.worker.engine.kvcache import PagePool
-    from chatlm.worker.engine.scheduler import Scheduler, Sequence
+    from chatlm.worker.engine.scheduler import Scheduler
+    from chatlm.worker.engine.sequence import Sequence
     from chatlm.worker.engine.states import StatePool
 
 
@@ -129,12 +130,12 @@ def scheduler_faults(scheduler: Scheduler) -> list[str]:
             faults.append(f"answer {sequence.work.id} has ended, but is still scheduled")
     faults += [f"answer {s.work.id} is running, but has no pages" for s in scheduler.running if not s.pages]
     faults += [f"answer {s.work.id} is waiting, but has {kind}" for s in scheduler.waiting for kind, held in (
-        ("pages", s.pages), ("states", s.states), ("computed tokens", s.computed)) if held]
+        ("pages", s.pages), ("states", s.states.slots), ("computed tokens", s.computed)) if held]
     restorations = scheduler.keeper.restorations if scheduler.keeper else []
     awaited = {id(sequence.restoration) for sequence in everyone}
     faults += [f"restoration {number} goes on, but no answer waits for it" for number, each
                in enumerate(restorations) if not each.over and id(each) not in awaited]
-    holders = [*((f"answer {s.work.id}", s.pages, s.states.values()) for s in everyone),
+    holders = [*((f"answer {s.work.id}", s.pages, s.states.slots.values()) for s in everyone),
                *((f"restoration {number}", each.pages, () if each.slot is None else (each.slot,))
                  for number, each in enumerate(restorations))]
     faults += page_faults(pool, [(name, pages) for name, pages, _ in holders])

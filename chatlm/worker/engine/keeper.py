@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from chatlm.common.segments import Record
     from chatlm.worker.engine.kept import KeptPages
     from chatlm.worker.engine.kvcache import PagePool
-    from chatlm.worker.engine.scheduler import Sequence
+    from chatlm.worker.engine.sequence import Sequence
     from chatlm.worker.model.transformer import Transformer
 
 
@@ -118,7 +118,7 @@ class Keeper:
     def _looking(self, sequence: Sequence) -> bool:
         """Scan the store once for each sequence, if a scan is due: other workers may have added pages.
         Should it wait for the scan?"""
-        if self.looked_s < sequence.added_s:
+        if self.looked_s < sequence.output.added_s:
             self._look_at_store()
         return (self.look is not None and not self.look.done()
                 and time.monotonic() - self.looked_s < self.GRACE_S)

@@ -25,7 +25,7 @@ from chatlm.worker.engine.states import StateTables
 
 if TYPE_CHECKING:
     from chatlm.worker.engine.keeper import Addresses
-    from chatlm.worker.engine.scheduler import Sequence
+    from chatlm.worker.engine.sequence import Sequence
     from chatlm.worker.engine.states import StatePool
 
 

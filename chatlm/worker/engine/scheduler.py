@@ -4,148 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from chatlm.common.messages.requests import Usage
 from chatlm.worker.engine.kvcache import PagePool, PageTables
+from chatlm.worker.engine.sequence import Chunk, Sequence, is_uncached
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import AnswerParams, SamplingParams, TokenLogprob
-    from chatlm.worker.engine.answer import Answer
-    from chatlm.worker.engine.engine import Drafter
-    from chatlm.worker.engine.keeper import Keeper, Restoration
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """One answer to compute, as sent to a worker. `resumed_ids` are the tokens it already has: a worker that
-    died had generated them, or its client chose them."""
-
-    id: str
-    prompt_ids: tuple[int, ...]
-    params: AnswerParams  # of its request
-    max_tokens: int
-    choice: int = 0
-    resumed_ids: tuple[int, ...] = ()
-    scored: int = 0       # prompt tokens whose log-probabilities were already sent
-    thinking_ends: int | None = None  # see Answer.thinking_ends
-    resumed_sent: bool = True  # was the text of `resumed_ids` sent?
-
-    @cached_property
-    def sampling(self) -> SamplingParams:
-        return replace(self.params.sampling, choice=self.choice)
-
-    @cached_property
-    def needs_logits(self) -> bool:
-        """Does the host need its logits?"""
-        from chatlm.worker.ops.sampling import drawn_on_host  # imports numpy, which scheduling does not need
-        params = self.params
-        return (params.logprobs is not None or params.prompt_logprobs is not None or bool(params.grammar)
-                or drawn_on_host(params.sampling))
-
-    @cached_property
-    def needs_tokens(self) -> bool:
-        """Must its last token be known before the step for the next one can start?"""
-        return self.needs_logits or self.sampling.counts_tokens or any(self.params.call_grammars)
-
-
-@dataclass(eq=False)
-class Sequence:
-    """Tokens being decoded: the first `computed` have keys and values in its pages; the rest are pending."""
-
-    work: Assignment
-    tokens: list[int]                    # prompt and everything generated; ~row for one still being drawn
-    limit: int                           # maximum length of `tokens`
-    adapter: int = 0                     # the slot of its adapter; 0: it has none
-    adapter_digest: str = ""             # of the adapter's files
-    computed: int = 0
-    finished: bool = False               # it ended or was cancelled
-    suspect: bool = False                # was in a failed step: runs alone until it produces a token
-    draft: list[int] = field(default_factory=list)  # guessed next tokens, verified in the same step
-    pages: list[int] = field(default_factory=list)  # its table: in each row, one page of each group
-    filled: int = 0                      # table rows in which layers with a window have been given pages
-    serial: int | str = PagePool.ROOT    # content serial of its last full page, as in the prefix index
-    states: dict[int, int] = field(default_factory=dict)  # number of tokens -> slot with the state after them
-    began: int | str = PagePool.ROOT     # content serial of the last end of a prompt that has a snapshot
-    answered: int | str = PagePool.ROOT  # content serial of the snapshot in its answer
-    usage: Usage = Usage()               # here so far: tokens cached at first admission, drafted ones
-    added_s: float = 0.0
-    queued_s: float | None = None        # seconds it waited here before it first ran
-    logprob: TokenLogprob | None = None  # of the last token drawn, if requested
-    kept: Any = None                     # see SampleRow.kept
-    scored: int = 0                      # prompt tokens whose log-probabilities were sent, by any worker
-    pooled: Any = 0.0                    # float64 (C,): sum of its hidden states, or only the last one
-    text: Answer | None = None           # turns its tokens into text
-    drafter: Drafter | None = None       # proposes its drafts
-    preparing: Future | None = None      # work of a thread that it must wait for
-    restoration: Restoration | None = None  # of kept pages of its prompt, once they were looked up
-
-    @property
-    def root(self) -> str:
-        """Who may share its KV pages, in this worker or a later one: only those with the same weights."""
-        owner = self.work.params.owner
-        return f"{owner}\0{self.adapter_digest}" if self.adapter else owner
-
-    @property
-    def ready(self) -> bool:
-        return self.preparing is None or self.preparing.done()
-
-    @property
-    def needs_logits(self) -> bool:
-        """Does the host need the logits of its next token?"""
-        return self.work.needs_logits or self.text is not None and self.text.grammar is not None
-
-    @property
-    def pending(self) -> int:
-        return len(self.tokens) - self.computed
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.work.prompt_ids)
-
-    @property
-    def scoring(self) -> bool:
-        """Are the log-probabilities of its whole prompt needed?"""
-        return self.work.params.prompt_logprobs is not None and not self.generated
-
-    @property
-    def pooling(self) -> str:
-        return self.work.params.pooling
-
-    @property
-    def prefilling(self) -> bool:
-        return self.pending > (0 if self.pooling else 1)
-
-
-class Chunk(NamedTuple):
-    """Compute `count` pending tokens of `sequence`; if none are left after these, draw the next token.
-
-    The draft's tokens are computed too, as if all were right, and the token after each is drawn."""
-
-    sequence: Sequence
-    count: int
-    draws: int = 0  # tokens to draw: 0 before the prompt's end, then 1 + len(draft)
-    draft: tuple[int, ...] = ()
-    reads: int = 0  # the slot of its state, if layers keep one
-    writes: tuple[tuple[int, int], ...] = ()  # (token of the chunk, slot for the state after it)
-
-    @property
-    def rows(self) -> int:
-        """How many tokens, from the end, need logits: all if the prompt is being scored, else `draws`."""
-        return self.count if self.sequence.scoring else self.draws
-
-    @property
-    def on_host(self) -> bool:
-        """Does the host need the logits or the hidden states?"""
-        return bool(self.sequence.pooling) or self.sequence.needs_logits and self.rows > 0
-
-
-def is_uncached(sequence: Sequence) -> bool:
-    """Must every token be computed here, because scores or a mean need it?"""
-    return sequence.scoring or sequence.pooling == "mean"
+    from chatlm.worker.engine.keeper import Keeper
 
 
 FREE_ROWS = 8  # in a decode_core step take hardly longer than one row on a CPU; not measured on a GPU
@@ -171,7 +37,7 @@ class Scheduler:
         self.keeper: Keeper | None = None
 
     def add(self, sequence: Sequence):
-        sequence.added_s = time.monotonic()
+        sequence.output.added_s = time.monotonic()
         self.waiting.append(sequence)
 
     def cancel(self, request_id: str) -> list[Sequence]:
@@ -209,7 +75,7 @@ class Scheduler:
 
     def _may_run(self, sequence: Sequence) -> bool:
         """Is it prepared and, with several stages, is its last token known?"""
-        return sequence.ready and (self.stages == 1 or sequence.tokens[-1] >= 0)
+        return sequence.output.ready and (self.stages == 1 or sequence.tokens[-1] >= 0)
 
     def _grow(self, sequence: Sequence, computed: int | None = None) -> bool:
         """Give a running sequence pages for all its tokens, preempting others if needed; False if it was
@@ -326,10 +192,9 @@ class Scheduler:
             sequence.serial, sequence.computed = serial, cached * size
             if self.tables.states:
                 self.tables.states.begin(sequence, sequence.computed)
-            if sequence.queued_s is None:
-                sequence.queued_s = time.monotonic() - sequence.added_s
-                sequence.usage = Usage(
-                    cached_tokens=min(sequence.computed, len(sequence.work.prompt_ids)))
+            if (output := sequence.output).queued_s is None:
+                output.queued_s = time.monotonic() - output.added_s
+                output.usage = Usage(cached_tokens=min(sequence.computed, len(sequence.work.prompt_ids)))
 
     def _share_prefill(self, prefilling: list[Sequence], rows: int) -> list[Chunk]:
         """Split the step's prefill budget: at least half to the oldest, the rest shortest first.
@@ -366,7 +231,7 @@ class Scheduler:
             sequence.pages[mine] = content.pages
             sequence.computed, sequence.serial = sequence.computed + size, content.serial
             if sequence.computed <= len(sequence.work.prompt_ids):
-                sequence.usage += Usage(cached_tokens=size)
+                sequence.output.usage += Usage(cached_tokens=size)
 
     def advance(self, chunk: Chunk):
         """A chunk's step has started: its tokens count as computed.
@@ -376,4 +241,4 @@ class Scheduler:
 
     @property
     def unready(self) -> list[Sequence]:
-        return [sequence for sequence in (*self.running, *self.waiting) if not sequence.ready]
+        return [sequence for sequence in (*self.running, *self.waiting) if not sequence.output.ready]

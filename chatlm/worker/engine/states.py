@@ -13,10 +13,11 @@ the answer."""
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from chatlm.worker.engine.scheduler import Chunk, Sequence
+    from chatlm.worker.engine.sequence import Chunk, Sequence
 
 
 class StatePool:
@@ -91,8 +92,17 @@ class StatePool:
         self.release((self.passed or self.ends).popitem(last=False)[1])
 
 
+@dataclass(eq=False)
+class HeldStates:
+    """The states that a sequence holds. Serials are of contents of the prefix index."""
+
+    slots: dict[int, int] = field(default_factory=dict)  # number of tokens -> slot with the state after them
+    began: int | str = ""     # the last end of a prompt that has a snapshot
+    answered: int | str = ""  # where its answer has its snapshot
+
+
 class StateTables:
-    """The states of running sequences: `Sequence.states` maps a number of tokens to a slot."""
+    """The states of running sequences."""
 
     def __init__(self, pool: StatePool, page_size: int):
         self.pool, self.page_size = pool, page_size
@@ -103,16 +113,16 @@ class StateTables:
 
     def begin(self, sequence: Sequence, computed: int):
         """Give an admitted sequence the snapshot after its `computed` cached tokens."""
-        sequence.began = sequence.serial
+        sequence.states.began = sequence.serial
         if computed:
-            sequence.states[computed] = self.pool.share(sequence.serial)
+            sequence.states.slots[computed] = self.pool.share(sequence.serial)
 
     def prepare(self, chunk: Chunk) -> Chunk | None:
         """The chunk with the slots that its step reads and writes; its draft is cut if slots run out. None if
         there is no slot for it now.
 
         It writes to the slot it reads, unless the slot has other holders or the step may be repeated."""
-        sequence, states, pool = chunk.sequence, chunk.sequence.states, self.pool
+        sequence, states, pool = chunk.sequence, chunk.sequence.states.slots, self.pool
         begin, end = sequence.computed, sequence.computed + chunk.count
         for tokens in [tokens for tokens in states if tokens != begin]:
             pool.release(states.pop(tokens))  # of drafts that were wrong, and of steps that are repeated
@@ -138,29 +148,29 @@ class StateTables:
     def pass_content(self, sequence: Sequence, end: int):
         """A content, sequence.serial, has been filled up to `end`. Keep the state there if a snapshot is due,
         or if it is the last in the answer so far."""
-        pool, serial = self.pool, sequence.serial
+        pool, serial, states = self.pool, sequence.serial, sequence.states
         is_end = end == self.end_of_prompt(sequence)
-        if (slot := sequence.states.get(end)) is None:
+        if (slot := states.slots.get(end)) is None:
             return
         if is_end or end % pool.INTERVAL == 0:
-            pool.keep(serial, slot, sequence.began if is_end else None)
+            pool.keep(serial, slot, states.began if is_end else None)
             pool.fresh.append(serial)
-            sequence.began = serial if is_end else sequence.began
+            states.began = serial if is_end else states.began
         elif end > len(sequence.work.prompt_ids) and serial not in pool:
-            if sequence.answered in pool.passed:
-                pool.forget(sequence.answered)
+            if states.answered in pool.passed:
+                pool.forget(states.answered)
             if pool.passed or pool.snapshots < pool.most_snapshots:  # never evict an end of a prompt
                 pool.keep(serial, slot, None)
-                sequence.answered = serial
+                states.answered = serial
 
     def advance(self, sequence: Sequence):
         """Release the states before its computed tokens."""
-        for tokens in [tokens for tokens in sequence.states if tokens < sequence.computed]:
-            self.pool.release(sequence.states.pop(tokens))
+        for tokens in [tokens for tokens in sequence.states.slots if tokens < sequence.computed]:
+            self.pool.release(sequence.states.slots.pop(tokens))
 
     def release(self, sequence: Sequence):
-        for slot in sequence.states.values():
+        for slot in sequence.states.slots.values():
             self.pool.release(slot)
-        if sequence.answered in self.pool:  # each page of an answer had one; copy only the last
-            self.pool.fresh.append(sequence.answered)
-        sequence.states = {}
+        if sequence.states.answered in self.pool:  # each page of an answer had one; copy only the last
+            self.pool.fresh.append(sequence.states.answered)
+        sequence.states.slots = {}

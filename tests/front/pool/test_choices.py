@@ -14,7 +14,7 @@ from chatlm.common.messages.protocol import WORKER_PIPE, NewAnswer
 from chatlm.common.messages.requests import Failed, Finished, Piece, PromptScores, SamplingParams, TokenLogprob
 from chatlm.common.messages.wire import HEADER, unpacked
 from chatlm.front.pool.worker import Job
-from chatlm.worker.engine.scheduler import Sequence
+from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.process import Inbox
 from answers import asked, ending, said
 from nightly import by_day

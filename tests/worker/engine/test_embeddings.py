@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from chatlm.common.messages.requests import Failed, SamplingParams
+from chatlm.worker.engine import host
 from chatlm.worker.engine.integrity import check_integrity
 from engines import Pieces, load, make_engine, pieces, tensors_of
 import families
@@ -119,8 +120,8 @@ def test_it_starts_over_when_its_pages_are_taken_or_a_step_failed(nanochat_fixtu
         assert first.computed
         engine.scheduler._preempt(first)
         engine.step(), engine.step()
-        pool = engine._pool
-        monkeypatch.setattr(engine, "_pool", lambda *chunk: pool(*chunk) or 1 / 0)
+        pool = host.pool
+        monkeypatch.setattr(host, "pool", lambda *chunk: pool(*chunk) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
         monkeypatch.undo()

@@ -21,7 +21,7 @@ from chatlm.front.pool.worker import Job
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.grammar import FairThread, Grammar
 from chatlm.worker.engine.integrity import check_integrity
-from chatlm.worker.engine.scheduler import Sequence
+from chatlm.worker.engine.sequence import Sequence
 from engines import make_engine, pieces, step_pieces
 from pools import work_of
 from works import assignment, changed
@@ -250,9 +250,9 @@ def test_a_plain_answer_is_made_at_once_and_one_with_a_grammar_in_a_thread(engin
     maker, held, plain = AnswerMaker(engine.tokenizer), work(engine, "a", PERSON), assignment("b", (5, 6), SamplingParams(), 9)
     held, plain = (Sequence(each, [*each.prompt_ids], 200) for each in (held, plain))
     maker.make(plain)
-    assert plain.preparing is None and plain.text.grammar is None and maker.masked(plain, 0.0)
+    assert plain.output.preparing is None and plain.output.grammar is None and maker.masked(plain, 0.0)
     maker.make(held)
-    held.preparing.result(30)
+    held.output.preparing.result(30)
     assert [source for _, source in maker.grammars] == [held.work.params.grammar] and maker.masked(held, time.monotonic() + 30)
 
 

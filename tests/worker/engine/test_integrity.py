@@ -206,7 +206,7 @@ def test_a_leaked_slot_of_a_state_is_named(stateful):
 
 
 def test_a_slot_of_a_state_that_is_freed_or_counted_wrongly_is_named_with_its_holder(stateful):
-    states, [slot] = stateful.pool.states, {*stateful.scheduler.running[0].states.values()}
+    states, [slot] = stateful.pool.states, {*stateful.scheduler.running[0].states.slots.values()}
     states.refs[slot] += 1
     counted = states.refs[slot]
     assert re.fullmatch(rf"state slot {slot}: references counted: {counted}, found: {counted - 1} \(answer a.*\)", found(stateful))

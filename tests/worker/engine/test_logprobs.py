@@ -10,7 +10,7 @@ import torch
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import Piece, PromptScores, SamplingParams, TokenLogprob
 from chatlm.front.api.encode_openai import logprob_number
-from chatlm.worker.engine.engine import logprob_of
+from chatlm.worker.engine.host import logprob_of
 from chatlm.worker.model.spec import Batch
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import penalize
@@ -128,7 +128,7 @@ def test_a_scored_prompt_that_is_preempted_is_scored_again_and_once(engine):
             engine.add(work)
         while not (sequence := next((s for s in engine.scheduler.running if s.work.id == "s"), None)) or sequence.computed < 20:
             events += engine.step()
-        engine._finish()
+        engine._finish_until(0)
         assert any(isinstance(event, PromptScores) for _, event in events)
         engine.scheduler._preempt(sequence)
         events += [event for _ in range(200) if engine.busy for event in engine.step()]

@@ -12,7 +12,8 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.engine.integrity import scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool, PageTables
-from chatlm.worker.engine.scheduler import Scheduler, Sequence
+from chatlm.worker.engine.scheduler import Scheduler
+from chatlm.worker.engine.sequence import Sequence
 from works import assignment
 
 
@@ -102,7 +103,7 @@ def test_a_cached_prefix_is_not_computed_again():
     b = sequence("b", [*range(100), 7, 7])
     s.add(b)
     assert step(s) == {"b": 102 - 96}
-    assert b.usage.cached_tokens == 96
+    assert b.output.usage.cached_tokens == 96
 
 
 def test_out_of_pages_the_youngest_gives_way_and_is_recomputed_with_nothing_lost():
@@ -217,7 +218,7 @@ def test_random_traffic_loses_no_page_and_starves_nobody(clients):
 def test_scheduling_needs_no_torch():
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from chatlm.common.messages.requests import AnswerParams; "
             "from chatlm.worker.engine.kvcache import PagePool; "
-            "from chatlm.worker.engine.scheduler import Assignment, Scheduler, Sequence; "
+            "from chatlm.worker.engine.scheduler import Scheduler; from chatlm.worker.engine.sequence import Assignment, Sequence; "
             "s = Scheduler(PagePool(9), max_batch=2, prefill_chunk=8); "
             "s.add(Sequence(Assignment('a', (1, 2), AnswerParams(), 5), [1, 2], 7)); assert len(s.schedule()) == 1; "
             "assert not {'torch', 'numpy'} & set(sys.modules)")

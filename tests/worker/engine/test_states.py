@@ -14,7 +14,8 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.build import build_engine
 from chatlm.worker.engine.integrity import check_integrity, scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool
-from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler, Sequence
+from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
+from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.spec import DeltaRule, Mamba2, Sequences
 from chatlm.worker.ops.mixers import OneEach, delta_rule_reference, mamba2_reference
@@ -388,7 +389,7 @@ def test_drafts_take_slots_of_which_one_is_kept():
         assert scheduler_faults(scheduler) == []
         return chunk
 
-    assert step().writes == ((29, one.states[30]),)
+    assert step().writes == ((29, one.states.slots[30]),)
     one.draft = [1, 2, 3, 4, 5, 6, 7]
     chunk = step(1, 2)                              # six slots: its own and five for drafts
     assert len(chunk.draft) == 5 and chunk.draws == 6 and len(chunk.writes) == 6

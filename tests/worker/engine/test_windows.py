@@ -14,7 +14,8 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool
-from chatlm.worker.engine.scheduler import Scheduler, Sequence
+from chatlm.worker.engine.scheduler import Scheduler
+from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.model.spec import group_layers
 from chatlm.worker.model.transformer import Transformer
 from engines import make_engine, pieces, propose_partly_right, run, tokens_of

@@ -1,0 +1,51 @@
+"""A step's plan as one batch for the model, and how each of its rows is drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from chatlm.worker.model.spec import Batch
+from chatlm.worker.ops.rows import SampleRow
+
+if TYPE_CHECKING:
+    from chatlm.worker.engine.sequence import Chunk, Sequence
+
+
+def make_batch(plan: Seq[Chunk]) -> Batch:
+    """Flatten the plan into one forward pass, sequence after sequence."""
+    adapters = [chunk.sequence.adapter for chunk in plan]
+    batch = Batch([], [], [0], [], [], [], any(chunk.sequence.pooling for chunk in plan), [], [], [],
+                  adapters if any(adapters) else [])
+    token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _, reads, *writes, _ = batch
+    for chunk in plan:
+        first, tokens = chunk.sequence.computed, chunk.sequence.tokens
+        ids = [*tokens[first:first + chunk.count], *chunk.draft]
+        reads.append(chunk.reads)
+        writes[0].extend(len(token_ids) + token for token, _ in chunk.writes)
+        writes[1].extend(slot for _, slot in chunk.writes)
+        token_ids += ids
+        previous_token_ids += [tokens[first - 1] if first else -1, *ids[:-1]]
+        starts.append(len(token_ids))
+        lengths.append(first + len(ids))
+        tables.append(chunk.sequence.pages)
+        logit_rows += range(len(token_ids) - chunk.rows, len(token_ids))
+    return batch
+
+
+def sample_rows(plan: Seq[Chunk], eos_tokens: frozenset[int]) -> list[SampleRow]:
+    """How to draw each token of a step, in the order of its rows of logits."""
+    return [sample_row(chunk.sequence, eos_tokens, i) for chunk in plan for i in range(chunk.draws)]
+
+
+def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) -> SampleRow:
+    """How to draw a sequence's next token, or the one `offset` after it: parameters, absolute position, and
+    the tokens that penalties count."""
+    work, params, sampling = sequence.work, sequence.work.params, sequence.work.sampling
+    if sequence.generated + offset < params.min_tokens and not params.ignore_eos:
+        banned = tuple((token, -math.inf) for token in sorted(eos_tokens | set(params.stop_token_ids)))
+        sampling = replace(sampling, logit_bias=sampling.logit_bias + banned)
+    return SampleRow(sampling, len(sequence.tokens) + offset, sequence.tokens, len(work.prompt_ids),
+                     sequence.output.kept)

@@ -1,0 +1,126 @@
+"""What a step computes on the host: masks of grammars, log-probabilities, scores of prompts, embeddings."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence as Seq
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+
+from chatlm.common.messages.requests import Embedding, Ended, Failed, PromptScores, TokenLogprob
+from chatlm.worker.engine.batch import make_batch, sample_rows
+from chatlm.worker.ops.sampling import clean_logits, penalize, sample_each, top_ids
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import WorkerEvent
+    from chatlm.worker.engine.answer_maker import AnswerMaker
+    from chatlm.worker.engine.sequence import Chunk, Output, Sequence
+    from chatlm.worker.model.transformer import Transformer
+
+
+class HostSteps:
+    """Steps whose logits or hidden states the host needs. No other step may be under way meanwhile."""
+
+    def __init__(self, transformer: Transformer, steps, answers: AnswerMaker,
+                 emit: Callable[[Sequence, WorkerEvent], None]):
+        self.transformer, self.steps, self.answers, self.emit = transformer, steps, answers, emit
+
+    def run(self, plan: Seq[Chunk]) -> tuple[list[Chunk], Callable[[], list[int]]]:
+        """Run a step; returns the chunks that advanced, and a function that returns the drawn tokens."""
+        if not plan:
+            return [], list
+        batch = make_batch(plan)
+        logits = self.steps.forward(batch)
+        if logits.is_cuda:  # the next step may run on another stream
+            torch.cuda.current_stream(logits.device).synchronize()
+        for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
+            if chunk.sequence.pooling:
+                pool(self.transformer, chunk, first, last)
+        late, deadline_s = [], time.monotonic() + self.answers.MASK_PATIENCE_S
+        for chunk in plan:
+            if chunk.draws and not self.answers.masked(chunk.sequence, deadline_s):
+                late.append(chunk)  # computed again once its mask is ready
+        rows = list(itertools.accumulate((chunk.rows for chunk in plan), initial=0))
+        spans = [(chunk, range(first, last))
+                 for chunk, (first, last) in zip(plan, itertools.pairwise(rows)) if chunk not in late]
+        tokens = self._draw(spans, logits)
+        return [chunk for chunk, _ in spans], lambda: tokens
+
+    def _draw(self, spans: Seq[tuple[Chunk, range]], logits) -> list[int]:
+        """Score prompts, ban tokens the grammars reject, draw, and record logprobs.
+
+        spans: chunks and their rows of the logits (R, V)."""
+        drawn, plan = [], [chunk for chunk, _ in spans]
+        for chunk, mine in spans:
+            if chunk.sequence.scoring:
+                if scores := score_prompt(chunk, logits[mine.start:mine.stop]):
+                    # Sent at once: the scores of a long prompt take 100 MB.
+                    self.emit(chunk.sequence, PromptScores(scores))
+            drawn += mine[len(mine) - chunk.draws:]
+        rows = sample_rows(plan, self.answers.tokenizer.stop_tokens)
+        if not rows:
+            return []
+        logits = logits if len(drawn) == len(logits) else logits[drawn]  # (len(rows), V)
+        owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
+        params = [owner.work.params for owner in owners]
+        lines = {i: host_row(logits[i]) for i, own in enumerate(params) if own.logprobs is not None}
+        for line, owner in zip(logits, owners):
+            if grammar := owner.output.grammar:
+                line.masked_fill_(~torch.from_numpy(grammar.allowed(len(line))).to(line.device), -math.inf)
+        tokens = sample_each(self.transformer.kernels.sample, logits, rows)
+        for i, line in lines.items():
+            owners[i].output.logprob = logprob_of(penalize(line, rows[i]), tokens[i], params[i].logprobs or 0)
+        return tokens
+
+
+def pool(transformer: Transformer, chunk: Chunk, first: int, last: int):
+    """Pool the hidden states of a chunk, the rows [first, last) of the step. They are added one by one, so
+    that the sum has the same bits however the prompt was split."""
+    output, mean = chunk.sequence.output, chunk.sequence.pooling == "mean"
+    if not mean or chunk.sequence.computed == 0:  # a sequence that was preempted starts over
+        output.pooled = 0.0
+    for row in transformer.hidden_states(first if mean else last - 1, last):
+        output.pooled = output.pooled + row
+
+
+def embedding_events(output: Output) -> list[WorkerEvent]:
+    """The end of a sequence that was embedded: its pooled hidden states, scaled to length 1."""
+    vector = (output.pooled / numpy.linalg.norm(output.pooled)).astype("<f4")
+    if not numpy.isfinite(vector).all():
+        return [Failed("the model's hidden states are not finite")]
+    return [Embedding(base64.b64encode(vector.tobytes()).decode()),
+            Ended("stop", None, output.usage, output.queued_s or 0.0)]
+
+
+def host_row(logits) -> numpy.ndarray:
+    """A cleaned copy of one row of logits (V,), float32."""
+    return clean_logits(numpy.array(logits.float().cpu().numpy()))
+
+
+def logprob_of(logits: numpy.ndarray, token: int, top: int) -> TokenLogprob:
+    """A token's log-probability in its row of clean logits (V,), and the `top` most likely tokens."""
+    with numpy.errstate(over="ignore"):
+        weights = numpy.exp(logits - logits.max())
+    total = float(logits.max()) + math.log(float(weights.sum(dtype=numpy.float64)))
+    ids = top_ids(logits, top).tolist() if top else []
+    return TokenLogprob(token, float(logits[token]) - total,
+                        tuple((id_, float(logits[id_]) - total) for id_ in ids))
+
+
+def score_prompt(chunk: Chunk, logits) -> tuple[TokenLogprob, ...]:
+    """Log-probabilities of the prompt tokens one after the chunk's own, from logits (rows of the chunk, V).
+    Skips those already scored: a sequence that was preempted, or whose worker died, starts over."""
+    sequence, first = chunk.sequence, chunk.sequence.computed
+    ids, top = sequence.work.prompt_ids, sequence.work.params.prompt_logprobs
+    output = sequence.output
+    scores = [TokenLogprob(ids[0], None)] if output.scored == 0 else []
+    for position, line in enumerate(logits, first + 1):
+        if max(1, output.scored) <= position < len(ids):
+            scores.append(logprob_of(host_row(line), ids[position], top or 0))
+    output.scored += len(scores)
+    return tuple(scores)
