@@ -12,7 +12,8 @@ from chatlm.common.messages.requests import Message, SamplingParams, TextSpec
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.reader import StopFinder, StopMatcher, StreamDecoder
 from chatlm.common.text.tokenizer import compile_chat_template
-from chatlm.worker.engine.answer import Answer, calculate
+from chatlm.worker.engine.answer import Answer
+from chatlm.worker.engine.calculator import calculate
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.nanochat import read_nanochat_tokenizer

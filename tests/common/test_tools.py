@@ -872,7 +872,7 @@ def test_a_strict_function_of_harmony_s_is_held_from_the_marker_that_begins_its_
 
 def test_what_begins_a_strict_call_and_breaks_its_schema_in_one_token_is_left_as_it_is(engine):
     answer = Answer(strict_work(engine, "a", [("user", "x")], 99), engine.tokenizer, None, lambda source: Grammar(engine.tokenizer, source))
-    answer.reader.deltas.begun_call = Delta("call", '{"town', "weather")
+    answer.text.reader.deltas.begun_call = Delta("call", '{"town', "weather")
     answer.hold_call()
     assert answer.grammar is None and not answer.awaits_grammar
 

@@ -30,14 +30,14 @@ MOMENTS = {     # checked when the results of earlier steps have left through th
     "queued": lambda s: not s.computed,
     "prefill": lambda s: s.computed > 40 and s.pending > 1,
     "decode": lambda s: s.generated >= 7,
-    "character": lambda s: s.generated >= 7 and s.output.text.decoder.utf8.getstate()[0],
-    "stop": lambda s: s.generated >= 7 and len(s.output.text.stops.held) > 1,
-    "call": lambda s: s.generated >= 7 and s.output.text.tool.expression,
-    "arguments": lambda s: s.generated >= 7 and s.output.text and s.output.text.reader.deltas.kinds[-1:] == ["call"],
-    # text is None while a grammar compiles
-    "reasoning": lambda s: s.generated >= 7 and s.output.text and s.output.text.reader.thinking,
+    "character": lambda s: s.generated >= 7 and s.output.answer.text.decoder.utf8.getstate()[0],
+    "stop": lambda s: s.generated >= 7 and len(s.output.answer.text.stops.held) > 1,
+    "call": lambda s: s.generated >= 7 and s.output.answer.tool.expression,
+    "arguments": lambda s: s.generated >= 7 and s.output.answer and s.output.answer.text.reader.deltas.kinds[-1:] == ["call"],
+    # answer is None while a grammar compiles
+    "reasoning": lambda s: s.generated >= 7 and s.output.answer and s.output.answer.text.reader.thinking,
     # somebody ended its reasoning, and the token after which it ends is drawn
-    "hurried": lambda s: s.output.text and s.output.text.thinking_ends,
+    "hurried": lambda s: s.output.answer and s.output.answer.thinking_ends,
     # the last may be a placeholder for the one being drawn
     "result": lambda s: s.generated >= 7 and OUTPUT_END in s.tokens[-2:],
     "aside": lambda s: s.generated >= 7 and not s.pages,

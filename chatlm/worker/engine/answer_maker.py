@@ -35,7 +35,7 @@ class AnswerMaker:
         self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # LRU, by owner and source
 
     def make(self, sequence: Sequence):
-        """Set `Output.text`; if it needs a grammar, or its draws a preparation, in a thread, so that
+        """Set `Output.answer`; if it needs a grammar, or its draws a preparation, in a thread, so that
         no other answer waits (the first grammar also prepares the vocabulary)."""
         work = sequence.work
         if (work.params.grammar or preparation(work.sampling)
@@ -87,7 +87,7 @@ class AnswerMaker:
 
     def _prepare(self, sequence: Sequence):
         """Make the answer, or give an existing one the grammar that it needs now."""
-        work, answer = sequence.work, sequence.output.text
+        work, answer = sequence.work, sequence.output.answer
         try:
             if sequence.output.kept is None and (prepare := preparation(work.sampling)):
                 sequence.output.kept = prepare(work.sampling, self.tokenizer, sequence.tokens)
@@ -97,7 +97,7 @@ class AnswerMaker:
             elif answer and (broken := answer.grammar):
                 if compiled(broken.source).lexer is broken.lexer:
                     del self.grammars[work.params.owner, broken.source]
-                answer.grammar = broken.renew(compiled(broken.source))
+                answer.constraint.grammar = broken.renew(compiled(broken.source))
             else:
                 source = work.params.grammar
                 if source and (reader := answer_reader(self.tokenizer, work.params, work.prompt_ids)):
@@ -106,7 +106,7 @@ class AnswerMaker:
                                 sequence.limit - len(work.prompt_ids))
             if answer.grammar:
                 answer.grammar.mask.set_result(answer.grammar.matcher.compute_bitmask())
-            sequence.output.text = answer
+            sequence.output.answer = answer
         except Exception:
-            sequence.output.text = None  # so the answer fails when its next token is drawn
+            sequence.output.answer = None  # so the answer fails when its next token is drawn
             log.exception("failed to prepare an answer")

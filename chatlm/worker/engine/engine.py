@@ -151,8 +151,8 @@ class Engine:
         """End the reasoning of an answer with its next token, and emit the position of that token."""
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             if sequence.work.id == answer_id:
-                text = sequence.output.text
-                self._emit(sequence, ThinkingEnds(text.end_thinking() if text else None))
+                answer = sequence.output.answer
+                self._emit(sequence, ThinkingEnds(answer.end_thinking() if answer else None))
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[tuple[str, WorkerEvent]]:
         """Start the next step, call `meanwhile`, finish older steps; returns the new events, each with the id
@@ -261,7 +261,7 @@ class Engine:
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[WorkerEvent]:
         """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
         draft, which makes the rest void."""
-        answer, tokens, right = sequence.output.text, sequence.tokens, 0
+        answer, tokens, right = sequence.output.answer, sequence.tokens, 0
         if not answer:
             raise RuntimeError("the text of this answer could not be prepared")
         tokens.pop()  # the mark of the token being drawn

@@ -56,7 +56,7 @@ class Assignment:
 class Output:
     """What the client of a sequence gets besides tokens: text, figures, log-probabilities, an embedding."""
 
-    text: Answer | None = None           # turns the tokens into text, and says where it ends
+    answer: Answer | None = None         # turns the tokens into text, and says where it ends
     preparing: Future | None = None      # work of a thread that the sequence must wait for
     kept: Any = None                     # see SampleRow.kept
     usage: Usage = Usage()               # here so far: tokens cached at first admission, drafted ones
@@ -73,7 +73,7 @@ class Output:
     @property
     def grammar(self) -> Grammar | None:
         """What its next token must follow."""
-        return self.text.grammar if self.text else None
+        return self.answer.grammar if self.answer else None
 
 
 @dataclass(eq=False)
