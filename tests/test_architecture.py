@@ -120,6 +120,9 @@ def test_the_life_of_a_request_can_be_read_in_an_evening():
     assert wrong(life) == [] and len(places) > 40
     lines = sum(definitions(ROOT / place)[name] for place, name in dict.fromkeys(places))
     assert lines <= 1500, f"{lines} lines"
+    worker = life.split("In the worker:")[1].split("In the front again:")[0]
+    lines = sum(definitions(ROOT / place)[name] for place, name in dict.fromkeys(named(worker)) if name)
+    assert 400 < lines <= 600, f"{lines} lines in the worker"
 
 
 def test_every_room_is_on_both_maps():

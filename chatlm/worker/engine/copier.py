@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy
+import torch
 
 from chatlm.common.log import log
 from chatlm.common.segments import PAGE, ROOT, STATE
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence as Seq
     from chatlm.worker.engine.kept import KeptPages
     from chatlm.worker.engine.kvcache import Content, Key, PagePool
+    from chatlm.worker.model.transformer import Transformer
 
 
 class Addresses:
@@ -39,6 +41,40 @@ class Addresses:
         self.keys.pop(serial, None)
 
 
+class PageBytes:
+    """The bytes of a model's KV pages and states."""
+
+    def __init__(self, transformer: Transformer, num_pages: int):
+        layout, memory = transformer.layout, transformer.cache
+        depth = layout.size // layout.own if layout.own else 1
+        pages = num_pages + transformer.groups.holes
+        # (layers of a page, pages, bytes): a page is a column if its layers are not contiguous. These are
+        # numpy's arrays: torch copies with threads, which wait for each other while a step has all cores.
+        self.rows = (memory.view(torch.uint8).numpy().reshape(depth, pages, -1) if layout.size else
+                     numpy.empty((1, pages, 0), numpy.uint8))
+        self.states = [state.view(torch.uint8).numpy().reshape(len(state), -1)
+                       for states in transformer.states for state in states]
+        self.page_bytes = self.rows.shape[0] * self.rows.shape[2]
+        self.state_bytes = sum(state.shape[1] for state in self.states)
+
+    def pages(self, pages: Seq[int]) -> numpy.ndarray:
+        """A copy of some pages, one after the other."""
+        return numpy.concatenate([self.rows[:0].ravel(), *(self.rows[:, page].ravel() for page in pages)])
+
+    def parts(self, payload: memoryview, count: int) -> numpy.ndarray:
+        """So many copied pages, each as `rows` has it."""
+        return numpy.asarray(payload, numpy.uint8).reshape(count, self.rows.shape[0], self.rows.shape[2])
+
+    def state(self, slot: int) -> numpy.ndarray:
+        return numpy.concatenate([state[slot] for state in self.states])
+
+    def put_state(self, slot: int, payload: memoryview):
+        data, begin = numpy.asarray(payload, numpy.uint8), 0
+        for state in self.states:
+            state[slot] = data[begin:begin + state.shape[1]]
+            begin += state.shape[1]
+
+
 class Copier:
     """Copies contents of the prefix index to kept pages."""
 
@@ -46,9 +82,9 @@ class Copier:
     LOOK_S = 0.25          # between two looks at what other workers have dropped
     STORED_S = 5.0         # while memory is full: the longest wait for its pages to be stored
 
-    def __init__(self, pool: PagePool, kept: KeptPages, rows: numpy.ndarray, states: Seq[numpy.ndarray],
-                 counts: dict[str, int], look_at_store: Callable[[], None]):
-        self.pool, self.kept, self.rows, self.states, self.counts = pool, kept, rows, states, counts
+    def __init__(self, pool: PagePool, kept: KeptPages, memory: PageBytes, counts: dict[str, int],
+                 look_at_store: Callable[[], None]):
+        self.pool, self.kept, self.memory, self.counts = pool, kept, memory, counts
         self.look_at_store = look_at_store
         self.retry_s, self.trouble = 0.0, ""
         self.full_s = 0.0   # since when memory has been full; 0: it is not
@@ -124,7 +160,7 @@ class Copier:
     def _keep_page(self, content: Content, address: bytes, parent: bytes, tokens: tuple[int, ...]) -> bool:
         held = [page for page in content.pages if page != self.pool.hole]
         groups = sum(1 << group for group, page in enumerate(content.pages) if page != self.pool.hole)
-        payload = numpy.concatenate([self.rows[:0].ravel(), *(self.rows[:, page].ravel() for page in held)])
+        payload = self.memory.pages(held)
         if not self.kept.add(PAGE, address, payload, groups, tokens, parent):
             return False
         self.counts["kept_pages"] += 1
@@ -138,7 +174,7 @@ class Copier:
                 or self.kept.key(STATE, address) in self.kept or not self._keep_chain(serial)):
             return
         slot = (states.ends if serial in states.ends else states.passed)[serial]
-        payload = numpy.concatenate([state[slot] for state in self.states])
+        payload = self.memory.state(slot)
         if self.kept.add(STATE, address, payload, parent=address):
             self.counts["kept_bytes"] += len(payload)
             self.copied += len(payload)

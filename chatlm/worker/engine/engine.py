@@ -157,7 +157,7 @@ class Engine:
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[tuple[str, WorkerEvent]]:
         """Start the next step, call `meanwhile`, finish older steps; returns the new events, each with the id
         of its answer."""
-        if self.keeper and self.keeper.arrived:
+        if self.keeper and self.keeper.reader.arrived:
             self._finish_until(0)
             self.keeper.adopt()
         began_s, plan = time.monotonic(), self.scheduler.schedule()
@@ -177,7 +177,7 @@ class Engine:
         if self.keeper and not self.busy:  # before the last answer's end is reported
             self.keeper.settle()
             if self.keeper.copier.waits and not self.events:
-                self.keeper.wait(0.02)
+                self.keeper.reader.wait(0.02)
         events, self.events = self.events, []
         return events
 
@@ -202,7 +202,7 @@ class Engine:
         if preparing or not self.keeper:
             wait(preparing, 0.02, FIRST_COMPLETED)
         elif self.scheduler.waiting:
-            self.keeper.wait(0.02)
+            self.keeper.reader.wait(0.02)
 
     def _emit(self, sequence: Sequence, *events: WorkerEvent):
         self.events += [(sequence.work.id, event) for event in events]
@@ -215,7 +215,7 @@ class Engine:
     def keep(self, keeper: Keeper):
         """Keep pages beyond the life of this process from now on."""
         self.keeper = self.scheduler.keeper = keeper
-        keeper.token_s = self.token_s
+        keeper.pace.token_s = self.token_s
 
     def _advance(self, plan: Seq[Chunk], finish: Callable[[], list[int]], began_s: float):
         """Update the sequences of a started step: slots count as computed, last tokens as being drawn."""
@@ -247,7 +247,7 @@ class Engine:
             token_s = (self.finished_s - began_s) / step.tokens
             self.token_s += (token_s - self.token_s) * (0.2 if self.token_s else 1.0)
             if self.keeper:
-                self.keeper.token_s = self.token_s
+                self.keeper.pace.token_s = self.token_s
         for sequence, draft in step.drawing:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
             if sequence and not sequence.finished:

@@ -14,12 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy
-import torch
-
 from chatlm.common.log import log
 from chatlm.common.segments import PAGE, STATE
-from chatlm.worker.engine.copier import Addresses, Copier
+from chatlm.worker.engine.copier import Addresses, Copier, PageBytes
 from chatlm.worker.engine.kept import owner_address, page_address
 
 if TYPE_CHECKING:
@@ -46,133 +43,71 @@ class Restoration:
     read_began_s: float = math.inf  # when the current read began; infinite while none is under way
     over: bool = False       # nobody waits for it any more
     slot: int | None = None  # with the state after its tokens
-    room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(Keeper.BATCHES))
+    room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(Reader.BATCHES))
 
 
-class Keeper:
-    """Copies contents of the prefix index to kept pages, and back."""
+class Pace:
+    """How long computing and reading take, as measured so far: for which kept pages does it pay to wait?"""
 
     GRACE_S, GRACE_SHARE = 0.03, 0.05  # a prompt waits this long, or this share of what it may save
-    STUCK_S = 5.0         # a restoration is abandoned if one read takes longer
-    BATCHES, BATCH_BYTES = 32, 4 << 20  # read ahead of the engine
-    STEP_BYTES = 64 << 20  # copied into or out of pages between two steps
     OVERHEAD_S = 0.0005   # of a restoration
-    LEAST_READ_BYTES = 1 << 20  # a smaller read does not update the measured speed
+    MEMORY_BYTE_S = 3e-10  # to read a byte of memory
 
-    def __init__(self, pool: PagePool, transformer: Transformer, kept: KeptPages):
-        layout, memory = transformer.layout, transformer.cache
-        depth = layout.size // layout.own if layout.own else 1
-        pages = pool.num_pages + transformer.groups.holes
-        # (layers of a page, pages, bytes): a page is a column if its layers are not contiguous. These are
-        # numpy's arrays: torch copies with threads, which wait for each other while a step has all cores.
-        self.rows = (memory.view(torch.uint8).numpy().reshape(depth, pages, -1) if layout.size else
-                     numpy.empty((1, pages, 0), numpy.uint8))
-        self.states = [state.view(torch.uint8).numpy().reshape(len(state), -1)
-                       for states in transformer.states for state in states]
-        self.page_bytes = self.rows.shape[0] * self.rows.shape[2]
-        self.state_bytes = sum(state.shape[1] for state in self.states)
-        self.pool, self.kept = pool, kept
-        pool.addresses = Addresses()
-        self.reader = ThreadPoolExecutor(2, "prefixes")
-        self.restorations: list[Restoration] = []
+    def __init__(self, page_size: int):
+        self.page_size = page_size
+        self.token_s = 0.0  # to compute a token of a prompt
+        self.byte_s = 1e-9  # to read a byte of the store
+
+    def pays(self, pages: int, size: int, on_disk: bool) -> bool:
+        """Would computing the pages take longer than reading their `size` bytes?"""
+        read_s = self.OVERHEAD_S + size * (self.byte_s if on_disk else self.MEMORY_BYTE_S)
+        return pages * self.page_size * self.token_s >= read_s
+
+    def reads_faster(self, restoration: Restoration) -> bool:
+        """Has reading brought more pages than computing would have by now?"""
+        if restoration.over:
+            return False
+        pages_s = self.token_s * self.page_size * (len(restoration.addresses) - restoration.begin)
+        elapsed_s = time.monotonic() - restoration.began_s - max(self.GRACE_S, self.GRACE_SHARE * pages_s)
+        computed = elapsed_s / self.token_s / self.page_size if self.token_s else 0.0
+        return elapsed_s < 0 or restoration.pages_read - restoration.begin > computed
+
+
+class Reader:
+    """Threads that read kept pages ahead of the engine, and look at what other workers have stored."""
+
+    LEAST_READ_BYTES = 1 << 20  # a smaller read does not update the measured speed
+    BATCHES, BATCH_BYTES = 32, 4 << 20  # read ahead of the engine
+
+    def __init__(self, kept: KeptPages, pace: Pace):
+        self.kept, self.pace = kept, pace
+        self.threads = ThreadPoolExecutor(2, "prefixes")
         self.arrived: deque[tuple[Restoration, list[tuple[Record, memoryview]] | None]] = deque()
         self.news = threading.Event()
         self.look: Future | None = None  # the last scan of the store
         self.looked_s = 0.0    # when it began
-        self.token_s = 0.0     # to compute a token of a prompt
-        self.byte_s = 1e-9     # to read a byte of the store, as measured so far
-        self.counts: dict[str, int] = dict.fromkeys(
-            ("restored_tokens", "restored_bytes", "kept_pages", "kept_bytes", "missed_pages"), 0)
-        self.saved_s = 0.0     # computing time
-        self.copier = Copier(pool, kept, self.rows, self.states, self.counts, self._look_at_store)
 
-    def begin(self, profile: Callable[[], bytes], patience_s: float):
-        """Identify the weights and scan what is kept, in a thread; wait for it at most `patience_s`."""
-        def learn():
-            try:
-                self.kept.profile = profile()
-                self.kept.look_at_store()
-                self.byte_s = self.kept.disk_byte_s() or self.byte_s
-            except Exception as error:
-                log.warning("prefixes are neither kept nor restored: %s", error)
+    def start(self, restoration: Restoration):
+        self.threads.submit(self._read, restoration)
 
-        wait([self.reader.submit(learn)], patience_s)
+    def wait(self, timeout_s: float):
+        """Wait for something to arrive."""
+        self.news.wait(timeout_s)
+        self.news.clear()
 
-    def settle(self):
-        """Keep the pages filled so far. Call it while no step is under way."""
-        self._abandon_stuck()
-        self.copier.copy()
-
-    # restoring
-
-    def awaits(self, sequence: Sequence) -> bool:
-        """Should a sequence that is ready to run wait for kept pages of its prompt?"""
-        if not self.kept.profile:
-            return False
-        if sequence.restoration is None:
-            if self._looking(sequence):
-                return True
-            sequence.restoration = self._start_restoring(sequence)
-        return self._reads_faster(sequence.restoration)
-
-    def _looking(self, sequence: Sequence) -> bool:
-        """Scan the store once for each sequence, if a scan is due: other workers may have added pages.
-        Should it wait for the scan?"""
-        if self.looked_s < sequence.output.added_s:
-            self._look_at_store()
+    def looks(self, since_s: float) -> bool:
+        """Scan the store if a scan since then is due: other workers may have added pages. Is one under way
+        that a sequence should wait for?"""
+        if self.looked_s < since_s:
+            self.look_at_store()
         return (self.look is not None and not self.look.done()
-                and time.monotonic() - self.looked_s < self.GRACE_S)
+                and time.monotonic() - self.looked_s < self.pace.GRACE_S)
 
-    def _look_at_store(self):
+    def look_at_store(self):
         """Start a scan of the store, if one is due."""
         if self.kept.may_look and (self.look is None or self.look.done()):
-            self.looked_s, self.look = time.monotonic(), self.reader.submit(self.kept.look_at_store)
+            self.looked_s, self.look = time.monotonic(), self.threads.submit(self.kept.look_at_store)
             self.look.add_done_callback(lambda look: self.news.set())
-
-    def _reads_faster(self, restoration: Restoration) -> bool:
-        """Has reading brought more pages than computing would have by now?"""
-        if restoration.over:
-            return False
-        pages_s = self.token_s * self.pool.page_size * (len(restoration.addresses) - restoration.begin)
-        elapsed_s = time.monotonic() - restoration.began_s - max(self.GRACE_S, self.GRACE_SHARE * pages_s)
-        computed = elapsed_s / self.token_s / self.pool.page_size if self.token_s else 0.0
-        return elapsed_s < 0 or restoration.pages_read - restoration.begin > computed
-
-    def _start_restoring(self, sequence: Sequence) -> Restoration:
-        """Start to restore the kept pages of a sequence; it is over at once if that would not pay."""
-        pool, kept, size = self.pool, self.kept, self.pool.page_size
-        tokens, owner = sequence.tokens, sequence.root
-        table, serial = pool.match_prefix(tokens, owner)
-        begin, end, most = len(table) // pool.groups, 0, (len(tokens) - 1) // size
-        address, addresses = owner_address(owner), []
-        kept.look_at_memory()
-        for row in range(most):
-            address = page_address(address, tokens[row * size:(row + 1) * size])
-            if row >= begin and kept.key(PAGE, address) not in kept:
-                break
-            addresses.append(address)
-            if not pool.states or kept.key(STATE, address) in kept:
-                end = row + 1
-        if addresses:
-            kept.use(kept.key(PAGE, addresses[-1]))
-        found = Restoration(tokens[:end * size], addresses[:end], begin, serial, table, bool(pool.states),
-                            time.monotonic(), begin)
-        self.counts["missed_pages"] += most - max(begin, end)
-        if end <= begin or not self._worthwhile(found):
-            found.over = True
-            pool.release(table)
-            return found
-        self.restorations.append(found)
-        self.reader.submit(self._read, found)
-        return found
-
-    def _worthwhile(self, restoration: Restoration) -> bool:
-        """Would computing the pages take longer than reading them?"""
-        pages = len(restoration.addresses) - restoration.begin
-        size = pages * self.page_bytes + restoration.restores_state * self.state_bytes
-        on_disk = self.kept.on_disk(self.kept.key(PAGE, restoration.addresses[-1]))
-        read_s = self.OVERHEAD_S + size * (self.byte_s if on_disk else 3e-10)
-        return pages * self.pool.page_size * self.token_s >= read_s
 
     def _read(self, restoration: Restoration):
         """In a thread: read its records in batches, at most BATCHES ahead of the engine."""
@@ -196,7 +131,7 @@ class Keeper:
             if batch:
                 self._hand_over(restoration, batch)
             if disk_bytes >= self.LEAST_READ_BYTES:
-                self.byte_s += 0.3 * (disk_s / disk_bytes - self.byte_s)
+                self.pace.byte_s += 0.3 * (disk_s / disk_bytes - self.pace.byte_s)
         except Exception:
             log.exception("failed to read kept pages")
         finally:
@@ -213,16 +148,91 @@ class Keeper:
         self.arrived.append((restoration, batch))
         self.news.set()
 
-    def wait(self, timeout_s: float):
-        """Wait for something to arrive."""
-        self.news.wait(timeout_s)
-        self.news.clear()
+
+class Keeper:
+    """Copies contents of the prefix index to kept pages, and back."""
+
+    STUCK_S = 5.0         # a restoration is abandoned if one read takes longer
+    STEP_BYTES = 64 << 20  # copied into pages between two steps
+
+    def __init__(self, pool: PagePool, transformer: Transformer, kept: KeptPages):
+        self.pool, self.kept, self.memory = pool, kept, PageBytes(transformer, pool.num_pages)
+        pool.addresses = Addresses()
+        self.pace = Pace(pool.page_size)
+        self.reader = Reader(kept, self.pace)
+        self.restorations: list[Restoration] = []
+        self.counts: dict[str, int] = dict.fromkeys(
+            ("restored_tokens", "restored_bytes", "kept_pages", "kept_bytes", "missed_pages"), 0)
+        self.saved_s = 0.0     # computing time
+        self.copier = Copier(pool, kept, self.memory, self.counts, self.reader.look_at_store)
+
+    def begin(self, profile: Callable[[], bytes], patience_s: float):
+        """Identify the weights and scan what is kept, in a thread; wait for it at most `patience_s`."""
+        def learn():
+            try:
+                self.kept.profile = profile()
+                self.kept.look_at_store()
+                self.pace.byte_s = self.kept.disk_byte_s() or self.pace.byte_s
+            except Exception as error:
+                log.warning("prefixes are neither kept nor restored: %s", error)
+
+        wait([self.reader.threads.submit(learn)], patience_s)
+
+    def settle(self):
+        """Keep the pages filled so far. Call it while no step is under way."""
+        self._abandon_stuck()
+        self.copier.copy()
+
+    # restoring
+
+    def awaits(self, sequence: Sequence) -> bool:
+        """Should a sequence that is ready to run wait for kept pages of its prompt?"""
+        if not self.kept.profile:
+            return False
+        if sequence.restoration is None:
+            if self.reader.looks(sequence.output.added_s):
+                return True
+            sequence.restoration = self._start_restoring(sequence)
+        return self.pace.reads_faster(sequence.restoration)
+
+    def _start_restoring(self, sequence: Sequence) -> Restoration:
+        """Start to restore the kept pages of a sequence; it is over at once if that would not pay."""
+        pool, kept, size = self.pool, self.kept, self.pool.page_size
+        tokens, owner = sequence.tokens, sequence.root
+        table, serial = pool.match_prefix(tokens, owner)
+        begin, end, most = len(table) // pool.groups, 0, (len(tokens) - 1) // size
+        address, addresses = owner_address(owner), []
+        kept.look_at_memory()
+        for row in range(most):
+            address = page_address(address, tokens[row * size:(row + 1) * size])
+            if row >= begin and kept.key(PAGE, address) not in kept:
+                break
+            addresses.append(address)
+            if not pool.states or kept.key(STATE, address) in kept:
+                end = row + 1
+        if addresses:
+            kept.use(kept.key(PAGE, addresses[-1]))
+        found = Restoration(tokens[:end * size], addresses[:end], begin, serial, table, bool(pool.states),
+                            time.monotonic(), begin)
+        self.counts["missed_pages"] += most - max(begin, end)
+        if end <= begin or not self._pays(found):
+            found.over = True
+            pool.release(table)
+            return found
+        self.restorations.append(found)
+        self.reader.start(found)
+        return found
+
+    def _pays(self, found: Restoration) -> bool:
+        pages = len(found.addresses) - found.begin
+        size = pages * self.memory.page_bytes + found.restores_state * self.memory.state_bytes
+        return self.pace.pays(pages, size, self.kept.on_disk(self.kept.key(PAGE, found.addresses[-1])))
 
     def adopt(self):
         """Copy arrived records into pages. No step may be under way: it might still write to these pages."""
         left = self.STEP_BYTES
-        while self.arrived and left > 0:
-            restoration, batch = self.arrived.popleft()
+        while self.reader.arrived and left > 0:
+            restoration, batch = self.reader.arrived.popleft()
             for record, payload in batch or ():
                 if not restoration.over:
                     left -= record.size
@@ -247,33 +257,28 @@ class Keeper:
         length = len(restoration.addresses) * size
         needed = [group for group, window in enumerate(pool.windows)
                   if row >= pool.first_seen(length, window)]
-        if (record.tokens != tokens or len(payload) != len(present) * self.page_bytes
+        if (record.tokens != tokens or len(payload) != len(present) * self.memory.page_bytes
                 or not set(needed) <= set(present)
                 or (pages := pool.allocate(len(needed))) is None):
             restoration.over = True  # the pages restored so far remain usable
             return
-        parts = numpy.asarray(payload, numpy.uint8).reshape(
-            len(present), self.rows.shape[0], self.rows.shape[2])
-        table = [pool.hole] * pool.groups
+        parts, table = self.memory.parts(payload, len(present)), [pool.hole] * pool.groups
         for group, page in zip(needed, pages):
-            self.rows[:, page] = parts[present.index(group)]
+            self.memory.rows[:, page] = parts[present.index(group)]
             table[group] = page
         restoration.serial = pool.register(restoration.serial, tokens, table)
         restoration.pages += table
         self.counts["restored_tokens"] += size
         self.counts["restored_bytes"] += len(payload)
-        self.saved_s += size * self.token_s
+        self.saved_s += size * self.pace.token_s
 
     def _adopt_state(self, restoration: Restoration, record: Record, payload: memoryview):
         """Copy a state into a slot, which becomes a snapshot once all pages have arrived."""
         states = self.pool.states
-        if states is None or len(payload) != self.state_bytes or (slot := states.allocate()) is None:
+        if states is None or len(payload) != self.memory.state_bytes or (slot := states.allocate()) is None:
             restoration.over = True
             return
-        data, begin = numpy.asarray(payload, numpy.uint8), 0
-        for state in self.states:
-            state[slot] = data[begin:begin + state.shape[1]]
-            begin += state.shape[1]
+        self.memory.put_state(slot, payload)
         restoration.slot = slot
 
     def _end(self, restoration: Restoration):

@@ -23,7 +23,7 @@ from chatlm.common.messages.requests import Ended, SamplingParams
 from chatlm.common.segments import HEADER_BYTES, MOST_GROUPS, PAGE, ROOT, STATE, Record, Segment, check_folder, locked, open_file, segment_paths
 from chatlm.common.tiers import listed_store, prune
 from chatlm.front.pool.prefixes import StoreWriter
-from chatlm.worker.engine.keeper import Keeper
+from chatlm.worker.engine.keeper import Keeper, Reader
 from chatlm.worker.engine.kept import KeptPages, checksum
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model import spec
@@ -64,7 +64,7 @@ def keep(engine, memory, store=None, profile=b"p" * 16, token_s=1.0):
     kept = KeptPages(memory.paths, memory.size, store, "the model")
     engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept))
     keeper.begin(lambda: profile, 60)
-    keeper.token_s, keeper.GRACE_S, engine.timed_tokens = token_s, 60.0, 1 << 30
+    keeper.pace.token_s, keeper.pace.GRACE_S, engine.timed_tokens = token_s, 60.0, 1 << 30
     return engine
 
 
@@ -84,10 +84,10 @@ def bits_of(engine):
     """The digest of each page in the prefix index by its address, but for those that their layers do not fill, and of each snapshot."""
     pool, keeper, transformer = engine.pool, engine.keeper, engine.transformer
     full = [sum(transformer.kv.slot_size(transformer.attentions[l]) for l in members) == transformer.layout.size for members in transformer.groups.members]
-    pages = {(pool.addresses[content.serial], group): hashlib.sha256(keeper.rows[:, page].tobytes()).hexdigest()
+    pages = {(pool.addresses[content.serial], group): hashlib.sha256(keeper.memory.rows[:, page].tobytes()).hexdigest()
              for content in pool.index.values() for group, page in enumerate(content.pages) if page != pool.hole and full[group]}
     states = pool.states or SimpleNamespace(passed={}, ends={})
-    snapshots = {pool.addresses[serial]: hashlib.sha256(b"".join(state[slot].tobytes() for state in keeper.states)).hexdigest()
+    snapshots = {pool.addresses[serial]: hashlib.sha256(b"".join(state[slot].tobytes() for state in keeper.memory.states)).hexdigest()
                  for known in (states.passed, states.ends) for serial, slot in known.items()}
     return pages, snapshots
 
@@ -269,10 +269,10 @@ def test_a_disk_that_does_not_answer_holds_a_prompt_up_no_longer_than_its_grace(
         assert answers.wait(60)
 
     monkeypatch.setattr(engine.keeper.kept, "read", hang)
-    engine.keeper.GRACE_S = engine.keeper.GRACE_SHARE = engine.keeper.STUCK_S = 0.0
+    engine.keeper.pace.GRACE_S = engine.keeper.pace.GRACE_SHARE = engine.keeper.STUCK_S = 0.0
     assert tokens_of(engine, [stored.work]) == stored.tokens and began.is_set()
     answers.set()
-    engine.keeper.reader.shutdown()
+    engine.keeper.reader.threads.shutdown()
     engine.step()
     assert engine.pool.available == engine.pool.num_pages and engine.keeper.counts["restored_tokens"] == 0
 
@@ -281,15 +281,15 @@ def test_a_disk_that_does_not_answer_holds_a_prompt_up_no_longer_than_its_grace(
 @torch.inference_mode()
 def test_a_long_step_is_not_taken_for_a_disk_that_does_not_answer(stored, nanochat_fixtures, monkeypatch, caplog, ahead):
     """All that the disk is asked for comes while the engine computes: as much as is read ahead of it, or the whole prompt."""
-    monkeypatch.setattr(Keeper, "BATCHES", ahead)
-    monkeypatch.setattr(Keeper, "BATCH_BYTES", 1)
+    monkeypatch.setattr(Reader, "BATCHES", ahead)
+    monkeypatch.setattr(Reader, "BATCH_BYTES", 1)
     engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
     engine.add(stored.work)
     engine.step()
     engine.keeper.STUCK_S = 0.0
     [restoration] = engine.keeper.restorations
-    while len(engine.keeper.arrived) < min(ahead, stored.pages) or restoration.read_began_s < math.inf:
-        engine.keeper.wait(0.01)
+    while len(engine.keeper.reader.arrived) < min(ahead, stored.pages) or restoration.read_began_s < math.inf:
+        engine.keeper.reader.wait(0.01)
     engine.keeper.settle()                      # the step is over, long after the first page came
     engine.keeper.STUCK_S = 60.0
     assert engine.keeper.restorations == [restoration] and not caplog.records
@@ -308,14 +308,14 @@ def test_whatever_the_steps_are_like_the_speed_of_computing_is_known_before_the_
     flags = {"prefill_chunk": prefill_chunk, "max_batch": max_batch, "context_length": context}
     engine = keep(make(nanochat_fixtures / "gen5", **flags), memory)
     engine.timed_tokens = make(nanochat_fixtures / "gen5", **flags).timed_tokens
-    engine.keeper.token_s = 0.0
+    engine.keeper.pace.token_s = 0.0
     engine.warm_up(lambda fraction: None)
-    assert engine.keeper.token_s == engine.token_s > 0
+    assert engine.keeper.pace.token_s == engine.token_s > 0
     [work] = conversations(11, 1, most=60)
     work = dataclasses.replace(work, max_tokens=2)
     tokens_of(keep(engine, memory), [work])
     again = keep(make(nanochat_fixtures / "gen5", **flags), memory, token_s=engine.token_s)
-    again.keeper._worthwhile, worthwhile = lambda restoration: again.keeper.token_s > 0, again.keeper._worthwhile
+    again.keeper._pays = lambda restoration: again.keeper.pace.token_s > 0
     assert cached(again, work) == (len(work.prompt_ids) - 1) // PAGE_SIZE * PAGE_SIZE > 0
 
 
@@ -323,7 +323,7 @@ def test_whatever_the_steps_are_like_the_speed_of_computing_is_known_before_the_
 def test_a_prompt_that_computes_goes_on_after_the_pages_that_arrive(stored, nanochat_fixtures, monkeypatch):
     """Computing begins although reading has, and takes over what is there first."""
     engine = keep(make(nanochat_fixtures / "gen5", prefill_chunk=32), Memory(), stored.folder)
-    read, engine.keeper.GRACE_S = engine.keeper.kept.read, 0.0
+    read, engine.keeper.pace.GRACE_S = engine.keeper.kept.read, 0.0
     steps = Event()
 
     def late(key):
@@ -331,16 +331,16 @@ def test_a_prompt_that_computes_goes_on_after_the_pages_that_arrive(stored, nano
         return read(key)
 
     monkeypatch.setattr(engine.keeper.kept, "read", late)
-    engine.keeper.token_s = 1e-9    # as if computing were far ahead
-    monkeypatch.setattr(engine.keeper, "_worthwhile", lambda restoration: True)
+    engine.keeper.pace.token_s = 1e-9    # as if computing were far ahead
+    monkeypatch.setattr(engine.keeper, "_pays", lambda restoration: True)
     engine.add(stored.work)
     engine.step()
     [sequence] = engine.scheduler.running
     assert 0 < sequence.computed < 200
     steps.set()
-    wait([engine.keeper.reader.submit(lambda: None) for _ in range(2)])
-    while not engine.keeper.arrived or engine.keeper.arrived[-1][1] is not None:
-        engine.keeper.wait(1)
+    wait([engine.keeper.reader.threads.submit(lambda: None) for _ in range(2)])
+    while not engine.keeper.reader.arrived or engine.keeper.reader.arrived[-1][1] is not None:
+        engine.keeper.reader.wait(1)
     tokens, computed = [], []
     while engine.busy:
         before = sequence.computed
@@ -353,11 +353,11 @@ def test_a_prompt_that_computes_goes_on_after_the_pages_that_arrive(stored, nano
 @torch.inference_mode()
 def test_what_is_faster_computed_than_read_is_computed(stored, nanochat_fixtures):
     engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
-    engine.keeper.token_s, engine.keeper.byte_s = 1e-7, 1e-6
+    engine.keeper.pace.token_s, engine.keeper.pace.byte_s = 1e-7, 1e-6
     assert cached(engine, stored.work) == 0 and engine.keeper.counts["missed_pages"] == 0
     engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
-    engine.keeper.byte_s = engine.keeper.kept.disk_byte_s()
-    assert 0 < engine.keeper.byte_s < 1e-3 and cached(engine, stored.work) == stored.pages * PAGE_SIZE
+    engine.keeper.pace.byte_s = engine.keeper.kept.disk_byte_s()
+    assert 0 < engine.keeper.pace.byte_s < 1e-3 and cached(engine, stored.work) == stored.pages * PAGE_SIZE
 
 
 @torch.inference_mode()
@@ -404,7 +404,7 @@ def test_nothing_is_read_for_who_has_gone(stored, nanochat_fixtures, monkeypatch
         engine.step()
     engine.cancel(stored.work.id)
     answers.set()
-    engine.keeper.reader.shutdown()
+    engine.keeper.reader.threads.shutdown()
     engine.step()
     assert len(keys) == 1 and not engine.keeper.restorations and engine.pool.available == engine.pool.num_pages
 
