@@ -84,6 +84,9 @@ class Chain:
         x = self.call("embed", table, p.token_ids, width=C)
         previous = self.call("embed", table, p.previous_token_ids, width=C)
         normed = self.call("rms_norm", x, weight, 1e-5, width=C)
+        for bias in (None, dice.normal(C)):
+            self.call("layer_norm", x, weight, bias, 1e-5, width=C)
+        self.call("embed", dice.normal(PAGES * self.script.PAGE_SIZE, C), p.positions, width=C)
         self.call("copy", x, width=C)
         self.call("mix", x, normed, *one, width=C)
         self.call("smear", x, previous, p.previous_token_ids, dice.normal(1, 24), one[0], width=C)

@@ -129,12 +129,12 @@ class Program:
     # ---- recording
 
     def embed(self, table, ids, out, part=None) -> None:
-        """Rows `ids` (token_ids or previous_token_ids) of a Matrix or a plain (V, C) table -> out; a negative id: row 0.
+        """Rows `ids` (token_ids, previous_token_ids or positions) of a Matrix or a plain (V, C) table -> out; a negative id: row 0.
 
         part        (first, V): the table has only the rows from `first` on, of V; other ids give -0.0, which changes no sum
         """
-        if ids not in (self.token_ids, self.previous_token_ids):
-            raise ValueError(f"ids: must be program.token_ids or program.previous_token_ids, not {ids!r}")
+        if ids not in (self.token_ids, self.previous_token_ids, self.positions):
+            raise ValueError(f"ids: must be program.token_ids, program.previous_token_ids or program.positions, not {ids!r}")
         if isinstance(table, Matrix):
             own, shape = {"tiles": table.tiles}, (table.rows, table.columns)
         else:
@@ -145,7 +145,7 @@ class Program:
             raise ValueError(f"part: must be a row and a larger number of rows, not {part!r}")
         out_at = self._buffers.written("out", out, TOKENS, shape[1])
         self._record("embed", TOKENS, (table, out), table_rows=shape[0], first_row=first, vocabulary=vocabulary,
-                     previous_ids=ids is self.previous_token_ids, out=out_at, **own)
+                     previous_ids=ids is self.previous_token_ids, by_position=ids is self.positions, out=out_at, **own)
 
     def look_up(self, table, ids, out) -> None:
         """Rows `ids` (token_ids) of a table that stays in its file -> out (max_tokens, K); a negative id: row 0.

@@ -94,11 +94,12 @@ def time_row_ops(spec: Any, script: SimpleNamespace, times: int = 16) -> Iterato
     qkv_size, kv_size = (spec.heads + 2 * spec.kv_heads) * rot, 2 * spec.kv_heads * rot
     shape = ROWS // script.PAGE_SIZE, spec.kv_heads, 2, script.PAGE_SIZE * rot
     cache = torch.zeros(shape, dtype=torch.float16)
-    gate = dice.normal(1, 24)
+    gate, weight = dice.normal(1, 24), dice.normal(C)
     cos, sin = script.rope_tables(spec, torch.device("cpu"))
     ops = {             # what it does with x and out; values that a row's op moves
         "embed": (lambda p, x, out: p.embed(table, p.token_ids, out), 2 * C),
         "rms_norm": (lambda p, x, out: p.rms_norm(x, None, 1e-5, out), 2 * C),
+        "layer_norm": (lambda p, x, out: p.layer_norm(x, weight, weight, 1e-5, out), 2 * C),
         "copy": (lambda p, x, out: p.copy(x, out), 2 * C),
         "mix": (lambda p, x, out: p.mix(x, x, 0.5, 0.5, out), 3 * C),
         "backout": (lambda p, x, out: p.backout(x, x, 0.5, out), 3 * C),

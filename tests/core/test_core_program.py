@@ -18,7 +18,7 @@ from decode_core import _core  # noqa: E402
 from decode_core.program import LOGIT_ROWS, TOKENS, Buffers  # noqa: E402
 from core_settings import usual_settings  # noqa: E402, F401
 from nightly import by_day  # noqa: E402
-from row_ops import exp_negative, fma, gelu_tanh, rms_norm, route, route_sigmoids, sigmoid, silu, softcap, softplus, tree  # noqa: E402
+from row_ops import exp_negative, fma, gelu_tanh, layer_norm, rms_norm, route, route_sigmoids, sigmoid, silu, softcap, softplus, tree  # noqa: E402
 
 PAGE, MAX_TOKENS, MAX_ROWS, PAGES, SLOTS = 16, 128, 128, 64, 16
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
@@ -45,7 +45,7 @@ class Eager:
         return self.R if id(x) in self.gathered else self.T
 
     def embed(self, table, ids, out):
-        ids = np.maximum(np.array(self.step.token_ids if ids == "ids" else self.step.previous), 0)
+        ids = np.maximum(self.at if ids == "positions" else np.array(self.step.token_ids if ids == "ids" else self.step.previous), 0)
         if isinstance(table, decode_core.Matrix):
             decode_core.embed(table, ids, out[:self.T])
         else:
@@ -58,6 +58,10 @@ class Eager:
     def rms_norm(self, x, weight, eps, out):
         n = self.rows(x)
         out[:n] = rms_norm(x[:n], weight, eps)
+
+    def layer_norm(self, x, weight, bias, eps, out):
+        n = self.rows(x)
+        out[:n] = layer_norm(x[:n], weight, bias, eps)
 
     def linear(self, x, matrix, out, norm=None, bias=None, activation=None, residual=None):
         if n := self.rows(x):
@@ -243,7 +247,7 @@ class Eager:
 
 # ---- small models: a llama, one with every feature of nanochat checkpoints, one with experts and sinks, one with convolutions,
 # two with delta rules: value heads next to their key heads, and alternating; three with Mamba-2 layers, one of them a rank's part; and
-# one whose layers have inputs of their own and whose last two read the keys of the first
+# one whose layers have inputs of their own and whose last two read the keys of the first, one with LayerNorms and learned positions
 
 RULES = {"deltas": SimpleNamespace(size=4, key_heads=2, value_heads=6, key_size=16, value_size=80, alternating=False, gates_by_key=True, heads_by_key=True),
          "alternating deltas": SimpleNamespace(size=3, key_heads=3, value_heads=6, key_size=32, value_size=16, alternating=True, gates_by_key=False,
@@ -311,13 +315,14 @@ class Model:
         self.routers = {}, {"sigmoids": True, "choice_bias": normal(self.E) / 4}, {"scales": 1 + normal(self.E) / 4}
         self.taps, self.conv_bias = {l: normal(size * self.C) for l, size in ((0, 3), (2, 5))}, normal(self.C)
         self.file = FileTable(self.V, 3 * self.P, generator)
+        self.positions, self.norm_bias = normal(PAGES * PAGE, self.C), normal(self.C)
         if rule:
             self.rule, self.rules = rule, [{key: normal(size) for key, size in weights_sizes.items()} for _ in range(2)]
             for weights in self.rules:
                 weights["decay"] = -np.exp(weights["decay"])
         kept = dict.fromkeys((0, 2), states) if rule else {0: ((2, self.C),), 2: ((4, self.C),)}
         self.states = lambda: {l: tuple(np.ones((SLOTS, *shape), np.float32) for shape in own) for l, own in kept.items()}
-        sizes = {"mixed": mixed, "mixer": mixer, "unnormed": mixer, "squares": 16, "gated": qkv + self.H * self.D, "gates": self.H * self.D, "share": 1, "x": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
+        sizes = {"mixed": mixed, "mixer": mixer, "unnormed": mixer, "squares": 16, "gated": qkv + self.H * self.D, "gates": self.H * self.D, "share": 1, "x": self.C, "normed": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
                  "queries": self.H * self.D,
                  "projected": 3 * self.P, "rows": 3 * self.P, "input": self.P, "hidden": self.F, "routing": self.E, "value": self.Hkv * self.D, "strength": self.Hkv}
         self.buffers = lambda: SimpleNamespace(
@@ -337,7 +342,7 @@ class Model:
 
     def forward(self, k, b, cache):
         """The ops of a step, called on `k`: a Program that records them or an Eager that runs them."""
-        {"nanochat": self.nanochat, "inputs": self.inputs}.get(self.name, self.llama)(k, b, cache)
+        {"nanochat": self.nanochat, "inputs": self.inputs, "layer norms": self.layer_norms}.get(self.name, self.llama)(k, b, cache)
         k.sample(b.logits)
 
     def llama(self, k, b, cache):
@@ -414,6 +419,24 @@ class Model:
         k.gather_rows(b.x, k.logit_rows, b.last)
         k.linear(b.last, self.head, b.logits, norm=(self.norm, 1e-5))
 
+    def layer_norms(self, k, b, cache):
+        k.embed(self.head, k.token_ids, b.x)
+        k.embed(self.positions, k.positions, b.previous)
+        k.mix(b.x, b.previous, 1.0, 1.0, b.x)
+        for l, (layer, pages) in enumerate(zip(self.layers, cache)):    # both parts read x: of one norm, of two
+            k.layer_norm(b.x, self.norm, self.norm_bias if l else None, 1e-5, b.normed)
+            k.linear(b.normed, layer["qkv"], b.qkv, bias=self.bias)
+            k.rope_append(b.qkv, self.cos, self.sin, k.positions, k.slots, pages, b.q)
+            k.paged_attention(b.q, pages, k.attention, 0, b.attended)
+            k.linear(b.attended, layer["output"], b.x0, residual=b.x)
+            if l != 1:
+                k.layer_norm(b.x, self.norm, self.norm_bias, 1e-5, b.normed)
+            k.linear(b.normed, layer["up"], b.hidden, activation="swiglu")
+            k.linear(b.hidden, layer["down"], b.x, residual=b.x0)
+        k.gather_rows(b.x, k.logit_rows, b.last)
+        k.layer_norm(b.last, self.norm, self.norm_bias, 1e-5, b.last)
+        k.linear(b.last, self.head, b.logits)
+
     def nanochat(self, k, b, cache):
         k.embed(self.table, k.token_ids, b.x)
         k.rms_norm(b.x, None, 1e-6, b.x)
@@ -441,7 +464,7 @@ class Model:
         k.softcap(b.logits, 2.0, b.logits)
 
 
-MODELS = {name: Model(name) for name in ("llama", "nanochat", "experts", "inputs", "convolutions", *RULES, *MAMBAS)}
+MODELS = {name: Model(name) for name in ("llama", "nanochat", "experts", "inputs", "layer norms", "convolutions", *RULES, *MAMBAS)}
 
 
 class Recorded:
@@ -903,6 +926,8 @@ def wrong_ops(p, m):
     yield "rows", lambda: p.gather_rows(x, p.slots, buffer(m.C))
     yield "x: was gathered", lambda: p.gather_rows(last, p.logit_rows, buffer(m.C))
     yield "weight", lambda: p.rms_norm(x, np.ones(3, np.float32), 1e-5, x)
+    yield "weight", lambda: p.layer_norm(x, None, None, 1e-5, x)
+    yield "bias", lambda: p.layer_norm(x, m.norm, np.ones(3, np.float32), 1e-5, x)
     yield "matrix", lambda: p.linear(x, m.table, buffer(m.C))
     yield "x", lambda: p.linear(q, m.layers[0]["down"], buffer(m.C))
     yield "out", lambda: p.linear(x, m.layers[0]["output"], x)

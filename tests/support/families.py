@@ -26,6 +26,7 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0 + i / 8 for i in range(6)]
 GRANITE = dict(embedding_multiplier=6.0, residual_multiplier=0.3, attention_multiplier=0.2, logits_scaling=1.5)
 GROWING = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0,
                original_max_position_embeddings=128, max_position_embeddings=512, llama_4_scaling_beta=0.4)
+NO_LLAMA = dict.fromkeys(("intermediate_size", "num_key_value_heads", "rms_norm_eps"), ...)     # keys of TINY that a family does not have
 FULL, LOCAL = "full_attention", "sliding_attention"
 MODELS = {                  # name -> (model_type, what differs from TINY)
     "llama2": ("llama", dict(num_key_value_heads=4)),
@@ -120,6 +121,15 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "lfm2moe-plain": ("lfm2_moe", dict(norm_eps=1e-3, num_dense_layers=0, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32,
                                        use_expert_bias=False, conv_bias=True, tie_word_embeddings=False,
                                        layer_types=["full_attention", "conv", "conv", "full_attention"])),
+    "gpt2": ("gpt2", NO_LLAMA | dict(n_inner=96, layer_norm_epsilon=1e-3)),
+    "gpt2-untied": ("gpt2", NO_LLAMA | dict(tie_word_embeddings=False, activation_function="gelu", num_attention_heads=2)),
+    "pythia": ("gpt_neox", NO_LLAMA | dict(intermediate_size=96, layer_norm_eps=1e-3, num_attention_heads=2)),
+    "gptneox-serial": ("gpt_neox", NO_LLAMA | dict(
+        intermediate_size=96, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new", tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=1e5, partial_rotary_factor=1.0))),
+    "starcoder2": ("starcoder2", dict(rms_norm_eps=..., norm_epsilon=1e-3, sliding_window=24)),
+    "starcoder2-plain": ("starcoder2", dict(rms_norm_eps=..., use_bias=False, tie_word_embeddings=False, hidden_act="gelu", head_dim=...)),
+    "cohere2": ("cohere2", dict(rms_norm_eps=..., layer_norm_eps=1e-3, num_hidden_layers=5, sliding_window=24, logit_scale=0.5, head_dim=32)),
     "lfm2-bias": ("lfm2", dict(norm_eps=1e-3, conv_bias=True, conv_L_cache=5, block_auto_adjust_ff_dim=False,
                                layer_types=["conv", "full_attention", "conv", "full_attention"])),
 }
@@ -129,13 +139,13 @@ def make_model(name, seed=0, **changes):
     """A transformers model whose every norm and bias is off its default."""
     import transformers
     kind, own = MODELS[name]
-    config = transformers.AutoConfig.for_model(kind, **{**TINY, **own, **changes})
+    config = transformers.AutoConfig.for_model(kind, **{key: value for key, value in {**TINY, **own, **changes}.items() if value is not ...})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if weight.ndim > 1 and not key.endswith("bias"):
-                weight.normal_(0, 0.45 if "embed" in key or "lm_head" in key else 0.12)
+                weight.normal_(0, 0.45 if "embed" in key or "lm_head" in key or "wte" in key else 0.12)
             elif key.endswith(("bias", "sinks")):
                 weight.normal_(0, 1.0 if key.endswith("sinks") else 0.3)
             else:
@@ -298,7 +308,8 @@ def apart(state, interleaved):
 
 GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
                       "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
-                      "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4"}
+                      "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4", "gpt_neox": "gptneox"}
+LAYER_NORMED = "gpt2", "gptneox", "starcoder2", "cohere2"
 
 
 def granite_apart(state, mixed):
@@ -392,6 +403,25 @@ def gemma4_numbers(config):
             {"expert_used_count": config.top_k_experts} if config.enable_moe_block else {})
 
 
+def layer_normed(state, config):
+    """A state dict of a family with LayerNorms in llama.cpp's form, and its config by llama's names."""
+    kind, H = config.model_type, config.num_attention_heads
+    if kind == "gpt2":
+        state = {name: tensor.T.contiguous() if re.search(r"\.c_(attn|proj|fc)\.weight", name) else tensor for name, tensor in state.items()}
+    if kind == "gpt_neox":
+        state = {name: tensor.unflatten(0, (H, 3, -1)).transpose(0, 1).reshape(tensor.shape) if "query_key_value" in name else tensor
+                 for name, tensor in state.items()}
+    eps = next(value for key, value in config.to_dict().items() if key in ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"))
+    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10_000.0}
+    names = "model_type num_hidden_layers max_position_embeddings hidden_size vocab_size tie_word_embeddings".split()
+    own = {name: getattr(config, name) for name in names} | {
+        "num_attention_heads": H, "num_key_value_heads": getattr(config, "num_key_value_heads", H), 
+        "head_dim": getattr(config, "head_dim", None), "rms_norm_eps": eps, "rope_parameters": rope,
+        "intermediate_size": getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size}
+    return state, SimpleNamespace(**own, **{key: getattr(config, key) for key in ("logit_scale", "sliding_window", "use_parallel_residual")
+                                            if hasattr(config, key) and kind != "starcoder2"})
+
+
 def as_gguf(path, model, quantized=False, metadata=None):
     """What llama.cpp's converter writes of a model: conversion/llama.py, gemma.py, phi.py and so on."""
     import gguf
@@ -409,6 +439,8 @@ def as_gguf(path, model, quantized=False, metadata=None):
         state = granite_apart(state, config.num_local_experts)
         if hybrid:
             arch, state = "granitehybrid", granite_mamba(state, config)
+    if arch in LAYER_NORMED:
+        state, config = layer_normed(state, config)
     names = gguf.get_tensor_name_map({name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, eps, width = config.num_key_value_heads, getattr(config, "rms_norm_eps", None) or config.norm_eps, config.intermediate_size
@@ -426,7 +458,7 @@ def as_gguf(path, model, quantized=False, metadata=None):
         turned = config.rope_parameters[FULL]["partial_rotary_factor"] * model.model.rotary_emb.full_attention_inv_freq.numel()
         tensors["rope_freqs.weight"] = np.where(np.arange(model.model.rotary_emb.full_attention_inv_freq.numel()) < turned, 1, 1e30).astype(np.float32)
     for name, tensor in apart(state, interleaved=arch == "gpt-oss").items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name in ("lm_head.weight", "embed_out.weight") and config.tie_word_embeddings:
             continue
         if arch in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor + 1
@@ -438,7 +470,7 @@ def as_gguf(path, model, quantized=False, metadata=None):
     if quantized:
         kinds = {name: gguf.GGMLQuantizationType["MXFP4" if "_exps.weight" in name and arch == "gpt-oss" else "Q8_0"] for name in tensors}
         tensors = {name: (gguf.quantize(tensor, kinds[name]), kinds[name])
-                   if tensor.ndim > 1 and not name.endswith((".bias", "gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight", "ssm_a", "ssm_d",
+                   if tensor.ndim > 1 and not name.endswith((".bias", "position_embd.weight", "gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight", "ssm_a", "ssm_d",
                                                              "ssm_norm.weight")) else tensor
                    for name, tensor in tensors.items()}
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
@@ -485,6 +517,11 @@ def as_gguf(path, model, quantized=False, metadata=None):
             numbers[key] = getattr(config, key)
     if arch == "gemma4":
         numbers |= gemma4_numbers(config)
+    if arch in LAYER_NORMED:
+        numbers["attention.layer_norm_epsilon"] = numbers.pop("attention.layer_norm_rms_epsilon")
+    for key in ("logit_scale", "use_parallel_residual"):
+        if hasattr(config, key) and arch in LAYER_NORMED:
+            numbers[key] = getattr(config, key)
     if rope["rope_type"] in ("linear", "yarn"):
         numbers |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
     if rope["rope_type"] in ("yarn", "longrope"):

@@ -31,6 +31,17 @@ def rms_norm(x, weight, eps):
     return x * scale if weight is None else x * scale * weight
 
 
+def layer_norm(x, weight, bias, eps):
+    f, totals, squares = np.float32, np.zeros((len(x), 16), np.float32), np.zeros((len(x), 16), np.float32)
+    for c in range(0, x.shape[1], 16):
+        totals = totals + x[:, c:c + 16]
+    x = x - (tree(totals) / f(x.shape[1]))[:, None]
+    for c in range(0, x.shape[1], 16):
+        squares = fma(x[:, c:c + 16], x[:, c:c + 16], squares)
+    y = x * (f(1) / np.sqrt(tree(squares) / f(x.shape[1]) + f(eps)))[:, None] * weight
+    return y if bias is None else y + bias
+
+
 def sigmoid(x):
     e = exp_negative(-np.abs(x))
     return np.where(x < 0, e, np.float32(1)) / (np.float32(1) + e)

@@ -33,9 +33,9 @@ from chatlm.worker.ops.attention import (
 from chatlm.worker.ops.basic import (
     AdapterMatrix, Norm, adapter_products, backout_reference, copy_reference, dequantize, dequantized,
     embed_reference, experts_reference, fastest_dtype, finish_linear, gate_input_reference,
-    gated_add_reference, gather_rows_reference, layer_inputs_reference, linear_reference, look_up_reference,
-    make_cache_reference, mix_reference, pack_reference, rms_norm_reference, routes, smear_reference,
-    softcap_reference, unpermute_rope, zeroed)
+    gated_add_reference, gather_rows_reference, layer_inputs_reference, layer_norm_reference,
+    linear_reference, look_up_reference, make_cache_reference, mix_reference, pack_reference,
+    rms_norm_reference, routes, smear_reference, softcap_reference, unpermute_rope, zeroed)
 from chatlm.worker.ops.mixers import (
     OneEach, delta_rule_reference, gate_reference, group_squares_reference, mamba2_reference,
     norm_groups_reference, short_conv_reference, split_gates_reference)
@@ -135,6 +135,7 @@ class Kernels:
     embed: Callable = embed_reference
     gather_rows: Callable = gather_rows_reference
     rms_norm: Callable = rms_norm_reference
+    layer_norm: Callable = layer_norm_reference
     pack: Callable = pack_reference
     linear: Callable = linear_reference
     experts: Callable = experts_reference
@@ -285,7 +286,9 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
         "attention whose keys and values differ in width": any(
             attn.value_size != attn.head_size for attn in attentions),
         "attention of several kinds on a GPU": not uniform(spec) and on_gpu,
-        f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2"),
+        "LayerNorm on a GPU": spec.layer_norms and on_gpu,
+        "learned positions on a GPU": spec.positions and on_gpu,
+        f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2", "gelu_erf", "gelu_tanh"),
         "feed-forward of this width": any(width % TILE_ROWS for width in widths)}
     return " and ".join(feature for feature, needed in features.items() if needed)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from chatlm.common.config import PACKED_BLOCK, PAGE_SIZE
+from chatlm.worker.ops.basic import UNGATED
 
 
 @dataclass(frozen=True)
@@ -333,13 +334,19 @@ class ModelSpec:
     max_positions: int                # length of the rotary tables; the context cannot be longer
     norm_eps: float = 1e-5
     norm_weights: bool = True         # attention_norm, ffn_norm, final_norm have weights
+    layer_norms: bool = False         # these three are LayerNorms: of x less its mean
+    norm_biases: bool = False         # and add a bias to it
     pre_norms: bool = True            # False: blocks read x itself, without attention_norm and ffn_norm
     post_norms: bool = False          # output_norm, down_norm: of what each block adds to x
+    parallel: bool = False            # feed-forward parts read x as attention does, not what it makes of x
+    one_norm: bool = False            # and attention_norm's result: there is no ffn_norm
     embedding_norm: bool = False      # RMS norm (without weight) right after the embedding
     embedding_scale: float = 1.0      # multiplies the embedding; itself rounded to the weights' type
+    positions: int = 0                # > 0: rows of a table of positions, each added to the embedding
     residual_scale: float = 1.0       # multiplies what each block adds to x
     logit_scale: float = 1.0          # multiplies the logits
     tied_head: bool = False           # the head shares the embedding's weights
+    head_bias: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     ffn_bias: bool = False            # gate_up_bias (or up_bias) and down_bias
@@ -357,7 +364,7 @@ class ModelSpec:
     attentions: tuple[Attention, ...] = ()  # of each layer, where they differ; see `attention`
     q_growth: tuple[float, ...] = ()  # (beta, n): and 1 + beta * ln(1 + position // n)
     attention_softcap: float = 0.0    # scores = c * tanh(scores / c), before the mask; 0 = none
-    activation: str = "swiglu"        # one of GATES, or "relu2" (without a gate)
+    activation: str = "swiglu"        # one of GATES or UNGATED
     experts: int = 0                  # of each layer, F wide; 0: its feed-forward part is one dense one
     dense_layers: tuple[int, ...] = ()  # layers that have none nonetheless
     dense_size: int = 0               # width of the feed-forward part of these
@@ -393,6 +400,10 @@ class ModelSpec:
         return self.attentions[layer] if self.attentions else Attention(
             self.heads, self.kv_heads, self.head_size, rope_base=self.rope_base, rope_size=self.rope_size,
             rope_factors=self.rope_factors, rope_scale=self.rope_scale, q_scale=self.q_scale)
+
+    @property
+    def ungated(self) -> bool:
+        return self.activation in UNGATED
 
     @property
     def by_layer(self) -> tuple[Attention | None, ...]:
@@ -439,7 +450,9 @@ def expected_tensors(spec: ModelSpec) -> Shapes:
     V, C, P, rows = spec.vocab_size, spec.width, spec.layer_input_size, spec.own_rows or spec.vocab_size
     shapes = present(
         (spec.opens, {"embed": (rows, C)}), (spec.closes, {"head": (rows, C)}),
-        (spec.norm_weights, {"final_norm": (C,)}),
+        (spec.positions and spec.opens, {"positions": (spec.positions * C,)}),
+        (spec.head_bias and spec.closes, {"head_bias": (rows,)}),
+        (spec.norm_weights, {"final_norm": (C,)}), (spec.norm_biases, {"final_norm_bias": (C,)}),
         (P and spec.opens, {  # for all layers; other stages get them from this one
             "layer_embed": (V, spec.all_layers * P), "layer_project": (spec.all_layers * P, C),
             "layer_project_norm": (P,)}),
@@ -464,7 +477,10 @@ def layer_tensors(spec: ModelSpec, l: int) -> Shapes:
     matrices |= feed_forward_tensors(spec, l) | present(
         (P, {"input_gate": (P, C), "input_norm": (C,), "input_out": (C, P)}),
         (spec.layer_scalars, {"scalar": (1,)}),
-        (spec.norm_weights and spec.pre_norms, {"attention_norm": (C,), "ffn_norm": (C,)}),
+        (spec.norm_weights and spec.pre_norms, {"attention_norm": (C,)}),
+        (spec.norm_weights and spec.pre_norms and not spec.one_norm, {"ffn_norm": (C,)}),
+        (spec.norm_biases, {"attention_norm_bias": (C,)}),
+        (spec.norm_biases and not spec.one_norm, {"ffn_norm_bias": (C,)}),
         (spec.post_norms, {"output_norm": (C,), "down_norm": (C,)}))
     biased = {"qkv": spec.qkv_bias, "output": spec.output_bias, "router": spec.router_bias} | dict.fromkeys(
         ("up", "gate_up", "down", "expert_gate_up", "expert_down"), spec.ffn_bias)
@@ -483,7 +499,7 @@ def feed_forward_tensors(spec: ModelSpec, l: int) -> Shapes:
     C, F, shared = spec.width, spec.ffn_size, spec.shared_size
     E = spec.experts if l not in spec.dense_layers else 0
     size = F * (1 + (l in spec.double_layers)) if E or not spec.experts else spec.dense_size
-    up, rows = ("up", size) if spec.activation == "relu2" else ("gate_up", 2 * size)
+    up, rows = ("up", size) if spec.ungated else ("gate_up", 2 * size)
     if not E:
         return {up: (rows, C), "down": (C, size)}
     return present(  # one matrix: the rows of all experts' gates, then of their ups

@@ -63,9 +63,9 @@ class Transformer:
         with torch.inference_mode():
             self.weights = self._pack(tensors, dtype, progress)
             self.q_scale = query_scales(spec, self.device) if spec.q_growth else None
-            self.logit_norm = self.weights.get("final_norm")
-            if spec.logit_scale != 1:
-                self.logit_norm = self.weights["final_norm"] * spec.logit_scale
+            self.logit_norm, self.logit_norm_bias = (
+                weight if weight is None or spec.logit_scale == 1 else weight * spec.logit_scale
+                for weight in map(self.weights.get, ("final_norm", "final_norm_bias")))
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
             turns = [rope_frequencies(spec.attention(layer)) for layer in range(spec.layers)]
@@ -136,7 +136,7 @@ class Transformer:
             "squares": (T, max((-(-mixer.groups // 16) * 16 for mixer in shared), default=0), f32),
             "gated": (T, (gates + qkv) * spec.output_gate, dtype), "gates": (T, gates, dtype),
             "x": (T, C, f32), "residual": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
-            "previous": (T, C, f32), "added": (T, C, f32),
+            "previous": (T, C, f32), "added": (T, C, f32), "normed": (T, C * spec.layer_norms, f32),
             "qkv": (T, qkv, dtype), "q": (T, q, f32), "attended": (T, attended, dtype),
             "gate": (T, kv_heads, dtype), "value": (T, values, dtype),
             "hidden": (T, F * (2 if spec.double_layers else 1), dtype),
@@ -186,9 +186,12 @@ class Transformer:
         (rows, C) float64. The norm is computed here, row by row: identical in any batch and with all kernels.
         """
         x = self.buffers["x"][first:last].cpu().double().numpy()
+        if self.spec.layer_norms:
+            x = x - x.mean(axis=1, keepdims=True)
         x = x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + self.norm_eps)
-        weight = self.weights.get("final_norm")
-        return x if weight is None else x * weight.cpu().double().numpy()
+        weight, bias = (0.0 if part is None else part.cpu().double().numpy() for part in map(
+            self.weights.get, ("final_norm", "final_norm_bias")))
+        return (x * weight if self.spec.norm_weights else x) + bias
 
     def inputs(self, batch: Batch) -> Inputs:
         columns = (batch.token_ids, batch.previous_token_ids, *token_places(batch), batch.logit_rows)
@@ -236,7 +239,10 @@ class Transformer:
         k.gather_rows(b.x, inputs.logit_rows, out=b.last)  # (R, C)
         logits = b.own_logits if spec.own_rows else b.logits
         norm = Norm(self.logit_norm, self.norm_eps)
-        adapted_linear(k, b, b.last, w, "head", norm=norm, out=logits)  # (R, V)
+        if spec.layer_norms:
+            k.layer_norm(b.last, norm.weight, self.logit_norm_bias, norm.eps, out=b.last)
+            norm = None
+        adapted_linear(k, b, b.last, w, "head", norm=norm, bias=w.get("head_bias"), out=logits)  # (R, V)
         if spec.own_rows:  # joined with those of other ranks
             k.all_gather(logits, out=b.logits)
         if spec.softcap:
@@ -248,6 +254,9 @@ class Transformer:
         self._look_up(inputs.token_ids, out=b.x)
         if self.embedding_scale != 1:
             k.mix(b.x, b.x, self.embedding_scale, 0.0, out=b.x)
+        if spec.positions:
+            k.embed(w["positions"].view(-1, spec.width), inputs.positions, out=b.previous)
+            k.mix(b.x, b.previous, 1.0, 1.0, out=b.x)
         if spec.layer_input_size:
             k.linear(b.x, w["layer_project"], out=b.layer_inputs)  # (T, L * P)
             k.look_up(self.layer_embed, inputs.token_ids, out=b.layer_rows)
@@ -283,19 +292,19 @@ class Transformer:
         spec, k, attn, cache, value, gate = (
             self.spec, self.kernels, self.spec.attention(l), self.layer_caches[l], None, None)
         norms = {"q_norm": layer.get("q_norm"), "k_norm": layer.get("k_norm")}
-        norm = Norm(layer.get("attention_norm"), self.norm_eps) if spec.pre_norms else None
+        x, norm = self._normed(b, b.x, layer, "attention_norm")
         queries, columns = attn.parts[0], sum(attn.parts)
         qkv, q, attended = (narrow(buffer, width) for buffer, width in (
             (b.qkv, columns), (b.q, queries), (b.attended, attn.heads * attn.value_size)))
         product = narrow(b.gated, queries + columns) if spec.output_gate else qkv
-        adapted_linear(k, b, b.x, layer, "qkv", l, norm=norm, bias=layer.get("qkv_bias"),
+        adapted_linear(k, b, x, layer, "qkv", l, norm=norm, bias=layer.get("qkv_bias"),
                        out=product)  # (T, rows of parts)
         if spec.output_gate:
             k.split_gates(product, attn.head_size, gates=narrow(b.gates, queries), out=qkv)
         if "value_embed" in layer:
             value, gate = b.value, b.gate
             k.embed(layer["value_embed"], inputs.token_ids, out=value)  # (T, Hkv * Dv)
-            k.linear(b.x, layer["ve_gate"], norm=norm, out=gate)  # (T, Hkv) from the first few channels
+            k.linear(x, layer["ve_gate"], norm=norm, out=gate)  # (T, Hkv) from the first few channels
         if spec.qk_norm_sizes:
             k.mean_squares(qkv, **norms, sizes=spec.qk_norm_sizes, out=b.means)  # (T, 2)
             if k.all_reduce:
@@ -316,10 +325,10 @@ class Transformer:
     def _mix(self, inputs: Inputs, b: SimpleNamespace, layer: dict, l: int):
         """residual = x + mix_out(op(mix_in(norm(x)))), with the sequences' states; the op is the mixer's."""
         k, mixer, states = self.kernels, self.mixers[l], self.states[l]
-        norm = Norm(layer.get("attention_norm"), self.norm_eps)
+        x, norm = self._normed(b, b.x, layer, "attention_norm")
         mixed, out = (buffer[:, :width] for buffer, width in zip(
             (b.mixed, b.mixer), mixer.widths(self.spec.width)))  # pyright: ignore[reportOptionalMemberAccess]  it has one
-        adapted_linear(k, b, b.x, layer, "mix_in", l, norm=norm, bias=layer.get("mix_in_bias"), out=mixed)
+        adapted_linear(k, b, x, layer, "mix_in", l, norm=norm, bias=layer.get("mix_in_bias"), out=mixed)
         if isinstance(mixer, ShortConv):
             k.short_conv(mixed, layer["taps"], states, inputs.sequences, out=out, bias=layer.get("taps_bias"))
         else:
@@ -334,16 +343,19 @@ class Transformer:
         self._add(b, out, layer, l, "mix_out", b.x, out=b.residual)
 
     def _feed_forward(self, b: SimpleNamespace, layer: dict, l: int):
-        """x = residual + down(activation(up(norm(residual)))), or a sum over experts."""
+        """x = residual + down(activation(up(norm(residual)))), or a sum over experts; or of norm(x)."""
         spec, k = self.spec, self.kernels
-        norm = Norm(layer.get("ffn_norm"), self.norm_eps) if spec.pre_norms else None
+        if spec.one_norm:  # where attention_norm has left its result
+            x, norm = b.normed, None
+        else:
+            x, norm = self._normed(b, b.x if spec.parallel else b.residual, layer, "ffn_norm")
         if "experts_norm" in layer:
             return add_experts_and_dense(spec, k, b, layer, l, norm)
         if "router" in layer:
             return self._experts(b, layer, l, norm)
-        up, hidden = "up" if spec.activation == "relu2" else "gate_up", b.dense if spec.experts else b.hidden
+        up, hidden = "up" if spec.ungated else "gate_up", b.dense if spec.experts else b.hidden
         hidden = hidden if spec.experts or l in spec.double_layers else narrow(hidden, spec.ffn_size)
-        adapted_linear(k, b, b.residual, layer, up, l, norm=norm, bias=layer.get(f"{up}_bias"),
+        adapted_linear(k, b, x, layer, up, l, norm=norm, bias=layer.get(f"{up}_bias"),
                        activation=spec.activation, out=hidden)  # (T, F)
         self._add(b, hidden, layer, l, "down", b.residual, out=b.x)
 
@@ -370,6 +382,17 @@ class Transformer:
                 adapted_linear(k, b, b.shared, layer, "shared_down", l, residual=total, out=total)
         if not alone:
             k.all_reduce(b.added, out=b.x, residual=b.residual)
+
+    def _normed(self, b: SimpleNamespace, x, layer: dict, name: str) -> tuple[Any, Norm | None]:
+        """What a product reads in place of the normalized x: x, and the norm that `linear` applies to it, or
+        b.normed, which has a LayerNorm's result."""
+        if not self.spec.pre_norms:
+            return x, None
+        norm = Norm(layer.get(name), self.norm_eps)
+        if not self.spec.layer_norms:
+            return x, norm
+        self.kernels.layer_norm(x, norm.weight, layer.get(f"{name}_bias"), norm.eps, out=b.normed)
+        return b.normed, None
 
     def _add(self, b: SimpleNamespace, x, layer: dict, l: int, name: str, residual, out):
         """out = residual + x @ layer[name].T + bias (T, C), in some families with a norm of what is added.

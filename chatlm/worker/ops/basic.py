@@ -42,6 +42,11 @@ def rms_norm_reference(x, weight, eps, out):
     out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
 
 
+def layer_norm_reference(x, weight, bias, eps, out):
+    """(x (T, C) - mean) / sqrt(variance + eps) * weight (C) (+ bias (C)) -> out (T, C), which may be x."""
+    out.copy_(torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps))
+
+
 def pack_reference(name, *parts):
     """The matrix `name` (N, K), the rows of all `parts`, in the layout that `linear` reads fastest.
 
@@ -92,6 +97,9 @@ GATES = {"swiglu": lambda gate, up: torch.nn.functional.silu(gate) * up,
          "reglu2": lambda gate, up: torch.square(torch.relu(gate)) * up,
          "geglu": lambda gate, up: torch.nn.functional.gelu(gate, approximate="tanh") * up,
          "clamped_swiglu": clamped_swiglu}
+UNGATED = {"relu2": lambda up: torch.square(torch.relu(up)),
+           "gelu_erf": torch.nn.functional.gelu,
+           "gelu_tanh": lambda up: torch.nn.functional.gelu(up, approximate="tanh")}
 
 
 class AdapterMatrix(NamedTuple):
@@ -119,7 +127,7 @@ def linear_reference(x, weight, out, norm=None, bias=None, activation=None, resi
     """residual + activation(norm(x) @ weight.T + bias + what adapters add) -> out.
 
     weight (N, K) is packed or plain; x (T, >= K), whose first K columns are read. activation is None,
-    "relu2", or one of GATES, whose weight holds the gate rows first and whose output is (T, N / 2)."""
+    one of UNGATED, or one of GATES, whose weight holds the gate rows first and whose output is (T, N / 2)."""
     if norm:
         x = norm(x)
     added = list(adapter_products(x, adapted))
@@ -139,8 +147,8 @@ def finish_linear(y, out, activation, residual):
     """residual + activation(y) -> out."""
     if activation in GATES:
         y = GATES[activation](*y.chunk(2, dim=-1))
-    elif activation == "relu2":
-        y = torch.square(torch.relu(y))
+    elif activation:
+        y = UNGATED[activation](y)
     if residual is None:
         out.copy_(y)
     else:

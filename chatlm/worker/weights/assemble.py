@@ -73,6 +73,9 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
                     name.format(layer, expert): all_of_one[1:] if name.count("{}") > 1 else all_of_one
                     for name in theirs for expert in range(E)}
                 continue
+            if part == "positions":
+                sources[ours] = shape, {theirs[0]: (spec.positions, spec.width)}
+                continue
             if part == "taps":  # flattened, since no product uses it as a matrix
                 size = mixer.size if mixer else 1
                 sources[ours] = shape, {theirs[0].format(layer): (shape[0] // size, size)}
@@ -86,6 +89,9 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
 # not part of the text model
 IMAGES = ("vision_tower|vision_model|visual|multi_modal_projector|connector|image_newline|embed_vision"
           "|audio_tower|embed_audio")
+
+# rotary frequencies and causal masks in old files
+UNREAD = r".*\.rotary_emb\.|.*\.(attn|attention)\.(masked_)?bias$"
 
 
 def without_shared(spec: ModelSpec, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,9 +142,9 @@ def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, t
     state = {}
     for path in weight_files(folder):
         state |= read_safetensors_file(path)
-    # image models prefix the text model's names; some old llama files hold rotary frequencies
+    # image models prefix the text model's names
     state = {re.sub(r"(language|text)_model\.", "", name, count=1): tensor for name, tensor in state.items()
-             if not re.match(rf"(model\.)?({IMAGES})\b|.*\.rotary_emb\.", name)}
+             if not re.match(rf"(model\.)?({IMAGES})\b|{UNREAD}", name)}
     scales = {name: state.pop(of) for name in list(state) for of in (f"{name}_scale_inv", f"{name}_scale")
               if name in state and str(state[name].dtype) in FP8 and of in state}  # scales may be FP8 too
     for name, tensor in list(state.items()):

@@ -17,14 +17,12 @@ from chatlm.common.log import log
 from chatlm.worker.model.spec import Attention, Mixer, ModelSpec
 from chatlm.worker.weights.assemble import fp8_block
 from chatlm.worker.weights.families import FAMILIES, TEXT_TYPES, VISION
-from chatlm.worker.weights.family import Family
+from chatlm.worker.weights.family import GATED, Family
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, ROPE_BASE,
     Rule, check_divides, checked)
 
 
-HF_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
-                  "gelu": "gelu", "relu2": "reglu2"}
 HF_DEFAULTS = {  # of every family; None: required, or derived from other keys
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                      "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -51,7 +49,8 @@ HF_KEYS = {  # of a config.json; all others are bool
     **dict.fromkeys(("shared_intermediate_size", "shared_expert_intermediate_size"),
                     Rule(int, 0, MOST_CHANNELS)), "decoder_sparse_step": Rule(int, 1),
     "mlp_only_layers": Rule(int, 0, MOST_LAYERS, many=True, optional=True)}
-HF_KEYS = HF_KEYS | {key: rule for row in FAMILIES.values() for key, rule in row.keys.items()}
+# of families that have a rule for the same key, the first; `family_config` takes a family's own
+HF_KEYS |= {key: rule for row in reversed(FAMILIES.values()) for key, rule in row.keys.items()}
 LLAMA_SIZES = {  # what a text_config may leave out
     "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "max_position_embeddings": 2048}
@@ -90,7 +89,8 @@ HF_ONLY = {  # the only value these may have, unless the family has them
                      "add_classification_head"), False),
     "full_attn_mod": 1, "interpolate_factor": 1, "decoder_sparse_step": 1, "mlp_only_layers": [],
     "num_experts": 1, "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "output_gate_type": "swish",
-    **dict.fromkeys(("is_causal", "use_rope", "use_rotary", "attn_output_gate"), True)}
+    **dict.fromkeys(("is_causal", "use_rope", "use_rotary", "attn_output_gate", "scale_attn_weights",
+                     "use_embedding_sharing", "use_gated_activation", "use_parallel_block"), True)}
 
 
 def unsupported(name: str) -> str:
@@ -138,14 +138,14 @@ def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
     refuse_unknown(path, family, raw, defaults)
     config = {key: raw.get(key, default) for key, default in defaults.items()}
     for key, default in defaults.items():
-        rule = HF_KEYS.get(key, Rule(bool) if isinstance(default, bool) else None)
+        rule = row.keys.get(key) or HF_KEYS.get(key, Rule(bool) if isinstance(default, bool) else None)
         if key in row.aliases.values():
             continue  # checked under its own name
         if key == "layer_types" and row.mixers:
             rule = HF_KEYS[key]._replace(choices=(LAYER_TYPES[0], *row.mixers))
         if key.startswith("hidden_act"):
-            any_gate = default == "silu" and "activation" not in row.fields
-            rule = Rule(str, choices=tuple(HF_ACTIVATIONS) if any_gate else (str(default),))
+            any_of = row.activations is not GATED or default == "silu" and "activation" not in row.fields
+            rule = Rule(str, choices=tuple(row.activations) if any_of else (str(default),))
         if rule and config[key] is None and not rule.optional:
             config[key] = default
         if rule:
@@ -216,7 +216,7 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
     windows = (0,) * layers if row.own_attentions else windows_of(path, config, types)
     ffn_size, experts = feed_forward_fields(path, config)
     fields: dict[str, Any] = {
-        "ffn_bias": config.get("mlp_bias", False), "activation": HF_ACTIVATIONS[config["hidden_act"]],
+        "ffn_bias": config.get("mlp_bias", False), "activation": row.activations[config["hidden_act"]],
         "mixers": mixers_of(path, row, config, types), **row.fields, **rope, **experts}
     local_base, unrotated = fields.pop("local_rope_base", None), row.unrotated(config, windows)
     if config.get("attention_bias"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from chatlm.worker.weights import gemma4, granite, lfm2, qwen35
+from chatlm.worker.weights import gemma4, granite, layernorms, lfm2, qwen35
 from chatlm.worker.weights.assemble import Mxfp4
 from chatlm.worker.weights.family import (
     EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, expert_tensors)
@@ -231,6 +231,7 @@ FAMILIES = {  # by config.json's model_type
             for part in ("query", "key")},
         gguf=Gguf("hunyuan-dense"), keys={"norm_type": Rule(str, choices=("rms",))},
         rope_of=rope_of_hunyuan),
+    **layernorms.FAMILIES,
     **qwen35.FAMILIES,
     **lfm2.FAMILIES}
 GGUF_FAMILIES = {architecture: name for name, row in FAMILIES.items()

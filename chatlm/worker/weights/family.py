@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from chatlm.worker.model.spec import Mixer
+from chatlm.worker.model.spec import Mixer, ModelSpec
 from chatlm.worker.weights.rules import LAYER_TYPES, Rule
 
 
@@ -58,6 +58,10 @@ class Gguf(NamedTuple):
     strips_specials: bool = False    # spaces after special tokens are dropped, in a sentencepiece vocabulary
 
 
+GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
+         "gelu": "gelu", "relu2": "reglu2"}
+
+
 class Family(NamedTuple):
     """How a family differs from llama (see transformers' modeling_<name>.py): a row of FAMILIES.
 
@@ -72,6 +76,9 @@ class Family(NamedTuple):
     keys: Mapping[str, Rule] = {}  # rules for keys of its own in `config` that are not bool
     one_more: bool = False  # its norms multiply by 1 + w
     repack: Callable[[dict], dict] = lambda state: state  # a folder's tensors as `tensors` expects them
+    # of a folder's matrix or bias, the rows in our order; None: they have it
+    ordered: Callable[[ModelSpec, str, torch.Tensor], torch.Tensor] | None = None
+    activations: Mapping[str, str] = GATED  # hidden_act -> ModelSpec's activation
     interleaved: bool = False  # rotary pairs are adjacent, in a folder too
     needed: tuple[str, ...] = ()  # keys without which transformers would run another model
     mixers: Mapping[str, Callable[[Path, Mapping], Mixer]] = {}  # layer types besides attention

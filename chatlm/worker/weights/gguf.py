@@ -167,9 +167,10 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     if "norm_topk_prob" in config:
         config["norm_topk_prob"] = header.value("expert_weights_norm", config["norm_topk_prob"])
     spec = family_spec(path, family, config, gguf_rope(header, config, context))
-    return family, replace(spec, **{field: f"blk.0.{name}.bias" in stored for field, name in (
-        ("qkv_bias", "attn_q"), ("output_bias", "attn_output"),
-        ("ffn_bias", "ffn_down_exps" if spec.experts else "ffn_down"))})
+    return family, replace(spec, head_bias="output.bias" in stored, **{
+        field: any(f"blk.0.{name}.bias" in stored for name in names.split()) for field, names in (
+            ("qkv_bias", "attn_q attn_qkv"), ("output_bias", "attn_output"), ("norm_biases", "attn_norm"),
+            ("ffn_bias", "ffn_down_exps" if spec.experts else "ffn_down"))})
 
 
 def family_of(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, str]:
@@ -269,7 +270,7 @@ def gguf_scaling(header: Header, row: Family, config: Mapping, lists: Mapping[st
 def gguf_slices(spec: ModelSpec, family: str, names: Mapping[str, tuple],
                 sources: Sources) -> dict[str, list[FileSlice]]:
     """Where a GGUF file stores the matrices of the model's folder; `names` is like HF_TENSORS."""
-    table = FAMILIES[family].all_tensors
+    table, ordered = FAMILIES[family].all_tensors, FAMILIES[family].ordered
     slices = {name: [FileSlice(name)] for name in unread_keys(spec)}
     shapes = file_shapes(sources)
     for ours in sources:
@@ -282,7 +283,10 @@ def gguf_slices(spec: ModelSpec, family: str, names: Mapping[str, tuple],
         if isinstance(mixer, DeltaRule) and part in ("mix_in", "mix_out"):
             slices |= linear_slices(mixer, theirs, own)
         else:
-            slices |= {name: [FileSlice(at)] for name, at in zip(theirs, own) if len(shapes.get(at, ())) == 2}
+            rows = {at: ordered(spec, name, torch.arange(shapes[at][0])) for name, at in zip(theirs, own)
+                    if ordered and at in shapes}
+            slices |= {name: [FileSlice(at, rows.get(at, slice(None)))] for name, at in zip(theirs, own)
+                       if len(shapes.get(at, ())) == 2}
     return fused_slices(slices, shapes, FAMILIES[family].fused, spec.layers)
 
 

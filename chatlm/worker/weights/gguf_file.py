@@ -157,7 +157,7 @@ GGUF_OWN = {  # the same for keys that only some families have
     "shared_intermediate_size": "expert_shared_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     "residual_multiplier": "residual_scale", "attention_multiplier": "attention.scale",
-    "logits_scaling": "logit_scale", "conv_L_cache": "shortconv.l_cache",
+    "logits_scaling": "logit_scale", "logit_scale": "logit_scale", "conv_L_cache": "shortconv.l_cache",
     "linear_conv_kernel_dim": "ssm.conv_kernel", "linear_key_head_dim": "ssm.state_size",
     "linear_num_key_heads": "ssm.group_count", "linear_num_value_heads": "ssm.time_step_rank",
     "mamba_d_conv": "ssm.conv_kernel", "mamba_d_state": "ssm.state_size", "mamba_n_groups": "ssm.group_count",

@@ -85,9 +85,9 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     family, spec = hf_spec(config, settings.context_length)
     names = source.name, str(source.path), str(read_json(config).get("_name_or_path") or "")
     state, scales = read_safetensors(source.path)
-    if spec.tied_head:
-        state.pop("lm_head.weight", None)  # some files have it twice
     row = FAMILIES[family]
+    if spec.tied_head:
+        state.pop(row.all_tensors["head"][0], None)  # some files have it twice
     sources = tensor_sources(spec, row.all_tensors, spec.vocab_size)
     state, scales = (without_shared(spec, tensors) for tensors in (row.repack(state), scales))
     if lost := sorted(set(scales) - set(state)):
@@ -107,7 +107,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     def turned(name: str, rows: torch.Tensor) -> torch.Tensor:
         if row.interleaved and re.search(r"\.[qk]_proj\.", name):
             return unpermute_rope(rows, RopePairs(spec.head_size, spec.rope_size or spec.head_size))
-        return rows
+        return row.ordered(spec, name, rows) if row.ordered else rows
 
     def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
         tensor = unscaled(config, scales, scale_block, name, tensor) if name in scales else tensor

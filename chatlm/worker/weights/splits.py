@@ -33,6 +33,7 @@ PRE_TOKENIZERS = {name: row for names, row in {  # by tokenizer.ggml.pre
         r"\p{N}+", "[0-9]{3}")),
     "gpt-2 phi-2": PreTokenizer((), gpt2=True),
     "smollm starcoder refact": PreTokenizer((r"\p{N}",), gpt2=True),
+    "command-r": PreTokenizer((r"\p{N}",), gpt2=True, nfc=True),
     "olmo exaone4 granite-docling": PreTokenizer((), gpt2=True),
     "glm4": PreTokenizer((LLAMA3_SPLIT,), ignore_merges=True),
     "seed-coder": PreTokenizer((QWEN2_SPLIT.replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+"),)),

@@ -206,7 +206,8 @@ struct Program::Inside {
     }
 
     void note(const op::embed& op, int64_t) {
-        vocab = std::min(vocab, op.vocabulary);
+        int64_t& limit = op.by_position ? max_positions : vocab;
+        limit = std::min(limit, op.vocabulary);
         if (op.tiles.memory) measure_for(op.tiles);
     }
 
@@ -283,7 +284,7 @@ struct Program::Inside {
                   "previous: -2 - i must name a row of the step before that draws");
         require(!in.starts.empty() && in.starts.back() == tokens, "starts: must end with the number of tokens");
         require(in.starts.size() == in.lengths.size() + 1, "starts: one more than lengths");
-        for (const int64_t length : in.lengths) require(length <= max_positions, "lengths: must not pass the tables cos and sin");
+        for (const int64_t length : in.lengths) require(length <= max_positions, "lengths: must not pass the tables cos and sin, or that of positions");
         require(int64_t(in.logit_rows.size()) <= max_rows, "logit_rows: must be at most max_rows");
         for (const int64_t row : in.logit_rows) require(row >= 0 && row < tokens, "logit_rows: must be rows of the step");
         check_sampling(in);

@@ -1,10 +1,10 @@
-// op       rms_norm and its parts squares and scale, mix (backout is a mix), smear, soft_cap, widen, routes, combine, add_up, gate,
+// op       rms_norm and its parts squares and scale, layer_norm, mix (backout is a mix), smear, soft_cap, widen, routes, combine, add_up, gate,
 //          gated_add, shrink: rows between two products;
 //          short_conv, convolve: rows of one sequence, in some columns
 // shapes   x [C] float32 -> out [C] float32; routes: logits [E] -> ids and shares [chosen]
 // mapping  the caller's thread, one row; 16 lanes along it
 // cost     every value read and written once, from L1 or L2: estimated 0.1 us a row at C = 576, soft_cap 10 us at V = 32768
-// numerics float32, each product and sum rounded; sum of squares in 16 lanes, then a fixed tree; sigmoid and tanh by
+// numerics float32, each product and sum rounded; sums (of squares) in 16 lanes, then a fixed tree; sigmoid and tanh by
 //          exp_negative (absolute error of tanh below 2e-7); the same bits on every instruction set
 #include "cpu/attention/attention.h"
 #include "cpu/program/convolve.inl.h"
@@ -30,6 +30,22 @@ void scale(const float* x, float scale, const float* weight, int64_t columns, fl
 
 void rms_norm(const float* x, const float* weight, float epsilon, int64_t columns, float* out) {
     scale(x, 1.0f / __builtin_sqrtf(squares(x, columns) / float(columns) + epsilon), weight, columns, out);
+}
+
+// The mean first, then the squares of what is left: exact enough also where the mean is far larger than the rest.
+void layer_norm(const float* x, const float* weight, const float* bias, float epsilon, int64_t columns, float* out) {
+    Lanes total = all(0.0f), squares = all(0.0f);
+    for (int64_t c = 0; c < columns; c += 16) total = total + load(x + c);
+    const Lanes mean = all(sum(total) / float(columns));
+    for (int64_t c = 0; c < columns; c += 16) {
+        const Lanes centred = load(x + c) - mean;
+        squares = fma(centred, centred, squares);
+    }
+    const Lanes scale = all(1.0f / __builtin_sqrtf(sum(squares) / float(columns) + epsilon));
+    for (int64_t c = 0; c < columns; c += 16) {
+        const Lanes y = (load(x + c) - mean) * scale * load(weight + c);
+        store(out + c, bias ? y + load(bias + c) : y);
+    }
 }
 
 void mix(const float* x, float a, const float* y, float b, int64_t columns, float* out) {
@@ -219,7 +235,7 @@ void shrink(const AdapterMatrix& m, const float* const* x, int64_t rows, float* 
 
 }  // namespace
 
-extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any, route, route_sigmoids, combine, add_up, short_conv,
+extern const RowKernels row_kernels = {rms_norm, layer_norm, mix, smear, soft_cap, widen_any, route, route_sigmoids, combine, add_up, short_conv,
                                          plain_conv, gate, gated_add, gate_input, shrink, squares, scale};
 
 }  // namespace DC_ISA

@@ -120,7 +120,8 @@ void Step::do_rows(const Part& part, int64_t chunk) const {
 // ---- ops of single rows
 
 void Step::do_row(const op::embed& op, int64_t row) const {
-    const int64_t id = std::max<int64_t>((op.previous_ids ? input.previous_ids : input.token_ids)[size_t(token_of(op, row))], 0) - op.first_row;
+    const auto& ids = op.by_position ? positions : op.previous_ids ? input.previous_ids : input.token_ids;
+    const int64_t id = std::max<int64_t>(ids[size_t(token_of(op, row))], 0) - op.first_row;
     float* const out = product_row(op, op.out, row);
     if (id < 0 || id >= op.table_rows) return std::fill_n(out, op.out.columns, -0.0f), void();      // another rank has it
     if (op.file_row_bytes)
@@ -137,6 +138,10 @@ void Step::do_row(const op::rms_norm& op, int64_t row) const {
     const int64_t size = op.out.columns / op.groups;
     for (int64_t c = 0; c < op.out.columns; c += size)
         row_kernels_here().rms_norm(op.x.row(row) + c, op.weight ? op.weight + c : nullptr, op.eps, size, op.out.row(row) + c);
+}
+
+void Step::do_row(const op::layer_norm& op, int64_t row) const {
+    row_kernels_here().layer_norm(op.x.row(row), op.weight, op.bias, op.eps, op.out.columns, op.out.row(row));
 }
 
 void Step::do_row(const op::mix& op, int64_t row) const {

@@ -73,6 +73,14 @@ def test_rms_norm(weight, kind):
     close(out, rms(f64(x)) * (1 if weight is None else f64(weight)), 2e-6 if kind == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize("bias", [None, random(24, seed=4)])
+def test_layer_norm(bias):
+    x, weight, out = random(5, 24, seed=1) + 3, random(24, seed=3), torch.empty(5, 24)
+    KERNELS.layer_norm(x, weight, bias, 1e-5, out=out)
+    centred = f64(x) - f64(x).mean(-1, keepdims=True)
+    close(out, rms(centred) * f64(weight) + (0 if bias is None else f64(bias)), 2e-6)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 16, 70])
 @pytest.mark.parametrize("kind, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
 @pytest.mark.parametrize("bias", [None, 1.0])

@@ -63,7 +63,7 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 
 OLDER = [name for name in [*MODELS][:[*MODELS].index("granite")] if not name.startswith("gemma4")]    # these have tests of their own by day
-BY_DAY = "granite4", "olmo3", "glm4", "lfm2", "lfm2moe", "granite4h", "hunyuan", "olmoe"       # which bring what no other had
+BY_DAY = "granite4", "olmo3", "glm4", "lfm2", "lfm2moe", "granite4h", "hunyuan", "olmoe", "gpt2", "pythia", "cohere2"      # which bring what no other had
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -166,13 +166,14 @@ GGUF_MODELS = {             # what of MODELS a file of each architecture can say
     "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
     "qwen3moe": {"norm_topk_prob": True}, "gpt-oss": {},
     **dict.fromkeys(("granite", "granite-moe", "granite4", "olmo2", "olmo3", "olmoe", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan"), {}),
-    "gemma4": {}, "gemma4moe": {}, "gemma4-even": {},
+    "gemma4": {}, "gemma4moe": {}, "gemma4-even": {}, "gpt2": {}, "gpt2-untied": {"activation_function": "gelu_new"}, "pythia": {},
+    "gptneox-serial": {"hidden_act": "gelu"}, "starcoder2": {"sliding_window": None}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh"}, "cohere2": {},
     "lfm2": {}, "lfm2moe": {}, "granite4h": {}, "granite4h-dense": {"position_embedding_type": None}, "lfm2moe-plain": {"conv_bias": False, "tie_word_embeddings": True}, "qwen3next": {},
      "qwen3.5": {}, "qwen3.5moe": {}, "mixtral": {"sliding_window": None}, "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", by_day(GGUF_MODELS, "llama3.1", "gemma3", "gpt-oss", "granite4", "lfm2", "lfm2moe"))
+@pytest.mark.parametrize("name", by_day(GGUF_MODELS, "llama3.1", "gemma3", "gpt-oss", "granite4", "lfm2", "lfm2moe", "gpt2", "pythia", "cohere2"))
 def test_the_same_model_as_gguf_computes_the_same(made, name, backend, tmp_path):
     changes = GGUF_MODELS[name]
     model, (folder, cases) = make_model(name, **changes), made(name, **changes)

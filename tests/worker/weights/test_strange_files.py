@@ -52,7 +52,7 @@ def refusal(path, **changes):
     with pytest.raises(ConfigError) as caught:
         read(path, **changes)
     text = str(caught.value)
-    assert "\n" not in text and len(text) < 600
+    assert "\n" not in text and len(text) < 700
     return text
 
 

@@ -1,0 +1,151 @@
+"""Families with LayerNorms: GPT-2, GPT-NeoX and Pythia, StarCoder2, Cohere 2."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TYPE_CHECKING
+
+from chatlm.worker.weights.family import Family, Gguf, Header
+from chatlm.worker.weights.rules import (
+    MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, ROPE_BASE, Rule)
+
+if TYPE_CHECKING:
+    import torch
+    from chatlm.worker.model.spec import ModelSpec
+
+ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+               "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
+NORMS = {"layer_norms": True, "norm_biases": True}
+BIASES = {"qkv_bias": True, "output_bias": True, "ffn_bias": True}
+EPSILON = Rule(float, 0, 1)
+
+
+def both(tensors: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """A table like HF_TENSORS of these modules' weights and biases."""
+    return {ours + ending: (f"{theirs}.{part}",) for ours, theirs in tensors.items()
+            for ending, part in (("", "weight"), ("_bias", "bias"))}
+
+
+def gguf_epsilon(header: Header) -> tuple[dict, dict]:
+    return {"attention.layer_norm_rms_epsilon": header.value("attention.layer_norm_epsilon", 1e-5)}, {}
+
+
+def gguf_neox(header: Header) -> tuple[dict, dict]:
+    changes, _ = gguf_epsilon(header)
+    return changes, {"use_parallel_residual": header.value("use_parallel_residual", True)}
+
+
+def gguf(architecture: str, layers: Callable = gguf_epsilon, **more: Any) -> Gguf:
+    keys = {"attention.layer_norm_epsilon": EPSILON, "use_parallel_residual": Rule(bool)}
+    return Gguf(architecture, keys=keys, layers=layers, **more)
+
+
+GPT2_SIZES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+              "n_positions": "max_position_embeddings", "n_inner": "intermediate_size",
+              "layer_norm_epsilon": "rms_norm_eps", "activation_function": "hidden_act"}
+GPT2 = {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "n_inner": None,
+        "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "hidden_act": "gelu_new",
+        "tie_word_embeddings": True, "vocab_size": 50_257} | dict.fromkeys(
+            """attn_pdrop reorder_and_upcast_attn summary_activation summary_first_dropout
+            summary_proj_to_labels summary_type summary_use_proj""".split())  # without effect here
+GPT2_KEYS = {
+    "n_embd": Rule(int, 1, MOST_CHANNELS), "n_layer": Rule(int, 1, MOST_LAYERS),
+    "n_head": Rule(int, 1, MOST_HEADS), "n_positions": Rule(int, 16, MOST_POSITIONS),
+    "n_inner": Rule(int, 1, MOST_CHANNELS, optional=True), "layer_norm_epsilon": EPSILON,
+    "activation_function": Rule(str, choices=tuple(ACTIVATIONS))}
+GPT2_TENSORS = both({
+    "embed": "transformer.wte", "positions": "transformer.wpe", "final_norm": "transformer.ln_f",
+    **{ours: f"transformer.h.{{}}.{theirs}" for ours, theirs in (
+        ("attention_norm", "ln_1"), ("qkv", "attn.c_attn"), ("output", "attn.c_proj"), ("ffn_norm", "ln_2"),
+        ("up", "mlp.c_fc"), ("down", "mlp.c_proj"))}})
+
+
+def repack_gpt2(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Its folders store matrices as (in, out), those of the base model without a prefix."""
+    return {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}":
+            tensor.mT if re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name) and tensor.ndim > 1 else tensor
+            for name, tensor in state.items()}
+
+
+def complete_gpt2(path: Path, config: Mapping) -> dict:
+    return {"intermediate_size": config["intermediate_size"] or 4 * config["hidden_size"]}
+
+
+def fields_of_gpt2(path: Path, config: Mapping) -> dict:
+    return {"rope_size": 0, "positions": config["max_position_embeddings"]}
+
+
+NEOX_TENSORS = both({
+    "embed": "gpt_neox.embed_in", "head": "embed_out", "final_norm": "gpt_neox.final_layer_norm",
+    **{ours: f"gpt_neox.layers.{{}}.{theirs}" for ours, theirs in (
+        ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
+        ("qkv", "attention.query_key_value"), ("output", "attention.dense"), ("up", "mlp.dense_h_to_4h"),
+        ("down", "mlp.dense_4h_to_h"))}})
+
+
+def neox_rows(spec: ModelSpec, name: str, rows: torch.Tensor) -> torch.Tensor:
+    """Its folders group the rows of q, k and v by head."""
+    if ".query_key_value." not in name:
+        return rows
+    by_head = rows.unflatten(0, (spec.heads, 3, spec.head_size))
+    return by_head.transpose(0, 1).reshape(rows.shape)
+
+
+def fields_of_neox(path: Path, config: Mapping) -> dict:
+    return {"parallel": config["use_parallel_residual"], "qkv_bias": config["attention_bias"],
+            "output_bias": config["attention_bias"]}
+
+
+def fields_of_starcoder2(path: Path, config: Mapping) -> dict:
+    return dict.fromkeys(BIASES, config["use_bias"])
+
+
+STARCODER2_TENSORS = both({
+    "final_norm": "model.norm", **{ours: f"model.layers.{{}}.{theirs}" for ours, theirs in (
+        ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"), ("up", "mlp.c_fc"),
+        ("down", "mlp.c_proj"))}})
+FAMILIES = {
+    "gpt2": Family(
+        "GPT-2", GPT2, NORMS | BIASES, GPT2_TENSORS, keys=GPT2_KEYS, repack=repack_gpt2, aliases=GPT2_SIZES,
+        complete=complete_gpt2, fields_of=fields_of_gpt2, activations=ACTIVATIONS, gguf=gguf("gpt2")),
+    "gpt_neox": Family(
+        "GPT-NeoX and Pythia", {
+            "hidden_act": "gelu", "rotary_pct": 0.25, "partial_rotary_factor": 0.25,
+            "rotary_emb_base": 10_000.0, "layer_norm_eps": 1e-5, "use_parallel_residual": True,
+            "attention_bias": True},
+        NORMS | {"ffn_bias": True}, NEOX_TENSORS, keys={
+            "rotary_pct": Rule(float, 0.01, 1), "rotary_emb_base": ROPE_BASE, "layer_norm_eps": EPSILON},
+        aliases={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta",
+                 "layer_norm_eps": "rms_norm_eps"},
+        fields_of=fields_of_neox, ordered=neox_rows, activations=ACTIVATIONS,
+        gguf=gguf("gptneox", gguf_neox)),
+    "starcoder2": Family(
+        "StarCoder2", {
+            "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "sliding_window": None,
+            "use_bias": True,
+            "tie_word_embeddings": True, "num_key_value_heads": 2, "mlp_type": "default",
+            "norm_type": "layer_norm"} | dict.fromkeys("""activation_function layer_norm_epsilon
+                residual_dropout scale_attention_softmax_in_fp32""".split()),
+        NORMS, STARCODER2_TENSORS, keys={
+            "norm_epsilon": EPSILON, "norm_type": Rule(str, choices=("layer_norm",)),
+            "mlp_type": Rule(str, choices=("default",)),  # and what it has twice, but does not read
+            "activation_function": Rule(str, optional=True),
+            "layer_norm_epsilon": EPSILON._replace(optional=True)},
+        aliases={"norm_epsilon": "rms_norm_eps"}, fields_of=fields_of_starcoder2, activations=ACTIVATIONS,
+        gguf=gguf("starcoder2", unsaid=lambda config: {"sliding_window": config["sliding_window"] or 4096})),
+    "cohere2": Family(
+        "Cohere 2", {
+            "layer_switch": None, "order_of_interleaved_layers": "local_attn_first",
+            "position_embedding_type": "rope_gptj",
+            "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "sliding_window": 4096, "layer_types": None,
+            "sliding_window_pattern": 4, "attention_bias": False, "tie_word_embeddings": True},
+        {"layer_norms": True, "parallel": True, "one_norm": True}, {}, keys={
+            "layer_norm_eps": EPSILON, "logit_scale": Rule(float, 1e-4, 10**6),
+            "order_of_interleaved_layers": Rule(str, choices=("local_attn_first",)),
+            "position_embedding_type": Rule(str, choices=("rope_gptj",))},
+        has_window=lambda config, layer: (layer + 1) % config["sliding_window_pattern"],
+        aliases={"layer_norm_eps": "rms_norm_eps"}, interleaved=True,
+        fields_of=lambda path, config: {"logit_scale": config["logit_scale"]}, gguf=gguf("cohere2"),
+        unrotated=lambda config, windows: {layer for layer, window in enumerate(windows) if not window})}
