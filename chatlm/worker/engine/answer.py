@@ -77,13 +77,14 @@ class AnswerText:
 
     def push(self, token: int):
         """Turn a token into reasoning, content or calls."""
-        text, thinking = self.decoder.push(token), self.thinking
+        text, reader = self.decoder.push(token), self.reader
         self.count += 1
-        if not self.reader:  # everything is content
+        if not reader:  # everything is content
             return self._add_content(text)
-        self.reader.push(text)
+        thinking = reader.thinking
+        reader.push(text)
         self.thoughts += thinking
-        self.reasoning_tokens += thinking or self.thinking
+        self.reasoning_tokens += thinking or reader.thinking
         return self._add_read()
 
     def finish(self, cut: bool):
@@ -146,6 +147,10 @@ class Constraint:
         self.closes = bool(params.grammar) and params.grammar_param != "tools"
         self.closing_room = sys.maxsize  # room left at which it next computes its way to an end
         self.way_to_end: list[int] | None = None  # tokens with which it could end now, if computed
+
+    @property
+    def holds(self) -> bool:
+        return self.grammar is not None or self.misfit
 
     def refusal(self, token: int) -> str | None:
         """Feed the grammar a token; returns why the answer cannot go on, if it cannot."""
@@ -231,22 +236,15 @@ class Answer:
     def push(self, token: int, generated: int, room: int) -> list[int]:
         """Add the `generated`-th token and its text, with room for `room` more; it may end the answer.
         Returns the tokens added: it and any forced after it; near the limit, those forced in its place."""
-        constraint = self.constraint
         limit = "max_tokens" if generated + room >= self.work.max_tokens else "context_length"
-        if (refusal := constraint.refusal(token)) is not None:
-            self._end("refused", refusal)
-        elif (closing := constraint.closing(token, room)) is not None:
-            assert constraint.grammar
-            constraint.grammar.take_back()
-            self._force(closing, room + 1)
-            self._end("stop", limit)
-            return closing
-        elif token in self.stop_tokens and generated >= self.work.params.min_tokens:
+        if self.constraint.holds and (ended := self._constrained(token, room, limit)):
+            return ended
+        if token in self.stop_tokens and generated >= self.work.params.min_tokens:
             self._end("stop", "eos" if token in self.eos_tokens else str(token))
         else:
             self._read(token)
-            if cause := self.text.cut_by or self.grammar and self.grammar.complete and "grammar":
-                self._end("stop", cause)
+            if (cause := self.text.cut_by) or self.grammar and self.grammar.complete:
+                self._end("stop", cause or "grammar")
         if self.reason is not None:
             return [token]
         forced = ((self.tool.feed(token) if self.tool else []) or self._end_of_thinking())[:room]
@@ -254,6 +252,20 @@ class Answer:
         if len(forced) >= room:
             self._end("length", limit)
         return [token, *forced]
+
+    def _constrained(self, token: int, room: int, limit: str) -> list[int] | None:
+        """Feed the constraint a token. If that ends the answer, the tokens added instead of it."""
+        constraint = self.constraint
+        if (refusal := constraint.refusal(token)) is not None:
+            self._end("refused", refusal)
+            return [token]
+        if (closing := constraint.closing(token, room)) is None:
+            return None
+        assert constraint.grammar
+        constraint.grammar.take_back()
+        self._force(closing, room + 1)
+        self._end("stop", limit)
+        return closing
 
     def _end(self, reason: str, cause: str):
         self.reason, self.stop_reason = reason, cause
@@ -269,7 +281,7 @@ class Answer:
     def _read(self, token: int):
         self.text.push(token)
         constraint = self.constraint
-        if constraint.grammar and constraint.of_calls and self.text.reader:
+        if constraint.of_calls and constraint.grammar and self.text.reader:
             self.text.reader.deltas.begun_call = None  # that call is within this grammar
             if constraint.grammar.complete:
                 constraint.grammar = None
@@ -279,9 +291,10 @@ class Answer:
     @property
     def awaits_grammar(self) -> bool:
         """Has a call begun whose arguments must match a grammar?"""
-        of_calls, reader = self.constraint.of_calls, self.text.reader
-        begun = reader.deltas.begun_call if of_calls and reader else None
-        return bool(begun and begun.name in of_calls)
+        if not (of_calls := self.constraint.of_calls) or not self.text.reader:
+            return False
+        begun = self.text.reader.deltas.begun_call
+        return begun is not None and begun.name in of_calls
 
     def hold_call(self):
         """Hold the arguments that begin here to their grammar, unless their first token already broke it."""

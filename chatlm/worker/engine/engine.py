@@ -279,10 +279,7 @@ class Engine:
             self.drafted_tokens += len(draft)
             self.accepted_tokens += right
         self._go_on(sequence, answer)
-        # A client that also has its prompt scored expects an entry for every drawn token (see AnswerParams).
-        unshown = (sequence.work.params.prompt_logprobs is None and answer.reason == "stop"
-                   and token in answer.stop_tokens)
-        return events_of(sequence.output, answer, tokens[known:], token in added and not unshown)
+        return events_of(sequence, answer, tokens[known:], token if token in added else None)
 
     def _go_on(self, sequence: Sequence, answer: Answer):
         """End the sequence if its answer has ended; else begin what its next token needs: a grammar, a mask,
@@ -345,11 +342,16 @@ def drop_adapter(engine: Engine, adapter_id: str):
             engine.events.append((sequence.work.id, Failed(ADAPTER_GONE)))
 
 
-def events_of(output: Output, answer: Answer, tokens: Seq[int], shown: bool) -> list[WorkerEvent]:
-    """What is sent of new tokens. shown: with the log-probability of the last one drawn, if requested."""
+def events_of(sequence: Sequence, answer: Answer, tokens: Seq[int], drawn: int | None) -> list[WorkerEvent]:
+    """What is sent of new tokens. drawn: the last one, unless others were forced in its place."""
+    output, logprobs = sequence.output, ()
     if answer.reason == "refused":
         return [Failed(answer.stop_reason or "", refused=True)]
-    logprobs = (output.logprob,) if output.logprob is not None and shown else ()
+    if output.logprob is not None and drawn is not None:
+        # A client that also has its prompt scored expects an entry for every drawn token (see AnswerParams).
+        unshown = (sequence.work.params.prompt_logprobs is None and answer.reason == "stop"
+                   and drawn in answer.stop_tokens)
+        logprobs = () if unshown else (output.logprob,)
     piece = Piece(tuple(tokens), answer.take(), logprobs)
     if answer.reason is None:
         return [piece]
