@@ -18,7 +18,7 @@ from chatlm.common.hub.huggingface import (
     SHORT_NAMES, SPLIT_GGUF, fetch_from_hub, hub_model, models_among, other_weights)
 from chatlm.common.hub.local import (
     choose_checkpoint, explicit_choice, find_checkpoints, home_folder, no_progress)
-from chatlm.common.hub.stamps import model_stamp
+from chatlm.common.hub.stamps import NANOGPT_FILE, model_stamp
 from chatlm.common.log import log
 from chatlm.common.messages.requests import ModelSource
 
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 SUPPORTED_MODELS = ("nothing (a nanochat checkpoint under $NANOCHAT_BASE_DIR or ~/.cache/nanochat, else the "
                     f"default model {DEFAULT_MODEL_NAME}), a nanochat base folder, <tag> folder or "
-                    "model_*.pt, a Hugging Face folder, a .gguf file, a Hugging Face id (org/name or "
-                    "org/name:file.gguf), or a short name such as llama3.2-1b or qwen3:0.6b")
+                    "model_*.pt, a nanoGPT folder or its ckpt.pt, a Hugging Face folder, a .gguf file, a "
+                    "Hugging Face id (org/name or org/name:file.gguf), or a short name such as llama3.2-1b "
+                    "or qwen3:0.6b")
 
 
 def resolve_model(settings: Settings, progress: Progress = no_progress) -> ModelSource:
@@ -75,7 +76,12 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
         if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
             refuse_choice(settings, f"{path} is a Hugging Face folder")
             return ModelSource("hf", path, path.name, f"Hugging Face folder {path}")
-        raise ConfigError(no_model_in(path))
+        named_path = path / NANOGPT_FILE
+        if not named_path.exists():
+            raise ConfigError(no_model_in(path))
+    if named_path.name == NANOGPT_FILE and named_path.exists():
+        refuse_choice(settings, f"{named_path} is nanoGPT's")
+        return ModelSource("nanogpt", named_path, named_path.parent.name, f"nanoGPT checkpoint {named_path}")
     if named_path.suffix.lower() == ".gguf" or path.exists():
         refuse_choice(settings, f"{path} is a GGUF file")
         return resolve_gguf(named_path)

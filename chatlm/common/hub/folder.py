@@ -16,7 +16,7 @@ from chatlm.common.config import ModelChoice
 from chatlm.common.errors import require_folder
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.common.hub.local import NANOCHAT_FOLDERS
-from chatlm.common.hub.stamps import Sighting, files_of, stamp_of
+from chatlm.common.hub.stamps import NANOGPT_FILE, Sighting, files_of, stamp_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -46,8 +46,8 @@ MOST_LINKS = 2
 
 
 def find_models(folder: Path, going_on: Callable[[], None] = lambda: None) -> list[Files]:
-    """The GGUF files, Hugging Face folders and nanochat checkpoints below a folder, by name and step.
-    ConfigError if it is no folder.
+    """The GGUF files, Hugging Face folders, nanochat and nanoGPT checkpoints below a folder, by name and
+    step. ConfigError if it is no folder.
 
     going_on: called for each folder; it may raise an exception to end the search."""
     def models_here(place: Path, names: Seq[str]) -> Iterator[Files]:
@@ -176,6 +176,8 @@ def models_in(folder: Path, names: Seq[str]) -> Iterator[Files]:
             parts.setdefault(stem, []).append(folder / name)
     for name, files in parts.items():
         yield model(files[0], name, files)
+    if NANOGPT_FILE in names:
+        yield model(folder / NANOGPT_FILE, folder.name, files_of(folder / NANOGPT_FILE))
     source = NANOCHAT_FOLDERS.get(folder.parent.name)
     steps = {int(match[1]): name for name in names if (match := re.fullmatch(r"model_(\d{1,15})\.pt", name))}
     for step, name in steps.items() if source else ():

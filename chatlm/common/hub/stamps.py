@@ -24,6 +24,9 @@ ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors"  # as peft sa
 # The files of a model in a Hugging Face folder, apart from its weights and from the trainer's own files.
 HF_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
             "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+NANOGPT_FILE = "ckpt.pt"
+NANOGPT_TOKENIZERS = ("meta.pkl", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+                      "encoder.json", "vocab.bpe")
 HF_PATTERNS = "*.safetensors", "additional_chat_templates/*.jinja"
 
 
@@ -56,13 +59,16 @@ def stamp_of(paths: Iterable[Path]) -> Stamp:
 
 def files_of(path: Path) -> list[Path]:
     """The files of a model: all parts of a GGUF file; the weights, tokenizer, template and configuration of a
-    Hugging Face folder; a nanochat checkpoint with its meta file and tokenizer."""
+    Hugging Face folder; a nanochat checkpoint with its meta file and tokenizer; nanoGPT's with its tokenizer
+    next to it."""
     if path.is_dir():
         named = [path / name for name in HF_FILES if (path / name).exists()]
         return named + [file for pattern in HF_PATTERNS for file in sorted(path.glob(pattern))]
     if step := re.fullmatch(r"model_(\d+)\.pt", path.name):
         tokenizers = [file for file in nanochat_tokenizers(path) if file.exists()]
         return [path, path.with_name(f"meta_{step[1]}.json"), *tokenizers[:1]]
+    if path.name == NANOGPT_FILE:
+        return [path, *(file for name in NANOGPT_TOKENIZERS if (file := path.with_name(name)).exists())]
     if split := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name):
         return sorted(path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf"))
     return [path]

@@ -22,7 +22,7 @@ class Message:
 class TextSpec:
     """All that is needed to render and tokenize, as plain data read once from the model. `payload` is
     tokenizer.json (kind "hf"), or tiktoken's pattern, ranks (bytes as Latin-1) and specials in JSON
-    ("nanochat")."""
+    ("nanochat"), or a JSON list of characters by their ids ("characters")."""
 
     kind: str
     payload: bytes
@@ -88,7 +88,7 @@ def sampling_defaults(settings: Settings) -> dict[str, tuple[float, str]]:
 class ModelSource:
     """The files of a model, and a description of what was chosen and what else was available."""
 
-    kind: str               # "nanochat" | "gguf" | "hf"
+    kind: str               # "nanochat" | "nanogpt" | "gguf" | "hf"
     path: Path              # model_<step>.pt, .gguf, or a Hugging Face folder
     name: str
     chosen: str             # one line for the start-up log

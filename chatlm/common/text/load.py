@@ -29,6 +29,10 @@ NANOCHAT_CHAT_TOKENS = (
     "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
 
 
+NO_TEMPLATE = ("this model has no chat template, so it cannot chat: use /v1/completions or /api/generate, "
+               "which continue a text")
+
+
 @contextmanager
 def refused_panics():
     """RequestError for text on which a tokenizer's regular expressions fail: 1 MB of spaces overflows
@@ -201,8 +205,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def template_arguments(self, messages: Seq[Message], tools: Seq[dict],
                            options: Mapping = NO_OPTIONS) -> dict:
         if not self.has_chat_template:
-            raise RequestError("this model has no chat template, so it cannot chat: use /v1/completions or "
-                               "/api/generate, which continue a text", code="no_chat_template")
+            raise RequestError(NO_TEMPLATE, code="no_chat_template")
         try:
             if not self.native_tools:
                 has_system = "ystem role not supported" not in (self.spec.chat_template or "")
@@ -284,10 +287,38 @@ class HuggingFaceTokenizer(Tokenizer):
         return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
 
 
+class CharacterTokenizer(Tokenizer):
+    """A token for each of some characters, as nanoGPT makes one of a small text. It has no chat format."""
+
+    has_chat_template = False
+
+    def __init__(self, spec: TextSpec):
+        super().__init__(spec)
+        self.characters: list[str] = json.loads(spec.payload)
+        self.ids = {character: token for token, character in enumerate(self.characters)}
+        self.vocab_size = len(self.characters)
+
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        if unknown := next((character for character in text if character not in self.ids), None):
+            raise RequestError(f"the model has no token for {json.dumps(unknown)}: it knows only "
+                               f"{self.vocab_size:,} characters", param="prompt")
+        return [self.ids[character] for character in text]
+
+    def piece(self, token: int) -> bytes:
+        return self.characters[token].encode() if 0 <= token < self.vocab_size else b""
+
+    def render(self, messages: Seq[Message], tools: Seq[dict] = (),
+               options: Mapping = NO_OPTIONS) -> list[int]:
+        raise RequestError(NO_TEMPLATE, code="no_chat_template")
+
+
+TOKENIZERS = {"nanochat": NanochatTokenizer, "hf": HuggingFaceTokenizer, "characters": CharacterTokenizer}
+
+
 def open_tokenizer(spec: TextSpec) -> Tokenizer:
     """The tokenizer for a TextSpec; does not need torch. ConfigError if the spec is broken."""
     try:
-        return (NanochatTokenizer if spec.kind == "nanochat" else HuggingFaceTokenizer)(spec)
+        return TOKENIZERS[spec.kind](spec)
     except ConfigError:
         raise
     except BaseException as error:  # the libraries may raise a Rust panic, which is not an Exception

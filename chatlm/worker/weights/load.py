@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.errors import ConfigError, require_library
 from chatlm.worker.weights.huggingface import open_hf
 from chatlm.worker.weights.nanochat import open_nanochat
+from chatlm.worker.weights.nanogpt import open_nanogpt
 from chatlm.worker.weights.rules import check_rotary_memory
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def open_model(source: ModelSource, settings: Settings,
         require_library("gguf", "a GGUF file")
         from chatlm.worker.weights.gguf import open_gguf as opener
     else:
-        opener = {"nanochat": open_nanochat, "hf": open_hf}[source.kind]
+        opener = {"nanochat": open_nanochat, "nanogpt": open_nanogpt, "hf": open_hf}[source.kind]
     model = opener(source, settings, device)
     length = settings.context_length or model.context_length
     if length > model.context_length:

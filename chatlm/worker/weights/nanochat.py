@@ -121,9 +121,11 @@ def read_nanochat_config(model_path: Path) -> dict:
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict, mapped from the file; runs no code from it.
+    return plain_state(path, load_checkpoint(path))
 
-    Names lose the `_orig_mod.` that torch.compile prepends."""
+
+def load_checkpoint(path: Path) -> dict:
+    """What a file of torch.save holds, its tensors mapped from the file; runs no code from it."""
     check_regular(path)
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -139,6 +141,11 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is not a checkpoint, or not only tensors: {reason}") from None
     if not isinstance(state, dict):
         raise ConfigError(f"{path} holds {type(state).__name__} instead of a state dict")
+    return state
+
+
+def plain_state(path: Path, state: dict) -> dict[str, torch.Tensor]:
+    """A state dict whose values are plain tensors. Its names lose the `_orig_mod.` of torch.compile."""
     for name, value in state.items():
         if not (type(name) is str and tensor_words(value) in PLAIN_TENSORS):
             key = name if type(name) is str else f"a key of type {type(name).__name__}, not str,"
@@ -210,19 +217,29 @@ def name_in_transformers(name: str) -> str:
     return name
 
 
-class TokenizerUnpickler(pickle._Unpickler):
-    """Loads tiktoken's Encoding as a plain namespace and no other global: a hostile pickle can call nothing.
+class PlainUnpickler(pickle._Unpickler):
+    """Loads no global: a hostile pickle can call nothing.
 
     It extends pickle's Python class, because the C one allocates room for any memo index: six bytes took 4 GB
     and 12 s."""
 
+    owner = ""
     dispatch = dict(pickle._Unpickler.dispatch)
     del dispatch[pickle.BYTEARRAY8[0]]  # it, too, allocates any length it is given
 
     def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it would load {module}.{name}, which no {self.owner} needs")
+
+
+class TokenizerUnpickler(PlainUnpickler):
+    """Loads tiktoken's Encoding as a plain namespace, and no other global."""
+
+    owner = "nanochat tokenizer"
+
+    def find_class(self, module: str, name: str):
         if (module, name) == ("tiktoken.core", "Encoding"):
             return SimpleNamespace  # if the state is a string, tiktoken fetches the encoding of that name
-        raise pickle.UnpicklingError(f"it would load {module}.{name}, which no nanochat tokenizer needs")
+        return super().find_class(module, name)
 
 
 def read_encoding(data: bytes) -> tuple[str, dict[bytes, int], dict[str, int]]:

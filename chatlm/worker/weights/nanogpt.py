@@ -1,0 +1,172 @@
+"""nanoGPT's checkpoints: ckpt.pt, with a vocabulary of characters or GPT-2's."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from chatlm.common.errors import ConfigError, lack_of_memory, named, shown
+from chatlm.common.files import read_small, read_text
+from chatlm.common.messages.requests import TextSpec
+from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.model.kernels import choose_backend
+from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.weights.adapters import Adaptable
+from chatlm.worker.weights.assemble import (
+    UNREAD, assembled, check_names_and_shapes, file_shapes, tensor_sources)
+from chatlm.worker.weights.huggingface import hf_text
+from chatlm.worker.weights.layernorms import GPT2_TENSORS
+from chatlm.worker.weights.lora import FileSlice, read_adapters
+from chatlm.worker.weights.nanochat import (
+    PLAIN_TENSORS, PlainUnpickler, load_checkpoint, plain_state, tensor_words)
+from chatlm.worker.weights.rules import (
+    MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_divides,
+    checked, float_type, read_json)
+from chatlm.worker.weights.trial import refuse_endless
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import ModelSource
+
+MODEL_ARGS = {
+    "n_layer": Rule(int, 1, MOST_LAYERS), "n_head": Rule(int, 1, MOST_HEADS),
+    "n_embd": Rule(int, 2, MOST_CHANNELS), "block_size": Rule(int, 16, MOST_POSITIONS),
+    "vocab_size": Rule(int, 1, MOST_TOKENS), "bias": Rule(bool), "dropout": Rule(float, 0, 1)}
+GPT2_TOKENS = 50_257
+BPE_FILES = ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")  # on the hub; by OpenAI
+
+
+def open_nanogpt(source: ModelSource, settings: Settings, device) -> LoadedModel:
+    checkpoint = load_checkpoint(source.path)
+    args = model_args(source.path, checkpoint.get("model_args"))
+    state = own_tensors(source.path, checkpoint.get("model"))
+    text = nanogpt_text(source.path, checkpoint.get("config"), args["vocab_size"])
+    spec = nanogpt_spec(args, open_tokenizer(text).vocab_size, "lm_head.weight" not in state)
+    sources = tensor_sources(spec, GPT2_TENSORS | {"head": ("lm_head.weight",)}, args["vocab_size"])
+    check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
+                           sources)
+    dtype = float_type(settings, choose_backend(device, spec))
+    matrices = {name: shape for name, shape in file_shapes(sources).items()
+                if len(shape) == 2 and ".wpe." not in name}
+    slices, names = {name: [FileSlice(name)] for name in matrices}, (source.name, str(source.path))
+    added, adapted = read_adapters(settings, matrices, slices, names)
+
+    def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        for change in added.get(name, ()):
+            tensor = change.on(tensor)
+        return tensor
+
+    tensors = assembled(source.path, settings, sources, state, dtype, changed)
+    adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices,
+                          lambda name, rows: rows, {})
+    description = f"nanoGPT, {spec.layers} layers, width {spec.width}{adapted}"
+    return LoadedModel(spec, tensors, text, source.name, description, dtype, family="nanogpt",
+                       adaptable=adaptable)
+
+
+def model_args(path: Path, stated) -> dict:
+    if not isinstance(stated, dict):
+        raise ConfigError(f"{path} is not nanoGPT's: model_args is {shown(stated)}; it must be a dict")
+    if unknown := [key for key in stated if key not in MODEL_ARGS]:
+        raise ConfigError(f"{path}: model_args has the key {shown(unknown[0])}; known are "
+                          f"{', '.join(MODEL_ARGS)}")
+    args = {"bias": True, "dropout": 0.0} | stated
+    args = {key: checked(path, f"model_args.{key}", args.get(key), rule) for key, rule in MODEL_ARGS.items()}
+    check_divides(path, "model_args.n_embd", args["n_embd"], 2 * args["n_head"], "2 * n_head")
+    return args
+
+
+def own_tensors(path: Path, state) -> dict[str, torch.Tensor]:
+    """The model's tensors without masks, and without a head that is the embedding, as nanoGPT makes it."""
+    if not isinstance(state, dict):
+        raise ConfigError(f"{path}: model is {shown(state)}; it must be a state dict")
+    own = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in state.items()
+           if not re.match(UNREAD, str(name))}
+    both = own.get("lm_head.weight"), own.get("transformer.wte.weight")
+    plain = all(tensor_words(tensor) in PLAIN_TENSORS for tensor in both)
+    if plain and len({tensor.data_ptr() for tensor in both if tensor is not None}) == 1:
+        del own["lm_head.weight"]
+    return plain_state(path, own)
+
+
+def nanogpt_spec(args: Mapping, vocab_size: int, tied: bool) -> ModelSpec:
+    """`vocab_size` is the tokenizer's: rows beyond it are padding, and such ids are never drawn."""
+    C, H, biased = args["n_embd"], args["n_head"], args["bias"]
+    return ModelSpec(
+        vocab_size=vocab_size, layers=args["n_layer"], width=C, heads=H, kv_heads=H, head_size=C // H,
+        ffn_size=4 * C, max_positions=args["block_size"], positions=args["block_size"], rope_size=0,
+        norm_eps=1e-5, layer_norms=True, norm_biases=biased, qkv_bias=biased, output_bias=biased,
+        ffn_bias=biased, activation="gelu_erf", tied_head=tied)
+
+
+def nanogpt_text(path: Path, config, vocab_size: int) -> TextSpec:
+    """The tokenizer: meta.pkl next to the checkpoint, or where nanoGPT's data/<dataset> lies next to its
+    folder; for GPT-2's vocabulary the files of its BPE next to the checkpoint."""
+    folder, looked_for = path.parent, [path.with_name("meta.pkl")]
+    dataset = config.get("dataset") if isinstance(config, dict) else None
+    if isinstance(dataset, str) and dataset not in ("", "..") and Path(dataset).name == dataset:
+        looked_for.append(folder.parent / "data" / dataset / "meta.pkl")
+    if found := next((meta for meta in looked_for if meta.exists()), None):
+        return fitting(found, path, characters_of(found), vocab_size)
+    if (folder / "tokenizer.json").exists():
+        return fitting(folder / "tokenizer.json", path, hf_text(folder, vocab_size), vocab_size)
+    for vocabulary, merges in BPE_FILES:
+        if (folder / vocabulary).exists() and (folder / merges).exists():
+            text = gpt2_text(folder / vocabulary, folder / merges)
+            return fitting(folder / vocabulary, path, text, vocab_size)
+    needs = (f"{folder} needs GPT-2's tokenizer.json, or its vocab.json and merges.txt"
+             if vocab_size >= GPT2_TOKENS else "looked for " + ", ".join(map(str, looked_for)))
+    raise ConfigError(f"the tokenizer of {path} is missing: the model has {vocab_size:,} tokens; {needs}")
+
+
+def fitting(path: Path, model: Path, text: TextSpec, vocab_size: int) -> TextSpec:
+    if (size := open_tokenizer(text).vocab_size) > vocab_size:
+        raise ConfigError(f"{path} does not fit {model}: it has {size:,} tokens, the model {vocab_size:,}")
+    return text
+
+
+class MetaUnpickler(PlainUnpickler):
+    owner = "vocabulary of characters"
+
+
+def characters_of(path: Path) -> TextSpec:
+    """nanoGPT's vocabulary of characters. ConfigError if meta.pkl has anything but dict, str and int."""
+    data = read_small(path)
+    try:
+        meta = MetaUnpickler(io.BytesIO(data)).load()
+        ids, characters = (meta[key] for key in ("stoi", "itos"))
+        if not (type(ids) is type(characters) is dict and set(map(type, ids)) == {str}
+                and set(map(len, ids)) == {1} and sorted(ids.values()) == [*range(len(ids))]
+                and characters == {token: character for character, token in ids.items()}):
+            raise ValueError("stoi does not give each of some characters one of the ids from 0 on, or itos "
+                             "is another table")
+        payload = json.dumps([characters[token] for token in range(len(ids))])
+        "".join(ids).encode()
+    except Exception as error:  # a hostile or truncated pickle can raise nearly anything
+        raise lack_of_memory(error) or ConfigError(
+            f"{path} is not nanoGPT's vocabulary of characters: {named(error)}") from None
+    return TextSpec("characters", payload.encode())
+
+
+def gpt2_text(vocabulary: Path, merges: Path) -> TextSpec:
+    """GPT-2's BPE from its two files, as a tokenizer.json."""
+    tokens, end = read_json(vocabulary), "<|endoftext|>"
+    ids = Rule(int, 0, MOST_TOKENS - 1)
+    if not ids.allows(list(tokens.values())) or type(tokens.get(end)) is not int:
+        raise ConfigError(f"{vocabulary} does not map tokens, {end} among them, to ids, each {ids.allowed}")
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    pairs = [line for line in read_text(merges).split("\n") if line and not line.startswith("#version")]
+    special = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+    payload = {"version": "1.0", "pre_tokenizer": level, "decoder": level,
+               "added_tokens": [special | {"id": tokens[end], "content": end, "special": True}],
+               "model": {"type": "BPE", "vocab": tokens, "merges": pairs}}
+    text = TextSpec("hf", json.dumps(payload).encode(), stop_tokens=frozenset({tokens[end]}),
+                    bos_token=tokens[end], eos_token=tokens[end])
+    refuse_endless(vocabulary, text)
+    return text
