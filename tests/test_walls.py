@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from chatlm.worker.model.spec import UNGATED
+from chatlm.worker.ops import basic
 from real_server import ask, post, server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,3 +95,12 @@ def test_no_process_has_imported_what_is_for_another_house(nanochat_fixtures, tm
                             "worker": ("aiohttp", "chatlm.front", "chatlm.terminal"), "rank": ("aiohttp", "chatlm.front", "chatlm.terminal")}.items():
         assert [name for name in sorted(modules[role]) if name.startswith(tuple(f"{each}." for each in forbidden)) or name in forbidden] == [], role
     assert {"torch", "chatlm.worker.process"} <= modules["worker"] & modules["rank"] and "aiohttp" in modules["front"]
+
+
+def test_a_worker_joins_its_parent_before_it_imports_torch():
+    code = "import sys; from chatlm.worker import entry; print(sorted({'torch', 'numpy', 'gguf'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split() == ["[]"]
+
+
+def test_the_names_of_activations_without_gates_are_those_that_have_a_reference():
+    assert set(UNGATED) == set(basic.UNGATED) and not set(UNGATED) & set(basic.GATES)

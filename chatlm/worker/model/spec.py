@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from chatlm.common.config import PACKED_BLOCK, PAGE_SIZE
-from chatlm.worker.ops.basic import UNGATED
 
 
 @dataclass(frozen=True)
@@ -317,6 +316,9 @@ class PageLayout(NamedTuple):
         return (offset * count, self.own) if self.own else (offset, self.size)
 
 
+UNGATED = ("relu2", "gelu_erf", "gelu_tanh")  # activations of a feed-forward part without gates
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Everything that distinguishes one model from another; made by a loader, read by `Transformer.forward`.
@@ -364,7 +366,7 @@ class ModelSpec:
     attentions: tuple[Attention, ...] = ()  # of each layer, where they differ; see `attention`
     q_growth: tuple[float, ...] = ()  # (beta, n): and 1 + beta * ln(1 + position // n)
     attention_softcap: float = 0.0    # scores = c * tanh(scores / c), before the mask; 0 = none
-    activation: str = "swiglu"        # one of GATES or UNGATED
+    activation: str = "swiglu"        # one of ops' GATES, or of UNGATED
     experts: int = 0                  # of each layer, F wide; 0: its feed-forward part is one dense one
     dense_layers: tuple[int, ...] = ()  # layers that have none nonetheless
     dense_size: int = 0               # width of the feed-forward part of these
