@@ -23,7 +23,8 @@ YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
 CONVERTED = {               # what a GGUF file of each can say. Of gemma the converter wants a vocabulary of its own
     **dict.fromkeys(("llama2", "llama3.1", "llama3.2", "qwen2.5", "qwen3", "smollm3", "phi3", "phi3-long", "qwen3moe-normed", "gpt-oss",
                      "granite", "granite-moe", "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3",
-                     "gemma4", "gemma4moe", "lfm2", "lfm2moe", "granite4h", "qwen3.5", "qwen3.5moe", "qwen3next"), {}),
+                     "gemma4", "gemma4moe", "lfm2", "lfm2moe", "granite4h", "qwen3.5", "qwen3.5moe", "qwen3next"), {}), "gpt2": {"n_inner": None}, "cohere2": {"vocab_size": 320, "head_dim": 16},
+    "starcoder2": {"sliding_window": 4096}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 4096},
     **dict.fromkeys(("mistral", "mixtral"), {"sliding_window": None}), "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None},
     "granite4-dense": {"position_embedding_type": "rope"}, "hunyuan": {"max_position_embeddings": 32_768}}
 VARIANTS = {                # name -> (of MODELS, what differs)
@@ -43,6 +44,8 @@ def write_case(folder, name, changes):
     tokenizer["added_tokens"] += [special | {"id": id, "content": "<|endoftext|>" if id == 261 else f"<|{id}|>"} for id in range(261, 288)]
     path.write_text(json.dumps(tokenizer))
     config = json.loads((folder / "config.json").read_text())
+    if old := {"gpt2": {"n_ctx": 512}, "cohere2": {"rotary_pct": 1.0}}.get(name):       # keys of published files
+        (folder / "config.json").write_text(json.dumps(config | old))
     if MODELS[name][0] == "granitemoehybrid":   # in its makers' words
         names = {"full_attention": "attention", "linear_attention": "mamba"}
         (folder / "config.json").write_text(json.dumps(config | {"layer_types": [names[kind] for kind in config["layer_types"]]}))

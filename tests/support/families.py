@@ -122,8 +122,8 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
                                        use_expert_bias=False, conv_bias=True, tie_word_embeddings=False,
                                        layer_types=["full_attention", "conv", "conv", "full_attention"])),
     "gpt2": ("gpt2", NO_LLAMA | dict(n_inner=96, layer_norm_epsilon=1e-3)),
-    "gpt2-untied": ("gpt2", NO_LLAMA | dict(tie_word_embeddings=False, activation_function="gelu", num_attention_heads=2)),
-    "pythia": ("gpt_neox", NO_LLAMA | dict(intermediate_size=96, layer_norm_eps=1e-3, num_attention_heads=2)),
+    "gpt2-untied": ("gpt2", NO_LLAMA | dict(tie_word_embeddings=False, activation_function="gelu")),
+    "pythia": ("gpt_neox", NO_LLAMA | dict(intermediate_size=96, layer_norm_eps=1e-3)),
     "gptneox-serial": ("gpt_neox", NO_LLAMA | dict(
         intermediate_size=96, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new", tie_word_embeddings=True,
         rope_parameters=dict(rope_type="default", rope_theta=1e5, partial_rotary_factor=1.0))),
@@ -135,11 +135,16 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
 }
 
 
+def tiny_config(name, **changes):
+    import transformers
+    kind, own = MODELS[name]
+    return transformers.AutoConfig.for_model(kind, **{key: value for key, value in {**TINY, **own, **changes}.items() if value is not ...})
+
+
 def make_model(name, seed=0, **changes):
     """A transformers model whose every norm and bias is off its default."""
     import transformers
-    kind, own = MODELS[name]
-    config = transformers.AutoConfig.for_model(kind, **{key: value for key, value in {**TINY, **own, **changes}.items() if value is not ...})
+    kind, config = MODELS[name][0], tiny_config(name, **changes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():

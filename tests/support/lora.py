@@ -30,6 +30,8 @@ OPTIONS = {         # model -> the options of its adapter
     "qwen2": {"targets": ["embed_tokens", "lm_head", "v_proj"]}, "nanochat": {"targets": "all-linear"}, "glm4": {"targets": ["q_proj", "k_proj", "gate_up_proj"]},
     "lfm2": {"targets": ["q_proj", "in_proj", "out_proj", "w1", "w2"]}, "qwen3.5": {"targets": ["q_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "down_proj"]},
     "qwen3.5moe": {"targets": ["k_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"]},
+    "gpt2": {"targets": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}, "pythia": {"targets": ["query_key_value", "dense_h_to_4h", "dense"]},
+    "starcoder2": {"targets": ["q_proj", "o_proj", "c_fc", "c_proj"]}, "cohere2": {"targets": LINEAR},
     "lfm2moe": {"targets": ["q_proj", "in_proj", "out_proj", "w1"]}, "granite4h": {"targets": ["q_proj", "in_proj", "out_proj", "shared_mlp.input_linear", "shared_mlp.output_linear"]},
     "granite4h-dense": {"targets": ["v_proj", "in_proj", "shared_mlp.input_linear", "shared_mlp.output_linear"]},
     "qwen3next": {"targets": ["q_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"]},

@@ -137,12 +137,13 @@ FAMILIES = {
         gguf=gguf("starcoder2", unsaid=lambda config: {"sliding_window": config["sliding_window"] or 4096})),
     "cohere2": Family(
         "Cohere 2", {
-            "layer_switch": None, "order_of_interleaved_layers": "local_attn_first",
+            "rotary_pct": 1.0, "layer_switch": None, "order_of_interleaved_layers": "local_attn_first",
             "position_embedding_type": "rope_gptj",
             "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "sliding_window": 4096, "layer_types": None,
             "sliding_window_pattern": 4, "attention_bias": False, "tie_word_embeddings": True},
         {"layer_norms": True, "parallel": True, "one_norm": True}, {}, keys={
-            "layer_norm_eps": EPSILON, "logit_scale": Rule(float, 1e-4, 10**6),
+            "rotary_pct": Rule(float, 1, 1), "layer_norm_eps": EPSILON,
+            "logit_scale": Rule(float, 1e-4, 10**6),
             "order_of_interleaved_layers": Rule(str, choices=("local_attn_first",)),
             "position_embedding_type": Rule(str, choices=("rope_gptj",))},
         has_window=lambda config, layer: (layer + 1) % config["sliding_window_pattern"],

@@ -70,9 +70,9 @@ class Copy(NamedTuple):
 LORA_KEYS = {"r": Rule(int, 1, 1 << 16), "lora_alpha": Rule(float, -10**6, 10**6), "use_rslora": Rule(bool)}
 # The layout of the product, or how training went; all other keys must be empty or false.
 LORA_INERT = set("""alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying
-    eva_config exclude_modules inference_mode init_lora_weights layers_pattern layers_to_transform
-    loftq_config lora_dropout lora_ga_config megatron_core modules_to_save peft_type peft_version
-    qalora_group_size rank_pattern revision target_modules task_type""".split())
+    eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern
+    layers_to_transform loftq_config lora_dropout lora_ga_config megatron_core modules_to_save peft_type
+    peft_version qalora_group_size rank_pattern revision target_modules task_type""".split())
 
 
 def fused_slices(slices: Mapping[str, list[FileSlice]], shapes: Mapping[str, tuple],

@@ -29,7 +29,7 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 
 # gemma2: windows and capped scores; gpt-oss: sinks; gemma4: some heads of 16, which stay floats, others of 32; qwen3.5: layers with states
-FAMILIES = ["gemma2", "gpt-oss", "gemma4", "qwen3", "qwen3.5"]
+FAMILIES = ["gemma2", "gpt-oss", "gemma4", "qwen3", "qwen3.5", "cohere2"]
 
 
 @pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")

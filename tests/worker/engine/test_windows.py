@@ -23,7 +23,7 @@ from families import load
 from nightly import by_day
 from works import assignment
 
-WINDOWED = ["gemma3", "gemma2", "mistral", "qwen2"]     # 5 of 6 layers, half of them in turn, all, the last ones
+WINDOWED = ["gemma3", "gemma2", "mistral", "qwen2", "cohere2"]     # 5 of 6 layers, half of them in turn, all, the last ones, 4 of 5
 
 SHARED = ["gemma4", "gemma4moe"]        # whose layers differ in more, and some of which read others' keys
 
@@ -52,7 +52,7 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", by_day(WINDOWED, "gemma3"))
+@pytest.mark.parametrize("name", by_day(WINDOWED, "gemma3", "cohere2"))
 def test_pages_are_given_back_and_answers_stay_transformers(made_model, name, backend):
     folder, cases = made_model(name)
     engine = make_engine(folder, num_pages=400, prefill_chunk=32, max_batch=4, reference=backend == "reference", apart=True)
@@ -60,7 +60,7 @@ def test_pages_are_given_back_and_answers_stay_transformers(made_model, name, ba
     assert groups.holes and engine.kernels.row_invariant == (backend == "decode_core")
     _, most = check(engine, cases)
     whole = sum(-(-(len(case.prompt) + 64) // PAGE_SIZE) for case in cases) * len(groups.windows)
-    assert most < {"gemma3": 0.6, "gemma2": 0.75, "mistral": 0.5, "qwen2": 0.75}[name] * whole
+    assert most < {"gemma3": 0.6, "gemma2": 0.75, "mistral": 0.5, "qwen2": 0.75, "cohere2": 0.6}[name] * whole
     again, _ = check(engine, cases)         # from the prefix cache
     assert all(end.usage.cached_tokens > 0 for end in again.end.values())
     check(engine, cases, ahead=True)

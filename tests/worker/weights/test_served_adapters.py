@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SERVED = OPTIONS | {"qwen2": {"targets": ["lm_head", "v_proj", "down_proj"]}}
 del SERVED["nanochat"]
 SERVED = {name: options for name, options in SERVED.items() if name in ("llama3.1", "gemma3", "phi3", "qwen3", "qwen2", "glm4", "lfm2",
-          "qwen3.5", "qwen3.5moe", "gemma4moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next")}
+          "qwen3.5", "qwen3.5moe", "gemma4moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next", "gpt2", "pythia", "starcoder2", "cohere2")}
 
 
 class WithAdapter:
@@ -43,7 +43,7 @@ def backends(model):
     return ["reference"] + ["decode_core"] * (decode_core() is not None and not not_compiled(model.spec))
 
 
-@pytest.mark.parametrize("name", by_day(SERVED, "llama3.1", "gemma3", "phi3", "qwen2"))
+@pytest.mark.parametrize("name", by_day(SERVED, "llama3.1", "gemma3", "phi3", "qwen2", "cohere2"))
 def test_an_adapter_served_with_its_base_gives_the_logits_and_tokens_of_pefts_merged_model(name, tmp_path):
     model = make_model(name)
     folder = save(model, tmp_path / "base")
@@ -54,7 +54,7 @@ def test_an_adapter_served_with_its_base_gives_the_logits_and_tokens_of_pefts_me
               tolerance=3e-4 if name == "qwen3next" else 1e-4)
 
 
-@pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "glm4", "gemma3", "qwen3.5", "granite4h"], "llama3.1", "phi3"))
+@pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "glm4", "gemma3", "qwen3.5", "granite4h", "pythia", "cohere2"], "llama3.1", "phi3", "pythia"))
 def test_an_adapter_served_with_a_gguf_base_does_what_merging_it_does(name, tmp_path):
     """Floats and packed weights; the rows of q and k lie otherwise in some of the files."""
     model = make_model(name, **{"gemma3": {"query_pre_attn_scalar": 32}, "granite4h": {"shared_intermediate_size": 64}}.get(name, {}))
