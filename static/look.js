@@ -248,6 +248,7 @@ register({
 // compare --------------------------------------------------------------------------------------------------------------
 
 const MOST_COLUMNS = 4;
+const canCompare = node => canLook(node) && Boolean(state.model.can.compare) && state.model.api === "v1" && Boolean(node.content);
 const VARIED = ["temperature", "top_k", "seed"];      // what each column may vary, besides its model
 
 function openCompare(node) {
@@ -407,9 +408,35 @@ register({
   },
   answer: {
     buttons: view => [view.compare = iconButton(TEXT.compare, "columns", () => openCompare(view.node))],
-    update({node, compare}) {
-      compare.hidden = !canLook(node) || !state.model.can.compare || state.model.api !== "v1" || !node.content;
+    update(view) {
+      view.compare.hidden = !canCompare(view.node);
+      updateMaker(view);
     },
+  },
+});
+
+// what made an answer ---------------------------------------------------------------------------------------------------
+
+// The model of an answer, with the step of a training run or the base of an adapter, and what its chat had changed.
+function makerOf(node) {
+  const listed = state.models.find(({id, now}) => !now && id === node.model), {defaults} = listed ?? {};
+  const changed = changesOf({parameters: node.parameters, system: systemOf(node)}, defaults);
+  return node.model ? [TEXT.modelBy(node.model, listed, baseOf(listed)?.id), ...changed].join(" · ") : "";
+}
+
+// A line under the answer. Where answers can be compared, it opens the comparison.
+function updateMaker(view) {
+  const {node} = view, text = makerOf(node), compares = canCompare(node), key = `${compares} ${text}`;
+  view.maker ??= element("p", {className: "maker"});
+  if (!view.maker.parentNode) view.actions.after(view.maker);
+  if (view.made === key) return;
+  view.made = key;
+  view.maker.replaceChildren(compares ? element("button", {type: "button", title: TEXT.compareHint, textContent: text, onclick: () => openCompare(view.node)}) : text);
+}
+
+register({
+  strings: {
+    modelBy: (name, {run, step, id} = {}, base) => run && step !== undefined ? `${run}, step ${number(step)}` : base && base !== id ? `${name}, adapter of ${base}` : name,
   },
 });
 

@@ -53,6 +53,21 @@ function takeSettings() {
   changeChat(state.chat, {system: $("system").value, parameters});
 }
 
+// What differs from a model's defaults, in words: "temperature 0.2", "system prompt".
+function changesOf({parameters = {}, system = ""}, defaults = {}) {
+  const set = PARAMETERS.filter(({name}) => parameters[name] !== undefined && parameters[name] !== defaults[name]);
+  const others = {system: system.trim(), tools: parameters.tools?.length, response_format: parameters.response_format, stop: parameters.stop?.length};
+  return [...set.map(({name}) => TEXT.isSet(TEXT.parameters[name], parameters[name])), ...Object.keys(others).filter(name => others[name]).map(name => TEXT.others[name])];
+}
+
+// The chip beside the model: what this chat has changed.
+function renderChanged() {
+  const changed = changesOf(state.chat, state.model.defaults);
+  setText($("changed"), changed.join(" · "));
+  $("changed").title = $("changed").textContent;
+  $("changed").hidden = !changed.length;
+}
+
 const PRESETS = {precise: {temperature: 0.2, top_p: 0.9}, creative: {temperature: 1.1, min_p: 0.05}, repeatable: {temperature: 0}};
 
 function choosePreset(name) {
@@ -189,6 +204,8 @@ register({
     choosePreset: "Choose…", presets: {precise: "Precise", creative: "Creative", repeatable: "Repeatable"}, presetName: "Name of the preset",
     savePreset: "Save as preset", deletePreset: "Delete preset", presetSaved: name => `Saved as “${name}”`,
     moreParameters: "More parameters", default: "default", random: "random", restOfContext: "rest of context", stopStrings: "Stop strings, one per line", none: "none",
+    isSet: (name, value) => `${/^\p{Lu}\p{Ll}/u.test(name) ? name[0].toLowerCase() + name.slice(1) : name} ${value}`,
+    others: {system: "system prompt", tools: "functions", response_format: "answer format", stop: "stop strings"},
     clicks: "Click a message to edit it, an answer to regenerate it", titles: "Let the model name new chats",
     titleRequest: (question, answer) => `Question: ${question}\n\nAnswer: ${answer}\n\nWrite a title of two to six words for this conversation. Write nothing else.`,
     notify: "Notify me when an answer ends in the background", notifyRefused: "The browser does not allow notifications from this page.",
@@ -205,7 +222,7 @@ register({
     bytes: count => count < 1e9 ? `${number(Math.round(count / 1e6))} MB` : `${number(count / 1e9)} GB`,
   },
   bind() {
-    $("settings").onclick = openSettings;
+    $("settings").onclick = $("changed").onclick = openSettings;
     const dialog = $("settings-dialog");
     const inGrid = PARAMETERS.filter(({apart}) => !apart), labels = inGrid.map(({name, min, max, step, choices}) => {
       const field = choices ? element("select", {}, ...["", ...choices].map(value => element("option", {value, textContent: value || TEXT.default})))
@@ -240,7 +257,10 @@ register({
     for (const event of ["pointerdown", "focus"]) $("models").addEventListener(event, lookAtModels);
   },
   menu: () => [[TEXT.prompts, "prompt", openPrompts], [TEXT.server, "server", () => openServer()]],
-  render: renderModels,
+  render() {
+    renderModels();
+    renderChanged();
+  },
 });
 
 // functions and formats ------------------------------------------------------------------------------------------------
@@ -487,6 +507,6 @@ register({
   },
 });
 
-share({openServer, keyText, wantKey, useServer, wantedServer, growCalls, isAnswered, messagesOfCalls, calculated,
+share({changesOf, openServer, keyText, wantKey, useServer, wantedServer, growCalls, isAnswered, messagesOfCalls, calculated,
   ownPrompts, keepPrompts, usePrompt, takePrompts});
 }

@@ -126,3 +126,35 @@ def test_columns_of_a_comparison_have_adapters(browser, tmp_path):
         button(answers(page), "Run again").click()
         expect(answers(page)).to_contain_text("Run again: the same 8 tokens.", timeout=SLOW_MS)
         assert page.evaluate("lastNode().weights") == page.evaluate("weightsOf('tone')") != page.evaluate("weightsOf('law')")
+
+
+def test_each_answer_says_what_made_it_and_leads_to_a_comparison(page, stand_in):
+    of_run = {"owned_by": "chat_server", "context_length": 8192, "state": "ready", "capabilities": {"token_ids": True, "compare": True},
+              "defaults": {"temperature": 0.7}}
+    stand_in.several = [of_run | {"id": "d2@60", "run": "d2", "step": 60, "aliases": ["d2@latest"], "default": True},
+                        of_run | {"id": "law", "parent": "d2@60", "root": "d2@60"}]
+    stand_in.model["id"] = "stand-in-135m"
+    open_page(page, stand_in.url)
+    chip = page.locator("#changed")
+    expect(chip).to_be_hidden()
+    for text in ("/temperature 0.7", "/topk 3", "/system Be brief."):           # 0.7 is the default
+        command(page, text)
+    expect(chip).to_have_text("top-k 3 · system prompt")
+    ask(page, "one")
+    expect_answered(page)
+    maker = answers(page).locator(".maker")
+    expect(maker).to_have_text("stand-in-135m · temperature 0.7 · top-k 3 · system prompt")     # not listed: nothing is known of its defaults
+    page.evaluate("lastNode().model = 'd2@60'; render()")
+    expect(maker).to_have_text("d2, step 60 · top-k 3 · system prompt")
+    page.evaluate("lastNode().model = 'law'; render()")
+    expect(maker).to_have_text("law, adapter of d2@60 · top-k 3 · system prompt")
+    command(page, "/topk")                                      # of the next answer
+    expect(chip).to_have_text("system prompt")
+    expect(maker).to_contain_text("top-k 3")
+    expect_accessible(page)
+    maker.get_by_role("button").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog", name="Compare")).to_be_visible()
+    page.keyboard.press("Escape")
+    chip.click()
+    expect(page.get_by_role("dialog", name="Settings")).to_be_visible()
