@@ -355,7 +355,7 @@ async function takeOverOldChat() {
 register({
   strings: {
     notJson: name => `${name} is not a conversation: it is not valid JSON.`,
-    notAChat: name => `${name} is not a conversation: it must be JSON with "conversations", or with a list "messages" of {role, content}.`,
+    notAChat: name => `${name} is not a conversation: it must be JSON with "conversations", with a list "messages" of {role, content}, or an export of ChatGPT or Open WebUI.`,
     badMessage: (name, chat, i) => `${name} is not a conversation: message ${i + 1} of chat ${chat + 1} lacks a role or text.`,
     sameIds: name => `${name} is not a conversation: two messages have the same id.`,
     messages: count => plural(count, "message", "messages"), importTitle: name => `Import ${name}?`, leaveIt: "Leave it",

@@ -583,3 +583,55 @@ def test_a_list_of_messages_and_a_file_of_version_1_can_be_imported(page, stand_
         expect_answered(page, 2)
         assert stand_in.bodies[-1]["messages"][0] == {"role": "system", "content": system}
     assert stand_in.bodies[-1]["top_k"] == 7
+
+
+def said_by(role, text="", **more):
+    """A message of ChatGPT's export."""
+    return {"author": {"role": role}, "create_time": 1700000001.5, "content": {"content_type": "text", "parts": [text]}, "recipient": "all", "metadata": {}} | more
+
+
+def test_an_export_of_chatgpt_can_be_imported_with_its_branches(page, stand_in, tmp_path):
+    mapping = {"root": (None, None), "hidden": ("root", said_by("system")), "q": ("hidden", said_by("user", "What is a mill?")),
+               "old": ("q", said_by("assistant", "A machine.", metadata={"model_slug": "gpt-4"})),
+               "thought": ("q", said_by("assistant", content={"content_type": "thoughts", "thoughts": [{"summary": "s", "content": "Mills grind."}]})),
+               "call": ("thought", said_by("assistant", "search()", recipient="web")), "result": ("call", said_by("tool", "found")),
+               "new": ("result", said_by("assistant", "It grinds **corn**.", create_time=1700000009, metadata={"model_slug": "gpt-5"})),
+               "q2": ("new", said_by("user", content={"content_type": "multimodal_text", "parts": [{"asset_pointer": "x"}, "And this?"]}))}
+    chat = {"title": "Mills", "create_time": 1700000000.25, "update_time": 1700000100, "current_node": "q2",
+            "mapping": {id: {"id": id, "parent": parent, "message": message, "children": []} for id, (parent, message) in mapping.items()}}
+    (tmp_path / "conversations.json").write_text(json.dumps([chat, {"title": "empty", "mapping": {"root": {"id": "root", "parent": None, "message": None}}}]))
+    open_page(page, stand_in.url)
+    imported(page, tmp_path / "conversations.json")
+    expect(page.get_by_role("log").get_by_text("Imported 1 chat with 4 messages")).to_be_visible()
+    expect(said(questions(page))).to_have_text(["What is a mill?", "And this?"])
+    expect(said(answers(page))).to_have_text("It grinds corn.")
+    expect(answers(page)).to_contain_text("2/2")
+    assert page.evaluate("(({title, created}) => [title, created])(state.chat)") == ["Mills", 1700000000250]
+    assert page.evaluate("(({model, reasoning}) => [model, reasoning])(state.path[1])") == ["gpt-5", "Mills grind."]
+    button(page, "Previous answer").click()
+    expect(said(answers(page))).to_have_text("A machine.")
+    ask(page, "and?")
+    expect_answered(page, 2)
+
+
+def test_an_export_of_open_webui_can_be_imported(page, stand_in, tmp_path):
+    thoughts = '<details type="reasoning" done="true" duration="2">\n<summary>Thought for 2 seconds</summary>\n> Two\n> lines.\n</details>\n'
+    messages = {"a": {"id": "a", "parentId": None, "role": "user", "content": "hello", "timestamp": 1700000000},
+                "b": {"id": "b", "parentId": "a", "role": "assistant", "content": thoughts + "Hi.", "model": "llama3.2:1b", "timestamp": 1700000001},
+                "c": {"id": "c", "parentId": "a", "role": "assistant", "content": "Good day.", "model": "qwen3", "timestamp": 1700000002}}
+    chat = {"id": "x", "title": "Greetings", "created_at": 1700000000, "updated_at": 1700000009, "pinned": True,
+            "chat": {"params": {"system": "Be kind."}, "history": {"messages": messages, "currentId": "b"}, "messages": []}}
+    bare = {"chat": {"title": "In a row", "timestamp": 1700000000123, "messages": [{"id": "1", "role": "user", "content": "one"}, {"id": "2", "role": "assistant", "content": "two"}]}}
+    (tmp_path / "export.json").write_text(json.dumps([chat, bare]))
+    open_page(page, stand_in.url)
+    imported(page, tmp_path / "export.json")
+    expect(page.get_by_role("log").get_by_text("Imported 2 chats with 5 messages")).to_be_visible()
+    expect(said(answers(page))).to_have_text("Hi.")
+    expect(answers(page)).to_contain_text("1/2")
+    assert page.evaluate("(({reasoning, model}) => [reasoning, model])(lastNode())") == ["Two\nlines.", "llama3.2:1b"]
+    assert page.evaluate("(({system, pinned, created}) => [system, pinned, created])(state.chat)") == ["Be kind.", True, 1700000000000]
+    chats(page).filter(has_text="In a row").click()
+    expect(said(answers(page))).to_have_text("two")
+    (tmp_path / "nothing.json").write_text(json.dumps([{"title": "x", "mapping": {}}]))
+    page.locator("#import-file").set_input_files(tmp_path / "nothing.json")
+    expect(page.get_by_role("log").get_by_text("nothing.json is not a conversation")).to_be_visible()
