@@ -230,15 +230,17 @@ class Program:
                      norm_weight=norm_at, eps=eps, bias=bias_at, activation=code, residual=residual_at, adapted=number, out=out_at)
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen: int, sum_to_one: bool,
-                residual: bool = True, sigmoids: bool = False, choice_bias=None, scales=None) -> None:
+                residual: bool = True, sigmoids: bool = False, choice_bias=None, scales=None, jitter=None) -> None:
         """x (unless not `residual`) + the sum over each row's experts of share * (activation(norm(x) gate_up^T + bias) down^T + bias) -> out, which may be x.
 
         A row's experts are the `chosen` ones with the largest of its logits (max_tokens, E), of equal ones the lower ids; their
         shares are the softmax over their logits, or over all E unless sum_to_one. With `sigmoids` they have the largest
         sigmoid(logit) + choice_bias (E) (or None), and share by these sigmoids' part of their sum. Each share is
-        multiplied by the expert's of `scales` (E), if given. gate_up (2 * E * F, C) holds all experts' gates and ups, whose tiles
+        multiplied by the expert's of `scales` (E), if given. A router with `jitter` is not compiled. gate_up (2 * E * F, C) holds all experts' gates and ups, whose tiles
         alternate; down (E * C, F); biases of each, in the order of the tiles' rows, or None.
         """
+        if jitter is not None:
+            raise ValueError(f"jitter: must be None, not {jitter!r}")
         for name, matrix in (("gate_up", gate_up), ("down", down)):
             check_matrix(matrix, name)
         (x_at, rows_of), (logits_at, logits_rows) = self._buffers.read("x", x, 16), self._buffers.read("logits", logits)

@@ -130,6 +130,10 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "starcoder2": ("starcoder2", dict(rms_norm_eps=..., norm_epsilon=1e-3, sliding_window=24)),
     "starcoder2-plain": ("starcoder2", dict(rms_norm_eps=..., use_bias=False, tie_word_embeddings=False, hidden_act="gelu", head_dim=...)),
     "cohere2": ("cohere2", dict(rms_norm_eps=..., layer_norm_eps=1e-3, num_hidden_layers=5, sliding_window=24, logit_scale=0.5, head_dim=32)),
+    "phimoe": ("phimoe", dict(num_local_experts=6, attention_bias=True, lm_head_bias=True, router_jitter_noise=0.2, rope_parameters=LONG | {
+        "short_factor": LONG["long_factor"], "partial_rotary_factor": 1.0, "rope_type": "longrope", "original_max_position_embeddings": 128,
+        "short_mscale": 1.1, "long_mscale": 1.1} | dict.fromkeys(("short_factor", "long_factor"), [1.0 + i / 4 for i in range(8)]))),
+    "phimoe-plain": ("phimoe", dict(num_local_experts=4, num_key_value_heads=4, router_jitter_noise=0.01)),
     "lfm2-bias": ("lfm2", dict(norm_eps=1e-3, conv_bias=True, conv_L_cache=5, block_auto_adjust_ff_dim=False,
                                layer_types=["conv", "full_attention", "conv", "full_attention"])),
 }

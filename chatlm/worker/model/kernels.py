@@ -287,6 +287,8 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
             attn.value_size != attn.head_size for attn in attentions),
         "attention of several kinds on a GPU": not uniform(spec) and on_gpu,
         "LayerNorm on a GPU": spec.layer_norms and on_gpu,
+        "LayerNorm before experts": spec.layer_norms and spec.experts,
+        "router with jitter": spec.router_jitter is not None,
         "learned positions on a GPU": spec.positions and on_gpu,
         f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2", "gelu_erf", "gelu_tanh"),
         "feed-forward of this width": any(width % TILE_ROWS for width in widths)}

@@ -377,6 +377,7 @@ class ModelSpec:
     experts_per_token: int = 0        # those with the largest of the router's logits
     shares_sum_to_one: bool = True    # softmax over the chosen experts' logits; else over all experts'
     router_bias: bool = False
+    router_jitter: float | None = None  # experts and shares are those of `sparse_routes`
     sigmoid_router: bool = False      # shares are the chosen experts' sigmoids, divided by their sum
     choice_bias: bool = False         # added when a sigmoid_router chooses, but not in the shares
     output_gate: bool = False         # after each head's q, qkv has as many rows for a gate of its output

@@ -352,36 +352,40 @@ class Transformer:
         if "experts_norm" in layer:
             return add_experts_and_dense(spec, k, b, layer, l, norm)
         if "router" in layer:
-            return self._experts(b, layer, l, norm)
+            return self._experts(b, x, layer, l, norm)
         up, hidden = "up" if spec.ungated else "gate_up", b.dense if spec.experts else b.hidden
         hidden = hidden if spec.experts or l in spec.double_layers else narrow(hidden, spec.ffn_size)
         adapted_linear(k, b, x, layer, up, l, norm=norm, bias=layer.get(f"{up}_bias"),
                        activation=spec.activation, out=hidden)  # (T, F)
         self._add(b, hidden, layer, l, "down", b.residual, out=b.x)
 
-    def _experts(self, b: SimpleNamespace, layer: dict, l: int, norm: Norm | None):
+    def _experts(self, b: SimpleNamespace, x, layer: dict, l: int, norm: Norm | None):
         """x = residual + what each row's experts add to it, including shared ones."""
         spec, k = self.spec, self.kernels
-        alone = k.all_reduce is None
+        alone = k.all_reduce is None and x is b.residual
         total = b.x if alone else b.added
-        k.linear(b.residual, layer["router"], norm=norm, bias=layer.get("router_bias"), out=b.routing)
+        k.linear(x, layer["router"], norm=norm, bias=layer.get("router_bias"), out=b.routing)
         router = {"sigmoids": True, "choice_bias": layer.get("choice_bias")} if spec.sigmoid_router else {}
+        if spec.router_jitter is not None:
+            router["jitter"] = spec.router_jitter
         k.experts(
-            b.residual, b.routing, layer["expert_gate_up"], layer["expert_down"], norm=norm,
+            x, b.routing, layer["expert_gate_up"], layer["expert_down"], norm=norm,
             biases=(layer.get("expert_gate_up_bias"), layer.get("expert_down_bias")),
             out=total, activation=spec.activation, chosen=spec.experts_per_token,
             sum_to_one=spec.shares_sum_to_one, residual=alone, **router)
         if spec.shared_size:
-            adapted_linear(k, b, b.residual, layer, "shared_gate_up", l, norm=norm,
+            adapted_linear(k, b, x, layer, "shared_gate_up", l, norm=norm,
                            activation=spec.activation, out=b.shared)
             if spec.shared_gate:
-                k.linear(b.residual, layer["shared_gate"], norm=norm, out=b.share)  # (T, 1)
+                k.linear(x, layer["shared_gate"], norm=norm, out=b.share)  # (T, 1)
                 adapted_linear(k, b, b.shared, layer, "shared_down", l, out=b.previous)
                 k.gated_add(total, b.previous, b.share, out=total)
             else:
                 adapted_linear(k, b, b.shared, layer, "shared_down", l, residual=total, out=total)
-        if not alone:
+        if k.all_reduce:
             k.all_reduce(b.added, out=b.x, residual=b.residual)
+        elif not alone:
+            k.mix(b.residual, b.added, 1.0, 1.0, out=b.x)
 
     def _normed(self, b: SimpleNamespace, x, layer: dict, name: str) -> tuple[Any, Norm | None]:
         """What a product reads in place of the normalized x: x, and the norm that `linear` applies to it, or

@@ -156,18 +156,21 @@ def finish_linear(y, out, activation, residual):
 
 
 def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one,
-                      residual=True, sigmoids=False, choice_bias=None, scales=None):
+                      residual=True, sigmoids=False, choice_bias=None, scales=None, jitter=None):
     """x + a sum over each row's experts: share * (activation(norm(x) @ gate_up.T) @ down.T) -> out (T, C).
 
-    Without `residual` it is the sum alone.
+    Without `residual` it is the sum alone, without `norm` it is of x itself.
     A row's experts are the `chosen` ones with the largest of its logits (T, E), lower ids first among equals;
     their shares are the softmax over their logits, or over all unless `sum_to_one`. With `sigmoids` they have
     the largest sigmoid(logit) + choice_bias (E), or None, and share by their sigmoids' part of these' sum.
+    With `jitter` there are two, which `sparse_routes` chooses.
     Each share is multiplied by the expert's of `scales` (E), if given. gate_up (2 * E * F, C) holds the gates
     of all experts and then their ups, down (E * C, F); `biases` are of these two, or None."""
-    E, (ids, shares) = logits.shape[1], routes(logits.float(), chosen, sum_to_one, sigmoids, choice_bias)
+    E, logits = logits.shape[1], logits.float()
+    ids, shares = (routes(logits, chosen, sum_to_one, sigmoids, choice_bias) if jitter is None else
+                   sparse_routes(logits, jitter))
     shares = shares if scales is None else shares * scales[ids]
-    y = norm(x).to(gate_up.dtype)
+    y = (norm(x) if norm else x).to(gate_up.dtype)
     gate_up, down = gate_up.unflatten(0, (2, E, -1)), down.unflatten(0, (E, -1))
     up_bias, down_bias = (bias if bias is None else bias.to(y.dtype) for bias in biases)
     total = torch.zeros_like(out)
@@ -194,6 +197,20 @@ def routes(logits, chosen, sum_to_one, sigmoids, choice_bias):
     if sigmoids or sum_to_one:
         return ids, torch.softmax(largest, -1)
     return ids, torch.exp(largest - logits.logsumexp(-1, True))
+
+
+def sparse_routes(logits, jitter):
+    """Ids and shares (T, 2): the experts with the two largest logits, each shared by a softmax over it and
+    the lower ones whose distance to it is at most 2 * jitter of the larger of both's size (SparseMixer; Liu
+    et al., "GRIN", 2024). The shares' sum is not 1."""
+    left, found = logits, []
+    for _ in range(2):
+        largest, best = left.max(-1, keepdim=True)
+        far = (largest - logits) / logits.abs().clamp(min=largest) > 2 * jitter
+        found.append((best, left.masked_fill(far, -math.inf).softmax(-1).gather(-1, best)))
+        left = left.scatter(-1, best, -math.inf)
+    ids, shares = zip(*found)
+    return torch.cat(ids, -1), torch.cat(shares, -1)
 
 
 def copy_reference(x, out):

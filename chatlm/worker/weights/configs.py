@@ -49,8 +49,8 @@ HF_KEYS = {  # of a config.json; all others are bool
     **dict.fromkeys(("shared_intermediate_size", "shared_expert_intermediate_size"),
                     Rule(int, 0, MOST_CHANNELS)), "decoder_sparse_step": Rule(int, 1),
     "mlp_only_layers": Rule(int, 0, MOST_LAYERS, many=True, optional=True)}
-# of families that have a rule for the same key, the first; `family_config` takes a family's own
-HF_KEYS |= {key: rule for row in reversed(FAMILIES.values()) for key, rule in row.keys.items()}
+# Keys of families; where several have rules for one, the first. `family_config` prefers a family's own rule.
+HF_KEYS = {key: rule for row in reversed(FAMILIES.values()) for key, rule in row.keys.items()} | HF_KEYS
 LLAMA_SIZES = {  # what a text_config may leave out
     "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "max_position_embeddings": 2048}
@@ -302,7 +302,8 @@ ROPE_TYPES = {  # rope_type -> its parameters
     "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
     "yarn": "factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale "
             "mscale_all_dim truncate",
-    "longrope": "short_factor long_factor original_max_position_embeddings factor attention_factor"}
+    "longrope": "short_factor long_factor original_max_position_embeddings factor attention_factor "
+                "short_mscale long_mscale"}
 ROPE_KEYS = {  # all others are positive numbers
     "original_max_position_embeddings": HF_KEYS["original_max_position_embeddings"], "truncate": Rule(bool),
     **dict.fromkeys(("short_factor", "long_factor"), Rule(float, 0.01, 10**6, many=True)),
@@ -342,9 +343,10 @@ def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, po
     if rope_type == "linear":
         factors = numpy.full(half, factor)
     elif rope_type == "longrope":
-        factors = [numpy.asarray(value(key, None, half)) for key in ("short_factor", "long_factor")][
-            (context or positions) > original]
-        fields["rope_scale"] = value("attention_factor") or math.sqrt(1 + growth / math.log(original))
+        both, is_long = ("short", "long"), (context or positions) > original
+        factors = [numpy.asarray(value(f"{length}_factor", None, half)) for length in both][is_long]
+        own = value("attention_factor") or rope.get(key := f"{both[is_long]}_mscale") and value(key)
+        fields["rope_scale"] = own or math.sqrt(1 + growth / math.log(original))
     else:  # 1 keeps a frequency, 0 divides it by the factor
         if rope_type == "llama3":
             low, high = value("low_freq_factor"), value("high_freq_factor")

@@ -30,6 +30,11 @@ AFTER_TENSORS = {ours: (f"model.layers.{{}}.{theirs}_layernorm.weight",) for our
 HUNYUAN_OTHER = dict.fromkeys("""attention_head_dim cla_share_factor class_num dense_list eod_token_id
     im_end_id im_newline_id im_start_id mask_init_id org_vocab_size pad_id pool_type text_end_id
     text_start_id""".split())  # features of related models: experts, classes, images
+MIXTRAL_TENSORS = {
+    "router": ("model.layers.{}.block_sparse_moe.gate.weight",),
+    "expert_gate_up": tuple(f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{part}.weight"
+                            for part in ("w1", "w3")),
+    "expert_down": ("model.layers.{}.block_sparse_moe.experts.{}.w2.weight",)}
 MINISTRAL_ROPE = {"rope_type": "yarn", "factor": 16.0, "mscale": 1.0, "mscale_all_dim": 1.0,
                   "rope_theta": 1e6, "original_max_position_embeddings": 16_384, "llama_4_scaling_beta": 0.1}
 GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -126,10 +131,7 @@ FAMILIES = {  # by config.json's model_type
         "Mixtral", EXPERTS | {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,
                               "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
                               "router_jitter_noise": None},
-        tensors={"router": ("model.layers.{}.block_sparse_moe.gate.weight",),
-                 "expert_gate_up": tuple(f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{part}.weight"
-                                         for part in ("w1", "w3")),
-                 "expert_down": ("model.layers.{}.block_sparse_moe.experts.{}.w2.weight",)},
+        tensors=MIXTRAL_TENSORS,
         gguf=Gguf(permuted=True)),
     "qwen2": Family("Qwen2 and 2.5", QWEN, {"qkv_bias": True}, has_window=qwen_window,
                     gguf=Gguf("qwen2 qwen2vl")),
@@ -184,6 +186,20 @@ FAMILIES = {  # by config.json's model_type
         tensors={"qkv": ("model.layers.{}.self_attn.qkv_proj.weight",),
                  "gate_up": ("model.layers.{}.mlp.gate_up_proj.weight",)},
         gguf=Gguf("phi3", strips_specials=True), rope_of=rope_of_phi3),
+    "phimoe": Family(
+        "Phi-3.5-MoE", EXPERTS | {
+            "num_local_experts": 16, "num_experts_per_tok": 2, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6, "sliding_window": None, "original_max_position_embeddings": 4096,
+            "router_jitter_noise": 0.01, "input_jitter_noise": None, "attention_bias": False,
+            "lm_head_bias": False},
+        layernorms.NORMS, MIXTRAL_TENSORS | {
+            "final_norm_bias": ("model.norm.bias",), "head_bias": ("lm_head.bias",),
+            "attention_norm_bias": ("model.layers.{}.input_layernorm.bias",),
+            "ffn_norm_bias": ("model.layers.{}.post_attention_layernorm.bias",)},
+        keys={"num_experts_per_tok": Rule(int, 2, 2),
+              "router_jitter_noise": Rule(float, 0, 1, optional=True)},
+        rope_of=rope_of_phi3, fields_of=lambda path, config: {
+            "router_jitter": config["router_jitter_noise"] or 0.0, "head_bias": config["lm_head_bias"]}),
     "nanochat": Family(
         "nanochat", {"hidden_act": "relu2", "attention_bias": False, "final_logit_softcapping": 15.0},
         {"norm_weights": False, "embedding_norm": True, "rope_direction": -1, "qk_norm": "after_rope",

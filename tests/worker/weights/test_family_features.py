@@ -15,10 +15,11 @@ from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
 from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, ShortConv, expected_tensors
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, query_scales, rope_append_reference, rope_frequencies
-from chatlm.worker.ops.basic import RopePairs, gated_add_reference, unpermute_rope
+from chatlm.worker.ops.basic import RopePairs, gated_add_reference, sparse_routes, unpermute_rope
 from chatlm.worker.weights.configs import OTHERS_AFFAIR
 from chatlm.worker.weights.huggingface import hf_spec
-from families import GROWING, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, transformer, write_tokenizer
+from engines import make_batch
+from families import GROWING, MODELS, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, write_tokenizer
 from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, LFM2_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,6 +28,55 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def spec_of(folder, config, context=None):
     (folder / "config.json").write_text(json.dumps(config))
     return hf_spec(folder / "config.json", context)[1]
+
+
+# --- LayerNorms and the router of Phi-3.5-MoE ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cohere2"])
+def test_the_hidden_states_of_embeddings_are_those_after_the_final_layer_norm(name, tmp_path):
+    model, prompt = make_model(name), list(range(3, 43))
+    ours = transformer(load(save(model, tmp_path)), load_kernels("cpu"))
+    ours.forward(make_batch((prompt, 0, 40, [0, 1, 2]))._replace(states=True))
+    with torch.no_grad():
+        theirs = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0]
+    np.testing.assert_allclose(ours.hidden_states(0, 40), theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.01, 0.3])
+def test_a_router_with_jitter_chooses_as_transformers_does(jitter):
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+    logits = torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
+    logits[:20] -= 5            # all below zero
+    logits[20:40, 3] = logits[20:40, 7] = 4.0
+    logits[40:60] = logits[40:60].round()
+    ids, shares = sparse_routes(logits, jitter)
+    their_shares, their_ids = sparsemixer(logits, jitter, training=False)
+    assert torch.equal(ids, their_ids) and torch.allclose(shares, their_shares)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"num_experts_per_tok": 3}, "num_experts_per_tok is 3; it must be 2"), ({"input_jitter_noise": "a"}, ""), ({"router_jitter_noise": 2.0}, "router_jitter_noise is 2.0; it must be")])
+def test_phi_moe_has_two_experts_for_a_token(change, words, tmp_path):
+    config = tiny_config("phimoe").to_dict() | {"model_type": "phimoe"} | change
+    if not words:
+        return spec_of(tmp_path, config)
+    with pytest.raises(ConfigError, match=words):
+        spec_of(tmp_path, config)
+
+
+@pytest.mark.parametrize("kind, config, words", [
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is true; this key is not supported in a gpt2 model. Supported: activation_function"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is false; in a gpt2 model it must be true"),
+    ("gpt2", {"activation_function": "relu"}, 'activation_function is "relu"; it must be one of gelu, gelu_new'),
+    ("pythia", {"hidden_act": "silu"}, 'hidden_act is "silu"; it must be one of gelu, gelu_new'), ("pythia", {"rotary_pct": 1.5}, "rotary_pct is 1.5; it must be a finite number from 0.01 to 1"),
+    ("starcoder2", {"norm_type": "rms_norm"}, 'norm_type is "rms_norm"; it must be one of layer_norm'), ("starcoder2", {"mlp_type": "gated"}, 'mlp_type is "gated"; it must be one of default'),
+    ("cohere2", {"use_parallel_block": False}, "use_parallel_block is false; in a cohere2 model it must be true"), ("cohere2", {"rotary_pct": 0.5}, "rotary_pct is 0.5; it must be 1"),
+    ("cohere2", {"position_embedding_type": "alibi"}, 'position_embedding_type is "alibi"; it must be one of rope_gptj')])
+def test_what_a_family_with_layer_norms_cannot_have_is_named(kind, config, words, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        spec_of(tmp_path, tiny_config(kind).to_dict() | {"model_type": MODELS[kind][0]} | config)
+    assert words in str(caught.value)
 
 
 # --- keys that change nothing ------------------------------------------------------------------------------------
