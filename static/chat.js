@@ -279,7 +279,7 @@ function storeNewChat(chat, content) {
 }
 
 // Sends a message as a child of `parent`. If the server refuses its content, it returns to the composer.
-function ask(text, files = [], parent = state.leaf) {
+function ask(text, files = [], parent = state.leaf, onRefused = () => {}) {
   if (!canAsk() || !text.trim() && !files.length) return false;
   const before = state.leaf, {content, ...more} = state.model.api === "text" && !files.length ? {content: text} : composeMessage(text, files);
   Object.assign(state, {notice: "", refusal: "", editing: null});
@@ -289,6 +289,7 @@ function ask(text, files = [], parent = state.leaf) {
     if (![400, 413, 422].includes(error.status)) return false;
     removeNodes([node.id, question.id], before);
     giveBack(text, files, error.message);
+    onRefused();
     return true;
   });
   return true;
@@ -405,8 +406,12 @@ function goOn(node) {
   });
 }
 
+// The title of a chat follows its first question, unless it has got another one.
 function editQuestion(node, text) {
-  return ask(text, partsOf(node).files, node.parent);
+  const {chat} = state, before = chat.title, follows = !state.nodes.has(node.parent) && before === titleOf(node.content);
+  if (!ask(text, partsOf(node).files, node.parent, () => { if (follows) changeChat(chat, {title: before}); })) return false;
+  if (follows && text.trim()) { changeChat(chat, {title: titleOf(text)}); render(); }
+  return true;
 }
 
 // The edited answer becomes a sibling of the old one.

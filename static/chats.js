@@ -176,7 +176,7 @@ function startNewChat() {
 
 async function deleteAll() {
   const count = state.chats.size, body = [element("p", {textContent: TEXT.deleteAllHint})];
-  if (await confirmed(TEXT.deleteAllTitle(count), body, TEXT.keepThem, TEXT.deleteAll)) {
+  if (await confirmed(TEXT.deleteAllTitle(count), body, TEXT.cancel, TEXT.delete, true)) {
     await deleteChats([...state.chats.values()], TEXT.deletedChats(count));
   }
 }
@@ -188,7 +188,7 @@ register({
     noChats: "Your chats will appear here.", nothingFound: "No chat contains all of these words.",
     found: count => plural(count, "chat found", "chats found"),
     deleteAll: "Delete all chats", deleteAllTitle: count => `Delete ${count === 1 ? "the only chat" : `all ${number(count)} chats`}?`,
-    deleteAllHint: "They exist only in this browser. Export them to keep a copy.", keepThem: "Keep them",
+    deleteAllHint: "They exist only in this browser. Export them to keep a copy.",
     deletedChats: count => `Deleted ${plural(count, "chat", "chats")}.`, deleted: title => `Deleted “${title}”.`, deletedMessages: count => `Deleted ${plural(count, "message", "messages")}.`,
   },
   bind() {
@@ -213,12 +213,14 @@ register({
 
 // import and export ----------------------------------------------------------------------------------------------------
 
-const exportMenu = () => [
-  [TEXT.thisChat, "export", () => exportChats([state.chat])],
-  [TEXT.allChats, "export", () => exportChats([...state.chats.values()])],
-  [TEXT.asMarkdown, "export", () => download(markdownOf(state.chat, state.path), `${fileName(state.chat)}.md`, "text/markdown")],
-  [TEXT.asPage, "export", () => download(pageOf(state.chat, state.path), `${fileName(state.chat)}.html`, "text/html")],
-];
+// A chat without messages is not exported.
+const exportMenu = () => {
+  const ofChat = state.path.length > 0, hasAny = state.chats.size > 0 || ownPrompts().length > 0;
+  return [...(ofChat ? [[TEXT.thisChat, "export", () => exportChats([state.chat])]] : []),
+    ...(hasAny ? [[TEXT.allChats, "export", () => exportChats([...state.chats.values()])]] : []),
+    ...(ofChat ? [[TEXT.asMarkdown, "export", () => download(markdownOf(state.chat, state.path), `${fileName(state.chat)}.md`, "text/markdown")],
+      [TEXT.asPage, "export", () => download(pageOf(state.chat, state.path), `${fileName(state.chat)}.html`, "text/html")]] : [])];
+};
 
 // Shows what a file contains. If a chat is here already, the newer version replaces it unless the reader keeps both.
 function showImport(chats, name) {
@@ -239,7 +241,7 @@ function showImport(chats, name) {
 async function exportChats(chats) {
   const nodes = new Map();
   for (const chat of chats) nodes.set(chat.id, chat.id === state.chat.id ? [...state.nodes.values()] : await store.read("nodes", chat.id));
-  const file = exportOf(chats, chat => nodes.get(chat.id), chats.length === state.chats.size ? ownPrompts() : []);
+  const file = exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === state.chats.size ? ownPrompts() : []);
   const name = chats.length === 1 ? fileName(chats[0]) : `chats-${file.exported.slice(0, 10)}`;
   download(JSON.stringify(file, null, 2), `${name}.json`, "application/json");
 }
@@ -367,7 +369,7 @@ register({
   bind() {
     $("import-file").onchange = async ({target}) => { if (target.files[0]) await importFile(target.files[0]); target.value = ""; };
   },
-  menu: () => [[TEXT.export, "export", () => openMenu($("menu"), exportMenu())], [TEXT.import, "import", () => $("import-file").click()],
+  menu: () => [...(exportMenu().length ? [[TEXT.export, "export", () => openMenu($("menu"), exportMenu())]] : []), [TEXT.import, "import", () => $("import-file").click()],
     ...(state.chats.size ? [[TEXT.deleteAll, "delete", deleteAll]] : [])],
 });
 

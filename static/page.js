@@ -147,8 +147,9 @@ let answered = Promise.resolve();  // the last question
 // Asks in a dialog, once earlier questions are answered. Resolves to whether the reader agrees.
 const confirmed = (...question) => answered = answered.then(() => askInDialog(...question));
 
-function askInDialog(title, body, no, yes) {
+function askInDialog(title, body, no, yes, deletes = false) {
   const dialog = $("ask-dialog");
+  dialog.classList.toggle("deletes", deletes);
   $("ask-body").replaceChildren(...body);
   for (const [name, text] of [["title", title], ["no", no], ["yes", yes]]) $(`ask-${name}`).textContent = text;
   dialog.returnValue = "no";

@@ -218,7 +218,10 @@ register({
     useIt: "Use this server", dontUseIt: "Stay here",
 
     model: "Model", modelStates: {unloaded: "", loading: "loading", ready: "loaded", failed: "failed"},
-    modelIs: ({id, state, bytes, loading, now}, base) => [id, now ? `now ${now}` : id === base ? "" : `adapter of ${base}`, `${TEXT.modelStates[state] ?? state}${loading ? ` ${Math.floor(100 * loading)}\u00a0%` : ""}`, bytes ? TEXT.bytes(bytes) : ""].filter(Boolean).join(" · "),
+    modelIs: ({id, state, loading, now, reason, ...sizes}, base) => [id, now ? `now ${now}` : id === base ? "" : `adapter of ${base}`,
+      `${TEXT.modelStates[state] ?? state}${loading ? ` ${Math.floor(100 * loading)}\u00a0%` : reason ? `: ${reason}` : ""}`, TEXT.sizesOf(sizes)].filter(Boolean).join(" · "),
+    // weights, and apart from them what the model needs besides, most of it the KV cache
+    sizesOf: ({bytes, weights_bytes: weights = bytes}) => [weights ? TEXT.bytes(weights) : "", bytes - weights >= 5e5 ? `${TEXT.bytes(bytes - weights)} KV` : ""].filter(Boolean).join(" + "),
     bytes: count => count < 1e9 ? `${number(Math.round(count / 1e6))} MB` : `${number(count / 1e9)} GB`,
   },
   bind() {

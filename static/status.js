@@ -90,10 +90,11 @@ function showStatus(stats, {samples, looks}) {
     ...(stats.delayed_answers === undefined ? [] : [["delayed", number(stats.delayed_answers)]])];
   $("status-facts").replaceChildren(...facts.map(([name, text]) => element("div", {}, element("dt", {textContent: TEXT.status[name]}), element("dd", {textContent: text}))));
   const scored = models.some(each => typeof each.bits_per_byte === "number");
-  fillTable("status-models", ["model", "state", "bytes", ...(scored ? ["bits"] : [])], models.map(({id, state: loaded, bytes, bits_per_byte: bits}) =>
-    [id, loaded, bytes && loaded !== "unloaded" ? TEXT.bytes(bytes) : "", ...(scored ? [bits?.toFixed(3) ?? ""] : [])]));
-  fillTable("status-workers", ["worker", "device", "state", "running", "restarts"], workers.map(each =>
-    [each.gpu_id, each.node ? `${each.node} ${each.device}` : each.device, each.state, number(each.running ?? 0), number(each.restarts ?? 0)]));
+  fillTable("status-models", ["model", "state", "bytes", ...(scored ? ["bits"] : [])], models.map(({id, state: loaded, reason, bits_per_byte: bits, ...sizes}) =>
+    [id, reason ? `${loaded}: ${reason}` : loaded, loaded !== "unloaded" ? TEXT.sizesOf(sizes) : "", ...(scored ? [bits?.toFixed(3) ?? ""] : [])]));
+  const several = new Set(workers.map(({model}) => model)).size > 1;
+  fillTable("status-workers", [...(several ? ["model"] : []), "worker", "device", "state", "running", "restarts"], workers.map(each => [...(several ? [each.model] : []),
+    each.gpu_id, each.node ? `${each.node} ${each.device}` : each.device, each.state, number(each.running ?? 0), number(each.restarts ?? 0)]));
   if (typeof uPlot === "function") { drawCharts(samples); drawRuns(models); }
 }
 

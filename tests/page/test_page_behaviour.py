@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from browsing import (ROOT, SLOW_MS, answers, ask, button, chats, command, expect, expect_answered, fake_front, menu, message_box,
+from browsing import (ROOT, SLOW_MS, answers, ask, button, chats, command, expect, expect_accessible, expect_answered, fake_front, menu, message_box,
                       needs_browser, open_page, questions, reload, said, settled)
 from page_server import StandIn
 
@@ -257,10 +257,12 @@ def test_all_chats_are_deleted_at_once_and_come_back(page, stand_in):
         expect_answered(page)
     menu(page, "Delete all chats")
     dialog = page.get_by_role("dialog", name="Delete all 2 chats?")
-    button(dialog, "Keep them").click()
+    expect_accessible(page)
+    button(dialog, "Cancel").click()
     expect(chats(page)).to_have_count(2)
     menu(page, "Delete all chats")
-    button(dialog, "Delete all chats").click()
+    assert button(dialog, "Delete").evaluate("node => getComputedStyle(node).backgroundColor") == "rgb(164, 38, 44)"
+    button(dialog, "Delete").click()
     expect(page.locator(".toast")).to_have_text("Deleted 2 chats.Undo")
     expect(chats(page)).to_have_count(0)
     expect(page.get_by_role("article")).to_have_count(0)

@@ -635,3 +635,43 @@ def test_an_export_of_open_webui_can_be_imported(page, stand_in, tmp_path):
     (tmp_path / "nothing.json").write_text(json.dumps([{"title": "x", "mapping": {}}]))
     page.locator("#import-file").set_input_files(tmp_path / "nothing.json")
     expect(page.get_by_role("log").get_by_text("nothing.json is not a conversation")).to_be_visible()
+
+
+def test_only_chats_with_messages_are_exported(page, stand_in, tmp_path):
+    open_page(page, stand_in.url)
+    button(page, "Menu").click()
+    expect(button(page, "Import")).to_be_visible()
+    expect(button(page, "Export")).to_have_count(0)
+    page.keyboard.press("Escape")
+    for text in ("one", "two"):
+        button(page, "New chat").click()
+        ask(page, text)
+        expect_answered(page)
+    page.evaluate("deleteNode(state.path[0])")                      # the chat stays, without messages
+    button(page, "Menu").click()
+    button(page, "Export").click()
+    expect(button(page, "All chats (JSON)")).to_be_visible()
+    expect(button(page, "This chat (JSON)")).to_have_count(0)
+    page.keyboard.press("Escape")
+    path = exported(page, tmp_path, "All chats (JSON)")
+    assert [chat["title"] for chat in json.loads(path.read_text())["conversations"]] == ["one"]
+
+
+def test_a_title_follows_its_edited_question_until_it_is_renamed(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "What is a mil?")
+    expect_answered(page)
+    for text, title in (("What is a mill?", "What is a mill?"), ("refuse this", "What is a mill?")):
+        button(questions(page), "Edit").click()
+        page.get_by_role("textbox", name="Edited text").fill(text)
+        button(page, "Update").click()
+        expect(chats(page)).to_have_text([title])
+        expect(button(page, "Stop")).to_be_hidden()
+    expect(page.get_by_role("alert")).to_contain_text("the limit is 8,000")
+    expect(chats(page)).to_have_text(["What is a mill?"])
+    page.evaluate("changeChat(state.chat, {title: 'Mills'}); render()")
+    button(questions(page), "Edit").click()
+    page.get_by_role("textbox", name="Edited text").fill("And a windmill?")
+    button(page, "Update").click()
+    expect(said(answers(page))).to_contain_text("And a windmill?")
+    expect(chats(page)).to_have_text(["Mills"])

@@ -25,7 +25,7 @@ def test_a_chat_chooses_its_model_and_remembers_it(browser, nanochat_fixtures, t
         open_page(page, url)
         choice = page.get_by_role("combobox", name="Model", exact=True)
         expect(choice).to_have_value("first")
-        expect(choice.locator("option")).to_have_text([re.compile(r"^first · 2\d\d MB$"), re.compile(r"^second · 2\d\d MB$"), "broken · failed"])
+        expect(choice.locator("option")).to_have_text([re.compile(rf"^{name} · \d+ MB \+ \d+ MB KV$") for name in ("first", "second")] + [re.compile("^broken · failed: .")])
         expect(choice.locator("option").nth(2)).to_be_disabled()
         choice.select_option("second")
         asked = []
@@ -158,3 +158,19 @@ def test_each_answer_says_what_made_it_and_leads_to_a_comparison(page, stand_in)
     page.keyboard.press("Escape")
     chip.click()
     expect(page.get_by_role("dialog", name="Settings")).to_be_visible()
+
+
+def test_sizes_a_failure_and_the_workers_of_each_model_are_shown(opened_page):
+    page = opened_page
+    listed = page.evaluate("""[{id: "one", state: "ready", bytes: 3e9, weights_bytes: 27e7}, {id: "two", state: "unloaded", bytes: 5e6, weights_bytes: 5e6},
+        {id: "three", state: "failed", reason: "no such file"}].map(each => TEXT.modelIs(each, each.id))""")
+    assert listed == ["one · loaded · 270 MB + 2.7 GB KV", "two · 5 MB", "three · failed: no such file"]
+    rows = page.evaluate("""() => {
+        const workers = ["one", "two"].map((model, gpu_id) => ({model, gpu_id, device: "cpu", state: "ready"}));
+        openStatus();
+        addSample(glanced, {workers}, new Map());
+        showStatus({workers, models: [{id: "three", state: "failed", reason: "no such file"}]}, glanced);
+        return ["models", "workers"].map(name => [...document.querySelectorAll(`#status-${name} tr`)].map(row => row.textContent));
+    }""")
+    assert rows[0][1] == "threefailed: no such file" and [row[:5] for row in rows[1]] == ["Model", "one0c", "two1c"]
+    page.evaluate("closeStatus()")

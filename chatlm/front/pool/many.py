@@ -214,13 +214,13 @@ class ManyModels(Catalogue):
     def stats(self, seen: Seq[Served]) -> dict:
         """The fields of one model's stats: sums where they can be added, else the default model's."""
         models = [*dict.fromkeys(one.model for one in seen)]
-        stats = [model.pool.stats() for model in models if model.pool]
+        stats = [{**model.pool.stats(), "name": model.name} for model in models if model.pool]
         sums = {key: sum(one[key] for one in stats) for key in (
             "total_workers", "available_workers", "busy_workers", "queue_depth", "delayed_answers")}
         default = default_among(seen)
         own = default.model.pool.stats() if default and default.model.pool else {}
         return {**own, **sums, "model": default.name if default else "",
-                "workers": [worker for one in stats for worker in one["workers"]],
+                "workers": [{**worker, "model": one["name"]} for one in stats for worker in one["workers"]],
                 "uptime_s": round(time.monotonic() - self.started_s, 1),
                 "prefixes": self.opener.prefixes.stats(),
                 "models_memory": self.residency.budget, "models_bytes": self.residency.used,

@@ -62,6 +62,7 @@ A_MODEL = {"type": "object", "properties": {
     "state": {"enum": ["unloaded", "loading", "ready", "failed"]}, "reason": A_TEXT,
     "loading": {"type": "number", "description": "share that is loaded, from 0 to 1, while it loads"},
     "bytes": {"type": "integer", "description": "in memory; what it will need if it is not loaded"},
+    "weights_bytes": {"type": "integer", "description": "those of its weights alone"},
     "default": {"type": "boolean", "description": "it answers requests without a model"},
     "weights_digest": {"type": "string", "description":
                        "a hash of the sizes of the weight files and of 256 samples of each"},
@@ -102,7 +103,8 @@ def model_body(served: Served, is_default: bool = True) -> dict:
     return {"id": served.name, "object": "model", "created": pool.created,
             "state": served.state,
             **({"loading": pool.supervisor.load_fraction()} if served.state == "loading" else {}),
-            "bytes": served.bytes, "aliases": served.aliases,
+            "bytes": served.bytes, "weights_bytes": served.bytes if adapter else facts.weights_bytes,
+            "aliases": served.aliases,
             "type": "chat" if able["chat"] else "completion", "family": facts.family, "format": facts.format,
             "default": is_default, "pinned": model.choice.pin,
             "weights_digest": facts.digest + (f"+{adapter.digest}" if adapter else ""),
