@@ -15,7 +15,7 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
-from browsing import (CHROMIUM, SLOW_MS, ask, button, expect, expect_answered, fake_front, menu, open_page,      # noqa: E402
+from browsing import (CHROMIUM, SLOW_MS, answers, ask, button, expect, expect_answered, fake_front, inside, menu, open_page,      # noqa: E402
                       playwright, questions, started_server)
 from page_server import StandIn                                              # noqa: E402
 
@@ -45,7 +45,7 @@ def picture_of_page(browser, url, name):
 
 
 def look_through(page):
-    button(page, "Token lens").click()
+    inside(answers(page).last, "Token lens")
     page.get_by_role("listbox", name="Tokens of the answer").locator("span").nth(11).click()
 
 
@@ -57,13 +57,13 @@ def look_at_the_server(page):
 
 
 def compare(page):
-    button(page, "Compare").click()
+    inside(answers(page).last, "Compare")
     button(page.get_by_role("dialog", name="Compare"), "Compare").click()
     expect(button(page, "Continue with this")).to_have_count(2, timeout=SLOW_MS)
 
 
 def look_at_the_prompt(page):
-    button(page, "Prompt").click()
+    inside(answers(page).last, "Prompt")
     expect(page.locator("#prompt-facts")).to_contain_text("tokens")
 
 

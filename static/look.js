@@ -1,7 +1,7 @@
 // Looking inside an answer: the probability of each token, replays, comparisons, and the prompt behind it.
 //
 // An answer stores its inputs (seed, parameters, system prompt, weights, token ids), so that the same request can be sent
-// again: a replay. The token lens is a replay that asks for log-probabilities; "Run again" compares its tokens.
+// again: a replay. The token lens is a replay that asks for log-probabilities; "Check that it repeats" compares its tokens.
 "use strict";
 
 let compared = null;              // {node, columns: [{text, reasoning, end, differs, controls}], controller} while the dialog is open
@@ -66,7 +66,7 @@ function spelled(tokens) {
 // Replays the answer and reports whether its tokens are the same; a different answer is kept as a sibling.
 async function runAgain(view) {
   const {node} = view, {chat} = state, controller = new AbortController();
-  view.again.disabled = true;
+  view.checking = true;
   const report = text => { node.verdict = text; setText(view.verdict, text); };
   try {
     const made = await replay(node, {signal: controller.signal, onToken: count => report(TEXT.runningAgain(count))});
@@ -77,7 +77,7 @@ async function runAgain(view) {
     report(error.message);
   }
   announce(node.verdict);
-  view.again.disabled = false;
+  view.checking = false;
 }
 
 // Where a replay first differs from the answer: {at, was, is}, `at` counted from 1; null if it is the same.
@@ -146,9 +146,6 @@ function joined(tokens, entries) {
 function updateLens(view) {
   const {node} = view, lens = lenses.get(node.id);
   if (!view.verdict.parentNode) view.actions.before(view.verdict);
-  view.lensButton.hidden = view.again.hidden = !canLook(node);
-  view.lensButton.disabled = !canAsk() && !lens;
-  view.lensButton.setAttribute("aria-pressed", Boolean(lens));
   setText(view.verdict, node.verdict ?? "");
   view.article.classList.toggle("looked-through", Boolean(lens));
   if (!lens) { view.lens?.remove(); view.lens = null; return; }
@@ -160,7 +157,10 @@ function updateLens(view) {
 function makeLens(view) {
   const list = element("div", {className: "tokens", tabIndex: 0, role: "listbox"});
   list.setAttribute("aria-label", TEXT.tokensOf);
-  view.lens = element("div", {className: "lens"}, list);
+  const close = element("button", {type: "button", className: "plain", textContent: TEXT.closeLens, onclick: () => { toggleLens(view); view.inside.focus(); }});
+  const legend = element("p", {className: "legend"}, element("b", {textContent: TEXT.lensOn}), TEXT.legend,
+    ...[1, ...SHADES].map((most, i) => element("span", {className: i ? `p${i}` : "", textContent: TEXT.shareRange(SHADES[i] ?? 0, most)})), close);
+  view.lens = element("div", {className: "lens"}, legend, list);
   Object.assign(view.lens, {list, hint: element("p", {className: "hint"}), panel: element("div", {className: "beside"})});
   view.lens.append(view.lens.panel, view.lens.hint);
   const lens = () => lenses.get(view.node.id), at = target => target.dataset?.at === undefined ? -1 : Number(target.dataset.at);
@@ -225,22 +225,25 @@ function branchAt(node, {tokens}, at, {id}) {
 
 register({
   strings: {
-    lens: "Token lens", again: "Run again", prompt: "Prompt", tokensOf: "Tokens of the answer", tokenId: id => `token ${id}`,
+    lens: "Token lens", on: "on", lensOn: "Token lens: on.", legend: "Probability of each token:", closeLens: "Close the lens",
+    shareRange: (least, most) => most === 1 ? `${100 * least}\u00a0% or more` : least ? `${100 * least} to ${100 * most}\u00a0%` : `under ${100 * most}\u00a0%`,
+    again: "Check that it repeats", prompt: "Prompt", tokensOf: "Tokens of the answer", tokenId: id => `token ${id}`,
     share: share => `${share >= 0.0995 ? (100 * share).toFixed(0) : share >= 0.00095 ? (100 * share).toFixed(1) : "< 0.1"}\u00a0%`,
     notDrawn: "not sampled by the model", goOnWith: (text, share) => `Continue with ${text}, ${share}`,
     looking: count => `Running again to get the probabilities: ${plural(count, "token", "tokens")}`,
     lensHint: "Choose a token to see its alternatives; choosing one of these starts another answer.",
-    runningAgain: count => `Running again: ${plural(count, "token", "tokens")}`, sameAgain: count => `Run again: the same ${plural(count, "token", "tokens")}.`,
-    differsAt: ({at, was, is}) => `Run again, it differs${at ? ` from token ${number(at)} on: ${is ? `“${is}”` : "the end"} instead of ${was ? `“${was}”` : "the end"}` : ""}.`,
+    runningAgain: count => `Checking: ${plural(count, "token", "tokens")}`, sameAgain: count => `It repeats: the same ${plural(count, "token", "tokens")}.`,
+    differsAt: ({at, was, is}) => `It does not repeat: it differs${at ? ` from token ${number(at)} on: ${is ? `“${is}”` : "the end"} instead of ${was ? `“${was}”` : "the end"}` : ""}.`,
     otherWeights: "The model's weights have changed since.", noPrompt: "The server does not show the prompt.", template: "Template",
   },
   answer: {
     buttons(view) {
       view.verdict = element("p", {className: "nothing"});
-      view.lensButton = iconButton(TEXT.lens, "lens", () => toggleLens(view));
-      view.again = iconButton(TEXT.again, "play", () => runAgain(view));
-      return [view.lensButton, view.again];
+      return [];
     },
+    looks: view => !canLook(view.node) ? [] : [
+      ...(canAsk() || lenses.has(view.node.id) ? [[TEXT.lens, "lens", () => toggleLens(view), lenses.has(view.node.id) ? TEXT.on : ""]] : []),
+      ...(view.checking ? [] : [[TEXT.again, "play", () => runAgain(view)]])],
     update: updateLens,
   },
 });
@@ -407,11 +410,8 @@ register({
     $("compare-dialog").onclose = () => { compared?.controller?.abort(); compared = null; };
   },
   answer: {
-    buttons: view => [view.compare = iconButton(TEXT.compare, "columns", () => openCompare(view.node))],
-    update(view) {
-      view.compare.hidden = !canCompare(view.node);
-      updateMaker(view);
-    },
+    looks: view => canCompare(view.node) ? [[TEXT.compare, "columns", () => openCompare(view.node)]] : [],
+    update: updateMaker,
   },
 });
 
@@ -511,8 +511,7 @@ register({
       ...(dropped ? [`${plural(dropped, "oldest message", "oldest messages")} left out`] : [])].join("; ") + ".",
   },
   answer: {
-    buttons: view => [view.prompt = iconButton(TEXT.prompt, "prompt", () => openPrompt(view.node))],
-    update({node, prompt}) { prompt.hidden = !state.model.can.token_ids || node.edited; },
+    looks: ({node}) => state.model.can.token_ids && !node.edited && !isGrowing(node) ? [[TEXT.prompt, "prompt", () => openPrompt(node)]] : [],
   },
 });
 

@@ -113,7 +113,7 @@ function openMenu(anchor, items, text = "") {
   });
   const menu = element("div", {className: "menu", popover: "auto"}, ...buttons, ...(text ? [element("p", {className: "hint", textContent: text})] : []));
   menu.setAttribute("role", "group");
-  menu.setAttribute("aria-label", anchor.getAttribute("aria-label"));
+  menu.setAttribute("aria-label", anchor.getAttribute("aria-label") ?? anchor.textContent);
   menu.onkeydown = event => moveInMenu(event, buttons);
   menu.addEventListener("toggle", event => {
     if (event.newState === "open") return;

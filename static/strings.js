@@ -23,7 +23,7 @@ const share = names => Object.assign(globalThis, names);
 
 // `strings`: texts added to TEXT. `bind`: runs once, when the page starts. `menu`: returns entries for the header's
 // menu, [label, icon, act, value]. `render`: draws its part of `state`. `answer`: {buttons(view), update(view,
-// growing)}, additions to each answer. `view`: {hash, open, isOpen, close}, shown instead of the chat, with an address of
+// growing), looks(view)}, additions to each answer; `looks`, like `menu`, are what "Look inside" offers now. `view`: {hash, open, isOpen, close}, shown instead of the chat, with an address of
 // its own. `recoloured`: called when the page's colours have changed. All are optional; scripts register in the order of their tags.
 const parts = [];
 

@@ -184,12 +184,15 @@ function completeAnswer(view) {
   view.speed = element("span", {className: "speed"});
   view.copy = iconButton(TEXT.copy, "copy", clicked => copyRich(view, clicked));
   const brought = parts.flatMap(({answer}) => answer?.buttons?.(view) ?? []);
-  view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, ...brought, view.goOn,
+  view.inside = button(TEXT.lookInside, "lens", clicked => openMenu(clicked, looksOf(view)));
+  view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, view.inside, ...brought, view.goOn,
     iconButton(TEXT.more, "more", clicked => openMenu(clicked, answerMenu(view), factsText(view.node))), view.speed);
   view.article.prepend(view.thinking);
   view.article.append(view.nothing, view.status, view.alert, view.actions);
   view.body.onclick = event => clickToAct(event,() => regenerate(view.node));
 }
+
+const looksOf = view => parts.flatMap(({answer}) => answer?.looks?.(view) ?? []);
 
 function updateAnswer(view) {
   const {node} = view, growing = isGrowing(node), run = state.runs.get(node.id);
@@ -205,6 +208,8 @@ function updateAnswer(view) {
   view.retry.disabled = view.goOn.disabled = !canAsk();
   view.copy.hidden = !node.content;
   for (const {answer} of parts) answer?.update?.(view, growing);
+  view.inside.hidden = !looksOf(view).length;
+  view.inside.classList.toggle("on", lenses.has(node.id));
   view.goOn.hidden = growing || !canGoOn(node) || node !== lastNode() || !(view.plain || node.error || node.edited ||
     ["stopped", "interrupted"].includes(node.note) || node.timings?.finish_reason === "length");
   setText(view.nothing, nothingText(node));
@@ -401,7 +406,7 @@ function copied(clicked) {
 
 register({
   strings: {
-    copied: "Copied", copyMarkdown: "Copy as Markdown", branch: "Branch into a new chat", deleteMessage: "Delete from here on",
+    lookInside: "Look inside", copied: "Copied", copyMarkdown: "Copy as Markdown", branch: "Branch into a new chat", deleteMessage: "Delete from here on",
     editedText: "Edited text", cancel: "Cancel", update: "Update", save: "Save", edited: "edited",
     wrap: "Wrap lines", downloadCode: "Download code", codeIn: language => `Code${language ? ` in ${language}` : ""}`, enterKey: "Enter the key", tryAgain: "Try again",
     pleaseContinue: "Please continue.",

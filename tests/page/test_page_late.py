@@ -2,7 +2,7 @@
 
 import pytest
 
-from browsing import (answers, ask, button, chats, command, expect, expect_answered, fake_front, menu, message_box, needs_browser, open_page,
+from browsing import (answers, ask, button, chats, command, expect, expect_answered, fake_front, inside, menu, message_box, needs_browser, open_page,
                       questions, said)
 from chatlm.common.config import ApiKey
 
@@ -48,9 +48,9 @@ def test_a_slow_prompt_does_not_come_over_the_one_that_was_opened_after_it(front
         expect_answered(front, count)
     hold(front, "apply-template")
     for turn in (answers(front).last, answers(front).first):
-        button(turn, "Prompt").click()
+        inside(turn, "Prompt")
         front.keyboard.press("Escape")
-    button(answers(front).first, "Prompt").click()
+    inside(answers(front).first, "Prompt")
     deliver(front, 2, 1, 0)
     expect(front.locator("#prompt-text")).to_contain_text("first question")
     expect(front.locator("#prompt-text")).not_to_contain_text("second question")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from browsing import (ROOT, SLOW_MS, answers, ask, button, command, expect, expect_accessible, expect_answered, menu,
+from browsing import (ROOT, SLOW_MS, answers, ask, button, command, expect, expect_accessible, expect_answered, inside, menu,
                       message_box, needs_browser, open_page, reload, said, settled)
 
 pytestmark = needs_browser
@@ -25,7 +25,7 @@ def asked(page, server_url):
 
 def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     page, first = asked, said(answers(asked)).inner_text()
-    button(answers(page), "Token lens").click()
+    inside(answers(page), "Token lens")
     tokens = page.get_by_role("listbox", name="Tokens of the answer")
     panel = answers(page).locator(".beside")
     expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
@@ -35,6 +35,8 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     tokens.press("ArrowRight")
     expect(panel).to_contain_text(re.compile(r"· token \d+ · [<\d. ]+\s%"))
     expect(panel.get_by_role("button")).to_have_count(5)
+    expect(answers(page)).to_contain_text("Token lens: on.")
+    expect(answers(page).locator(".legend span")).to_have_text(["80\u00a0% or more", "50 to 80\u00a0%", "20 to 50\u00a0%", "5 to 20\u00a0%", "under 5\u00a0%"])
     expect_accessible(page)
     lens = page.evaluate("lenses.get(lastNode().id).tokens.map(({id, share, beside}) => [id, share, beside?.length])")
     before = [token[0] for token in lens[:2]]
@@ -45,9 +47,9 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     node = page.evaluate("({...lastNode()})")
     assert node["ids"][:2] == before and node["prefix"] == node["ids"][:3] and len(node["ids"]) <= 16 and node["seed"] == 5
     assert node["weights"] == page.evaluate("state.models[0].weights_digest") and re.fullmatch("[0-9a-f]{64}", node["weights"])
-    button(answers(page), "Run again").click()
+    inside(answers(page), "Check that it repeats")
     expect(answers(page)).to_contain_text(f"the same {len(node['ids'])} tokens", timeout=SLOW_MS)
-    button(answers(page), "Token lens").click()
+    inside(answers(page), "Token lens")
     expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
     assert page.evaluate("lenses.get(lastNode().id).tokens.slice(0, -1).every(token => token.share > 0)")
     exported = page.evaluate("exportOf([state.chat], () => [...state.nodes.values()])")
@@ -56,21 +58,21 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     brought = page.evaluate("({...lastNode()})")
     assert [brought[name] for name in ("ids", "prefix", "weights", "seed", "content")] == [node[name] for name in ("ids", "prefix", "weights", "seed", "content")]
     reload(page)
-    button(answers(page), "Token lens").click()
+    inside(answers(page), "Token lens")
     expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
     seen = page.evaluate("lenses.get(lastNode().id).tokens.map(({id, share, beside}) => [id, share, beside?.length])")
     assert [token[0] for token in seen] == node["ids"] and all(share > 0 and count == 5 for _, share, count in seen[:-1])
     assert seen[:2] == lens[:2]                   # what was forced has the probability that it had when it was drawn
-    button(answers(page), "Token lens").click()
+    inside(answers(page), "Token lens")
     page.evaluate("lastNode().ids[4]++")          # as if it had been made by another model
-    button(answers(page), "Run again").click()
+    inside(answers(page), "Check that it repeats")
     expect(answers(page)).to_contain_text("it differs from token 5 on", timeout=SLOW_MS)
     expect(answers(page)).to_contain_text("2/3")
 
 
 def test_a_prompt_is_shown_with_its_special_tokens_and_counts(asked):
     page = asked
-    button(answers(page), "Prompt").click()
+    inside(answers(page), "Prompt")
     dialog = page.get_by_role("dialog", name="Prompt")
     expect(dialog.locator("#prompt-text .special").first).to_have_text("<|im_start|>")
     expect(dialog.locator("#prompt-text")).to_contain_text("What is the capital of Japan?<|im_end|>")
@@ -99,7 +101,7 @@ def test_the_server_is_drawn_at_a_glance(asked, server_url):
 
 def test_answers_stand_side_by_side_and_one_is_chosen(asked):
     page, first = asked, said(answers(asked)).inner_text()
-    button(answers(page), "Compare").click()
+    inside(answers(page), "Compare")
     dialog = page.get_by_role("dialog", name="Compare")
     columns = dialog.get_by_role("region")
     expect(columns).to_have_count(2)
@@ -117,8 +119,8 @@ def test_answers_stand_side_by_side_and_one_is_chosen(asked):
     expect(answers(page)).to_contain_text("2/2")
     assert said(answers(page)).inner_text().split() == text.split()
     assert page.evaluate("lastNode().parameters.temperature") == 0
-    button(answers(page), "Run again").click()
-    expect(answers(page)).to_contain_text("Run again: the same", timeout=SLOW_MS)
+    inside(answers(page), "Check that it repeats")
+    expect(answers(page)).to_contain_text("It repeats: the same", timeout=SLOW_MS)
 
 
 FOCUSED = """() => { const its = document.activeElement;
@@ -137,7 +139,9 @@ def go_to(page, name, key="Tab"):
 def test_all_of_it_is_reached_and_used_with_the_keyboard_alone(asked):
     page = asked
     dialog = page.locator("dialog[open]")
-    go_to(page, "Token lens", "Shift+Tab")
+    go_to(page, "Look inside", "Shift+Tab")
+    page.keyboard.press("Enter")
+    go_to(page, "Token lens", "ArrowDown")
     page.keyboard.press("Enter")
     expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
     go_to(page, "Tokens of the answer", "Shift+Tab")
@@ -150,16 +154,21 @@ def test_all_of_it_is_reached_and_used_with_the_keyboard_alone(asked):
     expect_answered(page)
     page.keyboard.press("Escape")
     message_box(page).focus()
-    go_to(page, "Run again", "Shift+Tab")
+    go_to(page, "Look inside", "Shift+Tab")
     page.keyboard.press("Enter")
-    expect(answers(page)).to_contain_text("Run again: the same", timeout=SLOW_MS)
-    go_to(page, "Prompt")
+    go_to(page, "Check that it repeats", "ArrowDown")
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_contain_text("It repeats: the same", timeout=SLOW_MS)
+    assert page.evaluate(FOCUSED) == "Look inside"
+    page.keyboard.press("Enter")
+    go_to(page, "Prompt", "ArrowDown")
     page.keyboard.press("Enter")
     expect(dialog.locator("#prompt-facts")).to_contain_text("tokens")
     page.keyboard.press("Escape")
     expect(dialog).to_have_count(0)
-    assert page.evaluate(FOCUSED) == "Prompt"
-    go_to(page, "Compare", "Shift+Tab")
+    assert page.evaluate(FOCUSED) == "Look inside"
+    page.keyboard.press("Enter")
+    go_to(page, "Compare", "ArrowDown")
     page.keyboard.press("Enter")
     go_to(page, "Seed")
     page.keyboard.type("7")
@@ -217,5 +226,4 @@ def test_a_server_that_cannot_do_it_offers_none_of_it(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)
-    for name in ("Token lens", "Run again", "Prompt", "Compare"):
-        expect(button(page, name)).to_have_count(0)
+    expect(button(page, "Look inside")).to_have_count(0)

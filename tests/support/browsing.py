@@ -237,6 +237,12 @@ def more(turn, name):
     button(turn.page.get_by_role("group", name="More"), name).click()
 
 
+def inside(turn, name):
+    """Choose an entry of an answer's "Look inside"."""
+    button(turn, "Look inside").click()
+    button(turn.page.get_by_role("group", name="Look inside"), name).click()
+
+
 def expect_answered(page, count=1):
     expect(answers(page)).to_have_count(count, timeout=SLOW_MS)
     expect(answers(page).last).to_contain_text("tok/s", timeout=SLOW_MS)
