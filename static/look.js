@@ -258,15 +258,21 @@ function openCompare(node) {
   compared = {node, columns: [], controller: null};
   $("compare-columns").replaceChildren();
   setText($("compare-problem"), "");
-  addColumn();
-  addColumn();
+  const chosen = state.models.find(({id}) => id === node.model) ?? chatModel(), steps = stepsOfRun(chosen?.run), own = chosen?.now ?? chosen?.id;
+  if (steps.length > 1) {                       // of a training run: the answer's step, or the one before the latest, against the latest
+    addColumn(own === steps.at(-1) ? steps.at(-2) : own, node.seed);
+    addColumn(steps.at(-1), node.seed);
+  } else {
+    addColumn();
+    addColumn();
+  }
   updateCompare();
   $("compare-dialog").showModal();
 }
 
 // Adds a column with the answer's own parameters and the next seed.
-function addColumn() {
-  const {node: {parameters = {}, model, seed}, columns} = compared, values = {...parameters, seed: seed + columns.length};
+function addColumn(model = compared.node.model, ownSeed = compared.node.seed + compared.columns.length) {
+  const {node: {parameters = {}, seed}} = compared, values = {...parameters, seed: ownSeed};
   const column = {text: "", reasoning: "", end: null, differs: null}, controls = VARIED.map(name => {
     const {min, max, step} = PARAMETERS.find(each => each.name === name), usual = state.model.defaults[name];
     const field = element("input", {type: "number", min, max, step, value: values[name] ?? "", placeholder: usual ?? TEXT.default});
@@ -313,21 +319,21 @@ function adaptersOf({model, adapter}) {
   return [label, show];
 }
 
+// The names of a training run's steps, the earliest first.
+const stepsOfRun = run => run ? state.models.filter(each => each.run === run && !each.now).sort((a, b) => a.step - b.step).map(({id}) => id) : [];
+
 // For a step of a training run, a slider over the run's steps: [label, function that shows it].
 function stepsOf(column) {
   const slider = element("input", {type: "range", min: 0, step: 1}), label = element("label", {}, element("span", {textContent: TEXT.step}), slider);
-  const stepsOfRun = () => {
-    const run = state.models.find(({id}) => id === column.model.value)?.run;
-    return run ? state.models.filter(each => each.run === run && !each.now).sort((a, b) => a.step - b.step).map(({id}) => id) : [];
-  };
+  const ownSteps = () => stepsOfRun(state.models.find(({id}) => id === column.model.value)?.run);
   const show = () => {
-    const steps = stepsOfRun();
+    const steps = ownSteps();
     label.hidden = steps.length < 2;
     slider.max = steps.length - 1;
     slider.value = steps.indexOf(state.models.find(({id}) => id === column.model.value)?.now ?? column.model.value);
     slider.setAttribute("aria-valuetext", column.model.value);
   };
-  slider.oninput = () => { column.model.value = stepsOfRun()[slider.value]; show(); };
+  slider.oninput = () => { column.model.value = ownSteps()[slider.value]; show(); };
   show();
   return [label, show];
 }
@@ -338,20 +344,66 @@ function updateCompare() {
     column.node.setAttribute("aria-label", TEXT.column(i + 1));
     column.remove.hidden = columns.length < 3 || Boolean(controller);
     column.choose.hidden = !column.end || column.end.error;
-    setText(column.about, [column.end?.error?.message, column.end?.model, column.differs && TEXT.differsFrom(column.differs)].filter(Boolean).join(" · "));
+    setText(column.about, aboutColumn(column, columns[0]));
     drawCompared(column, columns[0]);
   });
   $("add-column").disabled = columns.length >= MOST_COLUMNS || Boolean(controller);
   $("start-compare").textContent = controller ? TEXT.stop : TEXT.compare;
 }
 
-// Draws a column's text; the first word that differs from the first column is marked.
-function drawCompared({body, text, reasoning, differs}, first) {
-  const all = [reasoning, text].filter(Boolean).join("\n\n"), other = [first.reasoning, first.text].filter(Boolean).join("\n\n");
-  let at = 0;
-  while (at < all.length && all[at] === other[at]) at++;
-  const start = all.lastIndexOf(" ", at - 1) + 1, word = /^\s*\S*/.exec(all.slice(start))[0];
-  body.replaceChildren(...(differs && word ? [all.slice(0, start), element("mark", {textContent: word}), all.slice(start + word.length)] : [all]));
+const wholeText = ({reasoning, text}) => [reasoning, text].filter(Boolean).join("\n\n");
+const hasEnded = ({end}) => Boolean(end) && !end.error;
+
+// What a column waits for, or how its answer compares to the first column's.
+function aboutColumn(column, first) {
+  const {end, differs, model, adapter} = column, wanted = adapter.value || model.value, entry = state.models.find(({id}) => id === wanted);
+  if (!end && !wholeText(column)) return !compared.controller ? "" : entry?.state === "loading" ? TEXT.loadingModel(wanted, entry.loading) : TEXT.waitingForFirst;
+  const same = column !== first && hasEnded(column) && hasEnded(first) && (wholeText(column) === wholeText(first) ? TEXT.identical : TEXT.sameSoFar);
+  return [end?.error?.message, end?.model, differs ? TEXT.differsFrom(differs) : same].filter(Boolean).join(" · ");
+}
+
+// Draws a column's text; when it and the first column have ended, the characters in which they differ are marked.
+function drawCompared(column, first) {
+  const text = wholeText(column), marks = column.differs && hasEnded(column) && hasEnded(first), key = `${Boolean(marks)} ${text}`;
+  if (column.drawn === key) return;
+  column.drawn = key;
+  column.body.replaceChildren(...(marks ? differing(text, wholeText(first)) : [[text, false]]).map(([part, differs]) => differs ? element("mark", {textContent: part}) : part));
+}
+
+const MOST_CELLS = 4e6;           // of the table that compares two texts word by word
+
+// The parts of a text, [part, whether it differs from the other text].
+function differing(text, other) {
+  const [own, others] = [text, other].map(each => each.match(/[\p{L}\p{N}]+|\s+|[^]/gu) ?? []), parts = [];
+  let start = 0, end = 0;
+  while (start < Math.min(own.length, others.length) && own[start] === others[start]) start++;
+  while (end < Math.min(own.length, others.length) - start && own.at(-1 - end) === others.at(-1 - end)) end++;
+  const words = own.slice(start, own.length - end), theirs = others.slice(start, others.length - end), wide = theirs.length + 1;
+  parts.push([own.slice(0, start).join(""), false]);
+  const table = words.length * wide <= MOST_CELLS ? new Uint16Array((words.length + 1) * wide) : null;       // the most words in common from here on
+  for (let i = words.length - 1; table && i >= 0; i--) {
+    for (let j = theirs.length - 1; j >= 0; j--) {
+      table[i * wide + j] = words[i] === theirs[j] ? table[(i + 1) * wide + j + 1] + 1 : Math.max(table[(i + 1) * wide + j], table[i * wide + j + 1]);
+    }
+  }
+  let mine = "", lost = "";                      // what stands in one text and in the other between two common words
+  const close = () => { parts.push(...changedPart(mine, lost)); mine = lost = ""; };
+  for (let i = 0, j = 0; i < words.length || j < theirs.length;) {
+    if (table && i < words.length && words[i] === theirs[j]) { close(); parts.push([words[i], false]); i++; j++; }
+    else if (i < words.length && (j >= theirs.length || !table || table[(i + 1) * wide + j] >= table[i * wide + j + 1])) mine += words[i++];
+    else lost += theirs[j++];
+  }
+  close();
+  return [...parts, [own.slice(own.length - end).join(""), false]].filter(([part]) => part);
+}
+
+// Of a part that replaces another, only the characters that differ.
+function changedPart(mine, lost) {
+  const [own, others] = [[...mine], [...lost]], most = Math.min(own.length, others.length);
+  let start = 0, end = 0;
+  while (start < most && own[start] === others[start]) start++;
+  while (end < most - start && own.at(-1 - end) === others.at(-1 - end)) end++;
+  return [[own.slice(0, start).join(""), false], [own.slice(start, own.length - end).join(""), true], [own.slice(own.length - end).join(""), false]];
 }
 
 async function startCompare() {
@@ -360,7 +412,7 @@ async function startCompare() {
   for (const column of columns) Object.assign(column, {text: "", reasoning: "", end: null, differs: null});
   setText($("compare-problem"), "");
   updateCompare();
-  const {tools, response_format, seed, ...parameters} = node.parameters ?? {};
+  const {tools, response_format, seed, ...parameters} = node.parameters ?? {}, watch = setInterval(lookAtModels, 1000);       // for steps that load
   const variants = columns.map(({model, adapter, fields}) => ({...(state.models.length > 1 ? {model: adapter.value || model.value} : {}),
     ...Object.fromEntries(VARIED.filter(name => fields[name].value !== "").map(name => [name, Number(fields[name].value)]))}));
   try {
@@ -374,6 +426,7 @@ async function startCompare() {
   } catch (error) {
     if (mine === compared && error.name !== "AbortError") setText($("compare-problem"), error.message);
   }
+  clearInterval(watch);
   mine.controller = null;
   if (mine === compared) updateCompare();
   return undefined;
@@ -400,15 +453,18 @@ function goOnWith({text, reasoning, end, fields}) {
 
 register({
   strings: {
-    compare: "Compare", compareHint: "The same question, answered at the same time. A mark shows where an answer starts to differ from the first.", addColumn: "Add a column",
+    compare: "Compare", compareHint: "The same question, answered at the same time. What differs from the first answer is marked.", identical: "Identical to the first answer.",
+    sameSoFar: "The same as the first answer, as far as both go.", addColumn: "Add a column",
     removeColumn: "Remove the column", goOnWithThis: "Continue with this", step: "Step", adapter: "Adapter", column: count => `Answer ${count}`,
-    differsFrom: ({position, probabilities: [first, own] = []}) => `differs from token ${number(position + 1)} on (${[first, own].map(share => typeof share === "number" ? TEXT.share(share) : "the end").join(" / ")})`,
+    differsFrom: ({position, probabilities: [first, own] = []}) => `Differs from token ${number(position + 1)} on: ${[["the first answer's token", "the first answer", first], ["this one's", "this one", own]].map(([token, answer, share], i) =>
+      typeof share === "number" ? `${token} had ${i ? "" : "a probability of "}${TEXT.share(share)}` : `${answer} ended there`).join(", ")}.`,
   },
   bind() {
     $("add-column").onclick = () => { addColumn(); updateCompare(); };
     $("start-compare").onclick = startCompare;
     $("compare-dialog").onclose = () => { compared?.controller?.abort(); compared = null; };
   },
+  render() { if (compared) updateCompare(); },
   answer: {
     looks: view => canCompare(view.node) ? [[TEXT.compare, "columns", () => openCompare(view.node)]] : [],
     update: updateMaker,

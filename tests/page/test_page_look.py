@@ -111,8 +111,7 @@ def test_answers_stand_side_by_side_and_one_is_chosen(asked):
     button(dialog, "Compare").click()
     expect(columns.get_by_role("button", name="Continue with this")).to_have_count(3, timeout=SLOW_MS)
     assert columns.nth(0).locator(".compared").inner_text().strip() == first.strip()
-    expect(dialog.locator("mark").first).to_be_visible()
-    expect(columns.nth(1)).to_contain_text(re.compile(r"differs from token \d+ on \("))
+    expect(columns.nth(1)).to_contain_text(re.compile(r"Differs from token \d+ on: the first answer's token had a probability of [<\d. ]+\s%, this one(?:'s had [<\d. ]+\s%| ended there)\."))
     expect_accessible(page)
     text = columns.nth(2).locator(".compared").inner_text()
     columns.nth(2).get_by_role("button", name="Continue with this").click()
@@ -227,3 +226,49 @@ def test_a_server_that_cannot_do_it_offers_none_of_it(page, stand_in):
     ask(page, "one")
     expect_answered(page)
     expect(button(page, "Look inside")).to_have_count(0)
+
+
+def test_only_the_characters_that_differ_are_marked(opened_page):
+    page = opened_page
+    page.evaluate("""() => { const node = newNode("x", null, "assistant", "", {seed: 3, model: state.model.name}); state.nodes.set(node.id, node);
+        state.model.can = {token_ids: true, compare: true}; addNode(null, "user", "q"); window.told = addNode(state.leaf, "assistant", "a", {seed: 3, ids: [1], model: state.model.name}); refresh_(); }
+    """.replace("refresh_();", "showLeaf(told.id);"))
+    inside(answers(page), "Compare")
+    dialog = page.get_by_role("dialog", name="Compare")
+    button(dialog, "Add a column").click()
+    button(dialog, "Add a column").click()
+    page.evaluate("""() => {
+        const texts = ["The capital is Tokyo, a large city.", "The capital is Tokyo, a larger town!", "The capital is Tokyo, a large city.", "The capital"];
+        compared.columns.forEach((column, i) => Object.assign(column, {text: texts[i], end: {model: "m"}, differs: i === 1 ? {position: 6, probabilities: [0.45, null]} : null}));
+        render(); }""")
+    columns = dialog.get_by_role("region")
+    expect(columns.nth(1).locator("mark")).to_have_text(["r", "town!"])
+    expect(columns.nth(1).locator(".hint")).to_have_text("m · Differs from token 7 on: the first answer's token had a probability of 45\u00a0%, this one ended there.")
+    expect(columns.nth(2)).to_contain_text("m · Identical to the first answer.")
+    expect(columns.nth(3)).to_contain_text("m · The same as the first answer, as far as both go.")
+    expect(dialog.locator("mark")).to_have_count(2)
+    page.keyboard.press("Escape")
+    page.evaluate("newChat()")
+
+
+def test_a_training_run_is_compared_by_its_last_steps_with_one_seed_and_a_step_that_loads_says_so(page, stand_in):
+    entry = {"owned_by": "chat_server", "context_length": 8192, "run": "d2", "capabilities": {"token_ids": True, "compare": True}, "defaults": {}}
+    stand_in.several = [entry | {"id": f"d2@{step}", "step": step, "state": "ready", "aliases": ["d2@latest"] if step == 60 else []} for step in (20, 40, 60)]
+    open_page(page, stand_in.url)
+    ask(page, "one")
+    expect_answered(page)
+    page.route("**/v1/compare", lambda route: None)                  # no answer yet
+    dialog = page.get_by_role("dialog", name="Compare")
+    for own, steps in (("d2@60", ["d2@40", "d2@60"]), ("d2@20", ["d2@20", "d2@60"])):
+        page.evaluate("own => { lastNode().model = own; render(); }", own)
+        inside(answers(page), "Compare")
+        assert dialog.get_by_role("slider", name="Step").evaluate_all("all => all.map(each => each.getAttribute('aria-valuetext'))") == steps
+        seeds = dialog.get_by_role("spinbutton", name="Seed")
+        assert [seeds.nth(i).input_value() for i in range(2)] == ["7", "7"]
+        if own == "d2@60":
+            page.keyboard.press("Escape")
+    stand_in.several[0] |= {"state": "loading", "loading": 0.45}
+    button(dialog, "Compare").click()
+    expect(dialog.get_by_role("region").first).to_contain_text("Loading d2@20, 45\u00a0%")
+    expect(dialog.get_by_role("region").nth(1)).to_contain_text("Waiting for the first token")
+    expect_accessible(page)
