@@ -21,6 +21,7 @@ const state = {
   draft: {text: "", files: []},   // what is in the composer
   counted: {text: "", tokens: 0, around: 0},          // tokens of the draft as counted by the server, and of the template around it
   refusal: "",                    // why the server refused the message
+  queued: null,                   // id of the chat whose draft is sent when its answer has ended
   notice: "",                     // the page's own notice below the turns
   toasts: [],                     // {text, label, act, undo, chat} above the composer: the last deletion, answers of other chats
   ended: 0,                       // answers that ended while this tab was hidden

@@ -323,8 +323,18 @@ function submitDraft() {
     if (state.draft.text === text) setDraft("", []);
     return;
   }
-  if (!command) announce(isGrowing(lastNode()) ? TEXT.stopFirst : TEXT.notReady);
-  renderComposer(isGrowing(lastNode()));
+  const last = lastNode();
+  if (!command && state.runs.get(last?.id)?.lost) state.queued = state.chat.id;
+  else if (!command) state.refusal = isGrowing(last) ? TEXT.stopFirst : TEXT.notReady;
+  renderComposer(isGrowing(last));
+}
+
+// Sends the draft that waits for its chat's answer to end.
+function sendQueued() {
+  const {text, files} = state.draft;                    // empty while it is still being read
+  if (state.queued !== state.chat.id || !canAsk() || !text.trim() && !files.length) return;
+  state.queued = null;
+  submitDraft();
 }
 
 // Returns to typing, except on a touch screen, where the keyboard would cover the answer.
@@ -372,6 +382,11 @@ function renderComposer(growing) {
   $("stop").hidden = !growing;
   if (sent) focusAfterClick();
   $("send").disabled = !canAsk() || !state.draft.text.trim() && !state.draft.files.length;
+  if (state.refusal === TEXT.stopFirst && !growing) state.refusal = "";
+  const queued = state.queued === state.chat.id;
+  setText($("queued"), queued ? TEXT.queuedQuestion : "");
+  $("queued").hidden = !queued;
+  if (queued && canAsk()) queueMicrotask(sendQueued);
   setText($("refusal"), state.refusal);
   $("refusal").hidden = !state.refusal;
   setText($("trouble"), store.trouble ? TEXT.trouble[store.trouble] : "");
@@ -382,6 +397,7 @@ function renderComposer(growing) {
 function renderState() {
   const last = lastNode(), run = state.runs.get(last?.id);
   const shownInTurn = isGrowing(last) && !last.content && !run?.lost;
+  $("state").classList.toggle("lost", Boolean(run?.lost));
   setText($("state"), shownInTurn ? "" : isGrowing(last) ? growingText(last, run) + (run ? liveSpeedText(run) : "")
     : state.path.length ? serverText() : "");             // the empty page shows it itself
   $("enter-key").hidden = state.phase !== "locked";
@@ -403,11 +419,12 @@ function renderGauge() {
   const {path, model: {context, ours}, counted, chat: {parameters}} = state;
   const {used: known, guessed} = usedTokens(), used = known + guessed;
   const current = counted.text && counted.text === draftContent(), draft = current ? counted.tokens : 0;
-  const alone = draft && draft + counted.around;
+  const alone = draft && draft + counted.around, tooLong = alone >= context;
   // our server reserves this much for the answer when it drops messages; others may refuse instead
   const kept = ours ? Math.min(parameters.max_tokens ?? Infinity, Math.floor(context / 4)) : 0;
-  $("gauge").hidden = !context || !used && !draft;
-  setText($("warning"), !context ? "" : alone >= context ? TEXT.tooLong(alone, context, state.draft.files.length)
+  // what is too long is said once, with one number of tokens: here, or by the server that refused it
+  $("gauge").hidden = !context || !used && !draft || tooLong;
+  setText($("warning"), !context || tooLong && state.refusal ? "" : tooLong ? TEXT.tooLong(alone, context, state.draft.files.length)
     : path.length && used + draft + kept > context && !isGrowing(lastNode()) ? (ours ? TEXT.willDrop : TEXT.full) : "");
   if ($("gauge").hidden) return;
   setText($("context"), TEXT.used(used, draft, context, guessed > 0));
@@ -420,7 +437,7 @@ register({
     messageHint: "Ask anything", textHint: "Text to continue", attach: "Attach text files", latest: "Jump to latest", removeFile: name => `Remove ${name}`,
     characters: count => plural(count, "character", "characters"), pasted: count => `Pasted text${count ? ` ${count + 1}` : ""}.txt`,
     fileTooLarge: (name, bytes) => `${name} is larger than ${number(bytes / 1024)} KB.`, notText: name => `${name} is not a text file.`,
-    stopFirst: "An answer is being written: stop it first.", notReady: "The model is not ready yet.",
+    stopFirst: "An answer is being written: stop it first.", queuedQuestion: "Your question is queued: it is sent when this answer has ended.", notReady: "The model is not ready yet.",
     encodings: {"windows-1252": ", read as Latin-1", "utf-16le": ", read as UTF-16", "utf-16be": ", read as UTF-16"},
     used: (used, draft, context, about) => `${about ? "about " : ""}${number(used)}${draft ? ` + ${number(draft)}` : ""} of ${number(context)} tokens`,
     tooLong: (tokens, context, files) => `This message has ${number(tokens)} tokens, but the model's limit is ${number(context)} for question and answer together. Shorten it${files ? " or remove a file" : ""}.`,
@@ -443,7 +460,7 @@ register({
     $("stop").onclick = stopAnswer;
     $("attach").onclick = () => $("files-picker").click();
     $("files-picker").onchange = async ({target}) => { await addFiles(target.files); target.value = ""; };
-    message.oninput = ({target}) => { recalled = 0; state.refusal = ""; setDraft(target.value); };
+    message.oninput = ({target}) => { recalled = 0; state.refusal = ""; state.queued = null; setDraft(target.value); };
     message.onpaste = onPaste;
     message.addEventListener("keydown", onCommandKey);
     $("commands").onmousedown = event => event.preventDefault();           // the focus stays in the message

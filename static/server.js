@@ -382,8 +382,8 @@ register({
     refusesPage: (home, origin) => `The server at ${home} does not allow this page. Start it with --cors-origin ${origin}.`,
     noAnswer: (home, origin) => `No answer from ${home}: is the server running` + (origin ? `, and does it allow this page (--cors-origin ${origin})?` : "?"),
     refused: "The server refused", retryIn: seconds => `, try again in ${seconds} s`, gaveUp: "The server gave up",
-    connectionLost: "The connection to the server was lost.", connectionBroke: why => `The connection broke: ${why}.`,
-    endedEarly: "The connection ended before the answer did.",
+    connectionLost: "The server stopped in the middle of this answer and did not come back.", connectionBroke: why => `The server stopped in the middle of this answer (${why}).`,
+    endedEarly: "The server stopped in the middle of this answer.",
   },
   bind() {
     setInterval(glance, GLANCE_MS);

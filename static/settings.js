@@ -114,8 +114,12 @@ function openServer() {
   $("server-url").value = state.preferences.server;
   $("server-url").placeholder = PAGE_HOME;
   $("server-key").value = serverKey();
+  const locked = state.phase === "locked";                    // a guest needs one field
+  setText($("server-title"), locked ? TEXT.keyTitle : TEXT.server);
+  $("another-server").open = !locked;
+  $("server-reset").hidden = locked;
   $("server-dialog").showModal();
-  showProblems("", state.phase === "locked" ? keyText() : "");
+  showProblems("", locked && state.refusedKey ? TEXT.wrongKey : "");
 }
 
 // Shows the problems with the address and the key, each below its field.
@@ -124,7 +128,8 @@ function showProblems(address, key) {
     setText($(`${name}-problem`), text);
     $(`server-${name}`).setAttribute("aria-invalid", Boolean(text));
   }
-  if (key) $("server-key").focus();
+  if (address) $("another-server").open = true;
+  $(address ? "server-url" : "server-key").focus();
 }
 
 const keyText = () => state.refusedKey ? TEXT.wrongKey : TEXT.keyWanted;
@@ -212,7 +217,7 @@ register({
     defaults: "Defaults", forNewChats: "Use for new chats",
     usedForNew: "New chats use these settings", done: "Done",
     serverHint: "For a page opened from a file, or to talk to another machine. That server must allow this page (--cors-origin; null for a file).",
-    url: "URL", apiKey: "API key", keyWanted: "This server needs an API key.", wrongKey: "The server does not accept this API key.",
+    url: "URL", apiKey: "API key", keyTitle: "This server needs a key", anotherServer: "Another server", keyWanted: "This server needs an API key.", wrongKey: "The server does not accept this API key.",
     noAddress: text => `“${text}” is not an address such as http://gpu-box:8000.`, askTitle: "Use another server?",
     askServer: home => `The address of this page names the server ${home}. Your messages would be sent there.`,
     useIt: "Use this server", dontUseIt: "Stay here",

@@ -410,7 +410,7 @@ register({
     editedText: "Edited text", cancel: "Cancel", update: "Update", save: "Save", edited: "edited",
     wrap: "Wrap lines", downloadCode: "Download code", codeIn: language => `Code${language ? ` in ${language}` : ""}`, enterKey: "Enter the key", tryAgain: "Try again",
     pleaseContinue: "Please continue.",
-    sentThen: "Your message will then be sent.", lost: "The connection is lost; trying again…",
+    sentThen: "Your message will then be sent.", lost: "The connection is lost; trying again… Enter queues your next question.",
     endedIn: title => `The answer in “${title}” is finished.`, endedBadly: title => `The answer in “${title}” failed.`, show: "Show", endedMark: "✓ ",
     waiting: "Waiting for the answer", answering: "Answering", answerFinished: "Answer finished", answerStopped: "Answer stopped",
     waitingForFirst: "Waiting for the first token…", queued: position => `Number ${position} in the queue`,

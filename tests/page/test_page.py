@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from browsing import (SLOW_MS, answers, ask, button, chats, command, expect, expect_answered, fake_front, message_box, more,
+from browsing import (SLOW_MS, answers, ask, button, chats, command, expect, expect_accessible, expect_answered, fake_front, message_box, more,
                       needs_browser, open_page, questions, reload, said, settled)
 from nightly import by_day
 
@@ -248,6 +248,35 @@ def test_while_the_network_is_away_the_page_says_so_and_goes_on_when_it_is_back(
     held_front.until_open(0)
     page.context.set_offline(False)
     expect_all_words(page)
+
+
+def test_enter_says_stop_it_first_and_while_the_server_is_away_queues_the_question(page, held_front):
+    ask_for_two_words(page, held_front)
+    message_box(page).fill("and then?")
+    message_box(page).press("Enter")
+    expect(page.get_by_role("alert")).to_have_text("An answer is being written: stop it first.")
+    expect_accessible(page)
+    page.context.set_offline(True)
+    held_front.drop()
+    expect(page.locator("#state")).to_contain_text("Enter queues your next question")
+    message_box(page).press("Enter")
+    queued = page.get_by_text("Your question is queued: it is sent when this answer has ended.")
+    expect(queued).to_be_visible()
+    expect_accessible(page)
+    expect(page.get_by_role("alert")).to_have_count(0)
+    message_box(page).press("!")                                    # changed: it is not sent as it is
+    expect(queued).to_be_hidden()
+    message_box(page).press("Enter")
+    expect(queued).to_be_visible()
+    held_front.admit(3)
+    held_front.until_open(0)
+    page.context.set_offline(False)
+    expect(questions(page)).to_have_count(2)
+    expect(said(questions(page).last)).to_have_text("and then?!")
+    expect(message_box(page)).to_have_value("")
+    expect(queued).to_be_hidden()
+    held_front.admit(5)
+    expect(said(answers(page).last)).to_have_text("one two three four five")
 
 
 def test_stop_works_while_the_network_is_away(page, held_front):

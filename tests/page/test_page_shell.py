@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from browsing import (ROOT, answers, ask, button, chats, command, expect, expect_answered, fake_front, menu, message_box, more,
+from browsing import (ROOT, answers, ask, button, chats, command, expect, expect_accessible, expect_answered, fake_front, menu, message_box, more,
                       needs_browser, open_page, questions, reload, said, settled, violations, visitor)
 from chatlm.common.config import ApiKey
 from nightly import by_day
@@ -309,6 +309,12 @@ def test_what_is_too_long_is_said_before_it_is_sent(page, stand_in):
     expect(page.locator("#context")).to_have_text("0 + 60 of 100 tokens")
     message_box(page).fill("word " * 120)
     expect(page.locator("#warning")).to_contain_text("This message has 122 tokens, but the model's limit is 100")
+    expect(page.locator("#gauge")).to_be_hidden()
+    message_box(page).fill("refuse " + "word " * 120)
+    expect(page.locator("#warning")).to_contain_text("This message has 123 tokens")
+    message_box(page).press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("the limit is 8,000")           # one of the two, not both
+    expect(page.locator("#warning")).to_be_empty()
 
 
 # commands, settings, keys ---------------------------------------------------------------------------------------------
@@ -548,7 +554,10 @@ def test_a_server_with_keys_asks_for_one_and_the_page_keeps_it(page):
     keys = (ApiKey.hashed("right key", "alice"),)
     with fake_front(keys=keys) as url:
         page.goto(url)
-        expect(page.get_by_role("alert")).to_have_text("This server needs an API key.")
+        dialog = page.get_by_role("dialog", name="This server needs a key")
+        expect(dialog.get_by_role("textbox")).to_have_count(1)
+        expect(page.get_by_role("textbox", name="URL")).to_be_hidden()
+        expect_accessible(page)
         page.keyboard.type("wrong")             # the field has the focus
         page.keyboard.press("Enter")
         expect(page.get_by_role("alert")).to_have_text("The server does not accept this API key.")
@@ -556,6 +565,8 @@ def test_a_server_with_keys_asks_for_one_and_the_page_keeps_it(page):
         field = page.get_by_label("API key")
         expect(field).to_have_accessible_description("The server does not accept this API key.")
         assert field.bounding_box()["y"] < page.get_by_role("alert").bounding_box()["y"] < button(page, "Done").bounding_box()["y"]
+        dialog.get_by_text("Another server").click()
+        expect(page.get_by_role("textbox", name="URL")).to_be_visible()
         page.keyboard.press("Escape")
         expect(page.get_by_text("The server does not accept this API key.").first).to_be_visible()
         button(page, "Enter the key").click()
