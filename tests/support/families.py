@@ -134,6 +134,11 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
         "short_factor": LONG["long_factor"], "partial_rotary_factor": 1.0, "rope_type": "longrope", "original_max_position_embeddings": 128,
         "short_mscale": 1.1, "long_mscale": 1.1} | dict.fromkeys(("short_factor", "long_factor"), [1.0 + i / 4 for i in range(8)]))),
     "phimoe-plain": ("phimoe", dict(num_local_experts=4, num_key_value_heads=4, router_jitter_noise=0.01)),
+    # transformers makes steps of time at least time_step_min, which training did not
+    "nemotron-h": ("nemotron_h", NO_LLAMA | dict(
+        num_hidden_layers=..., intermediate_size=96, num_key_value_heads=2, head_dim=16, layer_norm_epsilon=1e-3, ssm_state_size=16, mamba_num_heads=4,
+        mamba_head_dim=32, n_groups=2, chunk_size=16, time_step_min=1e-9, mlp_bias=True,
+        layers_block_type=["linear_attention", "mlp", "linear_attention", "full_attention", "mlp", "full_attention", "linear_attention"])),
     "lfm2-bias": ("lfm2", dict(norm_eps=1e-3, conv_bias=True, conv_L_cache=5, block_auto_adjust_ff_dim=False,
                                layer_types=["conv", "full_attention", "conv", "full_attention"])),
 }

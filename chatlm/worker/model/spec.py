@@ -373,6 +373,7 @@ class ModelSpec:
     shared_size: int = 0              # > 0: width of an additional expert that every token takes
     shared_gate: bool = False         # its output is multiplied by the sigmoid of another product
     expert_norms: bool = False        # router, experts and shared expert have norms of their own
+    bare_layers: tuple[int, ...] = ()  # layers without a feed-forward part
     double_layers: tuple[int, ...] = ()  # whose feed-forward part is 2 F wide
     experts_per_token: int = 0        # those with the largest of the router's logits
     shares_sum_to_one: bool = True    # softmax over the chosen experts' logits; else over all experts'
@@ -481,7 +482,8 @@ def layer_tensors(spec: ModelSpec, l: int) -> Shapes:
         (P, {"input_gate": (P, C), "input_norm": (C,), "input_out": (C, P)}),
         (spec.layer_scalars, {"scalar": (1,)}),
         (spec.norm_weights and spec.pre_norms, {"attention_norm": (C,)}),
-        (spec.norm_weights and spec.pre_norms and not spec.one_norm, {"ffn_norm": (C,)}),
+        (spec.norm_weights and spec.pre_norms and not spec.one_norm and l not in spec.bare_layers, {
+            "ffn_norm": (C,)}),
         (spec.norm_biases, {"attention_norm_bias": (C,)}),
         (spec.norm_biases and not spec.one_norm, {"ffn_norm_bias": (C,)}),
         (spec.post_norms, {"output_norm": (C,), "down_norm": (C,)}))
@@ -499,6 +501,8 @@ def layer_tensors(spec: ModelSpec, l: int) -> Shapes:
 
 def feed_forward_tensors(spec: ModelSpec, l: int) -> Shapes:
     """Those of a layer's experts, or of its dense part."""
+    if l in spec.bare_layers:
+        return {}
     C, F, shared = spec.width, spec.ffn_size, spec.shared_size
     E = spec.experts if l not in spec.dense_layers else 0
     size = F * (1 + (l in spec.double_layers)) if E or not spec.experts else spec.dense_size

@@ -345,6 +345,8 @@ class Transformer:
     def _feed_forward(self, b: SimpleNamespace, layer: dict, l: int):
         """x = residual + down(activation(up(norm(residual)))), or a sum over experts; or of norm(x)."""
         spec, k = self.spec, self.kernels
+        if l in spec.bare_layers:
+            return k.copy(b.residual, out=b.x)
         if spec.one_norm:  # where attention_norm has left its result
             x, norm = b.normed, None
         else:

@@ -131,7 +131,8 @@ def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
         family, raw = text_part(path, family, raw)
     if family not in FAMILIES:
         raise ConfigError(f"{path}: {unsupported(family)}")
-    row, raw = FAMILIES[family], with_layers_of_now(raw)
+    row = FAMILIES[family]
+    raw = with_layers_of_now(row.restated(path, raw))
     defaults = HF_DEFAULTS | row.config
     for own, theirs in row.aliases.items():  # its own key wins, as in transformers
         raw = {**raw, own: raw[own] if raw.get(own) is not None else raw.get(theirs)}

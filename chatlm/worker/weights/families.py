@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from chatlm.worker.weights import gemma4, granite, layernorms, lfm2, qwen35
+from chatlm.worker.weights import gemma4, granite, layernorms, lfm2, nemotron, qwen35
 from chatlm.worker.weights.assemble import Mxfp4
 from chatlm.worker.weights.family import (
     EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, expert_tensors)
@@ -249,7 +249,8 @@ FAMILIES = {  # by config.json's model_type
         rope_of=rope_of_hunyuan),
     **layernorms.FAMILIES,
     **qwen35.FAMILIES,
-    **lfm2.FAMILIES}
+    **lfm2.FAMILIES,
+    **nemotron.FAMILIES}
 GGUF_FAMILIES = {architecture: name for name, row in FAMILIES.items()
                  for architecture in row.gguf.architectures.split()}
 VISION = {  # model_type of an image model, read as text only -> its text model's default

@@ -83,6 +83,8 @@ class Family(NamedTuple):
     needed: tuple[str, ...] = ()  # keys without which transformers would run another model
     mixers: Mapping[str, Callable[[Path, Mapping], Mixer]] = {}  # layer types besides attention
     aliases: dict[str, str] = {}  # its own keys -> the keys they replace
+    # a config.json in the terms of `config`, where a family's own has others
+    restated: Callable[[Path, Mapping], Mapping] = lambda path, raw: raw
     complete: Callable[[Path, dict], dict] = lambda path, config: {}  # keys derived from a config
     fields_of: Callable[[Path, Mapping], dict] = lambda path, config: {}  # of ModelSpec, from a config
     own_attentions: bool = False  # these have `attentions`, with windows and rotation

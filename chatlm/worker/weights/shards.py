@@ -287,7 +287,7 @@ def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
                          for attn in spec.attentions[kept]),
         backout_layer=None if spec.backout_layer is None else spec.backout_layer - first,
         **{name: tuple(layer - first for layer in getattr(spec, name) if layer in mine)
-           for name in ("value_embed_layers", "dense_layers", "double_layers")})
+           for name in ("value_embed_layers", "dense_layers", "double_layers", "bare_layers")})
     whole, tensors = {"head": model.tensors["embed"]} | model.tensors, {}
     for name, shape in expected_tensors(own).items():
         layer, dot, part = name.partition(".")

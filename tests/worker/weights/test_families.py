@@ -63,7 +63,7 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 
 OLDER = [name for name in [*MODELS][:[*MODELS].index("granite")] if not name.startswith("gemma4")]    # these have tests of their own by day
-BY_DAY = "granite4", "olmo3", "glm4", "lfm2", "lfm2moe", "granite4h", "hunyuan", "olmoe", "gpt2", "pythia", "cohere2"      # which bring what no other had
+BY_DAY = "granite4", "olmo3", "glm4", "lfm2", "lfm2moe", "granite4h", "hunyuan", "olmoe", "gpt2", "pythia", "cohere2", "nemotron-h"      # which bring what no other had
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -79,6 +79,41 @@ def test_what_a_family_with_layer_norms_cannot_have_is_named(kind, config, words
     assert words in str(caught.value)
 
 
+# --- Nemotron-H ----------------------------------------------------------------------------------------------------
+
+
+NANO_9B = {"model_type": "nemotron_h", "hidden_size": 4480, "intermediate_size": 15_680, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
+           "mamba_num_heads": 128, "mamba_head_dim": 80, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "vocab_size": 131_072, "num_hidden_layers": 56,
+           "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", "max_position_embeddings": 131_072,
+           "layer_norm_epsilon": 1e-5, "mlp_hidden_act": "relu2", "time_step_limit": [0.0, float("inf")], "rescale_prenorm_residual": True, "use_mamba_kernels": True}
+
+
+def test_a_published_nemotron_h_has_as_many_weights_as_transformers(tmp_path):
+    import transformers
+    spec = spec_of(tmp_path, NANO_9B)
+    with torch.device("meta"):
+        made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    count = sum(math.prod(shape) for shape in expected_tensors(spec).values())
+    assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == 8.9
+    assert spec.layers == 31 and spec.paged_layers == 4 and spec.rope_size == 0
+    assert spec.bare_layers == (3, 7, 11, 16, 21, 24)       # before another Mamba layer, or before attention
+    listed = {key: value for key, value in NANO_9B.items() if key not in ("hybrid_override_pattern", "num_hidden_layers")}
+    names = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+    assert spec_of(tmp_path, listed | {"layers_block_type": [names[kind] for kind in NANO_9B["hybrid_override_pattern"]]}) == spec
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"hybrid_override_pattern": "M-ME"}, 'hybrid_override_pattern[3] is "E"; it must be one of linear_attention'), ({"hybrid_override_pattern": "-M*"}, 'hybrid_override_pattern[0] is "-"; one must follow'),
+    ({"layers_block_type": ["mamba", "mlp", "mlp"]}, 'layers_block_type[2] is "mlp"; one must follow'), ({"hybrid_override_pattern": None}, "layers_block_type is missing, and so is"),
+    ({"layers_block_type": ["mamba", 3]}, "layers_block_type[1] is 3"), ({"mlp_hidden_act": "silu"}, 'mlp_hidden_act is "silu"; it must be one of relu2'),
+    ({"hybrid_override_pattern": "M-M-"}, "none of its layers is full_attention"), ({"n_groups": 3}, "mamba_num_heads is 128; it must be a multiple of 3"),
+    ({"time_step_limit": [0.01, 1.0]}, "time_step_limit is a list of 2")])
+def test_what_a_nemotron_h_cannot_have_is_named(change, words, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        spec_of(tmp_path, NANO_9B | change)
+    assert words in str(caught.value)
+
+
 # --- keys that change nothing ------------------------------------------------------------------------------------
 
 

@@ -225,7 +225,7 @@ def test_the_ranks_of_a_gguf_whose_layers_keep_states_together_are_the_model(nam
         check_model(load(as_gguf(tmp_path / "packed.gguf", model, quantized=True)))
 
 
-@pytest.mark.parametrize("name, stages", [("lfm2", 3), ("qwen3.5", 4), ("granite4h", 2), ("gemma4", 4), ("gemma4moe", 3), ("gpt2", 2), ("cohere2", 3)])
+@pytest.mark.parametrize("name, stages", [("lfm2", 3), ("qwen3.5", 4), ("granite4h", 2), ("gemma4", 4), ("gemma4moe", 3), ("gpt2", 2), ("cohere2", 3), ("nemotron-h", 3)])
 @torch.inference_mode()
 def test_each_stage_keeps_the_states_and_the_keys_of_its_own_layers(name, stages, tmp_path):
     """Some of these stages have layers with states alone, or none; the embeddings of each layer are passed on."""
