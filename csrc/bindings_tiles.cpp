@@ -44,6 +44,12 @@ py::list types() {                          // [(name, columns of a block in a f
     return all;
 }
 
+py::list activations() {                    // [(name, gated)], by number from 1 on
+    py::list all;
+    for (size_t i = 1; i < std::size(dc::ACTIVATIONS); i++) all.append(py::make_tuple(dc::ACTIVATIONS[i].name, dc::ACTIVATIONS[i].gated));
+    return all;
+}
+
 void embed(const dc::Tiles& tiles, uintptr_t ids, int64_t count, uintptr_t out, int64_t out_stride) {
     constexpr int64_t AT_ONCE = 32;
     dc::parallel_for((count + AT_ONCE - 1) / AT_ONCE, [&](int64_t item) {
@@ -93,6 +99,7 @@ void bind_tiles(py::module_& m) {
         .def("embed", &embed, py::call_guard<Gil>())
         .def("multiply", &multiply, py::call_guard<Gil>());
     m.def("weight_types", &types);
+    m.def("activations", &activations);
     m.def("amx_rows", [](int type, int64_t columns) -> int64_t {
         const dc::Amx amx = dc::chosen_amx();
         return amx == dc::Amx::measured ? dc::measured_rows(dc::Weight(type), columns) : amx != dc::Amx::none;

@@ -330,6 +330,22 @@ DC_INLINE Lanes gelu_tanh(Lanes g) {
     return times_sigmoid(g, g * fma(g * g, all(1.59576912f * 0.044715f), all(1.59576912f)));
 }
 
+// g / 2 * (1 + erf(g / sqrt(2))) = max(g, 0) - |g| h, where h = erfc(|g| / sqrt(2)) / 2 within 7.5e-8 (Abramowitz and Stegun 7.1.26)
+DC_INLINE Lanes gelu_erf(Lanes g) {
+    const Lanes zero = all(0.0f), one = all(1.0f), size = maximum(g, zero - g);
+    const Lanes t = one / fma(size, all(0.3275911f * 0.707106781f), one);
+    Lanes p = fma(all(0.5f * 1.061405429f), t, all(0.5f * -1.453152027f));
+    p = fma(p, t, all(0.5f * 1.421413741f));
+    p = fma(p, t, all(0.5f * -0.284496736f));
+    p = fma(p, t, all(0.5f * 0.254829592f)) * t;
+    return maximum(g, zero) - size * (p * exp_negative(size * size * all(-0.5f)));
+}
+
+DC_INLINE Lanes relu2(Lanes y) {
+    const Lanes above = maximum(y, all(0.0f));
+    return above * above;
+}
+
 DC_INLINE Lanes at_most(Lanes a, float limit) { return all(0.0f) - maximum(all(-limit), all(0.0f) - a); }     // NaN stays NaN
 
 DC_INLINE Lanes clamped_swiglu(Lanes gate, Lanes up) {

@@ -14,7 +14,7 @@ from .cuda_weights import dequantized
 from .program import Marker, Program
 from .proof import Dice, copied, differs, random_blocks
 from .sampling import SampleBatch
-from .tiles import COLUMNS, Arena, Matrix
+from .tiles import ACTIVATIONS, COLUMNS, GATES, Arena, Matrix
 from .weights import KINDS, QuantizedMatrix, pack
 
 FLOATS = {name: dtype for dtype, name in KINDS.items()}
@@ -213,9 +213,8 @@ class Chain:
         before = self.call("copy", self.call("linear", x, plain, width=N, label=label), width=N)
         more = dict(norm=norm, bias=self.dice.normal(N), residual=before)
         self.call("linear", x, plain, width=N, label=label, **more)
-        for activation in ("swiglu", "geglu"):
-            self.call("linear", x, gates, width=N, label=label, activation=activation)
-        self.call("linear", x, plain, width=N, label=label, activation="relu2")
+        for activation in ACTIVATIONS.keys() - {None, "clamped_swiglu"}:     # whose steep parts make large errors of small ones; experts have it
+            self.call("linear", x, gates if activation in GATES else plain, width=N, label=label, activation=activation)
 
     # ---- running
 

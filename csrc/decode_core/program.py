@@ -207,7 +207,7 @@ class Program:
         """out = residual + activation(norm(x) W^T + bias + what the rows' adapters add); residual may be out, x may not.
 
         norm        None, or (weight or None, eps): RMS norm over the whole width of x
-        activation  None, "relu2" or one of GATES: a gate's tiles alternate gate and up, and out is half as wide
+        activation  None or one of ACTIVATIONS; of those in GATES tiles alternate gate and up, and out is half as wide
         adapted     None, or the name by which adapters (`make_adapter`) call the matrix
         A matrix narrower than x takes the first columns of (the normalized) x.
         """

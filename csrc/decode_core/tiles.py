@@ -17,8 +17,8 @@ from .arrays import FLOAT32, look_at, vector
 KINDS = {name: number for number, (name, _) in enumerate(_core.weight_types())}     # tiles.h's Weight
 COLUMNS = dict(_core.weight_types())            # of a block in a file: the columns of a matrix are a multiple of it
 SOURCES = {"f32": ("float32",), "f16": ("float16",), "bf16": ("bfloat16", "uint16")}    # what the rows may be besides uint8
-ACTIVATIONS = {None: 0, "swiglu": 1, "relu2": 2, "geglu": 3, "clamped_swiglu": 4}
-GATES = ("swiglu", "geglu", "clamped_swiglu")
+ACTIVATIONS = {None: 0} | {name: number for number, (name, _) in enumerate(_core.activations(), 1)}      # as csrc/activations.def lists them
+GATES = tuple(name for name, gated in _core.activations() if gated)
 TILE_ROWS, LIMIT = 16, 1 << 31
 
 
@@ -149,7 +149,7 @@ def multiply(x, matrix: Matrix, *, norm=None, bias=None, activation=None, residu
 
     norm        None, or (weight (K,) or None, eps): RMS norm of each row of x
     bias        (N,), in the order of the tiles' rows
-    activation  None, "relu2", or one of GATES ("geglu" by tanh): a gate's tiles alternate gate and up, 16 rows each
+    activation  None or one of ACTIVATIONS; of those in GATES ("geglu" by tanh, "gelu" by erf) tiles alternate gate and up, 16 rows each
     residual    may be out itself; x may not share memory with out
     """
     check_matrix(matrix)

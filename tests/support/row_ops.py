@@ -74,6 +74,20 @@ def gelu_tanh(x):
     return times_sigmoid(x, x * fma(x * x, c * np.float32(0.044715), c))
 
 
+def gelu_erf(x):
+    f = np.float32
+    size = np.abs(x)
+    t = f(1) / fma(size, f(0.3275911) * f(0.707106781), f(1))
+    p = fma(np.full_like(t, f(0.5) * f(1.061405429)), t, f(0.5) * f(-1.453152027))
+    for factor in (1.421413741, -0.284496736, 0.254829592):
+        p = fma(p, t, f(0.5) * f(factor))
+    return np.maximum(x, f(0)) - size * (p * t * exp_negative(size * size * f(-0.5)))
+
+
+def relu2(x):
+    return np.maximum(x, np.float32(0)) ** 2
+
+
 def clamped_swiglu(gate, up):
     g = np.minimum(gate, np.float32(7))
     return times_sigmoid(g, g * np.float32(1.702)) * (np.clip(up, np.float32(-7), np.float32(7)) + np.float32(1))

@@ -290,7 +290,8 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
         "LayerNorm before experts": spec.layer_norms and spec.experts,
         "router with jitter": spec.router_jitter is not None,
         "learned positions on a GPU": spec.positions and on_gpu,
-        f"{spec.activation} feed-forward": spec.activation in ("gelu", "reglu2", "gelu_erf", "gelu_tanh"),
+        f"{spec.activation} feed-forward on a GPU": on_gpu and spec.activation in (
+            "gelu", "reglu2", "gelu_erf", "gelu_tanh"),
         "feed-forward of this width": any(width % TILE_ROWS for width in widths)}
     return " and ".join(feature for feature, needed in features.items() if needed)
 

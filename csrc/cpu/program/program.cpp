@@ -151,8 +151,7 @@ public:
 // ---- what describe() says about an op in addition to its name
 
 std::string words(Activation activation) {
-    static const char* const names[] = {"", " swiglu", " relu2", " geglu", " clamped_swiglu"};
-    return names[int(activation)];
+    return activation == Activation::none ? "" : std::string(" ") + ACTIVATIONS[int(activation)].name;
 }
 
 std::string words(const float* bias) { return bias ? " bias" : ""; }

@@ -55,18 +55,32 @@ DC_INLINE void write(const Product& job, int64_t row, int64_t column, Lanes y) {
     store_some(job.out + row * job.out_stride + column, y, count);
 }
 
+DC_INLINE Lanes activated(Activation activation, Lanes y) {
+    switch (activation) {
+#define ACTIVATION(name, ...) case Activation::name: return __VA_ARGS__;
+#include "activations.def"
+        default: return y;
+    }
+}
+
+DC_INLINE Lanes gated(Activation activation, Lanes gate, Lanes up) {
+    switch (activation) {
+#define GATED(name, ...) case Activation::name: return __VA_ARGS__;
+#include "activations.def"
+        default: return up;
+    }
+}
+
 void finish_row(const Product& job, int64_t tile, int tiles, int64_t row, int r, const Sums& in) {
     for (int t = 0; t < tiles; t++) {
-        Lanes y = biased(job, tile + t, in.y[t][r]);
-        if (job.activation == Activation::relu2) y = maximum(y, all(0.0f)), y = y * y;
-        write(job, row, (tile + t) * TILE_ROWS, y);
+        const Lanes y = biased(job, tile + t, in.y[t][r]);
+        write(job, row, (tile + t) * TILE_ROWS, activated(job.activation, y));
     }
 }
 
 void finish_gated_row(const Product& job, int64_t tile, int, int64_t row, int r, const Sums& in) {
     const Lanes gate = biased(job, tile, in.y[0][r]), up = biased(job, tile + 1, in.y[1][r]);
-    if (job.activation == Activation::clamped_swiglu) return write(job, row, tile / 2 * TILE_ROWS, clamped_swiglu(gate, up));
-    write(job, row, tile / 2 * TILE_ROWS, (job.activation == Activation::geglu ? gelu_tanh(gate) : silu(gate)) * up);
+    write(job, row, tile / 2 * TILE_ROWS, gated(job.activation, gate, up));
 }
 
 // ---- what adapters add to the sums

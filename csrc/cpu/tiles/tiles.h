@@ -57,8 +57,20 @@ constexpr const char* WEIGHT_NAMES[] = {
 constexpr int WEIGHT_TYPES = sizeof WEIGHT_NAMES / sizeof *WEIGHT_NAMES;
 // Gates: tiles alternate gate, up; columns 16 i.. from tiles 2 i, 2 i + 1. clamped_swiglu, with g = min(gate, 7) and
 // u = up within +-7: g * sigmoid(1.702 g) * (u + 1).
-enum class Activation : int { none, swiglu, relu2, geglu, clamped_swiglu };
-static constexpr bool is_gate(Activation activation) { return activation != Activation::none && activation != Activation::relu2; }
+enum class Activation : int {
+    none,
+#define ACTIVATION(name, ...) name,
+#define GATED(name, ...) name,
+#include "activations.def"
+};
+struct ActivationRow { const char* name; bool gated; };
+constexpr ActivationRow ACTIVATIONS[] = {
+    {"", false},
+#define ACTIVATION(name, ...) {#name, false},
+#define GATED(name, ...) {#name, true},
+#include "activations.def"
+};
+static constexpr bool is_gate(Activation activation) { return ACTIVATIONS[int(activation)].gated; }
 
 constexpr int TILE_ROWS = 16;
 constexpr int BLOCK = 32;               // columns that share a scale of x
