@@ -96,6 +96,10 @@ class Chain:
             self.products(kind, x, norm)
         qkv_weight, head = self.matrix("f32", "qkv", qkv_size), self.matrix("f32", "head", 5008)
         qkv = self.call("linear", x, qkv_weight, width=qkv_size, label="linear f32")
+        norms = [1 + dice.normal(heads * spec.head_size) / 4 for heads in (spec.heads, spec.kv_heads)]
+        means = self.call("mean_squares", qkv, *norms, [2 * len(norm) for norm in norms], width=2)
+        self.call("norm_qk", qkv, *norms, means, 1e-5, width=qkv_size)
+        self.call("scale_rows", x, 1 + dice.normal(1024).abs(), p.positions, width=C)
         cos, sin = self.script.rope_tables(spec, torch.device("cpu"))
         for norm_at in ("before_rope", "none"):
             self.attention(qkv, cos, sin, self.float_cache(), "", norm_at)

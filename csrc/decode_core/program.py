@@ -285,6 +285,40 @@ class Program:
         self._record("smear", TOKENS, (x, previous, gate, out), x=x_at, previous=previous_at, gate=gate_at, channels=channels,
                      smear_lambda=float(smear_lambda), out=out_at)
 
+    def mean_squares(self, qkv, q_norm, k_norm, sizes, out) -> None:
+        """The squares of all q and of all k of each row of qkv (max_tokens, q and k and v), over `sizes` -> the first two columns of out."""
+        qkv_at, columns = self._of_whole_heads(qkv, q_norm, k_norm)
+        out_at = self._buffers.written("out", out, TOKENS)
+        if out_at[1] < 2 or not all(float(size) > 0 for size in sizes):
+            raise ValueError(f"out: must have at least 2 columns, and sizes be positive, not {out_at[1]} and {sizes}")
+        self._record("mean_squares", TOKENS, (qkv, out), x=qkv_at, q_size=float(sizes[0]), k_size=float(sizes[1]), out=out_at, **columns)
+
+    def norm_qk(self, qkv, q_norm, k_norm, means, eps: float, out) -> None:
+        """All q of each row of qkv over the root of their mean square, times q_norm (their columns), and all k -> out, which may be qkv.
+        means as mean_squares gives them, summed over the ranks."""
+        qkv_at, columns = self._of_whole_heads(qkv, q_norm, k_norm)
+        means_at, rows_of = self._buffers.read("means", means)
+        if rows_of != TOKENS or means_at[1] < 2:
+            raise ValueError(f"means: must be (max_tokens, at least 2), not {means_at[1]} columns")
+        weights = {name: vector(name, weight, "float32", columns[f"{name[0]}_columns"]) for name, weight in (("q_norm", q_norm), ("k_norm", k_norm))}
+        out_at = self._buffers.written("out", out, TOKENS, qkv_at[1])
+        self._record("norm_qk", TOKENS, (qkv, q_norm, k_norm, means, out), x=qkv_at, means=means_at, eps=float(eps), out=out_at, **weights, **columns)
+
+    def _of_whole_heads(self, qkv, q_norm, k_norm) -> tuple[tuple[int, int], dict[str, int]]:
+        """A buffer of q, k and v, and how many columns q and k have, as their weights."""
+        qkv_at, rows_of = self._buffers.read("qkv", qkv)
+        columns = {"q_columns": len(q_norm), "k_columns": len(k_norm)}
+        if rows_of != TOKENS or any(count % 16 or not count for count in columns.values()) or sum(columns.values()) > qkv_at[1]:
+            raise ValueError(f"q_norm, k_norm: must have multiples of 16 columns, together at most qkv's {qkv_at[1]}, not {[*columns.values()]}")
+        return qkv_at, columns
+
+    def scale_rows(self, x, scales, positions, out) -> None:
+        """x times its position's scale, of scales (max_positions) float32 -> out, which may be x."""
+        _is_marker("positions", positions, self.positions)
+        x_at, rows_of = self._buffers.read("x", x, 16)
+        scales_at, out_at = vector("scales", scales, "float32"), self._buffers.written("out", out, rows_of, x_at[1])
+        self._record("scale_rows", rows_of, (x, scales, out), x=x_at, scales=scales_at, max_positions=len(scales), out=out_at)
+
     def softcap(self, logits, cap: float, out) -> None:
         """cap * tanh(logits / cap) -> out, which may be logits."""
         x_at, rows_of = self._buffers.read("logits", logits)

@@ -216,6 +216,25 @@ class Eager:
         scale = np.repeat(f(1) / np.sqrt(mean + f(eps)), P, axis=1)
         out[:self.T] = x[:self.T] * scale * weight
 
+    def mean_squares(self, qkv, q_norm, k_norm, sizes, out):
+        first = 0
+        for column, (count, size) in enumerate(zip((len(q_norm), len(k_norm)), sizes)):
+            lanes = np.zeros((self.T, 16), np.float32)
+            for c in range(first, first + count, 16):
+                lanes = fma(qkv[:self.T, c:c + 16], qkv[:self.T, c:c + 16], lanes)
+            out[:self.T, column], first = tree(lanes) / np.float32(size), first + count
+
+    def norm_qk(self, qkv, q_norm, k_norm, means, eps, out):
+        first = 0
+        for column, weight in enumerate((q_norm, k_norm)):
+            scale = np.float32(1) / np.sqrt(means[:self.T, column] + np.float32(eps))
+            qkv[:self.T, first:first + len(weight)] *= scale[:, None]
+            qkv[:self.T, first:first + len(weight)] *= weight
+            first += len(weight)
+
+    def scale_rows(self, x, scales, positions, out):
+        out[:self.T] = x[:self.T] * scales[self.at][:, None]
+
     def split_gates(self, x, head_size, gates, out):
         size = gates.shape[1]
         halves = x[:self.T, :2 * size].reshape(self.T, -1, 2, head_size)
@@ -316,6 +335,7 @@ class Model:
         self.taps, self.conv_bias = {l: normal(size * self.C) for l, size in ((0, 3), (2, 5))}, normal(self.C)
         self.file = FileTable(self.V, 3 * self.P, generator)
         self.positions, self.norm_bias = normal(PAGES * PAGE, self.C), normal(self.C)
+        self.growth = 1 + np.abs(normal(PAGES * PAGE))
         if rule:
             self.rule, self.rules = rule, [{key: normal(size) for key, size in weights_sizes.items()} for _ in range(2)]
             for weights in self.rules:
@@ -426,7 +446,12 @@ class Model:
         for l, (layer, pages) in enumerate(zip(self.layers, cache)):    # both parts read x: of one norm, of two
             k.layer_norm(b.x, self.norm, self.norm_bias if l else None, 1e-5, b.normed)
             k.linear(b.normed, layer["qkv"], b.qkv, bias=self.bias)
+            if l == 1:
+                norms = np.resize(self.norm, self.H * self.D), np.resize(self.norm, self.Hkv * self.D)
+                k.mean_squares(b.qkv, *norms, (self.H * self.D, self.Hkv * self.D), b.squares)
+                k.norm_qk(b.qkv, *norms, b.squares, 1e-5, b.qkv)
             k.rope_append(b.qkv, self.cos, self.sin, k.positions, k.slots, pages, b.q)
+            k.scale_rows(b.q, self.growth, k.positions, b.q)
             k.paged_attention(b.q, pages, k.attention, 0, b.attended)
             k.linear(b.attended, layer["output"], b.x0, residual=b.x)
             if l != 1:

@@ -29,7 +29,8 @@ from chatlm.worker.model.spec import (
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.attention import (
     attend, attend_prompt, decode_rows, mean_squares_reference, norm_qk_reference, page_table,
-    paged_attention_reference, plan_attention_reference, rope_append_reference, rope_tables)
+    paged_attention_reference, plan_attention_reference, rope_append_reference, rope_tables,
+    scale_rows_reference)
 from chatlm.worker.ops.basic import (
     AdapterMatrix, Norm, adapter_products, backout_reference, copy_reference, dequantize, dequantized,
     embed_reference, experts_reference, fastest_dtype, finish_linear, gate_input_reference,
@@ -151,6 +152,7 @@ class Kernels:
     make_cache: Callable = make_cache_reference
     mean_squares: Callable = mean_squares_reference
     norm_qk: Callable = norm_qk_reference
+    scale_rows: Callable = scale_rows_reference
     rope_append: Callable = rope_append_reference
     plan_attention: Callable = plan_attention_reference
     paged_attention: Callable = paged_attention_reference
@@ -203,7 +205,7 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
         raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
     ops = backend.ops(max_tokens, max_rows, quantize)
     names = {op.name: "torch/reference" for op in dataclasses.fields(Kernels)
-             if callable(op.default) and not (ops and op.name in TORCH_ALONE)}
+             if callable(op.default)}
     names |= {"sample": "numpy/reference"} | dict.fromkeys(set(ops) - set(backend.faults), backend.name)
     return Kernels(**ops, **(join(backend) if join else {}), names=names, backend=backend)
 
@@ -226,10 +228,6 @@ def choose_backend(device, spec: ModelSpec | None, whole: ModelSpec | None = Non
     if backend and spec and says_why and (ops := left_to_torch(whole or spec, device)):
         log.warning("%s has no kernels for %s: torch computes only these", backend.name, " and ".join(ops))
     return backend or Backend(device)
-
-
-# ops of models that decode_core does not compute
-TORCH_ALONE = "mean_squares", "norm_qk"
 
 
 def left_to_torch(spec: ModelSpec, device) -> list[str]:
@@ -263,12 +261,12 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
     most, attentions = MOST_ON_GPU if on_gpu else MOST_ON_CPU, [attn for attn in spec.by_layer if attn]
     widths = {spec.dense_size, spec.shared_size} | ({spec.ffn_size} if not on_gpu else set())
     features = {
-        "norm of all heads together": spec.qk_norm_sizes,
+        "norm of all heads together on a GPU": spec.qk_norm_sizes and on_gpu,
         "embedding of each layer on a GPU": spec.layer_input_size and on_gpu,
         "embedding of each layer with a width not a multiple of 16": (
             spec.layer_input_size % 16 and not on_gpu),
         "scale of experts on a GPU": spec.expert_norms and on_gpu,
-        "scale of queries by their position": spec.q_growth,
+        "scale of queries by their position on a GPU": spec.q_growth and on_gpu,
         "width that is not a multiple of 16": spec.width % 16 and not on_gpu,
         "heads of this size": any(
             attn.head_size % 16 or attn.head_size > most.head_size for attn in attentions),

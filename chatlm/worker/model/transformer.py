@@ -144,7 +144,7 @@ class Transformer:
             "input": (T, P, f32),
             "dense": (T, spec.dense_size, dtype), "shared": (T, spec.shared_size, dtype),
             "mixed": (T, wide, dtype), "mixer": (T, narrow, dtype),
-            "share": (T, int(spec.shared_gate), f32), "means": (T, len(spec.qk_norm_sizes), f32),
+            "share": (T, int(spec.shared_gate), f32), "means": (T, 16 * bool(spec.qk_norm_sizes), f32),
             "routing": (T, spec.experts, f32), "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
             "own_logits": (R, spec.own_rows, f32),
         }
@@ -309,13 +309,15 @@ class Transformer:
             k.mean_squares(qkv, **norms, sizes=spec.qk_norm_sizes, out=b.means)  # (T, 2)
             if k.all_reduce:
                 k.all_reduce(b.means, out=b.means)
-            k.norm_qk(qkv, **norms, means=b.means, eps=spec.norm_eps)
+            k.norm_qk(qkv, **norms, means=b.means, eps=spec.norm_eps, out=qkv)
             norms = {}
         more = {"value_norm": True} if attn.value_norm else {}
         k.rope_append(qkv, *self.rope_tables[l], inputs.positions, inputs.slots, cache, out=q,
                       norm=spec.qk_norm, **norms, eps=spec.norm_eps, post_scale=spec.qk_scale,
-                      q_scale=attn.q_scale if self.q_scale is None else self.q_scale, value_embed=value,
-                      gate=gate, gate_scale=spec.ve_gate_scale, **more)   # (T, H * D)
+                      q_scale=attn.q_scale, value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale,
+                      **more)   # (T, H * D)
+        if self.q_scale is not None:
+            k.scale_rows(q, self.q_scale, inputs.positions, out=q)
         k.paged_attention(q, cache, inputs.attention, attn.window, out=attended,
                           softcap=spec.attention_softcap, sinks=layer.get("sinks"))  # (T, H * Dv)
         if spec.output_gate:

@@ -47,7 +47,7 @@ def query_scales(spec, device) -> torch.Tensor:
     """What multiplies q at every position, (max_positions,) float32."""
     beta, positions = spec.q_growth
     grown = 1 + beta * numpy.log1p(numpy.arange(spec.max_positions) // positions)
-    return torch.from_numpy((spec.q_scale * grown).astype(numpy.float32)).to(device)
+    return torch.from_numpy(grown.astype(numpy.float32)).to(device)
 
 
 def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="none", q_norm=None,
@@ -58,7 +58,7 @@ def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="
     qkv (T, H * D + Hkv * (D + Dv)) is overwritten. Without the columns of v, v is made from k's; without
     those of k and v, nothing goes into the cache, which is another layer's. q and k are normalized (`norm` is
     a ModelSpec's qk_norm), rotated by the rows `positions` (T,) of cos and sin, and scaled, q also by
-    `q_scale`, a number or a table of one for each position. v is normalized without weights if `value_norm`.
+    `q_scale`. v is normalized without weights if `value_norm`.
     `gate_scale * sigmoid(gate) * value_embed` is added to v; gate is (T, Hkv), value_embed (T, Hkv * Dv). k
     and v then go into one layer's `cache` at `slots` (T,)."""
     keys, values = slots_of(cache)
@@ -83,9 +83,7 @@ def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="
         strength = gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)  # (T, Hkv, 1)
         v += strength * value_embed.view(T, Hkv, Dv)
     out.copy_(qkv[:, :queries])
-    if isinstance(q_scale, torch.Tensor):
-        out.mul_(torch.index_select(q_scale, 0, positions).unsqueeze(1))
-    elif q_scale != 1:
+    if q_scale != 1:
         out.mul_(q_scale)
     if appends:
         for part, rows in ((keys, heads[:, H:]), (values, v)):
@@ -114,19 +112,27 @@ def keys_and_values(cache, pages, count: int, dtype):
 
 
 def mean_squares_reference(qkv, q_norm, k_norm, sizes, out):
-    """The squares of all q and of all k of each row of qkv (T, (H + 2 Hkv) * D), over `sizes` -> out (T, 2).
+    """The squares of all q and of all k of each row of qkv (T, (H + 2 Hkv) * D), over `sizes` -> the
+    first two columns of out.
 
     `sizes` are the whole widths (H * D, Hkv * D) of all ranks; each rank has some of the heads and their part
     of the weights, so the sums over all ranks are the means."""
     parts = qkv[:, :len(q_norm)], qkv[:, len(q_norm):len(q_norm) + len(k_norm)]
-    torch.stack([part.float().square().sum(1) / size for part, size in zip(parts, sizes)], 1, out=out)
+    for column, (part, size) in enumerate(zip(parts, sizes)):
+        out[:, column] = part.float().square().sum(1) / size
 
 
-def norm_qk_reference(qkv, q_norm, k_norm, means, eps):
-    """RMS norm of all q of each row of qkv together, and of all k, in place; means (T, 2) as above."""
-    parts = qkv[:, :len(q_norm)], qkv[:, len(q_norm):len(q_norm) + len(k_norm)]
+def norm_qk_reference(qkv, q_norm, k_norm, means, eps, out):
+    """RMS norm of all q of each row of qkv together, and of all k -> out, which may be qkv; means as above."""
+    out.copy_(qkv)
+    parts = out[:, :len(q_norm)], out[:, len(q_norm):len(q_norm) + len(k_norm)]
     for part, weight, mean in zip(parts, (q_norm, k_norm), means.unbind(1)):
         part.copy_(part.float() * torch.rsqrt(mean + eps).unsqueeze(1) * weight)
+
+
+def scale_rows_reference(x, scales, positions, out):
+    """Each row of x (T, C) times the scale of its position, of scales (max_positions,)."""
+    torch.mul(x, scales[positions].unsqueeze(1), out=out)
 
 
 def norm_heads(qk, H, q_norm, k_norm, eps):

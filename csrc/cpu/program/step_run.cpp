@@ -217,6 +217,28 @@ void Step::do_row(const op::norm_groups& op, int64_t row) const {
     }
 }
 
+void Step::do_row(const op::mean_squares& op, int64_t row) const {
+    const float* const q = op.x.row(row);
+    float* const out = op.out.row(row);
+    std::fill_n(out, op.out.columns, 0.0f);
+    out[0] = row_kernels_here().squares(q, op.q_columns) / op.q_size;
+    out[1] = row_kernels_here().squares(q + op.q_columns, op.k_columns) / op.k_size;
+}
+
+void Step::do_row(const op::norm_qk& op, int64_t row) const {
+    const float *const q = op.x.row(row), *const means = op.means.row(row);
+    float* const out = op.out.row(row);
+    row_kernels_here().scale(q, 1.0f / __builtin_sqrtf(means[0] + op.eps), op.q_norm, op.q_columns, out);
+    row_kernels_here().scale(q + op.q_columns, 1.0f / __builtin_sqrtf(means[1] + op.eps), op.k_norm, op.k_columns, out + op.q_columns);
+    const int64_t both = op.q_columns + op.k_columns;
+    if (out != q) copy_row(out + both, q + both, op.out.columns - both);
+}
+
+void Step::do_row(const op::scale_rows& op, int64_t row) const {
+    const int64_t position = std::min(positions[size_t(token_of(op, row))], op.max_positions - 1);
+    row_kernels_here().scale(op.x.row(row), op.scales[position], nullptr, op.out.columns, op.out.row(row));
+}
+
 // ---- ops of some rows
 
 void Step::do_rows(const op::rope_append& op, int64_t begin, int64_t end) const {

@@ -14,7 +14,7 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
 from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, ShortConv, expected_tensors
-from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, query_scales, rope_append_reference, rope_frequencies
+from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, query_scales, rope_frequencies, scale_rows_reference
 from chatlm.worker.ops.basic import RopePairs, gated_add_reference, sparse_routes, unpermute_rope
 from chatlm.worker.weights.configs import OTHERS_AFFAIR
 from chatlm.worker.weights.huggingface import hf_spec
@@ -246,12 +246,10 @@ SPEC = dict(vocab_size=64, layers=1, width=64, heads=4, kv_heads=4, head_size=16
 
 @pytest.mark.skipif(decode_core() is None, reason="not built")
 @pytest.mark.parametrize("fields, words", [
-    ({"qk_norm_sizes": (64, 64)}, "for norm of all heads together"),
     ({"mixers": (DeltaRule(4, 2, 4, 16, 8),)}, "for delta rule with head sizes that are not multiples of 16"),
     ({"mixers": (Mamba2(4, 3, 8, 16),)}, "for Mamba layer whose heads or channels are not multiples of 16"),
     ({"mixers": (Mamba2(4, 3, 16, 4),)}, "for Mamba layer whose heads or channels"),
-    ({"q_growth": (0.1, 16)}, "for scale of queries by their position"), ({"activation": "gelu"}, "for gelu feed-forward"),
-    ({"activation": "reglu2"}, "for reglu2 feed-forward"), ({"experts": 4, "shared_size": 40}, "for feed-forward of this width")])
+    ({"experts": 4, "shared_size": 40}, "for feed-forward of this width")])
 def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(fields, words, caplog):
     assert choose_backend("cpu", ModelSpec(**SPEC)).name != "torch/reference" and not not_compiled(ModelSpec(**SPEC))
     assert {name.partition("/")[0] for name in load_kernels("cpu", ModelSpec(**SPEC)).names.values()} == {"decode_core"}
@@ -276,6 +274,8 @@ def test_some_ops_are_compiled_for_a_cpu_alone_and_torch_computes_these_on_a_gpu
 
 
 @pytest.mark.parametrize("fields, words", [
+    ({"qk_norm_sizes": (64, 64)}, "norm of all heads together"), ({"q_growth": (0.1, 16)}, "scale of queries by their position"),
+    *(({"activation": name}, f"{name} feed-forward") for name in ("gelu", "reglu2", "gelu_erf", "gelu_tanh")),
     ({"layer_input_size": 32}, "embedding of each layer"), ({"experts": 4, "shared_size": 64, "expert_norms": True}, "scale of experts")])
 def test_some_models_are_compiled_for_a_cpu_alone(fields, words):
     assert (not_compiled(ModelSpec(**SPEC | fields), "cuda"), not_compiled(ModelSpec(**SPEC | fields))) == (f"{words} on a GPU", "")
@@ -289,12 +289,11 @@ def test_the_ops_of_these_models_are_what_their_names_say():
     qkv, q_norm, k_norm, means = torch.randn(3, 12), torch.randn(6), torch.randn(4), torch.empty(3, 2)
     q, k, v = qkv.clone().split((6, 4, 2), 1)
     mean_squares_reference(qkv, q_norm, k_norm, (6, 4), means)
-    norm_qk_reference(qkv, q_norm, k_norm, means, 1e-3)
+    norm_qk_reference(qkv, q_norm, k_norm, means, 1e-3, qkv)
     expected = [torch.nn.functional.rms_norm(part, part.shape[1:], weight, 1e-3) for part, weight in ((q, q_norm), (k, k_norm))]
     assert torch.allclose(qkv, torch.cat([*expected, v], 1), atol=1e-6)
-    tables, cache, q = torch.ones(8, 1), torch.zeros(16, 2, 1, 2), torch.empty(2, 2)
-    scales = query_scales(ModelSpec(**SPEC | {"max_positions": 8, "q_growth": (0.5, 4), "q_scale": 2.0}), "cpu")
-    rope_append_reference(torch.ones(2, 6), tables, 0 * tables, torch.tensor([3, 4]), torch.tensor([0, 1]), cache, q, q_scale=scales)
+    scales, q = query_scales(ModelSpec(**SPEC | {"max_positions": 8, "q_growth": (0.5, 4)}), "cpu"), torch.full((2, 2), 2.0)
+    scale_rows_reference(q, scales, torch.tensor([3, 4]), out=q)
     assert torch.allclose(q, torch.tensor([[2.0] * 2, [2 * (1 + 0.5 * np.log(2))] * 2]).float())
 
 
@@ -351,7 +350,7 @@ def test_ministral_s_queries_grow_where_the_context_is_longer_than_the_original(
     short = load(folder)
     assert (short.spec.q_growth, short.context_length) == ((), 128) == (load(folder, context_length=128).spec.q_growth, 128)
     long = load(folder, context_length=512)
-    assert long.spec.q_growth == (0.4, 128) and not_compiled(long.spec)
+    assert long.spec.q_growth == (0.4, 128) and not not_compiled(long.spec)
     check(answers(transformer(long, load_kernels("cpu", long.spec, max_tokens=128, max_rows=8)), cases), cases)
     check(answers(transformer(short, kernels_of("reference", short.spec)), cases[:1], count=20), cases[:1], count=20)
     packed = load(as_gguf(tmp_path / "tiny.gguf", model), context_length=512)
