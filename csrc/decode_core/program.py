@@ -316,7 +316,7 @@ class Program:
         """x times its position's scale, of scales (max_positions) float32 -> out, which may be x."""
         _is_marker("positions", positions, self.positions)
         x_at, rows_of = self._buffers.read("x", x, 16)
-        scales_at, out_at = vector("scales", scales, "float32"), self._buffers.written("out", out, rows_of, x_at[1])
+        scales_at, out_at = vector("scales", scales, "float32", len(scales)), self._buffers.written("out", out, rows_of, x_at[1])
         self._record("scale_rows", rows_of, (x, scales, out), x=x_at, scales=scales_at, max_positions=len(scales), out=out_at)
 
     def softcap(self, logits, cap: float, out) -> None:

@@ -69,6 +69,11 @@ def repack_gpt2(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             for name, tensor in state.items()}
 
 
+def contiguous_rows(spec: ModelSpec, name: str, rows: torch.Tensor) -> torch.Tensor:
+    """Kernels read whole rows, also of a matrix that is stored as (in, out)."""
+    return rows.contiguous()
+
+
 def complete_gpt2(path: Path, config: Mapping) -> dict:
     return {"intermediate_size": config["intermediate_size"] or 4 * config["hidden_size"]}
 
@@ -109,7 +114,8 @@ STARCODER2_TENSORS = both({
 FAMILIES = {
     "gpt2": Family(
         "GPT-2", GPT2, NORMS | BIASES, GPT2_TENSORS, keys=GPT2_KEYS, repack=repack_gpt2, aliases=GPT2_SIZES,
-        complete=complete_gpt2, fields_of=fields_of_gpt2, activations=ACTIVATIONS, gguf=gguf("gpt2")),
+        complete=complete_gpt2, fields_of=fields_of_gpt2, ordered=contiguous_rows,
+        activations=ACTIVATIONS, gguf=gguf("gpt2")),
     "gpt_neox": Family(
         "GPT-NeoX and Pythia", {
             "hidden_act": "gelu", "rotary_pct": 0.25, "partial_rotary_factor": 0.25,
