@@ -123,7 +123,7 @@ def mean_squares_reference(qkv, q_norm, k_norm, sizes, out):
 
 
 def norm_qk_reference(qkv, q_norm, k_norm, means, eps, out):
-    """RMS norm of all q of each row of qkv together, and of all k -> out, which may be qkv; means as above."""
+    """RMS norm of all q of each row of qkv, and of all k -> out, which may be qkv; means as above."""
     out.copy_(qkv)
     parts = out[:, :len(q_norm)], out[:, len(q_norm):len(q_norm) + len(k_norm)]
     for part, weight, mean in zip(parts, (q_norm, k_norm), means.unbind(1)):
