@@ -442,7 +442,8 @@ ROUTES = (
 def create_app(catalogue: Catalogue, settings: Settings) -> web.Application:
     front = Front(catalogue, settings)
     access_log = AccessLog(RouteTable(ROUTES, settings.prefix), front.taken, front.metrics)
-    middlewares: list[Any] = [partial(access_log.log), errors_to_responses, partial(front.access.guard)]
+    errors = partial(errors_to_responses, home=settings.prefix + "/")
+    middlewares: list[Any] = [partial(access_log.log), errors, partial(front.access.guard)]
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
     app.on_cleanup.append(lambda app: front.recordings.close())

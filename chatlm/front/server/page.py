@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import html
 import mimetypes
 import re
 from collections.abc import Mapping
 
 from chatlm.front.lazy import web
+
+
+MISSING = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark"><title>Not found</title></head>
+<body><main><h1>Not found</h1><p>There is no {path} here.</p>
+<p><a href="{home}">Open the chat</a></p></main></body></html>
+"""
+
+
+def missing_page(http: web.Request, home: str) -> web.Response | None:
+    """What a browser gets in place of the JSON of a 404: a page with a link to the chat."""
+    if http.method != "GET" or "text/html" not in http.headers.get("Accept", ""):
+        return None
+    return web.Response(text=MISSING.format(path=html.escape(http.path), home=html.escape(home)), status=404,
+                        content_type="text/html")
 
 
 class Page:

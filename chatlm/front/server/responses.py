@@ -17,6 +17,7 @@ from chatlm.front.admission.admission import WRITE_BYTES
 from chatlm.front.api.encode import error_body
 from chatlm.front.api.encoders import anthropic_error
 from chatlm.front.lazy import web
+from chatlm.front.server.page import missing_page
 from chatlm.front.server.routes import Api
 
 if TYPE_CHECKING:
@@ -101,13 +102,16 @@ def public_error(error: BaseException | None) -> ChatServerError:
     return EngineFailure("internal error; the server's log has the details")
 
 
-async def errors_to_responses(http: web.Request, handler: Callable) -> web.StreamResponse:
-    """The one place where an exception becomes a response, in the shape of the API that was called."""
+async def errors_to_responses(http: web.Request, handler: Callable, home: str = "/") -> web.StreamResponse:
+    """The one place where an exception becomes a response, in the shape of the API that was called. A browser
+    that asks for what is not there gets a page with a link to `home`."""
     try:
         return await handler(http)
     except web.HTTPException as error:
         if error.status < 400:
             raise
+        if error.status == 404 and (page := missing_page(http, home)):
+            return page
         text = {404: f"there is no {http.path}", 405: f"{http.path} does not accept {http.method}"}.get(
             error.status, error.reason)
         failure = RequestError(text, status=error.status, code=error.reason.lower().replace(" ", "_"))

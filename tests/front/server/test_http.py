@@ -434,6 +434,17 @@ async def test_404_and_405_have_the_shape_of_their_api(client):
         assert (await wrong_openai.json())["error"]["type"] == "invalid_request_error"
 
 
+async def test_a_browser_that_asks_for_what_is_not_there_gets_a_page_with_a_link_to_the_chat(client):
+    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    async with serving(FakePool(), Settings(prefix="/chat")) as url:
+        missing = await client.get(url + "/a<b>/c", headers=browser)
+        text = await missing.text()
+        assert (missing.status, missing.content_type) == (404, "text/html") and "default-src" in missing.headers["Content-Security-Policy"]
+        assert "There is no /a&lt;b&gt;/c here." in text and '<a href="/chat/">Open the chat</a>' in text
+        assert (await client.get(url + "/nothing", headers={"Accept": "*/*"})).content_type == "application/json"
+        assert (await client.post(url + "/nothing", headers=browser)).content_type == "application/json"
+
+
 # well-behaved streams
 
 
