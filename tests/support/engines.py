@@ -25,8 +25,8 @@ from works import assignment
 
 
 @functools.cache
-def load(path, as_stored=False):
-    settings = Settings(model=str(path), dtype=None if as_stored else "float32")
+def load(path, as_stored=False, opened_for=None):
+    settings = Settings(model=str(path), dtype=None if as_stored else "float32", context_length=opened_for)
     return open_model(resolve_model(settings), settings)
 
 
@@ -37,13 +37,14 @@ def tensors_of(model):
 
 
 def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False, as_stored=False,
-                apart=False, num_snapshots=20, kv=None):
+                apart=False, num_snapshots=20, kv=None, opened_for=None):
     """A float32 engine over the model at `path` (the weights are read once per test session).
 
     It runs the ops that a server would choose: decode_core's if it is built, unless `reference`. With
-    `as_stored` they run on the quantized weights; `apart`, layers with a window give pages back, as in a server.
+    `as_stored` they run on the quantized weights; `apart`, layers with a window give pages back, as in a server. A context of
+    `opened_for` tokens may change what the model computes.
     """
-    model = load(path, as_stored and core.decode_core() is not None and not reference)
+    model = load(path, as_stored and core.decode_core() is not None and not reference, opened_for)
     rows = max(max_batch, FREE_ROWS)
     limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
     kernels = load_kernels("cpu", None if reference else model.spec, **limits)

@@ -16,12 +16,12 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def made_model(tmp_path_factory):
-    """A function from a family's name to its tiny model's folder and cases of long prompts; torch has one thread."""
+    """A function from a family's name, and what differs from its config, to its tiny model's folder and cases of long prompts; torch has one thread."""
     known = {}
 
-    def make(name):
+    def make(name, **changes):
         if name not in known:
-            model = make_model(name)
+            model = make_model(name, **changes)
             known[name] = save(model, tmp_path_factory.mktemp(name)), clear_cases(model, lengths=(200, 90, 30), count=64)
         return known[name]
     threads = torch.get_num_threads()

@@ -19,7 +19,7 @@ from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.model.spec import group_layers
 from chatlm.worker.model.transformer import Transformer
 from engines import make_engine, pieces, propose_partly_right, run, tokens_of
-from families import load
+from families import GROWING, load
 from nightly import by_day
 from works import assignment
 
@@ -92,21 +92,27 @@ def test_alone_batched_and_cached_answers_are_the_same_to_the_bit(made_model, na
         assert run(engine, [work]).tokens[work.id] == together[work.id]
 
 
-@pytest.mark.parametrize("name", SHARED)
+# all heads have one norm, at two ranges; queries grow with their positions
+DIFFERING = {**dict.fromkeys(SHARED, {}), "olmo3": {}, "ministral3": {"rope_parameters": GROWING}}
+
+
+@pytest.mark.parametrize("name", DIFFERING)
 def test_chunked_cached_drafted_and_preempted_answers_are_the_same_to_the_bit_where_layers_differ(made_model, name, monkeypatch):
-    folder, cases = made_model(name)
+    folder, cases = made_model(name, **DIFFERING[name])
+    longer = {"opened_for": 512} if name == "ministral3" else {}
     works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=t, seed=i), 50, ignore_eos=True)
              for i, (case, t) in enumerate(zip(cases, (0.0, 0.6, 1.0)))]
-    plain = make_engine(folder, num_pages=400, prefill_chunk=256, apart=True)
+    plain = make_engine(folder, num_pages=400, prefill_chunk=256, apart=True, **longer)
     if not plain.kernels.row_invariant:
         pytest.skip("the promise is decode_core's")
+    assert bool(plain.transformer.spec.q_growth) == (name == "ministral3")
     plain.drafts = False
     expected = {work.id: tokens_of(plain, [work])[work.id] for work in works}
     propose_partly_right(monkeypatch, works, expected)
     windows, drafted, accepted = plain.transformer.groups.windows, 0, 0
     prompts = sum(PagePool(0, windows).pages_for(len(case.prompt), 32) for case in cases[:2])
     for chunk, pages in ((7, 400), (32, prompts + len(windows))):
-        engine = make_engine(folder, num_pages=pages, prefill_chunk=chunk, max_batch=3, context_length=264, apart=True)
+        engine = make_engine(folder, num_pages=pages, prefill_chunk=chunk, max_batch=3, context_length=264, apart=True, **longer)
         assert tokens_of(engine, works) == expected and tokens_of(engine, works[::-1]) == expected
         drafted, accepted = drafted + engine.drafted_tokens, accepted + engine.accepted_tokens
     assert drafted > accepted > 50 and engine.scheduler.preemptions > 0

@@ -123,7 +123,7 @@ def alone(folder, kind="auto"):
 
 LAYOUTS = {"tp2": (2, 1, ""), "pp2": (1, 2, ""), "tp4": (4, 1, ""), "tp2-pp2": (2, 2, ""), "pp3": (1, 3, ""),
            "tp2-gloo": (2, 1, "reference"), "tp2-pp2-gloo": (2, 2, "reference")}
-EACH_TIME = ("llama3.1", "gemma3", "qwen3moe", "gpt-oss", "lfm2", "gen1", "gen5")      # more than two processes are slow on two CPUs
+EACH_TIME = ("llama3.1", "gemma3", "qwen3moe", "gpt-oss", "olmo3", "lfm2", "gen1", "gen5")      # more than two processes are slow on two CPUs
 STATES = ("lfm2", "qwen3.5", "granite4h", "granite4h-dense", "qwen3next", "lfm2moe-plain")      # whose layers keep them: also stages that have no other ones
 PACKED = ("gpt-oss", "gemma4", "qwen3.5")     # whose keys and values are also kept in 8 bits
 SHARED = ("gemma4", "gemma4moe", "gemma4-even")     # some of whose layers read others' keys, or embeddings of each layer
@@ -171,10 +171,11 @@ needs_core = pytest.mark.skipif(decode_core() is None, reason="decode_core is no
 
 @pytest.mark.slow
 @needs_core
-@pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2)])
-def test_the_bits_of_a_text_alone_chunked_and_batched_are_the_same(tp, pp, default_model_path, monkeypatch):
+@pytest.mark.parametrize("tp, pp, name", [(2, 1, "SmolLM2"), (1, 2, "SmolLM2"), (2, 1, "olmo2")])
+def test_the_bits_of_a_text_alone_chunked_and_batched_are_the_same(tp, pp, name, default_model_path, folders, monkeypatch):
+    path = default_model_path if name == "SmolLM2" else folders(name)
     with group(monkeypatch, tp, pp) as ranks:
-        engine, found = ranks.engine(default_model_path), {}
+        engine, found = ranks.engine(path), {}
         for way, (chunks, beside) in enumerate({"alone": ([40], 0), "chunked": ([7, 30, 3], 0), "batched": ([40], 9)}.values()):
             pages, done, rows = [list(range(20 * way, 20 * way + 8)), list(range(20 * way + 8, 20 * way + 16))], 0, []
             for new in [*chunks, 1, 1]:
@@ -185,7 +186,7 @@ def test_the_bits_of_a_text_alone_chunked_and_batched_are_the_same(tp, pp, defau
                     rows.append(logits[-1])
             found[way] = torch.stack(rows)
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-        expected = logits_of(Group(monkeypatch, 1).engine(default_model_path))[:3]
+        expected = logits_of(Group(monkeypatch, 1).engine(path))[:3]
         assert (found[0] - expected).abs().max() < 0.02 * expected.abs().max()      # activations are rounded to 8 bits
         assert torch.equal(found[0], expected) == (tp == 1)     # shards are added in another order
 
