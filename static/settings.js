@@ -60,11 +60,13 @@ function changesOf({parameters = {}, system = ""}, defaults = {}) {
   return [...set.map(({name}) => TEXT.isSet(TEXT.parameters[name], parameters[name])), ...Object.keys(others).filter(name => others[name]).map(name => TEXT.others[name])];
 }
 
-// The chip beside the model: what this chat has changed.
+// The chip beside the model: what this chat has changed; in a narrow window, how much.
 function renderChanged() {
   const changed = changesOf(state.chat, state.model.defaults);
-  setText($("changed"), changed.join(" · "));
-  $("changed").title = $("changed").textContent;
+  const [all, count] = $("changed").children;
+  setText(all, changed.join(" · "));
+  setText(count, TEXT.changes(changed.length));
+  $("changed").title = all.textContent;
   $("changed").hidden = !changed.length;
 }
 
@@ -209,7 +211,7 @@ register({
     choosePreset: "Choose…", presets: {precise: "Precise", creative: "Creative", repeatable: "Repeatable"}, presetName: "Name of the preset",
     savePreset: "Save as preset", deletePreset: "Delete preset", presetSaved: name => `Saved as “${name}”`,
     moreParameters: "More parameters", default: "default", random: "random", restOfContext: "rest of context", stopStrings: "Stop strings, one per line", none: "none",
-    isSet: (name, value) => `${/^\p{Lu}\p{Ll}/u.test(name) ? name[0].toLowerCase() + name.slice(1) : name} ${value}`,
+    changes: count => plural(count, "change", "changes"), isSet: (name, value) => `${/^\p{Lu}\p{Ll}/u.test(name) ? name[0].toLowerCase() + name.slice(1) : name} ${value}`,
     others: {system: "system prompt", tools: "functions", response_format: "answer format", stop: "stop strings"},
     clicks: "Click a message to edit it, an answer to regenerate it", titles: "Let the model name new chats",
     titleRequest: (question, answer) => `Question: ${question}\n\nAnswer: ${answer}\n\nWrite a title of two to six words for this conversation. Write nothing else.`,
