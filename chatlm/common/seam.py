@@ -1,7 +1,7 @@
 """The seam to decode_core as a digest: if it differs, decode_core was built for another chat_server.
 
-chat_server's side states all of it: what a backend has (`Backend`, `Steps`), the ops (`Kernels`) with their
-parameters, and what decode_core gets (`for_decode_core`). chat_server reads the digest off its own modules.
+chat_server's side states all of it: what a backend has (`Backend`, `Steps`), the ops (`Kernels`), the parameters
+of their references, and what decode_core gets (`for_decode_core`). chat_server reads the digest off its own modules.
 setup.py reads the same modules next to it, and compiles the digest into decode_core. Only names count, so a
 changed meaning needs a new name. The fields of the classes passed across do not count, since they grow with
 every family: those that decode_core reads keep their names.
@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 
-KERNELS = "chatlm/worker/model/kernels.py"
+KERNELS, REFERENCES = "chatlm/worker/model/kernels.py", "chatlm/worker/ops/references.py"
 
 
 def seam_digest(read: Callable[[str], str]) -> str:
@@ -26,18 +26,24 @@ def seam_names(read: Callable[[str], str]) -> Iterator[str]:
     for name in ("Backend", "Steps"):
         named = (each for node in classes[name] for each in names_in(node))
         yield from (f"{name}.{each}" for each in named if not each.startswith("__"))
-    ops = {node.target.id: node.value for node in classes["Kernels"]
-           if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    ops = [node.target.id for node in classes["Kernels"]
+           if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
     [given] = (node for node in body
                if isinstance(node, ast.FunctionDef) and node.name == "for_decode_core")
     handed = [keyword for node in ast.walk(given) if isinstance(node, ast.Call) for keyword in node.keywords]
     yield from (f"Kernels.{name}" for name in ops)
     yield from (f"for_decode_core.{keyword.arg}" for keyword in handed)
-    values = *ops.values(), *(keyword.value for keyword in handed)
-    wanted = {value.id for value in values if isinstance(value, ast.Name)}
+    yield from imported(read, body, {each.value.id for each in handed if isinstance(each.value, ast.Name)})
+    yield from imported(read, ast.parse(read(REFERENCES)).body)
+
+
+def imported(read: Callable[[str], str], body: list[ast.stmt], wanted: set[str] | None = None) -> Iterator[str]:
+    """The functions that a module imports, with their parameters; all, or those with `wanted` names."""
     for node in body:
-        if isinstance(node, ast.ImportFrom) and (names := wanted & {alias.name for alias in node.names}):
-            yield from functions(read(f"{(node.module or '').replace('.', '/')}.py"), names)
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+            if names := names if wanted is None else names & wanted:
+                yield from functions(read(f"{(node.module or '').replace('.', '/')}.py"), names)
 
 
 def names_in(node: ast.stmt) -> Iterator[str]:

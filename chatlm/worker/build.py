@@ -10,8 +10,6 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
 
-import torch
-
 from chatlm.common.config import PAGE_SIZE, size
 from chatlm.common.errors import ConfigError, require_library
 from chatlm.common.hub.adapters import bytes_of_adapters
@@ -20,6 +18,7 @@ from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.tokenizer import compile_chat_template
+from chatlm.worker.arrays.kinds import Device, item_bytes
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS
@@ -44,17 +43,20 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.rules import LoadedModel
 
 
-def prepare_device(config: WorkerConfig | RankConfig) -> torch.device:
-    torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
+def prepare_device(config: WorkerConfig | RankConfig) -> Device:
+    os.environ["OMP_NUM_THREADS"] = str(config.threads)
+    device = Device(config.device)
+    if device.type != "cpu":
+        torch = require_library("torch", f"--device-type {device.type}")
     if device.type == "cuda":
         check_gpu(device)
         torch.cuda.set_device(device)  # decode_core launches on the current device
     return device
 
 
-def check_gpu(device: torch.device):
+def check_gpu(device: Device):
     """ConfigError if this GPU is missing, too old for this torch, or cannot be used now."""
+    torch = require_library("torch", "--device-type cuda")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     among = "" if visible is None else f", with CUDA_VISIBLE_DEVICES={visible}"
     if not torch.cuda.is_available():
@@ -78,13 +80,18 @@ def check_gpu(device: torch.device):
         raise ConfigError(f"{device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
+def gpu_memory(device: Device) -> tuple[int, int]:
+    """(free bytes, total bytes)."""
+    return require_library("torch", "--device-type cuda").cuda.mem_get_info(device)
+
+
 def lack_of_gpu_memory(error: Exception, config: WorkerConfig) -> ConfigError | None:
     """If torch ran out of GPU memory: the flag and value that leave room. None for other errors."""
     match = re.search(r"CUDA out of memory. Tried to allocate ([\d.]+ [KMGT]?i?B)", str(error))
     if not match:
         return None
     settings, wanted = config.settings, size(match[1])
-    free, total = torch.cuda.mem_get_info(torch.device(config.device))
+    free, total = gpu_memory(Device(config.device))
     lacking = max(wanted - free, 0) + total // 100  # 1 % for what fragmentation loses
     cache = settings.kv_cache_memory
     share = math.floor(100 * (settings.gpu_memory_utilization - lacking / total)) / 100
@@ -95,7 +102,7 @@ def lack_of_gpu_memory(error: Exception, config: WorkerConfig) -> ConfigError | 
                        f"its {total / 1e9:,.2f} GB {free / 1e9:,.2f} are free. {remedy}")
 
 
-def prefill_chunk(settings: Settings, device: torch.device) -> int:
+def prefill_chunk(settings: Settings, device: Device) -> int:
     """A GPU needs more rows than a CPU to be busy."""
     return settings.prefill_chunk or (2048 if device.type == "cuda" else 256)
 
@@ -104,7 +111,7 @@ CANNOT_CHAT = ("It has no chat template, so it cannot chat: it continues texts, 
                "/api/generate, and the commands generate and chat")
 
 
-def build_engine(source: ModelSource, settings: Settings, device: torch.device,
+def build_engine(source: ModelSource, settings: Settings, device: Device,
                  progress: Progress = no_progress,
                  ranks: RankZero | None = None) -> tuple[LoadedModel, Engine]:
     model = open_model(source, settings, device)
@@ -126,7 +133,7 @@ def build_engine(source: ModelSource, settings: Settings, device: torch.device,
 
 
 def build_transformer(
-        model: LoadedModel, source: ModelSource, settings: Settings, device: torch.device, progress: Progress,
+        model: LoadedModel, source: ModelSource, settings: Settings, device: Device, progress: Progress,
         ranks: RankAlone | None) -> tuple[LoadedModel, Transformer, int, int, int]:
     """Load the weights, or a rank's shards of them, and allocate the KV pages. Also returns the number of
     pages, the longest context they hold, and how many sequences may run at once."""
@@ -169,7 +176,7 @@ def share_of_rank(model: LoadedModel, ranks: RankAlone, settings: Settings) -> L
     return shard_model(model, ranks.rank % ranks.tp, ranks.tp, settings.quantize)
 
 
-def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device: torch.device,
+def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device: Device,
                ranks: RankAlone) -> tuple[Kernels, LayerGroups, dict[str, int], MemoryPlan]:
     """How a rank will compute its shard of a model whose `whole` spec is given too: the kernels, the layers
     that share pages, the limits of a step, and the memory needed. No weight is read."""
@@ -206,7 +213,7 @@ def is_float(tensor: Unread | MappedRows, shape: tuple[int, ...]) -> bool:
 
 
 def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: LayerGroups, kv: KvType,
-                ranks: RankAlone, settings: Settings, device: torch.device,
+                ranks: RankAlone, settings: Settings, device: Device,
                 limits: Mapping[str, int]) -> MemoryPlan:
     """The plan for a rank's shard of a model, whose `whole` spec is given too.
 
@@ -220,8 +227,8 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
         page_bytes, state_bytes = (-(-size * ranks.here // (ranks.tp * ranks.stages))
                                    for size in (page_bytes, whole.state_bytes))
     buffers = Transformer.buffer_sizes(
-        model.spec, limits["max_tokens"], limits["max_rows"], torch.float32).values()
-    activations = sum(rows * columns * dtype.itemsize for rows, columns, dtype in buffers)
+        model.spec, limits["max_tokens"], limits["max_rows"], "float32").values()
+    activations = sum(rows * columns * item_bytes(kind) for rows, columns, kind in buffers)
     copies, pool = ranks.here if shared else 1, PagePool(0, groups.windows)
     token_bytes = kv.unit * sum(kv.slot_size(attn) for attn in whole.by_layer if attn)
     shapes = expected_tensors(model.spec)
@@ -241,7 +248,7 @@ class MemoryPlan(NamedTuple):
     """How much of a device's memory a model takes, and how many KV pages fit."""
 
     settings: Settings
-    device: torch.device
+    device: Device
     weights: int      # bytes
     activations: int  # bytes
     page_bytes: int   # of one KV page
@@ -268,7 +275,7 @@ class MemoryPlan(NamedTuple):
 
     def memory(self) -> tuple[int, int]:
         """(free bytes, total bytes) of the device; the total of a machine's memory is not needed: 0."""
-        return torch.cuda.mem_get_info(self.device) if self.device.type == "cuda" else (available_memory(), 0)
+        return gpu_memory(self.device) if self.device.type == "cuda" else (available_memory(), 0)
 
     def pages(self) -> int:
         """KV pages to allocate: --kv-cache-memory, or a share of the memory left by the weights;

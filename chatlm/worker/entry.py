@@ -1,4 +1,4 @@
-"""The entry point of a worker or a rank: it joins its parent before it imports torch."""
+"""The entry point of a worker or a rank: it joins its parent before it imports libraries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def run_configured(channel: Channel, config: WorkerConfig | RankConfig):
     """Run as a replica or its rank 0, or as another rank, depending on the config."""
-    from chatlm.worker.process import run_rank, run_worker  # torch is imported by now
+    from chatlm.worker.process import run_rank, run_worker
     if isinstance(config, RankConfig):
         run_rank(channel, config)
     else:
@@ -39,7 +39,7 @@ def run_survey(channel: Channel, config: SurveyConfig):
 
 
 def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
-    """Join the parent, import torch, and `run` until the other end hangs up."""
+    """Join the parent and `run` until the other end hangs up."""
     channel = join_parent(arguments, pipe)
     reserve = mmap.mmap(-1, 32 << 20)  # address space reserved for reporting that memory ran out
     try:
@@ -48,11 +48,9 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
             raise BadMessage(f"its first message is {type(config).__name__}")
         start_logging(config.settings)
         CalmLog.over_bar = True  # the front shows this process's progress
-        channel.send(Loading("importing torch", 0.0))
-        require_library("numpy", "chat_server")  # without it torch would only warn
-        torch = require_library("torch", "chat_server")
-        with torch.inference_mode():
-            run(channel, config)
+        channel.send(Loading("importing libraries", 0.0))
+        require_library("numpy", "chat_server")
+        run(channel, config)
     except (EOFError, ConnectionError, TimeoutError, ssl.SSLError):
         pass
     except BadMessage as error:

@@ -15,11 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from chatlm.common.config import PAGE_SIZE, ranks_per_replica, store_place
 from chatlm.common.core import decode_core, kernels_line
-from chatlm.common.errors import ConfigError, RanksFailed, named
+from chatlm.common.errors import ConfigError, RanksFailed, named, require_library
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.stamps import refuse_changed
 from chatlm.common.log import CalmLog, log
@@ -32,7 +30,9 @@ from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import threads_per_worker
 from chatlm.common.processes.torchrun import ranks_here
 from chatlm.common.segments import MOST_GROUPS
-from chatlm.worker.build import build_engine, build_transformer, lack_of_gpu_memory, prepare_device
+from chatlm.worker.arrays.kinds import Device
+from chatlm.worker.build import (
+    build_engine, build_transformer, gpu_memory, lack_of_gpu_memory, prepare_device)
 from chatlm.worker.engine.engine import drop_adapter, failure_text
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.keeper import Keeper
@@ -79,16 +79,17 @@ def run_rank(channel: Channel, config: RankConfig):
     steps = transformer.kernels.backend.make_steps(transformer, settings.max_batch, context)
     give_memory_back()
     channel.send(Ready({}))
-    steps.prepare(lambda fraction: None)
 
     def note(checksum: int):
         channel.send(RankDrew(checksum))
 
     try:
-        if ranks.stages > 1:
-            follow_stage(channel, Stage(steps, transformer, ranks), DrawnTokens(note))
-        else:
-            follow(channel, RankSteps(steps, transformer, lambda step: None, note))
+        with transformer.arrays.computing():
+            steps.prepare(lambda fraction: None)
+            if ranks.stages > 1:
+                follow_stage(channel, Stage(steps, transformer, ranks), DrawnTokens(note))
+            else:
+                follow(channel, RankSteps(steps, transformer, lambda step: None, note))
     except (RuntimeError, EOFError) as error:
         raise RanksFailed(f"rank {ranks.rank}: {error or 'another rank has ended'}") from error
 
@@ -98,7 +99,9 @@ def run_worker(channel: Channel, config: WorkerConfig):
     refuse_changed(source, config.settings.lora)
     threads = min(config.threads, threads_per_worker(ranks_here(config.settings)))
     config = replace(config, source=source, threads=threads)
-    run_engine(channel, start_engine(channel, config), config)
+    engine = start_engine(channel, config)
+    with engine.transformer.arrays.computing():
+        run_engine(channel, engine, config)
 
 
 def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
@@ -119,7 +122,8 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
         ranks.wait_ready(progress)
     if config.source:
         refuse_changed(config.source, settings.lora)  # while they were read
-    engine.warm_up(partial(progress, "warming up"))
+    with engine.transformer.arrays.computing():
+        engine.warm_up(partial(progress, "warming up"))
     if fingerprint and not ranks and device.type == "cpu":
         keep_prefixes(engine, config, files, fingerprint)
     give_memory_back()
@@ -162,6 +166,7 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
         stages, tp = engine.ranks.stages, engine.ranks.tp
         hardware = f"{stages * tp} ranks (--pp {stages} --tp {tp}), each on {hardware}"
     if device.type == "cuda":
+        torch = require_library("torch", "--device-type cuda")
         total, ours = torch.cuda.mem_get_info(device)[1], torch.cuda.memory_allocated(device)
         hardware += (f" ({torch.cuda.get_device_name(device)}, {total / 1e9:,.1f} GB; "
                      f"weights and buffers {(ours - pages * page_bytes) / 1e9:,.2f} GB)")
@@ -243,11 +248,12 @@ def state_gauges(engine: Engine) -> dict[str, int]:
 
 
 @functools.cache
-def busy_share(device: torch.device) -> Callable[[], float | None]:
+def busy_share(device: Device) -> Callable[[], float | None]:
     """A function that returns the share of time a GPU was busy, or None without nvidia-ml-py."""
     try:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
+        torch = importlib.import_module("torch")
         uuid = torch.cuda.get_device_properties(device).uuid
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         nvml.nvmlDeviceGetUtilizationRates(handle)
@@ -258,11 +264,11 @@ def busy_share(device: torch.device) -> Callable[[], float | None]:
 
 
 @functools.lru_cache(1)
-def device_use(device: torch.device, second: int, pids: tuple) -> tuple[int, int, float | None]:
+def device_use(device: Device, second: int, pids: tuple) -> tuple[int, int, float | None]:
     """(used bytes, total bytes, share of time busy) of the GPU; otherwise these processes' resident sets, the
     machine's memory and None. Cached by `second`, so it is read at most once a second, not every step."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = gpu_memory(device)
         return total - free, total, busy_share(device)()
     used = 0
     with suppress(OSError):  # not Linux
@@ -379,7 +385,7 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
                 raise
             if advice := lack_of_gpu_memory(error, config):
                 log.error("a step failed: %s", advice)
-                torch.cuda.empty_cache()
+                importlib.import_module("torch").cuda.empty_cache()
             else:
                 log.error("a step failed", exc_info=error)
             events += [(answer_id, Failed(failure_text(error))) for answer_id in engine.give_up()]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import traceback
 from typing import TYPE_CHECKING
 
-import torch
-
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, lack_of_memory, named
 from chatlm.common.messages.protocol import Crashed, ModelCard, Surveyed, Unusable
+from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import check_gpu, plan_model, share_of_rank
 from chatlm.worker.process import model_facts
 from chatlm.worker.ranks.ranks import PlannedRank
@@ -37,7 +36,7 @@ def survey_models(channel: Channel, config: SurveyConfig):
 
 
 def surveyed(config: SurveyConfig) -> Surveyed:
-    device = torch.device(config.device)
+    device = Device(config.device)
     if device.type == "cuda":
         check_gpu(device)
     source, settings = config.source, config.settings
@@ -57,7 +56,7 @@ def surveyed(config: SurveyConfig) -> Surveyed:
 
 
 def plan_of_stage(model: LoadedModel, stage: int, settings: Settings,
-                  device: torch.device) -> tuple[MemoryPlan, LayerGroups]:
+                  device: Device) -> tuple[MemoryPlan, LayerGroups]:
     """The plan of the first rank of a stage, whose shard is the largest; without --tp and --pp, of the model.
     ConfigError if the model cannot be divided that way."""
     rank = PlannedRank(settings, stage * settings.tensor_parallel_size)

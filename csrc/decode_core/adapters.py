@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
 
 from . import _core
+from .arrays import CODES, kind_of, look_at
 from .tiles import TILE_ROWS, Matrix
 
-if TYPE_CHECKING:
-    import torch
-
 SHRUNK_RANKS = 4        # the kernel takes this many at once
-TYPES = {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2}       # Weight's float types
 
 
 class PackedAdapter(_core.Adapter):
@@ -61,40 +60,41 @@ class AdaptedMatrices:
             (R, K), N = its.a.shape, matrix.rows
             if K != matrix.columns or tuple(its.b.shape) != (N, R) or its.scales.shape != (R,):
                 raise ValueError(f"{name}: a is {tuple(its.a.shape)} and b {tuple(its.b.shape)}; the matrix is {(N, matrix.columns)}")
-            a, b, scales = its.a.contiguous(), its.b, its.scales.float().contiguous()
-            if a.dtype != b.dtype or str(a.dtype) not in TYPES:
-                a, b = a.float(), b.float()
-            a, b, scales = (pad(tensor, axis, SHRUNK_RANKS) for tensor, axis in ((a, 0), (b, 1), (scales, 0)))
-            tiles, packed = packed_tiles(b, gated)
-            a = pairs(a.view(-1, 2, 2, K // 16, 16).movedim(3, 1)).contiguous()     # (R / 4, K / 16, 2, 32)
-            adapter.add(number, TYPES[str(a.dtype)], len(scales), K, a.data_ptr(), scales.data_ptr(), packed.data_ptr(), packed.nbytes, tiles)
+            kind, other = kind_of("a", its.a), kind_of("b", its.b)
+            if kind != other or kind not in CODES:
+                raise ValueError(f"{name}: a is of type {kind} and b of type {other}; both must be one of {', '.join(CODES)}")
+            a, b, scales = (pad(array, axis, SHRUNK_RANKS) for array, axis in ((its.a, 0), (its.b, 1), (its.scales, 0)))
+            tiles, packed = packed_tiles(b, gated, kind)
+            a = pairs(numpy.moveaxis(a.reshape(-1, 2, 2, K // 16, 16), 3, 1), kind)      # (R / 4, K / 16, 2, 32)
+            a, packed, scales = map(numpy.ascontiguousarray, (a, packed, scales))
+            addresses = [look_at("adapter", array, (array.dtype.name,), *array.shape)[0] for array in (a, scales, packed)]
+            adapter.add(number, CODES[kind], len(scales), K, *addresses, packed.nbytes, tiles)
             adapter.hold(a.nbytes, packed.nbytes, scales.nbytes, 16 * len(tiles))
         return adapter
 
 
-def pad(tensor: torch.Tensor, axis: int, multiple: int) -> torch.Tensor:
-    """With zeros at the end of an axis, up to a multiple of a length."""
-    shape = [*tensor.shape]
-    shape[axis] += -shape[axis] % multiple
-    padded = tensor.new_zeros(shape)
-    padded.narrow(axis, 0, tensor.shape[axis]).copy_(tensor)
-    return padded
+def pad(array: numpy.ndarray, axis: int, multiple: int) -> numpy.ndarray:
+    """Its numbers or their bits, with zeros at the end of an axis, up to a multiple of a length."""
+    more = [(0, 0)] * array.ndim
+    more[axis] = 0, -array.shape[axis] % multiple
+    return numpy.pad(array.view(numpy.ndarray), more)
 
 
-def pairs(tensor: torch.Tensor) -> torch.Tensor:
+def pairs(array: numpy.ndarray, kind: str) -> numpy.ndarray:
     """(..., 2, 16) -> (..., 32) as load_pair of csrc/cpu/lanes.h reads them: bfloat16's alternate."""
-    return (tensor.mT if str(tensor.dtype) == "torch.bfloat16" else tensor).flatten(-2)
+    return (array.swapaxes(-1, -2) if kind == "bfloat16" else array).reshape(*array.shape[:-2], -1)
 
 
-def packed_tiles(b: torch.Tensor, gated: bool) -> tuple[list[tuple[int, int, int]], torch.Tensor]:
+def packed_tiles(b: numpy.ndarray, gated: bool, kind: str) -> tuple[list[tuple[int, int, int]], numpy.ndarray]:
     """(offset, first rank, ranks) of each tile of B (N, R), and their numbers, (ranks / 2, 32) of each. The tiles of gates
     and ups alternate, of which b has all gates first."""
-    import torch        # the package does without
-    halves = [pad(half, 0, TILE_ROWS) for half in (b.chunk(2) if gated else (b,))]
-    tiles = torch.stack([half.view(-1, TILE_ROWS, half.shape[1]) for half in halves], 1).flatten(0, 1)     # (tiles, 16, R)
-    by_pair = tiles.mT.unflatten(1, (-1, 2))        # (tiles, R / 2, 2, 16)
-    used = (by_pair != 0).any(-1).any(-1).int()
-    needed = used.cummax(1).values & used.flip(1).cummax(1).values.flip(1)      # from the first that is used to the last
+    halves = [pad(half, 0, TILE_ROWS) for half in (numpy.split(b, 2) if gated else (b,))]
+    tiles = numpy.stack([half.reshape(-1, TILE_ROWS, half.shape[1]) for half in halves], 1)
+    tiles = tiles.reshape(-1, *tiles.shape[2:]).swapaxes(1, 2)          # (tiles, R, 16)
+    by_pair = tiles.reshape(len(tiles), -1, 2, TILE_ROWS)
+    used = ((by_pair & 0x7FFF if kind == "bfloat16" else by_pair) != 0).any((2, 3))
+    until = numpy.maximum.accumulate
+    needed = until(used, 1) & until(used[:, ::-1], 1)[:, ::-1]          # from the first that is used to the last
     counts = 2 * needed.sum(1)
-    offsets, firsts = (counts.cumsum(0) - counts) * TILE_ROWS, 2 * needed.argmax(1)
-    return [*zip(offsets.tolist(), firsts.tolist(), counts.tolist())], pairs(by_pair)[needed.bool()]
+    offsets, firsts = (counts.cumsum() - counts) * TILE_ROWS, 2 * needed.argmax(1)
+    return [*zip(offsets.tolist(), firsts.tolist(), counts.tolist())], pairs(by_pair, kind)[needed]

@@ -46,7 +46,13 @@ def _parts(name: str, array) -> tuple:
     except (AttributeError, RuntimeError, TypeError):       # no buffer; a sparse tensor has no strides
         raise ValueError(f"{name}: must be a numpy array or a torch tensor, not {type(array).__name__}") from None
     strides = None if any(step % size for step in steps) else [step // size for step in steps]
-    return address, FORMATS.get(letter.lstrip("@=<^"), letter), shape, strides, read_only
+    kind = getattr(array, "kind", "") or FORMATS.get(letter.lstrip("@=<^"), letter)     # a type that numpy lacks says what it is
+    return address, kind, shape, strides, read_only
+
+
+def kind_of(name: str, array) -> str:
+    """The name of an array's type."""
+    return _parts(name, array)[1]
 
 
 def vector(name: str, array, kind: str, size: int, *, writable: bool = False) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import torch
+import numpy
 
 from . import _core
 from .program import Program
@@ -24,10 +25,10 @@ def slower_than_torch(width: int) -> str:
     """Why torch should compute a model of this width, "" where decode_core should.
 
     Where a CPU offers AVX2 or AVX-512, or DECODE_CORE_ISA names what to use, decode_core computes. Elsewhere
-    (aarch64, old x86) its kernels are portable C++, and one measurement of 0.2 s or so decides: the products of
+    (aarch64, old x86) its kernels are portable C++, and where torch is installed one measurement of 0.2 s or so decides: the products of
     an answer of 100 tokens after a prompt of 64, Q8_0 tiles against the faster of torch's float32 and bfloat16.
     """
-    if _core.isa() != "portable" or os.environ.get("DECODE_CORE_ISA"):
+    if _core.isa() != "portable" or os.environ.get("DECODE_CORE_ISA") or not importlib.util.find_spec("torch"):
         return ""
     ours, theirs = answer_seconds(width)
     return "" if ours <= theirs else f"decode_core's portable kernels take {ours / theirs:.1f} times as long here"
@@ -44,6 +45,7 @@ def answer_seconds(width: int, rows: int = 1024) -> tuple[float, float]:
             times.append(time.perf_counter() - begin)
         return min(times)
 
+    import torch
     weights = torch.randn(rows, width)
     matrix = Matrix(Arena(1 << 20), "q8_0", rows, -(-width // 32) * 32)
     matrix.fill(torch.nn.functional.pad(weights, (0, matrix.columns - width)), "f32")
@@ -69,7 +71,8 @@ class CpuBackend:
     """
 
     row_invariant = few_rows_invariant = quantizes = groups_layers = True
-    activations, dtype, stored_dtype, short_floats, packs_kv = torch.float32, torch.bfloat16, None, "float16", True
+    tensors = False
+    activations, dtype, stored_dtype, short_floats, packs_kv = "float32", "bfloat16", None, "float16", True
     converted = staticmethod(converted)
     program: Program        # what `ops` record
 
@@ -82,10 +85,10 @@ class CpuBackend:
 
     def ops(self, max_tokens: int, max_rows: int, quantize: str | None) -> dict[str, Callable]:
         """The ops append themselves to a Program instead of computing."""
-        _core.set_threads(torch.get_num_threads())
+        _core.set_threads(self.script.own_threads())
         program = self.program = Program(max_tokens, max_rows)
         arena = Arena(64 << 20)
-        recorded = {name: getattr(program, name) for name in self.script.references if hasattr(program, name)}
+        recorded = {name: getattr(program, name) for name in self.script.OPS if hasattr(program, name)}
         return recorded | {
             "pack": lambda name, *parts: pack(arena, name, parts, quantize, self.spec.tied_head),
             "look_up": self.look_up, "make_cache": self.make_cache, "plan_attention": lambda *_: program.attention,
@@ -97,17 +100,18 @@ class CpuBackend:
                                           f"file; it reads {', '.join(KINDS)}. With CHAT_SERVER_KERNELS=reference torch computes the model")
         self.program.look_up(table, ids, out)
 
-    def make_cache(self, spec: Any, layout: Any, num_pages: int, device: torch.device) -> tuple[torch.Tensor, list]:
+    def make_cache(self, spec: Any, layout: Any, num_pages: int, device: str) -> tuple[numpy.ndarray, list]:
         """As the reference, but each layer's is (P, Hkv, 2, 16 * D) or packed, pages perhaps apart."""
         size = self.script.PAGE_SIZE
-        whole = self.script.zeroed((num_pages * layout.page_bytes,), torch.uint8, device)
+        whole = self.script.mapped_zeros((num_pages * layout.page_bytes,), "uint8")
 
-        def pages(layer: int, its: Any) -> torch.Tensor:
+        def pages(layer: int, its: Any) -> numpy.ndarray:
             packed = layout.types[layer] == "q8_0"
-            memory = whole if packed else whole.view(getattr(torch, layout.types[layer]))
+            memory = whole if packed else self.script.of_kind(whole, layout.types[layer])
             block = its.head_size * (size + 1 if packed else size)         # with 2 bytes of scale for each 32 of 16 positions
             begin, apart = (places * layout.unit * size // memory.itemsize for places in layout.place(layer, num_pages))
-            return memory.as_strided((num_pages, its.kv_heads, 2, block), (apart, 2 * block, block, 1), begin)
+            steps = (step * memory.itemsize for step in (apart, 2 * block, block, 1))
+            return numpy.lib.stride_tricks.as_strided(memory[begin:], (num_pages, its.kv_heads, 2, block), tuple(steps), subok=True)
 
         return whole, [its and pages(layer, its) for layer, its in enumerate(spec.by_layer)]
 
@@ -126,7 +130,7 @@ class CpuBackend:
         return lambda batch: program.finish(program.start(
             *batch[:6], all_rows=batch.states, states=batch[7:10], adapters=adapters_of(batch, transformer)))
 
-    def pack_adapter(self, matrices: Mapping[str, Any], device: torch.device) -> Any:
+    def pack_adapter(self, matrices: Mapping[str, Any], device: str) -> Any:
         return self.program.adapters.pack(matrices)
 
     def make_steps(self, transformer: Any, max_batch: int, context_length: int) -> ProgramSteps:
@@ -155,7 +159,7 @@ class ProgramSteps:
     def finish(self, ticket: int) -> list[int]:
         return self.program.finish(ticket)
 
-    def forward(self, batch: Any) -> torch.Tensor:
+    def forward(self, batch: Any) -> numpy.ndarray:
         return self.transformer.forward(batch)
 
     def prepare(self, progress: Callable[[float], None]) -> None:

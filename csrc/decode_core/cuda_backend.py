@@ -42,7 +42,8 @@ class CudaBackend:
 
     name, row_invariant, quantizes, groups_layers = "decode_core/cuda", False, False, True
     join = None
-    activations, dtype, stored_dtype, short_floats, packs_kv = None, torch.bfloat16, torch.bfloat16, "", True
+    activations, dtype, stored_dtype, short_floats, packs_kv = None, "bfloat16", "bfloat16", "", True
+    tensors = True
     converted = staticmethod(converted)
 
     def __init__(self, spec: Any, script: SimpleNamespace, kernels: Any,

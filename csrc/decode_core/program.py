@@ -39,6 +39,11 @@ TOKENS, LOGIT_ROWS = "max_tokens", "max_rows"
 MAX_EXPERTS, MAX_CHOSEN, MAX_TAPS = _core.MAX_EXPERTS, _core.MAX_CHOSEN, _core.MAX_TAPS
 
 
+def number(value: Any) -> float:
+    """A number, or that of an array that has one."""
+    return float(value.item() if hasattr(value, "item") else value)
+
+
 class Buffers:
     """The arrays that recorded ops read and write: kept alive, and what their rows are, TOKENS or LOGIT_ROWS.
 
@@ -271,7 +276,7 @@ class Program:
 
     def backout(self, x, middle, backout_lambda, out) -> None:
         """x - backout_lambda * middle -> out, which may be x."""
-        self._record_row("mix", {"x": x, "x0": middle, "resid_lambda": 1.0, "x0_lambda": -float(backout_lambda), "out": out})
+        self._record_row("mix", {"x": x, "x0": middle, "resid_lambda": 1.0, "x0_lambda": -number(backout_lambda), "out": out})
 
     def smear(self, x, previous, previous_ids, gate, smear_lambda, out) -> None:
         """x + lambda * sigmoid(x[:, :channels] . gate) * previous -> out, which may be x; gate (1, channels) float32."""
@@ -283,7 +288,7 @@ class Program:
             raise ValueError(f"gate: must be (1, channels) for rows of tokens, not {(1, channels)}")
         out_at = self._buffers.written("out", out, rows_of, x_at[1])
         self._record("smear", TOKENS, (x, previous, gate, out), x=x_at, previous=previous_at, gate=gate_at, channels=channels,
-                     smear_lambda=float(smear_lambda), out=out_at)
+                     smear_lambda=number(smear_lambda), out=out_at)
 
     def mean_squares(self, qkv, q_norm, k_norm, sizes, out) -> None:
         """The squares of all q and of all k of each row of qkv (max_tokens, q and k and v), over `sizes` -> the first two columns of out."""
@@ -567,7 +572,7 @@ class Program:
         for role, name, columns in fields_of(op):
             value = given[name]
             if role == "field":
-                fields[name] = float(value)
+                fields[name] = number(value)
             elif role == "writes":
                 fields[name] = self._buffers.written(name, value, rows_of, widths[columns])
             elif role != "reads":

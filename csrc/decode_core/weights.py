@@ -11,15 +11,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy
-import torch
 
 from . import _core
+from .arrays import kind_of
 from .tiles import COLUMNS, KINDS as KIND_CODES, TILE_ROWS, Arena, Matrix
 
-FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.bfloat16}      # of GGUF, and as what they stay
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "bfloat16"}       # of GGUF, and as what they stay
 KEPT_TYPES = tuple(kind.upper() for kind in COLUMNS if kind not in ("f32", "f16", "bf16"))
 CONVERTED = "Q8_0"          # what all other types become: its error is small compared with theirs
-KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}       # of tiles.py
+KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}       # of tiles.py
 # What takes the place of a type where a width is no multiple of 256
 NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
 
@@ -97,15 +97,15 @@ def file_row_bytes(kind: str, columns: int) -> int:
 
 
 def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]],
-              script: SimpleNamespace) -> tuple[torch.Tensor, ...] | QuantizedMatrix:
+              script: SimpleNamespace) -> tuple[numpy.ndarray, ...] | QuantizedMatrix:
     """The (tensor, head size to turn or 0) that form a matrix, each in the file's type or one close to it.
 
     Rows that need no change lie in the file's mapped memory.
     """
     kinds = kinds_of(parts)
     if kinds[0] in FLOATS:
-        return tuple(script.unpermute_rope(script.dequantize(tensor.tensor_type, torch.from_numpy(tensor.data)), head_size)
-                     .reshape(-1, shape[1]).to(FLOATS[kinds[0]]) for tensor, head_size in parts)
+        return tuple(script.as_kind(script.unpermute_rope(script.dequantize(tensor.tensor_type, numpy.asarray(tensor.data)), head_size)
+                                          .reshape(-1, shape[1]), FLOATS[tensor.tensor_type.name]) for tensor, head_size in parts)
     return QuantizedMatrix(tuple((kind.lower(), rows_of(tensor, head_size, kind, shape[1], script))
                                  for (tensor, head_size), kind in zip(parts, kinds)), shape[1])
 
@@ -115,25 +115,25 @@ def rows_of(tensor: Any, head_size: int, kind: str, columns: int, script: Simple
     if tensor.tensor_type.name == kind:
         return script.unpermute_rope(numpy.asarray(tensor.data), head_size)
     import gguf
-    values = script.dequantized((len(tensor.data), columns), [(tensor, head_size)], torch.float32).numpy()
+    values = script.dequantized((len(tensor.data), columns), [(tensor, head_size)], "float32")
     return gguf.quantize(values, gguf.GGMLQuantizationType[kind])
 
 
-def pack(arena: Arena, name: str, parts: Sequence[torch.Tensor | QuantizedMatrix], quantize: str | None,
+def pack(arena: Arena, name: str, parts: Sequence[Any], quantize: str | None,
          tied_head: bool) -> Any:
     """The matrix `name` (N, K) in tiles, or gate_up's bias (N,) in their order; `quantize` names the type that large float matrices become.
 
-    parts: one QuantizedMatrix, or tensors of one type, whose rows together are its rows.
+    parts: one QuantizedMatrix, or arrays of one type, whose rows together are its rows.
     """
     weight = parts[0]
     quantized = isinstance(weight, QuantizedMatrix)
     if not quantized and name.endswith("_bias"):        # gates and ups alternate as their tiles do
-        return weight.view(2, -1, TILE_ROWS).transpose(0, 1).reshape(-1)
+        return weight.reshape(2, -1, TILE_ROWS).swapaxes(0, 1).reshape(-1)
     (_, K), N = weight.shape, sum(part.shape[0] for part in parts)
     if name == "embed" and not (quantized or tied_head):
         return weight           # rows are only looked up
     pieces = weight.parts if quantized else [
-        (KINDS[part.dtype], part) for part in parts]  # pyright: ignore[reportAttributeAccessIssue]  then none is quantized
+        (KINDS[kind_of("weights", part)], part) for part in parts]
     placed = place(in_whole_tiles(pieces), N // 2 if name.endswith("gate_up") else N)
     if quantized:
         kinds = [""] * -(-N // TILE_ROWS)
@@ -160,7 +160,8 @@ def in_whole_tiles(pieces: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     for kind, rows in pieces:
         if joined and len(joined[-1][1]) % TILE_ROWS:
             before: Any = joined[-1][1]
-            joined[-1] = kind, (torch.cat if isinstance(rows, torch.Tensor) else numpy.concatenate)((before, rows))
+            both = numpy.concatenate([part.view(numpy.ndarray) for part in (before, rows)])
+            joined[-1] = kind, both.view(type(rows))
         else:
             joined.append((kind, rows))
     return joined

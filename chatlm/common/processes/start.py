@@ -48,6 +48,11 @@ def threads_per_worker(workers: int) -> int:
     return max(1, int(min(physical_cores(cpus), cpu_quota())) // workers)
 
 
+def own_threads() -> int:
+    """How many threads this process computes with: what its parent has set, else what the machine allows."""
+    return int(os.environ.get("OMP_NUM_THREADS") or threads_per_worker(1))
+
+
 NICENESS = "CHAT_SERVER_NICENESS"  # inherited by the processes that we start
 
 
@@ -83,24 +88,17 @@ ROLES = {
 
 # Their command: `python -c PROCESS_CODE ROOT ROLE ARGUMENTS`. The root of the program, a folder or a bundle,
 # replaces the current folder in sys.path, so that modules there cannot shadow anything. The root of an
-# installation keeps its position: other packages there must not shadow Python's own. Meanwhile, a worker maps
-# torch's largest library (0.3 s).
+# installation keeps its position: other packages there must not shadow Python's own.
 PROCESS_CODE = """
 import sys
 root = sys.argv.pop(1)
 sys.path[:] = filter(None, sys.path)
 
-import contextlib, ctypes, importlib.machinery, importlib.util, threading
+import importlib.machinery
 found = importlib.machinery.PathFinder.find_spec("chatlm")
 if not found or found.origin != root + "/chatlm/__init__.py":
     sys.path.insert(0, root)
 
-def preload(folder):
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(folder + "/lib/libtorch_cpu.so")
-
-if sys.argv[1] in ("worker", "rank", "survey") and (torch := importlib.util.find_spec("torch")):
-    threading.Thread(target=preload, args=torch.submodule_search_locations, daemon=True).start()
 from chatlm.common.processes.start import run_role
 sys.exit(run_role(*sys.argv[1:]))
 """

@@ -9,7 +9,6 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy
-import torch
 
 from chatlm.common.log import log
 from chatlm.common.segments import PAGE, ROOT, STATE
@@ -48,11 +47,10 @@ class PageBytes:
         layout, memory = transformer.layout, transformer.cache
         depth = layout.size // layout.own if layout.own else 1
         pages = num_pages + transformer.groups.holes
-        # (layers of a page, pages, bytes): a page is a column if its layers are not contiguous. These are
-        # numpy's arrays: torch copies with threads, which wait for each other while a step has all cores.
-        self.rows = (memory.view(torch.uint8).numpy().reshape(depth, pages, -1) if layout.size else
+        # (layers of a page, pages, bytes): a page is a column if its layers are not contiguous
+        self.rows = (transformer.arrays.bytes(memory).reshape(depth, pages, -1) if layout.size else
                      numpy.empty((1, pages, 0), numpy.uint8))
-        self.states = [state.view(torch.uint8).numpy().reshape(len(state), -1)
+        self.states = [transformer.arrays.bytes(state).reshape(len(state), -1)
                        for states in transformer.states for state in states]
         self.page_bytes = self.rows.shape[0] * self.rows.shape[2]
         self.state_bytes = sum(state.shape[1] for state in self.states)

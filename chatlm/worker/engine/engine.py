@@ -16,6 +16,7 @@ from chatlm.common.log import log
 from chatlm.common.memory import empty_pages
 from chatlm.common.messages.requests import (
     AnswerParams, Ended, Failed, Piece, PromptProgress, ThinkingEnds, Usage)
+from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.engine.adapter_slots import AdapterSlots
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.batch import make_batch, sample_rows
@@ -330,7 +331,7 @@ class Engine:
         self.pool.forget_cached()
         tensors = [self.transformer.cache, *itertools.chain.from_iterable(self.transformer.states)]
         return not self.ranks and self.transformer.device.type == "cpu" and all(
-            [empty_pages(tensor.data_ptr(), tensor.nbytes) for tensor in tensors])
+            [empty_pages(address_of(tensor), tensor.nbytes) for tensor in tensors])
 
 
 def drop_adapter(engine: Engine, adapter_id: str):

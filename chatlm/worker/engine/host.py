@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence as Seq
 from typing import TYPE_CHECKING
 
 import numpy
-import torch
 
 from chatlm.common.messages.requests import Embedding, Ended, Failed, PromptScores, TokenLogprob
 from chatlm.worker.engine.batch import make_batch, sample_rows
@@ -36,8 +35,7 @@ class HostSteps:
             return [], list
         batch = make_batch(plan)
         logits = self.steps.forward(batch)
-        if logits.is_cuda:  # the next step may run on another stream
-            torch.cuda.current_stream(logits.device).synchronize()
+        self.transformer.arrays.wait()
         for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
             if chunk.sequence.pooling:
                 pool(self.transformer, chunk, first, last)
@@ -55,10 +53,10 @@ class HostSteps:
         """Score prompts, ban tokens the grammars reject, draw, and record logprobs.
 
         spans: chunks and their rows of the logits (R, V)."""
-        drawn, plan = [], [chunk for chunk, _ in spans]
+        drawn, plan, arrays = [], [chunk for chunk, _ in spans], self.transformer.arrays
         for chunk, mine in spans:
             if chunk.sequence.scoring:
-                if scores := score_prompt(chunk, logits[mine.start:mine.stop]):
+                if scores := score_prompt(chunk, arrays.numpy(logits[mine.start:mine.stop])):
                     # Sent at once: the scores of a long prompt take 100 MB.
                     self.emit(chunk.sequence, PromptScores(scores))
             drawn += mine[len(mine) - chunk.draws:]
@@ -68,10 +66,10 @@ class HostSteps:
         logits = logits if len(drawn) == len(logits) else logits[drawn]  # (len(rows), V)
         owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
         params = [owner.work.params for owner in owners]
-        lines = {i: host_row(logits[i]) for i, own in enumerate(params) if own.logprobs is not None}
+        lines = {i: host_row(arrays.numpy(logits[i])) for i, own in enumerate(params) if own.logprobs is not None}
         for line, owner in zip(logits, owners):
             if grammar := owner.output.grammar:
-                line.masked_fill_(~torch.from_numpy(grammar.allowed(len(line))).to(line.device), -math.inf)
+                line[arrays.of(~grammar.allowed(len(line)))] = -math.inf
         tokens = sample_each(self.transformer.kernels.sample, logits, rows)
         for i, line in lines.items():
             owners[i].output.logprob = logprob_of(penalize(line, rows[i]), tokens[i], params[i].logprobs or 0)
@@ -97,9 +95,9 @@ def embedding_events(output: Output) -> list[WorkerEvent]:
             Ended("stop", None, output.usage, output.queued_s or 0.0)]
 
 
-def host_row(logits) -> numpy.ndarray:
+def host_row(logits: numpy.ndarray) -> numpy.ndarray:
     """A cleaned copy of one row of logits (V,), float32."""
-    return clean_logits(numpy.array(logits.float().cpu().numpy()))
+    return clean_logits(logits.copy())
 
 
 def logprob_of(logits: numpy.ndarray, token: int, top: int) -> TokenLogprob:

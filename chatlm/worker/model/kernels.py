@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+import importlib.util
 import os
 import sys
 import typing
@@ -15,33 +18,21 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy
-import torch
 
 from chatlm import __version__
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.core import decode_core, installed_core, kernels_line, refused_isa, seam, unused_core
-from chatlm.common.errors import ConfigError
+from chatlm.common.errors import ConfigError, require_library
 from chatlm.common.log import log
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.common.processes.start import threads_per_worker
+from chatlm.common.processes.start import own_threads, threads_per_worker
+from chatlm.worker.arrays.kinds import (
+    AdapterMatrix, Arrays, Device, Norm, as_kind, mapped_zeros, of_kind)
+from chatlm.worker.arrays.packed import dequantize, dequantized, unpermute_rope
 from chatlm.worker.model.spec import (
     DeltaRule, KvType, Mamba2, ModelSpec, RowAdapters, Sequences, ShortConv, token_places)
 from chatlm.worker.model.tensors import TILE_ROWS
-from chatlm.worker.ops.attention import (
-    attend, attend_prompt, decode_rows, mean_squares_reference, norm_qk_reference, page_table,
-    paged_attention_reference, plan_attention_reference, rope_append_reference, rope_tables,
-    scale_rows_reference)
-from chatlm.worker.ops.basic import (
-    AdapterMatrix, Norm, adapter_products, backout_reference, copy_reference, dequantize, dequantized,
-    embed_reference, experts_reference, fastest_dtype, finish_linear, gate_input_reference,
-    gated_add_reference, gather_rows_reference, layer_inputs_reference, layer_norm_reference,
-    linear_reference, look_up_reference, make_cache_reference, mix_reference, pack_reference,
-    rms_norm_reference, routes, smear_reference, softcap_reference, unpermute_rope, zeroed)
-from chatlm.worker.ops.mixers import (
-    OneEach, delta_rule_reference, gate_reference, group_squares_reference, mamba2_reference,
-    norm_groups_reference, short_conv_reference, split_gates_reference)
 from chatlm.worker.ops.rows import SampleRow
-from chatlm.worker.ops.sampling import sample_on_host
 
 if TYPE_CHECKING:
     from chatlm.worker.model.spec import Batch
@@ -66,7 +57,7 @@ class Steps(typing.Protocol):
         """Wait for the drawn tokens and return them."""
         ...
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> Any:
         """Compute a batch while no step is under way -> logits (R, V) float32, valid until the next step."""
         ...
 
@@ -101,18 +92,21 @@ class Backend:
 
     name, row_invariant, quantizes, groups_layers = "torch/reference", False, False, True
     few_rows_invariant = False  # does a row keep its bits in any step of up to FREE_ROWS that all draw?
-    activations = None   # dtype of every activation buffer; None: _allocate chooses
+    activations: str | None = None  # type of every activation buffer; None: _allocate chooses
     faults: Mapping[str, str] = {}  # compiled ops that their references replace -> why
     as_stored: Callable | None = None  # loads a GGUF matrix in the file's type; None: all are dequantized
-    stored_dtype = None  # of activations and pages with such matrices; None: float16
+    stored_dtype: str | None = None  # of activations and pages with such matrices; None: float16
     short_floats = ""    # of keys and values if weights are shorter than float32; "": as activations
     packs_kv = True      # does it read keys and values of the type q8_0?
     converted: Callable[[Mapping, Mapping], str]  # with as_stored: which matrices change their type
     held_bytes: Callable[[Seq], int]  # with as_stored: of the GGUF tensors that form a matrix
     join = None          # makes ranks exchange through shared memory; None: through torch.distributed
 
-    def __init__(self, device):
-        self.dtype = fastest_dtype(device)  # of float weights, unless the user names one
+    tensors = True       # do its ops take tensors of torch? Else they take numpy's arrays
+
+    def __init__(self, device: str):
+        dtype = references().fastest_dtype(device)  # of float weights, unless the user names one
+        self.dtype = str(dtype).removeprefix("torch.")
 
     def ops(self, max_tokens: int, max_rows: int, quantize: str | None) -> dict[str, Callable]:
         return {}  # no op replaces its reference
@@ -123,74 +117,94 @@ class Backend:
     def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> Steps:
         return EagerSteps(transformer)
 
-    def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: torch.device) -> Any:
+    def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: str) -> Any:
         """An adapter in the form that ops read; its matrices are named after those they change."""
-        return {name: AdapterMatrix(*(tensor.to(device) for tensor in matrix))
+        return {name: AdapterMatrix(*map(references().TorchArrays(device).of, matrix))
                 for name, matrix in matrices.items()}
+
+
+@functools.cache
+def references() -> Any:
+    """The module of references, which imports torch. ConfigError if that is not installed."""
+    require_library("torch", "computing without decode_core").set_num_threads(own_threads())
+    return importlib.import_module("chatlm.worker.ops.references")
+
+
+def missing_op(*_, **options):
+    raise NotImplementedError("no op was chosen")
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The op chosen for each name, by default its reference; `forward` and the engine use no other ops."""
+    """The op chosen for each name; `forward` and the engine use no other ops."""
 
-    embed: Callable = embed_reference
-    gather_rows: Callable = gather_rows_reference
-    rms_norm: Callable = rms_norm_reference
-    layer_norm: Callable = layer_norm_reference
-    pack: Callable = pack_reference
-    linear: Callable = linear_reference
-    experts: Callable = experts_reference
-    copy: Callable = copy_reference
-    mix: Callable = mix_reference
-    gated_add: Callable = gated_add_reference
-    look_up: Callable = look_up_reference
-    layer_inputs: Callable = layer_inputs_reference
-    gate_input: Callable = gate_input_reference
-    smear: Callable = smear_reference
-    backout: Callable = backout_reference
-    softcap: Callable = softcap_reference
-    make_cache: Callable = make_cache_reference
-    mean_squares: Callable = mean_squares_reference
-    norm_qk: Callable = norm_qk_reference
-    scale_rows: Callable = scale_rows_reference
-    rope_append: Callable = rope_append_reference
-    plan_attention: Callable = plan_attention_reference
-    paged_attention: Callable = paged_attention_reference
-    short_conv: Callable = short_conv_reference
-    delta_rule: Callable = delta_rule_reference
-    mamba2: Callable = mamba2_reference
-    group_squares: Callable = group_squares_reference
-    norm_groups: Callable = norm_groups_reference
-    split_gates: Callable = split_gates_reference
-    gate: Callable = gate_reference
-    sample: Callable = sample_on_host
+    embed: Callable = missing_op
+    gather_rows: Callable = missing_op
+    rms_norm: Callable = missing_op
+    layer_norm: Callable = missing_op
+    pack: Callable = missing_op
+    linear: Callable = missing_op
+    experts: Callable = missing_op
+    copy: Callable = missing_op
+    mix: Callable = missing_op
+    gated_add: Callable = missing_op
+    look_up: Callable = missing_op
+    layer_inputs: Callable = missing_op
+    gate_input: Callable = missing_op
+    smear: Callable = missing_op
+    backout: Callable = missing_op
+    softcap: Callable = missing_op
+    make_cache: Callable = missing_op
+    mean_squares: Callable = missing_op
+    norm_qk: Callable = missing_op
+    scale_rows: Callable = missing_op
+    rope_append: Callable = missing_op
+    plan_attention: Callable = missing_op
+    paged_attention: Callable = missing_op
+    short_conv: Callable = missing_op
+    delta_rule: Callable = missing_op
+    mamba2: Callable = missing_op
+    group_squares: Callable = missing_op
+    norm_groups: Callable = missing_op
+    split_gates: Callable = missing_op
+    gate: Callable = missing_op
+    sample: Callable = missing_op
     # Only if a model has several ranks:
     # (x, out, residual=None): residual + the sum of all ranks' x -> out
     all_reduce: Callable = None  # pyright: ignore[reportAssignmentType]  as stated above
     # (x, out): all ranks' x concatenated -> out, which may be shorter
     all_gather: Callable = None  # pyright: ignore[reportAssignmentType]  as stated above
     names: Mapping[str, str] = field(default_factory=dict)  # what computes each op, for /stats
-    backend: Any = field(default_factory=lambda: Backend("cpu"))
+    backend: Any = None
+    device: str = "cpu"
+
+    @functools.cached_property
+    def arrays(self) -> Arrays:
+        """What makes the arrays that the ops take."""
+        return references().FOR_BACKENDS["TorchArrays"](self.device) if self.backend.tensors else Arrays()
 
     @property
     def row_invariant(self) -> bool:
         """Whether a row's bits are the same whatever else is in the batch."""
         return self.backend.row_invariant
 
-    def activation_dtype(self, weights: torch.dtype | None) -> torch.dtype:
+    def activation_dtype(self, weights: str | None) -> str:
         """The type of activations that may be short, for matrices of this type; None: those stay as in
         their file."""
-        return weights or self.backend.stored_dtype or torch.float16
+        return weights or self.backend.stored_dtype or "float16"
 
-    def kv_type(self, choice: str, weights: torch.dtype | None) -> KvType:
+    def kv_type(self, choice: str, weights: str | None) -> KvType:
         """How keys and values are kept with such matrices if --kv-cache-dtype is `choice`. ConfigError if
         no kernel reads them."""
-        own = str(self.activation_dtype(weights)).removeprefix("torch.")
+        own = self.activation_dtype(weights)
         floats = "float16" if self.backend.short_floats == "float16" and own != "float32" else own
         if choice == "q8_0" and not self.backend.packs_kv:
             raise ConfigError(f"--kv-cache-dtype q8_0: {self.backend.name} has no kernels that read it; "
                               "auto, bfloat16 and float32 are possible")
         return KvType(floats if choice in ("auto", "q8_0") else choice, packed=choice == "q8_0")
+
+
+OPS = tuple(op.name for op in dataclasses.fields(Kernels) if op.default is missing_op)
 
 
 def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None, join=None,
@@ -204,10 +218,9 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     if quantize and not backend.quantizes:
         raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
     ops = backend.ops(max_tokens, max_rows, quantize)
-    names = {op.name: "torch/reference" for op in dataclasses.fields(Kernels)
-             if callable(op.default)}
-    names |= {"sample": "numpy/reference"} | dict.fromkeys(set(ops) - set(backend.faults), backend.name)
-    return Kernels(**ops, **(join(backend) if join else {}), names=names, backend=backend)
+    names = dict.fromkeys(OPS, "torch/reference") | {"sample": "numpy/reference"}
+    names |= dict.fromkeys(set(ops) - set(backend.faults), backend.name)
+    return Kernels(**(references().REFERENCES if backend.tensors else {}) | ops, **(join(backend) if join else {}), names=names, backend=backend, device=str(device))
 
 
 def choose_backend(device, spec: ModelSpec | None, whole: ModelSpec | None = None, says_why: bool = False):
@@ -236,7 +249,7 @@ def left_to_torch(spec: ModelSpec, device) -> list[str]:
     ops = dict.fromkeys(words[type(mixer)] for mixer in spec.mixers if mixer)
     if spec.sigmoid_router:
         ops["router of sigmoids"] = None
-    return list(ops) if torch.device(device).type != "cpu" else []
+    return list(ops) if Device(device).type != "cpu" else []
 
 
 class Most(NamedTuple):
@@ -257,7 +270,7 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
     """What decode_core cannot compute of a model on this device, in words: torch then computes all of it.
 
     This is all that decode_core would refuse: tests/worker/model/test_odd_sizes.py tries every dimension."""
-    on_gpu = torch.device(device).type != "cpu"
+    on_gpu = Device(device).type != "cpu"
     most, attentions = MOST_ON_GPU if on_gpu else MOST_ON_CPU, [attn for attn in spec.by_layer if attn]
     widths = {spec.dense_size, spec.shared_size} | ({spec.ffn_size} if not on_gpu else set())
     features = {
@@ -301,18 +314,31 @@ def uniform(spec: ModelSpec) -> bool:
     return all(kind[3:] == (False, False, None) for kind in kinds) and len(kinds) <= 1
 
 
-def for_decode_core() -> SimpleNamespace:
+class ForDecodeCore(SimpleNamespace):
+    """Attributes that it was not given are those of `references`, which imports torch."""
+
+    @property
+    def references(self) -> Mapping[str, Callable]:
+        return references().REFERENCES
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            return references().FOR_BACKENDS[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def for_decode_core() -> ForDecodeCore:
     """The parts of chat_server that decode_core uses, since it does not import chatlm."""
-    references = {op.name: op.default for op in dataclasses.fields(Kernels) if callable(op.default)}
-    return SimpleNamespace(
-        PAGE_SIZE=PAGE_SIZE, zeroed=zeroed, token_places=token_places, page_table=page_table,
-        decode_rows=decode_rows, attend=attend, attend_prompt=attend_prompt,
-        dequantized=dequantized, dequantize=dequantize, unpermute_rope=unpermute_rope,
-        references=references, finish_linear=finish_linear, rope_tables=rope_tables,
-        routes=routes, ModelSpec=ModelSpec, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm,
-        Sequences=Sequences, OneEach=OneEach, SampleRow=SampleRow, SamplingParams=SamplingParams,
-        RowAdapters=RowAdapters, adapter_products=adapter_products,
-        EagerSteps=EagerSteps, ConfigError=ConfigError)
+    return ForDecodeCore(
+        PAGE_SIZE=PAGE_SIZE, OPS=OPS, as_kind=as_kind, of_kind=of_kind, mapped_zeros=mapped_zeros, own_threads=own_threads,
+        token_places=token_places, dequantized=dequantized,
+        dequantize=dequantize, unpermute_rope=unpermute_rope,
+        ModelSpec=ModelSpec, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm,
+        Sequences=Sequences, SampleRow=SampleRow, SamplingParams=SamplingParams,
+        RowAdapters=RowAdapters, EagerSteps=EagerSteps, ConfigError=ConfigError)
 
 
 def machine_report() -> str:
@@ -325,12 +351,13 @@ def machine_report() -> str:
 
     theirs = getattr(installed_core(), "SEAM", "none")
     info = core.info() if (core := decode_core()) else {}
-    isa = " ".join([info.get("isa") or torch.backends.cpu.get_cpu_capability(), *info.get("features", ())])
+    torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+    isa = " ".join([info.get("isa") or "instructions unknown", *info.get("features", ())])
     cpu = line_of("/proc/cpuinfo", "model name") or os.uname().machine
     return "\n".join((
         f"chat_server {__version__} (seam {seam()}), decode_core (seam {theirs}); {kernels_line()}",
-        f"torch {torch.__version__}, numpy {numpy.__version__}, Python {sys.version.split()[0]}",
-        f"CUDA of torch: {torch.version.cuda or 'none'}; "
+        f"{f'torch {torch.__version__}' if torch else 'no torch'}, numpy {numpy.__version__}, Python {sys.version.split()[0]}",
+        f"CUDA of torch: {torch and torch.version.cuda or 'none'}; "
         f"driver: {line_of('/proc/driver/nvidia/version', 'NVRM') or 'none'}",
         f"{os.uname().sysname}, {cpu}, {isa}, {threads_per_worker(1)} threads"))
 

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy
-import torch
 
+from chatlm.worker.arrays.kinds import address_of, floats, joined, kind_of, zeros
 
 TILE_ROWS = 16  # of decode_core's matrices: a rank has whole tiles
 
@@ -33,14 +33,13 @@ class Cut(NamedTuple):
         return cls(shape, shape, 0, (range(shape[0]),))
 
     def apply(self, stacked: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """Cut a tensor given as several with its rows, torch or numpy: (index of one, the part of it), .."""
+        """Cut a tensor given as several with its rows: (index of one, the part of it), .."""
         begin = rows = 0
         for index, tensor in enumerate(stacked):
             if self.axis:  # packed columns take less than one byte each
                 parts = [tensor[:, slice(*(edge * tensor.shape[1] // self.full[1] for edge in (
                     columns.start, columns.stop)))] for columns in self.ranges]
-                side_by_side = torch.cat if isinstance(tensor, torch.Tensor) else numpy.concatenate
-                yield index, parts[0] if len(parts) == 1 else side_by_side(parts, 1)
+                yield index, joined(parts, 1)
                 continue
             for wanted in self.ranges:
                 part = tensor[max(wanted.start - begin, 0):max(wanted.stop - begin, 0)]
@@ -50,8 +49,7 @@ class Cut(NamedTuple):
             begin += len(tensor)
         if not self.axis and rows < self.shape[0]:
             shape = self.shape[0] - rows, *tensor.shape[1:]
-            yield index, tensor.new_zeros(shape) if isinstance(tensor, torch.Tensor) else numpy.zeros(
-                shape, tensor.dtype)
+            yield index, zeros(shape, kind_of(tensor))
 
 
 class Unread(NamedTuple):
@@ -89,8 +87,8 @@ class MappedRows:
 
     nbytes = 0  # of memory
 
-    def __init__(self, table: torch.Tensor, kind: str,
-                 values: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float):
+    def __init__(self, table: numpy.ndarray, kind: str,
+                 values: Callable[[numpy.ndarray], numpy.ndarray] = floats):
         self.table, self.kind, self.values = table, kind, values
         advise((table,), "MADV_RANDOM")  # or a row would bring 128 KiB of its neighbours
 
@@ -102,16 +100,15 @@ class MappedRows:
         """Itself: every rank may read the whole table."""
         return self
 
-    def look_up(self, ids: torch.Tensor, out: torch.Tensor):
-        """The rows `ids` (T,) -> out (T, K), on any device. A negative id gives row 0."""
-        rows = torch.index_select(self.table, 0, ids.cpu().clamp(min=0))
-        out.copy_(self.values(rows))
+    def look_up(self, ids: numpy.ndarray) -> numpy.ndarray:
+        """The rows `ids` (T,), float32 (T, K). A negative id gives row 0."""
+        return self.values(self.table[numpy.maximum(ids, 0)])
 
     def will_need(self, ids: Iterable[int]):
         """Ask the system to read these rows ahead while others are computed."""
         if not hasattr(mmap, "MADV_WILLNEED"):
             return
-        start, size, page = self.table.data_ptr(), self.table[0].nbytes, mmap.PAGESIZE
+        start, size, page = address_of(self.table), self.table[0].nbytes, mmap.PAGESIZE
         last = 0
         for row in sorted({*ids}):  # neighbours in one call
             begin = max((start + row * size) // page * page, last)
@@ -127,25 +124,22 @@ READ_AHEAD = 1 << 28  # bytes that are read from the disk while others are packe
 def read_ahead(tensors: dict, names: Iterable[str]) -> Iterator[tuple[str, Any, Any]]:
     """Pop each tensor, read or Unread -> (name, it, what its `read` returns).
 
-    A thread reads the next ones meanwhile, on one core: torch's own threads cost more than they gain here."""
+    A thread reads the next ones meanwhile."""
     def read(tensor):
         advise(getattr(tensor, "mapped", ()), "MADV_WILLNEED")
         return tensor.read() if isinstance(tensor, Unread) else tensor
 
-    threads, coming = torch.get_num_threads(), deque()
-    try:
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for name in (*names, None):
-                if name:
-                    tensor = tensors.pop(name)
-                    coming.append((name, tensor, pool.submit(read, tensor)))
-                while len(coming) > bool(name) and (
-                        not name or sum(tensor.nbytes for _, tensor, _ in coming) > READ_AHEAD):
-                    first, tensor, future = coming.popleft()
-                    yield first, tensor, future.result()
-                    advise(getattr(tensor, "mapped", ()), "MADV_DONTNEED")
-    finally:
-        torch.set_num_threads(threads)
+    coming = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for name in (*names, None):
+            if name:
+                tensor = tensors.pop(name)
+                coming.append((name, tensor, pool.submit(read, tensor)))
+            while len(coming) > bool(name) and (
+                    not name or sum(tensor.nbytes for _, tensor, _ in coming) > READ_AHEAD):
+                first, tensor, future = coming.popleft()
+                yield first, tensor, future.result()
+                advise(getattr(tensor, "mapped", ()), "MADV_DONTNEED")
 
 
 def advise(mapped: Iterable[Any], advice: str):
@@ -153,8 +147,8 @@ def advise(mapped: Iterable[Any], advice: str):
     releases their memory (later accesses read the file again)."""
     if hasattr(mmap, advice):
         for tensor in mapped:
-            begin, steps = tensor.data_ptr(), zip(tensor.shape, tensor.stride())  # or every other row
-            end = begin + tensor.itemsize * (1 + sum((count - 1) * step for count, step in steps))
+            begin, steps = address_of(tensor), zip(tensor.shape, tensor.strides)  # or every other row
+            end = begin + tensor.itemsize + sum((count - 1) * step for count, step in steps)
             first, last = -(-begin // mmap.PAGESIZE), end // mmap.PAGESIZE
             if first < last:
                 madvise(first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE, getattr(mmap, advice))

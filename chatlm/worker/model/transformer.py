@@ -9,23 +9,22 @@ from types import SimpleNamespace
 from typing import Any, TYPE_CHECKING
 
 import numpy
-import torch
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.stamps import refuse_changed_adapter
+from chatlm.worker.arrays.kinds import (
+    AdapterMatrix, Device, Norm, address_of, as_kind, floats, kind_of)
+from chatlm.worker.arrays.rotary import query_scales, rope_frequencies, rope_tables
 from chatlm.worker.model.spec import (
     DeltaRule, Inputs, Mamba2, PageLayout, RowAdapters, Sequences, ShortConv, expected_tensors, group_layers,
     token_places)
 from chatlm.worker.model.tensors import MappedRows, Unread, read_ahead
-from chatlm.worker.ops.attention import query_scales, rope_frequencies, rope_tables
-from chatlm.worker.ops.basic import Norm, zeroed
 
 if TYPE_CHECKING:
     from chatlm.common.hub.stamps import Stamp
     from chatlm.common.hub.local import Progress
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.spec import Attention, Batch, KvType, LayerGroups, ModelSpec
-    from chatlm.worker.ops.basic import AdapterMatrix
 
 
 class Transformer:
@@ -38,7 +37,7 @@ class Transformer:
     """
 
     def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
-                 max_rows: int | None = None, device: str | torch.device = "cpu", dtype=None,
+                 max_rows: int | None = None, device: str = "cpu", dtype: str | None = None,
                  num_slots: int = 1, groups: LayerGroups | None = None, kv: KvType | None = None,
                  read_adapter: Callable[[Path], dict[str, AdapterMatrix]] | None = None,
                  progress=lambda activity, fraction: None):
@@ -46,10 +45,10 @@ class Transformer:
         self.read_adapter = read_adapter   # a folder's matrices, named after those they change
         self.adapters: dict[int, Any] = {}  # by slot, from 1 on: as the kernels read them
         self.attentions = spec.by_layer
-        self.device, self.dtype = torch.device(device), kernels.activation_dtype(dtype)
+        self.device, self.dtype, self.arrays = Device(device), kernels.activation_dtype(dtype), kernels.arrays
         self.kv = kv or kernels.kv_type("auto", dtype)
         # the type in which references attend; packed keys have more than 8 bits of precision
-        self.kv_dtype = torch.float32 if self.kv.packed else getattr(torch, self.kv.floats)
+        self.kv_dtype = "float32" if self.kv.packed else self.kv.floats
         self.groups = groups or group_layers(self.attentions, 0, apart=False, kv=self.kv)
         self.layout = PageLayout.of(self.groups, self.attentions, self.kv)
         self.windows = spec.windows
@@ -57,32 +56,33 @@ class Transformer:
         self.mixers = spec.mixers or (None,) * spec.layers
         # x is kept divided by residual_scale, so that what blocks add needs no product; with an eps divided
         # by its square, norms make of x what they would have made
-        self.embedding_scale = torch.tensor(
-            spec.embedding_scale, dtype=dtype or torch.float32).item() / spec.residual_scale
+        scale = as_kind(numpy.array([spec.embedding_scale], numpy.float32), dtype or "float32")
+        self.embedding_scale = floats(scale).item() / spec.residual_scale
         self.norm_eps = spec.norm_eps / spec.residual_scale**2
-        with torch.inference_mode():
+        of = self.arrays.of
+        with self.arrays.computing():
             self.weights = self._pack(tensors, dtype, progress)
-            self.q_scale = query_scales(spec, self.device) if spec.q_growth else None
+            self.q_scale = of(query_scales(spec)) if spec.q_growth else None
             self.logit_norm, self.logit_norm_bias = (
                 weight if weight is None or spec.logit_scale == 1 else weight * spec.logit_scale
                 for weight in map(self.weights.get, ("final_norm", "final_norm_bias")))
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
             turns = [rope_frequencies(spec.attention(layer)) for layer in range(spec.layers)]
-            tables = {turn: rope_tables(spec, self.device, turns.index(turn)) for turn in {*turns}}
+            tables = {turn: tuple(map(of, rope_tables(spec, turns.index(turn)))) for turn in {*turns}}
             self.rope_tables = [tables[turn] for turn in turns]  # of each layer
             self.cache, self.layer_caches = kernels.make_cache(
                 spec, self.layout, num_pages + self.groups.holes, self.device)
-            self.states = [tuple(zeroed((num_slots, *shape), torch.float32, self.device)
+            self.states = [tuple(self.arrays.zeros((num_slots, *shape), "float32")
                                  for shape in (mixer.states(spec.width) if mixer else ()))
                            for mixer in self.mixers]
             sizes = self.buffer_sizes(spec, max_tokens, min(max_rows or max_tokens, max_tokens),
                                       kernels.backend.activations or self.dtype)
-            self.buffers = {name: torch.empty(rows, columns, dtype=type_, device=self.device)
-                            for name, (rows, columns, type_) in sizes.items()}
+            self.buffers = {name: self.arrays.empty((rows, columns), kind)
+                            for name, (rows, columns, kind) in sizes.items()}
             self.recorded = kernels.backend.record(self)
 
-    def _pack(self, tensors: dict, dtype: torch.dtype | None, progress: Progress) -> dict:
+    def _pack(self, tensors: dict, dtype: str | None, progress: Progress) -> dict:
         """Read each weight and move it to the device, matrices in the kernels' layout; a tied head is the
         embedding."""
         weights, names = {}, list(expected_tensors(self.spec))
@@ -96,9 +96,8 @@ class Transformer:
         for name, tensor, read in read_ahead(tensors, names):
             progress("loading weights", len(weights) / len(names))
             parts = read if isinstance(read, tuple) else (read,)
-            target = dtype if len(parts[0].shape) > 1 and name != "smear_gate" else torch.float32
-            moved = [part.to(self.device, target) if isinstance(part, torch.Tensor) else part
-                     for part in parts]
+            target = dtype if len(parts[0].shape) > 1 and name != "smear_gate" else "float32"
+            moved = [part if hasattr(part, "parts") else self.arrays.of(part, target) for part in parts]
             matrix = name.rpartition(".")[2] in (
                 "embed", "qkv", "output", "gate_up", "up", "down", "head", "ve_gate", "gate_up_bias",
                 "router", "expert_gate_up", "expert_down", "expert_gate_up_bias", "shared_gate_up",
@@ -107,22 +106,22 @@ class Transformer:
             weights[name] = weight = self.kernels.pack(name, *moved) if matrix else moved[0]
             if isinstance(tensor, Unread) and not getattr(weight, "finite", False):  # or it was never checked
                 tensor.refuse_faults(read, packed=hasattr(weight, "finite"))
-            if weight is parts[0] and isinstance(weight, torch.Tensor) and any(
-                    part.data_ptr() == weight.data_ptr() for part in getattr(tensor, "mapped", ())):
-                weights[name] = weight.clone()  # a file in use may change
+            if hasattr(weight, "dtype") and self.device.type == "cpu" and any(
+                    address_of(part) == address_of(weight) for part in getattr(tensor, "mapped", ())):
+                weights[name] = self.arrays.copy(weight)  # a file in use may change
             if name.endswith(".router_norm"):
                 weights[name] = weight * self.spec.width**-0.5
             if name.endswith(".taps"):  # the columns of each tap are contiguous
                 mixer = self.mixers[int(name.partition(".")[0])]
-                weights[name] = weight.view(-1, mixer.size).T.flatten() if mixer else weight
+                weights[name] = weight.reshape(-1, mixer.size).T.flatten() if mixer else weight
         if self.spec.tied_head:
             weights["head"] = weights["embed"]
         return weights
 
     @staticmethod
-    def buffer_sizes(spec: ModelSpec, T: int, R: int, dtype) -> dict:
+    def buffer_sizes(spec: ModelSpec, T: int, R: int, dtype: str) -> dict[str, tuple[int, int, str]]:
         """One buffer per activation: residual stream, q and logits float32, the rest of type `dtype`."""
-        C, F, f32 = spec.width, spec.ffn_size, torch.float32
+        C, F, f32 = spec.width, spec.ffn_size, "float32"
         attentions = [attn for attn in spec.by_layer if attn]
         sizes = [(sum(attn.parts), attn.parts[0], attn.heads * attn.value_size, attn.kv_heads,
                   attn.kv_heads * attn.value_size) for attn in attentions]
@@ -161,7 +160,7 @@ class Transformer:
     @property
     def matrix_types(self) -> list[str]:
         """The matrices' types, most common first: ["q4_1", "q8_0"]."""
-        types = Counter(getattr(w, "kind", None) or str(w.dtype).removeprefix("torch.")
+        types = Counter(kind_of(w)
                         for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1)
         return [name for name, _ in types.most_common()]
 
@@ -176,7 +175,7 @@ class Transformer:
         if self.recorded:
             self.recorded(batch)
             return buffers.logits
-        with torch.inference_mode():
+        with self.arrays.computing():
             self.compute(self.inputs(batch), buffers)
         return buffers.logits
 
@@ -185,23 +184,23 @@ class Transformer:
 
         (rows, C) float64. The norm is computed here, row by row: identical in any batch and with all kernels.
         """
-        x = self.buffers["x"][first:last].cpu().double().numpy()
+        x = self.arrays.numpy(self.buffers["x"][first:last]).astype(numpy.float64)
         if self.spec.layer_norms:
             x = x - x.mean(axis=1, keepdims=True)
         x = x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + self.norm_eps)
-        weight, bias = (0.0 if part is None else part.cpu().double().numpy() for part in map(
+        weight, bias = (0.0 if part is None else self.arrays.numpy(part).astype(numpy.float64) for part in map(
             self.weights.get, ("final_norm", "final_norm_bias")))
         return (x * weight if self.spec.norm_weights else x) + bias
 
     def inputs(self, batch: Batch) -> Inputs:
         columns = (batch.token_ids, batch.previous_token_ids, *token_places(batch), batch.logit_rows)
-        tensors = [torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns]
+        tensors = [self.arrays.of(numpy.array(column, numpy.int64)) for column in columns]
         count, parts = len(self.groups.windows), []
         for group in range(count):
             mine = batch
             if count > 1:
                 mine = batch._replace(tables=[pages[group::count] for pages in batch.tables])
-                tensors[3] = torch.tensor(token_places(mine)[1], dtype=torch.int64, device=self.device)
+                tensors[3] = self.arrays.of(numpy.array(token_places(mine)[1], numpy.int64))
             windows = {self.windows[l] for l, attn in enumerate(self.attentions)
                        if attn and self.layout.group[l] == group}
             plan = self.kernels.plan_attention(mine, tensors[2], windows, self.kv_dtype)
@@ -255,7 +254,7 @@ class Transformer:
         if self.embedding_scale != 1:
             k.mix(b.x, b.x, self.embedding_scale, 0.0, out=b.x)
         if spec.positions:
-            k.embed(w["positions"].view(-1, spec.width), inputs.positions, out=b.previous)
+            k.embed(w["positions"].reshape(-1, spec.width), inputs.positions, out=b.previous)
             k.mix(b.x, b.previous, 1.0, 1.0, out=b.x)
         if spec.layer_input_size:
             k.linear(b.x, w["layer_project"], out=b.layer_inputs)  # (T, L * P)
@@ -441,11 +440,11 @@ def adapted_linear(k: Kernels, b: SimpleNamespace, x, weights: dict, name: str, 
     k.linear(x, weights[name], **options)
 
 
-def narrow(buffer: torch.Tensor, columns: int) -> torch.Tensor:
+def narrow(buffer, columns: int):
     """A buffer (T, columns or more) viewed as (T, columns), in the same memory."""
     if buffer.shape[1] == columns:
         return buffer
-    return buffer.flatten()[:len(buffer) * columns].view(-1, columns)
+    return buffer.reshape(-1)[:len(buffer) * columns].reshape(-1, columns)
 
 
 def add_layer_input(spec: ModelSpec, k: Kernels, b: SimpleNamespace, layer: dict, l: int):

@@ -10,44 +10,12 @@ import functools
 import itertools
 import math
 import operator
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple
 
-import numpy
 import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.ops.packed_kv import PackedKv, turned
-
-if TYPE_CHECKING:
-    from chatlm.worker.model.spec import Attention
-
-
-def rope_frequencies(attention: Attention) -> tuple[tuple[float, ...], float]:
-    """The angle by which each position turns each pair of a layer's heads; what multiplies cos and sin."""
-    size = attention.head_size if attention.rope_size is None else attention.rope_size
-    if not size:
-        return (0.0,), 1.0
-    frequencies = 1.0 / attention.rope_base ** (numpy.arange(0, size, 2, dtype=numpy.float64) / size)
-    if attention.rope_factors:
-        frequencies = frequencies / numpy.asarray(attention.rope_factors, dtype=numpy.float64)
-    return tuple(frequencies.tolist()), attention.rope_scale
-
-
-def rope_tables(spec, device, layer: int = 0) -> tuple:
-    """cos and direction * sin of a layer at every position, (max_positions, rope_size / 2) float32 each."""
-    frequencies, scale = rope_frequencies(spec.attention(layer))
-    angles = numpy.outer(numpy.arange(spec.max_positions), frequencies)
-    cos, sin = scale * numpy.cos(angles), spec.rope_direction * scale * numpy.sin(angles)
-    dtype = torch.bfloat16 if spec.rope_bfloat16 else torch.float32
-    return tuple(torch.from_numpy(table.astype(numpy.float32)).to(dtype).to(device, torch.float32)
-                 for table in (cos, sin))
-
-
-def query_scales(spec, device) -> torch.Tensor:
-    """What multiplies q at every position, (max_positions,) float32."""
-    beta, positions = spec.q_growth
-    grown = 1 + beta * numpy.log1p(numpy.arange(spec.max_positions) // positions)
-    return torch.from_numpy(grown.astype(numpy.float32)).to(device)
 
 
 def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="none", q_norm=None,
@@ -199,7 +167,7 @@ def make_span(batch, positions, table, group, window, dtype) -> Span:
     keys = torch.arange(first * PAGE_SIZE, max(lengths), device=positions.device)  # (S,) positions
     age = positions[rows].view(len(group), 1, count, 1) - keys  # < 0: future
     hidden = (age < 0) | (age >= window) if window else age < 0
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -math.inf)
+    mask = torch.zeros(hidden.shape, dtype=getattr(torch, dtype), device=keys.device).masked_fill_(hidden, -math.inf)
     return Span(rows, table[group.start:group.stop, first:last].flatten(), mask)
 
 

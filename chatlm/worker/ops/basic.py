@@ -1,4 +1,4 @@
-"""Reference ops: products, norms, activations, experts, dequantizing.
+"""Reference ops: products, norms, activations, experts.
 
 An op writes into the output it is given. `X_reference` uses torch (any device) or, for sampling, numpy; it
 defines what a faster `X` must compute."""
@@ -6,17 +6,15 @@ defines what a faster `X` must compute."""
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Sequence as Seq
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy
 import torch
 
 from chatlm.common.config import PAGE_SIZE
-from chatlm.common.errors import require_library
+from chatlm.worker.arrays.kinds import AdapterMatrix
 from chatlm.worker.ops.packed_kv import PACKED
+from chatlm.worker.ops.tensors import normed, zeroed
 
 
 def embed_reference(table, ids, out, part=None):
@@ -76,16 +74,6 @@ def fastest_dtype(device) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" and not mkldnn_bfloat16() else torch.bfloat16
 
 
-class Norm(NamedTuple):
-    """The RMS norm that `linear` applies to its input first; `weight` is (C) or None."""
-
-    weight: Any
-    eps: float
-
-    def __call__(self, x):
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-
-
 def clamped_swiglu(gate, up):
     """gpt-oss's gate, with the constants of all its models."""
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
@@ -100,15 +88,6 @@ GATES = {"swiglu": lambda gate, up: torch.nn.functional.silu(gate) * up,
 UNGATED = {"relu2": lambda up: torch.square(torch.relu(up)),
            "gelu_erf": torch.nn.functional.gelu,
            "gelu_tanh": lambda up: torch.nn.functional.gelu(up, approximate="tanh")}
-
-
-class AdapterMatrix(NamedTuple):
-    """What an adapter adds to the product of a matrix (N, K) with x: b @ (scales * (a @ x)). R is the sum of
-    the ranks of the parts that the matrix is made of; `b` is zero where a part has no rows."""
-
-    a: torch.Tensor       # (R, K), as in its file
-    b: torch.Tensor       # (N, R)
-    scales: torch.Tensor  # (R,) float32
 
 
 Adapted = Seq[tuple[Any, AdapterMatrix]]  # for each adapter: (rows of the step, what it adds to them)
@@ -129,7 +108,7 @@ def linear_reference(x, weight, out, norm=None, bias=None, activation=None, resi
     weight (N, K) is packed or plain; x (T, >= K), whose first K columns are read. activation is None,
     one of UNGATED, or one of GATES, whose weight holds the gate rows first and whose output is (T, N / 2)."""
     if norm:
-        x = norm(x)
+        x = normed(x, norm)
     added = list(adapter_products(x, adapted))
     x, bias = x[:, :weight.shape[1]].to(weight.dtype), bias if bias is None else bias.to(weight.dtype)
     if weight.is_mkldnn:
@@ -170,7 +149,7 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     ids, shares = (routes(logits, chosen, sum_to_one, sigmoids, choice_bias) if jitter is None else
                    sparse_routes(logits, jitter))
     shares = shares if scales is None else shares * scales[ids]
-    y = (norm(x) if norm else x).to(gate_up.dtype)
+    y = (normed(x, norm) if norm else x).to(gate_up.dtype)
     gate_up, down = gate_up.unflatten(0, (2, E, -1)), down.unflatten(0, (E, -1))
     up_bias, down_bias = (bias if bias is None else bias.to(y.dtype) for bias in biases)
     total = torch.zeros_like(out)
@@ -224,7 +203,7 @@ def mix_reference(x, x0, resid_lambda, x0_lambda, out):
 
 def look_up_reference(table, ids, out):
     """The rows `ids` (T,) of a MappedRows -> out (T, K); a negative id gives row 0, which is never used."""
-    table.look_up(ids, out)
+    out.copy_(torch.from_numpy(table.look_up(ids.cpu().numpy())))
 
 
 def layer_inputs_reference(projected, rows, weight, eps, out):
@@ -264,17 +243,6 @@ def softcap_reference(logits, cap, out):
     torch.mul(torch.tanh(logits / cap), cap, out=out)
 
 
-def zeroed(shape: tuple[int, ...], dtype, device):
-    """A tensor of zeros. On CPU it takes memory only as it is written; torch.zeros writes it all at once."""
-    if device.type != "cpu" or 0 in shape:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; 4-KiB page faults made the first prefill 15 % slower
-        with suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
 def make_cache_reference(spec, layout, num_pages, device):
     """KV pages of all layers: their memory, and for each layer what rope_append and paged_attention receive.
 
@@ -303,77 +271,3 @@ def make_cache_reference(spec, layout, num_pages, device):
             steps = stride, attn.kv_heads * attn.head_size, attn.head_size, 1
             layers.append(memory.as_strided(shape, steps, begin))
     return whole, layers
-
-
-DEQUANTIZE_ELEMENTS = 1 << 19  # at a time, fits in the cache and avoids a second copy of a large matrix
-
-
-def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, RopePairs | None]],
-                dtype: torch.dtype) -> torch.Tensor:
-    """Stack `parts`, each (tensor, pairs to unpermute or None), into one matrix of any float type `dtype`.
-
-    The values are bit-equal to gguf.dequantize rounded to `dtype`."""
-    out, row = torch.empty(shape, dtype=dtype), 0
-    step = max(1, DEQUANTIZE_ELEMENTS // math.prod(shape[1:]))
-    for tensor, pairs in parts:
-        data = unpermute_rope(torch.from_numpy(numpy.asarray(tensor.data)), pairs)
-        for chunk in data.split(step):
-            rows = out[row:row + len(chunk)]
-            rows.copy_(dequantize(tensor.tensor_type, chunk).view(rows.shape))
-            row += len(chunk)
-    return out
-
-
-class RopePairs(NamedTuple):
-    """Rows of heads of `head_size`, the first `rotated` of each in pairs (0, 1), (2, 3), .."""
-
-    head_size: int
-    rotated: int
-
-
-def unpermute_rope(rows, pairs: RopePairs | None):
-    """Reorder each head's rows so that its pairs are (0, rotated / 2), .. and the others stay in place."""
-    if not pairs:
-        return rows
-    order = numpy.arange(pairs.head_size)
-    order[:pairs.rotated] = order[:pairs.rotated].reshape(-1, 2).T.ravel()
-    return rows.reshape(-1, pairs.head_size, *rows.shape[1:])[:, order].reshape(rows.shape)
-
-
-class Block(NamedTuple):
-    """A packed type's block of weights in a GGUF file: their codes, and what these are multiplied by."""
-
-    bytes: int
-    scale_bytes: int = 2  # a float16; 4: a minimum follows it; 1: an exponent
-    scale: int = 0        # the offset of these
-
-
-BLOCKS = {
-    "q4_0": Block(18), "q4_1": Block(20, 4), "q5_0": Block(22), "q5_1": Block(24, 4), "q8_0": Block(34),
-    "q4_k": Block(144, 4), "q5_k": Block(176, 4), "q6_k": Block(210, 2, 208), "iq4_nl": Block(18),
-    "iq4_xs": Block(136), "mxfp4": Block(17, 1)}
-MXFP4_DOUBLED = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
-
-
-def dequantize(gguf_type, data: torch.Tensor) -> torch.Tensor:
-    """The values of some rows of a gguf.ReaderTensor's data of this type.
-
-    Float types stay as they are; all others become float32."""
-    if gguf_type.name in ("F32", "F16", "BF16"):
-        return data.view(torch.bfloat16) if gguf_type.name == "BF16" else data
-    if gguf_type.name == "MXFP4":
-        blocks = data.view(-1, BLOCKS["mxfp4"].bytes)
-        codes, power = torch.cat((blocks[:, 1:] & 15, blocks[:, 1:] >> 4), -1), blocks[:, :1].int()
-        bits = torch.where(power < 2, (1 << 21) << power, (power - 1) << 23)  # of 2^(power - 128)
-        bits.masked_fill_(power == 255, 0x7FC00000)  # NaN; the gguf package returns 2^127
-        return torch.tensor(MXFP4_DOUBLED)[codes.int()] * bits.view(torch.float32)
-    if gguf_type.name not in ("Q4_0", "Q4_1", "Q8_0"):  # torch is faster with these
-        gguf = require_library("gguf", "packed weights")
-        return torch.from_numpy(gguf.dequantize(data.numpy(), gguf_type))
-    blocks = data.view(-1, BLOCKS[gguf_type.name.lower()].bytes)
-    scale, minimum = blocks[:, :4].contiguous().view(torch.float16).float().split(1, dim=1)  # (B, 1) each
-    if gguf_type.name == "Q8_0":
-        return blocks[:, 2:].view(torch.int8).float().mul_(scale)
-    packed = blocks[:, -16:]
-    values = torch.cat((packed & 15, packed >> 4), dim=-1).float()                           # (B, 32)
-    return values.mul_(scale).add_(minimum) if gguf_type.name == "Q4_1" else values.sub_(8).mul_(scale)

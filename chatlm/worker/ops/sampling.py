@@ -474,8 +474,9 @@ def sample_reference(logits: numpy.ndarray, rows: Seq[SampleRow]) -> numpy.ndarr
 
 
 def sample_on_host(logits, rows: Seq[SampleRow]) -> list[int]:
-    """`sample_reference` for logits (R, V) on any device."""
-    return sample_reference(logits.float().cpu().numpy(), rows).tolist()
+    """`sample_reference` for logits (R, V), an array or a tensor on any device."""
+    lines = logits if isinstance(logits, numpy.ndarray) else logits.float().cpu().numpy()
+    return sample_reference(lines, rows).tolist()
 
 
 def sample_each(sample: Callable, logits, rows: Seq[SampleRow]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import importlib
+import math
 import operator
 import os
 import socket
@@ -17,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-import torch
+import numpy
 
 from chatlm.common.messages.wire import receive_into
 from chatlm.common.processes.torchrun import RankStore
@@ -51,7 +52,7 @@ def join_ranks(backend, address: str, rank: int, count: int, device: str) -> dic
         return {}
     if backend.join:
         return backend.join(address, rank, RANK_PATIENCE_S)
-    distributed = importlib.import_module("torch.distributed")
+    torch, distributed = map(importlib.import_module, ("torch", "torch.distributed"))
     on_disk = address.startswith("/")
     if on_disk or os.environ["MASTER_ADDR"].startswith("127."):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -125,7 +126,7 @@ class Stage:
     def compute(self, batch: Batch, rows: Seq[SampleRow] | None):
         """The drawn tokens; without `rows` the logits; None before the last stage."""
         try:
-            with torch.inference_mode():  # of each thread
+            with self.transformer.arrays.computing():  # of each thread
                 return self._compute(batch, rows)
         except BaseException:
             for link in filter(None, (self.ranks.before, self.ranks.after)):
@@ -136,27 +137,19 @@ class Stage:
     def _compute(self, batch: Batch, rows: Seq[SampleRow] | None):
         transformer, T = self.transformer, len(batch.token_ids)
         for name in () if transformer.spec.opens else transformer.passed_on(0):
-            receive_rows(self.ranks.before, transformer.buffers[name][:T])  # pyright: ignore[reportArgumentType]  it is there
+            rows = transformer.buffers[name][:T]
+            received = numpy.empty(tuple(rows.shape), numpy.float32)
+            receive_into(self.ranks.before, received)  # pyright: ignore[reportArgumentType]  it is there
+            transformer.arrays.put(received, rows)
         if not transformer.spec.closes:
             transformer.forward(batch._replace(logit_rows=[], states=True))
             for name in transformer.passed_on(transformer.spec.layers):
                 self.ranks.after.sendall(  # pyright: ignore[reportOptionalMemberAccess]  so is this
-                    bytes_of(transformer.buffers[name][:T]))
+                    transformer.arrays.numpy(transformer.buffers[name][:T]).tobytes())
             return None
         if rows is None:
             return self.steps.forward(batch)
         return self.steps.finish(self.steps.start(batch, rows))
-
-
-def bytes_of(rows) -> bytes:
-    return rows.float().cpu().contiguous().numpy().tobytes()
-
-
-def receive_rows(link: socket.socket, rows):
-    """Fill some rows of a buffer with what the previous stage sent. EOFError if it is gone."""
-    received = torch.empty(rows.shape)
-    receive_into(link, received.numpy())
-    rows.copy_(received)
 
 
 class StagedSteps:
@@ -179,14 +172,16 @@ class StagedSteps:
     def forward(self, batch: Batch):
         self.ranks.broadcast(RankStep(batch, None))
         self.thread.submit(self.stage.compute, batch, None).result()
-        buffers, data = self.stage.transformer.buffers, bytearray()
+        buffers, arrays, data = self.stage.transformer.buffers, self.stage.transformer.arrays, bytearray()
         logits = buffers["logits"][:len(batch.logit_rows)]
         states = buffers["x"][:len(batch.token_ids) if batch.states else 0]
-        while len(data) < 4 * (logits.numel() + states.numel()):
+        count, more = (math.prod(rows.shape) for rows in (logits, states))
+        while len(data) < 4 * (count + more):
             data += self.ranks.from_last_stage(RankLogits).data
-        values = torch.frombuffer(data, dtype=torch.float32)
-        states.copy_(values[logits.numel():].view(states.shape))
-        return logits.copy_(values[:logits.numel()].view(logits.shape))
+        values = numpy.frombuffer(data, numpy.float32)
+        arrays.put(values[count:].reshape(tuple(states.shape)), states)
+        arrays.put(values[:count].reshape(tuple(logits.shape)), logits)
+        return logits
 
 
 def received_steps(channel: Channel, transformer: Transformer) -> Iterator[RankStep]:
@@ -233,8 +228,9 @@ def follow_stage(channel: Channel, stage: Stage, drawn: DrawnTokens):
             continue
         if step.rows is None and speaks:
             states = stage.transformer.buffers["x"][:len(step.batch.token_ids) if step.batch.states else 0]
-            for rows in filter(len, (*computed.split(ROWS_SENT), *states.split(ROWS_SENT))):
-                channel.send(RankLogits(bytes_of(rows)))
+            for rows in map(stage.transformer.arrays.numpy, (computed, states)):
+                for begin in range(0, len(rows), ROWS_SENT):
+                    channel.send(RankLogits(rows[begin:begin + ROWS_SENT].tobytes()))
         elif step.rows is not None and speaks:
             channel.send(RankTokens(computed))
         elif step.rows is not None:

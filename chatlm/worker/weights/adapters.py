@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
-import torch
+import numpy
 
 from chatlm.common.errors import ConfigError, printable
+from chatlm.worker.arrays.kinds import FLOATS, AdapterMatrix, as_kind, bits_of, contiguous, joined as in_one, kind_of, zeros
 from chatlm.worker.model.tensors import Cut, Unread
-from chatlm.worker.ops.basic import AdapterMatrix
 from chatlm.worker.weights.assemble import file_shapes
 from chatlm.worker.weights.lora import Change, read_adapter
 
@@ -37,7 +37,7 @@ class Adaptable:
     names: tuple[str, ...]  # the model's names
     sources: Sources        # see tensor_sources
     slices: Callable[[], Mapping[str, list[FileSlice]]]  # by Hugging Face's names; see gguf_slices
-    turned: Callable[[str, torch.Tensor], torch.Tensor]  # a file's rows in our order
+    turned: Callable[[str, numpy.ndarray], numpy.ndarray]  # a file's rows in our order
     ignored: dict[str, tuple[int, ...]]  # matrices that no layer reads: see unread_keys
     first_layer: int = 0    # of a stage
 
@@ -103,18 +103,19 @@ def rows_before(shapes: Iterable[tuple[int, ...]]) -> list[int]:
 
 def joined(parts: list[Part], cut: Cut) -> AdapterMatrix:
     """The parts of one matrix combined, as far as a rank has them."""
-    dtypes = {tensor.dtype for part in parts for tensor in (part.change.a, part.change.b)}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    a = torch.cat([part.change.a for part in parts]).to(dtype)
-    b = torch.zeros(cut.full[0], len(a), dtype=dtype)
-    scales, rank = torch.empty(len(a)), 0
+    kinds = {kind_of(array) for part in parts for array in (part.change.a, part.change.b)}
+    kind = kinds.pop() if len(kinds) == 1 else "float32"
+    kind = kind if kind in FLOATS else "float32"
+    a = in_one([as_kind(part.change.a, kind) for part in parts])
+    b = zeros((cut.full[0], len(a)), kind)
+    scales, rank = numpy.empty(len(a), numpy.float32), 0
     for first, (own_a, own_b, scaling, _) in parts:
         ranks = slice(rank, rank := rank + len(own_a))
-        b[first:first + len(own_b), ranks] = own_b
+        bits_of(b)[first:first + len(own_b), ranks] = bits_of(as_kind(own_b, kind))
         scales[ranks] = scaling
     pieces = [piece for _, piece in cut.apply([a if cut.axis else b])]
-    a, b = (torch.cat(pieces), b) if cut.axis else (a, torch.cat(pieces))
-    return AdapterMatrix(a.contiguous(), b.contiguous(), scales)
+    a, b = (in_one(pieces), b) if cut.axis else (a, in_one(pieces))
+    return AdapterMatrix(contiguous(a), contiguous(b), scales)
 
 
 def adapter_reader(model: LoadedModel) -> Callable[[Path], dict[str, AdapterMatrix]] | None:

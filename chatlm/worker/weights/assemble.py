@@ -11,16 +11,16 @@ from types import SimpleNamespace
 from typing import Any, TYPE_CHECKING
 
 import numpy
-import torch
 
-from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named, require_library, shown
-from chatlm.common.files import check_regular
+from chatlm.common.errors import ConfigError, require_library, shown
+from chatlm.worker.arrays.kinds import FLOATS, as_kind, contiguous, floats, item_bytes, joined, kind_of
+from chatlm.worker.arrays.packed import RopePairs, dequantized
 from chatlm.worker.model.spec import DeltaRule, expected_tensors
 from chatlm.worker.model.tensors import Cut, MappedRows, Unread
-from chatlm.worker.ops.basic import RopePairs, dequantized
-from chatlm.worker.weights.files import refuse_cut_safetensors, weight_files
+from chatlm.worker.weights.files import weight_files
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked
+from chatlm.worker.weights.safetensors_file import read_safetensors_file
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -117,7 +117,7 @@ class Mxfp4:
 
     tensor_type = SimpleNamespace(name="MXFP4")
 
-    def __init__(self, blocks: torch.Tensor, scales: torch.Tensor):
+    def __init__(self, blocks: numpy.ndarray, scales: numpy.ndarray):
         self.blocks, self.scales = blocks, scales
         self.shape = *scales.shape[:2], 32 * scales.shape[2]
 
@@ -127,18 +127,17 @@ class Mxfp4:
     @property
     def data(self) -> numpy.ndarray:
         """(experts * rows, columns / 32 * 17) uint8: for each block its scale, then the codes."""
-        made = torch.empty(*self.scales.shape, 17, dtype=torch.uint8)
+        made = numpy.empty((*self.scales.shape, 17), numpy.uint8)
         made[..., 0] = self.scales
         for blocks, to in zip(self.blocks, made):  # one expert at a time avoids large temporaries
-            first, second = blocks.split(8, -1)    # columns 0 to 15, 16 to 31
+            first, second = blocks[..., :8], blocks[..., 8:]  # columns 0 to 15, 16 to 31
             to[..., 1::2] = first & 15 | second << 4
             to[..., 2::2] = first >> 4 | second & 240
-        return made.flatten(2).flatten(0, 1).numpy()
+        return made.reshape(-1, made.shape[2] * 17)
 
 
-def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def read_safetensors(folder: Path) -> tuple[dict[str, numpy.ndarray], dict[str, numpy.ndarray]]:
     """A folder's tensors, mapped from its files, and the scales of those in FP8. Skips image encoders."""
-    require_library("safetensors", "a Hugging Face folder")
     state = {}
     for path in weight_files(folder):
         state |= read_safetensors_file(path)
@@ -146,54 +145,39 @@ def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, t
     state = {re.sub(r"(language|text)_model\.", "", name, count=1): tensor for name, tensor in state.items()
              if not re.match(rf"(model\.)?({IMAGES})\b|{UNREAD}", name)}
     scales = {name: state.pop(of) for name in list(state) for of in (f"{name}_scale_inv", f"{name}_scale")
-              if name in state and str(state[name].dtype) in FP8 and of in state}  # scales may be FP8 too
+              if name in state and kind_of(state[name]) in FP8 and of in state}  # scales may be FP8 too
     for name, tensor in list(state.items()):
-        floats = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        mxfp4 = tensor.dtype == torch.uint8 and name.endswith(("_blocks", "_scales"))
+        kind = kind_of(tensor)
+        mxfp4 = kind == "uint8" and name.endswith(("_blocks", "_scales"))
         if scales and re.search(r"\.(input|output|[kqv])_scale(_inv)?$", name):
             del state[name]  # for activations and cached keys and values, whose types differ here
-        elif not (floats or mxfp4 or name in scales):
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ConfigError(f"{folder}: {shown(name)} is of type {dtype}; it must be float32, float16 or "
+        elif not (kind in FLOATS or mxfp4 or name in scales):
+            raise ConfigError(f"{folder}: {shown(name)} is of type {kind}; it must be float32, float16 or "
                               "bfloat16, or FP8 with a tensor of scales")
     return state, scales
 
 
-def read_safetensors_file(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one file, mapped."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    check_regular(path)
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        refuse_cut_safetensors(path)
-        if isinstance(error, OSError):
-            raise cannot_read(path, error) from None
-        raise lack_of_memory(error) or ConfigError(
-            f"{path} is not a readable safetensors file: {named(error)}") from None
-
-
-def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, dtype: torch.dtype,
+def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, dtype: str,
               changed: Callable[[str, Any], Any] = lambda name, tensor: tensor,
               as_stored: Callable | None = None) -> dict[str, Unread | MappedRows]:
     """Our tensors, yet to be read from rows of the file's, each passed through `changed`: matrices as
     `dtype`, vectors as float32.
 
     `as_stored`, if given, builds those with packed weights."""
-    def read(target: torch.dtype, theirs: Iterable[str], cut: Cut):
+    def read(target: str, theirs: Iterable[str], cut: Cut):
         stacked = (changed(name, state[name]) for name in theirs)
-        stacked = (tensor.flatten(0, tensor.ndim - len(cut.shape)) for tensor in stacked)
-        rows = tuple(part.to(target) for _, part in cut.apply(stacked))  # a vocabulary's padding is dropped
-        return rows if len(cut.shape) > 1 and cut == Cut.whole(cut.full) else torch.cat(rows)
+        stacked = (tensor.reshape(-1, *tensor.shape[tensor.ndim - len(cut.shape) + 1:]) for tensor in stacked)
+        # a vocabulary's padding is dropped
+        rows = tuple(as_kind(contiguous(part), target) for _, part in cut.apply(stacked))
+        return rows if len(cut.shape) > 1 and cut == Cut.whole(cut.full) else joined(rows)
 
     def read_packed(theirs: Iterable[str], cut: Cut):
-        make = as_stored or partial(dequantized, dtype=dtype)
+        make = as_stored or partial(dequantized, kind=dtype)
         return make(cut.shape, cut_stored([(state[name], None) for name in theirs], cut))
 
     def unread(shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
-        parts, target = [state[name] for name in theirs], torch.float32 if len(shape) == 1 else dtype
-        size, whole = math.prod(shape) * target.itemsize, Cut.whole(shape)
+        parts, target = [state[name] for name in theirs], "float32" if len(shape) == 1 else dtype
+        size, whole = math.prod(shape) * item_bytes(target), Cut.whole(shape)
         packed = isinstance(parts[0], Mxfp4)
         make, mapped = read_packed if packed else partial(read, target), tuple(parts)
         if packed:
@@ -206,11 +190,11 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
             for ours, source in sources.items()}
 
 
-def mapped_rows(table: torch.Tensor) -> MappedRows:
-    return MappedRows(table, {torch.float32: "f32", torch.float16: "f16"}.get(table.dtype, "bf16"))
+def mapped_rows(table: numpy.ndarray) -> MappedRows:
+    return MappedRows(table, {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[kind_of(table)])
 
 
-FP8 = ("torch.float8_e4m3fn", "torch.float8_e5m2")
+FP8 = "float8_e4m3fn", "float8_e5m2"
 
 
 def fp8_block(path: Path, config: Mapping) -> list[int]:
@@ -247,12 +231,12 @@ def groups_of_weights(path: Path, groups) -> list[dict]:
     return layouts or [{}]
 
 
-def unscaled(path: Path, scales: Mapping[str, torch.Tensor], block: Seq[int], name: str,
-             weight: torch.Tensor) -> torch.Tensor:
+def unscaled(path: Path, scales: Mapping[str, numpy.ndarray], block: Seq[int], name: str,
+             weight: numpy.ndarray) -> numpy.ndarray:
     """FP8 weights (N, K) times their scales: one for all, one for each row, or one for each block. A vector
     (N,) has one for all, or one for each value."""
-    values, scale = weight.float(), scales[name].float()
-    if scale.numel() == 1:
+    values, scale = floats(weight), floats(scales[name])
+    if scale.size == 1:
         return values * scale.reshape(())
     if weight.ndim == 1 and scale.shape == weight.shape:
         return values * scale
@@ -261,12 +245,12 @@ def unscaled(path: Path, scales: Mapping[str, torch.Tensor], block: Seq[int], na
                           f"{tuple(scale.shape)}; there must be 1")
     N, K = weight.shape
     if scale.shape in ((N,), (N, 1)):
-        return values * scale.view(N, 1)
+        return values * scale.reshape(N, 1)
     if scale.shape != (-(-N // block[0]), -(-K // block[1])):
         raise ConfigError(f"{path.parent}: the scales of {name} {(N, K)} are {tuple(scale.shape)}; there "
                           f"must be 1, one for each row, or one for each block of {block[0]} x {block[1]}")
     for first in range(0, N, block[0]):  # in place, band by band, to avoid a second float32 matrix
-        band = scale[first // block[0]].repeat_interleave(block[1])[:K]
+        band = scale[first // block[0]].repeat(block[1])[:K]
         values[first:first + block[0]] *= band
     return values
 
@@ -284,11 +268,11 @@ def cut_stored(parts: Seq[tuple[Any, RopePairs | None]], cut: Cut) -> list[tuple
         return list(parts)
     edges = {edge for span in cut.ranges for edge in (span.start, span.stop)}
     if cut.axis and any(edge % packed_together(tensor) for tensor, _ in parts for edge in edges):
-        whole = (dequantized((len(part[0].data), cut.full[1]), [part], torch.float32) for part in parts)
+        whole = (dequantized((len(part[0].data), cut.full[1]), [part], "float32") for part in parts)
         gguf = require_library("gguf", "packed weights")
         gguf_type = gguf.GGMLQuantizationType["F32" if cut.shape[1] % 32 else "Q8_0"]
         return [(SimpleNamespace(tensor_type=gguf_type, data=gguf.quantize(
-            rows.contiguous().numpy(), gguf_type)), None) for _, rows in cut.apply(whole)]
+            contiguous(rows), gguf_type)), None) for _, rows in cut.apply(whole)]
     return [(SimpleNamespace(tensor_type=parts[i][0].tensor_type, data=numpy.ascontiguousarray(data)),
              parts[i][1]) for i, data in cut.apply(tensor.data for tensor, _ in parts)]
 

@@ -6,12 +6,11 @@ import hashlib
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from chatlm.common.core import decode_core, seam
 from chatlm.common.program import program_sources
@@ -94,12 +93,13 @@ def arithmetic_of(transformer: Transformer, settings: Settings) -> list[str]:
     """Everything but the weights that may change the bits of a page, or their layout."""
     code, core = hashlib.sha256(), decode_core()
     for name, text in program_sources().items():
-        if name.startswith(("chatlm/worker/model/", "chatlm/worker/ops/", "chatlm/worker/weights/")):
+        if name.startswith(("chatlm/worker/model/", "chatlm/worker/ops/", "chatlm/worker/weights/", "chatlm/worker/arrays/")):
             code.update(name.encode() + text)
     if compiled := getattr(getattr(core, "_core", None), "__file__", None):
         code.update(Path(compiled).read_bytes())
     kernels = transformer.kernels
-    return [code.hexdigest(), torch.__version__, seam(), str(sorted(kernels.names.items())),
+    version = getattr(sys.modules.get("torch"), "__version__", "")  # of what computes, if it does
+    return [code.hexdigest(), version, seam(), str(sorted(kernels.names.items())),
             str(transformer.device.type), str(transformer.dtype), str(settings.dtype), str(settings.quantize),
             transformer.weight_types, repr(transformer.spec), repr(transformer.groups),
             repr(transformer.layout)]

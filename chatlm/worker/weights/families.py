@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
-
+from chatlm.worker.arrays.kinds import kind_of
 from chatlm.worker.weights import gemma4, granite, layernorms, lfm2, nemotron, qwen35
 from chatlm.worker.weights.assemble import Mxfp4
 from chatlm.worker.weights.family import (
@@ -50,12 +49,12 @@ def repack_gpt_oss(state: Mapping) -> dict:
         if ".mlp.experts." not in name:
             continue
         if (ending == "_blocks" and scales is not None and tensor.shape == (*scales.shape, 16)
-                and tensor.dtype == scales.dtype == torch.uint8):
+                and kind_of(tensor) == kind_of(scales) == "uint8"):
             tensor = Mxfp4(tensor, repacked.pop(f"{stem}_proj_scales"))
         elif tensor.ndim != {"": 3, "_bias": 2}.get(ending):
             continue  # check_names_and_shapes reports it
         elif not ending:
-            tensor = tensor.mT
+            tensor = tensor.swapaxes(-1, -2)
         del repacked[name]
         part = "bias" if ending == "_bias" else "weight"
         halves = {"down": tensor}

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence as Seq
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+import numpy
 
+from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.model.spec import Mixer, ModelSpec
 from chatlm.worker.weights.rules import LAYER_TYPES, Rule
 
@@ -77,7 +78,7 @@ class Family(NamedTuple):
     one_more: bool = False  # its norms multiply by 1 + w
     repack: Callable[[dict], dict] = lambda state: state  # a folder's tensors as `tensors` expects them
     # of a folder's matrix or bias, the rows in our order; None: they have it
-    ordered: Callable[[ModelSpec, str, torch.Tensor], torch.Tensor] | None = None
+    ordered: Callable[[ModelSpec, str, numpy.ndarray], numpy.ndarray] | None = None
     activations: Mapping[str, str] = GATED  # hidden_act -> ModelSpec's activation
     interleaved: bool = False  # rotary pairs are adjacent, in a folder too
     needed: tuple[str, ...] = ()  # keys without which transformers would run another model
@@ -128,19 +129,27 @@ def expert_tensors(experts: str, router: str, parts: Seq[str] = ("weight",)) -> 
         for ours, theirs in names.items() for part in parts}
 
 
-def of_mixer(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def of_mixer(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
     """A folder's tensor in GGUF's form: convolutions (C, 1, taps) as (C, taps), and the decay."""
     if re.search(r"\.(conv|conv1d)\.weight$", name) and tensor.ndim == 3:
-        return tensor.squeeze(1)
-    return -tensor.float().exp() if name.endswith(".A_log") else tensor
+        return tensor[:, 0]
+    return -numpy.exp(floats(tensor).astype(numpy.float64)).astype(numpy.float32) if name.endswith(".A_log") else tensor
 
 
-def separate_experts(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+def in_two(tensor: numpy.ndarray, axis: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """The halves along an axis; if its length is odd the first is longer."""
+    middle = -(-tensor.shape[axis] // 2)
+    before = (slice(None),) * (axis % tensor.ndim)
+    return tensor[*before, :middle], tensor[*before, middle:]
+
+
+def separate_experts(name: str, tensor: numpy.ndarray) -> dict[str, numpy.ndarray]:
     """A folder's tensor; if it has the matrices of all experts, one of each."""
     stem, _, part = name.rpartition(".")
     if not stem.endswith(".experts") or tensor.ndim != 3:
         return {name: tensor}
-    halves = zip(("gate", "up"), tensor.chunk(2, 1)) if part == "gate_up_proj" else [("down", tensor)]
+    both = zip(("gate", "up"), in_two(tensor, 1))
+    halves = both if part == "gate_up_proj" else [("down", tensor)]
     return {f"{stem}.{e}.{which}_proj.weight": one
             for which, all_of in halves for e, one in enumerate(all_of)}
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import torch
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.model.spec import Attention
@@ -166,7 +165,7 @@ def fields_of(path: Path, config: Mapping) -> dict:
             "expert_norms": bool(config["num_experts"])}
 
 
-def repack(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def repack(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
     """A folder's tensors with separate experts."""
     return {ours: part for name, tensor in state.items()
             for ours, part in separate_experts(name, tensor).items()}

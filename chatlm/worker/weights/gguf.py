@@ -18,16 +18,17 @@ from types import SimpleNamespace
 from typing import Any, TYPE_CHECKING
 
 import gguf
-import torch
+import numpy
 
 from chatlm.common.errors import ConfigError, cannot_read, named, shown
 from chatlm.common.log import log
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
+from chatlm.worker.arrays.kinds import floats, item_bytes
+from chatlm.worker.arrays.packed import RopePairs, dequantize, dequantized, unpermute_rope
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.spec import DeltaRule
 from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
-from chatlm.worker.ops.basic import RopePairs, dequantize, dequantized, unpermute_rope
 from chatlm.worker.weights.assemble import (
     as_rows, check_names_and_shapes, cut_stored, file_shapes, mapped_rows, packed_together, tensor_sources,
     unread_keys, without_shared)
@@ -283,7 +284,7 @@ def gguf_slices(spec: ModelSpec, family: str, names: Mapping[str, tuple],
         if isinstance(mixer, DeltaRule) and part in ("mix_in", "mix_out"):
             slices |= linear_slices(mixer, theirs, own)
         else:
-            rows = {at: ordered(spec, name, torch.arange(shapes[at][0])) for name, at in zip(theirs, own)
+            rows = {at: ordered(spec, name, numpy.arange(shapes[at][0])) for name, at in zip(theirs, own)
                     if ordered and at in shapes}
             slices |= {name: [FileSlice(at, rows.get(at, slice(None)))] for name, at in zip(theirs, own)
                        if len(shapes.get(at, ())) == 2}
@@ -296,20 +297,20 @@ def linear_slices(mixer: DeltaRule, theirs: Seq[str], own: Seq[str]) -> dict[str
     Hk, D, Dv, r = mixer.key_heads, mixer.key_size, mixer.value_size, mixer.value_heads // mixer.key_heads
     p, z, *_ = mixer.parts
     if mixer.gates_by_key and len(own) > len(theirs):
-        *qkv, gates = torch.arange(p + z).view(Hk, -1).split((D, D, r * Dv, r * Dv), 1)
-        rows = torch.cat([part.flatten() for part in qkv]), gates.flatten()
+        *qkv, gates = numpy.split(numpy.arange(p + z).reshape(Hk, -1), (D, 2 * D, 2 * D + r * Dv), 1)
+        rows = numpy.concatenate([part.flatten() for part in qkv]), gates.flatten()
         return {theirs[0]: [*map(FileSlice, own, rows)], theirs[1]: [FileSlice(own[2])]}
-    heads = torch.arange(Hk * r)
-    heads = heads.view(Hk, r).T.flatten() if mixer.alternating else heads
-    values = (heads[:, None] * Dv + torch.arange(Dv)).flatten()
+    heads = numpy.arange(Hk * r)
+    heads = heads.reshape(Hk, r).T.flatten() if mixer.alternating else heads
+    values = (heads[:, None] * Dv + numpy.arange(Dv)).flatten()
     if len(own) == 1:
         return {theirs[0]: [FileSlice(own[0], columns=values)]}
-    rows = torch.cat((torch.arange(p - z), p - z + values)), values, heads, heads
+    rows = numpy.concatenate((numpy.arange(p - z), p - z + values)), values, heads, heads
     return {name: [file_slice] for name, file_slice in zip(theirs, map(FileSlice, own, rows))}
 
 
 def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sources, stored: Mapping,
-                 dtype: torch.dtype | None, backend: Backend, permuted: bool, interleaved: bool,
+                 dtype: str | None, backend: Backend, permuted: bool, interleaved: bool,
                  added: Mapping[str, list[Change | Copy]] = {}) -> dict[str, Unread | MappedRows]:
     """Our tensors as `dtype`; None: the backend's `as_stored` makes the matrices, in the file's type or one
     close to it."""
@@ -325,11 +326,11 @@ def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sourc
                  for name, part in zip(theirs, own)]
         parts, matrix = cut_stored(parts, cut), len(cut.shape) == 2
         return (as_stored(cut.shape, parts) if as_stored and matrix else
-                dequantized(cut.shape, parts, dtype if dtype and matrix else torch.float32))
+                dequantized(cut.shape, parts, dtype if dtype and matrix else "float32"))
 
     def unread(shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
-        mapped = tuple(torch.from_numpy(stored[name].data) for name in theirs)
-        size = math.prod(shape) * (dtype.itemsize if dtype and len(shape) > 1 else 4)
+        mapped = tuple(stored[name].data for name in theirs)
+        size = math.prod(shape) * (item_bytes(dtype) if dtype and len(shape) > 1 else 4)
         if dtype is None and len(shape) == 2:
             types = [merged_type(stored[name], True) if name in added else stored[name].tensor_type
                      for name in theirs]
@@ -343,11 +344,11 @@ def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sourc
 
 
 def mapped_table(tensor) -> MappedRows:
-    table, gguf_type = torch.from_numpy(tensor.data), tensor.tensor_type
+    table, gguf_type = numpy.asarray(tensor.data), tensor.tensor_type
     if gguf_type.name in ("F32", "F16", "BF16"):
         return mapped_rows(dequantize(gguf_type, table))
     return MappedRows(table, gguf_type.name.lower(),
-                      lambda rows: dequantize(gguf_type, rows).float().view(len(rows), -1))
+                      lambda rows: floats(dequantize(gguf_type, rows)).reshape(len(rows), -1))
 
 
 def merged(tensor, pairs: RopePairs | None, changes: Iterable[Change | Copy], own_pairs: RopePairs | None,
@@ -355,11 +356,11 @@ def merged(tensor, pairs: RopePairs | None, changes: Iterable[Change | Copy], ow
     """Part of a matrix with its adapters' changes, whose rows have `own_pairs`; a `packed` one becomes
     Q8_0."""
     rows, columns = reversed(tensor.shape.tolist())
-    values = dequantized((rows, columns), [(tensor, pairs)], torch.float32)
+    values = dequantized((rows, columns), [(tensor, pairs)], "float32")
     for change in changes:
         values = change.on(values, partial(unpermute_rope, pairs=own_pairs))
     gguf_type = merged_type(tensor, packed)
-    data = gguf.quantize(values.numpy(), gguf_type)
+    data = gguf.quantize(values, gguf_type)
     return SimpleNamespace(tensor_type=gguf_type, data=data, shape=tensor.shape), None
 
 

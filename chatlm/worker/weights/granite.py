@@ -10,7 +10,7 @@ from pathlib import Path
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.model.spec import Mamba2
 from chatlm.worker.weights.family import (
-    EXPERTS, Family, Gguf, Header, expert_tensors, layers_of_kinds, of_mixer)
+    EXPERTS, Family, Gguf, Header, expert_tensors, in_two, layers_of_kinds, of_mixer)
 from chatlm.worker.weights.rules import MOST_HEADS, Rule, check_divides
 
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
@@ -72,7 +72,7 @@ def repack(state: Mapping) -> dict:
             repacked[name] = of_mixer(name, tensor)
             continue
         name = name.replace("block_sparse_moe.", "mlp.experts.").replace("shared_mlp.", shared)
-        parts = {"input_linear": tensor} | dict(zip(("gate_proj", "up_proj"), tensor.chunk(2, -2)))
+        parts = {"input_linear": tensor} | dict(zip(("gate_proj", "up_proj"), in_two(tensor, -2)))
         ours = ("gate_proj", "up_proj") if name.endswith("input_linear.weight") else ("down_proj",)
         repacked |= {re.sub("(in|out)put_linear", part, name): parts.get(part, tensor) for part in ours}
     return repacked

@@ -15,9 +15,10 @@ from chatlm.common.jsontext import whole_unicode
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.arrays.kinds import floats
+from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.tensors import TILE_ROWS
-from chatlm.worker.ops.basic import RopePairs, unpermute_rope
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import (
     Mxfp4, assembled, check_names_and_shapes, file_shapes, fp8_block, read_safetensors, tensor_sources,
@@ -33,7 +34,7 @@ from chatlm.worker.weights.rules import (
 from chatlm.worker.weights.trial import refuse_endless
 
 if TYPE_CHECKING:
-    import torch
+    import numpy
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
     from chatlm.worker.model.spec import ModelSpec
@@ -104,18 +105,18 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     added, adapted = read_adapters(settings, matrices, slices, names)
     scale_block = fp8_block(config, read_json(config)) if scales else []
 
-    def turned(name: str, rows: torch.Tensor) -> torch.Tensor:
+    def turned(name: str, rows: numpy.ndarray) -> numpy.ndarray:
         if row.interleaved and re.search(r"\.[qk]_proj\.", name):
             return unpermute_rope(rows, RopePairs(spec.head_size, spec.rope_size or spec.head_size))
         return row.ordered(spec, name, rows) if row.ordered else rows
 
-    def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def changed(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
         tensor = unscaled(config, scales, scale_block, name, tensor) if name in scales else tensor
         for change in added.get(name, ()):
             tensor = change.on(tensor)
         tensor = turned(name, tensor)
         one_more = row.one_more and re.search(r"(?<!linear_attn\.)norm\.weight$", name)
-        return tensor + 1 if one_more else tensor
+        return floats(tensor) + 1 if one_more else tensor
 
     tensors = assembled(source.path, settings, sources, state, dtype, changed, as_stored)
     text = hf_text(source.path, spec.vocab_size)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
+from chatlm.worker.arrays.kinds import contiguous
 from chatlm.worker.weights.family import Family, Gguf, Header
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, ROPE_BASE, Rule)
 
 if TYPE_CHECKING:
-    import torch
+    import numpy
     from chatlm.worker.model.spec import ModelSpec
 
 ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -62,16 +63,16 @@ GPT2_TENSORS = both({
         ("up", "mlp.c_fc"), ("down", "mlp.c_proj"))}})
 
 
-def repack_gpt2(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def repack_gpt2(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
     """Its folders store matrices as (in, out), those of the base model without a prefix."""
     return {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}":
-            tensor.mT if re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name) and tensor.ndim > 1 else tensor
+            tensor.swapaxes(-1, -2) if re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name) and tensor.ndim > 1 else tensor
             for name, tensor in state.items()}
 
 
-def contiguous_rows(spec: ModelSpec, name: str, rows: torch.Tensor) -> torch.Tensor:
+def contiguous_rows(spec: ModelSpec, name: str, rows: numpy.ndarray) -> numpy.ndarray:
     """Kernels read whole rows, also of a matrix that is stored as (in, out)."""
-    return rows.contiguous()
+    return contiguous(rows)
 
 
 def complete_gpt2(path: Path, config: Mapping) -> dict:
@@ -90,12 +91,12 @@ NEOX_TENSORS = both({
         ("down", "mlp.dense_4h_to_h"))}})
 
 
-def neox_rows(spec: ModelSpec, name: str, rows: torch.Tensor) -> torch.Tensor:
+def neox_rows(spec: ModelSpec, name: str, rows: numpy.ndarray) -> numpy.ndarray:
     """Its folders group the rows of q, k and v by head."""
     if ".query_key_value." not in name:
         return rows
-    by_head = rows.unflatten(0, (spec.heads, 3, spec.head_size))
-    return by_head.transpose(0, 1).reshape(rows.shape)
+    by_head = rows.reshape(spec.heads, 3, spec.head_size, *rows.shape[1:])
+    return by_head.swapaxes(0, 1).reshape(rows.shape)
 
 
 def fields_of_neox(path: Path, config: Mapping) -> dict:

@@ -12,14 +12,13 @@ from chatlm.worker.weights.nanogpt import open_nanogpt
 from chatlm.worker.weights.rules import check_rotary_memory
 
 if TYPE_CHECKING:
-    import torch
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
     from chatlm.worker.weights.rules import LoadedModel
 
 
 def open_model(source: ModelSource, settings: Settings,
-               device: str | torch.device = "cpu") -> LoadedModel:
+               device: str = "cpu") -> LoadedModel:
     """Everything of a model but its weights, which are read later, as --dtype or else the fastest type here.
 
     Norms and per-layer scalars stay float32. Raises ConfigError naming file, keys and shapes when the files

@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, named, printable, require_library, shown
+import numpy
+
+from chatlm.common.errors import ConfigError, named, printable, shown
 from chatlm.common.hub.adapters import is_other_base
 from chatlm.common.log import log
-from chatlm.worker.weights.assemble import read_safetensors_file
+from chatlm.worker.arrays.kinds import floats, kind_of, same
 from chatlm.worker.weights.finite import all_below
 from chatlm.worker.weights.rules import Rule, checked, read_json
+from chatlm.worker.weights.safetensors_file import read_safetensors_file
 
 if TYPE_CHECKING:
-    import torch
     from chatlm.common.config import Settings
 
 
@@ -41,17 +43,17 @@ class Change(NamedTuple):
     scaling: float
     embedding: bool  # its matrices are (rank, N) and (K, rank)
 
-    def delta(self) -> torch.Tensor:
-        product = self.b.float() @ self.a.float() * self.scaling
+    def delta(self) -> numpy.ndarray:
+        product = floats(self.b) @ floats(self.a) * numpy.float32(self.scaling)
         return product.T if self.embedding else product
 
     def at(self, part: FileSlice) -> Change:
         """The part that changes one of the file's matrices; an embedding is never split."""
         return self if self.embedding else self._replace(a=self.a[:, part.columns], b=self.b[part.rows])
 
-    def on(self, weight: torch.Tensor, turned: Callable = lambda rows: rows) -> torch.Tensor:
+    def on(self, weight: numpy.ndarray, turned: Callable = lambda rows: rows) -> numpy.ndarray:
         """The weight plus the change, whose rows are `turned` (reordered) first."""
-        return weight.float() + turned(self.delta())
+        return floats(weight) + turned(self.delta())
 
 
 class Copy(NamedTuple):
@@ -63,8 +65,8 @@ class Copy(NamedTuple):
     def at(self, part: FileSlice) -> Copy:
         return Copy(self.weight[part.rows][:, part.columns])
 
-    def on(self, weight: torch.Tensor, turned: Callable = lambda rows: rows) -> torch.Tensor:
-        return turned(self.weight.float())
+    def on(self, weight: numpy.ndarray, turned: Callable = lambda rows: rows) -> numpy.ndarray:
+        return turned(floats(self.weight))
 
 
 LORA_KEYS = {"r": Rule(int, 1, 1 << 16), "lora_alpha": Rule(float, -10**6, 10**6), "use_rslora": Rule(bool)}
@@ -113,7 +115,7 @@ def add_adapters(settings: Settings, shapes: Mapping[str, tuple],
     for folder in folders:
         for name, changes in read_adapter(folder, shapes, names).items():
             copies = [change for change in (*added.get(name, ()), *changes) if isinstance(change, Copy)]
-            if any(not copy.weight.equal(copies[0].weight) for copy in copies):
+            if any(not same(copy.weight, copies[0].weight) for copy in copies):
                 raise ConfigError(f"--lora {folder} has its own {name}, and so does an earlier adapter; "
                                   "they cannot both replace the model's")
             products = [change for change in (*added.get(name, ()), *changes) if isinstance(change, Change)]
@@ -174,7 +176,7 @@ def fitting_changes(folder: Path, config: dict,
     return changes
 
 
-def fitting_copies(path: Path, copies: Mapping[str, torch.Tensor],
+def fitting_copies(path: Path, copies: Mapping[str, numpy.ndarray],
                    shapes: Mapping[str, tuple]) -> dict[str, list[Change | Copy]]:
     """Whole matrices of an adapter's file, checked; a tied head counts as the embedding."""
     fitting: dict[str, list[Change | Copy]] = {}
@@ -186,25 +188,24 @@ def fitting_copies(path: Path, copies: Mapping[str, torch.Tensor],
             has = f"is {shapes[name]}" if name in shapes else "does not exist"
             raise ConfigError(f"{path} contains a whole matrix {module} {tuple(tensor.shape)}, which in this "
                               f"model {has}: it was made for another")
-        if name in fitting and not tensor.equal(copies["lm_head"]):
+        if name in fitting and not same(tensor, copies["lm_head"]):
             raise ConfigError(f"{path}: lm_head differs from embed_tokens, but this model ties them")
         fitting[name] = [Copy(tensor)]
     return fitting
 
 
-def lora_pairs(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+def lora_pairs(path: Path) -> tuple[dict[str, dict[str, numpy.ndarray]], dict[str, numpy.ndarray]]:
     """From an adapter's file: module -> its matrices A and B; and module -> its whole matrix."""
-    require_library("safetensors", "a LoRA adapter")
-    modules: dict[str, dict[str, torch.Tensor]] = {}
-    copies: dict[str, torch.Tensor] = {}
+    modules: dict[str, dict[str, numpy.ndarray]] = {}
+    copies: dict[str, numpy.ndarray] = {}
     for name, tensor in read_safetensors_file(path).items():
         if name.endswith(".original_module.weight"):  # the base's, next to that of modules_to_save
             continue
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
         whole = re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer|\.modules_to_save)?\.weight", name)
-        if not (match or whole and tensor.is_floating_point()) or tensor.ndim != 2:
+        if not (match or whole and "float" in kind_of(tensor)) or tensor.ndim != 2:
             raise ConfigError(f"{path}: {shown(name)} is neither lora_A nor lora_B nor a model's matrix")
-        if tensor.numel() and not all_below(tensor):
+        if tensor.size and not all_below(tensor):
             raise ConfigError(f"{path}: {printable(name)} has a value that is NaN or infinite")
         if match:
             module = match[1].replace("language_model.", "", 1)
@@ -287,7 +288,7 @@ def targeted_modules(path: Path, targets, modules: Iterable[str]) -> set[str]:
     return {module for module in modules if f".{module}".endswith(tuple(f".{end}" for end in ends))}
 
 
-def lora_change(path: Path, config: Mapping, module: str, pair: Mapping[str, torch.Tensor],
+def lora_change(path: Path, config: Mapping, module: str, pair: Mapping[str, numpy.ndarray],
                 shape: tuple[int, ...]) -> Change:
     """The change of one module, its rank and shapes checked against the config and the model."""
     embedding = "Aembedding_" in pair

@@ -5,29 +5,29 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, TYPE_CHECKING
 
-import torch
+import numpy
 
-from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named, shown
-from chatlm.common.files import check_regular, parse_json, read_small, truncated
+from chatlm.common.errors import ConfigError, lack_of_memory, named, shown
+from chatlm.common.files import parse_json, read_small, truncated
 from chatlm.common.hub.stamps import nanochat_tokenizers
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
+from chatlm.worker.arrays.kinds import kind_of
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.spec import ModelSpec
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import assembled, check_names_and_shapes, file_shapes, tensor_sources
-from chatlm.worker.weights.files import refuse_cut_checkpoint
 from chatlm.worker.weights.lora import FileSlice, read_adapters
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_bytes,
     check_divides, checked, float_type)
+from chatlm.worker.weights.torch_file import PlainUnpickler, load_checkpoint
 from chatlm.worker.weights.trial import refuse_endless
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def open_nanochat(source: ModelSource, settings: Settings, device) -> LoadedMode
     names = source.name, str(source.path)
     added, adapted = read_adapters(settings, matrices, slices, names)
 
-    def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def changed(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
         for change in added.get(name, ()):
             tensor = change.on(tensor)
         return tensor
@@ -120,31 +120,11 @@ def read_nanochat_config(model_path: Path) -> dict:
     return config | {"window_pattern": pattern}
 
 
-def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+def read_checkpoint(path: Path) -> dict[str, numpy.ndarray]:
     return plain_state(path, load_checkpoint(path))
 
 
-def load_checkpoint(path: Path) -> dict:
-    """What a file of torch.save holds, its tensors mapped from the file; runs no code from it."""
-    check_regular(path)
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # OSError, UnpicklingError, RuntimeError (zip), EOFError, ValueError
-        refuse_cut_checkpoint(path)
-        if isinstance(error, OSError):
-            raise cannot_read(path, error) from None
-        stranger = re.search(r"GLOBAL (\S+)", str(error))
-        cause = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # torch puts bad advice before it
-        first = cause[1] if cause else named(error).split("\n")[0]
-        reason = f"it would load {stranger[1]}" if stranger else first
-        raise lack_of_memory(error) or ConfigError(
-            f"{path} is not a checkpoint, or not only tensors: {reason}") from None
-    if not isinstance(state, dict):
-        raise ConfigError(f"{path} holds {type(state).__name__} instead of a state dict")
-    return state
-
-
-def plain_state(path: Path, state: dict) -> dict[str, torch.Tensor]:
+def plain_state(path: Path, state: dict) -> dict[str, numpy.ndarray]:
     """A state dict whose values are plain tensors. Its names lose the `_orig_mod.` of torch.compile."""
     for name, value in state.items():
         if not (type(name) is str and tensor_words(value) in PLAIN_TENSORS):
@@ -155,18 +135,15 @@ def plain_state(path: Path, state: dict) -> dict[str, torch.Tensor]:
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
 
 
-PLAIN_TENSORS = tuple(f"cpu strided {name}" for name in ("float32", "bfloat16", "float16", "float64"))
+PLAIN_TENSORS = "float32", "bfloat16", "float16", "float64"
 
 
 def tensor_words(value) -> str:
-    """What a state dict's value is, in words: "cpu strided float32", "cpu sparse_coo int64", "list"."""
-    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
-        return f"{'nested ' if isinstance(value, torch.Tensor) else ''}{type(value).__name__}"
-    layout, dtype = (str(word).removeprefix("torch.") for word in (value.layout, value.dtype))
-    return f"{value.device.type} {layout} {dtype}"
+    """What a state dict's value is, in words: "float32", "int64", "list"."""
+    return kind_of(value) if isinstance(value, numpy.ndarray) else type(value).__name__
 
 
-def nanochat_generation(state: Mapping[str, torch.Tensor]) -> int:
+def nanochat_generation(state: Mapping[str, numpy.ndarray]) -> int:
     """The checkpoint's generation, recognized by its keys and the gate's width.
 
     check_names_and_shapes reports keys that do not fit it later, as unknown or missing."""
@@ -215,20 +192,6 @@ def name_in_transformers(name: str) -> str:
     for upstream, theirs in IN_TRANSFORMERS.items():
         name = name.replace(upstream, theirs)
     return name
-
-
-class PlainUnpickler(pickle._Unpickler):
-    """Loads no global: a hostile pickle can call nothing.
-
-    It extends pickle's Python class, because the C one allocates room for any memo index: six bytes took 4 GB
-    and 12 s."""
-
-    owner = ""
-    dispatch = dict(pickle._Unpickler.dispatch)
-    del dispatch[pickle.BYTEARRAY8[0]]  # it, too, allocates any length it is given
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it would load {module}.{name}, which no {self.owner} needs")
 
 
 class TokenizerUnpickler(PlainUnpickler):

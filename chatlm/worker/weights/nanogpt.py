@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+import numpy
 
 from chatlm.common.errors import ConfigError, lack_of_memory, named, shown
 from chatlm.common.files import read_small, read_text
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.spec import ModelSpec
 from chatlm.worker.weights.adapters import Adaptable
@@ -24,10 +25,11 @@ from chatlm.worker.weights.huggingface import hf_text
 from chatlm.worker.weights.layernorms import GPT2_TENSORS
 from chatlm.worker.weights.lora import FileSlice, read_adapters
 from chatlm.worker.weights.nanochat import (
-    PLAIN_TENSORS, PlainUnpickler, load_checkpoint, plain_state, tensor_words)
+    PLAIN_TENSORS, plain_state, tensor_words)
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_divides,
     checked, float_type, read_json)
+from chatlm.worker.weights.torch_file import PlainUnpickler, load_checkpoint
 from chatlm.worker.weights.trial import refuse_endless
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def open_nanogpt(source: ModelSource, settings: Settings, device) -> LoadedModel
     slices, names = {name: [FileSlice(name)] for name in matrices}, (source.name, str(source.path))
     added, adapted = read_adapters(settings, matrices, slices, names)
 
-    def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def changed(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
         for change in added.get(name, ()):
             tensor = change.on(tensor)
         return tensor
@@ -82,7 +84,7 @@ def model_args(path: Path, stated) -> dict:
     return args
 
 
-def own_tensors(path: Path, state) -> dict[str, torch.Tensor]:
+def own_tensors(path: Path, state) -> dict[str, numpy.ndarray]:
     """The model's tensors without masks, and without a head that is the embedding, as nanoGPT makes it."""
     if not isinstance(state, dict):
         raise ConfigError(f"{path}: model is {shown(state)}; it must be a state dict")
@@ -90,7 +92,7 @@ def own_tensors(path: Path, state) -> dict[str, torch.Tensor]:
            if not re.match(UNREAD, str(name))}
     both = own.get("lm_head.weight"), own.get("transformer.wte.weight")
     plain = all(tensor_words(tensor) in PLAIN_TENSORS for tensor in both)
-    if plain and len({tensor.data_ptr() for tensor in both if tensor is not None}) == 1:
+    if plain and len({address_of(tensor) for tensor in both if tensor is not None}) == 1:
         del own["lm_head.weight"]
     return plain_state(path, own)
 

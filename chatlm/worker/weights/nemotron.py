@@ -14,7 +14,7 @@ from chatlm.worker.weights.granite import NO_LIMITS
 from chatlm.worker.weights.rules import LAYER_TYPES, MOST_HEADS, MOST_LAYERS, Rule, check_divides
 
 if TYPE_CHECKING:
-    import torch
+    import numpy
 
 KINDS = {"linear_attention": "mamba", "mamba": "mamba", "M": "mamba", "full_attention": LAYER_TYPES[0],
          "attention": LAYER_TYPES[0], "*": LAYER_TYPES[0], "mlp": "", "-": ""}
@@ -76,7 +76,7 @@ def in_pairs(path: Path, raw: Mapping) -> dict:
         "head_dim": raw.get("head_dim") or raw.get("attention_head_dim")}
 
 
-def repack(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def repack(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
     """Its tensors by the numbers of layers of two parts."""
     found = (re.match(r"backbone\.layers\.(\d+)\.", name) for name in state)
     numbers = sorted({int(match[1]) for match in found if match})

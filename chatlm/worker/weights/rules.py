@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING, TypeVar
 
-import torch
-
 from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.files import parse_json, read_small
 from chatlm.common.hub.default_model import DEFAULT_FILE
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
+from chatlm.worker.arrays.rotary import rope_frequencies
 from chatlm.worker.model.tensors import TILE_ROWS
-from chatlm.worker.ops.attention import rope_frequencies
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -40,7 +38,7 @@ class LoadedModel:
     text: TextSpec
     name: str
     description: str
-    dtype: torch.dtype | None    # of the weight matrices; None: as stored in the file
+    dtype: str | None    # of the weight matrices; None: as stored in the file
     sampling: dict = field(default_factory=dict)  # the makers' defaults
     sampling_origin: str = ""    # where they come from
     notes: tuple[str, ...] = ()  # more lines for the start-up log
@@ -54,9 +52,9 @@ class LoadedModel:
         return self.spec.max_positions
 
 
-def float_type(settings: Settings, backend) -> torch.dtype:
+def float_type(settings: Settings, backend) -> str:
     """The type of matrices that do not stay as stored: the one the user names, else the fastest one here."""
-    return getattr(torch, settings.dtype) if settings.dtype else backend.dtype
+    return settings.dtype or backend.dtype
 
 
 # Limits far above any real model; sizes beyond them would take long even to compare with the file.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple, TYPE_CHECKING
 
-import torch
+import numpy
 
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.spec import DeltaRule, Mamba2, expected_tensors
@@ -246,7 +246,7 @@ def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = N
     for name, shape in expected_tensors(own).items():
         part = shard_of(name, spec, share)
         if part is None:
-            tensors[name] = torch.zeros(shape)  # pyright: ignore[reportArgumentType]  a tensor is packed as well
+            tensors[name] = numpy.zeros(shape, numpy.float32)  # pyright: ignore[reportArgumentType]  a tensor is packed as well
         elif part[1] and name in tensors:  # a tied head is not
             tensors[name] = tensors[name].less(Cut(shapes[name], shape, *part))
     return replace(model, spec=own, tensors=tensors)

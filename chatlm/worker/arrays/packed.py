@@ -1,0 +1,76 @@
+"""Weights as GGUF files pack them: their blocks, their values, the order of rotary pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
+
+import numpy
+
+from chatlm.common.errors import require_library
+from chatlm.worker.arrays.kinds import Bits, as_kind, bits_of, empty, of_kind
+
+
+class Block(NamedTuple):
+    """A packed type's block of weights in a GGUF file: their codes, and what these are multiplied by."""
+
+    bytes: int
+    scale_bytes: int = 2  # a float16; 4: a minimum follows it; 1: an exponent
+    scale: int = 0        # the offset of these
+
+
+BLOCKS = {
+    "q4_0": Block(18), "q4_1": Block(20, 4), "q5_0": Block(22), "q5_1": Block(24, 4), "q8_0": Block(34),
+    "q4_k": Block(144, 4), "q5_k": Block(176, 4), "q6_k": Block(210, 2, 208), "iq4_nl": Block(18),
+    "iq4_xs": Block(136), "mxfp4": Block(17, 1)}
+MXFP4_DOUBLED = numpy.array(
+    (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), numpy.float32)
+DEQUANTIZE_ELEMENTS = 1 << 19  # at a time, fits in the cache and avoids a second copy of a large matrix
+
+
+class RopePairs(NamedTuple):
+    """Rows of heads of `head_size`, the first `rotated` of each in pairs (0, 1), (2, 3), .."""
+
+    head_size: int
+    rotated: int
+
+
+def unpermute_rope(rows: numpy.ndarray, pairs: RopePairs | None) -> numpy.ndarray:
+    """Reorder each head's rows so that its pairs are (0, rotated / 2), .. and the others stay in place."""
+    if not pairs:
+        return rows
+    order = numpy.arange(pairs.head_size)
+    order[:pairs.rotated] = order[:pairs.rotated].reshape(-1, 2).T.ravel()
+    return rows.reshape(-1, pairs.head_size, *rows.shape[1:])[:, order].reshape(rows.shape)
+
+
+def dequantize(gguf_type, data: numpy.ndarray) -> numpy.ndarray:
+    """The values of some rows of a gguf.ReaderTensor's data of this type.
+
+    Float types stay as they are; all others become float32."""
+    if gguf_type.name in ("F32", "F16", "BF16"):
+        return of_kind(data, "bfloat16") if gguf_type.name == "BF16" and not isinstance(data, Bits) else data
+    if gguf_type.name != "MXFP4":
+        return require_library("gguf", "packed weights").dequantize(data, gguf_type)
+    blocks = data.reshape(-1, BLOCKS["mxfp4"].bytes)
+    codes, power = numpy.hstack((blocks[:, 1:] & 15, blocks[:, 1:] >> 4)), blocks[:, :1].astype(numpy.uint32)
+    bits = numpy.where(power < 2, numpy.uint32(1 << 21) << power, power - 1 << 23)  # of 2^(power - 128)
+    bits[power == 255] = 0x7FC00000  # NaN; the gguf package returns 2^127
+    return MXFP4_DOUBLED[codes] * bits.astype(numpy.uint32).view(numpy.float32)
+
+
+def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, RopePairs | None]], kind: str) -> numpy.ndarray:
+    """Stack `parts`, each (tensor, pairs to unpermute or None), into one matrix of any float type `kind`.
+
+    The values are bit-equal to gguf.dequantize rounded to the type."""
+    out, row = empty(shape, kind), 0
+    step = max(1, DEQUANTIZE_ELEMENTS // math.prod(shape[1:]))
+    for tensor, pairs in parts:
+        data = unpermute_rope(numpy.asarray(tensor.data), pairs)
+        for begin in range(0, len(data), step):
+            chunk = data[begin:begin + step]
+            values = dequantize(tensor.tensor_type, chunk).reshape(len(chunk), *shape[1:])
+            bits_of(out)[row:row + len(chunk)] = bits_of(as_kind(values, kind))
+            row += len(chunk)
+    return out

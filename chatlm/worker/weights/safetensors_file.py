@@ -1,0 +1,50 @@
+"""safetensors files: their arrays, mapped."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from pathlib import Path
+
+import numpy
+
+from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named, require_library
+from chatlm.common.files import check_regular
+from chatlm.worker.arrays.kinds import of_kind
+from chatlm.worker.weights.files import refuse_cut_safetensors
+
+KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+         "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+         "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool"}
+
+
+def read_safetensors_file(path: Path) -> dict[str, numpy.ndarray]:
+    """The arrays of one file, mapped. The library checks the header, but its arrays cannot be bfloat16."""
+    safetensors = require_library("safetensors", "a Hugging Face folder or a LoRA adapter")
+    check_regular(path)
+    try:
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
+        with open(path, "rb") as file:
+            # copied on write, because torch does not accept read-only memory
+            mapped = numpy.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), numpy.uint8)
+        begin = 8 + int(mapped[:8].view("<u8")[0])
+        header = json.loads(mapped[8:begin].tobytes())
+        header.pop("__metadata__", None)
+        return {name: array_of(mapped[begin:], its["dtype"], its["shape"], its["data_offsets"])
+                for name, its in header.items()}
+    except (OSError, safetensors.SafetensorError, ValueError, LookupError, RuntimeError) as error:
+        refuse_cut_safetensors(path)
+        if isinstance(error, OSError):
+            raise cannot_read(path, error) from None
+        raise lack_of_memory(error) or ConfigError(
+            f"{path} is not a readable safetensors file: {named(error)}") from None
+
+
+def array_of(data: numpy.ndarray, dtype: str, shape: list[int], offsets: list[int]) -> numpy.ndarray:
+    kind, part = KINDS.get(dtype), data[slice(*offsets)]
+    if kind is None:
+        raise ValueError(f"arrays of type {dtype} are not supported")
+    if part.__array_interface__["data"][0] % 8:
+        part = part.copy()  # kernels read whole numbers
+    return of_kind(part, kind).reshape(shape)
