@@ -21,7 +21,7 @@ import torch  # noqa: E402
 
 from chatlm.common.messages.requests import SamplingParams    # noqa: E402
 from chatlm.worker.model.kernels import for_decode_core    # noqa: E402
-from chatlm.worker.ops.basic import Norm    # noqa: E402
+from chatlm.worker.arrays.kinds import Norm    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
 
 core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")

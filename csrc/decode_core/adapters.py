@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 
 from . import _core
-from .arrays import CODES, kind_of, look_at
+from .arrays import CODES, FLOAT32, bits_of, look_at
 from .tiles import TILE_ROWS, Matrix
 
 SHRUNK_RANKS = 4        # the kernel takes this many at once
@@ -60,15 +60,16 @@ class AdaptedMatrices:
             (R, K), N = its.a.shape, matrix.rows
             if K != matrix.columns or tuple(its.b.shape) != (N, R) or its.scales.shape != (R,):
                 raise ValueError(f"{name}: a is {tuple(its.a.shape)} and b {tuple(its.b.shape)}; the matrix is {(N, matrix.columns)}")
-            kind, other = kind_of("a", its.a), kind_of("b", its.b)
-            if kind != other or kind not in CODES:
-                raise ValueError(f"{name}: a is of type {kind} and b of type {other}; both must be one of {', '.join(CODES)}")
-            a, b, scales = (pad(array, axis, SHRUNK_RANKS) for array, axis in ((its.a, 0), (its.b, 1), (its.scales, 0)))
+            (kind, a), (other, b), (_, scales) = (bits_of(f"{name}: {part}", getattr(its, part), types, *shape) for part, types, shape in (
+                ("a", tuple(CODES), (R, K)), ("b", tuple(CODES), (N, R)), ("scales", FLOAT32, (R,))))
+            if kind != other:
+                raise ValueError(f"{name}: a is {kind} and b {other}; both must have one type")
+            a, b, scales = (pad(array, axis, SHRUNK_RANKS) for array, axis in ((a, 0), (b, 1), (scales, 0)))
             tiles, packed = packed_tiles(b, gated, kind)
             a = pairs(numpy.moveaxis(a.reshape(-1, 2, 2, K // 16, 16), 3, 1), kind)      # (R / 4, K / 16, 2, 32)
             a, packed, scales = map(numpy.ascontiguousarray, (a, packed, scales))
-            addresses = [look_at("adapter", array, (array.dtype.name,), *array.shape)[0] for array in (a, scales, packed)]
-            adapter.add(number, CODES[kind], len(scales), K, *addresses, packed.nbytes, tiles)
+            a_at, scales_at, packed_at = (look_at("adapter", array, (array.dtype.name,), *array.shape)[0] for array in (a, scales, packed))
+            adapter.add(number, CODES[kind], len(scales), K, a_at, scales_at, packed_at, packed.nbytes, tiles)
             adapter.hold(a.nbytes, packed.nbytes, scales.nbytes, 16 * len(tiles))
         return adapter
 
@@ -77,7 +78,7 @@ def pad(array: numpy.ndarray, axis: int, multiple: int) -> numpy.ndarray:
     """Its numbers or their bits, with zeros at the end of an axis, up to a multiple of a length."""
     more = [(0, 0)] * array.ndim
     more[axis] = 0, -array.shape[axis] % multiple
-    return numpy.pad(array.view(numpy.ndarray), more)
+    return numpy.pad(array, more)
 
 
 def pairs(array: numpy.ndarray, kind: str) -> numpy.ndarray:

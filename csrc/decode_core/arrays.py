@@ -1,11 +1,21 @@
 """Looking at numpy arrays and torch CPU tensors without importing torch: the checks behind every wrapper."""
 
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import TYPE_CHECKING
+
 from . import _core
+
+if TYPE_CHECKING:
+    import numpy
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint16": 2, "uint8": 1}
 FORMATS = {"f": "float32", "e": "float16", "d": "float64", "i": "int32", "l": "int64", "q": "int64",
            "H": "uint16", "B": "uint8"}                     # of buffers, by letter
 CODES = {"float32": 0, "float16": 1, "bfloat16": 2}         # as the compiled half counts them
+NUMPY = {"bfloat16": "uint16"}                                # what holds the bits of a type that numpy lacks
 CACHE_CODES = CODES | {"uint8": 3}                          # bytes: of the type q8_0
 FLOAT32 = ("float32",)
 
@@ -48,6 +58,15 @@ def _parts(name: str, array) -> tuple:
     strides = None if any(step % size for step in steps) else [step // size for step in steps]
     kind = getattr(array, "kind", "") or FORMATS.get(letter.lstrip("@=<^"), letter)     # a type that numpy lacks says what it is
     return address, kind, shape, strides, read_only
+
+
+def bits_of(name: str, array, types: tuple, *shape) -> tuple[str, numpy.ndarray]:
+    """(type name, its numbers or the bits of those that numpy lacks) of a contiguous array, in its own memory."""
+    import numpy        # most of the package does without
+    address, kind, size, _ = look_at(name, array, types, *shape)
+    count = math.prod(size)
+    memory = (ctypes.c_uint8 * (count * BYTES[kind])).from_address(address)
+    return kind, numpy.frombuffer(memory, NUMPY.get(kind, kind), count).reshape(size)
 
 
 def kind_of(name: str, array) -> str:

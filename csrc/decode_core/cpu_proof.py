@@ -17,7 +17,7 @@ from .sampling import SampleBatch
 from .tiles import ACTIVATIONS, COLUMNS, GATES, Arena, Matrix
 from .weights import KINDS, QuantizedMatrix, pack
 
-FLOATS = {name: dtype for dtype, name in KINDS.items()}
+FLOATS = {name: getattr(torch, dtype) for dtype, name in KINDS.items()}
 PACKED_TOLERANCE = 3e-2         # x is int8 there; 1e-2 is the usual error
 WINDOWS = (0, 20)
 T, R, PAGES = 32, 4, 40         # tokens and logit rows that the proof's buffers hold; pages of its cache
@@ -250,7 +250,7 @@ class Chain:
         positions, slots = map(torch.tensor, self.script.token_places(batch))
         lists = {name: torch.tensor(getattr(batch, name))
                  for name in ("token_ids", "previous_token_ids", "logit_rows")}
-        plan = self.script.references["plan_attention"](batch, positions, WINDOWS, torch.float32)
+        plan = self.script.references["plan_attention"](batch, positions, WINDOWS, "float32")
         return lists | {"positions": positions, "slots": slots, "attention": plan, "sequences": self.script.Sequences.of(batch)}
 
     def real(self, argument: Any, inputs: dict[str, Any]) -> Any:

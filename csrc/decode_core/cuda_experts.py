@@ -41,7 +41,7 @@ class ExpertOps:
         many = pairs > FEW_PAIRS * E and not {"float32"} & {down_kind, *(kind for kind, _ in parts)}
         chosen_by = self.route_sigmoids(logits, chosen, choice_bias) if sigmoids else self.route(logits, chosen, sum_to_one)
         shares, routed = self.group(*chosen_by, E, cuda.MANY_PAIRS if many else cuda.FEW_PAIRS)
-        y = norm(x).to(torch.bfloat16 if many else torch.float32)                       # (T, C)
+        y = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps).to(torch.bfloat16 if many else torch.float32)                       # (T, C)
         hidden, added = y.new_empty(pairs, down.shape[1]), torch.empty(pairs, C, device=x.device)
         up_bias, down_bias = biases
         if len(parts) == 1:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import torch
 
 from . import cuda, weights
@@ -32,10 +33,10 @@ class PackedMatrix:
 
 
 def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]], script: SimpleNamespace,
-              device: Any) -> torch.Tensor | PackedMatrix:
+              device: Any) -> numpy.ndarray | PackedMatrix:
     """weights.as_stored on a device at once, so that the host never holds a whole model; floats are bfloat16."""
     if weights.kinds_of(parts)[0] in weights.FLOATS:
-        return script.dequantized(shape, parts, torch.bfloat16).to(device)
+        return script.dequantized(shape, parts, "bfloat16")
     kept = weights.as_stored(shape, parts, script)
     joined = [(kind, torch.cat([torch.from_numpy(rows).to(device) for _, rows in group]))      # one kernel for each kind
               for kind, group in itertools.groupby(
@@ -54,11 +55,12 @@ def dequantized(kind: str, rows: torch.Tensor, script: SimpleNamespace) -> torch
 
     ImportError without the gguf package, for most types.
     """
-    name = kind.upper()
-    if name in ("Q8_0", "Q4_0", "Q4_1"):
-        return script.dequantize(SimpleNamespace(name=name), rows).view(len(rows), -1)
-    import gguf
-    return script.dequantize(gguf.GGMLQuantizationType[name], rows).view(len(rows), -1)
+    name: Any = SimpleNamespace(name=kind.upper())
+    if name.name not in ("Q8_0", "Q4_0", "Q4_1"):
+        import gguf
+        name = gguf.GGMLQuantizationType[name.name]
+    values = script.dequantize(name, rows.numpy())
+    return script.tensor_of(values).view(len(rows), -1)
 
 
 def parts_of(matrix: PackedMatrix | torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chatlm.worker.model.kernels import for_decode_core
-from chatlm.worker.ops.basic import AdapterMatrix, Norm
+from chatlm.worker.arrays.kinds import AdapterMatrix, Norm
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
 from decode_core import cuda, cuda_adapters, cuda_weights  # noqa: E402

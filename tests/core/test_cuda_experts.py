@@ -16,7 +16,8 @@ from chatlm.worker.engine.engine import Engine
 from chatlm.worker.model import kernels as model_kernels
 from chatlm.worker.model.kernels import Backend, for_decode_core, load_kernels
 from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.ops.basic import GATES, Norm, experts_reference
+from chatlm.worker.arrays.kinds import Norm
+from chatlm.worker.ops.basic import GATES, experts_reference
 from chatlm.worker.weights.load import open_model
 from engines import make_batch, tokens_of
 from nightly import by_day
@@ -246,7 +247,7 @@ def test_a_files_experts_stay_packed_and_logits_are_those_of_its_weights(emulate
     steps = [[(first, 8, [3, 1, 4])] for first in range(0, 40, 8)] + [[(40, 1, [3, 1, 4]), (0, 7, [0])], [(41, 1, [3, 1, 4]), (7, 1, [0])]]
     logits = []
     for each, kernels in ((exact, load_kernels("cpu")), (model, emulated.kernels(model.spec))):
-        ours = Transformer(each.spec, dict(each.tensors), kernels, num_pages=12, max_tokens=64, max_rows=8, dtype=torch.float32)
+        ours = Transformer(each.spec, dict(each.tensors), kernels, num_pages=12, max_tokens=64, max_rows=8, dtype="float32")
         with torch.inference_mode():
             logits.append([ours.forward(make_batch(*((ids, first, count, pages) for first, count, pages in step))).clone() for step in steps])
     experts = [weight for key, weight in ours.weights.items() if "expert" in key and not key.endswith("_bias")]
@@ -282,11 +283,11 @@ def test_where_experts_are_wrong_their_weights_become_bfloat16_and_the_reference
     emulated = backends.Emulated(emulation_library, ops, faults=["experts"])
     model = opened(expert_files["gpt-oss"], monkeypatch, emulated.backend)
     kernels = emulated.kernels(model.spec)
-    ours = Transformer(model.spec, dict(model.tensors), kernels, num_pages=4, max_tokens=32, max_rows=4, dtype=torch.float32)
+    ours = Transformer(model.spec, dict(model.tensors), kernels, num_pages=4, max_tokens=32, max_rows=4, dtype="float32")
     assert kernels.experts is experts_reference and ours.weights["0.expert_down"].dtype == torch.bfloat16
     assert isinstance(ours.weights["0.qkv"], PackedMatrix) and "decode_core's experts on cpu: " in caplog.text
     exact = opened(expert_files["gpt-oss"], monkeypatch, dtype="float32")
-    plain = Transformer(exact.spec, dict(exact.tensors), load_kernels("cpu"), num_pages=4, max_tokens=32, dtype=torch.float32)
+    plain = Transformer(exact.spec, dict(exact.tensors), load_kernels("cpu"), num_pages=4, max_tokens=32, dtype="float32")
     ids = list(range(5, 35))
     want, got = (each.forward(make_batch((ids, 0, 30, [2, 1]))) for each in (plain, ours))
     assert (got - want).norm() < 0.5 * want.norm()      # roundings change which experts a row goes to

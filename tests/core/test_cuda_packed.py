@@ -221,7 +221,7 @@ def test_a_layer_of_a_decode_step_is_six_kernels_and_a_rows_bits_do_not_depend_o
         spec = replace(tiny_spec(), layers=layers, width=64, qkv_bias=True, heads=4, kv_heads=2)
         tensors = {name: dice.normal(*shape, dtype=torch.bfloat16 if len(shape) > 1 else torch.float32) / (8 if len(shape) > 1 else 1)
                    for name, shape in expected_tensors(spec).items()}
-        model = Transformer(spec, tensors, emulated.kernels(spec), num_pages=8, max_tokens=8, max_rows=8, dtype=torch.bfloat16)
+        model = Transformer(spec, tensors, emulated.kernels(spec), num_pages=8, max_tokens=8, max_rows=8, dtype="bfloat16")
         with torch.inference_mode():
             model.cache.copy_(dice.normal(*model.cache.shape))
         for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [6], [5, 2]):
@@ -294,7 +294,7 @@ def emulated(emulation_library, monkeypatch):
 def test_a_files_matrices_stay_packed_and_logits_are_those_of_its_weights(emulated, mixed_file, monkeypatch):
     path, packed_bytes = mixed_file
     exact = opened(path, monkeypatch, references, "float32")
-    expected = transformer_of(exact, load_kernels("cpu"), torch.float32)
+    expected = transformer_of(exact, load_kernels("cpu"), "float32")
     model = opened(path, monkeypatch, emulated.backend)
     assert "re-quantized" not in model.description and model.dtype is None
     tensors = tensors_of(model)
@@ -339,7 +339,7 @@ def test_where_the_product_is_wrong_weights_become_bfloat16(emulation_library, m
     kernels = emulated.kernels(model.spec)
     ours = transformer_of(model, kernels, None)
     assert kernels.linear is linear_reference and ours.weight_types.startswith("bfloat16 (")
-    exact = transformer_of(opened(path, monkeypatch, references, "float32"), load_kernels("cpu"), torch.float32)
+    exact = transformer_of(opened(path, monkeypatch, references, "float32"), load_kernels("cpu"), "float32")
     for want, got in zip(logits_of(exact), logits_of(ours)):
         assert (got - want).norm() < 0.03 * want.norm()
 
@@ -349,7 +349,7 @@ def test_floats_of_a_file_become_bfloat16(emulated, tmp_path, monkeypatch):
     model = opened(tiny_gguf.write_gguf(tmp_path / "f16.gguf", tensors, tiny_gguf.LLAMA_NUMBERS), monkeypatch, emulated.backend)
     assert {tensor.dtype for tensor in tensors_of(model).values() if tensor.ndim == 2} == {torch.bfloat16}
     ours = transformer_of(model, emulated.kernels(model.spec), model.dtype)
-    assert ours.dtype == torch.bfloat16 and ours.weight_types.startswith("bfloat16 (")
+    assert ours.dtype == "bfloat16" and ours.weight_types.startswith("bfloat16 (")
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "MXFP4", "Q6_K"])

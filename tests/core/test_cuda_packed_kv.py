@@ -124,7 +124,7 @@ def test_logits_over_packed_pages_are_the_references(gpu, changes):
     tokens, pages, logits = np.random.default_rng(4).integers(0, spec.vocab_size, 200).tolist(), [3, 1, 4, 2, 5, 6, 7, 0, 9, 8, 10, 11, 13], []
     for kernels, device, kv in ((load_kernels("cpu"), "cpu", PACKED), (gpu.kernels(spec), gpu.device, PACKED), (load_kernels("cpu"), "cpu", None)):
         model = Transformer(spec, {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=16, max_tokens=120, kv=kv,
-                            dtype=torch.float32, device=device)
+                            dtype="float32", device=device)
         steps = [[(tokens, 0, 100, pages)], [(tokens, 100, 90, pages), (tokens, 0, 20, [14, 15])], [(tokens, 190, 1, pages), (tokens, 20, 1, [14, 15])]]
         logits.append(torch.cat([model.forward(make_batch(*step)).cpu().clone() for step in steps]))
     reference, fast, floats = logits
@@ -136,11 +136,11 @@ def test_pages_have_the_bytes_of_the_layout_and_every_choice_is_one_for_cuda(gpu
     """A backend without kernels for packed pages would say so in one line."""
     spec, tensors = small_model()
     kernels = gpu.kernels(spec)
-    model = Transformer(spec, tensors, kernels, num_pages=10, max_tokens=8, kv=PACKED, dtype=torch.float32, device=gpu.device)
+    model = Transformer(spec, tensors, kernels, num_pages=10, max_tokens=8, kv=PACKED, dtype="float32", device=gpu.device)
     assert model.cache.nbytes == 10 * model.layout.page_bytes == 10 * 16 * 2 * (2 * 2 * 32) * 34 // 32
     assert {*model.layout.types} == {"q8_0"} and model.layer_caches[0].codes.data_ptr() == model.cache.data_ptr()
-    assert [kernels.kv_type(choice, torch.bfloat16) for choice in ("auto", "float32", "q8_0")] == [
+    assert [kernels.kv_type(choice, "bfloat16") for choice in ("auto", "float32", "q8_0")] == [
         KvType("bfloat16"), KvType("float32"), KvType("bfloat16", packed=True)]
     kernels.backend.packs_kv = False
     with pytest.raises(ConfigError, match="^--kv-cache-dtype q8_0: decode_core/cuda has no kernels that read it; auto, bfloat16 and float32 are possible$"):
-        kernels.kv_type("q8_0", torch.bfloat16)
+        kernels.kv_type("q8_0", "bfloat16")

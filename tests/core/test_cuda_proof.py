@@ -55,7 +55,7 @@ def engine_of(kernels, fixture, monkeypatch, queue=None):
     """An engine of a nanochat fixture on the CPU, as a worker builds it."""
     monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: queue or backends.HostQueue())
     with torch.inference_mode():
-        transformer = Transformer(fixture.spec, dict(fixture.tensors), kernels, num_pages=40, dtype=torch.float32,
+        transformer = Transformer(fixture.spec, dict(fixture.tensors), kernels, num_pages=40, dtype="float32",
                                   max_tokens=40, max_rows=4)
         engine = Engine(transformer, open_tokenizer(fixture.text), kernels, num_pages=40, max_batch=4,
                         context_length=128, prefill_chunk=32)

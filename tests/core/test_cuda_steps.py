@@ -30,7 +30,7 @@ from chatlm.worker.model.kernels import for_decode_core, load_kernels
 from chatlm.worker.model.spec import Batch, DeltaRule, KvType, Mamba2, ModelSpec, ShortConv, expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import attend_prompt
-from chatlm.worker.ops.basic import AdapterMatrix
+from chatlm.worker.arrays.kinds import AdapterMatrix
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_reference
 from engines import load, make_batch, pieces, run, step_pieces, tensors_of
@@ -97,7 +97,7 @@ def model_of(name, fixtures):
 def engine_on(kernels, model, device="cpu", *, num_pages=200, max_batch=6, prefill_chunk=64, context_length=512, kv=None):
     spec, tensors, tokenizer = model
     transformer = Transformer(spec, {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=num_pages,
-                              device=device, dtype=torch.float32, max_tokens=prefill_chunk + max_batch, max_rows=max_batch,
+                              device=device, dtype="float32", max_tokens=prefill_chunk + max_batch, max_rows=max_batch,
                               num_slots=max_batch + FREE_ROWS + 12, kv=kv)
     return Engine(transformer, tokenizer, kernels, num_pages=num_pages, max_batch=max_batch, context_length=context_length,
                   prefill_chunk=prefill_chunk)
@@ -566,7 +566,7 @@ def test_logits_of_prompts_chunks_and_decode_rows_are_the_references(backend, na
     logits = {}
     for kernels, device in ((load_kernels("cpu"), "cpu"), (backend.kernels(spec), backend.device)):
         model = Transformer(spec, {n: t.to(device) for n, t in tensors.items()}, kernels, num_pages=60, max_tokens=400,
-                            dtype=torch.float32, device=device)
+                            dtype="float32", device=device)
         steps = [[(a, 0, 100, pa), (b, 0, 44, pb)], [(b, 44, 1, pb), (a, 100, 189, pa), (c, 0, 7, pc)],
                  [(a, 289, 1, pa), (c, 7, 1, pc)]]
         logits[str(device), kernels.backend.name] = [model.forward(make_batch(*step)).cpu().clone() for step in steps]
@@ -584,7 +584,7 @@ def test_prompts_with_sinks_or_caps_compute_few_scores_at_once(backend, monkeypa
     monkeypatch.setattr(cuda_prompts, "SCRATCH", most)
     for kernels, device in ((load_kernels("cpu"), "cpu"), (backend.kernels(spec), backend.device)):
         model = Transformer(spec, {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=8, max_tokens=100,
-                            dtype=torch.float32, device=device)
+                            dtype="float32", device=device)
         if logits:
             attend = kernels.backend.script.attend_prompt
             kernels.backend.script.attend_prompt = lambda q, k, *rest: sizes.append(len(q) * 6 * k.shape[1]) or attend(q, k, *rest)
@@ -711,8 +711,8 @@ def test_bfloat16_follows_float32(backend, nanochat_fixtures):
     tokens = np.random.default_rng(2).integers(0, spec.vocab_size, 60).tolist()
     rounded = {name: tensor.bfloat16() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
     results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        model = Transformer(spec, {name: t.to(backend.device, dtype) if t.ndim > 1 else t.to(backend.device)
+    for dtype in ("float32", "bfloat16"):
+        model = Transformer(spec, {name: t.to(backend.device, getattr(torch, dtype)) if t.ndim > 1 else t.to(backend.device)
                                    for name, t in rounded.items()},
                             backend.kernels(spec), num_pages=8, max_tokens=64, dtype=dtype, device=backend.device)
         prompt = model.forward(make_batch((tokens, 0, 59, [3, 1, 4, 2])))[0].clone()

@@ -3,6 +3,7 @@
 import functools
 import random
 
+import numpy
 import torch
 
 from chatlm.common import core
@@ -18,6 +19,7 @@ from chatlm.worker.model.spec import Batch, group_layers
 from chatlm.worker.model.tensors import MappedRows
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.sampling import sample_reference
+from chatlm.worker.ops.tensors import tensor_of
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.load import open_model
 from near_tie import Traced, draw_gap
@@ -33,7 +35,8 @@ def load(path, as_stored=False, opened_for=None):
 def tensors_of(model):
     """Every tensor of a LoadedModel, read from its file."""
     read = {name: given.values(given.table) if isinstance(given, MappedRows) else given.read() for name, given in model.tensors.items()}
-    return {name: torch.cat(given) if isinstance(given, tuple) else given for name, given in read.items()}
+    return {name: torch.cat([*map(tensor_of, given)]) if isinstance(given, tuple) else
+            tensor_of(given) if isinstance(given, numpy.ndarray) else given for name, given in read.items()}
 
 
 def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False, as_stored=False,
@@ -76,7 +79,7 @@ class TracedSteps(EagerSteps):
 
     def start(self, batch, rows):
         batch.token_ids[:] = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
-        logits = self.transformer.forward(batch).float().cpu().numpy()
+        logits = self.transformer.arrays.numpy(self.transformer.forward(batch))
         for i, (line, row) in enumerate(zip(logits, rows)):
             self.on_draw(i, line, row)
         self.drawn = self.draw(logits, rows)
@@ -129,6 +132,12 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
 def chat_work(engine, name, text, max_tokens=48, **sampling):
     ids = tuple(engine.tokenizer.render([Message("user", text)]))
     return assignment(name, ids, SamplingParams(**({"temperature": 0.0} | sampling)), max_tokens)
+
+
+def forward_logits(computes, batch):
+    """A copy of what a Transformer or its steps make of a batch, as a tensor on the CPU."""
+    made = computes.forward(batch)
+    return torch.tensor(made) if isinstance(made, numpy.ndarray) else made.cpu().clone()
 
 
 def make_batch(*chunks):

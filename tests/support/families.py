@@ -16,7 +16,7 @@ from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.gguf import gguf_spec
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.load import open_model
-from engines import make_batch
+from engines import forward_logits, make_batch
 
 TINY = dict(vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=512, bos_token_id=256, eos_token_id=257, pad_token_id=None,
@@ -226,7 +226,7 @@ def load(folder, dtype="float32", **settings):
 
 def transformer(model, kernels, max_tokens=128, device="cpu"):
     return Transformer(model.spec, dict(model.tensors), kernels, num_pages=80, num_slots=80, max_tokens=max_tokens, max_rows=8,
-                       dtype=torch.float32, device=device, read_adapter=adapter_reader(model))
+                       dtype="float32", device=device, read_adapter=adapter_reader(model))
 
 
 def answers(model, cases, chunk=100, count=TOKENS):
@@ -235,9 +235,9 @@ def answers(model, cases, chunk=100, count=TOKENS):
     texts, found = [list(case.prompt) for case in cases], [[] for _ in cases]
     for text, table in zip(texts, pages):
         for start in range(0, len(text) - 1, chunk):
-            model.forward(make_batch((text, start, min(chunk, len(text) - 1 - start), table)))
+            forward_logits(model, make_batch((text, start, min(chunk, len(text) - 1 - start), table)))
     for _ in range(count):
-        logits = model.forward(make_batch(*((text, len(text) - 1, 1, table) for text, table in zip(texts, pages))))
+        logits = forward_logits(model, make_batch(*((text, len(text) - 1, 1, table) for text, table in zip(texts, pages))))
         for text, row, rows in zip(texts, logits, found):
             rows.append(row.clone())
             text.append(int(row.argmax()))

@@ -29,7 +29,7 @@ class Bits(numpy.ndarray):
     is refused, and so are joins: see `joined`."""
 
     kind = ""
-    __array_ufunc__ = None
+    __array_ufunc__ = None  # pyright: ignore[reportAssignmentType]  that is numpy's way to refuse
 
 
 class Bfloat16(Bits):
@@ -206,8 +206,8 @@ class Arrays:
         """float32 values -> out."""
         out[...] = values
 
-    def wait(self):
-        """Until the device has computed what the host is about to read."""
+    def wait(self, array):
+        """Until the device has computed this array, which the host is about to read."""
 
 
 class Norm(NamedTuple):
@@ -221,6 +221,6 @@ class AdapterMatrix(NamedTuple):
     """What an adapter adds to the product of a matrix (N, K) with x: b @ (scales * (a @ x)). R is the sum of
     the ranks of the parts that the matrix is made of; `b` is zero where a part has no rows."""
 
-    a: numpy.ndarray       # (R, K), as in its file
-    b: numpy.ndarray       # (N, R)
-    scales: numpy.ndarray  # (R,) float32
+    a: Any       # (R, K), as in its file
+    b: Any       # (N, R)
+    scales: Any  # (R,) float32

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from chatlm.common.errors import require_library
-from chatlm.worker.arrays.kinds import Bits, as_kind, bits_of, empty, of_kind
+from chatlm.worker.arrays.kinds import Bits, as_kind, bits_of, empty, floats, of_kind
 
 
 class Block(NamedTuple):
@@ -51,9 +51,16 @@ def dequantize(gguf_type, data: numpy.ndarray) -> numpy.ndarray:
     Float types stay as they are; all others become float32."""
     if gguf_type.name in ("F32", "F16", "BF16"):
         return of_kind(data, "bfloat16") if gguf_type.name == "BF16" and not isinstance(data, Bits) else data
-    if gguf_type.name != "MXFP4":
+    if gguf_type.name not in ("MXFP4", "Q8_0", "Q4_0", "Q4_1"):
         return require_library("gguf", "packed weights").dequantize(data, gguf_type)
-    blocks = data.reshape(-1, BLOCKS["mxfp4"].bytes)
+    blocks = data.reshape(-1, BLOCKS[gguf_type.name.lower()].bytes)
+    if gguf_type.name != "MXFP4":
+        scale, minimum = numpy.split(floats(blocks[:, :4].copy().view(numpy.float16)), 2, 1)  # (B, 1) each
+        if gguf_type.name == "Q8_0":
+            return blocks[:, 2:].view(numpy.int8) * scale
+        packed = blocks[:, -16:]
+        values = numpy.hstack((packed & 15, packed >> 4)).astype(numpy.float32)               # (B, 32)
+        return values * scale + minimum if gguf_type.name == "Q4_1" else (values - 8) * scale
     codes, power = numpy.hstack((blocks[:, 1:] & 15, blocks[:, 1:] >> 4)), blocks[:, :1].astype(numpy.uint32)
     bits = numpy.where(power < 2, numpy.uint32(1 << 21) << power, power - 1 << 23)  # of 2^(power - 128)
     bits[power == 255] = 0x7FC00000  # NaN; the gguf package returns 2^127

@@ -35,7 +35,7 @@ class HostSteps:
             return [], list
         batch = make_batch(plan)
         logits = self.steps.forward(batch)
-        self.transformer.arrays.wait()
+        self.transformer.arrays.wait(logits)
         for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
             if chunk.sequence.pooling:
                 pool(self.transformer, chunk, first, last)

@@ -176,12 +176,10 @@ class Kernels:
     all_gather: Callable = None  # pyright: ignore[reportAssignmentType]  as stated above
     names: Mapping[str, str] = field(default_factory=dict)  # what computes each op, for /stats
     backend: Any = None
-    device: str = "cpu"
 
-    @functools.cached_property
-    def arrays(self) -> Arrays:
+    def arrays_on(self, device: Device) -> Arrays:
         """What makes the arrays that the ops take."""
-        return references().FOR_BACKENDS["TorchArrays"](self.device) if self.backend.tensors else Arrays()
+        return references().FOR_BACKENDS["TorchArrays"](device) if self.backend.tensors else Arrays()
 
     @property
     def row_invariant(self) -> bool:
@@ -220,7 +218,7 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     ops = backend.ops(max_tokens, max_rows, quantize)
     names = dict.fromkeys(OPS, "torch/reference") | {"sample": "numpy/reference"}
     names |= dict.fromkeys(set(ops) - set(backend.faults), backend.name)
-    return Kernels(**(references().REFERENCES if backend.tensors else {}) | ops, **(join(backend) if join else {}), names=names, backend=backend, device=str(device))
+    return Kernels(**(references().REFERENCES if backend.tensors else {}) | ops, **(join(backend) if join else {}), names=names, backend=backend)
 
 
 def choose_backend(device, spec: ModelSpec | None, whole: ModelSpec | None = None, says_why: bool = False):

@@ -146,12 +146,20 @@ def advise(mapped: Iterable[Any], advice: str):
     """Advise the system about the file pages of these tensors: MADV_WILLNEED reads them ahead, MADV_DONTNEED
     releases their memory (later accesses read the file again)."""
     if hasattr(mmap, advice):
-        for tensor in mapped:
+        for tensor in filter(is_mapped, mapped):
             begin, steps = address_of(tensor), zip(tensor.shape, tensor.strides)  # or every other row
             end = begin + tensor.itemsize + sum((count - 1) * step for count, step in steps)
             first, last = -(-begin // mmap.PAGESIZE), end // mmap.PAGESIZE
             if first < last:
                 madvise(first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE, getattr(mmap, advice))
+
+
+def is_mapped(tensor) -> bool:
+    """Is it in a mapped file? A copy of what lay there between the addresses of numbers is not: the system would
+    not release its memory but make it zeros."""
+    while isinstance(tensor, (numpy.ndarray, memoryview)):
+        tensor = tensor.base if isinstance(tensor, numpy.ndarray) else tensor.obj
+    return isinstance(tensor, mmap.mmap)
 
 
 @functools.cache

@@ -45,7 +45,8 @@ class Transformer:
         self.read_adapter = read_adapter   # a folder's matrices, named after those they change
         self.adapters: dict[int, Any] = {}  # by slot, from 1 on: as the kernels read them
         self.attentions = spec.by_layer
-        self.device, self.dtype, self.arrays = Device(device), kernels.activation_dtype(dtype), kernels.arrays
+        self.device, self.dtype = Device(device), kernels.activation_dtype(dtype)
+        self.arrays = kernels.arrays_on(self.device)
         self.kv = kv or kernels.kv_type("auto", dtype)
         # the type in which references attend; packed keys have more than 8 bits of precision
         self.kv_dtype = "float32" if self.kv.packed else self.kv.floats
@@ -106,7 +107,7 @@ class Transformer:
             weights[name] = weight = self.kernels.pack(name, *moved) if matrix else moved[0]
             if isinstance(tensor, Unread) and not getattr(weight, "finite", False):  # or it was never checked
                 tensor.refuse_faults(read, packed=hasattr(weight, "finite"))
-            if hasattr(weight, "dtype") and self.device.type == "cpu" and any(
+            if weight is moved[0] and hasattr(weight, "dtype") and self.device.type == "cpu" and any(
                     address_of(part) == address_of(weight) for part in getattr(tensor, "mapped", ())):
                 weights[name] = self.arrays.copy(weight)  # a file in use may change
             if name.endswith(".router_norm"):

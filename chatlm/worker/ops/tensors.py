@@ -73,6 +73,6 @@ class TorchArrays(Arrays):
     def put(self, values: numpy.ndarray, out):
         out.copy_(torch.from_numpy(values))
 
-    def wait(self):
-        if self.device.type == "cuda":  # the next step may run on another stream
-            torch.cuda.current_stream(self.device).synchronize()
+    def wait(self, array):
+        if array.is_cuda:  # the next step may run on another stream
+            torch.cuda.current_stream(array.device).synchronize()

@@ -137,10 +137,10 @@ class Stage:
     def _compute(self, batch: Batch, rows: Seq[SampleRow] | None):
         transformer, T = self.transformer, len(batch.token_ids)
         for name in () if transformer.spec.opens else transformer.passed_on(0):
-            rows = transformer.buffers[name][:T]
-            received = numpy.empty(tuple(rows.shape), numpy.float32)
+            buffer = transformer.buffers[name][:T]
+            received = numpy.empty(tuple(buffer.shape), numpy.float32)
             receive_into(self.ranks.before, received)  # pyright: ignore[reportArgumentType]  it is there
-            transformer.arrays.put(received, rows)
+            transformer.arrays.put(received, buffer)
         if not transformer.spec.closes:
             transformer.forward(batch._replace(logit_rows=[], states=True))
             for name in transformer.passed_on(transformer.spec.layers):

@@ -127,7 +127,7 @@ class Mxfp4:
     @property
     def data(self) -> numpy.ndarray:
         """(experts * rows, columns / 32 * 17) uint8: for each block its scale, then the codes."""
-        made = numpy.empty((*self.scales.shape, 17), numpy.uint8)
+        made: Any = numpy.empty((*self.scales.shape, 17), numpy.uint8)
         made[..., 0] = self.scales
         for blocks, to in zip(self.blocks, made):  # one expert at a time avoids large temporaries
             first, second = blocks[..., :8], blocks[..., 8:]  # columns 0 to 15, 16 to 31

@@ -140,7 +140,7 @@ def in_two(tensor: numpy.ndarray, axis: int) -> tuple[numpy.ndarray, numpy.ndarr
     """The halves along an axis; if its length is odd the first is longer."""
     middle = -(-tensor.shape[axis] // 2)
     before = (slice(None),) * (axis % tensor.ndim)
-    return tensor[*before, :middle], tensor[*before, middle:]
+    return tensor[(*before, slice(middle))], tensor[(*before, slice(middle, None))]
 
 
 def separate_experts(name: str, tensor: numpy.ndarray) -> dict[str, numpy.ndarray]:

@@ -10,7 +10,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named, require_library
 from chatlm.common.files import check_regular
-from chatlm.worker.arrays.kinds import of_kind
+from chatlm.worker.arrays.kinds import address_of, item_bytes, of_kind
 from chatlm.worker.weights.files import refuse_cut_safetensors
 
 KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
@@ -45,6 +45,6 @@ def array_of(data: numpy.ndarray, dtype: str, shape: list[int], offsets: list[in
     kind, part = KINDS.get(dtype), data[slice(*offsets)]
     if kind is None:
         raise ValueError(f"arrays of type {dtype} are not supported")
-    if part.__array_interface__["data"][0] % 8:
-        part = part.copy()  # kernels read whole numbers
+    if address_of(part) % item_bytes(kind):
+        part = part.copy()  # kernels read numbers at their addresses
     return of_kind(part, kind).reshape(shape)

@@ -18,7 +18,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named
 from chatlm.common.files import check_regular
-from chatlm.worker.arrays.kinds import item_bytes, of_kind
+from chatlm.worker.arrays.kinds import address_of, item_bytes, of_kind
 from chatlm.worker.weights.files import refuse_cut_checkpoint
 
 
@@ -63,6 +63,13 @@ CALLED = {("collections", "OrderedDict"): OrderedDict, ("torch._utils", "_rebuil
           ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data}
 
 
+def forget_attributes(unpickler: Any):
+    """A state dict has the attribute _metadata, which nothing needs; nothing else has any."""
+    unpickler.stack.pop()
+    if type(unpickler.stack[-1]) is not OrderedDict:
+        raise pickle.UnpicklingError(f"it sets attributes of {type(unpickler.stack[-1]).__name__}")
+
+
 class CheckpointUnpickler(PlainUnpickler):
     """Loads tensors, as arrays, and no other object that is not Python's own."""
 
@@ -72,13 +79,7 @@ class CheckpointUnpickler(PlainUnpickler):
         super().__init__(io.BytesIO(data))
         self.storage_of = storage_of
 
-    def load_build(self):
-        if type(self.stack[-2]) is not OrderedDict:  # which gets the attribute _metadata
-            raise pickle.UnpicklingError(f"it sets attributes of {type(self.stack[-2]).__name__}")
-        super().load_build()
-
-    dispatch = dict(PlainUnpickler.dispatch)
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch = PlainUnpickler.dispatch | {pickle.BUILD[0]: forget_attributes}
 
     def find_class(self, module: str, name: str):
         if module == "torch" and name in STORAGES:
@@ -134,7 +135,7 @@ def unpickled(path: Path) -> Any:
             data = stored(f"{root}data/{key}")[:count * item_bytes(kind)]
             if len(data) < count * item_bytes(kind):
                 raise ValueError(f"data/{key} has {len(data):,} bytes for {count:,} numbers of type {kind}")
-            aligned = data.__array_interface__["data"][0] % item_bytes(kind) == 0
+            aligned = address_of(data) % item_bytes(kind) == 0
             return of_kind(data if aligned else data.copy(), kind)
 
         if f"{root}byteorder" in members and stored(f"{root}byteorder").tobytes() != b"little":

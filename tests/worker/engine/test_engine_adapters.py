@@ -17,7 +17,7 @@ from chatlm.worker.engine.adapter_slots import adapter_digest
 from chatlm.worker.engine.engine import ADAPTER_GONE, drop_adapter
 from chatlm.worker.model.spec import Batch
 from chatlm.worker.process import Inbox
-from engines import make_engine, run
+from engines import forward_logits, make_engine, run
 from lora import SMOLLM2, random_adapter
 from works import assignment
 
@@ -60,7 +60,7 @@ def rows_of(engine, adapters, lengths, adds=0):
     flat = [token for one in ids for token in one]
     previous = [token for one in ids for token in (-1, *one[:-1])]
     batch = Batch(flat, previous, starts, [len(one) for one in ids], tables, [end - 1 for end in starts[1:]], adapters=list(adapters))
-    return engine.transformer.forward(batch).clone()
+    return forward_logits(engine.transformer, batch)
 
 
 def test_a_row_has_the_same_logits_alone_and_beside_31_rows_of_other_adapters(engine):

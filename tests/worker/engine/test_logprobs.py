@@ -14,7 +14,7 @@ from chatlm.worker.engine.host import logprob_of
 from chatlm.worker.model.spec import Batch
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import penalize
-from engines import make_engine, pieces
+from engines import forward_logits, make_engine, pieces
 from works import assignment, changed
 
 PROMPT = tuple((7 * i + i * i) % 250 for i in range(75))
@@ -29,7 +29,7 @@ def engine(nanochat_fixtures):
 def logits_of(engine, tokens):
     """Logits after each of the tokens, (len(tokens), V), computed row by row in pages of their own."""
     pages = engine.pool.allocate(-(-len(tokens) // PAGE_SIZE))
-    lines = [engine.transformer.forward(Batch([token], [tokens[i - 1] if i else -1], [0, 1], [i + 1], [pages], [0]))[0].clone()
+    lines = [forward_logits(engine.transformer, Batch([token], [tokens[i - 1] if i else -1], [0, 1], [i + 1], [pages], [0]))[0].clone()
              for i, token in enumerate(tokens)]
     engine.pool.release(pages)
     return torch.stack(lines)

@@ -19,7 +19,7 @@ from chatlm.worker.model.kernels import Kernels, load_kernels
 from chatlm.worker.model.spec import Attention, KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.packed_kv import PackedKv, turned
-from engines import make_batch, make_engine, propose_partly_right, tokens_of
+from engines import forward_logits, make_batch, make_engine, propose_partly_right, tokens_of
 from families import load, save_packed
 from nightly import by_day
 from works import assignment
@@ -61,9 +61,9 @@ def logits_of(folder, ids, kv, backend):
     groups = group_layers(model.spec.by_layer, 512, kernels.backend.groups_layers, kv)
     count = len(groups.windows)
     transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=20 * count, num_slots=20 * count,
-                              dtype=torch.float32, groups=groups, kv=kv, **limits)
+                              dtype="float32", groups=groups, kv=kv, **limits)
     pages = numpy.random.default_rng(1).permutation(20 * count).tolist()
-    return torch.cat([transformer.forward(make_batch((ids, done, count, pages))).clone() for done, count in ((0, 120), (120, 79), (199, 1))])
+    return torch.cat([forward_logits(transformer, make_batch((ids, done, count, pages))) for done, count in ((0, 120), (120, 79), (199, 1))])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -246,7 +246,7 @@ def test_quantize_packs_the_matrices_of_layers_that_keep_states_and_leaves_their
     _, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
     weights = engine.transformer.weights
     names = {f"0.{name}" for name in ("mix_in", "mix_out", "gate_up", "expert_gate_up")} & {*weights}
-    assert len(names) == 3 and {weights[name].kind for name in names} == {"q8_0"} and weights["0.taps"].dtype == torch.float32
+    assert len(names) == 3 and {weights[name].kind for name in names} == {"q8_0"} and weights["0.taps"].dtype == "float32"
     works = [assignment(name, tuple(range(50)), SamplingParams(temperature=0), 30, ignore_eos=True) for name in ("first", "from a snapshot")]
     first, again = (tokens_of(engine, [work])[work.id] for work in works)
     assert first == again and len(first) == 30

@@ -13,13 +13,14 @@ from chatlm.worker.model.spec import Attention, KvType, PageLayout, expected_ten
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.shards import heads_of, layers_of, stage_model
 from attention_kinds import FULL, KINDS, kinds_model, loaded
-from engines import make_batch
+from arrays import arrays_of
+from engines import forward_logits, make_batch
 
 
 FLOATS, PACKED = KvType("float32"), KvType("float32", packed=True)
 
 
-def transformer(spec, tensors, groups=None, dtype=torch.float32, num_pages=80, kv=None):
+def transformer(spec, tensors, groups=None, dtype="float32", num_pages=80, kv=None):
     return Transformer(spec, dict(tensors), load_kernels("cpu"), num_pages=num_pages, max_tokens=400, dtype=dtype,
                        groups=groups, kv=kv)
 
@@ -82,15 +83,15 @@ def test_logits_are_those_of_the_definition_in_any_chunks_batches_and_groups_of_
     pages = np.random.default_rng(3).permutation(80).tolist()
     pa, pb = pages[:5 * count], pages[40:40 + 3 * count]
     expected = [oracle(spec, tensors, ids) for ids in (a, b)]
-    model.forward(make_batch((a, 0, 30, pa), (b, 0, 32, pb)))
-    model.forward(make_batch((a, 30, 39, pa)))
-    got = model.forward(make_batch((a, 69, 1, pa), (b, 32, 1, pb)))
+    forward_logits(model, make_batch((a, 0, 30, pa), (b, 0, 32, pb)))
+    forward_logits(model, make_batch((a, 30, 39, pa)))
+    got = forward_logits(model, make_batch((a, 69, 1, pa), (b, 32, 1, pb)))
     for row, want in zip(got.numpy(), expected):
         assert np.abs(row - want).max() < (0.05 if kv.packed else 1e-4) * max(1, np.abs(want).max())
 
 
 @pytest.mark.parametrize("name", ["gemma 4", "heads"])
-@pytest.mark.parametrize("dtype, kv", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, PACKED)], ids=["float32", "bfloat16", "q8_0"])
+@pytest.mark.parametrize("dtype, kv", [("float32", None), ("bfloat16", None), ("float32", PACKED)], ids=["float32", "bfloat16", "q8_0"])
 def test_decode_core_computes_each_layers_own_heads_with_the_same_bits_in_any_batch(name, dtype, kv):
     pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
     spec, tensors = kinds_model(name)
@@ -101,16 +102,16 @@ def test_decode_core_computes_each_layers_own_heads_with_the_same_bits_in_any_ba
     for splits in ((0, 150), (0, 149, 150), (0, 1, 3, 50, 146, 147, 149, 150)):
         kernels = load_kernels("cpu", spec, max_tokens=400, max_rows=8)
         assert kernels.backend.name.startswith("decode_core") and kernels.names["rope_append"] == kernels.backend.name
-        model = Transformer(spec, dict(tensors), kernels, num_pages=160, max_tokens=400, max_rows=8, dtype=dtype, groups=groups,
+        model = Transformer(spec, arrays_of(tensors), kernels, num_pages=160, max_tokens=400, max_rows=8, dtype=dtype, groups=groups,
                             kv=kv)
-        model.forward(make_batch((other, 0, 20, its)))
+        forward_logits(model, make_batch((other, 0, 20, its)))
         for begin, end in zip(splits, splits[1:]):
             beside = [(other, 20, 13, its)] if len(splits) == 3 and end == 150 else []
-            logits = model.forward(make_batch((ids, begin, end - begin, mine), *beside))[0].clone()
+            logits = forward_logits(model, make_batch((ids, begin, end - begin, mine), *beside))[0].clone()
         results.append(logits)
     assert all(torch.equal(logits, results[0]) for logits in results)
     want = oracle(spec, tensors, ids)
-    assert np.abs(results[0].numpy() - want).max() < (0.06 if kv or dtype == torch.bfloat16 else 1e-4) * max(1, np.abs(want).max())
+    assert np.abs(results[0].numpy() - want).max() < (0.06 if kv or dtype == "bfloat16" else 1e-4) * max(1, np.abs(want).max())
 
 
 def test_a_layer_that_reads_anothers_keys_has_neither_pages_nor_rows_for_keys():
@@ -179,12 +180,12 @@ def test_a_layer_lives_in_the_stage_whose_keys_it_reads():
     assert [its.source for its in last.spec.attentions] == [None, None, 0, 0, 1]
     ids = np.random.default_rng(1).integers(0, 96, 40).tolist()
     whole = transformer(spec, tensors)
-    expected, batch = whole.forward(make_batch((ids, 0, 40, [3, 1, 2]))).clone(), make_batch((ids, 0, 40, [3, 1, 2]))
+    expected, batch = forward_logits(whole, make_batch((ids, 0, 40, [3, 1, 2]))), make_batch((ids, 0, 40, [3, 1, 2]))
     first, second = (transformer(part.spec, part.tensors) for part in (stage_model(loaded(spec, tensors), 0, 2), last))
-    first.forward(batch)
+    forward_logits(first, batch)
     with torch.inference_mode():
         second.buffers["x"].copy_(first.buffers["x"])
-    assert torch.equal(second.forward(batch), expected)
+    assert torch.equal(forward_logits(second, batch), expected)
 
 
 # --- what an op refuses or leaves alone ----------------------------------------------------------------------------

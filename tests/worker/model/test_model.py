@@ -15,7 +15,7 @@ from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.spec import ModelSpec, expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import open_model
-from engines import make_batch
+from engines import forward_logits, make_batch
 
 GENERATIONS = ("gen1", "gen2", "gen3", "gen4", "gen5")
 
@@ -35,7 +35,7 @@ def nanochat_like(folder, name):
     return model.spec, model.tensors
 
 
-def transformer(spec, tensors, kernels=None, num_pages=80, dtype=torch.float32):
+def transformer(spec, tensors, kernels=None, num_pages=80, dtype="float32"):
     kernels = kernels or load_kernels("cpu")
     return Transformer(spec, dict(tensors), kernels, num_pages=num_pages, max_tokens=400, dtype=dtype)
 
@@ -53,12 +53,12 @@ def test_logits_and_greedy_tokens_of_each_nanochat_generation_are_upstreams(name
     pages = list(range(5, 30))
     for case in json.loads((nanochat_fixtures / name / "oracle.json").read_text())["cases"]:
         tokens = list(case["prompt_ids"])
-        logits = model.forward(make_batch((tokens, 0, len(tokens), pages)))[0].clone()
+        logits = forward_logits(model, make_batch((tokens, 0, len(tokens), pages)))[0].clone()
         assert np.abs(logits.numpy() - case["next_logits"]).max() < 2e-3
         for expected in case["greedy"]:
             assert int(logits.argmax()) == expected
             tokens.append(expected)
-            logits = model.forward(make_batch((tokens, len(tokens) - 1, 1, pages)))[0]
+            logits = forward_logits(model, make_batch((tokens, len(tokens) - 1, 1, pages)))[0]
 
 
 # --- chunks, batches, pages --------------------------------------------------------------------------------------
@@ -76,20 +76,20 @@ def test_chunks_batches_and_page_placement_do_not_change_logits(which, nanochat_
     rng = np.random.default_rng(3)
     a, b, c = (some_tokens(n, spec.vocab_size, seed) for seed, n in enumerate((300, 45, 8)))
     alone = transformer(spec, tensors)
-    expected = [alone.forward(make_batch((tokens, 0, len(tokens), list(range(30)))))[0].clone() for tokens in (a, b, c)]
+    expected = [forward_logits(alone, make_batch((tokens, 0, len(tokens), list(range(30)))))[0].clone() for tokens in (a, b, c)]
 
     shared = transformer(spec, tensors)
     pages = rng.permutation(80).tolist()
     pa, pb, pc = pages[:20], pages[20:40], pages[40:45]
-    shared.forward(make_batch((a, 0, 100, pa), (b, 0, 44, pb)))                 # prompts side by side
-    shared.forward(make_batch((a, 100, 199, pa), (c, 0, 7, pc)))
-    logits = shared.forward(make_batch((a, 299, 1, pa), (b, 44, 1, pb), (c, 7, 1, pc)))     # and decoded together
+    forward_logits(shared, make_batch((a, 0, 100, pa), (b, 0, 44, pb)))                 # prompts side by side
+    forward_logits(shared, make_batch((a, 100, 199, pa), (c, 0, 7, pc)))
+    logits = forward_logits(shared, make_batch((a, 299, 1, pa), (b, 44, 1, pb), (c, 7, 1, pc)))     # and decoded together
     for row, whole in zip(logits, expected):
         assert (row - whole).abs().max() < 1e-4 * whole.abs().max()
 
     mixed = transformer(spec, tensors)
-    mixed.forward(make_batch((b, 0, 44, pb)))
-    logits = mixed.forward(make_batch((b, 44, 1, pb), (a, 0, 300, pa), (c, 0, 8, pc)))  # a decode row together with prompts
+    forward_logits(mixed, make_batch((b, 0, 44, pb)))
+    logits = forward_logits(mixed, make_batch((b, 44, 1, pb), (a, 0, 300, pa), (c, 0, 8, pc)))  # a decode row together with prompts
     for row, whole in zip(logits, (expected[1], expected[0], expected[2])):
         assert (row - whole).abs().max() < 1e-4 * whole.abs().max()
 
@@ -99,9 +99,9 @@ def test_bfloat16_follows_float32():
     tokens = some_tokens(60, spec.vocab_size)
     rounded = {name: tensor.bfloat16() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
     exact = transformer(spec, {name: tensor.float() for name, tensor in rounded.items()})
-    fast = transformer(spec, rounded, dtype=torch.bfloat16)
+    fast = transformer(spec, rounded, dtype="bfloat16")
     batch = make_batch((tokens, 0, 60, [3, 1, 4, 2]))
-    expected, actual = exact.forward(batch)[0], fast.forward(batch)[0]
+    expected, actual = forward_logits(exact, batch)[0], forward_logits(fast, batch)[0]
     assert actual.dtype == torch.float32
     assert (actual - expected).norm() < 0.03 * expected.norm()
 
@@ -111,9 +111,9 @@ def test_a_step_without_logit_rows_fills_the_cache_and_returns_no_rows():
     model, tokens = transformer(spec, tensors), some_tokens(20, 100)
     batch = make_batch((tokens, 0, 19, [0, 1]))
     batch = batch._replace(logit_rows=[])
-    assert model.forward(batch).shape == (0, 100)
-    whole = transformer(spec, tensors).forward(make_batch((tokens, 0, 20, [0, 1])))
-    assert torch.allclose(model.forward(make_batch((tokens, 19, 1, [0, 1]))), whole, atol=1e-4)
+    assert forward_logits(model, batch).shape == (0, 100)
+    whole = forward_logits(transformer(spec, tensors), make_batch((tokens, 0, 20, [0, 1])))
+    assert torch.allclose(forward_logits(model, make_batch((tokens, 19, 1, [0, 1]))), whole, atol=1e-4)
 
 
 # --- the seam ----------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_forward_is_a_list_of_ops_that_can_be_replayed_over_scribbled_buffers(wh
     calls, guard = [], NoArithmetic()
     model = transformer(spec, tensors, recording_kernels(calls, guard))
     tokens = some_tokens(50, spec.vocab_size)
-    model.forward(make_batch((tokens, 0, 30, [7, 5, 6, 2])))
+    forward_logits(model, make_batch((tokens, 0, 30, [7, 5, 6, 2])))
     calls.clear()
     cache = model.cache.clone()
     addresses = {name: buffer.data_ptr() for name, buffer in model.buffers.items()}
@@ -191,13 +191,13 @@ def test_weights_are_taken_over_and_a_tied_head_is_the_embedding():
     spec, tensors = llama_like(tied_head=True)
     tensors["head"] = tensors["embed"]
     given = dict(tensors)
-    model = Transformer(spec, given, load_kernels("cpu"), num_pages=4, max_tokens=8, dtype=torch.float32)
+    model = Transformer(spec, given, load_kernels("cpu"), num_pages=4, max_tokens=8, dtype="float32")
     assert not given and model.weights["head"] is model.weights["embed"]
 
 
 def test_page_bytes_is_what_a_page_takes():
     spec, tensors = llama_like()
-    model = transformer(spec, tensors, num_pages=7, dtype=torch.bfloat16)
+    model = transformer(spec, tensors, num_pages=7, dtype="bfloat16")
     assert 7 * model.layout.page_bytes == model.cache.nbytes
 
 

@@ -14,9 +14,9 @@ from chatlm.worker.model.kernels import MOST_ON_CPU, MOST_ON_GPU, load_kernels, 
 from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.tensors import MappedRows
 from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.ops.basic import AdapterMatrix
 from chatlm.worker.weights.huggingface import hf_spec
-from engines import make_batch
+from arrays import array_of, arrays_of, matrix_of
+from engines import forward_logits, make_batch
 from families import MODELS, tiny_config
 from nightly import by_day
 
@@ -50,7 +50,7 @@ def random_tensors(spec):
     dice = torch.Generator().manual_seed(1)
     found = {name: torch.randn(*shape, generator=dice) * 0.3 for name, shape in expected_tensors(spec).items()}
     if "layer_embed" in found:
-        found["layer_embed"] = MappedRows(found["layer_embed"], "f32", lambda rows: rows)
+        found["layer_embed"] = MappedRows(array_of(found["layer_embed"]), "f32")
     return found
 
 
@@ -58,18 +58,18 @@ def odd_adapter(spec):
     """An adapter of the model's matrices, each of another rank."""
     dice, ranks = torch.Generator().manual_seed(2), iter([1, 3, 17, 33, 5] * 1000)
     shapes = {name: shape for name, shape in expected_tensors(spec).items() if len(shape) == 2 and "." in name and not name.endswith(NOT_ADAPTED)}
-    return {name: AdapterMatrix(torch.randn(rank, K, generator=dice) * 0.2, torch.randn(N, rank, generator=dice) * 0.2, torch.full((rank,), 0.5))
+    return {name: matrix_of(torch.randn(rank, K, generator=dice) * 0.2, torch.randn(N, rank, generator=dice) * 0.2, torch.full((rank,), 0.5))
             for (name, (N, K)), rank in zip(shapes.items(), ranks)}
 
 
 def logits(spec, kernels, chunks, adapted):
     """Of the last of 20 tokens that come in such chunks."""
-    model = Transformer(spec, random_tensors(spec), kernels, num_pages=4, num_slots=4, max_tokens=24, max_rows=4, dtype=torch.float32)
+    model = Transformer(spec, arrays_of(random_tensors(spec)), kernels, num_pages=4, num_slots=4, max_tokens=24, max_rows=4, dtype="float32")
     if adapted:
         model.adapters[1] = kernels.backend.pack_adapter(odd_adapter(spec), model.device)
     ids, done = [7 * i % spec.vocab_size for i in range(20)], 0
     for count in chunks:
-        found = model.forward(make_batch((ids, done, count, [0, 1]))._replace(adapters=[int(adapted)])).clone()
+        found = forward_logits(model, make_batch((ids, done, count, [0, 1]))._replace(adapters=[int(adapted)]))
         done += count
     return found
 

@@ -11,9 +11,10 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.ops import attention
-from chatlm.worker.ops.attention import rope_tables
-from chatlm.worker.ops.basic import GATES, Norm
+from chatlm.worker.ops.basic import GATES
+from chatlm.worker.ops.tensors import rope_tables
 from chatlm.worker.ops.rows import SampleRow
 from patching import patch
 
@@ -239,14 +240,14 @@ def test_paged_attention_is_attention_over_each_rows_own_pages(sequences, window
     cache[[slot for slot in range(40 * PAGE_SIZE) if slot not in used]] = 1e4       # others' keys must not leak in
     out = torch.full((len(q), 48), math.nan)
     patch(monkeypatch, attention, "SCRATCH_SCORES", 4 * 3 * 90)       # four queries at once of the longest
-    plan = KERNELS.plan_attention(batch, batch.positions, [window, 0], torch.float32)
+    plan = KERNELS.plan_attention(batch, batch.positions, [window, 0], "float32")
     KERNELS.paged_attention(q.reshape(len(q), 48), cache, plan, window, out=out)
     close(out, expected)
 
 
 def test_a_window_reads_only_the_pages_it_reaches_into():
     batch = paged_batch(np.random.default_rng(0), [(1, 1600), (1, 1600), (20, 800)], 300, scattered=True)
-    spans = KERNELS.plan_attention(batch, batch.positions, [64], torch.float32)[64]
+    spans = KERNELS.plan_attention(batch, batch.positions, [64], "float32")[64]
     assert [span.mask.shape[-1] for span in spans] == [64, 96]        # 800 - 20 + 1 - 64 = 717, in the page that begins at 704
 
 

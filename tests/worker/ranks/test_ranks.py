@@ -30,7 +30,7 @@ from chatlm.worker.build import build_engine
 from chatlm.worker.ranks.links import ProcessLinks
 from chatlm.worker.ranks.ranks import RankZero
 from answers import asked
-from engines import make_batch, step_pieces
+from engines import forward_logits, make_batch, step_pieces
 from families import MODELS, load, make_model, save
 from nightly import by_day
 from patching import patch
@@ -95,7 +95,7 @@ def group(monkeypatch, tp, pp=1):
 
 
 def forward(engine, *sequences):
-    return (engine.steps if engine.ranks else engine.transformer).forward(make_batch(*sequences)).clone()
+    return forward_logits((engine.steps if engine.ranks else engine.transformer), make_batch(*sequences))
 
 
 def logits_of(engine):
@@ -158,7 +158,7 @@ def test_every_family_and_generation_gives_the_logits_and_tokens_of_one_process(
             assert ("q8_0" in engine.transformer.layout.types) == (kind == "q8_0")
             weights, spec = engine.transformer.weights, engine.transformer.spec
             table = weights["embed"]
-            assert (len(table) if isinstance(table, torch.Tensor) else table.rows) == -(-spec.vocab_size // tp), name    # its rows alone
+            assert (len(table) if hasattr(table, "dtype") else table.rows) == -(-spec.vocab_size // tp), name    # its rows alone
             assert (weights["embed"] is weights.get("head")) == spec.tied_head, name
             tolerance = 2e-2 if kind == "q8_0" else 1e-4        # sums in another order may round to another of 255 steps
             assert (logits_of(engine) - expected).abs().max() < tolerance * max(1.0, expected.abs().max().item()), name

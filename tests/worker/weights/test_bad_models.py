@@ -286,13 +286,13 @@ def test_a_meta_file_that_is_none_is_named(nanochat, text):
 
 @pytest.mark.parametrize("value, words", [
     (lambda: torch.zeros(320, 64).to_sparse(),
-     "lm_head.weight is cpu sparse_coo float32; it must be one of cpu strided float32, "),
-    (lambda: torch.zeros(320, 64).to_sparse_csr(), "sparse_csr"),
-    (lambda: torch.zeros(320, 64, device="meta"), "lm_head.weight is meta strided float32; it must be one"),
-    (lambda: torch.quantize_per_tensor(torch.zeros(320, 64), 1.0, 0, torch.qint8), "qint8"),
-    (lambda: torch.zeros(320, 64, dtype=torch.complex64), "is cpu strided complex64"),
-    (lambda: torch.zeros(320, 64, dtype=torch.int64), "int64"),
-    (lambda: torch.zeros(320, 64, dtype=torch.bool), "is cpu strided bool; it must be one of"),
+     "it would load torch._utils._rebuild_sparse_tensor, which no checkpoint needs"),
+    (lambda: torch.zeros(320, 64).to_sparse_csr(), "it would load torch._utils._rebuild_sparse_tensor"),
+    (lambda: torch.zeros(320, 64, device="meta"), "it would load torch._utils._rebuild_meta_tensor_no_storage"),
+    (lambda: torch.quantize_per_tensor(torch.zeros(320, 64), 1.0, 0, torch.qint8), "it would load torch._utils._rebuild_qtensor"),
+    (lambda: torch.zeros(320, 64, dtype=torch.complex64), "it would load torch.ComplexFloatStorage"),
+    (lambda: torch.zeros(320, 64, dtype=torch.int64), "lm_head.weight is int64; it must be one of float32, bfloat16, float16, float64"),
+    (lambda: torch.zeros(320, 64, dtype=torch.bool), "is bool; it must be one of"),
     (lambda: torch.nested.nested_tensor([torch.zeros(2, 64), torch.zeros(3, 64)]), "nested"),
     (lambda: torch.zeros(320), "lm_head.weight is (320,) instead of (320, 64)"),
     (lambda: torch.zeros(()), "lm_head.weight is () instead of (320, 64)"),
@@ -305,7 +305,7 @@ def test_what_is_no_dense_tensor_of_floats_is_named(nanochat, value, words, key)
     state = torch.load(nanochat.model, weights_only=True)
     torch.save(state | {key: value()}, nanochat.model)
     error = nanochat.error()
-    assert str(nanochat.model) in error and key in error
+    assert str(nanochat.model) in error and (key in error or "it would load" in error)
     assert key != "lm_head.weight" or words in error
 
 

@@ -14,11 +14,13 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
 from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, ShortConv, expected_tensors
-from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, query_scales, rope_frequencies, scale_rows_reference
-from chatlm.worker.ops.basic import RopePairs, gated_add_reference, sparse_routes, unpermute_rope
+from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
+from chatlm.worker.arrays.rotary import query_scales, rope_frequencies
+from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, scale_rows_reference
+from chatlm.worker.ops.basic import gated_add_reference, sparse_routes
 from chatlm.worker.weights.configs import OTHERS_AFFAIR
 from chatlm.worker.weights.huggingface import hf_spec
-from engines import make_batch
+from engines import forward_logits, make_batch
 from families import GROWING, MODELS, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, write_tokenizer
 from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, LFM2_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B
 
@@ -37,7 +39,7 @@ def spec_of(folder, config, context=None):
 def test_the_hidden_states_of_embeddings_are_those_after_the_final_layer_norm(name, tmp_path):
     model, prompt = make_model(name), list(range(3, 43))
     ours = transformer(load(save(model, tmp_path)), load_kernels("cpu"))
-    ours.forward(make_batch((prompt, 0, 40, [0, 1, 2]))._replace(states=True))
+    forward_logits(ours, make_batch((prompt, 0, 40, [0, 1, 2]))._replace(states=True))
     with torch.no_grad():
         theirs = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0]
     np.testing.assert_allclose(ours.hidden_states(0, 40), theirs, atol=2e-5)
@@ -292,8 +294,8 @@ def test_the_ops_of_these_models_are_what_their_names_say():
     norm_qk_reference(qkv, q_norm, k_norm, means, 1e-3, qkv)
     expected = [torch.nn.functional.rms_norm(part, part.shape[1:], weight, 1e-3) for part, weight in ((q, q_norm), (k, k_norm))]
     assert torch.allclose(qkv, torch.cat([*expected, v], 1), atol=1e-6)
-    scales, q = query_scales(ModelSpec(**SPEC | {"max_positions": 8, "q_growth": (0.5, 4)}), "cpu"), torch.full((2, 2), 2.0)
-    scale_rows_reference(q, scales, torch.tensor([3, 4]), out=q)
+    scales, q = query_scales(ModelSpec(**SPEC | {"max_positions": 8, "q_growth": (0.5, 4)})), torch.full((2, 2), 2.0)
+    scale_rows_reference(q, torch.from_numpy(scales), torch.tensor([3, 4]), out=q)
     assert torch.allclose(q, torch.tensor([[2.0] * 2, [2 * (1 + 0.5 * np.log(2))] * 2]).float())
 
 
@@ -302,7 +304,7 @@ def test_the_ops_of_these_models_are_what_their_names_say():
 
 def test_rotary_pairs_of_a_part_of_each_head_are_put_in_order():
     rows = torch.arange(12)[:, None] * torch.ones(12, 2)
-    assert unpermute_rope(rows, RopePairs(6, 4))[:, 0].tolist() == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]
+    assert unpermute_rope(rows.numpy(), RopePairs(6, 4))[:, 0].tolist() == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]
     assert unpermute_rope(rows[:, 0].numpy(), RopePairs(12, 12)).tolist() == [0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]
     assert unpermute_rope(rows, None) is rows
 

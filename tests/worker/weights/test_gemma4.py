@@ -22,6 +22,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import NO_GAUGES
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.build import build_engine
 from chatlm.worker.model.kernels import choose_backend, load_kernels
 from chatlm.worker.model.spec import expected_tensors
@@ -229,12 +230,12 @@ def large_table(tmp_path, form):
 def resident(rows):
     """Of each row of a MappedRows, whether all of its pages are in memory; and how many pages of the table are."""
     page, table = mmap.PAGESIZE, rows.table
-    begin = table.data_ptr() // page * page
-    pages = -(-(table.data_ptr() + table.nbytes - begin) // page)
+    begin = address_of(table) // page * page
+    pages = -(-(address_of(table) + table.nbytes - begin) // page)
     held = (ctypes.c_ubyte * pages)()
     assert not ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(begin), ctypes.c_size_t(pages * page), held)
     held = np.frombuffer(held, np.uint8) & 1
-    starts = table.data_ptr() - begin + np.arange(len(table)) * table[0].nbytes
+    starts = address_of(table) - begin + np.arange(len(table)) * table[0].nbytes
     return [bool(held[start // page:-(-(start + table[0].nbytes) // page)].all()) for start in starts], int(held.sum())
 
 
@@ -305,5 +306,5 @@ def test_rows_of_each_type_are_the_whole_table_s(kind):
     gguf_type, values = gguf.GGMLQuantizationType[kind], np.random.default_rng(2).standard_normal((9, 512), np.float32)
     tensor = SimpleNamespace(tensor_type=gguf_type, data=gguf.quantize(values, gguf_type))
     out, whole = torch.empty(4, 512), gguf.dequantize(tensor.data, gguf_type).astype(np.float32)
-    mapped_table(tensor).look_up(torch.tensor([8, 0, -1, 3]), out)
+    out.copy_(torch.from_numpy(mapped_table(tensor).look_up(np.array([8, 0, -1, 3]))))
     assert torch.equal(out, torch.from_numpy(whole[[8, 0, 0, 3]]))

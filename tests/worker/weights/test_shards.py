@@ -19,7 +19,7 @@ from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.shards import layers_of, shard_model, shard_of, shard_spec, share_of, stage_model
 from attention_kinds import KINDS, kinds_model, loaded
-from engines import make_batch
+from engines import forward_logits, make_batch
 from families import MODELS, as_gguf, load, make_model, save
 from hub_configs import GEMMA4_CONFIGS
 from nightly import by_day
@@ -169,10 +169,10 @@ def kernels_of(rank, together):
 
 def logits_of(model, kernels, steps, results, rank, tables):
     try:
-        transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=20, num_slots=20, max_tokens=64, dtype=torch.float32)
+        transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=20, num_slots=20, max_tokens=64, dtype="float32")
         assert (transformer.weights["head"] is transformer.weights["embed"]) == model.spec.tied_head
         tables[rank] = transformer.weights["embed"]
-        results[rank] = torch.cat([transformer.forward(step).clone() for step in steps])
+        results[rank] = torch.cat([forward_logits(transformer, step) for step in steps])
     except BaseException as failure:
         results[rank] = failure
         raise
@@ -234,12 +234,12 @@ def test_each_stage_keeps_the_states_and_the_keys_of_its_own_layers(name, stages
     expected, parts = {}, [stage_model(model, stage, stages) for stage in range(stages)]
     steps = [make_batch((tokens, 0, 40, pages)), make_batch((tokens, 40, 1, pages))]
     logits_of(model, load_kernels("cpu"), steps, expected, 0, {})
-    made = [Transformer(part.spec, dict(part.tensors), load_kernels("cpu"), num_pages=20, num_slots=20, max_tokens=64, dtype=torch.float32) for part in parts]
+    made = [Transformer(part.spec, dict(part.tensors), load_kernels("cpu"), num_pages=20, num_slots=20, max_tokens=64, dtype="float32") for part in parts]
     for step, logits in zip(steps, expected[0]):
         for before, stage in zip([None, *made], made):
             for passed in stage.passed_on(0) if before else ():
                 stage.buffers[passed].copy_(before.buffers[passed])
-            found = stage.forward(step)
+            found = forward_logits(stage, step)
         torch.testing.assert_close(found[0], logits, rtol=1e-5, atol=1e-5)
     assert [len(stage.layout.group) for stage in made] == [len(layers_of(model.spec, n, stages)) for n in range(stages)]
     assert sum(part.spec.state_bytes for part in parts) == model.spec.state_bytes == sum(

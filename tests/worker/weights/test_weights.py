@@ -33,12 +33,14 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.tokenizer import compile_chat_template
+from chatlm.worker.arrays.kinds import kind_of
 from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.spec import Batch, expected_tensors
 from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.ops.tensors import dtype_of, tensor_of
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.load import open_model
-from engines import tensors_of
+from engines import forward_logits, tensors_of
 from nightly import by_day
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
 
@@ -55,7 +57,7 @@ class Reader:
 
     def __init__(self, model, pages=40):
         self.transformer = Transformer(model.spec, dict(model.tensors), load_kernels("cpu"), num_pages=pages, max_tokens=512,
-                                       device="cpu", dtype=torch.float32)
+                                       device="cpu", dtype="float32")
         self.tokens, self.table = [], list(range(pages))
 
     def feed(self, tokens, all_logits=False):
@@ -64,7 +66,7 @@ class Reader:
         batch = Batch(token_ids=tokens, previous_token_ids=(previous + tokens)[:-1], starts=[0, len(tokens)],
                       lengths=[len(self.tokens)], tables=[self.table[:-(-len(self.tokens) // PAGE_SIZE)]],
                       logit_rows=list(range(len(tokens))) if all_logits else [len(tokens) - 1])
-        return self.transformer.forward(batch).clone()
+        return forward_logits(self.transformer, batch)
 
 
 # --- which model ---------------------------------------------------------------------------------------------------
@@ -676,8 +678,8 @@ def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name)
                                                             if name != "F32" else stored["blk.0.ffn_down.weight"])
     if becomes in ("F16", "BF16"):
         [down] = down
-        assert down.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}[becomes]
-        assert torch.equal(down, exact.to(down.dtype))
+        assert kind_of(down) == {"F16": "float16", "BF16": "bfloat16"}[becomes]
+        assert torch.equal(tensor_of(down), exact.to(dtype_of(kind_of(down))))
     else:
         values = torch.from_numpy(gguf.dequantize(down.parts[0][1], gguf.GGMLQuantizationType[becomes]))
         scale = exact.view(-1, 32).abs().amax(-1, keepdim=True) / 127
@@ -729,7 +731,7 @@ def test_a_file_of_many_types_computes_what_its_dequantized_weights_say(tmp_path
     limits = {"max_tokens": 64, "max_rows": 64}
     kernels = load_kernels("cpu", model.spec, **limits)
     assert kernels.row_invariant
-    ours = Transformer(model.spec, dict(model.tensors), kernels, num_pages=3, device="cpu", dtype=None, **limits).forward(batch)
+    ours = forward_logits(Transformer(model.spec, dict(model.tensors), kernels, num_pages=3, device="cpu", dtype=None, **limits), batch)
     assert (ours - exact).abs().max() < 0.02 * exact.abs().max()
 
 
@@ -740,15 +742,15 @@ def test_every_quantization_loads_bit_equal_to_the_packages_dequantization(tmp_p
               for key, tensor in plain.items()}
     path = write_gguf(tmp_path / "tiny.gguf", stored, LLAMA_NUMBERS)
     expected = {key: gguf.dequantize(value[0], kind) if isinstance(value, tuple) else value for key, value in stored.items()}
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors = tensors_of(load(path, str(dtype).removeprefix("torch.")))
+    for dtype in ("float32", "bfloat16"):
+        tensors = tensors_of(load(path, dtype))
         wanted = {"embed": expected["token_embd.weight"], "0.output": expected["blk.0.attn_output.weight"],
                   "0.down": expected["blk.0.ffn_down.weight"],
                   "0.gate_up": numpy.concatenate([expected[f"blk.0.ffn_{part}.weight"] for part in ("gate", "up")]),
                   "0.qkv": numpy.concatenate([unturned(expected["blk.0.attn_q.weight"], 64),
                                               unturned(expected["blk.0.attn_k.weight"], 64), expected["blk.0.attn_v.weight"]])}
         for ours, theirs in wanted.items():
-            assert torch.equal(tensors[ours], torch.from_numpy(theirs).to(dtype)), ours
+            assert torch.equal(tensors[ours], torch.from_numpy(theirs).to(dtype_of(dtype))), ours
         assert torch.equal(tensors["0.ffn_norm"], torch.from_numpy(plain["blk.0.ffn_norm.weight"]))
         assert tensors["0.ffn_norm"].dtype == torch.float32 and "head" not in tensors
 
@@ -808,7 +810,7 @@ def test_logits_of_the_default_model_agree_with_transformers(default_model_path,
         for name in ("get_tensor_name_map", "GGUFReader"):
             patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
         theirs = AutoModelForCausalLM.from_pretrained(str(default_model_path.parent), gguf_file=default_model_path.name,
-                                                      dtype=torch.float32)
+                                                      dtype="float32")
     model = load(default_model_path)
     tokenizer = open_tokenizer(model.text)
     tokens = tokenizer.render([Message("user", PROSE)]) + tokenizer.encode(PROSE)
