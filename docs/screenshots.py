@@ -37,7 +37,7 @@ def picture_of_page(browser, url, name):
         ask(page, question)
         expect_answered(page, count)
     page.mouse.move(0, 0)
-    page.wait_for_function("() => typeof hljs !== 'undefined'")
+    page.evaluate("() => Promise.all(libraries.values()).then(() => null)")
     if name != "phone":
         questions(page).first.scroll_into_view_if_needed()
     page.screenshot(path=DOCS / f"{name}.png")

@@ -407,11 +407,11 @@ function goOn(node) {
   });
 }
 
-// The title of a chat follows its first question, unless it has got another one.
+// The title of a chat follows its first question, unless it has got another one, and goes back with a refused question.
 function editQuestion(node, text) {
-  const {chat} = state, before = chat.title, follows = !state.nodes.has(node.parent) && before === titleOf(node.content);
-  if (!ask(text, partsOf(node).files, node.parent, () => { if (follows) changeChat(chat, {title: before}); })) return false;
-  if (follows && text.trim()) { changeChat(chat, {title: titleOf(text)}); render(); }
+  const {chat} = state, before = chat.title, title = titleOf(text), follows = !state.nodes.has(node.parent) && before === titleOf(node.content);
+  if (!ask(text, partsOf(node).files, node.parent, () => { if (follows && chat.title === title) changeChat(chat, {title: before}); })) return false;
+  if (follows && text.trim()) { changeChat(chat, {title}); render(); }
   return true;
 }
 

@@ -219,7 +219,7 @@ const exportMenu = () => {
   return [...(ofChat ? [[TEXT.thisChat, "export", () => exportChats([state.chat])]] : []),
     ...(hasAny ? [[TEXT.allChats, "export", () => exportChats([...state.chats.values()])]] : []),
     ...(ofChat ? [[TEXT.asMarkdown, "export", () => download(markdownOf(state.chat, state.path), `${fileName(state.chat)}.md`, "text/markdown")],
-      [TEXT.asPage, "export", () => download(pageOf(state.chat, state.path), `${fileName(state.chat)}.html`, "text/html")]] : [])];
+      [TEXT.asPage, "export", exportPage]] : [])];
 };
 
 // Shows what a file contains. If a chat is here already, the newer version replaces it unless the reader keeps both.
@@ -291,6 +291,14 @@ function pageOf({title}, path) {
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width">${element("title", {textContent: title || TEXT.chat}).outerHTML}
 <style>:root{color-scheme:light dark;${root.join(";")}}\n${PAGE_STYLE}${DRAWN_STYLE}</style></head>\n${body.outerHTML}</html>\n`;
+}
+
+// Drawn twice where that needs libraries which nothing shown has needed.
+async function exportPage() {
+  const {chat, path} = state;
+  pageOf(chat, path);
+  await Promise.all(libraries.values());
+  download(pageOf(chat, path), `${fileName(chat)}.html`, "text/html");
 }
 
 // Shows what a file contains, and stores it if the reader agrees.

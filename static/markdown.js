@@ -148,7 +148,9 @@ function mathNode(tex, display) {
 }
 
 function newFormula(tex, display) {
-  const html = typeof katex === "undefined" || tex.length > MOST_TEX ? "" : mathOf(tex, display);
+  if (tex.length > MOST_TEX) return null;
+  if (typeof katex === "undefined") { need("katex", drawFormulas); return null; }
+  const html = mathOf(tex, display);
   return html && deepest(html) <= MOST_NESTED ? withClasses(cleanFragment(html)) : null;
 }
 
@@ -470,6 +472,7 @@ class CodeText {
     this.drawn = text;
     const known = typeof hljs !== "undefined" && Boolean(hljs.getLanguage(this.language));
     if (typeof hljs !== "undefined") this.settle(text, known);
+    else need("highlight", drawCode);
     const rest = text.slice(this.settled);
     const lit = known && !this.stuck && rest && (final || rest.length < 2 * CODE_STEP);
     this.setRest(lit ? this.highlighted(rest).fragment : rest);
@@ -759,14 +762,6 @@ const expandTabs = space => {
   for (const char of space) width = char === "\t" ? width + 4 - width % 4 : width + 1;
   return " ".repeat(width);
 };
-
-register({
-  bind() {
-    for (const [name, drawIt] of [["highlight", drawCode], ["katex", drawFormulas]]) {
-      document.querySelector(`script[src*="${name}"]`).addEventListener("load", drawIt);
-    }
-  },
-});
 
 share({markdownWork, DRAWN_STYLE, element, mathNode, codeBox, CodeText, MarkdownView});
 }

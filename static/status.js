@@ -25,7 +25,7 @@ function openStatus() {
   glanced = {isNews: inOrder(), samples: [], looks: [], charts: null, runs: {}, timer: setInterval(lookAtServer, STATUS_MS)};
   render();
   $("status").focus({preventScroll: true});
-  lookAtServer();
+  need("uplot").then(lookAtServer);
 }
 
 function closeStatus() {

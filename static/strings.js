@@ -34,6 +34,24 @@ function register(part) {
   parts.push(part);
 }
 
+// libraries -------------------------------------------------------------------------------------------------------------
+
+const libraries = new Map();      // name -> promise, resolved once it is loaded or has failed to load
+const NEED_AGAIN_MS = 5000;       // after a failure
+
+// Loads a library of the template in index.html when it is first needed, then calls `use`.
+function need(library, use) {
+  if (libraries.has(library)) return libraries.get(library);
+  const script = $("libraries").content.querySelector(`[src*="${library}"]`).cloneNode();
+  const loading = new Promise(end => {
+    script.onload = () => { use?.(); end(); };
+    script.onerror = () => { setTimeout(() => libraries.delete(library), NEED_AGAIN_MS); end(); };
+  });
+  libraries.set(library, loading);
+  document.head.append(script);
+  return loading;
+}
+
 // shared helpers ------------------------------------------------------------------------------------------------------
 
 const $ = id => document.getElementById(id);

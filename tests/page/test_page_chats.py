@@ -498,7 +498,6 @@ def test_an_exported_page_has_the_page_s_colours_of_code_and_alignments(page, st
     text += "| a | b | c |\n|:--|:-:|--:|\n| 1 | 2 | 3 |\n\n$$\\begin{aligned} a &= b \\end{aligned}$$"
     messages = [{"role": "user", "content": "Look:\n```python\nx = 'y'\n```"}, {"role": "assistant", "content": text}]
     open_page(page, stand_in.url)
-    page.wait_for_function("() => typeof hljs === 'object' && typeof katex === 'object'")
     page.evaluate("text => importAll(importOf(text), 'it')", json.dumps({"messages": messages}))
     expect(page.locator(".assistant .hljs-keyword").first).to_be_visible()
     reader = page.context.new_page()
@@ -669,7 +668,16 @@ def test_a_title_follows_its_edited_question_until_it_is_renamed(page, stand_in)
         expect(button(page, "Stop")).to_be_hidden()
     expect(page.get_by_role("alert")).to_contain_text("the limit is 8,000")
     expect(chats(page)).to_have_text(["What is a mill?"])
-    page.evaluate("changeChat(state.chat, {title: 'Mills'}); render()")
+    button(questions(page), "Edit").click()
+    page.get_by_role("textbox", name="Edited text").fill("refuse this")
+    page.evaluate("""() => { const real = window.fetch; window.fetch = async (url, options) => {
+        const response = await real(url, options);
+        if (/completions/.test(url)) changeChat(state.chat, {title: "Mills"});           // before the page hears of the refusal
+        return response;
+    }; }""")
+    button(page, "Update").click()
+    expect(page.get_by_role("alert")).to_contain_text("the limit is 8,000")
+    expect(chats(page)).to_have_text(["Mills"])
     button(questions(page), "Edit").click()
     page.get_by_role("textbox", name="Edited text").fill("And a windmill?")
     button(page, "Update").click()

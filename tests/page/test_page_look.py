@@ -194,7 +194,7 @@ def test_all_of_it_is_reached_and_used_with_the_keyboard_alone(asked):
 
 def test_runs_are_drawn_by_step(opened_page):
     steps = [{"id": f"d4@{step}", "run": "d4", "step": step, "state": "ready", "bits_per_byte": 3 - step / 100} for step in (10, 20, 30)]
-    found = opened_page.evaluate("""models => { openStatus(); addSample(glanced, {workers: []}, new Map()); showStatus({models}, glanced);
+    found = opened_page.evaluate("""async models => { await need("uplot"); openStatus(); addSample(glanced, {workers: []}, new Map()); showStatus({models}, glanced);
         return glanced.runs.d4.figure.getAttribute("aria-label"); }""", steps)
     assert found == "10: 2.900, 20: 2.800, 30: 2.700"
     opened_page.evaluate("closeStatus()")
@@ -204,6 +204,7 @@ def test_runs_are_drawn_by_step(opened_page):
 def test_the_labels_beside_a_chart_are_whole(opened_page, speed):
     rooms = opened_page.evaluate("""async speed => {
         const workers = [{gpu_id: 0, device: "cpu", state: "ready", tokens_per_second: speed, memory_used: 987e9, kv_pages_used: 4e6, kv_pages_total: 5e6}];
+        await need("uplot");
         openStatus();
         for (const queued of [0, 98765]) addSample(glanced, {workers, queue_depth: queued}, new Map());
         showStatus({workers}, glanced);
@@ -219,6 +220,38 @@ def test_the_labels_beside_a_chart_are_whole(opened_page, speed):
 def test_all_of_the_page_but_the_font_of_formulas_takes_320_kb():
     files = [path for pattern in ("*.*", "vendor/*.js", "vendor/*.css") for path in (ROOT / "static").glob(pattern)]
     assert 100_000 < sum(len(gzip.compress(path.read_bytes())) for path in files) < 320_000
+
+
+LOADED = "() => performance.getEntriesByType('resource').map(({name}) => name.split('/static/')[1]).filter(name => /\\.(js|css|woff2)$/.test(name))"
+
+
+def test_the_first_view_takes_200_kb_and_libraries_load_when_they_are_needed(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "one")
+    expect_answered(page)
+    loaded = page.evaluate(LOADED)
+    assert len(loaded) > 10 and len(loaded) == len(set(loaded))
+    assert sum(len(gzip.compress((ROOT / "static" / name).read_bytes())) for name in ["index.html", *loaded]) < 200_000
+    late = ["highlight.min", "katex.min", "uplot.iife.min"]
+    assert [name for name in late if f"vendor/{name}.js" in loaded] == []
+    ask(page, "markdown")
+    expect(answers(page).last.locator("pre .hljs-keyword").first).to_have_text("def")
+    expect(answers(page).last.locator("math")).to_have_count(3)
+    page.evaluate("openStatus()")
+    expect(page.locator("#status-charts canvas").first).to_be_visible()
+    assert sorted(name for name in page.evaluate(LOADED) if name not in loaded and name.endswith("js")) == [f"vendor/{name}.js" for name in late]
+
+
+def test_a_library_that_does_not_load_leaves_plain_code_and_a_status_without_charts(page, stand_in):
+    page.route(re.compile("highlight|katex|uplot"), lambda route: route.abort())
+    open_page(page, stand_in.url)
+    ask(page, "markdown")
+    expect_answered(page)
+    expect(answers(page).locator("pre").first).to_contain_text("return b, a")
+    expect(answers(page).locator("code.tex").first).to_be_visible()
+    page.evaluate("openStatus()")
+    expect(page.locator("#status-workers")).to_contain_text("ready")
+    expect(page.locator("#status-charts canvas")).to_have_count(0)
 
 
 def test_a_server_that_cannot_do_it_offers_none_of_it(page, stand_in):
