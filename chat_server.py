@@ -25,8 +25,7 @@ The houses
               never opens a network socket, but for processes that prove to know its secret: a front where
               Ray placed it, and ranks on other machines
           | with --tp or --pp one socket pair per other rank, TCP under torchrun: the steps to compute
-    ranks     the worker is rank 0; each has a shard of the weights, and they sum in shared memory
-              (GPUs by NCCL, nodes without them by Gloo)
+    ranks     the worker is rank 0; each has a shard, and they sum in shared memory (or by NCCL or Gloo)
 
 The rooms, each above those that it may import
 
@@ -43,7 +42,8 @@ The rooms, each above those that it may import
           ranks/              one model in several processes
           weights/            a model's files become tensors; families, shards, adapters
           model/              `ModelSpec`, `Transformer`, and which kernels compute
-          ops/                the reference of each op
+          ops/                the reference of each op, and torch's tensors
+          arrays/             arrays without torch
     chatlm/common/hub/        which model: on this machine, on the hub, or the default one
           processes/          starting processes, torchrun, Ray
           text/               tokenizers, chat templates, reasoning and calls

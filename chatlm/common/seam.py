@@ -1,7 +1,8 @@
 """The seam to decode_core as a digest: if it differs, decode_core was built for another chat_server.
 
-chat_server's side states all of it: what a backend has (`Backend`, `Steps`), the ops (`Kernels`), the parameters
-of their references, and what decode_core gets (`for_decode_core`). chat_server reads the digest off its own modules.
+chat_server's side states all of it: what a backend has (`Backend`, `Steps`), the ops (`Kernels`), the
+parameters of their references, and what decode_core gets (`for_decode_core`). chat_server reads the digest
+off its own modules.
 setup.py reads the same modules next to it, and compiles the digest into decode_core. Only names count, so a
 changed meaning needs a new name. The fields of the classes passed across do not count, since they grow with
 every family: those that decode_core reads keep their names.
@@ -37,7 +38,8 @@ def seam_names(read: Callable[[str], str]) -> Iterator[str]:
     yield from imported(read, ast.parse(read(REFERENCES)).body)
 
 
-def imported(read: Callable[[str], str], body: list[ast.stmt], wanted: set[str] | None = None) -> Iterator[str]:
+def imported(read: Callable[[str], str], body: list[ast.stmt],
+             wanted: set[str] | None = None) -> Iterator[str]:
     """The functions that a module imports, with their parameters; all, or those with `wanted` names."""
     for node in body:
         if isinstance(node, ast.ImportFrom):

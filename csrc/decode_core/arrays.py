@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import _core
 
@@ -65,7 +65,7 @@ def bits_of(name: str, array, types: tuple, *shape) -> tuple[str, numpy.ndarray]
     import numpy        # most of the package does without
     address, kind, size, _ = look_at(name, array, types, *shape)
     count = math.prod(size)
-    memory = (ctypes.c_uint8 * (count * BYTES[kind])).from_address(address)
+    memory: Any = (ctypes.c_uint8 * (count * BYTES[kind])).from_address(address)
     return kind, numpy.frombuffer(memory, NUMPY.get(kind, kind), count).reshape(size)
 
 

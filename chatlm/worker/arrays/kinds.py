@@ -25,8 +25,8 @@ class Device(str):
 
 
 class Bits(numpy.ndarray):
-    """Numbers of a type that numpy lacks, as their bits. Parts of it and other shapes keep the type; arithmetic
-    is refused, and so are joins: see `joined`."""
+    """Numbers of a type that numpy lacks, as their bits. Parts of it and other shapes keep the type;
+    arithmetic is refused, and numpy's joins lose the type: see `joined`."""
 
     kind = ""
     __array_ufunc__ = None  # pyright: ignore[reportAssignmentType]  that is numpy's way to refuse
@@ -112,7 +112,8 @@ def as_kind(array: numpy.ndarray, kind: str) -> numpy.ndarray:
     if kind != "bfloat16":
         return floats(array).astype(kind)
     made = empty(array.shape, kind)
-    from_rows, to_rows = (x.reshape(-1, array.shape[-1]) if array.ndim > 1 else x for x in (array, bits_of(made)))
+    from_rows, to_rows = (x.reshape(-1, array.shape[-1]) if array.ndim > 1 else x
+                          for x in (array, bits_of(made)))
     step = max(1, ROWS_AT_ONCE // max(math.prod(from_rows.shape[1:]), 1))
     for begin in range(0, len(from_rows), step):
         bits = numpy.ascontiguousarray(floats(from_rows[begin:begin + step])).view(numpy.uint32)

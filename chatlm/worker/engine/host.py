@@ -66,7 +66,8 @@ class HostSteps:
         logits = logits if len(drawn) == len(logits) else logits[drawn]  # (len(rows), V)
         owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
         params = [owner.work.params for owner in owners]
-        lines = {i: host_row(arrays.numpy(logits[i])) for i, own in enumerate(params) if own.logprobs is not None}
+        lines = {i: host_row(arrays.numpy(logits[i]))
+                 for i, own in enumerate(params) if own.logprobs is not None}
         for line, owner in zip(logits, owners):
             if grammar := owner.output.grammar:
                 line[arrays.of(~grammar.allowed(len(line)))] = -math.inf

@@ -218,7 +218,8 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     ops = backend.ops(max_tokens, max_rows, quantize)
     names = dict.fromkeys(OPS, "torch/reference") | {"sample": "numpy/reference"}
     names |= dict.fromkeys(set(ops) - set(backend.faults), backend.name)
-    return Kernels(**(references().REFERENCES if backend.tensors else {}) | ops, **(join(backend) if join else {}), names=names, backend=backend)
+    ops = (references().REFERENCES if backend.tensors else {}) | ops | (join(backend) if join else {})
+    return Kernels(**ops, names=names, backend=backend)
 
 
 def choose_backend(device, spec: ModelSpec | None, whole: ModelSpec | None = None, says_why: bool = False):
@@ -331,8 +332,8 @@ class ForDecodeCore(SimpleNamespace):
 def for_decode_core() -> ForDecodeCore:
     """The parts of chat_server that decode_core uses, since it does not import chatlm."""
     return ForDecodeCore(
-        PAGE_SIZE=PAGE_SIZE, OPS=OPS, as_kind=as_kind, of_kind=of_kind, mapped_zeros=mapped_zeros, own_threads=own_threads,
-        token_places=token_places, dequantized=dequantized,
+        PAGE_SIZE=PAGE_SIZE, OPS=OPS, as_kind=as_kind, of_kind=of_kind, mapped_zeros=mapped_zeros,
+        own_threads=own_threads,        token_places=token_places, dequantized=dequantized,
         dequantize=dequantize, unpermute_rope=unpermute_rope,
         ModelSpec=ModelSpec, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm,
         Sequences=Sequences, SampleRow=SampleRow, SamplingParams=SamplingParams,
@@ -354,7 +355,8 @@ def machine_report() -> str:
     cpu = line_of("/proc/cpuinfo", "model name") or os.uname().machine
     return "\n".join((
         f"chat_server {__version__} (seam {seam()}), decode_core (seam {theirs}); {kernels_line()}",
-        f"{f'torch {torch.__version__}' if torch else 'no torch'}, numpy {numpy.__version__}, Python {sys.version.split()[0]}",
+        f"{f'torch {torch.__version__}' if torch else 'no torch'}, numpy {numpy.__version__}, "
+        f"Python {sys.version.split()[0]}",
         f"CUDA of torch: {torch and torch.version.cuda or 'none'}; "
         f"driver: {line_of('/proc/driver/nvidia/version', 'NVRM') or 'none'}",
         f"{os.uname().sysname}, {cpu}, {isa}, {threads_per_worker(1)} threads"))

@@ -155,8 +155,8 @@ def advise(mapped: Iterable[Any], advice: str):
 
 
 def is_mapped(tensor) -> bool:
-    """Is it in a mapped file? A copy of what lay there between the addresses of numbers is not: the system would
-    not release its memory but make it zeros."""
+    """Is it in a mapped file? A copy of what lay there between the addresses of numbers is not: the system
+    would make its memory zeros."""
     while isinstance(tensor, (numpy.ndarray, memoryview)):
         tensor = tensor.base if isinstance(tensor, numpy.ndarray) else tensor.obj
     return isinstance(tensor, mmap.mmap)

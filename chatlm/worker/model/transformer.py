@@ -189,8 +189,9 @@ class Transformer:
         if self.spec.layer_norms:
             x = x - x.mean(axis=1, keepdims=True)
         x = x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + self.norm_eps)
-        weight, bias = (0.0 if part is None else self.arrays.numpy(part).astype(numpy.float64) for part in map(
-            self.weights.get, ("final_norm", "final_norm_bias")))
+        weight, bias = (
+            0.0 if part is None else self.arrays.numpy(part).astype(numpy.float64)
+            for part in map(self.weights.get, ("final_norm", "final_norm_bias")))
         return (x * weight if self.spec.norm_weights else x) + bias
 
     def inputs(self, batch: Batch) -> Inputs:

@@ -167,7 +167,8 @@ def make_span(batch, positions, table, group, window, dtype) -> Span:
     keys = torch.arange(first * PAGE_SIZE, max(lengths), device=positions.device)  # (S,) positions
     age = positions[rows].view(len(group), 1, count, 1) - keys  # < 0: future
     hidden = (age < 0) | (age >= window) if window else age < 0
-    mask = torch.zeros(hidden.shape, dtype=getattr(torch, dtype), device=keys.device).masked_fill_(hidden, -math.inf)
+    mask = torch.zeros(hidden.shape, dtype=getattr(torch, dtype), device=keys.device)
+    mask.masked_fill_(hidden, -math.inf)
     return Span(rows, table[group.start:group.stop, first:last].flatten(), mask)
 
 

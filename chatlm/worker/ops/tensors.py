@@ -23,7 +23,8 @@ def tensor_of(array: numpy.ndarray, device="cpu", kind: str | None = None) -> to
     bits = bits_of(array)
     if not bits.flags.writeable or any(step < 0 for step in bits.strides):
         bits = bits.copy()
-    signed = bits.view(numpy.int16) if bits.dtype == numpy.uint16 else bits  # torch computes nothing with uint16
+    # torch computes nothing with uint16
+    signed = bits.view(numpy.int16) if bits.dtype == numpy.uint16 else bits
     tensor = torch.from_numpy(signed)
     if isinstance(array, Bits):
         tensor = tensor.view(dtype_of(kind_of(array)))
@@ -31,7 +32,7 @@ def tensor_of(array: numpy.ndarray, device="cpu", kind: str | None = None) -> to
 
 
 def zeroed(shape: tuple[int, ...], dtype: torch.dtype, device) -> torch.Tensor:
-    """A tensor of zeros. On a CPU it takes memory only as it is written; torch.zeros writes it all at once."""
+    """Zeros. On a CPU they take memory only as they are written; torch.zeros writes all of it at once."""
     if torch.device(device).type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     return tensor_of(mapped_zeros(shape, str(dtype).removeprefix("torch.")))

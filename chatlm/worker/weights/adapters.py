@@ -14,7 +14,8 @@ from typing import NamedTuple, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, printable
-from chatlm.worker.arrays.kinds import FLOATS, AdapterMatrix, as_kind, bits_of, contiguous, joined as in_one, kind_of, zeros
+from chatlm.worker.arrays import kinds
+from chatlm.worker.arrays.kinds import FLOATS, AdapterMatrix, as_kind, bits_of, contiguous, kind_of, zeros
 from chatlm.worker.model.tensors import Cut, Unread
 from chatlm.worker.weights.assemble import file_shapes
 from chatlm.worker.weights.lora import Change, read_adapter
@@ -103,10 +104,10 @@ def rows_before(shapes: Iterable[tuple[int, ...]]) -> list[int]:
 
 def joined(parts: list[Part], cut: Cut) -> AdapterMatrix:
     """The parts of one matrix combined, as far as a rank has them."""
-    kinds = {kind_of(array) for part in parts for array in (part.change.a, part.change.b)}
-    kind = kinds.pop() if len(kinds) == 1 else "float32"
+    types = {kind_of(array) for part in parts for array in (part.change.a, part.change.b)}
+    kind = types.pop() if len(types) == 1 else "float32"
     kind = kind if kind in FLOATS else "float32"
-    a = in_one([as_kind(part.change.a, kind) for part in parts])
+    a = kinds.joined([as_kind(part.change.a, kind) for part in parts])
     b = zeros((cut.full[0], len(a)), kind)
     scales, rank = numpy.empty(len(a), numpy.float32), 0
     for first, (own_a, own_b, scaling, _) in parts:
@@ -114,7 +115,7 @@ def joined(parts: list[Part], cut: Cut) -> AdapterMatrix:
         bits_of(b)[first:first + len(own_b), ranks] = bits_of(as_kind(own_b, kind))
         scales[ranks] = scaling
     pieces = [piece for _, piece in cut.apply([a if cut.axis else b])]
-    a, b = (in_one(pieces), b) if cut.axis else (a, in_one(pieces))
+    a, b = (kinds.joined(pieces), b) if cut.axis else (a, kinds.joined(pieces))
     return AdapterMatrix(contiguous(a), contiguous(b), scales)
 
 

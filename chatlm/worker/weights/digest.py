@@ -93,7 +93,7 @@ def arithmetic_of(transformer: Transformer, settings: Settings) -> list[str]:
     """Everything but the weights that may change the bits of a page, or their layout."""
     code, core = hashlib.sha256(), decode_core()
     for name, text in program_sources().items():
-        if name.startswith(("chatlm/worker/model/", "chatlm/worker/ops/", "chatlm/worker/weights/", "chatlm/worker/arrays/")):
+        if name.startswith(tuple(f"chatlm/worker/{room}/" for room in ("model", "ops", "weights", "arrays"))):
             code.update(name.encode() + text)
     if compiled := getattr(getattr(core, "_core", None), "__file__", None):
         code.update(Path(compiled).read_bytes())

@@ -133,7 +133,9 @@ def of_mixer(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
     """A folder's tensor in GGUF's form: convolutions (C, 1, taps) as (C, taps), and the decay."""
     if re.search(r"\.(conv|conv1d)\.weight$", name) and tensor.ndim == 3:
         return tensor[:, 0]
-    return -numpy.exp(floats(tensor).astype(numpy.float64)).astype(numpy.float32) if name.endswith(".A_log") else tensor
+    if not name.endswith(".A_log"):
+        return tensor
+    return -numpy.exp(floats(tensor).astype(numpy.float64)).astype(numpy.float32)
 
 
 def in_two(tensor: numpy.ndarray, axis: int) -> tuple[numpy.ndarray, numpy.ndarray]:

@@ -66,7 +66,8 @@ GPT2_TENSORS = both({
 def repack_gpt2(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
     """Its folders store matrices as (in, out), those of the base model without a prefix."""
     return {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}":
-            tensor.swapaxes(-1, -2) if re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name) and tensor.ndim > 1 else tensor
+            tensor.swapaxes(-1, -2) if tensor.ndim > 1 and re.search(r"\.c_(attn|proj|fc)\.weight$", name)
+            else tensor
             for name, tensor in state.items()}
 
 

@@ -13,9 +13,10 @@ from chatlm.common.files import check_regular
 from chatlm.worker.arrays.kinds import address_of, item_bytes, of_kind
 from chatlm.worker.weights.files import refuse_cut_safetensors
 
-KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-         "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
-         "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool"}
+KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+         "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool",
+         **{f"{letter}{bits}": f"{word}{bits}" for letter, word in (("I", "int"), ("U", "uint"))
+            for bits in (8, 16, 32, 64)}}
 
 
 def read_safetensors_file(path: Path) -> dict[str, numpy.ndarray]:

@@ -1,4 +1,4 @@
-"""Files of torch.save, read without torch: a zip archive of bytes, and a pickle that may call nothing of ours."""
+"""Files of torch.save, read without torch: a zip archive, and a pickle that may call nothing."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Storage(NamedTuple):
 
 
 STORAGES = {"FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-            "DoubleStorage": "float64", "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16",
-            "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool"}
+            "DoubleStorage": "float64", "LongStorage": "int64", "IntStorage": "int32",
+            "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool"}
 
 
 def rebuilt(storage: numpy.ndarray, offset: int, size: tuple, stride: tuple, *_) -> numpy.ndarray:
