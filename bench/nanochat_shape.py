@@ -38,9 +38,9 @@ def shape(depth: int) -> ModelSpec:
 
 def build(spec: ModelSpec, quantize: str | None) -> Transformer:
     random = torch.Generator().manual_seed(1)
-    tensors = {name: torch.randn(size, generator=random).mul_(0.02) for name, size in expected_tensors(spec).items()}
+    tensors = {name: torch.randn(size, generator=random).mul_(0.02).numpy() for name, size in expected_tensors(spec).items()}
     kernels = load_kernels("cpu", spec, max_tokens=264, max_rows=8, quantize=quantize)
-    return Transformer(spec, tensors, kernels, num_pages=130, max_tokens=264, max_rows=8, dtype=torch.bfloat16)
+    return Transformer(spec, tensors, kernels, num_pages=130, max_tokens=264, max_rows=8, dtype="bfloat16")
 
 
 def batch(length: int, new: int) -> Batch:

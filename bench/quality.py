@@ -72,7 +72,7 @@ def our_logits(transformer, ids, rows):
         end = min(start + rows, len(ids))
         batch = Batch(ids[start:end], [ids[i - 1] if i else -1 for i in range(start, end)], starts=[0, end - start],
                       lengths=[end], tables=[pages], logit_rows=list(range(end - start)))
-        found.append(transformer.forward(batch).float().clone())
+        found.append(torch.from_numpy(transformer.arrays.numpy(transformer.forward(batch)).copy()))
     return torch.cat(found)
 
 
@@ -90,7 +90,7 @@ class ReferenceOps:
     def __init__(self, name, spec, tensors):
         kernels = load_kernels("cpu")           # without a model's spec: the references
         self.name, self.transformer = name, Transformer(
-            spec, tensors, kernels, num_pages=CHUNK // PAGE_SIZE, max_tokens=CHUNK, dtype=torch.float32)
+            spec, tensors, kernels, num_pages=CHUNK // PAGE_SIZE, max_tokens=CHUNK, dtype="float32")
 
     def logprobs(self, index, ids):
         return torch.log_softmax(our_logits(self.transformer, ids[:-1], CHUNK)[FIRST:].double(), 1)

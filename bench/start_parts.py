@@ -67,33 +67,31 @@ def start_by_parts():
     parts.note("import: our modules without torch")
     import numpy                            # noqa: F401
     parts.note("import numpy")
-    import torch
-    parts.note("import torch")
     from chatlm.worker import build, process        # noqa: F401
+    from chatlm.worker.arrays.kinds import Device
     parts.note("import: our other modules")
     from chatlm.common.core import decode_core
     core = decode_core()
     parts.note(f"import decode_core{'' if core else ' (not there)'}")
-    with torch.inference_mode():
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        settings, device = Settings(), torch.device("cpu")
-        source = resolve_model(settings, no_progress)
-        parts.note("find the model")
-        model = build.open_model(source, settings, device)
-        parts.note("open its file")
-        tokenizer = build.open_tokenizer(model.text)
-        build.compile_chat_template(model.text.chat_template or "", whole=False)
-        parts.note("tokenizer and template")
-        model, transformer, pages, context, _ = build.build_transformer(model, source, settings, device, no_progress, None)
-        parts.note("weights into tiles, KV pages, buffers")
-        engine = build.Engine(transformer, tokenizer, transformer.kernels, num_pages=pages, max_batch=settings.max_batch,
-                              context_length=context, prefill_chunk=build.prefill_chunk(settings, device), drafts=settings.drafts)
-        parts.note("engine")
-        engine.warm_up(lambda fraction: None)
-        parts.note("warm-up")
-        del model
-        process.give_memory_back()
-        parts.note("memory given back")
+    os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+    settings, device = Settings(), Device("cpu")
+    source = resolve_model(settings, no_progress)
+    parts.note("find the model")
+    model = build.open_model(source, settings, device)
+    parts.note("open its file")
+    tokenizer = build.open_tokenizer(model.text)
+    build.compile_chat_template(model.text.chat_template or "", whole=False)
+    parts.note("tokenizer and template")
+    model, transformer, pages, context, _ = build.build_transformer(model, source, settings, device, no_progress, None)
+    parts.note("weights into tiles, KV pages, buffers")
+    engine = build.Engine(transformer, tokenizer, transformer.kernels, num_pages=pages, max_batch=settings.max_batch,
+                          context_length=context, prefill_chunk=build.prefill_chunk(settings, device), drafts=settings.drafts)
+    parts.note("engine")
+    engine.warm_up(lambda fraction: None)
+    parts.note("warm-up")
+    del model
+    process.give_memory_back()
+    parts.note("memory given back")
     print(json.dumps(parts.rows))
 
 

@@ -32,8 +32,8 @@ NUM_PAGES = 1100
 
 @pytest.fixture(scope="module")
 def model():
-    dtype = fastest_dtype("cpu")
-    settings = Settings(dtype=str(dtype).removeprefix("torch."))
+    dtype = str(fastest_dtype("cpu")).removeprefix("torch.")
+    settings = Settings(dtype=dtype)
     source = ModelSource("gguf", fetch_default_model(), "default", "")
     kernels, loaded = load_kernels("cpu"), open_model(source, settings)
     return Transformer(loaded.spec, loaded.tensors, kernels, num_pages=NUM_PAGES, max_tokens=256, dtype=dtype)
