@@ -250,7 +250,7 @@ def test_a_library_that_does_not_load_leaves_plain_code_and_a_status_without_cha
     expect(answers(page).locator("pre").first).to_contain_text("return b, a")
     expect(answers(page).locator("code.tex").first).to_be_visible()
     page.evaluate("openStatus()")
-    expect(page.locator("#status-workers")).to_contain_text("ready")
+    expect(page.locator("#status-workers")).to_contain_text("cpu")
     expect(page.locator("#status-charts canvas")).to_have_count(0)
 
 

@@ -261,7 +261,7 @@ def opened_page(browser):
     server = StandIn()
     with visitor(browser) as page:
         open_page(page, server.url)
-        page.wait_for_function("() => typeof hljs === 'object' && typeof katex === 'object'")
+        page.evaluate("Promise.all(['highlight', 'katex', 'uplot'].map(name => need(name)))")
         yield page
     server.close()
 
