@@ -43,6 +43,7 @@ from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.processes.start import threads_per_worker    # noqa: E402
 from chatlm.worker import build    # noqa: E402
+from chatlm.worker.arrays.kinds import floats    # noqa: E402
 from chatlm.worker.model.kernels import load_kernels    # noqa: E402
 from chatlm.worker.model.spec import Batch    # noqa: E402
 from chatlm.worker.model.transformer import Transformer    # noqa: E402
@@ -106,8 +107,8 @@ def on_checkpoint(model, flags):
 def on_own_weights(transformer):
     """The judge whose weights are those that `transformer` holds, in decode_core's tiles or outside them."""
     def held(name, weight):
-        if isinstance(weight, torch.Tensor):
-            return weight.float()
+        if isinstance(weight, numpy.ndarray):
+            return torch.from_numpy(floats(weight))
         rows = torch.from_numpy(weight.dequantize())
         if name.endswith("gate_up"):            # tiles of gate and up, 16 rows each, alternate
             rows = rows.view(-1, 2, 16, rows.shape[1]).transpose(0, 1).reshape(rows.shape)

@@ -105,7 +105,7 @@ def test_children_find_pythons_own_modules_before_others(safe, tmp_path):
     for name in ("ctypes", "threading", "contextlib", "importlib", "chatlm"):
         (here / f"{name}.py").write_text("raise SystemExit('shadowed')")
     (root / "ctypes.py").write_text("raise SystemExit('shadowed')")
-    tell = PROCESS_CODE.partition("def preload")[0] + "print(*sys.path, sep='\\n')"
+    tell = PROCESS_CODE.partition("from chatlm.common")[0] + "print(*sys.path, sep='\\n')"
     for appended in (False, True):
         start = f"import sys; sys.path.append({str(root)!r})\n" * appended
         found = other_seen("-c", start + tell, root, cwd=here, env=os.environ | {"PYTHONPATH": "/first", "PYTHONSAFEPATH": safe}).split("\n")
