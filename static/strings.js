@@ -37,15 +37,14 @@ function register(part) {
 // libraries -------------------------------------------------------------------------------------------------------------
 
 const libraries = new Map();      // name -> promise, resolved once it is loaded or has failed to load
-const NEED_AGAIN_MS = 5000;       // after a failure
 
-// Loads a library of the template in index.html when it is first needed, then calls `use`.
+// Loads a library of the template in index.html when it is first needed, then calls `use`. After a failure it is tried again, at the earliest 5 s later.
 function need(library, use) {
   if (libraries.has(library)) return libraries.get(library);
   const script = $("libraries").content.querySelector(`[src*="${library}"]`).cloneNode();
   const loading = new Promise(end => {
     script.onload = () => { use?.(); end(); };
-    script.onerror = () => { setTimeout(() => libraries.delete(library), NEED_AGAIN_MS); end(); };
+    script.onerror = () => { setTimeout(() => libraries.delete(library), 5000); end(); };
   });
   libraries.set(library, loading);
   document.head.append(script);
