@@ -168,8 +168,9 @@ class Chain:
         router: dict[str, Any]
         for activation, router in (("swiglu", {"sum_to_one": False}), ("clamped_swiglu", {"sum_to_one": True}),
                                    ("swiglu", {"sum_to_one": True, "sigmoids": True, "choice_bias": dice.normal(E) / 4}),
-                                   ("geglu", {"sum_to_one": True, "scales": 1 + dice.normal(E) / 4})):
-            self.call("experts", x, logits, gate_up, down, width=self.spec.width, norm=norm, biases=biases, activation=activation, chosen=2,
+                                   ("geglu", {"sum_to_one": True, "scales": 1 + dice.normal(E) / 4}),
+                                   ("swiglu", {"sum_to_one": True, "jitter": 0.3})):
+            self.call("experts", x, logits, gate_up, down, width=self.spec.width, norm=None if "jitter" in router else norm, biases=biases, activation=activation, chosen=2,
                       **router)
 
     def adapted(self, x: torch.Tensor, norm: Any) -> None:

@@ -241,11 +241,10 @@ class Program:
         A row's experts are the `chosen` ones with the largest of its logits (max_tokens, E), of equal ones the lower ids; their
         shares are the softmax over their logits, or over all E unless sum_to_one. With `sigmoids` they have the largest
         sigmoid(logit) + choice_bias (E) (or None), and share by these sigmoids' part of their sum. Each share is
-        multiplied by the expert's of `scales` (E), if given. A router with `jitter` is not compiled. gate_up (2 * E * F, C) holds all experts' gates and ups, whose tiles
-        alternate; down (E * C, F); biases of each, in the order of the tiles' rows, or None.
+        multiplied by the expert's of `scales` (E), if given. With `jitter` they are those with the largest logits, shared as
+        chat_server's `sparse_routes` says. Without `norm`, x is read as it is. gate_up (2 * E * F, C) holds all experts' gates and ups, whose tiles alternate;
+        down (E * C, F); biases of each, in the order of the tiles' rows, or None.
         """
-        if jitter is not None:
-            raise ValueError(f"jitter: must be None, not {jitter!r}")
         for name, matrix in (("gate_up", gate_up), ("down", down)):
             check_matrix(matrix, name)
         (x_at, rows_of), (logits_at, logits_rows) = self._buffers.read("x", x, 16), self._buffers.read("logits", logits)
@@ -259,17 +258,19 @@ class Program:
         for name, matrix, shape in (("gate_up", gate_up, (2 * E * F, C)), ("down", down, (E * C, F))):
             if (matrix.rows, matrix.columns) != shape or F % TILE_ROWS:
                 raise ValueError(f"{name}: must be {shape} for {E} experts, F a multiple of {TILE_ROWS}, not {(matrix.rows, matrix.columns)}")
-        norm_at = 0 if norm[0] is None else vector("norm", norm[0], "float32", C)
+        (weight, eps) = norm or (None, 0.0)
+        norm_at = 0 if weight is None else vector("norm", weight, "float32", C)
         up_bias_at, down_bias_at = (0 if bias is None else vector("biases", bias, "float32", matrix.rows)
                                     for bias, matrix in zip(biases, (gate_up, down), strict=True))
         choice_bias_at = 0 if choice_bias is None else vector("choice_bias", choice_bias, "float32", E)
         scales_at = 0 if scales is None else vector("scales", scales, "float32", E)
         out_at = self._buffers.written("out", out, TOKENS, C)
         routing = _core.Routing(E, chosen, bool(sum_to_one), bool(sigmoids), self._buffers.limits[TOKENS])
-        kept = x, logits, gate_up, down, out, norm[0], *biases, choice_bias, scales, routing
-        self._record("route", TOKENS, kept, logits=logits_at, routing=routing, bias=choice_bias_at, scales=scales_at)
+        kept = x, logits, gate_up, down, out, weight, *biases, choice_bias, scales, routing
+        self._record("route", TOKENS, kept, logits=logits_at, routing=routing, bias=choice_bias_at, scales=scales_at, sparse=jitter is not None,
+                     farthest=2 * float(jitter or 0))
         self._record("group", TOKENS, routing=routing)
-        self._record("gate_up", TOKENS, x=x_at, routing=routing, tiles=gate_up.tiles, norm_weight=norm_at, eps=float(norm[1]), bias=up_bias_at,
+        self._record("gate_up", TOKENS, x=x_at, routing=routing, tiles=gate_up.tiles, norm=norm is not None, norm_weight=norm_at, eps=float(eps), bias=up_bias_at,
                      activation=ACTIVATIONS[activation], columns=F)
         self._record("down", TOKENS, routing=routing, tiles=down.tiles, bias=down_bias_at, columns=C)
         self._record("combine", TOKENS, x=x_at if residual else NONE, routing=routing, out=out_at)

@@ -18,7 +18,7 @@ from decode_core import _core  # noqa: E402
 from decode_core.program import LOGIT_ROWS, TOKENS, Buffers  # noqa: E402
 from core_settings import usual_settings  # noqa: E402, F401
 from nightly import by_day  # noqa: E402
-from row_ops import exp_negative, fma, gelu_tanh, layer_norm, rms_norm, route, route_sigmoids, sigmoid, silu, softcap, softplus, tree  # noqa: E402
+from row_ops import exp_negative, fma, gelu_tanh, layer_norm, rms_norm, route, route_sigmoids, route_sparse, sigmoid, silu, softcap, softplus, tree  # noqa: E402
 
 PAGE, MAX_TOKENS, MAX_ROWS, PAGES, SLOTS = 16, 128, 128, 64, 16
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
@@ -73,9 +73,10 @@ class Eager:
             decode_core.multiply(x, matrix, norm=norm, bias=bias, activation=activation, out=out[:n],
                                  residual=None if residual is None else residual[:n])
 
-    def experts(self, x, logits, gate_up, down, out, norm, biases, activation, chosen, sum_to_one, sigmoids=False, choice_bias=None, scales=None):
+    def experts(self, x, logits, gate_up, down, out, norm, biases, activation, chosen, sum_to_one, sigmoids=False, choice_bias=None, scales=None, jitter=None):
         (C, F), logits = (x.shape[1], down.columns), logits[:self.T]
         before, routes = x[:self.T].copy(), route_sigmoids(logits, choice_bias, chosen) if sigmoids else route(logits, chosen, sum_to_one)
+        routes = routes if jitter is None else route_sparse(logits, chosen, 2 * jitter)
         for row, (ids, shares) in enumerate(zip(*routes)):
             shares = shares if scales is None else shares * scales[ids]
             total = np.zeros(C, np.float32)
@@ -331,7 +332,7 @@ class Model:
         self.values, self.ve_gate = normal(self.V, self.Hkv * self.D).astype(np.float16), self.matrix("f32", (self.Hkv, 12), generator)
         angles = np.outer(np.arange(PAGES * PAGE), 100.0 ** -(np.arange(self.D // 2) / self.D))
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        self.routers = {}, {"sigmoids": True, "choice_bias": normal(self.E) / 4}, {"scales": 1 + normal(self.E) / 4}
+        self.routers = {}, {"sigmoids": True, "choice_bias": normal(self.E) / 4}, {"scales": 1 + normal(self.E) / 4, "jitter": 0.3}
         self.taps, self.conv_bias = {l: normal(size * self.C) for l, size in ((0, 3), (2, 5))}, normal(self.C)
         self.file = FileTable(self.V, 3 * self.P, generator)
         self.positions, self.norm_bias = normal(PAGES * PAGE, self.C), normal(self.C)
@@ -391,7 +392,7 @@ class Model:
                 k.paged_attention(b.q, pages, k.attention, 20 if layer is self.layers[1] else 0, b.attended, sinks=self.sinks)
                 k.linear(b.attended, layer["output"], b.x, residual=b.x)
                 k.linear(b.x, layer["router"], b.routing, norm=(self.norm, 1e-5))
-                k.experts(b.x, b.routing, layer["up"], layer["down"], b.x, norm=(self.norm, 1e-5), biases=self.biases,
+                k.experts(b.x, b.routing, layer["up"], layer["down"], b.x, norm=None if l == 2 else (self.norm, 1e-5), biases=self.biases,
                           activation="clamped_swiglu", chosen=3, sum_to_one=layer is self.layers[0], **self.routers[l])
                 continue
             k.paged_attention(b.q, pages, k.attention, 0, b.attended)

@@ -125,6 +125,22 @@ def route_sigmoids(logits, bias, chosen):
     return ids, shares / total[:, None]
 
 
+def route_sparse(logits, chosen, farthest):
+    """The same by logits, each with a softmax of its own: over it and the near ones below it."""
+    ids = np.argsort(-logits, axis=1, kind="stable")[:, :chosen]
+    left, shares = logits.copy(), np.empty(ids.shape, np.float32)
+    for j, best in enumerate(ids.T):
+        own = np.take_along_axis(logits, best[:, None], 1)
+        near = np.where((own - logits) / np.maximum(np.abs(logits), own) > np.float32(farthest), np.float32(-np.inf), left)
+        lanes = np.zeros((len(logits), 16), np.float32)
+        for c in range(0, logits.shape[1], 16):
+            exps = exp_negative(near[:, c:c + 16] - own)
+            lanes[:, :exps.shape[1]] += exps
+        shares[:, j] = np.float32(1) / tree(lanes)
+        np.put_along_axis(left, best[:, None], np.float32(-np.inf), 1)
+    return ids, shares
+
+
 def softcap(x, cap):
     t = x / np.float32(cap)
     e = exp_negative(np.abs(t) * np.float32(-2))

@@ -297,8 +297,7 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
             attn.value_size != attn.head_size for attn in attentions),
         "attention of several kinds on a GPU": not uniform(spec) and on_gpu,
         "LayerNorm on a GPU": spec.layer_norms and on_gpu,
-        "LayerNorm before experts": spec.layer_norms and spec.experts,
-        "router with jitter": spec.router_jitter is not None,
+        "router with jitter on a GPU": spec.router_jitter is not None and on_gpu,
         "learned positions on a GPU": spec.positions and on_gpu,
         f"{spec.activation} feed-forward on a GPU": on_gpu and spec.activation in (
             "gelu", "reglu2", "gelu_erf", "gelu_tanh"),

@@ -46,6 +46,9 @@ struct RowKernels {             // `columns` a multiple of 16 except for soft_ca
     void (*route)(const float* logits, int64_t experts, int64_t chosen, bool sum_to_one, int32_t* ids, float* shares);
     // the same by sigmoid(logit) + bias (or null); shares: the sigmoids of these without bias, divided by their sum
     void (*route_sigmoids)(const float* logits, const float* bias, int64_t experts, int64_t chosen, int32_t* ids, float* shares);
+    // the same by the logits; the share of each is by a softmax over it and those below it whose distance to it is at most `farthest`
+    // of the larger of both's size
+    void (*route_sparse)(const float* logits, float farthest, int64_t experts, int64_t chosen, int32_t* ids, float* shares);
     // x + shares[0] added[0] + ..., added up in this order
     void (*combine)(const float* x, const float* const* added, const float* shares, int64_t chosen, int64_t columns, float* out);
     // (parts[0] + parts[1] + ...), added up in this order; then x + that, unless x is null

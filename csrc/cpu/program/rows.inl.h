@@ -130,6 +130,23 @@ void route_sigmoids(const float* logits, const float* bias, int64_t experts, int
     for (int64_t j = 0; j < chosen; j++) shares[j] /= total;
 }
 
+// Those above an expert have been chosen before it.
+void route_sparse(const float* logits, float farthest, int64_t experts, int64_t chosen, int32_t* ids, float* shares) {
+    choose(logits, experts, chosen, ids);
+    float near[MAX_EXPERTS];
+    bool above[MAX_EXPERTS] = {};
+    for (int64_t j = 0; j < chosen; j++) {
+        const float own = logits[ids[j]];
+        for (int64_t e = 0; e < experts; e++) {
+            const float size = logits[e] < 0.0f ? -logits[e] : logits[e];
+            const bool far = (own - logits[e]) / (size < own ? own : size) > farthest;
+            near[e] = far || above[e] ? -__builtin_inff() : logits[e];
+        }
+        shares[j] = 1.0f / sum_of_exps(near, experts, own);
+        above[ids[j]] = true;
+    }
+}
+
 void combine(const float* x, const float* const* added, const float* shares, int64_t chosen, int64_t columns, float* out) {
     for (int64_t c = 0; c < columns; c += 16) {
         Lanes total = all(0.0f);
@@ -235,7 +252,7 @@ void shrink(const AdapterMatrix& m, const float* const* x, int64_t rows, float* 
 
 }  // namespace
 
-extern const RowKernels row_kernels = {rms_norm, layer_norm, mix, smear, soft_cap, widen_any, route, route_sigmoids, combine, add_up, short_conv,
+extern const RowKernels row_kernels = {rms_norm, layer_norm, mix, smear, soft_cap, widen_any, route, route_sigmoids, route_sparse, combine, add_up, short_conv,
                                          plain_conv, gate, gated_add, gate_input, shrink, squares, scale};
 
 }  // namespace DC_ISA

@@ -156,7 +156,8 @@ void Step::do_row(const op::smear& op, int64_t row) const {
 void Step::do_row(const op::route& op, int64_t row) const {
     Routing& to = *op.routing;
     const size_t first = size_t(row * to.chosen);
-    if (to.sigmoids) row_kernels_here().route_sigmoids(op.logits.row(row), op.bias, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
+    if (op.sparse) row_kernels_here().route_sparse(op.logits.row(row), op.farthest, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
+    else if (to.sigmoids) row_kernels_here().route_sigmoids(op.logits.row(row), op.bias, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
     else row_kernels_here().route(op.logits.row(row), to.experts, to.chosen, to.sum_to_one, &to.ids[first], &to.shares[first]);
     for (int64_t j = 0; op.scales && j < to.chosen; j++) to.shares[first + size_t(j)] *= op.scales[to.ids[first + size_t(j)]];
 }
@@ -324,7 +325,7 @@ void Step::do_group(const Part& part, int64_t) const { op_of<op::group>(part).ro
 
 Step::ExpertProduct Step::experts_of(const AnyOp& op) const {
     if (const auto* its = ops[size_t(op.index)].as<op::gate_up>())
-        return {*its->routing, its->tiles, its->bias, its->activation, its->x, false, true, its->norm_weight, its->eps, memory.hidden};
+        return {*its->routing, its->tiles, its->bias, its->activation, its->x, false, its->norm, its->norm_weight, its->eps, memory.hidden};
     const auto& its = std::get<op::down>(ops[size_t(op.index)].is);
     return {*its.routing, its.tiles, its.bias, Activation::none, {memory.hidden, its.tiles.columns}, true, false, nullptr, 0, memory.added};
 }
