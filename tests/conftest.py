@@ -38,7 +38,7 @@ def pytest_report_teststatus(report, config):
 # The modules that take longest, the longest first: two processes then end together.
 LONGEST = [f"tests/{name}.py" for name in (
     "worker/weights/test_families", "front/server/test_server", "front/pool/test_failover", "page/test_page", "worker/weights/test_weights",
-    "page/test_page_shell", "worker/engine/test_engine", "worker/engine/test_grammar", "page/test_page_chats", "core/test_cuda_steps",
+    "page/test_page_shell", "worker/engine/test_engine", "worker/engine/test_grammar", "page/test_page_chats", "core/test_cuda_steps", "worker/engine/test_same_bits",
     "common/test_bundle", "test_types", "front/pool/test_changed_files", "front/pool/test_watch", "front/pool/test_ray",
     "page/test_page_markdown", "core/test_core_tiles", "worker/engine/test_kept", "worker/weights/test_bad_models", "common/test_tools",
     "front/api/test_apis", "front/pool/test_sandbox", "common/test_hub", "front/pool/test_history", "core/test_core_attention",

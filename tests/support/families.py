@@ -68,6 +68,7 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
         original_max_position_embeddings=64))),
     "granite": ("granite", GRANITE | dict(attention_bias=True, mlp_bias=True)),
     "granite-moe": ("granitemoe", GRANITE | dict(num_local_experts=6, num_experts_per_tok=3, intermediate_size=64)),
+    "granite-moe-shared": ("granitemoeshared", GRANITE | dict(num_local_experts=5, num_experts_per_tok=2, intermediate_size=64, shared_intermediate_size=48)),
     "granite4": ("granitemoehybrid", GRANITE | dict(layer_types=["full_attention"] * 4, num_local_experts=5, num_experts_per_tok=2,
                                                     shared_intermediate_size=48, position_embedding_type="rope")),
     "granite4-dense": ("granitemoehybrid", GRANITE | dict(layer_types=["full_attention"] * 4, num_local_experts=0, num_experts_per_tok=0,

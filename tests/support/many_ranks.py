@@ -1,4 +1,4 @@
-"""A rank that computes one model after another: python many_ranks.py rank FD PARENT. See engines.RankedEngines."""
+"""A rank that computes one model after another: python many_ranks.py rank FD PARENT. See ranked.Group."""
 
 import dataclasses
 import os

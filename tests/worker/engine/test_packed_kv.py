@@ -14,12 +14,11 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.build import build_engine, layers_of_floats
-from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.model.kernels import Kernels, load_kernels
 from chatlm.worker.model.spec import Attention, KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.packed_kv import PackedKv, turned
-from engines import forward_logits, make_batch, make_engine, propose_partly_right, tokens_of
+from engines import forward_logits, make_batch, tokens_of
 from families import load, save_packed
 from nightly import by_day
 from works import assignment
@@ -30,28 +29,6 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 # gemma2: windows and capped scores; gpt-oss: sinks; gemma4: some heads of 16, which stay floats, others of 32; qwen3.5: layers with states
 FAMILIES = ["gemma2", "gpt-oss", "gemma4", "qwen3", "qwen3.5", "cohere2"]
-
-
-@pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")
-@pytest.mark.parametrize("name", by_day(FAMILIES, "gemma2", "gpt-oss"))
-def test_alone_chunked_cached_drafted_and_preempted_answers_are_the_same_to_the_bit(made_model, name, monkeypatch):
-    folder, cases = made_model(name)
-    works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=t, seed=i), 50, ignore_eos=True)
-             for i, (case, t) in enumerate(zip(cases, (0.0, 0.6, 1.0)))]
-    plain = make_engine(folder, num_pages=400, prefill_chunk=256, apart=True, kv=PACKED)
-    if not plain.kernels.row_invariant:
-        pytest.skip("the promise is decode_core's")
-    assert "q8_0" in plain.transformer.layout.types
-    plain.drafts = False
-    expected = {work.id: tokens_of(plain, [work])[work.id] for work in works}
-    propose_partly_right(monkeypatch, works, expected)
-    windows, accepted = plain.transformer.groups.windows, 0
-    prompts = sum(PagePool(0, windows).pages_for(len(case.prompt), 32) for case in cases[:2])
-    for chunk, pages in ((7, 400), (32, prompts + len(windows))):
-        engine = make_engine(folder, num_pages=pages, prefill_chunk=chunk, max_batch=3, context_length=264, apart=True, kv=PACKED)
-        assert tokens_of(engine, works) == expected and tokens_of(engine, works[::-1]) == expected
-        accepted += engine.accepted_tokens
-    assert accepted > 10
 
 
 def logits_of(folder, ids, kv, backend):

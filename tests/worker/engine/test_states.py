@@ -91,28 +91,6 @@ def test_an_answer_resumed_elsewhere_stays_the_same(made, backend):
         assert all(result.tokens[f"case {i}"] == case.tokens[known:] for i, case in enumerate(cases))
 
 
-@pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")
-def test_alone_batched_cached_chunked_and_drafted_answers_are_the_same_to_the_bit(made, monkeypatch):
-    """Sampled with the steps of a server, which begin before the last token is known; prompts repeat themselves, so drafts are right and wrong."""
-    folder, cases = made
-    drafts_are_seen = folder.name.startswith("lfm2")        # other models do not repeat themselves
-    monkeypatch.setattr(StatePool, "INTERVAL", 32)
-    works = [assignment(f"w{i}", tuple(case.prompt[:20] * 3 + case.prompt[:n]), SamplingParams(temperature=t, seed=i), 60, ignore_eos=True)
-             for i, (case, n, t) in enumerate(zip(cases * 2, (0, 7, 16, 19, 3, 11), (0.0, 0.0, 0.3, 0.0, 0.3, 1.0)))]
-    plain = make_engine(folder, num_pages=100, prefill_chunk=64, max_batch=8, num_snapshots=0)
-    if not plain.kernels.row_invariant:
-        pytest.skip("torch computes this model")
-    plain.drafts = False
-    expected, drafted, accepted = {work.id: tokens_of(plain, [work])[work.id] for work in works}, 0, 0
-    for chunk, most in ((64, 8), (7, 2)):
-        engine = make_engine(folder, num_pages=40, prefill_chunk=chunk, max_batch=most, context_length=264)
-        assert tokens_of(engine, works) == expected
-        assert tokens_of(engine, works[::-1]) == expected       # from snapshots
-        assert {work.id: tokens_of(engine, [work])[work.id] for work in works} == expected
-        drafted, accepted = drafted + engine.drafted_tokens, accepted + engine.accepted_tokens
-    assert drafted > accepted > 50 or not drafts_are_seen
-
-
 def undisturbed(folder, works):
     """The tokens of each work by its id, computed alone, without snapshots and drafts."""
     plain = make_engine(folder, num_pages=100, prefill_chunk=64, max_batch=4, num_snapshots=0)
@@ -120,19 +98,6 @@ def undisturbed(folder, works):
         pytest.skip("torch computes this model")
     plain.drafts = False
     return {work.id: tokens_of(plain, [work])[work.id] for work in works}
-
-
-@pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")
-def test_drafts_that_are_right_up_to_some_token_change_no_token(made, monkeypatch):
-    folder, cases = made
-    works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=t, seed=i), 50, ignore_eos=True)
-             for i, (case, t) in enumerate(zip(cases, (0.0, 0.6, 1.0)))]
-    expected = undisturbed(folder, works)
-    propose_partly_right(monkeypatch, works, expected)
-    engine = make_engine(folder, num_pages=60, prefill_chunk=16, max_batch=3)
-    assert tokens_of(engine, works) == expected and tokens_of(engine, works[::-1]) == expected
-    assert {work.id: tokens_of(engine, [work])[work.id] for work in works} == expected
-    assert engine.drafted_tokens > engine.accepted_tokens > 50
 
 
 @pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")

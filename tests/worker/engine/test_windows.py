@@ -18,8 +18,8 @@ from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.model.spec import group_layers
 from chatlm.worker.model.transformer import Transformer
-from engines import make_engine, pieces, propose_partly_right, run, tokens_of
-from families import GROWING, load
+from engines import make_engine, pieces, run
+from families import load
 from nightly import by_day
 from works import assignment
 
@@ -77,45 +77,6 @@ def test_preempted_answers_stay_the_same_when_pages_are_few(made_model, name, ba
     assert engine.context_length == 264
     check(engine, cases)
     assert engine.scheduler.preemptions > 0 or name == "mistral"       # whose sequences do not grow
-
-
-@pytest.mark.parametrize("name", by_day([*WINDOWED, *SHARED], *WINDOWED, "gemma4"))
-def test_alone_batched_and_cached_answers_are_the_same_to_the_bit(made_model, name):
-    folder, cases = made_model(name)
-    engine = make_engine(folder, num_pages=400, prefill_chunk=48, max_batch=8, apart=True)
-    if not engine.kernels.row_invariant:
-        pytest.skip("the promise is decode_core's")
-    works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=1.0, seed=i), 40, ignore_eos=True)
-             for i, case in enumerate([*cases, *cases])]
-    together = run(engine, works).tokens
-    for work in works:
-        assert run(engine, [work]).tokens[work.id] == together[work.id]
-
-
-# all heads have one norm, at two ranges; queries grow with their positions
-DIFFERING = {**dict.fromkeys([*SHARED, "olmo3", "gpt2", "pythia", "llama-gelu"], {}), "ministral3": {"rope_parameters": GROWING}}
-
-
-@pytest.mark.parametrize("name", DIFFERING)
-def test_chunked_cached_drafted_and_preempted_answers_are_the_same_to_the_bit_where_layers_differ(made_model, name, monkeypatch):
-    folder, cases = made_model(name, **DIFFERING[name])
-    longer = {"opened_for": 512} if name == "ministral3" else {}
-    works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=t, seed=i), 50, ignore_eos=True)
-             for i, (case, t) in enumerate(zip(cases, (0.0, 0.6, 1.0)))]
-    plain = make_engine(folder, num_pages=400, prefill_chunk=256, apart=True, **longer)
-    if not plain.kernels.row_invariant:
-        pytest.skip("the promise is decode_core's")
-    assert bool(plain.transformer.spec.q_growth) == (name == "ministral3")
-    plain.drafts = False
-    expected = {work.id: tokens_of(plain, [work])[work.id] for work in works}
-    propose_partly_right(monkeypatch, works, expected)
-    windows, drafted, accepted = plain.transformer.groups.windows, 0, 0
-    prompts = sum(PagePool(0, windows).pages_for(len(case.prompt), 32) for case in cases[:2])
-    for chunk, pages in ((7, 400), (32, prompts + len(windows))):
-        engine = make_engine(folder, num_pages=pages, prefill_chunk=chunk, max_batch=3, context_length=264, apart=True, **longer)
-        assert tokens_of(engine, works) == expected and tokens_of(engine, works[::-1]) == expected
-        drafted, accepted = drafted + engine.drafted_tokens, accepted + engine.accepted_tokens
-    assert drafted > accepted > 50 and engine.scheduler.preemptions > 0
 
 
 def test_a_longer_context_fits_into_the_same_pages(made_model):

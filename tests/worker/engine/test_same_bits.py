@@ -1,0 +1,245 @@
+"""Answers have the same bits alone, in a batch, in chunks, cached, drafted, preempted and resumed, in one process and on two ranks: every family.
+
+Of tiny random models, by decode_core on a CPU. What is compared are the tokens, drawn as in a server, and all logits that they are drawn from."""
+
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.core import decode_core
+from chatlm.common.messages.requests import Ended, Piece, SamplingParams
+from chatlm.worker.engine.integrity import check_integrity
+from chatlm.worker.engine.states import StatePool
+from chatlm.worker.model.kernels import not_compiled
+from chatlm.worker.model.spec import KvType
+from chatlm.worker.weights.families import FAMILIES
+from engines import make_engine, propose_partly_right
+from families import GROWING, MODELS, as_gguf, make_model, save
+from nightly import by_day
+from ranked import Group
+from tiny_nanogpt import ARGS, random_state, write, write_meta
+from works import assignment
+
+NEW = 33            # tokens of an answer: more than two pages
+GENERATIONS = "gen1", "gen2", "gen3", "gen4", "gen5"        # of nanochat's checkpoints
+
+
+class Row(NamedTuple):
+    model: str          # of MODELS, a generation, or nanogpt
+    changes: dict = {}  # of its config
+    file: bool = False  # a GGUF file, whose matrices stay packed
+    kv: str = "auto"
+    context: int | None = None      # --context-length
+
+
+ROWS = {**{name: Row(name) for name in (*MODELS, *GENERATIONS, "nanogpt")},
+        "ministral3 whose queries grow": Row("ministral3", {"rope_parameters": GROWING}, context=512),
+        **{f"{name} as a packed file": Row(name, file=True) for name in (
+            "llama3.1", "gemma3", "gemma4", "phi3", "gpt-oss", "granite4-dense", "cohere2", "gpt2", "pythia", "lfm2", "qwen3.5")},
+        "qwen3moe as a packed file": Row("qwen3moe", {"norm_topk_prob": True}, file=True),
+        # windows and capped scores, sinks, some heads of 16, which stay floats, layers with states
+        **{f"{name} with keys of 8 bits": Row(name, kv="q8_0") for name in ("gemma2", "gpt-oss", "gemma4", "qwen3", "qwen3.5", "cohere2")}}
+
+
+def test_every_family_has_a_row():
+    """One that is new gets a tiny model in MODELS, and so its rows in the tests of families."""
+    assert {kind for kind, _ in MODELS.values()} == {*FAMILIES}
+
+
+class Watched:
+    """An engine's steps, one after the other; `logits` has the bytes from which each token was drawn, by its answer's seed and its position."""
+
+    ahead = False
+
+    def __init__(self, engine):
+        self.transformer, self.steps, self.logits = engine.transformer, engine.steps, {}
+
+    def start(self, batch, rows):
+        self.rows = rows
+        return self.steps.start(batch, rows)
+
+    def finish(self, ticket):
+        tokens = self.steps.finish(ticket)
+        for line, row in zip(self.transformer.buffers["logits"], self.rows):
+            self.logits[row.params.seed, row.position] = line.tobytes()     # of a wrong draft: until the right one is drawn there
+        return tokens
+
+
+class Found(NamedTuple):
+    """What an engine has made of some works, computed together."""
+
+    tokens: dict    # of each work by its id
+    logits: dict    # of Watched
+    cached: list    # how many tokens of each prompt came from the cache
+
+
+def answers(engine, works, ahead=False):
+    """With steps begun ahead, as in a server, nobody sees the logits."""
+    steps, tokens, cached = engine.steps, {work.id: list(work.resumed_ids) for work in works}, []
+    engine.steps = steps if ahead else Watched(engine)
+    for work in works:
+        engine.add(work)
+    while engine.busy:
+        for name, event in engine.step():
+            if isinstance(event, Piece):
+                tokens[name] += event.tokens
+            elif isinstance(event, Ended):
+                cached.append(event.usage.cached_tokens)
+    logits, engine.steps = {} if ahead else engine.steps.logits, steps
+    return Found(tokens, logits, cached)
+
+
+def works_of(vocab_size):
+    """Three answers that are compared, and three that are beside them."""
+    prompts = [tuple((31 * i * i + 7 * i + 5 * n) % min(vocab_size, 250) for i in range(length)) for n, length in enumerate((140, 75, 30, 66, 1, 19))]
+    works = [assignment(f"w{n}", prompt, SamplingParams(temperature=t, seed=n), NEW, ignore_eos=True)
+             for n, (prompt, t) in enumerate(zip(prompts, (0.0, 0.6, 1.0) * 2))]
+    return works[:3], works[3:]
+
+
+class Ways:
+    """An engine, and what its answers are: each computed alone, from an empty cache, without drafts, each prompt in one step."""
+
+    def __init__(self, engine):
+        self.engine, self.scheduler, self.pool = engine, engine.scheduler, engine.pool
+        self.works, self.others = works_of(engine.tokenizer.vocab_size)
+        engine.drafts = False
+        alone = [self.fresh([work]) for work in self.works]
+        self.tokens = {name: tokens for found in alone for name, tokens in found.tokens.items()}
+        self.logits = {key: logits for found in alone for key, logits in found.logits.items()}
+        assert len(self.logits) == sum(map(len, self.tokens.values())) == NEW * len(self.works)
+
+    def fresh(self, works, **options):
+        self.pool.forget_cached()
+        return answers(self.engine, works, **options)
+
+    def check(self, found, way):
+        wrong = [work.id for work in self.works if found.tokens.get(work.id, self.tokens[work.id]) != self.tokens[work.id]]
+        assert not wrong, f"{way}: other tokens in {wrong}"
+        wrong = sorted(key for key in self.logits.keys() & found.logits.keys() if found.logits[key] != self.logits[key])
+        assert not wrong, f"{way}: the tokens are the same, other bits in {wrong}"
+        check_integrity(self.engine)
+
+    def check_batched_and_chunked(self):
+        both, whole = [*self.works, *self.others], self.scheduler.prefill_chunk
+        self.check(self.fresh(both), "in a batch")
+        self.check(self.fresh(both, ahead=True), "in a batch, in steps begun ahead")
+        for chunk in (7, 32):
+            self.scheduler.prefill_chunk = chunk
+            self.check(self.fresh(both[::-1]), f"in a batch, in chunks of {chunk}")
+        self.scheduler.prefill_chunk = whole
+
+    def check_cached(self):
+        self.fresh(self.works)
+        for works in (self.works[::-1], self.works[:1]):
+            found = answers(self.engine, works)
+            self.check(found, "from the prefix cache")
+            assert found.cached == [(len(work.prompt_ids) - 1) // PAGE_SIZE * PAGE_SIZE for work in works]
+
+    def check_drafted(self, monkeypatch):
+        """Drafts are right up to some token."""
+        engine = self.engine
+        propose_partly_right(monkeypatch, self.works, self.tokens)
+        engine.drafts, before = True, (engine.drafted_tokens, engine.accepted_tokens)
+        for works in (self.works, *([work] for work in self.works)):
+            self.check(self.fresh(works), "with drafts")
+        self.check(answers(engine, self.works, ahead=True), "with drafts, from the cache")
+        engine.drafts, drafted, accepted = False, engine.drafted_tokens - before[0], engine.accepted_tokens - before[1]
+        assert drafted > accepted > NEW
+
+    def check_preempted(self):
+        """With pages for two prompts, and one more of each group."""
+        before, whole, self.scheduler.prefill_chunk = self.scheduler.preemptions, self.scheduler.prefill_chunk, PAGE_SIZE
+        needed = sum(self.pool.pages_for(len(work.prompt_ids), PAGE_SIZE) for work in self.works[:2]) + self.pool.groups
+        self.pool.forget_cached()
+        held = self.pool.allocate(self.pool.available - needed)
+        found = [answers(self.engine, works) for works in (self.works, self.works[::-1])]
+        self.pool.release(held)
+        self.scheduler.prefill_chunk = whole
+        for each in found:
+            self.check(each, "preempted")
+        assert self.scheduler.preemptions > before or all(self.pool.windows)        # where each layer has one, sequences do not grow
+
+    def check_resumed(self):
+        for known in (1, 20):
+            resumed = [replace(work, resumed_ids=tuple(self.tokens[work.id][:known])) for work in self.works]
+            self.check(self.fresh(resumed), f"resumed after {known} tokens")
+
+
+@pytest.fixture(scope="module")
+def path_of(tmp_path_factory, nanochat_fixtures):
+    """A function from a row to its model."""
+    @cache
+    def made(name):
+        row = ROWS[name]
+        if row.model in GENERATIONS:
+            return nanochat_fixtures / row.model
+        folder = tmp_path_factory.mktemp("model")
+        if row.model == "nanogpt":
+            write_meta(write(folder, random_state(ARGS), ARGS) / "meta.pkl")
+            return folder
+        model = make_model(row.model, **row.changes)
+        return as_gguf(folder / "tiny.gguf", model, quantized=True) if row.file else save(model, folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def ranks_that_live():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        group = Group(monkeypatch, 2)
+        yield group
+        group.close()
+
+
+@pytest.fixture
+def two_ranks(ranks_that_live, request):
+    """Ranks for one model; the next one gets others if this one fails."""
+    failures = request.session.testsfailed
+    yield ranks_that_live
+    if request.session.testsfailed > failures:
+        ranks_that_live.close()
+    elif ranks_that_live.ranks:
+        ranks_that_live.settle()
+
+
+def engine_of(row, path, ranks, request):
+    if ranks == 2:
+        dtype = None if row.file else "float32"
+        return request.getfixturevalue("two_ranks").engine(path, max_batch=8, kv_cache_dtype=row.kv, context_length=row.context, dtype=dtype)
+    return make_engine(path, num_pages=400, max_batch=8, apart=True, as_stored=row.file, opened_for=row.context,
+                       kv=KvType("float32", packed=True) if row.kv == "q8_0" else None)
+
+
+def check_is_of(row, transformer):
+    """That the engine is what the row is there for."""
+    assert row.file == bool({"q8_0", "mxfp4"} & {*transformer.matrix_types})
+    assert (row.kv == "q8_0") == ("q8_0" in transformer.layout.types)
+    assert bool(row.context) == bool(transformer.spec.q_growth)
+
+
+FIRST = {kind: name for name, (kind, _) in reversed(MODELS.items())}     # of each family
+BY_DAY = [*FIRST.values(), *[name for name in ROWS if name not in MODELS and "file" not in name and "keys" not in name], "llama-gelu", "gemma4moe", "granite4h",
+          "gpt-oss as a packed file", "qwen3moe as a packed file", "gemma2 with keys of 8 bits", "gpt-oss with keys of 8 bits"]
+ON_TWO_BY_DAY = "llama3.1", "gpt-oss", "qwen3.5", "gen5"       # a second rank is slow where the tests share two cores
+
+
+@pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")
+@pytest.mark.parametrize("name, ranks", by_day([(name, ranks) for ranks in (1, 2) for name in ROWS],
+                                               *((name, 1) for name in BY_DAY), *((name, 2) for name in ON_TWO_BY_DAY)))
+def test_answers_have_the_same_bits_however_they_are_computed(name, ranks, path_of, request, monkeypatch, one_thread):
+    monkeypatch.setattr(StatePool, "INTERVAL", 32)
+    with torch.inference_mode():
+        engine = engine_of(ROWS[name], path_of(name), ranks, request)
+        if not engine.kernels.row_invariant:
+            pytest.skip(f"torch computes this model: {not_compiled(engine.transformer.spec)}")
+        check_is_of(ROWS[name], engine.transformer)
+        ways = Ways(engine)
+        ways.check_batched_and_chunked()
+        ways.check_cached()
+        ways.check_drafted(monkeypatch)
+        ways.check_preempted()
+        ways.check_resumed()
