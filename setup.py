@@ -10,8 +10,8 @@
                the largest source), and without the sanitizers' pointer checks, which double the compile time;
                address checks are calls, which halves it again; -O1 for CPUs other than x86-64 (csrc/aarch64.sh)
 
-Without a compiler the installation still succeeds; `import decode_core` raises ImportError, and chat_server
-runs its reference ops. In a private folder:   python setup.py build --build-base build-x --build-lib
+Without a compiler the installation succeeds only where torch is installed: `import decode_core` raises ImportError, and
+chat_server runs its reference ops. In a private folder:   python setup.py build --build-base build-x --build-lib
 build-x/lib;  PYTHONPATH=build-x/lib python ...
 """
 
@@ -99,6 +99,9 @@ class BuildCore(build_ext):
                 if insist:
                     raise
                 half = "decode_core's CUDA half" if compiler else "decode_core"
+                if not compiler and not torch_installed():
+                    raise SystemExit(f"decode_core was not compiled ({failure}), and there is no torch to compute without it: "
+                                     "install g++ or clang, or torch, then run pip again") from None
                 print(f"\n*** {half} was not compiled ({failure}).\n*** chat_server still works, with slower kernels; "
                       f"{'repair nvcc' if compiler else 'install g++'} and run pip again for the fast ones.\n", file=sys.stderr)
 
@@ -157,6 +160,12 @@ class BuildCore(build_ext):
 def seam() -> str:
     """The digest of the seam, read from the chatlm modules next to this file; needs no library."""
     return runpy.run_path("chatlm/common/seam.py")["seam_digest"](lambda name: Path(name).read_text(encoding="utf-8"))
+
+
+def torch_installed() -> bool:
+    """Has the Python that chat_server is installed for torch? pip builds in an environment of its own, which -I leaves."""
+    asked = [sys.executable, "-I", "-c", "import importlib.util as util; raise SystemExit(util.find_spec('torch') is None)"]
+    return subprocess.run(asked).returncode == 0
 
 
 def widest_here() -> list[str]:

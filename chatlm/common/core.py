@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ def seam() -> str:
 def device_files() -> int:
     """How many NVIDIA GPUs this machine has."""
     return sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in Path("/dev").glob("nvidia*"))
+
+
+def torch_installed() -> bool:
+    """It computes on GPUs, and what decode_core cannot."""
+    return importlib.util.find_spec("torch") is not None
 
 
 @functools.cache
@@ -83,20 +89,24 @@ def kernels_line() -> str:
     """Which compiled core runs, or how to get one: for the start-up log, /stats and --version."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     first = "" if compiler else "install a C++ compiler (Debian: apt install g++), then "
-    build = f"so slower reference ops run; {first}`pip install .` in the checkout builds it"
+    instead = ("so slower reference ops run" if torch_installed() else
+               f"and there is no torch to compute instead ({sys.executable} -m pip install torch)")
+    build = f"{instead}; {first}`pip install .` in the checkout builds it"
     if os.environ.get("CHAT_SERVER_KERNELS") == "reference":
-        return "CHAT_SERVER_KERNELS=reference, so slower reference ops run"
+        return f"CHAT_SERVER_KERNELS=reference, {instead}"
     problem = find_core()[1]
     if refused := refused_isa():
         return refused
     if core := decode_core():
         info = core.info()
+        unused = 0 if torch_installed() else device_files()
         return (f"decode_core runs with {info['isa']} instructions"
+                + (f"; {unused} GPU(s) are not used, because torch is not installed" if unused else "")
                 + (f" ({refused})" if (refused := info.get("amx_refused")) else "")
                 + (", compiled with CUDA too" if info["cuda_compiled"] and device_files() else "")
                 + (f"; it is the installed one, because {problem}" if problem else ""))
     if problem:
-        return f"{problem}, so slower reference ops run"
+        return f"{problem}, {instead}"
     if core := installed_core():
         version = getattr(core, "SEAM", "unknown")
         return f"decode_core has another version (seam {version} instead of {seam()}), {build} again"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from chatlm.common.core import device_files
+from chatlm.common.core import device_files, torch_installed
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.stamps import model_stamp
@@ -109,7 +109,8 @@ def choose_devices(settings: Settings) -> list[str]:
         raise ConfigError(f"--num-gpus {wanted}, but {shown_gpus(0)}; on CPU use --num-workers {wanted}")
     if settings.device_type == "mps" and ranks > 1:
         raise ConfigError("--device-type mps: several ranks need CUDA devices or the CPU")
-    metal = settings.device_type == "mps" or settings.device_type == "auto" and sys.platform == "darwin"
+    metal = settings.device_type == "mps" or (
+        settings.device_type == "auto" and sys.platform == "darwin" and torch_installed())
     workers = max(settings.num_workers, 1)
     return ["mps"] if metal and workers == ranks == 1 else ["cpu"] * workers
 
@@ -122,8 +123,8 @@ def niceness(settings: Settings) -> int | None:
 
 def cuda_device_count() -> int:
     """How many GPUs this process may use: from CUDA_VISIBLE_DEVICES and device files, since asking the driver
-    takes 1 s."""
-    files, visible = device_files(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    takes 1 s. None without torch."""
+    files, visible = device_files() if torch_installed() else 0, os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return files
     # the driver ignores an invalid entry and all after it: -1, an empty one, 9 of 8
@@ -135,6 +136,8 @@ def cuda_device_count() -> int:
 def shown_gpus(count: int) -> str:
     """How many GPUs there are, for errors, and whether CUDA_VISIBLE_DEVICES hides others."""
     visible, files = os.environ.get("CUDA_VISIBLE_DEVICES"), device_files()
+    if not torch_installed():
+        return f"GPUs need the Python package torch; install with: {sys.executable} -m pip install torch"
     if visible is not None and files > count:
         return f"CUDA_VISIBLE_DEVICES={visible} shows {count} of {files} GPU(s)"
     return f"this machine has {count} CUDA device(s)" if count else "no CUDA device was found (nvidia-smi -L)"

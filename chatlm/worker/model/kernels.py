@@ -21,7 +21,8 @@ import numpy
 
 from chatlm import __version__
 from chatlm.common.config import PAGE_SIZE
-from chatlm.common.core import decode_core, installed_core, kernels_line, refused_isa, seam, unused_core
+from chatlm.common.core import (decode_core, installed_core, kernels_line, refused_isa, seam, torch_installed,
+                                unused_core)
 from chatlm.common.errors import ConfigError, require_library
 from chatlm.common.log import log
 from chatlm.common.messages.requests import SamplingParams
@@ -231,7 +232,11 @@ def choose_backend(device, spec: ModelSpec | None, whole: ModelSpec | None = Non
     core = decode_core() if spec else None
     if says_why and (reason := unused_core()):
         log.error("%s", reason)
+    if spec and core is None and not torch_installed():
+        raise ConfigError(kernels_line())
     if core and spec and (features := not_compiled(whole or spec, device) or not_compiled(spec, device)):
+        if not torch_installed():
+            require_library("torch", f"This model has {features}, which decode_core cannot compute; it")
         if says_why:
             log.warning("decode_core has no kernels for %s, which this model needs: torch computes instead",
                         features)
