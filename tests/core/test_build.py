@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from chatlm.common.core import torch_installed
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = """#!/bin/sh
 out=; for each; do [ "$before" = -o ] && out=$each; before=$each; done
@@ -48,6 +50,14 @@ def test_an_nvcc_that_fails_costs_the_cuda_half_alone(tmp_path):
     assert any(part.endswith("/bindings_tiles.cpp.o") for part in objects) and "cudart" not in linked
     made = {line.split()[-1]: line for line in (tmp_path / "log").read_text().splitlines()}
     assert not [part for part in objects if "DECODE_CORE_CUDA" in made[part] or "/cuda/" in part]
+
+
+def test_without_a_compiler_only_a_python_with_torch_gets_the_program(tmp_path):
+    done = build(tmp_path, COMPILER, CXX="false", DECODE_CORE_CUDA="0")
+    if torch_installed():
+        assert done.returncode == 0 and "chat_server still works, with slower kernels; install g++" in done.stderr, done.stderr
+    else:       # CI runs this in such an environment too
+        assert done.returncode and done.stderr.splitlines()[-1].endswith("install g++ or clang, or torch, then run pip again"), done.stderr
 
 
 def test_where_no_apt_is_the_trial_on_aarch64_says_so_and_ends_well(tmp_path):

@@ -225,6 +225,7 @@ def test_without_kernels_the_missing_compiler_is_named(monkeypatch, local_pool, 
     patch(monkeypatch, core, "decode_core", lambda: None)
     patch(monkeypatch, core, "installed_core", lambda: None)
     monkeypatch.setattr(shutil, "which", lambda name: name if name in compilers else None)
+    patch(monkeypatch, core, "torch_installed", lambda: True)
     assert run_main("generate", "--prompt", "Hi") == 0
     assert words in capsys.readouterr().err
 

@@ -1,13 +1,12 @@
 """What the tests of models share."""
 
 import pytest
-import torch
-from families import clear_cases, make_model, save
 
 
 @pytest.fixture
 def one_thread():
     """Of torch, which is fastest with one at these sizes."""
+    import torch
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -17,6 +16,8 @@ def one_thread():
 @pytest.fixture(scope="module")
 def made_model(tmp_path_factory):
     """A function from a family's name, and what differs from its config, to its tiny model's folder and cases of long prompts; torch has one thread."""
+    import torch
+    from families import clear_cases, make_model, save
     known = {}
 
     def make(name, **changes):

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 import patching
+from chatlm.common import core
 from chatlm.common.config import Settings, size
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, lack_of_memory
 from chatlm.common.memory import cgroup_memory
@@ -367,12 +368,17 @@ def test_threads_follow_physical_cores_affinity_and_quota(tmp_path):
     assert threads_per_worker(1000) == 1
 
 
+@pytest.fixture
+def torch_there(monkeypatch):
+    patching.patch(monkeypatch, core, "torch_installed", lambda: True)
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"num_gpus": "2"}, "--num-gpus 2, but no CUDA device .* --num-workers 2$"), ({"num_gpus": "many"}, "--num-gpus many"),
     ({"num_gpus": "0"}, "--num-gpus 0"), ({"num_gpus": "\u00b2"}, "--num-gpus \u00b2"),
     ({"num_gpus": "9" * 5000}, "--num-gpus 9"), ({"device_type": "cuda"}, "no CUDA device"),
 ])
-def test_more_gpus_than_there_are_is_a_config_error(changes, message, monkeypatch):
+def test_more_gpus_than_there_are_is_a_config_error(changes, message, monkeypatch, torch_there):
     patching.patch(monkeypatch, local, "cuda_device_count", lambda: 0)
     with pytest.raises(ConfigError, match=message):
         choose_devices(Settings(**changes))
@@ -380,7 +386,7 @@ def test_more_gpus_than_there_are_is_a_config_error(changes, message, monkeypatc
 
 @pytest.mark.parametrize("visible, count", [
     (None, 8), ("", 0), ("-1", 0), ("0,1", 2), (" 0 , 1", 2), ("0,9", 1), ("9", 0), ("0,-1,2", 1), ("0,,1", 1), ("GPU-5,GPU-6,GPU-7", 3), ("MIG-5", 1)])
-def test_gpus_that_are_hidden_or_not_there_are_told_by_the_variable(visible, count, monkeypatch):
+def test_gpus_that_are_hidden_or_not_there_are_told_by_the_variable(visible, count, monkeypatch, torch_there):
     """As the driver reads it: what follows an entry that is not there does not count."""
     patching.patch(monkeypatch, local, "device_files", lambda: 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -395,13 +401,30 @@ def test_gpus_that_are_hidden_or_not_there_are_told_by_the_variable(visible, cou
             choose_devices(Settings(device_type="cuda"))
 
 
-def test_replicas_on_gpus_are_counted_without_torch(monkeypatch):
+def test_replicas_on_gpus_are_counted_without_importing_torch(monkeypatch, torch_there):
     patching.patch(monkeypatch, local, "cuda_device_count", lambda: 8)
     assert choose_devices(Settings(num_gpus="auto")) == [f"cuda:{gpu}" for gpu in range(8)]
     assert choose_devices(Settings(num_gpus="3")) == ["cuda:0", "cuda:1", "cuda:2"]
     assert choose_devices(Settings(device_type="cpu", num_workers=2)) == ["cpu", "cpu"]
     with pytest.raises(ConfigError, match="has 8 CUDA.*; at most --num-gpus 8$"):
         choose_devices(Settings(num_gpus="9"))
+
+
+@pytest.mark.parametrize("changes", [{"num_gpus": "2"}, {"device_type": "cuda"}])
+def test_without_torch_the_cpu_computes_and_a_wanted_gpu_is_an_error_that_says_how_to_install_it(changes, monkeypatch):
+    patching.patch(monkeypatch, core, "torch_installed", lambda: False)
+    patching.patch(monkeypatch, core, "device_files", lambda: 8)
+    assert choose_devices(Settings()) == choose_devices(Settings(num_gpus="auto")) == ["cpu"]
+    with pytest.raises(ConfigError, match="but GPUs need the Python package torch; install with: .* -m pip install torch; "):
+        choose_devices(Settings(**changes))
+
+
+@pytest.mark.parametrize("there, devices", [(True, ["mps"]), (False, ["cpu"])])
+def test_on_a_mac_torch_computes_where_it_is_installed(there, devices, monkeypatch):
+    patching.patch(monkeypatch, core, "torch_installed", lambda: there)
+    patching.patch(monkeypatch, core, "device_files", lambda: 0)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert choose_devices(Settings()) == devices
 
 
 def test_sizes_are_parsed_with_suffixes_and_nonsense_is_refused():
