@@ -25,7 +25,7 @@ TODAY = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *so
          ROOT / "bench" / "RESULTS.md", ROOT / "csrc" / "README.md"]
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 OTHERS_FLAGS = {           # of torchrun, Docker, apt, pip, Ray, pytest and vLLM, and of the program without a row in FLAGS
-    "nnodes", "node-rank", "master-addr", "nproc-per-node", "cache-dir", "install-recommends", "create-home", "max-num-seqs", "max-model-len",
+    "compile", "nnodes", "node-rank", "master-addr", "nproc-per-node", "cache-dir", "install-recommends", "create-home", "max-num-seqs", "max-model-len",
     "head", "address", "dist", "build-base", "build-lib", "benchmark-enable", "version", "help", "without-core", "prune"}
 
 
