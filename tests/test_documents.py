@@ -162,11 +162,12 @@ def test_every_route_is_in_the_page_of_apis_and_its_curls_send_fields_that_exist
     assert {field.name for field in CONSTRAINT_FIELDS} <= {*constraints}
 
 
-def test_the_families_are_those_of_the_program():
-    table = text_of(ROOT / "docs/models.md").split("## Families")[1].split("## ")[0]
-    rows = [line.split("|") for line in table.split("\n") if line.startswith("| ")][1:]
-    folders, files = (set(re.findall(r"`([a-z0-9_-]+)`", " ".join(row[column] for row in rows))) for column in (2, 3))
-    assert folders == {*FAMILIES, *VISION} and files == set(GGUF_FAMILIES)
+def test_the_table_of_families_is_made_from_the_rows_of_the_program_and_of_the_tests():
+    module, text = script_of_docs("families"), text_of(ROOT / "docs/models.md")
+    assert text == module.page(text), "run python docs/families.py"
+    table = text.split("| family |")[1].split("\n\n")[0]
+    assert {*FAMILIES, *VISION, *GGUF_FAMILIES} - {*re.findall(r"`([a-z0-9_-]+)`", table)} == set()
+    assert {*module.NOTES, *module.LIKE_OTHERS} <= {*FAMILIES}
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/models.md"])

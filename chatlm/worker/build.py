@@ -22,7 +22,7 @@ from chatlm.worker.arrays.kinds import Device, item_bytes
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS
-from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
 from chatlm.worker.model.spec import KvType, PageLayout, expected_tensors, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ranks.ranks import RankAlone
@@ -139,6 +139,10 @@ def build_transformer(
     pages, the longest context they hold, and how many sequences may run at once."""
     ranks = ranks or RankAlone()
     whole, model = model.spec, share_of_rank(model, ranks, settings)
+    if model.dtype is None and not choose_backend(device, model.spec).as_stored:
+        # torch computes this share of a model that decode_core would compute, and reads no packed matrices
+        settings = replace(settings, dtype=Backend(device.type).dtype)
+        model = share_of_rank(open_model(source, settings, device), ranks, settings)
     kernels, groups, limits, plan = plan_model(model, whole, settings, device, ranks)
     num_pages = ranks.min_over_ranks(plan.pages())
     context = plan.context(num_pages, groups)

@@ -13,20 +13,13 @@ import pytest
 import torch
 
 from engines import tensors_of
-from families import MODELS, answers, check, clear_cases, kernels_of, load, make_model, save, transformer
+from families import CONVERTED, MODELS, answers, check, clear_cases, kernels_of, load, make_model, save, transformer
 from peer_packages import made
 
 
 pytestmark = pytest.mark.slow
 
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 500_000.0}
-CONVERTED = {               # what a GGUF file of each can say. Of gemma the converter wants a vocabulary of its own
-    **dict.fromkeys(("llama2", "llama3.1", "llama3.2", "qwen2.5", "qwen3", "smollm3", "phi3", "phi3-long", "qwen3moe-normed", "gpt-oss",
-                     "granite", "granite-moe", "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3",
-                     "gemma4", "gemma4moe", "lfm2", "lfm2moe", "granite4h", "qwen3.5", "qwen3.5moe", "qwen3next"), {}), "gpt2": {"n_inner": None}, "cohere2": {"vocab_size": 320, "head_dim": 16},
-    "starcoder2": {"sliding_window": 4096}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 4096},
-    **dict.fromkeys(("mistral", "mixtral"), {"sliding_window": None}), "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None},
-    "granite4-dense": {"position_embedding_type": "rope"}, "hunyuan": {"max_position_embeddings": 32_768}}
 VARIANTS = {                # name -> (of MODELS, what differs)
     "olmo3 with a factor of its own": ("olmo3", {"rope_parameters": {
         "full_attention": YARN | {"attention_factor": 1.1}, "sliding_attention": {"rope_type": "default", "rope_theta": 500_000.0}}}),

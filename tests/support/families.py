@@ -144,6 +144,27 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
                                layer_types=["conv", "full_attention", "conv", "full_attention"])),
 }
 
+GENERATIONS = "gen1", "gen2", "gen3", "gen4", "gen5"        # of nanochat's checkpoints, in tests/fixtures/nanochat
+GGUF_MODELS = {             # what of MODELS a file of each architecture can say; the window of qwen2 and biases of others it cannot
+    **dict.fromkeys((
+        "llama2", "llama3.1", "llama3.2", "mistral", "qwen2.5", "phi3", "phi3-long", "gpt-oss", "granite", "granite-moe", "granite-moe-shared", "granite4",
+        "olmo2", "olmo3", "olmoe", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan", "gemma4", "gemma4moe", "gemma4-even", "gpt2",
+        "pythia", "cohere2", "lfm2", "lfm2moe", "granite4h", "qwen3next", "qwen3.5", "qwen3.5moe"), {}),
+    "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
+    "qwen3moe": {"norm_topk_prob": True}, "gpt2-untied": {"activation_function": "gelu_new"}, "gptneox-serial": {"hidden_act": "gelu"},
+    "starcoder2": {"sliding_window": None}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh"}, "granite4h-dense": {"position_embedding_type": None},
+    "lfm2moe-plain": {"conv_bias": False, "tie_word_embeddings": True}, "mixtral": {"sliding_window": None},
+    "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
+CONVERTED = {               # and what one by llama.cpp's converter can say, which of Gemma 2 and 3 wants a vocabulary of its own
+    **dict.fromkeys((
+        "llama2", "llama3.1", "llama3.2", "qwen2.5", "qwen3", "smollm3", "phi3", "phi3-long", "qwen3moe-normed", "gpt-oss", "granite", "granite-moe",
+        "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "gemma4", "gemma4moe", "lfm2", "lfm2moe", "granite4h",
+        "qwen3.5", "qwen3.5moe", "qwen3next"), {}),
+    "gpt2": {"n_inner": None}, "cohere2": {"vocab_size": 320, "head_dim": 16},
+    "starcoder2": {"sliding_window": 4096}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 4096},
+    **dict.fromkeys(("mistral", "mixtral"), {"sliding_window": None}), "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None},
+    "granite4-dense": {"position_embedding_type": "rope"}, "hunyuan": {"max_position_embeddings": 32_768}}
+
 
 def tiny_config(name, **changes):
     import transformers
@@ -485,7 +506,7 @@ def as_gguf(path, model, quantized=False, metadata=None):
     if quantized:
         kinds = {name: gguf.GGMLQuantizationType["MXFP4" if "_exps.weight" in name and arch == "gpt-oss" else "Q8_0"] for name in tensors}
         tensors = {name: (gguf.quantize(tensor, kinds[name]), kinds[name])
-                   if tensor.ndim > 1 and not name.endswith((".bias", "position_embd.weight", "gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight", "ssm_a", "ssm_d",
+                   if tensor.ndim > 1 and tensor.shape[-1] % 32 == 0 and not name.endswith((".bias", "position_embd.weight", "gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight", "ssm_a", "ssm_d",
                                                              "ssm_norm.weight")) else tensor
                    for name, tensor in tensors.items()}
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)

@@ -18,14 +18,13 @@ from chatlm.worker.model.kernels import not_compiled
 from chatlm.worker.model.spec import KvType
 from chatlm.worker.weights.families import FAMILIES
 from engines import make_engine, propose_partly_right
-from families import GROWING, MODELS, as_gguf, make_model, save
+from families import GENERATIONS, GGUF_MODELS, GROWING, MODELS, as_gguf, make_model, save
 from nightly import by_day
 from ranked import Group
 from tiny_nanogpt import ARGS, random_state, write, write_meta
 from works import assignment
 
 NEW = 33            # tokens of an answer: more than two pages
-GENERATIONS = "gen1", "gen2", "gen3", "gen4", "gen5"        # of nanochat's checkpoints
 
 
 class Row(NamedTuple):
@@ -38,9 +37,7 @@ class Row(NamedTuple):
 
 ROWS = {**{name: Row(name) for name in (*MODELS, *GENERATIONS, "nanogpt")},
         "ministral3 whose queries grow": Row("ministral3", {"rope_parameters": GROWING}, context=512),
-        **{f"{name} as a packed file": Row(name, file=True) for name in (
-            "llama3.1", "gemma3", "gemma4", "phi3", "gpt-oss", "granite4-dense", "cohere2", "gpt2", "pythia", "lfm2", "qwen3.5")},
-        "qwen3moe as a packed file": Row("qwen3moe", {"norm_topk_prob": True}, file=True),
+        **{f"{name} as a packed file": Row(name, changes, file=True) for name, changes in GGUF_MODELS.items()},
         # windows and capped scores, sinks, some heads of 16, which stay floats, layers with states
         **{f"{name} with keys of 8 bits": Row(name, kv="q8_0") for name in ("gemma2", "gpt-oss", "gemma4", "qwen3", "qwen3.5", "cohere2")}}
 

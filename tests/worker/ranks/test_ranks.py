@@ -26,14 +26,13 @@ from chatlm.worker.ranks.links import ProcessLinks
 from chatlm.worker.ranks.ranks import RankZero
 from answers import asked
 from engines import forward_logits, make_batch, step_pieces
-from families import MODELS, load, make_model, save
+from families import GENERATIONS, MODELS, load, make_model, save
 from nightly import by_day
 from patching import patch
 from ranked import Group, group
 from real_server import ask, events, post, server
 from works import assignment
 
-GENERATIONS = ("gen1", "gen2", "gen3", "gen4", "gen5")
 TEXT, OTHER = [(7 * i * i + 3 * i) % 250 for i in range(64)], [(5 * i * i + i) % 250 for i in range(64)]
 NEW = 12
 

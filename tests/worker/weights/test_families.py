@@ -29,7 +29,7 @@ from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
 from chatlm.worker.weights.load import open_model
 from engines import forward_logits, make_batch, tensors_of
-from families import (CHAT, LONG, MODELS, TOLERANCE, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, save_packed, spec_of_changed_gguf, transformer,
+from families import (CHAT, GGUF_MODELS, LONG, MODELS, TOLERANCE, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, save_packed, spec_of_changed_gguf, transformer,
                       with_exact_angles, write_tokenizer)
 from hub_configs import HUB_CONFIGS, LFM2_CONFIGS, LFM2_MOE, LFM2_MOE_TUNED
 from lora import SMOLLM2, random_adapter
@@ -160,17 +160,6 @@ def test_bfloat16_follows_float32_and_rounds_the_scale_of_gemmas_embedding(made)
 
 
 # --- GGUF --------------------------------------------------------------------------------------------------------
-
-
-GGUF_MODELS = {             # what of MODELS a file of each architecture can say; the window of qwen2 and biases of others it cannot
-    **{name: {} for name in ("llama2", "llama3.1", "llama3.2", "mistral", "qwen2.5", "phi3", "phi3-long")},
-    "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
-    "qwen3moe": {"norm_topk_prob": True}, "gpt-oss": {},
-    **dict.fromkeys(("granite", "granite-moe", "granite4", "olmo2", "olmo3", "olmoe", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan"), {}),
-    "gemma4": {}, "gemma4moe": {}, "gemma4-even": {}, "gpt2": {}, "gpt2-untied": {"activation_function": "gelu_new"}, "pythia": {},
-    "gptneox-serial": {"hidden_act": "gelu"}, "starcoder2": {"sliding_window": None}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh"}, "cohere2": {},
-    "lfm2": {}, "lfm2moe": {}, "granite4h": {}, "granite4h-dense": {"position_embedding_type": None}, "lfm2moe-plain": {"conv_bias": False, "tie_word_embeddings": True}, "qwen3next": {},
-     "qwen3.5": {}, "qwen3.5moe": {}, "mixtral": {"sliding_window": None}, "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

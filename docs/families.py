@@ -1,0 +1,101 @@
+"""Makes the table of families in docs/models.md from the program's rows, and what each was compared with from the tests' rows.
+
+    python docs/families.py
+"""
+
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests" / "support")]
+
+from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION      # noqa: E402
+from families import CONVERTED, GENERATIONS, GGUF_MODELS, MODELS        # noqa: E402  of the tests
+
+HEADING = """\
+## Families
+
+`python docs/families.py` makes this table from the program's rows and those of the tests, and a test compares them. "transformers, 4": four tiny
+random models give transformers' logits and tokens. "converter, 3": of three, llama.cpp's converter makes files that are the same models as their
+folders. [What has been tested](#what-has-been-tested) says more.
+
+| family | `model_type` of a folder | compared with | architecture of a GGUF file | compared with |
+|---|---|---|---|---|
+"""
+END = "\nAny other family is an error"
+STATES, NEEDS = "#models-whose-layers-keep-a-state", "#what-some-families-need"
+NOTES = {       # by model_type: what a reader wants to know besides the title
+    "llama": "3.1, 3.2, 3.3 too; of LLaVA, SmolVLM and Idefics 3 the text model",
+    "mistral": "of Small 3.1 and 3.2 the text model",
+    "ministral3": f"the text model of `mistral3`, [up to 16,384 tokens]({NEEDS})",
+    "qwen2": "of Qwen2-VL and Qwen2.5-VL the text model",
+    "qwen3": "of Qwen3-VL the text model",
+    "qwen3_moe": "30B-A3B, 235B-A22B",
+    "gemma3_text": "of those with images the text model",
+    "gemma4_text": f"E2B, E4B, 26B-A4B, 31B; the text model, [its embeddings of each layer]({NEEDS})",
+    "gpt_oss": "20b, 120b, with experts in MXFP4 or bfloat16",
+    "granite": "3.1, 3.2, 3.3 too",
+    "granitemoehybrid": f"of the h- ones most layers are Mamba-2, [their states]({STATES})",
+    "glm4": "GLM-Z1 too",
+    "ernie4_5": "dense",
+    "hunyuan_v1_dense": "Hunyuan-MT and Hy-MT too",
+    "gpt2": "DistilGPT-2 too",
+    "cohere2": "Command R7B, Command A",
+    "qwen3_5_text": f"of those with images the text model, [its states]({STATES})",
+    "qwen3_5_moe_text": f"of those with images the text model, [its states]({STATES})",
+    "qwen3_next": f"[its states]({STATES})",
+    "lfm2": f"350M, 700M, 1.2B, 2.6B, and LFM2.5, dense; of LFM2-VL the text model, [its states]({STATES})",
+    "lfm2_moe": f"8B-A1B, 24B-A2B, LFM2.5 of these, [its states]({STATES})",
+    "nemotron_h": f"Nemotron Nano v2 too, without experts, [its states]({STATES})",
+    "nanochat": "in transformers' format"}
+LIKE_OTHERS = {"granitemoehybrid": ("granite", "granitemoe")}     # files of those without Mamba layers
+CHECKPOINTS = (
+    f"| nanochat, all generations | a checkpoint | upstream's answers, {len(GENERATIONS)} | | |\n"
+    f"| nanoGPT ([its vocabulary]({NEEDS})) | a checkpoint | its formula | | |\n")
+
+
+def groups() -> list[list[str]]:
+    """The model_types of each row: one without a title belongs to the one before it."""
+    found: list[list[str]] = []
+    for name, family in FAMILIES.items():
+        if family.title:
+            found.append([])
+        found[-1].append(name)
+    return found
+
+
+def architectures(names: list[str]) -> list[str]:
+    """Those of their files, also of files that another family's row tells apart."""
+    found = [architecture for name in names for architecture in LIKE_OTHERS.get(name, ())]
+    found += [architecture for architecture, name in GGUF_FAMILIES.items()
+              if {name, *FAMILIES[name].gguf.variants.values()} & {*names}]
+    return found
+
+
+def compared(names: list[str], **tables) -> str:
+    """With what, and how many of the tiny models in its table are of these model_types."""
+    counts = {what: sum(MODELS[model][0] in names for model in models) for what, models in tables.items()}
+    return "; ".join(f"{what}, {count}" for what, count in counts.items() if count)
+
+
+def row(names: list[str]) -> str:
+    """A row of the table."""
+    def quoted(words):
+        return ", ".join(f"`{word}`" for word in words)
+    notes = [NOTES[name] for name in names if name in NOTES]
+    cells = (" ".join((FAMILIES[names[0]].title, *(f"({note})" for note in notes))),
+             quoted((*names, *(kind for kind, text in VISION.items() if text in names))), compared(names, transformers=MODELS),
+             quoted(architectures(names)), compared(names, transformers=GGUF_MODELS, converter=CONVERTED))
+    return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|\n"
+
+
+def page(text: str) -> str:
+    """docs/models.md with the table as it should be."""
+    before, rest = text.split("## Families\n", 1)
+    after = rest.split(END, 1)[1]
+    return before + HEADING + "".join(map(row, groups())) + CHECKPOINTS + END + after
+
+
+if __name__ == "__main__":
+    path = DOCS / "models.md"
+    path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")
