@@ -40,6 +40,8 @@ NOTES = {       # by model_type: what a reader wants to know besides the title
     "ernie4_5": "dense",
     "hunyuan_v1_dense": "Hunyuan-MT and Hy-MT too",
     "gpt2": "DistilGPT-2 too",
+    "cohere": "Command R, Aya",
+    "phimoe": f"[its rotary factor in a GGUF file]({NEEDS})",
     "cohere2": "Command R7B, Command A",
     "qwen3_5_text": f"of those with images the text model, [its states]({STATES})",
     "qwen3_5_moe_text": f"of those with images the text model, [its states]({STATES})",

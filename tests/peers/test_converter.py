@@ -37,7 +37,7 @@ def write_case(folder, name, changes):
     tokenizer["added_tokens"] += [special | {"id": id, "content": "<|endoftext|>" if id == 261 else f"<|{id}|>"} for id in range(261, 288)]
     path.write_text(json.dumps(tokenizer))
     config = json.loads((folder / "config.json").read_text())
-    if old := {"gpt2": {"n_ctx": 512}, "cohere2": {"rotary_pct": 1.0}}.get(name):       # keys of published files
+    if old := {"gpt2": {"n_ctx": 512}, "cohere2": {"rotary_pct": 1.0}, "phimoe": {"architectures": ["PhiMoEForCausalLM"]}}.get(name):       # as published files have it
         (folder / "config.json").write_text(json.dumps(config | old))
     if MODELS[name][0] == "granitemoehybrid":   # in its makers' words
         names = {"full_attention": "attention", "linear_attention": "mamba"}

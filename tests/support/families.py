@@ -130,6 +130,7 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
         rope_parameters=dict(rope_type="default", rope_theta=1e5, partial_rotary_factor=1.0))),
     "starcoder2": ("starcoder2", dict(rms_norm_eps=..., norm_epsilon=1e-3, sliding_window=24)),
     "starcoder2-plain": ("starcoder2", dict(rms_norm_eps=..., use_bias=False, tie_word_embeddings=False, hidden_act="gelu", head_dim=...)),
+    "cohere": ("cohere", dict(rms_norm_eps=..., layer_norm_eps=1e-3, logit_scale=0.5, attention_bias=True)),
     "cohere2": ("cohere2", dict(rms_norm_eps=..., layer_norm_eps=1e-3, num_hidden_layers=5, sliding_window=24, logit_scale=0.5, head_dim=32)),
     "phimoe": ("phimoe", dict(num_local_experts=6, attention_bias=True, lm_head_bias=True, router_jitter_noise=0.2, rope_parameters=LONG | {
         "short_factor": LONG["long_factor"], "partial_rotary_factor": 1.0, "rope_type": "longrope", "original_max_position_embeddings": 128,
@@ -149,9 +150,9 @@ GGUF_MODELS = {             # what of MODELS a file of each architecture can say
     **dict.fromkeys((
         "llama2", "llama3.1", "llama3.2", "mistral", "qwen2.5", "phi3", "phi3-long", "gpt-oss", "granite", "granite-moe", "granite-moe-shared", "granite4",
         "olmo2", "olmo3", "olmoe", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan", "gemma4", "gemma4moe", "gemma4-even", "gpt2",
-        "pythia", "cohere2", "lfm2", "lfm2moe", "granite4h", "qwen3next", "qwen3.5", "qwen3.5moe"), {}),
+        "pythia", "cohere", "cohere2", "phimoe-plain", "lfm2", "lfm2moe", "granite4h", "qwen3next", "qwen3.5", "qwen3.5moe"), {}),
     "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
-    "qwen3moe": {"norm_topk_prob": True}, "gpt2-untied": {"activation_function": "gelu_new"}, "gptneox-serial": {"hidden_act": "gelu"},
+    "qwen3moe": {"norm_topk_prob": True}, "phimoe": {"router_jitter_noise": 0.01}, "gpt2-untied": {"activation_function": "gelu_new"}, "gptneox-serial": {"hidden_act": "gelu"},
     "starcoder2": {"sliding_window": None}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh"}, "granite4h-dense": {"position_embedding_type": None},
     "lfm2moe-plain": {"conv_bias": False, "tie_word_embeddings": True}, "mixtral": {"sliding_window": None},
     "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
@@ -160,9 +161,11 @@ CONVERTED = {               # and what one by llama.cpp's converter can say, whi
         "llama2", "llama3.1", "llama3.2", "qwen2.5", "qwen3", "smollm3", "phi3", "phi3-long", "qwen3moe-normed", "gpt-oss", "granite", "granite-moe",
         "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "gemma4", "gemma4moe", "lfm2", "lfm2moe", "granite4h",
         "qwen3.5", "qwen3.5moe", "qwen3next"), {}),
-    "gpt2": {"n_inner": None}, "cohere2": {"vocab_size": 320, "head_dim": 16},
+    "gpt2": {"n_inner": None}, "cohere": {"vocab_size": 320, "model_max_length": 512}, "cohere2": {"vocab_size": 320, "head_dim": 16},
     "starcoder2": {"sliding_window": 4096}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 4096},
     **dict.fromkeys(("mistral", "mixtral"), {"sliding_window": None}), "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None},
+    "phimoe": {"router_jitter_noise": 0.01, "rope_parameters": MODELS["phimoe"][1]["rope_parameters"] | dict.fromkeys(
+        ("short_mscale", "long_mscale"), (1 + np.log(512 / 128) / np.log(128))**0.5)},      # which the converter assumes
     "granite4-dense": {"position_embedding_type": "rope"}, "hunyuan": {"max_position_embeddings": 32_768}}
 
 
@@ -344,8 +347,8 @@ def apart(state, interleaved):
 
 GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
                       "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
-                      "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4", "gpt_neox": "gptneox"}
-LAYER_NORMED = "gpt2", "gptneox", "starcoder2", "cohere2"
+                      "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4", "gpt_neox": "gptneox", "cohere": "command-r"}
+LAYER_NORMED = "gpt2", "gptneox", "starcoder2", "cohere2", "command-r"
 
 
 def granite_apart(state, mixed):
@@ -566,7 +569,7 @@ def as_gguf(path, model, quantized=False, metadata=None):
         plain = rope["rope_theta"] ** -(np.arange(0, head_size, 2) / head_size)
         tensors["rope_freqs.weight"] = (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
     if rope["rope_type"] == "longrope":
-        numbers["rope.scaling.attn_factor"] = model.model.rotary_emb.attention_scaling
+        numbers["rope.scaling.attn_factor"] = rope.get("long_mscale") or model.model.rotary_emb.attention_scaling
         tensors |= {f"rope_factors_{kind}.weight": np.array(rope[f"{kind}_factor"], np.float32) for kind in ("long", "short")}
     metadata = (metadata or small_gguf_metadata("gpt-2")) | {"general.architecture": arch}
     return write_gguf(path, tensors, {f"{arch}.{key}": value for key, value in numbers.items()}, metadata)

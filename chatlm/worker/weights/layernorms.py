@@ -1,4 +1,4 @@
-"""Families with LayerNorms: GPT-2, GPT-NeoX and Pythia, StarCoder2, Cohere 2."""
+"""Families with LayerNorms: GPT-2, GPT-NeoX and Pythia, StarCoder2, Cohere 1 and 2."""
 
 from __future__ import annotations
 
@@ -113,6 +113,13 @@ STARCODER2_TENSORS = both({
     "final_norm": "model.norm", **{ours: f"model.layers.{{}}.{theirs}" for ours, theirs in (
         ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"), ("up", "mlp.c_fc"),
         ("down", "mlp.c_proj"))}})
+COHERE = Family(
+    "Cohere", {"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "attention_bias": False,
+               "tie_word_embeddings": True},
+    {"layer_norms": True, "parallel": True, "one_norm": True}, keys={
+        "layer_norm_eps": EPSILON, "logit_scale": Rule(float, 1e-4, 10**6)},
+    aliases={"layer_norm_eps": "rms_norm_eps"}, interleaved=True,
+    fields_of=lambda path, config: {"logit_scale": config["logit_scale"]}, gguf=gguf("command-r"))
 FAMILIES = {
     "gpt2": Family(
         "GPT-2", GPT2, NORMS | BIASES, GPT2_TENSORS, keys=GPT2_KEYS, repack=repack_gpt2, aliases=GPT2_SIZES,
@@ -143,18 +150,14 @@ FAMILIES = {
             "layer_norm_epsilon": EPSILON._replace(optional=True)},
         aliases={"norm_epsilon": "rms_norm_eps"}, fields_of=fields_of_starcoder2, activations=ACTIVATIONS,
         gguf=gguf("starcoder2", unsaid=lambda config: {"sliding_window": config["sliding_window"] or 4096})),
-    "cohere2": Family(
-        "Cohere 2", {
+    "cohere": COHERE,
+    "cohere2": COHERE._replace(
+        title="Cohere 2", config=COHERE.config | {
             "rotary_pct": 1.0, "layer_switch": None, "order_of_interleaved_layers": "local_attn_first",
-            "position_embedding_type": "rope_gptj",
-            "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "sliding_window": 4096, "layer_types": None,
-            "sliding_window_pattern": 4, "attention_bias": False, "tie_word_embeddings": True},
-        {"layer_norms": True, "parallel": True, "one_norm": True}, {}, keys={
-            "rotary_pct": Rule(float, 1, 1), "layer_norm_eps": EPSILON,
-            "logit_scale": Rule(float, 1e-4, 10**6),
-            "order_of_interleaved_layers": Rule(str, choices=("local_attn_first",)),
-            "position_embedding_type": Rule(str, choices=("rope_gptj",))},
-        has_window=lambda config, layer: (layer + 1) % config["sliding_window_pattern"],
-        aliases={"layer_norm_eps": "rms_norm_eps"}, interleaved=True,
-        fields_of=lambda path, config: {"logit_scale": config["logit_scale"]}, gguf=gguf("cohere2"),
+            "position_embedding_type": "rope_gptj", "sliding_window": 4096, "layer_types": None,
+            "sliding_window_pattern": 4}, keys={
+                **COHERE.keys, "rotary_pct": Rule(float, 1, 1),
+                "order_of_interleaved_layers": Rule(str, choices=("local_attn_first",)),
+                "position_embedding_type": Rule(str, choices=("rope_gptj",))},
+        has_window=lambda config, layer: (layer + 1) % config["sliding_window_pattern"], gguf=gguf("cohere2"),
         unrotated=lambda config, windows: {layer for layer, window in enumerate(windows) if not window})}

@@ -163,7 +163,7 @@ def test_bfloat16_follows_float32_and_rounds_the_scale_of_gemmas_embedding(made)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", by_day(GGUF_MODELS, "llama3.1", "gemma3", "gpt-oss", "granite4", "lfm2", "lfm2moe", "gpt2", "pythia", "cohere2"))
+@pytest.mark.parametrize("name", by_day(GGUF_MODELS, "llama3.1", "gemma3", "gpt-oss", "granite4", "lfm2", "lfm2moe", "gpt2", "pythia", "cohere2", "phimoe"))
 def test_the_same_model_as_gguf_computes_the_same(made, name, backend, tmp_path):
     changes = GGUF_MODELS[name]
     model, (folder, cases) = make_model(name, **changes), made(name, **changes)
