@@ -383,6 +383,8 @@ ROUTES = (
           "an answer in OpenAI's format, streamed or whole"),
     Route("POST", "/v1/completions", Api.OPENAI, "handle_answer",
           "the continuation of a text, streamed or whole"),
+    Route("POST", "/infill", Api.OPENAI, "handle_answer",
+          "the text between two others, in llama-server's format, streamed or whole"),
     Route("POST", "/v1/embeddings", Api.OPENAI, "handle_answer",
           "a vector for each input, from the model's final hidden states"),
     Route("POST", "/v1/responses", Api.OPENAI, "handle_answer",

@@ -155,7 +155,7 @@ def test_every_route_is_in_the_page_of_apis_and_its_curls_send_fields_that_exist
     named = set(re.findall(r"\w+", fields))
     assert {name for path, names in routes.items() if path.startswith(("/chat", "/v1")) for name in names} - named == {
         # refused, or without an effect here
-        "best_of", "suffix", "modalities", "previous_response_id", "conversation", "background", "dimensions",
+        "best_of", "modalities", "previous_response_id", "conversation", "background", "dimensions",
         # in sections of their own
         "encoding_format", "pooling", *(field.name for field in CONSTRAINT_FIELDS)}
     constraints = re.findall(r"\w+", text.split("## Answers in a format")[1].split("## ")[0])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from chatlm.common.config import Settings
 from chatlm.common.messages.requests import (
-    AnswerParams, ModelFacts, ModelSource, Request, TextSpec, WorkerEvent)
+    AnswerParams, InfillTokens, ModelFacts, ModelSource, Request, TextSpec, WorkerEvent)
 from chatlm.common.messages.wire import Pipe, wire_message
 
 
@@ -340,6 +340,7 @@ class Known:
     template: str = ""       # its chat template
     chats: bool = True       # False: it has none, and continues texts
     never_written: frozenset[int] = frozenset()  # tokens that no grammar allows
+    infill: InfillTokens | None = None           # None: not known yet
 
 
 @dataclass(frozen=True)

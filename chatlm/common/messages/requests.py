@@ -18,6 +18,22 @@ class Message:
     more: Mapping | None = None  # tool_calls, tool_call_id, name, reasoning_content
 
 
+class InfillTokens(NamedTuple):
+    """The tokens with which a model fills in the middle of a text; None: it has none."""
+
+    prefix: int | None = None      # before the text before the gap
+    suffix: int | None = None      # before the text after it
+    middle: int | None = None      # before the text that fills it
+    pad: int | None = None
+    repository: int | None = None  # before the name of a repository
+    file: int | None = None        # before the name of a file
+    ends: tuple[int, ...] = ()     # those after which the gap is full
+
+    @property
+    def missing(self) -> list[str]:
+        return [name for name in ("prefix", "suffix", "middle") if getattr(self, name) is None]
+
+
 @dataclass(frozen=True)
 class TextSpec:
     """All that is needed to render and tokenize, as plain data read once from the model. `payload` is
@@ -32,6 +48,7 @@ class TextSpec:
     eos_token: int | None = None
     add_bos: bool = False                      # a raw completion prompt begins with bos
     chat_bos: bool = True                      # with add_bos, a chat too if its template writes none
+    infill: InfillTokens = InfillTokens()      # what the file says of them; names say more: `infill_tokens`
 
 
 OWN = {"own": True}  # of a sampling parameter: a model's files may set it
@@ -139,12 +156,24 @@ class AnswerParams:
 
 
 @dataclass(frozen=True)
+class Infill:
+    """What surrounds a gap that the answer fills in. Each prompt of its request is the text before the gap."""
+
+    suffix: tuple[str | int, ...]  # the text after it: texts and token ids
+    files: tuple[tuple[str, str], ...] | None = None  # names and texts of other files, the most important
+                                                      # last; None: without a repository around it
+    cut: bool = False              # shorten what does not fit, instead of refusing it
+
+
+@dataclass(frozen=True)
 class Request:
     """A client's request, parsed and checked: either `messages` or `prompts` is set."""
 
     id: str = ""
     messages: tuple[Message, ...] | None = None
-    prompts: tuple[str | tuple[int, ...], ...] = ()  # raw completions: text or token ids
+    prompts: tuple[str | tuple[str | int, ...], ...] = ()  # raw completions: text or token ids; of an infill
+                                                           # also a mix
+    infill: Infill | None = None
     prompt_ids: tuple[tuple[int, ...], ...] | None = None  # of each prompt; set at admission
     params: AnswerParams = AnswerParams()
     max_tokens: int | None = None  # None: up to the context
@@ -154,7 +183,7 @@ class Request:
     template_options: Mapping = field(default_factory=dict)  # the TEMPLATE_OPTIONS that are set
     low_priority: bool = False     # waits until nothing else does
     truncate: bool = False         # drop the oldest turns if it does not fit
-    dropped_messages: int = 0      # how many were dropped so far
+    dropped_messages: int = 0      # how many were dropped so far; of an infill: 1 if it was cut
     resumable: bool = False        # a reader may leave its stream and come back
     unset: tuple[str, ...] = ()    # of the sampling, what a server at --url decides
     version: int | None = None     # of the model's files, for which it was read
@@ -162,7 +191,7 @@ class Request:
     def lasting(self) -> Request:
         """Without what is not needed once the prompts are token ids: tools may take 25 times their JSON."""
         return replace(self, messages=self.messages and (), prompts=("",) * len(self.prompts), tools=(),
-                       template_options={})
+                       template_options={}, infill=None)
 
     @property
     def client(self) -> str:

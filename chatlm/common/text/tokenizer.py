@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, named, require_library
 from chatlm.common.text.formats import CALL_FORMATS, MARKS, NO_CALLS, CallFormat
+from chatlm.common.text.infill import find_infill_tokens
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Message, TextSpec
+    from chatlm.common.messages.requests import InfillTokens, Message, TextSpec
 
 
 NO_OPTIONS: Mapping = types.MappingProxyType({})
@@ -103,6 +104,10 @@ class Tokenizer:
     @cached_property
     def special_names(self) -> dict[int, str]:
         return {token: name for name, token in self.specials.items()}
+
+    @cached_property
+    def infill_tokens(self) -> InfillTokens:
+        return find_infill_tokens(self.named_tokens, self.spec.infill)
 
     @property
     def call_format(self) -> CallFormat:

@@ -337,7 +337,7 @@ def packed_body(parsed: ParsedBody, prompt_ids: Seq[Seq[int]]) -> list:
     """For the front: millions of ids as JSON numbers would stop its event loop while they are read.
 
     Prompts that are ids are sent once."""
-    prompts = tuple(prompt if is_text(prompt) else () for prompt in parsed.request.prompts)
+    prompts = tuple(() if prompt == ids else prompt for prompt, ids in zip(parsed.request.prompts, prompt_ids))
     return [replace(parsed, request=replace(parsed.request, prompts=prompts, prompt_ids=None)),
             [array("I", ids).tobytes() for ids in prompt_ids]]
 
@@ -351,7 +351,7 @@ def unpacked_body(values: Seq, vocab_size: int) -> ParsedBody:
         for begin in range(0, len(data), WRITE_BYTES):
             prompt.extend(map(object_of, array("I", data[begin:begin + WRITE_BYTES])))
     ids = tuple(map(tuple, prompts))
-    prompts = tuple(prompt if is_text(prompt) else own for prompt, own in zip(parsed.request.prompts, ids))
+    prompts = tuple(own if prompt == () else prompt for prompt, own in zip(parsed.request.prompts, ids))
     return replace(parsed, request=replace(parsed.request, prompts=prompts, prompt_ids=ids))
 
 

@@ -15,6 +15,7 @@ from chatlm.common.errors import RequestError, invalid
 from chatlm.common.memory import trim_heap
 from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import NO_OPTIONS, fill_template
+from chatlm.front.admission.infill import InfillMaker, infill_size
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Message, Request
@@ -36,13 +37,17 @@ class PromptMaker:
                  fill: Callable[[dict, str], Any] | None = None, run: Callable[..., Any] = run_here):
         self.tokenizer, self.context_length, self.run = tokenizer, context_length, run
         self.fill = fill or self._fill_here
+        self.infills = InfillMaker(tokenizer, context_length)
 
     async def _fill_here(self, arguments: dict, client: str) -> str:
         return fill_template(self.tokenizer.template, arguments)
 
     async def admit(self, request: Request, rendered: dict | None = None) -> Request:
         """rendered: shared by requests of the same conversation, what was already rendered of it."""
-        if request.messages is None:
+        if request.infill:
+            fill = partial(self.infills.prompts, request, request.infill)
+            prompts, dropped = await self.run(fill, infill_size(request.prompts, request.infill))
+        elif request.messages is None:
             encode = partial(self._encode_prompts, request)
             prompts, dropped = await self.run(encode, sum(map(len, request.prompts))), 0
         else:

@@ -14,6 +14,7 @@ from chatlm.common.log import utc
 from chatlm.common.messages.requests import Embedding, Usage
 from chatlm.front.api.encode import BlockEncoder, Encoder, NativeEncoder, arguments_of, frame, timings_body
 from chatlm.front.api.encode_openai import ChatEncoder, CompletionEncoder, FunctionEncoder
+from chatlm.front.api.infill import InfillEncoder
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
@@ -285,7 +286,7 @@ def anthropic_error(error: ChatServerError) -> dict:
 
 
 ENCODERS = {"native": NativeEncoder, "chat": ChatEncoder, "functions": FunctionEncoder,
-            "completion": CompletionEncoder,
+            "completion": CompletionEncoder, "infill": InfillEncoder,
             "responses": ResponsesEncoder, "messages": MessagesEncoder,
             "ollama chat": OllamaEncoder, "ollama generate": OllamaEncoder,
             "embeddings": EmbeddingsEncoder, "ollama embed": EmbeddingsEncoder,

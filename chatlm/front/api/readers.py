@@ -13,7 +13,7 @@ from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import (
-    SAMPLING_NAMES, AnswerParams, Message, Request, SamplingParams, sampling_defaults)
+    SAMPLING_NAMES, AnswerParams, Infill, Message, Request, SamplingParams, sampling_defaults)
 from chatlm.common.messages.wire import as_plain_json
 from chatlm.common.text.formats import CALL_FORMATS
 from chatlm.common.text.grammar import unusable_schema
@@ -27,9 +27,10 @@ from chatlm.front.api.fields import (
     parse_fields, within_limit)
 from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget
 from chatlm.front.api.ignored import ignored_fields, unread
+from chatlm.front.api.infill import infill_ends
 from chatlm.front.api.tables import (
     BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, DRAWING_FIELDS,
-    EMBEDDING_FIELDS, MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
+    EMBEDDING_FIELDS, INFILL_FIELDS, MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
     OLLAMA_EMBED_FIELDS, OLLAMA_EMBEDDINGS_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS,
     OPENAI_FIELDS, RESPONSES_FIELDS, TEMPLATE_FIELDS, TOKENIZE_FIELDS, VARIANT_FIELDS)
 
@@ -165,17 +166,33 @@ def read_chat_body(body: dict, known: Known) -> ParsedBody:
 def read_completion_body(body: dict, known: Known) -> ParsedBody:
     values = parse_fields(body, COMPLETION_FIELDS)
     prompts, n, logprobs = values["prompt"], values.get("n", 1), values.get("logprobs")
-    if values.get("suffix"):
-        raise RequestError("suffix is not supported: this model cannot fill in the middle",
-                           code="unsupported_suffix", param="suffix")
     if values.get("best_of", n) != n:
         raise RequestError("best_of must equal n", code="unsupported_best_of", param="best_of")
     within_limit("answers (prompts times n)", len(prompts) * n, LIMITS.choices, "prompt")
     grammar, param = one_constraint(values)
     params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=logprobs,
                           prompt_logprobs=logprobs if values.get("echo") else None)
-    request = openai_request(values, known.settings, params, prompts=prompts)
+    infill = None
+    if suffix := values.get("suffix"):
+        if params.prompt_logprobs is not None:
+            raise invalid("echo", "echo and logprobs exclude each other where there is a suffix, since the "
+                                  "model reads the suffix before the answer")
+        values, infill = values | infill_ends(values, known, "suffix"), Infill((suffix,))
+    request = openai_request(values, known.settings, params, prompts=prompts, infill=infill)
     return parsed_body("completion", values, known, request)
+
+
+def read_infill_body(body: dict, known: Known) -> ParsedBody:
+    """llama-server's body. Its `prompt` continues the text before the gap."""
+    values = parse_fields(body, INFILL_FIELDS)
+    values |= infill_ends(values, known)
+    grammar, param = one_constraint(values)
+    params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=values.get("logprobs") or None)
+    before = (*values["input_prefix"], *filter(None, [values.get("prompt")]))
+    infill = Infill(tuple(values["input_suffix"]), values.get("input_extra", ()), cut=True)
+    request = openai_request(values, known.settings, params, prompts=(before,), infill=infill)
+    return parsed_body("infill", values, known, request,
+                       {"response_fields": values.get("response_fields", ())})
 
 
 REPEATED = {  # fields of a request that come back in its response, and what stands for absent ones
@@ -261,6 +278,9 @@ def ollama_message(message: SentMessage) -> SentMessage:
 def read_ollama_generate(body: dict, known: Known) -> ParsedBody:
     values = parse_answer(body, OLLAMA_GENERATE_FIELDS)
     prompt = values.get("prompt", "")
+    if suffix := values.get("suffix"):
+        return ollama_body("ollama generate", values | infill_ends(values, known, "suffix"), known,
+                           prompts=(prompt,), infill=Infill((suffix,)))
     if prompt and (values.get("raw", False) or not known.chats):
         return ollama_body("ollama generate", values, known, prompts=(prompt,))
     system = (Message("system", values["system"]),) if "system" in values else ()
@@ -408,6 +428,7 @@ ANSWER_READERS: dict[str, Callable[..., ParsedBody]] = {
     "/chat/completions": read_native_body,
     "/v1/chat/completions": read_chat_body,
     "/v1/completions": read_completion_body,
+    "/infill": read_infill_body,
     "/v1/embeddings": read_embedding_body,
     "/v1/responses": read_responses_body,
     "/v1/messages": read_messages_body,

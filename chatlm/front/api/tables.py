@@ -6,9 +6,11 @@ import math
 from functools import partial
 
 from chatlm.common.config import LIMITS
+from chatlm.common.jsontext import whole_unicode
 from chatlm.common.messages.requests import SAMPLING_FLAGS, SAMPLING_NAMES
 from chatlm.front.api.fields import (
-    A_TEXT, TEXT_OR_NULL, Field, FieldType, list_schema, listed, object_schema, prompt_list, refused)
+    A_TEXT, TEXT_OR_NULL, Field, FieldType, as_count, list_schema, listed, object_schema, prompt_list,
+    refused)
 from chatlm.front.api.field_types import (
     CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INPUTS, INTEGER, LIST,
     LOGIT_BIAS, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT,
@@ -135,8 +137,32 @@ COMPLETION_FIELDS = (
     Field("logprobs", INTEGER, "log-probabilities, with this many alternatives", 0, 20),
     Field("echo", SWITCH, "put the prompt before the answer, in the log-probabilities too"),
     Field("best_of", INTEGER, "must equal n", 1, LIMITS.choices),
-    Field("suffix", TEXT, "refused: no model here can fill in the middle"),
+    Field("suffix", TEXT, "the text after the answer, which then fills the gap between prompt and suffix"),
     RESPONSE_FORMAT, *CONSTRAINT_FIELDS,
+)
+
+OTHER_FILES = FieldType(
+    'a list of objects, each with a string "text" and maybe a string "filename"',
+    list_schema(object_schema(["text"], text=A_TEXT, filename=TEXT_OR_NULL)),
+    lambda value: tuple((whole_unicode(chunk.get("filename") or "tmp"), whole_unicode(chunk["text"]))
+                        for chunk in value))
+RESPONSE_FIELDS = FieldType("a list of at most 100 strings", list_schema(A_TEXT, maxItems=100), tuple)
+INFILL_FIELDS = (  # as llama-server has them
+    Field("input_prefix", MIXED, "what is before the gap: text, or a list of texts and token ids",
+          required=True),
+    Field("input_suffix", MIXED, "what is after it", required=True),
+    Field("input_extra", OTHER_FILES, "other files, the most important last"),
+    Field("prompt", TEXT, "more text before the gap"),
+    *(field for field in SAMPLING_FIELDS if field.name != "truncate"),
+    SAMPLED["repetition_penalty"]._replace(name="repeat_penalty", means="repetition_penalty"),
+    Field("n_predict", INTEGER._replace(convert=lambda value: max(-1, as_count(value))),
+          "most tokens of the answer; -1 and -2 = up to the context, 0 = none: only compute the prompt",
+          -2, math.inf, means="max_tokens"),
+    Field("n_probs", INTEGER, "log-probabilities, with this many alternatives; 0 = none", 0, 20,
+          means="logprobs"),
+    Field("return_tokens", SWITCH, "`tokens`: the ids behind the text", means="return_token_ids"),
+    Field("response_fields", RESPONSE_FIELDS, "what the answer has, such as `content` or `timings/prompt_n`"),
+    *(field for field in CONSTRAINT_FIELDS if field.name in ("grammar", "json_schema")),
 )
 
 RESPONSES_FIELDS = (
@@ -216,7 +242,7 @@ OLLAMA_CHAT_FIELDS = (
 OLLAMA_GENERATE_FIELDS = (
     Field("prompt", TEXT, "a question; without any, an empty answer"),
     Field("system", TEXT, "the system message"), Field("raw", SWITCH, "the prompt is a text to continue"),
-    Field("suffix", refused("no model here can fill in the middle"), "refused"),
+    Field("suffix", TEXT, "the text after the answer, which then fills the gap between prompt and suffix"),
     Field("images", FieldType("left out: this model reads text only", {"enum": [None, []]}), "refused"),
     *OLLAMA_FIELDS)
 EMBEDDING_FIELDS = (
@@ -282,7 +308,7 @@ COMPARE_FIELDS = (
 
 BODY_FIELDS: dict[str, tuple[Field, ...]] = {  # of each route that takes a body
     "/chat/completions": NATIVE_FIELDS, "/v1/chat/completions": OPENAI_FIELDS,
-    "/v1/completions": COMPLETION_FIELDS, "/v1/embeddings": EMBEDDING_FIELDS,
+    "/v1/completions": COMPLETION_FIELDS, "/infill": INFILL_FIELDS, "/v1/embeddings": EMBEDDING_FIELDS,
     "/v1/responses": RESPONSES_FIELDS, "/v1/messages": MESSAGES_FIELDS,
     "/v1/messages/count_tokens": COUNTED_FIELDS, "/api/chat": OLLAMA_CHAT_FIELDS,
     "/api/generate": OLLAMA_GENERATE_FIELDS, "/api/embed": OLLAMA_EMBED_FIELDS,

@@ -31,7 +31,8 @@ def known_of(served: Served) -> Known:
     tool_format, template = (tokenizer.tool_format, tokenizer.spec.chat_template) if tokenizer else (None, "")
     return Known(with_own_sampling(served.model.settings, pool), tool_format, template or "",
                  tokenizer is None or tokenizer.has_chat_template,
-                 tokenizer.never_written if tokenizer else frozenset())
+                 tokenizer.never_written if tokenizer else frozenset(),
+                 tokenizer.infill_tokens if tokenizer else None)
 
 
 def tokenizer_of(pool: WorkerPool) -> Tokenizer:

@@ -46,6 +46,7 @@ ABILITIES = {  # as /openapi.json describes them
     "chat": "it has a chat template: /v1/chat/completions and the other chat routes",
     "completion": "it continues texts: /v1/completions",
     "completions": "the same as completion",
+    "infill": "it fills in the middle of a text: /infill and `suffix`",
     "embedding": "/v1/embeddings",
     "logprobs": "log-probabilities of tokens",
     "tools": "it can call functions; the model's field `tools` says how they are described to it",
@@ -90,8 +91,8 @@ def model_body(served: Served, is_default: bool = True) -> dict:
     model, pool, adapter, tokenizer = served.model, served.pool, served.adapter, served.pool.tokenizer
     if tokenizer is None or not pool.ready and not model.place:
         raise Overloaded("the model is not ready")
-    able = {"chat": tokenizer.has_chat_template, "completion": True, "completions": True, "embedding": True,
-            "logprobs": True,
+    able = {"chat": tokenizer.has_chat_template, "completion": True, "completions": True,
+            "infill": not tokenizer.infill_tokens.missing, "embedding": True, "logprobs": True,
             "tools": tokenizer.tool_format is not None,
             "reasoning": tokenizer.thoughts is not None,
             "reasoning_history": "reasoning_content" in (tokenizer.spec.chat_template or ""),
@@ -205,7 +206,8 @@ class ModelRoutes:
         pool = served.pool
         tokenizer, model = tokenizer_of(pool), ollama_model(served)
         able, facts = model_body(served)["capabilities"], pool.supervisor.card.facts
-        capabilities = {"completion": True, "tools": able["tools"], "thinking": able["reasoning"]}
+        capabilities = {"completion": True, "tools": able["tools"], "insert": able["infill"],
+                        "thinking": able["reasoning"]}
         sampling = sampling_of(pool, served.model.settings)
         return json_response({name: model[name] for name in ("modified_at", "details")} | {
             "template": tokenizer.spec.chat_template or "", "modelfile": "", "license": "",

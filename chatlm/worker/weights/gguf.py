@@ -22,7 +22,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, cannot_read, named, shown
 from chatlm.common.log import log
-from chatlm.common.messages.requests import TextSpec
+from chatlm.common.messages.requests import InfillTokens, TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.worker.arrays.kinds import floats, item_bytes
 from chatlm.worker.arrays.packed import RopePairs, dequantize, dequantized, unpermute_rope
@@ -427,8 +427,20 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
     if not template:
         warn_of_templates(path, [key.removeprefix("tokenizer.chat_template.") for key in metadata
                                  if key.startswith("tokenizer.chat_template.")])
-    return TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), template,
-                    stop_tokens=frozenset(ends), bos_token=bos, eos_token=eos, add_bos=add_bos)
+    return TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), template, frozenset(ends), bos,
+                    eos, add_bos, infill=gguf_infill(metadata, len(tokens)))
+
+
+def gguf_infill(metadata: Mapping, vocab_size: int) -> InfillTokens:
+    """The infill tokens that the metadata name, the first three under either of two names. As in llama.cpp,
+    ids outside the vocabulary are ignored."""
+    ids: dict[str, int] = {}
+    for keys in ("prefix suffix middle", "fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep"):
+        for name, key in zip(InfillTokens._fields, keys.split()):
+            token = metadata.get(f"tokenizer.ggml.{key}_token_id")
+            if type(token) is int and 0 <= token < vocab_size:
+                ids[name] = token
+    return InfillTokens(**ids)
 
 
 def bpe_pipeline(tokens: Seq[str], merges: list, normalizer, pre_tokenizer, decoder, **options) -> dict:

@@ -10,19 +10,22 @@ import chat_server
 from chatlm.common.config import Settings
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Known
+from chatlm.common.messages.requests import InfillTokens
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.readers import ANSWER_READERS, read_answer, read_text, read_variants
 from chatlm.front.api.tables import BODY_FIELDS, DRAWING_FIELDS, OLLAMA_OPTIONS
 from fake_pool import FakePool, Letters, serving
 
-KNOWN = Known(Settings(seed=7), "tagged", template="{{ reasoning_effort }} {{ city }} </think>", never_written=frozenset({256}))
+KNOWN = Known(Settings(seed=7), "tagged", template="{{ reasoning_effort }} {{ city }} </think>", never_written=frozenset({256}),
+              infill=InfillTokens(1, 2, 3))
 HI = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 FORM = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
 BASE = {        # the least that each route reads, from which a field may then be changed
     "/chat/completions": {"messages": HI}, "/v1/chat/completions": {"messages": HI}, "/v1/completions": {"prompt": "Hi"},
+    "/infill": {"input_prefix": "Hi", "input_suffix": "you"},
     "/v1/embeddings": {"input": "Hi"}, "/v1/responses": {"input": "Hi"}, "/v1/messages": {"messages": HI, "max_tokens": 9},
     "/v1/messages/count_tokens": {"messages": HI}, "/api/chat": {"messages": HI}, "/api/generate": {"prompt": "Hi"},
     "/api/embed": {"input": "Hi"}, "/api/embeddings": {"prompt": "Hi"}, "/api/show": {},
@@ -51,7 +54,8 @@ VALUES = {      # a value of each field that differs from what holds without it
     "truncation": "auto", "metadata": {"a": "b"}, "user": "me", "previous_response_id": "x", "conversation": "x", "background": True,
     "system": "Be brief.", "stop_sequences": ["x"], "thinking": {"type": "enabled"}, "output_config": {"format": FORM | {"schema": SCHEMA}},
     "format": "json", "think": True, "options": {"temperature": 0.5}, "raw": True, "images": ["x"], "add_special": True, "parse_special": False,
-    "with_pieces": True, "prefix_token_ids": [72], "return_token_ids": True, "models": ["a", "c"], "steps": [1, 2], "variants": [{}, {"seed": 1}]}
+    "with_pieces": True, "prefix_token_ids": [72], "return_token_ids": True, "input_prefix": "Other", "input_suffix": ["a", 5], "input_extra": [{"text": "x"}],
+    "repeat_penalty": 1.5, "n_predict": 7, "n_probs": 2, "return_tokens": True, "response_fields": ["content"], "models": ["a", "c"], "steps": [1, 2], "variants": [{}, {"seed": 1}]}
 OTHERS = {      # where a field has another type in one of the routes
     ("/v1/responses", "tools"): [FLAT_TOOL], ("/v1/messages", "tools"): [{"name": "add", "input_schema": SCHEMA}],
     ("/v1/messages/count_tokens", "tools"): [{"name": "add", "input_schema": SCHEMA}],

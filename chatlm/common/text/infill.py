@@ -1,0 +1,34 @@
+"""Which tokens of a vocabulary a model fills in the middle of a text with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from chatlm.common.messages.requests import InfillTokens
+
+NAMES = {  # field of InfillTokens -> the names that its token has in one family or another
+    "prefix": ("<|fim_prefix|>", "<fim_prefix>", "<fim-prefix>", "<\uff5cfim\u2581begin\uff5c>", "<PRE>",
+               "\u2581<PRE>", "<|code_prefix|>", "<|prefix|>"),
+    "suffix": ("<|fim_suffix|>", "<fim_suffix>", "<fim-suffix>", "<\uff5cfim\u2581hole\uff5c>", "<SUF>",
+               "\u2581<SUF>", "<|code_suffix|>", "<|suffix|>"),
+    "middle": ("<|fim_middle|>", "<fim_middle>", "<fim-middle>", "<\uff5cfim\u2581end\uff5c>", "<MID>",
+               "\u2581<MID>", "<|code_middle|>", "<|middle|>"),
+    "pad": ("<|fim_pad|>", "<fim_pad>", "<fim-pad>"),
+    "repository": ("<|repo_name|>", "<|fim_repo|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "file": ("<|file_sep|>",),
+}
+# Where a model ends its text, whatever its files call eos. StarCoder2 and Granite write the name of a file
+# in another place than Qwen2.5-Coder, so the tokens before these names end a gap but begin no prompt.
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<EOT>", "\u2581<EOT>", "<|eot_id|>",
+        "<end_of_turn>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<file_sep>", "<repo_name>",
+        "<filename>", "<|file_separator|>")
+
+
+def find_infill_tokens(named: Mapping[str, int], told: InfillTokens) -> InfillTokens:
+    """The infill tokens of a vocabulary: those that its file tells of, else those with a known name."""
+    found = {field: next((named[name] for name in names if name in named), None)
+             for field, names in NAMES.items()}
+    tokens = InfillTokens(**found | {name: token for name, token in told._asdict().items()
+                                     if name in NAMES and token is not None})
+    ends = {tokens.pad, tokens.repository, tokens.file, *(named[name] for name in ENDS if name in named)}
+    return tokens._replace(ends=tuple(sorted(ends - {None})))

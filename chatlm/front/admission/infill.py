@@ -1,0 +1,148 @@
+"""Prompts that ask a model to fill in the middle of a text, cut to fit.
+
+    [bos] [repository] name [file] name text [file] name text ... [prefix] before [suffix] after [middle]
+
+The order is llama-server's, and Qwen2.5-Coder's (arXiv 2409.12186). What a client sent is text throughout: only
+this module writes the tokens in brackets."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence as Seq
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from chatlm.common.errors import RequestError, invalid
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Infill, Request
+    from chatlm.common.text.tokenizer import Tokenizer
+
+
+REPOSITORY, THIS_FILE = "myproject\n", "filename\n"  # llama-server has these two names for all
+SNIPPET = "\n\n--- snippet ---\n\n"                  # and this before a file, where no token is
+BEFORE_SHARE = 3 / 4  # of the room for the text around the gap, if neither side fits
+
+Part = str | Seq[str | int]  # a text, or texts and token ids
+
+
+def pieces_of(part: Part) -> Seq[str | int]:
+    return [part] if isinstance(part, str) else part
+
+
+def infill_size(prompts: Seq[Part], infill: Infill) -> int:
+    """The characters and token ids of its texts, roughly."""
+    parts = itertools.chain(prompts, [infill.suffix], infill.files or ())
+    return sum(len(piece) if isinstance(piece, str) else 1 for part in parts for piece in pieces_of(part))
+
+
+class InfillMaker:
+    """Makes the prompts of requests that have an `Infill`, for one model."""
+
+    SLICE_CHARACTERS = 1 << 16  # longer texts are encoded from the gap outwards, in slices, until enough is
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int):
+        self.tokenizer, self.context_length = tokenizer, context_length
+
+    def prompts(self, request: Request, infill: Infill) -> tuple[tuple[tuple[int, ...], ...], bool]:
+        """The prompt of each gap, and whether one was cut, which leaves room for max_tokens or for a quarter
+        of the context. RequestError if one does not fit and may not be cut."""
+        answer = max(self.context_length // 4, len(request.prefix_token_ids) + 1)
+        answer = int(min(request.max_tokens or math.inf, answer)) if infill.cut else 0
+        made = [self.prompt(prompt, infill, self.context_length - answer) for prompt in request.prompts]
+        return tuple(tuple(ids) for ids, _ in made), any(cut for _, cut in made)
+
+    def prompt(self, before: Part, infill: Infill, most: int) -> tuple[list[int], bool]:
+        """A prompt of at most `most` tokens, and whether it was cut for that."""
+        prefix, suffix, middle = [token for token in self.tokenizer.infill_tokens[:3] if token is not None]
+        room = max(0, most - len(self.tokenizer.with_bos([prefix, suffix, middle])))
+        names = ("input_prefix", "input_suffix") if infill.cut else ("prompt", "suffix")
+        left, left_cut = self.nearest(self.checked(before, names[0]), room, at_end=True)
+        right, right_cut = self.nearest(self.checked(infill.suffix, names[1]), room)
+        cut = left_cut or right_cut or len(left) + len(right) > room
+        if cut and not infill.cut:
+            raise RequestError(
+                f"the prompt and the suffix have more than {room:,} tokens, but the context holds "
+                f"{self.context_length:,}", code="context_length_exceeded", param=names[0])
+        kept = min(len(left), max(int(room * BEFORE_SHARE), room - len(right)))
+        left, right = left[len(left) - kept:], right[:room - kept]
+        files, files_cut = self.files(infill.files, room - len(left) - len(right))
+        ids = [*files, prefix, *left, suffix, *right, middle]
+        return self.tokenizer.with_bos(ids), cut or files_cut
+
+    def files(self, files: Seq[tuple[str, str]] | None, most: int) -> tuple[list[int], bool]:
+        """At most `most` tokens of a repository before the gap, the last ones, and whether these are not
+        all."""
+        found, count, cut = list[list[int]](), 0, False
+        for token, text in self.lines_of(files) if files is not None else ():
+            if count >= most:
+                cut = True
+                break
+            ids, text_cut = self.nearest(text, most - count, at_end=True)
+            found.append(ids if token is None else [token, *ids])
+            count, cut = count + len(found[-1]), cut or text_cut
+        ids = list(itertools.chain(*reversed(found)))
+        return ids[max(0, len(ids) - most):], cut or count > most
+
+    def lines_of(self, files: Seq[tuple[str, str]]) -> Iterator[tuple[int | None, str]]:
+        """The texts of a repository, each after its token if it has one; the last of them comes first."""
+        tokens = self.tokenizer.infill_tokens
+        if tokens.file is not None:
+            yield tokens.file, THIS_FILE
+        for name, text in reversed(files):
+            yield None, text
+            yield tokens.file, SNIPPET if tokens.file is None else name + "\n"
+        if tokens.repository is not None:
+            yield tokens.repository, REPOSITORY
+
+    def nearest(self, part: Part, most: int, at_end: bool = False) -> tuple[list[int], bool]:
+        """At most `most` tokens of a part, those at its start or end, and whether these are not all."""
+        found, count, cut, pieces = list[list[int]](), 0, False, pieces_of(part)
+        for piece in reversed(pieces) if at_end else pieces:
+            if count > most:
+                break
+            if isinstance(piece, str):
+                near = self.near(piece, most, at_end)
+                cut = cut or len(near) < len(piece)
+                found.append(self.encode(near))
+            else:
+                found.append([piece])
+            count += len(found[-1])
+        ids = list(itertools.chain(*(reversed(found) if at_end else found)))
+        return ids[max(0, len(ids) - most):] if at_end else ids[:most], cut or count > most
+
+    def near(self, text: str, most: int, at_end: bool) -> str:
+        """The start or end of a text, with over twice as many tokens as `most` if it is longer than that: so
+        few are encoded, and what is cut at a slice's end is cut from the prompt too."""
+        count = taken = 0
+        while taken < len(text) > self.SLICE_CHARACTERS:
+            if count > 2 * most:
+                return text[-taken:] if at_end else text[:taken]
+            begin = len(text) - taken - self.SLICE_CHARACTERS if at_end else taken
+            count += len(self.encode(text[max(0, begin):begin + self.SLICE_CHARACTERS]))
+            taken += self.SLICE_CHARACTERS
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, in which not even the names of infill tokens mean them: the files of some
+        models, such as Qwen2.5-Coder, do not mark these as special."""
+        return [token for piece in self.inside_names.split(text)
+                for token in self.tokenizer.encode(piece, False)]
+
+    @cached_property
+    def inside_names(self) -> re.Pattern:
+        """Matches after the first character of each infill token's name."""
+        *tokens, ends = self.tokenizer.infill_tokens
+        names = sorted(filter(None, map(self.tokenizer.whole_text, {*tokens, *ends} - {None})))
+        return re.compile("|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})"
+                                   for name in names if len(name) > 1) or "(?!)")
+
+    def checked(self, part: Part, name: str) -> Part:
+        """The part. RequestError, about the field `name`, for token ids outside the vocabulary."""
+        size = self.tokenizer.vocab_size
+        for piece in pieces_of(part):
+            if not isinstance(piece, str) and not 0 <= piece < size:
+                raise invalid(name, f"{name} has the token id {piece}; this model's ids are 0 to {size - 1}")
+        return part

@@ -1,0 +1,120 @@
+"""Filling in the middle of a text: which models can, and llama-server's format of such an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.errors import Overloaded, RequestError
+from chatlm.common.jsontext import dump
+from chatlm.common.messages.requests import Piece
+from chatlm.front.api.encode import frame
+from chatlm.front.api.encode_openai import OpenAIEncoder
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import Known
+    from chatlm.common.messages.requests import Accepted, Finished
+    from chatlm.front.api.encode import Choice
+
+
+def infill_ends(values: Mapping, known: Known, param: str | None = None) -> dict[str, tuple[int, ...]]:
+    """The `stop_token_ids` of a body that fills in a gap: its own, and what the model writes after one.
+    RequestError, about the field `param`, if the model has no tokens for gaps."""
+    if known.infill is None:
+        raise Overloaded("the model is still loading", retry_after_s=2)
+    if missing := known.infill.missing:
+        names = ", ".join(missing[:-1]) + " and " * (len(missing) > 1) + missing[-1]
+        raise RequestError(f"this model cannot fill in the middle: its tokenizer has no {names} "
+                           f"token{'s' * (len(missing) > 1)}", code="infill_not_supported", param=param)
+    own = values.get("stop_token_ids", ())
+    return {"stop_token_ids": own if values.get("ignore_eos") else (*own, *known.infill.ends)}
+
+
+def nested(body: Mapping, path: str) -> list:
+    """The value at a path like `timings/prompt_n`, in a list; [] if there is none."""
+    value: Any = body
+    for name in path.split("/"):
+        if not isinstance(value, dict) or name not in value:
+            return []
+        value = value[name]
+    return [value]
+
+
+class InfillEncoder(OpenAIEncoder):
+    """`/infill`: objects with more of the text, then one with `"stop": true`."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.texts, self.tokens, self.probabilities = list[str](), list[int](), list[dict]()  # for a whole body
+        self.prompt_tokens, self.predicted, self.has_new_line = 0, 0, False
+
+    def start(self, accepted: Accepted) -> bytes:
+        self.prompt_tokens = accepted.prompt_tokens
+        return b""
+
+    def framed(self, body: dict) -> bytes:
+        return frame(body)
+
+    def part(self, part: Piece) -> dict:
+        probabilities = {"completion_probabilities": self.entries(part.logprobs)} if part.logprobs else {}
+        return {"index": 0, "content": part.text, "tokens": part.tokens if self.parsed.token_ids else [],
+                "stop": False, "id_slot": -1, "tokens_predicted": self.predicted,
+                "tokens_evaluated": self.prompt_tokens, **probabilities}
+
+    def received(self, event: Piece | Finished) -> Piece:
+        part = self.take(self.choices[0], event)
+        self.predicted += len(event.tokens) if isinstance(event, Piece) else 0
+        self.has_new_line = self.has_new_line or "\n" in part.text
+        return part
+
+    def encode(self, event: Piece | Finished) -> bytes:
+        choice, part = self.choices[0], self.received(event)
+        more = frame(self.part(part)) if part.deltas or part.tokens or part.logprobs else b""
+        return more + (frame(self.final(choice)) if choice.done else b"")
+
+    def collect(self, event: Piece | Finished) -> int:
+        part = self.received(event)
+        self.texts.append(part.text)
+        self.tokens += part.tokens if self.parsed.token_ids else ()
+        self.probabilities += self.entries(part.logprobs)
+        return 100 + len(part.text) + 400 * len(part.logprobs)
+
+    def completion(self) -> Iterator[bytes]:
+        yield dump(self.final(self.choices[0], "".join(self.texts)))
+
+    def final(self, choice: Choice, content: str = "") -> dict:
+        done, usage, request = choice.done, self.usage(), self.request
+        by_text = done.stop_reason in request.params.stop
+        sampling = asdict(request.params.sampling)
+        sampling["repeat_penalty"] = sampling.pop("repetition_penalty")
+        del sampling["choice"]
+        body = {"index": 0, "content": content, "tokens": self.tokens, "id_slot": -1, "stop": True,
+                "model": self.model, "tokens_predicted": usage.completion_tokens,
+                "tokens_evaluated": usage.prompt_tokens,
+                "generation_settings": sampling | {
+                    "n_predict": -1 if request.max_tokens is None else request.max_tokens,
+                    "stop": request.params.stop, "ignore_eos": request.params.ignore_eos},
+                "has_new_line": self.has_new_line, "truncated": bool(done.dropped_messages),
+                "stop_type": "limit" if done.reason == "length" else "word" if by_text else "eos",
+                "stopping_word": done.stop_reason if by_text else "",
+                "tokens_cached": usage.cached_tokens, "timings": self.timings(done)}
+        if self.probabilities:
+            body["completion_probabilities"] = self.probabilities
+        if names := self.parsed.details["response_fields"]:
+            return {name: value for name in names for value in nested(body, name)}
+        return body
+
+    def timings(self, done: Finished) -> dict:
+        """llama-server's names for how long the prompt and the answer took."""
+        usage = self.usage()
+        computed, predicted = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
+        prompt_ms, speed = done.ttft_ms - done.queue_ms, done.tokens_per_second
+        predicted_ms = (predicted - 1) / speed * 1e3 if speed else 0.0
+        return {"cache_n": usage.cached_tokens, "prompt_n": computed, "prompt_ms": round(prompt_ms, 3),
+                "prompt_per_token_ms": round(prompt_ms / max(computed, 1), 3),
+                "prompt_per_second": round(computed / prompt_ms * 1e3, 3) if prompt_ms else 0.0,
+                "predicted_n": predicted, "predicted_ms": round(predicted_ms, 3),
+                "predicted_per_token_ms": round(predicted_ms / max(predicted, 1), 3),
+                "predicted_per_second": round(speed or 0.0, 3),
+                "draft_n": usage.drafted_tokens, "draft_n_accepted": usage.accepted_tokens}
