@@ -157,9 +157,11 @@ class AnswerParams:
 
 @dataclass(frozen=True)
 class Infill:
-    """What surrounds a gap that the answer fills in. Each prompt of its request is the text before the gap."""
+    """What surrounds a gap that the answer fills in, as texts and token ids. A prompt of the request is what
+    comes last before it."""
 
-    suffix: tuple[str | int, ...]  # the text after it: texts and token ids
+    suffix: tuple[str | int, ...]       # what comes after it
+    prefix: tuple[str | int, ...] = ()  # what comes before the prompt
     files: tuple[tuple[str, str], ...] | None = None  # names and texts of other files, the most important
                                                       # last; None: without a repository around it
     cut: bool = False              # shorten what does not fit, instead of refusing it
@@ -171,9 +173,8 @@ class Request:
 
     id: str = ""
     messages: tuple[Message, ...] | None = None
-    prompts: tuple[str | tuple[str | int, ...], ...] = ()  # raw completions: text or token ids; of an infill
-                                                           # also a mix
-    infill: Infill | None = None
+    prompts: tuple[str | tuple[int, ...], ...] = ()  # raw completions: text or token ids
+    infill: Infill | None = None                     # of raw completions that fill a gap
     prompt_ids: tuple[tuple[int, ...], ...] | None = None  # of each prompt; set at admission
     params: AnswerParams = AnswerParams()
     max_tokens: int | None = None  # None: up to the context

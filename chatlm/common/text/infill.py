@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from chatlm.common.messages.requests import InfillTokens
+
+if TYPE_CHECKING:
+    from chatlm.common.text.tokenizer import Tokenizer
+
 
 NAMES = {  # field of InfillTokens -> the names that its token has in one family or another
     "prefix": ("<|fim_prefix|>", "<fim_prefix>", "<fim-prefix>", "<\uff5cfim\u2581begin\uff5c>", "<PRE>",
@@ -24,11 +28,10 @@ ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<EOT>", "\u2581<EOT>"
         "<filename>", "<|file_separator|>")
 
 
-def find_infill_tokens(named: Mapping[str, int], told: InfillTokens) -> InfillTokens:
+def infill_tokens_of(tokenizer: Tokenizer) -> InfillTokens:
     """The infill tokens of a vocabulary: those that its file tells of, else those with a known name."""
-    found = {field: next((named[name] for name in names if name in named), None)
-             for field, names in NAMES.items()}
-    tokens = InfillTokens(**found | {name: token for name, token in told._asdict().items()
-                                     if name in NAMES and token is not None})
-    ends = {tokens.pad, tokens.repository, tokens.file, *(named[name] for name in ENDS if name in named)}
-    return tokens._replace(ends=tuple(sorted(ends - {None})))
+    named = tokenizer.named_tokens
+    found = [next((named[name] for name in names if name in named), None) if told is None else told
+             for told, names in zip(tokenizer.spec.infill[:6], NAMES.values())]
+    ends = {*found[3:], *(named[name] for name in ENDS if name in named)} - {None}
+    return InfillTokens._make([*found, tuple(sorted(ends))])

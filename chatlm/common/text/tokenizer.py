@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, named, require_library
 from chatlm.common.text.formats import CALL_FORMATS, MARKS, NO_CALLS, CallFormat
-from chatlm.common.text.infill import find_infill_tokens
+from chatlm.common.text.infill import infill_tokens_of
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import InfillTokens, Message, TextSpec
+    from chatlm.common.messages.requests import Message, TextSpec
 
 
 NO_OPTIONS: Mapping = types.MappingProxyType({})
@@ -52,6 +52,7 @@ class Tokenizer:
     tool_format: str | None = None  # how it calls the client's functions, or None (see tool_format_of)
     native_tools = False            # does its template tell it of them? else a system prompt does
     thoughts: tuple[str, str] | None = None  # what encloses its reasoning, one of THOUGHTS
+    infill_tokens = cached_property(infill_tokens_of)
 
     def __init__(self, spec: TextSpec):
         self.spec = spec
@@ -104,10 +105,6 @@ class Tokenizer:
     @cached_property
     def special_names(self) -> dict[int, str]:
         return {token: name for name, token in self.specials.items()}
-
-    @cached_property
-    def infill_tokens(self) -> InfillTokens:
-        return find_infill_tokens(self.named_tokens, self.spec.infill)
 
     @property
     def call_format(self) -> CallFormat:

@@ -2,8 +2,8 @@
 
     [bos] [repository] name [file] name text [file] name text ... [prefix] before [suffix] after [middle]
 
-The order is llama-server's, and Qwen2.5-Coder's (arXiv 2409.12186). What a client sent is text throughout: only
-this module writes the tokens in brackets."""
+The order is llama-server's, and Qwen2.5-Coder's (arXiv 2409.12186). What a client sent is text throughout;
+only this module writes the tokens in brackets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pieces_of(part: Part) -> Seq[str | int]:
 
 def infill_size(prompts: Seq[Part], infill: Infill) -> int:
     """The characters and token ids of its texts, roughly."""
-    parts = itertools.chain(prompts, [infill.suffix], infill.files or ())
+    parts = itertools.chain(prompts, [infill.prefix, infill.suffix], infill.files or ())
     return sum(len(piece) if isinstance(piece, str) else 1 for part in parts for piece in pieces_of(part))
 
 
@@ -54,11 +54,12 @@ class InfillMaker:
         made = [self.prompt(prompt, infill, self.context_length - answer) for prompt in request.prompts]
         return tuple(tuple(ids) for ids, _ in made), any(cut for _, cut in made)
 
-    def prompt(self, before: Part, infill: Infill, most: int) -> tuple[list[int], bool]:
+    def prompt(self, prompt: Part, infill: Infill, most: int) -> tuple[list[int], bool]:
         """A prompt of at most `most` tokens, and whether it was cut for that."""
         prefix, suffix, middle = [token for token in self.tokenizer.infill_tokens[:3] if token is not None]
         room = max(0, most - len(self.tokenizer.with_bos([prefix, suffix, middle])))
         names = ("input_prefix", "input_suffix") if infill.cut else ("prompt", "suffix")
+        before = [*infill.prefix, *pieces_of(prompt)]
         left, left_cut = self.nearest(self.checked(before, names[0]), room, at_end=True)
         right, right_cut = self.nearest(self.checked(infill.suffix, names[1]), room)
         cut = left_cut or right_cut or len(left) + len(right) > room

@@ -46,7 +46,8 @@ class InfillEncoder(OpenAIEncoder):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.texts, self.tokens, self.probabilities = list[str](), list[int](), list[dict]()  # for a whole body
+        # for a whole body
+        self.texts, self.tokens, self.probabilities = list[str](), list[int](), list[dict]()
         self.prompt_tokens, self.predicted, self.has_new_line = 0, 0, False
 
     def start(self, accepted: Accepted) -> bytes:

@@ -188,9 +188,10 @@ def read_infill_body(body: dict, known: Known) -> ParsedBody:
     values |= infill_ends(values, known)
     grammar, param = one_constraint(values)
     params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=values.get("logprobs") or None)
-    before = (*values["input_prefix"], *filter(None, [values.get("prompt")]))
-    infill = Infill(tuple(values["input_suffix"]), values.get("input_extra", ()), cut=True)
-    request = openai_request(values, known.settings, params, prompts=(before,), infill=infill)
+    infill = Infill(tuple(values["input_suffix"]), tuple(values["input_prefix"]),
+                    values.get("input_extra", ()), cut=True)
+    prompts = (values.get("prompt", ""),)
+    request = openai_request(values, known.settings, params, prompts=prompts, infill=infill)
     return parsed_body("infill", values, known, request,
                        {"response_fields": values.get("response_fields", ())})
 

@@ -440,7 +440,7 @@ def gguf_infill(metadata: Mapping, vocab_size: int) -> InfillTokens:
             token = metadata.get(f"tokenizer.ggml.{key}_token_id")
             if type(token) is int and 0 <= token < vocab_size:
                 ids[name] = token
-    return InfillTokens(**ids)
+    return InfillTokens()._replace(**ids)
 
 
 def bpe_pipeline(tokens: Seq[str], merges: list, normalizer, pre_tokenizer, decoder, **options) -> dict:
