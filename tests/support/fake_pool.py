@@ -9,7 +9,7 @@ import chat_server
 from chatlm.common.config import Settings
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.messages.protocol import Known
-from chatlm.common.messages.requests import Accepted, Finished, ModelFacts, Piece, PromptProgress, TextSpec, Usage
+from chatlm.common.messages.requests import Accepted, Finished, InfillTokens, ModelFacts, Piece, PromptProgress, TextSpec, Usage
 from chatlm.common.text.grammar import check_grammar
 from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import Tokenizer
@@ -33,7 +33,8 @@ class Letters(Tokenizer):
     vocab_size = 257
 
     def __init__(self):
-        super().__init__(TextSpec("letters", b"", stop_tokens=frozenset({256}), eos_token=256))
+        bytes_of_no_text = InfillTokens(0xf8, 0xf9, 0xfa)
+        super().__init__(TextSpec("letters", b"", stop_tokens=frozenset({256}), eos_token=256, infill=bytes_of_no_text))
         self.specials = {"<|end|>": 256}
 
     def encode(self, text, begins=True):
@@ -84,7 +85,7 @@ class FakePool:
         return json_object(body).get("model") or ""
 
     async def read_large(self, reader, body, client, owner):
-        known = Known(Settings(), self.tokenizer.tool_format)
+        known = Known(Settings(), self.tokenizer.tool_format, infill=self.tokenizer.infill_tokens)
         return await asyncio.to_thread(lambda: read_answer(reader, json_object(body), known))
 
     async def answer_text(self, route, body, client):

@@ -174,7 +174,6 @@ class Request:
     id: str = ""
     messages: tuple[Message, ...] | None = None
     prompts: tuple[str | tuple[int, ...], ...] = ()  # raw completions: text or token ids
-    infill: Infill | None = None                     # of raw completions that fill a gap
     prompt_ids: tuple[tuple[int, ...], ...] | None = None  # of each prompt; set at admission
     params: AnswerParams = AnswerParams()
     max_tokens: int | None = None  # None: up to the context
@@ -188,6 +187,7 @@ class Request:
     resumable: bool = False        # a reader may leave its stream and come back
     unset: tuple[str, ...] = ()    # of the sampling, what a server at --url decides
     version: int | None = None     # of the model's files, for which it was read
+    infill: Infill | None = None   # of raw completions that fill a gap
 
     def lasting(self) -> Request:
         """Without what is not needed once the prompts are token ids: tools may take 25 times their JSON."""

@@ -56,8 +56,10 @@ BODIES = {          # what each API calls a question
     "/api/generate": {"prompt": HI, "stream": False}}
 EMBEDDINGS, OLLAMA_EMBED = "/v1/embeddings", "/api/embed"
 WHOLE = {path: {"input": [HI, "Tokyo"]} for path in (EMBEDDINGS, OLLAMA_EMBED)} | {"/api/embeddings": {"prompt": HI}}   # answered, but not streamed
-every_api = pytest.mark.parametrize("path", BODIES)
-every_route = pytest.mark.parametrize("path", [*BODIES, *WHOLE])
+GAPS = {"/infill": {"input_prefix": HI, "input_suffix": "Tokyo"}}       # not for the default model
+ASKED = BODIES | GAPS
+every_api = pytest.mark.parametrize("path", ASKED)
+every_route = pytest.mark.parametrize("path", [*ASKED, *WHOLE])
 LOG = []            # of the module's server, up to its URL
 KNOWN = Known(Settings(), "tagged")
 
@@ -100,7 +102,7 @@ async def ask(client, url, path, headers=None, **changes):
     if path in ("/api/chat", "/api/generate"):
         changes |= {"options": {"num_predict": changes.get("max_tokens"), **{
             name: changes[name] for name in ("temperature", "seed", "stop") if name in changes}}}
-    async with client.post(url + path, json=(BODIES | WHOLE)[path] | changes, headers=headers) as response:
+    async with client.post(url + path, json=(ASKED | WHOLE)[path] | changes, headers=headers) as response:
         return response.status, response.headers, await response.text()
 
 
@@ -127,7 +129,7 @@ def message_of(error, path):
 async def test_headers_leave_before_the_first_piece_and_a_reader_that_leaves_ends_the_work(client, path):
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
-        response = await client.post(url + path, json=BODIES[path] | {"stream": True})
+        response = await client.post(url + path, json=ASKED[path] | {"stream": True})
         assert response.status == 200 and response.headers["X-Accel-Buffering"] == "no"
         await pool.until_open(1)
         response.close()
@@ -138,7 +140,7 @@ async def test_headers_leave_before_the_first_piece_and_a_reader_that_leaves_end
 async def test_an_answer_is_cancelled_by_the_id_in_its_header(client, path):
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
-        async with client.post(url + path, json=BODIES[path] | {"stream": True}) as response:
+        async with client.post(url + path, json=ASKED[path] | {"stream": True}) as response:
             async with client.post(f"{url}/v1/cancel/{response.headers['X-Request-Id']}") as cancelled:
                 assert cancelled.status == 200
             assert "cancelled" in await response.text()
@@ -178,7 +180,7 @@ async def test_an_unknown_model_is_not_found_whatever_route_a_body_comes_to(clie
 
 
 def test_every_route_that_answers_is_tested():
-    assert {*BODIES, *WHOLE} == {route.path for route in chat_server.ROUTES if route.handler == "handle_answer"}
+    assert {*ASKED, *WHOLE} == {route.path for route in chat_server.ROUTES if route.handler == "handle_answer"}
 
 
 @every_route
@@ -205,10 +207,10 @@ async def test_an_answer_has_its_request_s_id_by_which_it_is_cancelled(client, p
         assert json.loads(text)["id"] == prefix + headers["X-Request-Id"] == prefix + bare_id(json.loads(text)["id"])
 
 
-@pytest.mark.parametrize("path", [path for path in BODIES if not path.startswith("/api/")])     # Ollama's have no events
+@pytest.mark.parametrize("path", [path for path in ASKED if not path.startswith("/api/")])     # Ollama's have no events
 async def test_a_stream_is_taken_up_again(client, path):
     async with serving(FakePool()) as url:
-        async with client.post(url + path, json=BODIES[path] | {"stream": True, "resumable": True}) as response:
+        async with client.post(url + path, json=ASKED[path] | {"stream": True, "resumable": True}) as response:
             frames, name = (await response.text()).split("\n\n"), response.headers["X-Request-Id"]
         assert [frame.split("\n")[0] for frame in frames[:-1]] == [f"id: {number}" for number in range(len(frames) - 1)]
         async with client.get(f"{url}/v1/streams/{name}", params={"from": 2}) as again:
@@ -251,7 +253,7 @@ async def test_a_failure_in_a_stream_is_its_last_event(client, path):
 async def test_a_slash_at_the_end_of_the_path_changes_nothing(client, path):
     async with serving(FakePool()) as url:
         status, _, text = await ask(client, url, path)
-        async with client.post(url + path + "/", json=(BODIES | WHOLE)[path]) as response:
+        async with client.post(url + path + "/", json=(ASKED | WHOLE)[path]) as response:
             assert response.status == status == 200
         async with client.post(url + path + "/", json={"temperature": "hot"}) as response:
             wrong = await response.text()
@@ -265,7 +267,7 @@ async def test_a_failure_before_a_whole_answer_is_its_status(client, path):
     assert status == 500 and "a worker died" in message_of(text, path)
 
 
-@pytest.mark.parametrize("path", [path for path in BODIES if not path.startswith("/api/")])
+@pytest.mark.parametrize("path", [path for path in ASKED if not path.startswith("/api/")])
 async def test_progress_is_told_to_who_asks(client, path):
     class Slow(FakePool):
         async def answer(self, request):
@@ -351,7 +353,7 @@ async def test_a_worker_s_death_is_a_pause_in_each(client, url, exact):
     assert get(url + "/stats")["workers"][0]["restarts"] == 1 and len(vectors) == 8
 
 
-@every_route
+@pytest.mark.parametrize("path", [*BODIES, *WHOLE])
 async def test_more_answers_at_a_time_than_a_client_may_have_are_429(client, url, path):
     slow = BODIES[CHAT] | {"stream": True, "ignore_eos": True, "max_tokens": 4000}
     async with contextlib.AsyncExitStack() as open_streams:
@@ -932,7 +934,7 @@ async def test_what_ollama_tells_of_the_model(client):
                     "parent_model": "", "format": "gguf", "family": "llama", "families": ["llama"], "parameter_size": "134.52M", "quantization_level": "Q4_1"}
                 assert shown["model_info"] == {"general.architecture": "llama", "general.parameter_count": 134_515_008,
                                                "llama.context_length": 4096, "llama.embedding_length": 576, "llama.block_count": 30}
-                assert shown["capabilities"] == ["completion"] and re.search("^temperature +0.8$", shown["parameters"], re.MULTILINE)
+                assert shown["capabilities"] == ["completion", "insert"] and re.search("^temperature +0.8$", shown["parameters"], re.MULTILINE)
         async with client.post(url + "/api/show", json={"model": "llama3"}) as response:
             assert response.status == 404 and "llama3" in (await response.json())["error"]
 
@@ -1004,7 +1006,7 @@ def test_two_budgets_that_differ_are_refused_and_equal_ones_are_one():
     assert asked_of(CHAT, reasoning={"max_tokens": -1}, think=-5).params.thinking_budget is None       # other APIs' fields
 
 
-@every_api
+@pytest.mark.parametrize("path", BODIES)
 def test_the_server_s_budget_is_that_of_requests_without_one(path):
     settings = Settings(reasoning_budget=7, reasoning_budget_message="Enough.")
     request = asked_of(path, settings, max_tokens=5)            # it may be more than the answer has

@@ -17,7 +17,6 @@ from chatlm.front.admission.infill import InfillMaker
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.readers import read_answer
 from chatlm.worker.weights.gguf import gguf_text
-from fake_pool import Letters
 from families import make_model, save, write_tokenizer
 from real_server import server
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
@@ -65,8 +64,9 @@ def test_each_family_s_tokens_are_found_by_name(tokenizer):
     assert tokens.ends == (END, PAD, REPOSITORY, FILE)
 
 
-def test_a_tokenizer_without_them_lacks_them():
-    assert Letters().infill_tokens == InfillTokens() and InfillTokens().missing == ["prefix", "suffix", "middle"]
+def test_a_tokenizer_without_them_lacks_them(tmp_path):
+    assert tokenizer_with(tmp_path, [], special=True).infill_tokens == InfillTokens()
+    assert InfillTokens().missing == ["prefix", "suffix", "middle"] and InfillTokens(1, 2, 3).missing == []
 
 
 def gguf_tokens(**ids):
@@ -506,3 +506,12 @@ def test_a_model_without_the_tokens_says_so_over_http(nanochat_fixtures):
                 assert status == 400 and "its tokenizer has no prefix, suffix and middle tokens" in text
         assert json.loads(post(url, "/infill", GAP)[2])["error"]["code"] == "infill_not_supported"
         assert "insert" not in json.loads(post(url, "/api/show", {})[2])["capabilities"]
+
+
+def test_a_large_question_to_a_base_model_is_continued_as_a_small_one_is(tmp_path):
+    save(make_model("qwen2", max_position_embeddings=1024), tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with server(tmp_path) as (_, url):
+        body = {"prompt": "def f(", "stream": False, "options": {"num_predict": 8, "temperature": 0}}
+        small, large = (post(url, "/api/generate", body | {"padding": padding}) for padding in ("", "x" * 100_000))
+        assert small[0] == large[0] == 200 and json.loads(small[2])["response"] == json.loads(large[2])["response"]

@@ -138,7 +138,7 @@ async def test_the_model_is_described_to_who_asks_for_one_of_its_names():
     logged("/api/show")
     shown = json.loads((await models.handle_ollama_show(Arriving(body=b'{"model": "fake-model"}'))).body)
     facts = shown["model_info"]
-    assert shown["capabilities"] == ["completion"] and facts[f"{facts['general.architecture']}.context_length"] == 4096
+    assert shown["capabilities"] == ["completion", "insert"] and facts[f"{facts['general.architecture']}.context_length"] == 4096
     with pytest.raises(RequestError, match="does not exist"):
         await models.handle_ollama_show(Arriving(body=b'{"model": "another"}'))
     pool.tokenizer = None
