@@ -79,8 +79,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 324 more: a worker on a CPU without torch: types that numpy lacks, files of torch.save and safetensors read here.
 # 11 more: what is said and done where torch is not installed.
 # 3 more: a rank's share of a packed model that torch computes, although decode_core would compute the whole.
-# 238 more: filling in the middle: its tokens, prompts that are cut to fit, llama-server's answers.
-MOST_STATEMENTS = 22_920
+# 239 more: filling in the middle: its tokens, prompts that are cut to fit, llama-server's answers.
+MOST_STATEMENTS = 22_921
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

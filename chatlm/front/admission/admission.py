@@ -338,7 +338,8 @@ def packed_body(parsed: ParsedBody, prompt_ids: Seq[Seq[int]]) -> list:
     """For the front: millions of ids as JSON numbers would stop its event loop while they are read.
 
     Prompts that are ids are sent once."""
-    prompts = tuple(() if prompt == ids else prompt for prompt, ids in zip(parsed.request.prompts, prompt_ids))
+    both = zip(parsed.request.prompts, prompt_ids)
+    prompts = tuple(() if prompt == ids else prompt for prompt, ids in both)
     return [replace(parsed, request=replace(parsed.request, prompts=prompts, prompt_ids=None)),
             [array("I", ids).tobytes() for ids in prompt_ids]]
 
