@@ -162,7 +162,7 @@ def test_a_python_without_any_library_makes_a_bundle_without_the_core_and_runs_i
     made = run(*BARE, CHECKOUT / "chat_server.py", "bundle", file)
     (line,) = made.stdout.splitlines()
     assert made.returncode == 0 and "without decode_core, which is not installed" in line
-    assert "reference ops run" in run(*BARE, file, "--version").stdout
+    assert "there is no torch to compute instead" in run(*BARE, file, "--version").stdout
 
 
 def test_a_core_of_another_seam_is_not_bundled(monkeypatch):
@@ -260,10 +260,11 @@ def test_a_damaged_bundle_is_one_line(part, bundled, tmp_path):
     ({"platform": "Linux riscv64 cpython-311-riscv64-linux-gnu"}, "is for Linux riscv64 cpython-311-riscv64-linux-gnu, not for Linux"),
     ({"seam": "another"}, f"has another version (seam another instead of {core.seam()})"),
     ({"sha256": "0" * 64}, "is damaged; copy the bundle again")])
-def test_a_core_for_another_platform_or_seam_or_damaged_is_one_line_and_references_run(changes, words, bundled, tmp_path, cache):
+def test_a_core_for_another_platform_or_seam_or_damaged_is_one_line_that_says_what_is_missing(changes, words, bundled, tmp_path, cache):
     other = changed(bundled, tmp_path / "other.pyz", about(bundled, **changes))
     line = run(*BARE, other, "--version", env=clean_environment(XDG_CACHE_HOME=cache)).stdout
-    assert f"the bundle's decode_core {words}" in line and line.endswith("so slower reference ops run\n")
+    assert f"the bundle's decode_core {words}" in line and len(line.splitlines()) == 1
+    assert f"and there is no torch to compute instead ({sys.executable} -m pip install torch)" in line
     assert not [path for path in cache.rglob("*") if path.is_file()]
     # where a fitting one is installed, that runs; it is here
     assert f"it is the installed one, because the bundle's decode_core {words}" in version(other, XDG_CACHE_HOME=cache)
