@@ -150,7 +150,7 @@ def build_transformer(
         model = open_model(source, replace(settings, context_length=context), device)
         model = share_of_rank(model, ranks, settings)
     log.info("%s", plan.line(num_pages))
-    if floats := layers_of_floats(whole, plan.kv):
+    if floats := layers_of_floats(kernels.computed(whole), plan.kv):
         log.warning("%s", floats)
     running, snapshots = (ranks.min_over_ranks(count) for count in plan.states(num_pages))
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
@@ -190,6 +190,7 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
         device, spec, **limits, quantize=settings.quantize, whole=whole,
         join=ranks.join and partial(
             ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
+    whole, spec = kernels.computed(whole), kernels.computed(spec)
     apart = kernels.backend.groups_layers and ranks.stages == 1  # all stages have the same tables
     kv = kernels.kv_type(settings.kv_cache_dtype, model.dtype)
     layers_of_floats(whole, kv)
@@ -222,8 +223,8 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
     """The plan for a rank's shard of a model, whose `whole` spec is given too.
 
     Each rank has its own GPU, but the ranks of a replica share their machine's memory."""
-    shared, state_bytes = device.type != "cuda", model.spec.state_bytes
-    page_bytes = PageLayout.of(groups, model.spec.by_layer, kv).page_bytes
+    shared, spec, state_bytes = device.type != "cuda", kernels.computed(model.spec), model.spec.state_bytes
+    page_bytes = PageLayout.of(groups, spec.by_layer, kv).page_bytes
     if shared:
         each = [attn and replace(attn, kv_heads=max(attn.kv_heads, ranks.tp)) for attn in whole.by_layer]
         together = groups if ranks.stages == 1 else group_layers(each, 0, apart=False, kv=kv)
@@ -231,7 +232,7 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
         page_bytes, state_bytes = (-(-size * ranks.here // (ranks.tp * ranks.stages))
                                    for size in (page_bytes, whole.state_bytes))
     buffers = Transformer.buffer_sizes(
-        model.spec, limits["max_tokens"], limits["max_rows"], "float32").values()
+        spec, limits["max_tokens"], limits["max_rows"], "float32").values()
     activations = sum(rows * columns * item_bytes(kind) for rows, columns, kind in buffers)
     copies, pool = ranks.here if shared else 1, PagePool(0, groups.windows)
     token_bytes = kv.unit * sum(kv.slot_size(attn) for attn in whole.by_layer if attn)

@@ -567,7 +567,14 @@ class Program:
         self._buffers.keep(*keep)
         self._program.record(op, rows_of == LOGIT_ROWS, **fields)
 
-    def _record_row(self, op: str, given: Mapping[str, Any]) -> None:
+    def layer_norm(self, x, weight, bias, eps, out, count: int = 0) -> None:
+        """chat_server's layer_norm_reference; with `count`, of the first so many columns of x, whose others are zeros."""
+        _, columns = self._buffers.read("x", x, 16)[0]
+        if not isinstance(count, int) or not 0 <= count <= columns:
+            raise ValueError(f"count: must be 0 or up to {columns} columns, not {count!r}")
+        self._record_row("layer_norm", {"x": x, "weight": weight, "bias": bias, "eps": eps, "out": out}, count=count)
+
+    def _record_row(self, op: str, given: Mapping[str, Any], **options: Any) -> None:
         """Record one whose row says all that must be checked."""
         rows_of, widths, fields = "", {}, {}
         for role, name, columns in fields_of(op):
@@ -583,7 +590,7 @@ class Program:
             else:
                 fields[name], rows_of = self._buffers.read(name, value, 16 if columns.endswith("16") else 1)
                 widths[columns] = fields[name][1]
-        self._record(op, rows_of, tuple(given.values()), **fields)
+        self._record(op, rows_of, tuple(given.values()), **fields, **options)
 
 
 def fields_of(op: str) -> list[tuple[str, str, str]]:

@@ -30,6 +30,7 @@ from chatlm.common.processes.start import own_threads, threads_per_worker
 from chatlm.worker.arrays.kinds import (
     AdapterMatrix, Arrays, Device, Norm, as_kind, mapped_zeros, of_kind)
 from chatlm.worker.arrays.packed import dequantize, dequantized, unpermute_rope
+from chatlm.worker.model.padding import padded_spec
 from chatlm.worker.model.spec import (
     DeltaRule, KvType, Mamba2, ModelSpec, RowAdapters, Sequences, ShortConv, token_places)
 from chatlm.worker.model.tensors import TILE_ROWS
@@ -183,6 +184,15 @@ class Kernels:
         return references().FOR_BACKENDS["TorchArrays"](device) if self.backend.tensors else Arrays()
 
     @property
+    def pads(self) -> bool:
+        """Do they compute models of other sizes than multiples of 16 with zeros between?"""
+        return not self.backend.tensors
+
+    def computed(self, spec: ModelSpec) -> ModelSpec:
+        """The spec of what a Transformer of this spec computes."""
+        return padded_spec(spec) if self.pads else spec
+
+    @property
     def row_invariant(self) -> bool:
         """Whether a row's bits are the same whatever else is in the batch."""
         return self.backend.row_invariant
@@ -241,7 +251,7 @@ def choose_backend(device, spec: ModelSpec | None, whole: ModelSpec | None = Non
             log.warning("decode_core has no kernels for %s, which this model needs: torch computes instead",
                         features)
         core = None
-    backend = core and core.backend_for(spec, device, for_decode_core())
+    backend = core and spec and core.backend_for(padded_spec(spec), device, for_decode_core())
     if backend and spec and says_why and (ops := left_to_torch(whole or spec, device)):
         log.warning("%s has no kernels for %s: torch computes only these", backend.name, " and ".join(ops))
     return backend or Backend(device)
@@ -275,6 +285,7 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
 
     This is all that decode_core would refuse: tests/worker/model/test_odd_sizes.py tries every dimension."""
     on_gpu = Device(device).type != "cpu"
+    spec = spec if on_gpu else padded_spec(spec)
     most, attentions = MOST_ON_GPU if on_gpu else MOST_ON_CPU, [attn for attn in spec.by_layer if attn]
     widths = {spec.dense_size, spec.shared_size} | ({spec.ffn_size} if not on_gpu else set())
     features = {

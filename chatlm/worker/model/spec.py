@@ -361,6 +361,7 @@ class ModelSpec:
     qk_norm: str = "none"             # "none" | "before_rope" | "after_rope"
     qk_norm_weights: bool = False
     qk_norm_sizes: tuple[int, ...] = ()  # (H * D, Hkv * D): q and k are normalized whole, before rope
+    qk_norm_eps: float | None = None  # of this norm; None: norm_eps
     qk_scale: float = 1.0             # multiplies q and k, after norm and rope
     q_scale: float = 1.0              # multiplies q alone, in addition to 1 / sqrt(D)
     attentions: tuple[Attention, ...] = ()  # of each layer, where they differ; see `attention`

@@ -15,6 +15,7 @@ from chatlm.common.hub.stamps import refuse_changed_adapter
 from chatlm.worker.arrays.kinds import (
     AdapterMatrix, Device, Norm, address_of, as_kind, floats, kind_of)
 from chatlm.worker.arrays.rotary import query_scales, rope_frequencies, rope_tables
+from chatlm.worker.model.padding import padded_adapter, padded_spec, padded_tensors
 from chatlm.worker.model.spec import (
     DeltaRule, Inputs, Mamba2, PageLayout, RowAdapters, Sequences, ShortConv, expected_tensors, group_layers,
     token_places)
@@ -41,7 +42,12 @@ class Transformer:
                  num_slots: int = 1, groups: LayerGroups | None = None, kv: KvType | None = None,
                  read_adapter: Callable[[Path], dict[str, AdapterMatrix]] | None = None,
                  progress=lambda activity, fraction: None):
-        self.spec, self.kernels = spec, kernels
+        self.unpadded, self.kernels = spec, kernels
+        if kernels.pads:
+            spec, tensors = padded_spec(spec), padded_tensors(spec, tensors)
+        self.spec = spec
+        # numbers of a padded row, which LayerNorms must know
+        self.counted = {"count": self.unpadded.width} if self.unpadded.width != spec.width else {}
         self.read_adapter = read_adapter   # a folder's matrices, named after those they change
         self.adapters: dict[int, Any] = {}  # by slot, from 1 on: as the kernels read them
         self.attentions = spec.by_layer
@@ -185,14 +191,15 @@ class Transformer:
 
         (rows, C) float64. The norm is computed here, row by row: identical in any batch and with all kernels.
         """
+        C = self.unpadded.width
         x = self.arrays.numpy(self.buffers["x"][first:last]).astype(numpy.float64)
         if self.spec.layer_norms:
-            x = x - x.mean(axis=1, keepdims=True)
+            x = x[:, :C] - x[:, :C].mean(axis=1, keepdims=True)
         x = x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + self.norm_eps)
         weight, bias = (
-            0.0 if part is None else self.arrays.numpy(part).astype(numpy.float64)
+            0.0 if part is None else self.arrays.numpy(part)[:C].astype(numpy.float64)
             for part in map(self.weights.get, ("final_norm", "final_norm_bias")))
-        return (x * weight if self.spec.norm_weights else x) + bias
+        return (x[:, :C] * weight if self.spec.norm_weights else x[:, :C]) + bias
 
     def inputs(self, batch: Batch) -> Inputs:
         columns = (batch.token_ids, batch.previous_token_ids, *token_places(batch), batch.logit_rows)
@@ -241,7 +248,7 @@ class Transformer:
         logits = b.own_logits if spec.own_rows else b.logits
         norm = Norm(self.logit_norm, self.norm_eps)
         if spec.layer_norms:
-            k.layer_norm(b.last, norm.weight, self.logit_norm_bias, norm.eps, out=b.last)
+            k.layer_norm(b.last, norm.weight, self.logit_norm_bias, norm.eps, out=b.last, **self.counted)
             norm = None
         adapted_linear(k, b, b.last, w, "head", norm=norm, bias=w.get("head_bias"), out=logits)  # (R, V)
         if spec.own_rows:  # joined with those of other ranks
@@ -293,6 +300,7 @@ class Transformer:
         spec, k, attn, cache, value, gate = (
             self.spec, self.kernels, self.spec.attention(l), self.layer_caches[l], None, None)
         norms = {"q_norm": layer.get("q_norm"), "k_norm": layer.get("k_norm")}
+        qk_eps = spec.norm_eps if spec.qk_norm_eps is None else spec.qk_norm_eps
         x, norm = self._normed(b, b.x, layer, "attention_norm")
         queries, columns = attn.parts[0], sum(attn.parts)
         qkv, q, attended = (narrow(buffer, width) for buffer, width in (
@@ -310,11 +318,11 @@ class Transformer:
             k.mean_squares(qkv, **norms, sizes=spec.qk_norm_sizes, out=b.means)  # (T, 2)
             if k.all_reduce:
                 k.all_reduce(b.means, out=b.means)
-            k.norm_qk(qkv, **norms, means=b.means, eps=spec.norm_eps, out=qkv)
+            k.norm_qk(qkv, **norms, means=b.means, eps=qk_eps, out=qkv)
             norms = {}
         more = {"value_norm": True} if attn.value_norm else {}
         k.rope_append(qkv, *self.rope_tables[l], inputs.positions, inputs.slots, cache, out=q,
-                      norm=spec.qk_norm, **norms, eps=spec.norm_eps, post_scale=spec.qk_scale,
+                      norm=spec.qk_norm, **norms, eps=qk_eps, post_scale=spec.qk_scale,
                       q_scale=attn.q_scale, value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale,
                       **more)   # (T, H * D)
         if self.q_scale is not None:
@@ -400,7 +408,8 @@ class Transformer:
         norm = Norm(layer.get(name), self.norm_eps)
         if not self.spec.layer_norms:
             return x, norm
-        self.kernels.layer_norm(x, norm.weight, layer.get(f"{name}_bias"), norm.eps, out=b.normed)
+        bias = layer.get(f"{name}_bias")
+        self.kernels.layer_norm(x, norm.weight, bias, norm.eps, out=b.normed, **self.counted)
         return b.normed, None
 
     def _add(self, b: SimpleNamespace, x, layer: dict, l: int, name: str, residual, out):
@@ -427,6 +436,13 @@ def load_adapter(transformer: Transformer, slot: int, folder: Path, stamp: Stamp
     refuse_changed_adapter(folder, stamp)
     matrices = transformer.read_adapter(folder)
     refuse_changed_adapter(folder, stamp)
+    return pack_adapter(transformer, slot, matrices)
+
+
+def pack_adapter(transformer: Transformer, slot: int, matrices: dict[str, AdapterMatrix]) -> int:
+    """Compute a slot's rows with these matrices, named after those they change; returns their bytes."""
+    if transformer.kernels.pads:
+        matrices = padded_adapter(transformer.unpadded, matrices)
     packed = transformer.kernels.backend.pack_adapter(matrices, transformer.device)
     transformer.adapters[slot] = packed
     held = sum(tensor.nbytes for matrix in matrices.values() for tensor in matrix)

@@ -40,9 +40,15 @@ def rms_norm_reference(x, weight, eps, out):
     out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
 
 
-def layer_norm_reference(x, weight, bias, eps, out):
-    """(x (T, C) - mean) / sqrt(variance + eps) * weight (C) (+ bias (C)) -> out (T, C), which may be x."""
-    out.copy_(torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps))
+def layer_norm_reference(x, weight, bias, eps, out, count=0):
+    """(x (T, C) - mean) / sqrt(variance + eps) * weight (C) (+ bias (C)) -> out (T, C), which may be x.
+
+    With `count`, of the first so many columns; the others of out are zeros."""
+    own = slice(count or x.shape[1])
+    bias = None if bias is None else bias[own]
+    normed = torch.nn.functional.layer_norm(x[:, own], (own.stop,), weight[own], bias, eps)
+    out[:, own].copy_(normed)
+    out[:, own.stop:].zero_()
 
 
 def pack_reference(name, *parts):

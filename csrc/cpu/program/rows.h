@@ -36,7 +36,7 @@ constexpr int64_t SHRUNK_ROWS = 4;
 
 struct RowKernels {             // `columns` a multiple of 16 except for soft_cap and widen; out may be x
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t columns, float* out);     // weight or null
-    void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int64_t columns, float* out);    // bias or null
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int64_t count, int64_t columns, float* out);    // bias or null
     void (*mix)(const float* x, float a, const float* y, float b, int64_t columns, float* out);            // a x + b y
     // x + lambda * sigmoid(x[:channels] . gate) * previous; previous null: x
     void (*smear)(const float* x, const float* previous, const float* gate, int64_t channels, float lambda, int64_t columns, float* out);

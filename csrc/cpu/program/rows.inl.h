@@ -33,15 +33,21 @@ void rms_norm(const float* x, const float* weight, float epsilon, int64_t column
 }
 
 // The mean first, then the squares of what is left: exact enough also where the mean is far larger than the rest.
-void layer_norm(const float* x, const float* weight, const float* bias, float epsilon, int64_t columns, float* out) {
+// Columns from `count` on are zeros that only make a multiple of 16.
+void layer_norm(const float* x, const float* weight, const float* bias, float epsilon, int64_t count, int64_t columns, float* out) {
     Lanes total = all(0.0f), squares = all(0.0f);
     for (int64_t c = 0; c < columns; c += 16) total = total + load(x + c);
-    const Lanes mean = all(sum(total) / float(columns));
-    for (int64_t c = 0; c < columns; c += 16) {
-        const Lanes centred = load(x + c) - mean;
+    const float average = sum(total) / float(count);
+    const Lanes mean = all(average);
+    int64_t done = 0;
+    for (; done + 16 <= count; done += 16) {
+        const Lanes centred = load(x + done) - mean;
         squares = fma(centred, centred, squares);
     }
-    const Lanes scale = all(1.0f / __builtin_sqrtf(sum(squares) / float(columns) + epsilon));
+    float rest[16] = {};
+    for (int64_t c = done; c < count; c++) rest[c - done] = x[c] - average;
+    squares = fma(load(rest), load(rest), squares);
+    const Lanes scale = all(1.0f / __builtin_sqrtf(sum(squares) / float(count) + epsilon));
     for (int64_t c = 0; c < columns; c += 16) {
         const Lanes y = (load(x + c) - mean) * scale * load(weight + c);
         store(out + c, bias ? y + load(bias + c) : y);

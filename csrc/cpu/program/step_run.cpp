@@ -141,7 +141,7 @@ void Step::do_row(const op::rms_norm& op, int64_t row) const {
 }
 
 void Step::do_row(const op::layer_norm& op, int64_t row) const {
-    row_kernels_here().layer_norm(op.x.row(row), op.weight, op.bias, op.eps, op.out.columns, op.out.row(row));
+    row_kernels_here().layer_norm(op.x.row(row), op.weight, op.bias, op.eps, op.count ? op.count : op.out.columns, op.out.columns, op.out.row(row));
 }
 
 void Step::do_row(const op::mix& op, int64_t row) const {

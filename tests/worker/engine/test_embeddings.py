@@ -53,11 +53,14 @@ def saved(tmp_path_factory):
     for name in ("llama2", "gemma2"):
         model = families.make_model(name)
         made[name] = model, families.save(model, tmp_path_factory.mktemp(name))
+    for name in ("llama2", "cohere2"):         # whose rows end with zeros in decode_core
+        model = families.make_model(name, head_dim=20, hidden_size=72)
+        made[f"odd {name}"] = model, families.save(model, tmp_path_factory.mktemp(name))
     return made
 
 
 @pytest.mark.parametrize("reference", [True, False])
-@pytest.mark.parametrize("name", ["llama2", "gemma2"])
+@pytest.mark.parametrize("name", ["llama2", "gemma2", "odd llama2", "odd cohere2"])
 def test_they_are_transformers_hidden_states(saved, name, reference):
     """Prompts of one token, of a part of a chunk and of several chunks, side by side."""
     model, folder = saved[name]

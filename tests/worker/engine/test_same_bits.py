@@ -38,6 +38,9 @@ class Row(NamedTuple):
 ROWS = {**{name: Row(name) for name in (*MODELS, *GENERATIONS, "nanogpt")},
         "ministral3 whose queries grow": Row("ministral3", {"rope_parameters": GROWING}, context=512),
         **{f"{name} as a packed file": Row(name, changes, file=True) for name, changes in GGUF_MODELS.items()},
+        "llama of odd sizes": Row("llama3.1", {"head_dim": 20, "hidden_size": 72, "intermediate_size": 100}),
+        "cohere2 of odd sizes": Row("cohere2", {"head_dim": 20, "hidden_size": 72}),
+        "llama of odd sizes as a packed file": Row("llama2", {"head_dim": 24, "hidden_size": 96}, file=True),
         # windows and capped scores, sinks, some heads of 16, which stay floats, layers with states
         **{f"{name} with keys of 8 bits": Row(name, kv="q8_0") for name in ("gemma2", "gpt-oss", "gemma4", "qwen3", "qwen3.5", "cohere2")}}
 

@@ -48,9 +48,9 @@ class Case:
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))])
-@pytest.mark.parametrize("bias, prefix", [(True, ""), (False, "_orig_mod.")])
-def test_a_checkpoint_computes_nanogpts_formula(bias, prefix, backend, tmp_path):
-    args = ARGS | {"bias": bias}
+@pytest.mark.parametrize("bias, prefix, sizes", [(True, "", {}), (False, "_orig_mod.", {}), (True, "", {"n_embd": 100, "n_head": 5})])
+def test_a_checkpoint_computes_nanogpts_formula(bias, prefix, sizes, backend, tmp_path):
+    args = ARGS | {"bias": bias} | sizes
     state = random_state(args)
     write_meta(write(tmp_path, state, args, prefix) / "meta.pkl")
     model, cases = load(tmp_path), [Case(state, args, length) for length in (9, 40, 200)]
