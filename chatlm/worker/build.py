@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
@@ -112,9 +112,11 @@ CANNOT_CHAT = ("It has no chat template, so it cannot chat: it continues texts, 
 
 
 def build_engine(source: ModelSource, settings: Settings, device: Device,
-                 progress: Progress = no_progress,
-                 ranks: RankZero | None = None) -> tuple[LoadedModel, Engine]:
+                 progress: Progress = no_progress, ranks: RankZero | None = None,
+                 opened: Callable[[LoadedModel], None] = lambda model: None) -> tuple[LoadedModel, Engine]:
+    """opened: called before any weight is read."""
     model = open_model(source, settings, device)
+    opened(model)
     try:
         tokenizer = open_tokenizer(model.text)
         if model.text.chat_template:

@@ -24,7 +24,7 @@ from chatlm.common.log import CalmLog, log
 from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import (
     AdapterLoaded, CacheEmptied, Cancel, DropAdapter, EmptyCache, EndOfRequest, EndThinking, LoadAdapter,
-    Loading, ModelCard, NO_GAUGES, NewAnswer, NewPrompt, NewRequest, Ping, Ready, Stepped)
+    Loading, ModelCard, ModelText, NO_GAUGES, NewAnswer, NewPrompt, NewRequest, Ping, Ready, Stepped)
 from chatlm.common.messages.requests import Failed, ModelFacts, ThinkingEnds
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import threads_per_worker
@@ -115,7 +115,8 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     device = prepare_device(config)
     files, fingerprint = fingerprinted_files(config)
     model, engine = build_engine(
-        config.source, settings, device, progress, ranks)  # pyright: ignore[reportArgumentType]  run_worker has found it
+        config.source, settings, device, progress, ranks,  # pyright: ignore[reportArgumentType]  run_worker has found it
+        opened=lambda model: channel.send(ModelText(model.text)))
     channel.send(describe_model(model, engine, config))
     del model
     if ranks:
@@ -123,7 +124,10 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     if config.source:
         refuse_changed(config.source, settings.lora)  # while they were read
     with engine.transformer.arrays.computing():
-        engine.warm_up(partial(progress, "warming up"))
+        if device.type == "cpu" and not ranks:
+            engine.warm_up_soon()
+        else:
+            engine.warm_up(partial(progress, "warming up"))
     if fingerprint and not ranks and device.type == "cpu":
         keep_prefixes(engine, config, files, fingerprint)
     give_memory_back()
@@ -184,7 +188,8 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
              f"Running on {hardware}, weights in {engine.transformer.weight_types}"
              f"{' in rank 0' if engine.ranks else ''}; kernels: {', '.join(sorted(set(kernels.values())))}",
              cache, *model.notes)
-    return ModelCard(model.text, model.name, engine.context_length, lines, kernels,
+    text = replace(model.text, payload=b"")  # the front has it
+    return ModelCard(text, model.name, engine.context_length, lines, kernels,
                      engine.kernels.row_invariant, kernels_line(), dict(model.sampling),
                      model.sampling_origin, f"{hardware}; {cache}", config.source,
                      model_facts(model, config, engine.transformer.matrix_types[0],
@@ -371,8 +376,18 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
     while True:
         inbox.end_loading()
         idle = not (engine.busy or engine.events or engine.keeper and engine.keeper.copier.behind)
-        for message in channel.receive(wait=idle, patience_s=LOADING_S if inbox.loading else None):
+        warms_up = idle and bool(engine.cold)
+        messages = channel.receive(wait=idle and not warms_up,
+                                   patience_s=LOADING_S if inbox.loading else None)
+        for message in messages:
             inbox.obey(message)
+        if engine.busy:
+            engine.cold.clear()  # what was asked warms up as well
+        elif warms_up and not messages:
+            engine.warm_up_more()
+            if not engine.cold:
+                give_memory_back()
+            continue
         try:
             if engine.ranks:
                 engine.ranks.check()

@@ -10,7 +10,7 @@ import pytest
 
 from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, ActorAddress, ActorEnded, AdapterLoaded, Begun, Body, CacheEmptied, Cancel, Crashed, DropAdapter, EmptyCache, EndActor, EndOfRequest, EndThinking,
-                                             Known, LoadAdapter, Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, RayConfig, Ready,
+                                             Known, LoadAdapter, Loading, ModelCard, ModelText, NewAnswer, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, RayConfig, Ready,
                                              Refused, Result, SandboxConfig, StartActor, Stepped, Task, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import (AnswerParams, Delta, Embedding, Ended, Failed, Message, ModelSource, Piece, PromptProgress, PromptScores,
                                              Request, SamplingParams, TextSpec, ThinkingEnds, TokenLogprob, Usage)
@@ -32,7 +32,7 @@ EXAMPLES = [
     NewRequest("s", AnswerParams()), NewPrompt("r", 127, tuple(range(3000))), NewPrompt("r", 0, ()),
     NewAnswer("r#3", "r", 0, 3, 2**40, (1, 2, 3), 5, 2), Cancel("r#3"), EndThinking("r#3"), EndOfRequest("r"), Ping(), EmptyCache(), CacheEmptied(True),
     LoadAdapter("law#1", "/adapters/law", (("/adapters/law/a", 5, 7),), "00"), DropAdapter("law#1"), AdapterLoaded("law#1", "no such file", 5, "00"), Loading("weights", 0.25),
-    ModelCard(TEXT, "a", 4096, ("one", "two"), {"sample": "numpy"}, True), Ready({"running": 0}), Unusable("no such file"), Crashed("KeyError: 1", "Traceback ..."),
+    ModelText(TEXT), ModelCard(TEXT, "a", 4096, ("one", "two"), {"sample": "numpy"}, True), Ready({"running": 0}), Unusable("no such file"), Crashed("KeyError: 1", "Traceback ..."),
     SandboxConfig(Known(Settings(), None), TEXT, 4096, 1.5, 1 << 30), Task("fill", [{"a": [1, None]}, "x"]), Begun(),
     Body(bytes(range(256)) * 3), Body(b""), Result(None), Result([1, {"a": "\ud800"}]), Refused("no", 400, None, "tools"),
     RayConfig("auto", ""), Nodes([Node("f0", "a", 2.0, 8)]), StartActor("x", "f0", 0.5, 1), ActorAddress("x", "10.0.0.1", 4242, "00"), EndActor("x"),

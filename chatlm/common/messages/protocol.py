@@ -155,10 +155,18 @@ class Loading:
 
 
 @wire_message(256 << 20)
+class ModelText:
+    """Worker to front, before it reads the weights: what turns this model's texts into tokens and back. The
+    front opens its tokenizer meanwhile."""
+
+    text: TextSpec
+
+
+@wire_message(256 << 20)
 class ModelCard:
     """Worker to front: the description of a loaded model."""
 
-    text: TextSpec
+    text: TextSpec             # of a worker: without the payload, which ModelText had
     name: str
     context_length: int
     lines: tuple[str, ...]     # for the start-up log
@@ -317,8 +325,8 @@ class Refused:
 
 SANDBOX_MODELS = 4
 WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndThinking, EndOfRequest, Ping,
-                   EmptyCache, CacheEmptied, LoadAdapter, DropAdapter, AdapterLoaded, Loading, ModelCard,
-                   Ready, Stepped, Unusable, Crashed)
+                   EmptyCache, CacheEmptied, LoadAdapter, DropAdapter, AdapterLoaded, Loading, ModelText,
+                   ModelCard, Ready, Stepped, Unusable, Crashed)
 SURVEY_PIPE = Pipe(SurveyConfig, Surveyed, Loading, Unusable, Crashed)
 SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)
 RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded, Unusable)

@@ -37,7 +37,7 @@ from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ModelCard
-    from chatlm.common.messages.requests import AnswerParams, Request
+    from chatlm.common.messages.requests import AnswerParams, Request, TextSpec
     from chatlm.common.messages.wire import Pipe
 
 
@@ -239,13 +239,24 @@ class Admission:
         desk = shared or Desk()
         self.check_capacity, self.number = check_capacity, next(desk.numbers)
         self.prompts: PromptMaker | None = None  # set once there is a tokenizer
+        self.expected: tuple[TextSpec, asyncio.Future] | None = None  # what a worker is reading
         self.sandboxes: dict[str, Sandbox | SharedSandbox] = {
             name: SharedSandbox(sandbox) if shared else sandbox for name, sandbox in desk.sandboxes.items()}
         self.preparing, self.valid_grammars = desk.preparing, desk.valid_grammars
 
+    def expect(self, text: TextSpec):
+        """Open the tokenizer of a card to come, in a thread."""
+        opening = asyncio.get_running_loop().run_in_executor(None, open_tokenizer, text)
+        opening.add_done_callback(lambda done: done.cancelled() or done.exception())  # `open` may never come
+        self.expected = text, opening
+
     async def open(self, card: ModelCard, settings: Settings):
         """Get ready for a model's requests; ConfigError if its tokenizer or chat template is broken."""
-        tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
+        text, opening = self.expected or (None, None)
+        if opening and text == card.text:
+            tokenizer, self.expected = await opening, None
+        else:
+            tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
         await asyncio.to_thread(trim_heap)  # of what it was built from
         known = Known(replace(settings, keys=(), api_key=()), calls_of(card.text)[0],
                       template=card.text.chat_template or "", chats=tokenizer.has_chat_template,

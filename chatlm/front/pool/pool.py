@@ -58,6 +58,7 @@ class WorkerPool:
             [self.model_name, *settings.served_model_name], settings.model)
         self.supervisor = Supervisor(
             settings, self.workers, self.dispatcher, self.adapters, prepare=self._open_tokenizer,
+            expect=self.admission.expect,
             report=lambda stage, fraction: self.on_progress(stage, fraction))
         self.dispatcher.loading, self.version = self.supervisor.load_fraction, self.supervisor.version
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence as Seq
+from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import (
-    AdapterLoaded, CacheEmptied, Crashed, Loading, ModelCard, Ready, Stepped, Unusable)
+    AdapterLoaded, CacheEmptied, Crashed, Loading, ModelCard, ModelText, Ready, Stepped, Unusable)
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import program_stamp
@@ -38,12 +39,13 @@ class Supervisor:
 
     def __init__(self, settings: Settings, workers: Seq[Worker], dispatcher: Dispatcher,
                  adapters: PoolAdapters, *, prepare: Callable[[ModelCard], Awaitable[None]],
-                 report: Callable[[str, float], None]):
-        """prepare: awaited once, with the card of the first worker that has read the model.
+                 report: Callable[[str, float], None], expect: Callable[[TextSpec], None]):
+        """prepare: awaited once, with the card of the first worker that has read the model; expect: called
+        with the text that it will have.
         report: called with the stage and share of loading."""
         self.settings, self.workers = settings, workers
         self.dispatcher, self.adapters = dispatcher, adapters
-        self.prepare, self.report, self.stamp = prepare, report, program_stamp()
+        self.prepare, self.report, self.expect, self.stamp = prepare, report, expect, program_stamp()
         self.card, self.prepared, self.closing = NO_CARD, False, False
         self.version = Version(self)
         self.asleep = False                  # from unloading until the model is loaded again
@@ -158,8 +160,13 @@ class Supervisor:
                 self.progress(stage, fraction)
                 if stage.startswith("waiting"):  # for another machine
                     worker.spawned_s = time.monotonic()
+            case ModelText(text):
+                worker.text = text
+                if not self.prepared:
+                    self.expect(text)
             case ModelCard():
-                worker.place = message.place
+                message = replace(message, text=worker.text or message.text)
+                worker.place, worker.text = message.place, None
                 if self.card.kernels and of_other_files(message, self.card):  # on a node of Ray's
                     return self.version.refuse(worker)
                 if not self.card.kernels:  # so far only the headers of the model's files were read

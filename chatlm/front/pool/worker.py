@@ -27,7 +27,7 @@ from chatlm.front.admission.admission import next_message
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.errors import ChatServerError
-    from chatlm.common.messages.requests import Event, ModelSource, Request, WorkerEvent
+    from chatlm.common.messages.requests import Event, ModelSource, Request, TextSpec, WorkerEvent
     from chatlm.front.pool.ray import RayActor
     from chatlm.front.pool.supervisor import Supervisor
 
@@ -246,6 +246,7 @@ class Worker:
         self.settings, self.placement = settings, placement
         self.gpu, self.device, self.node = gpu, device, node  # node: its machine, if it runs on Ray
         self.state, self.problem = State.LOADING, ""  # problem: why it is left out
+        self.text: TextSpec | None = None    # of the card to come
         self.place = ""                      # in words: its device and what it holds there
         self.jobs: dict[str, Job] = {}
         self.process: subprocess.Popen | RayActor | None = None

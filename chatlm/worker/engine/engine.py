@@ -117,6 +117,7 @@ class Engine:
         self.token_s = self.finished_s = 0.0  # measured seconds per prompt token; when the last step ended
         self.first_chunk = min(prefill_chunk, self.context_length // 2)  # length of the prompt in warm_up
         self.timed_tokens = min(self.TIMED_TOKENS, self.first_chunk)  # so that warm_up yields a time
+        self.cold: list[tuple[int, int]] = []  # (rows, tokens) of steps to run while nobody asks
 
     @property
     def busy(self) -> bool:
@@ -315,12 +316,31 @@ class Engine:
         self.steps.prepare(lambda fraction: progress(fraction / 2))
         for done, (rows, length) in enumerate(shapes):
             progress(0.5 + done / len(shapes) / 2)
-            for row in range(min(rows, self.pool.num_pages // 2 // self.pool.groups)):
-                ids = tuple((row + 7 * i) % self.tokenizer.vocab_size for i in range(length))
-                self.add(Assignment(f"warm-up {row}", ids, AnswerParams(), 1))
-            while self.busy:
-                self.step()
+            self._warm_up_with(rows, length)
+
+    def warm_up_soon(self):
+        """Run only what yields the speed of prefill; `warm_up_more` does the rest while nobody asks.
+
+        A CPU's first steps are hardly slower than later ones: they write memory for the first time."""
+        self._warm_up_with(1, self.timed_tokens)
+        self.cold = [(FREE_ROWS, 1), (1, self.first_chunk)]
+
+    def warm_up_more(self):
+        """Run the next of the steps that `warm_up_soon` has left."""
+        self._warm_up_with(*self.cold.pop())
+
+    def _warm_up_with(self, rows: int, length: int):
+        """Compute this many prompts of this length, and a token of each; nothing of them is kept."""
+        keeper, self.scheduler.keeper, self.keeper = self.keeper, None, None
+        for row in range(min(rows, self.pool.num_pages // 2 // self.pool.groups)):
+            ids = tuple((row + 7 * i) % self.tokenizer.vocab_size for i in range(length))
+            self.add(Assignment(f"warm-up {row}", ids, AnswerParams(), 1))
+        while self.busy:
+            self.step()
+        self.events.clear()
         self.pool.forget_cached()
+        if keeper:
+            self.keep(keeper)
 
     def empty_cache(self) -> bool:
         """While nothing is computed: forget all cached prefixes and return the memory of KV pages and states

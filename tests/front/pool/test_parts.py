@@ -110,7 +110,7 @@ def supervisor_of(placement, **settings):
 
     settings = Settings(**settings)
     supervisor = Supervisor(settings, placement.workers, dispatcher, PoolAdapters(settings, placement.workers), prepare=prepare,
-                            report=lambda stage, fraction: None)
+                            report=lambda stage, fraction: None, expect=lambda text: None)
     return supervisor, dispatcher, cards
 
 
