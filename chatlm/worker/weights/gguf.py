@@ -85,11 +85,12 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         family, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
         architecture = metadata["general.architecture"]
         check_gguf_types(source.path, stored)
+        stored = FAMILIES[family].gguf.repack(stored)
         if metadata.get(f"{architecture}.nextn_predict_layers"):  # a draft head, which is not used
             stored = {name: tensor for name, tensor in stored.items()
                       if not (layer := re.match(r"blk\.(\d+)\.", name)) or int(layer[1]) < spec.layers}
         stored = without_shared(spec, stored)
-        stored, row = FAMILIES[family].gguf.repack(stored), FAMILIES[family]
+        row = FAMILIES[family]
         names = gguf_names(architecture, row.all_tensors) | row.gguf.names
         sources = tensor_sources(spec, names, spec.vocab_size)
         check_names_and_shapes(
@@ -169,7 +170,7 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
         config["norm_topk_prob"] = header.value("expert_weights_norm", config["norm_topk_prob"])
     spec = family_spec(path, family, config, gguf_rope(header, config, context))
     return family, replace(spec, head_bias="output.bias" in stored, **{
-        field: any(f"blk.0.{name}.bias" in stored for name in names.split()) for field, names in (
+        field: any(header.has(f"{name}.bias") for name in names.split()) for field, names in (
             ("qkv_bias", "attn_q attn_qkv"), ("output_bias", "attn_output"), ("norm_biases", "attn_norm"),
             ("ffn_bias", "ffn_down_exps" if spec.experts else "ffn_down"))})
 

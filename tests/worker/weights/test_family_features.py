@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
-from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, ShortConv, expected_tensors
+from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, NoMixer, ShortConv, expected_tensors
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.arrays.rotary import query_scales, rope_frequencies
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, scale_rows_reference
@@ -105,15 +105,52 @@ def test_a_published_nemotron_h_has_as_many_weights_as_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"hybrid_override_pattern": "M-ME"}, 'hybrid_override_pattern[3] is "E"; it must be one of linear_attention'), ({"hybrid_override_pattern": "-M*"}, 'hybrid_override_pattern[0] is "-"; one must follow'),
-    ({"layers_block_type": ["mamba", "mlp", "mlp"]}, 'layers_block_type[2] is "mlp"; one must follow'), ({"hybrid_override_pattern": None}, "layers_block_type is missing, and so is"),
+    ({"hybrid_override_pattern": "M-MX"}, 'hybrid_override_pattern[3] is "X"; it must be one of linear_attention'), ({"hybrid_override_pattern": "-E-"}, "none of its layers is full_attention"),
+    ({"layers_block_type": "mamba"}, 'layers_block_type[0] is "m"; it must be one of'), ({"layers_block_type": {"0": "mamba"}}, "layers_block_type is an object"),
+    ({"hybrid_override_pattern": None}, "layers_block_type is missing, and so is"),
+    ({"hybrid_override_pattern": "M*E", "mlp_bias": True}, "mlp_bias is true; in a model with experts it must be false"),
     ({"layers_block_type": ["mamba", 3]}, "layers_block_type[1] is 3"), ({"mlp_hidden_act": "silu"}, 'mlp_hidden_act is "silu"; it must be one of relu2'),
     ({"hybrid_override_pattern": "M-M-"}, "none of its layers is full_attention"), ({"n_groups": 3}, "mamba_num_heads is 128; it must be a multiple of 3"),
-    ({"time_step_limit": [0.01, 1.0]}, "time_step_limit is a list of 2")])
+    ({"time_step_limit": [0.01, 1.0]}, "time_step_limit is a list of 2"), ({"hybrid_override_pattern": "M*E", "n_group": 3}, "the number of experts is 8; it must be a multiple of 3"),
+    ({"hybrid_override_pattern": "M*E", "n_group": 8}, "the number of experts is 8; it must be a multiple of 16"),
+    ({"hybrid_override_pattern": "M*E", "n_group": 2, "topk_group": 1, "num_experts_per_tok": 5}, "topk_group is 1; it must be 2"),
+    ({"hybrid_override_pattern": "M*E", "n_group": 2, "topk_group": 3}, "topk_group is 3; it must be an integer from 1 to 2"),
+    ({"hybrid_override_pattern": "M*E", "num_experts_per_tok": 9}, "num_experts_per_tok is 9; it must be an integer from 1 to 8"),
+    ({"hybrid_override_pattern": "M*E", "moe_latent_size": 0}, "moe_latent_size is 0; it must be an integer from 1"),
+    ({"hybrid_override_pattern": "M*E", "routed_scaling_factor": -1}, "routed_scaling_factor is -1; it must be a finite number from 0.0001")])
 def test_what_a_nemotron_h_cannot_have_is_named(change, words, tmp_path):
     with pytest.raises(ConfigError) as caught:
         spec_of(tmp_path, NANO_9B | change)
     assert words in str(caught.value)
+
+
+NANO_30B = NANO_9B | {"hidden_size": 2688, "intermediate_size": 1856, "num_attention_heads": 32, "num_key_value_heads": 2, "mamba_num_heads": 64, "mamba_head_dim": 64,
+                      "num_hidden_layers": 52, "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "max_position_embeddings": 262_144,
+                      "norm_eps": 1e-5, "partial_rotary_factor": 1.0, "rope_theta": 10_000, "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 6,
+                      "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+                      "routed_scaling_factor": 2.5}
+SUPER_120B = NANO_30B | {"hidden_size": 4096, "mamba_num_heads": 128, "moe_latent_size": 1024, "moe_intermediate_size": 2688, "moe_shared_expert_intermediate_size": 5376,
+                         "n_routed_experts": 512, "num_experts_per_tok": 22, "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E",
+                         "num_hidden_layers": 88, "hybrid_override_pattern": "MEMEMEM*E" * 8 + "MEMEMEMEMEMEMEME"}
+
+
+@pytest.mark.parametrize("config, billions, layers", [(NANO_30B, 31.6, 29), (SUPER_120B, 120.7, 48)])
+def test_a_published_nemotron_3_has_as_many_weights_as_transformers(config, billions, layers, tmp_path):
+    import transformers
+    spec = spec_of(tmp_path, config)
+    with torch.device("meta"):
+        made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    count = sum(math.prod(shape) for name, shape in expected_tensors(spec).items() if not name.endswith("choice_bias"))
+    assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
+    assert (spec.layers, spec.experts_per_token, spec.share_scale, spec.shares_sum_to_one) == (layers, config["num_experts_per_tok"], 2.5, True)
+    assert spec.sigmoid_router and spec.choice_bias and spec.router_groups == (1, 1) and spec.latent_size == (config.get("moe_latent_size") or 0)
+    assert not_compiled(spec) == "" and not any(isinstance(mixer, NoMixer) for mixer in spec.mixers)
+
+
+def test_parts_of_one_kind_after_another_are_layers_of_their_own(tmp_path):
+    spec = spec_of(tmp_path, NANO_30B | {"hybrid_override_pattern": "EM-E*E-M", "num_hidden_layers": 8})
+    assert [type(mixer).__name__ for mixer in spec.mixers] == ["NoMixer", "Mamba2", "NoMixer", "NoneType", "NoMixer", "Mamba2"]
+    assert (spec.bare_layers, spec.dense_layers, spec.dense_size) == ((5,), (1, 4), 1856)
 
 
 # --- keys that change nothing ------------------------------------------------------------------------------------
