@@ -56,6 +56,9 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
         head_dim=16, global_head_dim=32, layer_types=[LOCAL, LOCAL, FULL, FULL], attention_k_eq_v=True, num_global_key_value_heads=1, sliding_window=24,
         hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=6, top_k_experts=3, moe_intermediate_size=48, final_logit_softcapping=20.0,
         use_bidirectional_attention="vision")),
+    "gemma4-unified": ("gemma4_unified_text", dict(
+        head_dim=16, global_head_dim=32, num_hidden_layers=5, layer_types=[LOCAL, LOCAL, FULL, LOCAL, FULL], attention_k_eq_v=True,
+        num_global_key_value_heads=1, sliding_window=24, final_logit_softcapping=20.0)),
     "gemma4-even": ("gemma4_text", dict(        # what differs by layer elsewhere is the same here
         head_dim=32, global_head_dim=32, num_hidden_layers=3, layer_types=[LOCAL, FULL, FULL], hidden_size_per_layer_input=0, sliding_window=24,
         attention_k_eq_v=True, rope_parameters={
@@ -158,7 +161,7 @@ GENERATIONS = "gen1", "gen2", "gen3", "gen4", "gen5"        # of nanochat's chec
 GGUF_MODELS = {             # what of MODELS a file of each architecture can say; the window of qwen2 and biases of others it cannot
     **dict.fromkeys((
         "llama2", "llama3.1", "llama3.2", "mistral", "qwen2.5", "phi3", "phi3-long", "gpt-oss", "granite", "granite-moe", "granite-moe-shared", "granite4",
-        "olmo2", "olmo3", "olmoe", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan", "gemma4", "gemma4moe", "gemma4-even", "gpt2",
+        "olmo2", "olmo3", "olmoe", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan", "gemma4", "gemma4moe", "gemma4-even", "gemma4-unified", "gpt2",
         "pythia", "cohere", "cohere2", "phimoe-plain", "lfm2", "lfm2moe", "granite4h", "qwen3next", "qwen3.5", "qwen3.5moe", "nemotron-h", "nemotron3"), {}),
     "nemotron3-latent": {"layers_block_type": ["moe", "linear_attention", "full_attention", "moe", "moe", "linear_attention"]},
     "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
@@ -198,7 +201,7 @@ def make_model(name, seed=0, **changes):
             elif key.endswith(("bias", "sinks")):
                 weight.normal_(0, 1.0 if key.endswith("sinks") else 0.3)
             else:
-                weight.mul_(0.5).add_(torch.randn_like(weight), alpha=0.3).add_(0.4 if kind.startswith("gemma") and kind != "gemma4_text" else 0.6)
+                weight.mul_(0.5).add_(torch.randn_like(weight), alpha=0.3).add_(0.4 if kind.startswith("gemma") and not kind.startswith("gemma4") else 0.6)
         for key, weight in model.named_buffers():
             if key.endswith(("expert_bias", "e_score_correction_bias")):
                 weight.normal_(0, 0.2)
@@ -357,7 +360,7 @@ def apart(state, interleaved):
 
 GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
                       "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
-                      "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4", "gpt_neox": "gptneox", "cohere": "command-r"}
+                      "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4", "gemma4_unified_text": "gemma4", "gpt_neox": "gptneox", "cohere": "command-r"}
 LAYER_NORMED = "gpt2", "gptneox", "starcoder2", "cohere2", "command-r"
 
 
@@ -446,10 +449,10 @@ def gemma4_numbers(config):
         "attention.key_length_swa": local.head_dim, "attention.value_length_swa": local.head_dim, "rope.dimension_count_swa": local.head_dim,
         "attention.head_count_kv": [(local if kind == LOCAL else full).num_key_value_heads for kind in config.layer_types],
         "attention.sliding_window_pattern": [kind == LOCAL for kind in config.layer_types], "attention.shared_kv_layers": config.num_kv_shared_layers,
-        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "embedding_length_per_layer_input": getattr(config, "hidden_size_per_layer_input", 0),
         "rope.freq_base": config.rope_parameters[FULL]["rope_theta"], "rope.freq_base_swa": config.rope_parameters[LOCAL]["rope_theta"],
         "feed_forward_length": [config.intermediate_size * (1 + (l >= own and config.use_double_wide_mlp)) for l in range(config.num_hidden_layers)]} | (
-            {"expert_used_count": config.top_k_experts} if config.enable_moe_block else {})
+            {"expert_used_count": config.top_k_experts} if getattr(config, "enable_moe_block", False) else {})
 
 
 def nemotron_named(state, config):

@@ -43,7 +43,8 @@ from chatlm.worker.weights.gguf_file import (
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
 from chatlm.worker.weights.rules import (
-    LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling, warn_of_templates)
+    LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling,
+    suppressed_in, warn_of_templates)
 from chatlm.worker.weights.splits import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
@@ -429,7 +430,8 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
         warn_of_templates(path, [key.removeprefix("tokenizer.chat_template.") for key in metadata
                                  if key.startswith("tokenizer.chat_template.")])
     return TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), template, frozenset(ends), bos,
-                    eos, add_bos, infill=gguf_infill(metadata, len(tokens)))
+                    eos, add_bos, infill=gguf_infill(metadata, len(tokens)), suppressed=suppressed_in(
+                        path, key := "tokenizer.ggml.suppress_tokens", metadata.get(key), len(tokens)))
 
 
 def gguf_infill(metadata: Mapping, vocab_size: int) -> InfillTokens:

@@ -140,6 +140,15 @@ def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
     return {"sampling": sampling, "sampling_origin": origin, "notes": tuple(notes)}
 
 
+def suppressed_in(path: Path, key: str, stated, vocab_size: int) -> frozenset[int]:
+    """The tokens of the vocabulary in a file's list of those that are never drawn."""
+    ids = checked(path, key, stated, Rule(int, many=True, optional=True))
+    found = frozenset(token for token in ids or () if 0 <= token < vocab_size)
+    if len(found) == vocab_size:
+        raise ConfigError(f"{path}: {key} has all {vocab_size:,} tokens; at least one must be left")
+    return found
+
+
 def warn_of_templates(path: Path, names: Iterable[str]):
     """Log a warning if a model has chat templates, but none for all chats."""
     if names := printable(", ".join(map(shown, names))):

@@ -47,13 +47,13 @@ def made(tmp_path_factory):
     known = {}
 
     def make(name, **changes):
-        key = name, *changes.items()
+        key = name, repr(changes)
         if key not in known:
             model = make_model(name, **changes)
             folder = save(model, tmp_path_factory.mktemp(name), **({"max_shard_size": "60KB"} if name == "qwen3" else {}))
             if name == "phi3-long":         # transformers changes the factors in the middle of an answer; we do not
                 model = make_model(name, rope_parameters=LONG | {"short_factor": LONG["long_factor"]})
-            if MODELS[name][0] == "gemma4_text":
+            if MODELS[name][0].startswith("gemma4"):
                 model = with_exact_angles(model)
             known[key] = folder, clear_cases(model)
         return known[key]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
+from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
 from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, NoMixer, ShortConv, expected_tensors
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
@@ -19,10 +20,14 @@ from chatlm.worker.arrays.rotary import query_scales, rope_frequencies
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, scale_rows_reference
 from chatlm.worker.ops.basic import gated_add_reference, sparse_routes
 from chatlm.worker.weights.configs import OTHERS_AFFAIR
-from chatlm.worker.weights.huggingface import hf_spec
-from engines import forward_logits, make_batch
+from chatlm.worker.weights.gguf import gguf_text
+from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.huggingface import hf_spec, hf_text
+from engines import forward_logits, make_batch, make_engine, run
 from families import GROWING, MODELS, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, write_tokenizer
 from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, LFM2_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B
+from tiny_gguf import small_gguf_metadata
+from works import assignment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -434,3 +439,38 @@ def test_of_a_model_with_images_the_text_model_is_served(name, tmp_path):
     write_tokenizer(tmp_path)
     ours = load(tmp_path)
     check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases), cases)
+
+
+# --- tokens that are never drawn ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_the_tokens_that_a_model_suppresses_are_never_drawn(tmp_path, drafts):
+    """As transformers' generate has it, which suppresses those that it would have drawn, again and again."""
+    model, prompt, suppressed = make_model("llama3.2"), [5, 6, 7, 5, 6, 7, 5, 6], []
+    works = [assignment("a", tuple(prompt), SamplingParams(temperature=0.0), 24, ignore_eos=True)]
+    for n in range(4):
+        folder = save(model, tmp_path / str(n))
+        settings = folder / "generation_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"suppress_tokens": [*suppressed, -1, 10**6]}))
+        theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=int), do_sample=False, max_new_tokens=24,
+                                suppress_tokens=[*suppressed] or None, eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist()
+        engine = make_engine(folder)
+        engine.drafts = drafts
+        assert run(engine, works).tokens["a"] == theirs and not {*theirs} & {*suppressed}
+        suppressed += [theirs[0], theirs[9]]
+    file = as_gguf(tmp_path / "tiny.gguf", model, metadata=small_gguf_metadata("gpt-2") | {"tokenizer.ggml.suppress_tokens": suppressed})
+    assert gguf_text(file, read_gguf(file)[0]).suppressed == {*suppressed}
+
+
+@pytest.mark.parametrize("stated, words", [(5, "suppress_tokens is 5; it must be a list of integers"), ([1, "2"], 'suppress_tokens[1] is "2"; it must be an integer'),
+                                           ([*range(300)], "suppress_tokens has all 288 tokens; at least one must be left"), (None, ""), ([], ""), ([-1, 288], "")])
+def test_a_list_of_suppressed_tokens_that_is_none_is_named(stated, words, tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"suppress_tokens": stated}))
+    if not words:
+        assert hf_text(tmp_path, 288).suppressed == frozenset()
+        return
+    with pytest.raises(ConfigError) as caught:
+        hf_text(tmp_path, 288)
+    assert words in str(caught.value) and "generation_config.json" in str(caught.value)
