@@ -105,6 +105,7 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
         rope_type="dynamic", rope_theta=10_000.0, alpha=50.0, factor=1.0, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0))),
     "llama-gelu": ("llama", dict(hidden_act="gelu")),
     "llama-relu2": ("llama", dict(hidden_act="relu2")),
+    "llama-quick-gelu": ("llama", dict(hidden_act="quick_gelu")),
     "qwen3.5": ("qwen3_5_text", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
                                      rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25))),
     "qwen3.5moe": ("qwen3_5_moe_text", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2,
@@ -130,6 +131,7 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
                                        layer_types=["full_attention", "conv", "conv", "full_attention"])),
     "gpt2": ("gpt2", NO_LLAMA | dict(n_inner=96, layer_norm_epsilon=1e-3)),
     "gpt2-untied": ("gpt2", NO_LLAMA | dict(tie_word_embeddings=False, activation_function="gelu")),
+    "gpt2-quick-gelu": ("gpt2", NO_LLAMA | dict(activation_function="quick_gelu")),
     "pythia": ("gpt_neox", NO_LLAMA | dict(intermediate_size=96, layer_norm_eps=1e-3)),
     "gptneox-serial": ("gpt_neox", NO_LLAMA | dict(
         intermediate_size=96, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new", tie_word_embeddings=True,

@@ -293,6 +293,7 @@ SPEC = dict(vocab_size=64, layers=1, width=64, heads=4, kv_heads=4, head_size=16
     ({"mixers": (DeltaRule(4, 2, 4, 16, 8),)}, "for delta rule with head sizes that are not multiples of 16"),
     ({"mixers": (Mamba2(4, 3, 8, 16),)}, "for Mamba layer whose heads or channels are not multiples of 16"),
     ({"mixers": (Mamba2(4, 3, 16, 4),)}, "for Mamba layer whose heads or channels"),
+    ({"experts": 4, "latent_size": 40}, "for experts that read a width not a multiple of 16"),
     ({"experts": 4, "shared_size": 40}, "for feed-forward of this width")])
 def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(fields, words, caplog):
     assert choose_backend("cpu", ModelSpec(**SPEC)).name != "torch/reference" and not not_compiled(ModelSpec(**SPEC))
@@ -306,6 +307,8 @@ def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(field
     ({"experts": 4, "sigmoid_router": True}, "router of sigmoids"), ({"mixers": (ShortConv(3),)}, "short convolution"),
     ({"mixers": (DeltaRule(4, 2, 4, 16, 32),)}, "delta rule"), ({"mixers": (Mamba2(4, 3, 16, 8),)}, "Mamba layer"),
     ({"layers": 2, "mixers": (ShortConv(3), None), "experts": 4, "sigmoid_router": True}, "short convolution and router of sigmoids"),
+    ({"layers": 2, "mixers": (NoMixer(), None), "activation": "relu2"}, ""),
+    ({"experts": 4, "sigmoid_router": True, "activation": "relu2", "latent_size": 32, "router_groups": (2, 1)}, "router of sigmoids"),
     ({"output_gate": True}, ""), ({"experts": 4, "shared_size": 64, "shared_gate": True}, "")])
 @pytest.mark.skipif(decode_core() is None, reason="not built")
 def test_some_ops_are_compiled_for_a_cpu_alone_and_torch_computes_these_on_a_gpu(fields, words, caplog, monkeypatch):
@@ -319,7 +322,7 @@ def test_some_ops_are_compiled_for_a_cpu_alone_and_torch_computes_these_on_a_gpu
 
 @pytest.mark.parametrize("fields, words", [
     ({"qk_norm_sizes": (64, 64)}, "norm of all heads together"), ({"q_growth": (0.1, 16)}, "scale of queries by their position"),
-    *(({"activation": name}, f"{name} feed-forward") for name in ("gelu", "reglu2", "gelu_erf", "gelu_tanh")),
+    *(({"activation": name}, f"{name} feed-forward") for name in ("gelu", "reglu2", "quick_geglu", "gelu_erf", "gelu_tanh", "gelu_quick")),
     ({"layer_input_size": 32}, "embedding of each layer"), ({"experts": 4, "shared_size": 64, "expert_norms": True}, "scale of experts")])
 def test_some_models_are_compiled_for_a_cpu_alone(fields, words):
     assert (not_compiled(ModelSpec(**SPEC | fields), "cuda"), not_compiled(ModelSpec(**SPEC | fields))) == (f"{words} on a GPU", "")
