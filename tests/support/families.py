@@ -175,7 +175,8 @@ CONVERTED = {               # and what one by llama.cpp's converter can say, whi
     **dict.fromkeys((
         "llama2", "llama3.1", "llama3.2", "qwen2.5", "qwen3", "smollm3", "phi3", "phi3-long", "qwen3moe-normed", "gpt-oss", "granite", "granite-moe",
         "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "gemma4", "gemma4moe", "lfm2", "lfm2moe", "granite4h",
-        "qwen3.5", "qwen3.5moe", "qwen3next"), {}),
+        "qwen3.5", "qwen3.5moe", "qwen3next", "nemotron3"), {}),
+    "nemotron3-latent": GGUF_MODELS["nemotron3-latent"] | {"n_group": 1, "topk_group": 1},
     "gpt2": {"n_inner": None}, "cohere": {"vocab_size": 320, "model_max_length": 512}, "cohere2": {"vocab_size": 320, "head_dim": 16},
     "starcoder2": {"sliding_window": 4096}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 4096},
     **dict.fromkeys(("mistral", "mixtral"), {"sliding_window": None}), "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None},
@@ -550,7 +551,7 @@ def as_gguf(path, model, quantized=False, metadata=None):
             continue
         if arch in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor + 1
-        if arch in ("llama", "smollm3", "granite", "granitemoe", "granitehybrid", "mistral3") and re.search("[qk]_proj", name):
+        if arch in ("llama", "smollm3", "granite", "granitemoe", "granitehybrid", "mistral3", "nemotron_h", "nemotron_h_moe") and re.search("[qk]_proj", name):
             tensor = tensor.view(-1, 2, head_size // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         if "conv.conv.weight" in name:
             tensor = tensor.squeeze(1)
