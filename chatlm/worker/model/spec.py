@@ -135,6 +135,8 @@ class Mamba2:
 class NoMixer:
     """Nothing: the layer has a feed-forward part alone, which reads x itself (Nemotron-H)."""
 
+    size = 1  # no earlier token matters
+
     def widths(self, C: int) -> tuple[int, int]:
         return 0, 0
 

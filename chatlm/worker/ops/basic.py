@@ -149,9 +149,9 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     A row's experts are the `chosen` ones with the largest of its logits (T, E), lower ids first among equals;
     their shares are the softmax over their logits, or over all unless `sum_to_one`. With `sigmoids` they are
     those of `sigmoid_routes`, and `choice_bias`, `groups` and `share_scale` too. With `jitter` there are two,
-    which `sparse_routes` chooses. Each share is multiplied by the expert's of `scales` (E), if given. gate_up (2 * E * F, C) holds
-    the gates of all experts and then their ups, down (E * C, F); `biases` are of these two, or None. An
-    activation of UNGATED has no gates: gate_up is (E * F, C)."""
+    which `sparse_routes` chooses. Each share is multiplied by the expert's of `scales` (E), if given.
+    gate_up (2 * E * F, C) holds the gates of all experts and then their ups, down (E * C, F); `biases` are of
+    these two, or None. An activation of UNGATED has no gates: gate_up is (E * F, C)."""
     E, logits = logits.shape[1], logits.float()
     if jitter is not None:
         ids, shares = sparse_routes(logits, jitter)

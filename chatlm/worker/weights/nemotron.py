@@ -1,4 +1,4 @@
-"""Nemotron-H and Nemotron 3: layers of one part each, Mamba-2, attention or feed-forward, become layers of two."""
+"""Nemotron-H and Nemotron 3: parts, each Mamba-2, attention or feed-forward, become layers of two."""
 
 from __future__ import annotations
 
@@ -223,6 +223,7 @@ FAMILIES = {"nemotron_h": Family(
              "n_routed_experts": "num_experts",
              "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size"},
     activations={"relu2": "relu2"}, fields_of=fields_of, gguf=Gguf(
-        "nemotron_h nemotron_h_moe", permuted=True, names=GGUF_TENSORS, layers=gguf_layers, repack=repack_gguf,
-        keys={"attention.layer_norm_epsilon": Rule(float, 0, 1, optional=True),
-              "expert_weights_norm": Rule(bool), "expert_shared_count": Rule(int, 0, MOST_EXPERTS)}))}
+        "nemotron_h nemotron_h_moe", permuted=True, names=GGUF_TENSORS, layers=gguf_layers,
+        repack=repack_gguf, keys={
+            "attention.layer_norm_epsilon": Rule(float, 0, 1, optional=True),
+            "expert_weights_norm": Rule(bool), "expert_shared_count": Rule(int, 0, MOST_EXPERTS)}))}
