@@ -32,7 +32,7 @@ NOTES = {       # by model_type: what a reader wants to know besides the title
     "qwen3": "of Qwen3-VL the text model",
     "qwen3_moe": "30B-A3B, 235B-A22B",
     "gemma3_text": "of those with images the text model",
-    "gemma4_text": f"E2B, E4B, 26B-A4B, 31B; the text model, [its embeddings of each layer]({NEEDS})",
+    "gemma4_text": f"E2B, E4B, 12B, 26B-A4B, 31B; the text model, [its embeddings of each layer]({NEEDS})",
     "gpt_oss": "20b, 120b, with experts in MXFP4 or bfloat16",
     "granite": "3.1, 3.2, 3.3 too",
     "granitemoehybrid": f"of the h- ones most layers are Mamba-2, [their states]({STATES})",
@@ -48,7 +48,7 @@ NOTES = {       # by model_type: what a reader wants to know besides the title
     "qwen3_next": f"[its states]({STATES})",
     "lfm2": f"350M, 700M, 1.2B, 2.6B, and LFM2.5, dense; of LFM2-VL the text model, [its states]({STATES})",
     "lfm2_moe": f"8B-A1B, 24B-A2B, LFM2.5 of these, [its states]({STATES})",
-    "nemotron_h": f"Nemotron Nano v2 too, without experts, [its states]({STATES})",
+    "nemotron_h": f"Nemotron Nano v2, 3 Nano and 3 Super, [its states]({STATES})",
     "nanochat": "in transformers' format"}
 LIKE_OTHERS = {"granitemoehybrid": ("granite", "granitemoe")}     # files of those without Mamba layers
 CHECKPOINTS = (

@@ -324,6 +324,7 @@ DC_INLINE Lanes times_sigmoid(Lanes g, Lanes t) {
 }
 
 DC_INLINE Lanes silu(Lanes g) { return times_sigmoid(g, g); }
+DC_INLINE Lanes gelu_quick(Lanes g) { return times_sigmoid(g, g * all(1.702f)); }
 
 // g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3))), as (1 + tanh u) / 2 = sigmoid(2 u)
 DC_INLINE Lanes gelu_tanh(Lanes g) {

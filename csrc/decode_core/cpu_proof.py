@@ -165,16 +165,19 @@ class Chain:
     def experts(self, x: torch.Tensor, norm: Any) -> None:
         """Those of a layer, with everything before and after them, in floats: of packed weights the products are proved."""
         E, F, dice = 6, 64, self.dice
-        gate_up, down = self.matrix("f32", "expert_gate_up", 2 * E * F), self.matrix("f32", "expert_down", E * self.spec.width, F)
-        biases = torch.full((2 * E * F,), 0.3), dice.normal(E * self.spec.width) / 4       # gates and ups have another order in tiles
+        gate_up, up = self.matrix("f32", "expert_gate_up", 2 * E * F), self.matrix("f32", "expert_up", E * F)
+        down, down_bias = self.matrix("f32", "expert_down", E * self.spec.width, F), dice.normal(E * self.spec.width) / 4
         logits = self.call("linear", x, self.matrix("f32", "router", E), width=E, label="linear f32")
         router: dict[str, Any]
         for activation, router in (("swiglu", {"sum_to_one": False}), ("clamped_swiglu", {"sum_to_one": True}),
                                    ("swiglu", {"sum_to_one": True, "sigmoids": True, "choice_bias": dice.normal(E) / 4}),
                                    ("geglu", {"sum_to_one": True, "scales": 1 + dice.normal(E) / 4}),
+                                   ("relu2", {"sum_to_one": False, "sigmoids": True, "groups": (3, 2), "share_scale": 2.5}),
                                    ("swiglu", {"sum_to_one": True, "jitter": 0.3})):
-            self.call("experts", x, logits, gate_up, down, width=self.spec.width, norm=None if "jitter" in router else norm, biases=biases, activation=activation, chosen=2,
-                      **router)
+            first = gate_up if activation in GATES else up
+            biases = torch.full((first.rows,), 0.3), down_bias         # gates and ups have another order in tiles
+            self.call("experts", x, logits, first, down, width=self.spec.width, norm=None if "jitter" in router else norm, biases=biases, activation=activation,
+                      chosen=2, **router)
 
     def adapted(self, x: torch.Tensor, norm: Any) -> None:
         """Products of floats to which adapters of every type add something, those of half of their ranks to half of the rows."""

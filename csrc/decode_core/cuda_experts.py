@@ -35,17 +35,23 @@ class ExpertOps:
         self.slots: torch.Tensor | None = None      # (T,) int64 of the step under way; rows with -1 are padding
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one,
-                residual=True, sigmoids=False, choice_bias=None) -> None:
+                residual=True, sigmoids=False, choice_bias=None, groups=(1, 1), share_scale=1.0) -> None:
         (T, E), C, pairs = logits.shape, x.shape[1], len(logits) * chosen
         parts, [(down_kind, down_blocks)] = parts_of(gate_up), parts_of(down)
         many = pairs > FEW_PAIRS * E and not {"float32"} & {down_kind, *(kind for kind, _ in parts)}
-        chosen_by = self.route_sigmoids(logits, chosen, choice_bias) if sigmoids else self.route(logits, chosen, sum_to_one)
+        chosen_by = (self.route_sigmoids(logits, chosen, sum_to_one, choice_bias, groups, share_scale) if sigmoids else
+                     self.route(logits, chosen, sum_to_one))
         shares, routed = self.group(*chosen_by, E, cuda.MANY_PAIRS if many else cuda.FEW_PAIRS)
-        y = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps).to(torch.bfloat16 if many else torch.float32)                       # (T, C)
+        y = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps) if norm else x
+        y = y.to(torch.bfloat16 if many else torch.float32)         # (T, C)
         hidden, added = y.new_empty(pairs, down.shape[1]), torch.empty(pairs, C, device=x.device)
         up_bias, down_bias = biases
-        if len(parts) == 1:
+        if len(parts) == 1 and cuda.GATES.get(activation):
             self.multiply(y, *routed, *parts[0], hidden, gate=activation, bias=up_bias)
+        elif len(parts) == 1:                               # without gates
+            up = torch.empty(pairs, hidden.shape[1], device=x.device)
+            self.multiply(y, *routed, *parts[0], up, bias=up_bias)
+            self.script.finish_linear(up, hidden, activation, None)
         else:
             both = torch.empty(pairs, 2 * hidden.shape[1], device=x.device)
             halves = [None, None] if up_bias is None else up_bias.chunk(2)
@@ -66,9 +72,9 @@ class ExpertOps:
         self.kernels.route(logits, ids, shares, sum_to_one=sum_to_one, slots=self.slots, stream=self.stream())
         return ids, shares
 
-    def route_sigmoids(self, logits, chosen: int, choice_bias) -> tuple[torch.Tensor, torch.Tensor]:
+    def route_sigmoids(self, logits, chosen: int, sum_to_one: bool, *router: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The same by sigmoids, which no kernel has: torch chooses."""
-        ids, shares = self.script.routes(logits, chosen, True, True, choice_bias)
+        ids, shares = self.script.sigmoid_routes(logits, chosen, sum_to_one, *router)
         ids = ids.to(torch.int32)
         return ids if self.slots is None else ids.masked_fill((self.slots < 0)[:, None], -1), shares.contiguous()
 

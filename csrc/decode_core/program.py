@@ -235,15 +235,16 @@ class Program:
                      norm_weight=norm_at, eps=eps, bias=bias_at, activation=code, residual=residual_at, adapted=number, out=out_at)
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen: int, sum_to_one: bool,
-                residual: bool = True, sigmoids: bool = False, choice_bias=None, scales=None, jitter=None) -> None:
+                residual: bool = True, sigmoids: bool = False, choice_bias=None, groups: tuple[int, int] = (1, 1), share_scale: float = 1.0,
+                scales=None, jitter=None) -> None:
         """x (unless not `residual`) + the sum over each row's experts of share * (activation(norm(x) gate_up^T + bias) down^T + bias) -> out, which may be x.
 
         A row's experts are the `chosen` ones with the largest of its logits (max_tokens, E), of equal ones the lower ids; their
-        shares are the softmax over their logits, or over all E unless sum_to_one. With `sigmoids` they have the largest
-        sigmoid(logit) + choice_bias (E) (or None), and share by these sigmoids' part of their sum. Each share is
+        shares are the softmax over their logits, or over all E unless sum_to_one. With `sigmoids`, choice_bias (E) (or None),
+        `groups` and `share_scale` they are those of chat_server's `sigmoid_routes`. Each share is
         multiplied by the expert's of `scales` (E), if given. With `jitter` they are those with the largest logits, shared as
-        chat_server's `sparse_routes` says. Without `norm`, x is read as it is. gate_up (2 * E * F, C) holds all experts' gates and ups, whose tiles alternate;
-        down (E * C, F); biases of each, in the order of the tiles' rows, or None.
+        chat_server's `sparse_routes` says. Without `norm`, x is read as it is. gate_up (2 * E * F, C) holds all experts' gates and ups, whose tiles alternate,
+        or (E * F, C) rows of an activation without gates; down (E * C, F); biases of each, in the order of the tiles' rows, or None.
         """
         for name, matrix in (("gate_up", gate_up), ("down", down)):
             check_matrix(matrix, name)
@@ -253,9 +254,12 @@ class Program:
             raise ValueError(f"logits: must be of tokens, for at most {MAX_EXPERTS} experts")
         if not isinstance(chosen, int) or not 1 <= chosen <= min(E, MAX_CHOSEN):
             raise ValueError(f"chosen: must be 1 to {min(E, MAX_CHOSEN)} experts, not {chosen!r}")
-        if activation not in GATES:
-            raise ValueError(f"activation: must be one of {', '.join(GATES)}, not {activation!r}")
-        for name, matrix, shape in (("gate_up", gate_up, (2 * E * F, C)), ("down", down, (E * C, F))):
+        if activation not in ACTIVATIONS or activation is None:
+            raise ValueError(f"activation: must be one of {', '.join(filter(None, ACTIVATIONS))}, not {activation!r}")
+        count, kept_groups = groups
+        if kept_groups < 1 or count > 1 and (E % count or E < 2 * count or not -(-chosen // (E // count)) <= kept_groups <= count):
+            raise ValueError(f"groups: must be numbers of groups of at least 2 of {E} experts, of which those kept have {chosen}, not {groups!r}")
+        for name, matrix, shape in (("gate_up", gate_up, ((1 + (activation in GATES)) * E * F, C)), ("down", down, (E * C, F))):
             if (matrix.rows, matrix.columns) != shape or F % TILE_ROWS:
                 raise ValueError(f"{name}: must be {shape} for {E} experts, F a multiple of {TILE_ROWS}, not {(matrix.rows, matrix.columns)}")
         (weight, eps) = norm or (None, 0.0)
@@ -268,7 +272,7 @@ class Program:
         routing = _core.Routing(E, chosen, bool(sum_to_one), bool(sigmoids), self._buffers.limits[TOKENS])
         kept = x, logits, gate_up, down, out, weight, *biases, choice_bias, scales, routing
         self._record("route", TOKENS, kept, logits=logits_at, routing=routing, bias=choice_bias_at, scales=scales_at, sparse=jitter is not None,
-                     farthest=2 * float(jitter or 0))
+                     farthest=2 * float(jitter or 0), groups=count, kept_groups=kept_groups, scale=float(share_scale))
         self._record("group", TOKENS, routing=routing)
         self._record("gate_up", TOKENS, x=x_at, routing=routing, tiles=gate_up.tiles, norm=norm is not None, norm_weight=norm_at, eps=float(eps), bias=up_bias_at,
                      activation=ACTIVATIONS[activation], columns=F)

@@ -73,19 +73,20 @@ class Eager:
             decode_core.multiply(x, matrix, norm=norm, bias=bias, activation=activation, out=out[:n],
                                  residual=None if residual is None else residual[:n])
 
-    def experts(self, x, logits, gate_up, down, out, norm, biases, activation, chosen, sum_to_one, sigmoids=False, choice_bias=None, scales=None, jitter=None):
-        (C, F), logits = (x.shape[1], down.columns), logits[:self.T]
-        before, routes = x[:self.T].copy(), route_sigmoids(logits, choice_bias, chosen) if sigmoids else route(logits, chosen, sum_to_one)
+    def experts(self, x, logits, gate_up, down, out, norm, biases, activation, chosen, sum_to_one, residual=True, sigmoids=False, scales=None, jitter=None,
+                **router):
+        (C, F), logits, halves = (x.shape[1], down.columns), logits[:self.T], 1 + (activation in decode_core.tiles.GATES)
+        before, routes = x[:self.T].copy(), route_sigmoids(logits, chosen, sum_to_one, **router) if sigmoids else route(logits, chosen, sum_to_one)
         routes = routes if jitter is None else route_sparse(logits, chosen, 2 * jitter)
         for row, (ids, shares) in enumerate(zip(*routes)):
             shares = shares if scales is None else shares * scales[ids]
             total = np.zeros(C, np.float32)
             for expert, share in zip(ids, shares):
-                hidden, added = np.empty((1, gate_up.rows // 2), np.float32), np.empty((1, down.rows), np.float32)      # of all experts
+                hidden, added = np.empty((1, gate_up.rows // halves), np.float32), np.empty((1, down.rows), np.float32)      # of all experts
                 decode_core.multiply(before[row:row + 1], gate_up, norm=norm, bias=biases[0], activation=activation, out=hidden)
                 decode_core.multiply(hidden[:, expert * F:(expert + 1) * F], down, bias=biases[1], out=added)
                 total = fma(share, added[0, expert * C:(expert + 1) * C], total)
-            out[row] = before[row] + total
+            out[row] = before[row] + total if residual else total
 
     def copy(self, x, out):
         out[:self.rows(x)] = x[:self.rows(x)]
@@ -303,10 +304,11 @@ class FileTable:
 
 
 class Model:
-    E, P = 7, 32                # experts; columns of a layer's own input
+    P = 32                      # columns of a layer's own input
 
     def __init__(self, name, seed=0):
         self.name, generator = name, np.random.default_rng(seed)
+        self.E = 12 if name == "groups" else 7      # experts
         self.H, self.Hkv, self.D, self.C, self.F, self.V = (3, 3, 32, 96, 128, 163) if name == "nanochat" else (4, 2, 16, 64, 96, 320)
         kind, self.arena = "bf16" if name == "nanochat" else "q4_1", decode_core.Arena(1 << 20)
         qkv = (self.H + 2 * self.Hkv) * self.D
@@ -322,8 +324,9 @@ class Model:
         shapes |= {"up": (self.F if name == "nanochat" else 2 * self.F, self.C)}
         if name == "inputs":
             shapes |= {"gate_in": (self.P, self.C), "gate_out": (self.C, self.P), "queries": (self.H * self.D, self.C), "project": (3 * self.P, self.C)}
-        if name == "experts":
-            shapes |= {"router": (self.E, self.C), "up": (self.E * 2 * self.F, self.C), "down": (self.E * self.C, self.F)}
+        if name in ("experts", "groups"):
+            halves = 2 if name == "experts" else 1
+            shapes |= {"router": (self.E, self.C), "up": (self.E * halves * self.F, self.C), "down": (self.E * self.C, self.F)}
         self.layers = [{key: self.matrix(kind, shape, generator) for key, shape in shapes.items()} for _ in range(3)]
         self.head = self.matrix("bf16" if name == "nanochat" else "q8_0", (self.V, self.C), generator)
         normal = lambda *shape: generator.standard_normal(shape, np.float32)
@@ -333,6 +336,8 @@ class Model:
         angles = np.outer(np.arange(PAGES * PAGE), 100.0 ** -(np.arange(self.D // 2) / self.D))
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         self.routers = {}, {"sigmoids": True, "choice_bias": normal(self.E) / 4}, {"scales": 1 + normal(self.E) / 4, "jitter": 0.3}
+        if name == "groups":
+            self.routers = [{"sigmoids": True, "choice_bias": normal(self.E) / 4, "groups": groups, "share_scale": 2.5} for groups in ((4, 2), (3, 1), (1, 1))]
         self.taps, self.conv_bias = {l: normal(size * self.C) for l, size in ((0, 3), (2, 5))}, normal(self.C)
         self.file = FileTable(self.V, 3 * self.P, generator)
         self.positions, self.norm_bias = normal(PAGES * PAGE, self.C), normal(self.C)
@@ -388,12 +393,13 @@ class Model:
                 continue
             k.linear(b.x, layer["qkv"], b.qkv, norm=(self.norm, 1e-5), bias=self.bias)
             k.rope_append(b.qkv, self.cos, self.sin, k.positions, k.slots, pages, b.q)
-            if self.name == "experts":
+            if self.name in ("experts", "groups"):
                 k.paged_attention(b.q, pages, k.attention, 20 if layer is self.layers[1] else 0, b.attended, sinks=self.sinks)
                 k.linear(b.attended, layer["output"], b.x, residual=b.x)
                 k.linear(b.x, layer["router"], b.routing, norm=(self.norm, 1e-5))
                 k.experts(b.x, b.routing, layer["up"], layer["down"], b.x, norm=None if l == 2 else (self.norm, 1e-5), biases=self.biases,
-                          activation="clamped_swiglu", chosen=3, sum_to_one=layer is self.layers[0], **self.routers[l])
+                          activation="clamped_swiglu" if self.name == "experts" else "relu2", chosen=3, sum_to_one=layer is self.layers[0],
+                          residual=self.name == "experts" or l < 2, **self.routers[l])
                 continue
             k.paged_attention(b.q, pages, k.attention, 0, b.attended)
             k.linear(b.attended, layer["output"], b.x, residual=b.x)
@@ -490,7 +496,7 @@ class Model:
         k.softcap(b.logits, 2.0, b.logits)
 
 
-MODELS = {name: Model(name) for name in ("llama", "nanochat", "experts", "inputs", "layer norms", "convolutions", *RULES, *MAMBAS)}
+MODELS = {name: Model(name) for name in ("llama", "nanochat", "experts", "groups", "inputs", "layer norms", "convolutions", *RULES, *MAMBAS)}
 
 
 class Recorded:
@@ -997,7 +1003,8 @@ def wrong_ops(p, m):
     good = dict(x=x, logits=logits, gate_up=e.layers[0]["up"], down=e.layers[0]["down"], out=x, norm=(None, 0.0), biases=(None, None),
                 activation="swiglu", chosen=2, sum_to_one=True)
     for argument, wrong in (("x", last), ("logits", last), ("gate_up", m.table), ("gate_up", m.layers[0]["up"]), ("down", m.layers[0]["down"]),
-                            ("chosen", 0), ("chosen", 8), ("chosen", 1.0), ("activation", "relu2"),
+                            ("chosen", 0), ("chosen", 8), ("chosen", 1.0), ("activation", "silu"), ("activation", None),
+                            ("groups", (2, 1)), ("groups", (7, 2)), ("groups", (1, 0)),
                             ("choice_bias", np.ones(8, np.float32)), ("norm", (np.ones(3, np.float32), 0.0)),
                             ("biases", (np.ones(3, np.float32), None)), ("out", logits)):
         yield ("" if argument == "x" else argument), lambda: p.experts(**(good | {argument: wrong}))

@@ -248,7 +248,7 @@ def test_bias_activation_and_residual_come_in_this_order(isa, kind):
 def test_a_gate_and_its_up_come_from_alternate_tiles(isa, kind, F, activation):
     gate_of = {"swiglu": lambda gate, up: row_ops.silu(gate) * up, "geglu": lambda gate, up: row_ops.gelu_tanh(gate) * up,
                "clamped_swiglu": row_ops.clamped_swiglu, "gelu": lambda gate, up: row_ops.gelu_erf(gate) * up,
-               "reglu2": lambda gate, up: row_ops.relu2(gate) * up}[activation]
+               "reglu2": lambda gate, up: row_ops.relu2(gate) * up, "quick_geglu": lambda gate, up: row_ops.gelu_quick(gate) * up}[activation]
     gate, up, x, residual = random(F, 64, seed=1), random(F, 64, seed=2), random(9, 64, seed=3), random(9, F, seed=4)
     matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 2 * -(-F // 16) * 16, 64)
     matrix.fill(gate, "f32", first_tile=0, tile_step=2)
@@ -262,7 +262,8 @@ def test_a_gate_and_its_up_come_from_alternate_tiles(isa, kind, F, activation):
     g = biased[0].astype(np.float64)
     wide = {"swiglu": g / (1 + np.exp(-g)) * biased[1], "geglu": g / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (g + 0.044715 * g**3))) * biased[1],
             "clamped_swiglu": np.minimum(g, 7) / (1 + np.exp(-1.702 * np.minimum(g, 7))) * (np.clip(biased[1], -7, 7) + 1),
-            "gelu": g / 2 * (1 + np.vectorize(math.erf)(g / 2**0.5)) * biased[1], "reglu2": np.maximum(g, 0) ** 2 * biased[1]}[activation]
+            "gelu": g / 2 * (1 + np.vectorize(math.erf)(g / 2**0.5)) * biased[1], "reglu2": np.maximum(g, 0) ** 2 * biased[1],
+            "quick_geglu": g / (1 + np.exp(-1.702 * g)) * biased[1]}[activation]
     assert g.max() > 7 < abs(biased[1]).max()           # both limits are passed
     np.testing.assert_allclose(product(x, matrix, F, activation=activation, bias=bias), wide, rtol=1e-5, atol=1e-5)
 
@@ -270,11 +271,11 @@ def test_a_gate_and_its_up_come_from_alternate_tiles(isa, kind, F, activation):
 @pytest.mark.parametrize("activation", sorted({*decode_core.tiles.ACTIVATIONS} - {None, *decode_core.tiles.GATES}))
 def test_an_activation_without_gates_is_its_formula(isa, activation):
     x, matrix = np.concatenate([random(30, 16, seed=7), random(3, 16, seed=8) * 20]), np.eye(16, dtype=np.float32)
-    of = {"relu2": row_ops.relu2, "gelu_tanh": row_ops.gelu_tanh, "gelu_erf": row_ops.gelu_erf}[activation]
+    of = {"relu2": row_ops.relu2, "gelu_tanh": row_ops.gelu_tanh, "gelu_erf": row_ops.gelu_erf, "gelu_quick": row_ops.gelu_quick}[activation]
     found, y = product(x, make_matrix("f32", matrix), activation=activation), x.astype(np.float64)
     np.testing.assert_array_equal(found, of(x))
     wide = {"relu2": np.maximum(y, 0) ** 2, "gelu_tanh": y / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (y + 0.044715 * y**3))),
-            "gelu_erf": y / 2 * (1 + np.vectorize(math.erf)(y / 2**0.5))}[activation]
+            "gelu_erf": y / 2 * (1 + np.vectorize(math.erf)(y / 2**0.5)), "gelu_quick": y / (1 + np.exp(-1.702 * y))}[activation]
     np.testing.assert_allclose(found, wide, rtol=1e-6, atol=2e-7 * max(1, abs(y).max()))
 
 

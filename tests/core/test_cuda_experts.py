@@ -208,6 +208,25 @@ def test_experts_compute_what_their_reference_computes(gpu, gates, ups, downs, r
             assert (got + x - want).norm() < 1e-5 * (want - x).norm()
 
 
+@pytest.mark.parametrize("rows", by_day([1, 5, 33], 5))
+def test_experts_without_gates_compute_what_their_reference_computes(gpu, rows):
+    """Of sigmoids in groups, which torch chooses; they read x as it is, and padding has no expert."""
+    E, C, F = 6, 256, 64
+    (ups, wide_up), (downs, wide_down) = weights_of(gpu, "q8_0", E * F, C, seed=1), weights_of(gpu, "q8_0", E * C, F, seed=2)
+    wide = [torch.from_numpy(values).float().to(gpu.device) for values in (wide_up, wide_down)]
+    random = torch.Generator().manual_seed(rows)
+    x, logits, bias = (torch.randn(*shape, generator=random).to(gpu.device) for shape in ((rows, C), (rows, E), (E,)))
+    options = dict(norm=None, biases=(None, None), activation="relu2", chosen=2, sum_to_one=True, sigmoids=True, choice_bias=bias, groups=(3, 1),
+                   share_scale=2.5, residual=False)
+    ours, want, got = cuda_experts.ExpertOps(gpu.ops, for_decode_core(), gpu.stream), torch.empty_like(x), torch.zeros_like(x)
+    experts_reference(x, logits, *wide, want, **options)
+    ours.experts(x, logits, PackedMatrix([("q8_0", ups)], C), PackedMatrix([("q8_0", downs)], F), got, **options)
+    assert (got - want).norm() < (2e-2 if rows * 2 > cuda_experts.FEW_PAIRS * E else 1e-5) * want.norm()
+    ours.slots = torch.tensor([-1, *range(1, rows)], device=gpu.device)
+    ids, _ = ours.route_sigmoids(logits, 2, True, None, (3, 1), 1.0)
+    assert ids[0].tolist() == [-1, -1] and (ids[1:] >= 0).all()
+
+
 # --- whole models ------------------------------------------------------------------------------------------------
 
 

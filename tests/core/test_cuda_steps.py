@@ -27,7 +27,7 @@ from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
-from chatlm.worker.model.spec import Batch, DeltaRule, KvType, Mamba2, ModelSpec, ShortConv, expected_tensors
+from chatlm.worker.model.spec import Batch, DeltaRule, KvType, Mamba2, ModelSpec, NoMixer, ShortConv, expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import attend_prompt
 from chatlm.worker.arrays.kinds import AdapterMatrix
@@ -74,6 +74,9 @@ HYBRIDS = {
                                dense_size=64, sigmoid_router=True, choice_bias=True, qk_norm="before_rope", qk_norm_weights=True),
     "delta rules": dict(mixers=(DeltaRule(4, 2, 4, 16, 24, alternating=True), None, DeltaRule(3, 2, 4, 16, 24, gates_by_key=True, heads_by_key=True)),
                         output_gate=True, experts=6, experts_per_token=2, ffn_size=32, shared_size=64, shared_gate=True, rope_size=8),
+    "one part each": dict(mixers=(Mamba2(4, 6, 10, 8), NoMixer(), None), bare_layers=(0,), experts=6, experts_per_token=2, ffn_size=32, dense_layers=(2,),
+                          dense_size=64, shared_size=64, activation="relu2", latent_size=16, sigmoid_router=True, choice_bias=True, router_groups=(3, 2),
+                          share_scale=2.5, shares_sum_to_one=False, rope_size=0),
     "mamba": dict(mixers=(Mamba2(4, 6, 10, 8), Mamba2(3, 4, 16, 8, groups=2, taps_bias=False), None), rope_size=0)}
 
 

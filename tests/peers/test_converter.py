@@ -39,6 +39,10 @@ def write_case(folder, name, changes):
     config = json.loads((folder / "config.json").read_text())
     if old := {"gpt2": {"n_ctx": 512}, "cohere2": {"rotary_pct": 1.0}, "phimoe": {"architectures": ["PhiMoEForCausalLM"]}}.get(name):       # as published files have it
         (folder / "config.json").write_text(json.dumps(config | old))
+    if MODELS[name][0] == "nemotron_h":         # in its makers' words
+        letters = {"linear_attention": "M", "full_attention": "*", "moe": "E"}
+        pattern = "".join(letters[kind] for kind in config.pop("layers_block_type"))
+        (folder / "config.json").write_text(json.dumps(config | {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}))
     if MODELS[name][0] == "granitemoehybrid":   # in its makers' words
         names = {"full_attention": "attention", "linear_attention": "mamba"}
         (folder / "config.json").write_text(json.dumps(config | {"layer_types": [names[kind] for kind in config["layer_types"]]}))

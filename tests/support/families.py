@@ -26,6 +26,9 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0 + i / 8 for i in range(6)]
 GRANITE = dict(embedding_multiplier=6.0, residual_multiplier=0.3, attention_multiplier=0.2, logits_scaling=1.5)
 GROWING = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0,
                original_max_position_embeddings=128, max_position_embeddings=512, llama_4_scaling_beta=0.4)
+NEMOTRON3 = dict(num_hidden_layers=..., intermediate_size=96, num_key_value_heads=2, head_dim=16, layer_norm_epsilon=1e-3, ssm_state_size=16,
+                 mamba_num_heads=4, mamba_head_dim=32, n_groups=2, chunk_size=16, time_step_min=1e-9, num_experts_per_tok=3, moe_intermediate_size=48,
+                 moe_shared_expert_intermediate_size=80)
 NO_LLAMA = dict.fromkeys(("intermediate_size", "num_key_value_heads", "rms_norm_eps"), ...)     # keys of TINY that a family does not have
 FULL, LOCAL = "full_attention", "sliding_attention"
 MODELS = {                  # name -> (model_type, what differs from TINY)
@@ -53,6 +56,9 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
         head_dim=16, global_head_dim=32, layer_types=[LOCAL, LOCAL, FULL, FULL], attention_k_eq_v=True, num_global_key_value_heads=1, sliding_window=24,
         hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=6, top_k_experts=3, moe_intermediate_size=48, final_logit_softcapping=20.0,
         use_bidirectional_attention="vision")),
+    "gemma4-unified": ("gemma4_unified_text", dict(
+        head_dim=16, global_head_dim=32, num_hidden_layers=5, layer_types=[LOCAL, LOCAL, FULL, LOCAL, FULL], attention_k_eq_v=True,
+        num_global_key_value_heads=1, sliding_window=24, final_logit_softcapping=20.0)),
     "gemma4-even": ("gemma4_text", dict(        # what differs by layer elsewhere is the same here
         head_dim=32, global_head_dim=32, num_hidden_layers=3, layer_types=[LOCAL, FULL, FULL], hidden_size_per_layer_input=0, sliding_window=24,
         attention_k_eq_v=True, rope_parameters={
@@ -99,6 +105,7 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
         rope_type="dynamic", rope_theta=10_000.0, alpha=50.0, factor=1.0, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0))),
     "llama-gelu": ("llama", dict(hidden_act="gelu")),
     "llama-relu2": ("llama", dict(hidden_act="relu2")),
+    "llama-quick-gelu": ("llama", dict(hidden_act="quick_gelu")),
     "qwen3.5": ("qwen3_5_text", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
                                      rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25))),
     "qwen3.5moe": ("qwen3_5_moe_text", dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2,
@@ -120,10 +127,11 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
                                  layer_types=["conv", "full_attention", "conv", "full_attention"],
                                  rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "lfm2moe-plain": ("lfm2_moe", dict(norm_eps=1e-3, num_dense_layers=0, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32,
-                                       use_expert_bias=False, conv_bias=True, tie_word_embeddings=False,
+                                       use_expert_bias=False, conv_bias=True, norm_topk_prob=False, routed_scaling_factor=1.5, tie_word_embeddings=False,
                                        layer_types=["full_attention", "conv", "conv", "full_attention"])),
     "gpt2": ("gpt2", NO_LLAMA | dict(n_inner=96, layer_norm_epsilon=1e-3)),
     "gpt2-untied": ("gpt2", NO_LLAMA | dict(tie_word_embeddings=False, activation_function="gelu")),
+    "gpt2-quick-gelu": ("gpt2", NO_LLAMA | dict(activation_function="quick_gelu")),
     "pythia": ("gpt_neox", NO_LLAMA | dict(intermediate_size=96, layer_norm_eps=1e-3)),
     "gptneox-serial": ("gpt_neox", NO_LLAMA | dict(
         intermediate_size=96, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new", tie_word_embeddings=True,
@@ -141,6 +149,12 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
         num_hidden_layers=..., intermediate_size=96, num_key_value_heads=2, head_dim=16, layer_norm_epsilon=1e-3, ssm_state_size=16, mamba_num_heads=4,
         mamba_head_dim=32, n_groups=2, chunk_size=16, time_step_min=1e-9, mlp_bias=True,
         layers_block_type=["linear_attention", "mlp", "linear_attention", "full_attention", "mlp", "full_attention", "linear_attention"])),
+    "nemotron3": ("nemotron_h", NO_LLAMA | NEMOTRON3 | dict(
+        n_routed_experts=6, routed_scaling_factor=2.5, layers_block_type=["linear_attention", "moe", "linear_attention", "full_attention", "moe"])),
+    "nemotron3-latent": ("nemotron_h", NO_LLAMA | NEMOTRON3 | dict(         # with layers of one part, of all kinds
+        n_routed_experts=12, n_group=4, topk_group=2, num_experts_per_tok=4, moe_latent_size=32, norm_topk_prob=False, routed_scaling_factor=1.5,
+        use_conv_bias=False,
+        layers_block_type=["moe", "linear_attention", "mlp", "moe", "full_attention", "moe", "mlp", "linear_attention"])),
     "lfm2-bias": ("lfm2", dict(norm_eps=1e-3, conv_bias=True, conv_L_cache=5, block_auto_adjust_ff_dim=False,
                                layer_types=["conv", "full_attention", "conv", "full_attention"])),
 }
@@ -149,18 +163,20 @@ GENERATIONS = "gen1", "gen2", "gen3", "gen4", "gen5"        # of nanochat's chec
 GGUF_MODELS = {             # what of MODELS a file of each architecture can say; the window of qwen2 and biases of others it cannot
     **dict.fromkeys((
         "llama2", "llama3.1", "llama3.2", "mistral", "qwen2.5", "phi3", "phi3-long", "gpt-oss", "granite", "granite-moe", "granite-moe-shared", "granite4",
-        "olmo2", "olmo3", "olmoe", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan", "gemma4", "gemma4moe", "gemma4-even", "gpt2",
-        "pythia", "cohere", "cohere2", "phimoe-plain", "lfm2", "lfm2moe", "granite4h", "qwen3next", "qwen3.5", "qwen3.5moe"), {}),
+        "olmo2", "olmo3", "olmoe", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan", "gemma4", "gemma4moe", "gemma4-even", "gemma4-unified", "gpt2",
+        "pythia", "cohere", "cohere2", "phimoe-plain", "lfm2", "lfm2moe", "granite4h", "qwen3next", "qwen3.5", "qwen3.5moe", "nemotron-h", "nemotron3"), {}),
+    "nemotron3-latent": {"layers_block_type": ["moe", "linear_attention", "full_attention", "moe", "moe", "linear_attention"]},
     "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
     "qwen3moe": {"norm_topk_prob": True}, "phimoe": {"router_jitter_noise": 0.01}, "gpt2-untied": {"activation_function": "gelu_new"}, "gptneox-serial": {"hidden_act": "gelu"},
     "starcoder2": {"sliding_window": None}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh"}, "granite4h-dense": {"position_embedding_type": None},
-    "lfm2moe-plain": {"conv_bias": False, "tie_word_embeddings": True}, "mixtral": {"sliding_window": None},
+    "lfm2moe-plain": {"conv_bias": False, "tie_word_embeddings": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0}, "mixtral": {"sliding_window": None},
     "granite4-dense": {"position_embedding_type": "rope"}, "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None}}
 CONVERTED = {               # and what one by llama.cpp's converter can say, which of Gemma 2 and 3 wants a vocabulary of its own
     **dict.fromkeys((
         "llama2", "llama3.1", "llama3.2", "qwen2.5", "qwen3", "smollm3", "phi3", "phi3-long", "qwen3moe-normed", "gpt-oss", "granite", "granite-moe",
         "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "gemma4", "gemma4moe", "lfm2", "lfm2moe", "granite4h",
-        "qwen3.5", "qwen3.5moe", "qwen3next"), {}),
+        "qwen3.5", "qwen3.5moe", "qwen3next", "nemotron3"), {}),
+    "nemotron3-latent": GGUF_MODELS["nemotron3-latent"] | {"n_group": 1, "topk_group": 1},
     "gpt2": {"n_inner": None}, "cohere": {"vocab_size": 320, "model_max_length": 512}, "cohere2": {"vocab_size": 320, "head_dim": 16},
     "starcoder2": {"sliding_window": 4096}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 4096},
     **dict.fromkeys(("mistral", "mixtral"), {"sliding_window": None}), "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None},
@@ -188,9 +204,9 @@ def make_model(name, seed=0, **changes):
             elif key.endswith(("bias", "sinks")):
                 weight.normal_(0, 1.0 if key.endswith("sinks") else 0.3)
             else:
-                weight.mul_(0.5).add_(torch.randn_like(weight), alpha=0.3).add_(0.4 if kind.startswith("gemma") and kind != "gemma4_text" else 0.6)
+                weight.mul_(0.5).add_(torch.randn_like(weight), alpha=0.3).add_(0.4 if kind.startswith("gemma") and not kind.startswith("gemma4") else 0.6)
         for key, weight in model.named_buffers():
-            if key.endswith("expert_bias"):
+            if key.endswith(("expert_bias", "e_score_correction_bias")):
                 weight.normal_(0, 0.2)
             elif key.endswith("layer_scalar"):
                 weight.uniform_(0.7, 1.3)
@@ -332,7 +348,7 @@ def apart(state, interleaved):
     """A state dict whose experts' gates and ups are apart, and as (experts, out, in): llama.cpp's names and shapes."""
     found = {}
     for name, tensor in state.items():
-        if ".mlp.experts." not in name:
+        if ".mlp.experts." not in name or name.endswith("weight"):      # named already
             found[name] = tensor
             continue
         stem, _, part = name.rpartition(".")
@@ -347,7 +363,7 @@ def apart(state, interleaved):
 
 GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
                       "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
-                      "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4", "gpt_neox": "gptneox", "cohere": "command-r"}
+                      "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4", "gemma4_unified_text": "gemma4", "gpt_neox": "gptneox", "cohere": "command-r"}
 LAYER_NORMED = "gpt2", "gptneox", "starcoder2", "cohere2", "command-r"
 
 
@@ -436,10 +452,40 @@ def gemma4_numbers(config):
         "attention.key_length_swa": local.head_dim, "attention.value_length_swa": local.head_dim, "rope.dimension_count_swa": local.head_dim,
         "attention.head_count_kv": [(local if kind == LOCAL else full).num_key_value_heads for kind in config.layer_types],
         "attention.sliding_window_pattern": [kind == LOCAL for kind in config.layer_types], "attention.shared_kv_layers": config.num_kv_shared_layers,
-        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "embedding_length_per_layer_input": getattr(config, "hidden_size_per_layer_input", 0),
         "rope.freq_base": config.rope_parameters[FULL]["rope_theta"], "rope.freq_base_swa": config.rope_parameters[LOCAL]["rope_theta"],
         "feed_forward_length": [config.intermediate_size * (1 + (l >= own and config.use_double_wide_mlp)) for l in range(config.num_hidden_layers)]} | (
-            {"expert_used_count": config.top_k_experts} if config.enable_moe_block else {})
+            {"expert_used_count": config.top_k_experts} if getattr(config, "enable_moe_block", False) else {})
+
+
+def nemotron_named(state, config):
+    """A state dict of Nemotron-H by names that llama.cpp's table has, and its config by other families' names."""
+    found = {}
+    for name, tensor in state.items():
+        part = name.rpartition("mixer.")[2]
+        shapes = {"A_log": (-1, 1), "D": (-1, 1), "norm.weight": (config.n_groups, -1)} if part != name else {}
+        tensor = -tensor.exp() if part == "A_log" else tensor.squeeze(1) if part == "conv1d.weight" else tensor
+        tensor = tensor.reshape(shapes.get(part, tensor.shape))
+        name = re.sub(r"^model\.", "backbone.", name).replace("dt_bias", "dt.bias").replace("correction_bias", "correction.bias")
+        if ".mixer.experts." in name:
+            name = name.replace("backbone.", "model.").replace("mixer", "mlp") + ".weight"
+        found[name] = tensor
+    kinds = config.layers_block_type
+    numbers = {"ssm.conv_kernel": config.conv_kernel, "ssm.state_size": config.ssm_state_size, "ssm.group_count": config.n_groups,
+               "ssm.inner_size": config.mamba_num_heads * config.mamba_head_dim, "ssm.time_step_rank": config.mamba_num_heads}
+    size = config.intermediate_size
+    if "moe" in kinds:
+        size = config.moe_intermediate_size
+        numbers |= {"expert_count": config.n_routed_experts, "expert_used_count": config.num_experts_per_tok, "expert_feed_forward_length": size,
+                    "expert_shared_feed_forward_length": config.moe_shared_expert_intermediate_size, "expert_shared_count": config.n_shared_experts,
+                    "expert_weights_norm": config.norm_topk_prob, "expert_weights_scale": float(config.routed_scaling_factor),
+                    "expert_group_count": config.n_group, "expert_group_used_count": config.topk_group} | (
+                        {"moe_latent_size": config.moe_latent_size} if config.moe_latent_size else {})
+    own = {key: getattr(config, key) for key in "model_type max_position_embeddings hidden_size vocab_size num_attention_heads head_dim".split()}
+    return found, SimpleNamespace(
+        **own, num_hidden_layers=len(kinds), tie_word_embeddings=False, rms_norm_eps=config.layer_norm_epsilon,
+        num_key_value_heads=[config.num_key_value_heads * (kind == FULL) for kind in kinds], rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        intermediate_size=[size * (kind in ("mlp", "moe")) for kind in kinds]), numbers
 
 
 def layer_normed(state, config):
@@ -480,6 +526,10 @@ def as_gguf(path, model, quantized=False, metadata=None):
             arch, state = "granitehybrid", granite_mamba(state, config)
     if arch in LAYER_NORMED:
         state, config = layer_normed(state, config)
+    more = {}
+    if arch == "nemotron_h":
+        arch += "_moe" * ("moe" in config.layers_block_type)
+        state, config, more = nemotron_named(state, config)
     names = gguf.get_tensor_name_map({name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, eps, width = config.num_key_value_heads, getattr(config, "rms_norm_eps", None) or config.norm_eps, config.intermediate_size
@@ -501,7 +551,7 @@ def as_gguf(path, model, quantized=False, metadata=None):
             continue
         if arch in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor + 1
-        if arch in ("llama", "smollm3", "granite", "granitemoe", "granitehybrid", "mistral3") and re.search("[qk]_proj", name):
+        if arch in ("llama", "smollm3", "granite", "granitemoe", "granitehybrid", "mistral3", "nemotron_h", "nemotron_h_moe") and re.search("[qk]_proj", name):
             tensor = tensor.view(-1, 2, head_size // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         if "conv.conv.weight" in name:
             tensor = tensor.squeeze(1)
@@ -530,6 +580,7 @@ def as_gguf(path, model, quantized=False, metadata=None):
         numbers |= {"attention.scale": config.attention_multiplier, "embedding_scale": config.embedding_multiplier,
                     "residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling,
                     "rope.scaling.finetuned": arch != "granitehybrid"}
+    numbers |= more
     if arch == "granitehybrid":
         numbers |= {"ssm.conv_kernel": config.mamba_d_conv, "ssm.state_size": config.mamba_d_state, "ssm.group_count": config.mamba_n_groups,
                     "ssm.inner_size": config.mamba_n_heads * config.mamba_d_head, "ssm.time_step_rank": config.mamba_n_heads}

@@ -84,6 +84,10 @@ def gelu_erf(x):
     return np.maximum(x, f(0)) - size * (p * t * exp_negative(size * size * f(-0.5)))
 
 
+def gelu_quick(x):
+    return times_sigmoid(x, x * np.float32(1.702))
+
+
 def relu2(x):
     return np.maximum(x, np.float32(0)) ** 2
 
@@ -112,17 +116,24 @@ def route(logits, chosen, sum_to_one):
     return ids, exp_negative(best - best[:, :1]) / tree(lanes)[:, None]
 
 
-def route_sigmoids(logits, bias, chosen):
-    """The same by their sigmoids, to which a bias is added where they choose."""
-    scores = sigmoid(logits) + (np.float32(0) if bias is None else bias)
+def route_sigmoids(logits, chosen, sum_to_one, choice_bias=None, groups=(1, 1), share_scale=1.0):
+    """The same by their sigmoids, to which a bias is added where they choose, in some of the groups."""
+    scores, (count, kept) = sigmoid(logits) + (np.float32(0) if choice_bias is None else choice_bias), groups
+    if kept < count:
+        grouped = scores.reshape(len(scores), count, -1)
+        pairs = -np.sort(-grouped, axis=2)[..., :2]
+        best = np.argsort(-(pairs[..., 0] + pairs[..., 1]), axis=1, kind="stable")[:, :kept]
+        scores = np.where((np.arange(count)[None, :, None] == best[:, None, :]).any(2)[..., None], grouped, np.float32(-np.inf)).reshape(scores.shape)
     ids = np.argsort(-scores, axis=1, kind="stable")[:, :chosen]
     best = np.take_along_axis(logits, ids, 1)
+    if not sum_to_one:
+        return ids, sigmoid(best) * np.float32(share_scale)
     below = np.minimum(best, np.float32(0))
     shares = exp_negative(below - below.max(1, keepdims=True)) / (np.float32(1) + exp_negative(-np.abs(best)))
     total = np.zeros(len(logits), np.float32)
     for j in range(chosen):
         total += shares[:, j]
-    return ids, shares / total[:, None]
+    return ids, shares / total[:, None] * np.float32(share_scale)
 
 
 def route_sparse(logits, chosen, farthest):

@@ -49,6 +49,7 @@ class TextSpec:
     add_bos: bool = False                      # a raw completion prompt begins with bos
     chat_bos: bool = True                      # with add_bos, a chat too if its template writes none
     infill: InfillTokens = InfillTokens()      # what the file says of them; names say more: `infill_tokens`
+    suppressed: frozenset[int] = frozenset()   # ids that are never drawn
 
 
 OWN = {"own": True}  # of a sampling parameter: a model's files may set it

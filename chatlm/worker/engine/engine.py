@@ -23,7 +23,7 @@ from chatlm.worker.engine.batch import make_batch, sample_rows
 from chatlm.worker.engine.host import HostSteps, embedding_events
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
-from chatlm.worker.engine.sequence import Assignment, Chunk, Output, Sequence
+from chatlm.worker.engine.sequence import Assignment, Chunk, Output, Sequence, without_tokens
 from chatlm.worker.engine.states import StatePool
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ class Engine:
         if work.params.adapter and not slot:
             self.events.append((work.id, Failed(ADAPTER_GONE)))
             return
+        if self.tokenizer.spec.suppressed:
+            work = without_tokens(work, self.tokenizer.spec.suppressed)
         # a prompt that is only scored may fill the context, yet a token is drawn for it too
         most = max(self.context_length, len(work.prompt_ids) + min(work.max_tokens, 1))
         limit = min(len(work.prompt_ids) + work.max_tokens, most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TYPE_CHECKING
@@ -50,6 +51,14 @@ class Assignment:
     def needs_tokens(self) -> bool:
         """Must its last token be known before the step for the next one can start?"""
         return self.needs_logits or self.sampling.counts_tokens or any(self.params.call_grammars)
+
+
+def without_tokens(work: Assignment, tokens: frozenset[int]) -> Assignment:
+    """The same assignment, whose answer never has one of these tokens."""
+    sampling = work.params.sampling
+    banned = tuple((token, -math.inf) for token in sorted(tokens))
+    sampling = replace(sampling, logit_bias=sampling.logit_bias + banned)
+    return replace(work, params=replace(work.params, sampling=sampling))
 
 
 @dataclass(eq=False)

@@ -260,7 +260,7 @@ def choose_backend(device, spec: ModelSpec | None, whole: ModelSpec | None = Non
 def left_to_torch(spec: ModelSpec, device) -> list[str]:
     """The ops, in words, that torch computes on this device while decode_core computes the others."""
     words = {ShortConv: "short convolution", DeltaRule: "delta rule", Mamba2: "Mamba layer"}
-    ops = dict.fromkeys(words[type(mixer)] for mixer in spec.mixers if mixer)
+    ops = dict.fromkeys(words[type(mixer)] for mixer in spec.mixers if type(mixer) in words)
     if spec.sigmoid_router:
         ops["router of sigmoids"] = None
     return list(ops) if Device(device).type != "cpu" else []
@@ -301,7 +301,9 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
         "this many query heads per KV head": any(
             attn.heads > most.group * attn.kv_heads for attn in attentions),
         "this many experts": spec.experts > most.experts or spec.experts_per_token > most.chosen,
-        "experts of this width": on_gpu and spec.experts and (spec.width % 8 or spec.ffn_size % 8),
+        "experts of this width": on_gpu and spec.experts and (
+            spec.width % 8 or spec.ffn_size % 8 or spec.latent_size % 8),
+        "experts that read a width not a multiple of 16": spec.latent_size % 16 and not on_gpu,
         "vocabulary of this size": spec.vocab_size > most.vocabulary,
         "delta rule with head sizes that are not multiples of 16": not on_gpu and any(
             isinstance(mixer, DeltaRule) and (mixer.key_size % 16 or mixer.value_size % 16)
@@ -316,7 +318,7 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
         "router with jitter on a GPU": spec.router_jitter is not None and on_gpu,
         "learned positions on a GPU": spec.positions and on_gpu,
         f"{spec.activation} feed-forward on a GPU": on_gpu and spec.activation in (
-            "gelu", "reglu2", "gelu_erf", "gelu_tanh"),
+            "gelu", "reglu2", "quick_geglu", "gelu_erf", "gelu_tanh", "gelu_quick"),
         "feed-forward of this width": any(width % TILE_ROWS for width in widths)}
     return " and ".join(feature for feature, needed in features.items() if needed)
 

@@ -131,7 +131,23 @@ class Mamba2:
         return (self.size - 1, self.parts[1]), (self.heads, self.state_size, self.head_size)
 
 
-Mixer = ShortConv | DeltaRule | Mamba2
+@dataclass(frozen=True)
+class NoMixer:
+    """Nothing: the layer has a feed-forward part alone, which reads x itself (Nemotron-H)."""
+
+    size = 1  # no earlier token matters
+
+    def widths(self, C: int) -> tuple[int, int]:
+        return 0, 0
+
+    def tensors(self, C: int) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def states(self, C: int) -> tuple[tuple[int, ...], ...]:
+        return ()
+
+
+Mixer = ShortConv | DeltaRule | Mamba2 | NoMixer
 
 
 @dataclass(frozen=True)
@@ -316,7 +332,7 @@ class PageLayout(NamedTuple):
         return (offset * count, self.own) if self.own else (offset, self.size)
 
 
-UNGATED = ("relu2", "gelu_erf", "gelu_tanh")  # activations of a feed-forward part without gates
+UNGATED = ("relu2", "gelu_erf", "gelu_tanh", "gelu_quick")  # activations of a feed-forward part without gates
 
 
 @dataclass(frozen=True)
@@ -380,8 +396,11 @@ class ModelSpec:
     shares_sum_to_one: bool = True    # softmax over the chosen experts' logits; else over all experts'
     router_bias: bool = False
     router_jitter: float | None = None  # experts and shares are those of `sparse_routes`
-    sigmoid_router: bool = False      # shares are the chosen experts' sigmoids, divided by their sum
+    sigmoid_router: bool = False      # shares are the chosen experts' sigmoids, see `sigmoid_routes`
     choice_bias: bool = False         # added when a sigmoid_router chooses, but not in the shares
+    router_groups: tuple[int, int] = (1, 1)  # it chooses among the experts of so many groups
+    share_scale: float = 1.0          # and multiplies its shares by this
+    latent_size: int = 0              # > 0: experts read and add to a product of x of this width
     output_gate: bool = False         # after each head's q, qkv has as many rows for a gate of its output
     sinks: bool = False               # a logit for each query head, which attends to no value
     mixers: tuple[Mixer | None, ...] = ()  # of each layer, instead of attention; None, () = attention
@@ -433,7 +452,8 @@ class ModelSpec:
 
     @property
     def unpaged_layers(self) -> tuple[int, ...]:
-        """The layers that keep a state for each sequence instead of keys and values for each token."""
+        """The layers that keep a state for each sequence, or nothing, instead of keys and values for each
+        token."""
         return tuple(l for l, mixer in enumerate(self.mixers) if mixer)
 
     @property
@@ -482,7 +502,7 @@ def layer_tensors(spec: ModelSpec, l: int) -> Shapes:
     matrices |= feed_forward_tensors(spec, l) | present(
         (P, {"input_gate": (P, C), "input_norm": (C,), "input_out": (C, P)}),
         (spec.layer_scalars, {"scalar": (1,)}),
-        (spec.norm_weights and spec.pre_norms, {"attention_norm": (C,)}),
+        (spec.norm_weights and spec.pre_norms and not isinstance(mixer, NoMixer), {"attention_norm": (C,)}),
         (spec.norm_weights and spec.pre_norms and not spec.one_norm and l not in spec.bare_layers, {
             "ffn_norm": (C,)}),
         (spec.norm_biases, {"attention_norm_bias": (C,)}),
@@ -507,12 +527,14 @@ def feed_forward_tensors(spec: ModelSpec, l: int) -> Shapes:
     C, F, shared = spec.width, spec.ffn_size, spec.shared_size
     E = spec.experts if l not in spec.dense_layers else 0
     size = F * (1 + (l in spec.double_layers)) if E or not spec.experts else spec.dense_size
-    up, rows = ("up", size) if spec.ungated else ("gate_up", 2 * size)
+    up, halves = ("up", 1) if spec.ungated else ("gate_up", 2)
     if not E:
-        return {up: (rows, C), "down": (C, size)}
+        return {up: (halves * size, C), "down": (C, size)}
+    X = spec.latent_size or C
     return present(  # one matrix: the rows of all experts' gates, then of their ups
-        (E, {"router": (E, C), "expert_gate_up": (E * rows, C), "expert_down": (E * C, F)}),
-        (shared, {"shared_gate_up": (2 * shared, C), "shared_down": (C, shared)}),
+        (E, {"router": (E, C), f"expert_{up}": (E * halves * size, X), "expert_down": (E * X, F)}),
+        (shared, {f"shared_{up}": (halves * shared, C), "shared_down": (C, shared)}),
+        (spec.latent_size, {"latent_in": (X, C), "latent_out": (C, X)}),
         (spec.choice_bias, {"choice_bias": (E,)}), (spec.shared_gate, {"shared_gate": (1, C)}),
         (spec.expert_norms, {"experts_scale": (E,)} | {
             f"{part}_norm": (C,) for part in ("router", "experts", "experts_down", "shared_down")}))

@@ -17,8 +17,8 @@ from chatlm.worker.arrays.kinds import (
 from chatlm.worker.arrays.rotary import query_scales, rope_frequencies, rope_tables
 from chatlm.worker.model.padding import padded_adapter, padded_spec, padded_tensors
 from chatlm.worker.model.spec import (
-    DeltaRule, Inputs, Mamba2, PageLayout, RowAdapters, Sequences, ShortConv, expected_tensors, group_layers,
-    token_places)
+    DeltaRule, Inputs, Mamba2, NoMixer, PageLayout, RowAdapters, Sequences, ShortConv, expected_tensors,
+    group_layers, token_places)
 from chatlm.worker.model.tensors import MappedRows, Unread, read_ahead
 
 if TYPE_CHECKING:
@@ -107,9 +107,9 @@ class Transformer:
             moved = [part if hasattr(part, "parts") else self.arrays.of(part, target) for part in parts]
             matrix = name.rpartition(".")[2] in (
                 "embed", "qkv", "output", "gate_up", "up", "down", "head", "ve_gate", "gate_up_bias",
-                "router", "expert_gate_up", "expert_down", "expert_gate_up_bias", "shared_gate_up",
-                "shared_down", "shared_gate", "mix_in", "mix_out", "layer_project", "input_gate",
-                "input_out")
+                "router", "expert_gate_up", "expert_up", "expert_down", "expert_gate_up_bias",
+                "shared_gate_up", "shared_up", "shared_down", "shared_gate", "latent_in", "latent_out",
+                "mix_in", "mix_out", "layer_project", "input_gate", "input_out")
             weights[name] = weight = self.kernels.pack(name, *moved) if matrix else moved[0]
             if isinstance(tensor, Unread) and not getattr(weight, "finite", False):  # or it was never checked
                 tensor.refuse_faults(read, packed=hasattr(weight, "finite"))
@@ -149,6 +149,7 @@ class Transformer:
             "layer_inputs": (T, spec.all_layers * P, f32), "layer_rows": (T, spec.all_layers * P, f32),
             "input": (T, P, f32),
             "dense": (T, spec.dense_size, dtype), "shared": (T, spec.shared_size, dtype),
+            "latent": (T, spec.latent_size, f32),
             "mixed": (T, wide, dtype), "mixer": (T, narrow, dtype),
             "share": (T, int(spec.shared_gate), f32), "means": (T, 16 * bool(spec.qk_norm_sizes), f32),
             "routing": (T, spec.experts, f32), "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
@@ -336,6 +337,8 @@ class Transformer:
     def _mix(self, inputs: Inputs, b: SimpleNamespace, layer: dict, l: int):
         """residual = x + mix_out(op(mix_in(norm(x)))), with the sequences' states; the op is the mixer's."""
         k, mixer, states = self.kernels, self.mixers[l], self.states[l]
+        if isinstance(mixer, NoMixer):
+            return k.copy(b.x, out=b.residual)
         x, norm = self._normed(b, b.x, layer, "attention_norm")
         mixed, out = (buffer[:, :width] for buffer, width in zip(
             (b.mixed, b.mixer), mixer.widths(self.spec.width)))  # pyright: ignore[reportOptionalMemberAccess]  it has one
@@ -374,20 +377,22 @@ class Transformer:
 
     def _experts(self, b: SimpleNamespace, x, layer: dict, l: int, norm: Norm | None):
         """x = residual + what each row's experts add to it, including shared ones."""
-        spec, k = self.spec, self.kernels
+        spec, k, up = self.spec, self.kernels, "up" if self.spec.ungated else "gate_up"
         alone = k.all_reduce is None and x is b.residual
-        total = b.x if alone else b.added
+        total, reads = b.x if alone else b.added, x
         k.linear(x, layer["router"], norm=norm, bias=layer.get("router_bias"), out=b.routing)
-        router = {"sigmoids": True, "choice_bias": layer.get("choice_bias")} if spec.sigmoid_router else {}
-        if spec.router_jitter is not None:
-            router["jitter"] = spec.router_jitter
+        if spec.latent_size:
+            adapted_linear(k, b, x, layer, "latent_in", l, norm=norm, out=b.latent)
+            reads = b.latent
         k.experts(
-            x, b.routing, layer["expert_gate_up"], layer["expert_down"], norm=norm,
-            biases=(layer.get("expert_gate_up_bias"), layer.get("expert_down_bias")),
-            out=total, activation=spec.activation, chosen=spec.experts_per_token,
-            sum_to_one=spec.shares_sum_to_one, residual=alone, **router)
+            reads, b.routing, layer[f"expert_{up}"], layer["expert_down"], norm=norm if reads is x else None,
+            biases=(layer.get(f"expert_{up}_bias"), layer.get("expert_down_bias")),
+            out=total if reads is x else reads, activation=spec.activation, chosen=spec.experts_per_token,
+            sum_to_one=spec.shares_sum_to_one, residual=alone and reads is x, **router_options(spec, layer))
+        if spec.latent_size:
+            adapted_linear(k, b, reads, layer, "latent_out", l, residual=x if alone else None, out=total)
         if spec.shared_size:
-            adapted_linear(k, b, x, layer, "shared_gate_up", l, norm=norm,
+            adapted_linear(k, b, x, layer, f"shared_{up}", l, norm=norm,
                            activation=spec.activation, out=b.shared)
             if spec.shared_gate:
                 k.linear(x, layer["shared_gate"], norm=norm, out=b.share)  # (T, 1)
@@ -463,6 +468,14 @@ def narrow(buffer, columns: int):
     if buffer.shape[1] == columns:
         return buffer
     return buffer.reshape(-1)[:len(buffer) * columns].reshape(-1, columns)
+
+
+def router_options(spec: ModelSpec, layer: dict) -> dict[str, Any]:
+    """What the op experts must know of a router that is no softmax."""
+    if spec.router_jitter is not None:
+        return {"jitter": spec.router_jitter}
+    return {"sigmoids": True, "choice_bias": layer.get("choice_bias"), "groups": spec.router_groups,
+            "share_scale": spec.share_scale} if spec.sigmoid_router else {}
 
 
 def add_layer_input(spec: ModelSpec, k: Kernels, b: SimpleNamespace, layer: dict, l: int):

@@ -86,13 +86,19 @@ def clamped_swiglu(gate, up):
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
+def gelu_quick(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
 GATES = {"swiglu": lambda gate, up: torch.nn.functional.silu(gate) * up,
          "gelu": lambda gate, up: torch.nn.functional.gelu(gate) * up,
          "reglu2": lambda gate, up: torch.square(torch.relu(gate)) * up,
+         "quick_geglu": lambda gate, up: gelu_quick(gate) * up,
          "geglu": lambda gate, up: torch.nn.functional.gelu(gate, approximate="tanh") * up,
          "clamped_swiglu": clamped_swiglu}
 UNGATED = {"relu2": lambda up: torch.square(torch.relu(up)),
            "gelu_erf": torch.nn.functional.gelu,
+           "gelu_quick": gelu_quick,
            "gelu_tanh": lambda up: torch.nn.functional.gelu(up, approximate="tanh")}
 
 
@@ -141,47 +147,72 @@ def finish_linear(y, out, activation, residual):
 
 
 def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one,
-                      residual=True, sigmoids=False, choice_bias=None, scales=None, jitter=None):
+                      residual=True, sigmoids=False, choice_bias=None, groups=(1, 1), share_scale=1.0,
+                      scales=None, jitter=None):
     """x + a sum over each row's experts: share * (activation(norm(x) @ gate_up.T) @ down.T) -> out (T, C).
 
     Without `residual` it is the sum alone, without `norm` it is of x itself.
     A row's experts are the `chosen` ones with the largest of its logits (T, E), lower ids first among equals;
-    their shares are the softmax over their logits, or over all unless `sum_to_one`. With `sigmoids` they have
-    the largest sigmoid(logit) + choice_bias (E), or None, and share by their sigmoids' part of these' sum.
-    With `jitter` there are two, which `sparse_routes` chooses.
-    Each share is multiplied by the expert's of `scales` (E), if given. gate_up (2 * E * F, C) holds the gates
-    of all experts and then their ups, down (E * C, F); `biases` are of these two, or None."""
+    their shares are the softmax over their logits, or over all unless `sum_to_one`. With `sigmoids` they are
+    those of `sigmoid_routes`, and `choice_bias`, `groups` and `share_scale` too. With `jitter` there are two,
+    which `sparse_routes` chooses. Each share is multiplied by the expert's of `scales` (E), if given.
+    gate_up (2 * E * F, C) holds the gates of all experts and then their ups, down (E * C, F); `biases` are of
+    these two, or None. An activation of UNGATED has no gates: gate_up is (E * F, C)."""
     E, logits = logits.shape[1], logits.float()
-    ids, shares = (routes(logits, chosen, sum_to_one, sigmoids, choice_bias) if jitter is None else
-                   sparse_routes(logits, jitter))
+    if jitter is not None:
+        ids, shares = sparse_routes(logits, jitter)
+    elif sigmoids:
+        ids, shares = sigmoid_routes(logits, chosen, sum_to_one, choice_bias, groups, share_scale)
+    else:
+        ids, shares = routes(logits, chosen, sum_to_one)
     shares = shares if scales is None else shares * scales[ids]
-    y = (normed(x, norm) if norm else x).to(gate_up.dtype)
-    gate_up, down = gate_up.unflatten(0, (2, E, -1)), down.unflatten(0, (E, -1))
+    y, halves = (normed(x, norm) if norm else x).to(gate_up.dtype), 1 + (activation in GATES)
+    gate_up, down = gate_up.unflatten(0, (halves, E, -1)), down.unflatten(0, (E, -1))
     up_bias, down_bias = (bias if bias is None else bias.to(y.dtype) for bias in biases)
     total = torch.zeros_like(out)
     for expert in ids.unique().tolist():
         rows, columns = (ids == expert).nonzero(as_tuple=True)
-        gate, up = (y[rows] @ matrices[expert].T for matrices in gate_up)  # (rows, F) each
+        parts = [y[rows] @ matrices[expert].T for matrices in gate_up]  # (rows, F) each
         if up_bias is not None:
-            own = up_bias.view(2, E, -1)[:, expert]
-            gate, up = gate + own[0], up + own[1]
-        added = GATES[activation](gate, up) @ down[expert].T       # (rows, C)
+            parts = [part + own for part, own in zip(parts, up_bias.view(halves, E, -1)[:, expert])]
+        hidden = GATES[activation](*parts) if halves > 1 else UNGATED[activation](*parts)
+        added = hidden @ down[expert].T                            # (rows, C)
         if down_bias is not None:
             added = added + down_bias.view(E, -1)[expert]
         total.index_add_(0, rows, shares[rows, columns, None] * added)
     torch.add(x if residual else torch.zeros_like(x), total, out=out)
 
 
-def routes(logits, chosen, sum_to_one, sigmoids, choice_bias):
+def routes(logits, chosen, sum_to_one):
     """Ids and shares (T, chosen) of each row's experts, as in experts_reference."""
-    scores = torch.sigmoid(logits) if sigmoids else logits
+    ids = largest_first(logits, chosen)
+    largest = logits.gather(1, ids)
+    return ids, torch.softmax(largest, -1) if sum_to_one else torch.exp(largest - logits.logsumexp(-1, True))
+
+
+def sigmoid_routes(logits, chosen, sum_to_one, choice_bias=None, groups=(1, 1), share_scale=1.0):
+    """Ids and shares (T, chosen) of each row's experts: those with the largest sigmoid(logit) + choice_bias
+    (E), or None. Their shares are their sigmoids, divided by the sum of these if `sum_to_one`, times
+    `share_scale`.
+
+    groups = (n, k): the choice is among the experts of k of n equally large groups, those whose two best have
+    the largest sum (DeepSeek-V3 technical report, 2024)."""
+    scores, (count, kept) = torch.sigmoid(logits), groups
     if choice_bias is not None:
         scores = scores + choice_bias
-    ids = torch.sort(scores, descending=True, stable=True).indices[:, :chosen]
-    largest = (torch.nn.functional.logsigmoid(logits) if sigmoids else logits).gather(1, ids)
-    if sigmoids or sum_to_one:
-        return ids, torch.softmax(largest, -1)
-    return ids, torch.exp(largest - logits.logsumexp(-1, True))
+    if kept < count:
+        best = scores.unflatten(1, (count, -1)).topk(2, -1).values.sum(-1)  # (T, n)
+        out = torch.ones_like(best, dtype=torch.bool).scatter_(1, largest_first(best, kept), False)
+        scores = scores.masked_fill(out.repeat_interleave(logits.shape[1] // count, 1), -math.inf)
+    ids = largest_first(scores, chosen)
+    own = logits.gather(1, ids)
+    shares = torch.softmax(torch.nn.functional.logsigmoid(own), -1) if sum_to_one else torch.sigmoid(own)
+    return ids, shares * share_scale
+
+
+def largest_first(scores, count):
+    """The ids (T, count) of each row's largest scores; of equal ones the lower first."""
+    return torch.sort(scores, descending=True, stable=True).indices[:, :count]
 
 
 def sparse_routes(logits, jitter):

@@ -9,7 +9,7 @@ from chatlm.worker.ops.basic import (
     adapter_products, backout_reference, copy_reference, embed_reference, experts_reference, fastest_dtype,
     finish_linear, gate_input_reference, gated_add_reference, gather_rows_reference, layer_inputs_reference,
     layer_norm_reference, linear_reference, look_up_reference, make_cache_reference, mix_reference,
-    pack_reference, rms_norm_reference, routes, smear_reference, softcap_reference)
+    pack_reference, rms_norm_reference, sigmoid_routes, smear_reference, softcap_reference)
 from chatlm.worker.ops.mixers import (
     OneEach, delta_rule_reference, gate_reference, group_squares_reference, mamba2_reference,
     norm_groups_reference, short_conv_reference, split_gates_reference)
@@ -51,4 +51,4 @@ REFERENCES = {
 FOR_BACKENDS = {  # what they take besides these
     each.__name__: each for each in (
         OneEach, TorchArrays, adapter_products, attend, attend_prompt, decode_rows, finish_linear, page_table,
-        rope_tables, routes, tensor_of, zeroed)}
+        rope_tables, sigmoid_routes, tensor_of, zeroed)}

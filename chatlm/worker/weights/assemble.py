@@ -87,8 +87,8 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
 
 
 # not part of the text model
-IMAGES = ("vision_tower|vision_model|visual|multi_modal_projector|connector|image_newline|embed_vision"
-          "|audio_tower|embed_audio")
+IMAGES = ("vision_tower|vision_model|vision_embedder|visual|multi_modal_projector|connector|image_newline"
+          "|embed_vision|audio_tower|embed_audio")
 
 # rotary frequencies and causal masks in old files
 UNREAD = r".*\.rotary_emb\.|.*\.(attn|attention)\.(masked_)?bias$"

@@ -253,7 +253,8 @@ FAMILIES = {  # by config.json's model_type
 GGUF_FAMILIES = {architecture: name for name, row in FAMILIES.items()
                  for architecture in row.gguf.architectures.split()}
 VISION = {  # model_type of an image model, read as text only -> its text model's default
-    "gemma3": "gemma3_text", "gemma4": "gemma4_text", "mistral3": "mistral", "llava": "llama",
+    "gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text",
+    "mistral3": "mistral", "llava": "llama",
     "smolvlm": "llama", "idefics3": "llama",
     "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "lfm2_vl": "lfm2",
     "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}

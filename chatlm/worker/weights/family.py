@@ -60,7 +60,7 @@ class Gguf(NamedTuple):
 
 
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
-         "gelu": "gelu", "relu2": "reglu2"}
+         "gelu": "gelu", "quick_gelu": "quick_geglu", "relu2": "reglu2"}
 
 
 class Family(NamedTuple):
@@ -151,7 +151,7 @@ def separate_experts(name: str, tensor: numpy.ndarray) -> dict[str, numpy.ndarra
     if not stem.endswith(".experts") or tensor.ndim != 3:
         return {name: tensor}
     both = zip(("gate", "up"), in_two(tensor, 1))
-    halves = both if part == "gate_up_proj" else [("down", tensor)]
+    halves = both if part == "gate_up_proj" else [(part.removesuffix("_proj"), tensor)]
     return {f"{stem}.{e}.{which}_proj.weight": one
             for which, all_of in halves for e, one in enumerate(all_of)}
 

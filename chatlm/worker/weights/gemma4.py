@@ -244,9 +244,12 @@ GGUF_KEYS = {
     "attention.value_length_swa": Rule(int), "attention.shared_kv_layers": KEYS["num_kv_shared_layers"],
     "rope.dimension_count_swa": Rule(int), "rope.freq_base_swa": Rule(float, 2, 10**15),
     "embedding_length_per_layer_input": KEYS["hidden_size_per_layer_input"]}
-FAMILIES = {"gemma4_text": Family(
+ROW = Family(
     "Gemma 4", CONFIG, {"post_norms": True, "layer_scalars": True} | HEAD_NORMS, TENSORS, keys=KEYS,
     repack=repack, aliases={"top_k_experts": "num_experts_per_tok"}, complete=complete, fields_of=fields_of,
     own_attentions=True, gguf=Gguf(
         "gemma4", names=GGUF_TENSORS, keys=GGUF_KEYS, layers=gguf_layers, repack=experts_apart,
-        unsaid=lambda config: {"vocab_size_per_layer_input": config["vocab_size"]}))}
+        unsaid=lambda config: {"vocab_size_per_layer_input": config["vocab_size"]}))
+FAMILIES = {"gemma4_text": ROW, "gemma4_unified_text": ROW._replace(
+    title="", gguf=Gguf(), config=CONFIG | {
+        "hidden_size_per_layer_input": 0, "sliding_window": 1024, "max_position_embeddings": 262_144})}

@@ -43,7 +43,8 @@ from chatlm.worker.weights.gguf_file import (
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
 from chatlm.worker.weights.rules import (
-    LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling, warn_of_templates)
+    LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling,
+    suppressed_in, warn_of_templates)
 from chatlm.worker.weights.splits import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
@@ -85,11 +86,12 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         family, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
         architecture = metadata["general.architecture"]
         check_gguf_types(source.path, stored)
+        stored = FAMILIES[family].gguf.repack(stored)
         if metadata.get(f"{architecture}.nextn_predict_layers"):  # a draft head, which is not used
             stored = {name: tensor for name, tensor in stored.items()
                       if not (layer := re.match(r"blk\.(\d+)\.", name)) or int(layer[1]) < spec.layers}
         stored = without_shared(spec, stored)
-        stored, row = FAMILIES[family].gguf.repack(stored), FAMILIES[family]
+        row = FAMILIES[family]
         names = gguf_names(architecture, row.all_tensors) | row.gguf.names
         sources = tensor_sources(spec, names, spec.vocab_size)
         check_names_and_shapes(
@@ -169,7 +171,7 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
         config["norm_topk_prob"] = header.value("expert_weights_norm", config["norm_topk_prob"])
     spec = family_spec(path, family, config, gguf_rope(header, config, context))
     return family, replace(spec, head_bias="output.bias" in stored, **{
-        field: any(f"blk.0.{name}.bias" in stored for name in names.split()) for field, names in (
+        field: any(header.has(f"{name}.bias") for name in names.split()) for field, names in (
             ("qkv_bias", "attn_q attn_qkv"), ("output_bias", "attn_output"), ("norm_biases", "attn_norm"),
             ("ffn_bias", "ffn_down_exps" if spec.experts else "ffn_down"))})
 
@@ -428,7 +430,8 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
         warn_of_templates(path, [key.removeprefix("tokenizer.chat_template.") for key in metadata
                                  if key.startswith("tokenizer.chat_template.")])
     return TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), template, frozenset(ends), bos,
-                    eos, add_bos, infill=gguf_infill(metadata, len(tokens)))
+                    eos, add_bos, infill=gguf_infill(metadata, len(tokens)), suppressed=suppressed_in(
+                        path, key := "tokenizer.ggml.suppress_tokens", metadata.get(key), len(tokens)))
 
 
 def gguf_infill(metadata: Mapping, vocab_size: int) -> InfillTokens:

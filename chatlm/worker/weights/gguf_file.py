@@ -162,7 +162,10 @@ GGUF_OWN = {  # the same for keys that only some families have
     "linear_num_key_heads": "ssm.group_count", "linear_num_value_heads": "ssm.time_step_rank",
     "mamba_d_conv": "ssm.conv_kernel", "mamba_d_state": "ssm.state_size", "mamba_n_groups": "ssm.group_count",
     "mamba_n_heads": "ssm.time_step_rank", "full_attention_interval": "full_attention_interval",
-    "num_dense_layers": "leading_dense_block_count",
+    "num_dense_layers": "leading_dense_block_count", "conv_kernel": "ssm.conv_kernel",
+    "ssm_state_size": "ssm.state_size", "n_groups": "ssm.group_count",
+    "mamba_num_heads": "ssm.time_step_rank", "n_group": "expert_group_count",
+    "topk_group": "expert_group_used_count", "moe_latent_size": "moe_latent_size",
     "routed_scaling_factor": "expert_weights_scale"}
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
               "attention.causal", "tensor_data_layout", "rope.dimension_sections", "n_deepstack_layers"}

@@ -30,7 +30,7 @@ from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling, read_json,
-    warn_of_templates)
+    suppressed_in, warn_of_templates)
 from chatlm.worker.weights.trial import refuse_endless
 
 if TYPE_CHECKING:
@@ -198,4 +198,6 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
         adds = pipeline.encode("").ids[:1] == bos[:1] != []
     refuse_folder_embedder(folder, pipeline.encode("").ids[-1:] not in ([], bos[:1]))
     return TextSpec("hf", payload, template, stop_tokens=frozenset(eos), bos_token=bos[0] if bos else None,
-                    eos_token=eos[0] if eos else None, add_bos=adds, chat_bos=False)
+                    eos_token=eos[0] if eos else None, add_bos=adds, chat_bos=False,
+                    suppressed=suppressed_in(folder / "generation_config.json", "suppress_tokens",
+                                             others[0].get("suppress_tokens"), vocab_size))

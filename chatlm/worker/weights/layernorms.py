@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from chatlm.worker.model.spec import ModelSpec
 
 ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-               "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
+               "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "gelu_quick", "relu2": "relu2"}
 NORMS = {"layer_norms": True, "norm_biases": True}
 BIASES = {"qkv_bias": True, "output_bias": True, "ffn_bias": True}
 EPSILON = Rule(float, 0, 1)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from chatlm.common.errors import ConfigError
 from chatlm.worker.model.spec import ShortConv
 from chatlm.worker.weights.family import EXPERTS, HEAD_NORMS, Family, Gguf, Header, layers_of_kinds, of_mixer
-from chatlm.worker.weights.rules import LAYER_TYPES, MOST_CHANNELS, MOST_LAYERS, Rule
+from chatlm.worker.weights.rules import LAYER_TYPES, MOST_CHANNELS, MOST_LAYERS, SHARE_SCALE, Rule
 
 CONFIG = {
     "num_key_value_heads": 8, "norm_eps": 1e-5, "tie_embedding": True, "rope_theta": 1e6, "conv_L_cache": 3,
@@ -23,7 +22,7 @@ CONFIG_EXPERTS = EXPERTS | {
     "conv_L_cache": 3, "conv_bias": False, "layer_types": None}
 KEYS = {
     "full_attn_idxs": Rule(int, 0, MOST_LAYERS, many=True, optional=True),
-    "num_dense_layers": Rule(int, 0, MOST_LAYERS), "routed_scaling_factor": Rule(float, 1, 1),
+    "num_dense_layers": Rule(int, 0, MOST_LAYERS), "routed_scaling_factor": SHARE_SCALE,
     "norm_eps": Rule(float, 0, 1), "tie_embedding": Rule(bool), "conv_L_cache": Rule(int, 2, 64),
     "block_ff_dim": Rule(int, 1, MOST_CHANNELS), "block_multiple_of": Rule(int, 1, MOST_CHANNELS),
     "block_ffn_dim_multiplier": Rule(float, 0.01, 100)}
@@ -62,9 +61,7 @@ def complete(path: Path, config: Mapping) -> dict:
 
 
 def router_fields(path: Path, config: Mapping) -> dict:
-    if not config["norm_topk_prob"]:
-        raise ConfigError(f"{path}: norm_topk_prob is false; with a sigmoid router it must be true")
-    return {"choice_bias": config["use_expert_bias"]}
+    return {"choice_bias": config["use_expert_bias"], "share_scale": config["routed_scaling_factor"]}
 
 
 def repack(state: Mapping) -> dict:

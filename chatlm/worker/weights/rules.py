@@ -112,6 +112,7 @@ def checked(path: Path, key: str, value: V | None, rule: Rule, length: int | Non
 
 
 ROPE_BASE = Rule(float, 2, 10**15)
+SHARE_SCALE = Rule(float, 1e-4, 10**6)
 SAMPLING_KEYS = {  # ours -> the names in generation_config.json and GGUF's general.sampling, the rule
     "temperature": ("temperature", "temp", Rule(float, 0, 2)),
     "top_k": ("top_k", "top_k", Rule(int, 0, 2**31 - 1)),
@@ -137,6 +138,15 @@ def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
     if not sampling and path.name == DEFAULT_FILE:
         sampling, origin = {"temperature": 0.2, "top_p": 0.9}, "recommended by its authors"
     return {"sampling": sampling, "sampling_origin": origin, "notes": tuple(notes)}
+
+
+def suppressed_in(path: Path, key: str, stated, vocab_size: int) -> frozenset[int]:
+    """The tokens of the vocabulary in a file's list of those that are never drawn."""
+    ids = checked(path, key, stated, Rule(int, many=True, optional=True))
+    found = frozenset(token for token in ids or () if 0 <= token < vocab_size)
+    if len(found) == vocab_size:
+        raise ConfigError(f"{path}: {key} has all {vocab_size:,} tokens; at least one must be left")
+    return found
 
 
 def warn_of_templates(path: Path, names: Iterable[str]):

@@ -10,7 +10,7 @@ from typing import NamedTuple, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError
-from chatlm.worker.model.spec import DeltaRule, Mamba2, expected_tensors
+from chatlm.worker.model.spec import DeltaRule, Mamba2, NoMixer, expected_tensors
 from chatlm.worker.model.tensors import TILE_ROWS, Cut
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ def mixer_share(mixer: Mixer, C: int, rank: int, tp: int, block: int) -> MixerSh
         return delta_share(mixer, rank, tp)
     if isinstance(mixer, Mamba2):
         return mamba_share(mixer, rank, tp)
+    if isinstance(mixer, NoMixer):
+        return MixerShare(mixer, {})
     mine = blocks_of(C, rank, tp, block)
     thirds, taps = (0, [rows_of(mine, 1, n * C) for n in range(3)]), (0, [rows_of(mine, mixer.size)])
     return MixerShare(replace(mixer, channels=len(mine)), {
@@ -180,12 +182,14 @@ def mamba_share(mixer: Mamba2, rank: int, tp: int) -> MixerShare:
 SPLITS: dict[str, tuple[int, Callable[[ModelSpec, RankShare], list[range]]]] = {
     # our tensor -> (the axis that is divided, what a rank has of it); all others are not divided
     "embed": (0, lambda s, my: [my.vocabulary]), "head": (0, lambda s, my: [my.vocabulary]),
-    "up": (0, lambda s, my: [my.ffn]), "down": (1, lambda s, my: [my.dense if s.experts else my.ffn]),
+    "up": (0, lambda s, my: [my.dense if s.experts else my.ffn]),
+    "down": (1, lambda s, my: [my.dense if s.experts else my.ffn]),
     "gate_up": (0, lambda s, my: [rows_of(my.dense, 1, n * s.dense_size) if s.experts else
                                   rows_of(my.ffn, 1, n * s.ffn_size) for n in range(2)]),
     "shared_gate_up": (0, lambda s, my: [rows_of(my.shared, 1, n * s.shared_size) for n in range(2)]),
-    "shared_down": (1, lambda s, my: [my.shared]),
+    "shared_up": (0, lambda s, my: [my.shared]), "shared_down": (1, lambda s, my: [my.shared]),
     "expert_gate_up": (0, lambda s, my: [rows_of(my.ffn, 1, n * s.ffn_size) for n in range(2 * s.experts)]),
+    "expert_up": (0, lambda s, my: [rows_of(my.ffn, 1, n * s.ffn_size) for n in range(s.experts)]),
     "expert_down": (1, lambda s, my: [my.ffn]),
     "mix_out": (1, lambda s, my: [])}  # as its mixer's share says
 ATTENTION_SPLITS: dict[str, tuple[int, Callable[[ModelSpec, Attention, range, range], list[range]]]] = {

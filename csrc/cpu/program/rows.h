@@ -31,6 +31,14 @@ struct ConvRows {
 };
 constexpr int64_t MAX_TAPS = 64;
 
+// A choice by sigmoid(logit) + bias, among the experts of `kept` of the equally large `groups`: those whose two best have the largest sum.
+struct SigmoidRouter {
+    const float* bias;          // [experts] or null; not part of the shares
+    int64_t groups, kept;       // 1: all experts are one
+    bool sum_to_one;            // shares: the chosen experts' sigmoids, divided by their sum or not,
+    float scale;                // times this
+};
+
 struct AdapterMatrix;
 constexpr int64_t SHRUNK_ROWS = 4;
 
@@ -44,8 +52,8 @@ struct RowKernels {             // `columns` a multiple of 16 except for soft_ca
     void (*widen)(Element type, const void* from, int64_t columns, float* out);                            // exactly
     // ids of the `chosen` largest logits, the larger first, of equal ones the lower id; shares: softmax over these, or over all
     void (*route)(const float* logits, int64_t experts, int64_t chosen, bool sum_to_one, int32_t* ids, float* shares);
-    // the same by sigmoid(logit) + bias (or null); shares: the sigmoids of these without bias, divided by their sum
-    void (*route_sigmoids)(const float* logits, const float* bias, int64_t experts, int64_t chosen, int32_t* ids, float* shares);
+    // the same by sigmoid(logit) + bias, see SigmoidRouter
+    void (*route_sigmoids)(const float* logits, const SigmoidRouter& router, int64_t experts, int64_t chosen, int32_t* ids, float* shares);
     // the same by the logits; the share of each is by a softmax over it and those below it whose distance to it is at most `farthest`
     // of the larger of both's size
     void (*route_sparse)(const float* logits, float farthest, int64_t experts, int64_t chosen, int32_t* ids, float* shares);

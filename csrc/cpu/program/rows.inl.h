@@ -120,11 +120,31 @@ void route(const float* logits, int64_t experts, int64_t chosen, bool sum_to_one
     for (int64_t j = 0; j < chosen; j++) shares[j] = exp_negative(shares[j] - largest) / total;
 }
 
+// Leaves scores only to the groups whose two best have the largest sum, of equal ones to the first.
+void keep_groups(float* scores, int64_t experts, int64_t groups, int64_t kept) {
+    float best[MAX_EXPERTS];
+    int32_t ids[MAX_EXPERTS];
+    const int64_t each = experts / groups;
+    for (int64_t g = 0; g < groups; g++) {
+        choose(scores + g * each, each, 2, ids);
+        best[g] = scores[g * each + ids[0]] + scores[g * each + ids[1]];
+    }
+    choose(best, groups, kept, ids);
+    for (int64_t j = 0; j < kept; j++) best[ids[j]] = __builtin_inff();
+    for (int64_t e = 0; e < experts; e++)
+        if (best[e / each] < __builtin_inff()) scores[e] = -__builtin_inff();
+}
+
 // Shares are divided by e^(the largest logit) too if that is below 0, so that not all of them vanish.
-void route_sigmoids(const float* logits, const float* bias, int64_t experts, int64_t chosen, int32_t* ids, float* shares) {
+void route_sigmoids(const float* logits, const SigmoidRouter& router, int64_t experts, int64_t chosen, int32_t* ids, float* shares) {
     float scores[MAX_EXPERTS];
-    for (int64_t e = 0; e < experts; e++) scores[e] = sigmoid(logits[e]) + (bias ? bias[e] : 0.0f);
+    for (int64_t e = 0; e < experts; e++) scores[e] = sigmoid(logits[e]) + (router.bias ? router.bias[e] : 0.0f);
+    if (router.kept < router.groups) keep_groups(scores, experts, router.groups, router.kept);
     choose(scores, experts, chosen, ids);
+    if (!router.sum_to_one) {
+        for (int64_t j = 0; j < chosen; j++) shares[j] = sigmoid(logits[ids[j]]) * router.scale;
+        return;
+    }
     float largest = -__builtin_inff(), total = 0.0f;
     for (int64_t j = 0; j < chosen; j++) largest = logits[ids[j]] > largest ? logits[ids[j]] : largest;
     largest = largest < 0.0f ? largest : 0.0f;
@@ -133,7 +153,7 @@ void route_sigmoids(const float* logits, const float* bias, int64_t experts, int
         shares[j] = exp_negative((x < 0.0f ? x : 0.0f) - largest) / (1.0f + exp_negative(x < 0.0f ? x : -x));
         total += shares[j];
     }
-    for (int64_t j = 0; j < chosen; j++) shares[j] /= total;
+    for (int64_t j = 0; j < chosen; j++) shares[j] = shares[j] / total * router.scale;
 }
 
 // Those above an expert have been chosen before it.

@@ -157,7 +157,10 @@ void Step::do_row(const op::route& op, int64_t row) const {
     Routing& to = *op.routing;
     const size_t first = size_t(row * to.chosen);
     if (op.sparse) row_kernels_here().route_sparse(op.logits.row(row), op.farthest, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
-    else if (to.sigmoids) row_kernels_here().route_sigmoids(op.logits.row(row), op.bias, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
+    else if (to.sigmoids) {
+        const SigmoidRouter router{op.bias, op.groups, op.kept_groups, to.sum_to_one, op.scale};
+        row_kernels_here().route_sigmoids(op.logits.row(row), router, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
+    }
     else row_kernels_here().route(op.logits.row(row), to.experts, to.chosen, to.sum_to_one, &to.ids[first], &to.shares[first]);
     for (int64_t j = 0; op.scales && j < to.chosen; j++) to.shares[first + size_t(j)] *= op.scales[to.ids[first + size_t(j)]];
 }

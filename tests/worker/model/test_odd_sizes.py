@@ -24,8 +24,8 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(decode_c
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
 ODD = {1, 2, 3, 5, 8, 10, 17, 18, 20, 24, 40, 48}
 BEYOND = {"head_dim": 528, "experts": 1030, "experts_per_tok": 70, "top_k": 70, "attention_heads": 68}     # a part of a key -> beyond some kernel's limit
-NO_SIZES = ("_token_id", "num_hidden_layers", "max_position_embeddings", "chunk_size_feed_forward", "mamba_chunk_size")
-NOT_ADAPTED = ("embed", "head", "norm", "bias", "router", "taps", "layer_embed", "ve_gate", "expert_gate_up", "expert_down", "shared_gate", "input_gate", "input_out")
+NO_SIZES = ("_token_id", "num_hidden_layers", "max_position_embeddings", "n_positions", "chunk_size_feed_forward", "mamba_chunk_size")
+NOT_ADAPTED = ("embed", "head", "norm", "bias", "router", "taps", "layer_embed", "ve_gate", "expert_gate_up", "expert_up", "expert_down", "shared_gate", "input_gate", "input_out")
 
 
 def spec_of(folder, config):

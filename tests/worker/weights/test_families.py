@@ -22,7 +22,7 @@ from chatlm.worker.model.spec import KvType, PageLayout, expected_tensors, group
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.arrays.rotary import rope_frequencies
-from chatlm.worker.ops.basic import experts_reference, routes
+from chatlm.worker.ops.basic import experts_reference, sigmoid_routes
 from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.gguf import gguf_spec, gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
@@ -47,13 +47,13 @@ def made(tmp_path_factory):
     known = {}
 
     def make(name, **changes):
-        key = name, *changes.items()
+        key = name, repr(changes)
         if key not in known:
             model = make_model(name, **changes)
             folder = save(model, tmp_path_factory.mktemp(name), **({"max_shard_size": "60KB"} if name == "qwen3" else {}))
             if name == "phi3-long":         # transformers changes the factors in the middle of an answer; we do not
                 model = make_model(name, rope_parameters=LONG | {"short_factor": LONG["long_factor"]})
-            if MODELS[name][0] == "gemma4_text":
+            if MODELS[name][0].startswith("gemma4"):
                 model = with_exact_angles(model)
             known[key] = folder, clear_cases(model)
         return known[key]
@@ -64,7 +64,7 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 
 OLDER = [name for name in [*MODELS][:[*MODELS].index("granite")] if not name.startswith("gemma4")]    # these have tests of their own by day
-BY_DAY = "granite4", "olmo3", "glm4", "lfm2", "lfm2moe", "granite4h", "hunyuan", "olmoe", "gpt2", "pythia", "cohere2", "nemotron-h"      # which bring what no other had
+BY_DAY = "granite4", "olmo3", "glm4", "lfm2", "lfm2moe", "granite4h", "hunyuan", "olmoe", "gpt2", "pythia", "cohere2", "nemotron-h", "nemotron3-latent"      # which bring what no other had
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -163,7 +163,7 @@ def test_bfloat16_follows_float32_and_rounds_the_scale_of_gemmas_embedding(made)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", by_day(GGUF_MODELS, "llama3.1", "gemma3", "gpt-oss", "granite4", "lfm2", "lfm2moe", "gpt2", "pythia", "cohere2", "phimoe"))
+@pytest.mark.parametrize("name", by_day(GGUF_MODELS, "llama3.1", "gemma3", "gpt-oss", "granite4", "lfm2", "lfm2moe", "gpt2", "pythia", "cohere2", "phimoe", "nemotron3-latent"))
 def test_the_same_model_as_gguf_computes_the_same(made, name, backend, tmp_path):
     changes = GGUF_MODELS[name]
     model, (folder, cases) = make_model(name, **changes), made(name, **changes)
@@ -429,8 +429,8 @@ def test_the_published_config_of_lfm2_moe_means_what_transformers_takes_it_to_me
 
 
 @pytest.mark.parametrize("key, value, words", [
-    ("norm_topk_prob", False, "norm_topk_prob is false; with a sigmoid router it must be true"),
-    ("routed_scaling_factor", 2.5, "routed_scaling_factor is 2.5; it must be 1"), ("num_dense_layers", -1, "num_dense_layers is -1; it must be an integer from 0"),
+    ("norm_topk_prob", 1, "norm_topk_prob is 1; it must be true or false"),
+    ("routed_scaling_factor", 0, "routed_scaling_factor is 0; it must be a finite number from 0.0001"), ("num_dense_layers", -1, "num_dense_layers is -1; it must be an integer from 0"),
     ("layer_types", None, "layer_types is missing"), ("num_experts_per_tok", 33, "num_experts_per_tok is 33; it must be an integer from 1 to 32")])
 def test_what_is_wrong_in_a_config_of_lfm2_moe_is_named(key, value, words, tmp_path):
     with pytest.raises(ConfigError) as caught:
@@ -439,7 +439,7 @@ def test_what_is_wrong_in_a_config_of_lfm2_moe_is_named(key, value, words, tmp_p
 
 
 @pytest.mark.parametrize("key, value, words", [("expert_gating_func", 1, "lfm2moe.expert_gating_func is 1; it must be 2"),
-                                               ("expert_weights_scale", 2.0, "lfm2moe.expert_weights_scale is 2.0; it must be 1")])
+                                               ("expert_weights_scale", 0.0, "lfm2moe.expert_weights_scale is 0.0; it must be a finite number from")])
 def test_a_router_of_another_kind_in_a_gguf_file_is_named(key, value, words, tmp_path):
     with pytest.raises(ConfigError) as caught:
         spec_of_changed_gguf(tmp_path, "lfm2moe", {f"lfm2moe.{key}": value})
@@ -449,10 +449,21 @@ def test_a_router_of_another_kind_in_a_gguf_file_is_named(key, value, words, tmp
 def test_sigmoids_choose_with_a_bias_that_the_shares_do_not_have():
     logits = torch.tensor([[2.0, 0.0, -1.0, 0.0]])
     for bias, chosen in ((None, [0, 1]), (torch.tensor([-1.0, 0.0, 0.9, 0.0]), [2, 1])):
-        ids, shares = routes(logits, 2, True, True, bias)
+        ids, shares = sigmoid_routes(logits, 2, True, bias)
         scores = torch.sigmoid(logits[0])
         assert ids.tolist() == [chosen]
         assert torch.allclose(shares[0], scores[chosen] / scores[chosen].sum())
+
+
+def test_sigmoids_choose_in_the_groups_whose_two_best_have_the_largest_sum():
+    logits = torch.tensor([[3.0, -3.0, 0.5, 0.4, 0.9, -2.0]])      # sigmoids: 0.95 + 0.05, 0.62 + 0.60, 0.71 + 0.12
+    for groups, chosen in (((1, 1), [0, 4]), ((3, 1), [2, 3]), ((3, 2), [0, 2]), ((3, 3), [0, 4])):
+        ids, shares = sigmoid_routes(logits, 2, False, None, groups, 2.5)
+        assert ids.tolist() == [chosen] and torch.allclose(shares, 2.5 * torch.sigmoid(logits[:, chosen]))
+        shares = sigmoid_routes(logits, 2, True, None, groups, 2.5)[1]
+        assert shares.sum() == pytest.approx(2.5)
+    ids, _ = sigmoid_routes(torch.zeros(1, 6), 2, True, torch.zeros(6), (3, 1))     # of equal ones the first
+    assert ids.tolist() == [[0, 1]]
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 1e6}

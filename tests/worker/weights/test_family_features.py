@@ -12,17 +12,22 @@ from safetensors.torch import load_file, save_file
 
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
+from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
-from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, ShortConv, expected_tensors
+from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, NoMixer, ShortConv, expected_tensors
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.arrays.rotary import query_scales, rope_frequencies
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, scale_rows_reference
 from chatlm.worker.ops.basic import gated_add_reference, sparse_routes
 from chatlm.worker.weights.configs import OTHERS_AFFAIR
-from chatlm.worker.weights.huggingface import hf_spec
-from engines import forward_logits, make_batch
+from chatlm.worker.weights.gguf import gguf_text
+from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.huggingface import hf_spec, hf_text
+from engines import forward_logits, make_batch, make_engine, run
 from families import GROWING, MODELS, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, write_tokenizer
 from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, LFM2_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B
+from tiny_gguf import small_gguf_metadata
+from works import assignment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,15 +110,52 @@ def test_a_published_nemotron_h_has_as_many_weights_as_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"hybrid_override_pattern": "M-ME"}, 'hybrid_override_pattern[3] is "E"; it must be one of linear_attention'), ({"hybrid_override_pattern": "-M*"}, 'hybrid_override_pattern[0] is "-"; one must follow'),
-    ({"layers_block_type": ["mamba", "mlp", "mlp"]}, 'layers_block_type[2] is "mlp"; one must follow'), ({"hybrid_override_pattern": None}, "layers_block_type is missing, and so is"),
+    ({"hybrid_override_pattern": "M-MX"}, 'hybrid_override_pattern[3] is "X"; it must be one of linear_attention'), ({"hybrid_override_pattern": "-E-"}, "none of its layers is full_attention"),
+    ({"layers_block_type": "mamba"}, 'layers_block_type[0] is "m"; it must be one of'), ({"layers_block_type": {"0": "mamba"}}, "layers_block_type is an object"),
+    ({"hybrid_override_pattern": None}, "layers_block_type is missing, and so is"),
+    ({"hybrid_override_pattern": "M*E", "mlp_bias": True}, "mlp_bias is true; in a model with experts it must be false"),
     ({"layers_block_type": ["mamba", 3]}, "layers_block_type[1] is 3"), ({"mlp_hidden_act": "silu"}, 'mlp_hidden_act is "silu"; it must be one of relu2'),
     ({"hybrid_override_pattern": "M-M-"}, "none of its layers is full_attention"), ({"n_groups": 3}, "mamba_num_heads is 128; it must be a multiple of 3"),
-    ({"time_step_limit": [0.01, 1.0]}, "time_step_limit is a list of 2")])
+    ({"time_step_limit": [0.01, 1.0]}, "time_step_limit is a list of 2"), ({"hybrid_override_pattern": "M*E", "n_group": 3}, "the number of experts is 8; it must be a multiple of 3"),
+    ({"hybrid_override_pattern": "M*E", "n_group": 8}, "the number of experts is 8; it must be a multiple of 16"),
+    ({"hybrid_override_pattern": "M*E", "n_group": 2, "topk_group": 1, "num_experts_per_tok": 5}, "topk_group is 1; it must be 2"),
+    ({"hybrid_override_pattern": "M*E", "n_group": 2, "topk_group": 3}, "topk_group is 3; it must be an integer from 1 to 2"),
+    ({"hybrid_override_pattern": "M*E", "num_experts_per_tok": 9}, "num_experts_per_tok is 9; it must be an integer from 1 to 8"),
+    ({"hybrid_override_pattern": "M*E", "moe_latent_size": 0}, "moe_latent_size is 0; it must be an integer from 1"),
+    ({"hybrid_override_pattern": "M*E", "routed_scaling_factor": -1}, "routed_scaling_factor is -1; it must be a finite number from 0.0001")])
 def test_what_a_nemotron_h_cannot_have_is_named(change, words, tmp_path):
     with pytest.raises(ConfigError) as caught:
         spec_of(tmp_path, NANO_9B | change)
     assert words in str(caught.value)
+
+
+NANO_30B = NANO_9B | {"hidden_size": 2688, "intermediate_size": 1856, "num_attention_heads": 32, "num_key_value_heads": 2, "mamba_num_heads": 64, "mamba_head_dim": 64,
+                      "num_hidden_layers": 52, "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "max_position_embeddings": 262_144,
+                      "norm_eps": 1e-5, "partial_rotary_factor": 1.0, "rope_theta": 10_000, "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 6,
+                      "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+                      "routed_scaling_factor": 2.5}
+SUPER_120B = NANO_30B | {"hidden_size": 4096, "mamba_num_heads": 128, "moe_latent_size": 1024, "moe_intermediate_size": 2688, "moe_shared_expert_intermediate_size": 5376,
+                         "n_routed_experts": 512, "num_experts_per_tok": 22, "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E",
+                         "num_hidden_layers": 88, "hybrid_override_pattern": "MEMEMEM*E" * 8 + "MEMEMEMEMEMEMEME"}
+
+
+@pytest.mark.parametrize("config, billions, layers", [(NANO_30B, 31.6, 29), (SUPER_120B, 120.7, 48)])
+def test_a_published_nemotron_3_has_as_many_weights_as_transformers(config, billions, layers, tmp_path):
+    import transformers
+    spec = spec_of(tmp_path, config)
+    with torch.device("meta"):
+        made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    count = sum(math.prod(shape) for name, shape in expected_tensors(spec).items() if not name.endswith("choice_bias"))
+    assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
+    assert (spec.layers, spec.experts_per_token, spec.share_scale, spec.shares_sum_to_one) == (layers, config["num_experts_per_tok"], 2.5, True)
+    assert spec.sigmoid_router and spec.choice_bias and spec.router_groups == (1, 1) and spec.latent_size == (config.get("moe_latent_size") or 0)
+    assert not_compiled(spec) == "" and not any(isinstance(mixer, NoMixer) for mixer in spec.mixers)
+
+
+def test_parts_of_one_kind_after_another_are_layers_of_their_own(tmp_path):
+    spec = spec_of(tmp_path, NANO_30B | {"hybrid_override_pattern": "EM-E*E-M", "num_hidden_layers": 8})
+    assert [type(mixer).__name__ for mixer in spec.mixers] == ["NoMixer", "Mamba2", "NoMixer", "NoneType", "NoMixer", "Mamba2"]
+    assert (spec.bare_layers, spec.dense_layers, spec.dense_size) == ((5,), (1, 4), 1856)
 
 
 # --- keys that change nothing ------------------------------------------------------------------------------------
@@ -251,6 +293,7 @@ SPEC = dict(vocab_size=64, layers=1, width=64, heads=4, kv_heads=4, head_size=16
     ({"mixers": (DeltaRule(4, 2, 4, 16, 8),)}, "for delta rule with head sizes that are not multiples of 16"),
     ({"mixers": (Mamba2(4, 3, 8, 16),)}, "for Mamba layer whose heads or channels are not multiples of 16"),
     ({"mixers": (Mamba2(4, 3, 16, 4),)}, "for Mamba layer whose heads or channels"),
+    ({"experts": 4, "latent_size": 40}, "for experts that read a width not a multiple of 16"),
     ({"experts": 4, "shared_size": 40}, "for feed-forward of this width")])
 def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(fields, words, caplog):
     assert choose_backend("cpu", ModelSpec(**SPEC)).name != "torch/reference" and not not_compiled(ModelSpec(**SPEC))
@@ -264,6 +307,8 @@ def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(field
     ({"experts": 4, "sigmoid_router": True}, "router of sigmoids"), ({"mixers": (ShortConv(3),)}, "short convolution"),
     ({"mixers": (DeltaRule(4, 2, 4, 16, 32),)}, "delta rule"), ({"mixers": (Mamba2(4, 3, 16, 8),)}, "Mamba layer"),
     ({"layers": 2, "mixers": (ShortConv(3), None), "experts": 4, "sigmoid_router": True}, "short convolution and router of sigmoids"),
+    ({"layers": 2, "mixers": (NoMixer(), None), "activation": "relu2"}, ""),
+    ({"experts": 4, "sigmoid_router": True, "activation": "relu2", "latent_size": 32, "router_groups": (2, 1)}, "router of sigmoids"),
     ({"output_gate": True}, ""), ({"experts": 4, "shared_size": 64, "shared_gate": True}, "")])
 @pytest.mark.skipif(decode_core() is None, reason="not built")
 def test_some_ops_are_compiled_for_a_cpu_alone_and_torch_computes_these_on_a_gpu(fields, words, caplog, monkeypatch):
@@ -277,7 +322,7 @@ def test_some_ops_are_compiled_for_a_cpu_alone_and_torch_computes_these_on_a_gpu
 
 @pytest.mark.parametrize("fields, words", [
     ({"qk_norm_sizes": (64, 64)}, "norm of all heads together"), ({"q_growth": (0.1, 16)}, "scale of queries by their position"),
-    *(({"activation": name}, f"{name} feed-forward") for name in ("gelu", "reglu2", "gelu_erf", "gelu_tanh")),
+    *(({"activation": name}, f"{name} feed-forward") for name in ("gelu", "reglu2", "quick_geglu", "gelu_erf", "gelu_tanh", "gelu_quick")),
     ({"layer_input_size": 32}, "embedding of each layer"), ({"experts": 4, "shared_size": 64, "expert_norms": True}, "scale of experts")])
 def test_some_models_are_compiled_for_a_cpu_alone(fields, words):
     assert (not_compiled(ModelSpec(**SPEC | fields), "cuda"), not_compiled(ModelSpec(**SPEC | fields))) == (f"{words} on a GPU", "")
@@ -397,3 +442,38 @@ def test_of_a_model_with_images_the_text_model_is_served(name, tmp_path):
     write_tokenizer(tmp_path)
     ours = load(tmp_path)
     check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases), cases)
+
+
+# --- tokens that are never drawn ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_the_tokens_that_a_model_suppresses_are_never_drawn(tmp_path, drafts):
+    """As transformers' generate has it, which suppresses those that it would have drawn, again and again."""
+    model, prompt, suppressed = make_model("llama3.2"), [5, 6, 7, 5, 6, 7, 5, 6], []
+    works = [assignment("a", tuple(prompt), SamplingParams(temperature=0.0), 24, ignore_eos=True)]
+    for n in range(4):
+        folder = save(model, tmp_path / str(n))
+        settings = folder / "generation_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"suppress_tokens": [*suppressed, -1, 10**6]}))
+        theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=int), do_sample=False, max_new_tokens=24,
+                                suppress_tokens=[*suppressed] or None, eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist()
+        engine = make_engine(folder)
+        engine.drafts = drafts
+        assert run(engine, works).tokens["a"] == theirs and not {*theirs} & {*suppressed}
+        suppressed += [theirs[0], theirs[9]]
+    file = as_gguf(tmp_path / "tiny.gguf", model, metadata=small_gguf_metadata("gpt-2") | {"tokenizer.ggml.suppress_tokens": suppressed})
+    assert gguf_text(file, read_gguf(file)[0]).suppressed == {*suppressed}
+
+
+@pytest.mark.parametrize("stated, words", [(5, "suppress_tokens is 5; it must be a list of integers"), ([1, "2"], 'suppress_tokens[1] is "2"; it must be an integer'),
+                                           ([*range(300)], "suppress_tokens has all 288 tokens; at least one must be left"), (None, ""), ([], ""), ([-1, 288], "")])
+def test_a_list_of_suppressed_tokens_that_is_none_is_named(stated, words, tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"suppress_tokens": stated}))
+    if not words:
+        assert hf_text(tmp_path, 288).suppressed == frozenset()
+        return
+    with pytest.raises(ConfigError) as caught:
+        hf_text(tmp_path, 288)
+    assert words in str(caught.value) and "generation_config.json" in str(caught.value)

@@ -24,7 +24,7 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.build import build_engine
-from chatlm.worker.model.kernels import choose_backend, load_kernels
+from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
 from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.tensors import MappedRows, advise
 from chatlm.worker.process import gauges
@@ -32,7 +32,7 @@ from chatlm.worker.weights.gguf import gguf_text, mapped_table
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec
 from engines import tensors_of, tokens_of
-from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, transformer
+from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, with_exact_angles
 from hub_configs import GEMMA4_CONFIGS
 from tiny_gguf import small_gguf_metadata, write_gguf
 from works import assignment
@@ -131,6 +131,39 @@ def test_a_folder_with_images_and_sound_whose_shared_layers_have_keys_is_the_sam
     assert ours.spec == theirs.spec
     theirs = tensors_of(theirs)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in tensors_of(ours).items())
+
+
+@pytest.mark.slow
+def test_a_whole_unified_model_is_its_text_model(tmp_path):
+    """Saved by transformers with its encoders of images and sound."""
+    import transformers
+    text, sides = tiny_config("gemma4-unified"), dict(initializer_range=0.02)
+    config = transformers.Gemma4UnifiedConfig(
+        text_config=text.to_dict(), audio_config=sides | {"audio_embed_dim": 32}, image_token_id=270, video_token_id=271, audio_token_id=272,
+        vision_config=sides | {"patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 64, "mm_posemb_size": 8, "output_proj_dims": 64})
+    torch.manual_seed(0)
+    whole, alone = transformers.AutoModelForImageTextToText.from_config(config), make_model("gemma4-unified")
+    whole.model.language_model.load_state_dict(alone.model.state_dict())
+    save(whole, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gemma4_unified"
+    assert {name.split(".")[1] for name in load_file(tmp_path / "model.safetensors")} >= {"language_model", "embed_audio"}
+    ours, cases = load(tmp_path), clear_cases(with_exact_angles(alone), lengths=(40,), count=8, tried=3)
+    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, chunk=30, count=8), cases, count=8)
+
+
+def test_a_unified_text_model_s_defaults_are_transformers(tmp_path):
+    import transformers
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma4_unified", "text_config": {
+        "hidden_size": 3840, "intermediate_size": 15_360, "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 30.0}}))
+    (family, spec), config = hf_spec(tmp_path / "config.json", None), transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
+    with torch.device("meta"):
+        made = transformers.AutoModelForCausalLM.from_config(config)
+    count = sum(int(np.prod(shape)) for key, shape in expected_tensors(spec).items() if key != "head" and not key.endswith(".scalar"))
+    assert family == config.model_type == "gemma4_unified_text" and sum(parameter.numel() for parameter in made.parameters()) == count
+    assert spec.max_positions == config.max_position_embeddings == 262_144 and spec.layer_input_size == 0 and spec.tied_head
+    assert spec.windows == tuple(1024 * (kind == "sliding_attention") for kind in config.layer_types)
+    assert not_compiled(spec) == ""
 
 
 def test_a_gguf_file_may_have_gates_and_ups_apart_and_keys_of_layers_that_share_others(tmp_path):

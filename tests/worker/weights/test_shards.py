@@ -13,7 +13,7 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, ShortConv, expected_tensors
+from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, NoMixer, ShortConv, expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.load import open_model
@@ -78,7 +78,10 @@ HYBRIDS = {
     "qwen3next": (ModelSpec(width=2048, mixers=(DeltaRule(4, 24, 48, 128, 128, gates_by_key=True, heads_by_key=True), None), **HYBRID), 256),
     "granite4h": (ModelSpec(width=1536, mixers=(Mamba2(4, 48, 64, 128, bias=True), None), **HYBRID), 256),
     "groups": (ModelSpec(width=1536, mixers=(Mamba2(4, 48, 64, 128, groups=4), None), **HYBRID), 256),
-    "lfm2": (ModelSpec(width=2048, mixers=(ShortConv(3, bias=True), None), **HYBRID), 256)}
+    "lfm2": (ModelSpec(width=2048, mixers=(ShortConv(3, bias=True), None), **HYBRID), 256),
+    "nemotron3": (ModelSpec(width=1536, mixers=(Mamba2(4, 48, 64, 128, groups=4), NoMixer(), None, None), activation="relu2", experts=4, experts_per_token=2,
+                            dense_layers=(1,), dense_size=2048, shared_size=4096, latent_size=512, sigmoid_router=True, choice_bias=True,
+                            **HYBRID | {"layers": 4}), 256)}
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4, 6, 8])
