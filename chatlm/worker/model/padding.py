@@ -154,10 +154,10 @@ def places_of(spec: ModelSpec, name: str, axis: int, old: int, new: int) -> nump
     """Where the `old` numbers along an axis of a tensor go among `new` ones."""
     layer, _, part = name.rpartition(".")
     part, D = part.removesuffix("_bias"), spec.attention(int(layer or 0)).head_size
-    halves = 1 if spec.ungated else 2
     runs = {("qkv", 0): old // D, ("output", 1): old // D, ("value_embed", 1): old // D,
             ("q_norm", 0): old // D, ("k_norm", 0): old // D, ("gate_up", 0): 2, ("shared_gate_up", 0): 2,
-            ("expert_gate_up", 0): halves * spec.experts, ("expert_down", 0): spec.experts,
+            ("expert_gate_up", 0): 2 * spec.experts, ("expert_up", 0): spec.experts,
+            ("expert_down", 0): spec.experts,
             ("mix_in", 0): 3, ("positions", 0): spec.positions}.get((part, axis), 1)  # of equal length
     return (numpy.arange(runs)[:, None] * (new // runs) + numpy.arange(old // runs)).ravel()
 
