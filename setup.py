@@ -10,7 +10,8 @@
                the largest source), and without the sanitizers' pointer checks, which double the compile time;
                address checks are calls, which halves it again; -O1 for CPUs other than x86-64 (csrc/aarch64.sh)
 
-Without a compiler the installation succeeds only where torch is installed: `import decode_core` raises ImportError, and
+macOS needs clang, from `xcode-select --install`. With a Python for two processors (python.org's), say ARCHFLAGS="-arch arm64".
+On ARM g++ must be 10 or newer, clang 11, to know i8mm. Without a compiler the installation succeeds only where torch is installed: `import decode_core` raises ImportError, and
 chat_server runs its reference ops. In a private folder:   python setup.py build --build-base build-x --build-lib
 build-x/lib;  PYTHONPATH=build-x/lib python ...
 """
@@ -33,6 +34,8 @@ HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh", "*.def") for path in 
 QUICK = os.environ.get("DECODE_CORE_QUICK") == "1"
 X86 = platform.machine().lower() in ("x86_64", "amd64") and os.name == "posix"
 ARM64 = platform.machine().lower() in ("aarch64", "arm64") and os.name == "posix"
+
+COMPILERS = "clang (xcode-select --install)" if sys.platform == "darwin" else "g++ or clang"
 
 SANITIZE = {"1": "address,undefined", "thread": "thread"}.get(os.environ.get("DECODE_CORE_SANITIZE", ""))
 COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wextra"]
@@ -109,9 +112,9 @@ class BuildCore(build_ext):
                 half = "decode_core's CUDA half" if compiler else "decode_core"
                 if not compiler and not torch_installed():
                     raise SystemExit(f"decode_core was not compiled ({failure}), and there is no torch to compute without it: "
-                                     "install g++ or clang, or torch, then run pip again") from None
+                                     f"install {COMPILERS}, or torch, then run pip again") from None
                 print(f"\n*** {half} was not compiled ({failure}).\n*** chat_server still works, with slower kernels; "
-                      f"{'repair nvcc' if compiler else 'install g++'} and run pip again for the fast ones.\n", file=sys.stderr)
+                      f"{'repair nvcc' if compiler else f'install {COMPILERS}'} and run pip again for the fast ones.\n", file=sys.stderr)
 
     def build_core(self, extension, nvcc):
         macros = [f"-DDECODE_CORE_SEAM={seam()}", *(["-DDECODE_CORE_CUDA=1"] if nvcc else [])]
