@@ -10,7 +10,8 @@
                the largest source), and without the sanitizers' pointer checks, which double the compile time;
                address checks are calls, which halves it again; -O1 for CPUs other than x86-64 (csrc/aarch64.sh)
 
-Without a compiler the installation succeeds only where torch is installed: `import decode_core` raises ImportError, and
+macOS needs clang, from `xcode-select --install`. With a Python for two processors (python.org's), say ARCHFLAGS="-arch arm64".
+On ARM g++ must be 10 or newer, clang 11, to know i8mm. Without a compiler the installation succeeds only where torch is installed: `import decode_core` raises ImportError, and
 chat_server runs its reference ops. In a private folder:   python setup.py build --build-base build-x --build-lib
 build-x/lib;  PYTHONPATH=build-x/lib python ...
 """
@@ -32,6 +33,9 @@ CSRC = Path("csrc")
 HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh", "*.def") for path in CSRC.rglob(pattern))
 QUICK = os.environ.get("DECODE_CORE_QUICK") == "1"
 X86 = platform.machine().lower() in ("x86_64", "amd64") and os.name == "posix"
+ARM64 = platform.machine().lower() in ("aarch64", "arm64") and os.name == "posix"
+
+COMPILERS = "clang (xcode-select --install)" if sys.platform == "darwin" else "g++ or clang"
 
 SANITIZE = {"1": "address,undefined", "thread": "thread"}.get(os.environ.get("DECODE_CORE_SANITIZE", ""))
 COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wextra"]
@@ -47,7 +51,7 @@ AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", 
                 "-Wno-maybe-uninitialized"]             # caused by GCC 12's intrinsics headers
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 # suffix of a source's stem -> instructions it may use; dispatch.cpp checks that the CPU has them
-ISA_FLAGS = {
+X86_FLAGS = {
     "_avx2": AVX2_FLAGS,
     "_avxvnni": AVX2_FLAGS,                             # dispatch.cpp checks for AVX-VNNI; its instruction needs no flag
     "_evex": [*AVX2_FLAGS, "-O1"],                      # the same with AVX-512's, for tests alone
@@ -55,9 +59,16 @@ ISA_FLAGS = {
     "_vnni": [*AVX512_FLAGS, "-mavx512vnni"],           # tiles.cpp checks for VNNI
     "_amx": [*AVX512_FLAGS, "-mavx512vnni"],            # dispatch.cpp checks for AMX; its instructions need no flag
 }
+ARM64_FLAGS = {
+    "_neon": ["-DDC_NEON=1"],                           # which every aarch64 has: the flag only tells these sources from portable ones
+    "_dotprod": ["-DDC_NEON=1", "-march=armv8.2-a+dotprod"],
+    "_i8mm": ["-DDC_NEON=1", "-march=armv8.2-a+dotprod+i8mm"],
+}
+ISA_FLAGS = {**X86_FLAGS, **ARM64_FLAGS}
 # The lanes of portable kernels are loops: -O3 unrolls them before they can be vectorized, and takes four times as long to compile
 PORTABLE_FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model=unlimited"] if X86 and not SANITIZE else []
-CPU_NAMES = {"_avx2": "avx2", "_avx512": "avx512f", "_vnni": "avx512_vnni", "_avxvnni": "avx_vnni"}    # in /proc/cpuinfo
+CPU_NAMES = {"_avx2": "avx2", "_avx512": "avx512f", "_vnni": "avx512_vnni", "_avxvnni": "avx_vnni",
+             "_neon": "asimd", "_dotprod": "asimddp", "_i8mm": "i8mm"}      # in /proc/cpuinfo
 
 NVCC_FLAGS = [*(["-Ofc=max", "-gencode=arch=compute_90,code=sm_90"] if QUICK else
                 ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]), "-std=c++17", "-O3",
@@ -101,9 +112,9 @@ class BuildCore(build_ext):
                 half = "decode_core's CUDA half" if compiler else "decode_core"
                 if not compiler and not torch_installed():
                     raise SystemExit(f"decode_core was not compiled ({failure}), and there is no torch to compute without it: "
-                                     "install g++ or clang, or torch, then run pip again") from None
+                                     f"install {COMPILERS}, or torch, then run pip again") from None
                 print(f"\n*** {half} was not compiled ({failure}).\n*** chat_server still works, with slower kernels; "
-                      f"{'repair nvcc' if compiler else 'install g++'} and run pip again for the fast ones.\n", file=sys.stderr)
+                      f"{'repair nvcc' if compiler else f'install {COMPILERS}'} and run pip again for the fast ones.\n", file=sys.stderr)
 
     def build_core(self, extension, nvcc):
         macros = [f"-DDECODE_CORE_SEAM={seam()}", *(["-DDECODE_CORE_CUDA=1"] if nvcc else [])]
@@ -178,7 +189,8 @@ def widest_here() -> list[str]:
 
 def sources() -> list[str]:
     found = sorted(str(path) for pattern in ("*.cpp", "cpu/**/*.cpp") for path in CSRC.glob(pattern))
-    return [path for path in found if X86 or not Path(path).stem.endswith(tuple(ISA_FLAGS))]
+    elsewhere = tuple(ending for flags, here in ((X86_FLAGS, X86), (ARM64_FLAGS, ARM64)) if not here for ending in flags)
+    return [path for path in found if not Path(path).stem.endswith(elsewhere)]
 
 
 def extensions() -> list[Extension]:

@@ -196,6 +196,8 @@ def probe(seconds=0.05):
 def proportional_set_size(pid):
     """MB (10**6 bytes) of a process and its descendants; shared memory is divided among the sharers."""
     processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    if sys.platform != "linux":         # there it is what no other process shares
+        return sum(process.memory_full_info().uss for process in processes) / 1e6
     texts = [Path(f"/proc/{process.pid}/smaps_rollup").read_text() for process in processes]
     return sum(int(re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[1]) for text in texts) * 1024 / 1e6
 
@@ -499,19 +501,25 @@ def output_of(*command):
 
 
 def kind_of_cpu():
-    """The widest instructions that a rival may use here, since a ratio says little without them."""
-    lines = re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    flags = lines[0].split() if lines else ()
-    names = {"amx_int8": "AMX", "avx512_vnni": "AVX-512 with VNNI", "avx512f": "AVX-512", "avx_vnni": "AVX2 with VNNI", "avx2": "AVX2"}
-    return next((name for flag, name in names.items() if flag in flags), platform.machine())
+    """Its name, and the widest instructions that a rival may use here, since a ratio says little without them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        text = cpuinfo.read_text()
+        found, lines = re.search(r"model name\s*:\s*(.*)", text), re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+        name, flags = found[1] if found else platform.processor(), lines[0].split() if lines else ()
+    else:
+        name, flags = output_of("sysctl", "-n", "machdep.cpu.brand_string"), re.findall(r"FEAT_(\w+): 1", output_of("sysctl", "hw.optional.arm"))
+    names = {"amx_int8": "AMX", "avx512_vnni": "AVX-512 with VNNI", "avx512f": "AVX-512", "avx_vnni": "AVX2 with VNNI", "avx2": "AVX2",
+             "i8mm": "NEON with i8mm", "I8MM": "NEON with i8mm", "asimddp": "NEON with dot products", "DotProd": "NEON with dot products"}
+    return name, next((name for flag, name in names.items() if flag in flags), platform.machine())
 
 
 def conditions(arguments):
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    cpu, kind = kind_of_cpu()
     versions = {name: output_of(binary, "--version").partition("\n")[0] if binary else ""
                 for name, binary in (("llama-server", arguments.llama_server), ("ik_llama-server", arguments.ik_llama_server))}
     ik_args = shlex.join(arguments.ik_args) if arguments.ik_llama_server or arguments.ik_llama_bench else ""
-    return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else platform.processor(), "kind of CPU": kind_of_cpu(),
+    return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu, "kind of CPU": kind,
             "cpus": os.cpu_count(),
             "model": Path(arguments.model).name, "ours": output_of(sys.executable, "chat_server.py", "--version"),
             "commit": output_of("git", "describe", "--always", "--dirty"), **versions,

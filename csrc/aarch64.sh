@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # decode_core for aarch64 on another machine: Debian's cross compiler makes it, and Debian's Python for arm64 loads it under qemu.
 #   csrc/aarch64.sh --compile   fetches what it needs and compiles
-#   csrc/aarch64.sh             the same, then imports decode_core and multiplies once
+#   csrc/aarch64.sh             the same, then on three CPUs imports decode_core and compares what it computes with x86-64's bits of record
 #   csrc/aarch64.sh tests/core/test_core_tiles.py ...     the same, then these arguments of pytest
 # Needs apt, and root where the compiler or qemu is missing; says so and ends well where they cannot be had.
 set -euo pipefail
@@ -67,9 +67,19 @@ CC=${compiler%g++}gcc CXX="$compiler -isystem $root/usr/include" LDSHARED="$comp
 [ "${1:-}" != --compile ] || exit 0
 
 export PYTHONPATH="$built/lib:$PWD:$PWD/tests/support" PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-if [ $# = 0 ]; then
-    exec timeout --kill-after=10 120 "$python" - <<'END'
+export DECODE_CORE_TEST_SHARE=${DECODE_CORE_TEST_SHARE:-0.02}
+run_tests() {
+    timeout --kill-after=10 "${DECODE_CORE_AARCH64_SECONDS:-2400}" "$python" -m pytest -q -c /dev/null --rootdir=. --noconftest \
+        -p no:cacheprovider -o "markers=slow: for the night" "$@"
+}
+# CPUs without sdot, with it, and with usmmla too: each takes the best that it has, and finds the bits that x86-64 found
+for each in "cortex-a72 neon" "cortex-a76 dotprod" "max i8mm"; do
+    read -r QEMU_CPU isa <<<"$each"
+    export QEMU_CPU
+    timeout --kill-after=10 120 "$python" - "$isa" <<'END'
 import platform
+import sys
+
 import decode_core
 import numpy
 
@@ -78,9 +88,10 @@ matrix = decode_core.Matrix(decode_core.Arena(1 << 20), "f16", 32, 32)
 matrix.fill(weights, "f32")
 decode_core.multiply(x, matrix, out=out)
 assert numpy.array_equal(out, x), out
-print(f"decode_core loads on {platform.machine()} and multiplies, with {decode_core.info()['isa']} instructions")
+assert decode_core.info()["isa"] == sys.argv[1], decode_core.info()
+print(f"decode_core loads on {platform.machine()} and multiplies, with {sys.argv[1]} instructions", flush=True)
 END
-fi
-export DECODE_CORE_TEST_SHARE=${DECODE_CORE_TEST_SHARE:-0.02}
-exec timeout --kill-after=10 "${DECODE_CORE_AARCH64_SECONDS:-2400}" "$python" -m pytest -q -c /dev/null --rootdir=. --noconftest \
-    -p no:cacheprovider -o "markers=slow: for the night" "$@"
+    run_tests tests/core/test_core_{tiles,attention,sample,program}.py -k "bits_of_record and $isa"
+done
+unset QEMU_CPU
+[ $# = 0 ] || run_tests "$@"

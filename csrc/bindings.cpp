@@ -7,7 +7,9 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
+#include <iterator>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -101,6 +103,7 @@ void bind_runtime(py::module_& m) {
     m.def("isas_for_tests", &dc::names_for_tests);
     m.def("amx_refusal", &dc::amx_refusal);
     m.def("amx_refusal_of", &dc::amx_refusal_of, py::arg("edx"), py::arg("xcr0"), py::arg("error"));
+    m.attr("CPU_FEATURES") = std::vector<std::string>(std::begin(dc::CPU_FEATURES), std::end(dc::CPU_FEATURES));
     m.def("cpu_has", [](const std::string& feature) { return dc::cpu_has(feature.c_str()); }, py::arg("feature"));
     m.def("set_threads", &dc::set_threads, py::arg("threads"), py::call_guard<Gil>());
     m.def("get_threads", &dc::get_threads);

@@ -8,6 +8,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include <atomic>
@@ -24,24 +28,28 @@ struct Choice {
     Isa isa;
     Amx amx;
     bool for_tests;
-    Dot256 dot = Dot256::own;
+    Dot dot = Dot::own;
+    const char* feature = nullptr;      // of the CPU, that the dot product needs
 };
 
 constexpr Choice PORTABLE = {"portable", Isa::portable, Amx::none, false};
 constexpr Choice CHOICES[] = {          // the best first; tests' own with the best Isa
     {"amx", Isa::avx512, Amx::measured, false}, {"avx512", Isa::avx512, Amx::none, false},
-    {"avxvnni", Isa::avx2, Amx::none, false, Dot256::vex}, {"avx2", Isa::avx2, Amx::none, false}, PORTABLE,
+    {"avxvnni", Isa::avx2, Amx::none, false, Dot::vex, "avx_vnni"}, {"avx2", Isa::avx2, Amx::none, false},
+    {"i8mm", Isa::neon, Amx::none, false, Dot::i8mm, "i8mm"}, {"dotprod", Isa::neon, Amx::none, false, Dot::dotprod, "asimddp"},
+    {"neon", Isa::neon, Amx::none, false}, PORTABLE,
     {"amx-always", Isa::avx512, Amx::always, true}, {"amx-emulated", Isa::avx512, Amx::emulated, true},
-    {"amx-emulated-portable", Isa::portable, Amx::emulated_portable, true}, {"avxvnni-evex", Isa::avx2, Amx::none, true, Dot256::evex}};
+    {"amx-emulated-portable", Isa::portable, Amx::emulated_portable, true},
+    {"avxvnni-evex", Isa::avx2, Amx::none, true, Dot::evex, "avx512_vnni"}};
 
 std::atomic<const Choice*> chosen{nullptr};
 std::atomic<bool> amx_is_wrong{false};
 
 // Why a choice cannot be taken; "" if it can.
 std::string refusal_of(const Choice& choice) {
-    const char* dot = choice.dot == Dot256::vex ? "avx_vnni" : choice.dot == Dot256::evex ? "avx512_vnni" : nullptr;
-    if (!offers(choice.isa) || (dot && !cpu_has(dot))) return std::string("this CPU does not offer ") + choice.name;
-    if (dot && !AVXVNNI_IS_COMPILED) return std::string(choice.name) + ": the compiler of this decode_core did not know it";
+    if (!offers(choice.isa) || (choice.feature && !cpu_has(choice.feature))) return std::string("this CPU does not offer ") + choice.name;
+    if ((choice.dot == Dot::vex || choice.dot == Dot::evex) && !AVXVNNI_IS_COMPILED)
+        return std::string(choice.name) + ": the compiler of this decode_core did not know it";
     if (choice.amx == Amx::none || choice.amx == Amx::emulated_portable) return "";
     if (!cpu_has("avx512_vnni")) return std::string(choice.name) + " needs AVX-512 VNNI, which this CPU does not offer";
     return choice.amx == Amx::emulated ? "" : amx_refusal();
@@ -68,7 +76,7 @@ std::vector<const char*> names(bool for_tests) {
 const Choice& named(const std::string& name) {
     for (const Choice& choice : CHOICES)
         if (name == choice.name) return choice;
-    throw std::invalid_argument("isa: amx, avx512, avxvnni, avx2 or portable, not " + name);
+    throw std::invalid_argument("isa: amx, avx512, avxvnni, avx2, i8mm, dotprod, neon or portable, not " + name);
 }
 
 }  // namespace
@@ -81,6 +89,8 @@ bool offers(Isa isa) {
     if (isa == Isa::avx512)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#elif defined(__aarch64__)
+    if (isa == Isa::neon) return true;          // every such CPU has it
 #endif
     return isa == Isa::portable;
 }
@@ -99,6 +109,20 @@ bool cpu_has(const char* feature) {
     if (!std::strcmp(feature, "amx_int8")) return amx_refusal().empty();
     unsigned a = 0, b = 0, c = 0, d = 0;        // a name for __builtin_cpu_supports is younger than the compilers we take
     if (!std::strcmp(feature, "avx_vnni")) return offers(Isa::avx2) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+#elif defined(__aarch64__) && defined(__linux__)
+    constexpr unsigned long DOT_PRODUCTS = 1ul << 20, MATRIX_PRODUCTS = 1ul << 13;      // HWCAP_ASIMDDP, HWCAP2_I8MM: old headers lack them
+    const bool dotprod = getauxval(AT_HWCAP) & DOT_PRODUCTS;
+    if (!std::strcmp(feature, "asimddp")) return dotprod;
+    if (!std::strcmp(feature, "i8mm")) return dotprod && getauxval(AT_HWCAP2) & MATRIX_PRODUCTS;
+#elif defined(__aarch64__) && defined(__APPLE__)
+    const auto says = [](const char* name) {
+        int value = 0;
+        size_t size = sizeof value;
+        return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+    };
+    const bool dotprod = says("hw.optional.arm.FEAT_DotProd");
+    if (!std::strcmp(feature, "asimddp")) return dotprod;
+    if (!std::strcmp(feature, "i8mm")) return dotprod && says("hw.optional.arm.FEAT_I8MM");
 #endif
     (void)feature;
     return false;
@@ -139,7 +163,7 @@ Isa chosen_isa() { return choice_now().isa; }
 
 Amx chosen_amx() { return choice_now().amx; }
 
-Dot256 chosen_dot256() { return choice_now().dot; }
+Dot chosen_dot() { return choice_now().dot; }
 
 const char* chosen_name() { return choice_now().name; }
 

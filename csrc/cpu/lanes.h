@@ -1,7 +1,7 @@
 // Sixteen float lanes with one meaning on every instruction set.
 //
-// A file that includes this defines DC_ISA (avx512, avx2 or portable) and is compiled with the flags
-// of that instruction set. Every function rounds once, as IEEE 754 says, so a kernel written with these lanes gives the
+// A file that includes this defines DC_ISA (avx512, avx2, neon or portable) and is compiled with the flags of that instruction
+// set; aarch64 always has NEON, so there DC_NEON tells a file for it from a portable one. Every function rounds once, as IEEE 754 says, so a kernel written with these lanes gives the
 // same bits everywhere: that is why even `portable` computes a true fused multiply-add. Nothing here may call an inline
 // function of the standard library: the linker might then keep the copy that was compiled for the wider instruction set.
 #pragma once
@@ -14,6 +14,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
+#elif defined(DC_NEON)
+#include <arm_neon.h>
 #endif
 
 #define DC_INLINE static inline __attribute__((always_inline))
@@ -60,7 +62,7 @@ DC_INLINE void narrow(float x, Half* to) {
 
 // ---- one fused multiply-add
 
-#if defined(__FMA__) || defined(__FP_FAST_FMAF)
+#if defined(__FMA__) || defined(__FP_FAST_FMAF) || defined(__aarch64__)
 DC_INLINE float fma1(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #else
 // Without the instruction: the product is exact in double, the sum is rounded to odd (Boldo and Melquiond, 2008), and
@@ -171,6 +173,53 @@ DC_INLINE Lanes keep(Lanes a, int begin, int end, float other) {
 constexpr int QUERIES_IN_REGISTERS = 6;
 constexpr int REGISTERS = 8;                    // pairs of ymm
 
+#elif defined(DC_NEON)
+
+struct Lanes { float32x4_t v[4]; };
+#define DC_EACH(expression)                            \
+    Lanes r;                                           \
+    for (int i = 0; i < 4; i++) r.v[i] = (expression); \
+    return r
+DC_INLINE Lanes all(float x) { DC_EACH(vdupq_n_f32(x)); }
+DC_INLINE Lanes load(const float* p) { DC_EACH(vld1q_f32(p + 4 * i)); }
+DC_INLINE Lanes load(const Half* p) { DC_EACH(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p[4 * i].bits)))); }
+DC_INLINE Lanes load(const Bfloat* p) { DC_EACH(vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p[4 * i].bits), 16))); }
+DC_INLINE void load_pair(const Bfloat* p, Lanes& first, Lanes& second) {
+    for (int i = 0; i < 4; i++) {
+        const uint32x4_t both = vreinterpretq_u32_u16(vld1q_u16(&p[8 * i].bits));
+        first.v[i] = vreinterpretq_f32_u32(vshlq_n_u32(both, 16));
+        second.v[i] = vreinterpretq_f32_u32(vandq_u32(both, vdupq_n_u32(0xffff0000)));
+    }
+}
+DC_INLINE void store(float* p, Lanes a) {
+    for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.v[i]);
+}
+DC_INLINE void store(Half* p, Lanes a) {
+    for (int i = 0; i < 4; i++) vst1_u16(&p[4 * i].bits, vreinterpret_u16_f16(vcvt_f16_f32(a.v[i])));
+}
+DC_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { DC_EACH(vfmaq_f32(c.v[i], a.v[i], b.v[i])); }
+DC_INLINE Lanes operator+(Lanes a, Lanes b) { DC_EACH(vaddq_f32(a.v[i], b.v[i])); }
+DC_INLINE Lanes operator-(Lanes a, Lanes b) { DC_EACH(vsubq_f32(a.v[i], b.v[i])); }
+DC_INLINE Lanes operator*(Lanes a, Lanes b) { DC_EACH(vmulq_f32(a.v[i], b.v[i])); }
+DC_INLINE Lanes operator/(Lanes a, Lanes b) { DC_EACH(vdivq_f32(a.v[i], b.v[i])); }
+DC_INLINE float32x4_t maximum4(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }     // fmax makes NaN of either
+DC_INLINE Lanes maximum(Lanes a, Lanes b) { DC_EACH(maximum4(a.v[i], b.v[i])); }
+DC_INLINE Lanes zero_below(Lanes x, Lanes limit, Lanes a) {
+    DC_EACH(vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(a.v[i]), vcltq_f32(x.v[i], limit.v[i]))));
+}
+DC_INLINE Lanes add_exponent(Lanes a, Lanes n) {
+    DC_EACH(vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a.v[i]), vshlq_n_s32(vreinterpretq_s32_f32(n.v[i]), 23))));
+}
+DC_INLINE Lanes keep(Lanes a, int begin, int end, float other) {
+    float x[16];
+    store(x, a);
+    for (int i = 0; i < 16; i++) x[i] = i >= begin && i < end ? x[i] : other;
+    return load(x);
+}
+#undef DC_EACH
+constexpr int QUERIES_IN_REGISTERS = 6;
+constexpr int REGISTERS = 8;                    // fours of q registers
+
 #else
 
 struct Lanes { float v[16]; };
@@ -230,11 +279,21 @@ constexpr int REGISTERS = 8;
 
 #endif
 
+#if defined(DC_NEON)
+DC_INLINE void store(Bfloat* p, Lanes a) {          // as `narrow` does
+    for (int i = 0; i < 4; i++) {
+        const uint32x4_t u = vreinterpretq_u32_f32(a.v[i]), odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+        const uint32x4_t rounded = vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7fff)), odd), quiet = vorrq_u32(u, vdupq_n_u32(0x400000));
+        vst1_u16(&p[4 * i].bits, vshrn_n_u32(vbslq_u32(vceqq_f32(a.v[i], a.v[i]), rounded, quiet), 16));
+    }
+}
+#else
 DC_INLINE void store(Bfloat* p, Lanes a) {
     float x[16];
     store(x, a);
     for (int i = 0; i < 16; i++) narrow(x[i], p + i);
 }
+#endif
 
 // 16 numbers of a first and 16 of a second row; those of Bfloats alternate, so that they are widened by one instruction.
 template <class T>
@@ -242,6 +301,12 @@ DC_INLINE void load_pair(const T* p, Lanes& first, Lanes& second) { first = load
 
 // ---- over the lanes, always as the same tree: i with i + 8, then i + 4, i + 2, i + 1
 
+#if defined(DC_NEON)
+DC_INLINE float sum(Lanes a) {
+    const float32x4_t fours = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
+    return vpadds_f32(vadd_f32(vget_low_f32(fours), vget_high_f32(fours)));
+}
+#else
 DC_INLINE float sum(Lanes a) {
     float x[16];
     store(x, a);
@@ -249,6 +314,7 @@ DC_INLINE float sum(Lanes a) {
         for (int i = 0; i < width; i++) x[i] += x[i + width];
     return x[0];
 }
+#endif
 // The sums of four, times `scales` -> out [4].
 DC_INLINE void scaled_sums(const Lanes (&a)[4], const float* scales, float* out) {
 #if defined(__AVX512F__)
@@ -262,6 +328,13 @@ DC_INLINE void scaled_sums(const Lanes (&a)[4], const float* scales, float* out)
     for (int j = 0; j < 4; j++) out[j] = scales[j] * sum(a[j]);
 #endif
 }
+#if defined(DC_NEON)
+DC_INLINE float maximum(Lanes a) {
+    const float32x4_t fours = maximum4(maximum4(a.v[0], a.v[2]), maximum4(a.v[1], a.v[3]));
+    const float32x4_t twos = maximum4(fours, vextq_f32(fours, fours, 2));
+    return vgetq_lane_f32(maximum4(twos, vextq_f32(twos, twos, 1)), 0);
+}
+#else
 DC_INLINE float maximum(Lanes a) {
     float x[16];
     store(x, a);
@@ -269,6 +342,7 @@ DC_INLINE float maximum(Lanes a) {
         for (int i = 0; i < width; i++) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
     return x[0];
 }
+#endif
 
 // exp(x) for x <= 0, within 1.5 ulp; 0 below -87, where float would go subnormal; NaN stays NaN.
 // exp(x) = 2^n * exp(r) with |r| <= ln(2)/2, the polynomial of Cephes' expf.

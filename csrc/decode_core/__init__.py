@@ -25,7 +25,7 @@ set_threads, get_threads, set_isa = _core.set_threads, _core.get_threads, _core.
 def info() -> dict:
     """What was compiled and what runs: {"isa", "offered_isas", "features", "amx_refused", "threads", "cuda_compiled"};
     amx_refused: why the AMX that this CPU has cannot be used, or ""."""
-    features = [name for name in ("avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8") if _core.cpu_has(name)]
+    features = [name for name in _core.CPU_FEATURES if _core.cpu_has(name)]
     no_amx_here = _core.amx_refusal_of(0, 0, 0)
     refused = "" if _core.amx_refusal() == no_amx_here else _core.amx_refusal()
     return {"isa": _core.isa(), "offered_isas": _core.offered_isas(), "features": features, "amx_refused": refused, "threads": get_threads(),

@@ -15,6 +15,7 @@ MAX_EXPERTS: int
 MAX_CHOSEN: int
 MAX_TAPS: int
 OPS: dict[str, tuple[str, list[tuple[str, str, str]]]]       # csrc/ops.def: {name: (has, [(role, field, columns or type)])}
+CPU_FEATURES: list[str]
 cuda_compiled: bool
 SEAM: str       # see seam.py
 

@@ -55,7 +55,7 @@ def test_an_nvcc_that_fails_costs_the_cuda_half_alone(tmp_path):
 def test_without_a_compiler_only_a_python_with_torch_gets_the_program(tmp_path):
     done = build(tmp_path, COMPILER, CXX="false", DECODE_CORE_CUDA="0")
     if torch_installed():
-        assert done.returncode == 0 and "chat_server still works, with slower kernels; install g++" in done.stderr, done.stderr
+        assert done.returncode == 0 and "chat_server still works, with slower kernels; install g++ or clang" in done.stderr, done.stderr
     else:       # CI runs this in such an environment too
         assert done.returncode and done.stderr.splitlines()[-1].endswith("install g++ or clang, or torch, then run pip again"), done.stderr
 

@@ -3,6 +3,7 @@ bits are those of every other is in test_core_tiles.py and test_core_program.py,
 
 import errno
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -66,12 +67,21 @@ def test_avx_vnni_is_offered_exactly_where_the_cpu_has_it():
         assert ("avx_vnni" in info["features"]) == ({"avx_vnni", "avx2", "fma", "f16c"} <= set(cpuinfo.read_text().split()))
 
 
+def test_neons_products_of_bytes_are_offered_exactly_where_the_cpu_has_them():
+    info, arm = decode_core.info(), platform.machine() in ("aarch64", "arm64")
+    assert [name for name in info["offered_isas"] if name in ("i8mm", "dotprod", "neon")] == (
+        [name for name, feature in (("i8mm", "i8mm"), ("dotprod", "asimddp")) if feature in info["features"]] + ["neon"] * arm)
+    for name in {"i8mm", "dotprod", "neon"} - {*info["offered_isas"]}:
+        with pytest.raises(ValueError, match=f"^isa: this CPU does not offer {name}$"):
+            _core.set_isa(name)
+
+
 def test_of_several_instruction_sets_the_first_that_is_offered_is_taken():
     best = decode_core.info()["offered_isas"]
-    said = run_python("import decode_core; print(decode_core.info()['isa'])", DECODE_CORE_ISA="amx,avx512,avxvnni,avx2,portable")
+    said = run_python("import decode_core; print(decode_core.info()['isa'])", DECODE_CORE_ISA="amx,avx512,avxvnni,avx2,i8mm,dotprod,neon,portable")
     assert said.stdout.split() == best[:1], said.stderr
     said = run_python("import decode_core", DECODE_CORE_ISA="sse,portable")
-    assert "isa: amx, avx512, avxvnni, avx2 or portable, not sse" in said.stderr
+    assert "isa: amx, avx512, avxvnni, avx2, i8mm, dotprod, neon or portable, not sse" in said.stderr
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "mxfp4", "q6_k", "f32"])

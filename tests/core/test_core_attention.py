@@ -6,6 +6,7 @@ import pytest
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from decode_core import _core  # noqa: E402
 from nightly import by_day  # noqa: E402
+from record import agree, exact  # noqa: E402
 
 PAGE = 16
 NAN = float("nan")
@@ -855,3 +856,20 @@ def test_a_head_that_cannot_be_turned_is_an_error(size):
     with pytest.raises(ValueError, match="a power of two from 32 to 512"):
         decode_core.paged_attention(numpy.zeros((1, 1, size), numpy.float32), cache, decode_core.plan_attention([[0]], [1], [0, 1], 1, 1, 4),
                                     numpy.zeros((1, size), numpy.float32))
+
+
+# ---- on every machine
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "q8_0"])
+@pytest.mark.parametrize("H, Hkv, D", [(9, 3, 64), (4, 2, 128), (7, 1, 32)])
+def test_attention_and_its_cache_have_the_bits_of_record(isa, kind, H, Hkv, D):
+    generator, T, pages = exact(H), 300, list(range(19))[::-1]
+    normal = lambda *shape: generator.standard_normal(shape, numpy.float32)
+    cache = PackedCache(20, Hkv, D) if kind == "q8_0" else Cache(20, Hkv, D, kind)
+    cache.store[:] = 0
+    positions, q = numpy.arange(T), numpy.full((T, H, D), NAN, numpy.float32)
+    decode_core.rope_append(normal(T, (H + 2 * Hkv) * D), normal(T, D // 2), normal(T, D // 2), positions, slots=numpy.take(pages, positions // PAGE) * PAGE + positions % PAGE,
+                            cache=cache.array, q_out=q, norm="before_rope", q_norm=normal(D), k_norm=normal(D))
+    made = [attend(q[-rows:], cache, [pages], [T], [0, rows], **options)
+            for rows, options in ((1, {}), (2, {"window": 70}), (7, {"softcap": 2.0}), (40, {"sinks": normal(H)}))]
+    agree(f"attention {kind} {H} {Hkv} {D}", q, cache.store, *made)

@@ -18,6 +18,7 @@ from decode_core import _core  # noqa: E402
 from decode_core.program import LOGIT_ROWS, TOKENS, Buffers  # noqa: E402
 from core_settings import usual_settings  # noqa: E402, F401
 from nightly import by_day  # noqa: E402
+from record import agree, exact  # noqa: E402
 from row_ops import exp_negative, fma, gelu_tanh, layer_norm, rms_norm, route, route_sigmoids, route_sparse, sigmoid, silu, softcap, softplus, tree  # noqa: E402
 
 PAGE, MAX_TOKENS, MAX_ROWS, PAGES, SLOTS = 16, 128, 128, 64, 16
@@ -502,8 +503,8 @@ MODELS = {name: Model(name) for name in ("llama", "nanochat", "experts", "groups
 class Recorded:
     """A Program of the model and its own cache."""
 
-    def __init__(self, name):
-        self.model, self.program = MODELS[name], decode_core.Program(MAX_TOKENS, MAX_ROWS)
+    def __init__(self, name, model=None):
+        self.model, self.program = model or MODELS[name], decode_core.Program(MAX_TOKENS, MAX_ROWS)
         self.buffers, self.cache = self.model.buffers(), self.model.make_cache()
         self.model.forward(self.program, self.buffers, self.cache)
 
@@ -599,6 +600,22 @@ def test_a_step_has_the_bits_of_its_ops_called_one_by_one(name, tokens, logit_ro
         assert np.array_equal(recorded.cache.view(np.uint16), cache.view(np.uint16))
         assert all(np.array_equal(*states) for l in buffers.states for states in zip(recorded.buffers.states[l], buffers.states[l]))
         assert np.isnan(recorded.buffers.x[tokens:]).all() and np.isnan(recorded.buffers.logits[R:]).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_has_the_bits_of_record(name, isa):
+    model = Model(name, exact(5))
+    model.cos, model.sin = (exact(6).standard_normal(model.cos.shape, np.float32) for _ in range(2))       # numpy's are libm's
+    for weights in getattr(model, "rules", ()):
+        weights["decay"] = -np.abs(exact(7).standard_normal(weights["decay"].shape, np.float32))
+    decode_core.set_isa(isa)
+    recorded, made = Recorded(name, model), []
+    for turn, mix in enumerate((33, 5, 1)):
+        step = make_step(model, MIXES[mix], "all", exact(turn), samples=False)
+        step.sampling = sampling(model, len(step.logit_rows), 7)
+        made += [recorded.run(step), recorded.buffers.logits[:len(step.logit_rows)].copy()]
+    agree(f"step {name}", *made, recorded.cache, *(state for states in recorded.buffers.states.values() for state in states))
 
 
 @pytest.mark.parametrize("states, words", [

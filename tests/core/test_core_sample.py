@@ -19,6 +19,7 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import FLOAT_MAX, sample_reference, survivors
 from nightly import by_day
+from record import agree, exact
 
 core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
 
@@ -104,6 +105,18 @@ def test_model_like_rows_equal_the_references_at_usual_settings(isa):
         for position in range(math.ceil(4 * SHARE)):
             rows = [SampleRow(SamplingParams(**(dict(seed=position) | chosen)), position, [1, 2, 2], 1) for chosen in settings]
             assert sampled(logits, rows) == sample_reference(logits, rows).tolist()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_tokens_have_the_bits_of_record(isa):
+    core.set_isa(isa)
+    generator, made = exact(8), []
+    for V in (1, 63, 257, 5003):
+        logits = np.concatenate((generator.standard_normal((30, V), np.float32) * np.float32(3), generator.integers(-3, 4, (10, V)).astype(np.float32)))
+        params = [SamplingParams(seed=i, temperature=(0, 0.8, 1.0, 1.5)[i % 4], top_k=(0, 5, 40)[i % 3], top_p=(1.0, 0.9, 0.5)[i // 3 % 3], min_p=(0.0, 0.05)[i // 9 % 2],
+                                 repetition_penalty=(1.0, 1.25)[i % 2]) for i in range(len(logits))]
+        made.append(sampled(logits, [SampleRow(own, 2**40 + i, [0, V - 1, V // 2], 1) for i, own in enumerate(params)]))
+    agree("tokens", *made)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -9,6 +9,7 @@ import pytest
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from nightly import by_day  # noqa: E402
+from record import agree, exact  # noqa: E402
 import row_ops  # noqa: E402
 
 ISAS = [*decode_core.info()["offered_isas"], *decode_core._core.isas_for_tests()]
@@ -186,6 +187,26 @@ def test_a_large_vocabulary_is_multiplied():
     few.fill(part * np.float32(1 + 2816), "f32")
     np.testing.assert_array_equal(out[:, -4096:], product(x, few))
     assert_product(out[:, -4096:], x, few)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_have_the_bits_of_record_whatever_rows_go_together(isa, kind):
+    generator, K = exact(KINDS.index(kind)), fitting(kind, 320)
+    matrix, x = make_matrix(kind, generator.standard_normal((49, K), np.float32)), with_outliers(generator.standard_normal((21, K), np.float32))
+    assert is_fine(x).any(1).sum() in range(5, 21)
+    weight, bias, residual = (generator.standard_normal(shape, np.float32) for shape in (K, 49, (21, 49)))
+    starts, made = np.cumsum([0, 1, 2, 3, 4, 11]), []
+    for begin, end in zip(starts, starts[1:]):
+        made.append(product(x[begin:end], matrix, norm=(weight, 1e-5), bias=bias, activation="relu2", residual=residual[begin:end]))
+    agree(f"products {kind}", np.concatenate(made))
+
+
+def test_activations_have_the_bits_of_record(isa):
+    generator = exact(3)
+    matrix = make_matrix("f32", generator.standard_normal((96, 40), np.float32))
+    x = generator.standard_normal((9, 40), np.float32) * np.float32(2)
+    for activation in decode_core.tiles.ACTIVATIONS.keys() - {None}:
+        agree(f"activation {activation}", product(x, matrix, 48 if activation in decode_core.tiles.GATES else 96, activation=activation))
 
 
 @pytest.mark.parametrize("kind", KINDS)

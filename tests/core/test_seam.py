@@ -71,11 +71,12 @@ def test_a_device_or_shape_without_kernels_gets_the_references(device):
 
 
 @needs_core
+@pytest.mark.parametrize("isa", ["portable", "dotprod"])
 @pytest.mark.parametrize("seconds, ours", [((1.0, 2.0), True), ((3.0, 2.0), False)])
-def test_portable_kernels_compute_where_they_are_no_slower_than_torch(monkeypatch, caplog, seconds, ours):
+def test_kernels_that_may_be_slow_compute_where_they_are_no_slower_than_torch(monkeypatch, caplog, seconds, ours, isa):
     from decode_core import cpu_backend, seam
     monkeypatch.delenv("DECODE_CORE_ISA", raising=False)
-    monkeypatch.setattr(cpu_backend._core, "isa", lambda: "portable")
+    monkeypatch.setattr(cpu_backend._core, "isa", lambda: isa)
     monkeypatch.setattr(cpu_backend, "answer_seconds", lambda width: seconds)
     cpu_backend.slower_than_torch.cache_clear()
     seam.say_once.cache_clear()
@@ -83,10 +84,10 @@ def test_portable_kernels_compute_where_they_are_no_slower_than_torch(monkeypatc
         for _ in range(2):
             assert (type(choose_backend("cpu", SPEC)) is not Backend) is ours
         assert [r.getMessage() for r in caplog.records] == ([] if ours else [
-            "decode_core's portable kernels take 1.5 times as long here: torch computes instead"])
-        monkeypatch.setenv("DECODE_CORE_ISA", "portable")       # but who names it gets it
+            f"decode_core's {isa} kernels take 1.5 times as long here: torch computes instead"])
+        monkeypatch.setenv("DECODE_CORE_ISA", isa)       # but who names it gets it
         cpu_backend.slower_than_torch.cache_clear()
-        assert choose_backend("cpu", SPEC).name == "decode_core/portable"
+        assert choose_backend("cpu", SPEC).name == f"decode_core/{isa}"
     finally:
         cpu_backend.slower_than_torch.cache_clear()
 
@@ -197,7 +198,7 @@ def test_references_that_are_asked_for_are_no_error(tmp_path, monkeypatch, caplo
 
 @needs_core
 def test_instructions_that_this_machine_lacks_end_the_start_with_one_line(nanochat_fixtures):
-    line = "DECODE_CORE_ISA=sse2: amx, avx512, avxvnni, avx2 or portable, not sse2"
+    line = "DECODE_CORE_ISA=sse2: amx, avx512, avxvnni, avx2, i8mm, dotprod, neon or portable, not sse2"
     code = "from chatlm.common.core import kernels_line; print(kernels_line())"
     command = [sys.executable, SCRIPT, nanochat_fixtures / "gen3", "--port", "0", "--host", "127.0.0.1"]
     said, ended = (

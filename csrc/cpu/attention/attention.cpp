@@ -30,9 +30,10 @@ const AttentionKernels& attention_kernels_of(Element cache_type) {
     if (cache_type != Element::q8_0) return DC_CHOSEN(attention_kernels);
 #if defined(__x86_64__)
     static const bool vnni = cpu_has("avx512_vnni");
-    if (chosen_dot256() != Dot256::own)
-        return chosen_dot256() == Dot256::vex ? avxvnni::packed_attention_kernels : evex::packed_attention_kernels;
+    if (chosen_dot() != Dot::own) return chosen_dot() == Dot::vex ? avxvnni::packed_attention_kernels : evex::packed_attention_kernels;
     if (chosen_isa() == Isa::avx512 && !vnni) return avx2::packed_attention_kernels;
+#elif defined(__aarch64__)
+    if (chosen_dot() != Dot::own) return chosen_dot() == Dot::i8mm ? i8mm::packed_attention_kernels : dotprod::packed_attention_kernels;
 #endif
     return DC_CHOSEN(packed_attention_kernels);
 }

@@ -105,8 +105,11 @@ struct AttentionKernels {
 
 DC_EACH_ISA(extern const AttentionKernels attention_kernels)
 DC_EACH_ISA(extern const AttentionKernels packed_attention_kernels)     // of q8_0
-namespace avxvnni { extern const AttentionKernels packed_attention_kernels; }   // see Dot256
+// avx2 and neon with another dot product (Dot)
+namespace avxvnni { extern const AttentionKernels packed_attention_kernels; }
 namespace evex { extern const AttentionKernels packed_attention_kernels; }
+namespace dotprod { extern const AttentionKernels packed_attention_kernels; }
+namespace i8mm { extern const AttentionKernels packed_attention_kernels; }
 const AttentionKernels& attention_kernels_of(Element cache_type);
 
 }  // namespace dc

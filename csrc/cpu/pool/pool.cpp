@@ -492,6 +492,11 @@ void relax() {
 DefaultFloatMode::DefaultFloatMode() : before(_mm_getcsr()) { _mm_setcsr(0x1F80); }
 DefaultFloatMode::~DefaultFloatMode() { _mm_setcsr(before); }
 uint64_t ticks() { return __rdtsc(); }
+#elif defined(__aarch64__)
+static void set_float_mode(uint64_t mode) { asm volatile("msr fpcr, %0" ::"r"(mode)); }
+DefaultFloatMode::DefaultFloatMode() : before([] { uint64_t mode; asm volatile("mrs %0, fpcr" : "=r"(mode)); return mode; }()) { set_float_mode(0); }
+DefaultFloatMode::~DefaultFloatMode() { set_float_mode(before); }
+uint64_t ticks() { return uint64_t(Clock::now().time_since_epoch().count()); }
 #else
 DefaultFloatMode::DefaultFloatMode() {}
 DefaultFloatMode::~DefaultFloatMode() {}

@@ -41,9 +41,9 @@ enum class OpKind {
 const char* name_of(OpKind kind);
 
 // Does it keep a state of each sequence?
-template <class T> constexpr bool keeps_states = false;
+template <class T> inline constexpr bool keeps_states = false;
 #define STATES(name) || true
-#define OP(name, runs, has, ...) template <> constexpr bool keeps_states<op::name> = false __VA_ARGS__;
+#define OP(name, runs, has, ...) template <> inline constexpr bool keeps_states<op::name> = false __VA_ARGS__;
 #include "ops.def"
 
 }  // namespace dc

@@ -11,6 +11,9 @@
 //     avx2            nibbles: pairs in int16, at most 8 * 2 * 15 * 127 = 30,480; five bits: as nibbles, at most
 //                     4 * 2 * 31 * 127 = 31,496 halfway; unsigned: pairs at most 2 * 63 * 127 = 16,002, widened at once; signed: |w| times x with w's sign, at most 2 * 128 * 127 = 32,512, widened at once (u8 x i8
 //                     with the offset still in would reach 64,770)
+//     neon            as `unsigned` of avx2, with products of all of int8: pairs at most 2 * 128 * 127. Signed codes lose their offset
+//     dotprod         sdot, whose weights are signed too: so do these
+//     i8mm            usdot, u8 x i8 as VNNI; for two rows of x and more usmmla, 2 x 8 times 8 x 2
 //     portable        the definition
 #pragma once
 
@@ -223,6 +226,144 @@ DC_INLINE Lanes lanes_of_signed_bytes(const uint8_t* p) {
 DC_INLINE __m256 powers_of_eight(const uint8_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(eight(p)), 23)); }
 DC_INLINE Lanes powers_of_bytes(const uint8_t* p) { return {powers_of_eight(p), powers_of_eight(p + 8)}; }
 
+#elif defined(DC_NEON)
+
+struct Words { uint8x16_t v[4]; };
+struct Sum { int32x4_t v[4]; };
+using Whole = Sum;
+
+#define DC_EACH(Type, expression)                           \
+    Type made;                                              \
+    for (int i = 0; i < 4; i++) made.v[i] = (expression);   \
+    return made
+DC_INLINE Words load_words(const uint8_t* p) { DC_EACH(Words, vld1q_u8(p + 16 * i)); }
+DC_INLINE Words load_words_again(const uint8_t* p) { return load_words(p); }
+DC_INLINE Words operator|(Words a, Words b) { DC_EACH(Words, vorrq_u8(a.v[i], b.v[i])); }
+DC_INLINE Words low_nibbles(Words w) { DC_EACH(Words, vandq_u8(w.v[i], vdupq_n_u8(15))); }
+DC_INLINE Words high_nibbles(Words w) { DC_EACH(Words, vshrq_n_u8(w.v[i], 4)); }
+template <int LEFT, int MASK>
+DC_INLINE Words take_bits(Words w) {
+    const int8x16_t left = vdupq_n_s8(LEFT);            // a number below 0 shifts right
+    DC_EACH(Words, vandq_u8(LEFT ? vshlq_u8(w.v[i], left) : w.v[i], vdupq_n_u8(MASK)));
+}
+
+struct UnsignedDot {
+    static constexpr bool HALFWAY = false;
+    using Weights = Words;
+    DC_INLINE Weights weights(Words codes) { return codes; }
+    template <int SHIFT>
+    DC_INLINE Sum begin(int32_t minus) { DC_EACH(Sum, vdupq_n_s32(SHIFT < 0 ? 0 : minus * (1 << (SHIFT < 0 ? 0 : SHIFT)))); }
+    DC_INLINE void dot(Sum& sum, Words w, const int8_t* x) {
+        int32_t word;
+        std::memcpy(&word, x, sizeof word);
+        const int8x16_t shared = vreinterpretq_s8_s32(vdupq_n_s32(word));
+        for (int i = 0; i < 4; i++) sum.v[i] = add_products(sum.v[i], w.v[i], shared);
+    }
+    template <int WORD>                                 // of the four in x
+    DC_INLINE void dot(Sum& sum, Words w, int8x16_t x) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+        for (int i = 0; i < 4; i++) sum.v[i] = vusdotq_laneq_s32(sum.v[i], w.v[i], x, WORD);
+#elif defined(__ARM_FEATURE_DOTPROD)
+        for (int i = 0; i < 4; i++) sum.v[i] = vdotq_laneq_s32(sum.v[i], vreinterpretq_s8_u8(w.v[i]), x, WORD);
+#else
+        const int8x16_t shared = vreinterpretq_s8_s32(vdupq_laneq_s32(vreinterpretq_s32_s8(x), WORD));
+        for (int i = 0; i < 4; i++) sum.v[i] = add_products(sum.v[i], w.v[i], shared);
+#endif
+    }
+    template <int SHIFT>
+    DC_INLINE Whole end(Sum sum, int32_t) { return sum; }
+
+private:
+    DC_INLINE int32x4_t add_products(int32x4_t sum, uint8x16_t w, int8x16_t x) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+        return vusdotq_s32(sum, w, x);
+#elif defined(__ARM_FEATURE_DOTPROD)
+        return vdotq_s32(sum, vreinterpretq_s8_u8(w), x);
+#else
+        const int8x16_t s = vreinterpretq_s8_u8(w);
+        return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(s), vget_low_s8(x)), vmull_high_s8(s, x)));
+#endif
+    }
+};
+using NibbleDot = UnsignedDot;
+using FiveBitDot = UnsignedDot;
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+
+using SignedDot = UnsignedDot;
+
+// Two rows of x at a time, of 8 of the tile's rows: of each two of these a register has their two sums with the first row of x and with the
+// second, one after the other. Four instructions for 8 rows x 2 x 8 columns, where dot takes eight.
+#define DC_PAIRS
+struct PairSum { int32x4_t v[4]; };
+template <int SHIFT>
+DC_INLINE PairSum begin_pair(int32_t first, int32_t second) {
+    if constexpr (SHIFT < 0) { DC_EACH(PairSum, vdupq_n_s32(0)); }
+    const int32x4_t both = vdupq_n_s32(second * (1 << (SHIFT < 0 ? 0 : SHIFT)));
+    const int32x4_t minus = vtrn1q_s32(vdupq_n_s32(first * (1 << (SHIFT < 0 ? 0 : SHIFT))), both);
+    DC_EACH(PairSum, minus);
+}
+// Columns c .. c + 3 and c + 4 .. c + 7 of the tile's rows -> the 8 columns of each of rows 8 HALF .. 8 HALF + 7.
+template <int HALF>
+DC_INLINE Words joined(Words a, Words b) {
+    Words both;
+    for (int i = 0; i < 2; i++) {
+        const uint32x4_t first = vreinterpretq_u32_u8(a.v[2 * HALF + i]), second = vreinterpretq_u32_u8(b.v[2 * HALF + i]);
+        both.v[2 * i] = vreinterpretq_u8_u32(vzip1q_u32(first, second)), both.v[2 * i + 1] = vreinterpretq_u8_u32(vzip2q_u32(first, second));
+    }
+    return both;
+}
+DC_INLINE int8x16_t pair_of(const int8_t* first, const int8_t* second) { return vcombine_s8(vld1_s8(first), vld1_s8(second)); }
+DC_INLINE void dot_pair(PairSum& sum, Words joined, int8x16_t x) {
+    for (int i = 0; i < 4; i++) sum.v[i] = vusmmlaq_s32(sum.v[i], joined.v[i], x);
+}
+template <int HALF>
+DC_INLINE void end_pair(PairSum sum, Whole& first, Whole& second) {
+    for (int i = 0; i < 2; i++) {
+        first.v[2 * HALF + i] = vuzp1q_s32(sum.v[2 * i], sum.v[2 * i + 1]);
+        second.v[2 * HALF + i] = vuzp2q_s32(sum.v[2 * i], sum.v[2 * i + 1]);
+    }
+}
+
+#else
+
+struct SignedDot : UnsignedDot {
+    DC_INLINE Weights weights(Words codes) { DC_EACH(Words, veorq_u8(codes.v[i], vdupq_n_u8(0x80))); }     // which are the weights + 128
+    template <int SHIFT>
+    DC_INLINE Sum begin(int32_t) { return UnsignedDot::begin<-1>(0); }
+};
+
+#endif
+
+DC_INLINE Words look_up(Words codes, const uint8_t* table) {
+    const uint8x16_t values = vld1q_u8(table);
+    DC_EACH(Words, vqtbl1q_u8(values, codes.v[i]));
+}
+
+DC_INLINE Whole add_fine(Whole sum, Whole fine) { DC_EACH(Whole, vaddq_s32(vshlq_n_s32(sum.v[i], 8), fine.v[i])); }
+DC_INLINE Lanes to_floats(Whole sum) { DC_EACH(Lanes, vcvtq_f32_s32(sum.v[i])); }
+struct WideBytes { uint32x4_t v[4]; };
+DC_INLINE WideBytes widened(const uint8_t* p) {
+    const uint8x16_t bytes = vld1q_u8(p);
+    const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_high_u8(bytes);
+    return {{vmovl_u16(vget_low_u16(low)), vmovl_high_u16(low), vmovl_u16(vget_low_u16(high)), vmovl_high_u16(high)}};
+}
+DC_INLINE Lanes lanes_of_bytes(const uint8_t* p) {
+    const WideBytes wide = widened(p);
+    DC_EACH(Lanes, vcvtq_f32_u32(wide.v[i]));
+}
+DC_INLINE Lanes lanes_of_signed_bytes(const uint8_t* p) {
+    const int8x16_t bytes = vreinterpretq_s8_u8(vld1q_u8(p));
+    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+    return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
+             vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
+}
+DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {
+    const WideBytes wide = widened(p);
+    DC_EACH(Lanes, vreinterpretq_f32_u32(vshlq_n_u32(wide.v[i], 23)));
+}
+#undef DC_EACH
+
 #else
 
 struct Words { uint8_t of[16][4]; };
@@ -304,8 +445,18 @@ DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {
 
 #endif
 
+// Dot::dot with the four bytes that begin AT bytes after x.
+template <class Dot, int AT>
+DC_INLINE void dot_at(Sum& sum, const typename Dot::Weights& w, const int8_t* x) {
+#if defined(DC_NEON)
+    Dot::template dot<AT % 16 / 4>(sum, w, vld1q_s8(x + AT / 16 * 16));
+#else
+    Dot::dot(sum, w, x + AT);
+#endif
+}
+
 // total += a * b, rounded once. Portable kernels share one copy of it too.
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(DC_NEON)
 DC_INLINE void add_product(Lanes& total, Lanes a, Lanes b) { total = fma(a, b, total); }
 #else
 static __attribute__((noinline, unused)) void add_product(Lanes& total, const Lanes& a, const Lanes& b) { total = fma(a, b, total); }
@@ -331,6 +482,28 @@ DC_INLINE HalfSums store_low_bytes(Lanes a, Lanes b, int8_t* to) {
     const __m512i both = _mm512_add_epi32(_mm512_cvtepi8_epi32(low), _mm512_slli_epi32(_mm512_cvtepi8_epi32(high), 16));
     const int32_t sum = _mm512_reduce_add_epi32(both), first = int16_t(sum);        // either is within 16 * 127
     return {first, (sum - first) >> 16};
+}
+
+#elif defined(DC_NEON)
+
+DC_INLINE float largest_magnitude(Lanes a, Lanes b) {
+    const int32x4_t sign = vdupq_n_s32(INT32_MAX);
+    int32x4_t largest = vdupq_n_s32(0);
+    for (int i = 0; i < 4; i++) {
+        const int32x4_t larger = vmaxq_s32(vandq_s32(vreinterpretq_s32_f32(a.v[i]), sign), vandq_s32(vreinterpretq_s32_f32(b.v[i]), sign));
+        largest = vmaxq_s32(largest, larger);
+    }
+    return bits_of<float>(vmaxvq_s32(largest));
+}
+DC_INLINE int8x16_t low_bytes(Lanes a) {
+    const uint16x8_t low = vuzp1q_u16(vreinterpretq_u16_f32(a.v[0]), vreinterpretq_u16_f32(a.v[1]));
+    const uint16x8_t high = vuzp1q_u16(vreinterpretq_u16_f32(a.v[2]), vreinterpretq_u16_f32(a.v[3]));
+    return vuzp1q_s8(vreinterpretq_s8_u16(low), vreinterpretq_s8_u16(high));
+}
+DC_INLINE HalfSums store_low_bytes(Lanes a, Lanes b, int8_t* to) {
+    const int8x16_t low = low_bytes(a), high = low_bytes(b);
+    vst1q_s8(to, low), vst1q_s8(to + 16, high);
+    return {vaddlvq_s8(low), vaddlvq_s8(high)};
 }
 
 #else

@@ -34,7 +34,7 @@ std::vector<float> make_x(int64_t columns) {
 class Trial {
 public:
     Trial(Weight type, int64_t columns, const TileKernels& narrow)
-        : narrow(narrow), weights(aligned(size_t(TILES * tile_bytes(type, columns)))), prepared(aligned(prepared_bytes(type, columns, MOST_ROWS))),
+        : weights(aligned(size_t(TILES * tile_bytes(type, columns)))), prepared(aligned(prepared_bytes(type, columns, MOST_ROWS))),
           product{{type, TILES * TILE_ROWS, columns, weights.get()}, prepared.get(), 0, nullptr, nullptr, 0, Activation::none, nullptr,
                   TILES * TILE_ROWS, TILES * TILE_ROWS} {
         std::memset(weights.get(), 44, size_t(TILES * tile_bytes(type, columns)));
@@ -59,7 +59,6 @@ private:
         return memory;
     }
 
-    const TileKernels& narrow;
     Memory weights, prepared;
     Product product;
 };

@@ -27,8 +27,11 @@ const TileKernels& narrow_kernels() {
 #if defined(__x86_64__)
     static const bool vnni = cpu_has("avx512_vnni");
     if (chosen_isa() == Isa::portable) return portable::tile_kernels;
-    if (chosen_dot256() != Dot256::own) return chosen_dot256() == Dot256::vex ? avxvnni::tile_kernels : evex::tile_kernels;
+    if (chosen_dot() != Dot::own) return chosen_dot() == Dot::vex ? avxvnni::tile_kernels : evex::tile_kernels;
     return chosen_isa() == Isa::avx512 && vnni ? avx512::tile_kernels : avx2::tile_kernels;
+#elif defined(__aarch64__)
+    if (chosen_dot() != Dot::own) return chosen_dot() == Dot::i8mm ? i8mm::tile_kernels : dotprod::tile_kernels;
+    return DC_CHOSEN(tile_kernels);
 #else
     return portable::tile_kernels;
 #endif

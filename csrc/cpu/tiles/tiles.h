@@ -197,8 +197,11 @@ struct TileKernels {
 };
 
 DC_EACH_ISA(extern const TileKernels tile_kernels)
-namespace avxvnni { extern const TileKernels tile_kernels; }    // avx2 with another dot product (Dot256); null where the compiler does not
-namespace evex { extern const TileKernels tile_kernels; }       // know AVX-VNNI
+// avx2 and neon with another dot product (Dot); the first two are null where the compiler does not know AVX-VNNI
+namespace avxvnni { extern const TileKernels tile_kernels; }
+namespace evex { extern const TileKernels tile_kernels; }
+namespace dotprod { extern const TileKernels tile_kernels; }
+namespace i8mm { extern const TileKernels tile_kernels; }
 
 // Kernels for 16 rows at a time (tiles_amx.inl.h). They leave to `narrow` what they have no kernel for, and a range of fewer rows
 // than `least_rows` says of a type and a number of columns; 0: all.

@@ -23,10 +23,19 @@ namespace {
 // Rows of x that fit in the registers with one q tile, and with two float tiles.
 #if defined(__AVX512F__)
 constexpr int Q_ROWS = 8, FLOAT_ROWS = 8;
-#elif defined(__AVX2__)
+#elif defined(DC_PAIRS)
+constexpr int Q_ROWS = 8, FLOAT_ROWS = 3;           // q: of half a tile
+#elif defined(__AVX2__) || defined(DC_NEON)
 constexpr int Q_ROWS = 4, FLOAT_ROWS = 3;
 #else
 constexpr int Q_ROWS = 2, FLOAT_ROWS = 4;           // q: with 4 the compiler takes more than a minute
+#endif
+
+// Of so many rows of x, at most Q_ROWS, those of the next q kernel.
+#if defined(DC_PAIRS)
+constexpr int rows_at_once(int rows) { return rows < Q_ROWS && rows > SET_ROWS ? SET_ROWS : rows; }     // kernels of 5 to 7 would take the compiler long
+#else
+constexpr int rows_at_once(int rows) { return rows; }
 #endif
 
 // ---- prepare
@@ -129,14 +138,57 @@ DC_INLINE void sum_chunk(const uint8_t* quants, const Plane& plane, Sum* sum) {
     Words low, high;
     F::template unpack<C>(quants, low, high);
     const typename F::Dot::Weights first = F::weights(low);
-    for (int r = 0; r < R; r++) F::Dot::dot(sum[r], first, plane.values(r) + F::NEXT * C);
+    for (int r = 0; r < R; r++) dot_at<typename F::Dot, F::NEXT * C>(sum[r], first, plane.values(r));
     const typename F::Dot::Weights second = F::weights(high);
-    for (int r = 0; r < R; r++) F::Dot::dot(sum[(F::PARTS - 1) * R + r], second, plane.values(r) + F::SECOND + F::NEXT * C);
+    for (int r = 0; r < R; r++) dot_at<typename F::Dot, F::SECOND + F::NEXT * C>(sum[(F::PARTS - 1) * R + r], second, plane.values(r));
 }
+
+#if defined(DC_PAIRS)
+
+// Two rows of x at a time, and half of the tile: the sums of 8 rows stay in registers. Of an odd number the last row is its own second.
+template <int R>
+constexpr int second_of(int r) { return r + 1 < R ? r + 1 : r; }
+
+// Columns 8 K .. 8 K + 7:
+template <class F, int R, int HALF, int K>
+DC_INLINE void sum_columns(const uint8_t* quants, const Plane& plane, PairSum* sum) {
+    Words low, high, next_low, next_high, codes;
+    if constexpr (F::SECOND == 4) {
+        F::template unpack<K>(quants, low, high);
+        codes = joined<HALF>(F::weights(low), F::weights(high));
+    } else {
+        F::template unpack<K % 2 * 2>(quants, low, high), F::template unpack<K % 2 * 2 + 1>(quants, next_low, next_high);
+        codes = K < 2 ? joined<HALF>(F::weights(low), F::weights(next_low)) : joined<HALF>(F::weights(high), F::weights(next_high));
+    }
+    for (int r = 0; r < R; r += 2) dot_pair(sum[r / 2], codes, pair_of(plane.values(r) + 8 * K, plane.values(second_of<R>(r)) + 8 * K));
+}
+
+template <class F, int R, int HALF, int PART>
+DC_INLINE void sum_part(const uint8_t* quants, const Plane& plane, Whole* whole) {
+    PairSum sum[(R + 1) / 2];
+    for (int r = 0; r < R; r += 2) sum[r / 2] = begin_pair<F::OFFSET_SHIFT>(plane.minus_of(PART, r), plane.minus_of(PART, second_of<R>(r)));
+    if constexpr (PART == 0) sum_columns<F, R, HALF, 0>(quants, plane, sum), sum_columns<F, R, HALF, 1>(quants, plane, sum);
+    if constexpr (PART == F::PARTS - 1) sum_columns<F, R, HALF, 2>(quants, plane, sum), sum_columns<F, R, HALF, 3>(quants, plane, sum);
+    for (int r = 0; r < R; r += 2) end_pair<HALF>(sum[r / 2], whole[PART * R + r], whole[PART * R + second_of<R>(r)]);
+}
+
+template <class F, int R, int HALF>
+DC_INLINE void sum_half(const uint8_t* quants, const Plane& plane, Whole* whole) {
+    sum_part<F, R, HALF, 0>(quants, plane, whole);
+    if constexpr (F::PARTS > 1) sum_part<F, R, HALF, 1>(quants, plane, whole);
+}
+
+#endif
 
 // whole [PARTS][R] = a block's sums with R rows of x.
 template <class F, int R>
 DC_INLINE void sum_block(const uint8_t* quants, const Plane& plane, Whole* whole) {
+#if defined(DC_PAIRS)
+    if constexpr (R > 1) {
+        sum_half<F, R, 0>(quants, plane, whole), sum_half<F, R, 1>(quants, plane, whole);
+        return;
+    }
+#endif
     Sum sum[F::PARTS * R];
     for (int p = 0; p < F::PARTS; p++)
         for (int r = 0; r < R; r++) sum[p * R + r] = F::Dot::template begin<F::OFFSET_SHIFT>(plane.minus_of(p, r));
@@ -277,7 +329,7 @@ FloatKernel pick_float(int tiles, int rows) { return tiles == PAIR ? pick_float<
 
 template <Weight TYPE, int... ROWS>
 QKernel pick_q(Format<TYPE>, int rows, std::integer_sequence<int, ROWS...>) {
-    static constexpr QKernel kernels[] = {&q_rows<TYPE, ROWS + 1>...};
+    static constexpr QKernel kernels[] = {&q_rows<TYPE, rows_at_once(ROWS + 1)>...};
     return kernels[rows - 1];
 }
 
@@ -316,7 +368,7 @@ void multiply_floats(const Meeting& m, Sums& out) {
 void multiply_blocks(const Meeting& m, Sums& out) {
     const int first = int(m.group % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS;
     for (int row = 0, n; row < m.rows; row += n) {
-        n = int(least(Q_ROWS, m.rows - row));
+        n = rows_at_once(int(least(Q_ROWS, m.rows - row)));
         for (int t = 0; t < m.tiles; t++) {
             const TilePlace place = tile_of(m.w, m.tile + t, m.tile_bytes);
             q_kernel(place.type, n)(place.memory, m.w.columns / BLOCK, row ? 0 : m.ahead, reinterpret_cast<const PanelBlock*>(m.panel), first + row,

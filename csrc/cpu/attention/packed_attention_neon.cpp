@@ -1,0 +1,10 @@
+// The kernels of paged_attention and rope_append over pages of the type q8_0 with the instructions of neon.
+#define DC_ISA neon
+#include "cpu/attention/packed_attention.inl.h"
+#include "cpu/attention/packed_rope.inl.h"
+
+namespace dc {
+namespace neon {
+const AttentionKernels packed_attention_kernels = {packed_rope_rows, attend_packed, merge};
+}
+}  // namespace dc
