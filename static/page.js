@@ -97,9 +97,9 @@ function onScroll() {
 }
 
 // The view shown instead of the chat, or undefined.
-const openView = () => parts.find(({view}) => view?.isOpen())?.view;
-const viewAt = hash => parts.find(({view}) => view?.hash === hash)?.view;
-const closeViews = () => parts.forEach(({view}) => view?.close());
+const openView = () => parts.find(({view}) => view?.isOpen?.())?.view;
+const viewAt = hash => parts.find(({view}) => view?.hash && (hash === view.hash || hash.startsWith(`${view.hash}/`)))?.view;
+const closeViews = () => parts.forEach(({view}) => view?.close?.());
 
 // menus ---------------------------------------------------------------------------------------------------------------
 
@@ -505,12 +505,16 @@ function onEscape() {
 
 // start ---------------------------------------------------------------------------------------------------------------
 
-// All texts of the page are in TEXT: data-text names a node's text, data-label its accessible name, data-hint its placeholder.
-function fillStrings() {
-  for (const node of document.querySelectorAll("[data-text]")) node.textContent = TEXT[node.dataset.text];
-  for (const node of document.querySelectorAll("[data-label]")) node.setAttribute("aria-label", TEXT[node.dataset.label]);
-  for (const node of document.querySelectorAll("button[data-label]")) node.title = TEXT[node.dataset.label];
-  for (const node of document.querySelectorAll("[data-hint]")) node.placeholder = TEXT[node.dataset.hint];
+// Texts are in TEXT: data-text names a node's text, data-label its accessible name, data-hint its placeholder.
+function fillStrings(names) {
+  const named = attribute => [...document.querySelectorAll(`[data-${attribute}]`)].filter(({dataset}) => names.includes(dataset[attribute]));
+  for (const node of named("text")) node.textContent = TEXT[node.dataset.text];
+  for (const node of named("label")) node.setAttribute("aria-label", TEXT[node.dataset.label]);
+  for (const node of named("label").filter(({localName}) => localName === "button")) node.title = TEXT[node.dataset.label];
+  for (const node of named("hint")) node.placeholder = TEXT[node.dataset.hint];
+}
+
+function listKeys() {
   $("keys").append(...TEXT.keys.map(([keys, what]) => element("div", {}, element("dt", {}, ...keys.split(" ").map(key => element("kbd", {textContent: key}))),
     element("dd", {textContent: what}))));
 }
@@ -519,8 +523,10 @@ function fillStrings() {
 async function start() {
   const isFirst = opening();
   loadPreferences();
-  fillStrings();
+  bound = true;
+  fillStrings(Object.keys(TEXT));
   for (const part of parts) part.bind?.();
+  listKeys();
   render();
   if (!touch.matches) focusAfterClick();
   const asking = wantedServer();
@@ -529,10 +535,10 @@ async function start() {
   for (const chat of await store.read("conversations")) state.chats.set(chat.id, chat);
   await takeOverOldChat();
   if (!asking) watchServer();
-  const view = viewAt(location.hash), wanted = [location.hash.slice(1), lastPlace()].find(id => state.chats.has(id)) ?? "";
+  const {hash} = location, view = viewAt(hash), wanted = [hash.slice(1), lastPlace()].find(id => state.chats.has(id)) ?? "";
   const typed = $("message").value;                     // while the scripts were loading
   await (isFirst() ? openChat(wanted) : loadDraft(draftKey()));         // the reader may have begun a chat
-  view?.open();
+  view?.open(hash);
   if (typed && !state.draft.text) setDraft(typed);
   adoptAll();
   started = true;
@@ -569,7 +575,7 @@ register({
 });
 
 share({render, announce, followEnd, openView, viewAt, closeViews, openMenu, confirmed, onEnter, fitHeight, setDraft,
-  focusAfterClick, renderState, start});
+  focusAfterClick, renderState, fillStrings, start});
 }
 
 start();

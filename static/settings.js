@@ -517,6 +517,6 @@ register({
   },
 });
 
-share({changesOf, openServer, keyText, wantKey, useServer, wantedServer, growCalls, isAnswered, messagesOfCalls, calculated,
+share({changesOf, openServer, keyText, wantKey, useServer, wantedServer, chooseModel, growCalls, isAnswered, messagesOfCalls, calculated,
   ownPrompts, keepPrompts, usePrompt, takePrompts});
 }
