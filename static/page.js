@@ -263,7 +263,7 @@ const offered = {names: [], at: 0, closed: ""};       // `closed`: the text for 
 
 function offerCommands() {
   const {text, files} = state.draft, begun = /^\/(\w*)$/.exec(text)?.[1];
-  const names = begun === undefined || files.length || text === offered.closed ? [] : Object.keys(COMMANDS).filter(name => name.startsWith(begun));
+  const names = begun === undefined || files.length || text === offered.closed ? [] : commandNames().filter(name => name.startsWith(begun));
   if (names.join() !== offered.names.join()) Object.assign(offered, {names, at: 0});
   if (text !== offered.closed) offered.closed = "";
   const list = $("commands"), message = $("message");
@@ -346,8 +346,11 @@ const COMMANDS = {
   ...Object.fromEntries(PARAMETERS.map(parameter => [parameter.command, value => setParameter(parameter, value)])),
   system: value => { changeChat(state.chat, {system: value}); say(value ? TEXT.systemIs(value) : TEXT.systemIsEmpty); },
   clear: () => newChat(),
-  help: () => say(TEXT.help(Object.keys(COMMANDS).map(name => [`/${name}`, valueOf(name)].join(" ").trim()))),
+  help: () => say(TEXT.help(commandNames().map(name => [`/${name}`, valueOf(name)].join(" ").trim()))),
 };
+
+// Those of thinking only where the model thinks.
+const commandNames = () => Object.keys(COMMANDS).filter(name => name !== "effort" && name !== "budget" || state.model.can.reasoning !== false);
 
 const parameterOf = name => PARAMETERS.find(({command}) => command === name);
 
@@ -486,7 +489,7 @@ register({
 const typing = target => target.closest?.("input, textarea, select, [contenteditable]");
 
 function onKey(event) {
-  const control = event.ctrlKey || event.metaKey, dialog = document.querySelector("dialog[open], [popover]:popover-open");
+  const control = event.ctrlKey || event.metaKey, dialog = document.querySelector("dialog:modal, [popover]:popover-open");
   if (composing(event)) return;
   if (event.key === "Escape" && !dialog) return onEscape();
   if (dialog) return;

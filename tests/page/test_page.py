@@ -582,7 +582,7 @@ def test_an_overloaded_server_can_be_asked_again(page, stand_in, name):
 
 
 @pytest.mark.parametrize("question, text", [("broken", "The worker died"),
-                                            pytest.param("cut off", "ended before the answer did", marks=pytest.mark.slow)])
+                                            pytest.param("cut off", "The server stopped in the middle of this answer", marks=pytest.mark.slow)])
 def test_an_error_in_the_stream_keeps_the_text_before_it(page, stand_in, question, text):
     open_page(page, stand_in.url)
     ask(page, question)
