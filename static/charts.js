@@ -13,7 +13,7 @@ function makeChart(box, {write, lines = 1, steps = false, onDraw = () => {}}) {
   const shownAt = at => steps ? number(at) : new Date(1000 * at).toLocaleTimeString();
   const range = (_, low, high) => steps ? [low - (high - low) / 8 - 1e-6, high + (high - low) / 8 + 1e-6] : [0, high > 0 ? high * 1.1 : 1];
   const room = (_, texts) => 12 + 6.5 * Math.max(8, ...(texts ?? []).map(text => text.length));
-  return new uPlot({width: box.clientWidth || 300, height: box.clientHeight || 120, legend: {show: false}, cursor: {show: false}, padding: [8, 12, 0, 0],
+  return new uPlot({width: box.clientWidth || 300, height: box.clientHeight || 120, legend: {show: false}, cursor: {show: false}, padding: [8, steps ? 28 : 34, 0, 0],
     hooks: {draw: [onDraw]}, scales: {x: {time: !steps, ...(steps ? {} : {range: (_, low, high) => [Math.min(low, high - 60), high]})}, y: {range}},
     axes: [{...axis, size: 24, space: 90, incrs: steps ? WHOLE : undefined, values: (_, ticks) => ticks.map(shownAt)},
       {...axis, size: room, space: 34, values: (_, ticks) => ticks.map(write)}],

@@ -13,7 +13,9 @@ shareLate("status", "openStatus");
 shareLate("run", "openRun");
 
 register({
-  strings: {serverStatus: "Server status", backToChat: "Back to the chat", trainingRun: "Training run"},
+  strings: {
+    serverStatus: "Server status", backToChat: "Back to the chat", trainingRun: "Training run",
+  },
   bind() {
     for (const leave of document.querySelectorAll("button.leave")) leave.onclick = () => openChat(state.chat.id).then(focusAfterClick);
   },

@@ -178,7 +178,7 @@ def visitor(browser, **options):
         yield context.new_page()
     finally:
         context.close()
-    assert faults == []
+    assert faults == [], faults
 
 
 @pytest.fixture
