@@ -14,13 +14,16 @@ function makeChart(box, {write, lines = 1, steps = false, onDraw = () => {}}) {
   const range = (_, low, high) => steps ? [low - (high - low) / 8 - 1e-6, high + (high - low) / 8 + 1e-6] : [0, high > 0 ? high * 1.1 : 1];
   const room = (_, texts) => 12 + 6.5 * Math.max(8, ...(texts ?? []).map(text => text.length));
   return new uPlot({width: box.clientWidth || 300, height: box.clientHeight || 120, legend: {show: false}, cursor: {show: false}, padding: [8, steps ? 28 : 34, 0, 0],
-    hooks: {draw: [onDraw]}, scales: {x: {time: !steps, ...(steps ? {} : {range: (_, low, high) => [Math.min(low, high - 60), high]})}, y: {range}},
+    hooks: {draw: [onDraw]}, scales: {x: {time: !steps, ...(steps ? {} : {range: lastMinute})}, y: {range}},
     axes: [{...axis, size: 24, space: 90, incrs: steps ? WHOLE : undefined, values: (_, ticks) => ticks.map(shownAt)},
       {...axis, size: room, space: 34, values: (_, ticks) => ticks.map(write)}],
     series: [{}, line("--accent"), line("--amber")].slice(0, 1 + lines)}, [[], [], []].slice(0, 1 + lines), box);
 }
 
 const WHOLE = Array.from({length: 10}, (_, i) => 10 ** i).flatMap(one => [one, 2 * one, 5 * one]);      // between two labels of steps
+
+// At least a minute; around a single time uPlot would show days.
+const lastMinute = (_, low, high) => high - low >= 86400 ? [low - 60, low] : [Math.min(low, high - 60), high];
 
 // Gives a chart its data, and its box's width, which may have changed.
 function drawChart(plot, box, data) {

@@ -175,6 +175,7 @@ function openServer() {
   setText($("server-title"), locked ? TEXT.keyTitle : TEXT.server);
   $("another-server").open = !locked;
   $("server-reset").hidden = locked;
+  $("server-key").placeholder = locked ? "" : TEXT.none;
   $("server-dialog").showModal();
   showProblems("", locked && state.refusedKey ? TEXT.wrongKey : "");
 }
