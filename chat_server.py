@@ -464,11 +464,13 @@ def create_app(catalogue: Catalogue, settings: Settings) -> web.Application:
 
 def announce(catalogue: Catalogue, settings: Settings, port: int):
     urls = [f"  {url}{settings.prefix and settings.prefix + '/'}" for url in server_urls(settings.host, port)]
-    for line in [*catalogue.describe(), "Application startup complete", *urls]:
+    for line in catalogue.describe():
         tell(line, file=sys.stdout)
     if not settings.keys and not is_loopback(settings.host):
         tell("Warning: anyone who can reach this port can use the server; --api-key KEY or --host 127.0.0.1 "
              "prevents that", logging.WARNING, sys.stdout)
+    for line in ("Application startup complete", *urls):
+        tell(line, file=sys.stdout)
 
 
 def warn_of_another_program():
@@ -496,8 +498,8 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
             try:
                 if await first_of(catalogue.wait_ready(), drain.wait()) == 0:
                     progress.close()
-                    announce(catalogue, settings, listener.getsockname()[1])
                     await asyncio.to_thread(warn_of_another_program)
+                    announce(catalogue, settings, listener.getsockname()[1])
                     await drain.wait()
                     tell("Stopping: running answers may finish; a second signal stops now.")
                     await first_of(catalogue.drain(settings.drain_timeout), now.wait())

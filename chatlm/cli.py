@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence as Seq
@@ -269,8 +270,9 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         command = words.pop(0).replace("server", "serve")
     usage, opening, examples = HELP[command]
     about = [opening] if command == "check" else [opening, ABOUT_MODELS, ABOUT_FLAGS]
+    width = max(24, min(96, shutil.get_terminal_size((98, 24)).columns - 2))
     parser = CommandLine(prog="chat_server.py", usage=usage, allow_abbrev=False, formatter_class=help_lines,
-                         description="\n\n".join(textwrap.fill(part, 96) for part in about),
+                         description="\n\n".join(textwrap.fill(part, width) for part in about),
                          epilog=examples and f"Examples:\n{examples[1:]}")
     several_words = command in (*SEVERAL, "generate")
     if command != "check":

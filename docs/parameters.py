@@ -17,12 +17,16 @@ from chatlm.front.api.tables import OPENAI_FIELDS, SAMPLED      # noqa: E402
 
 OTHERS = ("reasoning_effort", "thinking_budget", "max_tokens", "seed")      # besides the sampling parameters that are numbers
 UNFOLDED = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")
+SLIDERS = {     # least, most, step; other numbers have a slider if they are at most 2 apart
+    "temperature": (0, 2, 0.05), "top_k": (0, 200, 1), "min_p": (0, 0.5, 0.01), "presence_penalty": (-2, 2, 0.1), "frequency_penalty": (-2, 2, 0.1),
+    "repetition_penalty": (0.5, 2, 0.01), "dry_multiplier": (0, 5, 0.05), "dry_base": (1, 4, 0.05), "dry_allowed_length": (0, 20, 1),
+    "dry_penalty_last_n": (-1, 4096, 1), "top_n_sigma": (0, 5, 0.1), "max_tokens": (1, 4096, 1)}
 SAFE_INTEGER = 2**53 - 1        # the largest in JavaScript
 HEAD = """\
 // Made by `python docs/parameters.py` from chatlm/front/api/tables.py; a test compares the two.
 //
-// What can be set for a chat; "" or absent is the server's default. `command` is the word after a slash. `folded`: shown under
-// "More parameters"; `apart`: not among the settings.
+// What can be set for a chat; "" or absent is the server's default. `command` is the word after a slash. `slider`: its least and most
+// value and its step. `folded`: shown under "More parameters"; `apart`: not among the settings.
 "use strict";
 
 {
@@ -49,6 +53,8 @@ def row(field) -> dict:
     bounds = {"choices": ["none", "low", "medium", "high"]} if field.type is EFFORT else {
         "min": 1 if field.name == "max_tokens" else 0 if field.type is TOP_K else low, "max": high if high < math.inf else SAFE_INTEGER,
         "step": 1 if whole else "any"}
+    if field.name in SLIDERS or field.type is NUMBER and bounds["max"] - bounds["min"] <= 2:
+        bounds["slider"] = [*SLIDERS.get(field.name, (bounds["min"], bounds["max"], 0.01))]
     places = {"apart": True} if field.name == "thinking_budget" else {} if field.name in UNFOLDED else {"folded": True}
     return {"name": field.name, "command": re.sub("_penalty$|^reasoning_|^thinking_|_", "", field.name), **bounds, **places}
 

@@ -4,10 +4,14 @@
 """
 
 import html
+import json
+import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,8 +21,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from browsing import (CHROMIUM, SLOW_MS, answers, ask, button, expect, expect_answered, fake_front, inside, menu, open_page,      # noqa: E402
                       playwright, questions, started_server)
+import tiny_training                                                        # noqa: E402
 from page_server import StandIn                                              # noqa: E402
 
+FLAG = """Here it is:
+
+```svg
+<svg xmlns="http://www.w3.org/2000/svg" width="240" height="160" viewBox="0 0 3 2">
+  <rect width="3" height="2" fill="#fff" stroke="#ddd" stroke-width=".02"/>
+  <circle cx="1.5" cy="1" r=".6" fill="#bc002d"/>
+</svg>
+```
+"""
 QUESTIONS = ("What is the capital of Japan?", "Show me a Python function that reverses a string")
 SIZES = {"light": ({"width": 1200, "height": 760}, "light"), "dark": ({"width": 1200, "height": 760}, "dark"),
          "phone": ({"width": 390, "height": 760}, "light")}
@@ -72,7 +86,12 @@ def keep_prompts(page):
     menu(page, "Prompts")
 
 
-LOOKS = {"lens": (look_through, 1200, 620, "light"), "server": (look_at_the_server, 390, 760, "dark"), "compare": (compare, 1200, 620, "dark"),
+def set_parameters(page):
+    button(page, "Settings").click()
+    page.get_by_role("dialog", name="Settings").get_by_role("heading", name="Settings").click()
+
+
+LOOKS = {"settings": (set_parameters, 1200, 620, "dark"), "lens": (look_through, 1200, 620, "light"), "server": (look_at_the_server, 390, 760, "dark"), "compare": (compare, 1200, 620, "dark"),
          "prompt": (look_at_the_prompt, 900, 620, "light"), "prompts": (keep_prompts, 900, 620, "light")}
 
 
@@ -86,6 +105,40 @@ def picture_of_looks(browser, url, name):
     act(page)
     page.screenshot(path=DOCS / f"{name}.png")
     page.context.close()
+
+
+def picture_of_a_run(browser):
+    """A tiny model that learns a text, which is its held-out text too."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        shutil.copytree(ROOT / "tests/fixtures/nanochat/gen1/tokenizer", base / "tokenizer")
+        tokenizer = pickle.loads((base / "tokenizer/tokenizer.pkl").read_bytes())
+        (text := Path(folder) / "text.txt").write_text(tiny_training.TEXT)
+        for _ in tiny_training.train(base, 60, 5, ids=tokenizer.encode_ordinary(tiny_training.TEXT)):
+            pass
+        with started_server("--watch", str(base), "--watch-text", str(text), "--nice", "0") as url:
+            page = browser.new_page(viewport={"width": 1200, "height": 760})
+            open_page(page, url, "#run/d2")
+            expect(page.get_by_role("img", name=re.compile("^5: .*, 60: "))).to_be_visible(timeout=10 * SLOW_MS)
+            expect(page.locator("#run-now")).not_to_contain_text("for a score", timeout=10 * SLOW_MS)
+            page.evaluate("() => { for (let at = 0; at < 3; at++) document.getElementById('run-step').stepDown(); document.getElementById('run-step').oninput({target: document.getElementById('run-step')}); }")
+            page.screenshot(path=DOCS / "run.png")
+            page.context.close()
+
+
+def picture_of_a_preview(browser):
+    stand_in = StandIn()
+    page = browser.new_page(viewport={"width": 900, "height": 620})
+    open_page(page, stand_in.url)
+    page.evaluate("text => importAll(importOf(text), 'it')", json.dumps({"messages": [
+        {"role": "user", "content": "Draw the flag of Japan as SVG."}, {"role": "assistant", "content": FLAG}]}))
+    button(page, "Preview").click()
+    expect(page.frame_locator("iframe").locator("circle")).to_be_visible()
+    page.mouse.move(0, 0)
+    page.wait_for_function("() => document.querySelector('iframe').style.height")
+    page.screenshot(path=DOCS / "preview.png")
+    page.context.close()
+    stand_in.close()
 
 
 def picture_of_calls(browser):
@@ -162,6 +215,8 @@ def main():
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         picture_of_terminal(browser)
         picture_of_calls(browser)
+        picture_of_a_run(browser)
+        picture_of_a_preview(browser)
         picture_of_a_text(browser)
         with started_server() as url:
             for name in SIZES:

@@ -681,7 +681,7 @@ register({
     });
     addEventListener("popstate", () => {
       const view = viewAt(location.hash);
-      if (view) view.open();
+      if (view) view.open(location.hash);
       else if (openView() || location.hash.slice(1) !== state.chat.id) openChat(location.hash.slice(1));
     });
     addEventListener("storage", event => {

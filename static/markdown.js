@@ -349,7 +349,7 @@ class Code extends Leaf {
   constructor(view, language, fence = null) {
     super(view);
     Object.assign(this, {language, fence, text: "", line: null, blanks: 0, code: new CodeText(language)});
-    this.add(codeBox(language, this.code.element));
+    this.box = this.add(codeBox(language, this.code.element));
   }
   set(content, whole) {
     if (!this.fence && !content.trim()) { if (whole) this.blanks++; return; }
@@ -362,6 +362,7 @@ class Code extends Leaf {
   end() {
     if (this.line !== null) this.set(this.line, true);
     this.draw(true);
+    this.box.querySelector(".preview-code").hidden = !isDrawable(this.language, this.code.element.textContent);
   }
 }
 
@@ -448,12 +449,20 @@ function codeBox(language, code) {
   const wrap = act(TEXT.wrap, "wrap", () => wrap.setAttribute("aria-pressed", pre.classList.toggle("wrapped")));
   wrap.setAttribute("aria-pressed", "false");
   const save = act(TEXT.downloadCode, "export", () => download(code.textContent, `code.${EXTENSIONS[language] ?? (/^[a-z0-9]{1,8}$/.exec(language) ?? "txt")}`, "text/plain"));
+  const preview = element("button", {type: "button", className: "preview-code icon plain i-play", textContent: TEXT.preview,
+    hidden: !isDrawable(language, code.textContent), onclick: ({currentTarget}) => togglePreview(currentTarget)});
+  preview.setAttribute("aria-pressed", "false");
   const pre = element("pre", {tabIndex: 0}, code);          // so that wide code scrolls by keyboard
   pre.setAttribute("role", "group");
   pre.setAttribute("aria-label", TEXT.codeIn(language));
   return element("div", {className: "code"},
-    element("div", {className: "code-bar"}, element("span", {textContent: language || "text"}), wrap, save, copy), pre);
+    element("div", {className: "code-bar"}, element("span", {textContent: language || "text"}), preview, wrap, save, copy), pre);
 }
+
+// Whether code is a page or a drawing; some models call a drawing XML.
+const isDrawable = (language, text) => /^(x?html?|svg)$/i.test(language) || /^xml$/i.test(language) && /^\s*(<\?xml[^>]*>\s*)?<svg[\s>]/.test(text);
+
+shareLate("preview", "togglePreview");
 
 // File extensions that differ from the language's name.
 const EXTENSIONS = {python: "py", javascript: "js", typescript: "ts", bash: "sh", shell: "sh", ruby: "rb", rust: "rs", markdown: "md", perl: "pl",

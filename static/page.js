@@ -97,9 +97,9 @@ function onScroll() {
 }
 
 // The view shown instead of the chat, or undefined.
-const openView = () => parts.find(({view}) => view?.isOpen())?.view;
-const viewAt = hash => parts.find(({view}) => view?.hash === hash)?.view;
-const closeViews = () => parts.forEach(({view}) => view?.close());
+const openView = () => parts.find(({view}) => view?.isOpen?.())?.view;
+const viewAt = hash => parts.find(({view}) => view?.hash && (hash === view.hash || hash.startsWith(`${view.hash}/`)))?.view;
+const closeViews = () => parts.forEach(({view}) => view?.close?.());
 
 // menus ---------------------------------------------------------------------------------------------------------------
 
@@ -263,7 +263,7 @@ const offered = {names: [], at: 0, closed: ""};       // `closed`: the text for 
 
 function offerCommands() {
   const {text, files} = state.draft, begun = /^\/(\w*)$/.exec(text)?.[1];
-  const names = begun === undefined || files.length || text === offered.closed ? [] : Object.keys(COMMANDS).filter(name => name.startsWith(begun));
+  const names = begun === undefined || files.length || text === offered.closed ? [] : commandNames().filter(name => name.startsWith(begun));
   if (names.join() !== offered.names.join()) Object.assign(offered, {names, at: 0});
   if (text !== offered.closed) offered.closed = "";
   const list = $("commands"), message = $("message");
@@ -346,8 +346,11 @@ const COMMANDS = {
   ...Object.fromEntries(PARAMETERS.map(parameter => [parameter.command, value => setParameter(parameter, value)])),
   system: value => { changeChat(state.chat, {system: value}); say(value ? TEXT.systemIs(value) : TEXT.systemIsEmpty); },
   clear: () => newChat(),
-  help: () => say(TEXT.help(Object.keys(COMMANDS).map(name => [`/${name}`, valueOf(name)].join(" ").trim()))),
+  help: () => say(TEXT.help(commandNames().map(name => [`/${name}`, valueOf(name)].join(" ").trim()))),
 };
+
+// Those of thinking only where the model thinks.
+const commandNames = () => Object.keys(COMMANDS).filter(name => name !== "effort" && name !== "budget" || state.model.can.reasoning !== false);
 
 const parameterOf = name => PARAMETERS.find(({command}) => command === name);
 
@@ -486,7 +489,7 @@ register({
 const typing = target => target.closest?.("input, textarea, select, [contenteditable]");
 
 function onKey(event) {
-  const control = event.ctrlKey || event.metaKey, dialog = document.querySelector("dialog[open], [popover]:popover-open");
+  const control = event.ctrlKey || event.metaKey, dialog = document.querySelector("dialog:modal, [popover]:popover-open");
   if (composing(event)) return;
   if (event.key === "Escape" && !dialog) return onEscape();
   if (dialog) return;
@@ -505,12 +508,16 @@ function onEscape() {
 
 // start ---------------------------------------------------------------------------------------------------------------
 
-// All texts of the page are in TEXT: data-text names a node's text, data-label its accessible name, data-hint its placeholder.
-function fillStrings() {
-  for (const node of document.querySelectorAll("[data-text]")) node.textContent = TEXT[node.dataset.text];
-  for (const node of document.querySelectorAll("[data-label]")) node.setAttribute("aria-label", TEXT[node.dataset.label]);
-  for (const node of document.querySelectorAll("button[data-label]")) node.title = TEXT[node.dataset.label];
-  for (const node of document.querySelectorAll("[data-hint]")) node.placeholder = TEXT[node.dataset.hint];
+// Texts are in TEXT: data-text names a node's text, data-label its accessible name, data-hint its placeholder.
+function fillStrings(names) {
+  const named = attribute => [...document.querySelectorAll(`[data-${attribute}]`)].filter(({dataset}) => names.includes(dataset[attribute]));
+  for (const node of named("text")) node.textContent = TEXT[node.dataset.text];
+  for (const node of named("label")) node.setAttribute("aria-label", TEXT[node.dataset.label]);
+  for (const node of named("label").filter(({localName}) => localName === "button")) node.title = TEXT[node.dataset.label];
+  for (const node of named("hint")) node.placeholder = TEXT[node.dataset.hint];
+}
+
+function listKeys() {
   $("keys").append(...TEXT.keys.map(([keys, what]) => element("div", {}, element("dt", {}, ...keys.split(" ").map(key => element("kbd", {textContent: key}))),
     element("dd", {textContent: what}))));
 }
@@ -519,8 +526,10 @@ function fillStrings() {
 async function start() {
   const isFirst = opening();
   loadPreferences();
-  fillStrings();
+  bound = true;
+  fillStrings(Object.keys(TEXT));
   for (const part of parts) part.bind?.();
+  listKeys();
   render();
   if (!touch.matches) focusAfterClick();
   const asking = wantedServer();
@@ -529,10 +538,10 @@ async function start() {
   for (const chat of await store.read("conversations")) state.chats.set(chat.id, chat);
   await takeOverOldChat();
   if (!asking) watchServer();
-  const view = viewAt(location.hash), wanted = [location.hash.slice(1), lastPlace()].find(id => state.chats.has(id)) ?? "";
+  const {hash} = location, view = viewAt(hash), wanted = [hash.slice(1), lastPlace()].find(id => state.chats.has(id)) ?? "";
   const typed = $("message").value;                     // while the scripts were loading
   await (isFirst() ? openChat(wanted) : loadDraft(draftKey()));         // the reader may have begun a chat
-  view?.open();
+  view?.open(hash);
   if (typed && !state.draft.text) setDraft(typed);
   adoptAll();
   started = true;
@@ -569,7 +578,7 @@ register({
 });
 
 share({render, announce, followEnd, openView, viewAt, closeViews, openMenu, confirmed, onEnter, fitHeight, setDraft,
-  focusAfterClick, renderState, start});
+  focusAfterClick, renderState, fillStrings, start});
 }
 
 start();

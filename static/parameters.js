@@ -1,30 +1,30 @@
 // Made by `python docs/parameters.py` from chatlm/front/api/tables.py; a test compares the two.
 //
-// What can be set for a chat; "" or absent is the server's default. `command` is the word after a slash. `folded`: shown under
-// "More parameters"; `apart`: not among the settings.
+// What can be set for a chat; "" or absent is the server's default. `command` is the word after a slash. `slider`: its least and most
+// value and its step. `folded`: shown under "More parameters"; `apart`: not among the settings.
 "use strict";
 
 {
 
 const PARAMETERS = [
-  {name: "temperature", command: "temperature", min: 0, max: 2, step: "any"},
-  {name: "top_k", command: "topk", min: 0, max: 2147483647, step: 1},
-  {name: "top_p", command: "topp", min: 0, max: 1, step: "any"},
-  {name: "min_p", command: "minp", min: 0, max: 1, step: "any"},
-  {name: "presence_penalty", command: "presence", min: -2, max: 2, step: "any", folded: true},
-  {name: "frequency_penalty", command: "frequency", min: -2, max: 2, step: "any", folded: true},
-  {name: "repetition_penalty", command: "repetition", min: 0.01, max: 10, step: "any", folded: true},
-  {name: "typical_p", command: "typicalp", min: 0, max: 1, step: "any", folded: true},
-  {name: "xtc_probability", command: "xtcprobability", min: 0, max: 1, step: "any", folded: true},
-  {name: "xtc_threshold", command: "xtcthreshold", min: 0, max: 1, step: "any", folded: true},
-  {name: "dry_multiplier", command: "drymultiplier", min: 0, max: 100, step: "any", folded: true},
-  {name: "dry_base", command: "drybase", min: 1, max: 100, step: "any", folded: true},
-  {name: "dry_allowed_length", command: "dryallowedlength", min: 0, max: 2147483647, step: 1, folded: true},
-  {name: "dry_penalty_last_n", command: "drypenaltylastn", min: -1, max: 2147483647, step: 1, folded: true},
-  {name: "top_n_sigma", command: "topnsigma", min: -1, max: 1000, step: "any", folded: true},
+  {name: "temperature", command: "temperature", min: 0, max: 2, step: "any", slider: [0, 2, 0.05]},
+  {name: "top_k", command: "topk", min: 0, max: 2147483647, step: 1, slider: [0, 200, 1]},
+  {name: "top_p", command: "topp", min: 0, max: 1, step: "any", slider: [0, 1, 0.01]},
+  {name: "min_p", command: "minp", min: 0, max: 1, step: "any", slider: [0, 0.5, 0.01]},
+  {name: "presence_penalty", command: "presence", min: -2, max: 2, step: "any", slider: [-2, 2, 0.1], folded: true},
+  {name: "frequency_penalty", command: "frequency", min: -2, max: 2, step: "any", slider: [-2, 2, 0.1], folded: true},
+  {name: "repetition_penalty", command: "repetition", min: 0.01, max: 10, step: "any", slider: [0.5, 2, 0.01], folded: true},
+  {name: "typical_p", command: "typicalp", min: 0, max: 1, step: "any", slider: [0, 1, 0.01], folded: true},
+  {name: "xtc_probability", command: "xtcprobability", min: 0, max: 1, step: "any", slider: [0, 1, 0.01], folded: true},
+  {name: "xtc_threshold", command: "xtcthreshold", min: 0, max: 1, step: "any", slider: [0, 1, 0.01], folded: true},
+  {name: "dry_multiplier", command: "drymultiplier", min: 0, max: 100, step: "any", slider: [0, 5, 0.05], folded: true},
+  {name: "dry_base", command: "drybase", min: 1, max: 100, step: "any", slider: [1, 4, 0.05], folded: true},
+  {name: "dry_allowed_length", command: "dryallowedlength", min: 0, max: 2147483647, step: 1, slider: [0, 20, 1], folded: true},
+  {name: "dry_penalty_last_n", command: "drypenaltylastn", min: -1, max: 2147483647, step: 1, slider: [-1, 4096, 1], folded: true},
+  {name: "top_n_sigma", command: "topnsigma", min: -1, max: 1000, step: "any", slider: [0, 5, 0.1], folded: true},
   {name: "reasoning_effort", command: "effort", choices: ["none", "low", "medium", "high"], folded: true},
   {name: "thinking_budget", command: "budget", min: 0, max: 9007199254740991, step: 1, apart: true},
-  {name: "max_tokens", command: "maxtokens", min: 1, max: 9007199254740991, step: 1},
+  {name: "max_tokens", command: "maxtokens", min: 1, max: 9007199254740991, step: 1, slider: [1, 4096, 1]},
   {name: "seed", command: "seed", min: 0, max: 9007199254740991, step: 1},
 ];
 

@@ -6,13 +6,16 @@
 const settingsFields = () => [...$("settings-dialog").querySelectorAll("[data-parameter]")];
 
 const templateAsked = newest();
+const roomy = matchMedia("(min-width: 1000px)");      // then the settings are a panel beside the chat, else a dialog over it
 
 function openSettings() {
-  const isMine = templateAsked();
+  const isMine = templateAsked(), dialog = $("settings-dialog");
   showSettings();
   $("template").textContent = "";
   $("more-parameters").open = PARAMETERS.some(({name, folded}) => folded && state.chat.parameters[name] !== undefined);
-  $("settings-dialog").showModal();
+  document.documentElement.classList.toggle("with-settings", roomy.matches);
+  roomy.matches ? dialog.show() : dialog.showModal();
+  $("settings").setAttribute("aria-expanded", "true");
   templateText([{role: "user", content: "…"}]).then(text => {
     if (!isMine()) return;
     $("template").parentElement.hidden = text === null;
@@ -20,16 +23,28 @@ function openSettings() {
   });
 }
 
+function closeSettings() {
+  document.documentElement.classList.remove("with-settings");
+  $("settings").setAttribute("aria-expanded", "false");
+  render();
+}
+
+// What the fields show, as text: the panel follows when the chat, its model or a command changes it.
+const settingsShown = () => JSON.stringify([state.chat.id, state.chat.system, state.chat.parameters, state.model]);
+let lastShown = "";
+
 function showSettings() {
   const {chat: {system, parameters}, model: {defaults}, preferences} = state;
+  lastShown = settingsShown();
   $("system").value = system;
   $("stop-strings").value = (parameters.stop ?? []).join("\n");
   for (const field of settingsFields()) {
     const name = field.dataset.parameter, usual = defaults[name];
     field.value = parameters[name] ?? "";
-    if (name === "reasoning_effort") field.parentElement.hidden = state.model.can.reasoning === false && !field.value;
+    if (name === "reasoning_effort") field.closest(".parameter").hidden = state.model.can.reasoning === false && !field.value;
     field.placeholder = name === "seed" ? TEXT.random : usual !== undefined && usual !== null ? String(usual)
       : name === "max_tokens" && state.model.api === "v1" ? TEXT.restOfContext : TEXT.default;
+    showParameter(field);
   }
   showTools();
   for (const name of SWITCHES) $(name).checked = preferences[name];
@@ -40,17 +55,56 @@ function showSettings() {
   $("delete-preset").hidden = true;
 }
 
+// One row: the name with its field, a slider that sets the field, and a sentence. Without a value the slider stands at the default.
+function parameterRow(parameter) {
+  const {name, min, max, step, slider, choices} = parameter;
+  const field = choices ? element("select", {}, ...["", ...choices].map(value => element("option", {value, textContent: value || TEXT.default})))
+    : element("input", {type: "number", min, max, step: slider?.[2] ?? step, inputMode: step === 1 ? "numeric" : "decimal"});
+  field.dataset.parameter = name;
+  field.setAttribute("aria-describedby", `about-${name}`);
+  const reset = iconButton(TEXT.resetParameter(TEXT.parameters[name]), "close", () => { field.value = ""; field.dispatchEvent(new Event("input", {bubbles: true})); field.focus(); });
+  const row = element("div", {className: "parameter"}, element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field), reset);
+  if (slider) {
+    const [low, high, by] = slider, range = element("input", {type: "range", min: low, max: high, step: by, tabIndex: -1, ariaHidden: "true"});       // the field does the same with the keyboard
+    range.oninput = event => { event.stopPropagation(); field.value = range.value; field.dispatchEvent(new Event("input", {bubbles: true})); };
+    row.append(range);
+  }
+  row.append(element("p", {className: "hint", id: `about-${name}`}));
+  return row;
+}
+
+// Makes the slider and the sentence of a row follow its field.
+function showParameter(field) {
+  const name = field.dataset.parameter, row = field.closest(".parameter"), range = row.querySelector("[type=range]"), hint = row.querySelector(".hint");
+  const parameter = PARAMETERS.find(each => each.name === name), value = parameterValue(parameter, field.value);
+  const wrong = Boolean(field.validity?.badInput || field.value && value === undefined);
+  field.setAttribute("aria-invalid", wrong);
+  hint.classList.toggle("wrong", wrong);
+  setText(hint, wrong ? TEXT.badField(parameter) : sentence(TEXT.parameterHints[name]));
+  row.querySelector("button").hidden = !field.value && !wrong;
+  if (!range) return;
+  if (name === "max_tokens") range.max = state.model.context || parameter.slider[1];
+  range.classList.toggle("unset", value === undefined);
+  range.value = value ?? state.model.defaults[name] ?? (name === "max_tokens" ? range.max : NEUTRAL[name] ?? range.min);
+}
+
+// Where a slider stands without a value, if the server names no default: where the parameter has no effect.
+const NEUTRAL = {temperature: 1, top_p: 1, typical_p: 1, repetition_penalty: 1, presence_penalty: 0, frequency_penalty: 0};
+
 function takeSettings() {
   const parameters = {};
   for (const parameter of PARAMETERS.filter(({apart}) => !apart)) {
     const field = settingsFields().find(each => each.dataset.parameter === parameter.name);
     const value = parameterValue(parameter, field.value);
     if (value !== undefined) parameters[parameter.name] = value;
+    showParameter(field);
   }
   const stop = $("stop-strings").value.split("\n").filter(Boolean).slice(0, 4);
   if (stop.length) parameters.stop = stop;
   Object.assign(parameters, takeTools());
   changeChat(state.chat, {system: $("system").value, parameters});
+  lastShown = settingsShown();
+  render();
 }
 
 // What differs from a model's defaults, in words: "temperature 0.2", "system prompt".
@@ -80,6 +134,7 @@ function choosePreset(name) {
   showSettings();
   $("preset").value = name;
   $("delete-preset").hidden = name.startsWith("=");
+  render();
 }
 
 function savePreset() {
@@ -120,6 +175,7 @@ function openServer() {
   setText($("server-title"), locked ? TEXT.keyTitle : TEXT.server);
   $("another-server").open = !locked;
   $("server-reset").hidden = locked;
+  $("server-key").placeholder = locked ? "" : TEXT.none;
   $("server-dialog").showModal();
   showProblems("", locked && state.refusedKey ? TEXT.wrongKey : "");
 }
@@ -206,7 +262,10 @@ function chooseModel(name) {
 
 register({
   strings: {
-    settingsChat: "This chat", settingsPage: "This page", settingsHint: "Empty fields use the server's defaults.",
+    settingsChat: "This chat", settingsPage: "This page", settingsHint: "An empty field leaves the choice to the server.",
+    defaultsHint: "Defaults empties the system prompt and all parameters of this chat.",
+    newChatsHint: "Use for new chats: they begin with what is set here; other chats keep theirs.",
+    resetParameter: name => `${name}: back to the default`, badField: ({min, max, step, choices}) => choices ? choices.join(", ") : `This must be a ${step === 1 ? "whole number" : "number"} from ${number(min)} to ${number(max)}.`,
     systemPrompt: "System prompt", systemHint: "none", templateAdds: "How the model's template renders a message “…”", preset: "Preset",
     choosePreset: "Choose…", presets: {precise: "Precise", creative: "Creative", repeatable: "Repeatable"}, presetName: "Name of the preset",
     savePreset: "Save as preset", deletePreset: "Delete preset", presetSaved: name => `Saved as “${name}”`,
@@ -232,28 +291,27 @@ register({
     bytes: count => count < 1e9 ? `${number(Math.round(count / 1e6))} MB` : `${number(count / 1e9)} GB`,
   },
   bind() {
-    $("settings").onclick = $("changed").onclick = openSettings;
-    const dialog = $("settings-dialog");
-    const inGrid = PARAMETERS.filter(({apart}) => !apart), labels = inGrid.map(({name, min, max, step, choices}) => {
-      const field = choices ? element("select", {}, ...["", ...choices].map(value => element("option", {value, textContent: value || TEXT.default})))
-        : element("input", {type: "number", min, max, step, inputMode: step === 1 ? "numeric" : "decimal"});
-      field.dataset.parameter = name;
-      return element("label", {title: TEXT.parameterHints[name]}, element("span", {textContent: TEXT.parameters[name]}), field);
+    const dialog = $("settings-dialog"), rows = folded => PARAMETERS.filter(each => !each.apart && Boolean(each.folded) === folded).map(parameterRow);
+    $("settings").onclick = () => dialog.open ? dialog.close() : openSettings();
+    $("changed").onclick = () => { if (!dialog.open) openSettings(); };
+    $("settings").setAttribute("aria-expanded", "false");
+    $("parameters").append(...rows(false));
+    $("more-parameters").lastElementChild.append(...rows(true));
+    dialog.addEventListener("keydown", event => {
+      if (event.key === "Escape" && !composing(event)) { event.stopPropagation(); dialog.close(); }
     });
-    const fold = folded => labels.filter((label, i) => Boolean(inGrid[i].folded) === folded);
-    $("parameters").append(...fold(false));
-    $("more-parameters").lastElementChild.append(...fold(true));
+    roomy.addEventListener("change", () => { if (dialog.open) { dialog.close(); openSettings(); } });
     dialog.addEventListener("input", ({target}) => {
       if (SWITCHES.includes(target.id)) changeSwitch(target);
       else if (!["preset", "preset-name"].includes(target.id)) takeSettings();
     });
-    dialog.addEventListener("close", render);
+    dialog.addEventListener("close", closeSettings);
     $("notify").parentElement.hidden = typeof Notification === "undefined" || !isSecureContext;
     $("preset").onchange = ({target}) => choosePreset(target.value);
     $("save-preset").onclick = savePreset;
     $("delete-preset").onclick = deletePreset;
     $("preset-name").onkeydown = event => { if (event.key === "Enter") { event.preventDefault(); savePreset(); } };
-    $("settings-reset").onclick = () => { changeChat(state.chat, {system: "", parameters: {}}); showSettings(); };
+    $("settings-reset").onclick = () => { changeChat(state.chat, {system: "", parameters: {}}); showSettings(); render(); };
     $("for-new-chats").onclick = () => {
       const {system, parameters} = state.chat;
       changePreferences({defaults: {system, parameters}});
@@ -270,6 +328,7 @@ register({
   render() {
     renderModels();
     renderChanged();
+    if ($("settings-dialog").open && lastShown !== settingsShown()) showSettings();
   },
 });
 
@@ -517,6 +576,6 @@ register({
   },
 });
 
-share({changesOf, openServer, keyText, wantKey, useServer, wantedServer, growCalls, isAnswered, messagesOfCalls, calculated,
+share({changesOf, openServer, keyText, wantKey, useServer, wantedServer, chooseModel, growCalls, isAnswered, messagesOfCalls, calculated,
   ownPrompts, keepPrompts, usePrompt, takePrompts});
 }

@@ -22,16 +22,16 @@ const SHARES = [0.5, 0.95];       // the percentiles shown
 function openStatus() {
   if (location.hash !== "#server") history.pushState(null, "", `${location.pathname}${location.search}#server`);
   if (glanced) return;
-  glanced = {isNews: inOrder(), samples: [], looks: [], charts: null, runs: {}, timer: setInterval(lookAtServer, STATUS_MS)};
+  glanced = {isNews: inOrder(), samples: [], looks: [], charts: null, timer: setInterval(lookAtServer, STATUS_MS)};
   render();
   $("status").focus({preventScroll: true});
-  need("uplot").then(lookAtServer);
+  Promise.all([need("charts"), need("uplot")]).then(lookAtServer);
 }
 
 function closeStatus() {
   if (!glanced) return;
   clearInterval(glanced.timer);
-  [...glanced.charts ?? [], ...Object.values(glanced.runs)].forEach(({plot}) => plot.destroy());
+  glanced.charts?.forEach(({plot}) => plot.destroy());
   glanced = null;
   $("status-charts").replaceChildren();
 }
@@ -95,20 +95,8 @@ function showStatus(stats, {samples, looks}) {
   const several = new Set(workers.map(({model}) => model)).size > 1;
   fillTable("status-workers", [...(several ? ["model"] : []), "worker", "device", "state", "running", "restarts"], workers.map(each => [...(several ? [each.model] : []),
     each.gpu_id, each.node ? `${each.node} ${each.device}` : each.device, each.state, number(each.running ?? 0), number(each.restarts ?? 0)]));
-  if (typeof uPlot === "function") { drawCharts(samples); drawRuns(models); }
-}
-
-// Training runs: how well their checkpoints predict a text, by step.
-function drawRuns(models) {
-  const steps = models.filter(({run, bits_per_byte: bits}) => run && typeof bits === "number").sort((a, b) => a.step - b.step);
-  for (const run of new Set(steps.map(each => each.run))) {
-    const points = steps.filter((each, i) => each.run === run && steps.findIndex(other => other.run === run && other.step === each.step) === i);
-    if (points.length < 2) continue;
-    const chart = glanced.runs[run] ??= makeChart([TEXT.bitsOf(run), value => value.toFixed(3)], 1, step => number(step));
-    const bits = points.map(each => each.bits_per_byte);
-    chart.plot.setData([points.map(({step}) => step), bits]);
-    chart.figure.setAttribute("aria-label", points.map(({step, bits_per_byte: each}) => `${number(step)}: ${each.toFixed(3)}`).join(", "));
-  }
+  $("status-runs").replaceChildren(...runsOf().map(run => button(`${TEXT.trainingRun} ${run}`, "chart", () => openRun(run))));
+  if (typeof uPlot === "function" && typeof makeChart === "function") drawCharts(samples);
 }
 
 function fillTable(id, names, rows) {
@@ -118,57 +106,30 @@ function fillTable(id, names, rows) {
 }
 
 function drawCharts(samples) {
-  glanced.charts ??= CHARTS.map(chart => makeChart(chart, chart[2](samples[0]).length));
-  const times = samples.map(({at}) => at);
-  for (const {values, plot, figure, name, write} of glanced.charts) {
-    const lines = samples.map(values), data = [times, ...lines[0].map((_, line) => lines.map(each => each[line]))];
-    const now = lines.at(-1).map(value => value === null ? "–" : write(value)).join(" / ");
-    figure.setAttribute("aria-label", `${TEXT.status[name]}: ${now}`);
-    plot.setData(data);
-    const width = figure.clientWidth;
-    if (width && plot.width !== width) plot.setSize({width, height: plot.height});
+  glanced.charts ??= CHARTS.map(([name, write, values]) => {
+    const box = element("div", {className: "chart", role: "img"});
+    $("status-charts").append(element("figure", {}, element("figcaption", {textContent: TEXT.status[name]}), box));
+    return {name, write, values, box, plot: makeChart(box, {write, lines: values(samples[0]).length})};
+  });
+  for (const {values, plot, box, name, write} of glanced.charts) {
+    const lines = samples.map(values), now = lines.at(-1).map(value => value === null ? "–" : write(value)).join(" / ");
+    box.setAttribute("aria-label", `${TEXT.status[name]}: ${now}`);
+    drawChart(plot, box, [samples.map(({at}) => at), ...lines[0].map((_, line) => lines.map(each => each[line]))]);
   }
-}
-
-function redrawCharts() {
-  for (const {plot} of [...glanced?.charts ?? [], ...Object.values(glanced?.runs ?? {})]) plot.redraw();
-}
-
-function makeChart([name, write, values], lines, shownAt = at => new Date(1000 * at).toLocaleTimeString()) {
-  const figure = element("div", {className: "chart"});
-  figure.setAttribute("role", "img");
-  $("status-charts").append(element("figure", {}, element("figcaption", {textContent: TEXT.status[name] ?? name}), figure));
-  const font = "11px system-ui, sans-serif", grid = {stroke: () => resolved("--line"), width: 1}, line = stroke => ({stroke: () => resolved(stroke), width: 1.5, points: {show: !values, size: 5, fill: () => resolved(stroke)}});
-  const axis = {stroke: () => resolved("--soft"), font, grid, ticks: {show: false}};
-  const plot = new uPlot({width: figure.clientWidth || 300, height: 120, legend: {show: false}, cursor: {show: false}, padding: [8, 12, 0, 0],
-    scales: {x: {time: Boolean(values)}, y: {range: (_, low, high) => !values ? [low - (high - low) / 10, high + (high - low) / 10] : [0, high > 0 ? high * 1.1 : 1]}},
-    axes: [{...axis, size: 24, space: 90, values: (_, ticks) => ticks.map(shownAt)}, {...axis, size: (_, texts) => 12 + 6.5 * Math.max(8, ...(texts ?? []).map(text => text.length)), space: 34, values: (_, ticks) => ticks.map(write)}],
-    series: [{}, line("--accent"), line("--amber")].slice(0, 1 + lines)}, [[], [], []].slice(0, 1 + lines), figure);
-  return {name, write, values, plot, figure};
-}
-
-// One of the page's colours in a form that canvas accepts: an element's computed style resolves light-dark().
-function resolved(variable) {
-  $("status").style.setProperty("outline-color", `var(${variable})`);
-  return getComputedStyle($("status")).outlineColor;
 }
 
 register({
   strings: {
-    serverStatus: "Server status", backToChat: "Back to the chat", noStatus: "Server status is unavailable.", milliseconds: ms => ms < 999.5 ? `${ms < 9.95 ? ms.toFixed(1) : Math.round(ms)} ms` : TEXT.seconds(ms / 1000),
+    noStatus: "Server status is unavailable.", milliseconds: ms => ms < 999.5 ? `${ms < 9.95 ? ms.toFixed(1) : Math.round(ms)} ms` : TEXT.seconds(ms / 1000),
     status: {throughput: "Tokens per second", firstToken: "First token (median / 95 %)", interToken: "Between tokens (median / 95 %)", requests: "Running / waiting",
-      pages: "KV pages in use", memory: "Memory", workers: "Workers ready", restarts: "Worker restarts", delayed: "Answers delayed by a worker's end"}, bitsOf: run => `Bits per byte of ${run}, by step`,
+      pages: "KV pages in use", memory: "Memory", workers: "Workers ready", restarts: "Worker restarts", delayed: "Answers delayed by a worker's end"},
     statusAbout: ({model, uptime_s: seconds = 0, workers = []}) => [model, [...new Set(workers.map(({device}) => TEXT.device(device)))].join(", "),
       seconds ? `up for ${seconds < 5400 ? plural(Math.round(seconds / 60), "minute", "minutes") : plural(Math.round(seconds / 3600), "hour", "hours")}` : ""].filter(Boolean).join(" · "),
     columns: {model: "Model", state: "State", bytes: "In memory", bits: "Bits per byte", worker: "Worker", device: "Device", running: "Running", restarts: "Restarts"},
   },
-  bind() {
-    $("leave-status").onclick = () => openChat(state.chat.id).then(focusAfterClick);
-  },
-  menu: () => state.model.ours ? [[TEXT.serverStatus, "chart", openStatus]] : [],
-  view: {hash: "#server", open: openStatus, isOpen: () => Boolean(glanced), close: closeStatus},
+  view: {isOpen: () => Boolean(glanced), close: closeStatus},
   render() { $("status").hidden = !glanced; },
-  recoloured: redrawCharts,
+  recoloured() { glanced?.charts?.forEach(({plot}) => plot.redraw()); },
 });
 
 share({openStatus, closeStatus, lookAtServer, addSample, showStatus});

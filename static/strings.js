@@ -14,6 +14,7 @@ const TEXT = {
   thisChat: "This chat (JSON)", allChats: "All chats (JSON)", asMarkdown: "Markdown", asPage: "HTML page",
   previousVersion: "Previous version", nextVersion: "Next version",
   undo: "Undo", dismiss: "Dismiss", deletedElsewhere: "This chat was deleted in another tab.",
+  notLoaded: "This part of the page could not be loaded: is the server running?",
 };
 
 // registration ----------------------------------------------------------------------------------------------------------
@@ -24,24 +25,29 @@ const share = names => Object.assign(globalThis, names);
 // `strings`: texts added to TEXT. `bind`: runs once, when the page starts. `menu`: returns entries for the header's
 // menu, [label, icon, act, value]. `render`: draws its part of `state`. `answer`: {buttons(view), update(view,
 // growing), looks(view)}, additions to each answer; `looks`, like `menu`, are what "Look inside" offers now. `view`: {hash, open, isOpen, close}, shown instead of the chat, with an address of
-// its own. `recoloured`: called when the page's colours have changed. All are optional; scripts register in the order of their tags.
+// its own: `hash`, or below it; `open` gets the whole. `run`: {nodes(steps)}, what else the view of a training run shows. `recoloured`: called when the page's
+// colours have changed. All are optional; scripts register in the order of their tags, those of the template when they are loaded.
 const parts = [];
+let bound = false;                // whether `bind` has been called
 
 function register(part) {
   const taken = Object.keys(part.strings ?? {}).filter(name => Object.hasOwn(TEXT, name));
   if (taken.length) throw new Error(`two scripts register ${taken.join(", ")}`);
   Object.assign(TEXT, part.strings);
   parts.push(part);
+  if (!bound) return;
+  fillStrings(Object.keys(part.strings ?? {}));
+  part.bind?.();
 }
 
 // libraries -------------------------------------------------------------------------------------------------------------
 
 const libraries = new Map();      // name -> promise, resolved once it is loaded or has failed to load
 
-// Loads a library of the template in index.html when it is first needed, then calls `use`. After a failure it is tried again, at the earliest 5 s later.
+// Loads a script of the template in index.html when it is first needed, then calls `use`. After a failure it is tried again, at the earliest 5 s later.
 function need(library, use) {
   if (libraries.has(library)) return libraries.get(library);
-  const script = $("libraries").content.querySelector(`[src*="${library}"]`).cloneNode();
+  const script = $("libraries").content.querySelector(`[src*="${library}."]`).cloneNode();
   const loading = new Promise(end => {
     script.onload = () => { use?.(); end(); };
     script.onerror = () => { setTimeout(() => libraries.delete(library), 5000); end(); };
@@ -49,6 +55,17 @@ function need(library, use) {
   libraries.set(library, loading);
   document.head.append(script);
   return loading;
+}
+
+// Functions that a script of the template shares; the first call of one loads it.
+function shareLate(script, ...names) {
+  for (const name of names) {
+    const load = async (...all) => {
+      await need(script);
+      return globalThis[name] === load ? say(TEXT.notLoaded) : globalThis[name](...all);
+    };
+    share({[name]: load});
+  }
 }
 
 // shared helpers ------------------------------------------------------------------------------------------------------

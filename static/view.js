@@ -123,7 +123,8 @@ function completeQuestion(view) {
     iconButton(TEXT.copy, "copy", clicked => copyText(view.node.content, clicked)),
     iconButton(TEXT.more, "more", clicked => openMenu(clicked, messageMenu(view))));
   view.article.append(view.actions);
-  view.body.onclick = event => clickToAct(event,() => startEdit(view.node.id));
+  // in a text that a model continues, the buttons of one's own words are hidden from the mouse
+  view.body.onclick = event => clickToAct(event, () => startEdit(view.node.id), state.model.api === "text");
 }
 
 function updateQuestion(view) {
@@ -189,7 +190,7 @@ function completeAnswer(view) {
     iconButton(TEXT.more, "more", clicked => openMenu(clicked, answerMenu(view), factsText(view.node))), view.speed);
   view.article.prepend(view.thinking);
   view.article.append(view.nothing, view.status, view.alert, view.actions);
-  view.body.onclick = event => clickToAct(event,() => regenerate(view.node));
+  view.body.onclick = event => clickToAct(event, () => regenerate(view.node));
 }
 
 const looksOf = view => parts.flatMap(({answer}) => answer?.looks?.(view) ?? []);
@@ -332,9 +333,9 @@ function answerMenu(view) {
 // ends a selection or hits an interactive element.
 const mouse = matchMedia("(hover: hover) and (pointer: fine)");
 
-function clickToAct(event, act) {
+function clickToAct(event, act, always = false) {
   const own = event.target.closest("a, button, summary, pre, input, textarea, details");
-  if (!state.preferences.actOnClick || !mouse.matches || own || event.detail > 1 || String(getSelection()) || !canAsk()) return;
+  if (!always && !state.preferences.actOnClick || !mouse.matches || own || event.detail > 1 || String(getSelection()) || !canAsk()) return;
   act();
 }
 
@@ -375,7 +376,7 @@ const copyText = (text, clicked) => copyTypes({"text/plain": text}, clicked);
 // Copies formatted text for editors that accept it, otherwise Markdown.
 function copyRich({node, body}, clicked) {
   const copy = body.cloneNode(true);
-  copy.querySelectorAll(".code-bar").forEach(bar => bar.remove());
+  copy.querySelectorAll(".code-bar, .preview").forEach(each => each.remove());
   return copyTypes({"text/plain": node.content, "text/html": copy.innerHTML}, clicked);
 }
 
@@ -408,7 +409,7 @@ register({
   strings: {
     lookInside: "Look inside", copied: "Copied", copyMarkdown: "Copy as Markdown", branch: "Branch into a new chat", deleteMessage: "Delete from here on",
     editedText: "Edited text", cancel: "Cancel", update: "Update", save: "Save", edited: "edited",
-    wrap: "Wrap lines", downloadCode: "Download code", codeIn: language => `Code${language ? ` in ${language}` : ""}`, enterKey: "Enter the key", tryAgain: "Try again",
+    wrap: "Wrap lines", preview: "Preview", downloadCode: "Download code", codeIn: language => `Code${language ? ` in ${language}` : ""}`, enterKey: "Enter the key", tryAgain: "Try again",
     pleaseContinue: "Please continue.",
     sentThen: "Your message will then be sent.", lost: "The connection is lost; trying again… Enter queues your next question.",
     endedIn: title => `The answer in “${title}” is finished.`, endedBadly: title => `The answer in “${title}” failed.`, show: "Show", endedMark: "✓ ",

@@ -370,6 +370,9 @@ class Settings:
         "seconds that running answers have to finish after SIGTERM", "serve")
     config: str | None = flag(None, file_name,
         "TOML file of flags: `max-batch = 8`; flags and environment variables override it")
+    verbose: bool = flag(False, None,
+        "more lines at the start: how memory was planned, sampling defaults, tools, prefixes", "serve chat",
+        short="v")
     log_format: str = flag("text", str, "format of log lines", "serve", choices=("text", "json"))
     log_conversations: bool = flag(False, None, "log message texts, not only metadata", "serve")
 

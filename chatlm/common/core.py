@@ -79,6 +79,11 @@ def refused_isa() -> str:
     return problem if problem.startswith("DECODE_CORE_ISA=") else ""
 
 
+def as_expected(line: str) -> bool:
+    """Whether a `kernels_line` names nothing that is missing, refused or unused."""
+    return bool(re.fullmatch(r"decode_core runs with \S+ instructions(, compiled with CUDA too)?", line))
+
+
 def unused_core() -> str:
     """Why an existing compiled core is not used; "" if it is used or not wanted, or if there is none."""
     wanted = os.environ.get("CHAT_SERVER_KERNELS") != "reference"

@@ -7,10 +7,11 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
@@ -28,6 +29,18 @@ CLEAR = "\r\x1b[K"  # a terminal's line
 
 def utc(at_s: float | None = None) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_s))
+
+
+def wrapped(text: str, file: TextIO) -> str:
+    """Text for `file`: on a terminal, long lines are wrapped at words, and what continues one is indented."""
+    if not file.isatty():
+        return text
+    width = 80
+    with suppress(OSError, ValueError):
+        width = max(os.get_terminal_size(file.fileno()).columns, 24)
+    fill = partial(textwrap.fill, width=width, subsequent_indent="    ", expand_tabs=False,
+                   replace_whitespace=False, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(fill(line) if len(line) > width else line for line in text.split("\n"))
 
 
 class TextLines(logging.Formatter):
@@ -79,6 +92,10 @@ class CalmLog(logging.StreamHandler):
         if self.over_bar and self.stream.isatty():
             self.stream.write(CLEAR)
         super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return wrapped(text, self.stream) if isinstance(self.formatter, TextLines) else text
 
     def _log_repeats(self):
         for (name, level, *_), (line, count) in self.repeats.items():
@@ -149,7 +166,8 @@ def tell(text: str, level: int = logging.INFO, file: TextIO | None = None):
     if json_handler():
         log.log(level, text.strip())
     else:
-        print(visible(text), file=file or sys.stderr, flush=True)
+        screen = file or sys.stderr
+        print(wrapped(visible(text), screen), file=screen, flush=True)
 
 
 class ProgressDisplay:

@@ -235,7 +235,7 @@ class Chat:
     def slash_help(self, value: str):
         """/help: this list"""
         rows = [run.__doc__.split(": ", 1) for run in dict.fromkeys(COMMANDS.values())]
-        self.note("\n".join(f"{name:19} {help}" for name, help in [*rows, *KEYS]))
+        self.note("\n".join(self.terminal.row(name, help) for name, help in [*rows, *KEYS]))
 
     def slash_clear(self, value: str):
         """/clear: start a new conversation"""

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -276,6 +277,14 @@ class Terminal:
             self.console.print(visible(text), style=style, markup=False, emoji=False)
         else:
             print(visible(text), file=sys.stderr, flush=True)
+
+    def row(self, name: str, text: str) -> str:
+        """A name and what it is for, which is wrapped at words beside it."""
+        if not self.interactive:
+            return f"{name:19} {text}"
+        width = self.console.width if self.console else os.get_terminal_size(sys.stderr.fileno()).columns
+        return textwrap.fill(f"{name:19} {text}", max(width, 32), subsequent_indent=" " * 20,
+                             break_long_words=False, break_on_hyphens=False)
 
     def writer(self, before: str, hint: bool) -> MarkdownWriter | PlainWriter:
         return MarkdownWriter(self.console, before, hint) if self.console else PlainWriter(self.as_json)

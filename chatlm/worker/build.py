@@ -151,7 +151,9 @@ def build_transformer(
     if context < model.context_length and model.spec.rope_factors:  # longrope's factors depend on the context
         model = open_model(source, replace(settings, context_length=context), device)
         model = share_of_rank(model, ranks, settings)
-    log.info("%s", plan.line(num_pages))
+    line = plan.line(num_pages)
+    if settings.verbose or not line.startswith(FITS):
+        log.info("%s", line)
     if floats := layers_of_floats(kernels.computed(whole), plan.kv):
         log.warning("%s", floats)
     running, snapshots = (ranks.min_over_ranks(count) for count in plan.states(num_pages))
@@ -249,6 +251,9 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
                       model.context_length, token_bytes,
                       sum(getattr(tensor, "file_bytes", 0) for tensor in model.tensors.values()), kv,
                       -(-copies * bytes_of_adapters(settings.adapter) // ranks.stages))
+
+
+FITS = "The model fits"
 
 
 class MemoryPlan(NamedTuple):
@@ -359,7 +364,7 @@ class MemoryPlan(NamedTuple):
         if self.device.type == "cuda":
             line += f", of {total / 1e9:,.2f} GB; other programs hold the rest"
         if needed <= free:
-            return f"The model fits: {line}{self.grows}"
+            return f"{FITS}: {line}{self.grows}"
         lighter = [flag for flag, helps in (
             ("--dtype bfloat16", settings.dtype == "float32"), ("--num-workers 1", settings.num_workers > 1),
             ("--quantize q4_0", self.quantizes)) if helps]

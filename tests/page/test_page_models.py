@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import urllib.request
 
 import pytest
 
@@ -46,7 +45,7 @@ def test_a_chat_chooses_its_model_and_remembers_it(browser, nanochat_fixtures, t
 
 
 @pytest.mark.slow
-def test_steps_of_a_training_stand_on_a_slider_and_their_bits_per_byte_on_a_curve(browser, nanochat_fixtures, tmp_path):
+def test_steps_of_a_training_stand_on_a_slider(browser, nanochat_fixtures, tmp_path):
     base, text = tmp_path / "base", tmp_path / "held_out.txt"
     shutil.copytree(nanochat_fixtures / "gen1" / "tokenizer", base / "tokenizer")
     text.write_text(tiny_training.TEXT)
@@ -82,15 +81,6 @@ def test_steps_of_a_training_stand_on_a_slider_and_their_bits_per_byte_on_a_curv
         inside(answers(page).last, "Check that it repeats")
         expect(answers(page).last).to_contain_text("It repeats: the same 12 tokens.", timeout=4 * SLOW_MS)
         expect(answers(page).last).not_to_contain_text("weights have changed")
-        page.evaluate("openStatus()")
-        curve = page.get_by_role("img", name=re.compile(r"^20: [\d.]+, 40: [\d.]+, 60: [\d.]+$"))
-        expect(curve).to_be_visible(timeout=4 * SLOW_MS)
-        shown = [float(part.split(": ")[1]) for part in curve.get_attribute("aria-label").split(", ")]
-        with urllib.request.urlopen(url + "v1/models") as response:
-            scores = [model["bits_per_byte"] for model in json.load(response)["data"]]
-        assert shown == pytest.approx(scores, abs=0.0006) and page.get_by_role("cell", name=f"{shown[2]:.3f}").count() == 1
-        assert curve.locator("canvas").evaluate("""canvas => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.some(Boolean)""")
-        expect_accessible(page)
 
 
 @pytest.mark.slow
@@ -168,9 +158,9 @@ def test_sizes_a_failure_and_the_workers_of_each_model_are_shown(opened_page):
     listed = page.evaluate("""[{id: "one", state: "ready", bytes: 3e9, weights_bytes: 27e7}, {id: "two", state: "unloaded", bytes: 5e6, weights_bytes: 5e6},
         {id: "three", state: "failed", reason: "no such file"}].map(each => TEXT.modelIs(each, each.id))""")
     assert listed == ["one · loaded · 270 MB + 2.7 GB KV", "two · 5 MB", "three · failed: no such file"]
-    rows = page.evaluate("""() => {
+    rows = page.evaluate("""async () => {
         const workers = ["one", "two"].map((model, gpu_id) => ({model, gpu_id, device: "cpu", state: "ready"}));
-        openStatus();
+        await openStatus();
         addSample(glanced, {workers}, new Map());
         showStatus({workers, models: [{id: "three", state: "failed", reason: "no such file"}]}, glanced);
         return ["models", "workers"].map(name => [...document.querySelectorAll(`#status-${name} tr`)].map(row => row.textContent));

@@ -379,6 +379,74 @@ def test_a_command_that_is_wrong_is_an_error_and_stays_in_the_composer(page, sta
         assert stand_in.bodies[-1]["messages"][-1]["content"] == text
 
 
+def test_the_settings_stand_beside_the_chat_and_follow_it(page, stand_in):
+    stand_in.model["defaults"] = {"temperature": 0.8}
+    open_page(page, stand_in.url)
+    ask(page, "one")
+    expect_answered(page)
+    button(page, "Settings").click()
+    dialog, field = page.get_by_role("dialog", name="Settings"), page.get_by_role("spinbutton", name="Temperature")
+    expect(button(page, "Settings")).to_have_attribute("aria-expanded", "true")
+    expect(page.locator("#about-temperature")).to_have_text("How random the answer is; 0 = greedy.")
+    expect(dialog.get_by_text("Use for new chats: they begin with what is set here")).to_have_count(1)
+    slider = dialog.locator(".parameter", has_text="Temperature").locator("[type=range]")
+    assert slider.input_value() == "0.8" and field.input_value() == ""          # it stands at the default
+    box = slider.bounding_box()
+    page.mouse.click(box["x"] + box["width"] - 3, box["y"] + box["height"] / 2)
+    expect(field).to_have_value("2")
+    expect(page.locator("#changed")).to_contain_text("temperature 2")           # while the settings are open
+    field.press("ArrowDown")
+    expect(field).to_have_value("1.95")
+    expect(slider).to_have_js_property("value", "1.95")
+    field.fill("3")
+    expect(field).to_have_attribute("aria-invalid", "true")
+    expect(page.locator("#about-temperature")).to_have_text("This must be a number from 0 to 2.")
+    expect(page.locator("#changed")).to_be_hidden()
+    command(page, "/temperature 0.5")                                           # the chat can be used
+    expect(field).to_have_value("0.5")
+    expect(page.locator("#about-temperature")).to_have_text("How random the answer is; 0 = greedy.")
+    expect_accessible(page)
+    button(page, "New chat").click()
+    expect(field).to_have_value("")
+    ask(page, "two")
+    expect_answered(page)
+    assert "temperature" not in stand_in.bodies[-1]
+    chats(page).last.click()
+    expect(field).to_have_value("0.5")
+    button(page, "Temperature: back to the default").click()
+    expect(field).to_be_focused()
+    expect(field).to_have_value("")
+    page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    expect(button(page, "Settings")).to_have_attribute("aria-expanded", "false")
+    button(page, "Settings").click()
+    page.set_viewport_size({"width": 700, "height": 700})                       # over the chat, where there is no room beside it
+    expect(dialog).to_be_visible()
+    assert page.evaluate("document.querySelector('#settings-dialog').matches(':modal')")
+    expect_accessible(page)
+    page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+
+
+def test_a_slider_never_leaves_what_its_parameter_may_be(opened_page):
+    wrong = opened_page.evaluate("""() => PARAMETERS.filter(({slider, min, max}) => slider && !(min <= slider[0] && slider[0] < slider[1] && slider[1] <= max && slider[2] > 0))
+        .map(({name}) => name)""")
+    without = opened_page.evaluate("PARAMETERS.filter(({slider}) => !slider).map(({name}) => name)")
+    assert wrong == [] and without == ["reasoning_effort", "thinking_budget", "seed"]
+
+
+def test_commands_about_thinking_are_offered_where_the_model_thinks(page, stand_in):
+    stand_in.model["capabilities"] |= {"reasoning": False}
+    open_page(page, stand_in.url)
+    message_box(page).fill("/")
+    expect(page.get_by_role("option", name="/temperature")).to_be_visible()
+    assert page.get_by_role("option").evaluate_all("all => all.filter(each => /^.(effort|budget)/.test(each.textContent)).length") == 0
+    stand_in.model["capabilities"] |= {"reasoning": True}
+    page.reload()
+    message_box(page).fill("/")
+    expect(page.get_by_role("option", name="/effort")).to_be_visible()
+
+
 @pytest.mark.slow
 def test_presets_and_defaults_for_new_chats(page, stand_in):
     open_page(page, stand_in.url)

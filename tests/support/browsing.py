@@ -178,7 +178,7 @@ def visitor(browser, **options):
         yield context.new_page()
     finally:
         context.close()
-    assert faults == []
+    assert faults == [], faults
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def opened_page(browser):
     server = StandIn()
     with visitor(browser) as page:
         open_page(page, server.url)
-        page.evaluate("Promise.all(['highlight', 'katex', 'uplot'].map(name => need(name)))")
+        page.evaluate("Promise.all([...$('libraries').content.children].map(({src}) => need(src.match(/[^/]*(?=[.]js)/)[0].split('.')[0])))")
         yield page
     server.close()
 

@@ -18,6 +18,7 @@ from chatlm.front.server.responses import SECURITY_HEADERS
 STATIC = Path(__file__).resolve().parents[2] / "static"
 POLICY = SECURITY_HEADERS["Content-Security-Policy"].replace("connect-src *", "connect-src 'self'")
 TIMINGS = {"queue_ms": 0.2, "ttft_ms": 81.4, "tokens_per_second": 212.3}
+MODEL = {"id": "stand-in-135m", "context_length": 8192, "owned_by": "chat_server", "capabilities": {}, "defaults": {}}
 MARKDOWN = """# Sorting
 
 A **stable** sort keeps *equal* items in order, see [the page](https://example.org/sort).
@@ -158,7 +159,7 @@ class StandIn:
         self.status = "loading"     # what it is doing while `loading` is set
         self.admits = False         # pages of other origins
         self.busy = False           # every question is refused
-        self.model = {"id": "stand-in-135m", "context_length": 8192, "owned_by": "chat_server", "capabilities": {}, "defaults": {}}
+        self.model = MODEL | {"capabilities": {}, "defaults": {}}
         self.cancelled = threading.Event()
         self.hurried = []           # the answers that were to stop thinking, which ends the hold
         self.loop = asyncio.new_event_loop()

@@ -440,6 +440,19 @@ def test_messages_blocks_and_pastes_reach_the_server_as_they_were_typed(front, t
     assert asked(front) == ["Hello", "two\nlines", "first\nsecond", "pasted\nlines\n and more"]
 
 
+def test_help_wraps_at_words_beside_the_names(front, tmp_path):
+    with chatting(front.url, tmp_path=tmp_path, columns=50) as pty:
+        pty.type("/help\r")
+        rows = pty.expect("Ctrl-D +leave").split("/help\n")[-1].splitlines()
+    assert max(map(len, rows)) <= 50 and len(rows) > 20
+    shown = " ".join(row.strip() for row in rows)
+    for row in rows:
+        assert row[:19].strip() and row[19] == " " or row[:20] == " " * 20, row
+    for name in ("/save", "/read", "/set"):
+        help = terminal_chat.COMMANDS[name[1:]].__doc__.split(": ", 1)[1]
+        assert help in shown and name in shown          # no word is cut
+
+
 def test_ctrl_c_stops_the_answer_then_clears_the_line_then_leaves(tmp_path):
     front = HeldFront()
     try:

@@ -240,7 +240,7 @@ class ManyModels(Catalogue):
                      "cannot be served (see above)", *["default"] * (model is default),
                      *["pinned"] * model.choice.pin]
             lines.append(f"  {model.name}: {', '.join(words)}")
-        if prefixes := self.opener.prefixes.line:
+        if self.settings.verbose and (prefixes := self.opener.prefixes.line):
             lines.append(prefixes)
         return lines
 

@@ -35,6 +35,7 @@ class Model:
         self.stamp: tuple = ()               # of its files, if --models found it
         self.run, self.step = "", 0          # TAG and STEP of a checkpoint that --watch found
         self.score: Score | None = None      # by --watch-text, of a checkpoint
+        self.scoring = False                 # is it scored now?
 
     @property
     def name(self) -> str:
@@ -128,7 +129,7 @@ class Model:
         if not self.run:
             return {}
         return {"run": self.run, "step": self.step,
-                "bits_per_byte": self.score and round(self.score.bits_per_byte, 6)}
+                "bits_per_byte": self.score and round(self.score.bits_per_byte, 6), "scoring": self.scoring}
 
 
 async def unload_after_answers(pool: WorkerPool):

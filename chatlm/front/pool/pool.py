@@ -173,6 +173,7 @@ class WorkerPool:
         return self.supervisor.card.sampling, self.supervisor.card.sampling_origin
 
     def describe(self) -> list[str]:
+        """Lines for the start-up log; the last ones only with --verbose."""
         sampling = ", ".join(f"{name} {value:g} ({origin})"
                              for name, (value, origin) in sampling_of(self, self.settings).items())
         tools = {"native": "Tools: native, described by its chat template",
@@ -181,14 +182,15 @@ class WorkerPool:
         here = any(worker.device == "cuda:0" and not worker.node for worker in self.workers)
         gpus = cuda_device_count() if here else 1
         source = (self.source.chosen, self.source.alternatives) if self.source else ()
+        details = (self.prefixes and self.prefixes.line,
+                   self.settings.command == "serve" and self.tokenizer
+                   and tools.get(tools_of(self.tokenizer) or ""),
+                   f"Sampling unless a request says otherwise: {sampling}")
         return [line for line in (*source, *self.supervisor.card.lines,
                                   gpus > 1 and self.settings.num_gpus is None and
                                   f"One of {gpus} GPUs is used; --num-gpus auto uses all",
                                   *(worker.left_out for worker in self.workers if worker.problem),
-                                  self.prefixes and self.prefixes.line,
-                                  self.settings.command == "serve" and self.tokenizer
-                                  and tools.get(tools_of(self.tokenizer) or ""),
-                                  f"Sampling unless a request says otherwise: {sampling}") if line]
+                                  *(details if self.settings.verbose else ())) if line]
 
     def health(self) -> tuple[int, dict]:
         supervisor = self.supervisor

@@ -228,7 +228,7 @@ class StepScores:
             if not self._may_load(model):
                 raise Postponed("other models need the memory")
 
-        pool, was_loaded = Served(model).pool, model.state == "ready"
+        pool, was_loaded, model.scoring = Served(model).pool, model.state == "ready", True
         try:
             model.score = await score_text(pool, text, yields=check_room, windows=self.WINDOWS)
             log.info("the checkpoint %s: %.4f bits per byte", model.name, model.score.bits_per_byte)
@@ -237,6 +237,8 @@ class StepScores:
         except ChatServerError as error:
             self.unscorable.add(step)
             log.warning("the checkpoint %s cannot be scored: %s", model.name, error)
+        finally:
+            model.scoring = False
         if not (was_loaded or pool.dispatcher.jobs or asked_lately(pool)):
             model.unload()
 

@@ -19,6 +19,7 @@ from chatlm.common.config import ApiKey
 from chatlm.common.errors import ConfigError, RequestError, shown
 from chatlm.common.log import log
 from chatlm.front.lazy import web
+from chatlm.front.server.page import POLICY
 from chatlm.front.server.responses import REQUEST_LOG, SECURITY_HEADERS, RequestLog, bound_of
 
 if TYPE_CHECKING:
@@ -123,7 +124,9 @@ class Access:
         return await handler(http)
 
     async def set_headers(self, http: web.Request, response: web.StreamResponse):
-        response.headers.update(SECURITY_HEADERS | self.cors_headers(http) | REQUEST_LOG.get().headers)
+        policy = response.headers.get(POLICY, SECURITY_HEADERS[POLICY])  # a file may have its own
+        response.headers.update(SECURITY_HEADERS | {POLICY: policy} | self.cors_headers(http)
+                                | REQUEST_LOG.get().headers)
         if "Cache-Control" not in response.headers:  # files: revalidated each time, cheap with the ETag
             response.headers["Cache-Control"] = "no-cache" if http.method in ("GET", "HEAD") else "no-store"
 

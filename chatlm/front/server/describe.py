@@ -71,6 +71,7 @@ A_MODEL = {"type": "object", "properties": {
     "step": {"type": "integer", "description": "of a checkpoint"},
     "bits_per_byte": {"type": ["number", "null"],
                       "description": "of a checkpoint: how well it predicts --watch-text, once scored"},
+    "scoring": {"type": "boolean", "description": "of a checkpoint: whether it is scored now"},
     "context_length": {"type": "integer"}, "tools": {"enum": ["native", "generic", None]},
     "capabilities": {"type": "object", "description": "what the model can do here", "properties": {
         name: {"type": "boolean", "description": doc} for name, doc in ABILITIES.items()}}}}

@@ -28,6 +28,11 @@ def missing_page(http: web.Request, home: str) -> web.Response | None:
                         content_type="text/html")
 
 
+POLICY = "Content-Security-Policy"
+# In addition to the policy within it (static/preview.html). The page shows it in a frame; nobody else may.
+PREVIEW_POLICY = "sandbox allow-scripts; frame-ancestors 'self'"
+
+
 class Page:
     """The page's files, in memory: a bundle has no folder to send them from, and no path is ever built from
     a request. Scripts and styles are compressed once, at the first request for them."""
@@ -56,6 +61,8 @@ class Page:
             body, tag = self.compressed[name], f"{tag}-gzip"
             headers["Content-Encoding"] = "gzip"
         headers["ETag"] = f'"{tag}"'
+        if name == "preview.html":
+            headers[POLICY] = PREVIEW_POLICY
         if headers["ETag"] in http.headers.get("If-None-Match", ""):
             return web.Response(status=304, headers=headers)
         content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"

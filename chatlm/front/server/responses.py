@@ -17,7 +17,7 @@ from chatlm.front.admission.admission import WRITE_BYTES
 from chatlm.front.api.encode import error_body
 from chatlm.front.api.encoders import anthropic_error
 from chatlm.front.lazy import web
-from chatlm.front.server.page import missing_page
+from chatlm.front.server.page import POLICY, missing_page
 from chatlm.front.server.routes import Api
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ async def send_whole(http: web.Request, body: bytes) -> web.Response:
 
 
 SECURITY_HEADERS = {
-    "Content-Security-Policy":
+    POLICY:
         "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src *; "
         "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types dompurify",

@@ -40,7 +40,7 @@ async def answer(pool, name, **changes):
 
 
 async def test_a_prefix_outlives_unloading_and_the_death_of_its_worker(start_pool):
-    pool = await start_pool()
+    pool = await start_pool(verbose=True)
     text, before = await answer(pool, "first")
     assert before == 0
     pool.supervisor.unload()
@@ -146,7 +146,7 @@ async def test_pages_of_another_type_are_never_restored(start_pool, tmp_path):
 
 
 async def test_without_memory_for_prefixes_nothing_is_kept(start_pool):
-    pool = await start_pool(prefix_memory=0)
+    pool = await start_pool(prefix_memory=0, verbose=True)
     await answer(pool, "first")
     pool.supervisor.unload()
     assert (await answer(pool, "after unloading"))[1] == 0 and not any("outlive" in line for line in pool.describe())
@@ -206,7 +206,7 @@ def answered(url, body):
 
 
 def test_a_server_that_ends_stores_its_prefixes_and_the_command_store_lists_them(nanochat_fixtures, tmp_path):
-    flags = nanochat_fixtures / "gen5", "--dtype", "float32", "--prefix-store", f"{tmp_path}:100M"
+    flags = nanochat_fixtures / "gen5", "--dtype", "float32", "--prefix-store", f"{tmp_path}:100M", "-v"
     with server(*flags, log=(log := [])) as (process, url):
         first = [answered(url, long_question(number)) for number in range(4)]
         process.send_signal(signal.SIGTERM)

@@ -20,7 +20,7 @@ import chat_server
 from chatlm.cli import parse_command_line
 from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
-from chatlm.common.log import CalmLog, JsonLines, ProgressDisplay
+from chatlm.common.log import CalmLog, JsonLines, ProgressDisplay, TextLines, tell
 from chatlm.common.messages.requests import Finished
 from chatlm.common.program import program_root
 from chatlm.front.pool.catalogue import Catalogue
@@ -229,6 +229,46 @@ def test_each_line_of_a_json_log_is_json_from_the_start_to_the_stop(nanochat_fix
         assert words in messages
     assert any("UserWarning: a library warns" in message for message in messages) and any("--api-key: other users" in message for message in messages)
     assert [(line["path"], line["status"]) for line in lines if line.get("id") == "page"] == [("/", 200), ("/static/none.js", 404)]
+
+
+def test_the_log_says_in_few_lines_what_runs_and_ends_with_the_address(nanochat_fixtures, log_shown):
+    shown = log_shown(nanochat_fixtures / "gen5")
+    lines = [line for line in shown if not re.search(r" \.\.\.$|the chatlm in .* runs", line)]
+    assert [line.split()[0] for line in lines] == ["nanochat", "Model", "Running", "KV", "Application", "http://127.0.0.1:%s" % lines[-1].split(":")[-1]], lines
+    assert "kernels:" in lines[2] and "context " in lines[3]
+    more = "\n".join(log_shown(nanochat_fixtures / "gen5", "-v"))
+    for words in ("The model fits: ", "decode_core", "Prefixes outlive", "Tools: ", "Sampling unless a request"):
+        assert words in more and words not in "\n".join(lines[:2] + lines[3:]), words
+    assert more.index("Sampling unless") < more.index("Application startup complete") < more.index("http://127.0.0.1")
+
+
+@pytest.fixture
+def log_shown():
+    def shown(*words):
+        with server(*words, log=(lines := [])):
+            return [line.rstrip("\n") for line in lines]
+    return shown
+
+
+def test_long_lines_for_a_terminal_wrap_at_words(monkeypatch):
+    monkeypatch.setattr(os, "get_terminal_size", lambda number: os.terminal_size((40, 20)))
+    class Stream(io.StringIO):
+        def isatty(self):
+            return is_terminal
+
+        def fileno(self):
+            return 2
+    text = "a line whose words are wrapped before the fortieth column and " + "x" * 60 + "\nanother\n  http://127.0.0.1:8000"
+    handler = CalmLog()
+    handler.setFormatter(TextLines())
+    for is_terminal in (True, False):
+        tell(text, file=(stream := Stream()))
+        handler.setStream(stream)
+        handler.emit(logging.LogRecord("chat_server", logging.INFO, "", 0, text, (), None))
+        lines = stream.getvalue().splitlines()
+        assert " ".join(stream.getvalue().split()).count(" ".join(text.split())) == 2       # nothing is lost or cut
+        assert max(len(line) for line in lines if "x" * 60 not in line) <= 40
+        assert ("    the fortieth" in "\n".join(lines)) is is_terminal and "  http://127.0.0.1:8000" in lines
 
 
 @pytest.mark.parametrize("words", [["no-such-model"], ["--max-batch", "x"]])

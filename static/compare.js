@@ -1,0 +1,235 @@
+// Answers side by side: the same question to two to four models, steps of a training run, adapters or sets of parameters.
+"use strict";
+
+let compared = null;              // {node, columns: [{text, reasoning, end, differs, controls}], controller} while the dialog is open
+
+{
+
+const MOST_COLUMNS = 4;
+const VARIED = ["temperature", "top_k", "seed"];      // what each column may vary, besides its model
+
+function openCompare(node, models = stepsBeside(node)) {
+  compared = {node, columns: [], controller: null};
+  $("compare-columns").replaceChildren();
+  setText($("compare-problem"), "");
+  setText($("compare-question"), node.question ?? "");
+  $("compare-question").hidden = node.question === undefined;
+  for (const model of models) addColumn(model, model && node.seed);
+  updateCompare();
+  $("compare-dialog").showModal();
+}
+
+// Of a training run: the answer's step, or the one before the latest, against the latest. Else twice the answer's own model.
+function stepsBeside(node) {
+  const chosen = state.models.find(({id}) => id === node.model) ?? chatModel(), steps = stepsOfRun(chosen?.run), own = chosen?.now ?? chosen?.id;
+  return steps.length > 1 ? [own === steps.at(-1) ? steps.at(-2) : own, steps.at(-1)] : [undefined, undefined];
+}
+
+// Asks several models a question that no chat has, with one seed.
+function compareModels(question, models) {
+  const {parameters = {}} = state.preferences.defaults, seed = parameters.seed ?? Math.floor(Math.random() * 2 ** 31);
+  openCompare({question, model: models.at(-1), system: "", parameters, seed}, models);
+  return startCompare();
+}
+
+const pathAbove = node => node.question === undefined ? pathTo(state.nodes, node.parent) : [{role: "user", content: node.question}];
+
+// Adds a column with the answer's own parameters and the next seed.
+function addColumn(model = compared.node.model, ownSeed = compared.node.seed + compared.columns.length) {
+  const {node: {parameters = {}, seed}} = compared, values = {...parameters, seed: ownSeed};
+  const column = {text: "", reasoning: "", end: null, differs: null}, controls = VARIED.map(name => {
+    const {min, max, step} = PARAMETERS.find(each => each.name === name), usual = state.model.defaults[name];
+    const field = element("input", {type: "number", min, max, step, value: values[name] ?? "", placeholder: usual ?? TEXT.default});
+    return [name, field, element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field)];
+  });
+  column.fields = Object.fromEntries(controls);
+  const bases = state.models.filter(each => baseOf(each) === each), chosen = state.models.find(({id}) => id === model) ?? chatModel();
+  column.model = element("select", {}, ...bases.map(optionOf));
+  column.model.value = baseOf(chosen)?.id;
+  column.adapter = element("select");
+  column.body = element("div", {className: "compared", dir: "auto"});
+  column.about = element("p", {className: "hint"});
+  column.choose = element("button", {type: "button", className: "plain", textContent: TEXT.goOnWithThis, onclick: () => goOnWith(column)});
+  column.remove = iconButton(TEXT.removeColumn, "close", () => { compared.columns = compared.columns.filter(each => each !== column); column.node.remove(); updateCompare(); });
+  const models = element("label", {hidden: bases.length < 2}, element("span", {textContent: TEXT.model}), column.model);
+  const [steps, showSteps] = stepsOf(column), [adapters, showAdapters] = adaptersOf(column);
+  column.model.onchange = () => { showSteps(); showAdapters(); };
+  showAdapters(chosen?.id);
+  column.node = element("section", {}, column.remove, models, steps, adapters, element("div", {className: "grid"}, ...controls.map(each => each[2])),
+    column.about, column.body, column.choose);
+  // columns that differ otherwise share the seed, unless the reader changes it
+  column.node.oninput = ({target}) => {
+    column.ownSeed ||= target === column.fields.seed;
+    if (!column.ownSeed) column.fields.seed.value = seed;
+  };
+  compared.columns.push(column);
+  $("compare-columns").append(column.node);
+}
+
+const optionOf = ({id, state: loaded}) => element("option", {value: id, textContent: id, disabled: loaded === "failed"});
+
+// A list of the model's adapters, if it has any: [label, function that shows it].
+function adaptersOf({model, adapter}) {
+  const label = element("label", {}, element("span", {textContent: TEXT.adapter}), adapter);
+  const show = (chosen = "") => {
+    const listed = state.models.filter(each => baseOf(each) !== each && baseOf(each).id === model.value);
+    label.hidden = !listed.length;
+    adapter.replaceChildren(element("option", {value: "", textContent: TEXT.none}), ...listed.map(optionOf));
+    adapter.value = listed.some(({id}) => id === chosen) ? chosen : "";
+  };
+  return [label, show];
+}
+
+// For a step of a training run, a slider over the run's steps: [label, function that shows it].
+function stepsOf(column) {
+  const slider = element("input", {type: "range", min: 0, step: 1}), label = element("label", {}, element("span", {textContent: TEXT.step}), slider);
+  const ownSteps = () => stepsOfRun(state.models.find(({id}) => id === column.model.value)?.run);
+  const show = () => {
+    const steps = ownSteps();
+    label.hidden = steps.length < 2;
+    slider.max = steps.length - 1;
+    slider.value = steps.indexOf(state.models.find(({id}) => id === column.model.value)?.now ?? column.model.value);
+    slider.setAttribute("aria-valuetext", column.model.value);
+  };
+  slider.oninput = () => { column.model.value = ownSteps()[slider.value]; show(); };
+  show();
+  return [label, show];
+}
+
+function updateCompare() {
+  const {columns, controller} = compared;
+  columns.forEach((column, i) => {
+    column.node.setAttribute("aria-label", TEXT.column(i + 1));
+    column.remove.hidden = columns.length < 3 || Boolean(controller);
+    column.choose.hidden = !column.end || column.end.error;
+    setText(column.about, aboutColumn(column, columns[0]));
+    drawCompared(column, columns[0]);
+  });
+  $("add-column").disabled = columns.length >= MOST_COLUMNS || Boolean(controller);
+  $("start-compare").textContent = controller ? TEXT.stop : TEXT.compare;
+}
+
+const wholeText = ({reasoning, text}) => [reasoning, text].filter(Boolean).join("\n\n");
+const hasEnded = ({end}) => Boolean(end) && !end.error;
+
+// What a column waits for, or how its answer compares to the first column's.
+function aboutColumn(column, first) {
+  const {end, differs, model, adapter} = column, wanted = adapter.value || model.value, entry = state.models.find(({id}) => id === wanted);
+  if (!end && !wholeText(column)) return !compared.controller ? "" : entry?.state === "loading" ? TEXT.loadingModel(wanted, entry.loading) : TEXT.waitingForFirst;
+  const same = column !== first && hasEnded(column) && hasEnded(first) && (wholeText(column) === wholeText(first) ? TEXT.identical : TEXT.sameSoFar);
+  return [end?.error?.message, end?.model, differs ? TEXT.differsFrom(differs) : same].filter(Boolean).join(" · ");
+}
+
+// Draws a column's text; when it and the first column have ended, the characters in which they differ are marked.
+function drawCompared(column, first) {
+  const text = wholeText(column), marks = column.differs && hasEnded(column) && hasEnded(first), key = `${Boolean(marks)} ${text}`;
+  if (column.drawn === key) return;
+  column.drawn = key;
+  column.body.replaceChildren(...(marks ? differing(text, wholeText(first)) : [[text, false]]).map(([part, differs]) => differs ? element("mark", {textContent: part}) : part));
+}
+
+const MOST_CELLS = 4e6;           // of the table that compares two texts word by word
+
+// The parts of a text, [part, whether it differs from the other text].
+function differing(text, other) {
+  const [own, others] = [text, other].map(each => each.match(/[\p{L}\p{N}]+|\s+|[^]/gu) ?? []), parts = [];
+  let start = 0, end = 0;
+  while (start < Math.min(own.length, others.length) && own[start] === others[start]) start++;
+  while (end < Math.min(own.length, others.length) - start && own.at(-1 - end) === others.at(-1 - end)) end++;
+  const words = own.slice(start, own.length - end), theirs = others.slice(start, others.length - end), wide = theirs.length + 1;
+  parts.push([own.slice(0, start).join(""), false]);
+  const table = words.length * wide <= MOST_CELLS ? new Uint16Array((words.length + 1) * wide) : null;       // the most words in common from here on
+  for (let i = words.length - 1; table && i >= 0; i--) {
+    for (let j = theirs.length - 1; j >= 0; j--) {
+      table[i * wide + j] = words[i] === theirs[j] ? table[(i + 1) * wide + j + 1] + 1 : Math.max(table[(i + 1) * wide + j], table[i * wide + j + 1]);
+    }
+  }
+  let mine = "", lost = "";                      // what stands in one text and in the other between two common words
+  const close = () => { parts.push(...changedPart(mine, lost)); mine = lost = ""; };
+  for (let i = 0, j = 0; i < words.length || j < theirs.length;) {
+    if (table && i < words.length && words[i] === theirs[j]) { close(); parts.push([words[i], false]); i++; j++; }
+    else if (i < words.length && (j >= theirs.length || !table || table[(i + 1) * wide + j] >= table[i * wide + j + 1])) mine += words[i++];
+    else lost += theirs[j++];
+  }
+  close();
+  return [...parts, [own.slice(own.length - end).join(""), false]].filter(([part]) => part);
+}
+
+// Of a part that replaces another, only the characters that differ.
+function changedPart(mine, lost) {
+  const [own, others] = [[...mine], [...lost]], most = Math.min(own.length, others.length);
+  let start = 0, end = 0;
+  while (start < most && own[start] === others[start]) start++;
+  while (end < most - start && own.at(-1 - end) === others.at(-1 - end)) end++;
+  return [[own.slice(0, start).join(""), false], [own.slice(start, own.length - end).join(""), true], [own.slice(own.length - end).join(""), false]];
+}
+
+async function startCompare() {
+  if (compared.controller) return compared.controller.abort();
+  const mine = compared, {node, columns} = mine, controller = mine.controller = new AbortController();
+  for (const column of columns) Object.assign(column, {text: "", reasoning: "", end: null, differs: null});
+  setText($("compare-problem"), "");
+  updateCompare();
+  const {tools, response_format, seed, ...parameters} = node.parameters ?? {}, watch = setInterval(lookAtModels, 1000);       // for steps that load
+  const variants = columns.map(({model, adapter, fields}) => ({...(state.models.length > 1 ? {model: adapter.value || model.value} : {}),
+    ...Object.fromEntries(VARIED.filter(name => fields[name].value !== "").map(name => [name, Number(fields[name].value)]))}));
+  try {
+    const messages = messagesToSend(pathAbove(node), systemOf(node));
+    const response = await accepted(await post("v1/compare", {messages: [...messages], ...parameters, truncate: "oldest", variants}, {signal: controller.signal}));
+    for await (const {event} of serverEvents(response.body, FOREVER_MS)) {
+      if (event.error && event.index === undefined) throw new Refused(sentence(errorText(event)), {status: 0});
+      hearCompared(columns, event);
+      if (mine === compared) updateCompare();
+    }
+  } catch (error) {
+    if (mine === compared && error.name !== "AbortError") setText($("compare-problem"), error.message);
+  }
+  clearInterval(watch);
+  mine.controller = null;
+  if (mine === compared) updateCompare();
+  return undefined;
+}
+
+function hearCompared(columns, {index, differs, token = "", reasoning = "", finish_reason: reason, ...end}) {
+  if (differs) columns[differs.index].differs = differs;
+  const column = columns[index];
+  if (!column) return;
+  column.text += token;
+  column.reasoning += reasoning;
+  if (reason) column.end = {...end, reason};
+}
+
+// Turns a column into an answer of the chat, a sibling of the one compared, or into a chat with it.
+function goOnWith({text, reasoning, end, fields}) {
+  const {node} = compared, parameters = {...node.parameters};
+  if (node.question !== undefined) {
+    newChat();
+    changeChat(state.chat, {model: end.model});
+    node.parent = addNode(null, "user", node.question).id;
+    useModel();
+  }
+  for (const name of VARIED) if (name !== "seed" && fields[name].value !== "") parameters[name] = Number(fields[name].value);
+  const made = addNode(node.parent, "assistant", text, {...madeBy({system: systemOf(node)}, {model: end.model, weights: weightsOf(end.model), system: systemOf(node)}), parameters, seed: end.seed,
+    ...(reasoning ? {reasoning} : {}), timings: {...end.timings, ...end.usage, finish_reason: end.reason}});
+  $("compare-dialog").close();
+  showLeaf(made.id);
+}
+
+register({
+  strings: {
+    identical: "Identical to the first answer.",
+    sameSoFar: "The same as the first answer, as far as both go.", addColumn: "Add a column",
+    removeColumn: "Remove the column", goOnWithThis: "Continue with this", adapter: "Adapter", column: count => `Answer ${count}`,
+    differsFrom: ({position, probabilities: [first, own] = []}) => `Differs from token ${number(position + 1)} on: ${[["the first answer's token", "the first answer", first], ["this one's", "this one", own]].map(([token, answer, share], i) =>
+      typeof share === "number" ? `${token} had ${i ? "" : "a probability of "}${TEXT.share(share)}` : `${answer} ended there`).join(", ")}.`,
+  },
+  bind() {
+    $("add-column").onclick = () => { addColumn(); updateCompare(); };
+    $("start-compare").onclick = startCompare;
+    $("compare-dialog").onclose = () => { compared?.controller?.abort(); compared = null; };
+  },
+  render() { if (compared) updateCompare(); },
+});
+
+share({openCompare, compareModels});
+}

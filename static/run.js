@@ -1,0 +1,215 @@
+// A training run, at /#run/TAG: the curve over its steps, what is loaded and scored now, a chat with a step, two steps side by side.
+"use strict";
+
+let shownRun = null;              // {name, at: the chosen step, chart, drawn, timer} while the view is open
+
+{
+
+const LOOK_MS = 2000;             // between two looks at the server's models
+
+// What the curve and the table show of a step: field of the list of models, formatter. Others may follow.
+const METRIC = ["bits_per_byte", value => value.toFixed(3)];
+
+const [metric, write] = METRIC;
+const isScored = step => typeof step[metric] === "number";
+const isReady = step => step.state === "ready";
+
+// The run's entries in the list of models, the earliest first.
+const entriesOf = run => stepsOfRun(run).map(name => state.models.find(({id}) => id === name));
+
+function openRun(name) {
+  const hash = `#run/${encodeURIComponent(name)}`, isOpen = Boolean(shownRun);
+  if (location.hash !== hash) history.pushState(null, "", location.pathname + location.search + hash);
+  closeRun();
+  shownRun = {name, at: null, chart: null, drawn: "", timer: setInterval(lookAtModels, LOOK_MS)};
+  $("run-question").value ||= lastQuestion();
+  render();
+  if (!isOpen) $("run").focus({preventScroll: true});
+  lookAtModels();
+  Promise.all([need("charts"), need("uplot")]).then(render);
+}
+
+function closeRun() {
+  if (!shownRun) return;
+  clearInterval(shownRun.timer);
+  shownRun.chart?.destroy();
+  shownRun = null;
+  $("run-curve").replaceChildren();
+}
+
+// What the chat asked last, or the first example.
+const lastQuestion = () => state.path.findLast(({role}) => role === "user")?.content ?? TEXT.examples[0];
+
+function renderRun() {
+  $("run").hidden = !shownRun;
+  if (!shownRun) return;
+  const {name} = shownRun, steps = entriesOf(name), key = JSON.stringify([steps, shownRun.at, typeof makeChart, state.phase]);
+  if (shownRun.drawn === key) return;
+  shownRun.drawn = key;
+  shownRun.at ??= steps.at(-1)?.id ?? null;
+  const runs = runsOf();
+  setText($("run-title"), TEXT.runTitle(name));
+  $("runs").hidden = runs.length < 2;
+  $("runs").replaceChildren(...[...runs].sort().map(run => element("option", {value: run, textContent: run, selected: run === name})));
+  setText($("run-about"), steps.length ? TEXT.runAbout(steps) : state.phase === "ready" ? TEXT.noRun(name) : serverText());
+  setText($("run-now"), nowText(steps));
+  $("run-compare").hidden = steps.filter(({state: loaded}) => loaded !== "failed").length < 2 || !steps.at(-1).capabilities?.compare;
+  drawCurve(steps);
+  showStep(steps);
+  listSteps(steps);
+  $("run-more").replaceChildren(...parts.flatMap(({run}) => run?.nodes(steps) ?? []));
+}
+
+// What is in memory, what is scored now, and how many steps wait for it.
+function nowText(steps) {
+  const named = of => steps.filter(of).map(({id}) => id).join(", "), waiting = steps.filter(step => !isScored(step) && step.state !== "failed").length;
+  return !steps.length ? "" : [TEXT.loadedNow(named(isReady)), ...[["loading", TEXT.loadingNow], ["scoring", TEXT.scoringNow]].map(([what, text]) => {
+    const found = named(step => what === "loading" ? step.state === "loading" : step.scoring);
+    return found && text(found);
+  }), waiting && steps.some(step => isScored(step) || step.scoring) ? TEXT.toScore(waiting) : ""].filter(Boolean).join(" ");
+}
+
+// the curve ------------------------------------------------------------------------------------------------------------
+
+function drawCurve(steps) {
+  const scored = steps.filter(isScored), box = $("run-curve"), several = scored.length > 1;
+  setText($("run-caption"), several ? TEXT.curve : steps.length ? TEXT.noCurve(scored.length) : "");
+  box.hidden = !several;
+  if (!several || typeof uPlot !== "function" || typeof makeChart !== "function") return;
+  if (!shownRun.chart) {
+    shownRun.mark = element("i", {className: "mark", hidden: true});
+    shownRun.chart = makeChart(box, {write, steps: true, onDraw: placeMark});
+    shownRun.chart.over.append(shownRun.mark);
+    shownRun.chart.over.onmousemove = event => choose(nearest(event));
+    shownRun.chart.over.onclick = event => chatWith(nearest(event));
+  }
+  drawChart(shownRun.chart, box, [scored.map(({step}) => step), scored.map(step => step[metric])]);
+  box.setAttribute("aria-label", scored.map(step => `${number(step.step)}: ${write(step[metric])}`).join(", "));
+}
+
+// The name of the scored step whose point is nearest to the mouse.
+function nearest({clientX}) {
+  const scored = entriesOf(shownRun.name).filter(isScored), {chart} = shownRun;
+  return scored[chart.posToIdx(clientX - chart.over.getBoundingClientRect().left)]?.id;
+}
+
+function placeMark() {
+  const {chart, mark, at} = shownRun ?? {}, step = chart && entriesOf(shownRun.name).find(({id}) => id === at);
+  if (!mark) return;
+  mark.hidden = !step || !isScored(step);
+  if (mark.hidden) return;
+  mark.style.left = `${chart.valToPos(step.step, "x")}px`;
+  mark.style.top = `${chart.valToPos(step[metric], "y")}px`;
+}
+
+// the chosen step ------------------------------------------------------------------------------------------------------
+
+function choose(name) {
+  if (!name || shownRun.at === name) return;
+  shownRun.at = name;
+  render();
+}
+
+function showStep(steps) {
+  const at = steps.findIndex(({id}) => id === shownRun.at), step = steps[at], slider = $("run-step");
+  $("run-slider").hidden = steps.length < 2;
+  slider.max = Math.max(0, steps.length - 1);
+  slider.value = at;
+  slider.setAttribute("aria-valuetext", step?.id ?? "");
+  setText($("run-chosen"), step ? TEXT.stepIs(step, isScored(step) ? write(step[metric]) : "", changeAt(steps, at)) : "");
+  $("run-chat").disabled = !step || step.state === "failed";
+  $("run-before").hidden = $("run-compare").hidden;
+  $("run-before").disabled = !before(steps, at);
+  placeMark();
+}
+
+// The step before that can answer; undefined if there is none.
+const before = (steps, at) => steps[at]?.state === "failed" ? undefined : steps.slice(0, Math.max(0, at)).findLast(({state: loaded}) => loaded !== "failed");
+
+// By how much a step's value differs from that of the scored step before, with a sign; "" if there is none.
+function changeAt(steps, at) {
+  const step = steps[at], last = steps.slice(0, at).findLast(isScored);
+  if (!last || !isScored(step)) return "";
+  const by = step[metric] - last[metric];
+  return `${by < 0 ? "−" : "+"}${write(Math.abs(by))}`;
+}
+
+function chatWith(name) {
+  if (!name) return;
+  newChat();
+  chooseModel(name);
+  focusAfterClick();
+}
+
+function compareWithBefore(name) {
+  const steps = entriesOf(shownRun.name), at = steps.findIndex(({id}) => id === name);
+  compareSteps([before(steps, at)?.id, name]);
+}
+
+function compareSteps(names) {
+  const question = $("run-question").value.trim();
+  if (!question) return $("run-question").focus();
+  return compareModels(question, names);
+}
+
+// the table ------------------------------------------------------------------------------------------------------------
+
+function listSteps(steps) {
+  const focused = document.activeElement?.dataset?.act;
+  const cell = (text, more = {}) => element("td", {textContent: text, ...more});
+  const act = (name, icon, label, onclick, disabled) => {
+    const made = iconButton(label, icon, onclick);
+    made.disabled = disabled;
+    made.dataset.act = `${icon} ${name}`;
+    return made;
+  };
+  const compares = !$("run-compare").hidden;
+  $("run-steps").replaceChildren(element("thead", {}, element("tr", {}, ...["step", "bits", "change", "state", "acts"].map(name =>
+    element("th", {textContent: TEXT.runColumns[name], scope: "col"})))), element("tbody", {}, ...steps.map((step, at) => {
+    const {id, state: loaded, reason, loading} = step, failed = loaded === "failed";
+    const acts = [act(id, "new", TEXT.chatWith(id), () => chatWith(id), failed),
+      ...(compares ? [act(id, "columns", TEXT.compareWith(id), () => compareWithBefore(id), !before(steps, at))] : [])];
+    return element("tr", {}, cell(number(step.step)), cell(isScored(step) ? write(step[metric]) : ""), cell(changeAt(steps, at)),
+      cell([TEXT.modelStates[loaded] ?? loaded, loading ? `${Math.floor(100 * loading)}\u00a0%` : "", step.scoring ? TEXT.scoring : "", reason ?? ""].filter(Boolean).join(" ")),
+      element("td", {className: "acts"}, ...acts));
+  }).reverse()));
+  $("run-steps").parentElement.hidden = !steps.length;
+  if (focused) $("run-steps").querySelector(`[data-act="${CSS.escape(focused)}"]`)?.focus();
+}
+
+register({
+  strings: {
+    runTitle: name => `Training run ${name}`, noRun: name => `The server has no training run ${name}.`,
+    runAbout: steps => `${plural(steps.length, "step", "steps")}${steps.length > 1 ? `, ${number(steps[0].step)} to ${number(steps.at(-1).step)}` : ""} · the latest is ${steps.at(-1).id}`,
+    curve: "Bits per byte over the steps (less is better). A click on a point begins a chat with that step.",
+    noCurve: scored => scored ? "The curve appears with the second score." : "No step is scored yet. A server with --watch-text FILE scores each by how well it predicts that text.",
+    chatWithStep: "Chat with this step", compareBefore: "Compare with the step before",
+    questionForBoth: "Question", compareLatest: "Previous against latest",
+    stepIs: ({id, reason}, bits, change) => [id, bits && `${bits} bits per byte`, change && `${change} since the step before`, reason].filter(Boolean).join(" · "),
+    loadedNow: names => names ? `In memory: ${names}.` : "No step is in memory; a question loads its step.", loadingNow: names => `Being loaded: ${names}.`,
+    scoringNow: names => `Being scored: ${names}.`, toScore: count => `${plural(count, "step waits", "steps wait")} for a score.`, scoring: "being scored",
+    chatWith: name => `Chat with ${name}`, compareWith: name => `Compare ${name} with the step before`,
+    runColumns: {step: "Step", bits: "Bits per byte", change: "Change", state: "State", acts: "Try it"},
+  },
+  bind() {
+    $("run-step").oninput = ({target}) => choose(entriesOf(shownRun.name)[target.value]?.id);
+    $("run-chat").onclick = () => chatWith(shownRun.at);
+    $("run-before").onclick = () => compareWithBefore(shownRun.at);
+    $("runs").onchange = ({target}) => openRun(target.value);
+    $("run-compare").onsubmit = event => {
+      event.preventDefault();
+      compareSteps(entriesOf(shownRun.name).filter(({state: loaded}) => loaded !== "failed").slice(-2).map(({id}) => id));
+    };
+    new ResizeObserver(() => {
+      if (!shownRun?.chart) return;
+      shownRun.drawn = "";
+      render();
+    }).observe($("run"));
+  },
+  view: {isOpen: () => Boolean(shownRun), close: closeRun},
+  render: renderRun,
+  recoloured() { shownRun?.chart?.redraw(); },
+});
+
+share({openRun});
+}

@@ -1,0 +1,32 @@
+// The views that have an address of their own: the server's status, training runs. They are loaded when they are opened.
+"use strict";
+
+{
+
+// The server's training runs, that of the chat's model first.
+function runsOf() {
+  const own = chatModel()?.run, runs = new Set(state.models.map(({run}) => run).filter(Boolean));
+  return [...runs].sort((a, b) => (b === own) - (a === own));
+}
+
+shareLate("status", "openStatus");
+shareLate("run", "openRun");
+
+register({
+  strings: {
+    serverStatus: "Server status", backToChat: "Back to the chat", trainingRun: "Training run",
+  },
+  bind() {
+    for (const leave of document.querySelectorAll("button.leave")) leave.onclick = () => openChat(state.chat.id).then(focusAfterClick);
+  },
+  menu: () => runsOf().slice(0, 1).map(run => [TEXT.trainingRun, "chart", () => openRun(run), run]),
+  view: {hash: "#run", open: hash => openRun(decodeURIComponent(hash.slice("#run/".length)))},
+});
+
+register({
+  menu: () => state.model.ours ? [[TEXT.serverStatus, "chart", () => openStatus()]] : [],
+  view: {hash: "#server", open: () => openStatus()},
+});
+
+share({runsOf});
+}
