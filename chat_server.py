@@ -148,7 +148,7 @@ from chatlm.front.server.bodies import Bodies, tokenizer_of
 from chatlm.front.server.compare import Comparison, read_asked, with_ids
 from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.describe import (
-    A_MODEL, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models, ollama_running,
+    A_MODEL, A_NAME, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models, ollama_running,
     openapi_document, stats_body)
 from chatlm.front.server.metrics import Metrics
 from chatlm.front.server.page import Page
@@ -411,6 +411,8 @@ ROUTES = (
     Route("POST", "/v1/compare", Api.OPENAI, "handle_compare",
           "answers of several models to one question, streamed, and where each diverges from the first"),
     Route("POST", "/tokenize", Api.OPENAI, "handle_text", "text to token ids"),
+    Route("GET", "/tokenizer_info", Api.OPENAI, "models.handle_tokenizer", "which tokens begin and end texts",
+          query=(A_NAME,)),
     Route("POST", "/detokenize", Api.OPENAI, "handle_text", "token ids to text"),
     Route("POST", "/apply-template", Api.OPENAI, "handle_text",
           "a conversation to the text of its prompt"),

@@ -233,6 +233,7 @@ class TokenLogprob(NamedTuple):
     token: int
     logprob: float | None  # None: the first token, which nothing precedes
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None  # of a prompt's token: 1 + how many are likelier
 
 
 class Delta(NamedTuple):

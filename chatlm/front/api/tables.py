@@ -60,6 +60,9 @@ TEMPLATE_OPTIONS = (  # how a conversation becomes a prompt
 
 PREFIX = Field("prefix_token_ids", TOKENS, "token ids with which the answer begins, as if they had been "
                                            "drawn; their text comes first, and max_tokens counts them")
+PROMPT_LOGPROBS = Field(
+    "prompt_logprobs", INTEGER, "log-probabilities of the prompt's tokens, each with its rank and this many "
+                                "alternatives, by token id as in vLLM; not in a stream", 0, 20)
 TOKEN_IDS = Field("return_token_ids", SWITCH, "`token_ids` beside each choice: those behind its text")
 
 BREAKERS = FieldType("a list of at most 64 strings, none above 40 characters",
@@ -120,6 +123,7 @@ OPENAI_FIELDS = (
                                   list_schema({"enum": ["text"]})), "what the answer is"),
     Field("logprobs", SWITCH, "log-probabilities of the answer"),
     Field("top_logprobs", INTEGER, "alternatives listed for each token", 0, 20),
+    PROMPT_LOGPROBS,
     Field("tools", TOOLS, "functions the model may call"),
     Field("tool_choice", TOOL_CHOICE, "auto, none, required, or one of the tools"),
     PARALLEL,
@@ -135,6 +139,7 @@ COMPLETION_FIELDS = (
     Field("max_tokens", INTEGER, "most tokens of the answer; -1 = up to the context, 0 = echo only",
           -1, math.inf),
     Field("logprobs", INTEGER, "log-probabilities, with this many alternatives", 0, 20),
+    PROMPT_LOGPROBS,
     Field("echo", SWITCH, "put the prompt before the answer, in the log-probabilities too"),
     Field("best_of", INTEGER, "must equal n", 1, LIMITS.choices),
     Field("suffix", TEXT, "the text after the answer, which then fills the gap between prompt and suffix"),
@@ -265,17 +270,22 @@ OLLAMA_EMBEDDINGS_FIELDS = (  # of the older route
 OLLAMA_SHOW_FIELDS = (Field("model", TEXT, "one of the served model's names"),
                       Field("name", TEXT, "the same, for older clients", means="model"))
 
-TOKENIZE_FIELDS = (
-    MODEL,
-    Field("content", MIXED, "text, or a list of texts and token ids", required=True),
-    Field("add_special", SWITCH, "begin with bos if the model expects it"),
-    Field("parse_special", SWITCH, "read the names of special tokens as the tokens (the default)"),
-    Field("with_pieces", SWITCH, "return each token's text too"),
-)
 DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True), MODEL)
 WITH_PIECES = Field("with_pieces", SWITCH, "return each token's id and text too")
 TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
                    Field("tools", TOOLS, "functions"), MODEL, WITH_PIECES, *TEMPLATE_OPTIONS)
+TOKENIZE_FIELDS = (  # llama-server's, with `content`; vLLM's, with `prompt` or `messages`
+    MODEL,
+    Field("content", MIXED, "text, or a list of texts and token ids"),
+    Field("add_special", SWITCH, "begin `content` with bos if the model expects it"),
+    Field("parse_special", SWITCH, "read the names of special tokens in it as the tokens (the default)"),
+    Field("with_pieces", SWITCH, "return each token's text of it too"),
+    Field("prompt", TEXT, "text, with the names of special tokens, as /v1/completions reads it"),
+    TEMPLATE_FIELDS[0]._replace(required=False), *TEMPLATE_FIELDS[1:2], *TEMPLATE_OPTIONS,
+    Field("add_special_tokens", SWITCH, "begin with bos if the model expects it: the default for `prompt`, "
+                                        "not for `messages`, whose template writes it"),
+    Field("return_token_strs", SWITCH, "`token_strs`: the text of each token of `prompt` or `messages`"),
+)
 MANAGED_FIELDS = (MODEL,)
 
 STEP = Field("step", FieldType('a number of a step, or "latest"',

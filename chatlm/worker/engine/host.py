@@ -120,6 +120,8 @@ def score_prompt(chunk: Chunk, logits) -> tuple[TokenLogprob, ...]:
     scores = [TokenLogprob(ids[0], None)] if output.scored == 0 else []
     for position, line in enumerate(logits, first + 1):
         if max(1, output.scored) <= position < len(ids):
-            scores.append(logprob_of(host_row(line), ids[position], top or 0))
+            row = host_row(line)
+            rank = 1 + int((row > row[ids[position]]).sum())
+            scores.append(logprob_of(row, ids[position], top or 0)._replace(rank=rank))
     output.scored += len(scores)
     return tuple(scores)
