@@ -49,6 +49,7 @@ class Limits:
     biases: int = 4_096             # entries of logit_bias: each row applies them in each step
     prompt_tokens: int = 1 << 20    # in a prompt of token ids: no context is larger
     choices: int = 128              # answers per request
+    logprob_ids: int = 128          # of logprob_token_ids
     embeddings: int = 2048          # inputs per request
     compared: int = 8               # answers side by side
     grammar_characters: int = 1 << 16  # of a JSON schema: compiling this much takes up to 0.3 s

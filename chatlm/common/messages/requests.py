@@ -138,6 +138,7 @@ class AnswerParams:
     logprobs: int | None = None         # likeliest tokens to list beside each; None: no logprobs
     prompt_logprobs: int | None = None  # the same for the prompt's tokens; then a token that ends the answer
                                         # has its own too, since evaluations drop the last one
+    logprob_ids: tuple[int, ...] = ()   # tokens to list beside each too, likely or not
     grammar: str = ""                   # the answer, after its reasoning, must match it
     grammar_param: str = ""             # the field that the grammar comes from
     tool_names: tuple[str, ...] = ()    # functions whose calls are read from it
@@ -178,6 +179,8 @@ class Request:
     params: AnswerParams = AnswerParams()
     max_tokens: int | None = None  # None: up to the context
     n: int = 1                     # answers to each prompt
+    score_from: tuple[int, ...] = ()  # of each prompt that is scored, the first token whose
+                                      # log-probability is wanted; (): all are
     prefix_token_ids: tuple[int, ...] = ()  # with which each answer begins
     tools: tuple[dict, ...] = ()   # functions that the model may call
     template_options: Mapping = field(default_factory=dict)  # the TEMPLATE_OPTIONS that are set

@@ -82,8 +82,12 @@ class OpenAIEncoder(Encoder):
         return NOTHING
 
     def listed(self, logprobs: Seq[TokenLogprob]) -> Iterator[TokenLogprob]:
-        """With as many of the likeliest tokens as `logprobs` asks for: `prompt_logprobs` may want more."""
-        return (scored._replace(top=scored.top[:self.request.params.logprobs]) for scored in logprobs)
+        """With as many of the likeliest tokens as `logprobs` asks for, since `prompt_logprobs` may want more,
+        and those that are named."""
+        params = self.request.params
+        return (scored._replace(top=tuple(
+            one for place, one in enumerate(scored.top)
+            if place < (params.logprobs or 0) or one[0] in params.logprob_ids)) for scored in logprobs)
 
     def entries(self, logprobs: Seq[TokenLogprob]) -> list[dict]:
         def entry(token: int, logprob: float | None) -> dict:
@@ -103,6 +107,11 @@ class OpenAIEncoder(Encoder):
                     (scored.token, scored.logprob, scored.rank),
                     *((*likely, rank) for rank, likely in enumerate(scored.top[:top], 1)
                       if likely[0] != scored.token))} for scored in logprobs]
+
+    def first_scored(self, choice: Choice) -> int:
+        """The number of the first token of its prompt that is scored."""
+        starts = self.request.score_from
+        return starts[choice.index // self.request.n] if starts else 0
 
     def ids(self, tokens: Seq[int]) -> dict:
         return {"token_ids": tokens} if self.parsed.token_ids else {}
@@ -150,7 +159,9 @@ class OpenAIEncoder(Encoder):
         choice = self.choices[event.choice]
         part, size, top = self.take(choice, event), 100, self.parsed.details.get("prompt_logprobs")
         if isinstance(event, PromptScores) and top is not None:
-            choice.prompt_logprobs.append(encoded := dump(self.prompt_entries(event.logprobs, top))[1:-1])
+            unwanted = [] if choice.prompt_logprobs else [None] * self.first_scored(choice)
+            encoded = dump(unwanted + self.prompt_entries(event.logprobs, top))[1:-1]
+            choice.prompt_logprobs.append(encoded)
             size += len(encoded)
         choice.token_ids += part.tokens if self.parsed.token_ids else ()
         for delta in part.deltas:

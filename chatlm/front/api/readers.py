@@ -173,15 +173,27 @@ def read_completion_body(body: dict, known: Known) -> ParsedBody:
 
 
 def scored_body(api: str, values: Mapping, known: Known, request: Request) -> ParsedBody:
-    """With vLLM's `prompt_logprobs`, if they are asked for."""
-    if (top := values.get("prompt_logprobs")) is None:
-        return parsed_body(api, values, known, request)
-    for name in ("stream", "suffix"):
-        if values.get(name):
-            raise invalid("prompt_logprobs", f"prompt_logprobs and {name} exclude each other")
-    most = max(top, request.params.prompt_logprobs or 0)
-    request = replace(request, params=replace(request.params, prompt_logprobs=most))
-    return parsed_body(api, values, known, request, {"prompt_logprobs": top})
+    """With vLLM's `logprob_token_ids` and `prompt_logprobs`, if they are asked for."""
+    params, starts = request.params, values.get("prompt_logprobs_start", ())
+    if named := values.get("logprob_token_ids", ()):
+        if params.logprobs is None:
+            raise invalid("logprob_token_ids", "logprob_token_ids needs logprobs")
+        params = replace(params, logprob_ids=named)
+    top, details = values.get("prompt_logprobs"), {}
+    if starts:
+        name, count = "prompt_logprobs_start", len(request.prompts)
+        if top is None or params.prompt_logprobs is not None:
+            raise invalid(name, f"{name} needs prompt_logprobs, and excludes logprobs of an echo")
+        starts = starts * count if len(starts) == 1 else starts
+        if len(starts) != count:
+            raise invalid(name, f"{name} has {len(starts)} numbers, but there are {count} prompts")
+    if top is not None:
+        for name in ("stream", "suffix"):
+            if values.get(name):
+                raise invalid("prompt_logprobs", f"prompt_logprobs and {name} exclude each other")
+        params = replace(params, prompt_logprobs=max(top, params.prompt_logprobs or 0))
+        details = {"prompt_logprobs": top}
+    return parsed_body(api, values, known, replace(request, params=params, score_from=starts), details)
 
 
 def read_infill_body(body: dict, known: Known) -> ParsedBody:

@@ -9,8 +9,8 @@ from chatlm.common.config import LIMITS
 from chatlm.common.jsontext import whole_unicode
 from chatlm.common.messages.requests import SAMPLING_FLAGS, SAMPLING_NAMES
 from chatlm.front.api.fields import (
-    A_TEXT, TEXT_OR_NULL, Field, FieldType, as_count, list_schema, listed, object_schema, prompt_list,
-    refused)
+    A_TEXT, A_TOKEN, TEXT_OR_NULL, Field, FieldType, as_count, list_schema, listed, object_schema,
+    prompt_list, refused)
 from chatlm.front.api.field_types import (
     CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INPUTS, INTEGER, LIST,
     LOGIT_BIAS, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT,
@@ -63,6 +63,14 @@ PREFIX = Field("prefix_token_ids", TOKENS, "token ids with which the answer begi
 PROMPT_LOGPROBS = Field(
     "prompt_logprobs", INTEGER, "log-probabilities of the prompt's tokens, each with its rank and this many "
                                 "alternatives, by token id as in vLLM; not in a stream", 0, 20)
+LOGPROB_IDS = Field(
+    "logprob_token_ids", FieldType(f"a list of at most {LIMITS.logprob_ids} token ids",
+                                   list_schema(A_TOKEN, maxItems=LIMITS.logprob_ids), tuple),
+    "with `logprobs`: token ids to list beside each token too, however unlikely")
+STARTS = FieldType(
+    "a number from 0, or a list of these with one for each prompt",
+    {"anyOf": [A_TOKEN, list_schema(A_TOKEN, minItems=1, maxItems=LIMITS.choices)]},
+    lambda value: tuple(value) if isinstance(value, list) else (value,))
 TOKEN_IDS = Field("return_token_ids", SWITCH, "`token_ids` beside each choice: those behind its text")
 
 BREAKERS = FieldType("a list of at most 64 strings, none above 40 characters",
@@ -123,7 +131,7 @@ OPENAI_FIELDS = (
                                   list_schema({"enum": ["text"]})), "what the answer is"),
     Field("logprobs", SWITCH, "log-probabilities of the answer"),
     Field("top_logprobs", INTEGER, "alternatives listed for each token", 0, 20),
-    PROMPT_LOGPROBS,
+    PROMPT_LOGPROBS, LOGPROB_IDS,
     Field("tools", TOOLS, "functions the model may call"),
     Field("tool_choice", TOOL_CHOICE, "auto, none, required, or one of the tools"),
     PARALLEL,
@@ -140,6 +148,9 @@ COMPLETION_FIELDS = (
           -1, math.inf),
     Field("logprobs", INTEGER, "log-probabilities, with this many alternatives", 0, 20),
     PROMPT_LOGPROBS,
+    Field("prompt_logprobs_start", STARTS, "the first token that prompt_logprobs is computed for; what is "
+          "before it comes from the prefix cache, and has null"),
+    LOGPROB_IDS,
     Field("echo", SWITCH, "put the prompt before the answer, in the log-probabilities too"),
     Field("best_of", INTEGER, "must equal n", 1, LIMITS.choices),
     Field("suffix", TEXT, "the text after the answer, which then fills the gap between prompt and suffix"),

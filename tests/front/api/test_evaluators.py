@@ -66,6 +66,34 @@ def test_a_stream_has_no_prompt_logprobs(url):
     assert refused(url, COMPLETIONS, prompt_logprobs=1, suffix="x")[0] == 400
 
 
+def test_prompt_logprobs_from_a_token_on_are_those_of_the_whole(url):
+    words = [TEXT, "The capital of France is a town", "Water"]
+    whole = [scores_of(url, word, 1) for word in words]
+    answer = ask(url, COMPLETIONS, prompt=words, prompt_logprobs=1, prompt_logprobs_start=[19, 17, 0], max_tokens=0)
+    assert [choice["prompt_logprobs"] for choice in answer["choices"]] == [
+        [None] * first + one[first:] for first, one in zip((19, 17, 0), whole)]
+    again = ask(url, COMPLETIONS, prompt=words[0], n=2, prompt_logprobs=1, prompt_logprobs_start=17, max_tokens=1)
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 16
+    assert [choice["prompt_logprobs"] for choice in again["choices"]] == [[None] * 17 + whole[0][17:]] * 2
+    for wrong in ({"prompt_logprobs_start": 1}, {"prompt_logprobs_start": 1, "prompt_logprobs": 1, "echo": True, "logprobs": 1},
+                  {"prompt_logprobs_start": [1, 1], "prompt_logprobs": 1}, {"prompt_logprobs_start": -1, "prompt_logprobs": 1},
+                  {"prompt_logprobs_start": 3, "prompt_logprobs": 1}, {"prompt_logprobs_start": [], "prompt_logprobs": 1}):
+        status, error = refused(url, COMPLETIONS, prompt="Hi", **wrong)
+        assert status == 400 and error["param"] == "prompt_logprobs_start", wrong
+
+
+def test_named_tokens_are_among_the_log_probabilities_however_unlikely(url):
+    letters = [call(url, "/tokenize", {"content": letter})[2]["tokens"][0] for letter in "ABCD"]
+    for path, more in ((COMPLETIONS, {"logprobs": 1}), ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 1})):
+        found = ask(url, path, logprob_token_ids=letters, max_tokens=1, return_token_ids=True, **more)["choices"][0]["logprobs"]["content"][0]
+        plain = ask(url, path, max_tokens=1, return_token_ids=True, **more)["choices"][0]["logprobs"]["content"][0]
+        assert found["top_logprobs"][:1] == plain["top_logprobs"] and {*letters} <= {one["id"] for one in found["top_logprobs"]}
+        assert len(found["top_logprobs"]) <= 5 and found["logprob"] == plain["logprob"]
+        assert refused(url, path, logprob_token_ids=letters)[1]["param"] == "logprob_token_ids"
+        assert refused(url, path, logprob_token_ids=[10**6], **more)[1]["param"] == "logprob_token_ids"
+        assert refused(url, path, logprob_token_ids=[1] * 129, **more)[0] == 400
+
+
 class Doubled(Letters):
     """98 and 99 are also an "a"."""
 

@@ -35,7 +35,7 @@ FLAT_TOOL = {"type": "function", "name": "add", "parameters": SCHEMA}
 BESIDE = {      # what a field needs beside it to mean something
     "top_logprobs": {"logprobs": True}, "tool_choice": {"tools": [TOOL]}, "parallel_tool_calls": {"tools": [TOOL]},
     "function_call": {"functions": [TOOL["function"]]}, "stream_options": {"stream": True}, "resumable": {"stream": True},
-    "progress": {"stream": True}, "best_of": {"n": 2},
+    "progress": {"stream": True}, "best_of": {"n": 2}, "prompt_logprobs_start": {"prompt_logprobs": 1},
     "continue_final_message": {"messages": [*HI, {"role": "assistant", "content": "Well"}]}}
 VALUES = {      # a value of each field that differs from what holds without it
     "messages": [{"role": "user", "content": "Other"}], "prompt": "Other", "input": "Other", "content": "Other", "tokens": [73],
@@ -55,7 +55,7 @@ VALUES = {      # a value of each field that differs from what holds without it
     "system": "Be brief.", "stop_sequences": ["x"], "thinking": {"type": "enabled"}, "output_config": {"format": FORM | {"schema": SCHEMA}},
     "format": "json", "think": True, "options": {"temperature": 0.5}, "raw": True, "images": ["x"], "add_special": True, "parse_special": False,
     "with_pieces": True, "prefix_token_ids": [72], "return_token_ids": True, "input_prefix": "Other", "input_suffix": ["a", 5], "input_extra": [{"text": "x"}],
-    "prompt_logprobs": 2, "add_special_tokens": True, "return_token_strs": True, "repeat_penalty": 1.5, "n_predict": 7, "n_probs": 2,
+    "prompt_logprobs": 2, "prompt_logprobs_start": 1, "logprob_token_ids": [5], "add_special_tokens": True, "return_token_strs": True, "repeat_penalty": 1.5, "n_predict": 7, "n_probs": 2,
     "return_tokens": True, "response_fields": ["content"], "models": ["a", "c"], "steps": [1, 2], "variants": [{}, {"seed": 1}]}
 OTHERS = {      # where a field has another type in one of the routes
     ("/v1/responses", "tools"): [FLAT_TOOL], ("/v1/messages", "tools"): [{"name": "add", "input_schema": SCHEMA}],
