@@ -5,8 +5,7 @@
     python chat_server.py serve model.gguf           serve a GGUF file or a Hugging Face folder; --num-gpus 8
                                                      makes one replica per GPU
     python chat_server.py chat                       talk to it here, in the terminal
-    python chat_server.py bundle                     make chat_server.pyz: program, page and compiled core as
-                                                     one file, to copy and run elsewhere
+    python chat_server.py bundle                     make one file of program, page and core: chat_server.pyz
     python chat_server.py store FOLDER               list the prefixes that --prefix-store keeps
 
 This script has the routes and the commands. The rest is the package chatlm beside it: two houses that never
@@ -35,6 +34,7 @@ The rooms, each above those that it may import
     chatlm/front/server/      routes, connections, access, bodies, streams, metrics, the page's files
           api/                bodies in: fields and readers; answers out: encoders; what a sandbox does
           pool/               workers, queue and failover, here and on Ray
+          evals/              tasks on disk, and verdicts on a model's answers to them
           admission/          a request becomes prompts that fit; the sandboxes' front end
           *.py                tasks that are watched; aiohttp at its first use
     chatlm/worker/*.py        a worker's first code and its loop; device and memory
@@ -534,9 +534,9 @@ def run_command(settings: Settings) -> int:
         if settings.command == "serve":
             command = serve_forever
         else:
-            from chatlm.terminal import chat, side_by_side
+            from chatlm.terminal import chat, evaluate, side_by_side
             command = {"chat": chat.chat, "generate": chat.generate, "compare": side_by_side.compare,
-                       "score": side_by_side.score}[settings.command]
+                       "score": side_by_side.score, "eval": evaluate.evaluate}[settings.command]
         status = asyncio.run(command(settings))
         return status
     finally:
