@@ -148,8 +148,8 @@ from chatlm.front.server.bodies import Bodies, tokenizer_of
 from chatlm.front.server.compare import Comparison, read_asked, with_ids
 from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.describe import (
-    A_MODEL, A_NAME, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models, ollama_running,
-    openapi_document, stats_body)
+    A_MODEL, A_NAME, A_RUN, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models,
+    ollama_running, openapi_document, stats_body)
 from chatlm.front.server.metrics import Metrics
 from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
@@ -422,6 +422,7 @@ ROUTES = (
             returns=MODELS) for path in ("/v1/models", "/models")),
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
           "a served model, by one of its names", returns=A_MODEL),
+    Route("GET", "/v1/runs/{tag:.+}", Api.OPENAI, "models.handle_run", "a run's steps", returns=A_RUN),
     Route("POST", "/models/load", Api.OPENAI, "models.handle_load", "load a model"),
     Route("POST", "/models/unload", Api.OPENAI, "models.handle_unload",
           "unload a model once its answers have ended; the next request loads it again"),

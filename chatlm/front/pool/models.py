@@ -35,6 +35,7 @@ class Model:
         self.stamp: tuple = ()               # of its files, if --models found it
         self.run, self.step = "", 0          # TAG and STEP of a checkpoint that --watch found
         self.score: Score | None = None      # by --watch-text, of a checkpoint
+        self.written: dict[str, float] = {}  # metrics that its training has written beside it
 
     @property
     def name(self) -> str:
@@ -129,6 +130,13 @@ class Model:
             return {}
         return {"run": self.run, "step": self.step,
                 "bits_per_byte": self.score and round(self.score.bits_per_byte, 6)}
+
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All that is known of how good a checkpoint is, by upstream's names where it has some."""
+        scored = {"bits_per_byte": round(self.score.bits_per_byte, 6)} if self.score else {}
+        return {**self.written, **scored}
 
 
 async def unload_after_answers(pool: WorkerPool):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm import __version__
-from chatlm.common.errors import Overloaded
+from chatlm.common.errors import Overloaded, RequestError, shown
 from chatlm.common.log import utc
 from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.api.field_types import TEXT
@@ -120,6 +120,27 @@ def model_body(served: Served, is_default: bool = True) -> dict:
             "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": pool.context_length}}
 
 
+A_RUN = {"type": "object", "properties": {"steps": {"type": "array", "items": {
+    "type": "object", "properties": {
+        "model": A_TEXT, "step": {"type": "integer"}, "state": A_MODEL["properties"]["state"],
+        "weights_digest": A_TEXT, "metrics": {"type": "object", "additionalProperties": {"type": "number"},
+                                              "description": "what is known of the step so far"}}}}}}
+
+
+def run_body(tag: str, seen: Seq[Served]) -> dict:
+    """The response of /v1/runs/{tag}: its checkpoints and their metrics. RequestError 404 for no run."""
+    steps = sorted((served for served in seen if served.model.run == tag and not served.adapter),
+                   key=lambda served: served.model.step)
+    if not steps:
+        runs = sorted({served.model.run for served in seen} - {""})
+        raise RequestError(f"there is no run {shown(tag)} here; {', '.join(runs[:20]) or 'none is watched'}",
+                           status=404, code="not_found", param="tag")
+    return {"object": "run", "id": tag, "steps": [
+        {"model": served.name, "step": served.model.step, "state": served.state,
+         "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
+         "metrics": served.model.metrics} for served in steps]}
+
+
 A_NAME = Field("model", TEXT, "one of the served models; absent: the default one")
 TOKENIZER_CLASSES = {"hf": "PreTrainedTokenizerFast", "nanochat": "RustBPETokenizer",
                      "characters": "CharacterTokenizer"}
@@ -205,6 +226,10 @@ class ModelRoutes:
         served = self.catalogue.find(http.match_info["name"], bound)
         default = default_among(self.catalogue.registry.listed(bound))
         return json_response(model_body(served, served == default))
+
+    async def handle_run(self, http: web.Request) -> web.Response:
+        seen = self.catalogue.registry.listed(bound_of(http))
+        return json_response(run_body(http.match_info["tag"], seen))
 
     async def handle_tokenizer(self, http: web.Request) -> web.Response:
         """GET /tokenizer_info, as vLLM has it."""
