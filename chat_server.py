@@ -5,8 +5,7 @@
     python chat_server.py serve model.gguf           serve a GGUF file or a Hugging Face folder; --num-gpus 8
                                                      makes one replica per GPU
     python chat_server.py chat                       talk to it here, in the terminal
-    python chat_server.py bundle                     make chat_server.pyz: program, page and compiled core as
-                                                     one file, to copy and run elsewhere
+    python chat_server.py bundle                     make one file of program, page and core: chat_server.pyz
     python chat_server.py store FOLDER               list the prefixes that --prefix-store keeps
 
 This script has the routes and the commands. The rest is the package chatlm beside it: two houses that never
@@ -35,6 +34,7 @@ The rooms, each above those that it may import
     chatlm/front/server/      routes, connections, access, bodies, streams, metrics, the page's files
           api/                bodies in: fields and readers; answers out: encoders; what a sandbox does
           pool/               workers, queue and failover, here and on Ray
+          evals/              tasks on disk, and verdicts on a model's answers to them
           admission/          a request becomes prompts that fit; the sandboxes' front end
           *.py                tasks that are watched; aiohttp at its first use
     chatlm/worker/*.py        a worker's first code and its loop; device and memory
@@ -148,8 +148,8 @@ from chatlm.front.server.bodies import Bodies, tokenizer_of
 from chatlm.front.server.compare import Comparison, read_asked, with_ids
 from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.describe import (
-    A_MODEL, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models, ollama_running,
-    openapi_document, stats_body)
+    A_MODEL, A_NAME, A_RUN, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models,
+    ollama_running, openapi_document, stats_body)
 from chatlm.front.server.metrics import Metrics
 from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
@@ -411,6 +411,8 @@ ROUTES = (
     Route("POST", "/v1/compare", Api.OPENAI, "handle_compare",
           "answers of several models to one question, streamed, and where each diverges from the first"),
     Route("POST", "/tokenize", Api.OPENAI, "handle_text", "text to token ids"),
+    Route("GET", "/tokenizer_info", Api.OPENAI, "models.handle_tokenizer", "which tokens begin and end texts",
+          query=(A_NAME,)),
     Route("POST", "/detokenize", Api.OPENAI, "handle_text", "token ids to text"),
     Route("POST", "/apply-template", Api.OPENAI, "handle_text",
           "a conversation to the text of its prompt"),
@@ -420,6 +422,7 @@ ROUTES = (
             returns=MODELS) for path in ("/v1/models", "/models")),
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
           "a served model, by one of its names", returns=A_MODEL),
+    Route("GET", "/v1/runs/{tag:.+}", Api.OPENAI, "models.handle_run", "a run's steps", returns=A_RUN),
     Route("POST", "/models/load", Api.OPENAI, "models.handle_load", "load a model"),
     Route("POST", "/models/unload", Api.OPENAI, "models.handle_unload",
           "unload a model once its answers have ended; the next request loads it again"),
@@ -534,9 +537,9 @@ def run_command(settings: Settings) -> int:
         if settings.command == "serve":
             command = serve_forever
         else:
-            from chatlm.terminal import chat, side_by_side
+            from chatlm.terminal import chat, evaluate, side_by_side
             command = {"chat": chat.chat, "generate": chat.generate, "compare": side_by_side.compare,
-                       "score": side_by_side.score}[settings.command]
+                       "score": side_by_side.score, "eval": evaluate.evaluate}[settings.command]
         status = asyncio.run(command(settings))
         return status
     finally:

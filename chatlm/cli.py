@@ -34,14 +34,15 @@ class Help(NamedTuple):
 
 
 HELP = {
-    "serve": Help("""python chat_server.py [serve|chat|generate|compare|score|check] [MODEL] [flags]
+    "serve": Help("""python chat_server.py [serve|chat|generate|compare|score|eval|check] [MODEL] [flags]
        python chat_server.py bundle [FILE] [--without-core]
        python chat_server.py store FOLDER [--prune SIZE]""",
         "Serve a model: a chat page, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is the "
         "default command. The others are: chat, in the terminal; generate, which answers one prompt; "
         "compare, which asks several models the same question; score, which measures how well a model "
-        "predicts a text; check, which verifies and times the compiled kernels; bundle, which packs the "
-        "program into one file; store, which lists the contents of --prefix-store. Each has a --help. If "
+        "predicts a text; eval, which evaluates models on tasks; check, which verifies and times the "
+        "compiled kernels; bundle, which packs the program into one file; store, which lists the contents "
+        "of --prefix-store. Each has a --help. If "
         "there are several MODELs, each is loaded when a request names it.", """
   python chat_server.py                                     a nanochat checkpoint or a small model
   python chat_server.py qwen3:0.6b --host 127.0.0.1         for this machine only; downloaded once
@@ -69,12 +70,19 @@ HELP = {
   python chat_server.py score model.gguf --text book.txt
   python chat_server.py score a.gguf b.gguf --text book.txt --context-length 1024
   python chat_server.py score ~/.cache/nanochat -g d20 -s 12000 --text book.txt --json"""),
+    "eval": Help("python chat_server.py eval MODEL ... --suite core|sample|FOLDER|FILE.jsonl [flags]",
+        "Evaluate models as nanochat does: the CORE metric from the bundle that nanochat has fetched, other "
+        "tasks laid out like it, or seven prompts that each model continues. Data come only from this "
+        "machine's disk. The answer to each item is kept, so a second run, or one after a kill, goes on.", """
+  python chat_server.py eval ~/.cache/nanochat -g d20 --suite core --max-per-task 100
+  python chat_server.py eval d20@12000 d20@14000 --suite core --url http://127.0.0.1:8000
+  python chat_server.py eval model.gguf --suite questions.jsonl --json"""),
     "check": Help("python chat_server.py check",
         "Verify and time the compiled kernels: each op is compared with its reference in torch. The report "
         "can be pasted into an issue; the exit status is 1 if an op is wrong. This takes about a minute, "
         "and needs no model and no flags."),
 }
-SEVERAL = "serve", "compare", "score"  # the commands that take several MODELs
+SEVERAL = "serve", "compare", "score", "eval"  # the commands that take several MODELs
 ABOUT_MODELS = f"MODEL may be: {SUPPORTED_MODELS}."
 ABOUT_FLAGS = ("Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. "
                "--config FILE.toml may set them too.")
@@ -314,7 +322,7 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
             values["model"] = None
         if values["watch_text"] is not None and values["watch"] is None:
             raise ConfigError("--watch-text scores the checkpoints of --watch: give that folder too")
-    elif command in SEVERAL and models:  # each word of `compare` and `score` is a MODEL
+    elif command in SEVERAL and models:  # each word of `compare`, `score` and `eval` is a MODEL
         values["model"], values["several"] = None, tuple(ModelChoice(name, name) for name in models)
     return Settings(command=command, **values)
 

@@ -27,7 +27,7 @@ A value comes from the first of these that sets it:
 
 MODEL is `CHAT_SERVER_MODEL` and `model = "model.gguf"`; for several models, `[[models]]` has a table for each
 ([models](models.md#many-models)). A switch is turned off by `no` before its name, as in `--no-drafts`, or by `false`
-in the other two. Sizes have the suffixes K, M, G and T. A flag belongs to `serve`, `chat`, `generate`, `compare` and `score`
+in the other two. Sizes have the suffixes K, M, G and T. A flag belongs to `serve`, `chat`, `generate`, `compare`, `score` and `eval`
 unless its row names its commands.
 
 `-p` has two meanings, as in nanochat: the port for `serve`, the prompt for `chat`, `generate` and `compare`.
@@ -38,7 +38,7 @@ Without a sampling flag the model's authors decide, if they specify values: in t
 `generation_config.json` of a folder (`do_sample: false` is temperature 0). For the default model these are temperature 0.2 and top-p 0.9.
 The log and `/stats` say which values apply and where each comes from.
 """
-ALL_COMMANDS = "serve chat generate compare score"
+ALL_COMMANDS = "serve chat generate compare score eval"
 
 
 def default(flag) -> str:

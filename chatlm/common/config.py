@@ -23,7 +23,7 @@ N = TypeVar("N", int, float)
 V = TypeVar("V")
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_MAX_TOKENS = 512  # without -m; /v1 goes up to the context
-PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "compare", "score", "check")
+PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "compare", "score", "eval", "check")
 ANSWERING = "serve chat generate compare"  # the commands that generate tokens
 CHAT_TEMPERATURE = 0.6    # the default of the chat command
 PAGE_SIZE = 16            # KV slots in a page
@@ -49,6 +49,7 @@ class Limits:
     biases: int = 4_096             # entries of logit_bias: each row applies them in each step
     prompt_tokens: int = 1 << 20    # in a prompt of token ids: no context is larger
     choices: int = 128              # answers per request
+    logprob_ids: int = 128          # of logprob_token_ids
     embeddings: int = 2048          # inputs per request
     compared: int = 8               # answers side by side
     grammar_characters: int = 1 << 16  # of a JSON schema: compiling this much takes up to 0.3 s
@@ -200,9 +201,9 @@ class Flag(NamedTuple):
         return f"CHAT_SERVER_{self.field.rstrip('_').upper()}"
 
 
-def flag(default: V, parse: Callable[[str], object] | None, help: str, commands: str = f"{ANSWERING} score",
-         short: str | None = None, also: str = "", choices: tuple[str, ...] = (), many: bool = False,
-         heading: str = "") -> V:
+def flag(default: V, parse: Callable[[str], object] | None, help: str,
+         commands: str = f"{ANSWERING} score eval", short: str | None = None, also: str = "",
+         choices: tuple[str, ...] = (), many: bool = False, heading: str = "") -> V:
     """A field of `Settings` with its flag: everything about it in one row."""
     row = Flag("", default, parse, help, commands, short, also, choices, many, heading)
     return field(default=default, metadata={"flag": row})
@@ -332,13 +333,21 @@ class Settings:
         "chat generate compare",
         short="p")
     text: str | None = flag(None, file_name, "file to score, in bits per byte", "score")
+    suite: str | None = flag(None, file_name,
+        "tasks to answer: core (nanochat's bundle), sample (seven prompts), a folder laid out as that "
+        "bundle, or a .jsonl file of rows", "eval")
+    max_per_task: int | None = flag(None, number(int, 1),
+        "most items of each task, drawn as upstream draws them (default: all)", "eval")
+    results: str | None = flag(None, file_name,
+        "folder that keeps the answer to each item, so that a run goes on where another ended (default: "
+        "~/.local/state/chat_server/evals)", "eval")
 
     url: str | None = flag(None, str,
-        "talk to a running server instead of loading a model", "chat generate compare",
+        "talk to a running server instead of loading a model", "chat generate compare eval",
         heading="In the terminal")
     json: bool = flag(False, None,
         "answers as JSON, one object per line with text, usage and timings",
-        "chat generate compare score")
+        "chat generate compare score eval")
     continue_: bool = flag(False, None, "continue the last chat", "chat")
     history: bool = flag(True, None,
         "keep typed lines and the last chat in ~/.local/state/chat_server", "chat")

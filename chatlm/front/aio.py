@@ -55,6 +55,15 @@ async def first_of(*works) -> int:
         await end_tasks(tasks)
 
 
+async def all_of(*works):
+    """Run awaitables until all have ended; an error of one, which is raised, or leaving ends the others."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        await end_tasks(tasks)
+
+
 async def interruptible(work):
     """The result of an awaitable, or None if Ctrl-C cancelled it. Nothing else is cancelled."""
     task, loop, stopped = asyncio.ensure_future(work), asyncio.get_running_loop(), asyncio.Event()

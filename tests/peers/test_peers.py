@@ -5,6 +5,7 @@ node_modules. Both are in build-peers/ and are made again when the list of packa
 the tests are skipped with that reason. (test_openai_client.py tests the `openai` package.)
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -114,6 +115,23 @@ def test_lm_eval_scores_and_generates_alone_and_in_batches(python, url, tmp_path
     assert single["generated"][:2] == batched["generated"][:2] == [" Paris", " Tokyo"]
     for one, other in zip(single["loglikelihoods"], batched["loglikelihoods"], strict=True):
         assert one == pytest.approx(other, abs=0 if decode_core() else 0.3)
+
+
+@pytest.mark.slow
+def test_lm_eval_gets_from_a_nanochat_checkpoint_what_its_own_backend_computes(python, nanochat_fixtures, tmp_path):
+    """With the server's tokenizer and eight requests at a time: log-likelihoods, whether they are greedy, texts longer than the window,
+    generated text."""
+    torch = Path(importlib.util.find_spec("torch").origin).parents[1]
+    with server(nanochat_fixtures / "gen1", "--source", "mid", "--dtype", "float32") as (_, url):
+        found = outcome([python, HERE / "lm_eval_twin_peer.py"], url, nanochat_fixtures / "gen1", tmp_path, torch)
+    theirs, ours = found["hf"], found["server"]
+    assert {name: len(items) for name, items in ours.items()} == {"choose": 24, "roll": 24, "go_on": 24}
+    for item, other in zip(ours["choose"], theirs["choose"], strict=True):
+        assert [score for score, _ in item] == pytest.approx([score for score, _ in other], abs=1e-4)
+        assert [greedy for _, greedy in item] == [greedy for _, greedy in other]
+    assert [score for score, in ours["roll"]] == pytest.approx([score for score, in theirs["roll"]], rel=1e-4, abs=1e-4)
+    mine, other = ([text.rstrip("\ufffd") for text, in found[name]["go_on"]] for name in ("server", "hf"))     # here a cut character has no mark
+    assert mine == other and len({*mine}) > 12
 
 
 @pytest.mark.slow

@@ -46,9 +46,13 @@ def resolve_model(settings: Settings, progress: Progress = no_progress) -> Model
         raise cannot_read(getattr(error, "filename", None) or settings.model or "the model", error) from None
 
 
+def nanochat_base() -> Path:
+    """The folder in which nanochat keeps checkpoints and data."""
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or home_folder() / ".cache" / "nanochat")
+
+
 def find_default(settings: Settings, progress: Progress) -> ModelSource:
-    named_base = os.environ.get("NANOCHAT_BASE_DIR")
-    base = Path(named_base or home_folder() / ".cache" / "nanochat")
+    named_base, base = os.environ.get("NANOCHAT_BASE_DIR"), nanochat_base()
     if named_base and not base.is_dir():
         raise ConfigError(f"NANOCHAT_BASE_DIR is {base}, which is not a folder")
     if find_checkpoints(base) or explicit_choice(settings):

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 
-from chatlm.common.errors import require_folder
+from chatlm.common.errors import ConfigError, require_folder
+from chatlm.common.files import parse_json, read_small
 from chatlm.common.hub.adapters import CONFIG, WEIGHTS
 from chatlm.common.hub.folder import seen_below
 from chatlm.common.hub.local import NANOCHAT_FOLDERS
@@ -56,6 +57,29 @@ def steps_in(folder: Path, names: Seq[str]) -> Iterator[Step]:
                 missing = "" if meta in names else meta
                 files = [folder / name, *([] if missing else [folder / meta]), *tokenizers[:1]]
                 yield from unlinked(folder / name, int(match[1]), files, missing)
+
+
+def written_metrics(step: Step) -> dict[str, float]:
+    """What nanochat's training has written about a checkpoint next to it: the loss on its validation split,
+    the tokens and seconds so far. {} for other checkpoints; what is not a number is left out."""
+    if not (number := re.fullmatch(r"model_(\d{1,15})\.pt", step.path.name)):
+        return {}
+    path = step.path.with_name(f"meta_{number[1]}.json")
+    try:
+        meta = parse_json(path, read_small(path))
+    except (ConfigError, OSError, ValueError):
+        return {}
+    loop = meta.get("loop_state") if isinstance(meta, dict) else None
+    loop, meta = (value if isinstance(value, dict) else {} for value in (loop, meta))
+    found = {"val_bpb": meta.get("val_bpb"), "min_val_bpb": loop.get("min_val_bpb"),
+             "total_training_time": loop.get("total_training_time")}
+    if is_number(batch := meta.get("total_batch_size")):
+        found["tokens"] = batch * step.step
+    return {name: value for name, value in found.items() if is_number(value)}
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # neither NaN nor infinite
 
 
 def names_of_parts(weights: Seq[str]) -> list[str]:

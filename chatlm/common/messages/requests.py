@@ -139,6 +139,7 @@ class AnswerParams:
     logprobs: int | None = None         # likeliest tokens to list beside each; None: no logprobs
     prompt_logprobs: int | None = None  # the same for the prompt's tokens; then a token that ends the answer
                                         # has its own too, since evaluations drop the last one
+    logprob_ids: tuple[int, ...] = ()   # tokens to list beside each too, likely or not
     grammar: str = ""                   # the answer, after its reasoning, must match it
     grammar_param: str = ""             # the field that the grammar comes from
     tool_names: tuple[str, ...] = ()    # functions whose calls are read from it
@@ -179,6 +180,8 @@ class Request:
     params: AnswerParams = AnswerParams()
     max_tokens: int | None = None  # None: up to the context
     n: int = 1                     # answers to each prompt
+    score_from: tuple[int, ...] = ()  # of each prompt that is scored, the first token whose
+                                      # log-probability is wanted; (): all are
     prefix_token_ids: tuple[int, ...] = ()  # with which each answer begins
     tools: tuple[dict, ...] = ()   # functions that the model may call
     template_options: Mapping = field(default_factory=dict)  # the TEMPLATE_OPTIONS that are set
@@ -234,6 +237,7 @@ class TokenLogprob(NamedTuple):
     token: int
     logprob: float | None  # None: the first token, which nothing precedes
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None  # of a prompt's token: 1 + how many are likelier
 
 
 class Delta(NamedTuple):

@@ -59,6 +59,11 @@ class PromptMaker:
             checked_ids(ids, self.tokenizer, request.source)
             self.answer_length(request, ids)
         checked_ids(request.params.stop_token_ids, self.tokenizer, "stop_token_ids")
+        checked_ids(request.params.logprob_ids, self.tokenizer, "logprob_token_ids")
+        for first, ids in zip(request.score_from, prompts):
+            if first >= len(ids):
+                name = "prompt_logprobs_start"
+                raise invalid(name, f"{name} is {first:,}, but the prompt has {len(ids):,} tokens")
         checked_ids([token for token, _ in request.params.sampling.logit_bias], self.tokenizer, "logit_bias")
         self._check_prefix(request)
         return replace(request.lasting(), prompt_ids=prompts,

@@ -71,6 +71,7 @@ class Choice:
         self.held_ids: tuple[int, ...] = ()         # and their ids
         self.token_ids: list[int] = []              # for a whole body
         self.logprobs: dict[str, list[bytes]] = {}  # for a whole body, in JSON
+        self.prompt_logprobs: list[bytes] = []      # also
         self.echoed = False                         # whether the prompt has been put before its text
         self.decoder, self.offset = StreamDecoder(tokenizer), 0  # for text_offset
 
@@ -95,6 +96,11 @@ class Choice:
             separator = b"], "
         if self.logprobs:
             yield b"]}"
+
+    def encoded_prompt(self) -> Iterator[bytes]:
+        """The `prompt_logprobs` member of an object, if there are any."""
+        if self.prompt_logprobs:
+            yield b', "prompt_logprobs": [' + b", ".join(filter(None, self.prompt_logprobs)) + b"]"
 
 
 PROGRESS_FIELDS = "queue_position", "prompt_tokens", "prompt_tokens_done"

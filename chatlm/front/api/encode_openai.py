@@ -39,6 +39,7 @@ class OpenAIEncoder(Encoder):
 
     id_prefix = chunk_object = whole_object = ""
     logprobs_beside: Mapping = {}  # fields of `logprobs` besides those of logprobs_body
+    scores_above = False           # is `prompt_logprobs` beside the choices, or in each?
     logprobs_body: Callable[[Choice, Seq[TokenLogprob]], dict]
 
     def __init__(self, *arguments):
@@ -56,6 +57,11 @@ class OpenAIEncoder(Encoder):
         return ({**self.logprobs_body(choice, part.logprobs), **self.logprobs_beside}
                 if part.logprobs else None)
 
+    @property
+    def shows_prompt(self) -> bool:
+        """Are the prompt's log-probabilities among those of the answer, or in `prompt_logprobs` alone?"""
+        return self.parsed.echo and self.request.params.logprobs is not None
+
     def take(self, choice: Choice, event: Piece | PromptScores | Finished) -> Piece:
         """What to send, with the log-probabilities of its tokens. Those of a stop string are left out, unless
         the prompt was scored too."""
@@ -67,7 +73,7 @@ class OpenAIEncoder(Encoder):
             by_text = event.stop_reason in params.stop and params.prompt_logprobs is None
             return NOTHING._replace(tokens=ids, logprobs=() if by_text else held)
         if isinstance(event, PromptScores):  # before any piece, so none are held
-            return NOTHING._replace(logprobs=event.logprobs)
+            return NOTHING._replace(logprobs=event.logprobs) if self.shows_prompt else NOTHING
         held += event.logprobs
         ids += event.tokens if self.parsed.token_ids else ()
         if event.deltas:
@@ -75,12 +81,37 @@ class OpenAIEncoder(Encoder):
         choice.held, choice.held_ids = held, ids
         return NOTHING
 
+    def listed(self, logprobs: Seq[TokenLogprob]) -> Iterator[TokenLogprob]:
+        """With as many of the likeliest tokens as `logprobs` asks for, since `prompt_logprobs` may want more,
+        and those that are named."""
+        params = self.request.params
+        return (scored._replace(top=tuple(
+            one for place, one in enumerate(scored.top)
+            if place < (params.logprobs or 0) or one[0] in params.logprob_ids)) for scored in logprobs)
+
     def entries(self, logprobs: Seq[TokenLogprob]) -> list[dict]:
         def entry(token: int, logprob: float | None) -> dict:
             text, spelled = token_text(self.tokenizer, token)
             return {"id": token, "token": text, "logprob": logprob_number(logprob), "bytes": spelled}
         return [{**entry(token, logprob), "top_logprobs": [entry(*likely) for likely in top]}
-                for token, logprob, top in logprobs]
+                for token, logprob, top, _ in self.listed(logprobs)]
+
+    def prompt_entries(self, logprobs: Seq[TokenLogprob], top: int) -> list[dict | None]:
+        """vLLM's `prompt_logprobs`: by their ids the token itself and the `top` likeliest ones; None for the
+        first token, which nothing precedes."""
+        def entry(token: int, logprob: float | None, rank: int | None) -> dict:
+            return {"logprob": logprob_number(logprob), "rank": rank,
+                    "decoded_token": token_text(self.tokenizer, token)[0]}
+        return [None if scored.logprob is None else
+                {str(token): entry(token, logprob, rank) for token, logprob, rank in (
+                    (scored.token, scored.logprob, scored.rank),
+                    *((*likely, rank) for rank, likely in enumerate(scored.top[:top], 1)
+                      if likely[0] != scored.token))} for scored in logprobs]
+
+    def first_scored(self, choice: Choice) -> int:
+        """The number of the first token of its prompt that is scored."""
+        starts = self.request.score_from
+        return starts[choice.index // self.request.n] if starts else 0
 
     def ids(self, tokens: Seq[int]) -> dict:
         return {"token_ids": tokens} if self.parsed.token_ids else {}
@@ -126,7 +157,12 @@ class OpenAIEncoder(Encoder):
     def collect(self, event: Piece | PromptScores | Finished) -> int:
         """Keep an event for `completion`; returns roughly how many bytes that takes."""
         choice = self.choices[event.choice]
-        part, size = self.take(choice, event), 100
+        part, size, top = self.take(choice, event), 100, self.parsed.details.get("prompt_logprobs")
+        if isinstance(event, PromptScores) and top is not None:
+            unwanted = [] if choice.prompt_logprobs else [None] * self.first_scored(choice)
+            encoded = dump(unwanted + self.prompt_entries(event.logprobs, top))[1:-1]
+            choice.prompt_logprobs.append(encoded)
+            size += len(encoded)
         choice.token_ids += part.tokens if self.parsed.token_ids else ()
         for delta in part.deltas:
             choice.block(delta).texts.append(delta.text)
@@ -150,8 +186,13 @@ class OpenAIEncoder(Encoder):
                 del body["logprobs"]
             yield separator + dump(body)[:-1]
             yield from choice.encoded_logprobs(self.logprobs_beside)
+            if not self.scores_above:
+                yield from choice.encoded_prompt()
             separator = b"}, "
-        yield b"}]}"
+        yield b"}]"
+        if self.scores_above:
+            yield from self.choices[0].encoded_prompt()
+        yield b"}"
 
 
 class ChatEncoder(OpenAIEncoder):
@@ -159,6 +200,7 @@ class ChatEncoder(OpenAIEncoder):
 
     id_prefix, chunk_object, whole_object = "chatcmpl-", "chat.completion.chunk", "chat.completion"
     logprobs_beside = {"refusal": None}
+    scores_above = True
 
     def start(self, accepted: Accepted) -> bytes:
         opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
@@ -236,15 +278,21 @@ class CompletionEncoder(OpenAIEncoder):
         # Special tokens appear as text only in an echoed prompt.
         written = prompt if self.parsed.echo and isinstance(prompt, str) else ""
         texts, offsets, tops = [], [], []
-        for token, logprob, top in logprobs:
+        for token, logprob, top, _ in self.listed(logprobs):
             texts.append(token_text(self.tokenizer, token)[0])
             offsets.append(choice.offset)
             name = self.tokenizer.special_names.get(token)
             choice.offset += len(name) if name and written.startswith(name, choice.offset) else \
                 len(choice.decoder.push(token))
-            tops.append(None if logprob is None else {
-                token_text(self.tokenizer, likely)[0]: logprob_number(its_logprob)
-                for likely, its_logprob in (*top, (token, logprob))})
-        return {"tokens": texts, "token_logprobs": [logprob_number(logprob) for _, logprob, _ in logprobs],
+            tops.append(None if logprob is None else self.by_text(token, dict((*top, (token, logprob)))))
+        return {"tokens": texts, "token_logprobs": [logprob_number(scored.logprob) for scored in logprobs],
                 "top_logprobs": tops, "text_offset": offsets,
                 **({"content": self.entries(logprobs)} if self.parsed.token_ids else {})}
+
+    def by_text(self, token: int, logprobs: Mapping[int, float]) -> dict[str, float | None]:
+        """Log-probabilities by the texts of their tokens. Of several with one text, `token` keeps it or else
+        the likeliest does; the others are called as vLLM calls tokens by their ids."""
+        taken = {token_text(self.tokenizer, token)[0]: token}
+        return {likely_text if taken.setdefault(likely_text, likely) == likely else f"token_id:{likely}":
+                logprob_number(logprob) for likely, logprob in logprobs.items()
+                for likely_text in [token_text(self.tokenizer, likely)[0]]}

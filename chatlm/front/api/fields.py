@@ -223,6 +223,16 @@ def within_limit(what: str, count: int, limit: int, param: str):
                            code="limit_exceeded", param=param)
 
 
+def functions_among(values: Mapping) -> tuple[dict, ...]:
+    """The tools of a body, which must be functions. The schema lets other types pass, so that this error can
+    name them."""
+    tools = values.get("tools", ())
+    if strange := [tool["type"] for tool in tools if not matches(A_FUNCTION, tool)]:
+        raise RequestError(f"tools of type {shown(strange[0])} are not supported here, only functions",
+                           code="unsupported_tool", param="tools")
+    return tools
+
+
 def no_tools(param: str) -> RequestError:
     return RequestError("this model cannot call functions: leave out tools, tool_choice and messages about "
                         "calls, or send tool_choice \"none\"",

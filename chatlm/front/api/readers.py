@@ -17,22 +17,22 @@ from chatlm.common.messages.requests import (
 from chatlm.common.messages.wire import as_plain_json
 from chatlm.common.text.formats import CALL_FORMATS
 from chatlm.common.text.grammar import unusable_schema
-from chatlm.front.admission.prompts import checked_ids
 from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
 from chatlm.front.api.conversation import (
     SentMessage, anthropic_messages, chat_messages, joined_turns, native_messages, openai_messages, part_text,
     response_messages, sent_messages, template_options)
 from chatlm.front.api.fields import (
-    A_FUNCTION, ToolChoice, allowed_tools, header_words, known_tools, matches, no_tools,
-    parse_fields, within_limit)
+    ToolChoice, allowed_tools, functions_among, header_words, known_tools, no_tools, parse_fields,
+    within_limit)
 from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget
 from chatlm.front.api.ignored import ignored_fields, unread
 from chatlm.front.api.infill import infill_ends
 from chatlm.front.api.tables import (
-    BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, DRAWING_FIELDS,
+    BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DRAWING_FIELDS,
     EMBEDDING_FIELDS, INFILL_FIELDS, MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
     OLLAMA_EMBED_FIELDS, OLLAMA_EMBEDDINGS_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS,
-    OPENAI_FIELDS, RESPONSES_FIELDS, TEMPLATE_FIELDS, TOKENIZE_FIELDS, VARIANT_FIELDS)
+    OPENAI_FIELDS, RESPONSES_FIELDS, VARIANT_FIELDS)
+from chatlm.front.api.tokenization import apply_template, detokenize, rendered, tokenize
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known
@@ -89,16 +89,6 @@ def openai_request(values: Mapping, settings: Settings, params: AnswerParams, **
     if params.grammar:  # it alone decides whether the answer may go on
         values = {name: value for name, value in values.items() if name not in ("ignore_eos", "min_tokens")}
     return make_request(values, settings, params, max_tokens=None if cap == -1 else cap, **source)
-
-
-def functions_among(values: Mapping) -> tuple[dict, ...]:
-    """The tools of a body, which must be functions. The schema lets other types pass, so that this error can
-    name them."""
-    tools = values.get("tools", ())
-    if strange := [tool["type"] for tool in tools if not matches(A_FUNCTION, tool)]:
-        raise RequestError(f"tools of type {shown(strange[0])} are not supported here, only functions",
-                           code="unsupported_tool", param="tools")
-    return tools
 
 
 def parse_openai_request(values: Mapping, settings: Settings, tool_format: str | None = None,
@@ -160,7 +150,7 @@ def read_chat_body(body: dict, known: Known) -> ParsedBody:
     if body.get("functions") and known.tool_format is None:
         raise no_tools("functions")
     request = parse_openai_request(values, known.settings, known.tool_format)
-    return parsed_body("functions" if body.get("functions") else "chat", values, known, request)
+    return scored_body("functions" if body.get("functions") else "chat", values, known, request)
 
 
 def read_completion_body(body: dict, known: Known) -> ParsedBody:
@@ -179,7 +169,31 @@ def read_completion_body(body: dict, known: Known) -> ParsedBody:
                                   "model reads the suffix before the answer")
         values, infill = values | infill_ends(values, known, "suffix"), Infill((suffix,))
     request = openai_request(values, known.settings, params, prompts=prompts, infill=infill)
-    return parsed_body("completion", values, known, request)
+    return scored_body("completion", values, known, request)
+
+
+def scored_body(api: str, values: Mapping, known: Known, request: Request) -> ParsedBody:
+    """With vLLM's `logprob_token_ids` and `prompt_logprobs`, if they are asked for."""
+    params, starts = request.params, values.get("prompt_logprobs_start", ())
+    if named := values.get("logprob_token_ids", ()):
+        if params.logprobs is None:
+            raise invalid("logprob_token_ids", "logprob_token_ids needs logprobs")
+        params = replace(params, logprob_ids=named)
+    top, details = values.get("prompt_logprobs"), {}
+    if starts:
+        name, count = "prompt_logprobs_start", len(request.prompts)
+        if top is None or params.prompt_logprobs is not None:
+            raise invalid(name, f"{name} needs prompt_logprobs, and excludes logprobs of an echo")
+        starts = starts * count if len(starts) == 1 else starts
+        if len(starts) != count:
+            raise invalid(name, f"{name} has {len(starts)} numbers, but there are {count} prompts")
+    if top is not None:
+        for name in ("stream", "suffix"):
+            if values.get(name):
+                raise invalid("prompt_logprobs", f"prompt_logprobs and {name} exclude each other")
+        params = replace(params, prompt_logprobs=max(top, params.prompt_logprobs or 0))
+        details = {"prompt_logprobs": top}
+    return parsed_body(api, values, known, replace(request, params=params, score_from=starts), details)
 
 
 def read_infill_body(body: dict, known: Known) -> ParsedBody:
@@ -315,54 +329,6 @@ def read_embedding_body(body: dict, known: Known, api: str = "embeddings") -> Pa
     return parsed_body(api, values, known, request, {"encoding": values.get("encoding_format", "float")})
 
 
-async def tokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    values = parse_fields(body, TOKENIZE_FIELDS)
-    parts = values["content"]
-    size = sum(len(part) for part in parts if is_text(part))
-    within_limit("characters in content", size, LIMITS.tokenized_characters, "content")
-    return await prompts.run(partial(tokenized, prompts.tokenizer, values, parts), size + len(parts))
-
-
-def tokenized(tokenizer: Tokenizer, values: Mapping, parts: Seq[str | int]) -> bytes:
-    encode = tokenizer.encode_with_specials if values.get("parse_special", True) else tokenizer.encode
-    ids = [token for part in parts for token in (encode(part) if isinstance(part, str) else [part])]
-    ids = checked_ids(tokenizer.with_bos(ids) if values.get("add_special") else ids, tokenizer, "content")
-    if not values.get("with_pieces"):
-        return dump({"tokens": ids})
-    return dump({"tokens": pieces_body(tokenizer, ids)})
-
-
-def pieces_body(tokenizer: Tokenizer, tokens: Seq[int]) -> list[dict]:
-    return [{"id": token, "piece": piece_body(tokenizer, token),
-             **({"special": True} if token in tokenizer.special_names else {})} for token in tokens]
-
-
-async def detokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    """The response of /detokenize; special tokens appear by name."""
-    tokens, tokenizer = parse_fields(body, DETOKENIZE_FIELDS)["tokens"], prompts.tokenizer
-    checked_ids(tokens, tokenizer, "tokens")
-    return await prompts.run(lambda: dump({"content": tokenizer.show(tokens)}), len(tokens))
-
-
-async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    values, tokenizer = parse_fields(body, TEMPLATE_FIELDS), prompts.tokenizer
-    messages = openai_messages(values["messages"], tokenizer.tool_format is not None)
-    tools = functions_among(values)
-    if tools and not tokenizer.tool_format:
-        raise no_tools("tools")
-    tokens = await rendered(prompts, messages, tools, client, template_options(values))
-    pieces = {"tokens": pieces_body(tokenizer, tokens)} if values.get("with_pieces") else {}
-    return dump({"prompt": tokenizer.show(tokens), **pieces})
-
-
-async def rendered(prompts: PromptMaker, messages: Seq[Message], tools: Seq[dict], client: str,
-                   options: Mapping) -> tuple[int, ...]:
-    """The tokens of a conversation, which must not be too long to wait for."""
-    within_limit("characters in all messages", sum(len(message.content) for message in messages),
-                 LIMITS.tokenized_characters, "messages")
-    return await prompts.render(messages, tools, client, options)
-
-
 async def read_ollama_show(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     """The model's name. Of a very long one the start is enough, which is just as unknown."""
     return parse_fields(body, OLLAMA_SHOW_FIELDS).get("model", "")[:1000].encode()
@@ -461,9 +427,3 @@ async def read_text(route: str, body: dict, prompts: PromptMaker, client: str = 
     other routes."""
     text = await TEXT_READERS[route](body, prompts, client)
     return b"%s\n%s" % (", ".join(header_words(unread(body, BODY_FIELDS[route]))).encode(), text)
-
-
-def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
-    """llama-server's `piece`: a string, or a list of bytes if they are not whole characters."""
-    text = tokenizer.whole_text(token)
-    return list(tokenizer.shown_bytes(token)) if text is None else text

@@ -9,8 +9,8 @@ from chatlm.common.config import LIMITS
 from chatlm.common.jsontext import whole_unicode
 from chatlm.common.messages.requests import SAMPLING_FLAGS, SAMPLING_NAMES
 from chatlm.front.api.fields import (
-    A_TEXT, TEXT_OR_NULL, Field, FieldType, as_count, list_schema, listed, object_schema, prompt_list,
-    refused)
+    A_TEXT, A_TOKEN, TEXT_OR_NULL, Field, FieldType, as_count, list_schema, listed, object_schema,
+    prompt_list, refused)
 from chatlm.front.api.field_types import (
     CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INPUTS, INTEGER, LIST,
     LOGIT_BIAS, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT,
@@ -60,6 +60,17 @@ TEMPLATE_OPTIONS = (  # how a conversation becomes a prompt
 
 PREFIX = Field("prefix_token_ids", TOKENS, "token ids with which the answer begins, as if they had been "
                                            "drawn; their text comes first, and max_tokens counts them")
+PROMPT_LOGPROBS = Field(
+    "prompt_logprobs", INTEGER, "log-probabilities of the prompt's tokens, each with its rank and this many "
+                                "alternatives, by token id as in vLLM; not in a stream", 0, 20)
+LOGPROB_IDS = Field(
+    "logprob_token_ids", FieldType(f"a list of at most {LIMITS.logprob_ids} token ids",
+                                   list_schema(A_TOKEN, maxItems=LIMITS.logprob_ids), tuple),
+    "with `logprobs`: token ids to list beside each token too, however unlikely")
+STARTS = FieldType(
+    "a number from 0, or a list of these with one for each prompt",
+    {"anyOf": [A_TOKEN, list_schema(A_TOKEN, minItems=1, maxItems=LIMITS.choices)]},
+    lambda value: tuple(value) if isinstance(value, list) else (value,))
 TOKEN_IDS = Field("return_token_ids", SWITCH, "`token_ids` beside each choice: those behind its text")
 
 BREAKERS = FieldType("a list of at most 64 strings, none above 40 characters",
@@ -120,6 +131,7 @@ OPENAI_FIELDS = (
                                   list_schema({"enum": ["text"]})), "what the answer is"),
     Field("logprobs", SWITCH, "log-probabilities of the answer"),
     Field("top_logprobs", INTEGER, "alternatives listed for each token", 0, 20),
+    PROMPT_LOGPROBS, LOGPROB_IDS,
     Field("tools", TOOLS, "functions the model may call"),
     Field("tool_choice", TOOL_CHOICE, "auto, none, required, or one of the tools"),
     PARALLEL,
@@ -135,6 +147,10 @@ COMPLETION_FIELDS = (
     Field("max_tokens", INTEGER, "most tokens of the answer; -1 = up to the context, 0 = echo only",
           -1, math.inf),
     Field("logprobs", INTEGER, "log-probabilities, with this many alternatives", 0, 20),
+    PROMPT_LOGPROBS,
+    Field("prompt_logprobs_start", STARTS, "the first token that prompt_logprobs is computed for; what is "
+          "before it comes from the prefix cache, and has null"),
+    LOGPROB_IDS,
     Field("echo", SWITCH, "put the prompt before the answer, in the log-probabilities too"),
     Field("best_of", INTEGER, "must equal n", 1, LIMITS.choices),
     Field("suffix", TEXT, "the text after the answer, which then fills the gap between prompt and suffix"),
@@ -265,17 +281,22 @@ OLLAMA_EMBEDDINGS_FIELDS = (  # of the older route
 OLLAMA_SHOW_FIELDS = (Field("model", TEXT, "one of the served model's names"),
                       Field("name", TEXT, "the same, for older clients", means="model"))
 
-TOKENIZE_FIELDS = (
-    MODEL,
-    Field("content", MIXED, "text, or a list of texts and token ids", required=True),
-    Field("add_special", SWITCH, "begin with bos if the model expects it"),
-    Field("parse_special", SWITCH, "read the names of special tokens as the tokens (the default)"),
-    Field("with_pieces", SWITCH, "return each token's text too"),
-)
 DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True), MODEL)
 WITH_PIECES = Field("with_pieces", SWITCH, "return each token's id and text too")
 TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
                    Field("tools", TOOLS, "functions"), MODEL, WITH_PIECES, *TEMPLATE_OPTIONS)
+TOKENIZE_FIELDS = (  # llama-server's, with `content`; vLLM's, with `prompt` or `messages`
+    MODEL,
+    Field("content", MIXED, "text, or a list of texts and token ids"),
+    Field("add_special", SWITCH, "begin `content` with bos if the model expects it"),
+    Field("parse_special", SWITCH, "read the names of special tokens in it as the tokens (the default)"),
+    Field("with_pieces", SWITCH, "return each token's text of it too"),
+    Field("prompt", TEXT, "text, with the names of special tokens, as /v1/completions reads it"),
+    TEMPLATE_FIELDS[0]._replace(required=False), *TEMPLATE_FIELDS[1:2], *TEMPLATE_OPTIONS,
+    Field("add_special_tokens", SWITCH, "begin with bos if the model expects it: the default for `prompt`, "
+                                        "not for `messages`, whose template writes it"),
+    Field("return_token_strs", SWITCH, "`token_strs`: the text of each token of `prompt` or `messages`"),
+)
 MANAGED_FIELDS = (MODEL,)
 
 STEP = Field("step", FieldType('a number of a step, or "latest"',

@@ -106,9 +106,12 @@ class Dispatcher:
         jobs = [Job(request, ids, length, events, arrived_s, choice, [*request.prefix_token_ids])
                 for choice, (ids, length) in
                 enumerate(pair for pair in zip(prompts, lengths) for _ in range(request.n))]
+        for job, first in zip(jobs, (first for first in request.score_from for _ in range(request.n))):
+            job.scored = first
         heads = deque(jobs[::request.n])  # the first job of each prompt
+        follow = bool(request.score_from)  # do others wait until the first has cached what they share?
         try:
-            self._submit([heads.popleft() for _ in range(min(len(heads), LIMITS.choices))])
+            self._submit([heads.popleft() for _ in range(min(len(heads), 1 if follow else LIMITS.choices))])
             yield Accepted(sum(map(len, prompts)))
             others = {job.choice: jobs[job.choice + 1:job.choice + request.n] for job in jobs[::request.n]}
             turn_s, left = time.monotonic(), len(jobs)
@@ -123,6 +126,9 @@ class Dispatcher:
                 turn_s = time.monotonic() if waited else turn_s
                 if isinstance(event, Exception):
                     raise event
+                if follow and not isinstance(event, PromptProgress):
+                    follow = False
+                    self._submit([heads.popleft() for _ in range(min(len(heads), LIMITS.choices - 1))])
                 if event.choice in others and not isinstance(event, (PromptProgress, PromptScores)):
                     self._submit(others.pop(event.choice))  # now they can share the prompt's pages
                 yield event

@@ -36,6 +36,7 @@ class Model:
         self.run, self.step = "", 0          # TAG and STEP of a checkpoint that --watch found
         self.score: Score | None = None      # by --watch-text, of a checkpoint
         self.scoring = False                 # is it scored now?
+        self.written: dict[str, float] = {}  # metrics that its training has written beside it
 
     @property
     def name(self) -> str:
@@ -130,6 +131,12 @@ class Model:
             return {}
         return {"run": self.run, "step": self.step,
                 "bits_per_byte": self.score and round(self.score.bits_per_byte, 6), "scoring": self.scoring}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All that is known of how good a checkpoint is, by upstream's names where it has some."""
+        scored = {"bits_per_byte": round(self.score.bits_per_byte, 6)} if self.score else {}
+        return {**self.written, **scored}
 
 
 async def unload_after_answers(pool: WorkerPool):

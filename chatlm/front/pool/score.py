@@ -5,14 +5,12 @@ from __future__ import annotations
 import array
 import asyncio
 import math
-import secrets
 from collections.abc import Callable, Iterator, Sequence as Seq
-from contextlib import aclosing
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, Overloaded
 from chatlm.common.files import read_operators
-from chatlm.common.messages.requests import AnswerParams, PromptScores, Request, SamplingParams
+from chatlm.front.evals.scores import prompt_scores
 
 if TYPE_CHECKING:
     from chatlm.front.pool.pool import WorkerPool
@@ -102,14 +100,6 @@ async def score_text(pool: WorkerPool, text: str, *, yields: Callable[[], None] 
 
 async def _scored(pool: WorkerPool, windows: Seq[Window], low_priority: bool) -> list[float]:
     """The log-probabilities of the tokens that these windows score."""
-    params = AnswerParams(sampling=SamplingParams(temperature=0.0), prompt_logprobs=0)
-    request = Request(id=secrets.token_hex(16), prompts=tuple(window.ids for window in windows),
-                      params=params, max_tokens=0, low_priority=low_priority)
-    logprobs, seen = list[float](), [0] * len(windows)
-    async with aclosing(pool.answer(request)) as events:
-        async for event in events:
-            if isinstance(event, PromptScores):
-                skipped = max(windows[event.choice].first - seen[event.choice], 0)
-                seen[event.choice] += len(event.logprobs)
-                logprobs += [scored.logprob or 0.0 for scored in event.logprobs[skipped:]]
-    return logprobs
+    ids, starts = [window.ids for window in windows], [window.first for window in windows]
+    found = await prompt_scores(pool, ids, starts, low_priority=low_priority)
+    return [scored.logprob or 0.0 for window in found for scored in window]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
 from chatlm.common.hub.adapters import CONFIG, base_of
-from chatlm.common.hub.steps import find_steps
+from chatlm.common.hub.steps import find_steps, written_metrics
 from chatlm.common.log import log
 from chatlm.front.pool.models import Served
 from chatlm.front.pool.score import read_scored, score_text
@@ -117,6 +117,7 @@ class RunWatch:
         if model.pool is None:
             return self._refuse(step, f"the checkpoint {name} is not served: {model.reason}")
         model.run, model.step = self._tag_of(step.run), step.step
+        model.written = written_metrics(step)
         self.registry.add(model)
         self.registry.models.sort(key=lambda model: (model.run, model.step))  # models of no run come first
         self.models[step] = model

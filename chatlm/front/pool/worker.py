@@ -48,7 +48,7 @@ class Job:
     arrived_s: float
     choice: int = 0
     output_ids: list[int] = field(default_factory=list)  # begins with the request's prefix_token_ids
-    scored: int = 0        # prompt tokens whose log-probabilities have arrived
+    scored: int = 0        # prompt tokens whose log-probabilities have arrived, or are not wanted
     worker: Worker | None = None
     dispatched_s: float | None = None
     first_token_s: float | None = None

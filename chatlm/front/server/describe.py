@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm import __version__
-from chatlm.common.errors import Overloaded
+from chatlm.common.errors import Overloaded, RequestError, shown
 from chatlm.common.log import utc
 from chatlm.common.text.tokenizer import tools_of
-from chatlm.front.api.fields import A_TEXT
+from chatlm.front.api.field_types import TEXT
+from chatlm.front.api.fields import A_TEXT, Field
 from chatlm.front.api.tables import OLLAMA_NAMES
 from chatlm.front.pool.names import default_among
 from chatlm.front.pool.pool import sampling_of
@@ -23,6 +24,7 @@ from chatlm.front.server.responses import REQUEST_LOG, bound_of, json_response
 if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.config import Settings
+    from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import Model, Served
     from chatlm.front.server.access import Access
@@ -119,6 +121,46 @@ def model_body(served: Served, is_default: bool = True) -> dict:
             "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": pool.context_length}}
 
 
+A_RUN = {"type": "object", "properties": {"steps": {"type": "array", "items": {
+    "type": "object", "properties": {
+        "model": A_TEXT, "step": {"type": "integer"}, "state": A_MODEL["properties"]["state"],
+        "weights_digest": A_TEXT, "metrics": {"type": "object", "additionalProperties": {"type": "number"},
+                                              "description": "what is known of the step so far"}}}}}}
+
+
+def run_body(tag: str, seen: Seq[Served]) -> dict:
+    """The response of /v1/runs/{tag}: its checkpoints and their metrics. RequestError 404 for no run."""
+    steps = sorted((served for served in seen if served.model.run == tag and not served.adapter),
+                   key=lambda served: served.model.step)
+    if not steps:
+        runs = sorted({served.model.run for served in seen} - {""})
+        raise RequestError(f"there is no run {shown(tag)} here; {', '.join(runs[:20]) or 'none is watched'}",
+                           status=404, code="not_found", param="tag")
+    return {"object": "run", "id": tag, "steps": [
+        {"model": served.name, "step": served.model.step, "state": served.state,
+         "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
+         "metrics": served.model.metrics} for served in steps]}
+
+
+A_NAME = Field("model", TEXT, "one of the served models; absent: the default one")
+TOKENIZER_CLASSES = {"hf": "PreTrainedTokenizerFast", "nanochat": "RustBPETokenizer",
+                     "characters": "CharacterTokenizer"}
+
+
+def tokenizer_body(tokenizer: Tokenizer) -> dict:
+    """The response of /tokenizer_info, in the words of a tokenizer_config.json. Evaluators ask for it to know
+    which tokens begin and end a text."""
+    spec = tokenizer.spec
+
+    def name_of(token: int | None) -> str | None:
+        return None if token is None else tokenizer.show([token])
+    return {"tokenizer_class": TOKENIZER_CLASSES[spec.kind], "bos_token": name_of(spec.bos_token),
+            "eos_token": name_of(spec.eos_token), "pad_token": None, "add_bos_token": spec.add_bos,
+            "chat_template": spec.chat_template, "added_tokens_decoder": {
+                str(token): {"content": name, "special": True}
+                for token, name in sorted(tokenizer.special_names.items())}}
+
+
 def ollama_model(served: Served) -> dict:
     """A model as Ollama's routes describe one. Its clients expect a tag in the name."""
     pool = served.pool
@@ -185,6 +227,15 @@ class ModelRoutes:
         served = self.catalogue.find(http.match_info["name"], bound)
         default = default_among(self.catalogue.registry.listed(bound))
         return json_response(model_body(served, served == default))
+
+    async def handle_run(self, http: web.Request) -> web.Response:
+        seen = self.catalogue.registry.listed(bound_of(http))
+        return json_response(run_body(http.match_info["tag"], seen))
+
+    async def handle_tokenizer(self, http: web.Request) -> web.Response:
+        """GET /tokenizer_info, as vLLM has it."""
+        served = self.catalogue.find(A_NAME.read(http.query.get("model", "")), bound_of(http))
+        return json_response(tokenizer_body(tokenizer_of(served.pool)))
 
     async def handle_load(self, http: web.Request) -> web.Response:
         """POST /models/load, as llama-server's router does: loading begins, and /v1/models shows progress."""

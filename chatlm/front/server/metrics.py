@@ -81,6 +81,12 @@ class Metrics:
         for name, value in stats.get("bits_per_byte", {}).items():
             scores.add_metric([name], value)
         yield scores
+        known = gauge("chat_server_checkpoint_metric", "what is known of how good a checkpoint is",
+                      labels=["model", "metric"])
+        for served in self.catalogue.registry.listed():
+            for name, value in () if served.adapter else served.model.metrics.items():
+                known.add_metric([served.name, name], value)
+        yield known
         for family_type, name, doc in (
                 (gauge, "memory_used", "bytes of its GPU in use, else of its process"),
                 (gauge, "memory_total", "bytes of its GPU, else of the machine"),

@@ -73,7 +73,9 @@ class HostSteps:
                 line[arrays.of(~grammar.allowed(len(line)))] = -math.inf
         tokens = sample_each(self.transformer.kernels.sample, logits, rows)
         for i, line in lines.items():
-            owners[i].output.logprob = logprob_of(penalize(line, rows[i]), tokens[i], params[i].logprobs or 0)
+            own = params[i]
+            owners[i].output.logprob = logprob_of(penalize(line, rows[i]), tokens[i], own.logprobs or 0,
+                                                  own.logprob_ids)
         return tokens
 
 
@@ -101,25 +103,28 @@ def host_row(logits: numpy.ndarray) -> numpy.ndarray:
     return clean_logits(logits.copy())
 
 
-def logprob_of(logits: numpy.ndarray, token: int, top: int) -> TokenLogprob:
-    """A token's log-probability in its row of clean logits (V,), and the `top` most likely tokens."""
+def logprob_of(logits: numpy.ndarray, token: int, top: int, named: Seq[int] = ()) -> TokenLogprob:
+    """A token's log-probability in its row of clean logits (V,), the `top` most likely tokens, and those
+    `named` beside them."""
     with numpy.errstate(over="ignore"):
         weights = numpy.exp(logits - logits.max())
     total = float(logits.max()) + math.log(float(weights.sum(dtype=numpy.float64)))
-    ids = top_ids(logits, top).tolist() if top else []
+    ids = dict.fromkeys([*(top_ids(logits, top).tolist() if top else ()), *named])
     return TokenLogprob(token, float(logits[token]) - total,
                         tuple((id_, float(logits[id_]) - total) for id_ in ids))
 
 
 def score_prompt(chunk: Chunk, logits) -> tuple[TokenLogprob, ...]:
-    """Log-probabilities of the prompt tokens one after the chunk's own, from logits (rows of the chunk, V).
+    """Log-probabilities of the prompt tokens one after the chunk's last, from their logits (rows, V).
     Skips those already scored: a sequence that was preempted, or whose worker died, starts over."""
-    sequence, first = chunk.sequence, chunk.sequence.computed
+    sequence, first = chunk.sequence, chunk.sequence.computed + chunk.count - len(logits)
     ids, top = sequence.work.prompt_ids, sequence.work.params.prompt_logprobs
     output = sequence.output
     scores = [TokenLogprob(ids[0], None)] if output.scored == 0 else []
     for position, line in enumerate(logits, first + 1):
         if max(1, output.scored) <= position < len(ids):
-            scores.append(logprob_of(host_row(line), ids[position], top or 0))
+            row = host_row(line)
+            rank = 1 + int((row > row[ids[position]]).sum())
+            scores.append(logprob_of(row, ids[position], top or 0)._replace(rank=rank))
     output.scored += len(scores)
     return tuple(scores)

@@ -168,8 +168,7 @@ class Scheduler:
                and not any(running.suspect for running in self.running)):
             holdings = self._holdings()
             ready.remove(sequence := min(ready, key=lambda waiting: holdings[waiting.work.params.client]))
-            matched, serial = self.pool.match_prefix([] if is_uncached(sequence) else sequence.tokens,
-                                                     sequence.root)
+            matched, serial = self.pool.match_prefix(sequence.tokens[:sequence.cacheable], sequence.root)
             cached, size, length = len(matched) // self.pool.groups, self.pool.page_size, len(sequence.tokens)
             whole, near = -(-length // size), -(-min(length, cached * size + self.prefill_chunk) // size)
             sequence.pages, sequence.filled = matched, cached
@@ -209,12 +208,13 @@ class Scheduler:
             if sequence.restoration:
                 self._catch_up(sequence)
             share = max(left // 2, left - wanted) if sequence is oldest else left
-            count = min(sequence.pending, share, 1 + rows if sequence.scoring else share)
+            bare = max(sequence.unscored - sequence.computed, 0)  # tokens without logits
+            count = min(sequence.pending, share, bare + 1 + rows if sequence.scoring else share)
             if count > 0 and self._grow(sequence, sequence.computed + count):
                 draws = count == sequence.pending and not sequence.pooling
-                chunks.append(Chunk(sequence, count, int(draws)))
+                chunks.append(chunk := Chunk(sequence, count, int(draws)))
                 left -= count
-                rows -= count - 1 if sequence.scoring else 0
+                rows -= max(chunk.rows - 1, 0)
         return chunks
 
     def _catch_up(self, sequence: Sequence):

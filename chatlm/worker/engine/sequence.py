@@ -31,7 +31,7 @@ class Assignment:
     max_tokens: int
     choice: int = 0
     resumed_ids: tuple[int, ...] = ()
-    scored: int = 0       # prompt tokens whose log-probabilities were already sent
+    scored: int = 0       # prompt tokens whose log-probabilities were already sent, or are not wanted
     thinking_ends: int | None = None  # see Answer.thinking_ends
     resumed_sent: bool = True  # was the text of `resumed_ids` sent?
 
@@ -72,7 +72,8 @@ class Output:
     added_s: float = 0.0                 # when it was queued here
     queued_s: float | None = None        # seconds it waited here before it first ran
     logprob: TokenLogprob | None = None  # of the last token drawn, if requested
-    scored: int = 0                      # prompt tokens whose log-probabilities were sent, by any worker
+    scored: int = 0                      # prompt tokens whose log-probabilities were sent, by any worker, or
+                                         # are not wanted
     pooled: Any = 0.0                    # float64 (C,): sum of its hidden states, or only the last one
 
     @property
@@ -127,8 +128,21 @@ class Sequence:
 
     @property
     def scoring(self) -> bool:
-        """Are the log-probabilities of its whole prompt needed?"""
+        """Are log-probabilities of its prompt needed?"""
         return self.work.params.prompt_logprobs is not None and not self.generated
+
+    @property
+    def unscored(self) -> int:
+        """How many tokens from the beginning of a prompt that is being scored need no logits: those whose
+        next token was scored before, or is not wanted."""
+        return max(self.output.scored - 1, 0)
+
+    @property
+    def cacheable(self) -> int:
+        """How many of its tokens need not be computed here if their pages are cached, but for the last."""
+        if self.pooling == "mean":
+            return 0
+        return self.output.scored if self.scoring else len(self.tokens)
 
     @property
     def pooling(self) -> str:
@@ -153,8 +167,13 @@ class Chunk(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many tokens, from the end, need logits: all if the prompt is being scored, else `draws`."""
-        return self.count if self.sequence.scoring else self.draws
+        """How many tokens, from the end, need logits: if the prompt is being scored, all those whose next
+        token is wanted; else `draws`."""
+        sequence = self.sequence
+        if not sequence.scoring:
+            return self.draws
+        wanted = sequence.computed + self.count - sequence.unscored
+        return max(self.draws, min(self.count, wanted))
 
     @property
     def on_host(self) -> bool:
@@ -163,5 +182,5 @@ class Chunk(NamedTuple):
 
 
 def is_uncached(sequence: Sequence) -> bool:
-    """Must every token be computed here, because scores or a mean need it?"""
-    return sequence.scoring or sequence.pooling == "mean"
+    """Must tokens be computed here, because scores or a mean need them?"""
+    return sequence.cacheable < len(sequence.tokens)

@@ -35,7 +35,7 @@ FLAT_TOOL = {"type": "function", "name": "add", "parameters": SCHEMA}
 BESIDE = {      # what a field needs beside it to mean something
     "top_logprobs": {"logprobs": True}, "tool_choice": {"tools": [TOOL]}, "parallel_tool_calls": {"tools": [TOOL]},
     "function_call": {"functions": [TOOL["function"]]}, "stream_options": {"stream": True}, "resumable": {"stream": True},
-    "progress": {"stream": True}, "best_of": {"n": 2},
+    "progress": {"stream": True}, "best_of": {"n": 2}, "prompt_logprobs_start": {"prompt_logprobs": 1},
     "continue_final_message": {"messages": [*HI, {"role": "assistant", "content": "Well"}]}}
 VALUES = {      # a value of each field that differs from what holds without it
     "messages": [{"role": "user", "content": "Other"}], "prompt": "Other", "input": "Other", "content": "Other", "tokens": [73],
@@ -55,7 +55,8 @@ VALUES = {      # a value of each field that differs from what holds without it
     "system": "Be brief.", "stop_sequences": ["x"], "thinking": {"type": "enabled"}, "output_config": {"format": FORM | {"schema": SCHEMA}},
     "format": "json", "think": True, "options": {"temperature": 0.5}, "raw": True, "images": ["x"], "add_special": True, "parse_special": False,
     "with_pieces": True, "prefix_token_ids": [72], "return_token_ids": True, "input_prefix": "Other", "input_suffix": ["a", 5], "input_extra": [{"text": "x"}],
-    "repeat_penalty": 1.5, "n_predict": 7, "n_probs": 2, "return_tokens": True, "response_fields": ["content"], "models": ["a", "c"], "steps": [1, 2], "variants": [{}, {"seed": 1}]}
+    "prompt_logprobs": 2, "prompt_logprobs_start": 1, "logprob_token_ids": [5], "add_special_tokens": True, "return_token_strs": True, "repeat_penalty": 1.5, "n_predict": 7, "n_probs": 2,
+    "return_tokens": True, "response_fields": ["content"], "models": ["a", "c"], "steps": [1, 2], "variants": [{}, {"seed": 1}]}
 OTHERS = {      # where a field has another type in one of the routes
     ("/v1/responses", "tools"): [FLAT_TOOL], ("/v1/messages", "tools"): [{"name": "add", "input_schema": SCHEMA}],
     ("/v1/messages/count_tokens", "tools"): [{"name": "add", "input_schema": SCHEMA}],
@@ -66,7 +67,7 @@ OPTIONS = {"repeat_penalty": 1.5, "num_predict": 7}
 
 def sent(route, name):
     """(A body without the field, the same body with it)."""
-    body = BASE[route] | BESIDE.get(name, {})
+    body = ({} if (route, name) == ("/tokenize", "continue_final_message") else BASE[route]) | BESIDE.get(name, {})     # it has no content there
     if "tools" in body:
         body["tools"] = OTHERS.get((route, "tools"), [TOOL])
     return body, body | {name: OTHERS.get((route, name), VALUES[name])}
@@ -137,7 +138,7 @@ def test_each_route_with_a_body_is_in_the_tables():
 SAMPLERS = {"mirostat": 2, "mirostat_tau": 5, "mirostat_eta": 0.1, "tfs_z": 0.5,
             "dynatemp_range": 0.5, "top_a": 0.1, "repeat_last_n": 64, "samplers": ["top_k"], "smoothing_factor": 0.2}
 VLLM = {"use_beam_search": True, "length_penalty": 1.2, "include_stop_str_in_output": True, "skip_special_tokens": False,
-        "spaces_between_special_tokens": False, "truncate_prompt_tokens": 5, "allowed_token_ids": [1], "bad_words": ["x"], "prompt_logprobs": 1,
+        "spaces_between_special_tokens": False, "truncate_prompt_tokens": 5, "allowed_token_ids": [1], "bad_words": ["x"],
         "add_special_tokens": True, "documents": [], "chat_template": "{{ x }}", "mm_processor_kwargs": {}, "request_id": "x", "cache_salt": "x",
         "return_tokens_as_token_ids": True, "kv_transfer_params": {}, "vllm_xargs": {}}
 LLAMA = {"n_predict": 5, "cache_prompt": False, "n_probs": 2, "id_slot": 0, "n_keep": 1, "t_max_predict_ms": 9, "timings_per_token": True,

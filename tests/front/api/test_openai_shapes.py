@@ -10,12 +10,11 @@ import urllib.request
 import pytest
 
 from chatlm.front.api.encode_openai import token_text
-from chatlm.front.api.readers import piece_body
+from chatlm.front.api.tokenization import piece_body
 from fake_pool import Letters
+from openai_routes import CHAT, COMPLETIONS, HI, ask, call, refused
 from real_server import server
 
-HI = [{"role": "user", "content": "What is the capital of Japan?"}]
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.fixture(scope="module")
@@ -29,35 +28,6 @@ def exact(url):
     """For tests of answers that are equal only where logits are."""
     if not call(url, "/stats")[2]["row_invariant"]:
         pytest.skip("the reference ops are not row-invariant")
-
-
-def call(url, path, body=None, method=None):
-    """(status, headers, body as JSON or text) of one request."""
-    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"}, method=method)
-    try:
-        response = urllib.request.urlopen(request, timeout=120)
-    except urllib.error.HTTPError as error:
-        response = error
-    with response:
-        text = response.read().decode()
-        return response.status, response.headers, json.loads(text) if "json" in response.headers["Content-Type"] else text
-
-
-def ask(url, path=CHAT, **changes):
-    """The JSON answer to a short greedy request with `changes`, which must succeed."""
-    base = {"temperature": 0, "max_tokens": 12} | ({"messages": HI} if path == CHAT else {"prompt": "The capital of Japan is"})
-    status, _, body = call(url, path, base | changes)
-    assert status == 200, body
-    return body
-
-
-def refused(url, path=CHAT, **changes):
-    """(status, error) of a request that must fail."""
-    base = {"max_tokens": 4} | ({"messages": HI} if path == CHAT else {"prompt": "Hi"})
-    status, _, body = call(url, path, base | changes)
-    assert status >= 400 and set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}, body
-    return status, body["error"]
 
 
 def stream(url, path=CHAT, **changes):
@@ -437,7 +407,7 @@ def test_completions_that_cannot_be_are_400(url, change, code):
 @pytest.mark.parametrize("text", ["Hello world", "日本語 😀", "<|im_end|> and \x00", ""])
 def test_tokens_and_text_go_both_ways(url, text):
     tokens = call(url, "/tokenize", {"content": text})[2]["tokens"]
-    assert call(url, "/detokenize", {"tokens": tokens})[2] == {"content": text}
+    assert call(url, "/detokenize", {"tokens": tokens})[2] == {"content": text, "prompt": text}
     pieces = call(url, "/tokenize", {"content": text, "with_pieces": True})[2]["tokens"]
     assert [piece["id"] for piece in pieces] == tokens
     data = b"".join(piece["piece"].encode() if isinstance(piece["piece"], str) else bytes(piece["piece"]) for piece in pieces)

@@ -331,6 +331,27 @@ async def test_each_checkpoint_is_scored_and_metrics_and_stats_have_the_number(r
         await until(lambda: all(model.state == "unloaded" for model in models.registry.models))     # nobody else has asked for them
 
 
+async def test_a_run_has_the_metrics_of_its_steps_also_those_that_the_training_wrote(run_folder, watching, client, tmp_path):
+    list(tiny_training.train(run_folder, 60, 30))
+    for step, more in ((30, {"val_bpb": 1.25, "total_batch_size": 1000, "loop_state": {"min_val_bpb": 1.2, "total_training_time": 7}}),
+                       (60, {"val_bpb": "low", "total_batch_size": True, "loop_state": [float("nan")]})):
+        meta, = run_folder.rglob(f"meta_{step:06}.json")
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | more))
+    models = await watching(run_folder)
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 2)
+        async with client.get(url + "/v1/runs/d2") as response:
+            run = await response.json()
+        assert [(step["model"], step["step"], step["metrics"]) for step in run["steps"]] == [
+            ("d2@30", 30, {"val_bpb": 1.25, "min_val_bpb": 1.2, "total_training_time": 7, "tokens": 30_000}), ("d2@60", 60, {})]
+        assert all(step["weights_digest"] for step in run["steps"]) and run["id"] == "d2"
+        async with client.get(url + "/metrics") as response:
+            assert 'chat_server_checkpoint_metric{metric="val_bpb",model="d2@30"} 1.25\n' in await response.text()
+        for name in ("d3", "d2/x", "%00", "d2@30", "x" * 5000):
+            async with client.get(f"{url}/v1/runs/{name}") as response:
+                assert response.status == 404 and len(await response.text()) < 500 and "d2" in (await response.json())["error"]["message"]
+
+
 async def test_scoring_leaves_the_step_loaded_that_people_talk_to(run_folder, watching, client, tmp_path, monkeypatch, caplog):
     """Memory holds one step; the others are scored once there is room."""
     monkeypatch.setattr(Residency, "KEEP_S", 0.1)

@@ -145,6 +145,54 @@ def test_a_prompt_whose_scores_were_sent_in_part_is_scored_on_from_there(engine)
         assert scores_and_rest(pieces(engine, [work])["b"])[0] == whole[scored:]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("first", [0, 1, 2, 16, 17, 40, 65, 74, 75, 90])
+def test_scores_from_a_token_on_take_what_is_before_it_from_the_cache_and_compute_only_their_own_logits(engine, ahead, first):
+    whole, _ = scores_and_rest(pieces(engine, [assignment("a", PROMPT, SamplingParams(0.0), 1, ignore_eos=True, prompt_logprobs=1)])["a"])
+    for cached in (False, True):
+        if not cached:
+            engine.pool.forget_cached()
+        rows = []
+        forward = engine.transformer.forward
+        engine.transformer.forward = lambda batch: (rows.append(len(batch.logit_rows)), forward(batch))[1]
+        work = assignment("b", PROMPT, SamplingParams(0.0), 1, ignore_eos=True, prompt_logprobs=1, scored=first)
+        scores, rest = scores_and_rest(pieces(engine, [work], ahead)["b"])
+        engine.transformer.forward = forward
+        assert [entry.token for entry in scores] == [*PROMPT[first:]] and len(rest[0].tokens) == 1
+        for entry, other in zip(scores, whole[first:], strict=True):
+            assert entry == other if engine.kernels.row_invariant else entry.logprob is None or math.isclose(entry.logprob, other.logprob, abs_tol=1e-4)
+        assert sum(rows) == max(len(PROMPT) - max(first - 1, 0), 1)        # the last token's logits draw one
+        most = min(first, len(PROMPT)) - 1
+        assert rest.end.usage.cached_tokens == (max(most, 0) // PAGE_SIZE * PAGE_SIZE if cached else 0)
+
+
+def test_options_of_one_item_that_are_scored_together_share_its_pages(engine):
+    """Some rows are other answers'; some options end early, some within a page."""
+    options = [PROMPT[:60] + tuple(range(i, i + 3 * i + 1)) for i in range(4)]
+    alone = []
+    for option in options:
+        engine.pool.forget_cached()
+        alone.append(scores_and_rest(pieces(engine, [assignment("a", option, SamplingParams(0.0), 1, prompt_logprobs=1, scored=60)])["a"])[0])
+    engine.pool.forget_cached()
+    pieces(engine, [assignment("first", options[0], SamplingParams(0.0), 1, prompt_logprobs=1, scored=60)])
+    others = [assignment(f"o{i}", PROMPT[:30 + i], SamplingParams(1.0, seed=i), 30, ignore_eos=True) for i in range(3)]
+    works = [assignment(str(i), option, SamplingParams(0.0), 1, prompt_logprobs=1, scored=60) for i, option in enumerate(options)]
+    found = pieces(engine, others + works)
+    for i, own in enumerate(alone):
+        scores, rest = scores_and_rest(found[str(i)])
+        assert [entry.token for entry in scores] == [*options[i][60:]] and rest.end.usage.cached_tokens == 48
+        assert all(math.isclose(entry.logprob, other.logprob, abs_tol=0 if engine.kernels.row_invariant else 1e-4) for entry, other in zip(scores, own))
+
+
+def test_named_tokens_are_listed_however_unlikely_they_are(engine):
+    named = (200, 3, 77)
+    plain = pieces(engine, [assignment("a", PROMPT, SamplingParams(0.0), 1, ignore_eos=True, logprobs=250)])["a"][0].logprobs[0]
+    found = pieces(engine, [assignment("a", PROMPT, SamplingParams(0.0), 1, ignore_eos=True, logprobs=2, logprob_ids=named)])["a"][0].logprobs[0]
+    likely = [id_ for id_, _ in plain.top[:2]]
+    assert [id_ for id_, _ in found.top] == [*likely, *(id_ for id_ in named if id_ not in likely)]
+    assert dict(found.top).items() <= dict(plain.top).items()
+
+
 def test_the_token_that_ends_an_answer_has_no_logprob(engine):
     end = min(engine.tokenizer.stop_tokens)
     work = assignment("a", PROMPT, SamplingParams(0.0, logit_bias=((end, 100.0),)), 8, logprobs=1)

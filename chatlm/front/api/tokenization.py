@@ -1,0 +1,117 @@
+"""Texts and token ids: the bodies of /tokenize, /detokenize and /apply-template, and what these answer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence as Seq
+from functools import partial
+from typing import TYPE_CHECKING
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import invalid
+from chatlm.common.jsontext import dump, is_text
+from chatlm.front.admission.prompts import checked_ids
+from chatlm.front.api.conversation import openai_messages, template_options
+from chatlm.front.api.fields import functions_among, no_tools, parse_fields, within_limit
+from chatlm.front.api.tables import DETOKENIZE_FIELDS, TEMPLATE_FIELDS, TEMPLATE_OPTIONS, TOKENIZE_FIELDS
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Message
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.admission.prompts import PromptMaker
+
+
+ENCODED = ("add_special_tokens", "return_token_strs")
+TO_TOKENIZE = {  # the fields that say what to tokenize -> those that may be beside them
+    "content": ("add_special", "parse_special", "with_pieces"), "prompt": ENCODED,
+    "messages": (*ENCODED, "tools", *(field.name for field in TEMPLATE_OPTIONS))}
+
+
+async def tokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    """llama-server's response for `content`, vLLM's for `prompt` and `messages`."""
+    values = parse_fields(body, TOKENIZE_FIELDS)
+    given = [name for name in TO_TOKENIZE if name in values]
+    if len(given) != 1:
+        raise invalid(given[1] if given else "content", "one of content, prompt and messages must say what "
+                      f"to tokenize, and {' and '.join(given) or 'none of them'} is here")
+    for name in {*itertools.chain.from_iterable(TO_TOKENIZE.values())} - {*TO_TOKENIZE[given[0]]}:
+        if body.get(name) is not None:
+            raise invalid(name, f"{name} has no meaning beside {given[0]}")
+    if given == ["content"]:
+        parts = values["content"]
+        size = sum(len(part) for part in parts if is_text(part))
+        within_limit("characters in content", size, LIMITS.tokenized_characters, "content")
+        return await prompts.run(partial(tokenized, prompts.tokenizer, values, parts), size + len(parts))
+    return await prompt_tokens(values, prompts, client)
+
+
+async def prompt_tokens(values: Mapping, prompts: PromptMaker, client: str) -> bytes:
+    """vLLM's response for a prompt, which begins with bos as it is completed, or a conversation."""
+    tokenizer = prompts.tokenizer
+    if "messages" in values:
+        ids = await conversation_ids(values, prompts, client)
+    else:
+        text = values["prompt"]
+        within_limit("characters in prompt", len(text), LIMITS.tokenized_characters, "prompt")
+        ids = await prompts.run(partial(tokenizer.encode_with_specials, text), len(text))
+    if values.get("add_special_tokens", "prompt" in values):
+        ids = tokenizer.with_bos([*ids])
+    body = {"count": len(ids), "max_model_len": prompts.context_length, "tokens": ids}
+    if values.get("return_token_strs"):
+        body["token_strs"] = [tokenizer.show([token]) for token in ids]
+    return dump(body)
+
+
+def tokenized(tokenizer: Tokenizer, values: Mapping, parts: Seq[str | int]) -> bytes:
+    encode = tokenizer.encode_with_specials if values.get("parse_special", True) else tokenizer.encode
+    ids = [token for part in parts for token in (encode(part) if isinstance(part, str) else [part])]
+    ids = checked_ids(tokenizer.with_bos(ids) if values.get("add_special") else ids, tokenizer, "content")
+    if not values.get("with_pieces"):
+        return dump({"tokens": ids})
+    return dump({"tokens": pieces_body(tokenizer, ids)})
+
+
+def pieces_body(tokenizer: Tokenizer, tokens: Seq[int]) -> list[dict]:
+    return [{"id": token, "piece": piece_body(tokenizer, token),
+             **({"special": True} if token in tokenizer.special_names else {})} for token in tokens]
+
+
+async def detokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    """The response of /detokenize; special tokens appear by name."""
+    tokens, tokenizer = parse_fields(body, DETOKENIZE_FIELDS)["tokens"], prompts.tokenizer
+    checked_ids(tokens, tokenizer, "tokens")
+
+    def shown_twice() -> bytes:  # for llama-server's clients and vLLM's
+        text = tokenizer.show(tokens)
+        return dump({"content": text, "prompt": text})
+    return await prompts.run(shown_twice, len(tokens))
+
+
+def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
+    """llama-server's `piece`: a string, or a list of bytes if they are not whole characters."""
+    text = tokenizer.whole_text(token)
+    return list(tokenizer.shown_bytes(token)) if text is None else text
+
+
+async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    values, tokenizer = parse_fields(body, TEMPLATE_FIELDS), prompts.tokenizer
+    tokens = await conversation_ids(values, prompts, client)
+    pieces = {"tokens": pieces_body(tokenizer, tokens)} if values.get("with_pieces") else {}
+    return dump({"prompt": tokenizer.show(tokens), **pieces})
+
+
+async def conversation_ids(values: Mapping, prompts: PromptMaker, client: str) -> tuple[int, ...]:
+    """The tokens of the `messages` and `tools` of a body."""
+    tool_format = prompts.tokenizer.tool_format
+    messages, tools = openai_messages(values["messages"], tool_format is not None), functions_among(values)
+    if tools and not tool_format:
+        raise no_tools("tools")
+    return await rendered(prompts, messages, tools, client, template_options(values))
+
+
+async def rendered(prompts: PromptMaker, messages: Seq[Message], tools: Seq[dict], client: str,
+                   options: Mapping) -> tuple[int, ...]:
+    """The tokens of a conversation, which must not be too long to wait for."""
+    within_limit("characters in all messages", sum(len(message.content) for message in messages),
+                 LIMITS.tokenized_characters, "messages")
+    return await prompts.render(messages, tools, client, options)

@@ -1,0 +1,78 @@
+"""Answers to items that outlive the command: a file for a model's weights and a suite, a line for an item."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from io import BufferedWriter
+
+
+def results_folder(named: str | None) -> Path:
+    """--results, or the user's own folder; only its owner can read it. ConfigError if it cannot be made."""
+    state = os.environ.get("XDG_STATE_HOME")
+    try:
+        path = Path(named).expanduser() if named else Path(state or Path.home() / ".local" / "state") / (
+            "chat_server/evals")
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not named:
+            path.chmod(0o700)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"--results {named or '~/.local/state/chat_server/evals'}: "
+                          f"{getattr(error, 'strerror', None) or error}") from None
+    return path
+
+
+def file_word(text: str) -> str:
+    """A name as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9._@-]+", "-", text)[:80].strip(".-") or "model"
+
+
+class Kept:
+    """The answers to one suite's items by one model. Whoever reads a file of another run finds its items; a
+    line that a kill cut off counts as absent."""
+
+    def __init__(self, folder: Path, name: str):
+        self.path = folder / f"{name}.jsonl"
+        self.items: dict[tuple[str, int], Mapping] = {}
+        self.writing: BufferedWriter | None = None
+        try:
+            with suppress(FileNotFoundError):
+                self._read(self.path.read_bytes())
+            opened = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600)
+            self.writing = os.fdopen(opened, "ab")
+            if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
+                self.writing.write(b"\n")
+        except OSError as error:
+            raise ConfigError(f"{self.path}: {error.strerror}") from None
+
+    def _read(self, data: bytes):
+        for line in data.split(b"\n"):
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
+                item = json.loads(line)
+                if type(item["correct"]) is bool and isinstance(item["margin"], (int, float, type(None))):
+                    self.items[str(item["task"]), int(item["item"])] = item
+
+    def find(self, task: str, index: int) -> Mapping | None:
+        return self.items.get((task, index))
+
+    def add(self, item: Mapping):
+        self.items[item["task"], item["item"]] = item
+        if self.writing:
+            try:
+                self.writing.write(json.dumps(item).encode() + b"\n")
+                self.writing.flush()
+            except OSError as error:
+                raise ConfigError(f"{self.path}: {error.strerror}") from None
+
+    def close(self):
+        if self.writing:
+            self.writing.close()

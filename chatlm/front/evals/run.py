@@ -1,0 +1,110 @@
+"""A task from its first item to its last: which are judged already, which remain, what they add up to."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError
+from chatlm.front.aio import all_of
+from chatlm.front.evals.bundle import LANGUAGE_MODELING, Suite, Task, drawn_rows
+from chatlm.front.evals.items import NEAR_TIE, BadItem, examples_of, fitted, prompts_of, spans_of, verdict_of
+
+if TYPE_CHECKING:
+    from chatlm.front.evals.kept import Kept
+    from chatlm.front.evals.scores import Scorer
+
+
+AT_ONCE = 8  # items
+
+
+class TaskResult(NamedTuple):
+    """What the items of a task add up to."""
+
+    task: Task
+    items: int
+    right: int
+    near: int        # decided by no more than NEAR_TIE nats
+    cut: int         # that lost their beginning, since the context is shorter
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.items
+
+    @property
+    def centered(self) -> float:
+        return self.task.centered(self.accuracy)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the accuracy."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.items)
+
+
+def core_of(results: list[TaskResult]) -> tuple[float, float]:
+    """(the CORE metric, its standard error)."""
+    errors = [result.standard_error / (1 - result.task.baseline) for result in results]
+    return (math.fsum(result.centered for result in results) / len(results),
+            math.sqrt(math.fsum(error**2 for error in errors)) / len(results))
+
+
+def as_json(suite: Suite, results: list[TaskResult]) -> dict[str, Any]:
+    """The results with upstream's names where it has some."""
+    body: dict[str, Any] = {
+        "results": {result.task.label: round(result.accuracy, 6) for result in results},
+        "centered_results": {result.task.label: round(result.centered, 6) for result in results}}
+    if suite.is_core:
+        core, error = core_of(results)
+        body |= {"core_metric": round(core, 6), "core_standard_error": round(error, 6)}
+    return body | {
+        "standard_errors": {result.task.label: round(result.standard_error, 6) for result in results},
+        "items": {result.task.label: result.items for result in results},
+        "near_ties": sum(result.near for result in results),
+        "cut_items": sum(result.cut for result in results),
+        "seconds": round(sum(result.seconds for result in results), 1)}
+
+
+async def run_task(scorer: Scorer, task: Task, most: int | None, kept: Kept,
+                   progress: Callable[[str, float], None]) -> TaskResult:
+    """Judge the items of a task that are not among `kept`. ConfigError if an item cannot be judged."""
+    began_s, rows = time.monotonic(), drawn_rows(task, most)
+    left = iter([index for index in range(len(rows)) if kept.find(task.label, index) is None])
+    words = f"{task.label} ({task.shots}-shot)"
+    done = sum(kept.find(task.label, index) is not None for index in range(len(rows)))
+    progress(words, done / len(rows))
+
+    async def judge_some():
+        nonlocal done
+        for index in left:
+            kept.add(await judged(scorer, task, rows, index))
+            done += 1
+            progress(words, done / len(rows))
+
+    await all_of(*(judge_some() for _ in range(AT_ONCE)))
+    items = [item for index in range(len(rows)) if (item := kept.find(task.label, index)) is not None]
+    near = sum(item["margin"] is not None and item["margin"] <= NEAR_TIE for item in items)
+    return TaskResult(task, len(items), sum(item["correct"] for item in items), near,
+                      sum(bool(item.get("cut")) for item in items), time.monotonic() - began_s)
+
+
+async def judged(scorer: Scorer, task: Task, rows: list[dict], index: int) -> Mapping[str, Any]:
+    """One item's answer, as it is kept."""
+    item = rows[index]
+    tokens = await scorer.encode(prompts_of(task, item, examples_of(rows, index, task.shots)))
+    try:
+        whole = spans_of(task.kind, tokens)
+        spans = [fitted(span, scorer.longest) for span in whole]
+    except BadItem as error:
+        raise ConfigError(f"{task.label}: item {index} cannot be judged: {error}") from None
+    asked = [place for place, span in enumerate(spans) if not span.empty]
+    top = 2 if task.kind == LANGUAGE_MODELING else 0
+    ids, starts = [spans[place].ids for place in asked], [spans[place].start for place in asked]
+    by_place = dict(zip(asked, await scorer.score(ids, starts, top) if asked else ()))
+    verdict = verdict_of(task.kind, item, [by_place.get(place, []) for place in range(len(spans))])
+    cut = any(len(span.ids) < len(one.ids) for span, one in zip(spans, whole))
+    return {"task": task.label, "item": index, "correct": verdict.correct, "chosen": verdict.chosen,
+            "margin": verdict.margin if math.isfinite(verdict.margin) else None,
+            **({"cut": True} if cut else {})}
