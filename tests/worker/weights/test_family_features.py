@@ -23,10 +23,10 @@ from chatlm.worker.weights.configs import OTHERS_AFFAIR
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
-from engines import forward_logits, make_batch, make_engine, run
+from engines import forward_logits, make_batch, make_engine, run, tensors_of
 from families import GROWING, MODELS, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, write_tokenizer
 from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, LFM2_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B
-from tiny_gguf import small_gguf_metadata
+from tiny_gguf import small_gguf_metadata, write_gguf
 from works import assignment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -156,6 +156,41 @@ def test_parts_of_one_kind_after_another_are_layers_of_their_own(tmp_path):
     spec = spec_of(tmp_path, NANO_30B | {"hybrid_override_pattern": "EM-E*E-M", "num_hidden_layers": 8})
     assert [type(mixer).__name__ for mixer in spec.mixers] == ["NoMixer", "Mamba2", "NoMixer", "NoneType", "NoMixer", "Mamba2"]
     assert (spec.bare_layers, spec.dense_layers, spec.dense_size) == ((5,), (1, 4), 1856)
+
+
+def test_the_draft_heads_of_nemotron_3_are_left_out_and_its_newer_names_are_known(tmp_path):
+    model = make_model("nemotron3")
+    plain = tensors_of(load(save(model, tmp_path / "folder")))
+    weights = save(model, tmp_path / "newer") / "model.safetensors"
+    tensors = load_file(weights)
+    drafts = {name.replace("backbone.layers.4", "mtp.layers.1"): tensor.clone() for name, tensor in tensors.items() if ".layers.4." in name}
+    save_file({name.replace("backbone.", "model.", 1): tensor for name, tensor in tensors.items()} | drafts, weights)
+    metadata, stored = read_gguf(as_gguf(tmp_path / "plain.gguf", model))
+    found = {name: tensor.data for name, tensor in stored.items()}
+    for layer in (3, 4):        # its attention and its experts are in one block
+        found |= {name.replace(f"blk.{layer}.", "blk.5."): tensor.data for name, tensor in stored.items() if name.startswith(f"blk.{layer}.")}
+    found |= {"blk.5.nextn.eh_proj.weight": np.zeros((64, 128), np.float32), "blk.5.nextn.enorm.weight": np.ones(64, np.float32)}
+    own = {key: value for key, value in metadata.items() if key.startswith("nemotron_h_moe.")} | {
+        "nemotron_h_moe.block_count": 6, "nemotron_h_moe.nextn_predict_layers": 1, "nemotron_h_moe.attention.head_count_kv": [0, 0, 0, 2, 0, 2],
+        "nemotron_h_moe.feed_forward_length": [0, 48, 0, 0, 48, 48]}
+    path = write_gguf(tmp_path / "drafts.gguf", found, own, small_gguf_metadata("gpt-2") | {"general.architecture": "nemotron_h_moe"})
+    for ours in (load(tmp_path / "newer"), load(path)):
+        assert ours.spec.layers == 3 and all(torch.equal(tensor, plain[name]) for name, tensor in tensors_of(ours).items())
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("block_count", 0, "block_count is 0; it must be an integer from 1"), ("nextn_predict_layers", 5, "block_count leaves no layers beside the draft head"),
+    ("expert_group_used_count", 9, "the number of experts"), ("attention.head_count_kv", ["2"] * 5, 'head_count_kv is "2"; it must be an integer'),
+    ("moe_latent_size", 33, ""), ("expert_weights_norm", 1, "expert_weights_norm is 1; it must be true or false"),
+    ("expert_weights_scale", float("inf"), "expert_weights_scale is Infinity; it must be a finite number"), ("rope.scaling.factor", 2.0, "")])
+def test_what_is_wrong_in_the_metadata_of_a_nemotron_3_is_named(key, value, words, tmp_path):
+    changes = {f"nemotron_h_moe.{key}": value} | ({"nemotron_h_moe.expert_group_count": 4} if "group" in key else {})
+    if not words:
+        assert spec_of_changed_gguf(tmp_path, "nemotron3", changes)[1].latent_size == (33 if "latent" in key else 0)
+        return
+    with pytest.raises(ConfigError) as caught:
+        spec_of_changed_gguf(tmp_path, "nemotron3", changes)
+    assert words in str(caught.value)
 
 
 # --- keys that change nothing ------------------------------------------------------------------------------------
