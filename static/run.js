@@ -1,18 +1,20 @@
 // A training run, at /#run/TAG: the curve over its steps, what is loaded and scored now, a chat with a step, two steps side by side.
 "use strict";
 
-let shownRun = null;              // {name, at: the chosen step, chart, drawn, timer} while the view is open
+let shownRun = null;              // {name, at: the chosen step, metric, known: metrics by step, chart, drawn, timer} while the view is open
 
 {
 
-const LOOK_MS = 2000;             // between two looks at the server's models
+const LOOK_MS = 2000;             // between two looks at the server
+const BITS = "bits_per_byte";
 
-// What the curve and the table show of a step: field of the list of models, formatter. Others may follow.
-const METRIC = ["bits_per_byte", value => value.toFixed(3)];
-
-const [metric, write] = METRIC;
-const isScored = step => typeof step[metric] === "number";
+// What the curve and the table show of a step. Bits per byte are in the list of models, all metrics in /v1/runs/TAG.
+const valueOf = ({id, bits_per_byte: bits}, metric = shownRun.metric) => metric === BITS ? bits : shownRun.known.get(id)?.[metric];
+const write = value => Math.abs(value) < 1000 ? value.toFixed(3) : new Intl.NumberFormat(undefined, {notation: "compact", maximumSignificantDigits: 4}).format(value);
+const isScored = step => typeof step.bits_per_byte === "number";
+const hasValue = step => typeof valueOf(step) === "number";
 const isReady = step => step.state === "ready";
+const nameOf = metric => TEXT.metrics[metric] ?? metric;
 
 // The run's entries in the list of models, the earliest first.
 const entriesOf = run => stepsOfRun(run).map(name => state.models.find(({id}) => id === name));
@@ -21,12 +23,32 @@ function openRun(name) {
   const hash = `#run/${encodeURIComponent(name)}`, isOpen = Boolean(shownRun);
   if (location.hash !== hash) history.pushState(null, "", location.pathname + location.search + hash);
   closeRun();
-  shownRun = {name, at: null, chart: null, drawn: "", timer: setInterval(lookAtModels, LOOK_MS)};
+  shownRun = {name, at: null, metric: BITS, chosen: false, known: new Map(), isNews: inOrder(), chart: null, drawn: "", timer: setInterval(look, LOOK_MS)};
   $("run-question").value ||= lastQuestion();
   render();
   if (!isOpen) $("run").focus({preventScroll: true});
-  lookAtModels();
+  look();
   Promise.all([need("charts"), need("uplot")]).then(render);
+}
+
+async function look() {
+  const mine = shownRun, isNews = mine.isNews();
+  lookAtModels();
+  const found = await jsonOf(request(`v1/runs/${encodeURIComponent(mine.name)}`, {signal: AbortSignal.timeout(HEALTH_MS)}));
+  if (!found?.steps || mine !== shownRun || !isNews()) return;
+  mine.known = new Map(found.steps.map(({model, metrics}) => [model, metrics ?? {}]));
+  render();
+}
+
+const FIRST = ["val_bpb", "core_metric"];          // of the other metrics
+
+// The metrics that any step has, bits per byte first. Where no step has these, another is shown until the reader chooses.
+function metricsOf(steps) {
+  const names = new Set(steps.flatMap(({id}) => Object.keys(shownRun.known.get(id) ?? {})));
+  names.delete(BITS);
+  const found = [...(steps.some(isScored) ? [BITS] : []), ...[...names].sort((a, b) => FIRST.includes(b) - FIRST.includes(a) || FIRST.indexOf(a) - FIRST.indexOf(b) || (a < b ? -1 : 1))];
+  if (!shownRun.chosen) shownRun.metric = found[0] ?? BITS;
+  return found;
 }
 
 function closeRun() {
@@ -43,11 +65,13 @@ const lastQuestion = () => state.path.findLast(({role}) => role === "user")?.con
 function renderRun() {
   $("run").hidden = !shownRun;
   if (!shownRun) return;
-  const {name} = shownRun, steps = entriesOf(name), key = JSON.stringify([steps, shownRun.at, typeof makeChart, state.phase]);
+  const {name} = shownRun, steps = entriesOf(name), key = JSON.stringify([steps, shownRun.at, shownRun.metric, [...shownRun.known], typeof makeChart, state.phase]);
   if (shownRun.drawn === key) return;
   shownRun.drawn = key;
   shownRun.at ??= steps.at(-1)?.id ?? null;
-  const runs = runsOf();
+  const runs = runsOf(), metrics = metricsOf(steps);
+  $("run-metric").parentElement.hidden = metrics.length < 2;
+  $("run-metric").replaceChildren(...metrics.map(metric => element("option", {value: metric, textContent: nameOf(metric), selected: metric === shownRun.metric})));
   setText($("run-title"), TEXT.runTitle(name));
   $("runs").hidden = runs.length < 2;
   $("runs").replaceChildren(...[...runs].sort().map(run => element("option", {value: run, textContent: run, selected: run === name})));
@@ -72,8 +96,8 @@ function nowText(steps) {
 // the curve ------------------------------------------------------------------------------------------------------------
 
 function drawCurve(steps) {
-  const scored = steps.filter(isScored), box = $("run-curve"), several = scored.length > 1;
-  setText($("run-caption"), several ? TEXT.curve : steps.length ? TEXT.noCurve(scored.length) : "");
+  const scored = steps.filter(hasValue), box = $("run-curve"), several = scored.length > 1;
+  setText($("run-caption"), several ? TEXT.curve(nameOf(shownRun.metric), /^(bits_per_byte|(min_)?val_bpb)$/.test(shownRun.metric)) : steps.length ? TEXT.noCurve(scored.length) : "");
   box.hidden = !several;
   if (!several || typeof uPlot !== "function" || typeof makeChart !== "function") return;
   if (!shownRun.chart) {
@@ -83,23 +107,23 @@ function drawCurve(steps) {
     shownRun.chart.over.onmousemove = event => choose(nearest(event));
     shownRun.chart.over.onclick = event => chatWith(nearest(event));
   }
-  drawChart(shownRun.chart, box, [scored.map(({step}) => step), scored.map(step => step[metric])]);
-  box.setAttribute("aria-label", scored.map(step => `${number(step.step)}: ${write(step[metric])}`).join(", "));
+  drawChart(shownRun.chart, box, [scored.map(({step}) => step), scored.map(step => valueOf(step))]);
+  box.setAttribute("aria-label", scored.map(step => `${number(step.step)}: ${write(valueOf(step))}`).join(", "));
 }
 
 // The name of the scored step whose point is nearest to the mouse.
 function nearest({clientX}) {
-  const scored = entriesOf(shownRun.name).filter(isScored), {chart} = shownRun;
+  const scored = entriesOf(shownRun.name).filter(hasValue), {chart} = shownRun;
   return scored[chart.posToIdx(clientX - chart.over.getBoundingClientRect().left)]?.id;
 }
 
 function placeMark() {
   const {chart, mark, at} = shownRun ?? {}, step = chart && entriesOf(shownRun.name).find(({id}) => id === at);
   if (!mark) return;
-  mark.hidden = !step || !isScored(step);
+  mark.hidden = !step || !hasValue(step);
   if (mark.hidden) return;
   mark.style.left = `${chart.valToPos(step.step, "x")}px`;
-  mark.style.top = `${chart.valToPos(step[metric], "y")}px`;
+  mark.style.top = `${chart.valToPos(valueOf(step), "y")}px`;
 }
 
 // the chosen step ------------------------------------------------------------------------------------------------------
@@ -116,7 +140,7 @@ function showStep(steps) {
   slider.max = Math.max(0, steps.length - 1);
   slider.value = at;
   slider.setAttribute("aria-valuetext", step?.id ?? "");
-  setText($("run-chosen"), step ? TEXT.stepIs(step, isScored(step) ? write(step[metric]) : "", changeAt(steps, at)) : "");
+  setText($("run-chosen"), step ? TEXT.stepIs(step, hasValue(step) ? TEXT.valueIs(nameOf(shownRun.metric), write(valueOf(step))) : "", changeAt(steps, at)) : "");
   $("run-chat").disabled = !step || step.state === "failed";
   $("run-before").hidden = $("run-compare").hidden;
   $("run-before").disabled = !before(steps, at);
@@ -128,9 +152,9 @@ const before = (steps, at) => steps[at]?.state === "failed" ? undefined : steps.
 
 // By how much a step's value differs from that of the scored step before, with a sign; "" if there is none.
 function changeAt(steps, at) {
-  const step = steps[at], last = steps.slice(0, at).findLast(isScored);
-  if (!last || !isScored(step)) return "";
-  const by = step[metric] - last[metric];
+  const step = steps[at], last = steps.slice(0, at).findLast(hasValue);
+  if (!last || !hasValue(step)) return "";
+  const by = valueOf(step) - valueOf(last);
   return `${by < 0 ? "−" : "+"}${write(Math.abs(by))}`;
 }
 
@@ -164,12 +188,12 @@ function listSteps(steps) {
     return made;
   };
   const compares = !$("run-compare").hidden;
-  $("run-steps").replaceChildren(element("thead", {}, element("tr", {}, ...["step", "bits", "change", "state", "acts"].map(name =>
-    element("th", {textContent: TEXT.runColumns[name], scope: "col"})))), element("tbody", {}, ...steps.map((step, at) => {
+  $("run-steps").replaceChildren(element("thead", {}, element("tr", {}, ...["step", "value", "change", "state", "acts"].map(name =>
+    element("th", {textContent: name === "value" ? nameOf(shownRun.metric) : TEXT.runColumns[name], scope: "col"})))), element("tbody", {}, ...steps.map((step, at) => {
     const {id, state: loaded, reason, loading} = step, failed = loaded === "failed";
     const acts = [act(id, "new", TEXT.chatWith(id), () => chatWith(id), failed),
       ...(compares ? [act(id, "columns", TEXT.compareWith(id), () => compareWithBefore(id), !before(steps, at))] : [])];
-    return element("tr", {}, cell(number(step.step)), cell(isScored(step) ? write(step[metric]) : ""), cell(changeAt(steps, at)),
+    return element("tr", {}, cell(number(step.step)), cell(hasValue(step) ? write(valueOf(step)) : ""), cell(changeAt(steps, at)),
       cell([TEXT.modelStates[loaded] ?? loaded, loading ? `${Math.floor(100 * loading)}\u00a0%` : "", step.scoring ? TEXT.scoring : "", reason ?? ""].filter(Boolean).join(" ")),
       element("td", {className: "acts"}, ...acts));
   }).reverse()));
@@ -181,20 +205,22 @@ register({
   strings: {
     runTitle: name => `Training run ${name}`, noRun: name => `The server has no training run ${name}.`,
     runAbout: steps => `${plural(steps.length, "step", "steps")}${steps.length > 1 ? `, ${number(steps[0].step)} to ${number(steps.at(-1).step)}` : ""} · the latest is ${steps.at(-1).id}`,
-    curve: "Bits per byte over the steps (less is better). A click on a point begins a chat with that step.",
+    curve: (name, less) => `${name} over the steps${less ? " (less is better)" : ""}. A click on a point begins a chat with that step.`, metric: "Metric",
+    metrics: {bits_per_byte: "Bits per byte", val_bpb: "Validation bits per byte", min_val_bpb: "Least validation bits per byte", total_training_time: "Training time in seconds", tokens: "Tokens trained on"},
     noCurve: scored => scored ? "The curve appears with the second score." : "No step is scored yet. A server with --watch-text FILE scores each by how well it predicts that text.",
     chatWithStep: "Chat with this step", compareBefore: "Compare with the step before",
     questionForBoth: "Question", compareLatest: "Previous against latest",
-    stepIs: ({id, reason}, bits, change) => [id, bits && `${bits} bits per byte`, change && `${change} since the step before`, reason].filter(Boolean).join(" · "),
+    valueIs: (name, value) => `${name}: ${value}`, stepIs: ({id, reason}, value, change) => [id, value, change && `${change} since the step before`, reason].filter(Boolean).join(" · "),
     loadedNow: names => names ? `In memory: ${names}.` : "No step is in memory; a question loads its step.", loadingNow: names => `Being loaded: ${names}.`,
     scoringNow: names => `Being scored: ${names}.`, toScore: count => `${plural(count, "step waits", "steps wait")} for a score.`, scoring: "being scored",
     chatWith: name => `Chat with ${name}`, compareWith: name => `Compare ${name} with the step before`,
-    runColumns: {step: "Step", bits: "Bits per byte", change: "Change", state: "State", acts: "Try it"},
+    runColumns: {step: "Step", change: "Change", state: "State", acts: "Try it"},
   },
   bind() {
     $("run-step").oninput = ({target}) => choose(entriesOf(shownRun.name)[target.value]?.id);
     $("run-chat").onclick = () => chatWith(shownRun.at);
     $("run-before").onclick = () => compareWithBefore(shownRun.at);
+    $("run-metric").onchange = ({target}) => { Object.assign(shownRun, {metric: target.value, chosen: true}); render(); };
     $("runs").onchange = ({target}) => openRun(target.value);
     $("run-compare").onsubmit = event => {
       event.preventDefault();

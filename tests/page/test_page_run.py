@@ -68,7 +68,7 @@ def test_a_click_on_a_point_begins_a_chat_with_that_step(page, stand_in):
     opened(page, stand_in)
     page.wait_for_function("() => shownRun.chart")
     page.mouse.move(*point(page, 20))
-    expect(page.locator("#run-chosen")).to_have_text("d4@20 · 2.980 bits per byte · −0.010 since the step before")
+    expect(page.locator("#run-chosen")).to_have_text("d4@20 · Bits per byte: 2.980 · −0.010 since the step before")
     x, y = page.locator("#run .mark").evaluate("mark => { const {x, y, width} = mark.getBoundingClientRect(); return [x + width / 2, y]; }")
     assert abs(x - point(page, 20)[0]) < 2 and y > 0
     page.mouse.click(*point(page, 20))
@@ -113,6 +113,27 @@ def test_what_is_scored_is_said_and_the_focus_stays_when_the_list_changes(page, 
     stand_in.several[1] |= {"bits_per_byte": 2.75}
     expect(page.get_by_role("img", name="20: 2.750, 30: 2.500", exact=True)).to_be_visible()
     expect(page.locator("#run-now")).to_contain_text("1 step waits for a score.")
+
+
+def test_the_metrics_of_a_run_are_a_choice(page, stand_in):
+    stand_in.several = steps("ready", "ready", "failed", scores=False)
+    known = [{"val_bpb": 0.9, "tokens": 5_000_000}, {"val_bpb": 0.8, "tokens": 10_000_000}, {}]
+    page.route("**/v1/runs/d4", lambda route: route.fulfill(json={"object": "run", "id": "d4", "steps": [
+        {"model": step["id"], "step": step["step"], "metrics": metrics} for step, metrics in zip(stand_in.several, known, strict=True)]}))
+    opened(page, stand_in)
+    choice = page.get_by_role("combobox", name="Metric")
+    expect(choice.locator("option")).to_have_text(["Validation bits per byte", "Tokens trained on"])
+    expect(page.get_by_role("img", name="10: 0.900, 20: 0.800", exact=True)).to_be_visible()
+    choice.select_option("tokens")
+    expect(page.get_by_role("img", name="10: 5M, 20: 10M", exact=True)).to_be_visible()
+    choice.select_option("val_bpb")
+    expect(page.locator("#run-caption")).to_contain_text("Validation bits per byte over the steps (less is better).")
+    expect(page.get_by_role("columnheader", name="Validation bits per byte")).to_be_visible()
+    expect(row(page, 20)).to_contain_text("0.800−0.100")
+    known[2]["core_metric"] = 0.25
+    expect(choice.locator("option")).to_have_text(["Validation bits per byte", "core_metric", "Tokens trained on"])
+    expect(choice).to_have_value("val_bpb")                        # as chosen
+    expect_accessible(page)
 
 
 def test_several_runs_are_a_choice_and_one_that_is_not_there_says_so(page, stand_in):
