@@ -24,10 +24,10 @@ HISTORY = sorted((ROOT / "bench" / "history").glob("*.md"))
 TODAY = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")),
          ROOT / "bench" / "RESULTS.md", ROOT / "csrc" / "README.md"]
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-OTHERS_FLAGS = {           # of torchrun, Docker, apt, pip, Ray, pytest, vLLM and nanochat, and of the program without a row in FLAGS
+OTHERS_FLAGS = {           # of torchrun, Docker, apt, pip, xcode-select, Ray, pytest, vLLM and nanochat, and of the program without a row in FLAGS
     "compile", "nnodes", "node-rank", "master-addr", "nproc-per-node", "cache-dir", "install-recommends", "create-home", "max-num-seqs", "max-model-len",
     "head", "address", "dist", "build-base", "build-lib", "benchmark-enable", "version", "help", "without-core", "prune", "deps", "force-reinstall",
-    "depth", "save-every", "eval"}      # of nanochat's scripts
+    "install", "depth", "save-every", "eval"}      # the last three of nanochat's scripts
 
 
 @cache

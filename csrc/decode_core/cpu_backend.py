@@ -20,9 +20,6 @@ from .tiles import KINDS, Arena, Matrix, multiply
 from .weights import as_stored, converted, held_bytes, pack, tile_row_bytes
 
 
-TO_MEASURE = ("portable", "neon", "dotprod", "i8mm")
-
-
 @functools.cache
 def slower_than_torch(width: int) -> str:
     """Why torch should compute a model of this width, "" where decode_core should.
@@ -31,7 +28,7 @@ def slower_than_torch(width: int) -> str:
     C++, and those of aarch64 have not been compared with torch: where torch is installed one measurement of 0.2 s or so decides, the
     products of an answer of 100 tokens after a prompt of 64, Q8_0 tiles against the faster of torch's float32 and bfloat16.
     """
-    if _core.isa() not in TO_MEASURE or os.environ.get("DECODE_CORE_ISA") or not importlib.util.find_spec("torch"):
+    if _core.isa() not in ("portable", "neon", "dotprod", "i8mm") or os.environ.get("DECODE_CORE_ISA") or not importlib.util.find_spec("torch"):
         return ""
     ours, theirs = answer_seconds(width)
     return "" if ours <= theirs else f"decode_core's {_core.isa()} kernels take {ours / theirs:.1f} times as long here"
