@@ -267,6 +267,8 @@ def add_flag(group: argparse._ActionsContainer, flag: Flag):
         taking = {"action": "append" if flag.many else "store", "type": flag.parse,
                   "choices": flag.choices or None,
                   "metavar": None if flag.choices else flag.field.upper()}
+    if flag.bare:
+        taking |= {"nargs": "?", "const": flag.bare}
     group.add_argument(*spellings, dest=flag.field, default=None, **taking,
                        help=flag.help + ("" if known else f" (default: {flag.default})"))
 
@@ -320,8 +322,9 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         values["several"] = chosen_models(parser, models, tables, in_folder, config_file)
         if values["several"] or in_folder:
             values["model"] = None
-        if values["watch_text"] is not None and values["watch"] is None:
-            raise ConfigError("--watch-text scores the checkpoints of --watch: give that folder too")
+        for name in ("text", "prompts", "suite"):
+            if values[f"watch_{name}"] is not None and values["watch"] is None:
+                raise ConfigError(f"--watch-{name} is for the checkpoints of --watch: give that folder too")
     elif command in SEVERAL and models:  # each word of `compare`, `score` and `eval` is a MODEL
         values["model"], values["several"] = None, tuple(ModelChoice(name, name) for name in models)
     return Settings(command=command, **values)

@@ -97,6 +97,18 @@ def file_name(text: str) -> str:
     return text
 
 
+def counted_path(text: str) -> tuple[str, int | None]:
+    """(path, count) of `PATH[:COUNT]`, split at the last colon if a count follows."""
+    path, colon, count = text.rpartition(":")
+    return (path, int(count)) if colon and re.fullmatch("[1-9][0-9]{0,8}", count) else (text, None)
+
+
+def counted_text(text: str) -> str:
+    """An argparse type: PATH or PATH:COUNT."""
+    file_name(counted_path(text)[0])
+    return text
+
+
 def store_place(text: str) -> tuple[Path, int]:
     """(folder, bytes) of `FOLDER[:SIZE]`, split at the last colon if a size follows."""
     folder, colon, limit = text.rpartition(":")
@@ -185,6 +197,7 @@ class Flag(NamedTuple):
     choices: tuple[str, ...]
     many: bool
     heading: str                        # of the group that starts here, in --help and the documents
+    bare: str                           # its value without a word after it; "": it needs one
 
     @property
     def names(self) -> list[str]:
@@ -194,7 +207,8 @@ class Flag(NamedTuple):
     @property
     def is_text(self) -> bool:
         """Whether its value is text, so that a number in a --config file is a mistake."""
-        return self.parse in (str, str.lower, file_name, store_text, url_prefix, origin, adapter)
+        return self.parse in (str, str.lower, file_name, counted_text, store_text, url_prefix, origin,
+                              adapter)
 
     @property
     def variable(self) -> str:
@@ -203,9 +217,9 @@ class Flag(NamedTuple):
 
 def flag(default: V, parse: Callable[[str], object] | None, help: str,
          commands: str = f"{ANSWERING} score eval", short: str | None = None, also: str = "",
-         choices: tuple[str, ...] = (), many: bool = False, heading: str = "") -> V:
+         choices: tuple[str, ...] = (), many: bool = False, heading: str = "", bare: str = "") -> V:
     """A field of `Settings` with its flag: everything about it in one row."""
-    row = Flag("", default, parse, help, commands, short, also, choices, many, heading)
+    row = Flag("", default, parse, help, commands, short, also, choices, many, heading, bare)
     return field(default=default, metadata={"flag": row})
 
 
@@ -257,6 +271,12 @@ class Settings:
     watch_text: str | None = flag(None, file_name,
         "score each checkpoint of --watch by how well it predicts this file, in bits per byte, while the "
         "server is idle", "serve")
+    watch_prompts: str | None = flag(None, file_name,
+        "continue each line of this file with each checkpoint of --watch, the 16 likeliest tokens, while the "
+        "server is idle; without FILE nanochat's seven prompts", "serve", bare="nanochat")
+    watch_suite: str | None = flag(None, counted_text,
+        "FOLDER[:MAX], core[:MAX] or FILE.jsonl[:MAX]: evaluate each checkpoint of --watch on these tasks "
+        "(see eval), at most MAX items of each, while the server is idle", "serve")
     served_model_name: tuple[str, ...] = flag((), str, "extra names for the model, may repeat", "serve",
         many=True)
     num_gpus: str | None = flag(None, gpu_count,
@@ -340,7 +360,7 @@ class Settings:
         "most items of each task, drawn as upstream draws them (default: all)", "eval")
     results: str | None = flag(None, file_name,
         "folder that keeps the answer to each item, so that a run goes on where another ended (default: "
-        "~/.local/state/chat_server/evals)", "eval")
+        "~/.local/state/chat_server/evals)", "serve eval")
 
     url: str | None = flag(None, str,
         "talk to a running server instead of loading a model", "chat generate compare eval",

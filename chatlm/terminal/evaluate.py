@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from collections.abc import AsyncIterator, Sequence as Seq
 from contextlib import asynccontextmanager
@@ -17,7 +16,7 @@ from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import TokenLogprob
 from chatlm.front.evals.bundle import Suite, read_suite
 from chatlm.front.evals.items import NEAR_TIE
-from chatlm.front.evals.kept import Kept, file_word, results_folder
+from chatlm.front.evals.kept import Kept, kept_name, results_folder
 from chatlm.front.evals.run import TaskResult, as_json, core_of, run_task
 from chatlm.front.evals.samples import PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import PoolScorer
@@ -102,7 +101,7 @@ async def evaluate(settings: Settings) -> int:
             if suite is None or folder is None:
                 await show_samples(scorer, name, settings.json)
                 continue
-            kept = Kept(folder, kept_name(one_model, scorer, name, suite))
+            kept = Kept(folder, kept_name(one_model, scorer, name, suite, settings.max_per_task))
             progress = ProgressDisplay()
             try:
                 results = [await run_task(scorer, task, settings.max_per_task, kept, progress)
@@ -116,15 +115,6 @@ async def evaluate(settings: Settings) -> int:
         else:
             print("\n".join(map(visible, table(name, suite, results))), flush=True)
     return 0
-
-
-def kept_name(settings: Settings, scorer: Scorer, model: str, suite: Suite) -> str:
-    """The name of the file for its answers: other weights, items, cut or arithmetic have another one."""
-    most = settings.max_per_task or "all"
-    key = json.dumps([scorer.digest, scorer.longest, suite.digest, most, settings.dtype, settings.quantize,
-                      settings.kv_cache_dtype, settings.softcap, settings.lora, settings.url])
-    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
-    return f"{file_word(model)}-{file_word(suite.name)}-{most}-{digest}"
 
 
 def table(name: str, suite: Suite, results: Seq[TaskResult]) -> list[str]:

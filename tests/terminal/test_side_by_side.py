@@ -38,7 +38,7 @@ def test_what_cannot_be_compared_or_scored_is_one_line_and_status_2(line, words,
 
 
 def test_watch_text_needs_the_folder():
-    with pytest.raises(ConfigError, match="--watch-text scores the checkpoints of --watch"):
+    with pytest.raises(ConfigError, match="--watch-text is for the checkpoints of --watch"):
         command("serve --watch-text book.txt")
 
 

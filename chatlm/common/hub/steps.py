@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from chatlm.common.errors import ConfigError, require_folder
 from chatlm.common.files import parse_json, read_small
@@ -71,8 +72,8 @@ def written_metrics(step: Step) -> dict[str, float]:
         return {}
     loop = meta.get("loop_state") if isinstance(meta, dict) else None
     loop, meta = (value if isinstance(value, dict) else {} for value in (loop, meta))
-    found = {"val_bpb": meta.get("val_bpb"), "min_val_bpb": loop.get("min_val_bpb"),
-             "total_training_time": loop.get("total_training_time")}
+    found: dict[str, Any] = {"val_bpb": meta.get("val_bpb"), "min_val_bpb": loop.get("min_val_bpb"),
+                             "total_training_time": loop.get("total_training_time")}
     if is_number(batch := meta.get("total_batch_size")):
         found["tokens"] = batch * step.step
     return {name: value for name, value in found.items() if is_number(value)}

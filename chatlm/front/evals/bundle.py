@@ -50,15 +50,15 @@ def core_folder() -> Path:
     return folder
 
 
-def read_suite(word: str) -> Suite:
+def read_suite(word: str, flag: str = "--suite") -> Suite:
     """What --suite names: core, a folder or a .jsonl file. ConfigError if it is not there or not usable."""
     path = core_folder() if word == "core" else Path(word).expanduser()
     if path.is_dir():
         return read_bundle(path, "core" if word == "core" else path.resolve().name)
     if path.suffix == ".jsonl":
         return read_rows_file(path)
-    raise ConfigError(f"--suite {word}: it must be core, sample, a folder with a {TASKS}, or a .jsonl file "
-                      "of rows")
+    raise ConfigError(f"{flag} {word}: it must be core,{' sample,' * (flag == '--suite')} a folder with a "
+                      f"{TASKS}, or a .jsonl file of rows")
 
 
 def read_file(path: Path) -> bytes:

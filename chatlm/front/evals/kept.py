@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,9 @@ from chatlm.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from io import BufferedWriter
+    from chatlm.common.config import Settings
+    from chatlm.front.evals.bundle import Suite
+    from chatlm.front.evals.scores import Scorer
 
 
 def results_folder(named: str | None) -> Path:
@@ -34,6 +38,27 @@ def results_folder(named: str | None) -> Path:
 def file_word(text: str) -> str:
     """A name as a part of a file's name."""
     return re.sub(r"[^A-Za-z0-9._@-]+", "-", text)[:80].strip(".-") or "model"
+
+
+def kept_name(settings: Settings, scorer: Scorer, model: str, suite: Suite, cut: int | None) -> str:
+    """The name of the file for its answers: other weights, items, cut or arithmetic have another one."""
+    most = cut or "all"
+    key = json.dumps([scorer.digest, scorer.longest, suite.digest, most, settings.dtype, settings.quantize,
+                      settings.kv_cache_dtype, settings.softcap, settings.lora, settings.url])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
+    return f"{file_word(model)}-{file_word(suite.name)}-{most}-{digest}"
+
+
+def note(path: Path, line: Mapping):
+    """Add a line to a file of JSON lines, unless the file has it. ConfigError if it cannot be written."""
+    try:
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600), "ab+") as file:
+            file.seek(0)
+            data, text = file.read(), json.dumps(line).encode()
+            if text not in data.split(b"\n"):
+                file.write(b"\n" * (data[-1:] not in (b"", b"\n")) + text + b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
 
 
 class Kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -68,9 +69,9 @@ def as_json(suite: Suite, results: list[TaskResult]) -> dict[str, Any]:
 
 
 async def run_task(scorer: Scorer, task: Task, most: int | None, kept: Kept,
-                   progress: Callable[[str, float], None]) -> TaskResult:
+                   progress: Callable[[str, float], None], at_once: int = AT_ONCE) -> TaskResult:
     """Judge the items of a task that are not among `kept`. ConfigError if an item cannot be judged."""
-    began_s, rows = time.monotonic(), drawn_rows(task, most)
+    began_s, rows = time.monotonic(), await asyncio.to_thread(drawn_rows, task, most)
     left = iter([index for index in range(len(rows)) if kept.find(task.label, index) is None])
     words = f"{task.label} ({task.shots}-shot)"
     done = sum(kept.find(task.label, index) is not None for index in range(len(rows)))
@@ -83,7 +84,7 @@ async def run_task(scorer: Scorer, task: Task, most: int | None, kept: Kept,
             done += 1
             progress(words, done / len(rows))
 
-    await all_of(*(judge_some() for _ in range(AT_ONCE)))
+    await all_of(*(judge_some() for _ in range(at_once)))
     items = [item for index in range(len(rows)) if (item := kept.find(task.label, index)) is not None]
     near = sum(item["margin"] is not None and item["margin"] <= NEAR_TIE for item in items)
     return TaskResult(task, len(items), sum(item["correct"] for item in items), near,

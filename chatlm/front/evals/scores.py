@@ -7,14 +7,15 @@ import secrets
 import typing
 from collections.abc import Sequence as Seq
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import Overloaded
 from chatlm.common.messages.requests import (
     AnswerParams, Piece, PromptScores, Request, SamplingParams, TokenLogprob)
+from chatlm.front.aio import first_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from chatlm.front.pool.pool import WorkerPool
 
 
@@ -59,6 +60,8 @@ class PoolScorer:
     """A model of this process's pool. yields: if given, other requests come first; it is called before each
     request, and may raise to end the work."""
 
+    LOOK_S = 0.01  # how often it looks for other requests
+
     def __init__(self, pool: WorkerPool, yields: Callable[[], None] | None = None):
         self.pool, self.yields = pool, yields
         self.digest, self.longest = pool.supervisor.card.facts.digest, pool.context_length
@@ -72,20 +75,44 @@ class PoolScorer:
         return await asyncio.to_thread(lambda: [first + tokenizer.encode(text) for text in texts])
 
     async def score(self, prompts: Seq[Seq[int]], starts: Seq[int], top: int) -> list[list[TokenLogprob]]:
-        while True:
-            if self.yields:
-                self.yields()
-            try:
-                return await prompt_scores(self.pool, prompts, starts, top, self.yields is not None)
-            except Overloaded as error:
-                if not self.yields or self.pool.draining:
-                    raise
-                await asyncio.sleep(error.retry_after_s)
+        return await self._in_turn(
+            lambda: prompt_scores(self.pool, prompts, starts, top, self.yields is not None))
 
     async def complete(self, prompt: str, max_tokens: int) -> str:
-        if self.yields:
-            self.yields()
         request = Request(id=secrets.token_hex(16), prompts=(prompt,), params=AnswerParams(sampling=GREEDY),
                           max_tokens=max_tokens, low_priority=self.yields is not None)
-        async with aclosing(self.pool.answer(request)) as events:
-            return "".join([event.text async for event in events if isinstance(event, Piece)])
+
+        async def completed() -> str:
+            async with aclosing(self.pool.answer(request)) as events:
+                return "".join([event.text async for event in events if isinstance(event, Piece)])
+
+        return await self._in_turn(completed)
+
+    async def _in_turn(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        """The result of work. If other requests come first, it waits while there are any, and starts over if
+        one arrives meanwhile: even one prompt of low priority would make each step of a chat longer."""
+        if not self.yields:
+            return await work()
+        results = []
+
+        async def worked():
+            results.append(await work())
+
+        while not results:
+            while self._others():
+                await asyncio.sleep(self.LOOK_S)
+            self.yields()
+            try:
+                await first_of(worked(), self._interrupted())
+            except Overloaded as error:
+                if self.pool.draining:
+                    raise
+                await asyncio.sleep(error.retry_after_s)
+        return results[0]
+
+    def _others(self) -> bool:
+        return any(dispatcher.busy for dispatcher in self.pool.dispatcher.all_models)
+
+    async def _interrupted(self):
+        while not self._others():
+            await asyncio.sleep(self.LOOK_S)

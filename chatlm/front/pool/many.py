@@ -118,7 +118,7 @@ class ManyModels(Catalogue):
             runs = RunWatch(self)
             await runs.begin()
             self.run("watching --watch", runs.run)
-            self.run("scoring checkpoints", runs.scores.run)
+            self.run("scoring checkpoints", runs.work.run)
         self.became_ready.set()
 
     def serve(self, model: Model):

@@ -37,6 +37,8 @@ class Model:
         self.score: Score | None = None      # by --watch-text, of a checkpoint
         self.scoring = False                 # is it scored now?
         self.written: dict[str, float] = {}  # metrics that its training has written beside it
+        self.judged: dict[str, float] | None = None  # metrics by --watch-suite, once it has ended
+        self.samples: tuple[dict[str, str], ...] = ()  # by --watch-prompts
 
     @property
     def name(self) -> str:
@@ -136,7 +138,7 @@ class Model:
     def metrics(self) -> dict[str, float]:
         """All that is known of how good a checkpoint is, by upstream's names where it has some."""
         scored = {"bits_per_byte": round(self.score.bits_per_byte, 6)} if self.score else {}
-        return {**self.written, **scored}
+        return {**self.written, **scored, **(self.judged or {})}
 
 
 async def unload_after_answers(pool: WorkerPool):

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence as Seq
+from collections.abc import Iterable, Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
-from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
+from chatlm.common.errors import ConfigError, EngineFailure
 from chatlm.common.hub.adapters import CONFIG, base_of
 from chatlm.common.hub.steps import find_steps, written_metrics
 from chatlm.common.log import log
-from chatlm.front.pool.models import Served
-from chatlm.front.pool.score import read_scored, score_text
 from chatlm.front.pool.sightings import Sightings
+from chatlm.front.pool.step_work import StepWork, asked_lately
 
 if TYPE_CHECKING:
     from chatlm.common.hub.steps import Step
@@ -25,13 +24,6 @@ if TYPE_CHECKING:
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.residency import Residency
-
-
-IN_USE_S = 60.0  # after a request, the next step is loaded before it replaces this one for so long
-
-
-class Postponed(ChatServerError):
-    """The checkpoint will be scored later."""
 
 
 class RunWatch:
@@ -60,7 +52,7 @@ class RunWatch:
         self.tags: dict[Path, str] = {}      # by run
         self.last: dict[Path, Model] = {}    # by run: the model that has the name `latest`
         self.opened_s = 0.0                  # when a checkpoint was last opened
-        self.scores = StepScores(many, self.models)
+        self.work = StepWork(many, self.models)
 
     async def begin(self):
         """Open the last step of each run; the others follow while requests are served."""
@@ -203,62 +195,9 @@ class RunWatch:
             self._give_names(self.last[run], (self._latest(run),), is_default=run == by_time[-1])
 
 
-class StepScores:
-    """Scores one checkpoint after another on --watch-text, newest first, with rows and memory that nothing
-    else needs."""
-
-    WINDOWS = 2  # computed at once
-
-    def __init__(self, many: ManyModels, models: Mapping[Step, Model]):
-        path = many.settings.watch_text
-        self.text = None if path is None else read_scored(path, "--watch-text")
-        self.many, self.models = many, models
-        self.unscorable: set[Step] = set()
-
-    async def run(self):
-        while self.text is not None:
-            unscored = [step for step, model in self.models.items() if model.pool and not model.score
-                        and step not in self.unscorable and self._may_load(model)]
-            if step := max(unscored, key=lambda step: step.changed_s, default=None):
-                await self._score(self.models[step], step, self.text)
-            else:
-                await asyncio.sleep(0.5)
-
-    async def _score(self, model: Model, step: Step, text: str):
-        def check_room():
-            if not self._may_load(model):
-                raise Postponed("other models need the memory")
-
-        pool, was_loaded, model.scoring = Served(model).pool, model.state == "ready", True
-        try:
-            model.score = await score_text(pool, text, yields=check_room, windows=self.WINDOWS)
-            log.info("the checkpoint %s: %.4f bits per byte", model.name, model.score.bits_per_byte)
-        except Postponed:
-            return
-        except ChatServerError as error:
-            self.unscorable.add(step)
-            log.warning("the checkpoint %s cannot be scored: %s", model.name, error)
-        finally:
-            model.scoring = False
-        if not (was_loaded or pool.dispatcher.jobs or asked_lately(pool)):
-            model.unload()
-
-    def _may_load(self, model: Model) -> bool:
-        """Is it loaded, or is there free memory for it that no other model waits for?"""
-        place, residency = model.place, self.many.residency
-        return place is not None and (
-            place.serves or place.missing <= residency.budget - residency.used
-            and not any(other.waits for other in residency.places if other is not place))
-
-
 def in_use(model: Model, residency: Residency) -> bool:
     """Is it in memory and recently used, and is there memory for a second one like it?"""
     place, pool = model.place, model.pool
     if not (pool and place and place.taken and asked_lately(pool)):
         return False
     return 2 * place.size <= residency.room_beside_pinned(place)
-
-
-def asked_lately(pool: WorkerPool) -> bool:
-    """Has it running or recent requests, other than with low priority?"""
-    return pool.dispatcher.busy or time.monotonic() - pool.dispatcher.asked_s < IN_USE_S

@@ -125,7 +125,9 @@ A_RUN = {"type": "object", "properties": {"steps": {"type": "array", "items": {
     "type": "object", "properties": {
         "model": A_TEXT, "step": {"type": "integer"}, "state": A_MODEL["properties"]["state"],
         "weights_digest": A_TEXT, "metrics": {"type": "object", "additionalProperties": {"type": "number"},
-                                              "description": "what is known of the step so far"}}}}}}
+                                              "description": "what is known of the step so far"},
+        "samples": {"type": "array", "items": {"type": "object", "properties": {
+            "prompt": A_TEXT, "text": A_TEXT}}}}}}}}
 
 
 def run_body(tag: str, seen: Seq[Served]) -> dict:
@@ -139,7 +141,7 @@ def run_body(tag: str, seen: Seq[Served]) -> dict:
     return {"object": "run", "id": tag, "steps": [
         {"model": served.name, "step": served.model.step, "state": served.state,
          "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
-         "metrics": served.model.metrics} for served in steps]}
+         "metrics": served.model.metrics, "samples": served.model.samples} for served in steps]}
 
 
 A_NAME = Field("model", TEXT, "one of the served models; absent: the default one")

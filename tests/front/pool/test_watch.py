@@ -14,10 +14,15 @@ import pytest
 import torch
 
 import tiny_training
+from bundles import write_bundle
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.steps import find_steps
 from chatlm.common.processes.start import check_nice
+from chatlm.front.evals.bundle import read_suite
+from chatlm.front.evals.kept import Kept
+from chatlm.front.evals.run import as_json, run_task
+from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.pool.local import niceness
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import pool_of
@@ -350,6 +355,75 @@ async def test_a_run_has_the_metrics_of_its_steps_also_those_that_the_training_w
         for name in ("d3", "d2/x", "%00", "d2@30", "x" * 5000):
             async with client.get(f"{url}/v1/runs/{name}") as response:
                 assert response.status == 404 and len(await response.text()) < 500 and "d2" in (await response.json())["error"]["message"]
+
+
+async def test_suites_and_prompts_are_done_for_each_step_and_not_again_by_the_next_server(run_folder, watching, client, tmp_path):
+    """The newest first, beside a text to score; the numbers are those of `eval`, and lines in the run's file."""
+    list(tiny_training.train(run_folder, 60, 30))
+    (tmp_path / "text.txt").write_text(tiny_training.TEXT)
+    (tmp_path / "prompts.txt").write_text("the cat\n\nrain fell\n")
+    flags = dict(watch_text=str(tmp_path / "text.txt"), watch_suite=f"{write_bundle(tmp_path / 'bundle')}:8",
+                 watch_prompts=str(tmp_path / "prompts.txt"), results=str(tmp_path / "results"))
+    lines = []
+    for _ in range(2):
+        models = await watching(run_folder, **flags)
+        async with serving(models, models.settings) as url:
+            await until(lambda: len(models.registry.models) == 2 and all(model.judged and model.samples and model.score for model in models.registry.models))
+            async with client.get(url + "/v1/runs/d2") as response:
+                steps = (await response.json())["steps"]
+            async with client.get(url + "/metrics") as response:
+                metrics = await response.text()
+        lines.append((tmp_path / "results/run-d2.jsonl").read_text())
+        for step, model in zip(steps, ("d2@30", "d2@60"), strict=True):
+            assert [sample["prompt"] for sample in step["samples"]] == ["the cat", "rain fell"] and all(sample["text"] for sample in step["samples"])
+            assert {"bits_per_byte", "core_metric", "core_standard_error", "centered_results/go on"} <= step["metrics"].keys()
+            assert f'{{metric="core_metric",model="{model}"}} {step["metrics"]["core_metric"]}\n' in metrics
+        await models.close()
+    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 4
+    found = [json.loads(line) for line in lines[0].splitlines()]
+    assert [line["step"] for line in found if "core_metric" in line] == [60, 30] == [line["step"] for line in found if "samples" in line]
+    for line in found:
+        if "core_metric" in line:
+            assert line["core_metric"] == steps[line["step"] // 30 - 1]["metrics"]["core_metric"] and line["max_per_task"] == 8 and line["tag"] == "d2"
+            pool = await started_alone(run_folder, line["step"])
+            suite = read_suite(str(tmp_path / "bundle"))
+            kept = Kept(tmp_path, f"own-{line['step']}")
+            results = [await run_task(PoolScorer(pool), task, 8, kept, lambda stage, fraction: None) for task in suite.tasks]
+            await pool.close()
+            assert as_json(suite, results)["results"] == line["results"]
+
+
+async def started_alone(run_folder, step):
+    pool = pool_of(Settings(**TINY | {"model": str(run_folder), "step": step}))
+    await pool.start()
+    await pool.wait_ready()
+    return pool
+
+
+async def test_an_evaluation_steps_aside_for_a_question_and_goes_on_after_it(run_folder, watching, client, tmp_path):
+    list(tiny_training.train(run_folder, 30, 30))
+    models = await watching(run_folder, watch_suite=str(write_bundle(tmp_path / "bundle")), results=str(tmp_path / "results"))
+    async with serving(models, models.settings) as url:
+        await until(lambda: models.registry.models and any(model.pool.dispatcher.jobs for model in models.registry.models))
+        model, = models.registry.models
+        dispatcher, seen = model.pool.dispatcher, []
+        deliver = dispatcher.deliver
+        dispatcher.deliver = lambda worker, events: (seen.append({job.request.low_priority for job in worker.jobs.values()}), deliver(worker, events))
+        status, answer = await ask(client, url, "d2@30", max_tokens=40, ignore_eos=True)
+        assert status == 200 and answer["usage"]["completion_tokens"] == 40
+        assert seen.count({False}) >= 30        # most steps had only the question
+        await until(lambda: model.judged)
+        assert model.judged["core_metric"] is not None and len([*(tmp_path / "results").glob("d2@30-*.jsonl")]) == 1
+
+
+@pytest.mark.parametrize("flag, value, words", [("watch_suite", "nothing", "--watch-suite nothing"), ("watch_suite", "BUNDLE:2", "needs 2 examples"),
+                                                ("watch_prompts", "EMPTY", "--watch-prompts")])
+async def test_a_suite_or_prompts_that_cannot_be_used_end_the_start(run_folder, tmp_path, flag, value, words):
+    list(tiny_training.train(run_folder, 30, 30))
+    (tmp_path / "empty.txt").write_text("\n")
+    value = value.replace("BUNDLE", str(write_bundle(tmp_path / "bundle"))).replace("EMPTY", str(tmp_path / "empty.txt"))
+    with pytest.raises(ConfigError, match=words):
+        RunWatch(ManyModels(Settings(**TINY | {"watch": str(run_folder), flag: value, "results": str(tmp_path)})))
 
 
 async def test_scoring_leaves_the_step_loaded_that_people_talk_to(run_folder, watching, client, tmp_path, monkeypatch, caplog):
