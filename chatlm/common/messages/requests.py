@@ -34,6 +34,23 @@ class InfillTokens(NamedTuple):
         return [name for name in ("prefix", "suffix", "middle") if getattr(self, name) is None]
 
 
+class Embedder(NamedTuple):
+    """How a model that was trained to embed texts, or to rank them, does it. Such a model gives no answers."""
+
+    pooling: str                   # mean, cls or last; rank: it scores pairs of texts, and its vector is the
+                                   # raw scores
+    size: int                      # numbers in a vector
+    longest: int                   # tokens of a text or a pair, special ones included
+    may_cut: bool = False          # is the beginning of a vector a vector too (Matryoshka)?
+    begins: tuple[int, ...] = ()   # special tokens before a text
+    ends: tuple[int, ...] = ()     # and after it
+    between: tuple[int, ...] = ()  # between the texts of a pair
+    prompts: tuple[tuple[str, str], ...] = ()  # names, and texts that go before an input
+    default_prompt: str = ""       # the name of the one that is used unless another is asked for
+    similarity: str = "cosine"     # cosine, dot, euclidean or manhattan
+    sigmoid: bool = True           # of scores: after a sigmoid they are probabilities
+
+
 @dataclass(frozen=True)
 class TextSpec:
     """All that is needed to render and tokenize, as plain data read once from the model. `payload` is
@@ -50,6 +67,7 @@ class TextSpec:
     chat_bos: bool = True                      # with add_bos, a chat too if its template writes none
     infill: InfillTokens = InfillTokens()      # what the file says of them; names say more: `infill_tokens`
     suppressed: frozenset[int] = frozenset()   # ids that are never drawn
+    embedder: Embedder | None = None           # None: it gives answers
 
 
 OWN = {"own": True}  # of a sampling parameter: a model's files may set it
