@@ -109,6 +109,9 @@ def prefill_chunk(settings: Settings, device: Device) -> int:
 
 CANNOT_CHAT = ("It has no chat template, so it cannot chat: it continues texts, for /v1/completions, "
                "/api/generate, and the commands generate and chat")
+EMBEDS = ("It makes vectors of texts, for /v1/embeddings, /api/embed, /v1/score and the command embed; it "
+          "cannot chat")
+RANKS = "It ranks documents for a query, for /v1/rerank and /v1/score; it cannot chat"
 
 
 def build_engine(source: ModelSource, settings: Settings, device: Device,
@@ -123,7 +126,9 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
             compile_chat_template(model.text.chat_template, whole=False)  # the front compiles it completely
     except ConfigError as error:
         raise ConfigError(f"{source.path}: {error}") from None
-    if not tokenizer.has_chat_template:
+    if embedder := model.text.embedder:
+        model.notes += (RANKS if embedder.pooling == "rank" else EMBEDS,)
+    elif not tokenizer.has_chat_template:
         model.notes += (CANNOT_CHAT,)
     state_bytes = model.spec.state_bytes
     model, transformer, num_pages, context, max_batch = build_transformer(
@@ -131,7 +136,7 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
     return model, Engine(transformer, tokenizer, transformer.kernels, num_pages=num_pages,
                          max_batch=max_batch, context_length=context,
                          prefill_chunk=prefill_chunk(settings, device), drafts=settings.drafts, ranks=ranks,
-                         state_bytes=state_bytes)
+                         state_bytes=state_bytes, ranking=model.ranking)
 
 
 def build_transformer(

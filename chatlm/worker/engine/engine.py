@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
 
+import numpy
+
 from chatlm.common.log import log
 from chatlm.common.memory import empty_pages
 from chatlm.common.messages.requests import (
@@ -88,7 +90,8 @@ class Engine:
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True,
-                 ranks: RankZero | None = None, state_bytes: int | None = None):
+                 ranks: RankZero | None = None, state_bytes: int | None = None,
+                 ranking: numpy.ndarray | None = None):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         slots, states = transformer.num_slots, None
         own_bytes = transformer.spec.state_bytes
@@ -104,7 +107,7 @@ class Engine:
         self.ranks = ranks
         if ranks:
             self.steps = ranks.steps(self.steps, transformer)
-        self.answers = AnswerMaker(tokenizer)
+        self.answers, self.ranking = AnswerMaker(tokenizer), ranking  # see LoadedModel
         self.host = HostSteps(transformer, self.steps, self.answers, self._emit)
         self.adapters = AdapterSlots(transformer, ranks)
         self.under_way: deque[StepUnderWay] = deque()  # at most one, or one for each other stage
@@ -236,11 +239,21 @@ class Engine:
                 row += chunk.draws
             elif sequence.pooling and not sequence.pending:
                 self.scheduler.remove(sequence)
-                self._emit(sequence, *embedding_events(sequence.output))
+                self._emit(sequence, *self._embedded(sequence))
             elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
                 length = len(sequence.work.prompt_ids)
                 self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
         self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s))
+
+    def _embedded(self, sequence: Sequence) -> list[WorkerEvent]:
+        """The end of a sequence that was embedded, or of a pair of texts, whose score is the last hidden
+        state's product with `ranking`."""
+        output, pooled = sequence.output, sequence.output.pooled
+        if sequence.pooling == "rank":
+            if self.ranking is None:
+                return [Failed("this model ranks no texts")]
+            pooled = numpy.array([pooled @ self.ranking])
+        return embedding_events(pooled, sequence.work.params, output)
 
     def _finish(self):
         """Wait for the oldest step under way, replace its marks with tokens, and turn them into text."""

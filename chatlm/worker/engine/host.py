@@ -16,7 +16,7 @@ from chatlm.worker.engine.batch import make_batch, sample_rows
 from chatlm.worker.ops.sampling import clean_logits, penalize, sample_each, top_ids
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import WorkerEvent
+    from chatlm.common.messages.requests import AnswerParams, WorkerEvent
     from chatlm.worker.engine.answer_maker import AnswerMaker
     from chatlm.worker.engine.sequence import Chunk, Output, Sequence
     from chatlm.worker.model.transformer import Transformer
@@ -89,9 +89,14 @@ def pool(transformer: Transformer, chunk: Chunk, first: int, last: int):
         output.pooled = output.pooled + row
 
 
-def embedding_events(output: Output) -> list[WorkerEvent]:
-    """The end of a sequence that was embedded: its pooled hidden states, scaled to length 1."""
-    vector = (output.pooled / numpy.linalg.norm(output.pooled)).astype("<f4")
+def embedding_events(pooled: numpy.ndarray, params: AnswerParams, output: Output) -> list[WorkerEvent]:
+    """The end of a sequence that was embedded: its vector (C,) float64, cut and scaled to length 1 as asked,
+    or the score (1,) of its pair, as it is."""
+    vector = pooled[:params.dimensions or None]
+    if params.normalized and params.pooling != "rank":
+        vector = vector / numpy.linalg.norm(vector)
+    with numpy.errstate(over="ignore"):
+        vector = vector.astype("<f4")
     if not numpy.isfinite(vector).all():
         return [Failed("the model's hidden states are not finite")]
     return [Embedding(base64.b64encode(vector.tobytes()).decode()),

@@ -71,18 +71,19 @@ GENERATION = set("""bad_words_ids begin_suppress_tokens chunk_size_feed_forward 
     num_return_sequences penalty_alpha prefix problem_type renormalize_logits repetition_penalty
     suppress_tokens task_specific_params top_k typical_p""".split())  # and the like: no arithmetic
 # other programs' implementations, training and names: no effect on the arithmetic
-OTHERS_AFFAIR = set("""attention_probs_dropout_prob attention_softmax_in_fp32 attn_impl attn_implementation
-    attn_implementation_autoset base_model_name_or_path classifier_dropout cls_token_id dropout
-    embedding_dropout experts_implementation exponential_decay_length_penalty ffn_dropout flash_attn
-    fuse_cross_entropy fused_cross_entropy gradient_checkpointing hidden_dropout hidden_dropout_prob
-    ignore_index init_std initializer_factor is_decoder keys_to_ignore_at_inference label_smoothing language
-    layerdrop license loss_type mask_token_id max_seq_len max_sequence_length mlp_dropout model_max_length
-    n_ctx name_or_path num_labels num_logits_to_keep output_past output_scores padding_side pad_token
-    pruned_heads remove_invalid_values return_dict_in_generate router_z_loss_coef seq_length
-    tf_legacy_loss tokenizer_name torchscript training trust_remote_code unk_token_id use_bfloat16
-    use_cache_kernel use_cache_quantization use_flash_attention use_flash_attention_2 use_flash_attn
-    use_fused_mlp use_fused_rms_norm use_fused_rope use_fused_swiglu use_memory_efficient_attention
-    z_loss_coef""".split())
+OTHERS_AFFAIR = set("""attention_probs_dropout_prob attention_softmax_in_fp32 attn_impl
+    attn_implementation attn_implementation_autoset base_model_name_or_path classifier_dropout
+    classifier_from_token cls_token_id dropout embedding_dropout experts_implementation
+    exponential_decay_length_penalty ffn_dropout flash_attn fuse_cross_entropy fused_cross_entropy
+    gradient_checkpointing hidden_dropout hidden_dropout_prob ignore_index init_std initializer_factor
+    is_decoder is_matryoshka is_original_qwen3_reranker keys_to_ignore_at_inference label_smoothing
+    language layerdrop license loss_type mask_token_id matryoshka_dimensions max_seq_len
+    max_sequence_length mlp_dropout model_max_length n_ctx name_or_path num_labels num_logits_to_keep
+    output_past output_scores padding_side pad_token pruned_heads remove_invalid_values
+    return_dict_in_generate router_z_loss_coef sentence_transformers seq_length tf_legacy_loss
+    tokenizer_name torchscript training trust_remote_code unk_token_id use_bfloat16 use_cache_kernel
+    use_cache_quantization use_flash_attention use_flash_attention_2 use_flash_attn use_fused_mlp
+    use_fused_rms_norm use_fused_rope use_fused_swiglu use_memory_efficient_attention z_loss_coef""".split())
 HF_ONLY = {  # the only value these may have, unless the family has them
     **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias", "rope_interleaved", "use_bias",
                      "use_mrope", "use_bidirectional_attention", "use_cla",

@@ -29,10 +29,11 @@ from chatlm.worker.arrays.packed import RopePairs, dequantize, dequantized, unpe
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.spec import DeltaRule
 from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
+from chatlm.worker.weights import rerankers
 from chatlm.worker.weights.assemble import (
     as_rows, check_names_and_shapes, cut_stored, file_shapes, mapped_rows, packed_together, tensor_sources,
     unread_keys, without_shared)
-from chatlm.worker.weights.embedders import refuse_gguf_embedder
+from chatlm.worker.weights.embedders import gguf_embedder, pooling_of_gguf
 from chatlm.worker.weights.configs import (
     HF_DEFAULTS, complete_heads, family_spec, growing_queries, scaled_rope, unsupported)
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
@@ -91,6 +92,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
             stored = {name: tensor for name, tensor in stored.items()
                       if not (layer := re.match(r"blk\.(\d+)\.", name)) or int(layer[1]) < spec.layers}
         stored = without_shared(spec, stored)
+        classes = stored.pop(rerankers.CLASSES, None)
         row = FAMILIES[family]
         names = gguf_names(architecture, row.all_tensors) | row.gguf.names
         sources = tensor_sources(spec, names, spec.vocab_size)
@@ -108,6 +110,9 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                row.gguf.permuted, row.interleaved, added)
         text = gguf_text(source.path, metadata)
+        text, ranking = rerankers.of_gguf(source.path, metadata, family, spec, text, stored, classes)
+        if embedder := gguf_embedder(source.path, metadata, text, family, spec):
+            text = replace(text, embedder=embedder, chat_template=None)
     description = f"{architecture}, {spec.layers} layers, width {spec.width}, " + \
         ", ".join(f"{count} {name}" for name, count in types.most_common())
     if dtype is None:
@@ -121,7 +126,8 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     adaptable = Adaptable((*settings.served_model_name, *called), sources, slices, lambda name, rows: (
         unpermute_rope(rows, own_pairs if re.search(r"attn_[qk]\.", name) else None)), unread_keys(spec))
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=max(block, TILE_ROWS),
-                       family=architecture, adaptable=adaptable, grows=growth(tensors, held, dtype is None),
+                       family=architecture, adaptable=adaptable, ranking=ranking,
+                       grows=growth(tensors, held, dtype is None),
                        **own_sampling(source.path, metadata, "general.sampling."))
 
 
@@ -185,7 +191,7 @@ def family_of(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, s
     if architecture not in GGUF_FAMILIES:
         raise ConfigError(f"{path}: {unsupported(architecture)}")
     header = Header(path, metadata, stored, gguf_value)
-    refuse_gguf_embedder(path, header.own, metadata)
+    pooling_of_gguf(path, header.own, metadata)
     return header, GGUF_FAMILIES[architecture]
 
 

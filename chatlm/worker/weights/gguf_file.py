@@ -168,7 +168,8 @@ GGUF_OWN = {  # the same for keys that only some families have
     "topk_group": "expert_group_used_count", "moe_latent_size": "moe_latent_size",
     "routed_scaling_factor": "expert_weights_scale"}
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
-              "attention.causal", "tensor_data_layout", "rope.dimension_sections", "n_deepstack_layers"}
+              "attention.causal", "classifier.output_labels", "tensor_data_layout", "rope.dimension_sections",
+              "n_deepstack_layers"}
 OF_FAMILIES = {key: rule for row in FAMILIES.values() for key, rule in row.gguf.keys.items()}
 GGUF_KEYS = {  # * stands for the architecture
     "*.ssm.inner_size": Rule(int, 1), "*.nextn_predict_layers": Rule(int, 0, 100),

@@ -46,6 +46,7 @@ class LoadedModel:
     grows: str = ""              # a note if the weights outgrow their file
     block: int = TILE_ROWS       # columns of `down` that are packed together
     adaptable: "Adaptable | None" = None  # if it accepts adapters without merging
+    ranking: Any = None          # float64 (C,): what makes the last hidden state of a pair its score
 
     @property
     def context_length(self) -> int:
