@@ -223,10 +223,9 @@ class Front:
             answering, parsed = self.answering(pool, parsed.request), parsed.lasting()
             encoder = ENCODERS[parsed.api](parsed, served.name,
                                            None if parsed.api == "native" else tokenizer_of(pool))
-            if "done_reason" in parsed.details:  # without a question, Ollama only loads the model
+            if nothing := encoder.without_work():
                 served.model.load()
-                return web.Response(body=encoder.line(encoder.members(), done=True, **parsed.details),
-                                    content_type="application/json")
+                return web.Response(body=nothing, content_type="application/json")
             if parsed.stream:
                 return await self.stream(http, answering, encoder, holding)
             async with answering as (_, events):
@@ -387,6 +386,11 @@ ROUTES = (
           "the text between two others, in llama-server's format, streamed or whole"),
     Route("POST", "/v1/embeddings", Api.OPENAI, "handle_answer",
           "a vector for each input, from the model's final hidden states"),
+    *(Route("POST", path, Api.OPENAI, "handle_answer", doc) for doc, paths in (
+        ("vectors in the format of Text Embeddings Inference", "/embed"),
+        ("documents by how well they suit a query", "/v1/rerank /rerank /v2/rerank"),
+        ("the same in llama-server's format", "/reranking /v1/reranking"),
+        ("scores of pairs of texts", "/v1/score /score")) for path in paths.split()),
     Route("POST", "/v1/responses", Api.OPENAI, "handle_answer",
           "an answer in the format of OpenAI's Responses, streamed or whole"),
     *(Route(method, "/v1/responses/{id}", Api.OPENAI, "handle_response", "404: responses are not kept")

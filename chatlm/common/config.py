@@ -51,6 +51,8 @@ class Limits:
     choices: int = 128              # answers per request
     logprob_ids: int = 128          # of logprob_token_ids
     embeddings: int = 2048          # inputs per request
+    embedded_tokens: int = 300_000  # in all of them together
+    ranked_characters: int = 1 << 22  # of a query, times its documents, for each of which it is read again
     compared: int = 8               # answers side by side
     grammar_characters: int = 1 << 16  # of a JSON schema: compiling this much takes up to 0.3 s
     parameter_characters: int = 200    # of a parameter's name, in calls whose arguments are in tags

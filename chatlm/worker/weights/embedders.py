@@ -24,7 +24,7 @@ SIMILARITIES = "cosine", "dot", "euclidean", "manhattan"
 LEAST = {"qwen3": 32}    # family -> the fewest numbers that its makers let a vector be cut to
 WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
 QWEN_PROMPTS = (("query", f"Instruct: {WEB_SEARCH}\nQuery:"), ("document", ""))
-LONG_PROMPT = 10_000     # characters
+LONG_PROMPT = 2_000      # characters: it is read again for each text
 
 
 def pooling_of_gguf(path: Path, own: str, metadata: Mapping) -> str:
