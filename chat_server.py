@@ -155,7 +155,7 @@ from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, bound_of, errors_to_responses, json_response, logged, public_error, send_whole)
-from chatlm.front.server.routes import Api, Route, RouteTable
+from chatlm.front.server.routes import RETRIEVAL_ROUTES, Api, Route, RouteTable
 from chatlm.front.server.streams import EventStream
 
 if TYPE_CHECKING:
@@ -384,13 +384,7 @@ ROUTES = (
           "the continuation of a text, streamed or whole"),
     Route("POST", "/infill", Api.OPENAI, "handle_answer",
           "the text between two others, in llama-server's format, streamed or whole"),
-    Route("POST", "/v1/embeddings", Api.OPENAI, "handle_answer",
-          "a vector for each input, from the model's final hidden states"),
-    *(Route("POST", path, Api.OPENAI, "handle_answer", doc) for doc, paths in (
-        ("vectors in the format of Text Embeddings Inference", "/embed"),
-        ("documents by how well they suit a query", "/v1/rerank /rerank /v2/rerank"),
-        ("the same in llama-server's format", "/reranking /v1/reranking"),
-        ("scores of pairs of texts", "/v1/score /score")) for path in paths.split()),
+    *RETRIEVAL_ROUTES,
     Route("POST", "/v1/responses", Api.OPENAI, "handle_answer",
           "an answer in the format of OpenAI's Responses, streamed or whole"),
     *(Route(method, "/v1/responses/{id}", Api.OPENAI, "handle_response", "404: responses are not kept")
@@ -401,9 +395,6 @@ ROUTES = (
           "how many tokens such a request has"),
     Route("POST", "/api/chat", Api.OLLAMA, "handle_answer", "an answer in Ollama's format"),
     Route("POST", "/api/generate", Api.OLLAMA, "handle_answer", "an answer in Ollama's format"),
-    Route("POST", "/api/embed", Api.OLLAMA, "handle_answer", "embeddings in Ollama's format"),
-    Route("POST", "/api/embeddings", Api.OLLAMA, "handle_answer",
-          "one embedding, for older clients of Ollama"),
     Route("GET", "/api/tags", Api.OLLAMA,
           lambda front, bound: ollama_models(front.seen(bound)), "the served models in Ollama's format"),
     Route("GET", "/api/ps", Api.OLLAMA,
@@ -541,9 +532,10 @@ def run_command(settings: Settings) -> int:
         if settings.command == "serve":
             command = serve_forever
         else:
-            from chatlm.terminal import chat, evaluate, side_by_side
+            from chatlm.terminal import chat, embed, evaluate, side_by_side
             command = {"chat": chat.chat, "generate": chat.generate, "compare": side_by_side.compare,
-                       "score": side_by_side.score, "eval": evaluate.evaluate}[settings.command]
+                       "score": side_by_side.score, "eval": evaluate.evaluate, "embed": embed.embed}[
+                           settings.command]
         status = asyncio.run(command(settings))
         return status
     finally:

@@ -35,7 +35,7 @@ def write_qwen_tokenizer(folder, ends=True):
     return made
 
 
-def make_qwen(kind="Qwen3Model", seed=0, **changes):
+def make_qwen(kind="Qwen3Model", seed=0, scale=0.15, **changes):
     import transformers
     torch.manual_seed(seed)
     config = transformers.Qwen3Config(**{**QWEN, **changes})
@@ -44,7 +44,7 @@ def make_qwen(kind="Qwen3Model", seed=0, **changes):
         if name.endswith("norm.weight"):        # ones would hide faults
             parameter.data = torch.rand_like(parameter) + 0.5
         elif parameter.ndim > 1:
-            parameter.data = torch.randn_like(parameter) * 0.15
+            parameter.data = torch.randn_like(parameter) * scale
     return model
 
 
@@ -84,30 +84,8 @@ def qwen_metadata(**changes):
 
 
 def gguf_of(path, model, quantized=False, classes=None, **changes):
-    """A GGUF file of a model with a head; `classes`: rows of a classifier."""
-    class WithClasses:
-        config = model.config
-
-        def state_dict(self):
-            return model.state_dict()
-
-    return as_gguf(path, model, quantized, qwen_metadata(**changes)) if classes is None else with_tensor(path, model, classes, qwen_metadata(**changes))
-
-
-def with_tensor(path, model, classes, metadata):
-    import gguf
-    import tiny_gguf
-    import families
-    plain = tiny_gguf.write_gguf
-
-    def more(path, tensors, *arguments, **options):
-        return plain(path, tensors | {"cls.output.weight": classes}, *arguments, **options)
-
-    tiny_gguf.write_gguf = more
-    try:
-        return families.as_gguf(path, model, False, metadata)
-    finally:
-        tiny_gguf.write_gguf = plain
+    """A GGUF file of a model with a head; `classes`: the rows of a classifier that it has besides."""
+    return as_gguf(path, model, quantized, qwen_metadata(**changes), {} if classes is None else {"cls.output.weight": classes})
 
 
 @torch.no_grad()

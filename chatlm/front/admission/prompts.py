@@ -39,7 +39,7 @@ class PromptMaker:
         self.tokenizer, self.context_length, self.run = tokenizer, context_length, run
         self.fill = fill or self._fill_here
         self.infills, embedder = InfillMaker(tokenizer, context_length), tokenizer.spec.embedder
-        self.retrievals = embedder and RetrievalMaker(tokenizer, embedder, context_length, self._start_of)
+        self.retrievals = embedder and RetrievalMaker(tokenizer, embedder, context_length, self._text_of)
 
     async def _fill_here(self, arguments: dict, client: str) -> str:
         return fill_template(self.tokenizer.template, arguments)
@@ -162,6 +162,9 @@ class PromptMaker:
                     return text[:start + self.SLICE_CHARACTERS]
                 raise self._too_long(f"more than {count - count % 1000:,}", param)
         return text
+
+    def _text_of(self, text: str, param: str, cut: bool = False) -> str:
+        return str(self._start_of(text, param, cut))
 
     def _too_long(self, count: str, param: str, whose: str = "") -> RequestError:
         return RequestError(

@@ -104,9 +104,8 @@ def read_rerank_body(body: dict, known: Known, api: str = "rerank") -> ParsedBod
     cuts = values.get("truncate", True) if api == "tei rerank" else api == "rerank"
     retrieval = Retrieval(queries=(values["query"],), instruction=instruction_of(values, embedder),
                           most=values.get("max_tokens_per_doc"), cut=cuts)
-    raw = values.get("raw_scores", not values.get("use_activation", True))
-    if api == "llama rerank":  # it knows only Qwen3-Reranker's as probabilities
-        raw = not (embedder and embedder.form)
+    usual = api == "llama rerank" and not (embedder and embedder.form)  # it makes only these probabilities
+    raw = values.get("raw_scores", not values.get("use_activation", not usual))
     shows = values.get("return_text" if api == "tei rerank" else "return_documents", False)
     details = {"top": values.get("top_n", len(documents)), "raw": raw,
                "documents": documents if shows else None}
@@ -141,7 +140,7 @@ def read_score_body(body: dict, known: Known) -> ParsedBody:
         request = asked_of(values, second, AnswerParams(pooling="rank"), retrieval)
         return ParsedBody(request, stream=False, api="score", details=details)
     within_limit("texts in text_1 and text_2", len(first) + len(second), LIMITS.embeddings, "text_2")
-    retrieval = Retrieval(prompt_of(values, embedder))
+    retrieval = Retrieval(prompt_of({}, embedder))
     request = asked_of(values, (*first, *second), AnswerParams(pooling=pooling), retrieval)
     return ParsedBody(request, stream=False, api="cosines", details={"pairs": len(second)})
 

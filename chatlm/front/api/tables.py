@@ -272,7 +272,7 @@ EMBEDDING_FIELDS = (
     MODEL,
     Field("encoding_format", FieldType('"float" or "base64"', {"enum": ["float", "base64"]}),
           "numbers (the default), or float32, little-endian, in base64"),
-    Field("pooling", FieldType('"mean", "cls" or "last"', {"enum": ["mean", "cls", "last"]}),
+    Field("pooling", FieldType('"mean" or "last"', {"enum": ["mean", "last"]}),
           "of a chat model: the mean over the tokens of an input (the default), or its last token"),
     LOW, DIMENSIONS, PROMPT_NAME, INPUT_TYPE,
     Field("embd_normalize", FieldType("2 or -1", {"enum": [2, -1]}, lambda value: value == 2),
@@ -324,7 +324,7 @@ SCORE_FIELDS = (
     Field("text_2", TEXT_OR_TEXTS, "a text, or several: each makes a pair with text_1"),
     Field("queries", TEXT_OR_TEXTS, "the same as text_1", means="text_1"),
     Field("documents", TEXT_OR_TEXTS, "the same as text_2", means="text_2"),
-    MODEL, RAW, INSTRUCTION, PROMPT_NAME, LOW,
+    MODEL, RAW, INSTRUCTION, LOW,
 )
 OLLAMA_SHOW_FIELDS = (Field("model", TEXT, "one of the served model's names"),
                       Field("name", TEXT, "the same, for older clients", means="model"))
