@@ -9,7 +9,7 @@ import secrets
 import struct
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from chatlm.common.messages.requests import Embedding
 from chatlm.front.api.encode_retrieval import numbers_of
 from chatlm.front.api.retrieval import check_route, read_embedding_body
 from chatlm.terminal.chat import duration
-from chatlm.terminal.remote import open_pool
+from chatlm.terminal.remote import RemotePool, open_pool
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -53,6 +53,7 @@ async def embed(settings: Settings) -> int:
     began_s, count, progress = time.monotonic(), 0, ProgressDisplay()
     with open_texts(settings.texts) as source, Vectors(settings.output) as vectors:
         async with open_pool(settings) as pool:
+            assert not isinstance(pool, RemotePool)  # the command has no --url
             try:
                 async with aclosing(embedded(pool, settings, batches_of(settings.texts, source))) as found:
                     async for batch, numbers in found:
@@ -68,7 +69,7 @@ async def embed(settings: Settings) -> int:
 
 
 async def embedded(pool: WorkerPool, settings: Settings,
-                   batches: Iterator[Batch]) -> AsyncIterator[tuple[Batch, list[list[float]]]]:
+                   batches: Iterator[Batch]) -> AsyncGenerator[tuple[Batch, list[list[float]]], None]:
     """The vectors of each batch, in order; the next ones are computed meanwhile."""
     under_way: list[tuple[Batch, asyncio.Task[list[list[float]]]]] = []
     try:
@@ -143,7 +144,7 @@ def text_of(line: bytes, where: str) -> str:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
-        raise ConfigError(f"{where} is not valid JSON; it must be a text, or an object with a `text`") from None
+        raise ConfigError(f"{where} is not valid JSON: a text, or an object with a `text`") from None
     text = value.get("text") if isinstance(value, dict) else value
     if not is_text(text) or not text.strip():
         raise ConfigError(f"{where} is {shown(value)}; it must be a text that is not empty, or an object "

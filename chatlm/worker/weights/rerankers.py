@@ -70,8 +70,8 @@ def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: T
     if pooling != "rank" and not (pooling == "none" and named and family in FAMILIES):
         return text, None
     if family not in FAMILIES:
-        raise ConfigError(f"{path}: {own}pooling_type is 4 (rank); of models with causal attention this server "
-                          f"ranks with {', '.join(FAMILIES)} alone")
+        raise ConfigError(f"{path}: {own}pooling_type is 4 (rank); of causal models this server ranks with "
+                          f"{', '.join(FAMILIES)} alone")
     if classes is None:
         head = stored["token_embd.weight" if spec.tied_head else "output.weight"]
         rows = ids_of(path, text, ["yes", "no"])
