@@ -67,7 +67,8 @@ class RetrievalMaker:
         if request.params.pooling != self.embedder.pooling:
             raise Overloaded("the model was still loading when this request was read", retry_after_s=1)
         if not retrieval.queries:
-            return tuple(tuple(self.text(text, retrieval, request.source)) for text in request.prompts)
+            return tuple(tuple(self.text(text, retrieval, request.source, index))
+                         for index, text in enumerate(request.prompts))
         documents = [str(document) for document in request.prompts]
         queries = retrieval.queries * (len(documents) if len(retrieval.queries) == 1 else 1)
         size = sum(map(len, queries)) + len(retrieval.instruction or "") * len(documents)
@@ -83,8 +84,8 @@ class RetrievalMaker:
                     "documents")
         return tuple(pairs)
 
-    def text(self, text: str | Seq[int], retrieval: Retrieval, param: str) -> Seq[int]:
-        """A text between its special tokens; token ids stay as they are."""
+    def text(self, text: str | Seq[int], retrieval: Retrieval, param: str, index: int) -> Seq[int]:
+        """The index-th text between its special tokens; token ids stay as they are."""
         own, begins, ends = self.embedder, (), ()
         ids: Seq[int] = text if not isinstance(text, str) else ()
         if isinstance(text, str):
@@ -93,7 +94,7 @@ class RetrievalMaker:
             begins, ends = own.begins, own.ends
         room = self.longest - len(begins) - len(ends)
         if len(ids) > room and not retrieval.cut:
-            raise self.too_long(param, len(ids) + len(begins) + len(ends))
+            raise self.too_long(f"{param}[{index}]", len(ids) + len(begins) + len(ends), param)
         return [*begins, *ids[:room], *ends]
 
     def head(self, query: str, retrieval: Retrieval) -> Head:
@@ -106,7 +107,7 @@ class RetrievalMaker:
         ids = self.tokenizer.encode(text, begins=not own.begins) if place else self.tokenizer.encode(query)
         around = len(own.begins) + len(own.ends)
         if around + len(ids) + len(own.between) >= self.longest:
-            raise self.too_long("query", around + len(ids) + len(own.between))
+            raise self.too_long("the query", around + len(ids) + len(own.between), "query")
         return Head(text, [*ids, *own.between], after)
 
     def pair(self, head: Head, document: str, retrieval: Retrieval) -> Seq[int]:
@@ -120,10 +121,9 @@ class RetrievalMaker:
         room = self.longest - len(own.begins) - len(own.ends)
         most = len(ids) if retrieval.most is None else len(head.ids) + retrieval.most
         if min(len(ids), most) > room and not retrieval.cut:
-            raise self.too_long("documents", len(ids) + self.longest - room)
+            raise self.too_long("a document with its query", len(ids) + self.longest - room, "documents")
         return [*own.begins, *ids[:min(room, most)], *own.ends]
 
-    def too_long(self, param: str, count: int) -> RequestError:
-        what = {"documents": "a document with its query", "query": "the query"}.get(param, "an input")
-        return RequestError(f"{what} has {count:,} tokens, with those that the model needs around it, but it "
-                            f"reads at most {self.longest:,}", code="context_length_exceeded", param=param)
+    def too_long(self, what: str, count: int, param: str) -> RequestError:
+        return RequestError(f"{what} has {count:,} tokens, those around it included, but the model reads at most "
+                            f"{self.longest:,}", code="context_length_exceeded", param=param)

@@ -126,7 +126,8 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     tensors = assembled(source.path, settings, sources, state, dtype, changed, as_stored)
     text = hf_text(source.path, spec.vocab_size)
     text, ranking = rerankers.of_folder(
-        source.path, read_json(config), family, names, spec, text, state, score)
+        source.path, read_json(config), family, (source.name, source.path.name, names[2]), spec, text, state,
+        score)
     if embeds and ranking is None:
         embedder = folder_embedder(source.path, getattr(open_tokenizer(text), "pipeline"), family, spec)
         text = replace(text, embedder=embedder, chat_template=None)
