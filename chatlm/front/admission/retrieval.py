@@ -125,5 +125,5 @@ class RetrievalMaker:
         return [*own.begins, *ids[:min(room, most)], *own.ends]
 
     def too_long(self, what: str, count: int, param: str) -> RequestError:
-        return RequestError(f"{what} has {count:,} tokens, those around it included, but the model reads at most "
-                            f"{self.longest:,}", code="context_length_exceeded", param=param)
+        return RequestError(f"{what} has {count:,} tokens, those around it included, but the model reads at "
+                            f"most {self.longest:,}", code="context_length_exceeded", param=param)
