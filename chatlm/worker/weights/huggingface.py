@@ -16,11 +16,12 @@ from chatlm.common.jsontext import whole_unicode
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.arrays.kinds import floats
+from chatlm.worker.arrays.kinds import floats, item_bytes, kind_of
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.tensors import TILE_ROWS
-from chatlm.worker.weights import rerankers
+from chatlm.worker.model.head import Head
+from chatlm.worker.weights import cross_encoders, rerankers
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import (
     Mxfp4, assembled, check_names_and_shapes, file_shapes, fp8_block, read_safetensors, tensor_sources,
@@ -89,12 +90,12 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     names = source.name, str(source.path), str(read_json(config).get("_name_or_path") or "")
     state, scales = with_prefix(*read_safetensors(source.path))
     row, score = FAMILIES[family], state.pop(rerankers.SCORE, None)
-    embeds = (source.path / "modules.json").exists()
-    if score is not None or embeds and row.all_tensors["head"][0] not in state:
+    embeds = spec.of_texts or (source.path / "modules.json").exists()
+    if not spec.of_texts and (score is not None or embeds and row.all_tensors["head"][0] not in state):
         spec = replace(spec, tied_head=True)  # it has no head, and needs none
     if spec.tied_head:
         state.pop(row.all_tensors["head"][0], None)  # some files have it twice
-    sources = tensor_sources(spec, row.all_tensors, spec.vocab_size)
+    sources, whole = tensor_sources(spec, row.all_tensors, spec.vocab_size), state
     state, scales = (without_shared(spec, tensors) for tensors in (row.repack(state), scales))
     if lost := sorted(set(scales) - set(state)):
         raise ConfigError(f"{source.path}: {lost[0]} is in FP8, which is not supported for this tensor of "
@@ -103,6 +104,8 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
                            sources)
     backend = choose_backend(device, spec)
     as_stored, dtype = None if settings.dtype else backend.as_stored, float_type(settings, backend)
+    if spec.of_texts and as_stored:  # vectors are compared with those of others: nothing is rounded
+        dtype = max((kind_of(tensor) for tensor in state.values()), key=item_bytes)
     mapped = sources.get("layer_embed", ((), ()))[1]
     matrices = {name: shape for name, shape in file_shapes(sources).items()
                 if len(shape) == 2 and name not in mapped} | unread_keys(spec)
@@ -125,11 +128,16 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
 
     tensors = assembled(source.path, settings, sources, state, dtype, changed, as_stored)
     text = hf_text(source.path, spec.vocab_size)
+    called, head = (source.name, source.path.name, names[2]), Head()
     text, ranking = rerankers.of_folder(
-        source.path, read_json(config), family, (source.name, source.path.name, names[2]), spec, text, state,
-        score)
+        source.path, read_json(config), family, called, spec, text, state, score)
     if embeds and ranking is None:
-        embedder = folder_embedder(source.path, getattr(open_tokenizer(text), "pipeline"), family, spec)
+        pipeline = getattr(open_tokenizer(text), "pipeline")
+        embedder, head = folder_embedder(source.path, pipeline, family, spec, called)
+        if cross_encoders.classifies(whole, spec):
+            head = cross_encoders.folder_head(config, read_json(config), spec, whole)
+            sigmoid = cross_encoders.makes_probabilities(config, read_json(config))
+            embedder = embedder._replace(pooling="rank", size=1, least=0, sigmoid=sigmoid)
         text = replace(text, embedder=embedder, chat_template=None)
     origin = ", from FP8" if scales else ""
     description = f"{family}, {spec.layers} layers, width {spec.width}{origin}{adapted}"
@@ -138,7 +146,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices, turned,
                           unread_keys(spec))
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=block, family=family,
-                       adaptable=adaptable, ranking=ranking,
+                       adaptable=adaptable, head=head, ranking=ranking,
                        **own_sampling(path, read_json(path, needed=False)))
 
 
