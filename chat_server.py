@@ -155,7 +155,7 @@ from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, bound_of, errors_to_responses, json_response, logged, public_error, send_whole)
-from chatlm.front.server.routes import Api, Route, RouteTable
+from chatlm.front.server.routes import RETRIEVAL_ROUTES, Api, Route, RouteTable
 from chatlm.front.server.streams import EventStream
 
 if TYPE_CHECKING:
@@ -223,10 +223,9 @@ class Front:
             answering, parsed = self.answering(pool, parsed.request), parsed.lasting()
             encoder = ENCODERS[parsed.api](parsed, served.name,
                                            None if parsed.api == "native" else tokenizer_of(pool))
-            if "done_reason" in parsed.details:  # without a question, Ollama only loads the model
+            if nothing := encoder.without_work():
                 served.model.load()
-                return web.Response(body=encoder.line(encoder.members(), done=True, **parsed.details),
-                                    content_type="application/json")
+                return web.Response(body=nothing, content_type="application/json")
             if parsed.stream:
                 return await self.stream(http, answering, encoder, holding)
             async with answering as (_, events):
@@ -385,8 +384,7 @@ ROUTES = (
           "the continuation of a text, streamed or whole"),
     Route("POST", "/infill", Api.OPENAI, "handle_answer",
           "the text between two others, in llama-server's format, streamed or whole"),
-    Route("POST", "/v1/embeddings", Api.OPENAI, "handle_answer",
-          "a vector for each input, from the model's final hidden states"),
+    *RETRIEVAL_ROUTES,
     Route("POST", "/v1/responses", Api.OPENAI, "handle_answer",
           "an answer in the format of OpenAI's Responses, streamed or whole"),
     *(Route(method, "/v1/responses/{id}", Api.OPENAI, "handle_response", "404: responses are not kept")
@@ -535,9 +533,10 @@ def run_command(settings: Settings) -> int:
         if settings.command == "serve":
             command = serve_forever
         else:
-            from chatlm.terminal import chat, evaluate, side_by_side
+            from chatlm.terminal import chat, embed, evaluate, side_by_side
             command = {"chat": chat.chat, "generate": chat.generate, "compare": side_by_side.compare,
-                       "score": side_by_side.score, "eval": evaluate.evaluate}[settings.command]
+                       "score": side_by_side.score, "eval": evaluate.evaluate, "embed": embed.embed}[
+                           settings.command]
         status = asyncio.run(command(settings))
         return status
     finally:

@@ -34,15 +34,15 @@ class Help(NamedTuple):
 
 
 HELP = {
-    "serve": Help("""python chat_server.py [serve|chat|generate|compare|score|eval|check] [MODEL] [flags]
+    "serve": Help("""python chat_server.py [serve|chat|generate|compare|score|eval|embed|check] [MODEL] [flags]
        python chat_server.py bundle [FILE] [--without-core]
        python chat_server.py store FOLDER [--prune SIZE]""",
         "Serve a model: a chat page, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is the "
         "default command. The others are: chat, in the terminal; generate, which answers one prompt; "
         "compare, which asks several models the same question; score, which measures how well a model "
-        "predicts a text; eval, which evaluates models on tasks; check, which verifies and times the "
-        "compiled kernels; bundle, which packs the program into one file; store, which lists the contents "
-        "of --prefix-store. Each has a --help. If "
+        "predicts a text; eval, which evaluates models on tasks; embed, which makes vectors of the texts of "
+        "a file; check, which verifies and times the compiled kernels; bundle, which packs the program into "
+        "one file; store, which lists the contents of --prefix-store. Each has a --help. If "
         "there are several MODELs, each is loaded when a request names it.", """
   python chat_server.py                                     a nanochat checkpoint or a small model
   python chat_server.py qwen3:0.6b --host 127.0.0.1         for this machine only; downloaded once
@@ -77,6 +77,10 @@ HELP = {
   python chat_server.py eval ~/.cache/nanochat -g d20 --suite core --max-per-task 100
   python chat_server.py eval d20@12000 d20@14000 --suite core --url http://127.0.0.1:8000
   python chat_server.py eval model.gguf --suite questions.jsonl --json"""),
+    "embed": Help("python chat_server.py embed MODEL FILE.jsonl -o FILE [flags]",
+        "Make a vector of each text of a file, whose lines are JSON: a text, or an object with a `text`.", """
+  python chat_server.py embed qwen3-embedding texts.jsonl -o vectors.npy
+  python chat_server.py embed model.gguf queries.jsonl -o vectors.jsonl --prompt-name query"""),
     "check": Help("python chat_server.py check",
         "Verify and time the compiled kernels: each op is compared with its reference in torch. The report "
         "can be pasted into an issue; the exit status is 1 if an op is wrong. This takes about a minute, "
@@ -284,7 +288,7 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     parser = CommandLine(prog="chat_server.py", usage=usage, allow_abbrev=False, formatter_class=help_lines,
                          description="\n\n".join(textwrap.fill(part, width) for part in about),
                          epilog=examples and f"Examples:\n{examples[1:]}")
-    several_words = command in (*SEVERAL, "generate")
+    several_words = command in (*SEVERAL, "generate", "embed")
     if command != "check":
         parser.add_argument("model", metavar="MODEL", nargs="*" if several_words else "?", default=None,
                             help=argparse.SUPPRESS)
@@ -305,6 +309,8 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         return Settings(command=command)
     if command == "generate":
         values["model"], values["prompt"] = with_prompt(parser, values["model"] or [], values["prompt"])
+    if command == "embed" and len(values["model"] or ()) > 1:
+        values["model"], values["texts"] = values["model"][:1], one_file(parser, values)
     config_file = values["config"] or environment.get("CHAT_SERVER_CONFIG") or None
     config, tables = read_config(config_file)
     words = values["model"] or environment.get("CHAT_SERVER_MODEL") or config.get("model") or []
@@ -328,6 +334,15 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     elif command in SEVERAL and models:  # each word of `compare`, `score` and `eval` is a MODEL
         values["model"], values["several"] = None, tuple(ModelChoice(name, name) for name in models)
     return Settings(command=command, **values)
+
+
+def one_file(parser: CommandLine, values: Mapping) -> str:
+    """The FILE of `embed`, which comes after its MODEL."""
+    _, file, *others = values["model"]
+    if others or values["texts"] is not None:
+        parser.error(f"unrecognized arguments: {' '.join(others) or file}")
+    check_path(file, "FILE")
+    return file
 
 
 def with_prompt(parser: CommandLine, words: Seq[str], prompt: str | None) -> tuple[Seq[str], str | None]:

@@ -10,7 +10,8 @@ DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests" / "support")]
 
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION      # noqa: E402
-from families import CONVERTED, GENERATIONS, GGUF_MODELS, MODELS        # noqa: E402  of the tests
+from encoders import FILES, MODELS as ENCODERS       # noqa: E402  of the tests
+from families import CONVERTED, GENERATIONS, GGUF_MODELS, MODELS        # noqa: E402
 
 HEADING = """\
 ## Families
@@ -23,7 +24,7 @@ folders. [What has been tested](#what-has-been-tested) says more.
 |---|---|---|---|---|
 """
 END = "\nAny other family is an error"
-STATES, NEEDS = "#models-whose-layers-keep-a-state", "#what-some-families-need"
+STATES, NEEDS, ENCODES = "#models-whose-layers-keep-a-state", "#what-some-families-need", "#embedders-and-rerankers"
 NOTES = {       # by model_type: what a reader wants to know besides the title
     "llama": "3.1, 3.2, 3.3 too; of LLaVA, SmolVLM and Idefics 3 the text model",
     "mistral": "of Small 3.1 and 3.2 the text model",
@@ -31,7 +32,7 @@ NOTES = {       # by model_type: what a reader wants to know besides the title
     "qwen2": "of Qwen2-VL and Qwen2.5-VL the text model",
     "qwen3": "of Qwen3-VL the text model",
     "qwen3_moe": "30B-A3B, 235B-A22B",
-    "gemma3_text": "of those with images the text model",
+    "gemma3_text": f"of those with images the text model; EmbeddingGemma is [an encoder]({ENCODES})",
     "gemma4_text": f"E2B, E4B, 12B, 26B-A4B, 31B; the text model, [its embeddings of each layer]({NEEDS})",
     "gpt_oss": "20b, 120b, with experts in MXFP4 or bfloat16",
     "granite": "3.1, 3.2, 3.3 too",
@@ -49,8 +50,11 @@ NOTES = {       # by model_type: what a reader wants to know besides the title
     "lfm2": f"350M, 700M, 1.2B, 2.6B, and LFM2.5, dense; of LFM2-VL the text model, [its states]({STATES})",
     "lfm2_moe": f"8B-A1B, 24B-A2B, LFM2.5 of these, [its states]({STATES})",
     "nemotron_h": f"Nemotron Nano v2, 3 Nano and 3 Super, [its states]({STATES})",
-    "nanochat": "in transformers' format"}
-LIKE_OTHERS = {"granitemoehybrid": ("granite", "granitemoe")}     # files of those without Mamba layers
+    "nanochat": "in transformers' format",
+    "bert": f"MiniLM, bge, e5, arctic-embed: [an encoder]({ENCODES})", "roberta": f"XLM-R too: bge-m3, multilingual-e5: [encoders]({ENCODES})",
+    "mpnet": f"all-mpnet-base-v2: [an encoder]({ENCODES})", "modernbert": f"[an encoder]({ENCODES})",
+    "nomic_bert": f"nomic-embed-text v1, v1.5: [an encoder]({ENCODES})", "gte": f"of 2024 and later: [an encoder]({ENCODES})"}
+LIKE_OTHERS = {"xlm-roberta": ("bert",), "granitemoehybrid": ("granite", "granitemoe")}     # files of those without Mamba layers
 CHECKPOINTS = (
     f"| nanochat, all generations | a checkpoint | upstream's answers, {len(GENERATIONS)} | | |\n"
     f"| nanoGPT ([its vocabulary]({NEEDS})) | a checkpoint | its formula | | |\n")
@@ -76,7 +80,8 @@ def architectures(names: list[str]) -> list[str]:
 
 def compared(names: list[str], **tables) -> str:
     """With what, and how many of the tiny models in its table are of these model_types."""
-    counts = {what: sum(MODELS[model][0] in names for model in models) for what, models in tables.items()}
+    kinds = MODELS | ENCODERS
+    counts = {what: sum(kinds[model][0] in names for model in models) for what, models in tables.items()}
     return "; ".join(f"{what}, {count}" for what, count in counts.items() if count)
 
 
@@ -86,8 +91,8 @@ def row(names: list[str]) -> str:
         return ", ".join(f"`{word}`" for word in words)
     notes = [NOTES[name] for name in names if name in NOTES]
     cells = (" ".join((FAMILIES[names[0]].title, *(f"({note})" for note in notes))),
-             quoted((*names, *(kind for kind, text in VISION.items() if text in names))), compared(names, transformers=MODELS),
-             quoted(architectures(names)), compared(names, transformers=GGUF_MODELS, converter=CONVERTED))
+             quoted((*names, *(kind for kind, text in VISION.items() if text in names))), compared(names, transformers=[*MODELS, *ENCODERS]),
+             quoted(architectures(names)), compared(names, transformers=[*GGUF_MODELS, *FILES], converter=CONVERTED))
     return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|\n"
 
 

@@ -15,7 +15,7 @@ INTRODUCTION = """\
 # Flags
 
 `python docs/flags.py` makes this file from `Settings` in `chatlm/common/config.py`, and a test compares the two. `python chat_server.py
---help` shows the same, and `chat --help` and `generate --help` show the flags of these commands. `check` has no flags,
+--help` shows the same, and `chat --help`, `generate --help` and so on show the flags of these commands. `check` has no flags,
 `bundle` has only `--without-core`, and `store` has `--prune SIZE`.
 
 A value comes from the first of these that sets it:
@@ -27,7 +27,7 @@ A value comes from the first of these that sets it:
 
 MODEL is `CHAT_SERVER_MODEL` and `model = "model.gguf"`; for several models, `[[models]]` has a table for each
 ([models](models.md#many-models)). A switch is turned off by `no` before its name, as in `--no-drafts`, or by `false`
-in the other two. Sizes have the suffixes K, M, G and T. A flag belongs to `serve`, `chat`, `generate`, `compare`, `score` and `eval`
+in the other two. Sizes have the suffixes K, M, G and T. A flag belongs to `serve`, `chat`, `generate`, `compare`, `score`, `eval` and `embed`
 unless its row names its commands.
 
 `-p` has two meanings, as in nanochat: the port for `serve`, the prompt for `chat`, `generate` and `compare`.

@@ -46,6 +46,7 @@ function emptyPage() {
   const page = element("section", {className: "empty"}, element("h2", {textContent: model.api === "text" ? TEXT.welcomeText : TEXT.welcome}));
   page.append(element("p", {textContent: serverText() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
   if (model.api === "text") page.append(noticeOf(TEXT.completes));
+  if (model.api === "none" && model.can.embedding && model.ours) need("vectors").then(() => globalThis.showVectors?.(page, model));
   if (/^SmolLM2-135M/.test(model.name)) page.append(element("p", {className: "notice"}, ...TEXT.demonstration(text => element("code", {textContent: text}))));
   if (phase === "loading" && !loading.waits) {
     const bar = element("progress", loading.fraction ? {max: 1, value: loading.fraction} : {});
@@ -553,7 +554,7 @@ register({
     device: name => name === "cpu" ? "the CPU" : name === "cuda" || name === "mps" ? "the GPU" : name.replace(/^cuda:/, "GPU "),
     running: (devices, context) => `Running${devices.length ? ` on ${devices.join(", ")}` : ""}${context ? ` with ${number(context)} tokens of context` : ""}.`,
     completes: "This is not a chat model: it continues the text that you type, in place.",
-    onlyEmbeds: name => `${name} is an embedding model; it cannot chat.`,
+    onlyEmbeds: name => `${name} is an embedding model; it cannot chat.`, onlyRanks: name => `${name} ranks documents; it cannot chat.`,
     statuses: {draining: "the server is stopping", unavailable: "the server has no running worker"}, loadingLabel: "Loading", starting: "starting",
     loading: (stage, fraction) => `The model is not ready: ${TEXT.statuses[stage] ?? stage}${fraction ? ` ${Math.round(fraction * 100)}\u00a0%` : ""}.`,
     demonstration: code => ["This is a very small demonstration model, which is often wrong. To serve another, run ",

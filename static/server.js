@@ -170,7 +170,7 @@ const untilReady = signal => new Promise((resolve, reject) => {
 
 // Why the server cannot be used; "" if it can.
 function serverText() {
-  if (state.phase === "ready" && state.model.api === "none") return TEXT.onlyEmbeds(state.model.name);
+  if (state.phase === "ready" && state.model.api === "none") return (state.model.can.rerank ? TEXT.onlyRanks : TEXT.onlyEmbeds)(state.model.name);
   const home = serverHome();
   switch (state.phase) {
     case "connecting": return TEXT.connecting;

@@ -15,6 +15,7 @@ from chatlm.common.config import FLAGS
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SAMPLING_FLAGS
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
+from chatlm.front.api.tables import EMBEDDING_FIELDS, RERANK_FIELDS, SCORE_FIELDS
 from chatlm.front.api.tables import OPENAI_FIELDS, SAMPLED
 from chatlm.common.hub.huggingface import SHORT_NAMES
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION
@@ -154,11 +155,13 @@ def test_every_route_is_in_the_page_of_apis_and_its_curls_send_fields_that_exist
     assert len(examples) > 5 and all(json.loads(body).keys() <= routes[path] for path, body in examples)
     fields = text.split("## Fields")[1].split("## Reasoning")[0]
     named = set(re.findall(r"\w+", fields))
+    retrieval = {field.name for field in (*EMBEDDING_FIELDS, *RERANK_FIELDS, *SCORE_FIELDS)} - named
     assert {name for path, names in routes.items() if path.startswith(("/chat", "/v1")) for name in names} - named == {
         # refused, or without an effect here
-        "best_of", "modalities", "previous_response_id", "conversation", "background", "dimensions",
+        "best_of", "modalities", "previous_response_id", "conversation", "background",
         # in sections of their own
-        "encoding_format", "pooling", *(field.name for field in CONSTRAINT_FIELDS)}
+        *retrieval, *(field.name for field in CONSTRAINT_FIELDS)}
+    assert retrieval <= {*re.findall(r"\w+", text.split("\n## Embeddings")[1].split("\n## Streams")[0])}
     constraints = re.findall(r"\w+", text.split("## Answers in a format")[1].split("## ")[0])
     assert {field.name for field in CONSTRAINT_FIELDS} <= {*constraints}
 

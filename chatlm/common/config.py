@@ -23,7 +23,8 @@ N = TypeVar("N", int, float)
 V = TypeVar("V")
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_MAX_TOKENS = 512  # without -m; /v1 goes up to the context
-PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "compare", "score", "eval", "check")
+PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "compare", "score", "eval", "embed",
+                    "check")
 ANSWERING = "serve chat generate compare"  # the commands that generate tokens
 CHAT_TEMPERATURE = 0.6    # the default of the chat command
 PAGE_SIZE = 16            # KV slots in a page
@@ -51,6 +52,8 @@ class Limits:
     choices: int = 128              # answers per request
     logprob_ids: int = 128          # of logprob_token_ids
     embeddings: int = 2048          # inputs per request
+    embedded_tokens: int = 300_000  # in all of them together
+    ranked_characters: int = 1 << 22  # of a query, times its documents, for each of which it is read again
     compared: int = 8               # answers side by side
     grammar_characters: int = 1 << 16  # of a JSON schema: compiling this much takes up to 0.3 s
     parameter_characters: int = 200    # of a parameter's name, in calls whose arguments are in tags
@@ -216,7 +219,7 @@ class Flag(NamedTuple):
 
 
 def flag(default: V, parse: Callable[[str], object] | None, help: str,
-         commands: str = f"{ANSWERING} score eval", short: str | None = None, also: str = "",
+         commands: str = f"{ANSWERING} score eval embed", short: str | None = None, also: str = "",
          choices: tuple[str, ...] = (), many: bool = False, heading: str = "", bare: str = "") -> V:
     """A field of `Settings` with its flag: everything about it in one row."""
     row = Flag("", default, parse, help, commands, short, also, choices, many, heading, bare)
@@ -361,6 +364,14 @@ class Settings:
     results: str | None = flag(None, file_name,
         "folder that keeps the answer to each item, so that a run goes on where another ended (default: "
         "~/.local/state/chat_server/evals)", "serve eval")
+    texts: str | None = flag(None, file_name, "the FILE, whose lines are JSON: a text, or an object with a "
+        "`text`; `-` reads stdin", "embed")
+    output: str | None = flag(None, file_name, "file for the vectors: one a line, or numpy's format if it is "
+        "called .npy; `-` is stdout", "embed", short="o")
+    dimensions: int | None = flag(None, number(int, 1), "numbers of each vector, where the model was trained "
+        "for fewer (default: all)", "embed")
+    prompt_name: str | None = flag(None, str, "which prompt of the model goes before each text", "embed")
+    truncate: bool = flag(False, None, "cut the end of a text that is too long (default: refuse it)", "embed")
 
     url: str | None = flag(None, str,
         "talk to a running server instead of loading a model", "chat generate compare eval",

@@ -24,7 +24,7 @@ from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
 from chatlm.worker.model.spec import KvType, PageLayout, expected_tensors, group_layers
-from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.model.transformer import Transformer, page_layout
 from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.load import open_model
@@ -107,8 +107,16 @@ def prefill_chunk(settings: Settings, device: Device) -> int:
     return settings.prefill_chunk or (2048 if device.type == "cuda" else 256)
 
 
+def step_tokens(spec: ModelSpec, settings: Settings, device: Device) -> int:
+    """The most tokens of prompts in a step, which takes a whole text of a model that embeds such."""
+    return max(prefill_chunk(settings, device), spec.max_positions if spec.of_texts else 0)
+
+
 CANNOT_CHAT = ("It has no chat template, so it cannot chat: it continues texts, for /v1/completions, "
                "/api/generate, and the commands generate and chat")
+EMBEDS = ("It makes vectors of texts, for /v1/embeddings, /api/embed, /v1/score and the command embed; it "
+          "cannot chat")
+RANKS = "It ranks documents for a query, for /v1/rerank and /v1/score; it cannot chat"
 
 
 def build_engine(source: ModelSource, settings: Settings, device: Device,
@@ -123,7 +131,9 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
             compile_chat_template(model.text.chat_template, whole=False)  # the front compiles it completely
     except ConfigError as error:
         raise ConfigError(f"{source.path}: {error}") from None
-    if not tokenizer.has_chat_template:
+    if embedder := model.text.embedder:
+        model.notes += (RANKS if embedder.pooling == "rank" else EMBEDS,)
+    elif not tokenizer.has_chat_template:
         model.notes += (CANNOT_CHAT,)
     state_bytes = model.spec.state_bytes
     model, transformer, num_pages, context, max_batch = build_transformer(
@@ -131,7 +141,7 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
     return model, Engine(transformer, tokenizer, transformer.kernels, num_pages=num_pages,
                          max_batch=max_batch, context_length=context,
                          prefill_chunk=prefill_chunk(settings, device), drafts=settings.drafts, ranks=ranks,
-                         state_bytes=state_bytes)
+                         state_bytes=state_bytes, ranking=model.ranking, head=model.head)
 
 
 def build_transformer(
@@ -189,14 +199,17 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
     """How a rank will compute its shard of a model whose `whole` spec is given too: the kernels, the layers
     that share pages, the limits of a step, and the memory needed. No weight is read."""
     spec, rows = model.spec, max(settings.max_batch, FREE_ROWS)
-    limits = {"max_tokens": prefill_chunk(settings, device) + rows, "max_rows": rows}
+    limits = {"max_tokens": step_tokens(spec, settings, device) + rows, "max_rows": rows}
+    if spec.of_texts and (ranks.stages > 1 or ranks.tp > 1):
+        raise ConfigError("--tp and --pp: a model that embeds whole texts runs in one process")
     kernels = load_kernels(
         device, spec, **limits, quantize=settings.quantize, whole=whole,
         join=ranks.join and partial(
             ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
     whole, spec = kernels.computed(whole), kernels.computed(spec)
-    apart = kernels.backend.groups_layers and ranks.stages == 1  # all stages have the same tables
-    kv = kernels.kv_type(settings.kv_cache_dtype, model.dtype)
+    # all stages have the same tables
+    apart = kernels.backend.groups_layers and ranks.stages == 1 and not spec.of_texts
+    kv = KvType("float32") if spec.of_texts else kernels.kv_type(settings.kv_cache_dtype, model.dtype)
     layers_of_floats(whole, kv)
     groups = group_layers((whole if ranks.stages == 1 else spec).by_layer, model.context_length, apart, kv)
     plan = plan_memory(model, whole, kernels, groups, kv, ranks, settings, device, limits)
@@ -228,8 +241,8 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
 
     Each rank has its own GPU, but the ranks of a replica share their machine's memory."""
     shared, spec, state_bytes = device.type != "cuda", kernels.computed(model.spec), model.spec.state_bytes
-    page_bytes = PageLayout.of(groups, spec.by_layer, kv).page_bytes
-    if shared:
+    page_bytes = page_layout(spec, groups, kv).page_bytes
+    if shared and not whole.of_texts:
         each = [attn and replace(attn, kv_heads=max(attn.kv_heads, ranks.tp)) for attn in whole.by_layer]
         together = groups if ranks.stages == 1 else group_layers(each, 0, apart=False, kv=kv)
         page_bytes = PageLayout.of(together, each, kv).page_bytes
@@ -250,7 +263,8 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
                       kernels.backend.quantizes and floats and not settings.quantize, state_bytes,
                       model.context_length, token_bytes,
                       sum(getattr(tensor, "file_bytes", 0) for tensor in model.tensors.values()), kv,
-                      -(-copies * bytes_of_adapters(settings.adapter) // ranks.stages))
+                      -(-copies * bytes_of_adapters(settings.adapter) // ranks.stages),
+                      limits["max_tokens"] // PAGE_SIZE + 2 * limits["max_rows"] if whole.of_texts else 0)
 
 
 FITS = "The model fits"
@@ -274,6 +288,7 @@ class MemoryPlan(NamedTuple):
     mapped: int = 0       # bytes that stay in the file, see MappedRows
     kv: KvType = KvType()
     adapters: int = 0     # bytes of adapters served with it, at most
+    of_step: int = 0      # pages for the texts of a step, where no later step reads them
 
     @property
     def taken(self) -> int:
@@ -293,6 +308,8 @@ class MemoryPlan(NamedTuple):
         """KV pages to allocate: --kv-cache-memory, or a share of the memory left by the weights;
         ConfigError below 64 tokens."""
         settings, (free, total), taken = self.settings, self.memory(), self.taken
+        if self.of_step:
+            return self.of_step
         if settings.kv_cache_memory is not None:
             budget = settings.kv_cache_memory
         elif self.device.type == "cuda":
@@ -331,13 +348,13 @@ class MemoryPlan(NamedTuple):
 
     def context(self, num_pages: int, groups: LayerGroups) -> int:
         """The longest context that fits in this many pages."""
-        return longest_context(PagePool(num_pages, groups.windows), self.longest,
-                               prefill_chunk(self.settings, self.device))
+        return self.longest if self.of_step else longest_context(
+            PagePool(num_pages, groups.windows), self.longest, prefill_chunk(self.settings, self.device))
 
     def within(self, budget: int) -> MemoryPlan:
         """The plan with a KV cache size that leaves room for other models in `budget` bytes, unless the
         operator has set one. With a fixed size a worker takes that much, whatever is free by then."""
-        if self.settings.kv_cache_memory is not None:
+        if self.settings.kv_cache_memory is not None or self.of_step:
             return self
         rest = budget - self.taken
         cache = min(max(1 << 30, self.full * self.page_bytes), budget // 8, rest)
@@ -353,10 +370,12 @@ class MemoryPlan(NamedTuple):
         needed = self.taken + cache + self.prefixes
         kept = f" + prefixes {self.prefixes / 1e9:,.2f} GB" if self.prefixes else ""
         adapters = f" + adapters {self.adapters / 1e9:,.2f} GB" if self.adapters else ""
+        pages = "keys and values of a step" if self.of_step else "KV cache"
+        each = f" ({self.token_bytes:,} bytes a token)" if not self.of_step else ""
         parts = f" with {running} states and {snapshots} snapshots" if self.state_bytes else ""
         line = (f"weights {self.weights / 1e9:,.2f} GB{adapters} + "
-                f"activations {self.activations / 1e9:,.2f} GB + KV cache {cache / 1e9:,.2f} GB{parts} "
-                f"({self.token_bytes:,} bytes a token){kept} = {needed / 1e9:,.2f} GB, and "
+                f"activations {self.activations / 1e9:,.2f} GB + {pages} {cache / 1e9:,.2f} GB{parts}{each}"
+                f"{kept} = {needed / 1e9:,.2f} GB, and "
                 f"{free / 1e9:,.2f} GB are free on {self.device}")
         if self.mapped:
             line += (f"; the {self.mapped / 1e9:,.2f} GB of embeddings of each layer stay in the file, of "

@@ -128,7 +128,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
             engine.warm_up_soon()
         else:
             engine.warm_up(partial(progress, "warming up"))
-    if fingerprint and not ranks and device.type == "cpu":
+    if fingerprint and not ranks and device.type == "cpu" and not engine.scheduler.of_texts:
         keep_prefixes(engine, config, files, fingerprint)
     give_memory_back()
     CalmLog.over_bar = False
@@ -180,6 +180,10 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
              f"of {PAGE_SIZE} tokens in {groups.depth} layers, of which a sequence holds at most {longest:,}")
     cache = (f"KV cache: {pages:,} pages {holds} ({pages * page_bytes / 2**20:,.0f} MiB); "
              f"{token_bytes(engine.transformer)}; context {context:,} tokens")
+    if engine.scheduler.of_texts:
+        cache = (f"texts of at most {context:,} tokens, of which a step takes about "
+                 f"{engine.scheduler.prefill_chunk:,} together; their keys and values take up to "
+                 f"{pages * page_bytes / 2**20:,.0f} MiB")
     if states := engine.pool.states:
         cache += (f"; {states.num_slots:,} states of {engine.state_bytes / 1024:,.0f} KiB, of which "
                   f"{states.most_snapshots:,} are for snapshots; at most {engine.scheduler.max_batch} "

@@ -125,7 +125,7 @@ class CpuBackend:
         for name in () if transformer.spec.opens else transformer.passed_on(0):
             program.given(transformer.buffers[name])
         transformer.compute(program, SimpleNamespace(**transformer.buffers))
-        if transformer.spec.closes:
+        if transformer.spec.closes and not transformer.spec.of_texts:
             program.sample(transformer.buffers["logits"])
         return lambda batch: program.finish(program.start(
             *batch[:6], all_rows=batch.states, states=batch[7:10], adapters=adapters_of(batch, transformer)))

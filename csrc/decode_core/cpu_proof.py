@@ -294,7 +294,7 @@ class Chain:
             gates = options["gates"][:len(out)]
             reference(*arguments, out=want, **options | {"gates": (theirs := torch.empty_like(gates))})
             return differs(gates, theirs, "the gates") or differs(out, want, "the output")
-        if call.name == "paged_attention":
+        if call.name in ("paged_attention", "text_attention"):
             q, cache = arguments[:2]
             arguments[:2] = (turned(q) if cache.dtype == torch.uint8 else q) * scale, self.as_kept(cache)
         reference(*arguments, out=want, **options)
@@ -344,5 +344,29 @@ def prove_cpu(script: SimpleNamespace) -> dict[str, str | None]:
             chain.step(SimpleNamespace(token_ids=[9], previous_token_ids=[7], starts=[0, 1], lengths=[301],
                                        tables=[list(range(19))], logit_rows=[0], state_reads=[3], write_rows=[0],
                                        write_slots=[1]), rows[:1])
-        faults = {op: faults.get(op) or fault for op, fault in chain.faults.items()}
+            faults = {op: faults.get(op) or fault for op, fault in chain.faults.items()}
+            whole = prove_texts(script, cache_type, prompt)
+            faults |= {op: faults.get(op) or fault for op, fault in whole.items()}
     return faults
+
+
+def prove_texts(script: SimpleNamespace, cache_type: torch.dtype, text: list[int]) -> dict[str, str | None]:
+    """The same of attention in models that see whole texts, of which three are computed together."""
+    chain = Chain(script, cache_type)
+    p, dice, heads = chain.program, chain.dice, chain.spec.heads
+    width, cache = (heads + 2 * chain.spec.kv_heads) * HEAD_SIZE, chain.float_cache()
+    qkv = chain.call("embed", dice.normal(chain.spec.vocab_size, width), p.token_ids, width=width)
+    q = chain.call("rope_append", qkv, *script.rope_tables(chain.spec, torch.device("cpu")), p.positions, p.slots, cache, width=256, norm="none")
+    for window in WINDOWS:
+        for distances in (None, dice.normal(heads, 2 * (T + script.PAGE_SIZE))):
+            chain.call("text_attention", q, cache, p.attention, window, width=256, distances=distances)
+    batch = SimpleNamespace(
+        token_ids=[7, *text, 3, 4], previous_token_ids=[-1] * 24, starts=[0, 1, 22, 24], lengths=[1, 21, 2],
+        tables=[[2], [30, 25], [7]], logit_rows=[], state_reads=[], write_rows=[], write_slots=[])
+    inputs, before = chain.inputs(batch), {id(cache): cache.clone()}
+    p.finish(p.start(batch.token_ids, batch.previous_token_ids, batch.starts, batch.lengths, batch.tables, []))
+    for call in chain.calls:
+        arguments = [chain.real(argument, inputs) for argument in call.arguments]
+        fault = chain.compare(call, arguments, dict(call.options), chain.real(call.out, inputs), before)
+        chain.faults[call.label] = chain.faults.get(call.label) or fault
+    return chain.faults

@@ -26,9 +26,9 @@ from typing import Any
 import numpy
 
 from . import _core
-from .arrays import CODES, FLOAT32, look_at, vector
+from .arrays import CACHE_CODES, CODES, FLOAT32, look_at, vector
 from .adapters import AdaptedMatrices
-from .attention import appended, check_cache, check_softcap, check_together, rope_job, sinks_at
+from .attention import PAGE_SIZE, appended, check_cache, check_softcap, check_together, rope_job, sinks_at
 from .ranks import Ranks, check_gathered
 from .sampling import SampleBatch
 from .tiles import ACTIVATIONS, COLUMNS, GATES, KINDS, TILE_ROWS, Matrix, check_linear, check_matrix
@@ -484,8 +484,21 @@ class Program:
         kept = qkv, cos, sin, cache, out, value_embed, gate, options.get("q_norm"), options.get("k_norm")
         self._record("rope_append", TOKENS, kept, qkv=qkv_at, job=job, max_positions=max_positions, num_pages=pages, group=slots.group, out=out_at)
 
+    def text_attention(self, q, cache, attention, window: int, out, distances=None) -> None:
+        """softmax(q k + distances) v of each row over all positions of its text, or those up to `window` away: q (max_tokens, H * D) as
+        rope_append left it -> out, as wide. Each sequence of a step is then a whole text, whose length is that of its rows.
+
+        distances   None, or (H, 2 * reach) float32: what is added to a score, at reach + (the key's position - the row's); a text
+                    then has at most reach - 16 positions
+        """
+        self._attend(q, cache, attention, window, out, of_texts=True, distances=distances)
+
     def paged_attention(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None) -> None:
         """softmax(q k) v of each row over its own pages: q (max_tokens, H * D) as rope_append left it -> out, as wide."""
+        self._attend(q, cache, attention, window, out, softcap, sinks)
+
+    def _attend(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None, of_texts: bool = False,
+                distances=None) -> None:
         _is_marker("attention", attention, self.parts[getattr(attention, "group", 0)].attention)
         q_at, rows_of = self._buffers.read("q", q)
         cache_at, cache_kind, pages, Hkv, D, apart = check_cache(cache)
@@ -495,9 +508,15 @@ class Program:
         if not isinstance(window, int) or not -1 <= window < 2**31:
             raise ValueError(f"window: must be a number of keys, 0 or -1, not {window!r}")
         out_at = self._buffers.written("out", out, rows_of, q_at[1])
-        self._record("paged_attention", TOKENS, (q, cache, out, sinks), q=q_at, cache=cache_at, cache_type=cache_kind, num_pages=pages, heads=H,
+        more = {}
+        if distances is not None:
+            at, _, (_, columns), _ = look_at("distances", distances, FLOAT32, H, None)
+            if columns % 2 or columns <= 2 * PAGE_SIZE or cache_kind == CACHE_CODES["uint8"]:
+                raise ValueError(f"distances: must have an even number of columns above {2 * PAGE_SIZE}, and the cache be of floats, not {columns}")
+            more = {"distances": at, "reach": columns // 2}
+        self._record("paged_attention", TOKENS, (q, cache, out, sinks, distances), q=q_at, cache=cache_at, cache_type=cache_kind, num_pages=pages, heads=H,
                      kv_heads=Hkv, head_size=D, window=max(window, 0), softcap=check_softcap(softcap), sinks=sinks_at(sinks, H),
-                     group=attention.group, page_stride=apart, out=out_at)
+                     group=attention.group, page_stride=apart, of_texts=of_texts, out=out_at, **more)
 
     def all_reduce(self, x, ranks, out, residual=None) -> None:
         """residual + the sum of all ranks' x -> out; both may be out. Every rank's program must have it in the same position.

@@ -27,7 +27,7 @@ place.
     record(transformer)           None, or a function that runs a batch in place of Transformer.compute; where
                                   batch.states is true, buffer x then has the last layer's output of every row.
                                   Unless spec.opens, the buffers transformer.passed_on(0) are another stage's, written before
-                                  a step; unless spec.closes, it has no logits
+                                  a step; unless spec.closes, and if spec.of_texts, it has no logits
     make_steps(transformer, max_batch, context_length)      what has the methods of chat_server's Steps
     pack_adapter(matrices, device)      what steps read of an adapter, whose matrices have the names by which `compute` asks
                                   Inputs.adapters for them; it lies in transformer.adapters by the slots of batch.adapters

@@ -136,7 +136,7 @@ def test_ops_are_recorded_with_the_parameters_of_their_references():
             continue
         _, *ours = inspect.signature(getattr(Program, name)).parameters
         theirs = [*inspect.signature(reference).parameters]
-        if name in ("linear", "paged_attention"):
+        if name in ("linear", "paged_attention", "text_attention"):
             theirs = [other_names.get(each, each) for each in theirs]
         if ours[-1] == "options":                                       # passed on to rope_job
             theirs = [each for each in theirs if each in ours] + ["options"]

@@ -56,7 +56,7 @@ def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context
     transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups, kv=kv,
                               num_slots=max_batch + FREE_ROWS + num_snapshots, read_adapter=adapter_reader(model), **limits)
     return Engine(transformer, text_load.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,
-                  context_length=context_length or model.context_length, prefill_chunk=prefill_chunk)
+                  context_length=context_length or model.context_length, prefill_chunk=prefill_chunk, ranking=model.ranking)
 
 
 class Run:

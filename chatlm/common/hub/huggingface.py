@@ -69,7 +69,9 @@ SHORT_NAMES = {  # of each row, the first size needs no name
         ("phi3.5", "microsoft/Phi-3.5-mini-instruct", ""),
         ("phi3.5-moe", "microsoft/Phi-3.5-MoE-instruct", ""),
         ("phi4", "microsoft/phi-4", ""), ("phi4-mini", "microsoft/Phi-4-mini-instruct", ""),
-        ("gpt-oss", "openai/gpt-oss-{}", "20b 120b"))
+        ("gpt-oss", "openai/gpt-oss-{}", "20b 120b"),
+        ("qwen3-embedding", "Qwen/Qwen3-Embedding-{}", "0.6B 4B 8B"),
+        ("qwen3-reranker", "Qwen/Qwen3-Reranker-{}", "0.6B 4B 8B"))
     for index, size in enumerate(sizes.split() or [""])
     for name in (short, f"{short}-{size.lower()}")[index > 0:1 + (size > "")]}
 SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"  # of one part of a model in several files

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from chatlm.common.config import Settings
 from chatlm.common.messages.requests import (
-    AnswerParams, InfillTokens, ModelFacts, ModelSource, Request, TextSpec, WorkerEvent)
+    AnswerParams, Embedder, InfillTokens, ModelFacts, ModelSource, Request, TextSpec, WorkerEvent)
 from chatlm.common.messages.wire import Pipe, wire_message
 
 
@@ -349,6 +349,7 @@ class Known:
     chats: bool = True       # False: it has none, and continues texts
     never_written: frozenset[int] = frozenset()  # tokens that no grammar allows
     infill: InfillTokens | None = None           # None: not known yet
+    embedder: Embedder | None = None             # None: it gives answers, or is not known yet
 
 
 @dataclass(frozen=True)
@@ -377,6 +378,7 @@ class ParsedBody:
         request, params = self.request, self.request.params
         texts = [*[prompt for prompt in request.prompts if isinstance(prompt, str)], params.grammar,
                  *[message.content for message in request.messages or ()], *params.call_grammars]
+        texts += self.details.get("documents") or ()
         names = sum(map(len, params.tool_types)) + len(params.tool_names) + len(params.tool_types)
         return (sum(map(len, texts)) + 8 * sum(map(len, request.prompt_ids or ())) + 150 * names
                 + 4 * len(self.repeated))  # itself, and three events that the client has not read

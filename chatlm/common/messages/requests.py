@@ -34,6 +34,26 @@ class InfillTokens(NamedTuple):
         return [name for name in ("prefix", "suffix", "middle") if getattr(self, name) is None]
 
 
+class Embedder(NamedTuple):
+    """How a model that was trained to embed texts, or to rank them, does it. Such a model gives no answer."""
+
+    pooling: str                   # mean, cls or last; rank: it scores pairs of texts, and its vector is the
+                                   # raw score
+    size: int                      # numbers in a vector
+    longest: int                   # tokens of a text or a pair, special ones included
+    least: int = 0                 # numbers that the beginning of a vector must have to be one too
+                                   # (Matryoshka); 0: it never is
+    begins: tuple[int, ...] = ()   # special tokens before a text
+    ends: tuple[int, ...] = ()     # and after it
+    between: tuple[int, ...] = ()  # between the texts of a pair
+    prompts: tuple[tuple[str, str], ...] = ()  # names, and texts that go before an input
+    default_prompt: str = ""       # the name of the one that is used unless another is asked for
+    similarity: str = "cosine"     # cosine, dot, euclidean or manhattan
+    sigmoid: bool = True           # of scores: after a sigmoid they are probabilities
+    form: str = ""                 # a pair as one text, with {instruction}, {query} and {document}
+    instruction: str = ""          # the usual one
+
+
 @dataclass(frozen=True)
 class TextSpec:
     """All that is needed to render and tokenize, as plain data read once from the model. `payload` is
@@ -50,6 +70,7 @@ class TextSpec:
     chat_bos: bool = True                      # with add_bos, a chat too if its template writes none
     infill: InfillTokens = InfillTokens()      # what the file says of them; names say more: `infill_tokens`
     suppressed: frozenset[int] = frozenset()   # ids that are never drawn
+    embedder: Embedder | None = None           # None: it gives answers
 
 
 OWN = {"own": True}  # of a sampling parameter: a model's files may set it
@@ -151,7 +172,9 @@ class AnswerParams:
     thinking_budget: int | None = None  # tokens of reasoning after which it is ended; None: no limit
     last_thought: str = ""              # what is then written before the mark that ends it
     progress: bool = False              # send progress events until the first token
-    pooling: str = ""                   # mean or last: no answer, but an embedding of the prompt
+    pooling: str = ""                   # mean, cls, last or rank: no answer, but an embedding of the prompt
+    dimensions: int = 0                 # numbers of it to keep; 0: all
+    normalized: bool = True             # scale it to length 1; a score is never scaled
     client: str = ""                    # who takes turns: a key's name or an address
     owner: str = ""                     # who shares KV pages
     adapter: str = ""                   # the id of the adapter that computes it; "": the model alone
@@ -166,6 +189,17 @@ class Infill:
     prefix: tuple[str | int, ...] = ()  # what comes before the prompt
     files: tuple[tuple[str, str], ...] | None = None  # names and texts of other files, the most important
                                                       # last; None: without a repository around it
+    cut: bool = False              # shorten what does not fit, instead of refusing it
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How a request puts its prompts, which are texts, to a model that embeds or ranks them."""
+
+    prompt: str = ""               # goes before each text
+    queries: tuple[str, ...] = ()  # if set, the prompts are documents: one query for all, or one for each
+    instruction: str | None = None  # what makes a document right for its query; None: the model's usual one
+    most: int | None = None        # tokens of a document that are read; None: as many as fit
     cut: bool = False              # shorten what does not fit, instead of refusing it
 
 
@@ -192,11 +226,12 @@ class Request:
     unset: tuple[str, ...] = ()    # of the sampling, what a server at --url decides
     version: int | None = None     # of the model's files, for which it was read
     infill: Infill | None = None   # of raw completions that fill a gap
+    retrieval: Retrieval | None = None  # of texts that are embedded or ranked
 
     def lasting(self) -> Request:
         """Without what is not needed once the prompts are token ids: tools may take 25 times their JSON."""
         return replace(self, messages=self.messages and (), prompts=("",) * len(self.prompts), tools=(),
-                       template_options={}, infill=None)
+                       template_options={}, infill=None, retrieval=None)
 
     @property
     def client(self) -> str:
@@ -205,7 +240,8 @@ class Request:
     @property
     def source(self) -> str:
         """The field of the body that its prompts come from."""
-        return "input" if self.params.pooling else "prompt" if self.messages is None else "messages"
+        what = {"": "prompt", "rank": "documents"}.get(self.params.pooling, "input")
+        return what if self.messages is None else "messages"
 
 
 @dataclass(frozen=True)

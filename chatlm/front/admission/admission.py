@@ -260,7 +260,8 @@ class Admission:
         await asyncio.to_thread(trim_heap)  # of what it was built from
         known = Known(replace(settings, keys=(), api_key=()), calls_of(card.text)[0],
                       template=card.text.chat_template or "", chats=tokenizer.has_chat_template,
-                      never_written=tokenizer.never_written, infill=tokenizer.infill_tokens)
+                      never_written=tokenizer.never_written, infill=tokenizer.infill_tokens,
+                      embedder=card.text.embedder)
         limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
                   "bodies": (self.BODY_S, 1 << 30, 5)}
         for name, (cpu_s, memory, nice) in limits.items():

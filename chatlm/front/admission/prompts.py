@@ -16,6 +16,7 @@ from chatlm.common.memory import trim_heap
 from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import NO_OPTIONS, fill_template
 from chatlm.front.admission.infill import InfillMaker, infill_size
+from chatlm.front.admission.retrieval import RetrievalMaker, check_count, check_task, task_of
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Message, Request
@@ -37,13 +38,15 @@ class PromptMaker:
                  fill: Callable[[dict, str], Any] | None = None, run: Callable[..., Any] = run_here):
         self.tokenizer, self.context_length, self.run = tokenizer, context_length, run
         self.fill = fill or self._fill_here
-        self.infills = InfillMaker(tokenizer, context_length)
+        self.infills, embedder = InfillMaker(tokenizer, context_length), tokenizer.spec.embedder
+        self.retrievals = embedder and RetrievalMaker(tokenizer, embedder, context_length, self._text_of)
 
     async def _fill_here(self, arguments: dict, client: str) -> str:
         return fill_template(self.tokenizer.template, arguments)
 
     async def admit(self, request: Request, rendered: dict | None = None) -> Request:
         """rendered: shared by requests of the same conversation, what was already rendered of it."""
+        check_task(self.tokenizer.spec.embedder, task_of(request.params.pooling))
         if request.infill:
             fill = partial(self.infills.prompts, request, request.infill)
             prompts, dropped = await self.run(fill, infill_size(request.prompts, request.infill))
@@ -55,6 +58,8 @@ class PromptMaker:
                 request, request.messages, {} if rendered is None else rendered)
         if request.params.thinking_budget == 0:
             prompts = tuple(self._without_thinking(ids, request) for ids in prompts)
+        if request.params.pooling not in ("", "rank"):
+            check_count(sum(map(len, prompts)), request.source)
         for ids in prompts:
             checked_ids(ids, self.tokenizer, request.source)
             self.answer_length(request, ids)
@@ -83,6 +88,8 @@ class PromptMaker:
 
     def _encode_prompts(self, request: Request) -> tuple[tuple[int, ...], ...]:
         """With `truncate`, which only embeddings use here, a prompt is cut at the end of the context."""
+        if self.retrievals and request.retrieval:
+            return self.retrievals.prompts(request, request.retrieval)
         most = self.context_length if request.truncate else None
         starts = [self._start_of(prompt, request.source, request.truncate) for prompt in request.prompts]
         return tuple(tuple(self.tokenizer.encode_prompt(start) if isinstance(start, str) else start)[:most]
@@ -155,6 +162,9 @@ class PromptMaker:
                     return text[:start + self.SLICE_CHARACTERS]
                 raise self._too_long(f"more than {count - count % 1000:,}", param)
         return text
+
+    def _text_of(self, text: str, param: str, cut: bool = False) -> str:
+        return str(self._start_of(text, param, cut))
 
     def _too_long(self, count: str, param: str, whose: str = "") -> RequestError:
         return RequestError(

@@ -129,6 +129,10 @@ class Encoder:
     def encode(self, event: Event) -> bytes:
         raise NotImplementedError
 
+    def without_work(self) -> bytes:
+        """The whole answer to a request that asks for nothing; b"" for all others."""
+        return b""
+
     def progress(self, event: PromptProgress) -> bytes:
         body: dict = {name: getattr(event, name) for name in PROGRESS_FIELDS}
         if event.loading is not None:

@@ -1,19 +1,18 @@
-"""Answers as Responses, Messages, Ollama and embeddings write them; the table of encoders."""
+"""Answers as Responses, Messages and Ollama write them; the table of encoders."""
 
 from __future__ import annotations
 
-import base64
 import itertools
-import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm.common.jsontext import dump
 from chatlm.common.log import utc
-from chatlm.common.messages.requests import Embedding, Usage
+from chatlm.common.messages.requests import Usage
 from chatlm.front.api.encode import BlockEncoder, Encoder, NativeEncoder, arguments_of, frame, timings_body
 from chatlm.front.api.encode_openai import ChatEncoder, CompletionEncoder, FunctionEncoder
+from chatlm.front.api.encode_retrieval import RETRIEVAL_ENCODERS
 from chatlm.front.api.infill import InfillEncoder
 
 if TYPE_CHECKING:
@@ -235,44 +234,10 @@ class OllamaEncoder(BlockEncoder):
     def failed(self, error: ChatServerError) -> bytes:
         return dump({"error": str(error)}) + b"\n"
 
-
-class EmbeddingsEncoder(Encoder):
-    """`/v1/embeddings`, Ollama's `/api/embed` and `/api/embeddings`: a vector for each input, whole."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.vectors = [b""] * len(self.choices)
-
-    def collect(self, event: Embedding | Finished) -> int:
-        """Keep a vector as it will be sent; returns its size in bytes."""
-        if not isinstance(event, Embedding):
-            self.choices[event.choice].done = event
-            return 0
-        vector = dump(event.vector)
-        if self.parsed.details["encoding"] == "float":  # nine digits tell all float32 numbers apart
-            numbers = struct.iter_unpack("<f", base64.b64decode(event.vector))
-            vector = b"[%s]" % ",".join(["%.9g" % number for number, in numbers]).encode()
-        self.vectors[event.choice] = vector
-        return len(vector)
-
-    def completion(self) -> Iterator[bytes]:
-        count = self.usage().prompt_tokens
-        if self.parsed.api == "ollama embeddings":
-            yield b'{"embedding": %s}' % self.vectors[0]
-            return
-        if self.parsed.api == "ollama embed":
-            seconds = max(choice.done.ttft_ms for choice in self.choices) / 1e3
-            name, form = "embeddings", b"%(vector)s"
-            more = {"model": self.model, "total_duration": int(seconds * 1e9), "load_duration": 0,
-                    "prompt_eval_count": count}
-        else:
-            name, form = "data", b'{"object": "embedding", "index": %(index)d, "embedding": %(vector)s}'
-            more = {"object": "list", "model": self.model,
-                    "usage": {"prompt_tokens": count, "total_tokens": count}}
-        yield dump(more)[:-1] + b', "%s": [' % name.encode()
-        for index, vector in enumerate(self.vectors):
-            yield b", " * bool(index) + form % {b"index": index, b"vector": vector}
-        yield b"]}"
+    def without_work(self) -> bytes:
+        """Without a question, Ollama only loads the model."""
+        return self.line(self.members(), done=True, **self.parsed.details) if (
+            "done_reason" in self.parsed.details) else b""
 
 
 ANTHROPIC_ERRORS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
@@ -289,5 +254,4 @@ ENCODERS = {"native": NativeEncoder, "chat": ChatEncoder, "functions": FunctionE
             "completion": CompletionEncoder, "infill": InfillEncoder,
             "responses": ResponsesEncoder, "messages": MessagesEncoder,
             "ollama chat": OllamaEncoder, "ollama generate": OllamaEncoder,
-            "embeddings": EmbeddingsEncoder, "ollama embed": EmbeddingsEncoder,
-            "ollama embeddings": EmbeddingsEncoder}
+            **RETRIEVAL_ENCODERS}

@@ -55,6 +55,12 @@ IDLE = (
     Idle((*EFFORT_BUDGETS, "thinking.type"), lambda parsed, known: not (
         thoughts_of(known.template) if parsed.request.params.thinking_budget is not None
         else knows_of_thinking(known.template))),
+    Idle(("raw_scores", "return_text", "truncate"),  # TEI's
+         lambda parsed, known: parsed.api in ("rerank", "llama rerank")),
+    Idle(("return_documents",), lambda parsed, known: parsed.api == "tei rerank"),
+    Idle(("instruction",), lambda parsed, known: parsed.api == "cosines"),
+    Idle(("input_type",),  # the model has no prompt for these
+         lambda parsed, known: parsed.request.retrieval and not parsed.request.retrieval.prompt),
     Idle(("system", "think"),  # a text to continue has no conversation around it
          lambda parsed, known: parsed.api == "ollama generate" and parsed.request.prompts),
 )

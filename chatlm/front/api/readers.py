@@ -27,11 +27,11 @@ from chatlm.front.api.fields import (
 from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget
 from chatlm.front.api.ignored import ignored_fields, unread
 from chatlm.front.api.infill import infill_ends
+from chatlm.front.api.retrieval import RETRIEVAL_READERS, check_route
 from chatlm.front.api.tables import (
-    BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DRAWING_FIELDS,
-    EMBEDDING_FIELDS, INFILL_FIELDS, MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
-    OLLAMA_EMBED_FIELDS, OLLAMA_EMBEDDINGS_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS,
-    OPENAI_FIELDS, RESPONSES_FIELDS, VARIANT_FIELDS)
+    BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DRAWING_FIELDS, INFILL_FIELDS,
+    MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS, OLLAMA_GENERATE_FIELDS,
+    OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, RESPONSES_FIELDS, VARIANT_FIELDS)
 from chatlm.front.api.tokenization import apply_template, detokenize, rendered, tokenize
 
 if TYPE_CHECKING:
@@ -316,19 +316,6 @@ def ollama_body(api: str, values: dict, known: Known, **source) -> ParsedBody:
     return parsed_body(api, values, known, request, nothing)
 
 
-def read_embedding_body(body: dict, known: Known, api: str = "embeddings") -> ParsedBody:
-    """OpenAI's Embeddings API, or with another `api` one of Ollama's."""
-    values = parse_fields(body, {"embeddings": EMBEDDING_FIELDS, "ollama embed": OLLAMA_EMBED_FIELDS,
-                                 "ollama embeddings": OLLAMA_EMBEDDINGS_FIELDS}[api])
-    if not all(values["input"]):
-        name, empty = "prompt" if "prompt" in body else "input", [*map(bool, values["input"])].index(False)
-        raise invalid(name, f"the {name} is empty" if len(values["input"]) == 1 else
-                      f"input[{empty}] is empty")
-    request = make_request({"truncate": api != "embeddings"} | values, known.settings,
-                           AnswerParams(pooling=values.get("pooling", "mean")), prompts=values["input"])
-    return parsed_body(api, values, known, request, {"encoding": values.get("encoding_format", "float")})
-
-
 async def read_ollama_show(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     """The model's name. Of a very long one the start is enough, which is just as unknown."""
     return parse_fields(body, OLLAMA_SHOW_FIELDS).get("model", "")[:1000].encode()
@@ -396,13 +383,11 @@ ANSWER_READERS: dict[str, Callable[..., ParsedBody]] = {
     "/v1/chat/completions": read_chat_body,
     "/v1/completions": read_completion_body,
     "/infill": read_infill_body,
-    "/v1/embeddings": read_embedding_body,
     "/v1/responses": read_responses_body,
     "/v1/messages": read_messages_body,
     "/api/chat": read_ollama_chat,
     "/api/generate": read_ollama_generate,
-    "/api/embed": partial(read_embedding_body, api="ollama embed"),
-    "/api/embeddings": partial(read_embedding_body, api="ollama embeddings"),
+    **RETRIEVAL_READERS,
 }
 TEXT_READERS: dict[str, Callable] = {
     "/v1/messages/count_tokens": count_tokens,
@@ -418,6 +403,7 @@ TEXT_READERS: dict[str, Callable] = {
 
 def read_answer(route: str, body: dict, known: Known) -> ParsedBody:
     """The result of the route's reader for a body, on routes that answer."""
+    check_route(route, known)
     parsed = ANSWER_READERS[route](body, known)
     return replace(parsed, ignored_fields=ignored_fields(route, body, parsed, known))
 

@@ -6,7 +6,7 @@ import math
 from functools import partial
 
 from chatlm.common.config import LIMITS
-from chatlm.common.jsontext import whole_unicode
+from chatlm.common.jsontext import is_text, whole_unicode
 from chatlm.common.messages.requests import SAMPLING_FLAGS, SAMPLING_NAMES
 from chatlm.front.api.fields import (
     A_TEXT, A_TOKEN, TEXT_OR_NULL, Field, FieldType, as_count, list_schema, listed, object_schema,
@@ -261,23 +261,71 @@ OLLAMA_GENERATE_FIELDS = (
     Field("suffix", TEXT, "the text after the answer, which then fills the gap between prompt and suffix"),
     Field("images", FieldType("left out: this model reads text only", {"enum": [None, []]}), "refused"),
     *OLLAMA_FIELDS)
+DIMENSIONS = Field("dimensions", INTEGER, "numbers of each vector, where the model was trained for fewer", 1,
+                   math.inf)
+PROMPT_NAME = Field("prompt_name", TEXT, "which prompt of the model goes before each text (see /v1/models)")
+INPUT_TYPE = Field("input_type", TEXT, "query, document or a prompt's name: which prompt goes before each "
+                                       "text, if the model has it")
+LOW = Field("priority", PRIORITY, "`low`: wait until no other request does")
 EMBEDDING_FIELDS = (
     Field("input", INPUTS, "text, token ids, or a list of these", required=True),
     MODEL,
     Field("encoding_format", FieldType('"float" or "base64"', {"enum": ["float", "base64"]}),
           "numbers (the default), or float32, little-endian, in base64"),
     Field("pooling", FieldType('"mean" or "last"', {"enum": ["mean", "last"]}),
-          "the mean over the tokens of an input (the default), or its last token"),
-    Field("dimensions", refused("a chat model's vectors have the width of its hidden states"), "refused"),
-    Field("priority", PRIORITY, "`low`: wait until no other request does"),
+          "of a chat model: the mean over the tokens of an input (the default), or its last token"),
+    LOW, DIMENSIONS, PROMPT_NAME, INPUT_TYPE,
+    Field("embd_normalize", FieldType("2 or -1", {"enum": [2, -1]}, lambda value: value == 2),
+          "2: vectors have the length 1 (the default); -1: they are not scaled", means="normalize"),
 )
 OLLAMA_EMBED_FIELDS = (
-    EMBEDDING_FIELDS[0], MODEL, *EMBEDDING_FIELDS[3:5],
-    Field("truncate", SWITCH, "a longer input than the context loses its end (default); false: refused"))
+    Field("input", INPUTS._replace(schema={"anyOf": [
+        *INPUTS.schema["anyOf"], {"type": "array", "maxItems": 0}]}),
+          "text, or a list of texts; of none, no vectors", required=True),
+    MODEL, *EMBEDDING_FIELDS[3:6],
+    Field("truncate", SWITCH, "a longer input than the context loses its end (default); false: refused",
+          means="cut"))
 OLLAMA_EMBEDDINGS_FIELDS = (  # of the older route
     Field("prompt", TEXT._replace(convert=prompt_list), "a text; a longer one than the context loses its end",
           required=True, means="input"),
     MODEL, EMBEDDING_FIELDS[3])
+TEI_EMBED_FIELDS = (  # Text Embeddings Inference
+    Field("inputs", INPUTS, "text, token ids, or a list of these", required=True, means="input"),
+    MODEL, DIMENSIONS, PROMPT_NAME,
+    Field("normalize", SWITCH, "vectors have the length 1 (the default)"),
+    Field("truncate", SWITCH, "a longer input than the context loses its end (default); false: refused",
+          means="cut"))
+
+SOME_TEXTS = {"minItems": 1, "maxItems": LIMITS.embeddings}
+TEXTS = FieldType(f"a list of 1 to {LIMITS.embeddings:,} strings", list_schema(A_TEXT, **SOME_TEXTS),
+                  lambda value: tuple(listed(value)))
+DOCUMENTS = FieldType(
+    f'a list of 1 to {LIMITS.embeddings:,} strings or objects with a string "text"',
+    list_schema({"anyOf": [A_TEXT, object_schema(["text"], text=A_TEXT)]}, **SOME_TEXTS),
+    lambda value: tuple(listed([each if is_text(each) else each["text"] for each in value])))
+TEXT_OR_TEXTS = FieldType(f"a string or {TEXTS.allowed}", {"anyOf": [A_TEXT, TEXTS.schema]}, TEXTS.convert)
+INSTRUCTION = Field("instruction", TEXT, "what makes a document right for its query, if a model reads it")
+RAW = Field("use_activation", SWITCH, "false: raw scores, instead of those from 0 to 1")
+RERANK_FIELDS = (
+    Field("query", TEXT, "what the documents are compared with", required=True),
+    Field("documents", DOCUMENTS, "texts, or objects with a `text`"),
+    Field("texts", TEXTS, "as TEI calls them; the answer then has TEI's form"),
+    MODEL,
+    Field("top_n", INTEGER, "only the best so many", 1, math.inf),
+    Field("return_documents", SWITCH, "put each document beside its score"),
+    Field("max_tokens_per_doc", INTEGER, "read only the start of each document", 1, math.inf),
+    RAW, INSTRUCTION, LOW,
+    Field("raw_scores", SWITCH, "with `texts`: scores that may be below 0 and above 1"),
+    Field("return_text", SWITCH, "with `texts`: put each text beside its score"),
+    Field("truncate", SWITCH, "with `texts`: one that is too long loses its end (default); false: a 400"),
+)
+SCORE_FIELDS = (
+    Field("text_1", TEXT_OR_TEXTS, "a text, or as many as text_2 has"),
+    Field("text_2", TEXT_OR_TEXTS, "a text, or several: each makes a pair with text_1"),
+    Field("queries", TEXT_OR_TEXTS, "the same as text_1", means="text_1"),
+    Field("documents", TEXT_OR_TEXTS, "the same as text_2", means="text_2"),
+    MODEL, RAW, INSTRUCTION, LOW,
+)
 OLLAMA_SHOW_FIELDS = (Field("model", TEXT, "one of the served model's names"),
                       Field("name", TEXT, "the same, for older clients", means="model"))
 
@@ -333,7 +381,9 @@ BODY_FIELDS: dict[str, tuple[Field, ...]] = {  # of each route that takes a body
     "/v1/responses": RESPONSES_FIELDS, "/v1/messages": MESSAGES_FIELDS,
     "/v1/messages/count_tokens": COUNTED_FIELDS, "/api/chat": OLLAMA_CHAT_FIELDS,
     "/api/generate": OLLAMA_GENERATE_FIELDS, "/api/embed": OLLAMA_EMBED_FIELDS,
-    "/api/embeddings": OLLAMA_EMBEDDINGS_FIELDS,
+    "/api/embeddings": OLLAMA_EMBEDDINGS_FIELDS, "/embed": TEI_EMBED_FIELDS,
+    **dict.fromkeys(("/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking"), RERANK_FIELDS),
+    **dict.fromkeys(("/v1/score", "/score"), SCORE_FIELDS),
     "/api/show": OLLAMA_SHOW_FIELDS, "/tokenize": TOKENIZE_FIELDS, "/detokenize": DETOKENIZE_FIELDS,
     "/apply-template": TEMPLATE_FIELDS, "/models/load": MANAGED_FIELDS, "/models/unload": MANAGED_FIELDS,
     "/v1/compare": COMPARE_FIELDS,

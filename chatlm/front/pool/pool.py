@@ -185,6 +185,7 @@ class WorkerPool:
         details = (self.prefixes and self.prefixes.line,
                    self.settings.command == "serve" and self.tokenizer
                    and tools.get(tools_of(self.tokenizer) or ""),
+                   (self.tokenizer is None or not self.tokenizer.spec.embedder) and
                    f"Sampling unless a request says otherwise: {sampling}")
         return [line for line in (*source, *self.supervisor.card.lines,
                                   gpus > 1 and self.settings.num_gpus is None and

@@ -32,7 +32,8 @@ def known_of(served: Served) -> Known:
     return Known(with_own_sampling(served.model.settings, pool), tool_format, template or "",
                  tokenizer is None or tokenizer.has_chat_template,
                  tokenizer.never_written if tokenizer else frozenset(),
-                 tokenizer.infill_tokens if tokenizer else None)
+                 tokenizer.infill_tokens if tokenizer else None,
+                 tokenizer.spec.embedder if tokenizer else None)
 
 
 def tokenizer_of(pool: WorkerPool) -> Tokenizer:

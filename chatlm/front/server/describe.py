@@ -24,6 +24,7 @@ from chatlm.front.server.responses import REQUEST_LOG, bound_of, json_response
 if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import Embedder
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import Model, Served
@@ -50,6 +51,7 @@ ABILITIES = {  # as /openapi.json describes them
     "completions": "the same as completion",
     "infill": "it fills in the middle of a text: /infill and `suffix`",
     "embedding": "/v1/embeddings",
+    "rerank": "it ranks documents for a query: /v1/rerank",
     "logprobs": "log-probabilities of tokens",
     "tools": "it can call functions; the model's field `tools` says how they are described to it",
     "reasoning": "its reasoning is separate from its content",
@@ -76,7 +78,9 @@ A_MODEL = {"type": "object", "properties": {
     "scoring": {"type": "boolean", "description": "of a checkpoint: whether it is scored now"},
     "context_length": {"type": "integer"}, "tools": {"enum": ["native", "generic", None]},
     "capabilities": {"type": "object", "description": "what the model can do here", "properties": {
-        name: {"type": "boolean", "description": doc} for name, doc in ABILITIES.items()}}}}
+        name: {"type": "boolean", "description": doc} for name, doc in ABILITIES.items()}},
+    "embedder": {"type": "object", "description":
+                 "of a model that only embeds or ranks texts: its prompts, dimensions and so on"}}}
 MODELS = {"type": "object", "properties": {"data": {"type": "array", "items": A_MODEL}}}
 
 
@@ -84,6 +88,33 @@ def listed_body(seen: Seq[Served]) -> dict:
     """The response of /v1/models."""
     default = default_among(seen)
     return {"object": "list", "data": [model_body(served, served == default) for served in seen]}
+
+
+KINDS = ("rerank", "chat", "completion", "embedding")  # what a model is said to be: the first that it can
+
+
+def abilities(tokenizer: Tokenizer) -> dict[str, bool]:
+    """What the model can do; an embedder or a reranker does nothing else."""
+    embedder, chats = tokenizer.spec.embedder, tokenizer.has_chat_template
+    answers, ranks = embedder is None, embedder is not None and embedder.pooling == "rank"
+    able = {"chat": chats, "completion": True, "completions": True,
+            "infill": not tokenizer.infill_tokens.missing, "logprobs": True,
+            "tools": tokenizer.tool_format is not None,
+            "reasoning": tokenizer.thoughts is not None,
+            "reasoning_history": "reasoning_content" in (tokenizer.spec.chat_template or ""),
+            "reasoning_budget": tokenizer.thoughts is not None,
+            "continue_final_message": chats, "token_ids": True, "compare": chats,
+            "json_schema": importlib.util.find_spec("llguidance") is not None}
+    return {name: can and answers for name, can in able.items()} | {"embedding": not ranks, "rerank": ranks}
+
+
+def embedder_body(embedder: Embedder, context_length: int) -> dict:
+    """How a model embeds or ranks texts, as /v1/models describes it."""
+    ranks = embedder.pooling == "rank"
+    return {"max_tokens": min(embedder.longest, context_length), **({} if ranks else {
+        "pooling": embedder.pooling, "dimensions": embedder.size,
+        "least_dimensions": embedder.least or embedder.size, "similarity": embedder.similarity,
+        "prompts": dict(embedder.prompts), "default_prompt": embedder.default_prompt or None})}
 
 
 def model_body(served: Served, is_default: bool = True) -> dict:
@@ -94,28 +125,22 @@ def model_body(served: Served, is_default: bool = True) -> dict:
     model, pool, adapter, tokenizer = served.model, served.pool, served.adapter, served.pool.tokenizer
     if tokenizer is None or not pool.ready and not model.place:
         raise Overloaded("the model is not ready")
-    able = {"chat": tokenizer.has_chat_template, "completion": True, "completions": True,
-            "infill": not tokenizer.infill_tokens.missing, "embedding": True, "logprobs": True,
-            "tools": tokenizer.tool_format is not None,
-            "reasoning": tokenizer.thoughts is not None,
-            "reasoning_history": "reasoning_content" in (tokenizer.spec.chat_template or ""),
-            "reasoning_budget": tokenizer.thoughts is not None,
-            "continue_final_message": tokenizer.has_chat_template, "token_ids": True,
-            "compare": tokenizer.has_chat_template,
-            "json_schema": importlib.util.find_spec("llguidance") is not None}
+    able = abilities(tokenizer)
     facts = pool.supervisor.card.facts
     return {"id": served.name, "object": "model", "created": pool.created,
             "state": served.state,
             **({"loading": pool.supervisor.load_fraction()} if served.state == "loading" else {}),
             "bytes": served.bytes, "weights_bytes": served.bytes if adapter else facts.weights_bytes,
             "aliases": served.aliases,
-            "type": "chat" if able["chat"] else "completion", "family": facts.family, "format": facts.format,
+            "type": next((name for name in KINDS if able[name]), "completion"),
+            "family": facts.family, "format": facts.format,
             "default": is_default, "pinned": model.choice.pin,
             "weights_digest": facts.digest + (f"+{adapter.digest}" if adapter else ""),
             **model.of_run, "owned_by": "chat_server", "root": pool.model_name,
             "parent": pool.model_name if adapter else None, "tools": tools_of(tokenizer),
             "context_length": pool.context_length, "max_model_len": pool.context_length,
-            "capabilities": able,
+            "capabilities": able, **({"embedder": embedder_body(embedder, pool.context_length)}
+                                     if (embedder := tokenizer.spec.embedder) else {}),
             "defaults": {"max_tokens": model.settings.max_tokens, **{
                 name: value for name, (value, _) in sampling_of(pool, model.settings).items()}},
             "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": pool.context_length}}
@@ -260,8 +285,9 @@ class ModelRoutes:
         pool = served.pool
         tokenizer, model = tokenizer_of(pool), ollama_model(served)
         able, facts = model_body(served)["capabilities"], pool.supervisor.card.facts
-        capabilities = {"completion": True, "tools": able["tools"], "insert": able["infill"],
-                        "thinking": able["reasoning"]}
+        capabilities = {"completion": able["completion"], "tools": able["tools"], "insert": able["infill"],
+                        "thinking": able["reasoning"],
+                        "embedding": able["embedding"] and not able["completion"]}
         sampling = sampling_of(pool, served.model.settings)
         return json_response({name: model[name] for name in ("modified_at", "details")} | {
             "template": tokenizer.spec.chat_template or "", "modelfile": "", "license": "",

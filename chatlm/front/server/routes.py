@@ -53,6 +53,17 @@ class Route(NamedTuple):
         return BODY_FIELDS.get(self.pattern, ())
 
 
+RETRIEVAL_ROUTES = tuple(  # whatever they ask for, one handler answers
+    Route("POST", path, api, "handle_answer", doc) for api, doc, paths in (
+        (Api.OPENAI, "a vector for each input, from the model's final hidden states", "/v1/embeddings"),
+        (Api.OPENAI, "the same in the format of Text Embeddings Inference", "/embed"),
+        (Api.OPENAI, "documents by how well they suit a query", "/v1/rerank /rerank /v2/rerank"),
+        (Api.OPENAI, "as above, in llama-server's format", "/reranking /v1/reranking"),
+        (Api.OPENAI, "scores of pairs of texts", "/v1/score /score"),
+        (Api.OLLAMA, "embeddings in Ollama's format", "/api/embed"),
+        (Api.OLLAMA, "one embedding, for older clients of Ollama", "/api/embeddings")) for path in paths.split())
+
+
 class RouteTable:
     """Finds the row of a request. Paths of requests begin with `prefix`, paths of rows do not."""
 

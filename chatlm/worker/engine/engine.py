@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
 
+import numpy
+
 from chatlm.common.log import log
 from chatlm.common.memory import empty_pages
 from chatlm.common.messages.requests import (
@@ -25,6 +27,7 @@ from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
 from chatlm.worker.engine.sequence import Assignment, Chunk, Output, Sequence, without_tokens
 from chatlm.worker.engine.states import StatePool
+from chatlm.worker.model.head import Head
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import WorkerEvent
@@ -88,7 +91,8 @@ class Engine:
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True,
-                 ranks: RankZero | None = None, state_bytes: int | None = None):
+                 ranks: RankZero | None = None, state_bytes: int | None = None,
+                 ranking: numpy.ndarray | None = None, head: Head = Head()):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         slots, states = transformer.num_slots, None
         own_bytes = transformer.spec.state_bytes
@@ -98,14 +102,15 @@ class Engine:
         self.pool = PagePool(num_pages, transformer.groups.windows, states)
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk,
                                    max_rows=len(transformer.buffers["logits"]),
-                                   stages=ranks.stages if ranks else 1, mixes_drafts=kernels.row_invariant)
+                                   stages=ranks.stages if ranks else 1, mixes_drafts=kernels.row_invariant,
+                                   of_texts=transformer.spec.of_texts)
         self.context_length = longest_context(self.pool, context_length, prefill_chunk)
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.context_length)
         self.ranks = ranks
         if ranks:
             self.steps = ranks.steps(self.steps, transformer)
-        self.answers = AnswerMaker(tokenizer)
-        self.host = HostSteps(transformer, self.steps, self.answers, self._emit)
+        self.answers, self.ranking = AnswerMaker(tokenizer), ranking  # see LoadedModel
+        self.host = HostSteps(transformer, self.steps, self.answers, self._emit, head)
         self.adapters = AdapterSlots(transformer, ranks)
         self.under_way: deque[StepUnderWay] = deque()  # at most one, or one for each other stage
         # `step` returns these, each with its answer's id, even if the step that produced them failed
@@ -131,6 +136,9 @@ class Engine:
             return
         if self.tokenizer.spec.suppressed:
             work = without_tokens(work, self.tokenizer.spec.suppressed)
+        if self.scheduler.of_texts and (fault := unfit(work, self.context_length)):
+            self.events.append((work.id, Failed(fault)))
+            return
         # a prompt that is only scored may fill the context, yet a token is drawn for it too
         most = max(self.context_length, len(work.prompt_ids) + min(work.max_tokens, 1))
         limit = min(len(work.prompt_ids) + work.max_tokens, most)
@@ -236,7 +244,7 @@ class Engine:
                 row += chunk.draws
             elif sequence.pooling and not sequence.pending:
                 self.scheduler.remove(sequence)
-                self._emit(sequence, *embedding_events(sequence.output))
+                self._emit(sequence, *embedded(sequence, self.host.head, self.ranking))
             elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
                 length = len(sequence.work.prompt_ids)
                 self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
@@ -315,6 +323,8 @@ class Engine:
         max_batch = self.scheduler.max_batch
         shapes = [(1, self.first_chunk), *((1 << n, 1) for n in range(10) if 1 << n < max_batch),
                   (max_batch, 1)]
+        if self.scheduler.of_texts:
+            shapes = [(1, self.first_chunk)]
         self.steps.prepare(lambda fraction: progress(fraction / 2))
         for done, (rows, length) in enumerate(shapes):
             progress(0.5 + done / len(shapes) / 2)
@@ -334,9 +344,10 @@ class Engine:
     def _warm_up_with(self, rows: int, length: int):
         """Compute this many prompts of this length, and a token of each; nothing of them is kept."""
         keeper, self.scheduler.keeper, self.keeper = self.keeper, None, None
+        params, most = (AnswerParams(pooling="cls"), 0) if self.scheduler.of_texts else (AnswerParams(), 1)
         for row in range(min(rows, self.pool.num_pages // 2 // self.pool.groups)):
             ids = tuple((row + 7 * i) % self.tokenizer.vocab_size for i in range(length))
-            self.add(Assignment(f"warm-up {row}", ids, AnswerParams(), 1))
+            self.add(Assignment(f"warm-up {row}", ids, params, most))
         while self.busy:
             self.step()
         self.events.clear()
@@ -354,6 +365,26 @@ class Engine:
         tensors = [self.transformer.cache, *itertools.chain.from_iterable(self.transformer.states)]
         return not self.ranks and self.transformer.device.type == "cpu" and all(
             [empty_pages(address_of(tensor), tensor.nbytes) for tensor in tensors])
+
+
+def embedded(sequence: Sequence, head: Head, ranking: numpy.ndarray | None) -> list[WorkerEvent]:
+    """The end of a sequence that was embedded, or of a pair of texts, whose score its head gives, or the
+    product of the last hidden state with `ranking`."""
+    pooled = head(sequence.output.pooled)
+    if sequence.pooling == "rank" and not head.layers:
+        if ranking is None:
+            return [Failed("this model ranks no texts")]
+        pooled = numpy.array([pooled @ ranking])
+    return embedding_events(pooled, sequence.work.params, sequence.output)
+
+
+def unfit(work: Assignment, longest: int) -> str:
+    """Why a model that embeds whole texts, of at most `longest` tokens, cannot do this; "": it can."""
+    if not work.params.pooling:
+        return "this model embeds texts and gives no answers"
+    length = len(work.prompt_ids)
+    return "" if length <= longest else (
+        f"the text has {length:,} tokens; this model takes at most {longest:,}")
 
 
 def drop_adapter(engine: Engine, adapter_id: str):

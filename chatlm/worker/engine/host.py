@@ -13,10 +13,11 @@ import numpy
 
 from chatlm.common.messages.requests import Embedding, Ended, Failed, PromptScores, TokenLogprob
 from chatlm.worker.engine.batch import make_batch, sample_rows
+from chatlm.worker.model.head import Head
 from chatlm.worker.ops.sampling import clean_logits, penalize, sample_each, top_ids
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import WorkerEvent
+    from chatlm.common.messages.requests import AnswerParams, WorkerEvent
     from chatlm.worker.engine.answer_maker import AnswerMaker
     from chatlm.worker.engine.sequence import Chunk, Output, Sequence
     from chatlm.worker.model.transformer import Transformer
@@ -26,19 +27,22 @@ class HostSteps:
     """Steps whose logits or hidden states the host needs. No other step may be under way meanwhile."""
 
     def __init__(self, transformer: Transformer, steps, answers: AnswerMaker,
-                 emit: Callable[[Sequence, WorkerEvent], None]):
+                 emit: Callable[[Sequence, WorkerEvent], None], head: Head = Head()):
         self.transformer, self.steps, self.answers, self.emit = transformer, steps, answers, emit
+        self.head = head
 
     def run(self, plan: Seq[Chunk]) -> tuple[list[Chunk], Callable[[], list[int]]]:
         """Run a step; returns the chunks that advanced, and a function that returns the drawn tokens."""
         if not plan:
             return [], list
         batch = make_batch(plan)
+        if self.transformer.spec.token_types:
+            batch.previous_token_ids[:] = self._token_types(plan)
         logits = self.steps.forward(batch)
         self.transformer.arrays.wait(logits)
         for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
             if chunk.sequence.pooling:
-                pool(self.transformer, chunk, first, last)
+                pool(self.transformer, chunk, first, last, self.head.pools)
         late, deadline_s = [], time.monotonic() + self.answers.MASK_PATIENCE_S
         for chunk in plan:
             if chunk.draws and not self.answers.masked(chunk.sequence, deadline_s):
@@ -48,6 +52,17 @@ class HostSteps:
                  for chunk, (first, last) in zip(plan, itertools.pairwise(rows)) if chunk not in late]
         tokens = self._draw(spans, logits)
         return [chunk for chunk, _ in spans], lambda: tokens
+
+    def _token_types(self, plan: Seq[Chunk]) -> list[int]:
+        """The type of each token of a step: 1 in the second text of a pair, else 0."""
+        embedder, types = self.answers.tokenizer.spec.embedder, []
+        between = embedder.between[:1] if embedder else ()
+        for chunk in plan:
+            tokens, second = chunk.sequence.tokens, len(chunk.sequence.tokens)
+            if chunk.sequence.pooling == "rank" and self.transformer.spec.token_types > 1:
+                second = next((i + 1 for i, token in enumerate(tokens) if (token,) == between), second)
+            types += [int(i >= second) for i in range(len(tokens))]
+        return types
 
     def _draw(self, spans: Seq[tuple[Chunk, range]], logits) -> list[int]:
         """Score prompts, ban tokens the grammars reject, draw, and record logprobs.
@@ -79,19 +94,28 @@ class HostSteps:
         return tokens
 
 
-def pool(transformer: Transformer, chunk: Chunk, first: int, last: int):
-    """Pool the hidden states of a chunk, the rows [first, last) of the step. They are added one by one, so
-    that the sum has the same bits however the prompt was split."""
-    output, mean = chunk.sequence.output, chunk.sequence.pooling == "mean"
-    if not mean or chunk.sequence.computed == 0:  # a sequence that was preempted starts over
+def pool(transformer: Transformer, chunk: Chunk, first: int, last: int, of_pairs: str = "last"):
+    """Pool the hidden states of a chunk, the rows [first, last) of the step; `of_pairs`: how those of a pair
+    are pooled. They are added one by one, so that the sum has the same bits however the prompt was split."""
+    output, pooling = chunk.sequence.output, chunk.sequence.pooling
+    pooling = of_pairs if pooling == "rank" else pooling
+    rows = {"mean": (first, last), "cls": (first, first + 1), "last": (last - 1, last)}[pooling]
+    if pooling != "mean" or chunk.sequence.computed == 0:  # a sequence that was preempted starts over
         output.pooled = 0.0
-    for row in transformer.hidden_states(first if mean else last - 1, last):
+    for row in transformer.hidden_states(*rows):
         output.pooled = output.pooled + row
+    if pooling == "mean" and chunk.count == chunk.sequence.pending:
+        output.pooled = output.pooled / len(chunk.sequence.tokens)
 
 
-def embedding_events(output: Output) -> list[WorkerEvent]:
-    """The end of a sequence that was embedded: its pooled hidden states, scaled to length 1."""
-    vector = (output.pooled / numpy.linalg.norm(output.pooled)).astype("<f4")
+def embedding_events(pooled: numpy.ndarray, params: AnswerParams, output: Output) -> list[WorkerEvent]:
+    """The end of a sequence that was embedded: its vector (C,) float64, cut and scaled to length 1 as asked,
+    or the score (1,) of its pair, as it is."""
+    vector = pooled[:params.dimensions or None]
+    if params.normalized and params.pooling != "rank":
+        vector = vector / numpy.linalg.norm(vector)
+    with numpy.errstate(over="ignore"):
+        vector = vector.astype("<f4")
     if not numpy.isfinite(vector).all():
         return [Failed("the model's hidden states are not finite")]
     return [Embedding(base64.b64encode(vector.tobytes()).decode()),

@@ -25,8 +25,9 @@ class Scheduler:
     never starves; the rest goes to the shortest prompts, so that a long one never stalls them."""
 
     def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None,
-                 stages: int = 1, mixes_drafts: bool = True):
+                 stages: int = 1, mixes_drafts: bool = True, of_texts: bool = False):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
+        self.of_texts = of_texts               # is each prompt a text that must be computed in one step?
         self.tables = PageTables(pool)
         self.mixes_drafts = mixes_drafts       # may a step have both drafts and prompts?
         self.stages = stages                   # of the model, and batches under way
@@ -66,6 +67,8 @@ class Scheduler:
         apart = prefilling and not self.mixes_drafts
         drafts = [self._draft(s, room) if s.draft and not apart else () for s in decoding]
         plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
+        if self.of_texts:
+            return self._whole_texts(prefilling)
         if prefilling:
             plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan))
         plan = [chunk for chunk in plan if chunk.sequence.pages]  # a later one may have preempted it
@@ -164,20 +167,22 @@ class Scheduler:
         The client with the fewest pages goes first; within a client, order is kept."""
         ready = [sequence for sequence in self.waiting if self._may_run(sequence)
                  and (self.keeper is None or is_uncached(sequence) or not self.keeper.awaits(sequence))]
+        chunk = self.pool.page_size * self.pool.num_pages if self.of_texts else self.prefill_chunk
         while (ready and len(self.running) < self.max_batch
                and not any(running.suspect for running in self.running)):
             holdings = self._holdings()
             ready.remove(sequence := min(ready, key=lambda waiting: holdings[waiting.work.params.client]))
-            matched, serial = self.pool.match_prefix(sequence.tokens[:sequence.cacheable], sequence.root)
+            known = 0 if self.of_texts else sequence.cacheable
+            matched, serial = self.pool.match_prefix(sequence.tokens[:known], sequence.root)
             cached, size, length = len(matched) // self.pool.groups, self.pool.page_size, len(sequence.tokens)
-            whole, near = -(-length // size), -(-min(length, cached * size + self.prefill_chunk) // size)
+            whole, near = -(-length // size), -(-min(length, cached * size + chunk) // size)
             sequence.pages, sequence.filled = matched, cached
             missing = self.tables.missing(sequence, whole, near)
             # headroom: a page of each group for each running sequence, so that a new one does not preempt at
             # once; needed: it may later hold more pages than it takes now
             headroom = len(self.running) * self.pool.groups
             needed = max(len(missing),
-                         self.pool.pages_for(length, self.prefill_chunk) - self.tables.held(sequence))
+                         self.pool.pages_for(length, chunk) - self.tables.held(sequence))
             while (needed + headroom > self.pool.available
                    and self._give_up_pages(sequence.work.params.client, needed + self.tables.held(sequence))):
                 headroom -= self.pool.groups
@@ -216,6 +221,15 @@ class Scheduler:
                 left -= count
                 rows -= max(chunk.rows - 1, 0)
         return chunks
+
+    def _whole_texts(self, waiting: list[Sequence]) -> list[Chunk]:
+        """The oldest text, however long, and of the others those that the step has room for."""
+        chunks, left = [], self.prefill_chunk
+        for sequence in waiting:
+            if (not chunks or sequence.pending <= left) and self._grow(sequence):
+                chunks.append(Chunk(sequence, sequence.pending))
+                left -= sequence.pending
+        return [chunk for chunk in chunks if chunk.sequence.pages]
 
     def _catch_up(self, sequence: Sequence):
         """Skip tokens whose pages have entered the prefix index since the sequence was admitted."""

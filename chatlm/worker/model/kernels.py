@@ -163,6 +163,7 @@ class Kernels:
     rope_append: Callable = missing_op
     plan_attention: Callable = missing_op
     paged_attention: Callable = missing_op
+    text_attention: Callable = missing_op
     short_conv: Callable = missing_op
     delta_rule: Callable = missing_op
     mamba2: Callable = missing_op
@@ -315,6 +316,7 @@ def not_compiled(spec: ModelSpec, device="cpu") -> str:
             attn.value_size != attn.head_size for attn in attentions),
         "attention of several kinds on a GPU": not uniform(spec) and on_gpu,
         "LayerNorm on a GPU": spec.layer_norms and on_gpu,
+        "attention to what comes after a token on a GPU": spec.of_texts and on_gpu,
         "router with jitter on a GPU": spec.router_jitter is not None and on_gpu,
         "learned positions on a GPU": spec.positions and on_gpu,
         f"{spec.activation} feed-forward on a GPU": on_gpu and spec.activation in (

@@ -32,8 +32,9 @@ def rounded_up(size: int) -> int:
 
 
 def padded_spec(spec: ModelSpec) -> ModelSpec:
-    """The spec of the padded model; an equal one if nothing has to be padded, or nothing can be."""
-    return with_padded_heads(with_padded_width(spec))
+    """The spec of the padded model; an equal one if nothing has to be padded, or nothing can be, as in models
+    of whole texts, whose tables and norms of sums would need it too."""
+    return spec if spec.of_texts else with_padded_heads(with_padded_width(spec))
 
 
 def with_padded_width(spec: ModelSpec) -> ModelSpec:

@@ -323,6 +323,12 @@ class PageLayout(NamedTuple):
         return cls(group, offset, size, kept.pop() if len(kept) == 1 else 0, types, kv.unit)
 
     @property
+    def shared(self) -> PageLayout:
+        """The layout in which all layers have the same memory, one after another: a step computes whole
+        texts, and no later one reads their keys and values. All must cache the same size."""
+        return self._replace(offset=(0,) * len(self.offset), size=self.own)
+
+    @property
     def page_bytes(self) -> int:
         return self.size * self.unit * PAGE_SIZE
 
@@ -332,6 +338,7 @@ class PageLayout(NamedTuple):
         return (offset * count, self.own) if self.own else (offset, self.size)
 
 
+DISTANCE_BUCKETS = 32  # half of them of keys that come after a token
 UNGATED = ("relu2", "gelu_erf", "gelu_tanh", "gelu_quick")  # activations of a feed-forward part without gates
 
 
@@ -356,6 +363,13 @@ class ModelSpec:
     norm_biases: bool = False         # and add a bias to it
     pre_norms: bool = True            # False: blocks read x itself, without attention_norm and ffn_norm
     post_norms: bool = False          # output_norm, down_norm: of what each block adds to x
+    sum_norms: bool = False           # these two: of x with what the block has added; there is no final_norm
+    of_texts: bool = False            # it embeds whole texts: a token sees what comes after it too, up to its
+                                      # layer's window on either side; there is no head
+    first_norm: bool = True           # False: layer 0 has no attention_norm
+    input_norm: bool = False          # embed_norm: of the sum of all embeddings
+    distance_buckets: bool = False    # scores get a bias for each head and bucket of distances (MPNet)
+    token_types: int = 0              # > 0: rows of a table of types, each added to the embedding
     parallel: bool = False            # feed-forward parts read x as attention does, not what it makes of x
     one_norm: bool = False            # and attention_norm's result: there is no ffn_norm
     embedding_norm: bool = False      # RMS norm (without weight) right after the embedding
@@ -474,10 +488,15 @@ def expected_tensors(spec: ModelSpec) -> Shapes:
     """Name -> shape of every tensor in a model of this spec, and no others (weights are (out, in))."""
     V, C, P, rows = spec.vocab_size, spec.width, spec.layer_input_size, spec.own_rows or spec.vocab_size
     shapes = present(
-        (spec.opens, {"embed": (rows, C)}), (spec.closes, {"head": (rows, C)}),
+        (spec.opens, {"embed": (rows, C)}), (spec.closes and not spec.of_texts, {"head": (rows, C)}),
         (spec.positions and spec.opens, {"positions": (spec.positions * C,)}),
+        (spec.token_types, {"types": (spec.token_types * C,)}),
+        (spec.distance_buckets, {"buckets": (DISTANCE_BUCKETS * spec.heads,)}),
+        (spec.input_norm, {"embed_norm": (C,)}),
+        (spec.input_norm and spec.norm_biases, {"embed_norm_bias": (C,)}),
         (spec.head_bias and spec.closes, {"head_bias": (rows,)}),
-        (spec.norm_weights, {"final_norm": (C,)}), (spec.norm_biases, {"final_norm_bias": (C,)}),
+        (spec.norm_weights and not spec.sum_norms, {"final_norm": (C,)}),
+        (spec.norm_biases and not spec.sum_norms, {"final_norm_bias": (C,)}),
         (P and spec.opens, {  # for all layers; other stages get them from this one
             "layer_embed": (V, spec.all_layers * P), "layer_project": (spec.all_layers * P, C),
             "layer_project_norm": (P,)}),
@@ -502,12 +521,14 @@ def layer_tensors(spec: ModelSpec, l: int) -> Shapes:
     matrices |= feed_forward_tensors(spec, l) | present(
         (P, {"input_gate": (P, C), "input_norm": (C,), "input_out": (C, P)}),
         (spec.layer_scalars, {"scalar": (1,)}),
-        (spec.norm_weights and spec.pre_norms and not isinstance(mixer, NoMixer), {"attention_norm": (C,)}),
+        (spec.norm_weights and spec.pre_norms and not isinstance(mixer, NoMixer) and (
+            l > 0 or spec.first_norm), {"attention_norm": (C,)}),
         (spec.norm_weights and spec.pre_norms and not spec.one_norm and l not in spec.bare_layers, {
             "ffn_norm": (C,)}),
-        (spec.norm_biases, {"attention_norm_bias": (C,)}),
-        (spec.norm_biases and not spec.one_norm, {"ffn_norm_bias": (C,)}),
-        (spec.post_norms, {"output_norm": (C,), "down_norm": (C,)}))
+        (spec.norm_biases and spec.pre_norms, {"attention_norm_bias": (C,)}),
+        (spec.norm_biases and spec.pre_norms and not spec.one_norm, {"ffn_norm_bias": (C,)}),
+        (spec.post_norms or spec.sum_norms, {"output_norm": (C,), "down_norm": (C,)}),
+        (spec.sum_norms and spec.norm_biases, {"output_norm_bias": (C,), "down_norm_bias": (C,)}))
     biased = {"qkv": spec.qkv_bias, "output": spec.output_bias, "router": spec.router_bias} | dict.fromkeys(
         ("up", "gate_up", "down", "expert_gate_up", "expert_down"), spec.ffn_bias)
     biases: Shapes = {f"{name}_bias": shape[:1] for name, shape in matrices.items() if biased.get(name)}
@@ -544,7 +565,7 @@ class Batch(NamedTuple):
     """One flattened step: the T new tokens of N sequences, one after another; one-token sequences first."""
 
     token_ids: list[int]           # (T); ~i stands for the token that row i of the previous step is drawing
-    previous_token_ids: list[int]  # (T); -1 at position 0
+    previous_token_ids: list[int]  # (T); -1 at position 0. In a model with token types: these
     starts: list[int]              # (N + 1): tokens starts[i] .. starts[i + 1] - 1 belong to sequence i
     lengths: list[int]             # (N): number of keys of sequence i after this step
     tables: list[list[int]]        # (N): pages of sequence i, in order; for each group of layers in turn

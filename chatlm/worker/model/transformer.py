@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, TYPE_CHECKING
 
 import numpy
 
+from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.stamps import refuse_changed_adapter
 from chatlm.worker.arrays.kinds import (
@@ -17,8 +19,8 @@ from chatlm.worker.arrays.kinds import (
 from chatlm.worker.arrays.rotary import query_scales, rope_frequencies, rope_tables
 from chatlm.worker.model.padding import padded_adapter, padded_spec, padded_tensors
 from chatlm.worker.model.spec import (
-    DeltaRule, Inputs, Mamba2, NoMixer, PageLayout, RowAdapters, Sequences, ShortConv, expected_tensors,
-    group_layers, token_places)
+    DISTANCE_BUCKETS, DeltaRule, Inputs, Mamba2, NoMixer, PageLayout, RowAdapters, Sequences, ShortConv,
+    expected_tensors, group_layers, token_places)
 from chatlm.worker.model.tensors import MappedRows, Unread, read_ahead
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ class Transformer:
         # the type in which references attend; packed keys have more than 8 bits of precision
         self.kv_dtype = "float32" if self.kv.packed else self.kv.floats
         self.groups = groups or group_layers(self.attentions, 0, apart=False, kv=self.kv)
-        self.layout = PageLayout.of(self.groups, self.attentions, self.kv)
+        self.layout = page_layout(spec, self.groups, self.kv)
         self.windows = spec.windows
         self.num_slots = num_slots
         self.mixers = spec.mixers or (None,) * spec.layers
@@ -70,6 +72,8 @@ class Transformer:
         with self.arrays.computing():
             self.weights = self._pack(tensors, dtype, progress)
             self.q_scale = of(query_scales(spec)) if spec.q_growth else None
+            if spec.distance_buckets:
+                self.distances = of(distance_biases(self.arrays.numpy(self.weights["buckets"]), spec))
             self.logit_norm, self.logit_norm_bias = (
                 weight if weight is None or spec.logit_scale == 1 else weight * spec.logit_scale
                 for weight in map(self.weights.get, ("final_norm", "final_norm_bias")))
@@ -129,6 +133,7 @@ class Transformer:
     def buffer_sizes(spec: ModelSpec, T: int, R: int, dtype: str) -> dict[str, tuple[int, int, str]]:
         """One buffer per activation: residual stream, q and logits float32, the rest of type `dtype`."""
         C, F, f32 = spec.width, spec.ffn_size, "float32"
+        V = 0 if spec.of_texts else spec.vocab_size
         attentions = [attn for attn in spec.by_layer if attn]
         sizes = [(sum(attn.parts), attn.parts[0], attn.heads * attn.value_size, attn.kv_heads,
                   attn.kv_heads * attn.value_size) for attn in attentions]
@@ -152,7 +157,7 @@ class Transformer:
             "latent": (T, spec.latent_size, f32),
             "mixed": (T, wide, dtype), "mixer": (T, narrow, dtype),
             "share": (T, int(spec.shared_gate), f32), "means": (T, 16 * bool(spec.qk_norm_sizes), f32),
-            "routing": (T, spec.experts, f32), "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
+            "routing": (T, spec.experts, f32), "last": (R, C, f32), "logits": (R, V, f32),
             "own_logits": (R, spec.own_rows, f32),
         }
 
@@ -194,6 +199,8 @@ class Transformer:
         """
         C = self.unpadded.width
         x = self.arrays.numpy(self.buffers["x"][first:last]).astype(numpy.float64)
+        if self.spec.sum_norms:
+            return x
         if self.spec.layer_norms:
             x = x[:, :C] - x[:, :C].mean(axis=1, keepdims=True)
         x = x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + self.norm_eps)
@@ -241,7 +248,7 @@ class Transformer:
                 k.mix(b.x, b.x, layer["scalar"], 0.0, out=b.x)
             if l == spec.backout_layer:
                 k.copy(b.x, out=b.middle)
-        if not spec.closes:
+        if not spec.closes or spec.of_texts:
             return
         if spec.backout_layer is not None:
             k.backout(b.x, b.middle, w["backout_lambda"], out=b.x)
@@ -266,6 +273,12 @@ class Transformer:
         if spec.positions:
             k.embed(w["positions"].reshape(-1, spec.width), inputs.positions, out=b.previous)
             k.mix(b.x, b.previous, 1.0, 1.0, out=b.x)
+        if spec.token_types:
+            table = w["types"].reshape(-1, spec.width)
+            k.embed(table, inputs.previous_token_ids, out=b.previous, part=(0, spec.vocab_size))
+            k.mix(b.x, b.previous, 1.0, 1.0, out=b.x)
+        if spec.input_norm:
+            k.layer_norm(b.x, w["embed_norm"], w.get("embed_norm_bias"), spec.norm_eps, out=b.x)
         if spec.layer_input_size:
             k.linear(b.x, w["layer_project"], out=b.layer_inputs)  # (T, L * P)
             k.look_up(self.layer_embed, inputs.token_ids, out=b.layer_rows)
@@ -328,8 +341,12 @@ class Transformer:
                       **more)   # (T, H * D)
         if self.q_scale is not None:
             k.scale_rows(q, self.q_scale, inputs.positions, out=q)
-        k.paged_attention(q, cache, inputs.attention, attn.window, out=attended,
-                          softcap=spec.attention_softcap, sinks=layer.get("sinks"))  # (T, H * Dv)
+        if spec.of_texts:
+            more = {"distances": self.distances} if spec.distance_buckets else {}
+            k.text_attention(q, cache, inputs.attention, attn.window, out=attended, **more)  # (T, H * Dv)
+        else:
+            k.paged_attention(q, cache, inputs.attention, attn.window, out=attended,
+                              softcap=spec.attention_softcap, sinks=layer.get("sinks"))
         if spec.output_gate:
             k.gate(attended, narrow(b.gates, queries), out=attended)
         self._add(b, attended, layer, l, "output", b.x, out=b.residual)
@@ -408,7 +425,7 @@ class Transformer:
     def _normed(self, b: SimpleNamespace, x, layer: dict, name: str) -> tuple[Any, Norm | None]:
         """What a product reads in place of the normalized x: x, and the norm that `linear` applies to it, or
         b.normed, which has a LayerNorm's result."""
-        if not self.spec.pre_norms:
+        if not self.spec.pre_norms or self.spec.layer_norms and name not in layer:
             return x, None
         norm = Norm(layer.get(name), self.norm_eps)
         if not self.spec.layer_norms:
@@ -418,10 +435,14 @@ class Transformer:
         return b.normed, None
 
     def _add(self, b: SimpleNamespace, x, layer: dict, l: int, name: str, residual, out):
-        """out = residual + x @ layer[name].T + bias (T, C), in some families with a norm of what is added.
+        """out = residual + x @ layer[name].T + bias (T, C), in some families with a norm of what is added,
+        or of the sum.
 
         Each of several ranks has some columns of the matrix, so they sum their products."""
         k, bias, norm = self.kernels, layer.get(f"{name}_bias"), layer.get(f"{name}_norm")
+        if self.spec.sum_norms:
+            adapted_linear(k, b, x, layer, name, l, bias=bias, residual=residual, out=b.added)
+            return k.layer_norm(b.added, norm, layer.get(f"{name}_norm_bias"), self.norm_eps, out=out)
         if norm is None and not k.all_reduce:
             return adapted_linear(k, b, x, layer, name, l, bias=bias, residual=residual, out=out)
         adapted_linear(k, b, x, layer, name, l, bias=bias, out=b.added)
@@ -461,6 +482,27 @@ def adapted_linear(k: Kernels, b: SimpleNamespace, x, weights: dict, name: str, 
     if adapted:
         options["adapted"] = adapted
     k.linear(x, weights[name], **options)
+
+
+def distance_biases(buckets: numpy.ndarray, spec: ModelSpec) -> numpy.ndarray:
+    """What text_attention adds to scores, (H, 2 * reach): of each distance key - query its bucket's value.
+
+    A bucket has one distance below 8, and from there on as many as make it a constant factor wide, up to
+    128 (transformers' MPNetEncoder.relative_position_bucket, in its arithmetic)."""
+    reach, exact, half = spec.max_positions + PAGE_SIZE, DISTANCE_BUCKETS // 4, DISTANCE_BUCKETS // 2
+    distance = numpy.arange(-reach, reach)
+    size = numpy.abs(distance).astype(numpy.float32)
+    with numpy.errstate(divide="ignore"):
+        far = numpy.log(size / numpy.float32(exact)) / numpy.float32(math.log(128 / exact)) * (half - exact)
+    far = numpy.minimum(exact + numpy.maximum(far, 0).astype(numpy.int64), half - 1)
+    bucket = numpy.where(size < exact, numpy.abs(distance), far) + half * (distance > 0)
+    return buckets.reshape(DISTANCE_BUCKETS, spec.heads)[bucket].T.astype(numpy.float32).copy()
+
+
+def page_layout(spec: ModelSpec, groups: LayerGroups, kv: KvType) -> PageLayout:
+    """Where a model's keys and values are in the pages of a cache, or of a step."""
+    layout = PageLayout.of(groups, spec.by_layer, kv)
+    return layout.shared if spec.of_texts else layout
 
 
 def narrow(buffer, columns: int):

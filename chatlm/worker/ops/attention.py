@@ -198,6 +198,32 @@ def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=No
         out[rows].view(y.shape).copy_(turned(y) if packed else y)
 
 
+def text_attention_reference(q, cache, plan, window, out, distances=None):
+    """softmax(q k / sqrt(D) + distances) v of each row over all positions of its text, or those up to
+    `window` away from it.
+
+    q, cache and out as in paged_attention_reference. `distances` (H, 2 * reach) are added to the scores of
+    each head, at reach + (the key's position - the row's). Of the plan, which is for rows that see what is
+    before them, only rows and pages count: each sequence is a whole text."""
+    D = slots_of(cache)[0].shape[2]
+    q, out = q.unflatten(1, (-1, D)), out.unflatten(1, (q.shape[1] // D, -1))  # (T, H, D)
+    for rows, pages, causal in plan[window]:
+        count, S = len(causal), causal.shape[-1]  # texts of one token, or one text
+        positions = torch.arange(S, device=q.device)
+        # (count, Hkv, S, D) each
+        k, v = (part[:, :, :S] for part in keys_and_values(cache, pages, count, q.dtype))
+        for h, i in itertools.product(range(q.shape[1]), range(count)):
+            kv, first = h // (q.shape[1] // k.shape[1]), rows.start + i * S
+            for block in positions.split(max(1, SCRATCH_SCORES // S)):
+                distance = positions - block[:, None]  # (rows, S)
+                scores = q[first + block, h] @ k[i, kv].T * D**-0.5
+                if distances is not None:
+                    scores += distances[h, distance + distances.shape[1] // 2]
+                if window:
+                    scores.masked_fill_(distance.abs() > window, -math.inf)
+                out[first + block, h] = (torch.softmax(scores, -1) @ v[i, kv]).to(out.dtype)
+
+
 def attend(q, k, v, mask, scale, softcap, sinks=None, product=operator.matmul):
     """torch's scaled_dot_product_attention, whose scores are capped if softcap is not 0.
 

@@ -4,7 +4,8 @@ Importing this module imports torch, so only what computes with tensors does."""
 
 from chatlm.worker.ops.attention import (
     attend, attend_prompt, decode_rows, mean_squares_reference, norm_qk_reference, page_table,
-    paged_attention_reference, plan_attention_reference, rope_append_reference, scale_rows_reference)
+    paged_attention_reference, plan_attention_reference, rope_append_reference, scale_rows_reference,
+    text_attention_reference)
 from chatlm.worker.ops.basic import (
     adapter_products, backout_reference, copy_reference, embed_reference, experts_reference, fastest_dtype,
     finish_linear, gate_input_reference, gated_add_reference, gather_rows_reference, layer_inputs_reference,
@@ -40,6 +41,7 @@ REFERENCES = {
     "rope_append": rope_append_reference,
     "plan_attention": plan_attention_reference,
     "paged_attention": paged_attention_reference,
+    "text_attention": text_attention_reference,
     "short_conv": short_conv_reference,
     "delta_rule": delta_rule_reference,
     "mamba2": mamba2_reference,

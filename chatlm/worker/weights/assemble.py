@@ -73,8 +73,11 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
                     name.format(layer, expert): all_of_one[1:] if name.count("{}") > 1 else all_of_one
                     for name in theirs for expert in range(E)}
                 continue
-            if part == "positions":
-                sources[ours] = shape, {theirs[0]: (spec.positions, spec.width)}
+            if part in ("positions", "types"):
+                sources[ours] = shape, {theirs[0]: (shape[0] // spec.width, spec.width)}
+                continue
+            if part == "buckets":
+                sources[ours] = shape, {theirs[0]: (shape[0] // spec.heads, spec.heads)}
                 continue
             if part == "taps":  # flattened, since no product uses it as a matrix
                 size = mixer.size if mixer else 1
@@ -90,8 +93,8 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
 IMAGES = ("vision_tower|vision_model|vision_embedder|visual|multi_modal_projector|connector|image_newline"
           "|embed_vision|audio_tower|embed_audio")
 
-# rotary frequencies and causal masks in old files
-UNREAD = r".*\.rotary_emb\.|.*\.(attn|attention)\.(masked_)?bias$"
+# rotary frequencies, causal masks and positions in old files
+UNREAD = r".*\.rotary_emb\.|.*\.(attn|attention)\.(masked_)?bias$|.*\bposition_ids$"
 
 
 def without_shared(spec: ModelSpec, state: Mapping[str, Any]) -> dict[str, Any]:

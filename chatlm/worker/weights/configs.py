@@ -71,18 +71,20 @@ GENERATION = set("""bad_words_ids begin_suppress_tokens chunk_size_feed_forward 
     num_return_sequences penalty_alpha prefix problem_type renormalize_logits repetition_penalty
     suppress_tokens task_specific_params top_k typical_p""".split())  # and the like: no arithmetic
 # other programs' implementations, training and names: no effect on the arithmetic
-OTHERS_AFFAIR = set("""attention_probs_dropout_prob attention_softmax_in_fp32 attn_impl attn_implementation
-    attn_implementation_autoset base_model_name_or_path classifier_dropout cls_token_id dropout
-    embedding_dropout experts_implementation exponential_decay_length_penalty ffn_dropout flash_attn
-    fuse_cross_entropy fused_cross_entropy gradient_checkpointing hidden_dropout hidden_dropout_prob
-    ignore_index init_std initializer_factor is_decoder keys_to_ignore_at_inference label_smoothing language
-    layerdrop license loss_type mask_token_id max_seq_len max_sequence_length mlp_dropout model_max_length
-    n_ctx name_or_path num_labels num_logits_to_keep output_past output_scores padding_side pad_token
-    pruned_heads remove_invalid_values return_dict_in_generate router_z_loss_coef seq_length
-    tf_legacy_loss tokenizer_name torchscript training trust_remote_code unk_token_id use_bfloat16
-    use_cache_kernel use_cache_quantization use_flash_attention use_flash_attention_2 use_flash_attn
-    use_fused_mlp use_fused_rms_norm use_fused_rope use_fused_swiglu use_memory_efficient_attention
-    z_loss_coef""".split())
+OTHERS_AFFAIR = set("""attention_probs_dropout_prob attention_softmax_in_fp32 attn_impl
+    attn_implementation attn_implementation_autoset base_model_name_or_path classifier_dropout
+    classifier_from_token cls_token_id dropout embedding_dropout experts_implementation
+    exponential_decay_length_penalty ffn_dropout flash_attn fuse_cross_entropy fused_cross_entropy
+    gradient_checkpointing hidden_dropout hidden_dropout_prob ignore_index init_std initializer_factor
+    is_decoder is_matryoshka is_original_qwen3_reranker keys_to_ignore_at_inference label_smoothing
+    language layerdrop license loss_type mask_token_id matryoshka_dimensions max_seq_len
+    max_sequence_length mlp_dropout model_max_length n_ctx name_or_path num_labels num_logits_to_keep
+    output_past output_scores padding_side pad_token pruned_heads remove_invalid_values
+    return_dict_in_generate router_z_loss_coef sbert_ce_default_activation_function
+    sentence_transformers seq_length tf_legacy_loss tokenizer_name torchscript training
+    trust_remote_code unk_token_id use_bfloat16 use_cache_kernel
+    use_cache_quantization use_flash_attention use_flash_attention_2 use_flash_attn use_fused_mlp
+    use_fused_rms_norm use_fused_rope use_fused_swiglu use_memory_efficient_attention z_loss_coef""".split())
 HF_ONLY = {  # the only value these may have, unless the family has them
     **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias", "rope_interleaved", "use_bias",
                      "use_mrope", "use_bidirectional_attention", "use_cla",
@@ -224,11 +226,13 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
         fields |= {"qkv_bias": True, "output_bias": config.get("attention_out_bias",
                                                                row.fields.get("output_bias", True))}
     fields |= row.fields_of(path, config)
+    if of_texts := fields.get("of_texts", False):  # their windows are as wide on both sides together
+        windows = tuple(window // 2 for window in windows)
     spec = ModelSpec(
         vocab_size=config["vocab_size"], layers=layers, width=config["hidden_size"],
         heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"],
         head_size=config["head_dim"], ffn_size=ffn_size,
-        norm_eps=config["rms_norm_eps"], tied_head=config["tie_word_embeddings"],
+        norm_eps=config["rms_norm_eps"], tied_head=config["tie_word_embeddings"] and not of_texts,
         softcap=config.get("final_logit_softcapping") or 0.0,
         attention_softcap=config.get("attn_logit_softcapping") or 0.0, **fields)
     return with_kinds(spec, windows, unrotated, local_base) if any(windows) or unrotated else spec

@@ -1,67 +1,237 @@
-"""Refuses embedding models for which /v1/embeddings would return other vectors than they were trained for."""
+"""What the files of a model that was trained to embed texts say of it: pooling, lengths, prompts, tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence as Seq
 from pathlib import Path
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import parse_json, read_small
-from chatlm.worker.weights.rules import read_json
+from chatlm.common.messages.requests import Embedder
+from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.arrays.kinds import floats
+from chatlm.worker.model.head import ACTIVATIONS, Dense, Head
+from chatlm.worker.weights.files import weight_files
+from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked, read_json
+from chatlm.worker.weights.safetensors_file import read_safetensors_file
 
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import TextSpec
+    from chatlm.worker.model.spec import ModelSpec
+
+
+TWO_SIDED = "bert", "nomic-bert", "nomic-bert-moe", "modern-bert", "gemma-embedding"  # GGUF architectures
 POOLING_TYPES = "none", "mean", "cls", "last", "rank"  # a GGUF file's pooling_type
-OURS = ("this server averages over an input's tokens, with causal attention and no end token, so the vectors "
-        "would differ from those the model was trained for")
+MODES = {"cls_token": "cls", "cls": "cls", "mean_tokens": "mean", "mean": "mean", "lasttoken": "last"}
+CAUSAL = "mean", "last"  # the first token of a causal model has seen nothing else
+SIMILARITIES = "cosine", "dot", "euclidean", "manhattan"
+# family -> the fewest numbers that its makers let a vector be cut to
+LEAST = {"qwen3": 32, "gemma3_text": 128, "nomic_bert": 64}
+WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
+QWEN_PROMPTS = (("query", f"Instruct: {WEB_SEARCH}\nQuery:"), ("document", ""))
+LONG_PROMPT = 2_000      # characters: it is read again for each text
+PROMPTS = (  # of models whose files may not say them, by their names
+    (r"(^|[-_/])e5[-_]", (("query", "query: "), ("passage", "passage: "))),
+    (r"nomic[-_]embed[-_]text", (("query", "search_query: "), ("document", "search_document: "))),
+    (r"embedding[-_]?gemma", (
+        ("query", "task: search result | query: "), ("document", "title: none | text: "))))
 
 
-def refuse_gguf_embedder(path: Path, own: str, metadata: Mapping):
-    """ConfigError for a GGUF file whose metadata describe vectors computed differently from ours.
+def usual_prompts(*names: str) -> tuple[tuple[str, str], ...]:
+    return next((prompts for pattern, prompts in PROMPTS
+                 if any(re.search(pattern, name, re.IGNORECASE) for name in names)), ())
+
+
+def pooling_of_gguf(path: Path, own: str, metadata: Mapping) -> str:
+    """A GGUF file's pooling: none, mean, last or rank, or cls of a model that sees whole texts. ConfigError
+    for one that such a model cannot have.
 
     `own` is the architecture and a dot. Without the key, llama.cpp's default is none: a chat model."""
     number = metadata.get(f"{own}pooling_type", 0)
     known = type(number) is int and 0 <= number < len(POOLING_TYPES)
     pooling = POOLING_TYPES[number] if known else "unknown"
-    stated = {}
-    if pooling not in ("none", "mean"):
-        stated[f"{own}pooling_type"] = f"{shown(number)} ({pooling})"
-    if metadata.get(f"{own}attention.causal") is False:
-        stated[f"{own}attention.causal"] = "false"
-    if pooling == "mean" and metadata.get("tokenizer.ggml.add_eos_token"):
-        stated["tokenizer.ggml.add_eos_token"] = "true"
-    for key, value in stated.items():
-        refuse(path, key, value)
+    two_sided = metadata.get(f"{own}attention.causal") is False
+    if two_sided != (own[:-1] in TWO_SIDED) and f"{own}attention.causal" in metadata:
+        computed = "attention to both sides" if own[:-1] in TWO_SIDED else "causal attention"
+        raise ConfigError(f"{path}: {own}attention.causal is {json.dumps(not two_sided)}: such embeddings "
+                          f"are not supported; this server computes {own[:-1]} models with {computed}")
+    if own[:-1] in TWO_SIDED:
+        if pooling in ("none", "unknown"):
+            raise ConfigError(f"{path}: {own}pooling_type is {shown(number)} ({pooling}); in a {own[:-1]} "
+                              "model it must be 1 (mean), 2 (cls), 3 (last) or 4 (rank)")
+        return pooling
+    if pooling not in ("none", "rank", *CAUSAL):
+        raise ConfigError(f"{path}: {own}pooling_type is {shown(number)} ({pooling}); in a {own[:-1]} model "
+                          f"it must be 0 (none), 1 (mean), 3 (last) or 4 (rank)")
+    return pooling
 
 
-def refuse(path: Path, key: str, value: str):
-    raise ConfigError(f"{path}: {key} is {value}: such embeddings are not supported; {OURS}")
+def gguf_embedder(path: Path, metadata: Mapping, text: TextSpec, family: str,
+                  spec: ModelSpec) -> Embedder | None:
+    """How a GGUF file's model embeds texts; None if it chats or ranks.
+
+    Older files of Qwen3-Embedding lack add_eos_token, but the token that is pooled must be the end token."""
+    pooling = pooling_of_gguf(path, f"{metadata['general.architecture']}.", metadata)
+    if spec.of_texts:
+        begins, between, ends = frame_of(path, pipeline_of(path, text))
+        if not (begins or ends):  # of a vocabulary whose makers have no frame, as Gemma's
+            flags = ((text.bos_token, text.add_bos), (text.eos_token, metadata.get(
+                "tokenizer.ggml.add_eos_token", True)))
+            begins, ends = (() if token is None or not adds else (token,) for token, adds in flags)
+        return Embedder(pooling, 1 if pooling == "rank" else spec.width, spec.max_positions,
+                        LEAST.get(family, 0), begins, ends, between,
+                        usual_prompts(str(metadata.get("general.name")), path.name))
+    if pooling not in CAUSAL:
+        return None
+    end, adds = text.eos_token, metadata.get("tokenizer.ggml.add_eos_token", pooling == "last")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    if family == "qwen3" and "<|endoftext|>" in tokens:  # whichever token its answers would end with
+        end = tokens.index("<|endoftext|>")
+    is_qwens = re.search("qwen3.?embedding", f"{metadata.get('general.name')} {path.name}".lower())
+    return Embedder(pooling, spec.width, spec.max_positions, LEAST.get(family, 0),
+                    begins=() if text.bos_token is None or not text.add_bos else (text.bos_token,),
+                    ends=() if end is None or not adds else (end,), prompts=QWEN_PROMPTS if is_qwens else ())
 
 
-def refuse_folder_embedder(folder: Path, ends: bool):
-    """The same for a folder written by sentence-transformers: modules.json, and the files it names. `ends`:
-    does its tokenizer add a token at the end of a text?"""
+def folder_embedder(folder: Path, pipeline, family: str, spec: ModelSpec,
+                    names: Seq[str] = ()) -> tuple[Embedder, Head]:
+    """How the model of a folder that sentence-transformers has written embeds texts, and its Dense modules.
+    Without a modules.json it takes the mean. `pipeline` is its tokenizer of the library `tokenizers`, `names`
+    what the model is called. ConfigError for a module, or a pooling, that this server does not have."""
     path = folder / "modules.json"
-    if not path.exists():
-        return
+    pooling, dense, normalized = "mean", [], False
+    for index, module in enumerate(modules_of(path) if path.exists() else []):
+        kind, place = str(module.get("type")).rpartition(".")[2], module.get("path", "")
+        if not isinstance(place, str) or not re.fullmatch(r"[\w-][\w .-]*|", place, re.ASCII):
+            raise ConfigError(f"{path}: [{index}].path is {shown(place)}; it must be the name of a folder "
+                              "there")
+        if kind == "Pooling":
+            pooling = folder_pooling(folder / place / "config.json", spec.of_texts)
+        elif kind == "Dense" and not normalized:
+            dense.append(folder_dense(folder / place, dense[-1].weight.shape[0] if dense else spec.width))
+        elif kind == "Normalize":
+            normalized = True
+        elif kind != "Transformer" or place:
+            where = f" in {place}" if kind == "Transformer" else ""
+            raise ConfigError(f"{path}: [{index}].type is {shown(module.get('type'))}{where}; this server "
+                              "has Transformer, at the top of the folder, Pooling, Dense and, last, "
+                              "Normalize")
+    begins, between, ends = frame_of(folder, pipeline)
+    path = folder / "config_sentence_transformers.json"
+    more = read_json(path, needed=False)
+    prompts = prompts_of(path, more.get("prompts") or dict(usual_prompts(*names)))
+    default = checked(path, "default_prompt_name", more.get("default_prompt_name"),
+                      Rule(str, choices=tuple(prompts) or ("null",), optional=True))
+    similarity = checked(path, "similarity_fn_name", more.get("similarity_fn_name") or SIMILARITIES[0],
+                         Rule(str, choices=SIMILARITIES))
+    cuts = read_json(folder / "config.json").get("matryoshka_dimensions")
+    size = dense[-1].weight.shape[0] if dense else spec.width
+    rule = Rule(int, 1, size, many=True)
+    least = LEAST.get(family, 0) if cuts is None else min(
+        checked(folder / "config.json", "matryoshka_dimensions", cuts, rule), default=0)
+    return Embedder(pooling, size, longest_of(folder, spec.max_positions), least, begins, ends, between,
+                    tuple(prompts.items()), default or "", similarity), Head(tuple(dense))
+
+
+def folder_dense(folder: Path, width: int) -> Dense:
+    """A Dense module: what its activation makes of weight x + bias."""
+    path = folder / "config.json"
+    config = read_json(path)
+    size = checked(path, "in_features", config.get("in_features"), Rule(int, width, width))
+    out = checked(path, "out_features", config.get("out_features"), Rule(int, 1, MOST_CHANNELS))
+    for key in ("module_input_name", "module_output_name"):
+        usual = "sentence_embedding"
+        checked(path, key, config.get(key) or usual, Rule(str, choices=(usual,)))
+    name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")[2]
+    checked(path, "activation_function", name.lower(), Rule(str, choices=tuple(ACTIVATIONS)))
+    state: dict[str, Any] = {}
+    for file in weight_files(folder):
+        state |= read_safetensors_file(file)
+    wanted = {"linear.weight": (out, size)} | ({"linear.bias": (out,)} if config.get("bias", True) else {})
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != wanted:
+        found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in state.items())
+        raise ConfigError(f"{folder} has the tensors {found}; it must have "
+                          f"{', '.join(f'{name} {shape}' for name, shape in wanted.items())}")
+    weight, *bias = (floats(state[name]) for name in wanted)
+    return Dense(weight, *bias, activation=name.lower())
+
+
+def modules_of(path: Path) -> list[dict]:
     modules = parse_json(path, read_small(path))
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise ConfigError(f"{path} holds {shown(modules)}; it must hold a list of objects")
-    for index, module in enumerate(modules):
-        kind = str(module.get("type")).rpartition(".")[2]
-        if kind == "Pooling":
-            where = folder / str(module.get("path")) / "config.json"
-            config = read_json(where)
-            modes = config.get("pooling_mode")
-            modes = modes if isinstance(modes, list) else [modes] if modes else [
-                key.removeprefix("pooling_mode_") for key, value in config.items()
-                if key.startswith("pooling_mode_") and value]
-            if modes not in (["mean"], ["mean_tokens"]):
-                refuse(where, "pooling_mode", shown(modes[0] if len(modes) == 1 else modes))
-        elif kind not in ("Transformer", "Normalize"):
-            refuse(path, f"[{index}].type", shown(module.get("type")))
-    for name, key in (("config_sentence_transformers", "default_prompt_name"),
-                      ("sentence_bert_config", "do_lower_case")):
-        where = folder / f"{name}.json"
-        if value := read_json(where, needed=False).get(key):
-            refuse(where, key, shown(value))
-    if ends:
-        refuse(folder / "tokenizer.json", "the last item of its post_processor", "a token")
+    return modules
+
+
+def folder_pooling(path: Path, of_texts: bool = False) -> str:
+    """What a Pooling module makes of the hidden states of a text's tokens: mean or last, or, where a token
+    sees the whole text, cls."""
+    config = read_json(path)
+    modes = config.get("pooling_mode")
+    modes = modes if isinstance(modes, list) else [modes] if modes else [
+        key.removeprefix("pooling_mode_") for key, value in config.items()
+        if key.startswith("pooling_mode_") and value]
+    pooling = MODES.get(str(modes[0])) if len(modes) == 1 else None
+    if pooling is None or pooling == "cls" and not of_texts:
+        kind = "attention to both sides it must be mean, cls" if of_texts else (
+            "causal attention it must be mean")
+        raise ConfigError(f"{path}: pooling_mode is {shown(modes[0] if len(modes) == 1 else modes)}; of a "
+                          f"model with {kind} or lasttoken")
+    if config.get("include_prompt") is False:
+        raise ConfigError(f"{path}: include_prompt is false; this server pools the prompt's tokens too")
+    return pooling
+
+
+def prompts_of(path: Path, prompts: Any) -> dict[str, str]:
+    if not isinstance(prompts, dict):
+        raise ConfigError(f"{path}: prompts is {shown(prompts)}; it must be an object")
+    rule = Rule(str)
+    for name, prompt in prompts.items():
+        checked(path, f"prompts.{name}", prompt, rule)
+        if len(prompt) + len(name) > LONG_PROMPT:
+            raise ConfigError(f"{path}: prompts.{name[:50]} has {len(prompt):,} characters; {LONG_PROMPT:,} "
+                              "are the most allowed, its name included")
+    return prompts
+
+
+def longest_of(folder: Path, positions: int) -> int:
+    """The most tokens of a text, special ones included: the least of what the files say."""
+    path, other = folder / "sentence_bert_config.json", folder / "tokenizer_config.json"
+    config = read_json(path, needed=False)
+    if config.get("do_lower_case"):
+        raise ConfigError(f"{path}: do_lower_case is true; this server does not change the letters of texts")
+    said = [checked(path, "max_seq_length", config.get("max_seq_length"), Rule(int, 2, optional=True)),
+            checked(other, "model_max_length", read_json(other, needed=False).get("model_max_length"),
+                    Rule(float, 2, optional=True))]  # a float where it stands for no limit
+    return int(min(positions, *filter(None, said), positions))
+
+
+def pipeline_of(path: Path, text: TextSpec) -> Any:
+    """The tokenizer of the library `tokenizers`. ConfigError if it is broken."""
+    try:
+        return getattr(open_tokenizer(text), "pipeline")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def frame_of(folder: Path, pipeline) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that a tokenizer of the library `tokenizers` puts before a text, between the texts
+    of a pair, and after either. ConfigError if it does anything else."""
+    def inside(whole: list[int], part: list[int], first: int) -> int:
+        """Where `part` is in `whole`, from `first` on."""
+        found = next((at for at in range(first, len(whole) - len(part) + 1)
+                      if whole[at:at + len(part)] == part), None)
+        if found is None or not part:
+            raise ConfigError(f"{folder / 'tokenizer.json'}: its post_processor changes the tokens of a "
+                              "text; it must only put others around them")
+        return found
+
+    a, b = (pipeline.encode(text, add_special_tokens=False).ids for text in "ab")
+    one, pair = pipeline.encode("a").ids, pipeline.encode("a", "b").ids
+    at, first = inside(one, a, 0), inside(pair, a, 0)
+    second = inside(pair, b, first + len(a))
+    begins, ends = one[:at], one[at + len(a):]
+    return tuple(begins), tuple(pair[first + len(a):second]), tuple(ends)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from chatlm.worker.arrays.kinds import kind_of
-from chatlm.worker.weights import gemma4, granite, layernorms, lfm2, nemotron, qwen35
+from chatlm.worker.weights import (
+    encoders, gemma4, granite, layernorms, lfm2, nemotron, qwen35, rotary_encoders)
 from chatlm.worker.weights.assemble import Mxfp4
 from chatlm.worker.weights.family import (
-    EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, expert_tensors)
+    EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, Header, expert_tensors)
 from chatlm.worker.weights.rules import ROPE_BASE, Rule, checked
 
 
@@ -73,6 +74,14 @@ def whole_norms(path: Path, config: Mapping) -> dict:
 def gemma_scales(path: Path, config: Mapping) -> dict:
     return {"q_scale": (config["head_dim"] / config["query_pre_attn_scalar"])**0.5,
             "embedding_scale": config["hidden_size"]**0.5}
+
+
+def gemma3_fields(path: Path, config: Mapping) -> dict:
+    return gemma_scales(path, config) | {"of_texts": config["use_bidirectional_attention"]}
+
+
+def gguf_gemma3(header: Header) -> tuple[dict, dict]:
+    return {}, {"use_bidirectional_attention": header.own == "gemma-embedding."}
 
 
 def gemma_scale(largest: int) -> Callable[[Mapping], dict]:
@@ -174,9 +183,12 @@ FAMILIES = {  # by config.json's model_type
     "gemma3_text": Family(
         "Gemma 3", GEMMA | {
             "vocab_size": 262_208, "max_position_embeddings": 131_072, "sliding_window_pattern": 6,
-            "rope_theta": 1e6, "rope_local_base_freq": 10_000.0}, {"post_norms": True} | HEAD_NORMS,
+            "rope_theta": 1e6, "rope_local_base_freq": 10_000.0, "use_bidirectional_attention": False},
+        {"post_norms": True} | HEAD_NORMS,
         GEMMA_TENSORS, lambda config, layer: (layer + 1) % config["sliding_window_pattern"],
-        Gguf("gemma3", unsaid=gemma_scale(62)), one_more=True, fields_of=gemma_scales),
+        Gguf("gemma3 gemma-embedding", unsaid=gemma_scale(62), layers=gguf_gemma3,
+             ignored=frozenset(f"dense_{i}_feat_{end}" for i in (2, 3) for end in ("in", "out"))),
+        {"use_bidirectional_attention": Rule(bool)}, one_more=True, fields_of=gemma3_fields),
     **gemma4.FAMILIES,
     "phi3": Family(
         "Phi-3, 3.5 and 4-mini",
@@ -249,7 +261,9 @@ FAMILIES = {  # by config.json's model_type
     **layernorms.FAMILIES,
     **qwen35.FAMILIES,
     **lfm2.FAMILIES,
-    **nemotron.FAMILIES}
+    **nemotron.FAMILIES,
+    **encoders.FAMILIES,
+    **rotary_encoders.FAMILIES}
 GGUF_FAMILIES = {architecture: name for name, row in FAMILIES.items()
                  for architecture in row.gguf.architectures.split()}
 VISION = {  # model_type of an image model, read as text only -> its text model's default

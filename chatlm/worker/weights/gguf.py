@@ -29,10 +29,12 @@ from chatlm.worker.arrays.packed import RopePairs, dequantize, dequantized, unpe
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.spec import DeltaRule
 from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
+from chatlm.worker.model.head import Head
+from chatlm.worker.weights import cross_encoders, rerankers
 from chatlm.worker.weights.assemble import (
     as_rows, check_names_and_shapes, cut_stored, file_shapes, mapped_rows, packed_together, tensor_sources,
     unread_keys, without_shared)
-from chatlm.worker.weights.embedders import refuse_gguf_embedder
+from chatlm.worker.weights.embedders import gguf_embedder, pooling_of_gguf
 from chatlm.worker.weights.configs import (
     HF_DEFAULTS, complete_heads, family_spec, growing_queries, scaled_rope, unsupported)
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
@@ -40,6 +42,7 @@ from chatlm.worker.weights.family import Family, Header
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.gguf_file import (
     GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, check_gguf_types, gguf_value, read_gguf, refuse_unknown)
+from chatlm.worker.weights.encoder_text import text_of_encoder
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
 from chatlm.worker.weights.rules import (
@@ -91,6 +94,10 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
             stored = {name: tensor for name, tensor in stored.items()
                       if not (layer := re.match(r"blk\.(\d+)\.", name)) or int(layer[1]) < spec.layers}
         stored = without_shared(spec, stored)
+        heads = {name: tensor for name, tensor in stored.items() if re.match(r"(cls|dense_\d)\.", name)}
+        classes = None if spec.of_texts else stored.pop(rerankers.CLASSES, None)
+        if spec.of_texts:
+            stored = {name: tensor for name, tensor in stored.items() if name not in heads}
         row = FAMILIES[family]
         names = gguf_names(architecture, row.all_tensors) | row.gguf.names
         sources = tensor_sources(spec, names, spec.vocab_size)
@@ -99,6 +106,8 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
                           if name not in ROPE_TENSORS},  # they became spec.rope_factors
             sources)
         backend = choose_backend(device, spec)
+        if spec.of_texts and types.keys() == {"F32"}:  # else it would become bfloat16
+            settings = replace(settings, dtype=settings.dtype or "float32")
         as_stored = None if settings.dtype else backend.as_stored
         dtype = None if as_stored else float_type(settings, backend)
         called = source.name, str(metadata.get("general.name") or "")
@@ -108,6 +117,14 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                row.gguf.permuted, row.interleaved, added)
         text = gguf_text(source.path, metadata)
+        ranking, head = None, Head()
+        if not spec.of_texts:
+            text, ranking = rerankers.of_gguf(source.path, metadata, family, spec, text, stored, classes)
+        if embedder := gguf_embedder(source.path, metadata, text, family, spec):
+            if spec.of_texts:
+                head = cross_encoders.gguf_head(source.path, metadata, spec, embedder.pooling, heads)
+            embedder = embedder._replace(size=head.size or embedder.size)
+            text = replace(text, embedder=embedder, chat_template=None)
     description = f"{architecture}, {spec.layers} layers, width {spec.width}, " + \
         ", ".join(f"{count} {name}" for name, count in types.most_common())
     if dtype is None:
@@ -121,7 +138,8 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     adaptable = Adaptable((*settings.served_model_name, *called), sources, slices, lambda name, rows: (
         unpermute_rope(rows, own_pairs if re.search(r"attn_[qk]\.", name) else None)), unread_keys(spec))
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=max(block, TILE_ROWS),
-                       family=architecture, adaptable=adaptable, grows=growth(tensors, held, dtype is None),
+                       family=architecture, adaptable=adaptable, head=head, ranking=ranking,
+                       grows=growth(tensors, held, dtype is None),
                        **own_sampling(source.path, metadata, "general.sampling."))
 
 
@@ -172,7 +190,8 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     spec = family_spec(path, family, config, gguf_rope(header, config, context))
     return family, replace(spec, head_bias="output.bias" in stored, **{
         field: any(header.has(f"{name}.bias") for name in names.split()) for field, names in (
-            ("qkv_bias", "attn_q attn_qkv"), ("output_bias", "attn_output"), ("norm_biases", "attn_norm"),
+            ("qkv_bias", "attn_q attn_qkv"), ("output_bias", "attn_output"),
+            ("norm_biases", "attn_norm attn_output_norm"),
             ("ffn_bias", "ffn_down_exps" if spec.experts else "ffn_down"))})
 
 
@@ -185,7 +204,7 @@ def family_of(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, s
     if architecture not in GGUF_FAMILIES:
         raise ConfigError(f"{path}: {unsupported(architecture)}")
     header = Header(path, metadata, stored, gguf_value)
-    refuse_gguf_embedder(path, header.own, metadata)
+    pooling_of_gguf(path, header.own, metadata)
     return header, GGUF_FAMILIES[architecture]
 
 
@@ -401,6 +420,8 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
         return gguf_value(path, metadata, f"tokenizer.{name}", *default, **bounds)
 
     model, tokens = value("ggml.model"), value("ggml.tokens")
+    if model in ("bert", "t5"):
+        return text_of_encoder(value)
     token_types = value("ggml.token_type", [1] * len(tokens), len(tokens))
     last = len(tokens) - 1
     bos, eos, *ends = (value(f"ggml.{name}_token_id", high=last) for name in ("bos", "eos", "eot", "eom"))

@@ -168,7 +168,8 @@ GGUF_OWN = {  # the same for keys that only some families have
     "topk_group": "expert_group_used_count", "moe_latent_size": "moe_latent_size",
     "routed_scaling_factor": "expert_weights_scale"}
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
-              "attention.causal", "tensor_data_layout", "rope.dimension_sections", "n_deepstack_layers"}
+              "attention.causal", "classifier.output_labels", "tensor_data_layout", "rope.dimension_sections",
+              "n_deepstack_layers"}
 OF_FAMILIES = {key: rule for row in FAMILIES.values() for key, rule in row.gguf.keys.items()}
 GGUF_KEYS = {  # * stands for the architecture
     "*.ssm.inner_size": Rule(int, 1), "*.nextn_predict_layers": Rule(int, 0, 100),
@@ -188,13 +189,16 @@ GGUF_KEYS = {  # * stands for the architecture
     "*.rope.scaling.original_context_length": Rule(int, 2, MOST_POSITIONS, optional=True),
     **dict.fromkeys(ROPE_TENSORS, Rule(float, 0.01, 10**6, many=True)),
     "tokenizer.chat_template": Rule(str, optional=True),
-    "tokenizer.ggml.model": Rule(str, choices=("gpt2", "llama", "gemma4")),
+    "tokenizer.ggml.model": Rule(str, choices=("gpt2", "llama", "gemma4", "bert", "t5")),
     "tokenizer.ggml.pre": Rule(str, choices=tuple(PRE_TOKENIZERS)),
     "tokenizer.ggml.tokens": Rule(str, many=True), "tokenizer.ggml.token_type": Rule(int, 0, 255, many=True),
     "tokenizer.ggml.scores": Rule(float, many=True), "tokenizer.ggml.merges": Rule(str, many=True),
-    "tokenizer.ggml.add_bos_token": Rule(bool), "tokenizer.ggml.add_space_prefix": Rule(bool),
+    "tokenizer.ggml.add_bos_token": Rule(bool), "tokenizer.ggml.add_eos_token": Rule(bool),
+    "tokenizer.ggml.add_space_prefix": Rule(bool),
+    "tokenizer.ggml.normalizer.lowercase": Rule(bool), "tokenizer.ggml.remove_extra_whitespaces": Rule(bool),
+    "tokenizer.ggml.precompiled_charsmap": Rule(int, -128, 255, many=True),
     **{f"tokenizer.ggml.{name}_token_id": Rule(int, 0, optional=True)
-       for name in ("bos", "eos", "eot", "eom", "unknown")}}
+       for name in ("bos", "eos", "eot", "eom", "unknown", "cls", "seperator")}}
 
 
 def gguf_value(path: Path, metadata: Mapping, key: str, default=None, length: int | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,17 @@ from chatlm.common.jsontext import whole_unicode
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.arrays.kinds import floats
+from chatlm.worker.arrays.kinds import floats, item_bytes, kind_of
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.tensors import TILE_ROWS
+from chatlm.worker.model.head import Head
+from chatlm.worker.weights import cross_encoders, rerankers
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import (
     Mxfp4, assembled, check_names_and_shapes, file_shapes, fp8_block, read_safetensors, tensor_sources,
     unread_keys, unscaled, without_shared)
-from chatlm.worker.weights.embedders import refuse_folder_embedder
+from chatlm.worker.weights.embedders import folder_embedder
 from chatlm.worker.weights.configs import (
     HF_KEYS, complete_heads, family_config, family_spec, growing_queries, scaled_rope)
 from chatlm.worker.weights.families import FAMILIES
@@ -85,11 +88,14 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     config = source.path / "config.json"
     family, spec = hf_spec(config, settings.context_length)
     names = source.name, str(source.path), str(read_json(config).get("_name_or_path") or "")
-    state, scales = read_safetensors(source.path)
-    row = FAMILIES[family]
+    state, scales = with_prefix(*read_safetensors(source.path))
+    row, score = FAMILIES[family], state.pop(rerankers.SCORE, None)
+    embeds = spec.of_texts or (source.path / "modules.json").exists()
+    if not spec.of_texts and (score is not None or embeds and row.all_tensors["head"][0] not in state):
+        spec = replace(spec, tied_head=True)  # it has no head, and needs none
     if spec.tied_head:
         state.pop(row.all_tensors["head"][0], None)  # some files have it twice
-    sources = tensor_sources(spec, row.all_tensors, spec.vocab_size)
+    sources, whole = tensor_sources(spec, row.all_tensors, spec.vocab_size), state
     state, scales = (without_shared(spec, tensors) for tensors in (row.repack(state), scales))
     if lost := sorted(set(scales) - set(state)):
         raise ConfigError(f"{source.path}: {lost[0]} is in FP8, which is not supported for this tensor of "
@@ -98,6 +104,8 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
                            sources)
     backend = choose_backend(device, spec)
     as_stored, dtype = None if settings.dtype else backend.as_stored, float_type(settings, backend)
+    if spec.of_texts and as_stored:  # vectors are compared with those of others: nothing is rounded
+        dtype = max((kind_of(tensor) for tensor in state.values()), key=item_bytes)
     mapped = sources.get("layer_embed", ((), ()))[1]
     matrices = {name: shape for name, shape in file_shapes(sources).items()
                 if len(shape) == 2 and name not in mapped} | unread_keys(spec)
@@ -120,6 +128,17 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
 
     tensors = assembled(source.path, settings, sources, state, dtype, changed, as_stored)
     text = hf_text(source.path, spec.vocab_size)
+    called, head = (source.name, source.path.name, names[2]), Head()
+    text, ranking = rerankers.of_folder(
+        source.path, read_json(config), family, called, spec, text, state, score)
+    if embeds and ranking is None:
+        pipeline = getattr(open_tokenizer(text), "pipeline")
+        embedder, head = folder_embedder(source.path, pipeline, family, spec, called)
+        if cross_encoders.classifies(whole, spec):
+            head = cross_encoders.folder_head(config, read_json(config), spec, whole)
+            sigmoid = cross_encoders.makes_probabilities(config, read_json(config))
+            embedder = embedder._replace(pooling="rank", size=1, least=0, sigmoid=sigmoid)
+        text = replace(text, embedder=embedder, chat_template=None)
     origin = ", from FP8" if scales else ""
     description = f"{family}, {spec.layers} layers, width {spec.width}{origin}{adapted}"
     path = source.path / "generation_config.json"
@@ -127,8 +146,17 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices, turned,
                           unread_keys(spec))
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=block, family=family,
-                       adaptable=adaptable,
+                       adaptable=adaptable, head=head, ranking=ranking,
                        **own_sampling(path, read_json(path, needed=False)))
+
+
+def with_prefix(state: dict, scales: dict) -> tuple[dict, dict]:
+    """A folder's tensors by the names of a model with a head, if it was written without one."""
+    if "embed_tokens.weight" not in state:
+        return state, scales
+    state, scales = ({name if name == "lm_head.weight" else f"model.{name}": tensor
+                      for name, tensor in tensors.items()} for tensors in (state, scales))
+    return state, scales
 
 
 def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
@@ -196,7 +224,6 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
     bos, eos, adds = ids("bos"), ids("eos"), options.get("add_bos_token")
     if not isinstance(adds, bool):
         adds = pipeline.encode("").ids[:1] == bos[:1] != []
-    refuse_folder_embedder(folder, pipeline.encode("").ids[-1:] not in ([], bos[:1]))
     return TextSpec("hf", payload, template, stop_tokens=frozenset(eos), bos_token=bos[0] if bos else None,
                     eos_token=eos[0] if eos else None, add_bos=adds, chat_bos=False,
                     suppressed=suppressed_in(folder / "generation_config.json", "suppress_tokens",

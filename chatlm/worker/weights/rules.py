@@ -15,6 +15,7 @@ from chatlm.common.hub.default_model import DEFAULT_FILE
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.worker.arrays.rotary import rope_frequencies
+from chatlm.worker.model.head import Head
 from chatlm.worker.model.tensors import TILE_ROWS
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class LoadedModel:
     grows: str = ""              # a note if the weights outgrow their file
     block: int = TILE_ROWS       # columns of `down` that are packed together
     adaptable: "Adaptable | None" = None  # if it accepts adapters without merging
+    head: Head = Head()          # of an embedder or a reranker: what its pooled hidden states go through
+    ranking: Any = None          # float64 (C,): what makes the last hidden state of a pair its score
 
     @property
     def context_length(self) -> int:

@@ -32,6 +32,7 @@ PRE_TOKENIZERS = {name: row for names, row in {  # by tokenizer.ggml.pre
         r"[\p{P}$+<=>^~|]+", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
         r"\p{N}+", "[0-9]{3}")),
     "gpt-2 phi-2": PreTokenizer((), gpt2=True),
+    "modern-bert": PreTokenizer((), gpt2=True, nfc=True),
     "smollm starcoder refact": PreTokenizer((r"\p{N}",), gpt2=True),
     "command-r": PreTokenizer((r"\p{N}",), gpt2=True, nfc=True),
     "olmo exaone4 granite-docling": PreTokenizer((), gpt2=True),

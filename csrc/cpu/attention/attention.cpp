@@ -81,14 +81,14 @@ AttentionPlan::AttentionPlan(std::vector<int32_t> pages_, std::vector<int64_t> o
     require(good, "tables: each page must lie in the cache");
 }
 
-const AttentionPlan::Work& AttentionPlan::work(int window, int head_size) {
-    const std::pair key(window, head_size);
+const AttentionPlan::Work& AttentionPlan::work(int window, int head_size, bool of_texts) {
+    const std::tuple key(window, head_size, of_texts);
     auto found = made.find(key);
-    if (found == made.end()) found = made.emplace(key, divide(window, head_size)).first;
+    if (found == made.end()) found = made.emplace(key, divide(window, head_size, of_texts)).first;
     return found->second;
 }
 
-AttentionPlan::Work AttentionPlan::divide(int window, int head_size) const {
+AttentionPlan::Work AttentionPlan::divide(int window, int head_size, bool of_texts) const {
     const int64_t together = rows_together(heads, kv_heads), threads = get_threads();
     int64_t prompt_rows = 0;
     for (size_t i = 0; i < lengths.size(); i++)
@@ -97,9 +97,10 @@ AttentionPlan::Work AttentionPlan::divide(int window, int head_size) const {
     Work work;
     for (size_t i = 0; i < lengths.size(); i++) {
         const int64_t end = starts[i + 1], first_position = lengths[i] - (end - starts[i]);
+        require(!of_texts || !lengths[i] || !first_position, "lengths: a text must be whole in one step");
         // One group of rows alone (decoding) is divided by chunks; many groups are work enough for all threads.
         const bool divided = end - starts[i] <= together;
-        const int64_t seen = window > 0 ? std::min<int64_t>(lengths[i], window) : lengths[i];
+        const int64_t seen = window > 0 ? std::min<int64_t>(lengths[i], of_texts ? 2 * int64_t(window) + 1 : window) : lengths[i];
         const int64_t rows_at_once = divided || seen * head_size < NUMBERS_WORTH_TURNS ? together : together * parts;
         for (int64_t row = starts[i]; row < end; row += rows_at_once) {
             AttentionItem item{};
@@ -109,8 +110,11 @@ AttentionPlan::Work AttentionPlan::divide(int window, int head_size) const {
             item.merge = -1;
             if (lengths[i] > 0) {
                 item.position = int32_t(first_position + row - starts[i]);
-                item.chunk_begin = window > 0 ? std::max(0, item.position + 1 - window) / CHUNK_SIZE : 0;
-                item.chunk_end = (item.position + item.rows - 1) / CHUNK_SIZE + 1;
+                item.text = of_texts ? int32_t(lengths[i]) : 0;
+                const int64_t ahead = !of_texts ? 0 : window > 0 ? window : lengths[i];
+                item.end = int32_t(std::min(lengths[i], item.position + item.rows + ahead));
+                item.chunk_begin = window > 0 ? std::max(0, item.position + !of_texts - window) / CHUNK_SIZE : 0;
+                item.chunk_end = (item.end - 1) / CHUNK_SIZE + 1;
             }
             work.positions += int64_t(item.rows) * (item.chunk_end - item.chunk_begin) * kv_heads * CHUNK_SIZE;
             const int chunks = item.chunk_end - item.chunk_begin, queries = item.rows * (heads / kv_heads);
@@ -173,7 +177,7 @@ size_t AttentionRun::staged_bytes(const AttentionJob& job) const {
 // The keys of an item's first chunk, at once: later ones are fetched while the item before is computed.
 void fetch_keys(const AttentionJob& job, const AttentionItem& item) {
     const int64_t bytes = block_bytes(job.cache_type, job.head_size);
-    const int first = item.chunk_begin * CHUNK_PAGES, seen = item.chunk_begin < item.chunk_end ? (item.position + item.rows - 1) / PAGE_SIZE + 1 : 0;
+    const int first = item.chunk_begin * CHUNK_PAGES, seen = item.chunk_begin < item.chunk_end ? (item.end - 1) / PAGE_SIZE + 1 : 0;
     for (int page = first; page < std::min(first + CHUNK_PAGES, seen); page++) {
         const char* keys = static_cast<const char*>(job.cache) + item.pages[page] * job.page_stride * bytes_of(job.cache_type) + item.kv_head * 2 * bytes;
         for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(keys + i);

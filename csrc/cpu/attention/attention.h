@@ -74,10 +74,12 @@ struct AttentionJob {
     Element cache_type;
     float* out;
     int heads, kv_heads, head_size;
-    int window;                             // keys that a row sees, itself included; 0: all
+    int window;                             // keys that a row sees, itself included; 0: all. Of a text: on either side of itself
     float softcap;                          // scores become softcap * tanh(score / softcap); 0: they stay
     const float* sinks;                     // [Hq] one more score for each head, whose value is 0; or null
     int64_t page_stride;                    // elements from page to page
+    const float* distances = nullptr;       // [Hq][2 * reach] added to the scores of floats, at reach + (key's position - query's); or null
+    int64_t reach = 0;                      // at least the length of any text and a page
 };
 
 // `rows` consecutive rows of one sequence, one kv head, some of the chunks that these rows see.
@@ -85,6 +87,8 @@ struct AttentionItem {
     const int32_t* pages;                   // of the sequence
     int32_t row, rows;
     int32_t position;                       // of the first row
+    int32_t text;                           // > 0: positions of a text, of which a row sees those on both sides; 0: it sees those up to itself
+    int32_t end;                            // after the last position that any of its rows sees
     int32_t kv_head;
     int32_t chunk_begin, chunk_end;
     int32_t merge;                          // which counter: the last item of a counter merges all its states; -1: none

@@ -3,7 +3,7 @@
 
 #include <atomic>
 #include <map>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "cpu/attention/attention.h"
@@ -23,17 +23,18 @@ public:
         int merges = 0;
         int64_t positions = 0;          // of all items and rows, in whole chunks: a measure of the work
     };
-    const Work& work(int window, int head_size);        // guarded by the GIL; stays valid as long as the plan
+    // guarded by the GIL; stays valid as long as the plan. `of_texts`: rows see both sides, and a sequence must be whole
+    const Work& work(int window, int head_size, bool of_texts = false);
 
     int64_t rows() const { return starts.back(); }
     const int heads, kv_heads;
     const int64_t num_pages;
 
 private:
-    Work divide(int window, int head_size) const;
+    Work divide(int window, int head_size, bool of_texts) const;
     std::vector<int32_t> pages;
     std::vector<int64_t> offsets, lengths, starts;
-    std::map<std::pair<int, int>, Work> made;           // by window and head size
+    std::map<std::tuple<int, int, bool>, Work> made;    // by window, head size and whether of texts
 };
 
 // A step's attention over one window: chunks of items that threads may run in any order, layer after layer. `memory`

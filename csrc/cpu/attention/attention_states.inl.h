@@ -111,8 +111,9 @@ struct Visible {
 
     Visible(const AttentionItem& item, int chunk, int window) {
         for (int r = 0; r < item.rows; r++) {
-            const int stop = item.position + r + 1 - chunk * CHUNK_SIZE;
-            begin[r] = window > 0 ? least(most(stop - window, 0), CHUNK_SIZE) : 0;
+            const int next = item.position + r + 1 - chunk * CHUNK_SIZE, ahead = item.text - chunk * CHUNK_SIZE;
+            const int stop = !item.text ? next : window > 0 ? least(next + window, ahead) : ahead, start = item.text ? next - 1 - window : next - window;
+            begin[r] = window > 0 ? least(most(start, 0), CHUNK_SIZE) : 0;
             end[r] = least(stop, CHUNK_SIZE);
             if (begin[r] >= end[r]) begin[r] = end[r] = 0;
             if (begin[r] < end[r]) first = least(first, begin[r]), last = most(last, end[r]);
@@ -141,7 +142,7 @@ struct ChunkBlocks {
     void find(const AttentionItem& item, int chunk, int first, int last, const AttentionItem* following, int next_chunk) {
         int next_pages = 0;
         if (following && next_chunk < following->chunk_end)             // a padding row has no pages
-            next_pages = (following->position + following->rows - 1) / PAGE_SIZE + 1 - next_chunk * CHUNK_PAGES;
+            next_pages = (following->end - 1) / PAGE_SIZE + 1 - next_chunk * CHUNK_PAGES;
         for (int p = first / PAGE_SIZE; p * PAGE_SIZE < last; p++) {
             k[p] = block(item, int64_t(chunk) * CHUNK_PAGES + p);
             v[p] = k[p] + half;

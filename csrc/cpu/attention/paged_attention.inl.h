@@ -144,6 +144,13 @@ struct Attention {
                 score_pages<Stored, t.queries>(q[from / SCORE_SIZE][i], at.k + first, at.v + first, pages, from, least(from + SCORE_SIZE, D),
                                                s + i * CHUNK_SIZE + first * PAGE_SIZE);
         });
+        if (job.distances)
+            for (int i = 0; i < queries; i++) {
+                const int64_t head = item.kv_head * G + i % G, from = job.reach + int64_t(chunk) * CHUNK_SIZE - (item.position + i / G);
+                const float* const added = job.distances + head * 2 * job.reach + from;
+                for (int p = first * PAGE_SIZE; p < (first + pages) * PAGE_SIZE; p += PAGE_SIZE)
+                    store(s + i * CHUNK_SIZE + p, load(s + i * CHUNK_SIZE + p) + load(added + p));
+            }
         if (job.softcap > 0.0f)
             for (int i = 0; i < queries; i++)
                 for (int p = first; p < first + pages; p++) {

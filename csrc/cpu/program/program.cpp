@@ -174,7 +174,7 @@ std::string details(const op::linear& op) {
 }
 
 std::string details(const op::paged_attention& op) {
-    return (op.window ? " window " + std::to_string(op.window) : "") + (op.softcap ? " softcap" : "") + (op.sinks ? " sinks" : "");
+    return std::string(op.of_texts ? " of texts" : "") + (op.window ? " window " + std::to_string(op.window) : "") + (op.softcap ? " softcap" : "") + (op.sinks ? " sinks" : "");
 }
 
 }  // namespace
@@ -214,6 +214,7 @@ struct Program::Inside {
     void note(const op::sample& op, int64_t) { sampled_vocab = op.logits.columns; }
 
     void note(const op::paged_attention& op, int64_t) {
+        if (op.distances) max_positions = std::min(max_positions, op.reach - PAGE_SIZE);
         for (const Op& recorded : ops) {
             const auto* const other = recorded.as<op::paged_attention>();
             require(!other || other->cache_type == op.cache_type || other->cache_type == Element::q8_0 || op.cache_type == Element::q8_0,

@@ -50,7 +50,8 @@ static inline int64_t tokens_by_rows(int threads) { return std::min(GROUP_ROWS *
 
 size_t prepared_bytes(const op::linear& op, int64_t rows);      // its x, made ready
 static inline AttentionJob job_of(const op::paged_attention& op) {
-    return {op.q.at, op.cache, op.cache_type, op.out.at, op.heads, op.kv_heads, op.head_size, op.window, op.softcap, op.sinks, op.page_stride};
+    return {op.q.at, op.cache, op.cache_type, op.out.at, op.heads, op.kv_heads, op.head_size, op.window, op.softcap, op.sinks, op.page_stride,
+            op.distances, op.reach};
 }
 
 struct StepMemory {
@@ -90,9 +91,9 @@ private:
     };
     // Attention of equal group, window, heads, kv_heads and head size, of all tokens or of the needed ones only, is one run.
     using Shape = std::array<int, 4>;           // group, heads, kv_heads, needed ones only?: what a plan is made for
-    using Key = std::tuple<Shape, int, int>;
+    using Key = std::tuple<Shape, int, int, bool>;
     Shape shape_of(const op::paged_attention& op) const { return {op.group, op.heads, op.kv_heads, is_of_needed(op)}; }
-    Key key_of(const op::paged_attention& op) const { return {shape_of(op), op.window, op.head_size}; }
+    Key key_of(const op::paged_attention& op) const { return {shape_of(op), op.window, op.head_size, op.of_texts}; }
     using Body = void (Step::*)(const Part&, int64_t chunk) const;
     using StagedBody = void (Step::*)(const Part&, int64_t chunk, float* staged) const;
     using Put = void (Step::*)(const Part&, int64_t chunk, const float* staged) const;

@@ -88,7 +88,7 @@ void Step::plan_attention() {
     for (const Op& one : ops) {
         const auto* const op = one.as<op::paged_attention>();
         if (!op || !count_of(*op) || attention.count(key_of(*op))) continue;
-        const AttentionPlan::Work& work = plans.at(shape_of(*op)).work(op->window, op->head_size);
+        const AttentionPlan::Work& work = plans.at(shape_of(*op)).work(op->window, op->head_size, op->of_texts);
         attention_memory.emplace_back();
         void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, op->head_size) + 64);
         attention.emplace(key_of(*op), AttentionRun(work, memory, threads));
@@ -113,7 +113,11 @@ void Step::find_needed() {
         return rope ? rope->job.kv_heads > 0 : std::visit([](const auto& its) { return keeps_states<std::decay_t<decltype(its)>>; }, op.is);
     });
     gathered = input.logit_rows;
-    if (append == ops.rend() || input.all_rows) return;
+    const bool of_texts = std::any_of(ops.begin(), ops.end(), [](const Op& op) {
+        const auto* const attention = op.as<op::paged_attention>();
+        return attention && attention->of_texts;                // its rows need whole sequences
+    });
+    if (append == ops.rend() || input.all_rows || of_texts) return;
     needed = input.logit_rows;
     std::sort(needed.begin(), needed.end());
     needed.erase(std::unique(needed.begin(), needed.end()), needed.end());

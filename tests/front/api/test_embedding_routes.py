@@ -14,7 +14,7 @@ from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import Embedding, Finished
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.api.readers import read_embedding_body
+from chatlm.front.api.retrieval import read_embedding_body
 from answers import asked, ending
 from fake_pool import FakePool, serving
 from pools import played_pool

@@ -10,7 +10,7 @@ import chat_server
 from chatlm.common.config import Settings
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Known
-from chatlm.common.messages.requests import InfillTokens
+from chatlm.common.messages.requests import Embedder, InfillTokens
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.readers import ANSWER_READERS, read_answer, read_text, read_variants
@@ -19,6 +19,12 @@ from fake_pool import FakePool, Letters, serving
 
 KNOWN = Known(Settings(seed=7), "tagged", template="{{ reasoning_effort }} {{ city }} </think>", never_written=frozenset({256}),
               infill=InfillTokens(1, 2, 3))
+EMBEDS, RANKS = (replace(KNOWN, embedder=embedder) for embedder in (
+    Embedder("mean", 8, 64, least=2, prompts=(("query", "q: "), ("document", ""))),
+    Embedder("rank", 1, 64, form="{instruction} {query} {document}", instruction="Find it")))
+RERANKS = "/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking"
+SCORES = "/v1/score", "/score"
+WHICH = dict.fromkeys(("/v1/embeddings", "/embed", "/api/embed", "/api/embeddings"), EMBEDS) | dict.fromkeys((*RERANKS, *SCORES), RANKS)
 HI = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -30,12 +36,15 @@ BASE = {        # the least that each route reads, from which a field may then b
     "/v1/messages/count_tokens": {"messages": HI}, "/api/chat": {"messages": HI}, "/api/generate": {"prompt": "Hi"},
     "/api/embed": {"input": "Hi"}, "/api/embeddings": {"prompt": "Hi"}, "/api/show": {},
     "/tokenize": {"content": "Hi<|end|>"}, "/detokenize": {"tokens": [72]}, "/apply-template": {"messages": HI},
+    "/embed": {"inputs": "Hi"}, **{route: {"query": "Hi", "documents": ["Ho", {"text": "Hu"}]} for route in RERANKS},
+    **{route: {"text_1": "Hi", "text_2": ["Ho"]} for route in SCORES},
     "/models/load": {}, "/models/unload": {}, "/v1/compare": {"messages": HI, "models": ["a", "b"], "seed": 7}}
 FLAT_TOOL = {"type": "function", "name": "add", "parameters": SCHEMA}
 BESIDE = {      # what a field needs beside it to mean something
     "top_logprobs": {"logprobs": True}, "tool_choice": {"tools": [TOOL]}, "parallel_tool_calls": {"tools": [TOOL]},
     "function_call": {"functions": [TOOL["function"]]}, "stream_options": {"stream": True}, "resumable": {"stream": True},
     "progress": {"stream": True}, "best_of": {"n": 2}, "prompt_logprobs_start": {"prompt_logprobs": 1},
+    **dict.fromkeys(("raw_scores", "return_text"), {"documents": None, "texts": ["a", "b"]}),
     "continue_final_message": {"messages": [*HI, {"role": "assistant", "content": "Well"}]}}
 VALUES = {      # a value of each field that differs from what holds without it
     "messages": [{"role": "user", "content": "Other"}], "prompt": "Other", "input": "Other", "content": "Other", "tokens": [73],
@@ -55,19 +64,24 @@ VALUES = {      # a value of each field that differs from what holds without it
     "system": "Be brief.", "stop_sequences": ["x"], "thinking": {"type": "enabled"}, "output_config": {"format": FORM | {"schema": SCHEMA}},
     "format": "json", "think": True, "options": {"temperature": 0.5}, "raw": True, "images": ["x"], "add_special": True, "parse_special": False,
     "with_pieces": True, "prefix_token_ids": [72], "return_token_ids": True, "input_prefix": "Other", "input_suffix": ["a", 5], "input_extra": [{"text": "x"}],
+    "query": "Other", "documents": ["Other"], "texts": ["Other"], "inputs": "Other", "text_1": "Other", "text_2": ["Other", "b"], "queries": "Other",
+    "top_n": 1, "return_documents": True, "max_tokens_per_doc": 3, "use_activation": False, "instruction": "Other", "raw_scores": True, "return_text": True,
+    "prompt_name": "query", "input_type": "search_query", "embd_normalize": -1, "normalize": False,
     "prompt_logprobs": 2, "prompt_logprobs_start": 1, "logprob_token_ids": [5], "add_special_tokens": True, "return_token_strs": True, "repeat_penalty": 1.5, "n_predict": 7, "n_probs": 2,
     "return_tokens": True, "response_fields": ["content"], "models": ["a", "c"], "steps": [1, 2], "variants": [{}, {"seed": 1}]}
 OTHERS = {      # where a field has another type in one of the routes
     ("/v1/responses", "tools"): [FLAT_TOOL], ("/v1/messages", "tools"): [{"name": "add", "input_schema": SCHEMA}],
     ("/v1/messages/count_tokens", "tools"): [{"name": "add", "input_schema": SCHEMA}],
     ("/v1/messages", "tool_choice"): {"type": "none"}, ("/v1/messages/count_tokens", "tool_choice"): {"type": "none"},
+    ("/embed", "truncate"): False, **{(route, "truncate"): False for route in RERANKS},
     ("/v1/completions", "logprobs"): 2, ("/api/embed", "truncate"): False, ("/api/chat", "stream"): False, ("/api/generate", "stream"): False}
 OPTIONS = {"repeat_penalty": 1.5, "num_predict": 7}
 
 
 def sent(route, name):
     """(A body without the field, the same body with it)."""
-    body = ({} if (route, name) == ("/tokenize", "continue_final_message") else BASE[route]) | BESIDE.get(name, {})     # it has no content there
+    body = ({} if (route, name) == ("/tokenize", "continue_final_message") else BASE[route]) | BESIDE.get(
+        name, BESIDE["raw_scores"] if (name, route in RERANKS) == ("truncate", True) else {})     # it has no content there
     if "tools" in body:
         body["tools"] = OTHERS.get((route, "tools"), [TOOL])
     return body, body | {name: OTHERS.get((route, name), VALUES[name])}
@@ -90,7 +104,7 @@ class Teller(Letters):
 def parsed(route, body):
     """What becomes of a body, without what it says of fields that have no effect; and those fields."""
     if route in ANSWER_READERS:
-        answer = read_answer(route, body, KNOWN)
+        answer = read_answer(route, body, WHICH.get(route, KNOWN))
         return replace(answer, ignored_fields=()), answer.ignored_fields
     ignored, _, text = asyncio.run(read_text(route, body, PromptMaker(Teller(), 4096))).partition(b"\n")
     if route == "/v1/compare":          # what its models are asked, they read themselves
@@ -162,6 +176,8 @@ UNREAD = {
     "/api/generate": {"keep_alive": "5m", "template": "{{ .Prompt }}", "context": [1, 2], "logprobs": True, "width": 5},
     "/api/embed": {"keep_alive": "5m", "options": {}, "encoding_format": "float"},
     "/api/embeddings": {"keep_alive": "5m", "options": {}, "input": "x", "truncate": True},
+    "/embed": {"encoding_format": "float", "pooling": "mean"}, "/v1/rerank": {"max_chunks_per_doc": 2, "rank_fields": ["text"], "user": "me"},
+    "/v1/score": {"mm_processor_kwargs": {}, "truncate_prompt_tokens": 5},
     "/api/show": {"verbose": True}, "/tokenize": {"add_bos": True}, "/detokenize": {"skip_special_tokens": True},
     "/apply-template": {"max_tokens": 5}}
 MEMBERS = [     # (route, what is added to the body, the members that are named)
@@ -190,6 +206,9 @@ BESIDE_OTHERS = [       # (route, body, the fields that have no effect in it)
     ("/v1/responses", {"truncate": "oldest", "truncation": "disabled"}, ["truncate"]),
     ("/v1/messages", {"stop": "x", "stop_sequences": ["y"]}, ["stop"]),
     ("/chat/completions", {"model": "fake-model", "n": 2, "mirostat": 1}, ["mirostat"]),    # a body of Chat Completions
+    ("/v1/rerank", {"raw_scores": True, "return_text": True, "truncate": True}, ["raw_scores", "return_text", "truncate"]),
+    ("/rerank", {"documents": None, "texts": ["a"], "return_documents": True}, ["return_documents"]),
+    ("/v1/embeddings", {"input_type": "document"}, ["input_type"]), ("/v1/embeddings", {"input_type": "query"}, []),
     ("/api/generate", {"raw": True, "system": "Be brief.", "think": True}, ["system", "think"])]
 THINKING = [
     ("/v1/chat/completions", {"reasoning_effort": "low"}, "reasoning_effort"),

@@ -100,7 +100,7 @@ COUNT = "must be an integer from 1 to "
     ("llama.rope.scaling.type", "dynamic", 'is "dynamic"; it must be one of none, linear'),
     ("llama.rope.scaling.type", 3, "is 3; it must be one of none, linear"),
     ("general.architecture", 5, "is 5; it must be a text"),
-    ("tokenizer.ggml.model", "bert", 'is "bert"; it must be one of gpt2, llama'),
+    ("tokenizer.ggml.model", "rwkv", 'is "rwkv"; it must be one of gpt2, llama'),
     ("tokenizer.ggml.model", None, "is missing"),
     ("tokenizer.ggml.pre", "viking", 'is "viking"; it must be one of default, gpt-2'),
     ("tokenizer.ggml.pre", 1.5, "is 1.5; it must be one"),

@@ -1,0 +1,129 @@
+"""Prompts of models that embed texts or rank documents: what goes around a text, and what is cut to fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence as Seq
+from typing import NamedTuple, TYPE_CHECKING
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import Overloaded, RequestError
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Embedder, Request, Retrieval
+    from chatlm.common.text.tokenizer import Tokenizer
+
+
+EMBEDS = "this model makes vectors of texts (/v1/embeddings, /api/embed, /v1/score)"
+RANKS = "this model ranks documents for a query (/v1/rerank, /v1/score)"
+PLACES = re.compile(r"\{(query|instruction)\}")  # filled in one go: what looks like one in a query is text
+CANNOT = {"answer": "it cannot chat or continue texts", "embed": "it makes no vectors of texts",
+          "rank": "it cannot rank documents, which takes a reranker"}
+
+
+def task_of(pooling: str) -> str:
+    """What a request with this AnswerParams.pooling asks for."""
+    return {"": "answer", "rank": "rank"}.get(pooling, "embed")
+
+
+def check_task(embedder: Embedder | None, task: str):
+    """RequestError, which says what the model can do, if it cannot do the task: answer, embed or rank."""
+    if embedder is None:
+        able, does = ("answer", "embed"), "this model answers, and makes vectors of texts (/v1/embeddings)"
+    else:
+        able, does = (task_of(embedder.pooling),), RANKS if embedder.pooling == "rank" else EMBEDS
+    if task not in able:
+        raise RequestError(f"{does}; {CANNOT[task]}", code="unsupported_task", param="model")
+
+
+class Head(NamedTuple):
+    """What comes before each document of a query, and after it where both are one text."""
+
+    text: str
+    ids: Seq[int]
+    after: str
+
+
+def check_count(count: int, param: str):
+    """RequestError for texts that have too many tokens together."""
+    if count > LIMITS.embedded_tokens:
+        raise RequestError(f"{param}: {count:,} tokens given, at most {LIMITS.embedded_tokens:,} are allowed "
+                           "in one request", code="limit_exceeded", param=param)
+
+
+class RetrievalMaker:
+    """Makes the prompts of texts and of pairs, for one model.
+
+    `start_of` returns a text, or the start of one that is much longer than the context (see PromptMaker)."""
+
+    def __init__(self, tokenizer: Tokenizer, embedder: Embedder, context_length: int,
+                 start_of: Callable[..., str]):
+        self.tokenizer, self.embedder, self.start_of = tokenizer, embedder, start_of
+        self.longest = min(embedder.longest, context_length)
+
+    def prompts(self, request: Request, retrieval: Retrieval) -> tuple[tuple[int, ...], ...]:
+        """The token ids of each text, or of each document with its query. RequestError for what does not fit
+        and may not be cut."""
+        if request.params.pooling != self.embedder.pooling:
+            raise Overloaded("the model was still loading when this request was read", retry_after_s=1)
+        if not retrieval.queries:
+            return tuple(tuple(self.text(text, retrieval, request.source, index))
+                         for index, text in enumerate(request.prompts))
+        documents = [str(document) for document in request.prompts]
+        queries = retrieval.queries * (len(documents) if len(retrieval.queries) == 1 else 1)
+        size = sum(map(len, queries)) + len(retrieval.instruction or "") * len(documents)
+        if size > LIMITS.ranked_characters:
+            raise RequestError(f"the query is read again for each document, {size:,} characters in all; at "
+                               f"most {LIMITS.ranked_characters:,} are allowed: send fewer documents",
+                               code="limit_exceeded", param="query")
+        heads = {query: self.head(query, retrieval) for query in dict.fromkeys(queries)}
+        pairs = [tuple(self.pair(heads[query], document, retrieval))
+                 for query, document in zip(queries, documents)]
+        around = len(self.embedder.begins) + len(self.embedder.ends)
+        check_count(sum(len(ids) - around - len(heads[query].ids) for query, ids in zip(queries, pairs)),
+                    "documents")
+        return tuple(pairs)
+
+    def text(self, text: str | Seq[int], retrieval: Retrieval, param: str, index: int) -> Seq[int]:
+        """The index-th text between its special tokens; token ids stay as they are."""
+        own, begins, ends = self.embedder, (), ()
+        ids: Seq[int] = text if not isinstance(text, str) else ()
+        if isinstance(text, str):
+            text = self.start_of(text, param, retrieval.cut)
+            ids = self.tokenizer.encode(retrieval.prompt + text)
+            begins, ends = own.begins, own.ends
+        room = self.longest - len(begins) - len(ends)
+        if len(ids) > room and not retrieval.cut:
+            raise self.too_long(f"{param}[{index}]", len(ids) + len(begins) + len(ends), param)
+        return [*begins, *ids[:room], *ends]
+
+    def head(self, query: str, retrieval: Retrieval) -> Head:
+        """What is read of a query, before each of its documents. RequestError if it leaves no room for
+        one."""
+        own, query = self.embedder, self.start_of(query, "query")
+        instruction = own.instruction if retrieval.instruction is None else retrieval.instruction
+        before, place, after = own.form.partition("{document}")
+        text = PLACES.sub(lambda place: query if place[1] == "query" else instruction, before)
+        ids = self.tokenizer.encode(text, begins=not own.begins) if place else self.tokenizer.encode(query)
+        around = len(own.begins) + len(own.ends)
+        if around + len(ids) + len(own.between) >= self.longest:
+            raise self.too_long("the query", around + len(ids) + len(own.between), "query")
+        return Head(text, [*ids, *own.between], after)
+
+    def pair(self, head: Head, document: str, retrieval: Retrieval) -> Seq[int]:
+        """A query and a document between their special tokens. Only the document is ever cut."""
+        own, encode = self.embedder, self.tokenizer.encode
+        document = self.start_of(document, "documents", retrieval.cut)
+        if own.form:  # as one text: a token may have the end of the one and the start of the other
+            ids = encode(head.text + document + head.after, begins=not own.begins)
+        else:
+            ids = [*head.ids, *encode(document)]
+        room = self.longest - len(own.begins) - len(own.ends)
+        most = len(ids) if retrieval.most is None else len(head.ids) + retrieval.most
+        if min(len(ids), most) > room and not retrieval.cut:
+            raise self.too_long("a document with its query", len(ids) + self.longest - room, "documents")
+        return [*own.begins, *ids[:min(room, most)], *own.ends]
+
+    def too_long(self, what: str, count: int, param: str) -> RequestError:
+        return RequestError(f"{what} has {count:,} tokens, those around it included, but the model reads at "
+                            f"most {self.longest:,}", code="context_length_exceeded", param=param)

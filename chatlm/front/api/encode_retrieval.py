@@ -1,0 +1,143 @@
+"""Answers that are vectors of texts, rankings of documents or scores of pairs, as each API writes them."""
+
+from __future__ import annotations
+
+import base64
+import math
+import operator
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence as Seq
+from typing import TYPE_CHECKING
+
+from chatlm.common.jsontext import dump
+from chatlm.common.messages.requests import Embedding
+from chatlm.front.api.encode import Encoder
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Finished
+
+
+class EmbeddingsEncoder(Encoder):
+    """`/v1/embeddings`, Ollama's `/api/embed` and `/api/embeddings`, TEI's `/embed`: each input's vector."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.vectors = [b""] * len(self.choices)
+
+    def collect(self, event: Embedding | Finished) -> int:
+        """Keep a vector as it will be sent; returns its size in bytes."""
+        if not isinstance(event, Embedding):
+            self.choices[event.choice].done = event
+            return 0
+        vector = dump(event.vector)
+        if self.parsed.details["encoding"] == "float":  # nine digits tell all float32 numbers apart
+            vector = b"[%s]" % ",".join(["%.9g" % number for number in numbers_of(event)]).encode()
+        self.vectors[event.choice] = vector
+        return len(vector)
+
+    def without_work(self) -> bytes:
+        more = {"model": self.model, "embeddings": [], "total_duration": 0, "load_duration": 0,
+                "prompt_eval_count": 0}
+        return dump(more) if "nothing" in self.parsed.details else b""
+
+    def completion(self) -> Iterator[bytes]:
+        count, api = self.usage().prompt_tokens, self.parsed.api
+        if api == "ollama embeddings":
+            yield b'{"embedding": %s}' % self.vectors[0]
+            return
+        if api == "tei embed":
+            yield b"[%s]" % b", ".join(self.vectors)
+            return
+        if api == "ollama embed":
+            seconds = max(choice.done.ttft_ms for choice in self.choices) / 1e3
+            name, form = "embeddings", b"%(vector)s"
+            more = {"model": self.model, "total_duration": int(seconds * 1e9), "load_duration": 0,
+                    "prompt_eval_count": count}
+        else:
+            name, form = "data", b'{"object": "embedding", "index": %(index)d, "embedding": %(vector)s}'
+            more = {"object": "list", "model": self.model,
+                    "usage": {"prompt_tokens": count, "total_tokens": count}}
+        yield dump(more)[:-1] + b', "%s": [' % name.encode()
+        for index, vector in enumerate(self.vectors):
+            yield b", " * bool(index) + form % {b"index": index, b"vector": vector}
+        yield b"]}"
+
+
+def numbers_of(event: Embedding) -> list[float]:
+    return [number for number, in struct.iter_unpack("<f", base64.b64decode(event.vector))]
+
+
+class ScoresEncoder(Encoder):
+    """`/v1/rerank` and `/v1/score` and their like: a score of each pair."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.found: list[list[float]] = [[]] * len(self.choices)
+
+    def collect(self, event: Embedding | Finished) -> int:
+        """Keep a score, or a vector to compare; returns the bytes that it takes."""
+        if not isinstance(event, Embedding):
+            self.choices[event.choice].done = event
+            return 0
+        self.found[event.choice] = numbers = numbers_of(event)
+        return 100 + 32 * len(numbers)
+
+    def completion(self) -> Iterator[bytes]:
+        count = self.usage().prompt_tokens
+        yield dump(FORMS[self.parsed.api](self, {"prompt_tokens": count, "total_tokens": count}))
+
+    @property
+    def raw(self) -> list[float]:
+        """The logits of the pairs, in the order in which they were sent."""
+        return [number for number, in self.found]
+
+    @property
+    def scores(self) -> list[float]:
+        return self.raw if self.parsed.details["raw"] else list(map(sigmoid, self.raw))
+
+    @property
+    def cosines(self) -> list[float]:
+        """Of pairs of vectors of length 1: the first texts come before the second ones."""
+        pairs = self.parsed.details["pairs"]
+        first, second = self.found[:-pairs], self.found[-pairs:]
+        first = first * pairs if len(first) == 1 else first
+        return [math.fsum(map(operator.mul, a, b)) for a, b in zip(first, second)]
+
+    def ranked(self, score: str, document: Callable[[str], dict]) -> list[dict]:
+        """The best pairs, highest first; of equal ones the earlier comes first."""
+        details, scores, raw = self.parsed.details, self.scores, self.raw
+        best = sorted(range(len(scores)), key=lambda index: (-raw[index], index))[:details["top"]]
+        texts: Seq[str] | None = details["documents"]
+        return [{"index": index, score: scores[index], **(document(texts[index]) if texts else {})}
+                for index in best]
+
+
+def sigmoid(score: float) -> float:
+    return 1 / (1 + math.exp(-score)) if score >= 0 else 1 - 1 / (1 + math.exp(min(score, 700)))
+
+
+def rerank_body(encoder: ScoresEncoder, usage: dict) -> dict:
+    return {"id": "rerank-" + encoder.request.id, "object": "list", "model": encoder.model,
+            "results": encoder.ranked("relevance_score", lambda text: {"document": {"text": text}}),
+            "usage": usage, "meta": {"billed_units": {"search_units": 1}}}
+
+
+def tei_body(encoder: ScoresEncoder, usage: dict) -> list[dict]:
+    return encoder.ranked("score", lambda text: {"text": text})
+
+
+def score_body(encoder: ScoresEncoder, usage: dict) -> dict:
+    scores = encoder.cosines if encoder.parsed.api == "cosines" else encoder.scores
+    return {"id": "score-" + encoder.request.id, "object": "list", "created": int(time.time()),
+            "model": encoder.model, "usage": usage,
+            "data": [{"index": index, "object": "score", "score": score}
+                     for index, score in enumerate(scores)]}
+
+
+FORMS: dict[str, Callable[[ScoresEncoder, dict], dict | list[dict]]] = {
+    "rerank": rerank_body, "llama rerank": rerank_body, "tei rerank": tei_body, "score": score_body,
+    "cosines": score_body}
+RETRIEVAL_ENCODERS: dict[str, type[Encoder]] = {
+    **dict.fromkeys(("embeddings", "ollama embed", "ollama embeddings", "tei embed"), EmbeddingsEncoder),
+    **dict.fromkeys(FORMS, ScoresEncoder)}

@@ -1,0 +1,116 @@
+"""The heads of cross-encoders: rerankers that read both texts of a pair at once and score them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from chatlm.common.log import log
+from chatlm.common.errors import ConfigError, shown
+from chatlm.worker.arrays.kinds import floats
+from chatlm.worker.arrays.packed import dequantize
+from chatlm.worker.model.head import Dense, Head
+from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.weights.rules import Rule, checked
+
+SCORES = "classifier.weight", "classifier.out_proj.weight"  # with one row for each label
+
+
+def classifies(state: Mapping[str, Any], spec: ModelSpec) -> bool:
+    """Does a folder have the head of a cross-encoder?"""
+    return spec.of_texts and any(name in state for name in SCORES)
+
+
+def folder_head(path: Path, config: Mapping, spec: ModelSpec, state: Mapping[str, Any]) -> Head:
+    """The head of a folder's cross-encoder, whose tensors are in `state`. ConfigError if it has another form,
+    or more than one label."""
+    def dense(name: str, activation: str = "identity", **norm: Any) -> Dense:
+        rows = spec.width if name.endswith("dense") else 1
+        weight, bias = one(f"{name}.weight", (rows, spec.width)), maybe(f"{name}.bias", (rows,))
+        return Dense(weight, bias, activation, **norm)
+
+    def one(name: str, shape: tuple[int, ...]) -> numpy.ndarray:
+        return floating(path.parent, name, state.get(name), shape, floats)
+
+    def maybe(name: str, shape: tuple[int, ...]) -> numpy.ndarray | None:
+        return one(name, shape) if name in state else None
+
+    if "classifier.out_proj.weight" in state:  # RoBERTa
+        return Head((dense("classifier.dense", "tanh"), dense("classifier.out_proj")), "cls")
+    last = dense("classifier")
+    if "head.dense.weight" in state:  # ModernBERT
+        pools = checked(path, "classifier_pooling", config.get("classifier_pooling", "cls"),
+                        Rule(str, choices=("cls", "mean")))
+        activation = checked(path, "classifier_activation", config.get("classifier_activation", "gelu"),
+                             Rule(str, choices=("gelu",)))
+        norm = {"norm": one("head.norm.weight", (spec.width,)), "eps": spec.norm_eps,
+                "norm_bias": maybe("head.norm.bias", (spec.width,))}
+        return Head((dense("head.dense", activation, **norm), last), pools)
+    pooler = next((name for name in state if name.endswith("pooler.dense.weight")), "")
+    if not pooler:
+        raise ConfigError(f"{path.parent}: {SCORES[0]} stands alone; a cross-encoder of this family has a "
+                          "pooler.dense before it")
+    return Head((dense(pooler.removesuffix(".weight"), "tanh"), last), "cls")
+
+
+def makes_probabilities(path: Path, config: Mapping) -> bool:
+    """Are the scores of a folder's cross-encoder followed by a sigmoid? Its config may say that none is."""
+    key = "sbert_ce_default_activation_function"
+    more = config.get("sentence_transformers")
+    name = more.get("activation_fn") if isinstance(more, dict) else None
+    name = name or config.get(key) or "torch.nn.modules.activation.Sigmoid"
+    kind = str(name).rpartition(".")[2]
+    if kind not in ("Sigmoid", "Identity"):
+        raise ConfigError(f"{path}: the activation of its scores is {shown(name)}; it must be Sigmoid or "
+                          "Identity")
+    return kind == "Sigmoid"
+
+
+def gguf_head(path: Path, metadata: Mapping, spec: ModelSpec, pooling: str,
+              stored: Mapping[str, Any]) -> Head:
+    """The head of a GGUF file's encoder, whose tensors are in `stored`: a cross-encoder's classifier, or
+    dense layers.
+
+    Files of BERT lack the pooler that its classifier needs, so they are refused; RoBERTa's are complete."""
+    def value(tensor: Any) -> numpy.ndarray:
+        rows = floats(dequantize(tensor.tensor_type, numpy.asarray(tensor.data)))
+        return rows.reshape(tuple(reversed(tensor.shape.tolist())))
+
+    def one(name: str, shape: tuple[int, ...]) -> numpy.ndarray:
+        return floating(path, name, stored.get(name), shape, value)
+
+    if pooling != "rank":
+        layers, width = [], spec.width
+        for name in sorted(name for name in stored if re.fullmatch(r"dense_\d\.weight", name)):
+            layers.append(Dense(one(name, (int(stored[name].shape[1]), width))))
+            width = int(stored[name].shape[1])
+        if not layers and metadata["general.architecture"] == "gemma-embedding":
+            log.warning("%s lacks the dense layers that follow the mean in EmbeddingGemma, as many such "
+                        "files do: its vectors differ from those of the original", path)
+        return Head(tuple(layers))
+    own = f"{metadata['general.architecture']}."
+    if metadata.get("tokenizer.ggml.model") == "bert" or "cls.weight" not in stored:
+        raise ConfigError(f"{path}: {own}pooling_type is 4 (rank), but the file lacks a part of the head, as "
+                          "llama.cpp's files of BERT rerankers do: use the model's folder")
+    C = spec.width
+    first = Dense(one("cls.weight", (C, C)), one("cls.bias", (C,)), "tanh")
+    return Head((first, Dense(one("cls.output.weight", (1, C)), one("cls.output.bias", (1,)))), "cls")
+
+
+def floating(path: Path, name: str, tensor: Any, shape: tuple[int, ...],
+             read: Callable[[Any], numpy.ndarray]) -> numpy.ndarray:
+    """A tensor as float32 of this shape. ConfigError if it has another one, or is missing."""
+    if tensor is None:
+        raise ConfigError(f"{path}: the tensors do not match this model: missing {name} {shape}")
+    found = read(tensor)
+    if tuple(found.shape) != shape:
+        more = ("; this server ranks with models that have one label" if shape[0] == 1
+                and name.startswith("c") else "")
+        raise ConfigError(f"{path}: {name} is {tuple(found.shape)} instead of {shape}{more}")
+    if not numpy.isfinite(found).all():
+        raise ConfigError(f"{path}: {name} has values that are not finite")
+    return found

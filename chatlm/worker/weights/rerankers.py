@@ -1,0 +1,118 @@
+"""Qwen3-Reranker: a causal model that answers whether a document is right for a query with yes or no.
+
+Its score is the logit of "yes" minus that of "no" after a prompt with both, so a pair needs the last hidden
+state and one row instead of a head (https://arxiv.org/abs/2506.05176)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence as Seq
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TYPE_CHECKING
+
+import numpy
+
+from chatlm.common.errors import ConfigError, shown
+from chatlm.common.messages.requests import Embedder
+from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.arrays.kinds import floats
+from chatlm.worker.arrays.packed import dequantize
+from chatlm.worker.weights.embedders import WEB_SEARCH, pooling_of_gguf
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import TextSpec
+    from chatlm.worker.model.spec import ModelSpec
+
+
+FAMILIES = ("qwen3",)
+NAMED = re.compile("qwen3.{0,20}rerank", re.IGNORECASE)  # the files of the original say it in no other way
+PROMPT = (
+    '<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the '
+    'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    f'<Instruct>: {WEB_SEARCH}\n<Query>: {{query}}\n<Document>: {{document}}<|im_end|>\n'
+    '<|im_start|>assistant\n<think>\n\n</think>\n\n')
+CLASSES = "cls.output.weight"  # a GGUF file's rows for yes and no
+SCORE = "score.weight"         # a folder's single row
+
+
+def of_folder(folder: Path, config: Mapping, family: str, names: Seq[str], spec: ModelSpec, text: TextSpec,
+              state: Mapping[str, Any], score: Any) -> tuple[TextSpec, numpy.ndarray | None]:
+    """The text of a folder's reranker, and the row (C,) that makes a hidden state a score; the text alone of
+    any other model. `score`: its tensor SCORE, if it has one. ConfigError if it ranks in another way."""
+    classifies = score is not None
+    if family not in FAMILIES or not (classifies or config.get("classifier_from_token")
+                                      or any(map(NAMED.search, names))):
+        return text, None
+    path = folder / "config.json"
+    if classifies:
+        if score.shape != (1, spec.width):
+            raise ConfigError(f"{folder}: {SCORE} is {tuple(score.shape)}; of a reranker it must be "
+                              f"{(1, spec.width)}")
+        ranking = floats(score)[0].astype(numpy.float64)
+    else:
+        words = config.get("classifier_from_token") or ["no", "yes"]
+        if not (isinstance(words, list) and len(words) == 2 and all(isinstance(word, str) for word in words)):
+            raise ConfigError(f"{path}: classifier_from_token is {shown(words)}; it must be a list of two "
+                              "tokens, the second for relevant documents")
+        head = state["model.embed_tokens.weight" if spec.tied_head else "lm_head.weight"]
+        no, yes = (floats(head[token:token + 1])[0] for token in ids_of(path, text, words))
+        ranking = yes.astype(numpy.float64) - no
+    return as_reranker(path, text, spec, PROMPT), ranking
+
+
+def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: TextSpec,
+            stored: Mapping[str, Any], classes: Any) -> tuple[TextSpec, numpy.ndarray | None]:
+    """The same of a GGUF file; `classes`: its tensor CLASSES. Older files are those of a chat model."""
+    own = f"{metadata['general.architecture']}."
+    pooling, key = pooling_of_gguf(path, own, metadata), f"{own}classifier.output_labels"
+    named = NAMED.search(f"{metadata.get('general.name')} {path.name}")
+    if pooling != "rank" and not (pooling == "none" and named and family in FAMILIES):
+        return text, None
+    if family not in FAMILIES:
+        raise ConfigError(f"{path}: {own}pooling_type is 4 (rank); of causal models this server ranks with "
+                          f"{', '.join(FAMILIES)} alone")
+    if classes is None:
+        head = stored["token_embd.weight" if spec.tied_head else "output.weight"]
+        rows = ids_of(path, text, ["yes", "no"])
+    else:
+        head, labels = classes, metadata.get(key, ["yes", "no"])
+        if sorted(map(str, labels)) != ["no", "yes"] or classes.shape.tolist() != [spec.width, 2]:
+            shape = tuple(reversed(classes.shape.tolist()))
+            raise ConfigError(f"{path}: {CLASSES} is {shape} and {key} is {shown(labels)}; "
+                              f"yes and no must have a row of {spec.width:,} each")
+        rows = [labels.index("yes"), labels.index("no")]
+    yes, no = (floats(dequantize(head.tensor_type, numpy.asarray(head.data[row:row + 1]))).ravel()
+               for row in rows)
+    template = metadata.get("tokenizer.chat_template.rerank", PROMPT)
+    return as_reranker(path, text, spec, template), yes.astype(numpy.float64) - no
+
+
+def ids_of(path: Path, text: TextSpec, words: Seq[str]) -> list[int]:
+    """The tokens of these words. ConfigError if one of them is not a single token."""
+    tokenizer = open_tokenizer(text)
+    ids = [tokenizer.encode(word, begins=False) for word in words]
+    if wrong := [word for word, tokens in zip(words, ids) if len(tokens) != 1]:
+        raise ConfigError(f"{path}: {shown(wrong[0])} is not one token of the vocabulary, so the model has "
+                          "no score")
+    return [token for [token] in ids]
+
+
+def as_reranker(path: Path, text: TextSpec, spec: ModelSpec, template: Any) -> TextSpec:
+    """The text of a reranker: what the template has around the query and the document. ConfigError for one
+    that is no such template.
+
+    What comes before the last special token that precedes the query is the same for all pairs."""
+    if not isinstance(template, str) or not re.fullmatch(
+            r"[^{}]*\{query\}[^{}]*\{document\}[^{}]*", template):
+        raise ConfigError(f"{path}: its chat template `rerank` is {shown(template)}; it must have {{query}} "
+                          "and then {document}, once each, and no other braces")
+    tokenizer = open_tokenizer(text)
+    query, end = template.index("{query}"), template.index("{document}") + len("{document}")
+    start = max([0, *(special.end() for special in tokenizer.special_pattern.finditer(template, 0, query))])
+    form = template[start:end].replace(WEB_SEARCH, "{instruction}")
+    embedder = Embedder("rank", 1, spec.max_positions, form=form,
+                        begins=tuple(tokenizer.encode_with_specials(template[:start])),
+                        ends=tuple(tokenizer.encode_with_specials(template[end:])),
+                        instruction=WEB_SEARCH if "{instruction}" in form else "")
+    return replace(text, chat_template=None, embedder=embedder)
