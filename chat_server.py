@@ -556,12 +556,9 @@ def main(argv: Seq[str] | None = None) -> int:
     hidden = keys_given and hide_api_keys() and "TORCHELASTIC_RUN_ID" not in os.environ
     repair_streams()
     try:
-        if argv[:1] == ["bundle"]:
-            for line in bundle_lines(argv[1:]):
-                print(visible(line))
-            return 0
-        if argv[:1] == ["store"]:
-            for line in listed_store(*parse_store_words(argv[1:])):
+        if argv[:1] in (["bundle"], ["store"]):
+            for line in (bundle_lines(argv[1:]) if argv[0] == "bundle" else
+                         listed_store(*parse_store_words(argv[1:]))):
                 print(visible(line))
             return 0
         settings = parse_command_line(argv, os.environ)
