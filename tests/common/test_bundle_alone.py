@@ -67,6 +67,11 @@ def starts(python, file, environment, **more):
     assert (done.returncode, done.stderr) == (0, "") and "decode_core runs with" in done.stdout and "because" not in done.stdout
 
 
+def may(*command):
+    """Whether this user may run a command, and has it."""
+    return bool(shutil.which(command[0])) and subprocess.run(command, capture_output=True).returncode == 0
+
+
 def trees(cache):
     return sorted(path for path in (cache / "chat_server" / "libraries").iterdir() if path.name != ".lock")
 
@@ -104,7 +109,7 @@ def test_it_serves_with_all_its_processes_from_its_own_libraries_alone(packed, p
 def test_without_a_network_a_file_with_a_model_is_a_chat_that_maps_the_model_from_the_file(talking, python, places, tmp_path, default_model_path):
     started = talking.read_bytes()
     assert started.startswith(default_model_path.read_bytes()) and len(started) - default_model_path.stat().st_size < 60e6
-    alone = ["unshare", "-n"] if not os.geteuid() and shutil.which("unshare") else []
+    alone = ["unshare", "-n"] if may("unshare", "-n", "true") else []
     done = subprocess.run([*alone, python, talking, *CAPITAL], capture_output=True, text=True, timeout=120, cwd="/", env=places)
     assert done.returncode == 0 and "Tokyo" in done.stdout and "Traceback" not in done.stderr
     with server(script=talking, python=python, env=places) as (process, url):
@@ -304,7 +309,7 @@ MOUNTED = {"read-only": "mount -t tmpfs -o ro none {home}", "noexec": "mount -t 
 @pytest.mark.parametrize("home", ["noexec", "none", *(pytest.param(each, marks=pytest.mark.slow) for each in ("read-only", "full", "of a file"))])
 def test_where_the_home_cannot_be_used_a_private_folder_is_which_goes_at_the_end(home, packed, python, places, tmp_path):
     if home in MOUNTED:
-        if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        if not may("unshare", "-m", "true"):
             pytest.skip("this user may not mount")
         words = ["unshare", "-m", "sh", "-ec", f"{MOUNTED[home].format(home=tmp_path / 'home')}; exec \"$@\"", "sh", python]
     else:
@@ -320,7 +325,7 @@ def test_where_the_home_cannot_be_used_a_private_folder_is_which_goes_at_the_end
 def test_where_nothing_can_be_written_one_line_names_all_reasons_and_the_remedy(packed, python, places, tmp_path):
     code = f"mount -t tmpfs -o noexec none {tmp_path}/home; mount -t tmpfs -o size=20m none {tmp_path}/temporary; mount -t tmpfs -o noexec none /dev/shm"
     words = ["unshare", "-m", "sh", "-ec", f"{code}; exec \"$@\"", "sh", python, packed, "--version"]
-    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+    if not may("unshare", "-m", "true"):
         pytest.skip("this user may not mount")
     line = one_line(subprocess.run(words, capture_output=True, text=True, timeout=120, cwd="/", env=places))
     assert "its libraries can be unpacked nowhere (no program may be run from" in line and "No space left on device" in line
