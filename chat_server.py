@@ -30,7 +30,7 @@ The rooms, each above those that it may import
 
     chat_server.py            routes, the handlers of answers and streams, the commands
     chatlm/terminal/          chat and generate; a server at --url
-    chatlm/cli.py             the command line becomes `Settings`
+    chatlm/cli.py             the command line becomes `Settings`; bundling.py: the command `bundle`
     chatlm/front/server/      routes, connections, access, bodies, streams, metrics, the page's files
           api/                bodies in: fields and readers; answers out: encoders; what a sandbox does
           pool/               workers, queue and failover, here and on Ray
@@ -120,8 +120,8 @@ from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm import __version__
-from chatlm.cli import asks_for_json, hide_api_keys, parse_bundle_words, parse_command_line, parse_store_words
-from chatlm.common.bundle import write_bundle
+from chatlm.bundling import bundle_lines, with_kept_words
+from chatlm.cli import asks_for_json, hide_api_keys, parse_command_line, parse_store_words
 from chatlm.common.config import Settings
 from chatlm.common.errors import (
     ChatServerError, ConfigError, RequestError, bad_value, lack_of_memory, require_library, shown, visible)
@@ -547,17 +547,15 @@ def run_command(settings: Settings) -> int:
 
 def main(argv: Seq[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = with_kept_words(sys.argv[1:] if argv is None else argv)
     keys_given = any(word.partition("=")[0] == "--api-key" for word in argv)
     # torchrun, which started us, shows the key still
     hidden = keys_given and hide_api_keys() and "TORCHELASTIC_RUN_ID" not in os.environ
     repair_streams()
     try:
-        if argv[:1] == ["bundle"]:
-            print(visible(write_bundle(*parse_bundle_words(argv[1:]))))
-            return 0
-        if argv[:1] == ["store"]:
-            for line in listed_store(*parse_store_words(argv[1:])):
+        if argv[:1] in (["bundle"], ["store"]):
+            for line in (bundle_lines(argv[1:]) if argv[0] == "bundle" else
+                         listed_store(*parse_store_words(argv[1:]))):
                 print(visible(line))
             return 0
         settings = parse_command_line(argv, os.environ)

@@ -6,6 +6,8 @@
     emulation  csrc/cuda/emulation*.cpp as a second module, decode_core._emulation, when DECODE_CORE_EMULATION=1 (for tests)
     checks     DECODE_CORE_WERROR=1: warnings are errors; DECODE_CORE_SANITIZE=1: address and undefined-behaviour sanitizers,
                DECODE_CORE_SANITIZE=thread: the thread sanitizer
+    machine    DECODE_CORE_MACHINE=aarch64: what a cross compiler in $CXX compiles for
+    release    `python setup.py release` makes the source archive, wheels and a bundle for publication; release.py says how
     by day     DECODE_CORE_QUICK=1, for CI without a GPU: CUDA for one type of GPU and hardly optimized (5 s instead of 87 for
                the largest source), and without the sanitizers' pointer checks, which double the compile time;
                address checks are calls, which halves it again; -O1 for CPUs other than x86-64 (csrc/aarch64.sh)
@@ -24,16 +26,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh", "*.def") for path in CSRC.rglob(pattern))
 QUICK = os.environ.get("DECODE_CORE_QUICK") == "1"
-X86 = platform.machine().lower() in ("x86_64", "amd64") and os.name == "posix"
-ARM64 = platform.machine().lower() in ("aarch64", "arm64") and os.name == "posix"
+MACHINE = (os.environ.get("DECODE_CORE_MACHINE") or platform.machine()).lower()
+X86 = MACHINE in ("x86_64", "amd64") and os.name == "posix"
+ARM64 = MACHINE in ("aarch64", "arm64") and os.name == "posix"
 
 COMPILERS = "clang (xcode-select --install)" if sys.platform == "darwin" else "g++ or clang"
 
@@ -67,6 +71,7 @@ ARM64_FLAGS = {
 ISA_FLAGS = {**X86_FLAGS, **ARM64_FLAGS}
 # The lanes of portable kernels are loops: -O3 unrolls them before they can be vectorized, and takes four times as long to compile
 PORTABLE_FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model=unlimited"] if X86 and not SANITIZE else []
+GCC_ALONE = "-fvect-cost-model=unlimited", "-Wno-maybe-uninitialized"      # clang vectorizes such loops; zig's refuses unknown flags
 CPU_NAMES = {"_avx2": "avx2", "_avx512": "avx512f", "_vnni": "avx512_vnni", "_avxvnni": "avx_vnni",
              "_neon": "asimd", "_dotprod": "asimddp", "_i8mm": "i8mm"}      # in /proc/cpuinfo
 
@@ -129,8 +134,9 @@ class BuildCore(build_ext):
         self.compiler.link_shared_object(objects, target, extra_postargs=LINK_FLAGS + cuda, target_lang="c++")
 
     def object_of(self, source: Path, macros: Sequence[str] = ()) -> tuple[Path, bool]:
-        """The object of a source compiled with these macros, and whether it is up to date."""
-        target = Path(self.build_temp) / source.with_suffix(f"{source.suffix}{''.join(macros)}{'-quick' if QUICK else ''}.o")
+        """The object of a source compiled with these macros, and whether it is up to date. Bindings are compiled for each Python."""
+        python = f"-{sys.implementation.cache_tag}" if source.stem.startswith("bindings") else ""
+        target = Path(self.build_temp) / source.with_suffix(f"{source.suffix}{''.join(macros)}{python}{'-quick' if QUICK else ''}.o")
         target.parent.mkdir(parents=True, exist_ok=True)
         newest = max(os.path.getmtime(path) for path in (source, __file__, *HEADERS))
         return target, target.exists() and target.stat().st_mtime > newest
@@ -144,7 +150,9 @@ class BuildCore(build_ext):
             checked = SANITIZE and not source.stem.startswith("bindings") and ending in ("", *widest_here())
             isa = isa + (SANITIZE_FLAGS if checked else [])
             command = [part for part in self.compiler.compiler_so if not part.startswith(("-O", "-g", "-W", "-march", "-mtune"))]
-            command = [*(self.compiler_cxx() or command), "-fPIC", *COMMON_FLAGS, *isa, f"-I{CSRC}", f"-isystem{pybind11.get_include()}"]
+            compiler = self.compiler_cxx() or command
+            isa = [flag for flag in isa if flag not in GCC_ALONE or not is_clang(tuple(compiler))]
+            command = [*compiler, "-fPIC", *COMMON_FLAGS, *isa, f"-I{CSRC}", f"-isystem{pybind11.get_include()}"]
             command += [f"-isystem{folder}" for folder in self.compiler.include_dirs]
             self.call([*command, *macros, "-c", str(source), "-o", str(target)])
         return str(target)
@@ -166,6 +174,11 @@ class BuildCore(build_ext):
         sys.stderr.write(done.stdout + done.stderr)
         if done.returncode:
             raise RuntimeError(f"{command[0]} failed on {command[-3]}: {(done.stderr or done.stdout).strip()[:2000]}")
+
+
+@cache
+def is_clang(compiler: tuple[str, ...]) -> bool:
+    return "clang" in subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
 
 
 def seam() -> str:
@@ -202,5 +215,23 @@ def extensions() -> list[Extension]:
     return built
 
 
+class Release(Command):
+    """Runs release.py with the flags that follow."""
+
+    description = "make what is published: the source archive, wheels and a bundle"
+    user_options = [("pythons=", None, "the Pythons to make wheels for, as 3.11,3.13"), ("out=", None, "where the files go"),
+                    ("work=", None, "where objects are kept"), ("machine=", None, "x86_64 or aarch64"), ("no-bundle", None, "leave out the bundle")]
+
+    def initialize_options(self):
+        self.pythons = self.out = self.work = self.machine = self.no_bundle = None
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        words = [f"--{name}={value}" for name in ("pythons", "out", "work", "machine") if (value := getattr(self, name))]
+        raise SystemExit(runpy.run_path("release.py")["main"](words + ["--no-bundle"] * bool(self.no_bundle)))
+
+
 setup(packages=[*find_packages(include=["chatlm", "chatlm.*"]), "chatlm.static", "chatlm.static.vendor", "decode_core"],
-      ext_modules=extensions(), cmdclass={"build_ext": BuildCore})
+      ext_modules=extensions(), cmdclass={"build_ext": BuildCore, "release": Release})

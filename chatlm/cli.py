@@ -35,7 +35,7 @@ class Help(NamedTuple):
 
 HELP = {
     "serve": Help("""python chat_server.py [serve|chat|generate|compare|score|eval|embed|check] [MODEL] [flags]
-       python chat_server.py bundle [FILE] [--without-core]
+       python chat_server.py bundle [FILE] [--with-libraries] [--with-model MODEL]
        python chat_server.py store FOLDER [--prune SIZE]""",
         "Serve a model: a chat page, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is the "
         "default command. The others are: chat, in the terminal; generate, which answers one prompt; "
@@ -361,19 +361,6 @@ def asks_for_json(words: Seq[str], environment: Mapping[str, str]) -> bool:
     """Whether a command line, which may be invalid, asks for a JSON log."""
     text = " ".join(words).replace("=", " ").lower()
     return "--log-format json" in text or environment.get("CHAT_SERVER_LOG_FORMAT", "").lower() == "json"
-
-
-def parse_bundle_words(words: Seq[str]) -> tuple[Path, bool]:
-    """Parse `bundle`, which has no Settings: (FILE, whether to leave out the core)."""
-    parser = CommandLine(prog="chat_server.py bundle", allow_abbrev=False, description=(
-        "Pack the program into one file, with the page and the compiled core of this platform: "
-        "`python FILE` runs it on any machine that has the libraries."))
-    parser.add_argument("file", metavar="FILE", nargs="?", default="chat_server.pyz", type=file_name,
-                        help="a new file, or a bundle to replace (default: chat_server.pyz)")
-    parser.add_argument("--without-core", action="store_true",
-                        help="leave out decode_core: a tenth of the size, and runs on other platforms too")
-    values = parser.parse_args(words)
-    return Path(values.file), values.without_core
 
 
 def parse_store_words(words: Seq[str]) -> tuple[Path, int | None]:

@@ -1,4 +1,5 @@
-"""One file to copy: chatlm, the page and the compiled core of this platform, as a zip that Python runs."""
+"""One file to copy: chatlm, the page and the compiled core of this platform, as a zip that Python runs. It
+may have the libraries that they need, a model, and words of the command line too."""
 
 from __future__ import annotations
 
@@ -10,12 +11,17 @@ import secrets
 import subprocess
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence as Seq
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
+from chatlm.common import contents, libraries
+from chatlm.common.contents import Contents, Model, contents_of
 from chatlm.common.core import find_core, seam
 from chatlm.common.errors import ConfigError
+from chatlm.common.gather import Gathered, gather
+from chatlm.common.libraries import Libraries, packed_libraries, use_libraries
 from chatlm.common.program import SCRIPT, archive, in_program, page_files, program_root, program_sources
 from chatlm.common.unpack import ABOUT, FOLDER, PLATFORM, AboutCore, about_core
 
@@ -24,7 +30,7 @@ from chatlm.common.unpack import ABOUT, FOLDER, PLATFORM, AboutCore, about_core
 FIRST_LINES = b"#!/usr/bin/env python3\n# coding: damaged-bundle--copy-chat_server.pyz-again\n"
 
 # The first code of a bundle, in syntax that every Python knows: an old Python could not parse the script, and
-# a damaged script could not report it. The library is checked when it is unpacked.
+# a damaged script could not report it. Libraries are checked when they are unpacked.
 MAIN = b'''\
 import sys
 
@@ -44,10 +50,19 @@ sys.path[0] = os.path.realpath(sys.path[0])
 try:
     with zipfile.ZipFile(sys.path[0]) as bundle:
         for name in bundle.namelist():
-            if not name.endswith(".so"):
+            if not name.endswith((".so", ".zip")):
                 bundle.read(name)  # compares its checksum
 except Exception as error:
     stop("cannot run: %s is damaged (%s); copy it again" % (sys.path[0], error))
+
+from chatlm.common.errors import ConfigError
+from chatlm.common.libraries import use_libraries
+
+if sys.argv[1:2] != ["bundle"]:
+    try:
+        use_libraries()
+    except ConfigError as error:
+        stop("cannot run: %s" % error)
 
 from chat_server import main
 
@@ -55,26 +70,58 @@ sys.exit(main())
 '''
 
 
+class Wanted(NamedTuple):
+    """What `bundle` is asked for."""
+
+    without_core: bool = False
+    libraries: bool = False
+    pythons: tuple[str, ...] = ()   # whose libraries; () is this one's
+    wheels: Path | None = None      # a folder of chat_server's wheels, which have its compiled core
+    model: Path | None = None       # a GGUF file
+    words: tuple[str, ...] = ()     # of the command line
+
+
 # Compiles the sources on stdin. Bytecode depends on what else a process has loaded and on its hash seed:
-# equal bytes need a fresh process with a fixed seed. Python uses bytecode only of its own version, and only
-# if the source next to it has not changed.
+# equal bytes need a fresh process with a fixed seed. Python uses bytecode only of its own version.
 COMPILE = """
-import importlib.util, json, marshal, sys
-checked = importlib.util.MAGIC_NUMBER + b"\\3\\0\\0\\0"
-made = {name + "c": checked + importlib.util.source_hash(source.encode())
-        + marshal.dumps(compile(source, name, "exec", dont_inherit=True, optimize=0))
-        for name, source in json.load(sys.stdin).items()}
-marshal.dump(made, sys.stdout.buffer)
+import importlib.util, marshal, sys
+made, flags = {}, int(sys.argv[1]).to_bytes(4, "little")
+for name, source in marshal.load(sys.stdin.buffer).items():
+    try:
+        code = compile(source, name, "exec", dont_inherit=True, optimize=0)
+    except (SyntaxError, ValueError):
+        continue
+    hashed = importlib.util.source_hash(source)
+    made[name] = importlib.util.MAGIC_NUMBER + flags + hashed + marshal.dumps(code)
+marshal.dump([sys.implementation.cache_tag, made], sys.stdout.buffer, 2)
 """
+CHECKED, UNCHECKED = 3, 1           # whether Python compares the source's hash; what PEP 552 says
+SELDOM = "pygments", "huggingface_hub", "fsspec", "httpx2", "httpcore2", "anyio", "click", "urllib3", "pip"
 
 
 def compiled(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The bytecode of the modules in these files: without it, the page takes twice as long to appear."""
-    sources = {name: files[name].decode() for name in sorted(files) if name.endswith(".py")}
+    """The bytecode of the modules in these files: without it, the page takes twice as long to appear. It is
+    used only if the source next to it has not changed."""
+    return {f"{name}c": code for name, code in bytecode(files, sys.executable, CHECKED)[1].items()}
+
+
+def compiled_tree(gathered: Gathered) -> dict[str, bytes]:
+    """The bytecode of libraries, in the folders where Python looks for it, and where Python writes that of
+    libraries which are seldom imported."""
+    often = {name: data for name, data in gathered.files.items() if name.partition("/")[0] not in SELDOM}
+    tag, made = bytecode(often, gathered.interpreter, UNCHECKED)
+    names = {name: name.rpartition("/") for name in made}
+    return {f"{folder}{slash}__pycache__/{module[:-3]}.{tag}.pyc": made[name]
+            for name, (folder, slash, module) in names.items()}
+
+
+def bytecode(files: Mapping[str, bytes], interpreter: str, flags: int) -> tuple[str, dict[str, bytes]]:
+    """(the tag of the Python, the bytecode of each module)."""
+    sources = {name: files[name] for name in sorted(files) if name.endswith(".py")}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
-        [sys.executable, "-S", "-c", COMPILE], input=json.dumps(sources).encode(), stdout=subprocess.PIPE,
-        env=environment | {"PYTHONHASHSEED": "0"}, cwd="/", check=True)
+        [interpreter, "-S", "-W", "ignore", "-c", COMPILE, str(flags)], input=marshal.dumps(sources, 2),
+        stdout=subprocess.PIPE, env=environment | {"PYTHONHASHSEED": "0"}, cwd="/", check=True)
     return marshal.loads(done.stdout)
 
 
@@ -89,6 +136,7 @@ def core_files() -> tuple[dict[str, bytes], str]:
     """(the core's files for a bundle, by name; why there are none, or "")."""
     if files := own_core_files():  # a bundle makes another
         return files, ""
+    use_libraries()
     core, problem = find_core()
     if core is None:
         return {}, problem or "which is not installed (`pip install .` in a checkout builds it)"
@@ -112,17 +160,57 @@ def own_core_files() -> dict[str, bytes]:
     return {}
 
 
-def write_bundle(path: Path, without_core: bool) -> str:
+def library_files(wanted: Wanted) -> tuple[dict[str, bytes], list[Libraries]]:
+    """(the archives of libraries and what is said of them, by name; that)."""
+    if not (wanted.pythons or wanted.wheels) and program_root().is_file():
+        with zipfile.ZipFile(program_root()) as bundle:
+            if packed := packed_libraries(bundle):  # a bundle makes another
+                return {name: bundle.read(name) for name in bundle.namelist()
+                        if name.startswith(f"{libraries.FOLDER}/")}, packed
+    gathered = [each._replace(files=each.files | compiled_tree(each))
+                for each in gather(wanted.pythons, wanted.wheels)]
+    archives = {f"{libraries.FOLDER}/{'-'.join(pythons)}.zip": archive(files)
+                for pythons, files in shared_files(gathered)}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in archives.items()}
+    packed = [Libraries(each.python, each.platform, each.glibc, {
+        name: digest for name, digest in digests.items() if each.python in Path(name).stem.split("-")})
+        for each in gathered]
+    return archives | {libraries.ABOUT: json.dumps(packed).encode()}, packed
+
+
+def shared_files(gathered: Seq[Gathered]) -> Iterator[tuple[tuple[str, ...], dict[str, bytes]]]:
+    """The files by the Pythons that have them alike, so that each is packed once."""
+    having: dict[tuple[str, bytes], list[str]] = {}
+    for each in gathered:
+        for file in each.files.items():
+            having.setdefault(file, []).append(each.python)
+    groups: dict[tuple[str, ...], dict[str, bytes]] = {}
+    for (name, data), pythons in having.items():
+        groups.setdefault(tuple(pythons), {})[name] = data
+    yield from sorted(groups.items())
+
+
+def write_bundle(path: Path, wanted: Wanted) -> str:
     """Write the bundle, under another name until it is complete. Returns the line to print."""
     target = Path(os.path.realpath(path))
     part = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    packed: list[Libraries] = []
     try:
         check_target(target)
         files = bundle_files()
-        core, problem = ({}, "as you asked") if without_core else core_files()
-        files |= core
-        data = archive(files | compiled(files) | {"__main__.py": MAIN}, FIRST_LINES)
-        part.write_bytes(data)
+        core, problem = ({}, "as you asked") if wanted.without_core or wanted.libraries else core_files()
+        made = compiled(files | core)
+        if wanted.libraries:
+            more, packed = library_files(wanted)
+            files |= more
+        with open(part, "xb") as file:
+            model = copy_model(wanted.model, file) if wanted.model else None
+            if model or wanted.words:
+                files[contents.ABOUT] = Contents(model, wanted.words).packed()
+            files |= core | made | {"__main__.py": MAIN}
+            # offsets in the archive are its own: Python adds where it begins
+            file.write(archive(files, b"" if model else FIRST_LINES))
+            size = file.tell()
         part.chmod(0o777 & ~current_umask())
         part.replace(target)
     except OSError as error:
@@ -130,8 +218,32 @@ def write_bundle(path: Path, without_core: bool) -> str:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-    what = f"with decode_core for {PLATFORM}" if core else f"without decode_core, {problem}"
-    return f"{path}: {len(data) / 1e6:.1f} MB, {what}"
+    what = (f"with the libraries for {' and '.join(map(str, packed))}{needed_glibc(packed)}" if packed else
+            f"with decode_core for {PLATFORM}" if core else f"without decode_core, {problem}")
+    return f"{path}: {size / 1e6:.1f} MB, {what}{f' and the model {model.name}' if model else ''}"
+
+
+def needed_glibc(packed: Seq[Libraries]) -> str:
+    needed = sorted({each.glibc for each in packed if each.glibc}, key=libraries.version_numbers)
+    return f" (glibc {needed[-1]} or newer)" if needed else ""
+
+
+def copy_model(path: Path, file: BinaryIO) -> Model:
+    """Copy a GGUF file; of a bundle that begins with one, that."""
+    name, left = path.stem, path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as bundle:
+            if model := contents_of(bundle).model:
+                name, left = model.name, model.size
+    digest, size = hashlib.sha256(), left
+    with open(path, "rb") as source:
+        while left and (data := source.read(min(left, 1 << 20))):
+            digest.update(data)
+            file.write(data)
+            left -= len(data)
+    if left:
+        raise ConfigError(f"{path} became shorter while it was copied")
+    return Model(name, size, digest.hexdigest())
 
 
 def check_target(path: Path):

@@ -48,14 +48,21 @@ def archive(files: Mapping[str, bytes], first_lines: bytes = b"") -> bytes:
     data.write(first_lines)
     with zipfile.ZipFile(data, "w") as target:
         for name in sorted(files):
-            target.writestr(zipfile.ZipInfo(name, FIXED_DATE), files[name], zipfile.ZIP_DEFLATED)
+            packed = zipfile.ZIP_STORED if name.endswith(".zip") else zipfile.ZIP_DEFLATED
+            target.writestr(zipfile.ZipInfo(name, FIXED_DATE), files[name], packed)
     return data.getvalue()
 
 
-def program_bytes() -> bytes:
-    """All that another machine needs to run one of our roles: the bundle, or an archive of our modules."""
+def program_bytes(start: int = 0) -> bytes:
+    """All that another machine needs to run one of our roles: the bundle, or an archive of our modules.
+
+    start: where the bundle's program begins, after a model."""
     root = program_root()
-    return root.read_bytes() if root.is_file() else archive(program_sources())
+    if not root.is_file():
+        return archive(program_sources())
+    with open(root, "rb") as bundle:
+        bundle.seek(start)
+        return bundle.read()
 
 
 @functools.cache

@@ -1,5 +1,6 @@
-// The choice of an instruction set at run time. __builtin_cpu_supports asks cpuid for the feature and xgetbv whether the
-// operating system saves its registers; the sets asked for here are those that setup.py's ISA_FLAGS let the compiler use.
+// The choice of an instruction set at run time: cpuid says what the CPU has, and xgetbv whether the operating system saves its
+// registers. The sets asked for here are those that setup.py's ISA_FLAGS let the compiler use. __builtin_cpu_supports would tell
+// the same, but not in what zig compiles: there it finds nothing.
 #include "cpu/choices.h"
 
 #if defined(__x86_64__)
@@ -42,6 +43,37 @@ constexpr Choice CHOICES[] = {          // the best first; tests' own with the b
     {"amx-emulated-portable", Isa::portable, Amx::emulated_portable, true},
     {"avxvnni-evex", Isa::avx2, Amx::none, true, Dot::evex, "avx512_vnni"}};
 
+struct Cpu {
+    bool avx2 = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false, avx_vnni = false, amd = false;
+};
+
+[[maybe_unused]] bool bit(unsigned word, int number) { return word >> number & 1; }
+
+Cpu asked() {
+    Cpu cpu;
+#if defined(__x86_64__)
+    unsigned a = 0, b = 0, c = 0, d = 0, low = 0, high = 0;
+    if (!__get_cpuid(0, &a, &b, &c, &d)) return cpu;
+    cpu.amd = b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27)) return cpu;    // 27: there is xgetbv
+    const bool with_avx = bit(c, 28) && bit(c, 12) && bit(c, 29);       // AVX, FMA, F16C
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return cpu;
+    cpu.avx2 = with_avx && bit(b, 5) && (low & 0x6) == 0x6;             // XMM and YMM are saved
+    cpu.avx512 = cpu.avx2 && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31) && (low & 0xe6) == 0xe6;     // F, DQ, BW, VL
+    cpu.avx512_vnni = cpu.avx512 && bit(c, 11);
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return cpu;
+    cpu.avx_vnni = cpu.avx2 && bit(a, 4);
+    cpu.avx512_bf16 = cpu.avx512 && bit(a, 5);
+#endif
+    return cpu;
+}
+
+const Cpu& cpu() {
+    static const Cpu found = asked();
+    return found;
+}
+
 std::atomic<const Choice*> chosen{nullptr};
 std::atomic<bool> amx_is_wrong{false};
 
@@ -82,33 +114,24 @@ const Choice& named(const std::string& name) {
 }  // namespace
 
 bool offers(Isa isa) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (isa == Isa::avx2) return avx2;
-    if (isa == Isa::avx512)
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#elif defined(__aarch64__)
+#if defined(__aarch64__)
     if (isa == Isa::neon) return true;          // every such CPU has it
 #endif
-    return isa == Isa::portable;
+    return isa == Isa::avx512 ? cpu().avx512 : isa == Isa::avx2 ? cpu().avx2 : isa == Isa::portable;
 }
 
 #if defined(__x86_64__)
-const bool fetches_past_caches = [] { return __builtin_cpu_init(), bool(__builtin_cpu_is("amd")); }();
+const bool fetches_past_caches = cpu().amd;
 #else
 const bool fetches_past_caches = true;      // as compilers' streaming prefetches; not measured
 #endif
 
 bool cpu_has(const char* feature) {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (!std::strcmp(feature, "avx512_vnni")) return __builtin_cpu_supports("avx512vnni");
-    if (!std::strcmp(feature, "avx512_bf16")) return __builtin_cpu_supports("avx512bf16");
+    if (!std::strcmp(feature, "avx512_vnni")) return cpu().avx512_vnni;
+    if (!std::strcmp(feature, "avx512_bf16")) return cpu().avx512_bf16;
+    if (!std::strcmp(feature, "avx_vnni")) return cpu().avx_vnni;
     if (!std::strcmp(feature, "amx_int8")) return amx_refusal().empty();
-    unsigned a = 0, b = 0, c = 0, d = 0;        // a name for __builtin_cpu_supports is younger than the compilers we take
-    if (!std::strcmp(feature, "avx_vnni")) return offers(Isa::avx2) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
 #elif defined(__aarch64__) && defined(__linux__)
     constexpr unsigned long DOT_PRODUCTS = 1ul << 20, MATRIX_PRODUCTS = 1ul << 13;      // HWCAP_ASIMDDP, HWCAP2_I8MM: old headers lack them
     const bool dotprod = getauxval(AT_HWCAP) & DOT_PRODUCTS;
@@ -141,7 +164,6 @@ const std::string& amx_refusal() {
         unsigned a = 0, b = 0, c = 0, d = 0, low = 0, high = 0;
         int error = ENOSYS;
         if (!AMX_IS_COMPILED) return std::string("amx: the compiler of this decode_core did not know it");
-        __builtin_cpu_init();
         if (!offers(Isa::avx512) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return amx_refusal_of(0, 0, 0);   // AVX-512: there is XGETBV
         asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
         constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;

@@ -20,30 +20,10 @@ import pytest
 import chat_server
 from chatlm.common import bundle, core, program, unpack
 from chatlm.common.errors import ConfigError
+from packed import BARE, CHECKOUT, changed, clean_environment, one_line, run
 from real_server import get, post, server
 
-CHECKOUT = Path(chat_server.__file__).resolve().parent
-BARE = "-S", "-E"            # without any library that pip installed
 needs_core = pytest.mark.skipif(core.decode_core() is None, reason="the compiled core is not installed")
-
-
-def run(*words, **more):
-    """A command with this Python, in another folder; its output is text."""
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120,
-                          **{"cwd": "/", "env": clean_environment()} | more)
-
-
-def clean_environment(**more):
-    """Without what makes the code under test importable here."""
-    return {name: value for name, value in os.environ.items()
-            if name not in ("PYTHONPATH", "CHAT_SERVER_DIR", "CHAT_SERVER_KERNELS")} | {k: str(v) for k, v in more.items()}
-
-
-def one_line(done, status=2):
-    """What a command said that failed in one line."""
-    (line,) = done.stderr.splitlines()
-    assert (done.returncode, done.stdout) == (status, "") and "Traceback" not in line
-    return line
 
 
 def version(file, **more):
@@ -68,16 +48,6 @@ def bundled(tmp_path_factory):
 def cache(tmp_path):
     """An empty cache for compiled cores."""
     return tmp_path / "cache"
-
-
-def changed(file, target, changes):
-    """A copy of a bundle in which some files are others."""
-    with zipfile.ZipFile(file) as source:
-        files = {name: source.read(name) for name in source.namelist()} | changes
-    with zipfile.ZipFile(target, "w") as other:
-        for name, data in files.items():
-            other.writestr(name, data)
-    return target
 
 
 def about(file, **changes):
@@ -153,7 +123,7 @@ def test_equal_inputs_make_equal_bytes_from_a_checkout_and_from_a_bundle_itself(
     made = run(bundled, "bundle", "--without-core", less, env=clean_environment(PYTHONHASHSEED=7, PYTHONOPTIMIZE=2))
     assert made.returncode == 0 and "without decode_core, as you asked" in made.stdout
     assert not any(name.startswith("core/") for name in zipfile.ZipFile(less).namelist())
-    bundle.write_bundle(again, without_core=True)                # in this process, with all that it has loaded
+    bundle.write_bundle(again, bundle.Wanted(without_core=True))                # in this process, with all that it has loaded
     assert again.read_bytes() == less.read_bytes()
 
 
@@ -179,27 +149,22 @@ def test_a_file_that_cannot_be_written_or_is_something_else_is_one_line(target, 
     (tmp_path / "model.gguf").write_text("GGUF")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=f"^cannot write .*{words}"):
-        bundle.write_bundle(tmp_path / target, without_core=True)
+        bundle.write_bundle(tmp_path / target, bundle.Wanted(without_core=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "model.gguf"]
     assert (tmp_path / "model.gguf").read_text() == "GGUF"
 
 
-def test_a_bundle_that_is_replaced_is_whole_at_every_moment(tmp_path, monkeypatch):
+def test_a_bundle_that_is_replaced_is_whole_at_every_moment(tmp_path):
     file, link = tmp_path / "x.pyz", tmp_path / "link.pyz"
-    bundle.write_bundle(file, without_core=True)
+    bundle.write_bundle(file, bundle.Wanted(without_core=True))
     link.symlink_to(file)
-    before, write = file.read_bytes(), Path.write_bytes
-
-    def disk_full(path, data):
-        write(path, data[:1000])
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Path, "write_bytes", disk_full)
-    with pytest.raises(ConfigError, match="No space left"):
-        bundle.write_bundle(link, without_core=True)
+    before = file.read_bytes()
+    most = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2); import sys; sys.path.insert(0, {str(CHECKOUT)!r})"
+    full = run("-c", f"{most}\nimport chat_server; sys.exit(chat_server.main(['bundle', '--without-core', {str(link)!r}]))")
+    assert f"cannot write {link}: File too large" in one_line(full)
     assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
-    monkeypatch.undo()
     file.write_bytes(program.archive({"older": b""}))
-    bundle.write_bundle(link, without_core=True)
+    bundle.write_bundle(link, bundle.Wanted(without_core=True))
     assert file.read_bytes() == before and link.is_symlink() and len(list(tmp_path.iterdir())) == 2
 
 

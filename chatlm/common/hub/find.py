@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import DEFAULT_MODEL_NAME, PROGRAM_COMMANDS
+from chatlm.common.contents import own_model
 from chatlm.common.errors import ConfigError, cannot_read, did_you_mean
 from chatlm.common.files import check_regular, refuse_pointer, truncated
 from chatlm.common.hub.default_model import fetch_default_model
@@ -53,6 +54,9 @@ def nanochat_base() -> Path:
 
 def find_default(settings: Settings, progress: Progress) -> ModelSource:
     named_base, base = os.environ.get("NANOCHAT_BASE_DIR"), nanochat_base()
+    if (found := own_model()) and not explicit_choice(settings):
+        path, name = found
+        return ModelSource("gguf", path, name, f"the model {name} in {path}")
     if named_base and not base.is_dir():
         raise ConfigError(f"NANOCHAT_BASE_DIR is {base}, which is not a folder")
     if find_checkpoints(base) or explicit_choice(settings):

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Seq
 from contextlib import suppress
 from typing import Any, TYPE_CHECKING
 
+from chatlm.common.contents import own_contents
 from chatlm.common.errors import named, require_library
 from chatlm.common.messages.protocol import (
     RAY_PIPE, ActorAddress, ActorEnded, EndActor, Node, Nodes, StartActor, Unusable)
@@ -95,7 +96,8 @@ class RayCluster:
     def __init__(self, ray, channel: Channel, tls: str):
         self.ray, self.channel, self.tls, self.listed_s = ray, channel, tls, 0.0
         self.strategies = importlib.import_module("ray.util.scheduling_strategies")
-        self.actor, self.program = ray.remote(replica_actor()), ray.put(program_bytes())
+        start = model.size if (model := own_contents().model) else 0
+        self.actor, self.program = ray.remote(replica_actor()), ray.put(program_bytes(start))
         self.awaited: dict[Any, tuple[str, Any]] = {}  # reference -> name, the actor if it is the address
 
     def run(self):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
+from chatlm.common.libraries import use_found_libraries
 from chatlm.common.messages.wire import Channel
 from chatlm.common.processes.connect import admit_front
 from chatlm.common.program import program_root
@@ -107,6 +108,7 @@ PROCESS_COMMAND = sys.executable, "-c", PROCESS_CODE, str(program_root())
 
 def run_role(role: str, *arguments: str) -> int:
     """Run one of ROLES in this process; returns its exit status."""
+    use_found_libraries()
     module, _, function = ROLES[role].partition(":")
     return getattr(importlib.import_module(module), function)(arguments)
 

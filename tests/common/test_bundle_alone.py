@@ -1,0 +1,584 @@
+"""`chat_server.py bundle --with-libraries`: one file for a machine that has nothing but Python; with a model, one file that is a chat."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import psutil
+import pytest
+from packaging.requirements import Requirement
+
+import chat_server
+from chatlm.common import bundle, contents, core, elf, gather, libraries, program, unbundle, unpack
+from chatlm.common.errors import ConfigError
+from packed import CHECKOUT, changed, clean_environment, one_line, run
+from powerless import powerless
+from real_server import ask, events, get, post, server
+
+pytestmark = pytest.mark.skipif(core.decode_core() is None, reason="the compiled core is not installed")
+CAPITAL = "generate", "-p", "What is the capital of Japan?", "--temperature", "0", "--max-tokens", "12"
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """A Python of this version without any library."""
+    venv = tmp_path_factory.mktemp("bare") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=60)
+    return venv / "bin/python"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    file = tmp_path_factory.mktemp("packed") / "chat_server.pyz"
+    made = run(CHECKOUT / "chat_server.py", "bundle", "--with-libraries", file)
+    assert (made.returncode, made.stderr) == (0, "") and f"with the libraries for Python {libraries.THIS_PYTHON} on Linux" in made.stdout
+    return file
+
+
+@pytest.fixture(scope="module")
+def talking(packed, tmp_path_factory, default_model_path):
+    """The same with the default model and words of the command line, made from the bundle itself."""
+    file = tmp_path_factory.mktemp("talking") / "chat.pyz"
+    made = run(packed, "bundle", "--with-libraries", "--with-model", "default", "--args", "--max-batch 3 --prefix /talk", file)
+    assert (made.returncode, made.stderr) == (0, "") and "and the model SmolLM2-135M-Instruct.Q4_1" in made.stdout
+    return file
+
+
+@pytest.fixture
+def places(tmp_path):
+    """The variables of a process that finds only these folders: a home, whose cache is empty, and one for temporary files."""
+    for name in ("home", "temporary"):
+        (tmp_path / name).mkdir()
+    return clean_environment(HOME=tmp_path / "home", TMPDIR=tmp_path / "temporary", XDG_CACHE_HOME="", XDG_RUNTIME_DIR="")
+
+
+def starts(python, file, environment, **more):
+    done = run(file, "--version", python=python, env=environment, **more)
+    assert (done.returncode, done.stderr) == (0, "") and "decode_core runs with" in done.stdout and "because" not in done.stdout
+
+
+def may(*command):
+    """Whether this user may run a command, and has it."""
+    return bool(shutil.which(command[0])) and subprocess.run(command, capture_output=True).returncode == 0
+
+
+def trees(cache):
+    return sorted(path for path in (cache / "chat_server" / "libraries").iterdir() if path.name != ".lock")
+
+
+def mapped_files(process):
+    return {each.path for each in process.memory_maps() if each.path.startswith("/")}
+
+
+# running from it
+
+
+def test_it_serves_with_all_its_processes_from_its_own_libraries_alone(packed, python, places, tmp_path, default_model_path, monkeypatch):
+    monkeypatch.chdir("/")
+    folder = tmp_path / "read only"
+    folder.mkdir()
+    shutil.copy(packed, folder)
+    folder.chmod(0o555)
+    log = []
+    with server(default_model_path, "--tp", 2, script=folder / packed.name, python=python, env=places, log=log) as (process, url):
+        said = events(post(url + "/chat/completions", ask("What is the capital of Japan?", ignored="y" * 100_000, max_tokens=12)))
+        assert "Tokyo" in "".join(each.get("token", "") for each in said)
+        assert "decode_core/" in get(url + "/stats")["kernels"]["linear"] and get(url + "/health")["ready"]
+        tree = f"{tmp_path}/home/.cache/chat_server/libraries/"
+        ours = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        roles = {next((word for word in each.cmdline() if word in ("worker", "rank", "sandbox")), "front"): mapped_files(each) for each in ours}
+        assert set(roles) == {"front", "worker", "rank", "sandbox"}
+        assert any("/numpy/" in name for name in roles["worker"]) and any("/tokenizers/" in name for name in roles["front"])
+        for role, names in roles.items():
+            assert [name for name in names if "site-packages" in name or "site/" in name and not name.startswith(tree)] == [], role
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+    assert not list((tmp_path / "temporary").iterdir()) and len(trees(tmp_path / "home/.cache")) == 1
+
+
+def test_without_a_network_a_file_with_a_model_is_a_chat_that_maps_the_model_from_the_file(talking, python, places, tmp_path, default_model_path):
+    started = talking.read_bytes()
+    assert started.startswith(default_model_path.read_bytes()) and len(started) - default_model_path.stat().st_size < 60e6
+    alone = ["unshare", "-n"] if may("unshare", "-n", "true") else []
+    done = subprocess.run([*alone, python, talking, *CAPITAL], capture_output=True, text=True, timeout=120, cwd="/", env=places)
+    assert done.returncode == 0 and "Tokyo" in done.stdout and "Traceback" not in done.stderr
+    with server(script=talking, python=python, env=places) as (process, url):
+        assert get(url + "/talk/v1/models")["data"][0]["id"] == "SmolLM2-135M-Instruct.Q4_1"
+        assert get(url + "/talk/stats")["workers"][0]["max_batch"] == 3
+        kept = [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.stat().st_size > 50e6]
+        assert kept == []                       # no copy of the model
+    from chatlm.worker.weights.gguf_file import read_gguf
+    assert all(tensor.data.filename == talking for tensor in read_gguf(talking)[1].values())
+
+
+def test_words_of_the_command_line_come_after_those_that_a_bundle_keeps(talking, packed, python, places):
+    def settings(file, *words):
+        code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.bundling import with_kept_words; print(with_kept_words(sys.argv[1:]))"
+        return eval(run("-c", code, file, *words, python=python, env=places).stdout)
+    kept = ["--max-batch", "3", "--prefix", "/talk"]
+    assert settings(talking) == ["serve", *kept]
+    assert settings(talking, "--max-batch", "4") == ["serve", *kept, "--max-batch", "4"]
+    assert settings(talking, "serve", "x.gguf") == ["serve", *kept, "x.gguf"]
+    for words in (["chat"], ["bundle", "--verify"], ["store", "x"]):
+        assert settings(talking, *words) == words
+    assert settings(packed, "x.gguf") == ["x.gguf"] and settings(packed) == []
+
+
+def test_the_packed_model_is_the_default_and_any_other_can_be_named(talking, python, places, nanochat_fixtures):
+    def chosen(*words, **more):
+        code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.cli import parse_command_line as parse; " \
+               "from chatlm.common.hub.find import resolve_model; found = resolve_model(parse(sys.argv[1:], {})); print(found.name, found.path)"
+        return run("-c", code, talking, *words, python=python, env=places | more).stdout.strip()
+    base = {"NANOCHAT_BASE_DIR": str(nanochat_fixtures / "gen5")}
+    assert chosen() == chosen(**base) == f"SmolLM2-135M-Instruct.Q4_1 {talking}"
+    assert chosen(talking) == f"chat {talking}"
+    checkpoint = chosen(nanochat_fixtures / "gen5")
+    assert "gen5" in checkpoint and chosen("-i", "sft", **base) == checkpoint
+
+
+# unpacking
+
+
+def test_starts_at_the_same_time_unpack_once_and_each_start_uses_that(packed, python, places, tmp_path):
+    started = [subprocess.Popen([python, packed, "--version"], stdout=subprocess.PIPE, text=True, env=places, cwd="/") for _ in range(3)]
+    assert all("decode_core runs with" in process.communicate(timeout=120)[0] for process in started)
+    (tree,) = trees(tmp_path / "home/.cache")
+    assert [each.stat().st_mode & 0o777 for each in (tree.parent, tree, tree / "site", tree / "site/numpy/_core", tree / "site/numpy/__init__.py")] \
+        == [0o700] * 4 + [0o400]
+    first = tree.stat().st_ino, (tree / "site").stat().st_ino
+    starts(python, packed, places)
+    assert trees(tmp_path / "home/.cache") == [tree] and (tree.stat().st_ino, (tree / "site").stat().st_ino) == first
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_what_a_killed_start_leaves_goes_with_the_next(packed, python, places, tmp_path):
+    cache, temporary = tmp_path / "home/.cache", tmp_path / "temporary"
+
+    def killed_while_it_writes(pattern, folder):
+        process = subprocess.Popen([python, packed, "--version"], env=places, stdout=subprocess.DEVNULL)
+        while not (folder.is_dir() and list(folder.glob(pattern))):
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+        return list(folder.glob(pattern))
+    assert killed_while_it_writes(".part-*/site/*", cache / "chat_server/libraries")
+    starts(python, packed, places)
+    assert len(trees(cache)) == 1
+    shutil.rmtree(cache)
+    cache.write_text("a file")
+    assert killed_while_it_writes("chat_server-*/site/*", temporary)
+    starts(python, packed, places)
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A bundle with libraries of two files, and what is said of them."""
+    inner = program.archive({"a.py": b"A = 1\n", "b/c/d.so": b"library"})
+    said = libraries.Libraries(libraries.THIS_PYTHON, unpack.PLATFORM, "", {"libraries/x.zip": hashlib.sha256(inner).hexdigest()})
+    (tmp_path / "small.pyz").write_bytes(program.archive({libraries.ABOUT: json.dumps([said]).encode(), "libraries/x.zip": inner}))
+    with zipfile.ZipFile(tmp_path / "small.pyz") as opened:
+        yield opened, libraries.fitting(opened)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    return tmp_path / "cache"
+
+
+def cached_by_another(small):
+    """The tree in the cache, made by a process that has ended."""
+    code = "import sys, zipfile; sys.path.insert(0, sys.argv[1]); from chatlm.common import libraries; opened = zipfile.ZipFile(sys.argv[2]); " \
+           "print(libraries.cached_tree(opened, libraries.fitting(opened)))"
+    return Path(run("-c", code, CHECKOUT, small[0].filename, env=os.environ).stdout.strip())
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_a_tree_is_the_user_s_alone_whatever_the_umask(umask, small, cache):
+    before = os.umask(umask)
+    try:
+        tree = libraries.cached_tree(*small)
+    finally:
+        os.umask(before)
+    modes = {str(path.relative_to(tree.parent)): path.stat().st_mode & 0o777 for path in tree.rglob("*") if path.is_dir() or path.parent != tree}
+    assert modes == {f"{tree.name}/{name}": 0o400 if "." in name else 0o700 for name in ("site", "site/a.py", "site/b", "site/b/c", "site/b/c/d.so")}
+    assert libraries.cached_tree(*small) == tree
+
+
+@pytest.mark.parametrize("trouble", ["other bytes", "missing", "a link", "a pipe", "no note", "a note of nothing", "a note that is a pipe",
+                                     "a note that is no JSON", "no lock", "a pipe as the lock", "others may write", "others may write to a folder",
+                                     "a file as the tree", "a link as the tree"])
+def test_a_tree_that_is_not_as_it_was_written_is_written_anew(trouble, small, cache, tmp_path):
+    tree = cached_by_another(small)
+    file, note, first = tree / "site/b/c/d.so", tree / "note.json", tree.stat().st_ino
+    times = file.stat()
+    if trouble == "other bytes":                # of the same size and age
+        file.chmod(0o600)
+        file.write_bytes(b"Library")
+        file.chmod(0o400)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    elif trouble.startswith("others may write"):
+        (file.parent if "folder" in trouble else file).chmod(0o777)
+    elif "as the tree" in trouble:
+        tree.rename(tmp_path / "moved")
+        tree.symlink_to(tmp_path / "moved") if "link" in trouble else tree.write_text("")
+    elif "of nothing" in trouble or "no JSON" in trouble:
+        note.chmod(0o600)
+        note.write_text("{}" if "nothing" in trouble else "{")
+    else:
+        place = note if "note" in trouble else tree / "lock" if "lock" in trouble else file
+        place.unlink()
+        if trouble == "a link":
+            file.symlink_to("/etc/hostname")
+        elif "pipe" in trouble:
+            os.mkfifo(place)
+    assert libraries.cached_tree(*small) == tree and tree.stat().st_ino != first and not tree.is_symlink()
+    assert file.read_bytes() == b"library" and not file.is_symlink()
+    assert trees(cache) == [tree]               # what it was is gone
+    assert libraries.cached_tree(*small) == tree
+
+
+def test_a_tree_that_a_server_uses_while_it_is_written_anew_stays_for_it(small, cache):
+    tree = libraries.cached_tree(*small)        # held by this process
+    (tree / "note.json").unlink()
+    assert libraries.cached_tree(*small) == tree
+    (old,) = [path for path in trees(cache) if path != tree]
+    assert (old / "site/a.py").is_file()
+
+
+def test_a_tree_of_another_user_is_not_used(small, cache, monkeypatch):
+    tree = libraries.cached_tree(*small)
+    libraries.check_tree(tree)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        libraries.check_tree(tree)
+
+
+@pytest.mark.parametrize("trouble", ["others may write", "a link", "a file", "a pipe"])
+def test_a_cache_that_others_could_change_is_not_used(trouble, small, cache, tmp_path, monkeypatch):
+    place = cache / "chat_server" / "libraries"
+    place.parent.mkdir(parents=True)
+    if trouble == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        place.symlink_to(tmp_path / "elsewhere")
+    elif trouble == "others may write":
+        place.mkdir()
+        place.chmod(0o777)
+    else:
+        place.write_text("") if trouble == "a file" else os.mkfifo(place)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    tree = libraries.usable_tree(*small)
+    try:
+        assert tree.parent == tmp_path and tree.stat().st_mode & 0o777 == 0o700
+        assert not place.is_dir() or list(place.iterdir()) == []
+    finally:
+        libraries.remove_own(tree, os.getpid())
+    assert not tree.exists()
+
+
+def test_a_tree_in_a_home_that_became_read_only_is_used(small, cache):
+    tree = libraries.cached_tree(*small)
+    places = cache, cache / "chat_server", tree.parent, tree
+    for folder in places:
+        folder.chmod(0o500)
+    try:
+        with powerless():
+            assert libraries.usable_tree(*small) == tree
+    finally:
+        for folder in places:
+            folder.chmod(0o700)
+
+
+MOUNTED = {"read-only": "mount -t tmpfs -o ro none {home}", "noexec": "mount -t tmpfs -o noexec none {home}",
+           "full": "mount -t tmpfs -o size=20m none {home}"}
+
+
+@pytest.mark.parametrize("home", ["noexec", "none", *(pytest.param(each, marks=pytest.mark.slow) for each in ("read-only", "full", "of a file"))])
+def test_where_the_home_cannot_be_used_a_private_folder_is_which_goes_at_the_end(home, packed, python, places, tmp_path):
+    if home in MOUNTED:
+        if not may("unshare", "-m", "true"):
+            pytest.skip("this user may not mount")
+        words = ["unshare", "-m", "sh", "-ec", f"{MOUNTED[home].format(home=tmp_path / 'home')}; exec \"$@\"", "sh", python]
+    else:
+        words = [python]
+        places |= {"HOME": "" if home == "none" else str(Path(__file__))}
+    done = subprocess.run([*words, packed, "--version"], capture_output=True, text=True, timeout=120, cwd="/", env=places)
+    assert done.returncode == 0 and done.stderr == "" and "decode_core runs with" in done.stdout
+    assert list((tmp_path / "temporary").iterdir()) == []
+    if home != "none":          # then it is root's own
+        assert list((tmp_path / "home").iterdir()) == []
+
+
+def test_where_nothing_can_be_written_one_line_names_all_reasons_and_the_remedy(packed, python, places, tmp_path):
+    code = f"mount -t tmpfs -o noexec none {tmp_path}/home; mount -t tmpfs -o size=20m none {tmp_path}/temporary; mount -t tmpfs -o noexec none /dev/shm"
+    words = ["unshare", "-m", "sh", "-ec", f"{code}; exec \"$@\"", "sh", python, packed, "--version"]
+    if not may("unshare", "-m", "true"):
+        pytest.skip("this user may not mount")
+    line = one_line(subprocess.run(words, capture_output=True, text=True, timeout=120, cwd="/", env=places))
+    assert "its libraries can be unpacked nowhere (no program may be run from" in line and "No space left on device" in line
+    assert "set TMPDIR or XDG_CACHE_HOME to a folder of yours with 150 MB free" in line
+
+
+def test_trees_that_are_in_use_stay_and_others_go_after_a_month(tmp_path):
+    folder = tmp_path / "libraries"
+    for name, days in (("old", 40), ("new", 2), ("mine", 40), ("held", 40), (".part-old", 0), (".part-held", 0)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "lock").write_bytes(b"x")
+        os.utime(folder / name, (time.time() - days * 86400,) * 2)
+    (folder / ".part-bare").mkdir()
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from chatlm.common.libraries import hold\n" \
+           "[hold(Path(name, 'lock')) for name in sys.argv[2:]]; print('held', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code, CHECKOUT, folder / "held", folder / ".part-held"],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    libraries.remove_leftovers(folder, folder / "mine")
+    assert sorted(path.name for path in folder.iterdir()) == [".part-held", "held", "mine", "new"]
+    holder.communicate("\n", timeout=20)
+    libraries.remove_leftovers(folder, folder / "mine")
+    assert sorted(path.name for path in folder.iterdir()) == ["mine", "new"]
+
+
+# where it cannot run
+
+
+def about(file, **changes):
+    with zipfile.ZipFile(file) as source:
+        return {libraries.ABOUT: json.dumps([each._replace(**changes) for each in libraries.packed_libraries(source)]).encode()}
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"python": "3.99", "platform": "Linux x86_64 cpython-399-x86_64-linux-gnu"}, "was made for Python 3.99 on Linux x86_64, and this is Python 3."),
+    ({"platform": "Linux riscv64 cpython-311-riscv64-linux-gnu"}, "on Linux riscv64, and this is Python"),
+    ({"platform": "Linux x86_64 cpython-311-x86_64-linux-musl"}, "on Linux x86_64 with musl, and this is Python"),
+    ({"glibc": "2.99"}, "was made for glibc 2.99 or newer, and this is 2.")])
+def test_a_wrong_python_or_platform_is_one_line_that_says_which_it_was_made_for(changes, words, packed, places, tmp_path):
+    line = one_line(run(changed(packed, tmp_path / "other.pyz", about(packed, **changes)), "model.gguf", env=places))
+    assert words in line and not list((tmp_path / "home").iterdir())
+
+
+def test_a_python_that_is_here_and_fits_is_named(packed, places, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3.99").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/python3.99").chmod(0o755)
+    other = changed(packed, tmp_path / "other.pyz", about(packed, python="3.99", platform=" ".join([*unpack.PLATFORM.split()[:2], "cpython-399"])))
+    assert one_line(run(other, env=places | {"PATH": str(tmp_path / "bin")})).endswith("; try python3.99, which is here")
+
+
+def test_a_byte_that_is_wrong_in_the_libraries_is_one_line_and_nothing_is_unpacked(packed, places, tmp_path):
+    data = bytearray(packed.read_bytes())
+    with zipfile.ZipFile(packed) as source:
+        entry = next(entry for entry in source.infolist() if entry.filename.endswith(".zip"))
+        data[entry.header_offset + entry.compress_size // 2] ^= 1
+    file = tmp_path / "damaged.pyz"
+    file.write_bytes(data)
+    assert "is damaged (" in (line := one_line(run(file, "--version", env=places))) and line.endswith("copy it again")
+    assert trees(tmp_path / "home/.cache") == [] and not list((tmp_path / "temporary").iterdir())
+    sums = {"archives": {entry.filename: "0" * 64}}
+    other = changed(packed, tmp_path / "other.pyz", about(packed, **sums))
+    assert f"is damaged ({entry.filename} is not what was packed); copy it again" in one_line(run(other, "--version", env=places))
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/outside", "a/../../outside"])
+def test_a_name_that_leads_out_of_the_tree_is_refused(name, tmp_path):
+    inner = program.archive({name: b"x"})
+    outer = tmp_path / "x.pyz"
+    outer.write_bytes(program.archive({"libraries/x.zip": inner}))
+    packed = libraries.Libraries("3.11", "", "", {"libraries/x.zip": hashlib.sha256(inner).hexdigest()})
+    with zipfile.ZipFile(outer) as opened, pytest.raises(libraries.DamagedBundle, match="outside of its folder"):
+        list(libraries.packed_files(opened, packed))
+
+
+# making it
+
+
+@pytest.mark.slow
+def test_equal_inputs_make_equal_bytes(packed, tmp_path):
+    again = tmp_path / "again.pyz"
+    assert run(CHECKOUT / "chat_server.py", "bundle", "--with-libraries", again).returncode == 0
+    assert again.read_bytes() == packed.read_bytes()
+
+
+def test_a_bundle_makes_the_same_again_and_one_without_libraries(packed, python, places, tmp_path):
+    again = tmp_path / "again.pyz"
+    assert run(packed, "bundle", "--with-libraries", again, python=python, env=places).returncode == 0
+    assert again.read_bytes() == packed.read_bytes() and packed.stat().st_size < 60e6
+    plain = tmp_path / "plain.pyz"      # without them: the core comes from the tree
+    assert "with decode_core for Linux" in run(packed, "bundle", plain, python=python, env=places).stdout
+
+
+def test_a_bundle_with_a_model_makes_the_same_again(talking, tmp_path):
+    again = tmp_path / "again.pyz"
+    made = run(talking, "bundle", "--with-libraries", "--with-model", talking, "--args", "--max-batch 3 --prefix /talk", again)
+    assert made.returncode == 0 and again.read_bytes() == talking.read_bytes()
+
+
+def test_what_is_packed_is_what_is_installed_with_the_program_and_hides_nothing_of_python(packed):
+    declared = re.search(r"^dependencies = \[\n(.*?)^\]", (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]
+    wanted = {Requirement(each).name: Requirement(each).marker for each in re.findall(r'"([^"]+)"', declared)}
+    assert wanted == {Requirement(each).name: Requirement(each).marker for each in gather.REQUIRED}
+    with zipfile.ZipFile(packed) as source:
+        names = {name for name, _ in libraries.packed_files(source, libraries.fitting(source))}
+    tops = {name.partition("/")[0].removesuffix(".py") for name in names}
+    assert {"aiohttp", "numpy", "decode_core", "numpy.libs"} <= tops and not tops & {*sys.stdlib_module_names, "chatlm", "chat_server"}
+    assert "torch" not in tops and "pytest" not in tops
+    for distribution in gather.installed(gather.REQUIRED):      # their licences come along
+        licences = {str(path) for path in distribution.files if re.search(r"\.dist-info/.*licen[cs]e", str(path), re.IGNORECASE)}
+        assert licences <= names
+
+
+@pytest.mark.parametrize("words, reason", [
+    (["--pythons", "3.11"], "--pythons needs --with-libraries"), (["--wheels", "."], "--wheels needs --with-libraries"),
+    (["--with-libraries", "--pythons", "3.9"], "'3.9' is not a version of Python such as 3.11; it must be 3.10 or newer"),
+    (["--with-libraries", "--pythons", "3.11;3.12"], "'3.11;3.12' is not a version"),
+    (["--with-libraries", "--pythons", "3.98"], "the command python3.98 is not here"),
+    (["--with-libraries", "--without-core"], "has no torch, which would compute instead"),
+    (["--with-libraries", "--wheels", "/missing"], "--wheels /missing: there is no chat_server-*-cp"),
+    (["--args", "--no-such-flag"], "unrecognized arguments: --no-such-flag"), (["--args", "--port 'x"], "No closing quotation"),
+    (["--args", "--api-key secret"], "everyone who gets the file could read a key"), (["--args", "--help"], "--help and --version run nothing"),
+    (["--with-model", "/missing.gguf"], "No such file"), (["--with-model", "/etc/hostname"], "is not a GGUF file"),
+    (["--verify", "--unpack", "x"], "are two commands"), (["--verify", "--with-libraries"], "is for making a bundle, not for --verify"),
+    (["--verify"], "is for a bundle that runs"), (["--unpack", "x"], "is for a bundle that runs"),
+    (["--unpack", "x", "file"], "FILE is for making a bundle"), (["--verify", "/etc/hostname"], "/etc/hostname is damaged (it does not end as a bundle does)"),
+    (["--verify", "/missing"], "cannot read /missing: No such file")])
+def test_words_that_do_not_go_together_are_one_line(words, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert chat_server.main(["bundle", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line and "Traceback" not in line and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_hugging_face_is_refused_as_a_model(tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    assert chat_server.main(["bundle", "--with-model", str(tmp_path)]) == 2
+    assert "a bundle takes a model of one GGUF file, and this is Hugging Face folder" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_fit_on_the_disk_leaves_nothing(default_model_path, tmp_path):
+    most = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({50 << 20},) * 2); import sys; sys.path.insert(0, {str(CHECKOUT)!r})"
+    words = ["bundle", "--without-core", "--with-model", str(default_model_path), str(tmp_path / "x.pyz")]
+    assert "File too large" in one_line(run("-c", f"{most}\nimport chat_server; sys.exit(chat_server.main({words!r}))"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# checking it, and unpacking it
+
+
+def test_verify_reads_each_byte_of_the_file_and_of_what_was_unpacked(talking, python, places, tmp_path):
+    starts(python, talking, places)
+    done = run(talking, "bundle", "--verify", python=python, env=places)
+    assert done.returncode == 0 and done.stderr == ""
+    for words in ("the program is what was packed", "the model SmolLM2-135M-Instruct.Q4_1 is what was packed", "files of the libraries for Python",
+                  "its files are what was packed", f"its SHA-256 is {unbundle.sha256_of(talking)}"):
+        assert words in done.stdout
+    (tree,) = trees(tmp_path / "home/.cache")
+    (tree / "site/yaml/__init__.py").chmod(0o600)
+    (tree / "site/yaml/__init__.py").write_text("")
+    (tree / "site/idna/core.py").unlink()
+    done = run(talking, "bundle", "--verify", python=python, env=places)
+    assert done.returncode == 2 and f"{tree}/site has files that are not what was packed: idna/core.py, yaml/__init__.py; remove {tree}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("part", ["model", "libraries", "program"])
+def test_verify_finds_a_single_bit(part, talking, tmp_path, capsys):
+    data = bytearray(talking.read_bytes())
+    with zipfile.ZipFile(talking) as source:
+        entry = source.getinfo("static/chat.js") if part == "program" else next(each for each in source.infolist() if each.filename.endswith(".zip"))
+        data[50_000_000 if part == "model" else entry.header_offset + 60 + entry.compress_size // 2] ^= 1
+    file = tmp_path / "damaged.pyz"
+    file.write_bytes(data)
+    assert chat_server.main(["bundle", "--verify", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{file} is damaged (" in line and "copy it again" in line
+
+
+def test_it_unpacks_into_a_folder_that_runs_without_a_cache(talking, python, places, tmp_path):
+    folder = tmp_path / "shared place"
+    done = run(talking, "bundle", "--unpack", folder, python=python, env=places)
+    assert done.returncode == 0 and f"--max-batch 3 --prefix /talk '{folder}/SmolLM2-135M-Instruct.Q4_1.gguf'" in done.stdout
+    assert not list((tmp_path / "home").iterdir())
+    model = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    said = run(folder / "chat_server.py", CAPITAL[0], model, *CAPITAL[1:], python=python, env=places)
+    assert said.returncode == 0 and "Tokyo" in said.stdout
+    assert not (tmp_path / "home/.cache/chat_server").exists() and not list((tmp_path / "temporary").iterdir())
+    for place, words in ((folder, "exists and is not an empty folder"), (tmp_path / "missing/x", "No such file"), (model, "is not an empty folder")):
+        assert words in one_line(run(talking, "bundle", "--unpack", place, python=python, env=places))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_nodes_of_ray_get_the_program_without_the_model(talking, default_model_path, monkeypatch, tmp_path):
+    monkeypatch.setattr(program, "program_root", lambda: talking)
+    monkeypatch.setattr(contents, "program_root", lambda: talking)
+    contents.own_contents.cache_clear()
+    try:
+        model = contents.own_contents().model
+        (tmp_path / "sent.pyz").write_bytes(program.program_bytes(model.size))
+    finally:
+        contents.own_contents.cache_clear()
+    assert model.size == default_model_path.stat().st_size
+    with zipfile.ZipFile(tmp_path / "sent.pyz") as sent:
+        assert sent.testzip() is None and "chatlm/common/processes/start.py" in sent.namelist()
+
+
+def test_pip_fetches_for_another_python_what_wheels_have_the_core_for(tmp_path, monkeypatch):
+    """Without pip and without another Python: what becomes of wheels."""
+    wheel = tmp_path / f"chat_server-0.1.0-cp399-cp399-manylinux_2_17_{unpack.PLATFORM.split()[1]}.whl"
+    files = program.program_sources() | {"decode_core/_core.cpython-399.so": Path(core.decode_core()._core.__file__).read_bytes(), "decode_core/__init__.py": b"",
+                                         "chat_server-0.1.0.data/purelib/x.py": b"", "chat_server-0.1.0.data/scripts/y": b""}
+    wheel.write_bytes(program.archive(files))
+    found = gather.core_of_wheel(tmp_path, "3.99")
+    assert set(found) == {"decode_core/_core.cpython-399.so", "decode_core/__init__.py"}
+    assert gather.Gathered("3.99", "", "", found).glibc == ".".join(map(str, elf.glibc_of(found["decode_core/_core.cpython-399.so"])))
+    assert "x.py" in gather.files_of_wheel(wheel) and "y" not in "".join(map(str, gather.files_of_wheel(wheel)))[:1]
+    wheel.write_bytes(program.archive(files | {"chatlm/worker/model/kernels.py": files["chatlm/worker/model/kernels.py"].replace(b"class Kernels", b"class Kernels(Other)")
+                                               .replace(b"    rope_append", b"    rope_append_again")}))
+    with pytest.raises(ConfigError, match="was made from another version"):
+        gather.core_of_wheel(tmp_path, "3.99")
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="binutils are not here")
+def test_what_libraries_need_of_glibc_is_what_readelf_says():
+    found = [path for distribution in gather.installed(("numpy", "tokenizers", "llguidance")) for path in map(distribution.locate_file, distribution.files)
+             if ".so" in path.name] + [Path(core.decode_core()._core.__file__), Path(shutil.__file__).parent / "lib-dynload/_ctypes.so"]
+    compared = set()
+    for path in filter(os.path.isfile, found):
+        said = subprocess.run(["readelf", "-V", "-W", path], capture_output=True, text=True, check=True).stdout
+        strong = re.findall(r"Name: GLIBC_(2[.\d]+)  Flags: (?!.*WEAK)", said)
+        assert elf.glibc_of(path.read_bytes()) == max((tuple(map(int, version.split("."))) for version in strong), default=()), path
+        compared.add(max(strong, default=""))
+    assert len(compared) > 2
+    assert elf.glibc_of(b"") == elf.glibc_of(b"\x7fELF\1\1") == ()
+
+
+def test_on_a_system_that_is_too_old_for_a_library_that_can_be_missing_it_is_as_if_it_were_not_installed(monkeypatch):
+    needed = {path.partition("/")[0]: elf.glibc_of(data) for path, data in gather.installed_libraries().items() if "llguidance/_lib" in path}
+    assert needed and {name: libraries.version_numbers(version) for name, version in libraries.OPTIONAL.items()} == needed
+    for version, missing in (("2.29", True), ("2.30", False), ("", False)):
+        with monkeypatch.context() as patched:
+            patched.setattr(libraries, "glibc", lambda: version)
+            patched.setattr(sys, "path", [*sys.path])
+            patched.setitem(sys.modules, "llguidance", None)        # so that it is put back
+            del sys.modules["llguidance"]
+            libraries.use_site("/nowhere")
+            assert (importlib.util.find_spec("llguidance") is None) == missing
+
+
+def test_files_that_several_pythons_have_alike_are_packed_once():
+    made = [gather.Gathered(python, "", "", files) for python, files in (
+        ("3.11", {"a.py": b"1", "b.so": b"2"}), ("3.12", {"a.py": b"1", "b.so": b"3"}), ("3.13", {"a.py": b"1", "b.so": b"3", "c": b""}))]
+    assert dict(bundle.shared_files(made)) == {("3.11", "3.12", "3.13"): {"a.py": b"1"}, ("3.11",): {"b.so": b"2"},
+                                               ("3.12", "3.13"): {"b.so": b"3"}, ("3.13",): {"c": b""}}
