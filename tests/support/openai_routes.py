@@ -4,6 +4,8 @@ import json
 import urllib.error
 import urllib.request
 
+import pytest
+
 HI = [{"role": "user", "content": "What is the capital of Japan?"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -35,3 +37,9 @@ def refused(url, path=CHAT, **changes):
     status, _, body = call(url, path, base | changes)
     assert status >= 400 and set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}, body
     return status, body["error"]
+
+
+def need_exact(url):
+    """For tests of answers that are equal only where logits are."""
+    if not call(url, "/stats")[2]["row_invariant"]:
+        pytest.skip("the reference ops are not row-invariant")

@@ -12,7 +12,7 @@ import pytest
 from chatlm.front.api.encode_openai import token_text
 from chatlm.front.api.tokenization import piece_body
 from fake_pool import Letters
-from openai_routes import CHAT, COMPLETIONS, HI, ask, call, refused
+from openai_routes import CHAT, COMPLETIONS, HI, ask, call, need_exact, refused
 from real_server import server
 
 
@@ -25,9 +25,7 @@ def url(default_model_path):
 
 @pytest.fixture
 def exact(url):
-    """For tests of answers that are equal only where logits are."""
-    if not call(url, "/stats")[2]["row_invariant"]:
-        pytest.skip("the reference ops are not row-invariant")
+    need_exact(url)
 
 
 def stream(url, path=CHAT, **changes):
