@@ -73,7 +73,7 @@ def alone(bundled, tmp_path):
 def test_a_bundle_alone_serves_the_page_and_the_apis_with_ranks_and_its_core_and_ends_on_ctrl_c(alone, cache, default_model_path, monkeypatch):
     monkeypatch.chdir("/")
     log = []
-    with server("--tp", 2, script=alone, env=clean_environment(XDG_CACHE_HOME=cache), log=log) as (process, url):
+    with server("--tp", 2, "--verbose", script=alone, env=clean_environment(XDG_CACHE_HOME=cache), log=log) as (process, url):
         answer = json.load(post(url + "/v1/chat/completions", {
             "messages": [{"role": "user", "content": "What is the capital of Japan?"}], "max_tokens": 4, "temperature": 0}))
         assert "The capital of Japan" in answer["choices"][0]["message"]["content"]
