@@ -102,6 +102,9 @@ if importlib.util.find_spec("chatlm") is None:
     print("chat_server: the package chatlm is not beside this file. In the checkout, `python chat_server.py "
           "bundle` makes chat_server.pyz, the one file to copy", file=sys.stderr)
     sys.exit(2)
+if __name__ == "__main__":
+    from chatlm.common.processes.start import start_worker_ahead
+    start_worker_ahead(sys.argv[1:])
 
 import asyncio
 import contextlib

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import mmap
 import os
-import ssl
 import sys
 import traceback
 from collections.abc import Callable, Sequence as Seq
@@ -41,6 +41,9 @@ def run_survey(channel: Channel, config: SurveyConfig):
 def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
     """Join the parent and `run` until the other end hangs up."""
     channel = join_parent(arguments, pipe)
+    with suppress(ImportError):  # if it was started ahead; what is missing is said below
+        for module in ("chatlm.worker.process", "chatlm.worker.weights.gguf"):
+            importlib.import_module(module)
     reserve = mmap.mmap(-1, 32 << 20)  # address space reserved for reporting that memory ran out
     try:
         [config] = channel.receive(wait=True, most=1)
@@ -51,7 +54,7 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
         channel.send(Loading("importing libraries", 0.0))
         require_library("numpy", "chat_server")
         run(channel, config)
-    except (EOFError, ConnectionError, TimeoutError, ssl.SSLError):
+    except hung_up():
         pass
     except BadMessage as error:
         log.error("the other end of the connection sends messages that are not ours: %s", error)
@@ -71,6 +74,12 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
         with suppress(EOFError, ConnectionError):
             channel.receive(wait=True)  # wait until the front has read it and hung up
     return 0
+
+
+def hung_up() -> tuple[type[Exception], ...]:
+    """What is raised if the other end of the connection has gone. Only connections with TLS import ssl."""
+    tls = sys.modules.get("ssl")
+    return EOFError, ConnectionError, TimeoutError, *([tls.SSLError] if tls else [])
 
 
 def line_of(error: Exception) -> str:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from chatlm.common.errors import ConfigError
 from chatlm.common.libraries import use_found_libraries
 from chatlm.common.messages.wire import Channel
-from chatlm.common.processes.connect import admit_front
 from chatlm.common.program import program_root
 
 if TYPE_CHECKING:
@@ -126,8 +125,10 @@ def join_parent(arguments: Seq[str], pipe: Pipe) -> Channel:
         os.setpriority(os.PRIO_PROCESS, 0, int(nice))
     share_niceness()
     die_with_parent(int(parent))
-    return Channel(socket.socket(fileno=int(descriptor)) if descriptor.isdigit() else admit_front(descriptor),
-                   pipe)
+    if descriptor.isdigit():
+        return Channel(socket.socket(fileno=int(descriptor)), pipe)
+    from chatlm.common.processes.connect import admit_front  # imports ssl, which takes 24 ms and 7 MB
+    return Channel(admit_front(descriptor), pipe)
 
 
 def exit_in_words(status: int | None) -> str:
@@ -166,9 +167,35 @@ def patient(seconds: float, nice: int | None = None) -> float:
     return seconds * 1.25 ** max(os.getpriority(os.PRIO_PROCESS, 0) if nice is None else nice, 0)
 
 
+# Processes that were started before they were needed, with their environments; by command and role
+AHEAD: dict[tuple[str, ...], tuple[subprocess.Popen, socket.socket, Mapping[str, str]]] = {}
+# Words of a program that starts no worker, or none like the one that `start_worker_ahead` starts
+NOT_AHEAD = ("bundle", "store", "check", "compare", "score", "eval", "embed", "batch", "-h", "--help", "--version", "--url", "-n", "--num-", "--tp", "--tensor-", "--pp", "--pipeline-",
+             "--distributed", "--ray", "--watch", "--nice", "--device-", "--config", "--models")
+
+
+def start_worker_ahead(words: Seq[str]):
+    """Start a worker for the command line `words`, if it probably needs one on a CPU. It imports its libraries
+    while this process does. The first `start_child` for a worker returns it, or ends it if its environment
+    would be another."""
+    if any(word.startswith(NOT_AHEAD) for word in words) or any(Path("/dev").glob("nvidia[0-9]*")):
+        return
+    environment = process_environment(threads_per_worker(1))
+    environment.pop("CHAT_SERVER_API_KEY", None)
+    process, ours = start_child(PROCESS_COMMAND, "worker", environment)
+    AHEAD[*PROCESS_COMMAND, "worker"] = process, ours, environment
+
+
 def start_child(command: Seq[str], role: str,
                 environment: Mapping[str, str]) -> tuple[subprocess.Popen, socket.socket]:
     """Start one of our processes; returns it and our end of the pipe to it."""
+    if started := AHEAD.pop((*command, role), None):
+        process, ours, own = started
+        if own == environment:
+            return process, ours
+        ours.close()
+        process.kill()
+        process.wait()
     ours, theirs = socket.socketpair()
     with theirs:
         command = [*command, role, str(theirs.fileno()), str(os.getpid())]

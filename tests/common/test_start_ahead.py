@@ -1,0 +1,73 @@
+"""A worker's process that is started before it is needed."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from chatlm.common.processes import start
+import forked
+
+pytestmark = pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="a GPU's worker is not started ahead")
+SCRIPT = Path(__file__).resolve().parents[2] / "chat_server.py"
+ROLE = *start.PROCESS_COMMAND, "worker"
+
+
+def environment(threads):
+    return {name: value for name, value in start.process_environment(threads).items() if name != "CHAT_SERVER_API_KEY"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(monkeypatch):
+    [original] = forked.start_child.__defaults__        # other tests' processes are forked
+    monkeypatch.setattr(start, "start_child", original)
+    yield
+    for process, ours, _ in start.AHEAD.values():
+        ours.close()
+        assert process.wait(60) == 0            # its parent has hung up
+    start.AHEAD.clear()
+
+
+def test_the_first_worker_is_the_one_that_was_started_ahead_and_the_key_is_not_in_its_environment(monkeypatch):
+    monkeypatch.setenv("CHAT_SERVER_API_KEY", "secret")
+    start.start_worker_ahead(["model.gguf", "--port", "8080"])
+    started, ours, _ = start.AHEAD[ROLE]
+    assert "CHAT_SERVER_API_KEY" not in psutil.Process(started.pid).environ()
+    monkeypatch.delenv("CHAT_SERVER_API_KEY")
+    process, connection = start.start_child(start.PROCESS_COMMAND, "worker", environment(start.threads_per_worker(1)))
+    assert (process, connection) == (started, ours) and start.AHEAD == {}
+    connection.close()
+    assert process.wait(60) == 0
+
+
+def test_one_with_another_environment_ends_and_another_is_started():
+    start.start_worker_ahead([])
+    started, _, _ = start.AHEAD[ROLE]
+    process, connection = start.start_child(start.PROCESS_COMMAND, "worker", environment(77))
+    assert process.pid != started.pid and started.returncode is not None
+    connection.close()
+    assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("words", [["--help"], ["check"], ["serve", "--num-workers", "2"], ["--num-gpus=2"], ["chat", "--url", "x"], ["--config", "a.toml"]])
+def test_none_is_started_ahead_where_none_or_another_is_needed(words):
+    start.start_worker_ahead(words)
+    assert start.AHEAD == {}
+
+
+def test_a_worker_ends_with_a_server_that_could_not_start():
+    marked = {**os.environ, "CHAT_SERVER_TEST_MARK": str(os.getpid())}
+    done = subprocess.run([sys.executable, SCRIPT, "--port", "99999"], capture_output=True, text=True, env=marked, timeout=60)
+    assert done.returncode == 2 and "99999" in done.stderr and "Traceback" not in done.stderr
+    left = [process for process in psutil.process_iter() if f"CHAT_SERVER_TEST_MARK={os.getpid()}" in environment_of(process)]
+    assert psutil.wait_procs(left, timeout=60)[1] == []
+
+
+def environment_of(process):
+    with contextlib.suppress(OSError, psutil.Error):
+        return Path(f"/proc/{process.pid}/environ").read_text(errors="replace").split("\0")
+    return []
