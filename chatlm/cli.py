@@ -34,13 +34,8 @@ class Help(NamedTuple):
 
 
 HELP = {
-<<<<<<< HEAD
     "serve": Help("""\
 python chat_server.py [serve|chat|generate|compare|score|eval|embed|check] [MODEL] [flags]
-=======
-    "serve": Help("python chat_server.py [serve|chat|generate|compare|score|eval|embed|check] [MODEL] "
-                  """[flags]
->>>>>>> i61
        python chat_server.py bundle [FILE] [--with-libraries] [--with-model MODEL]
        python chat_server.py store FOLDER [--prune SIZE]""",
         "Serve a model: a chat page, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is the "
