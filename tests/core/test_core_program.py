@@ -399,8 +399,8 @@ class Model:
                 k.linear(b.attended, layer["output"], b.x, residual=b.x)
                 k.linear(b.x, layer["router"], b.routing, norm=(self.norm, 1e-5))
                 k.experts(b.x, b.routing, layer["up"], layer["down"], b.x, norm=None if l == 2 else (self.norm, 1e-5), biases=self.biases,
-                          activation="clamped_swiglu" if self.name == "experts" else "relu2", chosen=3, sum_to_one=layer is self.layers[0],
-                          residual=self.name == "experts" or l < 2, **self.routers[l])
+                          activation="clamped_swiglu" if self.name == "experts" else "relu2", chosen=3,
+                          sum_to_one=l == 0 or l == 1 and self.name == "experts", residual=self.name == "experts" or l < 2, **self.routers[l])
                 continue
             k.paged_attention(b.q, pages, k.attention, 0, b.attended)
             k.linear(b.attended, layer["output"], b.x, residual=b.x)
