@@ -87,7 +87,8 @@ def start_by_parts():
     engine = build.Engine(transformer, tokenizer, transformer.kernels, num_pages=pages, max_batch=settings.max_batch,
                           context_length=context, prefill_chunk=build.prefill_chunk(settings, device), drafts=settings.drafts)
     parts.note("engine")
-    engine.warm_up(lambda fraction: None)
+    from chatlm.worker.engine.warm_up import warm_up
+    warm_up(engine, lambda fraction: None)
     parts.note("warm-up")
     del model
     process.give_memory_back()

@@ -35,6 +35,7 @@ from chatlm.common.messages.wire import Channel    # noqa: E402
 from chatlm.worker.build import build_engine    # noqa: E402
 from chatlm.worker.engine import engine as engine_module    # noqa: E402
 from chatlm.worker.engine.sequence import Assignment    # noqa: E402
+from chatlm.worker.engine.warm_up import warm_up    # noqa: E402
 from chatlm.worker.process import gauges    # noqa: E402
 
 
@@ -120,7 +121,7 @@ def main():
     settings, best = Settings(drafts=False), None
     with torch.inference_mode():
         engine = build_engine(resolve_model(settings, no_progress), settings, torch.device("cpu"))[1]
-        engine.warm_up(lambda fraction: None)
+        warm_up(engine, lambda fraction: None)
         decode_core._core.force_schedule(arguments.width, False)
         ours, theirs = socket.socketpair()
         reader = subprocess.Popen(["cat"], stdin=theirs, stdout=subprocess.DEVNULL)

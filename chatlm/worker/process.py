@@ -38,6 +38,7 @@ from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.keeper import Keeper
 from chatlm.worker.engine.kept import KeptPages
 from chatlm.worker.engine.sequence import Assignment
+from chatlm.worker.engine.warm_up import warm_up, warm_up_more, warm_up_soon
 from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.ranks.messages import RankDrew
 from chatlm.worker.ranks.ranks import OtherRank, gather_ranks
@@ -125,9 +126,9 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
         refuse_changed(config.source, settings.lora)  # while they were read
     with engine.transformer.arrays.computing():
         if device.type == "cpu" and not ranks:
-            engine.warm_up_soon()
+            warm_up_soon(engine)
         else:
-            engine.warm_up(partial(progress, "warming up"))
+            warm_up(engine, partial(progress, "warming up"))
     if fingerprint and not ranks and device.type == "cpu" and not engine.scheduler.of_texts:
         keep_prefixes(engine, config, files, fingerprint)
     give_memory_back()
@@ -390,7 +391,7 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
         if engine.busy:
             engine.cold.clear()  # what was asked warms up as well
         elif warms_up and not messages:
-            engine.warm_up_more()
+            warm_up_more(engine)
             if not engine.cold:
                 give_memory_back()
             continue

@@ -26,6 +26,7 @@ from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
 from chatlm.worker.engine.sequence import Sequence
+from chatlm.worker.engine.warm_up import warm_up
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
 from chatlm.worker.model.spec import Batch, DeltaRule, KvType, Mamba2, ModelSpec, NoMixer, ShortConv, expected_tensors
 from chatlm.worker.model.transformer import Transformer
@@ -551,7 +552,7 @@ def test_warming_an_engine_up_captures_every_graph_before_any_step(backend, nano
     engine = cuda_engine(backend, model_of("gen1", nanochat_fixtures), monkeypatch, prepare=False, max_batch=3)
     shares = []
     with torch.inference_mode():
-        engine.warm_up(shares.append)
+        warm_up(engine, shares.append)
     assert set(engine.steps.graphs) == {(rows, 32) for rows in (1, 2, 3)}
     assert shares == sorted(shares) and engine.pool.available == engine.pool.num_pages
 

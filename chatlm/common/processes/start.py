@@ -170,14 +170,16 @@ def patient(seconds: float, nice: int | None = None) -> float:
 # Processes that were started before they were needed, with their environments; by command and role
 AHEAD: dict[tuple[str, ...], tuple[subprocess.Popen, socket.socket, Mapping[str, str]]] = {}
 # Words of a program that starts no worker, or none like the one that `start_worker_ahead` starts
-NOT_AHEAD = ("bundle", "store", "check", "compare", "score", "eval", "embed", "batch", "-h", "--help", "--version", "--url", "-n", "--num-", "--tp", "--tensor-", "--pp", "--pipeline-",
-             "--distributed", "--ray", "--watch", "--nice", "--device-", "--config", "--models")
+NOT_AHEAD = (
+    "bundle", "store", "check", "compare", "score", "eval", "embed", "batch", "-h", "--help", "--version",
+    "--url", "-n", "--num-", "--tp", "--tensor-", "--pp", "--pipeline-", "--distributed", "--ray", "--watch",
+    "--nice", "--device-", "--config", "--models")
 
 
 def start_worker_ahead(words: Seq[str]):
-    """Start a worker for the command line `words`, if it probably needs one on a CPU. It imports its libraries
-    while this process does. The first `start_child` for a worker returns it, or ends it if its environment
-    would be another."""
+    """Start a worker for the command line `words`, if it probably needs one on a CPU. It imports its
+    libraries while this process does. The first `start_child` for a worker returns it, or ends it if its
+    environment would be another."""
     if any(word.startswith(NOT_AHEAD) for word in words) or any(Path("/dev").glob("nvidia[0-9]*")):
         return
     environment = process_environment(threads_per_worker(1))

@@ -318,43 +318,6 @@ class Engine:
         self.pool.forget_cached()
         return [sequence.work.id for sequence in blamed]
 
-    def warm_up(self, progress: Callable[[float], None]):
-        """Run a full prefill chunk and a step of each decode batch size, so no user pays for first calls."""
-        max_batch = self.scheduler.max_batch
-        shapes = [(1, self.first_chunk), *((1 << n, 1) for n in range(10) if 1 << n < max_batch),
-                  (max_batch, 1)]
-        if self.scheduler.of_texts:
-            shapes = [(1, self.first_chunk)]
-        self.steps.prepare(lambda fraction: progress(fraction / 2))
-        for done, (rows, length) in enumerate(shapes):
-            progress(0.5 + done / len(shapes) / 2)
-            self._warm_up_with(rows, length)
-
-    def warm_up_soon(self):
-        """Run only what yields the speed of prefill; `warm_up_more` does the rest while nobody asks.
-
-        A CPU's first steps are hardly slower than later ones: they write memory for the first time."""
-        self._warm_up_with(1, self.timed_tokens)
-        self.cold = [(FREE_ROWS, 1), (1, self.first_chunk)]
-
-    def warm_up_more(self):
-        """Run the next of the steps that `warm_up_soon` has left."""
-        self._warm_up_with(*self.cold.pop())
-
-    def _warm_up_with(self, rows: int, length: int):
-        """Compute this many prompts of this length, and a token of each; nothing of them is kept."""
-        keeper, self.scheduler.keeper, self.keeper = self.keeper, None, None
-        params, most = (AnswerParams(pooling="cls"), 0) if self.scheduler.of_texts else (AnswerParams(), 1)
-        for row in range(min(rows, self.pool.num_pages // 2 // self.pool.groups)):
-            ids = tuple((row + 7 * i) % self.tokenizer.vocab_size for i in range(length))
-            self.add(Assignment(f"warm-up {row}", ids, params, most))
-        while self.busy:
-            self.step()
-        self.events.clear()
-        self.pool.forget_cached()
-        if keeper:
-            self.keep(keeper)
-
     def empty_cache(self) -> bool:
         """While nothing is computed: forget all cached prefixes and return the memory of KV pages and states
         to the system, which provides it again as they are written; their addresses stay. False if impossible:

@@ -26,6 +26,7 @@ from chatlm.front.pool.prefixes import StoreWriter
 from chatlm.worker.engine.keeper import Keeper, Reader
 from chatlm.worker.engine.kept import KeptPages, checksum
 from chatlm.worker.engine.states import StatePool
+from chatlm.worker.engine.warm_up import warm_up
 from chatlm.worker.model import spec
 from chatlm.worker.model.spec import KvType
 from chatlm.worker.process import keep_prefixes
@@ -309,7 +310,7 @@ def test_whatever_the_steps_are_like_the_speed_of_computing_is_known_before_the_
     engine = keep(make(nanochat_fixtures / "gen5", **flags), memory)
     engine.timed_tokens = make(nanochat_fixtures / "gen5", **flags).timed_tokens
     engine.keeper.pace.token_s = 0.0
-    engine.warm_up(lambda fraction: None)
+    warm_up(engine, lambda fraction: None)
     assert engine.keeper.pace.token_s == engine.token_s > 0
     [work] = conversations(11, 1, most=60)
     work = dataclasses.replace(work, max_tokens=2)
