@@ -64,6 +64,11 @@ if sys.argv[1:2] != ["bundle"]:
     except ConfigError as error:
         stop("cannot run: %s" % error)
 
+from chatlm.common.contents import own_contents
+from chatlm.common.processes.start import start_worker_ahead
+
+start_worker_ahead([*own_contents().words, *sys.argv[1:]])
+
 from chat_server import main
 
 sys.exit(main())
