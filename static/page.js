@@ -46,7 +46,7 @@ function emptyPage() {
   const page = element("section", {className: "empty"}, element("h2", {textContent: model.api === "text" ? TEXT.welcomeText : TEXT.welcome}));
   page.append(element("p", {textContent: serverText() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
   if (model.api === "text") page.append(noticeOf(TEXT.completes));
-  if (model.api === "none" && model.can.embedding && model.ours) need("vectors").then(() => globalThis.showVectors?.(page, model));
+  if (model.api === "none" && model.can.embedding && model.ours) need("vectors").then(() => { if (typeof showVectors === "function") showVectors(page, model); });
   if (/^SmolLM2-135M/.test(model.name)) page.append(element("p", {className: "notice"}, ...TEXT.demonstration(text => element("code", {textContent: text}))));
   if (phase === "loading" && !loading.waits) {
     const bar = element("progress", loading.fraction ? {max: 1, value: loading.fraction} : {});
