@@ -185,7 +185,7 @@ def start_worker_ahead(words: Seq[str]):
     environment = process_environment(threads_per_worker(1))
     environment.pop("CHAT_SERVER_API_KEY", None)
     process, ours = start_child(PROCESS_COMMAND, "worker", environment)
-    AHEAD[*PROCESS_COMMAND, "worker"] = process, ours, environment
+    AHEAD[(*PROCESS_COMMAND, "worker")] = process, ours, environment
 
 
 def start_child(command: Seq[str], role: str,
