@@ -62,7 +62,7 @@ def test_a_backend_has_what_the_references_backend_has():
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "mps", "cuda:1", torch.device("meta")])
 def test_a_device_or_shape_without_kernels_gets_the_references(device):
-    odd = replace(SPEC, width=24)
+    odd = replace(SPEC, head_size=528)
     backend = choose_backend(device, odd)
     assert type(backend) is Backend and backend.as_stored is None
     assert set(load_kernels("cpu", odd).names.values()) == {"torch/reference", "numpy/reference"}

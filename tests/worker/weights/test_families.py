@@ -285,7 +285,7 @@ def test_metadata_that_would_change_the_arithmetic_is_named(name, key, value, wo
 def built(caplog, path, free, monkeypatch, **settings):
     """What the log says about memory when this model is built with this many bytes free."""
     patch(monkeypatch, memory, "available_memory", lambda: free)
-    settings = Settings(model=str(path), **{"kv_cache_memory": 16 << 20, **settings})
+    settings = Settings(model=str(path), **{"kv_cache_memory": 16 << 20, "verbose": True, **settings})
     caplog.clear()
     with caplog.at_level("INFO", logger="chat_server"):
         model, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
