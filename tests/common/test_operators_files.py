@@ -60,8 +60,11 @@ PATHS = {
     "watch_text": ["serve", "--watch=/nowhere", "--watch-text=*"], "models": ["serve", "--models=*"], "watch": ["serve", "--watch=*"],
     "lora": ["generate", "gpt2", "--lora=*", "-p", "x"], "adapter": ["serve", "gpt2", "--adapter=a=*"], "prefix_store": ["serve", "gpt2", "--prefix-store=*"],
     "ray_tls": ["serve", "gpt2", "--ray-address=127.0.0.1:1", "--ray-tls=*"], "model_tag": ["generate", "--source=base", "--model-tag=*", "-p", "x"],
+    "suite": ["eval", "gpt2", "--suite=*"], "results": ["eval", "gpt2", "--suite=/nowhere", "--results=*"],
+    "watch_suite": ["serve", "--watch=/nowhere", "--watch-suite=*"], "watch_prompts": ["serve", "--watch=/nowhere", "--watch-prompts=*"],
+    "texts": ["embed", "gpt2", "*"], "output": ["embed", "gpt2", "/nowhere", "--output=*"],
     "MODEL": ["generate", "*", "-p", "x"], "MODELs": ["score", "*", "*", "--text=/nowhere"], "bundle": ["bundle", "*"], "store": ["store", "*"]}
-OTHERS = {"served_model_name", "ray_address", "reasoning_budget_message", "system", "prompt", "url", "host", "prefix", "api_key", "allowed_host", "cors_origin"}
+OTHERS = {"prompt_name", "served_model_name", "ray_address", "reasoning_budget_message", "system", "prompt", "url", "host", "prefix", "api_key", "allowed_host", "cors_origin"}
 
 
 def test_every_flag_that_takes_a_text_is_known_to_name_a_path_or_not():

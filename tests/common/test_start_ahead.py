@@ -25,6 +25,8 @@ def environment(threads):
 def nothing_is_left(monkeypatch):
     [original] = forked.start_child.__defaults__        # other tests' processes are forked
     monkeypatch.setattr(start, "start_child", original)
+    for name in [name for name in os.environ if name.startswith("CHAT_SERVER_")]:
+        monkeypatch.delenv(name)
     yield
     for process, ours, _ in start.AHEAD.values():
         ours.close()
@@ -53,6 +55,12 @@ def test_one_with_another_environment_ends_and_another_is_started():
     assert process.wait(60) == 0
 
 
+def test_none_is_started_ahead_where_variables_may_change_how_workers_start(monkeypatch):
+    monkeypatch.setenv("CHAT_SERVER_NUM_WORKERS", "2")
+    start.start_worker_ahead([])
+    assert start.AHEAD == {}
+
+
 @pytest.mark.parametrize("words", [["--help"], ["check"], ["serve", "--num-workers", "2"], ["--num-gpus=2"], ["chat", "--url", "x"], ["--config", "a.toml"]])
 def test_none_is_started_ahead_where_none_or_another_is_needed(words):
     start.start_worker_ahead(words)
@@ -60,10 +68,10 @@ def test_none_is_started_ahead_where_none_or_another_is_needed(words):
 
 
 def test_a_worker_ends_with_a_server_that_could_not_start():
-    marked = {**os.environ, "CHAT_SERVER_TEST_MARK": str(os.getpid())}
+    marked = {**os.environ, "TEST_MARK": str(os.getpid())}
     done = subprocess.run([sys.executable, SCRIPT, "--port", "99999"], capture_output=True, text=True, env=marked, timeout=60)
     assert done.returncode == 2 and "99999" in done.stderr and "Traceback" not in done.stderr
-    left = [process for process in psutil.process_iter() if f"CHAT_SERVER_TEST_MARK={os.getpid()}" in environment_of(process)]
+    left = [process for process in psutil.process_iter() if f"TEST_MARK={os.getpid()}" in environment_of(process)]
     assert psutil.wait_procs(left, timeout=60)[1] == []
 
 

@@ -157,8 +157,8 @@ def test_llama_bpe_takes_a_whole_word_of_the_vocabulary_without_merges():
 def test_an_unknown_pre_tokenizer_or_tokenizer_is_named():
     with pytest.raises(ConfigError, match='ggml.pre is "chameleon"; it must be one of default, gpt-2'):
         gguf_text("x.gguf", small_gguf_metadata("chameleon"))
-    with pytest.raises(ConfigError, match='ggml.model is "bert"; it must be one of gpt2, llama'):
-        gguf_text("x.gguf", small_gguf_metadata("gpt-2", model="bert"))
+    with pytest.raises(ConfigError, match='ggml.model is "rwkv"; it must be one of gpt2, llama'):
+        gguf_text("x.gguf", small_gguf_metadata("gpt-2", model="rwkv"))
 
 
 def test_sentencepiece_tokens_are_those_of_transformers_with_byte_fallback():

@@ -49,6 +49,7 @@ def test_a_slow_prompt_does_not_come_over_the_one_that_was_opened_after_it(front
     hold(front, "apply-template")
     for turn in (answers(front).last, answers(front).first):
         inside(turn, "Prompt")
+        expect(front.locator("#prompt-dialog")).to_be_visible()        # its script loads when it is needed first
         front.keyboard.press("Escape")
     inside(answers(front).first, "Prompt")
     deliver(front, 2, 1, 0)

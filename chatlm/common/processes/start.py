@@ -173,14 +173,16 @@ AHEAD: dict[tuple[str, ...], tuple[subprocess.Popen, socket.socket, Mapping[str,
 NOT_AHEAD = (
     "bundle", "store", "check", "compare", "score", "eval", "embed", "batch", "-h", "--help", "--version",
     "--url", "-n", "--num-", "--tp", "--tensor-", "--pp", "--pipeline-", "--distributed", "--ray", "--watch",
-    "--nice", "--device-", "--config", "--models")
+    "--nice", "--device-", "--config", "--models", "--log-format")
 
 
 def start_worker_ahead(words: Seq[str]):
     """Start a worker for the command line `words`, if it probably needs one on a CPU. It imports its
     libraries while this process does. The first `start_child` for a worker returns it, or ends it if its
     environment would be another."""
-    if any(word.startswith(NOT_AHEAD) for word in words) or any(Path("/dev").glob("nvidia[0-9]*")):
+    variables = [name for name in os.environ if name.startswith("CHAT_SERVER_")]
+    if any(word.startswith(NOT_AHEAD) for word in words) or {*variables} - {"CHAT_SERVER_API_KEY"} or any(
+            Path("/dev").glob("nvidia[0-9]*")):
         return
     environment = process_environment(threads_per_worker(1))
     environment.pop("CHAT_SERVER_API_KEY", None)

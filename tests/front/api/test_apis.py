@@ -180,7 +180,8 @@ async def test_an_unknown_model_is_not_found_whatever_route_a_body_comes_to(clie
 
 
 def test_every_route_that_answers_is_tested():
-    assert {*ASKED, *WHOLE} == {route.path for route in chat_server.ROUTES if route.handler == "handle_answer"}
+    of_rankings = {"/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking", "/v1/score", "/score", "/embed"}   # test_retrieval_routes.py
+    assert {*ASKED, *WHOLE} | of_rankings == {route.path for route in chat_server.ROUTES if route.handler == "handle_answer"}
 
 
 @every_route
@@ -285,7 +286,7 @@ async def test_progress_is_told_to_who_asks(client, path):
 
 @pytest.fixture(scope="module")
 def url(default_model_path):
-    with server(default_model_path, "--max-concurrent-per-key", "9", log=LOG) as (_, url):
+    with server(default_model_path, "--max-concurrent-per-key", "9", "--verbose", log=LOG) as (_, url):
         yield url
 
 

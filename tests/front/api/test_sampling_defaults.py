@@ -90,7 +90,7 @@ def test_the_default_model_has_its_makers_values(default_model_path):
 def test_the_log_stats_and_models_of_a_server_say_which_values_hold_and_where_they_come_from(tmp_path):
     log = []
     path = tiny(tmp_path, temp=0.0, top_k=7, top_p=2.0)
-    with real_server.server(path, "--min-p", "0.05", "--kv-cache-memory", "8M", log=log) as (_, url):
+    with real_server.server(path, "--min-p", "0.05", "--kv-cache-memory", "8M", "--verbose", log=log) as (_, url):
         stats, (model,) = real_server.get(url + "/stats"), real_server.get(url + "/v1/models")["data"]
         # greedy, as the model's file says: two seeds give the same answer
         answers = [real_server.post(url + "/v1/chat/completions", {

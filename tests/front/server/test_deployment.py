@@ -12,7 +12,6 @@ import aiohttp
 import pytest
 
 import chat_server
-from chatlm.cli import parse_command_line
 from chatlm.common.config import Settings
 from fake_pool import FakePool, conversation, frames, serving
 from real_server import free_port
@@ -140,20 +139,3 @@ async def test_an_upgrade_to_http2_does_not_hang_behind_nginx_nor_without(tmp_pa
                 stdout=subprocess.PIPE)
             answer, _ = await curl.communicate()
             assert curl.returncode == 0 and frames(answer)[-1]["done"]
-
-
-def test_the_configuration_and_the_systemd_unit_start_a_server(tmp_path):
-    (tmp_path / "keys").write_text("alice: key\n")
-    (tmp_path / "server.toml").write_text(block("toml"))
-    line = re.search(r"ExecStart=\S+ \S+chat_server\.py (.*)", block("ini"))[1]
-    line = line.replace("/etc/chat_server.toml", str(tmp_path / "server.toml")).replace("${CREDENTIALS_DIRECTORY}", str(tmp_path))
-    settings = parse_command_line(line.split(), {})
-    assert (settings.host, settings.max_concurrent_per_key, settings.log_format, len(settings.keys)) == ("127.0.0.1", 8, "json", 1)
-
-
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd")
-def test_systemd_understands_the_unit(tmp_path):
-    unit = tmp_path / "chat_server.service"
-    unit.write_text(block("ini").replace("/opt/chat_server/.venv/bin/python", shutil.which("env")))
-    run = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, timeout=60)
-    assert not re.search(r"chat_server.service:\d+:", run.stderr), run.stderr

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Texts per second of encoders of random weights, in the shapes of all-MiniLM-L6 and bge-m3, beside torch's and llama-server's.
 
-    python bench/encoders.py [--shape minilm] [--llama-server PATH] [--threads 2] [--seconds 4]
+    python bench/text_encoders.py [--shape minilm] [--llama-server PATH] [--threads 2] [--seconds 4]
 
 Each contestant embeds texts of 32, 128 and 512 tokens, as many at once as it likes, on the same weights: ours in float32 and Q8_0, by an
 engine in this process; sentence-transformers' model by torch in float32, 32 texts of one length at a time, so without any padding;
