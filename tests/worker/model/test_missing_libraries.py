@@ -20,6 +20,6 @@ def test_what_needs_torch_says_how_to_install_it(monkeypatch, why, core_there, w
     if not core_there:
         patch(monkeypatch, core, "decode_core", lambda: None)
         patch(monkeypatch, core, "installed_core", lambda: None)
-    spec = ModelSpec(vocab_size=64, layers=1, width=64, heads=2, kv_heads=1, head_size=24, ffn_size=64, max_positions=64)
+    spec = ModelSpec(vocab_size=64, layers=1, width=64, heads=2, kv_heads=1, head_size=528, ffn_size=64, max_positions=64)
     with pytest.raises(ConfigError, match=words):
         choose_backend("cpu", spec)

@@ -328,8 +328,7 @@ SPEC = dict(vocab_size=64, layers=1, width=64, heads=4, kv_heads=4, head_size=16
     ({"mixers": (DeltaRule(4, 2, 4, 16, 8),)}, "for delta rule with head sizes that are not multiples of 16"),
     ({"mixers": (Mamba2(4, 3, 8, 16),)}, "for Mamba layer whose heads or channels are not multiples of 16"),
     ({"mixers": (Mamba2(4, 3, 16, 4),)}, "for Mamba layer whose heads or channels"),
-    ({"experts": 4, "latent_size": 40}, "for experts that read a width not a multiple of 16"),
-    ({"experts": 4, "shared_size": 40}, "for feed-forward of this width")])
+    ({"experts": 4, "latent_size": 40}, "for experts that read a width not a multiple of 16")])
 def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(fields, words, caplog):
     assert choose_backend("cpu", ModelSpec(**SPEC)).name != "torch/reference" and not not_compiled(ModelSpec(**SPEC))
     assert {name.partition("/")[0] for name in load_kernels("cpu", ModelSpec(**SPEC)).names.values()} == {"decode_core"}

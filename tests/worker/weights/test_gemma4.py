@@ -315,7 +315,7 @@ def test_a_token_reads_one_row_of_the_file_and_a_prompt_s_rows_are_read_ahead(fo
 
 
 def test_the_memory_line_and_the_gauges_say_what_stays_in_the_file_and_what_is_kept_of_a_token(dense, caplog):
-    settings = Settings(model=str(dense[0]), dtype="float32", kv_cache_memory=4 << 20)
+    settings = Settings(model=str(dense[0]), dtype="float32", kv_cache_memory=4 << 20, verbose=True)
     with caplog.at_level("INFO", logger="chat_server"):
         model, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
     kept = 4 * (3 * 2 * (2 * 16) + 2 * 2 * (2 * 32))     # of five layers with two heads of keys; the last three read theirs
