@@ -11,12 +11,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chatlm.common.messages.protocol import ParsedBody    # noqa: E402
 from chatlm.common.messages.requests import Accepted, AnswerParams, Delta, Embedding, Finished, Piece, Request, Usage    # noqa: E402
-from chatlm.front.api.encoders import ENCODERS, EmbeddingsEncoder    # noqa: E402
+from chatlm.front.api.encode_retrieval import RETRIEVAL_ENCODERS, EmbeddingsEncoder    # noqa: E402
+from chatlm.front.api.encoders import ENCODERS    # noqa: E402
 
 PIECES = [Piece((5,), (Delta("text", " word"),)) for _ in range(500)]
 END = Finished("stop", "eos", Usage(7, len(PIECES), 3), 0.25, 8.125, 212.34, 0)
 DETAILS = {"infill": {"response_fields": ()}}      # what the reader of a body always notes
-STREAMED = [api for api, kind in ENCODERS.items() if kind is not EmbeddingsEncoder]
+STREAMED = [api for api in ENCODERS if api not in RETRIEVAL_ENCODERS]
 
 
 @pytest.mark.parametrize("api", STREAMED)
