@@ -65,7 +65,7 @@ const lastQuestion = () => state.path.findLast(({role}) => role === "user")?.con
 function renderRun() {
   $("run").hidden = !shownRun;
   if (!shownRun) return;
-  const {name} = shownRun, steps = entriesOf(name), key = JSON.stringify([steps, shownRun.at, shownRun.metric, [...shownRun.known], typeof makeChart, state.phase]);
+  const {name} = shownRun, steps = entriesOf(name), key = JSON.stringify([steps, shownRun.at, shownRun.metric, [...shownRun.known], typeof makeChart, typeof uPlot, state.phase]);
   if (shownRun.drawn === key) return;
   shownRun.drawn = key;
   shownRun.at ??= steps.at(-1)?.id ?? null;

@@ -63,6 +63,19 @@ def test_a_run_has_an_address_a_curve_and_a_row_for_each_step(page, stand_in):
     expect(region).to_be_visible()
 
 
+def test_the_curve_is_drawn_however_late_its_library_comes(page, stand_in):
+    held = []
+    page.route("**/uplot*.js*", lambda route: held.append(route))
+    stand_in.several = steps("unloaded", "ready", "ready")
+    open_page(page, stand_in.url)
+    menu(page, "Training run")
+    page.wait_for_function("() => typeof makeChart === 'function'")
+    page.evaluate("render()")           # as when the answer about the run's steps comes
+    for route in held:
+        route.continue_()
+    expect(page.get_by_role("img", name="10: 2.990, 20: 2.980, 30: 2.970", exact=True)).to_be_visible()
+
+
 def test_a_click_on_a_point_begins_a_chat_with_that_step(page, stand_in):
     stand_in.several = steps("ready", "ready", "ready")
     opened(page, stand_in)
