@@ -2,7 +2,7 @@
 
     python setup.py release                                         for every Python from 3.10 on that is here
     python setup.py release --pythons 3.11,3.13 --out elsewhere     for these, elsewhere
-    python setup.py release --machine aarch64                       wheels alone, for another machine
+    python setup.py release --machine aarch64                       wheels alone, for another machine (never run yet)
 
 It needs pip, a network and the extra `release`: zig (pip install ziglang, 411 MB) compiles for an old glibc, so that the wheels
 run on every Linux with glibc 2.17 or newer, and auditwheel checks that. All sources but the bindings are compiled once, for all Pythons.
