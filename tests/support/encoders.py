@@ -13,6 +13,7 @@ from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import build_engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Assignment
+from retrieval import write_json
 from tiny_gguf import sentencepiece_metadata, small_gguf_metadata, write_gguf
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"), *"0123456789.,?!", "the", "cat", "dog", "##s", "##ing", "query", "passage"]
@@ -87,13 +88,6 @@ def write_tokenizer(folder, name):
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 512}))
     return made
-
-
-def write_json(folder, **files):
-    for name, content in files.items():
-        path = folder / f"{name.replace('__', '/')}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content))
 
 
 def modules(*kinds):

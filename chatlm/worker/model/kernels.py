@@ -252,7 +252,7 @@ def choose_backend(device, spec: ModelSpec | None, whole: ModelSpec | None = Non
             log.warning("decode_core has no kernels for %s, which this model needs: torch computes instead",
                         features)
         core = None
-    backend = core and spec and core.backend_for(padded_spec(spec), device, for_decode_core())
+    backend = core and core.backend_for(spec, device, for_decode_core())
     if backend and spec and says_why and (ops := left_to_torch(whole or spec, device)):
         log.warning("%s has no kernels for %s: torch computes only these", backend.name, " and ".join(ops))
     return backend or Backend(device)

@@ -46,8 +46,7 @@ def with_padded_width(spec: ModelSpec) -> ModelSpec:
                    if isinstance(mixer, ShortConv) else None for mixer in spec.mixers)
     if [*map(bool, mixers)] != [*map(bool, spec.mixers)]:  # the norms of other mixers have the same eps
         return spec
-    qk_eps = spec.norm_eps if spec.qk_norm_eps is None else spec.qk_norm_eps
-    return replace(spec, width=wide, mixers=mixers, qk_norm_eps=qk_eps,
+    return replace(spec, width=wide, mixers=mixers, qk_norm_eps=spec.head_eps,
                    norm_eps=spec.norm_eps * (1 if spec.layer_norms else C / wide))
 
 
@@ -66,8 +65,7 @@ def with_padded_heads(spec: ModelSpec) -> ModelSpec:
     if spec.qk_norm == "none":
         return own
     (part,) = parts
-    eps = spec.norm_eps if spec.qk_norm_eps is None else spec.qk_norm_eps
-    return replace(own, qk_norm_eps=part * eps,
+    return replace(own, qk_norm_eps=part * spec.head_eps,
                    qk_scale=spec.qk_scale * (1 if spec.qk_norm_weights else math.sqrt(part)))
 
 

@@ -440,6 +440,11 @@ class ModelSpec:
             rope_factors=self.rope_factors, rope_scale=self.rope_scale, q_scale=self.q_scale)
 
     @property
+    def head_eps(self) -> float:
+        """Of the norms of q and k."""
+        return self.norm_eps if self.qk_norm_eps is None else self.qk_norm_eps
+
+    @property
     def ungated(self) -> bool:
         return self.activation in UNGATED
 

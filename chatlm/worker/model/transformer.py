@@ -314,7 +314,6 @@ class Transformer:
         spec, k, attn, cache, value, gate = (
             self.spec, self.kernels, self.spec.attention(l), self.layer_caches[l], None, None)
         norms = {"q_norm": layer.get("q_norm"), "k_norm": layer.get("k_norm")}
-        qk_eps = spec.norm_eps if spec.qk_norm_eps is None else spec.qk_norm_eps
         x, norm = self._normed(b, b.x, layer, "attention_norm")
         queries, columns = attn.parts[0], sum(attn.parts)
         qkv, q, attended = (narrow(buffer, width) for buffer, width in (
@@ -332,11 +331,11 @@ class Transformer:
             k.mean_squares(qkv, **norms, sizes=spec.qk_norm_sizes, out=b.means)  # (T, 2)
             if k.all_reduce:
                 k.all_reduce(b.means, out=b.means)
-            k.norm_qk(qkv, **norms, means=b.means, eps=qk_eps, out=qkv)
+            k.norm_qk(qkv, **norms, means=b.means, eps=spec.head_eps, out=qkv)
             norms = {}
         more = {"value_norm": True} if attn.value_norm else {}
         k.rope_append(qkv, *self.rope_tables[l], inputs.positions, inputs.slots, cache, out=q,
-                      norm=spec.qk_norm, **norms, eps=qk_eps, post_scale=spec.qk_scale,
+                      norm=spec.qk_norm, **norms, eps=spec.head_eps, post_scale=spec.qk_scale,
                       q_scale=attn.q_scale, value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale,
                       **more)   # (T, H * D)
         if self.q_scale is not None:
