@@ -16,8 +16,7 @@ from chatlm.common.hub.adapters import bytes_of_adapters
 from chatlm.common.hub.local import no_progress
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
-from chatlm.common.text.load import open_tokenizer
-from chatlm.common.text.tokenizer import compile_chat_template
+from chatlm.common.text.pieces import open_for_answers
 from chatlm.worker.arrays.kinds import Device, item_bytes
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.kvcache import PagePool, longest_context
@@ -126,9 +125,7 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
     model = open_model(source, settings, device)
     opened(model)
     try:
-        tokenizer = open_tokenizer(model.text)
-        if model.text.chat_template:
-            compile_chat_template(model.text.chat_template, whole=False)  # the front compiles it completely
+        tokenizer = open_for_answers(model.text)  # the front also reads its chat template
     except ConfigError as error:
         raise ConfigError(f"{source.path}: {error}") from None
     if embedder := model.text.embedder:

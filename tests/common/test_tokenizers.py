@@ -17,6 +17,7 @@ import tokenizers
 from chatlm.common.errors import ConfigError, RequestError
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import open_tokenizer
+from chatlm.common.text.pieces import PieceTokenizer, open_for_answers
 from chatlm.common.text.reader import StreamDecoder
 from chatlm.common.text.tokenizer import fill_template
 from chatlm.front.api.conversation import openai_messages
@@ -248,6 +249,67 @@ def test_a_tokenizer_json_gives_the_ids_of_the_tokenizers_library_with_its_speci
         assert ours.encode_with_specials(text) == family.encode(text, add_special_tokens=False).ids, text
         if not any(name in text for name in ours.specials):
             assert ours.decode(ours.encode(text)) == family.decode(family.encode(text, add_special_tokens=False).ids)
+
+
+# --- a table of pieces instead of the library ---------------------------------------------------------------------
+
+
+def of_words(kind):
+    """A tokenizer of an encoder: WordPiece, or a unigram model."""
+    if kind == "words":
+        made = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "[CLS]": 1, "a": 2, "##b": 3, "é": 4}, unk_token="[UNK]"))
+        made.decoder = decoders.WordPiece()
+    else:
+        made = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("▁a", -1.0), ("b", -2.0), ("▁", -3.0), ("<0x0A>", -3.0)], 0, byte_fallback=True))
+        made.decoder = decoders.Metaspace(prepend_scheme="always")
+    made.add_special_tokens([AddedToken("[CLS]"), AddedToken("<mask>", lstrip=True)])
+    return made
+
+
+def check_pieces(spec):
+    """A table knows what the library knows, and has not asked it."""
+    table, library = open_for_answers(spec), open_tokenizer(spec)
+    assert type(table) is PieceTokenizer
+    for name in ("vocab_size", "specials", "added", "swallows", "byte_level", "drops_space", "stop_tokens", "markers", "call_format", "thoughts",
+                 "byte_tokens", "never_written", "has_chat_template"):
+        assert getattr(table, name) == getattr(library, name), name
+    beyond = range(-2, library.vocab_size + 3)
+    assert list(map(table.piece, beyond)) == list(map(library.piece, beyond))
+    assert list(map(table.whole_text, beyond)) == list(map(library.whole_text, beyond))
+    assert "whole" not in vars(table)
+    for text in TEXTS[:40]:
+        assert table.encode_with_specials(text) == library.encode_with_specials(text)
+
+
+@pytest.mark.parametrize("family", [
+    lambda: llama_json(prepend_scheme="first"), lambda: llama_json(prepend_scheme="always"), lambda: llama_json(prepend_scheme="never"),
+    lambda: with_tokens(trained("qwen2")), lambda: with_tokens(trained("gpt-4o")), lambda: of_words("words"), lambda: of_words("unigram")],
+    ids=["first", "always", "never", "qwen2", "o200k", "words", "unigram"])
+def test_a_table_of_pieces_says_what_the_library_says(family):
+    check_pieces(TextSpec("hf", family().to_str().encode(), "{{ messages }}<think>", frozenset({3})))
+
+
+def test_so_does_that_of_a_gguf_file(tmp_path, default_model_path):
+    check_pieces(gguf_text(default_model_path, read_gguf(default_model_path)[0]))
+    check_pieces(sentencepiece_gguf(tmp_path, ("<user>",))[0].spec)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda state: state["added_tokens"][0].update(id=7), lambda state: state["added_tokens"].append(state["added_tokens"][0]),
+    lambda state: state["model"]["vocab"].update(zzz=5), lambda state: state["model"]["vocab"].update(zzz=99_999),
+    lambda state: state["added_tokens"][0].update(content=""), lambda state: state.update(decoder={"type": "Metaspace", "replacement": "▁"}),
+    lambda state: state.pop("added_tokens"), lambda state: state["added_tokens"].append({"id": 40_000, "content": "<far>", "special": True})])
+def test_where_the_library_might_say_something_else_it_is_asked(damage):
+    state = json.loads(trained("qwen2").to_str())
+    damage(state)
+    spec = TextSpec("hf", json.dumps(state).encode())
+    try:
+        library = open_tokenizer(spec)
+    except ConfigError:
+        with pytest.raises(ConfigError, match="tokenizer is broken"):
+            open_for_answers(spec)
+    else:
+        assert type(opened := open_for_answers(spec)) is type(library) and opened.specials == library.specials
 
 
 # --- chat templates as transformers renders them ------------------------------------------------------------------

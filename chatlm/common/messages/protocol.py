@@ -324,6 +324,7 @@ class Refused:
 
 
 SANDBOX_MODELS = 4
+SANDBOX_OUT_OF_MEMORY = 77  # its exit status
 WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndThinking, EndOfRequest, Ping,
                    EmptyCache, CacheEmptied, LoadAdapter, DropAdapter, AdapterLoaded, Loading, ModelText,
                    ModelCard, Ready, Stepped, Unusable, Crashed)

@@ -125,6 +125,27 @@ def check_growth(part):
                           "the most allowed")
 
 
+def decoding_of(decoder: dict | None) -> tuple[bool, bool]:
+    """Of a tokenizer.json's decoder: are the pieces in GPT-2's alphabet of bytes? Does it remove the space
+    that the pipeline puts before a text? KeyError for what the library does not write."""
+    match decoder and decoder["type"]:
+        case None:
+            return False, False
+        case "Sequence":
+            parts = [decoding_of(part) for part in decoder["decoders"]]
+            return any(part[0] for part in parts), any(part[1] for part in parts)
+        case "Strip":
+            return False, decoder["content"] == " " and decoder["start"] == 1
+        case "Metaspace":
+            return False, decoder["prepend_scheme"] in ("always", "first")
+        case kind:
+            return KINDS_OF_DECODERS[kind], False
+
+
+KINDS_OF_DECODERS = {"ByteLevel": True, "ByteFallback": False, "Fuse": False, "Replace": False, "WordPiece": False,
+                     "BPEDecoder": False, "CTC": False}  # -> byte level?
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizers` pipeline and a jinja chat template.
 
@@ -145,16 +166,10 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ConfigError(f"its post_processor adds {added:,} tokens to each text; {MOST_GROWTH} are the "
                               "most allowed")
         self.vocab_size = self.pipeline.get_vocab_size()
-        added = self.pipeline.get_added_tokens_decoder()
-        self.specials = {token.content: id for id, token in added.items() if token.special}
-        self.added = {id: token.content.encode() for id, token in added.items() if not token.special}
-        self.swallows = {token.content: (token.lstrip, token.rstrip) for token in added.values()
-                         if token.special and (token.lstrip or token.rstrip)}
-        decoder = self.pipeline.decoder.__getstate__() if self.pipeline.decoder else b""
-        self.byte_level = b"ByteLevel" in decoder
-        # the decoder removes the space that the pipeline puts before a text
-        self.drops_space = re.search(rb'"Strip","content":" ","start":1|"prepend_scheme":"(always|first)"',
-                                     decoder) is not None
+        self.know_added({id: (token.content, token.special, token.lstrip, token.rstrip)
+                         for id, token in self.pipeline.get_added_tokens_decoder().items()})
+        decoder = self.pipeline.decoder.__getstate__() if self.pipeline.decoder else b"null"
+        self.byte_level, self.drops_space = decoding_of(json.loads(decoder))
         splitter = self.pipeline.pre_tokenizer
         state = splitter.__getstate__() if splitter else b""
         self.space_first = b'"prepend_scheme":"first"' in state
@@ -162,10 +177,21 @@ class HuggingFaceTokenizer(Tokenizer):
             splitter.__setstate__(state.replace(b'"prepend_scheme":"first"', b'"prepend_scheme":"never"'))
             self.pipeline.pre_tokenizer = splitter
         self.pipeline.encode_special_tokens = True
+        self.know_formats()
+
+    def know_added(self, tokens: Mapping[int, tuple[str, bool, bool, bool]]):
+        """tokens: the added ones, id -> (text, special, whether it swallows spaces before it, and after)."""
+        self.specials = {text: id for id, (text, special, _, _) in tokens.items() if special}
+        self.added = {id: text.encode() for id, (text, special, _, _) in tokens.items() if not special}
+        self.swallows = {text: (before, after) for text, special, before, after in tokens.values()
+                         if special and (before or after)}
+
+    def know_formats(self):
+        """What follows from the chat template and the special tokens."""
         self.mark = f"\ue000{secrets.token_hex(8)}\ue001"
-        self.has_chat_template = self.templated = bool(spec.chat_template)
-        self.tool_format, self.native_tools = calls_of(spec)
-        self.thoughts = thoughts_of(spec.chat_template or "")
+        self.has_chat_template = self.templated = bool(self.spec.chat_template)
+        self.tool_format, self.native_tools = calls_of(self.spec)
+        self.thoughts = thoughts_of(self.spec.chat_template or "")
         tokens = self.named_tokens
         if ends := frozenset(tokens[name] for name in self.call_format.stops if name in tokens):
             self.stop_tokens = ends
@@ -200,7 +226,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.special_pattern.sub(lambda match: match[0][0] + self.mark + match[0][1:], content)
 
     def _special_text(self, token: int | None) -> str:
-        return "" if token is None else self.pipeline.id_to_token(token) or ""
+        return "" if token is None else self.name_of(token) or ""
 
     def template_arguments(self, messages: Seq[Message], tools: Seq[dict],
                            options: Mapping = NO_OPTIONS) -> dict:
@@ -274,8 +300,12 @@ class HuggingFaceTokenizer(Tokenizer):
         arguments = self.template_arguments(messages, tools, options)
         return self.encode_rendered(fill_template(self.template, arguments), options)
 
+    def name_of(self, token: int) -> str | None:
+        """The token as it is written in the file."""
+        return self.pipeline.id_to_token(token) if token >= 0 else None
+
     def piece(self, token: int) -> bytes:
-        text = self.pipeline.id_to_token(token) if token >= 0 else None
+        text = self.name_of(token)
         if text is None or text in self.specials:
             return b""
         if token in self.added:

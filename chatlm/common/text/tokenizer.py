@@ -177,10 +177,9 @@ class Tokenizer:
         return tokenizer.with_slices(tokenizer.general_slices())
 
 
-def compile_chat_template(source: str, whole: bool = True):
+def compile_chat_template(source: str):
     """Compile a chat template in jinja's sandbox, with the functions and options that transformers offers.
-
-    Not `whole`: only parse it, which takes a time that its length bounds. ConfigError if either fails."""
+    ConfigError if it is broken."""
     require_library("jinja2", "a chat template")
     from jinja2 import TemplateError, TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -201,7 +200,7 @@ def compile_chat_template(source: str, whole: bool = True):
     source = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})",
                     lambda match: f"{match[1]}{match[2] or ''}with{match[3]}", source)
     try:
-        return environment.from_string(source) if whole else environment.parse(source)
+        return environment.from_string(source)
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"the model's chat template does not parse: line {error.lineno}: {error.message}") from None

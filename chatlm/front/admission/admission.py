@@ -26,7 +26,8 @@ from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.common.memory import trim_heap
 from chatlm.common.messages.protocol import (
-    SANDBOX_MODELS, SANDBOX_PIPE, Begun, Body, Known, ParsedBody, Refused, Result, SandboxConfig, Task)
+    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Body, Known, ParsedBody, Refused, Result,
+    SandboxConfig, Task)
 from chatlm.common.messages.requests import Message
 from chatlm.common.messages.wire import HEADER, BadMessage, object_restorer, unpacked
 from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words, patient, start_child
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ModelCard
     from chatlm.common.messages.requests import AnswerParams, Request, TextSpec
     from chatlm.common.messages.wire import Pipe
+    from chatlm.common.text.tokenizer import Tokenizer
 
 
 WRITE_BYTES = 1 << 18  # large data is written in pieces of this size, so that others get a turn
@@ -95,7 +97,6 @@ class Sandbox:
     PROCESSES = 3      # that may end before they have begun a task, until the server gives it up
     # Exit statuses of a process that exceeded a limit.
     EXCESS = (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL)
-    OUT_OF_MEMORY = 77
 
     config: SandboxConfig  # set before the first task
 
@@ -140,7 +141,7 @@ class Sandbox:
                 break
             except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
                 code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
-                if code == self.OUT_OF_MEMORY or self.begun and code in self.EXCESS:
+                if code == SANDBOX_OUT_OF_MEMORY or self.begun and code in self.EXCESS:
                     raise RequestError(
                         f"too complex: this takes more than {config.cpu_s:g} s of processor time "
                         f"or {config.memory >> 20} MiB", code="too_complex") from None
@@ -229,9 +230,8 @@ class Admission:
 
     Meanwhile they count as waiting, and `check_capacity` refuses those that do not fit."""
 
-    TEMPLATE_S = 0.5      # processor seconds for filling in a chat template,
-    SCHEMA_S = 1.0        # for checking a JSON schema,
-    BODY_S = 5.0          # and for reading a large body
+    # of a task of each sandbox: processor seconds, memory in bytes, niceness
+    LIMITS = {"templates": (0.5, 256 << 20, 0), "schemas": (1.0, 256 << 20, 10), "bodies": (5.0, 1 << 30, 5)}
     VALID_GRAMMARS = 256  # remember this many valid grammars, to check none of them twice
 
     def __init__(self, check_capacity: Callable[[str, str], None], shared: Desk | None = None):
@@ -244,41 +244,47 @@ class Admission:
             name: SharedSandbox(sandbox) if shared else sandbox for name, sandbox in desk.sandboxes.items()}
         self.preparing, self.valid_grammars = desk.preparing, desk.valid_grammars
 
-    def expect(self, text: TextSpec):
-        """Open the tokenizer of a card to come, in a thread."""
-        opening = asyncio.get_running_loop().run_in_executor(None, open_tokenizer, text)
-        opening.add_done_callback(lambda done: done.cancelled() or done.exception())  # `open` may never come
-        self.expected = text, opening
+    async def expect(self, text: TextSpec, settings: Settings):
+        """Get ready for a card to come, which will have this text. Errors as in `open`."""
+        self.expected = text, (opening := asyncio.ensure_future(self._open_text(text, settings)))
+        await opening
 
     async def open(self, card: ModelCard, settings: Settings):
         """Get ready for a model's requests; ConfigError if its tokenizer or chat template is broken."""
         text, opening = self.expected or (None, None)
-        if opening and text == card.text:
-            tokenizer, self.expected = await opening, None
-        else:
-            tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
+        self.expected = None
+        tokenizer = await (opening if opening and text == card.text else self._open_text(card.text, settings))
+        self._configure("bodies", Known(
+            replace(settings, keys=(), api_key=()), calls_of(card.text)[0],
+            template=card.text.chat_template or "", chats=tokenizer.has_chat_template,
+            never_written=tokenizer.never_written, infill=tokenizer.infill_tokens,
+            embedder=card.text.embedder), card.text, card.context_length)
+        self.prompts = self._prompts_of(tokenizer, card.context_length)
+
+    async def _open_text(self, text: TextSpec, settings: Settings) -> Tokenizer:
+        """The model's tokenizer, opened in a thread. Sandboxes learn the chat template, which is tried."""
+        known = Known(replace(settings, keys=(), api_key=()), None)
+        for name in ("templates", "schemas"):
+            self._configure(name, known, replace(text, payload=b""), 0)
+        # not before now: its imports would take a processor from those of front and worker
+        if text.chat_template:
+            await self.sandboxes["templates"].start()
+        tokenizer = await asyncio.to_thread(open_tokenizer, text)
         await asyncio.to_thread(trim_heap)  # of what it was built from
-        known = Known(replace(settings, keys=(), api_key=()), calls_of(card.text)[0],
-                      template=card.text.chat_template or "", chats=tokenizer.has_chat_template,
-                      never_written=tokenizer.never_written, infill=tokenizer.infill_tokens,
-                      embedder=card.text.embedder)
-        limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
-                  "bodies": (self.BODY_S, 1 << 30, 5)}
-        for name, (cpu_s, memory, nice) in limits.items():
-            text = card.text if name == "bodies" else replace(card.text, payload=b"")
-            self.sandboxes[name].config = SandboxConfig(known, text, card.context_length, cpu_s, memory, nice,
-                                                        self.number)
-        if not card.text.chat_template:
-            await self.sandboxes["templates"].stop()
-        prompts = PromptMaker(
-            tokenizer, card.context_length, run=run_in_thread_if_long, fill=lambda arguments, client:
-            self.sandboxes["templates"].perform(client, "fill_template", arguments))
         if tokenizer.templated:
             try:
-                await prompts.render([Message("user", "hello")], (), "")  # compiles the template
+                await self._prompts_of(tokenizer, 0).render([Message("user", "hello")], (), "")
             except RequestError as error:  # the template may accept other chats
                 log.warning("chats may be refused, as the message \"hello\" was: %s", printable(str(error)))
-        self.prompts = prompts
+        return tokenizer
+
+    def _configure(self, name: str, known: Known, text: TextSpec, context_length: int):
+        self.sandboxes[name].config = SandboxConfig(known, text, context_length, *self.LIMITS[name], self.number)
+
+    def _prompts_of(self, tokenizer: Tokenizer, context_length: int) -> PromptMaker:
+        return PromptMaker(
+            tokenizer, context_length, run=run_in_thread_if_long, fill=lambda arguments, client:
+            self.sandboxes["templates"].perform(client, "fill_template", arguments))
 
     @contextmanager
     def _prepare(self, client: str, request_id: str = "") -> Iterator[None]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence as Seq
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence as Seq
+from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import with_own_sampling
-from chatlm.common.errors import ConfigError, EngineFailure, Overloaded
+from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded
 from chatlm.common.messages.requests import sampling_defaults
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.tokenizer import tools_of
@@ -25,7 +26,7 @@ from chatlm.front.pool.supervisor import NO_CARD, Supervisor
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ModelCard
-    from chatlm.common.messages.requests import Event, ModelSource, Request
+    from chatlm.common.messages.requests import Event, ModelSource, Request, TextSpec
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.admission.admission import Desk
     from chatlm.front.pool.worker import Placement
@@ -58,7 +59,7 @@ class WorkerPool:
             [self.model_name, *settings.served_model_name], settings.model)
         self.supervisor = Supervisor(
             settings, self.workers, self.dispatcher, self.adapters, prepare=self._open_tokenizer,
-            expect=self.admission.expect,
+            expect=self._expect,
             report=lambda stage, fraction: self.on_progress(stage, fraction))
         self.dispatcher.loading, self.version = self.supervisor.load_fraction, self.supervisor.version
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
@@ -68,20 +69,31 @@ class WorkerPool:
     async def start(self):
         if self.prefixes and self.alone:
             self.prefixes.start(lambda: bool(self.dispatcher.jobs))
-        self.supervisor.run("finding the model", self._start_workers)
+        self.supervisor.run("finding the model", partial(self.placement.start, self.supervisor))
         self.supervisor.run("watching the workers", self.supervisor.watch)
         if self.adapters.folders:
             self.supervisor.run("watching the adapters", self.adapters.watch.run)
 
-    async def _start_workers(self):
-        await self.placement.start(self.supervisor)
-        await self.admission.sandboxes["templates"].start()  # while the model loads
+    async def _expect(self, text: TextSpec):
+        try:
+            with self._naming_files():
+                await self.admission.expect(text, self.settings)
+        except ChatServerError:
+            if not self.supervisor.became_ready.is_set():
+                raise
+            # else the files have changed, and `_open_tokenizer` will say so
 
     async def _open_tokenizer(self, card: ModelCard):
         self.adapters.refuse_names()
-        try:
+        with self._naming_files():
             await self.admission.open(card, with_own_sampling(self.settings, self))
             self.chats = self.tokenizer is None or self.tokenizer.has_chat_template
+
+    @contextmanager
+    def _naming_files(self) -> Iterator[None]:
+        """A ConfigError says which model is broken."""
+        try:
+            yield
         except ConfigError as error:
             raise ConfigError(f"{self.source and self.source.path}: {error}") from None
 

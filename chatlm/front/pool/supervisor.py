@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence as Seq
 from dataclasses import replace
+from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
@@ -39,7 +40,7 @@ class Supervisor:
 
     def __init__(self, settings: Settings, workers: Seq[Worker], dispatcher: Dispatcher,
                  adapters: PoolAdapters, *, prepare: Callable[[ModelCard], Awaitable[None]],
-                 report: Callable[[str, float], None], expect: Callable[[TextSpec], None]):
+                 report: Callable[[str, float], None], expect: Callable[[TextSpec], Awaitable[None]]):
         """prepare: awaited once, with the card of the first worker that has read the model; expect: called
         with the text that it will have.
         report: called with the stage and share of loading."""
@@ -162,8 +163,8 @@ class Supervisor:
                     worker.spawned_s = time.monotonic()
             case ModelText(text):
                 worker.text = text
-                if not self.prepared:
-                    self.expect(text)
+                if not self.prepared:  # what is wrong with it is said before the weights are read
+                    self.run("reading the tokenizer", partial(self.expect, text))
             case ModelCard():
                 message = replace(message, text=worker.text or message.text)
                 worker.place, worker.text = message.place, None

@@ -55,13 +55,13 @@ class Pace:
 
     def __init__(self, page_size: int):
         self.page_size = page_size
-        self.token_s = 0.0  # to compute a token of a prompt
+        self.token_s = 0.0  # to compute a token of a prompt; 0.0: not measured yet
         self.byte_s = 1e-9  # to read a byte of the store
 
     def pays(self, pages: int, size: int, on_disk: bool) -> bool:
-        """Would computing the pages take longer than reading their `size` bytes?"""
+        """Would computing the pages take longer than reading their `size` bytes? Yes if nobody knows."""
         read_s = self.OVERHEAD_S + size * (self.byte_s if on_disk else self.MEMORY_BYTE_S)
-        return pages * self.page_size * self.token_s >= read_s
+        return not self.token_s or pages * self.page_size * self.token_s >= read_s
 
     def reads_faster(self, restoration: Restoration) -> bool:
         """Has reading brought more pages than computing would have by now?"""

@@ -25,10 +25,10 @@ def warm_up(engine: Engine, progress: Callable[[float], None]):
 
 
 def warm_up_soon(engine: Engine):
-    """Run only what yields the speed of prefill; `warm_up_more` does the rest while nobody asks.
+    """Compute one token; `warm_up_more` does the rest while nobody asks.
 
     A CPU's first steps are hardly slower than later ones: they write memory for the first time."""
-    run_steps(engine, 1, engine.timed_tokens)
+    run_steps(engine, 1, 1)
     engine.cold = [(FREE_ROWS, 1), (1, engine.first_chunk)]
 
 

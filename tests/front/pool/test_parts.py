@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import sys
 from types import SimpleNamespace
 
@@ -9,9 +10,10 @@ import pytest
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError, EngineFailure
-from chatlm.common.messages.protocol import (WORKER_PIPE, ActorAddress, Crashed, EndActor, Loading, ModelCard, NewAnswer, Node, Nodes, Ready,
+from chatlm.common.messages.protocol import (WORKER_PIPE, ActorAddress, Crashed, EndActor, Loading, ModelCard, ModelText, NewAnswer, Node, Nodes, Ready,
                                              StartActor, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import Accepted, Finished, Request, TextSpec
+from chatlm.front.admission.admission import Admission
 from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local import LocalDevices
@@ -108,9 +110,13 @@ def supervisor_of(placement, **settings):
     async def prepare(card):
         cards.append(card)
 
+    async def expect(text):
+        if text.chat_template == "broken":
+            raise ConfigError("the template is broken")
+
     settings = Settings(**settings)
     supervisor = Supervisor(settings, placement.workers, dispatcher, PoolAdapters(settings, placement.workers), prepare=prepare,
-                            report=lambda stage, fraction: None, expect=lambda text: None)
+                            report=lambda stage, fraction: None, expect=expect)
     return supervisor, dispatcher, cards
 
 
@@ -128,6 +134,24 @@ async def test_a_supervisor_hears_a_worker_get_ready_and_takes_its_jobs_away_whe
     assert worker.state is State.DEAD and not supervisor.ready
     await supervisor.close()
     assert placement.killed
+
+
+async def test_a_broken_chat_template_ends_the_start_before_the_weights_are_read():
+    placement = PlayedPlacement(ModelText(TextSpec("letters", b"", "broken")), Loading("weights", 0.1))     # a card never comes
+    supervisor, _, cards = supervisor_of(placement)
+    supervisor.run("running it", lambda: supervisor.keep_alive(placement.workers[0]))
+    await asyncio.wait_for(supervisor.became_ready.wait(), 20)
+    assert str(supervisor.failure) == "the template is broken" and not cards
+    await supervisor.close()
+
+
+async def test_the_template_of_a_card_to_come_is_compiled_before_the_card_comes():
+    admission = Admission(lambda request, client: None)
+    text = TextSpec("hf", json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None,
+                                      "decoder": None, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}).encode(), "{% if %}")
+    with pytest.raises(ConfigError, match="chat template does not parse: line 1"):
+        await admission.expect(text, Settings())
+    await admission.close()
 
 
 async def test_a_worker_that_cannot_be_used_is_left_out_and_without_another_start_up_has_failed():

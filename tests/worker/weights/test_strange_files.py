@@ -483,11 +483,3 @@ def test_a_gguf_that_is_no_model_says_what_it_is(tmp_path):
     path = tmp_path / "mmproj-x.gguf"
     path.write_bytes(gguf_bytes(LLAMA_NUMBERS | small_gguf_metadata("gpt-2") | {"general.type": "mmproj"}, random_llama()))
     assert 'is not a model: its general.type is "mmproj"' in refusal(path)
-
-
-def test_a_template_that_does_not_parse_is_refused_before_weights_are_read(folder, monkeypatch):
-    (folder / "chat_template.jinja").write_text("{% if %}")
-    patch(monkeypatch, build, "build_transformer", lambda *_: pytest.fail("weights are read"))
-    settings = Settings(model=str(folder), kv_cache_memory=1 << 20)
-    with pytest.raises(ConfigError, match="chat template does not parse: line 1"):
-        build.build_engine(resolve_model(settings), settings, torch.device("cpu"))
