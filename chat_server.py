@@ -131,7 +131,7 @@ from chatlm.common.errors import (
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import tune_gc
 from chatlm.common.messages.requests import PromptProgress
-from chatlm.common.processes.start import PROCESS_COMMAND, check_nice
+from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
@@ -142,7 +142,7 @@ from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
 from chatlm.front.lazy import web
-from chatlm.front.pool.local import niceness
+from chatlm.front.pool.local import check_nice, niceness
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import pool_of

@@ -46,7 +46,7 @@ import chat_server      # noqa: E402
 from chatlm.common import config    # noqa: E402
 from chatlm.common.config import LIMITS    # noqa: E402
 from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
-from chatlm.common.processes.start import die_with_parent    # noqa: E402
+from chatlm.common.processes.child import die_with_parent    # noqa: E402
 from chatlm.common.program import page_files    # noqa: E402
 
 CHAT, OPENAI, COMPLETIONS = "/chat/completions", "/v1/chat/completions", "/v1/completions"

@@ -34,7 +34,7 @@ from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.messages.protocol import WORKER_PIPE, Cancel, ModelCard, NewAnswer, Ready, Stepped    # noqa: E402
 from chatlm.common.messages.requests import Delta, Ended, Piece, Usage    # noqa: E402
 from chatlm.common.processes.ray import ray_main    # noqa: E402
-from chatlm.common.processes.start import die_with_parent, join_parent    # noqa: E402
+from chatlm.common.processes.child import die_with_parent, join_parent    # noqa: E402
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import pool_of    # noqa: E402
 from chatlm.front.server.access import listen_on    # noqa: E402

@@ -79,17 +79,16 @@ def start_by_parts():
     parts.note("find the model")
     model = build.open_model(source, settings, device)
     parts.note("open its file")
-    tokenizer = build.open_tokenizer(model.text)
-    build.compile_chat_template(model.text.chat_template or "", whole=False)
-    parts.note("tokenizer and template")
+    tokenizer = build.open_for_answers(model.text, model.vocabulary)
+    parts.note("tokenizer")
     model, transformer, pages, context, _ = build.build_transformer(model, source, settings, device, no_progress, None)
     parts.note("weights into tiles, KV pages, buffers")
     engine = build.Engine(transformer, tokenizer, transformer.kernels, num_pages=pages, max_batch=settings.max_batch,
                           context_length=context, prefill_chunk=build.prefill_chunk(settings, device), drafts=settings.drafts)
     parts.note("engine")
-    from chatlm.worker.engine.warm_up import warm_up
-    warm_up(engine, lambda fraction: None)
-    parts.note("warm-up")
+    from chatlm.worker.engine.warm_up import warm_up_soon
+    warm_up_soon(engine)
+    parts.note("a token, of nothing")
     del model
     process.give_memory_back()
     parts.note("memory given back")

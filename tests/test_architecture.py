@@ -154,7 +154,7 @@ def test_the_layers_are_those_that_the_linter_checks():
 
 
 def test_every_role_is_in_the_table_of_processes():
-    start = ast.parse((ROOT / "chatlm/common/processes/start.py").read_text(encoding="utf-8"))
+    start = ast.parse((ROOT / "chatlm/common/processes/child.py").read_text(encoding="utf-8"))
     (roles,) = (ast.literal_eval(node.value) for node in start.body if isinstance(node, ast.Assign) and node.targets[0].id == "ROLES")
     rows = re.findall(r"^\| (\w+) \| `([\w/]+)\.py`: `(\w+)` \|", SECTIONS["Processes"], re.MULTILINE)
     assert {role: f"{module.replace('/', '.')}:{function}" for role, module, function in rows if role != "front"} == roles

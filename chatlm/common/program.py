@@ -1,14 +1,14 @@
-"""The program itself: its sources and its page, in a checkout, an installation or a bundle."""
+"""The program itself: its sources and its page, in a checkout, an installation or a bundle.
+
+Imported before the first worker is started, so what takes long to import is imported late."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.machinery
 import io
 import os
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +24,10 @@ def program_root() -> Path:
 
 def in_program(root: Path, name: str):
     """A file or folder of a program: its path on disk or in a bundle."""
-    return (zipfile.Path(root) if root.is_file() else root) / name
+    if not root.is_file():
+        return root / name
+    import zipfile
+    return zipfile.Path(root) / name
 
 
 def files_below(folder, prefix: str = "") -> Iterator[tuple[str, bytes]]:
@@ -44,6 +47,7 @@ def program_sources(root: Path | None = None) -> dict[str, bytes]:
 
 def archive(files: Mapping[str, bytes], first_lines: bytes = b"") -> bytes:
     """A zip of these files, after `first_lines` if it is a program; equal files give equal bytes."""
+    import zipfile
     data = io.BytesIO()
     data.write(first_lines)
     with zipfile.ZipFile(data, "w") as target:
@@ -68,6 +72,7 @@ def program_bytes(start: int = 0) -> bytes:
 @functools.cache
 def program_digest(root: Path | None = None) -> str:
     """A digest of the sources, the same on any machine, bundled or not."""
+    import hashlib
     root, digest = root or program_root(), hashlib.sha256()
     script = in_program(root, SCRIPT)
     sources = program_sources(root) | ({SCRIPT: script.read_bytes()} if script.is_file() else {})

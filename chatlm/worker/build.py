@@ -16,9 +16,10 @@ from chatlm.common.hub.adapters import bytes_of_adapters
 from chatlm.common.hub.local import no_progress
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
-from chatlm.common.text.pieces import open_for_answers
+from chatlm.worker.arrays.gguf_types import block_of
 from chatlm.worker.arrays.kinds import Device, item_bytes
 from chatlm.worker.engine.engine import Engine
+from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
@@ -125,7 +126,7 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
     model = open_model(source, settings, device)
     opened(model)
     try:
-        tokenizer = open_for_answers(model.text)  # the front also reads its chat template
+        tokenizer = open_for_answers(model.text, model.vocabulary)  # the front also reads its chat template
     except ConfigError as error:
         raise ConfigError(f"{source.path}: {error}") from None
     if embedder := model.text.embedder:
@@ -219,8 +220,7 @@ def weight_bytes(model: LoadedModel, quantize: str | None) -> int:
     for name, tensor in model.tensors.items():
         count = math.prod(shapes[name])
         if quantize and len(shapes[name]) > 1 and is_float(tensor, shapes[name]):
-            gguf = require_library("gguf", "--quantize")
-            per_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[quantize.upper()]]
+            per_block, block_bytes = block_of(quantize.upper())
             total += count * block_bytes // per_block
         else:
             total += tensor.nbytes

@@ -16,7 +16,7 @@ from chatlm.common.errors import ConfigError, RanksFailed, lack_of_memory, named
 from chatlm.common.log import CalmLog, log, start_logging
 from chatlm.common.messages.protocol import SURVEY_PIPE, WORKER_PIPE, Crashed, Loading, Unusable
 from chatlm.common.messages.wire import BadMessage
-from chatlm.common.processes.start import join_parent
+from chatlm.common.processes.child import join_parent
 from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import tokenizers
 from chatlm.common.errors import ConfigError, RequestError
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import open_tokenizer
-from chatlm.common.text.pieces import PieceTokenizer, open_for_answers
+from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
 from chatlm.common.text.reader import StreamDecoder
 from chatlm.common.text.tokenizer import fill_template
 from chatlm.front.api.conversation import openai_messages

@@ -60,7 +60,7 @@ WRONG = """
 import sys
 sys.path.insert(0, {folder!r})
 import torch
-from chatlm.common.processes.start import run_role
+from chatlm.common.processes.child import run_role
 from decode_core import program, report
 report.time_cpu = lambda script: ()
 def {op}(self, x, *rest, out=None, original=program.Program.{op}, **more):

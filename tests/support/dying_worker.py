@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parents[2]))
 
-from chatlm.common.processes.start import run_role    # noqa: E402
+from chatlm.common.processes.child import run_role    # noqa: E402
 from chatlm.worker.engine.answer import Answer    # noqa: E402
 from chatlm.worker.engine.engine import Engine    # noqa: E402
 from chatlm.worker.engine.integrity import check_integrity    # noqa: E402

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parents[2]))
 
-from chatlm.common.processes.start import run_role      # noqa: E402
+from chatlm.common.processes.child import run_role      # noqa: E402
 
 actors = {}     # name -> Actor
 

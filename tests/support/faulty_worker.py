@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parents[2]))
 
 import decode_core                                  # noqa: E402
-from chatlm.common.processes.start import run_role    # noqa: E402
+from chatlm.common.processes.child import run_role    # noqa: E402
 from cuda_backends import Emulated, HostQueue, wrong_ops        # noqa: E402
 from decode_core import cuda, cuda_steps            # noqa: E402
 

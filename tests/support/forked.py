@@ -20,7 +20,7 @@ from pathlib import Path
 
 from chatlm.common import core
 from chatlm.common.processes import start
-from chatlm.common.processes.start import die_with_parent
+from chatlm.common.processes.child import die_with_parent
 
 NUMBER = struct.Struct("i")
 # Libraries read these when they are loaded, so each combination of their values has a template of its own.

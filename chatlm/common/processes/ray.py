@@ -15,7 +15,8 @@ from chatlm.common.errors import named, require_library
 from chatlm.common.messages.protocol import (
     RAY_PIPE, ActorAddress, ActorEnded, EndActor, Node, Nodes, StartActor, Unusable)
 from chatlm.common.messages.wire import BadMessage
-from chatlm.common.processes.start import PROCESS_CODE, exit_in_words, join_parent
+from chatlm.common.processes.child import join_parent
+from chatlm.common.processes.start import PROCESS_CODE, exit_in_words
 from chatlm.common.program import program_bytes
 
 if TYPE_CHECKING:

@@ -1,9 +1,7 @@
-"""Starting our other processes by role, and what each of them does first."""
+"""Starting our other processes. Imports little: the first worker is started before anything else happens."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib
 import math
 import os
 import signal
@@ -13,15 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence as Seq
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError
-from chatlm.common.libraries import use_found_libraries
-from chatlm.common.messages.wire import Channel
 from chatlm.common.program import program_root
-
-if TYPE_CHECKING:
-    from chatlm.common.messages.wire import Pipe
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
@@ -65,30 +56,10 @@ def process_environment(threads: int, nice: int | None = None) -> dict[str, str]
             | {"OMP_NUM_THREADS": str(threads)} | ({} if nice is None else {NICENESS: str(nice)}))
 
 
-def die_with_parent(parent: int):
-    """Ask Linux to kill this process when its parent dies; elsewhere only the pipe's end of file ends it."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent had died before the call above
-        os._exit(1)
-
-
-# The module and function that each of our other processes runs; by name, so that no house imports another.
-ROLES = {
-    "worker": "chatlm.worker.entry:worker_role",
-    "rank": "chatlm.worker.entry:rank_role",
-    "survey": "chatlm.worker.entry:survey_role",
-    "sandbox": "chatlm.front.api.sandboxed:sandbox_main",
-    "ray": "chatlm.common.processes.ray:ray_main",
-    "preview": "chatlm.worker.weights.preview:preview_main",
-    "trial": "chatlm.worker.weights.trial:trial_main",
-    "check": "chatlm.worker.model.kernels:check_main",
-}
-
-# Their command: `python -c PROCESS_CODE ROOT ROLE ARGUMENTS`. The root of the program, a folder or a bundle,
-# replaces the current folder in sys.path, so that modules there cannot shadow anything. The root of an
-# installation keeps its position: other packages there must not shadow Python's own.
+# The command of our processes: `python -c PROCESS_CODE ROOT ROLE ARGUMENTS`, with a role of ROLES. The root of
+# the program, a folder or a bundle, replaces the current folder in sys.path, so that modules there cannot
+# shadow anything. The root of an installation keeps its position: other packages there must not shadow
+# Python's own.
 PROCESS_CODE = """
 import sys
 root = sys.argv.pop(1)
@@ -99,36 +70,10 @@ found = importlib.machinery.PathFinder.find_spec("chatlm")
 if not found or found.origin != root + "/chatlm/__init__.py":
     sys.path.insert(0, root)
 
-from chatlm.common.processes.start import run_role
+from chatlm.common.processes.child import run_role
 sys.exit(run_role(*sys.argv[1:]))
 """
 PROCESS_COMMAND = sys.executable, "-c", PROCESS_CODE, str(program_root())
-
-
-def run_role(role: str, *arguments: str) -> int:
-    """Run one of ROLES in this process; returns its exit status."""
-    use_found_libraries()
-    module, _, function = ROLES[role].partition(":")
-    return getattr(importlib.import_module(module), function)(arguments)
-
-
-def join_parent(arguments: Seq[str], pipe: Pipe) -> Channel:
-    """A child process's first step: ignore signals, which are for the front, set its niceness, and die when
-    the front dies.
-
-    arguments: the descriptor of its end of the pipe, or the address where to listen for the front; the
-    parent's process id."""
-    descriptor, parent = arguments
-    for stop in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd signals the whole group
-        signal.signal(stop, signal.SIG_IGN)
-    if nice := os.environ.get(NICENESS):
-        os.setpriority(os.PRIO_PROCESS, 0, int(nice))
-    share_niceness()
-    die_with_parent(int(parent))
-    if descriptor.isdigit():
-        return Channel(socket.socket(fileno=int(descriptor)), pipe)
-    from chatlm.common.processes.connect import admit_front  # imports ssl, which takes 24 ms and 7 MB
-    return Channel(admit_front(descriptor), pipe)
 
 
 def exit_in_words(status: int | None) -> str:
@@ -137,28 +82,6 @@ def exit_in_words(status: int | None) -> str:
         return f"exit status {status}"
     name = next((known.name for known in signal.Signals if known == -status), f"signal {-status}")
     return f"killed by {name}{', as the system does when memory runs out' if name == 'SIGKILL' else ''}"
-
-
-def check_nice(nice: int):
-    """ConfigError if our processes are not allowed this niceness."""
-    now = os.getpriority(os.PRIO_PROCESS, 0)
-    if nice >= now:
-        return
-    try:
-        os.setpriority(os.PRIO_PROCESS, 0, nice)
-        os.setpriority(os.PRIO_PROCESS, 0, now)
-    except OSError as error:
-        raise ConfigError(f"--nice {nice}: {error.strerror}; it is {now} now, and only root may lower it"
-                          ) from None
-
-
-def share_niceness():
-    """Give this process's session the niceness of the process. Linux first divides the processor among
-    sessions (sched(7), autogroups), and each of our processes has its own."""
-    nice = os.getpriority(os.PRIO_PROCESS, 0)
-    if nice > 0:
-        with suppress(OSError):  # no such file: not Linux, or without this feature
-            Path("/proc/self/autogroup").write_text(str(nice))
 
 
 def patient(seconds: float, nice: int | None = None) -> float:

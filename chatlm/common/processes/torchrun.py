@@ -20,7 +20,6 @@ from chatlm.common.config import ranks_per_replica
 from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.messages.wire import Channel, Pipe, wire_message
-from chatlm.common.processes.connect import Door, address_towards, dial, listen
 from chatlm.common.processes.start import (
     PROCESS_COMMAND, exit_in_words, process_environment, threads_per_worker)
 from chatlm.common.program import program_digest
@@ -154,6 +153,7 @@ def serve_rank(settings: Settings, start: Torchrun) -> int:
 
 def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: int):
     """Connect to rank 0 and the stages before and after, and compute in another process until it ends."""
+    from chatlm.common.processes.connect import Door, address_towards, dial, listen  # imports ssl
     (host, port, secret, theirs), rank = store.look(f"{life}/0"), start.rank
     if theirs != (own := same_on_all_nodes(settings)):
         raise ConfigError(f"rank 0 has {theirs}, but rank {rank} has {own}: all nodes need the same")

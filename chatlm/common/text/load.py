@@ -142,8 +142,9 @@ def decoding_of(decoder: dict | None) -> tuple[bool, bool]:
             return KINDS_OF_DECODERS[kind], False
 
 
-KINDS_OF_DECODERS = {"ByteLevel": True, "ByteFallback": False, "Fuse": False, "Replace": False, "WordPiece": False,
-                     "BPEDecoder": False, "CTC": False}  # -> byte level?
+KINDS_OF_DECODERS = {  # -> byte level?
+    "ByteLevel": True, "ByteFallback": False, "Fuse": False, "Replace": False, "WordPiece": False,
+    "BPEDecoder": False, "CTC": False}
 
 
 class HuggingFaceTokenizer(Tokenizer):

@@ -279,7 +279,8 @@ class Admission:
         return tokenizer
 
     def _configure(self, name: str, known: Known, text: TextSpec, context_length: int):
-        self.sandboxes[name].config = SandboxConfig(known, text, context_length, *self.LIMITS[name], self.number)
+        limits = self.LIMITS[name]
+        self.sandboxes[name].config = SandboxConfig(known, text, context_length, *limits, self.number)
 
     def _prompts_of(self, tokenizer: Tokenizer, context_length: int) -> PromptMaker:
         return PromptMaker(

@@ -141,3 +141,16 @@ def shown_gpus(count: int) -> str:
     if visible is not None and files > count:
         return f"CUDA_VISIBLE_DEVICES={visible} shows {count} of {files} GPU(s)"
     return f"this machine has {count} CUDA device(s)" if count else "no CUDA device was found (nvidia-smi -L)"
+
+
+def check_nice(nice: int):
+    """ConfigError if our processes are not allowed this niceness."""
+    now = os.getpriority(os.PRIO_PROCESS, 0)
+    if nice >= now:
+        return
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
+        os.setpriority(os.PRIO_PROCESS, 0, now)
+    except OSError as error:
+        raise ConfigError(f"--nice {nice}: {error.strerror}; it is {now} now, and only root may lower it"
+                          ) from None

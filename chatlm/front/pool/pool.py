@@ -36,6 +36,15 @@ def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
     return sampling_defaults(with_own_sampling(settings, pool))
 
 
+@contextmanager
+def naming(source: ModelSource | None) -> Iterator[None]:
+    """A ConfigError says which model is broken."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{source and source.path}: {error}") from None
+
+
 class WorkerPool:
     """The replicas of a model behind one `answer`. A placement decides where they run, the supervisor keeps
     them alive, the dispatcher distributes requests to them. This class has admission, the order of start and
@@ -76,7 +85,7 @@ class WorkerPool:
 
     async def _expect(self, text: TextSpec):
         try:
-            with self._naming_files():
+            with naming(self.source):
                 await self.admission.expect(text, self.settings)
         except ChatServerError:
             if not self.supervisor.became_ready.is_set():
@@ -85,17 +94,9 @@ class WorkerPool:
 
     async def _open_tokenizer(self, card: ModelCard):
         self.adapters.refuse_names()
-        with self._naming_files():
+        with naming(self.source):
             await self.admission.open(card, with_own_sampling(self.settings, self))
             self.chats = self.tokenizer is None or self.tokenizer.has_chat_template
-
-    @contextmanager
-    def _naming_files(self) -> Iterator[None]:
-        """A ConfigError says which model is broken."""
-        try:
-            yield
-        except ConfigError as error:
-            raise ConfigError(f"{self.source and self.source.path}: {error}") from None
 
     async def wait_ready(self):
         """Wait until a request would be served. Raises ConfigError or EngineFailure if start-up failed."""

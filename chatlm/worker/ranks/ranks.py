@@ -27,7 +27,6 @@ from chatlm.common.errors import ConfigError, RanksFailed
 from chatlm.common.hub.local import no_progress
 from chatlm.common.messages.protocol import Ready, Unusable
 from chatlm.common.processes.torchrun import ranks_here, torchrun
-from chatlm.worker.ranks.links import ProcessLinks, TcpLinks
 from chatlm.worker.ranks.messages import RANK_PIPE, RankAdapter, RankConfig, RankPages
 from chatlm.worker.ranks.steps import RankSteps, Stage, StagedSteps, join_ranks, rank_device
 
@@ -195,5 +194,6 @@ class RankZero(RankAlone):
 
 def gather_ranks(config: WorkerConfig, progress: Progress) -> RankZero:
     """Start the other ranks of a replica, or under torchrun wait for them."""
+    from chatlm.worker.ranks.links import ProcessLinks, TcpLinks  # imports ssl, which few workers need
     links = TcpLinks(config, progress) if torchrun(config.settings) else ProcessLinks(config)
     return RankZero(config, links, progress)

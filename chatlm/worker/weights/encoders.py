@@ -69,8 +69,14 @@ def gguf_bert(header: Header) -> tuple[dict, dict]:
     return changes, {"type_vocab_size": 0 if types is None else int(types.shape[1])}
 
 
+NAMES_AFTER_SUMS = {
+    f"{ours}{ending}": (f"blk.{{}}.{theirs}.{part}",) for ending, part in (("", "weight"), ("_bias", "bias"))
+    for ours, theirs in (("output_norm", "attn_output_norm"), ("down_norm", "layer_output_norm"))}
+
+
 def gguf(architecture: str, layers: Callable = gguf_bert) -> Gguf:
-    return Gguf(architecture, keys={"attention.layer_norm_epsilon": EPSILON}, layers=layers)
+    return Gguf(architecture, names=NAMES_AFTER_SUMS, keys={"attention.layer_norm_epsilon": EPSILON},
+                layers=layers)
 
 
 ROBERTA = Family(

@@ -10,7 +10,7 @@ from chatlm.worker.weights import (
     encoders, gemma4, granite, layernorms, lfm2, nemotron, qwen35, rotary_encoders)
 from chatlm.worker.weights.assemble import Mxfp4
 from chatlm.worker.weights.family import (
-    EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, Header, expert_tensors)
+    AFTER_ATTENTION, EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, Header, expert_tensors)
 from chatlm.worker.weights.rules import ROPE_BASE, Rule, checked
 
 
@@ -166,7 +166,7 @@ FAMILIES = {  # by config.json's model_type
             "initial_context_length": None},
         {"sinks": True, "router_bias": True, "ffn_bias": True, "activation": "clamped_swiglu"},
         expert_tensors("experts", "router", ("weight", "bias")), lambda config, layer: layer % 2 == 0,
-        Gguf("gpt-oss"), repack=repack_gpt_oss),
+        Gguf("gpt-oss", names=AFTER_ATTENTION), repack=repack_gpt_oss),
     "smollm3": Family(
         "SmolLM3", QWEN | {
             "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "rope_theta": 2e6,
@@ -248,7 +248,8 @@ FAMILIES = {  # by config.json's model_type
                                      "tie_word_embeddings": True}, interleaved=True,
                        gguf=Gguf("ernie4_5")),
     "seed_oss": Family("Seed-OSS", {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False,
-                                    "head_dim": 128, "residual_dropout": None}, gguf=Gguf("seed_oss")),
+                                    "head_dim": 128, "residual_dropout": None},
+                       gguf=Gguf("seed_oss", names=AFTER_ATTENTION)),
     "hunyuan_v1_dense": Family(
         "Hunyuan 0.5B to 7B", HUNYUAN_OTHER | {
             "attention_bias": False, "rms_norm_eps": 1e-5, "norm_type": "rms", "use_qk_norm": True,

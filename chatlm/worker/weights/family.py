@@ -48,7 +48,7 @@ class Gguf(NamedTuple):
     architectures: str = ""  # its names in general.architecture
     permuted: bool = False   # q and k have adjacent rotary pairs, unlike a folder's
     variants: dict[str, str] = {}  # metadata that makes it another row: expert_count -> mixtral
-    names: dict[str, tuple[str, ...]] = {}  # of tensors, where they do not follow from the folder's
+    names: dict[str, tuple[str, ...]] = {}  # of tensors, where they are not those of GGUF_NAMES
     keys: Mapping[str, Rule] = {}           # metadata that no other family may have
     ignored: frozenset[str] = frozenset()   # metadata that converters write in vain
     # changes that make the metadata those of plain layers, and what a config.json would say instead
@@ -99,6 +99,17 @@ class Family(NamedTuple):
     @property
     def all_tensors(self) -> dict[str, tuple[str, ...]]:
         return HF_TENSORS | self.tensors
+
+    @property
+    def gguf_names(self) -> dict[str, tuple[str, ...]]:
+        """Like all_tensors, with the names in a GGUF file."""
+        table = {}
+        for ours, theirs in self.all_tensors.items():
+            names = GGUF_NAMES.get(ours, "").split()
+            if len(names) > len(theirs):  # they are one matrix
+                names = GGUF_WHOLE[ours].split()
+            table[ours] = tuple(name if name.startswith(GGUF_ONCE) else f"blk.{{}}.{name}" for name in names)
+        return {ours: names for ours, names in table.items() if names} | self.gguf.names
 
 
 HF_TENSORS = {  # our tensor (of layer {}) -> the folder's tensors whose rows it is made of
@@ -171,3 +182,31 @@ def layers_of_kinds(header: Header, other: str) -> tuple[dict, dict]:
     if recurrent:
         more["layer_types"] = [other if is_other else LAYER_TYPES[0] for is_other in recurrent[:layers]]
     return changes, more
+
+AFTER_ATTENTION = {"ffn_norm": ("blk.{}.post_attention_norm.weight",)}  # some call the norm before ffn so
+
+# our tensor (of layer {}, where it is not one of GGUF_ONCE) -> the GGUF file's
+GGUF_ONCE = "token_embd", "output.", "output_norm", "position_embd", "token_types", "per_layer_"
+GGUF_NAMES = {
+    "embed": "token_embd.weight", "head": "output.weight", "final_norm": "output_norm.weight",
+    "positions": "position_embd.weight", "types": "token_types.weight",
+    "embed_norm": "token_embd_norm.weight",
+    "attention_norm": "attn_norm.weight", "ffn_norm": "ffn_norm.weight", "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight", "sinks": "attn_sinks.weight",
+    "qkv": "attn_q.weight attn_k.weight attn_v.weight",
+    "output": "attn_output.weight", "output_norm": "post_attention_norm.weight",
+    "gate_up": "ffn_gate.weight ffn_up.weight", "up": "ffn_up.weight", "down": "ffn_down.weight",
+    "down_norm": "post_ffw_norm.weight", "router": "ffn_gate_inp.weight", "choice_bias": "exp_probs_b",
+    "expert_gate_up": "ffn_gate_exps.weight ffn_up_exps.weight", "expert_down": "ffn_down_exps.weight",
+    "shared_gate_up": "ffn_gate_shexp.weight ffn_up_shexp.weight", "shared_down": "ffn_down_shexp.weight",
+    "shared_gate": "ffn_gate_inp_shexp.weight", "mix_in": "ssm_in.weight", "taps": "ssm_conv1d.weight",
+    "decay": "ssm_a", "skip": "ssm_d", "mix_norm": "ssm_norm.weight", "mix_out": "ssm_out.weight",
+    "layer_embed": "per_layer_token_embd.weight", "layer_project": "per_layer_model_proj.weight",
+    "layer_project_norm": "per_layer_proj_norm.weight",
+    "input_gate": "inp_gate.weight", "input_out": "proj.weight", "input_norm": "post_norm.weight",
+    "experts_norm": "pre_ffw_norm_2.weight", "experts_down_norm": "post_ffw_norm_2.weight",
+    "shared_down_norm": "post_ffw_norm_1.weight"}
+GGUF_WHOLE = {"qkv": "attn_qkv.weight", "gate_up": "ffn_up.weight"}  # where it is one matrix
+for names in (GGUF_NAMES, GGUF_WHOLE):
+    names |= {f"{ours}_bias": theirs.replace(".weight", ".bias") for ours, theirs in names.items()
+              if ".weight" in theirs}

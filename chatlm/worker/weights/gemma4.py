@@ -56,7 +56,9 @@ TENSORS: dict[str, tuple[str, ...]] = {
 GGUF_TENSORS: dict[str, tuple[str, ...]] = {
     "scalar": ("blk.{}.layer_output_scale.weight",), "router_norm": ("blk.{}.ffn_gate_inp.scale",),
     "experts_scale": ("blk.{}.ffn_down_exps.scale",), "expert_down": ("blk.{}.ffn_down_exps.weight",),
-    "expert_gate_up": ("blk.{}.ffn_gate_exps.{}.weight", "blk.{}.ffn_up_exps.{}.weight")}
+    "expert_gate_up": ("blk.{}.ffn_gate_exps.{}.weight", "blk.{}.ffn_up_exps.{}.weight"),
+    "shared_gate_up": ("blk.{}.ffn_gate.weight", "blk.{}.ffn_up.weight"),
+    "shared_down": ("blk.{}.ffn_down.weight",)}
 
 
 def complete(path: Path, config: Mapping) -> dict:

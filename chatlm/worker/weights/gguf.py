@@ -17,13 +17,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TYPE_CHECKING
 
-import gguf
 import numpy
 
-from chatlm.common.errors import ConfigError, cannot_read, named, shown
+from chatlm.common.errors import ConfigError, cannot_read, named, require_library, shown
 from chatlm.common.log import log
 from chatlm.common.messages.requests import InfillTokens, TextSpec
 from chatlm.common.text.formats import template_of
+from chatlm.worker.arrays.gguf_types import GgufType, block_of
 from chatlm.worker.arrays.kinds import floats, item_bytes
 from chatlm.worker.arrays.packed import RopePairs, dequantize, dequantized, unpermute_rope
 from chatlm.worker.model.kernels import choose_backend
@@ -42,6 +42,7 @@ from chatlm.worker.weights.family import Family, Header
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.gguf_file import (
     GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, check_gguf_types, gguf_value, read_gguf, refuse_unknown)
+from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.encoder_text import text_of_encoder
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
@@ -49,6 +50,7 @@ from chatlm.worker.weights.rules import (
     LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling,
     suppressed_in, warn_of_templates)
 from chatlm.worker.weights.splits import PRE_TOKENIZERS
+from chatlm.worker.weights.vocabulary import vocabulary_from
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -58,10 +60,11 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.lora import Change, Copy
     from chatlm.worker.weights.splits import PreTokenizer
+    from chatlm.worker.weights.vocabulary import Vocabulary
 
 
 def file_shape(name: str, tensor) -> tuple[int, ...]:
-    """The shape of a gguf.ReaderTensor, rows first; vectors of Mamba layers may be (H, 1), (groups, ..).
+    """The shape of a gguf_header.Tensor, rows first; vectors of Mamba layers may be (H, 1), (groups, ..).
 
     llama.cpp's converter writes a shared expert's gate as (1, width), llama-quantize as (width,)."""
     if name.endswith(".ffn_gate_inp_shexp.weight"):
@@ -99,7 +102,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         if spec.of_texts:
             stored = {name: tensor for name, tensor in stored.items() if name not in heads}
         row = FAMILIES[family]
-        names = gguf_names(architecture, row.all_tensors) | row.gguf.names
+        names = row.gguf_names
         sources = tensor_sources(spec, names, spec.vocab_size)
         check_names_and_shapes(
             source.path, {name: file_shape(name, tensor) for name, tensor in stored.items()
@@ -116,7 +119,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
                                        slices() if settings.lora else {}, called)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                row.gguf.permuted, row.interleaved, added)
-        text = gguf_text(source.path, metadata)
+        text, vocabulary = gguf_texts(source.path, metadata)
         ranking, head = None, Head()
         if not spec.of_texts:
             text, ranking = rerankers.of_gguf(source.path, metadata, family, spec, text, stored, classes)
@@ -139,6 +142,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         unpermute_rope(rows, own_pairs if re.search(r"attn_[qk]\.", name) else None)), unread_keys(spec))
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=max(block, TILE_ROWS),
                        family=architecture, adaptable=adaptable, head=head, ranking=ranking,
+                       vocabulary=vocabulary,
                        grows=growth(tensors, held, dtype is None),
                        **own_sampling(source.path, metadata, "general.sampling."))
 
@@ -146,21 +150,6 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
 END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
               "<end_of_turn>", "<turn|>", "<|tool_response>"}
-
-
-def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """A table like HF_TENSORS with GGUF names, for the tensors that the architecture has."""
-    table = {}
-    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[architecture], 1)
-    for ours, theirs in tensors.items():
-        mapped = [names.get_name(name.replace("experts.{}", "experts").format(0), (".weight", ".bias"))
-                  for name in theirs]
-        if all(mapped):
-            names_of_layers = (name.replace("blk.0.", "blk.{}.") for name in mapped if name)
-            table[ours] = tuple(f"{name}.weight" if name.endswith("sinks") else name
-                                for name in names_of_layers)
-    return table
 
 
 def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
@@ -381,18 +370,17 @@ def merged(tensor, pairs: RopePairs | None, changes: Iterable[Change | Copy], ow
     for change in changes:
         values = change.on(values, partial(unpermute_rope, pairs=own_pairs))
     gguf_type = merged_type(tensor, packed)
-    data = gguf.quantize(values, gguf_type)
+    data = require_library("gguf", "an adapter").quantize(values, gguf_type)
     return SimpleNamespace(tensor_type=gguf_type, data=data, shape=tensor.shape), None
 
 
-def merged_type(tensor, packed: bool) -> gguf.GGMLQuantizationType:
-    return gguf.GGMLQuantizationType[
-        "Q8_0" if packed and tensor.tensor_type.name not in ("F32", "F16", "BF16") else "F32"]
+def merged_type(tensor, packed: bool) -> GgufType:
+    return GgufType["Q8_0" if packed and tensor.tensor_type.name not in ("F32", "F16", "BF16") else "F32"]
 
 
 def file_bytes(tensors: Seq) -> int:
     """The tensors' size in a GGUF file."""
-    sizes = [gguf.GGML_QUANT_SIZES[tensor.tensor_type] for tensor in tensors]
+    sizes = [block_of(tensor.tensor_type.name) for tensor in tensors]
     return sum(math.prod(tensor.shape.tolist()) // block * size
                for tensor, (block, size) in zip(tensors, sizes))
 
@@ -415,13 +403,19 @@ def growth(tensors: Mapping[str, Unread | MappedRows], stored: Mapping, packed: 
 
 
 def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
-    """The tokenizer (as the text of a tokenizer.json), chat template and stop tokens from the metadata."""
+    return gguf_texts(path, metadata)[0]
+
+
+def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | None]:
+    """The tokenizer (as the text of a tokenizer.json), chat template and stop tokens from the metadata; and
+    what that text says, if it is of a decoder."""
     def value(name: str, *default, **bounds):
-        return gguf_value(path, metadata, f"tokenizer.{name}", *default, **bounds)
+        found = gguf_value(path, metadata, f"tokenizer.{name}", *default, **bounds)
+        return list(found) if isinstance(found, Texts) else found
 
     model, tokens = value("ggml.model"), value("ggml.tokens")
     if model in ("bert", "t5"):
-        return text_of_encoder(value)
+        return text_of_encoder(value), None
     token_types = value("ggml.token_type", [1] * len(tokens), len(tokens))
     last = len(tokens) - 1
     bos, eos, *ends = (value(f"ggml.{name}_token_id", high=last) for name in ("bos", "eos", "eot", "eom"))
@@ -450,9 +444,10 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
     if not template:
         warn_of_templates(path, [key.removeprefix("tokenizer.chat_template.") for key in metadata
                                  if key.startswith("tokenizer.chat_template.")])
-    return TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), template, frozenset(ends), bos,
+    text = TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), template, frozenset(ends), bos,
                     eos, add_bos, infill=gguf_infill(metadata, len(tokens)), suppressed=suppressed_in(
                         path, key := "tokenizer.ggml.suppress_tokens", metadata.get(key), len(tokens)))
+    return text, vocabulary_from(tokens, pipeline["added_tokens"], pipeline["decoder"])
 
 
 def gguf_infill(metadata: Mapping, vocab_size: int) -> InfillTokens:

@@ -43,7 +43,11 @@ EXPERT_TENSORS = {
     "expert_gate_up": tuple(f"model.layers.{{}}.feed_forward.experts.{{}}.{part}.weight"
                             for part in ("w1", "w3")),
     "expert_down": ("model.layers.{}.feed_forward.experts.{}.w2.weight",)}
-EXPERT_NAMES = {
+NAMES = {"final_norm": ("token_embd_norm.weight",)} | {
+    f"{ours}{ending}": (f"blk.{{}}.shortconv.{theirs}.{part}",)
+    for ending, part in (("", "weight"), ("_bias", "bias"))
+    for ours, theirs in (("mix_in", "in_proj"), ("taps", "conv"), ("mix_out", "out_proj"))}
+EXPERT_NAMES = NAMES | {
     "choice_bias": ("blk.{}.exp_probs_b.bias",), "expert_down": ("blk.{}.ffn_down_exps.weight",),
     "expert_gate_up": ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight")}
 MIXERS = {"conv": lambda path, config: ShortConv(config["conv_L_cache"], config["conv_bias"])}
@@ -82,8 +86,9 @@ def gguf_layers_of_experts(header: Header) -> tuple[dict, dict]:
 ALIASES = {"norm_eps": "rms_norm_eps", "tie_embedding": "tie_word_embeddings"}
 FAMILIES = {
     "lfm2": Family(
-        "LFM2", CONFIG, HEAD_NORMS, TENSORS, lambda config, layer: False, Gguf("lfm2", layers=gguf_layers),
-        KEYS, repack=repack, mixers=MIXERS, aliases=ALIASES | {"block_ff_dim": "intermediate_size"},
+        "LFM2", CONFIG, HEAD_NORMS, TENSORS, lambda config, layer: False,
+        Gguf("lfm2", names=NAMES, layers=gguf_layers), KEYS, repack=repack,
+        mixers=MIXERS, aliases=ALIASES | {"block_ff_dim": "intermediate_size"},
         complete=complete),
     "lfm2_moe": Family(
         "LFM2-MoE", CONFIG_EXPERTS, HEAD_NORMS | {"sigmoid_router": True}, TENSORS | EXPERT_TENSORS,

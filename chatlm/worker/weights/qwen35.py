@@ -8,8 +8,8 @@ from pathlib import Path
 
 from chatlm.worker.model.spec import DeltaRule
 from chatlm.worker.weights.family import (
-    EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, Header, expert_tensors, layers_of_kinds,
-    of_mixer, separate_experts)
+    AFTER_ATTENTION, EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, Header, expert_tensors,
+    layers_of_kinds, of_mixer, separate_experts)
 from chatlm.worker.weights.rules import LAYER_TYPES, MOST_HEADS, MOST_LAYERS, Rule, check_divides
 
 CONFIG = {
@@ -28,7 +28,8 @@ TENSORS = {"mix_in": tuple(f"model.layers.{{}}.linear_attn.in_proj_{part}.weight
                ("mix_norm", "norm.weight"), ("mix_out", "out_proj.weight"))}}
 NEXT_TENSORS = {"mix_in": tuple(
     f"model.layers.{{}}.linear_attn.in_proj_{part}.weight" for part in ("qkvz", "ba"))}
-NAMES = {"dt_bias": ("blk.{}.ssm_dt.bias",)}
+NAMES = AFTER_ATTENTION | {"dt_bias": ("blk.{}.ssm_dt.bias",), "mix_in": tuple(
+    f"blk.{{}}.{part}.weight" for part in ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha"))}
 NEXT_NAMES = NAMES | {"mix_in": tuple(
     f"blk.{{}}.{part}.weight" for part in ("attn_qkv", "attn_gate", "ssm_ba"))}
 FIELDS = HEAD_NORMS | {"output_gate": True}

@@ -11,7 +11,7 @@ from typing import Any, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.worker.weights.encoders import AFTER_SUMS, HEADS, gguf_bert
+from chatlm.worker.weights.encoders import AFTER_SUMS, HEADS, gguf
 from chatlm.worker.weights.family import Family, Gguf, Header
 from chatlm.worker.weights.layernorms import EPSILON, both, gguf_epsilon
 from chatlm.worker.weights.rules import MOST_POSITIONS, ROPE_BASE, Rule, checked
@@ -150,6 +150,6 @@ FAMILIES = {
         "Nomic-BERT", NOMIC, ROTATED, NOMIC_TENSORS, keys=NOMIC_KEYS,
         repack=lambda state: without_heads(state, "bert."), restated=restated_nomic,
         aliases={"layer_norm_eps": "rms_norm_eps"}, fields_of=types_of,
-        gguf=Gguf("nomic-bert", keys={"attention.layer_norm_epsilon": EPSILON}, layers=gguf_bert)),
+        gguf=gguf("nomic-bert")),
     "gte": GTE_FAMILY,
     "new": GTE_FAMILY._replace(title="")}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.weights.adapters import Adaptable
+    from chatlm.worker.weights.vocabulary import Vocabulary
 
 
 V = TypeVar("V")
@@ -48,6 +49,7 @@ class LoadedModel:
     block: int = TILE_ROWS       # columns of `down` that are packed together
     adaptable: "Adaptable | None" = None  # if it accepts adapters without merging
     head: Head = Head()          # of an embedder or a reranker: what its pooled hidden states go through
+    vocabulary: Vocabulary | None = None  # what `text` says, where it was not read from a tokenizer.json
     ranking: Any = None          # float64 (C,): what makes the last hidden state of a pair its score
 
     @property

@@ -25,7 +25,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.messages.protocol import RAY_PIPE, WORKER_PIPE, ActorAddress, Loading, NewPrompt, Node, Ping, RayConfig, StartActor
 from chatlm.common.messages.requests import Finished
 from chatlm.common.messages.wire import HEADER, Channel
-from chatlm.common.processes import start as processes_start
+from chatlm.common.processes import child
 from chatlm.common.processes.connect import dial, tls_context
 from chatlm.common.processes.ray import ray_main
 from chatlm.common.processes.start import PROCESS_COMMAND
@@ -221,7 +221,7 @@ def waiting_worker():
     def start(tls=""):
         code = ("import sys; "
                 "from chatlm.common.messages.protocol import WORKER_PIPE, Ping; "
-                "from chatlm.common.processes.start import join_parent; "
+                "from chatlm.common.processes.child import join_parent; "
                 "channel = join_parent(sys.argv[1:], WORKER_PIPE);\n"
                 "[channel.send(message) for message in channel.receive(wait=True)]; channel.send(Ping())\n"
                 "[print(message, flush=True) for message in channel.receive(wait=True)]")
@@ -257,7 +257,7 @@ async def exchange(actor, port, secret, tls=""):
 
 def test_actors_that_are_asked_for_before_ray_runs_are_left_for_it(monkeypatch):
     ours, theirs = (Channel(end, RAY_PIPE) for end in socket.socketpair())
-    patch(monkeypatch, processes_start, "join_parent", lambda *arguments: theirs)
+    patch(monkeypatch, child, "join_parent", lambda *arguments: theirs)
     patch(monkeypatch, errors, "require_library", lambda name, purpose: (_ for _ in ()).throw(ConfigError("no ray")))
     for message in (RayConfig("auto", ""), StartActor("w", "n", 1, 0)):
         ours.send(message)

@@ -18,7 +18,7 @@ from bundles import write_bundle
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.steps import find_steps
-from chatlm.common.processes.start import check_nice
+from chatlm.front.pool.local import check_nice
 from chatlm.front.evals.bundle import read_suite
 from chatlm.front.evals.kept import Kept
 from chatlm.front.evals.run import as_json, run_task

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import pickle
+import random
 import re
 import resource
 import shutil
@@ -33,12 +34,16 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.tokenizer import compile_chat_template
+from chatlm.worker.arrays.gguf_types import ROWS, WITHOUT_VALUES, GgufType, block_of
 from chatlm.worker.arrays.kinds import kind_of
 from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.spec import Batch, expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.tensors import dtype_of, tensor_of
-from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
+from chatlm.worker.weights.gguf import readable
+from chatlm.worker.weights.gguf_file import read_gguf, read_gguf_file
+from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.load import open_model
 from engines import forward_logits, tensors_of
 from nightly import by_day
@@ -890,6 +895,52 @@ def test_the_readers_arrays_are_those_of_the_package(tmp_path):
     theirs = gguf.GGUFReader(path)
     assert ours == {name: field.contents() for name, field in theirs.fields.items()}
     assert [(t.name, t.data_offset, t.n_bytes) for t in tensors.values()] == [(t.name, t.data_offset, t.n_bytes) for t in theirs.tensors]
+
+
+def test_types_and_names_of_tensors_are_those_of_the_package():
+    assert {GgufType[name]: block_of(name) for name in ROWS} == gguf.GGML_QUANT_SIZES
+    assert [kind.name for kind in gguf.GGML_QUANT_SIZES] == list(ROWS)
+    for name, (_, _, size) in ROWS.items():
+        try:
+            gguf.dequantize(numpy.zeros(size, numpy.uint8), GgufType[name])
+        except NotImplementedError:
+            assert name in WITHOUT_VALUES
+        else:
+            assert name not in WITHOUT_VALUES
+    architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    for architecture, family in GGUF_FAMILIES.items():
+        theirs, row = gguf.get_tensor_name_map(architectures[architecture], 1), FAMILIES[family]
+        for ours, names in row.all_tensors.items():
+            mapped = [theirs.get_name(name.replace("experts.{}", "experts").format(0), (".weight", ".bias")) for name in names]
+            if all(mapped) and ours not in row.gguf.names and not (ours == "ffn_norm" and row.fields.get("post_norms") and not row.fields.get("pre_norms", True)):
+                expected = [name.replace("blk.0.", "blk.{}.") + ".weight" * name.endswith("sinks") for name in mapped]
+                assert [*row.gguf_names[ours]] == expected, (architecture, ours)
+
+
+def test_a_header_with_some_other_bytes_is_read_as_the_package_reads_it_or_refused(tmp_path):
+    whole = write_gguf(tmp_path / "tiny.gguf", {"a": numpy.ones((4, 32), numpy.float32)}, {}, {
+        "x.strings": ["a", "é日"], "x.numbers": [1, 2], "x.text": "ü", "x.many": ["text"] * 1200, "general.alignment": 64}).read_bytes()
+    dice, path, read = random.Random(7), tmp_path / "changed.gguf", 0
+    for _ in range(400):
+        changed = bytearray(whole)
+        for _ in range(dice.randrange(1, 4)):
+            changed[dice.choice((dice.randrange(200), dice.randrange(len(whole))))] = dice.choice((0, 1, 7, 8, 9, 255, dice.randrange(256)))
+        path.write_bytes(changed)
+        try:
+            with readable(path):
+                ours, tensors = read_gguf_file(path)
+        except ConfigError:
+            continue
+        lists = {key: [*value] if isinstance(value, Texts) else value for key, value in ours.items()}
+        theirs, read = gguf.GGUFReader(path), read + 1
+        try:
+            expected = {name: field.contents() for name, field in theirs.fields.items()}
+        except UnicodeDecodeError:      # what is no text in a list, we replace
+            continue
+        assert repr(lists) == repr(expected)     # NaN as well
+        assert [(t.name, t.data_offset, t.data.tobytes()) for t in tensors.values()] == [
+            (t.name, t.data_offset, t.data.tobytes()) for t in theirs.tensors]
+    assert read > 50
 
 
 def test_a_truncated_gguf_is_named_wherever_it_is_cut(tmp_path):

@@ -1,0 +1,52 @@
+"""The tokens of a Hugging Face tokenizer as a table, and what its library would say of them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from array import array
+from collections.abc import Sequence as Seq
+from typing import NamedTuple, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import TextSpec
+
+
+class Vocabulary(NamedTuple):
+    """A tokenizer.json's tokens, and how ids become text. It takes 0.6 MB for 49,152 tokens, where the
+    library takes 25 MB and 50 ms."""
+
+    texts: bytes         # of all tokens, in order
+    ends: array          # where the text before each begins, and the last one ends
+    added: list[dict]
+    decoder: dict | None
+
+
+def vocabulary_from(texts: Seq[str], added: list[dict], decoder: dict | None) -> Vocabulary | None:
+    """`texts`: of the tokens that the model itself has. None where the library would give a text another id
+    than the file does."""
+    own = dict(zip(texts, itertools.count()))
+    if len(own) < len(texts):
+        return None
+    for token in added:
+        id, content = token["id"], token["content"]
+        if not content or own.setdefault(content, len(own)) != id:
+            return None
+    if len({token["id"] for token in added}) < len(added):
+        return None
+    pieces = list(map(str.encode, own))
+    ends = array("I", itertools.accumulate(map(len, pieces), initial=0))
+    return Vocabulary(b"".join(pieces), ends, added, decoder)
+
+
+def vocabulary_in(text: TextSpec) -> Vocabulary | None:
+    """What a tokenizer.json says. Errors of any kind if it says it in an unusual way."""
+    state = json.loads(text.payload)
+    vocab = state["model"]["vocab"]
+    if isinstance(vocab, list):  # of a unigram model
+        texts = [text for text, _ in vocab]
+    else:
+        texts = sorted(vocab, key=vocab.__getitem__)
+        if [*map(vocab.__getitem__, texts)] != [*range(len(vocab))]:
+            return None
+    return vocabulary_from(texts, state["added_tokens"], state["decoder"])
