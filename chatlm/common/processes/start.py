@@ -56,10 +56,10 @@ def process_environment(threads: int, nice: int | None = None) -> dict[str, str]
             | {"OMP_NUM_THREADS": str(threads)} | ({} if nice is None else {NICENESS: str(nice)}))
 
 
-# The command of our processes: `python -c PROCESS_CODE ROOT ROLE ARGUMENTS`, with a role of ROLES. The root of
-# the program, a folder or a bundle, replaces the current folder in sys.path, so that modules there cannot
-# shadow anything. The root of an installation keeps its position: other packages there must not shadow
-# Python's own.
+# The command of our processes: `python -c PROCESS_CODE ROOT ROLE ARGUMENTS`, with a role of ROLES. The root
+# of the program, a folder or a bundle, replaces the current folder in sys.path, so that modules there
+# cannot shadow anything. The root of an installation keeps its position: other packages there must not
+# shadow Python's own.
 PROCESS_CODE = """
 import sys
 root = sys.argv.pop(1)
