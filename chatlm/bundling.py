@@ -9,14 +9,12 @@ from collections.abc import Iterator, Sequence as Seq
 from pathlib import Path
 
 from chatlm.cli import CommandLine, parse_command_line
-from chatlm.common.bundle import Wanted, write_bundle
 from chatlm.common.config import DEFAULT_MODEL_NAME, PROGRAM_COMMANDS, file_name
 from chatlm.common.contents import own_contents
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.huggingface import SPLIT_GGUF
-from chatlm.common.unbundle import own_bundle, unpack_bundle, verified
 
 ABOUT = ("Pack the program into one file, with the page and the compiled core of this platform: `python "
          "FILE` runs it on any machine that has the libraries. --with-libraries packs them too: then the "
@@ -101,6 +99,9 @@ def kept_words(text: str) -> tuple[str, ...]:
 
 def bundle_lines(words: Seq[str]) -> Iterator[str]:
     """Make, check or unpack a bundle; yields the lines to print."""
+    # what packs libraries takes 10 ms to import, which no server should wait for
+    from chatlm.common.bundle import Wanted, write_bundle
+    from chatlm.common.unbundle import own_bundle, unpack_bundle, verified
     asked = parse_bundle_words(words)
     if asked.verify:
         path = Path(asked.file).expanduser() if asked.file else own_bundle("bundle --verify")
