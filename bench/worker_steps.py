@@ -29,7 +29,7 @@ import decode_core    # noqa: E402
 from chatlm.common.config import Settings    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.hub.local import no_progress    # noqa: E402
-from chatlm.common.messages.protocol import WORKER_PIPE, Stepped    # noqa: E402
+from chatlm.common.messages.protocol import WORKER_PIPE    # noqa: E402
 from chatlm.common.messages.requests import AnswerParams, SamplingParams    # noqa: E402
 from chatlm.common.messages.wire import Channel    # noqa: E402
 from chatlm.worker.build import build_engine    # noqa: E402
@@ -37,6 +37,7 @@ from chatlm.worker.engine import engine as engine_module    # noqa: E402
 from chatlm.worker.engine.sequence import Assignment    # noqa: E402
 from chatlm.worker.engine.warm_up import warm_up    # noqa: E402
 from chatlm.worker.process import gauges    # noqa: E402
+from chatlm.worker.engine.reports import Reports    # noqa: E402
 
 
 class PythonParts:
@@ -87,16 +88,17 @@ class Phases:
                                   f"{min(self.whole):,.0f}, the median {statistics.median(self.whole):,.0f} |"])
 
 
-def run_round(engine, channel, streams, tokens, dice, phases):
+def run_round(engine, channel, streams, tokens, dice, phases, interval_s=0.008):
     """The decoding steps of several concurrent answers -> their number and the main thread's CPU time in s."""
-    params, events = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), []
+    params = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True)
     for _ in range(streams):
         ids = tuple(dice.randrange(1000, engine.tokenizer.vocab_size - 1000) for _ in range(40))
         engine.add(Assignment(f"answer {dice.random()}", ids, params, tokens))
 
+    reports = Reports(channel, engine, gauges, interval_s)
+
     def step():
-        nonlocal events
-        events = engine.step(lambda: channel.send(Stepped(events, gauges(engine))))
+        reports.add(engine.step(reports.send))
 
     while engine.scheduler.waiting or any(sequence.prefilling for sequence in engine.scheduler.running):
         step()

@@ -321,6 +321,9 @@ class Settings:
     gpu_memory_utilization: float = flag(0.90, number(float, 0.05, 1.0),
         "share of device memory for weights and KV pages")
     max_batch: int = flag(64, number(int, 1, 1024), "sequences decoded together per replica")
+    stream_interval: float = flag(8.0, number(float, 0, 1000),
+        "tokens that follow each other within this many milliseconds are sent together; the first of an "
+        "answer is sent at once")
     prefill_chunk: int | None = flag(None, number(int, 16, 32768),
         "prompt tokens computed in one step (default: 2048 on CUDA, else 256)")
     drafts: bool = flag(True, None,

@@ -24,7 +24,7 @@ from chatlm.common.log import CalmLog, log
 from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import (
     AdapterLoaded, CacheEmptied, Cancel, DropAdapter, EmptyCache, EndOfRequest, EndThinking, LoadAdapter,
-    Loading, ModelCard, ModelText, NO_GAUGES, NewAnswer, NewPrompt, NewRequest, Ping, Ready, Stepped)
+    Loading, ModelCard, ModelText, NO_GAUGES, NewAnswer, NewPrompt, NewRequest, Ping, Ready)
 from chatlm.common.messages.requests import Failed, ModelFacts, ThinkingEnds
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import threads_per_worker
@@ -43,6 +43,7 @@ from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.ranks.messages import RankDrew
 from chatlm.worker.ranks.ranks import OtherRank, gather_ranks
 from chatlm.worker.ranks.steps import DrawnTokens, RankSteps, Stage, follow, follow_stage
+from chatlm.worker.engine.reports import Reports
 from chatlm.worker.weights.digest import (arithmetic_of, files_of, fingerprint_of, profile_of, sampled_digest,
                                           whole_digest)
 from chatlm.worker.weights.load import open_model
@@ -371,14 +372,11 @@ class Inbox:
 
 def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
     """The worker's loop: handle messages, step, report, sleep when idle. EOFError when the front is gone."""
-    failures, events = 0, []  # failed steps in a row; events not yet reported
+    failures = 0  # failed steps in a row
     inbox = Inbox(engine, channel.send)
     checks_integrity = os.environ.get("CHAT_SERVER_CHECK_INTEGRITY") == "1"  # slow: for soaks
 
-    def report():
-        nonlocal events
-        channel.send(Stepped(events, gauges(engine)))
-        events = []
+    reports = Reports(channel, engine, gauges, config.settings.stream_interval / 1000)
 
     while True:
         inbox.end_loading()
@@ -398,7 +396,8 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
         try:
             if engine.ranks:
                 engine.ranks.check()
-            events, failures = engine.step(report), 0
+            reports.add(engine.step(reports.send))
+            failures = 0
         except Exception as error:  # one bad step fails one request, not the server
             if engine.ranks:
                 raise RanksFailed(str(error)) from error
@@ -410,12 +409,12 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
                 importlib.import_module("torch").cuda.empty_cache()
             else:
                 log.error("a step failed", exc_info=error)
-            events += [(answer_id, Failed(failure_text(error))) for answer_id in engine.give_up()]
+            reports.add((answer_id, Failed(failure_text(error))) for answer_id in engine.give_up())
         if not engine.busy:
             if inbox.empties_cache:
                 inbox.empties_cache = False
                 channel.send(CacheEmptied(engine.empty_cache()))
-            report()
+            reports.send()
             if checks_integrity:
                 check_integrity(engine)
                 log.info("integrity check: no faults")

@@ -193,7 +193,7 @@ class Stepped:
     """Worker to front: what a step added to each answer."""
 
     events: list[tuple[str, WorkerEvent]]  # with the id of each one's answer
-    gauges: dict[str, float | None]
+    gauges: dict[str, float | None]  # empty if they were sent a moment ago
 
 
 @wire_message(1 << 20)

@@ -146,7 +146,7 @@ class Supervisor:
         """Handle a message from a worker."""
         match message:
             case Stepped(events, gauges):
-                worker.gauges = gauges
+                worker.gauges = gauges or worker.gauges
                 self.dispatcher.deliver(worker, events)
             case AdapterLoaded():
                 if error := self.adapters.note(worker, message):

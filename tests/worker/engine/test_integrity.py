@@ -1,12 +1,13 @@
 """check_integrity names each fault that is planted in an engine, and finds none while answers come and go."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import checked
-from chatlm.common.config import PAGE_SIZE
+from chatlm.common.config import PAGE_SIZE, Settings
 from chatlm.common.messages.protocol import NewAnswer, NewPrompt, NewRequest, Ping
 from chatlm.common.messages.requests import AnswerParams, SamplingParams
 from chatlm.worker.engine.integrity import IntegrityError, check_integrity, integrity_faults
@@ -19,6 +20,7 @@ from lora import random_adapter
 from works import assignment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIG = SimpleNamespace(settings=Settings())
 
 
 @pytest.fixture(scope="module")
@@ -275,12 +277,12 @@ def test_a_worker_checks_itself_whenever_it_is_idle_if_that_is_switched_on(folde
     messages = [NewRequest("r", AnswerParams(sampling=SamplingParams(temperature=0.0))), NewPrompt("r", 0, work("a", 7).prompt_ids),
                 NewAnswer("a", "r", 0, 0, 8)]
     with pytest.raises(EOFError):
-        run_engine(Front([Ping()], messages, [Ping()]), engine, None)
+        run_engine(Front([Ping()], messages, [Ping()]), engine, CONFIG)
     assert caplog.messages.count("integrity check: no faults") == 3 * checks
     engine.pool.allocate(1)
     checked.made.discard(engine)
     front = Front([Ping()], [Ping()])
     with pytest.raises(IntegrityError if checks else EOFError, match="nobody holds it" if checks else None):
-        run_engine(front, engine, None)
+        run_engine(front, engine, CONFIG)
     assert len(front.batches) == (1 if checks else 0)
     assert len(front.sent) == (2 if checks else 4)         # the front has heard of the answers that ended

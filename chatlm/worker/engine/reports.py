@@ -1,0 +1,79 @@
+"""What a worker tells the front of its steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from chatlm.common.messages.protocol import Stepped
+from chatlm.common.messages.requests import Delta, Piece
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import WorkerEvent
+    from chatlm.common.messages.wire import Channel
+    from chatlm.worker.engine.engine import Engine
+
+
+class Reports:
+    """The events of steps on their way to the front. Where steps are short, those of several share a message:
+    on a machine with few processors each message takes time from the steps, in both processes.
+
+    An answer's first piece and its end wait for nothing; other pieces wait for at most `interval_s`, and
+    only while nothing but single tokens is computed."""
+
+    GAUGES_S = 0.1     # between gauges while steps follow each other
+    MOST_KNOWN = 4096  # answers whose first piece was sent
+
+    def __init__(self, channel: Channel, engine: Engine, gauges: Callable[[Engine], dict], interval_s: float):
+        self.channel, self.engine, self.gauges, self.interval_s = channel, engine, gauges, interval_s
+        self.events: list[tuple[str, WorkerEvent]] = []
+        self.begun: set[str] = set()
+        self.sent_s = self.gauged_s = self.called_s = 0.0
+
+    def add(self, events: Iterable[tuple[str, WorkerEvent]]):
+        self.events += events
+
+    def send(self):
+        """Send what is due. Called once in each step, while it is computed."""
+        now_s = time.monotonic()
+        quick, self.called_s = now_s - self.called_s < self.interval_s, now_s
+        if quick and now_s - self.sent_s < self.interval_s and self._may_wait():
+            return
+        shows = not self.engine.busy or now_s - self.gauged_s > self.GAUGES_S
+        self.gauged_s = now_s if shows else self.gauged_s
+        self.channel.send(Stepped(together(self.events), self.gauges(self.engine) if shows else {}))
+        if len(self.begun) > self.MOST_KNOWN or not self.engine.busy:
+            self.begun.clear()
+        self.begun |= {id for id, event in self.events if type(event) is Piece}
+        self.events, self.sent_s = [], now_s
+
+    def _may_wait(self) -> bool:
+        scheduler = self.engine.scheduler
+        return bool(scheduler.running) and not scheduler.waiting and not any(
+            sequence.prefilling for sequence in scheduler.running) and all(
+            type(event) is Piece and id in self.begun for id, event in self.events)
+
+
+def together(events: list[tuple[str, WorkerEvent]]) -> list[tuple[str, WorkerEvent]]:
+    """The same with each answer's successive pieces as one."""
+    joined: list[tuple[str, WorkerEvent]] = []
+    places: dict[str, int] = {}  # of each answer's last event
+    for id, event in events:
+        place = places.get(id)
+        before = None if place is None else joined[place][1]
+        if place is not None and isinstance(before, Piece) and isinstance(event, Piece):
+            joined[place] = id, before._replace(
+                tokens=before.tokens + event.tokens, deltas=with_deltas(before.deltas, event.deltas),
+                logprobs=before.logprobs + event.logprobs)
+        else:
+            places[id] = len(joined)
+            joined.append((id, event))
+    return joined
+
+
+def with_deltas(deltas: tuple[Delta, ...], more: tuple[Delta, ...]) -> tuple[Delta, ...]:
+    """Both, with text that continues the last one's in one delta."""
+    if deltas and more and deltas[-1].kind == more[0].kind != "call":
+        return *deltas[:-1], Delta(more[0].kind, deltas[-1].text + more[0].text), *more[1:]
+    return deltas + more
