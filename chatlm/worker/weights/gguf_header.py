@@ -57,7 +57,7 @@ class Tensor(NamedTuple):
     tensor_type: GgufType
     shape: numpy.ndarray  # columns first
     n_elements: int
-    n_bytes: int
+    n_bytes: int          # these two are 0 if only the beginning of the file is here
     data_offset: int      # in the file
     data: numpy.ndarray   # mapped from the file: rows of numbers, or of packed blocks in bytes
 
@@ -179,10 +179,12 @@ class Header:
             if info.name in self.tensors:
                 raise ValueError(f"the tensor {shown(info.name)} is there twice")
             kind, shape = GgufType(info.number), numpy.array(info.sizes, numpy.uint64)
-            mapped = None if self.partial else rows_of(self.file[end - size:end], kind.name, info.sizes)
-            self.tensors[info.name] = Tensor(
-                info.name, kind, shape, math.prod(info.sizes), size, end - size,
-                numpy.empty(0) if mapped is None else mapped)
+            begin, data = end - size, numpy.empty(0)
+            if self.partial:
+                begin = size = 0
+            else:
+                data = rows_of(self.file[begin:end], kind.name, info.sizes)
+            self.tensors[info.name] = Tensor(info.name, kind, shape, math.prod(info.sizes), size, begin, data)
 
 
 def rows_of(data: numpy.ndarray, kind: str, sizes: list[int]) -> numpy.ndarray:
