@@ -193,7 +193,8 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
     lines = (f"Model {model.name}: {model.description}",
              *[core] * (config.settings.verbose or not as_expected(core)),
              f"Running on {hardware}, weights in {engine.transformer.weight_types}"
-             f"{' in rank 0' if engine.ranks else ''}; kernels: {', '.join(sorted(set(kernels.values())))}",
+             f"{' in rank 0' if engine.ranks else ''}; kernels: {', '.join(sorted(set(kernels.values())))}"
+             f"{', fine arithmetic' if config.settings.arithmetic == 'fine' else ''}",
              cache, *model.notes)
     text = replace(model.text, payload=b"")  # the front has it
     return ModelCard(text, model.name, engine.context_length, lines, kernels,
@@ -228,7 +229,8 @@ def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, weights
         shapes.pop("head", None)
     return ModelFacts(model.family, files.get(source.kind, source.kind) if source else "",
                       sum(map(math.prod, shapes.values())), weights, weights_bytes, spec.width, spec.layers,
-                      sampled_digest(source.path, config.settings.lora) if source else "")
+                      sampled_digest(source.path, config.settings.lora) if source else "",
+                      config.settings.arithmetic)
 
 
 def gauges(engine: Engine) -> dict[str, float | None]:

@@ -107,9 +107,10 @@ static inline TilePlace tile_of(const Tiles& tiles, int64_t tile, int64_t bytes)
 size_t prepared_bytes(Weight type, int64_t columns, int64_t rows);
 
 // Rows [row_begin, row_end) of x, `stride` floats apart; any sub-range at a time, by any thread. norm: x / rms(x) (* norm_weight
-// [columns] unless null), the bits of rms_norm. `prepared` is aligned to 64 and holds prepared_bytes for all the rows.
+// [columns] unless null), the bits of rms_norm. `prepared` is aligned to 64 and holds prepared_bytes for all the rows. fine: 16 bits
+// for every block of x.
 void prepare(Weight type, const float* x, int64_t stride, int64_t columns, int64_t row_begin, int64_t row_end, bool norm,
-             const float* norm_weight, float epsilon, void* prepared);
+             const float* norm_weight, float epsilon, bool fine, void* prepared);
 
 // ---- the product
 
@@ -188,6 +189,7 @@ struct Preparation {
     bool norm;
     const float* norm_weight;
     float epsilon;
+    bool fine;
     uint8_t* prepared;
 };
 
