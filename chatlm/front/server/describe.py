@@ -137,7 +137,8 @@ def model_body(served: Served, is_default: bool = True) -> dict:
             "family": facts.family, "format": facts.format,
             "default": is_default, "pinned": model.choice.pin,
             "weights_digest": facts.digest + (f"+{adapter.digest}" if adapter else ""),
-            "arithmetic": facts.arithmetic, **model.of_run, "owned_by": "chat_server", "root": pool.model_name,
+            "arithmetic": facts.arithmetic, **model.of_run, "owned_by": "chat_server",
+            "root": pool.model_name,
             "parent": pool.model_name if adapter else None, "tools": tools_of(tokenizer),
             "context_length": pool.context_length, "max_model_len": pool.context_length,
             "capabilities": able, **({"embedder": embedder_body(embedder, pool.context_length)}
