@@ -50,6 +50,7 @@ from typing import NamedTuple
 import aiohttp
 import psutil
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # with it each process that starts compiles our modules anew
 ENVIRONMENT = dict(os.environ)                  # as the server sets it for its workers
 os.environ["OPENBLAS_NUM_THREADS"] = "1"        # one thread per product in the probe; before numpy
 import numpy    # noqa: E402

@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # with it each process that starts compiles our modules anew
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests" / "support")]
 
 WIDTH, FFN, KEYS, VOCABULARY = 4096, 14336, 1024, 32000

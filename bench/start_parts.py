@@ -20,6 +20,7 @@ import urllib.request
 from collections import Counter
 from pathlib import Path
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # with it each process that starts compiles our modules anew
 ROOT = Path(__file__).resolve().parent.parent
 SORTS = (                   # of mappings, by path; the first match counts
     ("torch's libraries", r"/torch/|libgomp"), ("decode_core", r"/decode_core/"), ("numpy's libraries", r"/numpy"),

@@ -61,7 +61,7 @@ void embed(const dc::Tiles& tiles, uintptr_t ids, int64_t count, uintptr_t out, 
 // The whole product at once. Work is shared out in parts of `tiles_at_once` tiles by `groups_at_once` groups; 0: as suits.
 void multiply(const dc::Tiles& tiles, uintptr_t x, int64_t rows, int64_t x_stride, bool norm, uintptr_t norm_weight, float epsilon,
               uintptr_t bias, uintptr_t residual, int64_t residual_stride, int activation, uintptr_t out, int64_t out_stride,
-              int64_t out_columns, int64_t tiles_at_once, int64_t groups_at_once) {
+              int64_t out_columns, bool fine, int64_t tiles_at_once, int64_t groups_at_once) {
     void* prepared = dc::scratch(dc::prepared_bytes(tiles.type, tiles.columns, rows));
     const dc::Product product{tiles, prepared, rows, at<const float>(bias), at<const float>(residual), residual_stride,
                               dc::Activation(activation), at<float>(out), out_stride, out_columns};
@@ -70,7 +70,7 @@ void multiply(const dc::Tiles& tiles, uintptr_t x, int64_t rows, int64_t x_strid
     const int64_t group_step = groups_at_once ? groups_at_once : groups < 16 ? groups : 4;
     dc::parallel_for(groups, [&](int64_t g) {
         dc::prepare(tiles.type, at<const float>(x), x_stride, tiles.columns, g * dc::GROUP_ROWS, std::min((g + 1) * dc::GROUP_ROWS, rows),
-                    norm, at<const float>(norm_weight), epsilon, prepared);
+                    norm, at<const float>(norm_weight), epsilon, fine, prepared);
     });
     const int64_t parts = (count + tile_step - 1) / tile_step;
     dc::parallel_for(groups ? parts * ((groups + group_step - 1) / group_step) : 0, [&](int64_t item) {

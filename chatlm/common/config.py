@@ -303,6 +303,11 @@ class Settings:
         "quantize float weight matrices while loading, to 8 to 4 bits (CPU, with decode_core)",
         choices=("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "mxfp4"))
 
+    arithmetic: str = flag("fast", str,
+        "how products with quantized weights round activations on a CPU; fine: to 16 bits, closer to float32 "
+        "and slower with several sequences and in prompts (fast: to 8 bits, to 16 where they stand out)",
+        choices=("fast", "fine"))
+
     context_length: int | None = flag(None, number(int, 16),
         "tokens per sequence (default: the model's)", heading="Memory and speed")
     kv_cache_dtype: str = flag("auto", str,

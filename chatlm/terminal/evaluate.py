@@ -35,7 +35,9 @@ class RemoteScorer:
 
     def __init__(self, pool: RemotePool):
         self.pool, self.begin = pool, list[int]()
-        self.digest, self.longest = str(pool.model.get("weights_digest") or ""), pool.context_length or 0
+        self.digest, self.arithmetic = (str(pool.model.get(name) or "") for name in (
+            "weights_digest", "arithmetic"))
+        self.longest = pool.context_length or 0
 
     async def open(self):
         """Ask for the token that begins a text. ConfigError if this server cannot score tokens."""

@@ -201,7 +201,7 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
     if spec.of_texts and (ranks.stages > 1 or ranks.tp > 1):
         raise ConfigError("--tp and --pp: a model that embeds whole texts runs in one process")
     kernels = load_kernels(
-        device, spec, **limits, quantize=settings.quantize, whole=whole,
+        device, spec, **limits, quantize=settings.quantize, whole=whole, fine=settings.arithmetic == "fine",
         join=ranks.join and partial(
             ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
     whole, spec = kernels.computed(whole), kernels.computed(spec)

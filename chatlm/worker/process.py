@@ -27,8 +27,9 @@ from chatlm.common.messages.protocol import (
     Loading, ModelCard, ModelText, NO_GAUGES, NewAnswer, NewPrompt, NewRequest, Ping, Ready)
 from chatlm.common.messages.requests import Failed, ModelFacts, ThinkingEnds
 from chatlm.common.messages.wire import BadMessage
+from chatlm.common.processes.nodes import advice, place
 from chatlm.common.processes.start import threads_per_worker
-from chatlm.common.processes.torchrun import ranks_here
+from chatlm.common.processes.torchrun import ranks_here, torchrun
 from chatlm.common.segments import MOST_GROUPS
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import (
@@ -66,6 +67,7 @@ def run_rank(channel: Channel, config: RankConfig):
         raise ConfigError(f"rank 0 uses decode_core with {isa} instructions, but this machine cannot: "
                           "install it here, or set DECODE_CORE_ISA or CHAT_SERVER_KERNELS for rank 0")
     device, ranks = prepare_device(config), OtherRank(channel, config)
+    bind_to_node(config, config.rank)
 
     def progress(activity: str, fraction: float):
         channel.send(Loading(activity, fraction))
@@ -113,13 +115,13 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
         channel.send(Loading(f"{activity} on {config.device}", fraction))
 
     if ranks_per_replica(settings) > 1:
-        ranks = gather_ranks(config, progress)
-    device = prepare_device(config)
+        ranks = gather_ranks(config, progress)  # processes that it starts may run where this one still may
+    device, bound = prepare_device(config), bind_to_node(config, 0)
     files, fingerprint = fingerprinted_files(config)
     model, engine = build_engine(
         config.source, settings, device, progress, ranks,  # pyright: ignore[reportArgumentType]  run_worker has found it
         opened=lambda model: channel.send(ModelText(model.text)))
-    channel.send(describe_model(model, engine, config))
+    channel.send(describe_model(model, engine, config, bound))
     del model
     if ranks:
         ranks.wait_ready(progress)
@@ -136,6 +138,16 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     CalmLog.over_bar = False
     channel.send(Ready(gauges(engine), engine.kernels.backend.faults))
     return engine
+
+
+def bind_to_node(config: WorkerConfig | RankConfig, rank: int) -> str:
+    """Bind a rank that computes on a CPU to its NUMA node, if several processes compute on several nodes.
+    Returns a line for the log, or "". Before it loads: what it touches first lies on that node."""
+    if Device(config.device).type != "cpu":
+        return ""
+    here, started = ranks_here(config.settings), torchrun(config.settings)
+    index = config.place[0] * here + (started.local_rank if started else rank)
+    return place(index, config.place[1] * here, config.threads)
 
 
 def fingerprinted_files(config: WorkerConfig) -> tuple[list[Path], str]:
@@ -164,7 +176,8 @@ def keep_prefixes(engine: Engine, config: WorkerConfig, files: list[Path], finge
                                     arithmetic_of(engine.transformer, settings)), patience_s=2.0)
 
 
-def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> ModelCard:
+def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig, bound: str) -> ModelCard:
+    """bound: what `bind_to_node` said."""
     pages, device, layout = engine.pool.num_pages, engine.transformer.device, engine.transformer.layout
     groups, context, page_bytes = engine.transformer.groups, engine.context_length, layout.page_bytes
     hardware = f"{device} with {config.threads} thread(s)" if device.type == "cpu" else str(device)
@@ -191,11 +204,14 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
                   f"{states.most_snapshots:,} are for snapshots; at most {engine.scheduler.max_batch} "
                   "sequences run at once")
     core = kernels_line()
+    if not bound and device.type == "cpu" and not engine.scheduler.of_texts:
+        bound = advice(ranks_here(config.settings) * config.place[1])
     lines = (f"Model {model.name}: {model.description}",
              *[core] * (config.settings.verbose or not as_expected(core)),
              f"Running on {hardware}, weights in {engine.transformer.weight_types}"
-             f"{' in rank 0' if engine.ranks else ''}; kernels: {', '.join(sorted(set(kernels.values())))}",
-             cache, *model.notes)
+             f"{' in rank 0' if engine.ranks else ''}; kernels: {', '.join(sorted(set(kernels.values())))}"
+             f"{', fine arithmetic' if config.settings.arithmetic == 'fine' else ''}",
+             cache, *[bound] * bool(bound), *model.notes)
     text = replace(model.text, payload=b"")  # the front has it
     return ModelCard(text, model.name, engine.context_length, lines, kernels,
                      engine.kernels.row_invariant, core, dict(model.sampling),
@@ -229,7 +245,8 @@ def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, weights
         shapes.pop("head", None)
     return ModelFacts(model.family, files.get(source.kind, source.kind) if source else "",
                       sum(map(math.prod, shapes.values())), weights, weights_bytes, spec.width, spec.layers,
-                      sampled_digest(source.path, config.settings.lora) if source else "")
+                      sampled_digest(source.path, config.settings.lora) if source else "",
+                      config.settings.arithmetic)
 
 
 def gauges(engine: Engine) -> dict[str, float | None]:

@@ -83,10 +83,10 @@ class CpuBackend:
         self.held_bytes = functools.partial(held_bytes, row_bytes=tile_row_bytes)
         self.faults: dict[str, str] = {}
 
-    def ops(self, max_tokens: int, max_rows: int, quantize: str | None) -> dict[str, Callable]:
+    def ops(self, max_tokens: int, max_rows: int, quantize: str | None, fine: bool = False) -> dict[str, Callable]:
         """The ops append themselves to a Program instead of computing."""
         _core.set_threads(self.script.own_threads())
-        program = self.program = Program(max_tokens, max_rows)
+        program = self.program = Program(max_tokens, max_rows, fine)
         arena = Arena(64 << 20)
         recorded = {name: getattr(program, name) for name in self.script.OPS if hasattr(program, name)}
         return recorded | {

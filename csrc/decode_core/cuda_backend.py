@@ -57,7 +57,7 @@ class CudaBackend:
         self.held_bytes = functools.partial(held_bytes, row_bytes=file_row_bytes)
         self.faults: dict[str, str] = {}
 
-    def ops(self, max_tokens: int, max_rows: int, quantize: None) -> dict[str, Callable]:
+    def ops(self, max_tokens: int, max_rows: int, quantize: None, fine: bool = False) -> dict[str, Callable]:
         self.faults |= prove_cuda(self, self.device)
         fault = self.faults.get("prompt_attention")
         if fault and self.prompts.varlen:           # perhaps varlen_attn alone is wrong

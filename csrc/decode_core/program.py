@@ -123,8 +123,9 @@ class Program:
     token_ids, previous_token_ids, positions, slots, attention, logit_rows, sequences = map(
         Marker, ("token_ids", "previous_token_ids", "positions", "slots", "attention", "logit_rows", "sequences"))
 
-    def __init__(self, max_tokens: int, max_rows: int):
-        self._program = _core.Program(max_tokens, max_rows)
+    def __init__(self, max_tokens: int, max_rows: int, fine: bool = False):
+        """fine: products with quantized matrices take every block of their x with 16 bits (`decode_core.multiply`)."""
+        self._program, self.fine = _core.Program(max_tokens, max_rows), fine
         self._buffers = Buffers(max_tokens, max_rows)
         self.logits = None
         self.adapters = AdaptedMatrices()
@@ -232,7 +233,7 @@ class Program:
         number = -1 if adapted is None or matrix.columns % 16 else self.adapters.record(adapted, matrix, activation in GATES)
         has_norm, norm_at, eps, bias_at = before
         self._record("linear", rows_of, (x, matrix, out, norm and norm[0], bias, residual), x=x_at, tiles=matrix.tiles, norm=has_norm,
-                     norm_weight=norm_at, eps=eps, bias=bias_at, activation=code, residual=residual_at, adapted=number, out=out_at)
+                     norm_weight=norm_at, eps=eps, bias=bias_at, activation=code, residual=residual_at, adapted=number, fine=self.fine, out=out_at)
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen: int, sum_to_one: bool,
                 residual: bool = True, sigmoids: bool = False, choice_bias=None, groups: tuple[int, int] = (1, 1), share_scale: float = 1.0,
@@ -275,8 +276,8 @@ class Program:
                      farthest=2 * float(jitter or 0), groups=count, kept_groups=kept_groups, scale=float(share_scale))
         self._record("group", TOKENS, routing=routing)
         self._record("gate_up", TOKENS, x=x_at, routing=routing, tiles=gate_up.tiles, norm=norm is not None, norm_weight=norm_at, eps=float(eps), bias=up_bias_at,
-                     activation=ACTIVATIONS[activation], columns=F)
-        self._record("down", TOKENS, routing=routing, tiles=down.tiles, bias=down_bias_at, columns=C)
+                     activation=ACTIVATIONS[activation], columns=F, fine=self.fine)
+        self._record("down", TOKENS, routing=routing, tiles=down.tiles, bias=down_bias_at, columns=C, fine=self.fine)
         self._record("combine", TOKENS, x=x_at if residual else NONE, routing=routing, out=out_at)
 
     def backout(self, x, middle, backout_lambda, out) -> None:

@@ -20,7 +20,7 @@ place.
                                   together are its rows; None: always dequantized
     converted(sources, stored)    which matrices cannot stay in the file's type, in words
     held_bytes(tensors)           what the GGUF tensors that form one matrix will take
-    ops(max_tokens, max_rows, quantize)     {name: op} replacing chat_server's references; what `pack` returns may say in
+    ops(max_tokens, max_rows, quantize, fine)   {name: op} replacing chat_server's references; what `pack` returns may say in
                                   `finite` whether neither the weights nor what they became has a NaN or an infinity
     join(path, rank, patience_s)  the ops all_reduce and all_gather of a rank whose model others of this host share, through
                                   the memory of a RankMemory; join is None: torch.distributed's are used

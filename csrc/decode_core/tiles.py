@@ -143,7 +143,7 @@ def check_linear(matrix, width: int, norm, bias, activation) -> tuple[tuple[bool
     return (norm is not None, weight_at, float(eps), bias_at), ACTIVATIONS[activation], most
 
 
-def multiply(x, matrix: Matrix, *, norm=None, bias=None, activation=None, residual=None, out, _tiles_at_once=0,
+def multiply(x, matrix: Matrix, *, norm=None, bias=None, activation=None, residual=None, out, fine=False, _tiles_at_once=0,
              _groups_at_once=0):
     """out = residual + activation(norm(x) W^T + bias); x (T, K), residual and out (T, up to N; gates: half of N) float32.
 
@@ -151,6 +151,7 @@ def multiply(x, matrix: Matrix, *, norm=None, bias=None, activation=None, residu
     bias        (N,), in the order of the tiles' rows
     activation  None or one of ACTIVATIONS; of those in GATES ("geglu" by tanh, "gelu" by erf) tiles alternate gate and up, 16 rows each
     residual    may be out itself; x may not share memory with out
+    fine        16 bits for every block of 32 columns of x, else for those that stand out (quantized matrices only)
     """
     check_matrix(matrix)
     x_at, _, (rows, columns), x_stride = look_at("x", x, FLOAT32, None, matrix.columns, rows_apart=True)
@@ -165,5 +166,5 @@ def multiply(x, matrix: Matrix, *, norm=None, bias=None, activation=None, residu
     residual_at, residual_stride = 0, 0
     if residual is not None:
         residual_at, _, _, residual_stride = look_at("residual", residual, FLOAT32, rows, width, rows_apart=True)
-    matrix.tiles.multiply(x_at, rows, x_stride, *before, residual_at, residual_stride, code, out_at, out_stride, width,
+    matrix.tiles.multiply(x_at, rows, x_stride, *before, residual_at, residual_stride, code, out_at, out_stride, width, bool(fine),
                           _tiles_at_once, _groups_at_once)

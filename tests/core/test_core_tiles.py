@@ -68,9 +68,9 @@ def product(x, matrix, columns=None, **options):
     return out
 
 
-def as_multiplied(x, kind):
-    """x in float64 as the products use it: int8 per 32 columns for q types, 16 bits in fine blocks, unchanged
-    for floats."""
+def as_multiplied(x, kind, fine=False):
+    """x in float64 as the products use it: int8 per 32 columns for q types, 16 bits in fine blocks or, if `fine`, in all,
+    unchanged for floats."""
     if kind in FLOATS:
         return x.astype(np.float64)
     blocks = x.reshape(len(x), -1, 32)
@@ -78,7 +78,7 @@ def as_multiplied(x, kind):
     with np.errstate(divide="ignore", invalid="ignore"):
         exact = np.where(amax < 1e-24, np.float32(0), blocks * (np.float32(127) / amax))
     values, scale = np.rint(exact), np.where(amax < 1e-24, np.float32(0), amax / np.float32(127))
-    rest = np.clip(np.rint((exact - values) * 256), -127, 127) * is_fine(x)[..., None]
+    rest = np.clip(np.rint((exact - values) * 256), -127, 127) * (fine | is_fine(x))[..., None]
     return ((values.astype(np.float64) + rest / 256) * scale).reshape(x.shape)
 
 
@@ -98,8 +98,8 @@ def with_outliers(x, channels=(40, 41), scale=40):
     return x
 
 
-def assert_product(out, x, matrix):
-    seen, w = as_multiplied(x, matrix.kind), matrix.dequantize().astype(np.float64)
+def assert_product(out, x, matrix, fine=False):
+    seen, w = as_multiplied(x, matrix.kind, fine), matrix.dequantize().astype(np.float64)
     assert (np.abs(out - seen @ w.T) <= 1e-5 * (np.abs(seen) @ np.abs(w).T) + 1e-30).all()
 
 
@@ -166,6 +166,29 @@ def test_a_row_keeps_its_bits_next_to_rows_whose_blocks_are_fine(settings, kind)
             np.testing.assert_array_equal(np.delete(product(plain, matrix), np.s_[0::4], 0), np.delete(expected, np.s_[0::4], 0))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_fine_products_have_16_bits_in_all_blocks_and_the_same_bits_everywhere(settings, kind):
+    K = fitting(kind, 576)
+    matrix, x = make_matrix(kind, random(48, K, seed=1)), with_outliers(random(19, K, seed=2))
+    x[3, 64:128] = 0
+    expected = None
+    for name in ISAS:
+        decode_core.set_isa(name)
+        out = product(x, matrix, fine=True)
+        assert_product(out, x, matrix, fine=True)
+        expected = out if expected is None else expected
+        np.testing.assert_array_equal(out, expected)
+        for begin, end in ((0, 1), (1, 4), (3, 10), (10, 19)):      # however many rows go together
+            np.testing.assert_array_equal(product(x[begin:end], matrix, fine=True), expected[begin:end])
+    quiet = random(12, K, seed=3)
+    plain, fine = product(quiet, matrix), product(quiet, matrix, fine=True)
+    if kind in FLOATS:
+        np.testing.assert_array_equal(plain, fine)
+    else:
+        exact = quiet.astype(np.float64) @ matrix.dequantize().astype(np.float64).T
+        assert ((fine - exact)**2).mean() < 1e-8 * (exact**2).mean() < 1e-3 * ((plain - exact)**2).mean()
+
+
 @pytest.mark.parametrize("kind", FLOATS)
 @pytest.mark.parametrize("K", [1, 15, 17, 50])
 def test_float_tiles_take_any_number_of_columns(isa, kind, K):
@@ -199,6 +222,8 @@ def test_products_have_the_bits_of_record_whatever_rows_go_together(isa, kind):
     for begin, end in zip(starts, starts[1:]):
         made.append(product(x[begin:end], matrix, norm=(weight, 1e-5), bias=bias, activation="relu2", residual=residual[begin:end]))
     agree(f"products {kind}", np.concatenate(made))
+    if kind in QUANTIZED:
+        agree(f"fine products {kind}", product(x, matrix, norm=(weight, 1e-5), fine=True))
 
 
 def test_activations_have_the_bits_of_record(isa):

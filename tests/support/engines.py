@@ -40,7 +40,7 @@ def tensors_of(model):
 
 
 def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False, as_stored=False,
-                apart=False, num_snapshots=20, kv=None, opened_for=None):
+                apart=False, num_snapshots=20, kv=None, opened_for=None, fine=False):
     """A float32 engine over the model at `path` (the weights are read once per test session).
 
     It runs the ops that a server would choose: decode_core's if it is built, unless `reference`. With
@@ -50,7 +50,7 @@ def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context
     model = load(path, as_stored and core.decode_core() is not None and not reference, opened_for)
     rows = max(max_batch, FREE_ROWS)
     limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
-    kernels = load_kernels("cpu", None if reference else model.spec, **limits)
+    kernels = load_kernels("cpu", None if reference else model.spec, **limits, fine=fine)
     kv = kv or kernels.kv_type("auto", model.dtype)
     groups = group_layers(model.spec.by_layer, context_length or model.context_length, apart, kv)
     transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups, kv=kv,

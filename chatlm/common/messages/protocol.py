@@ -22,6 +22,7 @@ class WorkerConfig:
     threads: int        # at most
     prefix_memory: tuple[str, ...] = ()  # paths of segments that it shares with others
     prefix_bytes: int = 0  # that these may take
+    place: tuple[int, int] = (0, 1)  # which of how many workers on this machine
 
 
 @wire_message(8 << 20)

@@ -146,6 +146,7 @@ class ModelFacts(NamedTuple):
     width: int = 0
     layers: int = 0
     digest: str = ""       # of its weights
+    arithmetic: str = ""   # of --arithmetic
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,8 @@ def kept_name(settings: Settings, scorer: Scorer, model: str, suite: Suite, cut:
     """The name of the file for its answers: other weights, items, cut or arithmetic have another one."""
     most = cut or "all"
     key = json.dumps([scorer.digest, scorer.longest, suite.digest, most, settings.dtype, settings.quantize,
-                      settings.kv_cache_dtype, settings.softcap, settings.lora, settings.url])
+                      settings.kv_cache_dtype, scorer.arithmetic, settings.softcap, settings.lora,
+                      settings.url])
     digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     return f"{file_word(model)}-{file_word(suite.name)}-{most}-{digest}"
 

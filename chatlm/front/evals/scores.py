@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class Scorer(typing.Protocol):
     """A model to judge: loaded here (`PoolScorer`), or behind a URL."""
 
-    digest: str     # of its weights
-    longest: int    # most tokens of a prompt
+    digest: str      # of its weights
+    arithmetic: str  # see --arithmetic
+    longest: int     # most tokens of a prompt
 
     async def encode(self, texts: Seq[str]) -> list[list[int]]:
         """The tokens of each text as ordinary text, after the token that begins a text."""
@@ -64,7 +65,8 @@ class PoolScorer:
 
     def __init__(self, pool: WorkerPool, yields: Callable[[], None] | None = None):
         self.pool, self.yields = pool, yields
-        self.digest, self.longest = pool.supervisor.card.facts.digest, pool.context_length
+        facts = pool.supervisor.card.facts
+        self.digest, self.arithmetic, self.longest = facts.digest, facts.arithmetic, pool.context_length
 
     async def encode(self, texts: Seq[str]) -> list[list[int]]:
         tokenizer = self.pool.tokenizer

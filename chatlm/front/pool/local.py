@@ -67,7 +67,8 @@ class LocalDevices:
             shared, size = self.prefixes.paths, self.prefixes.bytes
             more = self.prefixes.bytes - self.prefixes.used
         secretless = replace(self.settings, keys=(), api_key=(), prefix_memory=more)
-        return reader, WorkerConfig(secretless, self.source, worker.device, threads, shared, size)
+        return reader, WorkerConfig(secretless, self.source, worker.device, threads, shared, size,
+                                    (self.workers.index(worker), len(self.workers)))
 
     def now(self) -> ModelSource | None:
         """The source with the current version of its files; None if unchanged, or if they cannot be read."""

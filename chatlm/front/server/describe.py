@@ -71,6 +71,7 @@ A_MODEL = {"type": "object", "properties": {
     "default": {"type": "boolean", "description": "it answers requests without a model"},
     "weights_digest": {"type": "string", "description":
                        "a hash of the sizes of the weight files and of 256 samples of each"},
+    "arithmetic": {**A_TEXT, "description": "--arithmetic: fast or fine"},
     "run": {**A_TEXT, "description": "of a checkpoint: the training run, TAG of TAG@STEP"},
     "step": {"type": "integer", "description": "of a checkpoint"},
     "bits_per_byte": {"type": ["number", "null"],
@@ -136,7 +137,8 @@ def model_body(served: Served, is_default: bool = True) -> dict:
             "family": facts.family, "format": facts.format,
             "default": is_default, "pinned": model.choice.pin,
             "weights_digest": facts.digest + (f"+{adapter.digest}" if adapter else ""),
-            **model.of_run, "owned_by": "chat_server", "root": pool.model_name,
+            "arithmetic": facts.arithmetic, **model.of_run, "owned_by": "chat_server",
+            "root": pool.model_name,
             "parent": pool.model_name if adapter else None, "tools": tools_of(tokenizer),
             "context_length": pool.context_length, "max_model_len": pool.context_length,
             "capabilities": able, **({"embedder": embedder_body(embedder, pool.context_length)}

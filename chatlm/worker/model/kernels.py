@@ -110,7 +110,8 @@ class Backend:
         dtype = references().fastest_dtype(device)  # of float weights, unless the user names one
         self.dtype = str(dtype).removeprefix("torch.")
 
-    def ops(self, max_tokens: int, max_rows: int, quantize: str | None) -> dict[str, Callable]:
+    def ops(self, max_tokens: int, max_rows: int, quantize: str | None,
+            fine: bool = False) -> dict[str, Callable]:
         return {}  # no op replaces its reference
 
     def record(self, transformer: Transformer) -> Callable[[Batch], None] | None:
@@ -218,16 +219,17 @@ OPS = tuple(op.name for op in dataclasses.fields(Kernels) if op.default is missi
 
 
 def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None, join=None,
-                 whole=None) -> Kernels:
+                 whole=None, fine=False) -> Kernels:
     """Choose each op for a device and a model: decode_core's if installed and able, else the reference.
 
     Steps have at most `max_tokens` tokens and `max_rows` rows of logits; float weights are quantized to the
-    type `quantize`. CHAT_SERVER_KERNELS=reference disables decode_core. `join(backend)`, if given, makes the
-    ops that exchange with other ranks; `whole` is then the spec of the model that is divided."""
+    type `quantize`; `fine`: on a CPU decode_core rounds all activations that quantized weights multiply to 16
+    bits. CHAT_SERVER_KERNELS=reference disables decode_core. `join(backend)`, if given, makes the ops that
+    exchange with other ranks; `whole` is then the spec of the model that is divided."""
     backend = choose_backend(device, spec, whole, True)
     if quantize and not backend.quantizes:
         raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
-    ops = backend.ops(max_tokens, max_rows, quantize)
+    ops = backend.ops(max_tokens, max_rows, quantize, fine)
     names = dict.fromkeys(OPS, "torch/reference") | {"sample": "numpy/reference"}
     names |= dict.fromkeys(set(ops) - set(backend.faults), backend.name)
     ops = (references().REFERENCES if backend.tensors else {}) | ops | (join(backend) if join else {})

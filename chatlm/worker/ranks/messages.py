@@ -24,6 +24,7 @@ class RankConfig:
     environment: dict[str, str]
     before: int | None = None   # descriptor of the socket to the previous stage,
     after: int | None = None    # and to the next one
+    place: tuple[int, int] = (0, 1)  # see WorkerConfig
 
 
 @wire_message(64)

@@ -112,7 +112,8 @@ class RankZero(RankAlone):
         for arrival, channel in zip(self.links.arrivals, self.channels):
             channel.send(RankConfig(
                 config.settings, source, rank_device(config.device, arrival.local_rank), arrival.threads,
-                arrival.rank, addresses[arrival.rank // self.tp], environment, arrival.before, arrival.after))
+                arrival.rank, addresses[arrival.rank // self.tp], environment, arrival.before, arrival.after,
+                config.place))
         if self.links.finds_models:  # a download may take longer than ranks wait for each other
             self._receive_from_all(Ready, self.progress)
             self.broadcast(Ready({}))

@@ -153,6 +153,7 @@ private:
         bool of_pairs, norm;
         const float* norm_weight;
         float eps;
+        bool fine;
         float* out;                             // of pairs
     };
     ExpertProduct experts_of(const AnyOp& op) const;

@@ -31,7 +31,7 @@ void Step::prepare_rows(const op::linear& op, int64_t begin, int64_t end, int64_
         row_kernels_here().rms_norm(op.x.row(begin + row), op.norm_weight, op.eps, columns, wide + row * columns);
     const float* const x = apart ? wide : op.x.row(begin);
     if (adapted) shrink_rows(op, begin, end, x);
-    prepare(w.type, x - to * columns, columns, w.columns, to, to + rows, op.norm && !apart, op.norm_weight, op.eps, prepared);
+    prepare(w.type, x - to * columns, columns, w.columns, to, to + rows, op.norm && !apart, op.norm_weight, op.eps, op.fine, prepared);
 }
 
 // Rows [begin, end), whose x after the norm this is. Those of one adapter go together, wherever they are among these.
@@ -328,9 +328,9 @@ void Step::do_group(const Part& part, int64_t) const { op_of<op::group>(part).ro
 
 Step::ExpertProduct Step::experts_of(const AnyOp& op) const {
     if (const auto* its = ops[size_t(op.index)].as<op::gate_up>())
-        return {*its->routing, its->tiles, its->bias, its->activation, its->x, false, its->norm, its->norm_weight, its->eps, memory.hidden};
+        return {*its->routing, its->tiles, its->bias, its->activation, its->x, false, its->norm, its->norm_weight, its->eps, its->fine, memory.hidden};
     const auto& its = std::get<op::down>(ops[size_t(op.index)].is);
-    return {*its.routing, its.tiles, its.bias, Activation::none, {memory.hidden, its.tiles.columns}, true, false, nullptr, 0, memory.added};
+    return {*its.routing, its.tiles, its.bias, Activation::none, {memory.hidden, its.tiles.columns}, true, false, nullptr, 0, its.fine, memory.added};
 }
 
 void Step::do_gather(const Part& part, int64_t chunk) const {
@@ -341,7 +341,7 @@ void Step::do_gather(const Part& part, int64_t chunk) const {
         for (int64_t i = std::max<int64_t>(begin, expert.first); i < std::min<int64_t>(end, expert.first + expert.count); i++) {
             const float* x = its.x.row(its.of_pairs ? i : routing.row_of[size_t(i)]);
             const int64_t to = expert.panel * int64_t(PANEL_ROWS) + i - expert.first;
-            prepare(its.tiles.type, x - to * K, K, K, to, to + 1, its.norm, its.norm_weight, its.eps, memory.panels);
+            prepare(its.tiles.type, x - to * K, K, K, to, to + 1, its.norm, its.norm_weight, its.eps, its.fine, memory.panels);
         }
 }
 

@@ -39,7 +39,7 @@ public:
                   TILES * TILE_ROWS, TILES * TILE_ROWS} {
         std::memset(weights.get(), 44, size_t(TILES * tile_bytes(type, columns)));
         const std::vector<float> x = make_x(columns);
-        narrow.prepare({type, x.data(), columns, columns, false, nullptr, 0, prepared.get()}, 0, MOST_ROWS);
+        narrow.prepare({type, x.data(), columns, columns, false, nullptr, 0, false, prepared.get()}, 0, MOST_ROWS);
     }
 
     template <class Multiply>

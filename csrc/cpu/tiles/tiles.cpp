@@ -74,8 +74,8 @@ size_t prepared_bytes(Weight type, int64_t columns, int64_t rows) {
 }
 
 void prepare(Weight type, const float* x, int64_t stride, int64_t columns, int64_t row_begin, int64_t row_end, bool norm,
-             const float* norm_weight, float epsilon, void* prepared) {
-    narrow_kernels().prepare({type, x, stride, columns, norm, norm_weight, epsilon, static_cast<uint8_t*>(prepared)}, row_begin, row_end);
+             const float* norm_weight, float epsilon, bool fine, void* prepared) {
+    narrow_kernels().prepare({type, x, stride, columns, norm, norm_weight, epsilon, fine, static_cast<uint8_t*>(prepared)}, row_begin, row_end);
 }
 
 void multiply(const Product& product, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end) {

@@ -78,7 +78,7 @@ DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, int panel_row) {
         std::memset(panel[b].fine[panel_row], 0, BLOCK);
         scales += q.scale;
     }
-    const float limit = FINE_ABOVE * (scales / float(blocks));
+    const float limit = row.job.fine ? 0 : FINE_ABOVE * (scales / float(blocks));
     for (int64_t b = 0; b < blocks; b++) {
         PanelSet& to = panel[b].sets[set];
         if (!(to.scale[r] > limit)) continue;

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from bundles import TASKS, rows_of, write_bundle
+from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import TokenLogprob
 from chatlm.front.evals.bundle import drawn_rows, read_rows, read_suite
 from chatlm.front.evals.items import NEAR_TIE, BadItem, Span, examples_of, fitted, prompts_of, spans_of, verdict_of
-from chatlm.front.evals.kept import Kept
+from chatlm.front.evals.kept import Kept, kept_name
 from chatlm.front.evals.run import as_json, core_of, run_task
 from chatlm.front.evals.scores import PoolScorer
 from openai_routes import call
@@ -194,6 +195,13 @@ def test_a_continuation_is_right_if_every_token_is_the_likeliest_and_its_margin_
 
 
 # answers that are kept
+
+
+async def test_answers_of_another_arithmetic_are_kept_apart(start_pool, suite):
+    """Here and behind a URL alike: the scorer says which it is, not this command's flags."""
+    scorers = [PoolScorer(await start_pool(arithmetic=arithmetic)) for arithmetic in ("fast", "fine")]
+    assert [scorer.arithmetic for scorer in scorers] == ["fast", "fine"]
+    assert len({kept_name(Settings(), scorer, "m", suite, None) for scorer in scorers}) == 2
 
 
 async def test_a_second_run_asks_nothing_and_one_after_a_kill_only_what_remains(start_pool, suite, tmp_path):

@@ -90,10 +90,11 @@ async def test_two_servers_use_one_folder_at_the_same_time(start_pool, tmp_path)
     assert again == text and cached > 200
 
 
-FLAGS = {"dtype": {"dtype": "bfloat16"}, "kv": {"kv_cache_dtype": "bfloat16"}, "softcap": {"softcap": 9.0}, "quantize": {"quantize": "q8_0"}}
+FLAGS = {"dtype": {"dtype": "bfloat16"}, "kv": {"kv_cache_dtype": "bfloat16"}, "softcap": {"softcap": 9.0}, "quantize": {"quantize": "q8_0"},
+         "arithmetic": {"arithmetic": "fine"}}
 
 
-@pytest.mark.parametrize("name", by_day(FLAGS, "kv"))
+@pytest.mark.parametrize("name", by_day(FLAGS, "kv", "arithmetic"))
 async def test_after_a_restart_with_other_flags_nothing_is_restored_and_answers_are_those_of_no_store(start_pool, tmp_path, name):
     changes, store = FLAGS[name], {"prefix_store": str(tmp_path), "prefix_memory": 0}
 

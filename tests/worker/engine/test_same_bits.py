@@ -34,6 +34,7 @@ class Row(NamedTuple):
     file: bool = False  # a GGUF file, whose matrices stay packed
     kv: str = "auto"
     context: int | None = None      # --context-length
+    fine: bool = False  # --arithmetic fine
 
 
 ROWS = {**{name: Row(name) for name in (*MODELS, *GENERATIONS, "nanogpt")},
@@ -42,6 +43,7 @@ ROWS = {**{name: Row(name) for name in (*MODELS, *GENERATIONS, "nanogpt")},
         "llama of odd sizes": Row("llama3.1", {"head_dim": 20, "hidden_size": 72, "intermediate_size": 100}),
         "cohere2 of odd sizes": Row("cohere2", {"head_dim": 20, "hidden_size": 72}),
         "llama of odd sizes as a packed file": Row("llama2", {"head_dim": 24, "hidden_size": 96}, file=True),
+        **{f"{name} as a packed file, finely": Row(name, GGUF_MODELS[name], file=True, fine=True) for name in ("llama2", "qwen3moe")},
         # windows and capped scores, sinks, some heads of 16, which stay floats, layers with states
         **{f"{name} with keys of 8 bits": Row(name, kv="q8_0") for name in ("gemma2", "gpt-oss", "gemma4", "qwen3", "qwen3.5", "cohere2")}}
 
@@ -210,8 +212,9 @@ def two_ranks(ranks_that_live, request):
 def engine_of(row, path, ranks, request):
     if ranks == 2:
         dtype = None if row.file else "float32"
-        return request.getfixturevalue("two_ranks").engine(path, max_batch=8, kv_cache_dtype=row.kv, context_length=row.context, dtype=dtype)
-    return make_engine(path, num_pages=400, max_batch=8, apart=True, as_stored=row.file, opened_for=row.context,
+        return request.getfixturevalue("two_ranks").engine(path, max_batch=8, kv_cache_dtype=row.kv, context_length=row.context, dtype=dtype,
+                                                            arithmetic="fine" if row.fine else "fast")
+    return make_engine(path, num_pages=400, max_batch=8, apart=True, as_stored=row.file, opened_for=row.context, fine=row.fine,
                        kv=KvType("float32", packed=True) if row.kv == "q8_0" else None)
 
 
@@ -220,11 +223,12 @@ def check_is_of(row, transformer):
     assert row.file == bool({"q8_0", "mxfp4"} & {*transformer.matrix_types})
     assert (row.kv == "q8_0") == ("q8_0" in transformer.layout.types)
     assert bool(row.context) == bool(transformer.spec.q_growth)
+    assert row.fine == transformer.kernels.backend.program.fine
 
 
 FIRST = {kind: name for name, (kind, _) in reversed(MODELS.items())}     # of each family
 BY_DAY = [*FIRST.values(), *[name for name in ROWS if name not in MODELS and "file" not in name and "keys" not in name], "llama-gelu", "gemma4moe", "granite4h",
-          "gpt-oss as a packed file", "qwen3moe as a packed file", "gemma2 with keys of 8 bits", "gpt-oss with keys of 8 bits"]
+          "gpt-oss as a packed file", "qwen3moe as a packed file", "qwen3moe as a packed file, finely", "gemma2 with keys of 8 bits", "gpt-oss with keys of 8 bits"]
 ON_TWO_BY_DAY = "llama3.1", "gpt-oss", "qwen3.5", "gen5"       # a second rank is slow where the tests share two cores
 
 
