@@ -164,7 +164,7 @@ class Supervisor:
             case ModelText(text):
                 worker.text = text
                 if not self.prepared:  # what is wrong with it is said before the weights are read
-                    self.run("reading the tokenizer", partial(self.expect, text))
+                    self.run("opening the tokenizer", partial(self.expect, text))
             case ModelCard():
                 message = replace(message, text=worker.text or message.text)
                 worker.place, worker.text = message.place, None

@@ -56,13 +56,15 @@ class Reports:
 
 
 def together(events: list[tuple[str, WorkerEvent]]) -> list[tuple[str, WorkerEvent]]:
-    """The same with each answer's successive pieces as one."""
+    """The same with each answer's successive pieces as one. A piece without text, which a stop string may yet
+    swallow, is not put into one with text: the front would show its log-probabilities."""
     joined: list[tuple[str, WorkerEvent]] = []
     places: dict[str, int] = {}  # of each answer's last event
     for id, event in events:
         place = places.get(id)
         before = None if place is None else joined[place][1]
-        if place is not None and isinstance(before, Piece) and isinstance(event, Piece):
+        if place is not None and isinstance(before, Piece) and isinstance(event, Piece) and (
+                event.deltas or not before.deltas):
             joined[place] = id, before._replace(
                 tokens=before.tokens + event.tokens, deltas=with_deltas(before.deltas, event.deltas),
                 logprobs=before.logprobs + event.logprobs)
