@@ -89,7 +89,7 @@ def start_by_parts():
     parts.note("engine")
     from chatlm.worker.engine.warm_up import warm_up_soon
     warm_up_soon(engine)
-    parts.note("a token, of nothing")
+    parts.note("warm-up: a token")
     del model
     process.give_memory_back()
     parts.note("memory given back")

@@ -12,4 +12,4 @@ def test_the_parts_of_a_workers_start_can_be_measured(default_model_path):
     done = subprocess.run([sys.executable, SCRIPT, "--part"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     names = [name for name, *_ in json.loads(done.stdout)]
-    assert {"import numpy", "weights into tiles, KV pages, buffers", "warm-up"} <= {*names}, names
+    assert {"import numpy", "weights into tiles, KV pages, buffers", "warm-up: a token"} <= {*names}, names

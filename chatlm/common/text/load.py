@@ -128,9 +128,9 @@ def check_growth(part):
 def decoding_of(decoder: dict | None) -> tuple[bool, bool]:
     """Of a tokenizer.json's decoder: are the pieces in GPT-2's alphabet of bytes? Does it remove the space
     that the pipeline puts before a text? KeyError for what the library does not write."""
-    match decoder and decoder["type"]:
-        case None:
-            return False, False
+    if decoder is None:
+        return False, False
+    match decoder["type"]:
         case "Sequence":
             parts = [decoding_of(part) for part in decoder["decoders"]]
             return any(part[0] for part in parts), any(part[1] for part in parts)

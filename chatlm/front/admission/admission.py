@@ -230,8 +230,9 @@ class Admission:
 
     Meanwhile they count as waiting, and `check_capacity` refuses those that do not fit."""
 
-    # of a task of each sandbox: processor seconds, memory in bytes, niceness
-    LIMITS = {"templates": (0.5, 256 << 20, 0), "schemas": (1.0, 256 << 20, 10), "bodies": (5.0, 1 << 30, 5)}
+    TEMPLATE_S = 0.5      # processor seconds for filling in a chat template,
+    SCHEMA_S = 1.0        # for checking a JSON schema,
+    BODY_S = 5.0          # and for reading a large body
     VALID_GRAMMARS = 256  # remember this many valid grammars, to check none of them twice
 
     def __init__(self, check_capacity: Callable[[str, str], None], shared: Desk | None = None):
@@ -279,8 +280,11 @@ class Admission:
         return tokenizer
 
     def _configure(self, name: str, known: Known, text: TextSpec, context_length: int):
-        limits = self.LIMITS[name]
-        self.sandboxes[name].config = SandboxConfig(known, text, context_length, *limits, self.number)
+        cpu_s, memory, nice = {"templates": (self.TEMPLATE_S, 256 << 20, 0),
+                               "schemas": (self.SCHEMA_S, 256 << 20, 10),
+                               "bodies": (self.BODY_S, 1 << 30, 5)}[name]
+        self.sandboxes[name].config = SandboxConfig(known, text, context_length, cpu_s, memory, nice,
+                                                    self.number)
 
     def _prompts_of(self, tokenizer: Tokenizer, context_length: int) -> PromptMaker:
         return PromptMaker(

@@ -4,8 +4,6 @@ Equal to those of the `gguf` package, which is imported only to unpack rare type
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 # name -> (number, weights in a block, bytes of a block)
 ROWS = {
     "F32": (0, 1, 4), "F16": (1, 1, 2), "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22),
@@ -17,7 +15,22 @@ ROWS = {
     "F64": (28, 1, 8), "IQ1_M": (29, 256, 56), "BF16": (30, 1, 2), "TQ1_0": (34, 256, 54),
     "TQ2_0": (35, 256, 66), "MXFP4": (39, 32, 17), "NVFP4": (40, 64, 36), "Q1_0": (41, 128, 18)}
 WITHOUT_VALUES = {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "Q1_0"}  # nothing here dequantizes them
-GgufType = IntEnum("GgufType", {name: number for name, (number, _, _) in ROWS.items()})
+
+
+class GgufType(int):
+    """A type's number, which the package takes for its own."""
+
+    name = ""
+
+
+def named_type(name: str) -> GgufType:
+    found = GgufType(ROWS[name][0])
+    found.name = name
+    return found
+
+
+TYPES = {name: named_type(name) for name in ROWS}
+NUMBERED = {int(kind): kind for kind in TYPES.values()}
 
 
 def block_of(name: str) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import numpy
 
 from chatlm.common.errors import require_library
 from chatlm.worker.arrays.kinds import AdapterMatrix, as_kind, bits_of, joined, kind_of, zeros
-from chatlm.worker.arrays.gguf_types import GgufType
+from chatlm.worker.arrays.gguf_types import TYPES
 from chatlm.worker.arrays.packed import dequantized
 from chatlm.worker.model.spec import ShortConv, expected_tensors
 from chatlm.worker.model.tensors import TILE_ROWS, Cut, Unread
@@ -108,12 +108,12 @@ class Padding(NamedTuple):
         parts, rows, columns = matrix.parts, self.places[0], self.places[1]
         if columns is not None:
             gguf = require_library("gguf", "packed weights")
-            blocks = [(SimpleNamespace(tensor_type=GgufType[kind.upper()], data=data), None)
+            blocks = [(SimpleNamespace(tensor_type=TYPES[kind.upper()], data=data), None)
                       for kind, data in parts]
             values = self.spread(dequantized(matrix.shape, blocks, "float32"), 1)
             if self.shape[1] % 32:
                 return self.spread(as_kind(values, "bfloat16"), 0)
-            parts = (("q8_0", gguf.quantize(values, GgufType.Q8_0)),)
+            parts = (("q8_0", gguf.quantize(values, TYPES["Q8_0"])),)
         if rows is not None:
             wide = self.rows_of_blocks([data for _, data in parts], rows)
             parts = tuple((kind, data) for (kind, _), data in zip(parts, wide))

@@ -14,7 +14,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, require_library, shown
 from chatlm.worker.arrays.kinds import FLOATS, as_kind, contiguous, floats, item_bytes, joined, kind_of
-from chatlm.worker.arrays.gguf_types import GgufType, block_of
+from chatlm.worker.arrays.gguf_types import TYPES, block_of
 from chatlm.worker.arrays.packed import RopePairs, dequantized
 from chatlm.worker.model.spec import DeltaRule, expected_tensors
 from chatlm.worker.model.tensors import Cut, MappedRows, Unread
@@ -274,7 +274,7 @@ def cut_stored(parts: Seq[tuple[Any, RopePairs | None]], cut: Cut) -> list[tuple
     if cut.axis and any(edge % packed_together(tensor) for tensor, _ in parts for edge in edges):
         whole = (dequantized((len(part[0].data), cut.full[1]), [part], "float32") for part in parts)
         gguf = require_library("gguf", "packed weights")
-        gguf_type = GgufType["F32" if cut.shape[1] % 32 else "Q8_0"]
+        gguf_type = TYPES["F32" if cut.shape[1] % 32 else "Q8_0"]
         return [(SimpleNamespace(tensor_type=gguf_type, data=gguf.quantize(
             contiguous(rows), gguf_type)), None) for _, rows in cut.apply(whole)]
     return [(SimpleNamespace(tensor_type=parts[i][0].tensor_type, data=numpy.ascontiguousarray(data)),

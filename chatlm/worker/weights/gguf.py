@@ -23,7 +23,7 @@ from chatlm.common.errors import ConfigError, cannot_read, named, require_librar
 from chatlm.common.log import log
 from chatlm.common.messages.requests import InfillTokens, TextSpec
 from chatlm.common.text.formats import template_of
-from chatlm.worker.arrays.gguf_types import GgufType, block_of
+from chatlm.worker.arrays.gguf_types import TYPES, GgufType, block_of
 from chatlm.worker.arrays.kinds import floats, item_bytes
 from chatlm.worker.arrays.packed import RopePairs, dequantize, dequantized, unpermute_rope
 from chatlm.worker.model.kernels import choose_backend
@@ -375,7 +375,7 @@ def merged(tensor, pairs: RopePairs | None, changes: Iterable[Change | Copy], ow
 
 
 def merged_type(tensor, packed: bool) -> GgufType:
-    return GgufType["Q8_0" if packed and tensor.tensor_type.name not in ("F32", "F16", "BF16") else "F32"]
+    return TYPES["Q8_0" if packed and tensor.tensor_type.name not in ("F32", "F16", "BF16") else "F32"]
 
 
 def file_bytes(tensors: Seq) -> int:
@@ -409,7 +409,7 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
 def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | None]:
     """The tokenizer (as the text of a tokenizer.json), chat template and stop tokens from the metadata; and
     what that text says, if it is of a decoder."""
-    def value(name: str, *default, **bounds):
+    def value(name: str, *default, **bounds) -> Any:
         found = gguf_value(path, metadata, f"tokenizer.{name}", *default, **bounds)
         return list(found) if isinstance(found, Texts) else found
 

@@ -14,7 +14,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import truncated
-from chatlm.worker.arrays.gguf_types import ROWS, GgufType, block_of
+from chatlm.worker.arrays.gguf_types import NUMBERED, ROWS, GgufType, block_of
 from chatlm.worker.weights.rules import MOST_TENSORS, MOST_TOKENS
 
 VERSIONS = 2, 3
@@ -22,7 +22,6 @@ STRING, ARRAY = 8, 9  # types of values
 NUMBERS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 LENGTH = struct.Struct("<Q")
-NAMES = {kind.value: kind.name for kind in GgufType}
 SHORT_LIST = 1000
 
 
@@ -76,10 +75,10 @@ class TensorInfo(NamedTuple):
         if not 1 <= len(self.sizes) <= 4 or min(self.sizes) < 1:
             raise ValueError(f"the tensor {name} has the sizes {self.sizes[:8]}; it must have 1 to 4, none "
                              "below 1")
-        if self.number not in NAMES:
+        if self.number not in NUMBERED:
             raise ConfigError(f"{path}: the tensor {name} is of type {self.number}, which this program does "
                               f"not know; it knows {', '.join(ROWS)}")
-        block, block_bytes = block_of(NAMES[self.number])
+        block, block_bytes = block_of(NUMBERED[self.number].name)
         if self.sizes[0] % block:
             raise ValueError(f"the tensor {name} has rows of {self.sizes[0]:,}; its type needs a multiple of "
                              f"{block}")
@@ -178,7 +177,7 @@ class Header:
         for info, size, end in zip(infos, sizes, ends):
             if info.name in self.tensors:
                 raise ValueError(f"the tensor {shown(info.name)} is there twice")
-            kind, shape = GgufType(info.number), numpy.array(info.sizes, numpy.uint64)
+            kind, shape = NUMBERED[info.number], numpy.array(info.sizes, numpy.uint64)
             begin, data = end - size, numpy.empty(0)
             if self.partial:
                 begin = size = 0

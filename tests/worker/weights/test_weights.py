@@ -34,7 +34,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.tokenizer import compile_chat_template
-from chatlm.worker.arrays.gguf_types import ROWS, WITHOUT_VALUES, GgufType, block_of
+from chatlm.worker.arrays.gguf_types import ROWS, TYPES, WITHOUT_VALUES, block_of
 from chatlm.worker.arrays.kinds import kind_of
 from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.spec import Batch, expected_tensors
@@ -898,11 +898,11 @@ def test_the_readers_arrays_are_those_of_the_package(tmp_path):
 
 
 def test_types_and_names_of_tensors_are_those_of_the_package():
-    assert {GgufType[name]: block_of(name) for name in ROWS} == gguf.GGML_QUANT_SIZES
+    assert {TYPES[name]: block_of(name) for name in ROWS} == gguf.GGML_QUANT_SIZES
     assert [kind.name for kind in gguf.GGML_QUANT_SIZES] == list(ROWS)
     for name, (_, _, size) in ROWS.items():
         try:
-            gguf.dequantize(numpy.zeros(size, numpy.uint8), GgufType[name])
+            gguf.dequantize(numpy.zeros(size, numpy.uint8), TYPES[name])
         except NotImplementedError:
             assert name in WITHOUT_VALUES
         else:
