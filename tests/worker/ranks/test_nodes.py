@@ -1,169 +1,419 @@
-"""NUMA: ranks and workers are bound to nodes. No machine with several was at hand: the topology is a folder that stands for /sys."""
+"""Ranks that torchrun starts: two real agents on this machine stand for two nodes."""
 
+import contextlib
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+import threading
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 
-from chatlm.common.processes import nodes
-from chatlm.common.processes.nodes import advice, numa_nodes, place, shares_of_nodes
-from real_server import SCRIPT, ask, get, post, server
+from chatlm.common.config import Settings
+from chatlm.common.core import decode_core
+from chatlm.common.errors import ConfigError
+from chatlm.common.messages.protocol import Ready
+from chatlm.common.messages.wire import HEADER, Channel, receive_into
+from chatlm.common.processes import connect as connect_module, torchrun as processes_torchrun
+from chatlm.common.processes.connect import Door, dial, listen, proof
+from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankArrival, Torchrun, live_as_rank, ranks_here, serve_rank, torchrun
+from chatlm.worker.ranks.messages import RANK_PIPE, RankPages
+from chatlm.worker.ranks.links import TcpLinks
+from patching import patch
+from real_server import SCRIPT, ask, events, free_port, get, post, wait_for
 
-ROOT = SCRIPT.parent
-CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-pytestmark = pytest.mark.skipif(not CPUS, reason="Linux binds processes to CPUs")
+pytestmark = pytest.mark.timeout(180)
 
 
-def topology(root, online, cpus, siblings=()):
-    """Files as in /sys: nodes online, the CPUs of each as Linux lists them, and CPUs that are hyper-threads of one core."""
-    folder = root / "devices/system/node"
-    for node, listed in cpus.items():
-        (folder / f"node{node}").mkdir(parents=True)
-        (folder / f"node{node}/cpulist").write_text(listed + "\n")
-    (folder / "online").write_text(online + "\n")
-    for together in siblings:
-        for cpu in together.split(","):
-            core = root / f"devices/system/cpu/cpu{cpu}/topology"
-            core.mkdir(parents=True)
-            (core / "thread_siblings_list").write_text(together + "\n")
-    return root
+class Agents:
+    """Two agents of torchrun, `each` processes on both."""
+
+    def __init__(self, model, *arguments, each=1, folders=(None, None)):
+        self.model, self.arguments, self.each, self.folders, self.port = str(model), arguments, each, folders, free_port()
+        self.agents = {node: self.start(node) for node in (1, 0)}
+
+    def start(self, node):
+        port = str(free_port())
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--master-addr", "127.0.0.1",
+             "--master-port", str(self.port), "--nproc-per-node", str(self.each), str(SCRIPT), "serve", self.model, "--port", port,
+             "--host", "127.0.0.1", "--kv-cache-memory", "8M", *self.arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.folders[node])
+
+    def processes(self, node, word):
+        return [process for process in psutil.Process(self.agents[node].pid).children(recursive=True) if word in process.cmdline()]
+
+    def end(self, node):
+        """Kill an agent and all that it has started, as a machine that loses its power."""
+        processes = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes = [(agent := psutil.Process(self.agents[node].pid)), *agent.children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.agents[node].wait()
+        return processes
+
+
+@contextlib.contextmanager
+def agents(model, *arguments, **options):
+    """Yields the agents and the server's address."""
+    both = Agents(model, *arguments, **options)
+    try:
+        yield both, wait_for(both.agents[0], r"(http://127\.0\.0\.1:\d+)")
+    finally:
+        for node, agent in both.agents.items():
+            both.end(node)
+            agent.stdout.close()
+
+
+def text_of(url, on_piece=lambda count: None, tokens=60):
+    """An answer's text; `on_piece` gets the number of pieces so far."""
+    text = ""
+    for count, line in enumerate(line for line in post(f"{url}/chat/completions", ask("hello", max_tokens=tokens)) if line.startswith(b"data: ")):
+        text += json.loads(line[6:]).get("token", "")
+        on_piece(count)
+    return text
+
+
+LAYOUTS = [pytest.param(("--tp", "2"), 1, "torch/reference", id="tp2"),
+           pytest.param(("--pp", "2"), 1, "decode_core", id="pp2", marks=pytest.mark.slow),
+           pytest.param(("--tp", "2", "--pp", "2"), 2, "torch/reference", id="tp2-pp2", marks=pytest.mark.slow)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, each, kernels", LAYOUTS)
+def test_two_nodes_serve_and_go_on_with_the_same_text_when_a_rank_dies(layout, each, kernels, nanochat_fixtures):
+    with agents(nanochat_fixtures / "gen5", *layout, each=each) as (both, url):
+        expected = text_of(url)
+        assert len(expected) > 20
+        ranks = both.processes(1, "rank")
+        listening = {node: sum(each.status == psutil.CONN_LISTEN and each.laddr.port == int(url.rpartition(":")[2])
+                               for process in psutil.Process(agent.pid).children(recursive=True) for each in process.net_connections())
+                     for node, agent in both.agents.items()}
+        assert len(ranks) == each and listening == {0: 1, 1: 0}
+        assert text_of(url, lambda count: count == 5 and ranks[-1].kill()) == expected
+        [worker] = (stats := get(f"{url}/stats"))["workers"]
+        assert worker["restarts"] == 1 and not any(rank.is_running() for rank in ranks)
+        assert kernels in stats["kernels"]["linear"] or decode_core() is None
+
+        ranks = both.processes(1, "rank")
+        [front] = [process for process in psutil.Process(both.agents[0].pid).children() if process.environ()["RANK"] == "0"]
+        front.send_signal(signal.SIGTERM)
+        assert [agent.wait(90) for agent in both.agents.values()] == [0, 0]
+        assert not any(rank.is_running() for rank in ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="POSIX")
+@pytest.mark.parametrize("layout", [("--tp", "2"), ("--pp", "2")])
+def test_a_rank_of_another_node_that_hangs_is_replaced_and_the_text_goes_on(layout, nanochat_fixtures):
+    with agents(nanochat_fixtures / "gen5", *layout) as (both, url):
+        expected, [rank] = text_of(url), both.processes(1, "rank")
+        assert text_of(url, lambda count: count == 5 and rank.suspend()) == expected
+        [worker] = get(f"{url}/stats")["workers"]
+        assert worker["restarts"] == 1 and not rank.is_running() and len(both.processes(1, "rank")) == 1
+
+
+@pytest.mark.slow
+def test_a_node_that_was_lost_comes_back_by_the_same_command(nanochat_fixtures):
+    with agents(nanochat_fixtures / "gen5", "--pp", "2") as (both, url):
+        expected = text_of(url)
+
+        def lose(count):
+            if count == 5:
+                both.end(1)
+                both.agents[1].stdout.close()
+                both.agents[1] = both.start(1)
+        assert text_of(url, lose) == expected
+        lost = both.end(0)
+        assert both.agents[1].wait(60) and not any(process.is_running() for process in lost)
+        assert "is gone, so the node of rank 0 is too" in both.agents[1].stdout.read()
+
+
+@pytest.mark.slow
+def test_a_model_that_a_node_does_not_have_is_told_in_one_line(nanochat_fixtures, tmp_path):
+    both = Agents("gen5", "--tp", "2", folders=(nanochat_fixtures, tmp_path))
+    try:
+        line = wait_for(both.agents[0], "^chat_server: .*")
+        assert line.startswith(f"chat_server: rank 1 on {socket.gethostname()}: ") and "gen5" in line
+        assert [agent.wait(60) for agent in both.agents.values()] == [1, 1]
+    finally:
+        for node, agent in both.agents.items():
+            both.end(node)
+            agent.stdout.close()
+
+
+STARTED = dict(RANK="1", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="29500", TORCHELASTIC_RUN_ID="x")
 
 
 @pytest.fixture
-def bound(monkeypatch):
-    """What `place` binds this process to; `cpus` are those that may run it."""
-    found = []
-
-    @contextmanager
-    def on(cpus):
-        with monkeypatch.context() as patched:
-            patched.setattr(nodes.os, "sched_getaffinity", lambda pid: set(cpus))
-            patched.setattr(nodes, "bind", lambda cpus: found.append(sorted(cpus)))
-            yield found
-        found.clear()
-    return on
+def started(monkeypatch):
+    def start(**changes):
+        for name, value in (STARTED | changes).items():
+            monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+        sizes = dict(tensor_parallel_size=2)
+        return lambda **settings: torchrun(Settings(**sizes | settings))
+    return start
 
 
-def test_nodes_are_those_of_the_cpus_that_may_run_this_process(tmp_path):
-    root = topology(tmp_path, "0-2,4", {0: "0-3,8-11", 1: "4-7,12-15", 2: "", 4: "16"})      # 2 has memory only, as CXL's
-    assert numa_nodes(range(17), root) == {0: {0, 1, 2, 3, 8, 9, 10, 11}, 1: {4, 5, 6, 7, 12, 13, 14, 15}, 4: {16}}
-    assert numa_nodes([1, 9, 6], root) == {0: {1, 9}, 1: {6}}       # by an affinity, a cpuset, or because others are offline
-    assert numa_nodes([1], root) == {0: {1}}
-    assert numa_nodes([0], tmp_path / "elsewhere") == {}
-    (root / "devices/system/node/node1/cpulist").write_text("what?\n")
-    assert numa_nodes(range(17), root) == {}
+def test_what_torchrun_says_is_read_and_without_it_nothing_is(started):
+    assert started()() == Torchrun(1, 0, 2, 1, "10.0.0.1", 29500)
+    assert ranks_here(Settings(tensor_parallel_size=2)) == 1
+    assert started(TORCHELASTIC_RUN_ID=None)(tensor_parallel_size=1) is None         # some clusters set the others everywhere
+    assert started()(url="http://a") is None and started(WORLD_SIZE="1")() is None and started(WORLD_SIZE=None)() is None
+    assert ranks_here(Settings(tensor_parallel_size=2, pipeline_parallel_size=3)) == 6
 
 
-def test_processes_are_divided_among_the_nodes_in_order():
-    assert shares_of_nodes(2, [0, 1]) == [[0], [1]]
-    assert shares_of_nodes(4, [0, 1]) == [[0], [0], [1], [1]]
-    assert shares_of_nodes(2, [0, 1, 2, 3]) == [[0, 1], [2, 3]]
-    assert shares_of_nodes(3, [0, 1]) == [[0], [0], [1]]
+@pytest.mark.parametrize("changes, settings, message", [
+    (dict(WORLD_SIZE="3"), {}, "torchrun starts 3 processes .* but --tp 2 --pp 1 are 2 rank"),
+    (dict(WORLD_SIZE="4"), dict(tensor_parallel_size=1), "torchrun starts 4 processes .* but --tp 1 --pp 1 are 1 rank"),
+    (dict(MASTER_ADDR=None), {}, "MASTER_ADDR missing. Start it with torchrun"),
+    (dict(TORCHELASTIC_RUN_ID=None, MASTER_PORT=None), {}, "MASTER_PORT, TORCHELASTIC_RUN_ID missing"),
+    ({}, dict(num_workers=2), "leave out --num-gpus, --num-workers"), ({}, dict(ray_address="auto"), "leave out .* --ray-address")])
+def test_a_start_that_cannot_work_is_refused(started, changes, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        started(**changes)(**settings)
 
 
-def test_each_rank_is_bound_to_the_cpus_of_its_node(tmp_path, bound):
-    root = topology(tmp_path, "0-1", {0: "0-1,4-5", 1: "2-3,6-7"}, ("0,4", "1,5", "2,6", "3,7"))
-    with bound(range(8)) as cpus:
-        lines = [place(rank, 2, 2, root) for rank in (0, 1)]
-        assert cpus == [[0, 1, 4, 5], [2, 3, 6, 7]] and lines[1] == "NUMA: 2 processes are bound to nodes 0, 1, this one to node 1"
-    with bound(range(8)) as cpus:           # a quota has left one thread for each of four
-        assert all(place(rank, 4, 1, root) for rank in range(4)) and cpus == [[0, 1, 4, 5]] * 2 + [[2, 3, 6, 7]] * 2
-    with bound([0, 4, 1, 2, 3]) as cpus:
-        assert place(1, 2, 2, root) and cpus == [[2, 3]]
+def test_the_refusal_is_one_line(default_model_path):
+    run = subprocess.run([sys.executable, SCRIPT, "serve", str(default_model_path), "--tp", "2"], capture_output=True, text=True,
+                         timeout=60, env=os.environ | STARTED | {"WORLD_SIZE": "5"})
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "torchrun starts 5 processes" in run.stderr
 
 
-def test_nothing_is_bound_where_that_would_leave_cores_idle_or_there_is_one_node_or_process(tmp_path, bound):
-    root = topology(tmp_path, "0-1", {0: "0-1,4-5", 1: "2-3,6-7"}, ("0,4", "1,5", "2,6", "3,7"))
-    with bound(range(8)) as cpus:
-        assert place(0, 3, 2, root) == "NUMA: node 0 has 2 core(s) for 4 threads, so no process is bound to a node"
-        assert place(2, 3, 2, root) == place(0, 3, 2, root)         # all ranks agree
-        assert place(0, 1, 4, root) == place(0, 2, 1, tmp_path / "elsewhere") == "" and cpus == []
-    with bound([0, 1, 2]) as cpus:          # a cpuset has taken a core of node 1
-        assert place(0, 2, 2, root).startswith("NUMA: node 1 has 1 core(s) for 2 threads") and cpus == []
-    with bound([0, 1, 4, 5]) as cpus:       # or all of it
-        assert place(0, 2, 1, root) == "" == advice(1, root) and cpus == []
+def test_nodes_with_other_sizes_are_refused(started):
+    start = started()()
+    store = types.SimpleNamespace(look=lambda key: ["127.0.0.1", 1, "00", "--tp 1 --pp 2 and version 0 of chat_server.py"])
+    with pytest.raises(ConfigError, match="rank 0 has --tp 1 --pp 2 and version 0 of .*, but rank 1 has --tp 2 --pp 1 and version [0-9a-f]{8} of"):
+        live_as_rank(Settings(tensor_parallel_size=2), start, store, 1)
 
 
-def test_one_process_on_several_nodes_is_told_of_tp(tmp_path, bound):
-    root = topology(tmp_path, "0-1", {0: "0", 1: "1"})
-    with bound([0, 1]):
-        assert advice(1, root).startswith("NUMA: one process computes on 2 nodes") and "--tp 2 divides" in advice(1, root)
-        assert advice(2, root) == ""
+class StoreInMemory(processes_torchrun.RankStore):
+    """torchrun's store, for threads of this process."""
+
+    def __init__(self):
+        self.keys, self.store = {"life": 0}, types.SimpleNamespace(add=self.add)
+
+    def add(self, key, count):
+        self.keys[key] += count
+        return self.keys[key]
+
+    life = property(lambda self: self.keys["life"])
+
+    def put(self, key, value):
+        self.keys[key] = value
+
+    def look(self, key):
+        return self.keys.get(key)
 
 
-def test_a_system_that_refuses_is_a_line_and_no_death(tmp_path, monkeypatch):
-    root = topology(tmp_path, "0-1", {0: "0", 1: "1"})
-    monkeypatch.setattr(nodes.os, "sched_getaffinity", lambda pid: {0, 1})
-
-    def refuse(pid, cpus):
-        raise PermissionError(1, "Operation not permitted")
-    monkeypatch.setattr(nodes.os, "sched_setaffinity", refuse)
-    assert place(0, 2, 1, root) == "NUMA: processes are not bound to nodes: Operation not permitted"
+def tcp_links():
+    """What makes the links to two ranks, and an event that is set when only rank 2 is missing."""
+    config, one_is_there = types.SimpleNamespace(settings=Settings(tensor_parallel_size=3), device="cuda"), threading.Event()
+    return lambda: TcpLinks(config, lambda stage, fraction: stage.startswith("waiting for rank 2 ") and one_is_there.set()), one_is_there
 
 
-@pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs")
-def test_all_threads_of_a_process_are_bound_and_those_that_it_starts(tmp_path):
-    root = topology(tmp_path, "0-1", {0: str(CPUS[0]), 1: str(CPUS[1])})
-    code = f"""
-import os, pathlib, threading
-from chatlm.common.processes.nodes import place
-go, found = threading.Event(), []
-def note():
-    go.wait()
-    found.append(os.sched_getaffinity(0))
-threads = [threading.Thread(target=note, daemon=True)]
-threads[0].start()
-print(place(1, 2, 1, pathlib.Path({str(root)!r})))
-threads.append(threading.Thread(target=note, daemon=True))
-threads[1].start()
-go.set()
-[thread.join() for thread in threads]
-assert found + [os.sched_getaffinity(0)] == [{{{CPUS[1]}}}] * 3, found
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "this one to node 1" in done.stdout, done.stderr
+def come(store, life, frame):
+    """Prove to know the secret that is in the store since a life, and send a first frame."""
+    host, port, secret, _ = store.wait(store.life, lambda: store.life >= life and store.look(f"{store.life}/0") or None)
+    connection = dial(host, port, bytes.fromhex(secret))
+    connection.sendall(frame)
+    return connection
 
 
-# In each process of the server the files under /sys/devices/system/node are those of a folder
-FAKE_SYS = """
-import os, pathlib
-real = pathlib.Path.read_text
-def read_text(path, *arguments, **options):
-    if str(path).startswith("/sys/devices/system/node"):
-        path = pathlib.Path(os.environ["FAKE_SYS"] + str(path)[4:])
-    return real(path, *arguments, **options)
-pathlib.Path.read_text = read_text
-"""
+def test_a_rank_that_leaves_before_all_have_come_meets_them_in_a_new_life(started, monkeypatch):
+    started(RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1")
+    store, (gather, one_is_there) = StoreInMemory(), tcp_links()
+    patch(monkeypatch, processes_torchrun, "RankStore", lambda: store)
+
+    def rank(number, life):
+        return come(store, life, ARRIVAL_PIPE.packed(RankArrival(number, f"node {number}", 0, 1)))
+
+    with ThreadPoolExecutor(1) as thread:
+        gathered = thread.submit(gather)
+        lost = rank(1, 1)
+        assert one_is_there.wait(30)
+        lost.close()
+        while store.life < 2:
+            time.sleep(0.01)
+        with rank(1, 2) as one, rank(2, 2) as two:
+            links = gathered.result(30)
+            assert links.life == 2 and [arrival.host for arrival in links.arrivals] == ["node 1", "node 2"]
+            for channel in links.channels:
+                channel.send(Ready({}))
+            assert [Channel(each, RANK_PIPE).receive(wait=True) for each in (one, two)] == [[Ready({})]] * 2
+            one.close()
+            assert links.has_ended(1) and not links.has_ended(2) and str(links.failure(1)) == "rank 1 on node 1 has ended"
+            for channel in links.channels:
+                channel.connection.close()
+
+
+def test_a_rank_that_comes_after_its_front_has_ended_ends_too(started, monkeypatch):
+    start, store = started()(), StoreInMemory()
+    patch(monkeypatch, processes_torchrun, "RankStore", lambda: store)
+    store.put("over", [1.0, 3])
+    assert serve_rank(Settings(tensor_parallel_size=2), start) == 3
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")       # then it may be the front before that has ended
+    looks = iter(range(3))
+    monkeypatch.setattr(time, "sleep", lambda seconds: next(looks) == 2 and store.put("over", [2.0, 0]))
+    assert serve_rank(Settings(tensor_parallel_size=2), start) == 0 and next(looks, None) is None
+
+
+SECRET = b"a" * 32
 
 
 @pytest.fixture
-def two_nodes(tmp_path):
-    """The environment of a server on a machine of two nodes, with a CPU each."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site/sitecustomize.py").write_text(FAKE_SYS)
-    root = topology(tmp_path / "sys", "0-1", {0: str(CPUS[0]), 1: str(CPUS[1])})
-    path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "FAKE_SYS": str(root)}
+def door():
+    """A function that opens a Door on this machine."""
+    with contextlib.ExitStack() as stack:
+        def make(**changes):
+            listener = stack.enter_context(listen("127.0.0.1"))
+            return stack.enter_context(Door(listener, SECRET, **changes))
+        yield make
 
 
-def where(process):
-    """The CPUs of each worker and each rank of a server, without those that may use all."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return sorted(tuple(child.cpu_affinity()) for child in children if len(child.cpu_affinity()) < len(CPUS))
+@pytest.fixture
+def connect():
+    """A function that connects with a door, from an address of this machine, and sends something."""
+    with contextlib.ExitStack() as stack:
+        def make(door, data=b"", source="127.0.0.1"):
+            newcomer = stack.enter_context(socket.create_connection(door.listener.getsockname(), 10, (source, 0)))
+            newcomer.sendall(data)
+            return newcomer
+        yield make
 
 
-@pytest.mark.skipif(len(CPUS) != 2, reason="needs two CPUs")
-@pytest.mark.parametrize("flags, line", [
-    (("--tp", "2"), "2 processes are bound to nodes 0, 1, this one to node 0"), (("--num-workers", "2"), "2 processes are bound"), ((), "--tp 2 divides")],
-    ids=["two ranks", "two workers", "one process"])
-def test_a_server_binds_its_ranks_and_its_workers_and_advises_where_there_is_one(nanochat_fixtures, two_nodes, flags, line):
-    log = []
-    with server(nanochat_fixtures / "gen5", *flags, env=two_nodes, log=log) as (process, url):
-        assert [text for text in log if "NUMA" in text and line in text], log
-        while any(worker["state"] != "ready" for worker in get(url + "/stats")["workers"]):
-            pass        # the second worker may still load
-        assert post(url + "/chat/completions", ask("hello", max_tokens=8)).read()
-        assert where(process) == ([(CPUS[0],), (CPUS[1],)] if flags else [])
+def prove(newcomer, secret=SECRET, first=b""):
+    """What `dial` sends, and more."""
+    theirs = newcomer.recv(32, socket.MSG_WAITALL)
+    newcomer.sendall(b"n" * 32 + proof(secret, "front", theirs + b"n" * 32) + first)
+
+
+def test_a_connection_is_admitted_only_with_the_secret(door):
+    door = door()
+    with ThreadPoolExecutor(1) as thread:
+        host, port = door.listener.getsockname()
+        assert door.admit(0.01) is None
+        dialed = thread.submit(dial, host, port, b"b" * 32)
+        assert door.admit(0.5) is None and isinstance(dialed.exception(), (EOFError, ConnectionError))
+        dialed = thread.submit(dial, host, port, SECRET)
+        admitted, first = door.admit(10)
+        with admitted, dialed.result() as peer:
+            peer.sendall(b"x")
+            assert admitted.recv(9) == b"x" and admitted.gettimeout() is peer.gettimeout() is first is None
+
+
+def test_who_knows_the_secret_waits_for_nobody_who_stands_in_the_door(door, connect):
+    door = door()
+    idle = [connect(door, b"x" * sent) for sent in (0, 1, 31, 63, 0, 63)]
+    with ThreadPoolExecutor(1) as thread:
+        dialed = thread.submit(dial, *door.listener.getsockname(), SECRET)
+        admitted, _ = door.admit(door.PROOF_S / 2)
+        admitted.close(), dialed.result().close()
+    assert len(door.newcomers) == len(idle)
+
+
+def test_a_byte_now_and_then_does_not_keep_a_newcomer_in_the_door(door, connect, monkeypatch, caplog):
+    """Bytes come as often as you like; the clock, which each look moves on, is all that counts."""
+    door, clock, sent = door(), iter(range(0, 10**6, 2)), 0
+    dripping = connect(door)
+    monkeypatch.setattr(connect_module, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    door.PROOF_S = 60
+    assert door.admit(3) is None and len(door.newcomers) == 1
+    while door.newcomers:
+        dripping.sendall(b"x")
+        sent += 1
+        assert door.admit(3) is None
+    assert 5 < sent < 30 and caplog.messages == ["a connection was refused: no proof within 60 s"]
+
+
+def test_where_newcomers_crowd_the_address_with_the_most_makes_room(door, connect):
+    door = door()
+    door.MOST = 8
+    honest = connect(door, source="127.0.0.2")
+    assert door.admit(0.05) is None
+    crowd = [connect(door) for _ in range(40)]
+    while crowd[-1].getsockname() not in [each.getpeername() for each in door.newcomers]:
+        assert door.admit(0.05) is None
+    assert len(door.newcomers) == 8
+    prove(honest)
+    assert door.admit(10)[0].getpeername() == honest.getsockname()
+
+
+ARRIVAL = ARRIVAL_PIPE.packed(RankArrival(1, "a", 0, 1))
+GARBAGE = {name: HEADER.pack(0, len(body)) + body for name, body in {
+    "no JSON": b"\xff\n[", "too few fields": b"[]", "a list as rank": b'[[1],"a",0,1,null,null]', "text as rank": b'["1","a",0,1,null,null]',
+    "no number of threads": b'[1,"a",0,1e999,null,null]'}.items()} | {
+    "of an unknown kind": b"\xff" * 5, "too large": HEADER.pack(0, 1 << 30), "of another kind": RANK_PIPE.packed(RankPages(5)),
+    "HTTP": b"GET / HTTP/1.1\r\n\r\n"}
+
+
+@pytest.mark.parametrize("frame", GARBAGE.values(), ids=GARBAGE)
+def test_a_first_frame_of_garbage_is_refused_in_one_line(frame, door, connect, caplog):
+    door = door(first=ARRIVAL_PIPE)
+    prove(connect_and_see(door, connect), first=frame)
+    assert door.admit(0.05) is None and not door.newcomers
+    [line] = caplog.messages
+    assert line.startswith("a connection was refused: ") and "\n" not in line and "Traceback" not in caplog.text
+    prove(connect_and_see(door, connect), first=ARRIVAL)
+    connection, arrival = door.admit(10)
+    connection.close()
+    assert arrival == RankArrival(1, "a", 0, 1)
+
+
+def connect_and_see(door, connect):
+    """A newcomer that the door has sent its nonce."""
+    newcomer = connect(door)
+    while newcomer.getsockname() not in [each.getpeername() for each in door.newcomers]:
+        assert door.admit(0.02) is None
+    return newcomer
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" + b"x" * 99, bytes(range(64)), b"\x16\x03\x01" + bytes(200)])
+def test_who_sends_no_proof_and_leaves_is_refused_in_one_line(data, door, connect, caplog):
+    door = door(first=ARRIVAL_PIPE)
+    newcomer = connect(door, data)
+    newcomer.shutdown(socket.SHUT_WR)
+    assert door.admit(0.05) is None and not door.newcomers
+    assert len(caplog.messages) == 1 and "\n" not in caplog.text.strip()
+
+
+def test_ranks_find_each_other_beside_some_who_know_the_secret_and_send_nonsense(started, monkeypatch, caplog):
+    """torchrun's store gives the secret to whoever reaches it."""
+    started(RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1")
+    store, (gather, _) = StoreInMemory(), tcp_links()
+    patch(monkeypatch, processes_torchrun, "RankStore", lambda: store)
+    intruders = [ARRIVAL[:-1], ARRIVAL_PIPE.packed(RankArrival(7, "a", 0, 1)), ARRIVAL_PIPE.packed(RankArrival(0, "a", 0, 1)), RANK_PIPE.packed(RankPages(5)), b"\xff" * 99]
+    with ThreadPoolExecutor(1) as thread, contextlib.ExitStack() as stack:
+        gathered = thread.submit(gather)
+        for frame in intruders:
+            stack.enter_context(come(store, 1, frame))
+        ranks = [stack.enter_context(come(store, 1, ARRIVAL_PIPE.packed(RankArrival(rank, f"node {rank}", 0, 1)))) for rank in (1, 2)]
+        links = gathered.result(30)
+        assert links.life == 1 and [arrival.host for arrival in links.arrivals] == ["node 1", "node 2"]
+        for rank, channel in zip(ranks, links.channels):
+            assert channel.connection.getpeername() == rank.getsockname()
+            channel.connection.close()
+    assert len([line for line in caplog.messages if "refused" in line]) >= 4 and "Traceback" not in caplog.text
+
+
+def test_who_drips_to_one_that_dials_has_one_deadline_too():
+    """A socket's own timeout begins anew with each byte."""
+    class Dripping:
+        timeouts = []
+        settimeout = timeouts.append
+
+        def recv_into(self, view):
+            view[0] = 5
+            return 1
+    data = bytearray(64)
+    receive_into(Dripping(), data, time.monotonic() + 20)
+    assert data == b"\5" * 64 and len(Dripping.timeouts) == 64
+    assert sorted(Dripping.timeouts, reverse=True) == Dripping.timeouts and Dripping.timeouts[-1] < Dripping.timeouts[0] < 20
