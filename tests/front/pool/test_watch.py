@@ -402,7 +402,8 @@ async def started_alone(run_folder, step):
 
 async def test_an_evaluation_steps_aside_for_a_question_and_goes_on_after_it(run_folder, watching, client, tmp_path):
     list(tiny_training.train(run_folder, 30, 30))
-    models = await watching(run_folder, watch_suite=str(write_bundle(tmp_path / "bundle")), results=str(tmp_path / "results"))
+    models = await watching(run_folder, watch_suite=str(write_bundle(tmp_path / "bundle")), results=str(tmp_path / "results"),
+                            stream_interval=0.0)         # a message for each step
     async with serving(models, models.settings) as url:
         await until(lambda: models.registry.models and any(model.pool.dispatcher.jobs for model in models.registry.models))
         model, = models.registry.models
