@@ -2,7 +2,7 @@
 
     python setup.py release                                         for every Python from 3.10 on that is here
     python setup.py release --pythons 3.11,3.13 --out elsewhere     for these, elsewhere
-    python setup.py release --machine aarch64                       wheels alone, for another machine (never run yet)
+    python setup.py release --machine aarch64                       wheels alone, for another machine
 
 It needs pip, a network and the extra `release`: zig (pip install ziglang, 411 MB) compiles for an old glibc, so that the wheels
 run on every Linux with glibc 2.17 or newer, and auditwheel checks that. All sources but the bindings are compiled once, for all Pythons.
@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import io
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -77,15 +78,21 @@ def make_wheel(version: str, machine: str, work: Path, out: Path) -> Path:
         run(python, "-m", "pip", "install", "-q", NEEDED["setuptools"], NEEDED["pybind11"])
     shutil.rmtree(made, ignore_errors=True)
     suffix = f".cpython-{version.replace('.', '')}-{machine}-linux-gnu.so"
+    # without --skip-build, bdist_wheel forgets --build-temp and compiles everything again
     run(python, "setup.py", "-q", "build", "--build-base", made, "build_ext", "--build-temp", work / f"objects-{machine}",
-        "bdist_wheel", "--dist-dir", made / "plain", "--bdist-dir", made / "tree", "--plat-name", f"linux_{machine}",
+        "bdist_wheel", "--skip-build", "--dist-dir", made / "plain", "--bdist-dir", made / "tree", "--plat-name", f"linux_{machine}",
         env=environment(machine, work) | {"SETUPTOOLS_EXT_SUFFIX": suffix})
     [plain] = (made / "plain").glob("*.whl")
-    run(sys.executable, "-m", "auditwheel", "repair", "--plat", f"{PLATFORM}_{machine}", "--only-plat", "-w", made / "repaired", plain,
+    run(sys.executable, "-m", "auditwheel", "repair", "--plat", platform_for(machine), "--only-plat", "-w", made / "repaired", plain,
         env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
-    [repaired] = (made / "repaired").glob("*.whl")
+    [repaired] = (made / "repaired").glob(f"*{PLATFORM}_{machine}*.whl")
     (out / repaired.name).write_bytes(fixed_zip(repaired))
     return out / repaired.name
+
+
+def platform_for(machine: str) -> str:
+    """What auditwheel is to name a wheel for: it takes only its own machine's names, and for others the oldest that holds."""
+    return f"{PLATFORM}_{machine}" if machine == platform.machine() else "auto"
 
 
 def fixed_zip(path: Path) -> bytes:
