@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import platform
 import shutil
@@ -26,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 GLIBC = "2.17"
 PLATFORM = "manylinux2014"                  # its name in the tags of wheels
+BUNDLE_GLIBC = "2.28"                       # what a bundle may need at most, with the libraries of others
 UNBUNDLED = "3.10",                         # has older versions of most libraries, which would take 25 MB more: a file of its own can be made
 FIXED_DATE = 1980, 1, 1, 0, 0, 0            # the earliest in a zip
 NEEDED = {"ziglang": "ziglang", "auditwheel": "auditwheel", "setuptools": "setuptools>=77", "pybind11": "pybind11>=2.13"}
@@ -123,6 +125,15 @@ def make_sources(work: Path, out: Path) -> Path:
     return out / made.name
 
 
+def check_bundle(path: Path):
+    """SystemExit if libraries in a bundle need a newer glibc than we promise, as a library's next version may."""
+    with zipfile.ZipFile(path) as bundle:
+        needed = {python: glibc for python, _, glibc, _ in json.loads(bundle.read("libraries/about.json"))}
+    for python, glibc in needed.items():
+        if [*map(int, glibc.split("."))] > [*map(int, BUNDLE_GLIBC.split("."))]:
+            raise SystemExit(f"{path}: the libraries for Python {python} need glibc {glibc}, and {BUNDLE_GLIBC} is promised: pin older ones in requirements.txt")
+
+
 def fresh(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -150,6 +161,7 @@ def main(words: list[str]) -> int:
             [sources] = Path(folder).iterdir()
             run(sys.executable, sources / "chat_server.py", "bundle", "--with-libraries", "--pythons", ",".join(bundled),
                 "--wheels", out, out / "chat_server.pyz")
+        check_bundle(out / "chat_server.pyz")
         files.append(out / "chat_server.pyz")
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
     (out / f"SHA256SUMS-{asked.machine}").write_text("".join(lines))

@@ -564,6 +564,38 @@ def test_what_libraries_need_of_glibc_is_what_readelf_says():
     assert elf.glibc_of(b"") == elf.glibc_of(b"\x7fELF\1\1") == ()
 
 
+def needed_libraries(path):
+    said = subprocess.run(["readelf", "-d", "-W", path], capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"\(NEEDED\)\s+Shared library: \[(.*?)\]", said))
+
+
+def test_all_libraries_but_the_optional_need_no_newer_glibc_than_2_28_and_nothing_else_of_the_system(packed, tmp_path):
+    with zipfile.ZipFile(packed) as source:
+        compiled = {name: data for name, data in libraries.packed_files(source, libraries.fitting(source)) if data.startswith(b"\x7fELF")}
+    assert len(compiled) > 20 and all(".so" in name for name in compiled)
+    ours = {name for name in compiled if name.startswith("decode_core/")}      # compiled here: a release's wheels have their own bound
+    newer = {name for name in compiled.keys() - ours if elf.glibc_of(compiled[name]) > (2, 28)}
+    assert {name.partition("/")[0] for name in newer} <= {*libraries.OPTIONAL}, newer
+    if not shutil.which("readelf"):
+        return
+    needed = set()
+    for number, data in enumerate(compiled.values()):
+        (tmp_path / str(number)).write_bytes(data)
+        needed |= needed_libraries(tmp_path / str(number))
+    of_glibc = {each for each in needed if re.match(r"(ld-linux.*|lib(c|m|dl|rt|pthread|util))\.so\.\d$", each)}
+    assert needed - of_glibc - {Path(name).name for name in compiled} == {*libraries.SYSTEM} and of_glibc
+
+
+def test_a_library_that_the_system_lacks_is_one_line_and_leaves_nothing(small, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(libraries.SYSTEM, "libnone.so.9", "none9, or none")
+    with pytest.raises(ConfigError, match=r"^its libraries need libnone.so.9 of this system \(libnone.so.9: .*\); install the package none9, or none$"):
+        libraries.usable_tree(*small)
+    assert trees(cache) == [] and {path.name for path in tmp_path.iterdir()} == {"cache", "small.pyz"}
+    monkeypatch.delitem(libraries.SYSTEM, "libnone.so.9")
+    assert libraries.usable_tree(*small).parent.name == "libraries"
+
+
 def test_on_a_system_that_is_too_old_for_a_library_that_can_be_missing_it_is_as_if_it_were_not_installed(monkeypatch):
     needed = {path.partition("/")[0]: elf.glibc_of(data) for path, data in gather.installed_libraries().items() if "llguidance/_lib" in path}
     assert needed and {name: libraries.version_numbers(version) for name, version in libraries.OPTIONAL.items()} == needed
