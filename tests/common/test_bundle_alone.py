@@ -452,7 +452,11 @@ def test_what_is_packed_is_what_is_installed_with_the_program_and_hides_nothing_
     (["--verify", "--unpack", "x"], "are two commands"), (["--verify", "--with-libraries"], "is for making a bundle, not for --verify"),
     (["--verify"], "is for a bundle that runs"), (["--unpack", "x"], "is for a bundle that runs"),
     (["--unpack", "x", "file"], "FILE is for making a bundle"), (["--verify", "/etc/hostname"], "/etc/hostname is damaged (it does not end as a bundle does)"),
-    (["--verify", "/missing"], "cannot read /missing: No such file")])
+    (["--verify", "/missing"], "cannot read /missing: No such file"), (["--unpack", ""], "--unpack: it is empty"), ([""], "FILE: it is empty"),
+    (["--with-libraries", "--with-model", ""], "--with-model: it is empty"), (["--with-libraries", "--wheels", ""], "--wheels: it is empty"),
+    (["--args", "store x"], "cannot begin with store"), (["--args", "bundle x"], "cannot begin with bundle"),
+    (["--with-model", "default", "--args", "x.gguf"], "--args names a MODEL"), (["--with-model", "default", "--args", "a b"], "--args names a MODEL"),
+    (["--with-model", "default", "--args", "--port 80 --models x"], "--args names a MODEL")])
 def test_words_that_do_not_go_together_are_one_line(words, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert chat_server.main(["bundle", *words]) == 2
@@ -509,6 +513,7 @@ def test_verify_finds_a_single_bit(part, talking, tmp_path, capsys):
 def test_it_unpacks_into_a_folder_that_runs_without_a_cache(talking, python, places, tmp_path):
     folder = tmp_path / "shared place"
     done = run(talking, "bundle", "--unpack", folder, python=python, env=places)
+    assert f"{folder}: run it with Python {libraries.THIS_PYTHON}: python3 " in done.stdout
     assert done.returncode == 0 and f"--max-batch 3 --prefix /talk '{folder}/SmolLM2-135M-Instruct.Q4_1.gguf'" in done.stdout
     assert not list((tmp_path / "home").iterdir())
     model = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
