@@ -15,7 +15,8 @@ from chatlm.common.bundle import current_umask
 from chatlm.common.contents import Model, contents_of
 from chatlm.common.errors import ConfigError
 from chatlm.common.libraries import (
-    THIS_PYTHON, DamagedBundle, fitting, opened_bundle, other_files, packed_files, packed_libraries, trees_folder)
+    THIS_PYTHON, DamagedBundle, fitting, opened_bundle, other_files, packed_files, packed_libraries,
+    trees_folder)
 from chatlm.common.program import SCRIPT, program_root
 from chatlm.common.unpack import FOLDER, PLATFORM, about_core
 
