@@ -2,7 +2,7 @@
 
     python setup.py release                                         for every Python from 3.10 on that is here
     python setup.py release --pythons 3.11,3.13 --out elsewhere     for these, elsewhere
-    python setup.py release --machine aarch64                       wheels alone, for another machine (never run yet)
+    python setup.py release --machine aarch64                       wheels alone, for another machine
 
 It needs pip, a network and the extra `release`: zig (pip install ziglang, 411 MB) compiles for an old glibc, so that the wheels
 run on every Linux with glibc 2.17 or newer, and auditwheel checks that. All sources but the bindings are compiled once, for all Pythons.
@@ -13,7 +13,9 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 GLIBC = "2.17"
 PLATFORM = "manylinux2014"                  # its name in the tags of wheels
+BUNDLE_GLIBC = "2.28"                       # what a bundle may need at most, with the libraries of others
 UNBUNDLED = "3.10",                         # has older versions of most libraries, which would take 25 MB more: a file of its own can be made
 FIXED_DATE = 1980, 1, 1, 0, 0, 0            # the earliest in a zip
 NEEDED = {"ziglang": "ziglang", "auditwheel": "auditwheel", "setuptools": "setuptools>=77", "pybind11": "pybind11>=2.13"}
@@ -77,15 +80,21 @@ def make_wheel(version: str, machine: str, work: Path, out: Path) -> Path:
         run(python, "-m", "pip", "install", "-q", NEEDED["setuptools"], NEEDED["pybind11"])
     shutil.rmtree(made, ignore_errors=True)
     suffix = f".cpython-{version.replace('.', '')}-{machine}-linux-gnu.so"
+    # without --skip-build, bdist_wheel forgets --build-temp and compiles everything again
     run(python, "setup.py", "-q", "build", "--build-base", made, "build_ext", "--build-temp", work / f"objects-{machine}",
-        "bdist_wheel", "--dist-dir", made / "plain", "--bdist-dir", made / "tree", "--plat-name", f"linux_{machine}",
+        "bdist_wheel", "--skip-build", "--dist-dir", made / "plain", "--bdist-dir", made / "tree", "--plat-name", f"linux_{machine}",
         env=environment(machine, work) | {"SETUPTOOLS_EXT_SUFFIX": suffix})
     [plain] = (made / "plain").glob("*.whl")
-    run(sys.executable, "-m", "auditwheel", "repair", "--plat", f"{PLATFORM}_{machine}", "--only-plat", "-w", made / "repaired", plain,
+    run(sys.executable, "-m", "auditwheel", "repair", "--plat", platform_for(machine), "--only-plat", "-w", made / "repaired", plain,
         env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
-    [repaired] = (made / "repaired").glob("*.whl")
+    [repaired] = (made / "repaired").glob(f"*{PLATFORM}_{machine}*.whl")
     (out / repaired.name).write_bytes(fixed_zip(repaired))
     return out / repaired.name
+
+
+def platform_for(machine: str) -> str:
+    """What auditwheel is to name a wheel for: it takes only its own machine's names, and for others the oldest that holds."""
+    return f"{PLATFORM}_{machine}" if machine == platform.machine() else "auto"
 
 
 def fixed_zip(path: Path) -> bytes:
@@ -116,6 +125,15 @@ def make_sources(work: Path, out: Path) -> Path:
     return out / made.name
 
 
+def check_bundle(path: Path):
+    """SystemExit if libraries in a bundle need a newer glibc than we promise, as a library's next version may."""
+    with zipfile.ZipFile(path) as bundle:
+        needed = {python: glibc for python, _, glibc, _ in json.loads(bundle.read("libraries/about.json"))}
+    for python, glibc in needed.items():
+        if [*map(int, glibc.split("."))] > [*map(int, BUNDLE_GLIBC.split("."))]:
+            raise SystemExit(f"{path}: the libraries for Python {python} need glibc {glibc}, and {BUNDLE_GLIBC} is promised: pin older ones in requirements.txt")
+
+
 def fresh(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -143,6 +161,7 @@ def main(words: list[str]) -> int:
             [sources] = Path(folder).iterdir()
             run(sys.executable, sources / "chat_server.py", "bundle", "--with-libraries", "--pythons", ",".join(bundled),
                 "--wheels", out, out / "chat_server.pyz")
+        check_bundle(out / "chat_server.pyz")
         files.append(out / "chat_server.pyz")
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
     (out / f"SHA256SUMS-{asked.machine}").write_text("".join(lines))

@@ -152,6 +152,8 @@ class BuildCore(build_ext):
             command = [part for part in self.compiler.compiler_so if not part.startswith(("-O", "-g", "-W", "-march", "-mtune"))]
             compiler = self.compiler_cxx() or command
             isa = [flag for flag in isa if flag not in GCC_ALONE or not is_clang(tuple(compiler))]
+            if "ziglang" in compiler:                   # it takes the value of -march for a CPU's name
+                isa = [flag.replace("-march=armv8.2-a", "-mcpu=generic+v8_2a") for flag in isa]
             command = [*compiler, "-fPIC", *COMMON_FLAGS, *isa, f"-I{CSRC}", f"-isystem{pybind11.get_include()}"]
             command += [f"-isystem{folder}" for folder in self.compiler.include_dirs]
             self.call([*command, *macros, "-c", str(source), "-o", str(target)])

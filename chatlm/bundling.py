@@ -16,6 +16,7 @@ from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 
+OTHER_COMMANDS = "bundle", "store"
 ABOUT = ("Pack the program into one file, with the page and the compiled core of this platform: `python "
          "FILE` runs it on any machine that has the libraries. --with-libraries packs them too: then the "
          "machine needs nothing but the Python that the file was made for.")
@@ -48,6 +49,9 @@ def parse_bundle_words(words: Seq[str]) -> argparse.Namespace:
     parser.add_argument("--unpack", metavar="FOLDER", default=None, type=file_name,
                         help="unpack the bundle that runs into a new folder, where it needs no cache")
     values = parser.parse_args(joined(words))
+    for name, value in vars(values).items():
+        if value == "":                         # as of a variable that a script has not set
+            parser.error(f"{'FILE' if name == 'file' else '--' + name.replace('_', '-')}: it is empty")
     making = [f"--{name.replace('_', '-')}" for name in (
         "without_core", "with_libraries", "pythons", "wheels", "with_model", "args") if getattr(values, name)]
     others = making + (["FILE"] if values.unpack and values.file else [])
@@ -58,6 +62,10 @@ def parse_bundle_words(words: Seq[str]) -> argparse.Namespace:
         parser.error(f"{others[0]} is for making a bundle, not for {action}")
     if values.without_core and values.with_libraries:
         parser.error("--without-core: a bundle with libraries has no torch, which would compute instead")
+    if values.with_model and values.args:
+        settings = parse_command_line(values.args, {})
+        if settings.model or settings.several or settings.models:
+            parser.error("--args names a MODEL, which would run instead of that of --with-model")
     for name in ("pythons", "wheels"):
         if getattr(values, name) and not values.with_libraries:
             parser.error(f"--{name} needs --with-libraries")
@@ -91,6 +99,8 @@ def kept_words(text: str) -> tuple[str, ...]:
             raise ConfigError("everyone who gets the file could read a key; use --api-key-file")
         if any(word in ("--help", "-h", "--version") for word in words):
             raise ConfigError("--help and --version run nothing")
+        if words[:1] and words[0] in OTHER_COMMANDS:
+            raise ConfigError(f"a file that is a chat cannot begin with {words[0]}")
         parse_command_line(words, {})
     except (ConfigError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
@@ -131,7 +141,7 @@ def with_kept_words(words: Seq[str]) -> list[str]:
     command, theirs runs."""
     kept = list(own_contents().words)
     command = kept.pop(0) if kept[:1] and kept[0] in PROGRAM_COMMANDS else "serve"
-    given = words[0] if words[:1] and words[0] in (*PROGRAM_COMMANDS, "bundle", "store") else ""
+    given = words[0] if words[:1] and words[0] in (*PROGRAM_COMMANDS, *OTHER_COMMANDS) else ""
     if not kept and command == "serve" or given not in ("", command):
         return list(words)
     return [command, *kept, *(words[1:] if given else words)]

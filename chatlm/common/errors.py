@@ -126,8 +126,9 @@ def require_library(name: str, purpose: str):
             missing += [package for package in PACKAGES
                         if package not in missing and importlib.util.find_spec(package) is None]
         noun = "package" if len(missing) == 1 else "packages"
+        reason = str(error).rpartition("Original error was:")[2].strip()  # after numpy's page of advice
         raise lack_of_memory(error) or ConfigError(
-            f"{purpose} needs the Python {noun} {', '.join(missing)} ({error}); "
+            f"{purpose} needs the Python {noun} {', '.join(missing)} ({reason}); "
             f"install with: {sys.executable} -m pip install {' '.join(missing)}") from None
 
 

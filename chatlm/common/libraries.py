@@ -34,6 +34,9 @@ FOUND = "CHAT_SERVER_LIBRARIES"     # the tree that this process uses: for the p
 UNPACKING_S = 120.0                 # how long to wait for another process that unpacks the same
 NEEDED = "150 MB"
 OPTIONAL = {"llguidance": "2.30"}   # what needs a newer glibc than the others, and can be done without
+# What they need of the system beside glibc, and the packages of Debian and Fedora that have it
+SYSTEM = {"libstdc++.so.6": "libstdc++6, or libstdc++", "libgcc_s.so.1": "libgcc-s1, or libgcc",
+          "libz.so.1": "zlib1g, or zlib"}
 THIS_PYTHON = "{}.{}".format(*sys.version_info)
 
 
@@ -232,7 +235,9 @@ def remove_own(tree: Path, maker: int):
 
 
 def write_tree(tree: Path, bundle: zipfile.ZipFile, libraries: Libraries):
-    """Write a tree into an empty folder. DamagedBundle if an archive is not what was packed."""
+    """Write a tree into an empty folder. DamagedBundle if an archive is not what was packed; ConfigError if
+    the system lacks what the libraries need."""
+    check_system()
     write_new(f"{tree}/lock", bytes(mmap.PAGESIZE))
     hold(tree / "lock")
     check_executable(tree)
@@ -247,6 +252,21 @@ def write_tree(tree: Path, bundle: zipfile.ZipFile, libraries: Libraries):
         write_new(path, data)
         note[name] = looks_of(os.lstat(path))
     write_new(f"{tree}/note.json", json.dumps(note).encode())
+
+
+def check_system():
+    """ConfigError for a library that the system lacks: apt and dnf bring all of them, an image without these
+    may not have them."""
+    try:
+        import ctypes
+    except ImportError:
+        return
+    for library, packages in SYSTEM.items():
+        try:
+            ctypes.CDLL(library)
+        except OSError as error:
+            raise ConfigError(f"its libraries need {library} of this system ({error}); install the package "
+                              f"{packages}") from None
 
 
 def write_new(path: str, data: bytes):

@@ -15,7 +15,8 @@ from chatlm.common.bundle import current_umask
 from chatlm.common.contents import Model, contents_of
 from chatlm.common.errors import ConfigError
 from chatlm.common.libraries import (
-    DamagedBundle, fitting, opened_bundle, other_files, packed_files, packed_libraries, trees_folder)
+    THIS_PYTHON, DamagedBundle, fitting, opened_bundle, other_files, packed_files, packed_libraries,
+    trees_folder)
 from chatlm.common.program import SCRIPT, program_root
 from chatlm.common.unpack import FOLDER, PLATFORM, about_core
 
@@ -86,6 +87,7 @@ def unpack_bundle(path: Path, folder: Path) -> str:
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (part / name).write_bytes(data)
             model, words = contents_of(bundle)
+            version = f" Python {THIS_PYTHON}" if packed_libraries(bundle) else ""
         if model:
             copy_part(path, part / f"{model.name}.gguf", model)
         (part / SCRIPT).chmod(0o777 & ~current_umask())
@@ -96,7 +98,7 @@ def unpack_bundle(path: Path, folder: Path) -> str:
         shutil.rmtree(part, ignore_errors=True)
     command = ["python3", str(target / SCRIPT), *words]
     command += [str(target / f"{model.name}.gguf")] if model else []
-    return f"{folder}: run it with: {shlex.join(command)}"
+    return f"{folder}: run it with{version}: {shlex.join(command)}"
 
 
 def unpacked_files(bundle: zipfile.ZipFile) -> Iterator[tuple[str, bytes]]:

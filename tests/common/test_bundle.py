@@ -188,6 +188,13 @@ def test_the_script_copied_alone_names_the_command_that_makes_a_bundle(tmp_path)
     assert "`python chat_server.py bundle`" in one_line(run(*BARE, tmp_path / "chat_server.py"))
 
 
+@pytest.mark.parametrize("models", [[], ["a"], ["a", "b"]])
+def test_a_python_without_libraries_is_told_which_to_install_in_one_line(models):
+    """With several models a sandbox is being started when the server gives up."""
+    line = one_line(run(*BARE, CHECKOUT / "chat_server.py", *models, "--port", "0"))
+    assert "needs the Python packages aiohttp, numpy" in line or "a: No such file" in line or "no model at 'a'" in line
+
+
 def test_an_old_python_reads_the_first_code_of_a_bundle():
     tree = ast.parse(bundle.MAIN, feature_version=(3, 4))
     assert not any(isinstance(node, (ast.JoinedStr, ast.NamedExpr, ast.AnnAssign)) for node in ast.walk(tree))

@@ -452,7 +452,11 @@ def test_what_is_packed_is_what_is_installed_with_the_program_and_hides_nothing_
     (["--verify", "--unpack", "x"], "are two commands"), (["--verify", "--with-libraries"], "is for making a bundle, not for --verify"),
     (["--verify"], "is for a bundle that runs"), (["--unpack", "x"], "is for a bundle that runs"),
     (["--unpack", "x", "file"], "FILE is for making a bundle"), (["--verify", "/etc/hostname"], "/etc/hostname is damaged (it does not end as a bundle does)"),
-    (["--verify", "/missing"], "cannot read /missing: No such file")])
+    (["--verify", "/missing"], "cannot read /missing: No such file"), (["--unpack", ""], "--unpack: it is empty"), ([""], "FILE: it is empty"),
+    (["--with-libraries", "--with-model", ""], "--with-model: it is empty"), (["--with-libraries", "--wheels", ""], "--wheels: it is empty"),
+    (["--args", "store x"], "cannot begin with store"), (["--args", "bundle x"], "cannot begin with bundle"),
+    (["--with-model", "default", "--args", "x.gguf"], "--args names a MODEL"), (["--with-model", "default", "--args", "a b"], "--args names a MODEL"),
+    (["--with-model", "default", "--args", "--port 80 --models x"], "--args names a MODEL")])
 def test_words_that_do_not_go_together_are_one_line(words, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert chat_server.main(["bundle", *words]) == 2
@@ -509,6 +513,7 @@ def test_verify_finds_a_single_bit(part, talking, tmp_path, capsys):
 def test_it_unpacks_into_a_folder_that_runs_without_a_cache(talking, python, places, tmp_path):
     folder = tmp_path / "shared place"
     done = run(talking, "bundle", "--unpack", folder, python=python, env=places)
+    assert f"{folder}: run it with Python {libraries.THIS_PYTHON}: python3 " in done.stdout
     assert done.returncode == 0 and f"--max-batch 3 --prefix /talk '{folder}/SmolLM2-135M-Instruct.Q4_1.gguf'" in done.stdout
     assert not list((tmp_path / "home").iterdir())
     model = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -562,6 +567,38 @@ def test_what_libraries_need_of_glibc_is_what_readelf_says():
         compared.add(max(strong, default=""))
     assert len(compared) > 2
     assert elf.glibc_of(b"") == elf.glibc_of(b"\x7fELF\1\1") == ()
+
+
+def needed_libraries(path):
+    said = subprocess.run(["readelf", "-d", "-W", path], capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"\(NEEDED\)\s+Shared library: \[(.*?)\]", said))
+
+
+def test_all_libraries_but_the_optional_need_no_newer_glibc_than_2_28_and_nothing_else_of_the_system(packed, tmp_path):
+    with zipfile.ZipFile(packed) as source:
+        compiled = {name: data for name, data in libraries.packed_files(source, libraries.fitting(source)) if data.startswith(b"\x7fELF")}
+    assert len(compiled) > 20 and all(".so" in name for name in compiled)
+    ours = {name for name in compiled if name.startswith("decode_core/")}      # compiled here: a release's wheels have their own bound
+    newer = {name for name in compiled.keys() - ours if elf.glibc_of(compiled[name]) > (2, 28)}
+    assert {name.partition("/")[0] for name in newer} <= {*libraries.OPTIONAL}, newer
+    if not shutil.which("readelf"):
+        return
+    needed = set()
+    for number, data in enumerate(compiled.values()):
+        (tmp_path / str(number)).write_bytes(data)
+        needed |= needed_libraries(tmp_path / str(number))
+    of_glibc = {each for each in needed if re.match(r"(ld-linux.*|lib(c|m|dl|rt|pthread|util))\.so\.\d$", each)}
+    assert needed - of_glibc - {Path(name).name for name in compiled} == {*libraries.SYSTEM} and of_glibc
+
+
+def test_a_library_that_the_system_lacks_is_one_line_and_leaves_nothing(small, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(libraries.SYSTEM, "libnone.so.9", "none9, or none")
+    with pytest.raises(ConfigError, match=r"^its libraries need libnone.so.9 of this system \(libnone.so.9: .*\); install the package none9, or none$"):
+        libraries.usable_tree(*small)
+    assert trees(cache) == [] and {path.name for path in tmp_path.iterdir()} == {"cache", "small.pyz"}
+    monkeypatch.delitem(libraries.SYSTEM, "libnone.so.9")
+    assert libraries.usable_tree(*small).parent.name == "libraries"
 
 
 def test_on_a_system_that_is_too_old_for_a_library_that_can_be_missing_it_is_as_if_it_were_not_installed(monkeypatch):

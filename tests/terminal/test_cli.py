@@ -218,6 +218,13 @@ def test_all_packages_that_are_missing_are_named_at_once(monkeypatch):
         require_library("prometheus_client", "/metrics")
 
 
+def test_a_library_s_page_of_advice_is_left_out(monkeypatch, tmp_path):
+    (tmp_path / "page_of_advice.py").write_text("raise ImportError('\\nPLEASE READ THIS\\n\\nOriginal error was: libx.so: cannot open\\n')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^x needs the Python package page_of_advice \(libx.so: cannot open\); install with"):
+        require_library("page_of_advice", "x")
+
+
 @pytest.mark.parametrize("compilers, words", [((), "install a C++ compiler (Debian: apt install g++), then `pip install .`"),
                                               (("g++",), "reference ops run; `pip install .`")])
 def test_without_kernels_the_missing_compiler_is_named(monkeypatch, local_pool, capsys, compilers, words):

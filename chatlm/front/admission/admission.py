@@ -183,7 +183,8 @@ class Sandbox:
         process, self.process = self.process, None
         if process is None:
             return None
-        self.writer.close()
+        if writer := getattr(self, "writer", None):  # one that is being started has none yet
+            writer.close()
         with suppress(subprocess.TimeoutExpired):
             await asyncio.to_thread(process.wait, patience_s)
         process.kill()
