@@ -22,6 +22,7 @@ class WorkerConfig:
     threads: int        # at most
     prefix_memory: tuple[str, ...] = ()  # paths of segments that it shares with others
     prefix_bytes: int = 0  # that these may take
+    answering: str = ""  # path of the server's word, see chatlm/common/answering.py; "": it has none
 
 
 @wire_message(8 << 20)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from chatlm.common.answering import path_of_word
 from chatlm.common.core import device_files, torch_installed
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
@@ -67,7 +68,8 @@ class LocalDevices:
             shared, size = self.prefixes.paths, self.prefixes.bytes
             more = self.prefixes.bytes - self.prefixes.used
         secretless = replace(self.settings, keys=(), api_key=(), prefix_memory=more)
-        return reader, WorkerConfig(secretless, self.source, worker.device, threads, shared, size)
+        return reader, WorkerConfig(secretless, self.source, worker.device, threads, shared, size,
+                                    path_of_word())
 
     def now(self) -> ModelSource | None:
         """The source with the current version of its files; None if unchanged, or if they cannot be read."""

@@ -366,6 +366,7 @@ class ModelSpec:
     sum_norms: bool = False           # these two: of x with what the block has added; there is no final_norm
     of_texts: bool = False            # it embeds whole texts: a token sees what comes after it too, up to its
                                       # layer's window on either side; there is no head
+    embeds: bool = False              # texts are all that it computes: layers wait while others write answers
     first_norm: bool = True           # False: layer 0 has no attention_norm
     input_norm: bool = False          # embed_norm: of the sum of all embeddings
     distance_buckets: bool = False    # scores get a bias for each head and bucket of distances (MPNet)

@@ -340,6 +340,8 @@ class Transformer:
                       **more)   # (T, H * D)
         if self.q_scale is not None:
             k.scale_rows(q, self.q_scale, inputs.positions, out=q)
+        if spec.embeds:
+            k.pause()
         if spec.of_texts:
             more = {"distances": self.distances} if spec.distance_buckets else {}
             k.text_attention(q, cache, inputs.attention, attn.window, out=attended, **more)  # (T, H * Dv)
