@@ -215,8 +215,8 @@ def test_a_gguf_file_that_would_be_computed_otherwise_is_refused(made, changes, 
 
 @pytest.mark.parametrize("key, value, words", [
     ("precompiled_charsmap", [255] * 400, "model.gguf: the model's tokenizer is broken: .*precompiled_charsmap"),
-    ("scores", [0.0], "tokenizer.ggml.scores is a list of 1; it must be a list of 66 finite numbers"),
-    ("unknown_token_id", 999, "tokenizer.ggml.unknown_token_id is 999; it must be an integer from 0 to 65")])
+    ("scores", [0.0], "tokenizer.ggml.scores is a list of 255; it must be a list of 320 finite numbers"),
+    ("unknown_token_id", 999, "tokenizer.ggml.unknown_token_id is 999; it must be an integer from 0 to 319")])
 def test_a_broken_vocabulary_is_one_line(made, key, value, words, tmp_path, monkeypatch):
     metadata = encoders.vocabulary("xlm-roberta") | {f"tokenizer.ggml.{key}": value}
     monkeypatch.setattr(encoders, "vocabulary", lambda name: metadata)
