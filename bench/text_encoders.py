@@ -4,8 +4,8 @@
     python bench/text_encoders.py [--shape minilm] [--llama-server PATH] [--threads 2] [--seconds 2] [--rounds 2]
 
 Each contestant embeds texts of 32, 128 and 512 tokens, as many at once as it likes, on the same weights: ours in float32 and Q8_0, by an
-engine in this process; sentence-transformers' model by torch in float32, 32 texts of one length at a time, so without any padding;
-llama-server --embedding with the same Q8_0 and F16 files, 32 texts in a request. They take turns, --rounds times, and each has its best rate.
+engine in this process; sentence-transformers' model by torch in float32, texts of one length at a time, so without any padding;
+llama-server --embedding with the same Q8_0 and F16 files, 32 texts (--together) in a request. They take turns, --rounds times, and each has its best rate.
 """
 
 import argparse
@@ -29,16 +29,16 @@ import encoders         # noqa: E402  of the tests
 SHAPES = {
     "minilm": ("bert", dict(vocab_size=320, hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)),
     "bge-m3": ("xlm-roberta", dict(vocab_size=320, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16))}
-LENGTHS, TOGETHER = (32, 128, 512), 32
+LENGTHS = (32, 128, 512)
 
 
-def rate(run, seconds):
-    """Texts per second: `run` embeds TOGETHER texts; repeated for about this long."""
+def rate(run, seconds, together):
+    """Texts per second: `run` embeds so many texts; repeated for about this long."""
     run()
     count, begin = 0, time.perf_counter()
     while (spent := time.perf_counter() - begin) < seconds:
         run()
-        count += TOGETHER
+        count += together
     return count / spent
 
 
@@ -103,10 +103,11 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--together", type=int, default=32, help="texts that a contestant gets at once")
     args = parser.parse_args()
     (name, sizes), dice = SHAPES[args.shape], np.random.default_rng(0)
     model = encoders.make_encoder(name, **sizes)
-    texts = [dice.integers(5, 70, (TOGETHER, length - length // 256)).tolist() for length in LENGTHS]
+    texts = [dice.integers(5, 70, (args.together, length - length // 256)).tolist() for length in LENGTHS]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files = [folder / f"{kind}.gguf" for kind in ("Q8_0", "F16")]
@@ -121,7 +122,7 @@ def main():
             for _ in range(args.rounds):
                 for i, ids in enumerate(texts):
                     for each in contestants:
-                        best[each.name][i] = max(best[each.name][i], rate(lambda: each.embed(ids), args.seconds))
+                        best[each.name][i] = max(best[each.name][i], rate(lambda: each.embed(ids), args.seconds, args.together))
         finally:
             for each in contestants:
                 each.close()

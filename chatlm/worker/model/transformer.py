@@ -230,7 +230,7 @@ class Transformer:
 
         Every op writes into a given buffer, so that the steps can be recorded or captured as a CUDA graph."""
         spec, k, w = self.spec, self.kernels, self.weights
-        b.adapters = inputs.adapters
+        b.adapters, b.types = inputs.adapters, inputs.previous_token_ids
         if spec.opens:
             self._embed(inputs, b)
         for l, layer in enumerate(self.layers):
@@ -407,6 +407,8 @@ class Transformer:
             biases=(layer.get(f"expert_{up}_bias"), layer.get("expert_down_bias")),
             out=total if reads is x else reads, activation=spec.activation, chosen=spec.experts_per_token,
             sum_to_one=spec.shares_sum_to_one, residual=alone and reads is x, **router_options(spec, layer))
+        if spec.sum_norms:
+            return self._norm_sum(b, layer)
         if spec.latent_size:
             adapted_linear(k, b, reads, layer, "latent_out", l, residual=x if alone else None, out=total)
         if spec.shared_size:
@@ -422,6 +424,15 @@ class Transformer:
             k.all_reduce(b.added, out=b.x, residual=b.residual)
         elif not alone:
             k.mix(b.residual, b.added, 1.0, 1.0, out=b.x)
+
+    def _norm_sum(self, b: SimpleNamespace, layer: dict):
+        """x = norm(x + the bias that all experts have together)."""
+        spec, k = self.spec, self.kernels
+        if spec.experts_bias:  # all tokens are of type 0
+            k.embed(layer["experts_bias"].reshape(-1, spec.width), b.types, out=b.previous,
+                    part=(0, spec.vocab_size))
+            k.mix(b.x, b.previous, 1.0, 1.0, out=b.x)
+        k.layer_norm(b.x, layer["down_norm"], layer.get("down_norm_bias"), self.norm_eps, out=b.x)
 
     def _normed(self, b: SimpleNamespace, x, layer: dict, name: str) -> tuple[Any, Norm | None]:
         """What a product reads in place of the normalized x: x, and the norm that `linear` applies to it, or
