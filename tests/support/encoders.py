@@ -107,7 +107,7 @@ def save_folder(folder, name, model, pooling="mean", dense=(), **files):
         weight, bias = torch.randn(out, size) / size**0.5, torch.randn(out) / 4
         (folder / f"{i}_Dense").mkdir()
         save_file({"linear.weight": weight} | ({"linear.bias": bias} if has_bias else {}), folder / f"{i}_Dense/model.safetensors")
-        write_json(folder, **{f"{i}_Dense__config": {"in_features": size, "out_features": out, "bias": has_bias, "activation_function": f"torch.nn.modules.activation.{activation}"}})
+        write_json(folder, **{f"{i}_Dense__config": {"in_features": size, "out_features": out, "bias": has_bias, "activation_function": f"torch.nn.modules.{'linear' if activation == 'Identity' else 'activation'}.{activation}"}})
         made.append((weight, bias if has_bias else torch.zeros(out), activation))
     return made
 
