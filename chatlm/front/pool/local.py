@@ -119,8 +119,8 @@ def choose_devices(settings: Settings) -> list[str]:
 
 def niceness(settings: Settings) -> int | None:
     """The niceness of workers, from --nice; None: the server's own."""
-    watches = settings.watch is not None and choose_devices(settings)[0] == "cpu"
-    return 19 if settings.nice is None and watches else settings.nice
+    yields = settings.watch is not None or settings.command == "embed"
+    return 19 if settings.nice is None and yields and choose_devices(settings)[0] == "cpu" else settings.nice
 
 
 def cuda_device_count() -> int:
