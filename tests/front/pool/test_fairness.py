@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import time
 
 import aiohttp
 import pytest
@@ -11,6 +12,7 @@ from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import Overloaded
 from chatlm.common.messages.protocol import Cancel, NewAnswer
 from chatlm.common.messages.requests import Piece, SamplingParams
+from chatlm.common.processes.start import patient
 from chatlm.front.pool.dispatcher import WaitingQueue, waiting_of
 from chatlm.front.pool.worker import Job, State
 from answers import asked, ending, said
@@ -61,6 +63,18 @@ async def test_a_text_makes_room_for_an_answer_and_texts_do_not_fill_the_queue()
     for stream in (*texts, *answers.values()):
         await stream.aclose()
     assert not pool.dispatcher.jobs and not worker.jobs and not len(pool.dispatcher.pending)
+
+
+async def test_a_long_text_may_take_long_in_its_one_step():
+    pool = played_pool()
+    [worker] = pool.workers
+    worker.TEXT_TOKEN_S = 10.0
+    stream = pool.answer(asked("long", prompts=((1,),), prompt_ids=((1,) * 60,), client="a", pooling="mean", max_tokens=0))
+    await anext(stream)
+    worker.awaited_s = time.monotonic() - patient(worker.HANG_S) - 60
+    assert worker.jobs and not worker.hung
+    await stream.aclose()
+    assert not worker.jobs and worker.hung
 
 
 def test_clients_take_turns_and_each_is_served_in_order():
