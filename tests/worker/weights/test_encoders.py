@@ -58,6 +58,20 @@ def test_a_folder_gives_the_vectors_of_transformers(made, name, backend, tmp_pat
             assert abs(np.linalg.norm(vector) - 1) < 1e-6
 
 
+@COMPILED
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_that_are_no_multiples_of_16_are_computed_with_zeros_between(name, tmp_path):
+    model = make_encoder(name, hidden_size=88, intermediate_size=104, **{"head_dim": 20, "query_pre_attn_scalar": 20} if name == "gemma" else {})
+    save_folder(tmp_path, name, model)
+    loaded, engine = engine_of(tmp_path)
+    assert engine.kernels.row_invariant and not not_compiled(loaded.spec)
+    ids = [framed(loaded.text.embedder, engine.tokenizer, text) for text in TEXTS]
+    for pooling in ("mean", "cls"):
+        found = vectors(engine, ids, pooling=pooling)
+        assert all(len(vector) == 88 and cosine(vector, expected(model, tokens, pooling)) > CLOSE for vector, tokens in zip(found, ids))
+        assert np.array_equal(vectors(engine, ids, together=False, pooling=pooling), found)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_tokens_are_those_of_its_makers(made, name, tmp_path):
     save_folder(tmp_path, name, made(name))
