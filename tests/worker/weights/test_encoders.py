@@ -1,6 +1,9 @@
 """Models that embed or rank whole texts, as folders and as GGUF files, against transformers: vectors, scores, tokens, and what is refused."""
 
 import json
+import os
+import signal
+import threading
 from urllib.error import HTTPError
 
 import numpy as np
@@ -18,7 +21,7 @@ import encoders
 from encoders import (
     FILES, MODELS, PIECES, TEXTS, cosine, engine_of, expected, expected_score, framed, make_encoder, modules, save_folder, save_gguf, vectors, write_json,
     write_tokenizer)
-from real_server import post, server
+from real_server import get, post, server
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COMPILED = pytest.mark.skipif(decode_core() is None, reason="not built")
@@ -375,3 +378,21 @@ def test_a_server_embeds_and_ranks(made, tmp_path):
         with pytest.raises(HTTPError) as caught:
             post(f"{url}/v1/chat/completions", {"model": "embedder", "messages": [{"role": "user", "content": "a"}]})
         assert caught.value.code == 400
+
+
+def test_a_worker_killed_while_texts_are_embedded_costs_no_vector(made, tmp_path):
+    save_folder(tmp_path, "bert", made("bert"))
+    texts = [f"the cat and {number} dogs " * 24 for number in range(1200)]
+
+    def embed(url):
+        return [item["embedding"] for item in json.load(post(f"{url}/v1/embeddings", {"input": texts, "encoding_format": "base64"}))["data"]]
+
+    with server(tmp_path, "--dtype", "float32") as (_, url):
+        wanted, found = embed(url), []
+        asking = threading.Thread(target=lambda: found.append(embed(url)))
+        asking.start()
+        while not (worker := get(f"{url}/stats")["workers"][0])["running"]:
+            assert asking.is_alive()
+        os.kill(worker["pid"], signal.SIGKILL)
+        asking.join()
+        assert found == [wanted] and get(f"{url}/stats")["workers"][0]["restarts"] == 1
