@@ -264,6 +264,7 @@ class Engine:
         if step.tokens >= self.timed_tokens:
             token_s = (self.finished_s - began_s) / step.tokens
             self.token_s += (token_s - self.token_s) * (0.2 if self.token_s else 1.0)
+            self.scheduler.token_s = self.token_s
             if self.keeper:
                 self.keeper.pace.token_s = self.token_s
         for sequence, draft in step.drawing:

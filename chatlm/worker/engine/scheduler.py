@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.keeper import Keeper
 
 
-TEXTS_S = 2.0  # seconds between two steps that embed texts, while the same model writes answers
+# While the same model writes answers: seconds between two steps that embed texts, and about how long one is
+TEXTS_S, TEXT_STEP_S = 2.0, 0.1
 FREE_ROWS = 8  # in a decode_core step take hardly longer than one row on a CPU; not measured on a GPU
 
 
@@ -37,6 +38,7 @@ class Scheduler:
         self.running: list[Sequence] = []      # in order of admission
         self.preemptions = 0
         self.texts_s = 0.0                     # when a step last embedded texts
+        self.token_s = 0.0                     # measured seconds per prompt token; 0: not yet
         self.keeper: Keeper | None = None
 
     def add(self, sequence: Sequence):
@@ -73,7 +75,8 @@ class Scheduler:
         drafts = [self._draft(s, room) if s.draft and not apart else () for s in decoding]
         plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
         if prefilling:
-            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan))
+            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan),
+                                        self.prefill_chunk)
         plan = [chunk for chunk in plan if chunk.sequence.pages]  # a later one may have preempted it
         if self.tables.states:
             plan = [chunk for chunk in map(self.tables.states.prepare, plan) if chunk]
@@ -81,13 +84,17 @@ class Scheduler:
 
     def _texts_now(self, answers: list[Sequence]) -> list[Chunk] | None:
         """A step of texts to embed; None if it is to be one of answers. Texts have steps of their own, so
-        that those of answers are as fast as without them; beside answers, one in TEXTS_S."""
+        that those of answers are as fast as without them; beside answers there are few, and short ones."""
         waiting = [sequence for sequence in self.running if sequence.pooling and sequence.prefilling]
-        if not waiting or answers and time.monotonic() - self.texts_s < TEXTS_S:
+        left = self.prefill_chunk
+        if answers:
+            left = min(left, max(self.pool.page_size, int(TEXT_STEP_S / (self.token_s or TEXT_STEP_S))))
+        rest_s = max(TEXTS_S, TEXTS_S / TEXT_STEP_S * left * self.token_s)
+        if not waiting or answers and time.monotonic() - self.texts_s < rest_s:
             return None
-        self.texts_s, chunks, left = time.monotonic(), [], self.prefill_chunk
+        self.texts_s, chunks = time.monotonic(), []
         if not self.of_texts:
-            chunks = self._share_prefill(waiting, self.max_rows)
+            chunks = self._share_prefill(waiting, self.max_rows, left)
         for sequence in waiting if self.of_texts else ():  # the oldest, however long, and what fits beside it
             if (not chunks or sequence.pending <= left) and self._grow(sequence):
                 chunks.append(Chunk(sequence, sequence.pending))
@@ -221,14 +228,14 @@ class Scheduler:
                 output.queued_s = time.monotonic() - output.added_s
                 output.usage = Usage(cached_tokens=min(sequence.computed, len(sequence.work.prompt_ids)))
 
-    def _share_prefill(self, prefilling: list[Sequence], rows: int) -> list[Chunk]:
-        """Split the step's prefill budget: at least half to the oldest, the rest shortest first.
+    def _share_prefill(self, prefilling: list[Sequence], rows: int, left: int) -> list[Chunk]:
+        """Split the step's prefill budget, `left`: at least half to the oldest, the rest shortest first.
 
         Each may need one of the `rows` rows of logits; prompts being scored share the remaining rows."""
         oldest, *others = prefilling
         others.sort(key=lambda sequence: sequence.pending)
         wanted = sum(sequence.pending for sequence in others)
-        left, rows = self.prefill_chunk, rows - len(prefilling)
+        rows -= len(prefilling)
         chunks = []
         for sequence in (oldest, *others):
             if sequence.restoration:

@@ -74,11 +74,24 @@ def test_decoding_sequences_run_in_every_step_beside_a_long_prompt():
         assert counts["long"] == 64
 
 
+def test_a_slow_model_embeds_few_tokens_in_a_step_beside_answers_and_then_answers_for_long(monkeypatch):
+    s, now = scheduler(), 1000.0
+    monkeypatch.setattr(scheduling.time, "monotonic", lambda: now)
+    s.token_s = 0.05                # 64 tokens would stop the answer for 3 s
+    s.add(sequence("answer", 5))
+    s.add(sequence("text", [7] * 70, pooling="mean"))
+    assert [step(s) for _ in range(2)] == [{"text": 16}, {"answer": 5}]
+    now += 15.0                     # 20 times as long as the 16 tokens took have not passed
+    assert step(s) == {"answer": 1}
+    now += 2.0
+    assert step(s) == {"text": 16}
+
+
 @pytest.mark.parametrize("seconds, steps", [(1e9, [{"answer": 5}, {"answer": 1}, {"answer": 1}]), (0.0, [{"text": 64}, {"text": 6}, {"answer": 5}])])
 def test_texts_to_embed_have_steps_of_their_own_and_beside_answers_seldom_one(monkeypatch, seconds, steps):
     monkeypatch.setattr(scheduling, "TEXTS_S", seconds)
     s = scheduler()
-    s.texts_s = time.monotonic()
+    s.texts_s, s.token_s = time.monotonic(), 0.001
     s.add(sequence("answer", 5))
     s.add(sequence("text", [7] * 70, pooling="mean"))
     assert [step(s) for _ in range(3)] == steps
