@@ -147,6 +147,8 @@ def share_word(engine: Engine, path: str):
     except OSError as error:
         return log.warning("texts will be embedded beside answers as fast as ever: %s", error)
     spec = engine.transformer.spec
+    if spec.embeds and engine.ranks:
+        return  # the other ranks would take a pause for the death of this one
     if spec.embeds:
         engine.kernels.backend.pause_while(word, longest_pause_s(spec.layers))
     else:

@@ -7,6 +7,7 @@ import pytest
 
 from chatlm.common import answering
 from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.model import kernels
 from chatlm.worker.process import share_word
 from engines import make_engine, pieces
 import encoders
@@ -67,7 +68,19 @@ def test_the_word_is_there_for_processes_that_this_one_starts():
     assert answering.longest_pause_s(6) == answering.PAUSE_S and answering.longest_pause_s(24) * 24 == answering.STEP_S
 
 
-def test_without_decode_core_layers_wait_too(word):
+def test_without_decode_core_layers_wait_too(word, monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "decode_core", lambda: None)
+    encoders.save_folder(tmp_path, "bert", encoders.make_encoder("bert"))
+    _, engine = encoders.engine_of(tmp_path)
+    waits = []
+    monkeypatch.setattr(answering.Word, "wait", lambda word, most_s: waits.append(most_s))
+    share_word(engine, answering.path_of_word())
+    encoders.vectors(engine, PROMPTS[:1], pooling="mean")
+    kernels.references().pausing.clear()
+    assert waits == [answering.PAUSE_S] * engine.transformer.spec.layers
+
+
+def test_a_wait_has_an_end_and_a_slice_after_it(word):
     word.until.value = time.monotonic_ns() + 10**12
     begin = time.monotonic_ns()
     word.wait(0.02)
