@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Texts per second of encoders of random weights, in the shapes of all-MiniLM-L6 and bge-m3, beside torch's and llama-server's.
 
-    python bench/text_encoders.py [--shape minilm] [--llama-server PATH] [--threads 2] [--seconds 4]
+    python bench/text_encoders.py [--shape minilm] [--llama-server PATH] [--threads 2] [--seconds 2] [--rounds 2]
 
 Each contestant embeds texts of 32, 128 and 512 tokens, as many at once as it likes, on the same weights: ours in float32 and Q8_0, by an
-engine in this process; sentence-transformers' model by torch in float32, 32 texts of one length at a time, so without any padding;
-llama-server --embedding with the Q8_0 file, 32 texts in a request. All run one after the other, so nothing else may run meanwhile.
+engine in this process; sentence-transformers' model by torch in float32, texts of one length at a time, so without any padding;
+llama-server --embedding with the same Q8_0 and F16 files, 32 texts (--together) in a request. They take turns, --rounds times, and each has its best rate.
 """
 
 import argparse
 import json
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,52 +29,71 @@ import encoders         # noqa: E402  of the tests
 SHAPES = {
     "minilm": ("bert", dict(vocab_size=320, hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)),
     "bge-m3": ("xlm-roberta", dict(vocab_size=320, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16))}
-LENGTHS, TOGETHER = (32, 128, 512), 32
+LENGTHS = (32, 128, 512)
 
 
-def rate(run, seconds):
-    """Texts per second: `run` embeds TOGETHER texts; repeated for about this long."""
+def rate(run, seconds, together):
+    """Texts per second: `run` embeds so many texts; repeated for about this long."""
     run()
     count, begin = 0, time.perf_counter()
     while (spent := time.perf_counter() - begin) < seconds:
         run()
-        count += TOGETHER
+        count += together
     return count / spent
 
 
-def of_engine(path, texts, seconds, **settings):
-    _, engine = encoders.engine_of(path, None, **settings)
-    name = f"chat_server {engine.transformer.matrix_types[0]}"
-    return name, [rate(lambda: encoders.vectors(engine, ids, pooling="mean"), seconds) for ids in texts]
+class Ours:
+    def __init__(self, path):
+        _, self.engine = encoders.engine_of(path, None)
+        self.name = f"chat_server {self.engine.transformer.matrix_types[0]}"
+
+    def embed(self, ids):
+        encoders.vectors(self.engine, ids, pooling="mean")
+
+    def close(self):
+        pass
 
 
-def of_torch(model, texts, seconds, threads):
-    torch.set_num_threads(threads)
-    with torch.inference_mode():
-        return "torch float32", [rate(lambda: model(input_ids=torch.tensor(ids)).last_hidden_state.mean(1), seconds) for ids in texts]
+class Torch:
+    def __init__(self, model, threads):
+        torch.set_num_threads(threads)
+        self.model, self.name = model, "torch float32"
+
+    @torch.inference_mode()
+    def embed(self, ids):
+        self.model(input_ids=torch.tensor(ids)).last_hidden_state.mean(1)
+
+    def close(self):
+        pass
 
 
-def of_llama(binary, path, texts, seconds, threads):
-    port = 8609
-    command = [binary, "-m", str(path), "--embedding", "--port", str(port), "-t", str(threads), "-b", "2048", "-ub", "2048", "-c", "4096"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+class Llama:
+    """llama-server, as long as it is open."""
 
-    def post(ids):
-        body = json.dumps({"input": ids}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/embeddings", body, {"Content-Type": "application/json"})
-        return urllib.request.urlopen(request, timeout=300).read()
-
-    try:
-        while process.poll() is None:
+    def __init__(self, binary, path, threads):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.name, self.log = f"llama-server {path.stem}", tempfile.TemporaryFile()
+        command = [binary, "-m", str(path), "--embedding", "--port", str(self.port), "-t", str(threads), "-b", "2048", "-ub", "2048", "-c", "4096"]
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
+        while self.process.poll() is None:
             try:
-                post(texts[0][:1])
-                break
+                self.embed([[5, 6, 7]])
+                return
             except OSError:
                 time.sleep(0.1)
-        return "llama-server q8_0", [rate(lambda: post(ids), seconds) for ids in texts]
-    finally:
-        process.kill()
-        process.wait()
+        self.log.seek(0)
+        sys.exit(f"llama-server ended: {self.log.read()[-2000:].decode(errors='replace')}")
+
+    def embed(self, ids):
+        body = json.dumps({"input": ids}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/embeddings", body, {"Content-Type": "application/json"})
+        return urllib.request.urlopen(request, timeout=300).read()
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
 
 
 def main():
@@ -81,22 +101,33 @@ def main():
     parser.add_argument("--shape", choices=[*SHAPES], default="minilm")
     parser.add_argument("--llama-server", metavar="PATH")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--together", type=int, default=32, help="texts that a contestant gets at once")
     args = parser.parse_args()
     (name, sizes), dice = SHAPES[args.shape], np.random.default_rng(0)
     model = encoders.make_encoder(name, **sizes)
-    texts = [dice.integers(5, 70, (TOGETHER, length - length // 256)).tolist() for length in LENGTHS]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "q8_0.gguf"
-        encoders.save_gguf(path, name, model, "Q8_0")
-        (Path(folder) / "float32").mkdir()
-        encoders.save_folder(Path(folder) / "float32", name, model)
-        found = [of_engine(path, texts, args.seconds), of_engine(Path(folder) / "float32", texts, args.seconds),
-                 of_torch(model, texts, args.seconds, args.threads)]
-        if args.llama_server:
-            found.append(of_llama(args.llama_server, path, texts, args.seconds, args.threads))
+    texts = [dice.integers(5, 70, (args.together, length - length // 256)).tolist() for length in LENGTHS]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        files = [folder / f"{kind}.gguf" for kind in ("Q8_0", "F16")]
+        for path in files:
+            encoders.save_gguf(path, name, model, path.stem)
+        (folder / "float32").mkdir()
+        encoders.save_folder(folder / "float32", name, model)
+        contestants = [*map(Ours, (*files, folder / "float32")), Torch(model, args.threads)]
+        try:
+            contestants += [Llama(args.llama_server, path, args.threads) for path in files if args.llama_server]
+            best = {each.name: [0.0] * len(LENGTHS) for each in contestants}
+            for _ in range(args.rounds):
+                for i, ids in enumerate(texts):
+                    for each in contestants:
+                        best[each.name][i] = max(best[each.name][i], rate(lambda: each.embed(ids), args.seconds, args.together))
+        finally:
+            for each in contestants:
+                each.close()
     print(f"{args.shape}, texts/s of {', '.join(map(str, LENGTHS))} tokens, {args.threads} threads")
-    for contestant, rates in found:
+    for contestant, rates in best.items():
         print(f"{contestant:24}" + "".join(f"{each:10.1f}" for each in rates))
 
 

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cpu/pool/pool.h"
+#include "cpu/program/pause.h"
 #include "cpu/program/program.h"
 #include "cpu/program/rows.h"
 #include "cpu/program/width.h"
@@ -204,6 +205,11 @@ void bind_program(py::module_& m) {
         .def_readonly("count", &dc::Ranks::count)
         .def_readonly("part_bytes", &dc::Ranks::part_bytes)
         .def_readonly("moves", &dc::Ranks::moves);
+    m.def("pause_while", [](uintptr_t until, int64_t most_ns, int64_t slice_ns) {
+        dc::pausing.most_ns.store(most_ns), dc::pausing.slice_ns.store(slice_ns), dc::pausing.sliced.store(0);
+        dc::pausing.until.store(at<const int64_t>(until));
+    });
+    m.def("paused_ns", [] { return dc::pausing.waited_ns.load(); });
     m.attr("OPS") = ops();
     py::class_<dc::Routing>(m, "Routing")
         .def(py::init<int64_t, int64_t, bool, bool, int64_t>());

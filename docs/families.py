@@ -53,7 +53,9 @@ NOTES = {       # by model_type: what a reader wants to know besides the title
     "nanochat": "in transformers' format",
     "bert": f"MiniLM, bge, e5, arctic-embed: [an encoder]({ENCODES})", "roberta": f"XLM-R too: bge-m3, multilingual-e5: [encoders]({ENCODES})",
     "mpnet": f"all-mpnet-base-v2: [an encoder]({ENCODES})", "modernbert": f"[an encoder]({ENCODES})",
-    "nomic_bert": f"nomic-embed-text v1, v1.5: [an encoder]({ENCODES})", "gte": f"of 2024 and later: [an encoder]({ENCODES})"}
+    "nomic_bert": f"nomic-embed-text v1, v1.5: [an encoder]({ENCODES})", "gte": f"of 2024 and later: [an encoder]({ENCODES})",
+    "nomic_bert_moe": f"nomic-embed-text-v2-moe, whose config says `nomic_bert`; its files lack a bias: [an encoder]({ENCODES})"}
+FORMULAS = {"nomic_bert_moe": "its formulas"}   # with which families are compared that transformers lacks
 LIKE_OTHERS = {"xlm-roberta": ("bert",), "granitemoehybrid": ("granite", "granitemoe")}     # files of those without Mamba layers
 CHECKPOINTS = (
     f"| nanochat, all generations | a checkpoint | upstream's answers, {len(GENERATIONS)} | | |\n"
@@ -91,8 +93,10 @@ def row(names: list[str]) -> str:
         return ", ".join(f"`{word}`" for word in words)
     notes = [NOTES[name] for name in names if name in NOTES]
     cells = (" ".join((FAMILIES[names[0]].title, *(f"({note})" for note in notes))),
-             quoted((*names, *(kind for kind, text in VISION.items() if text in names))), compared(names, transformers=[*MODELS, *ENCODERS]),
-             quoted(architectures(names)), compared(names, transformers=[*GGUF_MODELS, *FILES], converter=CONVERTED))
+             quoted((*names, *(kind for kind, text in VISION.items() if text in names))),
+             compared(names, transformers=[*MODELS, *ENCODERS]) or FORMULAS.get(names[0], ""),
+             quoted(architectures(names)),
+             compared(names, transformers=[*GGUF_MODELS, *FILES], converter=CONVERTED) or FORMULAS.get(names[0], ""))
     return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|\n"
 
 

@@ -95,7 +95,7 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 268 more: a reader of GGUF headers and its tables in place of the package, pieces of a tokenizer in place of the library, and
 # messages that several short steps share.
 # 23 more: a bundle says which library of the system is missing, and refuses empty words.
-MOST_STATEMENTS = 26_209
+MOST_STATEMENTS = 26_361
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

@@ -335,7 +335,7 @@ class Settings:
         "check several tokens per step where text repeats itself; --no-drafts: one (answers are the same)")
     nice: int | None = flag(None, number(int, -20, 19),
         "niceness of the workers, from -20 to 19: how readily they yield the processor (default: 19 with "
-        "--watch on a CPU, else the server's own, which its other processes always have)")
+        "--watch and of embed on a CPU, else the server's own, which its other processes always have)")
     idle_unload: float = flag(0.0, number(float, 0),
         "seconds without a request before the model is unloaded until the next one, 0 = never", "serve")
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatlm.common.answering import longest_pause_s, Word
 from chatlm.common.config import PAGE_SIZE, ranks_per_replica, store_place
 from chatlm.common.core import as_expected, decode_core, kernels_line
 from chatlm.common.errors import ConfigError, RanksFailed, named, require_library
@@ -134,6 +135,8 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
             warm_up(engine, partial(progress, "warming up"))
     if fingerprint and not ranks and device.type == "cpu" and not engine.scheduler.of_texts:
         keep_prefixes(engine, config, files, fingerprint)
+    if config.answering and device.type == "cpu":
+        share_word(engine, config.answering)
     give_memory_back()
     CalmLog.over_bar = False
     channel.send(Ready(gauges(engine), engine.kernels.backend.faults))
@@ -148,6 +151,21 @@ def bind_to_node(config: WorkerConfig | RankConfig, rank: int) -> str:
     here, started = ranks_here(config.settings), torchrun(config.settings)
     index = config.place[0] * here + (started.local_rank if started else rank)
     return place(index, config.place[1] * here, config.threads)
+
+
+def share_word(engine: Engine, path: str):
+    """Answers are told to the other workers of the server, on whose CPUs texts then wait between layers."""
+    try:
+        word = Word(path)
+    except OSError as error:
+        return log.warning("texts will be embedded beside answers as fast as ever: %s", error)
+    spec = engine.transformer.spec
+    if spec.embeds and engine.ranks:
+        return  # the other ranks would take a pause for the death of this one
+    if spec.embeds:
+        engine.kernels.backend.pause_while(word, longest_pause_s(spec.layers))
+    else:
+        engine.word = word
 
 
 def fingerprinted_files(config: WorkerConfig) -> tuple[list[Path], str]:

@@ -130,6 +130,10 @@ class CpuBackend:
         return lambda batch: program.finish(program.start(
             *batch[:6], all_rows=batch.states, states=batch[7:10], adapters=adapters_of(batch, transformer)))
 
+    def pause_while(self, word: Any, most_s: float) -> None:
+        _core.pause_while(word.address, int(1e9 * most_s), word.SLICE_NS)
+        self.word = word        # its memory stays mapped
+
     def pack_adapter(self, matrices: Mapping[str, Any], device: str) -> Any:
         return self.program.adapters.pack(matrices)
 

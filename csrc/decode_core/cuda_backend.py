@@ -87,6 +87,9 @@ class CudaBackend:
     def record(self, transformer: Any) -> None:
         """Whole steps are graphs, and make_steps' affair."""
 
+    def pause_while(self, word: Any, most_s: float) -> None:
+        """Never: what a GPU computes takes no CPU from others."""
+
     def pack_adapter(self, matrices: Mapping[str, Any], device: Any) -> dict[str, Any]:
         return self.adapters.pack(matrices, device)
 

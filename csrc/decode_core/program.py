@@ -519,6 +519,10 @@ class Program:
                      kv_heads=Hkv, head_size=D, window=max(window, 0), softcap=check_softcap(softcap), sinks=sinks_at(sinks, H),
                      group=attention.group, page_stride=apart, of_texts=of_texts, out=out_at, **more)
 
+    def pause(self) -> None:
+        """Wait while an answer is written elsewhere on this machine: see pause_while."""
+        self._record("pause", TOKENS)
+
     def all_reduce(self, x, ranks, out, residual=None) -> None:
         """residual + the sum of all ranks' x -> out; both may be out. Every rank's program must have it in the same position.
 
@@ -626,7 +630,7 @@ def fields_of(op: str) -> list[tuple[str, str, str]]:
 def says_all(op: str) -> bool:
     """Does its row say all that must be checked: buffers and weights of known widths, and floats?"""
     fields = fields_of(op)
-    return fields[0][0] == "reads" and all(what == "float" if role == "field" else role != "states" and what != "any" for role, _, what in fields)
+    return bool(fields) and fields[0][0] == "reads" and all(what == "float" if role == "field" else role != "states" and what != "any" for role, _, what in fields)
 
 
 def recorder(op: str) -> Callable[..., None]:

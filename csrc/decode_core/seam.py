@@ -29,6 +29,8 @@ place.
                                   Unless spec.opens, the buffers transformer.passed_on(0) are another stage's, written before
                                   a step; unless spec.closes, and if spec.of_texts, it has no logits
     make_steps(transformer, max_batch, context_length)      what has the methods of chat_server's Steps
+    pause_while(word, most_s)           from then on the op `pause` waits, at most so long, while the int64 at word.address is above the
+                                  nanoseconds of the monotonic clock
     pack_adapter(matrices, device)      what steps read of an adapter, whose matrices have the names by which `compute` asks
                                   Inputs.adapters for them; it lies in transformer.adapters by the slots of batch.adapters
     faults                        {op: what is wrong}: the reference computes each of these; complete once the

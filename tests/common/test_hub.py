@@ -94,6 +94,17 @@ def test_a_short_name_is_another_name_of_the_model(tmp_path):
                 answer(url, "qwen3-8b")
 
 
+def test_the_short_names_of_embedders_and_rerankers_and_the_files_of_their_modules():
+    wanted = ("all-minilm", "bge-m3", "nomic-embed-text", "nomic-embed-text-v2-moe", "mxbai-embed-large", "snowflake-arctic-embed", "embeddinggemma", "qwen3-embedding",
+              "multilingual-e5", "bge-reranker-v2-m3", "qwen3-reranker")
+    assert [name for name in wanted if name not in SHORT_NAMES] == []
+    assert hub_model("BGE-M3") == ("gpustack/bge-m3-GGUF", "Q8_0") and hub_model("all-minilm:l12") == ("sentence-transformers/all-MiniLM-L12-v2", "")
+    needed = ["1_Pooling/config.json", "config.json", "modules.json", "2_Dense/config.json", "2_Dense/model.safetensors", "3_Dense/config.json", "3_Dense/model.safetensors",
+              "model.safetensors"]
+    found = hub_files("org/name", "", [*needed, "onnx/model.onnx", "2_Dense/pytorch_model.bin", "openvino/model.safetensors", "README.md"])
+    assert sorted(found) == sorted(needed) and found.index("2_Dense/model.safetensors") > found.index("modules.json")
+
+
 def test_a_folder_of_safetensors_comes_with_its_shards_and_its_makers_sampling(tmp_path):
     model = families.make_model("qwen3")
     model.generation_config.update(do_sample=True, temperature=0.6, top_k=20)

@@ -19,7 +19,7 @@ REFERENCES = for_decode_core().references
 def test_the_compiled_list_is_the_one_of_the_file():
     """Else another version of it is installed; `pip install .` compiles this one."""
     text = re.sub(r"//.*", "", (ROOT / "csrc/ops.def").read_text(encoding="utf-8"))
-    rows = re.findall(r"^OP\((\w+), \w+, (\w+), ((?:[A-Z_]+\([^()]*\)\s*)+)\)$", text, re.MULTILINE)
+    rows = re.findall(r"^OP\((\w+), \w+, (\w+)((?:,?\s*[A-Z_]+\([^()]*\)\s*)*)\)$", text, re.MULTILINE)
     said = {}
     for name, has, fields in rows:
         parts = [(role.lower().replace("_", " "), inside.split(", ")) for role, inside in re.findall(r"([A-Z_]+)\(([^()]*)\)", fields)]

@@ -16,10 +16,10 @@ from chatlm.worker.engine.sequence import Assignment
 from retrieval import write_json
 from tiny_gguf import sentencepiece_metadata, small_gguf_metadata, write_gguf
 
-WORDS = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"), *"0123456789.,?!", "the", "cat", "dog", "##s", "##ing", "query", "passage"]
+WORDS = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"), *"0123456789.,?!", "the", "cat", "dog", "##ing", "query", "passage"]
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PIECES = ["<s>", "<pad>", "</s>", "<unk>", "\u2581", *(f"\u2581{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"), *"abcdefghijklmnopqrstuvwxyz.,?!",
-          "\u2581the", "\u2581cat", "\u2581dog", "s", "ing"]
+          "\u2581the", "\u2581cat", "\u2581dog", "ing"]
 ROWS = 320      # of the table of embeddings: more than there are tokens
 LOCAL, FULL = "sliding_attention", "full_attention"
 SIZES = dict(vocab_size=ROWS, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
@@ -107,7 +107,7 @@ def save_folder(folder, name, model, pooling="mean", dense=(), **files):
         weight, bias = torch.randn(out, size) / size**0.5, torch.randn(out) / 4
         (folder / f"{i}_Dense").mkdir()
         save_file({"linear.weight": weight} | ({"linear.bias": bias} if has_bias else {}), folder / f"{i}_Dense/model.safetensors")
-        write_json(folder, **{f"{i}_Dense__config": {"in_features": size, "out_features": out, "bias": has_bias, "activation_function": f"torch.nn.modules.activation.{activation}"}})
+        write_json(folder, **{f"{i}_Dense__config": {"in_features": size, "out_features": out, "bias": has_bias, "activation_function": f"torch.nn.modules.{'linear' if activation == 'Identity' else 'activation'}.{activation}"}})
         made.append((weight, bias if has_bias else torch.zeros(out), activation))
     return made
 
@@ -127,6 +127,13 @@ def vocabulary(name):
     words = [token[2:] if token.startswith("##") else f"\u2581{token}" for token in WORDS]
     return {"tokenizer.ggml.model": "bert", "tokenizer.ggml.tokens": SPECIALS + words, "tokenizer.ggml.token_type": [3] * 5 + [1] * len(words), "tokenizer.ggml.cls_token_id": 2,
             "tokenizer.ggml.seperator_token_id": 3, "tokenizer.ggml.unknown_token_id": 1, "tokenizer.ggml.mask_token_id": 4, "tokenizer.ggml.padding_token_id": 0}
+
+
+def filled(metadata, rows):
+    """A vocabulary with as many tokens as the table has rows: llama.cpp takes no fewer, and its converter writes such tokens."""
+    more = [f"[PAD{i}]" for i in range(len(metadata["tokenizer.ggml.tokens"]), rows)]
+    fill = {"tokens": more, "token_type": [5] * len(more), "scores": [-1000.0] * len(more)}
+    return metadata | {key: metadata[key] + values for name, values in fill.items() if (key := f"tokenizer.ggml.{name}") in metadata}
 
 
 POOLING_TYPES = {"mean": 1, "cls": 2, "last": 3, "rank": 4}
@@ -164,12 +171,13 @@ def save_gguf(path, name, model, kind="F32", pooling="mean", dense=(), **changes
                "rope.freq_base_swa": 10_000.0}
     else:
         own = {"attention.layer_norm_epsilon": float(config.layer_norm_eps)} | ({"rope.freq_base": 1000.0} if name == "nomic" else {})
-    unused = 2 if name in OF_PIECES else 0
+    unused, types = 2 if name in OF_PIECES else 0, getattr(config, "type_vocab_size", 0)
+    counted = {"tokenizer.ggml.token_type_count": types} if types else {}
     numbers = {f"{arch}.{key}": value for key, value in {
         "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings - unused, "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads, "attention.causal": False, "pooling_type": POOLING_TYPES[pooling],
         **own, **changes}.items()}
-    return write_gguf(path, tensors, numbers, vocabulary(name) | {"general.architecture": arch})
+    return write_gguf(path, tensors, numbers, filled(vocabulary(name), config.vocab_size) | counted | {"general.architecture": arch})
 
 
 def engine_of(path, dtype="float32", **settings):

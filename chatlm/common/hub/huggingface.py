@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
 
 
-SHORT_NAMES = {  # of each row, the first size needs no name
+SHORT_NAMES = {  # of each row, the first size needs no name; a GGUF file's after a colon
     name: repository.format(size) for short, repository, sizes in (
         ("llama3.1", "meta-llama/Llama-3.1-{}-Instruct", "8B 70B"),
         ("llama3.2", "meta-llama/Llama-3.2-{}-Instruct", "3B 1B"),
@@ -71,7 +71,19 @@ SHORT_NAMES = {  # of each row, the first size needs no name
         ("phi4", "microsoft/phi-4", ""), ("phi4-mini", "microsoft/Phi-4-mini-instruct", ""),
         ("gpt-oss", "openai/gpt-oss-{}", "20b 120b"),
         ("qwen3-embedding", "Qwen/Qwen3-Embedding-{}", "0.6B 4B 8B"),
-        ("qwen3-reranker", "Qwen/Qwen3-Reranker-{}", "0.6B 4B 8B"))
+        ("qwen3-reranker", "Qwen/Qwen3-Reranker-{}", "0.6B 4B 8B"),
+        ("all-minilm", "sentence-transformers/all-MiniLM-{}-v2", "L6 L12"),
+        ("all-mpnet-base", "sentence-transformers/all-mpnet-base-v2", ""),
+        ("bge", "BAAI/bge-{}-en-v1.5", "base small large"),
+        ("bge-m3", "gpustack/bge-m3-GGUF:Q8_0", ""),
+        ("bge-reranker-v2-m3", "BAAI/bge-reranker-v2-m3", ""),
+        ("embeddinggemma", "google/embeddinggemma-{}", "300m"),
+        ("multilingual-e5", "intfloat/multilingual-e5-{}", "large small base"),
+        ("mxbai-embed-large", "mixedbread-ai/mxbai-embed-large-v1", ""),
+        ("nomic-embed-text", "nomic-ai/nomic-embed-text-{}", "v1.5"),
+        ("nomic-embed-text-v2-moe", "nomic-ai/nomic-embed-text-v2-moe", ""),
+        ("snowflake-arctic-embed", "Snowflake/snowflake-arctic-embed-{}", "l xs s m"),
+        ("snowflake-arctic-embed2", "Snowflake/snowflake-arctic-embed-l-v2.0", ""))
     for index, size in enumerate(sizes.split() or [""])
     for name in (short, f"{short}-{size.lower()}")[index > 0:1 + (size > "")]}
 SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"  # of one part of a model in several files
@@ -80,12 +92,12 @@ FOLDER_FILES = {"config.json", "generation_config.json", "model.safetensors.inde
                 "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
                 "additional_chat_templates/tool_use.jinja", "modules.json", "1_Pooling/config.json",
                 "config_sentence_transformers.json", "sentence_bert_config.json"}
+DENSE_FILES = r"\d+_Dense/(config\.json|model\.safetensors)"  # of an embedder's modules after its pooling
 
 
 def hub_model(text: str) -> tuple[str, str] | None:
     """(repository, file or "") if MODEL is a short name or has the form of a Hugging Face id."""
-    if repository := SHORT_NAMES.get(text.lower().replace(":", "-")):
-        return repository, ""
+    text = SHORT_NAMES.get(text.lower().replace(":", "-"), text)
     match = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([^:\\]+))?", text, re.ASCII)
     if not match or not match[2] and Path(text).suffix.lower() == ".gguf":
         return None
@@ -169,6 +181,7 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
         weights = {name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
         weights = {"model.safetensors"} & names or weights
         if weights:
+            weights |= {name for name in names if re.fullmatch(DENSE_FILES, name)}
             return sorted(FOLDER_FILES & names) + sorted(weights)
     end = (file or "q4_k_m").lower().removesuffix(".gguf")
     chosen = [name for name, files in parts.items() if file in (name, *files)] or \

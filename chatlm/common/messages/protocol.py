@@ -23,6 +23,7 @@ class WorkerConfig:
     prefix_memory: tuple[str, ...] = ()  # paths of segments that it shares with others
     prefix_bytes: int = 0  # that these may take
     place: tuple[int, int] = (0, 1)  # which of how many workers on this machine
+    answering: str = ""  # path of the server's word, see chatlm/common/answering.py; "": it has none
 
 
 @wire_message(8 << 20)

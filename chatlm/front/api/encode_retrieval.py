@@ -38,7 +38,7 @@ class EmbeddingsEncoder(Encoder):
 
     def without_work(self) -> bytes:
         more = {"model": self.model, "embeddings": [], "total_duration": 0, "load_duration": 0,
-                "prompt_eval_count": 0}
+                "prompt_eval_count": 0} if self.parsed.api == "ollama embed" else {"embedding": []}
         return dump(more) if "nothing" in self.parsed.details else b""
 
     def completion(self) -> Iterator[bytes]:

@@ -42,10 +42,10 @@ def read_embedding_body(body: dict, known: Known, api: str = "embeddings") -> Pa
     """OpenAI's Embeddings API, or with another `api` one of Ollama's or TEI's."""
     values, embedder = parse_fields(body, EMBEDDING_BODIES[api]), known.embedder
     params = AnswerParams(pooling=pooling_of(values, embedder), dimensions=dimensions_of(values, embedder),
-                          normalized=values.get("normalize", True))
+                          normalized=values.get("normalize", api != "ollama embeddings"))
     retrieval = Retrieval(prompt_of(values, embedder), cut=values.get("cut", api != "embeddings"))
     name, inputs = EMBEDDING_BODIES[api][0].name, values["input"]
-    if api == "ollama embed" and inputs in ((), ("",)):
+    if api.startswith("ollama") and inputs in ((), ("",)):
         return ParsedBody(asked_of(values, (), params, retrieval), stream=False, api=api,
                           details={"nothing": True})
     if not all(inputs):

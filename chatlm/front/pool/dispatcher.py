@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 class WaitingQueue:
     """Jobs that wait for a row. Jobs whose worker died come first; then those of the client with the fewest
-    rows, with clients that have equally many taking turns; low-priority jobs last, in the same order."""
+    rows, with clients that have equally many taking turns; then in the same order texts to embed or to rank,
+    and low-priority jobs last."""
 
     def __init__(self):
         self.lanes = Lanes()
@@ -44,7 +45,8 @@ class WaitingQueue:
     @staticmethod
     def _lane_of(job: Job) -> tuple[int, str]:
         """A job's rank and client; jobs whose worker died share one lane."""
-        return (0, "") if job.failovers else (1 + job.request.low_priority, job.request.client)
+        rank = 3 if job.request.low_priority else 2 if job.request.params.pooling else 1
+        return (0, "") if job.failovers else (rank, job.request.client)
 
     def append(self, job: Job):
         self.lanes.append(self._lane_of(job), job)
@@ -63,6 +65,23 @@ class WaitingQueue:
 
     def remove(self, job: Job):
         self.lanes.remove(self._lane_of(job), job)
+
+
+TEXTS = 16  # of a request that waits count as one answer for --max-queue
+
+
+def waiting_of(models: Iterable[Dispatcher]) -> Counter[str]:
+    """What each client has waiting: answers and, since a request may have 2,048 texts, TEXTS of these as
+    one."""
+    waiting, texts = Counter(), Counter()
+    for job in (job for model in models for job in model.pending):
+        if job.request.params.pooling:
+            texts[job.request.id, job.request.client] += 1
+        else:
+            waiting[job.request.client] += 1
+    for (_, client), count in texts.items():
+        waiting[client] += -(-count // TEXTS)
+    return waiting
 
 
 class Dispatcher:
@@ -181,7 +200,7 @@ class Dispatcher:
     def check_capacity(self, request_id: str, client: str, preparing: Mapping[str, str]):
         """Raise Overloaded if the queue is full or the client has reached its limit, RequestError if the id
         is in use. preparing: id -> client of the requests being read, which count as waiting."""
-        waiting = sum(len(model.pending) for model in self.all_models) + len(preparing)
+        waiting = sum(waiting_of(self.all_models).values()) + len(preparing)
         free_rows = sum(batch_of(worker) - len(worker.jobs) for worker in self._free_workers())
         if waiting >= self.settings.max_queue + free_rows and not self._may_exceed_queue(client, preparing):
             raise Overloaded(f"{waiting} requests are already waiting (--max-queue)",
@@ -200,10 +219,9 @@ class Dispatcher:
         """May a client's request wait although the queue is full? Yes, while the client itself has less than
         a quarter of the limit waiting, so that another client's backlog cannot keep it out. The queue never
         exceeds twice its limit."""
-        waiting = [job for model in self.all_models for job in model.pending]
-        mine = sum(job.request.client == client for job in waiting) + list(preparing.values()).count(client)
-        limit = self.settings.max_queue
-        return mine < limit // 4 and len(waiting) + len(preparing) < 2 * limit
+        waiting, limit = waiting_of(self.all_models), self.settings.max_queue
+        mine = waiting[client] + list(preparing.values()).count(client)
+        return mine < limit // 4 and sum(waiting.values()) + len(preparing) < 2 * limit
 
     def dispatch(self):
         """Assign waiting jobs to workers with a free row, or with one that another client can spare."""
@@ -238,13 +256,16 @@ class Dispatcher:
         """Set aside the youngest answer of the client with the most rows, if that client keeps at least as
         many rows as the job's client then has. Returns the worker with the freed row.
 
-        Otherwise one client's long answers could occupy all rows until they end."""
-        [(rich, most)] = rows.most_common(1) or [("", 0)]
-        if job.request.low_priority or most < rows[job.request.client] + 2:
-            return []
+        Otherwise one client's long answers could occupy all rows until they end. A text makes room for any
+        answer, since texts hardly go on beside answers."""
+        answers = not job.request.params.pooling and not job.request.low_priority
         running = [other for worker in self.workers if worker.takes_jobs and self.able(worker, job)
-                   for other in worker.jobs.values()
-                   if other.request.client == rich and not other.failovers]
+                   for other in worker.jobs.values() if not other.failovers]
+        texts = [other for other in running if answers and other.request.params.pooling]
+        [(rich, most)] = rows.most_common(1) or [("", 0)]
+        if not texts and (job.request.low_priority or most < rows[job.request.client] + 2):
+            return []
+        running = texts or [other for other in running if other.request.client == rich]
         if not running:
             return []
         victim = max(running, key=lambda other: (other.request.low_priority, other.dispatched_s))
@@ -253,6 +274,7 @@ class Dispatcher:
             worker.set_aside(victim)
             self.pending.append_first(victim)
         return [worker] if worker else []
+
 
     def deliver(self, worker: Worker, events: Seq[tuple[str, WorkerEvent]]):
         """Pass on the events of a worker's step, each with the id of its answer."""

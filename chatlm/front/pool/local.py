@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from chatlm.common.answering import path_of_word
 from chatlm.common.core import device_files, torch_installed
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
@@ -68,7 +69,7 @@ class LocalDevices:
             more = self.prefixes.bytes - self.prefixes.used
         secretless = replace(self.settings, keys=(), api_key=(), prefix_memory=more)
         return reader, WorkerConfig(secretless, self.source, worker.device, threads, shared, size,
-                                    (self.workers.index(worker), len(self.workers)))
+                                    (self.workers.index(worker), len(self.workers)), path_of_word())
 
     def now(self) -> ModelSource | None:
         """The source with the current version of its files; None if unchanged, or if they cannot be read."""
@@ -118,8 +119,8 @@ def choose_devices(settings: Settings) -> list[str]:
 
 def niceness(settings: Settings) -> int | None:
     """The niceness of workers, from --nice; None: the server's own."""
-    watches = settings.watch is not None and choose_devices(settings)[0] == "cpu"
-    return 19 if settings.nice is None and watches else settings.nice
+    yields = settings.watch is not None or settings.command == "embed"
+    return 19 if settings.nice is None and yields and choose_devices(settings)[0] == "cpu" else settings.nice
 
 
 def cuda_device_count() -> int:

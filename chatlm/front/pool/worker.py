@@ -236,6 +236,7 @@ class Worker:
     """The front's handle on one worker process: its pipe, its state, and the jobs it holds."""
 
     HANG_S = 30.0           # a step or ping that takes longer than this and 20 x the slowest step hangs;
+    TEXT_TOKEN_S = 0.03     # more for each token of the longest text to embed, which a step may have whole
     LOAD_HANG_S = 300.0     # so does a load without a new tensor for this long (slow disk or network)
     STABLE_S = 60.0         # a worker that lives this long is not in a crash loop
     OUTBOX_BYTES = 4 << 20  # a worker with this many unread bytes gets no more answers for now
@@ -382,8 +383,10 @@ class Worker:
     @property
     def hung(self) -> bool:
         """Is a message overdue: a step, the answer to a ping or, while loading, a progress report?"""
+        texts = (len(job.prompt_ids) for job in self.jobs.values() if job.request.params.pooling)
+        hang_s = self.HANG_S + self.TEXT_TOKEN_S * max(texts, default=0)
         patience_s = (patient(self.LOAD_HANG_S, self.nice) if self.state is State.LOADING else
-                      max(patient(self.HANG_S, self.nice), 20 * self.slowest_step_s))
+                      max(patient(hang_s, self.nice), 20 * self.slowest_step_s))
         return self.awaited_s is not None and time.monotonic() - self.awaited_s > patience_s
 
     def check_health(self):

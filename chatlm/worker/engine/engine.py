@@ -30,6 +30,7 @@ from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.head import Head
 
 if TYPE_CHECKING:
+    from chatlm.common.answering import Word
     from chatlm.common.messages.requests import WorkerEvent
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.engine.answer import Answer
@@ -122,6 +123,8 @@ class Engine:
         self.token_s = self.finished_s = 0.0  # measured seconds per prompt token; when the last step ended
         self.first_chunk = min(prefill_chunk, self.context_length // 2)  # length of the prompt in warm_up
         self.timed_tokens = min(self.TIMED_TOKENS, self.first_chunk)  # so that warm_up yields a time
+        self.word: Word | None = None  # tells the server's embedders when answers are written
+        self.step_s = 0.0  # how long the last step took
         self.cold: list[tuple[int, int]] = []  # (rows, tokens) of steps to run while nobody asks
 
     @property
@@ -174,6 +177,8 @@ class Engine:
             self.keeper.adopt()
         began_s, plan = time.monotonic(), self.scheduler.schedule()
         on_host = any(chunk.on_host for chunk in plan)
+        if self.word and not all(chunk.sequence.pooling for chunk in plan):
+            self.word.note(self.step_s)
         finish = self._start(plan) if plan and not on_host else None
         meanwhile()
         if not plan and not self.under_way:
@@ -255,9 +260,11 @@ class Engine:
         step = self.under_way.popleft()
         tokens = iter(step.finish())
         began_s, self.finished_s = max(step.began_s, self.finished_s), time.monotonic()
+        self.step_s = self.finished_s - began_s
         if step.tokens >= self.timed_tokens:
             token_s = (self.finished_s - began_s) / step.tokens
             self.token_s += (token_s - self.token_s) * (0.2 if self.token_s else 1.0)
+            self.scheduler.token_s = self.token_s
             if self.keeper:
                 self.keeper.pace.token_s = self.token_s
         for sequence, draft in step.drawing:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.keeper import Keeper
 
 
+# While the same model writes answers: seconds between two steps that embed texts, and about how long one is
+TEXTS_S, TEXT_STEP_S = 2.0, 0.1
 FREE_ROWS = 8  # in a decode_core step take hardly longer than one row on a CPU; not measured on a GPU
 
 
@@ -35,6 +37,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []      # in order of admission
         self.preemptions = 0
+        self.texts_s = 0.0                     # when a step last embedded texts
+        self.token_s = 0.0                     # measured seconds per prompt token; 0: not yet
         self.keeper: Keeper | None = None
 
     def add(self, sequence: Sequence):
@@ -59,22 +63,46 @@ class Scheduler:
 
         A sequence is left out if the token being drawn brings it to its limit."""
         self._admit()
-        share = -(-sum(s.pending == 1 for s in self.running) // self.stages)
-        able = [s for s in self.running if s.pending == 1 and len(s.tokens) < s.limit and self._may_run(s)]
+        answers = [s for s in self.running if not s.pooling]
+        if (texts := self._texts_now(answers)) is not None:
+            return texts
+        share = -(-sum(s.pending == 1 for s in answers) // self.stages)
+        able = [s for s in answers if s.pending == 1 and len(s.tokens) < s.limit and self._may_run(s)]
         decoding = [s for s in able[:share] if self._grow(s)]
-        room = (FREE_ROWS - len(self.running)) // max(1, sum(bool(s.draft) for s in decoding))
-        prefilling = [s for s in self.running if s.prefilling]
+        room = (FREE_ROWS - len(answers)) // max(1, sum(bool(s.draft) for s in decoding))
+        prefilling = [s for s in answers if s.prefilling]
         apart = prefilling and not self.mixes_drafts
         drafts = [self._draft(s, room) if s.draft and not apart else () for s in decoding]
         plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
-        if self.of_texts:
-            return self._whole_texts(prefilling)
         if prefilling:
-            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan))
+            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan),
+                                        self.prefill_chunk)
         plan = [chunk for chunk in plan if chunk.sequence.pages]  # a later one may have preempted it
         if self.tables.states:
             plan = [chunk for chunk in map(self.tables.states.prepare, plan) if chunk]
         return plan
+
+    def _texts_now(self, answers: list[Sequence]) -> list[Chunk] | None:
+        """A step of texts to embed; None if it is to be one of answers. Texts have steps of their own, so
+        that those of answers are as fast as without them; beside answers there are few, and short ones."""
+        waiting = [sequence for sequence in self.running if sequence.pooling and sequence.prefilling]
+        left = self.prefill_chunk
+        if answers:
+            left = min(left, max(self.pool.page_size, int(TEXT_STEP_S / (self.token_s or TEXT_STEP_S))))
+        rest_s = max(TEXTS_S, TEXTS_S / TEXT_STEP_S * left * self.token_s)
+        if not waiting or answers and time.monotonic() - self.texts_s < rest_s:
+            return None
+        self.texts_s, chunks = time.monotonic(), []
+        if not self.of_texts:
+            chunks = self._share_prefill(waiting, self.max_rows, left)
+        for sequence in waiting if self.of_texts else ():  # the oldest, however long, and what fits beside it
+            if (not chunks or sequence.pending <= left) and self._grow(sequence):
+                chunks.append(Chunk(sequence, sequence.pending))
+                left -= sequence.pending
+        chunks = [chunk for chunk in chunks if chunk.sequence.pages]
+        if self.tables.states:
+            chunks = [chunk for chunk in map(self.tables.states.prepare, chunks) if chunk]
+        return chunks
 
     def _may_run(self, sequence: Sequence) -> bool:
         """Is it prepared and, with several stages, is its last token known?"""
@@ -200,14 +228,14 @@ class Scheduler:
                 output.queued_s = time.monotonic() - output.added_s
                 output.usage = Usage(cached_tokens=min(sequence.computed, len(sequence.work.prompt_ids)))
 
-    def _share_prefill(self, prefilling: list[Sequence], rows: int) -> list[Chunk]:
-        """Split the step's prefill budget: at least half to the oldest, the rest shortest first.
+    def _share_prefill(self, prefilling: list[Sequence], rows: int, left: int) -> list[Chunk]:
+        """Split the step's prefill budget, `left`: at least half to the oldest, the rest shortest first.
 
         Each may need one of the `rows` rows of logits; prompts being scored share the remaining rows."""
         oldest, *others = prefilling
         others.sort(key=lambda sequence: sequence.pending)
         wanted = sum(sequence.pending for sequence in others)
-        left, rows = self.prefill_chunk, rows - len(prefilling)
+        rows -= len(prefilling)
         chunks = []
         for sequence in (oldest, *others):
             if sequence.restoration:
@@ -221,15 +249,6 @@ class Scheduler:
                 left -= count
                 rows -= max(chunk.rows - 1, 0)
         return chunks
-
-    def _whole_texts(self, waiting: list[Sequence]) -> list[Chunk]:
-        """The oldest text, however long, and of the others those that the step has room for."""
-        chunks, left = [], self.prefill_chunk
-        for sequence in waiting:
-            if (not chunks or sequence.pending <= left) and self._grow(sequence):
-                chunks.append(Chunk(sequence, sequence.pending))
-                left -= sequence.pending
-        return [chunk for chunk in chunks if chunk.sequence.pages]
 
     def _catch_up(self, sequence: Sequence):
         """Skip tokens whose pages have entered the prefix index since the sequence was admitted."""

@@ -37,6 +37,7 @@ from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.rows import SampleRow
 
 if TYPE_CHECKING:
+    from chatlm.common.answering import Word
     from chatlm.worker.model.spec import Batch
     from chatlm.worker.model.transformer import Transformer
 
@@ -120,6 +121,10 @@ class Backend:
     def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> Steps:
         return EagerSteps(transformer)
 
+    def pause_while(self, word: Word, most_s: float):
+        """From now on the op `pause` waits while the word says that answers are written, at most so long."""
+        references().pausing.update(word=word, most_s=most_s)
+
     def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: str) -> Any:
         """An adapter in the form that ops read; its matrices are named after those they change."""
         return {name: AdapterMatrix(*map(references().TorchArrays(device).of, matrix))
@@ -165,6 +170,7 @@ class Kernels:
     plan_attention: Callable = missing_op
     paged_attention: Callable = missing_op
     text_attention: Callable = missing_op
+    pause: Callable = missing_op
     short_conv: Callable = missing_op
     delta_rule: Callable = missing_op
     mamba2: Callable = missing_op

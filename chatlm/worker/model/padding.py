@@ -33,9 +33,8 @@ def rounded_up(size: int) -> int:
 
 
 def padded_spec(spec: ModelSpec) -> ModelSpec:
-    """The spec of the padded model; an equal one if nothing has to be padded, or nothing can be, as in models
-    of whole texts, whose tables and norms of sums would need it too."""
-    return spec if spec.of_texts else with_padded_heads(with_padded_width(spec))
+    """The spec of the padded model; an equal one if nothing has to be padded, or nothing can be."""
+    return with_padded_heads(with_padded_width(spec))
 
 
 def with_padded_width(spec: ModelSpec) -> ModelSpec:
@@ -157,7 +156,8 @@ def places_of(spec: ModelSpec, name: str, axis: int, old: int, new: int) -> nump
             ("q_norm", 0): old // D, ("k_norm", 0): old // D, ("gate_up", 0): 2, ("shared_gate_up", 0): 2,
             ("expert_gate_up", 0): 2 * spec.experts, ("expert_up", 0): spec.experts,
             ("expert_down", 0): spec.experts,
-            ("mix_in", 0): 3, ("positions", 0): spec.positions}.get((part, axis), 1)  # of equal length
+            ("mix_in", 0): 3, ("positions", 0): spec.positions,
+            ("types", 0): spec.token_types}.get((part, axis), 1)  # of equal length
     return (numpy.arange(runs)[:, None] * (new // runs) + numpy.arange(old // runs)).ravel()
 
 

@@ -366,6 +366,7 @@ class ModelSpec:
     sum_norms: bool = False           # these two: of x with what the block has added; there is no final_norm
     of_texts: bool = False            # it embeds whole texts: a token sees what comes after it too, up to its
                                       # layer's window on either side; there is no head
+    embeds: bool = False              # texts are all that it computes: layers wait while others write answers
     first_norm: bool = True           # False: layer 0 has no attention_norm
     input_norm: bool = False          # embed_norm: of the sum of all embeddings
     distance_buckets: bool = False    # scores get a bias for each head and bucket of distances (MPNet)
@@ -404,6 +405,7 @@ class ModelSpec:
     shared_size: int = 0              # > 0: width of an additional expert that every token takes
     shared_gate: bool = False         # its output is multiplied by the sigmoid of another product
     expert_norms: bool = False        # router, experts and shared expert have norms of their own
+    experts_bias: bool = False        # added to what they add together
     bare_layers: tuple[int, ...] = ()  # layers without a feed-forward part
     double_layers: tuple[int, ...] = ()  # whose feed-forward part is 2 F wide
     experts_per_token: int = 0        # those with the largest of the router's logits
@@ -535,7 +537,8 @@ def layer_tensors(spec: ModelSpec, l: int) -> Shapes:
         (spec.post_norms or spec.sum_norms, {"output_norm": (C,), "down_norm": (C,)}),
         (spec.sum_norms and spec.norm_biases, {"output_norm_bias": (C,), "down_norm_bias": (C,)}))
     biased = {"qkv": spec.qkv_bias, "output": spec.output_bias, "router": spec.router_bias} | dict.fromkeys(
-        ("up", "gate_up", "down", "expert_gate_up", "expert_down"), spec.ffn_bias)
+        ("up", "gate_up", "down"), spec.ffn_bias) | dict.fromkeys(
+        ("expert_gate_up", "expert_down"), spec.ffn_bias and not spec.sum_norms)
     biases: Shapes = {f"{name}_bias": shape[:1] for name, shape in matrices.items() if biased.get(name)}
     q_size, k_size = (q, k) if spec.qk_norm_sizes else (D, D)
     return matrices | biases | present(
@@ -561,7 +564,8 @@ def feed_forward_tensors(spec: ModelSpec, l: int) -> Shapes:
         (E, {"router": (E, C), f"expert_{up}": (E * halves * size, X), "expert_down": (E * X, F)}),
         (shared, {f"shared_{up}": (halves * shared, C), "shared_down": (C, shared)}),
         (spec.latent_size, {"latent_in": (X, C), "latent_out": (C, X)}),
-        (spec.choice_bias, {"choice_bias": (E,)}), (spec.shared_gate, {"shared_gate": (1, C)}),
+        (spec.choice_bias, {"choice_bias": (E,)}), (spec.experts_bias, {"experts_bias": (C,)}),
+        (spec.shared_gate, {"shared_gate": (1, C)}),
         (spec.expert_norms, {"experts_scale": (E,)} | {
             f"{part}_norm": (C,) for part in ("router", "experts", "experts_down", "shared_down")}))
 

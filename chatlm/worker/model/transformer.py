@@ -200,7 +200,7 @@ class Transformer:
         C = self.unpadded.width
         x = self.arrays.numpy(self.buffers["x"][first:last]).astype(numpy.float64)
         if self.spec.sum_norms:
-            return x
+            return x[:, :C]
         if self.spec.layer_norms:
             x = x[:, :C] - x[:, :C].mean(axis=1, keepdims=True)
         x = x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + self.norm_eps)
@@ -230,7 +230,7 @@ class Transformer:
 
         Every op writes into a given buffer, so that the steps can be recorded or captured as a CUDA graph."""
         spec, k, w = self.spec, self.kernels, self.weights
-        b.adapters = inputs.adapters
+        b.adapters, b.types = inputs.adapters, inputs.previous_token_ids
         if spec.opens:
             self._embed(inputs, b)
         for l, layer in enumerate(self.layers):
@@ -278,7 +278,8 @@ class Transformer:
             k.embed(table, inputs.previous_token_ids, out=b.previous, part=(0, spec.vocab_size))
             k.mix(b.x, b.previous, 1.0, 1.0, out=b.x)
         if spec.input_norm:
-            k.layer_norm(b.x, w["embed_norm"], w.get("embed_norm_bias"), spec.norm_eps, out=b.x)
+            k.layer_norm(b.x, w["embed_norm"], w.get("embed_norm_bias"), spec.norm_eps, out=b.x,
+                         **self.counted)
         if spec.layer_input_size:
             k.linear(b.x, w["layer_project"], out=b.layer_inputs)  # (T, L * P)
             k.look_up(self.layer_embed, inputs.token_ids, out=b.layer_rows)
@@ -340,6 +341,8 @@ class Transformer:
                       **more)   # (T, H * D)
         if self.q_scale is not None:
             k.scale_rows(q, self.q_scale, inputs.positions, out=q)
+        if spec.embeds:
+            k.pause()
         if spec.of_texts:
             more = {"distances": self.distances} if spec.distance_buckets else {}
             k.text_attention(q, cache, inputs.attention, attn.window, out=attended, **more)  # (T, H * Dv)
@@ -405,6 +408,8 @@ class Transformer:
             biases=(layer.get(f"expert_{up}_bias"), layer.get("expert_down_bias")),
             out=total if reads is x else reads, activation=spec.activation, chosen=spec.experts_per_token,
             sum_to_one=spec.shares_sum_to_one, residual=alone and reads is x, **router_options(spec, layer))
+        if spec.sum_norms:
+            return norm_sum(self, b, layer)
         if spec.latent_size:
             adapted_linear(k, b, reads, layer, "latent_out", l, residual=x if alone else None, out=total)
         if spec.shared_size:
@@ -441,7 +446,8 @@ class Transformer:
         k, bias, norm = self.kernels, layer.get(f"{name}_bias"), layer.get(f"{name}_norm")
         if self.spec.sum_norms:
             adapted_linear(k, b, x, layer, name, l, bias=bias, residual=residual, out=b.added)
-            return k.layer_norm(b.added, norm, layer.get(f"{name}_norm_bias"), self.norm_eps, out=out)
+            return k.layer_norm(b.added, norm, layer.get(f"{name}_norm_bias"), self.norm_eps, out=out,
+                                **self.counted)
         if norm is None and not k.all_reduce:
             return adapted_linear(k, b, x, layer, name, l, bias=bias, residual=residual, out=out)
         adapted_linear(k, b, x, layer, name, l, bias=bias, out=b.added)
@@ -451,6 +457,17 @@ class Transformer:
             k.all_reduce(b.added, out=b.added)
         k.rms_norm(b.added, norm, self.spec.norm_eps, out=b.added)
         k.mix(residual, b.added, 1.0, 1.0, out=out)
+
+
+def norm_sum(transformer: Transformer, b: SimpleNamespace, layer: dict):
+    """x = norm(x + the bias that all experts have together)."""
+    spec, k = transformer.spec, transformer.kernels
+    if spec.experts_bias:  # all tokens are of type 0
+        k.embed(layer["experts_bias"].reshape(-1, spec.width), b.types, out=b.previous,
+                part=(0, spec.vocab_size))
+        k.mix(b.x, b.previous, 1.0, 1.0, out=b.x)
+    k.layer_norm(b.x, layer["down_norm"], layer.get("down_norm_bias"), transformer.norm_eps, out=b.x,
+                 **transformer.counted)
 
 
 def load_adapter(transformer: Transformer, slot: int, folder: Path, stamp: Stamp = ()) -> int:

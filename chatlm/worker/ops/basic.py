@@ -17,6 +17,15 @@ from chatlm.worker.ops.packed_kv import PACKED
 from chatlm.worker.ops.tensors import normed, zeroed
 
 
+pausing: dict = {}  # what Backend.pause_while was given
+
+
+def pause_reference():
+    """Between the layers of a model that embeds texts: wait while answers are written."""
+    if pausing:
+        pausing["word"].wait(pausing["most_s"])
+
+
 def embed_reference(table, ids, out, part=None):
     """Rows `ids` (T,) of table (V, C) -> out (T, C); a negative id gives row 0, which the caller ignores.
 

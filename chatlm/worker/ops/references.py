@@ -10,7 +10,8 @@ from chatlm.worker.ops.basic import (
     adapter_products, backout_reference, copy_reference, embed_reference, experts_reference, fastest_dtype,
     finish_linear, gate_input_reference, gated_add_reference, gather_rows_reference, layer_inputs_reference,
     layer_norm_reference, linear_reference, look_up_reference, make_cache_reference, mix_reference,
-    pack_reference, rms_norm_reference, sigmoid_routes, smear_reference, softcap_reference)
+    pack_reference, pause_reference, pausing, rms_norm_reference, sigmoid_routes, smear_reference,
+    softcap_reference)
 from chatlm.worker.ops.mixers import (
     OneEach, delta_rule_reference, gate_reference, group_squares_reference, mamba2_reference,
     norm_groups_reference, short_conv_reference, split_gates_reference)
@@ -35,6 +36,7 @@ REFERENCES = {
     "backout": backout_reference,
     "softcap": softcap_reference,
     "make_cache": make_cache_reference,
+    "pause": pause_reference,
     "mean_squares": mean_squares_reference,
     "norm_qk": norm_qk_reference,
     "scale_rows": scale_rows_reference,

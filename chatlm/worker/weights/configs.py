@@ -131,6 +131,8 @@ def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
         fp8_block(path, raw)
     if family in VISION:
         family, raw = text_part(path, family, raw)
+    if family == "nomic_bert" and raw.get("num_experts"):
+        family = "nomic_bert_moe"
     if family not in FAMILIES:
         raise ConfigError(f"{path}: {unsupported(family)}")
     row = FAMILIES[family]

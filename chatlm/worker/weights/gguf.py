@@ -181,7 +181,7 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
         field: any(header.has(f"{name}.bias") for name in names.split()) for field, names in (
             ("qkv_bias", "attn_q attn_qkv"), ("output_bias", "attn_output"),
             ("norm_biases", "attn_norm attn_output_norm"),
-            ("ffn_bias", "ffn_down_exps" if spec.experts else "ffn_down"))})
+            ("ffn_bias", "ffn_down_exps" if spec.experts and not spec.sum_norms else "ffn_down"))})
 
 
 def family_of(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, str]:

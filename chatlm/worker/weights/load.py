@@ -34,5 +34,6 @@ def open_model(source: ModelSource, settings: Settings,
         raise ConfigError(f"--context-length {length} is more than the model's {model.context_length}, its "
                           "own rope scaling included")
     check_rotary_memory(source.path, model.spec, length)
-    model.spec = replace(model.spec, max_positions=length)  # no table is longer than needed
+    embeds = model.text.embedder is not None
+    model.spec = replace(model.spec, max_positions=length, embeds=embeds)  # no table is longer than needed
     return model

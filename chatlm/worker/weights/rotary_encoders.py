@@ -11,9 +11,9 @@ from typing import Any, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.worker.weights.encoders import AFTER_SUMS, HEADS, gguf
+from chatlm.worker.weights.encoders import AFTER_SUMS, HEADS, NAMES_AFTER_SUMS, gguf, gguf_bert
 from chatlm.worker.weights.family import Family, Gguf, Header
-from chatlm.worker.weights.layernorms import EPSILON, both, gguf_epsilon
+from chatlm.worker.weights.layernorms import ACTIVATIONS, EPSILON, both, gguf_epsilon
 from chatlm.worker.weights.rules import MOST_POSITIONS, ROPE_BASE, Rule, checked
 
 if TYPE_CHECKING:
@@ -67,25 +67,78 @@ FIXED_NOMIC = {  # other values of these would change what it computes
     "prenorm": False, "qkv_proj_bias": False, "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": False,
     "rotary_emb_scale_base": None, "rotary_scaling_factor": None, "scale_attn_by_inverse_layer_idx": False,
     "use_rms_norm": False, "parallel_block": False, "num_experts": 0, "moe_every_n_layers": 0}
+FIXED_NOMIC_MOE = FIXED_NOMIC | {  # the same of the models with experts
+    "activation_function": "gelu", "mlp_fc1_bias": True, "mlp_fc2_bias": True, "qkv_proj_bias": True,
+    "expert_choice_router": False, "moe_normalize_expert_weights": False, "num_shared_experts": 0,
+    "ffn_div": 1}
 UNREAD_NOMIC = set("""attn_pdrop dense_seq_output fused_bias_fc fused_dropout_add_ln max_trained_positions
     pad_vocab_size_multiple parallel_block_tied_norm reorder_and_upcast_attn resid_pdrop summary_activation
     summary_first_dropout summary_proj_to_labels summary_type summary_use_proj use_xentropy
     ffn_div expert_choice_router moe_impl moe_normalize_expert_weights moe_resid_pdrop moe_top_k
     num_shared_experts router_aux_loss_coef""".split())
+OF_EXPERTS = "moe_top_k", "moe_impl", "moe_resid_pdrop", "router_aux_loss_coef"
+NOMIC_MOE = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "type_vocab_size": 1, "rope_theta": 10_000.0,
+             "num_experts": 8, "num_experts_per_tok": 2, "moe_every_n_layers": 2, "experts_bias": True,
+             "num_local_experts": None, "moe_intermediate_size": None}
+NOMIC_MOE_TENSORS = NOMIC_TENSORS | both({
+    ours: f"encoder.layers.{{}}.mlp.{theirs}" for ours, theirs in (("up", "fc1"), ("down", "fc2"))}) | {
+    "router": ("encoder.layers.{}.mlp.router.layer.weight",),
+    "expert_up": ("encoder.layers.{}.mlp.experts.mlp.w1.weight",),
+    "expert_down": ("encoder.layers.{}.mlp.experts.mlp.w2.weight",),
+    "experts_bias": ("encoder.layers.{}.mlp.experts.bias",)}
 
 
 def restated_nomic(path: Path, raw: Mapping) -> Mapping:
     """A config.json of either form in the terms of today's."""
-    if "n_embd" not in raw:
-        return raw
-    for key, only in FIXED_NOMIC.items():
+    return restated(path, raw, FIXED_NOMIC) if "n_embd" in raw else raw
+
+
+def restated_nomic_moe(path: Path, raw: Mapping) -> Mapping:
+    own = {"num_experts": raw.get("num_experts"), "moe_every_n_layers": raw.get("moe_every_n_layers", 2),
+           "num_experts_per_tok": raw.get("moe_top_k", 2), "hidden_act": "gelu"}
+    fixed = {key: only for key, only in FIXED_NOMIC_MOE.items() if key not in own}
+    return {key: value for key, value in restated(path, raw, fixed).items() if key not in OF_EXPERTS} | own
+
+
+def restated(path: Path, raw: Mapping, fixed: Mapping[str, Any]) -> Mapping:
+    for key, only in fixed.items():
         value = raw.get(key)
         if value is not None and value != only and (value or only):
             raise ConfigError(f"{path}: {key} is {shown(value)}; in a nomic_bert model it must be "
                               f"{json.dumps(only)}")
     known = {OLDER_NOMIC.get(key, key): value for key, value in raw.items()
-             if key not in FIXED_NOMIC and key not in UNREAD_NOMIC}
+             if key not in fixed and key not in UNREAD_NOMIC}
     return known | {"rope_theta": float(known.get("rope_theta", 1000.0))}
+
+
+def nomic_moe_fields(path: Path, config: Mapping) -> dict[str, Any]:
+    """Every so many layers, from the second on, one has experts instead of a feed-forward part."""
+    every, layers, experts = config["moe_every_n_layers"], config["num_hidden_layers"], config["num_experts"]
+    dense = tuple(layer for layer in range(layers) if layer % every != 1 % every)
+    chosen = config["num_experts_per_tok"]
+    return {"token_types": config["type_vocab_size"], "experts": experts, "experts_per_token": chosen,
+            "shares_sum_to_one": False, "dense_layers": dense, "dense_size": config["intermediate_size"],
+            "experts_bias": config["experts_bias"]}
+
+
+def repack_nomic_moe(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
+    """The matrices of all experts as (experts, rows, columns); w2 is there with its inputs as rows."""
+    kept = without_heads(state, "bert.")
+    for name in [name for name in kept if name.endswith("mlp.router.layer.weight")]:
+        first, second = (name.replace("router.layer.weight", f"experts.mlp.{part}") for part in ("w1", "w2"))
+        if first in kept and second in kept and kept[first].ndim == kept[second].ndim == 2:
+            experts, width = len(kept[name]), kept[first].shape[1]
+            kept[f"{first}.weight"] = kept.pop(first).reshape(experts, -1, width)
+            down = kept.pop(second).reshape(experts, -1, width).swapaxes(1, 2)
+            kept[f"{second}.weight"] = numpy.ascontiguousarray(down)
+    return kept
+
+
+def gguf_nomic_moe(header: Header) -> tuple[dict, dict]:
+    """Its files have no bias of the experts' sum, which llama.cpp's converter drops."""
+    changes, more = gguf_bert(header)
+    every = header.value("moe_every_n_layers", 2, low=1)
+    return changes, more | {"moe_every_n_layers": every, "experts_bias": False}
 
 
 GTE = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 1, "rope_theta": 160_000.0,
@@ -151,5 +204,12 @@ FAMILIES = {
         repack=lambda state: without_heads(state, "bert."), restated=restated_nomic,
         aliases={"layer_norm_eps": "rms_norm_eps"}, fields_of=types_of,
         gguf=gguf("nomic-bert")),
+    "nomic_bert_moe": Family(
+        "Nomic-BERT with experts", NOMIC_MOE, AFTER_SUMS, NOMIC_MOE_TENSORS, activations=ACTIVATIONS,
+        keys=NOMIC_KEYS | {"type_vocab_size": Rule(int, 1, 1), "moe_every_n_layers": Rule(int, 1)},
+        repack=repack_nomic_moe, restated=restated_nomic_moe, aliases={"layer_norm_eps": "rms_norm_eps"},
+        fields_of=nomic_moe_fields, gguf=Gguf("nomic-bert-moe", names=NAMES_AFTER_SUMS, keys={
+            "attention.layer_norm_epsilon": EPSILON, "moe_every_n_layers": Rule(int, 1)},
+            layers=gguf_nomic_moe)),
     "gte": GTE_FAMILY,
     "new": GTE_FAMILY._replace(title="")}

@@ -14,6 +14,7 @@
 
 #include "checks.h"
 #include "cpu/pool/pool.h"
+#include "cpu/program/pause.h"
 #include "cpu/program/step.h"
 #include "cpu/program/width.h"
 #include "cpu/tiles/least_rows.h"
@@ -60,12 +61,14 @@ class Leader {
         step.resolve_ids(drawn);
         if (step.by_rows()) begun();            // its first phase is long, and no other thread does a stopped one's part of it
         const auto begin = Clock::now();
+        const int64_t waited_ns = pausing.waited_ns.load();
         step.run(width, begun);
         step.us = us_since(begin);
         // What counts is the time from token to token: where kernels hold every CPU, Python comes late with the next step.
         step.gap_us = std::chrono::duration<double, std::micro>(begin - last_end).count();
         last_end = Clock::now();
         if (threads == 1 || forced_width() || step.many_rows()) return;       // nothing to choose
+        if (pausing.waited_ns.load() != waited_ns) return;                    // its time says nothing about the width
         decoding.learn(step.tokens * (MAX_CHUNKS + 1) + step.logit_rows, step.us + (step.gap_us < MOST_GAP_US ? step.gap_us : 0), step.outcome.stalled);
     }
 

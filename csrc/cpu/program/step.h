@@ -144,6 +144,7 @@ private:
     void do_mamba2(const Part& part, int64_t chunk) const;
     void do_move_needed(const Part& part, int64_t chunk) const;
     void do_group(const Part& part, int64_t chunk) const;
+    void do_pause(const Part& part, int64_t chunk) const;
     struct ExpertProduct {                      // gate_up or down
         const Routing& routing;
         const Tiles& tiles;

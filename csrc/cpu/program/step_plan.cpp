@@ -256,6 +256,12 @@ void Step::add_phases(const op::group& op) {
     add_plain<&Step::do_group>({nullptr, op.index, op.index + 1, -1, rows, rows, 1});
 }
 
+// One chunk: the thread that ended the phase before waits, and the others go to sleep.
+void Step::add_phases(const op::pause& op) {
+    const int64_t rows = count_of(op);
+    add_plain<&Step::do_pause>({nullptr, op.index, op.index + 1, -1, rows, rows, 1});
+}
+
 void Step::add_phases(const op::gate_up& op) { add_experts(op); }
 void Step::add_phases(const op::down& op) { add_experts(op); }
 

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "cpu/program/pause.h"
 #include "cpu/program/rows.h"
 
 namespace dc {
@@ -324,6 +325,7 @@ int64_t DeltaRule::memory_floats() const {
 
 // ---- experts
 
+void Step::do_pause(const Part&, int64_t) const { pausing.wait(); }
 void Step::do_group(const Part& part, int64_t) const { op_of<op::group>(part).routing->group(part.rows); }
 
 Step::ExpertProduct Step::experts_of(const AnyOp& op) const {

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import time
 
 import aiohttp
 import pytest
@@ -11,7 +12,8 @@ from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import Overloaded
 from chatlm.common.messages.protocol import Cancel, NewAnswer
 from chatlm.common.messages.requests import Piece, SamplingParams
-from chatlm.front.pool.dispatcher import WaitingQueue
+from chatlm.common.processes.start import patient
+from chatlm.front.pool.dispatcher import WaitingQueue, waiting_of
 from chatlm.front.pool.worker import Job, State
 from answers import asked, ending, said
 from fake_pool import FakePool, conversation, serving
@@ -28,6 +30,51 @@ def drained(queue):
         queue.take(first)
         names.append(first.request.id)
     return " ".join(names)
+
+
+def text(name, client=""):
+    return Job(asked(name, prompts=((1,),), client=client, pooling="mean"), (1,), 8, None, 0.0)
+
+
+def test_texts_to_embed_go_after_answers_and_before_low_priority():
+    queue = WaitingQueue()
+    for each in (job("low", low=True), text("t1"), text("t2", "other"), job("answer", "late")):
+        queue.append(each)
+    assert drained(queue) == "answer t1 t2 low"
+
+
+async def test_a_text_makes_room_for_an_answer_and_texts_do_not_fill_the_queue():
+    pool = played_pool(max_batch=2, max_queue=7)
+    [worker] = pool.workers
+
+    def embed(name, count):
+        return pool.answer(asked(name, prompts=((1,),) * count, prompt_ids=((1,),) * count, client="a", pooling="mean", max_tokens=0))
+
+    texts = [embed(name, 40) for name in ("x", "y")]
+    for stream in texts:
+        await anext(stream)
+    assert len(worker.jobs) == 2 and len(pool.dispatcher.pending) == 78 and sum(waiting_of([pool.dispatcher]).values()) == 6     # of 40: 3
+    answers = await submitted(pool, "a1")          # of the same client
+    assert told(worker)[-1] == "a1" and [job.request.id for job in worker.jobs.values()] == ["x", "a1"]
+    texts.append(embed("z", 40))
+    await anext(texts[-1])
+    with pytest.raises(Overloaded, match="9 requests are already waiting"):
+        await anext(embed("w", 40))
+    for stream in (*texts, *answers.values()):
+        await stream.aclose()
+    assert not pool.dispatcher.jobs and not worker.jobs and not len(pool.dispatcher.pending)
+
+
+async def test_a_long_text_may_take_long_in_its_one_step():
+    pool = played_pool()
+    [worker] = pool.workers
+    worker.TEXT_TOKEN_S = 10.0
+    stream = pool.answer(asked("long", prompts=((1,),), prompt_ids=((1,) * 60,), client="a", pooling="mean", max_tokens=0))
+    await anext(stream)
+    worker.awaited_s = time.monotonic() - patient(worker.HANG_S) - 60
+    assert worker.jobs and not worker.hung
+    await stream.aclose()
+    assert not worker.jobs and worker.hung
 
 
 def test_clients_take_turns_and_each_is_served_in_order():

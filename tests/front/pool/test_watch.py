@@ -515,6 +515,7 @@ def test_workers_of_a_server_that_watches_leave_the_processor_to_the_training(ru
     front, its sandboxes and the process that reads headers are as nice as the server was started: beside a training
     that takes all cores they would list nothing."""
     assert [niceness(Settings(device_type="cpu", **flags)) for flags in ({}, {"watch": "x"}, {"watch": "x", "nice": 3}, {"nice": 5})] == [None, 19, 3, 5]
+    assert [niceness(Settings(command="embed", device_type="cpu", nice=nice)) for nice in (None, 0)] == [19, 0]
     list(tiny_training.train(run_folder, 1, 1))
     with server("--watch", run_folder, "--nice", 3) as (process, url):
         while not get(url + "/v1/models")["data"]:

@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import chat_server
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.engine import scheduler as scheduling
 from chatlm.worker.engine.integrity import scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool, PageTables
 from chatlm.worker.engine.scheduler import Scheduler
@@ -21,9 +23,9 @@ def scheduler(num_pages=64, max_batch=8, prefill_chunk=64):
     return Scheduler(PagePool(num_pages), max_batch=max_batch, prefill_chunk=prefill_chunk)
 
 
-def sequence(name, tokens, client=""):
+def sequence(name, tokens, client="", **params):
     tokens = list(range(tokens)) if isinstance(tokens, int) else list(tokens)
-    return Sequence(assignment(name, tuple(tokens), SamplingParams(), 1000, client=client), list(tokens), 2000)
+    return Sequence(assignment(name, tuple(tokens), SamplingParams(), 1000, client=client, **params), list(tokens), 2000)
 
 
 def step(s, next_token=1):
@@ -70,6 +72,32 @@ def test_decoding_sequences_run_in_every_step_beside_a_long_prompt():
         counts = step(s)
         assert all(counts[name] == 1 for name in "abc")
         assert counts["long"] == 64
+
+
+def test_a_slow_model_embeds_few_tokens_in_a_step_beside_answers_and_then_answers_for_long(monkeypatch):
+    s, now = scheduler(), 1000.0
+    monkeypatch.setattr(scheduling.time, "monotonic", lambda: now)
+    s.token_s = 0.05                # 64 tokens would stop the answer for 3 s
+    s.add(sequence("answer", 5))
+    s.add(sequence("text", [7] * 70, pooling="mean"))
+    assert [step(s) for _ in range(2)] == [{"text": 16}, {"answer": 5}]
+    now += 15.0                     # 20 times as long as the 16 tokens took have not passed
+    assert step(s) == {"answer": 1}
+    now += 2.0
+    assert step(s) == {"text": 16}
+
+
+@pytest.mark.parametrize("seconds, steps", [(1e9, [{"answer": 5}, {"answer": 1}, {"answer": 1}]), (0.0, [{"text": 64}, {"text": 6}, {"answer": 5}])])
+def test_texts_to_embed_have_steps_of_their_own_and_beside_answers_seldom_one(monkeypatch, seconds, steps):
+    monkeypatch.setattr(scheduling, "TEXTS_S", seconds)
+    s = scheduler()
+    s.texts_s, s.token_s = time.monotonic(), 0.001
+    s.add(sequence("answer", 5))
+    s.add(sequence("text", [7] * 70, pooling="mean"))
+    assert [step(s) for _ in range(3)] == steps
+    [answer] = [one for one in s.running if one.work.id == "answer"]
+    s.remove(answer)
+    assert step(s) == ({} if seconds == 0 else {"text": 64})        # nobody writes any more
 
 
 def test_a_short_prompt_overtakes_a_long_one_and_the_long_one_keeps_half_the_budget():
