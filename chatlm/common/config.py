@@ -430,8 +430,9 @@ class Settings:
         return bool(self.several) or self.models is not None or self.watch is not None
 
 
+rows_of: Any = dataclasses.fields  # of 80 fields or more, pyright does not see that they are a dataclass's
 FLAGS: tuple[Flag, ...] = tuple(row.metadata["flag"]._replace(field=row.name)
-                                for row in dataclasses.fields(Settings) if row.metadata)
+                                for row in rows_of(Settings) if row.metadata)
 
 
 def ranks_per_replica(settings: Settings) -> int:

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.timeout(120)
 async def start_pool(start_pool, tmp_path, monkeypatch):
     """A function that starts a WorkerPool whose workers die when a request says so (see dying_worker.py)."""
     monkeypatch.setenv("STRUCK", str(tmp_path))
-    return functools.partial(start_pool, prefill_chunk=16)
+    return functools.partial(start_pool, prefill_chunk=16, stream_interval=0.0)
 
 
 greedy = functools.partial(pools.greedy, ignore_eos=True)
@@ -114,7 +114,7 @@ async def answers(pool, request):
 
 @pytest.mark.parametrize("cases", [FEW, pytest.param([*CASES], marks=pytest.mark.slow)], ids=["few", "all"])
 async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_pool, tmp_path, cases):
-    pool = await start_pool(num_workers=2)
+    pool = await start_pool(num_workers=2, stream_interval=8.0)      # short steps share messages, as in a server
     for number, (case, changes) in enumerate((case, CASES[case]) for case in cases):
         request = dict(messages=(Message("user", "hello"),), ignore_eos=True) | changes
         name = f"kill-{case.split()[0]}-{number}"
