@@ -267,12 +267,13 @@ class Admission:
         for name, (cpu_s, memory, nice) in limits.items():
             text = card.text if name == "bodies" else replace(card.text, payload=b"")
             self.sandboxes[name].config = SandboxConfig(known, text, card.context_length, cpu_s, memory, nice,
-                                                        self.number)
+                                                        self.number, card.scored_length)
         if not card.text.chat_template:
             await self.sandboxes["templates"].stop()
         prompts = PromptMaker(
-            tokenizer, card.context_length, run=run_in_thread_if_long, fill=lambda arguments, client:
-            self.sandboxes["templates"].perform(client, "fill_template", arguments))
+            tokenizer, card.context_length, scored_length=card.scored_length, run=run_in_thread_if_long,
+            fill=lambda arguments, client: self.sandboxes["templates"].perform(
+                client, "fill_template", arguments))
         if tokenizer.templated:
             try:
                 await prompts.render([Message("user", "hello")], (), "")  # compiles the template

@@ -42,7 +42,8 @@ class Tasks:
 
     @cached_property
     def prompts(self) -> PromptMaker:
-        return PromptMaker(open_tokenizer(self.config.text), self.config.context_length)
+        return PromptMaker(open_tokenizer(self.config.text), self.config.context_length,
+                           scored_length=self.config.scored_length)
 
     @cached_property
     def template(self):

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from chatlm.common.config import counted_path
 from chatlm.common.errors import ChatServerError, ConfigError
 from chatlm.common.log import log
-from chatlm.front.evals.bundle import drawn_rows, read_suite
+from chatlm.front.evals.bundle import read_suite
+from chatlm.front.evals.chat import chat_suite
 from chatlm.front.evals.kept import Kept, file_word, kept_name, note, results_folder
-from chatlm.front.evals.run import as_json, run_task
+from chatlm.front.evals.run import as_json, drawn_items, mean_of, run_task
 from chatlm.front.evals.samples import PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.pool.models import Served
@@ -62,9 +63,9 @@ class StepWork:
             self.duties.append(Duty("prompts", done, partial(self._sample, prompts)))
         if settings.watch_suite is not None:
             word, most = counted_path(settings.watch_suite)
-            suite = read_suite(word, "--watch-suite")
+            suite = chat_suite(runs_code=False) if word == "chat" else read_suite(word, "--watch-suite")
             for task in suite.tasks:
-                drawn_rows(task, most)  # what is broken is said at once
+                drawn_items(task, most)  # what is broken is said at once
             done = lambda model: model.judged is not None
             self.duties.append(Duty("suite", done, partial(self._judge, suite, most)))
         writes = settings.watch_prompts is not None or settings.watch_suite is not None
@@ -126,9 +127,11 @@ class StepWork:
         body = as_json(suite, results)
         model.judged = {f"centered_results/{label}": value
                         for label, value in body["centered_results"].items()}
-        model.judged |= {name: body[name] for name in ("core_metric", "core_standard_error") if name in body}
-        log.info("the checkpoint %s: %s", model.name, f"CORE {body['core_metric']:.4f}" if suite.is_core else
-                 ", ".join(f"{label} {value:.4f}" for label, value in body["results"].items()))
+        model.judged |= {name: value for name, value in body.items()
+                         if name.endswith(("core_metric", "core_standard_error"))}
+        means = [f"{suite.mean} {mean_of(results)[0]:.4f}"] if suite.mean else [
+            f"{label} {value:.4f}" for label, value in body["results"].items()]
+        log.info("the checkpoint %s: %s", model.name, ", ".join(means))
         del body["seconds"]
         about = {"suite": suite.name, "suite_digest": suite.digest, "max_per_task": most}
         self._note(model, scorer.digest, about | body)

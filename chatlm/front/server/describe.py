@@ -76,7 +76,9 @@ A_MODEL = {"type": "object", "properties": {
     "bits_per_byte": {"type": ["number", "null"],
                       "description": "of a checkpoint: how well it predicts --watch-text, once scored"},
     "scoring": {"type": "boolean", "description": "of a checkpoint: whether it is scored now"},
-    "context_length": {"type": "integer"}, "tools": {"enum": ["native", "generic", None]},
+    "context_length": {"type": "integer"},
+    "scored_length": {"type": "integer", "description": "most tokens of a prompt that is only scored"},
+    "tools": {"enum": ["native", "generic", None]},
     "capabilities": {"type": "object", "description": "what the model can do here", "properties": {
         name: {"type": "boolean", "description": doc} for name, doc in ABILITIES.items()}},
     "embedder": {"type": "object", "description":
@@ -139,6 +141,7 @@ def model_body(served: Served, is_default: bool = True) -> dict:
             **model.of_run, "owned_by": "chat_server", "root": pool.model_name,
             "parent": pool.model_name if adapter else None, "tools": tools_of(tokenizer),
             "context_length": pool.context_length, "max_model_len": pool.context_length,
+            "scored_length": pool.supervisor.card.longest,
             "capabilities": able, **({"embedder": embedder_body(embedder, pool.context_length)}
                                      if (embedder := tokenizer.spec.embedder) else {}),
             "defaults": {"max_tokens": model.settings.max_tokens, **{

@@ -33,6 +33,7 @@ def open_model(source: ModelSource, settings: Settings,
     if length > model.context_length:
         raise ConfigError(f"--context-length {length} is more than the model's {model.context_length}, its "
                           "own rope scaling included")
-    check_rotary_memory(source.path, model.spec, length)
-    model.spec = replace(model.spec, max_positions=length)  # no table is longer than needed
+    if settings.context_length:
+        model.spec = replace(model.spec, max_positions=length, answer_positions=0)  # no longer than needed
+    check_rotary_memory(source.path, model.spec, model.spec.max_positions)
     return model
