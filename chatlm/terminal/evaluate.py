@@ -204,7 +204,7 @@ def show(name: str, what: Suite | Texts, found: list[TaskResult] | BpbResult, se
         print(json.dumps({"model": name, "suite": what.name if isinstance(what, Suite) else "bpb",
                           "max_per_task": settings.max_per_task, **body}), flush=True)
     else:
-        print("\n".join(map(visible, lines)), flush=True)
+        print("\n".join(visible(line).replace("\n", " ") for line in lines), flush=True)
 
 
 def table(name: str, suite: Suite, results: Seq[TaskResult]) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, cannot_read, shown
+from chatlm.common.files import check_regular, read_small
 from chatlm.common.hub.find import nanochat_base
 from chatlm.front.aio import all_of
 from chatlm.front.evals.data import read_parts
@@ -79,6 +80,7 @@ def read_texts(path: str | None) -> Texts:
     """nanochat's validation shard, or the text, the JSON lines or the parquet file that --text names.
     ConfigError if it is not there."""
     file, metric = (validation_shard(), "val_bpb") if path is None else (Path(path).expanduser(), "bpb")
+    check_regular(file)
     try:
         with open(file, "rb") as opened:
             digest = hashlib.sha256()
@@ -138,10 +140,9 @@ async def packed_rows(texts: Texts, scorer: Scorer, targets: int) -> AsyncGenera
 async def plain_rows(texts: Texts, scorer: Scorer, targets: int) -> AsyncGenerator[list[int], None]:
     """The rows of one running text: each begins afresh, and every token is scored once."""
     try:
-        text = texts.path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {texts.path}: "
-                          f"{getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+        text = read_small(texts.path).decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"cannot read {texts.path}: not UTF-8 text") from None
     begin, whole = await scorer.encode(["", text])
     if not begin:
         raise ConfigError("--suite bpb: the model has no token that begins a text; see the command score")

@@ -51,6 +51,16 @@ def kept_name(settings: Settings, scorer: Scorer, model: str, suite: Suite | Tex
     return f"{file_word(model)}-{file_word(suite.name)}-{most}-{digest}"
 
 
+def noted(path: Path) -> list[dict]:
+    """The objects in a file of JSON lines; [] if there is none or it cannot be read."""
+    found = []
+    with suppress(OSError):
+        for line in path.read_bytes().split(b"\n"):
+            with suppress(ValueError, RecursionError):
+                found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
+
+
 def note(path: Path, line: Mapping):
     """Add a line to a file of JSON lines, unless the file has it. ConfigError if it cannot be written."""
     try:

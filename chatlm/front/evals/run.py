@@ -32,6 +32,7 @@ class TaskResult(NamedTuple):
     near: int        # decided by no more than NEAR_TIE nats
     cut: int         # that lost their beginning, since the context is shorter
     seconds: float
+    verdicts: str = ""  # of each item, 1: right, 0: wrong
 
     @property
     def accuracy(self) -> float:
@@ -104,7 +105,8 @@ async def run_task(scorer: Scorer, task: Task, most: int | None, kept: Kept,
     items = [item for index in range(len(rows)) if (item := kept.find(task.label, index)) is not None]
     near = sum(item["margin"] is not None and item["margin"] <= NEAR_TIE for item in items)
     return TaskResult(task, len(items), sum(item["correct"] for item in items), near,
-                      sum(bool(item.get("cut")) for item in items), time.monotonic() - began_s)
+                      sum(bool(item.get("cut")) for item in items), time.monotonic() - began_s,
+                      "".join(str(int(item["correct"])) for item in items))
 
 
 async def judged(scorer: Scorer, task: Task, rows: list[dict], index: int) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 
@@ -137,6 +138,10 @@ async def test_texts_that_are_not_there_or_not_usable_are_one_line(scorer, base,
         with pytest.raises(ConfigError, match=words) as error:
             await run_bpb(scorer, read_texts(str(tmp_path / name)), 1, Kept(tmp_path, name), silent)
         assert "\n" not in str(error.value)
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path in (tmp_path / "pipe.txt", "/dev/zero", tmp_path):
+        with pytest.raises(ConfigError, match="it must be a regular file"):
+            read_texts(str(path))
 
 
 # data

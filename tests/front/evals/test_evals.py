@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -270,6 +271,34 @@ def test_wrong_words_are_one_line_and_exit_status_2(tmp_path, words, named):
     done = subprocess.run([sys.executable, str(SCRIPT), "eval", *words], capture_output=True, text=True, cwd=tmp_path, timeout=60,
                           env=os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)})
     assert done.returncode == 2 and done.stdout == "" and named in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_run_that_is_killed_goes_on_and_a_server_that_vanishes_is_one_line(nanochat_fixtures, tmp_path):
+    """No item is asked twice; a name with control characters cannot write to the terminal."""
+    rows = [{"query": f"the cat {number}", "choices": ["sat", "ran on"], "gold": 0} for number in range(400)]
+    (tmp_path / "q\x1b[31m\n.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["--suite", str(tmp_path / "q\x1b[31m\n.jsonl"), "--results", str(tmp_path / "kept"), "--dtype", "float32"]
+
+    def lines():
+        return [line for path in (tmp_path / "kept").glob("*.jsonl") for line in path.read_text().splitlines()]
+
+    def interrupted(model, end, *more):
+        """Let it answer some items, then end something."""
+        child = subprocess.Popen([sys.executable, str(SCRIPT), "eval", str(model), *words, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        begun = len(lines())
+        while len(lines()) < begun + 5 and child.poll() is None:
+            pass
+        end(child)
+        return child.communicate()[1], child.returncode
+
+    model = nanochat_fixtures / "gen5"
+    assert interrupted(model, lambda child: child.kill())[1] == -signal.SIGKILL and 5 <= len(lines()) < 400
+    code, table, _ = run_eval(model, *words, home=tmp_path)
+    assert code == 0 and "\x1b" not in table and len(table.splitlines()) == 3
+    assert sorted(json.loads(line)["item"] for line in lines()) == list(range(400))
+    with server(model, "--dtype", "float32", "--served-model-name", "tiny") as (process, url):
+        errors, code = interrupted("tiny", lambda child: process.kill(), "--url", url)
+    assert code in (1, 2) and url in errors.splitlines()[-1] and "Traceback" not in errors
 
 
 def test_a_results_folder_that_cannot_be_written_is_one_line(nanochat_fixtures, tmp_path):
