@@ -130,7 +130,7 @@ def picture_of_a_run(browser):
 def picture_of_evaluations(browser, base):
     """What the steps of a run make of prompts and of items."""
     folder, text = base.parent, tiny_training.TEXT
-    (folder / "prompts.txt").write_text("\n".join(text[at:at + 24].strip() for at in (0, 60, 120)))
+    (folder / "prompts.txt").write_text("\n".join(text[at:at + 24].strip() for at in (0, 24, 60)))
     words = text.split()
     rows = [{"context": " ".join(words[at:at + 5]), "continuation": words[at + 5]} for at in range(len(words) - 5)]
     (folder / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -143,7 +143,6 @@ def picture_of_evaluations(browser, base):
         page.locator("#flips-before").select_option("30")
         button(page, "Show items").click()
         expect(page.locator("#flips li").first).to_be_visible()
-        page.locator("#run-samples").scroll_into_view_if_needed()
         page.evaluate("document.querySelector('#run-more').scrollIntoView()")
         page.screenshot(path=DOCS / "steps.png")
         page.context.close()
