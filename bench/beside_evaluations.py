@@ -16,17 +16,21 @@ import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 
 def tell_all(process, number):
-    """A signal for a server and its workers, in the order that wakes or stops no orphan."""
-    import psutil
-    for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
-        one.send_signal(number)
+    """A signal for a server, which then starts no more processes, and for its workers, of which some may just have ended."""
+    process.send_signal(number)
+    for worker in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            worker.send_signal(number)
 
 
 def chat(url, model, gaps, firsts):
