@@ -71,9 +71,10 @@ python chat_server.py [serve|chat|generate|compare|score|eval|embed|check] [MODE
   python chat_server.py score model.gguf --text book.txt
   python chat_server.py score a.gguf b.gguf --text book.txt --context-length 1024
   python chat_server.py score ~/.cache/nanochat -g d20 -s 12000 --text book.txt --json"""),
-    "eval": Help("python chat_server.py eval MODEL ... --suite core|sample|FOLDER|FILE.jsonl [flags]",
-        "Evaluate models as nanochat does: the CORE metric from the bundle that nanochat has fetched, other "
-        "tasks laid out like it, or seven prompts that each model continues. Data come only from this "
+    "eval": Help("python chat_server.py eval MODEL ... --suite SUITE [flags]",
+        "Evaluate models as nanochat does. SUITE is core, chat, bpb, sample, a FOLDER or a FILE.jsonl: the "
+        "CORE metric from the bundle that nanochat has fetched, its tasks for chat models, bits per byte, "
+        "samples, or tasks of your own. Data come only from this "
         "machine's disk. The answer to each item is kept, so a second run, or one after a kill, goes on.", """
   python chat_server.py eval ~/.cache/nanochat -g d20 --suite core --max-per-task 100
   python chat_server.py eval d20@12000 d20@14000 --suite core --url http://127.0.0.1:8000

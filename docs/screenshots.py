@@ -124,6 +124,28 @@ def picture_of_a_run(browser):
             page.evaluate("() => { for (let at = 0; at < 3; at++) document.getElementById('run-step').stepDown(); document.getElementById('run-step').oninput({target: document.getElementById('run-step')}); }")
             page.screenshot(path=DOCS / "run.png")
             page.context.close()
+        picture_of_evaluations(browser, base)
+
+
+def picture_of_evaluations(browser, base):
+    """What the steps of a run make of prompts and of items."""
+    folder, text = base.parent, tiny_training.TEXT
+    (folder / "prompts.txt").write_text("\n".join(text[at:at + 24].strip() for at in (0, 24, 60)))
+    words = text.split()
+    rows = [{"context": " ".join(words[at:at + 5]), "continuation": words[at + 5]} for at in range(len(words) - 5)]
+    (folder / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with started_server("--watch", str(base), "--watch-prompts", str(folder / "prompts.txt"), "--watch-suite", str(folder / "words.jsonl"),
+                        "--results", str(folder / "results"), "--nice", "0") as url:
+        page = browser.new_page(viewport={"width": 1200, "height": 760})
+        open_page(page, url, "#run/d2")
+        expect(page.locator("#run-samples tbody tr")).to_have_count(12, timeout=10 * SLOW_MS)
+        expect(page.locator("#flips-after option")).to_have_count(12, timeout=10 * SLOW_MS)
+        page.locator("#flips-before").select_option("30")
+        button(page, "Show items").click()
+        expect(page.locator("#flips li").first).to_be_visible()
+        page.evaluate("document.querySelector('#run-more').scrollIntoView()")
+        page.screenshot(path=DOCS / "steps.png")
+        page.context.close()
 
 
 def picture_of_a_preview(browser):

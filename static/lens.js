@@ -141,6 +141,7 @@ function makeLens(view) {
   const close = element("button", {type: "button", className: "plain", textContent: TEXT.closeLens, onclick: () => { toggleLens(view); view.inside.focus(); }});
   const legend = element("p", {className: "legend"}, element("b", {textContent: TEXT.lensOn}), TEXT.legend,
     ...[1, ...SHADES].map((most, i) => element("span", {className: i ? `p${i}` : "", textContent: TEXT.shareRange(SHADES[i] ?? 0, most)})), close);
+  if (view.isDialog) close.remove();
   view.lens = element("div", {className: "lens"}, legend, list);
   Object.assign(view.lens, {list, hint: element("p", {className: "hint"}), panel: element("div", {className: "beside"})});
   view.lens.append(view.lens.panel, view.lens.hint);
@@ -191,6 +192,7 @@ function chooseToken(view, lens, at) {
   list.setAttribute("aria-activedescendant", list.children[at].id);
   const about = [quoted(text), TEXT.tokenId(id), share === undefined ? TEXT.notDrawn : TEXT.share(share)].join(" · ");
   panel.replaceChildren(element("p", {textContent: about}), ...beside.map(other => {
+    if (view.isDialog) return element("span", {className: "plain"}, element("span", {textContent: quoted(other.text)}), element("small", {textContent: TEXT.share(other.share)}));
     const made = element("button", {type: "button", className: "plain", disabled: !canAsk(), title: TEXT.tokenId(other.id),
       onclick: () => branchAt(view.node, lens, at, other)}, element("span", {textContent: quoted(other.text)}), element("small", {textContent: TEXT.share(other.share)}));
     made.setAttribute("aria-label", TEXT.goOnWith(quoted(other.text), TEXT.share(other.share)));
@@ -202,6 +204,34 @@ function chooseToken(view, lens, at) {
 function branchAt(node, {tokens}, at, {id}) {
   const {parameters = {}, seed} = node, prefix = [...tokens.slice(0, at).map(token => token.id), id];
   answerAgain(state.nodes.get(node.parent), {prefix, ids: [...prefix], parameters: {...parameters, seed}, system: systemOf(node)});
+}
+
+// The tokens of a text that is no answer of this chat, in a dialog. `ask` is what a model is asked: a question in a chat, or a text whose own
+// tokens are looked at, or with `most` its continuation.
+const lensAsked = newest();
+
+async function openLens(title, model, {question, text, most = 0}) {
+  const isMine = lensAsked(), node = {id: `lens-${newId()}`}, dialog = $("lens-dialog");
+  const view = {node, article: dialog, body: $("lens-text"), isDialog: true}, lens = {tokens: [], at: -1, text: TEXT.connecting, drawn: null};
+  dialog.querySelector(".lens")?.remove();
+  setText($("lens-title"), title);
+  setText($("lens-text"), question ?? (most ? text : ""));
+  lenses.set(node.id, lens);
+  updateLens(view);
+  dialog.onclose = () => lenses.delete(node.id);
+  dialog.showModal();
+  const more = {...modelOfSeveral(model), temperature: 0, return_token_ids: true};
+  try {
+    const response = await accepted(await (question === undefined
+      ? post(ROUTES.text, {prompt: text, logprobs: BESIDE + 1, max_tokens: most, ...(most ? {} : {echo: true}), ...more})
+      : post(ROUTES.v1, {messages: [{role: "user", content: question}], logprobs: true, top_logprobs: BESIDE + 1, max_tokens: 1, ...more})));
+    const entries = (await response.json()).choices[0].logprobs.content.filter(({logprob}) => typeof logprob === "number");
+    lens.tokens = joined(await piecesOf(entries.map(({id}) => id), model), entries);
+    lens.text = TEXT.lensLook;
+  } catch (error) {
+    lens.text = error.message;
+  }
+  if (isMine() && lenses.has(node.id)) updateLens(view);
 }
 
 // the prompt -----------------------------------------------------------------------------------------------------------
@@ -274,6 +304,7 @@ register({
     tokensOf: "Tokens of the answer", notDrawn: "not sampled by the model", goOnWith: (text, share) => `Continue with ${text}, ${share}`,
     looking: count => `Running again to get the probabilities: ${plural(count, "token", "tokens")}`,
     lensHint: "Choose a token to see its alternatives; choosing one of these starts another answer.",
+    lensLook: "Choose a token to see its alternatives.",
     runningAgain: count => `Checking: ${plural(count, "token", "tokens")}`, sameAgain: count => `It repeats: the same ${plural(count, "token", "tokens")}.`,
     differsAt: ({at, was, is}) => `It does not repeat: it differs${at ? ` from token ${number(at)} on: ${is ? `“${is}”` : "the end"} instead of ${was ? `“${was}”` : "the end"}` : ""}.`,
     otherWeights: "The model's weights have changed since.", noPrompt: "The server does not show the prompt.", template: "Template",
@@ -284,5 +315,5 @@ register({
   },
 });
 
-share({toggleLens, runAgain, openPrompt, updateLens});
+share({toggleLens, runAgain, openPrompt, updateLens, openLens});
 }

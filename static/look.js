@@ -35,7 +35,7 @@ function updateInside(view) {
   if (view.lens || lenses.has(view.node.id)) updateLens(view);
 }
 
-shareLate("lens", "toggleLens", "runAgain", "openPrompt");
+shareLate("lens", "toggleLens", "runAgain", "openPrompt", "openLens");
 shareLate("compare", "openCompare", "compareModels");
 
 register({

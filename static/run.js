@@ -23,7 +23,7 @@ function openRun(name) {
   const hash = `#run/${encodeURIComponent(name)}`, isOpen = Boolean(shownRun);
   if (location.hash !== hash) history.pushState(null, "", location.pathname + location.search + hash);
   closeRun();
-  shownRun = {name, at: null, metric: BITS, chosen: false, known: new Map(), isNews: inOrder(), chart: null, drawn: "", timer: setInterval(look, LOOK_MS)};
+  shownRun = {name, at: null, metric: BITS, chosen: false, known: new Map(), found: [], isNews: inOrder(), chart: null, drawn: "", timer: setInterval(look, LOOK_MS)};
   $("run-question").value ||= lastQuestion();
   render();
   if (!isOpen) $("run").focus({preventScroll: true});
@@ -37,6 +37,8 @@ async function look() {
   const found = await jsonOf(request(`v1/runs/${encodeURIComponent(mine.name)}`, {signal: AbortSignal.timeout(HEALTH_MS)}));
   if (!found?.steps || mine !== shownRun || !isNews()) return;
   mine.known = new Map(found.steps.map(({model, metrics}) => [model, metrics ?? {}]));
+  mine.found = found.steps;
+  if (found.steps.some(({samples, judged}) => samples?.length || judged)) need("evals").then(() => { if (mine === shownRun) { mine.drawn = ""; render(); } });
   render();
 }
 
@@ -65,7 +67,7 @@ const lastQuestion = () => state.path.findLast(({role}) => role === "user")?.con
 function renderRun() {
   $("run").hidden = !shownRun;
   if (!shownRun) return;
-  const {name} = shownRun, steps = entriesOf(name), key = JSON.stringify([steps, shownRun.at, shownRun.metric, [...shownRun.known], typeof makeChart, typeof uPlot, state.phase]);
+  const {name} = shownRun, steps = entriesOf(name), key = JSON.stringify([steps, shownRun.at, shownRun.metric, [...shownRun.known], shownRun.found, typeof makeChart, typeof uPlot, state.phase]);
   if (shownRun.drawn === key) return;
   shownRun.drawn = key;
   shownRun.at ??= steps.at(-1)?.id ?? null;
@@ -81,7 +83,7 @@ function renderRun() {
   drawCurve(steps);
   showStep(steps);
   listSteps(steps);
-  $("run-more").replaceChildren(...parts.flatMap(({run}) => run?.nodes(steps) ?? []));
+  $("run-more").replaceChildren(...parts.flatMap(({run}) => run?.nodes(steps, shownRun.found) ?? []));
 }
 
 // What is in memory, what is scored now, and how many steps wait for it.

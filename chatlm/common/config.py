@@ -278,8 +278,8 @@ class Settings:
         "continue each line of this file with each checkpoint of --watch, the 16 likeliest tokens, while the "
         "server is idle; without FILE nanochat's seven prompts", "serve", bare="nanochat")
     watch_suite: str | None = flag(None, counted_text,
-        "FOLDER[:MAX], core[:MAX] or FILE.jsonl[:MAX]: evaluate each checkpoint of --watch on these tasks "
-        "(see eval), at most MAX items of each, while the server is idle", "serve")
+        "FOLDER[:MAX], core[:MAX], chat[:MAX] or FILE.jsonl[:MAX]: evaluate each checkpoint of --watch on "
+        "these tasks (see eval), at most MAX items of each, while the server is idle", "serve")
     served_model_name: tuple[str, ...] = flag((), str, "extra names for the model, may repeat", "serve",
         many=True)
     num_gpus: str | None = flag(None, gpu_count,
@@ -363,12 +363,19 @@ class Settings:
     prompt: str | None = flag(None, str, "one prompt, one answer; `-` reads stdin",
         "chat generate compare",
         short="p")
-    text: str | None = flag(None, file_name, "file to score, in bits per byte", "score")
+    text: str | None = flag(None, file_name,
+        "file to score, in bits per byte; for `eval --suite bpb` instead of nanochat's validation shard",
+        "score eval")
     suite: str | None = flag(None, file_name,
-        "tasks to answer: core (nanochat's bundle), sample (seven prompts), a folder laid out as that "
-        "bundle, or a .jsonl file of rows", "eval")
+        "tasks to answer: core (nanochat's bundle), chat (ARC, MMLU, GSM8K, HumanEval), bpb (bits per byte "
+        "of nanochat's validation shard or --text), sample (seven prompts, and eight texts without one), a "
+        "folder laid out as that bundle, or a .jsonl file of rows", "eval")
+    confirm_run_unsafe_code: bool = flag(False, None,
+        "let `--suite chat` run the programs that the model writes for HumanEval, as you, with limits of "
+        "time and memory but no sandbox", "eval")
     max_per_task: int | None = flag(None, number(int, 1),
-        "most items of each task, drawn as upstream draws them (default: all)", "eval")
+        "most items of each task, drawn as upstream draws them (default: all); of bpb most rows (default: "
+        "upstream's 20,971,520 tokens)", "eval")
     results: str | None = flag(None, file_name,
         "folder that keeps the answer to each item, so that a run goes on where another ended (default: "
         "~/.local/state/chat_server/evals)", "serve eval")

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence as Seq
+from collections.abc import AsyncIterator, Iterator, Sequence as Seq
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from chatlm.common.config import ModelChoice
+from chatlm.common.config import LIMITS, ModelChoice
 from chatlm.common.errors import ConfigError, visible
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import TokenLogprob
+from chatlm.front.evals.bpb import BpbResult, Texts, read_texts, run_bpb
 from chatlm.front.evals.bundle import Suite, read_suite
+from chatlm.front.evals.chat import chat_suite
 from chatlm.front.evals.items import NEAR_TIE
 from chatlm.front.evals.kept import Kept, kept_name, results_folder
-from chatlm.front.evals.run import TaskResult, as_json, core_of, run_task
-from chatlm.front.evals.samples import PROMPTS, SAMPLE_TOKENS
-from chatlm.front.evals.scores import PoolScorer
+from chatlm.front.evals.run import TaskResult, as_json, mean_of, run_task
+from chatlm.front.evals.samples import FREE_SAMPLES, FREE_TOKENS, PROMPTS, SAMPLE_TOKENS
+from chatlm.front.evals.scores import FREE, NO_CHAT, PoolScorer, cut_as_upstream
+from chatlm.front.lazy import aiohttp
 from chatlm.terminal.chat import duration
+from chatlm.terminal.programs import Programs
 from chatlm.terminal.remote import RemotePool, open_pool
 from chatlm.terminal.streams import refusal
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.front.evals.scores import Scorer
-    from chatlm.terminal.remote import Pool
+    from chatlm.terminal.programs import Programs
+from chatlm.terminal.remote import Pool
 
 
 class RemoteScorer:
@@ -37,7 +42,10 @@ class RemoteScorer:
         self.pool, self.begin = pool, list[int]()
         self.digest, self.arithmetic = (str(pool.model.get(name) or "") for name in (
             "weights_digest", "arithmetic"))
-        self.longest = pool.context_length or 0
+        self.room = pool.context_length or 0
+        self.longest = pool.model.get("scored_length") or self.room
+        # an answer comes whole, perhaps after others
+        self.patient = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=600)
 
     async def open(self):
         """Ask for the token that begins a text. ConfigError if this server cannot score tokens."""
@@ -51,14 +59,25 @@ class RemoteScorer:
 
     async def _post(self, path: str, body: dict) -> dict:
         body = {"model": self.pool.model_name, **body}
-        async with await self.pool.ask("POST", path, json=body) as response:
+        async with await self.pool.ask("POST", path, json=body, timeout=self.patient) as response:
             if response.status != 200:
                 raise await refusal(response)
             return await response.json()
 
     async def encode(self, texts: Seq[str]) -> list[list[int]]:
-        bodies = [await self._post("tokenize", {"content": text, "parse_special": False}) for text in texts]
-        return [self.begin + body["tokens"] for body in bodies]
+        if not self.begin:
+            bodies = [await self._post("tokenize", {"content": text, "parse_special": False})
+                      for text in texts]
+            return [body["tokens"] for body in bodies]
+        found, (begin,) = list[list[int]](), self.begin
+        for together in in_requests(texts):  # no text becomes this token, so it keeps them apart
+            parts = [part for text in together for part in (begin, text)]
+            body = await self._post("tokenize", {"content": parts, "parse_special": False})
+            for token in body["tokens"]:
+                if token == begin:
+                    found.append([])
+                found[-1].append(token)
+        return found
 
     async def score(self, prompts: Seq[Seq[int]], starts: Seq[int], top: int) -> list[list[TokenLogprob]]:
         body = await self._post("v1/completions", {
@@ -67,9 +86,56 @@ class RemoteScorer:
         return [[*map(read_entry, ids[start:], choice["prompt_logprobs"][start:])]
                 for ids, start, choice in zip(prompts, starts, body["choices"], strict=True)]
 
+    async def _complete(self, prompt: str | Seq[int], max_tokens: int, **more) -> list[dict]:
+        """The choices of a completion, the likeliest one unless `more` says otherwise."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **more}
+        return (await self._post("v1/completions", body))["choices"]
+
     async def complete(self, prompt: str, max_tokens: int) -> str:
-        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-        return (await self._post("v1/completions", body))["choices"][0]["text"]
+        return (await self._complete(prompt, max_tokens))[0]["text"]
+
+    async def samples(self, count: int, max_tokens: int) -> list[str]:
+        choices = await self._complete(self.begin, max_tokens, n=count, temperature=FREE.temperature,
+                                       top_k=FREE.top_k, seed=FREE.seed) if self.begin else []
+        return [choice["text"] for choice in choices]
+
+    async def chat(self, text: str) -> list[int]:
+        if not self.pool.chats:
+            raise ConfigError(NO_CHAT)
+        body = await self._post("tokenize", {"messages": [{"role": "user", "content": text}]})
+        return cut_as_upstream(body["tokens"]) if self.pool.model.get("family") == "nanochat" else (
+            body["tokens"])
+
+    async def likelihoods(self, prompt: Seq[int], ids: Seq[int]) -> list[float]:
+        choice, = await self._complete(prompt, 1, logprobs=1, logprob_token_ids=ids, ignore_eos=True,
+                                       return_token_ids=True)
+        listed = choice["logprobs"]["content"][0]["top_logprobs"]
+        found = {one["id"]: one["logprob"] for one in listed}
+        return [found[token] for token in ids]
+
+    async def answer(self, prompt: Seq[int], max_tokens: int) -> str:
+        choice, = await self._complete(prompt, max_tokens, return_token_ids=True)
+        ids = choice["token_ids"]
+        if ids and choice["stop_reason"] == "eos":
+            ids = ids[:-1]
+        return (await self._post("detokenize", {"tokens": ids}))["content"]
+
+    async def sizes(self, ids: Seq[int]) -> list[int]:
+        body = await self._post("tokenize", {"content": list(ids), "with_pieces": True})
+        return [0 if token.get("special") else len(token["piece"].encode() if isinstance(token["piece"], str)
+                                                   else token["piece"]) for token in body["tokens"]]
+
+
+def in_requests(texts: Seq[str]) -> Iterator[list[str]]:
+    """Texts that fit one body of /tokenize."""
+    together, size = list[str](), 0
+    for text in texts:
+        if together and size + len(text) > LIMITS.tokenized_characters // 2:
+            yield together
+            together, size = [], 0
+        together.append(text)
+        size += len(text)
+    yield together
 
 
 def read_entry(token: int, entry: dict) -> TokenLogprob:
@@ -93,40 +159,65 @@ async def open_scorer(settings: Settings) -> AsyncIterator[tuple[Scorer, Pool]]:
 async def evaluate(settings: Settings) -> int:
     """The `eval` command: a table, or with --json a line, for each model."""
     if settings.suite is None:
-        raise ConfigError("eval needs --suite core, sample, a folder, or a .jsonl file")
-    suite = None if settings.suite == "sample" else read_suite(settings.suite)
-    folder = results_folder(settings.results) if suite else None
+        raise ConfigError("eval needs --suite core, chat, bpb, sample, a folder, or a .jsonl file")
+    for name in ("text", "confirm_run_unsafe_code"):
+        if getattr(settings, name) and settings.suite != (suite := "bpb" if name == "text" else "chat"):
+            raise ConfigError(f"--{name.replace('_', '-')} is for --suite {suite}")
+    what = None if settings.suite == "sample" else (
+        read_texts(settings.text) if settings.suite == "bpb" else
+        chat_suite(settings.confirm_run_unsafe_code) if settings.suite == "chat" else
+        read_suite(settings.suite))
+    folder = results_folder(settings.results) if what else None
     for choice in settings.several or (ModelChoice(""),):
         one_model = replace(settings, model=choice.path or None, several=())
         async with open_scorer(one_model) as (scorer, pool):
             name = choice.path or pool.model_name
-            if suite is None or folder is None:
+            if what is None or folder is None:
                 await show_samples(scorer, name, settings.json)
                 continue
-            kept = Kept(folder, kept_name(one_model, scorer, name, suite, settings.max_per_task))
+            kept = Kept(folder, kept_name(one_model, scorer, name, what, settings.max_per_task))
             progress = ProgressDisplay()
             try:
-                results = [await run_task(scorer, task, settings.max_per_task, kept, progress)
-                           for task in suite.tasks]
+                if isinstance(what, Suite):
+                    runs = Programs()
+                    found = [await run_task(scorer, task, settings.max_per_task, kept, progress, runs=runs)
+                             for task in what.tasks]
+                else:
+                    found = await run_bpb(scorer, what, settings.max_per_task, kept, progress)
             finally:
                 progress.close()
                 kept.close()
-        if settings.json:
-            print(json.dumps({"model": name, "suite": suite.name, "max_per_task": settings.max_per_task,
-                              **as_json(suite, results)}), flush=True)
-        else:
-            print("\n".join(map(visible, table(name, suite, results))), flush=True)
+        show(name, what, found, settings)
     return 0
 
 
+def show(name: str, what: Suite | Texts, found: list[TaskResult] | BpbResult, settings: Settings):
+    """Print a model's result: a line of JSON, or a table."""
+    if isinstance(found, BpbResult):
+        result = f"{found.bits_per_byte:.6f} bits per byte ({found.texts.metric}): {found.bytes:,} bytes, "
+        result += f"{found.rows:,} row(s) of {found.targets:,} tokens, {duration(found.seconds)}"
+        body, lines = found.as_json(), [f"== {name}: {found.texts.name}", result]
+    else:
+        assert isinstance(what, Suite)
+        body, lines = as_json(what, found), table(name, what, found)
+        if what.left_out:
+            body["left_out"] = what.left_out
+    if settings.json:
+        print(json.dumps({"model": name, "suite": what.name if isinstance(what, Suite) else "bpb",
+                          "max_per_task": settings.max_per_task, **body}), flush=True)
+    else:
+        print("\n".join(visible(line).replace("\n", " ") for line in lines), flush=True)
+
+
 def table(name: str, suite: Suite, results: Seq[TaskResult]) -> list[str]:
-    width = max(len("CORE"), *(len(result.task.label) for result in results))
+    width = max(len("ChatCORE"), *(len(result.task.label) for result in results))
     rows = [("task", "shots", "items", "accuracy", "std. error", "centered", "time")]
     rows += [(one.task.label, f"{one.task.shots}", f"{one.items:,}", f"{one.accuracy:.4f}",
               f"{one.standard_error:.4f}", f"{one.centered:.4f}", duration(one.seconds)) for one in results]
-    if suite.is_core:
-        core, error = core_of([*results])
-        rows.append(("CORE", "", f"{sum(one.items for one in results):,}", "", f"{error:.4f}", f"{core:.4f}",
+    if suite.mean:
+        mean, error = mean_of([*results])
+        items = sum(one.items for one in results)
+        rows.append((suite.mean, "", f"{items:,}", "", f"{error:.4f}", f"{mean:.4f}",
                      duration(sum(one.seconds for one in results))))
     lines = [f"== {name}: {suite.name}"]
     lines += [f"{first:{width}} {shots:>6} {items:>7} {accuracy:>9} {error:>11} {centered:>9} {time:>9}"
@@ -136,16 +227,20 @@ def table(name: str, suite: Suite, results: Seq[TaskResult]) -> list[str]:
                      "decide otherwise")
     if cut := sum(result.cut for result in results):
         lines.append(f"{cut:,} item(s) did not fit the context and lost their beginning")
-    return lines
+    return lines + [f"not run: {reason}" for reason in suite.left_out]
 
 
 async def show_samples(scorer: Scorer, name: str, as_lines: bool):
-    """How the model continues the seven prompts."""
+    """How the model continues the seven prompts, and what it writes without one."""
     answers = await asyncio.gather(*(scorer.complete(prompt, SAMPLE_TOKENS) for prompt in PROMPTS))
+    free = await scorer.samples(FREE_SAMPLES, FREE_TOKENS)
     if as_lines:
         print(json.dumps({"model": name, "suite": "sample", "samples": [
-            {"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, answers)]}), flush=True)
+            {"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, answers)],
+            "free_samples": free}), flush=True)
         return
     print(f"== {visible(name)}: sample", flush=True)
     for prompt, text in zip(PROMPTS, answers):
         print(f"{prompt} ->{visible(text)}", flush=True)
+    for number, text in enumerate(free, 1):
+        print(f"without a prompt, {number}: {visible(text)}", flush=True)

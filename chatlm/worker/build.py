@@ -146,7 +146,7 @@ def build_transformer(
         model: LoadedModel, source: ModelSource, settings: Settings, device: Device, progress: Progress,
         ranks: RankAlone | None) -> tuple[LoadedModel, Transformer, int, int, int]:
     """Load the weights, or a rank's shards of them, and allocate the KV pages. Also returns the number of
-    pages, the longest context they hold, and how many sequences may run at once."""
+    pages, the longest text they hold, and how many sequences may run at once."""
     ranks = ranks or RankAlone()
     whole, model = model.spec, share_of_rank(model, ranks, settings)
     if model.dtype is None and not choose_backend(device, model.spec).as_stored:
@@ -209,7 +209,7 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
     apart = kernels.backend.groups_layers and ranks.stages == 1 and not spec.of_texts
     kv = KvType("float32") if spec.of_texts else kernels.kv_type(settings.kv_cache_dtype, model.dtype)
     layers_of_floats(whole, kv)
-    groups = group_layers((whole if ranks.stages == 1 else spec).by_layer, model.context_length, apart, kv)
+    groups = group_layers((whole if ranks.stages == 1 else spec).by_layer, spec.max_positions, apart, kv)
     plan = plan_memory(model, whole, kernels, groups, kv, ranks, settings, device, limits)
     return kernels, groups, limits, plan
 
@@ -258,7 +258,7 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
     return MemoryPlan(settings, device, copies * weight_bytes(model, settings.quantize), copies * activations,
                       page_bytes, full, fewest, model.grows and f". {model.grows}",
                       kernels.backend.quantizes and floats and not settings.quantize, state_bytes,
-                      model.context_length, token_bytes,
+                      model.spec.max_positions, token_bytes,
                       sum(getattr(tensor, "file_bytes", 0) for tensor in model.tensors.values()), kv,
                       -(-copies * bytes_of_adapters(settings.adapter) // ranks.stages),
                       limits["max_tokens"] // PAGE_SIZE + 2 * limits["max_rows"] if whole.of_texts else 0)
@@ -275,12 +275,12 @@ class MemoryPlan(NamedTuple):
     weights: int      # bytes
     activations: int  # bytes
     page_bytes: int   # of one KV page
-    full: int         # pages of a sequence that has the longest context
+    full: int         # pages of a sequence that fills the context
     fewest: int       # pages of one of 64 tokens: fewer are useless
     grows: str = ""   # a sentence, see LoadedModel
     quantizes: bool = False  # would --quantize make the weights smaller?
     state_bytes: int = 0  # of a sequence's state, where layers keep one
-    longest: int = 0      # tokens of the longest context
+    longest: int = 0      # tokens of the longest text that may be scored
     token_bytes: int = 0  # that all layers of the model cache per token
     mapped: int = 0       # bytes that stay in the file, see MappedRows
     kv: KvType = KvType()
@@ -344,7 +344,7 @@ class MemoryPlan(NamedTuple):
         return num_pages * self.page_bytes + self.state_bytes * (sum(self.states(num_pages)) + FREE_ROWS)
 
     def context(self, num_pages: int, groups: LayerGroups) -> int:
-        """The longest context that fits in this many pages."""
+        """The longest text that fits in this many pages."""
         return self.longest if self.of_step else longest_context(
             PagePool(num_pages, groups.windows), self.longest, prefill_chunk(self.settings, self.device))
 

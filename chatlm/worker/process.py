@@ -235,7 +235,7 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig, bou
                      engine.kernels.row_invariant, core, dict(model.sampling),
                      model.sampling_origin, f"{hardware}; {cache}", config.source,
                      model_facts(model, config, engine.transformer.matrix_types[0],
-                                 engine.transformer.weights_bytes))
+                                 engine.transformer.weights_bytes), engine.scored_length)
 
 
 def token_bytes(transformer: Transformer) -> str:

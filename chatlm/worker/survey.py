@@ -48,9 +48,10 @@ def surveyed(config: SurveyConfig) -> Surveyed:
     budget = config.budget or int(free * settings.gpu_memory_utilization)
     plan = plan.within(budget // config.replicas - config.process_bytes)
     pages = plan.pages()
-    card = ModelCard(model.text, model.name, plan.context(pages, groups), (), {}, False, kernels_line(),
+    scored = plan.context(pages, groups)
+    card = ModelCard(model.text, model.name, min(model.context_length, scored), (), {}, False, kernels_line(),
                      dict(model.sampling), model.sampling_origin, source=source,
-                     facts=model_facts(model, config, "", plan.weights))
+                     facts=model_facts(model, config, "", plan.weights), scored_length=scored)
     return Surveyed(card, plan.weights, plan.activations, plan.cache_bytes(pages),
                     plan.settings.kv_cache_memory or 0, budget)
 

@@ -215,8 +215,9 @@ class GraphSteps:
         most, max_pages = len(transformer.buffers["x"]), -(-context_length // self.script.PAGE_SIZE)
         drafted = MAX_PRODUCT_ROWS if backend.few_rows_invariant else 0
         self.max_rows = max(max_batch, min(drafted, len(transformer.buffers["logits"])))
-        # a graph's grid covers the longest table: 64 pages are 1,024 tokens
-        self.buckets = list(itertools.product(doubling(1, self.max_rows, 2), doubling(64, max_pages, 4)))
+        # a graph's grid covers the longest table: 64 pages are 1,024 tokens. Texts beyond the context are only scored, op by op
+        decoded = -(-min(context_length, self.spec.context_length) // self.script.PAGE_SIZE)
+        self.buckets = list(itertools.product(doubling(1, self.max_rows, 2), doubling(64, decoded, 4)))
         largest = StepShape(most, self.max_rows, self.max_rows, max_pages, LIST_CAPACITY, LIST_CAPACITY, self.count)
         with torch.inference_mode():
             self.inputs = torch.empty(largest.bytes(), dtype=torch.uint8, device=transformer.device)

@@ -7,6 +7,7 @@ the tests are skipped with that reason. (test_openai_client.py tests the `openai
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -132,6 +133,23 @@ def test_lm_eval_gets_from_a_nanochat_checkpoint_what_its_own_backend_computes(p
     assert [score for score, in ours["roll"]] == pytest.approx([score for score, in theirs["roll"]], rel=1e-4, abs=1e-4)
     mine, other = ([text.rstrip("\ufffd") for text, in found[name]["go_on"]] for name in ("server", "hf"))     # here a cut character has no mark
     assert mine == other and len({*mine}) > 12
+
+
+@pytest.mark.slow
+def test_inspect_ai_asks_chats_and_sums_the_log_probabilities_of_prompts(nanochat_fixtures, url, tmp_path):
+    """On the default model and, with token ids, on a nanochat checkpoint, whose first log-probability upstream's code has found."""
+    python = made_venv("inspect", "inspect.txt")
+    prompts = [[1, 504, 3575, 282, 4649, 314, 7042, 30], [1, 504, 3575]]
+    found = outcome([python, HERE / "inspect_peer.py"], url, tmp_path, json.dumps(prompts))
+    assert found["accuracy"] == 1.0 and [len(each) for each in found["each"]] == [7, 2]
+    assert found["each"][1] == pytest.approx(found["each"][0][:2], abs=0 if decode_core() else 0.3)
+    with server(nanochat_fixtures / "gen5", "--dtype", "float32") as (_, tiny):
+        oracle = json.loads((nanochat_fixtures / "gen5/oracle.json").read_text())["cases"][0]
+        found = outcome([python, HERE / "inspect_peer.py"], tiny, tmp_path, json.dumps([oracle["prompt_ids"] + oracle["greedy"][:4]]))
+    likely = found["each"][0][len(oracle["prompt_ids"]) - 1:]           # of tokens that upstream's greedy answer has
+    logits = oracle["next_logits"]
+    assert likely[0] == pytest.approx(logits[oracle["greedy"][0]] - math.log(math.fsum(map(math.exp, logits))), abs=1e-3)
+    assert len(likely) == 4 and found["sums"][0] == pytest.approx(sum(found["each"][0]))
 
 
 @pytest.mark.slow

@@ -1,8 +1,13 @@
 """Small bundles of tasks in the layout of nanochat's, made of words: each kind of row, with its odd cases."""
 
 import json
+import os
+import subprocess
+import sys
 
 import yaml
+
+from real_server import SCRIPT
 
 WORDS = "the cat sat on a mat and the dog ran to it while rain fell over all of the old town by the sea".split()
 TASKS = (("choose", "multiple_choice", 2, {}, 25.0), ("answer", "multiple_choice", 0, {"continuation_delimiter": "\nAnswer: "}, 50.0),
@@ -37,3 +42,13 @@ def write_bundle(folder, tasks=TASKS, rows=rows_of):
     lines = [f"{label},x,{baseline}" for label, *_, baseline in tasks]
     (folder / "eval_meta_data.csv").write_text("\n".join(["Eval Task,Task Category,Random baseline", *lines]) + "\n")
     return folder
+
+
+def silent(stage, fraction):
+    pass
+
+
+def run_eval(*words, home):
+    done = subprocess.run([sys.executable, str(SCRIPT), "eval", *map(str, words)], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"XDG_STATE_HOME": str(home)})
+    return done.returncode, done.stdout, done.stderr

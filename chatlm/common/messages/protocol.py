@@ -180,6 +180,12 @@ class ModelCard:
     place: str = ""            # this worker's device, and what it holds there
     source: ModelSource | None = None
     facts: ModelFacts = ModelFacts()
+    scored_length: int = 0     # most tokens of a prompt that is only scored; 0: context_length
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of any prompt: nanochat's models score ten contexts."""
+        return self.scored_length or self.context_length
 
 
 @wire_message(1 << 16)
@@ -284,6 +290,7 @@ class SandboxConfig:
     memory: int    # bytes the process may take beyond what it starts with
     nice: int = 0  # its niceness: how far it yields when the processors are busy
     number: int = 0  # of the model
+    scored_length: int = 0  # as in ModelCard
 
 
 @wire_message(64 << 20)

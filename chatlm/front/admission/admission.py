@@ -260,14 +260,14 @@ class Admission:
             replace(settings, keys=(), api_key=()), calls_of(card.text)[0],
             template=card.text.chat_template or "", chats=tokenizer.has_chat_template,
             never_written=tokenizer.never_written, infill=tokenizer.infill_tokens,
-            embedder=card.text.embedder), card.text, card.context_length)
-        self.prompts = self._prompts_of(tokenizer, card.context_length)
+            embedder=card.text.embedder), card.text, card.context_length, card.scored_length)
+        self.prompts = self._prompts_of(tokenizer, card.context_length, card.scored_length)
 
     async def _open_text(self, text: TextSpec, settings: Settings) -> Tokenizer:
         """The model's tokenizer, opened in a thread. Sandboxes learn the chat template, which is tried."""
         known = Known(replace(settings, keys=(), api_key=()), None)
         for name in ("templates", "schemas"):
-            self._configure(name, known, replace(text, payload=b""), 0)
+            self._configure(name, known, replace(text, payload=b""))
         # not before now: its imports would take a processor from those of front and worker
         if text.chat_template:
             await self.sandboxes["templates"].start()
@@ -275,22 +275,24 @@ class Admission:
         await asyncio.to_thread(trim_heap)  # of what it was built from
         if tokenizer.templated:
             try:
-                await self._prompts_of(tokenizer, 0).render([Message("user", "hello")], (), "")
+                await self._prompts_of(tokenizer).render([Message("user", "hello")], (), "")
             except RequestError as error:  # the template may accept other chats
                 log.warning("chats may be refused, as the message \"hello\" was: %s", printable(str(error)))
         return tokenizer
 
-    def _configure(self, name: str, known: Known, text: TextSpec, context_length: int):
+    def _configure(self, name: str, known: Known, text: TextSpec, *lengths: int):
         cpu_s, memory, nice = {"templates": (self.TEMPLATE_S, 256 << 20, 0),
                                "schemas": (self.SCHEMA_S, 256 << 20, 10),
                                "bodies": (self.BODY_S, 1 << 30, 5)}[name]
+        context_length, scored_length = (*lengths, 0, 0)[:2]
         self.sandboxes[name].config = SandboxConfig(known, text, context_length, cpu_s, memory, nice,
-                                                    self.number)
+                                                    self.number, scored_length)
 
-    def _prompts_of(self, tokenizer: Tokenizer, context_length: int) -> PromptMaker:
+    def _prompts_of(self, tokenizer: Tokenizer, context_length: int = 0, scored_length: int = 0) -> PromptMaker:
         return PromptMaker(
-            tokenizer, context_length, run=run_in_thread_if_long, fill=lambda arguments, client:
-            self.sandboxes["templates"].perform(client, "fill_template", arguments))
+            tokenizer, context_length, scored_length=scored_length, run=run_in_thread_if_long,
+            fill=lambda arguments, client: self.sandboxes["templates"].perform(
+                client, "fill_template", arguments))
 
     @contextmanager
     def _prepare(self, client: str, request_id: str = "") -> Iterator[None]:

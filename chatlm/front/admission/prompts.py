@@ -34,9 +34,10 @@ class PromptMaker:
 
     SLICE_CHARACTERS = 1 << 16  # longer texts have their tokens counted, slice by slice, before encoding
 
-    def __init__(self, tokenizer: Tokenizer, context_length: int, *,
+    def __init__(self, tokenizer: Tokenizer, context_length: int, *, scored_length: int = 0,
                  fill: Callable[[dict, str], Any] | None = None, run: Callable[..., Any] = run_here):
         self.tokenizer, self.context_length, self.run = tokenizer, context_length, run
+        self.scored_length = scored_length or context_length  # of a prompt that is only scored
         self.fill = fill or self._fill_here
         self.infills, embedder = InfillMaker(tokenizer, context_length), tokenizer.spec.embedder
         self.retrievals = embedder and RetrievalMaker(tokenizer, embedder, context_length, self._text_of)
@@ -91,7 +92,9 @@ class PromptMaker:
         if self.retrievals and request.retrieval:
             return self.retrievals.prompts(request, request.retrieval)
         most = self.context_length if request.truncate else None
-        starts = [self._start_of(prompt, request.source, request.truncate) for prompt in request.prompts]
+        longest = self._longest(request)
+        starts = [self._start_of(prompt, request.source, request.truncate, longest)
+                  for prompt in request.prompts]
         return tuple(tuple(self.tokenizer.encode_prompt(start) if isinstance(start, str) else start)[:most]
                      for start in starts)
 
@@ -149,7 +152,13 @@ class PromptMaker:
         ids, dropped = await without(low)
         return (ids,), dropped
 
-    def _start_of(self, text: str | Seq[int], param: str, cut: bool = False) -> str | Seq[int]:
+    def _longest(self, request: Request) -> int:
+        """The most tokens of a request's prompt, and of its answer if it has one."""
+        scored = request.params.prompt_logprobs is not None and request.max_tokens == 0
+        return self.scored_length if scored else self.context_length
+
+    def _start_of(self, text: str | Seq[int], param: str, cut: bool = False,
+                  longest: int = 0) -> str | Seq[int]:
         """The text. If it has over twice the context's tokens: its start with `cut`, else RequestError 400.
         Counts in slices: tokenizing the whole takes about 700 bytes a token, 2.5 GB for a 15 MB body."""
         if not isinstance(text, str) or len(text) <= self.SLICE_CHARACTERS:
@@ -157,29 +166,29 @@ class PromptMaker:
         count = 0
         for start in range(0, len(text), self.SLICE_CHARACTERS):
             count += len(self.tokenizer.encode(text[start:start + self.SLICE_CHARACTERS]))
-            if count > 2 * self.context_length:
+            if count > 2 * (longest or self.context_length):
                 if cut:
                     return text[:start + self.SLICE_CHARACTERS]
-                raise self._too_long(f"more than {count - count % 1000:,}", param)
+                raise self._too_long(f"more than {count - count % 1000:,}", param, longest=longest)
         return text
 
     def _text_of(self, text: str, param: str, cut: bool = False) -> str:
         return str(self._start_of(text, param, cut))
 
-    def _too_long(self, count: str, param: str, whose: str = "") -> RequestError:
+    def _too_long(self, count: str, param: str, whose: str = "", longest: int = 0) -> RequestError:
         return RequestError(
-            f"the prompt has {count} tokens, but the context holds {self.context_length:,}{whose}",
+            f"the prompt has {count} tokens, but the context holds {longest or self.context_length:,}{whose}",
             code="context_length_exceeded", param=param)
 
     def answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
         """Most tokens the answer may have. RequestError 400 if the prompt is empty or leaves no room."""
-        room, pooling = self.context_length - len(prompt_ids), bool(request.params.pooling)
+        room, pooling = self._longest(request) - len(prompt_ids), bool(request.params.pooling)
         alone = pooling or request.max_tokens == 0  # it may fill the context
         if not prompt_ids:
             raise RequestError(f"the {request.source} is empty", param=request.source)
         if room < 1 - alone:
             raise self._too_long(f"{len(prompt_ids):,}", request.source,
-                                 "" if alone else " (prompt and answer together)")
+                                 "" if alone else " (prompt and answer together)", self._longest(request))
         if pooling:
             return 0
         most = room if request.max_tokens is None else max(1, min(request.max_tokens, room))

@@ -33,7 +33,8 @@ class BodyTasks:
 
     @cached_property
     def prompts(self) -> PromptMaker:
-        return PromptMaker(open_tokenizer(self.config.text), self.config.context_length)
+        return PromptMaker(open_tokenizer(self.config.text), self.config.context_length,
+                           scored_length=self.config.scored_length)
 
     def named_model(self, body: bytes) -> Result:
         name = json_object(body).get("model")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatlm.common.errors import ConfigError, named, require_library, shown
+from chatlm.common.files import read_small
 from chatlm.common.hub.find import nanochat_base
 
 MULTIPLE_CHOICE, SCHEMA, LANGUAGE_MODELING = KINDS = "multiple_choice", "schema", "language_modeling"
@@ -38,7 +39,8 @@ class Suite(NamedTuple):
     name: str
     tasks: tuple[Task, ...]
     digest: str       # of all its files
-    is_core: bool     # has it a CORE metric, the mean of its tasks?
+    mean: str = ""    # what the mean of its tasks' centered accuracies is called, if it has a meaning
+    left_out: tuple[str, ...] = ()  # in words: tasks that are not run, and why
 
 
 def core_folder() -> Path:
@@ -57,29 +59,22 @@ def read_suite(word: str, flag: str = "--suite") -> Suite:
         return read_bundle(path, "core" if word == "core" else path.resolve().name)
     if path.suffix == ".jsonl":
         return read_rows_file(path)
-    raise ConfigError(f"{flag} {word}: it must be core,{' sample,' * (flag == '--suite')} a folder with a "
-                      f"{TASKS}, or a .jsonl file of rows")
-
-
-def read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+    raise ConfigError(f"{flag} {word}: it must be core, chat,{' bpb, sample,' * (flag == '--suite')} a "
+                      f"folder with a {TASKS}, or a .jsonl file of rows")
 
 
 def read_bundle(folder: Path, name: str) -> Suite:
-    listed, table = read_file(folder / TASKS), read_file(folder / BASELINES)
+    listed, table = read_small(folder / TASKS), read_small(folder / BASELINES)
     digest = hashlib.sha256(listed + table)
     baselines = read_baselines(folder / BASELINES, table)
     tasks = []
     for number, entry in enumerate(read_tasks(folder / TASKS, listed), 1):
         task = read_task(folder, number, entry, baselines)
-        digest.update(read_file(task.path))
+        digest.update(read_small(task.path))
         tasks.append(task)
     if len({task.label for task in tasks}) < len(tasks):
         raise ConfigError(f"{folder / TASKS}: two tasks have the same label")
-    return Suite(name, tuple(tasks), digest.hexdigest(), True)
+    return Suite(name, tuple(tasks), digest.hexdigest(), "CORE")
 
 
 def read_tasks(path: Path, data: bytes) -> list[Mapping]:
@@ -129,7 +124,7 @@ def read_task(folder: Path, number: int, entry: Mapping, baselines: Mapping[str,
 
 def read_rows_file(path: Path) -> Suite:
     """One file of rows as a task without examples; its first row says of which kind they are."""
-    data = read_file(path)
+    data = read_small(path)
     try:
         first = json.loads(data.split(b"\n", 1)[0])
     except (ValueError, RecursionError):
@@ -142,7 +137,7 @@ def read_rows_file(path: Path) -> Suite:
     task = Task(path.stem, kind, path, 0, " ", 0.0)
     counts = {len(row[OPTIONS[kind]]) for row in read_rows(task)} if kind in OPTIONS else set()
     baseline = 1 / counts.pop() if len(counts) == 1 and counts != {1} else 0.0
-    return Suite(path.name, (task._replace(baseline=baseline),), hashlib.sha256(data).hexdigest(), False)
+    return Suite(path.name, (task._replace(baseline=baseline),), hashlib.sha256(data).hexdigest())
 
 
 def is_text(value) -> bool:
@@ -167,7 +162,7 @@ OPTIONS = {MULTIPLE_CHOICE: "choices", SCHEMA: "context_options"}  # the field o
 
 def read_rows(task: Task) -> list[dict]:
     """The rows of a task in the order of its file. ConfigError names the first broken one."""
-    lines = read_file(task.path).split(b"\n")
+    lines = read_small(task.path).split(b"\n")
     if lines and not lines[-1].strip():
         lines.pop()
     return [read_row(task, number, line) for number, line in enumerate(lines, 1)]

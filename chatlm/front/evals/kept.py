@@ -16,6 +16,7 @@ from chatlm.common.errors import ConfigError
 if TYPE_CHECKING:
     from io import BufferedWriter
     from chatlm.common.config import Settings
+    from chatlm.front.evals.bpb import Texts
     from chatlm.front.evals.bundle import Suite
     from chatlm.front.evals.scores import Scorer
 
@@ -40,14 +41,24 @@ def file_word(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._@-]+", "-", text)[:80].strip(".-") or "model"
 
 
-def kept_name(settings: Settings, scorer: Scorer, model: str, suite: Suite, cut: int | None) -> str:
+def kept_name(settings: Settings, scorer: Scorer, model: str, suite: Suite | Texts, cut: int | None) -> str:
     """The name of the file for its answers: other weights, items, cut or arithmetic have another one."""
     most = cut or "all"
-    key = json.dumps([scorer.digest, scorer.longest, suite.digest, most, settings.dtype, settings.quantize,
-                      settings.kv_cache_dtype, scorer.arithmetic, settings.softcap, settings.lora,
-                      settings.url])
+    key = json.dumps([scorer.digest, scorer.longest, scorer.room, suite.digest, most, settings.dtype,
+                      settings.quantize, settings.kv_cache_dtype, scorer.arithmetic, settings.softcap,
+                      settings.lora, settings.url])
     digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     return f"{file_word(model)}-{file_word(suite.name)}-{most}-{digest}"
+
+
+def noted(path: Path) -> list[dict]:
+    """The objects in a file of JSON lines; [] if there is none or it cannot be read."""
+    found = []
+    with suppress(OSError):
+        for line in path.read_bytes().split(b"\n"):
+            with suppress(ValueError, RecursionError):
+                found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
 
 
 def note(path: Path, line: Mapping):
@@ -84,7 +95,9 @@ class Kept:
         for line in data.split(b"\n"):
             with suppress(ValueError, KeyError, TypeError, RecursionError):
                 item = json.loads(line)
-                if type(item["correct"]) is bool and isinstance(item["margin"], (int, float, type(None))):
+                if type(item.get("correct")) is bool and isinstance(
+                        item["margin"], (int, float, type(None))) or (
+                        isinstance(item["nats"], float) and type(item["bytes"]) is int):
                     self.items[str(item["task"]), int(item["item"])] = item
 
     def find(self, task: str, index: int) -> Mapping | None:

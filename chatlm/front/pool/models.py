@@ -16,6 +16,7 @@ from chatlm.front.pool.names import accepted_names, bound_among, is_among, named
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, Request
+    from chatlm.front.evals.flips import Verdicts
     from chatlm.front.pool.adapters import Adapter
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.residency import Place
@@ -38,6 +39,7 @@ class Model:
         self.scoring = False                 # is it scored now?
         self.written: dict[str, float] = {}  # metrics that its training has written beside it
         self.judged: dict[str, float] | None = None  # metrics by --watch-suite, once it has ended
+        self.verdicts: Verdicts | None = None  # and of its items
         self.samples: tuple[dict[str, str], ...] = ()  # by --watch-prompts
 
     @property

@@ -11,15 +11,18 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from chatlm.common.config import counted_path
 from chatlm.common.errors import ChatServerError, ConfigError
 from chatlm.common.log import log
-from chatlm.front.evals.bundle import drawn_rows, read_suite
-from chatlm.front.evals.kept import Kept, file_word, kept_name, note, results_folder
-from chatlm.front.evals.run import as_json, run_task
+from chatlm.front.evals.bundle import read_suite
+from chatlm.front.evals.chat import chat_suite
+from chatlm.front.evals.flips import Verdicts
+from chatlm.front.evals.kept import Kept, file_word, kept_name, note, noted, results_folder
+from chatlm.front.evals.run import as_json, drawn_items, mean_of, run_task
 from chatlm.front.evals.samples import PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.pool.models import Served
 from chatlm.front.pool.score import read_scored, score_text
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from chatlm.common.hub.steps import Step
     from chatlm.front.evals.bundle import Suite
     from chatlm.front.pool.many import ManyModels
@@ -62,9 +65,9 @@ class StepWork:
             self.duties.append(Duty("prompts", done, partial(self._sample, prompts)))
         if settings.watch_suite is not None:
             word, most = counted_path(settings.watch_suite)
-            suite = read_suite(word, "--watch-suite")
+            suite = chat_suite(runs_code=False) if word == "chat" else read_suite(word, "--watch-suite")
             for task in suite.tasks:
-                drawn_rows(task, most)  # what is broken is said at once
+                drawn_items(task, most)  # what is broken is said at once
             done = lambda model: model.judged is not None
             self.duties.append(Duty("suite", done, partial(self._judge, suite, most)))
         writes = settings.watch_prompts is not None or settings.watch_suite is not None
@@ -109,9 +112,25 @@ class StepWork:
     async def _sample(self, prompts: Seq[str], model: Model, pool: WorkerPool,
                       yields: Callable[[], None]):
         scorer = PoolScorer(pool, yields)
-        texts = [await scorer.complete(prompt, SAMPLE_TOKENS) for prompt in prompts]
+        texts = self._sampled(prompts, model, scorer.digest) or [
+            await scorer.complete(prompt, SAMPLE_TOKENS) for prompt in prompts]
         model.samples = tuple({"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts))
         self._note(model, scorer.digest, {"samples": model.samples})
+
+    def _sampled(self, prompts: Seq[str], model: Model, digest: str) -> list[str]:
+        """What an earlier server has noted of these prompts; [] if nothing."""
+        for line in noted(self._file_of(model)):
+            samples = line.get("samples")
+            if line.get("weights_digest") == digest and isinstance(samples, list) and all(
+                    isinstance(one, dict) and isinstance(one.get("text"), str) for one in samples) and [
+                    one.get("prompt") for one in samples] == [*prompts]:
+                return [one["text"] for one in samples]
+        return []
+
+    def _file_of(self, model: Model) -> Path:
+        """The results of its run."""
+        assert self.folder
+        return self.folder / f"run-{file_word(model.run)}.jsonl"
 
     async def _judge(self, suite: Suite, most: int | None, model: Model, pool: WorkerPool,
                      yields: Callable[[], None]):
@@ -126,18 +145,20 @@ class StepWork:
         body = as_json(suite, results)
         model.judged = {f"centered_results/{label}": value
                         for label, value in body["centered_results"].items()}
-        model.judged |= {name: body[name] for name in ("core_metric", "core_standard_error") if name in body}
-        log.info("the checkpoint %s: %s", model.name, f"CORE {body['core_metric']:.4f}" if suite.is_core else
-                 ", ".join(f"{label} {value:.4f}" for label, value in body["results"].items()))
+        model.judged |= {name: value for name, value in body.items()
+                         if name.endswith(("core_metric", "core_standard_error"))}
+        model.verdicts = Verdicts(suite, most, {one.task.label: one.verdicts for one in results})
+        means = [f"{suite.mean} {mean_of(results)[0]:.4f}"] if suite.mean else [
+            f"{label} {value:.4f}" for label, value in body["results"].items()]
+        log.info("the checkpoint %s: %s", model.name, ", ".join(means))
         del body["seconds"]
         about = {"suite": suite.name, "suite_digest": suite.digest, "max_per_task": most}
         self._note(model, scorer.digest, about | body)
 
     def _note(self, model: Model, digest: str, found: Mapping[str, Any]):
         """Add a line to the run's file, unless an earlier server has added the same."""
-        assert self.folder
         line = {"tag": model.run, "step": model.step, "weights_digest": digest, **found}
-        note(self.folder / f"run-{file_word(model.run)}.jsonl", line)
+        note(self._file_of(model), line)
 
     def _may_load(self, model: Model) -> bool:
         """Is it loaded, or is there free memory for it that no other model waits for?"""

@@ -172,7 +172,8 @@ class Supervisor:
                     return self.version.refuse(worker)
                 if not self.card.kernels:  # so far only the headers of the model's files were read
                     known, self.card = self.card, message
-                    if not self.prepared or message.context_length != known.context_length:
+                    if not self.prepared or (message.context_length, message.scored_length) != (
+                            known.context_length, known.scored_length):
                         # build our tokenizer while the workers warm up
                         self.run("opening the tokenizer", self._prepare)
             case Ready(gauges, faults):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib.util
 import re
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm import __version__
-from chatlm.common.errors import Overloaded, RequestError, shown
+from chatlm.common.errors import ConfigError, Overloaded, RequestError, invalid, shown, without_folders
 from chatlm.common.log import utc
 from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.api.field_types import TEXT
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import Embedder
     from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.evals.flips import Verdicts
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import Model, Served
     from chatlm.front.server.access import Access
@@ -77,7 +79,9 @@ A_MODEL = {"type": "object", "properties": {
     "bits_per_byte": {"type": ["number", "null"],
                       "description": "of a checkpoint: how well it predicts --watch-text, once scored"},
     "scoring": {"type": "boolean", "description": "of a checkpoint: whether it is scored now"},
-    "context_length": {"type": "integer"}, "tools": {"enum": ["native", "generic", None]},
+    "context_length": {"type": "integer"},
+    "scored_length": {"type": "integer", "description": "most tokens of a prompt that is only scored"},
+    "tools": {"enum": ["native", "generic", None]},
     "capabilities": {"type": "object", "description": "what the model can do here", "properties": {
         name: {"type": "boolean", "description": doc} for name, doc in ABILITIES.items()}},
     "embedder": {"type": "object", "description":
@@ -141,6 +145,7 @@ def model_body(served: Served, is_default: bool = True) -> dict:
             "root": pool.model_name,
             "parent": pool.model_name if adapter else None, "tools": tools_of(tokenizer),
             "context_length": pool.context_length, "max_model_len": pool.context_length,
+            "scored_length": pool.supervisor.card.longest,
             "capabilities": able, **({"embedder": embedder_body(embedder, pool.context_length)}
                                      if (embedder := tokenizer.spec.embedder) else {}),
             "defaults": {"max_tokens": model.settings.max_tokens, **{
@@ -148,11 +153,18 @@ def model_body(served: Served, is_default: bool = True) -> dict:
             "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": pool.context_length}}
 
 
-A_RUN = {"type": "object", "properties": {"steps": {"type": "array", "items": {
+A_FLIP = {"type": "object", "properties": {
+    "task": A_TEXT, "item": {"type": "integer"}, "correct": {"type": "boolean", "description": "in `after`"},
+    "chat": {"type": "boolean"}, "texts": {"type": "array", "items": A_TEXT}}}
+A_RUN = {"type": "object", "properties": {"flips": {
+    "type": "object", "description": "with ?before=STEP&after=STEP: items that only one of them got right",
+    "properties": {"gained": {"type": "integer"}, "lost": {"type": "integer"},
+                   "items": {"type": "array", "items": A_FLIP}}}, "steps": {"type": "array", "items": {
     "type": "object", "properties": {
         "model": A_TEXT, "step": {"type": "integer"}, "state": A_MODEL["properties"]["state"],
-        "weights_digest": A_TEXT, "metrics": {"type": "object", "additionalProperties": {"type": "number"},
-                                              "description": "what is known of the step so far"},
+        "weights_digest": A_TEXT, "judged": {"type": "boolean"},
+        "metrics": {"type": "object", "additionalProperties": {"type": "number"},
+                    "description": "what is known of the step so far"},
         "samples": {"type": "array", "items": {"type": "object", "properties": {
             "prompt": A_TEXT, "text": A_TEXT}}}}}}}}
 
@@ -168,7 +180,19 @@ def run_body(tag: str, seen: Seq[Served]) -> dict:
     return {"object": "run", "id": tag, "steps": [
         {"model": served.name, "step": served.model.step, "state": served.state,
          "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
-         "metrics": served.model.metrics, "samples": served.model.samples} for served in steps]}
+         "metrics": served.model.metrics, "judged": served.model.verdicts is not None,
+         "samples": served.model.samples} for served in steps]}
+
+
+def verdicts_among(seen: Seq[Served], tag: str, name: str, step: str | None) -> Verdicts:
+    """Those of a run's step. RequestError if it has none."""
+    judged = {str(served.model.step): served.model.verdicts for served in seen
+              if served.model.run == tag and served.model.verdicts}
+    found = judged.get(step or "")
+    if found is None:
+        raise invalid(name, f"{name} is {shown(step)}; --watch-suite has judged the steps "
+                            f"{', '.join(sorted(judged, key=int)[-20:]) or 'none'}")
+    return found
 
 
 A_NAME = Field("model", TEXT, "one of the served models; absent: the default one")
@@ -258,8 +282,19 @@ class ModelRoutes:
         return json_response(model_body(served, served == default))
 
     async def handle_run(self, http: web.Request) -> web.Response:
-        seen = self.catalogue.registry.listed(bound_of(http))
-        return json_response(run_body(http.match_info["tag"], seen))
+        """With `before` and `after`, steps that --watch-suite has judged, also the items that differ."""
+        seen, tag = self.catalogue.registry.listed(bound_of(http)), http.match_info["tag"]
+        body = run_body(tag, seen)
+        if "before" in http.query or "after" in http.query:
+            from chatlm.front.evals.flips import flips
+            before, after = (verdicts_among(seen, tag, name, http.query.get(name)) for name in (
+                "before", "after"))
+            try:
+                body["flips"] = await asyncio.to_thread(flips, before, after)
+            except ConfigError as error:
+                raise RequestError(f"the files of --watch-suite have changed: {without_folders(str(error))}",
+                                   status=409) from None
+        return json_response(body)
 
     async def handle_tokenizer(self, http: web.Request) -> web.Response:
         """GET /tokenizer_info, as vLLM has it."""

@@ -105,8 +105,9 @@ class Engine:
                                    max_rows=len(transformer.buffers["logits"]),
                                    stages=ranks.stages if ranks else 1, mixes_drafts=kernels.row_invariant,
                                    of_texts=transformer.spec.of_texts)
-        self.context_length = longest_context(self.pool, context_length, prefill_chunk)
-        self.steps = kernels.backend.make_steps(transformer, max_batch, self.context_length)
+        self.scored_length = longest_context(self.pool, context_length, prefill_chunk)
+        self.context_length = min(transformer.spec.context_length, self.scored_length)
+        self.steps = kernels.backend.make_steps(transformer, max_batch, self.scored_length)
         self.ranks = ranks
         if ranks:
             self.steps = ranks.steps(self.steps, transformer)

@@ -259,12 +259,11 @@ def group_layers(attentions: Seq[Attention | None], context: int, apart: bool = 
             readers[l if attn.source is None else attn.source].append(
                 attn.window if attn.window < context else 0)
     reach = {l: 0 if 0 in windows else max(windows) for l, windows in readers.items()}
+    widest = 0 if 0 in reach.values() else max(reach.values(), default=0)  # 0: of layers without a window
     sizes = {l: kv.slot_size(attn) for l in readers if (attn := attentions[l])}
-    full, local = ([l for l in readers if bool(reach[l]) == limited] for limited in (False, True))
+    full, local = ([l for l in readers if (reach[l] != widest) == limited] for limited in (False, True))
     if not (apart and local):
-        return LayerGroups((tuple(readers),))
-    if not full:
-        return LayerGroups((tuple(readers),), (max(reach.values()),))
+        return LayerGroups((tuple(readers),), (widest * apart,))
     if len({*sizes.values()}) == 1:
         depth = max(min(len(full), len(local)), -(-len(readers) // MOST_GROUPS))
         choices = [depth * sizes[full[0]]]
@@ -275,7 +274,8 @@ def group_layers(attentions: Seq[Attention | None], context: int, apart: bool = 
 
     def held(size: int) -> tuple[int, int]:  # by a sequence of the longest context, approximately
         whole, limited = map(len, packed[size])
-        return size * (whole * context + limited * max(reach.values())), whole + limited
+        return (size * (whole * min(widest or context, context) + limited * max(reach[l] for l in local)),
+                whole + limited)
 
     few = [size for size in choices if held(size)[1] <= MOST_GROUPS] or [max(choices)]
     groups = [members for part in packed[min(few, key=held)] for members in part]
@@ -356,7 +356,7 @@ class ModelSpec:
     kv_heads: int
     head_size: int
     ffn_size: int
-    max_positions: int                # length of the rotary tables; the context cannot be longer
+    max_positions: int                # length of the rotary tables; a text cannot be longer
     norm_eps: float = 1e-5
     norm_weights: bool = True         # attention_norm, ffn_norm, final_norm have weights
     layer_norms: bool = False         # these three are LayerNorms: of x less its mean
@@ -432,6 +432,7 @@ class ModelSpec:
     backout_layer: int | None = None  # subtract backout_lambda * (x after it) before the final norm
     own_rows: int = 0                 # > 0: of embedding and head, the rows of this rank,
     first_row: int = 0                # from this one on
+    answer_positions: int = 0         # > 0: prompt and answer end here; a longer text is only scored
     opens: bool = True                # False: another stage computes the layers before these,
     closes: bool = True               # and here those after them
 
@@ -440,6 +441,11 @@ class ModelSpec:
         return self.attentions[layer] if self.attentions else Attention(
             self.heads, self.kv_heads, self.head_size, rope_base=self.rope_base, rope_size=self.rope_size,
             rope_factors=self.rope_factors, rope_scale=self.rope_scale, q_scale=self.q_scale)
+
+    @property
+    def context_length(self) -> int:
+        """The longest that prompt and answer may be together."""
+        return self.answer_positions or self.max_positions
 
     @property
     def head_eps(self) -> float:

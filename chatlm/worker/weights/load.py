@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, require_library
+from chatlm.common.errors import ConfigError
 from chatlm.worker.weights.huggingface import open_hf
 from chatlm.worker.weights.nanochat import open_nanochat
 from chatlm.worker.weights.nanogpt import open_nanogpt
@@ -24,7 +24,6 @@ def open_model(source: ModelSource, settings: Settings,
     Norms and per-layer scalars stay float32. Raises ConfigError naming file, keys and shapes when the files
     are not a complete model of a known kind."""
     if source.kind == "gguf":
-        require_library("gguf", "a GGUF file")
         from chatlm.worker.weights.gguf import open_gguf as opener
     else:
         opener = {"nanochat": open_nanochat, "nanogpt": open_nanogpt, "hf": open_hf}[source.kind]
@@ -33,7 +32,9 @@ def open_model(source: ModelSource, settings: Settings,
     if length > model.context_length:
         raise ConfigError(f"--context-length {length} is more than the model's {model.context_length}, its "
                           "own rope scaling included")
-    check_rotary_memory(source.path, model.spec, length)
     embeds = model.text.embedder is not None
-    model.spec = replace(model.spec, max_positions=length, embeds=embeds)  # no table is longer than needed
+    model.spec = replace(model.spec, embeds=embeds)
+    if settings.context_length:
+        model.spec = replace(model.spec, max_positions=length, answer_positions=0)  # no longer than needed
+    check_rotary_memory(source.path, model.spec, model.spec.max_positions)
     return model

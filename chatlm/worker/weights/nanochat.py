@@ -155,18 +155,21 @@ def nanochat_generation(state: Mapping[str, numpy.ndarray]) -> int:
     return 2 if "resid_lambdas" in state or "x0_lambdas" in state else 1
 
 
+SCORED_LENGTHS = 10  # upstream's rotary tables have so many times sequence_len
+
+
 def nanochat_spec(config: Mapping, number: int, softcap: float) -> ModelSpec:
     generation, L = GENERATIONS[number], config["n_layer"]
-    # upstream's window of W covers the token itself and the W before it; the last layer has no window
-    short = generation.window_of(config["sequence_len"]) + 1
-    pattern = config["window_pattern"] if number > 1 else "L"
-    windows = tuple(short if pattern[layer % len(pattern)] == "S" and layer < L - 1 else 0
+    # upstream's window of W covers the token itself and the W before it; the last layer has the long one
+    length, pattern = config["sequence_len"], config["window_pattern"]
+    short, long = (generation.window_of(length) + 1, length + 1) if number > 1 else (0, 0)
+    windows = tuple(short if pattern[layer % len(pattern)] == "S" and layer < L - 1 else long
                     for layer in range(L))
     spec = ModelSpec(
         vocab_size=config["vocab_size"], layers=L, width=config["n_embd"], heads=config["n_head"],
         kv_heads=config["n_kv_head"], head_size=config["n_embd"] // config["n_head"],
         ffn_size=4 * config["n_embd"],
-        max_positions=config["sequence_len"],
+        max_positions=SCORED_LENGTHS * length, answer_positions=length,
         norm_eps=1.1920929e-07,  # torch's default for rms_norm in float32
         norm_weights=False, embedding_norm=True, rope_direction=-1, qk_norm="after_rope", activation="relu2",
         softcap=softcap,

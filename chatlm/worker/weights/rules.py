@@ -54,7 +54,7 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int:
-        return self.spec.max_positions
+        return self.spec.context_length
 
 
 def float_type(settings: Settings, backend) -> str:

@@ -4,20 +4,21 @@ import asyncio
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bundles import TASKS, rows_of, write_bundle
+from bundles import TASKS, rows_of, run_eval, silent, write_bundle
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import TokenLogprob
 from chatlm.front.evals.bundle import drawn_rows, read_rows, read_suite
 from chatlm.front.evals.items import NEAR_TIE, BadItem, Span, examples_of, fitted, prompts_of, spans_of, verdict_of
 from chatlm.front.evals.kept import Kept, kept_name
-from chatlm.front.evals.run import as_json, core_of, run_task
+from chatlm.front.evals.run import as_json, mean_of, run_task
 from chatlm.front.evals.scores import PoolScorer
 from openai_routes import call
 from real_server import SCRIPT, server
@@ -38,10 +39,6 @@ def suite(tmp_path):
     return read_suite(str(write_bundle(tmp_path / "bundle")))
 
 
-def silent(stage, fraction):
-    pass
-
-
 @pytest.mark.parametrize("generation", EXPECTED)
 async def test_each_item_is_judged_as_upstream_judges_it(start_pool, suite, tmp_path, generation):
     """Among them an empty range, equal options, a single one, and numbers; with all items, and with a cut."""
@@ -60,7 +57,7 @@ async def test_each_item_is_judged_as_upstream_judges_it(start_pool, suite, tmp_
         body = as_json(suite, results)
         for task, result in zip(suite.tasks, results):
             assert body["centered_results"][task.label] == round((result.accuracy - task.baseline) / (1 - task.baseline), 6)
-        assert body["core_metric"] == round(core_of(results)[0], 6) == pytest.approx(sum(body["centered_results"].values()) / 5, abs=1e-5)
+        assert body["core_metric"] == round(mean_of(results)[0], 6) == pytest.approx(sum(body["centered_results"].values()) / 5, abs=1e-5)
 
 
 async def test_a_text_that_the_model_continues_so_is_right_and_another_is_not(start_pool, tmp_path):
@@ -248,12 +245,6 @@ async def test_an_item_longer_than_the_context_loses_its_beginning_and_is_counte
 # the command
 
 
-def run_eval(*words, home):
-    done = subprocess.run([sys.executable, str(SCRIPT), "eval", *map(str, words)], capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"XDG_STATE_HOME": str(home)})
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_the_command_prints_a_table_or_json_here_and_through_a_server(nanochat_fixtures, tmp_path):
     bundle, model = write_bundle(tmp_path / "bundle"), nanochat_fixtures / "gen5"
     code, table, errors = run_eval(model, "--dtype", "float32", "--suite", bundle, home=tmp_path)
@@ -270,12 +261,15 @@ def test_the_command_prints_a_table_or_json_here_and_through_a_server(nanochat_f
         assert code == 0, errors
         assert {name: value for name, value in json.loads(line).items() if name not in ("model", "seconds")} == {
             name: value for name, value in here.items() if name not in ("model", "seconds")}
+        there = json.loads(run_eval("tiny", "--suite", "sample", "--url", url, "--json", home=tmp_path)[1])["free_samples"]
         code, text, _ = run_eval("tiny", "--suite", "sample", "--url", url, home=tmp_path)
         samples = text.splitlines()[1:]
-        assert len(samples) == 7 and samples[0].startswith("The capital of France is ->")
+        assert len(samples) >= 15 and samples[7].startswith("without a prompt, 1: ") and samples[0].startswith("The capital of France is ->")
         answer = call(url, "/v1/completions", {"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0})[2]["choices"][0]["text"]
     code, line, _ = run_eval(model, "--dtype", "float32", "--suite", "sample", "--json", home=tmp_path)
-    assert json.loads(line)["samples"][0] == {"prompt": "The capital of France is", "text": answer}
+    body = json.loads(line)
+    assert body["samples"][0] == {"prompt": "The capital of France is", "text": answer}
+    assert len({*body["free_samples"]}) == 8 and body["free_samples"] == there
 
 
 @pytest.mark.parametrize("words, named", [
@@ -285,6 +279,34 @@ def test_wrong_words_are_one_line_and_exit_status_2(tmp_path, words, named):
     done = subprocess.run([sys.executable, str(SCRIPT), "eval", *words], capture_output=True, text=True, cwd=tmp_path, timeout=60,
                           env=os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)})
     assert done.returncode == 2 and done.stdout == "" and named in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_run_that_is_killed_goes_on_and_a_server_that_vanishes_is_one_line(nanochat_fixtures, tmp_path):
+    """No item is asked twice; a name with control characters cannot write to the terminal."""
+    rows = [{"query": f"the cat {number}", "choices": ["sat", "ran on"], "gold": 0} for number in range(400)]
+    (tmp_path / "q\x1b[31m\n.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["--suite", str(tmp_path / "q\x1b[31m\n.jsonl"), "--results", str(tmp_path / "kept"), "--dtype", "float32"]
+
+    def lines():
+        return [line for path in (tmp_path / "kept").glob("*.jsonl") for line in path.read_text().splitlines()]
+
+    def interrupted(model, end, *more):
+        """Let it answer some items, then end something."""
+        child = subprocess.Popen([sys.executable, str(SCRIPT), "eval", str(model), *words, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        begun = len(lines())
+        while len(lines()) < begun + 5 and child.poll() is None:
+            pass
+        end(child)
+        return child.communicate()[1], child.returncode
+
+    model = nanochat_fixtures / "gen5"
+    assert interrupted(model, lambda child: child.kill())[1] == -signal.SIGKILL and 5 <= len(lines()) < 400
+    code, table, _ = run_eval(model, *words, home=tmp_path)
+    assert code == 0 and "\x1b" not in table and len(table.splitlines()) == 3
+    assert sorted(json.loads(line)["item"] for line in lines()) == list(range(400))
+    with server(model, "--dtype", "float32", "--served-model-name", "tiny") as (process, url):
+        errors, code = interrupted("tiny", lambda child: process.kill(), "--url", url)
+    assert code in (1, 2) and url in errors.splitlines()[-1] and "Traceback" not in errors
 
 
 def test_a_results_folder_that_cannot_be_written_is_one_line(nanochat_fixtures, tmp_path):

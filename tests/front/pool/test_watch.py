@@ -364,7 +364,7 @@ async def test_suites_and_prompts_are_done_for_each_step_and_not_again_by_the_ne
     (tmp_path / "prompts.txt").write_text("the cat\n\nrain fell\n")
     flags = dict(watch_text=str(tmp_path / "text.txt"), watch_suite=f"{write_bundle(tmp_path / 'bundle')}:8",
                  watch_prompts=str(tmp_path / "prompts.txt"), results=str(tmp_path / "results"))
-    lines = []
+    lines, verdicts = [], {}
     for _ in range(2):
         models = await watching(run_folder, **flags)
         async with serving(models, models.settings) as url:
@@ -373,6 +373,11 @@ async def test_suites_and_prompts_are_done_for_each_step_and_not_again_by_the_ne
                 steps = (await response.json())["steps"]
             async with client.get(url + "/metrics") as response:
                 metrics = await response.text()
+            async with client.get(url + "/v1/runs/d2?before=30&after=60") as response:
+                changed = (await response.json())["flips"]
+            for wrong in ("?before=30", "?before=30&after=45", "?after=x", "?before=%00&after=60"):
+                async with client.get(url + "/v1/runs/d2" + wrong) as response:
+                    assert response.status == 400 and "30, 60" in (await response.json())["error"]["message"]
         lines.append((tmp_path / "results/run-d2.jsonl").read_text())
         for step, model in zip(steps, ("d2@30", "d2@60"), strict=True):
             assert [sample["prompt"] for sample in step["samples"]] == ["the cat", "rain fell"] and all(sample["text"] for sample in step["samples"])
@@ -391,6 +396,32 @@ async def test_suites_and_prompts_are_done_for_each_step_and_not_again_by_the_ne
             results = [await run_task(PoolScorer(pool), task, 8, kept, lambda stage, fraction: None) for task in suite.tasks]
             await pool.close()
             assert as_json(suite, results)["results"] == line["results"]
+            verdicts[line["step"]] = {(task.label, index): right for task, one in zip(suite.tasks, results) for index, right in enumerate(one.verdicts)}
+    differ = {item for item, right in verdicts[60].items() if right != verdicts[30][item]}
+    assert {(item["task"], item["item"]) for item in changed["items"]} == differ and len(differ) == changed["gained"] + changed["lost"] > 0
+    for item in changed["items"]:
+        assert item["correct"] == (verdicts[60][item["task"], item["item"]] == "1") and item["texts"] and item["chat"] is False
+
+
+async def test_a_server_that_is_started_again_computes_nothing_again(run_folder, watching, client, tmp_path, monkeypatch):
+    list(tiny_training.train(run_folder, 30, 30))
+    (tmp_path / "prompts.txt").write_text("the cat")
+    flags = dict(watch_suite=f"{write_bundle(tmp_path / 'bundle')}:4", watch_prompts=str(tmp_path / "prompts.txt"), results=str(tmp_path / "results"))
+    found = []
+    for _ in range(2):
+        models = await watching(run_folder, **flags)
+        async with serving(models, models.settings) as url:
+            await until(lambda: len(models.registry.models) == 1 and all(model.judged and model.samples for model in models.registry.models))
+            async with client.get(url + "/v1/runs/d2") as response:
+                found.append((await response.json())["steps"][0])
+        await models.close()
+
+        async def asked_again(*_):
+            raise AssertionError("the model was asked again")
+
+        monkeypatch.setattr(PoolScorer, "score", asked_again)
+        monkeypatch.setattr(PoolScorer, "complete", asked_again)
+    assert found[0]["samples"] == found[1]["samples"] and found[0]["metrics"] == found[1]["metrics"]
 
 
 async def started_alone(run_folder, step):

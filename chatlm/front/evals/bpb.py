@@ -1,0 +1,213 @@
+"""nanochat's validation loss in bits per byte: rows of packed documents, each scored from its beginning.
+
+As upstream's dataloader.py and loss_eval.py at 92d63d4 on one GPU. `score` reads a text in overlapping
+windows, which is another quantity."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence as Seq
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError, cannot_read, shown
+from chatlm.common.files import check_regular, read_small
+from chatlm.common.hub.find import nanochat_base
+from chatlm.front.aio import all_of
+from chatlm.front.evals.data import read_parts
+
+if TYPE_CHECKING:
+    from chatlm.front.evals.kept import Kept
+    from chatlm.front.evals.scores import Scorer
+
+FETCHES = "python -m nanochat.dataset -n 1"  # what upstream fetches the validation shard with
+SHARDS = "base_data_climbmix", "base_data"   # today's folder, and that before March 2026
+SPLIT_TOKENS = 40 * 524_288                  # that upstream's base_eval scores
+BUFFERED, TOGETHER = 1000, 128               # documents to choose from; encoded at once
+MOST_TARGETS = 2048                          # of a row, for a model that does not say for how many it is made
+TASK = "bpb"
+AT_ONCE = 4                                  # rows
+
+
+class Texts(NamedTuple):
+    """Documents to score."""
+
+    name: str
+    path: Path
+    digest: str
+    metric: str                   # the name of the result
+
+    @property
+    def is_plain(self) -> bool:
+        """Is it one running text?"""
+        return self.path.suffix not in (".parquet", ".jsonl")
+
+    def documents(self) -> Iterator[list[str]]:
+        """All texts, at most TOGETHER at a time. ConfigError if there are none."""
+        for rows in read_parts(self.path, ("text",)):
+            texts = [row.get("text") if isinstance(row, dict) else row for row in rows]
+            if wrong := [text for text in texts if not isinstance(text, str)]:
+                raise ConfigError(f"{self.path}: {shown(wrong[0])} is not a text")
+            for begin in range(0, len(texts), TOGETHER):
+                yield texts[begin:begin + TOGETHER]
+
+
+class BpbResult(NamedTuple):
+    texts: Texts
+    targets: int      # of a row
+    rows: int
+    nats: float
+    bytes: int
+    seconds: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / (math.log(2) * self.bytes) if self.bytes else math.inf
+
+    def as_json(self) -> dict[str, Any]:
+        return {self.texts.metric: round(self.bits_per_byte, 6), "nats": round(self.nats, 3),
+                "bytes": self.bytes, "rows": self.rows, "tokens_per_row": self.targets,
+                "seconds": round(self.seconds, 1)}
+
+
+def read_texts(path: str | None) -> Texts:
+    """nanochat's validation shard, or the text, the JSON lines or the parquet file that --text names.
+    ConfigError if it is not there."""
+    file, metric = (validation_shard(), "val_bpb") if path is None else (Path(path).expanduser(), "bpb")
+    check_regular(file)
+    try:
+        with open(file, "rb") as opened:
+            digest = hashlib.sha256()
+            while part := opened.read(1 << 20):
+                digest.update(part)
+    except OSError as error:
+        raise cannot_read(file, error) from None
+    return Texts(file.name, file, digest.hexdigest(), metric)
+
+
+def validation_shard() -> Path:
+    """The last shard, which nanochat does not train on."""
+    folders = [folder for name in SHARDS if (folder := nanochat_base() / name).is_dir()]
+    shards = sorted(folders[0].glob("*.parquet")) if folders else []
+    if not shards:
+        folder = folders[0] if folders else nanochat_base() / SHARDS[0]
+        raise ConfigError(f"--suite bpb: no shard is in {folder}; in nanochat's checkout, `{FETCHES}` "
+                          "fetches it, or --text FILE names other texts")
+    return shards[-1]
+
+
+class Packer:
+    """Makes rows of documents: the longest that fits, the earlier one of two; where none does, the beginning
+    of the shortest."""
+
+    def __init__(self):
+        self.waiting = list[tuple[int, int, list[int]]]()  # (tokens, number, document), in order
+        self.numbers = itertools.count()
+
+    def add(self, document: list[int]):
+        bisect.insort(self.waiting, (len(document), next(self.numbers), document))
+
+    def take(self, room: int) -> list[int]:
+        """The next part of a row that has so much room."""
+        fitting = bisect.bisect_left(self.waiting, (room + 1,))
+        if fitting:
+            fitting = bisect.bisect_left(self.waiting, (self.waiting[fitting - 1][0],))
+        return self.waiting.pop(fitting)[2][:room]
+
+
+async def packed_rows(texts: Texts, scorer: Scorer, targets: int) -> AsyncGenerator[list[int], None]:
+    """Rows of targets + 1 tokens, without end: after the last document comes the first."""
+    packer, batches = Packer(), itertools.chain.from_iterable(
+        texts.documents() for _ in itertools.count())
+    if not next(texts.documents(), None):
+        raise ConfigError(f"{texts.path} has no texts")
+    while True:
+        row: list[int] = []
+        while len(row) <= targets:
+            while len(packer.waiting) < BUFFERED:
+                for document in await scorer.encode(next(batches)):
+                    packer.add(document)
+            row += packer.take(targets + 1 - len(row))
+        yield row
+
+
+async def plain_rows(texts: Texts, scorer: Scorer, targets: int) -> AsyncGenerator[list[int], None]:
+    """The rows of one running text: each begins afresh, and every token is scored once."""
+    try:
+        text = read_small(texts.path).decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"cannot read {texts.path}: not UTF-8 text") from None
+    begin, whole = await scorer.encode(["", text])
+    if not begin:
+        raise ConfigError("--suite bpb: the model has no token that begins a text; see the command score")
+    ids = whole[len(begin):]
+    for first in range(0, len(ids), targets):
+        yield begin + ids[first:first + targets]
+
+
+def targets_of(scorer: Scorer) -> int:
+    """How many tokens a row has that are scored: nanochat's sequence_len."""
+    if scorer.longest > scorer.room:
+        return scorer.room
+    return min(MOST_TARGETS, scorer.room - 1)
+
+
+async def run_bpb(scorer: Scorer, texts: Texts, most: int | None, kept: Kept,
+                  progress: Callable[[str, float], None]) -> BpbResult:
+    """Score the rows that are not among `kept`: `most` of them, or as many as upstream does."""
+    began_s, targets, done = time.monotonic(), targets_of(scorer), 0
+    if texts.is_plain:
+        rows, count = plain_rows(texts, scorer, targets), most
+    else:
+        rows = packed_rows(texts, scorer, targets)
+        count = most or max(SPLIT_TOKENS // targets, 1)
+    places = set[int]()
+
+    async def score_some(numbered: AsyncGenerator[tuple[int, list[int]], None]):
+        nonlocal done
+        async for place, row in numbered:
+            places.add(place)
+            if kept.find(TASK, place) is None:
+                kept.add(await scored_row(scorer, place, row))
+            done += 1
+            progress(f"{texts.name}, {targets:,} tokens a row", done / count if count else 0.0)
+
+    async with aclosing(rows):
+        shared = Shared(rows, count)
+        await all_of(*(score_some(shared.numbered()) for _ in range(AT_ONCE)))
+    found = [item for place in places if (item := kept.find(TASK, place)) is not None]
+    if not found:
+        raise ConfigError(f"{texts.path} has no text")
+    return BpbResult(texts, targets, len(found), math.fsum(item["nats"] for item in found),
+                     sum(item["bytes"] for item in found), time.monotonic() - began_s)
+
+
+async def scored_row(scorer: Scorer, place: int, row: Seq[int]) -> dict[str, Any]:
+    [scores], sizes = await scorer.score([row], [1], 0), await scorer.sizes(row[1:])
+    nats = -math.fsum(one.logprob or 0.0 for one, size in zip(scores, sizes, strict=True) if size)
+    return {"task": TASK, "item": place, "nats": nats, "bytes": sum(sizes)}
+
+
+class Shared:
+    """One stream of rows for several readers."""
+
+    def __init__(self, rows: AsyncGenerator[list[int], None], most: int | None):
+        self.rows, self.most, self.place = rows, most, 0
+        self.turn = asyncio.Lock()
+
+    async def numbered(self) -> AsyncGenerator[tuple[int, list[int]], None]:
+        while True:
+            async with self.turn:
+                if self.most is not None and self.place >= self.most:
+                    return
+                row = await anext(self.rows, None)
+                if row is None:
+                    return
+                place, self.place = self.place, self.place + 1
+            yield place, row

@@ -1,0 +1,90 @@
+// Of a training run: what its steps write after fixed prompts, and which items of a suite two of them judge differently.
+"use strict";
+
+{
+
+const shownFlips = {run: "", before: null, after: null, found: null, error: "", isNews: inOrder()};
+
+const lensButton = (label, onclick) => {
+  const made = element("button", {type: "button", className: "icon plain i-lens", title: label, onclick});
+  made.setAttribute("aria-label", label);
+  return made;
+};
+
+// samples --------------------------------------------------------------------------------------------------------------
+
+function samplesOf(found) {
+  const sampled = found.filter(({samples}) => samples?.length), prompts = [...new Set(sampled.flatMap(({samples}) => samples.map(({prompt}) => prompt)))];
+  if (!sampled.length) return [];
+  const head = element("tr", {}, ...[TEXT.runColumns.step, ...prompts].map(textContent => element("th", {textContent, scope: "col", dir: "auto"})));
+  const rows = sampled.map(({model, step, samples}) => {
+    const texts = new Map(samples.map(({prompt, text}) => [prompt, text]));
+    return element("tr", {}, element("td", {textContent: number(step)}), ...prompts.map(prompt => element("td", {}, ...(texts.has(prompt) ? [
+      element("span", {textContent: texts.get(prompt), dir: "auto"}),
+      lensButton(TEXT.lensOf(model, prompt), () => openLens(model, model, {text: prompt, most: SAMPLE_TOKENS}))] : []))));
+  });
+  const table = element("div", {className: "table", tabIndex: 0}, element("table", {id: "run-samples"}, element("thead", {}, head), element("tbody", {}, ...rows.reverse())));
+  return [element("h3", {textContent: TEXT.samples}), table];
+}
+
+const SAMPLE_TOKENS = 16;          // as the server draws
+
+// items ----------------------------------------------------------------------------------------------------------------
+
+function flipsOf(name, found) {
+  const judged = found.filter(step => step.judged);
+  if (judged.length < 2) return [];
+  if (shownFlips.run !== name) Object.assign(shownFlips, {run: name, before: null, after: null, found: null, error: ""});
+  const has = step => judged.some(other => other.step === step);
+  if (!has(shownFlips.before)) shownFlips.before = judged.at(-2).step;
+  if (!has(shownFlips.after)) shownFlips.after = judged.at(-1).step;
+  const choice = (which, label) => element("label", {}, element("span", {textContent: label}), " ", element("select", {
+    id: `flips-${which}`, onchange: ({target}) => { Object.assign(shownFlips, {[which]: Number(target.value), found: null, error: ""}); renderFlips(); }},
+    ...judged.map(({step}) => element("option", {value: step, textContent: number(step), selected: step === shownFlips[which]}))));
+  const act = element("button", {type: "button", id: "flips-show", className: "plain", textContent: TEXT.showFlips, onclick: () => findFlips(name)});
+  const list = element("div", {id: "flips"});
+  fillFlips(list, judged);
+  return [element("h3", {textContent: TEXT.flips}), element("div", {className: "line"}, choice("before", TEXT.flipsBefore), choice("after", TEXT.flipsAfter), act), list];
+}
+
+async function findFlips(name) {
+  const {before, after} = shownFlips, isNews = shownFlips.isNews();
+  try {
+    const response = await accepted(await request(`v1/runs/${encodeURIComponent(name)}?before=${before}&after=${after}`));
+    const {flips} = await response.json();
+    if (!isNews() || shownFlips.run !== name || shownFlips.before !== before || shownFlips.after !== after) return;
+    Object.assign(shownFlips, {found: flips, error: ""});
+  } catch (error) {
+    if (isNews()) shownFlips.error = error.message;
+  }
+  renderFlips();
+}
+
+function renderFlips() {
+  if ($("flips") && shownRun) fillFlips($("flips"), shownRun.found.filter(step => step.judged));
+}
+
+function fillFlips(list, judged) {
+  const {found, error, after} = shownFlips, model = judged.find(({step}) => step === after)?.model;
+  if (error || !found) return list.replaceChildren(...(error ? [element("p", {textContent: error})] : []));
+  const items = found.items.map(item => {
+    const last = item.texts.map(text => item.chat ? text : text.slice(text.lastIndexOf("\n\n") + 1).trim());
+    return element("li", {className: item.correct ? "gained" : "lost"},
+      element("b", {textContent: item.correct ? TEXT.nowRight : TEXT.nowWrong}), " ", element("small", {textContent: `${item.task} · ${number(item.item)}`}),
+      ...last.map((text, at) => element("p", {dir: "auto"}, text, ...(item.gold === at ? [" ", element("small", {textContent: TEXT.rightOption})] : []),
+        lensButton(TEXT.lensOf(model, `${item.task} ${item.item}${last.length > 1 ? `, ${at + 1}` : ""}`),
+          () => openLens(model, model, item.chat ? {question: text} : {text: item.texts[at]})))),
+      ...(typeof item.gold === "string" ? [element("small", {textContent: TEXT.rightIs(item.gold)})] : []));
+  });
+  return list.replaceChildren(element("p", {role: "status", textContent: TEXT.flipCounts(found)}), element("ul", {className: "flips"}, ...items));
+}
+
+register({
+  strings: {
+    samples: "Samples", lensOf: (model, what) => `Token lens: ${model}, ${what}`, flips: "Items that changed", flipsBefore: "From step", flipsAfter: "to step", showFlips: "Show items",
+    nowRight: "Now right", nowWrong: "Now wrong", rightOption: "(right)", rightIs: text => `Right: ${text.trim()}`,
+    flipCounts: ({gained, lost, items}) => `${number(gained)} now right, ${number(lost)} now wrong${gained + lost > items.length ? `; the first ${number(items.length)}:` : "."}`,
+  },
+  run: {nodes: (steps, found) => steps.length ? [...samplesOf(found ?? []), ...flipsOf(steps[0].run, found ?? [])] : []},
+});
+}
