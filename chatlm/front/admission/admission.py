@@ -288,7 +288,8 @@ class Admission:
         self.sandboxes[name].config = SandboxConfig(known, text, context_length, cpu_s, memory, nice,
                                                     self.number, scored_length)
 
-    def _prompts_of(self, tokenizer: Tokenizer, context_length: int = 0, scored_length: int = 0) -> PromptMaker:
+    def _prompts_of(self, tokenizer: Tokenizer, context_length: int = 0,
+                    scored_length: int = 0) -> PromptMaker:
         return PromptMaker(
             tokenizer, context_length, scored_length=scored_length, run=run_in_thread_if_long,
             fill=lambda arguments, client: self.sandboxes["templates"].perform(

@@ -51,7 +51,7 @@ class Texts(NamedTuple):
     def documents(self) -> Iterator[list[str]]:
         """All texts, at most TOGETHER at a time. ConfigError if there are none."""
         for rows in read_parts(self.path, ("text",)):
-            texts = [row.get("text") if isinstance(row, dict) else row for row in rows]
+            texts: list[Any] = [row.get("text") if isinstance(row, dict) else row for row in rows]
             if wrong := [text for text in texts if not isinstance(text, str)]:
                 raise ConfigError(f"{self.path}: {shown(wrong[0])} is not a text")
             for begin in range(0, len(texts), TOGETHER):
