@@ -107,7 +107,6 @@ if __name__ == "__main__":
     start_worker_ahead(sys.argv[1:])
 
 import asyncio
-import contextlib
 import logging
 import math
 import operator
@@ -117,7 +116,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence as Seq
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
@@ -144,7 +143,6 @@ from chatlm.front.api.fields import Field
 from chatlm.front.lazy import web
 from chatlm.front.pool.local import check_nice, niceness
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.bodies import Bodies, tokenizer_of
@@ -263,7 +261,7 @@ class Front:
 
         `holding` accounts for its request, which a recording keeps after its client has left."""
         request = encoder.request
-        async with contextlib.AsyncExitStack() as work:
+        async with AsyncExitStack() as work:
             work.enter_context(holding.handed_over())
             accepted, events = await work.enter_async_context(answering)
             frames = self.frames(accepted, events, encoder)
@@ -486,8 +484,10 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
     """Listen, load, serve until a signal, drain, stop; return the exit status. ConfigError: cannot start."""
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()
-        catalogue = catalogue or (ManyModels(settings) if settings.serves_many else
-                                  Catalogue(settings, pool_of(settings)))
+        if settings.serves_many and not catalogue:
+            from chatlm.front.pool.many import ManyModels  # with what few need: evaluations, watching files
+            catalogue = ManyModels(settings)
+        catalogue = catalogue or Catalogue(settings, pool_of(settings))
         catalogue.on_progress = progress = ProgressDisplay()
         try:  # the workers start while a thread imports aiohttp (0.2 s)
             await catalogue.start()
