@@ -987,13 +987,24 @@ def test_a_type_the_package_cannot_dequantize_is_named(tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize(("library", "model"), [("gguf", "gguf"), ("tokenizers", "gguf"), ("tiktoken", "nanochat"), ("jinja2", "gguf")])
+@pytest.mark.parametrize(("library", "model"), [("tokenizers", "gguf"), ("tiktoken", "nanochat"), ("jinja2", "gguf")])
 def test_a_missing_library_is_an_error_with_the_pip_line(monkeypatch, default_model_path, nanochat_fixtures, library, model):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ConfigError, match=f"pip install {library}"):
         loaded = load(default_model_path if model == "gguf" else nanochat_fixtures / "gen1")
         open_tokenizer(loaded.text)
         compile_chat_template(loaded.text.chat_template)
+
+
+def test_only_rare_types_of_a_gguf_file_need_the_package(tmp_path, monkeypatch, default_model_path):
+    tensors, kind = random_llama(), gguf.GGMLQuantizationType.Q2_K
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    tensors["blk.0.ffn_down.weight"] = (numpy.zeros((256, 512 // elements * size), numpy.uint8), kind)
+    path = write_gguf(tmp_path / "tiny.gguf", tensors, LLAMA_NUMBERS)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    tensors_of(load(default_model_path))
+    with pytest.raises(ConfigError, match="packed weights need.* pip install gguf"):
+        tensors_of(load(path))
 
 
 def test_a_checkpoint_file_finds_its_folder(base):
