@@ -535,11 +535,11 @@ def run_command(settings: Settings) -> int:
     try:
         if settings.command == "serve":
             command = serve_forever
-        else:
-            from chatlm.terminal import chat, embed, evaluate, side_by_side
-            command = {"chat": chat.chat, "generate": chat.generate, "compare": side_by_side.compare,
-                       "score": side_by_side.score, "eval": evaluate.evaluate, "embed": embed.embed}[
-                           settings.command]
+        else:  # each is imported alone: a chat does not need what evaluations do
+            place = {"generate": "chat", "compare": "side_by_side", "score": "side_by_side",
+                     "eval": "evaluate"}.get(settings.command, settings.command)
+            module = importlib.import_module(f"chatlm.terminal.{place}")
+            command = getattr(module, "evaluate" if settings.command == "eval" else settings.command)
         status = asyncio.run(command(settings))
         return status
     finally:

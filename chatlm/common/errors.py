@@ -113,7 +113,7 @@ def shown(value) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-PACKAGES = ("aiohttp", "numpy", "jinja2", "tokenizers")  # the default model needs these
+PACKAGES = ("aiohttp", "numpy", "gguf", "jinja2", "tokenizers")  # a GGUF file may need these
 
 
 def require_library(name: str, purpose: str):
