@@ -19,8 +19,8 @@ from chatlm.common.memory import available_memory
 from chatlm.worker.arrays.gguf_types import block_of
 from chatlm.worker.arrays.kinds import Device, item_bytes
 from chatlm.worker.engine.engine import Engine
-from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.engine.kvcache import PagePool, longest_context
+from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
 from chatlm.worker.model.spec import KvType, PageLayout, expected_tensors, group_layers

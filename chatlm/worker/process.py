@@ -39,13 +39,13 @@ from chatlm.worker.engine.engine import drop_adapter, failure_text
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.keeper import Keeper
 from chatlm.worker.engine.kept import KeptPages
+from chatlm.worker.engine.reports import Reports
 from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.engine.warm_up import warm_up, warm_up_more, warm_up_soon
 from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.ranks.messages import RankDrew
 from chatlm.worker.ranks.ranks import OtherRank, gather_ranks
 from chatlm.worker.ranks.steps import DrawnTokens, RankSteps, Stage, follow, follow_stage
-from chatlm.worker.engine.reports import Reports
 from chatlm.worker.weights.digest import (arithmetic_of, files_of, fingerprint_of, profile_of, sampled_digest,
                                           whole_digest)
 from chatlm.worker.weights.load import open_model

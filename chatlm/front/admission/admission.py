@@ -206,9 +206,6 @@ class SharedSandbox:
     async def perform(self, client: str, task: str, *arguments, body: bytes | bytearray | None = None):
         return await self.sandbox.perform(client, task, *arguments, body=body, config=self.config)
 
-    async def stop(self):
-        """Another model may need it."""
-
     async def close(self):
         """The server closes it."""
 
@@ -280,11 +277,11 @@ class Admission:
                 log.warning("chats may be refused, as the message \"hello\" was: %s", printable(str(error)))
         return tokenizer
 
-    def _configure(self, name: str, known: Known, text: TextSpec, *lengths: int):
+    def _configure(self, name: str, known: Known, text: TextSpec, context_length: int = 0,
+                   scored_length: int = 0):
         cpu_s, memory, nice = {"templates": (self.TEMPLATE_S, 256 << 20, 0),
                                "schemas": (self.SCHEMA_S, 256 << 20, 10),
                                "bodies": (self.BODY_S, 1 << 30, 5)}[name]
-        context_length, scored_length = (*lengths, 0, 0)[:2]
         self.sandboxes[name].config = SandboxConfig(known, text, context_length, cpu_s, memory, nice,
                                                     self.number, scored_length)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import hashlib
 import itertools
 import math
 import time
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import ConfigError, cannot_read, shown
 from chatlm.common.files import check_regular, read_small
 from chatlm.common.hub.find import nanochat_base
+from chatlm.common.hub.local import sha256_of
 from chatlm.front.aio import all_of
 from chatlm.front.evals.data import read_parts
 
@@ -82,13 +82,9 @@ def read_texts(path: str | None) -> Texts:
     file, metric = (validation_shard(), "val_bpb") if path is None else (Path(path).expanduser(), "bpb")
     check_regular(file)
     try:
-        with open(file, "rb") as opened:
-            digest = hashlib.sha256()
-            while part := opened.read(1 << 20):
-                digest.update(part)
+        return Texts(file.name, file, sha256_of(file), metric)
     except OSError as error:
         raise cannot_read(file, error) from None
-    return Texts(file.name, file, digest.hexdigest(), metric)
 
 
 def validation_shard() -> Path:

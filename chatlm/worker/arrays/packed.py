@@ -46,7 +46,7 @@ def unpermute_rope(rows: numpy.ndarray, pairs: RopePairs | None) -> numpy.ndarra
 
 
 def dequantize(gguf_type, data: numpy.ndarray) -> numpy.ndarray:
-    """The values of some rows of a gguf.ReaderTensor's data of this type.
+    """The values of some rows of a gguf_header.Tensor's data of this type.
 
     Float types stay as they are; all others become float32."""
     if gguf_type.name in ("F32", "F16", "BF16"):

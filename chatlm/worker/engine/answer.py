@@ -121,12 +121,15 @@ class AnswerText:
         self._add(Delta("text", text))
 
     def _add(self, delta: Delta):
-        """Append to the unsent deltas, merging with the last one of the same kind; calls are not merged."""
-        if not delta.text and not delta.name:
-            return
-        if self.unsent and self.unsent[-1].kind == delta.kind != "call":
-            delta = Delta(delta.kind, self.unsent.pop().text + delta.text)
-        self.unsent.append(delta)
+        if delta.text or delta.name:
+            append_delta(self.unsent, delta)
+
+
+def append_delta(deltas: list[Delta], delta: Delta):
+    """Append it, merged with the last one of the same kind; calls are not merged."""
+    if deltas and deltas[-1].kind == delta.kind != "call":
+        delta = Delta(delta.kind, deltas.pop().text + delta.text)
+    deltas.append(delta)
 
 
 class Constraint:

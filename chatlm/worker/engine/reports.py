@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from chatlm.common.messages.protocol import Stepped
-from chatlm.common.messages.requests import Delta, Piece
+from chatlm.common.messages.requests import Piece
+from chatlm.worker.engine.answer import append_delta
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import WorkerEvent
+    from chatlm.common.messages.requests import Delta, WorkerEvent
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.engine.engine import Engine
 
@@ -76,6 +77,7 @@ def together(events: list[tuple[str, WorkerEvent]]) -> list[tuple[str, WorkerEve
 
 def with_deltas(deltas: tuple[Delta, ...], more: tuple[Delta, ...]) -> tuple[Delta, ...]:
     """Both, with text that continues the last one's in one delta."""
-    if deltas and more and deltas[-1].kind == more[0].kind != "call":
-        return *deltas[:-1], Delta(more[0].kind, deltas[-1].text + more[0].text), *more[1:]
-    return deltas + more
+    joined = list(deltas)
+    for delta in more:
+        append_delta(joined, delta)
+    return tuple(joined)

@@ -260,13 +260,13 @@ def unscaled(path: Path, scales: Mapping[str, numpy.ndarray], block: Seq[int], n
 
 
 def as_rows(tensor, shape: tuple[int, ...]):
-    """A gguf.ReaderTensor as rows of a tensor of this shape; the experts' matrices become one."""
+    """A gguf_header.Tensor as rows of a tensor of this shape; the experts' matrices become one."""
     data = tensor.data.reshape(-1, *tensor.data.shape[-1:] * (len(shape) - 1))
     return SimpleNamespace(tensor_type=tensor.tensor_type, data=data)
 
 
 def cut_stored(parts: Seq[tuple[Any, RopePairs | None]], cut: Cut) -> list[tuple[Any, RopePairs | None]]:
-    """Cut parts, each (gguf.ReaderTensor, pairs to unpermute or None). Those whose blocks the cut divides
+    """Cut parts, each (gguf_header.Tensor, pairs to unpermute or None). Those whose blocks the cut divides
     become Q8_0 or floats."""
     if cut == Cut.whole(cut.full):
         return list(parts)

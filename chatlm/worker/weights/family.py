@@ -19,7 +19,7 @@ class Header(NamedTuple):
 
     path: Path
     metadata: Mapping
-    stored: Mapping[str, Any]  # name -> gguf.ReaderTensor
+    stored: Mapping[str, Any]  # name -> gguf_header.Tensor
     read: Callable             # gguf_value
 
     @property

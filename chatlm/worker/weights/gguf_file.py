@@ -13,9 +13,8 @@ from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.worker.arrays.gguf_types import WITHOUT_VALUES
 from chatlm.worker.weights.configs import HF_KEYS
 from chatlm.worker.weights.families import FAMILIES
-from chatlm.worker.weights.family import Family
-from chatlm.worker.weights.family import Header as Stated
-from chatlm.worker.weights.gguf_header import Header, Texts
+from chatlm.worker.weights.family import Family, Header
+from chatlm.worker.weights.gguf_header import FileHeader, Texts
 from chatlm.worker.weights.rules import MOST_POSITIONS, ROPE_BASE, Rule, check_bytes, checked
 from chatlm.worker.weights.splits import PRE_TOKENIZERS
 
@@ -40,7 +39,7 @@ def read_gguf_file(path: Path, size: int = 0) -> tuple[dict, dict]:
     """Like read_gguf, for one file. `size`: of the whole file, if only its beginning is here; its tensors
     then have only shapes and types."""
     check_regular(path)
-    header = Header(path, size)
+    header = FileHeader(path, size)
     check_bytes(path, {name: tensor.n_bytes for name, tensor in header.tensors.items()})
     return header.metadata, header.tensors
 
@@ -128,7 +127,7 @@ def gguf_value(path: Path, metadata: Mapping, key: str, default=None, length: in
     return checked(path, key, value, rule, length)
 
 
-def refuse_unknown(header: Stated, family: Family, config: Mapping):
+def refuse_unknown(header: Header, family: Family, config: Mapping):
     """ConfigError for a key that would change the arithmetic of a model with this config."""
     known = {key.removeprefix("*.") for key in GGUF_KEYS} - {*GGUF_OWN.values(), *OF_FAMILIES}
     known |= {theirs for ours, theirs in GGUF_OWN.items() if ours in config}

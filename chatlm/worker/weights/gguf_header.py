@@ -85,7 +85,7 @@ class TensorInfo(NamedTuple):
         return math.prod(self.sizes) // block * block_bytes
 
 
-class Header:
+class FileHeader:
     """Reads a file from its beginning. `size`: of the whole file, if only its beginning is here."""
 
     def __init__(self, path: Path, size: int = 0):
