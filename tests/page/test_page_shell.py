@@ -422,7 +422,7 @@ def test_the_settings_stand_beside_the_chat_and_follow_it(page, stand_in):
     button(page, "Settings").click()
     page.set_viewport_size({"width": 700, "height": 700})                       # over the chat, where there is no room beside it
     expect(dialog).to_be_visible()
-    page.wait_for_function("document.querySelector('#settings-dialog').matches(':modal')")
+    expect(page.locator("#settings-dialog:modal")).to_have_count(1)
     expect_accessible(page)
     page.keyboard.press("Escape")
     expect(dialog).to_have_count(0)
