@@ -1,12 +1,13 @@
 """Where a worker's decoding steps spend their time: its Python, its compiled phases, its threads. Without front and HTTP.
 
-    python bench/worker_steps.py [--streams 16] [--tokens 128] [--rounds 5] [--width 2] [--threads 2]
+    python bench/worker_steps.py [MODEL] [--streams 16] [--tokens 128] [--rounds 5] [--width 2] [--threads 2]
 
-The engine of the default model as a worker runs it, greedy, without drafts, writing its messages to a pipe that is being read.
-Made for machines on which other programs run: a phase counts with its least time over many steps, since no phase is longer than
-the system lets a thread run, and Python with the CPU time of its thread in the best round. --width forces the number of threads
-that compute a step (0: the policy decides); with more than one, the excess of the phases' sum over its share of one thread's sum is
-the time that threads wait for each other and fetch from each other's caches.
+The engine of a model (without MODEL: the default one) as a worker runs it, greedy, without drafts, writing its messages to a pipe that
+is being read. A phase counts twice: with its least time over many steps, which says most on a machine where other programs run,
+and with its median. The two differ where the weights are little more than the third cache: what of them is still there changes
+from step to step. Python counts with the CPU time of its thread in the best of the rounds in which no phases are read.
+--width forces the number of threads that compute a step (0: the policy decides); with more than one, the excess of the phases'
+sum over its share of one thread's sum is the time that threads wait for each other and fetch from each other's caches.
 """
 
 import argparse
@@ -63,29 +64,35 @@ class PythonParts:
 
 
 class Phases:
-    """The least time of each phase, in us, over all steps with this many rows."""
+    """The times of each phase, in us, over all steps with this many rows."""
 
     def __init__(self, rows):
-        self.rows, self.names, self.least, self.whole = rows, [], [], []
+        self.rows, self.names, self.times, self.whole, self.gaps = rows, (), [], [], []
 
     def note(self, steps):
         for step in steps:
             if step["tokens"] != self.rows or step["logit_rows"] != self.rows:
                 continue
             names, times = zip(*step["phases"])
-            self.least = list(map(min, self.least, times)) if names == self.names else list(times)
-            self.names = names
+            if names != self.names:
+                self.names, self.times = names, []
+            self.times.append(times)
             self.whole.append(step["us"])
+            self.gaps.append(step["gap_us"])
 
     def table(self):
         kinds = defaultdict(list)
-        for name, us in zip(self.names, self.least):
-            kinds[name].append(us)
-        lines = ["| phases | how many | us | share |", "|---|---|---|---|"]
-        for name, times in sorted(kinds.items(), key=lambda item: -sum(item[1])):
-            lines.append(f"| {name} | {len(times)} | {sum(times):,.0f} | {sum(times) / sum(self.least):.1%} |")
-        return "\n".join([*lines, f"| all | {len(self.least)} | {sum(self.least):,.0f} | of {len(self.whole)} steps, whose least is "
-                                  f"{min(self.whole):,.0f}, the median {statistics.median(self.whole):,.0f} |"])
+        for name, times in zip(self.names, zip(*self.times)):
+            kinds[name].append((min(times), statistics.median(times)))
+        sums = {name: (len(both), *map(sum, zip(*both))) for name, both in kinds.items()}
+        count, least, median = map(sum, zip(*sums.values()))
+        lines = ["| phases | how many | least, us | median, us | share |", "|---|---|---|---|---|"]
+        for name, (many, quick, usual) in sorted(sums.items(), key=lambda item: -item[1][2]):
+            lines.append(f"| {name} | {many} | {quick:,.0f} | {usual:,.0f} | {usual / median:.1%} |")
+        whole = statistics.median(self.whole)
+        return "\n".join([*lines, f"| all | {count} | {least:,.0f} | {median:,.0f} | |", "",
+                          f"{len(self.whole)} steps: least {min(self.whole):,.0f} us, median {whole:,.0f}, which is {whole / median:.2f} of the sum of "
+                          f"its phases' medians and {whole / least:.2f} of that of their least; then {statistics.median(self.gaps):.1f} us to the next"])
 
 
 def run_round(engine, channel, streams, tokens, dice, phases, interval_s=0.008):
@@ -106,8 +113,8 @@ def run_round(engine, channel, streams, tokens, dice, phases, interval_s=0.008):
     while len(engine.scheduler.running) == streams:
         step()
         steps += 1
-        if steps % 8 == 0:
-            phases.note(engine.steps.program.times()[-9:])
+        if phases and steps % 16 == 0:  # a program remembers 16
+            phases.note(engine.steps.program.times()[1:])
     spent_s = time.thread_time() - begun_s
     while engine.busy:
         step()
@@ -116,11 +123,12 @@ def run_round(engine, channel, streams, tokens, dice, phases, interval_s=0.008):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", metavar="MODEL")
     for name, default in (("streams", 16), ("tokens", 128), ("rounds", 5), ("width", 2), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    settings, best = Settings(drafts=False), None
+    settings, best = Settings(model=arguments.model, drafts=False), None
     with torch.inference_mode():
         engine = build_engine(resolve_model(settings, no_progress), settings, torch.device("cpu"))[1]
         warm_up(engine, lambda fraction: None)
@@ -131,8 +139,9 @@ def main():
         channel, parts, phases, dice = Channel(ours, WORKER_PIPE), PythonParts(), Phases(arguments.streams), random.Random(1)
         parts.watch(engine, channel)
         for _ in range(arguments.rounds):
+            run_round(engine, channel, arguments.streams, arguments.tokens, dice, phases)
             parts.spent_s.clear()
-            steps, spent_s = run_round(engine, channel, arguments.streams, arguments.tokens, dice, phases)
+            steps, spent_s = run_round(engine, channel, arguments.streams, arguments.tokens, dice, None)
             if best is None or spent_s / steps < best[0]:
                 best = spent_s / steps, {name: spent / steps for name, spent in parts.spent_s.items()}
         ours.close()
