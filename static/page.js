@@ -41,13 +41,13 @@ const empty = {key: "", node: null};
 
 function emptyPage() {
   const {model, phase, loading} = state;
-  const key = JSON.stringify([model.name, model.api, model.devices, model.context, phase, serverText(), canAsk(), ownPrompts()]);
+  const key = JSON.stringify([model.name, model.api, model.better, model.devices, model.context, phase, serverText(), canAsk(), ownPrompts()]);
   if (empty.key === key) return empty.node;
   const page = element("section", {className: "empty"}, element("h2", {textContent: model.api === "text" ? TEXT.welcomeText : TEXT.welcome}));
   page.append(element("p", {textContent: serverText() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
   if (model.api === "text") page.append(noticeOf(TEXT.completes));
   if (model.api === "none" && model.can.embedding && model.ours) need("vectors").then(() => { if (typeof showVectors === "function") showVectors(page, model); });
-  if (/^SmolLM2-135M/.test(model.name)) page.append(element("p", {className: "notice"}, ...TEXT.demonstration(text => element("code", {textContent: text}))));
+  if (model.better !== undefined) page.append(element("p", {className: "notice"}, ...TEXT.demonstration(text => element("code", {textContent: text}), model.better)));
   if (phase === "loading" && !loading.waits) {
     const bar = element("progress", loading.fraction ? {max: 1, value: loading.fraction} : {});
     bar.setAttribute("aria-label", TEXT.loadingLabel);
@@ -557,8 +557,9 @@ register({
     onlyEmbeds: name => `${name} is an embedding model; it cannot chat.`, onlyRanks: name => `${name} ranks documents; it cannot chat.`,
     statuses: {draining: "the server is stopping", unavailable: "the server has no running worker"}, loadingLabel: "Loading", starting: "starting",
     loading: (stage, fraction) => `The model is not ready: ${TEXT.statuses[stage] ?? stage}${fraction ? ` ${Math.round(fraction * 100)}\u00a0%` : ""}.`,
-    demonstration: code => ["This is a very small demonstration model, which is often wrong. To serve another, run ",
-      code("python chat_server.py MODEL"), " with a .gguf file, a Hugging Face model's folder or name, or a nanochat checkpoint."],
+    demonstration: (code, better) => ["This is a very small demonstration model, which is often wrong. ", ...better
+      ? ["A better one that fits this machine: ", code(`python chat_server.py ${better}`)] : ["To serve another: ", code("python chat_server.py MODEL")],
+      " (or your own .gguf file, Hugging Face folder or nanochat checkpoint)."],
     examples: ["What is the capital of Japan?", "Explain why the sky is blue to a ten-year-old",
       "Give three tips for a good night's sleep", "Show me a Python function that reverses a string"],
     themes: {"": "System", light: "Light", dark: "Dark"}, themeIs: theme => `Theme: ${theme}`, shortcuts: "Keyboard shortcuts",

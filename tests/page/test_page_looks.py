@@ -138,7 +138,7 @@ def test_paper_gets_the_whole_chat_and_nothing_to_press(browser, stand_in):
 # the first picture ----------------------------------------------------------------------------------------------------
 
 def test_the_landing_is_read_from_its_top_and_names_the_model_once(page, stand_in):
-    stand_in.model["id"] = "SmolLM2-135M-x"           # has the notice
+    stand_in.model |= {"id": "SmolLM2-135M-x", "better": "Qwen/Qwen3-30B-A3B-GGUF:Qwen3-30B-A3B-Q4_K_M.gguf"}    # has the notice
     page.set_viewport_size({"width": 1280, "height": 420})
     open_page(page, stand_in.url)
     log = page.get_by_role("log")

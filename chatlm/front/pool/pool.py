@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.config import with_own_sampling
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded
+from chatlm.common.hub.better import warning_of
+from chatlm.common.memory import available_memory
 from chatlm.common.messages.requests import sampling_defaults
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.tokenizer import tools_of
@@ -34,6 +36,14 @@ if TYPE_CHECKING:
 
 def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
     return sampling_defaults(with_own_sampling(settings, pool))
+
+
+def free_memory(pool: WorkerPool) -> float:
+    """Bytes that another model could take: of the first worker's GPU, else of this machine."""
+    for worker in pool.workers:
+        if worker.device.startswith("cuda"):
+            return (worker.gauges["memory_total"] or 0) - (worker.gauges["memory_used"] or 0)
+    return available_memory()
 
 
 @contextmanager
@@ -204,6 +214,7 @@ class WorkerPool:
                                   gpus > 1 and self.settings.num_gpus is None and
                                   f"One of {gpus} GPUs is used; --num-gpus auto uses all",
                                   *(worker.left_out for worker in self.workers if worker.problem),
+                                  warning_of(self.model_name, free_memory(self)),
                                   *(details if self.settings.verbose else ())) if line]
 
     def health(self) -> tuple[int, dict]:

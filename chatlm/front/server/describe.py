@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from chatlm import __version__
 from chatlm.common.errors import ConfigError, Overloaded, RequestError, invalid, shown, without_folders
+from chatlm.common.hub.better import better_model, only_demonstrates
 from chatlm.common.log import utc
 from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field
 from chatlm.front.api.tables import OLLAMA_NAMES
 from chatlm.front.pool.names import default_among
-from chatlm.front.pool.pool import sampling_of
+from chatlm.front.pool.pool import free_memory, sampling_of
 from chatlm.front.server.bodies import tokenizer_of
 from chatlm.front.server.responses import REQUEST_LOG, bound_of, json_response
 
@@ -74,6 +75,7 @@ A_MODEL = {"type": "object", "properties": {
     "weights_digest": {"type": "string", "description":
                        "a hash of the sizes of the weight files and of 256 samples of each"},
     "arithmetic": {**A_TEXT, "description": "--arithmetic: fast or fine"},
+    "better": {**A_TEXT, "description": "of a demonstration model: a MODEL that fits here, or nothing"},
     "run": {**A_TEXT, "description": "of a checkpoint: the training run, TAG of TAG@STEP"},
     "step": {"type": "integer", "description": "of a checkpoint"},
     "bits_per_byte": {"type": ["number", "null"],
@@ -142,6 +144,7 @@ def model_body(served: Served, is_default: bool = True) -> dict:
             "default": is_default, "pinned": model.choice.pin,
             "weights_digest": facts.digest + (f"+{adapter.digest}" if adapter else ""),
             "arithmetic": facts.arithmetic, **model.of_run, "owned_by": "chat_server",
+            **({"better": better_model(free_memory(pool))} if only_demonstrates(served.name) else {}),
             "root": pool.model_name,
             "parent": pool.model_name if adapter else None, "tools": tools_of(tokenizer),
             "context_length": pool.context_length, "max_model_len": pool.context_length,

@@ -236,6 +236,7 @@ def test_the_log_says_in_few_lines_what_runs_and_ends_with_the_address(nanochat_
     lines = [line for line in shown if not re.search(r" \.\.\.$|the chatlm in .* runs", line)]
     assert [line.split()[0] for line in lines] == ["nanochat", "Model", "Running", "KV", "Application", "http://127.0.0.1:%s" % lines[-1].split(":")[-1]], lines
     assert "kernels:" in lines[2] and "context " in lines[3]
+    assert any(line.startswith("This is a demonstration model") for line in log_shown())
     more = "\n".join(log_shown(nanochat_fixtures / "gen5", "-v"))
     for words in ("The model fits: ", "decode_core", "Prefixes outlive", "Tools: ", "Sampling unless a request"):
         assert words in more and words not in "\n".join(lines[:2] + lines[3:]), words

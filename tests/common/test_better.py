@@ -1,0 +1,32 @@
+"""The line about the default model: that it only demonstrates, and what fits this machine instead."""
+
+import itertools
+import re
+
+import pytest
+
+from chatlm.common.hub.better import BETTER, SHARE, better_model, warning_of
+from chatlm.common.hub.huggingface import hub_model
+
+
+def test_the_largest_that_fits_into_a_share_of_free_memory_is_named():
+    for needed, model in BETTER:
+        assert better_model(needed / SHARE + 1) == model
+        assert better_model(needed / SHARE - 1) != model
+    assert better_model(0) == "" and better_model(1e15) == BETTER[0][1]
+    assert all(more > less for (more, _), (less, _) in itertools.pairwise(BETTER))
+
+
+@pytest.mark.parametrize("model", [model for _, model in BETTER])
+def test_each_is_a_file_of_a_repository_whose_size_fits_its_row(model):
+    repository, file = hub_model(model)
+    assert file.startswith(repository.split("/")[1].removesuffix("-GGUF")) and re.search(r"-(Q8_0|Q4_K_M)\.gguf$", file)
+    billions = float(re.search(r"-(\d+(?:\.\d+)?)B", file)[1])
+    weights = billions * 1e9 * (8.5 if "Q8_0" in file else 4.9) / 8
+    assert weights < dict(map(reversed, BETTER))[model] < weights + 2.5e9
+
+
+def test_only_the_demonstration_is_said_to_be_one():
+    assert warning_of("my-model", 1e12) == "" == warning_of("SmolLM2-1.7B-Instruct", 1e12)
+    assert warning_of("SmolLM2-135M-Instruct", 1e12).endswith(f"python chat_server.py {BETTER[0][1]}")
+    assert "chat_server.py" not in warning_of("SmolLM2-135M-Instruct", 1e6)
