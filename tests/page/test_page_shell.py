@@ -676,7 +676,7 @@ def test_the_default_model_is_called_what_it_is(page, server_url, stand_in):
     expect(page.get_by_text("demonstration model")).to_have_count(0)
     open_page(page, server_url)
     expect(page.get_by_text("very small demonstration model")).to_be_visible()
-    better = next(model["better"] for model in json.load(urllib.request.urlopen(server_url + "/v1/models", timeout=30))["data"])
+    better = next(model["better"] for model in json.load(urllib.request.urlopen(server_url + "v1/models", timeout=30))["data"])
     expect(page.get_by_text(f"python chat_server.py {better}" if better else "python chat_server.py MODEL")).to_be_visible()
 
 
