@@ -156,7 +156,7 @@ from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, bound_of, errors_to_responses, json_response, logged, public_error, send_whole)
-from chatlm.front.server.routes import RETRIEVAL_ROUTES, Api, Route, RouteTable
+from chatlm.front.server.routes import DOCUMENT_ROUTES, RETRIEVAL_ROUTES, Api, Route, RouteTable
 from chatlm.front.server.streams import EventStream
 
 if TYPE_CHECKING:
@@ -385,7 +385,7 @@ ROUTES = (
           "the continuation of a text, streamed or whole"),
     Route("POST", "/infill", Api.OPENAI, "handle_answer",
           "the text between two others, in llama-server's format, streamed or whole"),
-    *RETRIEVAL_ROUTES,
+    *RETRIEVAL_ROUTES, *DOCUMENT_ROUTES,
     Route("POST", "/v1/responses", Api.OPENAI, "handle_answer",
           "an answer in the format of OpenAI's Responses, streamed or whole"),
     *(Route(method, "/v1/responses/{id}", Api.OPENAI, "handle_response", "404: responses are not kept")

@@ -60,6 +60,8 @@ class Limits:
     tool_name_bytes: int = 1 << 20     # of all names of functions and parameters: they are sent to workers
     grammar_bytes: int = 16 << 20      # memory of a compiled grammar; 65,536 ordinary characters take 8 MB
     body_bytes: int = 16 << 20
+    document_bytes: int = 32 << 20  # of a document whose text is asked for
+    extracted_characters: int = 1 << 20  # of its text
     held_bytes: int = 256 << 20     # total of large bodies and of answers sent whole
     inline_bytes: int = 1 << 16     # larger bodies are read in a sandbox
     repeated_bytes: int = 1 << 19   # of a request repeated in its response as JSON: three stream events do so

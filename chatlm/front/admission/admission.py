@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 
+from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError, printable
 from chatlm.common.jsontext import is_text
 from chatlm.common.lanes import Lanes
@@ -28,7 +29,7 @@ from chatlm.common.memory import trim_heap
 from chatlm.common.messages.protocol import (
     SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Body, Known, ParsedBody, Refused, Result,
     SandboxConfig, Task)
-from chatlm.common.messages.requests import Message
+from chatlm.common.messages.requests import Message, TextSpec
 from chatlm.common.messages.wire import HEADER, BadMessage, object_restorer, unpacked
 from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words, patient, start_child
 from chatlm.common.text.formats import calls_of
@@ -36,9 +37,8 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
 
 if TYPE_CHECKING:
-    from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ModelCard
-    from chatlm.common.messages.requests import AnswerParams, Request, TextSpec
+    from chatlm.common.messages.requests import AnswerParams, Request
     from chatlm.common.messages.wire import Pipe
     from chatlm.common.text.tokenizer import Tokenizer
 
@@ -195,6 +195,16 @@ class Sandbox:
         await self.stop()
 
 
+class SingleUse(Sandbox):
+    """A sandbox whose process does one task: a file that breaks its library reaches nobody else's."""
+
+    async def _exchange(self, config: SandboxConfig, messages: Seq[Any]):
+        try:
+            return await super()._exchange(config, messages)
+        finally:
+            await self.stop()
+
+
 class SharedSandbox:
     """A sandbox as one of several models uses it."""
 
@@ -215,6 +225,7 @@ class Desk:
 
     def __init__(self):
         self.sandboxes = {name: Sandbox(PROCESS_COMMAND) for name in ("templates", "schemas", "bodies")}
+        self.sandboxes["documents"] = SingleUse(PROCESS_COMMAND)
         self.preparing: dict[str, str] = {}      # request being read or rendered -> its client
         self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()  # (owner, source)
         self.numbers = itertools.count(1)        # of models
@@ -230,7 +241,8 @@ class Admission:
 
     TEMPLATE_S = 0.5      # processor seconds for filling in a chat template,
     SCHEMA_S = 1.0        # for checking a JSON schema,
-    BODY_S = 5.0          # and for reading a large body
+    BODY_S = 5.0          # for reading a large body
+    DOCUMENT_S = 12.0     # and for the text of a document
     VALID_GRAMMARS = 256  # remember this many valid grammars, to check none of them twice
 
     def __init__(self, check_capacity: Callable[[str, str], None], shared: Desk | None = None):
@@ -242,6 +254,7 @@ class Admission:
         self.sandboxes: dict[str, Sandbox | SharedSandbox] = {
             name: SharedSandbox(sandbox) if shared else sandbox for name, sandbox in desk.sandboxes.items()}
         self.preparing, self.valid_grammars = desk.preparing, desk.valid_grammars
+        self._configure("documents", Known(Settings(), None), TextSpec("", b""))  # whatever the model
 
     async def expect(self, text: TextSpec, settings: Settings):
         """Get ready for a card to come, which will have this text. Errors as in `open`."""
@@ -281,7 +294,8 @@ class Admission:
                    scored_length: int = 0):
         cpu_s, memory, nice = {"templates": (self.TEMPLATE_S, 256 << 20, 0),
                                "schemas": (self.SCHEMA_S, 256 << 20, 10),
-                               "bodies": (self.BODY_S, 1 << 30, 5)}[name]
+                               "bodies": (self.BODY_S, 1 << 30, 5),
+                               "documents": (self.DOCUMENT_S, 1 << 30, 10)}[name]
         self.sandboxes[name].config = SandboxConfig(known, text, context_length, cpu_s, memory, nice,
                                                     self.number, scored_length)
 
@@ -353,6 +367,11 @@ class Admission:
         with self._prepare(client):
             name: Any = await self.sandboxes["bodies"].perform(client, "named_model", body=body)
             return name
+
+    async def extract(self, client: str, name: str, boundary: str, body: bytes | bytearray) -> Seq:
+        """(text, pages, cut) of a document, as in `chatlm.front.api.documents.Extracted`. boundary: of the
+        form that the body is; "": the body is the file."""
+        return await self.sandboxes["documents"].perform(client, "extract", name, boundary, body=body)
 
     async def close(self):
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))

@@ -18,7 +18,8 @@ from chatlm.common.processes.child import join_parent
 from chatlm.common.text.tokenizer import compile_chat_template, fill_template
 
 
-TASKS_OF_BODIES = "named_model", "read_body", "read_variants", "answer_text"
+TASKS_OF_BODIES = {"named_model": "bodies", "read_body": "bodies", "read_variants": "bodies",
+                   "answer_text": "bodies", "extract": "documents"}  # what of Tasks has them
 PREPARE_S = 5.0  # processor seconds a sandbox may take to compile a template or open a tokenizer
 
 
@@ -30,7 +31,7 @@ class Tasks:
         self.config = config
 
     def task(self, name: str) -> Callable[..., Any]:
-        return getattr(self.bodies if name in TASKS_OF_BODIES else self, name)
+        return getattr(getattr(self, TASKS_OF_BODIES[name]) if name in TASKS_OF_BODIES else self, name)
 
     @cached_property
     def template(self):
@@ -41,12 +42,17 @@ class Tasks:
         from chatlm.front.api.body_tasks import BodyTasks
         return BodyTasks(self.config)
 
+    @cached_property
+    def documents(self):
+        from chatlm.front.api.documents import DocumentTasks
+        return DocumentTasks(self.config.cpu_s)
+
     def prepare(self, name: str):
         """Do once what no task should pay for: jinja computes a template's constants when it compiles it."""
         if name == "fill_template":
             _ = self.template
         elif name in TASKS_OF_BODIES:
-            self.bodies.prepare(name)
+            getattr(self, TASKS_OF_BODIES[name]).prepare(name)
 
     def fill_template(self, arguments: dict) -> Result:
         text = fill_template(self.template, arguments)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from email.message import Message
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS, with_own_sampling
-from chatlm.common.errors import Overloaded
+from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import Known
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.readers import read_answer, read_text, read_variants
-from chatlm.front.server.responses import REQUEST_LOG, bound_of
-from chatlm.front.server.routes import Api
+from chatlm.front.server.responses import REQUEST_LOG, bound_of, json_response
+from chatlm.front.server.routes import DOCUMENT_NAME, Api
 from chatlm.front.server.streams import Budget, Holding, read_bytes
 
 if TYPE_CHECKING:
@@ -124,6 +125,19 @@ class Bodies:
         if ignored:
             record.headers["X-Ignored-Fields"] = ignored.decode()[:1000]
         return served, text
+
+    async def handle_extract(self, http: web.Request) -> web.Response:
+        """The text of a document: the body, or the first file of a form."""
+        with self.holding() as holding:
+            body = await read_bytes(http, holding, LIMITS.document_bytes)
+            if not body:
+                raise RequestError("the body is empty: it must be a document, or a form with one")
+            kind = Message()
+            kind["Content-Type"] = http.headers.get("Content-Type", "")
+            boundary = kind.get_boundary("") if http.content_type == "multipart/form-data" else ""
+            text, pages, cut = await self.catalogue.find("", bound_of(http)).pool.admission.extract(
+                REQUEST_LOG.get().client, DOCUMENT_NAME.read(http.query.get("name", "")), boundary, body)
+        return json_response({"text": text, "pages": pages, "cut": cut})
 
     async def read_variants(self, body: bytes | bytearray, holding: Holding, served: Served,
                             indices: Seq[int], seed: int) -> list[ParsedBody]:

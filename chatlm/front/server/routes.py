@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from enum import Enum
 from typing import Any, NamedTuple, TYPE_CHECKING
 
+from chatlm.front.api.field_types import TEXT
+from chatlm.front.api.fields import A_TEXT, Field
 from chatlm.front.api.tables import BODY_FIELDS
 
 if TYPE_CHECKING:
     from aiohttp import web
     from chat_server import Front
-    from chatlm.front.api.fields import Field
 
 
 NO_SCHEMA: Mapping = types.MappingProxyType({})
@@ -63,6 +64,17 @@ RETRIEVAL_ROUTES = tuple(  # whatever they ask for, one handler answers
         (Api.OLLAMA, "embeddings in Ollama's format", "/api/embed"),
         (Api.OLLAMA, "one embedding, for older clients of Ollama", "/api/embeddings"))
     for path in paths.split())
+
+
+DOCUMENT_NAME = Field("name", TEXT, "the document's file name")
+DOCUMENT_ROUTES = (
+    Route("POST", "/extract", Api.NANOCHAT, "bodies.handle_extract",
+          "the text of a document, which is the body or the file of a form", query=(DOCUMENT_NAME,),
+          returns={"type": "object", "properties": {
+              "text": A_TEXT,
+              "pages": {"type": ["integer", "null"],
+                        "description": "pages, slides, sheets or chapters; null if the format has none"},
+              "cut": {"type": ["string", "null"], "description": "what of the document the text lacks"}}}),)
 
 
 class RouteTable:

@@ -95,15 +95,15 @@ class Holding:
                              "stream them, or ask for less at a time")
 
 
-async def read_bytes(http: web.Request, holding: Holding) -> bytearray:
-    """The body; RequestError 413 above LIMITS.body_bytes, 408 if it pauses for BODY_S or is too slow,
+async def read_bytes(http: web.Request, holding: Holding, most: int = LIMITS.body_bytes) -> bytearray:
+    """The body; RequestError 413 above `most` bytes, 408 if it pauses for BODY_S or is too slow,
     400 if its chunks are broken."""
     if http.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise RequestError("compressed bodies are not supported", status=415, code="unsupported_encoding")
     body, began_s = bytearray(), time.monotonic()
-    while max(len(body), length := http.content_length or 0) <= LIMITS.body_bytes:
+    while max(len(body), length := http.content_length or 0) <= most:
         if max(len(body), length) > LIMITS.inline_bytes and not holding.size:
-            await holding.room(length or LIMITS.body_bytes)
+            await holding.room(length or most)
         try:
             chunk = await asyncio.wait_for(http.content.readany(), BODY_S)
         except asyncio.TimeoutError:
@@ -117,7 +117,7 @@ async def read_bytes(http: web.Request, holding: Holding) -> bytearray:
         if time.monotonic() - began_s > BODY_S + len(body) / BODY_BYTES_PER_S:
             raise RequestError(f"the body arrives at less than {BODY_BYTES_PER_S:,} bytes per second",
                                status=408, code="body_timeout")
-    raise RequestError(f"the body has more than {LIMITS.body_bytes:,} bytes",
+    raise RequestError(f"the body has more than {most:,} bytes",
                        status=413, code="request_entity_too_large")
 
 

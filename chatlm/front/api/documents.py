@@ -1,0 +1,292 @@
+"""The text of documents: PDF, DOCX, PPTX, XLSX, EPUB, HTML. Runs only in a sandbox, one process for each document.
+
+Libraries read the formats (the extra `documents`): pypdfium2 (PDFium, the quickest that is free for all uses), mammoth
+for DOCX, python-pptx, openpyxl, and markdownify for HTML, into which EPUB and DOCX are turned too."""
+
+from __future__ import annotations
+
+import io
+import posixpath
+import re
+import time
+import urllib.parse
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import ConfigError, RequestError, named, require_library, shown
+from chatlm.common.messages.protocol import Result
+
+UNPACKED_BYTES, MEMBERS = 256 << 20, 10_000  # most that an archive may hold
+ROW_CELLS, ROWS = 256, 100_000               # of a sheet, those that are read
+FORMATS = "PDF, DOCX, PPTX, XLSX, EPUB and HTML"
+
+
+class Document(NamedTuple):
+    """What a format's reader returns. parts: the text of its pages, read one after the other, as far as needed."""
+
+    parts: Iterable[str]
+    pages: int | None = None  # pages, slides, sheets or chapters; None: the format has none
+    noun: str = "part"        # what one of them is called
+    marked: bool = False      # does each begin with its number or name?
+    notes: str = ""           # what was left out
+
+
+def refusal(message: str, code: str = "unreadable_document") -> RequestError:
+    return RequestError(message, code=code)
+
+
+def library(name: str, kind: str) -> Any:
+    try:
+        return require_library(name, f"reading {kind} files")
+    except ConfigError as error:
+        raise RequestError(f"{str(error).partition(';')[0]}; install with: "
+                           "python -m pip install 'chat-server[documents]'", status=501, code="not_installed") from None
+
+
+# PDF
+
+def read_pdf(data: bytes) -> Document:
+    pdfium = library("pypdfium2", "PDF")
+    try:
+        pdf = pdfium.PdfDocument(data)
+        pages = len(pdf)
+    except pdfium.PdfiumError as error:
+        if "password" in str(error).lower():
+            raise refusal("the PDF is encrypted: save it without its password", "encrypted") from None
+        raise refusal(f"the PDF is damaged ({str(error)[:100]})") from None
+
+    def text_of(number: int) -> str:
+        page = pdf[number]
+        try:
+            text = page.get_textpage()
+            try:
+                return re.sub("[\x02\xad\ufffe]\r?\n?", "", text.get_text_bounded()).replace("\r\n", "\n")  # soft hyphens
+            finally:
+                text.close()
+        except pdfium.PdfiumError:
+            return ""
+        finally:
+            page.close()
+
+    return Document(map(text_of, range(pages)), pages, "page", True)
+
+
+# archives
+
+def archive_of(data: bytes) -> zipfile.ZipFile:
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, OverflowError, OSError, NotImplementedError) as error:
+        raise refusal(f"the file is damaged: {named(error)}") from None
+    if len(members) > MEMBERS or sum(member.file_size for member in members) > UNPACKED_BYTES:
+        raise refusal(f"unpacked, the file has more than {UNPACKED_BYTES >> 20} MiB or {MEMBERS:,} parts", "too_complex")
+    if any(member.flag_bits & 1 for member in members):
+        raise refusal("the file is encrypted: save it without its password", "encrypted")
+    return archive
+
+
+def read_docx(data: bytes) -> Document:
+    mammoth = library("mammoth", "DOCX")
+    html = mammoth.convert_to_html(io.BytesIO(data), convert_image=lambda image: []).value
+    return Document([markdown_of(html)])
+
+
+def read_pptx(data: bytes) -> Document:
+    slides = library("pptx", "PPTX").Presentation(io.BytesIO(data)).slides
+    return Document((("\n\n".join(texts_of(slide))) for slide in slides), len(slides), "slide", True)
+
+
+def texts_of(slide: Any) -> Iterator[str]:
+    """The texts of a slide's shapes, those of groups too, and of its notes."""
+    waiting = [*reversed(slide.shapes)]
+    while waiting:
+        shape = waiting.pop()
+        if hasattr(shape, "shapes"):
+            waiting += reversed(shape.shapes)
+        elif getattr(shape, "has_table", False):
+            yield "\n".join(row_of(cell.text for cell in row.cells) for row in shape.table.rows)
+        elif getattr(shape, "has_text_frame", False) and shape.text_frame.text.strip():
+            yield shape.text_frame.text
+    if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
+        if notes := slide.notes_slide.notes_text_frame.text.strip():
+            yield f"Notes: {notes}"
+
+
+def row_of(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|").strip() for cell in cells) + " |"
+
+
+def read_xlsx(data: bytes) -> Document:
+    book = library("openpyxl", "XLSX").load_workbook(io.BytesIO(data), read_only=True, data_only=True)
+    sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"]
+    hidden = len(book.worksheets) - len(sheets)
+
+    def text_of(sheet: Any) -> str:
+        lines = [f"# {sheet.title}"]
+        for row in islice(sheet.iter_rows(values_only=True, max_col=ROW_CELLS), ROWS):
+            cells = ["" if value is None else str(value) for value in row]
+            while cells and not cells[-1]:
+                cells.pop()
+            if cells:
+                lines.append(row_of(cells))
+        return "\n".join(lines)
+
+    return Document(map(text_of, sheets), len(sheets), "sheet",
+                    notes="hidden sheets are left out" if hidden else "")
+
+
+def read_epub(data: bytes) -> Document:
+    archive = archive_of(data)
+    names = set(archive.namelist())
+    container = ElementTree.fromstring(archive.read("META-INF/container.xml"))
+    package = next(each.attrib["full-path"] for each in container.iter() if each.tag.endswith("}rootfile"))
+    tree, folder = ElementTree.fromstring(archive.read(package)), posixpath.dirname(package)
+    items = {each.attrib["id"]: posixpath.normpath(posixpath.join(folder, urllib.parse.unquote(each.attrib["href"])))
+             for each in tree.iter() if each.tag.endswith("}item")}
+    chapters = [name for each in tree.iter() if each.tag.endswith("}itemref")
+                if (name := items.get(each.attrib.get("idref", ""))) in names]
+    if "META-INF/encryption.xml" in names:
+        locked = {urllib.parse.unquote(each.attrib.get("URI", "")) for each in
+                  ElementTree.fromstring(archive.read("META-INF/encryption.xml")).iter()}
+        if locked & set(chapters):
+            raise refusal("the EPUB is encrypted, as books with a copy protection are", "encrypted")
+    return Document((markdown_of(archive.read(name)) for name in chapters), len(chapters), "chapter")
+
+
+# HTML
+
+def read_html(data: bytes) -> Document:
+    return Document([markdown_of(data)])
+
+
+def markdown_of(html: str | bytes) -> str:
+    """HTML as Markdown: headings, lists, tables, code; without links, pictures, scripts and styles."""
+    markdownify, soup_of = library("markdownify", "HTML"), library("bs4", "HTML").BeautifulSoup
+    soup, whole = seen(soup_of(html, "lxml")), seen(soup_of(html, "html.parser"))
+    if len(soup.get_text()) < 0.9 * len(whole.get_text()):  # it ends where elements nest 256 times
+        soup = whole
+    try:
+        text = markdownify.MarkdownConverter(strip=["a", "img"], heading_style="ATX").convert_soup(soup)
+    except RecursionError:  # thousands of elements within each other
+        text = soup.get_text("\n")
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def seen(soup: Any) -> Any:
+    """Without what a reader does not see."""
+    for hidden in soup(["script", "style", "noscript", "template", "svg", "head", "title"]):
+        hidden.decompose()
+    for hidden in soup(string=lambda text: text.__class__.__name__ not in ("NavigableString", "CData")):
+        hidden.extract()  # comments, declarations
+    return soup
+
+
+# which reader
+
+OFFICE = {"word/": ("DOCX", read_docx), "ppt/": ("PPTX", read_pptx), "xl/": ("XLSX", read_xlsx)}
+
+
+def reader_of(data: bytes, name: str) -> tuple[str, Callable[[bytes], Document]]:
+    """The format by the file's first bytes; the name tells only HTML from other text."""
+    if b"%PDF-" in data[:1024]:
+        return "PDF", read_pdf
+    if data.startswith(b"PK\3\4"):
+        names = archive_of(data).namelist()
+        if "META-INF/container.xml" in names:
+            return "EPUB", read_epub
+        for folder, kind in OFFICE.items():
+            if "[Content_Types].xml" in names and any(each.startswith(folder) for each in names):
+                return kind
+    if data.startswith(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"):
+        if "EncryptedPackage".encode("utf-16-le") in data:
+            raise refusal("the file is encrypted: save it without its password", "encrypted")
+        raise refusal("the file is of the old Office formats DOC, XLS and PPT: save it as DOCX, XLSX or PPTX")
+    if re.match(rb"(?i)(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype html|html|head|body)\b", data[:4096], re.DOTALL) \
+            or re.search(r"(?i)\.x?html?$", name) and b"\0" not in data[:4096]:
+        return "HTML", read_html
+    raise refusal(f"{shown(name) + ' is' if name else 'the file is'} of none of the formats that can be read: {FORMATS}",
+                  "unknown_format")
+
+
+def part_of_form(body: bytes, boundary: str) -> tuple[bytes, str]:
+    """The first file of a multipart/form-data body, and its name."""
+    for part in (b"\r\n" + body).split(b"\r\n--" + boundary.encode())[1:]:
+        head, found, data = part.partition(b"\r\n\r\n")
+        name = re.search(rb'(?i)filename="((?:[^"\\\r\n]|\\.)*)"', head)
+        if found and name:
+            return data, name[1].decode("utf-8", "replace")
+    raise RequestError("the form has no file: send one, as curl -F file=@report.pdf does", param="file")
+
+
+class Extracted(NamedTuple):
+    text: str
+    pages: int | None
+    cut: str | None  # what is missing, in words
+
+
+def extracted(data: bytes, name: str, cpu_s: float) -> Extracted:
+    """The text of a document. RequestError if there is none, or if it cannot be read."""
+    kind, read = reader_of(data, name)
+    try:
+        document = read(data)
+        return joined(kind, document, time.process_time() + cpu_s)
+    except (RequestError, MemoryError):
+        raise
+    except Exception as error:  # a library stumbles over a broken file in its own ways
+        raise refusal(f"the {kind} file is damaged: {named(error)[:200]}") from None
+
+
+def joined(kind: str, document: Document, deadline_s: float) -> Extracted:
+    """The text of a document's parts, up to the limit and to the deadline (of processor time)."""
+    texts, empty, room, number, cut = [], [], LIMITS.extracted_characters, 0, ""
+    of = f" of {document.pages:,}" if document.pages else ""
+    for number, part in enumerate(document.parts, 1):
+        text = clean(part)
+        if not text:
+            empty.append(number)
+            continue
+        text = f"[{document.noun} {number}]\n{text}" if document.marked and document.pages != 1 else text
+        texts.append(text[:room])
+        room -= len(text) + 2
+        if room <= 0:
+            cut = f"only the first {LIMITS.extracted_characters:,} characters" + (
+                f", up to {document.noun} {number:,}{of}" if document.pages else "")
+            break
+        if time.process_time() > deadline_s and number < (document.pages or 0):
+            cut = f"only up to {document.noun} {number:,}{of}: the rest takes too long to read"
+            break
+    if not texts:
+        what = f"its {number} {document.noun}s" if number > 1 else "it"
+        scanned = f": {what} may be pictures of text, which this program cannot read" if kind == "PDF" else ""
+        raise refusal(f"the {kind} file has no text{scanned}", "no_text")
+    if empty and kind == "PDF":
+        shown_numbers = ", ".join(map(str, empty[:10])) + (" and others" if len(empty) > 10 else "")
+        cut += "; " * bool(cut) + f"no text on page{'s' * (len(empty) > 1)} {shown_numbers}, which may be pictures"
+    if document.notes:
+        cut += "; " * bool(cut) + document.notes
+    return Extracted("\n\n".join(texts), document.pages, cut or None)
+
+
+def clean(text: str) -> str:
+    """Without control characters, lone surrogates and spaces at the ends of lines."""
+    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "", text.replace("\r", "\n"))
+    return re.sub(r"[^\S\n]+$", "", text, flags=re.MULTILINE).strip()
+
+
+class DocumentTasks:
+    """The sandbox's task for documents."""
+
+    def __init__(self, limit_s: float):
+        self.soft_s = 0.6 * limit_s  # from here on, what has been read is the text
+
+    def prepare(self, name: str):
+        """Nothing is shared between documents."""
+
+    def extract(self, name: str, boundary: str, body: bytes) -> Result:
+        data, name = part_of_form(body, boundary) if boundary else (body, name)
+        return Result([*extracted(bytes(data), name, self.soft_s)])

@@ -1,0 +1,141 @@
+"""POST /extract on a running server: documents in bodies and forms, attacks, and what stays behind."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import psutil
+import pytest
+
+import documents
+from real_server import ask, events, post, server
+
+for module in ("pypdfium2", "mammoth", "markdownify", "openpyxl", "pptx"):
+    pytest.importorskip(module)
+
+
+@pytest.fixture(scope="module")
+def running(nanochat_fixtures):
+    with server(nanochat_fixtures / "gen5", "--api-key", "k") as (process, url):
+        yield process, url
+
+
+@pytest.fixture
+def url(running):
+    return running[1]
+
+
+def extract(url, data, name="", kind="application/octet-stream", key="k"):
+    """(status, body)."""
+    query = f"?name={urllib.parse.quote(name)}" if name else ""
+    request = urllib.request.Request(f"{url}/extract{query}", data, {"Content-Type": kind, "Authorization": f"Bearer {key}"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_a_document_is_the_body_or_a_file_of_a_form(url, tmp_path):
+    data = documents.pdf(["one", "two"])
+    expected = {"text": "[page 1]\none\n\n[page 2]\ntwo", "pages": 2, "cut": None}
+    assert extract(url, data) == (200, expected)
+    (tmp_path / "my report.pdf").write_bytes(data)
+    sent = subprocess.run(["curl", "-sS", "-H", "X-Api-Key: k", "-F", f"file=@{tmp_path}/my report.pdf", url + "/extract"], capture_output=True, check=True)
+    assert json.loads(sent.stdout) == expected
+    assert extract(url, b"<p>text", "a.html") == (200, {"text": "text", "pages": None, "cut": None})
+
+
+def test_refusals_say_what_is_wrong_and_what_is_allowed(url):
+    for data, name, words, code in (
+            (b"", "", "the body is empty", 400), (b"text", "a\x1b[31m.txt", '"a\\u001b[31m.txt" is of none of the formats that can be read: PDF, DOCX', 400),
+            (documents.ENCRYPTED_PDF, "", "encrypted: save it without its password", 400), (documents.pdf([""]), "", "has no text", 400),
+            (b"x" * ((32 << 20) + 1), "", "more than 33,554,432 bytes", 413)):
+        status, body = extract(url, data, name)
+        assert status == code and words in body["detail"], body
+    assert extract(url, b"--B--", kind="multipart/form-data; boundary=B")[1]["detail"].startswith("the form has no file")
+    assert extract(url, documents.pdf(["x"]), key="wrong")[0] == 401
+
+
+def test_a_document_that_takes_too_much_is_refused_and_the_next_one_is_read(url):
+    """A DOCX of 500 KB with millions of paragraphs fills the sandbox's memory."""
+    status, body = extract(url, documents.docx("<w:p><w:r><w:t>x</w:t></w:r></w:p>" * 3_000_000))
+    assert status == 400 and "too complex: this takes more than 12 s of processor time or 1024 MiB" in body["detail"], body
+    assert extract(url, documents.pdf(["alive"]))[1]["text"] == "alive"
+
+
+def test_broken_documents_of_every_format_are_answered_and_leave_no_process(running):
+    """Bytes are changed, cut and repeated at random; whatever the libraries do, each gets text or a reason."""
+    process, url = running
+    dice = random.Random(65)
+    for good in (documents.pdf(["some text"] * 3), documents.docx(), documents.pptx([("a", "b", "c")]), documents.xlsx({"s": [[1, 2]]}),
+                 documents.epub({"a.xhtml": "<p>x"}), b"<html><p>x</html>"):
+        for _ in range(4):
+            data = bytearray(good)
+            for _ in range(dice.randint(1, 20)):
+                data[dice.randrange(4, len(data))] = dice.randrange(256)
+            if dice.random() < 0.3:
+                del data[dice.randrange(5, len(data)):]
+            status, body = extract(url, bytes(data))
+            assert status in (200, 400) and ("text" in body) == (status == 200), body
+            assert status == 200 or len(body["detail"]) < 400 and "\n" not in body["detail"]
+    waits_until(lambda: not sandboxes_of_documents(process))
+
+
+def sandboxes_of_documents(process):
+    """Its children that have loaded PDFium or wait for a document."""
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if "sandbox" in child.cmdline() and any(
+        "pdfium" in each.path or "_elementpath" in each.path for each in child.memory_maps())]
+
+
+def waits_until(condition):
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s
+        os.sched_yield()
+
+
+def test_a_client_that_leaves_and_others_that_chat_are_not_disturbed(running):
+    process, url = running
+    host, port = url.removeprefix("http://").split(":")
+    data = documents.pdf(["word " * 300] * 400)
+    head = f"POST /extract HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer k\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    for part in (head, head + data[:1000], head + data):
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(part)
+    request = urllib.request.Request(url + "/chat/completions", json.dumps(ask("hello", max_tokens=5)).encode(),
+                                     {"Content-Type": "application/json", "Authorization": "Bearer k"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        assert events(response)[-1]["done"]
+    answers = []
+    threads = [threading.Thread(target=lambda i=i: answers.append((i, extract(url, documents.pdf([f"text {i}"]))[1]["text"]))) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == [(i, f"text {i}") for i in range(6)]
+    waits_until(lambda: not sandboxes_of_documents(process))
+
+
+def test_without_its_libraries_the_server_says_what_to_install(nanochat_fixtures, tmp_path):
+    for name in ("pypdfium2", "bs4"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('no such thing')")
+    with server(nanochat_fixtures / "gen5", env=os.environ | {"PYTHONPATH": str(tmp_path)}) as (_, url):
+        status, body = extract(url, documents.pdf(["x"]))
+        assert status == 501 and "reading PDF files needs the Python package" in body["detail"] and "'chat-server[documents]'" in body["detail"]
+        assert extract(url, b"<html>x")[0] == 501
+
+
+@pytest.mark.slow
+def test_the_default_model_answers_about_a_document():
+    with server() as (_, url):
+        _, read = extract(url, documents.pdf(["The treasure lies under the old oak tree.", "Nothing else."]))
+        answer = json.load(post(url + "/v1/chat/completions", ask(f"{read['text']}\n\nWhere does the treasure lie?", max_tokens=30)))
+        assert "oak" in answer["choices"][0]["message"]["content"]
