@@ -177,7 +177,7 @@ const recolour = () => parts.forEach(({recoloured}) => recoloured?.());
 // composer -------------------------------------------------------------------------------------------------------------
 
 const LONG_PASTE = 4000;          // characters from which a paste becomes a file
-const MOST_FILE = 1 << 20;        // bytes
+const MOST_FILE = 1 << 20, MOST_DOCUMENT = 32 << 20;        // bytes
 const TOKEN_CHARACTERS = 4;       // estimate, where tokens are not counted
 
 // Calls `act` on Enter, except while composing, with Shift, and on touch keyboards, where Enter is a new line.
@@ -214,8 +214,9 @@ function fileChip(file) {
     setDraft(state.draft.text, state.draft.files.filter(each => each !== file));
     $("message").focus();
   });
-  const size = TEXT.characters(file.text.length) + (TEXT.encodings[file.encoding] ?? "");
-  return element("li", {className: "icon i-file"}, element("span", {textContent: file.name}), element("small", {textContent: size}), remove);
+  const size = TEXT.characters(file.text.length) + (file.pages ? TEXT.pages(file.pages) : "") + (TEXT.encodings[file.encoding] ?? "");
+  return element("li", {className: "icon i-file"}, element("span", {textContent: file.name}), element("small", {textContent: size}),
+    ...file.cut ? [element("small", {className: "cut", textContent: TEXT.isCut(file.cut)})] : [], remove);
 }
 
 const counting = newest();
@@ -232,19 +233,34 @@ async function countDraft() {
   renderGauge();
 }
 
-// Attaches a text file to the message; other files are refused with the reason.
+// A file's {text}, with its {encoding}, or a document's {pages, cut}, which the server reads.
+async function readFile(file) {
+  const isDocument = DOCUMENT.test(file.name), most = isDocument ? MOST_DOCUMENT : MOST_FILE;
+  if (file.size > most) throw new Error(TEXT.fileTooLarge(file.name, most));
+  if (!isDocument || !state.model.ours) {
+    const read = textOf(new Uint8Array(await file.arrayBuffer()));
+    if (!read) throw new Error(TEXT.notText(file.name));
+    return read;
+  }
+  const response = await request(`extract?name=${encodeURIComponent(file.name)}`, {method: "POST", body: file});
+  if (!response.ok) throw new Error(TEXT.unread(file.name, (await errorOf(response)).message));
+  const {text, pages, cut} = await response.json();
+  return {text, pages, cut};
+}
+
+// Attaches text files and documents to the message; other files are refused with the reason.
 async function addFiles(list) {
   const files = [], {chat} = state;
   state.refusal = "";
   for (const file of list) {
+    const reading = setTimeout(() => { state.refusal = TEXT.readingFile(file.name); render(); }, 300);
     try {
-      if (file.size > MOST_FILE) throw new Error(TEXT.fileTooLarge(file.name, MOST_FILE));
-      const read = textOf(new Uint8Array(await file.arrayBuffer()));
-      if (!read) throw new Error(TEXT.notText(file.name));
-      files.push({name: file.name, ...read});
+      files.push({name: file.name, ...await readFile(file)});
     } catch (error) {
       state.refusal = error.message;
     }
+    clearTimeout(reading);
+    if (state.refusal === TEXT.readingFile(file.name)) state.refusal = "";
   }
   if (draftKey(chat) !== draftKey()) return addToDraft(draftKey(chat), files);    // another chat is shown now
   setDraft(state.draft.text, [...state.draft.files, ...files]);
@@ -438,9 +454,11 @@ function renderGauge() {
 
 register({
   strings: {
-    messageHint: "Ask anything", textHint: "Text to continue", attach: "Attach text files", latest: "Jump to latest", removeFile: name => `Remove ${name}`,
+    messageHint: "Ask anything", textHint: "Text to continue", attach: "Attach files", latest: "Jump to latest", removeFile: name => `Remove ${name}`,
     characters: count => plural(count, "character", "characters"), pasted: count => `Pasted text${count ? ` ${count + 1}` : ""}.txt`,
-    fileTooLarge: (name, bytes) => `${name} is larger than ${number(bytes / 1024)} KB.`, notText: name => `${name} is not a text file.`,
+    fileTooLarge: (name, bytes) => `${name} is larger than ${bytes < 1 << 21 ? `${number(bytes / 1024)} KB` : `${bytes >> 20} MB`}.`,
+    notText: name => `${name} is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, EPUB, HTML).`,
+    unread: (name, reason) => `${name}: ${reason}`, readingFile: name => `Reading ${name} ...`, pages: count => `, ${plural(count, "page", "pages")}`, isCut: what => `Incomplete: ${what}.`,
     stopFirst: "An answer is being written: stop it first.", queuedQuestion: "Your question is queued: it is sent when this answer has ended.", notReady: "The model is not ready yet.",
     encodings: {"windows-1252": ", read as Latin-1", "utf-16le": ", read as UTF-16", "utf-16be": ", read as UTF-16"},
     used: (used, draft, context, about) => `${about ? "about " : ""}${number(used)}${draft ? ` + ${number(draft)}` : ""} of ${number(context)} tokens`,

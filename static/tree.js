@@ -197,7 +197,8 @@ function utf16Of(bytes) {
   return bytes[0] === 0xfe && bytes[1] === 0xff || most(0) ? ["utf-16be"] : [];
 }
 
-const languageOf = name => /\.([a-z0-9]{1,8})$/i.exec(name)?.[1].toLowerCase() ?? "";
+const DOCUMENT = /\.(pdf|docx|pptx|xlsx|epub|x?html?)$/i;        // files whose text the server reads
+const languageOf = name => DOCUMENT.test(name) ? "" : /\.([a-z0-9]{1,8})$/i.exec(name)?.[1].toLowerCase() ?? "";
 
 // The reverse of composeMessage: the typed text and the files.
 function partsOf({content, attachments = []}) {
@@ -404,6 +405,6 @@ function checkedParameters(given) {
 }
 
 share({newId, newConversation, newNode, childrenOf, pathTo, leafBelow, withDescendants, failed, isGrowing, messagesOf,
-  newestMessages, titleOf, ThoughtTags, composeMessage, textOf, languageOf, partsOf, isText, isObject, exportOf,
+  newestMessages, titleOf, ThoughtTags, composeMessage, textOf, DOCUMENT, languageOf, partsOf, isText, isObject, exportOf,
   importOf, untagged, parameterValue, checkedParameters});
 }

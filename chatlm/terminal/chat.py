@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import DEFAULT_MAX_TOKENS, with_own_sampling
 from chatlm.common.core import decode_core, kernels_line
 from chatlm.common.errors import ChatServerError, ConfigError, did_you_mean, shown
-from chatlm.common.files import read_small
 from chatlm.common.jsontext import as_json, whole_unicode
 from chatlm.common.messages.requests import (
     SAMPLING_DEFAULTS, AnswerParams, Finished, Message, Piece, PromptProgress, Request)
@@ -30,6 +29,7 @@ from chatlm.front.aio import interruptible
 from chatlm.front.api.encode import timings_body
 from chatlm.front.api.readers import sampling_params, with_thinking_budget
 from chatlm.front.pool.pool import sampling_of
+from chatlm.terminal.attached import document_text, is_document, read_user_file
 from chatlm.terminal.conversation import PARAMETERS, SETTABLE, Conversation, read_chats
 from chatlm.terminal.remote import RemotePool, open_pool
 from chatlm.terminal.terminal import PlainWriter, Terminal, state_file
@@ -332,16 +332,22 @@ class Chat:
         else:
             await self.ask("Please continue.")
 
-    async def slash_read(self, value: str):
-        """/read FILE TEXT: send a file's text with a question about it"""
+    async def slash_file(self, value: str):
+        """/file FILE TEXT: send a file or document with a question; /read is the same"""
         name, question = file_and_rest(value)
-        text = read_user_file(name)
+        if is_document(name):
+            text, about = await document_text(name)
+            self.note(about)
+        else:
+            text = read_user_file(name)
         if not question and self.terminal.interactive:
             self.note(f"Your question about {name}? Enter sends only its text, Ctrl-C sends nothing.")
             if (typed := await self.terminal.read(leaves=False)) is None:
                 return
             question = whole_unicode(typed).strip()
         await self.ask(f"{text.rstrip()}\n\n{question}" if question else text)
+
+    slash_read = slash_file
 
     async def slash_stats(self, value: str):
         """/stats: answers, tokens and workers"""
@@ -395,15 +401,6 @@ def file_and_rest(value: str) -> tuple[str, str]:
     names = [value[:end] for end in ends if os.path.isfile(os.path.expanduser(value[:end]))]
     name = names[-1] if names else value[:ends[0]]
     return name, value[len(name):].strip()
-
-
-def read_user_file(name: str) -> str:
-    if not name:
-        raise ValueError("the file name is missing")
-    try:
-        return read_small(Path(name).expanduser()).decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{name} is not a text file") from None
 
 
 async def chat(settings: Settings) -> int:

@@ -94,7 +94,7 @@ def test_files_of_several_encodings_are_read_and_the_gauge_goes_on_after_stop_an
     expect(page.locator("#files")).to_contain_text("8 characters, read as UTF-16")
     for name, content in (("x.gz", b"\x1f\x8b\x08\x00ab"), ("y.bin", bytes(range(256))), ("sjis.txt", "日本、".encode("shift-jis"))):
         pick(page, name, content)
-        expect(page.get_by_role("alert")).to_have_text(f"{name} is not a text file.")
+        expect(page.get_by_role("alert")).to_have_text(f"{name} is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, EPUB, HTML).")
     button(page, "Send").click()
     expect_answered(page)
     assert stand_in.bodies[-1]["messages"][0]["content"] == \

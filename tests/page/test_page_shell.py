@@ -274,7 +274,7 @@ def test_files_and_long_pastes_are_chips_and_go_along(page, stand_in):
     expect(button(page, "Remove Pasted text 2.txt")).to_be_visible()
     expect(message_box(page)).to_have_value("")
     page.locator("#files-picker").set_input_files({"name": "cat.png", "mimeType": "image/png", "buffer": b"\x89PNG\x00\xff"})
-    expect(page.get_by_role("alert")).to_have_text("cat.png is not a text file.")
+    expect(page.get_by_role("alert")).to_have_text("cat.png is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, EPUB, HTML).")
     attach(page, "gone.txt", "not this one")
     button(page, "Remove gone.txt").click()
     settled(page)

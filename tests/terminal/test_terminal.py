@@ -615,3 +615,17 @@ def test_a_pipe_gets_nothing_but_the_answers(front, tmp_path):
     run = subprocess.run(words, input="Hello\n/help\nAgain\n", capture_output=True, text=True, timeout=60, env={**os.environ, "FORCE_COLOR": "1"})
     assert (run.returncode, run.stdout) == (0, "one two three four five\n" * 2)
     assert "\x1b" not in run.stderr and "/save FILE" in run.stderr and run.stderr.count("5 tokens in") == 2
+
+
+def test_file_sends_the_text_of_a_document_and_says_first_what_it_lacks(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pypdfium2")
+    import documents
+    (tmp_path / "my report.pdf").write_bytes(documents.pdf(["One", "", "Three"]))
+    (tmp_path / "secret.pdf").write_bytes(documents.ENCRYPTED_PDF)
+    monkeypatch.chdir(tmp_path)
+    pool = FakePool()
+    assert chat_with(pool, monkeypatch, ["/file my report.pdf What is it?", "/file secret.pdf", "/read none.docx"]) == 1
+    assert turns(pool) == [[("user", "[page 1]\nOne\n\n[page 3]\nThree\n\nWhat is it?")]]
+    err = capsys.readouterr().err
+    assert "my report.pdf: 3 pages, 28 characters; incomplete: no text on page 2, which may be pictures" in err
+    assert "error: the PDF is encrypted: save it without its password" in err and "none.docx" in err

@@ -100,8 +100,9 @@ class Sandbox:
 
     config: SandboxConfig  # set before the first task
 
-    def __init__(self, command: Seq[str], config: SandboxConfig | None = None):
-        self.command, self.turns = command, Turns()
+    def __init__(self, command: Seq[str], config: SandboxConfig | None = None, single_use: bool = False):
+        """single_use: each task gets a process of its own; what breaks its libraries reaches no other."""
+        self.command, self.turns, self.single_use = command, Turns(), single_use
         if config:
             self.config = config
         self.process: subprocess.Popen | None = None
@@ -151,6 +152,8 @@ class Sandbox:
                         f"the process that reads requests ended{when} (exit status {code})") from error
                 log.warning("a sandbox ended before it began its task, which another one runs (%s)",
                             exit_in_words(code))
+        if self.single_use:
+            await self.stop()
         match reply:
             case Result(value):
                 return value
@@ -195,16 +198,6 @@ class Sandbox:
         await self.stop()
 
 
-class SingleUse(Sandbox):
-    """A sandbox whose process does one task: a file that breaks its library reaches nobody else's."""
-
-    async def _exchange(self, config: SandboxConfig, messages: Seq[Any]):
-        try:
-            return await super()._exchange(config, messages)
-        finally:
-            await self.stop()
-
-
 class SharedSandbox:
     """A sandbox as one of several models uses it."""
 
@@ -225,7 +218,7 @@ class Desk:
 
     def __init__(self):
         self.sandboxes = {name: Sandbox(PROCESS_COMMAND) for name in ("templates", "schemas", "bodies")}
-        self.sandboxes["documents"] = SingleUse(PROCESS_COMMAND)
+        self.sandboxes["documents"] = Sandbox(PROCESS_COMMAND, single_use=True)
         self.preparing: dict[str, str] = {}      # request being read or rendered -> its client
         self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()  # (owner, source)
         self.numbers = itertools.count(1)        # of models

@@ -1,7 +1,8 @@
-"""The text of documents: PDF, DOCX, PPTX, XLSX, EPUB, HTML. Runs only in a sandbox, one process for each document.
+"""The text of documents: PDF, DOCX, PPTX, XLSX, EPUB, HTML. Runs only in a sandbox, one process for each.
 
-Libraries read the formats (the extra `documents`): pypdfium2 (PDFium, the quickest that is free for all uses), mammoth
-for DOCX, python-pptx, openpyxl, and markdownify for HTML, into which EPUB and DOCX are turned too."""
+Libraries read the formats (the extra `documents`): pypdfium2 (PDFium, the quickest that is free for all
+uses), mammoth for DOCX, python-pptx, openpyxl, and markdownify for HTML, into which EPUB and DOCX are
+turned too."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ FORMATS = "PDF, DOCX, PPTX, XLSX, EPUB and HTML"
 
 
 class Document(NamedTuple):
-    """What a format's reader returns. parts: the text of its pages, read one after the other, as far as needed."""
+    """What a format's reader returns. parts: the text of its pages, read one by one, as far as needed."""
 
     parts: Iterable[str]
     pages: int | None = None  # pages, slides, sheets or chapters; None: the format has none
@@ -43,11 +44,15 @@ def library(name: str, kind: str) -> Any:
     try:
         return require_library(name, f"reading {kind} files")
     except ConfigError as error:
-        raise RequestError(f"{str(error).partition(';')[0]}; install with: "
-                           "python -m pip install 'chat-server[documents]'", status=501, code="not_installed") from None
+        advice = "install with: python -m pip install 'chat-server[documents]'"
+        raise RequestError(f"{str(error).partition(';')[0]}; {advice}", status=501,
+                           code="not_installed") from None
 
 
 # PDF
+
+SOFT_HYPHENS = "[\x02\xad\ufffe]\r?\n?"
+
 
 def read_pdf(data: bytes) -> Document:
     pdfium = library("pypdfium2", "PDF")
@@ -64,7 +69,8 @@ def read_pdf(data: bytes) -> Document:
         try:
             text = page.get_textpage()
             try:
-                return re.sub("[\x02\xad\ufffe]\r?\n?", "", text.get_text_bounded()).replace("\r\n", "\n")  # soft hyphens
+                whole = re.sub(SOFT_HYPHENS, "", text.get_text_bounded())
+                return whole.replace("\r\n", "\n")
             finally:
                 text.close()
         except pdfium.PdfiumError:
@@ -84,7 +90,8 @@ def archive_of(data: bytes) -> zipfile.ZipFile:
     except (zipfile.BadZipFile, ValueError, OverflowError, OSError, NotImplementedError) as error:
         raise refusal(f"the file is damaged: {named(error)}") from None
     if len(members) > MEMBERS or sum(member.file_size for member in members) > UNPACKED_BYTES:
-        raise refusal(f"unpacked, the file has more than {UNPACKED_BYTES >> 20} MiB or {MEMBERS:,} parts", "too_complex")
+        raise refusal(f"unpacked, the file has more than {UNPACKED_BYTES >> 20} MiB or {MEMBERS:,} parts",
+                      "too_complex")
     if any(member.flag_bits & 1 for member in members):
         raise refusal("the file is encrypted: save it without its password", "encrypted")
     return archive
@@ -146,8 +153,9 @@ def read_epub(data: bytes) -> Document:
     container = ElementTree.fromstring(archive.read("META-INF/container.xml"))
     package = next(each.attrib["full-path"] for each in container.iter() if each.tag.endswith("}rootfile"))
     tree, folder = ElementTree.fromstring(archive.read(package)), posixpath.dirname(package)
-    items = {each.attrib["id"]: posixpath.normpath(posixpath.join(folder, urllib.parse.unquote(each.attrib["href"])))
-             for each in tree.iter() if each.tag.endswith("}item")}
+    items = {each.attrib["id"]: posixpath.normpath(
+        posixpath.join(folder, urllib.parse.unquote(each.attrib["href"])))
+        for each in tree.iter() if each.tag.endswith("}item")}
     chapters = [name for each in tree.iter() if each.tag.endswith("}itemref")
                 if (name := items.get(each.attrib.get("idref", ""))) in names]
     if "META-INF/encryption.xml" in names:
@@ -166,7 +174,8 @@ def read_html(data: bytes) -> Document:
 
 def markdown_of(html: str | bytes) -> str:
     """HTML as Markdown: headings, lists, tables, code; without links, pictures, scripts and styles."""
-    markdownify, soup_of = library("markdownify", "HTML"), library("bs4", "HTML").BeautifulSoup
+    markdownify = library("markdownify", "HTML")
+    soup_of = library("bs4", "HTML").BeautifulSoup
     soup, whole = seen(soup_of(html, "lxml")), seen(soup_of(html, "html.parser"))
     if len(soup.get_text()) < 0.9 * len(whole.get_text()):  # it ends where elements nest 256 times
         soup = whole
@@ -191,6 +200,10 @@ def seen(soup: Any) -> Any:
 OFFICE = {"word/": ("DOCX", read_docx), "ppt/": ("PPTX", read_pptx), "xl/": ("XLSX", read_xlsx)}
 
 
+HTML_BEGINS = (rb"(?i)(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*"
+               rb"<(!doctype html|html|head|body)\b")
+
+
 def reader_of(data: bytes, name: str) -> tuple[str, Callable[[bytes], Document]]:
     """The format by the file's first bytes; the name tells only HTML from other text."""
     if b"%PDF-" in data[:1024]:
@@ -206,11 +219,11 @@ def reader_of(data: bytes, name: str) -> tuple[str, Callable[[bytes], Document]]
         if "EncryptedPackage".encode("utf-16-le") in data:
             raise refusal("the file is encrypted: save it without its password", "encrypted")
         raise refusal("the file is of the old Office formats DOC, XLS and PPT: save it as DOCX, XLSX or PPTX")
-    if re.match(rb"(?i)(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype html|html|head|body)\b", data[:4096], re.DOTALL) \
-            or re.search(r"(?i)\.x?html?$", name) and b"\0" not in data[:4096]:
+    named_html = re.search(r"(?i)\.x?html?$", name) and b"\0" not in data[:4096]
+    if named_html or re.match(HTML_BEGINS, data[:4096], re.DOTALL):
         return "HTML", read_html
-    raise refusal(f"{shown(name) + ' is' if name else 'the file is'} of none of the formats that can be read: {FORMATS}",
-                  "unknown_format")
+    raise refusal(f"{shown(name) if name else 'the file'} is of none of the formats that can be read: "
+                  f"{FORMATS}", "unknown_format")
 
 
 def part_of_form(body: bytes, boundary: str) -> tuple[bytes, str]:
@@ -250,7 +263,8 @@ def joined(kind: str, document: Document, deadline_s: float) -> Extracted:
         if not text:
             empty.append(number)
             continue
-        text = f"[{document.noun} {number}]\n{text}" if document.marked and document.pages != 1 else text
+        if document.marked and document.pages != 1:
+            text = f"[{document.noun} {number}]\n{text}"
         texts.append(text[:room])
         room -= len(text) + 2
         if room <= 0:
@@ -262,11 +276,12 @@ def joined(kind: str, document: Document, deadline_s: float) -> Extracted:
             break
     if not texts:
         what = f"its {number} {document.noun}s" if number > 1 else "it"
-        scanned = f": {what} may be pictures of text, which this program cannot read" if kind == "PDF" else ""
-        raise refusal(f"the {kind} file has no text{scanned}", "no_text")
+        why = f": {what} may be pictures of text, which this program cannot read" if kind == "PDF" else ""
+        raise refusal(f"the {kind} file has no text{why}", "no_text")
     if empty and kind == "PDF":
-        shown_numbers = ", ".join(map(str, empty[:10])) + (" and others" if len(empty) > 10 else "")
-        cut += "; " * bool(cut) + f"no text on page{'s' * (len(empty) > 1)} {shown_numbers}, which may be pictures"
+        which = ", ".join(map(str, empty[:10])) + (" and others" if len(empty) > 10 else "")
+        cut += "; " * bool(cut) + (f"no text on page{'s' * (len(empty) > 1)} {which}, which may be "
+                                   "pictures")
     if document.notes:
         cut += "; " * bool(cut) + document.notes
     return Extracted("\n\n".join(texts), document.pages, cut or None)
