@@ -37,7 +37,7 @@ def extract(url, data, name="", kind="application/octet-stream", key="k"):
     query = f"?name={urllib.parse.quote(name)}" if name else ""
     request = urllib.request.Request(f"{url}/extract{query}", data, {"Content-Type": kind, "Authorization": f"Bearer {key}"})
     try:
-        with urllib.request.urlopen(request, timeout=120) as response:
+        with urllib.request.urlopen(request, timeout=300) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
