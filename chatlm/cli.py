@@ -35,14 +35,15 @@ class Help(NamedTuple):
 
 HELP = {
     "serve": Help("""\
-python chat_server.py [serve|chat|generate|compare|score|eval|embed|check] [MODEL] [flags]
+python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check] [MODEL] [flags]
        python chat_server.py bundle [FILE] [--with-libraries] [--with-model MODEL]
        python chat_server.py store FOLDER [--prune SIZE]""",
         "Serve a model: a chat page, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is the "
         "default command. The others are: chat, in the terminal; generate, which answers one prompt; "
         "compare, which asks several models the same question; score, which measures how well a model "
         "predicts a text; eval, which evaluates models on tasks; embed, which makes vectors of the texts of "
-        "a file; check, which verifies and times the compiled kernels; bundle, which packs the program into "
+        "a file; batch, which answers a file of requests; check, which verifies and times the compiled "
+        "kernels; bundle, which packs the program into "
         "one file; store, which lists the contents of --prefix-store. Each has a --help. If "
         "there are several MODELs, each is loaded when a request names it.", """
   python chat_server.py                                     a nanochat checkpoint or a small model
@@ -83,6 +84,11 @@ python chat_server.py [serve|chat|generate|compare|score|eval|embed|check] [MODE
         "Make a vector of each text of a file, whose lines are JSON: a text, or an object with a `text`.", """
   python chat_server.py embed qwen3-embedding texts.jsonl -o vectors.npy
   python chat_server.py embed model.gguf queries.jsonl -o vectors.jsonl --prompt-name query"""),
+    "batch": Help("python chat_server.py batch [MODEL] FILE.jsonl -o FILE [flags]",
+        "Answer a file of requests, whose lines are those of OpenAI's Batch API. What was interrupted goes "
+        "on where it was when the same command runs again.", """
+  python chat_server.py batch model.gguf requests.jsonl -o answers.jsonl
+  python chat_server.py batch requests.jsonl -o answers.jsonl --url http://127.0.0.1:8000"""),
     "check": Help("python chat_server.py check",
         "Verify and time the compiled kernels: each op is compared with its reference in torch. The report "
         "can be pasted into an issue; the exit status is 1 if an op is wrong. This takes about a minute, "
@@ -290,7 +296,7 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     parser = CommandLine(prog="chat_server.py", usage=usage, allow_abbrev=False, formatter_class=help_lines,
                          description="\n\n".join(textwrap.fill(part, width) for part in about),
                          epilog=examples and f"Examples:\n{examples[1:]}")
-    several_words = command in (*SEVERAL, "generate", "embed")
+    several_words = command in (*SEVERAL, "generate", "embed", "batch")
     if command != "check":
         parser.add_argument("model", metavar="MODEL", nargs="*" if several_words else "?", default=None,
                             help=argparse.SUPPRESS)
@@ -313,6 +319,9 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         values["model"], values["prompt"] = with_prompt(parser, values["model"] or [], values["prompt"])
     if command == "embed" and len(values["model"] or ()) > 1:
         values["model"], values["texts"] = values["model"][:1], one_file(parser, values)
+    if command == "batch" and values["model"]:  # the MODEL may be left out
+        values["model"] = values["model"] if values["model"][1:] else [None, *values["model"]]
+        values["model"], values["texts"] = [*filter(None, values["model"][:1])], one_file(parser, values)
     config_file = values["config"] or environment.get("CHAT_SERVER_CONFIG") or None
     config, tables = read_config(config_file)
     words = values["model"] or environment.get("CHAT_SERVER_MODEL") or config.get("model") or []
@@ -339,7 +348,7 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
 
 
 def one_file(parser: CommandLine, values: Mapping) -> str:
-    """The FILE of `embed`, which comes after its MODEL."""
+    """The FILE of `embed` and `batch`, which comes after the MODEL."""
     _, file, *others = values["model"]
     if others or values["texts"] is not None:
         parser.error(f"unrecognized arguments: {' '.join(others) or file}")

@@ -24,7 +24,7 @@ V = TypeVar("V")
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_MAX_TOKENS = 512  # without -m; /v1 goes up to the context
 PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "compare", "score", "eval", "embed",
-                    "check")
+                    "batch", "check")
 ANSWERING = "serve chat generate compare"  # the commands that generate tokens
 CHAT_TEMPERATURE = 0.6    # the default of the chat command
 PAGE_SIZE = 16            # KV slots in a page
@@ -221,7 +221,7 @@ class Flag(NamedTuple):
 
 
 def flag(default: V, parse: Callable[[str], object] | None, help: str,
-         commands: str = f"{ANSWERING} score eval embed", short: str | None = None, also: str = "",
+         commands: str = f"{ANSWERING} score eval embed batch", short: str | None = None, also: str = "",
          choices: tuple[str, ...] = (), many: bool = False, heading: str = "", bare: str = "") -> V:
     """A field of `Settings` with its flag: everything about it in one row."""
     row = Flag("", default, parse, help, commands, short, also, choices, many, heading, bare)
@@ -382,16 +382,16 @@ class Settings:
         "folder that keeps the answer to each item, so that a run goes on where another ended (default: "
         "~/.local/state/chat_server/evals)", "serve eval")
     texts: str | None = flag(None, file_name, "the FILE, whose lines are JSON: a text, or an object with a "
-        "`text`; `-` reads stdin", "embed")
+        "`text`; `-` reads stdin. batch: requests, as OpenAI's Batch API has them", "embed batch")
     output: str | None = flag(None, file_name, "file for the vectors: one a line, or numpy's format if it is "
-        "called .npy; `-` is stdout", "embed", short="o")
+        "called .npy; `-` is stdout. batch: file for the answers", "embed batch", short="o")
     dimensions: int | None = flag(None, number(int, 1), "numbers of each vector, where the model was trained "
         "for fewer (default: all)", "embed")
     prompt_name: str | None = flag(None, str, "which prompt of the model goes before each text", "embed")
     truncate: bool = flag(False, None, "cut the end of a text that is too long (default: refuse it)", "embed")
 
     url: str | None = flag(None, str,
-        "talk to a running server instead of loading a model", "chat generate compare eval",
+        "talk to a running server instead of loading a model", "chat generate compare eval batch",
         heading="In the terminal")
     json: bool = flag(False, None,
         "answers as JSON, one object per line with text, usage and timings",

@@ -180,7 +180,7 @@ def test_the_help_has_every_flag_in_its_group(capsys):
         title = flag.heading or title
         if "serve" in flag.commands:
             assert f"--{flag.names[0]}" in parts[title], flag
-    assert "usage: python chat_server.py [serve|chat|generate|compare|score|eval|embed|check] [MODEL] [flags]\n" in text and text.count("MODEL may be") == 1
+    assert "usage: python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check] [MODEL] [flags]\n" in text and text.count("MODEL may be") == 1
 
 
 def test_the_help_of_each_command_is_its_own_and_shows_examples_that_are_right(capsys, tmp_path):

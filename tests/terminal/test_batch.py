@@ -1,0 +1,132 @@
+"""The command `batch`: each line is answered once, however often the command is killed, and the output is the same."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from chatlm.common.errors import RequestError
+from chatlm.front.api.batch_lines import read_line
+from real_server import SCRIPT, server
+
+
+def chat(custom_id, text="Hello", **more):
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions",
+            "body": {"messages": [{"role": "user", "content": text}], "max_tokens": 12, **more}}
+
+
+def write(path, lines):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def command(*words):
+    return [sys.executable, str(SCRIPT), "batch", *map(str, words)]
+
+
+def batch(*words):
+    """(exit status, stderr)."""
+    ended = subprocess.run(command(*words), capture_output=True, text=True, timeout=300)
+    assert ended.stdout == ""
+    return ended.returncode, ended.stderr
+
+
+def results(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_time(path):
+    return re.sub(r'"created(_at)?": \d+', '"created": 0', path.read_text())
+
+
+@pytest.fixture(scope="module")
+def model(nanochat_fixtures):
+    return nanochat_fixtures / "gen5"
+
+
+def test_each_line_has_its_answer_or_its_error_in_the_order_of_the_file(model, tmp_path):
+    source = write(tmp_path / "in.jsonl", [
+        chat("a", temperature=0), "", chat("b", n=2, seed=7), "no json", {"custom_id": "c", "url": "/v1/completions", "body": {"prompt": "Once", "max_tokens": 3}},
+        chat("d", messages="x"), chat("e", stream=True), {"custom_id": "f", "url": "/v1/files", "body": {}},
+        {"custom_id": "g", "url": "/v1/responses", "body": {"input": "Hi", "max_output_tokens": 16}}, {"custom_id": "h", "url": "/v1/embeddings", "body": {"input": "x"}}])
+    status, said = batch(model, source, "-o", tmp_path / "out.jsonl")
+    assert status == 1 and "9 lines in" in said and "4 of all with errors" in said
+    found = results(tmp_path / "out.jsonl")
+    assert [one["custom_id"] for one in found] == ["a", "b", None, "c", "d", None, None, "g", "h"]
+    codes = [one["response"] and one["response"]["status_code"] for one in found]
+    assert codes == [200, 200, None, 200, 400, None, None, 200, 200]
+    assert len(found[1]["response"]["body"]["choices"]) == 2 and found[1]["response"]["body"]["usage"]["completion_tokens"] == 24
+    assert found[2]["error"] == {"code": "invalid_line", "message": "line 4: is not JSON"}
+    assert "stream must be false in a batch" in found[5]["error"]["message"] and "/v1/embeddings, not \"/v1/files\"" in found[6]["error"]["message"]
+    assert found[4]["response"]["body"]["error"]["param"] == "messages"
+    assert found[7]["response"]["body"]["object"] == "response" and found[8]["response"]["body"]["data"][0]["embedding"]
+    assert batch(model, source, "-o", tmp_path / "out.jsonl") [0] == 0
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["in.jsonl", "out.jsonl"]
+
+
+def test_a_killed_run_goes_on_and_its_output_is_that_of_an_undisturbed_one(model, tmp_path):
+    lines = [chat(f"line {number}", f"Tell me about {number}", max_tokens=8 + number % 20, temperature=number % 2) for number in range(300)]
+    source = write(tmp_path / "in.jsonl", lines)
+    assert batch(model, source, "-o", tmp_path / "undisturbed.jsonl")[0] == 0
+    part, kills = tmp_path / "out.jsonl.part", 0
+    for least in (2, 60, 150):
+        with subprocess.Popen(command(model, source, "-o", tmp_path / "out.jsonl"), stderr=subprocess.DEVNULL) as running:
+            while running.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") < least):
+                time.sleep(0.005)
+            kills += running.poll() is None
+            running.send_signal(signal.SIGKILL)
+    assert kills
+    with part.open("ab") as file:
+        file.write(b'300 {"half of a li')               # as a power cut may leave it
+    before = part.read_bytes().count(b"\n") - 1
+    status, said = batch(model, source, "-o", tmp_path / "out.jsonl")
+    assert status == 0 and f"{300 - before:,} lines in" in said and not part.exists()
+    assert without_time(tmp_path / "out.jsonl") == without_time(tmp_path / "undisturbed.jsonl")
+
+
+def test_a_server_answers_them_too_and_the_same(model, tmp_path):
+    source = write(tmp_path / "in.jsonl", [chat(str(number), f"Count to {number}", temperature=number % 2) for number in range(40)] + [chat("bad", temperature=9)])
+    with server(model) as (_, url):
+        assert batch(source, "-o", tmp_path / "there.jsonl", "--url", url)[0] == 1
+    assert batch(model, source, "-o", tmp_path / "here.jsonl")[0] == 1
+    there, here = (without_time(tmp_path / f"{name}.jsonl").splitlines() for name in ("there", "here"))
+    bodies = [[json.loads(line)["response"]["body"] for line in lines] for lines in (there, here)]
+    texts = [[body["choices"][0]["message"]["content"] for body in each[:-1]] for each in bodies]
+    assert texts[0] == texts[1] and bodies[0][-1]["error"]["param"] == bodies[1][-1]["error"]["param"] == "temperature"
+
+
+def test_files_that_do_not_belong_together_are_refused_and_stay(model, tmp_path):
+    source, out = write(tmp_path / "in.jsonl", [chat("a")]), tmp_path / "out.jsonl"
+    out.write_text("mine\nand mine\n")
+    part = tmp_path / "other.jsonl.part"
+    part.write_text('{"input": "another", "model": "x", "created": 1}\n')
+    for words, reason in (
+            ((source, "-o", out), "exists, and is not the output for this file"), ((source, "-o", tmp_path / "other.jsonl"), "is of another input; delete it"),
+            ((source,), "batch takes a FILE"), ((tmp_path / "none.jsonl", "-o", out), "No such file"), ((write(tmp_path / "empty", ["", " "]), "-o", out), "has no lines"),
+            ((model, source, source, "-o", out), "unrecognized arguments"), ((source, "-o", tmp_path / "no" / "folder"), "No such file"),
+            ((source, "-o", tmp_path / "x.jsonl", "--url", "http://127.0.0.1:9"), "no server answers")):
+        status, said = batch(*words)
+        assert status == 2 and reason in said.splitlines()[-1], said
+    assert not (tmp_path / "x.jsonl.part").exists()
+    assert out.read_text() == "mine\nand mine\n" and part.read_text().endswith('"created": 1}\n')
+
+
+@pytest.mark.parametrize("text, reason", [
+    (b"[1]", "must be an object, not a list of 1"), (b'{"custom_id": ""}', "custom_id must be a text"), (b'{"custom_id": "a", "method": "GET"}', "method must be POST"),
+    (b'{"custom_id": "a", "url": "/v1/chat/completions"}', "body must be an object"), (b"[" * 100_000, "is not JSON"), (b"\xff", "is not JSON"),
+    (b'{"custom_id": "%s"}' % (b"x" * 513), "at most 512 characters"), (b" " * ((16 << 20) + 1), "more than 16,777,216 bytes")])
+def test_what_is_wrong_with_a_line_is_said(text, reason):
+    with pytest.raises(RequestError, match="line 3: ") as caught:
+        read_line(3, text)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_default_model_answers_a_batch(tmp_path):
+    source = write(tmp_path / "in.jsonl", [chat("a", "What is the capital of France?", temperature=0)])
+    assert batch(source, "-o", tmp_path / "out.jsonl")[0] == 0
+    assert results(tmp_path / "out.jsonl")[0]["response"]["body"]["model"] == "SmolLM2-135M-Instruct"
