@@ -64,14 +64,15 @@ def answer(path, tokens, more):
     from chatlm.common.config import Settings
     from chatlm.common.hub.find import resolve_model
     from chatlm.common.messages.requests import SamplingParams
+    from chatlm.worker.arrays.kinds import Device
     from chatlm.worker.build import build_engine
     from works import assignment
     settings = Settings(model=path, kv_cache_memory=64 << 20, max_batch=4, drafts=False, **more)
     begin = time.perf_counter()
-    model, engine = build_engine(resolve_model(settings), settings, "cpu")
+    model, engine = build_engine(resolve_model(settings), settings, Device("cpu"))
     print(json.dumps([time.perf_counter() - begin, status("RssAnon"), status("VmHWM"), f"{model.description}; {engine.transformer.weight_types}"]), flush=True)
     for count, _ in enumerate(sys.stdin):
-        engine.add(assignment(str(count), (5, 6, 7, 8), SamplingParams(temperature=1.0, seed=count, ignore_eos=True), tokens))
+        engine.add(assignment(str(count), (5, 6, 7, 8), SamplingParams(temperature=1.0, seed=count), tokens, ignore_eos=True))
         engine.step()
         begin, steps = time.perf_counter(), 0
         while engine.busy:

@@ -6,6 +6,7 @@ mutation.
 """
 
 import functools
+import gc
 import json
 import os
 import random
@@ -194,6 +195,7 @@ def main(kind, seed, count, folder):
             models += outcome == "model"
             print(outcome, flush=True)
             shutil.rmtree(place)
+            gc.collect()        # engines refer to themselves
     print(f"{models} of {count} became models", flush=True)
 
 

@@ -94,7 +94,7 @@ def pack_ct_int8(weight, group=0, symmetric=True, kind=torch.float32):
 
 
 def nearest(values, levels):
-    return (values[..., None] - torch.tensor(levels)).abs().argmin(-1)
+    return (values[..., None] - torch.as_tensor(levels)).abs().argmin(-1)
 
 
 def pairs(codes):

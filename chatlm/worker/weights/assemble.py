@@ -169,7 +169,7 @@ def read_safetensors(folder: Path) -> tuple[dict[str, numpy.ndarray], dict[str, 
 def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, dtype: str,
               changed: Callable[[str, Any], Any] = lambda name, tensor: tensor,
               as_stored: Callable | None = None,
-              kept: Callable[[str, numpy.ndarray], numpy.ndarray] | None = None) -> dict[
+              kept: Callable[[str, numpy.ndarray], numpy.ndarray] = lambda name, blocks: blocks) -> dict[
                   str, Unread | MappedRows]:
     """Our tensors, yet to be read from rows of the file's, each passed through `changed`: matrices as
     `dtype`, vectors as float32.
@@ -187,7 +187,7 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
         make = as_stored or partial(dequantized, kind=dtype)
         return make(cut.shape, cut_stored([(state[name], None) for name in theirs], cut))
 
-    def read_tiles(theirs: Iterable[str], cut: Cut):
+    def read_tiles(make: Callable, theirs: Iterable[str], cut: Cut):
         """Packed matrices as tiles hold them, or as floats where one does not fit or the cut divides one's
         blocks."""
         try:
@@ -197,7 +197,7 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
                 raise NotExact
         except NotExact:
             return read(dtype, theirs, cut)
-        return as_stored(cut.shape, cut_stored([(tensor, None) for tensor in stored], cut))
+        return make(cut.shape, cut_stored([(tensor, None) for tensor in stored], cut))
 
     def unread(shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
         parts, target = [state[name] for name in theirs], "float32" if len(shape) == 1 else dtype
@@ -210,12 +210,18 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
         if any(isinstance(part, PackedWeight) for part in parts):
             mapped = tuple(tensor for part in parts for tensor in (
                 part.layout.mapped if isinstance(part, PackedWeight) else (part,)))
-            if as_stored and kept and (bytes_of := tile_bytes(parts)):
-                make, size = read_tiles, bytes_of
+            if as_stored and (held := tile_bytes(parts)):
+                make, size = partial(read_tiles, as_stored), held
         check = partial(refuse_faults, path, settings, theirs, make)
         return Unread(whole, partial(make, theirs), size, mapped, check)
 
-    return {ours: mapped_rows(state[next(iter(source[1]))]) if ours == "layer_embed" else unread(*source)
+    def rows_of(name: str) -> MappedRows:
+        if isinstance(state[name], PackedWeight):
+            raise ConfigError(f"{path}: {name} is packed; it must be float32, float16 or bfloat16, because its "
+                              "rows are read from the file")
+        return mapped_rows(state[name])
+
+    return {ours: rows_of(next(iter(source[1]))) if ours == "layer_embed" else unread(*source)
             for ours, source in sources.items()}
 
 
