@@ -80,7 +80,8 @@ def test_the_table_has_a_row_for_each_usual_change():
         "a short name, a cut of words", "a call format", "a notation of calls", "what a schema allows", "an op", "a message",
         "an event of an answer", "a message of a sandbox", "a message of Ray", "a message among ranks", "a metric of requests",
         "a metric of workers", "a metric of the front", "an error", "a shape of errors", "a page element", "a part of a turn",
-        "a view with an address", "a chart, a style of exported pages", "a rank's shard", "a weight type", "a weight type in files", "a KV type"]
+        "a view with an address", "a chart, a style of exported pages", "a rank's shard", "a weight type", "a weight type in files",
+        "a format of packed safetensors", "a KV type"]
 
 
 def test_a_name_that_is_not_there_is_found():

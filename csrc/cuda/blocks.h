@@ -4,7 +4,7 @@
 //     unpack           8 weights of a block in f32, columns 8 * piece on: the bits that the gguf package gives
 //
 // Blocks lie as in the file, so that a matrix is copied to the device unchanged: of rows, most blocks begin at any even
-// address (MXFP4's at any), therefore all loads are of two bytes. The lanes of a warp read pieces side by side.
+// address (MXFP4's and U4's at any), therefore all loads are of two bytes. The lanes of a warp read pieces side by side.
 // csrc/cpu/tiles/formats.h has the same blocks for the CPU's tiles.
 #pragma once
 
@@ -186,6 +186,18 @@ template <> struct Block<MXFP4> : FileBlock<MXFP4> {
             w[i] = scale.value * mxfp4_value(block[1 + 8 * (piece & 1) + i] >> 4 * (piece >> 1) & 15u);
     }
 };
+
+// Codes with a zero point; a block begins at any address.
+template <int TYPE> struct ZeroPointBlock : FileBlock<TYPE> {
+    DC_DEVICE static void unpack(const uint8_t *block, int piece, float *w) {
+        const float scale = to_float(f16{static_cast<uint16_t>(block[0] | block[1] << 8)}), zero = static_cast<float>(block[2]);
+        const uint8_t *codes = block + 3 + 16 * (piece / 4) + 8 * (piece & 1);
+        DC_UNROLL
+        for (int i = 0; i < 8; i++) w[i] = scale * (static_cast<float>(codes[i] >> 4 * (piece >> 1 & 1) & 15u) - zero);
+    }
+};
+template <> struct Block<U4_G32> : ZeroPointBlock<U4_G32> {};
+template <> struct Block<U4_G128> : ZeroPointBlock<U4_G128> {};
 
 template <class T> struct FloatBlock {              // at multiples of 16 bytes
     static constexpr int COLUMNS = 8, BYTES = 8 * sizeof(T);

@@ -63,8 +63,8 @@ const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int6
 // out (rows, outputs) = residual + activation(norm(x) times the transpose of W + bias), rows 1 .. 8. x: type 0 = f32 or 2 = bf16, rows
 // at multiples of 16 bytes, of which the first `columns` are multiplied. norm 1: x is divided by its root mean square over `width`
 // columns (epsilon under the root), times norm_weight (width) f32, or 0. W has `outputs` rows of blocks of a `type` of blocks.h, of
-// whose COLUMNS `columns` is a multiple, as a GGUF file has them, beginning at an even address (MXFP4 at any), or floats of type 11
-// (bf16), 12 (f16) or 13 (f32) at a multiple of 16 bytes. activation: 0 none; 1 swiglu, 2 geglu, 3 clamped_swiglu of that and of
+// whose COLUMNS `columns` is a multiple, as a GGUF file has them, beginning at an even address (MXFP4 and U4 at any), or floats, which
+// blocks.h numbers after them, at a multiple of 16 bytes. activation: 0 none; 1 swiglu, 2 geglu, 3 clamped_swiglu of that and of
 // `outputs` rows further down; 4 relu2. bias: f32 of each row of W, or 0. residual: f32 (rows, outputs), or 0. out: type 0 or 2.
 // Strides count elements.
 const char *dc_cuda_multiply(int64_t x, int64_t x_type, int64_t x_stride, int64_t rows, int64_t norm, int64_t width,

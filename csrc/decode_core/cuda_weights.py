@@ -56,7 +56,7 @@ def dequantized(kind: str, rows: torch.Tensor, script: SimpleNamespace) -> torch
     ImportError without the gguf package, for most types.
     """
     name: Any = SimpleNamespace(name=kind.upper())
-    if name.name not in ("Q8_0", "Q4_0", "Q4_1"):
+    if kind not in ("q8_0", "q4_0", "q4_1", *cuda.OWN):
         import gguf
         name = gguf.GGMLQuantizationType[name.name]
     values = script.dequantize(name, rows.numpy())

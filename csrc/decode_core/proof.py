@@ -80,6 +80,8 @@ def random_blocks(kind: str, rows: int, columns: int, seed: int = 0, scale: floa
     blocks[:, :, at:at + 2] = scales.view(numpy.uint8)
     if times:
         blocks[:, :, at + 2:at + 4] = (scales * numpy.float16(times)).view(numpy.uint8)
+    if kind in cuda.OWN:        # a zero point among the codes
+        blocks[:, :, 2] %= 16
     if kind == "mxfp4":
         blocks[:, :, 0] = dice.integers(118, 122, blocks.shape[:2])
     return blocks.reshape(rows, -1)

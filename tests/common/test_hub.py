@@ -131,7 +131,7 @@ SMALL = {"tokenizer.json": b"{}", "config.json": json.dumps({"model_type": "mamb
     ({}, "org/odd is not downloaded: config.json: this server cannot run mamba2 yet; it runs: "),
     *(pytest.param(changes, said, marks=pytest.mark.slow) for changes, said in (
         ({"config.json": {}}, "config.json: model_type is "), ({"config.json": {"attention_sinks": 4}}, "config.json: attention_sinks is 4; this key is not supported in a qwen3 model"),
-        ({"config.json": {"quantization_config": {"quant_method": "awq"}}}, "awq"), ({"tokenizer.json": b'{"model": {"type": "Odd"}}'}, "tokenizer.json: "),
+        ({"config.json": {"quantization_config": {"quant_method": "awq", "version": "gemv"}}}, "gemv"), ({"tokenizer.json": b'{"model": {"type": "Odd"}}'}, "tokenizer.json: "),
         ({"tokenizer.json": None, "tokenizer.model": b"x"}, "it has no tokenizer.json; it has tokenizer.model, which this server does not read")))])
 def test_a_folder_that_no_server_can_run_is_refused_before_its_weights_are_asked_for(tmp_path, changes, said):
     files = {path.name: path.read_bytes() for path in families.save(families.make_model("qwen3"), tmp_path / "made").iterdir()} if changes else dict(SMALL)

@@ -20,14 +20,14 @@ LAYOUT = {                  # GGUF's blocks; those whose scales are no float16 h
     "q4_k": [("d", "<f2"), ("m", "<f2"), ("s", "u1", 12), ("q", "u1", 128)],
     "q5_k": [("d", "<f2"), ("m", "<f2"), ("s", "u1", 12), ("q", "u1", 160)],
     "q6_k": [("q", "u1", 192), ("s", "i1", 16), ("d", "<f2")], "iq4_nl": [("d", "<f2"), ("q", "u1", 16)],
-    "iq4_xs": [("d", "<f2"), ("s", "u1", 6), ("q", "u1", 128)], "mxfp4": [("s", "u1"), ("q", "u1", 16)]}
-WIDE = [kind for kind, fields in LAYOUT.items() if fields[-1][0] == "d" or fields[-1][2] > 32]    # blocks of 256 columns
+    "iq4_xs": [("d", "<f2"), ("s", "u1", 6), ("q", "u1", 128)], "mxfp4": [("s", "u1"), ("q", "u1", 16)],
+    "u4_g32": [("d", "<f2"), ("z", "u1"), ("q", "u1", 16)], "u4_g128": [("d", "<f2"), ("z", "u1"), ("q", "u1", 64)]}    # of packed safetensors
 FLOATS, QUANTIZED = ["f32", "f16", "bf16"], list(LAYOUT)
 KINDS = FLOATS + QUANTIZED
 
 
 def block_columns(kind):
-    return 256 if kind in WIDE else 32
+    return decode_core.tiles.COLUMNS[kind]
 
 
 def fitting(kind, K):
@@ -343,7 +343,7 @@ def test_integer_sums_are_exact_at_their_extremes(isa, kind):
     # bytes of q: codes all zeros or all ones
     least, most = (-128, 127) if kind == "q8_0" else (0, 255)
     generator, K = np.random.default_rng(0), fitting(kind, 96)
-    scales = {"d": 1, "m": 0, "s": {"mxfp4": 128, "q6_k": 1}.get(kind, 0x41)}       # with which every product here is exact
+    scales = {"d": 1, "m": 0, "z": 3, "s": {"mxfp4": 128, "q6_k": 1}.get(kind, 0x41)}       # with which every product here is exact
     fields = {name: value for name, value in scales.items() if name in np.dtype(LAYOUT[kind]).names}
     for low, high in [(least, least), (most, most), (least, most)]:
         q = generator.choice([low, high], (32, K // block_columns(kind), *np.dtype(LAYOUT[kind])["q"].shape))
@@ -387,8 +387,28 @@ def test_a_files_blocks_are_kept_unchanged(kind, N, K):
     K = fitting(kind, K)
     matrix, raw = decode_core.Matrix(decode_core.Arena(1 << 20), kind, N, K), raw_blocks(kind, N, K, seed=K)
     matrix.fill(raw, kind)
-    np.testing.assert_array_equal(matrix.dequantize(), quants.dequantize(raw, __import__("gguf").GGMLQuantizationType[kind.upper()]))
+    np.testing.assert_array_equal(matrix.dequantize(), with_zero_points(kind, raw) if kind.startswith("u4") else quants.dequantize(
+        raw, __import__("gguf").GGMLQuantizationType[kind.upper()]))
     assert matrix.nbytes <= 1.1 * raw.nbytes * (-(-N // 16) * 16 / N) * (-(-K // 128) * 128 / K)      # whole tiles, whole groups
+
+
+def with_zero_points(kind, raw):
+    """d * (q - z) of blocks, whose first nibbles are the low ones of each 16 bytes."""
+    blocks = raw.view(np.dtype(LAYOUT[kind]))
+    q = blocks["q"].reshape(*blocks.shape, -1, 16)
+    codes = np.concatenate((q & 15, q >> 4), -1).reshape(*blocks.shape, -1).astype(np.float32)
+    return ((codes - blocks["z"][..., None]) * blocks["d"].astype(np.float32)[..., None]).reshape(len(raw), -1)
+
+
+@pytest.mark.parametrize("kind", ["u4_g32", "u4_g128"])
+def test_packing_with_zero_points_is_about_as_good_as_q4_1(kind):
+    weights = random(64, 2048)
+    plain = ((make_matrix("q4_1", weights).dequantize() - weights) ** 2).mean()
+    for scale in (1, 1e-2):
+        packed = make_matrix(kind, weights * np.float32(scale)).dequantize() / np.float32(scale)
+        assert ((packed - weights) ** 2).mean() < (1.3 if kind == "u4_g32" else 2) * plain
+    for weights in weights_to_pack(32, 256):        # what is 0 stays 0
+        assert not make_matrix(kind, weights).dequantize()[weights == 0].any()
 
 
 def weights_to_pack(N, K):

@@ -1,6 +1,7 @@
 """Experts on CUDA: routing and products in the emulation (and on a GPU) against float64, and whole models that stay packed."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from chatlm.worker.model import kernels as model_kernels
 from chatlm.worker.model.kernels import Backend, for_decode_core, load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.arrays.kinds import Norm
+from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.ops.basic import GATES, experts_reference
 from chatlm.worker.weights.load import open_model
 from engines import make_batch, tokens_of
@@ -58,7 +60,9 @@ def weights_of(gpu, kind, rows, columns, seed=0):
         w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(getattr(torch, kind))
         return w.view(torch.uint8).to(gpu.device), w.double().numpy()
     blocks = proof.random_blocks(kind, rows, columns, seed)
-    return on(gpu, blocks), gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind.upper()]).astype(np.float64)
+    values = dequantize(SimpleNamespace(name=kind.upper()), blocks).reshape(rows, -1) if kind in cuda.OWN else gguf.dequantize(
+        blocks, gguf.GGMLQuantizationType[kind.upper()])
+    return on(gpu, blocks), values.astype(np.float64)
 
 
 def product(gpu, x, routed, blocks, kind, outputs, gap=0, **options):

@@ -1,6 +1,7 @@
 """Products on CUDA, with packed weights and floats: in the emulation (and on a GPU) against float64 and GGUF's own dequantization."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import patching
 from chatlm.common.config import Settings
+from chatlm.worker.arrays.packed import dequantize
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
@@ -56,6 +58,8 @@ def wild_blocks(kind, rows, columns, seed=0):
 
 
 def values(kind, blocks):
+    if kind in cuda.OWN:
+        return dequantize(SimpleNamespace(name=kind.upper()), blocks).reshape(len(blocks), -1)
     return gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind.upper()])
 
 

@@ -5,6 +5,8 @@ traceback, SIGALRM when a load takes 30 s, a MemoryError when it takes a GiB. Th
 mutation.
 """
 
+import functools
+import gc
 import json
 import os
 import random
@@ -12,11 +14,13 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parents[2]))
 
 import torch    # noqa: E402
+from safetensors.torch import load_file, save_file    # noqa: E402
 
 from chatlm.common.config import Settings    # noqa: E402
 from chatlm.common.errors import ConfigError    # noqa: E402
@@ -107,6 +111,52 @@ def mutate_nanochat(dice, folder, good=Path(__file__).parents[1] / "fixtures/nan
     return base
 
 
+@functools.cache
+def packed_bases():
+    """Folders with weights packed in every way, made once."""
+    from families import make_model
+    from packers import PACKED, packed_model
+    place, sizes = Path(tempfile.mkdtemp()), {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    return [packed_model(make_model("llama3.1", **sizes), place / name, name)[0] for name in PACKED]
+
+
+def changed_tensor(dice, tensor):
+    """A tensor of another type or shape, or with other bytes: NaN, groups, zero points and codes out of range."""
+    how = dice.choice(["type", "shape", "bytes", "bytes", "bytes", "flat", "none"])
+    if how == "type":
+        return tensor.to(dice.choice([torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64]))
+    if how == "shape" and tensor.ndim:
+        axis = dice.randrange(tensor.ndim)
+        return tensor.narrow(axis, 0, dice.choice([0, 1, max(tensor.shape[axis] - 1, 0)]) if tensor.shape[axis] else 0).contiguous()
+    if how == "flat":
+        return tensor.reshape(dice.choice([(-1,), (1, -1), (-1, 1), (1, *tensor.shape)])).contiguous()
+    data = bytearray(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    if how == "bytes" and data:
+        data = with_bytes_changed(dice, data, range(len(data)))[:len(data)].ljust(len(data), b"\xff")[:len(data)]
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(tensor.dtype).view(tensor.shape) if data else tensor
+
+
+def mutate_packed(dice, folder):
+    """A folder of packed weights in which some settings, or some tensors, are changed, missing or called otherwise."""
+    base = shutil.copytree(dice.choice(packed_bases()), folder / "base")
+    if dice.random() < 0.4:
+        found = json.loads((base / "config.json").read_text())
+        config = found["quantization_config"]
+        config = config["config_groups"]["group_0"]["weights"] if "config_groups" in config and dice.random() < 0.7 else config
+        for key in dice.sample([*config, "group_size", "dynamic"], dice.choice([1, 1, 2])):
+            config[key] = any_value(dice, config.get(key))
+        (base / "config.json").write_text(json.dumps(found))
+        return base
+    tensors = load_file(base / "model.safetensors")
+    packed = [name for name in tensors if "_proj." in name]
+    for name in dice.sample(packed, dice.choice([1, 1, 2])):
+        tensor = tensors.pop(name)
+        if dice.random() < 0.8:
+            tensors[name if dice.random() < 0.95 else dice.choice(packed)] = changed_tensor(dice, tensor)
+    save_file(tensors, base / "model.safetensors")
+    return base
+
+
 def outcome_of(path):
     """Load a file: "model" if that answers, otherwise the line of the ConfigError."""
     settings = Settings(model=str(path), kv_cache_memory=4 << 20, max_batch=4, prefill_chunk=16)
@@ -126,8 +176,11 @@ def outcome_of(path):
 
 
 def main(kind, seed, count, folder):
-    dice, mutate, models = random.Random(int(seed)), {"gguf": mutate_gguf, "nanochat": mutate_nanochat}[kind], 0
+    dice, models = random.Random(int(seed)), 0
+    mutate = {"gguf": mutate_gguf, "nanochat": mutate_nanochat, "packed": mutate_packed}[kind]
     torch.set_num_threads(1)
+    if kind == "packed":
+        packed_bases()
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
     with torch.inference_mode():
@@ -142,6 +195,7 @@ def main(kind, seed, count, folder):
             models += outcome == "model"
             print(outcome, flush=True)
             shutil.rmtree(place)
+            gc.collect()        # engines refer to themselves
     print(f"{models} of {count} became models", flush=True)
 
 

@@ -91,7 +91,8 @@ BESIDE_MODEL = r"(?i).*(?<![a-z])(mmproj|imatrix)(?![a-z])[^/]*"  # encoders of 
 FOLDER_FILES = {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
                 "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
                 "additional_chat_templates/tool_use.jinja", "modules.json", "1_Pooling/config.json",
-                "config_sentence_transformers.json", "sentence_bert_config.json"}
+                "config_sentence_transformers.json", "sentence_bert_config.json",
+                "hf_quant_config.json", "quantize_config.json", "quant_config.json"}
 DENSE_FILES = r"\d+_Dense/(config\.json|model\.safetensors)"  # of an embedder's modules after its pooling
 
 

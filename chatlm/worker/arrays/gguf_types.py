@@ -23,16 +23,20 @@ class GgufType(int):
     name = ""
 
 
+# Types of tiles that no GGUF file has: 4-bit codes with a zero point, for packed safetensors
+OWN = {"U4_G32": (32, 19), "U4_G128": (128, 67)}
+
+
 def named_type(name: str) -> GgufType:
-    found = GgufType(ROWS[name][0])
+    found = GgufType(-1 if name in OWN else ROWS[name][0])
     found.name = name
     return found
 
 
-TYPES = {name: named_type(name) for name in ROWS}
-NUMBERED = {int(kind): kind for kind in TYPES.values()}
+TYPES = {name: named_type(name) for name in (*ROWS, *OWN)}
+NUMBERED = {int(TYPES[name]): TYPES[name] for name in ROWS}
 
 
 def block_of(name: str) -> tuple[int, int]:
     """(weights, bytes) of a block of the type with this name."""
-    return ROWS[name][1:]
+    return OWN.get(name) or ROWS[name][1:]

@@ -23,7 +23,7 @@ class Block(NamedTuple):
 BLOCKS = {
     "q4_0": Block(18), "q4_1": Block(20, 4), "q5_0": Block(22), "q5_1": Block(24, 4), "q8_0": Block(34),
     "q4_k": Block(144, 4), "q5_k": Block(176, 4), "q6_k": Block(210, 2, 208), "iq4_nl": Block(18),
-    "iq4_xs": Block(136), "mxfp4": Block(17, 1)}
+    "iq4_xs": Block(136), "mxfp4": Block(17, 1), "u4_g32": Block(19), "u4_g128": Block(67)}
 MXFP4_DOUBLED = numpy.array(
     (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), numpy.float32)
 DEQUANTIZE_ELEMENTS = 1 << 19  # at a time, fits in the cache and avoids a second copy of a large matrix
@@ -45,12 +45,28 @@ def unpermute_rope(rows: numpy.ndarray, pairs: RopePairs | None) -> numpy.ndarra
     return rows.reshape(-1, pairs.head_size, *rows.shape[1:])[:, order].reshape(rows.shape)
 
 
+def joined_nibbles(codes: numpy.ndarray) -> numpy.ndarray:
+    """Codes (n, K) as bytes (n, K / 2): of 32 columns, the low nibbles are the first 16."""
+    both = codes.reshape(len(codes), -1, 2, 16)
+    return (both[:, :, 0] | both[:, :, 1] << 4).reshape(len(codes), -1)
+
+
+def powers_of_two(exponents: numpy.ndarray) -> numpy.ndarray:
+    """2^(e - 128) of MXFP4's uint8 exponents, float32, half of what they mean; of 255 NaN."""
+    power = exponents.astype(numpy.uint32)
+    bits = numpy.where(power < 2, numpy.uint32(1 << 21) << power, power - 1 << 23)
+    bits[power == 255] = 0x7FC00000  # the gguf package returns 2^127
+    return bits.astype(numpy.uint32).view(numpy.float32)
+
+
 def dequantize(gguf_type, data: numpy.ndarray) -> numpy.ndarray:
     """The values of some rows of a gguf_header.Tensor's data of this type.
 
     Float types stay as they are; all others become float32."""
     if gguf_type.name in ("F32", "F16", "BF16"):
         return of_kind(data, "bfloat16") if gguf_type.name == "BF16" and not isinstance(data, Bits) else data
+    if gguf_type.name.startswith("U4_"):
+        return dequantize_u4(data.reshape(-1, BLOCKS[gguf_type.name.lower()].bytes))
     if gguf_type.name not in ("MXFP4", "Q8_0", "Q4_0", "Q4_1"):
         return require_library("gguf", "packed weights").dequantize(data, gguf_type)
     blocks = data.reshape(-1, BLOCKS[gguf_type.name.lower()].bytes)
@@ -61,10 +77,16 @@ def dequantize(gguf_type, data: numpy.ndarray) -> numpy.ndarray:
         packed = blocks[:, -16:]
         values = numpy.hstack((packed & 15, packed >> 4)).astype(numpy.float32)               # (B, 32)
         return values * scale + minimum if gguf_type.name == "Q4_1" else (values - 8) * scale
-    codes, power = numpy.hstack((blocks[:, 1:] & 15, blocks[:, 1:] >> 4)), blocks[:, :1].astype(numpy.uint32)
-    bits = numpy.where(power < 2, numpy.uint32(1 << 21) << power, power - 1 << 23)  # of 2^(power - 128)
-    bits[power == 255] = 0x7FC00000  # NaN; the gguf package returns 2^127
-    return MXFP4_DOUBLED[codes] * bits.astype(numpy.uint32).view(numpy.float32)
+    codes = numpy.hstack((blocks[:, 1:] & 15, blocks[:, 1:] >> 4))
+    return MXFP4_DOUBLED[codes] * powers_of_two(blocks[:, :1])
+
+
+def dequantize_u4(blocks: numpy.ndarray) -> numpy.ndarray:
+    """scale * (code - zero) of blocks (B, 3 + 16 n): a float16, a byte, nibbles of n times 32 columns."""
+    scale = floats(blocks[:, :2].copy().view(numpy.float16))
+    packed = blocks[:, 3:].reshape(len(blocks), -1, 16)
+    codes = numpy.concatenate((packed & 15, packed >> 4), axis=2).reshape(len(blocks), -1)
+    return (codes.astype(numpy.float32) - blocks[:, 2:3]) * scale
 
 
 def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, RopePairs | None]], kind: str) -> numpy.ndarray:

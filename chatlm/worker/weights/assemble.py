@@ -17,9 +17,11 @@ from chatlm.worker.arrays.kinds import FLOATS, as_kind, contiguous, floats, item
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
 from chatlm.worker.arrays.packed import RopePairs, dequantized
 from chatlm.worker.model.spec import DeltaRule, expected_tensors
-from chatlm.worker.model.tensors import Cut, MappedRows, Unread
+from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
 from chatlm.worker.weights.files import weight_files
 from chatlm.worker.weights.finite import refuse_faults
+from chatlm.worker.weights.packed_layouts import NotExact, PackedWeight
+from chatlm.worker.weights.quantization import check_quantization, ct_groups, join_packed
 from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked
 from chatlm.worker.weights.safetensors_file import read_safetensors_file
 
@@ -145,12 +147,15 @@ def read_safetensors(folder: Path) -> tuple[dict[str, numpy.ndarray], dict[str, 
     state = {}
     for path in weight_files(folder):
         state |= read_safetensors_file(path)
+    state = join_packed(folder, state)
     # image models prefix the text model's names
     state = {re.sub(r"(language|text)_model\.", "", name, count=1): tensor for name, tensor in state.items()
              if not re.match(rf"(model\.)?({IMAGES})\b|{UNREAD}", name)}
     scales = {name: state.pop(of) for name in list(state) for of in (f"{name}_scale_inv", f"{name}_scale")
               if name in state and kind_of(state[name]) in FP8 and of in state}  # scales may be FP8 too
     for name, tensor in list(state.items()):
+        if isinstance(tensor, PackedWeight):
+            continue
         kind = kind_of(tensor)
         mxfp4 = kind == "uint8" and name.endswith(("_blocks", "_scales"))
         if scales and re.search(r"\.(input|output|[kqv])_scale(_inv)?$", name):
@@ -163,11 +168,14 @@ def read_safetensors(folder: Path) -> tuple[dict[str, numpy.ndarray], dict[str, 
 
 def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, dtype: str,
               changed: Callable[[str, Any], Any] = lambda name, tensor: tensor,
-              as_stored: Callable | None = None) -> dict[str, Unread | MappedRows]:
+              as_stored: Callable | None = None,
+              kept: Callable[[str, numpy.ndarray], numpy.ndarray] = lambda name, blocks: blocks) -> dict[
+                  str, Unread | MappedRows]:
     """Our tensors, yet to be read from rows of the file's, each passed through `changed`: matrices as
     `dtype`, vectors as float32.
 
-    `as_stored`, if given, builds those with packed weights."""
+    `as_stored`, if given, builds those with packed weights; `kept` orders the rows of a PackedWeight, or
+    raises NotExact if it must become floats."""
     def read(target: str, theirs: Iterable[str], cut: Cut):
         stacked = (changed(name, state[name]) for name in theirs)
         stacked = (tensor.reshape(-1, *tensor.shape[tensor.ndim - len(cut.shape) + 1:]) for tensor in stacked)
@@ -179,6 +187,18 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
         make = as_stored or partial(dequantized, kind=dtype)
         return make(cut.shape, cut_stored([(state[name], None) for name in theirs], cut))
 
+    def read_tiles(make: Callable, theirs: Iterable[str], cut: Cut):
+        """Packed matrices as tiles hold them, or as floats where one does not fit or the cut divides one's
+        blocks."""
+        try:
+            stored = [state[name].as_blocks(partial(kept, name)) for name in theirs]
+            edges = {edge for span in cut.ranges for edge in (span.start, span.stop)} if cut.axis else {0}
+            if any(edge % packed_together(tensor) for tensor in stored for edge in edges):
+                raise NotExact
+        except NotExact:
+            return read(dtype, theirs, cut)
+        return make(cut.shape, cut_stored([(tensor, None) for tensor in stored], cut))
+
     def unread(shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
         parts, target = [state[name] for name in theirs], "float32" if len(shape) == 1 else dtype
         size, whole = math.prod(shape) * item_bytes(target), Cut.whole(shape)
@@ -187,11 +207,34 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
         if packed:
             mapped = tuple(tensor for part in parts for tensor in (part.blocks, part.scales))
             size = math.prod(shape) * 17 // 32 if as_stored else size
+        if any(isinstance(part, PackedWeight) for part in parts):
+            mapped = tuple(tensor for part in parts for tensor in (
+                part.layout.mapped if isinstance(part, PackedWeight) else (part,)))
+            if as_stored and (held := tile_bytes(parts)):
+                make, size = partial(read_tiles, as_stored), held
         check = partial(refuse_faults, path, settings, theirs, make)
         return Unread(whole, partial(make, theirs), size, mapped, check)
 
-    return {ours: mapped_rows(state[next(iter(source[1]))]) if ours == "layer_embed" else unread(*source)
+    def rows_of(name: str) -> MappedRows:
+        if isinstance(state[name], PackedWeight):
+            raise ConfigError(f"{path}: {name} is packed; it must be float32, float16 or bfloat16, because its "
+                              "rows are read from the file")
+        return mapped_rows(state[name])
+
+    return {ours: rows_of(next(iter(source[1]))) if ours == "layer_embed" else unread(*source)
             for ours, source in sources.items()}
+
+
+def tile_bytes(parts: Seq[Any]) -> int:
+    """What packed matrices take that form one, as tiles; 0 if they do not go together, or into none."""
+    kinds, row = {getattr(getattr(part, "layout", None), "kind", "") for part in parts}, 0
+    for part in parts[:-1] if len(kinds) > 1 else ():
+        row += len(part)
+        if row % TILE_ROWS:  # the next one begins within a tile, which has one type
+            return 0
+    return 0 if "" in kinds else sum(
+        part.shape[0] * part.shape[1] // columns * size
+        for part in parts for columns, size in (block_of(part.layout.kind),))
 
 
 def mapped_rows(table: numpy.ndarray) -> MappedRows:
@@ -203,36 +246,13 @@ FP8 = "float8_e4m3fn", "float8_e5m2"
 
 def fp8_block(path: Path, config: Mapping) -> list[int]:
     """The rows and columns that share a scale in FP8 weights that are scaled by blocks. ConfigError if
-    config.json specifies another quantization."""
-    packing = config.get("quantization_config")
-    if packing is None:
+    config.json specifies a quantization that is not read."""
+    if (found := check_quantization(path, config)) is None:
         return [128, 128]
-    packing = packing if isinstance(packing, dict) else {}
-    method, weights = packing.get("quant_method"), groups_of_weights(path, packing.get("config_groups"))
-    if method not in ("fp8", "fbgemm_fp8", "compressed-tensors") or method == "compressed-tensors" and any(
-            (group.get("type"), group.get("num_bits")) != ("float", 8) for group in weights):
-        layout = f" of format {shown(packing['format'])}" if packing.get("format") else ""
-        raise ConfigError(f"{path}: quantization_config.quant_method is {shown(method)}{layout}; only FP8 is "
-                          "supported (fp8, fbgemm_fp8, and compressed-tensors with 8-bit floats): use the "
-                          "unquantized model or a GGUF file of it")
-    block = packing.get("weight_block_size") or weights[0].get("block_structure") or [128, 128]
-    return checked(path, "quantization_config.weight_block_size", block,
+    blocks = [group.weights.get("block_structure") for group in ct_groups(found)]
+    block = found.stated.get("weight_block_size") or next(filter(None, blocks), [128, 128])
+    return checked(found.path, f"{found.key}.weight_block_size", block,
                    Rule(int, 1, MOST_CHANNELS, many=True), 2)
-
-
-def groups_of_weights(path: Path, groups) -> list[dict]:
-    """The `weights` of each compressed-tensors group; at least one, possibly empty."""
-    name, groups = "quantization_config.config_groups", {} if groups is None else groups
-    if not isinstance(groups, dict):
-        raise ConfigError(f"{path}: {name} is {shown(groups)}; it must be an object")
-    layouts = []
-    for key, group in groups.items():
-        layout = group.get("weights") or {} if isinstance(group, dict) else group
-        if not isinstance(layout, dict):
-            raise ConfigError(f"{path}: {name}.{key} is {shown(group)}; it must be an object, and so must "
-                              "its `weights`")
-        layouts.append(layout)
-    return layouts or [{}]
 
 
 def unscaled(path: Path, scales: Mapping[str, numpy.ndarray], block: Seq[int], name: str,

@@ -31,6 +31,8 @@ from chatlm.worker.weights.configs import (
     HF_KEYS, complete_heads, family_config, family_spec, growing_queries, scaled_rope)
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
+from chatlm.worker.weights.packed_layouts import NotExact, PackedWeight
+from chatlm.worker.weights.quantization import origin_of, without_zero_biases
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling, read_json,
     suppressed_in, warn_of_templates)
@@ -100,12 +102,14 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     if lost := sorted(set(scales) - set(state)):
         raise ConfigError(f"{source.path}: {lost[0]} is in FP8, which is not supported for this tensor of "
                           f"a {family} model: use the unquantized model or a GGUF file of it")
+    state = without_zero_biases(state, file_shapes(sources))
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
     backend = choose_backend(device, spec)
     as_stored, dtype = None if settings.dtype else backend.as_stored, float_type(settings, backend)
     if spec.of_texts and as_stored:  # vectors are compared with those of others: nothing is rounded
-        dtype = max((kind_of(tensor) for tensor in state.values()), key=item_bytes)
+        dtype = max((kind_of(tensor) for tensor in state.values() if not isinstance(tensor, PackedWeight)),
+                    key=item_bytes, default=dtype)
     mapped = sources.get("layer_embed", ((), ()))[1]
     matrices = {name: shape for name, shape in file_shapes(sources).items()
                 if len(shape) == 2 and name not in mapped} | unread_keys(spec)
@@ -120,13 +124,20 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
 
     def changed(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
         tensor = unscaled(config, scales, scale_block, name, tensor) if name in scales else tensor
+        if isinstance(tensor, PackedWeight):
+            tensor = tensor.values("float32" if name in added else dtype)
         for change in added.get(name, ()):
             tensor = change.on(tensor)
         tensor = turned(name, tensor)
         one_more = row.one_more and re.search(r"(?<!linear_attn\.)norm\.weight$", name)
         return floats(tensor) + 1 if one_more else tensor
 
-    tensors = assembled(source.path, settings, sources, state, dtype, changed, as_stored)
+    def kept(name: str, blocks: numpy.ndarray) -> numpy.ndarray:
+        if name in added:
+            raise NotExact
+        return turned(name, blocks)
+
+    tensors = assembled(source.path, settings, sources, state, dtype, changed, as_stored, kept)
     text = hf_text(source.path, spec.vocab_size)
     called, head = (source.name, source.path.name, names[2]), Head()
     text, ranking = rerankers.of_folder(
@@ -139,10 +150,11 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
             sigmoid = cross_encoders.makes_probabilities(config, read_json(config))
             embedder = embedder._replace(pooling="rank", size=1, least=0, sigmoid=sigmoid)
         text = replace(text, embedder=embedder, chat_template=None)
-    origin = ", from FP8" if scales else ""
+    origin = origin_of(state, as_stored is not None) + (", from FP8" if scales else "")
     description = f"{family}, {spec.layers} layers, width {spec.width}{origin}{adapted}"
     path = source.path / "generation_config.json"
-    block = 32 if any(isinstance(tensor, Mxfp4) for tensor in state.values()) else TILE_ROWS
+    block = max((32 if isinstance(tensor, Mxfp4) else 128 for tensor in state.values()
+                 if isinstance(tensor, (Mxfp4, PackedWeight))), default=TILE_ROWS)
     adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices, turned,
                           unread_keys(spec))
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=block, family=family,

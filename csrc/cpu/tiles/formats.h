@@ -346,6 +346,8 @@ struct Format<Weight::mxfp4> : FileBlock<Weight::mxfp4>, Tabled<MXFP4_VALUES, 4,
     }
 };
 
+#include "cpu/tiles/formats_u4.h"
+
 // ---- all of them
 
 // visit(Format<type>()) of a quantized type: the one place that turns a type's number into its struct.

@@ -119,6 +119,20 @@ void quantize_mxfp4(const float* x, uint8_t* to) {
     put_nibbles(codes, to + 1);
 }
 
+// Codes with a zero point: 0 is one of the `count` values' levels, as their quantizers have it.
+void quantize_u4(const float* x, int count, uint8_t* to) {
+    float low = 0, high = 0;
+    for (int i = 0; i < count; i++) low = std::min(low, x[i]), high = std::max(high, x[i]);
+    put_half((high - low) / 15, to);
+    const float d = rounded_to_half((high - low) / 15), inverse = d == 0 ? 0 : 1 / d;
+    to[2] = uint8_t(nearest(-low * inverse, 0, 15));
+    for (int i = 0; i < count; i += 32) {
+        uint8_t codes[32];
+        for (int k = 0; k < 32; k++) codes[k] = clipped(x[i + k] * inverse + (float(to[2]) + 0.5f), 15);
+        put_nibbles(codes, to + 3 + i / 2);
+    }
+}
+
 // ---- by search: the scale (and minimum) of some candidates that leaves the least weighted squared error
 
 float weight_of(float x, float mean_square) { return __builtin_sqrtf(mean_square) + __builtin_fabsf(x); }
@@ -295,6 +309,8 @@ void quantize_block(Weight type, const float* x, uint8_t* to) {
         case Weight::iq4_nl: quantize_iq4_nl(x, to); break;
         case Weight::iq4_xs: quantize_iq4_xs(x, to); break;
         case Weight::mxfp4: quantize_mxfp4(x, to); break;
+        case Weight::u4_g32: quantize_u4(x, 32, to); break;
+        case Weight::u4_g128: quantize_u4(x, 128, to); break;
         default: quantize_q8_0(x, to);
     }
 }

@@ -18,8 +18,10 @@
 //     iq4_nl         2   d f16 [2][16]                                                      4, of a table      0.5625   0.5625
 //     iq4_xs         8   d f16 [16], 32 B unused; i8 [8][16]                                4, of a table      0.547    0.531
 //     mxfp4          4   u8 [4][16] exponents                                               4, of a table      0.53125  0.53125
+//     u4_g32         4   d f16 [4][16]; u8 [4][16] zero points                              4                  0.594    0.594
+//     u4_g128        4   d f16 [16]; u8 [16] zero points, 16 B unused                       4                  0.531    0.523
 //
-// A last group's missing blocks and the last tile's missing rows are zero. K is a multiple of the file's block, 32 or 256. Tiles of
+// A last group's missing blocks and the last tile's missing rows are zero. K is a multiple of the file's block, 32, 128 or 256. Tiles of
 // one matrix may be of several q types (Tiles::places): a matrix fused from parts that a file stores differently.
 //
 // For q types a block of 32 values of x is dx * x8 with x8 int8 and dx = max |x| / 127. Where dx is more than FINE_ABOVE times the
@@ -27,7 +29,7 @@
 // seventh of all; they make most of the error: KL against float32 products 3.5e-3 without fine planes, 6e-4 with them. A panel of
 // x is the same for every q type. `fine` (--arithmetic fine): all blocks have 16 bits, and the KL is 5e-7.
 //
-// numerics  q8_0, q4_0, q4_1: y = fma(d * dx, float(int32 sum), y) block after block, or fma(d / 256 * dx, float(256 * int32 sum +
+// numerics  q8_0, q4_0, q4_1, u4_*: y = fma(d * dx, float(int32 sum), y) block after block, or fma(d / 256 * dx, float(256 * int32 sum +
 //           the fine one), y). The others (whose scales are products): y = fma(s * dx, float(int32 sum), y) for each scale s of the
 //           block, and then, with a fine plane, y = fma(s / 256 * dx, float(int32 sum of the fine one), y) for each.
 //           Then, with minimums, y = fma(m, dx * (sum of x8 + sum of fine / 256), y). Float types: y = fma(w, x, y), k after k. One

@@ -39,7 +39,7 @@ constexpr int32_t MAGIC_BITS = 0x4B400000;      // of MAGIC as a float; a small 
 
 constexpr bool is_wide(Weight type) {
     return type == Weight::q8_0 || type == Weight::q4_0 || type == Weight::q4_1 || type == Weight::q4_k || type == Weight::q5_k ||
-           type == Weight::mxfp4;
+           type == Weight::mxfp4 || type == Weight::u4_g32 || type == Weight::u4_g128;
 }
 
 // ---- units of a panel
@@ -257,6 +257,8 @@ WideKernel wide_kernel(Weight type) {
         case Weight::q4_1: return wide_rows<Weight::q4_1>;
         case Weight::q4_k: return wide_rows<Weight::q4_k>;
         case Weight::q5_k: return wide_rows<Weight::q5_k>;
+        case Weight::u4_g32: return wide_rows<Weight::u4_g32>;
+        case Weight::u4_g128: return wide_rows<Weight::u4_g128>;
         default: return wide_rows<Weight::mxfp4>;
     }
 }

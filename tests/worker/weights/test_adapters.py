@@ -217,14 +217,19 @@ def test_an_adapter_is_added_to_what_fp8_weights_mean(tmp_path):
     check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
 
 
-INT8 = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 8}}}}
+SPARSE = {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4}}}}
+WIDE = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 16}}}}
 
 
 @pytest.mark.parametrize("config, words", [
-    ({"quant_method": "awq", "bits": 4}, 'quant_method is "awq"; only FP8 is supported .*use the unquantized model or a GGUF'),
-    ({"quant_method": "gptq", "bits": 4}, 'quant_method is "gptq"'), ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 'is "bitsandbytes"'),
-    ({"load_in_4bit": True}, "quant_method is null"), ([1], "quant_method is null"),
-    (INT8, 'quant_method is "compressed-tensors" of format "int-quantized"'),
+    ({"quant_method": "torchao", "bits": 4}, r'quant_method is "torchao"; these packed weights are read: AWQ \(gemm, .*Otherwise use the unquantized model or a GGUF'),
+    ({"quant_method": "awq", "bits": 4, "version": "gemv"}, 'version is "gemv", of which only gemm is read'),
+    ({"quant_method": "awq", "bits": 4, "version": "gemv_fast"}, 'version is "gemv_fast", of which only gemm'),
+    ({"quant_method": "awq", "bits": 3}, "bits is 3, and AWQ is read with 4"),
+    ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, 'checkpoint_format is "marlin"'),
+    ({"quant_method": 7}, "quant_method is 7"), ({}, "quant_method is null"), ([1], "quant_method is null"),
+    (SPARSE, 'quant_method is "compressed-tensors" of format "marlin-24"'),
+    (WIDE, 'the weights of "group_0" are of type "int" with 16 bits'),
     ({"quant_method": "fp8", "weight_block_size": [64]}, "weight_block_size is a list of 1; it must be a list of 2 integers"),
     ({"quant_method": "fp8", "weight_block_size": [64, 32]}, r"the scales of model.layers.0.self_attn.q_proj.weight \(64, 64\) are \(2, 2\); "
                                                              "there must be 1, one for each row, or one for each block of 64 x 32")])

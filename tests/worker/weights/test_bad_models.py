@@ -380,7 +380,7 @@ def test_a_tokenizer_that_cannot_be_one_is_named(nanochat, content, words):
 # --- anything -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["gguf", "nanochat"])
+@pytest.mark.parametrize("kind", ["gguf", "nanochat", "packed"])
 def test_a_mutated_file_is_a_model_or_one_line_and_takes_little_time_and_memory(kind, tmp_path):
     count = os.environ.get("MUTATIONS", "20" if kind == "gguf" else "40")        # of nanochat's the 32nd is the first model
     script = Path(__file__).parents[2] / "support" / "mutate_models.py"

@@ -493,7 +493,7 @@ def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
     ("Llama-3.2-1B", "model_type", None, "model_type is missing"),
     ("Llama-3.2-1B", "residual_multiplier", 0.22, "residual_multiplier is 0.22; this key is not supported in a llama model. Supported: "),
     ("Llama-3.2-1B", "is_causal", False, "is_causal is false; in a llama model it must be true"),
-    ("Llama-3.2-1B", "quantization_config", {"quant_method": "gptq", "bits": 4}, 'quantization_config.quant_method is "gptq"; only FP8 is supported'),
+    ("Llama-3.2-1B", "quantization_config", {"quant_method": "quanto", "bits": 4}, 'quantization_config.quant_method is "quanto"; these packed weights are read: AWQ'),
     ("Llama-3.2-1B", "sliding_window", 4096, "sliding_window is 4096; this key is not supported in a llama"),
     ("Llama-3.2-1B", "rope_interleaved", True, "rope_interleaved is true; in a llama model it must be false"),
     ("Qwen3-0.6B", "partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5; it must be 1"),

@@ -67,7 +67,8 @@ def rewrite(path, change):
     ([1], "config_groups is a list of 1; it must be an object"), (7, "config_groups is 7; it must be an object"),
     ({"a": 1}, "config_groups.a is 1; it must be an object, and so must its `weights`"),
     ({"a": {"weights": [1]}}, "config_groups.a is an object of 1; it must be an object, and so must its `weights`"),
-    ({}, 'quant_method is "compressed-tensors"; only FP8 is supported'), ({"a": {}}, "only FP8 is supported"),
+    ({"a": {"targets": [1]}}, "config_groups.a.targets is a list of 1; it must be a list of texts"),
+    ({"a": {"weights": {"type": "float", "num_bits": 6}}}, 'the weights of "a" are of type "float" with 6 bits; these packed weights are read'),
     ({"a": {"weights": {"type": "float", "num_bits": 8, "block_structure": [1 << 40, 1]}}}, "weight_block_size[0] is 1099511627776; it must be"),
     ({"a": {"weights": {"type": "float", "num_bits": 8, "block_structure": "128x128"}}}, "weight_block_size is \"128x128\"; it must be a list of 2")])
 def test_groups_of_another_shape_are_named(folder, groups, words):
