@@ -28,7 +28,7 @@ def blocks_of(kind, rows, columns, seed, constant, exponent):
     return blocks.reshape(rows, -1)
 
 
-@bounds(max_examples=12, deadline=None)
+@bounds(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1 << 20), rows=st.integers(1, 19), blocks=st.integers(1, 3), texts=st.sampled_from([1, 2, 5, 9, 17]),
        constant=st.sampled_from([None, None, None, 0, 255, 0x55, 0xAA]), exponent=st.integers(-10, 6), spread=st.sampled_from([0.0, 4.0]))
 @pytest.mark.parametrize("kind", SCALES)

@@ -439,7 +439,8 @@ def test_packing_agrees_with_gguf(kind, N, K):
 
 # The error that ggml's own quantizer leaves, as a share of the weights' mean square: of normal ones, of normal ones times exp(normal).
 @pytest.mark.parametrize("kind, normal, heavy", [("q4_k", 0.00512, 0.00980), ("q5_k", 0.00132, 0.00268), ("q6_k", 0.00032, 0.00083),
-                                                 ("iq4_nl", 0.00581, 0.01131), ("iq4_xs", 0.00590, 0.01159)])
+                                                 ("iq4_nl", 0.00581, 0.01131), ("iq4_xs", 0.00590, 0.01159),
+                                                 ("q3_k", 0.02278, 0.03052), ("q2_k", 0.08819, 0.13095)])
 def test_packing_by_search_is_about_as_good_as_ggmls(kind, normal, heavy):
     plain = random(64, 2048)
     for weights, error in [(plain, normal), (plain * np.exp(random(64, 2048, seed=1)), heavy), (plain / 100, normal)]:
