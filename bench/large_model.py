@@ -5,7 +5,8 @@
     python bench/large_model.py FOLDER --quality --types q4_k,q6_k,...
     python bench/large_model.py FOLDER --products
 
-The first command writes FOLDER/large-F16.gguf and from it one file per type; --compare runs bench/compare.py on each.
+The first command writes FOLDER/large-F16.gguf and from it one file per type; those that need an importance matrix get one that
+finds all columns equal. --compare runs bench/compare.py on each.
 --quality prints the KL from float32 to our arithmetic, both on the weights that `--quantize TYPE` makes from the F16
 file. --products times every type's product alone on one thread, by the CPU time of that thread, which other
 programs disturb less than wall-clock time.
@@ -83,14 +84,37 @@ def path_of(folder, kind):
     return folder / f"large-{kind}.gguf"
 
 
+def write_even_importance(model, path):
+    """An importance matrix for llama-quantize in which every column of every matrix counts the same."""
+    import gguf
+    writer = gguf.GGUFWriter(path, "imatrix")
+    writer.add_string("general.type", "imatrix")
+    writer.add_array("imatrix.datasets", ["none"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", 1)
+    for tensor in gguf.GGUFReader(model).tensors:
+        if len(tensor.shape) > 1:
+            matrices = int(numpy.prod(tensor.shape[2:]))
+            writer.add_tensor(f"{tensor.name}.in_sum2", numpy.ones((matrices, int(tensor.shape[0])), numpy.float32))
+            writer.add_tensor(f"{tensor.name}.counts", numpy.ones((matrices, 1), numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write(folder, kinds, llama_quantize):
     folder.mkdir(parents=True, exist_ok=True)
     base = path_of(folder, "F16")
     if not base.exists():
         write_f16(base)
+    importance = folder / "importance.gguf"
+    if any(kind.startswith("IQ") for kind in kinds) and not importance.exists():
+        write_even_importance(base, importance)
     for kind in kinds:
         if not path_of(folder, kind).exists():
-            subprocess.run([llama_quantize, base, path_of(folder, kind), kind, "2"], check=True,
+            options = ["--imatrix", importance] if kind.startswith(("IQ1", "IQ2", "IQ3")) else []
+            subprocess.run([llama_quantize, *options, base, path_of(folder, kind), kind, "2"], check=True,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         print(f"{path_of(folder, kind)}: {path_of(folder, kind).stat().st_size / 1e6:,.0f} MB", flush=True)
 
@@ -122,7 +146,7 @@ def quality(folder, kinds, chunks):
 def products(rows=6144, columns=2048, counts=(1, 4, 8, 64), memory=64 << 20):
     """GB/s of weights and G multiply-adds/s of one thread, by type and rows of x; weights come from memory."""
     import decode_core
-    from decode_core.tiles import COLUMNS
+    from decode_core.tiles import COLUMNS, FROM_FILES
     decode_core.set_threads(1)
     dice = numpy.random.default_rng(0)
     weights, x = (dice.standard_normal((count, columns), numpy.float32) for count in (rows, max(counts)))
@@ -134,7 +158,11 @@ def products(rows=6144, columns=2048, counts=(1, 4, 8, 64), memory=64 << 20):
         first = decode_core.Matrix(arena, kind, rows, columns)
         matrices = [first]
         matrices += [decode_core.Matrix(arena, kind, rows, columns) for _ in range(memory // first.nbytes)]
-        first.fill(weights, "f32")
+        if kind in FROM_FILES:
+            blocks = dice.integers(0, 32, (rows, decode_core._core.row_bytes(decode_core.tiles.KINDS[kind], columns)), numpy.uint8)
+            first.fill(blocks, kind)            # small scales wherever they lie
+        else:
+            first.fill(weights, "f32")
         for other in matrices[1:]:
             ctypes.memmove(other.tiles.address, first.tiles.address, first.nbytes)
         line = []

@@ -44,6 +44,14 @@ py::list types() {                          // [(name, columns of a block in a f
     return all;
 }
 
+py::list file_types() {                     // names of those that only files have
+    py::list all;
+#define QUANTIZED_WEIGHTS(...)
+#define FILE_WEIGHTS(name, ...) all.append(#name);
+#include "weights.def"
+    return all;
+}
+
 py::list activations() {                    // [(name, gated)], by number from 1 on
     py::list all;
     for (size_t i = 1; i < std::size(dc::ACTIVATIONS); i++) all.append(py::make_tuple(dc::ACTIVATIONS[i].name, dc::ACTIVATIONS[i].gated));
@@ -99,6 +107,7 @@ void bind_tiles(py::module_& m) {
         .def("embed", &embed, py::call_guard<Gil>())
         .def("multiply", &multiply, py::call_guard<Gil>());
     m.def("weight_types", &types);
+    m.def("file_types", &file_types);
     m.def("activations", &activations);
     m.def("amx_rows", [](int type, int64_t columns) -> int64_t {
         const dc::Amx amx = dc::chosen_amx();

@@ -162,13 +162,27 @@ def build_transformer(
     line = plan.line(num_pages)
     if settings.verbose or not line.startswith(FITS):
         log.info("%s", line)
-    if floats := layers_of_floats(kernels.computed(whole), plan.kv):
-        log.warning("%s", floats)
+    for warning in (layers_of_floats(kernels.computed(whole), plan.kv), loss_of(settings.quantize)):
+        if warning:
+            log.warning("%s", warning)
     running, snapshots = (ranks.min_over_ranks(count) for count in plan.states(num_pages))
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
                               dtype=model.dtype, num_slots=running + FREE_ROWS + snapshots, groups=groups,
                               kv=plan.kv, read_adapter=adapter_reader(model), progress=progress, **limits)
     return model, transformer, num_pages, context, running
+
+
+# The mean KL from float weights' next tokens to those of a type, on the default model, in rows filled up to whole blocks
+# (bench/RESULTS.md)
+LOSSES = {"q3_k": 1.05, "q2_k": 6.2}
+
+
+def loss_of(quantize: str | None) -> str:
+    """What --quantize costs where that is much, in words; "" elsewhere."""
+    if quantize not in LOSSES:
+        return ""
+    return (f"--quantize {quantize}: on the default model, of 135 million parameters, the mean KL from its float "
+            f"weights is {LOSSES[quantize]} (q4_k: 0.08). Larger models lose less; compare them before use")
 
 
 def layers_of_floats(spec: ModelSpec, kv: KvType) -> str:

@@ -9,7 +9,7 @@
 
 namespace dc {
 
-constexpr const char* CPU_FEATURES[] = {"avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm"};    // as Linux names them
+constexpr const char* CPU_FEATURES[] = {"avx512_vnni", "avx512_vbmi", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm"};    // as Linux names them
 
 const char* chosen_name();                          // of chosen_isa and chosen_amx together
 std::vector<const char*> offered_names();           // the best first: amx, avx512, avxvnni, avx2, or i8mm, dotprod, neon; portable

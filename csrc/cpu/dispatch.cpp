@@ -44,7 +44,7 @@ constexpr Choice CHOICES[] = {          // the best first; tests' own with the b
     {"avxvnni-evex", Isa::avx2, Amx::none, true, Dot::evex, "avx512_vnni"}};
 
 struct Cpu {
-    bool avx2 = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false, avx_vnni = false, amd = false;
+    bool avx2 = false, avx512 = false, avx512_vnni = false, avx512_vbmi = false, avx512_bf16 = false, avx_vnni = false, amd = false;
 };
 
 [[maybe_unused]] bool bit(unsigned word, int number) { return word >> number & 1; }
@@ -61,7 +61,7 @@ Cpu asked() {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return cpu;
     cpu.avx2 = with_avx && bit(b, 5) && (low & 0x6) == 0x6;             // XMM and YMM are saved
     cpu.avx512 = cpu.avx2 && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31) && (low & 0xe6) == 0xe6;     // F, DQ, BW, VL
-    cpu.avx512_vnni = cpu.avx512 && bit(c, 11);
+    cpu.avx512_vnni = cpu.avx512 && bit(c, 11), cpu.avx512_vbmi = cpu.avx512 && bit(c, 1);
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return cpu;
     cpu.avx_vnni = cpu.avx2 && bit(a, 4);
     cpu.avx512_bf16 = cpu.avx512 && bit(a, 5);
@@ -129,6 +129,7 @@ const bool fetches_past_caches = true;      // as compilers' streaming prefetche
 bool cpu_has(const char* feature) {
 #if defined(__x86_64__)
     if (!std::strcmp(feature, "avx512_vnni")) return cpu().avx512_vnni;
+    if (!std::strcmp(feature, "avx512_vbmi")) return cpu().avx512_vbmi;
     if (!std::strcmp(feature, "avx512_bf16")) return cpu().avx512_bf16;
     if (!std::strcmp(feature, "avx_vnni")) return cpu().avx_vnni;
     if (!std::strcmp(feature, "amx_int8")) return amx_refusal().empty();

@@ -14,6 +14,7 @@ namespace dc_device {
 
 // As weights.def and cuda.py number the types; the last are floats, as a matrix that no file has packed.
 enum BlockType : int64_t {
+#define FILE_WEIGHTS(...)
 #define QUANTIZED_WEIGHTS(name, NAME, ...) NAME,
 #include "weights.def"
     FLOATS_BF16, FLOATS_F16, FLOATS_F32
@@ -52,6 +53,7 @@ DC_DEVICE Eight nibbles(const uint8_t *even, int piece) {
 
 template <int TYPE> struct Block;
 template <int TYPE> struct FileBlock;
+#define FILE_WEIGHTS(...)
 #define QUANTIZED_WEIGHTS(name, NAME, columns, bytes) \
     template <> struct FileBlock<NAME> { static constexpr int COLUMNS = columns, BYTES = bytes; };
 #include "weights.def"
@@ -199,6 +201,31 @@ template <int TYPE> struct ZeroPointBlock : FileBlock<TYPE> {
 template <> struct Block<U4_G32> : ZeroPointBlock<U4_G32> {};
 template <> struct Block<U4_G128> : ZeroPointBlock<U4_G128> {};
 
+template <> struct Block<Q2_K> : FileBlock<Q2_K> {
+    DC_DEVICE static void unpack(const uint8_t *block, int piece, float *w) {
+        const int j = piece / 2, column = 8 * (piece % 16);         // a scale and a minimum, 4 bits each, for 16 columns
+        const uint32_t sub = block[j];
+        const float scale = half_at(block + 80) * static_cast<float>(sub & 15u), minimum = half_at(block + 82) * static_cast<float>(sub >> 4);
+        const Eight pairs = eight_bytes(block + 16 + piece / 16 * 32 + column % 32);
+        DC_UNROLL
+        for (int i = 0; i < 8; i++) w[i] = scale * static_cast<float>(pairs[i] >> column / 32 * 2 & 3u) - minimum;
+    }
+};
+
+template <> struct Block<Q3_K> : FileBlock<Q3_K> {
+    DC_DEVICE static void unpack(const uint8_t *block, int piece, float *w) {
+        const int j = piece / 2, column = 8 * (piece % 16);         // a scale of 6 bits for 16 columns
+        const uint32_t sub = (block[96 + j % 8] >> j / 8 * 4 & 15u) | (block[104 + j % 4] >> j / 4 * 2 & 3u) << 4;
+        const float scale = half_at(block + 108) * (static_cast<float>(sub) - 32.0f);
+        const Eight pairs = eight_bytes(block + 32 + piece / 16 * 32 + column % 32), third = eight_bytes(block + column % 32);
+        DC_UNROLL
+        for (int i = 0; i < 8; i++) {
+            const uint32_t code = (pairs[i] >> column / 32 * 2 & 3u) | (third[i] >> piece / 4 & 1u) << 2;
+            w[i] = scale * (static_cast<float>(code) - 4.0f);
+        }
+    }
+};
+
 template <class T> struct FloatBlock {              // at multiples of 16 bytes
     static constexpr int COLUMNS = 8, BYTES = 8 * sizeof(T);
     DC_DEVICE static void unpack(const uint8_t *block, int, float *w) {
@@ -217,6 +244,7 @@ template <> struct Block<FLOATS_F32> : FloatBlock<float> {};
 // visit(Block<TYPE>()) of a packed type's number, on the host.
 template <class Visit> const char *with_block(int64_t type, Visit visit) {
     switch (type) {
+#define FILE_WEIGHTS(...)
 #define QUANTIZED_WEIGHTS(name, NAME, ...) case NAME: return visit(Block<NAME>());
 #include "weights.def"
         default: return "there is no such type of weights";

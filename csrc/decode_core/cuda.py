@@ -22,7 +22,7 @@ NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
 # Of a quantized type, in the order of csrc/weights.def, which a test compares: the columns and bytes of a block in a GGUF file
 BLOCKS = {"q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q4_k": (256, 144),
           "q5_k": (256, 176), "q6_k": (256, 210), "iq4_nl": (32, 18), "iq4_xs": (256, 136), "mxfp4": (32, 17),
-          "u4_g32": (32, 19), "u4_g128": (128, 67)}
+          "u4_g32": (32, 19), "u4_g128": (128, 67), "q2_k": (256, 84), "q3_k": (256, 110)}
 OWN = ("u4_g32", "u4_g128")              # of these, types that no GGUF file has
 FLOATS = {"bfloat16": (8, 16), "float16": (8, 16), "float32": (8, 32)}          # of matrices that no file has packed
 BLOCK_CODES = {kind: code for code, kind in enumerate([*BLOCKS, *FLOATS])}

@@ -19,7 +19,7 @@ from .cuda_weights import PackedMatrix, ProductOps, as_stored, padded, unpacked
 from .cuda_steps import LISTS, CudaPlan, GraphSteps, record_words
 from .proof import prove_cuda
 from .sampling import SampleBatch
-from .weights import converted, file_row_bytes, held_bytes
+from .weights import KEPT_ON_CUDA, converted, file_row_bytes, held_bytes
 
 
 # before 2.9, torch makes an RMS norm of pow and mean, and how mean splits a row depends on the number of rows
@@ -44,7 +44,7 @@ class CudaBackend:
     join = None
     activations, dtype, stored_dtype, short_floats, packs_kv = None, "bfloat16", "bfloat16", "", True
     tensors = True
-    converted = staticmethod(converted)
+    converted = staticmethod(functools.partial(converted, kept_types=KEPT_ON_CUDA))
 
     def __init__(self, spec: Any, script: SimpleNamespace, kernels: Any,
                  stream: Callable[[], int] = current_stream, device: Any = "cuda"):
@@ -54,7 +54,7 @@ class CudaBackend:
         self.adapters, self.mixture = AdapterOps(kernels, stream), ExpertOps(kernels, script, stream)
         self.products = ProductOps(kernels, script, stream, self.adapters)
         self.as_stored = functools.partial(as_stored, script=script, device=device)
-        self.held_bytes = functools.partial(held_bytes, row_bytes=file_row_bytes)
+        self.held_bytes = functools.partial(held_bytes, row_bytes=file_row_bytes, kept_types=KEPT_ON_CUDA)
         self.faults: dict[str, str] = {}
 
     def ops(self, max_tokens: int, max_rows: int, quantize: None, fine: bool = False) -> dict[str, Callable]:

@@ -35,9 +35,9 @@ class PackedMatrix:
 def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]], script: SimpleNamespace,
               device: Any) -> numpy.ndarray | PackedMatrix:
     """weights.as_stored on a device at once, so that the host never holds a whole model; floats are bfloat16."""
-    if weights.kinds_of(parts)[0] in weights.FLOATS:
+    if weights.kinds_of(parts, weights.KEPT_ON_CUDA)[0] in weights.FLOATS:
         return script.dequantized(shape, parts, "bfloat16")
-    kept = weights.as_stored(shape, parts, script)
+    kept = weights.as_stored(shape, parts, script, weights.KEPT_ON_CUDA)
     joined = [(kind, torch.cat([torch.from_numpy(rows).to(device) for _, rows in group]))      # one kernel for each kind
               for kind, group in itertools.groupby(
                   kept.parts, key=lambda part: part[0])]  # pyright: ignore[reportAttributeAccessIssue]  it has no floats

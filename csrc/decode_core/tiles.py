@@ -16,6 +16,7 @@ from .arrays import FLOAT32, look_at, vector
 
 KINDS = {name: number for number, (name, _) in enumerate(_core.weight_types())}     # tiles.h's Weight
 COLUMNS = dict(_core.weight_types())            # of a block in a file: the columns of a matrix are a multiple of it
+FROM_FILES = tuple(_core.file_types())          # kinds that rows of floats cannot become
 SOURCES = {"f32": ("float32",), "f16": ("float16",), "bf16": ("bfloat16", "uint16")}    # what the rows may be besides uint8
 ACTIVATIONS = {None: 0} | {name: number for number, (name, _) in enumerate(_core.activations(), 1)}      # as csrc/activations.def lists them
 GATES = tuple(name for name, gated in _core.activations() if gated)
@@ -82,7 +83,8 @@ class Matrix:
     def fill(self, source, source_kind: str, first_tile: int = 0, tile_step: int = 1) -> None:
         """Rows 16 i .. 16 i + 15 of `source` -> tile first_tile + i * tile_step; floats are rounded or quantized to the kind.
 
-        source: (n, columns) of its kind, or uint8 (n, bytes of a row) as GGUF has it; a q source must be of the matrix' own kind.
+        source: (n, columns) of its kind, or uint8 (n, bytes of a row) as GGUF has it; a q source must be of the matrix' own kind,
+        and tiles of the kinds FROM_FILES take no other.
         """
         code = _kind("source_kind", source_kind)
         if source_kind not in SOURCES and source_kind not in self.kinds:
@@ -98,6 +100,8 @@ class Matrix:
         if tiles and first_tile + (tiles - 1) * tile_step >= self.tiles.count:
             raise ValueError(f"source: its {rows} rows reach beyond the matrix' {self.tiles.count} tiles")
         into = set(self.kinds if len(self.kinds) == 1 else self.kinds[first_tile:first_tile + tiles * tile_step:tile_step])
+        if source_kind in SOURCES and into & set(FROM_FILES):
+            raise ValueError(f"source_kind: nothing here quantizes to {' and '.join(sorted(into & set(FROM_FILES)))}: give blocks of a file, not {source_kind}")
         if source_kind not in SOURCES and into - {source_kind}:
             raise ValueError(f"source_kind: {source_kind} blocks fit {source_kind} tiles only, not {' and '.join(sorted(into))}")
         self.finite &= self.tiles.fill(address, code, stride if kind == "uint8" else stride * raw // self.columns, rows, first_tile, tile_step)

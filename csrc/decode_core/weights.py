@@ -14,14 +14,15 @@ import numpy
 
 from . import _core
 from .arrays import kind_of
-from .tiles import COLUMNS, KINDS as KIND_CODES, TILE_ROWS, Arena, Matrix
+from .tiles import COLUMNS, FROM_FILES, KINDS as KIND_CODES, TILE_ROWS, Arena, Matrix
 
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "bfloat16"}       # of GGUF, and as what they stay
-KEPT_TYPES = tuple(kind.upper() for kind in COLUMNS if kind not in ("f32", "f16", "bf16"))
+KEPT_TYPES = tuple(kind.upper() for kind in COLUMNS if kind not in ("f32", "f16", "bf16"))     # of a GGUF file, in tiles
+KEPT_ON_CUDA = tuple(kind for kind in KEPT_TYPES if kind.lower() not in FROM_FILES)
 CONVERTED = "Q8_0"          # what all other types become: its error is small compared with theirs
 KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}       # of tiles.py
 # What takes the place of a type where a width is no multiple of 256
-NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
+NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl", "q3_k": "q4_0", "q2_k": "q4_0"}
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ class QuantizedMatrix:
         return sum(len(rows) for _, rows in self.parts), self.columns
 
 
-def becomes(tensors: Sequence[Any], rows: Sequence[int]) -> list[str]:
+def becomes(tensors: Sequence[Any], rows: Sequence[int], kept_types: Sequence[str] = KEPT_TYPES) -> list[str]:
     """What the GGUF tensors that form one matrix become, each: floats stay floats where all of them are alike.
 
-    rows: of each tensor."""
+    rows: of each tensor; kept_types: those that stay as they are."""
     kinds = [tensor.tensor_type.name for tensor in tensors]
     if len(set(kinds)) == 1 and kinds[0] in FLOATS:
         return ["BF16" if kind == "F32" else kind for kind in kinds]
-    kept, row = [kind if kind in KEPT_TYPES else CONVERTED for kind in kinds], 0
+    kept, row = [kind if kind in kept_types else CONVERTED for kind in kinds], 0
     for i, count in enumerate(rows[:-1] if len(set(kept)) > 1 else ()):
         row += count
         if row % TILE_ROWS:                         # the next one begins within a tile, which has one type
@@ -55,9 +56,9 @@ def becomes(tensors: Sequence[Any], rows: Sequence[int]) -> list[str]:
     return kept
 
 
-def kinds_of(parts: Sequence[tuple[Any, int]]) -> list[str]:
+def kinds_of(parts: Sequence[tuple[Any, int]], kept_types: Sequence[str] = KEPT_TYPES) -> list[str]:
     """What the (tensor, head size) that form a matrix become, each."""
-    return becomes([tensor for tensor, _ in parts], [len(tensor.data) for tensor, _ in parts])
+    return becomes([tensor for tensor, _ in parts], [len(tensor.data) for tensor, _ in parts], kept_types)
 
 
 def rows_in_file(tensor: Any) -> int:
@@ -65,13 +66,13 @@ def rows_in_file(tensor: Any) -> int:
     return math.prod(tensor.shape[1:].tolist())
 
 
-def converted(sources: Mapping[str, tuple], stored: Mapping[str, Any]) -> str:
+def converted(sources: Mapping[str, tuple], stored: Mapping[str, Any], kept_types: Sequence[str] = KEPT_TYPES) -> str:
     """In words, which matrices `as_stored` cannot keep in the file's type; "" when it keeps all."""
     changed = collections.defaultdict(list)
     for shape, theirs in sources.values():
         if len(shape) == 2:
             tensors = [stored[name] for name in theirs]
-            for name, kind in zip(theirs, becomes(tensors, [rows_in_file(tensor) for tensor in tensors])):
+            for name, kind in zip(theirs, becomes(tensors, [rows_in_file(tensor) for tensor in tensors], kept_types)):
                 if (was := stored[name].tensor_type.name) != kind:
                     changed[was, kind].append(name)
     return "".join(f"; re-quantized from {was} to {kind}: {len(names)} tensors "
@@ -79,11 +80,11 @@ def converted(sources: Mapping[str, tuple], stored: Mapping[str, Any]) -> str:
                    for (was, kind), names in changed.items())
 
 
-def held_bytes(tensors: Sequence[Any], row_bytes: Callable[[str, int], int]) -> int:
+def held_bytes(tensors: Sequence[Any], row_bytes: Callable[[str, int], int], kept_types: Sequence[str] = KEPT_TYPES) -> int:
     """The bytes that the GGUF tensors forming one matrix will take; `row_bytes`: of a row of a kind with this many columns."""
     rows = [rows_in_file(tensor) for tensor in tensors]
     return sum(count * row_bytes(kind.lower(), int(tensor.shape[0]))
-               for tensor, kind, count in zip(tensors, becomes(tensors, rows), rows))
+               for tensor, kind, count in zip(tensors, becomes(tensors, rows, kept_types), rows))
 
 
 @functools.cache
@@ -97,12 +98,12 @@ def file_row_bytes(kind: str, columns: int) -> int:
 
 
 def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]],
-              script: SimpleNamespace) -> tuple[numpy.ndarray, ...] | QuantizedMatrix:
+              script: SimpleNamespace, kept_types: Sequence[str] = KEPT_TYPES) -> tuple[numpy.ndarray, ...] | QuantizedMatrix:
     """The (tensor, head size to turn or 0) that form a matrix, each in the file's type or one close to it.
 
     Rows that need no change lie in the file's mapped memory.
     """
-    kinds = kinds_of(parts)
+    kinds = kinds_of(parts, kept_types)
     if kinds[0] in FLOATS:
         return tuple(script.as_kind(script.unpermute_rope(script.dequantize(tensor.tensor_type, numpy.asarray(tensor.data)), head_size)
                                           .reshape(-1, shape[1]), FLOATS[tensor.tensor_type.name]) for tensor, head_size in parts)

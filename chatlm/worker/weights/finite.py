@@ -41,9 +41,13 @@ def all_below(values: numpy.ndarray, most: float = math.inf) -> bool:
 def scales_are_finite(packing: str, rows) -> bool:
     """Whether all scales of packed rows (n, bytes of a row) uint8, an array or a tensor, are finite."""
     block = BLOCKS[packing]
+    if not block.scale_bytes:
+        return True
     blocks = rows.reshape(-1, block.bytes)
     if packing == "mxfp4":  # exponents: 255 is NaN, and with 253 or 254 the largest code overflows
         return bool(blocks[:, 0].max() < 253)
+    if packing == "iq1_m":  # the upper half of a float16 lies in the upper nibbles of these bytes
+        return not ((blocks[:, 55] & 0x70 == 0x70) & (blocks[:, 53] & 0xC0 == 0xC0)).any()
     exponents = blocks[:, block.scale + 1:block.scale + block.scale_bytes:2] & 0x7C  # of float16
     return bool(exponents.max() < 0x7C)
 

@@ -395,7 +395,7 @@ def growth(tensors: Mapping[str, Unread | MappedRows], stored: Mapping, packed: 
     if held < 1.1 * on_disk:
         return ""
     small = MIXED_BYTES * sum(tensor.n_elements for tensor in stored.values())
-    reason = "types that have no kernels here become Q8_0" if packed else (
+    reason = "types that have no kernels here become Q8_0, and TQ1_0 takes 2 bits a weight" if packed else (
         "torch dequantizes its matrices, which decode_core would keep packed")
     smaller = f"; a file of type Q4_K_M would take about {small / 1e9:,.2f} GB" if packed else ""
     return (f"The file's {on_disk / 1e9:,.2f} GB of weights take {held / 1e9:,.2f} GB in memory: "

@@ -14,7 +14,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import truncated
-from chatlm.worker.arrays.gguf_types import NUMBERED, ROWS, GgufType, block_of
+from chatlm.worker.arrays.gguf_types import NUMBERED, REPACKED, ROWS, GgufType, block_of
 from chatlm.worker.weights.rules import MOST_TENSORS, MOST_TOKENS
 
 VERSIONS = 2, 3
@@ -75,6 +75,9 @@ class TensorInfo(NamedTuple):
         if not 1 <= len(self.sizes) <= 4 or min(self.sizes) < 1:
             raise ValueError(f"the tensor {name} has the sizes {self.sizes[:8]}; it must have 1 to 4, none "
                              "below 1")
+        if mixed := REPACKED.get(self.number):
+            raise ConfigError(f"{path}: the tensor {name} is of type {mixed}, whose rows are mixed for one kind of "
+                              f"CPU; take the file of type {mixed[:-4]}, which every CPU reads")
         if self.number not in NUMBERED:
             raise ConfigError(f"{path}: the tensor {name} is of type {self.number}, which this program does "
                               f"not know; it knows {', '.join(ROWS)}")

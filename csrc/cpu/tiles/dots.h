@@ -83,6 +83,10 @@ DC_INLINE Lanes to_floats(Whole sum) { return {_mm512_cvtepi32_ps(sum.v)}; }
 DC_INLINE __m128i sixteen(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 DC_INLINE Lanes lanes_of_bytes(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen(p)))}; }
 DC_INLINE Lanes lanes_of_signed_bytes(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen(p)))}; }
+DC_INLINE Lanes lanes_of_low_nibbles(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(sixteen(p), _mm_set1_epi8(15))))};
+}
+DC_INLINE Lanes lanes_of_high_nibbles(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(sixteen(p)), 4))}; }
 DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {         // 2^(byte - 127), 0 for a byte of 0
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(sixteen(p)), 23))};
 }
@@ -223,6 +227,15 @@ DC_INLINE Lanes lanes_of_bytes(const uint8_t* p) {
 DC_INLINE Lanes lanes_of_signed_bytes(const uint8_t* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight(p))), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight(p + 8)))};
 }
+DC_INLINE Lanes lanes_of_low_nibbles(const uint8_t* p) {
+    const __m256i low = _mm256_set1_epi32(15);
+    return {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_cvtepu8_epi32(eight(p)), low)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_cvtepu8_epi32(eight(p + 8)), low))};
+}
+DC_INLINE Lanes lanes_of_high_nibbles(const uint8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_srli_epi32(_mm256_cvtepu8_epi32(eight(p)), 4)),
+            _mm256_cvtepi32_ps(_mm256_srli_epi32(_mm256_cvtepu8_epi32(eight(p + 8)), 4))};
+}
 DC_INLINE __m256 powers_of_eight(const uint8_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(eight(p)), 23)); }
 DC_INLINE Lanes powers_of_bytes(const uint8_t* p) { return {powers_of_eight(p), powers_of_eight(p + 8)}; }
 
@@ -343,15 +356,17 @@ DC_INLINE Words look_up(Words codes, const uint8_t* table) {
 DC_INLINE Whole add_fine(Whole sum, Whole fine) { DC_EACH(Whole, vaddq_s32(vshlq_n_s32(sum.v[i], 8), fine.v[i])); }
 DC_INLINE Lanes to_floats(Whole sum) { DC_EACH(Lanes, vcvtq_f32_s32(sum.v[i])); }
 struct WideBytes { uint32x4_t v[4]; };
-DC_INLINE WideBytes widened(const uint8_t* p) {
-    const uint8x16_t bytes = vld1q_u8(p);
+DC_INLINE WideBytes widened(uint8x16_t bytes) {
     const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_high_u8(bytes);
     return {{vmovl_u16(vget_low_u16(low)), vmovl_high_u16(low), vmovl_u16(vget_low_u16(high)), vmovl_high_u16(high)}};
 }
-DC_INLINE Lanes lanes_of_bytes(const uint8_t* p) {
-    const WideBytes wide = widened(p);
+DC_INLINE Lanes lanes_of(uint8x16_t bytes) {
+    const WideBytes wide = widened(bytes);
     DC_EACH(Lanes, vcvtq_f32_u32(wide.v[i]));
 }
+DC_INLINE Lanes lanes_of_bytes(const uint8_t* p) { return lanes_of(vld1q_u8(p)); }
+DC_INLINE Lanes lanes_of_low_nibbles(const uint8_t* p) { return lanes_of(vandq_u8(vld1q_u8(p), vdupq_n_u8(15))); }
+DC_INLINE Lanes lanes_of_high_nibbles(const uint8_t* p) { return lanes_of(vshrq_n_u8(vld1q_u8(p), 4)); }
 DC_INLINE Lanes lanes_of_signed_bytes(const uint8_t* p) {
     const int8x16_t bytes = vreinterpretq_s8_u8(vld1q_u8(p));
     const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
@@ -359,7 +374,7 @@ DC_INLINE Lanes lanes_of_signed_bytes(const uint8_t* p) {
              vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
 }
 DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {
-    const WideBytes wide = widened(p);
+    const WideBytes wide = widened(vld1q_u8(p));
     DC_EACH(Lanes, vreinterpretq_f32_u32(vshlq_n_u32(wide.v[i], 23)));
 }
 #undef DC_EACH
@@ -435,6 +450,16 @@ DC_INLINE Lanes lanes_of_bytes(const uint8_t* p) {
 DC_INLINE Lanes lanes_of_signed_bytes(const uint8_t* p) {
     Lanes y;
     for (int i = 0; i < 16; i++) y.v[i] = float(int8_t(p[i]));
+    return y;
+}
+DC_INLINE Lanes lanes_of_low_nibbles(const uint8_t* p) {
+    Lanes y;
+    for (int i = 0; i < 16; i++) y.v[i] = float(p[i] & 15);
+    return y;
+}
+DC_INLINE Lanes lanes_of_high_nibbles(const uint8_t* p) {
+    Lanes y;
+    for (int i = 0; i < 16; i++) y.v[i] = float(p[i] >> 4);
     return y;
 }
 DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {

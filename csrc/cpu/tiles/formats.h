@@ -7,9 +7,11 @@
 //     PARTS                    1: a scale for 32 columns; 2: one for each 16
 //     OFFSET_SHIFT             weight = scale * (code - 2^OFFSET_SHIFT); NO_OFFSET: weight = scale * code + minimum
 //     TABLE                    of codes, in place of the nibbles in a tile, where there is one
+//     MINIMUMS                 1: a minimum for 32 columns; 2: one for each 16
 //     scale, minimum           of block i of a group, lane r = row r: exact products in float32
 //     Dot                      which of dots.h's dot products
 //     FINE_APART               see tiles.h, numerics
+//     EXPANDS                  its codes are made before a product (grids.h): `put_block` takes 32 columns of a row from a file, not `codes`
 //
 // Adding a type: its row in weights.def, a struct here, and its quantizer in quantize.cpp.
 // A file that includes this defines DC_ISA.
@@ -105,6 +107,55 @@ struct Quants<6> : NibbleOrder {            // after the nibbles two chunks of u
 };
 
 template <>
+struct Quants<2> : NibbleOrder {            // two chunks of pairs of bits, of 16 columns each: the upper pairs of six bits
+    static constexpr int64_t BYTES = 128;
+
+    template <int C>
+    DC_INLINE void unpack(const uint8_t* quants, Words& low, Words& high) {
+        low = take_bits<-2 * C, 3>(load_words_again(quants)), high = take_bits<-2 * C, 3>(load_words_again(quants + 64));
+    }
+    static void put(const uint8_t* codes, uint8_t* quants, int r) {
+        for (int half = 0; half < 2; half++) {
+            uint32_t pairs = 0;
+            for (int c = 0; c < 4; c++) pairs |= (four(codes + 16 * half + 4 * c) & 0x03030303) << 2 * c;
+            put_four(pairs, quants + 64 * half + 4 * r);
+        }
+    }
+    static int code(const uint8_t* quants, int r, int k) { return quants[k / 16 * 64 + 4 * r + k % 4] >> k % 16 / 4 * 2 & 3; }
+};
+
+template <>
+struct Quants<3> : NibbleOrder {            // after the pairs 64 B of third bits: of byte k % 4 of lane r, bit k / 4 is column k's
+    static constexpr int64_t BYTES = 192;
+
+    template <int C>
+    DC_INLINE void unpack(const uint8_t* quants, Words& low, Words& high) {
+        Quants<2>::unpack<C>(quants, low, high);
+        const Words third = load_words_again(quants + 128);
+        low = low | take_bits<2 - C, 4>(third), high = high | take_bits<-2 - C, 4>(third);
+    }
+    static void put(const uint8_t* codes, uint8_t* quants, int r) {
+        Quants<2>::put(codes, quants, r);
+        uint32_t third = 0;
+        for (int c = 0; c < 8; c++) third |= (four(codes + 4 * c) >> 2 & 0x01010101) << c;
+        put_four(third, quants + 128 + 4 * r);
+    }
+    static int code(const uint8_t* quants, int r, int k) {
+        return Quants<2>::code(quants, r, k) | (quants[128 + 4 * r + k % 4] >> k / 4 & 1) << 2;
+    }
+};
+
+template <>
+struct Quants<7> : NibbleOrder {            // a byte each, as they are multiplied: 8 chunks of 64 B
+    static constexpr int64_t BYTES = 512;
+
+    template <int C>
+    DC_INLINE void unpack(const uint8_t* quants, Words& low, Words& high) {
+        low = load_words(quants + 64 * C), high = load_words(quants + 256 + 64 * C);
+    }
+};
+
+template <>
 struct Quants<8> {                          // 8 chunks of 64 B: lane r = columns 4 c .. 4 c + 3
     static constexpr int64_t BYTES = 512;
     static constexpr int NEXT = 8, SECOND = 4;
@@ -139,8 +190,9 @@ inline constexpr int8_t MXFP4_VALUES[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, 
 // Codes without a table. Each Format has these three and adds its own.
 template <int BITS_, int OFFSET_SHIFT_, class Dot_>
 struct Plain : Quants<BITS_> {
-    static constexpr int BITS = BITS_, OFFSET_SHIFT = OFFSET_SHIFT_, PARTS = 1, HALVES = 32;
+    static constexpr int BITS = BITS_, OFFSET_SHIFT = OFFSET_SHIFT_, PARTS = 1, MINIMUMS = 1, HALVES = 32;
     static constexpr bool HAS_MINIMUM = OFFSET_SHIFT_ == NO_OFFSET;
+    static constexpr bool EXPANDS = false;
     using Dot = Dot_;
     DC_INLINE typename Dot::Weights weights(Words codes) { return Dot::weights(codes); }
     static float value(int code) { return float(code - (HAS_MINIMUM ? 0 : 1 << OFFSET_SHIFT_ % 32)); }
@@ -347,6 +399,13 @@ struct Format<Weight::mxfp4> : FileBlock<Weight::mxfp4>, Tabled<MXFP4_VALUES, 4,
 };
 
 #include "cpu/tiles/formats_u4.h"
+}  // namespace DC_ISA
+}  // namespace dc
+
+#include "cpu/tiles/formats_small.h"
+
+namespace dc {
+namespace DC_ISA {
 
 // ---- all of them
 
@@ -358,6 +417,12 @@ static inline auto with_format(Weight type, Visit visit) {
 #include "weights.def"
         default: std::abort();              // of floats
     }
+}
+
+template <class F>
+DC_INLINE Lanes minimum_of(const uint8_t* group, int i, int part) {
+    if constexpr (F::MINIMUMS == 1) return F::minimum(group, i);
+    else return F::minimum(group, i, part);
 }
 
 template <class F>

@@ -237,6 +237,57 @@ void quantize_k(const float* x, bool fifth, uint8_t* to) {          // q4_k, q5_
     put_nibble_pairs(codes, to + (fifth ? 48 : 16));
 }
 
+// Pairs of bits of 256 codes, 128 of them in 32 bytes.
+void put_pairs(const uint8_t* codes, uint8_t* to) {
+    std::memset(to, 0, 64);
+    for (int k = 0; k < 256; k++) {
+        uint8_t& byte = to[k / 128 * 32 + k % 32];
+        byte = uint8_t(byte | (codes[k] & 3) << k % 128 / 32 * 2);
+    }
+}
+
+void quantize_q2_k(const float* x, uint8_t* to) {
+    uint8_t codes[256] = {};
+    Line lines[16];
+    float scale = 0, minimum = 0;
+    for (int i = 0; i < 16; i++) {
+        lines[i] = fit_line(x + 16 * i, 16, 3, codes + 16 * i);
+        scale = std::max(scale, lines[i].scale), minimum = std::max(minimum, -lines[i].minimum);
+    }
+    put_half(scale / 15, to + 80), put_half(minimum / 15, to + 82);
+    const float d = rounded_to_half(scale / 15), dmin = rounded_to_half(minimum / 15);
+    for (int i = 0; i < 16; i++) {
+        const int s = d > 0 ? nearest(lines[i].scale / d, 0, 15) : 0, m = dmin > 0 ? nearest(-lines[i].minimum / dmin, 0, 15) : 0;
+        to[i] = uint8_t(s | m << 4);
+        const float step = d * float(s), base = dmin * float(m), inverse = step > 0 ? 1 / step : 0;
+        for (int k = 16 * i; k < 16 * i + 16; k++) codes[k] = clipped((x[k] + base) * inverse + 0.5f, 3);
+    }
+    put_pairs(codes, to + 16);
+}
+
+void quantize_q3_k(const float* x, uint8_t* to) {
+    float scales[16], largest = 0;
+    for (int i = 0; i < 16; i++) {
+        scales[i] = fit_scale(x + 16 * i, 16, 4, [](float y) { return float(nearest(y, -4, 3)); });
+        if (__builtin_fabsf(scales[i]) > __builtin_fabsf(largest)) largest = scales[i];
+    }
+    put_half(largest / -32, to + 108);
+    const float d = rounded_to_half(largest / -32);
+    uint8_t codes[256];
+    std::memset(to, 0, 108);
+    for (int i = 0; i < 16; i++) {
+        const int s = d == 0 ? 0 : nearest(scales[i] / d, -32, 31), stored = s + 32;
+        uint8_t &low = to[96 + i % 8], &high = to[104 + i % 4];
+        low = uint8_t(low | (stored & 15) << i / 8 * 4), high = uint8_t(high | stored >> 4 << i / 4 * 2);
+        const float step = d * float(s), inverse = step == 0 ? 0 : 1 / step;
+        for (int k = 16 * i; k < 16 * i + 16; k++) {
+            codes[k] = uint8_t(nearest(x[k] * inverse, -4, 3) + 4);
+            to[k % 32] = uint8_t(to[k % 32] | codes[k] >> 2 << k / 32);
+        }
+    }
+    put_pairs(codes, to + 32);
+}
+
 void quantize_q6_k(const float* x, uint8_t* to) {
     float scales[16], largest = 0;
     for (int i = 0; i < 16; i++) {
@@ -303,6 +354,8 @@ void quantize_block(Weight type, const float* x, uint8_t* to) {
             put_nibbles(codes, to + (fifth ? 8 : 4));
             break;
         }
+        case Weight::q2_k: quantize_q2_k(x, to); break;
+        case Weight::q3_k: quantize_q3_k(x, to); break;
         case Weight::q4_k: quantize_k(x, false, to); break;
         case Weight::q5_k: quantize_k(x, true, to); break;
         case Weight::q6_k: quantize_q6_k(x, to); break;

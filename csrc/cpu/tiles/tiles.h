@@ -20,6 +20,14 @@
 //     mxfp4          4   u8 [4][16] exponents                                               4, of a table      0.53125  0.53125
 //     u4_g32         4   d f16 [4][16]; u8 [4][16] zero points                              4                  0.594    0.594
 //     u4_g128        4   d f16 [16]; u8 [16] zero points, 16 B unused                       4                  0.531    0.523
+//     q2_k           8   d, dmin f16 [16]; u8 [16][16] nibbles: scale, minimum of 16 columns  2                0.328    0.328
+//     q3_k           8   d f16 [16], 32 B unused; i8 [16][16], one for 16 columns           3                  0.453    0.430
+//     iq3_s, iq3_xxs 8   d f16 [16]; u8 [4][16] nibbles, one for 32 columns                 see grids.h        0.430, 0.398   0.430, 0.383
+//     iq2_s, iq2_xs  8   d f16 [16]; u8 [8][16] nibbles, one for 16 columns                 see grids.h        0.320, 0.305   0.320, 0.289
+//     iq2_xxs        8   as iq3_xxs                                                         see grids.h        0.273    0.258
+//     iq1_s, iq1_m   8   as iq3_xxs; as iq2_s                                               see grids.h        0.211, 0.227   0.195, 0.219
+//     tq1_0, tq2_0   8   d f16 [16], 32 B unused                                            2                  0.266    0.211, 0.258
+//     nvfp4          2   f16 [4][16], one for 16 columns                                    4, of a table      0.625    0.5625
 //
 // A last group's missing blocks and the last tile's missing rows are zero. K is a multiple of the file's block, 32, 128 or 256. Tiles of
 // one matrix may be of several q types (Tiles::places): a matrix fused from parts that a file stores differently.
@@ -32,7 +40,7 @@
 // numerics  q8_0, q4_0, q4_1, u4_*: y = fma(d * dx, float(int32 sum), y) block after block, or fma(d / 256 * dx, float(256 * int32 sum +
 //           the fine one), y). The others (whose scales are products): y = fma(s * dx, float(int32 sum), y) for each scale s of the
 //           block, and then, with a fine plane, y = fma(s / 256 * dx, float(int32 sum of the fine one), y) for each.
-//           Then, with minimums, y = fma(m, dx * (sum of x8 + sum of fine / 256), y). Float types: y = fma(w, x, y), k after k. One
+//           Then, with minimums, y = fma(m, dx * (sum of x8 + sum of fine / 256), y), for each 16 columns where these have one. Float types: y = fma(w, x, y), k after k. One
 //           accumulator for an output, starting at 0; then + bias, activation, + residual, each rounded. So a row's bits depend
 //           on nothing but the row: not on T, ranges, threads, instruction set.
 //           A block of x with |x| < 1e-24 counts as zero; one that holds a NaN, or more than 1e35, makes its row's outputs NaN:
@@ -230,6 +238,7 @@ struct alignas(64) PanelSet {
     int32_t minus[SET_ROWS];                            // minus the sum of x8
     uint8_t has_fine[SET_ROWS];                         // 1 or 0
     alignas(64) int32_t half_minus[2][SET_ROWS];        // minus the sum of x8 of the first 16 columns, of the others
+    float half_product[2][SET_ROWS];                    // the sum of x of these
     alignas(64) int32_t fine_minus[3][SET_ROWS];        // minus the sum of fine: of all 32, of the first 16, of the others
 };
 

@@ -74,6 +74,7 @@ DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, int panel_row) {
         to.minus[r] = -(q.sum.low + q.sum.high);
         to.has_fine[r] = 0;
         to.half_minus[0][r] = -q.sum.low, to.half_minus[1][r] = -q.sum.high;
+        to.half_product[0][r] = q.scale * float(q.sum.low), to.half_product[1][r] = q.scale * float(q.sum.high);
         for (int part = 0; part < 3; part++) to.fine_minus[part][r] = 0;
         std::memset(panel[b].fine[panel_row], 0, BLOCK);
         scales += q.scale;
@@ -85,6 +86,7 @@ DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, int panel_row) {
         const HalfSums sum = quantize_rest(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), panel[b].fine[panel_row]);
         to.has_fine[r] = 1;
         to.product[r] += to.scale[r] / 256 * float(sum.low + sum.high);
+        to.half_product[0][r] += to.scale[r] / 256 * float(sum.low), to.half_product[1][r] += to.scale[r] / 256 * float(sum.high);
         to.fine_minus[0][r] = -(sum.low + sum.high), to.fine_minus[1][r] = -sum.low, to.fine_minus[2][r] = -sum.high;
     }
 }
@@ -220,6 +222,10 @@ DC_INLINE const T* next_block(const T* p) { return reinterpret_cast<const T*>(re
 template <int PARTS>
 struct Scales { Lanes of[PARTS]; };
 
+// The sums of x that a block's minimum p is multiplied by.
+template <class F>
+DC_INLINE const float* products_of(const PanelSet& set, int p) { return F::MINIMUMS == 1 ? set.product : set.half_product[p]; }
+
 // A block's sums of R rows of a set, and the fine plane's if one of these rows has it, onto the rows' totals. `apart` lies between
 // two parts of `whole`. To a row without a fine plane it makes no difference whether another has one: apart, it adds 0; else
 // d * dx * sum is (d / 256) * dx * (256 * sum), to the bit.
@@ -246,16 +252,18 @@ DC_INLINE void add_block(const uint8_t* quants, const int8_t* x, const PanelSet*
 }
 
 // Rows row .. row + R - 1 of the panel -> y [R][16], beginning with a set if they are more than one holds; `ahead`: prefetch what
-// lies that many bytes further on, unless 0.
-template <Weight TYPE, int R>
+// lies that many bytes further on, unless 0. Of types that are expanded part by part, y has the sums so far.
+template <class F, int R>
 __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64_t ahead, const PanelBlock* panel, int row,
                                       float* y) {
-    using F = Format<TYPE>;
     constexpr int FIRST = R < SET_ROWS ? R : SET_ROWS, OTHERS = R - FIRST;
     const int first = Q_ROWS % SET_ROWS ? row % SET_ROWS : 0;
     const int8_t* x = panel->x[row];
     const PanelSet* set = panel->sets + row / SET_ROWS;
     Lanes total[R] = {};                            // zeroed by a loop, GCC 12 would keep it in memory
+    if constexpr (F::EXPANDS)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) total[r] = load(y + 16 * r);
     for (int64_t b = 0; b < blocks; b++, x = next_block(x), set = next_block(set)) {
         const int64_t i = b % F::BLOCKS;
         const uint8_t* group = tile + b / F::BLOCKS * group_of_blocks_bytes<F>();
@@ -268,9 +276,11 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
         add_block<F, FIRST>(quants, x, set, first, d, whole, R, total);
         if constexpr (OTHERS) add_block<F, OTHERS>(quants, x + FIRST * BLOCK, set + 1, 0, d, whole + FIRST, R, total + FIRST);
         if (!F::HAS_MINIMUM) continue;
-        const Lanes m = F::minimum(group, int(i));
-        for (int r = 0; r < FIRST; r++) add_product(total[r], m, all(set->product[first + r]));
-        for (int r = FIRST; r < R; r++) add_product(total[r], m, all(set[1].product[r - FIRST]));
+        for (int p = 0; p < F::MINIMUMS; p++) {
+            const Lanes m = minimum_of<F>(group, int(i), p);
+            for (int r = 0; r < FIRST; r++) add_product(total[r], m, all(products_of<F>(*set, p)[first + r]));
+            for (int r = FIRST; r < R; r++) add_product(total[r], m, all(products_of<F>(set[1], p)[r - FIRST]));
+        }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) store(y + 16 * r, total[r]);
@@ -327,14 +337,20 @@ FloatKernel pick_float(int rows) {
 template <class W>
 FloatKernel pick_float(int tiles, int rows) { return tiles == PAIR ? pick_float<W, PAIR>(rows) : pick_float<W, 1>(rows); }
 
-template <Weight TYPE, int... ROWS>
-QKernel pick_q(Format<TYPE>, int rows, std::integer_sequence<int, ROWS...>) {
-    static constexpr QKernel kernels[] = {&q_rows<TYPE, rows_at_once(ROWS + 1)>...};
+template <class F, int... ROWS>
+QKernel pick_q(int rows, std::integer_sequence<int, ROWS...>) {
+    static constexpr QKernel kernels[] = {&q_rows<F, rows_at_once(ROWS + 1)>...};
     return kernels[rows - 1];
 }
 
+template <class F>
+QKernel q_kernel(int rows) { return pick_q<F>(rows, std::make_integer_sequence<int, Q_ROWS>()); }
+
 QKernel q_kernel(Weight type, int rows) {
-    return with_format(type, [&](auto format) { return pick_q(format, rows, std::make_integer_sequence<int, Q_ROWS>()); });
+    return with_format(type, [&](auto format) -> QKernel {
+        if constexpr (decltype(format)::EXPANDS) return q_kernel<Expanded<decltype(format)>>(rows);
+        else return q_kernel<decltype(format)>(rows);
+    });
 }
 
 FloatKernel float_kernel(Weight type, int tiles, int rows) {
@@ -377,16 +393,131 @@ void multiply_blocks(const Meeting& m, Sums& out) {
     }
 }
 
+// ---- types whose codes are made before: 256 columns of a tile for all rows that meet it
+
+// Some tiles, one after another, times groups [first, end), at most EXPANDED_GROUPS.
+struct Gathering {
+    const Product& job;
+    int64_t tile, tile_bytes;
+    int tiles;
+    int64_t first, end;
+
+    const uint8_t* panel(int64_t group) const {
+        return static_cast<const uint8_t*>(job.prepared) + group / (PANEL_ROWS / GROUP_ROWS) * panel_bytes(job.tiles.type, job.tiles.columns);
+    }
+    int rows(int64_t group) const { return int(least(GROUP_ROWS, job.rows - group * GROUP_ROWS)); }
+};
+
+constexpr int64_t EXPANDED_GROUPS = 8;
+
+// A group's scales, and after them its codes.
+template <class F>
+__attribute__((noinline)) void expand_group(const uint8_t* group, uint8_t* to) {
+    std::memcpy(to, group, F::SCALE_BYTES);
+    to += F::SCALE_BYTES;
+    uint16_t numbers[F::MORE ? F::BLOCKS : 1][16 * F::ENTRIES];
+    for (int i = 0; F::MORE && i < F::BLOCKS; i++) F::find_numbers(quants_of<F>(group, i), numbers[i]);
+    for (int i = 0; i < F::BLOCKS; i++) {
+        prefetch_block<F>(group, i, AHEAD);
+        F::expand(quants_of<F>(group, i), numbers[F::MORE ? i : 0], to + i * Expanded<F>::BYTES);
+    }
+}
+
+#if defined(__AVX512F__)
+template <class F>
+DC_VBMI __attribute__((noinline)) void expand_group_in_registers(const uint8_t* group, uint8_t* to) {
+    std::memcpy(to, group, F::SCALE_BYTES);
+    for (int i = 0; i < F::BLOCKS; i++) {
+        prefetch_block<F>(group, i, AHEAD);
+        expand_in_registers<F>(quants_of<F>(group, i), to + F::SCALE_BYTES + i * Expanded<F>::BYTES);
+    }
+}
+#endif
+
+using Expander = void (*)(const uint8_t* group, uint8_t* to);
+
+template <class F>
+Expander expander() {
+#if defined(__AVX512F__)
+    static const bool vbmi = cpu_has("avx512_vbmi");
+    if (vbmi) return expand_group_in_registers<F>;
+#endif
+    return expand_group<F>;
+}
+
+// Tile t of these onto the sums of each group.
+template <class F>
+void multiply_expanded(const Gathering& g, int t, const uint8_t* tile, Sums* sums) {
+    alignas(64) uint8_t memory[64 + group_of_blocks_bytes<Expanded<F>>()];
+    uint8_t* const expanded = memory + 64 - F::SCALE_BYTES % 64;               // so that codes are aligned
+    const Expander expand = expander<F>();
+    for (int64_t group = g.first; group < g.end; group++)
+        for (int r = 0; r < GROUP_ROWS; r++) store(sums[group - g.first].y[t][r], all(0.0f));
+    for (int64_t b = 0; b < g.job.tiles.columns / BLOCK; b += F::BLOCKS, tile += group_of_blocks_bytes<F>()) {
+        expand(tile, expanded);
+        for (int64_t group = g.first; group < g.end; group++) {
+            const int first = int(group % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS, rows = g.rows(group);
+            for (int row = 0, n; row < rows; row += n) {
+                n = rows_at_once(int(least(Q_ROWS, rows - row)));
+                q_kernel<Expanded<F>>(n)(expanded, F::BLOCKS, 0, reinterpret_cast<const PanelBlock*>(g.panel(group)) + b, first + row,
+                                         sums[group - g.first].y[t][row]);
+            }
+        }
+    }
+}
+
+void multiply_gathered(const Gathering& g, void (*finish)(const Product&, int64_t, int, int64_t, int, const Sums&)) {
+    Sums sums[EXPANDED_GROUPS];
+    for (int t = 0; t < g.tiles; t++) {
+        const TilePlace place = tile_of(g.job.tiles, g.tile + t, g.tile_bytes);
+        with_format(place.type, [&](auto format) {
+            using F = decltype(format);
+            if constexpr (F::EXPANDS) multiply_expanded<F>(g, t, place.memory, sums);
+            else
+                for (int64_t group = g.first; group < g.end; group++) {
+                    Sums alone;
+                    multiply_blocks({g.job.tiles, g.tile + t, g.tile_bytes, 1, g.panel(group), group, g.rows(group), group == g.first ? AHEAD : 0}, alone);
+                    std::memcpy(sums[group - g.first].y[t], alone.y[0], sizeof alone.y[0]);
+                }
+        });
+    }
+    for (int64_t group = g.first; group < g.end; group++) {
+        Sums& own = sums[group - g.first];
+        if (g.job.adapted.adapters) add_adapters(g.job, g.tile, g.tiles, group * GROUP_ROWS, g.rows(group), own);
+        for (int r = 0; r < g.rows(group); r++) finish(g.job, g.tile, g.tiles, group * GROUP_ROWS + r, r, own);
+    }
+}
+
+bool expands(Weight type) {
+    return !is_float(type) && with_format(type, [](auto format) { return decltype(format)::EXPANDS; });
+}
+
+bool any_expands(const Tiles& w, int64_t tile, int64_t end) {
+    if (!w.places) return expands(w.type);
+    for (; tile < end; tile++)
+        if (expands(w.places[tile].type)) return true;
+    return false;
+}
+
+// ---- all
+
 void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end) {
     const Tiles& w = job.tiles;
     const bool gated = is_gate(job.activation);
     constexpr int64_t GROUPS = PANEL_ROWS / GROUP_ROWS;
     const int64_t bytes = tile_bytes(w.type, w.columns), whole = panel_bytes(w.type, w.columns);
-    const int64_t fit = GROUPS_BYTES * GROUPS / whole, at_once = fit > 1 ? fit : 1, step = is_float(w.type) || gated ? PAIR : 1;
+    const bool gathers = any_expands(w, tile_begin, tile_end);
+    const int64_t fit = GROUPS_BYTES * GROUPS / whole, enough = gathers ? 4 : 1;        // an expanded tile is to serve some rows
+    const int64_t at_once = gathers ? least(fit > enough ? fit : enough, EXPANDED_GROUPS) : fit > 1 ? fit : 1;
+    const int64_t step = is_float(w.type) || gated ? PAIR : 1;
     const auto multiply_some = is_float(w.type) ? multiply_floats : multiply_blocks;
     const auto finish = gated ? finish_gated_row : finish_row;
     for (int64_t first = group_begin; first < group_end; first += at_once)
-        for (int64_t tile = tile_begin; tile < tile_end; tile += step)
+        for (int64_t tile = tile_begin; tile < tile_end; tile += step) {
+            if (gathers) {
+                multiply_gathered({job, tile, bytes, int(least(step, tile_end - tile)), first, least(first + at_once, group_end)}, finish);
+                continue;
+            }
             for (int64_t group = first; group < least(first + at_once, group_end); group++) {
                 const int64_t row = group * GROUP_ROWS;
                 const Meeting m{w, tile, bytes, int(least(step, tile_end - tile)),
@@ -397,6 +528,7 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
                 if (job.adapted.adapters) add_adapters(job, tile, m.tiles, row, m.rows, sums);
                 for (int r = 0; r < m.rows; r++) finish(job, tile, m.tiles, row + r, r, sums);
             }
+        }
 }
 
 }  // namespace

@@ -159,7 +159,7 @@ DC_WIDE void add_unit(Role role, const PanelBlock& x, const uint8_t* group, int 
     }
 #undef DC_SCALE
     if (!F::HAS_MINIMUM || role == Role::first) return;
-    const Lanes m = F::minimum(group, i);
+    const Lanes m = minimum_of<F>(group, i, 0);
     DC_FOR_ROWS add_product(total[r], m, all(x.sets[r / SET_ROWS].product[r % SET_ROWS]));
 }
 

@@ -75,6 +75,19 @@ bool scales_are_finite(const uint8_t* group) {
 
 // ---- filling. The functions that fill a tile return whether it holds neither.
 
+// A file's block of a row into a group of a tile, from its block i of 32 columns on.
+template <class F>
+void put_file_block(const uint8_t* block, uint8_t* group, int i, int r) {
+    F::put_scales(block, group, i, r);
+    uint8_t codes[F::FILE_COLUMNS];
+    if constexpr (!F::EXPANDS) F::codes(block, codes);
+    for (int n = 0; n < F::FILE_COLUMNS / BLOCK; n++) {
+        uint8_t* const quants = group + F::SCALE_BYTES + (i + n) * F::BYTES;
+        if constexpr (F::EXPANDS) F::put_block(block, n, quants, r);
+        else F::put(codes + n * BLOCK, quants, r);
+    }
+}
+
 // Block j of a row of floats as a GGUF block of F's type, into `made`; returns whether these are all finite.
 template <class F>
 bool make_block(const uint8_t* row, Weight source_type, int64_t j, Weight type, uint8_t* made) {
@@ -90,17 +103,14 @@ template <class F>
 bool fill_q_tile(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
     constexpr int64_t EACH = F::FILE_COLUMNS / BLOCK;           // blocks of 32 columns in one of the file's
     const int64_t blocks = columns / BLOCK, padded = (blocks + F::BLOCKS - 1) / F::BLOCKS * F::BLOCKS;
-    uint8_t nothing[F::FILE_BYTES] = {}, made[F::FILE_BYTES], codes[F::FILE_COLUMNS];
+    uint8_t nothing[F::FILE_BYTES] = {}, made[F::FILE_BYTES];
     bool finite = true;
     for (int64_t b = 0; b < padded; b += EACH)
         for (int r = 0; r < TILE_ROWS; r++) {
             const bool real = r < rows && b < blocks, floats = real && is_float(source_type);
             const uint8_t *row = source + r * row_stride, *block = floats ? made : real ? row + b / EACH * F::FILE_BYTES : nothing;
             if (floats) finite &= make_block<F>(row, source_type, b / EACH, to.type, made);
-            uint8_t* group = to.memory + b / F::BLOCKS * group_of_blocks_bytes<F>();
-            F::codes(block, codes);
-            F::put_scales(block, group, int(b % F::BLOCKS), r);
-            for (int64_t i = 0; i < EACH; i++) F::put(codes + i * BLOCK, group + F::SCALE_BYTES + (b % F::BLOCKS + i) * F::BYTES, r);
+            put_file_block<F>(block, to.memory + b / F::BLOCKS * group_of_blocks_bytes<F>(), int(b % F::BLOCKS), r);
         }
     for (int64_t b = 0; b < padded; b += F::BLOCKS) finite &= scales_are_finite<F>(to.memory + b / F::BLOCKS * group_of_blocks_bytes<F>());
     return finite;
@@ -174,15 +184,15 @@ void read_float_row(const uint8_t* tile, int64_t columns, int64_t r, float* out)
 
 template <class F>
 void read_q_row(const uint8_t* tile, int64_t columns, int64_t r, float* out) {
-    float scale[F::PARTS][16], minimum[16];
+    float scale[F::PARTS][16], minimum[F::MINIMUMS][16];
     for (int64_t b = 0; b < columns / BLOCK; b++, out += BLOCK) {
         const uint8_t* group = tile + b / F::BLOCKS * group_of_blocks_bytes<F>();
         const int i = int(b % F::BLOCKS);
         for (int p = 0; p < F::PARTS; p++) store(scale[p], F::scale(group, i, p));
-        store(minimum, F::minimum(group, i));
+        for (int p = 0; p < F::MINIMUMS; p++) store(minimum[p], minimum_of<F>(group, i, p));
         for (int k = 0; k < BLOCK; k++) {
             const float scaled = scale[k * F::PARTS / BLOCK][r] * F::value(F::code(quants_of<F>(group, i), int(r), k));
-            out[k] = F::HAS_MINIMUM ? scaled + minimum[r] : scaled;
+            out[k] = F::HAS_MINIMUM ? scaled + minimum[k * F::MINIMUMS / BLOCK][r] : scaled;
         }
     }
 }
@@ -190,15 +200,20 @@ void read_q_row(const uint8_t* tile, int64_t columns, int64_t r, float* out) {
 // With the scales of one block of 32 columns at a time in a group of its own.
 template <class F>
 void read_block_row(const uint8_t* row, int64_t columns, float* out) {
-    uint8_t group[F::SCALE_BYTES] = {}, codes[F::FILE_COLUMNS];
+    uint8_t group[F::SCALE_BYTES] = {}, codes[F::FILE_COLUMNS], quants[F::BYTES] = {};
     float scale[16], minimum[16];
     for (int64_t c = 0; c < columns; c += F::FILE_COLUMNS, row += F::FILE_BYTES) {
-        F::codes(row, codes);
         F::put_scales(row, group, 0, 0);
+        if constexpr (!F::EXPANDS) F::codes(row, codes);
+        else
+            for (int k = 0; k < F::FILE_COLUMNS; k++) {
+                if (k % BLOCK == 0) F::put_block(row, k / BLOCK, quants, 0);
+                codes[k] = uint8_t(F::code(quants, 0, k % BLOCK));
+            }
         for (int64_t k = 0; k < F::FILE_COLUMNS; k += BLOCK / F::PARTS) {
             const int block = int(k / BLOCK);
             store(scale, F::scale(group, block, int(k % BLOCK * F::PARTS / BLOCK)));
-            store(minimum, F::minimum(group, block));
+            store(minimum, minimum_of<F>(group, block, int(k % BLOCK * F::MINIMUMS / BLOCK)));
             for (int64_t i = k; i < k + BLOCK / F::PARTS; i++) {
                 const float scaled = scale[0] * F::value(codes[i]);
                 out[c + i] = F::HAS_MINIMUM ? scaled + minimum[0] : scaled;

@@ -173,6 +173,8 @@ NAME = "blk.0.ffn_up.weight"        # (512, 256) float32, which is type 0
     ((), 0, 0, "has the sizes []"), ((1,) * 5, 0, 0, "has the sizes [1, 1, 1, 1, 1]"),
     ((512, 250), 2, 0, "has rows of 250; its type needs a multiple of 32"),
     ((512, 256), 200, 0, "is of type 200, which this program does not know"),
+    ((512, 256), 31, 0, "is of type Q4_0_4_4, whose rows are mixed for one kind of CPU; take the file of type Q4_0, which"),
+    ((512, 256), 38, 0, "is of type IQ4_NL_8_8, whose rows are mixed for one kind of CPU; take the file of type IQ4_NL, which"),
     ((512, 256), 24, 0, NAME + " is of type I8, which the gguf package cannot dequantize"),
     ((256, 512), 0, 0, NAME + " is (256, 512) instead of (512, 256)"),
     ((131072,), 0, 0, NAME + " is (131072,) instead of (512, 256)")])
@@ -596,7 +598,8 @@ def test_an_adapter_s_tensor_with_nan_is_named_and_what_it_makes_of_the_model_s(
 
 
 F16_SCALES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2],
-              "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0], "TQ1_0": [52], "TQ2_0": [64]}
+              "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0], "TQ1_0": [52], "TQ2_0": [64],
+              "IQ3_S": [0], "IQ3_XXS": [0], "IQ2_S": [0], "IQ2_XS": [0], "IQ2_XXS": [0], "IQ1_S": [0]}
 
 
 def blocks_of(kind, shape):
@@ -621,6 +624,19 @@ def test_a_gguf_s_packed_tensor_whose_scale_is_no_number_is_named(tmp_path, name
         write_gguf(path, good | {tensor: (blocks, kind)}, LLAMA_NUMBERS)
         found, fault = refusal(path)
         assert found == tensor and "NaN or infinite" in fault
+
+
+def test_a_scale_of_iq1_m_that_lies_in_four_nibbles_is_looked_at(tmp_path, kernels):
+    kind, path, good = gguf.GGMLQuantizationType["IQ1_M"], tmp_path / "tiny.gguf", random_llama()
+    good = {key: (numpy.full((each.shape[0], each.shape[1] // 256 * 56), 0x21, numpy.uint8), kind) if each.ndim == 2 else each
+            for key, each in good.items()}
+    load(write_gguf(path, good, LLAMA_NUMBERS))
+    for upper, lower in ((0x7F, 0xF0), (0xFF, 0xC0)):
+        blocks = good["blk.0.ffn_up.weight"][0].copy()
+        blocks.reshape(-1, 56)[-3, [55, 53]] = upper, lower
+        write_gguf(path, good | {"blk.0.ffn_up.weight": (blocks, kind)}, LLAMA_NUMBERS)
+        found, fault = refusal(path)
+        assert found == "blk.0.ffn_up.weight" and "NaN or infinite" in fault
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])

@@ -328,14 +328,16 @@ def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(
 
 
 @pytest.mark.skipif(decode_core() is None, reason="only decode_core quantizes")
-@pytest.mark.parametrize("kind", ["q8_0", "q4_k", "q4_0"])
-def test_what_quantized_floats_will_take_is_known_before_they_are_read(kind, tmp_path):
+@pytest.mark.parametrize("kind, kl", [("q8_0", ""), ("q4_k", ""), ("q4_0", ""), ("q3_k", "is 1.05"), ("q2_k", "is 6.2")])
+def test_what_quantized_floats_will_take_and_lose_is_known_before_they_are_read(kind, kl, tmp_path, caplog):
     settings = Settings(model=str(save(make_model("llama2", hidden_size=256, intermediate_size=512), tmp_path)), quantize=kind)
     source = resolve_model(settings)
     needed = weight_bytes(open_model(source, settings), kind)
     _, engine = build_engine(source, settings, torch.device("cpu"))
     held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
-    assert 0.9 < needed / held < 1.1
+    assert 0.85 < needed / held < 1.1
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING" and "--quantize" in record.message]
+    assert len(warnings) == bool(kl) and all(f"--quantize {kind}" in warning and kl in warning for warning in warnings)
 
 
 # --- config.json as published ------------------------------------------------------------------------------------

@@ -640,8 +640,8 @@ def test_a_bad_meta_file_is_named(broken, meta, words):
 # --- GGUF --------------------------------------------------------------------------------------------------------------------
 # K-quants and others that the package cannot make: random bytes, with the 16-bit scales at these offsets set to small numbers
 BLOCK_SCALES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
-                "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0], "MXFP4": [], "TQ1_0": [52], "TQ2_0": [64]}
-OTHERS = ("Q2_K", "Q3_K", "TQ1_0", "TQ2_0")         # types without tiles of their own
+                "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0], "MXFP4": [], "TQ1_0": [52], "TQ2_0": [64],
+                "IQ3_S": [0], "IQ3_XXS": [0], "IQ2_S": [0], "IQ2_XS": [0], "IQ2_XXS": [0], "IQ1_S": [0], "IQ1_M": [], "NVFP4": []}
 
 
 def random_blocks(kind, rows, columns, dice):
@@ -650,6 +650,8 @@ def random_blocks(kind, rows, columns, dice):
     blocks = dice.integers(0, 256, (rows * columns // elements, size), dtype=numpy.uint8)
     if kind.name == "MXFP4":
         blocks[:, 0] = dice.integers(115, 122, len(blocks))
+    if kind.name == "IQ1_M":                # whose scale lies in four nibbles
+        blocks[:, 55] &= 0xA0
     for offset in BLOCK_SCALES.get(kind.name, []):
         blocks[:, offset:offset + 2] = dice.normal(0, 0.01, (len(blocks), 1)).astype(numpy.float16).view(numpy.uint8)
     if kind.name in ("F16", "BF16"):
@@ -674,11 +676,11 @@ def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name)
     # q, k and v are merged into one matrix
     stored["blk.0.attn_v.weight"] = random_llama()["blk.0.attn_v.weight"]
     model = load(write_gguf(tmp_path / "tiny.gguf", stored, LLAMA_NUMBERS), None)
-    becomes = "Q8_0" if name in OTHERS else "BF16" if name == "F32" else name
+    becomes = "BF16" if name == "F32" else name
     from decode_core.tiles import Arena, Matrix
     held = Matrix(Arena(1 << 20), becomes.lower(), *expected_tensors(model.spec)["0.down"]).nbytes
     assert model.tensors["0.down"].nbytes == held
-    assert ("become Q8_0" in model.grows) == ("Q4_K_M" in model.grows) == (name in OTHERS)
+    assert not model.grows
     down, exact = model.tensors["0.down"].read(), torch.from_numpy(gguf.dequantize(*stored["blk.0.ffn_down.weight"])
                                                             if name != "F32" else stored["blk.0.ffn_down.weight"])
     if becomes in ("F16", "BF16"):
@@ -696,20 +698,24 @@ def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name)
     else:
         assert "re-quantized from F32 to Q8_0: 1 tensors (blk.0.attn_v.weight" in model.description
         qkv = model.tensors["0.qkv"].read()
-        first = "q8_0" if name in (*OTHERS, "F16", "BF16") else name.lower()
+        first = "q8_0" if name in ("F16", "BF16") else name.lower()
         assert qkv.kind == " with ".join(sorted({first, "q8_0"})) and qkv.shape == (512, 256)
         changed = {"F16": "re-quantized from F16 to Q8_0: 2 tensors (blk.0.attn_q.weight", "BF16": "re-quantized from BF16 to Q8_0: 2 tensors"}
-        changed |= {other: f"re-quantized from {other} to Q8_0: 7 tensors (token_embd.weight" for other in OTHERS}
         assert changed.get(name, "") in model.description
         assert model.description.count("re-quantized") == 1 + (name in changed)
 
 
+MIXED = {"attn_q": "Q4_K", "attn_k": "IQ4_XS", "attn_v": "Q6_K", "attn_output": "Q5_K", "ffn_gate": "Q4_K", "ffn_up": "Q5_K",
+         "ffn_down": "MXFP4", "token_embd": "Q6_K"}
+SMALL = {"attn_q": "IQ2_XS", "attn_k": "Q2_K", "attn_v": "Q4_K", "attn_output": "IQ3_S", "ffn_gate": "IQ2_XXS", "ffn_up": "Q3_K",
+         "ffn_down": "IQ3_XXS", "token_embd": "Q2_K"}        # as files of two and three bits mix them
+
+
 @pytest.mark.skipif(decode_core() is None, reason="weights stay as stored only where decode_core runs")
-def test_a_file_of_many_types_computes_what_its_dequantized_weights_say(tmp_path):
+@pytest.mark.parametrize("kinds", [MIXED, SMALL], ids=["four bits and more", "two and three bits"])
+def test_a_file_of_many_types_computes_what_its_dequantized_weights_say(tmp_path, kinds):
     """Mixed as by llama-quantize: q, k and v of one matrix differ, and so do gate and up; logits beside float32's."""
     dice, plain = numpy.random.default_rng(2), random_llama(numbers=LLAMA_NUMBERS | {"llama.block_count": 2})
-    kinds = {"attn_q": "Q4_K", "attn_k": "IQ4_XS", "attn_v": "Q6_K", "attn_output": "Q5_K", "ffn_gate": "Q4_K", "ffn_up": "Q5_K",
-             "ffn_down": "MXFP4", "token_embd": "Q6_K"}
     def packed(name, tensor):
         kind = next((gguf.GGMLQuantizationType[kind] for part, kind in kinds.items() if part in name), None)
         if not kind:
@@ -725,7 +731,8 @@ def test_a_file_of_many_types_computes_what_its_dequantized_weights_say(tmp_path
     model = load(path, None)
     assert "re-quantized" not in model.description
     tensors = tensors_of(model)
-    assert tensors["0.qkv"].kind == "iq4_xs with q4_k with q6_k" and tensors["0.gate_up"].kind == "q4_k with q5_k"
+    for whole, parts in (("0.qkv", ("attn_q", "attn_k", "attn_v")), ("0.gate_up", ("ffn_gate", "ffn_up"))):
+        assert tensors[whole].kind == " with ".join(sorted(kinds[part].lower() for part in parts))
     packed_bytes = sum(tensor[0].nbytes for tensor in stored.values() if isinstance(tensor, tuple))
     held = [tensor for tensor in tensors.values() if hasattr(tensor, "parts")]
     assert sum(rows.nbytes for tensor in {id(tensor): tensor for tensor in held}.values() for _, rows in tensor.parts) == packed_bytes

@@ -1,0 +1,114 @@
+// The types of two and three bits: as the others of formats.h, which includes this.
+#pragma once
+
+#include "cpu/tiles/formats.h"
+#include "cpu/tiles/grids.h"
+
+namespace dc {
+namespace DC_ISA {
+
+// 64 bytes: pairs of bits of 256 columns, 128 of them in 32 bytes.
+static inline void codes_of_pairs(const uint8_t* from, uint8_t* codes) {
+    for (int i = 0; i < 8; i++)
+        for (int k = 0; k < 32; k++) codes[32 * i + k] = from[i / 4 * 32 + k] >> i % 4 * 2 & 3;
+}
+
+template <>
+struct Format<Weight::q2_k> : FileBlock<Weight::q2_k>, Plain<2, NO_OFFSET, NibbleDot> {
+    static constexpr int64_t BLOCKS = 8, SCALE_BYTES = 320;     // d, dmin f16 [16]; u8 [16][16]: of 16 columns the scale, and the minimum above it
+    static constexpr int PARTS = 2, MINIMUMS = 2;
+    static constexpr bool FINE_APART = true;
+
+    static void codes(const uint8_t* block, uint8_t* codes) { codes_of_pairs(block + 16, codes); }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        copy_half(block + 80, group + 2 * r), copy_half(block + 82, group + 32 + 2 * r);
+        for (int i = 0; i < 16; i++) group[64 + 16 * i + r] = block[i];
+    }
+    DC_INLINE Lanes scale(const uint8_t* group, int i, int part) {
+        return halves(group) * lanes_of_low_nibbles(group + 64 + 32 * i + 16 * part);
+    }
+    DC_INLINE Lanes minimum(const uint8_t* group, int i, int part) {
+        return all(0.0f) - halves(group + 32) * lanes_of_high_nibbles(group + 64 + 32 * i + 16 * part);
+    }
+};
+
+template <>
+struct Format<Weight::q3_k> : FileBlock<Weight::q3_k>, Plain<3, 2, NibbleDot> {
+    static constexpr int64_t BLOCKS = 8, SCALE_BYTES = 320;     // d f16 [16], 32 B, i8 [16][16]
+    static constexpr int PARTS = 2, HALVES = 16;
+    static constexpr bool FINE_APART = true;
+
+    static void codes(const uint8_t* block, uint8_t* codes) {
+        codes_of_pairs(block + 32, codes);
+        for (int i = 0; i < 8; i++)
+            for (int k = 0; k < 32; k++) codes[32 * i + k] = uint8_t(codes[32 * i + k] | (block[k] >> i & 1) << 2);
+    }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        copy_half(block + 108, group + 2 * r);
+        for (int i = 0; i < 16; i++) {                          // 6 bits: nibbles in 8 bytes, pairs of bits in 4
+            const int low = block[96 + i % 8] >> i / 8 * 4 & 15, high = block[104 + i % 4] >> i / 4 * 2 & 3;
+            group[64 + 16 * i + r] = uint8_t((low | high << 4) - 32);
+        }
+    }
+    DC_INLINE Lanes scale(const uint8_t* group, int i, int part) {
+        return halves(group) * lanes_of_signed_bytes(group + 64 + 32 * i + 16 * part);
+    }
+};
+
+// ---- one scale for 256 columns, weights of -1, 0 and 1 times it
+
+struct Ternary : Plain<2, 0, NibbleDot> {
+    static constexpr int64_t BLOCKS = 8, SCALE_BYTES = 64;      // d f16 [16], 32 B
+    static constexpr int HALVES = 16;
+    static constexpr bool FINE_APART = true;
+    DC_INLINE Lanes scale(const uint8_t* group, int, int) { return halves(group); }
+};
+
+template <>
+struct Format<Weight::tq1_0> : FileBlock<Weight::tq1_0>, Ternary {
+    static void codes(const uint8_t* block, uint8_t* codes) {
+        for (int n = 0; n < 5; n++) {                           // five in a byte: digits of a fraction in base 3
+            for (int k = 0; k < 32; k++) codes[32 * n + k] = digit(block[k], n);
+            for (int k = 0; k < 16; k++) codes[160 + 16 * n + k] = digit(block[32 + k], n);
+        }
+        for (int n = 0; n < 4; n++)
+            for (int k = 0; k < 4; k++) codes[240 + 4 * n + k] = digit(block[48 + k], n);
+    }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) { copy_half(block + 52, group + 2 * r); }
+
+private:
+    static uint8_t digit(int fraction, int n) {
+        constexpr int POWERS[5] = {1, 3, 9, 27, 81};
+        return uint8_t((fraction * POWERS[n] & 255) * 3 >> 8);
+    }
+};
+
+template <>
+struct Format<Weight::tq2_0> : FileBlock<Weight::tq2_0>, Ternary {
+    static void codes(const uint8_t* block, uint8_t* codes) { codes_of_pairs(block, codes); }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) { copy_half(block + 64, group + 2 * r); }
+};
+
+// ---- as mxfp4, with a scale for 16 columns: 4 bits of exponent, 3 of mantissa, which a float16 has too
+
+template <>
+struct Format<Weight::nvfp4> : FileBlock<Weight::nvfp4>, Tabled<MXFP4_VALUES, 4, NibbleDot> {
+    static constexpr int64_t BLOCKS = 2, SCALE_BYTES = 128;     // f16 [4][16]; a sum has half a block's products of five bits
+    static constexpr int PARTS = 2, HALVES = 64;
+    static constexpr bool FINE_APART = true;
+
+    static void codes(const uint8_t* block, uint8_t* codes) {
+        for (int i = 0; i < 4; i++)
+            for (int k = 0; k < 8; k++) codes[16 * i + k] = block[4 + 8 * i + k] & 15, codes[16 * i + 8 + k] = block[4 + 8 * i + k] >> 4;
+    }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        for (int i = 0; i < 4; i++) {
+            const int scale = block[i] == 0x7f ? 0 : (block[i] & 0x7f) << 7;        // 2^-8 of it; its NaN counts as 0
+            group[32 * i + 2 * r] = uint8_t(scale), group[32 * i + 2 * r + 1] = uint8_t(scale >> 8);
+        }
+    }
+    DC_INLINE Lanes scale(const uint8_t* group, int i, int part) { return halves(group + 64 * i + 32 * part) * all(128.0f); }
+};
+
+}  // namespace DC_ISA
+}  // namespace dc

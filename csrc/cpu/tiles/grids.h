@@ -1,0 +1,426 @@
+// Types whose files store numbers of entries of a grid (grids.def): IQ2_*, IQ3_*, IQ1_*. Their tiles keep these numbers, so that they
+// take about what the file takes; a product makes codes of 256 columns of a tile, a byte each, in the L1 cache, for all rows of x
+// that meet them (`Expanded`, multiply_expanded in tiles.inl.h).
+//
+// layout   a block of 32 columns of a tile, EACH columns an entry, n = 0 .. 32 / EACH - 1:
+//              low bytes of the numbers [n][16]
+//              SIGNED: 64 B of signs: of byte k % 4 of lane r, bit k / 4 is column k's
+//              more bits of the numbers [HIGH][n] u16, bit r = row r; of IQ1_* the last is the sign of what is added to 8 columns
+// mapping  a load from the grid for each entry, whose 8 columns of 16 rows are shuffled into words of 4; with VBMI a grid lies in registers,
+//          as two bytes of digits for an entry, and 64 entries are looked up at once
+// cost     of 32 columns on Zen 5: 46 to 90 cycles by loads, 18 to 44 with VBMI
+// numerics a code is a weight's integer plus 2^OFFSET_SHIFT, as everywhere: grid entries have it added already, and a code whose
+//          weight is negative is 2 * 2^OFFSET_SHIFT minus that. So integer sums and scales are those of the other types
+#pragma once
+
+#include "cpu/tiles/formats.h"
+
+namespace dc {
+
+// Entries as bytes: the magnitudes of 8 or 4 columns, plus 2^OFFSET_SHIFT of their type (grids.cpp).
+template <int EACH, int COUNT>
+struct Grid;
+template <int COUNT>
+struct alignas(64) Grid<8, COUNT> { uint64_t of[COUNT]; };
+template <int COUNT>
+struct alignas(64) Grid<4, COUNT> { uint32_t of[COUNT]; };
+
+extern const Grid<8, 256> GRID_IQ2_XXS;
+extern const Grid<8, 512> GRID_IQ2_XS;
+extern const Grid<8, 1024> GRID_IQ2_S;
+extern const Grid<4, 256> GRID_IQ3_XXS;
+extern const Grid<4, 512> GRID_IQ3_S;
+extern const Grid<8, 2048> GRID_IQ1;
+
+// The same entries as digits, the lower 8 of their 16 or 12 bits and the others, and the magnitude of each digit, plus 2^OFFSET_SHIFT.
+template <int COUNT>
+struct alignas(64) Digits { uint8_t low[COUNT], high[COUNT], magnitudes[64]; };
+
+extern const Digits<256> DIGITS_IQ2_XXS;
+extern const Digits<512> DIGITS_IQ2_XS;
+extern const Digits<1024> DIGITS_IQ2_S;
+extern const Digits<256> DIGITS_IQ3_XXS;
+extern const Digits<512> DIGITS_IQ3_S;
+extern const Digits<2048> DIGITS_IQ1;
+
+namespace DC_ISA {
+
+// 8 signs of which a file stores 7: the eighth makes the number of minuses even.
+static inline int eight_signs(int seven) { return seven | (__builtin_popcount(unsigned(seven)) & 1) << 7; }
+
+// Of 16 entries of a grid: their numbers, of which low bytes and more bits lie apart, the planes of these STEP bytes from each other.
+template <int HIGH, int STEP>
+DC_INLINE void numbers_of(const uint8_t* low, const uint8_t* high, uint16_t* to) {
+#if defined(__AVX2__)
+    __m256i numbers = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low)));
+    const __m256i bits = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+    for (int h = 0; h < HIGH; h++) {
+        uint16_t plane;
+        std::memcpy(&plane, high + STEP * h, 2);
+        const __m256i set = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(short(plane)), bits), bits);
+        numbers = _mm256_or_si256(numbers, _mm256_and_si256(set, _mm256_set1_epi16(short(256 << h))));
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), numbers);
+#else
+    for (int r = 0; r < 16; r++) {
+        int number = low[r];
+        for (int h = 0; h < HIGH; h++) {
+            uint16_t plane;
+            std::memcpy(&plane, high + STEP * h, 2);
+            number |= (plane >> r & 1) << (8 + h);
+        }
+        to[r] = uint16_t(number);
+    }
+#endif
+}
+
+#if defined(__AVX2__)
+
+// Numbers of 8 rows, read at once: entries leave little room for other loads.
+template <class Number>
+struct Eight {
+    uint64_t of[sizeof(Number)];
+    explicit Eight(const Number* numbers) { std::memcpy(of, numbers, sizeof of); }
+    Number operator[](int i) const {
+        constexpr int EACH = 8 / int(sizeof(Number));
+        return Number(of[i / EACH] >> i % EACH * 8 * int(sizeof(Number)));
+    }
+};
+
+// Entries of 8 bytes of 8 rows -> words of their first 4 columns, and of the others.
+template <class Number>
+DC_INLINE void look_up_rows(const uint64_t* grid, const Eight<Number>& numbers, __m256i& first, __m256i& second) {
+    __m128i pairs[4];
+    for (int i = 0; i < 4; i++) {
+        const __m128d low = _mm_load_sd(reinterpret_cast<const double*>(grid + numbers[2 * i]));
+        pairs[i] = _mm_castpd_si128(_mm_loadh_pd(low, reinterpret_cast<const double*>(grid + numbers[2 * i + 1])));
+    }
+    const __m256 even = _mm256_castsi256_ps(_mm256_set_m128i(pairs[2], pairs[0])), odd = _mm256_castsi256_ps(_mm256_set_m128i(pairs[3], pairs[1]));
+    first = _mm256_castps_si256(_mm256_shuffle_ps(even, odd, 0x88)), second = _mm256_castps_si256(_mm256_shuffle_ps(even, odd, 0xdd));
+}
+template <class Number>
+DC_INLINE __m256i look_up_rows(const uint32_t* grid, const Eight<Number>& numbers) {
+    const auto one = [&](int i) { return _mm_load_ss(reinterpret_cast<const float*>(grid + numbers[i])); };
+    const auto two = [&](int i) { return _mm_unpacklo_ps(one(i), one(i + 1)); };
+    return _mm256_castps_si256(_mm256_set_m128(_mm_movelh_ps(two(4), two(6)), _mm_movelh_ps(two(0), two(2))));
+}
+
+// Codes of 4 columns with their signs; SHIFT: where these are, to the left.
+template <int SHIFT, int TWICE>
+DC_INLINE __m256i with_signs(__m256i codes, __m256i signs) {
+    return _mm256_blendv_epi8(codes, _mm256_sub_epi8(_mm256_set1_epi8(char(TWICE)), codes), _mm256_slli_epi16(signs, SHIFT));
+}
+DC_INLINE void store_codes(uint8_t* to, __m256i codes) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), codes); }
+
+#endif
+
+template <int EACH, int COUNT, const Grid<EACH, COUNT>& GRID, const Digits<COUNT>& DIGITS, int HIGH, bool SIGNED, int SHIFT, class Dot>
+struct Gridded : Plain<7, SHIFT, Dot> {
+    static constexpr bool EXPANDS = true, HAS_SIGNS = SIGNED;
+    static constexpr int HALVES = 16, ENTRIES = 32 / EACH, TWICE = 2 << SHIFT, MORE = HIGH;
+    static constexpr int64_t SIGNS = 16 * ENTRIES, PLANES = SIGNS + (SIGNED ? 64 : 0), BYTES = PLANES + 2 * HIGH * ENTRIES;
+    static constexpr bool FINE_APART = true;
+
+    static const Digits<COUNT>& digits() { return DIGITS; }
+
+    static void put_number(int number, int n, uint8_t* quants, int r) {
+        quants[16 * n + r] = uint8_t(number);
+        for (int h = 0; h < HIGH; h++) {
+            uint8_t& bits = quants[PLANES + 2 * (ENTRIES * h + n) + r / 8];
+            bits = uint8_t((bits & ~(1 << r % 8)) | (number >> (8 + h) & 1) << r % 8);
+        }
+    }
+    static void put_signs(int signs, int n, uint8_t* quants, int r) {           // of columns 8 n .. 8 n + 7
+        for (int k = 8 * n; k < 8 * n + 8; k++) {
+            uint8_t& bits = quants[SIGNS + 4 * r + k % 4];
+            bits = uint8_t((bits & ~(1 << k / 4)) | (signs >> k % 8 & 1) << k / 4);
+        }
+    }
+    static int code(const uint8_t* quants, int r, int k) {
+        const int n = k / EACH;
+        int number = quants[16 * n + r];
+        for (int h = 0; h < HIGH; h++) number |= (quants[PLANES + 2 * (ENTRIES * h + n) + r / 8] >> r % 8 & 1) << (8 + h);
+        const int code = int(GRID.of[number % COUNT] >> 8 * (k % EACH) & 255);
+        if (SIGNED) return quants[SIGNS + 4 * r + k % 4] >> k / 4 & 1 ? TWICE - code : code;
+        return code - number / COUNT * 2;
+    }
+
+    // The numbers of a block's entries [ENTRIES][16] where they have more than 8 bits, without the sign that IQ1_* have above them.
+    // They are written some time before they are read one by one, which has to wait for a store of 32 bytes to reach the cache.
+    DC_INLINE void find_numbers(const uint8_t* quants, uint16_t* to) {
+        for (int n = 0; n < ENTRIES; n++)
+            numbers_of<SIGNED ? HIGH : HIGH - 1, 2 * ENTRIES>(quants + 16 * n, quants + PLANES + 2 * n, to + 16 * n);
+    }
+
+    // A block's codes [8][64], as Quants<7> has them.
+    DC_INLINE void expand(const uint8_t* quants, const uint16_t* numbers, uint8_t* to) {
+        if constexpr (HIGH == 0) expand_entries(quants, quants, to);
+        else expand_entries(quants, numbers, to);
+    }
+
+private:
+    template <class Number>
+    DC_INLINE void expand_entries(const uint8_t* quants, const Number* numbers, uint8_t* to) {
+#if defined(__AVX2__)
+        put_rows<0>(quants, numbers, to), put_rows<1>(quants, numbers, to), put_rows<2>(quants, numbers, to), put_rows<3>(quants, numbers, to);
+        if constexpr (ENTRIES == 8)
+            put_rows<4>(quants, numbers, to), put_rows<5>(quants, numbers, to), put_rows<6>(quants, numbers, to), put_rows<7>(quants, numbers, to);
+#else
+        for (int n = 0; n < ENTRIES; n++) {
+            for (int r = 0; r < 16; r++) {
+                auto entry = GRID.of[numbers[16 * n + r]];
+                if (!SIGNED && quants[PLANES + 2 * (ENTRIES * (HIGH - 1) + n) + r / 8] >> r % 8 & 1) entry -= decltype(entry)(0x0202020202020202);
+                for (int i = 0; i < EACH / 4; i++) put_four(uint32_t(entry >> (EACH == 8 ? 32 * i : 0)), to + 64 * (EACH / 4 * n + i) + 4 * r);
+            }
+        }
+        for (int c = 0; SIGNED && c < 8; c++)
+            for (int j = 0; j < 64; j++) {
+                const uint8_t code = to[64 * c + j];
+                to[64 * c + j] = quants[SIGNS + j] >> c & 1 ? uint8_t(TWICE - code) : code;
+            }
+#endif
+    }
+
+#if defined(__AVX2__)
+    template <int N, class Number>
+    DC_INLINE void put_rows(const uint8_t* quants, const Number* numbers, uint8_t* to) {
+        put_half<N, 0>(quants, numbers + 16 * N, to), put_half<N, 8>(quants, numbers + 16 * N, to);
+    }
+    template <int N, int FIRST, class Number>                               // rows FIRST .. FIRST + 7
+    DC_INLINE void put_half(const uint8_t* quants, const Number* numbers, uint8_t* to) {
+        to += 4 * FIRST, numbers += FIRST;
+        if constexpr (EACH == 4) {
+            const __m256i signs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(quants + SIGNS + 4 * FIRST));
+            store_codes(to + 64 * N, with_signs<7 - N, TWICE>(look_up_rows(GRID.of, Eight<Number>(numbers)), signs));
+        } else {
+            __m256i first, second;
+            look_up_rows(GRID.of, Eight<Number>(numbers), first, second);
+            if constexpr (SIGNED) {
+                const __m256i signs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(quants + SIGNS + 4 * FIRST));
+                first = with_signs<7 - 2 * N, TWICE>(first, signs), second = with_signs<6 - 2 * N, TWICE>(second, signs);
+            } else {
+                const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+                const __m256i minus = _mm256_set1_epi32(quants[PLANES + 2 * (ENTRIES * (HIGH - 1) + N) + FIRST / 8]);
+                const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(minus, lanes), lanes), less = _mm256_add_epi8(set, set);
+                first = _mm256_add_epi8(first, less), second = _mm256_add_epi8(second, less);
+            }
+            store_codes(to + 128 * N, first), store_codes(to + 128 * N + 64, second);
+        }
+    }
+#endif
+};
+
+#if defined(__AVX512F__)
+
+#define DC_VBMI __attribute__((target("avx512vbmi")))
+#define DC_VBMI_INLINE static inline __attribute__((always_inline, target("avx512vbmi")))
+
+// Of 64 numbers, each in a byte and (from its eighth on) a bit of each mask, the byte of a table.
+template <int COUNT>
+DC_VBMI_INLINE __m512i bytes_of(const uint8_t* table, __m512i numbers, const __mmask64* bits) {
+    if constexpr (COUNT == 128) return _mm512_permutex2var_epi8(_mm512_load_si512(table), numbers, _mm512_load_si512(table + 64));
+    else {
+        constexpr int BIT = COUNT == 256 ? 0 : COUNT == 512 ? 1 : COUNT == 1024 ? 2 : 3;
+        return _mm512_mask_mov_epi8(bytes_of<COUNT / 2>(table, numbers, bits), bits[BIT], bytes_of<COUNT / 2>(table + COUNT / 2, numbers, bits));
+    }
+}
+
+struct alignas(64) Places { uint8_t of[64]; };
+
+// Entry N's digits in lane r: of row r the byte of `low` four times, or those of `low` and `high` twice.
+constexpr Places places_of(int n, bool both) {
+    Places places = {};
+    for (int i = 0; i < 64; i++) places.of[i] = uint8_t(16 * n + i / 4 + (both && i % 2 ? 64 : 0));
+    return places;
+}
+template <int N, bool BOTH>
+inline constexpr Places PLACES = places_of(N, BOTH);
+
+// Of each lane the bytes that begin at bits 0, STEP, 2 STEP and 3 STEP.
+constexpr Places shifts_of(int step) {
+    Places shifts = {};
+    for (int i = 0; i < 64; i++) shifts.of[i] = uint8_t(i / 4 % 2 * 32 + i % 4 * step);
+    return shifts;
+}
+template <int STEP>
+inline constexpr Places SHIFTS = shifts_of(STEP);
+
+// Chunk C of a block from lanes of digits.
+template <class F, int C>
+DC_VBMI_INLINE void put_chunk(const uint8_t* quants, __m512i digits, uint8_t* to) {
+    constexpr int STEP = F::ENTRIES == 8 ? 3 : 2;
+    const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(SHIFTS<STEP>.of), digits);
+    const __m512i codes = _mm512_permutexvar_epi8(shifted, _mm512_load_si512(F::digits().magnitudes));
+    if constexpr (F::HAS_SIGNS) {
+        const __mmask64 minus = _mm512_test_epi8_mask(_mm512_loadu_si512(quants + F::SIGNS), _mm512_set1_epi8(char(1 << C)));
+        _mm512_store_si512(to + 64 * C, _mm512_mask_sub_epi8(codes, minus, _mm512_set1_epi8(char(F::TWICE)), codes));
+    } else {
+        uint16_t less;
+        std::memcpy(&less, quants + F::PLANES + 2 * (F::ENTRIES * (F::MORE - 1) + C / 2), 2);
+        _mm512_store_si512(to + 64 * C, _mm512_mask_sub_epi8(codes, _mm512_movepi8_mask(_mm512_maskz_set1_epi32(less, -1)), codes, _mm512_set1_epi8(2)));
+    }
+}
+
+// Entries 4 PART .. 4 PART + 3.
+template <class F, int PART>
+DC_VBMI_INLINE void put_entries(const uint8_t* quants, uint8_t* to) {
+    const __m512i numbers = _mm512_loadu_si512(quants + 64 * PART);
+    __mmask64 bits[5] = {_mm512_movepi8_mask(numbers)};
+    for (int h = 0; h < F::MORE; h++) {
+        uint64_t plane;
+        std::memcpy(&plane, quants + F::PLANES + 2 * F::ENTRIES * h + 8 * PART, 8);
+        bits[1 + h] = plane;
+    }
+    const auto& digits = F::digits();
+    const __m512i low = bytes_of<sizeof digits.low>(digits.low, numbers, bits), high = bytes_of<sizeof digits.low>(digits.high, numbers, bits);
+#define DC_SPREAD(n, from) _mm512_permutexvar_epi8(_mm512_load_si512(PLACES<n, false>.of), from)
+#define DC_SPREAD_BOTH(n) _mm512_permutex2var_epi8(low, _mm512_load_si512(PLACES<n, true>.of), high)
+    if constexpr (F::ENTRIES == 8) {
+        put_chunk<F, 4 * PART>(quants, DC_SPREAD_BOTH(0), to), put_chunk<F, 4 * PART + 1>(quants, DC_SPREAD_BOTH(1), to);
+        put_chunk<F, 4 * PART + 2>(quants, DC_SPREAD_BOTH(2), to), put_chunk<F, 4 * PART + 3>(quants, DC_SPREAD_BOTH(3), to);
+    } else {
+        put_chunk<F, 0>(quants, DC_SPREAD(0, low), to), put_chunk<F, 1>(quants, DC_SPREAD(0, high), to);
+        put_chunk<F, 2>(quants, DC_SPREAD(1, low), to), put_chunk<F, 3>(quants, DC_SPREAD(1, high), to);
+        put_chunk<F, 4>(quants, DC_SPREAD(2, low), to), put_chunk<F, 5>(quants, DC_SPREAD(2, high), to);
+        put_chunk<F, 6>(quants, DC_SPREAD(3, low), to), put_chunk<F, 7>(quants, DC_SPREAD(3, high), to);
+    }
+#undef DC_SPREAD
+#undef DC_SPREAD_BOTH
+}
+
+template <class F>
+DC_VBMI_INLINE void expand_in_registers(const uint8_t* quants, uint8_t* to) {
+    put_entries<F, 0>(quants, to);
+    if constexpr (F::ENTRIES == 8) put_entries<F, 1>(quants, to);
+}
+
+#endif
+
+// The same type with its codes as bytes.
+template <class F>
+struct Expanded : F { static constexpr int64_t BYTES = 512; };
+
+// Scales of 4 bits, which stand for odd numbers: d * (2 s + 1) / OF. Of 16 columns, two in a byte, or of 32, of blocks i and i + 1.
+template <int OF, int PARTS_>
+struct OddScales {
+    static constexpr int64_t BLOCKS = 8, SCALE_BYTES = 32 + 64 * PARTS_;     // d f16 [16]; u8 [4 PARTS][16]
+    static constexpr int PARTS = PARTS_;
+
+    static void put_scale(int s, int i, int part, uint8_t* group, int r) {
+        const int place = i * PARTS_ + part, shift = place % 2 * 4;
+        uint8_t& both = group[32 + 16 * (place / 2) + r];
+        both = uint8_t((both & ~(15 << shift)) | s << shift);
+    }
+    DC_INLINE Lanes scale(const uint8_t* group, int i, int part) {
+        const int place = i * PARTS_ + part;
+        const uint8_t* const both = group + 32 + 16 * (place / 2);
+        const Lanes s = place % 2 ? lanes_of_high_nibbles(both) : lanes_of_low_nibbles(both);
+        return halves(group) * fma(s, all(2.0f / OF), all(1.0f / OF));
+    }
+};
+
+// ---- the types. A file's block is read 32 columns at a time: put_block.
+
+static inline int two_bytes(const uint8_t* p) { return p[0] | p[1] << 8; }
+static inline uint32_t word_at(const uint8_t* p) {
+    uint32_t word;
+    std::memcpy(&word, p, 4);
+    return word;
+}
+
+template <>
+struct Format<Weight::iq2_xxs> : FileBlock<Weight::iq2_xxs>, Gridded<8, 256, GRID_IQ2_XXS, DIGITS_IQ2_XXS, 0, true, 6, UnsignedDot>, OddScales<8, 1> {
+    using OddScales::PARTS;
+    static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
+        const uint8_t* const from = block + 2 + 8 * i;
+        for (int n = 0; n < 4; n++)
+            put_number(from[n], n, quants, r), put_signs(eight_signs(word_at(from + 4) >> 7 * n & 127), n, quants, r);
+    }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        copy_half(block, group + 2 * r);
+        for (int i = 0; i < 8; i++) put_scale(block[2 + 8 * i + 7] >> 4, i, 0, group, r);
+    }
+};
+
+template <>
+struct Format<Weight::iq2_xs> : FileBlock<Weight::iq2_xs>, Gridded<8, 512, GRID_IQ2_XS, DIGITS_IQ2_XS, 1, true, 6, UnsignedDot>, OddScales<8, 2> {
+    using OddScales::PARTS;
+    static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
+        for (int n = 0; n < 4; n++) {
+            const int both = two_bytes(block + 2 + 8 * i + 2 * n);
+            put_number(both & 511, n, quants, r), put_signs(eight_signs(both >> 9), n, quants, r);
+        }
+    }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        copy_half(block, group + 2 * r);
+        for (int i = 0; i < 16; i++) put_scale(block[66 + i / 2] >> i % 2 * 4 & 15, i / 2, i % 2, group, r);
+    }
+};
+
+template <>
+struct Format<Weight::iq2_s> : FileBlock<Weight::iq2_s>, Gridded<8, 1024, GRID_IQ2_S, DIGITS_IQ2_S, 2, true, 6, UnsignedDot>, OddScales<8, 2> {
+    using OddScales::PARTS;
+    static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
+        for (int n = 0; n < 4; n++)
+            put_number(block[2 + 4 * i + n] | (block[66 + i] >> 2 * n & 3) << 8, n, quants, r), put_signs(block[34 + 4 * i + n], n, quants, r);
+    }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        copy_half(block, group + 2 * r);
+        for (int i = 0; i < 16; i++) put_scale(block[74 + i / 2] >> i % 2 * 4 & 15, i / 2, i % 2, group, r);
+    }
+};
+
+template <>
+struct Format<Weight::iq3_xxs> : FileBlock<Weight::iq3_xxs>, Gridded<4, 256, GRID_IQ3_XXS, DIGITS_IQ3_XXS, 0, true, 6, UnsignedDot>, OddScales<4, 1> {
+    using OddScales::PARTS;
+    static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
+        for (int n = 0; n < 8; n++) put_number(block[2 + 8 * i + n], n, quants, r);
+        for (int n = 0; n < 4; n++) put_signs(eight_signs(word_at(block + 66 + 4 * i) >> 7 * n & 127), n, quants, r);
+    }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        copy_half(block, group + 2 * r);
+        for (int i = 0; i < 8; i++) put_scale(block[66 + 4 * i + 3] >> 4, i, 0, group, r);
+    }
+};
+
+template <>
+struct Format<Weight::iq3_s> : FileBlock<Weight::iq3_s>, Gridded<4, 512, GRID_IQ3_S, DIGITS_IQ3_S, 1, true, 4, FiveBitDot>, OddScales<1, 1> {
+    using OddScales::PARTS;
+    static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
+        for (int n = 0; n < 8; n++) put_number(block[2 + 8 * i + n] | (block[66 + i] >> n & 1) << 8, n, quants, r);
+        for (int n = 0; n < 4; n++) put_signs(block[74 + 4 * i + n], n, quants, r);
+    }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        copy_half(block, group + 2 * r);
+        for (int i = 0; i < 8; i++) put_scale(block[106 + i / 2] >> i % 2 * 4 & 15, i, 0, group, r);
+    }
+};
+
+template <>
+struct Format<Weight::iq1_s> : FileBlock<Weight::iq1_s>, Gridded<8, 2048, GRID_IQ1, DIGITS_IQ1, 4, false, 4, FiveBitDot>, OddScales<8, 1> {
+    using OddScales::PARTS;
+    static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
+        const int more = two_bytes(block + 34 + 2 * i);
+        for (int n = 0; n < 4; n++) put_number(block[2 + 4 * i + n] | (more >> 3 * n & 7) << 8 | more >> 15 << 11, n, quants, r);
+    }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        copy_half(block, group + 2 * r);
+        for (int i = 0; i < 8; i++) put_scale(two_bytes(block + 34 + 2 * i) >> 12 & 7, i, 0, group, r);
+    }
+};
+
+template <>
+struct Format<Weight::iq1_m> : FileBlock<Weight::iq1_m>, Gridded<8, 2048, GRID_IQ1, DIGITS_IQ1, 4, false, 4, NibbleDot>, OddScales<8, 2> {
+    using OddScales::PARTS;                     // so that a sum has half a block's products of five bits
+    static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
+        for (int n = 0; n < 4; n++) put_number(block[4 * i + n] | (block[32 + 2 * i + n / 2] >> n % 2 * 4 & 15) << 8, n, quants, r);
+    }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        const uint8_t* const scales = block + 48;       // four times four of 3 bits, above each four a quarter of d
+        for (int i = 0; i < 2; i++) group[2 * r + i] = uint8_t(scales[4 * i + 1] >> 4 | (scales[4 * i + 3] & 0xf0));
+        for (int i = 0; i < 16; i++) put_scale(two_bytes(scales + 2 * (i / 4)) >> i % 4 * 3 & 7, i / 2, i % 2, group, r);
+    }
+};
+
+}  // namespace DC_ISA
+}  // namespace dc

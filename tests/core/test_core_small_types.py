@@ -1,0 +1,60 @@
+"""Types of two and three bits: random blocks of files as `gguf` reads them, products within their bound, and one row's bits everywhere."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings as bounds, strategies as st
+
+decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+gguf = pytest.importorskip("gguf")
+
+ISAS = [*decode_core.info()["offered_isas"], *decode_core._core.isas_for_tests()]
+# Where the float16 of a block lie: any finite number may stand there
+SCALES = {"q2_k": (80, 82), "q3_k": (108,), "iq3_s": (0,), "iq3_xxs": (0,), "iq2_s": (0,), "iq2_xs": (0,), "iq2_xxs": (0,), "iq1_s": (0,),
+          "iq1_m": (), "tq1_0": (52,), "tq2_0": (64,), "nvfp4": ()}
+
+
+def blocks_of(kind, rows, columns, seed, constant, exponent):
+    """Random bytes, or `constant` in all; float16 scales of about 2^exponent."""
+    code, dice = decode_core.tiles.KINDS[kind], np.random.default_rng(seed)
+    count = columns // decode_core.tiles.COLUMNS[kind]
+    blocks = dice.integers(0, 256, (rows, count, decode_core._core.row_bytes(code, columns) // count), np.uint8)
+    if constant is not None:
+        blocks[:] = constant
+    for place in SCALES[kind]:
+        scales = dice.uniform(-2, 2, blocks.shape[:2]) * 2.0 ** exponent
+        blocks[:, :, place:place + 2] = scales.astype("<f2")[..., None].view(np.uint8)
+    if kind == "iq1_m":
+        blocks[:, :, 55] &= 0xBF            # of d, whose upper bits lie here, no infinity
+    return blocks.reshape(rows, -1)
+
+
+@bounds(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1 << 20), rows=st.integers(1, 19), blocks=st.integers(1, 3), texts=st.sampled_from([1, 2, 5, 9, 17]),
+       constant=st.sampled_from([None, None, None, 0, 255, 0x55, 0xAA]), exponent=st.integers(-10, 6), spread=st.sampled_from([0.0, 4.0]))
+@pytest.mark.parametrize("kind", SCALES)
+def test_tiles_multiply_as_the_reference_says_with_the_same_bits_everywhere(kind, seed, rows, blocks, texts, constant, exponent, spread):
+    K, dice = 256 * blocks, np.random.default_rng(seed)
+    raw = blocks_of(kind, rows, K, seed, constant, exponent)
+    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, rows, K)
+    matrix.fill(raw, kind)
+    w = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind.upper()])
+    np.testing.assert_array_equal(matrix.dequantize(), w)
+    x = (dice.standard_normal((texts, K)) * np.exp(spread * dice.standard_normal((texts, K)))).astype(np.float32)
+    before, found = decode_core.info()["isa"], set()
+    try:
+        for isa in ISAS:
+            decode_core.set_isa(isa)
+            out, alone = np.empty((texts, rows), np.float32), np.empty((1, rows), np.float32)
+            decode_core.multiply(x, matrix, out=out, fine=True)
+            decode_core.multiply(x[-1:], matrix, out=alone, fine=True)
+            np.testing.assert_array_equal(alone[0], out[-1])
+            found.add(out.tobytes())
+    finally:
+        decode_core.set_isa(before)
+    assert len(found) == 1
+    # x has 16 bits in each 32 columns: half a step is wrong at most, and float32 sums add their own
+    amax = np.repeat(np.abs(x.reshape(texts, -1, 32)).max(-1), 32, 1)
+    bound = (amax / 127 / 256 + 1e-5 * np.abs(x)) @ np.abs(w.astype(np.float64)).T
+    if kind == "q2_k":                      # scale and minimum are added apart, and may cancel
+        bound += 1e-5 * amax @ np.full(w.shape, 130 * 2.0 ** exponent).T
+    assert (np.abs(out - x.astype(np.float64) @ w.astype(np.float64).T) <= bound + 1e-30).all()
