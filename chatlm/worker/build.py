@@ -123,6 +123,9 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
                  progress: Progress = no_progress, ranks: RankZero | None = None,
                  opened: Callable[[LoadedModel], None] = lambda model: None) -> tuple[LoadedModel, Engine]:
     """opened: called before any weight is read."""
+    if settings.drafts in ("mtp", "model"):
+        raise ConfigError(f"--drafts {settings.drafts}: this version drafts only from text; "
+                          "use lookup or auto")
     model = open_model(source, settings, device)
     opened(model)
     try:
