@@ -22,11 +22,11 @@ from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.engine.adapter_slots import AdapterSlots
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.batch import make_batch, sample_rows
-from chatlm.worker.engine.drafts import NO_DRAFT, Drafting, can_draft
+from chatlm.worker.engine.drafts import NO_DRAFT, Drafting, Forced
 from chatlm.worker.engine.host import HostSteps, embedding_events
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.lookup import Lookup
-from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler, load_of
+from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
 from chatlm.worker.engine.sequence import Assignment, Chunk, Output, Sequence, without_tokens
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.head import Head
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from chatlm.worker.ranks.ranks import RankZero
 
 
-MOST_GAP_S = 0.002  # between two steps of which the second waited for nothing
 ADAPTER_GONE = "the adapter's files have changed or been removed during this answer: send the request again"
 
 
@@ -54,6 +53,7 @@ class StepUnderWay(NamedTuple):
     tokens: int     # how many it computes, without drafts
     began_s: float
     rows: int       # of answers and drafts, 0 if it also computes prompts
+    on_host: bool   # does the host need its logits?
 
 
 class Engine:
@@ -80,7 +80,7 @@ class Engine:
                                    max_rows=len(transformer.buffers["logits"]),
                                    stages=ranks.stages if ranks else 1, exact_rows=kernels.row_invariant,
                                    of_texts=transformer.spec.of_texts)
-        self.drafting = self.scheduler.drafting = Drafting([lookup or Lookup()])
+        self.drafting = self.scheduler.drafting = Drafting([Forced(), lookup or Lookup()])
         self.scored_length = longest_context(self.pool, context_length, prefill_chunk)
         self.context_length = min(transformer.spec.context_length, self.scored_length)
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.scored_length)
@@ -126,8 +126,7 @@ class Engine:
                             adapter_digest=self.adapters.digests.get(slot, ""),
                             output=Output(scored=work.scored))
         self.answers.make(sequence)
-        free = not work.needs_logits and not work.sampling.counts_tokens
-        if self.drafts and free:
+        if self.drafts and work.may_draft:
             self.drafting.begin(sequence)
         self.scheduler.add(sequence)
         if self.transformer.layer_embed:
@@ -233,7 +232,7 @@ class Engine:
                 self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
         decodes = all(chunk.draws and chunk.count == 1 for chunk in plan)
         self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s,
-                                           row if decodes else 0))
+                                           row if decodes else 0, any(chunk.on_host for chunk in plan)))
 
     def _finish(self):
         """Wait for the oldest step under way, replace its marks with tokens, and turn them into text."""
@@ -242,9 +241,8 @@ class Engine:
         before_s, self.finished_s = self.finished_s, time.monotonic()
         began_s = max(step.began_s, before_s)
         self.step_s = self.finished_s - began_s
-        if step.rows:  # with what the host did between the steps, if nothing was waited for
-            gap_s = began_s - before_s
-            self.drafting.times.note(step.rows, self.step_s + (gap_s if gap_s < MOST_GAP_S else 0.0))
+        if step.rows:
+            self.drafting.note_step(step.rows, self.step_s, began_s - before_s, step.on_host)
         if step.tokens >= self.timed_tokens:
             token_s = (self.finished_s - began_s) / step.tokens
             self.token_s += (token_s - self.token_s) * (0.2 if self.token_s else 1.0)
@@ -262,9 +260,8 @@ class Engine:
                     self._emit(sequence, Failed(failure_text(error)))
                     self.scheduler.remove(sequence)
                 going_on.append(sequence)
-        if able := [sequence for sequence in going_on if can_draft(sequence)]:
-            rows, tokens = load_of(self.scheduler)
-            self.drafting.propose(able, rows, self.scheduler.draft_rows, tokens * self.token_s)
+        self.drafting.draft(going_on, self.scheduler, self.token_s)
+        self.answers.start_masks(going_on)
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[WorkerEvent]:
         """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
@@ -284,18 +281,16 @@ class Engine:
         if sequence.drafts:
             self.drafting.judge(sequence, len(draft), right, tokens[known:])
         self._go_on(sequence, answer)
-        return events_of(sequence, answer, tokens[known:], token if token in added else None)
+        return events_of(sequence, answer, tokens[known:], token if token in added else None, right)
 
     def _go_on(self, sequence: Sequence, answer: Answer):
-        """End the sequence if its answer has ended; else begin what its next token needs: a grammar or a
-        mask."""
+        """End the sequence if its answer has ended; else begin to make the grammar of its next token, if it
+        needs a new one."""
         sequence.draft = NO_DRAFT
         if answer.reason is not None:
             self.scheduler.remove(sequence)
         elif answer.awaits_grammar:
             self.answers.remake(sequence)
-        elif answer.grammar:
-            self.answers.start_mask(sequence, answer.grammar)
 
     def give_up(self) -> list[str]:
         """After a failed step: forget what it may have written; returns the ids of the dropped answers."""
@@ -349,16 +344,19 @@ def drop_adapter(engine: Engine, adapter_id: str):
             engine.events.append((sequence.work.id, Failed(ADAPTER_GONE)))
 
 
-def events_of(sequence: Sequence, answer: Answer, tokens: Seq[int], drawn: int | None) -> list[WorkerEvent]:
-    """What is sent of new tokens. drawn: the last one, unless others were forced in its place."""
+def events_of(sequence: Sequence, answer: Answer, tokens: Seq[int], drawn: int | None,
+              right: int) -> list[WorkerEvent]:
+    """What is sent of new tokens: `right` tokens of a draft and `drawn`, the last one, unless others were
+    forced in its place."""
     output, logprobs = sequence.output, ()
     if answer.reason == "refused":
         return [Failed(answer.stop_reason or "", refused=True)]
-    if output.logprob is not None and drawn is not None:
+    if output.logprobs:
         # A client that also has its prompt scored expects an entry for every drawn token (see AnswerParams).
         unshown = (sequence.work.params.prompt_logprobs is None and answer.reason == "stop"
                    and drawn in answer.stop_tokens)
-        logprobs = () if unshown else (output.logprob,)
+        shown = output.logprobs[:right + (drawn is not None and not unshown)]
+        logprobs = tuple(one._replace(drafted=i < right) for i, one in enumerate(shown))
     piece = Piece(tuple(tokens), answer.take(), logprobs)
     if answer.reason is None:
         return [piece]
