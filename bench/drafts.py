@@ -62,6 +62,9 @@ class LastPlace:
     def end(self, sequence):
         self.state.pop(sequence, None)
 
+    def forget(self):
+        self.state.clear()
+
 
 class WithoutPolicy(Drafting):
     """Each draft as long as it is, where it fits in 8 rows."""

@@ -310,6 +310,7 @@ class Engine:
         if self.keeper:
             self.keeper.empty()
         self.pool.forget_cached()
+        self.drafting.forget()
         tensors = [self.transformer.cache, *itertools.chain.from_iterable(self.transformer.states)]
         return not self.ranks and self.transformer.device.type == "cpu" and all(
             [empty_pages(address_of(tensor), tensor.nbytes) for tensor in tensors])

@@ -147,6 +147,10 @@ class Stores:
             if not dropped.parts:
                 del self.by_owner[oldest]
 
+    def forget(self):
+        """Forget all but the operator's texts."""
+        self.thread.submit(self.by_owner.clear).result()
+
     def settle(self):
         """Wait until everything has been added."""
         if self.adding:
@@ -303,6 +307,9 @@ class Lookup:
         self.followers.pop(sequence, None)
         new = min(sequence.output.usage.cached_tokens, len(sequence.work.prompt_ids))
         self.stores.add(owner_of(sequence), [token for token in sequence.tokens[new:] if token >= 0])
+
+    def forget(self):
+        self.stores.forget()
 
 
 def owner_of(sequence: Sequence) -> tuple[str, ...]:
