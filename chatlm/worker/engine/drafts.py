@@ -95,8 +95,8 @@ class StepTimes:
         return found
 
     def _never_falling(self) -> list[tuple[float, float]]:
-        """(rows, seconds): neighbours that fall are put together, by how often they were measured, so that one
-        slow step does not make all larger ones look slow."""
+        """(rows, seconds): neighbours that fall are put together, by how often they were measured, so that
+        one slow step does not make all larger ones look slow."""
         pools: list[tuple[float, float, int]] = []
         for rows, (seconds, count) in sorted(self.measured.items()):
             pools.append((float(rows), seconds, count))

@@ -304,7 +304,8 @@ class Lookup:
 
     def end(self, sequence: Sequence):
         """Keep what was new in it, however it ended: what it had to compute of its prompt, and its answer."""
-        self.followers.pop(sequence, None)
+        if self.followers.pop(sequence, None) is None:  # it has drawn no token that another one followed
+            return
         new = min(sequence.output.usage.cached_tokens, len(sequence.work.prompt_ids))
         self.stores.add(owner_of(sequence), [token for token in sequence.tokens[new:] if token >= 0])
 
