@@ -12,6 +12,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import PAGE_SIZE, size
 from chatlm.common.errors import ConfigError, require_library
+from chatlm.common.files import read_text_of
 from chatlm.common.hub.adapters import bytes_of_adapters
 from chatlm.common.hub.local import no_progress
 from chatlm.common.log import log
@@ -20,6 +21,7 @@ from chatlm.worker.arrays.gguf_types import block_of
 from chatlm.worker.arrays.kinds import Device, item_bytes
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.kvcache import PagePool, longest_context
+from chatlm.worker.engine.lookup import TOKEN_BYTES, Lookup
 from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
@@ -123,6 +125,9 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
                  progress: Progress = no_progress, ranks: RankZero | None = None,
                  opened: Callable[[LoadedModel], None] = lambda model: None) -> tuple[LoadedModel, Engine]:
     """opened: called before any weight is read."""
+    if settings.drafts in ("mtp", "model"):
+        raise ConfigError(f"--drafts {settings.drafts}: this version drafts only from text; "
+                          "use lookup or auto")
     model = open_model(source, settings, device)
     opened(model)
     try:
@@ -134,12 +139,16 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
     elif not tokenizer.has_chat_template:
         model.notes += (CANNOT_CHAT,)
     state_bytes = model.spec.state_bytes
+    texts = [read_text_of(path, "--draft-text") for path in settings.draft_text]
     model, transformer, num_pages, context, max_batch = build_transformer(
         model, source, settings, device, progress, ranks)
+    lookup = Lookup(settings.draft_memory // TOKEN_BYTES)
+    if settings.drafts != "none":
+        lookup.read(texts, tokenizer.encode)
     return model, Engine(transformer, tokenizer, transformer.kernels, num_pages=num_pages,
                          max_batch=max_batch, context_length=context,
                          prefill_chunk=prefill_chunk(settings, device), drafts=settings.drafts, ranks=ranks,
-                         state_bytes=state_bytes, ranking=model.ranking, head=model.head)
+                         state_bytes=state_bytes, ranking=model.ranking, head=model.head, lookup=lookup)
 
 
 def build_transformer(
@@ -304,7 +313,13 @@ class MemoryPlan(NamedTuple):
     @property
     def taken(self) -> int:
         """Bytes of everything but the KV cache."""
-        return self.weights + self.adapters + self.activations
+        return self.weights + self.adapters + self.activations + self.drafts
+
+    @property
+    def drafts(self) -> int:
+        """Bytes of the same memory that texts to draft from may take."""
+        here = self.device.type == "cpu" and self.settings.drafts != "none" and not self.of_step
+        return self.settings.draft_memory if here else 0
 
     @property
     def prefixes(self) -> int:
@@ -381,6 +396,7 @@ class MemoryPlan(NamedTuple):
         needed = self.taken + cache + self.prefixes
         kept = f" + prefixes {self.prefixes / 1e9:,.2f} GB" if self.prefixes else ""
         adapters = f" + adapters {self.adapters / 1e9:,.2f} GB" if self.adapters else ""
+        adapters += f" + drafts {self.drafts / 1e9:,.2f} GB" if self.drafts else ""
         pages = "keys and values of a step" if self.of_step else "KV cache"
         each = f" ({self.token_bytes:,} bytes a token)" if not self.of_step else ""
         parts = f" with {running} states and {snapshots} snapshots" if self.state_bytes else ""

@@ -47,18 +47,18 @@ def test_values_of_the_right_types_are_taken(tmp_path):
         "adapter = {one = 'b'}\n[[models]]\npath = 'x'\naliases = 'y'\nreplicas = 2\nstep = 3\nlora = ['c', 'd']\ntemperature = 0.5\n"
         "[[models]]\npath = 'z'\naliases = ['v', 'w']\nmax-batch = 4\ndrafts = true\n")
     settings = parse_command_line(["--config", str(tmp_path / "c.toml")], {})
-    assert (settings.port, settings.kv_cache_memory, settings.max_batch, settings.drafts, settings.share_prefixes) == (8001, 64 << 20, 8, False, True)
+    assert (settings.port, settings.kv_cache_memory, settings.max_batch, settings.drafts, settings.share_prefixes) == (8001, 64 << 20, 8, "none", True)
     assert (settings.temperature, settings.num_gpus, settings.served_model_name, settings.adapter) == (1.0, "2", ("a",), ("one=b",))
     first, second = settings.several
     assert (first.aliases, first.replicas, first.changes) == (("y",), 2, {"step": 3, "lora": ("c", "d"), "temperature": 0.5})
-    assert (second.aliases, second.changes) == (("v", "w"), {"max_batch": 4, "drafts": True})
+    assert (second.aliases, second.changes) == (("v", "w"), {"max_batch": 4, "drafts": "auto"})
 
 
 # Which flags name files or folders: every flag that takes a text is in one of these, so a new one has to be placed
 PATHS = {
     "config": ["serve", "--config=*"], "api_key_file": ["serve", "--api-key-file=*"], "text": ["score", "--text=*"],
     "watch_text": ["serve", "--watch=/nowhere", "--watch-text=*"], "models": ["serve", "--models=*"], "watch": ["serve", "--watch=*"],
-    "lora": ["generate", "gpt2", "--lora=*", "-p", "x"], "adapter": ["serve", "gpt2", "--adapter=a=*"], "prefix_store": ["serve", "gpt2", "--prefix-store=*"],
+    "draft_text": ["serve", "gpt2", "--draft-text=*"], "lora": ["generate", "gpt2", "--lora=*", "-p", "x"], "adapter": ["serve", "gpt2", "--adapter=a=*"], "prefix_store": ["serve", "gpt2", "--prefix-store=*"],
     "ray_tls": ["serve", "gpt2", "--ray-address=127.0.0.1:1", "--ray-tls=*"], "model_tag": ["generate", "--source=base", "--model-tag=*", "-p", "x"],
     "suite": ["eval", "gpt2", "--suite=*"], "results": ["eval", "gpt2", "--suite=/nowhere", "--results=*"],
     "watch_suite": ["serve", "--watch=/nowhere", "--watch-suite=*"], "watch_prompts": ["serve", "--watch=/nowhere", "--watch-prompts=*"],

@@ -17,13 +17,15 @@ import numpy
 from chatlm.common.log import log
 from chatlm.common.memory import empty_pages
 from chatlm.common.messages.requests import (
-    AnswerParams, Ended, Failed, Piece, PromptProgress, ThinkingEnds, Usage)
+    AnswerParams, Ended, Failed, Piece, PromptProgress, ThinkingEnds)
 from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.engine.adapter_slots import AdapterSlots
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.batch import make_batch, sample_rows
+from chatlm.worker.engine.drafts import NO_DRAFT, Drafting, Forced
 from chatlm.worker.engine.host import HostSteps, embedding_events
 from chatlm.worker.engine.kvcache import PagePool, longest_context
+from chatlm.worker.engine.lookup import Lookup
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
 from chatlm.worker.engine.sequence import Assignment, Chunk, Output, Sequence, without_tokens
 from chatlm.worker.engine.states import StatePool
@@ -40,35 +42,6 @@ if TYPE_CHECKING:
     from chatlm.worker.ranks.ranks import RankZero
 
 
-class Drafter:
-    """Prompt lookup: proposes what followed the last tokens when they last occurred; pauses if often wrong.
-
-    (Saxena, "Prompt Lookup Decoding", 2023.) Costs one dictionary entry per token; no model."""
-
-    LENGTH, LONGEST = 3, 7  # tokens that must recur; tokens proposed
-    PATIENCE = 64           # tokens without a proposal after too many wrong proposals
-
-    def __init__(self, tokens: list[int]):
-        self.tokens = tokens                        # the sequence's own list
-        self.ends: dict[tuple[int, ...], int] = {}  # LENGTH tokens -> where they last ended
-        self.seen = self.LENGTH                     # tokens already in `ends`
-        self.right, self.silent_until = 0.5, 0  # right: share of proposals with a right first token
-
-    def propose(self) -> list[int]:
-        """Tokens that may come next; call it after every token."""
-        tokens, n = self.tokens, self.LENGTH
-        for end in range(self.seen, len(tokens)):
-            self.ends[tuple(tokens[end - n:end])] = end
-        self.seen = max(self.seen, len(tokens))
-        last = self.ends.get(tuple(tokens[-n:]))
-        return tokens[last:last + self.LONGEST] if last and len(tokens) >= self.silent_until else []
-
-    def judge(self, accepted: int):
-        self.right += 0.2 * ((accepted > 0) - self.right)
-        if self.right < 0.25:
-            self.right, self.silent_until = 0.4, len(self.tokens) + self.PATIENCE
-
-
 ADAPTER_GONE = "the adapter's files have changed or been removed during this answer: send the request again"
 
 
@@ -77,8 +50,10 @@ class StepUnderWay(NamedTuple):
 
     finish: Callable[[], list[int]]  # waits for its tokens
     drawing: list[tuple[Sequence | None, tuple[int, ...]]]  # (None if ended or given forced tokens, draft)
-    tokens: int     # how many it computes
+    tokens: int     # how many it computes, without drafts
     began_s: float
+    rows: int       # of answers and drafts, 0 if it also computes prompts
+    on_host: bool   # does the host need its logits?
 
 
 class Engine:
@@ -91,9 +66,9 @@ class Engine:
     TIMED_TOKENS = 64  # a smaller step says little about the speed of prefill
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
-                 context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True,
+                 context_length: int, max_batch: int, prefill_chunk: int, drafts: str = "auto",
                  ranks: RankZero | None = None, state_bytes: int | None = None,
-                 ranking: numpy.ndarray | None = None, head: Head = Head()):
+                 ranking: numpy.ndarray | None = None, head: Head = Head(), lookup: Lookup | None = None):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         slots, states = transformer.num_slots, None
         own_bytes = transformer.spec.state_bytes
@@ -103,8 +78,9 @@ class Engine:
         self.pool = PagePool(num_pages, transformer.groups.windows, states)
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk,
                                    max_rows=len(transformer.buffers["logits"]),
-                                   stages=ranks.stages if ranks else 1, mixes_drafts=kernels.row_invariant,
+                                   stages=ranks.stages if ranks else 1, exact_rows=kernels.row_invariant,
                                    of_texts=transformer.spec.of_texts)
+        self.drafting = self.scheduler.drafting = Drafting([Forced(), lookup or Lookup()])
         self.scored_length = longest_context(self.pool, context_length, prefill_chunk)
         self.context_length = min(transformer.spec.context_length, self.scored_length)
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.scored_length)
@@ -118,8 +94,8 @@ class Engine:
         # `step` returns these, each with its answer's id, even if the step that produced them failed
         self.events: list[tuple[str, WorkerEvent]] = []
         exact = kernels.row_invariant or kernels.backend.few_rows_invariant and not ranks
-        self.drafts = drafts and exact  # else a drafted row could differ from the same row computed alone
-        self.drafted_tokens = self.accepted_tokens = 0
+        # else a drafted row could differ from the same row computed alone
+        self.drafts = drafts != "none" and exact
         self.keeper: Keeper | None = None  # set if pages outlive the process
         self.token_s = self.finished_s = 0.0  # measured seconds per prompt token; when the last step ended
         self.first_chunk = min(prefill_chunk, self.context_length // 2)  # length of the prompt in warm_up
@@ -150,8 +126,8 @@ class Engine:
                             adapter_digest=self.adapters.digests.get(slot, ""),
                             output=Output(scored=work.scored))
         self.answers.make(sequence)
-        free = not work.needs_logits and not work.sampling.counts_tokens
-        sequence.drafter = Drafter(sequence.tokens) if self.drafts and free else None
+        if self.drafts and work.may_draft and not work.params.pooling:
+            self.drafting.begin(sequence)
         self.scheduler.add(sequence)
         if self.transformer.layer_embed:
             self.transformer.layer_embed.will_need(sequence.tokens)
@@ -206,7 +182,7 @@ class Engine:
             return len(self.under_way)
         stages = self.scheduler.stages
         awaited = on_host or not self.steps.ahead or stages == 1 and any(
-            chunk.sequence.draft or chunk.sequence.work.needs_tokens for chunk in plan if chunk.draws)
+            chunk.sequence.draft.tokens or chunk.sequence.work.needs_tokens for chunk in plan if chunk.draws)
         return 0 if awaited else max(1, stages - 1)
 
     def _finish_until(self, most: int):
@@ -254,20 +230,26 @@ class Engine:
             elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
                 length = len(sequence.work.prompt_ids)
                 self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
-        self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s))
+        decodes = all(chunk.draws and chunk.count == 1 for chunk in plan)
+        self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s,
+                                           row if decodes else 0, any(chunk.on_host for chunk in plan)))
 
     def _finish(self):
         """Wait for the oldest step under way, replace its marks with tokens, and turn them into text."""
         step = self.under_way.popleft()
         tokens = iter(step.finish())
-        began_s, self.finished_s = max(step.began_s, self.finished_s), time.monotonic()
+        before_s, self.finished_s = self.finished_s, time.monotonic()
+        began_s = max(step.began_s, before_s)
         self.step_s = self.finished_s - began_s
+        if step.rows:
+            self.drafting.note_step(step.rows, self.step_s, began_s - before_s, step.on_host)
         if step.tokens >= self.timed_tokens:
             token_s = (self.finished_s - began_s) / step.tokens
             self.token_s += (token_s - self.token_s) * (0.2 if self.token_s else 1.0)
             self.scheduler.token_s = self.token_s
             if self.keeper:
                 self.keeper.pace.token_s = self.token_s
+        going_on = []
         for sequence, draft in step.drawing:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
             if sequence and not sequence.finished:
@@ -277,6 +259,9 @@ class Engine:
                     log.exception("failed to continue an answer")
                     self._emit(sequence, Failed(failure_text(error)))
                     self.scheduler.remove(sequence)
+                going_on.append(sequence)
+        self.drafting.draft(going_on, self.scheduler, self.token_s)
+        self.answers.start_masks(going_on)
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[WorkerEvent]:
         """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
@@ -293,27 +278,19 @@ class Engine:
                 break
             right += 1
             self.scheduler.advance(Chunk(sequence, 1))  # the step has computed this token too
-        if draft and sequence.drafter:
-            sequence.drafter.judge(right)
-            sequence.output.usage += Usage(drafted_tokens=len(draft), accepted_tokens=right)
-            self.drafted_tokens += len(draft)
-            self.accepted_tokens += right
+        if sequence.drafts:
+            self.drafting.judge(sequence, len(draft), right, tokens[known:])
         self._go_on(sequence, answer)
-        return events_of(sequence, answer, tokens[known:], token if token in added else None)
+        return events_of(sequence, answer, tokens[known:], token if token in added else None, right)
 
     def _go_on(self, sequence: Sequence, answer: Answer):
-        """End the sequence if its answer has ended; else begin what its next token needs: a grammar, a mask,
-        or a draft."""
-        sequence.draft = []
+        """End the sequence if its answer has ended; else begin to make the grammar of its next token, if it
+        needs a new one."""
+        sequence.draft = NO_DRAFT
         if answer.reason is not None:
             self.scheduler.remove(sequence)
         elif answer.awaits_grammar:
             self.answers.remake(sequence)
-        elif answer.grammar:
-            self.answers.start_mask(sequence, answer.grammar)
-        elif sequence.drafter:
-            room = 2 * len(self.scheduler.running) <= FREE_ROWS  # else a draft only delays the next step
-            sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
 
     def give_up(self) -> list[str]:
         """After a failed step: forget what it may have written; returns the ids of the dropped answers."""
@@ -333,6 +310,7 @@ class Engine:
         if self.keeper:
             self.keeper.empty()
         self.pool.forget_cached()
+        self.drafting.forget()
         tensors = [self.transformer.cache, *itertools.chain.from_iterable(self.transformer.states)]
         return not self.ranks and self.transformer.device.type == "cpu" and all(
             [empty_pages(address_of(tensor), tensor.nbytes) for tensor in tensors])
@@ -367,16 +345,19 @@ def drop_adapter(engine: Engine, adapter_id: str):
             engine.events.append((sequence.work.id, Failed(ADAPTER_GONE)))
 
 
-def events_of(sequence: Sequence, answer: Answer, tokens: Seq[int], drawn: int | None) -> list[WorkerEvent]:
-    """What is sent of new tokens. drawn: the last one, unless others were forced in its place."""
+def events_of(sequence: Sequence, answer: Answer, tokens: Seq[int], drawn: int | None,
+              right: int) -> list[WorkerEvent]:
+    """What is sent of new tokens: `right` tokens of a draft and `drawn`, the last one, unless others were
+    forced in its place."""
     output, logprobs = sequence.output, ()
     if answer.reason == "refused":
         return [Failed(answer.stop_reason or "", refused=True)]
-    if output.logprob is not None and drawn is not None:
+    if output.logprobs:
         # A client that also has its prompt scored expects an entry for every drawn token (see AnswerParams).
         unshown = (sequence.work.params.prompt_logprobs is None and answer.reason == "stop"
                    and drawn in answer.stop_tokens)
-        logprobs = () if unshown else (output.logprob,)
+        shown = output.logprobs[:right + (drawn is not None and not unshown)]
+        logprobs = tuple(one._replace(drafted=i < right) for i, one in enumerate(shown))
     piece = Piece(tuple(tokens), answer.take(), logprobs)
     if answer.reason is None:
         return [piece]

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.messages.requests import Usage
+from chatlm.worker.engine.drafts import NO_DRAFT, Draft
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.states import HeldStates
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from chatlm.common.messages.requests import AnswerParams, SamplingParams, TokenLogprob
     from chatlm.worker.engine.answer import Answer
-    from chatlm.worker.engine.engine import Drafter
     from chatlm.worker.engine.grammar import Grammar
     from chatlm.worker.engine.keeper import Restoration
 
@@ -48,6 +48,14 @@ class Assignment:
                 or drawn_on_host(params.sampling))
 
     @cached_property
+    def may_draft(self) -> bool:
+        """Can a step verify several of its tokens: do its draws depend on no token but through the logits and
+        a grammar?"""
+        from chatlm.worker.ops.sampling import drawn_on_host
+        return (self.params.prompt_logprobs is None and not self.sampling.counts_tokens
+                and not drawn_on_host(self.params.sampling))
+
+    @cached_property
     def needs_tokens(self) -> bool:
         """Must its last token be known before the step for the next one can start?"""
         return self.needs_logits or self.sampling.counts_tokens or any(self.params.call_grammars)
@@ -71,7 +79,7 @@ class Output:
     usage: Usage = Usage()               # here so far: tokens cached at first admission, drafted ones
     added_s: float = 0.0                 # when it was queued here
     queued_s: float | None = None        # seconds it waited here before it first ran
-    logprob: TokenLogprob | None = None  # of the last token drawn, if requested
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the last step's tokens, if requested
     scored: int = 0                      # prompt tokens whose log-probabilities were sent, by any worker, or
                                          # are not wanted
     pooled: Any = 0.0                    # float64 (C,): sum of its hidden states, or only the last one
@@ -97,8 +105,8 @@ class Sequence:
     adapter_digest: str = ""             # of the adapter's files
     finished: bool = False               # it ended or was cancelled
     suspect: bool = False                # was in a failed step: runs alone until it produces a token
-    drafter: Drafter | None = None
-    draft: list[int] = field(default_factory=list)  # guessed next tokens, verified in the same step
+    drafts: bool = False                 # do the sources of drafts know it?
+    draft: Draft = NO_DRAFT              # guessed next tokens, verified in the same step
     computed: int = 0
     pages: list[int] = field(default_factory=list)  # its table: in each row, one page of each group
     filled: int = 0                      # table rows in which layers with a window have been given pages

@@ -1,0 +1,336 @@
+"""Drafts: tokens that may come next, guessed by several sources, verified in the step that draws them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence as Seq
+from dataclasses import replace
+from typing import NamedTuple, Protocol, TYPE_CHECKING
+
+from chatlm.common.messages.requests import DraftCounts, Usage
+
+if TYPE_CHECKING:
+    from chatlm.worker.engine.scheduler import Scheduler
+    from chatlm.worker.engine.sequence import Sequence
+
+
+class Draft(NamedTuple):
+    """Tokens that may follow a sequence's known ones, by one source."""
+
+    source: str = ""                 # a field of DraftCounts
+    tokens: tuple[int, ...] = ()
+    chances: tuple[float, ...] = ()  # of each token: the source's estimate that it and all before are right
+    at: int = 0                      # the length of the sequence that it continues
+    forced: int = 0                  # how many of its first tokens a grammar forces, whoever proposed more
+
+    @property
+    def worth(self) -> float:
+        """How many of its tokens are right, on average, by its own estimate."""
+        return sum(self.chances)
+
+    def first(self, count: int) -> Draft:
+        return self._replace(tokens=self.tokens[:count], chances=self.chances[:count])
+
+
+NO_DRAFT = Draft()
+
+
+class Source(Protocol):
+    """What proposes drafts. A draft is verified by the model's own draws, so no source changes a token.
+
+    `name` is a field of DraftCounts. `begin` hears of a sequence when it is queued, `end` once it has ended,
+    failed or been cancelled, `forget` that another model needs the memory. `propose` is called between steps
+    with sequences whose tokens are all known and of which one is not computed; it returns a draft, or
+    NO_DRAFT, for each. `judge` hears afterwards how many of a draft's tokens were verified, and how many of
+    these were right."""
+
+    name: str
+
+    def begin(self, sequence: Sequence): ...
+    def propose(self, sequences: Seq[Sequence]) -> list[Draft]: ...
+    def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int): ...
+    def end(self, sequence: Sequence): ...
+    def forget(self): ...
+
+
+class StepTimes:
+    """How long a step takes by its rows, as measured; rows never seen are estimated from those that were."""
+
+    SLOPE = 0.05  # of a row, in steps of one row, until two numbers of rows were measured
+    FASTER, SLOWER = 0.3, 0.05  # weight of a measurement below and above the mean: others use the machine too
+    MEMORY = 50   # measurements after which a number of rows counts no more than now
+    RENEWED = 16  # measurements after which the estimates are made again
+
+    def __init__(self):
+        self.measured: dict[int, tuple[float, int]] = {}  # rows -> (seconds, how often it was measured)
+        self.estimates: list[float] = []                  # by rows, from 0
+        self.count = 0
+
+    def note(self, rows: int, seconds: float):
+        known, count = self.measured.get(rows, (seconds, 0))
+        weight = self.FASTER if seconds < known else self.SLOWER
+        self.measured[rows] = known + weight * (min(seconds, 2 * known) - known), min(count + 1, self.MEMORY)
+        self.count += 1
+        if not count or self.count % self.RENEWED == 0:
+            self.estimates = []
+
+    def expected(self, first: int, last: int) -> list[float]:
+        """Seconds of steps of first, first + 1, ... last rows, never falling."""
+        if len(self.estimates) <= last:
+            self.estimates = self._estimates(max(last, 64))
+        return self.estimates[first:last + 1]
+
+    def _estimates(self, last: int) -> list[float]:
+        known = self._never_falling() or [(1.0, 1.0)]
+        (low, low_s), (high, high_s) = known[0], known[-1]
+        slope = max((high_s - low_s) / (high - low), 0.01 * low_s) if high > low else self.SLOPE * low_s / low
+        points = [(0, max(low_s - slope * low, 0.1 * low_s)), *known,
+                  (last + 1, high_s + slope * max(last + 1 - high, 0))]
+        found, place = [], 0
+        for rows in range(last + 1):
+            while points[place + 1][0] <= rows:
+                place += 1
+            (low, low_s), (high, high_s) = points[place:place + 2]
+            found.append(low_s + (high_s - low_s) * (rows - low) / (high - low))
+        return found
+
+    def _never_falling(self) -> list[tuple[float, float]]:
+        """(rows, seconds): neighbours that fall are put together, by how often they were measured, so that
+        one slow step does not make all larger ones look slow."""
+        pools: list[tuple[float, float, int]] = []
+        for rows, (seconds, count) in sorted(self.measured.items()):
+            pools.append((float(rows), seconds, count))
+            while len(pools) > 1 and pools[-2][1] > pools[-1][1]:
+                (rows, seconds, count), (other, other_s, others) = pools.pop(), pools.pop()
+                both = count + others
+                pools.append(((rows * count + other * others) / both,
+                              (seconds * count + other_s * others) / both, both))
+        return [(rows, seconds) for rows, seconds, _ in pools]
+
+
+class Acceptance:
+    """How often a drafted token was right if all before it were, by source, by what the source thought of its
+    chance, and by its place in the draft."""
+
+    TRUST, MEMORY = 4.0, 200.0  # TRUST: tokens that the source's own estimate counts as
+    # small chances of being wrong are told apart by their order of magnitude
+    BUCKETS = [min(int(-2 * math.log2(1.001 - i / 128)), 14) for i in range(129)]
+    PLACES = [0, 1, 2, 3, 3, 3, 3, 3]  # later ones: 4
+    LEAST = 0.02                # chance below which a token is not considered
+
+    def __init__(self):
+        self.counts: dict[tuple[str, int, int], list[float]] = {}  # [tokens, right ones]; new ones weigh most
+
+    def measured(self, draft: Draft) -> tuple[list[float], list[list[float]]]:
+        """The chances as they were measured, and each token's counts; of fewer tokens if chances are tiny."""
+        before, chance, chances, found = 1.0, 1.0, [], []
+        for i, own in enumerate(draft.chances):
+            share, before = min(own / before, 1.0), own
+            source = draft.source if i >= draft.forced else Forced.name
+            key = source, self.BUCKETS[int(share * 128)], self.PLACES[i] if i < 8 else 4
+            if (counts := self.counts.get(key)) is None:
+                counts = self.counts[key] = [0.0, 0.0]
+            chance *= (counts[1] + self.TRUST * share) / (counts[0] + self.TRUST)
+            if chance < self.LEAST and chances:
+                break
+            chances.append(chance)
+            found.append(counts)
+        return chances, found
+
+    def note(self, found: list[list[float]], right: int, known: int):
+        """Of a draft's first `known` tokens, the first `right` ones were right, and at most one was not."""
+        for i, counts in enumerate(found[:known]):
+            if counts[0] >= self.MEMORY:
+                counts[:] = counts[0] * 0.75, counts[1] * 0.75
+            counts[0] += 1
+            counts[1] += i < right
+
+
+class Record:
+    """What drafts gave one sequence, against what was expected of them."""
+
+    MEMORY, PRIOR = 0.9, 2.0
+
+    def __init__(self):
+        self.proposed = NO_DRAFT               # the newest draft, before it was cut
+        self.chances: list[float] = []         # of its tokens, as measured for all sequences
+        self.counts: list[list[float]] = []    # see Acceptance.measured
+        self.expected = self.right = 0.0       # tokens, the newest count most
+
+    @property
+    def factor(self) -> float:
+        return min((self.PRIOR + self.right) / (self.PRIOR + self.expected), 1.25)
+
+    def note(self, expected: float, right: int):
+        self.expected = self.MEMORY * self.expected + expected
+        self.right = self.MEMORY * self.right + right
+
+
+def can_draft(sequence: Sequence) -> bool:
+    """Can its next tokens be drafted: is it known to the sources, is only its newest token not computed, and
+    is its text and its grammar at hand?"""
+    return sequence.drafts and not sequence.finished and sequence.pending == 1 and sequence.output.ready
+
+
+def joined(forced: Draft, draft: Draft) -> Draft:
+    """What is forced, with the rest of another draft of the same sequence where that agrees."""
+    count = len(forced.tokens)
+    if draft.tokens[:count] != forced.tokens or len(draft.tokens) == count:
+        return forced
+    factor = forced.chances[-1] / draft.chances[count - 1]
+    return draft._replace(chances=(*forced.chances, *(chance * factor for chance in draft.chances[count:])),
+                          forced=count)
+
+
+class Forced:
+    """What a grammar leaves no choice about."""
+
+    name, CHANCE = "forced", 0.99
+
+    def begin(self, sequence: Sequence): ...
+    def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int): ...
+    def end(self, sequence: Sequence): ...
+    def forget(self): ...
+
+    def propose(self, sequences: Seq[Sequence]) -> list[Draft]:
+        return [self._draft(sequence) for sequence in sequences]
+
+    def _draft(self, sequence: Sequence) -> Draft:
+        grammar = sequence.output.grammar
+        tokens = grammar.forced() if grammar else []
+        chances = tuple(self.CHANCE ** (i + 1) for i in range(len(tokens)))
+        return Draft(self.name, tuple(tokens), chances, len(sequence.tokens)) if tokens else NO_DRAFT
+
+
+def fitting(sequence: Sequence, draft: Draft) -> Draft:
+    """As much of a draft as the sequence's grammar allows."""
+    grammar = sequence.output.grammar
+    return draft.first(grammar.fitting(draft.tokens)) if grammar and draft.tokens else draft
+
+
+def by_source(draft: Draft, count: int) -> DraftCounts:
+    """The first `count` tokens of a draft, by who proposed them."""
+    counts = DraftCounts(forced=min(count, draft.forced))
+    rest = count - counts.forced
+    return counts + replace(DraftCounts(), **{draft.source: rest}) if rest else counts
+
+
+class Drafting:
+    """Asks the sources, keeps the best draft of each sequence, cuts it to what pays, and counts what was
+    drafted and accepted.
+
+    A drafted token pays if the step that also verifies it gives more tokens a second: the chance that it and
+    all before are right against the time that one more row takes. Both are measured. A draft that is not
+    verified is measured too: the tokens that come show whether it was right."""
+
+    MOST_GAP_S = 0.002  # between two steps of which the second waited for nothing
+
+    def __init__(self, sources: Iterable[Source]):
+        self.sources = {source.name: source for source in sources}
+        self.drafted, self.accepted = DraftCounts(), DraftCounts()
+        self.acceptance, self.times = Acceptance(), StepTimes()
+        self.host_times = StepTimes()  # of steps whose logits the host needs
+        self.records: dict[Sequence, Record] = {}
+
+    def begin(self, sequence: Sequence):
+        sequence.drafts, self.records[sequence] = True, Record()
+        for source in self.sources.values():
+            source.begin(sequence)
+
+    def end(self, sequence: Sequence):
+        """The sequence has ended, however it did; it may have had no drafts."""
+        if sequence.drafts:
+            sequence.drafts = False
+            del self.records[sequence]
+            for source in self.sources.values():
+                source.end(sequence)
+
+    def forget(self):
+        """Forget what ended sequences have said."""
+        for source in self.sources.values():
+            source.forget()
+
+    def note_step(self, rows: int, step_s: float, gap_s: float, on_host: bool):
+        """A step of this many rows, all of answers and drafts, has taken so long, `gap_s` after the one
+        before: what the host did in between counts too, unless nothing was asked of it."""
+        times = self.host_times if on_host else self.times
+        times.note(rows, step_s + (gap_s if gap_s < self.MOST_GAP_S else 0.0))
+
+    def draft(self, sequences: Iterable[Sequence], scheduler: Scheduler, token_s: float):
+        """Set the drafts of those of these sequences that can have one, for the scheduler's next step;
+        token_s: seconds that a token of a prompt takes."""
+        if able := [sequence for sequence in sequences if can_draft(sequence)]:
+            answers = [sequence for sequence in scheduler.running if not sequence.pooling]
+            tokens = sum(sequence.pending for sequence in answers if sequence.prefilling)
+            self.propose(able, -(-len(answers) // scheduler.stages), scheduler.draft_rows,
+                         min(tokens, scheduler.prefill_chunk) * token_s,
+                         any(sequence.needs_logits for sequence in answers))
+
+    def propose(self, sequences: Seq[Sequence], rows: int, most: int, other_s: float = 0.0,
+                on_host: bool = False):
+        """Set the drafts of these sequences: of each the one that is worth most, cut to what pays in a step
+        of `rows` rows without drafts, at most `most` with them, and `other_s` seconds of other work; does
+        the host need its logits?"""
+        times = self.host_times if on_host else self.times
+        best = dict.fromkeys(sequences, NO_DRAFT)
+        forced: dict[Sequence, Draft] = {}
+        for source in self.sources.values() if sequences else ():
+            for sequence, draft in zip(sequences, source.propose(sequences)):
+                if source.name == Forced.name:
+                    forced[sequence] = draft
+                elif forced.get(sequence, NO_DRAFT).tokens:
+                    draft = joined(forced[sequence], draft)
+                if (draft := fitting(sequence, draft)).tokens:
+                    record = self.records[sequence]
+                    chances, counts = self.acceptance.measured(draft)
+                    factor = record.factor
+                    measured = draft._replace(tokens=draft.tokens[:len(chances)], chances=tuple(
+                        min(factor * chance, 0.99) for chance in chances))
+                    if measured.worth > best[sequence].worth:
+                        record.proposed, record.chances, record.counts = draft, chances, counts
+                        best[sequence] = measured
+        for sequence, count in zip(best, self._counts(list(best.values()), times, rows, most, other_s)):
+            sequence.draft = best[sequence].first(count)
+
+    def _counts(self, drafts: list[Draft], step_times: StepTimes, rows: int, most: int,
+                other_s: float) -> list[int]:
+        """How many tokens of each draft to verify, so that the step gives the most tokens a second."""
+        ranked = sorted(((chance, -i, j) for j, draft in enumerate(drafts)
+                         for i, chance in enumerate(draft.chances)), reverse=True)[:max(most - rows, 0)]
+        if not ranked:
+            return [0] * len(drafts)
+        times = step_times.expected(rows, rows + len(ranked))
+        tokens, best, chosen = float(rows), rows / (times[0] + other_s), 0
+        for count, (chance, _, _) in enumerate(ranked, 1):
+            tokens += chance
+            if (rate := tokens / (times[count] + other_s)) > best:
+                best, chosen = rate, count
+        counts = [0] * len(drafts)
+        for _, _, j in ranked[:chosen]:
+            counts[j] += 1
+        return counts
+
+    def judge(self, sequence: Sequence, verified: int, accepted: int, came: Seq[int]):
+        """Of the sequence's draft so many tokens were verified, and so many of these were right. `came`: the
+        tokens that came, which also say so of a draft that was cut."""
+        record = self.records[sequence]
+        if (proposed := record.proposed).tokens and proposed.at + len(came) == len(sequence.tokens):
+            self._measure(record, came)
+        record.proposed = NO_DRAFT
+        if verified:
+            draft = sequence.draft
+            self.sources[draft.source].judge(sequence, draft, verified, accepted)
+            drafted, right = (by_source(draft, count) for count in (verified, accepted))
+            self.drafted, self.accepted = self.drafted + drafted, self.accepted + right
+            sequence.output.usage += Usage(drafted=drafted, accepted=right)
+
+    def _measure(self, record: Record, came: Seq[int]):
+        """Note which of a draft's first tokens were right, as far as the tokens that came show it."""
+        known = right = 0
+        for token, guess in zip(came, record.proposed.tokens[:len(record.chances)]):
+            known += 1
+            if token != guess:
+                break
+            right += 1
+        self.acceptance.note(record.counts, right, known)
+        record.note(sum(record.chances[:known]), right)
