@@ -51,16 +51,16 @@ class Access:
         http["models"] = keys[0].models if keys else ()
         return keys[0].name if keys else client_at(http.remote)
 
-    def check_operator(self, http: web.Request):
-        """Refuse whoever may not load and unload models. Keys that are not limited to some models may;
-        without keys, only this machine may, unless it is a proxy for others."""
+    def check_operator(self, http: web.Request, act: str = "load and unload models"):
+        """Refuse whoever may not load, unload, download and delete models. Keys that are not limited to some
+        models may; without keys, only this machine may, unless it is a proxy for others."""
         if self.settings.keys and bound_of(http):
-            raise RequestError("an API key that is limited to some models may not load or unload any",
+            raise RequestError(f"an API key that is limited to some models may not {act}",
                                status=403, code="key_bound_to_models")
         forwarded = any(name in http.headers for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP"))
         if not self.settings.keys and (network_of(http.remote or "::1") or forwarded):
-            raise RequestError("without API keys, only this machine may load and unload models "
-                               "(--api-key-file)", status=403, code="not_local")
+            raise RequestError(f"without API keys, only this machine may {act} (--api-key-file)", status=403,
+                               code="not_local")
 
     def check_host(self, http: web.Request):
         """Check the Host header: a foreign page can make its own name resolve to this server's address.
