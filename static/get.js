@@ -82,6 +82,7 @@ async function get(name) {
   if (!found || !getting) return;
   getting.downloads.set(found.model, found);
   render();
+  $("get").querySelector(`[data-act="${CSS.escape(`close ${found.model}`)}"]`)?.focus();
   if (isRunning(found)) follow();
   else lookAtHub();
 }
@@ -120,7 +121,7 @@ const sizeOf = ({bytes, kind}) => !bytes ? "" : kind ? TEXT.bytes(bytes) : TEXT.
 // What speaks for or against a model, and whether that is bad.
 function verdictOf({problem, fits, bytes, here, gated, served, complete}, info) {
   if (served) return [TEXT.servedAs, false];
-  if (problem) return [problem, true];
+  if (problem) return [problem.replace(/; it runs: .*/s, ""), true];      // not all families
   if (complete) return [TEXT.inCache, false];
   if (fits === false) return [TEXT.tooLarge, true];
   const free = info.models_disk === null ? info.disk : Math.min(info.disk, info.models_disk);
@@ -142,11 +143,11 @@ function rowsOf(offer, info) {
     return element("tr", {className}, element("td", {textContent: each.model}), element("td", {textContent: sizeOf(each)}),
       element("td", {textContent: text, className: wrong ? "wrong" : ""}), element("td", {className: "acts"}, ...acts));
   };
-  const getIt = each => act(each.model, "import", TEXT.getNamed(each.model), () => get(each.model), Boolean(each.problem || each.served || isRunning(getting.downloads.get(each.model) ?? {state: "done"})));
+  const getIt = each => act(each.model, "export", TEXT.getNamed(each.model), () => get(each.model), Boolean(each.problem || each.served || isRunning(getting.downloads.get(each.model) ?? {state: "done"})));
   const listIt = act(model, "list", TEXT.filesOf(model), () => look(model));
   listIt.setAttribute("aria-expanded", Boolean(looked));
-  const files = !looked ? [] : looked.models ? looked.models.map(each => row(each, [getIt(each)], "part")) :
-    [element("tr", {className: "part"}, element("td", {textContent: TEXT.lookingNow, colSpan: 4}))];
+  const files = !looked ? [] : looked.models ? looked.models.map(each => row(each, [getIt(each)], "of-model")) :
+    [element("tr", {className: "of-model"}, element("td", {textContent: TEXT.lookingNow, colSpan: 4}))];
   return [row(offer, problem && !kind ? [listIt] : [listIt, getIt(offer)], running && isRunning(running) ? "running" : ""), ...files];
 }
 
@@ -178,11 +179,12 @@ async function chatWithModel(name) {
 }
 
 function hereRow(each, info) {
-  const {model, here, complete, served} = each, [text, wrong] = verdictOf(each, info);
-  const acts = [...(served ? [act(served, "new", TEXT.chatWithModel(served), () => chatWithModel(served))] : [act(model, complete ? "play" : "again", complete ? TEXT.serveNamed(model) : TEXT.resumeNamed(model), () => get(model))]),
+  const {model, repository, here, complete, served} = each, [text, wrong] = verdictOf(each, info);
+  const comes = !complete && [...getting.downloads.values()].some(download => isRunning(download) && download.model.split(":")[0] === repository);
+  const acts = comes ? [] : [...(served ? [act(served, "new", TEXT.chatWithModel(served), () => chatWithModel(served))] : [act(model, complete ? "play" : "again", complete ? TEXT.serveNamed(model) : TEXT.resumeNamed(model), () => get(model))]),
     act(model, "delete", TEXT.deleteNamed(model), () => remove(model, here))];
   return element("tr", {}, element("td", {textContent: model}), element("td", {textContent: TEXT.bytes(here)}),
-    element("td", {textContent: complete ? text : TEXT.partOnly, className: wrong && complete ? "wrong" : ""}), element("td", {className: "acts"}, ...acts));
+    element("td", {textContent: complete ? text : comes ? TEXT.downloadStates.downloading : TEXT.partOnly, className: wrong && complete ? "wrong" : ""}), element("td", {className: "acts"}, ...acts));
 }
 
 function renderGet() {
@@ -211,7 +213,7 @@ register({
     lookingNow: "Looking…", aboutBytes: size => `about ${size}`, servedAs: "served", inCache: "here, not served", tooLarge: "does not fit in memory", noDisk: "does not fit on the disk", fits: "fits",
     isGated: "its makers ask for an agreement", partHere: size => `${size} of it are here`, partOnly: "a part of it is here",
     getAbout: ({memory, disk, models_disk: most}) => [`A model may take ${TEXT.bytes(memory)} of memory`, `${TEXT.bytes(disk)} are free on the disk`, most === null ? "" : `downloaded models may take ${TEXT.bytes(most)} (--models-disk)`].filter(Boolean).join(" · "),
-    getColumns: {model: "Model", size: "Size", state: "State", acts: "Get it"}, onThisMachine: "On this machine", shortNames: "Models with short names", foundFor: words => `The hub has for “${words}”`,
+    getColumns: {model: "Model", size: "Size", state: "State", acts: "Actions"}, onThisMachine: "On this machine", shortNames: "Models with short names", foundFor: words => `The hub has for “${words}”`,
     hubHasNothing: words => `The hub has nothing for “${words}”.`, filesOf: name => `Files of ${name}`, getNamed: name => `Get ${name}`, serveNamed: name => `Serve ${name}`, deleteNamed: name => `Delete ${name}`,
     cancelNamed: name => `Cancel ${name}`, resumeNamed: name => `Continue ${name}`, tryDownload: name => `Try ${name} again`, chatWithModel: name => `Chat with ${name}`, progressOf: name => `Download of ${name}`,
     gotModel: name => `${name} is here and served.`, cancelledModel: name => `The download of ${name} was cancelled; what is here stays.`,

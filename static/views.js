@@ -30,7 +30,7 @@ register({
 });
 
 register({
-  menu: () => state.model.ours ? [[TEXT.getModel, "import", () => openGet()]] : [],
+  menu: () => state.model.ours ? [[TEXT.getModel, "export", () => openGet()]] : [],
   view: {hash: "#get", open: () => openGet()},
 });
 

@@ -206,7 +206,7 @@ def fetch(repository: str, file: str, report: Report, bounds: Bounds) -> Path:
                 if "tokenizer.json" not in plan.sizes:
                     raise ConfigError(f"{repository} is not downloaded: it has no tokenizer.json"
                                       + other_tokenizers(plan.sizes))
-            download_from_hub(hub, repository, name, plan, partial(disk.note, done))
+            download_from_hub(hub, repository, name, disk, done)
             done += plan.sizes[name]
         path = hub_path(hub, repository, plan.names, plan.revision)
         note_revision(hub_folder(hub, repository), plan.revision)
@@ -310,10 +310,18 @@ class DiskCheck:
                 f"the cache have {used:,}, {left:,} more must be downloaded"
                 + (f", and other downloads need {others:,}" if others else "") + ". Delete a model")
 
+    def correct(self, name: str, size: int, before: int):
+        """A file has `size` bytes, which the list of files may not have said."""
+        if size > self.plan.sizes[name]:
+            self.plan.sizes[name] = size
+            self.check(before)
+
     def note(self, before: int, stage: str, count: int, unwritten: int = 0):
         """`count` bytes of a file are here, the last of them not on the disk yet, and `before` of the files
         before it."""
         done = before + count
+        if done > self.plan.whole + self.EVERY_BYTES:
+            raise ConfigError(f"{self.repository} is not downloaded: the hub sends more than it has announced")
         if done - self.checked >= self.EVERY_BYTES:
             self.check(done - unwritten)
         size = f" ({self.plan.whole / 1e9:.1f} GB)" if self.plan.whole >= 1e8 else ""
@@ -436,12 +444,14 @@ def no_hub_room(hub, repository: str, what: str) -> ConfigError:
                        "folder on a larger disk")
 
 
-def download_from_hub(hub, repository: str, name: str, plan: Plan, note: Callable[..., None]):
-    """Put a file into huggingface_hub's cache. The first GGUF file of a model is looked at as soon as its
+def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: int):
+    """Put a file into huggingface_hub's cache, after `before` bytes of others. The first GGUF file of a model is looked at as soon as its
     header is here.
 
     The library itself begins a file again when its process ended in the middle. So a file is first written
     beside the cache's blobs, where the next start finds it; then the library finds a complete blob."""
+    plan, note = disk.plan, partial(disk.note, before)
+
     class Bar(contextlib.AbstractContextManager):
         """The part of tqdm's interface that the library uses."""
 
@@ -466,6 +476,7 @@ def download_from_hub(hub, repository: str, name: str, plan: Plan, note: Callabl
     url, cache = hub.hf_hub_url(repository, name, revision=plan.revision), hub_folder(hub, repository)
     note("downloading", 0)
     remote = hub.get_hf_file_metadata(url, timeout=10)
+    disk.correct(name, remote.size or 0, before)
     etag = check_safe(repository, remote.etag)
     blob, part = cache / "blobs" / etag, cache / f".chat_server.{etag}"
     largest = hub.constants.MAX_HTTP_DOWNLOAD_SIZE  # beyond it the library uses a protocol of its own
@@ -474,10 +485,10 @@ def download_from_hub(hub, repository: str, name: str, plan: Plan, note: Callabl
         with download_lock(cache, lambda stage, fraction: note("waiting for", 0)), open(part, "ab") as file:
             if file.tell() > remote.size:
                 file.truncate(0)
-            while not blob.exists() and (before := file.tell()) < remote.size:
+            while not blob.exists() and (start := file.tell()) < remote.size:
                 try:
                     hub.file_download.http_get(
-                        url, file, resume_size=before, tqdm_class=Bar, expected_size=remote.size,
+                        url, file, resume_size=start, tqdm_class=Bar, expected_size=remote.size,
                         headers=hub.utils.build_hf_headers())
                 except (hub.errors.HfHubHTTPError, InterruptedError):
                     raise
@@ -489,9 +500,9 @@ def download_from_hub(hub, repository: str, name: str, plan: Plan, note: Callabl
                 except Exception as error:  # the connection broke: retry while bytes arrive
                     if getattr(error, "errno", None) in FULL:
                         raise
-                    if file.tell() == before:
+                    if file.tell() == start:
                         raise ConfigError(
-                            f"the download of {name} of {repository} broke at byte {before:,} of "
+                            f"the download of {name} of {repository} broke at byte {start:,} of "
                             f"{remote.size:,}: {named(error)}. The next start continues there") from None
             if not blob.exists():  # else another process has downloaded it
                 file.flush()

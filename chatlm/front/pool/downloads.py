@@ -128,12 +128,13 @@ class Downloads:
     """The downloads of a server, by the names that models have at the hub."""
 
     MOST_RUNNING, MOST_WAITING, MOST_KEPT = 2, 50, 50
-    QUESTION_S = 90.0
+    QUESTION_S, MOST_QUESTIONS = 90.0, 8
 
     def __init__(self, settings: Settings, catalogue: Catalogue, command: Seq[str] = PROCESS_COMMAND):
         self.settings, self.catalogue, self.process = settings, catalogue, HubProcess(command)
         self.known: dict[str, Download] = {}
         self.running, self.asking = asyncio.Semaphore(self.MOST_RUNNING), asyncio.Semaphore(2)
+        self.questions = 0
         self.planning = asyncio.Lock()  # one at a time is measured against what has room
         self.deleting: set[str] = set()
         self._changed = asyncio.Event()
@@ -145,14 +146,17 @@ class Downloads:
 
     async def ask(self, kind: str, text: str) -> tuple[Offer, ...]:
         """What the hub has. ConfigError if that cannot be said."""
-        if self.asking.locked():
+        if self.questions >= self.MOST_QUESTIONS:
             raise Overloaded("the hub is being asked already", retry_after_s=2)
-        async with self.asking:
-            try:
+        self.questions += 1
+        try:
+            async with self.asking:
                 answer = await asyncio.wait_for(
                     self.process.result(HubQuestion(kind, text)), self.QUESTION_S)
-            except asyncio.TimeoutError:
-                raise ConfigError(f"the hub did not answer within {self.QUESTION_S:g} s") from None
+        except asyncio.TimeoutError:
+            raise ConfigError(f"the hub did not answer within {self.QUESTION_S:g} s") from None
+        finally:
+            self.questions -= 1
         assert isinstance(answer, HubOffers)
         return answer.offers
 
@@ -252,6 +256,9 @@ class Downloads:
         """End a download; False if none of the name is running. What was written stays."""
         download = self.known.get(joined_name(*named_model(name)))
         if not (download and download.running and download.task):
+            return False
+        if download.state == "opening":  # all of it is here
+            await asyncio.wait([download.task])
             return False
         await end_tasks([download.task])
         if download.running:  # it had not begun

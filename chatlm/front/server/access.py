@@ -91,13 +91,14 @@ class Access:
         allowed = name in self.settings.allowed_host and not port
         return scheme in ("http", "https") and ((name, port) == own or allowed)
 
-    def check_origin(self, http: web.Request):
-        """Refuse pages of other origins: a page can post even where it cannot read the response.
+    def check_origin(self, http: web.Request, works: bool = False):
+        """Refuse pages of other origins: a page can post even where it cannot read the response, and get what
+        makes the server work.
 
         Browsers send Origin with every post, but Sec-Fetch-Site only to addresses that they trust."""
         origin, site = http.headers.get("Origin"), http.headers.get("Sec-Fetch-Site", "none")
         foreign = origin is not None and not self.is_own(http, origin)
-        if foreign or http.method not in ("GET", "HEAD") and site not in ("none", "same-origin"):
+        if foreign or (works or http.method not in ("GET", "HEAD")) and site not in ("none", "same-origin"):
             self.check_admitted(http)
 
     def check_admitted(self, http: web.Request):

@@ -61,6 +61,7 @@ class DownloadRoutes:
         return values
 
     def _check(self, http: web.Request):
+        self.access.check_origin(http, works=True)
         self.access.check_operator(http, ACT)
         self.downloads.check_allowed()
 

@@ -70,6 +70,9 @@ async def test_only_an_operator_gets_and_deletes_models(client, hub, method, pat
     async with serving(FakePool()) as url:
         status, refusal = await call(client, method, url + path, body, {"X-Forwarded-For": "192.0.2.1"})
         assert status == 403 and "only this machine may download and delete models" in json.dumps(refusal)
+        for headers in {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Origin": "http://evil.test"}:
+            status, refusal = await call(client, method, url + path, body, headers)
+            assert status == 403 and "pages of this origin may not use the server" in json.dumps(refusal)
     async with serving(FakePool(), Settings(keys=keys)) as url:
         assert (await call(client, method, url + path, body))[0] == 401
         status, refusal = await call(client, method, url + path, body, {"Authorization": "Bearer some"})
