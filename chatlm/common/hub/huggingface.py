@@ -321,7 +321,7 @@ class DiskCheck:
         before it."""
         done = before + count
         if done > self.plan.whole + self.EVERY_BYTES:
-            raise ConfigError(f"{self.repository} is not downloaded: the hub sends more than it has announced")
+            raise ConfigError(f"{self.repository} is not downloaded: the hub sends more than it announced")
         if done - self.checked >= self.EVERY_BYTES:
             self.check(done - unwritten)
         size = f" ({self.plan.whole / 1e9:.1f} GB)" if self.plan.whole >= 1e8 else ""
@@ -445,8 +445,8 @@ def no_hub_room(hub, repository: str, what: str) -> ConfigError:
 
 
 def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: int):
-    """Put a file into huggingface_hub's cache, after `before` bytes of others. The first GGUF file of a model is looked at as soon as its
-    header is here.
+    """Put a file into huggingface_hub's cache, after `before` bytes of others. The first GGUF file of a model
+    is looked at as soon as its header is here.
 
     The library itself begins a file again when its process ended in the middle. So a file is first written
     beside the cache's blobs, where the next start finds it; then the library finds a complete blob."""

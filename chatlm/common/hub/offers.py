@@ -182,26 +182,16 @@ class Beginning(io.BytesIO):
 
 def beginning(hub, repository: str, revision: str, name: str, most: int) -> bytes:
     """The first bytes of a file, by a request for a range."""
-    class Silent(contextlib.AbstractContextManager):
-        def __init__(self, *_, **__):
-            pass
-
-        def __exit__(self, *_):
-            pass
-
-        def __getattr__(self, name: str):
-            return lambda *_, **__: None
-
+    hub.utils.disable_progress_bars()
     file = Beginning(most)
     headers = {**hub.utils.build_hf_headers(), "Range": f"bytes=0-{most - 1}"}
-    try:
-        hub.file_download.http_get(hub.hf_hub_url(repository, name, revision=revision), file,
-                                   headers=headers, tqdm_class=Silent)
-    except Enough:
-        pass
-    except OSError:  # the library expects the whole file
-        if not file.tell():
-            raise
+    with contextlib.suppress(Enough):
+        try:
+            hub.file_download.http_get(
+                hub.hf_hub_url(repository, name, revision=revision), file, headers=headers)
+        except OSError:  # the library expects the whole file
+            if not file.tell():
+                raise
     return file.getvalue()
 
 

@@ -166,6 +166,8 @@ class ManyModels(Catalogue):
     async def take_in(self, name: str, path: Path, aliases: Seq[str] = ()) -> str:
         await self.wait_ready()
         async with self.taking:
+            if self.closing:
+                return "the server is shutting down"
             for model in [*self.registry.models]:
                 if model.pool and model.source and model.source.path in (path, path.resolve()):
                     more = [each for each in (name, *aliases) if not model.fits(each)]
